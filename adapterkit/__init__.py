@@ -1,0 +1,21 @@
+"""adapterkit: surgery on adapter and model checkpoints, done on the files.
+
+The verbs are imported on first use, so `import adapterkit` loads neither torch nor transformers.
+"""
+
+__version__ = "0.1.0"
+
+_VERBS = ("merge", "verify")
+__all__ = ["__version__", "merge", "verify"]
+
+
+def __getattr__(name: str):
+    if name in _VERBS:
+        from importlib import import_module
+
+        return getattr(import_module(f"adapterkit.ops.{name}"), name)
+    raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,309 @@
+"""The neutral adapter: factors per module, in PEFT's layout on disk.
+
+Files' own names (`lora_A`, `lora_embedding_B`, ...) live here and nowhere else; beyond this file there are `a (r, in)`,
+`b (out, r)`, `scale`, magnitudes, replaced parameters and trained token rows.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.spec import read_header, read_json
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.patterns import matcher
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# What PEFT 0.21 writes, and what each key means for arithmetic on the weights. A key that is not here changes nothing when it is
+# falsy and is refused when it is not: an unknown flag may mean unknown arithmetic.
+HARMLESS = {
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+    "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias",
+    "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "monteclora_config", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "target_parameters", "task_type",
+    "trainable_token_indices", "use_dora", "use_rslora", "velora_config", "runtime_config", "eps", "num_labels",
+}  # fmt: skip
+OTHER_ARITHMETIC = {
+    "alora_invocation_tokens": "an activated LoRA acts on the tokens after its invocation only: no weight equals it",
+    "arrow_config": "an Arrow router picks experts for each token: no weight equals it",
+    "kasa_config": "KaSA truncates the base and has a diagonal of its own",
+    "use_qalora": "QALoRA pools the inputs before a",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal",
+    "megatron_config": "Megatron layers are laid out in another way",
+}
+CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # inits that subtract from, or quantise, the base
+UNCHANGED_BASE = ("gaussian", "eva", "mica", "orthogonal", "default", "true")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One adapted module or parameter: delta = scale * b @ a, as the file stores it."""
+
+    module: str  # dotted path in the loaded model
+    kind: str  # "module", "embedding" or "parameter" (a parameter of the module, told by `depth`)
+    a: TensorSpec
+    b: TensorSpec
+    magnitude: TensorSpec | None = None  # DoRA
+    bias: TensorSpec | None = None  # lora_B.bias
+    depth: int = 0  # how many base_layer levels lie inside: 0 is the innermost wrapper's outside
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of an embedding that replace the base's: row indices and their values, in the same order."""
+
+    module: str
+    indices: tuple[int, ...]
+    values: TensorSpec
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's config and tensors, every tensor accounted for."""
+
+    folder: Folder
+    number: int  # its place among the job's inputs
+    config: dict
+    loras: tuple[Lora, ...]
+    replaced: dict[str, TensorSpec]  # parameter -> trained value: modules_to_save, biases, resized embeddings
+    tokens: tuple[Tokens, ...]
+    tensors: dict[str, TensorSpec] = field(repr=False)
+    header_sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def where(self) -> str:
+        return f"{self.name}/{CONFIG}"
+
+    def changed_base(self) -> str | None:
+        """The init method's name if it changed the base's weights, else None."""
+        init = self.config.get("init_lora_weights", True)
+        return init if isinstance(init, str) and init.lower().startswith(CHANGED_BASE) else None
+
+    def resolved(self, name: str) -> tuple[int, float]:
+        """Rank and scale of a module or parameter: alpha / r, or alpha / sqrt(r) with use_rslora.
+
+        The first pattern of rank_pattern, and of alpha_pattern, that matches counts, each on its own
+        (PEFT's `get_pattern_key`: `(.*\\.)?(pattern)$` from the start of the name, a dot matching any character).
+        """
+        rank = self._first(self._rank_patterns, name, self.config.get("r", 8))
+        alpha = self._first(self._alpha_patterns, name, self.config.get("lora_alpha", 8))
+        root = math.sqrt(rank) if self.config.get("use_rslora") else rank
+        return rank, alpha / root
+
+    @cached_property
+    def _rank_patterns(self) -> list:
+        return self._patterns("rank_pattern")
+
+    @cached_property
+    def _alpha_patterns(self) -> list:
+        return self._patterns("alpha_pattern")
+
+    def _patterns(self, key: str) -> list:
+        table = self.config.get(key) or {}
+        where = f"{self.where}: {key}"
+        return [(matcher(str(pattern), where, r"\A(?:.*\.)?(?:{})\Z"), value) for pattern, value in table.items()]
+
+    @staticmethod
+    def _first(patterns: list, name: str, default):
+        return next((value for matches, value in patterns if matches(name)), default)
+
+
+def read_adapter(folder: Folder, number: int = 1) -> Adapter:
+    """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be used."""
+    files = folder.files()
+    for name in (CONFIG, WEIGHTS):
+        if name not in files:
+            raise _missing(folder, name, files)
+    config = read_json(folder, CONFIG)
+    errors = check_config(config, f"{folder.name}/{CONFIG}")
+    header = read_header(folder, WEIGHTS, number)
+    tensors = {spec.key: spec for spec in header.tensors}
+    parts = _sorted_out(tensors, errors, f"{folder.name}/{WEIGHTS}")
+    tokens = _tokens(parts, config, errors, folder.name)
+    loras = _loras(parts, errors, folder.name)
+    refuse_all(errors)
+    return Adapter(folder, number, config, loras, parts.replaced, tokens, tensors, header.sha256)
+
+
+def _missing(folder: Folder, name: str, files: dict[str, int]) -> Refused:
+    nested = sorted({f.rsplit("/", 1)[0] for f in files if f.endswith("/" + CONFIG)})
+    pickled = any(f in files for f in ("adapter_model.bin", "adapter_model.pt"))
+    do = "check the path"
+    if nested:
+        do = f"name the subfolder: {', '.join(shown(n) for n in nested[:5])}"
+    elif pickled:
+        do = "convert the pickle: PeftModel.from_pretrained(...).save_pretrained(OUT) writes safetensors"
+    return Refused(f"no {name}", expected="an adapter in PEFT's layout", where=folder.name, do=do)
+
+
+def check_config(config: dict, where: str) -> list[AdapterkitError]:
+    """Everything in an adapter's config that is out of range, unknown, or means other arithmetic than b @ a."""
+    errors: list[AdapterkitError] = []
+
+    def wrong(key: str, expected: str) -> None:
+        errors.append(Refused(f"{key} = {shown(repr(config.get(key)))}", expected=expected, where=where, do="mend the config"))
+
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind.upper() != "LORA":
+        errors.append(
+            Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, do="other adapters cannot be read here")
+        )
+        return errors
+    for key, why in OTHER_ARITHMETIC.items():
+        if config.get(key):
+            errors.append(Refused(f"{key} is set: {why}", expected="a plain or DoRA LoRA", where=where))
+    for key in sorted(set(config) - HARMLESS - set(OTHER_ARITHMETIC)):
+        if config[key]:
+            errors.append(
+                Refused(
+                    f"unknown setting {shown(key)} = {shown(repr(config[key]))}",
+                    expected="settings of PEFT 0.21 (an unknown one may mean other arithmetic)",
+                    where=where,
+                    do="remove it from the config if it does not change the weights",
+                )
+            )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and not init.lower().startswith(CHANGED_BASE + UNCHANGED_BASE):
+        wrong("init_lora_weights", "true, false, or one of " + ", ".join(CHANGED_BASE + UNCHANGED_BASE))
+    for key in ("r", "lora_alpha"):
+        if key in config and not _number(config[key], whole=key == "r"):
+            wrong(key, "a whole number above 0" if key == "r" else "a finite number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        table = config.get(key) or {}
+        if not isinstance(table, dict) or not all(_number(v, whole=key == "rank_pattern") for v in table.values()):
+            wrong(key, "a map of patterns to " + ("whole numbers above 0" if key == "rank_pattern" else "finite numbers"))
+    replication = config.get("layer_replication")
+    if replication is not None and not (
+        isinstance(replication, list)
+        and all(isinstance(p, list) and len(p) == 2 and all(type(x) is int and x >= 0 for x in p) for p in replication)
+    ):
+        wrong("layer_replication", "pairs [start, end)")
+    return errors
+
+
+def _number(value, *, whole: bool) -> bool:
+    if whole:
+        return type(value) is int and 0 < value < 2**31
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+@dataclass
+class _Parts:
+    """An adapter file's keys by what they are: {module: {role: spec}}, the rest by parameter name."""
+
+    roles: dict[tuple[str, int], dict[str, TensorSpec]] = field(default_factory=dict)
+    replaced: dict[str, TensorSpec] = field(default_factory=dict)
+    tokens: dict[str, TensorSpec] = field(default_factory=dict)
+
+
+ROLES = [
+    (re.compile(r"^(.*)\.lora_A(?:\.\w+)?\.weight$"), "a"),
+    (re.compile(r"^(.*)\.lora_B(?:\.\w+)?\.weight$"), "b"),
+    (re.compile(r"^(.*)\.lora_B(?:\.\w+)?\.bias$"), "bias"),
+    (re.compile(r"^(.*)\.lora_embedding_A(?:\.\w+)?$"), "embedding_a"),
+    (re.compile(r"^(.*)\.lora_embedding_B(?:\.\w+)?$"), "embedding_b"),
+    (re.compile(r"^(.*)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?$"), "magnitude"),
+]
+TOKENS = re.compile(r"^(.*)\.token_adapter(?:\.\w+)?\.trainable_tokens_delta(?:\.\w+)?$")
+NO_ARITHMETIC = re.compile(r"\.lora_velora_embed$")  # a buffer of VeLoRA's backward pass
+NOT_READ = re.compile(r"\.(lora_\w+|ranknum|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|ia3_\w+)(\.|$)")
+
+
+def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str) -> _Parts:
+    parts = _Parts()
+    for key, spec in tensors.items():
+        name = key.removeprefix(PREFIX)
+        name = name.replace("._orig_mod.", ".").removeprefix("_orig_mod.").removeprefix("module.")
+        role = next(((m[1], what) for pattern, what in ROLES if (m := pattern.match(name))), None)
+        if role is not None:
+            at = _module_and_depth(role[0])
+            slot = parts.roles.setdefault(at, {})
+            if role[1] in slot:
+                errors.append(_two_names(key, slot[role[1]].key, where))
+            slot[role[1]] = spec
+        elif m := TOKENS.match(name):
+            parts.tokens[m[1].replace(".base_layer", "")] = spec
+        elif NO_ARITHMETIC.search(name) or ".original_module." in name:
+            continue  # what the base holds already (bias="all" saves it beside the trained copy)
+        elif NOT_READ.search("." + name):
+            found = f"key {shown(key)}"
+            errors.append(Refused(found, expected="keys of a LoRA adapter", where=where, do="it is another kind of adapter"))
+        else:
+            name = re.sub(r"\.modules_to_save(\.\w+)?(?=\.\w+$)", "", name).replace(".base_layer.", ".")
+            known = parts.replaced.get(name)
+            if known is not None and ".modules_to_save." not in key and ".modules_to_save." not in known.key:
+                errors.append(_two_names(key, known.key, where))
+            if known is None or ".modules_to_save." in known.key:
+                parts.replaced[name] = spec
+    return parts
+
+
+def _two_names(key: str, other: str, where: str) -> Refused:
+    return Refused(f"{shown(key)} and {shown(other)} name one thing", expected="each once", where=where, do="remove one")
+
+
+def _module_and_depth(path: str) -> tuple[str, int]:
+    """Module path without wrapper levels, and how many levels stand at its end (nested parameter wrappers)."""
+    depth = 0
+    while path.endswith(".base_layer"):
+        path, depth = path.removesuffix(".base_layer"), depth + 1
+    return path.replace(".base_layer.", "."), depth
+
+
+def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lora, ...]:
+    loras = []
+    for (module, depth), role in sorted(parts.roles.items()):
+        embedding = "embedding_a" in role or "embedding_b" in role
+        a, b = (role.get("embedding_a"), role.get("embedding_b")) if embedding else (role.get("a"), role.get("b"))
+        if a is None or b is None or (embedding and ("a" in role or "b" in role)):
+            found = f"{shown(module)} has {', '.join(sorted(role)) or 'nothing'}"
+            errors.append(Refused(found, expected="both factors, a and b", where=name, do="save the adapter again"))
+            continue
+        if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
+            found = f"factors of {shown(module)} with shapes {a.shape} and {b.shape}"
+            errors.append(Refused(found, expected="matrices", where=name, do="gather the shards before saving (ZeRO-3, FSDP)"))
+            continue
+        for spec in (a, b, role.get("magnitude"), role.get("bias")):
+            if spec is not None and spec.dtype not in ("F32", "F16", "BF16", "F64"):
+                found = f"{shown(spec.key)} is {spec.dtype}"
+                errors.append(Refused(found, expected="F32, F16, BF16 or F64", where=name, do="save it as floats"))
+        kind = "embedding" if embedding else "module"
+        loras.append(Lora(module, kind, a, b, role.get("magnitude"), role.get("bias"), depth))
+    return tuple(loras)
+
+
+def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: str) -> tuple[Tokens, ...]:
+    where = f"{name}/{CONFIG}"
+    asked = config.get("trainable_token_indices")
+    if not parts.tokens:
+        if asked:
+            errors.append(Refused("trainable_token_indices, but no trained rows in the file", where=where))
+        return ()
+    found = []
+    for module, spec in sorted(parts.tokens.items()):
+        indices = asked
+        if isinstance(asked, dict):
+            ends = [v for k, v in asked.items() if module == k or module.endswith("." + k)]
+            indices = ends[0] if len(ends) == 1 else None
+        good = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
+        if not good or len(set(indices)) != len(indices) or len(indices) != spec.shape[0]:
+            errors.append(
+                Refused(
+                    f"{spec.shape[0]} trained rows of {shown(module)}, trainable_token_indices {shown(repr(indices))}",
+                    expected="one different row index for each trained row, in order",
+                    where=where,
+                    do="restore the config that was saved with the file",
+                )
+            )
+            continue
+        found.append(Tokens(module, tuple(indices), spec))
+    return tuple(found)

@@ -1,0 +1,120 @@
+"""Where files come from: one folder contract, and the folder on local disk. (`hub.py` has the remote one.)"""
+
+import os
+import stat
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from adapterkit.errors import Damaged, Failed, Refused, shown
+
+
+class Folder(Protocol):
+    """A folder of files, local or remote; names are relative POSIX paths."""
+
+    name: str  # last path component or repository id, for messages and receipts
+    origin: dict  # what the receipt says of it: never an absolute path, never a token
+
+    def files(self) -> dict[str, int]:
+        """Every file's name and size in bytes."""
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of one file, fewer at its end; a remote folder asks for this range only."""
+        ...
+
+    def path(self, name: str) -> Path:
+        """The whole file on local disk; a remote folder downloads it first."""
+        ...
+
+    def prefetch(self, names: list[str]) -> None:
+        """Files that will be asked for, in this order; a remote folder starts to download them."""
+        ...
+
+
+class LocalFolder:
+    """A folder on local disk, or a single file taken as a folder of one."""
+
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path)
+        self.name = path.name or path.resolve().name
+        self.origin = {"name": self.name}
+        self.only = path.name if path.is_file() else None
+        self.root = path.parent if self.only else path
+        if not path.exists():
+            raise Refused("no such file or folder", where=str(path), do="check the path")
+
+    def files(self) -> dict[str, int]:
+        return self._files
+
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        if self.only:
+            return {self.only: (self.root / self.only).stat().st_size}
+        found = {}
+        for folder, subfolders, names in os.walk(self.root):
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+            for name in sorted(names):
+                path = Path(folder, name)
+                if name.startswith(".") or not path.is_file():
+                    continue
+                found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return found
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        path = self.path(name)
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        except OSError as error:
+            raise Failed(f"cannot read: {error.strerror}", where=str(path)) from error
+
+    def path(self, name: str) -> Path:
+        path = self.root / inside(name, self.name)
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise Damaged(f"cannot open: {error.strerror}", where=str(path)) from error
+        if not stat.S_ISREG(mode):
+            raise Refused("not a regular file", where=str(path), do="give a folder of ordinary files")
+        if path.is_symlink() and not _stays_home(path):
+            raise Refused(
+                f"a link to {shown(os.readlink(path))}",
+                expected="a file of this folder, or the link of a Hub cache into its own blobs folder",
+                where=str(path),
+                do="copy the file into the folder",
+            )
+        return path
+
+    def prefetch(self, names: list[str]) -> None:
+        pass
+
+
+def inside(name: str, where: str) -> PurePosixPath:
+    """A file name taken from a file, as a path that cannot leave its folder; `Refused` otherwise."""
+    path = PurePosixPath(name)
+    parts = name.split("/")
+    bad = (
+        not name
+        or path.is_absolute()
+        or "\\" in name
+        or ":" in name
+        or any(p in ("", ".", "..") or p != p.rstrip(". ") or not p.isprintable() for p in parts)
+        or len(name) > 1000
+    )
+    if bad:
+        raise Refused(
+            f"file name {shown(name)!r}", expected="a plain name inside the folder", where=where, do="mend the file list"
+        )
+    return path
+
+
+def _stays_home(link: Path) -> bool:
+    target = link.resolve()
+    here = link.parent.resolve()
+    if target.is_relative_to(here):
+        return True
+    # the Hub cache: <repo>/snapshots/<commit>/<file> -> <repo>/blobs/<hash>
+    snapshots = next((p for p in here.parents if p.name == "snapshots"), None)
+    return snapshots is not None and target.parent == snapshots.parent / "blobs"

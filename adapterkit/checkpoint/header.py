@@ -1,0 +1,150 @@
+"""The one parser and the one writer of safetensors headers, strict in both directions.
+
+Format: https://github.com/huggingface/safetensors#format. Stricter than the reference reader (0.8.0), which takes duplicate keys
+(the last wins) and any name: here every byte of the data belongs to exactly one tensor, names are printable, ranks are sane.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+
+from adapterkit import dtypes
+from adapterkit.errors import Damaged, shown
+
+MAX_HEADER = 100_000_000  # the reference reader's cap
+MAX_RANK = 64
+MAX_NAME = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One stored tensor: where its bytes are and how to read them."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str  # name inside its folder
+    start: int  # absolute position in the file
+    stop: int
+    folder: int = 0  # which of the job's inputs holds it: 0 the base, 1.. the adapters
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed header: its exact bytes (length prefix included), its tensors in file order, its metadata."""
+
+    raw: bytes = field(repr=False)
+    tensors: tuple[TensorSpec, ...]
+    metadata: dict[str, str]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.raw).hexdigest()
+
+
+def header_length(prefix: bytes, file_size: int, where: str) -> int:
+    """Length of the whole header (8-byte prefix included) of a file of `file_size` bytes; `Damaged` if it cannot be one."""
+    if prefix.startswith(b"version https://git-lfs"):
+        raise Damaged(
+            "a Git LFS pointer, not the weights", expected="a safetensors file", where=where, do="run `git lfs pull`"
+        )
+    if prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
+        raise Damaged("an HTML page, not the weights", expected="a safetensors file", where=where, do="download it again")
+    length = int.from_bytes(prefix[:8], "little")
+    limit = min(MAX_HEADER, file_size - 8)
+    if len(prefix) < 8 or not 2 <= length <= limit:
+        found = f"header length {length}" if len(prefix) >= 8 else f"a file of {file_size} bytes"
+        raise Damaged(
+            f"{found}: not a safetensors file, or cut off",
+            expected=f"an 8-byte length of at most {max(limit, 0)}",
+            where=where,
+            do="download or copy the file again",
+        )
+    return 8 + length
+
+
+def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Header:
+    """Tensors and metadata of header bytes `raw`; `Damaged` naming the first thing that is wrong."""
+
+    def damaged(found: str, expected: str) -> Damaged:
+        return Damaged(found, expected=expected, where=file, do="download or copy the file again")
+
+    def unique(pairs: list) -> dict:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            seen: set = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise damaged(f"key {shown(twice)!r} twice in the header", "each key once")
+        return table
+
+    def no_constant(name: str):
+        raise damaged(f"{name} in the header", "plain JSON")
+
+    try:
+        if raw[8:9] != b"{":
+            raise damaged("a header that does not start with '{'", "a JSON object")
+        text = raw[8:].decode("utf-8")
+        table = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise damaged(f"a header that is no JSON ({type(error).__name__})", "strict UTF-8 JSON") from error
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise damaged("__metadata__ that is not text to text", "a map of strings")
+    base = len(raw)
+    tensors = [_tensor(key, entry, base, file, folder, damaged) for key, entry in table.items()]
+    tensors.sort(key=lambda t: (t.start, t.stop))
+    at = base
+    for tensor in tensors:
+        if tensor.start != at:
+            word = "overlaps the one before" if tensor.start < at else f"leaves a gap of {tensor.start - at} bytes"
+            raise damaged(f"tensor {shown(tensor.key)!r} {word}", "tensors that tile the data exactly")
+        at = tensor.stop
+    if at != file_size:
+        word = "cut off" if at > file_size else "followed by other bytes"
+        raise damaged(f"{file_size} bytes: the data is {word}", f"{at} bytes, as the header says")
+    return Header(raw, tuple(tensors), metadata)
+
+
+def _tensor(key: str, entry, base: int, file: str, folder: int, damaged) -> TensorSpec:
+    name = shown(key)
+    if not key or len(key) > MAX_NAME or not key.isprintable():
+        raise damaged(f"tensor name {name!r}", f"1 to {MAX_NAME} printable characters")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise damaged(f"the entry of {name!r}", "dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in dtypes.BITS:
+        raise damaged(f"dtype {shown(dtype)!r} of {name!r}", "one of " + " ".join(dtypes.BITS))
+    if not _naturals(shape) or len(shape) > MAX_RANK:
+        raise damaged(f"the shape of {name!r}", f"at most {MAX_RANK} whole numbers")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise damaged(f"the data_offsets of {name!r}", "two whole numbers")
+    bits = math.prod(shape) * dtypes.BITS[dtype]
+    start, stop = offsets
+    if bits % 8 or stop - start != bits // 8:
+        raise damaged(f"{stop - start} bytes for {name!r}", f"{bits // 8} bytes for {dtype} {tuple(shape)}"[:200])
+    return TensorSpec(key, dtype, tuple(shape), file, base + start, base + stop, folder)
+
+
+def _naturals(value) -> bool:
+    # bool is an int in Python; a header that says `true` is still damaged
+    return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
+
+
+def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[bytes, list[int]]:
+    """Header bytes for tensors (key, dtype, shape) laid out in this order, and each one's absolute position."""
+    table: dict = {"__metadata__": metadata} if metadata else {}
+    at, starts = 0, []
+    for key, dtype, shape in tensors:
+        stop = at + dtypes.size(dtype, math.prod(shape))
+        table[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}
+        starts.append(at)
+        at = stop
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    raw = len(text).to_bytes(8, "little") + text
+    return raw, [len(raw) + start for start in starts]

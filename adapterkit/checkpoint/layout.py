@@ -1,0 +1,85 @@
+"""Which tensor goes where in which file: pure arithmetic on names, dtypes and shapes."""
+
+import json
+import math
+from dataclasses import dataclass, field
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import Header, build_header
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of an output: what a header says of it."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return dtypes.size(self.dtype, math.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """One output file: its header bytes and each tensor's absolute position, in file order."""
+
+    file: str
+    header: bytes = field(repr=False)
+    tensors: tuple[Stored, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return self.starts[-1] + self.tensors[-1].nbytes if self.tensors else len(self.header)
+
+
+def like_base(file: str, tensors: list[Stored], base: Header | None) -> ShardLayout:
+    """A file in the base's own order; its very header bytes where nothing in them changes."""
+    if base is not None:
+        before = [(t.key, t.dtype, t.shape) for t in base.tensors]
+        if before == [(t.key, t.dtype, t.shape) for t in tensors]:
+            return ShardLayout(file, base.raw, tuple(tensors), tuple(t.start for t in base.tensors))
+    return laid_out(file, tensors, base.metadata if base is not None else {"format": "pt"})
+
+
+def laid_out(file: str, tensors: list[Stored], metadata: dict[str, str]) -> ShardLayout:
+    """A file with a new header; wider dtypes first where the order asked for would misalign one."""
+    at = 0
+    for tensor in tensors:
+        if at % max(dtypes.BITS[tensor.dtype] // 8, 1):
+            tensors = sorted(tensors, key=lambda t: -dtypes.BITS[t.dtype])
+            break
+        at += tensor.nbytes
+    header, starts = build_header([(t.key, t.dtype, t.shape) for t in tensors], metadata)
+    return ShardLayout(file, header, tuple(tensors), tuple(starts))
+
+
+def resharded(tensors: list[Stored], limit: int, metadata: dict[str, str]) -> list[ShardLayout]:
+    """Files of at most `limit` bytes of data each (a larger tensor gets a file of its own), in the order given."""
+    groups: list[list[Stored]] = [[]]
+    room = limit
+    for tensor in tensors:
+        if groups[-1] and tensor.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        return [laid_out("model.safetensors", groups[0], metadata)]
+    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    return [laid_out(name, group, metadata) for name, group in zip(names, groups, strict=True)]
+
+
+def index(shards: list[ShardLayout], old: dict | None) -> bytes:
+    """The index file of these shards, its totals true; other metadata kept."""
+    metadata = dict((old or {}).get("metadata") or {})
+    metadata["total_size"] = sum(t.nbytes for s in shards for t in s.tensors)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(t.shape) for s in shards for t in s.tensors)
+    where = {t.key: s.file for s in shards for t in s.tensors}
+    order = [k for k in (old or {}).get("weight_map", {}) if k in where]
+    known = set(order)
+    order += [k for k in where if k not in known]
+    return (json.dumps({"metadata": metadata, "weight_map": {k: where[k] for k in order}}, indent=2) + "\n").encode()

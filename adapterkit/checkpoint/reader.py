@@ -1,0 +1,137 @@
+"""Payload bytes of the inputs: opened once, read by position into the caller's buffers, checked not to have changed.
+
+Positioned reads, not mappings: a mapping of a file that shrinks kills the process, and is slow on network file systems.
+"""
+
+import os
+import threading
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import Damaged, Failed
+
+Identity = tuple[int, int, int, int, int]
+
+
+def identity(status: os.stat_result) -> Identity:
+    """What tells a file from an edited or replaced one: device, inode, size and both times in ns."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class Sources:
+    """The open files of a job's input folders. Thread-safe; files open on first use and stay open, at most `limit` of them."""
+
+    def __init__(self, folders: tuple[Folder, ...], expected: dict[tuple[int, str], Identity], limit: int = 16):
+        self.folders, self.expected, self.limit = folders, expected, limit
+        self._open: dict[tuple[int, str], tuple[int, Identity]] = {}
+        self._lock = threading.Lock()
+        self._users: dict[tuple[int, str], int] = {}
+
+    def file(self, folder: int, name: str) -> "Handle":
+        """A handle on one input file, for use in a `with` block."""
+        return Handle(self, (folder, name))
+
+    def read_into(self, spec: TensorSpec, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from `offset` on."""
+        with self.file(spec.folder, spec.file) as descriptor:
+            read_exactly(descriptor, buffer, spec.start + offset, f"{spec.file}: {spec.key}")
+
+    def read(self, spec: TensorSpec) -> bytearray:
+        """All bytes of one tensor; for what is small beside the weights."""
+        data = bytearray(spec.nbytes)
+        if data:
+            self.read_into(spec, 0, memoryview(data))
+        return data
+
+    def acquire(self, which: tuple[int, str]) -> int:
+        with self._lock:
+            if which not in self._open:
+                self._make_room()
+                self._open[which] = self._opened(which)
+            self._users[which] = self._users.get(which, 0) + 1
+            return self._open[which][0]
+
+    def release(self, which: tuple[int, str]) -> None:
+        with self._lock:
+            self._users[which] -= 1
+
+    def _opened(self, which: tuple[int, str]) -> tuple[int, Identity]:
+        path = self.folders[which[0]].path(which[1])
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Failed(f"cannot open: {error.strerror}", where=str(path)) from error
+        found = identity(os.fstat(descriptor))
+        if self.expected.setdefault(which, found) != found:
+            os.close(descriptor)
+            raise changed(which[1])
+        return descriptor, found
+
+    def _make_room(self) -> None:
+        idle = [w for w in self._open if not self._users.get(w)]
+        while len(self._open) >= self.limit and idle:
+            self._close(idle.pop(0))
+
+    def _close(self, which: tuple[int, str]) -> None:
+        descriptor, before = self._open.pop(which)
+        after = identity(os.fstat(descriptor))
+        os.close(descriptor)
+        if after != before:
+            raise changed(which[1])
+
+    def close(self) -> None:
+        """Close all; `Failed` if one of them changed while it was open."""
+        problems = []
+        with self._lock:
+            for which in list(self._open):
+                try:
+                    self._close(which)
+                except Failed as error:
+                    problems.append(error)
+        if problems:
+            raise problems[0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            self.close()
+        except Failed:
+            if kind is None:
+                raise
+
+
+class Handle:
+    """Keeps one input file open while a `with` block uses it."""
+
+    def __init__(self, sources: Sources, which: tuple[int, str]):
+        self.sources, self.which = sources, which
+
+    def __enter__(self) -> int:
+        return self.sources.acquire(self.which)
+
+    def __exit__(self, *_) -> None:
+        self.sources.release(self.which)
+
+
+def read_exactly(descriptor: int, buffer: memoryview, position: int, where: str) -> None:
+    """Fill the buffer from `position`, through short reads; `Damaged` at the end of the file, `Failed` on an error."""
+    done = 0
+    while done < len(buffer):
+        try:
+            n = os.preadv(descriptor, [buffer[done:]], position + done)
+        except OSError as error:
+            raise Failed(f"cannot read at byte {position + done}: {error.strerror}", where=where) from error
+        if n == 0:
+            raise Damaged(f"the file ends at byte {position + done}", where=where, do="do not change inputs during a job")
+        done += n
+
+
+def changed(name: str) -> Failed:
+    return Failed(
+        "the file changed between plan and end",
+        expected="inputs that stay as they are",
+        where=name,
+        do="run the job again",
+    )

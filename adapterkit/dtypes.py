@@ -1,0 +1,40 @@
+"""The number formats of safetensors files: names, widths, and what torch calls them.
+
+Header names (`BF16`) are used inside; people type the short ones (`bf16`). torch is imported only when a torch dtype is asked for.
+"""
+
+from adapterkit.errors import Refused
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+FLOATS = ("BF16", "F16", "F32", "F64")  # what arithmetic is done on; the rest is copied, or decoded by a codec
+SHORT = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+CONFIG_NAME = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+_TORCH = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
+    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+
+
+def size(dtype: str, count: int) -> int:
+    """Bytes that `count` elements take; whole bytes only."""
+    return BITS[dtype] * count // 8
+
+
+def parse(name: str) -> str:
+    """The header name of a dtype as people type it: bf16, fp16 or fp32."""
+    if name not in SHORT:
+        raise Refused(f"dtype {name!r}", expected=" or ".join(SHORT), where="--dtype", do="use one of these names")
+    return SHORT[name]
+
+
+def torch_dtype(dtype: str):
+    """torch's dtype for a header name."""
+    import torch
+
+    return getattr(torch, _TORCH[dtype])

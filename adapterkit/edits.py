@@ -1,0 +1,323 @@
+"""Edits: what is done to the rows of one stored tensor, described before any data is read.
+
+A stored tensor is seen as a grid of rows and columns (the last axis, or all axes of one output channel of a convolution). An edit
+names the tensors that it reads; `load` reads them and gives the function that changes a block of rows in place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.kernels import rows as kernel
+from adapterkit.weights.slots import Positions
+
+Apply = Callable[[Tensor, int], None]  # (block of rows, number of its first row): changes the block in place
+
+
+class Inputs(Protocol):
+    """What an edit may read while it loads: small tensors whole, a large one by blocks of rows."""
+
+    dtype: torch.dtype  # float32 in a job, float64 in a check
+    device: torch.device
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        """The whole tensor, in `dtype`, on `device`."""
+        ...
+
+    def blocks(self, source: TensorSpec, grid: tuple[int, int]):
+        """(first row, block of rows in `dtype`) over the whole source."""
+        ...
+
+
+@dataclass
+class Loaded:
+    """An edit that is ready: its function, and the Frobenius norm of what it adds where that is known."""
+
+    apply: Apply
+    delta_norm: float | None = None
+
+
+class Edit(Protocol):
+    """One change to a stored tensor."""
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]: ...
+
+    def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Where one product left @ right lands on the grid: rows [row, row_stop), columns [col, col_stop).
+
+    `row_at` (and `col_at`): for each row of the range the parameter's row that lies there; None: the same, in order from 0.
+    `row_of` (and `col_of`): the rows of the range that are meant, where they are not all of them (interleaved storage).
+    """
+
+    row: int
+    row_stop: int
+    col: int
+    col_stop: int
+    expert: int | None = None
+    row_at: Positions | None = None
+    col_at: Positions | None = None
+    row_of: Positions | None = None
+    col_of: Positions | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One adapter's low-rank addition to one stored tensor: scale * b @ a, cut and turned as the blocks say.
+
+    `flip`: the stored tensor (or the factors' own layout) has the axes swapped, so the addition is (b @ a)ᵀ = aᵀ @ bᵀ.
+    `experts`: a is (experts * r, in) with the expert slowest, b is (out, r * experts) with the expert FASTEST (PEFT's layout).
+    """
+
+    a: TensorSpec
+    b: TensorSpec
+    scale: float
+    rank: int
+    blocks: tuple[Block, ...]
+    flip: bool = False
+    experts: int | None = None
+
+    def products(self, inputs: Inputs):
+        """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
+        a = inputs.tensor(self.a)
+        b = inputs.tensor(self.b)
+        a = a.reshape(a.shape[0], -1)
+        b = b.reshape(b.shape[0], -1)
+        scaled = scaled_to(b, self.scale)
+        for block in self.blocks:
+            right, left = a, scaled
+            if self.experts is not None:
+                right = a.view(self.experts, self.rank, -1)[block.expert]
+                left = scaled.view(-1, self.rank, self.experts)[:, :, block.expert]
+            if self.flip:
+                left, right = right.T, left.T
+            left = placed(left, 0, block.row_at, block.row_of, block.row, block.row_stop)
+            right = placed(right, 1, block.col_at, block.col_of, block.col, block.col_stop)
+            yield block, left.contiguous(), right.contiguous()
+
+
+def scaled_to(factor: Tensor, scale: float) -> Tensor:
+    """scale * factor, rounded once (a power of two is exact)."""
+    return factor if scale == 1.0 else (factor.double() * scale).to(factor.dtype)
+
+
+def placed(factor: Tensor, dim: int, at: Positions | None, of: Positions | None, start: int, stop: int) -> Tensor:
+    """The factor's rows (or columns) in stored order over [start, stop), zero where the stored tensor holds something else."""
+    if at is not None:
+        factor = _taken(factor, dim, at)
+    if of is None:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = stop - start
+    spread = factor.new_zeros(shape)
+    where = torch.as_tensor(list(of), device=factor.device) - start
+    spread.index_copy_(dim, where, factor)
+    return spread
+
+
+def _taken(factor: Tensor, dim: int, at: Positions) -> Tensor:
+    if isinstance(at, range) and at.step == 1:
+        return factor.narrow(dim, at.start, len(at))
+    return factor.index_select(dim, torch.as_tensor(list(at), device=factor.device))
+
+
+@dataclass(frozen=True, slots=True)
+class AddLowRank:
+    """w += Σ scale * b @ a over the terms: one product per block, the terms' factors stacked along the rank."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for term in self.terms for spec in (term.a, term.b))
+
+    def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        stacks: dict[tuple[int, int, int, int], list] = {}
+        for term in self.terms:
+            for block, left, right in term.products(inputs):
+                stacks.setdefault((block.row, block.row_stop, block.col, block.col_stop), []).append((left, right))
+        products = []
+        for place, pairs in sorted(stacks.items(), key=lambda item: item[0]):
+            left = torch.cat([p[0] for p in pairs], 1) if len(pairs) > 1 else pairs[0][0]
+            right = torch.cat([p[1] for p in pairs], 0) if len(pairs) > 1 else pairs[0][1]
+            products.append((place, left, right))
+        norm = sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
+        columns = grid[1]
+
+        def apply(w: Tensor, first: int) -> None:
+            last = first + w.shape[0]
+            for (row, row_stop, col, col_stop), left, right in products:
+                low, high = max(row, first), min(row_stop, last)
+                if low < high:
+                    part = w[low - first : high - first]
+                    if (col, col_stop) != (0, columns):
+                        part = part[:, col:col_stop]
+                    kernel.add_low_rank(part, left[low - row : high - row], right)
+
+        return Loaded(apply, norm)
+
+
+@dataclass(frozen=True, slots=True)
+class AddLikePeft:
+    """One adapter's addition with PEFT's roundings: the product is scaled after the matmul; with `delta_first` it is rounded to
+    the weight's dtype before it is added; the sum is rounded before the next adapter (`merge_and_unload`, safe_merge=False)."""
+
+    term: Term
+    rounded: torch.dtype
+    delta_first: bool
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.term.a, self.term.b)
+
+    def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        scale = self.term.scale
+        unscaled = Term(
+            self.term.a, self.term.b, 1.0, self.term.rank, self.term.blocks, self.term.flip, self.term.experts
+        )
+        products = list(unscaled.products(inputs))
+        norm = abs(scale) * sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
+
+        def apply(w: Tensor, first: int) -> None:
+            last = first + w.shape[0]
+            for block, left, right in products:
+                low, high = max(block.row, first), min(block.row_stop, last)
+                if low < high:
+                    part = w[low - first : high - first, block.col : block.col_stop]
+                    delta = (left[low - block.row : high - block.row] @ right) * scale
+                    part += delta.to(self.rounded).to(w.dtype) if self.delta_first else delta
+            w.copy_(w.to(self.rounded))
+
+        return Loaded(apply, norm)
+
+
+@dataclass(frozen=True, slots=True)
+class Decompose:
+    """DoRA: w = magnitude * w / ‖w‖ per output row of the parameter (arXiv:2402.09353).
+
+    `by_columns`: the parameter's outputs are the grid's columns (an embedding's axis, a transposed layer). Then the norms need
+    every row, so the rows are read once before: `before` are the edits that come first.
+    """
+
+    magnitude: TensorSpec
+    rows: tuple[int, int]  # where the outputs lie on the grid, when they are rows
+    by_columns: bool
+    before: tuple[Edit, ...]
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.magnitude,)
+
+    def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        magnitude = inputs.tensor(self.magnitude).reshape(-1)
+        if not self.by_columns:
+            return Loaded(lambda w, first: self._scale_rows(w, first, magnitude))
+        squares = torch.zeros(grid[1], dtype=torch.float64, device=inputs.device)
+        before = [edit.load(inputs, source, grid) for edit in self.before]
+        for first, w in inputs.blocks(source, grid):
+            for edit in before:
+                edit.apply(w, first)
+            kernel.add_column_squares(w, squares)
+        return Loaded(lambda w, first: kernel.scale_columns(w, magnitude, squares))
+
+    def _scale_rows(self, w: Tensor, first: int, magnitude: Tensor) -> None:
+        row, row_stop = self.rows
+        low, high = max(row, first), min(row_stop, first + w.shape[0])
+        if low < high:
+            kernel.scale_rows(w[low - first : high - first], magnitude[low - row : high - row])
+
+
+@dataclass(frozen=True, slots=True)
+class AddVector:
+    """w += scale * vector, for biases: the grid is (n, 1). `at`: which of the vector's entries lie on rows [row, row_stop)."""
+
+    vector: TensorSpec
+    scale: float
+    row: int
+    row_stop: int
+    at: Positions | None = None
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.vector,)
+
+    def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        vector = scaled_to(inputs.tensor(self.vector).reshape(-1, 1), self.scale)
+        vector = placed(vector, 0, self.at, None, self.row, self.row_stop)
+
+        def apply(w: Tensor, first: int) -> None:
+            low, high = max(self.row, first), min(self.row_stop, first + w.shape[0])
+            if low < high:
+                w[low - first : high - first] += vector[low - self.row : high - self.row]
+
+        return Loaded(apply, float(torch.linalg.vector_norm(vector.double())))
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceRows:
+    """w[indices] = values: trained token rows. `by_columns`: the tokens are the grid's columns."""
+
+    values: TensorSpec
+    indices: tuple[int, ...]
+    by_columns: bool = False
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.values,)
+
+    def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        values = inputs.tensor(self.values)
+        if self.by_columns:
+            where = torch.tensor(self.indices, device=values.device)
+            return Loaded(lambda w, first: _set_columns(w, first, where, values))
+        table = sorted(zip(self.indices, range(len(self.indices)), strict=True))
+
+        def apply(w: Tensor, first: int) -> None:
+            for index, i in table:
+                if first <= index < first + w.shape[0]:
+                    w[index - first] = values[i]
+
+        return Loaded(apply)
+
+
+def _set_columns(w: Tensor, first: int, where: Tensor, values: Tensor) -> None:
+    w[:, where] = values[:, first : first + w.shape[0]].T
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """w[block] = the parameter's trained value there: replaced parameters that are stored in pieces."""
+
+    value: TensorSpec
+    block: Block
+    flip: bool
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.value,)
+
+    def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        block = self.block
+        value = inputs.tensor(self.value)
+        value = value if block.expert is None else value[block.expert]
+        value = value.reshape(value.shape[0], -1)
+        value = value.T if self.flip else value
+        value = value if block.row_at is None else _taken(value, 0, block.row_at)
+        value = value if block.col_at is None else _taken(value, 1, block.col_at)
+        of = torch.as_tensor(list(block.row_of if block.row_of is not None else range(block.row, block.row_stop)))
+        columns = torch.as_tensor(list(block.col_of if block.col_of is not None else range(block.col, block.col_stop)))
+
+        def apply(w: Tensor, first: int) -> None:
+            inside = (of >= first) & (of < first + w.shape[0])
+            if inside.any():
+                w[(of[inside] - first)[:, None].to(w.device), columns.to(w.device)] = value[inside.to(value.device)]
+
+        return Loaded(apply)

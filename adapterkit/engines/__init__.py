@@ -1,0 +1,1 @@
+"""Where a plan's steps run."""

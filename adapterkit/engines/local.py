@@ -1,0 +1,491 @@
+"""The local engine: one machine, threads that read, compute and write chunks, in file order, on CPU or CUDA.
+
+Every output file is cut into pieces: runs of untouched bytes, and chunks of rows of the tensors that change. Workers take the
+pieces in order; each reads into its own reused buffer, computes in float32, rounds once, and writes at the piece's offset. Hashing
+follows in file order while the bytes are still in cache. Chunks are a pure function of the shapes, so the number of workers, and a
+resume in between, change no bit. On CUDA each worker has its own stream, so copies to and from the card and the arithmetic of
+different workers overlap.
+"""
+
+import hashlib
+import itertools
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
+from adapterkit.edits import Loaded
+from adapterkit.errors import AdapterkitError, Failed, Refused, shown
+from adapterkit.plan import Plan, Progress, Shard, ShardResult, Step
+
+ELEMENTS = 1 << 17  # of one chunk: bfloat16, its float32 copy and the factors' part stay in a core's cache
+CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
+RUN = 4 << 20  # bytes of one piece of an untouched run
+PATIENCE = 0.1  # seconds between looks at the stop sign
+SAMPLE = 16  # facts are measured on every 16th chunk of a tensor, the first included
+
+
+def local(device: str = "auto", workers: int | None = None):
+    """An engine on this machine: `device` auto, cpu, cuda or cuda:i; `Refused` where there is no such device."""
+    where = pick_device(device)
+
+    def engine(
+        plan: Plan,
+        shards: list[Shard],
+        stage: Stage,
+        *,
+        hash: bool,
+        finished: Callable[[ShardResult], None],
+        progress: Progress,
+    ) -> None:
+        count = workers or min(8, len(os.sched_getaffinity(0)))
+        with Sources(plan.folders, plan.identities) as sources:
+            for folder in range(len(plan.folders)):
+                names = [step.source.file for s in shards for step in s.steps if step.source.folder == folder]
+                plan.folders[folder].prefetch(list(dict.fromkeys(names)))
+            _Job(shards, stage, sources, where, count, hash, finished, progress).run()
+
+    return engine
+
+
+def pick_device(name: str) -> torch.device:
+    """torch's device for `auto` (CPU: a merge waits for the disk, not for arithmetic), `cpu`, `cuda` or `cuda:i`."""
+    if name in ("auto", "cpu"):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type != "cuda" or count <= (device.index or 0):
+        raise Refused(
+            f"device {name!r}; {count} CUDA devices here", expected="auto, cpu, cuda or cuda:i", where="--device", do="use cpu"
+        )
+    return device
+
+
+@dataclass
+class Inputs:
+    """What edits read while they load."""
+
+    sources: Sources
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        data = self.sources.read(spec)
+        if not data:
+            return torch.empty(spec.shape, dtype=self.dtype, device=self.device)
+        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
+        if not torch.isfinite(stored.sum(dtype=torch.float64)) and not torch.isfinite(stored).all():
+            raise Failed(
+                "values that are not finite (NaN or infinity)",
+                where=f"{spec.file}: {shown(spec.key)}",
+                do="the training run diverged: use an earlier save",
+            )
+        return stored.to(self.device, self.dtype)
+
+    def rows(self, source: TensorSpec, grid: tuple[int, int], first: int, last: int) -> Tensor:
+        """Rows [first, last) of a stored tensor's grid, in `dtype`, on `device`."""
+        width = dtypes.BITS[source.dtype] // 8 * grid[1]
+        data = bytearray((last - first) * width)
+        self.sources.read_into(source, first * width, memoryview(data))
+        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(source.dtype))
+        return stored.view(last - first, grid[1]).to(self.device, self.dtype)
+
+    def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+        for first, last in chunks(grid, self.device):
+            yield first, self.rows(source, grid, first, last)
+
+
+def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
+    """Rows [first, last) of each chunk of a grid: a function of the shape and the kind of device alone."""
+    rows, columns = grid
+    elements = ELEMENTS if device.type == "cpu" else CUDA_ELEMENTS
+    step = max(1, elements // max(columns, 1))
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+@dataclass
+class _Piece:
+    """Some bytes of one output file: a run of untouched bytes (no step), header bytes, or rows [first, last) of a step."""
+
+    shard: "_OpenShard"
+    number: int  # in file order
+    position: int
+    length: int
+    source: TensorSpec | None = None
+    source_start: int = 0
+    data: bytes | None = None
+    step: "_OpenStep | None" = None
+    first: int = 0
+    last: int = 0
+    sampled: bool = False
+
+
+@dataclass
+class _OpenStep:
+    """A step while its chunks are worked on: its edits are loaded by the first worker and freed after the last chunk."""
+
+    step: Step
+    left: int
+    edits: list[Loaded] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    facts: "_Facts" = field(default_factory=lambda: _Facts())
+
+    def load(self, inputs: Inputs) -> list[Loaded]:
+        with self.lock:
+            if self.edits is None:
+                self.edits = [edit.load(inputs, self.step.source, self.step.grid) for edit in self.step.edits]
+                norms = [e.delta_norm for e in self.edits if e.delta_norm is not None]
+                self.facts.delta = math.hypot(*norms) if norms else None
+            return self.edits
+
+
+@dataclass
+class _Facts:
+    """What is measured of one changed tensor."""
+
+    delta: float | None = None
+    squares: list[float] = field(default_factory=list)  # per chunk, Σ of the written values squared
+    sampled: int = 0
+    changed: int = 0  # of the sampled elements, how many differ from the base's
+    lost: list[float] = field(default_factory=list)  # per sampled chunk, Σ (rounded - exact)²
+    moved: list[float] = field(default_factory=list)  # per sampled chunk, Σ (exact - base)²
+
+    def result(self, step: Step) -> dict:
+        # fsum is exact, so the order in which the workers came does not show
+        norm, lost, moved = math.sqrt(math.fsum(self.squares)), math.fsum(self.lost), math.fsum(self.moved)
+        facts: dict = {"adapters": list(step.adapters)} if step.adapters else {}
+        if self.delta is not None and norm:
+            facts["delta"] = _short(self.delta / norm)
+        if self.sampled:
+            facts["changed"] = _short(self.changed / self.sampled)
+            facts["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
+        return facts
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+class _OpenShard:
+    """An output file in the making: its pieces, its hash in file order, what is left to do."""
+
+    def __init__(self, shard: Shard, stage: Stage, hashed: bool):
+        self.shard = shard
+        self.file = ShardFile(stage.path, shard.file, shard.layout.size)
+        self.digest = hashlib.sha256() if hashed else None
+        self.steps: list[_OpenStep] = []
+        self.lock = threading.Lock()
+        self.waiting: dict[int, tuple[memoryview, Callable[[], None]]] = {}
+        self.next, self.hashing, self.left = 0, False, 0
+        self.marks: dict[str, str] = {}
+        self.ends = [(t.key, start + t.nbytes) for t, start in zip(shard.layout.tensors, shard.layout.starts, strict=True)]
+        self.hashed_to = 0
+        self.flushed = 0
+
+    def pieces(self, device: torch.device) -> Iterator[_Piece]:
+        """The file's pieces in order; neighbouring untouched tensors of one input file are one run."""
+        number = itertools.count()
+        header = self.shard.layout.header
+        yield _Piece(self, next(number), 0, len(header), data=header)
+        run: list | None = None
+        for step, at in zip(self.shard.steps, self.shard.layout.starts, strict=True):
+            source = step.source
+            if step.copied:
+                joins = run and run[0].file == source.file and run[0].folder == source.folder and run[2] == source.start
+                if joins and run and run[1] + run[2] - run[3] == at:
+                    run[2] = source.stop
+                    continue
+                yield from self._run(run, number)
+                run = [source, at, source.stop, source.start]
+                continue
+            yield from self._run(run, number)
+            run = None
+            yield from self._chunks(step, at, number, device)
+        yield from self._run(run, number)
+
+    def _run(self, run: list | None, number) -> Iterator[_Piece]:
+        if run is None:
+            return
+        source, at, stop, start = run
+        for offset in range(0, stop - start, RUN):
+            length = min(RUN, stop - start - offset)
+            yield _Piece(self, next(number), at + offset, length, source=source, source_start=start + offset)
+
+    def _chunks(self, step: Step, at: int, number, device: torch.device) -> Iterator[_Piece]:
+        cut = chunks(step.grid, device)
+        open_step = _OpenStep(step, len(cut))
+        self.steps.append(open_step)
+        width = dtypes.BITS[step.dtype] // 8 * step.grid[1]
+        for i, (first, last) in enumerate(cut):
+            piece = _Piece(self, next(number), at + first * width, (last - first) * width)
+            piece.step, piece.first, piece.last, piece.sampled = open_step, first, last, i % SAMPLE == 0
+            yield piece
+
+    def hash(self, number: int, view: memoryview, release: Callable[[], None]) -> None:
+        """Feed a piece's bytes to the hash in file order; `release` gives the buffer back once they are through."""
+        if self.digest is None:
+            release()
+            return
+        with self.lock:
+            self.waiting[number] = (view, release)
+            if self.hashing:
+                return
+            self.hashing = True
+        while True:
+            with self.lock:
+                ready = self.waiting.pop(self.next, None)
+                if ready is None:
+                    self.hashing = False
+                    return
+                self.next += 1
+            self._feed(ready[0])
+            ready[1]()
+
+    def _feed(self, view: memoryview) -> None:
+        if self.digest is None:
+            return
+        done = 0
+        while self.ends and self.ends[0][1] <= self.hashed_to + len(view):
+            key, end = self.ends.pop(0)
+            self.digest.update(view[done : end - self.hashed_to])
+            done = end - self.hashed_to
+            self.marks[key] = self.digest.copy().hexdigest()[:16]
+        self.digest.update(view[done:])
+        self.hashed_to += len(view)
+
+    def result(self) -> ShardResult:
+        facts = {s.step.key: s.facts.result(s.step) for s in self.steps if s.step.edits}
+        self._feed(memoryview(b""))  # tensors without bytes at the end
+        sha = self.digest.hexdigest() if self.digest else None
+        return ShardResult(self.shard.file, self.shard.layout.size, sha, self.marks, facts)
+
+
+class _Buffer:
+    """Reusable memory that grows to the largest piece it has held."""
+
+    def __init__(self):
+        self.memory = bytearray()
+
+    def sized(self, size: int) -> memoryview:
+        if len(self.memory) < size:
+            self.memory = bytearray(size)
+        return memoryview(self.memory)
+
+
+class _Buffers:
+    """A few buffers per worker bound the memory. A worker takes one BEFORE its piece, so that the piece that the hash waits for
+    always has one: the other way round, later pieces could hold them all and wait for it."""
+
+    def __init__(self, count: int):
+        self.free: queue.Queue[_Buffer] = queue.Queue()
+        for _ in range(count):
+            self.free.put(_Buffer())
+
+    def take(self, stopped: threading.Event) -> _Buffer | None:
+        while not stopped.is_set():
+            try:
+                return self.free.get(timeout=PATIENCE)
+            except queue.Empty:
+                continue
+        return None
+
+    def give(self, buffer: _Buffer) -> None:
+        self.free.put(buffer)
+
+
+class _Job:
+    """One run over some shards: the pieces in order, workers that take them, files finished behind them."""
+
+    def __init__(self, shards, stage, sources, device, workers, hashed, finished, progress):
+        self.shards, self.stage, self.sources, self.device = shards, stage, sources, device
+        self.workers, self.hashed, self.finished, self.progress = workers, hashed, finished, progress
+        self.inputs = Inputs(sources, device)
+        self.buffers = _Buffers(4 * workers)
+        self.stop = threading.Event()
+        self.problem: BaseException | None = None
+        self.open: list[_OpenShard] = []
+        self.lock = threading.Lock()
+        self.finisher = ThreadPoolExecutor(1, "finish")
+        self.finishing: list[Future] = []
+
+    def run(self) -> None:
+        pieces = self._pieces()
+        before = torch.get_num_threads()
+        threads = [threading.Thread(target=self._work, args=(pieces,), daemon=True) for _ in range(self.workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():  # a join without a limit would hold back Ctrl-C
+                    thread.join(PATIENCE)
+            for future in self.finishing:
+                future.result()
+        except BaseException as error:
+            self.problem = self.problem or error
+        finally:
+            self.stop.set()
+            for thread in threads:
+                thread.join()
+            self.finisher.shutdown(wait=self.problem is None, cancel_futures=True)
+            torch.set_num_threads(before)
+        for shard in self.open:
+            shard.file.abandon()
+        if self.problem is not None:
+            raise self.problem
+
+    def _pieces(self) -> Iterator[_Piece]:
+        for shard in self.shards:
+            opened = _OpenShard(shard, self.stage, self.hashed)
+            self.open.append(opened)
+            pieces = list(opened.pieces(self.device))
+            opened.left = len(pieces)
+            yield from pieces
+
+    def _work(self, pieces: Iterator[_Piece]) -> None:
+        torch.set_num_threads(1)  # this thread's; the workers are the parallelism
+        stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
+        scratch: dict = {}
+        try:
+            with stream, torch.inference_mode():
+                while (buffer := self.buffers.take(self.stop)) is not None:
+                    with self.lock:
+                        piece = next(pieces, None)
+                    if piece is None:
+                        self.buffers.give(buffer)
+                        return
+                    self._do(piece, buffer, scratch)
+        except BaseException as error:
+            with self.lock:
+                self.problem = self.problem or self._explained(error)
+            self.stop.set()
+
+    def _explained(self, error: BaseException) -> BaseException:
+        if isinstance(error, AdapterkitError) or not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return error
+        return Failed(f"out of memory: {shown(error)}", do="free some memory, or give --device cpu, then --resume")
+
+    def _do(self, piece: _Piece, buffer: _Buffer, scratch: dict) -> None:
+        shard = piece.shard
+        if piece.data is not None:
+            shard.file.write(piece.data, 0)
+            shard.hash(piece.number, memoryview(piece.data), lambda: self.buffers.give(buffer))
+        elif piece.step is None:
+            self._copy(piece, buffer)
+        else:
+            self._compute(piece, buffer, scratch)
+        self.progress(piece.length)
+        with self.lock:
+            shard.left -= 1
+            last = shard.left == 0
+            start, shard.flushed = shard.flushed, max(shard.flushed, piece.position // FLUSH * FLUSH)
+            if last:
+                self.finishing.append(self.finisher.submit(self._finish, shard))
+        if not last and shard.flushed > start:
+            shard.file.start_writeback(start, shard.flushed - start)
+
+    def _copy(self, piece: _Piece, buffer: _Buffer) -> None:
+        source = piece.source
+        assert source is not None
+        shard = piece.shard
+        with self.sources.file(source.folder, source.file) as descriptor:
+            inside = shard.file.copy_from(descriptor, piece.source_start, piece.position, piece.length)
+        if inside and shard.digest is None:
+            self.buffers.give(buffer)
+            return
+        view = buffer.sized(piece.length)[: piece.length]
+        self.sources.read_into(source, piece.source_start - source.start, view)
+        if not inside:
+            shard.file.write(view, piece.position)
+        shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
+
+    def _compute(self, piece: _Piece, buffer: _Buffer, scratch: dict) -> None:
+        open_step = piece.step
+        assert open_step is not None
+        step, columns = open_step.step, open_step.step.grid[1]
+        shape = (piece.last - piece.first, columns)
+        count = shape[0] * columns
+        bits = dtypes.BITS[step.source.dtype]
+        width = bits // 8 * columns
+        view = buffer.sized(max(count * bits // 8, piece.length))
+        self.sources.read_into(step.source, piece.first * width, view[: shape[0] * width])
+        stored = torch.frombuffer(view, dtype=dtypes.torch_dtype(step.source.dtype), count=count).view(shape)
+        outgoing = torch.frombuffer(view, dtype=dtypes.torch_dtype(step.dtype), count=count).view(shape)
+        edits = open_step.load(self.inputs)
+        w = self._float(stored, scratch)
+        sample = w.clone() if piece.sampled and step.edits else None
+        for edit in edits:
+            edit.apply(w, piece.first)
+        flat = w.view(-1)
+        squares = float(torch.dot(flat, flat))
+        outgoing.copy_(w)
+        self._check_finite(squares, outgoing, step, w)
+        self._measure(open_step, squares, sample, w, outgoing)
+        piece.shard.file.write(view[: piece.length], piece.position)
+        piece.shard.hash(piece.number, view[: piece.length], lambda: self.buffers.give(buffer))
+
+    def _float(self, stored: Tensor, scratch: dict) -> Tensor:
+        """The chunk in float32 on the device, in this worker's own scratch memory."""
+        dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        count = stored.numel()
+        if scratch.get(dtype) is None or scratch[dtype].numel() < count:
+            scratch[dtype] = torch.empty(count, dtype=dtype, device=self.device)
+        w = scratch[dtype][:count].view(stored.shape)
+        return w.copy_(stored)
+
+    def _check_finite(self, squares: float, outgoing: Tensor, step: Step, w: Tensor) -> None:
+        limit = torch.finfo(outgoing.dtype).max
+        if squares <= limit * limit:  # then no element is above the limit; false for NaN
+            return
+        if bool(torch.isfinite(outgoing).all()):
+            return
+        what = "overflows" if bool(torch.isfinite(w).all()) else "is not finite (NaN or infinity)"
+        raise Failed(
+            f"the merged value of {shown(step.key)} {what} in {step.dtype}",
+            expected="finite values",
+            where=f"{step.source.file}: {shown(step.key)}",
+            do="give --dtype bf16 or fp32, or a smaller weight" if what == "overflows" else "check the base and the adapters",
+        )
+
+    def _measure(self, open_step: _OpenStep, squares: float, sample: Tensor | None, w: Tensor, outgoing: Tensor) -> None:
+        facts = open_step.facts
+        if sample is not None:
+            rounded = outgoing.to(w.device, w.dtype)
+            moved = float((w - sample).square_().sum(dtype=torch.float64))
+            lost = float((w - rounded).square_().sum(dtype=torch.float64))
+            changed = int((rounded != sample).sum())
+        with open_step.lock:
+            facts.squares.append(squares)
+            if sample is not None:
+                facts.sampled += sample.numel()
+                facts.changed += changed
+                facts.moved.append(moved)
+                facts.lost.append(lost)
+            open_step.left -= 1
+            if open_step.left == 0:
+                open_step.edits = None
+
+    def _finish(self, shard: _OpenShard) -> None:
+        if self.stop.is_set():
+            return
+        try:
+            shard.file.finish()
+            self.open.remove(shard)
+            self.finished(shard.result())
+        except BaseException as error:
+            self.problem = self.problem or error
+            self.stop.set()
+            raise

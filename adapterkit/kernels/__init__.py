@@ -1,0 +1,1 @@
+"""Pure tensor mathematics: no file, name, config, device policy or logging."""

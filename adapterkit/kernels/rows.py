@@ -1,0 +1,52 @@
+"""What merging does to rows of a weight: low-rank additions, weight decomposition, and one rounding at the end.
+
+All functions work on a block of whole rows `w (n, cols)`, in place, in the dtype of `w` (float32 in a merge, float64 in a check):
+each row's result depends on that row alone, so any way of cutting a weight into blocks gives the same numbers.
+"""
+
+import torch
+from torch import Tensor
+
+
+def add_low_rank(
+    w: Tensor,  # (n, cols), changed in place
+    left: Tensor,  # (n, r), the scale folded in
+    right: Tensor,  # (r, cols)
+) -> None:
+    """w += left @ right."""
+    w.addmm_(left, right)
+
+
+def scale_rows(
+    w: Tensor,  # (n, cols), changed in place
+    magnitude: Tensor,  # (n,)
+) -> None:
+    """w = magnitude * w / ‖w‖, the norm over each row (DoRA, arXiv:2402.09353, eq. 5); norms in float64."""
+    norm = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+    w.mul_((magnitude.double() / norm).to(w.dtype)[:, None])
+
+
+def add_column_squares(
+    w: Tensor,  # (n, cols)
+    total: Tensor,  # (cols,) float64, changed in place
+) -> None:
+    """total += Σ_rows w², for norms over the other axis."""
+    total.add_(torch.linalg.vector_norm(w, dim=0, dtype=torch.float64).square_())
+
+
+def scale_columns(
+    w: Tensor,  # (n, cols), changed in place
+    magnitude: Tensor,  # (cols,)
+    squares: Tensor,  # (cols,) float64, Σ w² over all rows of the weight
+) -> None:
+    """w = magnitude * w / ‖w‖, the norm over each column of the whole weight."""
+    w.mul_((magnitude.double() / squares.sqrt()).to(w.dtype))
+
+
+def low_rank_norm(
+    left: Tensor,  # (n, r)
+    right: Tensor,  # (r, cols)
+) -> float:
+    """‖left @ right‖_F = sqrt(tr(leftᵀ·left · right·rightᵀ)), without forming the product; float64."""
+    left, right = left.double(), right.double()
+    return float(torch.sum((left.T @ left) * (right @ right.T)).clamp_min(0).sqrt())

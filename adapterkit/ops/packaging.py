@@ -1,0 +1,145 @@
+"""What an output folder holds besides weights: config, tokenizer, custom code, generation config, index, model card."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from adapterkit import __version__
+from adapterkit.adapter import Adapter
+from adapterkit.checkpoint import layout
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.checkpoint.writer import RECEIPT
+from adapterkit.errors import Refused
+from adapterkit.plan import CopyFile, Shard
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".tflite", ".ot", ".npz")
+NOT_COPIED = {RECEIPT, "README.md", "config.json", "adapter_config.json", "training_args.bin"}
+TOKENIZER = re.compile(
+    r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.(spm|tiktoken)"
+    r"|spiece\.model|sentencepiece.*\.model|chat_template.*)"
+)
+
+
+def files_of_output(
+    base: Checkpoint,
+    adapters: list[Adapter],
+    weights: list[float],
+    config: dict[str, Any],
+    shards: tuple[Shard, ...],
+    tokenizer: str | None,
+    notes: list[str],
+) -> dict[str, bytes | CopyFile]:
+    """Every file of the output besides its shards and its receipt, in the order of writing: what makes a folder loadable last."""
+    files: dict[str, bytes | CopyFile] = {}
+    for name in base.files:
+        if not name.endswith((*WEIGHTS, ".index.json")) and name not in NOT_COPIED:
+            files[name] = CopyFile(0, name)
+    files |= _tokenizer(base, adapters, tokenizer, notes)
+    files["README.md"] = model_card(base, adapters, weights).encode()
+    if base.index is not None or len(shards) > 1:
+        name = base.index_name or "model.safetensors.index.json"
+        if len(shards) > 1 or base.index is not None and shards[0].file in base.shards:
+            files[name] = layout.index([s.layout for s in shards], base.index)
+    if "config.json" in base.files:
+        unchanged = config == base.config
+        files["config.json"] = CopyFile(0, "config.json") if unchanged else _json(config)
+    return files
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _tokenizer(
+    base: Checkpoint, adapters: list[Adapter], choice: str | None, notes: list[str]
+) -> dict[str, bytes | CopyFile]:
+    """The tokenizer saved beside an adapter, if there is one: training may have added tokens to it."""
+    if choice == "base":
+        return {}
+    found = {a.number: {n for n in a.folder.files() if "/" not in n and TOKENIZER.fullmatch(n)} for a in adapters}
+    found = {number: names for number, names in found.items() if names}
+    if choice == "adapter" and not found:
+        raise Refused("no tokenizer beside any adapter", where="--tokenizer adapter", do="leave --tokenizer out")
+    if not found:
+        return {}
+    first = next(iter(found))
+    for number, names in found.items():
+        if number != first and _contents(adapters[number - 1], names) != _contents(adapters[first - 1], found[first]):
+            raise Refused(
+                f"{adapters[first - 1].name} and {adapters[number - 1].name} have different tokenizers",
+                expected="one tokenizer",
+                where="adapters",
+                do="give --tokenizer base, and copy the one you want afterwards",
+            )
+    notes.append(f"tokenizer: from {adapters[first - 1].name}")
+    return {name: CopyFile(first, name) for name in sorted(found[first])}
+
+
+def _contents(adapter: Adapter, names: set[str]) -> dict[str, bytes]:
+    files = adapter.folder.files()
+    return {name: adapter.folder.read(name, 0, files[name]) for name in names}
+
+
+def model_card(base: Checkpoint, adapters: list[Adapter], weights: list[float]) -> str:
+    """A README.md with the Hub's metadata for a merged model; nothing from the inputs is interpreted, names are quoted as JSON."""
+    ids = [_id(base.folder)] + [_id(a.folder) for a in adapters]
+    header = ["---", "base_model:", *(f"- {json.dumps(i)}" for i in ids), "base_model_relation: merge"]
+    header += _kept(base) + ["library_name: transformers", "tags:", "- merge", "- lora", "- adapterkit", "---"]
+    rows = [
+        f"| {_cell(_id(a.folder))} | {w:g} | {len(a.loras)} | {a.config.get('r', '')} |"
+        for a, w in zip(adapters, weights, strict=True)
+    ]
+    body = [
+        "",
+        f"# {_cell(ids[0])} merged with {', '.join(_cell(i) for i in ids[1:])}",
+        "",
+        f"Made by adapterkit {__version__} from the files: W' = round(W + Σ weight · scale · b @ a), each weight rounded once.",
+        f"What was done to each tensor, and the hash of every file, stands in `{RECEIPT}`; `adapterkit verify .` checks it.",
+        "",
+        f"Base: {_cell(ids[0])}",
+        "",
+        "| adapter | weight | modules | r |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join(header + body)
+
+
+def _id(folder: Folder) -> str:
+    return str(folder.origin.get("repo") or folder.name)
+
+
+def _cell(text: str) -> str:
+    return "".join(c if c.isalnum() or c in " ._-/" else " " for c in text)
+
+
+def _kept(base: Checkpoint) -> list[str]:
+    """The licence, language and pipeline of the base's card: they hold for the merged model too."""
+    if "README.md" not in base.files:
+        return []
+    text = base.folder.read("README.md", 0, min(base.files["README.md"], 65536)).decode("utf-8", "replace")
+    front = text.split("---")[1] if text.startswith("---") and text.count("---") >= 2 else ""
+    found = re.findall(r"^(license|license_name|license_link|pipeline_tag|language): *([\w .:/\-]+)$", front, re.MULTILINE)
+    return [f"{key}: {json.dumps(value.strip())}" for key, value in found]
+
+
+def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
+    """`Refused` when the output is an input, inside one, around one, or a link to one."""
+    final = out.resolve()
+    if out.is_symlink():
+        raise Refused("the output is a link", expected="a new folder", where=str(out), do="choose another --out")
+    for folder in folders:
+        if not isinstance(folder, LocalFolder):
+            continue
+        root = folder.root.resolve()
+        if final == root or root in final.parents or final in root.parents:
+            raise Refused(
+                f"the output {final.name} is, holds, or lies inside the input {folder.name}",
+                expected="an output apart from the inputs",
+                where="--out",
+                do="choose another --out",
+            )

@@ -1,0 +1,202 @@
+"""verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled rows are recomputed in float64."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.folder import LocalFolder, inside
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.spec import read_header, read_json
+from adapterkit.checkpoint.writer import RECEIPT
+from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
+from adapterkit.plan import RECEIPT_VERSION, Plan, Progress, Step
+
+BLOCK = 4 << 20
+ROWS = 3  # of every changed tensor: the first, the last, one between
+SLACK = 2.0**-12  # of a unit in the last place: what float32 arithmetic may move a value across a rounding boundary
+
+
+def verify(
+    folder: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    adapters: Iterable[str | os.PathLike] = (),
+    progress: Progress = lambda done: None,
+) -> dict[str, Any]:
+    """Check the folder's files against its receipt; with `base` and `adapters`, sampled rows against the inputs too.
+
+    Returns counts of what was checked. Raises `Damaged` naming each file, and in it the first tensor, whose bytes are not what was
+    written, and `Refused` where there is no receipt or the inputs are not those of the receipt.
+    """
+    path = Path(folder)
+    receipt = read_receipt(path)
+    adapters = list(adapters)
+    if bool(base) != bool(adapters):
+        raise Refused("base or adapters alone", expected="both, or neither", where="--base, --adapter", do="give both")
+    result = check_files(path, receipt, progress)
+    plan = _plan_again(receipt, base, adapters) if base else None
+    return result | (check_rows(path, plan) if plan else {"rows": 0, "tensors": 0})
+
+
+def verify_against(folder: Path, plan: Plan) -> dict[str, Any]:
+    """What `merge --verify` does at its end: hashes, keys, and sampled rows."""
+    return check_files(folder, read_receipt(folder)) | check_rows(folder, plan)
+
+
+def read_receipt(folder: Path) -> dict[str, Any]:
+    """The receipt of an output folder."""
+    if not (folder / RECEIPT).is_file():
+        raise Refused(
+            f"no {RECEIPT}",
+            expected="an output of adapterkit, finished",
+            where=str(folder),
+            do="run the job again (with --resume if it was interrupted)",
+        )
+    receipt = read_json(LocalFolder(folder), RECEIPT)
+    if receipt.get("adapterkit") != RECEIPT_VERSION:
+        raise Refused(f"a receipt of version {shown(receipt.get('adapterkit'))}", expected=str(RECEIPT_VERSION), where=RECEIPT)
+    return receipt
+
+
+def check_files(folder: Path, receipt: dict, progress: Progress = lambda done: None) -> dict[str, Any]:
+    """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and no other weights."""
+    errors: list[AdapterkitError] = []
+    total = 0
+    for name, facts in receipt["files"].items():
+        path = folder / inside(name, RECEIPT)
+        size = path.stat().st_size if path.is_file() else None
+        if size != facts["size"]:
+            found = "no such file" if size is None else f"{size} bytes"
+            errors.append(Damaged(found, expected=f"{facts['size']} bytes", where=name, do="run the merge again"))
+            continue
+        error = _check_hash(path, name, facts, receipt, progress)
+        if error is not None:
+            errors.append(error)
+        total += size
+    here = {p.name for p in folder.glob("*.safetensors")} - set(receipt["files"])
+    for name in sorted(here):
+        errors.append(Damaged("weights that the receipt does not list", where=shown(name), do="remove the file"))
+    refuse_all(errors)
+    return {"files": len(receipt["files"]), "bytes": total, "hash": receipt["hash"]}
+
+
+def _check_hash(path: Path, name: str, facts: dict, receipt: dict, progress: Progress) -> AdapterkitError | None:
+    """Hash a file once; the marks at the tensors' ends tell the first damaged one."""
+    marks = receipt["keys"].get(name)
+    if facts["sha256"] is None:
+        return None if marks is None else _check_header(path.parent, name, None)
+    ends: list[tuple[int, str]] = []
+    whole = _check_header(path.parent, name, marks) if marks is not None else None
+    if marks is not None and whole is None:
+        header = read_header(LocalFolder(path.parent), name)
+        ends = [(spec.stop, spec.key) for spec in header.tensors]
+    digest, at = hashlib.sha256(), 0
+    first: str | None = None
+    with path.open("rb") as file:
+        for stop, key in [*ends, (facts["size"], "")]:
+            while at < stop:
+                block = file.read(min(BLOCK, stop - at))
+                if not block:
+                    return Damaged(f"the file ends at byte {at}", where=name, do="run the merge again")
+                digest.update(block)
+                at += len(block)
+                progress(len(block))
+            if first is None and key and marks and digest.copy().hexdigest()[:16] != marks.get(key):
+                first = key
+    if digest.hexdigest() == facts["sha256"]:
+        return whole
+    where = f"{name}: {shown(first)}" if first else f"{name}: its header" if marks is not None else name
+    return Damaged("bytes that are not those that were written", expected="the receipt's sha256", where=where, do="run it again")
+
+
+def _check_header(folder: Path, name: str, marks: dict | None) -> AdapterkitError | None:
+    try:
+        header = read_header(LocalFolder(folder), name)
+    except AdapterkitError as error:
+        return error
+    keys = {spec.key for spec in header.tensors}
+    if marks is not None and keys != set(marks):
+        odd = sorted(keys ^ set(marks))
+        return Damaged(f"keys {', '.join(map(shown, odd[:4]))}", expected="the receipt's keys", where=name, do="run it again")
+    return None
+
+
+def _plan_again(receipt: dict, base: str | os.PathLike | None, adapters: list) -> Plan:
+    """The plan that made the output, from the receipt's options and inputs that are the same."""
+    from adapterkit.ops.merge import Options, plan_merge
+    from adapterkit.ops.sources import open_source, weighted
+
+    assert base is not None
+    options = dict(receipt["recipe"]["options"])
+    weights = options.pop("weights")
+    sources = [weighted(a) for a in adapters]
+    if len(sources) != len(weights):
+        raise Refused(f"{len(sources)} adapters", expected=str(len(weights)), where="--adapter", do="give all, in order")
+    pairs = [(open_source(source), weight) for (source, _), weight in zip(sources, weights, strict=True)]
+    plan = plan_merge(open_source(base), pairs, Options(**options))
+    errors: list[AdapterkitError] = []
+    for number, entry in enumerate(receipt["recipe"]["inputs"]):
+        for name, said in entry["files"].items():
+            if plan.headers.get((number, name)) != said["header"]:
+                found = f"{shown(name)} of {plan.folders[number].name} is not the file of the merge"
+                errors.append(Refused(found, expected="the same inputs", where=RECEIPT, do="give the inputs of the merge"))
+    refuse_all(errors)
+    return plan
+
+
+def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
+    """Sampled rows of every changed tensor, recomputed from the inputs in float64: each value must be the rounded one, or its
+    neighbour where the exact value lies on the boundary between them."""
+    import torch
+
+    from adapterkit.checkpoint.reader import Sources
+    from adapterkit.engines.local import Inputs
+
+    errors: list[AdapterkitError] = []
+    rows = tensors = 0
+    out = LocalFolder(folder)
+    specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
+    with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written, torch.inference_mode():
+        inputs = Inputs(sources, torch.device("cpu"), torch.float64)
+        stored = Inputs(written, torch.device("cpu"), torch.float64)
+        for shard in plan.shards:
+            for step in shard.steps:
+                if not step.edits or not math.prod(step.shape):
+                    continue
+                count, wrong = _wrong_rows(step, specs[step.key], inputs, stored)
+                rows, tensors = rows + count, tensors + 1
+                if wrong is not None:
+                    errors.append(Damaged(wrong, expected="W + Σ weight·scale·b@a, rounded", where=shown(step.key)))
+    refuse_all(errors)
+    return {"rows": rows, "tensors": tensors}
+
+
+def _wrong_rows(step: Step, spec: TensorSpec, inputs: Any, stored: Any) -> tuple[int, str | None]:
+    import torch
+
+    from adapterkit import dtypes
+
+    grid = step.grid
+    edits = [edit.load(inputs, step.source, grid) for edit in step.edits]
+    sample = sorted({0, grid[0] // 2, grid[0] - 1})[:ROWS]
+    dtype = dtypes.torch_dtype(step.dtype)
+    for row in sample:
+        exact = inputs.rows(step.source, grid, row, row + 1)
+        for edit in edits:
+            edit.apply(exact, row)
+        found = stored.rows(spec, grid, row, row + 1)
+        rounded = exact.to(dtype).double()
+        wrong = found != rounded
+        if bool(wrong.any()):
+            # off by one unit is right where float32 arithmetic and float64 fall on two sides of a boundary
+            unit = torch.maximum((found - rounded).abs(), torch.full_like(found, torch.finfo(dtype).tiny))
+            middle = (found + rounded) / 2
+            scale = exact.abs().amax() * 2.0**-20 + unit * SLACK
+            bad = wrong & ((exact - middle).abs() > scale)
+            if bool(bad.any()):
+                i = int(bad.flatten().nonzero()[0])
+                return len(sample), f"row {row}, column {i}: {float(found.flatten()[i])!r}, not {float(rounded.flatten()[i])!r}"
+    return len(sample), None

@@ -1,0 +1,333 @@
+"""Plan before data: what every output tensor is made of, and the only executor.
+
+A `Plan` says for each output file its exact bytes' layout, and for each tensor its `Step`: the stored tensor its rows start from
+and the edits they go through. Everything that can be refused has been refused when a plan exists. `run` carries it out.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from adapterkit import __version__
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import ShardLayout
+from adapterkit.checkpoint.reader import Identity, identity
+from adapterkit.checkpoint.writer import RECEIPT, Stage, free_bytes
+from adapterkit.edits import Edit
+from adapterkit.errors import AdapterkitError, Interrupted, Refused
+
+RECEIPT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One output tensor: its rows start from `source` and go through `edits`, in float32, rounded once to `dtype`."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorSpec
+    edits: tuple[Edit, ...] = ()
+    rows: int = 0  # the grid's rows when there are edits
+    adapters: tuple[str, ...] = ()  # whose parts go in
+
+    @property
+    def copied(self) -> bool:
+        """Whether the output's bytes are the source's."""
+        return not self.edits and self.dtype == self.source.dtype
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        count = math.prod(self.shape)
+        if not self.edits:
+            return count, 1
+        return self.rows, count // self.rows if self.rows else 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and the steps of its tensors, in file order."""
+
+    layout: ShardLayout
+    steps: tuple[Step, ...]
+
+    @property
+    def file(self) -> str:
+        return self.layout.file
+
+
+@dataclass(frozen=True)
+class CopyFile:
+    """A file of an input folder that goes into the output as it is."""
+
+    folder: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a verb will do, complete: inputs, output files, and what the receipt will say of it."""
+
+    verb: str
+    options: dict[str, Any]
+    folders: tuple[Folder, ...]
+    headers: dict[tuple[int, str], str]  # (folder, file) -> sha256 of its header
+    identities: dict[tuple[int, str], Identity]  # of the local ones: what tells a file from an edited one
+    shards: tuple[Shard, ...]
+    files: dict[str, bytes | CopyFile]  # index, config, tokenizer, card: written after the shards
+    facts: dict[str, Any] = field(default_factory=dict)  # for the receipt: what was decided while planning
+    notes: tuple[str, ...] = ()
+
+    def recipe(self) -> dict[str, Any]:
+        """What makes two plans the same: version, verb, options, inputs and output layout."""
+        inputs: list[dict] = [{"name": f.name, **f.origin, "files": {}} for f in self.folders]
+        for (folder, name), sha in sorted(self.headers.items()):
+            inputs[folder]["files"][name] = {"header": sha}
+        for (folder, name), who in self.identities.items():
+            inputs[folder]["files"][name]["identity"] = list(who)
+        layout = hashlib.sha256()
+        for shard in self.shards:
+            layout.update(shard.file.encode() + shard.layout.header)
+        return {
+            "version": __version__,
+            "verb": self.verb,
+            "options": self.options,
+            "inputs": inputs,
+            "layout": layout.hexdigest(),
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """Sizes that a dry run prints: tensors and bytes, exact."""
+        steps = [(step, stored) for shard in self.shards for step, stored in zip(shard.steps, shard.layout.tensors, strict=True)]
+        changed = [(step, stored) for step, stored in steps if not step.copied]
+        small = sum(len(f) if isinstance(f, bytes) else self.folders[f.folder].files()[f.name] for f in self.files.values())
+        factors = sum({s: s.nbytes for step, _ in changed for e in step.edits for s in e.reads}.values())
+        written = sum(shard.layout.size for shard in self.shards) + small
+        largest = max((sum(s.nbytes for e in step.edits for s in e.reads) for step, _ in changed), default=0)
+        return {
+            "shards": len(self.shards),
+            "tensors": len(steps),
+            "tensors_changed": len(changed),
+            "bytes_copied": sum(stored.nbytes for step, stored in steps if step.copied),
+            "bytes_changed": sum(stored.nbytes for _, stored in changed),
+            "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
+            "bytes_written": written,
+            "disk_needed": written,
+            "memory_peak": 64_000_000 + 4 * largest,  # buffers, and a step's factors in float32
+        }
+
+
+def identities(folders: tuple[Folder, ...], names: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Identity]:
+    """Device, inode, size and times of the inputs' local files, to be taken when their headers are read."""
+    local = [(folder, name) for folder, name in names if isinstance(folders[folder], LocalFolder)]
+    return {(folder, name): identity(os.stat(folders[folder].path(name))) for folder, name in local}
+
+
+def digest(recipe: dict) -> str:
+    """The fingerprint of a job: the sha256 of its recipe."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+class Progress(Protocol):
+    """Called with the bytes just done; `expect`, where there is one, with the bytes to come."""
+
+    def __call__(self, done: int, /) -> None: ...
+
+
+@dataclass
+class ShardResult:
+    """What writing one shard gave: its hash, the hash of its bytes up to each tensor's end, and measured facts."""
+
+    file: str
+    size: int
+    sha256: str | None
+    marks: dict[str, str]  # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
+    facts: dict[str, dict]
+
+
+class Engine(Protocol):
+    """Where steps run. `finished` is called with each shard's result, once its bytes are durable under its name."""
+
+    def __call__(
+        self,
+        plan: Plan,
+        shards: list[Shard],
+        stage: Stage,
+        *,
+        hash: bool,
+        finished: Callable[[ShardResult], None],
+        progress: Progress,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a job did; `data` is the content of `adapterkit.json`."""
+
+    out: Path
+    data: dict[str, Any]
+    finished_before: bool = False
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    engine: Engine,
+    *,
+    hash: str = "sha256",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt:
+    """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands under a final name.
+
+    Raises `Refused` before anything is written (output in the way, another plan's unfinished run, too little space) and `Failed`
+    or `Interrupted` after; then `resume=True` goes on with what is done.
+    """
+    began = time.monotonic()
+    stage = Stage(out)
+    recipe = plan.recipe()
+    fingerprint = digest(recipe)
+    state = stage.check_output(fingerprint, resume=resume, overwrite=overwrite)
+    if state == "finished":
+        receipt = _finished(out, fingerprint, recipe)
+        stage.discard()
+        return receipt
+    stage.open(fresh=state == "fresh")
+    try:
+        done = _done_before(stage, plan, {"fingerprint": fingerprint, "recipe": recipe, "overwrite": overwrite})
+        todo = [shard for shard in plan.shards if shard.file not in done]
+        _check_space(plan, todo, stage)
+        getattr(progress, "expect", lambda total: None)(sum(shard.layout.size for shard in plan.shards))
+        for shard in plan.shards:
+            if shard.file in done:
+                progress(shard.layout.size)
+
+        def finished(result: ShardResult) -> None:
+            done[result.file] = result
+            stage.note({"shard": vars(result)})
+
+        engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
+        sums = _write_files(plan, stage, hash == "sha256")
+        receipt = _receipt(plan, recipe, fingerprint, done, sums, hash, time.monotonic() - began)
+        stage.write_file(RECEIPT, (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode())
+        stage.publish([shard.file for shard in plan.shards])
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; finished shards are kept", where=str(out), do="run the same command with --resume") from None
+    finally:
+        stage.close()
+    return Receipt(out, receipt)
+
+
+def _finished(out: Path, fingerprint: str, recipe: dict) -> Receipt:
+    data = json.loads((out / RECEIPT).read_text())
+    if data.get("fingerprint") != fingerprint:
+        raise Refused(
+            f"a finished output of another job ({_difference(data.get('recipe', {}), _public(recipe))} differs)",
+            expected="the job that --resume goes on with",
+            where=str(out),
+            do="choose another --out, or give --overwrite",
+        )
+    return Receipt(out, data, finished_before=True)
+
+
+def _done_before(stage: Stage, plan: Plan, head: dict) -> dict[str, ShardResult]:
+    entries = stage.journal()
+    if not entries:
+        stage.note(head)
+        return {}
+    if entries[0].get("fingerprint") != head["fingerprint"]:
+        raise Refused(
+            f"an interrupted run of another job: {_difference(entries[0].get('recipe', {}), head['recipe'])} differs",
+            expected="the same inputs, options and version",
+            where=str(stage.control),
+            do="give the options of that run, or --overwrite to begin again",
+        )
+    sizes = {shard.file: shard.layout.size for shard in plan.shards}
+    done = {}
+    for entry in entries[1:]:
+        result = ShardResult(**entry["shard"])
+        path = stage.path / result.file
+        if path.exists() and path.stat().st_size == sizes.get(result.file):
+            done[result.file] = result
+    return done
+
+
+def _difference(before: dict, now: dict, path: str = "") -> str:
+    """The first place where two recipes differ, as a dotted path."""
+    for key in sorted(set(before) | set(now), key=str):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            return _difference(old, new, here)
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            pairs = [(dict(enumerate(old)), dict(enumerate(new)))]
+            return _difference(*pairs[0], here)
+        return here
+    return "something"
+
+
+def _check_space(plan: Plan, todo: list[Shard], stage: Stage) -> None:
+    needed = sum(shard.layout.size for shard in todo) + (1 << 20)
+    free = free_bytes(stage.path)
+    if needed > free:
+        raise Refused(
+            f"{free:,} bytes free",
+            expected=f"{needed:,} bytes",
+            where=str(stage.path.parent),
+            do="free some space, or choose an --out on another disk",
+        )
+
+
+def _write_files(plan: Plan, stage: Stage, hashed: bool) -> dict[str, dict]:
+    sums = {}
+    for name, content in plan.files.items():
+        if isinstance(content, CopyFile):
+            folder = plan.folders[content.folder]
+            content = folder.read(content.name, 0, folder.files()[content.name])
+        stage.write_file(name, content)
+        sums[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest() if hashed else None}
+    return sums
+
+
+def _public(recipe: dict) -> dict:
+    """The recipe without device and inode numbers: of use to a resume, not to a reader."""
+    recipe = json.loads(json.dumps(recipe))
+    for entry in recipe["inputs"]:
+        for file in entry["files"].values():
+            file.pop("identity", None)
+    return recipe
+
+
+def _receipt(
+    plan: Plan, recipe: dict, fingerprint: str, done: dict[str, ShardResult], sums: dict, hash: str, seconds: float
+) -> dict[str, Any]:
+    shards = [done[shard.file] for shard in plan.shards]
+    size = sum(shard.size for shard in shards)
+    return {
+        "adapterkit": RECEIPT_VERSION,
+        "fingerprint": fingerprint,
+        "recipe": _public(recipe),
+        "hash": hash,
+        "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
+        "keys": {s.file: s.marks for s in shards},
+        "totals": plan.totals(),
+        **plan.facts,
+        "parameters": {key: fact for s in shards for key, fact in s.facts.items()},
+        "notes": list(plan.notes),
+        "timings": {"seconds": round(seconds, 3), "bytes_per_second": round(size / seconds) if seconds else None},
+    }
+
+
+__all__ = [
+    "AdapterkitError", "CopyFile", "Engine", "Plan", "Progress", "Receipt", "Shard", "ShardResult", "Step", "run",
+]  # fmt: skip

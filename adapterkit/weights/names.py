@@ -1,0 +1,283 @@
+"""Parameters of the loaded model and the stored tensors that hold them.
+
+An adapter names modules of the loaded model; a checkpoint's keys can differ (renames, experts stored one by one, fused
+projections). Most often they are the same, and then nothing is imported. Where they may not be, the model is built on the meta
+device, without data, and transformers' own conversion tables say which stored tensors make which parameter.
+"""
+
+import importlib.util
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.weights.slots import Slot, Symbol, identity_slot
+
+HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the loaded model: its shape, where it is stored, and which other names share it."""
+
+    name: str
+    shape: tuple[int, ...]
+    slots: tuple[Slot, ...]
+    tied: tuple[str, ...] = ()  # other parameters of the model that are this one
+
+
+def plain_names(config: dict) -> bool:
+    """Whether transformers' sources prove that this model's keys are its parameters' names and no layer is transposed.
+
+    Two files are read as text, not imported: the conversion tables, which would have to name the model type or the
+    architecture, and the model's own code, which would have to name `Conv1D` (GPT-2's transposed linear layer).
+    """
+    types = set(_model_types(config))
+    home = _transformers_home()
+    if not types or home is None:
+        return False
+    table = home / "conversion_mapping.py"
+    text = table.read_text() if table.exists() else ""
+    names = types | set(map(str, config.get("architectures") or ()))
+    if not text or any(f'"{name}"' in text for name in names):
+        return False
+    for kind in types:
+        code = sorted((home / "models" / kind.replace("-", "_")).glob("modeling_*.py"))
+        if not code or any("Conv1D" in file.read_text() for file in code):
+            return False
+    return True
+
+
+def _transformers_home() -> Path | None:
+    found = importlib.util.find_spec("transformers")  # does not import it
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def _model_types(config: dict) -> list[str]:
+    found = [config["model_type"]] if isinstance(config.get("model_type"), str) else []
+    for value in config.values():
+        if isinstance(value, dict) and "model_type" in value:
+            found += _model_types(value)
+    return found
+
+
+@dataclass
+class Names:
+    """Looks up the parameters of the model that a checkpoint is loaded as.
+
+    `wanted` are the parameters that an adapter speaks of and `task` what it was trained for: together they tell which class of
+    the architecture's family the adapter's names belong to (a base saved without a head is often trained with one).
+    """
+
+    base: Checkpoint
+    wanted: tuple[str, ...] = ()
+    task: str | None = None
+    trained_class: str | None = None  # auto_mapping's class name, looked up in transformers and nowhere else
+    careful: bool = False  # build the model even if all names match directly: ties and orientations matter
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def model(self) -> "Skeleton | None":
+        """The model without data, or None where direct names are proof enough or transformers does not know it."""
+        keys = self.base.tensors
+        direct = all(name in keys for name in self.wanted)
+        if direct and not self.careful and plain_names(self.base.config):
+            return None
+        return self._skeleton()
+
+    def _skeleton(self) -> "Skeleton | None":
+        config = self.base.config
+        if not config.get("model_type"):
+            return None
+        best, problem = None, None
+        for class_name in self._candidates():
+            try:
+                model = Skeleton(self.base, class_name)
+            except AdapterkitError as error:
+                problem = problem or error
+                continue
+            known = sum(name in model.parameters for name in self.wanted)
+            if best is None or known > best[0]:
+                best = (known, model)
+            if known == len(self.wanted):
+                break
+        if best is None and problem is not None:
+            self.notes.append(str(problem))
+        return best[1] if best else None
+
+    def _candidates(self) -> list[str]:
+        names = [str(a) for a in self.base.config.get("architectures") or ()]
+        names += [self.trained_class] if self.trained_class else []
+        names += [HEADS[self.task]] if self.task in HEADS else []
+        return list(dict.fromkeys([*names, "AutoModel"]))
+
+    def parameter(self, name: str) -> Parameter | None:
+        """The parameter of that name, or None. A stored key of exactly that name counts as one."""
+        if self.model is not None and name in self.model.parameters:
+            return self.model.parameters[name]
+        spec = self.base.tensors.get(name)
+        if spec is not None:
+            return Parameter(name, spec.shape, (identity_slot(name, spec.shape),))
+        return None
+
+    def layer(self, module: str) -> str | None:
+        """The class name of a module ('Linear', 'Conv1D', ...), or None where the model was not built."""
+        return self.model.layer(module) if self.model is not None else None
+
+    def children(self, module: str) -> list[str] | None:
+        """Names of a module's own parameters in the order of its code, or None where the model was not built."""
+        return self.model.children(module) if self.model is not None else None
+
+
+class Skeleton:
+    """A model of transformers on the meta device, and the slots of each of its parameters."""
+
+    def __init__(self, base: Checkpoint, class_name: str):
+        self.base, self.class_name = base, class_name
+        self.model = _meta_model(base, class_name)
+        self.parameters = self._find_parameters()
+
+    def layer(self, module: str) -> str | None:
+        try:
+            return type(self.model.get_submodule(module)).__name__
+        except AttributeError:
+            return None
+
+    def children(self, module: str) -> list[str] | None:
+        try:
+            found = self.model.get_submodule(module)
+        except AttributeError:
+            return None
+        return [name for name, _ in found.named_parameters(recurse=False)]
+
+    def groups(self, module: str) -> int:
+        """A convolution's groups; 1 for any other module."""
+        try:
+            return int(getattr(self.model.get_submodule(module), "groups", 1))
+        except AttributeError:
+            return 1
+
+    def _find_parameters(self) -> dict[str, Parameter]:
+        state = self.model.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        slots = self._slots(state)
+        tied = self._tied()
+        found: dict[str, Parameter] = {}
+        for name, shape in shapes.items():
+            held, others = slots.get(name), tied.get(name, ())
+            if held is None:  # a tied parameter that is not stored itself is where its twin is
+                held = next((slots[other] for other in others if other in slots), None)
+            if held is not None:
+                found[name] = Parameter(name, _stored_shape(shape, held), held, others)
+        return found
+
+    def _tied(self) -> dict[str, tuple[str, ...]]:
+        """Names that share one parameter, each with the others of its group."""
+        pairs = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        groups: dict[str, set[str]] = {}
+        for a, b in pairs.items():
+            group = groups.get(a, {a}) | groups.get(b, {b})
+            for name in group:
+                groups[name] = group
+        return {name: tuple(sorted(group - {name})) for name, group in groups.items()}
+
+    def _slots(self, state: dict) -> dict[str, tuple[Slot, ...]]:
+        """Slots of every parameter, by running the loader's renames and conversions on symbols."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+        converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        prefix = self.model.base_model_prefix
+        found: dict[str, tuple[Slot, ...]] = {}
+        running: dict[str, WeightConverter] = {}
+        for key in sorted(self.base.tensors, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], prefix, state)
+            if name not in state:
+                continue  # a key that the loader leaves alone too: passed through
+            shape = self.base.tensors[key].shape
+            if pattern is None:
+                found[name] = (identity_slot(key, shape),)
+            else:
+                converter = running.setdefault(name, deepcopy(by_pattern[pattern]))
+                converter.add_tensor(name, key, pattern, Symbol.of(key, shape))
+        for first, converter in running.items():
+            for name, symbol in self._converted(first, converter).items():
+                symbol = symbol[0] if isinstance(symbol, list) else symbol
+                if name in state:
+                    found[name] = symbol.slots
+        return found
+
+    def _converted(self, name: str, converter) -> dict:
+        try:
+            return converter.convert(name, model=self.model, config=self.model.config)
+        except AdapterkitError as error:
+            operations = ", ".join(type(op).__name__ for op in converter.operations)
+            raise Refused(
+                f"{shown(name)} is stored through {operations}: {error.found}",
+                expected="conversions that move elements along axes",
+                where=self.base.name,
+                do="save the model once with transformers (from_pretrained, save_pretrained) and use that as the base",
+            ) from error
+
+
+def _stored_shape(shape: tuple[int, ...], slots: tuple[Slot, ...]) -> tuple[int, ...]:
+    """The parameter's true shape: a checkpoint may hold another vocabulary than the config says."""
+    if len(slots) == 1 and slots[0].whole:
+        return tuple(len(axis.of) for axis in slots[0].axes)
+    return shape
+
+
+def _meta_model(base: Checkpoint, class_name: str):
+    import logging
+
+    import torch
+    import transformers
+    from transformers.utils import logging as their_logging
+
+    config = _config(base)
+    cls = getattr(transformers, class_name, None)
+    if cls is None or not isinstance(cls, type):
+        raise Refused(f"{shown(class_name)} is no class of transformers {transformers.__version__}", where=base.name)
+    before = their_logging.get_verbosity()
+    their_logging.set_verbosity(logging.ERROR)
+    try:
+        with torch.device("meta"):
+            model = cls.from_config(config) if class_name.startswith("AutoModel") else cls(config)
+    except Exception as error:  # any model's code may fail on a config it does not like
+        raise Refused(
+            f"transformers cannot build {shown(class_name)}: {shown(error)}", where=base.name, do="update transformers"
+        ) from error
+    finally:
+        their_logging.set_verbosity(before)
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise Refused(f"{shown(class_name)} is no model", where=base.name)
+    return model
+
+
+def _config(base: Checkpoint):
+    from transformers import AutoConfig
+
+    values = {k: v for k, v in base.config.items() if k != "auto_map"}
+    kind = values.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except Exception as error:
+        raise Refused(
+            f"model_type {shown(kind)!r} is not known to transformers: {shown(error)}",
+            where=f"{base.name}/config.json",
+            do="update transformers; names that equal the stored keys work without it",
+        ) from error
