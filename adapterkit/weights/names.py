@@ -6,6 +6,9 @@ device, without data, and transformers' own conversion tables say which stored t
 """
 
 import importlib.util
+import json
+import re
+import tempfile
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +16,7 @@ from pathlib import Path
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.weights.slots import Slot, Symbol, identity_slot
+from adapterkit.weights.slots import Axis, Slot, Symbol, identity_slot
 
 HEADS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -121,13 +124,19 @@ class Names:
         return list(dict.fromkeys([*names, "AutoModel"]))
 
     def parameter(self, name: str) -> Parameter | None:
-        """The parameter of that name, or None. A stored key of exactly that name counts as one."""
-        if self.model is not None and name in self.model.parameters:
-            return self.model.parameters[name]
+        """The parameter of that name, or None. A stored key of exactly that name counts as one.
+
+        `Refused` where the parameter is stored through a conversion that does more than move elements.
+        """
+        if self.model is not None:
+            if name in self.model.unreadable:
+                raise self.model.unreadable[name]
+            if name in self.model.parameters:
+                return self.model.parameters[name]
         spec = self.base.tensors.get(name)
         if spec is not None:
             return Parameter(name, spec.shape, (identity_slot(name, spec.shape),))
-        return None
+        return self.model.by_old_name(name) if self.model is not None else None
 
     def layer(self, module: str) -> str | None:
         """The class name of a module ('Linear', 'Conv1D', ...), or None where the model was not built."""
@@ -144,7 +153,44 @@ class Skeleton:
     def __init__(self, base: Checkpoint, class_name: str):
         self.base, self.class_name = base, class_name
         self.model = _meta_model(base, class_name)
+        self.renamings, self.converters = _conversions(self.model)
+        self.unreadable: dict[str, AdapterkitError] = {}  # parameters whose conversion is more than a move of elements
         self.parameters = self._find_parameters()
+
+    def by_old_name(self, name: str) -> Parameter | None:
+        """The parameter that a file's or an older transformers' name means, or None.
+
+        The loader's renames say which; one expert's matrix of a stack is found as a stack of one.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        state = self.model.state_dict()
+        new, pattern = rename_source_key(name, self.renamings, self.converters, self.model.base_model_prefix, state)
+        if new == name or new not in self.parameters:
+            return None
+        return self.parameters[new] if pattern is None else self._expert(name, new, pattern)
+
+    def _expert(self, name: str, stack_name: str, pattern: str) -> Parameter | None:
+        """The matrix `name` (of experts.3.up_proj, say) in the stack that the loader would put it into."""
+        stack = self.parameters[stack_name]
+        number = re.search(pattern.replace("*", r"(\d+)"), name)
+        if len(stack.shape) != 3 or number is None or len(stack.slots) != 1 or not stack.slots[0].whole:
+            return None
+        converter = deepcopy(next(c for c in self.converters if pattern in c.source_patterns))
+        rows = stack.shape[1] // len(converter.source_patterns)
+        for other in converter.source_patterns:
+            for expert in range(stack.shape[0]):
+                text = other.replace("*", str(expert)).replace("\\", "")
+                key = name.replace(number[0], text)
+                converter.add_tensor(stack_name, key, other, Symbol.of(key, (rows, stack.shape[2])))
+        symbol = self._converted(stack_name, converter)[stack_name]
+        symbol = symbol[0] if isinstance(symbol, list) else symbol
+        held = next((slot for slot in symbol.slots if slot.key == name), None)
+        if held is None or tuple(symbol.shape) != stack.shape:
+            return None
+        axes = tuple(Axis(0, i, range(axis.at, axis.stop)) for i, axis in enumerate(held.axes))
+        slot = Slot(stack.slots[0].key, stack.shape, axes)
+        return Parameter(name, tuple(len(axis.of) for axis in axes), (slot,))
 
     def layer(self, module: str) -> str | None:
         try:
@@ -192,12 +238,9 @@ class Skeleton:
 
     def _slots(self, state: dict) -> dict[str, tuple[Slot, ...]]:
         """Slots of every parameter, by running the loader's renames and conversions on symbols."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
-        converters = [t for t in mapping if isinstance(t, WeightConverter)]
+        renamings, converters = self.renamings, self.converters
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         prefix = self.model.base_model_prefix
         found: dict[str, tuple[Slot, ...]] = {}
@@ -215,7 +258,12 @@ class Skeleton:
                 converter = running.setdefault(name, deepcopy(by_pattern[pattern]))
                 converter.add_tensor(name, key, pattern, Symbol.of(key, shape))
         for first, converter in running.items():
-            for name, symbol in self._converted(first, converter).items():
+            try:
+                converted = self._converted(first, converter)
+            except AdapterkitError as error:
+                self.unreadable[first] = error
+                continue
+            for name, symbol in converted.items():
                 symbol = symbol[0] if isinstance(symbol, list) else symbol
                 if name in state:
                     found[name] = symbol.slots
@@ -232,6 +280,16 @@ class Skeleton:
                 where=self.base.name,
                 do="save the model once with transformers (from_pretrained, save_pretrained) and use that as the base",
             ) from error
+
+
+def _conversions(model) -> tuple[list, list]:
+    """The loader's renames and conversions for a model, in its order."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+    return renamings, [t for t in mapping if isinstance(t, WeightConverter)]
 
 
 def _stored_shape(shape: tuple[int, ...], slots: tuple[Slot, ...]) -> tuple[int, ...]:
@@ -269,15 +327,17 @@ def _meta_model(base: Checkpoint, class_name: str):
 
 
 def _config(base: Checkpoint):
+    """transformers' config object, from the base's config.json without its pointers to custom code."""
     from transformers import AutoConfig
 
-    values = {k: v for k, v in base.config.items() if k != "auto_map"}
-    kind = values.pop("model_type", None)
+    plain = {k: v for k, v in base.config.items() if k != "auto_map"}
     try:
-        return AutoConfig.for_model(kind, **values)
-    except Exception as error:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(plain))
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # an unknown type, or values that its class refuses
         raise Refused(
-            f"model_type {shown(kind)!r} is not known to transformers: {shown(error)}",
+            f"transformers cannot read the config of model_type {shown(plain.get('model_type'))!r}: {shown(error)}",
             where=f"{base.name}/config.json",
             do="update transformers; names that equal the stored keys work without it",
         ) from error

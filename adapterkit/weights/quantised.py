@@ -1,39 +1,65 @@
 """Telling a quantised checkpoint from a plain one, by its config and by the scale tensors beside its weights."""
 
+from typing import Any
+
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, shown
 
+SAID = ("quantization_config", "compression_config", "quantization")  # transformers, older compressed-tensors, MLX
 SIBLINGS = {
     ".absmax": "bitsandbytes 4-bit",
     ".SCB": "bitsandbytes int8",
     ".weight_scale_inv": "block fp8",
     ".weight_scale": "compressed-tensors or fp8",
+    ".weight_scales": "EETQ",
     ".weight_packed": "compressed-tensors packed",
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
-    "_blocks": "MXFP4",
+    ".W_q": "HQQ",
+    ".codebooks": "AQLM",
+    ".weight._data": "Quanto",
     "._weight_qdata": "torchao",
     ":qdata": "torchao",
 }
+PAIRS = {"_blocks": ("_scales", "MXFP4")}  # a common ending, telling only beside its fellow
 PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
 
 
 def check_not_quantised(base: Checkpoint) -> None:
     """`Refused` when the checkpoint's weights are packed or scaled: adding a delta to their bytes would be silently wrong."""
-    said = base.config.get("quantization_config")
-    method = said.get("quant_method", "unnamed method") if isinstance(said, dict) else None
-    by_key = next(((k, v) for k in base.tensors for suffix, v in SIBLINGS.items() if k.endswith(suffix)), None)
-    packed = next((s for s in base.tensors.values() if s.dtype in PACKED), None)
-    if method is None and by_key is None and packed is None:
+    found = _by_config(base.config) or next(filter(None, map(_by_key(base), base.tensors)), None) or _by_dtype(base)
+    if found is None:
         return
-    found = f"quantization_config ({shown(method)})" if method else ""
-    if not found and by_key:
-        found = f"{shown(by_key[0])} ({by_key[1]})"
-    if not found and packed:
-        found = f"{shown(packed.key)} in {packed.dtype}"
     raise Refused(
         f"a quantised base: {found}",
         expected="bf16, fp16 or fp32 weights",
         where=base.name,
         do="merge into the 16-bit model it was made from, or dequantise it first",
     )
+
+
+def _by_config(config: dict) -> str | None:
+    """What a config says of quantisation, its sub-configs' included (a text model inside a vision model)."""
+    for key in SAID:
+        said: Any = config.get(key)
+        if said is not None and said is not False:
+            method = said.get("quant_method", "unnamed method") if isinstance(said, dict) else said
+            return f"{key} ({shown(method)})"
+    subs = (value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))
+    return next(filter(None, map(_by_config, subs)), None)
+
+
+def _by_key(base: Checkpoint):
+    def told(key: str) -> str | None:
+        kind = next((kind for ending, kind in SIBLINGS.items() if key.endswith(ending)), None)
+        for ending, (fellow, name) in PAIRS.items():
+            if key.endswith(ending) and key.removesuffix(ending) + fellow in base.tensors:
+                kind = name
+        return f"{shown(key)} ({kind})" if kind else None
+
+    return told
+
+
+def _by_dtype(base: Checkpoint) -> str | None:
+    packed = next((spec for spec in base.tensors.values() if spec.dtype in PACKED), None)
+    return f"{shown(packed.key)} in {packed.dtype}" if packed else None
