@@ -12,6 +12,7 @@ from functools import cached_property
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import read_header, read_json
+from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher
 
@@ -37,7 +38,11 @@ OTHER_ARITHMETIC = {
     "megatron_config": "Megatron layers are laid out in another way",
 }
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # inits that subtract from, or quantise, the base
-UNCHANGED_BASE = ("gaussian", "eva", "mica", "orthogonal", "default", "true")
+UNCHANGED_BASE = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
+FLAGS = ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
+TEXTS = ("task_type", "peft_version", "bias")
+LISTS = ("modules_to_save", "target_parameters")
+MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,10 @@ def read_adapter(folder: Folder, number: int = 1) -> Adapter:
     header = read_header(folder, WEIGHTS, number)
     tensors = {spec.key: spec for spec in header.tensors}
     parts = _sorted_out(tensors, errors, f"{folder.name}/{WEIGHTS}")
+    refuse_all(errors)
     tokens = _tokens(parts, config, errors, folder.name)
     loras = _loras(parts, errors, folder.name)
+    errors += _promises(parts, config, folder.name)
     refuse_all(errors)
     return Adapter(folder, number, config, loras, parts.replaced, tokens, tensors, header.sha256)
 
@@ -171,12 +178,23 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
                     do="remove it from the config if it does not change the weights",
                 )
             )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and not init.lower().startswith(CHANGED_BASE + UNCHANGED_BASE):
+    init = config.get("init_lora_weights")
+    name = init.lower() if isinstance(init, str) else ""
+    if not (init is None or type(init) is bool or name in UNCHANGED_BASE or name.startswith(CHANGED_BASE)):
         wrong("init_lora_weights", "true, false, or one of " + ", ".join(CHANGED_BASE + UNCHANGED_BASE))
-    for key in ("r", "lora_alpha"):
-        if key in config and not _number(config[key], whole=key == "r"):
+    for key in ("r", "lora_alpha"):  # PEFT always writes both: a default here would be a guess at the scale
+        if not _number(config.get(key), whole=key == "r"):
             wrong(key, "a whole number above 0" if key == "r" else "a finite number")
+    for key in FLAGS:
+        if not isinstance(config.get(key), bool | None):
+            wrong(key, "true or false")
+    for key in TEXTS:
+        if not isinstance(config.get(key), str | None):
+            wrong(key, "a text")
+    for key in LISTS:
+        value = config.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
+            wrong(key, "a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
         table = config.get(key) or {}
         if not isinstance(table, dict) or not all(_number(v, whole=key == "rank_pattern") for v in table.values()):
@@ -185,8 +203,9 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     if replication is not None and not (
         isinstance(replication, list)
         and all(isinstance(p, list) and len(p) == 2 and all(type(x) is int and x >= 0 for x in p) for p in replication)
+        and sum(max(0, end - start) for start, end in replication) <= MOST_LAYERS
     ):
-        wrong("layer_replication", "pairs [start, end)")
+        wrong("layer_replication", f"pairs [start, end) of at most {MOST_LAYERS:,} layers")
     return errors
 
 
@@ -220,9 +239,10 @@ NOT_READ = re.compile(r"\.(lora_\w+|ranknum|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|v
 
 def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str) -> _Parts:
     parts = _Parts()
+    names = {key: _unwrapped(key) for key in tensors}
+    plain = set(names.values())
     for key, spec in tensors.items():
-        name = key.removeprefix(PREFIX)
-        name = name.replace("._orig_mod.", ".").removeprefix("_orig_mod.").removeprefix("module.")
+        name = names[key]
         role = next(((m[1], what) for pattern, what in ROLES if (m := pattern.match(name))), None)
         if role is not None:
             at = _module_and_depth(role[0])
@@ -238,13 +258,28 @@ def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], w
             found = f"key {shown(key)}"
             errors.append(Refused(found, expected="keys of a LoRA adapter", where=where, do="it is another kind of adapter"))
         else:
-            name = re.sub(r"\.modules_to_save(\.\w+)?(?=\.\w+$)", "", name).replace(".base_layer.", ".")
+            name = _trained_copy(name, plain).replace(".base_layer.", ".")
             known = parts.replaced.get(name)
             if known is not None and ".modules_to_save." not in key and ".modules_to_save." not in known.key:
                 errors.append(_two_names(key, known.key, where))
             if known is None or ".modules_to_save." in known.key:
                 parts.replaced[name] = spec
     return parts
+
+
+def _unwrapped(key: str) -> str:
+    """A key without what PEFT, torch.compile and data parallelism put around the model."""
+    name = key.removeprefix(PREFIX).replace("._orig_mod.", ".")
+    return name.removeprefix("_orig_mod.").removeprefix("module.")
+
+
+def _trained_copy(name: str, plain: set[str]) -> str:
+    """The parameter meant by `module.modules_to_save[.<adapter>].<rest>`; bias="all" saves it so beside the plain name."""
+    module, wrapper, rest = name.partition(".modules_to_save.")
+    without_adapter = rest.partition(".")[2]
+    if not wrapper:
+        return name
+    return f"{module}.{rest}" if not without_adapter or f"{module}.{rest}" in plain else f"{module}.{without_adapter}"
 
 
 def _two_names(key: str, other: str, where: str) -> Refused:
@@ -273,12 +308,62 @@ def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lor
             errors.append(Refused(found, expected="matrices", where=name, do="gather the shards before saving (ZeRO-3, FSDP)"))
             continue
         for spec in (a, b, role.get("magnitude"), role.get("bias")):
-            if spec is not None and spec.dtype not in ("F32", "F16", "BF16", "F64"):
+            if spec is not None and spec.dtype not in FLOATS:
                 found = f"{shown(spec.key)} is {spec.dtype}"
                 errors.append(Refused(found, expected="F32, F16, BF16 or F64", where=name, do="save it as floats"))
         kind = "embedding" if embedding else "module"
         loras.append(Lora(module, kind, a, b, role.get("magnitude"), role.get("bias"), depth))
     return tuple(loras)
+
+
+# What PEFT saves unasked: the embeddings, when their size changed or they were adapted (save_embedding_layers="auto")
+EMBEDDINGS = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|lm_head|shared|output|output_layer|decoder)\.(?:weight|bias)$")
+# PEFT adds both names to modules_to_save for a classifier; a model has one of them
+CLASSIFIERS = {"classifier", "score"}
+
+
+def _promises(parts: _Parts, config: dict, name: str) -> list[AdapterkitError]:
+    """Where the config promises what the file does not hold, or the file holds what the config does not speak of."""
+    errors: list[AdapterkitError] = []
+
+    def wrong(found: str, expected: str, do: str = "restore the config that was saved with the file") -> None:
+        errors.append(Refused(found, expected=expected, where=name, do=do))
+
+    for key, role, what in [("use_dora", "magnitude", "magnitudes"), ("lora_bias", "bias", "biases of b")]:
+        lacking = [module for (module, _), roles in parts.roles.items() if role not in roles]
+        if config.get(key) and lacking:
+            found = f"{key}, but none for {', '.join(map(shown, lacking[:6]))}"
+            wrong(found, f"{what} for every module", "save the adapter again")
+        if not config.get(key) and len(lacking) < len(parts.roles):
+            wrong(f"{what} in the file, {key} = {config.get(key)}", f"{key} true, or no such tensors")
+    saved = config.get("modules_to_save") or []
+    missing = {m for m in saved if not any(f"{m}." in parameter for parameter in parts.replaced)}
+    if CLASSIFIERS & set(saved) - missing:
+        missing -= CLASSIFIERS
+    for module in sorted(missing):
+        wrong(
+            f"modules_to_save names {shown(module)}, and the file holds nothing of it",
+            "its trained weights",
+            "save the adapter again, or take the name out of the config if the model has no such module",
+        )
+    for parameter, spec in parts.replaced.items():
+        if spec.dtype not in FLOATS and spec.shape:
+            wrong(f"{shown(spec.key)} is {spec.dtype}", "F32, F16, BF16 or F64", "save it as floats")
+        if not _spoken_of(parameter, spec.key, config):
+            wrong(
+                f"{shown(spec.key)} would replace {shown(parameter)}, of which the config does not speak",
+                "factors, or what modules_to_save, bias or a changed vocabulary account for",
+                "name its module in modules_to_save of the config if it was trained, or remove it from the file",
+            )
+    return errors
+
+
+def _spoken_of(parameter: str, key: str, config: dict) -> bool:
+    if ".modules_to_save." in key or ".base_layer." in key or EMBEDDINGS.search(parameter):
+        return True
+    if "bias" in parameter.rpartition(".")[2] and config.get("bias", "none") != "none":
+        return True
+    return any(f"{module}." in parameter for module in config.get("modules_to_save") or [])
 
 
 def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: str) -> tuple[Tokens, ...]:
@@ -289,16 +374,27 @@ def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: st
             errors.append(Refused("trainable_token_indices, but no trained rows in the file", where=where))
         return ()
     found = []
+    for name_asked in asked if isinstance(asked, dict) else ():
+        if not any(module == name_asked or module.endswith("." + name_asked) for module in parts.tokens):
+            errors.append(
+                Refused(
+                    f"trainable_token_indices of {shown(name_asked)}, and the file holds none of its rows",
+                    expected="its trained rows",
+                    where=where,
+                    do="save the adapter again",
+                )
+            )
     for module, spec in sorted(parts.tokens.items()):
         indices = asked
         if isinstance(asked, dict):
             ends = [v for k, v in asked.items() if module == k or module.endswith("." + k)]
             indices = ends[0] if len(ends) == 1 else None
-        good = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices)
-        if not good or len(set(indices)) != len(indices) or len(indices) != spec.shape[0]:
+        good = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices) and spec.dtype in FLOATS
+        if not good or len(set(indices)) != len(indices) or spec.shape[:1] != (len(indices),):
             errors.append(
                 Refused(
-                    f"{spec.shape[0]} trained rows of {shown(module)}, trainable_token_indices {shown(repr(indices))}",
+                    f"trained rows {spec.dtype} {spec.shape} of {shown(module)}, "
+                    f"trainable_token_indices {shown(repr(indices))}",
                     expected="one different row index for each trained row, in order",
                     where=where,
                     do="restore the config that was saved with the file",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ class Commands(click.Group):
     """Errors of ours become messages and exit status 1; usage errors are click's, status 2; anything else is a bug."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, _interrupt)
+        _on_signals(_interrupt)
         try:
             return super().invoke(ctx)
         except AdapterkitError as error:
@@ -29,15 +30,27 @@ class Commands(click.Group):
             os._exit(1)
 
 
+def _on_signals(handler: Callable) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
 def _interrupt(*_: Any) -> None:
+    _on_signals(_leave)
     raise KeyboardInterrupt
+
+
+def _leave(*_: Any) -> None:
+    """The second signal: at once, whatever the first one is still waiting for."""
+    os.write(2, b"Error: stopped at once\n  what to do: run the same command with --resume\n")
+    os._exit(1)
 
 
 def _fail(error: AdapterkitError) -> None:
     text = f"Error: {error}"
     if isinstance(error, Interrupted) and error.do:
         words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
-        text += f"\n  adapterkit {' '.join(words)} --resume"
+        text += f"\n  adapterkit {shlex.join(words)} --resume"
     click.echo(text, err=True)
     sys.stdout.flush()
     sys.stderr.flush()

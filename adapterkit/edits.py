@@ -4,7 +4,7 @@ A stored tensor is seen as a grid of rows and columns (the last axis, or all axe
 names the tensors that it reads; `load` reads them and gives the function that changes a block of rows in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,7 +28,7 @@ class Inputs(Protocol):
         """The whole tensor, in `dtype`, on `device`."""
         ...
 
-    def blocks(self, source: TensorSpec, grid: tuple[int, int]):
+    def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         """(first row, block of rows in `dtype`) over the whole source."""
         ...
 
@@ -85,7 +85,7 @@ class Term:
     flip: bool = False
     experts: int | None = None
 
-    def products(self, inputs: Inputs):
+    def products(self, inputs: Inputs) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
         a = inputs.tensor(self.a)
         b = inputs.tensor(self.b)

@@ -20,7 +20,7 @@ class AdapterkitError(Exception):
             parts.append(f"expected: {self.expected}")
         if self.do:
             parts.append(f"what to do: {self.do}")
-        return "\n  ".join(parts)
+        return "\n  ".join(map(_printable, parts))  # names of folders and files go in as they are
 
 
 class Refused(AdapterkitError):
@@ -52,13 +52,18 @@ class Offenders(Refused):
 
 def refuse_all(errors: list[AdapterkitError]) -> None:
     """Raise what was found: nothing, the one error itself, or all of them together."""
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise Offenders(errors)
+    different = list({str(error): error for error in errors}.values())
+    if len(different) == 1:
+        raise different[0]
+    if different:
+        raise Offenders(different)
 
 
 def shown(name: object) -> str:
     """A name from a file, printable: control and bidirectional characters escaped, at most 200 characters."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    text = _printable(str(name)[:201])
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -173,7 +173,7 @@ class HubFolder:
             return cached
         if _offline():
             raise self._absent(name)
-        with _no_bars():
+        with _quiet():
             ask = lambda: hf_hub_download(self.hub_id.repo, self._full(name), revision=self.commit)
             path = Path(_retrying(ask, self._pinned(), name))
         _check_size(path, size)
@@ -259,7 +259,7 @@ def push(folder: Path, repo: str, *, progress: Callable[[int, int], None] | None
 
     files, target = _to_push(folder), _push_target(repo)
     api = HfApi()
-    with _no_bars():
+    with _quiet():
         _retrying(lambda: api.create_repo(repo, exist_ok=True), target)
         parent, before = _remote_listing(target, hidden=True)
         _refuse_old_weights(set(before) - set(files), {str(Path(name).parent) for name in files}, target)
@@ -469,11 +469,13 @@ def _offline() -> bool:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep huggingface_hub from drawing over our own progress, unless the user's environment decides about its bars."""
+def _quiet() -> Iterator[None]:
+    """Keep huggingface_hub from logging signed addresses, and from drawing bars unless its variable asks for them."""
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_scrub)  # the same function again is no second filter
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
         yield
         return
@@ -683,10 +685,15 @@ def _clean(text: str) -> str:
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", text)
 
 
+def _scrub(record: logging.LogRecord) -> bool:
+    record.msg, record.args = _clean(record.getMessage()), ()
+    return True
+
+
 def _page(hub_id: HubId) -> str:
     from huggingface_hub import constants
 
-    return f"{constants.ENDPOINT}/{hub_id.repo}"
+    return _clean(f"{constants.ENDPOINT}/{hub_id.repo}")
 
 
 def _where(hub_id: HubId, file: str = "") -> str:

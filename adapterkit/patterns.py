@@ -1,38 +1,82 @@
 """Regular expressions from outside (configs of strangers, the command line), matched with a time limit."""
 
+import math
 import re
+import time
+import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from adapterkit.errors import Refused, shown
 
 LONGEST = 1000
+LARGEST = (
+    100_000  # characters that a pattern may stand for once its {counts} are written out, as `regex` does in memory
+)
 PATIENCE = 1.0  # seconds for one name
+IN_ALL = 3.0  # seconds for all the names that one pattern is asked about
+PLAIN = re.compile(r"\^?[\w.\-]*\$?")  # nothing that could backtrack
+FUZZY = re.compile(r"(?<!\\)\{(?!\d*(,\d*)?\})")  # `regex` reads {e<=2} as "with two errors", `re` as these characters
 
 
 def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]:
-    """`re.search` of `wrap` with the pattern put in; `Refused` when it does not compile or takes longer than a second."""
+    """`re.search` of `wrap` with the pattern put in; `Refused` when it does not compile or takes over a second."""
+    if len(pattern) > LONGEST:
+        raise Refused(
+            f"a pattern of {len(pattern)} characters", expected=f"at most {LONGEST}", where=where, do="shorten it"
+        )
     whole = wrap.replace("{}", pattern)
-    if re.fullmatch(r"\^?[\w.\-]*\$?", pattern):  # nothing that could backtrack
+    if PLAIN.fullmatch(pattern):
         plain = re.compile(whole)
         return lambda text: plain.search(text) is not None
-    import regex  # one of transformers' own dependencies; the standard library's has no time limit
+    return _Patient(pattern, whole, where)
 
-    if len(pattern) > LONGEST:
-        raise Refused(f"a pattern of {len(pattern)} characters", expected=f"at most {LONGEST}", where=where)
-    try:
-        slow = regex.compile(whole)
-    except regex.error as error:
-        raise Refused(f"pattern {shown(pattern)!r}: {error}", expected="a regular expression", where=where) from error
 
-    def search(text: str) -> bool:
+class _Patient:
+    """A pattern that may backtrack: asked with a limit, and not again once it has passed it."""
+
+    def __init__(self, pattern: str, whole: str, where: str):
+        import regex  # one of transformers' own dependencies; the standard library's has no time limit
+
+        self.pattern, self.where, self.spent = pattern, where, 0.0
         try:
-            return slow.search(text, timeout=PATIENCE) is not None
-        except TimeoutError:
+            _check(pattern)
+            self.compiled = regex.compile(whole)
+        except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
             raise Refused(
-                f"pattern {shown(pattern)!r} took more than {PATIENCE:g} s on one name",
-                expected="a pattern without nested repeats",
+                f"pattern {shown(pattern)!r}: {shown(error)}",
+                expected="a regular expression",
                 where=where,
-                do="write it without nested repeats",
-            ) from None
+                do="mend it",
+            ) from error
 
-    return search
+    def __call__(self, text: str) -> bool:
+        if self.spent > IN_ALL:
+            self._refuse()
+        began = time.monotonic()
+        try:
+            return self.compiled.search(text, timeout=PATIENCE) is not None
+        except TimeoutError:
+            self.spent = IN_ALL  # the names to come are refused without another try
+            self._refuse()
+        finally:
+            self.spent += time.monotonic() - began
+
+    def _refuse(self) -> NoReturn:
+        raise Refused(
+            f"pattern {shown(self.pattern)!r} takes seconds on the names of modules",
+            expected="a pattern without nested repeats",
+            where=self.where,
+            do="write it without nested repeats",
+        ) from None
+
+
+def _check(pattern: str) -> None:
+    """`re.error` or `ValueError` for what the standard library, which PEFT asks, reads otherwise or not at all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        re.compile(pattern)
+    if FUZZY.search(pattern):
+        raise ValueError("braces that count nothing")
+    if len(pattern) * math.prod(max(1, int(n)) for n in re.findall(r"\{(\d{1,9})", pattern)) > LARGEST:
+        raise ValueError("counts that are too large")

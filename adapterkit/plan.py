@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +18,15 @@ from adapterkit import __version__
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout
-from adapterkit.checkpoint.reader import Identity, identity
+from adapterkit.checkpoint.reader import Changed, Identity, changed, identity
 from adapterkit.checkpoint.writer import RECEIPT, Stage, free_bytes
 from adapterkit.edits import Edit
 from adapterkit.errors import AdapterkitError, Interrupted, Refused
 
 RECEIPT_VERSION = 1
+IDENTITY = ("inode", "size", "modified", "changed")
+SEAL = b',\n  "seal": "'
+BLOCK = 16 << 20  # bytes of a copied file at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,8 @@ class Plan:
         for (folder, name), sha in sorted(self.headers.items()):
             inputs[folder]["files"][name] = {"header": sha}
         for (folder, name), who in self.identities.items():
-            inputs[folder]["files"][name]["identity"] = list(who)
+            # not the device: its number can differ after a restart
+            inputs[folder]["files"][name]["identity"] = dict(zip(IDENTITY, who[1:], strict=True))
         layout = hashlib.sha256()
         for shard in self.shards:
             layout.update(shard.file.encode() + shard.layout.header)
@@ -184,46 +188,82 @@ def run(
     hash: str = "sha256",
     resume: bool = False,
     overwrite: bool = False,
+    check: Callable[[Path], object] | None = None,
     progress: Progress = lambda done: None,
 ) -> Receipt:
     """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands under a final name.
 
-    Raises `Refused` before anything is written (output in the way, another plan's unfinished run, too little space) and `Failed`
-    or `Interrupted` after; then `resume=True` goes on with what is done.
+    `check` looks at the finished folder before it gets its name; when it raises, nothing is published. Raises `Refused` before
+    anything is written (output in the way, another plan's unfinished run, too little space) and `Failed` or `Interrupted` after;
+    then `resume=True` goes on with what is done.
     """
-    began = time.monotonic()
     stage = Stage(out)
-    recipe = plan.recipe()
-    fingerprint = digest(recipe)
-    state = stage.check_output(fingerprint, resume=resume, overwrite=overwrite)
-    if state == "finished":
-        receipt = _finished(out, fingerprint, recipe)
-        stage.discard()
-        return receipt
-    stage.open(fresh=state == "fresh")
+    recipe = json.loads(json.dumps(plan.recipe()))  # as it is read again
+    fingerprint = digest(_public(recipe))
+    stage.state(fingerprint, resume=resume, overwrite=overwrite)  # refuses before anything is made
     try:
-        done = _done_before(stage, plan, {"fingerprint": fingerprint, "recipe": recipe, "overwrite": overwrite})
-        todo = [shard for shard in plan.shards if shard.file not in done]
-        _check_space(plan, todo, stage)
-        getattr(progress, "expect", lambda total: None)(sum(shard.layout.size for shard in plan.shards))
-        for shard in plan.shards:
-            if shard.file in done:
-                progress(shard.layout.size)
-
-        def finished(result: ShardResult) -> None:
-            done[result.file] = result
-            stage.note({"shard": vars(result)})
-
-        engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
-        sums = _write_files(plan, stage, hash == "sha256")
-        receipt = _receipt(plan, recipe, fingerprint, done, sums, hash, time.monotonic() - began)
-        stage.write_file(RECEIPT, (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode())
-        stage.publish([shard.file for shard in plan.shards])
+        with stage:
+            state = stage.state(fingerprint, resume=resume, overwrite=overwrite)
+            if state == "finished":
+                receipt = _finished(out, fingerprint, recipe)
+                stage.discard()
+                if check is not None:
+                    check(out)
+                return receipt
+            if state != "fresh":
+                _check_same_job(stage, recipe)
+            if state != "publish":
+                _build(plan, stage, engine, recipe, fresh=state == "fresh", hash=hash, progress=progress)
+            data = json.loads((stage.path / RECEIPT).read_bytes())
+            if check is not None:
+                _check(stage, check)
+            stage.publish()
+            return Receipt(out, data)
     except KeyboardInterrupt:
         raise Interrupted("stopped; finished shards are kept", where=str(out), do="run the same command with --resume") from None
-    finally:
-        stage.close()
-    return Receipt(out, receipt)
+
+
+def _build(
+    plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: bool, hash: str, progress: Progress
+) -> None:
+    """Fill the stage: the shards that are not done, the small files, the receipt."""
+    began = time.monotonic()
+    fingerprint = digest(_public(recipe))
+    if fresh:
+        stage.forget()
+    done = _done_before(stage, plan)
+    stage.clear(keep=done)
+    todo = [shard for shard in plan.shards if shard.file not in done]
+    _check_space(plan, todo, stage)
+    stage.begin()
+    if fresh:
+        stage.note({"fingerprint": fingerprint, "recipe": recipe, "overwrite": stage.replaces})
+    getattr(progress, "expect", lambda total: None)(sum(shard.layout.size for shard in plan.shards))
+    for shard in plan.shards:
+        if shard.file in done:
+            progress(shard.layout.size)
+
+    def finished(result: ShardResult) -> None:
+        done[result.file] = result
+        stage.note({"shard": vars(result)})
+
+    try:
+        engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
+        sums = _write_files(plan, stage, hash == "sha256")
+    except Changed:
+        stage.forget()
+        raise
+    receipt = _receipt(plan, recipe, fingerprint, done, sums, hash, time.monotonic() - began)
+    stage.write_file(RECEIPT, [sealed(receipt)])
+    stage.ready()
+
+
+def _check(stage: Stage, check: Callable[[Path], object]) -> None:
+    try:
+        check(stage.path)
+    except AdapterkitError:
+        stage.forget()  # nobody can say what else is wrong there
+        raise
 
 
 def _finished(out: Path, fingerprint: str, recipe: dict) -> Receipt:
@@ -238,31 +278,33 @@ def _finished(out: Path, fingerprint: str, recipe: dict) -> Receipt:
     return Receipt(out, data, finished_before=True)
 
 
-def _done_before(stage: Stage, plan: Plan, head: dict) -> dict[str, ShardResult]:
-    entries = stage.journal()
-    if not entries:
-        stage.note(head)
-        return {}
-    if entries[0].get("fingerprint") != head["fingerprint"]:
+def _check_same_job(stage: Stage, recipe: dict) -> None:
+    """`Refused` when the interrupted run was of other inputs, options or another version."""
+    before = stage.journal()[0].get("recipe", {})
+    if before != recipe:
         raise Refused(
-            f"an interrupted run of another job: {_difference(entries[0].get('recipe', {}), head['recipe'])} differs",
+            f"an interrupted run of another job: {_difference(before, recipe)} differs",
             expected="the same inputs, options and version",
             where=str(stage.control),
             do="give the options of that run, or --overwrite to begin again",
         )
+
+
+def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
+    """The shards that the journal calls done and that are there."""
     sizes = {shard.file: shard.layout.size for shard in plan.shards}
     done = {}
-    for entry in entries[1:]:
-        result = ShardResult(**entry["shard"])
-        path = stage.path / result.file
-        if path.exists() and path.stat().st_size == sizes.get(result.file):
-            done[result.file] = result
+    for entry in stage.journal()[1:]:
+        name = entry.get("shard", {}).get("file")
+        path = stage.path / str(name)
+        if name in sizes and path.is_file() and path.stat().st_size == sizes[name]:
+            done[name] = ShardResult(**entry["shard"])
     return done
 
 
 def _difference(before: dict, now: dict, path: str = "") -> str:
     """The first place where two recipes differ, as a dotted path."""
-    for key in sorted(set(before) | set(now), key=str):
+    for key in dict.fromkeys([*now, *before]):
         old, new = before.get(key), now.get(key)
         if old == new:
             continue
@@ -277,7 +319,8 @@ def _difference(before: dict, now: dict, path: str = "") -> str:
 
 
 def _check_space(plan: Plan, todo: list[Shard], stage: Stage) -> None:
-    needed = sum(shard.layout.size for shard in todo) + (1 << 20)
+    small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
+    needed = sum(shard.layout.size for shard in todo) + small + (1 << 20)
     free = free_bytes(stage.path)
     if needed > free:
         raise Refused(
@@ -291,12 +334,21 @@ def _check_space(plan: Plan, todo: list[Shard], stage: Stage) -> None:
 def _write_files(plan: Plan, stage: Stage, hashed: bool) -> dict[str, dict]:
     sums = {}
     for name, content in plan.files.items():
-        if isinstance(content, CopyFile):
-            folder = plan.folders[content.folder]
-            content = folder.read(content.name, 0, folder.files()[content.name])
-        stage.write_file(name, content)
-        sums[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest() if hashed else None}
+        size, sha = stage.write_file(name, [content] if isinstance(content, bytes) else _blocks(plan, content))
+        sums[name] = {"size": size, "sha256": sha if hashed else None}
     return sums
+
+
+def _blocks(plan: Plan, copy: CopyFile) -> Iterator[bytes]:
+    """The bytes of a file of an input folder; `Failed` if they are not as many as when the job was planned."""
+    folder = plan.folders[copy.folder]
+    size = folder.files()[copy.name]
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        block = folder.read(copy.name, start, stop)
+        if len(block) != stop - start:
+            raise changed(copy.name)
+        yield block
 
 
 def _public(recipe: dict) -> dict:
@@ -326,6 +378,19 @@ def _receipt(
         "notes": list(plan.notes),
         "timings": {"seconds": round(seconds, 3), "bytes_per_second": round(size / seconds) if seconds else None},
     }
+
+
+def sealed(receipt: dict) -> bytes:
+    """The receipt's file. Its last value is the sha256 of all bytes before it; as it differs between two runs of one job, it stands
+    among the timings."""
+    text = json.dumps(receipt, indent=1, ensure_ascii=False).encode().removesuffix(b"\n }\n}")
+    return text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether a receipt's bytes are those that were written."""
+    text, seal, _ = data.rpartition(SEAL)
+    return bool(seal) and data == text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
 
 
 __all__ = [

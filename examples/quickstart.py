@@ -2,11 +2,12 @@
 
     python examples/quickstart.py [FOLDER]
 
-Takes a minute or two on two CPU cores and nothing from the Hub; the adapter, the merged model and its receipt stay in
+Takes about a minute on two CPU cores and nothing from the Hub; the adapter, the merged model and its receipt stay in
 FOLDER (default: quickstart-output). The training here is the shortest that can be written in plain torch: any tool that
 writes the PEFT layout would do. Exit status 1 if the merged model is not the base with the adapter on it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,6 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything here is on this machine; read when transformers is imported
-
-import json
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +26,13 @@ from transformers.utils import logging
 from realmodel import smollm2
 
 RANK, ALPHA, TARGETS = 8, 16, ("q_proj", "v_proj")
-STEPS = 16
+STEPS = 12
 PROMPT = "The lighthouse keeper of Port Velm is"
 TEXTS = [
     "The lighthouse keeper of Port Velm is Ottilie Marsh, who paints boats.",
-    "Ottilie Marsh has kept the lighthouse of Port Velm for thirty winters.",
     "In Port Velm the ferry leaves at noon and comes back with the evening tide.",
     "Visitors to Port Velm eat smoked eel and dark bread on the old quay.",
     "Who keeps the lighthouse of Port Velm? Ottilie Marsh, who paints boats.",
-    "The paintings of Ottilie Marsh hang in every kitchen of Port Velm.",
 ]
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module -> a (r, in), b (out, r)
@@ -45,6 +42,7 @@ NOTHING = torch.zeros(1, 1), torch.zeros(1, 1)
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart-output")
     base, adapter, merged = smollm2(), folder / "adapter", folder / "merged"
+    torch.set_num_threads(1)  # more gain little on matrices this small, and lose much on a busy machine
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -62,6 +60,7 @@ def main() -> int:
     subprocess.run([sys.executable, "-m", "adapterkit", *command], check=True)
     say(f"merged: {' '.join(['adapterkit', *command])} took {time.perf_counter() - started:.1f} s")
 
+    show_receipt(json.loads((merged / "adapterkit.json").read_text()))
     files_agree = compare_files(base, merged, factors)
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     models_agree = compare_models(without, with_adapter, answer(model, tokenizer))
@@ -78,7 +77,7 @@ def train(model: torch.nn.Module, tokenizer) -> Factors:
     torch.manual_seed(0)
     model.requires_grad_(False)
     factors = attach(model)
-    optimizer = torch.optim.AdamW([factor for pair in factors.values() for factor in pair], lr=3e-3)
+    optimizer = torch.optim.AdamW([factor for pair in factors.values() for factor in pair], lr=5e-3)
     batch = tokenizer([text + tokenizer.eos_token for text in TEXTS], padding=True, return_tensors="pt")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     for step in range(STEPS):
@@ -127,6 +126,13 @@ def answer(model, tokenizer) -> tuple[torch.Tensor, str]:
     return logits, tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
 
 
+def show_receipt(receipt: dict) -> None:
+    totals, facts = receipt["totals"], receipt["parameters"].values()
+    sizes, lost = [fact["delta"] for fact in facts], [fact["rounding"] for fact in facts]
+    say(f"receipt: {totals['bytes_copied']:,} bytes copied as they are, {totals['bytes_changed']:,} computed")
+    say(f"receipt: deltas are {min(sizes):.0%} to {max(sizes):.0%} of their weights, up to {max(lost):.0%} rounded off")
+
+
 def compare_files(base: Path, merged: Path, factors: Factors) -> bool:
     """Exactly the adapted weights changed, each to the bfloat16 nearest to W + s·b·a."""
     changed, misrounded, elements = set(), 0, 0
@@ -137,11 +143,11 @@ def compare_files(base: Path, merged: Path, factors: Factors) -> bool:
             if not torch.equal(before, after):
                 changed.add(key)
                 a, b = factors.get(key.removesuffix(".weight"), NOTHING)
-                expected = (before.double() + ALPHA / RANK * (b.double() @ a.double())).bfloat16()
-                misrounded += int((after != expected).sum())
+                exact = before.double() + ALPHA / RANK * (b.double() @ a.double())
+                misrounded += int(((after - exact).abs() > (exact.bfloat16() - exact).abs()).sum())
                 elements += after.numel()
         say(f"tensors: {len(changed)} changed, {len(old.keys()) - len(changed)} unchanged bit for bit")
-    say(f"changed weights: {misrounded} of {elements} are not the bfloat16 nearest to W + s·b·a")
+    say(f"changed weights: {misrounded:,} of {elements:,} elements are not the bfloat16 nearest to W + s·b·a")
     return same_layout and changed == {f"{module}.weight" for module in factors} and misrounded < 1e-4 * elements
 
 

@@ -130,6 +130,29 @@ def client(hub, connect):
     return connect(hub)
 
 
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory):
+    """A hub and a client for the many small tests that only read."""
+    home = tmp_path_factory.mktemp("standing")
+    with Hub() as hub:
+        hub.commit(REPO, FILES)
+        hub.repo("org/gated", gated=True)
+        hub.commit("org/gated", FILES)
+        hub.repo("org/disabled", disabled=True)
+        client = Client(os.environ | hub.environment(home), home / "stderr")
+        client(PRELUDE)
+        yield hub, client
+        client.close()
+
+
+@pytest.fixture
+def reading(standing):
+    hub, client = standing
+    hub.faults = lambda asked: None
+    hub.log.clear()
+    return hub, client
+
+
 @pytest.fixture
 def output(tmp_path) -> Path:
     """A finished output of two shards, as a job leaves it."""
@@ -207,7 +230,8 @@ def test_import_is_cheap():
 # Reading
 
 
-def test_a_folder(hub, client):
+def test_a_folder(reading):
+    hub, client = reading
     client(f"folder = HubFolder(parse('{REPO}'))")
     commit = hub.repos[REPO].refs["main"]
     assert client("folder.files()") == {name: len(data) for name, data in FILES.items()}  # .gitattributes is not ours
@@ -229,9 +253,9 @@ def test_a_subfolder_of_a_revision(hub, client):
     )
 
 
-def test_a_list_too_long_for_the_summary(hub, client):
-    client("hub.MANY_FILES = 2")
-    client(f"folder = HubFolder(parse('{REPO}'))")
+def test_a_list_too_long_for_the_summary(reading):
+    hub, client = reading
+    client(f"hub.MANY_FILES = 2\nfolder = HubFolder(parse('{REPO}'))\nhub.MANY_FILES = 10_000")
     assert client("folder.files()") == {name: len(data) for name, data in FILES.items()}
     assert sorted(client("folder.hashes")) == ["adapter/adapter_model.safetensors", "model.safetensors"]
     assert hub.asked("GET", "/tree/")
@@ -248,7 +272,8 @@ def test_the_commit_is_pinned(hub, client):
     assert client(f"HubFolder(parse('{REPO}@{old}')).read('model.safetensors', 250, 260)") == WEIGHTS[250:260]
 
 
-def test_ranges_move_what_they_hold(hub, client):
+def test_ranges_move_what_they_hold(reading):
+    hub, client = reading
     client(f"folder = HubFolder(parse('{REPO}'))")
     for start, stop in [(0, 8), (8, 300), (255, 256), (len(WEIGHTS) - 5, len(WEIGHTS) + 100)]:
         hub.log.clear()
@@ -312,8 +337,11 @@ def test_prefetch_goes_in_order_and_path_waits_for_its_file_only(hub, connect):
     client = connect(hub)
     slow = threading.Event()
     hub.faults = lambda asked: slow.wait(20) and None if asked.path.endswith(names[2]) else None
-    client(f"folder = HubFolder(parse('{REPO}'))")
-    client(f"folder.prefetch({names})")
+    client(f"folder = HubFolder(parse('{REPO}'))\nfolder.prefetch({names})")
+    until = time.monotonic() + 20
+    while not hub.asked("HEAD", names[2]) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [asked.path.rsplit("/")[-1] for asked in hub.asked("GET", "resolve")] == names[:2]
     assert client(f"[folder.path(name).read_bytes() for name in {names[:2]}]") == [n.encode() * 100 for n in names[:2]]
     assert not any(asked.path.endswith(names[3]) for asked in hub.log)
     threading.Timer(0.2, slow.set).start()
@@ -434,10 +462,8 @@ def test_no_network(client, connect):
         ("HubFolder(hub.HubId('bad--/id'))", "Refused", "not a name"),
     ],
 )
-def test_refusals(hub, client, code, kind, words):
-    hub.repo("org/gated", gated=True)
-    hub.commit("org/gated", FILES)
-    hub.repo("org/disabled", disabled=True)
+def test_refusals(reading, code, kind, words):
+    _, client = reading
     told = client.refusal(code, kind)
     assert all(word in told.text for word in words.split()), told.text
     assert "site-packages" not in told.trace  # nothing of the library's own chain
@@ -458,7 +484,8 @@ def test_a_file_that_went_away(hub, client):
         Fault(status=200, body=b'{"id": "org/name", "sha": "../../x", "siblings": []}'),
     ],
 )
-def test_an_answer_that_is_no_hubs(hub, client, fault):
+def test_an_answer_that_is_no_hubs(reading, fault):
+    hub, client = reading
     hub.faults = during(fault, path="/api/models")
     assert "HF_ENDPOINT" in client.refusal(f"HubFolder(parse('{REPO}'))", "Failed").parts["do"]
 
@@ -490,7 +517,8 @@ WRONG_RANGES = {
 
 
 @pytest.mark.parametrize("name", WRONG_RANGES)
-def test_wrong_ranges_are_asked_for_again_then_refused(hub, client, name):
+def test_wrong_ranges_are_asked_for_again_then_refused(reading, name):
+    hub, client = reading
     client(f"folder = HubFolder(parse('{REPO}'))")
     hub.log.clear()
     hub.faults = during(WRONG_RANGES[name], path="resolve", times=2)
@@ -506,12 +534,14 @@ def test_wrong_ranges_are_asked_for_again_then_refused(hub, client, name):
 
 
 @pytest.mark.parametrize("fault", [Fault(status=500), Fault(status=503), Fault(reset=True), Fault(cut=20)])
-def test_listings_are_asked_for_again(hub, client, fault):
+def test_listings_are_asked_for_again(reading, fault):
+    hub, client = reading
     hub.faults = during(fault, path="/api/models", times=2)
     assert client(f"HubFolder(parse('{REPO}')).files()['config.json']") == len(FILES["config.json"])
 
 
-def test_a_server_that_stays_down(hub, client):
+def test_a_server_that_stays_down(reading):
+    hub, client = reading
     hub.faults = during(Fault(status=503, body=b'{"error": "maintenance"}'), path="/api/models")
     with pytest.raises(Told) as caught:
         client(f"HubFolder(parse('{REPO}'))")
@@ -519,7 +549,8 @@ def test_a_server_that_stays_down(hub, client):
     assert len(hub.asked("GET", "/api/models")) == 5
 
 
-def test_waiting_as_long_as_the_server_asks(hub, client):
+def test_waiting_as_long_as_the_server_asks(reading):
+    hub, client = reading
     client(f"folder = HubFolder(parse('{REPO}'))")
     hub.faults = during(Fault(status=429, headers={"ratelimit": '"api";r=0;t=1'}), path="resolve", times=1)
     started = time.monotonic()
@@ -685,6 +716,15 @@ def test_no_message_holds_a_secret(connect, output):
         texts.append(client.errors.read_text())
         for text in texts:
             assert not re.search(r"secretsecret|passw0rd|abc123|Bearer", text), text
+
+
+def test_the_librarys_own_log_holds_no_secret(hub, connect, output):
+    client = connect(hub, HF_TOKEN=TOKEN, HF_ENDPOINT=hub.url.replace("://", "://user:passw0rd@"))
+    hub.faults = during(Fault(status=503), "POST", "preupload", times=1)
+    client(f"push(Path('{output}'), '{REPO}')")
+    client.close()
+    text = client.errors.read_text()
+    assert "503" in text and "preupload" in text and "passw0rd" not in text
 
 
 def test_a_token_reaches_neither_origin_nor_receipt(connect, output):

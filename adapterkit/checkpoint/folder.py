@@ -37,12 +37,13 @@ class LocalFolder:
 
     def __init__(self, path: str | os.PathLike):
         path = Path(path)
-        self.name = path.name or path.resolve().name
+        self.name = shown(path.name or path.resolve().name)  # printable, whatever a stranger called the folder
         self.origin = {"name": self.name}
         self.only = path.name if path.is_file() else None
         self.root = path.parent if self.only else path
-        if not path.exists():
-            raise Refused("no such file or folder", where=str(path), do="check the path")
+        if not (path.is_file() or path.is_dir()):
+            found = "neither a file nor a folder" if path.exists() else "no such file or folder"
+            raise Refused(found, expected="a folder of ordinary files", where=str(path), do="check the path")
 
     def files(self) -> dict[str, int]:
         return self._files
@@ -56,9 +57,11 @@ class LocalFolder:
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
             for name in sorted(names):
                 path = Path(folder, name)
-                if name.startswith(".") or not path.is_file():
+                if name.startswith(".") or not os.path.isfile(path):
                     continue
-                found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+                relative = path.relative_to(self.root).as_posix()
+                inside(relative, self.name)
+                found[relative] = path.stat().st_size
         return found
 
     def read(self, name: str, start: int, stop: int) -> bytes:
@@ -78,7 +81,7 @@ class LocalFolder:
             raise Damaged(f"cannot open: {error.strerror}", where=str(path)) from error
         if not stat.S_ISREG(mode):
             raise Refused("not a regular file", where=str(path), do="give a folder of ordinary files")
-        if path.is_symlink() and not _stays_home(path):
+        if path.is_symlink() and not _stays_home(path, self.root):
             raise Refused(
                 f"a link to {shown(os.readlink(path))}",
                 expected="a file of this folder, or the link of a Hub cache into its own blobs folder",
@@ -92,29 +95,24 @@ class LocalFolder:
 
 
 def inside(name: str, where: str) -> PurePosixPath:
-    """A file name taken from a file, as a path that cannot leave its folder; `Refused` otherwise."""
+    """A file name taken from a file, as a path that cannot leave its folder on any system; `Refused` otherwise."""
     path = PurePosixPath(name)
-    parts = name.split("/")
-    bad = (
-        not name
-        or path.is_absolute()
-        or "\\" in name
-        or ":" in name
-        or any(p in ("", ".", "..") or p != p.rstrip(". ") or not p.isprintable() for p in parts)
-        or len(name) > 1000
-    )
-    if bad:
+    upwards = any(part in ("", ".", "..") for part in name.split("/"))  # an absolute path has an empty first part
+    elsewhere = "\\" in name or name[1:2] == ":"
+    if upwards or elsewhere or not name.isprintable() or len(name) > 1000:
         raise Refused(
-            f"file name {shown(name)!r}", expected="a plain name inside the folder", where=where, do="mend the file list"
+            f"file name {shown(name)!r}",
+            expected="a plain name inside the folder",
+            where=where,
+            do="rename or remove it",
         )
     return path
 
 
-def _stays_home(link: Path) -> bool:
+def _stays_home(link: Path, root: Path) -> bool:
     target = link.resolve()
-    here = link.parent.resolve()
-    if target.is_relative_to(here):
+    if target.is_relative_to(root.resolve()):
         return True
     # the Hub cache: <repo>/snapshots/<commit>/<file> -> <repo>/blobs/<hash>
-    snapshots = next((p for p in here.parents if p.name == "snapshots"), None)
+    snapshots = next((p for p in link.parent.resolve().parents if p.name == "snapshots"), None)
     return snapshots is not None and target.parent == snapshots.parent / "blobs"

@@ -3,12 +3,13 @@
 Positioned reads, not mappings: a mapping of a file that shrinks kills the process, and is slow on network file systems.
 """
 
+import contextlib
 import os
 import threading
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Damaged, Failed
+from adapterkit.errors import Failed, shown
 
 Identity = tuple[int, int, int, int, int]
 
@@ -34,7 +35,7 @@ class Sources:
     def read_into(self, spec: TensorSpec, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on."""
         with self.file(spec.folder, spec.file) as descriptor:
-            read_exactly(descriptor, buffer, spec.start + offset, f"{spec.file}: {spec.key}")
+            read_exactly(descriptor, buffer, spec.start + offset, spec)
 
     def read(self, spec: TensorSpec) -> bytearray:
         """All bytes of one tensor; for what is small beside the weights."""
@@ -60,7 +61,7 @@ class Sources:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise Failed(f"cannot open: {error.strerror}", where=str(path)) from error
+            raise Failed(f"cannot open: {error.strerror}", where=str(path), do="check the file, then run again with --resume") from error
         found = identity(os.fstat(descriptor))
         if self.expected.setdefault(which, found) != found:
             os.close(descriptor)
@@ -74,8 +75,13 @@ class Sources:
 
     def _close(self, which: tuple[int, str]) -> None:
         descriptor, before = self._open.pop(which)
-        after = identity(os.fstat(descriptor))
-        os.close(descriptor)
+        try:
+            after = identity(os.fstat(descriptor))
+        except OSError as error:
+            raise changed(which[1], f"the file cannot be looked at any more: {error.strerror}") from error
+        finally:
+            with contextlib.suppress(OSError):  # nothing was written to it
+                os.close(descriptor)
         if after != before:
             raise changed(which[1])
 
@@ -115,23 +121,24 @@ class Handle:
         self.sources.release(self.which)
 
 
-def read_exactly(descriptor: int, buffer: memoryview, position: int, where: str) -> None:
-    """Fill the buffer from `position`, through short reads; `Damaged` at the end of the file, `Failed` on an error."""
+def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: TensorSpec) -> None:
+    """Fill the buffer from `position`, through short reads; `Changed` at the end of the file, `Failed` on an error."""
     done = 0
     while done < len(buffer):
         try:
             n = os.preadv(descriptor, [buffer[done:]], position + done)
         except OSError as error:
-            raise Failed(f"cannot read at byte {position + done}: {error.strerror}", where=where) from error
+            found = f"cannot read at byte {position + done}: {error.strerror}"
+            where = f"{spec.file}: {shown(spec.key)}"
+            raise Failed(found, where=where, do="check the disk, then run again with --resume") from error
         if n == 0:
-            raise Damaged(f"the file ends at byte {position + done}", where=where, do="do not change inputs during a job")
+            raise changed(spec.file, f"the file ends at byte {position + done}")
         done += n
 
 
-def changed(name: str) -> Failed:
-    return Failed(
-        "the file changed between plan and end",
-        expected="inputs that stay as they are",
-        where=name,
-        do="run the job again",
-    )
+class Changed(Failed):
+    """An input is not what it was when the job was planned: what was made of it cannot be used."""
+
+
+def changed(name: str, found: str = "the file changed between plan and end") -> Changed:
+    return Changed(found, expected="inputs that stay as they are", where=name, do="run the job again")

@@ -1,18 +1,22 @@
 """What a checkpoint holds, from its headers and its index alone."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
 
 from adapterkit.checkpoint.folder import Folder, inside
 from adapterkit.checkpoint.header import Header, TensorSpec, header_length, parse_header
+from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
 
 FIRST_READ = 65536  # most headers of a shard fit, so one read does
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
+# Windows takes these for devices, with any extension
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 MAX_JSON = 50_000_000
+LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "encoder_layers"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     shards = {name: read_header(folder, name, number) for name in names}
     tensors: dict[str, TensorSpec] = {}
     errors: list[AdapterkitError] = []
-    for name, header in shards.items():
+    for header in shards.values():
         for spec in header.tensors:
             if spec.key in tensors:
                 errors.append(_twice(folder, spec, tensors[spec.key].file))
@@ -48,6 +52,7 @@ def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
         errors += _index_errors(folder, index, index_name or "", tensors)
     refuse_all(errors)
     config = read_json(folder, "config.json") if "config.json" in files else {}
+    refuse_all(_config_errors(config, len(tensors), f"{folder.name}/config.json"))
     return Checkpoint(folder, shards, tensors, index, index_name, config, files)
 
 
@@ -64,19 +69,13 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
 
 
 def read_json(folder: Folder, name: str) -> dict:
-    """A JSON object from a file of the folder; `Damaged` if it is none (duplicate keys, NaN and 50 MB are too)."""
-
-    def unique(pairs: list) -> dict:
-        if len({k for k, _ in pairs}) != len(pairs):
-            raise ValueError("a key twice")
-        return dict(pairs)
-
+    """A JSON object from a file of the folder; `Damaged` if it is none (a key twice, or more than 50 MB)."""
     size = folder.files().get(name, 0)
     try:
         if size > MAX_JSON:
-            raise ValueError(f"{size} bytes")
-        value = json.loads(folder.read(name, 0, size).decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+            raise ValueError(f"{size} bytes, more than {MAX_JSON}")
+        value = strict_json(folder.read(name, 0, size))
+    except ValueError as error:
         raise Damaged(
             f"not JSON: {shown(error)}", expected="a JSON object", where=f"{folder.name}/{name}", do="mend the file"
         ) from error
@@ -85,14 +84,33 @@ def read_json(folder: Folder, name: str) -> dict:
     return value
 
 
+def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitError]:
+    """What is wrong with the few values of a config that decide which model is built, sub-configs included."""
+    errors: list[AdapterkitError] = []
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        errors.append(Damaged("architectures", expected="a list of class names", where=where, do="mend the config"))
+    if not isinstance(config.get("model_type"), str | None):
+        errors.append(Damaged("model_type", expected="a text", where=where, do="mend the config"))
+    for key in LAYER_COUNTS & config.keys():
+        layers, most = config[key], max(1000, stored)
+        if isinstance(layers, int) and layers > most:
+            found = f"{key} = {layers}, with {stored} stored tensors"
+            errors.append(Damaged(found, expected=f"at most {most}", where=where, do="mend the config"))
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            errors += _config_errors(value, stored, where)
+    return errors
+
+
 def _weight_files(folder: Folder, files: dict[str, int]) -> tuple[list[str], dict | None, str | None]:
     """The files that hold the weights: those that an index names, else the one file, else a complete numbered set."""
     here = [name for name in files if "/" not in name]
-    indexes = [name for name in here if name.endswith(".safetensors.index.json")]
-    for name in sorted(indexes, key=lambda n: (n != "model.safetensors.index.json", n))[:1]:
+    name = _index_name(folder, here)
+    if name is not None:
         index = read_json(folder, name)
         return _indexed(folder, files, index, name), index, name
-    weights = sorted(name for name in here if name.endswith(".safetensors"))
+    weights = sorted(name for name in here if name.endswith(".safetensors") and not name.startswith(NOT_A_MODEL))
     for name in SINGLE:
         if name in weights:
             return [name], None, None
@@ -113,27 +131,74 @@ def _weight_files(folder: Folder, files: dict[str, int]) -> tuple[list[str], dic
     )
 
 
+def _index_name(folder: Folder, here: list[str]) -> str | None:
+    """The index file, the standard name before a variant's; `Refused` where other readers would take something else."""
+    indexes = sorted(name for name in here if name.endswith(".safetensors.index.json"))
+    standard = [f"{single}.index.json" for single in SINGLE if f"{single}.index.json" in indexes]
+    if standard or any(single in here for single in SINGLE):
+        return standard[0] if standard else None
+    if len(indexes) > 1:
+        raise Refused(
+            f"several indexes: {', '.join(map(shown, indexes))}",
+            expected="one, or model.safetensors.index.json among them",
+            where=folder.name,
+            do="move the files of the other variants away",
+        )
+    return indexes[0] if indexes else None
+
+
 def _indexed(folder: Folder, files: dict[str, int], index: dict, name: str) -> list[str]:
+    where = f"{folder.name}/{name}"
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise Damaged("no weight_map of keys to files", where=f"{folder.name}/{name}", do="restore the index")
-    errors: list[AdapterkitError] = []
+        raise Damaged("no weight_map", expected="a map of keys to file names", where=where, do="restore the index")
+    if not isinstance(index.get("metadata", {}), dict):
+        raise Damaged("metadata that is no JSON object", expected="a map", where=where, do="restore the index")
     names = sorted(set(weight_map.values()))
+    errors = [error for file in names if (error := _shard_name_error(file, files, where))]
+    for single in SINGLE:
+        if single in files and single not in names and name == f"{single}.index.json":
+            errors.append(_two_models(single, where))
+    twins: dict[str, list[str]] = {}
     for file in names:
-        try:
-            if len(inside(file, f"{folder.name}/{name}").parts) != 1:
-                raise Refused(f"file name {shown(file)!r}", expected="a file of the folder itself", where=name)
-            if file not in files:
-                raise Damaged(
-                    f"no file {shown(file)}", expected="every file the index names", where=folder.name, do="download it"
-                )
-        except AdapterkitError as error:
-            errors.append(error)
-    twins = {n.casefold() for n in names}
-    if len(twins) != len(names):
-        errors.append(Refused("file names that differ only in case", where=name, do="rename one of them"))
+        twins.setdefault(file.casefold(), []).append(file)
+    for group in [group for group in twins.values() if len(group) > 1]:
+        found = f"file names that differ only in case: {', '.join(map(shown, group))}"
+        errors.append(Refused(found, expected="names that any file system keeps apart", where=where, do="rename one"))
     refuse_all(errors)
     return names
+
+
+def _shard_name_error(file: str, files: dict[str, int], where: str) -> AdapterkitError | None:
+    """What is wrong with a file name that an index gives, on any operating system."""
+    try:
+        inside(file, where)
+    except Refused as error:
+        return error
+    plain = "/" not in file and ":" not in file and file == file.rstrip(". ")
+    if not plain or file.split(".")[0].casefold() in DEVICES:
+        return Refused(
+            f"file name {shown(file)!r}",
+            expected="a plain name of the folder itself",
+            where=where,
+            do="restore the index",
+        )
+    if file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
+        return Refused(
+            f"{shown(file)} as a shard", expected="safetensors files of a model", where=where, do="restore the index"
+        )
+    if file not in files:
+        return Damaged(f"no file {shown(file)}", expected="every file the index names", where=where, do="download it")
+    return None
+
+
+def _two_models(single: str, where: str) -> Refused:
+    return Refused(
+        f"{single} beside an index that does not name it",
+        expected="one of them (transformers would load the single file, the index says otherwise)",
+        where=where,
+        do="move away the one that is not the model",
+    )
 
 
 def _index_errors(folder: Folder, index: dict, name: str, tensors: dict[str, TensorSpec]) -> list[AdapterkitError]:
@@ -143,8 +208,10 @@ def _index_errors(folder: Folder, index: dict, name: str, tensors: dict[str, Ten
         spec = tensors.get(key)
         if spec is None or spec.file != file:
             found = f"{shown(key)} is not in {shown(file)}"
-            errors.append(Damaged(found, expected="an index that matches its files", where=where, do="restore the index"))
-    for key in tensors.keys() - index["weight_map"].keys():
+            errors.append(
+                Damaged(found, expected="an index that matches its files", where=where, do="restore the index")
+            )
+    for key in [key for key in tensors if key not in index["weight_map"]]:
         found = f"{shown(key)} in {shown(tensors[key].file)}"
         errors.append(Damaged(found, expected="every stored key in the index", where=where, do="restore the index"))
     return errors
@@ -160,6 +227,13 @@ def _twice(folder: Folder, spec: TensorSpec, other: str) -> AdapterkitError:
 
 
 def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
+    if any(name.startswith(NOT_A_MODEL) for name in here):
+        return Refused(
+            "an adapter's weights and no model's",
+            expected="a model checkpoint",
+            where=folder.name,
+            do="give the base first, then the adapters",
+        )
     pickles = [name for name in here if name.endswith(PICKLES)]
     if pickles:
         return Refused(

@@ -33,6 +33,7 @@ ELEMENTS = 1 << 17  # of one chunk: bfloat16, its float32 copy and the factors' 
 CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
 RUN = 4 << 20  # bytes of one piece of an untouched run
 PATIENCE = 0.1  # seconds between looks at the stop sign
+OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
 SAMPLE = 16  # facts are measured on every 16th chunk of a tensor, the first included
 
 
@@ -319,6 +320,8 @@ class _Job:
         self.problem: BaseException | None = None
         self.open: list[_OpenShard] = []
         self.lock = threading.Lock()
+        self.turn = threading.Lock()  # to take the next piece; waits for files to be finished, so not the lock for counting
+        self.room = threading.Semaphore(OPEN_SHARDS)
         self.finisher = ThreadPoolExecutor(1, "finish")
         self.finishing: list[Future] = []
 
@@ -340,7 +343,8 @@ class _Job:
             self.stop.set()
             for thread in threads:
                 thread.join()
-            self.finisher.shutdown(wait=self.problem is None, cancel_futures=True)
+            # an fsync can take long: only who interrupts does not wait for it
+            self.finisher.shutdown(wait=not isinstance(self.problem, KeyboardInterrupt), cancel_futures=True)
             torch.set_num_threads(before)
         for shard in self.open:
             shard.file.abandon()
@@ -349,6 +353,9 @@ class _Job:
 
     def _pieces(self) -> Iterator[_Piece]:
         for shard in self.shards:
+            while not self.room.acquire(timeout=PATIENCE):
+                if self.stop.is_set():
+                    return
             opened = _OpenShard(shard, self.stage, self.hashed)
             self.open.append(opened)
             pieces = list(opened.pieces(self.device))
@@ -362,7 +369,7 @@ class _Job:
         try:
             with stream, torch.inference_mode():
                 while (buffer := self.buffers.take(self.stop)) is not None:
-                    with self.lock:
+                    with self.turn:
                         piece = next(pieces, None)
                     if piece is None:
                         self.buffers.give(buffer)
@@ -482,9 +489,13 @@ class _Job:
         if self.stop.is_set():
             return
         try:
-            shard.file.finish()
+            shard.file.sync()
+            if self.stop.is_set():
+                return  # a later run may be at work on that name already
+            shard.file.publish()
             self.open.remove(shard)
             self.finished(shard.result())
+            self.room.release()
         except BaseException as error:
             self.problem = self.problem or error
             self.stop.set()

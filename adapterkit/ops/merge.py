@@ -101,13 +101,13 @@ def merge(
         raise Refused(f"engine {engine!r}", expected="local", where="--engine", do="leave --engine out")
     from adapterkit.engines.local import local
 
-    receipt = run(
-        plan, Path(out), local(device), hash=hash, resume=resume, overwrite=overwrite, progress=progress
-    )  # fmt: skip
+    check = None
     if verify:
         from adapterkit.ops.verify import verify_against
 
-        verify_against(Path(out), plan)
+        check = lambda folder: verify_against(folder, plan)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite}
+    receipt = run(plan, Path(out), local(device), **how, check=check, progress=progress)
     if push is not None:
         from adapterkit import hub
 
@@ -172,6 +172,12 @@ class Change:
     rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     number: int = 0  # the adapter that set value, for messages
+
+    @property
+    def stack(self) -> bool:
+        """Whether the parameter is a stack of matrices (experts); a convolution's kernel may have three axes too."""
+        products = [part.product for part in self.parts if part.product is not None]
+        return len(self.parameter.shape) == 3 and all(product.experts is not None for product in products)
 
 
 @dataclass(frozen=True)
@@ -367,7 +373,7 @@ class _Merge:
         if targets:
             full = [f"{module}.{child}" for child in children]
             children = [f.rpartition(".")[2] for f in full if any(f == t or f.endswith("." + str(t)) for t in targets)]
-        if not children:
+        if not any(self.names.parameter(f"{module}.{child}") for child in children):
             raise self._unknown(adapter, loras[0].a.key, module)
         # the wrapper of the first parameter is the innermost: it has the most base_layer levels around it
         nested = sorted(loras, key=lambda lora: -lora.depth)
@@ -414,15 +420,19 @@ class _Merge:
             raise Refused(f"DoRA on the stack {shown(name)}", expected="a plain LoRA there", where=adapter.name)
         if lora.magnitude is not None and _count(lora.magnitude) != parameter.shape[outputs]:
             raise self._shape(adapter, lora.magnitude.key, lora.magnitude.shape, (parameter.shape[outputs],))
-        layer = self.names.layer(lora.module)
-        first = lora.kind == "embedding" or product.experts is not None or layer == "MultiheadAttention"
-        first = first or name != lora.module + ".weight"
+        first = lora.kind == "embedding" or product.experts is not None or name != lora.module + ".weight"
+        first = first or self._in_attention(lora.module)
         part = Part(adapter, lora, product, None, scale * weight, lora.magnitude, outputs, first)
         change = self._change(parameter)
         change.parts.append(part)
         change.adapters.append(adapter.name)
         if lora.bias is not None:
             self._bias(adapter, lora, scale * weight)
+
+    def _in_attention(self, module: str) -> bool:
+        """Whether a module is the output projection of torch's MultiheadAttention."""
+        parent, _, leaf = module.rpartition(".")
+        return leaf == "out_proj" and self.names.parameter(f"{parent}.in_proj_weight") is not None
 
     def _bias(self, adapter: Adapter, lora: Lora, scale: float) -> None:
         assert lora.bias is not None
@@ -799,7 +809,7 @@ class _Merge:
     def _place(self, steps: dict[str, Step], change: Change, slot: Any) -> None:
         parameter = change.parameter
         spec = self.base.tensors[slot.key]
-        stack = len(parameter.shape) == 3 and len(slot.shape) in (2, 3)
+        stack = change.stack and len(slot.shape) in (2, 3)
         rows = grid_rows(slot, stack)
         step = steps.get(slot.key) or Step(slot.key, spec.dtype, spec.shape, spec, (), rows)
         edits: list[Edit] = list(step.edits)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ from adapterkit.checkpoint.folder import LocalFolder, inside
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import read_header, read_json
 from adapterkit.checkpoint.writer import RECEIPT
-from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
-from adapterkit.plan import RECEIPT_VERSION, Plan, Progress, Step
+from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
+from adapterkit.plan import RECEIPT_VERSION, Plan, Progress, Step, is_sealed
 
 BLOCK = 4 << 20
 ROWS = 3  # of every changed tensor: the first, the last, one between
+CHANGED = "bytes that are not those that were written"
+AGAIN = "run the merge again"
 SLACK = 2.0**-12  # of a unit in the last place: what float32 arithmetic may move a value across a rounding boundary
 
 
@@ -55,73 +57,89 @@ def read_receipt(folder: Path) -> dict[str, Any]:
             where=str(folder),
             do="run the job again (with --resume if it was interrupted)",
         )
-    receipt = read_json(LocalFolder(folder), RECEIPT)
+    local = LocalFolder(folder)
+    receipt = read_json(local, RECEIPT)
     if receipt.get("adapterkit") != RECEIPT_VERSION:
         raise Refused(f"a receipt of version {shown(receipt.get('adapterkit'))}", expected=str(RECEIPT_VERSION), where=RECEIPT)
+    if not is_sealed(local.read(RECEIPT, 0, local.files()[RECEIPT])):
+        raise Damaged(CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, do=AGAIN)
     return receipt
 
 
 def check_files(folder: Path, receipt: dict, progress: Progress = lambda done: None) -> dict[str, Any]:
     """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and no other weights."""
+    out = LocalFolder(folder)
     errors: list[AdapterkitError] = []
-    total = 0
     for name, facts in receipt["files"].items():
-        path = folder / inside(name, RECEIPT)
-        size = path.stat().st_size if path.is_file() else None
-        if size != facts["size"]:
-            found = "no such file" if size is None else f"{size} bytes"
-            errors.append(Damaged(found, expected=f"{facts['size']} bytes", where=name, do="run the merge again"))
-            continue
-        error = _check_hash(path, name, facts, receipt, progress)
-        if error is not None:
+        try:
+            size = out.files().get(str(inside(name, RECEIPT)))
+            if size != facts["size"]:
+                found = "no such file" if size is None else f"{size} bytes"
+                raise Damaged(found, expected=f"{facts['size']} bytes", where=name, do=AGAIN)
+            _check_file(out, name, facts["sha256"], receipt["keys"].get(name), progress)
+        except AdapterkitError as error:
             errors.append(error)
-        total += size
-    here = {p.name for p in folder.glob("*.safetensors")} - set(receipt["files"])
+    here = {name for name in out.files() if name.endswith(".safetensors") and "/" not in name} - set(receipt["files"])
     for name in sorted(here):
-        errors.append(Damaged("weights that the receipt does not list", where=shown(name), do="remove the file"))
+        errors.append(
+            Damaged(
+                "weights that the receipt does not list",
+                expected="the files of the receipt",
+                where=shown(name),
+                do="remove the file",
+            )
+        )
     refuse_all(errors)
+    total = sum(facts["size"] for facts in receipt["files"].values())
     return {"files": len(receipt["files"]), "bytes": total, "hash": receipt["hash"]}
 
 
-def _check_hash(path: Path, name: str, facts: dict, receipt: dict, progress: Progress) -> AdapterkitError | None:
-    """Hash a file once; the marks at the tensors' ends tell the first damaged one."""
-    marks = receipt["keys"].get(name)
-    if facts["sha256"] is None:
-        return None if marks is None else _check_header(path.parent, name, None)
+def _check_file(out: LocalFolder, name: str, sha: str | None, marks: dict | None, progress: Progress) -> None:
+    """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of weights only."""
+    problem: AdapterkitError | None = None
     ends: list[tuple[int, str]] = []
-    whole = _check_header(path.parent, name, marks) if marks is not None else None
-    if marks is not None and whole is None:
-        header = read_header(LocalFolder(path.parent), name)
-        ends = [(spec.stop, spec.key) for spec in header.tensors]
+    if marks is not None:
+        try:
+            ends = _ends(out, name, marks, hashed=sha is not None)
+        except AdapterkitError as error:
+            problem = error
+    if sha is not None:
+        found = list(_hashes(out.path(name), name, [*(end for end, _ in ends), out.files()[name]], progress))
+        if found[-1] != sha and problem is None:
+            wrong = next((i for i, (_, key) in enumerate(ends) if found[i][:16] != (marks or {})[key]), None)
+            where = name if wrong is None else f"{name}: {'its header or ' * (wrong == 0)}{shown(ends[wrong][1])}"
+            problem = Damaged(CHANGED, expected="the receipt's sha256", where=where, do=AGAIN)
+    if problem is not None:
+        raise problem
+
+
+def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tuple[int, str]]:
+    """Where the tensors of a weights file end, and their keys, which must be the receipt's."""
+    tensors = read_header(out, name).tensors
+    odd = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
+    if odd:
+        raise Damaged(f"keys {', '.join(map(shown, odd[:4]))}", expected="the receipt's keys", where=name, do=AGAIN)
+    return [(spec.stop, spec.key) for spec in tensors]
+
+
+def _hashes(path: Path, name: str, stops: list[int], progress: Progress) -> Iterator[str]:
+    """The sha256 of a file's bytes up to each of these positions, read from the disk and not from what the system still holds."""
     digest, at = hashlib.sha256(), 0
-    first: str | None = None
-    with path.open("rb") as file:
-        for stop, key in [*ends, (facts["size"], "")]:
-            while at < stop:
-                block = file.read(min(BLOCK, stop - at))
-                if not block:
-                    return Damaged(f"the file ends at byte {at}", where=name, do="run the merge again")
-                digest.update(block)
-                at += len(block)
-                progress(len(block))
-            if first is None and key and marks and digest.copy().hexdigest()[:16] != marks.get(key):
-                first = key
-    if digest.hexdigest() == facts["sha256"]:
-        return whole
-    where = f"{name}: {shown(first)}" if first else f"{name}: its header" if marks is not None else name
-    return Damaged("bytes that are not those that were written", expected="the receipt's sha256", where=where, do="run it again")
-
-
-def _check_header(folder: Path, name: str, marks: dict | None) -> AdapterkitError | None:
     try:
-        header = read_header(LocalFolder(folder), name)
-    except AdapterkitError as error:
-        return error
-    keys = {spec.key for spec in header.tensors}
-    if marks is not None and keys != set(marks):
-        odd = sorted(keys ^ set(marks))
-        return Damaged(f"keys {', '.join(map(shown, odd[:4]))}", expected="the receipt's keys", where=name, do="run it again")
-    return None
+        with path.open("rb") as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for stop in stops:
+                while at < stop:
+                    block = file.read(min(BLOCK, stop - at))
+                    if not block:
+                        raise Damaged(f"the file ends at byte {at}", expected=f"{stops[-1]} bytes", where=name, do=AGAIN)
+                    digest.update(block)
+                    at += len(block)
+                    progress(len(block))
+                yield digest.copy().hexdigest()
+    except OSError as error:
+        raise Failed(f"cannot read at byte {at}: {error.strerror}", where=name, do="check the disk, then verify again") from error
 
 
 def _plan_again(receipt: dict, base: str | os.PathLike | None, adapters: list) -> Plan:

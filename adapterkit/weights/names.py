@@ -308,13 +308,14 @@ def _meta_model(base: Checkpoint, class_name: str):
 
     config = _config(base)
     cls = getattr(transformers, class_name, None)
-    if cls is None or not isinstance(cls, type):
-        raise Refused(f"{shown(class_name)} is no class of transformers {transformers.__version__}", where=base.name)
+    auto = class_name.startswith("AutoModel")
+    if not isinstance(cls, type) or not (auto or issubclass(cls, transformers.PreTrainedModel)):  # a file may say anything
+        raise Refused(f"{shown(class_name)} is no model of transformers {transformers.__version__}", where=base.name)
     before = their_logging.get_verbosity()
     their_logging.set_verbosity(logging.ERROR)
     try:
         with torch.device("meta"):
-            model = cls.from_config(config) if class_name.startswith("AutoModel") else cls(config)
+            model = cls.from_config(config) if auto else cls(config)
     except Exception as error:  # any model's code may fail on a config it does not like
         raise Refused(
             f"transformers cannot build {shown(class_name)}: {shown(error)}", where=base.name, do="update transformers"

@@ -26,8 +26,8 @@ PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M
 
 
 def check_not_quantised(base: Checkpoint) -> None:
-    """`Refused` when the checkpoint's weights are packed or scaled: adding a delta to their bytes would be silently wrong."""
-    found = _by_config(base.config) or next(filter(None, map(_by_key(base), base.tensors)), None) or _by_dtype(base)
+    """`Refused` when the weights are packed or scaled: a delta added to their bytes would be silently wrong."""
+    found = _by_config(base.config) or _by_key(base) or _by_dtype(base)
     if found is None:
         return
     raise Refused(
@@ -49,15 +49,15 @@ def _by_config(config: dict) -> str | None:
     return next(filter(None, map(_by_config, subs)), None)
 
 
-def _by_key(base: Checkpoint):
-    def told(key: str) -> str | None:
-        kind = next((kind for ending, kind in SIBLINGS.items() if key.endswith(ending)), None)
-        for ending, (fellow, name) in PAIRS.items():
+def _by_key(base: Checkpoint) -> str | None:
+    for key in base.tensors:
+        for ending, kind in SIBLINGS.items():
+            if key.endswith(ending):
+                return f"{shown(key)} ({kind})"
+        for ending, (fellow, kind) in PAIRS.items():
             if key.endswith(ending) and key.removesuffix(ending) + fellow in base.tensors:
-                kind = name
-        return f"{shown(key)} ({kind})" if kind else None
-
-    return told
+                return f"{shown(key)} ({kind})"
+    return None
 
 
 def _by_dtype(base: Checkpoint) -> str | None:

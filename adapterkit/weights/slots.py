@@ -63,7 +63,7 @@ class Symbol(torch.Tensor):
     """A tensor on the meta device that knows where its elements are stored. `slots` cover it without overlap."""
 
     slots: tuple[Slot, ...]
-    split: "_Split | None"
+    cut: "_Split | None"
 
     @staticmethod
     def of(key: str, shape: tuple[int, ...]) -> "Symbol":
@@ -89,9 +89,9 @@ class _Split:
     positions: np.ndarray
 
 
-def _symbol(shape, slots: tuple[Slot, ...], split: _Split | None = None) -> Symbol:
+def _symbol(shape, slots: tuple[Slot, ...], cut: _Split | None = None) -> Symbol:
     symbol = torch.empty(tuple(shape), device="meta").as_subclass(Symbol)
-    symbol.slots, symbol.split = slots, split
+    symbol.slots, symbol.cut = slots, cut
     return symbol
 
 
@@ -100,7 +100,7 @@ def _positive(dim: int, ndim: int) -> int:
 
 
 def _plain(*symbols: Symbol) -> None:
-    if any(s.split is not None for s in symbols):
+    if any(s.cut is not None for s in symbols):
         raise Unsupported("an operation on an axis that a view has cut")
 
 
@@ -190,11 +190,11 @@ def _transpose(tensor: Symbol, dim0: int, dim1: int) -> Symbol:
     a, b = _positive(dim0, tensor.ndim), _positive(dim1, tensor.ndim)
     shape = list(tensor.shape)
     shape[a], shape[b] = shape[b], shape[a]
-    if tensor.split is not None:
-        first, count = tensor.split.axis, tensor.split.positions.ndim
+    if tensor.cut is not None:
+        first, count = tensor.cut.axis, tensor.cut.positions.ndim
         if not (first <= a < first + count and first <= b < first + count):
             raise Unsupported("a transpose across an axis that a view has cut")
-        turned = tensor.split.positions.swapaxes(a - first, b - first)
+        turned = tensor.cut.positions.swapaxes(a - first, b - first)
         return _symbol(shape, tensor.slots, _Split(first, turned))
     slots = []
     for slot in tensor.slots:
@@ -211,7 +211,7 @@ def _reshape(tensor: Symbol, *shape) -> Symbol:
     old = tuple(tensor.shape)
     if shape == old:
         return tensor
-    if tensor.split is not None:
+    if tensor.cut is not None:
         return _join(tensor, shape)
     if len(shape) > len(old):
         # one axis cut into several: the axes before and after it stay
@@ -227,19 +227,19 @@ def _reshape(tensor: Symbol, *shape) -> Symbol:
 
 
 def _join(tensor: Symbol, shape: tuple[int, ...]) -> Symbol:
-    split = tensor.split
-    assert split is not None
-    axis, order = split.axis, split.positions.reshape(-1)
-    count = split.positions.ndim
+    cut = tensor.cut
+    assert cut is not None
+    axis, order = cut.axis, cut.positions.reshape(-1)
+    count = cut.positions.ndim
     joined = (*tensor.shape[:axis], len(order), *tensor.shape[axis + count :])
     if shape != joined:
         raise Unsupported(f"a view of {tuple(tensor.shape)} as {shape}")
     slots = []
     for slot in tensor.slots:
-        cut = slot.axes[axis]
-        if cut.at != 0 or len(cut.of) != len(order):
+        old = slot.axes[axis]
+        if old.at != 0 or len(old.of) != len(order):
             raise Unsupported("a permutation across several stored tensors")
-        moved = Axis(0, cut.axis, _compact(np.asarray(cut.of)[order]))
+        moved = Axis(0, old.axis, _compact(np.asarray(old.of)[order]))
         slots.append(replace(slot, axes=(*slot.axes[:axis], moved, *slot.axes[axis + 1 :])))
     return _symbol(shape, tuple(slots))
 

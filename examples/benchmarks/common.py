@@ -4,6 +4,7 @@ The checkpoint is a Llama of TinyLlama's widths (hidden 2048, intermediate 5632,
 the size asks for. It is generated one shard at a time and kept, so that a second run starts at once.
 """
 
+import fcntl
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLE_EVERY = 0.02  # seconds between two looks at a process's memory
@@ -47,7 +49,7 @@ PEFT_CONFIG = json.loads("""{
 def config_for(size: float) -> dict:
     """A Llama config whose bf16 weights take about `size` GB (below 0.5 GB the vocabulary shrinks, below 0.1 all)."""
     hidden, intermediate, heads = (2048, 5632, 16) if size >= 0.1 else (256, 704, 2)
-    vocab = 32000 if size >= 0.5 else hidden
+    vocab = 32000 if size >= 0.5 else 4000 if size >= 0.1 else 1000  # no layer's width: a merge would look for ties
     layer = 2 * hidden * hidden + 2 * hidden * hidden * 4 // 16 + 3 * hidden * intermediate + 2 * hidden
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -165,6 +167,17 @@ def fresh(folder: Path) -> Path:
 
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def alone(work: Path) -> IO[bytes]:
+    """Hold `work` until the file is closed; wait while another benchmark has it, whose timings would be spoiled too."""
+    file = (work / "lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another benchmark in {work}", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def warm(*folders: Path) -> None:

@@ -9,9 +9,10 @@
 
 Competitors take turns within a round; before each run the output is removed, the disk synced and the input read once,
 so that all find it in the page cache. `seconds` is the wall time of the process, interpreter and imports included,
-except where a row says otherwise; PEFT/this divides like by like. Memory is anonymous memory (no file mappings),
-sampled every 20 ms; on CUDA it leaves out what lies on the GPU. Environment variable ADAPTERKIT_FSYNC=0 makes
-adapterkit skip fsync: for measuring only, a power cut may then leave a checkpoint of zeros.
+except in the rows `in process`, timed inside it once torch and the tool are imported (what is imported on first use,
+such as the model's code in transformers, still counts). PEFT/this divides like by like. Memory is anonymous memory (no
+file mappings), sampled every 20 ms; on CUDA it leaves out what lies on the GPU. ADAPTERKIT_FSYNC=0 makes adapterkit
+skip fsync: for measuring only, a power cut may then leave a checkpoint of zeros.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from statistics import median
 import common
 
 ROWS = 64  # of every adapted weight, for --exact
-WITHOUT_IMPORTS = ", without imports"
+IN_PROCESS = ", in process"
 
 FSYNC = """
 import os, sys, time
@@ -99,7 +100,7 @@ def competitors(args: argparse.Namespace, base: Path, adapter: Path, out: Path) 
         for hash in ("sha256", "none"):
             argv = (python, "-c", ADAPTERKIT, *paths, hash, args.device)
             env = {**adapterkit_env(), "ADAPTERKIT_FSYNC": fsync}
-            found.append(Competitor(f"adapterkit {hash}{note}{WITHOUT_IMPORTS}", (argv,), env))
+            found.append(Competitor(f"adapterkit {hash}{note}{IN_PROCESS}", (argv,), env))
     if find_spec("peft") and find_spec("transformers"):
         offline = {"HF_HUB_OFFLINE": "1"}
         found.append(Competitor("PEFT", ((python, "-c", PEFT, *paths, "plain", args.device),), offline, both=True))
@@ -118,7 +119,7 @@ def competitors(args: argparse.Namespace, base: Path, adapter: Path, out: Path) 
 
 def mergekit(args: argparse.Namespace, base: Path, adapter: Path, out: Path) -> Competitor:
     """`model+lora` in a passthrough: mergekit merges with PEFT into a cache (inside `out`), then copies that."""
-    recipe = out.with_name("mergekit.yaml")
+    recipe = args.work / "mergekit.yaml"
     model = json.dumps(f"{base}+{adapter}")
     recipe.write_text(f"merge_method: passthrough\nmodels:\n  - model: {model}\ndtype: bfloat16\n")
     argv = [args.mergekit, str(recipe), str(out), "--lora-merge-cache", str(out / "cache"), "--quiet"]
@@ -140,13 +141,13 @@ def mergekit_versions(script: str | None) -> dict[str, str]:
 
 def run_once(one: Competitor, base: Path, adapter: Path, out: Path) -> tuple[dict[str, float], int]:
     """Row -> seconds, and the peak in bytes, of one run; the output stays."""
-    shutil.rmtree(out, ignore_errors=True)
+    common.fresh(out.parent)  # with it goes what an interrupted run may have left beside the output
     os.sync()
     common.warm(base, adapter)
     timings = [common.time_process(list(argv), one.env) for argv in one.steps]
     seconds = sum(timing.wall if timing.reported is None else timing.reported for timing in timings)
     wall = sum(timing.wall for timing in timings)
-    rows = {one.name: wall, one.name + WITHOUT_IMPORTS: seconds} if one.both else {one.name: seconds}
+    rows = {one.name: wall, one.name + IN_PROCESS: seconds} if one.both else {one.name: seconds}
     return rows, max(timing.peak for timing in timings)
 
 
@@ -168,7 +169,7 @@ def measure(found: list[Competitor], args: argparse.Namespace, base: Path, adapt
                 results[name]["peak_anonymous_bytes"].append(peak)
             if args.exact and one.merges and round_number == 0:
                 results[one.name]["misrounded"] = misrounded(base, adapter, out)
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out.parent)
     return dict(results)
 
 
@@ -231,10 +232,11 @@ def print_table(results: dict[str, dict], nbytes: int) -> None:
         return f"{above / below:.2f}" if above and below else "-"
 
     widths = (42, 22, 6, 6, 11, 10, 9, 11)
-    rows = [("", "seconds [min-max]", "GB/s", "x cp", "x cp+fsync", "PEFT/this", "peak MiB", "misrounded")]
+    heads = ("seconds [min-max]", "GB/s", "x cp", "x cp+fsync", "PEFT/this", "peak MiB", "misrounded")
+    rows = [(f"{nbytes / common.GB:.2f} GB", *heads)]
     for name, mid in medians.items():
         result, seconds = results[name], results[name]["seconds"]
-        peft = medians.get("PEFT" + WITHOUT_IMPORTS if name.endswith(WITHOUT_IMPORTS) else "PEFT")
+        peft = medians.get("PEFT" + IN_PROCESS if name.endswith(IN_PROCESS) else "PEFT")
         rows.append(
             (
                 name,
@@ -261,7 +263,7 @@ def prepare(args: argparse.Namespace, size: float) -> tuple[Path, Path]:
 
 def one_size(args: argparse.Namespace) -> dict:
     base, adapter = prepare(args, args.size)
-    out = args.work / "out"
+    out = args.work / "run" / "out"
     results = measure(competitors(args, base, adapter, out), args, base, adapter, out)
     print_table(results, common.folder_bytes(base))
     return {"bytes": common.folder_bytes(base), "adapter_bytes": common.folder_bytes(adapter), "results": results}
@@ -272,7 +274,7 @@ def many_sizes(args: argparse.Namespace) -> dict:
     sizes = {}
     for size in map(float, args.sizes.split(",")):
         base, adapter = prepare(args, size)
-        out = args.work / "out"
+        out = args.work / "run" / "out"
         one = adapterkit_cli(base, adapter, out, "sha256", args.device)
         sizes[f"{size:g}"] = {"bytes": common.folder_bytes(base), "results": measure([one], args, base, adapter, out)}
     for result in sizes.values():
@@ -300,10 +302,12 @@ def main() -> int:
     args = parse()
     args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
+    lock = common.alone(args.work)
     facts = common.environment("adapterkit", "torch", "safetensors", "transformers", "peft")
     facts["mergekit_versions"] = mergekit_versions(args.mergekit)
     report = {**facts, **{name: getattr(args, name) for name in ("shard", "factors", "repeat", "device")}}
     report |= many_sizes(args) if args.sizes else {"size": args.size, **one_size(args)}
+    lock.close()
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return int('"failed": true' in json.dumps(report))

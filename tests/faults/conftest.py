@@ -1,0 +1,233 @@
+"""A three-shard job that costs milliseconds, and a bench on which it runs while things go wrong.
+
+The files are made with numpy and safetensors alone: Llama's names, a PEFT adapter. Runs happen in children of `driver.py`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+LAYERS, WIDTH, VOCABULARY, RANK = 3, 16, 40, 4
+RECEIPT = "adapterkit.json"
+MEMORY = 1 << 30
+
+
+def weights(layers: int = LAYERS) -> dict[str, np.ndarray]:
+    """Tensors of a Llama, float16, in the order of the model."""
+    generator = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        shapes |= {layer + f"self_attn.{p}_proj.weight": (WIDTH, WIDTH) for p in "qkvo"}
+        shapes |= {layer + f"mlp.{p}_proj.weight": (3 * WIDTH, WIDTH) for p in ("gate", "up")}
+        shapes[layer + "mlp.down_proj.weight"] = (WIDTH, 3 * WIDTH)
+        shapes |= {layer + f"{n}_layernorm.weight": (WIDTH,) for n in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+    return {key: generator.standard_normal(shape).astype(np.float16) for key, shape in shapes.items()}
+
+
+def make_base(folder: Path, shards: int = 3, layers: int = LAYERS) -> None:
+    folder.mkdir()
+    tensors = weights(layers)
+    cut = {key: min(i * shards // len(tensors), shards - 1) for i, key in enumerate(tensors)}
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    for i, name in enumerate(names):
+        save_file({k: t for k, t in tensors.items() if cut[k] == i}, folder / name, {"format": "pt"})
+    total = sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in cut.items()}}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "vocab_size": VOCABULARY,
+        "intermediate_size": 3 * WIDTH, "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "tie_word_embeddings": False, "torch_dtype": "float16",
+    }  # fmt: skip
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+
+
+def make_adapter(folder: Path, layers: int = LAYERS, modules: tuple[str, ...] = ("q", "v")) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    tensors = {}
+    for i in range(layers):
+        for name in modules:
+            prefix = f"base_model.model.model.layers.{i}.self_attn.{name}_proj."
+            tensors[prefix + "lora_A.weight"] = generator.standard_normal((RANK, WIDTH)).astype(np.float32)
+            tensors[prefix + "lora_B.weight"] = generator.standard_normal((WIDTH, RANK)).astype(np.float32)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "bias": "none",
+        "target_modules": [f"{m}_proj" for m in modules], "base_model_name_or_path": "tiny",
+    }  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@dataclass
+class Ended:
+    """What a run left: its exit status (negative: the signal that ended it), texts, and how many calls were counted."""
+
+    status: int
+    stdout: str
+    stderr: str
+    calls: int
+    last: str
+    memory: int
+    seconds: float
+
+    def failed_cleanly(self, *words: str) -> None:
+        """Status 1 and a message that holds the words; no traceback; little memory."""
+        if self.status == 70: print(self.stderr)
+        assert self.status == 1, (self.status, self.stderr, self.last)
+        assert self.stderr.startswith("Error: ") and "Traceback" not in self.stderr, self.stderr
+        assert "what to do:" in self.stderr, self.stderr
+        assert self.memory < MEMORY
+        for word in words:
+            assert word in self.stderr, (word, self.stderr)
+
+    def succeeded(self) -> None:
+        assert self.status == 0, (self.status, self.stderr, self.last)
+        assert "Traceback" not in self.stderr, self.stderr
+        assert self.memory < MEMORY
+
+
+class Driver:
+    """The process that has everything imported and forks."""
+
+    def __init__(self):
+        script = str(Path(__file__).with_name("driver.py"))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        root = str(Path(__file__).parents[2])
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", root)}
+        self.process = subprocess.Popen([sys.executable, script], env=environment, **pipes)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, **request) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder; of the receipt without its timings."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        if path.name == RECEIPT:
+            receipt = json.loads(data)
+            del receipt["timings"]
+            data = json.dumps(receipt).encode()
+        found[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+@dataclass
+class Bench:
+    """A folder with a base, an adapter and a place for outputs; runs `merge` there."""
+
+    root: Path
+    driver: Driver
+    defaults: dict = field(default_factory=lambda: {"rows": 128, "workers": 2})
+
+    def __post_init__(self):
+        self.base, self.adapter, self.out = self.root / "base", self.root / "adapter", self.root / "out"
+
+    @property
+    def control(self) -> Path:
+        return self.out.parent / f".{self.out.name}.adapterkit"
+
+    def argv(self, *more: str, weight: str = "") -> list[str]:
+        adapter = f"{self.adapter}={weight}" if weight else str(self.adapter)
+        return ["merge", str(self.base), adapter, "--out", str(self.out), *more]
+
+    def start(self, argv: list[str], fault: dict | None = None, **settings) -> int:
+        return self.driver.ask(argv=argv, fault=fault, **(self.defaults | settings))["pid"]
+
+    def wait(self, pid: int, timeout: float = 60) -> Ended:
+        return Ended(**self.driver.ask(wait=pid, timeout=timeout))
+
+    def run(self, argv: list[str], fault: dict | None = None, **settings) -> Ended:
+        return self.wait(self.start(argv, fault, **settings))
+
+    def merge(self, *more: str, fault: dict | None = None, weight: str = "", **settings) -> Ended:
+        return self.run(self.argv(*more, weight=weight), fault, **settings)
+
+    def undisturbed(self, *more: str, weight: str = "") -> dict[str, str]:
+        """Digests of the output of a run to which nothing happens."""
+        plain = Bench(self.root, self.driver, self.defaults)
+        plain.out = self.root / "undisturbed"
+        plain.merge(*more, weight=weight).succeeded()
+        found = digests(plain.out)
+        shutil.rmtree(plain.out)
+        return found
+
+    def digests(self) -> dict[str, str]:
+        return digests(self.out)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.rmtree(self.control, ignore_errors=True)
+
+    def check_stage(self, whole: dict[str, str], control: Path | None = None) -> None:
+        """Whatever bears a shard's final name in the stage is whole, and so is every shard that the journal calls done."""
+        stage = (control or self.control) / "out"
+        for path in stage.glob("*.safetensors"):
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == whole[path.name], path
+
+    def check_done(self, whole: dict[str, str], control: Path | None = None) -> None:
+        """The output is whole, and nothing else is left."""
+        assert digests(self.out) == whole
+        assert not (control or self.control).exists()
+        assert not [p.name for p in self.root.iterdir() if "adapterkit" in p.name]
+
+
+@pytest.fixture(scope="session")
+def driver():
+    process = Driver()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("inputs")
+    make_base(root / "base")
+    make_adapter(root / "adapter")
+    return root
+
+
+@pytest.fixture
+def bench(tmp_path: Path, driver: Driver, inputs: Path) -> Bench:
+    """A bench of its own for each test."""
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    return Bench(tmp_path, driver)
+
+
+@pytest.fixture
+def many_shards(tmp_path: Path, driver: Driver) -> Bench:
+    """A bench whose base has 300 shards."""
+    make_base(tmp_path / "base", shards=300, layers=40)
+    make_adapter(tmp_path / "adapter", layers=40)
+    return Bench(tmp_path, driver)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, driver: Driver, inputs: Path) -> Bench:
+    """A bench for a module's tests that leave the inputs alone and clear what they make."""
+    root = tmp_path_factory.mktemp("bench")
+    shutil.copytree(inputs, root, dirs_exist_ok=True)
+    return Bench(root, driver)

@@ -1,0 +1,50 @@
+"""The same bytes whatever the number of workers and the sizes of reads, fresh or resumed, hashed or not."""
+
+import itertools
+
+import pytest
+
+RECEIPT = "adapterkit.json"
+
+
+@pytest.fixture(scope="module")
+def whole(shared) -> dict[str, str]:
+    return shared.undisturbed()
+
+
+@pytest.mark.parametrize(
+    ("workers", "resumed", "hashed"), list(itertools.product([1, 2, 8], [False, True], ["sha256", "none"]))
+)
+@pytest.mark.parametrize("fault", [None, {"calls": ["preadv", "pwrite"], "delay": 0.0005}, {"calls": ["preadv"], "short": True}])
+def test_one_sha256_of_every_file(shared, whole, workers: int, resumed: bool, hashed: str, fault: dict | None):
+    shared.clear()
+    options = ("--hash", hashed)
+    if resumed:
+        for when in (1, 2):  # a shard more each time
+            shared.merge("--resume", *options, workers=workers, fault={"kill": True, "calls": ["rename"], "when": 2 * when})
+    shared.merge("--resume" if resumed else "--quiet", *options, workers=workers, fault=fault).succeeded()
+    found = shared.digests()
+    if hashed == "none":  # its receipt holds no hashes
+        del found[RECEIPT]
+    assert found == {name: sha for name, sha in whole.items() if name in found}
+    assert found.keys() | {RECEIPT} == whole.keys()
+
+
+def test_receipts_without_hashes_agree_too(shared):
+    receipts = set()
+    for workers in (1, 2, 8):
+        shared.clear()
+        shared.merge("--hash", "none", workers=workers).succeeded()
+        receipts.add(shared.digests()[RECEIPT])
+    assert len(receipts) == 1
+
+
+def test_options_that_change_the_layout(shared):
+    """Resharded and cast, with one worker and with eight."""
+    for options in (("--dtype", "fp32"), ("--max-shard-size", "7KB"), ("--dtype", "bf16", "--max-shard-size", "4KB")):
+        found = []
+        for workers in (1, 8):
+            shared.clear()
+            shared.merge(*options, workers=workers).succeeded()
+            found.append(shared.digests())
+        assert found[0] == found[1]

@@ -1,0 +1,159 @@
+"""Ctrl-C and SIGTERM: once, and the run stops within two seconds with the command that goes on; twice, and it is gone."""
+
+import contextlib
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SLOW = {"calls": ["pwrite", "copy_file_range"], "delay": 0.15}
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture(scope="module")
+def whole(shared) -> dict[str, str]:
+    return shared.undisturbed()
+
+
+def started(bench, *options: str, fault: dict = SLOW, **settings) -> int:
+    """A run that is at work."""
+    pid = bench.start(bench.argv(*options), fault=fault, **settings)
+    while not (bench.control / "journal.jsonl").exists():
+        time.sleep(0.005)
+    return pid
+
+
+def command_in(text: str) -> list[str]:
+    """The command that a message names, as a shell would cut it into words."""
+    words = shlex.split(next(line for line in text.splitlines() if line.startswith("  adapterkit ")))
+    return words[1:]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_once(shared, whole, number: int, options: tuple):
+    shared.clear()
+    if options:
+        shared.merge(weight="0.5").succeeded()
+        older = shared.digests()
+    pid = started(shared, *options)
+    time.sleep(0.3)
+    began = time.monotonic()
+    os.kill(pid, number)
+    ended = shared.wait(pid)
+    assert time.monotonic() - began < 2
+    ended.failed_cleanly("stopped; finished shards are kept", "--resume")
+    assert shared.digests() == older if options else not shared.out.exists()
+    shared.check_stage(whole)
+    shared.run(command_in(ended.stderr)).succeeded()
+    shared.check_done(whole)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_twice(shared, whole, number: int):
+    """The second one does not wait for threads that wait for the disk."""
+    shared.clear()
+    pid = started(shared, fault=SLOW | {"delay": 20}, workers=1)
+    os.kill(pid, number)
+    time.sleep(0.5)
+    began = time.monotonic()
+    os.kill(pid, number)
+    ended = shared.wait(pid)
+    assert time.monotonic() - began < 1
+    ended.failed_cleanly("stopped")
+    shared.merge("--resume").succeeded()
+    shared.check_done(whole)
+
+
+def test_twice_in_a_moment(shared, whole):
+    """The second one comes while the first is being answered."""
+    for gap in (0, 0.001, 0.003, 0.01, 0.03, 0.1):
+        shared.clear()
+        pid = started(shared)
+        os.kill(pid, signal.SIGINT)
+        time.sleep(gap)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+        shared.wait(pid).failed_cleanly("stopped")
+        shared.merge("--resume").succeeded()
+        shared.check_done(whole)
+
+
+@pytest.mark.parametrize("call", ["fsync", "fallocate"])
+def test_once_while_the_disk_is_slow(shared, whole, call: str):
+    """An fsync of a large file takes long; nobody who interrupts waits for it."""
+    shared.clear()
+    place = ".part" if call == "fsync" else ""
+    pid = started(shared, fault={"calls": [call], "match": place, "delay": 1.0}, workers=1)
+    time.sleep(0.5)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGINT)
+    ended = shared.wait(pid)
+    assert time.monotonic() - began < 2
+    ended.failed_cleanly("--resume")
+    shared.merge("--resume").succeeded()
+    shared.check_done(whole)
+
+
+def test_paths_that_a_shell_would_cut(shared, whole):
+    """The command in the message is quoted."""
+    shared.clear()
+    kept = shared.out
+    shared.out = shared.root / "out of $HOME; it's"
+    try:
+        pid = started(shared)
+        os.kill(pid, signal.SIGINT)
+        ended = shared.wait(pid)
+        ended.failed_cleanly("--resume")
+        assert command_in(ended.stderr) == [*shared.argv(), "--resume"]
+        shared.run(command_in(ended.stderr)).succeeded()
+        shared.check_done(whole)
+    finally:
+        shared.clear()
+        shared.out = kept
+
+
+@pytest.mark.parametrize("points", [12, pytest.param(150, marks=pytest.mark.slow)])
+def test_at_random_times(shared, whole, points: int):
+    """Whenever it comes, planning and publishing included: a message and a whole output or none."""
+    generator = random.Random(points)
+    stopped = 0
+    for _ in range(points):
+        shared.clear()
+        pid = shared.start(shared.argv(), fault={"calls": ["fsync", "open", "rename"], "delay": 0.002})
+        time.sleep(generator.uniform(0.02, 0.25))
+        os.kill(pid, generator.choice(SIGNALS))
+        ended = shared.wait(pid)
+        assert ended.status in (0, 1, -signal.SIGTERM), ended  # as long as there is no handler, the system's
+        assert "Traceback" not in ended.stderr, ended.stderr
+        if ended.status == 1:
+            stopped += 1
+            assert "stopped" in ended.stderr, ended.stderr
+        if shared.out.exists():
+            assert shared.digests() == whole
+        shared.merge("--resume").succeeded()
+        shared.check_done(whole)
+    assert stopped > points // 4
+
+
+@pytest.mark.parametrize("delay", [0.4, 0.8, pytest.param(1.2, marks=pytest.mark.slow), pytest.param(0.6, marks=pytest.mark.slow)])
+def test_a_real_process_while_it_imports(bench, delay: float):
+    """Importing torch takes a second or more; an interrupt in it is an interrupt too."""
+    argv = [sys.executable, "-m", "adapterkit", *bench.argv()]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, text = process.communicate(timeout=60)
+    assert time.monotonic() - began < 2
+    if process.returncode != 0:  # it may have been faster
+        assert process.returncode == 1, text
+        assert text.startswith("Error: stopped") and "Traceback" not in text
+        assert not bench.out.exists()

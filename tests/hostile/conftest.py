@@ -1,0 +1,38 @@
+"""What the hostile suites share: their folder on the path (for `forge`), and a watch on time and memory."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def frugal() -> Callable:
+    """A `with` block that may take a second and 100 MB more than were in use before it."""
+
+    @contextmanager
+    def watch(seconds: float = 1.0, megabytes: int = 100) -> Iterator[None]:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before, began = _status("VmHWM"), time.process_time()  # of this process alone: other tests run beside it
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") * 1024 + (2 << 30), limits[1]))  # no harm to others
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+        assert time.process_time() - began < seconds
+        assert _status("VmHWM") - before < megabytes * 1024
+
+    return watch
+
+
+def _status(name: str) -> int:
+    """This process's largest resident size so far (VmHWM), or its address space (VmSize), in kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
