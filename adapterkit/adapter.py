@@ -393,8 +393,7 @@ def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: st
         if not good or len(set(indices)) != len(indices) or spec.shape[:1] != (len(indices),):
             errors.append(
                 Refused(
-                    f"trained rows {spec.dtype} {spec.shape} of {shown(module)}, "
-                    f"trainable_token_indices {shown(repr(indices))}",
+                    f"trained rows {spec.dtype} {spec.shape} of {shown(module)}, trainable_token_indices {shown(repr(indices))}",
                     expected="one different row index for each trained row, in order",
                     where=where,
                     do="restore the config that was saved with the file",

@@ -95,12 +95,21 @@ def writing(command: Callable) -> Callable:
 @click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB (default: the base's own files).")
 @click.option("--include", metavar="RE", help="Only modules in which this regular expression is found.")
 @click.option("--exclude", metavar="RE", help="Not the modules in which this regular expression is found.")
-@click.option("--tied", type=click.Choice(["untie", "fold", "refuse"]), default="untie", show_default=True,
-              help="When only one of two tied embeddings changes: make them two, change both (as PEFT does in memory), or refuse.")
+@click.option(
+    "--tied",
+    type=click.Choice(["untie", "fold", "refuse"]),
+    default="untie",
+    show_default=True,
+    help="When only one of two tied embeddings changes: make them two, change both (as PEFT does in memory), or refuse.",
+)
 @click.option("--base-is-residual", is_flag=True, help="BASE is the changed base of a PiSSA-like adapter.")
 @click.option("--compat", type=click.Choice(["peft"]), help="PEFT's roundings, and its order of several adapters.")
 @click.option("--expert-layout", type=click.Choice(["peft-0.18", "peft-0.19"]), help="Who wrote square expert factors.")
-@click.option("--tokenizer", type=click.Choice(["base", "adapter"]), help="Whose tokenizer (default: the adapter's, if it has one).")
+@click.option(
+    "--tokenizer",
+    type=click.Choice(["base", "adapter"]),
+    help="Whose tokenizer (default: the adapter's, if it has one).",
+)
 @click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
 @click.option("--verify", is_flag=True, help="Read the output again: every hash, and sampled rows recomputed in float64.")
 @click.option("--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit.")
@@ -187,7 +196,14 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             {"key": s.key, "dtype": s.dtype, "shape": list(s.shape), "file": shard.file, "adapters": list(s.adapters)}
             for shard in plan.shards for s in shard.steps if not s.copied
         ]  # fmt: skip
-        document = {"plan": 1, **plan.recipe(), "totals": totals, "changed": changed, "notes": list(plan.notes), **plan.facts}
+        document = {
+            "plan": 1,
+            **plan.recipe(),
+            "totals": totals,
+            "changed": changed,
+            "notes": list(plan.notes),
+            **plan.facts,
+        }
         click.echo(json.dumps(document, indent=1, ensure_ascii=False))
         return
     for name, value in totals.items():
@@ -220,5 +236,3 @@ def _print_receipt(receipt: Any) -> None:
             "the delta is below the dtype's resolution there; --dtype fp32 keeps it",
             err=True,
         )
-
-

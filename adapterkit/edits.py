@@ -180,9 +180,7 @@ class AddLikePeft:
 
     def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         scale = self.term.scale
-        unscaled = Term(
-            self.term.a, self.term.b, 1.0, self.term.rank, self.term.blocks, self.term.flip, self.term.experts
-        )
+        unscaled = Term(self.term.a, self.term.b, 1.0, self.term.rank, self.term.blocks, self.term.flip, self.term.experts)
         products = list(unscaled.products(inputs))
         norm = abs(scale) * sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
 

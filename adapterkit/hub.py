@@ -29,9 +29,7 @@ UPLOAD_GROUP = 256 << 20  # bytes between two reports of progress
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
-GRAMMAR = re.compile(
-    rf"(?P<repo>{NAME}/{NAME})(?:@(?P<revision>[^\s:\\~^?*\[]+))?(?::(?P<subfolder>[^:\\]+?)/?)?", re.ASCII
-)
+GRAMMAR = re.compile(rf"(?P<repo>{NAME}/{NAME})(?:@(?P<revision>[^\s:\\~^?*\[]+))?(?::(?P<subfolder>[^:\\]+?)/?)?", re.ASCII)
 # Weights that a loader would pick by their name alone, so that old ones beside new ones are silently wrong.
 LOADABLE = re.compile(r"((diffusion_)?pytorch_model|adapter_model|model)[^/]*\.(safetensors|bin)(\.index\.json)?")
 
@@ -59,9 +57,7 @@ def parse(source: str) -> HubId | None:
         return None
     repo, revision, subfolder = match.group("repo", "revision", "subfolder")
     named = all(".." not in part and "--" not in part and not part.endswith(".git") for part in repo.split("/"))
-    plain = all(
-        part and part == part.rstrip(". ") for path in (revision, subfolder) if path for part in path.split("/")
-    )
+    plain = all(part and part == part.rstrip(". ") for path in (revision, subfolder) if path for part in path.split("/"))
     return HubId(repo, revision, subfolder or "") if named and plain else None
 
 

@@ -10,9 +10,7 @@ from typing import NoReturn
 from adapterkit.errors import Refused, shown
 
 LONGEST = 1000
-LARGEST = (
-    100_000  # characters that a pattern may stand for once its {counts} are written out, as `regex` does in memory
-)
+LARGEST = 100_000  # characters that a pattern may stand for once its {counts} are written out, as `regex` does in memory
 PATIENCE = 1.0  # seconds for one name
 IN_ALL = 3.0  # seconds for all the names that one pattern is asked about
 PLAIN = re.compile(r"\^?[\w.\-]*\$?")  # nothing that could backtrack
@@ -22,9 +20,7 @@ FUZZY = re.compile(r"(?<!\\)\{(?!\d*(,\d*)?\})")  # `regex` reads {e<=2} as "wit
 def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]:
     """`re.search` of `wrap` with the pattern put in; `Refused` when it does not compile or takes over a second."""
     if len(pattern) > LONGEST:
-        raise Refused(
-            f"a pattern of {len(pattern)} characters", expected=f"at most {LONGEST}", where=where, do="shorten it"
-        )
+        raise Refused(f"a pattern of {len(pattern)} characters", expected=f"at most {LONGEST}", where=where, do="shorten it")
     whole = wrap.replace("{}", pattern)
     if PLAIN.fullmatch(pattern):
         plain = re.compile(whole)

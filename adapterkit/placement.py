@@ -100,9 +100,7 @@ def place_vector(parameter: Parameter, slot: Slot, vector: TensorSpec, scale: fl
     return AddVector(vector, scale, row, row_stop, at)
 
 
-def place_magnitude(
-    parameter: Parameter, slot: Slot, magnitude: TensorSpec, outputs: int, before: tuple[Edit, ...]
-) -> Decompose:
+def place_magnitude(parameter: Parameter, slot: Slot, magnitude: TensorSpec, outputs: int, before: tuple[Edit, ...]) -> Decompose:
     """DoRA's rescaling; `outputs` is the parameter's axis that has one magnitude per position."""
     if len(parameter.shape) > 2:
         if not slot.whole:

@@ -223,9 +223,7 @@ def run(
         raise Interrupted("stopped; finished shards are kept", where=str(out), do="run the same command with --resume") from None
 
 
-def _build(
-    plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: bool, hash: str, progress: Progress
-) -> None:
+def _build(plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: bool, hash: str, progress: Progress) -> None:
     """Fill the stage: the shards that are not done, the small files, the receipt."""
     began = time.monotonic()
     fingerprint = digest(_public(recipe))

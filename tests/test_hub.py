@@ -73,9 +73,7 @@ class Client:
         warnings = ("-W", "error", "-W", "ignore:Use 'content=:DeprecationWarning")
         command, pipe = [sys.executable, *warnings, "-c", WORKER], subprocess.PIPE
         with errors.open("w") as stderr:
-            self.process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=stderr, text=True, cwd=ROOT, env=environment
-            )
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True, cwd=ROOT, env=environment)
 
     def __call__(self, code: str):
         self.process.stdin.write(json.dumps(code) + "\n")
@@ -654,9 +652,7 @@ def test_push_that_breaks_commits_nothing(hub, connect, output, status, kind):
 
 
 def test_push_beside_old_weights(hub, connect, output):
-    hub.commit(
-        REPO, {"model.safetensors": b"\0old", "checkpoint-5/model.safetensors": b"\0", "training_args.bin": b"\0"}
-    )
+    hub.commit(REPO, {"model.safetensors": b"\0old", "checkpoint-5/model.safetensors": b"\0", "training_args.bin": b"\0"})
     client = connect(hub)
     told = client.refusal(f"push(Path('{output}'), '{REPO}')")
     assert "already: model.safetensors" in told.text and f"hf repos delete-files {REPO} model.safetensors`" in told.text

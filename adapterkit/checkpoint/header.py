@@ -53,13 +53,9 @@ class Header:
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
     """The header's length (8-byte prefix included) of a file of `file_size` bytes; `Damaged` if it has none."""
     if prefix.startswith(b"version https://git-lfs"):
-        raise Damaged(
-            "a Git LFS pointer, not the weights", expected="a safetensors file", where=where, do="run `git lfs pull`"
-        )
+        raise Damaged("a Git LFS pointer, not the weights", expected="a safetensors file", where=where, do="run `git lfs pull`")
     if prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
-        raise Damaged(
-            "an HTML page, not the weights", expected="a safetensors file", where=where, do="download it again"
-        )
+        raise Damaged("an HTML page, not the weights", expected="a safetensors file", where=where, do="download it again")
     length = int.from_bytes(prefix[:8], "little")
     limit = min(MAX_HEADER, file_size - 8)
     if len(prefix) < 8 or not 2 <= length <= limit:

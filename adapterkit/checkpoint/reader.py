@@ -61,7 +61,9 @@ class Sources:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise Failed(f"cannot open: {error.strerror}", where=str(path), do="check the file, then run again with --resume") from error
+            raise Failed(
+                f"cannot open: {error.strerror}", where=str(path), do="check the file, then run again with --resume"
+            ) from error
         found = identity(os.fstat(descriptor))
         if self.expected.setdefault(which, found) != found:
             os.close(descriptor)

@@ -184,9 +184,7 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
             do="restore the index",
         )
     if file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
-        return Refused(
-            f"{shown(file)} as a shard", expected="safetensors files of a model", where=where, do="restore the index"
-        )
+        return Refused(f"{shown(file)} as a shard", expected="safetensors files of a model", where=where, do="restore the index")
     if file not in files:
         return Damaged(f"no file {shown(file)}", expected="every file the index names", where=where, do="download it")
     return None
@@ -208,9 +206,7 @@ def _index_errors(folder: Folder, index: dict, name: str, tensors: dict[str, Ten
         spec = tensors.get(key)
         if spec is None or spec.file != file:
             found = f"{shown(key)} is not in {shown(file)}"
-            errors.append(
-                Damaged(found, expected="an index that matches its files", where=where, do="restore the index")
-            )
+            errors.append(Damaged(found, expected="an index that matches its files", where=where, do="restore the index"))
     for key in [key for key in tensors if key not in index["weight_map"]]:
         found = f"{shown(key)} in {shown(tensors[key].file)}"
         errors.append(Damaged(found, expected="every stored key in the index", where=where, do="restore the index"))

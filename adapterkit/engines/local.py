@@ -71,7 +71,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device("meta")
     if device.type != "cuda" or count <= (device.index or 0):
         raise Refused(
-            f"device {name!r}; {count} CUDA devices here", expected="auto, cpu, cuda or cuda:i", where="--device", do="use cpu"
+            f"device {name!r}; {count} CUDA devices here",
+            expected="auto, cpu, cuda or cuda:i",
+            where="--device",
+            do="use cpu",
         )
     return device
 
@@ -469,6 +472,7 @@ class _Job:
 
     def _measure(self, open_step: _OpenStep, squares: float, sample: Tensor | None, w: Tensor, outgoing: Tensor) -> None:
         facts = open_step.facts
+        moved = lost = changed = 0
         if sample is not None:
             rounded = outgoing.to(w.device, w.dtype)
             moved = float((w - sample).square_().sum(dtype=torch.float64))

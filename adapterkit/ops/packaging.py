@@ -15,7 +15,21 @@ from adapterkit.checkpoint.writer import RECEIPT
 from adapterkit.errors import Refused
 from adapterkit.plan import CopyFile, Shard
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".tflite", ".ot", ".npz")
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+    ".ot",
+    ".npz",
+)
 NOT_COPIED = {RECEIPT, "README.md", "config.json", "adapter_config.json", "training_args.bin"}
 TOKENIZER = re.compile(
     r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.(spm|tiktoken)"
@@ -41,7 +55,7 @@ def files_of_output(
     files["README.md"] = model_card(base, adapters, weights).encode()
     if base.index is not None or len(shards) > 1:
         name = base.index_name or "model.safetensors.index.json"
-        if len(shards) > 1 or base.index is not None and shards[0].file in base.shards:
+        if len(shards) > 1 or (base.index is not None and shards[0].file in base.shards):
             files[name] = layout.index([s.layout for s in shards], base.index)
     if "config.json" in base.files:
         unchanged = config == base.config
@@ -53,9 +67,7 @@ def _json(value: dict) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _tokenizer(
-    base: Checkpoint, adapters: list[Adapter], choice: str | None, notes: list[str]
-) -> dict[str, bytes | CopyFile]:
+def _tokenizer(base: Checkpoint, adapters: list[Adapter], choice: str | None, notes: list[str]) -> dict[str, bytes | CopyFile]:
     """The tokenizer saved beside an adapter, if there is one: training may have added tokens to it."""
     if choice == "base":
         return {}

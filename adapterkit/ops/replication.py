@@ -18,9 +18,7 @@ COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)$")
 
 
-def replicated(
-    base: Checkpoint, adapters: list[Adapter], errors: list[AdapterkitError]
-) -> tuple[Checkpoint, list[int] | None]:
+def replicated(base: Checkpoint, adapters: list[Adapter], errors: list[AdapterkitError]) -> tuple[Checkpoint, list[int] | None]:
     """The base with its layers stacked anew, and for each new layer the old one; the base itself where nothing asks for it."""
     asked = {json.dumps(a.config.get("layer_replication")) for a in adapters}
     asked_by = [a for a in adapters if a.config.get("layer_replication")]

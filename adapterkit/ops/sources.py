@@ -36,6 +36,8 @@ def weighted(text: str | os.PathLike) -> tuple[str, float]:
         weight = math.nan
     if not math.isfinite(weight) or not source:
         raise Refused(
-            f"{shown(text)}: {shown(number)!r} is no weight", expected="SOURCE or SOURCE=NUMBER", do="check the path and weight"
+            f"{shown(text)}: {shown(number)!r} is no weight",
+            expected="SOURCE or SOURCE=NUMBER",
+            do="check the path and weight",
         )
     return source, weight

@@ -177,7 +177,11 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
     rows = tensors = 0
     out = LocalFolder(folder)
     specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
-    with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written, torch.inference_mode():
+    with (
+        Sources(plan.folders, dict(plan.identities)) as sources,
+        Sources((out,), {}) as written,
+        torch.inference_mode(),
+    ):
         inputs = Inputs(sources, torch.device("cpu"), torch.float64)
         stored = Inputs(written, torch.device("cpu"), torch.float64)
         for shard in plan.shards:

@@ -256,7 +256,7 @@ class Skeleton:
                 found[name] = (identity_slot(key, shape),)
             else:
                 converter = running.setdefault(name, deepcopy(by_pattern[pattern]))
-                converter.add_tensor(name, key, pattern, Symbol.of(key, shape))
+                converter.add_tensor(name, key, pattern, Symbol.of(key, shape))  # pyright: ignore[reportArgumentType]
         for first, converter in running.items():
             try:
                 converted = self._converted(first, converter)

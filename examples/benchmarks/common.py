@@ -208,9 +208,7 @@ class ProcessFailed(RuntimeError):
 
 def time_process(argv: list[str], env: dict[str, str] | None = None) -> Timing:
     start = time.perf_counter()
-    process = subprocess.Popen(
-        argv, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(argv, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peak, ended = [0], threading.Event()
 
     def watch() -> None:

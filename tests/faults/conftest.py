@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +87,8 @@ class Ended:
 
     def failed_cleanly(self, *words: str) -> None:
         """Status 1 and a message that holds the words; no traceback; little memory."""
-        if self.status == 70: print(self.stderr)
+        if self.status == 70:
+            print(self.stderr)
         assert self.status == 1, (self.status, self.stderr, self.last)
         assert self.stderr.startswith("Error: ") and "Traceback" not in self.stderr, self.stderr
         assert "what to do:" in self.stderr, self.stderr
@@ -178,6 +180,11 @@ class Bench:
     def digests(self) -> dict[str, str]:
         return digests(self.out)
 
+    def begun(self) -> bool:
+        """Whether the journal says which job is at work."""
+        journal = self.control / "journal.jsonl"
+        return journal.exists() and b"\n" in journal.read_bytes()
+
     def clear(self) -> None:
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.rmtree(self.control, ignore_errors=True)
@@ -210,24 +217,39 @@ def inputs(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def disk_of_tests(request, tmp_path_factory):
+    """Where benches stand: in memory, where an fsync costs nothing; for the slow tests on the disk."""
+    memory = Path("/dev/shm")
+    if request.config.getoption("markexpr") != "not slow" or not os.access(memory, os.W_OK):
+        yield tmp_path_factory.getbasetemp()
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def new_bench(place: Path, driver: Driver, inputs: Path) -> Bench:
+    root = Path(tempfile.mkdtemp(dir=place))
+    shutil.copytree(inputs, root, dirs_exist_ok=True)
+    return Bench(root, driver)
+
+
 @pytest.fixture
-def bench(tmp_path: Path, driver: Driver, inputs: Path) -> Bench:
+def bench(disk_of_tests: Path, driver: Driver, inputs: Path) -> Bench:
     """A bench of its own for each test."""
-    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
-    return Bench(tmp_path, driver)
-
-
-@pytest.fixture
-def many_shards(tmp_path: Path, driver: Driver) -> Bench:
-    """A bench whose base has 300 shards."""
-    make_base(tmp_path / "base", shards=300, layers=40)
-    make_adapter(tmp_path / "adapter", layers=40)
-    return Bench(tmp_path, driver)
+    return new_bench(disk_of_tests, driver, inputs)
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory, driver: Driver, inputs: Path) -> Bench:
+def shared(disk_of_tests: Path, driver: Driver, inputs: Path) -> Bench:
     """A bench for a module's tests that leave the inputs alone and clear what they make."""
-    root = tmp_path_factory.mktemp("bench")
-    shutil.copytree(inputs, root, dirs_exist_ok=True)
+    return new_bench(disk_of_tests, driver, inputs)
+
+
+@pytest.fixture
+def many_shards(disk_of_tests: Path, driver: Driver) -> Bench:
+    """A bench whose base has 300 shards."""
+    root = Path(tempfile.mkdtemp(dir=disk_of_tests))
+    make_base(root / "base", shards=300, layers=40)
+    make_adapter(root / "adapter", layers=40)
     return Bench(root, driver)

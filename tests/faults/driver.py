@@ -87,7 +87,8 @@ class Faults:
         path = self._path(args)
         if name in ("close", "open", "write") and "/" not in path:
             return False
-        return not path.startswith(("pipe:", "/dev/", "/proc/")) and self.spec.get("match", "") in path
+        device = path.startswith(("pipe:", "/proc/", "/dev/", "/memfd")) and not path.startswith("/dev/shm/")
+        return not device and self.spec.get("match", "") in path
 
     def _fault(self, name, real, args, kwargs, libc):
         spec = self.spec
@@ -165,6 +166,7 @@ class Child:
         status = 70
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.dup2(self.out, 1), os.dup2(self.err, 2)
             os.close(self.gate[1])
             os.read(self.gate[0], 1)
@@ -224,6 +226,7 @@ class Child:
 def serve() -> None:
     import torch
 
+    import adapterkit.cli
     import adapterkit.engines.local
     import adapterkit.ops.merge
     import adapterkit.ops.verify  # noqa: F401

@@ -68,7 +68,7 @@ def test_every_flip_is_found(output, monkeypatch):
             with pytest.raises(AdapterkitError) as caught:
                 verify(output)
         for flip in made:
-            lines = [line for line in str(caught.value).splitlines() if f"{flip.path.name}:" in line]
+            lines = [line for line in str(caught.value).splitlines() if line.startswith(f"- {flip.path.name}:")]
             assert len(lines) == 1, flip
             key = tensors[flip.path][flip.position]
             assert key is None or key in lines[0], (str(flip), lines)

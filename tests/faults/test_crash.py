@@ -40,8 +40,7 @@ def check_and_resume(bench, whole, older, options=()):
     assert found in (None, whole, older)
     if found != whole:
         bench.check_stage(whole)
-    journal = bench.control / "journal.jsonl"
-    begun = journal.exists() and b"\n" in journal.read_bytes()
+    begun = bench.begun()
     if not begun and found not in (None, whole):
         bench.merge("--resume").failed_cleanly("options.weights.0 differs")
     bench.merge("--resume", *(() if begun else options)).succeeded()
@@ -176,9 +175,7 @@ def traced(program: str, pid: int, *options: str) -> subprocess.Popen | None:
 
 
 FEW = [(call, 6) for call in SYSTEM_CALLS[:6:2]]
-ALL = [pytest.param(call, 1, marks=pytest.mark.slow) for call in SYSTEM_CALLS] + [
-    pytest.param("openat", 5, marks=pytest.mark.slow)
-]
+ALL = [pytest.param(call, 1, marks=pytest.mark.slow) for call in SYSTEM_CALLS] + [pytest.param("openat", 5, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("call", "step"), FEW + ALL)

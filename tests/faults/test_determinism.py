@@ -12,9 +12,7 @@ def whole(shared) -> dict[str, str]:
     return shared.undisturbed()
 
 
-@pytest.mark.parametrize(
-    ("workers", "resumed", "hashed"), list(itertools.product([1, 2, 8], [False, True], ["sha256", "none"]))
-)
+@pytest.mark.parametrize(("workers", "resumed", "hashed"), list(itertools.product([1, 2, 8], [False, True], ["sha256", "none"])))
 @pytest.mark.parametrize("fault", [None, {"calls": ["preadv", "pwrite"], "delay": 0.0005}, {"calls": ["preadv"], "short": True}])
 def test_one_sha256_of_every_file(shared, whole, workers: int, resumed: bool, hashed: str, fault: dict | None):
     shared.clear()

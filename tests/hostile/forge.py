@@ -118,9 +118,7 @@ class AdapterFiles:
 
     def folder(self, name: str = "adapter") -> MemoryFolder:
         config = json.dumps(self.config).encode()
-        return MemoryFolder(
-            name, {"adapter_config.json": config, "adapter_model.safetensors": tensors_file(self.tensors)}
-        )
+        return MemoryFolder(name, {"adapter_config.json": config, "adapter_model.safetensors": tensors_file(self.tensors)})
 
 
 def adapter_config(**changes) -> dict:
@@ -143,9 +141,7 @@ def pair(module: str, outputs: int, inputs: int, rank: int = RANK, seed: int = 1
 def plain() -> AdapterFiles:
     """LoRA on linear layers of two shapes, one of another rank."""
     tensors = pair("model.layers.0.q_proj", WIDTH, WIDTH) | pair("model.layers.1.q_proj", WIDTH, WIDTH, seed=5)
-    tensors |= pair("model.layers.0.up_proj", HIDDEN, WIDTH, seed=7) | pair(
-        "model.layers.0.down_proj", WIDTH, HIDDEN, 2, 9
-    )
+    tensors |= pair("model.layers.0.up_proj", HIDDEN, WIDTH, seed=7) | pair("model.layers.0.down_proj", WIDTH, HIDDEN, 2, 9)
     return AdapterFiles(adapter_config(rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3.5}), tensors)
 
 
@@ -178,9 +174,7 @@ def everything_else() -> AdapterFiles:
 def token_rows() -> AdapterFiles:
     tensors = pair("model.layers.0.q_proj", WIDTH, WIDTH)
     tensors[f"{PREFIX}model.embed.token_adapter.trainable_tokens_delta"] = normal(3, WIDTH, seed=8)
-    return AdapterFiles(
-        adapter_config(trainable_token_indices={"embed": [0, 7, 19]}, target_modules=["q_proj"]), tensors
-    )
+    return AdapterFiles(adapter_config(trainable_token_indices={"embed": [0, 7, 19]}, target_modules=["q_proj"]), tensors)
 
 
 GOLDEN = {"plain": plain, "decomposed": decomposed, "everything_else": everything_else, "token_rows": token_rows}

@@ -167,9 +167,7 @@ def test_no_metadata_in_the_index_is_fine(tmp_path):
 def test_stale_shards_are_left_out(tmp_path):
     folder = sharded()
     stale = tensors_file({"stale.weight": normal(2, 2)})
-    folder.content |= {f"model-0000{i}-of-00009.safetensors": stale for i in (1, 9)} | {
-        "consolidated.safetensors": stale
-    }
+    folder.content |= {f"model-0000{i}-of-00009.safetensors": stale for i in (1, 9)} | {"consolidated.safetensors": stale}
     out = merged(folder, tmp_path)
     assert sorted(p.name for p in out.glob("*.safetensors")) == [FIRST, SECOND]
     assert set(load_file(out / FIRST)) | set(load_file(out / SECOND)) == set(base_tensors())
@@ -207,9 +205,7 @@ def test_several_files_without_an_index_are_refused():
     assert "2 safetensors files and no index" in refusal(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pth", "model.ckpt"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pth", "model.ckpt"])
 def test_pickles_are_refused_with_the_way_out(name, tmp_path):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     message = refusal(LocalFolder(tmp_path))

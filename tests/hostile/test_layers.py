@@ -70,10 +70,7 @@ def test_the_check_sees_an_import_upwards(part, source):
 
 def test_no_two_files_import_each_other():
     """Within a level too: an order in which the files could be read exists."""
-    names = {
-        ".".join(("adapterkit", *p.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): p
-        for p in FILES
-    }
+    names = {".".join(("adapterkit", *p.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): p for p in FILES}
     needs = {}
     for name, path in names.items():
         needs[name] = set()
@@ -103,9 +100,7 @@ for words in (["--help"], ["--version"], ["merge", "--help"], ["verify", "--help
 """
 
 
-@pytest.mark.parametrize(
-    "code", ["import adapterkit", "import adapterkit; dir(adapterkit)", "import adapterkit.cli", HELP]
-)
+@pytest.mark.parametrize("code", ["import adapterkit", "import adapterkit; dir(adapterkit)", "import adapterkit.cli", HELP])
 def test_nothing_heavy_is_loaded_to_say_hello(code):
     script = WATCH.format(code=code, heavy=HEAVY)
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}

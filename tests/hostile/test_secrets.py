@@ -25,11 +25,22 @@ PLANTED = {
 }  # fmt: skip
 SECRETS = [TOKEN, "PlantedAwsSecret", "proxypass", "endpass", HOST]
 
+# Every command is a fork of one process, which has imported torch once.
 RUN = """
-import socket, sys
-socket.gethostname = lambda: {host!r}
+import json, os, socket, sys, tempfile
+socket.gethostname = lambda: HOST
+import adapterkit.engines.local, adapterkit.ops.merge, adapterkit.ops.verify
 from adapterkit.cli import main
-main()
+for words in json.loads(sys.argv[1]):
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    child = os.fork()
+    if child == 0:
+        for number, file in enumerate(files, start=1):
+            os.dup2(file.fileno(), number)
+        main(words)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = [file.seek(0) or file.read() for file in files]
+    print(json.dumps([status, *texts]), flush=True)
 """
 
 
@@ -52,16 +63,20 @@ class Desk:
         broken.write(self.home / "broken")
         self.everything: list[str] = []
 
-    def run(self, *arguments: str, status: int = 0) -> subprocess.CompletedProcess:
+    def run(self, *commands: tuple[str, ...], status: int = 0) -> list[str]:
+        """What each command prints; its messages are kept in `everything` as well."""
         where = {"HOME": str(self.home), "PYTHONPATH": str(Path(adapterkit.__file__).parents[1])}
-        command = [sys.executable, "-c", RUN.format(host=HOST), *arguments]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, cwd=self.home, env=os.environ | PLANTED | where
-        )
-        assert done.returncode == status, done.stderr
-        assert "Traceback" not in done.stderr
-        self.everything += [done.stdout, done.stderr]
-        return done
+        script = [sys.executable, "-c", RUN.replace("HOST", repr(HOST)), json.dumps(commands)]
+        env = os.environ | PLANTED | where
+        done = subprocess.run(script, capture_output=True, text=True, timeout=120, cwd=self.home, env=env)
+        assert done.returncode == 0, done.stderr
+        results = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(results) == len(commands)
+        for found, out, err in results:
+            assert found == status, err
+            assert "Traceback" not in err
+            self.everything += [out, err]
+        return [out for _, out, _ in results]
 
     def check(self, text: str, *more: str) -> None:
         assert not [secret for secret in (*SECRETS, *more) if secret in text]
@@ -75,25 +90,31 @@ def test_nothing_of_the_machine_gets_out(tmp_path):
     """A job, its dry run and its checks, done and failing, with absolute paths: the home appears in no result."""
     desk = Desk(tmp_path)
     here = str(desk.home)
-    results = [
-        desk.run("merge", f"{here}/base", f"{here}/adapter", "--out", f"{here}/out", "--json").stdout,
-        desk.run("merge", f"{here}/base", f"{here}/adapter", "--out", f"{here}/dry", "--json", "--dry-run").stdout,
-        desk.run("verify", f"{here}/out", "--json").stdout,
-    ]
-    json.loads(results[0])
-    desk.run("merge", "base", "adapter", "--out", "out2")
-    desk.run("verify", "out2", "--base", "base", "--adapter", "adapter")
-    failing = [
-        ("merge", "base", "broken", "--out", "x"), ("merge", "base", "adapter", "--out", "out"),
-        ("merge", "org/name", "adapter", "--out", "x"), ("verify", "base"),
-    ]  # fmt: skip
-    for arguments in failing:
-        desk.run(*arguments, status=1)
+    results = desk.run(
+        ("merge", f"{here}/base", f"{here}/adapter", "--out", f"{here}/out", "--json"),
+        ("merge", f"{here}/base", f"{here}/adapter", "--out", f"{here}/dry", "--json", "--dry-run"),
+        ("verify", f"{here}/out", "--json"),
+    )
+    assert all(map(json.loads, results))
+    desk.run(
+        ("merge", "base", "adapter", "--out", "out2"),
+        ("merge", "base", "adapter", "--out", "dry", "--dry-run"),
+        ("verify", "out2", "--base", "base", "--adapter", "adapter"),
+    )
+    desk.run(
+        ("merge", "base", "broken", "--out", "x"),
+        ("merge", "base", "nowhere", "--out", "x"),
+        ("merge", "base", "adapter", "--out", "out"),
+        ("merge", "adapter", "base", "--out", "x"),
+        ("merge", "org/name", "adapter", "--out", "x"),
+        ("merge", "base", "adapter", "--out", "base/x"),
+        ("merge", "base", "adapter", "--out", "x", "--include", "["),
+        ("verify", "base"),
+        status=1,
+    )
     outputs = [readable(desk.home / name) for name in ("out", "out2")]
     # the base's own config goes over as it is; what we write ourselves holds no path
-    written = [
-        (desk.home / name / file).read_text() for name in ("out", "out2") for file in ("adapterkit.json", "README.md")
-    ]
+    written = [(desk.home / name / file).read_text() for name in ("out", "out2") for file in ("adapterkit.json", "README.md")]
     for text in (*results, *written):
         desk.check(text, here, USER, str(tmp_path))
     for text in (*desk.everything, *outputs):
@@ -107,7 +128,7 @@ def test_the_journal_holds_no_paths_and_no_names(tmp_path):
     data = bytearray(weights.read_bytes())
     data[-4:] = b"\x00\x00\xc0\x7f"  # NaN: the job starts, then fails
     weights.write_bytes(data)
-    desk.run("merge", f"{desk.home}/base", f"{desk.home}/adapter", "--out", f"{desk.home}/out", status=1)
+    desk.run(("merge", f"{desk.home}/base", f"{desk.home}/adapter", "--out", f"{desk.home}/out"), status=1)
     journals = list(desk.home.rglob("journal*"))
     assert journals
     desk.check("".join(p.read_text() for p in journals), str(desk.home), USER)
@@ -217,9 +238,7 @@ def test_folders_of_such_names(name, tmp_path, capsys):
 
 
 def test_the_receipt_names_no_machine(tmp_path):
-    receipt = merge(
-        base().write(tmp_path / "base"), [plain().folder().write(tmp_path / "adapter")], out=tmp_path / "out"
-    ).data
+    receipt = merge(base().write(tmp_path / "base"), [plain().folder().write(tmp_path / "adapter")], out=tmp_path / "out").data
     text = json.dumps(receipt)
     assert str(tmp_path) not in text
     assert socket.gethostname() not in text or len(socket.gethostname()) < 4

@@ -39,7 +39,12 @@ CASES = {
     "opt": (oracle.opt, {"target_modules": ["q_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"]}),
     "bert": (oracle.bert, {"target_modules": ["query", "value", "dense", "word_embeddings"]}),
     "t5": (oracle.t5, {"target_modules": ["q", "v", "o", "wi", "wo"]}),
-    "vit": (oracle.vit, {"target_modules": r".*(projection|q_proj|query|o_proj|dense|fc1|fc2)", }),
+    "vit": (
+        oracle.vit,
+        {
+            "target_modules": r".*(projection|q_proj|query|o_proj|dense|fc1|fc2)",
+        },
+    ),
     "clip": (oracle.clip, {"target_modules": ["patch_embedding", "q_proj", "fc1", "text_projection", "token_embedding"]}),
     "net": (oracle.net, {"target_modules": NET}),
     "net-embedding": (oracle.net, {"target_modules": ["embed"]}),
@@ -169,8 +174,8 @@ def test_names_with_and_without_the_models_prefix(wrote, trained, build, made, t
     with oracle.quiet():
         after = cls.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     expected = exact(peft_model(copy.deepcopy(model), tmp_path / "adapter"))
-    same_in_both = {k: v for k, v in model.state_dict().items() if "classifier" not in k and "lm_head" not in k}
-    assert_all_rounded(after, expected, same_in_both)
+    drawn = ("classifier", "lm_head", "pooler")  # what the base may lack is drawn at random at each loading
+    assert_all_rounded(after, expected, {k: v for k, v in model.state_dict().items() if not any(d in k for d in drawn)})
     assert list(stored(tmp_path / "out")) == list(stored(base))
 
 

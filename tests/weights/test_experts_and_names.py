@@ -96,9 +96,7 @@ def test_bfloat16_experts_like_peft(kind, tmp_path):
     options = {"compat": "peft"}
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     model = tiny.model(kind)
-    check_against_peft(
-        model, tmp_path, torch.bfloat16, 0.0, options, target_modules=["q_proj"], target_parameters=targets
-    )
+    check_against_peft(model, tmp_path, torch.bfloat16, 0.0, options, target_modules=["q_proj"], target_parameters=targets)
 
 
 def test_rank_pattern_on_parameters(tmp_path):

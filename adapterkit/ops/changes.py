@@ -1,0 +1,224 @@
+"""From adapters to changes of parameters: replaced values, products and vectors added, trained rows."""
+
+from dataclasses import replace
+
+from adapterkit.adapter import Adapter, Lora
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.ops.job import Change, Job, Part, nested
+from adapterkit.ops.targets import oriented, targets
+from adapterkit.weights.names import Parameter
+
+
+def collect(job: Job) -> None:
+    """Fill the job's changes from its adapters; what does not fit goes to its errors."""
+    for adapter, weight in zip(job.adapters, job.weights, strict=True):
+        _check_adapter(job, adapter, weight)
+        _replacements(job, adapter, weight)
+        _products(job, adapter, weight)
+        _tokens(job, adapter, weight)
+    _check_together(job)
+
+
+def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
+    init = adapter.changed_base()
+    if init is not None and not job.options.base_is_residual:
+        job.errors.append(
+            Refused(
+                f"init_lora_weights {init!r}: this adapter was trained on a base that the init had changed",
+                expected="an adapter of the base as it is",
+                where=adapter.where,
+                do="give --base-is-residual if BASE is that changed base, or turn the adapter into a plain LoRA first "
+                "(adapterkit rebase, or PEFT's path_initial_model_for_weight_conversion)",
+            )
+        )
+    if weight != 1.0:
+        whole = {
+            "DoRA": any(lora.magnitude is not None for lora in adapter.loras),
+            "replaced parameters (modules_to_save, biases, base_layer)": bool(adapter.replaced),
+            "trained token rows": bool(adapter.tokens),
+        }
+        for what in [name for name, there in whole.items() if there]:
+            job.errors.append(
+                Refused(
+                    f"{what} with weight {weight:g}",
+                    expected="weight 1: these are values, not additions",
+                    where=adapter.name,
+                    do="leave the weight out",
+                )
+            )
+    if adapter.config.get("use_dora") and not any(lora.magnitude is not None for lora in adapter.loras):
+        job.errors.append(Refused("use_dora, but no magnitudes in the file", where=adapter.where, do="save it again"))
+
+
+def _replacements(job: Job, adapter: Adapter, weight: float) -> None:
+    for name, spec in adapter.replaced.items():
+        if not job.taken(name.rpartition(".")[0]):
+            job.leave_out(adapter, name)
+            continue
+        parameter = job.names.parameter(name)
+        if parameter is None:
+            _new_parameter(job, adapter, name, spec)
+            continue
+        if parameter.shape != spec.shape and not _resizes(job, parameter, spec):
+            job.errors.append(job.misshaped(adapter, name, spec.shape, parameter.shape))
+            continue
+        change = job.change(parameter)
+        if change.value is not None:
+            other = job.adapters[change.number - 1].name
+            job.errors.append(
+                Refused(
+                    f"{shown(name)} is replaced by both {other} and {adapter.name}",
+                    expected="one adapter for each replaced parameter",
+                    where=adapter.name,
+                    do="leave one out with --exclude in a run of its own, or merge one adapter",
+                )
+            )
+        change.value, change.number = spec, adapter.number
+        change.parameter = replace(parameter, shape=spec.shape)
+        change.adapters.append(adapter.name)
+
+
+def _resizes(job: Job, parameter: Parameter, spec: TensorSpec) -> bool:
+    """Whether the new value is an embedding (or head) of another vocabulary size, which a checkpoint may hold."""
+    sizes = [v for v in nested(job.base.config, "vocab_size") if isinstance(v, int)]
+    rows = parameter.shape[:1]
+    same = parameter.shape[1:] == spec.shape[1:] and len(parameter.shape) in (1, 2)
+    return same and bool(sizes) and (rows[0] in sizes or _is_embedding(job, parameter.name))
+
+
+def _is_embedding(job: Job, name: str) -> bool:
+    layer = job.names.layer(name.rpartition(".")[0])
+    return layer is not None and "Embedding" in layer
+
+
+def _new_parameter(job: Job, adapter: Adapter, name: str, spec: TensorSpec) -> None:
+    saved = adapter.config.get("modules_to_save") or []
+    module = name.rpartition(".")[0]
+    known = any(module == m or f".{module}.".find(f".{m}.") >= 0 or module.endswith(m) for m in map(str, saved))
+    head = known and job.names.layer(module) is not None
+    if not head:
+        job.errors.append(job.unknown(adapter, spec.key, name))
+        return
+    parameter = Parameter(name, spec.shape, ())
+    job.new[name] = Change(parameter, spec, adapters=[adapter.name], number=adapter.number)
+
+
+def _products(job: Job, adapter: Adapter, weight: float) -> None:
+    by_module: dict[str, list[Lora]] = {}
+    for lora in adapter.loras:
+        if job.taken(lora.module):
+            by_module.setdefault(lora.module, []).append(lora)
+        else:
+            job.leave_out(adapter, lora.module)
+    for module, loras in by_module.items():
+        try:
+            for name, lora in targets(job, adapter, module, loras):
+                _product(job, adapter, weight, name, lora)
+        except AdapterkitError as error:
+            job.errors.append(error)
+
+
+def _product(job: Job, adapter: Adapter, weight: float, name: str, lora: Lora) -> None:
+    parameter = job.names.parameter(name)
+    assert parameter is not None
+    shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
+    parameter = replace(parameter, shape=shape)
+    pattern_name = name if adapter.config.get("target_parameters") and lora.kind == "module" else lora.module
+    if name == lora.module + ".weight" or name.endswith(".in_proj_weight"):
+        pattern_name = lora.module
+    rank, scale = adapter.resolved(pattern_name)
+    product, outputs = oriented(job, adapter, parameter, lora, scale * weight, rank)
+    if product.rank != rank:
+        raise Refused(
+            f"rank {product.rank} in the file for {shown(lora.module)}",
+            expected=f"rank {rank}, as r and rank_pattern say",
+            where=adapter.where,
+            do="restore the config that was saved with the file (a wrong rank means a wrong scale)",
+        )
+    if lora.magnitude is not None and product.experts is not None:
+        raise Refused(f"DoRA on the stack {shown(name)}", expected="a plain LoRA there", where=adapter.name)
+    if lora.magnitude is not None and _count(lora.magnitude) != parameter.shape[outputs]:
+        raise job.misshaped(adapter, lora.magnitude.key, lora.magnitude.shape, (parameter.shape[outputs],))
+    first = lora.kind == "embedding" or product.experts is not None or name != lora.module + ".weight"
+    first = first or _in_attention(job, lora.module)
+    part = Part(adapter, lora, product, None, scale * weight, lora.magnitude, outputs, first)
+    change = job.change(parameter)
+    change.parts.append(part)
+    change.adapters.append(adapter.name)
+    if lora.bias is not None:
+        _bias(job, adapter, lora, scale * weight)
+
+
+def _in_attention(job: Job, module: str) -> bool:
+    """Whether a module is the output projection of torch's MultiheadAttention."""
+    parent, _, leaf = module.rpartition(".")
+    return leaf == "out_proj" and job.names.parameter(f"{parent}.in_proj_weight") is not None
+
+
+def _bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
+    assert lora.bias is not None
+    parameter = job.names.parameter(f"{lora.module}.bias")
+    if parameter is None:
+        raise Refused(
+            f"{shown(lora.bias.key)}: a bias for {shown(lora.module)}, which has none in the base",
+            expected="a module with a bias",
+            where=adapter.name,
+            do="merge into a model whose module has a bias",
+        )
+    if parameter.shape != lora.bias.shape:
+        raise job.misshaped(adapter, lora.bias.key, lora.bias.shape, parameter.shape)
+    change = job.change(parameter)
+    change.parts.append(Part(adapter, lora, None, lora.bias, scale))
+    change.adapters.append(adapter.name)
+
+
+def _tokens(job: Job, adapter: Adapter, weight: float) -> None:
+    for tokens in adapter.tokens:
+        name = f"{tokens.module}.weight"
+        parameter = job.names.parameter(name)
+        if parameter is None:
+            job.errors.append(job.unknown(adapter, tokens.values.key, name))
+            continue
+        shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
+        above = [i for i in tokens.indices if i >= shape[0]]
+        if len(tokens.values.shape) != 2 or tokens.values.shape[1] != shape[1] or above:
+            job.errors.append(
+                Refused(
+                    f"{shown(tokens.values.key)} {tokens.values.shape} for rows {shown(str(above or tokens.indices))}",
+                    expected=f"rows of {shown(name)}, which has shape {shape}",
+                    where=adapter.name,
+                    do="use a base whose vocabulary was resized as in training",
+                )
+            )
+            continue
+        change = job.change(replace(parameter, shape=shape))
+        change.rows.append((tokens.values, tokens.indices))
+        change.adapters.append(adapter.name)
+
+
+def _check_together(job: Job) -> None:
+    for name, change in job.changes.items():
+        numbers = {part.adapter.number for part in change.parts}
+        decomposed = [part for part in change.parts if part.magnitude is not None]
+        if decomposed and len(numbers) > 1 and job.options.compat != "peft":
+            job.errors.append(
+                Refused(
+                    f"{shown(name)}: DoRA of {decomposed[0].adapter.name} beside another adapter",
+                    expected="one adapter on a module that DoRA rescales: the result depends on the order",
+                    where="adapters",
+                    do="merge one after the other, or give --compat peft for PEFT's order",
+                )
+            )
+        rows = [i for _, indices in change.rows for i in indices]
+        if len(set(rows)) != len(rows):
+            job.errors.append(
+                Refused(f"{shown(name)}: a token row trained by two adapters", where="adapters", do="merge one of them")
+            )
+
+
+def _count(spec: TensorSpec) -> int:
+    count = 1
+    for n in spec.shape:
+        count *= n
+    return count

@@ -1,0 +1,153 @@
+"""From changes of parameters to steps: one per stored tensor, in the base's own order."""
+
+from dataclasses import replace
+
+from adapterkit import dtypes
+from adapterkit.edits import AddLikePeft, AddLowRank, Edit
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.ops.job import Change, Job
+from adapterkit.placement import grid_rows, place_magnitude, place_product, place_rows, place_value, place_vector
+from adapterkit.plan import Step
+from adapterkit.weights.slots import Slot, identity_slot
+
+
+def steps_of(job: Job) -> dict[str, list[Step]]:
+    """Steps per output file, in the base's order; new tensors at the end of the last file."""
+    touched = _touched(job)
+    dtype = dtypes.parse(job.options.dtype) if job.options.dtype else None
+    groups: dict[str, list[Step]] = {name: [] for name in job.base.shards}
+    dropped = _dropped(job)
+    for key, spec in job.base.tensors.items():
+        if key in dropped:
+            continue
+        step = touched.pop(key, None) or Step(key, spec.dtype, spec.shape, spec)
+        groups[spec.file].append(_cast(job, step, dtype))
+    last = list(groups)[-1]
+    for name, change in job.new.items():
+        step = _new_step(job, name, change)
+        groups[last].append(_cast(job, step, dtype))
+    return {name: steps for name, steps in groups.items() if steps}
+
+
+def _dropped(job: Job) -> set[str]:
+    """Keys that the class with the new head no longer has (the old head)."""
+    model = job.names.model
+    if model is None or job.config.get("architectures") == job.base.config.get("architectures"):
+        return set()
+    used = {slot.key for p in model.parameters.values() for slot in p.slots}
+    dropped = set(job.base.tensors) - used - set(job.changes)
+    if dropped:
+        job.notes.append(f"left out, not part of {job.config['architectures'][0]}: {', '.join(sorted(dropped))}")
+    return dropped
+
+
+def _cast(job: Job, step: Step, dtype: str | None) -> Step:
+    if dtype is None or step.dtype not in dtypes.FLOATS:
+        return step
+    return replace(step, dtype=dtype)
+
+
+def _touched(job: Job) -> dict[str, Step]:
+    steps: dict[str, Step] = {}
+    for change in job.changes.values():
+        for slot in change.parameter.slots:
+            try:
+                _place(job, steps, change, slot)
+            except AdapterkitError as error:
+                job.errors.append(error)
+    return steps
+
+
+def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None:
+    parameter = change.parameter
+    spec = job.base.tensors[slot.key]
+    stack = change.stack and len(slot.shape) in (2, 3)
+    rows = grid_rows(slot, stack)
+    step = steps.get(slot.key) or Step(slot.key, spec.dtype, spec.shape, spec, (), rows)
+    edits: list[Edit] = list(step.edits)
+    if change.value is not None:
+        if slot.whole:
+            value = change.value
+            step = replace(step, source=value, shape=value.shape if len(value.shape) == len(spec.shape) else spec.shape)
+            rows = value.shape[0] if not stack else rows
+        else:
+            edits += place_value(parameter, slot, change.value)
+    if spec.dtype not in dtypes.FLOATS and (edits or change.parts or change.rows):
+        raise Refused(
+            f"{shown(slot.key)} is {spec.dtype}",
+            expected="a float weight",
+            where=job.base.name,
+            do="dequantise the base",
+        )
+    resized = replace(slot, shape=step.shape) if slot.whole else slot
+    if slot.whole and change.value is not None:
+        resized = replace(parameter, slots=()) and identity_slot(slot.key, change.value.shape)
+    edits = _additions(job, edits, change, resized, step.dtype)
+    edits += [place_rows(parameter, resized, values, indices) for values, indices in change.rows]
+    names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
+    steps[slot.key] = replace(step, edits=tuple(edits), rows=rows, adapters=names)
+
+
+def _additions(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: str) -> list[Edit]:
+    parameter = change.parameter
+    if job.options.compat == "peft":
+        return _additions_like_peft(job, edits, change, slot, dtype)
+    terms = [place_product(parameter, slot, part.product) for part in change.parts if part.product is not None]
+    for part in change.parts:
+        if part.vector is not None:
+            edits.append(place_vector(parameter, slot, part.vector, part.scale))
+    if terms:
+        # neighbours in one stored tensor (q, k, v in a fused projection) share one edit, so one pass
+        if edits and isinstance(edits[-1], AddLowRank):
+            terms = [*edits.pop().terms, *terms]  # type: ignore[attr-defined]
+        edits.append(AddLowRank(tuple(terms)))
+    for part in change.parts:
+        if part.magnitude is not None:
+            edits.append(place_magnitude(parameter, slot, part.magnitude, part.outputs, tuple(edits)))
+    return edits
+
+
+def _additions_like_peft(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: str) -> list[Edit]:
+    parameter = change.parameter
+    rounded = dtypes.torch_dtype(dtype)
+    for part in change.parts:
+        if part.product is None:
+            assert part.vector is not None
+            edits.append(place_vector(parameter, slot, part.vector, part.scale))
+            continue
+        term = place_product(parameter, slot, part.product)
+        if part.magnitude is None:
+            edits.append(AddLikePeft(term, rounded, part.delta_first))
+            continue
+        # PEFT takes a DoRA norm of the weight before any merge: W' = g ⊙ (W + Δ), rounded before the next adapter
+        edits.append(AddLowRank((term,)))
+        edits.append(place_magnitude(parameter, slot, part.magnitude, part.outputs, (edits[-1],)))
+    return edits
+
+
+def _new_step(job: Job, name: str, change: Change) -> Step:
+    """A tensor that the base does not store: an untied twin, or a head."""
+    parameter = change.parameter
+    if not parameter.slots:
+        assert change.value is not None
+        dtype = _usual_dtype(job, change.value.dtype)
+        return Step(name, dtype, change.value.shape, change.value, (), change.value.shape[0], tuple(change.adapters))
+    slot = parameter.slots[0]
+    spec = job.base.tensors[slot.key]
+    source = change.value or spec
+    step = Step(name, spec.dtype, source.shape, source, (), source.shape[0], tuple(change.adapters))
+    slot = identity_slot(slot.key, source.shape)
+    parameter = replace(parameter, shape=source.shape)
+    change = replace(change, parameter=parameter)
+    edits = _additions(job, [], change, slot, spec.dtype)
+    edits += [place_rows(parameter, slot, values, indices) for values, indices in change.rows]
+    return replace(step, edits=tuple(edits))
+
+
+def _usual_dtype(job: Job, fallback: str) -> str:
+    """The dtype that most of the base's bytes have: a head trained in float32 beside a bf16 model is loaded as bf16."""
+    sizes: dict[str, int] = {}
+    for spec in job.base.tensors.values():
+        if spec.dtype in dtypes.FLOATS:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return max(sizes, key=lambda d: sizes[d]) if sizes else fallback

@@ -1,0 +1,146 @@
+"""Which parameter each adapted module is, and how b @ a lies on it: decided from shapes, and from the model's classes where
+shapes leave it open."""
+
+from adapterkit.adapter import Adapter, Lora
+from adapterkit.errors import Refused, shown
+from adapterkit.ops.job import Job
+from adapterkit.placement import Product
+from adapterkit.weights.names import Parameter
+
+
+def targets(job: Job, adapter: Adapter, module: str, loras: list[Lora]) -> list[tuple[str, Lora]]:
+    """Which parameter each of a module's LoRAs is on."""
+    if len(loras) == 1 and loras[0].depth == 0:
+        for leaf in ("weight", "in_proj_weight"):
+            if job.names.parameter(f"{module}.{leaf}") is not None:
+                return [(f"{module}.{leaf}", loras[0])]
+    targets = adapter.config.get("target_parameters") or []
+    children = job.names.children(module)
+    ordered = children is not None
+    if children is None:
+        children = [k.rpartition(".")[2] for k in job.base.tensors if k.rpartition(".")[0] == module]
+    if targets:
+        full = [f"{module}.{child}" for child in children]
+        children = [f.rpartition(".")[2] for f in full if any(f == t or f.endswith("." + str(t)) for t in targets)]
+    if not any(job.names.parameter(f"{module}.{child}") for child in children):
+        raise job.unknown(adapter, loras[0].a.key, module)
+    # the wrapper of the first parameter is the innermost: it has the most base_layer levels around it
+    nested = sorted(loras, key=lambda lora: -lora.depth)
+    if ordered and len(children) == len(nested):
+        return [(f"{module}.{child}", lora) for child, lora in zip(children, nested, strict=True)]
+    found = []
+    for lora in nested:
+        fits = [c for c in children if _fits_stack(job, f"{module}.{c}", lora)]
+        if len(fits) != 1:
+            raise Refused(
+                f"{shown(lora.a.key)} fits {len(fits)} parameters of {shown(module)}: {', '.join(map(shown, fits))}",
+                expected="one parameter (PEFT's file names the nesting, not the parameter)",
+                where=adapter.name,
+                do="give target_parameters in adapter_config.json as they were in training",
+            )
+        found.append((f"{module}.{fits[0]}", lora))
+    return found
+
+
+def _fits_stack(job: Job, name: str, lora: Lora) -> bool:
+    parameter = job.names.parameter(name)
+    if parameter is None or len(parameter.shape) not in (2, 3):
+        return False
+    sizes = {lora.a.shape[1], lora.b.shape[0]}
+    return sizes == set(parameter.shape[-2:])
+
+
+def oriented(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float, rank: int) -> tuple[Product, int]:
+    """How b @ a lies on the parameter, decided from shapes and, where they leave it open, from the module's class; and
+    the parameter's axis of outputs."""
+    shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
+    if lora.kind == "embedding":
+        if len(a) != 2 or len(b) != 2 or (a[1], b[0]) != shape or a[0] != b[1]:
+            raise job.misshaped(adapter, lora.a.key, (a, b), shape)
+        return Product(lora.a, lora.b, scale, a[0], True), 1
+    if len(shape) > 3 or (len(shape) == 3 and len(a) == 3):
+        return _convolution(job, adapter, parameter, lora, scale), 0
+    if len(shape) == 3:
+        return _experts(job, adapter, parameter, lora, scale, rank), 1
+    if len(shape) != 2 or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        raise job.misshaped(adapter, lora.a.key, (a, b), shape)
+    straight, turned = shape == (b[0], a[1]), shape == (a[1], b[0])
+    if not straight and not turned:
+        raise job.misshaped(adapter, lora.a.key, (a, b), shape)
+    flip = turned and not straight
+    if straight and turned:
+        flip = _transposed(job, lora.module)
+    return Product(lora.a, lora.b, scale, a[0], flip), 1 if flip else 0
+
+
+def _transposed(job: Job, module: str) -> bool:
+    """Whether a square weight is stored (in, out): by the module's class, else by the adapter's other modules."""
+    layer = job.names.layer(module)
+    if layer is not None:
+        return layer == "Conv1D"
+    if job.names.model is None and job.names.base.config.get("model_type"):
+        turned = [lora.module for a in job.adapters for lora in a.loras if _only_turned(job, lora)]
+        if turned:
+            raise Refused(
+                f"the square weight of {shown(module)} may be stored (in, out), as {shown(turned[0])} is",
+                expected="a model that transformers knows, or weights that are not square",
+                where=job.base.name,
+                do="update transformers",
+            )
+    return False
+
+
+def _only_turned(job: Job, lora: Lora) -> bool:
+    parameter = job.names.parameter(lora.module + ".weight")
+    sides = (lora.b.shape[0], lora.a.shape[-1])
+    return parameter is not None and parameter.shape != sides and parameter.shape == sides[::-1]
+
+
+def _convolution(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float) -> Product:
+    shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
+    module = parameter.name.rpartition(".")[0]
+    groups = job.names.model.groups(module) if job.names.model is not None else 1
+    if groups > 1 or (len(b) > 1 and len(a) > 1 and b[1] != a[0]):
+        raise Refused(
+            f"a grouped convolution: {shown(module)} has {groups} groups",
+            expected="groups 1 (PEFT cannot merge these either)",
+            where=adapter.name,
+            do="leave it out with --exclude",
+        )
+    if (b[0], *a[1:]) != shape or any(n != 1 for n in b[2:]):
+        raise job.misshaped(adapter, lora.a.key, (a, b), shape)
+    return Product(lora.a, lora.b, scale, a[0], False)
+
+
+def _experts(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float, rank: int) -> Product:
+    count, rows, columns = parameter.shape
+    inputs, outputs = lora.a.shape[-1], lora.b.shape[0]
+    file_rank, rest = divmod(lora.a.shape[0], count)
+    if rest or lora.b.shape[1] != lora.a.shape[0]:
+        raise job.misshaped(adapter, lora.a.key, (lora.a.shape, lora.b.shape), parameter.shape)
+    straight, turned = (rows, columns) == (outputs, inputs), (rows, columns) == (inputs, outputs)
+    if not straight and not turned:
+        raise job.misshaped(adapter, lora.a.key, (lora.a.shape, lora.b.shape), parameter.shape)
+    flip = turned if straight != turned else _flips_squares(job, adapter, parameter)
+    return Product(lora.a, lora.b, scale, file_rank, flip, count)
+
+
+def _flips_squares(job: Job, adapter: Adapter, parameter: Parameter) -> bool:
+    """Square experts: shapes cannot tell. PEFT up to 0.18 took them as (in, out), later as the module says."""
+    chosen = job.options.expert_layout
+    version = adapter.config.get("peft_version")
+    if chosen is None and isinstance(version, str):
+        parts = [int(p) for p in version.split(".")[:2] if p.isdigit()]
+        chosen = "peft-0.18" if parts < [0, 19] else "peft-0.19"
+    if chosen is None:
+        raise Refused(
+            f"{shown(parameter.name)} holds square experts {parameter.shape} and the adapter has no peft_version",
+            expected="the layout in which PEFT wrote it: it changed in 0.19",
+            where=adapter.where,
+            do="give --expert-layout peft-0.18 or --expert-layout peft-0.19",
+        )
+    if chosen == "peft-0.18":
+        return True
+    model = job.names.model
+    module = parameter.name.rpartition(".")[0]
+    return bool(getattr(model.model.get_submodule(module), "is_transposed", False)) if model is not None else False
