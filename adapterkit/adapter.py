@@ -389,8 +389,9 @@ def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: st
         if isinstance(asked, dict):
             ends = [v for k, v in asked.items() if module == k or module.endswith("." + k)]
             indices = ends[0] if len(ends) == 1 else None
-        good = isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices) and spec.dtype in FLOATS
-        if not good or len(set(indices)) != len(indices) or spec.shape[:1] != (len(indices),):
+        rows = tuple(indices) if isinstance(indices, list) else ()
+        good = all(type(i) is int and i >= 0 for i in rows) and len(set(map(str, rows))) == len(rows)
+        if not good or not rows or spec.dtype not in FLOATS or spec.shape[:1] != (len(rows),):
             errors.append(
                 Refused(
                     f"trained rows {spec.dtype} {spec.shape} of {shown(module)}, trainable_token_indices {shown(repr(indices))}",
@@ -400,5 +401,5 @@ def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: st
                 )
             )
             continue
-        found.append(Tokens(module, tuple(indices), spec))
+        found.append(Tokens(module, rows, spec))
     return tuple(found)

@@ -73,7 +73,7 @@ def main() -> None:
 def writing(command: Callable) -> Callable:
     """The options that every writing command has."""
     options = [
-        click.option("--out", required=True, type=click.Path(), metavar="DIR", help="Folder to make; published whole or not at all."),
+        click.option("--out", required=True, type=click.Path(), metavar="DIR", help="Folder to make: all of it or nothing."),
         click.option("--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
         click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute."),

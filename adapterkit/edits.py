@@ -192,7 +192,7 @@ class AddLikePeft:
                     part = w[low - first : high - first, block.col : block.col_stop]
                     delta = (left[low - block.row : high - block.row] @ right) * scale
                     part += delta.to(self.rounded).to(w.dtype) if self.delta_first else delta
-            w.copy_(w.to(self.rounded))
+            _round(w, self.rounded)
 
         return Loaded(apply, norm)
 
@@ -202,13 +202,15 @@ class Decompose:
     """DoRA: w = magnitude * w / ‖w‖ per output row of the parameter (arXiv:2402.09353).
 
     `by_columns`: the parameter's outputs are the grid's columns (an embedding's axis, a transposed layer). Then the norms need
-    every row, so the rows are read once before: `before` are the edits that come first.
+    every row, so the rows are read once before: `before` are the edits that come first. `of_stored`: the norm is that of the
+    stored weight after `before` alone, whatever else has been added to w (PEFT with several adapters).
     """
 
     magnitude: TensorSpec
     rows: tuple[int, int]  # where the outputs lie on the grid, when they are rows
     by_columns: bool
     before: tuple[Edit, ...]
+    of_stored: bool = False
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -216,21 +218,48 @@ class Decompose:
 
     def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         magnitude = inputs.tensor(self.magnitude).reshape(-1)
-        if not self.by_columns:
-            return Loaded(lambda w, first: self._scale_rows(w, first, magnitude))
-        squares = torch.zeros(grid[1], dtype=torch.float64, device=inputs.device)
+        if self.by_columns:
+            squares = torch.zeros(grid[1], dtype=torch.float64, device=inputs.device)
+            for _, w in self._blocks_before(inputs, source, grid):
+                kernel.add_column_squares(w, squares)
+            return Loaded(lambda w, first: kernel.scale_columns(w, magnitude, squares.sqrt()))
+        norms = None
+        if self.of_stored:
+            norms = torch.cat([kernel.row_norms(w) for _, w in self._blocks_before(inputs, source, grid)])
+        return Loaded(lambda w, first: self._scale_rows(w, first, magnitude, norms))
+
+    def _blocks_before(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         before = [edit.load(inputs, source, grid) for edit in self.before]
         for first, w in inputs.blocks(source, grid):
             for edit in before:
                 edit.apply(w, first)
-            kernel.add_column_squares(w, squares)
-        return Loaded(lambda w, first: kernel.scale_columns(w, magnitude, squares))
+            yield first, w
 
-    def _scale_rows(self, w: Tensor, first: int, magnitude: Tensor) -> None:
+    def _scale_rows(self, w: Tensor, first: int, magnitude: Tensor, norms: Tensor | None) -> None:
         row, row_stop = self.rows
         low, high = max(row, first), min(row_stop, first + w.shape[0])
         if low < high:
-            kernel.scale_rows(w[low - first : high - first], magnitude[low - row : high - row])
+            part = w[low - first : high - first]
+            norm = kernel.row_norms(part) if norms is None else norms[low:high]
+            kernel.scale_rows(part, magnitude[low - row : high - row], norm)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTo:
+    """w rounded to the weight's dtype between two adapters, as PEFT does."""
+
+    rounded: torch.dtype
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return ()
+
+    def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        return Loaded(lambda w, first: _round(w, self.rounded))
+
+
+def _round(w: Tensor, dtype: torch.dtype) -> None:
+    w.copy_(w.to(dtype))
 
 
 @dataclass(frozen=True, slots=True)

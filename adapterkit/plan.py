@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapterkit import __version__
+from adapterkit import __version__, dtypes
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout
@@ -43,8 +43,9 @@ class Step:
 
     @property
     def copied(self) -> bool:
-        """Whether the output's bytes are the source's."""
-        return not self.edits and self.dtype == self.source.dtype
+        """Whether the source's bytes are taken unseen: an adapter's own values are looked at, they may not be finite."""
+        unseen = self.source.folder == 0 or self.dtype not in dtypes.FLOATS
+        return not self.edits and self.dtype == self.source.dtype and unseen
 
     @property
     def grid(self) -> tuple[int, int]:

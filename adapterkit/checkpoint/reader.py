@@ -6,6 +6,7 @@ Positioned reads, not mappings: a mapping of a file that shrinks kills the proce
 import contextlib
 import os
 import threading
+from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
@@ -46,9 +47,14 @@ class Sources:
 
     def acquire(self, which: tuple[int, str]) -> int:
         with self._lock:
+            if which in self._open:
+                self._users[which] += 1
+                return self._open[which][0]
+        path = self.folders[which[0]].path(which[1])  # may wait for a download, so not under the lock
+        with self._lock:
             if which not in self._open:
                 self._make_room()
-                self._open[which] = self._opened(which)
+                self._open[which] = self._opened(which, path)
             self._users[which] = self._users.get(which, 0) + 1
             return self._open[which][0]
 
@@ -56,8 +62,7 @@ class Sources:
         with self._lock:
             self._users[which] -= 1
 
-    def _opened(self, which: tuple[int, str]) -> tuple[int, Identity]:
-        path = self.folders[which[0]].path(which[1])
+    def _opened(self, which: tuple[int, str], path: Path) -> tuple[int, Identity]:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

@@ -159,9 +159,9 @@ class Stage:
             raise Refused("a file of that name", expected="a folder to make", where=str(self.out), do="choose another --out")
         entries = self.journal()
         head = entries[0] if entries else None
-        if head is None and resume and _receipt_of(self.out).get("fingerprint") is not None:
-            if not overwrite or _receipt_of(self.out)["fingerprint"] == fingerprint:
-                return "finished"
+        there = _receipt_of(self.out).get("fingerprint")
+        if resume and head is None and there is not None and (there == fingerprint or not overwrite):
+            return "finished"
         receipt = entries[-1].get("publish") if entries else None
         if resume and receipt is not None and _sha256(self.out / RECEIPT) == receipt:
             return "finished"

@@ -33,6 +33,7 @@ ELEMENTS = 1 << 17  # of one chunk: bfloat16, its float32 copy and the factors' 
 CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
 RUN = 4 << 20  # bytes of one piece of an untouched run
 PATIENCE = 0.1  # seconds between looks at the stop sign
+PARTING = 1.0  # seconds that an interrupted job gives its threads
 OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
 SAMPLE = 16  # facts are measured on every 16th chunk of a tensor, the first included
 
@@ -325,34 +326,40 @@ class _Job:
         self.lock = threading.Lock()
         self.turn = threading.Lock()  # to take the next piece; waits for files to be finished, so not the lock for counting
         self.room = threading.Semaphore(OPEN_SHARDS)
+        # not Thread.join: interrupted, it takes a thread that runs for one that has ended (CPython 3.11)
+        self.idle, self.working = threading.Event(), 0
         self.finisher = ThreadPoolExecutor(1, "finish")
         self.finishing: list[Future] = []
 
     def run(self) -> None:
         pieces = self._pieces()
         before = torch.get_num_threads()
-        threads = [threading.Thread(target=self._work, args=(pieces,), daemon=True) for _ in range(self.workers)]
-        for thread in threads:
-            thread.start()
         try:
-            for thread in threads:
-                while thread.is_alive():  # a join without a limit would hold back Ctrl-C
-                    thread.join(PATIENCE)
+            for _ in range(self.workers):
+                with self.lock:
+                    self.working += 1
+                threading.Thread(target=self._work, args=(pieces,), daemon=True).start()
+            while not self.idle.wait(PATIENCE):  # a wait without a limit would hold back Ctrl-C
+                pass
             for future in self.finishing:
                 future.result()
         except BaseException as error:
             self.problem = self.problem or error
         finally:
             self.stop.set()
-            for thread in threads:
-                thread.join()
-            # an fsync can take long: only who interrupts does not wait for it
-            self.finisher.shutdown(wait=not isinstance(self.problem, KeyboardInterrupt), cancel_futures=True)
+            self._wait()
             torch.set_num_threads(before)
-        for shard in self.open:
+        for shard in self.open if self.idle.is_set() else ():
             shard.file.abandon()
         if self.problem is not None:
             raise self.problem
+
+    def _wait(self) -> None:
+        """Wait for the threads to see the stop sign. Who interrupts does not wait long for what waits for the disk: it is lost
+        anyway, as a later run begins those files anew."""
+        interrupted = isinstance(self.problem, KeyboardInterrupt)
+        self.idle.wait(PARTING if interrupted else None)
+        self.finisher.shutdown(wait=not interrupted, cancel_futures=True)
 
     def _pieces(self) -> Iterator[_Piece]:
         for shard in self.shards:
@@ -366,10 +373,10 @@ class _Job:
             yield from pieces
 
     def _work(self, pieces: Iterator[_Piece]) -> None:
-        torch.set_num_threads(1)  # this thread's; the workers are the parallelism
-        stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
         scratch: dict = {}
         try:
+            torch.set_num_threads(1)  # this thread's; the workers are the parallelism
+            stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
             with stream, torch.inference_mode():
                 while (buffer := self.buffers.take(self.stop)) is not None:
                     with self.turn:
@@ -382,6 +389,11 @@ class _Job:
             with self.lock:
                 self.problem = self.problem or self._explained(error)
             self.stop.set()
+        finally:
+            with self.lock:
+                self.working -= 1
+                if self.working == 0:
+                    self.idle.set()
 
     def _explained(self, error: BaseException) -> BaseException:
         if isinstance(error, AdapterkitError) or not isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -17,12 +17,19 @@ def add_low_rank(
     w.addmm_(left, right)
 
 
+def row_norms(
+    w: Tensor,  # (n, cols)
+) -> Tensor:  # (n,) float64
+    """‖w‖ of each row."""
+    return torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+
+
 def scale_rows(
     w: Tensor,  # (n, cols), changed in place
     magnitude: Tensor,  # (n,)
+    norm: Tensor,  # (n,) float64
 ) -> None:
-    """w = magnitude * w / ‖w‖, the norm over each row (DoRA, arXiv:2402.09353, eq. 5); norms in float64."""
-    norm = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+    """w = magnitude * w / norm by rows (DoRA, arXiv:2402.09353, eq. 5)."""
     w.mul_((magnitude.double() / norm).to(w.dtype)[:, None])
 
 
@@ -37,10 +44,10 @@ def add_column_squares(
 def scale_columns(
     w: Tensor,  # (n, cols), changed in place
     magnitude: Tensor,  # (cols,)
-    squares: Tensor,  # (cols,) float64, Σ w² over all rows of the weight
+    norm: Tensor,  # (cols,) float64, over all rows of the weight
 ) -> None:
-    """w = magnitude * w / ‖w‖, the norm over each column of the whole weight."""
-    w.mul_((magnitude.double() / squares.sqrt()).to(w.dtype))
+    """w = magnitude * w / norm by columns."""
+    w.mul_((magnitude.double() / norm).to(w.dtype))
 
 
 def low_rank_norm(

@@ -14,6 +14,7 @@ def collect(job: Job) -> None:
     """Fill the job's changes from its adapters; what does not fit goes to its errors."""
     for adapter, weight in zip(job.adapters, job.weights, strict=True):
         _check_adapter(job, adapter, weight)
+        _check_complete(job, adapter)
         _replacements(job, adapter, weight)
         _products(job, adapter, weight)
         _tokens(job, adapter, weight)
@@ -49,6 +50,32 @@ def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
             )
     if adapter.config.get("use_dora") and not any(lora.magnitude is not None for lora in adapter.loras):
         job.errors.append(Refused("use_dora, but no magnitudes in the file", where=adapter.where, do="save it again"))
+
+
+def _check_complete(job: Job, adapter: Adapter) -> None:
+    """What PEFT saves together is there: a saved module's whole state, and each bias that was trained."""
+    names = job.names.all()
+    expected: dict[str, str] = {}
+    for module in adapter.config.get("modules_to_save") or []:
+        belongs = [name for name in names if f".{module}." in f".{name}"]
+        if any(name in adapter.replaced for name in belongs):
+            expected |= dict.fromkeys(belongs, f"modules_to_save {shown(module)}")
+    if adapter.config.get("bias") == "all":
+        expected |= dict.fromkeys((n for n in names if n.rpartition(".")[2] == "bias"), 'bias "all"')
+    if adapter.config.get("bias") == "lora_only":
+        biases = (f"{lora.module}.bias" for lora in adapter.loras)
+        expected |= dict.fromkeys((n for n in biases if n in names), 'bias "lora_only"')
+    for name, why in expected.items():
+        parameter = job.names.parameter(name)
+        if parameter is not None and not adapter.replaced.keys() & {name, *parameter.tied}:
+            job.errors.append(
+                Refused(
+                    f"{why}, and the file holds no {shown(name)}",
+                    expected="every tensor that was trained",
+                    where=adapter.name,
+                    do="save the adapter again",
+                )
+            )
 
 
 def _replacements(job: Job, adapter: Adapter, weight: float) -> None:

@@ -55,7 +55,7 @@ def files_of_output(
     files["README.md"] = model_card(base, adapters, weights).encode()
     if base.index is not None or len(shards) > 1:
         name = base.index_name or "model.safetensors.index.json"
-        if len(shards) > 1 or (base.index is not None and shards[0].file in base.shards):
+        if len(shards) > 1 or any(shard.file in base.shards for shard in shards):
             files[name] = layout.index([s.layout for s in shards], base.index)
     if "config.json" in base.files:
         unchanged = config == base.config
@@ -99,7 +99,7 @@ def model_card(base: Checkpoint, adapters: list[Adapter], weights: list[float]) 
     """A README.md with the Hub's metadata for a merged model; nothing from the inputs is interpreted, names are quoted as JSON."""
     ids = [_id(base.folder)] + [_id(a.folder) for a in adapters]
     header = ["---", "base_model:", *(f"- {json.dumps(i)}" for i in ids), "base_model_relation: merge"]
-    header += _kept(base) + ["library_name: transformers", "tags:", "- merge", "- lora", "- adapterkit", "---"]
+    header += [*_kept(base), "library_name: transformers", "tags:", "- merge", "- lora", "- adapterkit", "---"]
     rows = [
         f"| {_cell(_id(a.folder))} | {w:g} | {len(a.loras)} | {a.config.get('r', '')} |"
         for a, w in zip(adapters, weights, strict=True)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from adapterkit import dtypes
-from adapterkit.edits import AddLikePeft, AddLowRank, Edit
+from adapterkit.edits import AddLikePeft, AddLowRank, Edit, RoundTo
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.ops.job import Change, Job
 from adapterkit.placement import grid_rows, place_magnitude, place_product, place_rows, place_value, place_vector
@@ -120,8 +120,9 @@ def _additions_like_peft(job: Job, edits: list[Edit], change: Change, slot: Slot
             edits.append(AddLikePeft(term, rounded, part.delta_first))
             continue
         # PEFT takes a DoRA norm of the weight before any merge: W' = g ⊙ (W + Δ), rounded before the next adapter
-        edits.append(AddLowRank((term,)))
-        edits.append(place_magnitude(parameter, slot, part.magnitude, part.outputs, (edits[-1],)))
+        delta = AddLowRank((term,))
+        magnitude = place_magnitude(parameter, slot, part.magnitude, part.outputs, (delta,))
+        edits += [delta, replace(magnitude, of_stored=True), RoundTo(rounded)]
     return edits
 
 

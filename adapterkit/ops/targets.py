@@ -1,6 +1,8 @@
 """Which parameter each adapted module is, and how b @ a lies on it: decided from shapes, and from the model's classes where
 shapes leave it open."""
 
+import re
+
 from adapterkit.adapter import Adapter, Lora
 from adapterkit.errors import Refused, shown
 from adapterkit.ops.job import Job
@@ -65,49 +67,43 @@ def oriented(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale
     if len(shape) != 2 or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise job.misshaped(adapter, lora.a.key, (a, b), shape)
     straight, turned = shape == (b[0], a[1]), shape == (a[1], b[0])
-    if not straight and not turned:
+    flip = turned and _transposed(job, adapter, lora.module, square=straight)
+    if not (flip or straight):
         raise job.misshaped(adapter, lora.a.key, (a, b), shape)
-    flip = turned and not straight
-    if straight and turned:
-        flip = _transposed(job, lora.module)
     return Product(lora.a, lora.b, scale, a[0], flip), 1 if flip else 0
 
 
-def _transposed(job: Job, module: str) -> bool:
-    """Whether a square weight is stored (in, out): by the module's class, else by the adapter's other modules."""
+def _transposed(job: Job, adapter: Adapter, module: str, *, square: bool) -> bool:
+    """Whether a weight that would fit so is stored (in, out), as GPT-2's Conv1D is: by the module's class. Where transformers
+    does not know the model, the config's fan_in_fan_out must say so too; a square weight beside such ones is refused."""
     layer = job.names.layer(module)
     if layer is not None:
         return layer == "Conv1D"
-    if job.names.model is None and job.names.base.config.get("model_type"):
-        turned = [lora.module for a in job.adapters for lora in a.loras if _only_turned(job, lora)]
-        if turned:
-            raise Refused(
-                f"the square weight of {shown(module)} may be stored (in, out), as {shown(turned[0])} is",
-                expected="a model that transformers knows, or weights that are not square",
-                where=job.base.name,
-                do="update transformers",
-            )
-    return False
-
-
-def _only_turned(job: Job, lora: Lora) -> bool:
-    parameter = job.names.parameter(lora.module + ".weight")
-    sides = (lora.b.shape[0], lora.a.shape[-1])
-    return parameter is not None and parameter.shape != sides and parameter.shape == sides[::-1]
+    if job.names.plain:
+        return False
+    said = bool(adapter.config.get("fan_in_fan_out"))
+    if square and said:
+        raise Refused(
+            f"the square weight of {shown(module)} may be stored (in, out): fan_in_fan_out is set",
+            expected="a model that transformers knows, or weights that are not square",
+            where=adapter.name,
+            do="update transformers",
+        )
+    return said
 
 
 def _convolution(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float) -> Product:
     shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
     module = parameter.name.rpartition(".")[0]
-    groups = job.names.model.groups(module) if job.names.model is not None else 1
-    if groups > 1 or (len(b) > 1 and len(a) > 1 and b[1] != a[0]):
+    groups = job.names.groups(module)
+    if groups > 1 or b[1:2] != a[:1]:
         raise Refused(
             f"a grouped convolution: {shown(module)} has {groups} groups",
             expected="groups 1 (PEFT cannot merge these either)",
             where=adapter.name,
             do="leave it out with --exclude",
         )
-    if (b[0], *a[1:]) != shape or any(n != 1 for n in b[2:]):
+    if b[:1] + a[1:] != shape or any(n != 1 for n in b[2:]):
         raise job.misshaped(adapter, lora.a.key, (a, b), shape)
     return Product(lora.a, lora.b, scale, a[0], False)
 
@@ -130,8 +126,9 @@ def _flips_squares(job: Job, adapter: Adapter, parameter: Parameter) -> bool:
     chosen = job.options.expert_layout
     version = adapter.config.get("peft_version")
     if chosen is None and isinstance(version, str):
-        parts = [int(p) for p in version.split(".")[:2] if p.isdigit()]
-        chosen = "peft-0.18" if parts < [0, 19] else "peft-0.19"
+        found = re.match(r"(\d+)\.(\d+)", version)
+        if found:
+            chosen = "peft-0.18" if (int(found[1]), int(found[2])) < (0, 19) else "peft-0.19"
     if chosen is None:
         raise Refused(
             f"{shown(parameter.name)} holds square experts {parameter.shape} and the adapter has no peft_version",

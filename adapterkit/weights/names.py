@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import tempfile
+from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,11 +90,16 @@ class Names:
     notes: list[str] = field(default_factory=list)
 
     @cached_property
+    def plain(self) -> bool:
+        """Whether transformers' sources prove that keys are names and no layer is transposed."""
+        return plain_names(self.base.config)
+
+    @cached_property
     def model(self) -> "Skeleton | None":
         """The model without data, or None where direct names are proof enough or transformers does not know it."""
         keys = self.base.tensors
         direct = all(name in keys for name in self.wanted)
-        if direct and not self.careful and plain_names(self.base.config):
+        if direct and not self.careful and self.plain:
             return None
         return self._skeleton()
 
@@ -108,7 +114,7 @@ class Names:
             except AdapterkitError as error:
                 problem = problem or error
                 continue
-            known = sum(name in model.parameters for name in self.wanted)
+            known = sum(name in model.state for name in self.wanted)
             if best is None or known > best[0]:
                 best = (known, model)
             if known == len(self.wanted):
@@ -138,9 +144,17 @@ class Names:
             return Parameter(name, spec.shape, (identity_slot(name, spec.shape),))
         return self.model.by_old_name(name) if self.model is not None else None
 
+    def all(self) -> Collection[str]:
+        """Names of all stored parameters."""
+        return self.model.parameters if self.model is not None else self.base.tensors
+
     def layer(self, module: str) -> str | None:
         """The class name of a module ('Linear', 'Conv1D', ...), or None where the model was not built."""
         return self.model.layer(module) if self.model is not None else None
+
+    def groups(self, module: str) -> int:
+        """A convolution's groups; 1 where the model was not built."""
+        return self.model.groups(module) if self.model is not None else 1
 
     def children(self, module: str) -> list[str] | None:
         """Names of a module's own parameters in the order of its code, or None where the model was not built."""
@@ -153,6 +167,7 @@ class Skeleton:
     def __init__(self, base: Checkpoint, class_name: str):
         self.base, self.class_name = base, class_name
         self.model = _meta_model(base, class_name)
+        self.state = self.model.state_dict()  # names and shapes of all parameters, stored or not
         self.renamings, self.converters = _conversions(self.model)
         self.unreadable: dict[str, AdapterkitError] = {}  # parameters whose conversion is more than a move of elements
         self.parameters = self._find_parameters()
@@ -164,8 +179,8 @@ class Skeleton:
         """
         from transformers.core_model_loading import rename_source_key
 
-        state = self.model.state_dict()
-        new, pattern = rename_source_key(name, self.renamings, self.converters, self.model.base_model_prefix, state)
+        prefix = self.model.base_model_prefix
+        new, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.state)
         if new == name or new not in self.parameters:
             return None
         return self.parameters[new] if pattern is None else self._expert(name, new, pattern)
@@ -213,9 +228,8 @@ class Skeleton:
             return 1
 
     def _find_parameters(self) -> dict[str, Parameter]:
-        state = self.model.state_dict()
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        slots = self._slots(state)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        slots = self._slots(self.state)
         tied = self._tied()
         found: dict[str, Parameter] = {}
         for name, shape in shapes.items():
@@ -306,16 +320,18 @@ def _meta_model(base: Checkpoint, class_name: str):
     import transformers
     from transformers.utils import logging as their_logging
 
+    auto = class_name.startswith("AutoModel")
+    if not re.search(r"For[A-Z]|Model|Head", class_name):
+        raise Refused(f"{shown(class_name)} is no model's name", where=base.name)  # naming it would import it
     config = _config(base)
     cls = getattr(transformers, class_name, None)
-    auto = class_name.startswith("AutoModel")
     if not isinstance(cls, type) or not (auto or issubclass(cls, transformers.PreTrainedModel)):  # a file may say anything
         raise Refused(f"{shown(class_name)} is no model of transformers {transformers.__version__}", where=base.name)
     before = their_logging.get_verbosity()
     their_logging.set_verbosity(logging.ERROR)
     try:
         with torch.device("meta"):
-            model = cls.from_config(config) if auto else cls(config)
+            model = getattr(cls, "from_config", cls)(config) if auto else cls(config)
     except Exception as error:  # any model's code may fail on a config it does not like
         raise Refused(
             f"transformers cannot build {shown(class_name)}: {shown(error)}", where=base.name, do="update transformers"

@@ -15,11 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+
+import adapterkit
 
 LAYERS, WIDTH, VOCABULARY, RANK = 3, 16, 40, 4
 RECEIPT = "adapterkit.json"
 MEMORY = 1 << 30
+# the package that the tests import, installed or not, and no network
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(adapterkit.__file__).parents[1])}
 
 
 def weights(layers: int = LAYERS) -> dict[str, np.ndarray]:
@@ -108,9 +112,7 @@ class Driver:
     def __init__(self):
         script = str(Path(__file__).with_name("driver.py"))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        root = str(Path(__file__).parents[2])
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", root)}
-        self.process = subprocess.Popen([sys.executable, script], env=environment, **pipes)
+        self.process = subprocess.Popen([sys.executable, script], env=ENVIRONMENT, **pipes)
         assert self.process.stdout.readline() == "ready\n"
 
     def ask(self, **request) -> dict:
@@ -137,12 +139,28 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
+def check_values(bench: "Bench", weight: float) -> None:
+    """Every tensor of an output is the base's, or the float16 nearest to W + weight·b@a (alpha is r here)."""
+    base, adapter = weights(), load_file(bench.adapter / "adapter_model.safetensors")
+    made = {key: t for path in bench.out.glob("*.safetensors") for key, t in load_file(path).items()}
+    assert made.keys() == base.keys()
+    for key, tensor in base.items():
+        prefix = "base_model.model." + key.removesuffix("weight")
+        exact = tensor.astype(np.float64)
+        if prefix + "lora_A.weight" in adapter:
+            b, a = (adapter[f"{prefix}lora_{side}.weight"].astype(np.float64) for side in "BA")
+            exact += weight * b @ a
+        unit = np.abs(np.spacing(made[key])).astype(np.float64)
+        assert made[key].dtype == np.float16 and (np.abs(made[key] - exact) <= 0.502 * unit).all(), key
+
+
 @dataclass
 class Bench:
     """A folder with a base, an adapter and a place for outputs; runs `merge` there."""
 
     root: Path
     driver: Driver
+    environment = ENVIRONMENT
     defaults: dict = field(default_factory=lambda: {"rows": 128, "workers": 2})
 
     def __post_init__(self):
@@ -168,11 +186,12 @@ class Bench:
     def merge(self, *more: str, fault: dict | None = None, weight: str = "", **settings) -> Ended:
         return self.run(self.argv(*more, weight=weight), fault, **settings)
 
-    def undisturbed(self, *more: str, weight: str = "") -> dict[str, str]:
+    def undisturbed(self, weight: str = "") -> dict[str, str]:
         """Digests of the output of a run to which nothing happens."""
         plain = Bench(self.root, self.driver, self.defaults)
         plain.out = self.root / "undisturbed"
-        plain.merge(*more, weight=weight).succeeded()
+        plain.merge(weight=weight).succeeded()
+        check_values(plain, float(weight or 1))
         found = digests(plain.out)
         shutil.rmtree(plain.out)
         return found

@@ -69,14 +69,14 @@ def sweep(bench, whole, older, fault: dict, step: int, *options: str) -> int:
             raise AssertionError(f"killed at call {when}, {ended.last}") from error
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["kill", "torn"])
 def test_killed_at_each_call(shared, whole, how: str, step: int):
     calls = {"torn": {"calls": ["pwrite", "write"]}, "kill": {}}[how]
     assert sweep(shared, whole, None, {how: True} | calls, step) > (20 if calls else 100)
 
 
-@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_while_an_older_output_is_replaced(shared, whole, older, step: int):
     assert sweep(shared, whole, older, {"kill": True}, step, "--overwrite") > 100
 
@@ -117,13 +117,13 @@ def test_killed_again_and_again(shared, whole):
 
 
 def test_a_stage_without_its_names_is_only_published(shared, whole):
-    """Everything was written, the rename was not: a resumed run writes no shard again."""
+    """Everything was written, the rename was not: a resumed run writes nothing again."""
     shared.clear()
     ended = shared.merge(fault={"kill": True, "calls": ["rename"], "when": 4})
     assert ended.status == -signal.SIGKILL and ended.last.endswith(".adapterkit/out")
     entries = [json.loads(line) for line in (shared.control / "journal.jsonl").read_bytes().splitlines()]
     assert "publish" in entries[-1]
-    ended = shared.merge("--resume", fault={"calls": ["pwrite", "copy_file_range", "fallocate"], "when": -1})
+    ended = shared.merge("--resume", fault={"calls": ["pwrite", "open"], "match": ".adapterkit/out/", "when": -1})
     ended.succeeded()
     assert ended.calls == 0
     shared.check_done(whole)

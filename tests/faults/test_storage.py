@@ -601,14 +601,14 @@ def check_inner(bench, whole, older) -> None:
 
 @root
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
-@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [19, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_an_output_that_is_a_mount_point(bench, mounted, whole, older, kind: str, step: int, options: tuple):
     """No rename replaces it: the files move in one by one. Killed at every step, nothing that loads is mixed, and it resumes."""
     (bench.root / "real").mkdir()
     mounted(bench.out, *(["-t", "tmpfs", "tmpfs"] if kind == "tmpfs" else ["--bind", str(bench.root / "real")]))
     control = bench.out / ".adapterkit"
-    for when in itertools.count(1, step if kind == "tmpfs" else step * 3):
+    for when in itertools.count(1, step if kind == "tmpfs" else step * 2):
         inner_clear(bench)
         if options:
             bench.merge(weight="0.5").succeeded()
@@ -671,7 +671,7 @@ def disk(request, bench):
 
 
 @root
-@pytest.mark.parametrize("step", [23, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [37, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flag", [1, 2], ids=["log-flushed", "nothing-flushed"])
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_power_loss(bench, disk, whole, older, step: int, flag: int, options: tuple):

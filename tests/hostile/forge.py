@@ -109,6 +109,22 @@ def base(**config) -> MemoryFolder:
     return MemoryFolder("base", files)
 
 
+def llama() -> MemoryFolder:
+    """One layer of a Llama, whose names and orientations transformers' sources prove without being imported."""
+    layer = "model.layers.0."
+    shapes = {"model.embed_tokens.weight": (ROWS, WIDTH), "lm_head.weight": (ROWS, WIDTH), "model.norm.weight": (WIDTH,)}
+    shapes |= {f"{layer}self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
+    shapes |= {f"{layer}mlp.{name}_proj.weight": (HIDDEN, WIDTH) for name in ("gate", "up")}
+    shapes |= {f"{layer}mlp.down_proj.weight": (WIDTH, HIDDEN)}
+    shapes |= {f"{layer}{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "vocab_size": ROWS,
+        "intermediate_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": False,
+    }  # fmt: skip
+    tensors = tensors_file({key: normal(*shape) for key, shape in shapes.items()})
+    return MemoryFolder("llama", {"model.safetensors": tensors, "config.json": json.dumps(config).encode()})
+
+
 @dataclass
 class AdapterFiles:
     """An adapter before it is written: its config and its tensors."""

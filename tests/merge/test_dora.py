@@ -39,16 +39,24 @@ def test_is_the_rounded_float64_value(name, dtype, made_case, tmp_path):
     assert_all_rounded(merged(tmp_path / "out", build), expected, load(build, base).state_dict())
 
 
+def assert_near(ours, theirs, name):
+    """Equal but for a few elements that float32 arithmetic in another order puts on the other side of a boundary."""
+    if ours.dtype != torch.float32:
+        assert int((ours != theirs).sum()) <= 2 + 1e-3 * ours.numel(), name
+    unit = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(ours.dtype, 2.0**-22)
+    least = max(2.0**-22 * float(theirs.abs().max()), 2.0**-24 if ours.dtype == torch.float16 else 0)
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=unit, atol=least, msg=name)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_peft(name, dtype, made_case, tmp_path):
-    """PEFT takes its norms in the dtype of W + Δ; where it rounds nothing on the way, its weights are within one unit of ours."""
+    """PEFT takes its norms in float32: ours, in float64, differ in the last bit of a float32."""
     build, base, adapter = made_case(name, dtype)
     oracle.merge(base, adapter, out=tmp_path / "out", compat="peft")
     ours, theirs = merged(tmp_path / "out", build), peft_merged(load(build, base), adapter)
-    unit = {"bf16": 2.0**-8, "fp16": 2.0**-10, "fp32": 2.0**-20}[dtype]
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name].double(), tensor.double(), rtol=2 * unit, atol=1e-3 * unit)
+        assert_near(ours[name], tensor, name)
 
 
 def test_over_several_chunks(tmp_path):
@@ -81,31 +89,35 @@ def test_magnitudes_are_used(made_case, tmp_path):
             torch.testing.assert_close(weight.norm(dim=1), magnitude)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compat", [None, "peft"])
-def test_beside_another_adapter(compat, made_case, made, tmp_path):
+def test_beside_another_adapter(compat, dtype, made_case, made, tmp_path):
     """PEFT takes each DoRA's norm of the base and merges in order (peft.md 1.12); the order matters, so by default it is refused."""
-    build, base, adapter = made_case("llama", "fp32")
+    build, base, adapter = made_case("llama", dtype)
     config = {"target_modules": ["q_proj", "up_proj"], "seed": 9, "r": 2}
-    plain = made("dora-plain-other", lambda folder: oracle.train(load(build, base), folder, **config))
+    plain = made(f"dora-plain-other-{dtype}", lambda folder: oracle.train(load(build, base), folder, **config))
     if compat is None:
         with pytest.raises(Refused, match=r"DoRA of .* beside another adapter"):
             oracle.merge(base, adapter, plain, out=tmp_path / "out")
         return
-    for i, order in enumerate([(adapter, plain), (plain, adapter)]):
+    # in 16 bits PEFT finds the base's norm by taking the other adapter out and putting it in again, which loses bits of W
+    orders = [(adapter, plain), (plain, adapter)] if dtype == "fp32" else [(adapter, plain)]
+    for i, order in enumerate(orders):
         oracle.merge(base, *order, out=tmp_path / f"out{i}", compat="peft")
         ours, theirs = merged(tmp_path / f"out{i}", build), peft_merged(load(build, base), *order)
         for name, tensor in theirs.items():
-            torch.testing.assert_close(ours[name], tensor, rtol=2e-6, atol=2e-7, msg=f"{name} {i}")
+            assert_near(ours[name], tensor, f"{name} {i}")
 
 
-def test_two_doras_in_pefts_order(made_case, made, tmp_path):
-    build, base, adapter = made_case("llama", "fp32")
-    config = {"target_modules": ["q_proj", "up_proj"], "seed": 9, "r": 2, "use_dora": True}
-    other = made("dora-other", lambda folder: oracle.train(load(build, base), folder, **config))
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_two_doras_in_pefts_order(name, made_case, made, tmp_path):
+    build, base, adapter = made_case(name, "fp32")
+    config = {"target_modules": ["q_proj", "up_proj", "c_attn"], "seed": 9, "r": 2, "use_dora": True}
+    other = made(f"dora-other-{name}", lambda folder: oracle.train(load(build, base), folder, **config))
     oracle.merge(base, adapter, other, out=tmp_path / "out", compat="peft")
     ours, theirs = merged(tmp_path / "out", build), peft_merged(load(build, base), adapter, other)
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=2e-6, atol=2e-7, msg=name)
+        assert_near(ours[name], tensor, name)
 
 
 def test_weight_other_than_one_is_refused(made_case, tmp_path):

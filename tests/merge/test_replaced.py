@@ -1,0 +1,262 @@
+"""Values that replace the base's: modules_to_save, heads that the base lacks, trained token rows, resized vocabularies."""
+
+import json
+
+import oracle
+import peft
+import pytest
+import torch
+import transformers
+from oracle import DTYPES, assert_all_rounded, assert_same, exact, load, load_checked, merged, peft_merged, peft_model, stored
+from safetensors.torch import save_file
+
+from adapterkit.errors import Refused
+
+SAVED = {
+    "head": (oracle.llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "norms-and-embedding": (oracle.llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]}),
+    "a-whole-block": (oracle.gpt2, {"target_modules": ["c_fc"], "modules_to_save": ["attn"]}),
+    "batch-norm": (oracle.net, {"target_modules": ["fit"], "modules_to_save": ["norm", "image"]}),
+    "attention": (oracle.net, {"target_modules": ["fit"], "modules_to_save": ["attention"]}),
+    "classifier": (oracle.bert_classifier, {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    # PEFT matches by the end of the name alone: `head` wraps lm_head
+    "by-suffix": (oracle.llama, {"target_modules": ["q_proj"], "modules_to_save": ["head"]}),
+    "vit-head": (oracle.vit, {"target_modules": ["fc1"], "modules_to_save": ["classifier"]}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SAVED)
+def test_modules_to_save(name, dtype, made, tmp_path):
+    build, config = SAVED[name]
+    base = made(f"saved-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
+    oracle.train(load(build, base), tmp_path / "adapter", **config)
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", compat="peft")
+    theirs = peft_merged(load(build, base), tmp_path / "adapter")
+    assert_same(merged(tmp_path / "out", build), theirs)
+    before = load(build, base).state_dict()
+    changed = {n for n in theirs if not torch.equal(theirs[n], before[n])}
+    assert any("lora" not in n and n.rpartition(".")[0].endswith(tuple(config["modules_to_save"])) for n in changed) or (
+        name in ("a-whole-block",) and any(".attn." in n for n in changed)
+    )
+
+
+# the base is saved without the head that was trained on it
+HEADS = {
+    "bert-cls": ("BertModel", "BertForSequenceClassification", oracle.bert, {"task_type": "SEQ_CLS"}, {"num_labels": 3}),
+    "bert-tokens": ("BertModel", "BertForTokenClassification", oracle.bert, {"task_type": "TOKEN_CLS"}, {"num_labels": 5}),
+    "bert-qa": ("BertModel", "BertForQuestionAnswering", oracle.bert, {"task_type": "QUESTION_ANS"}, {}),
+    "bert-auto-mapping": ("BertModel", "BertForSequenceClassification", oracle.bert, {}, {"num_labels": 4}),
+    # a head for another task: the language model's own head is left out
+    "llama-cls": ("LlamaForCausalLM", "LlamaForSequenceClassification", oracle.llama, {"task_type": "SEQ_CLS"}, {"num_labels": 3}),
+    "gpt2-cls": ("GPT2LMHeadModel", "GPT2ForSequenceClassification", oracle.gpt2, {"task_type": "SEQ_CLS"}, {"num_labels": 7}),
+}
+TARGETS = {"bert": ["query"], "llama": ["q_proj"], "gpt2": ["c_attn"]}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_the_base_lacks(name, made, tmp_path):
+    """The head is written with the config of the class that has it, so that class loads the folder whole."""
+    wrote, trained, build, config, labels = HEADS[name]
+    base = made(f"headless-{wrote}", lambda folder: oracle.save_base(build(cls=wrote), folder, "bf16"))
+    cls = getattr(transformers, trained)
+    with oracle.quiet():
+        model = cls.from_pretrained(base, dtype="auto", **labels)
+    head = "qa_outputs" if "Question" in trained else "classifier" if "Bert" in trained else "score"
+    config = {"modules_to_save": [head], "target_modules": TARGETS[build.__name__]} | config
+    oracle.train(model, tmp_path / "adapter", **config)
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
+    after = load_checked(cls, tmp_path / "out")
+    with oracle.quiet():
+        theirs = peft_merged(cls.from_pretrained(base, dtype="auto", **labels), tmp_path / "adapter")
+    assert_same(after.state_dict(), theirs)
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert said["architectures"] == [trained]
+    assert after.config.num_labels == labels.get("num_labels", 2)
+
+
+def _tokens(base, folder, build=oracle.llama, **config):
+    config = {"target_modules": ["q_proj"], "trainable_token_indices": [79, 3, 40]} | config
+    oracle.train(load(build, base), folder, **config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("build", "config"),
+    [
+        (oracle.llama, {}),
+        (oracle.llama, {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [7, 0]}}),
+        (oracle.gpt2, {"trainable_token_indices": {"wte": [2, 1]}, "target_modules": ["c_attn"]}),
+        (oracle.bert, {"trainable_token_indices": {"word_embeddings": [8, 4]}, "target_modules": ["query"]}),
+    ],
+    ids=["llama", "llama-both", "gpt2", "bert"],
+)
+def test_trained_token_rows(build, config, dtype, made, tmp_path):
+    """The rows replace the base's, in the order of the config's list."""
+    base = made(f"saved-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
+    _tokens(base, tmp_path / "adapter", build, **config)
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", compat="peft")
+    assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), tmp_path / "adapter"))
+    before, after = stored(base), stored(tmp_path / "out")
+    key = next(k for k in before if k.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight")))
+    rows = (before[key] != after[key]).any(1).nonzero().flatten().tolist()
+    asked = config.get("trainable_token_indices", [79, 3, 40])
+    assert rows == sorted(asked if isinstance(asked, list) else next(iter(asked.values())))
+
+
+def test_trained_rows_of_a_resized_vocabulary(llama, made, tmp_path):
+    """Tokens beyond the base's vocabulary: the adapter then holds the whole resized embeddings, and the rows."""
+    model = load(oracle.llama, llama)
+    with oracle.quiet():
+        model.resize_token_embeddings(90)
+        model.config._name_or_path = str(llama)
+    oracle.train(model, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=[85, 2])
+    assert "base_model.model.model.embed_tokens.weight" not in stored(tmp_path / "adapter")
+    tensors = stored(tmp_path / "adapter")
+    if not any(k.endswith("lm_head.weight") for k in tensors):
+        with pytest.raises(Refused, match=r"rows \[85\]"):
+            oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
+
+
+@pytest.fixture
+def resized(llama, tmp_path):
+    """An adapter trained after `resize_token_embeddings(90)`, on attention; PEFT saved both embeddings. And its model."""
+
+    def make(base=llama, build=oracle.llama, size=90, **config):
+        model = load(build, base)
+        with oracle.quiet():
+            model.resize_token_embeddings(size, mean_resizing=False)
+        model.name_or_path = str(base)
+        with oracle.quiet():
+            wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **({"target_modules": ["q_proj"]} | config)))
+            oracle.perturb(wrapped, 1)
+            with torch.no_grad():
+                embedding = wrapped.get_input_embeddings().weight
+                embedding[80:] = torch.randn(embedding[80:].shape, generator=torch.Generator().manual_seed(3)).to(embedding)
+            wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+            theirs = wrapped.merge_and_unload()
+        return tmp_path / "adapter", theirs
+
+    return make
+
+
+@pytest.mark.parametrize("size", [90, 64])
+def test_resized_vocabulary(size, llama, resized, tmp_path):
+    adapter, theirs = resized(size=size)
+    oracle.merge(llama, adapter, out=tmp_path / "out")
+    model = load_checked(transformers.LlamaForCausalLM, tmp_path / "out")
+    assert model.config.vocab_size == size and model.get_input_embeddings().weight.shape[0] == size
+    assert_same(model.state_dict(), theirs.state_dict())
+
+
+def test_resized_vocabulary_with_the_embedding_adapted(llama, resized, tmp_path):
+    """`base_layer.weight` is the embedding that the factors are added to."""
+    adapter, theirs = resized(target_modules=["embed_tokens", "lm_head", "q_proj"])
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in stored(adapter)
+    oracle.merge(llama, adapter, out=tmp_path / "out", compat="peft")
+    model = load_checked(transformers.LlamaForCausalLM, tmp_path / "out")
+    assert model.config.vocab_size == 90
+    assert_same(model.state_dict(), theirs.state_dict())
+
+
+def test_base_layer_beside_factors_of_the_same_size(llama, tmp_path):
+    """PEFT saves the whole matrix beside an adapted embedding; it counts, even where it differs from the base's."""
+    model = load(oracle.llama, llama)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] += 1
+    oracle.train(model, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    tensors = stored(tmp_path / "adapter")
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in tensors
+    oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
+    wrapped = peft_model(load(oracle.llama, llama), tmp_path / "adapter")
+    before = load(oracle.llama, llama).state_dict()
+    assert_all_rounded(merged(tmp_path / "out", oracle.llama), exact(wrapped), before)
+
+
+def test_only_one_of_two_embeddings_resized_is_refused(llama, resized, tmp_path):
+    adapter, _ = resized()
+    tensors = {k: v for k, v in stored(adapter).items() if "lm_head" not in k}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(Refused, match="lm_head.weight stays at 80"):
+        oracle.merge(llama, adapter, out=tmp_path / "out")
+
+
+def test_vocabulary_of_a_nested_config(tmp_path):
+    """A vision-language model keeps vocab_size in text_config."""
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config={**tower, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 16},
+        text_config={**tower, "model_type": "llama", "vocab_size": 80, "num_key_value_heads": 2},
+        image_token_index=79,
+    )
+    torch.manual_seed(0)
+    with oracle.quiet():
+        model = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / "base")
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base", dtype="auto")
+        model.resize_token_embeddings(88, mean_resizing=False)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=r".*language_model.*q_proj"))
+        oracle.perturb(wrapped, 1)
+        wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        theirs = wrapped.merge_and_unload().state_dict()
+    oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert said["text_config"]["vocab_size"] == 88
+    assert_same(load_checked(transformers.LlavaForConditionalGeneration, tmp_path / "out").state_dict(), theirs)
+
+
+def test_tokenizer_comes_from_the_adapter(llama, resized, tmp_path):
+    adapter, _ = resized()
+    base = oracle.edit_config(llama, tmp_path / "base", vocab_size=80)
+    (base / "tokenizer.json").write_text('{"of": "base"}')
+    (base / "merges.txt").write_text("base")
+    (adapter / "tokenizer.json").write_text('{"of": "adapter"}')
+    (adapter / "chat_template.jinja").write_text("{{ adapter }}")
+    oracle.merge(base, adapter, out=tmp_path / "out")
+    read = lambda name: (tmp_path / "out" / name).read_text()
+    assert "adapter" in read("tokenizer.json") and "adapter" in read("chat_template.jinja") and read("merges.txt") == "base"
+    oracle.merge(base, adapter, out=tmp_path / "kept", tokenizer="base")
+    assert "base" in (tmp_path / "kept/tokenizer.json").read_text() and not (tmp_path / "kept/chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("what", ["modules_to_save", "token rows", "base_layer"])
+def test_a_weight_other_than_one_is_refused(what, llama, tmp_path):
+    config = {
+        "modules_to_save": {"modules_to_save": ["lm_head"]},
+        "token rows": {"trainable_token_indices": [1]},
+        "base_layer": {"target_modules": ["embed_tokens"]},
+    }[what]
+    oracle.train(load(oracle.llama, llama), tmp_path / "adapter", **({"target_modules": ["q_proj"]} | config))
+    with pytest.raises(Refused, match=r"(replaced parameters|trained token rows).* with weight -1"):
+        oracle.merge(llama, f"{tmp_path / 'adapter'}=-1", out=tmp_path / "out")
+
+
+def test_two_adapters_replacing_one_module_are_refused(llama, tmp_path):
+    for seed in (1, 2):
+        oracle.train(load(oracle.llama, llama), tmp_path / f"a{seed}", seed=seed, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(Refused, match=r"lm_head\.weight is replaced by both a1 and a2"):
+        oracle.merge(llama, tmp_path / "a1", tmp_path / "a2", out=tmp_path / "out")
+
+
+def test_two_adapters_training_one_row_are_refused(llama, tmp_path):
+    for seed in (1, 2):
+        _tokens(llama, tmp_path / f"a{seed}", seed=seed, trainable_token_indices=[4, seed])
+    with pytest.raises(Refused, match="a token row trained by two adapters"):
+        oracle.merge(llama, tmp_path / "a1", tmp_path / "a2", out=tmp_path / "out")
+
+
+def test_two_adapters_training_different_rows(llama, tmp_path):
+    for seed in (1, 2):
+        _tokens(llama, tmp_path / f"a{seed}", seed=seed, trainable_token_indices=[seed, 10 + seed])
+    oracle.merge(llama, tmp_path / "a1", tmp_path / "a2", out=tmp_path / "out", compat="peft")
+    theirs = peft_merged(load(oracle.llama, llama), tmp_path / "a1", tmp_path / "a2")
+    assert_same(merged(tmp_path / "out", oracle.llama), theirs)
+
+
+@pytest.mark.parametrize("indices", [[3], [3, 4, 5, 6], [3, 3, 4], [3, 4, 99], [3, -1, 4], None, {"lm_head": [1, 2, 3]}])
+def test_wrong_indices_are_refused(indices, llama, tmp_path):
+    _tokens(llama, tmp_path / "adapter")
+    wrong = oracle.edit_config(tmp_path / "adapter", tmp_path / "wrong", trainable_token_indices=indices)
+    with pytest.raises(Refused, match=r"trainable_token_indices|rows \[99\]"):
+        oracle.merge(llama, wrong, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
