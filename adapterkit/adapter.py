@@ -93,6 +93,10 @@ class Adapter:
         init = self.config.get("init_lora_weights", True)
         return init if isinstance(init, str) and init.lower().startswith(CHANGED_BASE) else None
 
+    def saves(self, parameter: str) -> bool:
+        """Whether modules_to_save wraps the parameter's module; PEFT goes by the end of a module's name, without its dot."""
+        return any(f"{module}." in parameter for module in self.config.get("modules_to_save") or [])
+
     def resolved(self, name: str) -> tuple[int, float]:
         """Rank and scale of a module or parameter: alpha / r, or alpha / sqrt(r) with use_rslora.
 
@@ -258,7 +262,7 @@ def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], w
             found = f"key {shown(key)}"
             errors.append(Refused(found, expected="keys of a LoRA adapter", where=where, do="it is another kind of adapter"))
         else:
-            name = _trained_copy(name, plain).replace(".base_layer.", ".")
+            name = _trained_copy(name, plain).replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
             known = parts.replaced.get(name)
             if known is not None and ".modules_to_save." not in key and ".modules_to_save." not in known.key:
                 errors.append(_two_names(key, known.key, where))

@@ -29,7 +29,7 @@ def grid_rows(slot: Slot, stack: bool) -> int:
     """Rows of the slot's stored tensor as a grid; `stack` when the parameter is a stack of matrices."""
     if stack and slot.axes[0].axis is not None:
         return slot.shape[0] * slot.shape[1]
-    return slot.shape[0]
+    return slot.shape[0] if slot.shape else 1
 
 
 def place_product(parameter: Parameter, slot: Slot, product: Product) -> Term:

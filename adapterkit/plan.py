@@ -350,6 +350,22 @@ def _blocks(plan: Plan, copy: CopyFile) -> Iterator[bytes]:
         yield block
 
 
+def _input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
+    """The sha256 of the adapters' files, and of a base's where the Hub has told it: a base is not read again to be hashed."""
+    found: dict[str, dict[str, str]] = {}
+    for number, folder in enumerate(plan.folders):
+        known = getattr(folder, "hashes", {})
+        names = [name for where, name in plan.headers if where == number]
+        sums = {name: known.get(name) or (_file_hash(folder, name) if number else None) for name in names}
+        found[f"{number} {folder.name}"] = {name: value for name, value in sums.items() if value}
+    return found
+
+
+def _file_hash(folder: Folder, name: str) -> str:
+    with folder.path(name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _public(recipe: dict) -> dict:
     """The recipe without device and inode numbers: of use to a resume, not to a reader."""
     recipe = json.loads(json.dumps(recipe))
@@ -368,6 +384,7 @@ def _receipt(
         "adapterkit": RECEIPT_VERSION,
         "fingerprint": fingerprint,
         "recipe": _public(recipe),
+        "inputs": _input_hashes(plan) if hash != "none" else {},
         "hash": hash,
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
         "keys": {s.file: s.marks for s in shards},

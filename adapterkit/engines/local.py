@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -114,6 +114,11 @@ class Inputs:
             yield first, self.rows(source, grid, first, last)
 
 
+def arithmetic(dtype: str) -> torch.dtype:
+    """What a stored dtype is computed in: float32, float64 for float64."""
+    return torch.promote_types(dtypes.torch_dtype(dtype), torch.float32)
+
+
 def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
     """Rows [first, last) of each chunk of a grid: a function of the shape and the kind of device alone."""
     rows, columns = grid
@@ -152,6 +157,7 @@ class _OpenStep:
     def load(self, inputs: Inputs) -> list[Loaded]:
         with self.lock:
             if self.edits is None:
+                inputs = replace(inputs, dtype=arithmetic(self.step.source.dtype))
                 self.edits = [edit.load(inputs, self.step.source, self.step.grid) for edit in self.step.edits]
                 norms = [e.delta_norm for e in self.edits if e.delta_norm is not None]
                 self.facts.delta = math.hypot(*norms) if norms else None
@@ -280,25 +286,28 @@ class _OpenShard:
 
 
 class _Buffer:
-    """Reusable memory that grows to the largest piece it has held."""
+    """Reusable memory that grows to the largest piece it has held; pinned where a GPU copies from and to it."""
 
-    def __init__(self):
-        self.memory = bytearray()
+    def __init__(self, pinned: bool):
+        self.pinned, self.memory = pinned, memoryview(bytearray())
 
     def sized(self, size: int) -> memoryview:
         if len(self.memory) < size:
-            self.memory = bytearray(size)
-        return memoryview(self.memory)
+            if self.pinned:
+                self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
+            else:
+                self.memory = memoryview(bytearray(size))
+        return self.memory
 
 
 class _Buffers:
     """A few buffers per worker bound the memory. A worker takes one BEFORE its piece, so that the piece that the hash waits for
     always has one: the other way round, later pieces could hold them all and wait for it."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, pinned: bool):
         self.free: queue.Queue[_Buffer] = queue.Queue()
         for _ in range(count):
-            self.free.put(_Buffer())
+            self.free.put(_Buffer(pinned))
 
     def take(self, stopped: threading.Event) -> _Buffer | None:
         while not stopped.is_set():
@@ -319,7 +328,7 @@ class _Job:
         self.shards, self.stage, self.sources, self.device = shards, stage, sources, device
         self.workers, self.hashed, self.finished, self.progress = workers, hashed, finished, progress
         self.inputs = Inputs(sources, device)
-        self.buffers = _Buffers(4 * workers)
+        self.buffers = _Buffers(4 * workers, pinned=device.type == "cuda")
         self.stop = threading.Event()
         self.problem: BaseException | None = None
         self.open: list[_OpenShard] = []
@@ -461,12 +470,11 @@ class _Job:
 
     def _float(self, stored: Tensor, scratch: dict) -> Tensor:
         """The chunk in float32 on the device, in this worker's own scratch memory."""
-        dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        count = stored.numel()
+        count, dtype = stored.numel(), torch.promote_types(stored.dtype, torch.float32)
         if scratch.get(dtype) is None or scratch[dtype].numel() < count:
             scratch[dtype] = torch.empty(count, dtype=dtype, device=self.device)
         w = scratch[dtype][:count].view(stored.shape)
-        return w.copy_(stored)
+        return w.copy_(stored, non_blocking=True)  # in this worker's stream, where all that follows waits for it
 
     def _check_finite(self, squares: float, outgoing: Tensor, step: Step, w: Tensor) -> None:
         limit = torch.finfo(outgoing.dtype).max

@@ -120,11 +120,7 @@ def _is_embedding(job: Job, name: str) -> bool:
 
 
 def _new_parameter(job: Job, adapter: Adapter, name: str, spec: TensorSpec) -> None:
-    saved = adapter.config.get("modules_to_save") or []
-    module = name.rpartition(".")[0]
-    known = any(module == m or f".{module}.".find(f".{m}.") >= 0 or module.endswith(m) for m in map(str, saved))
-    head = known and job.names.layer(module) is not None
-    if not head:
+    if not adapter.saves(name) or job.names.layer(name.rpartition(".")[0]) is None:
         job.errors.append(job.unknown(adapter, spec.key, name))
         return
     parameter = Parameter(name, spec.shape, ())

@@ -1,12 +1,16 @@
 """Embeddings and heads: parameters that are one in memory, vocabularies of another size, heads that the base lacks."""
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.ops.job import Change, Job
 from adapterkit.weights.names import Parameter
-from adapterkit.weights.slots import Slot, identity_slot
+from adapterkit.weights.slots import identity_slot
+
+BLOCK = 16 << 20  # bytes compared at a time
 
 
 def settle_ties(job: Job) -> None:
@@ -18,9 +22,9 @@ def settle_ties(job: Job) -> None:
             continue
         group = [name, *change.parameter.tied]
         seen.update(group)
-        stored = next((g for g in group if g in job.base.tensors or _stored_apart(job, g, group)), name)
+        stored = next(g for g in group if (p := job.names.parameter(g)) and not p.twin)
         changed = [g for g in group if g in job.changes]
-        if _same_change(job, group):
+        if _same_change(job, changed):
             kept = job.changes[changed[0]] if stored not in job.changes else job.changes[stored]
             for other in changed:
                 job.changes.pop(other)
@@ -35,36 +39,66 @@ def settle_ties(job: Job) -> None:
                     do="give --tied untie to make them two, or --tied fold for PEFT's in-memory result",
                 )
             )
-        elif job.options.tied == "fold":
+        elif job.options.tied == "fold" and _foldable(job, changed):
             _fold(job, stored, group, changed)
         else:
             _untie(job, stored, group)
 
 
-def _stored_apart(job: Job, name: str, group: list[str]) -> bool:
-    parameter = job.names.parameter(name)
-    return parameter is not None and any(slot.key not in group for slot in parameter.slots)
+def _same_change(job: Job, names: list[str]) -> bool:
+    """Whether the adapters mean one change of the shared weight: PEFT writes trained token rows and a resized embedding under one
+    name, or under several with equal values, and with ensure_weight_tying a delta too."""
+    changes = [job.changes[name] for name in names]
+    numbers = {p.adapter.number for c in changes for p in c.parts} | {c.number for c in changes if c.value is not None}
+    if numbers and all(job.adapters[n - 1].config.get("ensure_weight_tying") for n in numbers):
+        return True
+    if any(change.parts for change in changes):
+        return False
+    if len(names) == 1:
+        return not _saved(job, names[0])
+    return all(_equal(job, changes[0], change) for change in changes[1:])
 
 
-def _same_change(job: Job, group: list[str]) -> bool:
-    """Whether the adapters mean one change of the shared weight: token rows (PEFT shares them), ensure_weight_tying."""
-    changed = [job.changes[g] for g in group if g in job.changes]
-    if all(c.rows and not c.parts and c.value is None for c in changed):
-        return len(changed) == 1 or all(
-            [i for _, i in c.rows] == [i for _, i in changed[0].rows] for c in changed
-        )  # fmt: skip
-    numbers = {p.adapter.number for c in changed for p in c.parts} | {c.number for c in changed if c.value is not None}
-    return all(job.adapters[n - 1].config.get("ensure_weight_tying") for n in numbers)
+def _saved(job: Job, name: str) -> bool:
+    """Whether the new value is a module of its own in the trained model (modules_to_save), no longer the shared one."""
+    change = job.changes[name]
+    return change.value is not None and job.adapters[change.number - 1].saves(name)
+
+
+def _equal(job: Job, change: Change, other: Change) -> bool:
+    """Whether two changes bring the same values, bit for bit."""
+    pairs = [[(c.value, ()), *c.rows] for c in (change, other)]
+    if [indices for _, indices in pairs[0]] != [indices for _, indices in pairs[1]]:
+        return False
+    return all(_equal_bytes(job, a, b) for (a, _), (b, _) in zip(*pairs, strict=True))
+
+
+def _equal_bytes(job: Job, a: TensorSpec | None, b: TensorSpec | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    read = lambda spec, at, count: job.adapters[spec.folder - 1].folder.read(spec.file, spec.start + at, count)
+    cuts = [(at, min(BLOCK, a.nbytes - at)) for at in range(0, a.nbytes, BLOCK)]
+    return all(read(a, at, count) == read(b, at, count) for at, count in cuts)
 
 
 def _replace_copies(job: Job, stored: str, group: list[str], change: Change) -> None:
     """A tied twin that the base stores as well gets the same change, so that the file stays consistent."""
     for other in group:
-        if other != stored and other in job.base.tensors:
-            parameter = job.names.parameter(other)
-            assert parameter is not None
-            twin = Parameter(other, change.parameter.shape, own_slot(other, parameter), ())
-            job.changes[other] = replace(change, parameter=twin)
+        parameter = job.names.parameter(other)
+        if other != stored and parameter is not None and not parameter.twin:
+            own = replace(parameter, shape=change.parameter.shape, slots=(identity_slot(other, parameter.shape),), tied=())
+            job.changes[other] = replace(change, parameter=own)
+
+
+def _foldable(job: Job, names: list[str]) -> bool:
+    """Whether one weight can take all the changes. New values of modules_to_save cannot be folded: PEFT has two weights then."""
+    changes = [job.changes[name] for name in names]
+    valued = [change for change in changes if change.value is not None]
+    rows = [index for change in changes for _, indices in change.rows for index in indices]
+    equal = all(_equal_bytes(job, valued[0].value, change.value) for change in valued)
+    return not any(_saved(job, name) for name in names) and equal and len(set(rows)) == len(rows)
 
 
 def _fold(job: Job, stored: str, group: list[str], changed: list[str]) -> None:
@@ -82,22 +116,37 @@ def _fold(job: Job, stored: str, group: list[str], changed: list[str]) -> None:
 
 def _untie(job: Job, stored: str, group: list[str]) -> None:
     """Every name of the group that is not stored becomes a tensor of its own."""
-    parameter = job.names.parameter(stored)
-    assert parameter is not None
+    source = job.names.parameter(stored)
+    assert source is not None
+    if _tied_by_code(job):
+        job.errors.append(
+            Refused(
+                f"{shown(', '.join(sorted(group)))} cannot be untied: this model's code ties them, or scales its outputs by "
+                "tie_word_embeddings",
+                expected="a change that the shared weight can take",
+                where="adapters",
+                do="leave it out with --exclude, or give --tied fold to change all sides",
+            )
+        )
+        return
     for name in group:
-        change = job.changes.get(name)
-        if name == stored:
-            continue
-        if name in job.base.tensors:
-            if change is not None:
-                change.parameter = replace(change.parameter, slots=own_slot(name, change.parameter))
-            continue
-        change = job.changes.pop(name, None) or Change(replace(parameter, name=name))
-        change.parameter = replace(change.parameter, name=name)
-        job.new[name] = change
+        parameter = job.names.parameter(name)
+        if parameter is None or parameter.twin:
+            change = job.changes.pop(name, None) or Change(replace(source, name=name))
+            change.parameter = replace(change.parameter, name=name)
+            job.new[name] = change
     set_everywhere(job.config, "tie_word_embeddings", False)
     job.config["tie_word_embeddings"] = False
     job.notes.append(f"untied: {', '.join(sorted(group))}; tie_word_embeddings is now false")
+
+
+def _tied_by_code(job: Job) -> bool:
+    """Whether tie_word_embeddings = false would not untie, or would do more than that (T5 and its kin)."""
+    assert job.names.model is not None
+    model = job.names.model.model
+    untied = type(model.config)(**(model.config.to_dict() | {"tie_word_embeddings": False}))
+    forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
+    return bool(untied.tie_word_embeddings) or "tie_word_embeddings" in inspect.getsource(forwards[0])
 
 
 def settle_vocabulary(job: Job) -> None:
@@ -122,15 +171,11 @@ def settle_vocabulary(job: Job) -> None:
         )
         return
     size, name = next(iter(resized.items()))
-    others = [
-        other
-        for other in job.base.tensors
-        if other not in job.changes and job.base.tensors[other].shape[:1] == (old,) and _is_vocabulary(job, other)
-    ]
-    if others:
+    staying = [p.name for p in _of_vocabulary(job) if p.shape[:1] == (old,) and not _is_replaced(job, p)]
+    if staying:
         job.errors.append(
             Refused(
-                f"{shown(name)} has {size} rows, {shown(others[0])} stays at {old}",
+                f"{shown(name)} has {size} rows, {shown(staying[0])} stays at {old}",
                 expected="embedding and head of one size",
                 where="adapters",
                 do="save the adapter with both (save_embedding_layers=True)",
@@ -140,16 +185,22 @@ def settle_vocabulary(job: Job) -> None:
     job.notes.append(f"vocab_size: {old} -> {size}")
 
 
-def _is_vocabulary(job: Job, key: str) -> bool:
-    parameter = job.names.parameter(key)
-    if parameter is None or len(parameter.shape) != 2:
-        return False
+def _of_vocabulary(job: Job) -> list[Parameter]:
+    """Parameters of the model's input embedding and of its head."""
     model = job.names.model
     if model is None:
-        return False
+        return []
     ends = [model.model.get_input_embeddings(), model.model.get_output_embeddings()]
-    module = parameter.name.rpartition(".")[0]
-    return any(end is not None and model.model.get_submodule(module) is end for end in ends)
+    modules = [name for name, module in model.model.named_modules() if any(module is end for end in ends)]
+    found = [job.names.parameter(f"{name}.{leaf}") for name in modules for leaf in ("weight", "bias")]
+    return [parameter for parameter in found if parameter is not None]
+
+
+def _is_replaced(job: Job, parameter: Parameter) -> bool:
+    """Whether an adapter brings a new value for the parameter, or for the one it is tied to and stays tied to."""
+    own = job.changes.get(parameter.name) or job.new.get(parameter.name)
+    tied = [job.changes[name] for name in parameter.tied if name in job.changes]
+    return any(change.value is not None for change in ([own] if own else tied))
 
 
 def settle_head(job: Job) -> None:
@@ -170,11 +221,6 @@ def settle_head(job: Job) -> None:
             if len(job.config.get("id2label") or {}) != count:
                 job.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
                 job.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
-
-
-def own_slot(name: str, parameter: Parameter) -> tuple[Slot, ...]:
-    """The slot of a parameter that is stored under its own name."""
-    return (identity_slot(name, parameter.shape),)
 
 
 def _set_where(config: dict, key: str, old: Any, new: Any) -> None:

@@ -61,15 +61,14 @@ def _touched(job: Job) -> dict[str, Step]:
 def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None:
     parameter = change.parameter
     spec = job.base.tensors[slot.key]
-    stack = change.stack and len(slot.shape) in (2, 3)
-    rows = grid_rows(slot, stack)
-    step = steps.get(slot.key) or Step(slot.key, spec.dtype, spec.shape, spec, (), rows)
+    step = steps.get(slot.key) or Step(slot.key, spec.dtype, spec.shape, spec)
     edits: list[Edit] = list(step.edits)
+    resized = slot
     if change.value is not None:
         if slot.whole:
             value = change.value
             step = replace(step, source=value, shape=value.shape if len(value.shape) == len(spec.shape) else spec.shape)
-            rows = value.shape[0] if not stack else rows
+            resized = identity_slot(slot.key, value.shape)
         else:
             edits += place_value(parameter, slot, change.value)
     if spec.dtype not in dtypes.FLOATS and (edits or change.parts or change.rows):
@@ -79,12 +78,10 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
             where=job.base.name,
             do="dequantise the base",
         )
-    resized = replace(slot, shape=step.shape) if slot.whole else slot
-    if slot.whole and change.value is not None:
-        resized = replace(parameter, slots=()) and identity_slot(slot.key, change.value.shape)
     edits = _additions(job, edits, change, resized, step.dtype)
     edits += [place_rows(parameter, resized, values, indices) for values, indices in change.rows]
     names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
+    rows = grid_rows(resized, change.stack and len(slot.shape) in (2, 3))
     steps[slot.key] = replace(step, edits=tuple(edits), rows=rows, adapters=names)
 
 

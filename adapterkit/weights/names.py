@@ -37,6 +37,7 @@ class Parameter:
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
     tied: tuple[str, ...] = ()  # other parameters of the model that are this one
+    twin: bool = False  # the file holds it under the name of one of those only
 
 
 def plain_names(config: dict) -> bool:
@@ -237,7 +238,7 @@ class Skeleton:
             if held is None:  # a tied parameter that is not stored itself is where its twin is
                 held = next((slots[other] for other in others if other in slots), None)
             if held is not None:
-                found[name] = Parameter(name, _stored_shape(shape, held), held, others)
+                found[name] = Parameter(name, _stored_shape(shape, held), held, others, name not in slots)
         return found
 
     def _tied(self) -> dict[str, tuple[str, ...]]:

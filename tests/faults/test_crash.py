@@ -89,17 +89,18 @@ def test_killed_where_folders_cannot_be_exchanged(shared, whole, older, step: in
     assert sweep(shared, whole, older, fault, step, "--overwrite") > 10
 
 
-@pytest.mark.parametrize("points", [12, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [8, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_killed_at_random_times(shared, whole, older, points: int, options: tuple):
-    generator = random.Random(len(options))
-    died = 0
+    generator, died = random.Random(len(options)), 0
+    shared.clear()
+    whole_time = shared.merge().seconds
     for _ in range(points):
         shared.clear()
         if options:
             shared.merge(weight="0.5").succeeded()
         pid = shared.start(shared.argv(*options))
-        time.sleep(generator.uniform(0.0, 0.08))
+        time.sleep(generator.uniform(0.0, whole_time))
         os.kill(pid, signal.SIGKILL)
         died += shared.wait(pid).status != 0
         check_and_resume(shared, whole, older if options else None, options)

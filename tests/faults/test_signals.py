@@ -119,7 +119,7 @@ def test_paths_that_a_shell_would_cut(shared, whole):
         shared.out = kept
 
 
-@pytest.mark.parametrize("points", [12, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [8, pytest.param(150, marks=pytest.mark.slow)])
 def test_at_random_times(shared, whole, points: int):
     """Whenever it comes, planning and publishing included: a message and a whole output or none."""
     generator = random.Random(points)

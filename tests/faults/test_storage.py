@@ -469,7 +469,7 @@ def test_a_second_process_is_refused(shared, whole):
 
 def test_many_processes_one_output(shared, whole):
     """Started together over the lock of a dead one: one does the job, the others are refused or find it done."""
-    for _ in range(6):
+    for _ in range(3):
         shared.clear()
         shared.merge(fault={"kill": True, "calls": ["rename"], "when": 2})
         assert (shared.control / "lock").exists()
@@ -590,7 +590,7 @@ def inner_clear(bench) -> None:
 
 def check_inner(bench, whole, older) -> None:
     """Every file is whole; with a config they are of one output."""
-    found = {name: sha for name, sha in bench.digests().items() if not name.startswith((".adapterkit", "lost+found"))}
+    found = {name: sha for name, sha in bench.digests().items() if not name.startswith("lost+found")}
     for name, sha in found.items():
         assert sha in (whole.get(name), (older or {}).get(name)), name
     if "config.json" in found or "adapterkit.json" in found or "model.safetensors.index.json" in found:
@@ -671,7 +671,7 @@ def disk(request, bench):
 
 
 @root
-@pytest.mark.parametrize("step", [37, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [53, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flag", [1, 2], ids=["log-flushed", "nothing-flushed"])
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_power_loss(bench, disk, whole, older, step: int, flag: int, options: tuple):

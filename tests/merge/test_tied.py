@@ -1,0 +1,223 @@
+"""Tied embeddings: one weight in memory and in the file, two names.
+
+PEFT 0.21 adds the delta of one side to the shared matrix, so the other side changes too, and an adapter made with
+ensure_weight_tying twice (peft.md 1.17). By default a change of one side makes them two; --tied fold gives PEFT's result.
+"""
+
+import json
+
+import oracle
+import peft
+import pytest
+import torch
+import transformers
+from oracle import DTYPES, assert_rounded, assert_same, exact, load, merged, peft_merged, peft_model, stored
+
+from adapterkit.errors import Refused
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MODELS = {"llama": oracle.tied_llama, "gemma": oracle.gemma}
+
+
+def _config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def tied(made):
+    """(build, base, adapter) of a tied model; `config`: what the adapter trains."""
+
+    def make(model="llama", dtype="bf16", **config):
+        build = MODELS[model]
+        base = made(f"tied-{model}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
+        assert HEAD not in stored(base) and _config(base).get("tie_word_embeddings", True)
+        name = f"tied-{model}-{dtype}-{sorted(config.items())}".translate(str.maketrans("", "", "[](){}' :,/"))
+        return build, base, made(name, lambda folder: oracle.train(load(build, base), folder, **config))
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("side", ["embed_tokens", "lm_head"])
+def test_one_side_unties(side, model, dtype, tied, tmp_path):
+    build, base, adapter = tied(model, dtype, target_modules=[side, "q_proj"])
+    oracle.merge(base, adapter, out=tmp_path / "out")
+    shared, out = stored(base)[EMBEDDING], stored(tmp_path / "out")
+    changed, other = (EMBEDDING, HEAD) if side == "embed_tokens" else (HEAD, EMBEDDING)
+    expected = exact(peft_model(load(build, base), adapter))
+    assert_rounded(out[changed], expected[changed], changed)
+    assert not torch.equal(out[changed], shared) and torch.equal(out[other], shared)
+    assert _config(tmp_path / "out")["tie_word_embeddings"] is False
+    state = merged(tmp_path / "out", build)
+    assert torch.equal(state[HEAD], out[HEAD]) and torch.equal(state[EMBEDDING], out[EMBEDDING])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]], ids="-".join)
+def test_fold_is_pefts_result(targets, dtype, tied, tmp_path):
+    build, base, adapter = tied("llama", dtype, target_modules=targets)
+    oracle.merge(base, adapter, out=tmp_path / "out", tied="fold", compat="peft")
+    assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), adapter))
+    assert set(stored(tmp_path / "out")) == set(stored(base)) and _config(tmp_path / "out") == _config(base)
+
+
+def test_fold_rounds_both_deltas_once(tied, tmp_path):
+    build, base, adapter = tied("llama", "bf16", target_modules=["embed_tokens", "lm_head"])
+    oracle.merge(base, adapter, out=tmp_path / "out", tied="fold")
+    sides = exact(peft_model(load(build, base), adapter))
+    shared = stored(base)[EMBEDDING].double()
+    both = oracle.Exact(
+        sides[EMBEDDING].value + sides[HEAD].value - shared,
+        sides[EMBEDDING].size + sides[HEAD].size,
+        sides[EMBEDDING].inputs + sides[HEAD].inputs,
+    )
+    assert_rounded(stored(tmp_path / "out")[EMBEDDING], both)
+
+
+@pytest.mark.parametrize("side", ["embed_tokens", "lm_head"])
+def test_refuse(side, tied, tmp_path):
+    _, base, adapter = tied(target_modules=[side])
+    with pytest.raises(Refused, match=r"is tied to .*\n.*\n.*--tied untie"):
+        oracle.merge(base, adapter, out=tmp_path / "out", tied="refuse")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
+def test_other_modules_leave_the_tie(how, tied, tmp_path):
+    build, base, adapter = tied(target_modules=["q_proj"])
+    oracle.merge(base, adapter, out=tmp_path / "out", tied=how, compat="peft")
+    assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), adapter))
+    assert set(stored(tmp_path / "out")) == set(stored(base)) and _config(tmp_path / "out") == _config(base)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
+def test_ensure_weight_tying_applies_once(how, dtype, tied, tmp_path):
+    """PEFT's merge gives W + 2Δ there (peft.md 1.17); the trained model computes with W + Δ."""
+    build, base, adapter = tied("llama", dtype, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    keys = [k for k in stored(adapter) if "lora_" in k]
+    assert any("lora_embedding_A" in k for k in keys) and any("lm_head.lora_A" in k for k in keys)
+    oracle.merge(base, adapter, out=tmp_path / "out", tied=how)
+    expected = exact(peft_model(load(build, base), adapter))[EMBEDDING]
+    assert_rounded(stored(tmp_path / "out")[EMBEDDING], expected)
+    assert set(stored(tmp_path / "out")) == set(stored(base)) and _config(tmp_path / "out")["tie_word_embeddings"] is True
+    theirs = peft_merged(load(build, base), adapter)[EMBEDDING]
+    with pytest.raises(AssertionError):  # PEFT adds it once now: compare with its result
+        assert_rounded(theirs, expected)
+
+
+def test_ensure_weight_tying_with_modules_to_save(tied, tmp_path):
+    build, base, adapter = tied(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    oracle.merge(base, adapter, out=tmp_path / "out", compat="peft")
+    assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), adapter))
+    assert HEAD not in stored(tmp_path / "out")
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids="-".join)
+@pytest.mark.parametrize("how", ["untie", "fold"])
+def test_modules_to_save_untie(how, saved, tied, tmp_path):
+    """PEFT has two weights then, in memory too."""
+    build, base, adapter = tied(target_modules=["q_proj"], modules_to_save=saved)
+    oracle.merge(base, adapter, out=tmp_path / "out", tied=how, compat="peft")
+    assert _config(tmp_path / "out")["tie_word_embeddings"] is False
+    assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), adapter))
+    assert not torch.equal(stored(tmp_path / "out")[HEAD], stored(tmp_path / "out")[EMBEDDING])
+
+
+@pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
+def test_token_rows_stay_tied(how, tied, tmp_path):
+    """PEFT trains one set of rows for both sides."""
+    build, base, adapter = tied(target_modules=["q_proj"], trainable_token_indices=[5, 2])
+    oracle.merge(base, adapter, out=tmp_path / "out", tied=how, compat="peft")
+    theirs = peft_merged(load(build, base), adapter)
+    assert torch.equal(theirs[HEAD], theirs[EMBEDDING])
+    assert_same(merged(tmp_path / "out", build), theirs)
+    assert HEAD not in stored(tmp_path / "out") and _config(tmp_path / "out") == _config(base)
+
+
+def test_different_rows_of_both_sides(tied, tmp_path):
+    indices = {"embed_tokens": [5, 2], "lm_head": [7]}
+    build, base, adapter = tied(target_modules=["q_proj"], trainable_token_indices=indices)
+    oracle.merge(base, adapter, out=tmp_path / "out")
+    before, after = stored(base)[EMBEDDING], stored(tmp_path / "out")
+    assert (after[EMBEDDING] != before).any(1).nonzero().flatten().tolist() == [2, 5]
+    assert (after[HEAD] != before).any(1).nonzero().flatten().tolist() == [7]
+    assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), adapter))
+
+
+@pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
+def test_resized_vocabulary_stays_tied(how, tied, tmp_path):
+    """PEFT saves a resized tied embedding under both names; equal values are one weight."""
+    build, base, _ = tied(target_modules=["q_proj"])
+    model = load(build, base)
+    with oracle.quiet():
+        model.resize_token_embeddings(90, mean_resizing=False)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+        oracle.perturb(wrapped, 1)
+        wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        theirs = wrapped.merge_and_unload().state_dict()
+    keys = stored(tmp_path / "adapter")
+    assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} <= set(keys)
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", tied=how, compat="peft")
+    assert set(stored(tmp_path / "out")) == set(stored(base))
+    assert _config(tmp_path / "out") == _config(base) | {"vocab_size": 90}
+    assert_same(merged(tmp_path / "out", build), theirs)
+
+
+@pytest.mark.parametrize("how", ["untie", "fold"])
+def test_a_base_that_stores_both(how, tied, tmp_path):
+    """Some checkpoints hold the tied head as well: the copies stay equal when folded, and are two when untied."""
+    build, base, adapter = tied(target_modules=["embed_tokens"])
+    both = oracle.edit_config(base, tmp_path / "both")
+    tensors = stored(base)
+    oracle.save_file(tensors | {HEAD: tensors[EMBEDDING].clone()}, both / "model.safetensors", metadata={"format": "pt"})
+    oracle.merge(both, adapter, out=tmp_path / "out", tied=how)
+    after = stored(tmp_path / "out")
+    expected = exact(peft_model(load(build, base), adapter))[EMBEDDING]
+    assert_rounded(after[EMBEDDING], expected)
+    assert torch.equal(after[HEAD], after[EMBEDDING] if how == "fold" else tensors[EMBEDDING])
+    state = merged(tmp_path / "out", build)
+    assert torch.equal(state[HEAD], after[HEAD]) and torch.equal(state[EMBEDDING], after[EMBEDDING])
+
+
+def test_shared_embeddings_of_t5(made, tmp_path):
+    """T5 has one matrix under four names; `shared` is the stored one."""
+    base = made("tied-t5", lambda folder: oracle.save_base(oracle.t5(), folder, "bf16"))
+    oracle.train(load(oracle.t5, base), tmp_path / "adapter", target_modules=["shared", "q"])
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "fold", tied="fold", compat="peft")
+    assert_same(merged(tmp_path / "fold", oracle.t5), peft_merged(load(oracle.t5, base), tmp_path / "adapter"))
+
+
+def test_nested_config_is_untied(tmp_path):
+    """tie_word_embeddings of a text_config is set as well."""
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        text_config={**tower, "vocab_size": 80, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+        mm_tokens_per_image=4,
+    )
+    torch.manual_seed(0)
+    with oracle.quiet():
+        model = transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / "base")
+        model = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype="auto")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    oracle.train(model, tmp_path / "adapter", target_modules=["lm_head"])
+    oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    said = _config(tmp_path / "out")
+    assert said["tie_word_embeddings"] is False and said["text_config"].get("tie_word_embeddings", False) is False
+    loaded = oracle.load_checked(transformers.Gemma3ForConditionalGeneration, tmp_path / "out")
+    before = model.get_input_embeddings().weight
+    assert torch.equal(loaded.get_input_embeddings().weight, before)
+    assert not torch.equal(loaded.lm_head.weight, before)
+
+
+def test_untied_head_goes_to_the_last_shard(tied, tmp_path):
+    build, base, adapter = tied(target_modules=["lm_head"])
+    with oracle.quiet():
+        load(build, base).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    oracle.merge(tmp_path / "sharded", adapter, out=tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"][HEAD] == max(index["weight_map"].values())
+    merged(tmp_path / "out", build)
