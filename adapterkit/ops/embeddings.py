@@ -8,7 +8,6 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.ops.job import Change, Job
 from adapterkit.weights.names import Parameter
-from adapterkit.weights.slots import identity_slot
 
 BLOCK = 16 << 20  # bytes compared at a time
 
@@ -78,9 +77,12 @@ def _equal_bytes(job: Job, a: TensorSpec | None, b: TensorSpec | None) -> bool:
         return a is b
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    read = lambda spec, at, count: job.adapters[spec.folder - 1].folder.read(spec.file, spec.start + at, count)
-    cuts = [(at, min(BLOCK, a.nbytes - at)) for at in range(0, a.nbytes, BLOCK)]
-    return all(read(a, at, count) == read(b, at, count) for at, count in cuts)
+    cuts = [(at, min(at + BLOCK, a.nbytes)) for at in range(0, a.nbytes, BLOCK)]
+    return all(_bytes(job, a, *cut) == _bytes(job, b, *cut) for cut in cuts)
+
+
+def _bytes(job: Job, spec: TensorSpec, start: int, stop: int) -> bytes:
+    return job.adapters[spec.folder - 1].folder.read(spec.file, spec.start + start, spec.start + stop)
 
 
 def _replace_copies(job: Job, stored: str, group: list[str], change: Change) -> None:
@@ -88,8 +90,7 @@ def _replace_copies(job: Job, stored: str, group: list[str], change: Change) -> 
     for other in group:
         parameter = job.names.parameter(other)
         if other != stored and parameter is not None and not parameter.twin:
-            own = replace(parameter, shape=change.parameter.shape, slots=(identity_slot(other, parameter.shape),), tied=())
-            job.changes[other] = replace(change, parameter=own)
+            job.changes[other] = replace(change, parameter=replace(parameter, shape=change.parameter.shape, tied=()))
 
 
 def _foldable(job: Job, names: list[str]) -> bool:

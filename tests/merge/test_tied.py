@@ -137,13 +137,15 @@ def test_token_rows_stay_tied(how, tied, tmp_path):
 
 
 def test_different_rows_of_both_sides(tied, tmp_path):
+    """PEFT computes with each side's own rows, and its merge puts all rows into the shared matrix: that is --tied fold."""
     indices = {"embed_tokens": [5, 2], "lm_head": [7]}
     build, base, adapter = tied(target_modules=["q_proj"], trainable_token_indices=indices)
     oracle.merge(base, adapter, out=tmp_path / "out")
     before, after = stored(base)[EMBEDDING], stored(tmp_path / "out")
     assert (after[EMBEDDING] != before).any(1).nonzero().flatten().tolist() == [2, 5]
     assert (after[HEAD] != before).any(1).nonzero().flatten().tolist() == [7]
-    assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), adapter))
+    oracle.merge(base, adapter, out=tmp_path / "fold", tied="fold")
+    assert_same(merged(tmp_path / "fold", build), peft_merged(load(build, base), adapter))
 
 
 @pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
@@ -187,6 +189,11 @@ def test_shared_embeddings_of_t5(made, tmp_path):
     oracle.train(load(oracle.t5, base), tmp_path / "adapter", target_modules=["shared", "q"])
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "fold", tied="fold", compat="peft")
     assert_same(merged(tmp_path / "fold", oracle.t5), peft_merged(load(oracle.t5, base), tmp_path / "adapter"))
+    # T5's config reads tie_word_embeddings = false as "do not scale the decoder's outputs": untying would change the logits
+    with pytest.raises(Refused, match="cannot be untied"):
+        oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "part", exclude="shared", compat="peft")
+    assert torch.equal(stored(tmp_path / "part")["shared.weight"], stored(base)["shared.weight"])
 
 
 def test_nested_config_is_untied(tmp_path):
@@ -221,3 +228,31 @@ def test_untied_head_goes_to_the_last_shard(tied, tmp_path):
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["weight_map"][HEAD] == max(index["weight_map"].values())
     merged(tmp_path / "out", build)
+
+
+TRAINED = {
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "ensured": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "saved-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
+    "rows-of-head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7, 1]}},
+    "rows-of-embedding": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 1]}},
+    "rows-of-both": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 1], "lm_head": [3]}},
+    "same-rows": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 1], "lm_head": [7, 1]}},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_logits_are_those_of_the_trained_model(name, tied, tmp_path):
+    """The merged model computes what the adapter's model computes before any merge."""
+    build, base, adapter = tied("llama", "fp32", **TRAINED[name])
+    tokens = torch.arange(16).view(2, 8)
+    with torch.inference_mode():
+        right = peft_model(load(build, base), adapter)(tokens).logits
+        oracle.merge(base, adapter, out=tmp_path / "out")
+        found = load(build, tmp_path / "out")(tokens).logits
+        before = load(build, base)(tokens).logits
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    assert (right - before).abs().max() > 1e-2
