@@ -39,12 +39,12 @@ class Interrupted(AdapterkitError):
     """A job stopped by a signal; what is finished is kept for --resume."""
 
 
-class Offenders(Refused):
-    """Several refusals found in one look at the request, all of them listed."""
+class Offenders(Refused, Damaged):
+    """Several problems found in one look at a request, or at an output, all of them listed."""
 
     def __init__(self, errors: Iterable[AdapterkitError]):
         self.errors = tuple(errors)
-        super().__init__(f"{len(self.errors)} problems found; nothing was written")
+        super().__init__(f"{len(self.errors)} problems found")
 
     def __str__(self) -> str:
         return super().__str__() + "".join(f"\n- {error}" for error in self.errors)

@@ -22,6 +22,7 @@ def collect(job: Job) -> None:
 
 
 def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
+    _compare_names(job, adapter)
     init = adapter.changed_base()
     if init is not None and not job.options.base_is_residual:
         job.errors.append(
@@ -35,9 +36,11 @@ def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
         )
     if weight != 1.0:
         whole = {
-            "DoRA": any(lora.magnitude is not None for lora in adapter.loras),
-            "replaced parameters (modules_to_save, biases, base_layer)": bool(adapter.replaced),
-            "trained token rows": bool(adapter.tokens),
+            "DoRA": any(lora.magnitude is not None and job.taken(lora.module) for lora in adapter.loras),
+            "replaced parameters (modules_to_save, biases, base_layer)": any(
+                job.taken(name.rpartition(".")[0]) for name in adapter.replaced
+            ),
+            "trained token rows": any(job.taken(tokens.module) for tokens in adapter.tokens),
         }
         for what in [name for name, there in whole.items() if there]:
             job.errors.append(
@@ -48,8 +51,15 @@ def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
                     do="leave the weight out",
                 )
             )
-    if adapter.config.get("use_dora") and not any(lora.magnitude is not None for lora in adapter.loras):
-        job.errors.append(Refused("use_dora, but no magnitudes in the file", where=adapter.where, do="save it again"))
+
+
+def _compare_names(job: Job, adapter: Adapter) -> None:
+    """A note where the adapter names another base on the Hub: shapes cannot tell two models of one size apart."""
+    said = adapter.config.get("base_model_name_or_path")
+    base = str(job.original.folder.origin.get("repo") or job.original.name)
+    if isinstance(said, str) and said.count("/") == 1 and not said.startswith(("/", ".", "~")) and said.isprintable():
+        if said.rpartition("/")[2].casefold() != base.rpartition("/")[2].casefold():
+            job.notes.append(f"{adapter.name} was trained on {shown(said)}; the base here is {shown(base)}")
 
 
 def _check_complete(job: Job, adapter: Adapter) -> None:
@@ -160,7 +170,12 @@ def _product(job: Job, adapter: Adapter, weight: float, name: str, lora: Lora) -
             do="restore the config that was saved with the file (a wrong rank means a wrong scale)",
         )
     if lora.magnitude is not None and product.experts is not None:
-        raise Refused(f"DoRA on the stack {shown(name)}", expected="a plain LoRA there", where=adapter.name)
+        raise Refused(
+            f"DoRA on the stack {shown(name)}",
+            expected="a plain LoRA there",
+            where=adapter.name,
+            do="leave it out with --exclude",
+        )
     if lora.magnitude is not None and _count(lora.magnitude) != parameter.shape[outputs]:
         raise job.misshaped(adapter, lora.magnitude.key, lora.magnitude.shape, (parameter.shape[outputs],))
     first = lora.kind == "embedding" or product.experts is not None or name != lora.module + ".weight"
@@ -196,9 +211,32 @@ def _bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
     change.adapters.append(adapter.name)
 
 
+def _check_rows(job: Job, adapter: Adapter) -> None:
+    """Each module of trainable_token_indices has its rows in the file, or is tied to one that has (PEFT saves those once)."""
+    asked = adapter.config.get("trainable_token_indices")
+    parameters = [job.names.parameter(f"{tokens.module}.weight") for tokens in adapter.tokens]
+    held = {name for p in parameters if p is not None for name in (p.name, *p.tied)} | {
+        f"{t.module}.weight" for t in adapter.tokens
+    }
+    for module in asked if isinstance(asked, dict) else ():
+        if not any(f".{name}".endswith(f".{module}.weight") for name in held):
+            job.errors.append(
+                Refused(
+                    f"trainable_token_indices of {shown(module)}, and the file holds none of its rows",
+                    expected="its trained rows",
+                    where=adapter.where,
+                    do="save the adapter again",
+                )
+            )
+
+
 def _tokens(job: Job, adapter: Adapter, weight: float) -> None:
+    _check_rows(job, adapter)
     for tokens in adapter.tokens:
         name = f"{tokens.module}.weight"
+        if not job.taken(tokens.module):
+            job.leave_out(adapter, tokens.module)
+            continue
         parameter = job.names.parameter(name)
         if parameter is None:
             job.errors.append(job.unknown(adapter, tokens.values.key, name))
@@ -236,7 +274,12 @@ def _check_together(job: Job) -> None:
         rows = [i for _, indices in change.rows for i in indices]
         if len(set(rows)) != len(rows):
             job.errors.append(
-                Refused(f"{shown(name)}: a token row trained by two adapters", where="adapters", do="merge one of them")
+                Refused(
+                    f"{shown(name)}: a token row trained by two adapters",
+                    expected="one adapter for each row",
+                    where="adapters",
+                    do="merge one of them",
+                )
             )
 
 

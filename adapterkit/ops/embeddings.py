@@ -24,7 +24,7 @@ def settle_ties(job: Job) -> None:
         stored = next(g for g in group if (p := job.names.parameter(g)) and not p.twin)
         changed = [g for g in group if g in job.changes]
         if _same_change(job, changed):
-            kept = job.changes[changed[0]] if stored not in job.changes else job.changes[stored]
+            kept = job.changes[max(changed, key=lambda g: (bool(job.changes[g].rows), g == stored))]
             for other in changed:
                 job.changes.pop(other)
             job.changes[stored] = kept
@@ -53,9 +53,19 @@ def _same_change(job: Job, names: list[str]) -> bool:
         return True
     if any(change.parts for change in changes):
         return False
-    if len(names) == 1:
-        return not _saved(job, names[0])
-    return all(_equal(job, changes[0], change) for change in changes[1:])
+    if len(names) == 1 and _saved(job, names[0]):
+        return False
+    if not all(_equal_bytes(job, changes[0].value, change.value) for change in changes[1:]):
+        return False
+    rowed = [name for name in names if job.changes[name].rows]
+    return _is_input(job, rowed[0]) if len(rowed) == 1 else all(_equal_rows(job, changes[0], change) for change in changes[1:])
+
+
+def _is_input(job: Job, name: str) -> bool:
+    """Whether a parameter is the input embedding's: trained rows there are the head's too, those of the head its own."""
+    assert job.names.model is not None
+    model = job.names.model.model
+    return model.get_submodule(name.rpartition(".")[0]) is model.get_input_embeddings()
 
 
 def _saved(job: Job, name: str) -> bool:
@@ -64,15 +74,14 @@ def _saved(job: Job, name: str) -> bool:
     return change.value is not None and job.adapters[change.number - 1].saves(name)
 
 
-def _equal(job: Job, change: Change, other: Change) -> bool:
-    """Whether two changes bring the same values, bit for bit."""
-    pairs = [[(c.value, ()), *c.rows] for c in (change, other)]
-    if [indices for _, indices in pairs[0]] != [indices for _, indices in pairs[1]]:
+def _equal_rows(job: Job, change: Change, other: Change) -> bool:
+    if [indices for _, indices in change.rows] != [indices for _, indices in other.rows]:
         return False
-    return all(_equal_bytes(job, a, b) for (a, _), (b, _) in zip(*pairs, strict=True))
+    return all(_equal_bytes(job, a, b) for (a, _), (b, _) in zip(change.rows, other.rows, strict=True))
 
 
 def _equal_bytes(job: Job, a: TensorSpec | None, b: TensorSpec | None) -> bool:
+    """Whether two tensors of adapters are the same, bit for bit."""
     if a is None or b is None:
         return a is b
     if (a.dtype, a.shape) != (b.dtype, b.shape):

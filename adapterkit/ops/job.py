@@ -92,7 +92,7 @@ class Job:
                     wanted[lora.module + ".weight"] = None
             careful = careful or bool(adapter.tokens) or any(len(s.shape) > 1 for s in adapter.replaced.values())
             wanted |= {name: None for name in adapter.replaced if self.taken(name)}
-            wanted |= {tokens.module + ".weight": None for tokens in adapter.tokens}
+            wanted |= {tokens.module + ".weight": None for tokens in adapter.tokens if self.taken(tokens.module)}
         config = self.adapters[0].config
         trained = config.get("auto_mapping") or {}
         trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None

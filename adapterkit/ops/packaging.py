@@ -74,7 +74,12 @@ def _tokenizer(base: Checkpoint, adapters: list[Adapter], choice: str | None, no
     found = {a.number: {n for n in a.folder.files() if "/" not in n and TOKENIZER.fullmatch(n)} for a in adapters}
     found = {number: names for number, names in found.items() if names}
     if choice == "adapter" and not found:
-        raise Refused("no tokenizer beside any adapter", where="--tokenizer adapter", do="leave --tokenizer out")
+        raise Refused(
+            "no tokenizer beside any adapter",
+            expected="tokenizer files in an adapter's folder",
+            where="--tokenizer adapter",
+            do="leave --tokenizer out",
+        )
     if not found:
         return {}
     first = next(iter(found))

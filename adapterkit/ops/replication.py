@@ -26,7 +26,14 @@ def replicated(base: Checkpoint, adapters: list[Adapter], errors: list[Adapterki
         return base, None
     where = asked_by[0].where
     if len(asked) > 1:
-        errors.append(Refused("different layer_replication in the adapters", where=where, do="merge one after the other"))
+        errors.append(
+            Refused(
+                "different layer_replication in the adapters",
+                expected="the same in all",
+                where=where,
+                do="merge those that agree",
+            )
+        )
         return base, None
     order = [i for start, end in asked_by[0].config["layer_replication"] for i in range(start, end)]
     home = _layers_home(base, order)
@@ -68,7 +75,12 @@ def _layers_home(base: Checkpoint, order: list[int]) -> tuple[str, int] | Adapte
         )
     bad = sorted({i for i in order if i >= homes[0][1]})
     if bad or not order:
-        return Refused(f"layers {bad} of {homes[0][1]}", expected="layers of the base", where="layer_replication")
+        return Refused(
+            f"layers {bad} of {homes[0][1]}",
+            expected="layers of the base",
+            where="layer_replication",
+            do="use the base that the adapter was trained on",
+        )
     return homes[0]
 
 

@@ -60,7 +60,12 @@ def read_receipt(folder: Path) -> dict[str, Any]:
     local = LocalFolder(folder)
     receipt = read_json(local, RECEIPT)
     if receipt.get("adapterkit") != RECEIPT_VERSION:
-        raise Refused(f"a receipt of version {shown(receipt.get('adapterkit'))}", expected=str(RECEIPT_VERSION), where=RECEIPT)
+        raise Refused(
+            f"a receipt of version {shown(receipt.get('adapterkit'))}",
+            expected=f"version {RECEIPT_VERSION}",
+            where=RECEIPT,
+            do="verify with the adapterkit that wrote it",
+        )
     if not is_sealed(local.read(RECEIPT, 0, local.files()[RECEIPT])):
         raise Damaged(CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, do=AGAIN)
     return receipt
@@ -191,7 +196,8 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
                 count, wrong = _wrong_rows(step, specs[step.key], inputs, stored)
                 rows, tensors = rows + count, tensors + 1
                 if wrong is not None:
-                    errors.append(Damaged(wrong, expected="W + Σ weight·scale·b@a, rounded", where=shown(step.key)))
+                    expected = "W + Σ weight·scale·b@a, rounded"
+                    errors.append(Damaged(wrong, expected=expected, where=shown(step.key), do=AGAIN))
     refuse_all(errors)
     return {"rows": rows, "tensors": tensors}
 

@@ -62,7 +62,7 @@ def opt() -> nn.Module:
 
 def bert(cls: str = "BertModel", **changes) -> nn.Module:
     sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return _model(cls, transformers.BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64, **changes))
+    return _model(cls, transformers.BertConfig(**(sizes | changes), num_attention_heads=4, max_position_embeddings=64))
 
 
 def bert_classifier() -> nn.Module:

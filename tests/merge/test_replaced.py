@@ -230,7 +230,9 @@ def test_a_weight_other_than_one_is_refused(what, llama, tmp_path):
 
 def test_two_adapters_replacing_one_module_are_refused(llama, tmp_path):
     for seed in (1, 2):
-        oracle.train(load(oracle.llama, llama), tmp_path / f"a{seed}", seed=seed, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        oracle.train(
+            load(oracle.llama, llama), tmp_path / f"a{seed}", seed=seed, target_modules=["q_proj"], modules_to_save=["lm_head"]
+        )
     with pytest.raises(Refused, match=r"lm_head\.weight is replaced by both a1 and a2"):
         oracle.merge(llama, tmp_path / "a1", tmp_path / "a2", out=tmp_path / "out")
 
@@ -247,7 +249,10 @@ def test_two_adapters_training_different_rows(llama, tmp_path):
     for seed in (1, 2):
         _tokens(llama, tmp_path / f"a{seed}", seed=seed, trainable_token_indices=[seed, 10 + seed])
     oracle.merge(llama, tmp_path / "a1", tmp_path / "a2", out=tmp_path / "out")
-    right, key = stored(llama)["model.embed_tokens.weight"], "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    right, key = (
+        stored(llama)["model.embed_tokens.weight"],
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+    )
     for seed in (1, 2):
         right[[seed, 10 + seed]] = stored(tmp_path / f"a{seed}")[key].bfloat16()
     assert torch.equal(stored(tmp_path / "out")["model.embed_tokens.weight"], right)

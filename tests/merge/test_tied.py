@@ -148,19 +148,20 @@ def test_different_rows_of_both_sides(tied, tmp_path):
     assert_same(merged(tmp_path / "fold", build), peft_merged(load(build, base), adapter))
 
 
+@pytest.mark.parametrize("config", [{}, {"trainable_token_indices": [85, 3]}], ids=["embedding", "rows"])
 @pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
-def test_resized_vocabulary_stays_tied(how, tied, tmp_path):
-    """PEFT saves a resized tied embedding under both names; equal values are one weight."""
+def test_resized_vocabulary_stays_tied(how, config, tied, tmp_path):
+    """PEFT saves a resized tied embedding under both names; equal values are one weight, and trained rows are both sides'."""
     build, base, _ = tied(target_modules=["q_proj"])
     model = load(build, base)
     with oracle.quiet():
         model.resize_token_embeddings(90, mean_resizing=False)
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **config))
         oracle.perturb(wrapped, 1)
         wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
         theirs = wrapped.merge_and_unload().state_dict()
-    keys = stored(tmp_path / "adapter")
-    assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} <= set(keys)
+    sides = [k for k, v in stored(tmp_path / "adapter").items() if v.shape == (90, 32)]
+    assert len(sides) == 2, sides
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", tied=how, compat="peft")
     assert set(stored(tmp_path / "out")) == set(stored(base))
     assert _config(tmp_path / "out") == _config(base) | {"vocab_size": 90}

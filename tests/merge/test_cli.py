@@ -1,0 +1,147 @@
+"""The command line as scripts see it: what goes to stdout and to stderr, exit statuses, and sources with a weight."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click.testing
+import oracle
+import pytest
+from oracle import stored
+
+from adapterkit.cli import main
+from adapterkit.ops.sources import weighted
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words, python=()):
+    command = [sys.executable, *python, "-m", "adapterkit", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def helped(*words):
+    result = click.testing.CliRunner().invoke(main, [*words, "--help"])
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_a_merge_and_its_verification(llama, lora, tmp_path):
+    """stdout stays empty without --json; what is said goes to stderr."""
+    done = run("merge", llama, lora, "--out", tmp_path / "out", "--verify")
+    assert (done.returncode, done.stdout) == (0, "") and "14 of 21 tensors changed" in done.stderr
+    checked = run("verify", tmp_path / "out", "--base", llama, "--adapter", lora, "--json")
+    document = json.loads(checked.stdout)
+    assert checked.returncode == 0 and document["tensors"] == 14 and document["rows"] == 42
+    oracle.merge(llama, lora, out=tmp_path / "python")
+    oracle.assert_same(stored(tmp_path / "out"), stored(tmp_path / "python"))
+
+
+def test_json_is_one_document(llama, lora, tmp_path):
+    done = run("merge", llama, f"{lora}=0.5", "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0
+    receipt = json.loads(done.stdout)
+    assert receipt["recipe"]["options"]["weights"] == [0.5] and receipt["totals"]["tensors_changed"] == 14
+    assert receipt["files"] == json.loads((tmp_path / "out/adapterkit.json").read_text())["files"]
+
+
+def test_quiet_says_nothing(llama, lora, tmp_path):
+    done = run("merge", llama, lora, "--out", tmp_path / "out", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_dry_run_writes_nothing(as_json, llama, lora, tmp_path):
+    words = ["merge", str(llama), str(lora), "--out", str(tmp_path / "out"), "--dry-run", *(["--json"] if as_json else [])]
+    result = click.testing.CliRunner().invoke(main, words)
+    assert result.exit_code == 0 and list(tmp_path.iterdir()) == []
+    if not as_json:
+        assert re.search(r"tensors changed +14\n", result.stdout) and "disk needed" in result.stdout
+        return
+    plan = json.loads(result.stdout)
+    real = oracle.merge(llama, lora, out=tmp_path / "out").data
+    assert plan["totals"] == real["totals"] and len(plan["changed"]) == 14
+    written = sum(f.stat().st_size for f in (tmp_path / "out").iterdir() if f.name != "adapterkit.json")
+    assert plan["totals"]["bytes_written"] == written
+
+
+def test_a_refusal_is_a_message_and_status_1(llama, lora, tmp_path):
+    done = run("merge", llama, tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: ") and "expected: " in done.stderr and "what to do: " in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_damage_is_status_1(llama, lora, tmp_path):
+    oracle.merge(llama, lora, out=tmp_path / "out")
+    path = tmp_path / "out/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    done = run("verify", tmp_path / "out", "--json")
+    assert done.returncode == 1 and done.stdout == "" and "model.safetensors" in done.stderr and "Traceback" not in done.stderr
+
+
+WRONG = {
+    "no-out": ["merge", "base", "adapter"],
+    "no-adapter": ["merge", "base", "--out", "x"],
+    "no-command": ["conjure"],
+    "option": ["merge", "base", "adapter", "--out", "x", "--sing"],
+    "choice": ["merge", "base", "adapter", "--out", "x", "--tied", "loose"],
+    "dtype": ["merge", "base", "adapter", "--out", "x", "--dtype", "bfloat16"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_usage_is_status_2(name):
+    result = click.testing.CliRunner().invoke(main, WRONG[name])
+    assert result.exit_code == 2 and result.stdout == "" and "Usage" in result.stderr
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_help_teaches_an_example(command):
+    assert re.search(rf"Example:\n +adapterkit {command} \S+", helped(command))
+    assert all(option in helped("merge") for option in ("--out", "--dry-run", "--json", "--device", "--resume", "--overwrite"))
+
+
+def test_help_is_light():
+    """Neither torch nor transformers, nor numpy, is imported for --help."""
+    done = run("--help", python=("-X", "importtime"))
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "adapterkit" in loaded and "click" in loaded
+    assert not loaded & {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "tqdm"}
+
+
+def test_import_is_light():
+    code = "import adapterkit, sys; print(sorted(set(sys.modules) & {'torch', 'transformers', 'numpy', 'click'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "weight"),
+    [
+        ("a", "a", 1.0),
+        ("a=0.7", "a", 0.7),
+        ("a=-1", "a", -1.0),
+        ("a=1e-3", "a", 1e-3),
+        ("lr=1e-4/a=0.5", "lr=1e-4/a", 0.5),
+        ("org/name@main:sub=2", "org/name@main:sub", 2.0),
+    ],
+)
+def test_weight_after_the_last_equals_sign(text, source, weight):
+    assert weighted(text) == (source, weight)
+
+
+def test_a_path_with_an_equals_sign_is_taken_whole(llama, lora, tmp_path):
+    """Such folders are common (`lr=1e-4`); only what does not exist is cut."""
+    whole = oracle.edit_config(lora, tmp_path / "lr=0.5")
+    assert weighted(whole) == (str(whole), 1.0)
+    oracle.merge(llama, whole, out=tmp_path / "out")
+    oracle.merge(llama, lora, out=tmp_path / "plain")
+    oracle.assert_same(stored(tmp_path / "out"), stored(tmp_path / "plain"))
+    oracle.merge(llama, f"{whole}=2", out=tmp_path / "twice")
+    oracle.merge(llama, f"{lora}=2", out=tmp_path / "plain2")
+    oracle.assert_same(stored(tmp_path / "twice"), stored(tmp_path / "plain2"))

@@ -1,0 +1,288 @@
+"""What a merge leaves: a complete checkpoint in the base's own layout, an index with true totals, and a receipt."""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+
+import oracle
+import pytest
+import torch
+import transformers
+from oracle import DTYPES, LINEAR, load, stored
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from adapterkit.errors import Damaged, Failed, Refused
+from adapterkit.ops.merge import parse_size
+
+EXTRAS = {
+    "generation_config.json": '{"do_sample": true}',
+    "tokenizer.json": '{"version": "1.0"}',
+    "tokenizer_config.json": '{"chat_template": "x"}',
+    "chat_template.jinja": "{{ messages }}",
+    "modeling_custom.py": "raise SystemExit('never imported')\n",
+    "LICENSE": "text",
+    "1_Pooling/config.json": "{}",
+}
+NOT_TAKEN = {"pytorch_model.bin": b"\x80", "optimizer.pt": b"\x80", "model.gguf": b"GGUF", ".gitattributes": b"x"}
+
+
+@pytest.fixture
+def dressed(llama, tmp_path):
+    """The base with all that a real one has beside its weights."""
+    folder = shutil.copytree(llama, tmp_path / "dressed")
+    for name, text in EXTRAS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    for name, data in NOT_TAKEN.items():
+        (folder / name).write_bytes(data)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Base <script>\n")
+    return folder
+
+
+def out_of(tmp_path, base, *adapters, **options):
+    oracle.merge(base, *adapters, out=tmp_path / "out", **options)
+    return tmp_path / "out"
+
+
+def test_everything_beside_the_weights_is_there(dressed, lora, tmp_path):
+    out = out_of(tmp_path, dressed, lora)
+    for name in EXTRAS:
+        assert (out / name).read_bytes() == (dressed / name).read_bytes(), name
+    assert not any((out / name).exists() for name in NOT_TAKEN)
+    assert (out / "config.json").read_bytes() == (dressed / "config.json").read_bytes()
+
+
+def test_the_card_says_what_was_merged(dressed, lora, tmp_path):
+    card = (out_of(tmp_path, dressed, f"{lora}=0.25") / "README.md").read_text()
+    front = card.split("---")[1]
+    assert '- "dressed"' in front and f'- "{lora.name}"' in front and "base_model_relation: merge" in front
+    assert 'license: "apache-2.0"' in front and 'language: "en"' in front
+    assert "0.25" in card and "<script>" not in card
+
+
+def test_it_loads_with_no_key_missing_or_left_over(llama, lora, tmp_path):
+    oracle.load_checked(transformers.LlamaForCausalLM, out_of(tmp_path, llama, lora))
+
+
+def test_files_have_the_permissions_that_the_umask_gives(llama, lora, tmp_path):
+    """safetensors 0.8 writes 0600 whatever the umask says."""
+    before = os.umask(0o022)
+    try:
+        out = out_of(tmp_path, llama, lora)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in out.iterdir()} == {0o644}
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    oracle.save_base(oracle.llama(), tmp_path / "sharded", "bf16", max_shard_size="6KB")
+    return tmp_path / "sharded"
+
+
+def test_the_bases_files_and_headers_are_kept(sharded, lora, tmp_path):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["metadata"]["total_size"] = 12345  # wrong, as some tools write it
+    index["metadata"]["note"] = "kept"
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    out = out_of(tmp_path, sharded, lora)
+    names = sorted(p.name for p in sharded.glob("*.safetensors"))
+    assert len(names) > 3 and names == sorted(p.name for p in out.glob("*.safetensors"))
+    untouched = 0
+    for name in names:
+        old, new = (sharded / name).read_bytes(), (out / name).read_bytes()
+        length = 8 + int.from_bytes(old[:8], "little")
+        assert old[:length] == new[:length], "the very header bytes"
+        untouched += old == new
+    assert 0 < untouched < len(names)
+    written = json.loads((out / "model.safetensors.index.json").read_text())
+    assert written["weight_map"] == index["weight_map"]
+    assert written["metadata"]["note"] == "kept"
+    assert written["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in stored(out).values())
+
+
+def test_stale_shards_are_left_out(sharded, lora, tmp_path):
+    save_file({"old.weight": torch.ones(2)}, sharded / "model-00099-of-00099.safetensors")
+    out = out_of(tmp_path, sharded, lora)
+    assert not (out / "model-00099-of-00099.safetensors").exists()
+    assert "old.weight" not in stored(out)
+
+
+@pytest.mark.parametrize("limit, single", [("1GB", True), ("20KB", False), ("1KB", False)])
+def test_resharding_moves_tensors_not_values(limit, single, sharded, llama, lora, tmp_path):
+    out = out_of(tmp_path, sharded, lora, max_shard_size=limit)
+    oracle.merge(llama, lora, out=tmp_path / "whole")
+    first, second = stored(out), stored(tmp_path / "whole")
+    assert set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in first)
+    files = list(out.glob("*.safetensors"))
+    assert (len(files) == 1) == single == (not (out / "model.safetensors.index.json").exists())
+    for file in files:
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= parse_size(limit)
+    oracle.load_checked(transformers.LlamaForCausalLM, out)
+
+
+@pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("20kb", 20_000), ("700", 700)])
+def test_sizes_are_powers_of_a_thousand(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "five", "1e999GB", "nan"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(Refused, match="max-shard-size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_casting(dtype, llama, lora, tmp_path):
+    out = out_of(tmp_path, llama, lora, dtype=dtype, verify=True)
+    tensors = stored(out)
+    assert {t.dtype for t in tensors.values()} == {DTYPES[dtype]}
+    assert json.loads((out / "config.json").read_text())["dtype"] == str(DTYPES[dtype]).removeprefix("torch.")
+    before = stored(llama)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(tensors[name], before[name].to(DTYPES[dtype]))
+    with oracle.quiet():
+        model = transformers.LlamaForCausalLM.from_pretrained(out, dtype="auto")
+    assert model.dtype == DTYPES[dtype]
+
+
+def test_casting_leaves_integers_alone(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    ids = torch.arange(5)
+    save_file({"x.weight": torch.ones(4, 4), "ids": ids, "flag": torch.tensor([True])}, base / "model.safetensors")
+    save_file({"x.lora_A.weight": torch.ones(1, 4), "x.lora_B.weight": torch.ones(4, 1)}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    found = stored(out_of(tmp_path, base, adapter, dtype="bf16"))
+    assert found["x.weight"].dtype == torch.bfloat16 and bool((found["x.weight"] == 2).all())
+    assert torch.equal(found["ids"], ids) and found["flag"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("dtype", [None, "fp16"])
+@pytest.mark.parametrize("where", ["touched", "untouched"])
+def test_an_overflow_is_an_error_that_names_the_tensor(dtype, where, lora, tmp_path):
+    model = oracle.llama()
+    name = "model.layers.0.mlp.up_proj.weight" if where == "touched" else "model.norm.weight"
+    model.get_parameter(name).data[...] = 65504 if dtype is None else 1e6
+    oracle.save_base(model, tmp_path / "base", "fp16" if dtype is None else "bf16")
+    if dtype is None and where == "touched":
+        big = load_file(lora / "adapter_model.safetensors")
+        big = {k: v * (1000 if ".0.mlp.up_proj" in k else 1) for k, v in big.items()}
+        shutil.copytree(lora, tmp_path / "adapter")
+        save_file(big, tmp_path / "adapter" / "adapter_model.safetensors")
+        lora = tmp_path / "adapter"
+    elif dtype is None:
+        return  # 65504 copied as it is
+    with pytest.raises(Failed, match=f"{name} overflows in F16"):
+        out_of(tmp_path, tmp_path / "base", lora, dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_receipt(llama, lora, tmp_path):
+    out = out_of(tmp_path, llama, f"{lora}=0.5", exclude="o_proj")
+    receipt = json.loads((out / "adapterkit.json").read_text())
+    for name, facts in receipt["files"].items():
+        data = (out / name).read_bytes()
+        assert facts == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert set(receipt["files"]) | {"adapterkit.json"} == {p.name for p in out.iterdir()}
+    assert receipt["recipe"]["options"]["weights"] == [0.5]
+    assert len(receipt["left_out"]) == 2 and all("o_proj" in name for name in receipt["left_out"])
+    before, after = stored(llama), stored(out)
+    changed = {k for k in after if not torch.equal(before[k], after[k])}
+    assert set(receipt["parameters"]) == changed and receipt["tensors_changed"] == len(changed)
+    for key, facts in receipt["parameters"].items():
+        delta = (after[key].double() - before[key].double()).norm() / after[key].double().norm()
+        assert facts["delta"] == pytest.approx(float(delta), rel=0.05)
+        share = float((after[key] != before[key]).double().mean())
+        assert facts["changed"] == pytest.approx(share, abs=0.02)
+        assert 0 <= facts["rounding"] < 1
+    adapter = hashlib.sha256((lora / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert receipt["inputs"][f"1 {lora.name}"]["adapter_model.safetensors"] == adapter
+    assert str(tmp_path) not in json.dumps(receipt) and str(llama.parent) not in json.dumps(receipt)
+
+
+def test_a_delta_below_the_dtypes_resolution_is_reported(llama, lora, tmp_path):
+    receipt = oracle.merge(llama, f"{lora}=1e-7", out=tmp_path / "out").data
+    assert all(facts["changed"] < 0.01 and facts["rounding"] > 0.9 for facts in receipt["parameters"].values())
+
+
+def test_hash_none_hashes_nothing_and_verify_still_checks_keys(llama, lora, tmp_path):
+    out = out_of(tmp_path, llama, lora, hash="none")
+    receipt = json.loads((out / "adapterkit.json").read_text())
+    assert all(facts["sha256"] is None for facts in receipt["files"].values())
+    adapterkit.verify(out, base=llama, adapters=[lora])
+    (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(Damaged):
+        adapterkit.verify(out)
+
+
+def test_verify_recomputes_rows_from_the_inputs(llama, lora, other_lora, tmp_path):
+    out = out_of(tmp_path, llama, lora)
+    assert adapterkit.verify(out, base=llama, adapters=[lora])["rows"] > 0
+    with pytest.raises(Refused, match="not the file of the merge"):
+        adapterkit.verify(out, base=llama, adapters=[other_lora])
+    with pytest.raises(Refused, match="both"):
+        adapterkit.verify(out, base=llama)
+
+
+def test_verify_finds_arithmetic_that_is_wrong(llama, lora, tmp_path, monkeypatch):
+    """A merge whose arithmetic is off by one part in a thousand: every hash agrees, the rows do not."""
+    from adapterkit.kernels import rows
+
+    right = rows.add_low_rank
+    monkeypatch.setattr(rows, "add_low_rank", lambda w, left, right_: right(w, left * 1.01, right_))
+    out = out_of(tmp_path, llama, lora)
+    monkeypatch.undo()
+    adapterkit.verify(out)
+    with pytest.raises(Damaged, match=r"row 0, column"):
+        adapterkit.verify(out, base=llama, adapters=[lora])
+
+
+@pytest.mark.parametrize("choice", [None, "adapter", "base"])
+def test_the_tokenizer_beside_the_adapter_counts(choice, dressed, lora, tmp_path):
+    adapter = shutil.copytree(lora, tmp_path / "adapter")
+    (adapter / "tokenizer.json").write_text('{"version": "2.0"}')
+    (adapter / "training_args.bin").write_bytes(b"\x80")
+    (adapter / "evil.py").write_text("boom")
+    out = out_of(tmp_path, dressed, adapter, tokenizer=choice)
+    assert json.loads((out / "tokenizer.json").read_text())["version"] == ("1.0" if choice == "base" else "2.0")
+    assert not (out / "evil.py").exists() and not (out / "training_args.bin").exists()
+
+
+def test_two_different_tokenizers_are_refused(dressed, lora, other_lora, tmp_path):
+    for name, source in [("a", lora), ("b", other_lora)]:
+        (shutil.copytree(source, tmp_path / name) / "tokenizer.json").write_text(f'{{"version": "{name}"}}')
+    with pytest.raises(Refused, match="different tokenizers"):
+        out_of(tmp_path, dressed, tmp_path / "a", tmp_path / "b")
+
+
+def test_mixed_dtypes_stay_mixed(lora, tmp_path):
+    model = oracle.llama().to(torch.bfloat16)
+    model.model.norm.to(torch.float32)
+    model.model.layers[0].mlp.up_proj.to(torch.float16)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    before, after = stored(base), stored(out_of(tmp_path, base, lora))
+    assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
+    assert len({v.dtype for v in after.values()}) == 3
+
+
+def test_a_base_that_is_one_file(llama, lora, tmp_path):
+    out = out_of(tmp_path, llama / "model.safetensors", lora)
+    oracle.merge(llama, lora, out=tmp_path / "folder")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "folder" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("layers", [LINEAR])
+def test_the_result_computes_what_the_adapter_computes(layers, llama, lora, tmp_path):
+    out = out_of(tmp_path, llama, lora, dtype="fp32")
+    ids = torch.arange(20)[None] % 80
+    with torch.no_grad():
+        expected = oracle.peft_model(load(oracle.llama, llama).float(), lora)(ids).logits
+        found = oracle.load_checked(transformers.LlamaForCausalLM, out)(ids).logits
+    assert torch.allclose(found, expected, atol=1e-4)
