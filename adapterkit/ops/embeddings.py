@@ -64,7 +64,7 @@ def _same_change(job: Job, names: list[str]) -> bool:
 def _is_input(job: Job, name: str) -> bool:
     """Whether a parameter is the input embedding's: trained rows there are the head's too, those of the head its own."""
     assert job.names.model is not None
-    model = job.names.model.model
+    model: Any = job.names.model.model
     return model.get_submodule(name.rpartition(".")[0]) is model.get_input_embeddings()
 
 
@@ -153,7 +153,7 @@ def _untie(job: Job, stored: str, group: list[str]) -> None:
 def _tied_by_code(job: Job) -> bool:
     """Whether tie_word_embeddings = false would not untie, or would do more than that (T5 and its kin)."""
     assert job.names.model is not None
-    model = job.names.model.model
+    model: Any = job.names.model.model
     untied = type(model.config)(**(model.config.to_dict() | {"tie_word_embeddings": False}))
     forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
     return bool(untied.tie_word_embeddings) or "tie_word_embeddings" in inspect.getsource(forwards[0])

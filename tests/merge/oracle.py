@@ -28,7 +28,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 Build = Callable[[], nn.Module]
 
 
-# -- models ---------------------------------------------------------------------------------------------------------------------
+# -- models ---------------------------------------------------------------------------------------------------------------
 
 
 def llama(tie: bool = False, cls: str = "LlamaForCausalLM", **changes) -> nn.Module:
@@ -118,7 +118,7 @@ def _model(cls: str, config) -> nn.Module:
         return getattr(transformers, cls)(config).eval()
 
 
-# -- bases and adapters on disk -------------------------------------------------------------------------------------------------
+# -- bases and adapters on disk -------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -196,7 +196,7 @@ def edit_config(source: Path, out: Path, **changes) -> Path:
     return out
 
 
-# -- results --------------------------------------------------------------------------------------------------------------------
+# -- results --------------------------------------------------------------------------------------------------------------
 
 
 def peft_model(model: nn.Module, *adapters: Path) -> peft.PeftModel:

@@ -80,7 +80,7 @@ def test_over_several_chunks(tmp_path):
 
 def test_magnitudes_are_used(made_case, tmp_path):
     """The rows of the output have the magnitudes as their norms."""
-    build, base, adapter = made_case("llama", "fp32")
+    _, base, adapter = made_case("llama", "fp32")
     oracle.merge(base, adapter, out=tmp_path / "out")
     tensors = oracle.stored(adapter)
     for key, weight in oracle.stored(tmp_path / "out").items():
@@ -92,7 +92,7 @@ def test_magnitudes_are_used(made_case, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compat", [None, "peft"])
 def test_beside_another_adapter(compat, dtype, made_case, made, tmp_path):
-    """PEFT takes each DoRA's norm of the base and merges in order (peft.md 1.12); the order matters, so by default it is refused."""
+    """PEFT takes each DoRA's norm of the base and merges in order (peft.md 1.12); order matters, so by default it is refused."""
     build, base, adapter = made_case("llama", dtype)
     config = {"target_modules": ["q_proj", "up_proj"], "seed": 9, "r": 2}
     plain = made(f"dora-plain-other-{dtype}", lambda folder: oracle.train(load(build, base), folder, **config))

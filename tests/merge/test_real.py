@@ -3,12 +3,12 @@
 import oracle
 import peft
 import pytest
-import realmodel
 import torch
 import transformers
 from oracle import assert_all_rounded, assert_rounded, assert_same, exact, load_checked, peft_merged, peft_model, stored
 
 import adapterkit
+import realmodel
 
 CAUSAL = transformers.LlamaForCausalLM
 

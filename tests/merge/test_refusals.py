@@ -22,7 +22,7 @@ def refused(base, *adapters, out, match, kind=Refused, **options):
     return text
 
 
-# -- what an adapter's config says --------------------------------------------------------------------------------------------------
+# -- what an adapter's config says --------------------------------------------------------------------------------------
 
 CHANGED = ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"]
 
@@ -123,7 +123,7 @@ def test_other_kinds_of_adapters(kind, llama, lora, tmp_path):
     refused(llama, adapter, out=tmp_path / "out", match="peft_type")
 
 
-# -- an adapter that does not belong to the base -------------------------------------------------------------------------------------
+# -- an adapter that does not belong to the base -------------------------------------------------------------------------
 
 
 def test_an_adapter_of_another_model(lora, made, tmp_path):
@@ -204,7 +204,7 @@ def test_a_pickled_adapter(llama, lora, tmp_path):
     assert "save_pretrained" in refused(llama, odd, out=tmp_path / "out", match="no adapter_model.safetensors")
 
 
-# -- modules ------------------------------------------------------------------------------------------------------------------------
+# -- modules ------------------------------------------------------------------------------------------------------------
 
 
 def test_grouped_convolutions(tmp_path):
@@ -235,7 +235,7 @@ def test_lora_bias_on_a_module_without_bias(llama, tmp_path):
     refused(llama, tmp_path / "adapter", out=tmp_path / "out", match=r"a bias for .*q_proj, which has none")
 
 
-# -- bases --------------------------------------------------------------------------------------------------------------------------
+# -- bases --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt", "consolidated.00.pth"])
@@ -315,7 +315,7 @@ def test_factors_that_are_not_finite(value, part, llama, lora, tmp_path):
     assert "layers.1.mlp.up_proj" in str(caught.value) and not (tmp_path / "out").exists()
 
 
-# -- options and outputs -------------------------------------------------------------------------------------------------------------
+# -- options and outputs -------------------------------------------------------------------------------------------------
 
 OPTIONS = {
     "tied": {"tied": "loose"},

@@ -144,7 +144,7 @@ def test_any_weights(weights, bases, tmp_path_factory):
         assert_rounded(stored(out)[name], value, name)
 
 
-# -- include and exclude -----------------------------------------------------------------------------------------------------------
+# -- include and exclude -----------------------------------------------------------------------------------------------------
 
 CHOICES = {
     "include": ({"include": "q_proj"}, lambda n: "q_proj" in n),
