@@ -3,14 +3,19 @@
 The verbs are imported on first use, so `import adapterkit` loads neither torch nor transformers.
 """
 
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
 
-_VERBS = ("merge", "verify")
+if TYPE_CHECKING:
+    from adapterkit.ops.merge import merge
+    from adapterkit.ops.verify import verify
+
 __all__ = ["__version__", "merge", "verify"]
 
 
 def __getattr__(name: str):
-    if name in _VERBS:
+    if name in __all__:
         from importlib import import_module
 
         return getattr(import_module(f"adapterkit.ops.{name}"), name)

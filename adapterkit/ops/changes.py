@@ -55,9 +55,9 @@ def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
 
 def _compare_names(job: Job, adapter: Adapter) -> None:
     """A note where the adapter names another base on the Hub: shapes cannot tell two models of one size apart."""
-    said = adapter.config.get("base_model_name_or_path")
+    said = str(adapter.config.get("base_model_name_or_path"))
     base = str(job.original.folder.origin.get("repo") or job.original.name)
-    on_hub = isinstance(said, str) and said.count("/") == 1 and not said.startswith(("/", ".", "~"))
+    on_hub = said.count("/") == 1 and not said.startswith(("/", ".", "~"))
     if on_hub and said.rpartition("/")[2].casefold() != base.rpartition("/")[2].casefold():
         job.notes.append(f"{adapter.name} was trained on {shown(said)}; the base here is {shown(base)}")
 
