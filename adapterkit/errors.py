@@ -35,6 +35,10 @@ class Failed(AdapterkitError):
     """A job that started and could not finish: storage errors, changed inputs, lost workers."""
 
 
+class Spoiled(Failed):
+    """A failure that no resume can mend: an input changed, or a value does not fit; what was made of it is thrown away."""
+
+
 class Interrupted(AdapterkitError):
     """A job stopped by a signal; what is finished is kept for --resume."""
 

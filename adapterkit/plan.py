@@ -18,10 +18,10 @@ from adapterkit import __version__, dtypes
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout
-from adapterkit.checkpoint.reader import Changed, Identity, changed, identity
+from adapterkit.checkpoint.reader import Identity, changed, identity
 from adapterkit.checkpoint.writer import RECEIPT, Stage, free_bytes
 from adapterkit.edits import Edit
-from adapterkit.errors import AdapterkitError, Interrupted, Refused
+from adapterkit.errors import AdapterkitError, Interrupted, Refused, Spoiled
 
 RECEIPT_VERSION = 1
 IDENTITY = ("inode", "size", "modified", "changed")
@@ -249,7 +249,7 @@ def _build(plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: boo
     try:
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
         sums = _write_files(plan, stage, hash == "sha256")
-    except Changed:
+    except Spoiled:
         stage.forget()
         raise
     receipt = _receipt(plan, recipe, fingerprint, done, sums, hash, time.monotonic() - began)

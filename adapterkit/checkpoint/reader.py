@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Failed, shown
+from adapterkit.errors import Failed, Spoiled, shown
 
 Identity = tuple[int, int, int, int, int]
 
@@ -129,7 +129,7 @@ class Handle:
 
 
 def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: TensorSpec) -> None:
-    """Fill the buffer from `position`, through short reads; `Changed` at the end of the file, `Failed` on an error."""
+    """Fill the buffer from `position`, through short reads; `Spoiled` at the end of the file, `Failed` on an error."""
     done = 0
     while done < len(buffer):
         try:
@@ -143,9 +143,5 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
         done += n
 
 
-class Changed(Failed):
-    """An input is not what it was when the job was planned: what was made of it cannot be used."""
-
-
-def changed(name: str, found: str = "the file changed between plan and end") -> Changed:
-    return Changed(found, expected="inputs that stay as they are", where=name, do="run the job again")
+def changed(name: str, found: str = "the file changed between plan and end") -> Spoiled:
+    return Spoiled(found, expected="inputs that stay as they are", where=name, do="run the job again")

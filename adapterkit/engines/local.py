@@ -26,7 +26,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
 from adapterkit.edits import Loaded
-from adapterkit.errors import AdapterkitError, Failed, Refused, shown
+from adapterkit.errors import AdapterkitError, Failed, Refused, Spoiled, shown
 from adapterkit.plan import Plan, Progress, Shard, ShardResult, Step
 
 ELEMENTS = 1 << 17  # of one chunk: bfloat16, its float32 copy and the factors' part stay in a core's cache
@@ -94,7 +94,7 @@ class Inputs:
             return torch.empty(spec.shape, dtype=self.dtype, device=self.device)
         stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
         if not torch.isfinite(stored.sum(dtype=torch.float64)) and not torch.isfinite(stored).all():
-            raise Failed(
+            raise Spoiled(
                 "values that are not finite (NaN or infinity)",
                 where=f"{spec.file}: {shown(spec.key)}",
                 do="the training run diverged: use an earlier save",
@@ -483,7 +483,7 @@ class _Job:
         if bool(torch.isfinite(outgoing).all()):
             return
         what = "overflows" if bool(torch.isfinite(w).all()) else "is not finite (NaN or infinity)"
-        raise Failed(
+        raise Spoiled(
             f"the merged value of {shown(step.key)} {what} in {step.dtype}",
             expected="finite values",
             where=f"{step.source.file}: {shown(step.key)}",

