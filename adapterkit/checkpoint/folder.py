@@ -113,6 +113,7 @@ def _stays_home(link: Path, root: Path) -> bool:
     target = link.resolve()
     if target.is_relative_to(root.resolve()):
         return True
-    # the Hub cache: <repo>/snapshots/<commit>/<file> -> <repo>/blobs/<hash>
+    # the Hub cache: <repo>/snapshots/<commit>/<file> -> <repo>/blobs/<hash>, which may itself be a link of the cache
     snapshots = next((p for p in link.parent.resolve().parents if p.name == "snapshots"), None)
-    return snapshots is not None and target.parent == snapshots.parent / "blobs"
+    blob = Path(os.path.normpath(link.parent.resolve() / os.readlink(link)))
+    return snapshots is not None and blob.parent == snapshots.parent / "blobs" and target.is_file()
