@@ -51,7 +51,7 @@ def main() -> int:
 
     without = answer(model, tokenizer)
     factors = train(model, tokenizer)
-    write_adapter(factors, adapter)
+    write_adapter(factors, base.name, adapter)
     with_adapter = answer(model, tokenizer)
     say(f"adapter: rank {RANK} on {len(factors)} modules, written to {adapter}")
 
@@ -103,7 +103,7 @@ def attach(model: torch.nn.Module) -> Factors:
     return factors
 
 
-def write_adapter(factors: Factors, out: Path) -> None:
+def write_adapter(factors: Factors, base: str, out: Path) -> None:
     """The PEFT layout: two files, the names that PEFT gives the modules of a wrapped model."""
     out.mkdir(parents=True, exist_ok=True)
     tensors = {}
@@ -113,7 +113,7 @@ def write_adapter(factors: Factors, out: Path) -> None:
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "bias": "none"}
     config |= {"target_modules": list(TARGETS), "lora_dropout": 0.0, "inference_mode": True}
-    config |= {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    config |= {"base_model_name_or_path": base}
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
