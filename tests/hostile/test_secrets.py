@@ -31,6 +31,8 @@ import json, os, socket, sys, tempfile
 socket.gethostname = lambda: HOST
 import adapterkit.engines.local, adapterkit.ops.merge, adapterkit.ops.verify
 from adapterkit.cli import main
+from adapterkit.errors import Failed
+from adapterkit.plan import run
 for words in json.loads(sys.argv[1]):
     files = [tempfile.TemporaryFile("w+") for _ in range(2)]
     child = os.fork()
@@ -240,3 +242,17 @@ def test_the_receipt_names_no_machine(tmp_path):
     text = json.dumps(receipt)
     assert str(tmp_path) not in text
     assert socket.gethostname() not in text or len(socket.gethostname()) < 4
+
+
+def test_the_journal_of_an_interrupted_run_holds_no_paths_and_no_names(tmp_path):
+    desk = Desk(tmp_path)
+    plan = adapterkit.merge(desk.home / "base", [desk.home / "adapter"], out=desk.home / "out", dry_run=True)
+
+    def full(*_, **__):
+        raise Failed("a full disk")
+
+    with pytest.raises(Failed, match="a full disk"):
+        run(plan, desk.home / "out", full)
+    journals = list(desk.home.rglob("journal*"))
+    assert journals
+    desk.check("".join(p.read_text() for p in journals), str(desk.home), USER)
