@@ -13,8 +13,9 @@ from forge import PREFIX, AdapterFiles, MemoryFolder, base, plain, tensors_file
 
 import adapterkit
 from adapterkit import merge
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Failed, Refused, shown
 from adapterkit.ops.packaging import model_card
+from adapterkit.plan import run
 
 TOKEN = "hf_PlantedTokenOfTheEnvironment123"
 USER, HOST = "alicejones", "secrethost77"
@@ -31,8 +32,6 @@ import json, os, socket, sys, tempfile
 socket.gethostname = lambda: HOST
 import adapterkit.engines.local, adapterkit.ops.merge, adapterkit.ops.verify
 from adapterkit.cli import main
-from adapterkit.errors import Failed
-from adapterkit.plan import run
 for words in json.loads(sys.argv[1]):
     files = [tempfile.TemporaryFile("w+") for _ in range(2)]
     child = os.fork()
@@ -246,7 +245,7 @@ def test_the_receipt_names_no_machine(tmp_path):
 
 def test_the_journal_of_an_interrupted_run_holds_no_paths_and_no_names(tmp_path):
     desk = Desk(tmp_path)
-    plan = adapterkit.merge(desk.home / "base", [desk.home / "adapter"], out=desk.home / "out", dry_run=True)
+    plan = merge(desk.home / "base", [desk.home / "adapter"], out=desk.home / "out", dry_run=True)
 
     def full(*_, **__):
         raise Failed("a full disk")
