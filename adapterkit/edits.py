@@ -5,7 +5,7 @@ names the tensors that it reads; `load` reads them and gives the function that c
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -104,6 +104,13 @@ class Term:
             yield block, left.contiguous(), right.contiguous()
 
 
+def overlap(w: Tensor, first: int, row: int, row_stop: int) -> Iterator[tuple[Tensor, slice]]:
+    """The block's rows that lie in [row, row_stop), and which of that range they are; nothing where there are none."""
+    low, high = max(row, first), min(row_stop, first + w.shape[0])
+    if low < high:
+        yield w[low - first : high - first], slice(low - row, high - row)
+
+
 def scaled_to(factor: Tensor, scale: float) -> Tensor:
     """scale * factor, rounded once (a power of two is exact)."""
     return factor if scale == 1.0 else (factor.double() * scale).to(factor.dtype)
@@ -153,14 +160,10 @@ class AddLowRank:
         columns = grid[1]
 
         def apply(w: Tensor, first: int) -> None:
-            last = first + w.shape[0]
             for (row, row_stop, col, col_stop), left, right in products:
-                low, high = max(row, first), min(row_stop, last)
-                if low < high:
-                    part = w[low - first : high - first]
-                    if (col, col_stop) != (0, columns):
-                        part = part[:, col:col_stop]
-                    kernel.add_low_rank(part, left[low - row : high - row], right)
+                for part, here in overlap(w, first, row, row_stop):
+                    part = part if (col, col_stop) == (0, columns) else part[:, col:col_stop]
+                    kernel.add_low_rank(part, left[here], right)
 
         return Loaded(apply, norm)
 
@@ -180,17 +183,14 @@ class AddLikePeft:
 
     def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         scale = self.term.scale
-        unscaled = Term(self.term.a, self.term.b, 1.0, self.term.rank, self.term.blocks, self.term.flip, self.term.experts)
-        products = list(unscaled.products(inputs))
+        products = list(replace(self.term, scale=1.0).products(inputs))
         norm = abs(scale) * sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
 
         def apply(w: Tensor, first: int) -> None:
-            last = first + w.shape[0]
             for block, left, right in products:
-                low, high = max(block.row, first), min(block.row_stop, last)
-                if low < high:
-                    part = w[low - first : high - first, block.col : block.col_stop]
-                    delta = (left[low - block.row : high - block.row] @ right) * scale
+                for part, here in overlap(w, first, block.row, block.row_stop):
+                    part = part[:, block.col : block.col_stop]
+                    delta = (left[here] @ right) * scale
                     part += delta.to(self.rounded).to(w.dtype) if self.delta_first else delta
             _round(w, self.rounded)
 
@@ -237,11 +237,9 @@ class Decompose:
 
     def _scale_rows(self, w: Tensor, first: int, magnitude: Tensor, norms: Tensor | None) -> None:
         row, row_stop = self.rows
-        low, high = max(row, first), min(row_stop, first + w.shape[0])
-        if low < high:
-            part = w[low - first : high - first]
-            norm = kernel.row_norms(part) if norms is None else norms[low:high]
-            kernel.scale_rows(part, magnitude[low - row : high - row], norm)
+        for part, here in overlap(w, first, row, row_stop):
+            norm = kernel.row_norms(part) if norms is None else norms[row:row_stop][here]
+            kernel.scale_rows(part, magnitude[here], norm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +279,8 @@ class AddVector:
         vector = placed(vector, 0, self.at, None, self.row, self.row_stop)
 
         def apply(w: Tensor, first: int) -> None:
-            low, high = max(self.row, first), min(self.row_stop, first + w.shape[0])
-            if low < high:
-                w[low - first : high - first] += vector[low - self.row : high - self.row]
+            for part, here in overlap(w, first, self.row, self.row_stop):
+                part += vector[here]
 
         return Loaded(apply, float(torch.linalg.vector_norm(vector.double())))
 

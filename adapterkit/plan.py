@@ -407,8 +407,3 @@ def is_sealed(data: bytes) -> bool:
     """Whether a receipt's bytes are those that were written."""
     text, seal, _ = data.rpartition(SEAL)
     return bool(seal) and data == text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
-
-
-__all__ = [
-    "AdapterkitError", "CopyFile", "Engine", "Plan", "Progress", "Receipt", "Shard", "ShardResult", "Step", "run",
-]  # fmt: skip

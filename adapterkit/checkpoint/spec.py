@@ -1,6 +1,5 @@
 """What a checkpoint holds, from its headers and its index alone."""
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -239,8 +238,3 @@ def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
             do="convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub use the convert Space",
         )
     return Refused("no safetensors files", expected="a model checkpoint", where=folder.name, do="check the path")
-
-
-def count(spec: TensorSpec) -> int:
-    """Number of elements."""
-    return math.prod(spec.shape)

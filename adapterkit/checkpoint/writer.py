@@ -456,6 +456,3 @@ def storage_errors(path: Path):
     except OSError as error:
         do = ADVICE.get(error.errno or 0, "check the disk, then run again with --resume")
         raise Failed(f"cannot write: {error.strerror or error}", where=str(path), do=do) from error
-
-
-__all__ = ["RECEIPT", "ShardFile", "Stage", "free_bytes", "storage_errors", "sync_folder"]

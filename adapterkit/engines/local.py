@@ -145,6 +145,20 @@ class _Piece:
 
 
 @dataclass
+class _Run:
+    """Untouched tensors that follow each other in an input file and in the output: bytes [source.start, stop), to `position`."""
+
+    source: TensorSpec  # the first of them
+    position: int
+    stop: int
+
+    def joins(self, source: TensorSpec, position: int) -> bool:
+        """Whether this tensor goes on where the run ends, in both files."""
+        same = (self.source.folder, self.source.file) == (source.folder, source.file)
+        return same and self.stop == source.start and self.position + self.stop - self.source.start == position
+
+
+@dataclass
 class _OpenStep:
     """A step while its chunks are worked on: its edits are loaded by the first worker and freed after the last chunk."""
 
@@ -217,29 +231,24 @@ class _OpenShard:
         number = itertools.count()
         header = self.shard.layout.header
         yield _Piece(self, next(number), 0, len(header), data=header)
-        run: list | None = None
+        run: _Run | None = None
         for step, at in zip(self.shard.steps, self.shard.layout.starts, strict=True):
-            source = step.source
-            if step.copied:
-                joins = run and run[0].file == source.file and run[0].folder == source.folder and run[2] == source.start
-                if joins and run and run[1] + run[2] - run[3] == at:
-                    run[2] = source.stop
-                    continue
-                yield from self._run(run, number)
-                run = [source, at, source.stop, source.start]
+            if run is not None and step.copied and run.joins(step.source, at):
+                run.stop = step.source.stop
                 continue
             yield from self._run(run, number)
-            run = None
-            yield from self._chunks(step, at, number, device)
+            run = _Run(step.source, at, step.source.stop) if step.copied else None
+            if not step.copied:
+                yield from self._chunks(step, at, number, device)
         yield from self._run(run, number)
 
-    def _run(self, run: list | None, number) -> Iterator[_Piece]:
+    def _run(self, run: "_Run | None", number) -> Iterator[_Piece]:
         if run is None:
             return
-        source, at, stop, start = run
-        for offset in range(0, stop - start, RUN):
-            length = min(RUN, stop - start - offset)
-            yield _Piece(self, next(number), at + offset, length, source=source, source_start=start + offset)
+        start = run.source.start
+        for offset in range(0, run.stop - start, RUN):
+            length = min(RUN, run.stop - start - offset)
+            yield _Piece(self, next(number), run.position + offset, length, source=run.source, source_start=start + offset)
 
     def _chunks(self, step: Step, at: int, number, device: torch.device) -> Iterator[_Piece]:
         cut = chunks(step.grid, device)

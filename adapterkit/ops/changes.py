@@ -1,5 +1,6 @@
 """From adapters to changes of parameters: replaced values, products and vectors added, trained rows."""
 
+import math
 from dataclasses import replace
 
 from adapterkit.adapter import Adapter, Lora
@@ -15,9 +16,9 @@ def collect(job: Job) -> None:
     for adapter, weight in zip(job.adapters, job.weights, strict=True):
         _check_adapter(job, adapter, weight)
         _check_complete(job, adapter)
-        _replacements(job, adapter, weight)
+        _replacements(job, adapter)
         _products(job, adapter, weight)
-        _tokens(job, adapter, weight)
+        _tokens(job, adapter)
     _check_together(job)
 
 
@@ -88,7 +89,7 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
             )
 
 
-def _replacements(job: Job, adapter: Adapter, weight: float) -> None:
+def _replacements(job: Job, adapter: Adapter) -> None:
     for name, spec in adapter.replaced.items():
         if not job.taken(name.rpartition(".")[0]):
             job.leave_out(adapter, name)
@@ -161,7 +162,7 @@ def _product(job: Job, adapter: Adapter, weight: float, name: str, lora: Lora) -
     if name == lora.module + ".weight" or name.endswith(".in_proj_weight"):
         pattern_name = lora.module
     rank, scale = adapter.resolved(pattern_name)
-    product, outputs = oriented(job, adapter, parameter, lora, scale * weight, rank)
+    product, outputs = oriented(job, adapter, parameter, lora, scale * weight)
     if product.rank != rank:
         raise Refused(
             f"rank {product.rank} in the file for {shown(lora.module)}",
@@ -176,7 +177,7 @@ def _product(job: Job, adapter: Adapter, weight: float, name: str, lora: Lora) -
             where=adapter.name,
             do="leave it out with --exclude",
         )
-    if lora.magnitude is not None and _count(lora.magnitude) != parameter.shape[outputs]:
+    if lora.magnitude is not None and math.prod(lora.magnitude.shape) != parameter.shape[outputs]:
         raise job.misshaped(adapter, lora.magnitude.key, lora.magnitude.shape, (parameter.shape[outputs],))
     first = lora.kind == "embedding" or product.experts is not None or name != lora.module + ".weight"
     first = first or _in_attention(job, lora.module)
@@ -230,7 +231,7 @@ def _check_rows(job: Job, adapter: Adapter) -> None:
             )
 
 
-def _tokens(job: Job, adapter: Adapter, weight: float) -> None:
+def _tokens(job: Job, adapter: Adapter) -> None:
     _check_rows(job, adapter)
     for tokens in adapter.tokens:
         name = f"{tokens.module}.weight"
@@ -281,10 +282,3 @@ def _check_together(job: Job) -> None:
                     do="merge one of them",
                 )
             )
-
-
-def _count(spec: TensorSpec) -> int:
-    count = 1
-    for n in spec.shape:
-        count *= n
-    return count

@@ -191,7 +191,7 @@ def settle_vocabulary(job: Job) -> None:
                 do="save the adapter with both (save_embedding_layers=True)",
             )
         )
-    _set_where(job.config, "vocab_size", old, size)
+    set_everywhere(job.config, "vocab_size", size, old=old)
     job.notes.append(f"vocab_size: {old} -> {size}")
 
 
@@ -233,18 +233,10 @@ def settle_head(job: Job) -> None:
                 job.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
 
 
-def _set_where(config: dict, key: str, old: Any, new: Any) -> None:
-    if config.get(key) == old:
-        config[key] = new
-    for sub in config.values():
-        if isinstance(sub, dict):
-            _set_where(sub, key, old, new)
-
-
-def set_everywhere(config: dict, key: str, value: Any) -> None:
-    """Set a key in the config and its sub-configs, where it is already there."""
-    if key in config:
+def set_everywhere(config: dict, key: str, value: Any, *, old: Any = None) -> None:
+    """Set a key in the config and its sub-configs where it is already there (with the value `old`, if that is given)."""
+    if key in config and old in (None, config[key]):
         config[key] = value
     for sub in config.values():
         if isinstance(sub, dict):
-            set_everywhere(sub, key, value)
+            set_everywhere(sub, key, value, old=old)

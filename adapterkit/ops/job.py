@@ -72,7 +72,7 @@ class Job:
         self.changes: dict[str, Change] = {}
         self.new: dict[str, Change] = {}  # parameters that the base does not store: heads
         self.original = base
-        self.base, self.layers = replicated(base, adapters, self.errors)
+        self.base = replicated(base, adapters, self.errors)
         self.config: dict[str, Any] = json.loads(json.dumps(self.base.config))
         self.included = matcher(options.include, "--include") if options.include else None
         self.excluded = matcher(options.exclude, "--exclude") if options.exclude else None

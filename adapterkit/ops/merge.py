@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adapterkit import dtypes
-from adapterkit.adapter import Adapter, read_adapter
+from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import Stored
@@ -161,8 +161,8 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
     folders = (job.original.folder, *(a.folder for a in job.adapters))
     headers = {(0, name): header.sha256 for name, header in job.original.shards.items()}
     for adapter in job.adapters:
-        headers[adapter.number, "adapter_model.safetensors"] = adapter.header_sha256
-        headers[adapter.number, "adapter_config.json"] = _sha256(adapter.folder, "adapter_config.json")
+        headers[adapter.number, WEIGHTS] = adapter.header_sha256
+        headers[adapter.number, CONFIG] = _sha256(adapter.folder, CONFIG)
     if "config.json" in job.original.files:
         headers[0, "config.json"] = _sha256(job.original.folder, "config.json")
     if job.options.dtype:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import __version__
-from adapterkit.adapter import Adapter
+from adapterkit.adapter import CONFIG, Adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import Checkpoint
@@ -30,7 +30,7 @@ WEIGHTS = (
     ".ot",
     ".npz",
 )
-NOT_COPIED = {RECEIPT, "README.md", "config.json", "adapter_config.json", "training_args.bin"}
+NOT_COPIED = {RECEIPT, "README.md", "config.json", CONFIG, "training_args.bin"}
 TOKENIZER = re.compile(
     r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.(spm|tiktoken)"
     r"|spiece\.model|sentencepiece.*\.model|chat_template.*)"

@@ -18,12 +18,12 @@ COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)$")
 
 
-def replicated(base: Checkpoint, adapters: list[Adapter], errors: list[AdapterkitError]) -> tuple[Checkpoint, list[int] | None]:
-    """The base with its layers stacked anew, and for each new layer the old one; the base itself where nothing asks for it."""
+def replicated(base: Checkpoint, adapters: list[Adapter], errors: list[AdapterkitError]) -> Checkpoint:
+    """The base with its layers stacked anew; the base itself where nothing asks for it."""
     asked = {json.dumps(a.config.get("layer_replication")) for a in adapters}
     asked_by = [a for a in adapters if a.config.get("layer_replication")]
     if not asked_by:
-        return base, None
+        return base
     where = asked_by[0].where
     if len(asked) > 1:
         errors.append(
@@ -34,12 +34,12 @@ def replicated(base: Checkpoint, adapters: list[Adapter], errors: list[Adapterki
                 do="merge those that agree",
             )
         )
-        return base, None
+        return base
     order = [i for start, end in asked_by[0].config["layer_replication"] for i in range(start, end)]
     home = _layers_home(base, order)
     if isinstance(home, AdapterkitError):
         errors.append(home)
-        return base, None
+        return base
     prefix, count = home
     tensors: dict[str, TensorSpec] = {}
     copies: dict[int, list[int]] = {}
@@ -53,7 +53,7 @@ def replicated(base: Checkpoint, adapters: list[Adapter], errors: list[Adapterki
         for new in copies.get(int(match[2]), ()):
             tensors[f"{prefix}{new}{match[3]}"] = spec
     config = _config(base.config, count, order)
-    return replace(base, tensors=tensors, config=config), order
+    return replace(base, tensors=tensors, config=config)
 
 
 def _layers_home(base: Checkpoint, order: list[int]) -> tuple[str, int] | AdapterkitError:

@@ -21,11 +21,11 @@ def steps_of(job: Job) -> dict[str, list[Step]]:
         if key in dropped:
             continue
         step = touched.pop(key, None) or Step(key, spec.dtype, spec.shape, spec)
-        groups[spec.file].append(_cast(job, step, dtype))
+        groups[spec.file].append(_cast(step, dtype))
     last = list(groups)[-1]
     for name, change in job.new.items():
         step = _new_step(job, name, change)
-        groups[last].append(_cast(job, step, dtype))
+        groups[last].append(_cast(step, dtype))
     return {name: steps for name, steps in groups.items() if steps}
 
 
@@ -41,7 +41,7 @@ def _dropped(job: Job) -> set[str]:
     return dropped
 
 
-def _cast(job: Job, step: Step, dtype: str | None) -> Step:
+def _cast(step: Step, dtype: str | None) -> Step:
     if dtype is None or step.dtype not in dtypes.FLOATS:
         return step
     return replace(step, dtype=dtype)
@@ -78,11 +78,16 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
             where=job.base.name,
             do="dequantise the base",
         )
-    edits = _additions(job, edits, change, resized, step.dtype)
-    edits += [place_rows(parameter, resized, values, indices) for values, indices in change.rows]
+    steps[slot.key] = _edited(job, step, edits, change, resized)
+
+
+def _edited(job: Job, step: Step, edits: list[Edit], change: Change, slot: Slot) -> Step:
+    """The step with these edits, then what the change adds to the slot and the rows that it replaces."""
+    edits = _additions(job, edits, change, slot, step.dtype)
+    edits += [place_rows(change.parameter, slot, values, indices) for values, indices in change.rows]
     names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
-    rows = grid_rows(resized, change.stack and len(slot.shape) in (2, 3))
-    steps[slot.key] = replace(step, edits=tuple(edits), rows=rows, adapters=names)
+    rows = grid_rows(slot, change.stack and len(slot.shape) in (2, 3))
+    return replace(step, edits=tuple(edits), rows=rows, adapters=names)
 
 
 def _additions(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: str) -> list[Edit]:
@@ -95,8 +100,10 @@ def _additions(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: s
             edits.append(place_vector(parameter, slot, part.vector, part.scale))
     if terms:
         # neighbours in one stored tensor (q, k, v in a fused projection) share one edit, so one pass
-        if edits and isinstance(edits[-1], AddLowRank):
-            terms = [*edits.pop().terms, *terms]  # type: ignore[attr-defined]
+        last = edits[-1] if edits else None
+        if isinstance(last, AddLowRank):
+            edits.pop()
+            terms = [*last.terms, *terms]
         edits.append(AddLowRank(tuple(terms)))
     for part in change.parts:
         if part.magnitude is not None:
@@ -129,17 +136,11 @@ def _new_step(job: Job, name: str, change: Change) -> Step:
     if not parameter.slots:
         assert change.value is not None
         dtype = _usual_dtype(job, change.value.dtype)
-        return Step(name, dtype, change.value.shape, change.value, (), change.value.shape[0], tuple(change.adapters))
-    slot = parameter.slots[0]
-    spec = job.base.tensors[slot.key]
+        return Step(name, dtype, change.value.shape, change.value, adapters=tuple(change.adapters))
+    spec = job.base.tensors[parameter.slots[0].key]
     source = change.value or spec
-    step = Step(name, spec.dtype, source.shape, source, (), source.shape[0], tuple(change.adapters))
-    slot = identity_slot(slot.key, source.shape)
-    parameter = replace(parameter, shape=source.shape)
-    change = replace(change, parameter=parameter)
-    edits = _additions(job, [], change, slot, spec.dtype)
-    edits += [place_rows(parameter, slot, values, indices) for values, indices in change.rows]
-    return replace(step, edits=tuple(edits))
+    change = replace(change, parameter=replace(parameter, shape=source.shape))
+    return _edited(job, Step(name, spec.dtype, source.shape, source), [], change, identity_slot(spec.key, source.shape))
 
 
 def _usual_dtype(job: Job, fallback: str) -> str:

@@ -52,7 +52,7 @@ def _fits_stack(job: Job, name: str, lora: Lora) -> bool:
     return sizes == set(parameter.shape[-2:])
 
 
-def oriented(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float, rank: int) -> tuple[Product, int]:
+def oriented(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float) -> tuple[Product, int]:
     """How b @ a lies on the parameter, decided from shapes and, where they leave it open, from the module's class; and
     the parameter's axis of outputs."""
     shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
@@ -63,7 +63,7 @@ def oriented(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale
     if len(shape) > 3 or (len(shape) == 3 and len(a) == 3):
         return _convolution(job, adapter, parameter, lora, scale), 0
     if len(shape) == 3:
-        return _experts(job, adapter, parameter, lora, scale, rank), 1
+        return _experts(job, adapter, parameter, lora, scale), 1
     if len(shape) != 2 or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise job.misshaped(adapter, lora.a.key, (a, b), shape)
     straight, turned = shape == (b[0], a[1]), shape == (a[1], b[0])
@@ -108,7 +108,7 @@ def _convolution(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, s
     return Product(lora.a, lora.b, scale, a[0], False)
 
 
-def _experts(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float, rank: int) -> Product:
+def _experts(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float) -> Product:
     count, rows, columns = parameter.shape
     inputs, outputs = lora.a.shape[-1], lora.b.shape[0]
     file_rank, rest = divmod(lora.a.shape[0], count)

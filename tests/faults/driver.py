@@ -229,7 +229,7 @@ def serve() -> None:
     import adapterkit.cli
     import adapterkit.engines.local
     import adapterkit.ops.merge
-    import adapterkit.ops.verify  # noqa: F401
+    import adapterkit.ops.verify  # noqa: F401, imported once for all forks
 
     torch.set_num_threads(1)
     children: dict[int, Child] = {}

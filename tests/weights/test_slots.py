@@ -1,5 +1,8 @@
 """Slots: every parameter of a loaded model, gathered from the stored tensors as its slots say, is that parameter."""
 
+import traceback
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -7,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import conversion_mapping, core_model_loading
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.weights.names import Skeleton
@@ -14,12 +18,16 @@ from adapterkit.weights.slots import Symbol, Unsupported
 
 from . import tiny
 
+PACKAGE = Path(adapterkit.__file__).parent
 TABLES = sorted(set(conversion_mapping._build_checkpoint_conversion_mapping()) & set(CONFIG_MAPPING_NAMES))
 # one model for each kind of conversion: experts stored singly, fused, interleaved, chunked, concatenated, renamed, nested
 SOME = [
     "mixtral", "qwen3_moe", "inkling_mm_model", "hrm_text", "kimi_k25", "nomic_bert", "gte", "sarvam_moe", "deepseek_v4",
     "bailing_hybrid", "llava", "qwen2_vl", "gemma3", "gpt_oss", "vit",
 ]  # fmt: skip
+
+
+UNREADABLE = ("message_input.query",)  # Inkling2's merged queries: more than a move of elements, refused by name
 
 
 def gathered(parameter, stored):
@@ -52,8 +60,8 @@ def check(kind, folder):
     for name in base.shards:
         stored |= load_file(folder / name)
     state = back.state_dict()
-    assert not skeleton.unreadable
-    assert set(state) == set(skeleton.parameters)
+    assert all(name.endswith(UNREADABLE) for name in skeleton.unreadable)
+    assert set(state) == set(skeleton.parameters) | set(skeleton.unreadable)
     for name, parameter in skeleton.parameters.items():
         assert torch.equal(gathered(parameter, stored), state[name].float()), name
     return None
@@ -72,8 +80,9 @@ def test_every_conversion_table_of_transformers(kind, tmp_path):
         reason = check(kind, tmp_path)
     except AssertionError:
         raise
-    except Exception as error:  # transformers' own code on a shrunk config
-        if "adapterkit" in str(error.__traceback__.tb_frame.f_code.co_filename):
+    except Exception as error:  # transformers' own code on a shrunk config; never ours
+        frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if any(Path(name).is_relative_to(PACKAGE) for name in frames):
             raise
         reason = f"{type(error).__name__}: {error}"
     if reason:
