@@ -1,10 +1,10 @@
 """The local engine: one machine, threads that read, compute and write chunks, in file order, on CPU or CUDA.
 
-Every output file is cut into pieces: runs of untouched bytes, and chunks of rows of the tensors that change. Workers take the
-pieces in order; each reads into its own reused buffer, computes in float32, rounds once, and writes at the piece's offset. Hashing
-follows in file order while the bytes are still in cache. Chunks are a pure function of the shapes, so the number of workers, and a
-resume in between, change no bit. On CUDA each worker has its own stream, so copies to and from the card and the arithmetic of
-different workers overlap.
+Every output file is cut into pieces: runs of untouched bytes, and spans of rows of the tensors that change. Workers take the
+pieces in order; each goes through its span by chunks that fit a core's cache: read, compute in float32, round once, write at the
+chunk's offset. Hashing follows in file order while the bytes are still in cache. Chunks are a pure function of the shapes, so the
+number of workers, and a resume in between, change no bit. On CUDA each worker has its own stream, so copies to and from the card
+and the arithmetic of different workers overlap.
 """
 
 import hashlib
@@ -17,20 +17,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.reader import Sources, read_exactly
 from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
 from adapterkit.edits import Loaded
 from adapterkit.errors import AdapterkitError, Failed, Refused, Spoiled, shown
 from adapterkit.plan import Plan, Progress, Shard, ShardResult, Step
 
-ELEMENTS = 1 << 17  # of one chunk: bfloat16, its float32 copy and the factors' part stay in a core's cache
+ELEMENTS = 1 << 18  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
 CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
+SPAN = 4  # chunks that a worker takes at a time: what it shares with the others is touched once per span
+CUDA_SPAN = 1
 RUN = 4 << 20  # bytes of one piece of an untouched run
 PATIENCE = 0.1  # seconds between looks at the stop sign
 PARTING = 1.0  # seconds that an interrupted job gives its threads
@@ -129,7 +132,7 @@ def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]
 
 @dataclass
 class _Piece:
-    """Some bytes of one output file: a run of untouched bytes (no step), header bytes, or rows [first, last) of a step."""
+    """Some bytes of one output file: a run of untouched bytes (no step), header bytes, or some chunks of a step."""
 
     shard: "_OpenShard"
     number: int  # in file order
@@ -139,9 +142,13 @@ class _Piece:
     source_start: int = 0
     data: bytes | None = None
     step: "_OpenStep | None" = None
-    first: int = 0
-    last: int = 0
-    sampled: bool = False
+    chunks: "tuple[_Chunk, ...]" = ()
+
+
+class _Chunk(NamedTuple):
+    first: int  # rows [first, last) of the step's grid
+    last: int
+    sampled: bool
 
 
 @dataclass
@@ -177,6 +184,14 @@ class _OpenStep:
                 self.facts.delta = math.hypot(*norms) if norms else None
             return self.edits
 
+    def done(self, facts: "_Facts") -> None:
+        """One span less to do; the last one frees the edits."""
+        with self.lock:
+            self.facts.add(facts)
+            self.left -= 1
+            if self.left == 0:
+                self.edits = None
+
 
 @dataclass
 class _Facts:
@@ -188,6 +203,21 @@ class _Facts:
     changed: int = 0  # of the sampled elements, how many differ from the base's
     lost: list[float] = field(default_factory=list)  # per sampled chunk, Σ (rounded - exact)²
     moved: list[float] = field(default_factory=list)  # per sampled chunk, Σ (exact - base)²
+
+    def add(self, other: "_Facts") -> None:
+        self.squares += other.squares
+        self.sampled += other.sampled
+        self.changed += other.changed
+        self.lost += other.lost
+        self.moved += other.moved
+
+    def measure(self, before: Tensor, exact: Tensor, written: Tensor) -> None:
+        """Compare a sampled chunk: the base's values, the exact new ones, and those as they were rounded."""
+        rounded = written.to(exact.device, exact.dtype)
+        self.sampled += exact.numel()
+        self.changed += int((rounded != before).sum())
+        self.lost.append(_squares(exact - rounded))
+        self.moved.append(_squares(exact - before))
 
     def result(self, step: Step) -> dict:
         # fsum is exact, so the order in which the workers came does not show
@@ -251,14 +281,15 @@ class _OpenShard:
             yield _Piece(self, next(number), run.position + offset, length, source=run.source, source_start=start + offset)
 
     def _chunks(self, step: Step, at: int, number, device: torch.device) -> Iterator[_Piece]:
-        cut = chunks(step.grid, device)
-        open_step = _OpenStep(step, len(cut))
+        cut = [_Chunk(first, last, i % SAMPLE == 0) for i, (first, last) in enumerate(chunks(step.grid, device))]
+        span = SPAN if device.type == "cpu" else CUDA_SPAN
+        spans = [tuple(cut[i : i + span]) for i in range(0, len(cut), span)]
+        open_step = _OpenStep(step, len(spans))
         self.steps.append(open_step)
         width = dtypes.BITS[step.dtype] // 8 * step.grid[1]
-        for i, (first, last) in enumerate(cut):
-            piece = _Piece(self, next(number), at + first * width, (last - first) * width)
-            piece.step, piece.first, piece.last, piece.sampled = open_step, first, last, i % SAMPLE == 0
-            yield piece
+        for some in spans:
+            first, last = some[0].first, some[-1].last
+            yield _Piece(self, next(number), at + first * width, (last - first) * width, step=open_step, chunks=some)
 
     def hash(self, number: int, view: memoryview, release: Callable[[], None]) -> None:
         """Feed a piece's bytes to the hash in file order; `release` gives the buffer back once they are through."""
@@ -303,15 +334,33 @@ class _Buffer:
     """Reusable memory that grows to the largest piece it has held; pinned where a GPU copies from and to it."""
 
     def __init__(self, pinned: bool):
-        self.pinned, self.memory = pinned, memoryview(bytearray())
+        self.pinned, self.memory = pinned, torch.empty(0, dtype=torch.uint8)
 
     def sized(self, size: int) -> memoryview:
+        """The first `size` bytes."""
         if len(self.memory) < size:
-            if self.pinned:
-                self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy().data
-            else:
-                self.memory = memoryview(bytearray(size))
-        return self.memory
+            self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+        return self.memory.numpy().data[:size]
+
+    def tensor(self, size: int, dtype: torch.dtype) -> Tensor:
+        """The first `size` bytes as numbers."""
+        return self.memory[:size].view(dtype)
+
+
+class _Scratch:
+    """A worker's own memory for one chunk: its bytes as stored, and its numbers in float32 or float64 on the device."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stored = device, _Buffer(pinned=device.type == "cuda")
+        self.numbers: dict[torch.dtype, Tensor] = {}
+
+    def floats(self, stored: Tensor) -> Tensor:
+        count, dtype = stored.numel(), torch.promote_types(stored.dtype, torch.float32)
+        room = self.numbers.get(dtype)
+        if room is None or room.numel() < count:
+            room = self.numbers[dtype] = torch.empty(count, dtype=dtype, device=self.device)
+        # in this worker's stream, where all that follows waits for it
+        return room[:count].view(stored.shape).copy_(stored, non_blocking=True)
 
 
 class _Buffers:
@@ -396,7 +445,7 @@ class _Job:
             yield from pieces
 
     def _work(self, pieces: Iterator[_Piece]) -> None:
-        scratch: dict = {}
+        scratch = _Scratch(self.device)
         try:
             torch.set_num_threads(1)  # this thread's; the workers are the parallelism
             stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
@@ -423,7 +472,7 @@ class _Job:
             return error
         return Failed(f"out of memory: {shown(error)}", do="free some memory, or give --device cpu, then --resume")
 
-    def _do(self, piece: _Piece, buffer: _Buffer, scratch: dict) -> None:
+    def _do(self, piece: _Piece, buffer: _Buffer, scratch: _Scratch) -> None:
         shard = piece.shard
         if piece.data is not None:
             shard.file.write(piece.data, 0)
@@ -451,44 +500,39 @@ class _Job:
         if inside and shard.digest is None:
             self.buffers.give(buffer)
             return
-        view = buffer.sized(piece.length)[: piece.length]
+        view = buffer.sized(piece.length)
         self.sources.read_into(source, piece.source_start - source.start, view)
         if not inside:
             shard.file.write(view, piece.position)
         shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
 
-    def _compute(self, piece: _Piece, buffer: _Buffer, scratch: dict) -> None:
-        open_step = piece.step
+    def _compute(self, piece: _Piece, buffer: _Buffer, scratch: _Scratch) -> None:
+        open_step, facts, position = piece.step, _Facts(), 0
         assert open_step is not None
-        step, columns = open_step.step, open_step.step.grid[1]
-        shape = (piece.last - piece.first, columns)
-        count = shape[0] * columns
-        bits = dtypes.BITS[step.source.dtype]
-        width = bits // 8 * columns
-        view = buffer.sized(max(count * bits // 8, piece.length))
-        self.sources.read_into(step.source, piece.first * width, view[: shape[0] * width])
-        stored = torch.frombuffer(view, dtype=dtypes.torch_dtype(step.source.dtype), count=count).view(shape)
-        outgoing = torch.frombuffer(view, dtype=dtypes.torch_dtype(step.dtype), count=count).view(shape)
+        step, source, columns = open_step.step, open_step.step.source, open_step.step.grid[1]
         edits = open_step.load(self.inputs)
-        w = self._float(stored, scratch)
-        sample = w.clone() if piece.sampled and step.edits else None
-        for edit in edits:
-            edit.apply(w, piece.first)
-        flat = w.view(-1)
-        squares = float(torch.dot(flat, flat))
-        outgoing.copy_(w)
-        self._check_finite(squares, outgoing, step, w)
-        self._measure(open_step, squares, sample, w, outgoing)
-        piece.shard.file.write(view[: piece.length], piece.position)
-        piece.shard.hash(piece.number, view[: piece.length], lambda: self.buffers.give(buffer))
-
-    def _float(self, stored: Tensor, scratch: dict) -> Tensor:
-        """The chunk in float32 on the device, in this worker's own scratch memory."""
-        count, dtype = stored.numel(), torch.promote_types(stored.dtype, torch.float32)
-        if scratch.get(dtype) is None or scratch[dtype].numel() < count:
-            scratch[dtype] = torch.empty(count, dtype=dtype, device=self.device)
-        w = scratch[dtype][:count].view(stored.shape)
-        return w.copy_(stored, non_blocking=True)  # in this worker's stream, where all that follows waits for it
+        view = buffer.sized(piece.length)
+        written = buffer.tensor(piece.length, dtypes.torch_dtype(step.dtype)).view(-1, columns)
+        width = dtypes.BITS[source.dtype] // 8 * columns
+        with self.sources.file(source.folder, source.file) as descriptor:
+            for first, last, sampled in piece.chunks:
+                size = (last - first) * width
+                read_exactly(descriptor, scratch.stored.sized(size), source.start + first * width, source)
+                w = scratch.floats(scratch.stored.tensor(size, dtypes.torch_dtype(source.dtype)).view(-1, columns))
+                before = w.clone() if sampled and edits else None
+                for edit in edits:
+                    edit.apply(w, first)
+                flat = w.view(-1)
+                facts.squares.append(float(torch.dot(flat, flat)))
+                outgoing = written[first - piece.chunks[0].first : last - piece.chunks[0].first].copy_(w)
+                self._check_finite(facts.squares[-1], outgoing, step, w)
+                if before is not None:
+                    facts.measure(before, w, outgoing)
+                end = position + dtypes.size(step.dtype, w.numel())
+                piece.shard.file.write(view[position:end], piece.position + position)
+                position = end
+        open_step.done(facts)
+        piece.shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
 
     def _check_finite(self, squares: float, outgoing: Tensor, step: Step, w: Tensor) -> None:
         limit = torch.finfo(outgoing.dtype).max
@@ -503,24 +547,6 @@ class _Job:
             where=f"{step.source.file}: {shown(step.key)}",
             do="give --dtype bf16 or fp32, or a smaller weight" if what == "overflows" else "check the base and the adapters",
         )
-
-    def _measure(self, open_step: _OpenStep, squares: float, sample: Tensor | None, w: Tensor, outgoing: Tensor) -> None:
-        facts = open_step.facts
-        moved = lost = changed = 0
-        if sample is not None:
-            rounded = outgoing.to(w.device, w.dtype)
-            moved, lost = _squares(w - sample), _squares(w - rounded)
-            changed = int((rounded != sample).sum())
-        with open_step.lock:
-            facts.squares.append(squares)
-            if sample is not None:
-                facts.sampled += sample.numel()
-                facts.changed += changed
-                facts.moved.append(moved)
-                facts.lost.append(lost)
-            open_step.left -= 1
-            if open_step.left == 0:
-                open_step.edits = None
 
     def _finish(self, shard: _OpenShard) -> None:
         if self.stop.is_set():
