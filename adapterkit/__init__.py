@@ -8,10 +8,30 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from adapterkit.ops.arrow import arrow
+    from adapterkit.ops.combine import combine
+    from adapterkit.ops.diff import diff
+    from adapterkit.ops.extract import extract
+    from adapterkit.ops.inspect import inspect
     from adapterkit.ops.merge import merge
+    from adapterkit.ops.rebase import rebase
+    from adapterkit.ops.resize import resize
+    from adapterkit.ops.subtract import subtract
     from adapterkit.ops.verify import verify
 
-__all__ = ["__version__", "merge", "verify"]
+__all__ = [
+    "__version__",
+    "arrow",
+    "combine",
+    "diff",
+    "extract",
+    "inspect",
+    "merge",
+    "rebase",
+    "resize",
+    "subtract",
+    "verify",
+]
 
 
 def __getattr__(name: str):

@@ -1,6 +1,6 @@
 """`python -m adapterkit`."""
 
-from adapterkit.cli import main
+from adapterkit.cli import process
 
 if __name__ == "__main__":
-    main()
+    process()

@@ -6,7 +6,8 @@ Files' own names (`lora_A`, `lora_embedding_B`, ...) live here and nowhere else;
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from adapterkit.checkpoint.folder import Folder
@@ -43,6 +44,10 @@ FLAGS = ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
 TEXTS = ("task_type", "peft_version", "bias")
 LISTS = ("modules_to_save", "target_parameters")
 MOST_LAYERS = 100_000
+
+Check = Callable[[dict, str], list[AdapterkitError]]  # (config, where it stands) -> what is wrong with it
+Patterns = list[tuple[re.Pattern[str], str]]  # what a key looks like, and its role
+Roles = dict[tuple[str, int], dict[str, TensorSpec]]  # (module, depth) -> role -> its tensor
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,13 @@ class Adapter:
         The first pattern of rank_pattern, and of alpha_pattern, that matches counts, each on its own
         (PEFT's `get_pattern_key`: `(.*\\.)?(pattern)$` from the start of the name, a dot matching any character).
         """
-        rank = self._first(self._rank_patterns, name, self.config.get("r", 8))
-        alpha = self._first(self._alpha_patterns, name, self.config.get("lora_alpha", 8))
+        rank, alpha = self.patterned(name, self.config.get("r", 8), self.config.get("lora_alpha", 8))
         root = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return rank, alpha / root
+
+    def patterned(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha of a module: those of the first patterns that match, else the ones given."""
+        return self._first(self._rank_patterns, name, rank), self._first(self._alpha_patterns, name, alpha)
 
     @cached_property
     def _rank_patterns(self) -> list:
@@ -128,21 +136,38 @@ class Adapter:
 
 def read_adapter(folder: Folder, number: int = 1) -> Adapter:
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be used."""
+    adapter, parts, errors = _read(folder, number, check_config, ROLES)
+    loras = _loras(parts, errors, folder.name)
+    errors += _promises(parts, adapter.config, folder.name)
+    refuse_all(errors)
+    return replace(adapter, loras=loras)
+
+
+def read_other(folder: Folder, number: int, check: Check, names: Sequence[str]) -> tuple[Adapter, Roles]:
+    """Read an adapter of another type than LoRA: all but its modules' tensors, and those by module and name.
+
+    `check` says what is wrong with its config, `names` what the type calls its tensors.
+    """
+    roles = [(re.compile(rf"^(.*)\.{re.escape(name)}(?:\.\w+)?(?:\.weight)?$"), name) for name in names]
+    adapter, parts, errors = _read(folder, number, check, roles)
+    refuse_all(errors + _promises(parts, adapter.config, folder.name))
+    return adapter, parts.roles
+
+
+def _read(folder: Folder, number: int, check: Check, roles: Patterns) -> tuple[Adapter, "_Parts", list[AdapterkitError]]:
+    """An adapter without its factors, its keys by what they are, and what is wrong with its token rows."""
     files = folder.files()
     for name in (CONFIG, WEIGHTS):
         if name not in files:
             raise _missing(folder, name, files)
     config = read_json(folder, CONFIG)
-    errors = check_config(config, f"{folder.name}/{CONFIG}")
+    errors = check(config, f"{folder.name}/{CONFIG}")
     header = read_header(folder, WEIGHTS, number)
     tensors = {spec.key: spec for spec in header.tensors}
-    parts = _sorted_out(tensors, errors, f"{folder.name}/{WEIGHTS}")
+    parts = _sorted_out(tensors, errors, f"{folder.name}/{WEIGHTS}", roles)
     refuse_all(errors)
     tokens = _tokens(parts, config, errors, folder.name)
-    loras = _loras(parts, errors, folder.name)
-    errors += _promises(parts, config, folder.name)
-    refuse_all(errors)
-    return Adapter(folder, number, config, loras, parts.replaced, tokens, tensors, header.sha256)
+    return Adapter(folder, number, config, (), parts.replaced, tokens, tensors, header.sha256), parts, errors
 
 
 def _missing(folder: Folder, name: str, files: dict[str, int]) -> Refused:
@@ -158,17 +183,11 @@ def _missing(folder: Folder, name: str, files: dict[str, int]) -> Refused:
 
 def check_config(config: dict, where: str) -> list[AdapterkitError]:
     """Everything in an adapter's config that is out of range, unknown, or means other arithmetic than b @ a."""
-    errors: list[AdapterkitError] = []
-
-    def wrong(key: str, expected: str) -> None:
-        errors.append(Refused(f"{key} = {shown(repr(config.get(key)))}", expected=expected, where=where, do="mend the config"))
-
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind.upper() != "LORA":
-        errors.append(
-            Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, do="other adapters cannot be read here")
-        )
-        return errors
+        do = "adapterkit resize makes a plain LoRA of the types that it knows; others cannot be read here"
+        return [Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, do=do)]
+    errors: list[AdapterkitError] = []
     for key, why in OTHER_ARITHMETIC.items():
         if config.get(key):
             errors.append(
@@ -179,48 +198,70 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
                     do="use this adapter with the library that trained it; it cannot be merged",
                 )
             )
-    for key in sorted(set(config) - HARMLESS - set(OTHER_ARITHMETIC)):
-        if config[key]:
-            errors.append(
-                Refused(
-                    f"unknown setting {shown(key)} = {shown(repr(config[key]))}",
-                    expected="settings of PEFT 0.21 (an unknown one may mean other arithmetic)",
-                    where=where,
-                    do="remove it from the config if it does not change the weights",
-                )
-            )
+    errors += check_known(config, HARMLESS | set(OTHER_ARITHMETIC), where)
     init = config.get("init_lora_weights")
     name = init.lower() if isinstance(init, str) else ""
     if not (init is None or type(init) is bool or name in UNCHANGED_BASE or name.startswith(CHANGED_BASE)):
-        wrong("init_lora_weights", "true, false, or one of " + ", ".join(CHANGED_BASE + UNCHANGED_BASE))
+        errors.append(
+            unfit(config, "init_lora_weights", "true, false, or one of " + ", ".join(CHANGED_BASE + UNCHANGED_BASE), where)
+        )
     for key in ("r", "lora_alpha"):  # PEFT always writes both: a default here would be a guess at the scale
-        if not _number(config.get(key), whole=key == "r"):
-            wrong(key, "a whole number above 0" if key == "r" else "a finite number")
-    for key in FLAGS:
-        if not isinstance(config.get(key), bool | None):
-            wrong(key, "true or false")
-    for key in TEXTS:
-        if not isinstance(config.get(key), str | None):
-            wrong(key, "a text")
-    for key in LISTS:
-        value = config.get(key)
-        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
-            wrong(key, "a list of names")
-    for key in ("rank_pattern", "alpha_pattern"):
-        table = config.get(key) or {}
-        if not isinstance(table, dict) or not all(_number(v, whole=key == "rank_pattern") for v in table.values()):
-            wrong(key, "a map of patterns to " + ("whole numbers above 0" if key == "rank_pattern" else "finite numbers"))
+        if not is_number(config.get(key), whole=key == "r"):
+            errors.append(unfit(config, key, "a whole number above 0" if key == "r" else "a finite number", where))
+    errors += check_types(config, where) + check_patterns(config, where)
     replication = config.get("layer_replication")
     if replication is not None and not (
         isinstance(replication, list)
         and all(isinstance(p, list) and len(p) == 2 and all(type(x) is int and x >= 0 for x in p) for p in replication)
         and sum(max(0, end - start) for start, end in replication) <= MOST_LAYERS
     ):
-        wrong("layer_replication", f"pairs [start, end) of at most {MOST_LAYERS:,} layers")
+        errors.append(unfit(config, "layer_replication", f"pairs [start, end) of at most {MOST_LAYERS:,} layers", where))
     return errors
 
 
-def _number(value, *, whole: bool) -> bool:
+def unfit(config: dict, key: str, expected: str, where: str) -> Refused:
+    return Refused(f"{key} = {shown(repr(config.get(key)))}", expected=expected, where=where, do="mend the config")
+
+
+def check_known(config: dict, known: Collection[str], where: str) -> list[AdapterkitError]:
+    """Settings that nobody here knows, and that are not off."""
+    return [
+        Refused(
+            f"unknown setting {shown(key)} = {shown(repr(config[key]))}",
+            expected="settings of PEFT 0.21 (an unknown one may mean other arithmetic)",
+            where=where,
+            do="remove it from the config if it does not change the weights",
+        )
+        for key in sorted(set(config) - set(known))
+        if config[key]
+    ]
+
+
+def check_types(config: dict, where: str) -> list[AdapterkitError]:
+    """Settings of all types that are flags, texts or lists, and are not."""
+    errors: list[AdapterkitError] = [
+        unfit(config, k, "true or false", where) for k in FLAGS if not isinstance(config.get(k), bool | None)
+    ]
+    errors += [unfit(config, k, "a text", where) for k in TEXTS if not isinstance(config.get(k), str | None)]
+    for key in LISTS:
+        value = config.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
+            errors.append(unfit(config, key, "a list of names", where))
+    return errors
+
+
+def check_patterns(config: dict, where: str) -> list[AdapterkitError]:
+    """Ranks and alphas by pattern that are none."""
+    errors: list[AdapterkitError] = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        table = config.get(key) or {}
+        if not isinstance(table, dict) or not all(is_number(v, whole=key == "rank_pattern") for v in table.values()):
+            what = "whole numbers above 0" if key == "rank_pattern" else "finite numbers"
+            errors.append(unfit(config, key, f"a map of patterns to {what}", where))
+    return errors
+
+
+def is_number(value, *, whole: bool) -> bool:
     if whole:
         return type(value) is int and 0 < value < 2**31
     return type(value) in (int, float) and math.isfinite(value)
@@ -235,7 +276,7 @@ class _Parts:
     tokens: dict[str, TensorSpec] = field(default_factory=dict)
 
 
-ROLES = [
+ROLES: Patterns = [
     (re.compile(r"^(.*)\.lora_A(?:\.\w+)?\.weight$"), "a"),
     (re.compile(r"^(.*)\.lora_B(?:\.\w+)?\.weight$"), "b"),
     (re.compile(r"^(.*)\.lora_B(?:\.\w+)?\.bias$"), "bias"),
@@ -248,13 +289,13 @@ NO_ARITHMETIC = re.compile(r"\.lora_velora_embed$")  # a buffer of VeLoRA's back
 NOT_READ = re.compile(r"\.(lora_\w+|ranknum|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|ia3_\w+)(\.|$)")
 
 
-def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str) -> _Parts:
+def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str, roles: Patterns = ROLES) -> _Parts:
     parts = _Parts()
     names = {key: _unwrapped(key) for key in tensors}
     plain = set(names.values())
     for key, spec in tensors.items():
         name = names[key]
-        role = next(((m[1], what) for pattern, what in ROLES if (m := pattern.match(name))), None)
+        role = next(((m[1], what) for pattern, what in roles if (m := pattern.match(name))), None)
         if role is not None:
             at = _module_and_depth(role[0])
             slot = parts.roles.setdefault(at, {})
@@ -267,7 +308,7 @@ def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], w
             continue  # what the base holds already (bias="all" saves it beside the trained copy)
         elif NOT_READ.search("." + name):
             found = f"key {shown(key)}"
-            errors.append(Refused(found, expected="keys of a LoRA adapter", where=where, do="it is another kind of adapter"))
+            errors.append(Refused(found, expected="keys of its peft_type", where=where, do="it is another kind of adapter"))
         else:
             name = _trained_copy(name, plain).replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
             known = parts.replaced.get(name)
@@ -282,6 +323,13 @@ def _unwrapped(key: str) -> str:
     """A key without what PEFT, torch.compile and data parallelism put around the model."""
     name = key.removeprefix(PREFIX).replace("._orig_mod.", ".")
     return name.removeprefix("_orig_mod.").removeprefix("module.")
+
+
+def canonical(key: str) -> str:
+    """A key as PEFT writes it: its prefix, no adapter's name inside."""
+    name = re.sub(r"\.(lora_[AB])\.\w+\.(weight|bias)$", r".\1.\2", _unwrapped(key))
+    name = re.sub(r"\.(lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)\.\w+(\.weight)?$", r".\1", name)
+    return PREFIX + name
 
 
 def _trained_copy(name: str, plain: set[str]) -> str:

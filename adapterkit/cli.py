@@ -1,5 +1,7 @@
 """The command line: parse, call the verb, print. Messages go to stderr, stdout holds only the result."""
 
+import atexit
+import gc
 import json
 import os
 import shlex
@@ -15,19 +17,34 @@ from adapterkit import __version__
 from adapterkit.errors import AdapterkitError, Interrupted
 
 
+def process() -> None:
+    """The command line as a process of its own. The garbage collector walks torch's million objects again and again while
+    torch is imported, and once more at exit: less of that is 0.4 s less of each command."""
+    gc.set_threshold(100_000, 50, 50)
+    atexit.register(gc.freeze)
+    main()
+
+
+TROUBLE = {"diff": 2}  # exit status of an error: 1 elsewhere, but from diff 1 is an answer, as from diff(1)
+
+
 class Commands(click.Group):
-    """Errors of ours become messages and exit status 1; usage errors are click's, status 2; anything else is a bug."""
+    """Errors of ours become messages and exit status 1 (`TROUBLE`); usage errors are click's, status 2; the rest are bugs."""
 
     def invoke(self, ctx: click.Context) -> Any:
         _on_signals(_interrupt)
         try:
             return super().invoke(ctx)
         except AdapterkitError as error:
-            _fail(error)
+            _fail(error, _trouble(ctx))
         except KeyboardInterrupt:
-            _fail(Interrupted("stopped before anything was written"))
+            _fail(Interrupted("stopped before anything was written"), _trouble(ctx))
         except BrokenPipeError:
-            os._exit(1)
+            os._exit(_trouble(ctx))
+
+
+def _trouble(ctx: click.Context) -> int:
+    return TROUBLE.get(ctx.invoked_subcommand or "", 1)
 
 
 def _on_signals(handler: Callable) -> None:
@@ -46,7 +63,7 @@ def _leave(*_: Any) -> None:
     os._exit(1)
 
 
-def _fail(error: AdapterkitError) -> None:
+def _fail(error: AdapterkitError, status: int) -> None:
     text = f"Error: {error}"
     if isinstance(error, Interrupted) and error.do:
         words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
@@ -55,7 +72,7 @@ def _fail(error: AdapterkitError) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     # a thread may still be waiting for the disk; there is nothing left that it could do
-    os._exit(1)
+    os._exit(status)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -66,7 +83,7 @@ def main() -> None:
     \b
     A source is a folder, a .safetensors file, or a Hub id org/name[@revision][:subfolder].
     An adapter may carry a weight: PATH=0.7 (default 1, negative allowed).
-    Exit status: 0 done; 1 refused or failed, with a message; 2 wrong usage.
+    Exit status: 0 done; 1 refused or failed, with a message; 2 wrong usage. diff: 0 same; 1 different; 2 all else.
     """
 
 
@@ -123,16 +140,194 @@ def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: 
       adapterkit merge ./merged ./my-adapter=-1 --out back        # take it out again
     """
     from adapterkit.ops.merge import merge as verb
-    from adapterkit.plan import Plan
 
-    with _Bar(quiet or options["dry_run"]) as bar:
-        result = verb(base, adapters, out=out, progress=bar, **options)
-    if isinstance(result, Plan):
-        _print_plan(result, as_json)
-    elif as_json:
-        click.echo(json.dumps(result.data, indent=1, ensure_ascii=False))
-    elif not quiet:
-        _print_receipt(result)
+    _carry(verb, base, adapters, out=out, as_json=as_json, quiet=quiet, **options)
+
+
+@main.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
+@writing
+@click.option("--method", required=True, metavar="NAME", help="How the deltas are put together; see the list below.")
+@click.option(
+    "--space",
+    type=click.Choice(["delta", "factors"]),
+    default="delta",
+    show_default=True,
+    help="What the method acts on: the deltas scale*b@a, or a and b apart (PEFT's arithmetic, with its cross terms).",
+)
+@click.option("--rank", type=int, help="Refit each module to this rank.")
+@click.option("--energy", type=float, help="Refit each module to the smallest rank that keeps this share of its energy.")
+@click.option("--density", type=float, help="Share of the elements that is kept (ties, dare, magnitude_prune, ...).")
+@click.option("--majority", type=click.Choice(["total", "frequency"]), help="How signs are elected (ties).")
+@click.option("--svd-clamp", type=float, metavar="Q", help="Hold the factors below this quantile of their elements, as PEFT does.")
+@click.option(
+    "--weight-for", multiple=True, metavar="[N:]REGEX=W", help="Another weight (of the N-th adapter) where REGEX is found."
+)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another option of the method.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw.")
+@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, settings: tuple[str, ...], **options: Any) -> None:
+    """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
+
+    \b
+    Methods on factors (exact unless --rank or --energy is given):
+      linear mean ema slerp karcher knots tsv iso_c
+    Methods on elements (refitted to the largest rank of the inputs unless --rank or --energy is given):
+      ties dare_linear dare_ties magnitude_prune della breadcrumbs sce
+    PEFT's names, and what they stand for:
+      svd                    linear, refitted to the largest rank
+      cat                    linear, exact
+      ties_svd               ties             dare_linear_svd      dare_linear
+      dare_ties_svd          dare_ties        magnitude_prune_svd  magnitude_prune
+      linear, ties, ... of PEFT, which act on a and b apart: --method linear --space factors, ...
+
+    \b
+    Example:
+      adapterkit combine ./english ./french=0.5 --method linear --out both
+      adapterkit combine ./a ./b ./c --method ties --density 0.2 --rank 32 --out merged
+    """
+    from adapterkit.ops.combine import combine as verb
+
+    _carry(verb, adapters, out=out, as_json=as_json, quiet=quiet, settings=_settings(settings), **options)
+
+
+@main.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--general", multiple=True, required=True, metavar="ADAPTER", help="What all tasks share; may be given again.")
+@writing
+@click.option(
+    "--space",
+    type=click.Choice(["delta", "factors"]),
+    default="delta",
+    show_default=True,
+    help="Subtract the deltas (exact), or the means of a and b apart, as PEFT does.",
+)
+@click.option("--rank", type=int, help="Refit each module to this rank (default: exact, the ranks add up).")
+@click.option("--energy", type=float, help="Refit each module to the smallest rank that keeps this share of its energy.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
+@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+def subtract(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Subtract the mean of general adapters from task adapters (GenKnowSub): Δ' = Δ - mean Δ_general.
+
+    \b
+    Example:
+      adapterkit subtract ./medicine --general ./english --general ./french --out medicine-only
+      adapterkit subtract ./law ./medicine --general ./english --rank 16 --out purified   # purified/law, purified/medicine
+    """
+    from adapterkit.ops.subtract import subtract as verb
+
+    _carry(verb, adapters, out=out, as_json=as_json, quiet=quiet, **options)
+
+
+@main.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--general", multiple=True, metavar="ADAPTER", help="Subtracted from all experts first; may be given again.")
+@writing
+@click.option("--top-k", type=int, help="Experts for each token (default: 3, or as many as there are).")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the softmax over the chosen experts.")
+@click.option("--compat", type=click.Choice(["peft"]), help="PEFT's power iteration for prototypes, and its subtraction.")
+@click.option("--seed", type=int, help="For --compat peft (default 0).")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
+@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+def arrow(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Stack adapters as experts with the prototypes that route tokens to them (Arrow).
+
+    \b
+    Example:
+      adapterkit arrow ./law ./medicine ./code --out experts
+      adapterkit arrow ./law ./medicine ./code --general ./english --top-k 2 --out experts
+    """
+    from adapterkit.ops.arrow import arrow as verb
+
+    _carry(verb, adapters, out=out, as_json=as_json, quiet=quiet, **options)
+
+
+@main.command()
+@click.argument("base")
+@click.argument("tuned")
+@writing
+@click.option("--rank", type=int, help="This rank in each module.")
+@click.option("--energy", type=float, help="The smallest rank of each module that keeps this share of its energy.")
+@click.option("--sv-ratio", type=float, help="Singular values of at least the largest one divided by this.")
+@click.option("--max-size", metavar="SIZE", help="A file of at most this size, e.g. 50MB: ranks go to the largest singular values.")
+@click.option("--include", metavar="RE", help="Only modules in which this regular expression is found.")
+@click.option("--exclude", metavar="RE", help="Not the modules in which this regular expression is found.")
+@click.option(
+    "--rest",
+    type=click.Choice(["save", "drop", "refuse"]),
+    default="save",
+    show_default=True,
+    help="What differs and gets no factors (embeddings, norms, biases): save it whole, leave it out, or refuse.",
+)
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
+@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+def extract(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Extract the adapter between a base and its fine-tune: b@a ≈ W_tuned - W_base.
+
+    \b
+    Example:
+      adapterkit extract ./base ./fine-tune --rank 32 --out adapter
+      adapterkit extract ./base ./fine-tune --max-size 50MB --out adapter
+    """
+    from adapterkit.ops.extract import extract as verb
+
+    _carry(verb, base, tuned, out=out, as_json=as_json, quiet=quiet, **options)
+
+
+@main.command()
+@click.argument("adapter")
+@writing
+@click.option(
+    "--base", metavar="BASE", help="The model it was trained on: OFT, VeRA and convolutions need it, DoRA becomes plain LoRA by it."
+)
+@click.option("--rank", type=int, help="This rank in each module.")
+@click.option("--energy", type=float, help="The smallest rank of each module that keeps this share of its energy.")
+@click.option("--sv-ratio", type=float, help="Singular values of at least the largest one divided by this.")
+@click.option("--max-size", metavar="SIZE", help="A file of at most this size, e.g. 50MB: ranks go to the largest singular values.")
+@click.option(
+    "--alpha",
+    type=click.Choice(["rank", "keep"]),
+    default="rank",
+    show_default=True,
+    help="lora_alpha of the result: each module's rank (scale 1), or the adapter's own.",
+)
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
+@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+def resize(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Change an adapter's rank: the best approximation of each delta, from its factors alone.
+
+    LoHa, LoKr, VeRA, AdaLoRA and OFT adapters, and with --base DoRA, become plain LoRA.
+
+    \b
+    Example:
+      adapterkit resize ./rank-64 --rank 16 --out rank-16
+      adapterkit resize ./rank-64 --energy 0.95 --dtype bf16 --out smaller
+      adapterkit resize ./oft --base ./model --rank 32 --out lora
+    """
+    from adapterkit.ops.resize import resize as verb
+
+    _carry(verb, adapter, out=out, as_json=as_json, quiet=quiet, **options)
+
+
+@main.command()
+@click.argument("adapter")
+@click.option("--initial", required=True, metavar="ADAPTER", help="The same adapter as saved before training.")
+@writing
+@click.option("--rank", type=int, help="Refit each module to this rank (default: exact, the ranks add up).")
+@click.option("--energy", type=float, help="Refit each module to the smallest rank that keeps this share of its energy.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
+@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+def rebase(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Turn a PiSSA, OLoRA, CorDA or LoRA-GA adapter into plain LoRA on the original base: Δ' = s·b@a - s₀·b₀@a₀.
+
+    \b
+    Example:
+      adapterkit rebase ./pissa-trained --initial ./pissa-init --out plain
+    """
+    from adapterkit.ops.rebase import rebase as verb
+
+    _carry(verb, adapter, out=out, as_json=as_json, quiet=quiet, **options)
 
 
 @main.command()
@@ -159,6 +354,103 @@ def verify(folder: str, base: str | None, adapters: tuple[str, ...], as_json: bo
         click.echo(f"{result['files']} files, {result['bytes']:,} bytes: as the receipt says", err=True)
         if result["rows"]:
             click.echo(f"{result['rows']} rows of {result['tensors']} tensors recomputed in float64: equal", err=True)
+
+
+def _settings(words: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE options; a value is a JSON number, true or false, or else a text."""
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"--set {word}: give KEY=VALUE")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _carry(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Call a verb that writes, with progress, and print its plan or receipt."""
+    from adapterkit.plan import Plan
+
+    with _Bar(quiet or options["dry_run"]) as bar:
+        result = verb(*sources, progress=bar, **options)
+    if isinstance(result, Plan):
+        _print_plan(result, as_json)
+    elif as_json:
+        click.echo(json.dumps(result.data, indent=1, ensure_ascii=False))
+    elif not quiet:
+        _print_receipt(result)
+
+
+@main.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--tolerance", type=float, default=0.0, show_default=True, help="Relative error up to which a tensor is the same.")
+@click.option(
+    "--rank-for-energy",
+    type=float,
+    metavar="SHARE",
+    help="Suggest the rank that keeps this share of a difference (default: 0.9, for adapters 0.99; 0: none).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@click.option("--quiet", is_flag=True, help="No progress, no table: only the exit status.")
+@click.pass_context
+def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Compare two checkpoints, two adapters or two .safetensors files: what is only in one, and how far apart the rest is.
+
+    \b
+    Checkpoints are compared by key, however they are sharded. A copy rounded to another dtype is the same.
+    Adapters are compared by their deltas scale·b@a, so other ranks and alphas may be the same adapter.
+    Columns: relative ‖A−B‖/‖A‖, largest difference, cosine, share of elements that differ, and the rank that
+    holds 90 % of the squared singular values of the difference (~: at most that, from a sketch).
+    Exit status: 0 the same; 1 different by more than the tolerance; 2 wrong usage, refused or failed.
+
+    \b
+    Example:
+      adapterkit diff ./base ./tuned
+      adapterkit diff ./adapter ./resized --tolerance 1e-3
+    """
+    from adapterkit.ops.diff import diff as verb
+    from adapterkit.ops.diff import table
+
+    if quiet and not as_json:
+        options["rank_for_energy"] = 0.0
+    with _Bar(quiet) as bar:
+        result = verb(a, b, progress=bar, **options)
+    if as_json:
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+    elif not quiet:
+        _print_diff(result, table(result))
+    ctx.exit(0 if result["same"] else 1)
+
+
+@main.command("inspect")
+@click.argument("path")
+@click.option("--base", metavar="BASE", help="The adapter's base: norms are also given relative to its weights' norms.")
+@click.option("--download", is_flag=True, help="Read weights on the Hub too; without it only headers and JSON are read there.")
+@click.option("--plot", type=click.Path(), metavar="FILE.png", help="Draw the norms as a heatmap, layers by modules.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def inspect(path: str, as_json: bool, **options: Any) -> None:
+    """What a base, an adapter or a .safetensors file holds, and what is wrong with it.
+
+    \b
+    Of a base and of whatever lies on the Hub headers and JSON are read; of an adapter on this machine the
+    factors too, for norms and effective ranks. Problems are printed and the exit status is 0 all the same;
+    a path that holds nothing to inspect is refused.
+
+    \b
+    Example:
+      adapterkit inspect ./my-adapter --base ./base --plot norms.png
+      adapterkit inspect meta-llama/Llama-3.1-8B --json
+    """
+    from adapterkit.ops.inspect import inspect as verb
+    from adapterkit.ops.inspect_report import table
+
+    with _Bar(False) as bar:
+        result = verb(path, progress=bar, **options)
+    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else table(result))
 
 
 class _Bar:
@@ -190,17 +482,24 @@ class _Bar:
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
+    from adapterkit.plan import Computed, Shard
+
     totals = plan.totals()
     if as_json:
         changed = [
             {"key": s.key, "dtype": s.dtype, "shape": list(s.shape), "file": shard.file, "adapters": list(s.adapters)}
-            for shard in plan.shards for s in shard.steps if not s.copied
+            for shard in plan.shards if isinstance(shard, Shard) for s in shard.steps if not s.copied
+        ]  # fmt: skip
+        computed = [
+            {"name": bundle.name, "file": shard.file, "at_most": {s.key: list(s.shape) for s in bundle.most}}
+            for shard in plan.shards if isinstance(shard, Computed) for bundle in shard.bundles
         ]  # fmt: skip
         document = {
             "plan": 1,
             **plan.recipe(),
             "totals": totals,
             "changed": changed,
+            "computed": computed,
             "notes": list(plan.notes),
             **plan.facts,
         }
@@ -236,3 +535,12 @@ def _print_receipt(receipt: Any) -> None:
             "the delta is below the dtype's resolution there; --dtype fp32 keeps it",
             err=True,
         )
+
+
+def _print_diff(document: dict[str, Any], lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line)
+    totals = ", ".join(f"{count} {what}" for what, count in document["totals"].items() if count or what in ("compared", "changed"))
+    click.echo(f"{'same' if document['same'] else 'different'}: {totals}", err=True)
+    for note in document["notes"]:
+        click.echo(f"note: {note}", err=True)

@@ -33,6 +33,12 @@ def parse(name: str) -> str:
     return SHORT[name]
 
 
+def name_of(dtype) -> str:
+    """The header name of a torch dtype."""
+    short = str(dtype).removeprefix("torch.")
+    return next(name for name, word in _TORCH.items() if word == short)
+
+
 def torch_dtype(dtype: str):
     """torch's dtype for a header name."""
     import torch

@@ -1,7 +1,8 @@
 """Plan before data: what every output tensor is made of, and the only executor.
 
 A `Plan` says for each output file its exact bytes' layout, and for each tensor its `Step`: the stored tensor its rows start from
-and the edits they go through. Everything that can be refused has been refused when a plan exists. `run` carries it out.
+and the edits they go through. A file of factors is `Computed` instead: its `Bundle`s of tensors decide their own ranks, within
+bounds that the plan knows. Everything that can be refused has been refused when a plan exists. `run` carries it out.
 """
 
 import hashlib
@@ -11,17 +12,21 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from adapterkit import __version__, dtypes
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import ShardLayout
+from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
 from adapterkit.checkpoint.reader import Identity, changed, identity
 from adapterkit.checkpoint.writer import RECEIPT, Stage, free_bytes
 from adapterkit.edits import Edit
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, Spoiled
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECEIPT_VERSION = 1
 IDENTITY = ("inode", "size", "modified", "changed")
@@ -66,6 +71,67 @@ class Shard:
     def file(self) -> str:
         return self.layout.file
 
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+
+class Inputs(Protocol):
+    """What a computation may read: whole tensors, in `dtype`, on `device`, finite."""
+
+    def tensor(self, spec: TensorSpec) -> "Tensor": ...
+
+    def bytes(self, spec: TensorSpec) -> bytearray: ...
+
+
+class Made(NamedTuple):
+    """What a bundle gave: its tensors by key, in the order of writing, and measured facts for the receipt."""
+
+    tensors: "dict[str, Tensor]"
+    facts: dict[str, Any]
+
+
+class Bundle(Protocol):
+    """Tensors that are computed together, such as the factors of one module; a frozen record."""
+
+    @property
+    def name(self) -> str:
+        """What the receipt calls it: the module."""
+        ...
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]: ...
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        """Its tensors, as large as they can become."""
+        ...
+
+    @property
+    def memory(self) -> int:
+        """Bytes that making it takes at most."""
+        ...
+
+    def make(self, inputs: Inputs) -> Made: ...
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One output file whose tensors are made by bundles, in this order; `size` is the most it can take."""
+
+    file: str
+    bundles: tuple[Bundle, ...]
+    metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
+    settle: "Callable[[list[dict[str, Any]]], list[Callable[[Made], Made]]] | None" = None  # facts of all -> what to do to each
+
+    @cached_property
+    def layout(self) -> ShardLayout:
+        return laid_out(self.file, [stored for bundle in self.bundles for stored in bundle.most], self.metadata, ordered=True)
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
 
 @dataclass(frozen=True)
 class CopyFile:
@@ -73,6 +139,13 @@ class CopyFile:
 
     folder: int
     name: str
+
+
+@dataclass(frozen=True)
+class FromFacts:
+    """A small file whose content depends on what was computed: (bundle or tensor name -> facts) -> bytes."""
+
+    content: Callable[[dict[str, dict]], bytes]
 
 
 @dataclass(frozen=True)
@@ -84,10 +157,11 @@ class Plan:
     folders: tuple[Folder, ...]
     headers: dict[tuple[int, str], str]  # (folder, file) -> sha256 of its header
     identities: dict[tuple[int, str], Identity]  # of the local ones: what tells a file from an edited one
-    shards: tuple[Shard, ...]
-    files: dict[str, bytes | CopyFile]  # index, config, tokenizer, card: written after the shards
+    shards: tuple[Shard | Computed, ...]
+    files: dict[str, bytes | CopyFile | FromFacts]  # index, config, tokenizer, card: written after the shards
     facts: dict[str, Any] = field(default_factory=dict)  # for the receipt: what was decided while planning
     notes: tuple[str, ...] = ()
+    bases: int = 1  # how many of the first inputs are models, too large to be read again for the receipt's hashes
 
     def recipe(self) -> dict[str, Any]:
         """What makes two plans the same: version, verb, options, inputs and output layout."""
@@ -109,30 +183,45 @@ class Plan:
         }
 
     def totals(self) -> dict[str, Any]:
-        """Sizes that a dry run prints: tensors and bytes, exact."""
-        steps = [(step, stored) for shard in self.shards for step, stored in zip(shard.steps, shard.layout.tensors, strict=True)]
+        """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they are the most it can be."""
+        streamed = [shard for shard in self.shards if isinstance(shard, Shard)]
+        bundles = [bundle for shard in self.shards if isinstance(shard, Computed) for bundle in shard.bundles]
+        steps = [(step, stored) for shard in streamed for step, stored in zip(shard.steps, shard.layout.tensors, strict=True)]
         changed = [(step, stored) for step, stored in steps if not step.copied]
-        small = sum(len(f) if isinstance(f, bytes) else self.folders[f.folder].files()[f.name] for f in self.files.values())
+        computed = [stored for bundle in bundles for stored in bundle.most]
+        small = sum(self._small(file) for file in self.files.values())
         factors = sum({s: s.nbytes for step, _ in changed for e in step.edits for s in e.reads}.values())
+        factors += sum({s: s.nbytes for bundle in bundles for s in bundle.reads}.values())
         written = sum(shard.layout.size for shard in self.shards) + small
         largest = max((sum(s.nbytes for e in step.edits for s in e.reads) for step, _ in changed), default=0)
+        made = max((bundle.memory for bundle in bundles), default=0)
         return {
             "shards": len(self.shards),
-            "tensors": len(steps),
-            "tensors_changed": len(changed),
+            "tensors": len(steps) + len(computed),
+            "tensors_changed": len(changed) + len(computed),
             "bytes_copied": sum(stored.nbytes for step, stored in steps if step.copied),
-            "bytes_changed": sum(stored.nbytes for _, stored in changed),
+            "bytes_changed": sum(stored.nbytes for stored in [*(stored for _, stored in changed), *computed]),
             "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
             "bytes_written": written,
             "disk_needed": written,
-            "memory_peak": 64_000_000 + 4 * largest,  # buffers, and a step's factors in float32
+            "memory_peak": 64_000_000 + max(4 * largest, made),  # buffers, and a step's factors in float32
         }
+
+    def _small(self, file: bytes | CopyFile | FromFacts) -> int:
+        if isinstance(file, CopyFile):
+            return self.folders[file.folder].files()[file.name]
+        return len(file) if isinstance(file, bytes) else 0
 
 
 def identities(folders: tuple[Folder, ...], names: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Identity]:
     """Device, inode, size and times of the inputs' local files, to be taken when their headers are read."""
     local = [(folder, name) for folder, name in names if isinstance(folders[folder], LocalFolder)]
     return {(folder, name): identity(os.stat(folders[folder].path(name))) for folder, name in local}
+
+
+def sha256_of(folder: Folder, name: str) -> str:
+    """The sha256 of a small file."""
+    return hashlib.sha256(folder.read(name, 0, folder.files()[name])).hexdigest()
 
 
 def digest(recipe: dict) -> str:
@@ -163,7 +252,7 @@ class Engine(Protocol):
     def __call__(
         self,
         plan: Plan,
-        shards: list[Shard],
+        shards: list[Shard | Computed],
         stage: Stage,
         *,
         hash: bool,
@@ -248,7 +337,8 @@ def _build(plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: boo
 
     try:
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
-        sums = _write_files(plan, stage, hash == "sha256")
+        facts = {key: fact for shard in plan.shards for key, fact in done[shard.file].facts.items()}
+        sums = _write_files(plan, stage, facts, hash == "sha256")
     except Spoiled:
         stage.forget()
         raise
@@ -291,12 +381,12 @@ def _check_same_job(stage: Stage, recipe: dict) -> None:
 
 def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
     """The shards that the journal calls done and that are there."""
-    sizes = {shard.file: shard.layout.size for shard in plan.shards}
+    sizes = {shard.file: shard.size for shard in plan.shards}
     done = {}
     for entry in stage.journal()[1:]:
         name = entry.get("shard", {}).get("file")
         path = stage.path / str(name)
-        if name in sizes and path.is_file() and path.stat().st_size == sizes[name]:
+        if name in sizes and path.is_file() and path.stat().st_size == entry["shard"].get("size") <= sizes[name]:
             done[name] = ShardResult(**entry["shard"])
     return done
 
@@ -317,7 +407,7 @@ def _difference(before: dict, now: dict, path: str = "") -> str:
     return "something"
 
 
-def _check_space(plan: Plan, todo: list[Shard], stage: Stage) -> None:
+def _check_space(plan: Plan, todo: list[Shard | Computed], stage: Stage) -> None:
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
     needed = sum(shard.layout.size for shard in todo) + small + (1 << 20)
     free = free_bytes(stage.path)
@@ -330,9 +420,11 @@ def _check_space(plan: Plan, todo: list[Shard], stage: Stage) -> None:
         )
 
 
-def _write_files(plan: Plan, stage: Stage, hashed: bool) -> dict[str, dict]:
+def _write_files(plan: Plan, stage: Stage, facts: dict[str, dict], hashed: bool) -> dict[str, dict]:
     sums = {}
     for name, content in plan.files.items():
+        if isinstance(content, FromFacts):
+            content = content.content(facts)
         size, sha = stage.write_file(name, [content] if isinstance(content, bytes) else _blocks(plan, content))
         sums[name] = {"size": size, "sha256": sha if hashed else None}
     return sums
@@ -351,12 +443,12 @@ def _blocks(plan: Plan, copy: CopyFile) -> Iterator[bytes]:
 
 
 def _input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
-    """The sha256 of the adapters' files, and of a base's where the Hub has told it: a base is not read again to be hashed."""
+    """The sha256 of the adapters' files, and of a model's where the Hub has told it: a base is not read again to be hashed."""
     found: dict[str, dict[str, str]] = {}
     for number, folder in enumerate(plan.folders):
         known = getattr(folder, "hashes", {})
         names = [name for where, name in plan.headers if where == number]
-        sums = {name: known.get(name) or (_file_hash(folder, name) if number else None) for name in names}
+        sums = {name: known.get(name) or (_file_hash(folder, name) if number >= plan.bases else None) for name in names}
         found[f"{number} {folder.name}"] = {name: value for name, value in sums.items() if value}
     return found
 
@@ -388,7 +480,7 @@ def _receipt(
         "hash": hash,
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
         "keys": {s.file: s.marks for s in shards},
-        "totals": plan.totals(),
+        "totals": plan.totals() | {"bytes_written": size + sum(entry["size"] for entry in sums.values())},
         **plan.facts,
         "parameters": {key: fact for s in shards for key, fact in s.facts.items()},
         "notes": list(plan.notes),

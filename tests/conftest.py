@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-sys.path.insert(0, str(Path(__file__).parent / "merge"))  # for `oracle`, which the merge suites import
+for folder in ("merge", "combine"):  # for `oracle` and `shared`, which several suites import
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,17 @@
 """The local engine's arithmetic: float64 bases, and CUDA where there is a card."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.errors import Failed, Refused
 
 
 def job(folder, dtype, rows=700, columns=513):
@@ -53,3 +57,59 @@ def test_cuda_gives_the_rounded_value_and_the_same_bytes_every_time(dtype, tmp_p
     wrong = first["x.weight"] != exact.to(dtype)
     assert wrong.float().mean() < (1e-4 if dtype != torch.float32 else 0.5)
     assert torch.allclose(first["x.weight"].double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_memory_that_runs_out_at_any_allocation_ends_cleanly_and_resumes(tmp_path, monkeypatch):
+    job(tmp_path, torch.bfloat16)
+    merged(tmp_path, "undisturbed")
+    empty, failed = torch.empty, 0
+    while True:
+        left = failed + 1
+
+        def allocate(*args, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise MemoryError
+            return empty(*args, **options)
+
+        monkeypatch.setattr(torch, "empty", allocate)
+        try:
+            adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out")
+        except Failed as error:
+            failed += 1
+            assert "out of memory" in str(error) and "--resume" in str(error)
+            assert not (tmp_path / "out").exists()
+            monkeypatch.undo()
+            adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out", resume=True)
+        else:
+            break
+        finally:
+            monkeypatch.undo()
+        ours, right = (tmp_path / name / "model.safetensors" for name in ("out", "undisturbed"))
+        assert ours.read_bytes() == right.read_bytes()
+        shutil.rmtree(tmp_path / "out")
+    assert failed >= 2
+
+
+def test_a_large_embedding_is_merged_under_a_cap_below_its_size(tmp_path):
+    """50,000 rows: 410 MB as stored, 820 MB in float32, with 400 MB of memory to spare."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter").mkdir()
+    save_file({"embed.weight": torch.ones(50_000, 4096, dtype=torch.bfloat16)}, tmp_path / "base" / "model.safetensors")
+    factors = {"lora_embedding_A": torch.full((4, 50_000), 0.5), "lora_embedding_B": torch.full((4096, 4), 0.25)}
+    factors = {f"base_model.model.embed.{key}": tensor for key, tensor in factors.items()}
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    script = """
+import resource, sys, torch, adapterkit.ops.merge, adapterkit.engines.local
+used = sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + 400_000_000,) * 2)
+adapterkit.ops.merge.merge(sys.argv[1], [sys.argv[2]], out=sys.argv[3])
+"""
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *paths], capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert bool((load_file(tmp_path / "out" / "model.safetensors")["embed.weight"] == 1.5).all())

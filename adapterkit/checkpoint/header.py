@@ -128,8 +128,10 @@ def _naturals(value) -> bool:
     return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
 
 
-def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[bytes, list[int]]:
-    """Header bytes for tensors (key, dtype, shape) laid out in this order, and each one's absolute position."""
+def build_header(
+    tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str], size: int = 0
+) -> tuple[bytes, list[int]]:
+    """Header bytes, at least `size` of them, for tensors (key, dtype, shape) laid out in this order, and each one's position."""
     table: dict = {"__metadata__": metadata} if metadata else {}
     at, starts = 0, []
     for key, dtype, shape in tensors:
@@ -138,6 +140,7 @@ def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict
         starts.append(at)
         at = stop
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(size - 8)
     text += b" " * (-len(text) % 8)
     raw = len(text).to_bytes(8, "little") + text
     return raw, [len(raw) + start for start in starts]

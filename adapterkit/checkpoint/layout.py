@@ -44,15 +44,17 @@ def like_base(file: str, tensors: list[Stored], base: Header | None) -> ShardLay
     return laid_out(file, tensors, base.metadata if base is not None else {"format": "pt"})
 
 
-def laid_out(file: str, tensors: list[Stored], metadata: dict[str, str]) -> ShardLayout:
-    """A file with a new header; wider dtypes first where the order asked for would misalign one."""
+def laid_out(
+    file: str, tensors: list[Stored], metadata: dict[str, str], *, ordered: bool = False, header_size: int = 0
+) -> ShardLayout:
+    """A file with a new header of at least `header_size` bytes; unless `ordered`, wider dtypes first where one is misaligned."""
     at = 0
-    for tensor in tensors:
+    for tensor in [] if ordered else tensors:
         if at % max(dtypes.BITS[tensor.dtype] // 8, 1):
             tensors = sorted(tensors, key=lambda t: -dtypes.BITS[t.dtype])
             break
         at += tensor.nbytes
-    header, starts = build_header([(t.key, t.dtype, t.shape) for t in tensors], metadata)
+    header, starts = build_header([(t.key, t.dtype, t.shape) for t in tensors], metadata, header_size)
     return ShardLayout(file, header, tuple(tensors), tuple(starts))
 
 

@@ -35,6 +35,7 @@ class ShardFile:
         self.path, self.name, self.size = stage / (name + PART), name, size
         self.descriptor = -1
         with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self.descriptor = os.open(self.path, flags, 0o666)  # the umask decides, as for any file
@@ -56,6 +57,21 @@ class ShardFile:
         """All of `data` at `position`, through short writes."""
         with storage_errors(self.path):
             write_all(data, lambda rest, at: os.pwrite(self.descriptor, rest, position + at))
+
+    def read(self, buffer: memoryview, position: int) -> None:
+        """Fill the buffer with what was written at `position`."""
+        with storage_errors(self.path):
+            done = 0
+            while done < len(buffer):
+                n = os.preadv(self.descriptor, [buffer[done:]], position + done)
+                if n == 0:
+                    raise OSError(errno.EIO, "the file is shorter than what was written")
+                done += n
+
+    def cut(self, size: int) -> None:
+        """Make the file that small: its size was an upper bound."""
+        with storage_errors(self.path):
+            os.ftruncate(self.descriptor, size)
 
     def copy_from(self, source: int, start: int, position: int, length: int) -> bool:
         """Copy a byte range file to file inside the kernel (a reflink where it can be); False where that is not possible."""
@@ -92,7 +108,7 @@ class ShardFile:
     def publish(self) -> None:
         """Give the synced file its name."""
         with storage_errors(self.path):
-            os.rename(self.path, self.path.with_name(self.name))
+            os.rename(self.path, self.path.with_name(self.path.name.removesuffix(PART)))
 
     def abandon(self) -> None:
         """Close the file as it is; a later run begins it again."""

@@ -27,8 +27,9 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources, read_exactly
 from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
 from adapterkit.edits import Loaded
-from adapterkit.errors import AdapterkitError, Failed, Refused, Spoiled, shown
-from adapterkit.plan import Plan, Progress, Shard, ShardResult, Step
+from adapterkit.engines.computed import write_computed
+from adapterkit.errors import Failed, Refused, Spoiled, shown
+from adapterkit.plan import Computed, Plan, Progress, Shard, ShardResult, Step
 
 ELEMENTS = 1 << 18  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
 CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
@@ -47,7 +48,7 @@ def local(device: str = "auto", workers: int | None = None):
 
     def engine(
         plan: Plan,
-        shards: list[Shard],
+        shards: list[Shard | Computed],
         stage: Stage,
         *,
         hash: bool,
@@ -55,11 +56,22 @@ def local(device: str = "auto", workers: int | None = None):
         progress: Progress,
     ) -> None:
         count = workers or min(8, len(os.sched_getaffinity(0)))
+        streamed = [shard for shard in shards if isinstance(shard, Shard)]
+        computed = [shard for shard in shards if isinstance(shard, Computed)]
+        reads = [step.source for shard in streamed for step in shard.steps]
+        reads += [spec for file in computed for bundle in file.bundles for spec in bundle.reads]
         with Sources(plan.folders, plan.identities) as sources:
             for folder in range(len(plan.folders)):
-                names = [step.source.file for s in shards for step in s.steps if step.source.folder == folder]
+                names = [spec.file for spec in reads if spec.folder == folder]
                 plan.folders[folder].prefetch(list(dict.fromkeys(names)))
-            _Job(shards, stage, sources, where, count, hash, finished, progress).run()
+            try:
+                if streamed:
+                    _Job(streamed, stage, sources, where, count, hash, finished, progress).run()
+                for file in computed:
+                    finished(write_computed(file, stage, Inputs(sources, where), count, hash, progress))
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                found = f"out of memory: {shown(error)}"
+                raise Failed(found, do="free some memory, or give --device cpu, then --resume") from error
 
     return engine
 
@@ -103,6 +115,9 @@ class Inputs:
                 do="the training run diverged: use an earlier save",
             )
         return stored.to(self.device, self.dtype)
+
+    def bytes(self, spec: TensorSpec) -> bytearray:
+        return self.sources.read(spec)
 
     def rows(self, source: TensorSpec, grid: tuple[int, int], first: int, last: int) -> Tensor:
         """Rows [first, last) of a stored tensor's grid, in `dtype`, on `device`."""
@@ -445,8 +460,8 @@ class _Job:
             yield from pieces
 
     def _work(self, pieces: Iterator[_Piece]) -> None:
-        scratch = _Scratch(self.device)
         try:
+            scratch = _Scratch(self.device)
             torch.set_num_threads(1)  # this thread's; the workers are the parallelism
             stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
             with stream, torch.inference_mode():
@@ -459,18 +474,13 @@ class _Job:
                     self._do(piece, buffer, scratch)
         except BaseException as error:
             with self.lock:
-                self.problem = self.problem or self._explained(error)
+                self.problem = self.problem or error
             self.stop.set()
         finally:
             with self.lock:
                 self.working -= 1
                 if self.working == 0:
                     self.idle.set()
-
-    def _explained(self, error: BaseException) -> BaseException:
-        if isinstance(error, AdapterkitError) or not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            return error
-        return Failed(f"out of memory: {shown(error)}", do="free some memory, or give --device cpu, then --resume")
 
     def _do(self, piece: _Piece, buffer: _Buffer, scratch: _Scratch) -> None:
         shard = piece.shard

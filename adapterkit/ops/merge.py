@@ -5,7 +5,6 @@ embeddings and heads (`embeddings`), and cuts the edits onto the stored tensors 
 anything is written.
 """
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,12 +20,12 @@ from adapterkit.ops import packaging
 from adapterkit.ops.changes import collect
 from adapterkit.ops.embeddings import set_everywhere, settle_head, settle_ties, settle_vocabulary
 from adapterkit.ops.job import Job, Options
+from adapterkit.ops.sizes import parse_size
 from adapterkit.ops.sources import open_source, weighted
 from adapterkit.ops.steps import steps_of
-from adapterkit.plan import Plan, Progress, Receipt, Shard, Step, identities, run
+from adapterkit.plan import Plan, Progress, Receipt, Shard, Step, identities, run, sha256_of
 from adapterkit.weights.quantised import check_not_quantised
 
-SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 LAYOUTS = ("peft-0.18", "peft-0.19")
 
 
@@ -142,29 +141,15 @@ def _check_options(options: Options) -> None:
     refuse_all(errors)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB; KB, MB and GB are powers of 1000."""
-    upper = text.strip().upper()
-    unit = next((u for u in SIZES if upper.endswith(u)), None)
-    number = upper.removesuffix(unit) if unit else upper
-    try:
-        size = int(float(number) * SIZES.get(unit or "", 1))
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise Refused(f"size {text!r}", expected="a number with KB, MB, GB or TB", where="--max-shard-size", do="e.g. 5GB")
-    return size
-
-
 def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
     shards = _shards(job, steps)
     folders = (job.original.folder, *(a.folder for a in job.adapters))
     headers = {(0, name): header.sha256 for name, header in job.original.shards.items()}
     for adapter in job.adapters:
         headers[adapter.number, WEIGHTS] = adapter.header_sha256
-        headers[adapter.number, CONFIG] = _sha256(adapter.folder, CONFIG)
+        headers[adapter.number, CONFIG] = sha256_of(adapter.folder, CONFIG)
     if "config.json" in job.original.files:
-        headers[0, "config.json"] = _sha256(job.original.folder, "config.json")
+        headers[0, "config.json"] = sha256_of(job.original.folder, "config.json")
     if job.options.dtype:
         name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
         for key in ("dtype", "torch_dtype"):
@@ -188,7 +173,7 @@ def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard, ...]:
     if job.options.max_shard_size:
         stored = [_stored(step) for group in steps.values() for step in group]
         metadata = next(iter(job.original.shards.values())).metadata or {"format": "pt"}
-        layouts = layout.resharded(stored, parse_size(job.options.max_shard_size), metadata)
+        layouts = layout.resharded(stored, parse_size(job.options.max_shard_size, "--max-shard-size"), metadata)
     else:
         layouts = [layout.like_base(name, [_stored(s) for s in group], job.original.shards[name]) for name, group in steps.items()]
     return tuple(Shard(lay, tuple(by_key[t.key] for t in lay.tensors)) for lay in layouts)
@@ -196,7 +181,3 @@ def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard, ...]:
 
 def _stored(step: Step) -> Stored:
     return Stored(step.key, step.dtype, step.shape)
-
-
-def _sha256(folder: Folder, name: str) -> str:
-    return hashlib.sha256(folder.read(name, 0, folder.files()[name])).hexdigest()

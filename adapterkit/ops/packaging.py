@@ -13,7 +13,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.writer import RECEIPT
 from adapterkit.errors import Refused
-from adapterkit.plan import CopyFile, Shard
+from adapterkit.plan import CopyFile, FromFacts, Shard
 
 WEIGHTS = (
     ".safetensors",
@@ -45,13 +45,13 @@ def files_of_output(
     shards: tuple[Shard, ...],
     tokenizer: str | None,
     notes: list[str],
-) -> dict[str, bytes | CopyFile]:
+) -> dict[str, bytes | CopyFile | FromFacts]:
     """Every file of the output besides its shards and its receipt, in the order of writing: what makes a folder loadable last."""
-    files: dict[str, bytes | CopyFile] = {}
+    files: dict[str, bytes | CopyFile | FromFacts] = {}
     for name in base.files:
         if not name.endswith((*WEIGHTS, ".index.json")) and name not in NOT_COPIED:
             files[name] = CopyFile(0, name)
-    files |= _tokenizer(base, adapters, tokenizer, notes)
+    files |= tokenizer_files(adapters, tokenizer, notes)
     files["README.md"] = model_card(base, adapters, weights).encode()
     if base.index is not None or len(shards) > 1:
         name = base.index_name or "model.safetensors.index.json"
@@ -59,15 +59,15 @@ def files_of_output(
             files[name] = layout.index([s.layout for s in shards], base.index)
     if "config.json" in base.files:
         unchanged = config == base.config
-        files["config.json"] = CopyFile(0, "config.json") if unchanged else _json(config)
+        files["config.json"] = CopyFile(0, "config.json") if unchanged else as_json(config)
     return files
 
 
-def _json(value: dict) -> bytes:
+def as_json(value: dict) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _tokenizer(base: Checkpoint, adapters: list[Adapter], choice: str | None, notes: list[str]) -> dict[str, bytes | CopyFile]:
+def tokenizer_files(adapters: list[Adapter], choice: str | None, notes: list[str]) -> dict[str, CopyFile]:
     """The tokenizer saved beside an adapter, if there is one: training may have added tokens to it."""
     if choice == "base":
         return {}
@@ -82,16 +82,17 @@ def _tokenizer(base: Checkpoint, adapters: list[Adapter], choice: str | None, no
         )
     if not found:
         return {}
+    by_number = {a.number: a for a in adapters}
     first = next(iter(found))
     for number, names in found.items():
-        if number != first and _contents(adapters[number - 1], names) != _contents(adapters[first - 1], found[first]):
+        if number != first and _contents(by_number[number], names) != _contents(by_number[first], found[first]):
             raise Refused(
-                f"{adapters[first - 1].name} and {adapters[number - 1].name} have different tokenizers",
+                f"{by_number[first].name} and {by_number[number].name} have different tokenizers",
                 expected="one tokenizer",
                 where="adapters",
                 do="give --tokenizer base, and copy the one you want afterwards",
             )
-    notes.append(f"tokenizer: from {adapters[first - 1].name}")
+    notes.append(f"tokenizer: from {by_number[first].name}")
     return {name: CopyFile(first, name) for name in sorted(found[first])}
 
 
@@ -102,21 +103,21 @@ def _contents(adapter: Adapter, names: set[str]) -> dict[str, bytes]:
 
 def model_card(base: Checkpoint, adapters: list[Adapter], weights: list[float]) -> str:
     """A README.md with the Hub's metadata for a merged model; nothing from the inputs is interpreted, names are quoted as JSON."""
-    ids = [_id(base.folder)] + [_id(a.folder) for a in adapters]
+    ids = [hub_or_name(base.folder)] + [hub_or_name(a.folder) for a in adapters]
     header = ["---", "base_model:", *(f"- {json.dumps(i)}" for i in ids), "base_model_relation: merge"]
     header += [*_kept(base), "library_name: transformers", "tags:", "- merge", "- lora", "- adapterkit", "---"]
     rows = [
-        f"| {_cell(_id(a.folder))} | {w:g} | {len(a.loras)} | {a.config.get('r', '')} |"
+        f"| {cell(hub_or_name(a.folder))} | {w:g} | {len(a.loras)} | {a.config.get('r', '')} |"
         for a, w in zip(adapters, weights, strict=True)
     ]
     body = [
         "",
-        f"# {_cell(ids[0])} merged with {', '.join(_cell(i) for i in ids[1:])}",
+        f"# {cell(ids[0])} merged with {', '.join(cell(i) for i in ids[1:])}",
         "",
         f"Made by adapterkit {__version__} from the files: W' = round(W + Σ weight · scale · b @ a), each weight rounded once.",
         f"What was done to each tensor, and the hash of every file, stands in `{RECEIPT}`; `adapterkit verify .` checks it.",
         "",
-        f"Base: {_cell(ids[0])}",
+        f"Base: {cell(ids[0])}",
         "",
         "| adapter | weight | modules | r |",
         "|---|---|---|---|",
@@ -126,11 +127,11 @@ def model_card(base: Checkpoint, adapters: list[Adapter], weights: list[float]) 
     return "\n".join(header + body)
 
 
-def _id(folder: Folder) -> str:
+def hub_or_name(folder: Folder) -> str:
     return str(folder.origin.get("repo") or folder.name)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return "".join(c if c.isalnum() or c in " ._-/" else " " for c in text)
 
 

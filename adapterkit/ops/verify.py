@@ -12,7 +12,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import read_header, read_json
 from adapterkit.checkpoint.writer import RECEIPT
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
-from adapterkit.plan import RECEIPT_VERSION, Plan, Progress, Step, is_sealed
+from adapterkit.plan import RECEIPT_VERSION, Plan, Progress, Shard, Step, is_sealed
 
 BLOCK = 4 << 20
 ROWS = 3  # of every changed tensor: the first, the last, one between
@@ -190,7 +190,7 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
         inputs = Inputs(sources, torch.device("cpu"), torch.float64)
         stored = Inputs(written, torch.device("cpu"), torch.float64)
         for shard in plan.shards:
-            for step in shard.steps:
+            for step in shard.steps if isinstance(shard, Shard) else ():
                 if not step.edits or not math.prod(step.shape):
                     continue
                 count, wrong = _wrong_rows(step, specs[step.key], inputs, stored)

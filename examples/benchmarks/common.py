@@ -136,7 +136,7 @@ def make_base(folder: Path, size: float, shard: float) -> Path:
     return part.rename(folder)
 
 
-def make_adapter(folder: Path, config: dict, dtype: str, rank: int = 16, alpha: int = 32) -> Path:
+def make_adapter(folder: Path, config: dict, dtype: str, rank: int = 16, alpha: int = 32, seed: int = 1) -> Path:
     """Write an all-linear LoRA adapter in PEFT's layout, its deltas RELATIVE_DELTA of the weights."""
     import torch
     from safetensors.torch import save_file
@@ -144,7 +144,7 @@ def make_adapter(folder: Path, config: dict, dtype: str, rank: int = 16, alpha: 
     if folder.exists():
         return folder
     std = (RELATIVE_DELTA * STD / (alpha / rank * rank**0.5)) ** 0.5  # ||b@a|| = sqrt(rank * out * in) * std^2
-    generator, tensors = torch.Generator().manual_seed(1), {}
+    generator, tensors = torch.Generator().manual_seed(seed), {}
     for n in range(config["num_hidden_layers"]):
         for module, (out_features, in_features) in layer_shapes(config).items():
             for factor, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):

@@ -1,0 +1,81 @@
+"""sce: select the elements in which the deltas differ, weigh the deltas by their squares, erase the minority's signs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkit.combinations.common import check_count, check_share, conflict
+from adapterkit.combinations.protocol import Deltas, Merged, Seeds
+from adapterkit.kernels.elementwise import Cut, Trim, deviation, elect, largest
+from adapterkit.kernels.rows import add_column_squares
+
+
+@dataclass(frozen=True)
+class Sce:
+    """Δ' = Σᵢ kᵢ ηᵢ wᵢ σᵢ / Σᵢ kᵢ ηᵢ, σᵢ = Δᵢ where selected, ηᵢ = ‖σᵢ‖² / Σⱼ ‖σⱼ‖², kᵢ = [sign(σᵢ) = sign of Σⱼ σⱼ].
+
+    Of the m elements whose variance over the deltas is not 0, the int(select·m) with the largest are selected. 0 counts as +.
+
+    The paper has no weights; here they multiply the terms and take no part in ηᵢ or the election, so 1 each is the paper's.
+    mergekit makes all ηᵢ equal where the mean squares add up to less than 1e-6, as those of most adapters do: here only where they
+    are 0. Deltas that are equal everywhere have nothing to be selected by: all is kept (mergekit: nothing).
+    """
+
+    select: float = 1.0
+    name = "sce"
+    source = "arXiv:2408.07990"
+
+    def __post_init__(self):
+        check_share("select", self.select)
+
+    def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:
+        check_count(weights, deltas.count)
+        spread = _spread(deltas)  # the result takes its place, block by block
+        bounds = self._cut(deltas, spread)
+        if bounds.value >= 0:
+            trim = Trim(bounds)
+            for first, last in deltas.blocks():
+                trim(spread[first:last])
+        else:
+            spread.fill_(1)
+        shares, several, differ = _shares(deltas, spread), 0, 0
+        for first, last in deltas.blocks():
+            found = elect(_selected(deltas, spread, first, last), weights, "total", spread[first:last], shares)
+            several, differ = several + found[0], differ + found[1]
+        return Merged(spread, conflict(several, differ))
+
+    def _cut(self, deltas: Deltas, spread: Tensor) -> Cut:
+        """Where the selected deviations end; all of them at select 1, or where all are 0."""
+        nonzero = int(torch.count_nonzero(spread))
+        if self.select == 1 or not nonzero:
+            return Cut(-1.0)
+        return largest(lambda: (spread[first:last] for first, last in deltas.blocks()), spread.numel(), int(self.select * nonzero))
+
+
+def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
+    """The standard deviation over the deltas, element by element: ordered as the variances are, but far from underflow."""
+    spread = torch.empty(deltas.shape)
+    for first, last in deltas.blocks():
+        blocks = [deltas.rows(i, first, last) for i in range(deltas.count)]
+        spread = spread.to(blocks[0].device)
+        deviation(blocks, spread[first:last])
+    return spread
+
+
+def _selected(deltas: Deltas, selected: Tensor, first: int, last: int) -> list[Tensor]:
+    mask = selected[first:last] > 0
+    return [deltas.rows(i, first, last).mul_(mask) for i in range(deltas.count)]
+
+
+def _shares(deltas: Deltas, selected: Tensor) -> list[float]:
+    """ηᵢ, summed exactly over the columns: no number of threads changes it."""
+    columns = [torch.zeros(deltas.shape[1], dtype=torch.float64, device=selected.device) for _ in range(deltas.count)]
+    for first, last in deltas.blocks():
+        for total, block in zip(columns, _selected(deltas, selected, first, last), strict=True):
+            add_column_squares(block, total)
+    squares = [math.fsum(total.tolist()) for total in columns]
+    whole = math.fsum(squares)
+    return [square / whole if whole else 1 / len(squares) for square in squares]

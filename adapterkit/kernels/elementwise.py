@@ -1,0 +1,221 @@
+"""What combining does to elements: trimming by magnitude, dropping at random, electing signs.
+
+Blocks are whole rows in float32 (or float64), changed in place, and must come in row-major order. Whatever is counted is counted
+exactly, so neither the cutting into blocks nor the number of threads changes a trimmed element.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+Majority = Literal["total", "frequency"]
+SAMPLE = 1 << 16  # elements looked at to guess where a threshold lies
+ROOM = 1 << 18  # elements that may be collected around it, at least
+CACHED = 1 << 17  # elements worked on at once, so that a dozen temporaries of them stay in cache
+
+
+class Cut(NamedTuple):
+    """The largest magnitudes: all above `value`, and the first `spare` of the `equal` ones that equal it, in row-major order."""
+
+    value: float
+    spare: int = 0
+    equal: int = 0
+
+
+class Trim:
+    """x ← x where |x| is within the cut, else 0; block after block."""
+
+    def __init__(self, cut: Cut):
+        self.value, self.spare, self.equal = cut
+
+    def __call__(self, block: Tensor) -> None:
+        some = 0 < self.spare < self.equal
+        bound = _below(self.value, block.dtype) if self.spare else self.value
+        equal = (block.abs() == self.value).nonzero() if some else block.new_zeros(0, 2, dtype=torch.int64)
+        torch.hardshrink(block, bound, out=block)
+        block[tuple(equal[self.spare :].T)] = 0
+        self.spare, self.equal = max(self.spare - len(equal), 0), self.equal - len(equal)
+
+
+def largest(read: Callable[[], Iterable[Tensor]], size: int, keep: int) -> Cut:
+    """The cut that leaves exactly `keep` of `size` elements, or all that are not 0; `read()` gives all blocks anew, to use up.
+
+    A sample brackets the threshold, one pass counts what is above the bracket and collects what is inside, and the threshold is
+    selected among that. A bracket that misses, or holds too much, narrows the search, and halving it in between bounds the passes.
+    """
+    if keep >= size:
+        return Cut(-1.0)
+    if keep <= 0:
+        return Cut(math.inf)
+    sample = _sampled(read(), size)
+    low, high, over, within = -1.0, math.inf, 0, size  # the threshold is in (low, high]: `over` are above, `within` are inside
+    for turn in count():
+        if turn > 1 and turn % 2 == 0:
+            bottom, top = low, _middle(low, high, sample.dtype)
+        else:
+            bottom, top = _bracket(sample, low, high, (keep - over) / within, spread=4 if turn == 0 else 0)
+        above, inside, found = _collected(read(), bottom, top, max(ROOM, size // 16))
+        if keep <= above:
+            low, within = top, above - over
+        elif keep > above + inside:
+            high, over, within = bottom, above + inside, over + within - above - inside
+        elif _below(top, sample.dtype) == bottom:
+            return Cut(top, keep - above, inside) if top else Cut(0.0)
+        elif len(found) == inside:
+            return _selected(found, keep - above)
+        else:
+            low, high, over, within, sample = bottom, top, above, inside, found.sort(descending=True).values
+    raise AssertionError("the search ends when one value is left")
+
+
+def _sampled(blocks: Iterable[Tensor], size: int) -> Tensor:
+    """Magnitudes of about SAMPLE elements, falling; the stride has no factor in common with the rows, so no column is preferred."""
+    stride, parts = max(1, size // SAMPLE), []
+    for block in blocks:
+        while math.gcd(stride, block.shape[1]) > 1:
+            stride += 1
+        parts.append(block.reshape(-1)[::stride].abs())
+    return torch.cat(parts).sort(descending=True).values
+
+
+def _bracket(sample: Tensor, low: float, high: float, share: float, spread: float) -> tuple[float, float]:
+    """(bottom, top] within (low, high] that likely holds the end of the largest `share` of it: `spread` standard deviations wide on
+    each side, or with 0 a single value."""
+    sample = sample[(sample > low) & (sample <= high)]
+    if not len(sample):
+        return low, _middle(low, high, sample.dtype)
+    margin = spread * math.sqrt(len(sample) * share * (1 - share)) + (2 if spread else 0)
+    first, last = math.floor(len(sample) * share - margin), math.ceil(len(sample) * share + margin)
+    if not spread:
+        first = last = min(max(first, 0), len(sample) - 1)
+    top = float(sample[first]) if first >= 0 else high
+    return (_below(float(sample[last]), sample.dtype) if last < len(sample) else low), top
+
+
+def _collected(blocks: Iterable[Tensor], bottom: float, top: float, room: int) -> tuple[int, int, Tensor]:
+    """How many magnitudes are above `top`, how many in (bottom, top], and these themselves as far as there is room."""
+    above, inside, found = 0, 0, []
+    for block in blocks:
+        over, within = block.abs_() > top, block > bottom
+        above += int(torch.count_nonzero(over))
+        here = _picked(block, within.logical_xor_(over))
+        if inside < room:
+            found.append(here[: room - inside])
+        inside += len(here)
+    return above, inside, torch.cat(found)
+
+
+def _picked(block: Tensor, mask: Tensor) -> Tensor:
+    """block[mask]; where few are picked, numpy is six times as fast as torch on a CPU."""
+    return block[mask] if block.device.type != "cpu" else torch.from_numpy(block.numpy()[mask.numpy()])
+
+
+def _selected(found: Tensor, keep: int) -> Cut:
+    """The cut that leaves `keep` of what was collected."""
+    value = float(found.kthvalue(len(found) - keep + 1).values)
+    above, equal = (int(torch.count_nonzero(mask)) for mask in (found > value, found == value))
+    return Cut(value, keep - above, equal) if value else Cut(0.0)
+
+
+def _below(value: float, dtype: torch.dtype) -> float:
+    """The next smaller magnitude; below 0 comes -1."""
+    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(0, dtype=dtype))) if value > 0 else -1.0
+
+
+def _middle(low: float, high: float, dtype: torch.dtype) -> float:
+    """The value half way between in the order of the floats, above `low`: bit patterns of magnitudes are ordered as these are."""
+    bits = torch.int64 if dtype == torch.float64 else torch.int32
+    first, last = (int(torch.tensor(v, dtype=dtype).view(bits)) if v >= 0 else -1 for v in (low, high))
+    return float(torch.tensor((first + last + 1) // 2, dtype=bits).view(dtype))
+
+
+def drop(
+    x: Tensor,  # (n, cols), changed in place
+    chance: float | Tensor,  # of each element to stay
+    generator: Generator,
+) -> None:
+    """x ← x / chance with that chance, else 0: the expectation is x. One draw in [0, 1) an element, row by row."""
+    draws = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
+    x.mul_(draws < chance).div_(chance)
+
+
+def ranks(
+    x: Tensor,  # (n, cols)
+) -> Tensor:  # (n, cols)
+    """The place of each element among the magnitudes of its row, from 0 (smallest) to 1; equal ones by column; 1/2 if alone."""
+    cols = x.shape[1]
+    if cols == 1:
+        return torch.full_like(x, 0.5)
+    order = x.abs().sort(dim=1, stable=True).indices
+    places = torch.arange(cols, dtype=x.dtype, device=x.device).div_(cols - 1)
+    return torch.empty_like(x).scatter_(1, order, places.expand_as(x))
+
+
+def elect(
+    blocks: Sequence[Tensor],  # the same rows of each delta, (n, cols), used up
+    weights: Sequence[float],
+    majority: Majority,
+    out: Tensor,  # (n, cols), takes the result
+    shares: Sequence[float] | None = None,
+) -> tuple[int, int]:
+    """out = Σ keepᵢ·shareᵢ·wᵢ·xᵢ / Σ keepᵢ·shareᵢ (0 where nothing is kept), keepᵢ where sign(xᵢ) is the majority's.
+
+    The majority is the sign of Σ xᵢ (total) or of Σ sign(xᵢ) (frequency), no weights in it, and 0 counts as +. Returns how many
+    positions have two or more nonzero values, and at how many of these the signs differ.
+    """
+    several = differ = 0
+    for stripe in _stripes(out):
+        found = _elect([x[stripe] for x in blocks], weights, majority, out[stripe], shares)
+        several, differ = several + found[0], differ + found[1]
+    return several, differ
+
+
+def _elect(
+    blocks: Sequence[Tensor], weights: Sequence[float], majority: Majority, out: Tensor, shares: Sequence[float] | None
+) -> tuple[int, int]:
+    sign = _majority(blocks, majority)
+    kept, net, signs = (torch.zeros_like(out) for _ in range(3))
+    divisor = torch.zeros_like(out) if shares else signs
+    out.zero_()
+    for i, (x, weight) in enumerate(zip(blocks, weights, strict=True)):
+        torch.sign(x.mul_(sign), out=signs)
+        net.add_(signs)
+        kept.add_(signs.relu_())
+        out.add_(x.relu_(), alpha=weight * (shares[i] if shares else 1))
+        if shares:
+            divisor.add_(signs, alpha=shares[i])
+    out.div_(divisor.add_(divisor == 0) if shares else divisor.copy_(kept).clamp_(min=1)).mul_(sign)
+    differ = int(torch.count_nonzero(kept > net))
+    return int(torch.count_nonzero(net.neg_().add_(kept, alpha=2) >= 2)), differ
+
+
+def _majority(blocks: Sequence[Tensor], majority: Majority) -> Tensor:
+    """+1 or -1 by position. The sum is in float64, exact in practice, so that no order of the adapters changes a sign."""
+    total = torch.zeros_like(blocks[0], dtype=torch.float64 if majority == "total" else None)
+    for x in blocks:
+        total.add_(x if majority == "total" else x.sign())
+    return total.sign_().add_(0.5).sign_().to(blocks[0].dtype)
+
+
+def deviation(
+    blocks: Sequence[Tensor],  # the same rows of each delta, (n, cols)
+    out: Tensor,  # (n, cols), takes the result
+) -> None:
+    """out = sqrt(Σ (xᵢ - mean)² / k), in float64 before it is rounded: 0 exactly where all are equal."""
+    for stripe in _stripes(out):
+        parts = [x[stripe].double() for x in blocks]
+        mean = torch.stack(parts).sum(0).div_(len(parts))
+        squares = torch.zeros_like(mean)
+        for part in parts:
+            squares.add_(part.sub_(mean).square_())
+        out[stripe] = squares.div_(len(parts)).sqrt_()
+
+
+def _stripes(x: Tensor) -> Iterator[slice]:
+    """Rows of a block, so few at a time that they stay in cache."""
+    step = max(1, CACHED // x.shape[1])
+    return (slice(first, first + step) for first in range(0, len(x), step))

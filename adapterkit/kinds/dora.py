@@ -1,0 +1,60 @@
+"""DoRA with its base at hand: no type of its own, but LoRAs whose delta depends on the weight (arXiv:2402.09353)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import Spoiled, shown
+from adapterkit.factors import Factors, Reads
+from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.rows import row_norms
+from adapterkit.kinds.common import Weight, of_matrix, of_weight
+
+
+@dataclass(frozen=True)
+class DoRA:
+    """delta = m * (W + s·b@a) / ‖W + s·b@a‖ - W, the norms those of output rows."""
+
+    module: str
+    factors: Factors
+    magnitude: TensorSpec
+    weight: Weight
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.factors.a, self.factors.b, self.magnitude, *self.weight.reads)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], math.prod(self.weight.shape[1:])
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        return self.weight.shape[1:]
+
+    @property
+    def rank(self) -> int:
+        return min(self.shape)
+
+    @property
+    def memory(self) -> int:
+        return 28 * math.prod(self.shape)
+
+    def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
+        """(m / norm - 1) * W + m / norm * s·b@a, so that nothing of W's size cancels."""
+        (product,) = self.factors.products(inputs)
+        magnitude = inputs.tensor(self.magnitude).double().reshape(-1)
+
+        def change(rows: Tensor, here: slice) -> Tensor:
+            added = product.left[here] @ product.right
+            ratio = (magnitude[here] / row_norms(rows + added))[:, None]
+            return rows.mul_(ratio - 1).add_(added.mul_(ratio))
+
+        delta = of_weight(self.weight.matrix(inputs), change)
+        if not bool(torch.isfinite(delta).all()):
+            found, do = f"the delta of {shown(self.module)} is not finite", "check the adapter and its base"
+            raise Spoiled(found, expected="no row whose norm is 0", where=shown(self.module), do=do)
+        return of_matrix(delta, most, energy)

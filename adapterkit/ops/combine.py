@@ -1,0 +1,330 @@
+"""combine: several adapters into one. How the deltas are put together (method), on what it acts (space: the deltas, or PEFT's
+factors) and how the result becomes factors again (refit: exact, a rank, a share of the energy) are three choices."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapterkit import dtypes
+from adapterkit.adapter import Adapter, Lora, canonical, read_adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.factors import Factors, factors_of, place_of
+from adapterkit.ops import packaging, produced
+from adapterkit.ops.combining import Combined, Part, Refit
+from adapterkit.ops.sources import open_source, weighted
+from adapterkit.patterns import matcher
+from adapterkit.plan import Plan, Progress, Receipt
+from adapterkit.registry import made
+
+# PEFT's names for combinations: method, and whether the refit is exact where neither --rank nor --energy is given
+ALIASES = {
+    "svd": ("linear", "largest"),
+    "cat": ("linear", "exact"),
+    "ties_svd": ("ties", "largest"),
+    "dare_linear_svd": ("dare_linear", "largest"),
+    "dare_ties_svd": ("dare_ties", "largest"),
+    "magnitude_prune_svd": ("magnitude_prune", "largest"),
+}
+PIECE = 4 << 20  # bytes compared at a time
+SPACES = ("delta", "factors")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a combination can be told. Fields are the command's options."""
+
+    method: str
+    space: str = "delta"
+    rank: int | None = None
+    energy: float | None = None
+    density: float | None = None
+    majority: str | None = None
+    svd_clamp: float | None = None
+    weight_for: tuple[str, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()  # a method's other options
+    dtype: str = "fp32"
+    seed: int = 0
+
+
+def combine(
+    adapters: Iterable[str | os.PathLike],
+    *,
+    out: str | os.PathLike,
+    method: str,
+    space: str = "delta",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    majority: str | None = None,
+    svd_clamp: float | None = None,
+    weight_for: Iterable[str] = (),
+    settings: dict[str, Any] | None = None,
+    dtype: str = "fp32",
+    seed: int = 0,
+    hash: str = "sha256",
+    device: str = "auto",
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), Δᵢ = scaleᵢ·bᵢ@aᵢ, written as factors of scale 1.
+
+    Each adapter is a folder or a Hub id and may carry a weight, `PATH=0.7`. `space="delta"`: the method acts on the deltas;
+    `"factors"`: on a and b apart, as PEFT's `add_weighted_adapter` does (sign and root of each weight on both, cross terms and
+    all). Refit: `rank`, or `energy` (the smallest rank of each module that keeps this share of the squared singular values); with
+    neither, methods on factors are exact (the ranks add up) and methods on elements keep the inputs' largest rank. Factors are
+    computed in float64 (dense deltas in float32), written in `dtype`. Raises `Refused` before anything is written.
+
+    Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack are right; DoRA is refused.
+    """
+    options = Options(
+        method, space, rank, energy, density, majority, svd_clamp, tuple(weight_for), tuple((settings or {}).items()), dtype, seed
+    )
+    sources = [(open_source(source), weight) for source, weight in map(weighted, adapters)]
+    plan = plan_combine(sources, options)
+    packaging.check_output_apart(Path(out), plan.folders)
+    how = {"hash": hash, "device": device, "engine": engine, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return plan if dry_run else produced.carry_out(plan, Path(out), **how)
+
+
+def plan_combine(sources: list[tuple[Folder, float]], options: Options) -> Plan:
+    """Everything a combination will do, or `Refused` with all that cannot be done."""
+    method, refit = _settled(options)
+    if len(sources) < 2 and not (sources and (options.rank or options.energy)):
+        raise Refused(f"{len(sources)} adapters", expected="two or more", where="combine", do="name the adapters")
+    adapters = read_all([folder for folder, _ in sources])
+    weights = _Weights([weight for _, weight in sources], options.weight_for)
+    errors = [error for adapter in adapters for error in not_linear(adapter)]
+    joined = join(adapters, errors)
+    bundles: list[Combined] = []
+    for name, members in joined.items():
+        parts = tuple(
+            Part(number, factors, weights.of(number, members[number][0].module)) for number, (_, factors) in members.items()
+        )
+        errors += _fit(name, parts, adapters, options)
+        first = next(iter(members.values()))
+        bundles.append(
+            Combined(name, parts, place_of(*first), method, options.space, refit, dtypes.parse(options.dtype), options.seed)
+        )
+    biases, whole = _biases(joined, weights, options, errors), taken(adapters, weights, errors)
+    errors += weights.unused()
+    refuse_all(errors)
+    if not bundles:
+        raise Refused("no module with factors", expected="adapters of low-rank factors", where="combine", do="check the adapters")
+    modules = {name: next(iter(members.values()))[0].module for name, members in joined.items()}
+    told = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {"weights": [w for _, w in sources]}
+    facts = {
+        "adapters": [{"name": a.name, "weight": w, "modules": len(a.loras)} for a, (_, w) in zip(adapters, sources, strict=True)]
+    }
+    settings = produced.plain_settings() | produced.extras(adapters) | {"lora_bias": bool(biases)}
+    summary = f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for _, w in sources)}"
+    everything = [*bundles, *biases, *whole]
+    output = produced.Output(adapters, everything, modules, settings, summary)
+    return produced.adapter_plan("combine", told, adapters, [output], [], facts)
+
+
+def read_all(folders: Sequence[Folder]) -> list[Adapter]:
+    """The adapters of these folders, numbered from 0; `Refused` with all that cannot be read."""
+    adapters, errors = [], []
+    for number, folder in enumerate(folders):
+        try:
+            adapters.append(read_adapter(folder, number))
+        except AdapterkitError as error:
+            errors.append(error)
+    refuse_all(errors)
+    return adapters
+
+
+def not_linear(adapter: Adapter) -> list[AdapterkitError]:
+    """Why an adapter's delta is not scale * b @ a on the base that it names."""
+    errors: list[AdapterkitError] = []
+    init = adapter.changed_base()
+    if init:
+        found = f"{adapter.name} was initialised by {init}, which changed its base's weights"
+        do = "make it plain first: adapterkit rebase ADAPTER --initial INIT"
+        errors.append(Refused(found, expected="adapters on one unchanged base", where=adapter.where, do=do))
+    if adapter.config.get("use_dora"):
+        found = f"{adapter.name} is a DoRA of {len(adapter.loras)} modules: its delta depends on the base's weights"
+        do = "make it plain first: adapterkit resize ADAPTER --base BASE --rank R"
+        errors.append(Refused(found, expected="plain LoRA", where=adapter.where, do=do))
+    if adapter.config.get("layer_replication"):
+        found = f"{adapter.name} replicates layers: its modules are not the base's"
+        errors.append(Refused(found, expected="adapters of one base", where=adapter.where, do="leave it out"))
+    return errors
+
+
+Joined = dict[str, dict[int, tuple[Lora, Factors]]]
+
+
+def join(adapters: Sequence[Adapter], errors: list[AdapterkitError]) -> Joined:
+    """Module (with its depth of nesting) -> adapter number -> its factors; shapes that differ are errors."""
+    joined: Joined = {}
+    for adapter in adapters:
+        for lora in adapter.loras:
+            name = lora.module + ".base_layer" * lora.depth
+            try:
+                joined.setdefault(name, {})[adapter.number] = (lora, factors_of(adapter, lora))
+            except AdapterkitError as error:
+                errors.append(error)
+    for name, members in joined.items():
+        kinds = {(lora.kind, f.shape, lora.a.shape[1:], f.experts) for lora, f in members.values()}
+        if len(kinds) > 1:
+            found = [f"{adapters[n].name}: {lora.kind} {f.shape}" for n, (lora, f) in members.items()]
+            errors.append(
+                Refused(
+                    f"{shown(name)}: {'; '.join(found)}", expected="one shape", where="adapters", do="combine adapters of one base"
+                )
+            )
+    return {name: members for name, members in joined.items() if members}
+
+
+class _Weights:
+    """Each adapter's weight on each module: its own, unless the last --weight-for that matches says another."""
+
+    def __init__(self, weights: list[float], rules: Iterable[str]):
+        self.weights = weights
+        self.rules = [(text, *self._rule(text)) for text in rules]
+        self.used: set[str] = set()
+
+    def of(self, number: int, module: str) -> float:
+        weight = self.weights[number]
+        for text, adapter, matches, value in self.rules:
+            if adapter in (None, number) and matches(module):
+                self.used.add(text)
+                weight = value
+        return weight
+
+    def unused(self) -> list[AdapterkitError]:
+        return [
+            Refused(
+                f"{shown(text)} matches no module", expected="a module of the adapter", where="--weight-for", do="check the regex"
+            )
+            for text, *_ in self.rules
+            if text not in self.used
+        ]
+
+    def _rule(self, text: str):
+        pattern, _, number = text.rpartition("=")
+        head, colon, rest = pattern.partition(":")
+        which = int(head) - 1 if colon and head.isdigit() else None
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not pattern or (which is not None and not 0 <= which < len(self.weights)):
+            raise Refused(
+                shown(text), expected="[N:]REGEX=WEIGHT, N the adapter's place from 1", where="--weight-for", do="e.g. 2:q_proj=0.5"
+            )
+        return which, matcher(pattern if which is None else rest, "--weight-for"), value
+
+
+def _settled(options: Options) -> tuple[Any, Refit]:
+    """The method's record and the refit; `Refused` for options that do not fit."""
+    produced.check_choices(("--space", options.space, SPACES), ("--dtype", options.dtype, tuple(dtypes.SHORT)))
+    produced.check_refit(options.rank, options.energy)
+    if options.svd_clamp is not None and not 0 < options.svd_clamp <= 1:
+        found = f"--svd-clamp {options.svd_clamp}"
+        raise Refused(found, expected="a quantile above 0, at most 1", where="options", do="e.g. 0.999")
+    method, default = ALIASES.get(options.method, (options.method, None))
+    given = {"density": options.density, "majority": options.majority} | dict(options.settings)
+    record = made("combinations", method, given)
+    dense = not hasattr(record, "products")
+    if options.space == "factors" and (options.rank or options.energy or options.method in ALIASES):
+        raise Refused(
+            f"--space factors with {options.method if options.method in ALIASES else '--rank or --energy'}",
+            expected="a method alone: there the ranks stay as they are",
+            where="options",
+            do="leave out --space factors",
+        )
+    if options.space == "factors" and not dense and method != "linear":
+        found = f"--space factors with {method}, which is not defined on a and b apart"
+        raise Refused(found, expected="linear, or a method on elements", where="options", do="leave out --space factors")
+    largest = default == "largest" or (dense and default is None)
+    fixed = options.rank is not None or options.energy is not None
+    return record, Refit(options.rank, options.energy, largest and not fixed, options.svd_clamp)
+
+
+def _fit(name: str, parts: tuple["Part", ...], adapters: Sequence[Adapter], options: Options) -> list[AdapterkitError]:
+    found = {part.factors.rank for part in parts}
+    if options.space == "factors" and len(found) > 1:
+        ranks = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
+        do = "use --space delta"
+        return [Refused(f"{shown(name)}: ranks {ranks}", expected="one rank in --space factors", where="adapters", do=do)]
+    return []
+
+
+def held(adapters: Sequence[Adapter]) -> dict[str, dict[int, TensorSpec]]:
+    """Key in PEFT's layout -> adapter number -> the trained value: what is no factor."""
+    found: dict[str, dict[int, TensorSpec]] = {}
+    for adapter in adapters:
+        for spec in [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]:
+            found.setdefault(canonical(spec.key), {})[adapter.number] = spec
+    return found
+
+
+def taken(adapters: Sequence[Adapter], weights: "_Weights", errors: list[AdapterkitError]) -> list[produced.Taken]:
+    """Trained values go into the result as they are: from the one adapter of weight 1 that has them, or from several that agree."""
+    bundles = []
+    for key, holders in held(adapters).items():
+        number, spec = next(iter(holders.items()))
+        if len(holders) > 1 and not _equal(adapters, list(holders.items())):
+            names = ", ".join(adapters[n].name for n in holders)
+            errors.append(
+                Refused(
+                    f"{shown(key)} was trained by {names}",
+                    expected="one adapter that has it, or several that hold the same values",
+                    where="adapters",
+                    do="combine adapters of which one at most trains it",
+                )
+            )
+        elif len(holders) == 1 and weights.weights[number] != 1 and ".base_layer." not in key:
+            errors.append(
+                Refused(
+                    f"{shown(key)}: a trained value with weight {weights.weights[number]:g}",
+                    expected="weight 1: it is no delta",
+                    where=adapters[number].name,
+                    do="give that adapter weight 1",
+                )
+            )
+        else:
+            bundles.append(produced.taken(spec))
+    return bundles
+
+
+def _equal(adapters: Sequence[Adapter], holders: list[tuple[int, TensorSpec]]) -> bool:
+    """Whether all hold the same bytes, compared piece by piece."""
+    (number, first), rest = holders[0], holders[1:]
+    if any((spec.dtype, spec.shape) != (first.dtype, first.shape) for _, spec in rest):
+        return False
+    for at in range(0, first.nbytes, PIECE):
+        size = min(PIECE, first.nbytes - at)
+        piece = adapters[number].folder.read(first.file, first.start + at, first.start + at + size)
+        if any(adapters[n].folder.read(s.file, s.start + at, s.start + at + size) != piece for n, s in rest):
+            return False
+    return True
+
+
+def _biases(joined: Joined, weights: "_Weights", options: Options, errors: list[AdapterkitError]) -> list[produced.Bias]:
+    """The biases that LoRAs add (lora_bias); they follow the weights, so only `linear` says what becomes of them."""
+    bundles = []
+    for name, members in joined.items():
+        terms = [(lora.bias, f.scale * weights.of(n, lora.module)) for n, (lora, f) in members.items() if lora.bias is not None]
+        if terms:
+            bundles.append(produced.Bias(f"{name} bias", canonical(terms[0][0].key), tuple(terms), dtypes.parse(options.dtype)))
+    if bundles and (ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"):
+        errors.append(
+            Refused(
+                f"biases of b (lora_bias) with {options.method} in {options.space} space",
+                expected="linear, in delta space",
+                where="--method",
+                do="use --method linear",
+            )
+        )
+    return bundles

@@ -1,0 +1,654 @@
+"""diff: what two checkpoints, or two adapters, do not have in common. Read by blocks of rows; nothing large is held whole."""
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, Tokens, read_adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import NOT_A_MODEL, open_checkpoint, read_header
+from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all, shown
+from adapterkit.factors import Factors, factors_of
+from adapterkit.kernels import compare as kernel
+from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stacked
+from adapterkit.ops.sources import open_source
+from adapterkit.plan import Progress
+
+VERSION = 1
+ENERGY, ADAPTER_ENERGY = 0.9, 0.99
+ELEMENTS = 1 << 18  # of one block: near a core's cache
+WIDEST = 1 << 17  # columns of the widest matrix that gets a suggested rank: its sketch takes 64 MB
+WORKERS = 2
+NOISE = 2.0**-44  # of ‖b‖ ‖a‖: what float64 arithmetic on factors may leave of a difference of nothing
+STATES = ("identical", "equal", "rounded", "within", "changed")  # from the same bytes to different beyond the tolerance
+
+# Settings of an adapter that are shown where they differ. Those marked True change what it does in a way that its tensors do not
+# show; the effect of the others (scales, magnitudes, biases) is compared, or is none.
+SETTINGS = {
+    "base_model_name_or_path": False, "revision": False, "task_type": False, "bias": False, "use_dora": False,
+    "use_rslora": False, "lora_bias": False, "fan_in_fan_out": False, "modules_to_save": False, "init_lora_weights": False,
+    "target_parameters": True, "layer_replication": True,
+}  # fmt: skip
+
+
+def diff(
+    a: str | os.PathLike,
+    b: str | os.PathLike,
+    *,
+    tolerance: float = 0.0,
+    rank_for_energy: float | None = None,
+    progress: Progress = lambda done: None,
+) -> dict[str, Any]:
+    """Compare two checkpoints, two adapters or two .safetensors files, by key or by module; returns what `--json` prints:
+
+    - `diff`: 1, the version of this document; `kind`: "checkpoints" or "adapters"; `a`, `b`: the sources' names and origins
+    - `same`: nothing differs by more than `tolerance`, a relative Frobenius error per tensor or module
+    - `totals`: `compared` and of them `identical` (the same bytes), `equal` (the same values: -0 and 0, kinds of NaN), `rounded`
+      (one side is the other rounded to its dtype, or a delta differs by what float64 arithmetic leaves), `within` the tolerance,
+      `changed`; then `added` and `removed`
+    - `changed`: a list, in A's file order, of `name`, `kind` ("tensor"; in adapters "delta", "magnitude", "bias", "replaced",
+      "rows"), `why` ("values", "dtype", "shape"; "rows" where `rows_only_a` or `rows_only_b` trained token rows have no partner),
+      `a` and `b` (`dtype` and `shape`, or `rank`, `scale`, `shape` and `experts`), and if they can be compared `relative_error`
+      ‖A−B‖/‖A‖, `max_abs`, `cosine`, `differing` (the share of elements), `norm` ‖A‖, `rank`: {`energy`, `needed`: the smallest
+      rank that keeps this share of ‖A−B‖², null if it is above `above`, `estimate`: from a sketch, then never too small}. A number
+      that is not finite, or not measured, is null. Integers and fp8 are compared as bytes
+    - `added`, `removed`: what only B, only A has; `config`: an adapter's settings that differ (`decides`: counted as a
+      difference); `notes`: texts
+
+    `rank_for_energy` is 0.9 for checkpoints and 0.99 for adapters; 0 suggests no rank. A stack of experts (three axes, "expert" in
+    its key) gets one rank for all of them. Raises `Refused` for two things that cannot be compared.
+    """
+    _check_options(tolerance, rank_for_energy)
+    folders = (open_source(a), open_source(b))
+    adapters = _are_adapters(folders)
+    found = _adapters(folders) if adapters else _checkpoints(folders)
+    default = ADAPTER_ENERGY if adapters else ENERGY
+    results = _run(found, folders, default if rank_for_energy is None else rank_for_energy, progress)
+    for result in results:
+        error = result.row.get("relative_error")
+        if result.row.get("why") == "values" and error is not None and tolerance > 0 and error <= tolerance:
+            result.state = "within"
+    states = [result.state for result in results]
+    totals = {"compared": len(results)} | {state: states.count(state) for state in STATES}
+    differs = states.count("changed") or found.added or found.removed or any(c["decides"] for c in found.config)
+    return {
+        "diff": VERSION,
+        "kind": "adapters" if adapters else "checkpoints",
+        "a": folders[0].origin,
+        "b": folders[1].origin,
+        "tolerance": tolerance,
+        "same": not differs,
+        "totals": totals | {"added": len(found.added), "removed": len(found.removed)},
+        "changed": [result.row for result in results if result.state == "changed"],
+        "added": found.added,
+        "removed": found.removed,
+        "config": found.config,
+        "notes": found.notes,
+    }
+
+
+def _check_options(tolerance: float, energy: float | None) -> None:
+    errors: list[AdapterkitError] = []
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        errors.append(Refused(f"tolerance {tolerance}", expected="0 or more", where="--tolerance", do="e.g. 1e-3"))
+    if energy is not None and not 0 <= energy <= 1:
+        errors.append(Refused(f"energy {energy}", expected="0 to 1", where="--rank-for-energy", do="e.g. 0.9"))
+    refuse_all(errors)
+
+
+# -- what there is to compare -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """How one pair compares; the row says more where it changed."""
+
+    state: str
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+class Pair(Protocol):
+    """One thing that both sides have."""
+
+    @property
+    def a(self) -> Any: ...
+
+    @property
+    def b(self) -> Any: ...
+
+    def compare(self, reader: "Reader") -> Result: ...
+
+
+@dataclass
+class Found:
+    """Pairs in A's file order, and what only one side has."""
+
+    pairs: list[Pair]
+    added: list[dict]
+    removed: list[dict]
+    config: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _are_adapters(folders: tuple[Folder, Folder]) -> bool:
+    """Whether both sources are adapters; `Refused` where only one of them is."""
+    adapters = [CONFIG in folder.files() for folder in folders]
+    models = [any(_is_model(name) for name in folder.files()) for folder in folders]
+    if all(adapters):
+        return True
+    if any(adapters) and not all(models):
+        which = adapters.index(True)
+        raise Refused(
+            f"{folders[which].name} is an adapter, {folders[1 - which].name} is not",
+            expected="two adapters, two checkpoints or two files",
+            where="A and B",
+            do=f"merge the adapter first, or name its file {WEIGHTS} to compare bare tensors",
+        )
+    return False
+
+
+def _is_model(name: str) -> bool:
+    return "/" not in name and name.endswith(".safetensors") and not name.startswith(NOT_A_MODEL)
+
+
+def _tensors(folder: Folder, number: int) -> dict[str, TensorSpec]:
+    """Every tensor of a checkpoint, or of a file, by key."""
+    files = folder.files()
+    only = next(iter(files)) if len(files) == 1 else ""
+    if only.endswith(".safetensors"):
+        return {spec.key: spec for spec in read_header(folder, only, number).tensors}
+    return open_checkpoint(folder, number).tensors
+
+
+def _both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) -> list[Any]:
+    """What `read` makes of each side, or the problems of both."""
+    sides, errors = [], []
+    for number, folder in enumerate(folders):
+        try:
+            sides.append(read(folder, number))
+        except AdapterkitError as error:
+            errors.append(error)
+    refuse_all(errors)
+    return sides
+
+
+def _checkpoints(folders: tuple[Folder, Folder]) -> Found:
+    a, b = ({("tensor", key): spec for key, spec in side.items()} for side in _both(_tensors, folders))
+    found = _matched(a, b)
+    if a and b and not found.pairs:
+        found.notes.append(
+            "no key is in both: the same model may store its parameters under other names (a prefix, fused or per-expert weights)"
+        )
+    return found
+
+
+def _adapters(folders: tuple[Folder, Folder]) -> Found:
+    (first, a), (second, b) = _both(_parts, folders)
+    found = _matched(a, b)
+    found.config = _settings(first, second)
+    if a and b and not found.pairs:
+        found.notes.append("no module is in both adapters")
+    if any(kind == "magnitude" for kind, _ in (*a, *b)):
+        found.notes.append("DoRA rescales by norms of the base: deltas and magnitudes are compared apart")
+    if first.config.get("peft_version") != second.config.get("peft_version") and first.config.get("target_parameters"):
+        found.notes.append(
+            "PEFT 0.19 turned the factors of square experts: two versions' deltas there may be each other's transpose"
+        )
+    for adapter in (first, second):
+        if adapter.changed_base():
+            init = shown(adapter.config["init_lora_weights"])
+            found.notes.append(
+                f"{adapter.name}: init_lora_weights {init} had changed the base: its deltas are relative to that one"
+            )
+    return found
+
+
+def _matched(a: dict[tuple[str, str], Any], b: dict[tuple[str, str], Any]) -> Found:
+    pairs = [_pair(kind, name, part, b[kind, name]) for (kind, name), part in a.items() if (kind, name) in b]
+    removed, added = (
+        [{"name": name, "kind": kind, **_facts(part)} for (kind, name), part in here.items() if (kind, name) not in there]
+        for here, there in ((a, b), (b, a))
+    )
+    return Found(pairs, added, removed)
+
+
+def _parts(folder: Folder, number: int) -> tuple[Adapter, dict[tuple[str, str], Any]]:
+    """An adapter, and all that it does by kind and name, in file order."""
+    adapter = read_adapter(folder, number)
+    parts: dict[tuple[str, str], Any] = {("replaced", name): spec for name, spec in adapter.replaced.items()}
+    errors: list[AdapterkitError] = []
+    for lora in adapter.loras:
+        name = lora.module + ".base_layer" * lora.depth
+        try:
+            parts["delta", name] = factors = factors_of(adapter, lora)
+        except AdapterkitError as error:
+            errors.append(error)
+            continue
+        if lora.magnitude is not None:  # (out,) or (1, out, 1, 1), as PEFT's versions have it
+            parts["magnitude", name] = replace(lora.magnitude, shape=(math.prod(lora.magnitude.shape),))
+        if lora.bias is not None:
+            parts["bias", name] = Bias(lora.bias, factors.scale)
+    refuse_all(errors)
+    parts |= {("rows", tokens.module): tokens for tokens in adapter.tokens}
+    return adapter, dict(sorted(parts.items(), key=lambda item: _stored(item[1])[0].start))
+
+
+def _settings(a: Adapter, b: Adapter) -> list[dict]:
+    """The settings that differ; one that is absent, false or empty is the same."""
+
+    def plain(value: Any) -> Any:
+        names = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        return sorted(value) if names and value else value or None
+
+    rows = []
+    for key, decides in SETTINGS.items():
+        one, other = a.config.get(key), b.config.get(key)
+        if plain(one) != plain(other):
+            decides = decides or (key == "init_lora_weights" and a.changed_base() != b.changed_base())
+            rows.append({"name": key, "a": one, "b": other, "decides": decides})
+    return rows
+
+
+@dataclass(frozen=True)
+class Bias:
+    """scale * bias of a LoRA's b, as a product of rank one."""
+
+    spec: TensorSpec
+    scale: float
+    rank: int = 1
+    experts: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    def products(self, reader: "Reader") -> list[Product]:
+        left = reader.tensor(self.spec).double().reshape(-1, 1) * self.scale
+        return [Product(left, torch.ones(1, 1, dtype=torch.float64))]
+
+
+def _stored(part: Any) -> tuple[TensorSpec, ...]:
+    """The stored tensors of a part, the first in the file first."""
+    if isinstance(part, Factors):
+        return tuple(sorted((part.a, part.b), key=lambda spec: spec.start))
+    return (part.values if isinstance(part, Tokens) else part.spec if isinstance(part, Bias) else part,)
+
+
+def _facts(part: Any) -> dict[str, Any]:
+    """What a row says of one side."""
+    if isinstance(part, Factors | Bias):
+        facts = {"rank": part.rank, "scale": part.scale, "shape": list(part.shape)}
+        return facts | ({"experts": part.experts} if part.experts else {})
+    spec = _stored(part)[0]
+    return {"dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def _pair(kind: str, name: str, a: Any, b: Any) -> Pair:
+    make = {"delta": Deltas, "bias": Deltas, "rows": Rows}.get(kind, Tensors)
+    return make(name, kind, a, b)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reader:
+    """What the comparisons read through; `stop` ends them early."""
+
+    sources: Sources
+    energy: float
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        return self.part(spec, spec.shape, 0)
+
+    def part(self, spec: TensorSpec, shape: tuple[int, ...], start: int) -> Tensor:
+        """A tensor of that shape, in the stored dtype, from byte `start` of the stored one."""
+        dtype = dtypes.torch_dtype(spec.dtype)
+        return self.bytes(spec, start, start + math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+    def bytes(self, spec: TensorSpec, start: int, stop: int) -> Tensor:
+        if self.stop.is_set():
+            raise Interrupted("stopped")
+        data = torch.empty(stop - start, dtype=torch.uint8)
+        if stop > start:
+            self.sources.read_into(spec, start, data.numpy().data)
+        return data
+
+
+def _run(found: Found, folders: tuple[Folder, Folder], energy: float, progress: Progress) -> list[Result]:
+    """The results in the order of the pairs, on two threads."""
+    threads = torch.get_num_threads()
+    specs = [_stored(pair.a) + _stored(pair.b) for pair in found.pairs]
+    getattr(progress, "expect", lambda total: None)(sum(spec.nbytes for pair in specs for spec in pair))
+    for number, folder in enumerate(folders):
+        folder.prefetch(list(dict.fromkeys(spec.file for pair in specs for spec in pair if spec.folder == number)))
+    with Sources(folders, {}) as sources:
+        reader = Reader(sources, energy)
+
+        def one(pair: Pair) -> Result:
+            torch.set_num_threads(1)  # this thread's; the workers are the parallelism
+            with torch.inference_mode():
+                result = pair.compare(reader)
+            progress(sum(spec.nbytes for spec in _stored(pair.a) + _stored(pair.b)))
+            return result
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            try:
+                return list(pool.map(one, found.pairs))
+            finally:
+                reader.stop.set()
+                pool.shutdown(cancel_futures=True)
+                torch.set_num_threads(threads)
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------------
+
+
+class Grid(NamedTuple):
+    """A tensor as matrices of `height` rows under each other, the last axes together being columns."""
+
+    rows: int
+    columns: int
+    height: int
+
+    @staticmethod
+    def of(shape: tuple[int, ...], name: str) -> "Grid":
+        """Vectors, and what is too wide for a sketch, are one column: such have no rank."""
+        stack = len(shape) == 3 and "expert" in name
+        height, columns = (shape[1], shape[2]) if stack else (shape[0] if shape else 1, math.prod(shape[1:]))
+        if len(shape) < 2 or min(height, columns) < 2 or columns > WIDEST:
+            return Grid(math.prod(shape), 1, max(math.prod(shape), 1))
+        return Grid(math.prod(shape) // columns, columns, height)
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        step = max(1, ELEMENTS // self.columns)
+        return ((first, min(first + step, stop)) for first in range(start, stop, step))
+
+    @property
+    def exact(self) -> bool:
+        """Whether all singular values are found, none of them estimated."""
+        return self.columns <= kernel.EXACT or min(self.height, self.columns) <= kernel.SKETCH
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A tensor of both sides."""
+
+    name: str
+    kind: str
+    a: TensorSpec
+    b: TensorSpec
+
+    def compare(self, reader: Reader) -> Result:
+        floats = self.a.dtype in dtypes.FLOATS and self.b.dtype in dtypes.FLOATS
+        if self.a.shape != self.b.shape:
+            return _changed(self, "shape")
+        if not floats:
+            return self._bytewise(reader) if self.a.dtype == self.b.dtype else _changed(self, "dtype")
+        state = self.alike(reader)
+        return Result(state) if state else self._measured(reader)
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.of(self.a.shape, self.name)
+
+    def _blocks(self, reader: Reader, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first row, its rows of A, of B), in their dtypes."""
+        columns = self.grid.columns
+        for first, last in self.grid.blocks(start, stop):
+            a, b = (
+                reader.part(spec, (last - first, columns), first * columns * dtypes.BITS[spec.dtype] // 8)
+                for spec in (self.a, self.b)
+            )
+            yield first, a, b
+
+    def alike(self, reader: Reader) -> str | None:
+        """ "identical", "equal" or "rounded", or None at the first block that is none of these."""
+        same, identical, forth, back = self.a.dtype == self.b.dtype, True, True, True
+        for _, a, b in self._blocks(reader, 0, self.grid.rows):
+            if not same:
+                forth, back = forth and kernel.rounds_to(a, b), back and kernel.rounds_to(b, a)
+            elif not torch.equal(_bits(a), _bits(b)):
+                identical = False
+                forth = kernel.same_values(a, b)
+            if not forth and (same or not back):
+                return None
+        return "rounded" if not same else "identical" if identical else "equal"
+
+    def _bytewise(self, reader: Reader) -> Result:
+        width = max(1, dtypes.BITS[self.a.dtype] // 8)  # elements smaller than a byte: by bytes
+        size, differing = self.a.nbytes, 0
+        for start in range(0, size, ELEMENTS * width):
+            a, b = (reader.bytes(spec, start, min(start + ELEMENTS * width, size)) for spec in (self.a, self.b))
+            if not torch.equal(a, b):
+                differing += int((a != b).view(-1, width).any(1).sum())
+        return _changed(self, "values", differing=differing / (size // width)) if differing else Result("identical")
+
+    def _measured(self, reader: Reader) -> Result:
+        grid, sums, spectra = self.grid, kernel.Sums(), []
+        for start in range(0, grid.rows, grid.height):
+            spectra.append(self._spectrum(reader, start, start + grid.height, sums))
+        rank = _suggested(kernel.pooled(spectra), sums.error, grid, reader.energy) if grid.columns > 1 else None
+        return _changed(
+            self,
+            "values",
+            rank,
+            relative_error=sums.relative,
+            max_abs=sums.largest,
+            cosine=sums.cosine,
+            differing=sums.differing / math.prod(self.a.shape),
+            norm=math.sqrt(sums.squares),
+        )
+
+    def _spectrum(self, reader: Reader, start: int, stop: int, sums: kernel.Sums) -> Tensor:
+        """The singular values of one matrix of the difference, its sums added on the way."""
+        columns = self.grid.columns
+        if not reader.energy or columns == 1:
+            for _, a, b in self._blocks(reader, start, stop):
+                sums.add(a, b)
+            return torch.zeros(1)
+        if columns <= kernel.EXACT:
+            gram = kernel.Gram(columns)
+            for _, a, b in self._blocks(reader, start, stop):
+                gram.add(sums.add(a, b))
+            return gram.values()
+        wide = "F64" in (self.a.dtype, self.b.dtype)
+        sketch = kernel.Sketch(columns, torch.float64 if wide else torch.float32)
+        for first, a, b in self._blocks(reader, start, stop):
+            sketch.add(sums.add(a, b), first)
+        gram = kernel.Gram(columns, sketch.basis())
+        for _, a, b in self._blocks(reader, start, stop):
+            gram.add(kernel.parted(a, b, sketch.z.dtype)[1])
+        return gram.values()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """scale * b @ a, or scale * bias, of both sides."""
+
+    name: str
+    kind: str
+    a: Factors | Bias
+    b: Factors | Bias
+
+    def compare(self, reader: Reader) -> Result:
+        if (self.a.shape, self.a.experts) != (self.b.shape, self.b.experts):
+            return _changed(self, "shape")
+        state = self._alike(reader)
+        return Result(state) if state else self._measured(reader)
+
+    def _alike(self, reader: Reader) -> str | None:
+        """How the stored factors compare, where the scales are the same."""
+        if (self.a.scale, self.a.rank) != (self.b.scale, self.b.rank):
+            return None
+        states = []
+        for one, other in zip(_factors(self.a), _factors(self.b), strict=True):
+            state = Tensors("", "", one, other).alike(reader) if one.shape == other.shape else None
+            if state is None:
+                return None
+            states.append(state)
+        return max(states, key=STATES.index)
+
+    def _measured(self, reader: Reader) -> Result:
+        squares = [0.0, 0.0, 0.0]  # ‖A‖², ⟨A, B⟩, ‖B‖²
+        spectra, noise = [], 0.0
+        for x, y in zip(self.a.products(reader), self.b.products(reader), strict=True):
+            for i, (one, other) in enumerate(((x, x), (x, y), (y, y))):
+                squares[i] += inner(one, other)
+            difference = stacked([x, y], [1.0, -1.0])
+            noise = math.hypot(noise, *(NOISE * float(p.left.norm() * p.right.norm()) for p in (x, y)))
+            spectra.append(kernel.singular_values(difference))
+        s = kernel.pooled(spectra)
+        error, norm = float(s.norm()), math.sqrt(max(squares[0], 0.0))
+        if error <= noise:
+            return Result("rounded")
+        needed = rank_for_energy(s, reader.energy) if reader.energy and math.isfinite(error) else None
+        rank = {"energy": reader.energy, "needed": needed, "above": None, "estimate": False} if needed else None
+        return _changed(
+            self,
+            "values",
+            rank,
+            relative_error=kernel.relative(error, norm),
+            cosine=kernel.cosine(*squares),
+            norm=norm,
+        )
+
+
+def _factors(part: Factors | Bias) -> tuple[TensorSpec, ...]:
+    return (part.a, part.b) if isinstance(part, Factors) else (part.spec,)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Trained token rows of both sides, each row against the one of the same token."""
+
+    name: str
+    kind: str
+    a: Tokens
+    b: Tokens
+
+    def compare(self, reader: Reader) -> Result:
+        if self.a.values.shape[1:] != self.b.values.shape[1:]:
+            return _changed(self, "shape")
+        if self.a.indices == self.b.indices:
+            return Tensors(self.name, self.kind, self.a.values, self.b.values).compare(reader)
+        at = {index: row for row, index in enumerate(self.b.indices)}
+        common = [(row, at[index]) for row, index in enumerate(self.a.indices) if index in at]
+        a = reader.tensor(self.a.values)[[row for row, _ in common]]
+        b = reader.tensor(self.b.values)[[row for _, row in common]]
+        sums = kernel.Sums()
+        sums.add(a, b)
+        only_a, only_b = len(self.a.indices) - len(common), len(self.b.indices) - len(common)
+        if not (only_a or only_b):
+            if kernel.same_values(a, b):
+                return Result("equal")
+            if a.dtype != b.dtype and (kernel.rounds_to(a, b) or kernel.rounds_to(b, a)):
+                return Result("rounded")
+        result = _changed(
+            self,
+            "rows" if only_a or only_b else "values",
+            relative_error=sums.relative,
+            max_abs=sums.largest,
+            cosine=sums.cosine,
+            differing=sums.differing / max(1, a.numel()),
+            norm=math.sqrt(sums.squares),
+        )
+        result.row |= {"rows_only_a": only_a, "rows_only_b": only_b}
+        return result
+
+
+def _changed(pair: Tensors | Deltas | Rows, why: str, rank: dict | None = None, **numbers: float) -> Result:
+    """The row of a pair that differs; null for what is not measured or no number."""
+    names = ("relative_error", "max_abs", "cosine", "differing", "norm")
+    row = {"name": pair.name, "kind": pair.kind, "why": why, "a": _facts(pair.a), "b": _facts(pair.b)}
+    row |= {name: numbers[name] if math.isfinite(numbers.get(name, math.nan)) else None for name in names}
+    return Result("changed", row | {"rank": rank})
+
+
+def _suggested(s: Tensor, total: float, grid: Grid, energy: float) -> dict | None:
+    """The smallest rank that holds the share `energy` of ‖D‖² = total, None without one."""
+    if not energy or not math.isfinite(total) or not bool(s.isfinite().all()):
+        return None
+    needed = min(rank_for_energy(s, energy, None if grid.exact else total), grid.height, grid.columns)
+    above = not grid.exact and needed > kernel.SKETCH
+    return {
+        "energy": energy,
+        "needed": None if above else needed,
+        "above": kernel.SKETCH if above else None,
+        "estimate": not grid.exact,
+    }
+
+
+# -- for people -------------------------------------------------------------------------------------------------------------
+
+TITLES = ("changed", "", "relative", "max abs", "cosine", "differ", "rank")
+
+
+def table(document: dict[str, Any]) -> list[str]:
+    """The document's changes as lines: a table of what changed, then - what only A has and + what only B has, then settings."""
+    rows = [TITLES, *(_cells(row) for row in document["changed"])] if document["changed"] else []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    for sign, side in (("-", "removed"), ("+", "added")):
+        lines += [f"{sign} {row['name']}  {_both_sides(row | {'why': side, 'a': row, 'b': row})}" for row in document[side]]
+    for row in document["config"]:
+        lines.append(f"{row['name']}: {shown(repr(row['a']))} -> {shown(repr(row['b']))}")
+    return lines
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    share = row["differing"]
+    return (
+        row["name"],
+        _both_sides(row),
+        _error_text(row),
+        "-" if row["max_abs"] is None else f"{row['max_abs']:.2e}",
+        "-" if row["cosine"] is None else f"{row['cosine']:.6f}",
+        "-" if share is None else f"{share:.2%}" if share >= 1e-4 else f"{share:.0e}",
+        _rank_text(row["rank"]),
+    )
+
+
+def _both_sides(row: dict[str, Any]) -> str:
+    """What the row compares: kind, dtype or rank and scale, and shape; of the second side what is not the same."""
+    one, other = _what(row["a"]), _what(row["b"])
+    differing = other if row["a"]["shape"] != row["b"]["shape"] else other[:1]
+    words = [*one, *(["->", *differing] if one != other else [])]
+    words += [f"({row['rows_only_a']} only in A, {row['rows_only_b']} only in B)"] if row["why"] == "rows" else []
+    return " ".join(words if row["kind"] == "tensor" else [row["kind"], *words])
+
+
+def _what(side: dict[str, Any]) -> list[str]:
+    values = side["dtype"] if "dtype" in side else f"r {side['rank']} scale {side['scale']:g}"
+    return [values, "x".join(map(str, side["shape"])) or "scalar"]
+
+
+def _error_text(row: dict[str, Any]) -> str:
+    if row["relative_error"] is not None:
+        return f"{row['relative_error']:.2e}"
+    measured = row["why"] not in ("shape", "dtype") and row["a"].get("dtype", "F32") in dtypes.FLOATS
+    return "-" if not measured else "inf" if row["norm"] == 0 else "nan"
+
+
+def _rank_text(rank: dict | None) -> str:
+    if rank is None:
+        return "-"
+    return f">{rank['above']}" if rank["needed"] is None else f"{'~' * rank['estimate']}{rank['needed']}"

@@ -1,0 +1,505 @@
+"""inspect: what a checkpoint or an adapter holds. Headers and JSON tell most of it; of an adapter the factors are read too.
+
+Nothing that is wrong with the files ends an inspection: it becomes a problem of the result, in the words in which a merge would
+refuse it. Only a path that holds nothing to inspect is refused.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit import adapter as peft
+from adapterkit import dtypes
+from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, Lora, check_config, read_adapter
+from adapterkit.checkpoint import spec as layout
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.header import Header, TensorSpec
+from adapterkit.checkpoint.spec import NOT_A_MODEL, PICKLES, SINGLE, Checkpoint, open_checkpoint, read_header, read_json
+from adapterkit.errors import AdapterkitError, Damaged, Offenders, Refused, shown
+from adapterkit.ops import inspect_report
+from adapterkit.ops.sources import open_source
+from adapterkit.weights.quantised import SAID, check_not_quantised
+
+if TYPE_CHECKING:
+    from adapterkit.ops.inspect_factors import Join
+    from adapterkit.plan import Progress  # with torch, which headers do not need
+
+VERSION = 1  # of the result's schema
+SHOWN = 6  # names listed in one problem
+HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output|head)\.weight$")
+
+
+def inspect(
+    path: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    download: bool = False,
+    plot: str | os.PathLike | None = None,
+    progress: "Progress" = lambda done: None,
+) -> dict[str, Any]:
+    """What a base, an adapter or a .safetensors file holds, and what is wrong with it; a dict that `--json` prints as it is.
+
+    Of every kind:
+      inspect       1, the version of this schema
+      kind          "base", "adapter" or "file"
+      name, origin  the folder's name, and what a receipt would say of it (repo, revision)
+      parameters    elements of all tensors; of a quantised base those of the storage
+      bytes         of the weight files
+      dtypes        {dtype: {tensors, parameters, bytes}}
+      shards        [{file, bytes, tensors}]; tensors null where the header cannot be read
+      architecture  {classes, model_type} from config.json, or null
+      tied          {config, head_stored}: tie_word_embeddings (null: not said) and whether a head is stored; null unless a base
+      quantization  {found, config}, or null
+      problems      [{found, expected, where, do}]
+      modules       an adapter's modules, else []
+    Of an adapter:
+      format, peft_type, base, revision, task_type, peft_version
+      flags         {rslora, dora, lora_bias, bias, init, ensure_weight_tying, layer_replication, target_parameters}
+      modules_to_save, replaced (parameters that are replaced as a whole), tokens [{module, rows}]
+      groups        [{modules, count, kind, rank, alpha, scale}], modules by their last component and equal values
+      statistics    whether the factors were read
+    Of a module: module, kind ("module" or "embedding"), depth (wrapper levels inside it), parameter (known with `base`), experts,
+    rank, alpha, scale, trained (b is not zero), norm (Frobenius, of scale * b @ a; of a stack over all experts; without DoRA's
+    rescaling), effective_rank (exp of the entropy of the normalised squared singular values of b @ a, 0 for zero; of a stack the
+    mean over experts that are not zero), relative (norm by the base weight's norm, with `base`). What is not known is null.
+
+    Weights on the Hub are not read unless `download` is given. `plot` draws the norms, relative ones with `base`, into a PNG file.
+    Raises `Refused` where there is nothing to inspect or an option does not apply.
+    """
+    if plot is not None:
+        inspect_report.check_plot(Path(plot))
+    folder = open_source(path)
+    kind = _kind(folder)
+    if kind != "adapter":
+        _refuse_options(folder, f"a {kind}, no adapter", base, plot)
+        return _base(folder) if kind == "base" else _file(folder)
+    on = open_source(base) if base is not None else None
+    far = [source for source in (folder, on) if source is not None and not isinstance(source, LocalFolder)]
+    if far and not download:
+        _refuse_options(far[0], "weights on the Hub, which are read with --download only", base, plot)
+    result = _adapter(folder, on, download or not far, progress)
+    if plot is not None:
+        inspect_report.draw(result, Path(plot))
+    return result
+
+
+def _refuse_options(folder: Folder, found: str, base: object, plot: object) -> None:
+    """`Refused` where factors are asked about that there are not, or that are not read."""
+    given = " and ".join(name for name, value in {"--base": base, "--plot": plot}.items() if value is not None)
+    if given:
+        do = f"leave {given} out" + (", or give --download" if "download" in found else "")
+        raise Refused(found, expected=f"an adapter whose factors are read, for {given}", where=folder.name, do=do)
+
+
+def _kind(folder: Folder) -> str:
+    if isinstance(folder, LocalFolder) and folder.only:
+        if folder.only.endswith(".safetensors"):
+            return "file"
+        raise Refused("not a .safetensors file", expected="a .safetensors file or a folder", where=folder.name, do="check the path")
+    here = [name for name in folder.files() if "/" not in name]
+    if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
+        return "adapter"
+    if any(name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json", *PICKLES)) for name in here):
+        return "base"
+    ends = (".safetensors", CONFIG)
+    nested = sorted({name.rpartition("/")[0] for name in folder.files() if name.endswith(ends) and "/" in name})
+    raise Refused(
+        "neither a checkpoint nor an adapter",
+        expected=f"safetensors files, config.json or {CONFIG}",
+        where=folder.name,
+        do=f"name a subfolder: {', '.join(map(shown, nested[:SHOWN]))}" if nested else "check the path",
+    )
+
+
+# -- what headers tell ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What could be read of a folder, and what was wrong with it."""
+
+    folder: Folder
+    shards: dict[str, Header | None] = field(default_factory=dict)  # None: damaged
+    config: dict = field(default_factory=dict)
+    index: dict | None = None
+    index_name: str | None = None
+    problems: list[AdapterkitError] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        return {spec.key: spec for header in self.shards.values() if header is not None for spec in header.tensors}
+
+    @property
+    def whole(self) -> bool:
+        """Whether every shard is there and could be read."""
+        return None not in self.shards.values() and set(_weight_map(self).values()) <= set(self.shards)
+
+    def problem(self, found: str, expected: str, do: str, where: str = "") -> None:
+        self.problems.append(Damaged(found, expected=expected, where=where or self.folder.name, do=do))
+
+    def header(self, name: str, number: int = 0) -> None:
+        """Read one shard's header, or note why it cannot be."""
+        self.shards[name] = None
+        try:
+            self.shards[name] = read_header(self.folder, name, number)
+        except (Refused, Damaged) as error:
+            self.problems += _each(error)
+
+    def json(self, name: str) -> dict | None:
+        if name not in self.folder.files():
+            return None
+        try:
+            return read_json(self.folder, name)
+        except (Refused, Damaged) as error:
+            self.problems += _each(error)
+            return None
+
+
+def _each(error: AdapterkitError) -> tuple[AdapterkitError, ...]:
+    return error.errors if isinstance(error, Offenders) else (error,)
+
+
+def _base(folder: Folder) -> dict[str, Any]:
+    seen = _opened(folder)
+    _check_files(seen)
+    quantization = _quantization(seen)
+    _check_tensors(seen, mixed=quantization is not None)
+    tied = _tied(seen)
+    classes = seen.config.get("architectures")
+    architecture = {
+        "classes": _printable(classes if isinstance(classes, list) else []),
+        "model_type": _printable(seen.config.get("model_type")),
+    }
+    return _result("base", seen) | {"architecture": architecture, "tied": tied, "quantization": quantization} | _ends(seen)
+
+
+def _file(folder: Folder) -> dict[str, Any]:
+    seen = _Seen(folder)
+    seen.header(next(iter(folder.files())))
+    quantization = _quantization(seen)
+    _check_tensors(seen, mixed=quantization is not None)
+    if any(".lora_" in key for key in seen.tensors):
+        seen.problem(f"factors of a LoRA without {CONFIG}", f"a folder with {CONFIG}", "inspect the adapter's folder")
+    return _result("file", seen) | {"quantization": quantization} | _ends(seen)
+
+
+def _opened(folder: Folder) -> _Seen:
+    """A checkpoint as a merge would open it, or as much of it as can be read."""
+    seen = _Seen(folder)
+    try:
+        whole = open_checkpoint(folder)
+    except (Refused, Damaged) as error:
+        seen.problems += _each(error)
+        _read_what_is_there(seen)
+        return seen
+    seen.shards, seen.config, seen.index, seen.index_name = {**whole.shards}, whole.config, whole.index, whole.index_name
+    return seen
+
+
+def _read_what_is_there(seen: _Seen) -> None:
+    files = seen.folder.files()
+    here = _safetensors(seen.folder)
+    seen.config = seen.json("config.json") or {}
+    indexes = [f"{single}.index.json" for single in SINGLE] + sorted(n for n in files if n.endswith(".safetensors.index.json"))
+    seen.index_name = next((name for name in indexes if name in files), None)
+    seen.index = seen.json(seen.index_name) if seen.index_name else None
+    table = _weight_map(seen)
+    single = [name for name in SINGLE if name in here][:1]
+    for name in sorted(set(here) & set(table.values())) or single or here:
+        seen.header(name)
+    tensors = seen.tensors
+    if table:
+        held = {key: file for key, file in table.items() if seen.shards.get(file) is not None}
+        seen.problems += layout._index_errors(seen.folder, {"weight_map": held}, seen.index_name or "", tensors)
+    seen.problems += layout._config_errors(seen.config, len(tensors), f"{seen.folder.name}/config.json")
+
+
+def _weight_map(seen: _Seen) -> dict[str, str]:
+    table = (seen.index or {}).get("weight_map")
+    return {k: v for k, v in table.items() if isinstance(v, str)} if isinstance(table, dict) else {}
+
+
+def _safetensors(folder: Folder) -> list[str]:
+    """The folder's own safetensors files that are no adapter's."""
+    here = (name for name in folder.files() if "/" not in name and name.endswith(".safetensors"))
+    return sorted(name for name in here if not name.startswith(NOT_A_MODEL))
+
+
+def _check_files(seen: _Seen) -> None:
+    """What lies beside the weights and may be taken for them, and an index whose total is another."""
+    files = seen.folder.files()
+    stray = [name for name in _safetensors(seen.folder) if name not in seen.shards]
+    if stray:
+        do = "nothing, if nothing loads them; else move them away"
+        seen.problem(f"weights that are not part of the model: {_some(stray)}", "the model's shards alone", do)
+    _check_pickles(seen, "the weights")
+    if "config.json" not in files:
+        seen.problem("no config.json", "the model's config", "copy it from where the weights came from")
+    metadata = (seen.index or {}).get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    stored = sum(spec.nbytes for spec in seen.tensors.values())
+    if said is not None and said != stored and seen.whole:
+        where = f"{seen.folder.name}/{seen.index_name}"
+        seen.problem(f"total_size {shown(said)}", f"{stored}, the bytes of all tensors", "write the index again", where)
+
+
+def _check_pickles(seen: _Seen, beside: str) -> None:
+    pickles = sorted(name for name in seen.folder.files() if "/" not in name and name.endswith(PICKLES))
+    if pickles and seen.shards:  # where they are all there is, they are refused in other words
+        do = "remove them: loading a pickle runs the code in it"
+        seen.problem(f"pickles beside {beside}: {_some(pickles)}", "safetensors files", do)
+
+
+def _check_tensors(seen: _Seen, *, mixed: bool) -> None:
+    """Empty tensors, and floats of several dtypes unless quantisation accounts for them."""
+    tensors = seen.tensors.values()
+    empty = [spec.key for spec in tensors if 0 in spec.shape]
+    if empty:
+        do = "gather the shards before saving (ZeRO-3, FSDP)"
+        seen.problem(f"{len(empty)} empty tensors: {_some(empty)}", "tensors with elements", do)
+    floats = {name: count["tensors"] for name, count in _dtypes(tensors).items() if name in dtypes.FLOATS}
+    if len(floats) > 1 and not mixed:
+        found = ", ".join(f"{name} ({count} tensors)" for name, count in floats.items())
+        seen.problem(f"floats of several dtypes: {found}", "one dtype", "nothing, if the model keeps some layers in float32")
+
+
+def _tied(seen: _Seen) -> dict[str, Any]:
+    said = _nested(seen.config, "tie_word_embeddings")
+    heads = [key for key in seen.tensors if HEAD.search(key)]
+    if said is True and any(key.endswith("lm_head.weight") for key in heads):
+        do = "set tie_word_embeddings to false if the head was trained apart, else drop it"
+        seen.problem("lm_head.weight is stored, and tie_word_embeddings is true", "one of them: a loader may drop the head", do)
+    classes = seen.config.get("architectures")
+    causal = isinstance(classes, list) and any(str(name).endswith("ForCausalLM") for name in classes)
+    if said is False and causal and seen.tensors and not heads and seen.whole:
+        do = "set tie_word_embeddings to true if the embedding is the head, else restore the head"
+        seen.problem("no head is stored, and tie_word_embeddings is false", "lm_head.weight", do)
+    return {"config": said, "head_stored": bool(heads)}
+
+
+def _nested(config: dict, key: str) -> bool | None:
+    """A switch of the config, or of the text model's part in it."""
+    values = [
+        config.get(key),
+        *(sub.get(key) for name, sub in config.items() if isinstance(sub, dict) and name.endswith("_config")),
+    ]
+    return next((value for value in values if isinstance(value, bool)), None)
+
+
+def _quantization(seen: _Seen) -> dict[str, Any] | None:
+    shards = {name: header for name, header in seen.shards.items() if header is not None}
+    files = seen.folder.files()
+    checkpoint = Checkpoint(seen.folder, shards, seen.tensors, seen.index, seen.index_name, seen.config, files)
+    try:
+        check_not_quantised(checkpoint)
+    except Refused as error:
+        config = next((seen.config[key] for key in SAID if isinstance(seen.config.get(key), dict)), None)
+        return {"found": error.found.removeprefix("a quantised base: "), "config": _printable(config)}
+    return None
+
+
+def _result(kind: str, seen: _Seen) -> dict[str, Any]:
+    """The facts that every kind has, in the order of the schema."""
+    files = seen.folder.files()
+    tensors = [spec for header in seen.shards.values() if header is not None for spec in header.tensors]
+    shards = [
+        {"file": name, "bytes": files.get(name, 0), "tensors": None if header is None else len(header.tensors)}
+        for name, header in seen.shards.items()
+    ]
+    return {
+        "inspect": VERSION,
+        "kind": kind,
+        "name": seen.folder.name,
+        "origin": seen.folder.origin,
+        "parameters": sum(math.prod(spec.shape) for spec in tensors),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "dtypes": _dtypes(tensors),
+        "shards": shards,
+        "architecture": None,
+        "tied": None,
+        "quantization": None,
+    }
+
+
+def _ends(seen: _Seen, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    different = {str(error): error for error in seen.problems}.values()
+    parts = [{"found": e.found, "expected": e.expected, "where": e.where, "do": e.do} for e in different]
+    return {"problems": _printable(parts), "modules": modules or []}
+
+
+def _dtypes(tensors: Iterable[TensorSpec]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for spec in tensors:
+        count = found.setdefault(spec.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
+        count["tensors"] += 1
+        count["parameters"] += math.prod(spec.shape)
+        count["bytes"] += spec.nbytes
+    return dict(sorted(found.items()))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(shown, names[:SHOWN])) + more
+
+
+def _printable(value: Any) -> Any:
+    """A value from a stranger's JSON, its texts printable and its numbers finite."""
+    if isinstance(value, dict):
+        return {shown(key): _printable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_printable(item) for item in value]
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+# -- adapters -------------------------------------------------------------------------------------------------------------
+
+
+def _adapter(folder: Folder, on: Folder | None, reads: bool, progress: "Progress") -> dict[str, Any]:
+    """An adapter; `on`: its base, `reads`: whether the factors are read."""
+    seen = _Seen(folder)
+    adapter, typed = _read_adapter(seen)
+    _check_tensors(seen, mixed=False)
+    _check_pickles(seen, "the adapter")
+    others = _safetensors(folder)
+    if others:
+        do = "inspect a model in a folder of its own"
+        seen.problem(f"other weights beside the adapter's: {_some(others)}", "the adapter alone", do)
+    modules = _modules(adapter, typed, on, reads, seen, progress)
+    facts = _result("adapter", seen) | _said(adapter) | {"groups": _groups(modules), "statistics": reads}
+    return facts | _ends(seen, modules)
+
+
+def _modules(
+    adapter: Adapter, typed: bool, on: Folder | None, reads: bool, seen: _Seen, progress: "Progress"
+) -> list[dict[str, Any]]:
+    if not reads:
+        return _in_order([_module(adapter, lora, None, typed, seen) for lora in adapter.loras])
+    from adapterkit.ops import inspect_factors  # imports torch
+
+    joined = inspect_factors.join(adapter, on, seen.problems) if on is not None and typed else None
+    modules = [_module(adapter, lora, joined, typed, seen) for lora in adapter.loras]
+    inspect_factors.read_factors(adapter, modules, joined, seen.problems, progress)
+    if modules and not (any(module["trained"] for module in modules) or adapter.replaced or adapter.tokens):
+        seen.problem("no module is trained: every b is zero", "a trained adapter", "check that training ran before the save")
+    return _in_order(modules)
+
+
+def _in_order(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(modules, key=lambda module: _natural(module["module"]))
+
+
+def _read_adapter(seen: _Seen) -> tuple[Adapter, bool]:
+    """An adapter, whatever may be wrong with it, and whether what its config says of plain LoRA is in order."""
+    try:
+        adapter = read_adapter(seen.folder, 1)
+    except (Refused, Damaged) as error:
+        seen.problems += _each(error)
+        return _loose_adapter(seen)
+    seen.config, seen.shards = adapter.config, {WEIGHTS: Header(b"", tuple(adapter.tensors.values()), {})}
+    return adapter, True
+
+
+def _loose_adapter(seen: _Seen) -> tuple[Adapter, bool]:
+    """What `read_adapter` refuses, as far as it can be read, with the problems that it did not come to."""
+    name = seen.folder.name
+    seen.config = seen.json(CONFIG) or {}
+    if seen.config:
+        seen.problems += check_config(seen.config, f"{name}/{CONFIG}")
+    plain = {k: v for k, v in seen.config.items() if k in peft.HARMLESS and k not in peft.OTHER_ARITHMETIC}
+    typed = not check_config(plain, "")
+    if WEIGHTS in seen.folder.files():
+        seen.header(WEIGHTS, 1)
+    header, tensors = seen.shards.get(WEIGHTS), seen.tensors
+    parts = peft._sorted_out(tensors, seen.problems, f"{name}/{WEIGHTS}")
+    tokens = peft._tokens(parts, seen.config, seen.problems, name) if header is not None else ()
+    loras = peft._loras(parts, seen.problems, name)
+    if typed and header is not None:
+        seen.problems += peft._promises(parts, seen.config, name)
+    return Adapter(seen.folder, 1, seen.config, loras, parts.replaced, tokens, tensors), typed
+
+
+def _said(adapter: Adapter) -> dict[str, Any]:
+    """What the config says, and what the file holds besides factors."""
+    said = adapter.config.get
+    flags = {"rslora": bool(said("use_rslora")), "dora": bool(said("use_dora")), "init": said("init_lora_weights")}
+    flags |= {key: said(key) for key in ("lora_bias", "bias", "ensure_weight_tying", "layer_replication", "target_parameters")}
+    facts = {
+        "format": "peft",
+        "base": said("base_model_name_or_path"),
+        **{key: said(key) for key in ("peft_type", "revision", "task_type", "peft_version")},
+        "flags": flags,
+        "modules_to_save": said("modules_to_save") or [],
+        "replaced": sorted(adapter.replaced, key=_natural),
+        "tokens": [{"module": tokens.module, "rows": list(tokens.indices)} for tokens in adapter.tokens],
+    }
+    return _printable(facts)
+
+
+def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, seen: _Seen) -> dict[str, Any]:
+    """One adapted module, by its header and the config; what its factors do is filled in later."""
+    at, stored = (lora.module, lora.depth), lora.a.shape[0]
+    parameter = joined.parameters[at].name if joined is not None and at in joined.parameters else None
+    rank, alpha, scale = _settings(adapter, lora, parameter, seen) if typed else (None, None, None)
+    experts = joined.experts.get(at) if joined is not None else None
+    if parameter is None and rank and stored != rank and stored % rank == 0 and _own_targets(adapter, lora):
+        experts = stored // rank
+    if rank is not None and stored != rank * (experts or 1):
+        found = f"rank {stored} in the file for {shown(lora.module)}"
+        do = "restore the config that was saved with the file (a wrong rank means a wrong scale)"
+        seen.problem(found, f"rank {rank}, as r and rank_pattern say", do, adapter.where)
+        rank = scale = None
+    place = {"module": lora.module, "kind": lora.kind, "depth": lora.depth, "parameter": parameter, "experts": experts}
+    unknown = dict.fromkeys(("trained", "norm", "effective_rank", "relative"))
+    return place | {"rank": rank or stored, "alpha": alpha, "scale": scale} | unknown
+
+
+def _settings(adapter: Adapter, lora: Lora, parameter: str | None, seen: _Seen) -> tuple[int | None, float | None, float | None]:
+    """Rank, alpha and scale as the config says, which speaks of a module, or of its parameter where that has a name of its own."""
+    names = [parameter] if parameter is not None else _own_targets(adapter, lora)
+    plain = [lora.module if name.rpartition(".")[2] in ("weight", "in_proj_weight") else name for name in names]
+    try:
+        found = {_patterns(adapter, name) for name in plain or [lora.module]}
+    except Refused as error:  # a pattern that cannot be used
+        seen.problems += _each(error)
+        return None, None, None
+    if len(found) > 1:
+        expected = "one rank and alpha for all target_parameters of a module (PEFT's file names the nesting only)"
+        seen.problem(f"parameters of {shown(lora.module)} that cannot be told apart", expected, "give --base", adapter.name)
+        return None, None, None
+    return found.pop()
+
+
+def _patterns(adapter: Adapter, name: str) -> tuple[int, float, float]:
+    rank, scale = adapter.resolved(name)
+    return rank, adapter._first(adapter._alpha_patterns, name, adapter.config["lora_alpha"]), scale
+
+
+def _own_targets(adapter: Adapter, lora: Lora) -> list[str]:
+    """Those parameters of the module that target_parameters may mean; without a base the file does not say which of them it is."""
+    ends = [target.rpartition(".") for target in adapter.config.get("target_parameters") or []]
+    own = [leaf for parent, _, leaf in ends if not parent or f".{lora.module}".endswith(f".{parent}")]
+    own += ["weight"] if any(not parent for parent, _, _ in ends) else []  # such a name says nothing of the module
+    return [f"{lora.module}.{leaf}" for leaf in own] if lora.kind == "module" else []
+
+
+def _groups(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Modules counted by the last component of their names (a parameter's name, where it has one of its own) and equal values."""
+    counts: dict[tuple, int] = {}
+    for module in modules:
+        own = (module["parameter"] or "").rpartition(".")[2]
+        name = module["module"].rpartition(".")[2] + (f".{own}" if own not in ("", "weight") else "")
+        key = (name, *(module[value] for value in ("kind", "rank", "alpha", "scale")))
+        counts[key] = counts.get(key, 0) + 1
+    names = ("modules", "kind", "rank", "alpha", "scale")
+    return [dict(zip(names, key, strict=True)) | {"count": count} for key, count in counts.items()]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key that counts layers as numbers."""
+    return [(0, int(part), "") if part.isascii() and part.isdecimal() else (1, 0, part) for part in name.split(".")]

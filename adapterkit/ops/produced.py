@@ -1,0 +1,304 @@
+"""What every verb that writes an adapter shares: its config, its card, tensors taken over as they are, ranks that came out."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapterkit import __version__, dtypes
+from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, canonical
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.writer import RECEIPT
+from adapterkit.errors import AdapterkitError, Refused, refuse_all
+from adapterkit.factors import Place, factors_of
+from adapterkit.ops.packaging import as_json, cell, hub_or_name, tokenizer_files
+from adapterkit.plan import Bundle, Computed, CopyFile, FromFacts, Inputs, Made, Plan, Receipt, identities, run, sha256_of
+
+# What an adapter that is the sum of others takes over from the first of them
+KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", "target_parameters")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One tensor of an input, byte for byte."""
+
+    source: TensorSpec
+    key: str
+    prefix: str = ""  # of its name in the receipt
+
+    @property
+    def name(self) -> str:
+        return self.prefix + self.key
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.source,)
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        return (Stored(self.key, self.source.dtype, self.source.shape),)
+
+    @property
+    def memory(self) -> int:
+        return 2 * self.source.nbytes
+
+    def make(self, inputs: Inputs) -> Made:
+        import torch
+
+        data, dtype = inputs.bytes(self.source), dtypes.torch_dtype(self.source.dtype)
+        tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return Made({self.key: tensor.view(self.source.shape)}, {"taken": True})
+
+
+def taken(source: TensorSpec, prefix: str = "") -> Taken:
+    """A tensor of an adapter, under PEFT's own key for it."""
+    return Taken(source, canonical(source.key), prefix)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """The bias that comes with b: Σ scale · bias."""
+
+    name: str
+    key: str
+    terms: tuple[tuple[TensorSpec, float], ...]
+    dtype: str
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for spec, _ in self.terms)
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        return (Stored(self.key, self.dtype, self.terms[0][0].shape),)
+
+    @property
+    def memory(self) -> int:
+        return 8 * sum(spec.nbytes for spec in self.reads)
+
+    def make(self, inputs: Inputs) -> Made:
+        import torch
+
+        total = sum(inputs.tensor(spec).double() * scale for spec, scale in self.terms)
+        return Made({self.key: torch.as_tensor(total).to(dtypes.torch_dtype(self.dtype))}, {})
+
+
+@dataclass(frozen=True)
+class Output:
+    """One adapter that a job writes: `bundles` make its tensors, `settings` go into its config, ranks and scales are filled in once
+    they are known."""
+
+    adapters: Sequence[Adapter]  # what it is made from; the first one's config says what it is for
+    bundles: Sequence[Bundle]
+    modules: dict[str, str]  # bundle name -> the module whose factors it makes
+    settings: dict[str, Any]
+    summary: str
+    folder: str = ""  # inside the output
+    settle: Callable[[list[dict]], list] | None = None
+    alpha: float | None = None  # one lora_alpha for all modules; None: each one's rank, so that every scale is 1
+    kept: dict[str, Any] | None = None  # where there is no adapter: what the config says of the base
+
+    def inside(self, name: str) -> str:
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def shard(self) -> Computed:
+        # the wider dtype first, so that no tensor is misaligned
+        ordered = sorted(self.bundles, key=lambda bundle: -max((dtypes.BITS[s.dtype] for s in bundle.most), default=0))
+        return Computed(self.inside(WEIGHTS), tuple(ordered), settle=self.settle)
+
+    def files(self, notes: list[str]) -> dict[str, bytes | CopyFile | FromFacts]:
+        files: dict[str, bytes | CopyFile | FromFacts] = {}
+        for name, copy in tokenizer_files(list(self.adapters), None, notes).items():
+            files[self.inside(name)] = copy
+        files[self.inside("README.md")] = card(self.base(), self.adapters, self.summary).encode()
+        files[self.inside(CONFIG)] = FromFacts(self.config)
+        return files
+
+    def base(self) -> str | None:
+        return base_id(self.adapters[0]) if self.adapters else (self.kept or {}).get("base_model_name_or_path")
+
+    def config(self, facts: dict[str, dict]) -> bytes:
+        """adapter_config.json for the ranks that came out."""
+        kept = self.kept if self.kept is not None else {k: v for k, v in self.adapters[0].config.items() if k in KEPT}
+        found = {module: facts[name]["rank"] for name, module in self.modules.items() if "rank" in facts[name]}
+        config = kept | self.settings | {"base_model_name_or_path": self.base()}
+        return as_json(config | targets(self.adapters, sorted(found)) | ranks(found, self.alpha))
+
+
+def adapter_plan(
+    verb: str,
+    options: dict[str, Any],
+    inputs: Sequence[Adapter],
+    outputs: Sequence[Output],
+    notes: list[str],
+    facts: dict[str, Any],
+) -> Plan:
+    """A plan that writes adapters, made from the adapters `inputs`, numbered from 0."""
+    _one_base(inputs, notes)
+    return output_plan(verb, options, tuple(a.folder for a in inputs), headers_of(inputs), outputs, notes, facts)
+
+
+def output_plan(
+    verb: str,
+    options: dict[str, Any],
+    folders: tuple[Folder, ...],
+    headers: dict[tuple[int, str], str],
+    outputs: Sequence[Output],
+    notes: list[str],
+    facts: dict[str, Any],
+    bases: int = 0,
+) -> Plan:
+    """A plan that writes adapters, made from these folders."""
+    files: dict[str, bytes | CopyFile | FromFacts] = {}
+    for output in outputs:
+        files |= output.files(notes)
+    shards = tuple(output.shard() for output in outputs)
+    return Plan(verb, options, folders, headers, identities(folders, headers), shards, files, facts, tuple(notes), bases)
+
+
+def headers_of(adapters: Sequence[Adapter]) -> dict[tuple[int, str], str]:
+    """The hashes of the adapters' headers and configs, by which a plan knows its inputs."""
+    headers = {}
+    for adapter in adapters:
+        headers[adapter.number, WEIGHTS] = adapter.header_sha256
+        headers[adapter.number, CONFIG] = sha256_of(adapter.folder, CONFIG)
+    return headers
+
+
+def plain_settings() -> dict[str, Any]:
+    """The config of a LoRA of scale 1, as PEFT writes it."""
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+    }
+
+
+def targets(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
+    """target_modules that mean the written modules and no others: the inputs' own list where all have the same modules and list,
+    else their full names. Parameters are named as the inputs name them (`target_parameters`)."""
+    named = {target for a in adapters for target in a.config.get("target_parameters") or []}
+    if named:
+        return {"target_modules": [], "target_parameters": sorted(named)}
+    lists = [a.config.get("target_modules") for a in adapters]
+    narrowed = any(a.config.get("layers_to_transform") or a.config.get("exclude_modules") for a in adapters)
+    same = bool(adapters) and all({lora.module for lora in a.loras} == set(modules) for a in adapters)
+    if same and not narrowed and all(isinstance(t, list) and set(t) == set(lists[0] or ()) for t in lists):
+        return {"target_modules": sorted(lists[0] or ())}
+    return {"target_modules": modules}
+
+
+def ranks(found: dict[str, int], alpha: float | None = None) -> dict[str, Any]:
+    """r, lora_alpha and the patterns for each module's rank: the commonest is r, the others are anchored patterns."""
+    common = Counter(found.values()).most_common(1)[0][0] if found else 8
+    pattern = {f"^{module}": rank for module, rank in found.items() if rank != common}
+    alphas = {"lora_alpha": common, "alpha_pattern": dict(pattern)} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
+    return {"r": common, "rank_pattern": pattern, **alphas}
+
+
+def bounds(place: Place, rank: int, dtype: str) -> tuple[Stored, ...]:
+    """What a module's factors take at most."""
+    a, b = place.shapes(rank)
+    return Stored(place.a_key, dtype, a), Stored(place.b_key, dtype, b)
+
+
+def hub_id(folder: Folder) -> str | None:
+    """The Hub's id of a folder, where it has one."""
+    found = folder.origin.get("repo")
+    return str(found) if found else None
+
+
+def base_id(adapter: Adapter) -> str | None:
+    """The base's id that an adapter's config names; a path of the machine it was trained on is of no use to others."""
+    base = adapter.config.get("base_model_name_or_path")
+    return base if isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and base[0] != "." else None
+
+
+def _one_base(adapters: Iterable[Adapter], notes: list[str]) -> None:
+    bases = {str(base_id(a)) for a in adapters}
+    if len(bases) > 1:
+        notes.append(f"the adapters name {len(bases)} bases: {', '.join(sorted(map(cell, bases)))}")
+
+
+def card(base: str | None, adapters: Sequence[Adapter], summary: str) -> str:
+    """A README.md with the Hub's metadata for an adapter; names of inputs are quoted, nothing of them is interpreted."""
+    header = ["---", *([f"base_model: {json.dumps(base)}"] if base else [])]
+    header += ["library_name: peft", "tags:", "- lora", "- adapterkit", "---", ""]
+    body = ["# Adapter", "", f"Made by adapterkit {__version__} from the files: {cell(summary)}.", ""]
+    body += ["From:", ""] if adapters else []
+    body += [f"- {cell(hub_or_name(a.folder))}" for a in adapters]
+    body += ["", f"What was done to each module, and the hash of every file, stands in `{RECEIPT}`.", ""]
+    return "\n".join(header + body)
+
+
+def extras(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What the config must say of values taken over whole: trained modules, token rows, biases."""
+    saved = sorted({module for a in adapters for module in a.config.get("modules_to_save") or []})
+    tokens = next((a.config["trainable_token_indices"] for a in adapters if a.tokens), None)
+    biases = {a.config.get("bias", "none") for a in adapters} - {"none", None}
+    found: dict[str, Any] = {"modules_to_save": saved or None, "bias": "all" if len(biases) > 1 else next(iter(biases), "none")}
+    return found | ({"trainable_token_indices": tokens} if tokens else {})
+
+
+def carry_out(plan: Plan, out: Path, *, engine: str, device: str, **how: Any) -> Receipt:
+    """Run a plan on the engine of that name."""
+    if engine != "local":
+        raise Refused(f"engine {engine!r}", expected="local", where="--engine", do="leave --engine out")
+    from adapterkit.engines.local import local
+
+    return run(plan, out, local(device), **how)
+
+
+def flags(adapter: Adapter) -> dict[str, Any]:
+    """The config's flags of what stays as it is beside new factors."""
+    return {key: bool(adapter.config.get(key)) for key in ("use_dora", "lora_bias", "ensure_weight_tying")}
+
+
+def beside_factors(adapter: Adapter, dtype: str) -> list[Bundle]:
+    """All that an adapter holds besides its factors: biases of b with the scale folded in, the rest byte for byte."""
+    bundles: list[Bundle] = []
+    for lora in adapter.loras:
+        if lora.bias is not None:
+            terms = ((lora.bias, factors_of(adapter, lora).scale),)
+            bundles.append(Bias(f"{lora.module} bias", canonical(lora.bias.key), terms, dtype))
+        if lora.magnitude is not None:
+            bundles.append(taken(lora.magnitude))
+    whole = [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]
+    return [*bundles, *map(taken, whole)]
+
+
+def check_choices(*options: tuple[str, Any, tuple]) -> None:
+    """`Refused` listing every option whose value is none of the allowed ones."""
+    errors: list[AdapterkitError] = [
+        Refused(f"{name} {value!r}", expected=" or ".join(allowed), where="options", do="use one of these")
+        for name, value, allowed in options
+        if value not in allowed
+    ]
+    refuse_all(errors)
+
+
+def check_refit(rank: int | None, energy: float | None) -> None:
+    """`Refused` for a rank or a share of the energy that makes no sense, or both."""
+    errors: list[AdapterkitError] = []
+    for name, value, good, expected in [
+        ("--rank", rank, rank is None or rank > 0, "a number above 0"),
+        ("--energy", energy, energy is None or 0 < energy <= 1, "a share above 0, at most 1"),
+        ("--rank and --energy", "both", rank is None or energy is None, "one of them"),
+    ]:
+        if not good:
+            errors.append(Refused(f"{name} {value!r}", expected=expected, where="options", do="give another value"))
+    refuse_all(errors)

@@ -1,0 +1,100 @@
+"""rebase: an adapter whose initialisation changed the base becomes plain LoRA on the original base: Δ' = s·b@a - s₀·b₀@a₀."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterkit import dtypes
+from adapterkit.adapter import Adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.combinations.linear import Linear
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.factors import place_of
+from adapterkit.ops import packaging, produced
+from adapterkit.ops.combine import join, read_all
+from adapterkit.ops.combining import Combined, Part, Refit
+from adapterkit.ops.sources import open_source
+from adapterkit.plan import Bundle, Plan, Progress, Receipt
+
+QUANTISED = ("loftq",)  # inits whose base is quantised, not a residual: no difference of factors leads back to the original
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a rebase can be told. Fields are the command's options."""
+
+    rank: int | None = None
+    energy: float | None = None
+    dtype: str = "fp32"
+
+
+def rebase(
+    adapter: str | os.PathLike,
+    *,
+    initial: str | os.PathLike,
+    out: str | os.PathLike,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Turn an adapter that was initialised by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the original base.
+
+    Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training), so on W the delta is s·b@a -
+    s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it. Unlike PEFT's `path_initial_model_for_weight_conversion` it
+    keeps embeddings, biases, magnitudes, trained modules and token rows, and works with patterns and rsLoRA. Raises `Refused`
+    before anything is written.
+    """
+    plan = plan_rebase(open_source(adapter), open_source(initial), Options(rank, energy, dtype))
+    packaging.check_output_apart(Path(out), plan.folders)
+    how = {"hash": hash, "device": device, "engine": engine, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return plan if dry_run else produced.carry_out(plan, Path(out), **how)
+
+
+def plan_rebase(source: Folder, initial: Folder, options: Options) -> Plan:
+    """Everything a rebase will do, or `Refused` with all that cannot be done."""
+    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)))
+    produced.check_refit(options.rank, options.energy)
+    trained, before = read_all([source, initial])
+    errors: list[AdapterkitError] = []
+    notes: list[str] = []
+    init = trained.changed_base()
+    if init is None:
+        notes.append(f"{trained.name} does not say that its init changed the base (init_lora_weights): taken at the caller's word")
+    elif init.lower().startswith(QUANTISED):
+        found = f"{trained.name} was initialised by {init}: its base is quantised, not a residual"
+        do = "merge it into its quantised base, or extract the difference"
+        errors.append(Refused(found, expected="an init that subtracts from the base", where=trained.where, do=do))
+    joined = join([trained, before], errors)
+    errors += _same_modules(joined, trained, before)
+    refuse_all(errors)
+    dtype, refit = dtypes.parse(options.dtype), Refit(options.rank, options.energy)
+    bundles: list[Bundle] = []
+    for name, members in joined.items():
+        parts = (Part(0, members[0][1], 1.0), Part(1, members[1][1], -1.0))
+        bundles.append(Combined(name, parts, place_of(*members[0]), Linear(), "delta", refit, dtype, 0))
+    bundles += produced.beside_factors(trained, dtype)
+    modules = {name: members[0][0].module for name, members in joined.items()}
+    settings = produced.plain_settings() | produced.extras([trained]) | produced.flags(trained)
+    told = {k: v for k, v in vars(options).items() if v is not None}
+    facts = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)], "init": init}
+    output = produced.Output([trained], bundles, modules, settings, f"{init or 'its'} initial factors taken out")
+    return produced.adapter_plan("rebase", told, [trained, before], [output], notes, facts)
+
+
+def _same_modules(joined: dict, trained: Adapter, before: Adapter) -> list[AdapterkitError]:
+    errors: list[AdapterkitError] = []
+    for number, adapter in ((0, trained), (1, before)):
+        lacking = [name for name, members in joined.items() if number not in members]
+        if lacking:
+            found = f"{adapter.name} lacks {len(lacking)} modules of the other: {', '.join(map(shown, lacking[:4]))}"
+            errors.append(
+                Refused(found, expected="the same modules in both", where="--initial", do="give the adapter saved before training")
+            )
+    return errors

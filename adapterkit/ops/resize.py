@@ -1,0 +1,279 @@
+"""resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best approximation of each delta, by its
+singular values."""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit import dtypes
+from adapterkit.adapter import CONFIG, PREFIX, Adapter, Lora, read_adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint, read_json
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.factors import Factors, Place, place_of
+from adapterkit.kinds.common import Adapted, Delta, Kind, Weight, read_kind
+from adapterkit.kinds.dora import DoRA
+from adapterkit.ops import packaging, produced
+from adapterkit.ops.combine import join
+from adapterkit.ops.extract import SHARES
+from adapterkit.ops.ranking import Converted, Cut, Truncated, check_cut, even_rank, settled_by_size
+from adapterkit.ops.sources import open_source
+from adapterkit.plan import Bundle, Plan, Progress, Receipt
+from adapterkit.registry import members
+from adapterkit.weights.names import Names
+from adapterkit.weights.quantised import check_not_quantised
+
+CHECK_BASE = "check that the adapter was trained on this base"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a resize can be told. Fields are the command's options."""
+
+    cut: Cut
+    alpha: str = "rank"
+    dtype: str = "fp32"
+
+
+def resize(
+    adapter: str | os.PathLike,
+    *,
+    out: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    sv_ratio: float | None = None,
+    max_size: str | None = None,
+    alpha: str = "rank",
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Change an adapter's rank: b'@a' is the best approximation of scale·b@a of its rank, from QR of both factors.
+
+    One of `rank`, `energy` (the smallest rank of each module that keeps this share of the squared singular values), `sv_ratio`
+    (singular values of at least the largest one divided by this) and `max_size` (a file of at most this size; the ranks go to the
+    largest singular values of all modules). The factors' norms are balanced. `alpha="rank"` gives every module scale 1, `"keep"`
+    keeps lora_alpha and folds the difference into b. Ranks are exact: no rank above the one asked for. Everything that is no
+    factor (biases, magnitudes, trained modules, token rows) is kept. Raises `Refused` before anything is written.
+
+    LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does too. OFT needs it for the
+    weights that it rotates, VeRA for the widths of its layers, convolutions of the others for their kernels.
+    """
+    options = Options(Cut(rank, energy, sv_ratio, max_size), alpha, dtype)
+    plan = plan_resize(open_source(adapter), options, None if base is None else open_source(base))
+    packaging.check_output_apart(Path(out), plan.folders)
+    how = {"hash": hash, "device": device, "engine": engine, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return plan if dry_run else produced.carry_out(plan, Path(out), **how)
+
+
+def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:
+    """Everything a resize will do, or `Refused` with all that cannot be done."""
+    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--alpha", options.alpha, ("rank", "keep")))
+    check_cut(options.cut)
+    config = read_json(source, CONFIG) if CONFIG in source.files() else {}  # the reader refuses what has none
+    kind, notes = _kind(source, config), []
+    if base is not None and kind is None and not config.get("use_dora"):
+        notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
+        base = None
+    job = _Job(options, None if base is None else open_checkpoint(base, 0), notes)
+    if kind is not None:
+        job.convert(kind, source)
+    else:
+        job.resize(read_adapter(source, job.number))
+    refuse_all(job.errors)
+    if not job.ranked:
+        raise Refused("no module with factors", expected="an adapter of low-rank factors", where=source.name, do="check it")
+    return job.plan()
+
+
+def _kind(source: Folder, config: dict) -> type[Kind] | None:
+    """The type of an adapter; None for LoRA, and for what is no adapter."""
+    said, known = config.get("peft_type", "LORA"), members("kinds")
+    name = said.lower() if isinstance(said, str) else ""
+    if name in known or name == "lora":
+        return known.get(name)
+    found, expected = f"peft_type {shown(repr(said))}", ", ".join(["LORA", *map(str.upper, known)])
+    do = "if it can be merged, merge it with PEFT and use adapterkit extract BASE MERGED"
+    raise Refused(found, expected=expected, where=f"{source.name}/{CONFIG}", do=do)
+
+
+@dataclass
+class _Job:
+    """A resize while it is planned: what gets factors, and the adapter as the output's config sees it."""
+
+    options: Options
+    base: Checkpoint | None
+    notes: list[str]
+    errors: list[AdapterkitError] = field(default_factory=list)
+    ranked: list[Truncated | Converted] = field(default_factory=list)
+    modules: dict[str, str] = field(default_factory=dict)  # bundle's name -> its module
+    adapter: Adapter | None = None
+    init: Any = True  # the output's init_lora_weights
+
+    @property
+    def number(self) -> int:
+        """The adapter's, among the inputs: a base comes first."""
+        return 0 if self.base is None else 1
+
+    def resize(self, adapter: Adapter) -> None:
+        """A LoRA from its factors; a DoRA whose base is given from its weights."""
+        self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
+        joined = {name: next(iter(found.values())) for name, found in join([adapter], self.errors).items()}
+        self.modules = {name: lora.module for name, (lora, _) in joined.items()}
+        if self.base is None:
+            dtype, alpha = dtypes.parse(self.options.dtype), self._alpha()
+            for name, (lora, factors) in joined.items():
+                self.ranked.append(Truncated(name, factors, place_of(lora, factors), self.options.cut, dtype, alpha))
+            return
+        self.errors += _not_decomposed(adapter)
+        weights = _Weights(self.base, adapter, [lora.module for lora in adapter.loras], self.notes)
+        for name, (lora, factors) in joined.items():
+            with self._collected():
+                self._add(name, self._dora(lora, factors, weights), lora.kind == "embedding", lora.module, weights)
+        plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
+        self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
+
+    def _dora(self, lora: Lora, factors: Factors, weights: "_Weights") -> DoRA:
+        weight = weights.of(lora.module, lora.kind == "embedding")
+        assert lora.magnitude is not None
+        shape = weight.shape[0], math.prod(weight.shape[1:])
+        if lora.depth or factors.experts is not None or factors.shape != shape or math.prod(lora.magnitude.shape) != shape[0]:
+            found = f"DoRA of {shown(lora.module)} {factors.shape}, magnitudes {lora.magnitude.shape}"
+            raise Refused(found, expected=f"one that fits the base's {weight.shape}", where=weights.where, do=CHECK_BASE)
+        return DoRA(lora.module, factors, lora.magnitude, weight)
+
+    def convert(self, kind: type[Kind], source: Folder) -> None:
+        """An adapter of another type, as a LoRA."""
+        if self.options.alpha == "keep":
+            found = f"--alpha keep with an adapter of type {kind.name}"
+            raise Refused(found, expected="--alpha rank: the adapter has no lora_alpha", where="options", do="leave --alpha out")
+        if kind.base and self.base is None:
+            found = f"a {kind.name.upper()} adapter without its base: {kind.base}"
+            raise Refused(found, expected="--base BASE", where=source.name, do="give --base, the model it was trained on")
+        adapter, modules = read_kind(kind, source, self.number)
+        bias = adapter.config.get("bias") or "none"
+        self.adapter = replace(adapter, config=adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias})
+        shared = modules.pop("")
+        weights = None if self.base is None else _Weights(self.base, adapter, list(modules), self.notes)
+        for module, parts in modules.items():
+            embedding = any("embedding" in part for part in parts)
+            with self._collected():
+                weight = None if weights is None else weights.of(module, embedding)
+                self._add(module, kind.of(Adapted(adapter, module, parts, shared, weight)), embedding, module, weights)
+        self.modules = {module: module for module in modules}
+
+    @contextmanager
+    def _collected(self) -> Iterator[None]:
+        """What is refused inside joins the other errors."""
+        try:
+            yield
+        except AdapterkitError as error:
+            self.errors.append(error)
+
+    def _add(self, name: str, delta: Delta, embedding: bool, module: str, weights: "_Weights | None") -> None:
+        if not delta.rank:
+            self.notes.append(f"{shown(module)} has rank 0: left out")
+            return
+        tail = delta.tail
+        if weights is not None:
+            weight = weights.of(module, embedding)
+            tail = weight.shape[1:]
+            if delta.shape != (weight.shape[0], math.prod(tail)):
+                found = f"{shown(module)}: a delta of {delta.shape}"
+                self.errors.append(
+                    Refused(found, expected=f"one for the base's {weight.shape}", where=weights.where, do=CHECK_BASE)
+                )
+        if tail is None:
+            found = f"{shown(module)}: a kernel of which the file does not say if it is a Conv1d's or a Conv2d's"
+            self.errors.append(Refused(found, expected="--base BASE", where="options", do="give the model it was trained on"))
+            return
+        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        key, out = f"{PREFIX}{module}.", delta.shape[0]
+        place = Place(key + a, key + b, tail, (1,) * (len(tail) - 1), out, None)
+        self.ranked.append(Converted(name, delta, place, self.options.cut, dtypes.parse(self.options.dtype), self._alpha()))
+
+    def _alpha(self) -> float | None:
+        assert self.adapter is not None
+        return self.adapter.config["lora_alpha"] if self.options.alpha == "keep" else None
+
+    def plan(self) -> Plan:
+        adapter, options = self.adapter, self.options
+        assert adapter is not None
+        ranked, settle = self.ranked, None
+        beside = produced.beside_factors(adapter, dtypes.parse(options.dtype))
+        if options.cut.max_size:
+            limit = SHARES * even_rank(options.cut, ranked)
+            ranked = [replace(bundle, limit=limit) if isinstance(bundle, Converted) else bundle for bundle in ranked]
+            settle = settled_by_size(options.cut, [*ranked, *beside])
+        settings = produced.plain_settings() | produced.extras([adapter]) | produced.flags(adapter)
+        settings |= {"init_lora_weights": self.init}
+        bundles: list[Bundle] = [*ranked, *beside]
+        modules = {bundle.name: self.modules[bundle.name] for bundle in ranked}
+        output = produced.Output([adapter], bundles, modules, settings, "resized", settle=settle, alpha=self._alpha())
+        told = {k: v for k, v in {**vars(options.cut), "alpha": options.alpha, "dtype": options.dtype}.items() if v is not None}
+        facts = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
+        headers, folders = produced.headers_of([adapter]), (adapter.folder,)
+        if self.base is not None:
+            headers = {(0, name): header.sha256 for name, header in self.base.shards.items()} | headers
+            folders = (self.base.folder, adapter.folder)
+        return produced.output_plan("resize", told, folders, headers, [output], self.notes, facts, bases=len(folders) - 1)
+
+
+def _not_decomposed(adapter: Adapter) -> list[AdapterkitError]:
+    """Why a DoRA is not a decomposition of the base's weights alone."""
+    errors: list[AdapterkitError] = []
+    init = adapter.changed_base()
+    if init:
+        found, do = f"a DoRA initialised by {init}, which changed its base", "merge it: adapterkit merge --base-is-residual"
+        errors.append(Refused(found, expected="a DoRA of the base as it is", where=adapter.where, do=do))
+    for key, what in [("lora_bias", "biases of b"), ("layer_replication", "replicated layers")]:
+        if adapter.config.get(key):
+            found = f"a DoRA with {what} ({key})"
+            errors.append(Refused(found, expected="a DoRA without", where=adapter.where, do="leave --base out, or merge it"))
+    return errors
+
+
+class _Weights:
+    """The base's weights of adapted modules."""
+
+    def __init__(self, base: Checkpoint, adapter: Adapter, modules: Sequence[str], notes: list[str]):
+        check_not_quantised(base)
+        self.base, self.where, self.said = base, adapter.name, bool(adapter.config.get("fan_in_fan_out"))
+        wanted = tuple(f"{module}.weight" for module in modules)
+        # a convolution may have groups, a transposed layer's weight is (in, out): the model's classes tell
+        careful = any(len(base.tensors[name].shape) > 2 for name in wanted if name in base.tensors) or self.said
+        self.names = Names(base, wanted, adapter.config.get("task_type"), careful=careful, notes=notes)
+
+    def of(self, module: str, embedding: bool) -> Weight:
+        parameter = self.names.parameter(f"{module}.weight")
+        if parameter is None or 0 in parameter.shape or len(parameter.shape) < 2:
+            found = f"the base has no matrix {shown(module)}.weight"
+            raise Refused(found, expected="every module of the adapter in the base", where=self.base.name, do=CHECK_BASE)
+        if self.names.groups(module) > 1:
+            found = f"a grouped convolution: {shown(module)} has {self.names.groups(module)} groups"
+            raise Refused(found, expected="groups 1 (a LoRA cannot be put there)", where=self.base.name, do="leave it out")
+        tensors = {slot.key: self.base.tensors[slot.key] for slot in parameter.slots}
+        if any(spec.dtype not in dtypes.FLOATS for spec in tensors.values()):
+            found = f"{shown(module)}.weight is {', '.join(sorted({spec.dtype for spec in tensors.values()}))}"
+            raise Refused(found, expected=" ".join(dtypes.FLOATS), where=self.base.name, do="dequantise it first")
+        return Weight(parameter, tensors, embedding or (len(parameter.shape) == 2 and self._turned(module, parameter.shape)))
+
+    def _turned(self, module: str, shape: tuple[int, ...]) -> bool:
+        """Whether a layer's weight is stored (in, out), as GPT-2's are: by its class, or by fan_in_fan_out."""
+        layer = self.names.layer(module)
+        if layer is not None or self.names.plain:
+            return layer == "Conv1D"
+        if self.said and shape[0] == shape[1]:
+            found = f"the square weight of {shown(module)} may be stored (in, out): fan_in_fan_out is set"
+            raise Refused(found, expected="a model that transformers knows", where=self.base.name, do="update transformers")
+        return self.said
