@@ -70,7 +70,8 @@ def main() -> int:
     model, loads = loaded(model, folder, [*LANGUAGES, *written])
     table = {"base": losses(model, held_out)} | {name: losses(model, held_out, name) for name in [*LANGUAGES, *written]}
     show_losses(table, written)
-    return 0 if all(check(*statement) for statement in [*loads, *learned(table), *exact(model)]) else 1
+    held = [check(*statement) for statement in [*loads, *learned(table), *exact(model)]]
+    return 0 if all(held) else 1
 
 
 def say(line: str = "") -> None:
@@ -179,8 +180,8 @@ def algebra(folder: Path) -> dict[str, str]:
     write("arrow", *three, "--top-k", "1", out=folder / "experts")
     return {
         "linear": f"{WEIGHT} x each, exact",
-        "ties": "density 0.3, refitted to rank 8",
-        "dare_ties": "density 0.5, refitted to rank 8",
+        "ties": f"density 0.3, refitted to rank {RANK}",
+        "dare_ties": f"density 0.5, refitted to rank {RANK}",
         "subtract": "german - (english + french) / 2, exact",
         "resize": f"german at rank {RANK // 2}",
     }

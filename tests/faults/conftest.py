@@ -221,6 +221,38 @@ class Bench:
         assert not [p.name for p in self.root.iterdir() if "adapterkit" in p.name]
 
 
+@dataclass
+class AdapterBench(Bench):
+    """A bench that runs another verb, on adapters alone: `words` are its arguments, names of folders among them."""
+
+    words: list[str] = field(default_factory=list)
+
+    def argv(self, *more: str, weight: str = "") -> list[str]:
+        words = [str(self.root / w) if (self.root / w.partition("=")[0]).is_dir() else w for w in self.words]
+        return [*words, "--out", str(self.out), *more]
+
+    def undisturbed(self, weight: str = "") -> dict[str, str]:
+        self.clear()
+        self.merge().succeeded()
+        found = self.digests()
+        self.clear()
+        return found
+
+
+@pytest.fixture(scope="module")
+def adapter_bench(disk_of_tests: Path, driver: "Driver", inputs: Path):
+    """A bench for these words, with three adapters."""
+
+    def make(words: list[str]) -> AdapterBench:
+        root = Path(tempfile.mkdtemp(dir=disk_of_tests))
+        shutil.copytree(inputs / "adapter", root / "adapter")
+        make_adapter(root / "other", modules=("q", "k"))
+        make_adapter(root / "third")
+        return AdapterBench(root, driver, words=words)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def driver():
     process = Driver()
