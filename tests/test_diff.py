@@ -452,6 +452,13 @@ def test_settings_that_differ_are_listed_and_those_that_change_the_arithmetic_de
     assert not document["same"] and "had changed the base" in document["notes"][0]
 
 
+def test_deltas_of_other_shapes_are_shown_as_such(tmp_path):
+    first, other = write_lora(tmp_path / "a", {"q": factors(4)}), write_lora(tmp_path / "b", {"q": factors(4, out=80)})
+    document = diff(first, other, tolerance=1e9)
+    assert (only(document)["why"], only(document)["relative_error"]) == ("shape", None) and not document["same"]
+    assert "delta r 4 scale 2 90x70 -> r 4 scale 2 80x70" in table(document)[1]
+
+
 def test_a_rank_that_is_not_the_configs_is_refused(tmp_path):
     wrong = write_lora(tmp_path / "a", {"q": factors(4)}, r=8)
     with pytest.raises(Refused, match="rank 4"):

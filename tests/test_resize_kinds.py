@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adapterkit import resize
+from adapterkit.adapter import read_adapter
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.kinds import lokr
@@ -196,6 +198,7 @@ def test_at_full_rank_the_lora_is_the_adapter(case, base, oracle_of, tmp_path):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and not config["use_dora"] and config["modules_to_save"] == ["head"]
     old, new = load_file(adapter / "adapter_model.safetensors"), load_file(tmp_path / "out" / "adapter_model.safetensors")
+    read_adapter(LocalFolder(tmp_path / "out"))  # which refuses what the config does not speak of
     heads = [key for key in old if ".head." in key]
     assert len(heads) == 2 and all(torch.equal(old[key], new[key]) for key in heads)
 
@@ -241,6 +244,21 @@ def test_the_ranknum_of_old_files_counts(base, tmp_path):
     assert all(torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-6) for name in ("fit", "tall"))
 
 
+def test_a_plan_knows_the_largest_rank_of_each_cut(base, oracle_of, tmp_path, monkeypatch):
+    """With a size none may have more than so many times the rank that all could have alike."""
+    monkeypatch.setattr("adapterkit.ops.resize.SHARES", 2)
+    adapter, _ = oracle_of(Case("oft", ["wide", "fit"], OFT, base=True))
+
+    def most(**cut):
+        plan = resize(adapter, base=base, out=tmp_path / "out", dry_run=True, **cut)
+        return {bundle.name: bundle.most[0].shape[0] for bundle in plan.shards[0].bundles if bundle.name in ("wide", "fit")}
+
+    assert most(rank=3) == {"wide": 3, "fit": 3}
+    assert most(energy=0.5) == {"wide": 8, "fit": 12}
+    alike = 4 * (36 + 8 + 12 + 12)  # bytes of rank 1 for both
+    assert most(max_size=str(4 * alike)) == {"wide": 8, "fit": 8}
+
+
 @pytest.mark.parametrize("kind", ["adalora", "oft", "vera"])
 def test_trained_biases_are_kept(kind, base, tmp_path):
     only = {"adalora": "lora_only"}.get(kind, f"{kind}_only")
@@ -250,6 +268,7 @@ def test_trained_biases_are_kept(kind, base, tmp_path):
     was = peft.PeftModel.from_pretrained(net(base), adapter).base_model.model.fit.bias
     now = peft.PeftModel.from_pretrained(net(base), tmp_path / "out").base_model.model.fit.bias
     assert torch.equal(was, now) and not torch.equal(now, net(base).fit.bias)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["bias"] == "lora_only"
 
 
 def test_dora_without_its_base_stays_dora(base, tmp_path):
@@ -402,6 +421,16 @@ def test_a_tensor_of_another_type_of_adapter_is_refused(simple, base, tmp_path):
     refused(case, base, rewritten(adapter, lambda t: t.update({key: torch.ones(1)})), tmp_path, "boft_R")
 
 
+def test_a_module_inside_another_adapters_layer_is_refused(simple, base, tmp_path):
+    case, adapter = simple
+
+    def wrap(tensors):
+        for key in [k for k in tensors if ".fit." in k]:
+            tensors[key.replace(".fit.", ".fit.base_layer.")] = tensors.pop(key)
+
+    refused(case, base, rewritten(adapter, wrap), tmp_path, "fit.base_layer.* lies inside")
+
+
 def test_integers_are_refused(simple, base, tmp_path):
     case, adapter = simple
 
@@ -475,6 +504,20 @@ def test_a_kernel_of_one_axis_needs_the_base(base, tmp_path):
     case = Case("loha", ["line", "strip", "fit"], {"r": 2, "use_effective_conv2d": True})
     text = refused(case, base, trained(case, base, tmp_path / "adapter"), tmp_path, "line: a kernel")
     assert "strip: a kernel" in text and "fit" not in text
+
+
+def test_a_grouped_convolution_is_refused(tmp_path):
+    """Its weight does not show it: (8, 1, 7, 7) could be a convolution of one channel."""
+    import oracle
+    import transformers
+
+    oracle.save_base(
+        transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8], depths=[1], num_stages=1)), tmp_path, "fp32"
+    )
+    model = transformers.ConvNextModel.from_pretrained(tmp_path)
+    peft.get_peft_model(model, peft.LoHaConfig(target_modules=["dwconv"], r=1)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(Refused, match="dwconv has 8 groups"):
+        resize(tmp_path / "adapter", base=tmp_path, out=tmp_path / "out", rank=1)
 
 
 def test_a_wrong_rank_pattern_is_refused(base, tmp_path):

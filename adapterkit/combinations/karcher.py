@@ -1,5 +1,6 @@
 """karcher: the mean of directions on the sphere, at the mean length."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ ROUNDS = 1000
 class Karcher:
     """Δ' = Σᵢ pᵢ‖Δᵢ‖ · argmin_‖u‖=1 Σᵢ pᵢ θ(u, Δᵢ / ‖Δᵢ‖)², pᵢ = wᵢ / Σⱼ wⱼ, θ the angle: rank Σ rᵢ.
 
-    u ← exp_u(Σᵢ pᵢ log_u(Δᵢ / ‖Δᵢ‖)), in coefficients of the deltas, from their normalised mean, until a step is at most 1e-10 or,
-    below 1e-6, no shorter than the one before (float64's noise); refused after 1000 steps. (mergekit: ten steps in float32, 1e-5.)
+    u ← exp_u(Σᵢ pᵢ log_u(Δᵢ / ‖Δᵢ‖)), in coefficients of the deltas, from their normalised mean, until a step is at most 1e-10;
+    refused after 1000 steps. (mergekit: ten steps in float32, or until 1e-5.)
     Deltas of 0 have no direction and count in the mean length only. Refused: negative weights, and deltas in opposite directions
     (1 + cos < 1e-12), or balanced around 0, between which there is no mean.
     """
@@ -62,7 +63,7 @@ def _mean(
     shares: Tensor,  # (k,)
 ) -> tuple[Tensor, int]:
     """The coefficients (k,) of the mean on the unit sphere, and the number of steps."""
-    point, before = shares / _length(shares, cosines, at_least=1e-6), float("inf")
+    point = shares / _length(shares, cosines, at_least=1e-6)
     for step in range(ROUNDS):
         dots = (cosines @ point).clamp(-1, 1)
         angles = dots.acos()
@@ -71,10 +72,10 @@ def _mean(
         pull = shares * torch.where(angles > 1e-9, angles / angles.sin().clamp_min(1e-300), 1)
         tangent = pull - (pull @ dots) * point  # Σ pull (unit - dot · point)
         length = _length(tangent, cosines)
-        if length <= 1e-10 or before <= length < 1e-6:
+        if length <= 1e-10:
             return point, step
-        point = torch.cos(torch.tensor(length)) * point + torch.sin(torch.tensor(length)) / length * tangent
-        point, before = point / _length(point, cosines), length
+        point = math.cos(length) * point + math.sin(length) / length * tangent
+        point = point / _length(point, cosines)
     raise _refused(f"deltas whose mean direction is not found in {ROUNDS} steps")
 
 

@@ -250,8 +250,8 @@ class _Weights:
         check_not_quantised(base)
         self.base, self.where, self.said = base, adapter.name, bool(adapter.config.get("fan_in_fan_out"))
         wanted = tuple(f"{module}.weight" for module in modules)
-        # a convolution may have groups, a transposed layer's weight is (in, out): the model's classes tell
-        careful = any(len(base.tensors[name].shape) > 2 for name in wanted if name in base.tensors) or self.said
+        # a convolution may have groups: the model's classes tell
+        careful = any(len(base.tensors[name].shape) > 2 for name in wanted if name in base.tensors)
         self.names = Names(base, wanted, adapter.config.get("task_type"), careful=careful, notes=notes)
 
     def of(self, module: str, embedding: bool) -> Weight:

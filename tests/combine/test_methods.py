@@ -762,6 +762,8 @@ def test_sce_weighs_small_deltas_too() -> None:
     """Mean squares far below 1e-6, as those of most adapters: the shares are still those of the squares."""
     one, two = HARD["pair"]
     small = [Product(p.left * 1e-6, p.right) for p in (one, two)]
-    torch.testing.assert_close(
-        combined(record("sce"), small, [1, 1]) * 1e6, combined(record("sce"), [one, two], [1, 1]), rtol=1e-5, atol=1e-6
-    )
+    for select in (0.5, 1.0):
+        method = record("sce", select=select)
+        torch.testing.assert_close(
+            combined(method, small, [1, 1]) * 1e6, combined(method, [one, two], [1, 1]), rtol=1e-5, atol=1e-6
+        )
