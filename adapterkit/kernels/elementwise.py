@@ -41,8 +41,12 @@ class Trim:
         self.spare, self.equal = max(self.spare - len(equal), 0), self.equal - len(equal)
 
 
-def largest(read: Callable[[], Iterable[Tensor]], size: int, keep: int) -> Cut:
+def largest(
+    read: Callable[[], Iterable[Tensor]], size: int, keep: int, glance: Callable[[], Iterable[Tensor]] | None = None
+) -> Cut:
     """The cut that leaves exactly `keep` of `size` elements, or all that are not 0; `read()` gives all blocks anew, to use up.
+
+    `glance()` gives some of the rows, from all over, where that costs less: a first guess comes from them.
 
     A sample brackets the threshold, one pass counts what is above the bracket and collects what is inside, and the threshold is
     selected among that. A bracket that misses, or holds too much, narrows the search, and halving it in between bounds the passes.
@@ -51,7 +55,7 @@ def largest(read: Callable[[], Iterable[Tensor]], size: int, keep: int) -> Cut:
         return Cut(-1.0)
     if keep <= 0:
         return Cut(math.inf)
-    sample = _sampled(read(), size)
+    sample = _sampled((glance or read)(), size)
     low, high, over, within = -1.0, math.inf, 0, size  # the threshold is in (low, high]: `over` are above, `within` are inside
     for turn in count():
         if turn > 1 and turn % 2 == 0:
@@ -73,7 +77,8 @@ def largest(read: Callable[[], Iterable[Tensor]], size: int, keep: int) -> Cut:
 
 
 def _sampled(blocks: Iterable[Tensor], size: int) -> Tensor:
-    """Magnitudes of about SAMPLE elements, falling; the stride has no factor in common with the rows, so no column is preferred."""
+    """Magnitudes of at most about SAMPLE elements, falling; the stride has no factor in common with the rows, so no column is
+    preferred."""
     stride, parts = max(1, size // SAMPLE), []
     for block in blocks:
         while math.gcd(stride, block.shape[1]) > 1:

@@ -109,11 +109,12 @@ def full_svd_seconds(shape: str) -> float:
 
 
 def combined(work: Path, shape: str, repeat: int, peft: bool) -> dict:
-    """svd, ties_svd and an exact combination of three adapters, and a resize of one."""
+    """svd, ties_svd and an exact combination of three adapters, and a resize of one; with PEFT's and others' times for one layer."""
     folders, out, rows = [str(folder) for folder in adapters_of(work, shape)], work / "run" / "out", {}
     weighted = [folders[0], folders[1] + "=0.5", folders[2] + "=0.7"]
     layers = SHAPES[shape][3]
-    for kind, options in {"cat": {}, "svd": {}, "ties_svd": {"density": float(DENSITY)}}.items():
+    kinds = {"cat": {}, "svd": {}} | ({"ties_svd": {"density": float(DENSITY)}} if peft else {})
+    for kind, options in kinds.items():
         row = adapterkit_row("combine", weighted, {"method": kind, **options}, out, repeat)
         if peft and kind != "cat":
             row["peft_per_layer"] = peft_seconds(shape, kind)
@@ -154,14 +155,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
     parser.add_argument("--large", action="store_true", help="also a 7B model's shape")
     parser.add_argument("--extract", action="store_true", help="also extract")
-    parser.add_argument("--no-peft", action="store_true", help="adapterkit alone")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark")
     parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     lock = common.alone(args.work)
     report = common.environment("adapterkit", "torch", "peft", "transformers")
-    report["results"] = {"22 layers of 2048": combined(args.work, "2048", args.repeat, not args.no_peft)}
+    report["results"] = {"22 layers of 2048": combined(args.work, "2048", args.repeat, peft=True)}
     if args.large:
         report["results"]["32 layers of 4096"] = combined(args.work, "4096", args.repeat, peft=False)
     if args.extract:

@@ -16,8 +16,8 @@ PACKAGE = Path(adapterkit.__file__).parent
 LEVELS = [
     "cli __main__",
     "ops runtime hub engines",
-    "plan inits combine formats edits placement",
-    "adapter weights kernels",
+    "plan inits combinations kinds formats edits placement",
+    "adapter factors weights kernels",
     "checkpoint patterns",
     "dtypes errors registry",
 ]
