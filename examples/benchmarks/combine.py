@@ -109,7 +109,7 @@ def full_svd_seconds(shape: str) -> float:
 
 
 def combined(work: Path, shape: str, repeat: int, peft: bool) -> dict:
-    """svd, ties_svd and an exact combination of three adapters, and a resize of one; with PEFT's and others' times for one layer."""
+    """Combinations of three adapters and a resize of one, with PEFT's and others' times for one layer."""
     folders, out, rows = [str(folder) for folder in adapters_of(work, shape)], work / "run" / "out", {}
     weighted = [folders[0], folders[1] + "=0.5", folders[2] + "=0.7"]
     layers = SHAPES[shape][3]
