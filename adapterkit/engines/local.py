@@ -64,6 +64,7 @@ def local(device: str = "auto", workers: int | None = None):
             for folder in range(len(plan.folders)):
                 names = [spec.file for spec in reads if spec.folder == folder]
                 plan.folders[folder].prefetch(list(dict.fromkeys(names)))
+            threads = torch.get_num_threads()  # the workers' own setting reaches the whole process
             try:
                 if streamed:
                     _Job(streamed, stage, sources, where, count, hash, finished, progress).run()
@@ -72,6 +73,8 @@ def local(device: str = "auto", workers: int | None = None):
             except (MemoryError, torch.OutOfMemoryError) as error:
                 found = f"out of memory: {shown(error)}"
                 raise Failed(found, do="free some memory, or give --device cpu, then --resume") from error
+            finally:
+                torch.set_num_threads(threads)
 
     return engine
 
@@ -420,7 +423,6 @@ class _Job:
 
     def run(self) -> None:
         pieces = self._pieces()
-        before = torch.get_num_threads()
         try:
             for _ in range(self.workers):
                 with self.lock:
@@ -435,7 +437,6 @@ class _Job:
         finally:
             self.stop.set()
             self._wait()
-            torch.set_num_threads(before)
         for shard in self.open if self.idle.is_set() else ():
             shard.file.abandon()
         if self.problem is not None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import Damaged, Failed, Refused
-from adapterkit.ops.merge import parse_size
+from adapterkit.ops.sizes import parse_size
 
 EXTRAS = {
     "generation_config.json": '{"do_sample": true}',
@@ -121,19 +121,21 @@ def test_resharding_moves_tensors_not_values(limit, single, sharded, llama, lora
     assert (len(files) == 1) == single == (not (out / "model.safetensors.index.json").exists())
     for file in files:
         tensors = load_file(file)
-        assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= parse_size(limit)
+        assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= parse_size(
+            limit, "--max-shard-size"
+        )
     oracle.load_checked(transformers.LlamaForCausalLM, out)
 
 
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("20kb", 20_000), ("700", 700)])
 def test_sizes_are_powers_of_a_thousand(text, size):
-    assert parse_size(text) == size
+    assert parse_size(text, "--max-shard-size") == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "five", "1e999GB", "nan"])
 def test_sizes_that_are_none(text):
     with pytest.raises(Refused, match="max-shard-size"):
-        parse_size(text)
+        parse_size(text, "--max-shard-size")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
