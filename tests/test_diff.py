@@ -489,7 +489,7 @@ def peak():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
 def test_memory_does_not_grow_with_a_tensor(tmp_path, pair):
     """One tensor of 300 MB against its copy with a rank-one change, and against its rounded one."""
     diff(*pair({"w": normal(600, 600)}, {"w": normal(600, 600, seed=1)}))

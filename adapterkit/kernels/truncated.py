@@ -250,3 +250,10 @@ def _finish(matrix: _Matrix, left: Tensor, k: int) -> Svd:
     q, r = torch.linalg.qr(matrix.rows(left.T.to(matrix.w.dtype)).T.double())
     x, s, yh = torch.linalg.svd(r.T)
     return Svd(left @ x, s, yh @ q.T)
+
+
+def leading(w: Tensor, most: int, energy: float | None) -> tuple[Svd, float]:
+    """The leading triplets of w, and Σ s² over all of them: `most`, or with `energy` those that keep that share, at most `most`."""
+    if energy is not None:
+        return svd_for_energy(w, energy, most)
+    return truncated_svd(w, most), float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2

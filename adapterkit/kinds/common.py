@@ -1,6 +1,7 @@
 """What the types of adapters share: a module as file and base show it, checks of configs, and the ways from a delta to its singular
 values."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -16,7 +17,6 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Reads
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kernels.truncated import svd_for_energy, truncated_svd
 from adapterkit.weights.names import Parameter
 from adapterkit.weights.reading import read_parameter
 
@@ -171,17 +171,32 @@ def _check(kind: type[Kind], config: dict, where: str) -> list[AdapterkitError]:
     return errors or kind.check(config, where)
 
 
+class OnWeight:
+    """What records share whose delta depends on the base's weight: dense, of any rank."""
+
+    weight: Weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], math.prod(self.weight.shape[1:])
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        return self.weight.shape[1:]
+
+    @property
+    def rank(self) -> int:
+        return min(self.shape)
+
+    @property
+    def memory(self) -> int:
+        return 28 * math.prod(self.shape)
+
+
 def of_product(product: Product) -> tuple[Svd, float]:
     """All singular values of left @ right, from its factors."""
     svd = lowrank.svd(product)
     return svd, float(svd.s.square().sum())
-
-
-def of_matrix(delta: Tensor, most: int, energy: float | None) -> tuple[Svd, float]:
-    """The leading singular values of a dense delta (out, in), in its dtype."""
-    if energy is not None:
-        return svd_for_energy(delta, energy, most)
-    return truncated_svd(delta, most), float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
 
 
 def of_weight(weight: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:

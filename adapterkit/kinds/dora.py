@@ -1,6 +1,5 @@
 """DoRA with its base at hand: no type of its own, but LoRAs whose delta depends on the weight (arXiv:2402.09353)."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +10,12 @@ from adapterkit.errors import Spoiled, shown
 from adapterkit.factors import Factors, Reads
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.rows import row_norms
-from adapterkit.kinds.common import Weight, of_matrix, of_weight
+from adapterkit.kernels.truncated import leading
+from adapterkit.kinds.common import OnWeight, Weight, of_weight
 
 
 @dataclass(frozen=True)
-class DoRA:
+class DoRA(OnWeight):
     """delta = m * (W + s·b@a) / ‖W + s·b@a‖ - W, the norms those of output rows."""
 
     module: str
@@ -26,22 +26,6 @@ class DoRA:
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.factors.a, self.factors.b, self.magnitude, *self.weight.reads)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], math.prod(self.weight.shape[1:])
-
-    @property
-    def tail(self) -> tuple[int, ...]:
-        return self.weight.shape[1:]
-
-    @property
-    def rank(self) -> int:
-        return min(self.shape)
-
-    @property
-    def memory(self) -> int:
-        return 28 * math.prod(self.shape)
 
     def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
         """(m / norm - 1) * W + m / norm * s·b@a, so that nothing of W's size cancels."""
@@ -57,4 +41,4 @@ class DoRA:
         if not bool(torch.isfinite(delta).all()):
             found, do = f"the delta of {shown(self.module)} is not finite", "check the adapter and its base"
             raise Spoiled(found, expected="no row whose norm is 0", where=shown(self.module), do=do)
-        return of_matrix(delta, most, energy)
+        return leading(delta, most, energy)

@@ -11,7 +11,8 @@ from adapterkit.adapter import check_patterns
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.factors import Reads
 from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kinds.common import NUMBER, WHOLE, Adapted, doubles, kernel_tail, of_matrix, of_product
+from adapterkit.kernels.truncated import leading
+from adapterkit.kinds.common import NUMBER, WHOLE, Adapted, doubles, kernel_tail, of_product
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 CORES = ("hada_t1", "hada_t2")
@@ -85,7 +86,7 @@ class LoHa:
         if self.rank < min(self.shape):
             return of_product(self.product(inputs))
         (a, b), (c, d) = _pair(inputs, self.first), _pair(inputs, self.second)
-        return of_matrix(((a @ b).mul_(c @ d) * self.scale).float(), most, energy)
+        return leading(((a @ b).mul_(c @ d) * self.scale).float(), most, energy)
 
 
 def _pair(inputs: Reads, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, Tensor]:

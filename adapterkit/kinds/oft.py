@@ -12,13 +12,14 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.factors import Reads
 from adapterkit.kernels.lowrank import Svd
-from adapterkit.kinds.common import COUNT, FLAG, NUMBER, WHOLE, Adapted, Weight, of_matrix, of_weight
+from adapterkit.kernels.truncated import leading
+from adapterkit.kinds.common import COUNT, FLAG, NUMBER, WHOLE, Adapted, OnWeight, Weight, of_weight
 
 ROTATION, EMBEDDING = "oft_R", "oft_embedding_R"
 
 
 @dataclass(frozen=True)
-class Oft:
+class Oft(OnWeight):
     """delta = W (Rᵀ - I) for a layer, (Rᵀ - I) W for an embedding, whose weight stands transposed here.
 
     R is block-diagonal; a block is the Cayley transform of a skew matrix Q, (I - Q) (I + Q)⁻¹, or some terms of a Neumann series.
@@ -72,28 +73,12 @@ class Oft:
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.rotation, *self.weight.reads)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], math.prod(self.weight.shape[1:])
-
-    @property
-    def tail(self) -> tuple[int, ...]:
-        return self.weight.shape[1:]
-
-    @property
-    def rank(self) -> int:
-        return min(self.shape)
-
-    @property
-    def memory(self) -> int:
-        return 28 * math.prod(self.shape)
-
     def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
         turn = less_identity(skew(inputs.tensor(self.rotation).double(), self.size, self.eps), self.terms)
         turn = turn if self.embedding else turn.mT
         stored = self.weight.stored(inputs)
         delta = of_weight(stored, lambda rows, here: _turned(rows, turn))
-        return of_matrix(delta.T if self.weight.transposed else delta, most, energy)
+        return leading(delta.T if self.weight.transposed else delta, most, energy)
 
 
 def _size(rotation: TensorSpec) -> int:

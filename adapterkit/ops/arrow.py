@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Factors
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product
-from adapterkit.ops import packaging, produced
+from adapterkit.ops import produced
 from adapterkit.ops.combine import held, join, not_linear, read_all
 from adapterkit.ops.packaging import as_json, hub_or_name
 from adapterkit.ops.sources import open_source
@@ -71,9 +70,8 @@ def arrow(
     """
     options = Options(top_k, temperature, compat, seed, dtype)
     plan = plan_arrow([open_source(a) for a in adapters], [open_source(g) for g in general], options)
-    packaging.check_output_apart(Path(out), plan.folders)
-    how = {"hash": hash, "device": device, "engine": engine, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return plan if dry_run else produced.carry_out(plan, Path(out), **how)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
 def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Options) -> Plan:

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from adapterkit import dtypes
@@ -14,7 +13,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Factors, factors_of, place_of
-from adapterkit.ops import packaging, produced
+from adapterkit.ops import produced
 from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.sources import open_source, weighted
 from adapterkit.patterns import matcher
@@ -89,9 +88,8 @@ def combine(
     )
     sources = [(open_source(source), weight) for source, weight in map(weighted, adapters)]
     plan = plan_combine(sources, options)
-    packaging.check_output_apart(Path(out), plan.folders)
-    how = {"hash": hash, "device": device, "engine": engine, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return plan if dry_run else produced.carry_out(plan, Path(out), **how)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
 def plan_combine(sources: list[tuple[Folder, float]], options: Options) -> Plan:

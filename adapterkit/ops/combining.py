@@ -16,7 +16,7 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.factors import Factors, Place
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kernels.truncated import svd_for_energy, truncated_svd
+from adapterkit.kernels.truncated import leading
 from adapterkit.ops import produced
 from adapterkit.plan import Inputs, Made
 
@@ -226,11 +226,7 @@ def _decomposed(result: Product | Tensor, energy: float | None, most: int) -> tu
     if isinstance(result, Product):
         svd = lowrank.svd(result)
         return svd, float(svd.s.square().sum())
-    if energy:
-        return svd_for_energy(result, energy, most)
-    return truncated_svd(result, most), sum(
-        float(torch.sum(result[i : i + 256].double().square())) for i in range(0, len(result), 256)
-    )
+    return leading(result, most, energy)
 
 
 def _cosines(products: Sequence[Product]) -> dict[str, list[float]]:

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Place
 from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.truncated import svd_for_energy, truncated_svd
-from adapterkit.ops import packaging, produced
-from adapterkit.ops.ranking import Cut, check_cut, even_rank, ranked, settled_by_size, squares
+from adapterkit.kernels.truncated import leading
+from adapterkit.ops import produced
+from adapterkit.ops.ranking import Cut, check_cut, even_rank, ranked, settled_by_size
 from adapterkit.ops.sources import open_source
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
@@ -78,9 +77,8 @@ def extract(
     """
     options = Options(Cut(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
     plan = plan_extract(open_source(base), open_source(tuned), options)
-    packaging.check_output_apart(Path(out), plan.folders)
-    how = {"hash": hash, "device": device, "engine": engine, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return plan if dry_run else produced.carry_out(plan, Path(out), **how)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
 def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
@@ -354,11 +352,7 @@ class Difference:
         delta = self._delta(inputs)
         if delta is None or not bool(delta.any()):
             return self._unchanged()
-        if self.cut.energy is not None:
-            svd, total = svd_for_energy(delta, self.cut.energy, self._most_rank())
-        else:
-            svd, total = truncated_svd(delta, self._most_rank()), squares(delta)
-        return ranked(self, [(svd, total)])
+        return ranked(self, [leading(delta, self._most_rank(), self.cut.energy)])
 
     def _unchanged(self) -> Made:
         if not self.always:

@@ -109,7 +109,7 @@ def check_plot(path: Path) -> None:
         expected = "a file name ending in .png, in a folder that exists"
         raise Refused(shown(path), expected=expected, where="--plot", do="give another name")
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401, only to see before any work whether it is there
     except ImportError as error:
         do = "pip install 'adapterkit[plot]'"
         raise Refused("matplotlib is not installed", expected="matplotlib 3.8 or newer", where="--plot", do=do) from error

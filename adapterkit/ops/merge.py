@@ -20,10 +20,11 @@ from adapterkit.ops import packaging
 from adapterkit.ops.changes import collect
 from adapterkit.ops.embeddings import set_everywhere, settle_head, settle_ties, settle_vocabulary
 from adapterkit.ops.job import Job, Options
+from adapterkit.ops.produced import carry_out
 from adapterkit.ops.sizes import parse_size
 from adapterkit.ops.sources import open_source, weighted
 from adapterkit.ops.steps import steps_of
-from adapterkit.plan import Plan, Progress, Receipt, Shard, Step, identities, run, sha256_of
+from adapterkit.plan import Plan, Progress, Receipt, Shard, Step, identities, sha256_of
 from adapterkit.weights.quantised import check_not_quantised
 
 LAYOUTS = ("peft-0.18", "peft-0.19")
@@ -66,21 +67,14 @@ def merge(
     options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer)
     sources = [(open_source(source), weight) for source, weight in map(weighted, adapters)]
     plan = plan_merge(open_source(base), sources, options)
-    packaging.check_output_apart(Path(out), plan.folders)
-    if dry_run:
-        return plan
-    if engine != "local":
-        raise Refused(f"engine {engine!r}", expected="local", where="--engine", do="leave --engine out")
-    from adapterkit.engines.local import local
-
     check = None
     if verify:
         from adapterkit.ops.verify import verify_against
 
         check = lambda folder: verify_against(folder, plan)
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite}
-    receipt = run(plan, Path(out), local(device), **how, check=check, progress=progress)
-    if push is not None:
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "check": check, "progress": progress}
+    receipt = carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    if push is not None and isinstance(receipt, Receipt):
         from adapterkit import hub
 
         receipt.data["pushed"] = hub.push(Path(out), push)

@@ -1,6 +1,7 @@
 """What every verb that writes an adapter shares: its config, its card, tensors taken over as they are, ranks that came out."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.writer import RECEIPT
 from adapterkit.errors import AdapterkitError, Refused, refuse_all
 from adapterkit.factors import Place, factors_of
-from adapterkit.ops.packaging import as_json, cell, hub_or_name, tokenizer_files
+from adapterkit.ops.packaging import as_json, cell, check_output_apart, hub_or_name, tokenizer_files
 from adapterkit.plan import Bundle, Computed, CopyFile, FromFacts, Inputs, Made, Plan, Receipt, identities, run, sha256_of
 
 # What an adapter that is the sum of others takes over from the first of them
@@ -254,13 +255,16 @@ def extras(adapters: Sequence[Adapter]) -> dict[str, Any]:
     return found | ({"trainable_token_indices": tokens} if tokens else {})
 
 
-def carry_out(plan: Plan, out: Path, *, engine: str, device: str, **how: Any) -> Receipt:
-    """Run a plan on the engine of that name."""
+def carry_out(plan: Plan, out: str | os.PathLike, *, engine: str, device: str, dry_run: bool, **how: Any) -> Receipt | Plan:
+    """Run a plan on the engine of that name, into an output apart from its inputs; with `dry_run` give it back."""
+    check_output_apart(Path(out), plan.folders)
+    if dry_run:
+        return plan
     if engine != "local":
         raise Refused(f"engine {engine!r}", expected="local", where="--engine", do="leave --engine out")
     from adapterkit.engines.local import local
 
-    return run(plan, out, local(device), **how)
+    return run(plan, Path(out), local(device), **how)
 
 
 def flags(adapter: Adapter) -> dict[str, Any]:

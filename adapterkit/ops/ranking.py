@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adapterkit import dtypes
@@ -220,8 +219,3 @@ def _cut_to(bundle: Any, rank: int) -> Callable[[Made], Made]:
 
 def short(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def squares(matrix: Tensor) -> float:
-    """Σ of the elements squared, in float64, by blocks of rows."""
-    return math.fsum(float(torch.sum(block.double().square())) for block in matrix.split(256))

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from adapterkit import dtypes
 from adapterkit.adapter import Adapter
@@ -10,7 +9,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.combinations.linear import Linear
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import place_of
-from adapterkit.ops import packaging, produced
+from adapterkit.ops import produced
 from adapterkit.ops.combine import join, read_all
 from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.sources import open_source
@@ -52,9 +51,8 @@ def rebase(
     before anything is written.
     """
     plan = plan_rebase(open_source(adapter), open_source(initial), Options(rank, energy, dtype))
-    packaging.check_output_apart(Path(out), plan.folders)
-    how = {"hash": hash, "device": device, "engine": engine, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return plan if dry_run else produced.carry_out(plan, Path(out), **how)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
 def plan_rebase(source: Folder, initial: Folder, options: Options) -> Plan:

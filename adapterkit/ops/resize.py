@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from adapterkit import dtypes
@@ -17,7 +16,7 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Factors, Place, place_of
 from adapterkit.kinds.common import Adapted, Delta, Kind, Weight, read_kind
 from adapterkit.kinds.dora import DoRA
-from adapterkit.ops import packaging, produced
+from adapterkit.ops import produced
 from adapterkit.ops.combine import join
 from adapterkit.ops.extract import SHARES
 from adapterkit.ops.ranking import Converted, Cut, Truncated, check_cut, even_rank, settled_by_size
@@ -71,9 +70,8 @@ def resize(
     """
     options = Options(Cut(rank, energy, sv_ratio, max_size), alpha, dtype)
     plan = plan_resize(open_source(adapter), options, None if base is None else open_source(base))
-    packaging.check_output_apart(Path(out), plan.folders)
-    how = {"hash": hash, "device": device, "engine": engine, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return plan if dry_run else produced.carry_out(plan, Path(out), **how)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
 def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:

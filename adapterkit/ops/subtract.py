@@ -4,7 +4,6 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from adapterkit import dtypes
 from adapterkit.adapter import Adapter, canonical
@@ -14,7 +13,7 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.combinations.linear import Linear
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Factors, Place, place_of
-from adapterkit.ops import packaging, produced
+from adapterkit.ops import produced
 from adapterkit.ops.combine import SPACES, held, join, not_linear, read_all
 from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.sources import open_source
@@ -57,9 +56,8 @@ def subtract(
     """
     options = Options(space, rank, energy, dtype)
     plan = plan_subtract([open_source(a) for a in adapters], [open_source(g) for g in general], options)
-    packaging.check_output_apart(Path(out), plan.folders)
-    how = {"hash": hash, "device": device, "engine": engine, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return plan if dry_run else produced.carry_out(plan, Path(out), **how)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
 def plan_subtract(tasks: Sequence[Folder], generals: Sequence[Folder], options: Options) -> Plan:
