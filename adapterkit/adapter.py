@@ -12,7 +12,7 @@ from functools import cached_property
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import read_header, read_json
+from adapterkit.checkpoint.spec import Seen
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher
@@ -103,18 +103,21 @@ class Adapter:
         return any(f"{module}." in parameter for module in self.config.get("modules_to_save") or [])
 
     def resolved(self, name: str) -> tuple[int, float]:
-        """Rank and scale of a module or parameter: alpha / r, or alpha / sqrt(r) with use_rslora.
+        """Rank and scale of a module or parameter.
 
         The first pattern of rank_pattern, and of alpha_pattern, that matches counts, each on its own
         (PEFT's `get_pattern_key`: `(.*\\.)?(pattern)$` from the start of the name, a dot matching any character).
         """
         rank, alpha = self.patterned(name, self.config.get("r", 8), self.config.get("lora_alpha", 8))
-        root = math.sqrt(rank) if self.config.get("use_rslora") else rank
-        return rank, alpha / root
+        return rank, self.scale(rank, alpha)
 
     def patterned(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of a module: those of the first patterns that match, else the ones given."""
         return self._first(self._rank_patterns, name, rank), self._first(self._alpha_patterns, name, alpha)
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """alpha / r, or alpha / sqrt(r) with use_rslora."""
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @cached_property
     def _rank_patterns(self) -> list:
@@ -136,11 +139,21 @@ class Adapter:
 
 def read_adapter(folder: Folder, number: int = 1) -> Adapter:
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be used."""
-    adapter, parts, errors = _read(folder, number, check_config, ROLES)
-    loras = _loras(parts, errors, folder.name)
-    errors += _promises(parts, adapter.config, folder.name)
-    refuse_all(errors)
-    return replace(adapter, loras=loras)
+    adapter, seen, _ = see_adapter(folder, number)
+    refuse_all(seen.errors)
+    return adapter
+
+
+def see_adapter(folder: Folder, number: int = 1) -> tuple[Adapter, Seen, bool]:
+    """As much of an adapter as can be read, with everything for which `read_adapter` refuses it, and whether its config can be
+    asked for ranks and scales."""
+    adapter, parts, seen = _see(folder, number, check_config, ROLES)
+    plain = {k: v for k, v in seen.config.items() if k in HARMLESS and k not in OTHER_ARITHMETIC}
+    typed = not check_config(plain, "")
+    loras = _loras(parts, seen.errors, folder.name)
+    if typed and seen.headers:
+        seen.errors += _promises(parts, seen.config, folder.name)
+    return replace(adapter, loras=loras), seen, typed
 
 
 def read_other(folder: Folder, number: int, check: Check, names: Sequence[str]) -> tuple[Adapter, Roles]:
@@ -149,25 +162,29 @@ def read_other(folder: Folder, number: int, check: Check, names: Sequence[str]) 
     `check` says what is wrong with its config, `names` what the type calls its tensors.
     """
     roles = [(re.compile(rf"^(.*)\.{re.escape(name)}(?:\.\w+)?(?:\.weight)?$"), name) for name in names]
-    adapter, parts, errors = _read(folder, number, check, roles)
-    refuse_all(errors + _promises(parts, adapter.config, folder.name))
+    adapter, parts, seen = _see(folder, number, check, roles)
+    refuse_all(seen.errors)
+    refuse_all(_promises(parts, adapter.config, folder.name))
     return adapter, parts.roles
 
 
-def _read(folder: Folder, number: int, check: Check, roles: Patterns) -> tuple[Adapter, "_Parts", list[AdapterkitError]]:
-    """An adapter without its factors, its keys by what they are, and what is wrong with its token rows."""
-    files = folder.files()
+def _see(folder: Folder, number: int, check: Check, roles: Patterns) -> tuple[Adapter, "_Parts", Seen]:
+    """An adapter without its factors, its keys by what they are, and what is wrong with its files, its config and its token
+    rows."""
+    seen, files = Seen(folder, number), folder.files()
     for name in (CONFIG, WEIGHTS):
         if name not in files:
-            raise _missing(folder, name, files)
-    config = read_json(folder, CONFIG)
-    errors = check(config, f"{folder.name}/{CONFIG}")
-    header = read_header(folder, WEIGHTS, number)
-    tensors = {spec.key: spec for spec in header.tensors}
-    parts = _sorted_out(tensors, errors, f"{folder.name}/{WEIGHTS}", roles)
-    refuse_all(errors)
-    tokens = _tokens(parts, config, errors, folder.name)
-    return Adapter(folder, number, config, (), parts.replaced, tokens, tensors, header.sha256), parts, errors
+            seen.note(_missing(folder, name, files))
+    config = seen.json(CONFIG)
+    if config is not None:
+        seen.config = config
+        seen.errors += check(config, f"{folder.name}/{CONFIG}")
+    header = seen.header(WEIGHTS) if WEIGHTS in files else None
+    tensors = seen.tensors
+    parts = _sorted_out(tensors, seen.errors, f"{folder.name}/{WEIGHTS}", roles)
+    tokens = () if config is None or header is None else _tokens(parts, config, seen.errors, folder.name)
+    sha256 = "" if header is None else header.sha256
+    return Adapter(folder, number, seen.config, (), parts.replaced, tokens, tensors, sha256), parts, seen
 
 
 def _missing(folder: Folder, name: str, files: dict[str, int]) -> Refused:
@@ -289,7 +306,7 @@ NO_ARITHMETIC = re.compile(r"\.lora_velora_embed$")  # a buffer of VeLoRA's back
 NOT_READ = re.compile(r"\.(lora_\w+|ranknum|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|ia3_\w+)(\.|$)")
 
 
-def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str, roles: Patterns = ROLES) -> _Parts:
+def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str, roles: Patterns) -> _Parts:
     parts = _Parts()
     names = {key: _unwrapped(key) for key in tensors}
     plain = set(names.values())

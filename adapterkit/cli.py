@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,8 @@ TROUBLE = {"diff": 2}  # exit status of an error: 1 elsewhere, but from diff 1 i
 
 
 class Commands(click.Group):
-    """Errors of ours become messages and exit status 1 (`TROUBLE`); usage errors are click's, status 2; the rest are bugs."""
+    """Errors of ours become messages and exit status 1 (`TROUBLE`); usage errors are click's, status 2; the rest are bugs, with
+    their traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         _on_signals(_interrupt)
@@ -41,6 +43,13 @@ class Commands(click.Group):
             _fail(Interrupted("stopped before anything was written"), _trouble(ctx))
         except BrokenPipeError:
             os._exit(_trouble(ctx))
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            if _trouble(ctx) == 1:  # as Python's own
+                raise
+            traceback.print_exc()
+            ctx.exit(_trouble(ctx))
 
 
 def _trouble(ctx: click.Context) -> int:
@@ -60,7 +69,7 @@ def _interrupt(*_: Any) -> None:
 def _leave(*_: Any) -> None:
     """The second signal: at once, whatever the first one is still waiting for."""
     os.write(2, b"Error: stopped at once\n  what to do: run the same command with --resume\n")
-    os._exit(1)
+    os._exit(_trouble(click.get_current_context().find_root()))
 
 
 def _fail(error: AdapterkitError, status: int) -> None:
@@ -87,31 +96,69 @@ def main() -> None:
     """
 
 
-def writing(command: Callable) -> Callable:
-    """The options that every writing command has."""
-    options = [
-        click.option("--out", required=True, type=click.Path(), metavar="DIR", help="Folder to make: all of it or nothing."),
-        click.option("--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-        click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute."),
-        click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, help="Where steps run."),
-        click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same job."),
-        click.option("--overwrite", is_flag=True, help="Replace an older output of adapterkit in DIR."),
-        click.option("--quiet", is_flag=True, help="No progress, no summary."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+# -- options that several commands have -------------------------------------------------------------------------------------
+
+
+def together(*options: Callable) -> Callable:
+    """Several options as one decorator, in the order of the help."""
+
+    def add(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def refit(otherwise: str = "") -> Callable:
+    """The rank of results that are exact, or of the method's own rank, without; `otherwise` says which in the help."""
+    return together(
+        click.option("--rank", type=int, help=f"Refit each module to this rank{otherwise}."),
+        click.option("--energy", type=float, help="Refit each module to the smallest rank that keeps this share of its energy."),
+    )
+
+
+json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+writing = together(
+    click.option("--out", required=True, type=click.Path(), metavar="DIR", help="Folder to make: all of it or nothing."),
+    click.option("--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."),
+    json_output,
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute."),
+    click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, help="Where steps run."),
+    click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same job."),
+    click.option("--overwrite", is_flag=True, help="Replace an older output of adapterkit in DIR."),
+    click.option("--quiet", is_flag=True, help="No progress, no summary."),
+)
+hashing = click.option(
+    "--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output."
+)
+DTYPES = click.Choice(["bf16", "fp16", "fp32"])
+factors = together(click.option("--dtype", type=DTYPES, default="fp32", show_default=True, help="Of the factors."), hashing)
+cut = together(
+    click.option("--rank", type=int, help="This rank in each module."),
+    click.option("--energy", type=float, help="The smallest rank of each module that keeps this share of its energy."),
+    click.option("--sv-ratio", type=float, help="Singular values of at least the largest one divided by this."),
+    click.option(
+        "--max-size", metavar="SIZE", help="A file of at most this size, e.g. 50MB: ranks go to the largest singular values."
+    ),
+)
+only_modules = together(
+    click.option("--include", metavar="RE", help="Only modules in which this regular expression is found."),
+    click.option("--exclude", metavar="RE", help="Not the modules in which this regular expression is found."),
+)
+ADDED_UP = " (default: exact, the ranks add up)"
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------------
 
 
 @main.command()
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
 @writing
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Cast floating tensors (default: keep the base's).")
+@click.option("--dtype", type=DTYPES, help="Cast floating tensors (default: keep the base's).")
 @click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB (default: the base's own files).")
-@click.option("--include", metavar="RE", help="Only modules in which this regular expression is found.")
-@click.option("--exclude", metavar="RE", help="Not the modules in which this regular expression is found.")
+@only_modules
 @click.option(
     "--tied",
     type=click.Choice(["untie", "fold", "refuse"]),
@@ -127,7 +174,8 @@ def writing(command: Callable) -> Callable:
     type=click.Choice(["base", "adapter"]),
     help="Whose tokenizer (default: the adapter's, if it has one).",
 )
-@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+@click.option("--dequantize", is_flag=True, help="Write a quantised base's weights as 16-bit floats (default: keep the format).")
+@hashing
 @click.option("--verify", is_flag=True, help="Read the output again: every hash, and sampled rows recomputed in float64.")
 @click.option("--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit.")
 def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:  # fmt: skip
@@ -147,6 +195,7 @@ def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: 
 @main.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
 @writing
+@click.option("--base", metavar="BASE", help="The model that DoRAs among the adapters were trained on.")
 @click.option("--method", required=True, metavar="NAME", help="How the deltas are put together; see the list below.")
 @click.option(
     "--space",
@@ -155,8 +204,7 @@ def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: 
     show_default=True,
     help="What the method acts on: the deltas scale*b@a, or a and b apart (PEFT's arithmetic, with its cross terms).",
 )
-@click.option("--rank", type=int, help="Refit each module to this rank.")
-@click.option("--energy", type=float, help="Refit each module to the smallest rank that keeps this share of its energy.")
+@refit()
 @click.option("--density", type=float, help="Share of the elements that is kept (ties, dare, magnitude_prune, ...).")
 @click.option("--majority", type=click.Choice(["total", "frequency"]), help="How signs are elected (ties).")
 @click.option("--svd-clamp", type=float, metavar="Q", help="Hold the factors below this quantile of their elements, as PEFT does.")
@@ -164,9 +212,8 @@ def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: 
     "--weight-for", multiple=True, metavar="[N:]REGEX=W", help="Another weight (of the N-th adapter) where REGEX is found."
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another option of the method.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw.")
-@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+@factors
 def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, settings: tuple[str, ...], **options: Any) -> None:
     """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
 
@@ -203,10 +250,8 @@ def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, set
     show_default=True,
     help="Subtract the deltas (exact), or the means of a and b apart, as PEFT does.",
 )
-@click.option("--rank", type=int, help="Refit each module to this rank (default: exact, the ranks add up).")
-@click.option("--energy", type=float, help="Refit each module to the smallest rank that keeps this share of its energy.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
-@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+@refit(ADDED_UP)
+@factors
 def subtract(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Subtract the mean of general adapters from task adapters (GenKnowSub): Δ' = Δ - mean Δ_general.
 
@@ -228,8 +273,7 @@ def subtract(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the softmax over the chosen experts.")
 @click.option("--compat", type=click.Choice(["peft"]), help="PEFT's power iteration for prototypes, and its subtraction.")
 @click.option("--seed", type=int, help="For --compat peft (default 0).")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
-@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+@factors
 def arrow(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Stack adapters as experts with the prototypes that route tokens to them (Arrow).
 
@@ -247,12 +291,8 @@ def arrow(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **opt
 @click.argument("base")
 @click.argument("tuned")
 @writing
-@click.option("--rank", type=int, help="This rank in each module.")
-@click.option("--energy", type=float, help="The smallest rank of each module that keeps this share of its energy.")
-@click.option("--sv-ratio", type=float, help="Singular values of at least the largest one divided by this.")
-@click.option("--max-size", metavar="SIZE", help="A file of at most this size, e.g. 50MB: ranks go to the largest singular values.")
-@click.option("--include", metavar="RE", help="Only modules in which this regular expression is found.")
-@click.option("--exclude", metavar="RE", help="Not the modules in which this regular expression is found.")
+@cut
+@only_modules
 @click.option(
     "--rest",
     type=click.Choice(["save", "drop", "refuse"]),
@@ -260,8 +300,7 @@ def arrow(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **opt
     show_default=True,
     help="What differs and gets no factors (embeddings, norms, biases): save it whole, leave it out, or refuse.",
 )
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
-@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+@factors
 def extract(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Extract the adapter between a base and its fine-tune: b@a ≈ W_tuned - W_base.
 
@@ -281,10 +320,7 @@ def extract(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **optio
 @click.option(
     "--base", metavar="BASE", help="The model it was trained on: OFT, VeRA and convolutions need it, DoRA becomes plain LoRA by it."
 )
-@click.option("--rank", type=int, help="This rank in each module.")
-@click.option("--energy", type=float, help="The smallest rank of each module that keeps this share of its energy.")
-@click.option("--sv-ratio", type=float, help="Singular values of at least the largest one divided by this.")
-@click.option("--max-size", metavar="SIZE", help="A file of at most this size, e.g. 50MB: ranks go to the largest singular values.")
+@cut
 @click.option(
     "--alpha",
     type=click.Choice(["rank", "keep"]),
@@ -292,8 +328,7 @@ def extract(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **optio
     show_default=True,
     help="lora_alpha of the result: each module's rank (scale 1), or the adapter's own.",
 )
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
-@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+@factors
 def resize(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Change an adapter's rank: the best approximation of each delta, from its factors alone.
 
@@ -314,10 +349,8 @@ def resize(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -
 @click.argument("adapter")
 @click.option("--initial", required=True, metavar="ADAPTER", help="The same adapter as saved before training.")
 @writing
-@click.option("--rank", type=int, help="Refit each module to this rank (default: exact, the ranks add up).")
-@click.option("--energy", type=float, help="Refit each module to the smallest rank that keeps this share of its energy.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="fp32", show_default=True, help="Of the factors.")
-@click.option("--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output.")
+@refit(ADDED_UP)
+@factors
 def rebase(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Turn a PiSSA, OLoRA, CorDA or LoRA-GA adapter into plain LoRA on the original base: Δ' = s·b@a - s₀·b₀@a₀.
 
@@ -334,7 +367,7 @@ def rebase(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -
 @click.argument("folder", metavar="DIR")
 @click.option("--base", help="The base it was made from: rows of the output are recomputed in float64.")
 @click.option("--adapter", "adapters", multiple=True, metavar="ADAPTER", help="The adapters, in the order of the merge.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_output
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def verify(folder: str, base: str | None, adapters: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Check an output against its receipt: every hash, every key, and with its inputs at hand the arithmetic.
@@ -349,7 +382,7 @@ def verify(folder: str, base: str | None, adapters: tuple[str, ...], as_json: bo
     with _Bar(quiet) as bar:
         result = verb(folder, base=base, adapters=adapters, progress=bar)
     if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        _print_json(result)
     elif not quiet:
         click.echo(f"{result['files']} files, {result['bytes']:,} bytes: as the receipt says", err=True)
         if result["rows"]:
@@ -379,7 +412,7 @@ def _carry(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **options:
     if isinstance(result, Plan):
         _print_plan(result, as_json)
     elif as_json:
-        click.echo(json.dumps(result.data, indent=1, ensure_ascii=False))
+        _print_json(result.data)
     elif not quiet:
         _print_receipt(result)
 
@@ -394,7 +427,7 @@ def _carry(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **options:
     metavar="SHARE",
     help="Suggest the rank that keeps this share of a difference (default: 0.9, for adapters 0.99; 0: none).",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_output
 @click.option("--quiet", is_flag=True, help="No progress, no table: only the exit status.")
 @click.pass_context
 def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -405,6 +438,7 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
     Adapters are compared by their deltas scale·b@a, so other ranks and alphas may be the same adapter.
     Columns: relative ‖A−B‖/‖A‖, largest difference, cosine, share of elements that differ, and the rank that
     holds 90 % of the squared singular values of the difference (~: at most that, from a sketch).
+    Settings of the configs that differ come last; those that change the arithmetic make a difference too.
     Exit status: 0 the same; 1 different by more than the tolerance; 2 wrong usage, refused or failed.
 
     \b
@@ -420,7 +454,7 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
     with _Bar(quiet) as bar:
         result = verb(a, b, progress=bar, **options)
     if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+        _print_json(result)
     elif not quiet:
         _print_diff(result, table(result))
     ctx.exit(0 if result["same"] else 1)
@@ -431,7 +465,7 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
 @click.option("--base", metavar="BASE", help="The adapter's base: norms are also given relative to its weights' norms.")
 @click.option("--download", is_flag=True, help="Read weights on the Hub too; without it only headers and JSON are read there.")
 @click.option("--plot", type=click.Path(), metavar="FILE.png", help="Draw the norms as a heatmap, layers by modules.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@json_output
 def inspect(path: str, as_json: bool, **options: Any) -> None:
     """What a base, an adapter or a .safetensors file holds, and what is wrong with it.
 
@@ -450,7 +484,10 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
 
     with _Bar(False) as bar:
         result = verb(path, progress=bar, **options)
-    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else table(result))
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(table(result))
 
 
 class _Bar:
@@ -481,6 +518,10 @@ class _Bar:
             self.bar.close()
 
 
+def _print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+
+
 def _print_plan(plan: Any, as_json: bool) -> None:
     from adapterkit.plan import Computed, Shard
 
@@ -503,7 +544,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             "notes": list(plan.notes),
             **plan.facts,
         }
-        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        _print_json(document)
         return
     for name, value in totals.items():
         click.echo(f"{name.replace('_', ' '):16} {value:>18,}")

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,8 @@ RECEIPT_VERSION = 1
 IDENTITY = ("inode", "size", "modified", "changed")
 SEAL = b',\n  "seal": "'
 BLOCK = 16 << 20  # bytes of a copied file at a time
+SLACK = 128  # bytes by which the guess of a text's size may be wrong, its numbers in the header included
+ASIDE = ".aside"  # what a shard lays aside for later ones, until all are done
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +83,26 @@ class Inputs(Protocol):
 
     def tensor(self, spec: TensorSpec) -> "Tensor": ...
 
+    def stored(self, spec: TensorSpec) -> "Tensor":
+        """In its own dtype."""
+        ...
+
     def bytes(self, spec: TensorSpec) -> bytearray: ...
+
+    def aside(self, key: str) -> "Tensor":
+        """What a bundle of an earlier file laid aside."""
+        ...
 
 
 class Made(NamedTuple):
-    """What a bundle gave: its tensors by key, in the order of writing, and measured facts for the receipt."""
+    """What a bundle gave: its tensors by key, in the order of writing, and measured facts for the receipt.
 
-    tensors: "dict[str, Tensor]"
+    A `TensorSpec` in place of a tensor: the bytes that are there, unseen. `aside`: tensors for bundles of later files.
+    """
+
+    tensors: "Mapping[str, Tensor | TensorSpec]"
     facts: dict[str, Any]
+    aside: "dict[str, Tensor]" = {}  # noqa: RUF012 (never changed)
 
 
 class Bundle(Protocol):
@@ -117,20 +131,32 @@ class Bundle(Protocol):
 
 @dataclass(frozen=True)
 class Computed:
-    """One output file whose tensors are made by bundles, in this order; `size` is the most it can take."""
+    """One output file whose tensors are made by bundles, in this order; `size` is the most it can take.
+
+    `by_width`: the tensors are in safetensors' own order instead, as its library writes them. Then sizes are as planned, but for
+    those that a bundle's `varies` names, small ones whose size is only a good guess (JSON texts of a format).
+    """
 
     file: str
     bundles: tuple[Bundle, ...]
     metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
     settle: "Callable[[list[dict[str, Any]]], list[Callable[[Made], Made]]] | None" = None  # facts of all -> what to do to each
+    by_width: bool = False
 
     @cached_property
     def layout(self) -> ShardLayout:
-        return laid_out(self.file, [stored for bundle in self.bundles for stored in bundle.most], self.metadata, ordered=True)
+        tensors = [stored for bundle in self.bundles for stored in bundle.most]
+        if self.by_width:
+            tensors.sort(key=lambda stored: (dtypes.SERIAL.index(stored.dtype), stored.key))
+        return laid_out(self.file, tensors, self.metadata, ordered=True)
+
+    @cached_property
+    def varies(self) -> frozenset[str]:
+        return frozenset(key for bundle in self.bundles for key in getattr(bundle, "varies", ()))
 
     @property
     def size(self) -> int:
-        return self.layout.size
+        return self.layout.size + SLACK * len(self.varies)
 
 
 @dataclass(frozen=True)
@@ -143,9 +169,10 @@ class CopyFile:
 
 @dataclass(frozen=True)
 class FromFacts:
-    """A small file whose content depends on what was computed: (bundle or tensor name -> facts) -> bytes."""
+    """A small file whose content depends on what was computed: facts by bundle's or tensor's name, and by how many bytes tensors
+    whose size was a guess have grown."""
 
-    content: Callable[[dict[str, dict]], bytes]
+    content: Callable[[dict[str, dict], int], bytes]
 
 
 @dataclass(frozen=True)
@@ -161,7 +188,8 @@ class Plan:
     files: dict[str, bytes | CopyFile | FromFacts]  # index, config, tokenizer, card: written after the shards
     facts: dict[str, Any] = field(default_factory=dict)  # for the receipt: what was decided while planning
     notes: tuple[str, ...] = ()
-    bases: int = 1  # how many of the first inputs are models, too large to be read again for the receipt's hashes
+    models: tuple[int, ...] = (0,)  # the inputs that are too large to be read again for the receipt's hashes
+    warn: Callable[[dict[str, dict]], list[str]] = lambda facts: []  # what the measured facts give reason to say
 
     def recipe(self) -> dict[str, Any]:
         """What makes two plans the same: version, verb, options, inputs and output layout."""
@@ -244,6 +272,8 @@ class ShardResult:
     sha256: str | None
     marks: dict[str, str]  # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
     facts: dict[str, dict]
+    grown: int = 0  # bytes by which tensors are larger than planned, all together
+    asides: dict[str, list] = field(default_factory=dict)  # key -> dtype, shape, position in the file of what was laid aside
 
 
 class Engine(Protocol):
@@ -320,7 +350,7 @@ def _build(plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: boo
     if fresh:
         stage.forget()
     done = _done_before(stage, plan)
-    stage.clear(keep=done)
+    stage.clear(keep=[*done, *(name + ASIDE for name in done)])
     todo = [shard for shard in plan.shards if shard.file not in done]
     _check_space(plan, todo, stage)
     stage.begin()
@@ -338,7 +368,9 @@ def _build(plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: boo
     try:
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
         facts = {key: fact for shard in plan.shards for key, fact in done[shard.file].facts.items()}
-        sums = _write_files(plan, stage, facts, hash == "sha256")
+        for shard in plan.shards:
+            (stage.path / (shard.file + ASIDE)).unlink(missing_ok=True)
+        sums = _write_files(plan, stage, facts, sum(result.grown for result in done.values()), hash == "sha256")
     except Spoiled:
         stage.forget()
         raise
@@ -388,6 +420,8 @@ def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
         path = stage.path / str(name)
         if name in sizes and path.is_file() and path.stat().st_size == entry["shard"].get("size") <= sizes[name]:
             done[name] = ShardResult(**entry["shard"])
+    if len(done) < len(plan.shards):  # what is missing may need what the others laid aside
+        done = {name: r for name, r in done.items() if not r.asides or (stage.path / (name + ASIDE)).is_file()}
     return done
 
 
@@ -420,11 +454,11 @@ def _check_space(plan: Plan, todo: list[Shard | Computed], stage: Stage) -> None
         )
 
 
-def _write_files(plan: Plan, stage: Stage, facts: dict[str, dict], hashed: bool) -> dict[str, dict]:
+def _write_files(plan: Plan, stage: Stage, facts: dict[str, dict], grown: int, hashed: bool) -> dict[str, dict]:
     sums = {}
     for name, content in plan.files.items():
         if isinstance(content, FromFacts):
-            content = content.content(facts)
+            content = content.content(facts, grown)
         size, sha = stage.write_file(name, [content] if isinstance(content, bytes) else _blocks(plan, content))
         sums[name] = {"size": size, "sha256": sha if hashed else None}
     return sums
@@ -448,7 +482,7 @@ def _input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
     for number, folder in enumerate(plan.folders):
         known = getattr(folder, "hashes", {})
         names = [name for where, name in plan.headers if where == number]
-        sums = {name: known.get(name) or (_file_hash(folder, name) if number >= plan.bases else None) for name in names}
+        sums = {name: known.get(name) or (_file_hash(folder, name) if number not in plan.models else None) for name in names}
         found[f"{number} {folder.name}"] = {name: value for name, value in sums.items() if value}
     return found
 
@@ -483,7 +517,7 @@ def _receipt(
         "totals": plan.totals() | {"bytes_written": size + sum(entry["size"] for entry in sums.values())},
         **plan.facts,
         "parameters": {key: fact for s in shards for key, fact in s.facts.items()},
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *plan.warn({key: fact for s in shards for key, fact in s.facts.items()})],
         "timings": {"seconds": round(seconds, 3), "bytes_per_second": round(size / seconds) if seconds else None},
     }
 

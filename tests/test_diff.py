@@ -307,7 +307,11 @@ def test_deltas_are_compared_as_a_dense_float64_reference_says(tmp_path):
     assert row["norm"] == pytest.approx(float(x.norm()), rel=1e-12)
     assert row["rank"] == {"energy": 0.99, "needed": rank_of(x - y, 0.99), "above": None, "estimate": False}
     assert row["a"] == {"rank": 4, "scale": 2.0, "shape": [90, 70]} and row["b"]["scale"] == pytest.approx(3 / math.sqrt(7))
-    assert {"name": "use_rslora", "a": None, "b": True, "decides": False} in document["config"]
+    assert document["config"] == [
+        {"name": "r", "change": "changed", "a": 4, "b": 7, "decides": False},
+        {"name": "lora_alpha", "change": "changed", "a": 8, "b": 3, "decides": False},
+        {"name": "use_rslora", "change": "added", "a": None, "b": True, "decides": False},
+    ]
 
 
 def test_a_small_difference_of_deltas_is_not_lost_to_cancellation(tmp_path):
@@ -444,9 +448,12 @@ def test_settings_that_differ_are_listed_and_those_that_change_the_arithmetic_de
     named = write_lora(tmp_path / "b", part, base_model_name_or_path="org/two", init_lora_weights="gaussian")
     document = diff(first, named)
     assert document["same"] and [c["name"] for c in document["config"]] == ["base_model_name_or_path", "init_lora_weights"]
-    assert "base_model_name_or_path: 'org/one' -> 'org/two'" in table(document)
-    deeper = write_lora(tmp_path / "c", part, layer_replication=[[0, 2], [1, 2]])
-    assert not diff(first, deeper)["same"] and diff(deeper, deeper)["same"]
+    assert "base_model_name_or_path: 'org/one' -> 'org/two'  (does not count)" in table(document)
+    deeper = write_lora(tmp_path / "c", part, layer_replication=[[0, 2], [1, 2]], base_model_name_or_path="org/two")
+    document = diff(named, deeper, tolerance=1e9)
+    assert not document["same"] and diff(deeper, deeper)["same"]
+    assert table(document)[0] == "layer_replication: not set -> [[0, 2], [1, 2]]"  # what counts comes first
+    assert not diff(first, write_lora(tmp_path / "tied", part, ensure_weight_tying=True))["same"]
     residual = write_lora(tmp_path / "d", part, init_lora_weights="pissa")
     document = diff(first, residual)
     assert not document["same"] and "had changed the base" in document["notes"][0]
@@ -463,6 +470,104 @@ def test_a_rank_that_is_not_the_configs_is_refused(tmp_path):
     wrong = write_lora(tmp_path / "a", {"q": factors(4)}, r=8)
     with pytest.raises(Refused, match="rank 4"):
         diff(wrong, write_lora(tmp_path / "b", {"q": factors(4)}))
+
+
+def test_a_kernel_is_no_other_kernel_of_its_size(tmp_path):
+    """Nor a linear layer of as many inputs, whatever the flattened factors say."""
+    a, b = factors(4, inputs=18)
+    shapes = {"tall": (6, 3, 1), "wide": (6, 1, 3), "linear": (18,)}
+    for name, (channels, *kernel) in shapes.items():
+        write_lora(tmp_path / name, {"conv": (a.reshape(4, channels, *kernel), b.reshape(90, 4, *(1 for _ in kernel)))})
+    for other in ("wide", "linear"):
+        document = diff(tmp_path / "tall", tmp_path / other, tolerance=1e9)
+        assert only(document)["why"] == "shape" and not document["same"]
+    assert only(document)["a"]["shape"] == [90, 6, 3, 1] and only(document)["b"]["shape"] == [90, 18]
+    assert diff(tmp_path / "tall", tmp_path / "tall")["same"]
+
+
+# -- configs of models ----------------------------------------------------------------------------------------------------
+
+LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "rms_norm_eps": 1e-5}
+UNKNOWN = {"model_type": "none-of-theirs", "hidden_size": 8}
+
+
+@pytest.fixture
+def models(tmp_path):
+    """diff of two models with the same tensor and these configs; None: without."""
+
+    def compare(a, b, **options):
+        for name, config in (("a", a), ("b", b)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            save_file({"w": normal(4, 4)}, tmp_path / name / "model.safetensors")
+            (tmp_path / name / "config.json").unlink(missing_ok=True)
+            if config is not None:
+                (tmp_path / name / "config.json").write_text(json.dumps(config))
+        return diff(tmp_path / "a", tmp_path / "b", **options)
+
+    return compare
+
+
+def test_a_setting_that_changes_the_arithmetic_is_a_difference_whatever_the_tolerance(models):
+    sub = {"text_config": {"rope_theta": 10000.0, "head_dim": 4}}
+    for config in (LLAMA, UNKNOWN):
+        document = models(config | sub, config | {"text_config": {"rope_theta": 500000, "head_dim": 4}}, tolerance=1e9)
+        row = {"name": "text_config.rope_theta", "change": "changed", "a": 10000.0, "b": 500000, "decides": True}
+        assert document["config"] == [row] and document["totals"]["identical"] == 1 and not document["same"]
+        assert table(document) == ["text_config.rope_theta: 10000.0 -> 500000"]
+    assert models(LLAMA | {"rms_norm_eps": 1}, LLAMA | {"rms_norm_eps": 1.0})["config"] == []
+
+
+def test_settings_that_change_no_arithmetic_are_told_or_left_out(models):
+    one = {"transformers_version": "4.40", "_name_or_path": "org/one", "use_cache": True, "torch_dtype": "float32"}
+    other = {"transformers_version": "5.1", "use_cache": False, "dtype": "bfloat16", "attention_dropout": 0.1}
+    document = models(LLAMA | one, LLAMA | other)
+    rows = [(row["name"], row["change"], row["decides"]) for row in document["config"]]
+    assert rows == [("torch_dtype", "removed", False), ("dtype", "added", False), ("attention_dropout", "added", False)]
+    assert document["same"] and "dtype: not set -> 'bfloat16'  (does not count)" in table(document)
+
+
+def test_what_a_config_leaves_out_is_the_models_default(models):
+    """Configs of several ages of transformers: added keys, other names for rope."""
+    old = LLAMA | {"rope_theta": 500000.0}
+    new = LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "attention_bias": False, "head_dim": 4}
+    document = models(old, new)
+    assert document["same"] and document["config"] == [] and "llama's defaults in transformers" in document["notes"][0]
+    document = models(LLAMA, new)
+    (row,) = document["config"]
+    assert row["name"] == "rope_parameters.rope_theta" and (row["a"], row["b"]) == (10000.0, 500000.0) and not document["same"]
+    mistral = {"model_type": "mistral"}
+    assert not models(mistral, mistral | {"sliding_window": None})["same"]  # 4096, and none
+    assert models(mistral, mistral | {"sliding_window": 4096})["same"]
+
+
+def test_settings_of_a_model_that_transformers_does_not_know_or_refuses_are_compared_as_they_stand(models):
+    refused = LLAMA | {"num_attention_heads": "many"}
+    for config in (UNKNOWN, {}, refused, {"model_type": "detr", "backbone": "org/somewhere"}):
+        document = models(config, config | {"qk_norm": False})
+        assert document["config"] == [{"name": "qk_norm", "change": "added", "a": None, "b": False, "decides": True}]
+        assert not document["same"] and document["notes"] == []
+        document = models(config | {"window": None}, config)
+        assert table(document) == ["window: None -> not set"]
+    other = models({"model_type": "llama"}, {"model_type": "mistral", "sliding_window": 8})
+    assert [row["name"] for row in other["config"]] == ["model_type", "sliding_window"]
+
+
+def test_settings_that_json_or_a_terminal_cannot_hold(models):
+    odd = {"model_type": "none", "limits": [0.0, math.inf], "nan": math.nan}
+    assert models(odd, odd)["same"]
+    document = models(odd, odd | {"limits": [0.0, 1.0], "\u202ename": "\x1b[2J"})
+    json.dumps(document, allow_nan=False)
+    assert {row["name"]: row["a"] for row in document["config"]} == {"limits": [0.0, None], "\\u202ename": None}
+    for text in (*table(document), json.dumps(document, ensure_ascii=False)):
+        assert text.isprintable()
+
+
+def test_a_side_without_a_config_is_told(models):
+    document = models(LLAMA, None)
+    assert (
+        document["same"] and document["config"] == [] and document["notes"] == ["b has no config.json: settings are not compared"]
+    )
+    assert models(None, None)["notes"] == []
 
 
 # -- merges ---------------------------------------------------------------------------------------------------------------
@@ -525,6 +630,15 @@ def test_exit_statuses_and_streams(llama, lora, pair, tmp_path):
         assert (done.returncode, done.stdout) == (2, "") and "Error: " in done.stderr and "Traceback" not in done.stderr, words
     refused = subprocess.run([sys.executable, "-m", "adapterkit", "verify", str(llama)], capture_output=True, cwd=ROOT)
     assert refused.returncode == 1  # the other commands keep theirs
+
+
+def test_a_bug_is_trouble_with_its_traceback_and_no_difference(pair, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("adapterkit.ops.diff.diff", broken)
+    done = called(*pair({"w": normal(3)}, {"w": normal(3)}))
+    assert (done.exit_code, done.stdout) == (2, "") and "Traceback" in done.stderr and "ZeroDivisionError: a bug" in done.stderr
 
 
 def test_json_is_the_verbs_document(pair):

@@ -21,10 +21,13 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 import realmodel
+from adapterkit.adapter import read_adapter
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.cli import main
-from adapterkit.errors import Refused
+from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.ops import inspect_factors, inspect_report
 from adapterkit.weights.slots import Axis, Slot
 
@@ -208,7 +211,7 @@ def test_the_norm_of_a_part_of_a_stored_tensor(name, tmp_path, monkeypatch):
     spec = TensorSpec("w", "F32", (40, 6, 5), "w.safetensors", size - weight.numel() * 4, size)
     slot = Slot("w", (40, 6, 5), tuple(Axis(0, i, of) for i, of in enumerate(POSITIONS[name])))
     monkeypatch.setattr(inspect_factors, "BLOCK", 7 * 6 * 5 * 4)
-    with Sources((adapterkit.ops.inspect.LocalFolder(tmp_path),), {}) as sources:
+    with Sources((LocalFolder(tmp_path),), {}) as sources:
         squares = inspect_factors._squares(spec, slot, sources, lambda done: None)
     picked = weight.double().numpy()[np.ix_(*map(list, POSITIONS[name]))]
     assert squares == pytest.approx((picked**2).sum(), rel=1e-12)
@@ -514,6 +517,26 @@ def test_a_missing_shard_hides_no_other_problem(sharded):
     words = [f"no file {SHARD}", "ghost is not in", f"{EMBEDDING} in", "num_hidden_layers = 1000000", "pickles beside"]
     texts = found(inspect(sharded))
     assert len(texts) == len(words) and all(text.startswith(word) for text, word in zip(texts, words, strict=True)), texts
+
+
+def test_a_refusal_lists_what_an_inspection_finds(sharded, lora, tmp_path):
+    """One reading behind both: of a model, and of an adapter."""
+    for name in ("missing", "layers", "unlisted-key"):
+        DAMAGED[name][0](sharded)
+    (sharded / SHARD.replace("2-of", "1-of")).write_bytes(b"\0" * 9)
+    with pytest.raises(AdapterkitError) as refusal:
+        open_checkpoint(LocalFolder(sharded))
+    assert found(inspect(sharded)) == [error.found for error in refusal.value.errors] and len(found(inspect(sharded))) == 3
+    oracle.edit_config(lora, tmp_path / "odd", r=0, use_dora=True)
+    cut(tmp_path / "odd")
+    with pytest.raises(AdapterkitError) as refusal:
+        read_adapter(LocalFolder(tmp_path / "odd"))
+    assert found(inspect(tmp_path / "odd")) == [error.found for error in refusal.value.errors] and len(refusal.value.errors) == 2
+
+
+def test_a_config_nested_too_deeply_is_a_problem(sharded):
+    (sharded / "config.json").write_text('{"a":' * 200 + "1" + "}" * 200)
+    assert found(inspect(sharded)) == ["not JSON: nested too deeply"]
 
 
 def test_weights_as_pickles_alone(lora, tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit.kernels import truncated
 from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.truncated import svd_for_energy, truncated_svd
+from adapterkit.kernels.truncated import svd_for_energy, svd_for_ratio, truncated_svd
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +216,58 @@ def test_the_smallest_rank_for_an_energy(name: str, energy: float, cost: float |
             found, total = svd_for_energy(w, energy, most)
             check(w, found, min(k, most), exact=exact)
             assert math.isclose(total, float(w.double().square().sum()), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [1.6, 3.3, 20.5])
+@pytest.mark.parametrize("name", ITERATED)
+@pytest.mark.parametrize("cost", [math.inf, None])
+def test_the_values_down_to_a_ratio(name: str, ratio: float, cost: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cost:
+        monkeypatch.setattr(truncated, "_full_cost", lambda *_: cost)
+    for dtype in (torch.float32, torch.float64):
+        w, exact = example(name, dtype)
+        k = max(1, int((exact * ratio >= exact[0]).sum())) if exact[0] > 0 else 1
+        for most in (1, 10, 1000):
+            found, total = svd_for_ratio(w, ratio, most)
+            check(w, found, min(k, most), exact=exact)
+            assert math.isclose(total, float(w.double().square().sum()), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("edge", [1.01, 1.04, 1.2])
+def test_the_edge_of_the_noise_beyond_the_ratio_is_seen(edge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large values are found at once; that the first one behind them is below the limit must be known too."""
+    monkeypatch.setattr(truncated, "_full_cost", lambda *_: math.inf)
+    noise = torch.cat([torch.linspace(edge, 1, 12)[:-1], torch.linspace(0.98, 0.2, 480)])
+    w = spectrum(500, 600, torch.cat([torch.tensor([20.0, 20.0, 20.0]), noise]))
+    check(w, svd_for_ratio(w, 20.0001, 500)[0], 14)
+
+
+def test_more_equal_values_than_fit_a_block_are_all_within_a_ratio(iterated: None) -> None:
+    w = spectrum(400, 500, torch.cat([torch.full((50,), 2.0), 0.5 / counting(350)]))
+    check(w, svd_for_ratio(w, 3.3, 400)[0], 50)
+
+
+def test_a_ratio_that_most_values_are_within_is_soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, ritz = [], truncated._ritz
+    monkeypatch.setattr(truncated, "_ritz", lambda core, beyond: sizes.append(len(core)) or ritz(core, beyond))
+    w = gaussian(700, 800).float()
+    found, _ = svd_for_ratio(w, 20.0, 700)
+    exact = torch.linalg.svdvals(w.double())
+    check(w, found, int((exact * 20 >= exact[0]).sum()))
+    assert 0 < max(sizes) <= 260
+    low = spectrum(600, 700, torch.cat([torch.ones(60), torch.full((540,), 1e-3)])).float()
+    monkeypatch.setattr(truncated, "_full", lambda *_: pytest.fail("decomposed in full"))
+    check(low, svd_for_ratio(low, 20.0, 600)[0], 60)
+
+
+def test_ratios_beyond_float32_and_of_nothing() -> None:
+    w = spectrum(300, 310, 10.0 ** -torch.linspace(0, 12, 300)).float()
+    found, _ = svd_for_ratio(w, 1e6, 300)
+    assert abs(len(found.s) - 150) <= 5
+    assert len(svd_for_ratio(torch.zeros(30, 20), 5.0, 20)[0].s) == 1
+    for ratio, most in ((0.5, 3), (math.nan, 3), (2.0, 0)):
+        with pytest.raises(ValueError, match="ratio"):
+            svd_for_ratio(torch.ones(2, 2), ratio, most)
 
 
 def test_blocks_widen_until_equal_values_are_all_found(iterated: None) -> None:

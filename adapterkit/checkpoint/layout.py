@@ -74,10 +74,10 @@ def resharded(tensors: list[Stored], limit: int, metadata: dict[str, str]) -> li
     return [laid_out(name, group, metadata) for name, group in zip(names, groups, strict=True)]
 
 
-def index(shards: list[ShardLayout], old: dict | None) -> bytes:
-    """The index file of these shards, its totals true; other metadata kept."""
+def index(shards: list[ShardLayout], old: dict | None, grown: int = 0) -> bytes:
+    """The index file of these shards, its totals true; other metadata kept. `grown`: bytes that the layouts are short of."""
     metadata = dict((old or {}).get("metadata") or {})
-    metadata["total_size"] = sum(t.nbytes for s in shards for t in s.tensors)
+    metadata["total_size"] = sum(t.nbytes for s in shards for t in s.tensors) + grown
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(math.prod(t.shape) for s in shards for t in s.tensors)
     where = {t.key: s.file for s in shards for t in s.tensors}

@@ -1,12 +1,13 @@
 """What a checkpoint holds, from its headers and its index alone."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, inside
 from adapterkit.checkpoint.header import Header, TensorSpec, header_length, parse_header
 from adapterkit.checkpoint.strict import strict_json
-from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Offenders, Refused, refuse_all, shown
 
 FIRST_READ = 65536  # most headers of a shard fit, so one read does
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -15,6 +16,7 @@ NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
 # Windows takes these for devices, with any extension
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
 MAX_JSON = 50_000_000
+MAX_DEPTH = 100  # of lists and objects inside each other
 LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "encoder_layers"}
 
 
@@ -35,24 +37,76 @@ class Checkpoint:
         return self.folder.name
 
 
+@dataclass
+class Seen:
+    """What could be read of a folder's headers and JSON, and what was wrong with the rest of it."""
+
+    folder: Folder
+    number: int = 0  # which input its tensors are of
+    shards: dict[str, Header | None] = field(default_factory=dict)  # None: cannot be read
+    config: dict = field(default_factory=dict)
+    index: dict | None = None  # the index file's content
+    index_name: str | None = None
+    errors: list[AdapterkitError] = field(default_factory=list)
+    whole: bool = True  # no file of the weights is missing, and all could be read
+
+    @property
+    def headers(self) -> list[Header]:
+        return [header for header in self.shards.values() if header is not None]
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        return {spec.key: spec for header in self.headers for spec in header.tensors}
+
+    def header(self, name: str) -> Header | None:
+        """Read one shard's header, or note why it cannot be."""
+        self.shards[name] = None
+        try:
+            self.shards[name] = read_header(self.folder, name, self.number)
+        except (Refused, Damaged) as error:
+            self.note(error)
+            self.whole = False
+        return self.shards[name]
+
+    def json(self, name: str) -> dict | None:
+        """A JSON file of the folder, or None, with a note where it is there."""
+        if name not in self.folder.files():
+            return None
+        try:
+            return read_json(self.folder, name)
+        except (Refused, Damaged) as error:
+            self.note(error)
+            return None
+
+    def note(self, error: AdapterkitError) -> None:
+        self.errors += error.errors if isinstance(error, Offenders) else (error,)
+
+    def checkpoint(self) -> Checkpoint:
+        """What could be read, taken for a checkpoint."""
+        shards = {name: header for name, header in self.shards.items() if header is not None}
+        return Checkpoint(self.folder, shards, self.tensors, self.index, self.index_name, self.config, self.folder.files())
+
+
 def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     """Read the headers of a checkpoint folder; `Refused` or `Damaged` with all offenders if it is not whole."""
-    files = folder.files()
-    names, index, index_name = _weight_files(folder, files)
-    shards = {name: read_header(folder, name, number) for name in names}
-    tensors: dict[str, TensorSpec] = {}
-    errors: list[AdapterkitError] = []
-    for header in shards.values():
-        for spec in header.tensors:
-            if spec.key in tensors:
-                errors.append(_twice(folder, spec, tensors[spec.key].file))
-            tensors[spec.key] = spec
-    if index is not None:
-        errors += _index_errors(folder, index, index_name or "", tensors)
-    refuse_all(errors)
-    config = read_json(folder, "config.json") if "config.json" in files else {}
-    refuse_all(_config_errors(config, len(tensors), f"{folder.name}/config.json"))
-    return Checkpoint(folder, shards, tensors, index, index_name, config, files)
+    seen = see_checkpoint(folder, number)
+    refuse_all(seen.errors)
+    return seen.checkpoint()
+
+
+def see_checkpoint(folder: Folder, number: int = 0) -> Seen:
+    """As much of a checkpoint folder as can be read, with everything for which `open_checkpoint` refuses it."""
+    seen = Seen(folder, number)
+    named = _weight_files(seen)
+    for name in _likely_files(folder) if named is None else named:
+        seen.header(name)
+    if named is None:
+        seen.whole = False
+    else:
+        seen.errors += _stored_twice(seen) + _index_errors(seen)
+    seen.config = seen.json("config.json") or {}
+    seen.errors += _config_errors(seen.config, len(seen.tensors), f"{folder.name}/config.json")
+    return seen
 
 
 def read_header(folder: Folder, name: str, number: int = 0) -> Header:
@@ -74,6 +128,7 @@ def read_json(folder: Folder, name: str) -> dict:
         if size > MAX_JSON:
             raise ValueError(f"{size} bytes, more than {MAX_JSON}")
         value = strict_json(folder.read(name, 0, size))
+        _check_depth(value)
     except ValueError as error:
         raise Damaged(
             f"not JSON: {shown(error)}", expected="a JSON object", where=f"{folder.name}/{name}", do="mend the file"
@@ -81,6 +136,14 @@ def read_json(folder: Folder, name: str) -> dict:
     if not isinstance(value, dict):
         raise Damaged(f"a JSON {type(value).__name__}", expected="a JSON object", where=name, do="mend the file")
     return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for v in level if isinstance(v, list | dict) for inner in (v.values() if isinstance(v, dict) else v)]
+    if level:
+        raise ValueError("nested too deeply")
 
 
 def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitError]:
@@ -102,70 +165,93 @@ def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitErro
     return errors
 
 
-def _weight_files(folder: Folder, files: dict[str, int]) -> tuple[list[str], dict | None, str | None]:
-    """The files that hold the weights: those that an index names, else the one file, else a complete numbered set."""
-    here = [name for name in files if "/" not in name]
-    name = _index_name(folder, here)
-    if name is not None:
-        index = read_json(folder, name)
-        return _indexed(folder, files, index, name), index, name
-    weights = sorted(name for name in here if name.endswith(".safetensors") and not name.startswith(NOT_A_MODEL))
+def weight_files(folder: Folder) -> list[str]:
+    """The folder's own safetensors files that are no adapter's."""
+    here = (name for name in folder.files() if "/" not in name and name.endswith(".safetensors"))
+    return sorted(name for name in here if not name.startswith(NOT_A_MODEL))
+
+
+def _likely_files(folder: Folder) -> list[str]:
+    """Where nothing says which files hold the model: the one with the standard name, else all of them."""
+    here = weight_files(folder)
+    return [name for name in SINGLE if name in here][:1] or here
+
+
+def _weight_files(seen: Seen) -> list[str] | None:
+    """The files that hold the weights: those that an index names, else the one file, else a complete numbered set.
+
+    None, with a note, where it cannot be told which.
+    """
+    folder = seen.folder
+    here = [name for name in folder.files() if "/" not in name]
+    seen.index_name = _index_name(seen, here)
+    if seen.index_name is not None:
+        seen.index = seen.json(seen.index_name)
+        return _indexed(seen, seen.index, seen.index_name) if seen.index is not None else None
+    weights = weight_files(folder)
     for name in SINGLE:
         if name in weights:
-            return [name], None, None
+            return [name]
     if len(weights) == 1:
-        return weights, None, None
+        return weights
     if not weights:
-        raise _no_weights(folder, here)
+        seen.note(_no_weights(folder, here))
+        return None
     numbered = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", name) for name in weights]
     if all(numbered):
         wholes = {(m[1], int(m[3])) for m in numbered if m}
         if len(wholes) == 1 and len(weights) == next(iter(wholes))[1]:
-            return weights, None, None
-    raise Refused(
+            return weights
+    error = Refused(
         f"{len(weights)} safetensors files and no index: {', '.join(shown(w) for w in weights[:6])}",
         expected="model.safetensors.index.json, or one file, or a complete set name-0000i-of-0000n.safetensors",
         where=folder.name,
         do="add the index, or remove the files that are not part of the model",
     )
+    seen.note(error)
+    return None
 
 
-def _index_name(folder: Folder, here: list[str]) -> str | None:
-    """The index file, the standard name before a variant's; `Refused` where other readers would take something else."""
+def _index_name(seen: Seen, here: list[str]) -> str | None:
+    """The index file, the standard name before a variant's; noted where other readers would take something else."""
     indexes = sorted(name for name in here if name.endswith(".safetensors.index.json"))
     standard = [f"{single}.index.json" for single in SINGLE if f"{single}.index.json" in indexes]
     if standard or any(single in here for single in SINGLE):
         return standard[0] if standard else None
     if len(indexes) > 1:
-        raise Refused(
+        error = Refused(
             f"several indexes: {', '.join(map(shown, indexes))}",
             expected="one, or model.safetensors.index.json among them",
-            where=folder.name,
+            where=seen.folder.name,
             do="move the files of the other variants away",
         )
+        seen.note(error)
     return indexes[0] if indexes else None
 
 
-def _indexed(folder: Folder, files: dict[str, int], index: dict, name: str) -> list[str]:
-    where = f"{folder.name}/{name}"
+def _indexed(seen: Seen, index: dict, name: str) -> list[str] | None:
+    """Those files of an index that can be opened, the others noted; None where it names no files."""
+    where, files = f"{seen.folder.name}/{name}", seen.folder.files()
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise Damaged("no weight_map", expected="a map of keys to file names", where=where, do="restore the index")
+        seen.note(Damaged("no weight_map", expected="a map of keys to file names", where=where, do="restore the index"))
+        return None
     if not isinstance(index.get("metadata", {}), dict):
-        raise Damaged("metadata that is no JSON object", expected="a map", where=where, do="restore the index")
+        seen.note(Damaged("metadata that is no JSON object", expected="a map", where=where, do="restore the index"))
     names = sorted(set(weight_map.values()))
-    errors = [error for file in names if (error := _shard_name_error(file, files, where))]
+    wrong = {file: error for file in names if (error := _shard_name_error(file, files, where))}
+    seen.errors += wrong.values()
+    seen.whole = not wrong
     for single in SINGLE:
         if single in files and single not in names and name == f"{single}.index.json":
-            errors.append(_two_models(single, where))
+            seen.note(_two_models(single, where))
     twins: dict[str, list[str]] = {}
     for file in names:
         twins.setdefault(file.casefold(), []).append(file)
     for group in [group for group in twins.values() if len(group) > 1]:
         found = f"file names that differ only in case: {', '.join(map(shown, group))}"
-        errors.append(Refused(found, expected="names that any file system keeps apart", where=where, do="rename one"))
-    refuse_all(errors)
-    return names
+        seen.note(Refused(found, expected="names that any file system keeps apart", where=where, do="rename one"))
+    return [file for file in names if file not in wrong]
 
 
 def _shard_name_error(file: str, files: dict[str, int], where: str) -> AdapterkitError | None:
@@ -198,27 +284,33 @@ def _two_models(single: str, where: str) -> Refused:
     )
 
 
-def _index_errors(folder: Folder, index: dict, name: str, tensors: dict[str, TensorSpec]) -> list[AdapterkitError]:
-    where = f"{folder.name}/{name}"
+def _index_errors(seen: Seen) -> list[AdapterkitError]:
+    """Where the index, if there is one, and the files that could be read contradict each other."""
+    if seen.index is None:
+        return []
+    where, tensors, weight_map = f"{seen.folder.name}/{seen.index_name}", seen.tensors, seen.index["weight_map"]
     errors: list[AdapterkitError] = []
-    for key, file in index["weight_map"].items():
+    for key, file in weight_map.items():
         spec = tensors.get(key)
-        if spec is None or spec.file != file:
+        if seen.shards.get(file) is not None and (spec is None or spec.file != file):
             found = f"{shown(key)} is not in {shown(file)}"
             errors.append(Damaged(found, expected="an index that matches its files", where=where, do="restore the index"))
-    for key in [key for key in tensors if key not in index["weight_map"]]:
+    for key in [key for key in tensors if key not in weight_map]:
         found = f"{shown(key)} in {shown(tensors[key].file)}"
         errors.append(Damaged(found, expected="every stored key in the index", where=where, do="restore the index"))
     return errors
 
 
-def _twice(folder: Folder, spec: TensorSpec, other: str) -> AdapterkitError:
-    return Damaged(
-        f"{shown(spec.key)} in both {shown(other)} and {shown(spec.file)}",
-        expected="each tensor once",
-        where=folder.name,
-        do="remove the file that is not part of the model",
-    )
+def _stored_twice(seen: Seen) -> list[AdapterkitError]:
+    files: dict[str, str] = {}  # of each key
+    errors: list[AdapterkitError] = []
+    for spec in (spec for header in seen.headers for spec in header.tensors):
+        if spec.key in files:
+            found = f"{shown(spec.key)} in both {shown(files[spec.key])} and {shown(spec.file)}"
+            do = "remove the file that is not part of the model"
+            errors.append(Damaged(found, expected="each tensor once", where=seen.folder.name, do=do))
+        files[spec.key] = spec.file
+    return errors
 
 
 def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:

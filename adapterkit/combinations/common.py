@@ -9,7 +9,7 @@ from torch import Tensor
 from adapterkit.combinations.protocol import Deltas, Facts, Merged, Seeds
 from adapterkit.errors import Refused
 from adapterkit.kernels.elementwise import Cut, Majority, Trim, drop, elect, largest
-from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.lowrank import Product, Svd, stacked
 
 GLANCE = 4  # a fourth of each block's rows is enough for the first guess of a threshold
 Prune = Callable[[Tensor], None]  # changes a block in place; the blocks of a delta come in row-major order
@@ -54,6 +54,17 @@ def thin(seeds: Seeds, which: int, density: float) -> Prune:
         return lambda block: None
     generator = seeds(which)
     return lambda block: drop(block, density, generator)
+
+
+class WeightedSum:
+    """What methods share that are Σ shareᵢ Δᵢ: the factors side by side."""
+
+    def shares(self, weights: Sequence[float]) -> list[float]:
+        """What each delta is multiplied by."""
+        raise NotImplementedError
+
+    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
+        return stacked(products, self.shares(weights)), {}
 
 
 def summed(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]) -> Merged:

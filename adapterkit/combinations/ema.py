@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.common import check_share
-from adapterkit.combinations.protocol import Facts
-from adapterkit.kernels.lowrank import Product, stacked
+from adapterkit.combinations.common import WeightedSum, check_share
 
 
 @dataclass(frozen=True)
-class Ema:
+class Ema(WeightedSum):
     """Δ' = eₖ, e₁ = w₁ Δ₁, eᵢ = decay · eᵢ₋₁ + (1 - decay) · wᵢ Δᵢ: the last adapters count most, the smaller decay the more so."""
 
     decay: float
@@ -19,6 +17,6 @@ class Ema:
     def __post_init__(self):
         check_share("decay", self.decay)
 
-    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
-        shares = [self.decay ** (len(weights) - 1 - i) * (1 - self.decay if i else 1) for i in range(len(weights))]
-        return stacked(products, [share * weight for share, weight in zip(shares, weights, strict=True)]), {}
+    def shares(self, weights: Sequence[float]) -> list[float]:
+        decayed = [self.decay ** (len(weights) - 1 - i) * (1 - self.decay if i else 1) for i in range(len(weights))]
+        return [share * weight for share, weight in zip(decayed, weights, strict=True)]

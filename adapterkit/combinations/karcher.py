@@ -28,15 +28,14 @@ class Karcher:
     name = "karcher"
     source = "Karcher 1977, doi:10.1002/cpa.3160300502"
 
+    def check(self, weights: Sequence[float]) -> None:
+        if min(weights) < 0 or sum(weights) == 0:
+            found, expected = f"weights {', '.join(f'{w:g}' for w in weights)}", "shares: none below 0, not all 0"
+            raise Refused(found, expected=expected, where="--method karcher", do="change the weights, or use linear")
+
     def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
         check_count(weights, len(products))
-        if min(weights) < 0 or sum(weights) == 0:
-            raise Refused(
-                f"weights {', '.join(f'{w:g}' for w in weights)}",
-                expected="shares: none below 0, not all 0",
-                where="--method karcher",
-                do="change the weights, or use linear",
-            )
+        self.check(weights)
         shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
         table = gram(products)
         norms = table.diagonal().clamp_min(0).sqrt()

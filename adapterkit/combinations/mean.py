@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.protocol import Facts
+from adapterkit.combinations.common import WeightedSum
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product, stacked
 
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(WeightedSum):
     """Δ' = Σᵢ wᵢ Δᵢ / Σᵢ wᵢ: the factors side by side, rank Σ rᵢ."""
 
     name = "mean"
     source = "arXiv:2203.05482 (model soups)"
 
-    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
-        whole = sum(weights)
-        if whole == 0:
+    def check(self, weights: Sequence[float]) -> None:
+        if sum(weights) == 0:
             raise Refused("weights that add up to 0", expected="a sum to divide by", where="weights", do="use --method linear")
-        return stacked(products, [weight / whole for weight in weights]), {}
+
+    def shares(self, weights: Sequence[float]) -> list[float]:
+        self.check(weights)
+        return [weight / sum(weights) for weight in weights]

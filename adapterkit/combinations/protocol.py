@@ -5,7 +5,9 @@ Deltas are scale * b @ a, the scale folded in; weights are the user's, apart. A 
     products(products, weights) -> Product          on factors, float64, exact but for rounding
     merged(deltas, weights, seeds) -> Merged        on elements, float32
 
-Both return also facts for the receipt, floats by name.
+Both return also facts for the receipt, floats by name. A method that is a weighted sum has `shares(weights)` too,
+what each delta is multiplied by: it can be carried out on values that are no factors. One that cannot do with all
+weights has `check(weights)`, which raises `Refused`.
 """
 
 from collections.abc import Iterator, Sequence

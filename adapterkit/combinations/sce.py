@@ -66,7 +66,7 @@ def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
 
 
 def _selected(deltas: Deltas, selected: Tensor, first: int, last: int) -> list[Tensor]:
-    mask = selected[first:last] > 0
+    mask = selected[first:last].sign()  # none is below 0; a product with floats is faster than with bools
     return [deltas.rows(i, first, last).mul_(mask) for i in range(deltas.count)]
 
 

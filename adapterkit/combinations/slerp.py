@@ -16,7 +16,7 @@ class Slerp:
 
     Deltas are not normalised, as in mergekit. Parallel ones, and a delta of 0, which has no direction, give the straight line
     (1-t)·w₁Δ₁ + t·w₂Δ₂ (mergekit: also where |cos θ| > 0.9995, and θ = 90° for a delta of 0). Opposite ones (1 + cos θ < 1e-12)
-    have no arc between them and are refused.
+    have no arc between them and are refused. What only one of the adapters has stays as it is, w₁Δ₁.
     """
 
     t: float = 0.5
@@ -26,12 +26,16 @@ class Slerp:
     def __post_init__(self):
         check_share("t", self.t)
 
+    def check(self, weights: Sequence[float]) -> None:
+        if len(weights) > 2:
+            found, do = f"{len(weights)} adapters", "use --method karcher for more than two"
+            raise Refused(found, expected="two", where="--method slerp", do=do)
+
     def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
         check_count(weights, len(products))
-        if len(products) != 2:
-            raise Refused(
-                f"{len(products)} adapters", expected="two", where="--method slerp", do="use --method karcher for more than two"
-            )
+        self.check(weights)
+        if len(products) == 1:
+            return stacked(products, weights), {"angle": 0.0}
         angle = _angle(products, weights)
         first, second = 1 - self.t, self.t
         if math.sin(angle) > 0:

@@ -5,20 +5,24 @@ The header gets the room of the largest file there can be, so the data's place i
 
 import hashlib
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
-from typing import TypeVar
+from dataclasses import replace
+from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored, laid_out
 from adapterkit.checkpoint.writer import ShardFile, Stage
 from adapterkit.errors import Spoiled, shown
-from adapterkit.plan import Bundle, Computed, Inputs, Made, Progress, ShardResult
+from adapterkit.plan import ASIDE, Bundle, Computed, Inputs, Made, Progress, ShardResult
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,25 +35,130 @@ def write_computed(file: Computed, stage: Stage, inputs: Inputs, workers: int, h
     """Make all bundles of a file and write it; `Spoiled` where a value is not finite."""
     shard = ShardFile(stage.path, file.file, file.size)
     try:
-        room, facts, stored = len(file.layout.header), {}, []
-        at = room
+        facts, asides = {}, _Aside(stage, file)
+        places = _Sorted(file) if file.by_width else _Growing(file)
         for bundle, made in zip(file.bundles, _made(file, stage, inputs, workers, progress), strict=True):
-            facts[bundle.name] = made.facts
+            facts |= {bundle.name: made.facts} if made.facts else {}
+            asides.put(made.aside)
             for key, tensor in made.tensors.items():
-                data = _checked(key, tensor)
-                shard.write(data, at)
-                at += len(data)
-                stored.append(Stored(key, dtypes.name_of(tensor.dtype), tuple(tensor.shape)))
-        layout = laid_out(file.file, stored, file.metadata, ordered=True, header_size=room)
+                if isinstance(tensor, TensorSpec):
+                    _copy(inputs, tensor, shard, places.next(Stored(key, tensor.dtype, tensor.shape)))
+                else:
+                    at = places.next(Stored(key, dtypes.name_of(tensor.dtype), tuple(tensor.shape)))
+                    shard.write(_checked(key, tensor), at)
+        room = len(file.layout.header)
+        layout = laid_out(file.file, places.stored(), file.metadata, ordered=True, header_size=0 if file.by_width else room)
+        if len(layout.header) != room:
+            _shift(shard, room, len(layout.header), layout.size - len(layout.header))
         shard.write(layout.header, 0)
-        shard.cut(at)
-        sha, marks = _hashes(shard, layout.tensors, at) if hashed else (None, {})
+        shard.cut(layout.size)
+        asides.close()
+        sha, marks = _hashes(shard, layout.tensors, layout.size) if hashed else (None, {})
         shard.sync()
         shard.publish()
     except BaseException:
         shard.abandon()
         raise
-    return ShardResult(file.file, at, sha, marks, facts)
+    return ShardResult(file.file, layout.size, sha, marks, facts, places.grown, asides.where)
+
+
+class _Growing:
+    """Places of tensors that follow each other as they are made."""
+
+    def __init__(self, file: Computed):
+        self.tensors, self.at, self.grown = [], len(file.layout.header), 0
+
+    def next(self, stored: Stored) -> int:
+        self.tensors.append(stored)
+        self.at += stored.nbytes
+        return self.at - stored.nbytes
+
+    def stored(self) -> list[Stored]:
+        return self.tensors
+
+
+class _Sorted:
+    """Places in the order of the plan, whatever order they are made in: each where it was planned, moved by what those before it
+    have turned out larger or smaller than guessed."""
+
+    def __init__(self, file: Computed):
+        self.planned, self.starts = file.layout.tensors, file.layout.starts
+        self.number = {stored.key: i for i, stored in enumerate(self.planned)}
+        self.open = sorted(self.number[key] for key in file.varies)
+        self.moved: list[tuple[int, int]] = []  # (number, bytes) of those that differ
+        self.made: dict[int, Stored] = {}
+
+    def next(self, stored: Stored) -> int:
+        number = self.number[stored.key]
+        if number in self.open:
+            self.open.remove(number)
+            self.moved.append((number, stored.nbytes - self.planned[number].nbytes))
+        elif stored != self.planned[number] or (self.open and self.open[0] < number):
+            raise AssertionError(f"{stored}: planned as {self.planned[number]}, with all that varies before it made before")
+        self.made[number] = stored
+        return self.starts[number] + sum(by for earlier, by in self.moved if earlier < number)
+
+    def stored(self) -> list[Stored]:
+        return [self.made[number] for number in sorted(self.made)]
+
+    @property
+    def grown(self) -> int:
+        return sum(by for _, by in self.moved)
+
+
+def _shift(shard: ShardFile, at: int, to: int, size: int) -> None:
+    """Move the data: the header is not as long as it was guessed, which is seldom."""
+    steps = range(0, size, BLOCK)
+    for first in steps if to < at else reversed(steps):
+        part = memoryview(bytearray(min(BLOCK, size - first)))
+        shard.read(part, at + first)
+        shard.write(part, to + first)
+
+
+def _copy(inputs: Inputs, spec: TensorSpec, shard: ShardFile, at: int) -> None:
+    for first in range(spec.start, spec.stop, BLOCK):
+        part = replace(spec, dtype="U8", shape=(min(BLOCK, spec.stop - first),), start=first, stop=min(first + BLOCK, spec.stop))
+        shard.write(memoryview(inputs.bytes(part)), at + first - spec.start)
+
+
+class _Aside:
+    """What the bundles of a file lay aside, in a file beside it."""
+
+    def __init__(self, stage: Stage, file: Computed):
+        self.stage, self.name, self.file, self.at = stage, file.file + ASIDE, None, 0
+        self.where: dict[str, list] = {}
+
+    def put(self, tensors: dict[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            self.file = self.file or ShardFile(self.stage.path, self.name, 0)
+            data = _bytes(tensor)
+            self.file.write(data, self.at)
+            self.where[key] = [dtypes.name_of(tensor.dtype), list(tensor.shape), self.at]
+            self.at += len(data)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.sync()
+            self.file.publish()
+
+
+class Asides:
+    """What finished files have laid aside, as the journal tells."""
+
+    def __init__(self, stage: Stage):
+        self.stage = stage
+
+    @cached_property
+    def where(self) -> dict[str, tuple[str, list]]:
+        entries = [entry["shard"] for entry in self.stage.journal() if "shard" in entry]
+        return {key: (entry["file"], place) for entry in entries for key, place in entry["asides"].items()}
+
+    def tensor(self, key: str) -> Tensor:
+        name, (dtype, shape, at) = self.where[key]
+        with (self.stage.path / (name + ASIDE)).open("rb") as file:
+            file.seek(at)
+            data = bytearray(file.read(dtypes.size(dtype, math.prod(shape))))
+        return torch.frombuffer(data, dtype=dtypes.torch_dtype(dtype)).view(shape) if data else torch.empty(shape)
 
 
 def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, progress: Progress) -> Iterator[Made]:
@@ -70,7 +179,7 @@ def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, progress: 
     spill, kept = _Spill(stage, file), []
     try:
         for bundle, made in zip(file.bundles, results, strict=True):
-            kept.append((spill.put(made.tensors), made.facts))
+            kept.append((spill.put(cast(dict[str, Tensor], made.tensors)), made.facts))
             progress(sum(stored.nbytes for stored in bundle.most))
         for (where, facts), change in zip(kept, file.settle([facts for _, facts in kept]), strict=True):
             yield change(Made(spill.get(where), facts))
@@ -132,7 +241,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _checked(key: str, tensor: Tensor) -> memoryview:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
         raise Spoiled(
             f"values of {shown(key)} that are not finite in {str(tensor.dtype).removeprefix('torch.')}",
             expected="finite values",

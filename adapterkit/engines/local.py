@@ -27,9 +27,10 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources, read_exactly
 from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
 from adapterkit.edits import Loaded
-from adapterkit.engines.computed import write_computed
+from adapterkit.engines.computed import Asides, write_computed
 from adapterkit.errors import Failed, Refused, Spoiled, shown
 from adapterkit.plan import Computed, Plan, Progress, Shard, ShardResult, Step
+from adapterkit.weights.packed import Packed
 
 ELEMENTS = 1 << 18  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
 CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
@@ -69,7 +70,7 @@ def local(device: str = "auto", workers: int | None = None):
                 if streamed:
                     _Job(streamed, stage, sources, where, count, hash, finished, progress).run()
                 for file in computed:
-                    finished(write_computed(file, stage, Inputs(sources, where), count, hash, progress))
+                    finished(write_computed(file, stage, Inputs(sources, where, asides=Asides(stage)), count, hash, progress))
             except (MemoryError, torch.OutOfMemoryError) as error:
                 found = f"out of memory: {shown(error)}"
                 raise Failed(found, do="free some memory, or give --device cpu, then --resume") from error
@@ -105,19 +106,32 @@ class Inputs:
     sources: Sources
     device: torch.device
     dtype: torch.dtype = torch.float32
+    asides: Asides | None = None
+
+    def aside(self, key: str) -> Tensor:
+        assert self.asides is not None
+        return self.asides.tensor(key).to(self.device)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
+        if isinstance(spec, Packed):
+            return spec.decode({part.key: self.stored(part) for part in spec.parts}).to(self.dtype)
+        stored = self.stored(spec)
+        return stored.to(self.dtype)
+
+    def stored(self, spec: TensorSpec) -> Tensor:
+        """The whole tensor, in its own dtype, on `device`."""
         data = self.sources.read(spec)
         if not data:
-            return torch.empty(spec.shape, dtype=self.dtype, device=self.device)
+            return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype), device=self.device)
         stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
-        if not torch.isfinite(stored.sum(dtype=torch.float64)) and not torch.isfinite(stored).all():
+        floats = spec.dtype in dtypes.FLOATS
+        if floats and not torch.isfinite(stored.sum(dtype=torch.float64)) and not torch.isfinite(stored).all():
             raise Spoiled(
                 "values that are not finite (NaN or infinity)",
                 where=f"{spec.file}: {shown(spec.key)}",
                 do="the training run diverged: use an earlier save",
             )
-        return stored.to(self.device, self.dtype)
+        return stored.to(self.device)
 
     def bytes(self, spec: TensorSpec) -> bytearray:
         return self.sources.read(spec)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -105,8 +106,8 @@ def _collected(blocks: Iterable[Tensor], bottom: float, top: float, room: int) -
     """How many magnitudes are above `top`, how many in (bottom, top], and these themselves as far as there is room."""
     above, inside, found = 0, 0, []
     for block in blocks:
-        over, within = block.abs_() > top, block > bottom
-        above += int(torch.count_nonzero(over))
+        over, within = _mask(torch.gt, block.abs_(), top), _mask(torch.gt, block, bottom)
+        above += _count(over)
         here = _picked(block, within.logical_xor_(over))
         if inside < room:
             found.append(here[: room - inside])
@@ -114,8 +115,23 @@ def _collected(blocks: Iterable[Tensor], bottom: float, top: float, room: int) -
     return above, inside, torch.cat(found)
 
 
+# On a CPU numpy compares eight times as fast as torch, counts five times and, where few are wanted, picks six times as fast.
+_COMPARE = {torch.gt: np.greater, torch.lt: np.less, torch.ge: np.greater_equal}
+
+
+def _mask(compare: Callable, x: Tensor, y: Tensor | float) -> Tensor:
+    """compare(x, y) as bools."""
+    if x.device.type != "cpu":
+        return compare(x, y)
+    return torch.from_numpy(_COMPARE[compare](x.numpy(), y.numpy() if isinstance(y, Tensor) else y))
+
+
+def _count(mask: Tensor) -> int:
+    return int(torch.count_nonzero(mask)) if mask.device.type != "cpu" else int(np.count_nonzero(mask.numpy()))
+
+
 def _picked(block: Tensor, mask: Tensor) -> Tensor:
-    """block[mask]; where few are picked, numpy is six times as fast as torch on a CPU."""
+    """block[mask]."""
     return block[mask] if block.device.type != "cpu" else torch.from_numpy(block.numpy()[mask.numpy()])
 
 
@@ -145,7 +161,7 @@ def drop(
 ) -> None:
     """x ← x / chance with that chance, else 0: the expectation is x. One draw in [0, 1) an element, row by row."""
     draws = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
-    x.mul_(draws < chance).div_(chance)
+    x.mul_(_mask(torch.lt, draws, chance).to(x.dtype)).div_(chance)
 
 
 def ranks(
@@ -155,9 +171,23 @@ def ranks(
     cols = x.shape[1]
     if cols == 1:
         return torch.full_like(x, 0.5)
-    order = x.abs().sort(dim=1, stable=True).indices
+    order = _order(x)
     places = torch.arange(cols, dtype=x.dtype, device=x.device).div_(cols - 1)
     return torch.empty_like(x).scatter_(1, order, places.expand_as(x))
+
+
+def _order(x: Tensor) -> Tensor:
+    """The columns of each row by magnitude, equal ones in their order."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return x.abs().sort(dim=1, stable=True).indices
+    # the bits of magnitudes are ordered as these are; with the column behind them they are unique, and sorted twice as fast
+    keys = x.numpy().view(np.uint32).astype(np.uint64)
+    keys &= 0x7FFFFFFF
+    keys <<= 32
+    keys |= np.arange(x.shape[1], dtype=np.uint64)
+    keys.sort(axis=1)
+    keys &= 0xFFFFFFFF
+    return torch.from_numpy(keys.view(np.int64))
 
 
 def elect(
@@ -182,28 +212,38 @@ def elect(
 def _elect(
     blocks: Sequence[Tensor], weights: Sequence[float], majority: Majority, out: Tensor, shares: Sequence[float] | None
 ) -> tuple[int, int]:
-    sign = _majority(blocks, majority)
-    kept, net, signs = (torch.zeros_like(out) for _ in range(3))
-    divisor = torch.zeros_like(out) if shares else signs
+    counts = torch.uint8 if len(blocks) < 256 else torch.int32
+    positive, negative = (_number(compare, blocks, counts) for compare in (torch.gt, torch.lt))
+    several, differ = _count(_mask(torch.ge, positive + negative, 2)), _count(torch.minimum(positive, negative))
+    if majority == "total":
+        total = blocks[0].to(torch.float64, copy=True)  # exact in practice, so that no order of the adapters changes a sign
+        for x in blocks[1:]:
+            total.add_(x)
+        minus = _mask(torch.lt, total, 0)
+    else:
+        minus = _mask(torch.gt, negative, positive)
+    minus = minus.view(torch.uint8)  # numbers of 8 bits are several times as fast as bools
+    sign = minus.to(out.dtype).mul_(-2).add_(1)
     out.zero_()
     for i, (x, weight) in enumerate(zip(blocks, weights, strict=True)):
-        torch.sign(x.mul_(sign), out=signs)
-        net.add_(signs)
-        kept.add_(signs.relu_())
-        out.add_(x.relu_(), alpha=weight * (shares[i] if shares else 1))
-        if shares:
-            divisor.add_(signs, alpha=shares[i])
-    out.div_(divisor.add_(divisor == 0) if shares else divisor.copy_(kept).clamp_(min=1)).mul_(sign)
-    differ = int(torch.count_nonzero(kept > net))
-    return int(torch.count_nonzero(net.neg_().add_(kept, alpha=2) >= 2)), differ
+        out.add_(x.mul_(sign).relu_(), alpha=weight * (shares[i] if shares else 1))
+    if shares:
+        divisor = torch.zeros_like(out)
+        for x, share in zip(blocks, shares, strict=True):
+            divisor.add_(_mask(torch.gt, x, 0).view(torch.uint8), alpha=share)
+        divisor.add_(divisor == 0)
+    else:
+        divisor = negative.sub_(positive).mul_(minus).add_(positive).to(out.dtype).clamp_(min=1)  # their number on the elected side
+    out.div_(divisor).mul_(sign)
+    return several, differ
 
 
-def _majority(blocks: Sequence[Tensor], majority: Majority) -> Tensor:
-    """+1 or -1 by position. The sum is in float64, exact in practice, so that no order of the adapters changes a sign."""
-    total = torch.zeros_like(blocks[0], dtype=torch.float64 if majority == "total" else None)
+def _number(compare: Callable, blocks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """How many of the blocks are above, or below, 0: by position."""
+    found = torch.zeros(blocks[0].shape, dtype=dtype, device=blocks[0].device)
     for x in blocks:
-        total.add_(x if majority == "total" else x.sign())
-    return total.sign_().add_(0.5).sign_().to(blocks[0].dtype)
+        found.add_(_mask(compare, x, 0).view(torch.uint8))
+    return found
 
 
 def deviation(

@@ -38,6 +38,15 @@ class Svd(NamedTuple):
         return Svd(self.u[:, :rank], self.s[:rank], self.vh[:rank])
 
 
+def as_product(delta: Product | Tensor) -> Product:
+    """A dense matrix as itself times the identity of its shorter side."""
+    if isinstance(delta, Product):
+        return delta
+    delta = delta.double()
+    one = torch.eye(min(delta.shape), dtype=torch.float64, device=delta.device)
+    return Product(delta, one) if delta.shape[1] <= delta.shape[0] else Product(one, delta)
+
+
 def stacked(products: Sequence[Product], weights: Sequence[float] | None = None) -> Product:
     """Σ weight * left @ right as one product of rank Σ R; exact but for the scaling of each left."""
     weights = [1.0] * len(products) if weights is None else weights

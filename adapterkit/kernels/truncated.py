@@ -87,6 +87,23 @@ def svd_for_energy(w: Tensor, energy: float, most: int) -> tuple[Svd, float]:
     return _restore(matrix, found, turned), total / matrix.half / matrix.half / matrix.half / matrix.half
 
 
+def svd_for_ratio(w: Tensor, ratio: float, most: int) -> tuple[Svd, float]:
+    """The leading triplets with s >= s₁ / ratio, at least one and at most `most`, in w's dtype; and ‖w‖_F² (float64)."""
+    if not ratio >= 1 or most < 1:
+        raise ValueError(f"ratio and the largest rank must be at least 1, not {ratio} and {most}")
+    matrix, turned = _matrix(w)
+    most = min(most, *w.shape)
+    least = lambda squares: float(squares[:1].sum()) / ratio / ratio
+    wanted = lambda squares: max(1, min(int(((squares >= least(squares)) & (squares > 0)).sum()), most))
+    total = _squared_norm(w, matrix.half)
+    left = None
+    if ratio * FLOOR[w.dtype] < 1:  # above, float32 products do not tell which values are that small
+        left = _krylov(matrix, wanted, min(most, 32) + EXTRA, share=0.5, least=least, total=total)
+    left = _full(matrix, wanted) if left is None else left
+    found = _finish(matrix, left, max(len(left), 1))
+    return _restore(matrix, found, turned), total / matrix.half / matrix.half / matrix.half / matrix.half
+
+
 def _matrix(w: Tensor) -> tuple[_Matrix, bool]:
     """w or wᵀ, whichever is wide, as a view that a product can read, with its scale; whether it is wᵀ."""
     if w.dtype not in FLOOR or w.ndim != 2 or not w.numel():
@@ -116,10 +133,13 @@ def _krylov(
     tolerance: float = 1e-6,
     share: float = 1.0,
     hopeless: Callable[[Tensor], bool] = lambda squares: False,
+    least: Callable[[Tensor], float] = lambda squares: math.inf,
+    total: float = 0.0,
 ) -> Tensor | None:
     """The wanted leading left vectors (k, n) float64, fewer if w's rank is; None where `share` of the full cost will not do.
 
-    A block is wider than the number wanted, or it would miss some of the values that are equal or nearly so.
+    All squared values but the wanted ones are below `least`; of ‖w‖_F², `total`, nothing that large is left. A block is wider than
+    the number wanted, or it would miss some of the values that are equal or nearly so.
     """
     n, m = matrix.w.shape
     device, dtype = matrix.w.device, matrix.w.dtype
@@ -144,8 +164,12 @@ def _krylov(
             ritz = _ritz(core, ahead.beyond)
             spent = checked = spent + EIGH * len(u) ** 3
             k = wanted(ritz.squares)
-            excess = _excess(ritz, k, new.size, tolerance) if k < len(u) else math.inf
-            if done or excess <= 1:
+            excess, limit = math.inf, least(ritz.squares)
+            if k < len(u):
+                excess = max(_excess(ritz, k, new.size, tolerance), _above(ritz, k, new.size, limit))
+            if done and total - float(ritz.squares.sum()) > limit:  # more equal values than a block has vectors
+                return None
+            if done or (excess <= 1 and (limit == math.inf or block >= k + EXTRA)):
                 return (u.double().T @ ritz.vectors[:, :k]).T
             # After a plateau the error falls about evenly on a log scale: from above this line it does not come down in time.
             late = k < len(u) and len(u) >= 3 * block and excess > 10 ** (10 * (1 - spent / budget))
@@ -203,12 +227,26 @@ def _excess(ritz: _Ritz, k: int, push: float, tolerance: float) -> float:
     """
     squares, residuals = ritz.squares, ritz.residuals
     scale = tolerance * squares[0].sqrt()
-    gaps = (squares[:-1] - squares[1:]).clamp(min=1e-300)
-    lack = push**2 * residuals.cumsum(0)[:-1] / gaps
-    lack = lack.flip(0).cummin(0).values.flip(0)[:k]
+    lack = _lack(ritz, push)[:k]
     values = (lack / (scale * torch.maximum(2 * squares[:k].sqrt(), scale))).max()
     error = lack.sum() / (EXCESS * squares[k:].sum() + 1e-300)
     return float(torch.minimum(torch.maximum(values, error), residuals[:k].max() / scale.square()))
+
+
+def _above(ritz: _Ritz, k: int, push: float, least: float) -> float:
+    """How many times too much value k, the first one that is not wanted, may lack to be below `least`: by its residual, or as
+    _lack has it, which says little where the values behind it are flat."""
+    room, lack = least - float(ritz.squares[k]), _lack(ritz, push)[k:]
+    if not 0 < room < math.inf:  # no limit, or more within it than are wanted
+        return 0.0
+    return min(push * float(ritz.residuals[k].sqrt()), *lack[:1].tolist(), math.inf) / room
+
+
+def _lack(ritz: _Ritz, push: float) -> Tensor:
+    """At most how much each squared value but the last is too small."""
+    gaps = (ritz.squares[:-1] - ritz.squares[1:]).clamp(min=1e-300)
+    lack = push**2 * ritz.residuals.cumsum(0)[:-1] / gaps
+    return lack.flip(0).cummin(0).values.flip(0)
 
 
 def _reach(squares: Tensor, rank: int) -> float:
@@ -252,8 +290,11 @@ def _finish(matrix: _Matrix, left: Tensor, k: int) -> Svd:
     return Svd(left @ x, s, yh @ q.T)
 
 
-def leading(w: Tensor, most: int, energy: float | None) -> tuple[Svd, float]:
-    """The leading triplets of w, and Σ s² over all of them: `most`, or with `energy` those that keep that share, at most `most`."""
+def leading(w: Tensor, most: int, energy: float | None, ratio: float | None = None) -> tuple[Svd, float]:
+    """The leading triplets of w, and Σ s² over all of them: `most`, or at most that many, those that keep the share `energy`, or
+    those down to 1/`ratio` of the first."""
     if energy is not None:
         return svd_for_energy(w, energy, most)
-    return truncated_svd(w, most), float(torch.linalg.vector_norm(w, dtype=torch.float64)) ** 2
+    if ratio is not None:
+        return svd_for_ratio(w, ratio, most)
+    return truncated_svd(w, most), _squared_norm(w, 1.0)

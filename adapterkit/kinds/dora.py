@@ -28,6 +28,9 @@ class DoRA(OnWeight):
         return (self.factors.a, self.factors.b, self.magnitude, *self.weight.reads)
 
     def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
+        return leading(self.dense(inputs), most, energy)
+
+    def dense(self, inputs: Reads) -> Tensor:  # (out, in) float32
         """(m / norm - 1) * W + m / norm * s·b@a, so that nothing of W's size cancels."""
         (product,) = self.factors.products(inputs)
         magnitude = inputs.tensor(self.magnitude).double().reshape(-1)
@@ -41,4 +44,4 @@ class DoRA(OnWeight):
         if not bool(torch.isfinite(delta).all()):
             found, do = f"the delta of {shown(self.module)} is not finite", "check the adapter and its base"
             raise Spoiled(found, expected="no row whose norm is 0", where=shown(self.module), do=do)
-        return leading(delta, most, energy)
+        return delta

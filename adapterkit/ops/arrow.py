@@ -113,7 +113,7 @@ def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Opt
     folders, headers = tuple(a.folder for a in read), produced.headers_of(read)
     shard = Computed(WEIGHTS, tuple(bundles))
     files: dict[str, bytes | CopyFile | FromFacts] = {CONFIG: as_json(config)}
-    return Plan("arrow", told, folders, headers, identities(folders, headers), (shard,), files, facts, tuple(notes), bases=0)
+    return Plan("arrow", told, folders, headers, identities(folders, headers), (shard,), files, facts, tuple(notes), models=())
 
 
 def _check(options: Options, count: int) -> None:

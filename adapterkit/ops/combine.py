@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.adapter import Adapter, Lora, canonical, read_adapter
+from adapterkit.adapter import PREFIX, Adapter, Lora, canonical, read_adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Factors, factors_of, place_of
 from adapterkit.ops import produced
 from adapterkit.ops.combining import Combined, Part, Refit
+from adapterkit.ops.decomposed import BaseWeights, not_decomposed
 from adapterkit.ops.sources import open_source, weighted
 from adapterkit.patterns import matcher
-from adapterkit.plan import Plan, Progress, Receipt
+from adapterkit.plan import Bundle, Plan, Progress, Receipt
 from adapterkit.registry import made
 
 # PEFT's names for combinations: method, and whether the refit is exact where neither --rank nor --energy is given
@@ -55,6 +57,7 @@ def combine(
     *,
     out: str | os.PathLike,
     method: str,
+    base: str | os.PathLike | None = None,
     space: str = "delta",
     rank: int | None = None,
     energy: float | None = None,
@@ -81,37 +84,51 @@ def combine(
     neither, methods on factors are exact (the ranks add up) and methods on elements keep the inputs' largest rank. Factors are
     computed in float64 (dense deltas in float32), written in `dtype`. Raises `Refused` before anything is written.
 
-    Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack are right; DoRA is refused.
+    A DoRA's delta depends on the weights that it was trained on: with `base` it is m·(W + scale·b@a)/‖W + scale·b@a‖ - W, dense, so
+    that the result is a plain LoRA of a rank that has to be given; without, DoRA is refused. Values that were trained whole
+    (modules_to_save, token rows, biases) are taken from the one adapter of weight 1 that has them; several adapters' are averaged
+    where the method is a weighted sum (linear, mean, ema) whose shares among them add up to 1, else refused unless they are equal.
+
+    Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack are right.
     """
     options = Options(
         method, space, rank, energy, density, majority, svd_clamp, tuple(weight_for), tuple((settings or {}).items()), dtype, seed
     )
     sources = [(open_source(source), weight) for source, weight in map(weighted, adapters)]
-    plan = plan_combine(sources, options)
+    plan = plan_combine(sources, options, None if base is None else open_source(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
-def plan_combine(sources: list[tuple[Folder, float]], options: Options) -> Plan:
+def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Folder | None = None) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
     method, refit = _settled(options)
     if len(sources) < 2 and not (sources and (options.rank or options.energy)):
         raise Refused(f"{len(sources)} adapters", expected="two or more", where="combine", do="name the adapters")
     adapters = read_all([folder for folder, _ in sources])
     weights = _Weights([weight for _, weight in sources], options.weight_for)
-    errors = [error for adapter in adapters for error in not_linear(adapter)]
+    doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
+    if base is not None and not doras:
+        notes.append(f"{base.name} was not needed: the adapters' deltas are in their factors")
+    model = open_checkpoint(base, len(adapters)) if base is not None and doras else None
+    errors = [error for adapter in adapters for error in _not_summable(adapter, model)]
     joined = join(adapters, errors)
+    decomposed = {} if model is None else {a.number: BaseWeights(model, a, [x.module for x in a.loras], notes) for a in doras}
     bundles: list[Combined] = []
     for name, members in joined.items():
-        parts = tuple(
-            Part(number, factors, weights.of(number, members[number][0].module)) for number, (_, factors) in members.items()
-        )
-        errors += _fit(name, parts, adapters, options)
+        try:
+            parts = tuple(_part(number, *found, weights, decomposed.get(number)) for number, found in members.items())
+            if hasattr(method, "check"):
+                method.check([part.weight for part in parts])
+        except AdapterkitError as error:
+            errors.append(error)
+            continue
+        errors += _fit(name, parts, adapters, options, refit)
         first = next(iter(members.values()))
         bundles.append(
             Combined(name, parts, place_of(*first), method, options.space, refit, dtypes.parse(options.dtype), options.seed)
         )
-    biases, whole = _biases(joined, weights, options, errors), taken(adapters, weights, errors)
+    biases, whole = _biases(joined, weights, options, errors), _values(adapters, weights, method, errors)
     errors += weights.unused()
     refuse_all(errors)
     if not bundles:
@@ -125,7 +142,17 @@ def plan_combine(sources: list[tuple[Folder, float]], options: Options) -> Plan:
     summary = f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for _, w in sources)}"
     everything = [*bundles, *biases, *whole]
     output = produced.Output(adapters, everything, modules, settings, summary)
-    return produced.adapter_plan("combine", told, adapters, [output], [], facts)
+    return produced.adapter_plan("combine", told, adapters, [output], notes, facts, model)
+
+
+def _not_summable(adapter: Adapter, base: Checkpoint | None) -> list[AdapterkitError]:
+    if base is not None and adapter.config.get("use_dora"):
+        return not_decomposed(adapter)
+    return not_linear(adapter, "give --base BASE, the model it was trained on, and --rank R")
+
+
+def _part(number: int, lora: Lora, factors: Factors, weights: "_Weights", decomposed: BaseWeights | None) -> Part:
+    return Part(number, factors, weights.of(number, lora.module), decomposed.dora(lora, factors) if decomposed else None)
 
 
 def read_all(folders: Sequence[Folder]) -> list[Adapter]:
@@ -140,8 +167,8 @@ def read_all(folders: Sequence[Folder]) -> list[Adapter]:
     return adapters
 
 
-def not_linear(adapter: Adapter) -> list[AdapterkitError]:
-    """Why an adapter's delta is not scale * b @ a on the base that it names."""
+def not_linear(adapter: Adapter, dora: str = "make it plain first: adapterkit resize ADAPTER --base BASE --rank R"):
+    """Why an adapter's delta is not scale * b @ a on the base that it names; `dora`: what to do if it is one."""
     errors: list[AdapterkitError] = []
     init = adapter.changed_base()
     if init:
@@ -150,8 +177,7 @@ def not_linear(adapter: Adapter) -> list[AdapterkitError]:
         errors.append(Refused(found, expected="adapters on one unchanged base", where=adapter.where, do=do))
     if adapter.config.get("use_dora"):
         found = f"{adapter.name} is a DoRA of {len(adapter.loras)} modules: its delta depends on the base's weights"
-        do = "make it plain first: adapterkit resize ADAPTER --base BASE --rank R"
-        errors.append(Refused(found, expected="plain LoRA", where=adapter.where, do=do))
+        errors.append(Refused(found, expected="plain LoRA", where=adapter.where, do=dora))
     if adapter.config.get("layer_replication"):
         found = f"{adapter.name} replicates layers: its modules are not the base's"
         errors.append(Refused(found, expected="adapters of one base", where=adapter.where, do="leave it out"))
@@ -249,8 +275,13 @@ def _settled(options: Options) -> tuple[Any, Refit]:
     return record, Refit(options.rank, options.energy, largest and not fixed, options.svd_clamp)
 
 
-def _fit(name: str, parts: tuple["Part", ...], adapters: Sequence[Adapter], options: Options) -> list[AdapterkitError]:
+def _fit(name: str, parts: tuple[Part, ...], adapters: Sequence[Adapter], options: Options, refit: Refit) -> list[AdapterkitError]:
     found = {part.factors.rank for part in parts}
+    doras = [adapters[part.number].name for part in parts if part.dora]
+    if doras and (options.space == "factors" or refit.exact):
+        how = "--space factors" if options.space == "factors" else "an exact result"
+        expected, do = "a refit in --space delta: a DoRA's delta has full rank", "give --rank R or --energy E"
+        return [Refused(f"{shown(name)}: {how} with DoRA ({', '.join(doras)})", expected=expected, where="options", do=do)]
     if options.space == "factors" and len(found) > 1:
         ranks = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
         do = "use --space delta"
@@ -267,33 +298,38 @@ def held(adapters: Sequence[Adapter]) -> dict[str, dict[int, TensorSpec]]:
     return found
 
 
-def taken(adapters: Sequence[Adapter], weights: "_Weights", errors: list[AdapterkitError]) -> list[produced.Taken]:
-    """Trained values go into the result as they are: from the one adapter of weight 1 that has them, or from several that agree."""
-    bundles = []
+def _values(adapters: Sequence[Adapter], weights: "_Weights", method: Any, errors: list[AdapterkitError]) -> list[Bundle]:
+    """Values that were trained whole: taken as they are from the one adapter of weight 1 that has them or from several that agree,
+    or averaged."""
+    errors += _other_rows(adapters)
+    bundles: list[Bundle] = []
     for key, holders in held(adapters).items():
-        number, spec = next(iter(holders.items()))
-        if len(holders) > 1 and not _equal(adapters, list(holders.items())):
-            names = ", ".join(adapters[n].name for n in holders)
-            errors.append(
-                Refused(
-                    f"{shown(key)} was trained by {names}",
-                    expected="one adapter that has it, or several that hold the same values",
-                    where="adapters",
-                    do="combine adapters of which one at most trains it",
-                )
-            )
-        elif len(holders) == 1 and weights.weights[number] != 1 and ".base_layer." not in key:
-            errors.append(
-                Refused(
-                    f"{shown(key)}: a trained value with weight {weights.weights[number]:g}",
-                    expected="weight 1: it is no delta",
-                    where=adapters[number].name,
-                    do="give that adapter weight 1",
-                )
-            )
-        else:
+        module = key.removeprefix(PREFIX).rpartition(".")[0]
+        given = [weights.of(number, module) for number in holders]
+        spec, several = next(iter(holders.values())), len(holders) > 1
+        shares = method.shares(given) if hasattr(method, "shares") else given[:1] if not several else []
+        if _equal(adapters, list(holders.items())) if several else shares == [1.0] or ".base_layer." in key:
             bundles.append(produced.taken(spec))
+            continue
+        names = ", ".join(f"{adapters[n].name} (weight {w:g})" for n, w in zip(holders, given, strict=True))
+        alike = len({s.shape for s in holders.values()}) == 1 and all(s.dtype in dtypes.FLOATS for s in holders.values())
+        if several and alike and abs(math.fsum(shares) - 1) < 1e-9:
+            bundles.append(produced.Summed(key, key, tuple(zip(holders.values(), shares, strict=True)), spec.dtype))
+            continue
+        found = f"{shown(key)} {'/'.join(sorted({str(s.shape) for s in holders.values()}))}, trained whole by {names}"
+        expected = "one adapter of weight 1 that has it, equal values, or weights that add up to 1 with linear, mean or ema"
+        do = "give other weights (--weight-for MODULE=W for this module), or leave an adapter out"
+        errors.append(Refused(found, expected=expected, where="adapters", do=do))
     return bundles
+
+
+def _other_rows(adapters: Sequence[Adapter]) -> list[AdapterkitError]:
+    """Trained token rows can be joined only where they are the same rows."""
+    found = {a.name: a.config["trainable_token_indices"] for a in adapters if a.tokens}
+    if all(rows == next(iter(found.values())) for rows in found.values()):
+        return []
+    names, do = ", ".join(found), "combine adapters that trained the same rows"
+    return [Refused(f"other token rows trained by each of {names}", expected="the same rows", where="adapters", do=do)]
 
 
 def _equal(adapters: Sequence[Adapter], holders: list[tuple[int, TensorSpec]]) -> bool:
@@ -309,13 +345,13 @@ def _equal(adapters: Sequence[Adapter], holders: list[tuple[int, TensorSpec]]) -
     return True
 
 
-def _biases(joined: Joined, weights: "_Weights", options: Options, errors: list[AdapterkitError]) -> list[produced.Bias]:
+def _biases(joined: Joined, weights: "_Weights", options: Options, errors: list[AdapterkitError]) -> list[produced.Summed]:
     """The biases that LoRAs add (lora_bias); they follow the weights, so only `linear` says what becomes of them."""
     bundles = []
     for name, members in joined.items():
         terms = [(lora.bias, f.scale * weights.of(n, lora.module)) for n, (lora, f) in members.items() if lora.bias is not None]
         if terms:
-            bundles.append(produced.Bias(f"{name} bias", canonical(terms[0][0].key), tuple(terms), dtypes.parse(options.dtype)))
+            bundles.append(produced.Summed(f"{name} bias", canonical(terms[0][0].key), tuple(terms), dtypes.parse(options.dtype)))
     if bundles and (ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"):
         errors.append(
             Refused(

@@ -13,14 +13,18 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
+from adapterkit.combinations.common import summed
 from adapterkit.factors import Factors, Place
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.kernels.truncated import leading
+from adapterkit.kinds.dora import DoRA
 from adapterkit.ops import produced
+from adapterkit.ops.sizes import short
 from adapterkit.plan import Inputs, Made
 
 BLOCK = 1 << 18  # elements of a dense delta that are made at a time
+Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,20 @@ class Part:
     number: int
     factors: Factors
     weight: float
+    dora: DoRA | None = None  # where its delta depends on the base's weight
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return self.dora.reads if self.dora else (self.factors.a, self.factors.b)
+
+    @property
+    def memory(self) -> int:
+        dense = self.dora.memory + 8 * math.prod(self.factors.shape) if self.dora else 0
+        return 12 * (self.factors.a.nbytes + self.factors.b.nbytes) + dense
+
+    def deltas(self, inputs: Inputs) -> list[Delta]:
+        """Its delta, or one for each expert."""
+        return [self.dora.dense(inputs)] if self.dora else list(self.factors.products(inputs))
 
 
 @dataclass(frozen=True)
@@ -64,12 +82,12 @@ class Combined:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for part in self.parts for spec in (part.factors.a, part.factors.b))
+        return tuple(dict.fromkeys(spec for part in self.parts for spec in part.reads))
 
     @property
     def dense(self) -> bool:
-        """Whether the method needs the deltas multiplied out."""
-        return not hasattr(self.method, "products")
+        """Whether the result is dense: the method needs the deltas multiplied out, or one of them is no product."""
+        return not hasattr(self.method, "products") or any(part.dora for part in self.parts)
 
     @property
     def most(self) -> tuple[Stored, ...]:
@@ -85,28 +103,32 @@ class Combined:
 
     @property
     def memory(self) -> int:
-        factors = sum(spec.nbytes for spec in self.reads)
-        return 12 * factors + (12 * math.prod(self.parts[0].factors.shape) if self.dense else 0)
+        found, count = sum(part.memory for part in self.parts), math.prod(self.parts[0].factors.shape)
+        if self.dense and not hasattr(self.method, "merged") and not hasattr(self.method, "shares"):
+            return found + 40 * len(self.parts) * count  # dense deltas as products in float64
+        return found + (12 * count if self.dense else 0)
 
     def make(self, inputs: Inputs) -> Made:
         if self.space == "factors":
             return self._on_factors(inputs)
         weights = [part.weight for part in self.parts]
         results, facts = [], []
-        for expert, products in enumerate(zip(*(part.factors.products(inputs) for part in self.parts), strict=True)):
-            result, found = self._result(products, weights, expert)
+        for expert, deltas in enumerate(zip(*(part.deltas(inputs) for part in self.parts), strict=True)):
+            result, found = self._result(deltas, weights, expert)
             results.append(result)
-            facts.append(found | _cosines(products))
+            facts.append(found | _cosines(deltas))
         return self._refitted(results, facts)
 
-    def _result(self, products: Sequence[Product], weights: list[float], expert: int) -> tuple[Product | Tensor, dict]:
+    def _result(self, deltas: Sequence[Delta], weights: list[float], expert: int) -> tuple[Delta, dict]:
         """The combined delta, as a product where the method keeps it one, else dense."""
-        if not self.dense:
-            return self.method.products(products, weights)
-        deltas = DenseDeltas([Product(p.left.float(), p.right.float()) for p in products])
-        return self.method.merged(deltas, weights, Seeds(self.seed, f"{self.name}/{expert}"))
+        if hasattr(self.method, "merged"):
+            return self.method.merged(DenseDeltas(deltas), weights, Seeds(self.seed, f"{self.name}/{expert}"))
+        if self.dense and hasattr(self.method, "shares"):
+            shares = self.method.shares(weights)
+            return summed(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
+        return self.method.products([lowrank.as_product(delta) for delta in deltas], weights)
 
-    def _refitted(self, results: list[Product | Tensor], facts: list[dict]) -> Made:
+    def _refitted(self, results: list[Delta], facts: list[dict]) -> Made:
         shortest = min(self.parts[0].factors.shape)
         products = [result for result in results if isinstance(result, Product)]
         if self.refit.exact and products and products[0].rank <= shortest:
@@ -141,7 +163,7 @@ class Combined:
         for side in (0, 1):
             matrices, weights = [pair[side] for pair in pairs], [root[side] for root in roots]
             if self.dense:
-                made.append(self.method.merged(GivenDeltas(matrices), weights, Seeds(self.seed, f"{self.name}/{'ab'[side]}"))[0])
+                made.append(self.method.merged(DenseDeltas(matrices), weights, Seeds(self.seed, f"{self.name}/{'ab'[side]}"))[0])
             else:
                 made.append(sum(m * w for m, w in zip(matrices, weights, strict=True)))
         rank = self.parts[0].factors.rank
@@ -155,8 +177,8 @@ class Combined:
         tensors = {key: tensor.to(dtype) for key, tensor in self.place.stored(pairs).items()}
         found: dict[str, Any] = {
             "rank": len(pairs[0][0]),
-            "norm": _short(total**0.5),
-            "energy": _short(kept / total) if total else 1.0,
+            "norm": short(total**0.5),
+            "energy": short(kept / total) if total else 1.0,
         }
         # of a stack of experts: the mean over them
         for key in facts[0]:
@@ -166,32 +188,22 @@ class Combined:
 
 
 class DenseDeltas:
-    """Deltas of one module, rows made from float32 factors whenever they are asked for."""
+    """Deltas of one module, rows of a product made from float32 factors whenever they are asked for."""
 
-    def __init__(self, products: Sequence[Product]):
-        self.products = products
-        self.shape, self.count = (products[0].left.shape[0], products[0].right.shape[1]), len(products)
-
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        return blocks(self.shape)
-
-    def rows(self, which: int, first: int, last: int) -> Tensor:
-        product = self.products[which]
-        return product.left[first:last] @ product.right
-
-
-class GivenDeltas:
-    """The same over matrices that are there."""
-
-    def __init__(self, matrices: Sequence[Tensor]):
-        self.matrices, self.count = matrices, len(matrices)
-        self.shape = (matrices[0].shape[0], matrices[0].shape[1])
+    def __init__(self, deltas: Sequence[Delta]):
+        self.deltas = [Product(d.left.float(), d.right.float()) if isinstance(d, Product) else d for d in deltas]
+        self.shape, self.count = _shape(deltas[0]), len(deltas)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         return blocks(self.shape)
 
     def rows(self, which: int, first: int, last: int) -> Tensor:
-        return self.matrices[which][first:last].clone()
+        delta = self.deltas[which]
+        return delta.left[first:last] @ delta.right if isinstance(delta, Product) else delta[first:last].clone()
+
+
+def _shape(delta: Delta) -> tuple[int, int]:
+    return (delta.left.shape[0], delta.right.shape[1]) if isinstance(delta, Product) else (delta.shape[0], delta.shape[1])
 
 
 def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
@@ -221,7 +233,7 @@ def quantile(values: Tensor, share: float) -> float:
     return first + (second - first) * (at - low)
 
 
-def _decomposed(result: Product | Tensor, energy: float | None, most: int) -> tuple[Svd, float]:
+def _decomposed(result: Delta, energy: float | None, most: int) -> tuple[Svd, float]:
     """The leading singular triplets of a delta, and Σ s² over all of them."""
     if isinstance(result, Product):
         svd = lowrank.svd(result)
@@ -229,19 +241,25 @@ def _decomposed(result: Product | Tensor, energy: float | None, most: int) -> tu
     return leading(result, most, energy)
 
 
-def _cosines(products: Sequence[Product]) -> dict[str, list[float]]:
+def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:
     """Cosines between the inputs' deltas, row by row of the triangle above the diagonal."""
-    table = lowrank.gram(products)
+    products = [delta for delta in deltas if isinstance(delta, Product)]
+    table = lowrank.gram(products) if len(products) == len(deltas) else _gram(DenseDeltas(deltas))
     norms = table.diagonal().clamp_min(0).sqrt()
-    pairs = itertools.combinations(range(len(products)), 2)
+    pairs = itertools.combinations(range(len(deltas)), 2)
     return {"cosines": [float(table[i, j] / (norms[i] * norms[j])) if norms[i] * norms[j] else 0.0 for i, j in pairs]}
+
+
+def _gram(deltas: DenseDeltas) -> Tensor:
+    """All inner products of dense deltas, summed in float64."""
+    table = torch.zeros(deltas.count, deltas.count, dtype=torch.float64)
+    for first, last in deltas.blocks():
+        rows = torch.stack([deltas.rows(i, first, last).reshape(-1) for i in range(deltas.count)]).double()
+        table += (rows @ rows.T).cpu()
+    return table
 
 
 def _mean(values: list) -> Any:
     if isinstance(values[0], list):
         return [_mean(list(column)) for column in zip(*values, strict=True)]
-    return _short(math.fsum(values) / len(values))
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
+    return short(math.fsum(values) / len(values))

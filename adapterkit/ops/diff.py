@@ -21,6 +21,7 @@ from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all,
 from adapterkit.factors import Factors, factors_of
 from adapterkit.kernels import compare as kernel
 from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stacked
+from adapterkit.ops import settings
 from adapterkit.ops.sources import open_source
 from adapterkit.plan import Progress
 
@@ -31,14 +32,6 @@ WIDEST = 1 << 17  # columns of the widest matrix that gets a suggested rank: its
 WORKERS = 2
 NOISE = 2.0**-44  # of ‖b‖ ‖a‖: what float64 arithmetic on factors may leave of a difference of nothing
 STATES = ("identical", "equal", "rounded", "within", "changed")  # from the same bytes to different beyond the tolerance
-
-# Settings of an adapter that are shown where they differ. Those marked True change what it does in a way that its tensors do not
-# show; the effect of the others (scales, magnitudes, biases) is compared, or is none.
-SETTINGS = {
-    "base_model_name_or_path": False, "revision": False, "task_type": False, "bias": False, "use_dora": False,
-    "use_rslora": False, "lora_bias": False, "fan_in_fan_out": False, "modules_to_save": False, "init_lora_weights": False,
-    "target_parameters": True, "layer_replication": True,
-}  # fmt: skip
 
 
 def diff(
@@ -52,7 +45,7 @@ def diff(
     """Compare two checkpoints, two adapters or two .safetensors files, by key or by module; returns what `--json` prints:
 
     - `diff`: 1, the version of this document; `kind`: "checkpoints" or "adapters"; `a`, `b`: the sources' names and origins
-    - `same`: nothing differs by more than `tolerance`, a relative Frobenius error per tensor or module
+    - `same`: nothing differs by more than `tolerance`, a relative Frobenius error per tensor or module, nor a setting that decides
     - `totals`: `compared` and of them `identical` (the same bytes), `equal` (the same values: -0 and 0, kinds of NaN), `rounded`
       (one side is the other rounded to its dtype, or a delta differs by what float64 arithmetic leaves), `within` the tolerance,
       `changed`; then `added` and `removed`
@@ -62,11 +55,17 @@ def diff(
       ‖A−B‖/‖A‖, `max_abs`, `cosine`, `differing` (the share of elements), `norm` ‖A‖, `rank`: {`energy`, `needed`: the smallest
       rank that keeps this share of ‖A−B‖², null if it is above `above`, `estimate`: from a sketch, then never too small}. A number
       that is not finite, or not measured, is null. Integers and fp8 are compared as bytes
-    - `added`, `removed`: what only B, only A has; `config`: an adapter's settings that differ (`decides`: counted as a
-      difference); `notes`: texts
+    - `added`, `removed`: what only B, only A has; `notes`: texts
+    - `config`: the settings of config.json, or of adapter_config.json, that differ: `name` (dotted inside sub-configs), `change`
+      ("added", "removed", "changed"), `a`, `b` (null too where there is none) and `decides`: whether it counts as a difference,
+      whatever the tolerance. Of models all count but dtypes (rounded copies are the same), dropouts, initialisers and labels; who
+      saved the file, and caches and outputs of a run, are not compared. Where transformers knows the model, its defaults stand
+      for what one file leaves out. Of adapters those count whose effect is not in the deltas (`target_parameters`,
+      `layer_replication`, `ensure_weight_tying`, an init that changed the base); rank, alpha and the like count by what they do
 
     `rank_for_energy` is 0.9 for checkpoints and 0.99 for adapters; 0 suggests no rank. A stack of experts (three axes, "expert" in
-    its key) gets one rank for all of them. Raises `Refused` for two things that cannot be compared.
+    its key) gets one rank for all of them. Raises `Refused` for two things that cannot be compared, and for adapters of other types
+    than LoRA: resize makes LoRA of them (with their base: without it the flattened kernel of a LoHa or LoKr looks linear).
     """
     _check_options(tolerance, rank_for_energy)
     folders = (open_source(a), open_source(b))
@@ -80,7 +79,7 @@ def diff(
             result.state = "within"
     states = [result.state for result in results]
     totals = {"compared": len(results)} | {state: states.count(state) for state in STATES}
-    differs = states.count("changed") or found.added or found.removed or any(c["decides"] for c in found.config)
+    differs = states.count("changed") or found.added or found.removed or any(row["decides"] for row in found.config)
     return {
         "diff": VERSION,
         "kind": "adapters" if adapters else "checkpoints",
@@ -161,13 +160,14 @@ def _is_model(name: str) -> bool:
     return "/" not in name and name.endswith(".safetensors") and not name.startswith(NOT_A_MODEL)
 
 
-def _tensors(folder: Folder, number: int) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint, or of a file, by key."""
+def _tensors(folder: Folder, number: int) -> tuple[dict[str, TensorSpec], dict | None]:
+    """Every tensor of a checkpoint, or of a file, by key, and the checkpoint's config, if it has one."""
     files = folder.files()
     only = next(iter(files)) if len(files) == 1 else ""
     if only.endswith(".safetensors"):
-        return {spec.key: spec for spec in read_header(folder, only, number).tensors}
-    return open_checkpoint(folder, number).tensors
+        return {spec.key: spec for spec in read_header(folder, only, number).tensors}, None
+    base = open_checkpoint(folder, number)
+    return base.tensors, base.config if "config.json" in files else None
 
 
 def _both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) -> list[Any]:
@@ -183,8 +183,15 @@ def _both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) ->
 
 
 def _checkpoints(folders: tuple[Folder, Folder]) -> Found:
-    a, b = ({("tensor", key): spec for key, spec in side.items()} for side in _both(_tensors, folders))
+    sides = _both(_tensors, folders)
+    a, b = ({("tensor", key): spec for key, spec in tensors.items()} for tensors, _ in sides)
     found = _matched(a, b)
+    first, second = (config for _, config in sides)
+    if first is not None and second is not None:
+        found.config, found.notes = settings.of_models(first, second)
+    elif first is not second:
+        lacking = folders[0 if first is None else 1].name
+        found.notes.append(f"{lacking} has no config.json: settings are not compared")
     if a and b and not found.pairs:
         found.notes.append(
             "no key is in both: the same model may store its parameters under other names (a prefix, fused or per-expert weights)"
@@ -195,7 +202,7 @@ def _checkpoints(folders: tuple[Folder, Folder]) -> Found:
 def _adapters(folders: tuple[Folder, Folder]) -> Found:
     (first, a), (second, b) = _both(_parts, folders)
     found = _matched(a, b)
-    found.config = _settings(first, second)
+    found.config = settings.of_adapters(first, second)
     if a and b and not found.pairs:
         found.notes.append("no module is in both adapters")
     if any(kind == "magnitude" for kind, _ in (*a, *b)):
@@ -243,22 +250,6 @@ def _parts(folder: Folder, number: int) -> tuple[Adapter, dict[tuple[str, str], 
     return adapter, dict(sorted(parts.items(), key=lambda item: _stored(item[1])[0].start))
 
 
-def _settings(a: Adapter, b: Adapter) -> list[dict]:
-    """The settings that differ; one that is absent, false or empty is the same."""
-
-    def plain(value: Any) -> Any:
-        names = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        return sorted(value) if names and value else value or None
-
-    rows = []
-    for key, decides in SETTINGS.items():
-        one, other = a.config.get(key), b.config.get(key)
-        if plain(one) != plain(other):
-            decides = decides or (key == "init_lora_weights" and a.changed_base() != b.changed_base())
-            rows.append({"name": key, "a": one, "b": other, "decides": decides})
-    return rows
-
-
 @dataclass(frozen=True)
 class Bias:
     """scale * bias of a LoRA's b, as a product of rank one."""
@@ -284,10 +275,15 @@ def _stored(part: Any) -> tuple[TensorSpec, ...]:
     return (part.values if isinstance(part, Tokens) else part.spec if isinstance(part, Bias) else part,)
 
 
+def _shape(part: Factors | Bias) -> tuple[int, ...]:
+    """(out, in) of a delta, (out, in, *kernel) of a convolution's, (out,) of a bias."""
+    return (part.shape[0], *part.a.shape[1:]) if isinstance(part, Factors) else part.shape
+
+
 def _facts(part: Any) -> dict[str, Any]:
     """What a row says of one side."""
     if isinstance(part, Factors | Bias):
-        facts = {"rank": part.rank, "scale": part.scale, "shape": list(part.shape)}
+        facts = {"rank": part.rank, "scale": part.scale, "shape": list(_shape(part))}
         return facts | ({"experts": part.experts} if part.experts else {})
     spec = _stored(part)[0]
     return {"dtype": spec.dtype, "shape": list(spec.shape)}
@@ -487,7 +483,7 @@ class Deltas:
     b: Factors | Bias
 
     def compare(self, reader: Reader) -> Result:
-        if (self.a.shape, self.a.experts) != (self.b.shape, self.b.experts):
+        if (_shape(self.a), self.a.experts) != (_shape(self.b), self.b.experts):
             return _changed(self, "shape")
         state = self._alike(reader)
         return Result(state) if state else self._measured(reader)
@@ -609,9 +605,13 @@ def table(document: dict[str, Any]) -> list[str]:
         lines.append("  ".join(cells).rstrip())
     for sign, side in (("-", "removed"), ("+", "added")):
         lines += [f"{sign} {row['name']}  {_both_sides(row | {'why': side, 'a': row, 'b': row})}" for row in document[side]]
-    for row in document["config"]:
-        lines.append(f"{row['name']}: {shown(repr(row['a']))} -> {shown(repr(row['b']))}")
-    return lines
+    return lines + [_setting_text(row) for row in document["config"]]
+
+
+def _setting_text(row: dict[str, Any]) -> str:
+    a = "not set" if row["change"] == "added" else shown(repr(row["a"]))
+    b = "not set" if row["change"] == "removed" else shown(repr(row["b"]))
+    return f"{shown(row['name'])}: {a} -> {b}" + ("" if row["decides"] else "  (does not count)")
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ def settle_ties(job: Job) -> None:
     """Parameters that are one in memory: untie what only one side changes, unless told otherwise."""
     seen: set[str] = set()
     for name in list(job.changes):
-        change = job.changes[name]
-        if not change.parameter.tied or name in seen:
+        if name in seen or not job.changes[name].parameter.tied:
             continue
+        change = job.changes[name]
         group = [name, *change.parameter.tied]
         seen.update(group)
         stored = next(g for g in group if (p := job.names.parameter(g)) and not p.twin)

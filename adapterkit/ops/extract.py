@@ -2,8 +2,10 @@
 
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,18 +22,25 @@ from adapterkit.factors import Place
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import leading
 from adapterkit.ops import produced
+from adapterkit.ops.packaging import as_json
 from adapterkit.ops.ranking import Cut, check_cut, even_rank, ranked, settled_by_size
 from adapterkit.ops.sources import open_source
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
 from adapterkit.weights.names import Names, Parameter
+from adapterkit.weights.parts import Held
 from adapterkit.weights.quantised import check_not_quantised
-from adapterkit.weights.reading import read_parameter
 
-PIECE = 4 << 20  # bytes compared at a time
+PIECE = 4 << 20  # elements compared at a time
+BLOCK = 1 << 20  # elements made float32 at a time
 REST = ("save", "drop", "refuse")
 SHARES = 8  # with --max-size no module gets more than this many times the rank that all could have alike: bounds the work
-LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")  # what gets factors
+LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")  # what gets factors as a module
+EXPERTS = re.compile("expert", re.IGNORECASE)
+# Modules that PEFT takes for experts and routers of transformers 4, wherever they stand, where transformers 5 stacks experts: it
+# would target the stacks in their place. Their weights, targeted as parameters, it leaves alone.
+RENAMED = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads stacks of square experts as they are written here
 
 
 @dataclass(frozen=True)
@@ -68,12 +77,13 @@ def extract(
 ) -> Receipt | Plan:
     """Extract the adapter between two checkpoints: b@a is the best approximation of W_tuned - W_base of its rank, weight by weight.
 
-    Linear layers and convolutions get factors (one of `rank`, `energy`, `sv_ratio`, `max_size`, as in `resize`; with `max_size`
-    none gets more than 8 times the even rank), by a truncated SVD in float32. What has no low rank and differs (embeddings,
-    norms, biases, heads of one side) is saved whole (`rest="save"`: modules_to_save and biases), left out (`"drop"`), or a reason
-    to refuse (`"refuse"`). A weight whose two values differ by the rounding of one side's dtype alone is unchanged. `include`,
-    `exclude`: regexes on modules. Both sides may be sharded and stored differently; names are those of the loaded model. The
-    receipt has each module's relative error. Raises `Refused` before anything is written.
+    Linear layers, convolutions, routers and stacks of experts get factors (one of `rank`, `energy`, `sv_ratio`, `max_size`, as in
+    `resize`; with `max_size` none gets more than 8 times the even rank), by a truncated SVD in float32. A stack has one rank, the
+    largest that one of its experts needs; stacks and routers stand in the config as target_parameters. What has no low rank and
+    differs (embeddings, norms, biases, heads of one side) is saved whole (`rest="save"`: modules_to_save and biases), left out
+    (`"drop"`), or a reason to refuse (`"refuse"`). A weight whose two values differ by the rounding of one side's dtype alone is
+    unchanged. `include`, `exclude`: regexes on modules. Both sides may be sharded and stored differently; names are those of the
+    loaded model. The receipt has each weight's relative error. Raises `Refused` before anything is written.
     """
     options = Options(Cut(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
     plan = plan_extract(open_source(base), open_source(tuned), options)
@@ -104,18 +114,75 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
             where=f"{base.name}, {tuned.name}",
             do="check --include, --exclude",
         )
-    settle: Callable[[list[dict]], list] | None = settled_by_size(options.cut, bundles) if options.cut.max_size else None
     settings = produced.plain_settings() | job.settings()
-    modules = {difference.name: difference.name for difference in job.factors}
-    kept = {"base_model_name_or_path": produced.hub_id(base), "task_type": job.task_type(), "fan_in_fan_out": job.transposed}
-    output = produced.Output(
-        [], bundles, modules, settings, f"the difference of {tuned.name} and {base.name}", settle=settle, kept=kept
-    )
+    kept = {
+        "base_model_name_or_path": produced.hub_id(base),
+        "task_type": produced.task_type(sides[1].config),
+        "fan_in_fan_out": job.transposed,
+    }
+    targets = {difference.name: difference.target for difference in factors}
+    parameters = frozenset(difference.target for difference in factors if difference.target != difference.module)
+    summary = f"the difference of {tuned.name} and {base.name}"
+    settle = partial(_settled, options.cut)
+    output = _Output([], bundles, targets, settings, summary, settle=settle, kept=kept, parameters=parameters)
     told = {k: v for k, v in {**vars(options.cut), **vars(options)}.items() if v is not None and k != "cut"}
     headers = {(0, name): header.sha256 for name, header in sides[0].shards.items()}
     headers |= {(1, name): header.sha256 for name, header in sides[1].shards.items()}
     facts = {"left_out": job.left_out, "unchanged": sorted(job.unchanged)}
-    return produced.output_plan("extract", told, (base, tuned), headers, [output], job.notes, facts, bases=2)
+    return produced.output_plan("extract", told, (base, tuned), headers, [output], job.notes, facts, models=(0, 1))
+
+
+@dataclass(frozen=True)
+class _Output(produced.Output):
+    """An adapter some of whose targets are parameters: stacks of experts, routers."""
+
+    parameters: frozenset[str] = frozenset()
+
+    def config(self, facts: dict[str, dict], grown: int = 0) -> bytes:
+        found = {target: facts[name]["rank"] for name, target in self.modules.items() if "rank" in facts[name]}
+        config = (self.kept or {}) | self.settings | {"target_modules": sorted(found.keys() - self.parameters)}
+        parameters = sorted(found.keys() & self.parameters)
+        config |= {"target_parameters": parameters} if parameters else {}
+        # a pattern is held against the parameter's name, by merge against the module's where it is its weight
+        patterned = {re.sub(r"\.weight$", r"(\\.weight)?", target): rank for target, rank in found.items()}
+        return as_json(config | produced.ranks(patterned))
+
+
+def _settled(cut: Cut, bundles: Sequence[Bundle]) -> Callable[[list[dict]], list[Callable[[Made], Made]]] | None:
+    """What becomes of each bundle once all are made: its share of the size, and keys that say which parameters of its module have
+    factors beside it."""
+    by_size = settled_by_size(cut, bundles) if cut.max_size else None
+    modules = [bundle.module if isinstance(bundle, Difference) else "" for bundle in bundles]
+    together = {module for module in modules if module and modules.count(module) > 1}
+    if not together:
+        return by_size
+
+    def settle(facts: list[dict]) -> list[Callable[[Made], Made]]:
+        changes = by_size(facts) if by_size else [lambda made: made] * len(bundles)
+        above, found = dict.fromkeys(together, 0), []  # PEFT wraps in the module's order, so the last one is outermost
+        for bundle, module, fact, change in reversed(list(zip(bundles, modules, facts, changes, strict=True))):
+            if isinstance(bundle, Difference) and module in together and "rank" in fact:
+                keys = bundle.place.a_key, bundle.place.b_key
+                change = _renamed(change, dict(zip(keys, _nested(module, above[module]), strict=True)))
+                above[module] += 1
+            found.append(change)
+        return found[::-1]
+
+    return settle
+
+
+def _renamed(change: Callable[[Made], Made], keys: dict[str, str]) -> Callable[[Made], Made]:
+    def renamed(made: Made) -> Made:
+        made = change(made)
+        return Made({keys[key]: tensor for key, tensor in made.tensors.items()}, made.facts)
+
+    return renamed
+
+
+def _nested(module: str, depth: int) -> tuple[str, str]:
+    """Keys of a module's factors in the wrapper around which `depth` others lie."""
+    path = f"{PREFIX}{module}" + ".base_layer" * depth
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
 
 
 @dataclass
@@ -134,6 +201,7 @@ class _Job:
     biases: bool = False
     tied: bool = False
     transposed: bool = False
+    experts: bool = False
 
     def __post_init__(self) -> None:
         self.names = tuple(Names(side, tuple(side.tensors), careful=True, notes=self.notes) for side in self.sides)
@@ -163,8 +231,9 @@ class _Job:
             assert new is not None
             if new.twin:
                 continue  # its value is stored under another name
-            if old is not None and self._has_factors(name, new) and old.shape == new.shape:
-                self._difference(name, module, old, new)
+            target = self._target(name, new)
+            if old is not None and target is not None and old.shape == new.shape:
+                self._difference(name, target, old, new)
             else:
                 rest.setdefault(module, []).append(name)
         for name in first.all():
@@ -178,48 +247,74 @@ class _Job:
 
     def _with_bias(self, difference: "Difference") -> "Difference":
         """PEFT's bias="lora_only" means the biases of all layers that have factors, so these have factors even if they are zero."""
-        name = f"{difference.name}.bias"
+        name = f"{difference.module}.bias"
         parameter = self.names[1].parameter(name)
         if parameter is None:
             return difference
-        key = f"{PREFIX}{difference.name}.base_layer.bias"
+        key = f"{PREFIX}{difference.module}.base_layer.bias"
         if all(taken.key != key for taken in self.whole):
             self._save(name, key)
         return replace(difference, always=True)
 
-    def _has_factors(self, name: str, parameter: Parameter) -> bool:
+    def _target(self, name: str, parameter: Parameter) -> str | None:
+        """By which name PEFT can put factors on a parameter: its module's, its own, or none."""
         module, _, leaf = name.rpartition(".")
-        if leaf != "weight" or len(parameter.shape) < 2 or 0 in parameter.shape:
-            return False
-        layer = self.names[1].layer(module)
-        if layer is None:  # a model that transformers does not know
-            return len(parameter.shape) == 2 and not EMBEDDINGS.search(name)
-        if parameter.tied or any(part in layer for part in ("Embedding", "Norm")):
-            return False
-        if len(parameter.shape) > 2 and (layer not in LAYERS or self.names[1].groups(module) != 1):
-            return False
-        self.transposed = self.transposed or layer == "Conv1D"
-        return True
+        axes, kinds = len(parameter.shape), self._kinds(module)
+        if axes < 2 or 0 in parameter.shape:
+            return None
+        if not kinds:  # a model that transformers does not know
+            return module if leaf == "weight" and axes == 2 and not EMBEDDINGS.search(name) else None
+        if parameter.tied or any(part in kind for kind in kinds for part in ("Embedding", "Norm")):
+            return None
+        if any(kind in LAYERS for kind in kinds):
+            if leaf != "weight" or (axes > 2 and self.names[1].groups(module) != 1):
+                return None
+            own = kinds[self._forward(module)] not in LAYERS  # Llama 4's router is a Linear that gives a tuple
+            return name if axes == 2 and (own or (self.stacked and module.rpartition(".")[2] in RENAMED)) else module
+        if EXPERTS.search(f"{module} {' '.join(kinds)}"):
+            return name if axes == 2 or (axes == 3 and parameter.shape[0] > 1) else None
+        return name if leaf == "weight" and axes == 2 else None
 
-    def _difference(self, name: str, module: str, old: Parameter, new: Parameter) -> None:
-        specs = tuple(
-            {slot.key: side.tensors[slot.key] for slot in p.slots} for p, side in zip((old, new), self.sides, strict=True)
-        )
-        if any(spec.dtype not in dtypes.FLOATS for table in specs for spec in table.values()):
-            self.errors.append(_not_floats(name, specs))
+    def _kinds(self, module: str) -> list[str]:
+        """The names of a module's class and of those that it is derived from; none where the model was not built."""
+        return [cls.__name__ for cls in self._classes(module)]
+
+    def _forward(self, module: str) -> int:
+        """Which of these classes says what the module does."""
+        return next(i for i, cls in enumerate(self._classes(module)) if "forward" in vars(cls))
+
+    def _classes(self, module: str) -> tuple[type, ...]:
+        if self.names[1].layer(module) is None or self.names[1].model is None:
+            return ()
+        return type(self.names[1].model.model.get_submodule(module)).__mro__
+
+    @cached_property
+    def stacked(self) -> bool:
+        """Whether the loader stacks experts that are stored one by one."""
+        converters = self.names[1].model.converters if self.names[1].model is not None else []
+        return any(EXPERTS.search(pattern) for converter in converters for pattern in converter.source_patterns)
+
+    def _difference(self, name: str, target: str, old: Parameter, new: Parameter) -> None:
+        before, after = (_held(p, side) for p, side in zip((old, new), self.sides, strict=True))
+        if not before.dtypes | after.dtypes <= set(dtypes.FLOATS):
+            self.errors.append(_not_floats(name, before.dtypes | after.dtypes))
             return
-        transposed = self.names[1].layer(module) == "Conv1D"
-        shape = new.shape[::-1] if transposed else new.shape
-        place = Place(
-            f"{PREFIX}{module}.lora_A.weight",
-            f"{PREFIX}{module}.lora_B.weight",
-            tuple(shape[1:]),
-            (1,) * (len(shape) - 2),
-            shape[0],
-            None,
-        )
+        module, shape, experts = name.rpartition(".")[0], new.shape, None
+        transposed = "Conv1D" in self._kinds(module)
+        self.transposed = self.transposed or transposed
+        if target == name and len(shape) == 3:
+            experts, *shape = shape
+            assert self.names[1].model is not None
+            # as PEFT decides it; the difference's factors are of this orientation
+            transposed = bool(getattr(self.names[1].model.model.get_submodule(module), "is_transposed", False))
+            self.experts = True
+        shape = tuple(shape[::-1] if transposed else shape)
+        # deep enough for all that may come beside it; which do is known once they are made
+        a_key, b_key = _nested(module, sum(difference.module == module for difference in self.factors))
+        place = Place(a_key, b_key, shape[1:], (1,) * (len(shape) - 2), shape[0], experts)
         dtype = dtypes.parse(self.options.dtype)
-        self.factors.append(Difference(module, old, new, specs[0], specs[1], place, transposed, self.options.cut, dtype))
+        called = module if name == f"{module}.weight" else name
+        self.factors.append(Difference(called, module, before, after, place, transposed, self.options.cut, dtype, target))
 
     def _rest(self, module: str, names: list[str]) -> None:
         """Parameters without factors: saved whole where one of their module differs."""
@@ -236,7 +331,7 @@ class _Job:
             self.left_out += changed
             self.notes.append(f"{', '.join(changed)} differs and was left out (--rest drop)")
             return
-        beside = any(difference.name == module for difference in self.factors)
+        beside = any(difference.module == module for difference in self.factors)
         if beside and [name.rpartition(".")[2] for name in names] == ["bias"]:
             self.biases = True
             return
@@ -255,7 +350,8 @@ class _Job:
         assert parameter is not None
         self.tied = self.tied or bool(parameter.tied)
         spec = self.sides[1].tensors[parameter.slots[0].key]
-        self.whole.append(produced.Taken(spec, key))
+        # PEFT looks for the values under each of their names
+        self.whole += [produced.Taken(spec, one) for one in sorted((key, *(PREFIX + twin for twin in parameter.tied)))]
 
     def _differs(self, name: str) -> bool:
         """Whether a parameter's two values differ by more than one side's rounding."""
@@ -269,21 +365,20 @@ class _Job:
 
     def settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {"modules_to_save": sorted(self.saved) or None, "bias": "lora_only" if self.biases else "none"}
-        return found | ({"ensure_weight_tying": True} if self.tied else {})
-
-    def task_type(self) -> str | None:
-        names = " ".join(map(str, self.sides[1].config.get("architectures") or ()))
-        known = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-        return next((task for word, task in known.items() if word in names), None)
+        found |= {"ensure_weight_tying": True} if self.tied else {}
+        return found | ({"peft_version": PEFT_LAYOUT} if self.experts else {})
 
 
 _NONE = Parameter("", (), ())
 
 
-def _not_floats(name: str, specs: tuple[dict[str, TensorSpec], ...]) -> Refused:
-    found = sorted({spec.dtype for table in specs for spec in table.values()})
+def _held(parameter: Parameter, side: Checkpoint) -> Held:
+    return Held(parameter, {slot.key: side.tensors[slot.key] for slot in parameter.slots})
+
+
+def _not_floats(name: str, found: set[str]) -> Refused:
     expected = " ".join(dtypes.FLOATS)
-    return Refused(f"{shown(name)} is {', '.join(found)}", expected=expected, where="weights", do="dequantise it first")
+    return Refused(f"{shown(name)} is {', '.join(sorted(found))}", expected=expected, where="weights", do="dequantise it first")
 
 
 def _equal(sides: tuple[Checkpoint, Checkpoint], old: TensorSpec, new: TensorSpec) -> bool:
@@ -314,24 +409,24 @@ def _pieces(sides: tuple[Checkpoint, Checkpoint], old: TensorSpec, new: TensorSp
 
 @dataclass(frozen=True)
 class Difference:
-    """One module's factors, from the difference of its weight on both sides."""
+    """Factors of one weight's difference between both sides; of a stack of experts, of each matrix of it."""
 
     name: str
-    old: Parameter
-    new: Parameter
-    old_tensors: dict[str, TensorSpec] = field(hash=False)
-    new_tensors: dict[str, TensorSpec] = field(hash=False)
+    module: str
+    old: Held
+    new: Held
     place: Place
     transposed: bool
     cut: Cut
     dtype: str
+    target: str  # what PEFT's config calls it
     limit: int | None = None  # of the rank
     always: bool = False  # write factors of a weight that did not change, too
     alpha = None  # scale 1
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (*self.old_tensors.values(), *self.new_tensors.values())
+        return (*self.old.tensors.values(), *self.new.tensors.values())
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -346,41 +441,71 @@ class Difference:
 
     @property
     def memory(self) -> int:
-        return 20 * math.prod(self._shape)
+        """The difference of one matrix, the vectors of its decomposition or a product of its short side, and the factors."""
+        short = min(self._shape)
+        factors = sum(4 * math.prod(stored.shape) for stored in self.most)
+        return 8 * math.prod(self._shape) + 32 * min(short * short, math.prod(self._shape)) + 2 * factors + 32 * BLOCK
 
     def make(self, inputs: Inputs) -> Made:
-        delta = self._delta(inputs)
-        if delta is None or not bool(delta.any()):
-            return self._unchanged()
-        return ranked(self, [leading(delta, self._most_rank(), self.cut.energy)])
-
-    def _unchanged(self) -> Made:
-        if not self.always:
+        found = [self._leading(old, new, inputs) for old, new in self._matrices()]
+        zero = Svd(torch.zeros(self._shape[0], 1), torch.zeros(1), torch.zeros(1, self._shape[1])), 0.0
+        if not self.always and all(one is None for one in found):
             return Made({}, {"unchanged": True})
-        zero = Svd(torch.zeros(self._shape[0], 1), torch.zeros(1), torch.zeros(1, self._shape[1]))
-        return ranked(self, [(zero, 0.0)])
+        return ranked(self, [one or zero for one in found])
 
-    def _delta(self, inputs: Inputs) -> Tensor | None:
-        """The difference as a matrix (out, in) in float32; None where one side is the other's rounding."""
-        if self._same_bytes(inputs):
+    def _matrices(self) -> Iterator[tuple[Held, Held]]:
+        """Both sides of each matrix."""
+        if self.place.experts is None:
+            yield self.old, self.new
+        for i in range(self.place.experts or 0):
+            yield self.old.expert(i), self.new.expert(i)
+
+    def _leading(self, old: Held, new: Held, inputs: Inputs) -> tuple[Svd, float] | None:
+        delta = _difference(old, new, inputs)
+        if delta is None or not bool(delta.any()):
             return None
-        old = read_parameter(self.old, self.old_tensors, inputs)
-        new = read_parameter(self.new, self.new_tensors, inputs)
-        if self._rounded(old, new):
-            return None
-        delta = new.sub_(old)
-        return delta.T.contiguous() if self.transposed else delta.reshape(self._shape)
+        delta = delta.T if self.transposed else delta.reshape(self._shape)
+        return leading(delta, self._most_rank(), self.cut.energy, self.cut.sv_ratio)
 
-    def _same_bytes(self, inputs: Inputs) -> bool:
-        """Whether both sides store the same, seen before anything is made float32."""
-        if not all(len(side.slots) == 1 and side.slots[0].whole for side in (self.old, self.new)):
-            return False
-        a, b = self.old_tensors[self.old.slots[0].key], self.new_tensors[self.new.slots[0].key]
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and inputs.bytes(a) == inputs.bytes(b)
 
-    def _rounded(self, old: Tensor, new: Tensor) -> bool:
-        types = [{dtypes.torch_dtype(spec.dtype) for spec in table.values()} for table in (self.old_tensors, self.new_tensors)]
-        if types[0] == types[1] or any(len(found) > 1 for found in types):
+def _difference(old: Held, new: Held, inputs: Inputs) -> Tensor | None:
+    """new - old in float32, a block of rows at a time; None where both store the same, or one is the other's rounding."""
+    blocks = new.blocks(BLOCK)
+    blocks = blocks if len(old.blocks(BLOCK)) == len(blocks) else [(0, new.shape[0])]
+    pieces = [(first, old.rows(first, last), new.rows(first, last)) for first, last in blocks]
+    if _same_bytes(old, new, pieces, inputs) or _rounded(old, new, pieces, inputs):
+        return None
+    delta: Tensor | None = None
+    for first, before, after in pieces:
+        part = after.read(inputs).sub_(before.read(inputs))
+        if len(pieces) == 1:
+            return part
+        delta = part.new_empty(new.shape) if delta is None else delta
+        delta[first : first + len(part)] = part
+    return delta
+
+
+Pieces = list[tuple[int, Held, Held]]
+
+
+def _same_bytes(old: Held, new: Held, pieces: Pieces, inputs: Inputs) -> bool:
+    """Whether both sides store the same, seen before anything is made float32."""
+    if not old.lies_like(new):
+        return False
+    pairs = ((a, b) for _, before, after in pieces for a, b in zip(before.specs, after.specs, strict=True))
+    return all(inputs.bytes(a) == inputs.bytes(b) for a, b in pairs)
+
+
+def _rounded(old: Held, new: Held, pieces: Pieces, inputs: Inputs) -> bool:
+    """Whether all of one side is the other's rounding."""
+    if old.dtypes == new.dtypes or len(old.dtypes) > 1 or len(new.dtypes) > 1:
+        return False
+    (first,), (second,) = ({dtypes.torch_dtype(name) for name in side.dtypes} for side in (old, new))
+    down = up = True
+    for _, before, after in pieces:
+        a, b = before.read(inputs), after.read(inputs)
+        down = down and torch.equal(a.to(second), b.to(second))
+        up = up and torch.equal(b.to(first), a.to(first))
+        if not down and not up:
             return False
-        (first,), (second,) = types
-        return torch.equal(old.to(second), new.to(second)) or torch.equal(new.to(first), old.to(first))
+    return True

@@ -8,19 +8,17 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit import adapter as peft
 from adapterkit import dtypes
-from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, Lora, check_config, read_adapter
-from adapterkit.checkpoint import spec as layout
+from adapterkit.adapter import CONFIG, Adapter, Lora, see_adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.header import Header, TensorSpec
-from adapterkit.checkpoint.spec import NOT_A_MODEL, PICKLES, SINGLE, Checkpoint, open_checkpoint, read_header, read_json
-from adapterkit.errors import AdapterkitError, Damaged, Offenders, Refused, shown
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.spec import NOT_A_MODEL, PICKLES, Seen, see_checkpoint, weight_files
+from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.ops import inspect_report
+from adapterkit.ops.settings import printable
 from adapterkit.ops.sources import open_source
 from adapterkit.weights.quantised import SAID, check_not_quantised
 
@@ -55,7 +53,7 @@ def inspect(
       tied          {config, head_stored}: tie_word_embeddings (null: not said) and whether a head is stored; null unless a base
       quantization  {found, config}, or null
       problems      [{found, expected, where, do}]
-      modules       an adapter's modules, else []
+      modules       a LoRA's modules, else [] (of other types of adapters the config and the header are told)
     Of an adapter:
       format, peft_type, base, revision, task_type, peft_version
       flags         {rslora, dora, lora_bias, bias, init, ensure_weight_tying, layer_replication, target_parameters}
@@ -118,166 +116,81 @@ def _kind(folder: Folder) -> str:
 # -- what headers tell ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Seen:
-    """What could be read of a folder, and what was wrong with it."""
-
-    folder: Folder
-    shards: dict[str, Header | None] = field(default_factory=dict)  # None: damaged
-    config: dict = field(default_factory=dict)
-    index: dict | None = None
-    index_name: str | None = None
-    problems: list[AdapterkitError] = field(default_factory=list)
-
-    @property
-    def tensors(self) -> dict[str, TensorSpec]:
-        return {spec.key: spec for header in self.shards.values() if header is not None for spec in header.tensors}
-
-    @property
-    def whole(self) -> bool:
-        """Whether every shard is there and could be read."""
-        return None not in self.shards.values() and set(_weight_map(self).values()) <= set(self.shards)
-
-    def problem(self, found: str, expected: str, do: str, where: str = "") -> None:
-        self.problems.append(Damaged(found, expected=expected, where=where or self.folder.name, do=do))
-
-    def header(self, name: str, number: int = 0) -> None:
-        """Read one shard's header, or note why it cannot be."""
-        self.shards[name] = None
-        try:
-            self.shards[name] = read_header(self.folder, name, number)
-        except (Refused, Damaged) as error:
-            self.problems += _each(error)
-
-    def json(self, name: str) -> dict | None:
-        if name not in self.folder.files():
-            return None
-        try:
-            return read_json(self.folder, name)
-        except (Refused, Damaged) as error:
-            self.problems += _each(error)
-            return None
-
-
-def _each(error: AdapterkitError) -> tuple[AdapterkitError, ...]:
-    return error.errors if isinstance(error, Offenders) else (error,)
-
-
 def _base(folder: Folder) -> dict[str, Any]:
-    seen = _opened(folder)
+    seen = see_checkpoint(folder)
     _check_files(seen)
     quantization = _quantization(seen)
     _check_tensors(seen, mixed=quantization is not None)
     tied = _tied(seen)
     classes = seen.config.get("architectures")
-    architecture = {
-        "classes": _printable(classes if isinstance(classes, list) else []),
-        "model_type": _printable(seen.config.get("model_type")),
-    }
-    return _result("base", seen) | {"architecture": architecture, "tied": tied, "quantization": quantization} | _ends(seen)
+    architecture = {"classes": classes if isinstance(classes, list) else [], "model_type": seen.config.get("model_type")}
+    facts = {"architecture": printable(architecture), "tied": tied, "quantization": quantization}
+    return _result("base", seen) | facts | _ends(seen)
 
 
 def _file(folder: Folder) -> dict[str, Any]:
-    seen = _Seen(folder)
+    seen = Seen(folder)
     seen.header(next(iter(folder.files())))
     quantization = _quantization(seen)
     _check_tensors(seen, mixed=quantization is not None)
     if any(".lora_" in key for key in seen.tensors):
-        seen.problem(f"factors of a LoRA without {CONFIG}", f"a folder with {CONFIG}", "inspect the adapter's folder")
+        _problem(seen, f"factors of a LoRA without {CONFIG}", f"a folder with {CONFIG}", "inspect the adapter's folder")
     return _result("file", seen) | {"quantization": quantization} | _ends(seen)
 
 
-def _opened(folder: Folder) -> _Seen:
-    """A checkpoint as a merge would open it, or as much of it as can be read."""
-    seen = _Seen(folder)
-    try:
-        whole = open_checkpoint(folder)
-    except (Refused, Damaged) as error:
-        seen.problems += _each(error)
-        _read_what_is_there(seen)
-        return seen
-    seen.shards, seen.config, seen.index, seen.index_name = {**whole.shards}, whole.config, whole.index, whole.index_name
-    return seen
+def _problem(seen: Seen, found: str, expected: str, do: str, where: str = "") -> None:
+    seen.note(Damaged(found, expected=expected, where=where or seen.folder.name, do=do))
 
 
-def _read_what_is_there(seen: _Seen) -> None:
-    files = seen.folder.files()
-    here = _safetensors(seen.folder)
-    seen.config = seen.json("config.json") or {}
-    indexes = [f"{single}.index.json" for single in SINGLE] + sorted(n for n in files if n.endswith(".safetensors.index.json"))
-    seen.index_name = next((name for name in indexes if name in files), None)
-    seen.index = seen.json(seen.index_name) if seen.index_name else None
-    table = _weight_map(seen)
-    single = [name for name in SINGLE if name in here][:1]
-    for name in sorted(set(here) & set(table.values())) or single or here:
-        seen.header(name)
-    tensors = seen.tensors
-    if table:
-        held = {key: file for key, file in table.items() if seen.shards.get(file) is not None}
-        seen.problems += layout._index_errors(seen.folder, {"weight_map": held}, seen.index_name or "", tensors)
-    seen.problems += layout._config_errors(seen.config, len(tensors), f"{seen.folder.name}/config.json")
-
-
-def _weight_map(seen: _Seen) -> dict[str, str]:
-    table = (seen.index or {}).get("weight_map")
-    return {k: v for k, v in table.items() if isinstance(v, str)} if isinstance(table, dict) else {}
-
-
-def _safetensors(folder: Folder) -> list[str]:
-    """The folder's own safetensors files that are no adapter's."""
-    here = (name for name in folder.files() if "/" not in name and name.endswith(".safetensors"))
-    return sorted(name for name in here if not name.startswith(NOT_A_MODEL))
-
-
-def _check_files(seen: _Seen) -> None:
+def _check_files(seen: Seen) -> None:
     """What lies beside the weights and may be taken for them, and an index whose total is another."""
     files = seen.folder.files()
-    stray = [name for name in _safetensors(seen.folder) if name not in seen.shards]
+    stray = [name for name in weight_files(seen.folder) if name not in seen.shards]
     if stray:
         do = "nothing, if nothing loads them; else move them away"
-        seen.problem(f"weights that are not part of the model: {_some(stray)}", "the model's shards alone", do)
+        _problem(seen, f"weights that are not part of the model: {_some(stray)}", "the model's shards alone", do)
     _check_pickles(seen, "the weights")
     if "config.json" not in files:
-        seen.problem("no config.json", "the model's config", "copy it from where the weights came from")
+        _problem(seen, "no config.json", "the model's config", "copy it from where the weights came from")
     metadata = (seen.index or {}).get("metadata")
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     stored = sum(spec.nbytes for spec in seen.tensors.values())
     if said is not None and said != stored and seen.whole:
         where = f"{seen.folder.name}/{seen.index_name}"
-        seen.problem(f"total_size {shown(said)}", f"{stored}, the bytes of all tensors", "write the index again", where)
+        _problem(seen, f"total_size {shown(said)}", f"{stored}, the bytes of all tensors", "write the index again", where)
 
 
-def _check_pickles(seen: _Seen, beside: str) -> None:
+def _check_pickles(seen: Seen, beside: str) -> None:
     pickles = sorted(name for name in seen.folder.files() if "/" not in name and name.endswith(PICKLES))
     if pickles and seen.shards:  # where they are all there is, they are refused in other words
         do = "remove them: loading a pickle runs the code in it"
-        seen.problem(f"pickles beside {beside}: {_some(pickles)}", "safetensors files", do)
+        _problem(seen, f"pickles beside {beside}: {_some(pickles)}", "safetensors files", do)
 
 
-def _check_tensors(seen: _Seen, *, mixed: bool) -> None:
+def _check_tensors(seen: Seen, *, mixed: bool) -> None:
     """Empty tensors, and floats of several dtypes unless quantisation accounts for them."""
     tensors = seen.tensors.values()
     empty = [spec.key for spec in tensors if 0 in spec.shape]
     if empty:
         do = "gather the shards before saving (ZeRO-3, FSDP)"
-        seen.problem(f"{len(empty)} empty tensors: {_some(empty)}", "tensors with elements", do)
+        _problem(seen, f"{len(empty)} empty tensors: {_some(empty)}", "tensors with elements", do)
     floats = {name: count["tensors"] for name, count in _dtypes(tensors).items() if name in dtypes.FLOATS}
     if len(floats) > 1 and not mixed:
         found = ", ".join(f"{name} ({count} tensors)" for name, count in floats.items())
-        seen.problem(f"floats of several dtypes: {found}", "one dtype", "nothing, if the model keeps some layers in float32")
+        _problem(seen, f"floats of several dtypes: {found}", "one dtype", "nothing, if the model keeps some layers in float32")
 
 
-def _tied(seen: _Seen) -> dict[str, Any]:
+def _tied(seen: Seen) -> dict[str, Any]:
     said = _nested(seen.config, "tie_word_embeddings")
     heads = [key for key in seen.tensors if HEAD.search(key)]
     if said is True and any(key.endswith("lm_head.weight") for key in heads):
         do = "set tie_word_embeddings to false if the head was trained apart, else drop it"
-        seen.problem("lm_head.weight is stored, and tie_word_embeddings is true", "one of them: a loader may drop the head", do)
+        _problem(seen, "lm_head.weight is stored, and tie_word_embeddings is true", "one of them: a loader may drop the head", do)
     classes = seen.config.get("architectures")
     causal = isinstance(classes, list) and any(str(name).endswith("ForCausalLM") for name in classes)
     if said is False and causal and seen.tensors and not heads and seen.whole:
         do = "set tie_word_embeddings to true if the embedding is the head, else restore the head"
-        seen.problem("no head is stored, and tie_word_embeddings is false", "lm_head.weight", do)
+        _problem(seen, "no head is stored, and tie_word_embeddings is false", "lm_head.weight", do)
     return {"config": said, "head_stored": bool(heads)}
 
 
@@ -290,22 +203,19 @@ def _nested(config: dict, key: str) -> bool | None:
     return next((value for value in values if isinstance(value, bool)), None)
 
 
-def _quantization(seen: _Seen) -> dict[str, Any] | None:
-    shards = {name: header for name, header in seen.shards.items() if header is not None}
-    files = seen.folder.files()
-    checkpoint = Checkpoint(seen.folder, shards, seen.tensors, seen.index, seen.index_name, seen.config, files)
+def _quantization(seen: Seen) -> dict[str, Any] | None:
     try:
-        check_not_quantised(checkpoint)
+        check_not_quantised(seen.checkpoint())
     except Refused as error:
         config = next((seen.config[key] for key in SAID if isinstance(seen.config.get(key), dict)), None)
-        return {"found": error.found.removeprefix("a quantised base: "), "config": _printable(config)}
+        return {"found": error.found.removeprefix("a quantised base: "), "config": printable(config)}
     return None
 
 
-def _result(kind: str, seen: _Seen) -> dict[str, Any]:
+def _result(kind: str, seen: Seen) -> dict[str, Any]:
     """The facts that every kind has, in the order of the schema."""
     files = seen.folder.files()
-    tensors = [spec for header in seen.shards.values() if header is not None for spec in header.tensors]
+    tensors = [spec for header in seen.headers for spec in header.tensors]
     shards = [
         {"file": name, "bytes": files.get(name, 0), "tensors": None if header is None else len(header.tensors)}
         for name, header in seen.shards.items()
@@ -325,10 +235,10 @@ def _result(kind: str, seen: _Seen) -> dict[str, Any]:
     }
 
 
-def _ends(seen: _Seen, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    different = {str(error): error for error in seen.problems}.values()
+def _ends(seen: Seen, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    different = {str(error): error for error in seen.errors}.values()
     parts = [{"found": e.found, "expected": e.expected, "where": e.where, "do": e.do} for e in different]
-    return {"problems": _printable(parts), "modules": modules or []}
+    return {"problems": printable(parts), "modules": modules or []}
 
 
 def _dtypes(tensors: Iterable[TensorSpec]) -> dict[str, dict[str, int]]:
@@ -346,82 +256,40 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(shown, names[:SHOWN])) + more
 
 
-def _printable(value: Any) -> Any:
-    """A value from a stranger's JSON, its texts printable and its numbers finite."""
-    if isinstance(value, dict):
-        return {shown(key): _printable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_printable(item) for item in value]
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
-    return value if not isinstance(value, float) or math.isfinite(value) else None
-
-
 # -- adapters -------------------------------------------------------------------------------------------------------------
 
 
 def _adapter(folder: Folder, on: Folder | None, reads: bool, progress: "Progress") -> dict[str, Any]:
     """An adapter; `on`: its base, `reads`: whether the factors are read."""
-    seen = _Seen(folder)
-    adapter, typed = _read_adapter(seen)
+    adapter, seen, typed = see_adapter(folder)
     _check_tensors(seen, mixed=False)
     _check_pickles(seen, "the adapter")
-    others = _safetensors(folder)
+    others = weight_files(folder)
     if others:
         do = "inspect a model in a folder of its own"
-        seen.problem(f"other weights beside the adapter's: {_some(others)}", "the adapter alone", do)
+        _problem(seen, f"other weights beside the adapter's: {_some(others)}", "the adapter alone", do)
     modules = _modules(adapter, typed, on, reads, seen, progress)
     facts = _result("adapter", seen) | _said(adapter) | {"groups": _groups(modules), "statistics": reads}
     return facts | _ends(seen, modules)
 
 
 def _modules(
-    adapter: Adapter, typed: bool, on: Folder | None, reads: bool, seen: _Seen, progress: "Progress"
+    adapter: Adapter, typed: bool, on: Folder | None, reads: bool, seen: Seen, progress: "Progress"
 ) -> list[dict[str, Any]]:
     if not reads:
         return _in_order([_module(adapter, lora, None, typed, seen) for lora in adapter.loras])
     from adapterkit.ops import inspect_factors  # imports torch
 
-    joined = inspect_factors.join(adapter, on, seen.problems) if on is not None and typed else None
+    joined = inspect_factors.join(adapter, on, seen.errors) if on is not None and typed else None
     modules = [_module(adapter, lora, joined, typed, seen) for lora in adapter.loras]
-    inspect_factors.read_factors(adapter, modules, joined, seen.problems, progress)
+    inspect_factors.read_factors(adapter, modules, joined, seen.errors, progress)
     if modules and not (any(module["trained"] for module in modules) or adapter.replaced or adapter.tokens):
-        seen.problem("no module is trained: every b is zero", "a trained adapter", "check that training ran before the save")
+        _problem(seen, "no module is trained: every b is zero", "a trained adapter", "check that training ran before the save")
     return _in_order(modules)
 
 
 def _in_order(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(modules, key=lambda module: _natural(module["module"]))
-
-
-def _read_adapter(seen: _Seen) -> tuple[Adapter, bool]:
-    """An adapter, whatever may be wrong with it, and whether what its config says of plain LoRA is in order."""
-    try:
-        adapter = read_adapter(seen.folder, 1)
-    except (Refused, Damaged) as error:
-        seen.problems += _each(error)
-        return _loose_adapter(seen)
-    seen.config, seen.shards = adapter.config, {WEIGHTS: Header(b"", tuple(adapter.tensors.values()), {})}
-    return adapter, True
-
-
-def _loose_adapter(seen: _Seen) -> tuple[Adapter, bool]:
-    """What `read_adapter` refuses, as far as it can be read, with the problems that it did not come to."""
-    name = seen.folder.name
-    seen.config = seen.json(CONFIG) or {}
-    if seen.config:
-        seen.problems += check_config(seen.config, f"{name}/{CONFIG}")
-    plain = {k: v for k, v in seen.config.items() if k in peft.HARMLESS and k not in peft.OTHER_ARITHMETIC}
-    typed = not check_config(plain, "")
-    if WEIGHTS in seen.folder.files():
-        seen.header(WEIGHTS, 1)
-    header, tensors = seen.shards.get(WEIGHTS), seen.tensors
-    parts = peft._sorted_out(tensors, seen.problems, f"{name}/{WEIGHTS}")
-    tokens = peft._tokens(parts, seen.config, seen.problems, name) if header is not None else ()
-    loras = peft._loras(parts, seen.problems, name)
-    if typed and header is not None:
-        seen.problems += peft._promises(parts, seen.config, name)
-    return Adapter(seen.folder, 1, seen.config, loras, parts.replaced, tokens, tensors), typed
 
 
 def _said(adapter: Adapter) -> dict[str, Any]:
@@ -438,10 +306,10 @@ def _said(adapter: Adapter) -> dict[str, Any]:
         "replaced": sorted(adapter.replaced, key=_natural),
         "tokens": [{"module": tokens.module, "rows": list(tokens.indices)} for tokens in adapter.tokens],
     }
-    return _printable(facts)
+    return printable(facts)
 
 
-def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, seen: _Seen) -> dict[str, Any]:
+def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, seen: Seen) -> dict[str, Any]:
     """One adapted module, by its header and the config; what its factors do is filled in later."""
     at, stored = (lora.module, lora.depth), lora.a.shape[0]
     parameter = joined.parameters[at].name if joined is not None and at in joined.parameters else None
@@ -452,32 +320,29 @@ def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, se
     if rank is not None and stored != rank * (experts or 1):
         found = f"rank {stored} in the file for {shown(lora.module)}"
         do = "restore the config that was saved with the file (a wrong rank means a wrong scale)"
-        seen.problem(found, f"rank {rank}, as r and rank_pattern say", do, adapter.where)
+        _problem(seen, found, f"rank {rank}, as r and rank_pattern say", do, adapter.where)
         rank = scale = None
     place = {"module": lora.module, "kind": lora.kind, "depth": lora.depth, "parameter": parameter, "experts": experts}
     unknown = dict.fromkeys(("trained", "norm", "effective_rank", "relative"))
     return place | {"rank": rank or stored, "alpha": alpha, "scale": scale} | unknown
 
 
-def _settings(adapter: Adapter, lora: Lora, parameter: str | None, seen: _Seen) -> tuple[int | None, float | None, float | None]:
+def _settings(adapter: Adapter, lora: Lora, parameter: str | None, seen: Seen) -> tuple[int | None, float | None, float | None]:
     """Rank, alpha and scale as the config says, which speaks of a module, or of its parameter where that has a name of its own."""
     names = [parameter] if parameter is not None else _own_targets(adapter, lora)
     plain = [lora.module if name.rpartition(".")[2] in ("weight", "in_proj_weight") else name for name in names]
     try:
-        found = {_patterns(adapter, name) for name in plain or [lora.module]}
+        r, lora_alpha = adapter.config["r"], adapter.config["lora_alpha"]
+        found = {adapter.patterned(name, r, lora_alpha) for name in plain or [lora.module]}
     except Refused as error:  # a pattern that cannot be used
-        seen.problems += _each(error)
+        seen.note(error)
         return None, None, None
     if len(found) > 1:
         expected = "one rank and alpha for all target_parameters of a module (PEFT's file names the nesting only)"
-        seen.problem(f"parameters of {shown(lora.module)} that cannot be told apart", expected, "give --base", adapter.name)
+        _problem(seen, f"parameters of {shown(lora.module)} that cannot be told apart", expected, "give --base", adapter.name)
         return None, None, None
-    return found.pop()
-
-
-def _patterns(adapter: Adapter, name: str) -> tuple[int, float, float]:
-    rank, scale = adapter.resolved(name)
-    return rank, adapter._first(adapter._alpha_patterns, name, adapter.config["lora_alpha"]), scale
+    rank, alpha = found.pop()
+    return rank, alpha, adapter.scale(rank, alpha)
 
 
 def _own_targets(adapter: Adapter, lora: Lora) -> list[str]:

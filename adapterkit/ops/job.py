@@ -12,6 +12,7 @@ from adapterkit.ops.replication import replicated
 from adapterkit.patterns import matcher
 from adapterkit.placement import Product
 from adapterkit.weights.names import Names, Parameter
+from adapterkit.weights.quantised import decoded
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Options:
     compat: str | None = None
     expert_layout: str | None = None
     tokenizer: str | None = None
+    dequantize: bool = False
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Job:
         self.changes: dict[str, Change] = {}
         self.new: dict[str, Change] = {}  # parameters that the base does not store: heads
         self.original = base
-        self.base = replicated(base, adapters, self.errors)
+        self.base = replicated(decoded(base), adapters, self.errors)
         self.config: dict[str, Any] = json.loads(json.dumps(self.base.config))
         self.included = matcher(options.include, "--include") if options.include else None
         self.excluded = matcher(options.exclude, "--exclude") if options.exclude else None

@@ -21,11 +21,13 @@ from adapterkit.ops.changes import collect
 from adapterkit.ops.embeddings import set_everywhere, settle_head, settle_ties, settle_vocabulary
 from adapterkit.ops.job import Job, Options
 from adapterkit.ops.produced import carry_out
+from adapterkit.ops.requantised import lost, shard_of
 from adapterkit.ops.sizes import parse_size
 from adapterkit.ops.sources import open_source, weighted
 from adapterkit.ops.steps import steps_of
-from adapterkit.plan import Plan, Progress, Receipt, Shard, Step, identities, sha256_of
-from adapterkit.weights.quantised import check_not_quantised
+from adapterkit.plan import Computed, Plan, Progress, Receipt, Shard, Step, identities, sha256_of
+from adapterkit.weights.packed import Packed, check_writable
+from adapterkit.weights.quantised import packed_in
 
 LAYOUTS = ("peft-0.18", "peft-0.19")
 
@@ -44,6 +46,7 @@ def merge(
     compat: str | None = None,
     expert_layout: str | None = None,
     tokenizer: str | None = None,
+    dequantize: bool = False,
     hash: str = "sha256",
     verify: bool = False,
     push: str | None = None,
@@ -64,7 +67,7 @@ def merge(
     are untied, attention's `out_proj` gets its delta once, and anything unknown is an error; `compat="peft"` keeps PEFT's roundings
     and order.
     """
-    options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer)
+    options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer, dequantize)
     sources = [(open_source(source), weight) for source, weight in map(weighted, adapters)]
     plan = plan_merge(open_source(base), sources, options)
     check = None
@@ -87,7 +90,6 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     if not sources:
         raise Refused("no adapter", expected="one or more", do="name the adapters after the base")
     checkpoint = open_checkpoint(base)
-    check_not_quantised(checkpoint)
     errors: list[AdapterkitError] = []
     read: list[Adapter] = []
     for number, (source, _) in enumerate(sources, start=1):
@@ -106,7 +108,37 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     steps = steps_of(job)
     refuse_all(job.errors)
     _refuse_nothing(job, steps)
+    _settle_formats(job, steps)
+    refuse_all(job.errors)
     return _plan(job, steps)
+
+
+def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
+    """Whether a quantised base's weights keep their format or become floats: that one can be written, and the config says so."""
+    packed = packed_in(job.base.tensors)
+    options = job.options
+    where = job.original.name
+    if not packed:
+        if options.dequantize:
+            job.notes.append("--dequantize: the base is not quantised")
+        return
+    if any(spec.key != key for key, spec in job.base.tensors.items()):
+        found, do = "layer_replication on a quantised base", "dequantise the base first"
+        job.errors.append(Refused(found, expected="a base of 16 or 32 bits", where=where, do=do))
+    if any(step.source.dtype == "F64" and step.edits for group in steps.values() for step in group):
+        found, do = "edits of F64 weights beside quantised ones", "dequantise the base first"
+        job.errors.append(Refused(found, expected="F32, F16 or BF16", where=where, do=do))
+    if options.dequantize:
+        return
+    touched = [step.source for group in steps.values() for step in group if step.edits and isinstance(step.source, Packed)]
+    job.errors += check_writable(touched, where)
+    for option, value in [("--dtype", options.dtype), ("--compat", options.compat), ("--max-shard-size", options.max_shard_size)]:
+        if value:
+            found, do = f"{option} with a quantised base", "give --dequantize"
+            job.errors.append(Refused(found, expected="the format as it is", where="options", do=do))
+    said = job.original.config.get("quantization_config")
+    if said is not None:
+        job.config["quantization_config"] = said
 
 
 def _refuse_nothing(job: Job, steps: dict[str, list[Step]]) -> None:
@@ -149,7 +181,7 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
         for key in ("dtype", "torch_dtype"):
             set_everywhere(job.config, key, name)
     files = packaging.files_of_output(job.original, job.adapters, job.weights, job.config, shards, job.options.tokenizer, job.notes)
-    changed = sum(1 for s in shards for step in s.steps if not step.copied)
+    changed = sum(step.edits != () for group in steps.values() for step in group)
     facts = {
         "adapters": [
             {"name": a.name, "weight": w, "modules": len(a.loras)} for a, w in zip(job.adapters, job.weights, strict=True)
@@ -159,10 +191,14 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
     }
     options = {k: v for k, v in vars(job.options).items() if v not in (None, False)}
     options["weights"] = job.weights
-    return Plan("merge", options, folders, headers, identities(folders, headers), shards, files, facts, tuple(job.notes))
+    who = identities(folders, headers)
+    return Plan("merge", options, folders, headers, who, shards, files, facts, tuple(job.notes), warn=lost)
 
 
-def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard, ...]:
+def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard | Computed, ...]:
+    if packed_in(job.base.tensors):
+        headers = job.original.shards
+        return tuple(shard_of(name, group, headers[name], not job.options.dequantize) for name, group in steps.items())
     by_key = {step.key: step for group in steps.values() for step in group}
     if job.options.max_shard_size:
         stored = [_stored(step) for group in steps.values() for step in group]

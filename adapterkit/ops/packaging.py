@@ -13,7 +13,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.writer import RECEIPT
 from adapterkit.errors import Refused
-from adapterkit.plan import CopyFile, FromFacts, Shard
+from adapterkit.plan import Computed, CopyFile, FromFacts, Shard
 
 WEIGHTS = (
     ".safetensors",
@@ -42,7 +42,7 @@ def files_of_output(
     adapters: list[Adapter],
     weights: list[float],
     config: dict[str, Any],
-    shards: tuple[Shard, ...],
+    shards: tuple[Shard | Computed, ...],
     tokenizer: str | None,
     notes: list[str],
 ) -> dict[str, bytes | CopyFile | FromFacts]:
@@ -56,7 +56,8 @@ def files_of_output(
     if base.index is not None or len(shards) > 1:
         name = base.index_name or "model.safetensors.index.json"
         if len(shards) > 1 or any(shard.file in base.shards for shard in shards):
-            files[name] = layout.index([s.layout for s in shards], base.index)
+            made = lambda grown: layout.index([s.layout for s in shards], base.index, grown)
+            files[name] = FromFacts(lambda facts, grown: made(grown)) if any(isinstance(s, Computed) for s in shards) else made(0)
     if "config.json" in base.files:
         unchanged = config == base.config
         files["config.json"] = CopyFile(0, "config.json") if unchanged else as_json(config)

@@ -1,6 +1,7 @@
 """What every verb that writes an adapter shares: its config, its card, tensors taken over as they are, ranks that came out."""
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -14,12 +15,14 @@ from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, canonical
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.writer import RECEIPT
-from adapterkit.errors import AdapterkitError, Refused, refuse_all
+from adapterkit.errors import AdapterkitError, Refused, Spoiled, refuse_all, shown
 from adapterkit.factors import Place, factors_of
 from adapterkit.ops.packaging import as_json, cell, check_output_apart, hub_or_name, tokenizer_files
 from adapterkit.plan import Bundle, Computed, CopyFile, FromFacts, Inputs, Made, Plan, Receipt, identities, run, sha256_of
 
+BLOCK = 1 << 20  # elements that are summed at a time
 # What an adapter that is the sum of others takes over from the first of them
 KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", "target_parameters")
 
@@ -62,8 +65,9 @@ def taken(source: TensorSpec, prefix: str = "") -> Taken:
 
 
 @dataclass(frozen=True)
-class Bias:
-    """The bias that comes with b: Σ scale · bias."""
+class Summed:
+    """One tensor that is a sum of others: Σ scale · value, in float64, rounded once. Biases of b are, and averages of trained
+    values."""
 
     name: str
     key: str
@@ -80,13 +84,17 @@ class Bias:
 
     @property
     def memory(self) -> int:
-        return 8 * sum(spec.nbytes for spec in self.reads)
+        return 12 * sum(math.prod(spec.shape) for spec in self.reads)
 
     def make(self, inputs: Inputs) -> Made:
         import torch
 
-        total = sum(inputs.tensor(spec).double() * scale for spec, scale in self.terms)
-        return Made({self.key: torch.as_tensor(total).to(dtypes.torch_dtype(self.dtype))}, {})
+        values = [(inputs.tensor(spec).view(-1), scale) for spec, scale in self.terms]
+        out = torch.empty(self.terms[0][0].shape, dtype=dtypes.torch_dtype(self.dtype))
+        for first in range(0, out.numel(), BLOCK):
+            here = slice(first, first + BLOCK)
+            out.view(-1)[here] = sum(value[here].double() * scale for value, scale in values)
+        return Made({self.key: out}, {})
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Output:
     settings: dict[str, Any]
     summary: str
     folder: str = ""  # inside the output
-    settle: Callable[[list[dict]], list] | None = None
+    settle: Callable[[Sequence[Bundle]], Any] | None = None  # from the bundles in the file's order to `Computed.settle`
     alpha: float | None = None  # one lora_alpha for all modules; None: each one's rank, so that every scale is 1
     kept: dict[str, Any] | None = None  # where there is no adapter: what the config says of the base
 
@@ -110,7 +118,7 @@ class Output:
     def shard(self) -> Computed:
         # the wider dtype first, so that no tensor is misaligned
         ordered = sorted(self.bundles, key=lambda bundle: -max((dtypes.BITS[s.dtype] for s in bundle.most), default=0))
-        return Computed(self.inside(WEIGHTS), tuple(ordered), settle=self.settle)
+        return Computed(self.inside(WEIGHTS), tuple(ordered), settle=self.settle(ordered) if self.settle else None)
 
     def files(self, notes: list[str]) -> dict[str, bytes | CopyFile | FromFacts]:
         files: dict[str, bytes | CopyFile | FromFacts] = {}
@@ -123,12 +131,17 @@ class Output:
     def base(self) -> str | None:
         return base_id(self.adapters[0]) if self.adapters else (self.kept or {}).get("base_model_name_or_path")
 
-    def config(self, facts: dict[str, dict]) -> bytes:
+    def config(self, facts: dict[str, dict], grown: int = 0) -> bytes:
         """adapter_config.json for the ranks that came out."""
         kept = self.kept if self.kept is not None else {k: v for k, v in self.adapters[0].config.items() if k in KEPT}
-        found = {module: facts[name]["rank"] for name, module in self.modules.items() if "rank" in facts[name]}
+        found: dict[str, int] = {}
+        for name, module in self.modules.items():
+            rank = facts.get(name, {}).get("rank")
+            if rank is not None and found.setdefault(module, rank) != rank:
+                found_ranks = f"ranks {found[module]} and {rank} for two parameters of {shown(module)}"
+                raise Spoiled(found_ranks, expected="one for both", where=self.inside(CONFIG), do="give --rank")
         config = kept | self.settings | {"base_model_name_or_path": self.base()}
-        return as_json(config | targets(self.adapters, sorted(found)) | ranks(found, self.alpha))
+        return as_json(config | targets(self.adapters, sorted(found)) | ranks(found, self.alpha, _homes(self.adapters)))
 
 
 def adapter_plan(
@@ -138,10 +151,15 @@ def adapter_plan(
     outputs: Sequence[Output],
     notes: list[str],
     facts: dict[str, Any],
+    base: Checkpoint | None = None,
 ) -> Plan:
-    """A plan that writes adapters, made from the adapters `inputs`, numbered from 0."""
+    """A plan that writes adapters, made from the adapters `inputs`, numbered from 0, and a base behind them."""
     _one_base(inputs, notes)
-    return output_plan(verb, options, tuple(a.folder for a in inputs), headers_of(inputs), outputs, notes, facts)
+    folders, headers, count = tuple(a.folder for a in inputs), headers_of(inputs), len(inputs)
+    if base is None:
+        return output_plan(verb, options, folders, headers, outputs, notes, facts)
+    headers |= model_headers(base, count)
+    return output_plan(verb, options, (*folders, base.folder), headers, outputs, notes, facts, (count,))
 
 
 def output_plan(
@@ -152,14 +170,14 @@ def output_plan(
     outputs: Sequence[Output],
     notes: list[str],
     facts: dict[str, Any],
-    bases: int = 0,
+    models: tuple[int, ...] = (),
 ) -> Plan:
     """A plan that writes adapters, made from these folders."""
     files: dict[str, bytes | CopyFile | FromFacts] = {}
     for output in outputs:
         files |= output.files(notes)
     shards = tuple(output.shard() for output in outputs)
-    return Plan(verb, options, folders, headers, identities(folders, headers), shards, files, facts, tuple(notes), bases)
+    return Plan(verb, options, folders, headers, identities(folders, headers), shards, files, facts, tuple(notes), models)
 
 
 def headers_of(adapters: Sequence[Adapter]) -> dict[tuple[int, str], str]:
@@ -169,6 +187,11 @@ def headers_of(adapters: Sequence[Adapter]) -> dict[tuple[int, str], str]:
         headers[adapter.number, WEIGHTS] = adapter.header_sha256
         headers[adapter.number, CONFIG] = sha256_of(adapter.folder, CONFIG)
     return headers
+
+
+def model_headers(model: Checkpoint, number: int) -> dict[tuple[int, str], str]:
+    """The hashes of the headers of the model that is input `number`."""
+    return {(number, name): header.sha256 for name, header in model.shards.items()}
 
 
 def plain_settings() -> dict[str, Any]:
@@ -194,7 +217,10 @@ def targets(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
     else their full names. Parameters are named as the inputs name them (`target_parameters`)."""
     named = {target for a in adapters for target in a.config.get("target_parameters") or []}
     if named:
-        return {"target_modules": [], "target_parameters": sorted(named)}
+        homes = _homes(adapters)
+        plain = [module for module in modules if not _holds(module, homes)]
+        version = {"peft_version": adapters[0].config["peft_version"]} if "peft_version" in adapters[0].config else {}
+        return {"target_modules": plain, "target_parameters": sorted(named), **version}  # the layout of stacks goes by the version
     lists = [a.config.get("target_modules") for a in adapters]
     narrowed = any(a.config.get("layers_to_transform") or a.config.get("exclude_modules") for a in adapters)
     same = bool(adapters) and all({lora.module for lora in a.loras} == set(modules) for a in adapters)
@@ -203,10 +229,22 @@ def targets(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
     return {"target_modules": modules}
 
 
-def ranks(found: dict[str, int], alpha: float | None = None) -> dict[str, Any]:
-    """r, lora_alpha and the patterns for each module's rank: the commonest is r, the others are anchored patterns."""
+def _homes(adapters: Sequence[Adapter]) -> set[str]:
+    """Modules whose parameters are targets, as the inputs name them."""
+    return {target.rpartition(".")[0] for a in adapters for target in a.config.get("target_parameters") or []}
+
+
+def _holds(module: str, homes: Iterable[str]) -> bool:
+    return any(f".{module}".endswith(f".{home}") for home in homes)
+
+
+def ranks(found: dict[str, int], alpha: float | None = None, homes: Iterable[str] = ()) -> dict[str, Any]:
+    """r, lora_alpha and the patterns for each module's rank: the commonest is r, the others are anchored patterns.
+
+    A pattern is held against a parameter's own name where that is the target; `homes` are the modules of such parameters."""
     common = Counter(found.values()).most_common(1)[0][0] if found else 8
-    pattern = {f"^{module}": rank for module, rank in found.items() if rank != common}
+    name = lambda module: f"^{module}" + r"(\.\w+)?" * _holds(module, homes)
+    pattern = {name(module): rank for module, rank in found.items() if rank != common}
     alphas = {"lora_alpha": common, "alpha_pattern": dict(pattern)} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
     return {"r": common, "rank_pattern": pattern, **alphas}
 
@@ -215,6 +253,13 @@ def bounds(place: Place, rank: int, dtype: str) -> tuple[Stored, ...]:
     """What a module's factors take at most."""
     a, b = place.shapes(rank)
     return Stored(place.a_key, dtype, a), Stored(place.b_key, dtype, b)
+
+
+def task_type(config: dict) -> str | None:
+    """PEFT's task type for a model of this config."""
+    names = " ".join(map(str, config.get("architectures") or ()))
+    known = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+    return next((task for word, task in known.items() if word in names), None)
 
 
 def hub_id(folder: Folder) -> str | None:
@@ -278,7 +323,7 @@ def beside_factors(adapter: Adapter, dtype: str) -> list[Bundle]:
     for lora in adapter.loras:
         if lora.bias is not None:
             terms = ((lora.bias, factors_of(adapter, lora).scale),)
-            bundles.append(Bias(f"{lora.module} bias", canonical(lora.bias.key), terms, dtype))
+            bundles.append(Summed(f"{lora.module} bias", canonical(lora.bias.key), terms, dtype))
         if lora.magnitude is not None:
             bundles.append(taken(lora.magnitude))
     whole = [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kinds.common import Delta
 from adapterkit.ops import produced
-from adapterkit.ops.sizes import parse_size
+from adapterkit.ops.sizes import parse_size, short
 from adapterkit.plan import Bundle, Inputs, Made
 
 FLOAT_NOISE = 1e-6  # of the largest singular value: below it, float32 factors hold nothing
@@ -206,7 +206,7 @@ def _cut_to(bundle: Any, rank: int) -> Callable[[Made], Made]:
         facts = dict(made.facts)
         before, spectrum, total = facts["rank"], facts.pop("spectrum"), facts.pop("total")
         kept = math.fsum(value**2 for value in spectrum[:rank])
-        a, b = made.tensors[bundle.place.a_key], made.tensors[bundle.place.b_key]
+        a, b = (cast(Tensor, made.tensors[key]) for key in (bundle.place.a_key, bundle.place.b_key))
         experts = bundle.place.experts or 1
         a = a.reshape(experts, before, *a.shape[1:])[:, :rank].reshape(experts * rank, *a.shape[1:])
         b = b.reshape(b.shape[0], before, experts, *b.shape[2:])[:, :rank].reshape(b.shape[0], rank * experts, *b.shape[2:])
@@ -215,7 +215,3 @@ def _cut_to(bundle: Any, rank: int) -> Callable[[Made], Made]:
         return Made({bundle.place.a_key: a, bundle.place.b_key: b}, facts | {"rank": rank} | measured(kept, total))
 
     return change
-
-
-def short(value: float) -> float:
-    return float(f"{value:.6g}")

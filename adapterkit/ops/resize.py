@@ -3,30 +3,27 @@ singular values."""
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.adapter import CONFIG, PREFIX, Adapter, Lora, read_adapter
+from adapterkit.adapter import CONFIG, PREFIX, Adapter, read_adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint, read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.factors import Factors, Place, place_of
-from adapterkit.kinds.common import Adapted, Delta, Kind, Weight, read_kind
-from adapterkit.kinds.dora import DoRA
+from adapterkit.factors import Place, place_of
+from adapterkit.kinds.common import Adapted, Delta, Kind, read_kind
 from adapterkit.ops import produced
 from adapterkit.ops.combine import join
+from adapterkit.ops.decomposed import CHECK_BASE, BaseWeights, not_decomposed
 from adapterkit.ops.extract import SHARES
 from adapterkit.ops.ranking import Converted, Cut, Truncated, check_cut, even_rank, settled_by_size
 from adapterkit.ops.sources import open_source
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
 from adapterkit.registry import members
-from adapterkit.weights.names import Names
-from adapterkit.weights.quantised import check_not_quantised
-
-CHECK_BASE = "check that the adapter was trained on this base"
 
 
 @dataclass(frozen=True)
@@ -83,11 +80,11 @@ def plan_resize(source: Folder, options: Options, base: Folder | None = None) ->
     if base is not None and kind is None and not config.get("use_dora"):
         notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
         base = None
-    job = _Job(options, None if base is None else open_checkpoint(base, 0), notes)
+    job = _Job(options, None if base is None else open_checkpoint(base, 1), notes)
     if kind is not None:
         job.convert(kind, source)
     else:
-        job.resize(read_adapter(source, job.number))
+        job.resize(read_adapter(source, 0))
     refuse_all(job.errors)
     if not job.ranked:
         raise Refused("no module with factors", expected="an adapter of low-rank factors", where=source.name, do="check it")
@@ -118,11 +115,6 @@ class _Job:
     adapter: Adapter | None = None
     init: Any = True  # the output's init_lora_weights
 
-    @property
-    def number(self) -> int:
-        """The adapter's, among the inputs: a base comes first."""
-        return 0 if self.base is None else 1
-
     def resize(self, adapter: Adapter) -> None:
         """A LoRA from its factors; a DoRA whose base is given from its weights."""
         self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
@@ -133,22 +125,13 @@ class _Job:
             for name, (lora, factors) in joined.items():
                 self.ranked.append(Truncated(name, factors, place_of(lora, factors), self.options.cut, dtype, alpha))
             return
-        self.errors += _not_decomposed(adapter)
-        weights = _Weights(self.base, adapter, [lora.module for lora in adapter.loras], self.notes)
+        self.errors += not_decomposed(adapter)
+        weights = BaseWeights(self.base, adapter, [lora.module for lora in adapter.loras], self.notes)
         for name, (lora, factors) in joined.items():
             with self._collected():
-                self._add(name, self._dora(lora, factors, weights), lora.kind == "embedding", lora.module, weights)
+                self._add(name, weights.dora(lora, factors), lora.kind == "embedding", lora.module, weights)
         plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
         self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
-
-    def _dora(self, lora: Lora, factors: Factors, weights: "_Weights") -> DoRA:
-        weight = weights.of(lora.module, lora.kind == "embedding")
-        assert lora.magnitude is not None
-        shape = weight.shape[0], math.prod(weight.shape[1:])
-        if lora.depth or factors.experts is not None or factors.shape != shape or math.prod(lora.magnitude.shape) != shape[0]:
-            found = f"DoRA of {shown(lora.module)} {factors.shape}, magnitudes {lora.magnitude.shape}"
-            raise Refused(found, expected=f"one that fits the base's {weight.shape}", where=weights.where, do=CHECK_BASE)
-        return DoRA(lora.module, factors, lora.magnitude, weight)
 
     def convert(self, kind: type[Kind], source: Folder) -> None:
         """An adapter of another type, as a LoRA."""
@@ -158,11 +141,13 @@ class _Job:
         if kind.base and self.base is None:
             found = f"a {kind.name.upper()} adapter without its base: {kind.base}"
             raise Refused(found, expected="--base BASE", where=source.name, do="give --base, the model it was trained on")
-        adapter, modules = read_kind(kind, source, self.number)
+        adapter, modules = read_kind(kind, source, 0)
+        if self.base is None and kind.name in ("loha", "lokr"):
+            self.notes.append("convolutions with flattened kernels look like linear layers here: give --base if the model has any")
         bias = adapter.config.get("bias") or "none"
         self.adapter = replace(adapter, config=adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias})
         shared = modules.pop("")
-        weights = None if self.base is None else _Weights(self.base, adapter, list(modules), self.notes)
+        weights = None if self.base is None else BaseWeights(self.base, adapter, list(modules), self.notes)
         for module, parts in modules.items():
             embedding = any("embedding" in part for part in parts)
             with self._collected():
@@ -178,7 +163,7 @@ class _Job:
         except AdapterkitError as error:
             self.errors.append(error)
 
-    def _add(self, name: str, delta: Delta, embedding: bool, module: str, weights: "_Weights | None") -> None:
+    def _add(self, name: str, delta: Delta, embedding: bool, module: str, weights: "BaseWeights | None") -> None:
         if not delta.rank:
             self.notes.append(f"{shown(module)} has rank 0: left out")
             return
@@ -212,7 +197,7 @@ class _Job:
         if options.cut.max_size:
             limit = SHARES * even_rank(options.cut, ranked)
             ranked = [replace(bundle, limit=limit) if isinstance(bundle, Converted) else bundle for bundle in ranked]
-            settle = settled_by_size(options.cut, [*ranked, *beside])
+            settle = partial(settled_by_size, options.cut)
         settings = produced.plain_settings() | produced.extras([adapter]) | produced.flags(adapter)
         settings |= {"init_lora_weights": self.init}
         bundles: list[Bundle] = [*ranked, *beside]
@@ -220,58 +205,4 @@ class _Job:
         output = produced.Output([adapter], bundles, modules, settings, "resized", settle=settle, alpha=self._alpha())
         told = {k: v for k, v in {**vars(options.cut), "alpha": options.alpha, "dtype": options.dtype}.items() if v is not None}
         facts = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
-        headers, folders = produced.headers_of([adapter]), (adapter.folder,)
-        if self.base is not None:
-            headers = {(0, name): header.sha256 for name, header in self.base.shards.items()} | headers
-            folders = (self.base.folder, adapter.folder)
-        return produced.output_plan("resize", told, folders, headers, [output], self.notes, facts, bases=len(folders) - 1)
-
-
-def _not_decomposed(adapter: Adapter) -> list[AdapterkitError]:
-    """Why a DoRA is not a decomposition of the base's weights alone."""
-    errors: list[AdapterkitError] = []
-    init = adapter.changed_base()
-    if init:
-        found, do = f"a DoRA initialised by {init}, which changed its base", "merge it: adapterkit merge --base-is-residual"
-        errors.append(Refused(found, expected="a DoRA of the base as it is", where=adapter.where, do=do))
-    for key, what in [("lora_bias", "biases of b"), ("layer_replication", "replicated layers")]:
-        if adapter.config.get(key):
-            found = f"a DoRA with {what} ({key})"
-            errors.append(Refused(found, expected="a DoRA without", where=adapter.where, do="leave --base out, or merge it"))
-    return errors
-
-
-class _Weights:
-    """The base's weights of adapted modules."""
-
-    def __init__(self, base: Checkpoint, adapter: Adapter, modules: Sequence[str], notes: list[str]):
-        check_not_quantised(base)
-        self.base, self.where, self.said = base, adapter.name, bool(adapter.config.get("fan_in_fan_out"))
-        wanted = tuple(f"{module}.weight" for module in modules)
-        # a convolution may have groups: the model's classes tell
-        careful = any(len(base.tensors[name].shape) > 2 for name in wanted if name in base.tensors)
-        self.names = Names(base, wanted, adapter.config.get("task_type"), careful=careful, notes=notes)
-
-    def of(self, module: str, embedding: bool) -> Weight:
-        parameter = self.names.parameter(f"{module}.weight")
-        if parameter is None or 0 in parameter.shape or len(parameter.shape) < 2:
-            found = f"the base has no matrix {shown(module)}.weight"
-            raise Refused(found, expected="every module of the adapter in the base", where=self.base.name, do=CHECK_BASE)
-        if self.names.groups(module) > 1:
-            found = f"a grouped convolution: {shown(module)} has {self.names.groups(module)} groups"
-            raise Refused(found, expected="groups 1 (a LoRA cannot be put there)", where=self.base.name, do="leave it out")
-        tensors = {slot.key: self.base.tensors[slot.key] for slot in parameter.slots}
-        if any(spec.dtype not in dtypes.FLOATS for spec in tensors.values()):
-            found = f"{shown(module)}.weight is {', '.join(sorted({spec.dtype for spec in tensors.values()}))}"
-            raise Refused(found, expected=" ".join(dtypes.FLOATS), where=self.base.name, do="dequantise it first")
-        return Weight(parameter, tensors, embedding or (len(parameter.shape) == 2 and self._turned(module, parameter.shape)))
-
-    def _turned(self, module: str, shape: tuple[int, ...]) -> bool:
-        """Whether a layer's weight is stored (in, out), as GPT-2's are: by its class, or by fan_in_fan_out."""
-        layer = self.names.layer(module)
-        if layer is not None or self.names.plain:
-            return layer == "Conv1D"
-        if self.said and shape[0] == shape[1]:
-            found = f"the square weight of {shown(module)} may be stored (in, out): fan_in_fan_out is set"
-            raise Refused(found, expected="a model that transformers knows", where=self.base.name, do="update transformers")
-        return self.said
+        return produced.adapter_plan("resize", told, [adapter], [output], self.notes, facts, self.base)

@@ -1,4 +1,4 @@
-"""Sizes as people type them: 5GB; KB, MB and GB are powers of 1000."""
+"""Sizes as people type them: 5GB; KB, MB and GB are powers of 1000. And measured numbers as receipts hold them."""
 
 from adapterkit.errors import Refused
 
@@ -17,3 +17,8 @@ def parse_size(text: str, where: str) -> int:
     if size <= 0:
         raise Refused(f"size {text!r}", expected="a number with KB, MB, GB or TB", where=where, do="e.g. 5GB")
     return size
+
+
+def short(value: float) -> float:
+    """Rounded to six significant digits."""
+    return float(f"{value:.6g}")

@@ -125,7 +125,7 @@ def _output(
         bundles.append(Combined(prefix + name, parts, place, Linear(), "delta", refit, dtype, 0))
         terms = [(lora.bias, f.scale * weights[n]) for n, (lora, f) in members.items() if lora.bias is not None]
         if terms:
-            bundles.append(produced.Bias(f"{prefix}{name} bias", canonical(terms[0][0].key), tuple(terms), dtype))
+            bundles.append(produced.Summed(f"{prefix}{name} bias", canonical(terms[0][0].key), tuple(terms), dtype))
     bundles += [produced.taken(spec, prefix) for holders in held([task]).values() for spec in holders.values()]
     modules = {prefix + name: next(iter(members.values()))[0].module for name, members in joined.items()}
     if options.space == "factors":

@@ -349,6 +349,10 @@ def _config(base: Checkpoint):
     from transformers import AutoConfig
 
     plain = {k: v for k, v in base.config.items() if k != "auto_map"}
+    for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
+        if isinstance(part.get("backbone"), str):  # transformers would look it up on the Hub
+            found, do = f"backbone {shown(part['backbone'])}", "names that equal the stored keys work without it"
+            raise Refused(found, expected="a model without another one inside", where=f"{base.name}/config.json", do=do)
     try:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(plain))

@@ -290,6 +290,19 @@ def test_resize_by_energy_ratio_and_size(mixed, tmp_path):
     assert_close(deltas(tmp_path / "size"), {n: truncated(d, facts[n]["rank"]) for n, d in deltas(mixed[0]).items()}, 1e-5)
 
 
+def test_resize_to_a_size_beside_values_of_another_width(tmp_path):
+    """Values of wider dtypes come first in the file: ranks must not go to the wrong modules for it."""
+    source = trained(tmp_path / "a", 1, modules_to_save=["norm"])
+    size = 4500
+    facts = adapterkit.resize(source, out=tmp_path / "size", max_size=str(size), dtype="bf16").data["parameters"]
+    kept, dropped = [], []
+    for name, delta in deltas(source).items():
+        s = torch.linalg.svdvals(delta)[:4]
+        kept += s[1 : facts[name]["rank"]].tolist()
+        dropped += s[facts[name]["rank"] :][s[facts[name]["rank"] :] > 1e-6].tolist()
+    assert dropped and max(dropped) < 2 * min(kept)
+
+
 def test_resize_keeps_all_else(tmp_path):
     source = trained(
         tmp_path / "a", 1, target_modules=["fit"], use_dora=True, lora_bias=False, modules_to_save=["norm"], bias="lora_only"

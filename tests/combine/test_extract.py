@@ -1,12 +1,15 @@
 """extract: the adapter between two checkpoints, merged back or laid on the base by PEFT."""
 
+import functools
 import json
 import warnings
 from pathlib import Path
 
 import oracle
+import peft
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from shared import truncated
@@ -172,6 +175,231 @@ def test_biases_go_with_their_layers(saved, tmp_path):
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
     expected, found = oracle.stored(after), oracle.stored(tmp_path / "back")
     assert all(torch.allclose(found[key], tensor, atol=2e-6) for key, tensor in expected.items())
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "num_experts_per_tok": 2, "pad_token_id": 0}
+FOUR = {"num_local_experts": 4}
+MOES = {
+    "mixtral": FOUR,
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40},  # with a shared expert
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 48, "mlp_only_layers": [0]},  # with a dense layer
+    "gpt_oss": FOUR,  # stored transposed, with biases of experts and routers
+    "llama4_text": FOUR | {"moe_layers": [1], "intermediate_size_mlp": 40},  # stored transposed, dense layers, a shared expert
+    "jetmoe": FOUR | {"kv_channels": 16},  # one stack a module
+}
+
+
+def mixture(kind: str, **sizes):
+    """A tiny mixture of experts."""
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | MOES[kind] | sizes))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.05)
+    return model
+
+
+@pytest.fixture
+def experts(made, tmp_path):
+    """A base with stacks of experts, and a fine-tune of it that `change` makes."""
+
+    def make(kind: str, change, **sizes) -> tuple[Path, Path, functools.partial]:
+        build = functools.partial(mixture, kind, **sizes)
+        base = made(f"extract-{kind}-{sizes}", lambda folder: oracle.save_base(build(), folder, "fp32"))
+        return base, tuned(base, build, tmp_path / "tuned", change), build
+
+    return make
+
+
+def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A change of full rank of all that is a matrix or a stack of some, and of the routers' biases."""
+    if (tensor.dim() < 2 and "router.bias" not in name) or "embed" in name:
+        return tensor
+    generator = torch.Generator().manual_seed(len(name) + tensor.numel())
+    return tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+
+
+def check_both_ways(base: Path, adapter: Path, after: Path, build, tmp_path: Path) -> None:
+    """merge and PEFT both make the fine-tune of the base and the adapter."""
+    adapterkit.merge(base, [adapter], out=tmp_path / "back", overwrite=True)
+    check_state(oracle.load(build, tmp_path / "back").state_dict(), after, build)
+    check_peft(base, adapter, after, build)
+
+
+def check_peft(base: Path, adapter: Path, after: Path, build) -> None:
+    with oracle.quiet():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        found = peft.PeftModel.from_pretrained(oracle.load(build, base), adapter).merge_and_unload().state_dict()
+    check_state(found, after, build)
+
+
+def check_state(found: dict[str, torch.Tensor], after: Path, build) -> None:
+    expected = oracle.load(build, after).state_dict()
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.allclose(found[key], tensor, atol=3e-6), key
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(10)[None]).logits
+
+
+@pytest.mark.parametrize("kind", MOES)
+def test_stacks_of_experts_get_factors(kind, experts, tmp_path):
+    """All matrices of a mixture change: at full rank the adapter is the whole change, in PEFT's model too."""
+    base, after, build = experts(kind, moved)
+    receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
+    config = config_of(tmp_path / "out")
+    stacks = [n for n, p in build().named_parameters() if p.dim() == 3]
+    assert stacks and set(stacks) <= set(config["target_parameters"]) and config["target_modules"]
+    assert config["modules_to_save"] is None
+    assert all(fact["error"] < 1e-3 for fact in receipt.data["parameters"].values() if "rank" in fact)
+    check_both_ways(base, tmp_path / "out", after, build, tmp_path)
+    theirs = oracle.peft_model(oracle.load(build, base), tmp_path / "out")
+    assert torch.allclose(logits(theirs), logits(oracle.load(build, after)), atol=1e-4)
+
+
+@pytest.mark.parametrize("only", ["gate_up_proj", "down_proj", "mlp.gate.weight", "shared_expert.up_proj"])
+def test_parameters_that_changed_alone(only, experts, tmp_path):
+    """Which of a module's parameters have factors decides the keys of the others."""
+    base, after, build = experts("qwen2_moe", lambda name, t: moved(name, t) if only in name else t)
+    adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
+    config = config_of(tmp_path / "out")
+    assert config["target_parameters"] and all(only in name for name in config["target_parameters"])
+    check_both_ways(base, tmp_path / "out", after, build, tmp_path)
+
+
+def test_ranks_of_their_own_for_stacks_and_layers(experts, tmp_path):
+    """One expert of a stack has the largest rank, and gives the stack its own."""
+    generator = torch.Generator().manual_seed(3)
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        ranks = {"gate_up_proj": [1, 0, 5, 2], "down_proj": [2, 2, 2, 2], "mlp.gate.weight": [3], "q_proj": [4]}
+        for part, wanted in ranks.items():
+            if part in name:
+                flat = tensor.view(len(wanted), *tensor.shape[-2:])
+                for matrix, rank in zip(flat, wanted, strict=True):
+                    left, right = torch.randn(len(matrix), rank), torch.randn(rank, matrix.shape[1], generator=generator)
+                    matrix += 0.05 * left @ right
+        return tensor
+
+    base, after, build = experts("mixtral", change)
+    receipt = adapterkit.extract(base, after, out=tmp_path / "out", sv_ratio=1e4)
+    layer = "model.layers.0."
+    ranks = {
+        name.removeprefix(layer): f["rank"]
+        for name, f in receipt.data["parameters"].items()
+        if name.startswith(layer) and "rank" in f
+    }
+    assert ranks == {"mlp.experts.gate_up_proj": 5, "mlp.experts.down_proj": 2, "mlp.gate": 3, "self_attn.q_proj": 4}
+    check_both_ways(base, tmp_path / "out", after, build, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_smaller_rank_of_a_stack_is_the_best_of_each_expert(kind, experts, tmp_path):
+    base, after, build = experts(kind, lambda name, t: moved(name, t) if t.dim() == 3 else t)
+    receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=3)
+    adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
+    before, later, found = (oracle.load(build, folder).state_dict() for folder in (base, after, tmp_path / "back"))
+    for name, fact in receipt.data["parameters"].items():
+        if "rank" in fact:
+            delta = (later[name] - before[name]).double()
+            best = torch.stack([truncated(matrix, 3) for matrix in delta])
+            assert torch.allclose((found[name] - before[name]).double(), best, atol=1e-5), name
+            assert fact["error"] == pytest.approx(float((delta - best).norm() / delta.norm()), abs=1e-4)
+
+
+def test_square_experts_are_read_back_as_they_were_written(experts, tmp_path):
+    sizes = {"intermediate_size": 64}
+    for kind in ("mixtral", "gpt_oss"):
+        (tmp_path / kind).mkdir()
+        base, after, build = experts(kind, lambda name, t: moved(name, t) if t.dim() == 3 else t, **sizes)
+        assert any(p.shape[1] == p.shape[2] for p in build().parameters() if p.dim() == 3)
+        adapterkit.extract(base, after, out=tmp_path / kind / "out", rank=1000)
+        check_both_ways(base, tmp_path / kind / "out", after, build, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_size_is_kept_with_stacks_and_what_is_saved_whole(dtype, experts, tmp_path):
+    """The wider of factors and saved values comes first in the file, and each gets the rank that is its own."""
+    base, after, build = experts("mixtral", lambda name, t: t + 0.1 if "norm" in name else moved(name, t))
+    receipt = adapterkit.extract(base, after, out=tmp_path / "out", max_size="150KB", dtype=dtype)
+    assert 100_000 < (tmp_path / "out" / MODEL).stat().st_size <= 150_000
+    assert len({fact["rank"] for fact in receipt.data["parameters"].values() if "rank" in fact}) > 1
+    adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
+    oracle.peft_model(oracle.load(build, base), tmp_path / "out")
+
+
+def test_no_stack_is_whole_in_memory(experts, tmp_path, monkeypatch):
+    """Experts are read one at a time, stored together or one by one."""
+    from adapterkit.engines.local import Inputs
+
+    sizes, tensor = [], Inputs.tensor
+    monkeypatch.setattr(Inputs, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec))
+    for kind in ("mixtral", "gpt_oss"):
+        (tmp_path / kind).mkdir()
+        base, after, _ = experts(kind, lambda name, t: moved(name, t) if t.dim() == 3 else t)
+        sizes.clear()
+        adapterkit.extract(base, after, out=tmp_path / kind / "out", rank=2)
+        assert sizes and all(len(shape) < 3 for shape in sizes)
+
+
+def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
+    from adapterkit.engines.local import Inputs
+
+    base = saved("llama")
+    after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(3, linear))
+    adapterkit.extract(base, after, out=tmp_path / "whole", rank=3)
+    monkeypatch.setattr("adapterkit.ops.extract.BLOCK", 100)
+    sizes, tensor = [], Inputs.tensor
+    monkeypatch.setattr(Inputs, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec))
+    adapterkit.extract(base, after, out=tmp_path / "blocks", rank=3)
+    assert sizes and all(shape[0] <= 3 for shape in sizes if len(shape) == 2)
+    assert (tmp_path / "whole" / MODEL).read_bytes() == (tmp_path / "blocks" / MODEL).read_bytes()
+
+
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tied_embeddings_that_changed(stored, made, tmp_path):
+    """They are saved under both names, as PEFT looks for them, and the config says that the head goes with them."""
+    base = made("extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32"))
+    change = lambda name, t: t + 0.1 * torch.randn(t.shape) if "embed" in name else low_rank(2)(name, t)
+    after = tuned(base, oracle.tied_llama, tmp_path / "tuned", change)
+    tensors = load_file(after / "model.safetensors")
+    tensors[stored] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, after / "model.safetensors", {"format": "pt"})
+    adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
+    config = config_of(tmp_path / "out")
+    assert config["ensure_weight_tying"] is True and config["modules_to_save"] == [stored.removesuffix(".weight")]
+    check_both_ways(base, tmp_path / "out", after, oracle.tied_llama, tmp_path)
+    assert oracle.stored(tmp_path / "back").keys() == oracle.stored(base).keys()
+    expected = logits(oracle.load(oracle.tied_llama, after))
+    theirs = oracle.peft_model(oracle.load(oracle.tied_llama, base), tmp_path / "out")
+    assert torch.allclose(logits(theirs), expected, atol=1e-5)
+    assert torch.allclose(logits(oracle.load(oracle.tied_llama, tmp_path / "back")), expected, atol=1e-5)
+
+
+def test_resize_keeps_targets_of_both_kinds(experts, tmp_path):
+    """Stacks of experts, named as parameters, beside linear layers."""
+    base, after, build = experts("mixtral", moved)
+    adapterkit.extract(base, after, out=tmp_path / "out", rank=8)
+    adapterkit.resize(tmp_path / "out", out=tmp_path / "same", rank=8)
+    before, config = (config_of(tmp_path / name) for name in ("out", "same"))
+    assert config["target_modules"] == before["target_modules"] and any("q_proj" in name for name in config["target_modules"])
+    assert sorted(config["target_parameters"]) == sorted(before["target_parameters"])
+    adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "expected")
+    check_both_ways(base, tmp_path / "same", tmp_path / "expected", build, tmp_path)
+
+
+def test_embeddings_that_are_tied_threefold(saved, tmp_path):
+    base = saved("t5")
+    after = tuned(base, oracle.t5, tmp_path / "tuned", lambda n, t: t + 0.1 if "shared" in n else low_rank(2, linear)(n, t))
+    adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
+    assert config_of(tmp_path / "out")["ensure_weight_tying"] is True
+    check_both_ways(base, tmp_path / "out", after, oracle.t5, tmp_path)
 
 
 def test_what_cannot_be_extracted_is_refused(saved, tmp_path):

@@ -244,7 +244,7 @@ def test_nothing_is_imported_fetched_followed_or_copied(tmp_path):
         "modeling_evil.py": code,
         "adapter_model.bin": b"cos\nsystem\n(S'id'\ntR.",
     }
-    on = base(auto_map={"AutoModel": "modeling_evil.Evil", "AutoConfig": "evil/repo--modeling_evil.Evil"})
+    on = base(auto_map={"AutoModel": "modeling_evil.Evil", "AutoConfig": "evil/repo--modeling_evil.Evil"}, backbone="evil/repo")
     on.content["modeling_evil.py"] = code
     on.write(tmp_path / "base"), adapter.write(tmp_path / "adapter")
     command = [sys.executable, "-c", WATCHED, str(tmp_path), str(tmp_path / "out")]

@@ -1,0 +1,376 @@
+"""loftq: a quantised base and the adapter that makes up for what quantisation loses (LoftQ, arXiv:2310.08659)."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.adapter import PREFIX
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.factors import Place
+from adapterkit.kernels import lowrank
+from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.nearly import nearly_best
+from adapterkit.ops import produced
+from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
+from adapterkit.ops.sizes import short
+from adapterkit.ops.sources import open_source
+from adapterkit.patterns import matcher
+from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
+from adapterkit.weights.names import Names
+from adapterkit.weights.packed import Packed
+from adapterkit.weights.quantised import check_not_quantised, decoded
+
+BITS = {4: "nf4", 8: "int8"}
+PIECE = 1 << 20  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class Options:
+    """What LoftQ can be told. Fields are the command's options."""
+
+    rank: int
+    alpha: float | None = None
+    rslora: bool = False
+    bits: int = 4
+    iterations: int = 4
+    targets: str | None = None
+    skip: str | None = None
+    block_size: int | None = None
+    double_quant: bool = False
+    dtype: str = "fp32"
+
+    @property
+    def scale(self) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def loftq(
+    base: str | os.PathLike,
+    *,
+    out: str | os.PathLike,
+    rank: int,
+    alpha: float | None = None,
+    rslora: bool = False,
+    bits: int = 4,
+    iterations: int = 4,
+    targets: str | None = None,
+    skip: str | None = None,
+    block_size: int | None = None,
+    double_quant: bool = False,
+    quantized: str | os.PathLike | None = None,
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Initialise a quantised base and an adapter together: W ≈ Q + scale·b@a, weight by weight.
+
+    Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all rounds, plain quantisation
+    included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept. `OUT/base` is the packed base (`bits` 4: nf4, with
+    `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `targets`: a regex on modules
+    that get factors (default: all that are quantised). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
+    default. With `quantized`, a quantised checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one
+    step on W - decode(Q). The receipt has each module's relative error before and after. Raises `Refused` before anything is
+    written.
+
+    Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the base is written packed, and the
+    best round is kept, not the last.
+    """
+    options = Options(rank, alpha, rslora, bits, iterations, targets, skip, block_size, double_quant, dtype)
+    plan = plan_loftq(open_source(base), options, None if quantized is None else open_source(quantized))
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+
+
+def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None) -> Plan:
+    """Everything LoftQ will do, or `Refused`."""
+    _check(options)
+    base = open_checkpoint(folder)
+    check_not_quantised(base)
+    if quantized is not None:
+        return _plan_kept(base, open_checkpoint(quantized, 1), options)
+    chosen = Chosen(base, {"to": BITS[options.bits], **_chosen_options(options)})
+    targeted = _targeted(options, list(chosen.packed))
+    bundles: dict[str, Bundle] = {}
+    factors: list[Bundle] = []
+    for key, packed in chosen.packed.items():
+        module = key.removesuffix(".weight")
+        if key in targeted:
+            name = _module_of(chosen.names, module)
+            bundle = Lofted(base.tensors[key], packed, name, options.rank, options.scale, options.iterations)
+            bundles[key] = bundle
+            factors.append(FromAside(name, _place(name, packed.shape), bundle.rank, dtypes.parse(options.dtype)))
+    model = QuantisedModel(base, chosen.packed, bundles, chosen.config(), "base")
+    adapter = _adapter(base, options, factors, "adapter")
+    shards = (*model.shards(), adapter.shard())
+    notes = list(chosen.notes)
+    files = model.files(f"quantised to {BITS[options.bits]} by LoftQ: use it with the adapter beside it") | adapter.files(notes)
+    headers = model_headers(base)
+    told = {key: value for key, value in vars(options).items() if value}
+    facts = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed), "modules": len(factors)}
+    who = identities((folder,), headers)
+    return Plan("loftq", told, (folder,), headers, who, shards, files, facts, tuple(notes), warn=_warnings)
+
+
+def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options) -> Plan:
+    """The adapter alone, for a quantised base that stays as it is."""
+    plain = decoded(quantised)
+    names = [Names(side, tuple(side.tensors), careful=True) for side in (base, plain)]
+    errors: list[AdapterkitError] = []
+    factors: list[Bundle] = []
+    packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, Packed)}
+    for key in _targeted(options, list(packed)):
+        spec, module = packed[key], key.removesuffix(".weight")
+        original = base.tensors.get(key)
+        if original is None or original.shape != spec.shape or original.dtype not in dtypes.FLOATS:
+            found = f"{shown(key)}: {spec.shape} quantised, {original.shape if original else 'nothing'} in {base.name}"
+            do = "give the original that it was quantised from"
+            errors.append(Refused(found, expected="the same weights", where=quantised.name, do=do))
+            continue
+        name = _module_of(names[1], module)
+        turned = names[1].layer(name) == "Conv1D"
+        shape = spec.shape[::-1] if turned else spec.shape
+        place = _place(name, shape)
+        factors.append(Residual(name, original, spec, place, options.rank, options.scale, dtypes.parse(options.dtype), turned))
+    refuse_all(errors)
+    if not factors:
+        raise Refused("no quantised weights to make up for", expected="one or more", where=quantised.name, do="check --targets")
+    adapter = _adapter(base, options, factors, "")
+    headers = model_headers(base) | produced.model_headers(quantised, 1)
+    folders, notes = (base.folder, quantised.folder), []
+    files = adapter.files(notes)
+    told = {key: value for key, value in vars(options).items() if value}
+    facts = {"modules": len(factors)}
+    shards, who = (adapter.shard(),), identities(folders, headers)
+    return Plan("loftq", told, folders, headers, who, shards, files, facts, tuple(notes), models=(0, 1), warn=_warnings)
+
+
+def _check(options: Options) -> None:
+    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--bits", options.bits, tuple(BITS)))
+    produced.check_refit(options.rank, None)
+    if options.iterations < 1:
+        raise Refused(f"--iterations {options.iterations}", expected="1 or more", where="options", do="give another number")
+    if options.alpha is not None and not (math.isfinite(options.alpha) and options.alpha > 0):
+        raise Refused(f"--alpha {options.alpha}", expected="a number above 0", where="options", do="give another number")
+    if options.bits == 8 and (options.double_quant or options.block_size):
+        found = "--double-quant or --block-size with --bits 8"
+        raise Refused(found, expected="--bits 4", where="options", do="leave it out")
+
+
+def _chosen_options(options: Options) -> dict[str, Any]:
+    return {"block_size": options.block_size, "double_quant": options.double_quant, "skip": options.skip}
+
+
+def _targeted(options: Options, keys: Sequence[str]) -> list[str]:
+    if options.targets is None:
+        return list(keys)
+    wanted = matcher(options.targets, "--targets")
+    found = [key for key in keys if wanted(key.removesuffix(".weight"))]
+    if not found:
+        do = "check the regex"
+        raise Refused(f"--targets {options.targets!r} matches none", expected="a quantised module", where="--targets", do=do)
+    return found
+
+
+def _module_of(names: Names, module: str) -> str:
+    """The module's name in the loaded model, whose weight is stored under the key `module.weight`."""
+    key = f"{module}.weight"
+    if names.model is None or key in names.model.parameters:
+        return module
+    found = (name for name, p in names.model.parameters.items() if len(p.slots) == 1 and p.slots[0].key == key)
+    return next(found, key).removesuffix(".weight")
+
+
+def _place(module: str, shape: tuple[int, ...]) -> Place:
+    return Place(f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight", (shape[1],), (), shape[0], None)
+
+
+def _adapter(base: Checkpoint, options: Options, factors: list[Bundle], folder: str) -> produced.Output:
+    alpha = options.rank if options.alpha is None else options.alpha
+    modules = {bundle.name: bundle.name for bundle in factors}
+    settings = produced.plain_settings() | {"use_rslora": options.rslora}
+    kept = {"base_model_name_or_path": produced.hub_id(base.folder), "task_type": produced.task_type(base.config)}
+    summary = f"LoftQ of {base.name}: for its quantised base alone, not for the original"
+    return produced.Output([], factors, modules, settings, summary, folder, alpha=alpha, kept=kept)
+
+
+@dataclass(frozen=True)
+class Lofted:
+    """One weight quantised together with the factors that make up for it; the factors are laid aside for the adapter's file."""
+
+    source: TensorSpec
+    packed: Packed
+    module: str
+    most_rank: int
+    scale: float
+    iterations: int
+
+    @property
+    def name(self) -> str:
+        return self.packed.key
+
+    @property
+    def rank(self) -> int:
+        return min(self.most_rank, *self.packed.shape)
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.source,)
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        return self.packed.most
+
+    @property
+    def varies(self) -> tuple[str, ...]:
+        return self.packed.varies
+
+    @property
+    def memory(self) -> int:
+        return 24 * math.prod(self.packed.shape)
+
+    def make(self, inputs: Inputs) -> Made:
+        weight = inputs.tensor(self.source)
+        turned = weight.shape != self.packed.shape or getattr(self.packed, "transposed", False)
+        found = alternated(weight, self.packed, self.rank, self.iterations, turned)
+        out, width = (weight.shape[1], weight.shape[0]) if turned else weight.shape
+        nothing = Svd(weight.new_zeros(out, 1), weight.new_zeros(1), weight.new_zeros(1, width))
+        a, b = factors_of(found.svd or nothing, self.rank, self.scale)
+        facts = {"error": short(found.before), "error_after": short(found.after), "iterations": found.round}
+        return Made(found.stored, facts, {f"{self.module}.a": a, f"{self.module}.b": b})
+
+
+@dataclass
+class Round:
+    """One round of LoftQ: the stored tensors of Q, the triplets of scale·b@a, and the errors before and after, relative to ‖W‖."""
+
+    stored: dict[str, Tensor]
+    svd: Svd | None
+    before: float
+    after: float
+    round: int
+
+
+def alternated(weight: Tensor, packed: Packed, rank: int, iterations: int, turned: bool = False) -> Round:
+    """The best of `iterations` rounds of Q = encode(W - L), L = the best approximation of W - Q of that rank; round 0 is L = 0."""
+    size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) or 1.0
+    best: Round | None = None
+    low: Tensor | None = None
+    svd: Svd | None = None
+    for number in range(1, iterations + 1):
+        stored = packed.encode(weight if low is None else weight - low)
+        rest = weight - packed.decode(stored)
+        if number == 1:
+            before = float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / size
+            best = Round(stored, None, before, before, 0)
+        matrix = rest.T if turned else rest
+        svd = nearly_best(matrix, rank, start=None if svd is None else _long(svd, matrix))
+        low = (svd.u * svd.s) @ svd.vh
+        low = low.T if turned else low
+        after = float(torch.linalg.vector_norm(rest.sub_(low), dtype=torch.float64)) / size
+        assert best is not None
+        if after < best.after:
+            best = Round(stored, svd, best.before, after, number)
+    assert best is not None
+    return best
+
+
+def _long(svd: Svd, matrix: Tensor) -> Tensor:
+    """The directions on a matrix's long side, from which the next search starts."""
+    return svd.vh if matrix.shape[0] <= matrix.shape[1] else svd.u.T
+
+
+def factors_of(svd: Svd, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """a (rank, in) and b (out, rank) with scale·b@a = u s vᵀ, norms balanced."""
+    a, b = lowrank.refit(Svd(svd.u, svd.s / scale, svd.vh), rank)
+    return a.contiguous(), b.contiguous()
+
+
+@dataclass(frozen=True)
+class FromAside:
+    """One module's factors, made with its quantised weight."""
+
+    name: str
+    place: Place
+    rank: int
+    dtype: str
+    reads = ()
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        return produced.bounds(self.place, self.rank, self.dtype)
+
+    @property
+    def memory(self) -> int:
+        return 3 * sum(stored.nbytes for stored in self.most)
+
+    def make(self, inputs: Inputs) -> Made:
+        a, b = (inputs.aside(f"{self.name}.{side}") for side in "ab")
+        dtype = dtypes.torch_dtype(self.dtype)
+        return Made({self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, {"rank": len(a)})
+
+
+@dataclass(frozen=True)
+class Residual:
+    """One module's factors for a quantised weight that stays: the best approximation of W - decode(Q), in one step."""
+
+    name: str
+    original: TensorSpec
+    packed: Packed
+    place: Place
+    most_rank: int
+    scale: float
+    dtype: str
+    turned: bool
+
+    @property
+    def rank(self) -> int:
+        return min(self.most_rank, self.place.out, *self.place.a_tail)
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.original, *self.packed.parts)
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        return produced.bounds(self.place, self.rank, self.dtype)
+
+    @property
+    def memory(self) -> int:
+        return 16 * math.prod(self.packed.shape)
+
+    def make(self, inputs: Inputs) -> Made:
+        weight = inputs.tensor(self.original)
+        size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) or 1.0
+        rest = weight.sub_(inputs.tensor(self.packed))
+        rest = rest.T if self.turned else rest
+        before = float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / size
+        svd = nearly_best(rest, self.rank)
+        after = float(torch.linalg.vector_norm(rest - (svd.u * svd.s) @ svd.vh, dtype=torch.float64)) / size
+        a, b = factors_of(svd, self.rank, self.scale)
+        dtype = dtypes.torch_dtype(self.dtype)
+        facts = {"rank": self.rank, "error": short(before), "error_after": short(after)}
+        return Made({self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, facts)
+
+
+def _warnings(facts: dict[str, dict]) -> list[str]:
+    """Modules that factors did not help."""
+    worse = sorted(key for key, fact in facts.items() if "error_after" in fact and fact["error_after"] >= fact["error"] > 0)
+    if not worse:
+        return []
+    return [f"WARNING: no round of {len(worse)} modules was better than plain quantisation, e.g. {', '.join(worse[:3])}"]

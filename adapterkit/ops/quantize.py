@@ -1,0 +1,332 @@
+"""quantize and dequantize: a checkpoint's linear layers into a quantised format, and back into floats."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapterkit import __version__, dtypes
+from adapterkit.checkpoint import layout
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.ops import produced
+from adapterkit.ops.packaging import NOT_COPIED, WEIGHTS, as_json, cell, hub_or_name
+from adapterkit.ops.requantised import Copied, Edited
+from adapterkit.ops.sizes import short
+from adapterkit.ops.sources import open_source
+from adapterkit.patterns import matcher
+from adapterkit.plan import (
+    Bundle,
+    Computed,
+    CopyFile,
+    FromFacts,
+    Inputs,
+    Made,
+    Plan,
+    Progress,
+    Receipt,
+    Step,
+    identities,
+    sha256_of,
+)
+from adapterkit.registry import members
+from adapterkit.weights.names import Names
+from adapterkit.weights.packed import Packed, Unpacked
+from adapterkit.weights.quantised import check_not_quantised, decoded, packed_in
+
+PIECE = 1 << 20  # elements compared at a time
+
+
+def targets() -> dict[str, type[Packed]]:
+    """What can be written, by the name that `--to` gives it."""
+    return {target: record for record in members("weights.codecs").values() for target in record.targets}
+
+
+def quantize(
+    base: str | os.PathLike,
+    *,
+    out: str | os.PathLike,
+    to: str,
+    block_size: int | None = None,
+    double_quant: bool = False,
+    skip: str | None = None,
+    hash: str = "sha256",
+    device: str = "auto",
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Quantise a checkpoint's linear layers, weight by weight: Q = encode(W).
+
+    `to`: nf4, fp4 (bitsandbytes 4-bit, `block_size` values with one scale, `double_quant`: the scales quantised too), int8
+    (bitsandbytes), fp8 (blocks of 128 x 128). What transformers' `from_pretrained(quantization_config=...)` leaves alone is left
+    alone: the output layer, what is tied to it, embeddings, norms; `skip`: a regex on modules that are too. The files are those
+    that transformers saves, bit for bit where bitsandbytes defines them. The receipt has each weight's relative error. Raises
+    `Refused` before anything is written.
+    """
+    options = {"to": to, "block_size": block_size, "double_quant": double_quant, "skip": skip}
+    plan = plan_quantize(open_source(base), options)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+
+
+def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
+    """Everything a quantisation will do, or `Refused`."""
+    base = open_checkpoint(folder)
+    check_not_quantised(base)
+    chosen = Chosen(base, options)
+    output = QuantisedModel(base, chosen.packed, {}, chosen.config())
+    told = {key: value for key, value in options.items() if value}
+    headers = model_headers(base)
+    facts = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
+    shards, files = output.shards(), output.files(f"quantised to {options['to']}")
+    who = identities((folder,), headers)
+    return Plan("quantize", told, (folder,), headers, who, shards, files, facts, tuple(chosen.notes))
+
+
+def dequantize(
+    base: str | os.PathLike,
+    *,
+    out: str | os.PathLike,
+    dtype: str | None = None,
+    hash: str = "sha256",
+    device: str = "auto",
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Decode a quantised checkpoint: W = round(code * scale), in `dtype` (default: what its library computes in).
+
+    Every format of which the command's help tells is read, also several in one checkpoint; tensors that are not quantised stay as
+    they are. Raises `Refused` before anything is written.
+    """
+    plan = plan_dequantize(open_source(base), dtype)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+
+
+def plan_dequantize(folder: Folder, dtype: str | None) -> Plan:
+    """Everything a dequantisation will do, or `Refused`."""
+    produced.check_choices(("--dtype", dtype, (None, *dtypes.SHORT)))
+    original = open_checkpoint(folder)
+    base = decoded(original)
+    packed = packed_in(base.tensors)
+    if not packed:
+        raise Refused("no quantised weights", expected="a quantised checkpoint", where=folder.name, do="use it as it is")
+    wanted = dtypes.parse(dtype) if dtype else None
+    groups: dict[str, list[Bundle]] = {name: [] for name in original.shards}
+    for key, spec in base.tensors.items():
+        if isinstance(spec, Packed):
+            groups[spec.file].append(Edited(Step(key, wanted or spec.dtype, spec.shape, spec)))
+        else:
+            groups[spec.file].append(Copied(spec))
+    config = dict(base.config)
+    if wanted and "config.json" in original.files:
+        config["dtype"] = dtypes.CONFIG_NAME[wanted]
+        config.pop("torch_dtype", None)
+    shards = shards_of(original, groups)
+    headers = model_headers(original)
+    facts = {"dequantised": len(packed)}
+    files = files_beside(original, config, shards, "decoded to floats")
+    told = {"dtype": dtype} if dtype else {}
+    return Plan("dequantize", told, (folder,), headers, identities((folder,), headers), shards, files, facts)
+
+
+class Chosen:
+    """Which weights of a base are quantised, and how: the linear layers, but for what transformers leaves alone, and `skip`."""
+
+    def __init__(self, base: Checkpoint, options: dict[str, Any]):
+        known = targets()
+        produced.check_choices(("--to", options["to"], tuple(known)))
+        self.base, self.options, self.record = base, options, known[options["to"]]
+        self.notes: list[str] = []
+        self.packed: dict[str, Packed] = {}  # by the weight's key
+        self.left: list[str] = []
+        self.names = Names(base, tuple(base.tensors), careful=True, notes=self.notes)
+        skeleton = self.names.model
+        if skeleton is None:
+            found = f"a model that transformers does not know{': ' + self.notes[-1] if self.notes else ''}"
+            raise Refused(found, expected="config.json of a known model", where=base.name, do="update transformers")
+        self.model = skeleton.model
+        self.skip = matcher(options["skip"], "--skip") if options.get("skip") else None
+        self.asked: list[str] = []  # what the loader would quantise, and is not
+        errors: list[AdapterkitError] = []
+        for module, kind in linear_layers(self.model):
+            try:
+                self._choose(module, kind)
+            except AdapterkitError as error:
+                errors.append(error)
+        refuse_all(errors)
+        if not self.packed:
+            raise Refused("no linear layer to quantise", expected="one or more", where=base.name, do="check --skip")
+
+    def _choose(self, module: str, kind: str) -> None:
+        name = f"{module}.weight"
+        parameter = self.names.parameter(name)
+        if parameter is None or parameter.twin:
+            return
+        if self.skip is not None and self.skip(module):
+            self.asked.append(module)
+            self.left.append(name)
+            return
+        if len(parameter.slots) != 1 or not parameter.slots[0].whole:
+            found, do = f"{shown(name)} is stored in another layout than the model's", "save the model once with transformers"
+            raise Refused(found, expected="one stored tensor for each linear layer", where=self.base.name, do=do)
+        spec = self.base.tensors[parameter.slots[0].key]
+        if spec.dtype not in dtypes.FLOATS:
+            raise Refused(f"{shown(spec.key)} is {spec.dtype}", expected="a float", where=self.base.name, do="dequantise it first")
+        turned = kind == "Conv1D"
+        shape = (spec.shape[1], spec.shape[0]) if turned else spec.shape
+        packed = self.record.fresh(self.options["to"], Unpacked(spec.key, shape, spec.dtype, turned), self.options)
+        if packed is None:
+            self.asked.append(module)
+            self.left.append(name)
+        else:
+            self.packed[spec.key] = packed
+
+    def config(self) -> dict[str, Any]:
+        """The base's config with a quantization_config, keys sorted as transformers writes them."""
+        skipped = sorted({*self.asked, *kept_modules(self.model)}) if self.asked else None
+        dtype = next(iter(self.packed.values())).dtype
+        said = self.record.config(self.options["to"], dtype, skipped, self.options)
+        return dict(sorted((self.base.config | {"quantization_config": said}).items()))
+
+
+def linear_layers(model: Any) -> list[tuple[str, str]]:
+    """Modules that transformers' quantisers replace, with their class: Linear and Conv1D, but for what they leave alone."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept, found = kept_modules(model), []
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept):
+            found.append((name, "Conv1D" if isinstance(module, Conv1D) else "Linear"))
+    return found
+
+
+def kept_modules(model: Any) -> list[str]:
+    """What transformers' quantisers leave alone by themselves: the output layer, what is tied, the last module."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    return sorted({*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())})
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """One weight, encoded."""
+
+    source: TensorSpec
+    packed: Packed
+
+    @property
+    def name(self) -> str:
+        return self.packed.key
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.source,)
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        return self.packed.most
+
+    @property
+    def varies(self) -> tuple[str, ...]:
+        return self.packed.varies
+
+    @property
+    def memory(self) -> int:
+        return 6 * self.source.nbytes
+
+    def make(self, inputs: Inputs) -> Made:
+        weight = inputs.tensor(self.source)
+        tensors = self.packed.encode(weight)
+        return Made(tensors, {"error": relative_error(weight, self.packed.decode(tensors))})
+
+
+def relative_error(weight: Any, other: Any) -> float:
+    """‖other - W‖_F / ‖W‖_F."""
+    lost = size = 0.0
+    for x, y in zip(weight.reshape(-1).split(PIECE), other.reshape(-1).split(PIECE), strict=True):
+        lost, size = lost + float((y - x).square_().sum()), size + float(x.square().sum())
+    return short((lost / size) ** 0.5) if size else 0.0
+
+
+@dataclass
+class QuantisedModel:
+    """A base in which some weights are quantised, by `bundles` where they say more than `Quantised`."""
+
+    base: Checkpoint
+    packed: dict[str, Packed]
+    bundles: dict[str, Bundle]
+    config: dict[str, Any]
+    folder: str = ""
+
+    def shards(self) -> tuple[Computed, ...]:
+        groups: dict[str, list[Bundle]] = {name: [] for name in self.base.shards}
+        for key, spec in self.base.tensors.items():
+            made = self.bundles.get(key) or (Quantised(spec, self.packed[key]) if key in self.packed else Copied(spec))
+            groups[spec.file].append(made)
+        return shards_of(self.base, groups, self.folder)
+
+    def files(self, summary: str) -> dict[str, bytes | CopyFile | FromFacts]:
+        return files_beside(self.base, self.config, self.shards(), summary, self.folder)
+
+
+def shards_of(base: Checkpoint, groups: dict[str, list[Bundle]], folder: str = "") -> tuple[Computed, ...]:
+    """Output files of these bundles, named as the base's."""
+    prefix = f"{folder}/" if folder else ""
+    return tuple(
+        Computed(
+            prefix + name,
+            tuple(sorted(bundles, key=lambda bundle: bundle.name)),
+            base.shards[name].metadata or {"format": "pt"},
+            by_width=True,
+        )
+        for name, bundles in groups.items()
+    )
+
+
+def files_beside(
+    base: Checkpoint, config: dict[str, Any], shards: Sequence[Computed], summary: str, folder: str = ""
+) -> dict[str, bytes | CopyFile | FromFacts]:
+    """What a model's folder holds besides its weights; the base's files, with another config."""
+    prefix = f"{folder}/" if folder else ""
+    files: dict[str, bytes | CopyFile | FromFacts] = {}
+    for name in base.files:
+        if not name.endswith((*WEIGHTS, ".index.json")) and name not in NOT_COPIED and "/" not in name:
+            files[prefix + name] = CopyFile(0, name)
+    files[prefix + "README.md"] = _card(base, summary).encode()
+    if base.index is not None:
+        layouts = [
+            layout.ShardLayout(s.file.removeprefix(prefix), s.layout.header, s.layout.tensors, s.layout.starts) for s in shards
+        ]
+        index = FromFacts(lambda facts, grown: layout.index(layouts, base.index, grown))
+        files[prefix + (base.index_name or "model.safetensors.index.json")] = index
+    if "config.json" in base.files:
+        files[prefix + "config.json"] = as_json(config)
+    return files
+
+
+def model_headers(base: Checkpoint) -> dict[tuple[int, str], str]:
+    """The hashes of a base's headers and config, by which a plan knows its input."""
+    headers = produced.model_headers(base, 0)
+    return headers | ({(0, "config.json"): sha256_of(base.folder, "config.json")} if "config.json" in base.files else {})
+
+
+def _card(base: Checkpoint, summary: str) -> str:
+    name = cell(hub_or_name(base.folder))
+    header = ["---", *([f"base_model: {name}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []), "library_name: transformers"]
+    return "\n".join(
+        [*header, "tags:", "- adapterkit", "---", "", f"# {name}, {summary}", "", f"Made by adapterkit {__version__}.", ""]
+    )

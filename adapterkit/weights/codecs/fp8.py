@@ -1,0 +1,106 @@
+"""fp8: transformers' own FP8, as DeepSeek and Qwen store it: blocks of 128 x 128 with `weight_scale_inv`."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.errors import shown
+from adapterkit.kernels import narrow
+from adapterkit.weights.packed import Found, Packed, Unpacked
+
+CODES = ("F8_E4M3", "F8_E5M2")
+SCALE = "_scale_inv"
+PAIRS = ("I8", "U8", "F4")
+BLOCK = (128, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8(Packed):
+    """W = code * scale_inv, a scale for each block of the last two axes; codes E4M3 (E5M2 is read only)."""
+
+    name = "fp8"
+    methods = ("fp8",)
+    targets = ("fp8",)
+
+    block: tuple[int, int]
+    power: bool  # scales are powers of 2
+
+    @classmethod
+    def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Fp8 | None":
+        out, width = weight.shape
+        if out % BLOCK[0] or width % BLOCK[1] or weight.transposed:
+            return None  # transformers leaves it as it is
+        codes = weight.part("", "F8_E4M3", weight.shape)
+        scale = weight.part(SCALE, "F32", (out // BLOCK[0], width // BLOCK[1]))
+        place = {"file": "", "start": 0, "stop": codes.nbytes}
+        return cls(key=weight.key, dtype=weight.dtype, shape=weight.shape, parts=(codes, scale), block=BLOCK, power=False, **place)
+
+    @classmethod
+    def config(cls, target: str, dtype: str, skipped: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "activation_scheme": "dynamic",
+            "modules_to_not_convert": skipped,
+            "quant_method": "fp8",
+            "weight_block_size": list(BLOCK),
+        }
+
+    @classmethod
+    def find(cls, found: Found) -> Iterator[Packed]:
+        for key, spec in list(found.tensors.items()):
+            scale = found.tensors.get(key + SCALE)
+            if scale is None and spec.dtype in CODES and found.method == "fp8":
+                _missing(found, key)
+            if scale is not None and spec.dtype in PAIRS and found.method == "fp8":
+                found.refuse(f"{shown(key)}: {spec.dtype}, pairs of FP4 values", "FP8 weights")
+            if scale is None or spec.dtype not in CODES:
+                continue
+            said = found.settings.get("weight_block_size")
+            block = said or (spec.shape[-2:] if math.prod(scale.shape) == 1 else BLOCK)
+            fits = len(spec.shape) >= 2 and isinstance(block, list | tuple) and len(block) == 2
+            fits = fits and all(type(n) is int and n > 0 for n in block)
+            if fits:
+                grid = (*spec.shape[:-2], *(math.ceil(n / size) for n, size in zip(spec.shape[-2:], block, strict=True)))
+                fits = math.prod(scale.shape) == 1 or scale.shape == grid
+            text = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}, blocks {block}"
+            fits = fits and scale.dtype in (*dtypes.FLOATS, "F8_E8M0", "U8")
+            if found.check(key, fits, text, "a scale for each block") and found.check_finite(scale):
+                power = scale.dtype in ("F8_E8M0", "U8") or found.settings.get("scale_fmt") == "ue8m0"
+                beside = [found.tensors[name] for name in _beside(key) if name in found.tensors]
+                shape, dtype, parts = spec.shape, found.computed_in, (spec, scale, *beside)
+                place = {"file": spec.file, "start": spec.start, "stop": spec.stop, "folder": spec.folder}
+                yield cls(key=key, dtype=dtype, shape=shape, parts=parts, block=(block[0], block[1]), power=power, **place)
+
+    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+        codes, scale = (stored[part.key] for part in self.parts[:2])
+        return narrow.decode_fp8(codes, scale, self.block)
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        codes, scale = self.parts[:2]
+        made = narrow.encode_fp8(weight, self.block, rule="power" if self.power else "multiply")
+        kind = "F8_E8M0" if scale.dtype == "U8" else scale.dtype
+        scales = made.scale.to(dtypes.torch_dtype(kind)).view(dtypes.torch_dtype(scale.dtype))
+        return {codes.key: made.codes, scale.key: scales.view(scale.shape)}
+
+    @property
+    def read_only(self) -> str | None:
+        return "FP8 E5M2" if self.parts[0].dtype == "F8_E5M2" else None
+
+
+def _beside(key: str) -> tuple[str, str]:
+    """What the scale of a layer's inputs may be called."""
+    start = key.removesuffix("weight") if key.endswith(".weight") else key + "_"
+    return start + "activation_scale", start + "input_scale"
+
+
+def _missing(found: Found, key: str) -> None:
+    """Note what is wrong with codes that have no scales under their usual name."""
+    start = key.removesuffix("weight")
+    other = next((start + name for name in ("scale", "qscale_weight") if start + name in found.tensors), None)
+    if other is None:
+        found.siblings(key, SCALE)
+    else:
+        found.refuse(f"{shown(key)} with its scales in {shown(other)}", f"scales called {shown(key + SCALE)}", do="rename them")

@@ -1,0 +1,201 @@
+"""Quantised weights: one weight held by several stored tensors, seen as the weight that they decode to."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.weights.names import Names, plain_names
+
+LARGE = 1 << 20  # bytes; scales of one weight that take more are looked at when they are decoded, not while planning
+SAID = ("quantization_config", "compression_config", "quantization")  # transformers, older compressed-tensors, MLX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed(TensorSpec):
+    """One quantised weight among a checkpoint's tensors; a format is a subclass, with what its arithmetic needs.
+
+    `key`, `shape` and `dtype` are those of the weight as the model without quantisation has it, `dtype` what its library computes
+    in; `file`, `start`, `stop` and `folder` those of the tensor that holds the codes. It is never read as bytes.
+    """
+
+    name: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]]  # the quant_method of configs that it belongs to
+    targets: ClassVar[tuple[str, ...]] = ()  # what `quantize --to` calls it
+
+    parts: tuple[TensorSpec, ...]  # what holds it, the codes first
+
+    @classmethod
+    def find(cls, found: "Found") -> Iterator["Packed"]:
+        """The weights of this format; what is wrong with some of them joins `found.errors`."""
+        raise NotImplementedError
+
+    @classmethod
+    def fresh(cls, target: str, weight: "Unpacked", options: dict[str, Any]) -> "Packed | None":
+        """The record of a weight that is to be quantised; None where its shape does not allow it."""
+        raise NotImplementedError
+
+    @classmethod
+    def config(cls, target: str, dtype: str, skipped: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+        """The quantization_config of a model of such weights; `skipped`: the modules that are not, where the loader cannot know."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        """The stored tensors that `encode` gives."""
+        return tuple(Stored(part.key, part.dtype, part.shape) for part in self.parts)
+
+    @property
+    def varies(self) -> tuple[str, ...]:
+        """Keys among them whose size depends on the values; as planned it is a guess."""
+        return ()
+
+    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+        """The weight in float32, exactly code * scale, of the parts by key."""
+        raise NotImplementedError
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parts that hold a new value of the weight (float32, of `shape`), by key; they take the place of the old ones.
+
+        `Refused` (at planning, by `check_writable`) for formats that are only read."""
+        raise NotImplementedError
+
+    def renewed(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """All parts of a new value of a weight that is stored: what `encode` does not give, such as the scale of a layer's inputs,
+        stays. For formats that keep more than that."""
+        return stored | self.encode(weight)
+
+    @property
+    def read_only(self) -> str | None:
+        """Why it cannot be written, if it cannot."""
+        return None
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A float weight that is to be quantised."""
+
+    key: str
+    shape: tuple[int, ...]  # (out, in)
+    dtype: str
+    transposed: bool = False  # it is stored (in, out)
+
+    def part(self, ending: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+        """One of the tensors that will hold it; they are in no file yet."""
+        return TensorSpec(self.key + ending, dtype, shape, "", 0, dtypes.size(dtype, math.prod(shape)))
+
+
+@dataclass
+class Found:
+    """A checkpoint in which quantised weights are looked for: what the formats need of it, and what is wrong."""
+
+    base: Checkpoint
+    settings: dict[str, Any]  # the config's quantization_config
+    tensors: dict[str, TensorSpec]  # what no format has claimed so far
+    errors: list[AdapterkitError] = field(default_factory=list)
+    names: Names | None = None
+
+    @property
+    def method(self) -> str:
+        return str(self.settings.get("quant_method") or "").lower()
+
+    def transposed(self, module: str) -> bool:
+        """Whether the model without quantisation keeps this module's weight (in, out), as GPT-2's Conv1D does."""
+        plain = replace(self.base, config=without(self.base.config))
+        if plain_names(plain.config):
+            return False
+        if self.names is None:
+            self.names = Names(plain, careful=True)
+        return self.names.layer(module) == "Conv1D"
+
+    @property
+    def computed_in(self) -> str:
+        """The dtype that the config says the model has (header name); BF16 where it says none."""
+        said = self.base.config.get("dtype") or self.base.config.get("torch_dtype")
+        names = {word: name for name, word in dtypes.CONFIG_NAME.items()}
+        return names.get(str(said).removeprefix("torch."), "BF16")
+
+    def siblings(self, key: str, *endings: str) -> list[TensorSpec] | None:
+        """The tensors `key + ending`; an error, and None, where one is missing."""
+        lacking = [ending for ending in endings if key + ending not in self.tensors]
+        if lacking:
+            found = f"{shown(key)} without {', '.join(lacking)}"
+            do = "download the checkpoint again; without its scales the weight means nothing"
+            self.errors.append(Damaged(found, expected="the tensors that belong to it", where=self.base.name, do=do))
+            return None
+        return [self.tensors[key + ending] for ending in endings]
+
+    def check(self, key: str, fits: bool, found: str, expected: str) -> bool:
+        """Note an error unless the shapes and dtypes fit."""
+        if not fits:
+            do = "download the checkpoint again, or restore its config"
+            self.errors.append(Damaged(f"{shown(key)}: {found}", expected=expected, where=self.base.name, do=do))
+        return fits
+
+    def refuse(self, found: str, expected: str, do: str = "dequantise it first with the tool that made it") -> None:
+        """Note a layout that nobody here reads."""
+        self.errors.append(Refused(found, expected=expected, where=self.base.name, do=do))
+
+    def read(self, spec: TensorSpec) -> Tensor:
+        """A stored tensor, now: small ones, that say what others mean or whose values may be bad."""
+        import torch
+
+        data = bytearray(self.base.folder.read(spec.file, spec.start, spec.stop))
+        if not data:
+            return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype))
+        return torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
+
+    def read_json(self, spec: TensorSpec) -> dict[str, Any]:
+        """A JSON text stored as a tensor of bytes; {} and an error where it is none."""
+        try:
+            value = json.loads(self.base.folder.read(spec.file, spec.start, spec.stop))
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            self.check(spec.key, False, "not a JSON object", "a JSON object as bytes")
+            return {}
+        return value
+
+    def check_finite(self, *scales: TensorSpec, positive: bool = False) -> bool:
+        """Note an error where a scale is NaN or infinite (0 is legal: a block of zeros has it); bytes are exponents, 255 NaN."""
+        good = True
+        for spec in scales:
+            if spec.nbytes > LARGE:
+                continue
+            values = self.read(spec)
+            values = values.float().masked_fill_(values == 255, math.nan) if spec.dtype == "U8" else values.float()
+            fine = bool(values.isfinite().all()) and not (positive and bool((values <= 0).any()))
+            good &= self.check(spec.key, fine, "scales that are NaN or infinite" + positive * " or not above 0", "finite scales")
+        return good
+
+
+Finder = Callable[[Found], Iterator[Packed]]
+
+
+def without(config: dict) -> dict[str, Any]:
+    """A config, sub-configs included, that says nothing of quantisation."""
+    kept = {key: value for key, value in config.items() if key not in SAID}
+    return {k: without(v) if k.endswith("_config") and isinstance(v, dict) else v for k, v in kept.items()}
+
+
+def check_writable(packed: list[Packed], where: str) -> list[AdapterkitError]:
+    """`Refused` for weights of formats that are only read."""
+    errors: list[AdapterkitError] = []
+    for reason in dict.fromkeys(p.read_only for p in packed if p.read_only):
+        keys = [p.key for p in packed if p.read_only == reason]
+        names = ", ".join(map(shown, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        found, do = f"{names} cannot be written again: {reason}", "give --dequantize"
+        errors.append(Refused(found, expected="a format that can be written", where=where, do=do))
+    return errors
