@@ -10,10 +10,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from adapterkit.ops.arrow import arrow
     from adapterkit.ops.combine import combine
+    from adapterkit.ops.dequantize import dequantize
     from adapterkit.ops.diff import diff
     from adapterkit.ops.extract import extract
+    from adapterkit.ops.init import init
     from adapterkit.ops.inspect import inspect
+    from adapterkit.ops.loftq import loftq
     from adapterkit.ops.merge import merge
+    from adapterkit.ops.quantize import quantize
     from adapterkit.ops.rebase import rebase
     from adapterkit.ops.resize import resize
     from adapterkit.ops.subtract import subtract
@@ -23,10 +27,14 @@ __all__ = [
     "__version__",
     "arrow",
     "combine",
+    "dequantize",
     "diff",
     "extract",
+    "init",
     "inspect",
+    "loftq",
     "merge",
+    "quantize",
     "rebase",
     "resize",
     "subtract",

@@ -46,6 +46,8 @@ class Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception:
+            if _interrupted:  # a library that was being imported has swallowed the interrupt, and cannot be imported again
+                _fail(Interrupted("stopped before anything was written"), _trouble(ctx))
             if _trouble(ctx) == 1:  # as Python's own
                 raise
             traceback.print_exc()
@@ -61,7 +63,11 @@ def _on_signals(handler: Callable) -> None:
         signal.signal(number, handler)
 
 
-def _interrupt(*_: Any) -> None:
+_interrupted: list[int] = []  # the signals that came
+
+
+def _interrupt(number: int, *_: Any) -> None:
+    _interrupted.append(number)
     _on_signals(_leave)
     raise KeyboardInterrupt
 
@@ -129,6 +135,15 @@ writing = together(
     click.option("--overwrite", is_flag=True, help="Replace an older output of adapterkit in DIR."),
     click.option("--quiet", is_flag=True, help="No progress, no summary."),
 )
+started = together(
+    click.option("--rank", type=int, required=True, help="Of the factors."),
+    click.option("--alpha", type=float, help="lora_alpha (default: the rank, so that the scale is 1)."),
+    click.option("--rslora", is_flag=True, help="The scale is alpha / sqrt(rank)."),
+)
+blocks = together(
+    click.option("--block-size", type=int, help="Values with one scale (4 bits; default 64)."),
+    click.option("--double-quant", is_flag=True, help="Quantise the scales too (4 bits)."),
+)
 hashing = click.option(
     "--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output."
 )
@@ -175,6 +190,7 @@ ADDED_UP = " (default: exact, the ranks add up)"
     help="Whose tokenizer (default: the adapter's, if it has one).",
 )
 @click.option("--dequantize", is_flag=True, help="Write a quantised base's weights as 16-bit floats (default: keep the format).")
+@click.option("--base16", metavar="ORIGINAL", help="BASE is quantised, and was trained on: merge into its 16-bit original instead.")
 @hashing
 @click.option("--verify", is_flag=True, help="Read the output again: every hash, and sampled rows recomputed in float64.")
 @click.option("--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit.")
@@ -190,6 +206,92 @@ def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: 
     from adapterkit.ops.merge import merge as verb
 
     _carry(verb, base, adapters, out=out, as_json=as_json, quiet=quiet, **options)
+
+
+@main.command()
+@click.argument("base")
+@writing
+@click.option("--to", required=True, metavar="FORMAT", help="nf4, fp4, int8 (bitsandbytes), fp8 (blocks of 128 x 128).")
+@blocks
+@click.option("--skip", metavar="RE", help="Leave the modules alone in which this regular expression is found.")
+@hashing
+def quantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Quantise a checkpoint's linear layers, as transformers would: the output layer, embeddings and norms stay.
+
+    \b
+    Example:
+      adapterkit quantize ./model --to nf4 --double-quant --out model-nf4
+      adapterkit quantize ./model --to int8 --skip 'layers.0[.]' --out model-int8
+    """
+    from adapterkit.ops.quantize import quantize as verb
+
+    _carry(verb, base, out=out, as_json=as_json, quiet=quiet, **options)
+
+
+@main.command()
+@click.argument("base")
+@writing
+@click.option("--dtype", type=DTYPES, help="Of the decoded weights (default: what the format's library computes in).")
+@hashing
+def dequantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Decode a quantised checkpoint into floats.
+
+    \b
+    Example:
+      adapterkit dequantize ./model-nf4 --dtype bf16 --out model-bf16
+    """
+    from adapterkit.ops.dequantize import dequantize as verb
+
+    _carry(verb, base, out=out, as_json=as_json, quiet=quiet, **options)
+
+
+@main.command()
+@click.argument("base")
+@writing
+@click.option("--method", required=True, metavar="NAME", help="pissa: the principal part of each weight.")
+@started
+@click.option("--targets", metavar="RE", help="Modules that get factors (default: all linear layers but the output).")
+@click.option("--quantize", metavar="FORMAT", help="Quantise what is left of the base, e.g. nf4 (QPiSSA).")
+@click.option("--skip", metavar="RE", help="Modules that are not quantised.")
+@blocks
+@factors
+def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Initialise an adapter from its base's weights: DIR/adapter takes a part of them, DIR/base keeps the rest.
+
+    \b
+    Example:
+      adapterkit init ./model --method pissa --rank 16 --out pissa
+      adapterkit init ./model --method pissa --rank 16 --quantize nf4 --double-quant --out qpissa
+    """
+    from adapterkit.ops.init import init as verb
+
+    _carry(verb, base, out=out, as_json=as_json, quiet=quiet, **options)
+
+
+@main.command()
+@click.argument("base")
+@writing
+@started
+@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="nf4, or int8.")
+@click.option("--iterations", type=int, default=4, show_default=True, help="Rounds; the best one is kept.")
+@click.option("--targets", metavar="RE", help="Modules that get factors (default: all that are quantised).")
+@click.option("--skip", metavar="RE", help="Modules that are not quantised.")
+@blocks
+@click.option("--quantized", metavar="QBASE", help="Keep this quantised base of BASE; write the adapter for it alone.")
+@factors
+def loftq(base: str, out: str, as_json: bool, quiet: bool, bits: str, **options: Any) -> None:
+    """Quantise a base together with the adapter that makes up for it: W ≈ Q + scale·b@a (LoftQ).
+
+    DIR/base is the packed base, DIR/adapter the adapter to go on training.
+
+    \b
+    Example:
+      adapterkit loftq ./model --rank 16 --out loftq
+      adapterkit loftq ./model --quantized ./model-nf4 --rank 16 --out adapter
+    """
+    from adapterkit.ops.loftq import loftq as verb
+
+    _carry(verb, base, out=out, as_json=as_json, quiet=quiet, bits=int(bits), **options)
 
 
 @main.command()

@@ -11,8 +11,8 @@ from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.ops.replication import replicated
 from adapterkit.patterns import matcher
 from adapterkit.placement import Product
+from adapterkit.weights.decoded import decoded
 from adapterkit.weights.names import Names, Parameter
-from adapterkit.weights.quantised import decoded
 
 
 @dataclass(frozen=True)

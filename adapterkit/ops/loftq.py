@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,28 +9,27 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.adapter import PREFIX
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Place
-from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.nearly import nearly_best
 from adapterkit.ops import produced
+from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, module_of, place_of_linear, targeted
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
-from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
+from adapterkit.weights.decoded import decoded
 from adapterkit.weights.names import Names
 from adapterkit.weights.packed import Packed
-from adapterkit.weights.quantised import check_not_quantised, decoded
+from adapterkit.weights.quantised import check_not_quantised
 
 BITS = {4: "nf4", 8: "int8"}
-PIECE = 1 << 20  # elements compared at a time
+SUMMARY = "LoftQ: for its quantised base alone, not for the original"
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,7 @@ class Options:
 
     @property
     def scale(self) -> float:
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return Scaling(self.rank, self.alpha, self.rslora).scale
 
 
 def loftq(
@@ -105,18 +102,18 @@ def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None
     if quantized is not None:
         return _plan_kept(base, open_checkpoint(quantized, 1), options)
     chosen = Chosen(base, {"to": BITS[options.bits], **_chosen_options(options)})
-    targeted = _targeted(options, list(chosen.packed))
-    bundles: dict[str, Bundle] = {}
+    wanted = targeted(options.targets, list(chosen.packed))
+    bundles = chosen.widened()
     factors: list[Bundle] = []
     for key, packed in chosen.packed.items():
         module = key.removesuffix(".weight")
-        if key in targeted:
-            name = _module_of(chosen.names, module)
+        if key in wanted:
+            name = module_of(chosen.names, module)
             bundle = Lofted(base.tensors[key], packed, name, options.rank, options.scale, options.iterations)
             bundles[key] = bundle
-            factors.append(FromAside(name, _place(name, packed.shape), bundle.rank, dtypes.parse(options.dtype)))
-    model = QuantisedModel(base, chosen.packed, bundles, chosen.config(), "base")
-    adapter = _adapter(base, options, factors, "adapter")
+            factors.append(FromAside(name, place_of_linear(name, packed.shape), bundle.rank, dtypes.parse(options.dtype)))
+    model = QuantisedModel(base, chosen.packed, bundles, chosen.config(), "base", "loftq")
+    adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter")
     shards = (*model.shards(), adapter.shard())
     notes = list(chosen.notes)
     files = model.files(f"quantised to {BITS[options.bits]} by LoftQ: use it with the adapter beside it") | adapter.files(notes)
@@ -134,7 +131,7 @@ def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options) -> Pla
     errors: list[AdapterkitError] = []
     factors: list[Bundle] = []
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, Packed)}
-    for key in _targeted(options, list(packed)):
+    for key in targeted(options.targets, list(packed)):
         spec, module = packed[key], key.removesuffix(".weight")
         original = base.tensors.get(key)
         if original is None or original.shape != spec.shape or original.dtype not in dtypes.FLOATS:
@@ -142,15 +139,15 @@ def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options) -> Pla
             do = "give the original that it was quantised from"
             errors.append(Refused(found, expected="the same weights", where=quantised.name, do=do))
             continue
-        name = _module_of(names[1], module)
+        name = module_of(names[1], module)
         turned = names[1].layer(name) == "Conv1D"
         shape = spec.shape[::-1] if turned else spec.shape
-        place = _place(name, shape)
+        place = place_of_linear(name, shape)
         factors.append(Residual(name, original, spec, place, options.rank, options.scale, dtypes.parse(options.dtype), turned))
     refuse_all(errors)
     if not factors:
         raise Refused("no quantised weights to make up for", expected="one or more", where=quantised.name, do="check --targets")
-    adapter = _adapter(base, options, factors, "")
+    adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY)
     headers = model_headers(base) | produced.model_headers(quantised, 1)
     folders, notes = (base.folder, quantised.folder), []
     files = adapter.files(notes)
@@ -165,8 +162,7 @@ def _check(options: Options) -> None:
     produced.check_refit(options.rank, None)
     if options.iterations < 1:
         raise Refused(f"--iterations {options.iterations}", expected="1 or more", where="options", do="give another number")
-    if options.alpha is not None and not (math.isfinite(options.alpha) and options.alpha > 0):
-        raise Refused(f"--alpha {options.alpha}", expected="a number above 0", where="options", do="give another number")
+    Scaling(options.rank, options.alpha, options.rslora).check()
     if options.bits == 8 and (options.double_quant or options.block_size):
         found = "--double-quant or --block-size with --bits 8"
         raise Refused(found, expected="--bits 4", where="options", do="leave it out")
@@ -176,39 +172,6 @@ def _chosen_options(options: Options) -> dict[str, Any]:
     return {"block_size": options.block_size, "double_quant": options.double_quant, "skip": options.skip}
 
 
-def _targeted(options: Options, keys: Sequence[str]) -> list[str]:
-    if options.targets is None:
-        return list(keys)
-    wanted = matcher(options.targets, "--targets")
-    found = [key for key in keys if wanted(key.removesuffix(".weight"))]
-    if not found:
-        do = "check the regex"
-        raise Refused(f"--targets {options.targets!r} matches none", expected="a quantised module", where="--targets", do=do)
-    return found
-
-
-def _module_of(names: Names, module: str) -> str:
-    """The module's name in the loaded model, whose weight is stored under the key `module.weight`."""
-    key = f"{module}.weight"
-    if names.model is None or key in names.model.parameters:
-        return module
-    found = (name for name, p in names.model.parameters.items() if len(p.slots) == 1 and p.slots[0].key == key)
-    return next(found, key).removesuffix(".weight")
-
-
-def _place(module: str, shape: tuple[int, ...]) -> Place:
-    return Place(f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight", (shape[1],), (), shape[0], None)
-
-
-def _adapter(base: Checkpoint, options: Options, factors: list[Bundle], folder: str) -> produced.Output:
-    alpha = options.rank if options.alpha is None else options.alpha
-    modules = {bundle.name: bundle.name for bundle in factors}
-    settings = produced.plain_settings() | {"use_rslora": options.rslora}
-    kept = {"base_model_name_or_path": produced.hub_id(base.folder), "task_type": produced.task_type(base.config)}
-    summary = f"LoftQ of {base.name}: for its quantised base alone, not for the original"
-    return produced.Output([], factors, modules, settings, summary, folder, alpha=alpha, kept=kept)
-
-
 @dataclass(frozen=True)
 class Lofted:
     """One weight quantised together with the factors that make up for it; the factors are laid aside for the adapter's file."""
@@ -216,17 +179,13 @@ class Lofted:
     source: TensorSpec
     packed: Packed
     module: str
-    most_rank: int
+    rank: int  # filled up with zeros where the weight has fewer
     scale: float
     iterations: int
 
     @property
     def name(self) -> str:
         return self.packed.key
-
-    @property
-    def rank(self) -> int:
-        return min(self.most_rank, *self.packed.shape)
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -295,36 +254,6 @@ def _long(svd: Svd, matrix: Tensor) -> Tensor:
     return svd.vh if matrix.shape[0] <= matrix.shape[1] else svd.u.T
 
 
-def factors_of(svd: Svd, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """a (rank, in) and b (out, rank) with scale·b@a = u s vᵀ, norms balanced."""
-    a, b = lowrank.refit(Svd(svd.u, svd.s / scale, svd.vh), rank)
-    return a.contiguous(), b.contiguous()
-
-
-@dataclass(frozen=True)
-class FromAside:
-    """One module's factors, made with its quantised weight."""
-
-    name: str
-    place: Place
-    rank: int
-    dtype: str
-    reads = ()
-
-    @property
-    def most(self) -> tuple[Stored, ...]:
-        return produced.bounds(self.place, self.rank, self.dtype)
-
-    @property
-    def memory(self) -> int:
-        return 3 * sum(stored.nbytes for stored in self.most)
-
-    def make(self, inputs: Inputs) -> Made:
-        a, b = (inputs.aside(f"{self.name}.{side}") for side in "ab")
-        dtype = dtypes.torch_dtype(self.dtype)
-        return Made({self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, {"rank": len(a)})
-
-
 @dataclass(frozen=True)
 class Residual:
     """One module's factors for a quantised weight that stays: the best approximation of W - decode(Q), in one step."""
@@ -333,14 +262,10 @@ class Residual:
     original: TensorSpec
     packed: Packed
     place: Place
-    most_rank: int
+    rank: int  # filled up with zeros where the weight has fewer
     scale: float
     dtype: str
     turned: bool
-
-    @property
-    def rank(self) -> int:
-        return min(self.most_rank, self.place.out, *self.place.a_tail)
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:

@@ -7,6 +7,7 @@ anything is written.
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from adapterkit import dtypes
@@ -15,19 +16,21 @@ from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.ops import packaging
 from adapterkit.ops.changes import collect
 from adapterkit.ops.embeddings import set_everywhere, settle_head, settle_ties, settle_vocabulary
 from adapterkit.ops.job import Job, Options
 from adapterkit.ops.produced import carry_out
+from adapterkit.ops.quantize import CHANGED_BY
 from adapterkit.ops.requantised import lost, shard_of
 from adapterkit.ops.sizes import parse_size
 from adapterkit.ops.sources import open_source, weighted
 from adapterkit.ops.steps import steps_of
 from adapterkit.plan import Computed, Plan, Progress, Receipt, Shard, Step, identities, sha256_of
+from adapterkit.weights.decoded import decoded, files_saying, packed_in
 from adapterkit.weights.packed import Packed, check_writable
-from adapterkit.weights.quantised import packed_in
+from adapterkit.weights.quantised import check_not_quantised
 
 LAYOUTS = ("peft-0.18", "peft-0.19")
 
@@ -47,6 +50,7 @@ def merge(
     expert_layout: str | None = None,
     tokenizer: str | None = None,
     dequantize: bool = False,
+    base16: str | os.PathLike | None = None,
     hash: str = "sha256",
     verify: bool = False,
     push: str | None = None,
@@ -69,7 +73,7 @@ def merge(
     """
     options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer, dequantize)
     sources = [(open_source(source), weight) for source, weight in map(weighted, adapters)]
-    plan = plan_merge(open_source(base), sources, options)
+    plan = plan_merge(open_source(base), sources, options) if base16 is None else plan_on_twin(base, base16, sources, options)
     check = None
     if verify:
         from adapterkit.ops.verify import verify_against
@@ -113,6 +117,30 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     return _plan(job, steps)
 
 
+def plan_on_twin(base: str | os.PathLike, base16: str | os.PathLike, sources: list[tuple[Folder, float]], options: Options) -> Plan:
+    """A merge into the 16-bit original of the quantised base that the adapters were trained on; `Refused` if it is none."""
+    quantised, twin = open_checkpoint(open_source(base)), open_checkpoint(open_source(base16))
+    errors: list[AdapterkitError] = []
+    packed = packed_in(decoded(quantised).tensors)
+    made_by = next((m for header in quantised.shards.values() if (m := header.metadata.get(CHANGED_BY))), None)
+    if not packed:
+        do = "leave --base16 out"
+        errors.append(Refused("no quantised weights", expected="a quantised base", where=quantised.name, do=do))
+    if made_by:
+        found, do = f"a base made by {made_by}: what its adapter makes up for is not in the original", "merge into the base itself"
+        errors.append(Refused(found, expected="a quantised copy of the original", where=quantised.name, do=do))
+    check_not_quantised(twin)
+    for spec in packed:
+        other = twin.tensors.get(spec.key)
+        if other is None or other.shape != spec.shape:
+            found = f"{shown(spec.key)} {spec.shape}, {other.shape if other else 'none'} in {twin.name}"
+            do = "give the model that the base was quantised from"
+            errors.append(Refused(found, expected="the same weights", where=quantised.name, do=do))
+    refuse_all(errors)
+    plan = plan_merge(twin.folder, sources, options)
+    return replace(plan, notes=(*plan.notes, f"merged into {twin.name}; the adapters were trained on {quantised.name}"))
+
+
 def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
     """Whether a quantised base's weights keep their format or become floats: that one can be written, and the config says so."""
     packed = packed_in(job.base.tensors)
@@ -131,7 +159,7 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
     if options.dequantize:
         return
     touched = [step.source for group in steps.values() for step in group if step.edits and isinstance(step.source, Packed)]
-    job.errors += check_writable(touched, where)
+    job.errors += check_writable([*touched, *(spec for spec in packed if getattr(spec, "mended", False))], where)
     for option, value in [("--dtype", options.dtype), ("--compat", options.compat), ("--max-shard-size", options.max_shard_size)]:
         if value:
             found, do = f"{option} with a quantised base", "give --dequantize"
@@ -181,6 +209,9 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
         for key in ("dtype", "torch_dtype"):
             set_everywhere(job.config, key, name)
     files = packaging.files_of_output(job.original, job.adapters, job.weights, job.config, shards, job.options.tokenizer, job.notes)
+    if job.options.dequantize:
+        for name in files_saying(job.base.tensors):
+            files.pop(name, None)
     changed = sum(step.edits != () for group in steps.values() for step in group)
     facts = {
         "adapters": [

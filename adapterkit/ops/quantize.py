@@ -1,4 +1,4 @@
-"""quantize and dequantize: a checkpoint's linear layers into a quantised format, and back into floats."""
+"""quantize: a checkpoint's linear layers into a quantised format."""
 
 import os
 import re
@@ -36,9 +36,10 @@ from adapterkit.plan import (
 from adapterkit.registry import members
 from adapterkit.weights.names import Names
 from adapterkit.weights.packed import Packed, Unpacked
-from adapterkit.weights.quantised import check_not_quantised, decoded, packed_in
+from adapterkit.weights.quantised import check_not_quantised
 
 PIECE = 1 << 20  # elements compared at a time
+CHANGED_BY = "adapterkit_changed_by"  # in the metadata of a base that is not the original's copy, but goes with an adapter
 
 
 def targets() -> dict[str, type[Packed]]:
@@ -81,7 +82,7 @@ def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
     base = open_checkpoint(folder)
     check_not_quantised(base)
     chosen = Chosen(base, options)
-    output = QuantisedModel(base, chosen.packed, {}, chosen.config())
+    output = QuantisedModel(base, chosen.packed, chosen.widened(), chosen.config())
     told = {key: value for key, value in options.items() if value}
     headers = model_headers(base)
     facts = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
@@ -90,65 +91,20 @@ def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
     return Plan("quantize", told, (folder,), headers, who, shards, files, facts, tuple(chosen.notes))
 
 
-def dequantize(
-    base: str | os.PathLike,
-    *,
-    out: str | os.PathLike,
-    dtype: str | None = None,
-    hash: str = "sha256",
-    device: str = "auto",
-    engine: str = "local",
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    progress: Progress = lambda done: None,
-) -> Receipt | Plan:
-    """Decode a quantised checkpoint: W = round(code * scale), in `dtype` (default: what its library computes in).
-
-    Every format of which the command's help tells is read, also several in one checkpoint; tensors that are not quantised stay as
-    they are. Raises `Refused` before anything is written.
-    """
-    plan = plan_dequantize(open_source(base), dtype)
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
-
-
-def plan_dequantize(folder: Folder, dtype: str | None) -> Plan:
-    """Everything a dequantisation will do, or `Refused`."""
-    produced.check_choices(("--dtype", dtype, (None, *dtypes.SHORT)))
-    original = open_checkpoint(folder)
-    base = decoded(original)
-    packed = packed_in(base.tensors)
-    if not packed:
-        raise Refused("no quantised weights", expected="a quantised checkpoint", where=folder.name, do="use it as it is")
-    wanted = dtypes.parse(dtype) if dtype else None
-    groups: dict[str, list[Bundle]] = {name: [] for name in original.shards}
-    for key, spec in base.tensors.items():
-        if isinstance(spec, Packed):
-            groups[spec.file].append(Edited(Step(key, wanted or spec.dtype, spec.shape, spec)))
-        else:
-            groups[spec.file].append(Copied(spec))
-    config = dict(base.config)
-    if wanted and "config.json" in original.files:
-        config["dtype"] = dtypes.CONFIG_NAME[wanted]
-        config.pop("torch_dtype", None)
-    shards = shards_of(original, groups)
-    headers = model_headers(original)
-    facts = {"dequantised": len(packed)}
-    files = files_beside(original, config, shards, "decoded to floats")
-    told = {"dtype": dtype} if dtype else {}
-    return Plan("dequantize", told, (folder,), headers, identities((folder,), headers), shards, files, facts)
-
-
 class Chosen:
     """Which weights of a base are quantised, and how: the linear layers, but for what transformers leaves alone, and `skip`."""
 
     def __init__(self, base: Checkpoint, options: dict[str, Any]):
         known = targets()
-        produced.check_choices(("--to", options["to"], tuple(known)))
-        self.base, self.options, self.record = base, options, known[options["to"]]
+        if options["to"] is not None:
+            produced.check_choices(("--to", options["to"], tuple(known)))
+        if options["to"] not in ("nf4", "fp4") and (options.get("double_quant") or options.get("block_size")):
+            found = f"--double-quant or --block-size with {options['to']}"
+            raise Refused(found, expected="nf4 or fp4", where="options", do="leave it out")
+        self.base, self.options, self.record = base, options, known.get(str(options["to"]))
         self.notes: list[str] = []
-        self.packed: dict[str, Packed] = {}  # by the weight's key
+        self.weights: dict[str, Unpacked] = {}  # by key, all linear layers
+        self.packed: dict[str, Packed] = {}  # by key, those that are quantised
         self.left: list[str] = []
         self.names = Names(base, tuple(base.tensors), careful=True, notes=self.notes)
         skeleton = self.names.model
@@ -157,6 +113,9 @@ class Chosen:
             raise Refused(found, expected="config.json of a known model", where=base.name, do="update transformers")
         self.model = skeleton.model
         self.skip = matcher(options["skip"], "--skip") if options.get("skip") else None
+        if self.skip is not None and not any(self.skip(name) for name, _ in self.model.named_modules()):
+            found = f"--skip {options['skip']!r} matches none"
+            raise Refused(found, expected="a module of the model", where="--skip", do="check the regex")
         self.asked: list[str] = []  # what the loader would quantise, and is not
         errors: list[AdapterkitError] = []
         for module, kind in linear_layers(self.model):
@@ -165,8 +124,8 @@ class Chosen:
             except AdapterkitError as error:
                 errors.append(error)
         refuse_all(errors)
-        if not self.packed:
-            raise Refused("no linear layer to quantise", expected="one or more", where=base.name, do="check --skip")
+        if not (self.packed if self.record else self.weights):
+            raise Refused("no linear layer", expected="one or more", where=base.name, do="check --skip")
 
     def _choose(self, module: str, kind: str) -> None:
         name = f"{module}.weight"
@@ -185,16 +144,28 @@ class Chosen:
             raise Refused(f"{shown(spec.key)} is {spec.dtype}", expected="a float", where=self.base.name, do="dequantise it first")
         turned = kind == "Conv1D"
         shape = (spec.shape[1], spec.shape[0]) if turned else spec.shape
-        packed = self.record.fresh(self.options["to"], Unpacked(spec.key, shape, spec.dtype, turned), self.options)
+        self.weights[spec.key] = Unpacked(spec.key, shape, spec.dtype, turned)
+        packed = self.record.fresh(self.options["to"], self.weights[spec.key], self.options) if self.record else None
         if packed is None:
             self.asked.append(module)
             self.left.append(name)
         else:
             self.packed[spec.key] = packed
 
+    def widened(self) -> dict[str, Bundle]:
+        """What transformers makes float32 when it quantises, but not when it loads the result, such as T5's wo in float16."""
+        strict = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        parts = {"F16": {*(getattr(self.model, "_keep_in_fp32_modules", None) or ()), *strict}, "BF16": set(strict)}
+        return {
+            key: Edited(Step(key, "F32", spec.shape, spec))
+            for key, spec in self.base.tensors.items()
+            if key not in self.packed and any(f".{part}." in f".{key}." for part in parts.get(spec.dtype, ()))
+        }
+
     def config(self) -> dict[str, Any]:
         """The base's config with a quantization_config, keys sorted as transformers writes them."""
         skipped = sorted({*self.asked, *kept_modules(self.model)}) if self.asked else None
+        assert self.record is not None
         dtype = next(iter(self.packed.values())).dtype
         said = self.record.config(self.options["to"], dtype, skipped, self.options)
         return dict(sorted((self.base.config | {"quantization_config": said}).items()))
@@ -271,26 +242,29 @@ class QuantisedModel:
     bundles: dict[str, Bundle]
     config: dict[str, Any]
     folder: str = ""
+    changed_by: str = ""  # the verb whose adapter goes with it: the files say so
 
     def shards(self) -> tuple[Computed, ...]:
         groups: dict[str, list[Bundle]] = {name: [] for name in self.base.shards}
         for key, spec in self.base.tensors.items():
             made = self.bundles.get(key) or (Quantised(spec, self.packed[key]) if key in self.packed else Copied(spec))
             groups[spec.file].append(made)
-        return shards_of(self.base, groups, self.folder)
+        return shards_of(self.base, groups, self.folder, {CHANGED_BY: self.changed_by} if self.changed_by else {})
 
     def files(self, summary: str) -> dict[str, bytes | CopyFile | FromFacts]:
         return files_beside(self.base, self.config, self.shards(), summary, self.folder)
 
 
-def shards_of(base: Checkpoint, groups: dict[str, list[Bundle]], folder: str = "") -> tuple[Computed, ...]:
-    """Output files of these bundles, named as the base's."""
+def shards_of(
+    base: Checkpoint, groups: dict[str, list[Bundle]], folder: str = "", said: dict[str, str] | None = None
+) -> tuple[Computed, ...]:
+    """Output files of these bundles, named as the base's; `said` joins their metadata."""
     prefix = f"{folder}/" if folder else ""
     return tuple(
         Computed(
             prefix + name,
             tuple(sorted(bundles, key=lambda bundle: bundle.name)),
-            base.shards[name].metadata or {"format": "pt"},
+            (base.shards[name].metadata or {"format": "pt"}) | (said or {}),
             by_width=True,
         )
         for name, bundles in groups.items()

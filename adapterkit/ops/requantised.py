@@ -159,7 +159,8 @@ def shard_of(name: str, steps: Sequence[Step], header: Header, keep: bool) -> Sh
         layout = like_base(name, [Stored(step.key, step.dtype, step.shape) for step in plain], header)
         return Shard(layout, tuple(by_key[stored.key] for stored in layout.tensors))
     bundles = sorted((bundle for step in steps for bundle in _bundles(step, keep)), key=lambda bundle: bundle.name)
-    return Computed(name, tuple(bundles), header.metadata or {"format": "pt"}, by_width=True)
+    metadata = header.metadata if keep else {"format": header.metadata.get("format", "pt")}  # torchao says there what tensors are
+    return Computed(name, tuple(bundles), metadata or {"format": "pt"}, by_width=True)
 
 
 def _parts(step: Step) -> list[Step]:

@@ -14,9 +14,9 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
 from adapterkit.weights.names import Names, plain_names
+from adapterkit.weights.quantised import without
 
 LARGE = 1 << 20  # bytes; scales of one weight that take more are looked at when they are decoded, not while planning
-SAID = ("quantization_config", "compression_config", "quantization")  # transformers, older compressed-tensors, MLX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Packed(TensorSpec):
     name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]]  # the quant_method of configs that it belongs to
     targets: ClassVar[tuple[str, ...]] = ()  # what `quantize --to` calls it
+    files: ClassVar[tuple[str, ...]] = ()  # beside config.json, what else of a folder says that it is quantised
 
     parts: tuple[TensorSpec, ...]  # what holds it, the codes first
 
@@ -111,6 +112,10 @@ class Found:
     def method(self) -> str:
         return str(self.settings.get("quant_method") or "").lower()
 
+    def holds(self, *endings: str) -> bool:
+        """Whether there are tensors with such keys."""
+        return any(key.endswith(endings) for key in self.tensors)
+
     def transposed(self, module: str) -> bool:
         """Whether the model without quantisation keeps this module's weight (in, out), as GPT-2's Conv1D does."""
         plain = replace(self.base, config=without(self.base.config))
@@ -161,7 +166,7 @@ class Found:
         """A JSON text stored as a tensor of bytes; {} and an error where it is none."""
         try:
             value = json.loads(self.base.folder.read(spec.file, spec.start, spec.stop))
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
             self.check(spec.key, False, "not a JSON object", "a JSON object as bytes")
@@ -182,12 +187,6 @@ class Found:
 
 
 Finder = Callable[[Found], Iterator[Packed]]
-
-
-def without(config: dict) -> dict[str, Any]:
-    """A config, sub-configs included, that says nothing of quantisation."""
-    kept = {key: value for key, value in config.items() if key not in SAID}
-    return {k: without(v) if k.endswith("_config") and isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def check_writable(packed: list[Packed], where: str) -> list[AdapterkitError]:

@@ -500,8 +500,11 @@ def with_tensors(**tensors: Stored):
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_a_base_with_scales_beside_its_weights_is_refused(name):
     ending, dtype = SIBLINGS[name]
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(AdapterkitError) as caught:
         planned(plain(), on=with_tensors(**{LAYER + ending: Stored(dtype, (4,), b"\0" * 4 * SIZES.get(dtype, 1))}))
+    if name == "bitsandbytes int8":  # a format that is known: the rows lack their codes
+        assert "I8 rows" in str(caught.value)
+        return
     quantised(str(caught.value))
     assert name.split()[0] in str(caught.value)
 

@@ -9,7 +9,7 @@ from oracle import assert_all_rounded, exact, load, merged, peft_model, stored
 from safetensors.torch import save_file
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Failed, Refused
+from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused
 
 
 def refused(base, *adapters, out, match, kind=Refused, **options):
@@ -252,12 +252,20 @@ def test_bases_whose_config_says_quantised(method, llama, lora, tmp_path):
     assert method in refused(base, lora, out=tmp_path / "out", match="a quantised base")
 
 
-@pytest.mark.parametrize("suffix", ["weight.absmax", "weight_scale_inv", "SCB", "qweight", "weight_packed"])
+@pytest.mark.parametrize("suffix", ["weight.absmax", "weight_scale_inv", "qweight", "weight_packed"])
 def test_bases_with_scales_beside_the_weights(suffix, llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     extra = {f"model.layers.0.self_attn.q_proj.{suffix}": torch.ones(4)}
     save_file(stored(llama) | extra, base / "model.safetensors")
     refused(base, lora, out=tmp_path / "out", match="a quantised base")
+
+
+def test_a_scale_beside_floats(llama, lora, tmp_path):
+    base = oracle.edit_config(llama, tmp_path / "base")
+    save_file(stored(llama) | {"model.layers.0.self_attn.q_proj.SCB": torch.ones(4)}, base / "model.safetensors")
+    with pytest.raises(Damaged, match="I8 rows"):
+        oracle.merge(base, lora, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_float8_bases(llama, lora, tmp_path):

@@ -1,0 +1,1 @@
+"""Ways to initialise an adapter from its base's weights. One file is one method; `name` is what users type."""

@@ -1,0 +1,176 @@
+"""init: an adapter that starts from its base's weights, and the base that is left without that part."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.ops import produced
+from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, module_of, place_of_linear, targeted
+from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
+from adapterkit.ops.sizes import short
+from adapterkit.ops.sources import open_source
+from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
+from adapterkit.registry import made, members
+from adapterkit.weights.packed import Packed
+from adapterkit.weights.quantised import check_not_quantised
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an initialisation can be told. Fields are the command's options."""
+
+    method: str
+    rank: int
+    alpha: float | None = None
+    rslora: bool = False
+    targets: str | None = None
+    skip: str | None = None
+    quantize: str | None = None
+    block_size: int | None = None
+    double_quant: bool = False
+    dtype: str = "fp32"
+
+    @property
+    def scaling(self) -> Scaling:
+        return Scaling(self.rank, self.alpha, self.rslora)
+
+
+def init(
+    base: str | os.PathLike,
+    *,
+    out: str | os.PathLike,
+    method: str,
+    rank: int,
+    alpha: float | None = None,
+    rslora: bool = False,
+    targets: str | None = None,
+    skip: str | None = None,
+    quantize: str | None = None,
+    block_size: int | None = None,
+    double_quant: bool = False,
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Initialise an adapter from its base's weights: `OUT/adapter` holds scale·b@a, `OUT/base` the rest, W - scale·b@a.
+
+    `method`: pissa (the principal part of each weight, arXiv:2404.02948). `targets`: a regex on modules (default: all linear layers
+    but the output). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. `quantize`, a format as
+    `adapterkit.quantize` knows it: the rest is written quantised (QPiSSA), and the receipt has each weight's relative error beside
+    that of plain quantisation; weights without factors are quantised plainly, those that `skip` matches not at all. Load the
+    adapter on `OUT/base`; to have it on the original afterwards: `adapterkit rebase TRAINED --initial OUT/adapter`. Raises
+    `Refused` before anything is written.
+
+    Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes PEFT change a base again.
+    """
+    options = Options(method, rank, alpha, rslora, targets, skip, quantize, block_size, double_quant, dtype)
+    plan = plan_init(open_source(base), options)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+
+
+def plan_init(folder: Folder, options: Options) -> Plan:
+    """Everything an initialisation will do, or `Refused`."""
+    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--method", options.method, tuple(members("inits"))))
+    produced.check_refit(options.rank, None)
+    options.scaling.check()
+    method: Any = made("inits", options.method, {})
+    base = open_checkpoint(folder)
+    check_not_quantised(base)
+    chosen = Chosen(base, {"to": options.quantize, **_chosen_options(options)})
+    bundles: dict[str, Bundle] = {}
+    factors: list[Bundle] = []
+    for key in targeted(options.targets, list(chosen.weights)):
+        weight = chosen.weights[key]
+        name = module_of(chosen.names, key.removesuffix(".weight"))
+        packed = chosen.packed.get(key)
+        bundles[key] = Rest(base.tensors[key], packed, name, method, options.rank, options.scaling.scale, weight.transposed)
+        factors.append(FromAside(name, place_of_linear(name, weight.shape), options.rank, dtypes.parse(options.dtype)))
+    return _plan(base, chosen, bundles, factors, options)
+
+
+def _plan(base: Checkpoint, chosen: Chosen, bundles: dict[str, Bundle], factors: list[Bundle], options: Options) -> Plan:
+    config = chosen.config() if options.quantize else base.config
+    model = QuantisedModel(base, chosen.packed if options.quantize else {}, bundles, config, "base", "init")
+    adapter = adapter_of(
+        base, factors, options.scaling, f"{options.method}: for the base beside it, not for the original", "adapter"
+    )
+    notes = list(chosen.notes)
+    said = f"without the part that {options.method} took into the adapter beside it"
+    files = model.files(said) | adapter.files(notes)
+    told = {key: value for key, value in vars(options).items() if value}
+    headers = model_headers(base)
+    facts = {"modules": len(factors)} | ({"quantised": len(chosen.packed)} if options.quantize else {})
+    shards, who = (*model.shards(), adapter.shard()), identities((base.folder,), headers)
+    return Plan("init", told, (base.folder,), headers, who, shards, files, facts, tuple(notes))
+
+
+def _chosen_options(options: Options) -> dict[str, Any]:
+    return {"block_size": options.block_size, "double_quant": options.double_quant, "skip": options.skip}
+
+
+@dataclass(frozen=True)
+class Rest:
+    """One weight without the part that its factors take, in its own dtype or quantised; the factors are laid aside."""
+
+    source: TensorSpec
+    packed: Packed | None
+    module: str
+    method: Any
+    rank: int
+    scale: float
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        return self.source.key
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.source,)
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        return self.packed.most if self.packed else (Stored(self.source.key, self.source.dtype, self.source.shape),)
+
+    @property
+    def varies(self) -> tuple[str, ...]:
+        return self.packed.varies if self.packed else ()
+
+    @property
+    def memory(self) -> int:
+        return 24 * math.prod(self.source.shape)
+
+    def make(self, inputs: Inputs) -> Made:
+        weight = inputs.tensor(self.source)
+        matrix = weight.T if self.transposed else weight
+        a, b = factors_of(self.method.part(matrix.contiguous(), self.rank), self.rank, self.scale)
+        taken = (b * self.scale) @ a
+        taken = taken.T if self.transposed else taken
+        size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) or 1.0
+        facts: dict[str, Any] = {"taken": short(float(torch.linalg.vector_norm(taken, dtype=torch.float64)) / size)}
+        aside = {f"{self.module}.a": a, f"{self.module}.b": b}
+        rest = weight - taken
+        if self.packed is None:
+            stored = rest.to(dtypes.torch_dtype(self.source.dtype))
+            facts["error"] = short(float(torch.linalg.vector_norm(stored.float() - rest, dtype=torch.float64)) / size)
+            return Made({self.source.key: stored}, facts, aside)
+        plain = self.packed.decode(self.packed.encode(weight))
+        facts["error_plain"] = short(float(torch.linalg.vector_norm(plain.sub_(weight), dtype=torch.float64)) / size)
+        tensors = self.packed.encode(rest)
+        lost = self.packed.decode(tensors).sub_(rest)
+        facts["error"] = short(float(torch.linalg.vector_norm(lost, dtype=torch.float64)) / size)
+        return Made(tensors, facts, aside)

@@ -1,0 +1,222 @@
+"""bnb4: bitsandbytes' 4-bit weights (nf4, fp4), as transformers stores them; their scales plain, or quantised once more."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.errors import Refused, Spoiled, shown
+from adapterkit.kernels import blockwise
+from adapterkit.weights.packed import Found, Packed, Unpacked
+
+STATE = ".quant_state.bitsandbytes__"
+OFFSET = 0.012345678901234567  # as long as most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bnb4(Packed):
+    """W = map[code] * absmax, `block` values with one absmax; `double`: absmax = map8[code] * nested_absmax + offset.
+
+    The state's JSON text is as long as its offset has digits, so its size is a guess until it is written.
+    """
+
+    name = "bnb4"
+    methods = ("bitsandbytes",)
+    targets = ("nf4", "fp4")
+
+    kind: Literal["nf4", "fp4"]
+    block: int
+    double: bool
+    mended: bool = False  # the scales are stored as a transposed bf16 matrix: exact where the weight was bf16, else refused
+    transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
+    offset: float = 0.0
+    nested_block: int = blockwise.NESTED
+    nested_dtype: str = "float32"
+
+    @classmethod
+    def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Bnb4 | None":
+        block = options.get("block_size") or 64
+        if block not in blockwise.BLOCKS:
+            found, expected = f"--block-size {block}", " ".join(map(str, blockwise.BLOCKS))
+            raise Refused(found, expected=expected, where="options", do="give one of these")
+        double, kind = bool(options.get("double_quant")), "nf4" if target == "nf4" else "fp4"
+        count = math.prod(weight.shape)
+        blocks = math.ceil(count / block)
+        parts = [weight.part("", "U8", ((count + 1) // 2, 1))]
+        parts += [weight.part(".absmax", "U8" if double else "F32", (blocks,)), weight.part(".quant_map", "F32", (16,))]
+        if double:
+            nested = math.ceil(blocks / blockwise.NESTED)
+            parts += [weight.part(".nested_absmax", "F32", (nested,)), weight.part(".nested_quant_map", "F32", (256,))]
+        shape = weight.shape[::-1] if weight.transposed else weight.shape
+        made = cls(
+            key=weight.key, dtype=weight.dtype, shape=shape, file="", start=0, stop=parts[0].nbytes, parts=tuple(parts),
+            kind=kind, block=block, double=double, transposed=weight.transposed,
+        )  # fmt: skip
+        text = made._text(OFFSET if double else None)
+        return replace(made, parts=(*parts, weight.part(STATE + kind, "U8", (len(text),))))
+
+    @classmethod
+    def config(cls, target: str, dtype: str, skipped: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+        said = {"load_in_4bit": True, "bnb_4bit_quant_type": target, "bnb_4bit_use_double_quant": bool(options.get("double_quant"))}
+        return config(said | {"bnb_4bit_compute_dtype": dtypes.CONFIG_NAME[dtype]}, skipped)
+
+    @classmethod
+    def find(cls, found: Found) -> Iterator[Packed]:
+        for key, state in list(found.tensors.items()):
+            weight, mark, kind = key.rpartition(STATE)
+            if mark and kind in ("nf4", "fp4"):
+                one = cls._found(found, weight, state, kind)
+                if one is not None:
+                    yield one
+            elif mark:
+                found.check(key, False, f"a state of kind {kind!r}", "nf4 or fp4")
+
+    @classmethod
+    def _found(cls, found: Found, key: str, state: TensorSpec, kind: Literal["nf4", "fp4"]) -> "Bnb4 | None":
+        said = found.read_json(state)
+        if not said:
+            return None
+        double = "nested_offset" in said
+        endings = ["", ".absmax", ".quant_map", *((".nested_absmax", ".nested_quant_map") if double else ())]
+        parts = found.siblings(key, *endings)
+        if parts is None:
+            return None
+        words = {word: name for name, word in dtypes.CONFIG_NAME.items()}
+        shape, block, dtype = said.get("shape"), said.get("blocksize"), words.get(str(said.get("dtype")).removeprefix("torch."))
+        fits = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+        fits = fits and said.get("quant_type") == kind and dtype in dtypes.FLOATS
+        fits = fits and type(block) is int and block in blockwise.BLOCKS
+        if double:
+            offset, nested_block = said.get("nested_offset"), said.get("nested_blocksize")
+            fits = fits and isinstance(offset, float) and math.isfinite(offset) and nested_block == blockwise.NESTED
+            fits = fits and said.get("nested_dtype") in dtypes.CONFIG_NAME.values()
+        if not found.check(state.key, fits, f"the state {said}"[:300], "a state that bitsandbytes writes"):
+            return None
+        assert isinstance(shape, list) and isinstance(block, int) and dtype is not None
+        count = math.prod(shape)
+        blocks = math.ceil(count / block)
+        codes, absmax, table, *nested = parts
+        text = ", ".join(f"{part.key.removeprefix(key) or 'codes'} {part.dtype} {part.shape}" for part in parts)
+        fits = codes.nbytes == (count + 1) // 2 and codes.dtype in ("U8", "BF16", "F16", "F32", "I8")
+        spoiled = False
+        fits &= table.dtype == "F32" and table.shape == (16,)
+        if double:
+            fits &= absmax.dtype == "U8" and absmax.shape == (blocks,) and all(part.dtype == "F32" for part in nested)
+            fits &= nested[0].shape == (math.ceil(blocks / blockwise.NESTED),) and nested[1].shape == (256,)
+        else:
+            spoiled = absmax.dtype == "BF16" and absmax.shape[::-1] == (shape[0], shape[1] // block) and shape[1] % block == 0
+            exact = not spoiled or dtype == "BF16"
+            expected = "F32 scales: bitsandbytes 0.50 saves rounded ones after a forward pass on this kind of CPU"
+            if not found.check(absmax.key, exact, f"{absmax.dtype} {absmax.shape} of a {dtype} model", expected):
+                return None
+            fits &= spoiled or (absmax.dtype == "F32" and absmax.shape == (blocks,))
+        if not found.check(key, fits, text, f"4-bit codes and scales for {tuple(shape)} in blocks of {block}"):
+            return None
+        if not found.check_finite(*([nested[0], nested[1]] if double else [absmax])):
+            return None
+        ours = blockwise.quant_map(kind)
+        if not found.check(table.key, bool((found.read(table) == ours).all()), "another table of values", f"that of {kind}"):
+            return None
+        codes = replace(codes, dtype="U8", shape=(codes.nbytes, 1))  # in other dtypes the same bytes, that are no numbers
+        parts[0] = codes
+        turned = found.transposed(key.removesuffix(".weight"))
+        more: dict[str, Any] = {"mended": spoiled}
+        more |= {"offset": float(said["nested_offset"]), "nested_dtype": said["nested_dtype"]} if double else {}
+        return cls(
+            key=key, dtype=dtype, shape=tuple(shape[::-1] if turned else shape), file=codes.file, start=codes.start,
+            stop=codes.stop, folder=codes.folder, parts=(*parts, state), kind=kind, block=block, double=double,
+            transposed=turned, **more,
+        )  # fmt: skip
+
+    @property
+    def read_only(self) -> str | None:
+        return "bitsandbytes saved its scales wrongly, after a forward pass" if self.mended else None
+
+    @property
+    def varies(self) -> tuple[str, ...]:
+        return (self.parts[-1].key,) if self.double else ()
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        count = math.prod(self.shape)
+        stored = {part.key: Stored(part.key, part.dtype, part.shape) for part in self.parts}
+        stored[self.key] = Stored(self.key, "U8", ((count + 1) // 2, 1))
+        return tuple(stored.values())
+
+    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+        values = [stored[part.key] for part in self.parts]
+        codes, absmax = values[:2]
+        if self.mended:
+            absmax = absmax.T.reshape(-1).float()
+        if self.double:
+            dtype = getattr(torch, self.nested_dtype)
+            absmax = blockwise.decode_absmax(absmax, values[3], values[4], self.offset_of(values[-1]), self.nested_block, dtype)
+        flat = blockwise.decode_4bit(codes, absmax, self.kind, self.block, math.prod(self.shape))
+        return flat.view(self.shape[::-1]).T.contiguous() if self.transposed else flat.view(self.shape)
+
+    def offset_of(self, state: Tensor) -> float:
+        """The offset that a state's text says."""
+        return float(json.loads(state.cpu().numpy().tobytes())["nested_offset"])
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        weight = weight.T if self.transposed else weight
+        with named(self.key):
+            packed, absmax = blockwise.quantize_4bit(weight.contiguous(), self.kind, self.block)
+        keys = [part.key for part in self.parts]
+        device = weight.device
+        made = {keys[0]: packed, keys[2]: blockwise.quant_map(self.kind).to(device)}
+        if not self.double:
+            return made | {keys[1]: absmax, keys[-1]: _bytes(self._text())}
+        values = blockwise.dynamic_map().to(device)
+        nested = blockwise.quantize_absmax(absmax)
+        made |= {keys[1]: nested.codes, keys[3]: nested.absmax, keys[4]: values}
+        return made | {keys[-1]: _bytes(self._text(float(nested.offset)))}
+
+    def _text(self, offset: float | None = None) -> bytes:
+        shape = self.shape[::-1] if self.transposed else self.shape
+        said: dict[str, Any] = {"quant_type": self.kind, "blocksize": self.block, "dtype": dtypes.CONFIG_NAME[self.dtype]}
+        said["shape"] = list(shape)
+        if offset is not None:
+            said |= {"nested_blocksize": blockwise.NESTED, "nested_dtype": "float32", "nested_offset": offset}
+        return json.dumps(said).encode()
+
+
+def config(said: dict[str, Any], skipped: list[str] | None) -> dict[str, Any]:
+    """The quantization_config of bitsandbytes, as transformers writes it."""
+    return {
+        "_load_in_4bit": bool(said.get("load_in_4bit")),
+        "_load_in_8bit": bool(said.get("load_in_8bit")),
+        "bnb_4bit_compute_dtype": "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skipped,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": False,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    } | said
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """A kernel's complaint of values, as `Spoiled` that says whose they are."""
+    try:
+        yield
+    except ValueError as error:
+        found = f"{shown(key)}: {error}"
+        raise Spoiled(found, expected="values that the format can hold", do="leave it out, or use another format") from error
+
+
+def _bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -1,0 +1,52 @@
+"""mxfp4: OpenAI's GPT-OSS, experts in blocks of 32 FP4 values with a power of 2: `X_blocks` and `X_scales` hold the stack X."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from adapterkit.kernels import narrow
+from adapterkit.weights.packed import Found, Packed
+
+BLOCKS, SCALES = "_blocks", "_scales"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mxfp4(Packed):
+    """W[e, in, out] = code * 2^(scale - 127), stored [e, out, in / 32, 16] with a scale for each block (OCP MX 1.0)."""
+
+    name = "mxfp4"
+    methods = ("mxfp4",)
+
+    @classmethod
+    def find(cls, found: Found) -> Iterator[Packed]:
+        if found.method not in cls.methods:
+            return
+        for key, spec in list(found.tensors.items()):
+            if not key.endswith(BLOCKS):
+                continue
+            name = key.removesuffix(BLOCKS)
+            scales = found.siblings(name, SCALES)
+            if scales is None:
+                continue
+            (scale,) = scales
+            fits = len(spec.shape) == 4 and spec.dtype == scale.dtype == "U8"
+            fits = fits and spec.shape[-1] == narrow.MX // 2 and spec.shape[:-1] == scale.shape
+            text = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}"
+            if found.check(key, fits, text, "U8 (experts, out, blocks, 16), U8 scales without the 16") and found.check_finite(
+                scale
+            ):
+                experts, out, blocks, _ = spec.shape
+                shape, dtype = (experts, blocks * narrow.MX, out), found.computed_in
+                place = {"file": spec.file, "start": spec.start, "stop": spec.stop, "folder": spec.folder}
+                yield cls(key=name, dtype=dtype, shape=shape, parts=(spec, scale), **place)
+
+    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+        blocks, scales = (stored[part.key] for part in self.parts)
+        return narrow.decode_mxfp4(blocks, scales).transpose(1, 2).contiguous()
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """As triton_kernels and so transformers quantise: nothing saturates."""
+        blocks, scales = self.parts
+        made = narrow.encode_mxfp4(weight.transpose(1, 2).contiguous(), rule="up")
+        return {blocks.key: made.codes, scales.key: made.scale}
