@@ -232,6 +232,7 @@ def quantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) ->
 @click.argument("base")
 @writing
 @click.option("--dtype", type=DTYPES, help="Of the decoded weights (default: what the format's library computes in).")
+@click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB (default: the base's own files).")
 @hashing
 def dequantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Decode a quantised checkpoint into floats.
@@ -278,6 +279,7 @@ def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> Non
 @click.option("--skip", metavar="RE", help="Modules that are not quantised.")
 @blocks
 @click.option("--quantized", metavar="QBASE", help="Keep this quantised base of BASE; write the adapter for it alone.")
+@click.option("--accept", metavar="CMD", help="Ask `CMD MODULE FACTORS` of each module if its factors stay (0 yes, 1 no).")
 @factors
 def loftq(base: str, out: str, as_json: bool, quiet: bool, bits: str, **options: Any) -> None:
     """Quantise a base together with the adapter that makes up for it: W ≈ Q + scale·b@a (LoftQ).

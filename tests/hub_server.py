@@ -261,8 +261,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if asked.method != "HEAD":
             part = body if fault.cut is None else body[: fault.cut]
-            self.wfile.write(part)
-            asked.sent = len(part)
+            asked.sent = len(part)  # before: a client that has it all may look at once
+            try:
+                self.wfile.write(part)
+            except OSError:
+                asked.sent = 0
+                raise
         if fault.cut is not None:
             self.close_connection = True
 

@@ -3,9 +3,12 @@
 import json
 import math
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, build_header
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +63,24 @@ def laid_out(
 
 def resharded(tensors: list[Stored], limit: int, metadata: dict[str, str]) -> list[ShardLayout]:
     """Files of at most `limit` bytes of data each (a larger tensor gets a file of its own), in the order given."""
-    groups: list[list[Stored]] = [[]]
+    groups = grouped(tensors, [tensor.nbytes for tensor in tensors], limit)
+    return [laid_out(name, group, metadata) for name, group in groups.items()]
+
+
+def grouped(items: list[T], sizes: list[int], limit: int) -> dict[str, list[T]]:
+    """Items by the names of the files of at most `limit` bytes that they go into, in the order given."""
+    groups: list[list[T]] = [[]]
     room = limit
-    for tensor in tensors:
-        if groups[-1] and tensor.nbytes > room:
+    for item, size in zip(items, sizes, strict=True):
+        if groups[-1] and size > room:
             groups.append([])
             room = limit
-        groups[-1].append(tensor)
-        room -= tensor.nbytes
+        groups[-1].append(item)
+        room -= size
     if len(groups) == 1:
-        return [laid_out("model.safetensors", groups[0], metadata)]
+        return {"model.safetensors": groups[0]}
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    return [laid_out(name, group, metadata) for name, group in zip(names, groups, strict=True)]
+    return dict(zip(names, groups, strict=True))
 
 
 def index(shards: list[ShardLayout], old: dict | None, grown: int = 0) -> bytes:

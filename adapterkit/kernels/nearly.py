@@ -11,6 +11,8 @@ from adapterkit.kernels.lowrank import Svd
 EXTRA = 8  # vectors of a block beyond the rank
 STEPS = 24  # blocks at most
 SLOWEST = 0.9  # of a step's gain the next one is expected to bring at most this share
+NOISE = 1e-9  # of all energy: less is float32's rounding
+PLAIN = (1e-9, 1e9)  # largest magnitudes whose products float32 holds
 
 
 def nearly_best(
@@ -19,14 +21,20 @@ def nearly_best(
     excess: float = 5e-5,  # of the error of the best approximation: what this one's may be larger
     start: Tensor | None = None,  # (k, m): directions to begin with, those of a matrix like this one
 ) -> Svd:
-    """u s vᵀ of that rank with ‖w - u s vᵀ‖_F about (1 + excess) times the least possible.
+    """u s vᵀ of that rank with ‖w - u s vᵀ‖_F about (1 + excess) times the least possible, or float32's rounding if that is more.
 
     Randomised block Krylov (Musco and Musco, arXiv:1504.05477): q spans blocks u₁ = w g, uᵢ₊₁ = w wᵀ uᵢ, and the triplets are those
-    of q qᵀ w. It ends when the energy that further blocks would add, by the last two gains, is less than `excess` allows.
+    of q qᵀ w. It ends when the energy that further blocks would add, by the last two gains, is less than `excess` allows, or when
+    they have no new direction.
     """
     if w.shape[0] > w.shape[1]:
         u, s, vh = nearly_best(w.T, rank, excess, start)  # the directions are those of the long side, wherever it is
         return Svd(vh.T, s, u.T)
+    largest = float(w.abs().amax())
+    if largest and not PLAIN[0] < largest < PLAIN[1]:
+        unit = 2.0 ** max(math.frexp(largest)[1], -126)  # a subnormal one would be taken for 0
+        u, s, vh = nearly_best(w / unit, rank, excess, start)
+        return Svd(u, s * unit, vh)
     n, m = w.shape
     k = min(rank, n)
     block = min(k + EXTRA, n)
@@ -35,26 +43,39 @@ def nearly_best(
     q, b = w.new_zeros(n, 0), w.new_zeros(0, m)  # b = qᵀ w
     gram = torch.zeros(0, 0, dtype=torch.float64, device=w.device)
     kept, gains = 0.0, [math.inf]
+    fewest = 2 if start is None else 3  # what the given directions hold says nothing of the next gains
     while True:
-        u = panel - q @ (q.T @ panel)
-        u = torch.linalg.qr(u - q @ (q.T @ u)).Q
+        u = _new(panel, q)
         new = u.T @ w
-        cross = (b @ new.T).double()
-        gram = torch.cat([torch.cat([gram, cross], 1), torch.cat([cross.T, (new @ new.T).double()], 1)])
         q, b = torch.cat([q, u], 1), torch.cat([b, new])
+        cross = b.double() @ new.T.double()
+        gram = torch.cat([torch.cat([gram, cross[: len(gram)]], 1), cross.T])
         squares, vectors = torch.linalg.eigh(gram)
         found = float(squares[-k:].clamp(min=0).sum())
         gains.append(found - kept)
         kept = found
         ratio = min(gains[-1] / gains[-2], SLOWEST) if gains[-2] > 0 else 0.0
         left = gains[-1] * ratio / (1 - ratio)
-        if (len(gains) > 2 and left <= 2 * excess * max(total - kept, 0.0)) or len(q.T) + block > n or len(gains) > STEPS:
+        enough = len(gains) > fewest and left <= 2 * excess * max(total - kept, NOISE * total)
+        if enough or not u.shape[1] or q.shape[1] == n or len(gains) > STEPS:
             break
-        panel = w @ new.T
+        panel = (w @ new.T)[:, : n - q.shape[1]]
     x = vectors[:, -k:].flip(1).to(w.dtype)
     s = squares[-k:].flip(0).clamp(min=0).sqrt()
-    vh = x.T @ b / s.clamp(min=torch.finfo(torch.float32).tiny)[:, None].to(w.dtype)
-    return Svd(q @ x, s.to(w.dtype), vh)
+    s = torch.where(s > 1e-7 * s[0], s, 0).to(w.dtype)
+    vh = torch.where(s[:, None] > 0, x.T @ b / s[:, None], 0)
+    return Svd(q @ x, s, vh)
+
+
+def _new(
+    panel: Tensor,  # (n, j)
+    q: Tensor,  # (n, p), orthonormal
+) -> Tensor:  # (n, at most j)
+    """An orthonormal basis of what the panel's columns have beside q. Of columns that depend on the others only rounding is left,
+    which lies in q's span too; they are left out."""
+    u = torch.linalg.qr(panel - q @ (q.T @ panel)).Q
+    u = u - q @ (q.T @ u)
+    return torch.linalg.qr(u[:, u.norm(dim=0) > 0.5]).Q
 
 
 def _start(w: Tensor, block: int, start: Tensor | None) -> Tensor:

@@ -2,10 +2,17 @@
 
 import math
 import os
-from dataclasses import dataclass
-from typing import Any
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from adapterkit import dtypes
@@ -13,7 +20,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Failed, Refused, refuse_all, shown
 from adapterkit.factors import Place
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.nearly import nearly_best
@@ -29,6 +36,7 @@ from adapterkit.weights.packed import Packed
 from adapterkit.weights.quantised import check_not_quantised
 
 BITS = {4: "nf4", 8: "int8"}
+Accept = Callable[[str, Tensor, Tensor], bool]  # (module, a, b) -> whether its factors are kept
 SUMMARY = "LoftQ: for its quantised base alone, not for the original"
 
 
@@ -66,6 +74,7 @@ def loftq(
     block_size: int | None = None,
     double_quant: bool = False,
     quantized: str | os.PathLike | None = None,
+    accept: Accept | str | None = None,
     dtype: str = "fp32",
     hash: str = "sha256",
     device: str = "auto",
@@ -81,26 +90,32 @@ def loftq(
     included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept. `OUT/base` is the packed base (`bits` 4: nf4, with
     `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `targets`: a regex on modules
     that get factors (default: all that are quantised). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
-    default. With `quantized`, a quantised checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one
-    step on W - decode(Q). The receipt has each module's relative error before and after. Raises `Refused` before anything is
-    written.
+    default. The receipt has each module's relative error before and after. Raises `Refused` before anything is written.
+
+    With `quantized`, a quantised checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one step on
+    W - decode(Q). There `accept(module, a, b)` is asked of each module in turn, in the order of the file, whether its factors are
+    kept; where not, b becomes zero. A text is a command: it gets the module's name and a safetensors file with a and b, and keeps
+    them by status 0, rolls back by 1.
 
     Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the base is written packed, and the
     best round is kept, not the last.
     """
     options = Options(rank, alpha, rslora, bits, iterations, targets, skip, block_size, double_quant, dtype)
-    plan = plan_loftq(open_source(base), options, None if quantized is None else open_source(quantized))
+    ask = by_command(accept) if isinstance(accept, str) else accept
+    plan = plan_loftq(open_source(base), options, None if quantized is None else open_source(quantized), ask)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
-def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None) -> Plan:
+def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None, accept: Accept | None = None) -> Plan:
     """Everything LoftQ will do, or `Refused`."""
     _check(options)
+    if accept is not None and quantized is None:
+        raise Refused("--accept without --quantized", expected="both", where="options", do="give --quantized, or leave it out")
     base = open_checkpoint(folder)
     check_not_quantised(base)
     if quantized is not None:
-        return _plan_kept(base, open_checkpoint(quantized, 1), options)
+        return _plan_kept(base, open_checkpoint(quantized, 1), options, accept)
     chosen = Chosen(base, {"to": BITS[options.bits], **_chosen_options(options)})
     wanted = targeted(options.targets, list(chosen.packed))
     bundles = chosen.widened()
@@ -111,7 +126,9 @@ def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None
             name = module_of(chosen.names, module)
             bundle = Lofted(base.tensors[key], packed, name, options.rank, options.scale, options.iterations)
             bundles[key] = bundle
-            factors.append(FromAside(name, place_of_linear(name, packed.shape), bundle.rank, dtypes.parse(options.dtype)))
+            factors.append(
+                FromAside(name, place_of_linear(name, chosen.weights[key].shape), bundle.rank, dtypes.parse(options.dtype))
+            )
     model = QuantisedModel(base, chosen.packed, bundles, chosen.config(), "base", "loftq")
     adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter")
     shards = (*model.shards(), adapter.shard())
@@ -124,7 +141,7 @@ def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None
     return Plan("loftq", told, (folder,), headers, who, shards, files, facts, tuple(notes), warn=_warnings)
 
 
-def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options) -> Plan:
+def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options, accept: Accept | None) -> Plan:
     """The adapter alone, for a quantised base that stays as it is."""
     plain = decoded(quantised)
     names = [Names(side, tuple(side.tensors), careful=True) for side in (base, plain)]
@@ -148,6 +165,8 @@ def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options) -> Pla
     if not factors:
         raise Refused("no quantised weights to make up for", expected="one or more", where=quantised.name, do="check --targets")
     adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY)
+    if accept is not None:
+        adapter = replace(adapter, settle=partial(_asked, accept))
     headers = model_headers(base) | produced.model_headers(quantised, 1)
     folders, notes = (base.folder, quantised.folder), []
     files = adapter.files(notes)
@@ -293,9 +312,39 @@ class Residual:
         return Made({self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, facts)
 
 
+def by_command(command: str) -> Accept:
+    """Ask a command: it is given a module's name and a file with its factors, and says yes by status 0, no by 1."""
+
+    def accept(module: str, a: Tensor, b: Tensor) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder, "factors.safetensors"))
+            save_file({"a": a.contiguous().cpu(), "b": b.contiguous().cpu()}, path)
+            status = subprocess.run([*shlex.split(command), module, path], check=False).returncode
+        if status not in (0, 1):
+            do = "mend the command"
+            raise Failed(f"--accept ended with status {status} at {shown(module)}", expected="0 or 1", where=command, do=do)
+        return status == 0
+
+    return accept
+
+
+def _asked(accept: Accept, bundles: Sequence[Bundle]) -> Callable[[list[dict]], list[Callable[[Made], Made]]]:
+    """What becomes of each module: asked one after the other, so that each answer can stand on those before."""
+    return lambda facts: [partial(_answered, accept, bundle) for bundle in bundles]
+
+
+def _answered(accept: Accept, bundle: Any, made: Made) -> Made:
+    a, b = (cast(Tensor, made.tensors[key]) for key in (bundle.place.a_key, bundle.place.b_key))
+    if accept(bundle.name, a, b):
+        return Made(made.tensors, made.facts | {"accepted": True})
+    tensors = {bundle.place.a_key: a, bundle.place.b_key: torch.zeros_like(b)}
+    return Made(tensors, made.facts | {"accepted": False, "error_after": made.facts["error"]})
+
+
 def _warnings(facts: dict[str, dict]) -> list[str]:
     """Modules that factors did not help."""
-    worse = sorted(key for key, fact in facts.items() if "error_after" in fact and fact["error_after"] >= fact["error"] > 0)
+    tried = {key: fact for key, fact in facts.items() if "error_after" in fact and fact.get("accepted", True)}
+    worse = sorted(key for key, fact in tried.items() if fact["error_after"] >= fact["error"] > 0)
     if not worse:
         return []
     return [f"WARNING: no round of {len(worse)} modules was better than plain quantisation, e.g. {', '.join(worse[:3])}"]

@@ -23,7 +23,7 @@ from adapterkit.ops.embeddings import set_everywhere, settle_head, settle_ties, 
 from adapterkit.ops.job import Job, Options
 from adapterkit.ops.produced import carry_out
 from adapterkit.ops.quantize import CHANGED_BY
-from adapterkit.ops.requantised import lost, shard_of
+from adapterkit.ops.requantised import lost, shard_of, shards_of_size
 from adapterkit.ops.sizes import parse_size
 from adapterkit.ops.sources import open_source, weighted
 from adapterkit.ops.steps import steps_of
@@ -229,6 +229,9 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
 def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard | Computed, ...]:
     if packed_in(job.base.tensors):
         headers = job.original.shards
+        if job.options.dequantize and job.options.max_shard_size:
+            ordered = [step for group in steps.values() for step in group]
+            return shards_of_size(ordered, parse_size(job.options.max_shard_size, "--max-shard-size"))
         return tuple(shard_of(name, group, headers[name], not job.options.dequantize) for name, group in steps.items())
     by_key = {step.key: step for group in steps.values() for step in group}
     if job.options.max_shard_size:

@@ -29,6 +29,7 @@ from adapterkit.plan import (
     Plan,
     Progress,
     Receipt,
+    Shard,
     Step,
     identities,
     sha256_of,
@@ -272,7 +273,7 @@ def shards_of(
 
 
 def files_beside(
-    base: Checkpoint, config: dict[str, Any], shards: Sequence[Computed], summary: str, folder: str = ""
+    base: Checkpoint, config: dict[str, Any], shards: Sequence[Shard | Computed], summary: str, folder: str = ""
 ) -> dict[str, bytes | CopyFile | FromFacts]:
     """What a model's folder holds besides its weights; the base's files, with another config."""
     prefix = f"{folder}/" if folder else ""
@@ -281,7 +282,7 @@ def files_beside(
         if not name.endswith((*WEIGHTS, ".index.json")) and name not in NOT_COPIED and "/" not in name:
             files[prefix + name] = CopyFile(0, name)
     files[prefix + "README.md"] = _card(base, summary).encode()
-    if base.index is not None:
+    if base.index is not None or len(shards) > 1:
         layouts = [
             layout.ShardLayout(s.file.removeprefix(prefix), s.layout.header, s.layout.tensors, s.layout.starts) for s in shards
         ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
-from adapterkit.checkpoint.layout import Stored, like_base
+from adapterkit.checkpoint.layout import Stored, grouped, like_base
 from adapterkit.errors import Spoiled, shown
 from adapterkit.ops.sizes import short
 from adapterkit.plan import Bundle, Computed, Inputs, Made, Shard, Step
@@ -161,6 +161,13 @@ def shard_of(name: str, steps: Sequence[Step], header: Header, keep: bool) -> Sh
     bundles = sorted((bundle for step in steps for bundle in _bundles(step, keep)), key=lambda bundle: bundle.name)
     metadata = header.metadata if keep else {"format": header.metadata.get("format", "pt")}  # torchao says there what tensors are
     return Computed(name, tuple(bundles), metadata or {"format": "pt"}, by_width=True)
+
+
+def shards_of_size(steps: Sequence[Step], limit: int) -> tuple[Computed, ...]:
+    """Files of at most `limit` bytes of these steps, packed weights as floats."""
+    bundles = [bundle for step in steps for bundle in _bundles(step, keep=False)]
+    files = grouped(bundles, [sum(stored.nbytes for stored in bundle.most) for bundle in bundles], limit)
+    return tuple(Computed(name, tuple(group), by_width=True) for name, group in files.items())
 
 
 def _parts(step: Step) -> list[Step]:

@@ -1,0 +1,225 @@
+"""init (PiSSA, QPiSSA), merging into the 16-bit original, and LoftQ's answers: against PEFT, transformers and float64."""
+
+import json
+import sys
+from pathlib import Path
+
+import oracle
+import peft
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import adapterkit
+from adapterkit.cli import main
+from adapterkit.errors import Failed, Refused
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+IDS = torch.arange(12)[None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "model"
+    oracle.save_base(oracle.llama(**SIZES), folder, "fp32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(base, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "nf4"
+    adapterkit.quantize(base, to="nf4", out=folder)
+    return folder
+
+
+def model(folder: Path, adapter: Path | None = None):
+    with oracle.quiet():
+        found = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype="auto")
+        return found if adapter is None else peft.PeftModel.from_pretrained(found, adapter)
+
+
+def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(folder, adapter)(input_ids=IDS).logits.float()
+
+
+def factors(folder: Path) -> dict[str, torch.Tensor]:
+    """b @ a by module, in float64."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key, a in tensors.items():
+        if ".lora_A." in key:
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            found[name] = tensors[key.replace("lora_A", "lora_B")].double() @ a.double()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 8}, {"alpha": 24, "rslora": True}], ids=str)
+def test_pissa_is_the_principal_part_and_the_rest(options, base, tmp_path):
+    adapterkit.init(base, method="pissa", rank=16, out=tmp_path / "out", **options)
+    adapterkit.verify(tmp_path / "out")
+    before, rest = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "base" / "model.safetensors")
+    scale = options.get("alpha", 16) / (4 if options.get("rslora") else 16)
+    for name, product in factors(tmp_path / "out" / "adapter").items():
+        weight = before[f"{name}.weight"].double()
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        best = (u[:, :16] * s[:16]) @ vh[:16]
+        assert float((scale * product - best).norm()) <= 1e-5 * float(best.norm()), name
+        assert float((rest[f"{name}.weight"].double() + scale * product - weight).norm()) <= 1e-6 * float(weight.norm()), name
+    assert torch.allclose(logits(tmp_path / "out" / "base", tmp_path / "out" / "adapter"), logits(base), atol=1e-4)
+
+
+def test_pissa_agrees_with_peft(base, tmp_path):
+    adapterkit.init(base, method="pissa", rank=8, alpha=12, out=tmp_path / "out")
+    config = peft.LoraConfig(r=8, lora_alpha=12, target_modules="all-linear", init_lora_weights="pissa")
+    with oracle.quiet():
+        theirs = peft.get_peft_model(model(base), config)
+    ours = factors(tmp_path / "out" / "adapter")
+    rest = load_file(tmp_path / "out" / "base" / "model.safetensors")
+    for name, product in ours.items():
+        layer = theirs.base_model.model.get_submodule(name)
+        expected = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        assert torch.allclose(product, expected.detach(), atol=2e-5), name
+        assert torch.allclose(rest[f"{name}.weight"], layer.base_layer.weight, atol=2e-5), name
+
+
+@pytest.mark.parametrize("target", ["nf4", "int8"])
+def test_qpissa_quantises_the_rest(target, base, tmp_path):
+    receipt = adapterkit.init(base, method="pissa", rank=16, quantize=target, out=tmp_path / "out")
+    facts = {key: fact for key, fact in receipt.data["parameters"].items() if "error_plain" in fact}
+    assert len(facts) == 14 and all(fact["error"] < fact["error_plain"] for fact in facts.values())
+    adapterkit.dequantize(tmp_path / "out" / "base", out=tmp_path / "plain")
+    before, rest = load_file(base / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
+    for name, product in factors(tmp_path / "out" / "adapter").items():
+        weight = before[f"{name}.weight"].double()
+        error = float((rest[f"{name}.weight"].double() + product - weight).norm() / weight.norm())
+        assert error == pytest.approx(facts[f"{name}.weight"]["error"], rel=1e-3)
+    plain = adapterkit.quantize(base, to=target, out=tmp_path / target)
+    assert plain.data["parameters"].keys() <= facts.keys()
+    close = logits(tmp_path / "out" / "base", tmp_path / "out" / "adapter") - logits(base)
+    assert float(close.norm()) < float((logits(tmp_path / target) - logits(base)).norm())
+
+
+def test_rebase_brings_a_trained_pissa_back(base, tmp_path):
+    adapterkit.init(base, method="pissa", rank=4, out=tmp_path / "out", targets="q_proj|down_proj")
+    assert len(factors(tmp_path / "out" / "adapter")) == 4
+    with oracle.quiet():
+        tuned = model(tmp_path / "out" / "base", tmp_path / "out" / "adapter")
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.data += 0.01 * torch.randn_like(parameter)
+        tuned.save_pretrained(tmp_path / "trained")
+        expected = tuned(input_ids=IDS).logits
+    adapterkit.rebase(tmp_path / "trained", initial=tmp_path / "out" / "adapter", out=tmp_path / "plain")
+    assert torch.allclose(logits(base, tmp_path / "plain"), expected, atol=1e-4)
+
+
+def test_an_adapter_of_a_quantised_base_goes_into_the_original(base, packed, tmp_path):
+    oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
+    adapterkit.merge(packed, [tmp_path / "adapter"], base16=base, out=tmp_path / "out")
+    adapterkit.merge(base, [tmp_path / "adapter"], out=tmp_path / "same")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "same"))
+    assert all(torch.equal(one[key], other[key]) for key in other)
+    assert "nf4" in " ".join(json.loads((tmp_path / "out" / "adapterkit.json").read_text())["notes"])
+
+
+def test_what_is_no_quantised_copy_of_the_original_is_refused(base, packed, tmp_path):
+    oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
+    into = lambda quantised, original: adapterkit.merge(quantised, [tmp_path / "adapter"], base16=original, out=tmp_path / "no")
+    with pytest.raises(Refused, match="no quantised weights"):
+        into(base, base)
+    adapterkit.loftq(base, rank=4, iterations=1, out=tmp_path / "loftq")
+    with pytest.raises(Refused, match="made by loftq"):
+        into(tmp_path / "loftq" / "base", base)
+    oracle.save_base(oracle.llama(), tmp_path / "other")
+    with pytest.raises(Refused, match="the same weights"):
+        into(packed, tmp_path / "other")
+    with pytest.raises(Refused, match="quantised base"):
+        into(packed, packed)
+    assert not (tmp_path / "no").exists()
+
+
+# -- answers to LoftQ -------------------------------------------------------------------------------------------------
+
+
+def test_factors_are_kept_or_rolled_back_one_after_the_other(base, packed, tmp_path):
+    asked = []
+
+    def accept(module, a, b):
+        asked.append(module)
+        return "mlp" in module and a.shape[0] == b.shape[1] == 4
+
+    receipt = adapterkit.loftq(base, quantized=packed, rank=4, accept=accept, out=tmp_path / "out")
+    assert asked == sorted(asked) and len(asked) == 14
+    for name, product in factors(tmp_path / "out").items():
+        fact = receipt.data["parameters"][name]
+        assert bool(product.any()) == fact["accepted"] == ("mlp" in name)
+        assert fact["error_after"] < fact["error"] if "mlp" in name else fact["error_after"] == fact["error"]
+
+
+def test_a_command_may_answer(base, packed, tmp_path):
+    script = tmp_path / "judge.py"
+    script.write_text(
+        "import sys\nfrom safetensors.numpy import load_file\nfactors = load_file(sys.argv[2])\n"
+        "assert factors['a'].shape[0] == factors['b'].shape[1] == 2\nsys.exit(0 if 'layers.0' in sys.argv[1] else 1)\n"
+    )
+    argv = ["loftq", str(base), "--quantized", str(packed), "--rank", "2", "--targets", "q_proj", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [*argv, "--accept", f"{sys.executable} {script}"])
+    assert done.exit_code == 0, done.output
+    kept = {name for name, product in factors(tmp_path / "out").items() if bool(product.any())}
+    assert kept == {"model.layers.0.self_attn.q_proj"}
+    script.write_text("raise SystemExit(7)\n")
+    with pytest.raises(Failed, match="status 7"):
+        adapterkit.loftq(base, quantized=packed, rank=2, accept=f"{sys.executable} {script}", out=tmp_path / "failed")
+    with pytest.raises(Refused, match="--quantized"):
+        adapterkit.loftq(base, rank=2, accept=lambda module, a, b: True, out=tmp_path / "failed")
+
+
+def test_the_commands(base, tmp_path):
+    for argv in [
+        ["quantize", str(base), "--to", "nf4", "--double-quant", "--out", str(tmp_path / "nf4")],
+        ["dequantize", str(tmp_path / "nf4"), "--dtype", "fp16", "--out", str(tmp_path / "fp16")],
+        ["init", str(base), "--method", "pissa", "--rank", "4", "--quantize", "fp4", "--out", str(tmp_path / "init")],
+        ["loftq", str(base), "--rank", "4", "--alpha", "8", "--iterations", "1", "--out", str(tmp_path / "loftq")],
+    ]:
+        dry = CliRunner().invoke(main, [*argv, "--dry-run"])
+        assert dry.exit_code == 0 and not Path(argv[-1]).exists(), dry.output
+        done = CliRunner().invoke(main, argv)
+        assert done.exit_code == 0, done.output
+        adapterkit.verify(argv[-1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "unheard"},
+        {"rank": 0},
+        {"alpha": -1.0},
+        {"quantize": "nf5"},
+        {"targets": "nowhere"},
+        {"block_size": 63, "quantize": "nf4"},
+    ],
+    ids=str,
+)
+def test_an_init_that_makes_no_sense_is_refused(options, base, tmp_path):
+    with pytest.raises(Refused):
+        adapterkit.init(base, **({"method": "pissa", "rank": 4, "out": tmp_path / "out"} | options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_floats_in_files_of_a_size(base, packed, tmp_path):
+    adapterkit.dequantize(packed, out=tmp_path / "one")
+    adapterkit.dequantize(packed, max_shard_size="100KB", out=tmp_path / "many")
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2 and (tmp_path / "many" / "model.safetensors.index.json").exists()
+    one, many = oracle.stored(tmp_path / "one"), oracle.stored(tmp_path / "many")
+    assert all(torch.equal(one[key], many[key]) for key in one) and one.keys() == many.keys()
+    assert torch.equal(logits(tmp_path / "many"), logits(tmp_path / "one"))
+    oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
+    how = {"dequantize": True, "max_shard_size": "100KB"}
+    adapterkit.merge(packed, [tmp_path / "adapter"], out=tmp_path / "merged", **how)
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == len(files)
+    adapterkit.merge(packed, [tmp_path / "adapter"], out=tmp_path / "whole", dequantize=True)
+    assert torch.equal(logits(tmp_path / "merged"), logits(tmp_path / "whole"))
