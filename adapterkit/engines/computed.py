@@ -158,6 +158,9 @@ class Asides:
         with (self.stage.path / (name + ASIDE)).open("rb") as file:
             file.seek(at)
             data = bytearray(file.read(dtypes.size(dtype, math.prod(shape))))
+        if len(data) != dtypes.size(dtype, math.prod(shape)):
+            found = f"what was laid aside for {shown(key)} is cut short"
+            raise Spoiled(found, expected="the file as it was written", where=name + ASIDE, do="run the same command again")
         return torch.frombuffer(data, dtype=dtypes.torch_dtype(dtype)).view(shape) if data else torch.empty(shape)
 
 

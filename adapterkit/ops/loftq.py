@@ -177,7 +177,7 @@ def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options, accept
 
 
 def _check(options: Options) -> None:
-    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--bits", options.bits, tuple(BITS)))
+    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--bits", str(options.bits), tuple(map(str, BITS))))
     produced.check_refit(options.rank, None)
     if options.iterations < 1:
         raise Refused(f"--iterations {options.iterations}", expected="1 or more", where="options", do="give another number")

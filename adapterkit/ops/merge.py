@@ -158,6 +158,10 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
         job.errors.append(Refused(found, expected="F32, F16 or BF16", where=where, do=do))
     if options.dequantize:
         return
+    for step in (step for group in steps.values() for step in group):
+        if isinstance(job.base.tensors.get(step.key), Packed) and not isinstance(step.source, Packed):
+            found, do = f"{shown(step.key)} is quantised, and an adapter trained it whole", "give --dequantize"
+            job.errors.append(Refused(found, expected="factors on quantised weights", where=where, do=do))
     touched = [step.source for group in steps.values() for step in group if step.edits and isinstance(step.source, Packed)]
     job.errors += check_writable([*touched, *(spec for spec in packed if getattr(spec, "mended", False))], where)
     for option, value in [("--dtype", options.dtype), ("--compat", options.compat), ("--max-shard-size", options.max_shard_size)]:
