@@ -235,11 +235,12 @@ def quantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) ->
 @click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB (default: the base's own files).")
 @hashing
 def dequantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Decode a quantised checkpoint into floats.
+    """Decode a quantised checkpoint, or a GGUF model file, into floats.
 
     \b
     Example:
       adapterkit dequantize ./model-nf4 --dtype bf16 --out model-bf16
+      adapterkit dequantize ./model.Q4_K_M.gguf --out model            # needs adapterkit[gguf]
     """
     from adapterkit.ops.dequantize import dequantize as verb
 

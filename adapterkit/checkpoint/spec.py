@@ -329,4 +329,7 @@ def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
             where=folder.name,
             do="convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub use the convert Space",
         )
+    if any(name.endswith(".gguf") for name in here):
+        do = "adapterkit dequantize MODEL.gguf --out DIR"
+        return Refused("a GGUF file", expected="safetensors files", where=folder.name, do=do)
     return Refused("no safetensors files", expected="a model checkpoint", where=folder.name, do="check the path")

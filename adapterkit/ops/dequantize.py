@@ -4,16 +4,21 @@ import os
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.gguf import gguf_file
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
 from adapterkit.ops import produced
+from adapterkit.ops.packaging import as_json
 from adapterkit.ops.quantize import files_beside, model_headers
 from adapterkit.ops.requantised import shard_of, shards_of_size
 from adapterkit.ops.sizes import parse_size
 from adapterkit.ops.sources import open_source
 from adapterkit.plan import Plan, Progress, Receipt, Step, identities
 from adapterkit.weights.decoded import decoded, files_saying, packed_in
+from adapterkit.weights.gguf import kept_wide, open_gguf
 from adapterkit.weights.packed import Packed
+
+SHARD_SIZE = "5GB"  # of what comes from a GGUF file
 
 
 def dequantize(
@@ -35,6 +40,10 @@ def dequantize(
     Every format of which the command's help tells is read, also several in one checkpoint; tensors that are not quantised stay as
     they are. The files are the base's, or with `max_shard_size` (5GB) of that size at most. Raises `Refused` before anything is
     written.
+
+    A GGUF model file (`pip install 'adapterkit[gguf]'`) becomes a checkpoint of transformers' names and layouts, with config and
+    tokenizer, in files of 5 GB at most. Its `dtype` is bf16 where it has blocks: W = code * scale has an error of its own that is
+    larger than the rounding; a file of plain floats keeps its dtype.
     """
     plan = plan_dequantize(open_source(base), dtype, max_shard_size)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
@@ -44,6 +53,8 @@ def dequantize(
 def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | None = None) -> Plan:
     """Everything a dequantisation will do, or `Refused`."""
     produced.check_choices(("--dtype", dtype, (None, *dtypes.SHORT)))
+    if name := gguf_file(folder):
+        return _plan_gguf(folder, name, dtype, max_shard_size)
     original = open_checkpoint(folder)
     base = decoded(original)
     packed = packed_in(base.tensors)
@@ -69,3 +80,18 @@ def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | Non
     files = {name: file for name, file in files.items() if name not in files_saying(base.tensors)}
     told = {key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value}
     return Plan("dequantize", told, (folder,), headers, identities((folder,), headers), tuple(shards), files, facts)
+
+
+def _plan_gguf(folder: Folder, name: str, dtype: str | None, max_shard_size: str | None) -> Plan:
+    """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded once."""
+    model = open_gguf(folder, name)
+    base, wanted = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
+    width = lambda key: "F32" if kept_wide(model.model, key, wanted) else wanted
+    steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
+    shards = shards_of_size(steps, parse_size(max_shard_size or SHARD_SIZE, "--max-shard-size"))
+    config = base.config | {"dtype": dtypes.CONFIG_NAME[wanted]}
+    files = files_beside(base, config, shards, "decoded to floats") | model.texts | {"config.json": as_json(config)}
+    headers = produced.model_headers(base, 0)
+    told = {key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value}
+    facts, notes = {"dequantised": len(steps)}, tuple(model.notes)
+    return Plan("dequantize", told, (folder,), headers, identities((folder,), headers), shards, files, facts, notes)

@@ -18,7 +18,7 @@ def open_source(text: str | os.PathLike) -> Folder:
     if hub_id is None:
         raise Refused(
             f"no such path: {shown(os.fspath(text))}",
-            expected="a folder, a .safetensors file, or a Hub id org/name[@revision][:subfolder]",
+            expected="a folder, a .safetensors or .gguf file, or a Hub id org/name[@revision][:subfolder]",
             do="check the path",
         )
     return hub.HubFolder(hub_id)
