@@ -72,13 +72,28 @@ _interrupted: list[int] = []  # the signals that came
 def _interrupt(number: int, *_: Any) -> None:
     _interrupted.append(number)
     _on_signals(_leave)
+    if _importing():  # an exception would abort inside of torch; what a job has finished is kept
+        _fail(Interrupted("stopped while libraries were loaded"), _status())
     raise KeyboardInterrupt
 
 
 def _leave(*_: Any) -> None:
     """The second signal: at once, whatever the first one is still waiting for."""
     os.write(2, b"Error: stopped at once\n  what to do: run the same command with --resume\n")
-    os._exit(_trouble(click.get_current_context().find_root()))
+    os._exit(_status())
+
+
+def _status() -> int:
+    context = click.get_current_context(silent=True)
+    return _trouble(context.find_root()) if context else 1
+
+
+def _importing() -> bool:
+    """Whether a module is being loaded."""
+    frame = sys._getframe()
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _fail(error: AdapterkitError, status: int) -> None:
