@@ -1,0 +1,25 @@
+"""Quantising a real model, and what makes up for it, as examples/quantised.py does it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_quantised_example_runs_and_what_must_hold_holds(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "quantised.py"), str(tmp_path / "out"), "--json"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("\nok: ") == 5 + 4 + 2  # better than plain nf4, packed as decoded, merged as trained
+    assert "WRONG" not in done.stderr
+    table = {name: row["perplexity"] for name, row in json.loads(done.stdout)["table"].items()}
+    assert table["base"] < table["nf4 + LoftQ, 4 iterations"] < table["nf4 + LoftQ, 1 iteration"] < table["nf4"]
