@@ -159,8 +159,8 @@ started = together(
     click.option("--rslora", is_flag=True, help="The scale is alpha / sqrt(rank)."),
 )
 blocks = together(
-    click.option("--block-size", type=int, help="Values with one scale (4 bits; default 64)."),
-    click.option("--double-quant", is_flag=True, help="Quantise the scales too (4 bits)."),
+    click.option("--block-size", type=int, help="Values with one scale (nf4, fp4: 64; w4a16: 128)."),
+    click.option("--double-quant", is_flag=True, help="Quantise the scales too (nf4, fp4)."),
 )
 hashing = click.option(
     "--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output."
@@ -179,6 +179,7 @@ only_modules = together(
     click.option("--include", metavar="RE", help="Only modules in which this regular expression is found."),
     click.option("--exclude", metavar="RE", help="Not the modules in which this regular expression is found."),
 )
+TARGETS = "nf4, fp4, int8 (bitsandbytes), fp8 (blocks of 128 x 128), w4a16, w8a16 (compressed-tensors), mxfp4."
 ADDED_UP = " (default: exact, the ranks add up)"
 
 
@@ -229,7 +230,7 @@ def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: 
 @main.command()
 @click.argument("base")
 @writing
-@click.option("--to", required=True, metavar="FORMAT", help="nf4, fp4, int8 (bitsandbytes), fp8 (blocks of 128 x 128).")
+@click.option("--to", required=True, metavar="FORMAT", help=TARGETS)
 @blocks
 @click.option("--skip", metavar="RE", help="Leave the modules alone in which this regular expression is found.")
 @hashing
@@ -293,6 +294,7 @@ def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> Non
 @writing
 @started
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="nf4, or int8.")
+@click.option("--bits-for", metavar="RE=N", multiple=True, help="Other bits for modules; all is compressed-tensors then.")
 @click.option("--iterations", type=int, default=4, show_default=True, help="Rounds; the best one is kept.")
 @click.option("--targets", metavar="RE", help="Modules that get factors (default: all that are quantised).")
 @click.option("--skip", metavar="RE", help="Modules that are not quantised.")
@@ -308,6 +310,7 @@ def loftq(base: str, out: str, as_json: bool, quiet: bool, bits: str, **options:
     \b
     Example:
       adapterkit loftq ./model --rank 16 --out loftq
+      adapterkit loftq ./model --rank 16 --bits-for 'down_proj|layers.0[.]=8' --out loftq
       adapterkit loftq ./model --quantized ./model-nf4 --rank 16 --out adapter
     """
     from adapterkit.ops.loftq import loftq as verb

@@ -29,6 +29,7 @@ from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, modu
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
+from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
 from adapterkit.weights.decoded import decoded
 from adapterkit.weights.names import Names
@@ -36,6 +37,7 @@ from adapterkit.weights.packed import Packed
 from adapterkit.weights.quantised import check_not_quantised
 
 BITS = {4: "nf4", 8: "int8"}
+MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 Accept = Callable[[str, Tensor, Tensor], bool]  # (module, a, b) -> whether its factors are kept
 SUMMARY = "LoftQ: for its quantised base alone, not for the original"
 
@@ -48,12 +50,29 @@ class Options:
     alpha: float | None = None
     rslora: bool = False
     bits: int = 4
+    bits_for: tuple[str, ...] = ()
     iterations: int = 4
     targets: str | None = None
     skip: str | None = None
     block_size: int | None = None
     double_quant: bool = False
     dtype: str = "fp32"
+
+    @property
+    def formats(self) -> dict[int, str]:
+        """What a number of bits is written as."""
+        return MIXED if self.bits_for else BITS
+
+    @property
+    def exceptions(self) -> list[tuple[Callable[[str], bool], str]]:
+        """Which modules have other bits, the last that says so first: `RE=BITS`."""
+        found = []
+        for text in reversed(self.bits_for):
+            regex, _, bits = text.rpartition("=")
+            if not regex or bits not in map(str, MIXED):
+                raise Refused(f"--bits-for {text!r}", expected="RE=4 or RE=8", where="options", do="give a regex and bits")
+            found.append((matcher(regex, "--bits-for"), MIXED[int(bits)]))
+        return found
 
     @property
     def scale(self) -> float:
@@ -68,6 +87,7 @@ def loftq(
     alpha: float | None = None,
     rslora: bool = False,
     bits: int = 4,
+    bits_for: Sequence[str] = (),
     iterations: int = 4,
     targets: str | None = None,
     skip: str | None = None,
@@ -88,8 +108,9 @@ def loftq(
 
     Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all rounds, plain quantisation
     included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept. `OUT/base` is the packed base (`bits` 4: nf4, with
-    `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `targets`: a regex on modules
-    that get factors (default: all that are quantised). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
+    `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `RE=BITS`, other
+    bits for some modules, of several that match the last; bitsandbytes has one width for a model, so the base is compressed-tensors'
+    then (w4a16, w8a16). `targets`: a regex on modules that get factors (default: all that are quantised). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
     default. The receipt has each module's relative error before and after. Raises `Refused` before anything is written.
 
     With `quantized`, a quantised checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one step on
@@ -100,7 +121,7 @@ def loftq(
     Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the base is written packed, and the
     best round is kept, not the last.
     """
-    options = Options(rank, alpha, rslora, bits, iterations, targets, skip, block_size, double_quant, dtype)
+    options = Options(rank, alpha, rslora, bits, tuple(bits_for), iterations, targets, skip, block_size, double_quant, dtype)
     ask = by_command(accept) if isinstance(accept, str) else accept
     plan = plan_loftq(open_source(base), options, None if quantized is None else open_source(quantized), ask)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
@@ -115,8 +136,16 @@ def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None
     base = open_checkpoint(folder)
     check_not_quantised(base)
     if quantized is not None:
+        if options.bits_for:
+            raise Refused("--bits-for with --quantized", expected="one of them", where="options", do="leave one out")
         return _plan_kept(base, open_checkpoint(quantized, 1), options, accept)
-    chosen = Chosen(base, {"to": BITS[options.bits], **_chosen_options(options)})
+    said = {"block_size": options.block_size, "double_quant": options.double_quant, "skip": options.skip}
+    to, exceptions = options.formats[options.bits], options.exceptions
+    chosen = Chosen(base, {"to": to, **said}, exceptions)
+    for (matches, _), text in zip(exceptions, reversed(options.bits_for), strict=True):
+        if not any(map(matches, chosen.modules)):
+            found, do = f"--bits-for {text!r} matches none", "check the regex"
+            raise Refused(found, expected="a quantised module", where="--bits-for", do=do)
     wanted = targeted(options.targets, list(chosen.packed))
     bundles = chosen.widened()
     factors: list[Bundle] = []
@@ -133,7 +162,8 @@ def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None
     adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter")
     shards = (*model.shards(), adapter.shard())
     notes = list(chosen.notes)
-    files = model.files(f"quantised to {BITS[options.bits]} by LoftQ: use it with the adapter beside it") | adapter.files(notes)
+    names = " and ".join(dict.fromkeys((to, *(target for _, target in exceptions))))
+    files = model.files(f"quantised to {names} by LoftQ: use it with the adapter beside it") | adapter.files(notes)
     headers = model_headers(base)
     told = {key: value for key, value in vars(options).items() if value}
     facts = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed), "modules": len(factors)}
@@ -182,13 +212,9 @@ def _check(options: Options) -> None:
     if options.iterations < 1:
         raise Refused(f"--iterations {options.iterations}", expected="1 or more", where="options", do="give another number")
     Scaling(options.rank, options.alpha, options.rslora).check()
-    if options.bits == 8 and (options.double_quant or options.block_size):
+    if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
         found = "--double-quant or --block-size with --bits 8"
         raise Refused(found, expected="--bits 4", where="options", do="leave it out")
-
-
-def _chosen_options(options: Options) -> dict[str, Any]:
-    return {"block_size": options.block_size, "double_quant": options.double_quant, "skip": options.skip}
 
 
 @dataclass(frozen=True)

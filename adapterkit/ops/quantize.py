@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +36,20 @@ from adapterkit.plan import (
 )
 from adapterkit.registry import members
 from adapterkit.weights.names import Names
-from adapterkit.weights.packed import Packed, Unpacked
+from adapterkit.weights.packed import Choice, Packed, Unpacked
 from adapterkit.weights.quantised import check_not_quantised
 
 PIECE = 1 << 20  # elements compared at a time
 CHANGED_BY = "adapterkit_changed_by"  # in the metadata of a base that is not the original's copy, but goes with an adapter
 
 
-def targets() -> dict[str, type[Packed]]:
-    """What can be written, by the name that `--to` gives it."""
-    return {target: record for record in members("weights.codecs").values() for target in record.targets}
+def targets() -> dict[str, list[type[Packed]]]:
+    """What can be written, by the name that `--to` gives it: formats for several kinds of modules, those for a special kind first."""
+    found: dict[str, list[type[Packed]]] = {}
+    for record in sorted(members("weights.codecs").values(), key=lambda record: "Linear" in record.modules):
+        for target in record.targets:
+            found.setdefault(target, []).append(record)
+    return found
 
 
 def quantize(
@@ -67,10 +71,11 @@ def quantize(
     """Quantise a checkpoint's linear layers, weight by weight: Q = encode(W).
 
     `to`: nf4, fp4 (bitsandbytes 4-bit, `block_size` values with one scale, `double_quant`: the scales quantised too), int8
-    (bitsandbytes), fp8 (blocks of 128 x 128). What transformers' `from_pretrained(quantization_config=...)` leaves alone is left
-    alone: the output layer, what is tied to it, embeddings, norms; `skip`: a regex on modules that are too. The files are those
-    that transformers saves, bit for bit where bitsandbytes defines them. The receipt has each weight's relative error. Raises
-    `Refused` before anything is written.
+    (bitsandbytes), fp8 (blocks of 128 x 128), w4a16 and w8a16 (compressed-tensors' int4 in groups of `block_size`, 128 where that
+    divides the width, and int8 in rows), mxfp4 (GPT-OSS: its experts, as OpenAI stores them; else compressed-tensors'). What
+    transformers' `from_pretrained(quantization_config=...)` leaves alone is left alone: the output layer, what is tied to it,
+    embeddings, norms; `skip`: a regex on modules that are too. The files are those that transformers saves, bit for bit where
+    bitsandbytes defines them. The receipt has each weight's relative error. Raises `Refused` before anything is written.
     """
     options = {"to": to, "block_size": block_size, "double_quant": double_quant, "skip": skip}
     plan = plan_quantize(open_source(base), options)
@@ -93,19 +98,24 @@ def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
 
 
 class Chosen:
-    """Which weights of a base are quantised, and how: the linear layers, but for what transformers leaves alone, and `skip`."""
+    """Which weights of a base are quantised, and how: the linear layers, but for what transformers leaves alone, and `skip`.
 
-    def __init__(self, base: Checkpoint, options: dict[str, Any]):
-        known = targets()
-        if options["to"] is not None:
-            produced.check_choices(("--to", options["to"], tuple(known)))
-        if options["to"] not in ("nf4", "fp4") and (options.get("double_quant") or options.get("block_size")):
-            found = f"--double-quant or --block-size with {options['to']}"
-            raise Refused(found, expected="nf4 or fp4", where="options", do="leave it out")
-        self.base, self.options, self.record = base, options, known.get(str(options["to"]))
+    `exceptions`: modules (by a predicate) that get another target than options["to"], of the same format.
+    """
+
+    def __init__(self, base: Checkpoint, options: dict[str, Any], exceptions: Sequence[tuple[Callable[[str], bool], str]] = ()):
+        to, known = options["to"], targets()
+        if to is not None:
+            produced.check_choices(("--to", to, tuple(known)))
+        for option, fitting in (("double_quant", ("nf4", "fp4")), ("block_size", ("nf4", "fp4", "w4a16"))):
+            if options.get(option) and not {to, *(target for _, target in exceptions)} & set(fitting):
+                found, expected = f"--{option.replace('_', '-')} with {to}", " or ".join(fitting)
+                raise Refused(found, expected=expected, where="options", do="leave it out")
+        self.base, self.options, self.exceptions = base, options, exceptions
         self.notes: list[str] = []
         self.weights: dict[str, Unpacked] = {}  # by key, all linear layers
         self.packed: dict[str, Packed] = {}  # by key, those that are quantised
+        self.modules: dict[str, Packed] = {}  # the same by module
         self.left: list[str] = []
         self.names = Names(base, tuple(base.tensors), careful=True, notes=self.notes)
         skeleton = self.names.model
@@ -113,23 +123,26 @@ class Chosen:
             found = f"a model that transformers does not know{': ' + self.notes[-1] if self.notes else ''}"
             raise Refused(found, expected="config.json of a known model", where=base.name, do="update transformers")
         self.model = skeleton.model
+        records = known.get(str(to), [])
+        self.record = next((r for r in records if layers(self.model, r.modules)), records[-1] if records else None)
         self.skip = matcher(options["skip"], "--skip") if options.get("skip") else None
         if self.skip is not None and not any(self.skip(name) for name, _ in self.model.named_modules()):
             found = f"--skip {options['skip']!r} matches none"
             raise Refused(found, expected="a module of the model", where="--skip", do="check the regex")
         self.asked: list[str] = []  # what the loader would quantise, and is not
         errors: list[AdapterkitError] = []
-        for module, kind in linear_layers(self.model):
+        for name, kind in layers(self.model, ("Linear", "Conv1D", *(self.record.modules if self.record else ()))).items():
             try:
-                self._choose(module, kind)
+                self._choose(name, kind)
             except AdapterkitError as error:
                 errors.append(error)
         refuse_all(errors)
         if not (self.packed if self.record else self.weights):
-            raise Refused("no linear layer", expected="one or more", where=base.name, do="check --skip")
+            found = f"no weight that {to} can hold" if self.record else "no linear layer"
+            raise Refused(found, expected="one or more", where=base.name, do="check --skip, or use another format")
 
-    def _choose(self, module: str, kind: str) -> None:
-        name = f"{module}.weight"
+    def _choose(self, name: str, kind: str) -> None:
+        module = name.removesuffix(".weight")
         parameter = self.names.parameter(name)
         if parameter is None or parameter.twin:
             return
@@ -144,14 +157,18 @@ class Chosen:
         if spec.dtype not in dtypes.FLOATS:
             raise Refused(f"{shown(spec.key)} is {spec.dtype}", expected="a float", where=self.base.name, do="dequantise it first")
         turned = kind == "Conv1D"
-        shape = (spec.shape[1], spec.shape[0]) if turned else spec.shape
-        self.weights[spec.key] = Unpacked(spec.key, shape, spec.dtype, turned)
-        packed = self.record.fresh(self.options["to"], self.weights[spec.key], self.options) if self.record else None
+        weight = Unpacked(spec.key, (spec.shape[1], spec.shape[0]) if turned else spec.shape, spec.dtype, turned)
+        if kind in ("Linear", "Conv1D"):
+            self.weights[spec.key] = weight
+        if self.record is None or kind not in self.record.modules:
+            return
+        target = next((target for fits, target in self.exceptions if fits(module)), self.options["to"])
+        packed = self.record.fresh(target, weight, self.options)
         if packed is None:
             self.asked.append(module)
             self.left.append(name)
         else:
-            self.packed[spec.key] = packed
+            self.packed[spec.key] = self.modules[module] = packed
 
     def widened(self) -> dict[str, Bundle]:
         """What transformers makes float32 when it quantises, but not when it loads the result, such as T5's wo in float16."""
@@ -166,24 +183,35 @@ class Chosen:
     def config(self) -> dict[str, Any]:
         """The base's config with a quantization_config, keys sorted as transformers writes them."""
         skipped = sorted({*self.asked, *kept_modules(self.model)}) if self.asked else None
+        others = [name for name, module in self.model.named_modules() if is_linear(module) and name not in self.modules]
         assert self.record is not None
-        dtype = next(iter(self.packed.values())).dtype
-        said = self.record.config(self.options["to"], dtype, skipped, self.options)
+        said = self.record.config(Choice(self.modules, skipped, others))
         return dict(sorted((self.base.config | {"quantization_config": said}).items()))
 
 
-def linear_layers(model: Any) -> list[tuple[str, str]]:
-    """Modules that transformers' quantisers replace, with their class: Linear and Conv1D, but for what they leave alone."""
-    from transformers.pytorch_utils import Conv1D
+def layers(model: Any, classes: Sequence[str]) -> dict[str, str]:
+    """Weights of modules of these classes, with the class, but for what transformers' quantisers leave alone. Linear layers and
+    Conv1D have one, of others all parameters of three axes are."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept, found = kept_modules(model), []
-    from torch import nn
-
+    kept, found = kept_modules(model), {}
     for name, module in model.named_modules():
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept):
-            found.append((name, "Conv1D" if isinstance(module, Conv1D) else "Linear"))
+        kind = type(module).__name__
+        if kind not in classes or not should_convert_module(name, kept):
+            continue
+        if is_linear(module):
+            found[f"{name}.weight"] = kind
+        else:
+            found |= {f"{name}.{leaf}": kind for leaf, weight in module.named_parameters(recurse=False) if weight.dim() == 3}
     return found
+
+
+def is_linear(module: Any) -> bool:
+    """Whether it is a Linear itself, no subclass, or GPT-2's Conv1D."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def kept_modules(model: Any) -> list[str]:

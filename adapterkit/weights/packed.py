@@ -30,6 +30,7 @@ class Packed(TensorSpec):
     name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]]  # the quant_method of configs that it belongs to
     targets: ClassVar[tuple[str, ...]] = ()  # what `quantize --to` calls it
+    modules: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # classes of the model's modules whose weights it can hold
     files: ClassVar[tuple[str, ...]] = ()  # beside config.json, what else of a folder says that it is quantised
 
     parts: tuple[TensorSpec, ...]  # what holds it, the codes first
@@ -45,8 +46,8 @@ class Packed(TensorSpec):
         raise NotImplementedError
 
     @classmethod
-    def config(cls, target: str, dtype: str, skipped: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
-        """The quantization_config of a model of such weights; `skipped`: the modules that are not, where the loader cannot know."""
+    def config(cls, choice: "Choice") -> dict[str, Any]:
+        """The quantization_config of a model of such weights."""
         raise NotImplementedError
 
     @property
@@ -82,6 +83,15 @@ class Packed(TensorSpec):
     def read_only(self) -> str | None:
         """Why it cannot be written, if it cannot."""
         return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which modules of a model are quantised: what a config has to say."""
+
+    packed: dict[str, Packed]  # by module
+    skipped: list[str] | None  # those that are not and that a loader which quantises all it can would; None where it knows itself
+    others: list[str]  # all linear layers that are not
 
 
 @dataclass(frozen=True)

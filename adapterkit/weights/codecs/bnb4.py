@@ -15,7 +15,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import Refused, Spoiled, shown
 from adapterkit.kernels import blockwise
-from adapterkit.weights.packed import Found, Packed, Unpacked
+from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
 STATE = ".quant_state.bitsandbytes__"
 OFFSET = 0.012345678901234567  # as long as most
@@ -64,9 +64,10 @@ class Bnb4(Packed):
         return replace(made, parts=(*parts, weight.part(STATE + kind, "U8", (len(text),))))
 
     @classmethod
-    def config(cls, target: str, dtype: str, skipped: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
-        said = {"load_in_4bit": True, "bnb_4bit_quant_type": target, "bnb_4bit_use_double_quant": bool(options.get("double_quant"))}
-        return config(said | {"bnb_4bit_compute_dtype": dtypes.CONFIG_NAME[dtype]}, skipped)
+    def config(cls, choice: Choice) -> dict[str, Any]:
+        one: Any = next(iter(choice.packed.values()))
+        said = {"load_in_4bit": True, "bnb_4bit_quant_type": one.kind, "bnb_4bit_use_double_quant": one.double}
+        return config(said | {"bnb_4bit_compute_dtype": dtypes.CONFIG_NAME[one.dtype]}, choice.skipped)
 
     @classmethod
     def find(cls, found: Found) -> Iterator[Packed]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapterkit.kernels import blockwise
 from adapterkit.weights.codecs.bnb4 import config, named
-from adapterkit.weights.packed import Found, Packed, Unpacked
+from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
 ROWS = 0  # weight_format: the layout "row"
 
@@ -34,8 +34,8 @@ class Bnb8(Packed):
         return cls(key=weight.key, dtype=weight.dtype, shape=shape, parts=parts, transposed=weight.transposed, **place)
 
     @classmethod
-    def config(cls, target: str, dtype: str, skipped: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
-        return config({"load_in_8bit": True}, skipped)
+    def config(cls, choice: Choice) -> dict[str, Any]:
+        return config({"load_in_8bit": True}, choice.skipped)
 
     @classmethod
     def find(cls, found: Found) -> Iterator[Packed]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, shown
+from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.kernels import narrow
 from adapterkit.kernels.packed import (
     Integers,
@@ -22,9 +22,11 @@ from adapterkit.kernels.packed import (
     unpack_zeros,
 )
 from adapterkit.patterns import matcher
-from adapterkit.weights.packed import Found, Packed
+from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
-CODES = (".weight_packed", ".weight")
+PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
+CODES = (f".{PACKED}", ".weight")
+SIZES = (128, 64, 32)  # of groups, that kernels know
 LAYOUTS = {  # of the config's format: what codes may be
     "pack-quantized": ("words",),
     "int-quantized": ("int8",),
@@ -48,12 +50,54 @@ class Compressed(Packed):
 
     name = "compressed-tensors"
     methods = ("compressed-tensors",)
+    targets = ("w4a16", "w8a16", "mxfp4")
+    modules = ("Linear",)
 
     kind: str
     bits: int
     block: tuple[int, int]  # of the weight, with one scale
     symmetric: bool
     indexed: bool  # weight_g_idx says which group a column is in
+
+    @classmethod
+    def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Compressed | None":
+        (out, width), stem = weight.shape, Unpacked(weight.key.removesuffix("weight"), weight.shape, weight.dtype)
+        if target == "mxfp4":
+            if width % narrow.MX:
+                return None
+            bits, size = 4, narrow.MX
+            parts = (stem.part(PACKED, "U8", (out, width // 2)), stem.part(SCALE, "U8", (out, width // size)))
+        else:
+            bits, size = (4, _size(width, options.get("block_size"))) if target == "w4a16" else (8, width)
+            codes = stem.part(PACKED, "I32", (out, math.ceil(width * bits / 32)))
+            parts = (codes, stem.part(SCALE, weight.dtype, (out, width // size)), stem.part(SHAPE, "I64", (2,)))
+        return cls(
+            key=weight.key, dtype=weight.dtype, shape=weight.shape, file="", start=0, stop=parts[0].nbytes, parts=parts,
+            kind="mxfp4" if target == "mxfp4" else "words", bits=bits, block=(1, size), symmetric=True, indexed=False,
+        )  # fmt: skip
+
+    @classmethod
+    def config(cls, choice: Choice) -> dict[str, Any]:
+        """A group for each scheme, with its modules by name if there are several."""
+        groups: dict[tuple, list[str]] = {}
+        for module, one in choice.packed.items():
+            assert isinstance(one, Compressed)
+            groups.setdefault((one.kind, one.bits, one.block[1] if one.block[1] < one.shape[1] else None), []).append(module)
+        layout = "mxfp4-pack-quantized" if next(iter(groups))[0] == "mxfp4" else "pack-quantized"
+        schemes = {}
+        for number, ((kind, bits, size), modules) in enumerate(sorted(groups.items(), key=str)):
+            weights = {"num_bits": bits, "type": TYPES[kind], "symmetric": True, "dynamic": False, "group_size": size}
+            weights |= {"strategy": "channel" if size is None else "group"}
+            weights |= {"scale_dtype": "torch.uint8"} if kind == "mxfp4" else {}
+            targets = ["Linear"] if len(groups) == 1 else modules
+            schemes[f"group_{number}"] = {"targets": targets, "weights": weights, "format": layout}
+        return {
+            "config_groups": schemes,
+            "format": layout,
+            "ignore": choice.others,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        }
 
     @classmethod
     def find(cls, found: Found) -> Iterator[Packed]:
@@ -96,7 +140,8 @@ class Compressed(Packed):
         assert not self.indexed
         size, dtype = math.prod(self.block), dtypes.torch_dtype(self.parts[1].dtype)
         lines = weight.reshape(self._lines)
-        return self._integers(encode_integers(lines, self.bits, size, symmetric=self.symmetric, scale_dtype=dtype))
+        made = self._integers(encode_integers(lines, self.bits, size, symmetric=self.symmetric, scale_dtype=dtype))
+        return made | {part.key: torch.tensor(self.shape) for part in self.parts if part.key.endswith("." + SHAPE)}
 
     def renewed(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
         """Integers take each group's old scale where that is nearer to W than a new one is: so their codes are stable. NVFP4 keeps
@@ -155,6 +200,14 @@ class Compressed(Packed):
         else:
             made = narrow.encode_fp8(weight, self.block, scale_dtype=dtypes.torch_dtype(scale.dtype))
         return found | {codes.key: made.codes, scale.key: made.scale.view(scale.shape)}
+
+
+def _size(width: int, wanted: int | None) -> int:
+    """Columns with one scale: what is wanted, or the largest of SIZES, if they divide the width; else all."""
+    if wanted is not None and wanted not in SIZES:
+        expected = " ".join(map(str, SIZES))
+        raise Refused(f"--block-size {wanted}", expected=expected, where="options", do="give one of these")
+    return next((size for size in SIZES if size <= (wanted or SIZES[0]) and width % size == 0), width)
 
 
 def nearest(

@@ -10,7 +10,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.errors import shown
 from adapterkit.kernels import narrow
-from adapterkit.weights.packed import Found, Packed, Unpacked
+from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
 CODES = ("F8_E4M3", "F8_E5M2")
 SCALE = "_scale_inv"
@@ -40,10 +40,10 @@ class Fp8(Packed):
         return cls(key=weight.key, dtype=weight.dtype, shape=weight.shape, parts=(codes, scale), block=BLOCK, power=False, **place)
 
     @classmethod
-    def config(cls, target: str, dtype: str, skipped: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+    def config(cls, choice: Choice) -> dict[str, Any]:
         return {
             "activation_scheme": "dynamic",
-            "modules_to_not_convert": skipped,
+            "modules_to_not_convert": choice.skipped,
             "quant_method": "fp8",
             "weight_block_size": list(BLOCK),
         }

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from adapterkit.errors import Refused, shown
 from adapterkit.kernels import narrow
-from adapterkit.weights.packed import Found, Packed
+from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
 BLOCKS, SCALES = "_blocks", "_scales"
+STACKS = (".gate_up_proj", ".down_proj")  # of GptOssExperts
+KEPT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +21,27 @@ class Mxfp4(Packed):
 
     name = "mxfp4"
     methods = ("mxfp4",)
+    targets = ("mxfp4",)
+    modules = ("GptOssExperts",)
+
+    @classmethod
+    def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Mxfp4 | None":
+        experts, width, out = weight.shape
+        if width % narrow.MX:
+            return None
+        scales = weight.part(SCALES, "U8", (experts, out, width // narrow.MX))
+        blocks = weight.part(BLOCKS, "U8", (*scales.shape, narrow.MX // 2))
+        place = {"file": "", "start": 0, "stop": blocks.nbytes}
+        return cls(key=weight.key, dtype=weight.dtype, shape=weight.shape, parts=(blocks, scales), **place)
+
+    @classmethod
+    def config(cls, choice: Choice) -> dict[str, Any]:
+        halves = {name.rpartition(".")[0] for name in choice.packed} & {name.rpartition(".")[0] for name in choice.skipped or ()}
+        if halves:
+            found, expected = f"one of the stacks of {', '.join(map(shown, sorted(halves)))} is quantised", "both or none"
+            raise Refused(found, expected=expected, where="--skip", do="give a regex that matches the module")
+        whole = {name.rpartition(".")[0] for name in choice.skipped or () if name.endswith(STACKS)}
+        return {"modules_to_not_convert": [*KEPT, *sorted(whole)], "quant_method": "mxfp4"}
 
     @classmethod
     def find(cls, found: Found) -> Iterator[Packed]:
