@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 Majority = Literal["total", "frequency"]
 SAMPLE = 1 << 16  # elements looked at to guess where a threshold lies
 ROOM = 1 << 18  # elements that may be collected around it, at least
-CACHED = 1 << 17  # elements worked on at once, so that a dozen temporaries of them stay in cache
+CACHED = 1 << 18  # elements worked on at once: a dozen temporaries of them stay in cache, and threads seldom wait for Python's lock
 
 
 class Cut(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 WELL_CONDITIONED = 1e-3  # smallest singular value over the largest one
+ROUNDING = 1e-12  # of a sum of squares
 
 
 class Product(NamedTuple):
@@ -104,14 +105,15 @@ def rank_for_energy(s: Tensor, energy: float, total: float | None = None) -> int
     """The smallest k >= 1 with Σ_{i<=k} s² >= energy * Σ s².
 
     `total` is Σ s² over all singular values where `s` holds only the first ones; then all of `s` may be too few, and the answer is
-    len(s) + 1. Values below float64's noise of the largest one count as zero.
+    len(s) + 1. Values below float64's noise of the largest one count as zero; equal values that keep the share exactly, but for
+    rounding, are enough.
     """
     squares = s.double().square()
     squares = torch.where(squares <= squares.max() * 1e-28, 0, squares) if len(s) else squares
     beyond = 0.0 if total is None else max(total - float(squares.sum()), 0.0)
     tails = squares.flip(0).cumsum(0).flip(0) + beyond  # tails[k]: what is lost when k values are kept
     whole = float(tails[0]) if len(s) else beyond
-    allowed = (1 - energy) * whole
+    allowed = (1 - energy) * whole * (1 + ROUNDING)
     enough = [k for k in range(1, len(s)) if float(tails[k]) <= allowed]
     if enough:
         return enough[0]

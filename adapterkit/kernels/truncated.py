@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterkit.kernels.lowrank import Svd, rank_for_energy
+from adapterkit.kernels.lowrank import ROUNDING, Svd, rank_for_energy
+from adapterkit.kernels.sums import squared_norm
 
 EXTRA = 8  # vectors of a block beyond the wanted ones: the gap that decides the speed is the one behind them
 CHUNK = 1 << 20  # elements converted to float64 at a time
@@ -81,7 +82,7 @@ def svd_for_energy(w: Tensor, energy: float, most: int) -> tuple[Svd, float]:
         hopeless = lambda squares: most > far and _reach(squares, far) < energy * total
         left = _krylov(matrix, fewest, min(most, 32) + EXTRA, share=0.5, hopeless=hopeless)
         found = None if left is None else _finish(matrix, left, max(len(left), 1))
-    if found is None or (len(found.s) < most and float(found.s.square().sum()) < energy * total):
+    if found is None or (len(found.s) < most and float(found.s.square().sum()) < energy * total * (1 - ROUNDING)):
         left = _full(matrix, fewest)
         found = _finish(matrix, left, len(left))
     return _restore(matrix, found, turned), total / matrix.half / matrix.half / matrix.half / matrix.half
@@ -257,8 +258,7 @@ def _reach(squares: Tensor, rank: int) -> float:
 
 def _squared_norm(w: Tensor, half: float) -> float:
     """‖half² w‖_F², summed in float64."""
-    parts = w.split(max(CHUNK // w.shape[1], 1))
-    return math.fsum(float((part.double() * half * half).square().sum()) for part in parts)
+    return squared_norm(w) * half * half * half * half
 
 
 def _full(matrix: _Matrix, wanted: Callable[[Tensor], int]) -> Tensor:

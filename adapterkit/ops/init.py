@@ -5,13 +5,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.kernels.sums import norm
 from adapterkit.ops import produced
 from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, module_of, place_of_linear, targeted
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
@@ -160,17 +159,16 @@ class Rest:
         a, b = factors_of(self.method.part(matrix.contiguous(), self.rank), self.rank, self.scale)
         taken = (b * self.scale) @ a
         taken = taken.T if self.transposed else taken
-        size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) or 1.0
-        facts: dict[str, Any] = {"taken": short(float(torch.linalg.vector_norm(taken, dtype=torch.float64)) / size)}
+        size = norm(weight) or 1.0
+        facts: dict[str, Any] = {"taken": short(norm(taken) / size)}
         aside = {f"{self.module}.a": a, f"{self.module}.b": b}
         rest = weight - taken
         if self.packed is None:
             stored = rest.to(dtypes.torch_dtype(self.source.dtype))
-            facts["error"] = short(float(torch.linalg.vector_norm(stored.float() - rest, dtype=torch.float64)) / size)
+            facts["error"] = short(norm(stored.float() - rest) / size)
             return Made({self.source.key: stored}, facts, aside)
         plain = self.packed.decode(self.packed.encode(weight))
-        facts["error_plain"] = short(float(torch.linalg.vector_norm(plain.sub_(weight), dtype=torch.float64)) / size)
+        facts["error_plain"] = short(norm(plain.sub_(weight)) / size)
         tensors = self.packed.encode(rest)
-        lost = self.packed.decode(tensors).sub_(rest)
-        facts["error"] = short(float(torch.linalg.vector_norm(lost, dtype=torch.float64)) / size)
+        facts["error"] = short(norm(self.packed.decode(tensors).sub_(rest)) / size)
         return Made(tensors, facts, aside)

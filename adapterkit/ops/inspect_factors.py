@@ -18,6 +18,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
 from adapterkit.kernels import lowrank
+from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops.changes import collect
 from adapterkit.ops.job import Job, Options
 from adapterkit.plan import Progress
@@ -192,7 +193,7 @@ def _squares(spec: TensorSpec, slot: Slot, sources: Sources, progress: Progress)
         block = block if len(here) == len(block) else block[here]
         for axis, of in picked.items():
             block = block if len(of) == block.shape[axis] else block.index_select(axis, of)
-        total += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+        total += squared_norm(block)
     return total
 
 

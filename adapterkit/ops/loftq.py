@@ -24,6 +24,7 @@ from adapterkit.errors import AdapterkitError, Failed, Refused, refuse_all, show
 from adapterkit.factors import Place
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.nearly import nearly_best
+from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.ops import produced
 from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, module_of, place_of_linear, targeted
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
@@ -37,6 +38,7 @@ from adapterkit.weights.packed import Packed
 from adapterkit.weights.quantised import check_not_quantised
 
 BITS = {4: "nf4", 8: "int8"}
+CANCELLED = 1e-3  # of what was lost: what is left is not taken from a difference of the two below this
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 Accept = Callable[[str, Tensor, Tensor], bool]  # (module, a, b) -> whether its factors are kept
 SUMMARY = "LoftQ: for its quantised base alone, not for the original"
@@ -108,10 +110,11 @@ def loftq(
 
     Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all rounds, plain quantisation
     included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept. `OUT/base` is the packed base (`bits` 4: nf4, with
-    `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `RE=BITS`, other
-    bits for some modules, of several that match the last; bitsandbytes has one width for a model, so the base is compressed-tensors'
-    then (w4a16, w8a16). `targets`: a regex on modules that get factors (default: all that are quantised). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
-    default. The receipt has each module's relative error before and after. Raises `Refused` before anything is written.
+    `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `RE=BITS`,
+    other bits for some modules, of several that match the last; bitsandbytes has one width for a model, so the base is then
+    compressed-tensors' (w4a16, w8a16). `targets`: a regex on modules that get factors (default: all that are quantised). scale is
+    alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. The receipt has each module's relative error before
+    and after. Raises `Refused` before anything is written.
 
     With `quantized`, a quantised checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one step on
     W - decode(Q). There `accept(module, a, b)` is asked of each module in turn, in the order of the file, whether its factors are
@@ -272,26 +275,38 @@ class Round:
 
 def alternated(weight: Tensor, packed: Packed, rank: int, iterations: int, turned: bool = False) -> Round:
     """The best of `iterations` rounds of Q = encode(W - L), L = the best approximation of W - Q of that rank; round 0 is L = 0."""
-    size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) or 1.0
-    best: Round | None = None
-    low: Tensor | None = None
+    size = norm(weight) or 1.0
+    stored = packed.encode(weight)
+    rest = _residual(weight, packed, stored)
+    lost = squared_norm(rest)
+    best = Round(stored, None, lost**0.5 / size, lost**0.5 / size, 0)
     svd: Svd | None = None
     for number in range(1, iterations + 1):
-        stored = packed.encode(weight if low is None else weight - low)
-        rest = weight - packed.decode(stored)
-        if number == 1:
-            before = float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / size
-            best = Round(stored, None, before, before, 0)
         matrix = rest.T if turned else rest
-        svd = nearly_best(matrix, rank, start=None if svd is None else _long(svd, matrix))
-        low = (svd.u * svd.s) @ svd.vh
-        low = low.T if turned else low
-        after = float(torch.linalg.vector_norm(rest.sub_(low), dtype=torch.float64)) / size
-        assert best is not None
+        svd = nearly_best(matrix, rank, start=None if svd is None else _long(svd, matrix), squares=lost)
+        left = lost - float(svd.s.double().square().sum())  # the triplets are a projection of the rest
+        if left < CANCELLED * lost:
+            left = squared_norm(matrix - _product(svd))
+        after = left**0.5 / size
         if after < best.after:
             best = Round(stored, svd, best.before, after, number)
-    assert best is not None
+        if number < iterations:
+            low = _product(svd)
+            low = low.T if turned else low
+            stored = packed.encode(torch.sub(weight, low, out=low))
+            rest = _residual(weight, packed, stored)
+            lost = squared_norm(rest)
     return best
+
+
+def _residual(weight: Tensor, packed: Packed, stored: dict[str, Tensor]) -> Tensor:
+    """W - Q, in Q's own memory: room for a weight that is new costs more than to subtract it."""
+    decoded = packed.decode(stored)
+    return torch.sub(weight, decoded, out=decoded)
+
+
+def _product(svd: Svd) -> Tensor:
+    return (svd.u * svd.s) @ svd.vh
 
 
 def _long(svd: Svd, matrix: Tensor) -> Tensor:
@@ -326,12 +341,12 @@ class Residual:
 
     def make(self, inputs: Inputs) -> Made:
         weight = inputs.tensor(self.original)
-        size = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) or 1.0
+        size = norm(weight) or 1.0
         rest = weight.sub_(inputs.tensor(self.packed))
         rest = rest.T if self.turned else rest
-        before = float(torch.linalg.vector_norm(rest, dtype=torch.float64)) / size
+        before = norm(rest) / size
         svd = nearly_best(rest, self.rank)
-        after = float(torch.linalg.vector_norm(rest - (svd.u * svd.s) @ svd.vh, dtype=torch.float64)) / size
+        after = norm(rest - _product(svd)) / size
         a, b = factors_of(svd, self.rank, self.scale)
         dtype = dtypes.torch_dtype(self.dtype)
         facts = {"rank": self.rank, "error": short(before), "error_after": short(after)}

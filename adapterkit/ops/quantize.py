@@ -13,6 +13,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops import produced
 from adapterkit.ops.packaging import NOT_COPIED, WEIGHTS, as_json, cell, hub_or_name
 from adapterkit.ops.requantised import Copied, Edited
@@ -44,7 +45,7 @@ CHANGED_BY = "adapterkit_changed_by"  # in the metadata of a base that is not th
 
 
 def targets() -> dict[str, list[type[Packed]]]:
-    """What can be written, by the name that `--to` gives it: formats for several kinds of modules, those for a special kind first."""
+    """What can be written, by the name that `--to` gives it; of formats of one name the one for rarer modules first."""
     found: dict[str, list[type[Packed]]] = {}
     for record in sorted(members("weights.codecs").values(), key=lambda record: "Linear" in record.modules):
         for target in record.targets:
@@ -138,7 +139,7 @@ class Chosen:
                 errors.append(error)
         refuse_all(errors)
         if not (self.packed if self.record else self.weights):
-            found = f"no weight that {to} can hold" if self.record else "no linear layer"
+            found = f"no linear layer for {to}" if self.record else "no linear layer"
             raise Refused(found, expected="one or more", where=base.name, do="check --skip, or use another format")
 
     def _choose(self, name: str, kind: str) -> None:
@@ -258,7 +259,7 @@ def relative_error(weight: Any, other: Any) -> float:
     """‖other - W‖_F / ‖W‖_F."""
     lost = size = 0.0
     for x, y in zip(weight.reshape(-1).split(PIECE), other.reshape(-1).split(PIECE), strict=True):
-        lost, size = lost + float((y - x).square_().sum()), size + float(x.square().sum())
+        lost, size = lost + squared_norm(y - x), size + squared_norm(x)
     return short((lost / size) ** 0.5) if size else 0.0
 
 

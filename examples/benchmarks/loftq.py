@@ -6,7 +6,7 @@
 
 One iteration quantises a weight to nf4 in blocks of 64, decodes it and takes the best approximation of rank 16 of what is lost.
 adapterkit runs as its engine does: as many weights at a time as there are cores, each in one thread; a weight's time is the wall
-time over their number, its parts are the threads' shares of that. The other side is PEFT's way: bitsandbytes and
+time of two rounds over their number, its parts are the threads' shares of that. The other side is PEFT's way: bitsandbytes and
 torch.linalg.svd(full_matrices=False), one weight at a time on all cores (PEFT itself asks for a GPU). Both work on the same
 weights, and their errors, ‖W - Q - b@a‖ / ‖W‖ in Frobenius norm, must agree. Processes take turns; all figures are medians.
 
@@ -84,11 +84,11 @@ loftq.nearly_best = timed("low_rank", loftq.nearly_best)
 pool, found = ThreadPoolExecutor(cores), {}
 list(pool.map(one, weights((256, 256), 2 * cores)))
 for name, shape in shapes.items():
-    many = weights(shape, cores)
+    many = weights(shape, 2 * cores)  # threads seldom end together
     start = time.perf_counter()
     results = list(pool.map(one, many))
-    seconds = (time.perf_counter() - start) / cores
-    parts = {part: sum(each[part] for _, each in results) / cores**2 for part in results[0][1]}
+    seconds = (time.perf_counter() - start) / len(many)
+    parts = {part: sum(each[part] for _, each in results) / cores / len(many) for part in results[0][1]}
     found[name] = {"seconds": seconds, **parts, "error": results[0][0]}
 print(json.dumps(found))
 """

@@ -192,9 +192,10 @@ def test_loftq_with_several_widths(base, tmp_path: Path) -> None:
     assert all(fact["error_after"] < fact["error"] for fact in facts.values())
     packed = stored(tmp_path / "out" / "base")
     for key in facts:
-        assert packed[key.replace("weight", "weight_packed")].shape[1] * (4 if key in wide else 8) == packed[
-            key.replace("weight", "weight_shape")
-        ][1]
+        assert (
+            packed[key.replace("weight", "weight_packed")].shape[1] * (4 if key in wide else 8)
+            == packed[key.replace("weight", "weight_shape")][1]
+        )
     old = stored(base("llama"))
     model = peft.PeftModel.from_pretrained(loaded(tmp_path / "out" / "base"), tmp_path / "out" / "adapter")
     merged = model.merge_and_unload().state_dict()
