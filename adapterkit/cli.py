@@ -300,6 +300,7 @@ def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> Non
 @click.option("--skip", metavar="RE", help="Modules that are not quantised.")
 @blocks
 @click.option("--quantized", metavar="QBASE", help="Keep this quantised base of BASE; write the adapter for it alone.")
+@click.option("--stats", metavar="FILE", help="Covariances of the modules' inputs: errors count by what they do to outputs.")
 @click.option("--accept", metavar="CMD", help="Ask `CMD MODULE FACTORS` of each module if its factors stay (0 yes, 1 no).")
 @factors
 def loftq(base: str, out: str, as_json: bool, quiet: bool, bits: str, **options: Any) -> None:

@@ -25,11 +25,13 @@ from adapterkit.factors import Place
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.nearly import nearly_best
 from adapterkit.kernels.sums import norm, squared_norm
+from adapterkit.kernels.weighted import projected
 from adapterkit.ops import produced
 from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, module_of, place_of_linear, targeted
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
+from adapterkit.ops.stats import Stats, open_stats, root_of
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
 from adapterkit.weights.decoded import decoded
@@ -96,6 +98,7 @@ def loftq(
     block_size: int | None = None,
     double_quant: bool = False,
     quantized: str | os.PathLike | None = None,
+    stats: str | os.PathLike | None = None,
     accept: Accept | str | None = None,
     dtype: str = "fp32",
     hash: str = "sha256",
@@ -116,6 +119,10 @@ def loftq(
     alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. The receipt has each module's relative error before
     and after. Raises `Refused` before anything is written.
 
+    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each module that gets factors saw (CorDA's, unscaled or
+    scaled); then errors are those of its outputs, ‖(W - Q - scale·b@a) C^½‖_F, in the choice of the factors, of the round and in
+    the receipt; `damping` is what was added to C, relative to its diagonal's mean.
+
     With `quantized`, a quantised checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one step on
     W - decode(Q). There `accept(module, a, b)` is asked of each module in turn, in the order of the file, whether its factors are
     kept; where not, b becomes zero. A text is a command: it gets the module's name and a safetensors file with a and b, and keeps
@@ -126,12 +133,20 @@ def loftq(
     """
     options = Options(rank, alpha, rslora, bits, tuple(bits_for), iterations, targets, skip, block_size, double_quant, dtype)
     ask = by_command(accept) if isinstance(accept, str) else accept
-    plan = plan_loftq(open_source(base), options, None if quantized is None else open_source(quantized), ask)
+    others = {"quantized": quantized, "stats": stats}
+    sources = {name: open_source(source) for name, source in others.items() if source is not None}
+    plan = plan_loftq(open_source(base), options, accept=ask, **sources)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
-def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None, accept: Accept | None = None) -> Plan:
+def plan_loftq(
+    folder: Folder,
+    options: Options,
+    quantized: Folder | None = None,
+    stats: Folder | None = None,
+    accept: Accept | None = None,
+) -> Plan:
     """Everything LoftQ will do, or `Refused`."""
     _check(options)
     if accept is not None and quantized is None:
@@ -141,7 +156,8 @@ def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None
     if quantized is not None:
         if options.bits_for:
             raise Refused("--bits-for with --quantized", expected="one of them", where="options", do="leave one out")
-        return _plan_kept(base, open_checkpoint(quantized, 1), options, accept)
+        seen = None if stats is None else open_stats(stats, 2)
+        return _plan_kept(base, open_checkpoint(quantized, 1), seen, options, accept)
     said = {"block_size": options.block_size, "double_quant": options.double_quant, "skip": options.skip}
     to, exceptions = options.formats[options.bits], options.exceptions
     chosen = Chosen(base, {"to": to, **said}, exceptions)
@@ -152,15 +168,14 @@ def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None
     wanted = targeted(options.targets, list(chosen.packed))
     bundles = chosen.widened()
     factors: list[Bundle] = []
-    for key, packed in chosen.packed.items():
-        module = key.removesuffix(".weight")
-        if key in wanted:
-            name = module_of(chosen.names, module)
-            bundle = Lofted(base.tensors[key], packed, name, options.rank, options.scale, options.iterations)
-            bundles[key] = bundle
-            factors.append(
-                FromAside(name, place_of_linear(name, chosen.weights[key].shape), bundle.rank, dtypes.parse(options.dtype))
-            )
+    modules = {key: module_of(chosen.names, key.removesuffix(".weight")) for key in wanted}
+    seen = None if stats is None else open_stats(stats, 1)
+    covariances = {} if seen is None else seen.covariances({modules[key]: chosen.weights[key].shape[1] for key in wanted})
+    for key, name in modules.items():
+        about = (options.rank, options.scale, options.iterations, covariances.get(name))
+        bundles[key] = Lofted(base.tensors[key], chosen.packed[key], name, *about)
+        place = place_of_linear(name, chosen.weights[key].shape)
+        factors.append(FromAside(name, place, options.rank, dtypes.parse(options.dtype)))
     model = QuantisedModel(base, chosen.packed, bundles, chosen.config(), "base", "loftq")
     adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter")
     shards = (*model.shards(), adapter.shard())
@@ -170,16 +185,20 @@ def plan_loftq(folder: Folder, options: Options, quantized: Folder | None = None
     headers = model_headers(base)
     told = {key: value for key, value in vars(options).items() if value}
     facts = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed), "modules": len(factors)}
-    who = identities((folder,), headers)
-    return Plan("loftq", told, (folder,), headers, who, shards, files, facts, tuple(notes), warn=_warnings)
+    folders, models = (folder,), (0,)
+    if seen is not None:
+        headers |= produced.model_headers(seen.held, 1)
+        folders, models = (folder, seen.folder), (0, 1)
+    who = identities(folders, headers)
+    return Plan("loftq", told, folders, headers, who, shards, files, facts, tuple(notes), models=models, warn=_warnings)
 
 
-def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options, accept: Accept | None) -> Plan:
+def _plan_kept(base: Checkpoint, quantised: Checkpoint, stats: Stats | None, options: Options, accept: Accept | None) -> Plan:
     """The adapter alone, for a quantised base that stays as it is."""
     plain = decoded(quantised)
     names = [Names(side, tuple(side.tensors), careful=True) for side in (base, plain)]
     errors: list[AdapterkitError] = []
-    factors: list[Bundle] = []
+    factors: list[Residual] = []
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, Packed)}
     for key in targeted(options.targets, list(packed)):
         spec, module = packed[key], key.removesuffix(".weight")
@@ -195,6 +214,9 @@ def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options, accept
         place = place_of_linear(name, shape)
         factors.append(Residual(name, original, spec, place, options.rank, options.scale, dtypes.parse(options.dtype), turned))
     refuse_all(errors)
+    if stats is not None:
+        covariances = stats.covariances({one.name: one.place.a_tail[0] for one in factors})
+        factors = [replace(one, covariance=covariances[one.name]) for one in factors]
     if not factors:
         raise Refused("no quantised weights to make up for", expected="one or more", where=quantised.name, do="check --targets")
     adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY)
@@ -202,11 +224,15 @@ def _plan_kept(base: Checkpoint, quantised: Checkpoint, options: Options, accept
         adapter = replace(adapter, settle=partial(_asked, accept))
     headers = model_headers(base) | produced.model_headers(quantised, 1)
     folders, notes = (base.folder, quantised.folder), []
+    if stats is not None:
+        headers |= produced.model_headers(stats.held, 2)
+        folders = (*folders, stats.folder)
     files = adapter.files(notes)
     told = {key: value for key, value in vars(options).items() if value}
     facts = {"modules": len(factors)}
     shards, who = (adapter.shard(),), identities(folders, headers)
-    return Plan("loftq", told, folders, headers, who, shards, files, facts, tuple(notes), models=(0, 1), warn=_warnings)
+    models = tuple(range(len(folders)))
+    return Plan("loftq", told, folders, headers, who, shards, files, facts, tuple(notes), models=models, warn=_warnings)
 
 
 def _check(options: Options) -> None:
@@ -230,6 +256,7 @@ class Lofted:
     rank: int  # filled up with zeros where the weight has fewer
     scale: float
     iterations: int
+    covariance: TensorSpec | None = None
 
     @property
     def name(self) -> str:
@@ -237,7 +264,7 @@ class Lofted:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.source,)
+        return (self.source, *_given(self.covariance))
 
     @property
     def most(self) -> tuple[Stored, ...]:
@@ -249,22 +276,24 @@ class Lofted:
 
     @property
     def memory(self) -> int:
-        return 24 * math.prod(self.packed.shape)
+        return 24 * math.prod(self.packed.shape) + _room(self.covariance)
 
     def make(self, inputs: Inputs) -> Made:
         weight = inputs.tensor(self.source)
         turned = weight.shape != self.packed.shape or getattr(self.packed, "transposed", False)
-        found = alternated(weight, self.packed, self.rank, self.iterations, turned)
+        root, said = _root(inputs, self.covariance)
+        found = alternated(weight, self.packed, self.rank, self.iterations, turned, root)
         out, width = (weight.shape[1], weight.shape[0]) if turned else weight.shape
         nothing = Svd(weight.new_zeros(out, 1), weight.new_zeros(1), weight.new_zeros(1, width))
         a, b = factors_of(found.svd or nothing, self.rank, self.scale)
-        facts = {"error": short(found.before), "error_after": short(found.after), "iterations": found.round}
+        facts = {"error": short(found.before), "error_after": short(found.after), "iterations": found.round, **said}
         return Made(found.stored, facts, {f"{self.module}.a": a, f"{self.module}.b": b})
 
 
 @dataclass
 class Round:
-    """One round of LoftQ: the stored tensors of Q, the triplets of scale·b@a, and the errors before and after, relative to ‖W‖."""
+    """One round of LoftQ: the stored tensors of Q, the triplets of scale·b@a, and the errors before and after, relative to W's
+    norm."""
 
     stored: dict[str, Tensor]
     svd: Svd | None
@@ -273,36 +302,58 @@ class Round:
     round: int
 
 
-def alternated(weight: Tensor, packed: Packed, rank: int, iterations: int, turned: bool = False) -> Round:
-    """The best of `iterations` rounds of Q = encode(W - L), L = the best approximation of W - Q of that rank; round 0 is L = 0."""
-    size = norm(weight) or 1.0
-    stored = packed.encode(weight)
-    rest = _residual(weight, packed, stored)
-    lost = squared_norm(rest)
-    best = Round(stored, None, lost**0.5 / size, lost**0.5 / size, 0)
-    svd: Svd | None = None
+def alternated(
+    weight: Tensor, packed: Packed, rank: int, iterations: int, turned: bool = False, root: Tensor | None = None
+) -> Round:
+    """The best of `iterations` rounds of Q = encode(W - L), L = the best approximation of W - Q of that rank; round 0 is L = 0.
+
+    Norms are those of W·root (in, in) where it is given. `turned`: the weight is (in, out).
+    """
+    size = norm(_weighted(weight.T if turned else weight, root)) or 1.0
+    best: Round | None = None
+    low: Tensor | None = None
+    seen: Svd | None = None
     for number in range(1, iterations + 1):
+        stored = packed.encode(weight if low is None else torch.sub(weight, low, out=low))
+        rest = packed.decode(stored)
+        torch.sub(weight, rest, out=rest)  # in its memory: new room for a weight costs more than to subtract it
         matrix = rest.T if turned else rest
-        svd = nearly_best(matrix, rank, start=None if svd is None else _long(svd, matrix), squares=lost)
-        left = lost - float(svd.s.double().square().sum())  # the triplets are a projection of the rest
+        errors = _weighted(matrix, root)
+        lost = squared_norm(errors)
+        best = best or Round(stored, None, lost**0.5 / size, lost**0.5 / size, 0)
+        seen = nearly_best(errors, rank, start=None if seen is None else _long(seen, errors), squares=lost)
+        left = lost - float(seen.s.double().square().sum())  # the triplets are a projection of the errors
         if left < CANCELLED * lost:
-            left = squared_norm(matrix - _product(svd))
-        after = left**0.5 / size
-        if after < best.after:
-            best = Round(stored, svd, best.before, after, number)
+            left = squared_norm(errors - _product(seen))
+        svd = seen if root is None else projected(seen.u, matrix)
+        if left**0.5 / size < best.after:
+            best = Round(stored, svd, best.before, left**0.5 / size, number)
         if number < iterations:
             low = _product(svd)
             low = low.T if turned else low
-            stored = packed.encode(torch.sub(weight, low, out=low))
-            rest = _residual(weight, packed, stored)
-            lost = squared_norm(rest)
+    assert best is not None
     return best
 
 
-def _residual(weight: Tensor, packed: Packed, stored: dict[str, Tensor]) -> Tensor:
-    """W - Q, in Q's own memory: room for a weight that is new costs more than to subtract it."""
-    decoded = packed.decode(stored)
-    return torch.sub(weight, decoded, out=decoded)
+def _weighted(matrix: Tensor, root: Tensor | None) -> Tensor:
+    return matrix if root is None else matrix @ root
+
+
+def _root(inputs: Inputs, covariance: TensorSpec | None) -> tuple[Tensor | None, dict[str, float]]:
+    """The root of a covariance, if there is one, and what the receipt says of it."""
+    if covariance is None:
+        return None, {}
+    root, damping = root_of(inputs, covariance)
+    return root, {"damping": damping}
+
+
+def _given(covariance: TensorSpec | None) -> tuple[TensorSpec, ...]:
+    return () if covariance is None else (covariance,)
+
+
+def _room(covariance: TensorSpec | None) -> int:
+    """Bytes for a covariance, its copies in float64 and its root."""
+    return 0 if covariance is None else 32 * math.prod(covariance.shape)
 
 
 def _product(svd: Svd) -> Tensor:
@@ -326,10 +377,11 @@ class Residual:
     scale: float
     dtype: str
     turned: bool
+    covariance: TensorSpec | None = None
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.original, *self.packed.parts)
+        return (self.original, *self.packed.parts, *_given(self.covariance))
 
     @property
     def most(self) -> tuple[Stored, ...]:
@@ -337,19 +389,21 @@ class Residual:
 
     @property
     def memory(self) -> int:
-        return 16 * math.prod(self.packed.shape)
+        return 16 * math.prod(self.packed.shape) + _room(self.covariance)
 
     def make(self, inputs: Inputs) -> Made:
         weight = inputs.tensor(self.original)
-        size = norm(weight) or 1.0
+        root, said = _root(inputs, self.covariance)
+        size = norm(_weighted(weight.T if self.turned else weight, root)) or 1.0
         rest = weight.sub_(inputs.tensor(self.packed))
         rest = rest.T if self.turned else rest
-        before = norm(rest) / size
-        svd = nearly_best(rest, self.rank)
-        after = norm(rest - _product(svd)) / size
+        errors = _weighted(rest, root)
+        seen = nearly_best(errors, self.rank)
+        before, after = norm(errors) / size, norm(errors - _product(seen)) / size
+        svd = seen if root is None else projected(seen.u, rest)
         a, b = factors_of(svd, self.rank, self.scale)
         dtype = dtypes.torch_dtype(self.dtype)
-        facts = {"rank": self.rank, "error": short(before), "error_after": short(after)}
+        facts = {"rank": self.rank, "error": short(before), "error_after": short(after), **said}
         return Made({self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, facts)
 
 

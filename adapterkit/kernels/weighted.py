@@ -1,0 +1,46 @@
+"""Errors that count for what a layer's inputs make of them: ‖(W - L) x‖² on average is ‖(W - L) s‖_F² with s sᵀ = C = E[x xᵀ].
+
+The best L of a rank is u uᵀ W, u the leading left singular vectors of W s: (W - L) s = (1 - u uᵀ) W s. No inverse of s is needed.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from adapterkit.kernels.lowrank import Svd
+
+DAMPING = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of the mean of C's diagonal: added to it until it is positive definite
+SYMMETRIC = 1e-3  # of the largest element
+
+
+def root(
+    c: Tensor,  # (n, n) float32
+) -> tuple[Tensor, float]:  # (n, n) float32, lower triangular
+    """s with s sᵀ = C + d·mean(diag C)·1, and d: Cholesky in float64, n³/3 operations.
+
+    Raises ValueError for what is no covariance: not symmetric, all zeros, or not positive semidefinite.
+    """
+    largest = float(c.abs().amax())
+    if not largest or not math.isfinite(largest):
+        raise ValueError("zeros" if not largest else "values that are not finite")
+    if float((c - c.T).abs().amax()) > SYMMETRIC * largest:
+        raise ValueError("not symmetric")
+    wide = c.double()
+    mean = float(wide.diagonal().mean())
+    for damping in DAMPING if mean > 0 else ():
+        damped = wide.clone()
+        damped.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return factor.float(), damping
+    raise ValueError("not positive semidefinite")
+
+
+def projected(
+    u: Tensor,  # (out, k), orthonormal
+    w: Tensor,  # (out, in)
+) -> Svd:
+    """The triplets of u uᵀ w."""
+    x, s, vh = torch.linalg.svd(u.T @ w, full_matrices=False)
+    return Svd(u @ x, s, vh)

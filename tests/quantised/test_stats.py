@@ -1,0 +1,193 @@
+"""LoftQ by what layers see: the best factors in ‖(W - Q - scale·b@a) C^½‖, by float64 from the files and from a model's outputs."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_loftq import MODELS, oracle, originals, products, values
+from torch import Tensor
+
+import adapterkit
+from adapterkit.errors import AdapterkitError, Damaged, Refused, Spoiled
+from adapterkit.kernels.weighted import projected, root
+
+RANK = 4
+NAMES = ("llama", "gpt2")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def base(made: Callable[..., Path]) -> Callable[[str], Path]:
+    return lambda name: made(f"stats-{name}", lambda folder: oracle.save_base(MODELS[name](), folder, "fp32"))
+
+
+def inputs_of(name: str, base: Path) -> dict[str, Tensor]:
+    """What each linear layer sees of some random texts, (tokens, in) float64."""
+    model, found = oracle.load(MODELS[name], base).float(), {}
+
+    def watch(module: str) -> Callable:
+        def hook(_, args: tuple) -> None:
+            found[module] = args[0].detach().double().flatten(0, -2)
+
+        return hook
+
+    for module, layer in model.named_modules():
+        if type(layer).__name__ in ("Linear", "Conv1D") and not module.endswith("lm_head"):
+            layer.register_forward_pre_hook(watch(module))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        model(torch.randint(60, (24, 32), generator=generator))
+    return found
+
+
+@pytest.fixture
+def seen(base) -> Callable[[str], tuple[dict[str, Tensor], Path]]:
+    """Inputs, and the file of their covariances."""
+
+    def make(name: str) -> tuple[dict[str, Tensor], Path]:
+        found, path = inputs_of(name, base(name)), base(name).parent / f"{name}-stats.safetensors"
+        if not path.exists():
+            save_file({f"{module}.covariance": (x.T @ x / len(x)).float() for module, x in found.items()}, path)
+        return found, path
+
+    return make
+
+
+def outputs_lost(name: str, base: Path, quantised: Path, adapter: Path | None, xs: dict[str, Tensor]) -> dict[str, float]:
+    """‖(W - Q - scale·b@a) xᵀ‖ / ‖W xᵀ‖ of each module, (out, in)."""
+    weights, packed = originals(base), values(quantised)
+    deltas = products(name, adapter) if adapter else {}
+    found = {}
+    for key, q in packed.items():
+        w, rest = weights[key], weights[key] - q - deltas.get(key, 0)
+        w, rest = (w.T, rest.T) if name == "gpt2" else (w, rest)
+        x = xs[key.removesuffix(".weight")]
+        found[key] = float((rest @ x.T).norm() / (w @ x.T).norm())
+    return found
+
+
+@pytest.mark.parametrize("iterations", [1, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_are_those_of_the_outputs(base, seen, name: str, iterations: int, tmp_path: Path) -> None:
+    xs, path = seen(name)
+    how: dict[str, Any] = {"rank": RANK, "iterations": iterations}
+    receipt: Any = adapterkit.loftq(base(name), out=tmp_path / "out", stats=path, **how)
+    facts = {key: fact for key, fact in receipt.data["parameters"].items() if "error_after" in fact}
+    lost = outputs_lost(name, base(name), tmp_path / "out" / "base", tmp_path / "out" / "adapter", xs)
+    adapterkit.loftq(base(name), out=tmp_path / "plain", **how)
+    plain = outputs_lost(name, base(name), tmp_path / "plain" / "base", tmp_path / "plain" / "adapter", xs)
+    assert facts.keys() == lost.keys()
+    for key, fact in facts.items():
+        assert fact["damping"] <= 1e-4
+        assert fact["error_after"] == pytest.approx(lost[key], rel=5e-3), key
+        assert fact["error_after"] < fact["error"] and lost[key] < plain[key], key
+    adapterkit.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_factors_of_that_rank_are_better(base, seen, name: str, tmp_path: Path) -> None:
+    xs, path = seen(name)
+    adapterkit.loftq(base(name), out=tmp_path / "out", stats=path, rank=RANK, iterations=1)
+    packed, weights = values(tmp_path / "out" / "base"), originals(base(name))
+    lost = outputs_lost(name, base(name), tmp_path / "out" / "base", tmp_path / "out" / "adapter", xs)
+    for key, q in packed.items():
+        x, w = xs[key.removesuffix(".weight")], weights[key]
+        rest, w = ((weights[key] - q).T, w.T) if name == "gpt2" else (weights[key] - q, w)
+        best = float(torch.linalg.svdvals(rest @ x.T)[RANK:].norm() / (w @ x.T).norm())
+        assert best * (1 - 1e-6) <= lost[key] <= best * (1 + 1e-3), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_for_a_base_that_stays(base, seen, name: str, tmp_path: Path) -> None:
+    xs, path = seen(name)
+    adapterkit.quantize(base(name), to="nf4", out=tmp_path / "nf4")
+    receipt: Any = adapterkit.loftq(base(name), quantized=tmp_path / "nf4", stats=path, rank=RANK, out=tmp_path / "out")
+    lost = outputs_lost(name, base(name), tmp_path / "nf4", tmp_path / "out", xs)
+    before = outputs_lost(name, base(name), tmp_path / "nf4", None, xs)
+    facts = {f"{module}.weight": fact for module, fact in receipt.data["parameters"].items() if "error_after" in fact}
+    assert facts.keys() == lost.keys()
+    for key, fact in facts.items():
+        assert fact["error"] == pytest.approx(before[key], rel=5e-3)
+        assert fact["error_after"] == pytest.approx(lost[key], rel=5e-3) and lost[key] < before[key]
+
+
+def test_a_covariance_of_ones_is_no_change(base, tmp_path: Path) -> None:
+    widths = {module: x.shape[1] for module, x in inputs_of("llama", base("llama")).items()}
+    save_file({f"{module}.covariance": 3 * torch.eye(width) for module, width in widths.items()}, tmp_path / "one.safetensors")
+    found = []
+    for name, how in {"with": {"stats": tmp_path / "one.safetensors"}, "without": {}}.items():
+        receipt: Any = adapterkit.loftq(base("llama"), out=tmp_path / name, rank=RANK, iterations=2, **how)
+        found.append({key: fact["error_after"] for key, fact in receipt.data["parameters"].items() if "error_after" in fact})
+    assert found[0] == pytest.approx(found[1], rel=2e-4)
+
+
+def test_the_kernel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 40, generator=generator, dtype=torch.float64) * torch.logspace(-2, 2, 40, dtype=torch.float64)
+    c = x.T @ x / len(x)
+    s, damping = root(c.float())
+    mean = float(c.diagonal().mean())
+    assert torch.equal(s, s.tril())
+    assert torch.allclose((s.double() @ s.T.double()), c + damping * mean * torch.eye(40), atol=2e-6 * float(c.abs().max()))
+    few, more = root((x[:5].T @ x[:5]).float())  # singular
+    assert bool(few.isfinite().all()) and more <= 1e-2
+    w = torch.randn(30, 40, generator=generator)
+    u = torch.linalg.qr(torch.randn(30, 3, generator=generator)).Q
+    svd = projected(u, w)
+    assert torch.allclose((svd.u * svd.s) @ svd.vh, u @ (u.T @ w), atol=1e-4)
+    assert torch.allclose(svd.u.T @ svd.u, torch.eye(3), atol=1e-5)
+
+
+def changed(path: Path, out: Path, **tensors: Tensor | None) -> Path:
+    stored = {**load_file(path), **tensors}
+    save_file({key: tensor.contiguous() for key, tensor in stored.items() if tensor is not None}, out)
+    return out
+
+
+QUERY = "model.layers.0.self_attn.q_proj.covariance"
+BAD: dict[str, tuple[Callable[[Tensor], Tensor | None], type[AdapterkitError], str]] = {
+    "missing": (lambda c: None, Refused, "no model.layers.0.self_attn.q_proj.covariance"),
+    "of another width": (lambda c: c[:-1, :-1], Damaged, "127, 127"),
+    "a vector": (lambda c: c[0], Damaged, "128, 128"),
+    "integers": (lambda c: c.int(), Damaged, "I32"),
+    "zeros": (torch.zeros_like, Spoiled, "zeros"),
+    "not symmetric": (lambda c: c.triu() * 2, Spoiled, "not symmetric"),
+    "negative": (lambda c: -c, Spoiled, "not positive"),
+    "not finite": (lambda c: c.index_fill(0, torch.tensor([3]), torch.nan), Spoiled, "finite"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_no_covariance_is_refused(base, seen, what: str, tmp_path: Path) -> None:
+    change, error, text = BAD[what]
+    _, path = seen("llama")
+    bad = changed(path, tmp_path / "bad.safetensors", **{QUERY: change(load_file(path)[QUERY])})
+    with pytest.raises(error, match=text):
+        adapterkit.loftq(base("llama"), out=tmp_path / "no", stats=bad, rank=RANK)
+    assert not (tmp_path / "no").exists()
+
+
+def test_modules_without_factors_need_none(base, seen, tmp_path: Path) -> None:
+    _, path = seen("llama")
+    some = changed(path, tmp_path / "some.safetensors", **{QUERY: None})
+    adapterkit.loftq(base("llama"), out=tmp_path / "out", stats=some, rank=RANK, targets="v_proj", iterations=1)
+
+
+def test_the_command(base, seen, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from adapterkit.cli import main
+
+    words = ["loftq", str(base("llama")), "--rank", "4", "--stats", str(seen("llama")[1]), "--out", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
