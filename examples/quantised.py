@@ -2,13 +2,14 @@
 
     python examples/quantised.py [FOLDER] [--json]
 
-Takes some three minutes on two idle cores, 2 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The
+Takes some four minutes on two idle cores, 2 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The
 text is Python's own reference manual (`pydoc_data`), of which some passages are held out, so the last digits depend on the version
 of Python. All that is written stays in FOLDER (default: quantised-output). With --json stdout holds one JSON document instead.
 
 Two tables of perplexity on the held-out passages:
 
-- the base in 16 bits, in nf4, and in nf4 with adapters that make up for what is lost: LoftQ after one and four iterations, QPiSSA;
+- the base in 16 bits, in nf4, and in nf4 with adapters that make up for what is lost: LoftQ after one and four iterations and with
+  the covariances of what its layers see, QPiSSA;
 - an adapter that is trained on the nf4 model: as trained, and merged into nf4, into decoded weights, into the 16-bit original.
 
 All are measured in float32 on decoded weights (`dequantize`, `merge --dequantize`). That this is what transformers and PEFT make
@@ -35,6 +36,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -43,6 +45,7 @@ import realmodel
 
 BLOCK = 256  # tokens of a passage
 HELD_OUT, EVERY = 24, 17  # passages, one of so many
+SEEN = 64  # passages of whose inputs the covariances are
 FEW = 2  # passages on which the packed model is asked too
 RANK, ITERATIONS = 16, (1, 4)
 STEPS, TRAINED_RANK, ALPHA, LEARNING_RATE = 40, 8, 16, 1e-3
@@ -65,7 +68,7 @@ def main() -> int:
         sys.exit("the model comes from the package index, which did not answer")
     held_out, training = passages(AutoTokenizer.from_pretrained(base))
 
-    made = quantised(base, args.folder)
+    made = quantised(base, args.folder, covariances(base, training, args.folder / "stats.safetensors"))
     table = {"base": measured(base, held_out)} | {name: measured(floats, held_out) for name, (_, floats) in made.items()}
     show("perplexity on held-out passages", table, against="base")
     packed = agreements(made, held_out[:FEW])
@@ -103,7 +106,7 @@ def passages(tokenizer) -> tuple[Tensor, Tensor]:
 Packed = tuple[Path, Path | None]  # a quantised base, and the adapter for it
 
 
-def quantised(base: Path, folder: Path) -> dict[str, tuple[Packed, Path]]:
+def quantised(base: Path, folder: Path, stats: Path) -> dict[str, tuple[Packed, Path]]:
     """name -> the packed model, and the same as float32 weights."""
     nf4 = ("--double-quant", "--out")
     adapterkit("quantize", base, "--to", "nf4", *nf4, folder / "nf4")
@@ -112,6 +115,8 @@ def quantised(base: Path, folder: Path) -> dict[str, tuple[Packed, Path]]:
     for n in ITERATIONS:
         adapterkit("loftq", base, "--rank", RANK, "--iterations", n, *nf4, folder / f"loftq-{n}")
         made[f"nf4 + LoftQ, {n} iteration{'s' if n > 1 else ''}"] = in_floats(folder / f"loftq-{n}")
+    adapterkit("loftq", base, "--rank", RANK, "--stats", stats, *nf4, folder / "loftq-stats")
+    made[f"nf4 + LoftQ, {max(ITERATIONS)} iterations, --stats"] = in_floats(folder / "loftq-stats")
     adapterkit("init", base, "--method", "pissa", "--quantize", "nf4", "--rank", RANK, *nf4, folder / "qpissa")
     return made | {"nf4 + QPiSSA": in_floats(folder / "qpissa")}
 
@@ -146,6 +151,29 @@ def adapterkit(*arguments: str | int | Path) -> None:
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def covariances(base: Path, training: Tensor, out: Path) -> Path:
+    """E[x xᵀ] of what each linear layer sees of some passages, as `loftq --stats` reads it."""
+    model, sums = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), {}
+
+    def watch(module: str):
+        def add(_, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2)
+            sums[module] = sums.get(module, 0) + x.T @ x
+
+        return add
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(watch(name))
+    passages = training[:: len(training) // SEEN]
+    for block in passages:
+        model(block[None])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"{name}.covariance": total / passages.numel() for name, total in sums.items()}, out)
+    return out
 
 
 def measured(folder: Path, tokens: Tensor) -> float:
@@ -215,11 +243,12 @@ def show(title: str, table: dict[str, float], against: str) -> None:
 def better(table: dict[str, float]) -> list[tuple[str, bool]]:
     lost = table["nf4"] - table["base"]
     back = {name: (table["nf4"] - found) / lost for name, found in table.items() if "+" in name}
-    once, often = (share for name, share in back.items() if "LoftQ" in name)
+    once, often, seen = (share for name, share in back.items() if "LoftQ" in name)
     return [
         ("nf4 costs perplexity", lost > 0),
         *((f"{name} gives back {share:.0%} of what nf4 loses", share > 0) for name, share in back.items()),
         ("more iterations of LoftQ give back more", often > once),
+        ("LoftQ gives back more where it knows what the layers see", seen > often),
     ]
 
 

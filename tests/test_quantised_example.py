@@ -19,7 +19,8 @@ def test_the_quantised_example_runs_and_what_must_hold_holds(tmp_path):
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr.count("\nok: ") == 5 + 4 + 2  # better than plain nf4, packed as decoded, merged as trained
+    assert done.stderr.count("\nok: ") == 7 + 5 + 2  # better than plain nf4, packed as decoded, merged as trained
     assert "WRONG" not in done.stderr
     table = {name: row["perplexity"] for name, row in json.loads(done.stdout)["table"].items()}
-    assert table["base"] < table["nf4 + LoftQ, 4 iterations"] < table["nf4 + LoftQ, 1 iteration"] < table["nf4"]
+    with_stats, without = table["nf4 + LoftQ, 4 iterations, --stats"], table["nf4 + LoftQ, 4 iterations"]
+    assert table["base"] < with_stats < without < table["nf4 + LoftQ, 1 iteration"] < table["nf4"]

@@ -31,9 +31,9 @@ from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, modu
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
-from adapterkit.ops.stats import Stats, open_stats, root_of
+from adapterkit.ops.stats import covariances, given, room, root_of
 from adapterkit.patterns import matcher
-from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
+from adapterkit.plan import Bundle, Computed, Inputs, Made, Plan, Progress, Receipt, identities
 from adapterkit.weights.decoded import decoded
 from adapterkit.weights.names import Names
 from adapterkit.weights.packed import Packed
@@ -148,16 +148,33 @@ def plan_loftq(
     accept: Accept | None = None,
 ) -> Plan:
     """Everything LoftQ will do, or `Refused`."""
-    _check(options)
-    if accept is not None and quantized is None:
-        raise Refused("--accept without --quantized", expected="both", where="options", do="give --quantized, or leave it out")
+    _check(options, quantized is not None, accept is not None)
     base = open_checkpoint(folder)
     check_not_quantised(base)
+    others = [open_checkpoint(other, number) for number, other in enumerate((o for o in (quantized, stats) if o is not None), 1)]
+    seen = others[-1] if stats is not None else None
     if quantized is not None:
-        if options.bits_for:
-            raise Refused("--bits-for with --quantized", expected="one of them", where="options", do="leave one out")
-        seen = None if stats is None else open_stats(stats, 2)
-        return _plan_kept(base, open_checkpoint(quantized, 1), seen, options, accept)
+        output, facts = _for_kept(base, others[0], seen, options)
+        output = output if accept is None else replace(output, settle=partial(_asked, accept))
+        notes: list[str] = []
+        shards, files = (output.shard(),), output.files(notes)
+    else:
+        shards, files, notes, facts = _both(base, seen, options)
+    headers, inputs = model_headers(base), (base, *others)
+    for number, other in enumerate(others, 1):
+        headers |= produced.model_headers(other, number)
+    folders = tuple(one.folder for one in inputs)
+    told = {key: value for key, value in vars(options).items() if value}
+    return Plan(
+        "loftq", told, folders, headers, identities(folders, headers), shards, files, facts, tuple(notes),
+        models=tuple(range(len(folders))), warn=_warnings,
+    )  # fmt: skip
+
+
+def _both(
+    base: Checkpoint, stats: Checkpoint | None, options: Options
+) -> tuple[tuple[Computed, ...], dict[str, Any], list[str], dict[str, Any]]:
+    """The files of the packed base and of the adapter beside it: computed ones, others, notes, and facts of the plan."""
     said = {"block_size": options.block_size, "double_quant": options.double_quant, "skip": options.skip}
     to, exceptions = options.formats[options.bits], options.exceptions
     chosen = Chosen(base, {"to": to, **said}, exceptions)
@@ -165,38 +182,30 @@ def plan_loftq(
         if not any(map(matches, chosen.modules)):
             found, do = f"--bits-for {text!r} matches none", "check the regex"
             raise Refused(found, expected="a quantised module", where="--bits-for", do=do)
-    wanted = targeted(options.targets, list(chosen.packed))
+    modules = {key: module_of(chosen.names, key.removesuffix(".weight")) for key in targeted(options.targets, list(chosen.packed))}
+    seen = covariances(stats, {name: chosen.weights[key].shape[1] for key, name in modules.items()})
     bundles = chosen.widened()
     factors: list[Bundle] = []
-    modules = {key: module_of(chosen.names, key.removesuffix(".weight")) for key in wanted}
-    seen = None if stats is None else open_stats(stats, 1)
-    covariances = {} if seen is None else seen.covariances({modules[key]: chosen.weights[key].shape[1] for key in wanted})
     for key, name in modules.items():
-        about = (options.rank, options.scale, options.iterations, covariances.get(name))
+        about = (options.rank, options.scale, options.iterations, seen.get(name))
         bundles[key] = Lofted(base.tensors[key], chosen.packed[key], name, *about)
         place = place_of_linear(name, chosen.weights[key].shape)
         factors.append(FromAside(name, place, options.rank, dtypes.parse(options.dtype)))
     model = QuantisedModel(base, chosen.packed, bundles, chosen.config(), "base", "loftq")
     adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter")
-    shards = (*model.shards(), adapter.shard())
     notes = list(chosen.notes)
     names = " and ".join(dict.fromkeys((to, *(target for _, target in exceptions))))
     files = model.files(f"quantised to {names} by LoftQ: use it with the adapter beside it") | adapter.files(notes)
-    headers = model_headers(base)
-    told = {key: value for key, value in vars(options).items() if value}
     facts = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed), "modules": len(factors)}
-    folders, models = (folder,), (0,)
-    if seen is not None:
-        headers |= produced.model_headers(seen.held, 1)
-        folders, models = (folder, seen.folder), (0, 1)
-    who = identities(folders, headers)
-    return Plan("loftq", told, folders, headers, who, shards, files, facts, tuple(notes), models=models, warn=_warnings)
+    return (*model.shards(), adapter.shard()), files, notes, facts
 
 
-def _plan_kept(base: Checkpoint, quantised: Checkpoint, stats: Stats | None, options: Options, accept: Accept | None) -> Plan:
-    """The adapter alone, for a quantised base that stays as it is."""
+def _for_kept(
+    base: Checkpoint, quantised: Checkpoint, stats: Checkpoint | None, options: Options
+) -> tuple[produced.Output, dict[str, Any]]:
+    """The adapter alone, for a quantised base that stays as it is, and facts of the plan."""
     plain = decoded(quantised)
-    names = [Names(side, tuple(side.tensors), careful=True) for side in (base, plain)]
+    names = Names(plain, tuple(plain.tensors), careful=True)
     errors: list[AdapterkitError] = []
     factors: list[Residual] = []
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, Packed)}
@@ -208,39 +217,30 @@ def _plan_kept(base: Checkpoint, quantised: Checkpoint, stats: Stats | None, opt
             do = "give the original that it was quantised from"
             errors.append(Refused(found, expected="the same weights", where=quantised.name, do=do))
             continue
-        name = module_of(names[1], module)
-        turned = names[1].layer(name) == "Conv1D"
+        name = module_of(names, module)
+        turned = names.layer(name) == "Conv1D"
         shape = spec.shape[::-1] if turned else spec.shape
         place = place_of_linear(name, shape)
         factors.append(Residual(name, original, spec, place, options.rank, options.scale, dtypes.parse(options.dtype), turned))
     refuse_all(errors)
-    if stats is not None:
-        covariances = stats.covariances({one.name: one.place.a_tail[0] for one in factors})
-        factors = [replace(one, covariance=covariances[one.name]) for one in factors]
     if not factors:
         raise Refused("no quantised weights to make up for", expected="one or more", where=quantised.name, do="check --targets")
-    adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY)
-    if accept is not None:
-        adapter = replace(adapter, settle=partial(_asked, accept))
-    headers = model_headers(base) | produced.model_headers(quantised, 1)
-    folders, notes = (base.folder, quantised.folder), []
-    if stats is not None:
-        headers |= produced.model_headers(stats.held, 2)
-        folders = (*folders, stats.folder)
-    files = adapter.files(notes)
-    told = {key: value for key, value in vars(options).items() if value}
-    facts = {"modules": len(factors)}
-    shards, who = (adapter.shard(),), identities(folders, headers)
-    models = tuple(range(len(folders)))
-    return Plan("loftq", told, folders, headers, who, shards, files, facts, tuple(notes), models=models, warn=_warnings)
+    seen = covariances(stats, {one.name: one.place.a_tail[0] for one in factors})
+    factors = [replace(one, covariance=seen.get(one.name)) for one in factors]
+    scaling = Scaling(options.rank, options.alpha, options.rslora)
+    return adapter_of(base, factors, scaling, SUMMARY), {"modules": len(factors)}
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, kept: bool, asked: bool) -> None:
     produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--bits", str(options.bits), tuple(map(str, BITS))))
     produced.check_refit(options.rank, None)
     if options.iterations < 1:
         raise Refused(f"--iterations {options.iterations}", expected="1 or more", where="options", do="give another number")
     Scaling(options.rank, options.alpha, options.rslora).check()
+    if asked and not kept:
+        raise Refused("--accept without --quantized", expected="both", where="options", do="give --quantized, or leave it out")
+    if options.bits_for and kept:
+        raise Refused("--bits-for with --quantized", expected="one of them", where="options", do="leave one out")
     if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
         found = "--double-quant or --block-size with --bits 8"
         raise Refused(found, expected="--bits 4", where="options", do="leave it out")
@@ -264,7 +264,7 @@ class Lofted:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.source, *_given(self.covariance))
+        return (self.source, *given(self.covariance))
 
     @property
     def most(self) -> tuple[Stored, ...]:
@@ -276,12 +276,12 @@ class Lofted:
 
     @property
     def memory(self) -> int:
-        return 24 * math.prod(self.packed.shape) + _room(self.covariance)
+        return 24 * math.prod(self.packed.shape) + room(self.covariance)
 
     def make(self, inputs: Inputs) -> Made:
         weight = inputs.tensor(self.source)
         turned = weight.shape != self.packed.shape or getattr(self.packed, "transposed", False)
-        root, said = _root(inputs, self.covariance)
+        root, said = root_of(inputs, self.covariance)
         found = alternated(weight, self.packed, self.rank, self.iterations, turned, root)
         out, width = (weight.shape[1], weight.shape[0]) if turned else weight.shape
         nothing = Svd(weight.new_zeros(out, 1), weight.new_zeros(1), weight.new_zeros(1, width))
@@ -339,23 +339,6 @@ def _weighted(matrix: Tensor, root: Tensor | None) -> Tensor:
     return matrix if root is None else matrix @ root
 
 
-def _root(inputs: Inputs, covariance: TensorSpec | None) -> tuple[Tensor | None, dict[str, float]]:
-    """The root of a covariance, if there is one, and what the receipt says of it."""
-    if covariance is None:
-        return None, {}
-    root, damping = root_of(inputs, covariance)
-    return root, {"damping": damping}
-
-
-def _given(covariance: TensorSpec | None) -> tuple[TensorSpec, ...]:
-    return () if covariance is None else (covariance,)
-
-
-def _room(covariance: TensorSpec | None) -> int:
-    """Bytes for a covariance, its copies in float64 and its root."""
-    return 0 if covariance is None else 32 * math.prod(covariance.shape)
-
-
 def _product(svd: Svd) -> Tensor:
     return (svd.u * svd.s) @ svd.vh
 
@@ -381,7 +364,7 @@ class Residual:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.original, *self.packed.parts, *_given(self.covariance))
+        return (self.original, *self.packed.parts, *given(self.covariance))
 
     @property
     def most(self) -> tuple[Stored, ...]:
@@ -389,11 +372,11 @@ class Residual:
 
     @property
     def memory(self) -> int:
-        return 16 * math.prod(self.packed.shape) + _room(self.covariance)
+        return 16 * math.prod(self.packed.shape) + room(self.covariance)
 
     def make(self, inputs: Inputs) -> Made:
         weight = inputs.tensor(self.original)
-        root, said = _root(inputs, self.covariance)
+        root, said = root_of(inputs, self.covariance)
         size = norm(_weighted(weight.T if self.turned else weight, root)) or 1.0
         rest = weight.sub_(inputs.tensor(self.packed))
         rest = rest.T if self.turned else rest
