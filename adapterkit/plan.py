@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -365,16 +366,21 @@ def _build(plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: boo
         done[result.file] = result
         stage.note({"shard": vars(result)})
 
+    pool = ThreadPoolExecutor(1, "hash")
     try:
+        inputs = pool.submit(_input_hashes, plan) if hash != "none" else None  # beside the work: it leaves Python's lock alone
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
         facts = {key: fact for shard in plan.shards for key, fact in done[shard.file].facts.items()}
         for shard in plan.shards:
             (stage.path / (shard.file + ASIDE)).unlink(missing_ok=True)
         sums = _write_files(plan, stage, facts, sum(result.grown for result in done.values()), hash == "sha256")
+        hashes = inputs.result() if inputs else {}
     except Spoiled:
         stage.forget()
         raise
-    receipt = _receipt(plan, recipe, fingerprint, done, sums, hash, time.monotonic() - began)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    receipt = _receipt(plan, recipe, fingerprint, done, sums, hashes, hash, time.monotonic() - began)
     stage.write_file(RECEIPT, [sealed(receipt)])
     stage.ready()
 
@@ -502,7 +508,7 @@ def _public(recipe: dict) -> dict:
 
 
 def _receipt(
-    plan: Plan, recipe: dict, fingerprint: str, done: dict[str, ShardResult], sums: dict, hash: str, seconds: float
+    plan: Plan, recipe: dict, fingerprint: str, done: dict[str, ShardResult], sums: dict, inputs: dict, hash: str, seconds: float
 ) -> dict[str, Any]:
     shards = [done[shard.file] for shard in plan.shards]
     size = sum(shard.size for shard in shards)
@@ -510,7 +516,7 @@ def _receipt(
         "adapterkit": RECEIPT_VERSION,
         "fingerprint": fingerprint,
         "recipe": _public(recipe),
-        "inputs": _input_hashes(plan) if hash != "none" else {},
+        "inputs": inputs,
         "hash": hash,
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
         "keys": {s.file: s.marks for s in shards},
