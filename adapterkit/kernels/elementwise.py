@@ -216,17 +216,14 @@ def _elect(
     positive, negative = (_number(compare, blocks, counts) for compare in (torch.gt, torch.lt))
     several, differ = _count(_mask(torch.ge, positive + negative, 2)), _count(torch.minimum(positive, negative))
     if majority == "total":
-        total = blocks[0].to(torch.float64, copy=True)  # exact in practice, so that no order of the adapters changes a sign
-        for x in blocks[1:]:
-            total.add_(x)
-        minus = _mask(torch.lt, total, 0)
+        minus = _mask(torch.lt, _total(blocks), 0)
     else:
         minus = _mask(torch.gt, negative, positive)
     minus = minus.view(torch.uint8)  # numbers of 8 bits are several times as fast as bools
     sign = minus.to(out.dtype).mul_(-2).add_(1)
-    out.zero_()
     for i, (x, weight) in enumerate(zip(blocks, weights, strict=True)):
-        out.add_(x.mul_(sign).relu_(), alpha=weight * (shares[i] if shares else 1))
+        kept, factor = x.mul_(sign).relu_(), weight * (shares[i] if shares else 1)
+        out.add_(kept, alpha=factor) if i else torch.mul(kept, factor, out=out)
     if shares:
         divisor = torch.zeros_like(out)
         for x, share in zip(blocks, shares, strict=True):
@@ -236,6 +233,17 @@ def _elect(
         divisor = negative.sub_(positive).mul_(minus).add_(positive).to(out.dtype).clamp_(min=1)  # their number on the elected side
     out.div_(divisor).mul_(sign)
     return several, differ
+
+
+def _total(blocks: Sequence[Tensor]) -> Tensor:
+    """Σ xᵢ in float64: exact in practice, so that no order of the adapters changes a sign."""
+    total = blocks[0].to(torch.float64, copy=True)
+    for x in blocks[1:]:
+        if x.device.type == "cpu":
+            np.add(total.numpy(), x.numpy(), out=total.numpy())  # numpy adds to another dtype twice as fast as torch
+        else:
+            total.add_(x)
+    return total
 
 
 def _number(compare: Callable, blocks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
