@@ -231,9 +231,9 @@ def rows(table: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def show(title: str, table: dict[str, float], against: str) -> None:
-    say(f"\n{title}\n{'':30}{'perplexity':>12}{'nats':>10}{'change':>10}")
+    say(f"\n{title}\n{'':42}{'perplexity':>12}{'nats':>10}{'change':>10}")
     for name, found in table.items():
-        say(f"{name:30}{math.exp(found):>12.3f}{found:>10.4f}{found - table[against]:>+10.4f}")
+        say(f"{name:42}{math.exp(found):>12.3f}{found:>10.4f}{found - table[against]:>+10.4f}")
     say()
 
 
