@@ -16,14 +16,18 @@ from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, Tokens, read_adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import NOT_A_MODEL, open_checkpoint, read_header
+from adapterkit.checkpoint.spec import NOT_A_MODEL, Checkpoint, open_checkpoint, read_header
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all, shown
 from adapterkit.factors import Factors, factors_of
 from adapterkit.kernels import compare as kernel
 from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stacked
 from adapterkit.ops import settings
+from adapterkit.ops.requantised import stored_parts
 from adapterkit.ops.sources import open_source
 from adapterkit.plan import Progress
+from adapterkit.weights.decoded import decoded
+from adapterkit.weights.packed import Packed
+from adapterkit.weights.quantised import signs
 
 VERSION = 1
 ENERGY, ADAPTER_ENERGY = 0.9, 0.99
@@ -54,7 +58,8 @@ def diff(
       `a` and `b` (`dtype` and `shape`, or `rank`, `scale`, `shape` and `experts`), and if they can be compared `relative_error`
       ‖A−B‖/‖A‖, `max_abs`, `cosine`, `differing` (the share of elements), `norm` ‖A‖, `rank`: {`energy`, `needed`: the smallest
       rank that keeps this share of ‖A−B‖², null if it is above `above`, `estimate`: from a sketch, then never too small}. A number
-      that is not finite, or not measured, is null. Integers and fp8 are compared as bytes
+      that is not finite, or not measured, is null. Integers and fp8 are compared as bytes; where one side alone is quantised, its
+      weights are compared as they decode to float32, `dtype` being the format
     - `added`, `removed`: what only B, only A has; `notes`: texts
     - `config`: the settings of config.json, or of adapter_config.json, that differ: `name` (dotted inside sub-configs), `change`
       ("added", "removed", "changed"), `a`, `b` (null too where there is none) and `decides`: whether it counts as a difference,
@@ -160,14 +165,30 @@ def _is_model(name: str) -> bool:
     return "/" not in name and name.endswith(".safetensors") and not name.startswith(NOT_A_MODEL)
 
 
-def _tensors(folder: Folder, number: int) -> tuple[dict[str, TensorSpec], dict | None]:
-    """Every tensor of a checkpoint, or of a file, by key, and the checkpoint's config, if it has one."""
+@dataclass
+class Side:
+    """Every tensor of a checkpoint, or of a file, by key; the checkpoint, and its config, if it has one."""
+
+    tensors: dict[str, TensorSpec]
+    base: Checkpoint | None = None
+    config: dict | None = None
+
+
+def _side(folder: Folder, number: int) -> Side:
     files = folder.files()
     only = next(iter(files)) if len(files) == 1 else ""
     if only.endswith(".safetensors"):
-        return {spec.key: spec for spec in read_header(folder, only, number).tensors}, None
+        return Side({spec.key: spec for spec in read_header(folder, only, number).tensors})
     base = open_checkpoint(folder, number)
-    return base.tensors, base.config if "config.json" in files else None
+    return Side(base.tensors, base, base.config if "config.json" in files else None)
+
+
+def _decoded(side: Side) -> Side:
+    """A quantised checkpoint as the floats that it decodes to."""
+    assert side.base is not None
+    plain = decoded(side.base)
+    tensors = {key: replace(spec, dtype="F32") if isinstance(spec, Packed) else spec for key, spec in plain.tensors.items()}
+    return Side(tensors, plain, plain.config)
 
 
 def _both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) -> list[Any]:
@@ -183,15 +204,22 @@ def _both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) ->
 
 
 def _checkpoints(folders: tuple[Folder, Folder]) -> Found:
-    sides = _both(_tensors, folders)
-    a, b = ({("tensor", key): spec for key, spec in tensors.items()} for tensors, _ in sides)
+    sides: list[Side] = _both(_side, folders)
+    quantised = [side.base is not None and signs(side.base.config, side.tensors) is not None for side in sides]
+    notes = []
+    if quantised[0] != quantised[1]:
+        which = quantised.index(True)
+        sides[which] = _decoded(sides[which])
+        notes.append(f"{folders[which].name} is quantised: its weights are compared as they decode")
+    a, b = ({("tensor", key): spec for key, spec in side.tensors.items()} for side in sides)
     found = _matched(a, b)
-    first, second = (config for _, config in sides)
+    first, second = (side.config for side in sides)
     if first is not None and second is not None:
         found.config, found.notes = settings.of_models(first, second)
     elif first is not second:
         lacking = folders[0 if first is None else 1].name
         found.notes.append(f"{lacking} has no config.json: settings are not compared")
+    found.notes += notes
     if a and b and not found.pairs:
         found.notes.append(
             "no key is in both: the same model may store its parameters under other names (a prefix, fused or per-expert weights)"
@@ -286,7 +314,7 @@ def _facts(part: Any) -> dict[str, Any]:
         facts = {"rank": part.rank, "scale": part.scale, "shape": list(_shape(part))}
         return facts | ({"experts": part.experts} if part.experts else {})
     spec = _stored(part)[0]
-    return {"dtype": spec.dtype, "shape": list(spec.shape)}
+    return {"dtype": spec.name if isinstance(spec, Packed) else spec.dtype, "shape": list(spec.shape)}
 
 
 def _pair(kind: str, name: str, a: Any, b: Any) -> Pair:
@@ -304,14 +332,25 @@ class Reader:
     sources: Sources
     energy: float
     stop: threading.Event = field(default_factory=threading.Event)
+    held: threading.local = field(default_factory=threading.local)  # the weight that a thread decoded last
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         return self.part(spec, spec.shape, 0)
 
     def part(self, spec: TensorSpec, shape: tuple[int, ...], start: int) -> Tensor:
         """A tensor of that shape, in the stored dtype, from byte `start` of the stored one."""
+        if isinstance(spec, Packed):
+            first = start // 4  # float32
+            return self._decoded(spec).view(-1)[first : first + math.prod(shape)].view(shape)
         dtype = dtypes.torch_dtype(spec.dtype)
         return self.bytes(spec, start, start + math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+    def _decoded(self, spec: Packed) -> Tensor:
+        if getattr(self.held, "spec", None) is not spec:
+            self.held.weight = None  # two would be held
+            self.held.weight = spec.decode({part.key: self.tensor(part) for part in spec.parts}).contiguous()
+            self.held.spec = spec
+        return self.held.weight
 
     def bytes(self, spec: TensorSpec, start: int, stop: int) -> Tensor:
         if self.stop.is_set():
@@ -328,7 +367,8 @@ def _run(found: Found, folders: tuple[Folder, Folder], energy: float, progress: 
     specs = [_stored(pair.a) + _stored(pair.b) for pair in found.pairs]
     getattr(progress, "expect", lambda total: None)(sum(spec.nbytes for pair in specs for spec in pair))
     for number, folder in enumerate(folders):
-        folder.prefetch(list(dict.fromkeys(spec.file for pair in specs for spec in pair if spec.folder == number)))
+        stored = (part for pair in specs for spec in pair if spec.folder == number for part in stored_parts(spec))
+        folder.prefetch(list(dict.fromkeys(part.file for part in stored)))
     with Sources(folders, {}) as sources:
         reader = Reader(sources, energy)
 

@@ -19,8 +19,10 @@ def covariances(stats: Checkpoint | None, widths: Mapping[str, int]) -> dict[str
     """E[x xᵀ] (in, in) of each module, whose width is `in`; none without a file. `Refused` with all that are missing or of another
     shape."""
     errors: list[AdapterkitError] = []
-    found = {}
-    for module, width in widths.items() if stats is not None else ():
+    found: dict[str, TensorSpec] = {}
+    if stats is None:
+        return found
+    for module, width in widths.items():
         spec = stats.tensors.get(module + COVARIANCE)
         if spec is None:
             do = "collect them for this module too, or leave it out with --targets"

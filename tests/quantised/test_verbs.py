@@ -360,3 +360,29 @@ def test_interrupted_and_resumed(base, lora, when: int, keep: bool, tmp_path: Pa
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored(tmp_path / "out").values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     loaded(tmp_path / "out")
+
+
+# diff
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_diff_of_a_quantised_and_a_plain_one(base, floats, name: str, kind: str, tmp_path: Path) -> None:
+    """By the weights that it decodes to, whichever side it is; the formats' settings and scales are no differences."""
+    packed, plain = base(name, kind), floats(name, kind)
+    adapterkit.dequantize(packed, out=tmp_path / "rounded")
+    for a, b in ((packed, plain), (plain, packed), (packed, tmp_path / "rounded")):
+        found = adapterkit.diff(a, b)
+        assert found["same"] and not found["added"] and not found["removed"], found
+        assert any("quantised" in note for note in found["notes"])
+    tensors, weights = stored(plain), values(packed)
+    other = {key: tensor * 1.5 if key in weights else tensor for key, tensor in tensors.items()}
+    shutil.copytree(plain, tmp_path / "other")
+    save_file(other, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    found = adapterkit.diff(packed, tmp_path / "other")
+    assert {row["name"] for row in found["changed"]} == set(weights) and not found["same"]
+    for row in found["changed"]:
+        assert row["relative_error"] == pytest.approx(0.5, rel=1e-6) and row["cosine"] == pytest.approx(1)
+        assert row["a"]["dtype"] in ("bnb4", "bnb8") and row["norm"] == pytest.approx(float(weights[row["name"]].norm()), rel=1e-6)
+    assert adapterkit.diff(packed, tmp_path / "other", tolerance=0.51)["same"]
+    assert not adapterkit.diff(packed, packed)["notes"]
