@@ -23,7 +23,7 @@ from adapterkit.ops import produced
 from adapterkit.ops.sizes import short
 from adapterkit.plan import Inputs, Made
 
-BLOCK = 1 << 18  # elements of a dense delta that are made at a time
+BLOCK = 1 << 19  # elements of a dense delta that are made at a time
 Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
 
