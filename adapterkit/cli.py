@@ -29,6 +29,7 @@ def process() -> None:
         _on_signals(signal.SIG_IGN)  # the work is done: in what Python still does, an exception ends in an abort
 
 
+BEFORE = Interrupted("stopped before anything was written", do="run the same command again")
 TROUBLE = {"diff": 2}  # exit status of an error: 1 elsewhere, but from diff 1 is an answer, as from diff(1)
 
 
@@ -43,14 +44,14 @@ class Commands(click.Group):
         except AdapterkitError as error:
             _fail(error, _trouble(ctx))
         except KeyboardInterrupt:
-            _fail(Interrupted("stopped before anything was written"), _trouble(ctx))
+            _fail(BEFORE, _trouble(ctx))
         except BrokenPipeError:
             os._exit(_trouble(ctx))
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception:
             if _interrupted:  # a library that was being imported has swallowed the interrupt, and cannot be imported again
-                _fail(Interrupted("stopped before anything was written"), _trouble(ctx))
+                _fail(BEFORE, _trouble(ctx))
             if _trouble(ctx) == 1:  # as Python's own
                 raise
             traceback.print_exc()
@@ -73,7 +74,7 @@ def _interrupt(number: int, *_: Any) -> None:
     _interrupted.append(number)
     _on_signals(_leave)
     if _importing():  # an exception would abort inside of torch; what a job has finished is kept
-        _fail(Interrupted("stopped while libraries were loaded"), _status())
+        _fail(Interrupted("stopped while libraries were loaded", do="run the same command with --resume"), _status())
     raise KeyboardInterrupt
 
 
@@ -98,7 +99,7 @@ def _importing() -> bool:
 
 def _fail(error: AdapterkitError, status: int) -> None:
     text = f"Error: {error}"
-    if isinstance(error, Interrupted) and error.do:
+    if isinstance(error, Interrupted) and "--resume" in error.do:
         words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
         text += f"\n  adapterkit {shlex.join(words)} --resume"
     click.echo(text, err=True)
