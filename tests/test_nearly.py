@@ -54,6 +54,8 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
     "noise of int8": lambda: (w := normal(128, 160)) - blockwise.decode_int8(*blockwise.quantize_int8(w)),
     "noise of mxfp4": lambda: (w := normal(128, 160)) - narrow.decode_mxfp4(*narrow.encode_mxfp4(w)),
     "normal": lambda: normal(200, 200),
+    "one column stands out": lambda: torch.cat([1e4 * normal(256, 1), normal(256, 255, seed=1)], 1),
+    "a few columns stand out": lambda: torch.cat([1e4 * normal(256, 7), normal(256, 249, seed=1)], 1),
     "uniform, all above 0": lambda: torch.rand(120, 150, generator=torch.Generator().manual_seed(1)),
     "signs": lambda: normal(120, 150).sign(),
     "decaying fast": lambda: spectrum(150, 200, 0.5 ** torch.arange(150)),

@@ -29,6 +29,7 @@ from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
 from adapterkit.edits import Loaded
 from adapterkit.engines.computed import Asides, write_computed
 from adapterkit.errors import Failed, Refused, Spoiled, shown
+from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import Computed, Plan, Progress, Shard, ShardResult, Step
 from adapterkit.weights.packed import Packed
 
@@ -125,7 +126,7 @@ class Inputs:
             return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype), device=self.device)
         stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
         floats = spec.dtype in dtypes.FLOATS
-        if floats and not torch.isfinite(stored.sum(dtype=torch.float64)) and not torch.isfinite(stored).all():
+        if floats and not all_finite(stored):
             raise Spoiled(
                 "values that are not finite (NaN or infinity)",
                 where=f"{spec.file}: {shown(spec.key)}",
@@ -563,9 +564,9 @@ class _Job:
         limit = torch.finfo(outgoing.dtype).max
         if squares <= limit * limit:  # then no element is above the limit; false for NaN
             return
-        if bool(torch.isfinite(outgoing).all()):
+        if all_finite(outgoing):
             return
-        what = "overflows" if bool(torch.isfinite(w).all()) else "is not finite (NaN or infinity)"
+        what = "overflows" if all_finite(w) else "is not finite (NaN or infinity)"
         raise Spoiled(
             f"the merged value of {shown(step.key)} {what} in {step.dtype}",
             expected="finite values",

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adapterkit.kernels.sums import all_finite
+
 Kind = Literal["nf4", "fp4"]
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # sizes that bitsandbytes accepts
@@ -105,7 +107,7 @@ def codes_for(
     for first, last in _parts(w.numel(), blocksize):
         x = w[first:last].float().view(-1, min(blocksize, last - first))
         scaled = _scaled(x, absmax[first // blocksize : math.ceil(last / blocksize)].float(), x.shape[1] < blocksize)
-        if not math.isfinite(float(scaled.sum())) and not bool(x.isfinite().all()):
+        if not math.isfinite(float(scaled.sum())) and not all_finite(x):
             raise ValueError("the matrix holds values that are not finite")
         codes = _codes(scaled, kind)
         if kind == "fp4":

@@ -11,6 +11,7 @@ from adapterkit.kernels.sums import squared_norm
 
 EXTRA = 8  # vectors of a block beyond the rank
 STEPS = 24  # blocks at most
+FEWEST = 3  # what the first block holds, of given directions or of a few that stand out, says nothing of the next gains
 SLOWEST = 0.9  # of a step's gain the next one is expected to bring at most this share
 NOISE = 1e-9  # of all energy: less is float32's rounding
 PLAIN = (1e-9, 1e9)  # largest magnitudes whose products float32 holds
@@ -27,10 +28,12 @@ def nearly_best(
 
     Randomised block Krylov (Musco and Musco, arXiv:1504.05477): q spans blocks u₁ = w g, uᵢ₊₁ = w wᵀ uᵢ, and the triplets are those
     of q qᵀ w. It ends when the energy that further blocks would add, by the last two gains, is less than `excess` allows, or when
-    they have no new direction.
+    they have no new direction. Raises ValueError for values that are not finite.
     """
     whole = w if w.is_contiguous() else w.T
     largest = max(abs(float(x)) for x in torch.aminmax(whole))
+    if not math.isfinite(largest):
+        raise ValueError("the matrix holds values that are not finite")
     if largest and not PLAIN[0] < largest < PLAIN[1]:
         unit = 2.0 ** max(math.frexp(largest)[1], -126)  # a subnormal one would be taken for 0
         u, s, vh = nearly_best(w / unit, rank, excess, start)
@@ -49,7 +52,6 @@ def _krylov(w: Tensor, rank: int, excess: float, start: Tensor | None, total: fl
     q, b = w.new_zeros(n, 0), w.new_zeros(0, m)  # b = qᵀ w
     gram = torch.zeros(0, 0, dtype=torch.float64, device=w.device)
     kept, gains = 0.0, [math.inf]
-    fewest = 2 if start is None else 3  # what the given directions hold says nothing of the next gains
     while True:
         u = _new(panel, q)
         new = _left(u, w)
@@ -62,7 +64,7 @@ def _krylov(w: Tensor, rank: int, excess: float, start: Tensor | None, total: fl
         kept = found
         ratio = min(gains[-1] / gains[-2], SLOWEST) if gains[-2] > 0 else 0.0
         left = gains[-1] * ratio / (1 - ratio)
-        enough = len(gains) > fewest and left <= 2 * excess * max(total - kept, NOISE * total)
+        enough = len(gains) > FEWEST and left <= 2 * excess * max(total - kept, NOISE * total)
         if enough or not u.shape[1] or q.shape[1] == n or len(gains) > STEPS:
             break
         panel = _right(w, new[: n - q.shape[1]])

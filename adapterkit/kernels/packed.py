@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adapterkit.kernels.narrow import PIECE, expand_nibbles, nibble_pairs, pack_nibbles, pieces
+from adapterkit.kernels.sums import all_finite
 
 WORD = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row of eight that each nibble of a word holds, from the lowest
@@ -158,7 +159,7 @@ def encode_integers(
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     for part in pieces(*w.shape):
         scaled = groups.undo(w[part], part)
-        if not math.isfinite(float(scaled.sum())) and not bool(scaled.isfinite().all()):
+        if not all_finite(scaled):
             raise ValueError("the matrix holds values that are not finite")
         codes[part] = scaled.round_().clamp_(low, high)
     return Integers(codes, scale, zero)

@@ -1,4 +1,5 @@
 """Errors that count for what a layer's inputs make of them: ‖(W - L) x‖² on average is ‖(W - L) s‖_F² with s sᵀ = C = E[x xᵀ].
+C's own size does not matter.
 
 The best L of a rank is u uᵀ W, u the leading left singular vectors of W s: (W - L) s = (1 - u uᵀ) W s. No inverse of s is needed.
 """
@@ -17,9 +18,10 @@ SYMMETRIC = 1e-3  # of the largest element
 def root(
     c: Tensor,  # (n, n) float32
 ) -> tuple[Tensor, float]:  # (n, n) float32, lower triangular
-    """s with s sᵀ = C + d·mean(diag C)·1, and d: Cholesky in float64, n³/3 operations.
+    """s with s sᵀ = C / mean(diag C) + d·1, and d: Cholesky in float64, n³/3 operations.
 
-    Raises ValueError for what is no covariance: not symmetric, all zeros, or not positive semidefinite.
+    Raises ValueError for what is no covariance: not symmetric, all zeros, or not positive semidefinite, as it may become where it
+    is rounded to 16 bits.
     """
     largest = float(c.abs().amax())
     if not largest or not math.isfinite(largest):
@@ -29,8 +31,8 @@ def root(
     wide = c.double()
     mean = float(wide.diagonal().mean())
     for damping in DAMPING if mean > 0 else ():
-        damped = wide.clone()
-        damped.diagonal().add_(damping * mean)
+        damped = wide / mean
+        damped.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             return factor.float(), damping

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
@@ -10,6 +9,7 @@ from adapterkit.errors import Spoiled, shown
 from adapterkit.factors import Factors, Reads
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.rows import row_norms
+from adapterkit.kernels.sums import all_finite
 from adapterkit.kernels.truncated import leading
 from adapterkit.kinds.common import OnWeight, Weight, of_weight
 
@@ -41,7 +41,7 @@ class DoRA(OnWeight):
             return rows.mul_(ratio - 1).add_(added.mul_(ratio))
 
         delta = of_weight(self.weight.matrix(inputs), change)
-        if not bool(torch.isfinite(delta).all()):
+        if not all_finite(delta):
             found, do = f"the delta of {shown(self.module)} is not finite", "check the adapter and its base"
             raise Spoiled(found, expected="no row whose norm is 0", where=shown(self.module), do=do)
         return delta

@@ -117,7 +117,7 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     settings = produced.plain_settings() | job.settings()
     kept = {
         "base_model_name_or_path": produced.hub_id(base),
-        "task_type": produced.task_type(sides[1].config),
+        "task_type": produced.task_type(sides[1].config, job.saved),
         "fan_in_fan_out": job.transposed,
     }
     targets = {difference.name: difference.target for difference in factors}
@@ -204,7 +204,7 @@ class _Job:
     experts: bool = False
 
     def __post_init__(self) -> None:
-        self.names = tuple(Names(side, tuple(side.tensors), careful=True, notes=self.notes) for side in self.sides)
+        self.names = tuple(Names(side, careful=True, notes=self.notes) for side in self.sides)
         chosen, spared = self.options.include, self.options.exclude
         self.included = matcher(chosen, "--include") if chosen else None
         self.excluded = matcher(spared, "--exclude") if spared else None

@@ -18,7 +18,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
 from adapterkit.kernels import lowrank
-from adapterkit.kernels.sums import squared_norm
+from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.ops.changes import collect
 from adapterkit.ops.job import Job, Options
 from adapterkit.plan import Progress
@@ -155,7 +155,7 @@ def _check_values(spec: TensorSpec, sources: Sources, problems: list[AdapterkitE
         data = bytearray(min(BLOCK, spec.nbytes - start))
         sources.read_into(spec, start, memoryview(data))
         progress(len(data))
-        if not bool(torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).isfinite().all()):
+        if not all_finite(torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype))):
             problems.append(_not_finite(spec.file, spec.key, "values"))
             return
 

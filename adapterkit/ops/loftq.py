@@ -205,7 +205,7 @@ def _for_kept(
 ) -> tuple[produced.Output, dict[str, Any]]:
     """The adapter alone, for a quantised base that stays as it is, and facts of the plan."""
     plain = decoded(quantised)
-    names = Names(plain, tuple(plain.tensors), careful=True)
+    names = Names(plain, careful=True)
     errors: list[AdapterkitError] = []
     factors: list[Residual] = []
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, Packed)}

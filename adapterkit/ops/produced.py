@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,11 +255,15 @@ def bounds(place: Place, rank: int, dtype: str) -> tuple[Stored, ...]:
     return Stored(place.a_key, dtype, a), Stored(place.b_key, dtype, b)
 
 
-def task_type(config: dict) -> str | None:
-    """PEFT's task type for a model of this config."""
+def task_type(config: dict, saved: Collection[str] = ()) -> str | None:
+    """PEFT's task type for a model of this config; for classifiers only where the head is among the `saved` modules: by their type
+    PEFT takes it for one, and looks for its weights."""
     names = " ".join(map(str, config.get("architectures") or ()))
-    known = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    return next((task for word, task in known.items() if word in names), None)
+    if "ForCausalLM" in names:
+        return "CAUSAL_LM"
+    known = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+    heads = {"classifier", "score"} & {module.rpartition(".")[2] for module in saved}
+    return next((task for word, task in known.items() if word in names and heads), None)
 
 
 def hub_id(folder: Folder) -> str | None:

@@ -1,5 +1,6 @@
 """quantize: a checkpoint's linear layers into a quantised format."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, Spoiled, refuse_all, shown
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops import produced
 from adapterkit.ops.packaging import NOT_COPIED, WEIGHTS, as_json, cell, hub_or_name
@@ -118,7 +119,7 @@ class Chosen:
         self.packed: dict[str, Packed] = {}  # by key, those that are quantised
         self.modules: dict[str, Packed] = {}  # the same by module
         self.left: list[str] = []
-        self.names = Names(base, tuple(base.tensors), careful=True, notes=self.notes)
+        self.names = Names(base, careful=True, notes=self.notes)
         skeleton = self.names.model
         if skeleton is None:
             found = f"a model that transformers does not know{': ' + self.notes[-1] if self.notes else ''}"
@@ -126,6 +127,11 @@ class Chosen:
         self.model = skeleton.model
         records = known.get(str(to), [])
         self.record = next((r for r in records if layers(self.model, r.modules)), records[-1] if records else None)
+        stack = next((name for name, weight in skeleton.state.items() if is_stack(name, weight)), None)
+        if self.record is not None and not self.record.beside_experts and stack is not None:
+            found = f"{to} with experts ({shown(stack)})"
+            expected = "a model without: transformers takes all experts of such a checkpoint for quantised"
+            raise Refused(found, expected=expected, where=base.name, do="use another format")
         self.skip = matcher(options["skip"], "--skip") if options.get("skip") else None
         if self.skip is not None and not any(self.skip(name) for name, _ in self.model.named_modules()):
             found = f"--skip {options['skip']!r} matches none"
@@ -184,7 +190,10 @@ class Chosen:
     def config(self) -> dict[str, Any]:
         """The base's config with a quantization_config, keys sorted as transformers writes them."""
         skipped = sorted({*self.asked, *kept_modules(self.model)}) if self.asked else None
-        others = [name for name, module in self.model.named_modules() if is_linear(module) and name not in self.modules]
+        from torch import nn
+
+        linear = (name for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+        others = [name for name in linear if name not in self.modules]
         assert self.record is not None
         said = self.record.config(Choice(self.modules, skipped, others))
         return dict(sorted((self.base.config | {"quantization_config": said}).items()))
@@ -205,6 +214,11 @@ def layers(model: Any, classes: Sequence[str]) -> dict[str, str]:
         else:
             found |= {f"{name}.{leaf}": kind for leaf, weight in module.named_parameters(recurse=False) if weight.dim() == 3}
     return found
+
+
+def is_stack(name: str, weight: Any) -> bool:
+    """Whether a parameter is the weights of several experts."""
+    return weight.dim() == 3 and "experts" in name
 
 
 def is_linear(module: Any) -> bool:
@@ -252,7 +266,11 @@ class Quantised:
     def make(self, inputs: Inputs) -> Made:
         weight = inputs.tensor(self.source)
         tensors = self.packed.encode(weight)
-        return Made(tensors, {"error": relative_error(weight, self.packed.decode(tensors))})
+        error = relative_error(weight, self.packed.decode(tensors))
+        if not math.isfinite(error):
+            do = "leave it out with --skip, or use another format"
+            raise Spoiled(f"{shown(self.name)} decodes to values that are not finite", expected="values the format holds", do=do)
+        return Made(tensors, {"error": error})
 
 
 def relative_error(weight: Any, other: Any) -> float:

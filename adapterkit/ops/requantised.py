@@ -12,6 +12,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.layout import Stored, grouped, like_base
 from adapterkit.errors import Spoiled, shown
+from adapterkit.kernels.sums import all_finite
 from adapterkit.ops.sizes import short
 from adapterkit.plan import Bundle, Computed, Inputs, Made, Shard, Step
 from adapterkit.weights.packed import Packed
@@ -107,7 +108,7 @@ class Requantised:
         parts = {part.key: part for part in self.packed.parts}
         stored = {key: inputs.stored(part) for key, part in parts.items()}
         before = self.packed.decode(stored)
-        if not math.isfinite(float(before.sum(dtype=torch.float64))) and not bool(before.isfinite().all()):
+        if not all_finite(before):
             found, do = "values that are not finite (NaN or infinity)", "download the checkpoint again"
             raise Spoiled(found, where=f"{self.packed.file}: {shown(self.packed.key)}", do=do)
         after, facts = _edited(self.step, before.clone(), inputs)

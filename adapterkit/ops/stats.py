@@ -44,7 +44,7 @@ def root_of(inputs: Inputs, covariance: TensorSpec | None) -> tuple[Tensor | Non
         root, damping = weighted.root(inputs.tensor(covariance))
     except ValueError as error:
         found = f"{shown(covariance.key)}: {error}"
-        do = "collect it on texts that reach this module"
+        do = "collect it on texts that reach this module, and store it in float32"
         raise Spoiled(found, expected="a covariance E[x xᵀ]", where=covariance.file, do=do) from error
     return root, {"damping": damping}
 

@@ -208,6 +208,12 @@ class Skeleton:
         slot = Slot(stack.slots[0].key, stack.shape, axes)
         return Parameter(name, tuple(len(axis.of) for axis in axes), (slot,))
 
+    def renamed(self, key: str) -> str:
+        """The parameter that the loader puts a stored tensor of that name into."""
+        from transformers.core_model_loading import rename_source_key
+
+        return rename_source_key(key, self.renamings, self.converters, self.model.base_model_prefix, self.state)[0]
+
     def layer(self, module: str) -> str | None:
         try:
             return type(self.model.get_submodule(module)).__name__

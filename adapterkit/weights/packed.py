@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
-from adapterkit.weights.names import Names, plain_names
+from adapterkit.weights.names import Names
 from adapterkit.weights.quantised import without
 
 LARGE = 1 << 20  # bytes; scales of one weight that take more are looked at when they are decoded, not while planning
@@ -31,6 +32,7 @@ class Packed(TensorSpec):
     methods: ClassVar[tuple[str, ...]]  # the quant_method of configs that it belongs to
     targets: ClassVar[tuple[str, ...]] = ()  # what `quantize --to` calls it
     modules: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # classes of the model's modules whose weights it can hold
+    beside_experts: ClassVar[bool] = True  # whether its loader leaves stacks of experts that are not quantised alone
     files: ClassVar[tuple[str, ...]] = ()  # beside config.json, what else of a folder says that it is quantised
 
     parts: tuple[TensorSpec, ...]  # what holds it, the codes first
@@ -91,7 +93,7 @@ class Choice:
 
     packed: dict[str, Packed]  # by module
     skipped: list[str] | None  # those that are not and that a loader which quantises all it can would; None where it knows itself
-    others: list[str]  # all linear layers that are not
+    others: list[str]  # all linear layers that are not, of derived classes too
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,6 @@ class Found:
     settings: dict[str, Any]  # the config's quantization_config
     tensors: dict[str, TensorSpec]  # what no format has claimed so far
     errors: list[AdapterkitError] = field(default_factory=list)
-    names: Names | None = None
 
     @property
     def method(self) -> str:
@@ -126,14 +127,19 @@ class Found:
         """Whether there are tensors with such keys."""
         return any(key.endswith(endings) for key in self.tensors)
 
+    @cached_property
+    def names(self) -> Names:
+        """The names of the model without quantisation."""
+        return Names(replace(self.base, config=without(self.base.config)), careful=True)
+
     def transposed(self, module: str) -> bool:
         """Whether the model without quantisation keeps this module's weight (in, out), as GPT-2's Conv1D does."""
-        plain = replace(self.base, config=without(self.base.config))
-        if plain_names(plain.config):
-            return False
-        if self.names is None:
-            self.names = Names(plain, careful=True)
-        return self.names.layer(module) == "Conv1D"
+        return not self.names.plain and self.names.layer(module) == "Conv1D"
+
+    def called(self, module: str) -> str:
+        """What the loaded model calls the module whose weight is stored under `module.weight`."""
+        model = self.names.model
+        return module if model is None else model.renamed(f"{module}.weight").removesuffix(".weight")
 
     @property
     def computed_in(self) -> str:

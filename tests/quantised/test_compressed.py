@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, Spoiled
 
 pytest.importorskip("compressed_tensors")
 peft = pytest.importorskip("peft")
@@ -147,6 +147,100 @@ def test_an_adapter_is_merged_into_it(base, name: str, tmp_path: Path) -> None:
     assert settings(tmp_path / "out") == settings(tmp_path / "q")
     for key, weight in floats.items():
         assert float((kept[key].float() - weight.float()).norm()) <= 0.16 * float(weight.float().norm()), key
+
+
+# names and layers that are not as they seem
+
+
+TOWER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.fixture
+def llava(made: Callable[..., Path]) -> Path:
+    text = transformers.LlamaConfig(**TOWER, num_key_value_heads=2, vocab_size=96)
+    vision = transformers.CLIPVisionConfig(**TOWER, image_size=16, patch_size=8)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=90)
+    return made("ct-llava", lambda folder: oracle.save_base(oracle._model("LlavaForConditionalGeneration", config), folder, "bf16"))
+
+
+@pytest.fixture
+def vit(made: Callable[..., Path]) -> Path:
+    config = transformers.ViTConfig(**TOWER, image_size=16, patch_size=8)
+    return made("ct-vit", lambda folder: oracle.save_base(oracle._model("ViTForImageClassification", config), folder, "bf16"))
+
+
+def same_as_decoded(model: nn.Module, quantised: Path, out: Path) -> None:
+    """The weights of a loaded model are those that dequantize writes, which the same class loads."""
+    adapterkit.dequantize(quantised, out=out, dtype="fp32")
+    with oracle.quiet():
+        floats = type(model).from_pretrained(out, dtype=torch.float32).state_dict()
+    found = model.state_dict()
+    assert floats.keys() <= found.keys()
+    for key, weight in floats.items():
+        assert float((found[key].float() - weight).norm()) <= 2**-8 * float(weight.norm()) + 1e-6, key
+
+
+@pytest.mark.parametrize("to", ["w4a16", "w8a16"])
+def test_a_model_of_text_and_images(llava: Path, to: str, tmp_path: Path) -> None:
+    """Its keys are those of an older transformers, and fit the class without the head better."""
+    adapterkit.quantize(llava, to=to, out=tmp_path / "out", skip="multi_modal_projector")
+    said = settings(tmp_path / "out")
+    assert set(said["ignore"]) == {"lm_head", "model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}
+    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model(IDS)
+    with torch.no_grad():  # the vision tower has seen nothing yet
+        model.model.vision_tower(torch.randn(1, 3, 16, 16).to(model.dtype))
+    same_as_decoded(model, tmp_path / "out", tmp_path / "floats")
+
+
+def test_what_bitsandbytes_skips_has_the_head_of_a_model_of_text_and_images(llava: Path, tmp_path: Path) -> None:
+    adapterkit.quantize(llava, to="nf4", skip="vision_tower", out=tmp_path / "out")
+    assert "lm_head" in settings(tmp_path / "out")["llm_int8_skip_modules"]
+
+
+def test_targets_are_the_loaded_models_and_read_as_such(vit: Path, tmp_path: Path) -> None:
+    """Several groups name their modules; the keys have other names."""
+    adapterkit.quantize(vit, to="w4a16", out=tmp_path / "out")
+    groups = settings(tmp_path / "out")["config_groups"]
+    assert len(groups) == 2 and any("vit.layers.0.attention.q_proj" in group["targets"] for group in groups.values())
+    assert "vit.encoder.layer.0.attention.attention.query.weight_packed" in stored(tmp_path / "out")
+    with oracle.quiet():
+        model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
+        model(torch.randn(1, 3, 16, 16).to(model.dtype))
+    same_as_decoded(model, tmp_path / "out", tmp_path / "floats")
+
+
+def test_linear_layers_of_other_classes_are_ignored(made: Callable[..., Path], tmp_path: Path) -> None:
+    """compressed-tensors takes derived classes for Linear, as MultiheadAttention's out_proj is one."""
+    text = {**TOWER, "vocab_size": 96, "max_position_embeddings": 16}
+    config = transformers.SiglipConfig(text_config=text, vision_config={**TOWER, "image_size": 16, "patch_size": 8})
+    base = made("ct-siglip", lambda folder: oracle.save_base(oracle._model("SiglipModel", config), folder, "bf16"))
+    adapterkit.quantize(base, to="w8a16", out=tmp_path / "out")
+    assert "vision_model.head.attention.out_proj" in settings(tmp_path / "out")["ignore"]
+
+
+def test_experts_are_refused(made: Callable[..., Path], tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(**TOWER, num_key_value_heads=2, vocab_size=96, num_local_experts=2)
+    base = made("ct-mixtral", lambda folder: oracle.save_base(oracle._model("MixtralForCausalLM", config), folder, "bf16"))
+    for to in TARGETS:
+        with pytest.raises(Refused, match="with experts"):
+            adapterkit.quantize(base, to=to, out=tmp_path / "no")
+    with pytest.raises(Refused, match="with experts"):
+        adapterkit.loftq(base, rank=2, bits_for=["q_proj=8"], out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    adapterkit.quantize(base, to="nf4", out=tmp_path / "nf4")
+
+
+def test_values_that_decode_to_infinity_are_refused(tmp_path: Path) -> None:
+    oracle.save_base(MODELS["tied"][0](), tmp_path / "base", "fp32")
+    tensors = stored(tmp_path / "base")
+    key = "model.layers.0.mlp.up_proj.weight"
+    tensors[key][0, 0] = -3.4e38  # code -8 of 7.5 steps
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Spoiled, match="up_proj.weight decodes to values that are not finite"):
+        adapterkit.quantize(tmp_path / "base", to="w4a16", out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 # MXFP4 of GPT-OSS

@@ -138,7 +138,9 @@ def test_the_kernel() -> None:
     s, damping = root(c.float())
     mean = float(c.diagonal().mean())
     assert torch.equal(s, s.tril())
-    assert torch.allclose((s.double() @ s.T.double()), c + damping * mean * torch.eye(40), atol=2e-6 * float(c.abs().max()))
+    assert torch.allclose(mean * (s.double() @ s.T.double()), c + damping * mean * torch.eye(40), atol=2e-6 * float(c.abs().max()))
+    for scale in (1e-20, 1e20):  # as with the next scale of the inputs
+        assert torch.allclose(root((c * scale).float())[0], s, rtol=1e-4, atol=1e-5)
     few, more = root((x[:5].T @ x[:5]).float())  # singular
     assert bool(few.isfinite().all()) and more <= 1e-2
     w = torch.randn(30, 40, generator=generator)

@@ -52,6 +52,7 @@ class Compressed(Packed):
     methods = ("compressed-tensors",)
     targets = ("w4a16", "w8a16", "mxfp4")
     modules = ("Linear",)
+    beside_experts = False
 
     kind: str
     bits: int
@@ -282,7 +283,8 @@ def _schemes(found: Found) -> Callable[[str], dict[str, Any] | None] | None:
     def scheme_of(module: str) -> dict[str, Any] | None:
         if len(schemes) == 1:
             return schemes[0]
-        hits = [(rank, scheme) for rank, matches, scheme in asked if matches(module)]
+        named = lambda name: [(rank, scheme) for rank, matches, scheme in asked if matches(name)]
+        hits = named(module) or named(found.called(module))
         best = [scheme for rank, scheme in hits if rank == min(rank for rank, _ in hits)]
         same = bool(best) and all(scheme["weights"] == best[0]["weights"] for scheme in best)
         expected = "one that names its module"
