@@ -217,7 +217,8 @@ class Plan:
         bundles = [bundle for shard in self.shards if isinstance(shard, Computed) for bundle in shard.bundles]
         steps = [(step, stored) for shard in streamed for step, stored in zip(shard.steps, shard.layout.tensors, strict=True)]
         changed = [(step, stored) for step, stored in steps if not step.copied]
-        computed = [stored for bundle in bundles for stored in bundle.most]
+        as_is = [stored for bundle in bundles if getattr(bundle, "copied", False) for stored in bundle.most]
+        computed = [stored for bundle in bundles if not getattr(bundle, "copied", False) for stored in bundle.most]
         small = sum(self._small(file) for file in self.files.values())
         factors = sum({s: s.nbytes for step, _ in changed for e in step.edits for s in e.reads}.values())
         factors += sum({s: s.nbytes for bundle in bundles for s in bundle.reads}.values())
@@ -226,9 +227,9 @@ class Plan:
         made = max((bundle.memory for bundle in bundles), default=0)
         return {
             "shards": len(self.shards),
-            "tensors": len(steps) + len(computed),
+            "tensors": len(steps) + len(as_is) + len(computed),
             "tensors_changed": len(changed) + len(computed),
-            "bytes_copied": sum(stored.nbytes for step, stored in steps if step.copied),
+            "bytes_copied": sum(stored.nbytes for stored in [*(stored for step, stored in steps if step.copied), *as_is]),
             "bytes_changed": sum(stored.nbytes for stored in [*(stored for _, stored in changed), *computed]),
             "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
             "bytes_written": written,

@@ -26,6 +26,7 @@ class Copied:
     """One stored tensor, byte for byte."""
 
     source: TensorSpec
+    copied = True  # the plan counts it so
 
     @property
     def name(self) -> str:

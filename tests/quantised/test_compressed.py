@@ -108,6 +108,10 @@ def test_the_bytes_are_those_of_the_library(base, name: str, to: str, tmp_path: 
         assert receipt.data["parameters"][key]["error"] < (0.02 if to == "w8a16" else 0.25)
         seen += len(theirs)
     assert seen == len(new.keys() - old.keys()) > 0
+    kept = [tensor for key, tensor in old.items() if key in new]
+    totals = receipt.data["totals"]
+    assert totals["tensors"] == len(new) == totals["tensors_changed"] + len(kept)
+    assert totals["bytes_copied"] == sum(tensor.nbytes for tensor in kept)
     adapterkit.verify(tmp_path / "out")
 
 

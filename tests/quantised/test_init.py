@@ -8,6 +8,7 @@ import oracle
 import peft
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -223,3 +224,15 @@ def test_floats_in_files_of_a_size(base, packed, tmp_path):
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) == len(files)
     adapterkit.merge(packed, [tmp_path / "adapter"], out=tmp_path / "whole", dequantize=True)
     assert torch.equal(logits(tmp_path / "merged"), logits(tmp_path / "whole"))
+
+
+def test_an_adapter_of_a_classifier_loads(tmp_path):
+    """By the task type of one, PEFT would look for weights of the head."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+    config = transformers.LlamaConfig(**sizes, pad_token_id=0)
+    oracle.save_base(oracle._model("LlamaForSequenceClassification", config), tmp_path / "base", "fp32")
+    adapterkit.init(tmp_path / "base", method="pissa", rank=4, out=tmp_path / "out")
+    load = transformers.LlamaForSequenceClassification.from_pretrained
+    with oracle.quiet():
+        whole = peft.PeftModel.from_pretrained(load(tmp_path / "out" / "base"), tmp_path / "out" / "adapter")
+        assert torch.allclose(whole(input_ids=IDS).logits, load(tmp_path / "base")(input_ids=IDS).logits, atol=1e-4)
