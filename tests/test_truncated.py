@@ -103,6 +103,20 @@ def test_the_iteration_reaches_the_optimum(name: str, rank: int, dtype: torch.dt
     check(w, truncated_svd(w, rank), rank, exact=exact)
 
 
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("where", ["right", "wrong", "one side"])
+@pytest.mark.parametrize("name", ITERATED)
+def test_where_the_iteration_begins_is_no_matter(name: str, where: str, count: int, iterated: None) -> None:
+    """Also where the given directions have nothing of the triplets."""
+    for dtype in (torch.float32, torch.float64):
+        w, exact = example(name, dtype)
+        u, _, vh = torch.linalg.svd(w.double(), full_matrices=False)
+        first = 0 if where == "right" else len(exact) - count
+        near = Svd(u[:, first : first + count], torch.ones(count), vh[first : first + count])
+        near = near._replace(vh=vh[:count]) if where == "one side" else near
+        check(w, truncated_svd(w, 5, near=near), 5, exact=exact)
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 3), (3, 1), (2, 2), (1, 4096), (4096, 1), (5000, 64), (64, 5000), (40, 40), (257, 300)]
 )

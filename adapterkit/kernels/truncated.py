@@ -19,6 +19,7 @@ EXTRA = 8  # vectors of a block beyond the wanted ones: the gap that decides the
 CHUNK = 1 << 20  # elements converted to float64 at a time
 EXCESS = 1e-5  # of the squared error of the best approximation: what the Krylov one may add; 2e-5 is a factor 1 + 1e-5 of the norm
 EIGH = 25  # an eigh of size K takes as long as 25 K³ operations of a float32 product (20 to 36, K from 192 to 2048)
+BESIDE = 0.1  # of a first block: what is random where the rest is from a span that is given
 SMALL = 256  # shorter sides up to this are decomposed in full at once: 8 to 20 ms, no more than the iteration takes
 FLOOR = {torch.float32: 2.0**-22, torch.float64: 1e-9}  # what is below this much of s₁ in a block is rounding, not direction
 
@@ -55,15 +56,19 @@ class _Ritz(NamedTuple):
     residuals: Tensor
 
 
-def truncated_svd(w: Tensor, rank: int, *, tolerance: float = 1e-6) -> Svd:
-    """The leading min(rank, n, m) triplets of w (n, m), float32 or float64, all in w's dtype; `tolerance` is relative to s₁."""
+def truncated_svd(w: Tensor, rank: int, *, tolerance: float = 1e-6, near: Svd | None = None) -> Svd:
+    """The leading min(rank, n, m) triplets of w (n, m), float32 or float64, all in w's dtype; `tolerance` is relative to s₁.
+
+    `near`: vectors near whose span, on both sides, the triplets are thought to lie; a search that begins there is shorter.
+    """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
     matrix, turned = _matrix(w)
     k = min(rank, *w.shape)
     if tolerance < 1e-7:  # finer than a Gram matrix resolves
         return _restore(matrix, _exact(matrix, k), turned)
-    left = _krylov(matrix, lambda squares: k, k + EXTRA, tolerance=tolerance)
+    rows = None if near is None else near.u.T if turned else near.vh
+    left = _krylov(matrix, lambda squares: k, k + EXTRA, tolerance=tolerance, near=rows)
     left = _full(matrix, lambda squares: k) if left is None else left
     return _restore(matrix, _finish(matrix, left, k), turned)
 
@@ -136,6 +141,7 @@ def _krylov(
     hopeless: Callable[[Tensor], bool] = lambda squares: False,
     least: Callable[[Tensor], float] = lambda squares: math.inf,
     total: float = 0.0,
+    near: Tensor | None = None,
 ) -> Tensor | None:
     """The wanted leading left vectors (k, n) float64, fewer if w's rank is; None where `share` of the full cost will not do.
 
@@ -151,7 +157,11 @@ def _krylov(
     draw = lambda count: torch.randn(count, m, generator=generator, dtype=dtype).to(device)
     u, v = (torch.zeros(0, size, dtype=dtype, device=device) for size in (n, m))
     core = torch.zeros(0, 0, dtype=torch.float64, device=device)
-    fresh, top, spent, checked = _expand(v, draw(block), 0.0).rows, 0.0, 0.0, 0.0
+    first = draw(block)
+    if near is not None:  # what lies beside the span is not left out
+        mixed = torch.randn(block, len(near), generator=generator, dtype=dtype).to(device) @ near.to(dtype)
+        first = first.mul_(BESIDE * float(mixed.norm()) / float(first.norm())).add_(mixed)
+    fresh, top, spent, checked = _expand(v, first, 0.0).rows, 0.0, 0.0, 0.0
     while True:
         v = torch.cat([v, fresh])
         new = _expand(u, matrix.columns(fresh), top)
@@ -290,11 +300,11 @@ def _finish(matrix: _Matrix, left: Tensor, k: int) -> Svd:
     return Svd(left @ x, s, yh @ q.T)
 
 
-def leading(w: Tensor, most: int, energy: float | None, ratio: float | None = None) -> tuple[Svd, float]:
+def leading(w: Tensor, most: int, energy: float | None, ratio: float | None = None, near: Svd | None = None) -> tuple[Svd, float]:
     """The leading triplets of w, and Σ s² over all of them: `most`, or at most that many, those that keep the share `energy`, or
-    those down to 1/`ratio` of the first."""
+    those down to 1/`ratio` of the first. `near`: as in `truncated_svd`."""
     if energy is not None:
         return svd_for_energy(w, energy, most)
     if ratio is not None:
         return svd_for_ratio(w, ratio, most)
-    return truncated_svd(w, most), _squared_norm(w, 1.0)
+    return truncated_svd(w, most, near=near), _squared_norm(w, 1.0)

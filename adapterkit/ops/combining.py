@@ -112,12 +112,13 @@ class Combined:
         if self.space == "factors":
             return self._on_factors(inputs)
         weights = [part.weight for part in self.parts]
-        results, facts = [], []
+        results, facts, spans = [], [], []
         for expert, deltas in enumerate(zip(*(part.deltas(inputs) for part in self.parts), strict=True)):
             result, found = self._result(deltas, weights, expert)
             results.append(result)
             facts.append(found | _cosines(deltas))
-        return self._refitted(results, facts)
+            spans.append(None if isinstance(result, Product) else _span(deltas))
+        return self._refitted(results, facts, spans)
 
     def _result(self, deltas: Sequence[Delta], weights: list[float], expert: int) -> tuple[Delta, dict]:
         """The combined delta, as a product where the method keeps it one, else dense."""
@@ -128,14 +129,15 @@ class Combined:
             return summed(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
         return self.method.products([lowrank.as_product(delta) for delta in deltas], weights)
 
-    def _refitted(self, results: list[Delta], facts: list[dict]) -> Made:
+    def _refitted(self, results: list[Delta], facts: list[dict], spans: list[Svd | None]) -> Made:
         shortest = min(self.parts[0].factors.shape)
         products = [result for result in results if isinstance(result, Product)]
         if self.refit.exact and products and products[0].rank <= shortest:
             pairs = [lowrank.balanced(product) for product in products]
             total = sum(lowrank.norm(product) ** 2 for product in products)
             return self._made(pairs, facts, total, total)
-        found = [_decomposed(result, self.refit.energy, self._largest_rank()) for result in results]
+        most = self._largest_rank()
+        found = [_decomposed(result, self.refit.energy, most, near) for result, near in zip(results, spans, strict=True)]
         if self.refit.energy:
             rank = max(lowrank.rank_for_energy(svd.s, self.refit.energy, total) for svd, total in found)
             rank = min(rank, self._largest_rank())
@@ -233,12 +235,26 @@ def quantile(values: Tensor, share: float) -> float:
     return first + (second - first) * (at - low)
 
 
-def _decomposed(result: Delta, energy: float | None, most: int) -> tuple[Svd, float]:
+def _span(deltas: Sequence[Delta]) -> Svd | None:
+    """The directions of all factors, near which lie those of whatever is made of their products; None where one is dense."""
+    products = [delta for delta in deltas if isinstance(delta, Product)]
+    if len(products) < len(deltas):
+        return None
+    left, right = torch.cat([p.left for p in products], 1), torch.cat([p.right for p in products])
+    sizes = left.norm(dim=0), right.norm(dim=1)
+    used = (sizes[0] > 0) & (sizes[1] > 0)
+    if not bool(used.any()):
+        return None
+    left, right = (left / sizes[0])[:, used], (right / sizes[1][:, None])[used]
+    return Svd(left, left.new_ones(len(right)), right)
+
+
+def _decomposed(result: Delta, energy: float | None, most: int, near: Svd | None) -> tuple[Svd, float]:
     """The leading singular triplets of a delta, and Σ s² over all of them."""
     if isinstance(result, Product):
         svd = lowrank.svd(result)
         return svd, float(svd.s.square().sum())
-    return leading(result, most, energy)
+    return leading(result, most, energy, near=near)
 
 
 def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:
