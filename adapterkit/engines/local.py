@@ -31,7 +31,7 @@ from adapterkit.engines.computed import Asides, write_computed
 from adapterkit.errors import Failed, Refused, Spoiled, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import Computed, Plan, Progress, Shard, ShardResult, Step
-from adapterkit.weights.packed import Packed
+from adapterkit.weights.packed import Packed, read_back
 
 ELEMENTS = 1 << 18  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
 CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
@@ -115,7 +115,8 @@ class Inputs:
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         if isinstance(spec, Packed):
-            return spec.decode({part.key: self.stored(part) for part in spec.parts}).to(self.dtype)
+            stored = {part.key: self.stored(part) for part in spec.parts}
+            return read_back(spec, stored, do="download the checkpoint again").to(self.dtype)
         stored = self.stored(spec)
         return stored.to(self.dtype)
 

@@ -18,7 +18,7 @@ from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
 from adapterkit.registry import made, members
-from adapterkit.weights.packed import Packed
+from adapterkit.weights.packed import Packed, read_back
 from adapterkit.weights.quantised import check_not_quantised
 
 
@@ -167,8 +167,8 @@ class Rest:
             stored = rest.to(dtypes.torch_dtype(self.source.dtype))
             facts["error"] = short(norm(stored.float() - rest) / size)
             return Made({self.source.key: stored}, facts, aside)
-        plain = self.packed.decode(self.packed.encode(weight))
+        plain = read_back(self.packed, self.packed.encode(weight))
         facts["error_plain"] = short(norm(plain.sub_(weight)) / size)
         tensors = self.packed.encode(rest)
-        facts["error"] = short(norm(self.packed.decode(tensors).sub_(rest)) / size)
+        facts["error"] = short(norm(read_back(self.packed, tensors).sub_(rest)) / size)
         return Made(tensors, facts, aside)

@@ -28,7 +28,7 @@ from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import projected
 from adapterkit.ops import produced
 from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, module_of, place_of_linear, targeted
-from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
+from adapterkit.ops.quantize import Chosen, Quantised, QuantisedModel, model_headers
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
 from adapterkit.ops.stats import covariances, given, room, root_of
@@ -36,7 +36,7 @@ from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Computed, Inputs, Made, Plan, Progress, Receipt, identities
 from adapterkit.weights.decoded import decoded
 from adapterkit.weights.names import Names
-from adapterkit.weights.packed import Packed
+from adapterkit.weights.packed import Packed, read_back
 from adapterkit.weights.quantised import check_not_quantised
 
 BITS = {4: "nf4", 8: "int8"}
@@ -247,11 +247,9 @@ def _check(options: Options, kept: bool, asked: bool) -> None:
 
 
 @dataclass(frozen=True)
-class Lofted:
+class Lofted(Quantised):
     """One weight quantised together with the factors that make up for it; the factors are laid aside for the adapter's file."""
 
-    source: TensorSpec
-    packed: Packed
     module: str
     rank: int  # filled up with zeros where the weight has fewer
     scale: float
@@ -259,20 +257,8 @@ class Lofted:
     covariance: TensorSpec | None = None
 
     @property
-    def name(self) -> str:
-        return self.packed.key
-
-    @property
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.source, *given(self.covariance))
-
-    @property
-    def most(self) -> tuple[Stored, ...]:
-        return self.packed.most
-
-    @property
-    def varies(self) -> tuple[str, ...]:
-        return self.packed.varies
 
     @property
     def memory(self) -> int:
@@ -315,7 +301,7 @@ def alternated(
     seen: Svd | None = None
     for number in range(1, iterations + 1):
         stored = packed.encode(weight if low is None else torch.sub(weight, low, out=low))
-        rest = packed.decode(stored)
+        rest = read_back(packed, stored)
         torch.sub(weight, rest, out=rest)  # in its memory: new room for a weight costs more than to subtract it
         matrix = rest.T if turned else rest
         errors = _weighted(matrix, root)

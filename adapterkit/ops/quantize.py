@@ -1,9 +1,8 @@
 """quantize: a checkpoint's linear layers into a quantised format."""
 
-import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, Spoiled, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops import produced
 from adapterkit.ops.packaging import NOT_COPIED, WEIGHTS, as_json, cell, hub_or_name
@@ -38,7 +37,7 @@ from adapterkit.plan import (
 )
 from adapterkit.registry import members
 from adapterkit.weights.names import Names
-from adapterkit.weights.packed import Choice, Packed, Unpacked
+from adapterkit.weights.packed import Choice, Packed, Unpacked, read_back
 from adapterkit.weights.quantised import check_not_quantised
 
 PIECE = 1 << 20  # elements compared at a time
@@ -126,27 +125,27 @@ class Chosen:
             raise Refused(found, expected="config.json of a known model", where=base.name, do="update transformers")
         self.model = skeleton.model
         records = known.get(str(to), [])
-        self.record = next((r for r in records if layers(self.model, r.modules)), records[-1] if records else None)
+        found = layers(self.model, {"Linear", "Conv1D", *(name for record in records for name in record.modules)})
+        self.record = next((r for r in records if {*r.modules} & {*found.values()}), records[-1] if records else None)
         stack = next((name for name, weight in skeleton.state.items() if is_stack(name, weight)), None)
         if self.record is not None and not self.record.beside_experts and stack is not None:
-            found = f"{to} with experts ({shown(stack)})"
             expected = "a model without: transformers takes all experts of such a checkpoint for quantised"
-            raise Refused(found, expected=expected, where=base.name, do="use another format")
+            raise Refused(f"{to} with experts ({shown(stack)})", expected=expected, where=base.name, do="use another format")
         self.skip = matcher(options["skip"], "--skip") if options.get("skip") else None
         if self.skip is not None and not any(self.skip(name) for name, _ in self.model.named_modules()):
-            found = f"--skip {options['skip']!r} matches none"
-            raise Refused(found, expected="a module of the model", where="--skip", do="check the regex")
+            text = f"--skip {options['skip']!r} matches none"
+            raise Refused(text, expected="a module of the model", where="--skip", do="check the regex")
         self.asked: list[str] = []  # what the loader would quantise, and is not
         errors: list[AdapterkitError] = []
-        for name, kind in layers(self.model, ("Linear", "Conv1D", *(self.record.modules if self.record else ()))).items():
+        for name, kind in found.items():
             try:
                 self._choose(name, kind)
             except AdapterkitError as error:
                 errors.append(error)
         refuse_all(errors)
         if not (self.packed if self.record else self.weights):
-            found = f"no linear layer for {to}" if self.record else "no linear layer"
-            raise Refused(found, expected="one or more", where=base.name, do="check --skip, or use another format")
+            text = f"no linear layer for {to}" if self.record else "no linear layer"
+            raise Refused(text, expected="one or more", where=base.name, do="check --skip, or use another format")
 
     def _choose(self, name: str, kind: str) -> None:
         module = name.removesuffix(".weight")
@@ -199,7 +198,7 @@ class Chosen:
         return dict(sorted((self.base.config | {"quantization_config": said}).items()))
 
 
-def layers(model: Any, classes: Sequence[str]) -> dict[str, str]:
+def layers(model: Any, classes: Collection[str]) -> dict[str, str]:
     """Weights of modules of these classes, with the class, but for what transformers' quantisers leave alone. Linear layers and
     Conv1D have one, of others all parameters of three axes are."""
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -266,11 +265,7 @@ class Quantised:
     def make(self, inputs: Inputs) -> Made:
         weight = inputs.tensor(self.source)
         tensors = self.packed.encode(weight)
-        error = relative_error(weight, self.packed.decode(tensors))
-        if not math.isfinite(error):
-            do = "leave it out with --skip, or use another format"
-            raise Spoiled(f"{shown(self.name)} decodes to values that are not finite", expected="values the format holds", do=do)
-        return Made(tensors, {"error": error})
+        return Made(tensors, {"error": relative_error(weight, read_back(self.packed, tensors))})
 
 
 def relative_error(weight: Any, other: Any) -> float:

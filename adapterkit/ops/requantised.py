@@ -11,11 +11,10 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.layout import Stored, grouped, like_base
-from adapterkit.errors import Spoiled, shown
-from adapterkit.kernels.sums import all_finite
+from adapterkit.errors import shown
 from adapterkit.ops.sizes import short
 from adapterkit.plan import Bundle, Computed, Inputs, Made, Shard, Step
-from adapterkit.weights.packed import Packed
+from adapterkit.weights.packed import Packed, read_back
 
 ROWS = 1 << 18  # elements of a weight that are worked on at a time
 LOST = 0.5  # a share of the delta below which a merge is warned of
@@ -108,15 +107,12 @@ class Requantised:
     def make(self, inputs: Inputs) -> Made:
         parts = {part.key: part for part in self.packed.parts}
         stored = {key: inputs.stored(part) for key, part in parts.items()}
-        before = self.packed.decode(stored)
-        if not all_finite(before):
-            found, do = "values that are not finite (NaN or infinity)", "download the checkpoint again"
-            raise Spoiled(found, where=f"{self.packed.file}: {shown(self.packed.key)}", do=do)
+        before = read_back(self.packed, stored, do="download the checkpoint again")
         after, facts = _edited(self.step, before.clone(), inputs)
         if torch.equal(after, before):
             return Made(parts, facts | {"survived": 1.0})
         tensors = self.packed.renewed(stored, after)
-        facts |= survival(before, after, self.packed.decode(tensors))
+        facts |= survival(before, after, read_back(self.packed, tensors))
         return Made(tensors, facts)
 
 

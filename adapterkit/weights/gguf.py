@@ -128,7 +128,7 @@ def _decodes(gguf: Any, kind: Any) -> bool:
     if kind.name not in ("F32", "F16"):
         try:
             gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
-        except (NotImplementedError, KeyError):
+        except (NotImplementedError, KeyError):  # a kind that the package knows by name alone
             return False
     return True
 

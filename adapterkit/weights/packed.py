@@ -13,7 +13,8 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.errors import AdapterkitError, Damaged, Refused, Spoiled, shown
+from adapterkit.kernels.sums import all_finite
 from adapterkit.weights.names import Names
 from adapterkit.weights.quantised import without
 
@@ -85,6 +86,15 @@ class Packed(TensorSpec):
     def read_only(self) -> str | None:
         """Why it cannot be written, if it cannot."""
         return None
+
+
+def read_back(packed: Packed, stored: dict[str, Tensor], do: str = "leave it out, or use another format") -> Tensor:
+    """What the parts of a weight decode to; `Spoiled` where that is not finite, as at the edge of what a scale can hold."""
+    value = packed.decode(stored)
+    if not all_finite(value):
+        found = f"{shown(packed.key)} decodes to values that are not finite (NaN or infinity)"
+        raise Spoiled(found, expected="values that the format can hold", where=packed.file, do=do)
+    return value
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ class Compressed(Packed):
         groups: dict[tuple, list[str]] = {}
         for module, one in choice.packed.items():
             assert isinstance(one, Compressed)
-            groups.setdefault((one.kind, one.bits, one.block[1] if one.block[1] < one.shape[1] else None), []).append(module)
+            size = None if one.kind == "words" and one.block[1] == one.shape[1] else one.block[1]  # MXFP4 is never of whole rows
+            groups.setdefault((one.kind, one.bits, size), []).append(module)
         layout = "mxfp4-pack-quantized" if next(iter(groups))[0] == "mxfp4" else "pack-quantized"
         schemes = {}
         for number, ((kind, bits, size), modules) in enumerate(sorted(groups.items(), key=str)):
