@@ -211,6 +211,14 @@ ADDED_UP = " (default: exact, the ranks add up)"
 )
 @click.option("--dequantize", is_flag=True, help="Write a quantised base's weights as 16-bit floats (default: keep the format).")
 @click.option("--base16", metavar="ORIGINAL", help="BASE is quantised, and was trained on: merge into its 16-bit original instead.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="Of changed weights; stochastic: up or down at random, so that on average the whole delta stays.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding: same seed, same bytes.")
 @hashing
 @click.option("--verify", is_flag=True, help="Read the output again: every hash, and sampled rows recomputed in float64.")
 @click.option("--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit.")

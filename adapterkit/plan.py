@@ -25,6 +25,7 @@ from adapterkit.checkpoint.reader import Identity, changed, identity
 from adapterkit.checkpoint.writer import RECEIPT, Stage, free_bytes
 from adapterkit.edits import Edit
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, Spoiled
+from adapterkit.kernels.stochastic import Draws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,8 @@ ASIDE = ".aside"  # what a shard lays aside for later ones, until all are done
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One output tensor: its rows start from `source` and go through `edits`, in float32, rounded once to `dtype`."""
+    """One output tensor: its rows start from `source` and go through `edits`, in float32, rounded once to `dtype`: to nearest, or
+    with `draws` stochastically."""
 
     key: str
     dtype: str
@@ -48,6 +50,7 @@ class Step:
     edits: tuple[Edit, ...] = ()
     rows: int = 0  # the grid's rows when there are edits
     adapters: tuple[str, ...] = ()  # whose parts go in
+    draws: Draws | None = None
 
     @property
     def copied(self) -> bool:

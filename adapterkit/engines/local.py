@@ -29,6 +29,7 @@ from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
 from adapterkit.edits import Loaded
 from adapterkit.engines.computed import Asides, write_computed
 from adapterkit.errors import Failed, Refused, Spoiled, shown
+from adapterkit.kernels.stochastic import round_to
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import Computed, Plan, Progress, Shard, ShardResult, Step
 from adapterkit.weights.packed import Packed, read_back
@@ -151,6 +152,12 @@ class Inputs:
             yield first, self.rows(source, grid, first, last)
 
 
+def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:
+    """Values of a step as they are written; `position`: of the first of them in the tensor."""
+    dtype = dtypes.torch_dtype(step.dtype)
+    return w.to(dtype) if step.draws is None else round_to(w, dtype, step.draws.at(position))
+
+
 def arithmetic(dtype: str) -> torch.dtype:
     """What a stored dtype is computed in: float32, float64 for float64."""
     return torch.promote_types(dtypes.torch_dtype(dtype), torch.float32)
@@ -237,6 +244,7 @@ class _Facts:
     changed: int = 0  # of the sampled elements, how many differ from the base's
     lost: list[float] = field(default_factory=list)  # per sampled chunk, Σ (rounded - exact)²
     moved: list[float] = field(default_factory=list)  # per sampled chunk, Σ (exact - base)²
+    kept: list[float] = field(default_factory=list)  # per sampled chunk, Σ (rounded - base)(exact - base)
 
     def add(self, other: "_Facts") -> None:
         self.squares += other.squares
@@ -244,6 +252,7 @@ class _Facts:
         self.changed += other.changed
         self.lost += other.lost
         self.moved += other.moved
+        self.kept += other.kept
 
     def measure(self, before: Tensor, exact: Tensor, written: Tensor) -> None:
         """Compare a sampled chunk: the base's values, the exact new ones, and those as they were rounded."""
@@ -251,7 +260,9 @@ class _Facts:
         self.sampled += exact.numel()
         self.changed += int((rounded != before).sum())
         self.lost.append(_squares(exact - rounded))
-        self.moved.append(_squares(exact - before))
+        delta = exact - before
+        self.moved.append(_squares(delta))
+        self.kept.append(float(torch.dot((rounded - before).view(-1), delta.view(-1))))
 
     def result(self, step: Step) -> dict:
         # fsum is exact, so the order in which the workers came does not show
@@ -262,6 +273,7 @@ class _Facts:
         if self.sampled:
             facts["changed"] = _short(self.changed / self.sampled)
             facts["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
+            facts["survived"] = _short(math.fsum(self.kept) / moved) if moved else 1.0
         return facts
 
 
@@ -551,7 +563,8 @@ class _Job:
                     edit.apply(w, first)
                 flat = w.view(-1)
                 facts.squares.append(float(torch.dot(flat, flat)))
-                outgoing = written[first - piece.chunks[0].first : last - piece.chunks[0].first].copy_(w)
+                outgoing = written[first - piece.chunks[0].first : last - piece.chunks[0].first]
+                outgoing.copy_(rounded(w, step, first * columns))
                 self._check_finite(facts.squares[-1], outgoing, step, w)
                 if before is not None:
                     facts.measure(before, w, outgoing)

@@ -29,6 +29,8 @@ class Options:
     expert_layout: str | None = None
     tokenizer: str | None = None
     dequantize: bool = False
+    rounding: str = "nearest"
+    seed: int = 0
 
 
 @dataclass

@@ -51,6 +51,8 @@ def merge(
     tokenizer: str | None = None,
     dequantize: bool = False,
     base16: str | os.PathLike | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
     hash: str = "sha256",
     verify: bool = False,
     push: str | None = None,
@@ -67,11 +69,15 @@ def merge(
     checkpoint in the base's own layout with a receipt (`adapterkit.json`). Arithmetic is float32. Returns the receipt, or with
     `dry_run` the plan. Raises `Refused` before anything is written and `Failed` after; see the errors' texts for the way out.
 
+    `rounding="stochastic"` rounds changed weights up or down at random, so that on average the whole delta stays, where nearest
+    swallows what is below half a step; the draws depend on `seed`, the tensor and the element alone.
+
     Unlike PEFT's `merge_and_unload` several adapters are added before the one rounding, tied embeddings that only one side changes
     are untied, attention's `out_proj` gets its delta once, and anything unknown is an error; `compat="peft"` keeps PEFT's roundings
     and order.
     """
-    options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer, dequantize)
+    how = {"dequantize": dequantize, "rounding": rounding, "seed": seed}
+    options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer, **how)
     sources = [(open_source(source), weight) for source, weight in map(weighted, adapters)]
     plan = plan_merge(open_source(base), sources, options) if base16 is None else plan_on_twin(base, base16, sources, options)
     check = None
@@ -164,7 +170,13 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
             job.errors.append(Refused(found, expected="factors on quantised weights", where=where, do=do))
     touched = [step.source for group in steps.values() for step in group if step.edits and isinstance(step.source, Packed)]
     job.errors += check_writable([*touched, *(spec for spec in packed if getattr(spec, "mended", False))], where)
-    for option, value in [("--dtype", options.dtype), ("--compat", options.compat), ("--max-shard-size", options.max_shard_size)]:
+    drawn = options.rounding == "stochastic"
+    for option, value in [
+        ("--dtype", options.dtype),
+        ("--compat", options.compat),
+        ("--max-shard-size", options.max_shard_size),
+        ("--rounding stochastic", drawn),
+    ]:
         if value:
             found, do = f"{option} with a quantised base", "give --dequantize"
             job.errors.append(Refused(found, expected="the format as it is", where="options", do=do))
@@ -192,10 +204,17 @@ def _check_options(options: Options) -> None:
         ("--expert-layout", options.expert_layout, (None, *LAYOUTS)),
         ("--tokenizer", options.tokenizer, (None, "base", "adapter")),
         ("--dtype", options.dtype, (None, *dtypes.SHORT)),
+        ("--rounding", options.rounding, ("nearest", "stochastic")),
     ]:
         if value not in allowed:
             words = " or ".join(a for a in allowed if a)
             errors.append(Refused(f"{name} {value!r}", expected=words, where="options", do="use one of these"))
+    if options.rounding == "nearest" and options.seed:
+        found, do = f"--seed {options.seed} without draws", "give --rounding stochastic, or leave --seed out"
+        errors.append(Refused(found, expected="--rounding stochastic", where="options", do=do))
+    if options.rounding == "stochastic" and options.compat:
+        found, do = f"--rounding stochastic with --compat {options.compat}", "leave one of them out"
+        errors.append(Refused(found, expected="one way to round", where="options", do=do))
     refuse_all(errors)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.layout import Stored, grouped, like_base
+from adapterkit.engines.local import rounded
 from adapterkit.errors import shown
 from adapterkit.ops.sizes import short
 from adapterkit.plan import Bundle, Computed, Inputs, Made, Shard, Step
@@ -74,7 +74,7 @@ class Edited:
         facts: dict[str, Any] = {}
         if self.step.edits:
             weight, facts = _edited(self.step, weight, inputs)
-        return Made({self.step.key: weight.to(dtypes.torch_dtype(self.step.dtype)).view(self.step.shape)}, facts)
+        return Made({self.step.key: rounded(weight, self.step).view(self.step.shape)}, facts)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def survival(before: Tensor, after: Tensor, stored: Tensor) -> dict[str, float]:
 
 def lost(facts: dict[str, dict]) -> list[str]:
     """A warning where requantisation swallowed most of what was merged."""
-    shares = {key: fact["survived"] for key, fact in facts.items() if "survived" in fact}
+    shares = {key: fact["survived"] for key, fact in facts.items() if "survived" in fact and "rounding" not in fact}
     bad = sorted((share, key) for key, share in shares.items() if share < LOST)
     if not bad:
         return []

@@ -4,10 +4,13 @@ from dataclasses import replace
 
 from adapterkit import dtypes
 from adapterkit.edits import AddLikePeft, AddLowRank, Edit, RoundTo
+from adapterkit.engines.local import arithmetic
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.kernels.stochastic import Draws
 from adapterkit.ops.job import Change, Job
 from adapterkit.placement import grid_rows, place_magnitude, place_product, place_rows, place_value, place_vector
 from adapterkit.plan import Step
+from adapterkit.weights.packed import Packed
 from adapterkit.weights.slots import Slot, identity_slot
 
 
@@ -21,11 +24,11 @@ def steps_of(job: Job) -> dict[str, list[Step]]:
         if key in dropped:
             continue
         step = touched.pop(key, None) or Step(key, spec.dtype, spec.shape, spec)
-        groups[spec.file].append(_cast(step, dtype))
+        groups[spec.file].append(_rounded(job, _cast(step, dtype)))
     last = list(groups)[-1]
     for name, change in job.new.items():
         step = _new_step(job, name, change)
-        groups[last].append(_cast(step, dtype))
+        groups[last].append(_rounded(job, _cast(step, dtype)))
     return {name: steps for name, steps in groups.items() if steps}
 
 
@@ -45,6 +48,16 @@ def _cast(step: Step, dtype: str | None) -> Step:
     if dtype is None or step.dtype not in dtypes.FLOATS:
         return step
     return replace(step, dtype=dtype)
+
+
+def _rounded(job: Job, step: Step) -> Step:
+    """With the draws of its rounding, if an adapter changes it: what is only cast goes to nearest, which is nearer."""
+    if job.options.rounding != "stochastic" or not step.edits:
+        return step
+    packed = isinstance(step.source, Packed) and not job.options.dequantize
+    if not packed and dtypes.torch_dtype(step.dtype) == arithmetic(step.source.dtype):
+        return step  # nothing is rounded
+    return replace(step, draws=Draws.of(job.options.seed, step.key))
 
 
 def _touched(job: Job) -> dict[str, Step]:

@@ -38,11 +38,28 @@ def test_receipts_without_hashes_agree_too(shared):
 
 
 def test_options_that_change_the_layout(shared):
-    """Resharded and cast, with one worker and with eight."""
-    for options in (("--dtype", "fp32"), ("--max-shard-size", "7KB"), ("--dtype", "bf16", "--max-shard-size", "4KB")):
+    """Resharded, cast and rounded at random, with one worker and with eight."""
+    drawn = ("--rounding", "stochastic", "--seed", "7")
+    layouts = [("--dtype", "fp32"), ("--max-shard-size", "7KB"), ("--dtype", "bf16", "--max-shard-size", "4KB")]
+    for options in (*layouts, drawn, (*drawn, "--dtype", "fp16", "--max-shard-size", "4KB")):
         found = []
         for workers in (1, 8):
             shared.clear()
             shared.merge(*options, workers=workers).succeeded()
             found.append(shared.digests())
         assert found[0] == found[1]
+
+
+def test_a_resume_draws_the_same(shared):
+    drawn = ("--rounding", "stochastic", "--seed", "7")
+    found = []
+    for kills in (0, 2):
+        shared.clear()
+        for when in range(1, kills + 1):
+            shared.merge("--resume", *drawn, fault={"kill": True, "calls": ["rename"], "when": 2 * when})
+        shared.merge("--resume" if kills else "--quiet", *drawn).succeeded()
+        found.append(shared.digests())
+    assert found[0] == found[1]
+    shared.clear()
+    shared.merge("--rounding", "stochastic").succeeded()
+    assert shared.digests() != found[0]
