@@ -393,7 +393,9 @@ def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lor
 
 
 # What PEFT saves unasked: the embeddings, when their size changed or they were adapted (save_embedding_layers="auto")
-EMBEDDINGS = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|lm_head|shared|output|output_layer|decoder)\.(?:weight|bias)$")
+EMBEDDINGS = re.compile(
+    r"(?:^|\.)(?:\w*embed\w*|wte|\w*lm_head|shared|output|output_layer|decoder|proj_out|vocab_projector|lm_loss)\.(?:weight|bias)$"
+)
 # PEFT adds both names to modules_to_save for a classifier; a model has one of them
 CLASSIFIERS = {"classifier", "score"}
 

@@ -1,64 +1,101 @@
 """Embeddings and heads: parameters that are one in memory, vocabularies of another size, heads that the base lacks."""
 
 import inspect
+import math
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
-from adapterkit.ops.job import Change, Job
-from adapterkit.weights.names import Parameter
+from adapterkit.ops.job import Change, Job, Part
+from adapterkit.weights.names import Parameter, tied_names
 
 BLOCK = 16 << 20  # bytes compared at a time
 
 
+Sides = dict[str, Change]  # name -> what PEFT computes with under it, for the names of one tied parameter
+
+
 def settle_ties(job: Job) -> None:
-    """Parameters that are one in memory: untie what only one side changes, unless told otherwise."""
-    seen: set[str] = set()
-    for name in list(job.changes):
-        if name in seen or not job.changes[name].parameter.tied:
+    """Parameters that are one in memory: untie those whose sides are not changed alike, unless told otherwise."""
+    apart: dict[tuple[str, ...], Sides] = {}
+    for group in _groups(job):
+        changed = [name for name in group if name in job.changes]
+        if not changed:
             continue
-        change = job.changes[name]
-        group = [name, *change.parameter.tied]
-        seen.update(group)
-        stored = next(g for g in group if (p := job.names.parameter(g)) and not p.twin)
-        changed = [g for g in group if g in job.changes]
-        if _same_change(job, changed):
-            kept = job.changes[max(changed, key=lambda g: (bool(job.changes[g].rows), g == stored))]
-            for other in changed:
-                job.changes.pop(other)
-            job.changes[stored] = kept
-            _replace_copies(job, stored, group, kept)
+        sides = _sides(job, group)
+        if _alike(job, group, sides):
+            _set_all(job, group, sides[group[0]])
         elif job.options.tied == "refuse":
             job.errors.append(
                 Refused(
-                    f"{shown(changed[0])} is tied to {shown(', '.join(g for g in group if g != changed[0]))}",
+                    f"{shown(changed[0])} is tied to {shown(', '.join(name for name in group if name != changed[0]))}",
                     expected="a change of both or of neither (--tied refuse)",
                     where="adapters",
                     do="give --tied untie to make them two, or --tied fold for PEFT's in-memory result",
                 )
             )
         elif job.options.tied == "fold" and _foldable(job, changed):
-            _fold(job, stored, group, changed)
+            _set_all(job, group, _sum(job, changed))
         else:
-            _untie(job, stored, group)
+            apart[group] = sides
+    if apart:
+        _untie(job, apart)
+    _note_biases(job)
 
 
-def _same_change(job: Job, names: list[str]) -> bool:
-    """Whether the adapters mean one change of the shared weight: PEFT writes trained token rows and a resized embedding under one
-    name, or under several with equal values, and with ensure_weight_tying a delta too."""
-    changes = [job.changes[name] for name in names]
-    numbers = {p.adapter.number for c in changes for p in c.parts} | {c.number for c in changes if c.value is not None}
-    if numbers and all(job.adapters[n - 1].config.get("ensure_weight_tying") for n in numbers):
-        return True
-    if any(change.parts for change in changes):
-        return False
-    if len(names) == 1 and _saved(job, names[0]):
-        return False
-    if not all(_equal_bytes(job, changes[0].value, change.value) for change in changes[1:]):
-        return False
-    rowed = [name for name in names if job.changes[name].rows]
-    return _is_input(job, rowed[0]) if len(rowed) == 1 else all(_equal_rows(job, changes[0], change) for change in changes[1:])
+def _note_biases(job: Job) -> None:
+    """A head with a bias and trained token rows: PEFT 0.21 computes it without the bias before a merge, and with it after one."""
+    for name, change in {**job.changes, **job.new}.items():
+        heads = [n for n in (name, *change.parameter.tied) if change.rows and job.names.layer(n.rpartition(".")[0]) == "Linear"]
+        for head in heads:
+            if job.names.parameter(f"{head.rpartition('.')[0]}.bias") is not None:
+                job.notes.append(f"{shown(head)} has trained rows and a bias: PEFT leaves that out until it merges, here it counts")
+
+
+def _groups(job: Job) -> list[tuple[str, ...]]:
+    """The names of each parameter that has several, the stored one first."""
+    parameters = job.names.model.parameters if job.names.model is not None else {}
+    groups = {frozenset((name, *parameter.tied)) for name, parameter in parameters.items() if parameter.tied}
+    return sorted(tuple(sorted(group, key=lambda name: (not _is_stored(job, name), name))) for group in groups)
+
+
+def _is_stored(job: Job, name: str) -> bool:
+    parameter = job.names.parameter(name)
+    return parameter is not None and not parameter.twin
+
+
+def _sides(job: Job, group: tuple[str, ...]) -> Sides:
+    """What PEFT computes with under each name of a parameter.
+
+    An adapter's token rows at the input embedding are all sides', unless it trained rows at another side too; and so are values
+    that are no module of their own (a resized embedding), where a side has none.
+    """
+    own = {name: job.changes[name] for name in group if name in job.changes}
+    rows_of: dict[int, list[str]] = {}  # adapter -> the names at which it trained rows
+    for name, change in own.items():
+        for values, _ in change.rows:
+            rows_of.setdefault(values.folder, []).append(name)
+    sides: Sides = {}
+    for name in group:
+        parameter = job.names.parameter(name)
+        assert parameter is not None
+        known = own.get(name) or Change(parameter)
+        side = sides[name] = replace(known, rows=[*known.rows], adapters=[*known.adapters])
+        for source, change in own.items():
+            rows = [row for row in change.rows if source != name and rows_of[row[0].folder] == [source] and _is_input(job, source)]
+            shared = side.value is None and change.value is not None and not _saved(job, source)
+            if shared:
+                side.value, side.number = change.value, change.number
+                side.parameter = replace(side.parameter, shape=change.parameter.shape)
+            side.rows += rows
+            if rows or shared:
+                side.adapters += [adapter for adapter in change.adapters if adapter not in side.adapters]
+    return sides
 
 
 def _is_input(job: Job, name: str) -> bool:
@@ -74,10 +111,44 @@ def _saved(job: Job, name: str) -> bool:
     return change.value is not None and job.adapters[change.number - 1].saves(name)
 
 
-def _equal_rows(job: Job, change: Change, other: Change) -> bool:
-    if [indices for _, indices in change.rows] != [indices for _, indices in other.rows]:
+def _alike(job: Job, names: Iterable[str], sides: Sides) -> bool:
+    """Whether the names are changed in the same way, by values and not by what a config says of them."""
+    first, *others = (sides[name] for name in names)
+    return all(_equal_changes(job, first, other) for other in others)
+
+
+def _equal_changes(job: Job, one: Change, other: Change) -> bool:
+    if [indices for _, indices in one.rows] != [indices for _, indices in other.rows]:
         return False
-    return all(_equal_bytes(job, a, b) for (a, _), (b, _) in zip(change.rows, other.rows, strict=True))
+    if len(one.parts) != len(other.parts) or (one.value is None) != (other.value is None):
+        return False
+    pairs = [(one.value, other.value), *((a, b) for (a, _), (b, _) in zip(one.rows, other.rows, strict=True))]
+    if not all(_equal_bytes(job, a, b) for a, b in pairs):
+        return False
+    return all(_equal_parts(job, a, b) for a, b in zip(one.parts, other.parts, strict=True))
+
+
+def _equal_parts(job: Job, one: Part, other: Part) -> bool:
+    """Whether two additions are the same: equal scales and, element by element, factors; an embedding's lie transposed."""
+    if one is other:
+        return True
+    if (one.adapter.number, one.scale, one.product is None) != (other.adapter.number, other.scale, other.product is None):
+        return False
+    if one.magnitude or other.magnitude or one.product is None or other.product is None:
+        sides = [(p.magnitude, p.vector, p.lora.a, p.lora.b) for p in (one, other)]
+        return one.outputs == other.outputs and all(_equal_bytes(job, a, b) for a, b in zip(*sides, strict=True))
+    first, second = one.product, other.product
+    if first.flip == second.flip:
+        return _equal_bytes(job, first.a, second.a) and _equal_bytes(job, first.b, second.b)
+    return _transposes(job, first.a, second.b) and _transposes(job, first.b, second.a)
+
+
+def _transposes(job: Job, one: TensorSpec, other: TensorSpec) -> bool:
+    if one.dtype != other.dtype or len(one.shape) != 2 or one.shape != other.shape[::-1]:
+        return False
+    width = f"u{one.nbytes // math.prod(one.shape)}"
+    a, b = (np.frombuffer(_bytes(job, spec, 0, spec.nbytes), width).reshape(spec.shape) for spec in (one, other))
+    return bool(np.array_equal(a, b.T))
 
 
 def _equal_bytes(job: Job, a: TensorSpec | None, b: TensorSpec | None) -> bool:
@@ -87,19 +158,20 @@ def _equal_bytes(job: Job, a: TensorSpec | None, b: TensorSpec | None) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     cuts = [(at, min(at + BLOCK, a.nbytes)) for at in range(0, a.nbytes, BLOCK)]
-    return all(_bytes(job, a, *cut) == _bytes(job, b, *cut) for cut in cuts)
+    return a == b or all(_bytes(job, a, *cut) == _bytes(job, b, *cut) for cut in cuts)
 
 
 def _bytes(job: Job, spec: TensorSpec, start: int, stop: int) -> bytes:
     return job.adapters[spec.folder - 1].folder.read(spec.file, spec.start + start, spec.start + stop)
 
 
-def _replace_copies(job: Job, stored: str, group: list[str], change: Change) -> None:
-    """A tied twin that the base stores as well gets the same change, so that the file stays consistent."""
-    for other in group:
-        parameter = job.names.parameter(other)
-        if other != stored and parameter is not None and not parameter.twin:
-            job.changes[other] = replace(change, parameter=replace(parameter, shape=change.parameter.shape, tied=()))
+def _set_all(job: Job, group: tuple[str, ...], change: Change) -> None:
+    """One change of the shared weight: under every name that the base stores (some store the tied head too)."""
+    for name in group:
+        job.changes.pop(name, None)
+        parameter = job.names.parameter(name)
+        if parameter is not None and not parameter.twin:
+            job.changes[name] = replace(change, parameter=replace(parameter, shape=change.parameter.shape))
 
 
 def _foldable(job: Job, names: list[str]) -> bool:
@@ -111,52 +183,113 @@ def _foldable(job: Job, names: list[str]) -> bool:
     return not any(_saved(job, name) for name in names) and equal and len(set(rows)) == len(rows)
 
 
-def _fold(job: Job, stored: str, group: list[str], changed: list[str]) -> None:
-    target = job.changes.pop(stored, None) or Change(replace(job.changes[changed[0]].parameter, name=stored))
-    for other in changed:
-        change = job.changes.pop(other, None)
-        if change is not None:
-            target.value = target.value or change.value
-            target.parts += change.parts
-            target.rows += change.rows
-            target.adapters += change.adapters
-    job.changes[stored] = target
-    _replace_copies(job, stored, group, target)
+def _sum(job: Job, changed: list[str]) -> Change:
+    """Everything that is done to one of the names, done to one weight."""
+    changes = [job.changes[name] for name in changed]
+    valued = next((change for change in changes if change.value is not None), changes[0])
+    return replace(
+        valued,
+        parts=[part for change in changes for part in change.parts],
+        rows=[row for change in changes for row in change.rows],
+        adapters=list(dict.fromkeys(name for change in changes for name in change.adapters)),
+    )
 
 
-def _untie(job: Job, stored: str, group: list[str]) -> None:
-    """Every name of the group that is not stored becomes a tensor of its own."""
-    source = job.names.parameter(stored)
-    assert source is not None
-    if _tied_by_code(job):
-        job.errors.append(
-            Refused(
-                f"{shown(', '.join(sorted(group)))} cannot be untied: this model's code ties them, or scales its outputs by "
-                "tie_word_embeddings",
-                expected="a change that the shared weight can take",
-                where="adapters",
-                do="leave it out with --exclude, or give --tied fold to change all sides",
-            )
-        )
-        return
-    for name in group:
-        parameter = job.names.parameter(name)
-        if parameter is None or parameter.twin:
-            change = job.changes.pop(name, None) or Change(replace(source, name=name))
-            change.parameter = replace(change.parameter, name=name)
-            job.new[name] = change
-    set_everywhere(job.config, "tie_word_embeddings", False)
-    job.config["tie_word_embeddings"] = False
-    job.notes.append(f"untied: {', '.join(sorted(group))}; tie_word_embeddings is now false")
+def _untie(job: Job, apart: dict[tuple[str, ...], Sides]) -> None:
+    """Set the config's switch, and write out every parameter that this releases, those that no adapter changes too.
 
-
-def _tied_by_code(job: Job) -> bool:
-    """Whether tie_word_embeddings = false would not untie, or would do more than that (T5 and its kin)."""
+    Which ones are released is asked of the model itself, built with the changed config.
+    """
     assert job.names.model is not None
-    model: Any = job.names.model.model
-    untied = type(model.config)(**(model.config.to_dict() | {"tie_word_embeddings": False}))
-    forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
-    return bool(untied.tie_word_embeddings) or "tie_word_embeddings" in inspect.getsource(forwards[0])
+    for config in _switched(job.config):
+        model = job.names.model.with_config(config)
+        ties = tied_names(model)
+        if all(_alike(job, part, sides) for group, sides in apart.items() for part in _parts(group, ties)):
+            break
+    else:
+        job.errors += [_bound(group, "this model's code ties them") for group in apart]
+        return
+    if _means_more(job.names.model.model, model):
+        job.errors += [_bound(group, "this model's code does more by tie_word_embeddings than tie") for group in apart]
+        return
+    for group in _groups(job):
+        shared = job.changes.get(group[0])
+        for part in _parts(group, ties):
+            change = apart[group][part[0]] if group in apart else shared
+            names = [name for name in part if _is_stored(job, name)] or [part[0]]
+            for name in names:
+                _set_one(job, name, change)
+    job.config = config
+    released = [name for group in _groups(job) if len(_parts(group, ties)) > 1 for name in group]
+    job.notes.append(f"untied: {', '.join(sorted(released))}; tie_word_embeddings is now false")
+
+
+def _set_one(job: Job, name: str, change: Change | None) -> None:
+    """A change under one name, which becomes a tensor of its own if the base does not store it."""
+    parameter = job.names.parameter(name)
+    assert parameter is not None and job.names.model is not None
+    job.changes.pop(name, None)
+    changed = change is not None and (change.value is not None or change.parts or change.rows)
+    own = replace(parameter, shape=change.parameter.shape if change else parameter.shape, tied=())
+    if parameter.twin:
+        job.new[name] = replace(change, parameter=own) if change else Change(own)
+        if job.names.model.renamed(name) != name:
+            read = shown(job.names.model.renamed(name))
+            found, do = f"{shown(name)} cannot be stored: transformers reads that key as {read}", "leave it out with --exclude"
+            job.errors.append(Refused(found, expected="a key of its own", where=job.base.name, do=do))
+    elif changed:
+        assert change is not None
+        job.changes[name] = replace(change, parameter=own)
+
+
+def _parts(group: tuple[str, ...], ties: dict[str, tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The names of a group, by what is still one parameter under these ties; the one that a file holds first in each."""
+    parts: dict[frozenset[str], list[str]] = {}
+    for name in group:
+        parts.setdefault(frozenset((name, *ties.get(name, ()))), []).append(name)
+    return [tuple(part) for part in parts.values()]
+
+
+def _bound(group: tuple[str, ...], why: str) -> Refused:
+    return Refused(
+        f"{shown(', '.join(sorted(group)))} cannot be untied: {why}",
+        expected="a change that the shared weight can take",
+        where="adapters",
+        do="leave it out with --exclude, or give --tied fold to change all sides",
+    )
+
+
+def _switched(config: dict) -> Iterator[dict]:
+    """The config with the switch off: where it says something of it, then in every sub-config too."""
+    for everywhere in (False, True):
+        changed = deepcopy(config)
+        changed["tie_word_embeddings"] = False
+        for part in [p for p in _sub_configs(changed) if everywhere or "tie_word_embeddings" in p]:
+            part["tie_word_embeddings"] = False
+        yield changed
+
+
+def _sub_configs(config: dict) -> list[dict]:
+    found = [v for v in config.values() if isinstance(v, dict) and "model_type" in v]
+    return found + [inner for part in found for inner in _sub_configs(part)]
+
+
+def _means_more(tied: Any, untied: Any) -> bool:
+    """Whether the switch does more to a model than to untie it: to its config, to its parameters, or in its forward (T5 and its kin
+    scale the decoder's outputs by it, which only the code says)."""
+    if _unswitched(tied.config.to_dict()) != _unswitched(untied.config.to_dict()):
+        return True
+    if [(k, v.shape) for k, v in tied.state_dict().items()] != [(k, v.shape) for k, v in untied.state_dict().items()]:
+        return True
+    classes = {cls for module in untied.modules() for cls in type(module).__mro__ if cls.__module__.startswith("transformers.")}
+    return any("tie_word_embeddings" in inspect.getsource(vars(cls)["forward"]) for cls in classes if "forward" in vars(cls))
+
+
+def _unswitched(config: Any) -> Any:
+    """A config without the switch, and without where it was read."""
+    if not isinstance(config, dict):
+        return config
+    return {k: _unswitched(v) for k, v in config.items() if k not in ("tie_word_embeddings", "_name_or_path")}
 
 
 def settle_vocabulary(job: Job) -> None:

@@ -95,9 +95,10 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
 
 
 def _edited(job: Job, step: Step, edits: list[Edit], change: Change, slot: Slot) -> Step:
-    """The step with these edits, then what the change adds to the slot and the rows that it replaces."""
+    """The step with these edits, then the rows that the change replaces and what it adds to the slot: in PEFT the rows lie inside
+    of a LoRA on the same weight."""
+    edits = edits + [place_rows(change.parameter, slot, values, indices) for values, indices in change.rows]
     edits = _additions(job, edits, change, slot, step.dtype)
-    edits += [place_rows(change.parameter, slot, values, indices) for values, indices in change.rows]
     names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
     rows = grid_rows(slot, change.stack and len(slot.shape) in (2, 3))
     return replace(step, edits=tuple(edits), rows=rows, adapters=names)

@@ -24,7 +24,7 @@ from adapterkit.checkpoint.gguf import Entry, GgufHeader, read_gguf
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Spoiled, refuse_all, shown
-from adapterkit.weights.names import Skeleton
+from adapterkit.weights.names import Skeleton, tied_names
 from adapterkit.weights.packed import Packed
 
 COPY = "model.gguf"  # what transformers is shown: the header, and a hole in place of the data
@@ -321,7 +321,7 @@ class _Reader:
         if unknown:
             found = f"{len(unknown)} tensors that transformers has no place for: {', '.join(map(shown, unknown[:6]))}"
             errors.append(self.refuse(found, f"the tensors of {self.model.class_name}"))
-        twins = self.model._tied()
+        twins = tied_names(self.model.model)
         missing = [k for k in state if k not in groups and not any(twin in groups for twin in twins.get(k, ()))]
         if missing := [key for key in missing if not self._ignored(key, "_keys_to_ignore_on_load_missing")]:
             found = f"nothing for {len(missing)} parameters: {', '.join(map(shown, missing[:6]))}"

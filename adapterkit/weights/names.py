@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Collection
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -173,6 +173,10 @@ class Skeleton:
         self.unreadable: dict[str, AdapterkitError] = {}  # parameters whose conversion is more than a move of elements
         self.parameters = self._find_parameters()
 
+    def with_config(self, config: dict):
+        """The same class without data, built with another config."""
+        return _meta_model(replace(self.base, config=config), self.class_name)
+
     def by_old_name(self, name: str) -> Parameter | None:
         """The parameter that a file's or an older transformers' name means, or None.
 
@@ -237,7 +241,7 @@ class Skeleton:
     def _find_parameters(self) -> dict[str, Parameter]:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         slots = self._slots(self.state)
-        tied = self._tied()
+        tied = tied_names(self.model)
         found: dict[str, Parameter] = {}
         for name, shape in shapes.items():
             held, others = slots.get(name), tied.get(name, ())
@@ -246,16 +250,6 @@ class Skeleton:
             if held is not None:
                 found[name] = Parameter(name, _stored_shape(shape, held), held, others, name not in slots)
         return found
-
-    def _tied(self) -> dict[str, tuple[str, ...]]:
-        """Names that share one parameter, each with the others of its group."""
-        pairs = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
-        groups: dict[str, set[str]] = {}
-        for a, b in pairs.items():
-            group = groups.get(a, {a}) | groups.get(b, {b})
-            for name in group:
-                groups[name] = group
-        return {name: tuple(sorted(group - {name})) for name, group in groups.items()}
 
     def _slots(self, state: dict) -> dict[str, tuple[Slot, ...]]:
         """Slots of every parameter, by running the loader's renames and conversions on symbols."""
@@ -301,6 +295,16 @@ class Skeleton:
                 where=self.base.name,
                 do="save the model once with transformers (from_pretrained, save_pretrained) and use that as the base",
             ) from error
+
+
+def tied_names(model) -> dict[str, tuple[str, ...]]:
+    """Names that share one parameter, each with the others of its group."""
+    groups: dict[str, set[str]] = {}
+    for a, b in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        group = groups.get(a, {a}) | groups.get(b, {b})
+        for name in group:
+            groups[name] = group
+    return {name: tuple(sorted(group - {name})) for name, group in groups.items()}
 
 
 def _conversions(model) -> tuple[list, list]:

@@ -91,11 +91,10 @@ def test_other_modules_leave_the_tie(how, tied, tmp_path):
     assert set(stored(tmp_path / "out")) == set(stored(base)) and _config(tmp_path / "out") == _config(base)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
-def test_ensure_weight_tying_applies_once(how, dtype, tied, tmp_path):
+def test_ensure_weight_tying_applies_once(how, tied, tmp_path):
     """PEFT's merge gives W + 2Δ there (peft.md 1.17); the trained model computes with W + Δ."""
-    build, base, adapter = tied("llama", dtype, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    build, base, adapter = tied("llama", "fp32", target_modules=["embed_tokens"], ensure_weight_tying=True)
     keys = [k for k in stored(adapter) if "lora_" in k]
     assert any("lora_embedding_A" in k for k in keys) and any("lm_head.lora_A" in k for k in keys)
     oracle.merge(base, adapter, out=tmp_path / "out", tied=how)
@@ -105,6 +104,19 @@ def test_ensure_weight_tying_applies_once(how, dtype, tied, tmp_path):
     theirs = peft_merged(load(build, base), adapter)[EMBEDDING]
     with pytest.raises(AssertionError):  # PEFT adds it once now: compare with its result
         assert_rounded(theirs, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_ensured_deltas_that_came_apart_are_two(dtype, tied, tmp_path):
+    """PEFT's upcast of the factors ends the sharing on 16-bit bases: the sides train apart, and the file holds two deltas."""
+    build, base, adapter = tied("llama", dtype, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    oracle.merge(base, adapter, out=tmp_path / "out")
+    expected, out = exact(peft_model(load(build, base), adapter)), stored(tmp_path / "out")
+    for name in (EMBEDDING, HEAD):
+        assert_rounded(out[name], expected[name], name)
+    assert not torch.equal(out[EMBEDDING], out[HEAD]) and _config(tmp_path / "out")["tie_word_embeddings"] is False
+    with pytest.raises(Refused, match="is tied to"):
+        oracle.merge(base, adapter, out=tmp_path / "refused", tied="refuse")
 
 
 def test_ensure_weight_tying_with_modules_to_save(tied, tmp_path):
@@ -229,6 +241,85 @@ def test_untied_head_goes_to_the_last_shard(tied, tmp_path):
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["weight_map"][HEAD] == max(index["weight_map"].values())
     merged(tmp_path / "out", build)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+TEXT = SIZES | {"vocab_size": 80, "max_position_embeddings": 64}
+SEQ2SEQ = {"vocab_size": 80, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+SEQ2SEQ |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+BLIP = {"text_config": TEXT | {"encoder_hidden_size": 32}, "vision_config": SIZES | {"image_size": 16, "patch_size": 8}}
+QWEN = {
+    "text_config": TEXT | {"num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+    "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2},
+    "tie_word_embeddings": True,
+}
+QWEN["text_config"] |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
+# class, config, input embedding, head; all but the first of a kind tie more than these two
+FAMILIES = {
+    "bert-mlm": ("BertForMaskedLM", "BertConfig", TEXT, "word_embeddings", "decoder"),
+    "bert-lm": ("BertLMHeadModel", "BertConfig", TEXT | {"is_decoder": True}, "word_embeddings", "decoder"),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT, "word_embeddings", "decoder"),
+    "megatron-bert": ("MegatronBertForMaskedLM", "MegatronBertConfig", TEXT, "word_embeddings", "decoder"),
+    "visual-bert": ("VisualBertForPreTraining", "VisualBertConfig", TEXT, "word_embeddings", "decoder"),
+    "blip": ("BlipForConditionalGeneration", "BlipConfig", BLIP, "word_embeddings", "predictions.decoder"),
+    "electra": ("ElectraForMaskedLM", "ElectraConfig", TEXT | {"embedding_size": 16}, "word_embeddings", "generator_lm_head"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 80, "n_embd": 32, "n_layer": 1, "n_head": 4}, "wte", "lm_head"),
+    "bart": ("BartForConditionalGeneration", "BartConfig", SEQ2SEQ, "shared", "lm_head"),
+    "qwen2-vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", QWEN, "embed_tokens", "lm_head"),
+}
+SIDES = {
+    "embedding": lambda e, h: {"target_modules": [e, "query"]},
+    "head": lambda e, h: {"target_modules": [h, "query"]},
+    "both": lambda e, h: {"target_modules": [e, h]},
+    "ensured": lambda e, h: {"target_modules": [e], "ensure_weight_tying": True},
+    "rows": lambda e, h: {"target_modules": ["query", "q_proj", "c_attn"], "trainable_token_indices": {e: [5, 2]}},
+    "rows-and-head": lambda e, h: {"target_modules": [h], "trainable_token_indices": {e: [5, 2]}},
+    "rows-apart": lambda e, h: {"target_modules": ["query", "q_proj", "c_attn"], "trainable_token_indices": {e: [5, 2], h: [7]}},
+    "saved-head": lambda e, h: {"target_modules": ["query", "q_proj", "c_attn"], "modules_to_save": [h]},
+}
+
+
+@torch.no_grad()
+def _family(name, folder):
+    """A base whose biases and embeddings are not near zero, so that a lost one shows."""
+    cls, config, sizes, *_ = FAMILIES[name]
+    torch.manual_seed(0)
+    with oracle.quiet():
+        model = getattr(transformers, cls)(getattr(transformers, config)(**sizes)).eval()
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        parameter.add_((0.3 if 80 in parameter.shape else 0.05) * torch.randn(parameter.shape, generator=generator))
+    oracle.save_base(model, folder, "fp32")
+
+
+@torch.no_grad()
+def _logits(model, name):
+    model, ids = model.double(), torch.arange(3, 19).view(2, 8)
+    pixels = torch.linspace(-1, 1, 1536).view(2, 3, 16, 16).double()
+    given = {"blip": {"pixel_values": pixels}, "bart": {"decoder_input_ids": ids.flip(1)}}
+    with oracle.quiet():
+        found = model(input_ids=ids, **given.get(name, {}))
+    return found["prediction_logits" if "prediction_logits" in found else "logits"]
+
+
+@pytest.mark.parametrize("trained", SIDES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_of_every_family(name, trained, made, tmp_path):
+    """transformers' switch releases every tie of a model at once, biases too: each is written out."""
+    cls, _, _, embedding, head = FAMILIES[name]
+    base = made(f"tied-family-{name}", lambda folder: _family(name, folder))
+    oracle.train(load(cls, base), tmp_path / "adapter", **SIDES[trained](embedding, head))
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
+    wrapped, before = peft_model(load(cls, base), tmp_path / "adapter"), _logits(load(cls, base), name)
+    after = load(cls, tmp_path / "out")
+    for model in (wrapped, after) if "rows" in trained else ():  # there PEFT leaves the head's bias out until it merges
+        for parameter in model.parameters():
+            if parameter.shape == (80,):
+                parameter.data.zero_()
+    right, found = _logits(wrapped, name), _logits(after, name)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    # Bart calls its encoder's and decoder's embeddings, never `shared` itself
+    assert (right - before).abs().max() > 1e-4 or (embedding, trained) in {("shared", "embedding"), ("shared", "ensured")}
 
 
 TRAINED = {
