@@ -1,9 +1,11 @@
 """adapterkit: surgery on adapter and model checkpoints, done on the files.
 
-The verbs are imported on first use, so `import adapterkit` loads neither torch nor transformers.
+The verbs are imported on first use, so `import adapterkit` loads neither torch nor transformers. Their errors are here too.
 """
 
 from typing import TYPE_CHECKING
+
+from adapterkit.errors import AdapterkitError, Damaged, Failed, Interrupted, Offenders, Refused, Spoiled
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
     from adapterkit.ops.verify import verify
 
 __all__ = [
+    "AdapterkitError",
+    "Damaged",
+    "Failed",
+    "Interrupted",
+    "Offenders",
+    "Refused",
+    "Spoiled",
     "__version__",
     "arrow",
     "combine",

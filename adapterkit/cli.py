@@ -16,6 +16,7 @@ import click
 
 from adapterkit import __version__
 from adapterkit.errors import AdapterkitError, Interrupted
+from adapterkit.options import CHOICES
 
 
 def process() -> None:
@@ -149,7 +150,7 @@ writing = together(
     click.option("--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."),
     json_output,
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute."),
-    click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, help="Where steps run."),
+    click.option("--engine", type=click.Choice(CHOICES["engine"]), default="local", show_default=True, help="Where steps run."),
     click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same job."),
     click.option("--overwrite", is_flag=True, help="Replace an older output of adapterkit in DIR."),
     click.option("--quiet", is_flag=True, help="No progress, no summary."),
@@ -163,10 +164,8 @@ blocks = together(
     click.option("--block-size", type=int, help="Values with one scale (nf4, fp4: 64; w4a16: 128)."),
     click.option("--double-quant", is_flag=True, help="Quantise the scales too (nf4, fp4)."),
 )
-hashing = click.option(
-    "--hash", type=click.Choice(["sha256", "none"]), default="sha256", show_default=True, help="Hash the output."
-)
-DTYPES = click.Choice(["bf16", "fp16", "fp32"])
+hashing = click.option("--hash", type=click.Choice(CHOICES["hash"]), default="sha256", show_default=True, help="Hash the output.")
+DTYPES = click.Choice(CHOICES["dtype"])
 factors = together(click.option("--dtype", type=DTYPES, default="fp32", show_default=True, help="Of the factors."), hashing)
 cut = together(
     click.option("--rank", type=int, help="This rank in each module."),
@@ -196,24 +195,24 @@ ADDED_UP = " (default: exact, the ranks add up)"
 @only_modules
 @click.option(
     "--tied",
-    type=click.Choice(["untie", "fold", "refuse"]),
+    type=click.Choice(CHOICES["tied"]),
     default="untie",
     show_default=True,
     help="When only one of two tied embeddings changes: make them two, change both (as PEFT does in memory), or refuse.",
 )
 @click.option("--base-is-residual", is_flag=True, help="BASE is the changed base of a PiSSA-like adapter.")
-@click.option("--compat", type=click.Choice(["peft"]), help="PEFT's roundings, and its order of several adapters.")
-@click.option("--expert-layout", type=click.Choice(["peft-0.18", "peft-0.19"]), help="Who wrote square expert factors.")
+@click.option("--compat", type=click.Choice(CHOICES["compat"]), help="PEFT's roundings, and its order of several adapters.")
+@click.option("--expert-layout", type=click.Choice(CHOICES["expert_layout"]), help="Who wrote square expert factors.")
 @click.option(
     "--tokenizer",
-    type=click.Choice(["base", "adapter"]),
+    type=click.Choice(CHOICES["tokenizer"]),
     help="Whose tokenizer (default: the adapter's, if it has one).",
 )
 @click.option("--dequantize", is_flag=True, help="Write a quantised base's weights as 16-bit floats (default: keep the format).")
 @click.option("--base16", metavar="ORIGINAL", help="BASE is quantised, and was trained on: merge into its 16-bit original instead.")
 @click.option(
     "--rounding",
-    type=click.Choice(["nearest", "stochastic"]),
+    type=click.Choice(CHOICES["rounding"]),
     default="nearest",
     show_default=True,
     help="Of changed weights; stochastic: up or down at random, so that on average the whole delta stays.",
@@ -312,7 +311,7 @@ def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> Non
 @click.option("--stats", metavar="FILE", help="Covariances of the modules' inputs: errors count by what they do to outputs.")
 @click.option("--accept", metavar="CMD", help="Ask `CMD MODULE FACTORS` of each module if its factors stay (0 yes, 1 no).")
 @factors
-def loftq(base: str, out: str, as_json: bool, quiet: bool, bits: str, **options: Any) -> None:
+def loftq(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Quantise a base together with the adapter that makes up for it: W ≈ Q + scale·b@a (LoftQ).
 
     DIR/base is the packed base, DIR/adapter the adapter to go on training.
@@ -325,7 +324,7 @@ def loftq(base: str, out: str, as_json: bool, quiet: bool, bits: str, **options:
     """
     from adapterkit.ops.loftq import loftq as verb
 
-    _carry(verb, base, out=out, as_json=as_json, quiet=quiet, bits=int(bits), **options)
+    _carry(verb, base, out=out, as_json=as_json, quiet=quiet, **options)
 
 
 @main.command()
@@ -335,14 +334,14 @@ def loftq(base: str, out: str, as_json: bool, quiet: bool, bits: str, **options:
 @click.option("--method", required=True, metavar="NAME", help="How the deltas are put together; see the list below.")
 @click.option(
     "--space",
-    type=click.Choice(["delta", "factors"]),
+    type=click.Choice(CHOICES["space"]),
     default="delta",
     show_default=True,
     help="What the method acts on: the deltas scale*b@a, or a and b apart (PEFT's arithmetic, with its cross terms).",
 )
 @refit()
 @click.option("--density", type=float, help="Share of the elements that is kept (ties, dare, magnitude_prune, ...).")
-@click.option("--majority", type=click.Choice(["total", "frequency"]), help="How signs are elected (ties).")
+@click.option("--majority", type=click.Choice(CHOICES["majority"]), help="How signs are elected (ties).")
 @click.option("--svd-clamp", type=float, metavar="Q", help="Hold the factors below this quantile of their elements, as PEFT does.")
 @click.option(
     "--weight-for", multiple=True, metavar="[N:]REGEX=W", help="Another weight (of the N-th adapter) where REGEX is found."
@@ -381,7 +380,7 @@ def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, set
 @writing
 @click.option(
     "--space",
-    type=click.Choice(["delta", "factors"]),
+    type=click.Choice(CHOICES["space"]),
     default="delta",
     show_default=True,
     help="Subtract the deltas (exact), or the means of a and b apart, as PEFT does.",
@@ -407,7 +406,7 @@ def subtract(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **
 @writing
 @click.option("--top-k", type=int, help="Experts for each token (default: 3, or as many as there are).")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the softmax over the chosen experts.")
-@click.option("--compat", type=click.Choice(["peft"]), help="PEFT's power iteration for prototypes, and its subtraction.")
+@click.option("--compat", type=click.Choice(CHOICES["compat"]), help="PEFT's power iteration for prototypes, and its subtraction.")
 @click.option("--seed", type=int, help="For --compat peft (default 0).")
 @factors
 def arrow(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -431,7 +430,7 @@ def arrow(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **opt
 @only_modules
 @click.option(
     "--rest",
-    type=click.Choice(["save", "drop", "refuse"]),
+    type=click.Choice(CHOICES["rest"]),
     default="save",
     show_default=True,
     help="What differs and gets no factors (embeddings, norms, biases): save it whole, leave it out, or refuse.",

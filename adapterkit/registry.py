@@ -43,4 +43,9 @@ def made(package: str, name: str, given: dict[str, object]) -> object:
             where="options",
             do="leave out what the method does not take, and give what it needs",
         )
+    numbers = [key for key in given if "float" in str(fields[key].type)]
+    wrong = [key for key in numbers if not isinstance(given[key], float | int) or isinstance(given[key], bool)]
+    if wrong:
+        found = ", ".join(f"--{key} {given[key]!r}" for key in wrong)
+        raise Refused(f"method {name}: {found}", expected="numbers", where="options", do="give numbers")
     return known[name](**given)

@@ -1,7 +1,6 @@
 """arrow: experts stacked once, with the prototypes that route tokens to them (Arrow, arXiv:2405.11157), as files."""
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,8 @@ from adapterkit.kernels.lowrank import Product
 from adapterkit.ops import produced
 from adapterkit.ops.combine import held, join, not_linear, read_all
 from adapterkit.ops.packaging import as_json, hub_or_name
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_all
+from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import Computed, CopyFile, FromFacts, Inputs, Made, Plan, Progress, Receipt, identities
 
 FORMAT = 1
@@ -40,11 +40,12 @@ class Options:
     dtype: str = "fp32"
 
 
+@checked()
 def arrow(
-    adapters: Iterable[str | os.PathLike],
+    adapters: Sources,
     *,
-    general: Iterable[str | os.PathLike] = (),
-    out: str | os.PathLike,
+    general: Sources = (),
+    out: StrPath,
     top_k: int | None = None,
     temperature: float = 1.0,
     compat: str | None = None,
@@ -69,7 +70,8 @@ def arrow(
     `temperature`. Raises `Refused` before anything is written.
     """
     options = Options(top_k, temperature, compat, seed, dtype)
-    plan = plan_arrow([open_source(a) for a in adapters], [open_source(g) for g in general], options)
+    experts, generals = open_all(adapters=adapters, general=general)
+    plan = plan_arrow(experts, generals, options)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
@@ -117,14 +119,11 @@ def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Opt
 
 
 def _check(options: Options, count: int) -> None:
-    produced.check_choices(("--compat", options.compat, (None, "peft")), ("--dtype", options.dtype, tuple(dtypes.SHORT)))
     errors: list[AdapterkitError] = []
     if not count:
         errors.append(Refused("no adapter", expected="one or more", where="arrow", do="name the adapters"))
     if options.top_k is not None and not 0 < options.top_k <= count:
         errors.append(Refused(f"--top-k {options.top_k}", expected=f"1 to {count}, the experts", where="options", do="give fewer"))
-    if not options.temperature > 0 or options.temperature == float("inf"):
-        errors.append(Refused(f"--temperature {options.temperature}", expected="a number above 0", where="options", do="e.g. 1.0"))
     if options.seed is not None and options.compat is None:
         errors.append(Refused("--seed", expected="--compat peft beside it: nothing else draws", where="options", do="leave it out"))
     refuse_all(errors)

@@ -2,12 +2,11 @@
 factors) and how the result becomes factors again (refit: exact, a rank, a share of the energy) are three choices."""
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapterkit import dtypes
+from adapterkit import dtypes, registry
 from adapterkit.adapter import PREFIX, Adapter, Lora, canonical, read_adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
@@ -17,7 +16,8 @@ from adapterkit.factors import Factors, factors_of, place_of
 from adapterkit.ops import produced
 from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.decomposed import BaseWeights, not_decomposed
-from adapterkit.ops.sources import open_source, weighted
+from adapterkit.ops.sources import open_source, open_weighted
+from adapterkit.options import Sources, StrPath, checked, choice
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
 from adapterkit.registry import made
@@ -32,7 +32,6 @@ ALIASES = {
     "magnitude_prune_svd": ("magnitude_prune", "largest"),
 }
 PIECE = 4 << 20  # bytes compared at a time
-SPACES = ("delta", "factors")
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,13 @@ class Options:
     seed: int = 0
 
 
+@checked(method=choice(lambda: (*registry.members("combinations"), *ALIASES)))
 def combine(
-    adapters: Iterable[str | os.PathLike],
+    adapters: Sources,
     *,
-    out: str | os.PathLike,
+    out: StrPath,
     method: str,
-    base: str | os.PathLike | None = None,
+    base: StrPath | None = None,
     space: str = "delta",
     rank: int | None = None,
     energy: float | None = None,
@@ -78,7 +78,8 @@ def combine(
 ) -> Receipt | Plan:
     """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), Δᵢ = scaleᵢ·bᵢ@aᵢ, written as factors of scale 1.
 
-    Each adapter is a folder or a Hub id and may carry a weight, `PATH=0.7`. `space="delta"`: the method acts on the deltas;
+    Each adapter is a folder or a Hub id and may carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping
+    `{path: 0.7}`. `space="delta"`: the method acts on the deltas;
     `"factors"`: on a and b apart, as PEFT's `add_weighted_adapter` does (sign and root of each weight on both, cross terms and
     all). Refit: `rank`, or `energy` (the smallest rank of each module that keeps this share of the squared singular values); with
     neither, methods on factors are exact (the ranks add up) and methods on elements keep the inputs' largest rank. Factors are
@@ -94,8 +95,7 @@ def combine(
     options = Options(
         method, space, rank, energy, density, majority, svd_clamp, tuple(weight_for), tuple((settings or {}).items()), dtype, seed
     )
-    sources = [(open_source(source), weight) for source, weight in map(weighted, adapters)]
-    plan = plan_combine(sources, options, None if base is None else open_source(base))
+    plan = plan_combine(open_weighted(adapters), options, None if base is None else open_source(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
@@ -251,11 +251,7 @@ class _Weights:
 
 def _settled(options: Options) -> tuple[Any, Refit]:
     """The method's record and the refit; `Refused` for options that do not fit."""
-    produced.check_choices(("--space", options.space, SPACES), ("--dtype", options.dtype, tuple(dtypes.SHORT)))
     produced.check_refit(options.rank, options.energy)
-    if options.svd_clamp is not None and not 0 < options.svd_clamp <= 1:
-        found = f"--svd-clamp {options.svd_clamp}"
-        raise Refused(found, expected="a quantile above 0, at most 1", where="options", do="e.g. 0.999")
     method, default = ALIASES.get(options.method, (options.method, None))
     given = {"density": options.density, "majority": options.majority} | dict(options.settings)
     record = made("combinations", method, given)

@@ -1,7 +1,5 @@
 """dequantize: a quantised checkpoint into floats."""
 
-import os
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.gguf import gguf_file
@@ -11,8 +9,8 @@ from adapterkit.ops import produced
 from adapterkit.ops.packaging import as_json
 from adapterkit.ops.quantize import files_beside, model_headers
 from adapterkit.ops.requantised import shard_of, shards_of_size
-from adapterkit.ops.sizes import parse_size
 from adapterkit.ops.sources import open_source
+from adapterkit.options import StrPath, checked, parse_size
 from adapterkit.plan import Plan, Progress, Receipt, Step, identities
 from adapterkit.weights.decoded import decoded, files_saying, packed_in
 from adapterkit.weights.gguf import kept_wide, open_gguf
@@ -21,12 +19,13 @@ from adapterkit.weights.packed import Packed
 SHARD_SIZE = "5GB"  # of what comes from a GGUF file
 
 
+@checked()
 def dequantize(
-    base: str | os.PathLike,
+    base: StrPath,
     *,
-    out: str | os.PathLike,
+    out: StrPath,
     dtype: str | None = None,
-    max_shard_size: str | None = None,
+    max_shard_size: str | int | None = None,
     hash: str = "sha256",
     device: str = "auto",
     engine: str = "local",
@@ -50,9 +49,8 @@ def dequantize(
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
-def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | None = None) -> Plan:
+def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | int | None = None) -> Plan:
     """Everything a dequantisation will do, or `Refused`."""
-    produced.check_choices(("--dtype", dtype, (None, *dtypes.SHORT)))
     if name := gguf_file(folder):
         return _plan_gguf(folder, name, dtype, max_shard_size)
     original = open_checkpoint(folder)
@@ -69,9 +67,7 @@ def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | Non
         config["dtype"] = dtypes.CONFIG_NAME[wanted]
         config.pop("torch_dtype", None)
     if max_shard_size:
-        shards = shards_of_size(
-            [step for group in steps.values() for step in group], parse_size(max_shard_size, "--max-shard-size")
-        )
+        shards = shards_of_size([step for group in steps.values() for step in group], parse_size("max_shard_size", max_shard_size))
     else:
         shards = [shard_of(name, group, original.shards[name], keep=False) for name, group in steps.items() if group]
     headers = model_headers(original)
@@ -82,13 +78,13 @@ def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | Non
     return Plan("dequantize", told, (folder,), headers, identities((folder,), headers), tuple(shards), files, facts)
 
 
-def _plan_gguf(folder: Folder, name: str, dtype: str | None, max_shard_size: str | None) -> Plan:
+def _plan_gguf(folder: Folder, name: str, dtype: str | None, max_shard_size: str | int | None) -> Plan:
     """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded once."""
     model = open_gguf(folder, name)
     base, wanted = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
     width = lambda key: "F32" if kept_wide(model.model, key, wanted) else wanted
     steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
-    shards = shards_of_size(steps, parse_size(max_shard_size or SHARD_SIZE, "--max-shard-size"))
+    shards = shards_of_size(steps, parse_size("max_shard_size", max_shard_size or SHARD_SIZE))
     config = base.config | {"dtype": dtypes.CONFIG_NAME[wanted]}
     files = files_beside(base, config, shards, "decoded to floats") | model.texts | {"config.json": as_json(config)}
     headers = produced.model_headers(base, 0)

@@ -1,7 +1,6 @@
 """diff: what two checkpoints, or two adapters, do not have in common. Read by blocks of rows; nothing large is held whole."""
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stacked
 from adapterkit.ops import settings
 from adapterkit.ops.requantised import stored_parts
 from adapterkit.ops.sources import open_source
+from adapterkit.options import StrPath, checked
 from adapterkit.plan import Progress
 from adapterkit.weights.decoded import decoded
 from adapterkit.weights.packed import Packed
@@ -38,9 +38,10 @@ NOISE = 2.0**-44  # of ‖b‖ ‖a‖: what float64 arithmetic on factors may l
 STATES = ("identical", "equal", "rounded", "within", "changed")  # from the same bytes to different beyond the tolerance
 
 
+@checked()
 def diff(
-    a: str | os.PathLike,
-    b: str | os.PathLike,
+    a: StrPath,
+    b: StrPath,
     *,
     tolerance: float = 0.0,
     rank_for_energy: float | None = None,
@@ -72,7 +73,6 @@ def diff(
     its key) gets one rank for all of them. Raises `Refused` for two things that cannot be compared, and for adapters of other types
     than LoRA: resize makes LoRA of them (with their base: without it the flattened kernel of a LoHa or LoKr looks linear).
     """
-    _check_options(tolerance, rank_for_energy)
     folders = (open_source(a), open_source(b))
     adapters = _are_adapters(folders)
     found = _adapters(folders) if adapters else _checkpoints(folders)
@@ -99,15 +99,6 @@ def diff(
         "config": found.config,
         "notes": found.notes,
     }
-
-
-def _check_options(tolerance: float, energy: float | None) -> None:
-    errors: list[AdapterkitError] = []
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        errors.append(Refused(f"tolerance {tolerance}", expected="0 or more", where="--tolerance", do="e.g. 1e-3"))
-    if energy is not None and not 0 <= energy <= 1:
-        errors.append(Refused(f"energy {energy}", expected="0 to 1", where="--rank-for-energy", do="e.g. 0.9"))
-    refuse_all(errors)
 
 
 # -- what there is to compare -----------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints' difference."""
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from adapterkit.ops import produced
 from adapterkit.ops.packaging import as_json
 from adapterkit.ops.ranking import Cut, check_cut, even_rank, ranked, settled_by_size
 from adapterkit.ops.sources import open_source
+from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
 from adapterkit.weights.names import Names, Parameter
@@ -33,7 +33,6 @@ from adapterkit.weights.quantised import check_not_quantised
 
 PIECE = 4 << 20  # elements compared at a time
 BLOCK = 1 << 20  # elements made float32 at a time
-REST = ("save", "drop", "refuse")
 SHARES = 8  # with --max-size no module gets more than this many times the rank that all could have alike: bounds the work
 LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")  # what gets factors as a module
 EXPERTS = re.compile("expert", re.IGNORECASE)
@@ -54,15 +53,16 @@ class Options:
     dtype: str = "fp32"
 
 
+@checked()
 def extract(
-    base: str | os.PathLike,
-    tuned: str | os.PathLike,
+    base: StrPath,
+    tuned: StrPath,
     *,
-    out: str | os.PathLike,
+    out: StrPath,
     rank: int | None = None,
     energy: float | None = None,
     sv_ratio: float | None = None,
-    max_size: str | None = None,
+    max_size: str | int | None = None,
     include: str | None = None,
     exclude: str | None = None,
     rest: str = "save",
@@ -94,7 +94,6 @@ def extract(
 def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets no factors, to see if it
     differs."""
-    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--rest", options.rest, REST))
     check_cut(options.cut)
     sides = open_checkpoint(base, 0), open_checkpoint(tuned, 1)
     for side in sides:

@@ -1,7 +1,6 @@
 """init: an adapter that starts from its base's weights, and the base that is left without that part."""
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,10 @@ from adapterkit.kernels.sums import norm
 from adapterkit.ops import produced
 from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, module_of, place_of_linear, targeted
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
+from adapterkit.ops.quantize import targets as formats
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
+from adapterkit.options import StrPath, checked, choice
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
 from adapterkit.registry import made, members
 from adapterkit.weights.packed import Packed, read_back
@@ -42,10 +43,11 @@ class Options:
         return Scaling(self.rank, self.alpha, self.rslora)
 
 
+@checked(method=choice(lambda: members("inits")), quantize=choice(lambda: formats()))
 def init(
-    base: str | os.PathLike,
+    base: StrPath,
     *,
-    out: str | os.PathLike,
+    out: StrPath,
     method: str,
     rank: int,
     alpha: float | None = None,
@@ -83,9 +85,6 @@ def init(
 
 def plan_init(folder: Folder, options: Options) -> Plan:
     """Everything an initialisation will do, or `Refused`."""
-    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--method", options.method, tuple(members("inits"))))
-    produced.check_refit(options.rank, None)
-    options.scaling.check()
     method: Any = made("inits", options.method, {})
     base = open_checkpoint(folder)
     check_not_quantised(base)

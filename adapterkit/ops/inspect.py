@@ -5,7 +5,6 @@ refuse it. Only a path that holds nothing to inspect is refused.
 """
 
 import math
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.ops import inspect_report
 from adapterkit.ops.settings import printable
 from adapterkit.ops.sources import open_source
+from adapterkit.options import StrPath, checked
 from adapterkit.weights.quantised import SAID, check_not_quantised
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ SHOWN = 6  # names listed in one problem
 HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output|head)\.weight$")
 
 
+@checked()
 def inspect(
-    path: str | os.PathLike,
+    path: StrPath,
     *,
-    base: str | os.PathLike | None = None,
+    base: StrPath | None = None,
     download: bool = False,
-    plot: str | os.PathLike | None = None,
+    plot: StrPath | None = None,
     progress: "Progress" = lambda done: None,
 ) -> dict[str, Any]:
     """What a base, an adapter or a .safetensors file holds, and what is wrong with it; a dict that `--json` prints as it is.

@@ -20,7 +20,7 @@ class Options:
     """What a merge can be told. Fields are the command's options."""
 
     dtype: str | None = None
-    max_shard_size: str | None = None
+    max_shard_size: str | int | None = None
     include: str | None = None
     exclude: str | None = None
     tied: str = "untie"

@@ -1,7 +1,6 @@
 """loftq: a quantised base and the adapter that makes up for what quantisation loses (LoftQ, arXiv:2310.08659)."""
 
 import math
-import os
 import shlex
 import subprocess
 import tempfile
@@ -32,6 +31,7 @@ from adapterkit.ops.quantize import Chosen, Quantised, QuantisedModel, model_hea
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
 from adapterkit.ops.stats import covariances, given, room, root_of
+from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Computed, Inputs, Made, Plan, Progress, Receipt, identities
 from adapterkit.weights.decoded import decoded
@@ -83,10 +83,11 @@ class Options:
         return Scaling(self.rank, self.alpha, self.rslora).scale
 
 
+@checked()
 def loftq(
-    base: str | os.PathLike,
+    base: StrPath,
     *,
-    out: str | os.PathLike,
+    out: StrPath,
     rank: int,
     alpha: float | None = None,
     rslora: bool = False,
@@ -97,8 +98,8 @@ def loftq(
     skip: str | None = None,
     block_size: int | None = None,
     double_quant: bool = False,
-    quantized: str | os.PathLike | None = None,
-    stats: str | os.PathLike | None = None,
+    quantized: StrPath | None = None,
+    stats: StrPath | None = None,
     accept: Accept | str | None = None,
     dtype: str = "fp32",
     hash: str = "sha256",
@@ -232,11 +233,6 @@ def _for_kept(
 
 
 def _check(options: Options, kept: bool, asked: bool) -> None:
-    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--bits", str(options.bits), tuple(map(str, BITS))))
-    produced.check_refit(options.rank, None)
-    if options.iterations < 1:
-        raise Refused(f"--iterations {options.iterations}", expected="1 or more", where="options", do="give another number")
-    Scaling(options.rank, options.alpha, options.rslora).check()
     if asked and not kept:
         raise Refused("--accept without --quantized", expected="both", where="options", do="give --quantized, or leave it out")
     if options.bits_for and kept:

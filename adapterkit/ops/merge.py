@@ -5,8 +5,6 @@ embeddings and heads (`embeddings`), and cuts the edits onto the stored tensors 
 anything is written.
 """
 
-import os
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,24 +22,23 @@ from adapterkit.ops.job import Job, Options
 from adapterkit.ops.produced import carry_out
 from adapterkit.ops.quantize import CHANGED_BY
 from adapterkit.ops.requantised import lost, shard_of, shards_of_size
-from adapterkit.ops.sizes import parse_size
-from adapterkit.ops.sources import open_source, weighted
+from adapterkit.ops.sources import open_source, open_weighted
 from adapterkit.ops.steps import steps_of
+from adapterkit.options import Sources, StrPath, checked, parse_size
 from adapterkit.plan import Computed, Plan, Progress, Receipt, Shard, Step, identities, sha256_of
 from adapterkit.weights.decoded import decoded, files_saying, packed_in
 from adapterkit.weights.packed import Packed, check_writable
 from adapterkit.weights.quantised import check_not_quantised
 
-LAYOUTS = ("peft-0.18", "peft-0.19")
 
-
+@checked()
 def merge(
-    base: str | os.PathLike,
-    adapters: Iterable[str | os.PathLike],
+    base: StrPath,
+    adapters: Sources,
     *,
-    out: str | os.PathLike,
+    out: StrPath,
     dtype: str | None = None,
-    max_shard_size: str | None = None,
+    max_shard_size: str | int | None = None,
     include: str | None = None,
     exclude: str | None = None,
     tied: str = "untie",
@@ -50,7 +47,7 @@ def merge(
     expert_layout: str | None = None,
     tokenizer: str | None = None,
     dequantize: bool = False,
-    base16: str | os.PathLike | None = None,
+    base16: StrPath | None = None,
     rounding: str = "nearest",
     seed: int = 0,
     hash: str = "sha256",
@@ -65,9 +62,10 @@ def merge(
 ) -> Receipt | Plan:
     """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a), each weight rounded once.
 
-    `base` and each adapter are a folder or a Hub id; an adapter may carry a weight, `PATH=0.7`. Writes the folder `out`: a complete
-    checkpoint in the base's own layout with a receipt (`adapterkit.json`). Arithmetic is float32. Returns the receipt, or with
-    `dry_run` the plan. Raises `Refused` before anything is written and `Failed` after; see the errors' texts for the way out.
+    `base` and each adapter are a folder or a Hub id; an adapter may carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of
+    a mapping `{path: 0.7}`. Writes the folder `out`: a complete checkpoint in the base's own layout with a receipt
+    (`adapterkit.json`). Arithmetic is float32. Returns the receipt, or with `dry_run` the plan. Raises `Refused` before anything is
+    written and `Failed` after; see the errors' texts for the way out.
 
     `rounding="stochastic"` rounds changed weights up or down at random, so that on average the whole delta stays, where nearest
     swallows what is below half a step; the draws depend on `seed`, the tensor and the element alone.
@@ -78,7 +76,7 @@ def merge(
     """
     how = {"dequantize": dequantize, "rounding": rounding, "seed": seed}
     options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer, **how)
-    sources = [(open_source(source), weight) for source, weight in map(weighted, adapters)]
+    sources = open_weighted(adapters)
     plan = plan_merge(open_source(base), sources, options) if base16 is None else plan_on_twin(base, base16, sources, options)
     check = None
     if verify:
@@ -123,7 +121,7 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     return _plan(job, steps)
 
 
-def plan_on_twin(base: str | os.PathLike, base16: str | os.PathLike, sources: list[tuple[Folder, float]], options: Options) -> Plan:
+def plan_on_twin(base: StrPath, base16: StrPath, sources: list[tuple[Folder, float]], options: Options) -> Plan:
     """A merge into the 16-bit original of the quantised base that the adapters were trained on; `Refused` if it is none."""
     quantised, twin = open_checkpoint(open_source(base)), open_checkpoint(open_source(base16))
     errors: list[AdapterkitError] = []
@@ -198,17 +196,6 @@ def _refuse_nothing(job: Job, steps: dict[str, list[Step]]) -> None:
 
 def _check_options(options: Options) -> None:
     errors: list[AdapterkitError] = []
-    for name, value, allowed in [
-        ("--tied", options.tied, ("untie", "fold", "refuse")),
-        ("--compat", options.compat, (None, "peft")),
-        ("--expert-layout", options.expert_layout, (None, *LAYOUTS)),
-        ("--tokenizer", options.tokenizer, (None, "base", "adapter")),
-        ("--dtype", options.dtype, (None, *dtypes.SHORT)),
-        ("--rounding", options.rounding, ("nearest", "stochastic")),
-    ]:
-        if value not in allowed:
-            words = " or ".join(a for a in allowed if a)
-            errors.append(Refused(f"{name} {value!r}", expected=words, where="options", do="use one of these"))
     if options.rounding == "nearest" and options.seed:
         found, do = f"--seed {options.seed} without draws", "give --rounding stochastic, or leave --seed out"
         errors.append(Refused(found, expected="--rounding stochastic", where="options", do=do))
@@ -254,13 +241,13 @@ def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard | Computed, .
         headers = job.original.shards
         if job.options.dequantize and job.options.max_shard_size:
             ordered = [step for group in steps.values() for step in group]
-            return shards_of_size(ordered, parse_size(job.options.max_shard_size, "--max-shard-size"))
+            return shards_of_size(ordered, parse_size("max_shard_size", job.options.max_shard_size))
         return tuple(shard_of(name, group, headers[name], not job.options.dequantize) for name, group in steps.items())
     by_key = {step.key: step for group in steps.values() for step in group}
     if job.options.max_shard_size:
         stored = [_stored(step) for group in steps.values() for step in group]
         metadata = next(iter(job.original.shards.values())).metadata or {"format": "pt"}
-        layouts = layout.resharded(stored, parse_size(job.options.max_shard_size, "--max-shard-size"), metadata)
+        layouts = layout.resharded(stored, parse_size("max_shard_size", job.options.max_shard_size), metadata)
     else:
         layouts = [layout.like_base(name, [_stored(s) for s in group], job.original.shards[name]) for name, group in steps.items()]
     return tuple(Shard(lay, tuple(by_key[t.key] for t in lay.tensors)) for lay in layouts)

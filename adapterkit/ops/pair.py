@@ -36,10 +36,6 @@ class Scaling:
     def scale(self) -> float:
         return self.given / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def check(self) -> None:
-        if not (math.isfinite(self.given) and self.given > 0):
-            raise Refused(f"--alpha {self.alpha}", expected="a number above 0", where="options", do="give another number")
-
 
 def targeted(targets: str | None, keys: Sequence[str]) -> list[str]:
     """Of weights' keys those whose module the regex matches."""

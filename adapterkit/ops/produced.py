@@ -17,7 +17,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.writer import RECEIPT
-from adapterkit.errors import AdapterkitError, Refused, Spoiled, refuse_all, shown
+from adapterkit.errors import Refused, Spoiled, shown
 from adapterkit.factors import Place, factors_of
 from adapterkit.ops.packaging import as_json, cell, check_output_apart, hub_or_name, tokenizer_files
 from adapterkit.plan import Bundle, Computed, CopyFile, FromFacts, Inputs, Made, Plan, Receipt, identities, run, sha256_of
@@ -334,24 +334,7 @@ def beside_factors(adapter: Adapter, dtype: str) -> list[Bundle]:
     return [*bundles, *map(taken, whole)]
 
 
-def check_choices(*options: tuple[str, Any, tuple]) -> None:
-    """`Refused` listing every option whose value is none of the allowed ones."""
-    errors: list[AdapterkitError] = [
-        Refused(f"{name} {value!r}", expected=" or ".join(allowed), where="options", do="use one of these")
-        for name, value, allowed in options
-        if value not in allowed
-    ]
-    refuse_all(errors)
-
-
 def check_refit(rank: int | None, energy: float | None) -> None:
-    """`Refused` for a rank or a share of the energy that makes no sense, or both."""
-    errors: list[AdapterkitError] = []
-    for name, value, good, expected in [
-        ("--rank", rank, rank is None or rank > 0, "a number above 0"),
-        ("--energy", energy, energy is None or 0 < energy <= 1, "a share above 0, at most 1"),
-        ("--rank and --energy", "both", rank is None or energy is None, "one of them"),
-    ]:
-        if not good:
-            errors.append(Refused(f"{name} {value!r}", expected=expected, where="options", do="give another value"))
-    refuse_all(errors)
+    """`Refused` for a rank and a share of the energy together."""
+    if rank is not None and energy is not None:
+        raise Refused("--rank and --energy", expected="one of them", where="options", do="leave one out")

@@ -1,6 +1,5 @@
 """quantize: a checkpoint's linear layers into a quantised format."""
 
-import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from adapterkit.ops.packaging import NOT_COPIED, WEIGHTS, as_json, cell, hub_or_
 from adapterkit.ops.requantised import Copied, Edited
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
+from adapterkit.options import StrPath, checked, choice
 from adapterkit.patterns import matcher
 from adapterkit.plan import (
     Bundle,
@@ -53,10 +53,11 @@ def targets() -> dict[str, list[type[Packed]]]:
     return found
 
 
+@checked(to=choice(lambda: targets()))
 def quantize(
-    base: str | os.PathLike,
+    base: StrPath,
     *,
-    out: str | os.PathLike,
+    out: StrPath,
     to: str,
     block_size: int | None = None,
     double_quant: bool = False,
@@ -106,8 +107,6 @@ class Chosen:
 
     def __init__(self, base: Checkpoint, options: dict[str, Any], exceptions: Sequence[tuple[Callable[[str], bool], str]] = ()):
         to, known = options["to"], targets()
-        if to is not None:
-            produced.check_choices(("--to", to, tuple(known)))
         for option, fitting in (("double_quant", ("nf4", "fp4")), ("block_size", ("nf4", "fp4", "w4a16"))):
             if options.get(option) and not {to, *(target for _, target in exceptions)} & set(fitting):
                 found, expected = f"--{option.replace('_', '-')} with {to}", " or ".join(fitting)

@@ -1,6 +1,5 @@
 """rebase: an adapter whose initialisation changed the base becomes plain LoRA on the original base: Δ' = s·b@a - s₀·b₀@a₀."""
 
-import os
 from dataclasses import dataclass
 
 from adapterkit import dtypes
@@ -13,6 +12,7 @@ from adapterkit.ops import produced
 from adapterkit.ops.combine import join, read_all
 from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.sources import open_source
+from adapterkit.options import StrPath, checked
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
 
 QUANTISED = ("loftq",)  # inits whose base is quantised, not a residual: no difference of factors leads back to the original
@@ -27,11 +27,12 @@ class Options:
     dtype: str = "fp32"
 
 
+@checked()
 def rebase(
-    adapter: str | os.PathLike,
+    adapter: StrPath,
     *,
-    initial: str | os.PathLike,
-    out: str | os.PathLike,
+    initial: StrPath,
+    out: StrPath,
     rank: int | None = None,
     energy: float | None = None,
     dtype: str = "fp32",
@@ -57,7 +58,6 @@ def rebase(
 
 def plan_rebase(source: Folder, initial: Folder, options: Options) -> Plan:
     """Everything a rebase will do, or `Refused` with all that cannot be done."""
-    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)))
     produced.check_refit(options.rank, options.energy)
     trained, before = read_all([source, initial])
     errors: list[AdapterkitError] = []

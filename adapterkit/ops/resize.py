@@ -2,7 +2,6 @@
 singular values."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from adapterkit.ops.decomposed import CHECK_BASE, BaseWeights, not_decomposed
 from adapterkit.ops.extract import SHARES
 from adapterkit.ops.ranking import Converted, Cut, Truncated, check_cut, even_rank, settled_by_size
 from adapterkit.ops.sources import open_source
+from adapterkit.options import StrPath, checked, choice
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
 from adapterkit.registry import members
 
@@ -35,15 +35,16 @@ class Options:
     dtype: str = "fp32"
 
 
+@checked(alpha=choice(("rank", "keep")))
 def resize(
-    adapter: str | os.PathLike,
+    adapter: StrPath,
     *,
-    out: str | os.PathLike,
-    base: str | os.PathLike | None = None,
+    out: StrPath,
+    base: StrPath | None = None,
     rank: int | None = None,
     energy: float | None = None,
     sv_ratio: float | None = None,
-    max_size: str | None = None,
+    max_size: str | int | None = None,
     alpha: str = "rank",
     dtype: str = "fp32",
     hash: str = "sha256",
@@ -73,7 +74,6 @@ def resize(
 
 def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:
     """Everything a resize will do, or `Refused` with all that cannot be done."""
-    produced.check_choices(("--dtype", options.dtype, tuple(dtypes.SHORT)), ("--alpha", options.alpha, ("rank", "keep")))
     check_cut(options.cut)
     config = read_json(source, CONFIG) if CONFIG in source.files() else {}  # the reader refuses what has none
     kind, notes = _kind(source, config), []

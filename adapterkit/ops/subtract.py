@@ -1,8 +1,7 @@
 """subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54): Δ' = Δ - mean of the general
 Δ."""
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit import dtypes
@@ -14,9 +13,10 @@ from adapterkit.combinations.linear import Linear
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Factors, Place, place_of
 from adapterkit.ops import produced
-from adapterkit.ops.combine import SPACES, held, join, not_linear, read_all
+from adapterkit.ops.combine import held, join, not_linear, read_all
 from adapterkit.ops.combining import Combined, Part, Refit
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_all
+from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
 
 
@@ -30,11 +30,12 @@ class Options:
     dtype: str = "fp32"
 
 
+@checked()
 def subtract(
-    adapters: Iterable[str | os.PathLike],
+    adapters: Sources,
     *,
-    general: Iterable[str | os.PathLike],
-    out: str | os.PathLike,
+    general: Sources,
+    out: StrPath,
     space: str = "delta",
     rank: int | None = None,
     energy: float | None = None,
@@ -55,14 +56,14 @@ def subtract(
     keeps the rank. Factors are written in `dtype`, scale 1. Raises `Refused` before anything is written.
     """
     options = Options(space, rank, energy, dtype)
-    plan = plan_subtract([open_source(a) for a in adapters], [open_source(g) for g in general], options)
+    tasks, generals = open_all(adapters=adapters, general=general)
+    plan = plan_subtract(tasks, generals, options)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
 def plan_subtract(tasks: Sequence[Folder], generals: Sequence[Folder], options: Options) -> Plan:
     """Everything a subtraction will do, or `Refused` with all that cannot be done."""
-    produced.check_choices(("--space", options.space, SPACES), ("--dtype", options.dtype, tuple(dtypes.SHORT)))
     produced.check_refit(options.rank, options.energy)
     if not tasks or not generals:
         found = f"{len(tasks)} task adapters, {len(generals)} general ones"

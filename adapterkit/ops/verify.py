@@ -3,15 +3,17 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adapterkit.checkpoint.folder import LocalFolder, inside
+from adapterkit.checkpoint.folder import Folder, LocalFolder, inside
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import read_header, read_json
 from adapterkit.checkpoint.writer import RECEIPT
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
+from adapterkit.ops.sources import open_source, open_weighted
+from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import RECEIPT_VERSION, Plan, Progress, Shard, Step, is_sealed
 
 BLOCK = 4 << 20
@@ -21,11 +23,12 @@ AGAIN = "run the merge again"
 SLACK = 2.0**-20  # of a row's largest magnitude: what float32 arithmetic may be wrong by
 
 
+@checked()
 def verify(
-    folder: str | os.PathLike,
+    folder: StrPath,
     *,
-    base: str | os.PathLike | None = None,
-    adapters: Iterable[str | os.PathLike] = (),
+    base: StrPath | None = None,
+    adapters: Sources = (),
     progress: Progress = lambda done: None,
 ) -> dict[str, Any]:
     """Check the folder's files against its receipt; with `base` and `adapters`, sampled rows against the inputs too.
@@ -35,11 +38,11 @@ def verify(
     """
     path = Path(folder)
     receipt = read_receipt(path)
-    adapters = list(adapters)
-    if bool(base) != bool(adapters):
+    sources = open_weighted(adapters)
+    if bool(base) != bool(sources):
         raise Refused("base or adapters alone", expected="both, or neither", where="--base, --adapter", do="give both")
     result = check_files(path, receipt, progress)
-    plan = _plan_again(receipt, base, adapters) if base else None
+    plan = _plan_again(receipt, base, sources) if base else None
     return result | (check_rows(path, plan) if plan else {"rows": 0, "tensors": 0})
 
 
@@ -147,18 +150,16 @@ def _hashes(path: Path, name: str, stops: list[int], progress: Progress) -> Iter
         raise Failed(f"cannot read at byte {at}: {error.strerror}", where=name, do="check the disk, then verify again") from error
 
 
-def _plan_again(receipt: dict, base: str | os.PathLike | None, adapters: list) -> Plan:
+def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder, float]]) -> Plan:
     """The plan that made the output, from the receipt's options and inputs that are the same."""
     from adapterkit.ops.merge import Options, plan_merge
-    from adapterkit.ops.sources import open_source, weighted
 
     assert base is not None
     options = dict(receipt["recipe"]["options"])
     weights = options.pop("weights")
-    sources = [weighted(a) for a in adapters]
     if len(sources) != len(weights):
         raise Refused(f"{len(sources)} adapters", expected=str(len(weights)), where="--adapter", do="give all, in order")
-    pairs = [(open_source(source), weight) for (source, _), weight in zip(sources, weights, strict=True)]
+    pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
     plan = plan_merge(open_source(base), pairs, Options(**options))
     errors: list[AdapterkitError] = []
     for number, entry in enumerate(receipt["recipe"]["inputs"]):

@@ -18,7 +18,7 @@ LEVELS = [
     "ops runtime hub engines",
     "plan inits combinations kinds formats edits placement",
     "adapter factors weights kernels",
-    "checkpoint patterns",
+    "checkpoint options patterns",
     "dtypes errors registry",
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts.split()}

@@ -12,7 +12,7 @@ import pytest
 from oracle import stored
 
 from adapterkit.cli import main
-from adapterkit.ops.sources import weighted
+from adapterkit.ops.sources import weight_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,13 +132,13 @@ def test_import_is_light():
     ],
 )
 def test_weight_after_the_last_equals_sign(text, source, weight):
-    assert weighted(text) == (source, weight)
+    assert weight_of(text) == (source, weight)
 
 
 def test_a_path_with_an_equals_sign_is_taken_whole(llama, lora, tmp_path):
     """Such folders are common (`lr=1e-4`); only what does not exist is cut."""
     whole = oracle.edit_config(lora, tmp_path / "lr=0.5")
-    assert weighted(whole) == (str(whole), 1.0)
+    assert weight_of(whole) == (str(whole), 1.0)
     oracle.merge(llama, whole, out=tmp_path / "out")
     oracle.merge(llama, lora, out=tmp_path / "plain")
     oracle.assert_same(stored(tmp_path / "out"), stored(tmp_path / "plain"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import Damaged, Failed, Refused
-from adapterkit.ops.sizes import parse_size
+from adapterkit.options import parse_size
 
 EXTRAS = {
     "generation_config.json": '{"do_sample": true}',
@@ -122,20 +122,22 @@ def test_resharding_moves_tensors_not_values(limit, single, sharded, llama, lora
     for file in files:
         tensors = load_file(file)
         assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= parse_size(
-            limit, "--max-shard-size"
+            "max_shard_size", limit
         )
     oracle.load_checked(transformers.LlamaForCausalLM, out)
 
 
-@pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("20kb", 20_000), ("700", 700)])
+@pytest.mark.parametrize(
+    "text, size", [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("20kb", 20_000), ("700", 700), (5_000_000_000, 5 * 10**9)]
+)
 def test_sizes_are_powers_of_a_thousand(text, size):
-    assert parse_size(text, "--max-shard-size") == size
+    assert parse_size("max_shard_size", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "five", "1e999GB", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "five", "1e999GB", "nan", 0, 1.5, None, True, b"5GB"])
 def test_sizes_that_are_none(text):
     with pytest.raises(Refused, match="max-shard-size"):
-        parse_size(text, "--max-shard-size")
+        parse_size("max_shard_size", text)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

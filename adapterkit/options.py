@@ -1,0 +1,333 @@
+"""What the options of the verbs may be: one check for each name, the same in every verb, in Python and on the command line.
+
+`checked` wraps a verb: values whose meaning is plain become what the verb expects ("4" and 4.0 are 4, "5GB" is 5000000000), all
+others are refused together, before anything is read. What options mean beside each other is the verbs' own to check.
+"""
+
+import functools
+import inspect
+import math
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, ParamSpec, TypeVar
+
+from adapterkit import dtypes
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.patterns import matcher
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Check = Callable[[str, Any], Any]  # (the option, its value) -> what the verb gets; `Refused`
+StrPath = str | os.PathLike
+# Adapters, with weights where a verb has them
+Sources = StrPath | Mapping[StrPath, float] | tuple[StrPath, float] | Iterable[StrPath | tuple[StrPath, float]]
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
+CHOICES = {
+    "compat": ("peft",),
+    "dtype": tuple(dtypes.SHORT),
+    "engine": ("local",),
+    "expert_layout": ("peft-0.18", "peft-0.19"),
+    "hash": ("sha256", "none"),
+    "majority": ("total", "frequency"),
+    "rest": ("save", "drop", "refuse"),
+    "rounding": ("nearest", "stochastic"),
+    "space": ("delta", "factors"),
+    "tied": ("untie", "fold", "refuse"),
+    "tokenizer": ("base", "adapter"),
+}
+
+
+def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A verb whose arguments are checked, by `own` where its option is unlike the others' of that name. Defaults are right."""
+
+    def wrap(verb: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(verb)
+        checks = {name: own.get(name) or CHECKS[name] for name in signature.parameters}
+
+        @functools.wraps(verb)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given, errors = signature.bind(*args, **kwargs), []
+            for name, value in given.arguments.items():
+                if value is signature.parameters[name].default:
+                    continue
+                try:
+                    given.arguments[name] = checks[name](name, value)
+                except AdapterkitError as error:
+                    errors.append(error)
+            refuse_all(errors)
+            return verb(*given.args, **given.kwargs)
+
+        return call
+
+    return wrap
+
+
+def unfit(name: str, value: Any, expected: str, do: str = "give another value") -> Refused:
+    """The refusal of an option's value."""
+    said = value if type(value) in (int, float) else repr(value)
+    return Refused(f"--{name.replace('_', '-')} {shown(said)}", expected=expected, where="options", do=do)
+
+
+# -- one value --------------------------------------------------------------------------------------------------------------
+
+
+def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
+    """One of these words."""
+
+    def check(name: str, value: Any) -> str:
+        words = tuple(allowed() if callable(allowed) else allowed)
+        if not isinstance(value, str) or value not in words:
+            raise unfit(name, value, " or ".join(words), "use one of these")
+        return str(value)
+
+    return check
+
+
+def dtype(name: str, value: Any) -> str:
+    """bf16, fp16 or fp32; also torch's name of it, or torch's dtype."""
+    long = {dtypes.CONFIG_NAME[header]: short for short, header in dtypes.SHORT.items()}
+    word = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
+    short = long.get(word.removeprefix("torch."), word)
+    if short not in dtypes.SHORT:
+        raise unfit(name, value, " or ".join(dtypes.SHORT), "use one of these")
+    return short
+
+
+def whole(least: int = 1, most: int = MOST_WHOLE) -> Check:
+    """An integer within bounds."""
+
+    def check(name: str, value: Any) -> int:
+        number = _integer(value)
+        if number is None or not least <= number <= most:
+            raise unfit(name, value, f"a whole number, {least} to {most}")
+        return number
+
+    return check
+
+
+def whole_of(*allowed: int) -> Check:
+    """One of these integers."""
+
+    def check(name: str, value: Any) -> int:
+        number = _integer(value)
+        if number not in allowed:
+            raise unfit(name, value, " or ".join(map(str, allowed)), "use one of these")
+        return number
+
+    return check
+
+
+def number(expected: str, fits: Callable[[float], bool]) -> Check:
+    """A finite number that `fits`; `expected` says which do."""
+
+    def check(name: str, value: Any) -> float:
+        found = finite(value)
+        if found is None or not fits(found):
+            raise unfit(name, value, expected)
+        return found
+
+    return check
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or false, also as a number."""
+    if _integer(value, flags=True) not in (0, 1) or isinstance(value, str):
+        raise unfit(name, value, "True or False")
+    return bool(value)
+
+
+def text(name: str, value: Any) -> str:
+    """A text of printable characters."""
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise unfit(name, value, "a text")
+    return str(value)
+
+
+def regex(name: str, value: Any) -> str:
+    """A regular expression, also a compiled one without flags."""
+    if isinstance(value, re.Pattern) and value.flags in (0, re.UNICODE):
+        value = value.pattern
+    if not isinstance(value, str) or not value:
+        raise unfit(name, value, "a regular expression", "give a text")
+    matcher(value, f"--{name.replace('_', '-')}")
+    return str(value)
+
+
+def path(name: str, value: Any) -> StrPath:
+    """A path, or what else a source can be called."""
+    if not isinstance(value, str | os.PathLike) or not _is_name(os.fspath(value)):
+        raise unfit(name, value, "a path", "give a text or a Path")
+    return value
+
+
+def parse_size(name: str, value: Any) -> int:
+    """Bytes of a size such as 5GB; KB, MB and GB are powers of 1000. A number is bytes."""
+    found = _integer(value)
+    if found is None and isinstance(value, str):
+        upper = value.strip().upper()
+        unit = next((u for u in UNITS if upper.endswith(u)), "")
+        factor = finite(upper.removesuffix(unit))
+        found = int(factor * UNITS.get(unit, 1)) if factor is not None and math.isfinite(factor * UNITS.get(unit, 1)) else None
+    if found is None or found <= 0:
+        raise unfit(name, value, "bytes, or a number with KB, MB, GB or TB", "e.g. 5GB")
+    return found
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Several texts, or one."""
+    return tuple(text(name, item) for item in _items(name, value))
+
+
+def targets(name: str, value: Any) -> str:
+    """Which modules: a text, or a list of names as PEFT takes it."""
+    if isinstance(value, str | re.Pattern):
+        return regex(name, value)
+    return ",".join(texts(name, value))
+
+
+def settings(name: str, value: Any) -> dict[str, Any]:
+    """A method's own options by name; numbers, also spelled ones, as numbers."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise unfit(name, value, "a mapping of names to values")
+    return {key: item if finite(item) is None else finite(item) for key, item in value.items()}
+
+
+def function(name: str, value: Any) -> Any:
+    """Something to call."""
+    if not callable(value):
+        raise unfit(name, value, "a function")
+    return value
+
+
+def function_or_command(name: str, value: Any) -> Any:
+    """Something to call, or a command line."""
+    return text(name, value) if isinstance(value, str) else function(name, value)
+
+
+def finite(value: Any) -> float | None:
+    """The finite number that a value is, or spells; None if it is none."""
+    if isinstance(value, bool | bytes | bytearray) or getattr(value, "shape", ()):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, TypeError, OverflowError, RuntimeError):  # RuntimeError: torch's, of a tensor of several elements
+        return None
+    return found if math.isfinite(found) else None
+
+
+def _integer(value: Any, *, flags: bool = False) -> int | None:
+    """The integer that a value is or spells; None if it is none."""
+    if type(value).__name__ in ("bool", "bool_"):  # numpy's too
+        return int(value) if flags else None
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"[+-]?\d{1,30}", value.strip(), re.ASCII) else None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        found = finite(value)
+        return int(found) if found is not None and found.is_integer() else None
+
+
+def _is_name(text: str | bytes) -> bool:
+    return isinstance(text, str) and bool(text) and "\0" not in text
+
+
+# -- several values -----------------------------------------------------------------------------------------------------------
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    """The items of a list in its order; a text or a path is a list of one, None an empty one."""
+    if value is None:
+        return []
+    if isinstance(value, str | os.PathLike):
+        return [value]
+    if isinstance(value, bytes | bytearray | AbstractSet) or hasattr(value, "shape") or not isinstance(value, Iterable):
+        raise unfit(name, value, "a list, in the order that counts", "give a list")
+    return list(value)
+
+
+def weighted(adapters: Any, name: str = "adapters") -> list[tuple[StrPath, float | None]]:
+    """Sources with the weights that are given with them, None where none is: one source or several, pairs `(source, weight)`, or
+    a mapping of sources to weights. `Refused` with all that are none of these."""
+    items = list(adapters.items()) if isinstance(adapters, Mapping) else _items(name, adapters)
+    if len(items) == 2 and isinstance(adapters, tuple) and finite(items[1]) is not None and not isinstance(items[1], str):
+        items = [adapters]  # one pair
+    found, errors = [], []
+    for item in items:
+        source, weight = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        if not isinstance(source, str | os.PathLike) or not _is_name(os.fspath(source)):
+            errors.append(unfit(name, item, "a source, or a source and its weight", "give a text, a Path or a pair"))
+        elif source is item:
+            found.append((source, None))
+        elif finite(weight) is None:
+            errors.append(unfit(name, item, "a number as the weight", "give a finite number"))
+        else:
+            found.append((source, finite(weight)))
+    refuse_all(errors)
+    return found
+
+
+def unweighted(adapters: Any, name: str = "adapters") -> list[StrPath]:
+    """The same for verbs that know no weights: those other than 1 are refused."""
+    pairs = weighted(adapters, name)
+    refuse_all([unfit(name, pair, "no weights: this verb has none", "leave it out") for pair in pairs if pair[1] not in (None, 1)])
+    return [source for source, _ in pairs]
+
+
+def _unchecked(name: str, value: Any) -> Any:
+    """Sources, for `weighted` and `unweighted` in the verb."""
+    return value
+
+
+def _progress(name: str, value: Any) -> Any:
+    return (lambda done: None) if value is None else function(name, value)
+
+
+def _device(name: str, value: Any) -> str:
+    word = str(value) if type(value).__module__ == "torch" else value
+    if not isinstance(word, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", word, re.ASCII):
+        raise unfit(name, value, "auto, cpu, cuda or cuda:i", "use one of these")
+    return word
+
+
+def _repository(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
+        raise unfit(name, value, "a repository on the Hub, org/name", "give the account's name and the repository's")
+    return value
+
+
+_share = number("a share above 0, at most 1", lambda value: 0 < value <= 1)
+_above_0 = number("a number above 0", lambda value: value > 0)
+
+CHECKS: dict[str, Check] = {
+    **{name: choice(words) for name, words in CHOICES.items()},
+    **dict.fromkeys("base tuned adapter initial folder path a b base16 quantized stats out plot".split(), path),
+    **dict.fromkeys("adapters general".split(), _unchecked),
+    **dict.fromkeys("rslora double_quant base_is_residual dequantize verify download resume overwrite dry_run".split(), flag),
+    **dict.fromkeys("include exclude skip".split(), regex),
+    **dict.fromkeys("max_shard_size max_size".split(), parse_size),
+    **dict.fromkeys("bits_for weight_for".split(), texts),
+    **dict.fromkeys("rank block_size iterations top_k".split(), whole()),
+    "accept": function_or_command,
+    "alpha": _above_0,
+    "bits": whole_of(4, 8),
+    "density": number("a share, 0 to 1", lambda value: 0 <= value <= 1),
+    "device": _device,
+    "dtype": dtype,
+    "energy": _share,
+    "progress": _progress,
+    "push": _repository,
+    "rank_for_energy": number("a share, 0 to 1", lambda value: 0 <= value <= 1),
+    "seed": whole(0, MOST_SEED),
+    "settings": settings,
+    "sv_ratio": number("a number of at least 1", lambda value: value >= 1),
+    "svd_clamp": _share,
+    "targets": targets,
+    "temperature": _above_0,
+    "tolerance": number("0 or more", lambda value: value >= 0),
+}

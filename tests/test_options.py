@@ -1,0 +1,192 @@
+"""Options of every verb: what is plainly meant is done, all else is refused by name, before anything is written."""
+
+import inspect
+import math
+import re
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import adapterkit
+from adapterkit.options import CHECKS, CHOICES, parse_size, weighted
+from adapterkit.plan import Plan
+
+VERBS = [name for name in adapterkit.__all__ if inspect.isfunction(getattr(adapterkit, name))]
+LATER = {"push"}  # of a finished output: needs a network
+HUGE = 10**30
+VALUES = [
+    None, True, False, 0, -1, 1, 2, 8.0, 1.5, 0.5, math.nan, math.inf, -math.inf, HUGE, -HUGE, 2**63, float(HUGE), 1j,
+    Decimal("0.5"), "", " ", "x", "4", "8.0", "0", "-3", "(", "*", "a\0b", "ü\n", "none", "SHA256", "cuda:99", "cpu:7",
+    "cuda:99999999999", "1GB", "x=1", "1" * 100, "x" * 200, b"x", [], {}, (), [1], [None], ["x"], ["x", "y"], {"x": 1},
+    {"x": None}, {1: 2}, ("x", 0.5), {"x"}, object(), Path("x"), re.compile("x"), re.compile("x", re.IGNORECASE), int, range(3),
+    np.int64(3), np.float32(0.25), np.float64("nan"), np.bool_(True), np.array([1, 2]), np.array([]), np.str_("x"),
+    torch.tensor(2), torch.tensor([1.5, 2]), torch.bfloat16, torch.int8,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calls(made, tmp_path_factory):
+    """For each verb a call that is right."""
+    base = made("llama", lambda folder: oracle.save_base(oracle.llama(), folder, "bf16"))
+    root = tmp_path_factory.mktemp("calls")
+    model = lambda: oracle.load(oracle.llama, base)
+    for number in (1, 2):
+        oracle.train(model(), root / f"a{number}", seed=number, target_modules=["q_proj", "up_proj"])
+    one, two = root / "a1", root / "a2"
+    adapterkit.quantize(base, to="nf4", out=root / "nf4")
+    adapterkit.merge(base, one, out=root / "tuned")
+    return {
+        "arrow": ([[one, two]], {}),
+        "combine": ([[one, two]], {"method": "ties", "density": 0.5, "rank": 2}),
+        "dequantize": ([root / "nf4"], {}),
+        "diff": ([one, two], {}),
+        "extract": ([base, root / "tuned"], {"rank": 2}),
+        "init": ([base], {"method": "pissa", "rank": 2, "targets": "q_proj"}),
+        "inspect": ([one], {}),
+        "loftq": ([base], {"rank": 2, "iterations": 1, "targets": "q_proj", "block_size": 64}),
+        "merge": ([base, one], {}),
+        "quantize": ([base], {"to": "nf4"}),
+        "rebase": ([one], {"initial": two}),
+        "resize": ([one], {"rank": 2}),
+        "subtract": ([one], {"general": two}),
+        "verify": ([root / "tuned"], {}),
+    }
+
+
+def arguments(calls, verb, out):
+    """The right call as names and values."""
+    positional, named = calls[verb]
+    signature = inspect.signature(getattr(adapterkit, verb))
+    given = dict(signature.bind_partial(*positional, **named).arguments)
+    return given | ({"out": out} if "out" in signature.parameters else {})
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_wrong_values_of_every_option(verb, calls, tmp_path, monkeypatch):
+    """Nothing but an error of ours, or a result."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    function, crashes, count = getattr(adapterkit, verb), [], 0
+    for name in inspect.signature(function).parameters:
+        for value in VALUES:
+            count += 1
+            try:
+                function(**(arguments(calls, verb, tmp_path / str(count)) | {name: value}))
+            except adapterkit.AdapterkitError as error:
+                assert str(error)
+            except Exception as error:  # what is looked for
+                crashes.append(f"{name}={value!r}: {type(error).__name__}: {error}")
+    assert not crashes
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_refusal_names_the_option(verb, calls, tmp_path):
+    """And comes before anything is read, whatever else is wrong."""
+    function = getattr(adapterkit, verb)
+    for name in inspect.signature(function).parameters:
+        given = arguments(calls, verb, tmp_path / "out") | {name: object()}
+        with pytest.raises(adapterkit.Refused) as caught:
+            function(**given)
+        assert f"--{name.replace('_', '-')} " in str(caught.value)
+    names = [name for name in inspect.signature(function).parameters if name not in ("adapters", "general")]
+    with pytest.raises(adapterkit.AdapterkitError) as caught:
+        function(**(arguments(calls, verb, tmp_path / "out") | dict.fromkeys(names, object())))
+    assert all(f"--{name.replace('_', '-')} " in str(caught.value) for name in names)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_choice_is_an_option_of_a_verb_and_of_its_command():
+    import click
+
+    from adapterkit.cli import main
+
+    named = {name for verb in VERBS for name in inspect.signature(getattr(adapterkit, verb)).parameters}
+    assert set(CHOICES) <= set(CHECKS)
+    offered = {p.name: p.type.choices for c in main.commands.values() for p in c.params if isinstance(p.type, click.Choice)}
+    for name in set(CHOICES) & named:
+        assert tuple(offered[name]) == CHOICES[name], name
+
+
+@pytest.mark.parametrize("how", [
+    lambda a, b: {a: 0.5, b: -2}, lambda a, b: {str(a): np.float32(0.5), str(b): "-2"}, lambda a, b: [(a, 0.5), (str(b), -2)],
+    lambda a, b: ((a, 0.5), [b, -2]), lambda a, b: iter([f"{a}=0.5", (b, torch.tensor(-2))]),
+], ids=["mapping", "texts", "pairs", "tuples", "mixed"])  # fmt: skip
+def test_weights_however_they_are_given(how, calls, tmp_path):
+    (base, one), (_, two) = calls["merge"][0], calls["combine"][0][0]
+    adapterkit.merge(base, [f"{one}=0.5", f"{two}=-2"], out=tmp_path / "text")
+    receipt = adapterkit.merge(base, how(one, two), out=tmp_path / "out")
+    assert receipt.data["recipe"]["options"]["weights"] == [0.5, -2.0]
+    assert all(torch.equal(value, load_file(tmp_path / "text/model.safetensors")[key])
+               for key, value in load_file(tmp_path / "out/model.safetensors").items())  # fmt: skip
+    facts = adapterkit.combine(how(one, two), method="linear", out=tmp_path / "combined").data
+    assert [a["weight"] for a in facts["adapters"]] == [0.5, -2.0]
+
+
+def test_weights_of_one_adapter(calls, tmp_path):
+    base, one = calls["merge"][0]
+    for number, adapters in enumerate([{one: 0.5}, (one, 0.5), [(one, 0.5)], f"{one}=0.5", Path(f"{one}=0.5")]):
+        receipt = adapterkit.merge(base, adapters, out=tmp_path / str(number))
+        assert receipt.data["recipe"]["options"]["weights"] == [0.5]
+    assert weighted(("a", "b")) == [("a", None), ("b", None)]
+
+
+@pytest.mark.parametrize(
+    "verb, name", [("subtract", "adapters"), ("subtract", "general"), ("arrow", "adapters"), ("arrow", "general")]
+)
+def test_verbs_without_weights_refuse_them(verb, name, calls, tmp_path):
+    """But for 1, which is what they do."""
+    given = arguments(calls, verb, tmp_path / "out") | ({"general": [calls["merge"][0][1]]} if name == "general" else {})
+    sources = list(given[name]) if isinstance(given[name], list) else [given[name]]
+    with pytest.raises(adapterkit.Refused, match=f"--{name} .*\n.*no weights"):
+        getattr(adapterkit, verb)(**(given | {name: dict.fromkeys(sources, 0.5)}))
+    getattr(adapterkit, verb)(**(given | {name: dict.fromkeys(sources, 1)}))
+
+
+def test_hash_is_what_is_asked_for(calls, tmp_path):
+    base, one = calls["merge"][0]
+    with pytest.raises(adapterkit.Refused, match="--hash 'SHA256'"):
+        adapterkit.merge(base, one, out=tmp_path / "out", hash="SHA256")
+    assert adapterkit.merge(base, one, out=tmp_path / "out", hash="none").data["hash"] == "none"
+
+
+@pytest.mark.parametrize("verb, options, same", [
+    ("init", {"rank": 2.0, "alpha": "4"}, {"rank": 2, "alpha": 4.0}),
+    ("init", {"rank": np.int64(2), "dtype": "float16"}, {"rank": 2, "dtype": "fp16"}),
+    ("loftq", {"bits": "8", "block_size": None}, {"bits": 8, "block_size": None}),
+    ("quantize", {"to": "nf4", "block_size": "128", "double_quant": 1}, {"to": "nf4", "block_size": 128, "double_quant": True}),
+    ("merge", {"dtype": torch.float32, "max_shard_size": 20_000}, {"dtype": "fp32", "max_shard_size": "20KB"}),
+    ("resize", {"rank": None, "energy": np.float32(0.5), "dtype": "bfloat16"}, {"rank": None, "energy": 0.5, "dtype": "bf16"}),
+    ("resize", {"rank": None, "max_size": 2e6}, {"rank": None, "max_size": "2MB"}),
+    ("combine", {"density": "0.5", "seed": np.uint8(3)}, {"density": 0.5, "seed": 3}),
+    ("extract", {"include": re.compile("q_proj")}, {"include": "q_proj"}),
+], ids=str)  # fmt: skip
+def test_plain_meanings(verb, options, same, calls, tmp_path):
+    function = getattr(adapterkit, verb)
+    for name, given in (("one", options), ("two", same)):
+        function(**(arguments(calls, verb, tmp_path / name) | given))
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.safetensors"))
+    assert files and all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+
+
+def test_errors_are_the_package_s():
+    from adapterkit import errors
+
+    for name in ("AdapterkitError", "Refused", "Damaged", "Failed", "Spoiled", "Interrupted", "Offenders"):
+        assert getattr(adapterkit, name) is getattr(errors, name) and name in dir(adapterkit)
+
+
+def test_sizes_are_bytes():
+    assert parse_size("max_size", 5_000_000_000) == parse_size("max_size", "5GB") == parse_size("max_size", np.int64(5 * 10**9))
+
+
+def test_dry_run_checks_too(calls, tmp_path):
+    base, one = calls["merge"][0]
+    assert isinstance(adapterkit.merge(base, one, out=tmp_path / "out", dry_run=True), Plan)
+    for wrong in ({"engine": "ray"}, {"device": "tpu"}, {"hash": "md5"}):
+        with pytest.raises(adapterkit.Refused):
+            adapterkit.merge(base, one, out=tmp_path / "out", dry_run=True, **wrong)
