@@ -6,8 +6,8 @@ from adapterkit.checkpoint.gguf import gguf_file
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
 from adapterkit.ops import produced
-from adapterkit.ops.packaging import as_json
-from adapterkit.ops.quantize import files_beside, model_headers
+from adapterkit.ops.packaging import as_json, model_files
+from adapterkit.ops.quantize import card, model_headers
 from adapterkit.ops.requantised import shard_of, shards_of_size
 from adapterkit.ops.sources import open_source
 from adapterkit.options import StrPath, checked, parse_size
@@ -72,7 +72,7 @@ def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | int
         shards = [shard_of(name, group, original.shards[name], keep=False) for name, group in steps.items() if group]
     headers = model_headers(original)
     facts = {"dequantised": len(packed)}
-    files = files_beside(original, config, shards, "decoded to floats")
+    files = model_files(original, config, shards, card(original, "decoded to floats"))
     files = {name: file for name, file in files.items() if name not in files_saying(base.tensors)}
     told = {key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value}
     return Plan("dequantize", told, (folder,), headers, identities((folder,), headers), tuple(shards), files, facts)
@@ -86,7 +86,7 @@ def _plan_gguf(folder: Folder, name: str, dtype: str | None, max_shard_size: str
     steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
     shards = shards_of_size(steps, parse_size("max_shard_size", max_shard_size or SHARD_SIZE))
     config = base.config | {"dtype": dtypes.CONFIG_NAME[wanted]}
-    files = files_beside(base, config, shards, "decoded to floats") | model.texts | {"config.json": as_json(config)}
+    files = model_files(base, config, shards, card(base, "decoded to floats")) | model.texts | {"config.json": as_json(config)}
     headers = produced.model_headers(base, 0)
     told = {key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value}
     facts, notes = {"dequantised": len(steps)}, tuple(model.notes)

@@ -218,7 +218,9 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
         name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
         for key in ("dtype", "torch_dtype"):
             set_everywhere(job.config, key, name)
-    files = packaging.files_of_output(job.original, job.adapters, job.weights, job.config, shards, job.options.tokenizer, job.notes)
+    tokenizer = packaging.tokenizer_files(job.adapters, job.options.tokenizer, job.notes)
+    card = packaging.model_card(job.original, job.adapters, job.weights)
+    files = packaging.model_files(job.original, job.config, shards, card, tokenizer=tokenizer)
     if job.options.dequantize:
         for name in files_saying(job.base.tensors):
             files.pop(name, None)

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +38,44 @@ TOKENIZER = re.compile(
 )
 
 
-def files_of_output(
+Files = dict[str, bytes | CopyFile | FromFacts]
+
+
+def model_files(
     base: Checkpoint,
-    adapters: list[Adapter],
-    weights: list[float],
     config: dict[str, Any],
-    shards: tuple[Shard | Computed, ...],
-    tokenizer: str | None,
-    notes: list[str],
-) -> dict[str, bytes | CopyFile | FromFacts]:
-    """Every file of the output besides its shards and its receipt, in the order of writing: what makes a folder loadable last."""
-    files: dict[str, bytes | CopyFile | FromFacts] = {}
+    shards: Sequence[Shard | Computed],
+    card: str,
+    *,
+    tokenizer: dict[str, CopyFile] | None = None,
+    folder: str = "",
+) -> Files:
+    """Every file of a model's folder besides its shards and its receipt, in the order of writing, what makes it loadable last: the
+    base's own, also those in subfolders, with another config, card and index. `tokenizer`: files that come from an adapter.
+    `folder`: where in the output."""
+    prefix = f"{folder}/" if folder else ""
+    files: Files = {}
     for name in base.files:
         if not name.endswith((*WEIGHTS, ".index.json")) and name not in NOT_COPIED:
             files[name] = CopyFile(0, name)
-    files |= tokenizer_files(adapters, tokenizer, notes)
-    files["README.md"] = model_card(base, adapters, weights).encode()
-    if base.index is not None or len(shards) > 1:
-        name = base.index_name or "model.safetensors.index.json"
-        if len(shards) > 1 or any(shard.file in base.shards for shard in shards):
-            made = lambda grown: layout.index([s.layout for s in shards], base.index, grown)
-            files[name] = FromFacts(lambda facts, grown: made(grown)) if any(isinstance(s, Computed) for s in shards) else made(0)
+    files |= tokenizer or {}
+    files["README.md"] = card.encode()
+    names = [shard.file.removeprefix(prefix) for shard in shards]
+    if len(shards) > 1 or (base.index is not None and any(name in base.shards for name in names)):
+        files[base.index_name or "model.safetensors.index.json"] = _index(base, names, shards)
     if "config.json" in base.files:
-        unchanged = config == base.config
-        files["config.json"] = CopyFile(0, "config.json") if unchanged else as_json(config)
-    return files
+        files["config.json"] = CopyFile(0, "config.json") if config == base.config else as_json(config)
+    return {prefix + name: file for name, file in files.items()}
+
+
+def _index(base: Checkpoint, names: list[str], shards: Sequence[Shard | Computed]) -> bytes | FromFacts:
+    """Which file holds which key; of computed files it is known when they are written how long they are."""
+
+    def content(grown: int) -> bytes:
+        layouts = [replace(shard.layout, file=name) for name, shard in zip(names, shards, strict=True)]
+        return layout.index(layouts, base.index, grown)
+
+    return FromFacts(lambda facts, grown: content(grown)) if any(isinstance(s, Computed) for s in shards) else content(0)
 
 
 def as_json(value: dict) -> bytes:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterkit import __version__, dtypes
-from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
@@ -14,7 +13,7 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops import produced
-from adapterkit.ops.packaging import NOT_COPIED, WEIGHTS, as_json, cell, hub_or_name
+from adapterkit.ops.packaging import Files, cell, hub_or_name, model_files
 from adapterkit.ops.requantised import Copied, Edited
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
@@ -23,14 +22,11 @@ from adapterkit.patterns import matcher
 from adapterkit.plan import (
     Bundle,
     Computed,
-    CopyFile,
-    FromFacts,
     Inputs,
     Made,
     Plan,
     Progress,
     Receipt,
-    Shard,
     Step,
     identities,
     sha256_of,
@@ -293,8 +289,8 @@ class QuantisedModel:
             groups[spec.file].append(made)
         return shards_of(self.base, groups, self.folder, {CHANGED_BY: self.changed_by} if self.changed_by else {})
 
-    def files(self, summary: str) -> dict[str, bytes | CopyFile | FromFacts]:
-        return files_beside(self.base, self.config, self.shards(), summary, self.folder)
+    def files(self, summary: str) -> Files:
+        return model_files(self.base, self.config, self.shards(), card(self.base, summary), folder=self.folder)
 
 
 def shards_of(
@@ -313,34 +309,14 @@ def shards_of(
     )
 
 
-def files_beside(
-    base: Checkpoint, config: dict[str, Any], shards: Sequence[Shard | Computed], summary: str, folder: str = ""
-) -> dict[str, bytes | CopyFile | FromFacts]:
-    """What a model's folder holds besides its weights; the base's files, with another config."""
-    prefix = f"{folder}/" if folder else ""
-    files: dict[str, bytes | CopyFile | FromFacts] = {}
-    for name in base.files:
-        if not name.endswith((*WEIGHTS, ".index.json")) and name not in NOT_COPIED and "/" not in name:
-            files[prefix + name] = CopyFile(0, name)
-    files[prefix + "README.md"] = _card(base, summary).encode()
-    if base.index is not None or len(shards) > 1:
-        layouts = [
-            layout.ShardLayout(s.file.removeprefix(prefix), s.layout.header, s.layout.tensors, s.layout.starts) for s in shards
-        ]
-        index = FromFacts(lambda facts, grown: layout.index(layouts, base.index, grown))
-        files[prefix + (base.index_name or "model.safetensors.index.json")] = index
-    if "config.json" in base.files:
-        files[prefix + "config.json"] = as_json(config)
-    return files
-
-
 def model_headers(base: Checkpoint) -> dict[tuple[int, str], str]:
     """The hashes of a base's headers and config, by which a plan knows its input."""
     headers = produced.model_headers(base, 0)
     return headers | ({(0, "config.json"): sha256_of(base.folder, "config.json")} if "config.json" in base.files else {})
 
 
-def _card(base: Checkpoint, summary: str) -> str:
+def card(base: Checkpoint, summary: str) -> str:
+    """A README.md for a model made from this one alone."""
     name = cell(hub_or_name(base.folder))
     header = ["---", *([f"base_model: {name}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []), "library_name: transformers"]
     return "\n".join(

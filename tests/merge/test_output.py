@@ -291,3 +291,34 @@ def test_the_result_computes_what_the_adapter_computes(layers, llama, lora, tmp_
         expected = oracle.peft_model(load(oracle.llama, llama).float(), lora)(ids).logits
         found = oracle.load_checked(transformers.LlamaForCausalLM, out)(ids).logits
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_verb_that_writes_a_model_keeps_the_files_beside_it(sharded, llama, lora, tmp_path):
+    """Those in subfolders too; and none writes an index where there is one file that is not of it."""
+    base = tmp_path / "base"
+    if sharded:
+        oracle.save_base(oracle.llama(), base, "bf16", max_shard_size="6KB")
+    else:
+        oracle.edit_config(llama, base)
+    for name, text in EXTRAS.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(text)
+    adapterkit.quantize(base, to="nf4", out=tmp_path / "quantize")
+    adapterkit.dequantize(tmp_path / "quantize", out=tmp_path / "dequantize")
+    adapterkit.dequantize(tmp_path / "quantize", max_shard_size="1GB", out=tmp_path / "joined")
+    adapterkit.init(base, method="pissa", rank=1, out=tmp_path / "init")
+    adapterkit.loftq(base, rank=1, iterations=1, out=tmp_path / "loftq")
+    oracle.merge(base, lora, out=tmp_path / "merge")
+    outputs = {name: tmp_path / name for name in ("merge", "quantize", "dequantize", "joined")}
+    outputs |= {name: tmp_path / name / "base" for name in ("init", "loftq")}
+    listings = {}
+    for verb, out in outputs.items():
+        listings[verb] = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.suffix != ".safetensors"}
+        for name in listings[verb] & set(EXTRAS):
+            assert (out / name).read_text() == EXTRAS[name], (verb, name)
+    whole = listings["merge"] - {"adapterkit.json"}
+    assert "1_Pooling/config.json" in whole and ("model.safetensors.index.json" in whole) == sharded
+    assert listings.pop("joined") - {"adapterkit.json"} == whole - {"model.safetensors.index.json"}
+    for verb, listing in listings.items():
+        assert listing - {"adapterkit.json"} == whole, verb
