@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adapterkit.kernels.stochastic import Between, Draws, between
 from adapterkit.kernels.sums import all_finite
 
 Kind = Literal["nf4", "fp4"]
@@ -88,7 +89,8 @@ def quantize_4bit(
             raise ValueError("the matrix holds values that are not finite")
         short = x.shape[1] < blocksize
         absmax.append(largest.clamp_(min=SMALLEST) if short else largest)
-        _pack(_codes(_scaled(x, largest, short), kind), kind, packed[first // 2 : (last + 1) // 2])
+        codes = _in_order(_ranks(_scaled(x, largest, short), kind), kind)
+        _pack(codes, kind, packed[first // 2 : (last + 1) // 2])
     return Blocks(packed[:, None], torch.cat(absmax) if absmax else w.new_empty(0, dtype=torch.float32))
 
 
@@ -97,19 +99,24 @@ def codes_for(
     absmax: Tensor,  # (blocks,) float32, as stored or decoded; may be negative
     kind: Kind,
     blocksize: int = 64,
+    draws: Draws | None = None,
 ) -> Tensor:  # (ceil(n/2), 1) uint8
-    """The codes of quantize_4bit beside scales that are given. fp4's -0 has code 8, so that all codes come back that were decoded
-    beside a scale of 1e-38 or more; beside 0 none can."""
+    """The codes of quantize_4bit beside scales that are given, or drawn from the two neighbours. fp4's -0 has code 8, so that all
+    codes come back that were decoded beside a scale of 1e-38 or more; beside 0 none can."""
     w = weight.detach().reshape(-1)
     packed = _room(w)
     _check_blocks(absmax, w.numel(), blocksize)
     _check_scales(absmax)
     for first, last in _parts(w.numel(), blocksize):
         x = w[first:last].float().view(-1, min(blocksize, last - first))
-        scaled = _scaled(x, absmax[first // blocksize : math.ceil(last / blocksize)].float(), x.shape[1] < blocksize)
+        scale = absmax[first // blocksize : math.ceil(last / blocksize)].float()
+        scaled = _scaled(x, scale, x.shape[1] < blocksize)
         if not math.isfinite(float(scaled.sum())) and not all_finite(x):
             raise ValueError("the matrix holds values that are not finite")
-        codes = _codes(scaled, kind)
+        ranks = _ranks(scaled, kind)
+        if draws is not None:
+            ranks = _between(x, ranks, scale, kind).drawn(draws.at(first)).to(torch.uint8).view(-1)
+        codes = _in_order(ranks, kind)
         if kind == "fp4":
             codes.add_(((x == 0) & scaled.signbit()).view(-1).to(torch.uint8), alpha=8)
         _pack(codes, kind, packed[first // 2 : (last + 1) // 2])
@@ -170,22 +177,67 @@ def _scaled(
     return x / absmax if short else x * absmax.reciprocal()
 
 
-def _codes(
+def _ranks(
     x: Tensor,  # float32
     kind: Kind,
 ) -> Tensor:  # (x.numel(),) uint8
-    """How many thresholds are below, as a code. Comparing with each of them is faster than to search: numpy does 16 at a time."""
-    thresholds, order = _thresholds(kind), ORDER[kind]
+    """How many thresholds are below. Comparing with each of them is faster than to search: numpy does 16 at a time."""
+    thresholds = _thresholds(kind)
     x = x.view(-1)
     if x.device.type != "cpu":
-        return torch.tensor(order, dtype=torch.uint8, device=x.device)[torch.bucketize(x, thresholds.to(x.device))]
-    values, codes = x.numpy(), np.empty(x.numel(), np.uint8)
+        return torch.bucketize(x, thresholds.to(x.device)).to(torch.uint8)
+    values, ranks = x.numpy(), np.empty(x.numel(), np.uint8)
     for first in range(0, len(values), COMPARED):
         above = np.greater(values[first : first + COMPARED], thresholds.numpy()[:, None]).view(np.uint8)
-        np.add.reduce(above, axis=0, dtype=np.uint8, out=codes[first : first + COMPARED])
-    if kind == "fp4":
-        codes = np.frombuffer(bytearray(codes.tobytes().translate(bytes(order).ljust(256))), np.uint8)
-    return torch.from_numpy(codes)
+        np.add.reduce(above, axis=0, dtype=np.uint8, out=ranks[first : first + COMPARED])
+    return torch.from_numpy(ranks)
+
+
+def _in_order(ranks: Tensor, kind: Kind) -> Tensor:  # (m,) uint8
+    """Codes by the rank of their value."""
+    if kind == "nf4":
+        return ranks
+    if ranks.device.type != "cpu":
+        return torch.tensor(ORDER[kind], dtype=torch.uint8, device=ranks.device)[ranks.int()]
+    return torch.frombuffer(bytearray(ranks.numpy().tobytes().translate(bytes(ORDER[kind]).ljust(256))), dtype=torch.uint8)
+
+
+def _between(
+    x: Tensor,  # (blocks, m) float32
+    ranks: Tensor,  # (blocks · m,) uint8
+    absmax: Tensor,  # (blocks,) float32
+    kind: Kind,
+) -> Between:
+    table, scale = quant_map(kind)[list(ORDER[kind])].to(x.device), absmax[:, None]
+    return between(x, ranks.view(x.shape), lambda level: table[level] * scale, (0, 15), scale < 0)
+
+
+def beyond(
+    weight: Tensor,  # n elements, any float dtype
+    absmax: Tensor,  # (blocks,) float32
+    blocksize: int,
+) -> tuple[Tensor, Tensor]:  # (blocks,) float32, (blocks,) bool
+    """The largest magnitude of each block, and where that is beyond the scale's largest code."""
+    largest = _padded(weight, blocksize).abs().amax(1)
+    return largest, largest > absmax.abs()
+
+
+def spread(
+    weight: Tensor,  # n elements, any float dtype
+    absmax: Tensor,  # (blocks,) float32
+    kind: Kind,
+    blocksize: int,
+) -> Tensor:  # (blocks,) float32
+    """The expected squared error of each block whose codes are drawn beside this scale."""
+    w = _padded(weight, blocksize)
+    parts = [slice(first, first + PIECE // blocksize) for first in range(0, len(w), PIECE // blocksize)]
+    each = [_between(w[p], _ranks(_scaled(w[p], absmax[p], False), kind), absmax[p], kind).spread().sum(1) for p in parts]
+    return torch.cat(each) if each else absmax
+
+
+def _padded(weight: Tensor, blocksize: int) -> Tensor:  # (blocks, blocksize) float32
+    w = weight.detach().reshape(-1).float()
+    return pad(w, (0, -len(w) % blocksize)).view(-1, blocksize)
 
 
 def _pack(
@@ -293,12 +345,14 @@ def _cells(values: tuple[float, ...] | None) -> Tensor:  # (65536,) uint8
 def quantize_int8(
     weight: Tensor,  # (out, in), any float dtype
     scale: Tensor | None = None,  # (out,) float32: SCB; made from the largest magnitude of each row if not given
+    draws: Draws | None = None,
 ) -> Rows:
     """scale = max |w| of a row, code = w · (127 / scale) to nearest, ties to even; w is rounded to float16 first, as LLM.int8 does.
 
     Magnitudes from 65520 on are infinite in float16 and so refused; bitsandbytes stores zeros for their rows. A scale of 0 holds
     zeros. Scales and codes of decode_int8 come back where a row has a code of ±127, as all have that were made so from values
-    above float16's subnormals. CUDA divides 127 by the scale less exactly: a code may be one off.
+    above float16's subnormals. CUDA divides 127 by the scale less exactly: a code may be one off. With draws (and a scale) w is not
+    rounded to float16 first.
 
     Reference: Dettmers et al. 2022, arXiv:2208.07339.
     """
@@ -308,15 +362,47 @@ def quantize_int8(
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     step = max(1, PIECE // max(1, w.shape[1]))
     for rows in (slice(first, first + step) for first in range(0, len(w), step)):
-        x = w[rows].half().float()
+        x = w[rows].float() if draws is not None else w[rows].half().float()
         if scale is None:
             made[rows] = x.abs().amax(1)
         if not bool((made[rows] if scale is None else x).isfinite().all()):
             raise ValueError("the matrix holds values that are not finite in float16")
-        factor = torch.where(made[rows] == 0, 0.0, 127.0 / made[rows])
-        x.mul_(factor[:, None]).round_()
-        codes[rows] = x if scale is None else x.clamp_(-127, 127)
+        if draws is None:
+            codes[rows] = _int8_codes(x, made[rows], saturate=scale is not None)
+        else:
+            codes[rows] = _between_int8(x, made[rows]).drawn(draws.at(rows.start * w.shape[1]))
     return Rows(codes, made)
+
+
+def renew_int8(
+    weight: Tensor,  # (out, in) float32
+    scale: Tensor,  # (out,) float32, as it is stored
+    draws: Draws,
+) -> Rows:
+    """Codes drawn beside the scales that are there, so that values that do not move keep theirs. A row with a value beyond its
+    largest code gets a new scale if that makes the expected square of the error smaller."""
+    largest = weight.abs().amax(1)
+    for row in (largest > scale.abs()).nonzero().flatten().tolist():
+        x, both = weight[row].expand(2, -1), torch.stack([scale[row], largest[row]])
+        old, new = _between_int8(x, both).spread().sum(1)
+        if bool(new < old):
+            scale = scale.index_fill(0, torch.tensor([row], device=scale.device), float(largest[row]))
+    return quantize_int8(weight, scale, draws)
+
+
+def _int8_codes(
+    x: Tensor,  # (n, in) float32, used up
+    scale: Tensor,  # (n,)
+    saturate: bool,
+) -> Tensor:
+    factor = torch.where(scale == 0, 0.0, 127.0 / scale)
+    x.mul_(factor[:, None]).round_()
+    return x.clamp_(-127, 127) if saturate else x
+
+
+def _between_int8(x: Tensor, scale: Tensor) -> Between:
+    value = lambda level: level.float().mul_(scale[:, None]).mul_(1 / 127)
+    return between(x, _int8_codes(x.clone(), scale, saturate=True), value, (-127, 127), (scale < 0)[:, None])
 
 
 def decode_int8(

@@ -2,7 +2,7 @@
 
 Decoding is code times scale in float32, rounded once. Encoding with the scales that are stored gives the codes back for every
 code (FP4 and FP8, -0 and FP8's NaN included) whose product with its scale does not leave float32's range; scales made anew may
-be others for the same values. Codes round to nearest, ties to even, and saturate.
+be others for the same values. Codes round to nearest, ties to even, or with `draws` stochastically, and saturate.
 
 Weights are whole rows, so that parts of them can be worked on alone; of FP8, parts that begin with a block.
 """
@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from adapterkit.kernels.stochastic import Between, Draws, between
 
 PIECE = 1 << 16  # elements worked on at once, so that a few temporaries of them stay in cache
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0 to 7; 8 to 15 are their negatives, 8 being -0
@@ -58,6 +60,7 @@ def encode_fp8(
     scale: Tensor | None = None,  # as for decode_fp8; made from the largest magnitude of each block if not given
     rule: Fp8Rule = "divide",
     scale_dtype: torch.dtype = torch.float32,
+    draws: Draws | None = None,
 ) -> Scaled:  # codes (..., out, in) float8_e4m3fn, scale (..., ceil(out/h), ceil(in/w))
     """code = w / scale.
 
@@ -71,16 +74,67 @@ def encode_fp8(
     if scale is None:
         scale, factor = _fp8_scale(block_largest(w, block), rule, scale_dtype)
     grid = _grid(as_float(scale), w.shape, block)
-    grid = torch.where(grid == 0, 1.0, grid)
     if rule == "multiply":
-        grid = _grid(factor, w.shape, block) if factor is not None else grid.reciprocal()
-    apply = torch.mul if rule == "multiply" else torch.div
+        factors = _grid(factor, w.shape, block) if factor is not None else torch.where(grid == 0, 1.0, grid).reciprocal()
+    else:
+        factors = None
     codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
-    for x, each, code in _matrices(w.contiguous(), grid, codes):
+    for number, (x, code) in enumerate(_matrices(w.contiguous(), codes)):
         for rows in pieces(*x.shape):
-            scaled = _by_block(apply, x[rows], each, rows, block)
-            code[rows] = scaled.clamp_(-FP8_MAX, FP8_MAX)  # older torch converts what is above to NaN
+            nearest = _fp8_codes(x[rows], grid[number], None if factors is None else factors[number], rows, block)
+            if draws is not None:
+                drawn = _between_fp8(x[rows], nearest, grid[number], rows, block).drawn(
+                    draws.at((number * len(x) + rows.start) * x.shape[1])
+                )
+                nearest = (nearest.view(torch.uint8) & 0x80 | drawn.to(torch.uint8)).view(codes.dtype)
+            code[rows] = nearest
     return Scaled(codes, scale)
+
+
+def renew_fp8(
+    w: Tensor,  # (..., out, in) float32
+    block: tuple[int, int],
+    scale: Tensor,  # as for decode_fp8, as it is stored
+    draws: Draws,
+    rule: Fp8Rule = "divide",
+) -> Scaled:
+    """Codes drawn beside the scales that are there, so that values that do not move keep theirs. A block with a value beyond its
+    largest code gets a new scale if that makes the expected square of the error smaller."""
+    grid, largest = _grid(as_float(scale), w.shape, block), block_largest(w, block)
+    beyond = largest.view(grid.shape) > FP8_MAX * grid.abs()
+    if bool(beyond.any()):
+        kind = torch.float8_e8m0fnu if scale.dtype == torch.uint8 else scale.dtype
+        fresh = _fp8_scale(largest, rule, kind)[0].float().view(grid.shape)
+        better = _fp8_spread(w, block, fresh) < _fp8_spread(w, block, grid)
+        scale = torch.where(beyond & better, fresh, grid).to(kind).view(scale.dtype).view(scale.shape)
+    return encode_fp8(w, block, scale, rule, draws=draws)
+
+
+def _fp8_codes(x: Tensor, grid: Tensor, factors: Tensor | None, rows: slice, block: tuple[int, int]) -> Tensor:
+    """The nearest codes, of x divided by the scales or multiplied by factors."""
+    if factors is None:
+        scaled = _by_block(torch.div, x, torch.where(grid == 0, 1.0, grid), rows, block)
+    else:
+        scaled = _by_block(torch.mul, x, factors, rows, block)
+    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)  # older torch converts what is above to NaN
+
+
+def _between_fp8(x: Tensor, codes: Tensor, grid: Tensor, rows: slice, block: tuple[int, int]) -> Between:
+    """Of magnitudes: 0x7E is the largest, 0x7F NaN."""
+    table, size = _values(codes.dtype, x.device), grid.abs()
+    value = lambda level: _by_block(torch.mul, table[level], size, rows, block)
+    return between(x.abs(), codes.view(torch.uint8) & 0x7F, value, (0, 0x7E))
+
+
+def _fp8_spread(w: Tensor, block: tuple[int, int], grid: Tensor) -> Tensor:
+    """The expected squared error of each block."""
+    total = torch.zeros_like(grid)
+    for x, each, out in _matrices(w.contiguous(), grid, total):
+        for rows in pieces(*x.shape):
+            found = _between_fp8(x[rows], _fp8_codes(x[rows], each, None, rows, block), each, rows, block).spread()
+            found = pad(found, (0, -found.shape[1] % block[1])).view(len(found), -1, block[1]).sum(2)
+            out.index_add_(0, torch.arange(rows.start, rows.stop, device=w.device) // block[0], found)
+    return total
 
 
 def block_largest(
@@ -151,6 +205,7 @@ def encode_mxfp4(
     w: Tensor,  # (..., groups · 32) float32
     scales: Tensor | None = None,  # (..., groups) uint8; made from the largest magnitude of each group if not given
     rule: MxRule = "floor",
+    draws: Draws | None = None,
 ) -> Scaled:  # codes (..., groups, 16) uint8, scale (..., groups) uint8
     """code = w / 2^(scale - 127).
 
@@ -164,7 +219,15 @@ def encode_mxfp4(
     """
     groups = w.unflatten(-1, (-1, MX))
     scales = _mx_scale(_group_largest(groups), rule) if scales is None else scales
-    return Scaled(_encoded_fp4(groups, as_float(scales)), scales)
+    return Scaled(_encoded_fp4(groups, as_float(scales), draws), scales)
+
+
+def renew_mxfp4(w: Tensor, scales: Tensor, rule: MxRule, draws: Draws) -> Scaled:
+    """Codes drawn beside the scales that are there, as in renew_fp8."""
+    groups = w.unflatten(-1, (-1, MX))
+    fresh = _mx_scale(_group_largest(groups), rule)
+    scales = torch.where(_better_fp4(groups, as_float(scales), as_float(fresh)), fresh, scales)
+    return encode_mxfp4(w, scales, draws=draws)
 
 
 def decode_nvfp4(
@@ -188,6 +251,7 @@ def encode_nvfp4(
     divisor: Tensor | None = None,  # as for decode_nvfp4: nvfp4_divisor or nvfp4_factor of the whole weight
     factor: Tensor | None = None,
     scale: Tensor | None = None,  # (..., in/16) float8_e4m3fn; made from the largest magnitude of each group if not given
+    draws: Draws | None = None,
 ) -> Scaled:  # codes (..., in/2) uint8, scale (..., in/16) float8_e4m3fn
     """code = w / (scale / divisor) with scale = amax / 6 · divisor, or w / (scale · factor) with amax / (6 · factor).
 
@@ -197,7 +261,16 @@ def encode_nvfp4(
     groups = w.unflatten(-1, (-1, NV))
     if scale is None:
         scale = _nv_scale(_group_largest(groups), divisor, factor)
-    return Scaled(_encoded_fp4(groups, _local(scale, divisor, factor)).flatten(-2), scale)
+    return Scaled(_encoded_fp4(groups, _local(scale, divisor, factor), draws).flatten(-2), scale)
+
+
+def renew_nvfp4(w: Tensor, scale: Tensor, draws: Draws, *, divisor: Tensor | None = None, factor: Tensor | None = None) -> Scaled:
+    """Codes drawn beside the scales that are there, as in renew_fp8."""
+    groups = w.unflatten(-1, (-1, NV))
+    fresh = _nv_scale(_group_largest(groups), divisor, factor)
+    better = _better_fp4(groups, _local(scale, divisor, factor), _local(fresh, divisor, factor))
+    scale = torch.where(better, fresh.float(), scale.float()).to(scale.dtype)
+    return encode_nvfp4(w, divisor=divisor, factor=factor, scale=scale, draws=draws)
 
 
 def nvfp4_divisor(largest: Tensor) -> Tensor:  # (1,) float32
@@ -261,12 +334,41 @@ def _decoded_fp4(
 def _encoded_fp4(
     groups: Tensor,  # (..., n) float32
     scale: Tensor,  # (...) float32
+    draws: Draws | None = None,
 ) -> Tensor:  # (..., n/2) uint8
-    w, scale = groups.reshape(-1, groups.shape[-1]).contiguous(), torch.where(scale == 0, 1.0, scale).reshape(-1, 1)
+    w, scale = groups.reshape(-1, groups.shape[-1]).contiguous(), scale.reshape(-1, 1)
     packed = torch.empty(len(w), w.shape[1] // 2, dtype=torch.uint8, device=w.device)
     for rows in pieces(*w.shape):
-        packed[rows] = pack_nibbles(_e2m1(w[rows] / scale[rows]))
+        codes = _fp4_codes(w[rows], scale[rows])
+        if draws is not None:
+            drawn = _between_fp4(w[rows], codes, scale[rows]).drawn(draws.at(rows.start * w.shape[1]))
+            codes = drawn.bitwise_or_(codes & 8)
+        packed[rows] = pack_nibbles(codes)
     return packed.view(*groups.shape[:-1], -1)
+
+
+def _fp4_codes(w: Tensor, scale: Tensor) -> Tensor:
+    """The nearest ones."""
+    return _e2m1(w / torch.where(scale == 0, 1.0, scale))
+
+
+def _between_fp4(w: Tensor, codes: Tensor, scale: Tensor) -> Between:
+    """Of magnitudes."""
+    table, size = torch.tensor(E2M1, device=w.device), scale.abs()
+    return between(w.abs(), codes & 7, lambda level: table[level] * size, (0, 7))
+
+
+def _better_fp4(groups: Tensor, scale: Tensor, fresh: Tensor) -> Tensor:
+    """Which groups hold a value beyond their largest code and are expected to lose less beside a fresh scale."""
+    beyond = _group_largest(groups) > FP4_MAX * scale.abs()
+    if not bool(beyond.any()):
+        return beyond
+    w = groups.reshape(-1, groups.shape[-1])
+    old, new = (torch.empty(len(w), device=w.device) for _ in range(2))
+    for total, each in ((old, scale.reshape(-1, 1)), (new, fresh.reshape(-1, 1))):
+        for rows in pieces(*w.shape):
+            total[rows] = _between_fp4(w[rows], _fp4_codes(w[rows], each[rows]), each[rows]).spread().sum(1)
+    return beyond & (new < old).view(beyond.shape)
 
 
 def _e2m1(

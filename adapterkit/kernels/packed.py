@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adapterkit.kernels.narrow import PIECE, expand_nibbles, nibble_pairs, pack_nibbles, pieces
+from adapterkit.kernels.stochastic import Between, Draws, between
 from adapterkit.kernels.sums import all_finite
 
 WORD = 32
@@ -141,8 +142,10 @@ def encode_integers(
     group: Tensor | None = None,  # (in,) int32; with a scale that is given
     symmetric: bool = True,  # of a scale that is made: no zero
     scale_dtype: torch.dtype = torch.float32,
+    draws: Draws | None = None,
 ) -> Integers:
-    """code = w / scale + zero, rounded to nearest, ties to even, within [-2^(bits-1), 2^(bits-1)).
+    """code = w / scale + zero, rounded to nearest, ties to even, within [-2^(bits-1), 2^(bits-1)); drawn from the two neighbours if
+    there are draws.
 
     A scale that is made is 2 · amax / (2^bits - 1); asymmetric, (max - min) / (2^bits - 1), the two widened to hold 0, with
     zero = -2^(bits-1) - min / scale. For zeros it is the eps of `scale_dtype`. All this is compressed-tensors' way with a float32
@@ -161,8 +164,42 @@ def encode_integers(
         scaled = groups.undo(w[part], part)
         if not all_finite(scaled):
             raise ValueError("the matrix holds values that are not finite")
-        codes[part] = scaled.round_().clamp_(low, high)
+        level = scaled.round_().clamp_(low, high)
+        if draws is not None:
+            level = _between(w[part], level, groups, part, bits).drawn(draws.at(part.start * w.shape[1]))
+        codes[part] = level
     return Integers(codes, scale, zero)
+
+
+def expected_errors(
+    w: Tensor,  # (out, in) float32
+    bits: int,
+    scale: Tensor,  # (out, groups)
+    zero: Tensor | None,  # (out, groups) int8
+) -> tuple[Tensor, Tensor]:  # (out, groups) float32, (out, groups) bool
+    """The expected squared error of each group whose codes are drawn beside this scale, and whether a value is beyond the codes."""
+    groups, low, high = (
+        _Groups(_rows(scale, slice(None)), zero, w.shape[1], None, 0, w.shape[1]),
+        -(1 << (bits - 1)),
+        (1 << (bits - 1)) - 1,
+    )
+    total = torch.empty(len(w), scale.shape[1], device=w.device)
+    beyond = torch.empty(total.shape, dtype=torch.bool, device=w.device)
+    for part in pieces(*w.shape):
+        found = _between(w[part], groups.undo(w[part], part).round_().clamp_(low, high), groups, part, bits)
+        total[part] = found.spread().unflatten(1, (scale.shape[1], -1)).sum(2)
+        beyond[part] = ((found.gap == 0) & (found.away > 0)).unflatten(1, (scale.shape[1], -1)).any(2)
+    return total, beyond
+
+
+def _between(w: Tensor, level: Tensor, groups: "_Groups", rows: slice, bits: int) -> Between:
+    def value(level: Tensor) -> Tensor:
+        x = level.float()
+        groups.apply(x, rows)
+        return x
+
+    falling = value(torch.ones_like(w)) < value(torch.zeros_like(w)) if bool((groups.scale < 0).any()) else None
+    return between(w, level, value, (-(1 << (bits - 1)), (1 << (bits - 1)) - 1), falling)
 
 
 def _integer_scale(w: Tensor, low: int, high: int, size: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

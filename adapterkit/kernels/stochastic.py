@@ -5,7 +5,9 @@ function of those alone, the same on every device, in whatever pieces and order 
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,3 +111,36 @@ def last_place(
     integer, mask = EXPONENT[size.dtype]
     powers = size.view(integer).bitwise_and(mask).view(size.dtype)
     return powers.clamp_(min=torch.finfo(dtype).tiny).mul_(2.0 ** -MANTISSA[dtype])
+
+
+class Between(NamedTuple):
+    """Values between their nearest codes and the next ones on their side."""
+
+    level: Tensor  # integers: codes by rising value
+    other: Tensor
+    away: Tensor  # |value - that of level|
+    gap: Tensor  # the distance of the two codes' values; 0 where nothing lies beyond the first
+
+    def drawn(self, draws: Draws) -> Tensor:
+        """The other code with probability away / gap, else the nearest."""
+        up = draws.uniform(self.level.numel(), self.level.device).view(self.level.shape).mul_(self.gap) < self.away
+        return torch.where(up & (self.gap > 0), self.other, self.level)
+
+    def spread(self) -> Tensor:
+        """E[(rounded - value)²]."""
+        return torch.where(self.gap > 0, self.away * (self.gap - self.away).clamp_(min=0), self.away.square())
+
+
+def between(
+    w: Tensor,
+    level: Tensor,  # integers: the nearest codes
+    value: Callable[[Tensor], Tensor],  # what codes stand for, by every bit as they are decoded: so what is decoded stays
+    ends: tuple[int, int],  # the lowest and the highest code
+    falling: Tensor | None = None,  # where values fall as codes rise
+) -> Between:
+    level = level.int()
+    near = value(level)
+    away = w - near
+    step = away.sign() if falling is None else torch.where(falling, -away, away).sign()
+    other = step.int().add_(level).clamp_(*ends)
+    return Between(level, other, away.abs_(), (value(other) - near).abs_())

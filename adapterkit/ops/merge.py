@@ -168,13 +168,7 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
             job.errors.append(Refused(found, expected="factors on quantised weights", where=where, do=do))
     touched = [step.source for group in steps.values() for step in group if step.edits and isinstance(step.source, Packed)]
     job.errors += check_writable([*touched, *(spec for spec in packed if getattr(spec, "mended", False))], where)
-    drawn = options.rounding == "stochastic"
-    for option, value in [
-        ("--dtype", options.dtype),
-        ("--compat", options.compat),
-        ("--max-shard-size", options.max_shard_size),
-        ("--rounding stochastic", drawn),
-    ]:
+    for option, value in [("--dtype", options.dtype), ("--compat", options.compat), ("--max-shard-size", options.max_shard_size)]:
         if value:
             found, do = f"{option} with a quantised base", "give --dequantize"
             job.errors.append(Refused(found, expected="the format as it is", where="options", do=do))

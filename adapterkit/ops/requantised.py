@@ -111,7 +111,7 @@ class Requantised:
         after, facts = _edited(self.step, before.clone(), inputs)
         if torch.equal(after, before):
             return Made(parts, facts | {"survived": 1.0})
-        tensors = self.packed.renewed(stored, after)
+        tensors = self.packed.renewed(stored, after, self.step.draws)
         facts |= survival(before, after, read_back(self.packed, tensors))
         return Made(tensors, facts)
 
@@ -138,7 +138,7 @@ def lost(facts: dict[str, dict]) -> list[str]:
     share, key = bad[0]
     return [
         f"WARNING: in {len(bad)} of {len(shares)} modules less than half of the change survived requantisation (least: {share:.0%} "
-        f"of {shown(key)}): merge with --dequantize, or into the 16-bit original with --base16"
+        f"of {shown(key)}): give --rounding stochastic, or merge with --dequantize, or into the 16-bit original with --base16"
     ]
 
 

@@ -14,6 +14,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Spoiled, shown
+from adapterkit.kernels.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
 from adapterkit.weights.names import Names
 from adapterkit.weights.quantised import without
@@ -77,10 +78,18 @@ class Packed(TensorSpec):
         `Refused` (at planning, by `check_writable`) for formats that are only read."""
         raise NotImplementedError
 
-    def renewed(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    def renewed(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
         """All parts of a new value of a weight that is stored: what `encode` does not give, such as the scale of a layer's inputs,
-        stays. For formats that keep more than that."""
-        return stored | self.encode(weight)
+        stays. For formats that keep more than that.
+
+        With draws every format keeps its scales, but for blocks that lose less with new ones, and codes are drawn from the two
+        neighbours: what does not move stays byte for byte. Positions are those of the codes, as they are stored.
+        """
+        return stored | (self.encode(weight) if draws is None else self.drawn(stored, weight, draws))
+
+    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """The parts that change."""
+        raise NotImplementedError
 
     @property
     def read_only(self) -> str | None:

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import Refused, Spoiled, shown
 from adapterkit.kernels import blockwise
+from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
 STATE = ".quant_state.bitsandbytes__"
@@ -153,15 +155,20 @@ class Bnb4(Packed):
         return tuple(stored.values())
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        values = [stored[part.key] for part in self.parts]
-        codes, absmax = values[:2]
-        if self.mended:
-            absmax = absmax.T.reshape(-1).float()
-        if self.double:
-            dtype = getattr(torch, self.nested_dtype)
-            absmax = blockwise.decode_absmax(absmax, values[3], values[4], self.offset_of(values[-1]), self.nested_block, dtype)
+        codes, absmax = stored[self.key], self._scales(stored)
         flat = blockwise.decode_4bit(codes, absmax, self.kind, self.block, math.prod(self.shape))
         return flat.view(self.shape[::-1]).T.contiguous() if self.transposed else flat.view(self.shape)
+
+    def _scales(self, stored: dict[str, Tensor]) -> Tensor:  # (blocks,) float32
+        """Of the blocks; they are codes too if they are quantised."""
+        absmax = stored[self.parts[1].key]
+        if self.mended:
+            return absmax.T.reshape(-1).float()
+        if not self.double:
+            return absmax
+        nested, values, state = (stored[part.key] for part in self.parts[3:])
+        dtype = getattr(torch, self.nested_dtype)
+        return blockwise.decode_absmax(absmax, nested, values, self.offset_of(state), self.nested_block, dtype)
 
     def offset_of(self, state: Tensor) -> float:
         """The offset that a state's text says."""
@@ -180,6 +187,38 @@ class Bnb4(Packed):
         nested = blockwise.quantize_absmax(absmax)
         made |= {keys[1]: nested.codes, keys[3]: nested.absmax, keys[4]: values}
         return made | {keys[-1]: _bytes(self._text(float(nested.offset)))}
+
+    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+        weight = (weight.T if self.transposed else weight).contiguous()
+        scales = self._renewed_scales(stored, weight)
+        with named(self.key):
+            return scales | {self.key: blockwise.codes_for(weight, self._scales(stored | scales), self.kind, self.block, draws)}
+
+    def _renewed_scales(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """Those of blocks with a value beyond their largest code, where that makes the expected squared error smaller; of quantised
+        ones the code, or where their group cannot hold that either, the whole group's."""
+        key, absmax = self.parts[1].key, self._scales(stored)
+        largest, beyond = blockwise.beyond(weight, absmax, self.block)
+        if not bool(beyond.any()):
+            return {}
+        errors = lambda scales: blockwise.spread(weight, self._scales(stored | scales), self.kind, self.block)
+        wanted = torch.where(beyond, largest, absmax)
+        if not self.double:
+            return {key: torch.where(beyond & (errors({key: wanted}) < errors({})), wanted, absmax)}
+        nested, values, state = (stored[part.key] for part in self.parts[3:])
+        fresh = blockwise.quantize_absmax(wanted, self.offset_of(state), nested, values).codes
+        found = {key: torch.where(beyond & (errors({key: fresh}) < errors({})), fresh, stored[key])}
+        whole = blockwise.quantize_absmax(wanted, self.offset_of(state), values=values)
+        widened = {key: whole.codes, self.parts[3].key: whole.absmax}
+        grouped = lambda each: pad(each, (0, -len(each) % self.nested_block)).view(-1, self.nested_block).sum(1)
+        better = (whole.absmax > nested) & (grouped(errors(widened)) < grouped(errors(found)))
+        if bool(better.any()):
+            blocks = better.repeat_interleave(self.nested_block)[: len(absmax)]
+            found = {
+                key: torch.where(blocks, whole.codes, found[key]),
+                self.parts[3].key: torch.where(better, whole.absmax, nested),
+            }
+        return found
 
     def _text(self, offset: float | None = None) -> bytes:
         shape = self.shape[::-1] if self.transposed else self.shape

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels import blockwise
+from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.codecs.bnb4 import config, named
 from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
@@ -69,3 +70,9 @@ class Bnb8(Packed):
             codes, scale = blockwise.quantize_int8((weight.T if self.transposed else weight).contiguous())
         made = {self.parts[0].key: codes, self.parts[1].key: scale}
         return made | {part.key: torch.zeros(part.shape, dtype=torch.uint8) for part in self.parts[2:]}
+
+    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+        codes, scale = (part.key for part in self.parts[:2])
+        with named(self.key):
+            made = blockwise.renew_int8((weight.T if self.transposed else weight).contiguous(), stored[scale], draws)
+        return {codes: made.codes, scale: made.scale}

@@ -17,10 +17,12 @@ from adapterkit.kernels.packed import (
     decode_int8,
     decode_packed,
     encode_integers,
+    expected_errors,
     pack,
     pack_zeros,
     unpack_zeros,
 )
+from adapterkit.kernels.stochastic import Draws
 from adapterkit.patterns import matcher
 from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
@@ -138,20 +140,21 @@ class Compressed(Packed):
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Scales made anew, as compressed-tensors makes them from the weight's largest values."""
         if self.kind not in ("words", "int8"):
-            return self._floats(weight, None)
+            return self._floats(weight, {}, None)
         assert not self.indexed
         size, dtype = math.prod(self.block), dtypes.torch_dtype(self.parts[1].dtype)
         lines = weight.reshape(self._lines)
         made = self._integers(encode_integers(lines, self.bits, size, symmetric=self.symmetric, scale_dtype=dtype))
         return made | {part.key: torch.tensor(self.shape) for part in self.parts if part.key.endswith("." + SHAPE)}
 
-    def renewed(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    def renewed(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
         """Integers take each group's old scale where that is nearer to W than a new one is: so their codes are stable. NVFP4 keeps
         the weight's global scale, which fused layers share, as long as the largest value allows."""
         if self.kind not in ("words", "int8"):
-            return stored | self._floats(weight, self._leaf(stored, "weight_global_scale"))
+            return stored | self._floats(weight, stored, draws)
         scale, zero, group = stored[self.parts[1].key], self._zero(stored), self._group(stored)
-        made = nearest(weight.reshape(self._lines), self.bits, scale.reshape(self._lines[0], -1), zero, group, self.symmetric)
+        lines = weight.reshape(self._lines)
+        made = nearest(lines, self.bits, scale.reshape(len(lines), -1), zero, group, self.symmetric, draws)
         return stored | self._integers(made)
 
     @property
@@ -187,21 +190,34 @@ class Compressed(Packed):
             found[zero.key] = pack_zeros(made.zero, self.bits) if zero.dtype == "I32" else made.zero.view(zero.shape)
         return found
 
-    def _floats(self, weight: Tensor, divisor: Tensor | None) -> dict[str, Tensor]:
+    def _floats(self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None) -> dict[str, Tensor]:
         codes, scale = self.parts[:2]
         found: dict[str, Tensor] = {}
         if self.kind == "nvfp4":
-            largest = narrow.block_largest(weight, (self.shape[0], self.shape[1])).reshape(1)
-            if divisor is None or float(largest) * float(divisor) > narrow.FP4_MAX * narrow.FP8_MAX * (1 + 2.0**-20):
-                divisor = narrow.nvfp4_divisor(largest)
+            divisor, largest = self._leaf(stored, "weight_global_scale"), narrow.block_largest(weight, self._whole).reshape(1)
+            limit = narrow.FP4_MAX * narrow.FP8_MAX * (1 + 2.0**-20)
+            fits = divisor is not None and float(largest) * float(divisor) <= limit
+            divisor = divisor if fits and divisor is not None else narrow.nvfp4_divisor(largest)
             found[self.key.removesuffix("weight") + "weight_global_scale"] = divisor
-            made = narrow.encode_nvfp4(weight, divisor=divisor)
+            if fits and draws is not None:
+                made = narrow.renew_nvfp4(weight, stored[scale.key], draws, divisor=divisor)
+            else:
+                made = narrow.encode_nvfp4(weight, divisor=divisor, draws=draws)
         elif self.kind == "mxfp4":
-            made = narrow.encode_mxfp4(weight, rule="even")
+            if draws is not None:
+                made = narrow.renew_mxfp4(weight, stored[scale.key].view(torch.uint8), "even", draws)
+            else:
+                made = narrow.encode_mxfp4(weight, rule="even")
             made = narrow.Scaled(made.codes.flatten(-2), made.scale.view(dtypes.torch_dtype(scale.dtype)))
+        elif draws is not None:
+            made = narrow.renew_fp8(weight, self.block, stored[scale.key], draws)
         else:
             made = narrow.encode_fp8(weight, self.block, scale_dtype=dtypes.torch_dtype(scale.dtype))
         return found | {codes.key: made.codes, scale.key: made.scale.view(scale.shape)}
+
+    @property
+    def _whole(self) -> tuple[int, int]:
+        return (self.shape[0], self.shape[1])
 
 
 def _size(width: int, wanted: int | None) -> int:
@@ -219,24 +235,35 @@ def nearest(
     zero: Tensor | None,  # (out, groups) int8
     group: Tensor | None,  # (in,)
     symmetric: bool,
+    draws: Draws | None = None,
 ) -> Integers:
-    """Codes of each group with its old scale or a new one, whichever is nearer to w."""
+    """Codes of each group with its old scale or a new one, whichever is nearer to w; drawn beside the old one, but where a value is
+    beyond it and the expected square of the error is smaller with a new one."""
     (out, width), groups = w.shape, scale.shape[1]
     order = torch.arange(width, device=w.device) if group is None else torch.argsort(group, stable=True)
     if group is not None and not torch.equal(group[order].long(), torch.arange(width, device=w.device) // (width // groups)):
-        return encode_integers(w, bits, scale=scale, zero=zero, group=group)
+        return encode_integers(w, bits, scale=scale, zero=zero, group=group, draws=draws)
     made = Integers(torch.empty(w.shape, dtype=torch.int8, device=w.device), scale.clone(), None if zero is None else zero.clone())
     step = max(1, ROWS // width)
     for first in range(0, out, step):
         rows = slice(first, first + step)
         x = w[rows][:, order] if group is not None else w[rows]
-        old = encode_integers(x, bits, scale=scale[rows], zero=None if zero is None else zero[rows])
+        old = Integers(x, scale[rows], None if zero is None else zero[rows])
         new = encode_integers(x, bits, width // groups, symmetric=symmetric, scale_dtype=scale.dtype)
-        better = _error(x, new) < _error(x, old)
+        if draws is None:
+            old = encode_integers(x, bits, scale=old.scale, zero=old.zero)
+            better = _error(x, new) < _error(x, old)
+        else:
+            lost, beyond = expected_errors(x, bits, old.scale, old.zero)
+            better = beyond & (expected_errors(x, bits, new.scale, new.zero)[0] < lost)
         made.scale[rows] = torch.where(better, new.scale, old.scale)
         if made.zero is not None and new.zero is not None and old.zero is not None:
             made.zero[rows] = torch.where(better, new.zero, old.zero)
-        codes = torch.where(better.repeat_interleave(width // groups, 1), new.codes, old.codes)
+        if draws is None:
+            codes = torch.where(better.repeat_interleave(width // groups, 1), new.codes, old.codes)
+        else:
+            zeros = None if made.zero is None else made.zero[rows]
+            codes = encode_integers(x, bits, scale=made.scale[rows], zero=zeros, draws=draws.at(first * width)).codes
         made.codes[rows.start : rows.start + len(x), order] = codes
     return made
 

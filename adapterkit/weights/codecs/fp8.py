@@ -10,6 +10,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.errors import shown
 from adapterkit.kernels import narrow
+from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
 CODES = ("F8_E4M3", "F8_E5M2")
@@ -84,6 +85,11 @@ class Fp8(Packed):
         kind = "F8_E8M0" if scale.dtype == "U8" else scale.dtype
         scales = made.scale.to(dtypes.torch_dtype(kind)).view(dtypes.torch_dtype(scale.dtype))
         return {codes.key: made.codes, scale.key: scales.view(scale.shape)}
+
+    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+        codes, scale = (part.key for part in self.parts[:2])
+        made = narrow.renew_fp8(weight, self.block, stored[scale], draws, "power" if self.power else "multiply")
+        return {codes: made.codes, scale: made.scale}
 
     @property
     def read_only(self) -> str | None:

@@ -10,6 +10,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import read_json
 from adapterkit.errors import shown
 from adapterkit.kernels import narrow
+from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.packed import Found, Packed
 
 FILE = "hf_quant_config.json"
@@ -53,25 +54,31 @@ class Modelopt(Packed):
         return narrow.decode_fp8(codes, scale, self._block)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        return self._made(weight, None)
+        return self._made(weight, {}, None)
 
-    def renewed(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    def renewed(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
         """The whole weight's factor, which fused layers share, stays as long as the largest value allows."""
-        return stored | self._made(weight, stored.get(self.key + "_scale_2"))
+        return stored | self._made(weight, stored, draws)
 
     @property
     def _block(self) -> tuple[int, int]:
         return (self.shape[0], self.shape[1])
 
-    def _made(self, weight: Tensor, factor: Tensor | None) -> dict[str, Tensor]:
+    def _made(self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None) -> dict[str, Tensor]:
         codes, scale = self.parts[:2]
         if codes.dtype != "U8":
-            made = narrow.encode_fp8(weight, self._block)
+            if draws is not None:
+                made = narrow.renew_fp8(weight, self._block, stored[scale.key], draws)
+            else:
+                made = narrow.encode_fp8(weight, self._block)
             return {codes.key: made.codes, scale.key: made.scale.view(scale.shape)}
-        largest = narrow.block_largest(weight, self._block)
-        if factor is None or float(largest) > narrow.FP4_MAX * narrow.FP8_MAX * float(factor) * (1 + 2.0**-20):
-            factor = narrow.nvfp4_factor(largest)
-        made = narrow.encode_nvfp4(weight, factor=factor)
+        factor, largest = stored.get(self.key + "_scale_2"), narrow.block_largest(weight, self._block)
+        fits = factor is not None and float(largest) <= narrow.FP4_MAX * narrow.FP8_MAX * float(factor) * (1 + 2.0**-20)
+        if fits and draws is not None:
+            made = narrow.renew_nvfp4(weight, stored[scale.key], draws, factor=factor)
+            return {codes.key: made.codes, scale.key: made.scale}
+        factor = factor if fits and factor is not None else narrow.nvfp4_factor(largest)
+        made = narrow.encode_nvfp4(weight, factor=factor, draws=draws)
         return {codes.key: made.codes, scale.key: made.scale, self.parts[2].key: factor.view(self.parts[2].shape)}
 
 

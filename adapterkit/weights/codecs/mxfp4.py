@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels import narrow
+from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -75,3 +76,8 @@ class Mxfp4(Packed):
         blocks, scales = self.parts
         made = narrow.encode_mxfp4(weight.transpose(1, 2).contiguous(), rule="up")
         return {blocks.key: made.codes, scales.key: made.scale}
+
+    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+        blocks, scales = (part.key for part in self.parts)
+        made = narrow.renew_mxfp4(weight.transpose(1, 2).contiguous(), stored[scales], "up", draws)
+        return {blocks: made.codes, scales: made.scale}

@@ -1,0 +1,200 @@
+"""Stochastic rounding into quantised formats: what must hold of it in every format that is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import forged
+import pytest
+import torch
+from forged import FORMS
+from safetensors.torch import load_file
+from torch import Tensor
+
+import adapterkit
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.dtypes import torch_dtype
+from adapterkit.kernels import blockwise, narrow, packed
+from adapterkit.kernels.stochastic import Draws
+from adapterkit.ops.sources import open_source
+from adapterkit.weights.codecs.mxfp4 import Mxfp4
+from adapterkit.weights.decoded import decoded, packed_in
+from adapterkit.weights.packed import Packed, Unpacked
+
+SEEDS = 150
+VERBS: dict[str, dict[str, Any]] = {
+    "bnb-nf4": {"to": "nf4"},
+    "bnb-nf4-double": {"to": "nf4", "double_quant": True},
+    "bnb-fp4": {"to": "fp4", "block_size": 32},
+    "bnb-int8": {"to": "int8"},
+}
+NAMES = [*(name for name, form in FORMS.items() if form.writable), *VERBS, "gpt-oss"]
+
+
+@dataclass
+class Case:
+    """A stored weight and what it decodes to."""
+
+    record: Packed
+    stored: dict[str, Tensor]
+
+    @property
+    def value(self) -> Tensor:
+        return self.record.decode(self.stored)
+
+    def drawn(self, weight: Tensor, seed: int = 0) -> dict[str, Tensor]:
+        return self.record.renewed(self.stored, weight.clone(), Draws.of(seed, self.record.key))
+
+    def decoded(self, weight: Tensor, seed: int) -> Tensor:
+        return self.record.decode(self.drawn(weight, seed))
+
+
+@pytest.fixture(params=NAMES)
+def case(request, made: Callable[..., Path]) -> Case:
+    name = request.param
+    if name == "gpt-oss":
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(3, 64, 48, generator=generator)
+        record = Mxfp4.fresh("mxfp4", Unpacked("experts.down_proj", tuple(weight.shape), "BF16"), {})
+        assert record is not None
+        return Case(record, record.encode(weight))
+
+    def build(folder: Path) -> None:
+        if name in VERBS:
+            forged.llama().save_pretrained(folder / "plain")
+            adapterkit.quantize(folder / "plain", out=folder / "packed", **VERBS[name])
+        else:
+            forged.base(FORMS[name], folder / "packed")
+
+    folder = made(f"rounding-{name}", build) / "packed"
+    record = next(spec for spec in packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors) if "down" in spec.key)
+    tensors = load_file(folder / "model.safetensors")
+    return Case(record, {part.key: tensors[part.key] for part in record.parts})
+
+
+def shrunk(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight with every second element nearer to 0, so that no scale is too small; and which those are."""
+    generator = torch.Generator().manual_seed(1)
+    moved = torch.rand(value.shape, generator=generator) < 0.5
+    return torch.where(moved, value * (1 - 0.4 * torch.rand(value.shape, generator=generator)), value), moved
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(bits(one[key]), bits(other[key])) for key in one)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_what_the_codes_hold_stays_byte_for_byte(case):
+    for seed in range(10):
+        assert same(case.drawn(case.value, seed), case.stored)
+
+
+def test_scales_and_what_does_not_move_stay(case):
+    weight, moved = shrunk(case.value)
+    first, second = case.drawn(weight, 1), case.drawn(weight, 2)
+    codes = case.record.parts[0].key
+    for parts in (first, second):
+        assert same({k: v for k, v in parts.items() if k != codes}, {k: v for k, v in case.stored.items() if k != codes})
+        assert torch.equal(bits(case.record.decode(parts))[:0], bits(case.value)[:0])
+        assert torch.equal(bits(case.record.decode(parts)[~moved]), bits(case.value[~moved]))
+    assert not torch.equal(bits(first[codes]), bits(second[codes]))  # seeds differ
+
+
+def test_the_mean_over_seeds_is_the_value_between_two_neighbouring_codes(case):
+    weight, _ = shrunk(case.value)
+    low, high, total, squares = weight + torch.inf, weight - torch.inf, torch.zeros(weight.shape, dtype=torch.float64), 0.0
+    for seed in range(SEEDS):
+        found = case.decoded(weight, seed)
+        low, high = torch.minimum(low, found), torch.maximum(high, found)
+        total += found.double()
+        squares += (found.double() - weight.double()).square()
+        assert ((found == low) | (found == high)).all() or seed < 20  # two values and no third
+    assert ((low <= weight) & (weight <= high)).float().mean() > 0.9  # the rest has drawn one side only
+    error = total / SEEDS - weight.double()
+    variance = squares / SEEDS**2
+    generator = torch.Generator().manual_seed(2)
+    for direction in (weight - case.value, torch.randn(weight.shape, generator=generator), torch.ones_like(weight), weight.sign()):
+        z = float((error * direction).sum() / (variance * direction.double().square()).sum().sqrt())
+        assert abs(z) < 5
+    both = low < high
+    assert (error.abs() <= (high - low).double() * 0.25)[both].all()
+    middle = torch.where(both, low + (high - low) * 0.37, weight)
+    for seed in range(5):
+        found = case.decoded(middle, seed)
+        assert ((found == low) | (found == high))[both].all()  # no code between them
+
+
+def test_scales_below_zero(case):
+    scale = case.record.parts[1].key
+    if case.stored[scale].dtype == torch.uint8:  # of powers of 2, or codes of scales: none is below 0
+        assert "mxfp4" in case.record.name or getattr(case.record, "double", False) or case.record.parts[0].dtype == "U8"
+        return
+    case.stored[scale] = -case.stored[scale].float()
+    case.stored[scale] = case.stored[scale].to(torch_dtype(case.record.parts[1].dtype))
+    assert same(case.drawn(case.value), case.stored)
+    weight, _ = shrunk(case.value)
+    delta = weight - case.value
+    moved = torch.stack([case.decoded(weight, seed) for seed in range(10)]).mean(0) - case.value
+    assert 0.9 < float((moved * delta).sum() / delta.square().sum()) < 1.1
+
+
+def test_a_value_beyond_the_largest_code_stays_there_or_gets_a_new_scale(case):
+    slightly, much = case.value.clone(), case.value.clone()
+    spot = case.value.abs().flatten().argmax()
+    slightly.view(-1)[spot] *= 1.0001
+    much.view(-1)[spot] *= 3
+    found = case.decoded(slightly, 0)
+    assert float((found - case.value).norm()) <= float(case.value.abs().max()) * 0.4
+    found = case.decoded(much, 0)
+    assert float(found.view(-1)[spot] / much.view(-1)[spot]) > 0.9
+    larger = case.decoded(case.value * 5, 0)
+    assert float((larger - case.value * 5).norm() / (case.value * 5).norm()) < 0.25
+
+
+def test_pieces_do_not_matter(case, monkeypatch):
+    weight, _ = shrunk(case.value)
+    weight.view(-1)[7] *= 3
+    whole = case.drawn(weight)
+    for module in (narrow, packed, blockwise):
+        monkeypatch.setattr(module, "PIECE", 192)
+    assert same(case.drawn(weight), whole)
+
+
+# merging
+
+
+@pytest.mark.parametrize("name", ["bnb-nf4-double", "bnb-int8", "fp8", "int4", "nvfp4", "mxfp4"])
+def test_a_merge_keeps_the_delta_and_says_so(name, made, tmp_path):
+    oracle = pytest.importorskip("oracle")
+
+    def build(folder: Path) -> None:
+        if name in VERBS:
+            forged.llama().save_pretrained(folder / "plain")
+            adapterkit.quantize(folder / "plain", out=folder / "packed", **VERBS[name])
+        else:
+            forged.base(FORMS[name], folder / "packed")
+
+    base = made(f"rounding-{name}", build) / "packed"
+    size = 0.004 if "8" in name else 0.02
+    lora = made(
+        f"rounding-lora-{size}",
+        lambda folder: oracle.train(forged.llama(), folder, target_modules=["q_proj", "down_proj"], size=size),
+    )
+    outs = {}
+    for rounding, seed in [("nearest", 0), ("stochastic", 0), ("stochastic", 1)]:
+        out = tmp_path / f"{rounding}-{seed}"
+        receipt = adapterkit.merge(base, [lora], out=out, rounding=rounding, seed=seed)
+        outs[rounding, seed] = load_file(out / "model.safetensors")
+        survived = [fact["survived"] for fact in receipt.data["parameters"].values()]
+        if rounding == "stochastic":
+            assert all(0.8 < share < 1.2 for share in survived), survived
+            assert not any("--rounding" in note for note in receipt.data["notes"])
+    before = load_file(base / "model.safetensors")
+    untouched = [key for key in before if "q_proj" not in key and "down_proj" not in key]
+    for found in outs.values():
+        assert all(torch.equal(bits(found[key]), bits(before[key])) for key in untouched)
+    assert not same(outs["stochastic", 0], outs["stochastic", 1])
