@@ -415,7 +415,7 @@ def _promises(parts: _Parts, config: dict, name: str) -> list[AdapterkitError]:
         if not config.get(key) and len(lacking) < len(parts.roles):
             wrong(f"{what} in the file, {key} = {config.get(key)}", f"{key} true, or no such tensors")
     saved = config.get("modules_to_save") or []
-    missing = {m for m in saved if not any(f"{m}." in parameter for parameter in parts.replaced)}
+    missing = {m for m in saved if not any(_names(m, parameter) for parameter in parts.replaced)}
     if CLASSIFIERS & set(saved) - missing:
         missing -= CLASSIFIERS
     for module in sorted(missing):
@@ -441,7 +441,13 @@ def _spoken_of(parameter: str, key: str, config: dict) -> bool:
         return True
     if "bias" in parameter.rpartition(".")[2] and config.get("bias", "none") != "none":
         return True
-    return any(f"{module}." in parameter for module in config.get("modules_to_save") or [])
+    return any(_names(saved, parameter) for saved in config.get("modules_to_save") or [])
+
+
+def _names(saved: str, parameter: str) -> bool:
+    """Whether an entry of modules_to_save means a parameter: by its module, as in PEFT, or by its own full name. PEFT wraps nothing
+    for the latter, and loads the value into the model itself."""
+    return f"{saved}." in parameter or saved == parameter
 
 
 def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: str) -> tuple[Tokens, ...]:

@@ -439,6 +439,9 @@ def arrow(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **opt
 def extract(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Extract the adapter between a base and its fine-tune: b@a ≈ W_tuned - W_base.
 
+    It is read back, and its merge into the base planned, before it gets its name. Shapes that differ are refused, the vocabulary's
+    apart. PEFT loads single parameters that are saved whole (a class token, a tied embedding) into the model itself, as it does biases.
+
     \b
     Example:
       adapterkit extract ./base ./fine-tune --rank 32 --out adapter

@@ -278,6 +278,7 @@ class ShardResult:
     marks: dict[str, str]  # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
     facts: dict[str, dict]
     grown: int = 0  # bytes by which tensors are larger than planned, all together
+    tensors: int | None = None  # how many there are, where the plan knew the most alone
     asides: dict[str, list] = field(default_factory=dict)  # key -> dtype, shape, position in the file of what was laid aside
 
 
@@ -515,7 +516,14 @@ def _receipt(
     plan: Plan, recipe: dict, fingerprint: str, done: dict[str, ShardResult], sums: dict, inputs: dict, hash: str, seconds: float
 ) -> dict[str, Any]:
     shards = [done[shard.file] for shard in plan.shards]
-    size = sum(shard.size for shard in shards)
+    size, totals = sum(shard.size for shard in shards), plan.totals()
+    for shard, result in zip(plan.shards, shards, strict=True):
+        if result.tensors is not None:  # what was not written after all had been counted as changed
+            fewer, less = len(shard.layout.tensors) - result.tensors, shard.layout.size - result.size
+            totals["tensors"] -= fewer
+            totals["tensors_changed"] -= fewer
+            totals["bytes_changed"] -= less
+    totals["bytes_written"] = size + sum(entry["size"] for entry in sums.values())
     return {
         "adapterkit": RECEIPT_VERSION,
         "fingerprint": fingerprint,
@@ -524,7 +532,7 @@ def _receipt(
         "hash": hash,
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
         "keys": {s.file: s.marks for s in shards},
-        "totals": plan.totals() | {"bytes_written": size + sum(entry["size"] for entry in sums.values())},
+        "totals": totals,
         **plan.facts,
         "parameters": {key: fact for s in shards for key, fact in s.facts.items()},
         "notes": [*plan.notes, *plan.warn({key: fact for s in shards for key, fact in s.facts.items()})],

@@ -60,7 +60,7 @@ def write_computed(file: Computed, stage: Stage, inputs: Inputs, workers: int, h
     except BaseException:
         shard.abandon()
         raise
-    return ShardResult(file.file, layout.size, sha, marks, facts, places.grown, asides.where)
+    return ShardResult(file.file, layout.size, sha, marks, facts, places.grown, len(layout.tensors), asides.where)
 
 
 class _Growing:

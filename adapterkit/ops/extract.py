@@ -1,26 +1,32 @@
 """extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints' difference."""
 
+import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.adapter import EMBEDDINGS, PREFIX
+from adapterkit.adapter import CONFIG, EMBEDDINGS, PREFIX
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, Spoiled, refuse_all, shown
 from adapterkit.factors import Place
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import leading
 from adapterkit.ops import produced
+from adapterkit.ops.job import Options as MergeOptions
+from adapterkit.ops.job import nested
+from adapterkit.ops.merge import plan_merge
 from adapterkit.ops.packaging import as_json
 from adapterkit.ops.ranking import Cut, check_cut, even_rank, ranked, settled_by_size
 from adapterkit.ops.sources import open_source
@@ -30,11 +36,18 @@ from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
 from adapterkit.weights.names import Names, Parameter
 from adapterkit.weights.parts import Held
 from adapterkit.weights.quantised import check_not_quantised
+from adapterkit.weights.reading import read_parameter
 
 PIECE = 4 << 20  # elements compared at a time
 BLOCK = 1 << 20  # elements made float32 at a time
 SHARES = 8  # with --max-size no module gets more than this many times the rank that all could have alike: bounds the work
 LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")  # what gets factors as a module
+ATTENTION = "MultiheadAttention"  # torch's: reads its projections' weights itself, past any factors that PEFT puts on them
+PARAMETRIZED = "ParametrizationList"  # torch's: cannot be replaced by a copy
+# Of these PEFT refuses factors on the first two layers; the third a fused kernel's path passes by
+MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBAS_SPARED = ("out_proj", "conv1d", "x_proj")
+NO_MODULES = "dummy-target-modules"  # PEFT's word for an adapter without factors: an empty list is an error there
 EXPERTS = re.compile("expert", re.IGNORECASE)
 # Modules that PEFT takes for experts and routers of transformers 4, wherever they stand, where transformers 5 stacks experts: it
 # would target the stacks in their place. Their weights, targeted as parameters, it leaves alone.
@@ -79,15 +92,23 @@ def extract(
 
     Linear layers, convolutions, routers and stacks of experts get factors (one of `rank`, `energy`, `sv_ratio`, `max_size`, as in
     `resize`; with `max_size` none gets more than 8 times the even rank), by a truncated SVD in float32. A stack has one rank, the
-    largest that one of its experts needs; stacks and routers stand in the config as target_parameters. What has no low rank and
-    differs (embeddings, norms, biases, heads of one side) is saved whole (`rest="save"`: modules_to_save and biases), left out
-    (`"drop"`), or a reason to refuse (`"refuse"`). A weight whose two values differ by the rounding of one side's dtype alone is
-    unchanged. `include`, `exclude`: regexes on modules. Both sides may be sharded and stored differently; names are those of the
-    loaded model. The receipt has each weight's relative error. Raises `Refused` before anything is written.
+    largest that one of its experts needs; stacks, routers and other matrices that are no layer's stand in the config as
+    target_parameters. What has no low rank and differs (embeddings, norms, biases, heads of one side) is saved whole
+    (`rest="save"`), left out (`"drop"`), or a reason to refuse (`"refuse"`). A weight whose two values differ by the rounding of
+    one side's dtype alone is unchanged. `include`, `exclude`: regexes on modules. Both sides may be sharded and stored differently;
+    names are those of the loaded model. The receipt has each weight's relative error. Raises `Refused` before anything is written:
+    also for shapes that differ, the vocabulary's apart. What was written is read back, and a merge of it planned, before it gets
+    its name.
+
+    Saved whole means: a module without children in modules_to_save; a layer's bias with `bias="lora_only"`; and a single parameter
+    that no module can stand for (ViT's cls_token, Mamba's A_log and D, a tied embedding) under its own key, its name beside the
+    modules of modules_to_save. PEFT loads such a value into the model itself, as it does biases: `disable_adapter` leaves it there.
     """
     options = Options(Cut(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
-    plan = plan_extract(open_source(base), open_source(tuned), options)
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    source = open_source(base)
+    plan = plan_extract(source, open_source(tuned), options)
+    check = lambda folder: plan_merge(source, [(open_source(folder), 1.0)], MergeOptions())
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "check": check, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
@@ -113,17 +134,19 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
             where=f"{base.name}, {tuned.name}",
             do="check --include, --exclude",
         )
-    settings = produced.plain_settings() | job.settings()
-    kept = {
-        "base_model_name_or_path": produced.hub_id(base),
-        "task_type": produced.task_type(sides[1].config, job.saved),
-        "fan_in_fan_out": job.transposed,
-    }
     targets = {difference.name: difference.target for difference in factors}
     parameters = frozenset(difference.target for difference in factors if difference.target != difference.module)
+    task = produced.task_type(sides[1].config, job.saved)
+    kept = {
+        "base_model_name_or_path": produced.hub_id(base),
+        "task_type": task,
+        "auto_mapping": None if task else job.model_class(),
+        "fan_in_fan_out": job.transposed and not parameters,  # PEFT has no wrapper of parameters for it, and needs it for none
+    }
+    settings = produced.plain_settings() | job.settings()
     summary = f"the difference of {tuned.name} and {base.name}"
     settle = partial(_settled, options.cut)
-    output = _Output([], bundles, targets, settings, summary, settle=settle, kept=kept, parameters=parameters)
+    output = _Output([], bundles, targets, settings, summary, "", settle, None, kept, parameters, frozenset(job.modules))
     told = {k: v for k, v in {**vars(options.cut), **vars(options)}.items() if v is not None and k != "cut"}
     headers = {(0, name): header.sha256 for name, header in sides[0].shards.items()}
     headers |= {(1, name): header.sha256 for name, header in sides[1].shards.items()}
@@ -136,38 +159,82 @@ class _Output(produced.Output):
     """An adapter some of whose targets are parameters: stacks of experts, routers."""
 
     parameters: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()  # all modules of the model
 
     def config(self, facts: dict[str, dict], grown: int = 0) -> bytes:
         found = {target: facts[name]["rank"] for name, target in self.modules.items() if "rank" in facts[name]}
-        config = (self.kept or {}) | self.settings | {"target_modules": sorted(found.keys() - self.parameters)}
+        if not found and not any("taken" in fact for fact in facts.values()):
+            raise Spoiled("no weight differs", expected="a fine-tune", where=self.inside(CONFIG), do="check the two paths")
         parameters = sorted(found.keys() & self.parameters)
+        config = (self.kept or {}) | self.settings | {"target_modules": self._modules(found.keys() - self.parameters)}
+        if not found:
+            config["target_modules"] = NO_MODULES
         config |= {"target_parameters": parameters} if parameters else {}
         # a pattern is held against the parameter's name, by merge against the module's where it is its weight
         patterned = {re.sub(r"\.weight$", r"(\\.weight)?", target): rank for target, rank in found.items()}
         return as_json(config | produced.ranks(patterned))
 
+    def _modules(self, wanted: Collection[str]) -> list[str] | str:
+        """target_modules that mean these alone: a name in a list means all modules whose path ends with it."""
+        if any(end in wanted for other in self.others.difference(wanted) for end in _ends(other)):
+            return "|".join(re.escape(module) for module in sorted(wanted))
+        return sorted(wanted)
+
+
+def _ends(path: str) -> Iterator[str]:
+    """What follows each dot of a path."""
+    at = path.find(".")
+    while at >= 0:
+        yield path[at + 1 :]
+        at = path.find(".", at + 1)
+
+
+def _around(path: str) -> list[str]:
+    """A dotted path's own beginnings, itself included."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
 
 def _settled(cut: Cut, bundles: Sequence[Bundle]) -> Callable[[list[dict]], list[Callable[[Made], Made]]] | None:
-    """What becomes of each bundle once all are made: its share of the size, and keys that say which parameters of its module have
-    factors beside it."""
+    """What becomes of each bundle once all are made: its share of the size, and keys that go by which modules have factors.
+
+    A module with factors is wrapped, and what lies in it is `base_layer` to PEFT; a module's parameters are wrapped in its order,
+    so the last one is outermost.
+    """
     by_size = settled_by_size(cut, bundles) if cut.max_size else None
-    modules = [bundle.module if isinstance(bundle, Difference) else "" for bundle in bundles]
-    together = {module for module in modules if module and modules.count(module) > 1}
-    if not together:
+    homes = Counter(bundle.module for bundle in bundles if isinstance(bundle, Difference))
+    if all(_has_one_place(bundle, homes) for bundle in bundles):
         return by_size
 
     def settle(facts: list[dict]) -> list[Callable[[Made], Made]]:
         changes = by_size(facts) if by_size else [lambda made: made] * len(bundles)
-        above, found = dict.fromkeys(together, 0), []  # PEFT wraps in the module's order, so the last one is outermost
-        for bundle, module, fact, change in reversed(list(zip(bundles, modules, facts, changes, strict=True))):
-            if isinstance(bundle, Difference) and module in together and "rank" in fact:
-                keys = bundle.place.a_key, bundle.place.b_key
-                change = _renamed(change, dict(zip(keys, _nested(module, above[module]), strict=True)))
-                above[module] += 1
-            found.append(change)
-        return found[::-1]
+        wrappers = Counter(b.module for b, f in zip(bundles, facts, strict=True) if isinstance(b, Difference) and "rank" in f)
+        above: Counter[str] = Counter()
+        settled = []
+        for bundle, fact, change in reversed(list(zip(bundles, facts, changes, strict=True))):
+            if isinstance(bundle, Difference) and "rank" in fact:
+                keys = _factor_keys(bundle.module, {**wrappers, bundle.module: above[bundle.module]})
+                change = _renamed(change, dict(zip((bundle.place.a_key, bundle.place.b_key), keys, strict=True)))
+                above[bundle.module] += 1
+            elif isinstance(bundle, Whole):
+                key = _key(bundle.parameter, wrappers)
+                lone = bundle.only_beside_factors and not wrappers[bundle.parameter.rpartition(".")[0]]
+                change = _nothing if lone else _renamed(change, {bundle.key: key})
+            settled.append(change)
+        return settled[::-1]
 
     return settle
+
+
+def _has_one_place(bundle: Bundle, homes: Mapping[str, int]) -> bool:
+    """Whether a bundle's keys do not depend on which of the modules `homes` have factors."""
+    if isinstance(bundle, Difference):
+        return homes[bundle.module] == 1 and not any(path in homes for path in _around(bundle.module)[:-1])
+    return not (isinstance(bundle, Whole) and any(path in homes for path in _around(bundle.parameter)))
+
+
+def _nothing(made: Made) -> Made:
+    return Made({}, {})
 
 
 def _renamed(change: Callable[[Made], Made], keys: dict[str, str]) -> Callable[[Made], Made]:
@@ -178,9 +245,15 @@ def _renamed(change: Callable[[Made], Made], keys: dict[str, str]) -> Callable[[
     return renamed
 
 
-def _nested(module: str, depth: int) -> tuple[str, str]:
-    """Keys of a module's factors in the wrapper around which `depth` others lie."""
-    path = f"{PREFIX}{module}" + ".base_layer" * depth
+def _key(name: str, wrappers: Mapping[str, int]) -> str:
+    """PEFT's key of a parameter or module: `base_layer` behind each module around it, as often as that is wrapped."""
+    parts = [(path.rpartition(".")[2], wrappers.get(path, 0)) for path in _around(name)]
+    return PREFIX + ".".join(part + ".base_layer" * depth for part, depth in parts)
+
+
+def _factor_keys(module: str, wrappers: Mapping[str, int]) -> tuple[str, str]:
+    """Keys of a module's factors; its own entry counts the wrappers that lie around these."""
+    path = _key(module, wrappers)
     return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
 
 
@@ -193,20 +266,38 @@ class _Job:
     errors: list[AdapterkitError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     factors: list["Difference"] = field(default_factory=list)
-    whole: list[produced.Taken] = field(default_factory=list)
+    whole: list["Whole"] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
-    saved: set[str] = field(default_factory=set)  # modules
+    saved: set[str] = field(default_factory=set)  # modules, and parameters that none of them stands for
     biases: bool = False
-    tied: bool = False
     transposed: bool = False
     experts: bool = False
 
     def __post_init__(self) -> None:
-        self.names = tuple(Names(side, careful=True, notes=self.notes) for side in self.sides)
+        second = Names(self.sides[1], careful=True, notes=self.notes)
+        cls = type(second.model.model).__name__ if second.model is not None else None
+        wanted = tuple(second.all()) if cls else ()
+        self.names = Names(self.sides[0], wanted, trained_class=cls, careful=True, notes=self.notes), second
+        self.modules = self._all_modules()
+        self.backwards = sorted(module[::-1] for module in self.modules)
+        self.parameters_backwards = sorted(name[::-1] for name in second.all())
         chosen, spared = self.options.include, self.options.exclude
         self.included = matcher(chosen, "--include") if chosen else None
         self.excluded = matcher(spared, "--exclude") if spared else None
+
+    def _all_modules(self) -> list[str]:
+        model = self.names[1].model
+        if model is None:
+            return sorted({path for name in self.names[1].all() for path in _around(name)[:-1]})
+        return [name for name, _ in model.model.named_modules() if name]
+
+    def model_class(self) -> dict[str, str] | None:
+        """The tuned model's class, as PEFT's auto_mapping has it."""
+        if self.names[1].model is None:
+            return None
+        cls = type(self.names[1].model.model)
+        return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
     def taken(self, module: str) -> bool:
         if self.included is not None and not self.included(module):
@@ -217,6 +308,8 @@ class _Job:
         """Decide for every parameter of the tuned model what becomes of it."""
         first, second = self.names
         rest: dict[str, list[str]] = {}
+        clashes: list[str] = []
+        done: set[str] = set()
         for name in second.all():
             module = name.rpartition(".")[0]
             if not self.taken(module):
@@ -228,51 +321,115 @@ class _Job:
                 self.errors.append(error)
                 continue
             assert new is not None
-            if new.twin:
-                continue  # its value is stored under another name
+            if old is not None and old.shape != new.shape and not self._is_vocabulary(old, new):
+                clashes.append(f"{shown(name)} {old.shape} and {new.shape}")
+                continue
+            shared = set(_tied(old, new)) & done
+            if shared:
+                self._check_copy(name, min(shared))
+                continue
+            done.add(name)
             target = self._target(name, new)
             if old is not None and target is not None and old.shape == new.shape:
                 self._difference(name, target, old, new)
             else:
                 rest.setdefault(module, []).append(name)
-        for name in first.all():
-            if second.parameter(name) is None and self.taken(name.rpartition(".")[0]):
-                found, do = f"{shown(name)} is in {self.sides[0].name} alone", "leave it out with --exclude"
-                self.errors.append(Refused(found, expected="every parameter of the base in both", where=self.sides[1].name, do=do))
+        lone = [name for name in first.all() if second.parameter(name) is None and self.taken(name.rpartition(".")[0])]
+        if lone:
+            found, do = f"{', '.join(map(shown, lone))} in {self.sides[0].name} alone", "leave it out with --exclude"
+            self.errors.append(Refused(found, expected="every parameter of the base in both", where=self.sides[1].name, do=do))
+        if clashes:
+            found, do = f"shapes that differ: {'; '.join(clashes)}", "check the two paths, or leave them out with --exclude"
+            self.errors.append(Refused(found, expected="two models of one size", where=self.sides[1].name, do=do))
         for module, names in rest.items():
             self._rest(module, names)
         if self.biases:
-            self.factors = [self._with_bias(difference) for difference in self.factors]
+            self._save_biases()
+        wrappers, before = Counter(difference.module for difference in self.factors), Counter()
+        for i, difference in enumerate(self.factors):
+            self.factors[i] = difference.inside(wrappers, before[difference.module])
+            before[difference.module] += 1
+        self.whole = [replace(whole, key=_key(whole.parameter, wrappers)) for whole in self.whole]
 
-    def _with_bias(self, difference: "Difference") -> "Difference":
-        """PEFT's bias="lora_only" means the biases of all layers that have factors, so these have factors even if they are zero."""
-        name = f"{difference.module}.bias"
-        parameter = self.names[1].parameter(name)
-        if parameter is None:
-            return difference
-        key = f"{PREFIX}{difference.module}.base_layer.bias"
-        if all(taken.key != key for taken in self.whole):
-            self._save(name, key)
-        return replace(difference, always=True)
+    def _is_vocabulary(self, old: Parameter, new: Parameter) -> bool:
+        """Whether two shapes differ by the vocabulary alone."""
+        if len(new.shape) not in (1, 2) or old.shape[1:] != new.shape[1:]:
+            return False
+        sizes = zip((old, new), self.sides, strict=True)
+        return all(parameter.shape[0] in nested(side.config, "vocab_size") for parameter, side in sizes) or self._is_end(new.name)
+
+    def _is_end(self, name: str) -> bool:
+        """Whether a parameter is the input embedding's or the head's."""
+        model = self.names[1].model
+        if model is None:
+            return bool(EMBEDDINGS.search(name))
+        ends = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+        return any(end is not None and model.model.get_submodule(name.rpartition(".")[0]) is end for end in ends)
+
+    def _check_copy(self, name: str, other: str) -> None:
+        """Two names of one parameter: where both are stored, they must hold one value."""
+        copies = [parameter for n in (name, other) if (parameter := self.names[1].parameter(n)) is not None]
+        if [slot.key for slot in copies[0].slots] == [slot.key for slot in copies[1].slots]:
+            return
+        if not _equal((self.sides[1], self.sides[1]), *(_held(parameter, self.sides[1]) for parameter in copies)):
+            found = f"{shown(name)} and {shown(other)} are tied, and stored with two values"
+            do = "set tie_word_embeddings to false in its config if they are two, or leave one out with --exclude"
+            self.errors.append(Refused(found, expected="one value", where=self.sides[1].name, do=do))
+
+    def _save_biases(self) -> None:
+        """PEFT's bias="lora_only" means the biases of all layers that have factors, changed or not."""
+        for module in dict.fromkeys(difference.module for difference in self.factors):
+            name = f"{module}.bias"
+            if self.names[1].parameter(name) is not None and all(whole.parameter != name for whole in self.whole):
+                self._save(name, only_beside_factors=not self._differs(name))
 
     def _target(self, name: str, parameter: Parameter) -> str | None:
         """By which name PEFT can put factors on a parameter: its module's, its own, or none."""
         module, _, leaf = name.rpartition(".")
         axes, kinds = len(parameter.shape), self._kinds(module)
-        if axes < 2 or 0 in parameter.shape:
+        if axes < 2 or 0 in parameter.shape or (self._type() in MAMBAS and module.rpartition(".")[2] in MAMBAS_SPARED):
             return None
         if not kinds:  # a model that transformers does not know
             return module if leaf == "weight" and axes == 2 and not EMBEDDINGS.search(name) else None
         if parameter.tied or any(part in kind for kind in kinds for part in ("Embedding", "Norm")):
             return None
+        if ATTENTION in kinds or ATTENTION in self._kinds(module.rpartition(".")[0]):
+            return None
         if any(kind in LAYERS for kind in kinds):
-            if leaf != "weight" or (axes > 2 and self.names[1].groups(module) != 1):
+            if leaf != "weight" or (axes > 2 and self.names[1].groups(module) != 1) or self._is_bypassed(module):
                 return None
             own = kinds[self._forward(module)] not in LAYERS  # Llama 4's router is a Linear that gives a tuple
             return name if axes == 2 and (own or (self.stacked and module.rpartition(".")[2] in RENAMED)) else module
+        if not self._is_most_of(module, name):
+            return None
         if EXPERTS.search(f"{module} {' '.join(kinds)}"):
             return name if axes == 2 or (axes == 3 and parameter.shape[0] > 1) else None
-        return name if leaf == "weight" and axes == 2 else None
+        return name if axes == 2 and 1 not in parameter.shape else None
+
+    def _is_bypassed(self, module: str) -> bool:
+        """Whether the code around a layer multiplies by its weight itself, past any factors, or asks a convolution for its stride
+        or sizes, which PEFT's wrapper does not have."""
+        parent, _, leaf = module.rpartition(".")
+        leaf = re.escape(leaf)
+        classes = [cls for cls in self._classes(parent) if cls.__module__.startswith("transformers.")]
+        code = "\n".join(map(_code, classes))
+        asked = re.search(rf"\.{leaf}\.(stride|kernel_size|padding|dilation|in_channels|out_channels)\b", code)
+        read = re.search(rf"\.{leaf}\.weight\b(?!\.(dtype|device|shape|data)\b)", code)
+        return bool(asked or (read and not re.search(rf"\.{leaf}\(", code)))
+
+    def _is_most_of(self, module: str, name: str) -> bool:
+        """Whether PEFT can wrap the module for the sake of a parameter. Its wrapper is called with the first argument by position
+        and has none of the module's attributes, which is the worse the more there is in the module."""
+        model = self.names[1].model
+        assert model is not None
+        held = model.model.get_submodule(module)
+        own = dict(held.named_parameters(recurse=False))
+        within = sum(parameter.numel() for parameter in held.parameters()) - sum(parameter.numel() for parameter in own.values())
+        alone = not _others_end(self.parameters_backwards, "." + name)
+        return name.rpartition(".")[2] in own and alone and within <= sum(parameter.numel() for parameter in own.values())
+
+    def _type(self) -> str:
+        return str(self.sides[1].config.get("model_type"))
 
     def _kinds(self, module: str) -> list[str]:
         """The names of a module's class and of those that it is derived from; none where the model was not built."""
@@ -308,9 +465,7 @@ class _Job:
             transposed = bool(getattr(self.names[1].model.model.get_submodule(module), "is_transposed", False))
             self.experts = True
         shape = tuple(shape[::-1] if transposed else shape)
-        # deep enough for all that may come beside it; which do is known once they are made
-        a_key, b_key = _nested(module, sum(difference.module == module for difference in self.factors))
-        place = Place(a_key, b_key, shape[1:], (1,) * (len(shape) - 2), shape[0], experts)
+        place = Place("", "", shape[1:], (1,) * (len(shape) - 2), shape[0], experts)
         dtype = dtypes.parse(self.options.dtype)
         called = module if name == f"{module}.weight" else name
         self.factors.append(Difference(called, module, before, after, place, transposed, self.options.cut, dtype, target))
@@ -330,45 +485,63 @@ class _Job:
             self.left_out += changed
             self.notes.append(f"{', '.join(changed)} differs and was left out (--rest drop)")
             return
-        beside = any(difference.module == module for difference in self.factors)
-        if beside and [name.rpartition(".")[2] for name in names] == ["bias"]:
-            self.biases = True
-            return
-        if beside or any(len((self.names[1].parameter(name) or _NONE).slots) != 1 for name in names):
-            found = f"{', '.join(map(shown, changed))} differs, in a layout that cannot be saved whole"
-            self.errors.append(
-                Refused(found, expected="stored as it is in the model", where=self.sides[1].name, do="leave it out with --exclude")
-            )
-            return
-        self.saved.add(module)
-        for name in names:
-            self._save(name, PREFIX + name)
+        if any(difference.module == module for difference in self.factors) and f"{module}.bias" in changed:
+            self.biases = True  # with those of the other layers
+            changed.remove(f"{module}.bias")
+        if changed and self._stands_alone(module, names):
+            self.saved.add(module)
+            changed = names
+        else:
+            self.saved.update(changed)
+        for name in changed:
+            self._save(name)
 
-    def _save(self, name: str, key: str) -> None:
+    def _stands_alone(self, module: str, names: list[str]) -> bool:
+        """Whether PEFT can put a trained copy in a module's place: these are all that it holds, none is tied, nothing around it has
+        factors, and no other module's name ends with its name."""
+        first, second = self.names
+        if any(_tied(first.parameter(name), second.parameter(name)) for name in names):
+            return False
+        if not module or any(difference.module in _around(module) for difference in self.factors):
+            return False
+        if PARAMETRIZED in self._kinds(module) or _others_end(self.backwards, module):
+            return False
+        model = second.model
+        if model is None:
+            return all(name in names for name in second.all() if name.startswith(f"{module}."))
+        return {f"{module}.{key}" for key in model.model.get_submodule(module).state_dict()} == set(names)
+
+    def _save(self, name: str, *, only_beside_factors: bool = False) -> None:
         parameter = self.names[1].parameter(name)
         assert parameter is not None
-        self.tied = self.tied or bool(parameter.tied)
-        spec = self.sides[1].tensors[parameter.slots[0].key]
-        # PEFT looks for the values under each of their names
-        self.whole += [produced.Taken(spec, one) for one in sorted((key, *(PREFIX + twin for twin in parameter.tied)))]
+        self.whole.append(Whole(name, _held(parameter, self.sides[1]), "", only_beside_factors))
 
     def _differs(self, name: str) -> bool:
         """Whether a parameter's two values differ by more than one side's rounding."""
         old, new = (names.parameter(name) for names in self.names)
         if old is None or new is None or old.shape != new.shape:
             return True
-        pairs = [(self.sides[0].tensors[a.key], self.sides[1].tensors[b.key]) for a, b in zip(old.slots, new.slots, strict=False)]
-        if [slot.key for slot in old.slots] != [slot.key for slot in new.slots]:
-            return True
-        return not all(_equal(self.sides, a, b) for a, b in pairs)
+        return not _equal(self.sides, _held(old, self.sides[0]), _held(new, self.sides[1]))
 
     def settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {"modules_to_save": sorted(self.saved) or None, "bias": "lora_only" if self.biases else "none"}
-        found |= {"ensure_weight_tying": True} if self.tied else {}
         return found | ({"peft_version": PEFT_LAYOUT} if self.experts else {})
 
 
-_NONE = Parameter("", (), ())
+@cache
+def _code(cls: type) -> str:
+    return inspect.getsource(cls)
+
+
+def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:
+    """The names that share a parameter on both sides."""
+    return () if old is None or new is None else tuple(name for name in new.tied if name in old.tied)
+
+
+def _others_end(backwards: list[str], end: str) -> bool:
+    """Whether a name ends with another one; of all names, each read backwards, in order."""
+    at = bisect_right(backwards, end[::-1])
+    return at < len(backwards) and backwards[at].startswith(end[::-1])
 
 
 def _held(parameter: Parameter, side: Checkpoint) -> Held:
@@ -380,18 +553,67 @@ def _not_floats(name: str, found: set[str]) -> Refused:
     return Refused(f"{shown(name)} is {', '.join(sorted(found))}", expected=expected, where="weights", do="dequantise it first")
 
 
-def _equal(sides: tuple[Checkpoint, Checkpoint], old: TensorSpec, new: TensorSpec) -> bool:
-    """Whether two stored tensors hold the same values, or values of which one is the other's rounding."""
-    if old.shape != new.shape:
+def _equal(sides: tuple[Checkpoint, Checkpoint], old: Held, new: Held) -> bool:
+    """Whether two parameters hold the same values, or values of which one is the other's rounding."""
+    if not old.dtypes | new.dtypes <= set(dtypes.FLOATS) and old.dtypes != new.dtypes:
         return False
-    if old.dtype == new.dtype or not {old.dtype, new.dtype} <= set(dtypes.FLOATS):
-        return old.dtype == new.dtype and all(a == b for a, b in _pieces(sides, old, new))
-    types = dtypes.torch_dtype(old.dtype), dtypes.torch_dtype(new.dtype)
-    pairs = [
-        (torch.frombuffer(bytearray(a), dtype=types[0]), torch.frombuffer(bytearray(b), dtype=types[1]))
-        for a, b in _pieces(sides, old, new)
+    if not _is_whole(old) or not _is_whole(new):
+        return _same_values(*(_native(held, _OnDisk(side)) for held, side in zip((old, new), sides, strict=True)))
+    a, b = old.specs[0], new.specs[0]
+    if a.dtype == b.dtype:
+        return all(x == y for x, y in _pieces(sides, a, b))
+    types = dtypes.torch_dtype(a.dtype), dtypes.torch_dtype(b.dtype)
+    values = [
+        (torch.frombuffer(bytearray(x), dtype=types[0]), torch.frombuffer(bytearray(y), dtype=types[1]))
+        for x, y in _pieces(sides, a, b)
     ]
-    return all(torch.equal(a.to(types[1]), b) for a, b in pairs) or all(torch.equal(b.to(types[0]), a) for a, b in pairs)
+    return any(all(_rounds_to(*pair[::step]) for pair in values) for step in (1, -1))
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) if a.dtype == b.dtype else _rounds_to(a, b) or _rounds_to(b, a)
+
+
+def _rounds_to(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.to(b.dtype), b)
+
+
+def _is_whole(held: Held) -> bool:
+    """Whether a parameter is a stored tensor as it is."""
+    slots = held.parameter.slots
+    return len(slots) == 1 and slots[0].whole and held.specs[0].shape == held.shape
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    """Tensors of a checkpoint, in their own dtype."""
+
+    side: Checkpoint
+
+    def stored(self, spec: TensorSpec) -> Tensor:
+        data = bytearray(self.side.folder.read(spec.file, spec.start, spec.stop))
+        dtype = dtypes.torch_dtype(spec.dtype)
+        return torch.frombuffer(data, dtype=dtype).view(spec.shape) if data else torch.empty(spec.shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _As:
+    """Reads tensors as one dtype."""
+
+    inputs: Any
+    dtype: torch.dtype
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        return self.inputs.stored(spec).to(self.dtype)
+
+
+def _native(held: Held, inputs: Any) -> Tensor:
+    """A parameter in the widest of the dtypes that it is stored in; `inputs` has `stored`."""
+    return read_parameter(held.parameter, held.tensors, _As(inputs, _widest(held)))
+
+
+def _widest(held: Held) -> torch.dtype:
+    return reduce(torch.promote_types, map(dtypes.torch_dtype, sorted(held.dtypes)))
 
 
 def _pieces(sides: tuple[Checkpoint, Checkpoint], old: TensorSpec, new: TensorSpec):
@@ -420,8 +642,12 @@ class Difference:
     dtype: str
     target: str  # what PEFT's config calls it
     limit: int | None = None  # of the rank
-    always: bool = False  # write factors of a weight that did not change, too
     alpha = None  # scale 1
+
+    def inside(self, wrappers: Mapping[str, int], depth: int) -> "Difference":
+        """The same with keys as deep as they can become, `depth` among those of its module."""
+        a_key, b_key = _factor_keys(self.module, {**wrappers, self.module: depth})
+        return replace(self, place=replace(self.place, a_key=a_key, b_key=b_key))
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -448,7 +674,7 @@ class Difference:
     def make(self, inputs: Inputs) -> Made:
         found = [self._leading(old, new, inputs) for old, new in self._matrices()]
         zero = Svd(torch.zeros(self._shape[0], 1), torch.zeros(1), torch.zeros(1, self._shape[1])), 0.0
-        if not self.always and all(one is None for one in found):
+        if all(one is None for one in found):
             return Made({}, {"unchanged": True})
         return ranked(self, [one or zero for one in found])
 
@@ -465,6 +691,37 @@ class Difference:
             return None
         delta = delta.T if self.transposed else delta.reshape(self._shape)
         return leading(delta, self._most_rank(), self.cut.energy, self.cut.sv_ratio)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One parameter's value as it is, put together where it is stored in parts or as a part of something else."""
+
+    parameter: str
+    held: Held
+    key: str
+    only_beside_factors: bool = False  # written if its layer has factors alone
+
+    @property
+    def name(self) -> str:
+        return self.key
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return tuple(self.held.tensors.values())
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        return (Stored(self.key, dtypes.name_of(_widest(self.held)), self.held.shape),)
+
+    @property
+    def memory(self) -> int:
+        return 2 * sum(spec.nbytes for spec in self.reads)
+
+    def make(self, inputs: Inputs) -> Made:
+        if _is_whole(self.held):
+            return produced.Taken(self.held.specs[0], self.key).make(inputs)
+        return Made({self.key: _native(self.held, inputs).contiguous()}, {"taken": True})
 
 
 def _difference(old: Held, new: Held, inputs: Inputs) -> Tensor | None:

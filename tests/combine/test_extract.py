@@ -5,6 +5,7 @@ import json
 import warnings
 from pathlib import Path
 
+import architectures
 import oracle
 import peft
 import pytest
@@ -16,7 +17,7 @@ from shared import truncated
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import Refused
+from adapterkit.errors import AdapterkitError, Refused
 
 BUILDS = {"llama": oracle.llama, "gpt2": oracle.gpt2, "bert": oracle.bert, "vit": oracle.vit, "t5": oracle.t5, "neox": oracle.neox}
 MODEL = "adapter_model.safetensors"
@@ -364,7 +365,7 @@ def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
 def test_tied_embeddings_that_changed(stored, made, tmp_path):
-    """They are saved under both names, as PEFT looks for them, and the config says that the head goes with them."""
+    """They are saved once: loaded into the model itself, the value is the head's too."""
     base = made("extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32"))
     change = lambda name, t: t + 0.1 * torch.randn(t.shape) if "embed" in name else low_rank(2)(name, t)
     after = tuned(base, oracle.tied_llama, tmp_path / "tuned", change)
@@ -372,8 +373,8 @@ def test_tied_embeddings_that_changed(stored, made, tmp_path):
     tensors[stored] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, after / "model.safetensors", {"format": "pt"})
     adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
-    config = config_of(tmp_path / "out")
-    assert config["ensure_weight_tying"] is True and config["modules_to_save"] == [stored.removesuffix(".weight")]
+    held = load_file(tmp_path / "out" / MODEL)
+    assert [key for key in held if "lora" not in key] == ["base_model.model.model.embed_tokens.weight"]
     check_both_ways(base, tmp_path / "out", after, oracle.tied_llama, tmp_path)
     assert oracle.stored(tmp_path / "back").keys() == oracle.stored(base).keys()
     expected = logits(oracle.load(oracle.tied_llama, after))
@@ -398,7 +399,7 @@ def test_embeddings_that_are_tied_threefold(saved, tmp_path):
     base = saved("t5")
     after = tuned(base, oracle.t5, tmp_path / "tuned", lambda n, t: t + 0.1 if "shared" in n else low_rank(2, linear)(n, t))
     adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
-    assert config_of(tmp_path / "out")["ensure_weight_tying"] is True
+    assert [key for key in load_file(tmp_path / "out" / MODEL) if "lora" not in key] == ["base_model.model.shared.weight"]
     check_both_ways(base, tmp_path / "out", after, oracle.t5, tmp_path)
 
 
@@ -421,3 +422,158 @@ def test_the_command(saved, tmp_path):
     done = CliRunner().invoke(main, argv)
     assert done.exit_code == 0, done.output
     adapterkit.verify(tmp_path / "out")
+
+
+def everything(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A change of full rank of every parameter."""
+    generator = torch.Generator().manual_seed(len(name) + tensor.numel())
+    return tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", architectures.BUILDS)
+def test_a_full_fine_tune_answers_as_it_does_itself(name, made, tmp_path):
+    """Every parameter has changed, bare ones beside modules too: at full rank PEFT's model and the merged one give the fine-tune's
+    answers."""
+    build = architectures.BUILDS[name]
+    base = made(f"architectures-{name}", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    after = tuned(base, build, tmp_path / "tuned", everything)
+    receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
+    held = load_file(tmp_path / "out" / MODEL)
+    assert receipt.data["totals"]["tensors"] == receipt.data["totals"]["tensors_changed"] == len(held)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore")
+        warnings.filterwarnings("error", message=".*adapter keys")
+        theirs = peft.PeftModel.from_pretrained(oracle.load(build, base), tmp_path / "out").eval()
+        left = peft.set_peft_model_state_dict(theirs, held).unexpected_keys
+    assert not left
+    adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
+    expected, before = (architectures.answers(name, oracle.load(build, folder)) for folder in (after, base))
+    assert all(float((a - b).abs().max()) > 0.05 * float(a.abs().max()) for a, b in zip(expected, before, strict=True))
+    for model in (theirs, oracle.load(build, tmp_path / "back")):
+        for found, answer in zip(architectures.answers(name, model), expected, strict=True):
+            torch.testing.assert_close(found, answer, rtol=0, atol=2e-5 * float(answer.abs().max()))
+
+
+def test_a_part_of_a_fused_bias_is_its_own_slice(made, tmp_path):
+    """The file has one bias for q, k and v, of which k's part changed."""
+    build = architectures.BUILDS["gte"]
+    base = made("architectures-gte", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    change = lambda name, t: t + 0.1 if name.endswith("layers.0.self_attn.k_proj.bias") else t
+    after = tuned(base, build, tmp_path / "tuned", change)
+    fused = [key for key in oracle.stored(after) if "qkv" in key and key.endswith("bias")]
+    assert fused
+    adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
+    held = load_file(tmp_path / "out" / MODEL)
+    assert [(key.split("layers.")[1], tuple(t.shape)) for key, t in held.items()] == [("0.self_attn.k_proj.bias", (32,))]
+    check_both_ways(base, tmp_path / "out", after, build, tmp_path)
+
+
+def test_other_widths_are_refused_all_together(made, tmp_path):
+    build = lambda width: lambda folder: oracle.save_base(oracle.llama(intermediate_size=width), folder)
+    bases = [made(f"extract-width-{width}", build(width)) for width in (48, 64)]
+    with pytest.raises(Refused, match="shapes that differ") as caught:
+        adapterkit.extract(*bases, out=tmp_path / "out", rank=2)
+    text = str(caught.value)
+    assert text.count("expected") == 1 and not (tmp_path / "out").exists()
+    assert all(f"layers.{i}.mlp.{leaf}_proj.weight" in text for i in (0, 1) for leaf in ("gate", "up", "down"))
+    assert "(48, 32) and (64, 32)" in text
+    adapterkit.extract(*bases, out=tmp_path / "out", rank=2, exclude="mlp")
+
+
+def test_a_grown_vocabulary_is_saved_whole(saved, tmp_path):
+    base = saved("llama")
+    model = oracle.load(oracle.llama, base)
+    with oracle.quiet():
+        model.resize_token_embeddings(88)
+        model.save_pretrained(tmp_path / "tuned")
+    adapterkit.extract(base, tmp_path / "tuned", out=tmp_path / "out", rank=2)
+    assert config_of(tmp_path / "out")["modules_to_save"] == ["lm_head", "model.embed_tokens"]
+    adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
+    expected, found = oracle.stored(tmp_path / "tuned"), oracle.stored(tmp_path / "back")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    with oracle.quiet():
+        grown = oracle.load(oracle.llama, base)
+        grown.resize_token_embeddings(88)
+        theirs = oracle.peft_model(grown, tmp_path / "out")
+    assert torch.equal(logits(theirs), logits(oracle.load("LlamaForCausalLM", tmp_path / "tuned")))
+
+
+def test_values_alone_make_an_adapter_without_factors(saved, tmp_path):
+    """Norms and biases changed, no matrix did: no factors of zeros, and PEFT reads it."""
+    base = saved("bert")
+    change = lambda name, t: t + 0.1 if "LayerNorm" in name or name.endswith("layer.1.attention.self.key.bias") else t
+    after = tuned(base, oracle.bert, tmp_path / "tuned", change)
+    receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
+    held = load_file(tmp_path / "out" / MODEL)
+    assert held and not any("lora" in key for key in held)
+    assert receipt.data["totals"]["tensors_changed"] == len(held)
+    check_both_ways(base, tmp_path / "out", after, oracle.bert, tmp_path)
+
+
+def test_biases_of_unchanged_layers_are_not_written(saved, tmp_path):
+    base = saved("bert")
+    change = lambda name, t: t + 0.1 if name.endswith(("layer.0.attention.self.query.weight", "self.query.bias")) else t
+    after = tuned(base, oracle.bert, tmp_path / "tuned", change)
+    receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
+    query = "base_model.model.encoder.layer.{}.attention.self.query"
+    factors = {f"{query.format(0)}.{leaf}" for leaf in ("lora_A.weight", "lora_B.weight", "base_layer.bias")}
+    assert load_file(tmp_path / "out" / MODEL).keys() == factors | {f"{query.format(1)}.bias"}
+    assert receipt.data["totals"]["tensors_changed"] == receipt.data["totals"]["tensors"] == 4
+    check_both_ways(base, tmp_path / "out", after, oracle.bert, tmp_path)
+
+
+def test_two_equal_models_have_no_difference(saved, tmp_path):
+    with pytest.raises(AdapterkitError, match="no weight differs"):
+        adapterkit.extract(saved("llama"), saved("llama"), out=tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_the_base_lacks(saved, tmp_path):
+    """The fine-tune is a classifier; PEFT loads the adapter on the base with a fresh head."""
+    base = saved("bert")
+    with oracle.quiet():
+        model = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=3)
+    low = low_rank(2, lambda name, t: t.dim() == 2 and "embed" not in name and "classifier" not in name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(low(name, parameter.detach().clone()))
+    with oracle.quiet():
+        model.save_pretrained(tmp_path / "tuned")
+    adapterkit.extract(base, tmp_path / "tuned", out=tmp_path / "out", rank=2)
+    assert config_of(tmp_path / "out")["task_type"] == "SEQ_CLS"
+    with oracle.quiet():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        fresh = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=3).eval()
+        theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "out").eval()
+    assert torch.allclose(logits(theirs), logits(model.eval()), atol=1e-5)
+    adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
+    ours = oracle.load("BertForSequenceClassification", tmp_path / "back")
+    assert torch.allclose(logits(ours), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_embedding_stored_twice(equal, made, tmp_path):
+    base = made("extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32"))
+    after = tuned(base, oracle.tied_llama, tmp_path / "tuned", lambda name, t: t + 0.1 if "embed" in name else t)
+    tensors = load_file(after / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0.0 if equal else 0.1)
+    save_file(tensors, after / "model.safetensors", {"format": "pt"})
+    if equal:
+        adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
+        assert list(load_file(tmp_path / "out" / MODEL)) == ["base_model.model.model.embed_tokens.weight"]
+        return
+    with pytest.raises(Refused, match="stored with two values"):
+        adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
+
+
+@pytest.mark.parametrize("tied_first", [True, False])
+def test_a_tie_of_one_side(tied_first, saved, made, tmp_path):
+    tied = made("extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32"))
+    base, after = (tied, saved("llama")) if tied_first else (saved("llama"), tied)
+    builds = (oracle.tied_llama, oracle.llama) if tied_first else (oracle.llama, oracle.tied_llama)
+    adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
+    expected = logits(oracle.load(builds[1], after))
+    theirs = oracle.peft_model(oracle.load(builds[0], base), tmp_path / "out")
+    assert torch.allclose(logits(theirs), expected, atol=1e-5)
+    adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
+    assert torch.allclose(logits(oracle.load("LlamaForCausalLM", tmp_path / "back")), expected, atol=1e-5)
