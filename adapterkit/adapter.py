@@ -102,6 +102,12 @@ class Adapter:
         """Whether modules_to_save wraps the parameter's module; PEFT goes by the end of a module's name, without its dot."""
         return any(f"{module}." in parameter for module in self.config.get("modules_to_save") or [])
 
+    @cached_property
+    def copies(self) -> dict[str, TensorSpec]:
+        """Of `replaced`, the copies of the base's weights that PEFT saves beside an embedding's or head's factors and rows."""
+        biases = self.config.get("bias", "none") != "none"
+        return {n: s for n, s in self.replaced.items() if ".base_layer." in s.key and not (biases and n.endswith("bias"))}
+
     def resolved(self, name: str) -> tuple[int, float]:
         """Rank and scale of a module or parameter.
 

@@ -201,6 +201,11 @@ ADDED_UP = " (default: exact, the ranks add up)"
     help="When only one of two tied embeddings changes: make them two, change both (as PEFT does in memory), or refuse.",
 )
 @click.option("--base-is-residual", is_flag=True, help="BASE is the changed base of a PiSSA-like adapter.")
+@click.option(
+    "--base-copies",
+    type=click.Choice(CHOICES["base_copies"]),
+    help="What counts where an adapter's copy of the base's embedding is of another base: BASE's own weight, or the copy.",
+)
 @click.option("--compat", type=click.Choice(CHOICES["compat"]), help="PEFT's roundings, and its order of several adapters.")
 @click.option("--expert-layout", type=click.Choice(CHOICES["expert_layout"]), help="Who wrote square expert factors.")
 @click.option(

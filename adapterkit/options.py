@@ -28,6 +28,7 @@ Sources = StrPath | Mapping[StrPath, float] | tuple[StrPath, float] | Iterable[S
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
 CHOICES = {
+    "base_copies": ("ignore", "adapter"),
     "compat": ("peft",),
     "dtype": tuple(dtypes.SHORT),
     "engine": ("local",),

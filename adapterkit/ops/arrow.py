@@ -132,7 +132,7 @@ def _check(options: Options, count: int) -> None:
 def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
     """What a router over linear layers cannot hold."""
     odd = [lora.module for lora in adapter.loras if lora.kind != "module" or len(lora.a.shape) > 2 or lora.bias is not None]
-    odd += [adapter.name] * bool(adapter.config.get("target_parameters")) + [k for k in held([adapter]) if ".base_layer." not in k]
+    odd += [adapter.name] * bool(adapter.config.get("target_parameters")) + [*held([adapter], copies=False)]
     if not odd:
         return []
     found = f"{adapter.name} has more than factors of linear layers: {', '.join(map(shown, odd[:6]))}"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from adapterkit.adapter import Adapter, Lora
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.ops.copies import settle_copies
 from adapterkit.ops.job import Change, Job, Part, nested
 from adapterkit.ops.targets import oriented, targets
 from adapterkit.weights.names import Parameter
@@ -13,6 +14,7 @@ from adapterkit.weights.names import Parameter
 
 def collect(job: Job) -> None:
     """Fill the job's changes from its adapters; what does not fit goes to its errors."""
+    settle_copies(job)
     for adapter, weight in zip(job.adapters, job.weights, strict=True):
         _check_adapter(job, adapter, weight)
         _check_complete(job, adapter)
@@ -102,7 +104,7 @@ def _replacements(job: Job, adapter: Adapter) -> None:
             job.errors.append(job.misshaped(adapter, name, spec.shape, parameter.shape))
             continue
         change = job.change(parameter)
-        if change.value is not None:
+        if change.value is not None and not (name in adapter.copies and job.equal_bytes(change.value, spec)):
             other = job.adapters[change.number - 1].name
             job.errors.append(
                 Refused(

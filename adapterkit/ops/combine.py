@@ -15,6 +15,7 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Factors, factors_of, place_of
 from adapterkit.ops import produced
 from adapterkit.ops.combining import Combined, Part, Refit
+from adapterkit.ops.copies import rows_apart
 from adapterkit.ops.decomposed import BaseWeights, not_decomposed
 from adapterkit.ops.sources import open_source, open_weighted
 from adapterkit.options import Sources, StrPath, checked, choice
@@ -285,11 +286,12 @@ def _fit(name: str, parts: tuple[Part, ...], adapters: Sequence[Adapter], option
     return []
 
 
-def held(adapters: Sequence[Adapter]) -> dict[str, dict[int, TensorSpec]]:
-    """Key in PEFT's layout -> adapter number -> the trained value: what is no factor."""
+def held(adapters: Sequence[Adapter], *, copies: bool = True) -> dict[str, dict[int, TensorSpec]]:
+    """Key in PEFT's layout -> adapter number -> the trained value: what is no factor; without `copies` no weight of the base."""
     found: dict[str, dict[int, TensorSpec]] = {}
     for adapter in adapters:
-        for spec in [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]:
+        values = [spec for name, spec in adapter.replaced.items() if copies or name not in adapter.copies]
+        for spec in [*values, *(tokens.values for tokens in adapter.tokens)]:
             found.setdefault(canonical(spec.key), {})[adapter.number] = spec
     return found
 
@@ -301,10 +303,13 @@ def _values(adapters: Sequence[Adapter], weights: "_Weights", method: Any, error
     bundles: list[Bundle] = []
     for key, holders in held(adapters).items():
         module = key.removeprefix(PREFIX).rpartition(".")[0]
+        if all(spec in adapters[number].copies.values() for number, spec in holders.items()):
+            bundles += _copy(adapters, key, holders, errors)
+            continue
         given = [weights.of(number, module) for number in holders]
         spec, several = next(iter(holders.values())), len(holders) > 1
         shares = method.shares(given) if hasattr(method, "shares") else given[:1] if not several else []
-        if _equal(adapters, list(holders.items())) if several else shares == [1.0] or ".base_layer." in key:
+        if _equal(adapters, list(holders.items())) if several else shares == [1.0]:
             bundles.append(produced.taken(spec))
             continue
         names = ", ".join(f"{adapters[n].name} (weight {w:g})" for n, w in zip(holders, given, strict=True))
@@ -317,6 +322,19 @@ def _values(adapters: Sequence[Adapter], weights: "_Weights", method: Any, error
         do = "give other weights (--weight-for MODULE=W for this module), or leave an adapter out"
         errors.append(Refused(found, expected=expected, where="adapters", do=do))
     return bundles
+
+
+def _copy(adapters: Sequence[Adapter], key: str, holders: dict[int, TensorSpec], errors: list[AdapterkitError]) -> list[Bundle]:
+    """The copy of the base's weight that all holders have: no weight scales it, and of two bases there is no sum."""
+    widest = max(holders, key=lambda number: dtypes.BITS[holders[number].dtype])
+    first = (adapters[widest].folder, holders[widest])
+    for number, spec in holders.items():
+        same = spec.shape == first[1].shape and (number == widest or rows_apart(first, (adapters[number].folder, spec)) == 0)
+        if not same:
+            found = f"{shown(key)}: copies of two bases in {adapters[widest].name} and {adapters[number].name}"
+            do = "merge them one after the other, with --base-copies"
+            errors.append(Refused(found, expected="adapters of one base", where="adapters", do=do))
+    return [produced.taken(first[1])]
 
 
 def _other_rows(adapters: Sequence[Adapter]) -> list[AdapterkitError]:

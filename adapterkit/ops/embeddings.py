@@ -14,9 +14,6 @@ from adapterkit.errors import Refused, shown
 from adapterkit.ops.job import Change, Job, Part
 from adapterkit.weights.names import Parameter, tied_names
 
-BLOCK = 16 << 20  # bytes compared at a time
-
-
 Sides = dict[str, Change]  # name -> what PEFT computes with under it, for the names of one tied parameter
 
 
@@ -123,7 +120,7 @@ def _equal_changes(job: Job, one: Change, other: Change) -> bool:
     if len(one.parts) != len(other.parts) or (one.value is None) != (other.value is None):
         return False
     pairs = [(one.value, other.value), *((a, b) for (a, _), (b, _) in zip(one.rows, other.rows, strict=True))]
-    if not all(_equal_bytes(job, a, b) for a, b in pairs):
+    if not all(job.equal_bytes(a, b) for a, b in pairs):
         return False
     return all(_equal_parts(job, a, b) for a, b in zip(one.parts, other.parts, strict=True))
 
@@ -136,10 +133,10 @@ def _equal_parts(job: Job, one: Part, other: Part) -> bool:
         return False
     if one.magnitude or other.magnitude or one.product is None or other.product is None:
         sides = [(p.magnitude, p.vector, p.lora.a, p.lora.b) for p in (one, other)]
-        return one.outputs == other.outputs and all(_equal_bytes(job, a, b) for a, b in zip(*sides, strict=True))
+        return one.outputs == other.outputs and all(job.equal_bytes(a, b) for a, b in zip(*sides, strict=True))
     first, second = one.product, other.product
     if first.flip == second.flip:
-        return _equal_bytes(job, first.a, second.a) and _equal_bytes(job, first.b, second.b)
+        return job.equal_bytes(first.a, second.a) and job.equal_bytes(first.b, second.b)
     return _transposes(job, first.a, second.b) and _transposes(job, first.b, second.a)
 
 
@@ -147,22 +144,8 @@ def _transposes(job: Job, one: TensorSpec, other: TensorSpec) -> bool:
     if one.dtype != other.dtype or len(one.shape) != 2 or one.shape != other.shape[::-1]:
         return False
     width = f"u{one.nbytes // math.prod(one.shape)}"
-    a, b = (np.frombuffer(_bytes(job, spec, 0, spec.nbytes), width).reshape(spec.shape) for spec in (one, other))
+    a, b = (np.frombuffer(job.bytes_of(spec), width).reshape(spec.shape) for spec in (one, other))
     return bool(np.array_equal(a, b.T))
-
-
-def _equal_bytes(job: Job, a: TensorSpec | None, b: TensorSpec | None) -> bool:
-    """Whether two tensors of adapters are the same, bit for bit."""
-    if a is None or b is None:
-        return a is b
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    cuts = [(at, min(at + BLOCK, a.nbytes)) for at in range(0, a.nbytes, BLOCK)]
-    return a == b or all(_bytes(job, a, *cut) == _bytes(job, b, *cut) for cut in cuts)
-
-
-def _bytes(job: Job, spec: TensorSpec, start: int, stop: int) -> bytes:
-    return job.adapters[spec.folder - 1].folder.read(spec.file, spec.start + start, spec.start + stop)
 
 
 def _set_all(job: Job, group: tuple[str, ...], change: Change) -> None:
@@ -179,7 +162,7 @@ def _foldable(job: Job, names: list[str]) -> bool:
     changes = [job.changes[name] for name in names]
     valued = [change for change in changes if change.value is not None]
     rows = [index for change in changes for _, indices in change.rows for index in indices]
-    equal = all(_equal_bytes(job, valued[0].value, change.value) for change in valued)
+    equal = all(job.equal_bytes(valued[0].value, change.value) for change in valued)
     return not any(_saved(job, name) for name in names) and equal and len(set(rows)) == len(rows)
 
 

@@ -14,6 +14,8 @@ from adapterkit.placement import Product
 from adapterkit.weights.decoded import decoded
 from adapterkit.weights.names import Names, Parameter
 
+BLOCK = 16 << 20  # bytes compared at a time
+
 
 @dataclass(frozen=True)
 class Options:
@@ -31,6 +33,7 @@ class Options:
     dequantize: bool = False
     rounding: str = "nearest"
     seed: int = 0
+    base_copies: str | None = None
 
 
 @dataclass
@@ -112,6 +115,20 @@ class Job:
 
     def change(self, parameter: Parameter) -> Change:
         return self.changes.setdefault(parameter.name, Change(parameter))
+
+    def bytes_of(self, spec: TensorSpec, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of an adapter's tensor."""
+        stop = spec.nbytes if stop is None else stop
+        return self.adapters[spec.folder - 1].folder.read(spec.file, spec.start + start, spec.start + stop)
+
+    def equal_bytes(self, a: TensorSpec | None, b: TensorSpec | None) -> bool:
+        """Whether two tensors of adapters are the same, bit for bit."""
+        if a is None or b is None or a == b:
+            return a == b
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        cuts = [(at, min(at + BLOCK, a.nbytes)) for at in range(0, a.nbytes, BLOCK)]
+        return all(self.bytes_of(a, *cut) == self.bytes_of(b, *cut) for cut in cuts)
 
     def unknown(self, adapter: Adapter, key: str, name: str) -> Refused:
         return Refused(

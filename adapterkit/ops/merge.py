@@ -50,6 +50,7 @@ def merge(
     base16: StrPath | None = None,
     rounding: str = "nearest",
     seed: int = 0,
+    base_copies: str | None = None,
     hash: str = "sha256",
     verify: bool = False,
     push: str | None = None,
@@ -70,11 +71,14 @@ def merge(
     `rounding="stochastic"` rounds changed weights up or down at random, so that on average the whole delta stays, where nearest
     swallows what is below half a step; the draws depend on `seed`, the tensor and the element alone.
 
+    The copies of the base's embeddings that PEFT stores beside their factors are compared with the base: equal ones change nothing,
+    others are refused unless `base_copies` says which counts, "ignore" (the base's own weight) or "adapter" (the copy, as in PEFT).
+
     Unlike PEFT's `merge_and_unload` several adapters are added before the one rounding, tied embeddings that only one side changes
     are untied, attention's `out_proj` gets its delta once, and anything unknown is an error; `compat="peft"` keeps PEFT's roundings
     and order.
     """
-    how = {"dequantize": dequantize, "rounding": rounding, "seed": seed}
+    how = {"dequantize": dequantize, "rounding": rounding, "seed": seed, "base_copies": base_copies}
     options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer, **how)
     sources = open_weighted(adapters)
     plan = plan_merge(open_source(base), sources, options) if base16 is None else plan_on_twin(base, base16, sources, options)

@@ -1,6 +1,6 @@
 """rebase: an adapter whose initialisation changed the base becomes plain LoRA on the original base: Δ' = s·b@a - s₀·b₀@a₀."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapterkit import dtypes
 from adapterkit.adapter import Adapter
@@ -77,13 +77,23 @@ def plan_rebase(source: Folder, initial: Folder, options: Options) -> Plan:
     for name, members in joined.items():
         parts = (Part(0, members[0][1], 1.0), Part(1, members[1][1], -1.0))
         bundles.append(Combined(name, parts, place_of(*members[0]), Linear(), "delta", refit, dtype, 0))
-    bundles += produced.beside_factors(trained, dtype)
+    own = _without_changed_base(trained, notes)
+    bundles += produced.beside_factors(own, dtype)
     modules = {name: members[0][0].module for name, members in joined.items()}
     settings = produced.plain_settings() | produced.extras([trained]) | produced.flags(trained)
     told = {k: v for k, v in vars(options).items() if v is not None}
     facts = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)], "init": init}
     output = produced.Output([trained], bundles, modules, settings, f"{init or 'its'} initial factors taken out")
     return produced.adapter_plan("rebase", told, [trained, before], [output], notes, facts)
+
+
+def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
+    """The adapter without its copies of the weights that the init changed: PEFT would put them in place of the base's."""
+    modules = {lora.module for lora in trained.loras}
+    changed = {name for name in trained.copies if name.rpartition(".")[0] in modules}
+    if changed:
+        notes.append(f"copies of the changed base left out: {', '.join(map(shown, sorted(changed)))}")
+    return replace(trained, replaced={name: spec for name, spec in trained.replaced.items() if name not in changed})
 
 
 def _same_modules(joined: dict, trained: Adapter, before: Adapter) -> list[AdapterkitError]:

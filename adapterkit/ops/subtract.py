@@ -100,8 +100,7 @@ def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
             where="--general",
             do="train the general adapter without it",
         )
-        for key, holders in held(generals).items()
-        if ".base_layer." not in key
+        for key, holders in held(generals, copies=False).items()
     ]
 
 

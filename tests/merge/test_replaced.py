@@ -10,6 +10,7 @@ import transformers
 from oracle import DTYPES, assert_all_rounded, assert_same, exact, load, load_checked, merged, peft_merged, peft_model, stored
 from safetensors.torch import save_file
 
+import adapterkit
 from adapterkit.errors import Refused
 
 SAVED = {
@@ -143,18 +144,79 @@ def test_resized_vocabulary_with_the_embedding_adapted(llama, resized, tmp_path)
     assert_same(model.state_dict(), theirs.state_dict())
 
 
-def test_base_layer_beside_factors_of_the_same_size(llama, tmp_path):
-    """PEFT saves the whole matrix beside an adapted embedding; it counts, even where it differs from the base's."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COPY = "base_model.model.model.embed_tokens.base_layer.weight"
+
+
+def _two(llama, tmp_path):
+    """Two adapters of embedding, head and attention; PEFT stores copies of the base's embedding and head in both."""
+    for seed in (1, 2):
+        oracle.train(
+            load(oracle.llama, llama), tmp_path / f"a{seed}", seed=seed, target_modules=["embed_tokens", "lm_head", "q_proj"]
+        )
+        assert COPY in stored(tmp_path / f"a{seed}")
+    return tmp_path / "a1", tmp_path / "a2"
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -1.0)])
+def test_copies_of_the_base_change_nothing(weights, llama, tmp_path):
+    """Several adapters with copies of one base, in any weights."""
+    adapters = _two(llama, tmp_path)
+    oracle.merge(llama, *(f"{a}={w}" for a, w in zip(adapters, weights, strict=True)), out=tmp_path / "out", dtype="fp32")
+    before = load(oracle.llama, llama).state_dict()
+    expected = exact(peft_model(load(oracle.llama, llama), *adapters), weights)
+    assert_all_rounded(merged(tmp_path / "out", oracle.llama), expected, {k: v.float() for k, v in before.items()})
+
+
+def test_a_copy_of_another_base(llama, tmp_path):
+    """A second adapter, merged into the result of a first: its copies would take the first one's delta away again."""
+    first, second = _two(llama, tmp_path)
+    oracle.merge(llama, first, out=tmp_path / "merged", dtype="fp32")
+    with pytest.raises(Refused, match=r"embed_tokens.base_layer.weight \(80 of 80 rows differ\).*\n.*\n.*--base-copies ignore"):
+        oracle.merge(tmp_path / "merged", second, out=tmp_path / "out")
+    oracle.merge(tmp_path / "merged", second, out=tmp_path / "out", base_copies="ignore")
+    both = exact(peft_model(load(oracle.llama, llama), first, second))
+    for name in (EMBEDDING, HEAD):
+        torch.testing.assert_close(stored(tmp_path / "out")[name].double(), both[name].value, rtol=0, atol=1e-6)
+    oracle.merge(tmp_path / "merged", second, out=tmp_path / "copies", base_copies="adapter", compat="peft")
+    theirs = peft_merged(load(oracle.llama, tmp_path / "merged"), second)
+    assert_same(merged(tmp_path / "copies", oracle.llama), theirs)
+    alone = exact(peft_model(load(oracle.llama, llama), second))
+    torch.testing.assert_close(theirs[EMBEDDING].double(), alone[EMBEDDING].value, rtol=0, atol=1e-6)
+
+
+def test_a_copy_that_differs_in_a_row(llama, tmp_path):
     model = load(oracle.llama, llama)
     with torch.no_grad():
         model.model.embed_tokens.weight[3] += 1
     oracle.train(model, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
-    tensors = stored(tmp_path / "adapter")
-    assert "base_model.model.model.embed_tokens.base_layer.weight" in tensors
-    oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
+    with pytest.raises(Refused, match=r"\(1 of 80 rows differ\)"):
+        oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
+    oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out", base_copies="adapter")
     wrapped = peft_model(load(oracle.llama, llama), tmp_path / "adapter")
     before = load(oracle.llama, llama).state_dict()
     assert_all_rounded(merged(tmp_path / "out", oracle.llama), exact(wrapped), before)
+
+
+@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "fp16")], ids="-".join)
+def test_a_copy_in_another_dtype(dtypes, made, tmp_path):
+    """An adapter trained on the base loaded in another dtype: equal once the wider is rounded."""
+    base = made(f"copies-{dtypes[0]}", lambda folder: oracle.save_base(oracle.llama(), folder, dtypes[0]))
+    model = load(oracle.llama, base).to(DTYPES[dtypes[1]])
+    oracle.train(model, tmp_path / "adapter", target_modules=["embed_tokens"])
+    assert stored(tmp_path / "adapter")[COPY].dtype == DTYPES[dtypes[1]]
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "ignored", base_copies="ignore")
+    assert_same(stored(tmp_path / "out"), stored(tmp_path / "ignored"))
+
+
+def test_an_adapter_loads_without_its_copies(llama, tmp_path):
+    adapter, _ = _two(llama, tmp_path)
+    before = peft_model(load(oracle.llama, llama), adapter)
+    tensors = {k: v for k, v in stored(adapter).items() if ".base_layer." not in k}
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    ids = torch.arange(8)[None]
+    assert torch.equal(before(ids).logits, peft_model(load(oracle.llama, llama), adapter)(ids).logits)
 
 
 def test_trained_rows_of_a_resized_vocabulary(llama, resized, tmp_path):
@@ -216,13 +278,9 @@ def test_tokenizer_comes_from_the_adapter(llama, resized, tmp_path):
     assert "base" in (tmp_path / "kept/tokenizer.json").read_text() and not (tmp_path / "kept/chat_template.jinja").exists()
 
 
-@pytest.mark.parametrize("what", ["modules_to_save", "token rows", "base_layer"])
+@pytest.mark.parametrize("what", ["modules_to_save", "token rows"])
 def test_a_weight_other_than_one_is_refused(what, llama, tmp_path):
-    config = {
-        "modules_to_save": {"modules_to_save": ["lm_head"]},
-        "token rows": {"trainable_token_indices": [1]},
-        "base_layer": {"target_modules": ["embed_tokens"]},
-    }[what]
+    config = {"modules_to_save": {"modules_to_save": ["lm_head"]}, "token rows": {"trainable_token_indices": [1]}}[what]
     oracle.train(load(oracle.llama, llama), tmp_path / "adapter", **({"target_modules": ["q_proj"]} | config))
     with pytest.raises(Refused, match=r"(replaced parameters|trained token rows).* with weight -1"):
         oracle.merge(llama, f"{tmp_path / 'adapter'}=-1", out=tmp_path / "out")
@@ -265,3 +323,44 @@ def test_wrong_indices_are_refused(indices, llama, tmp_path):
     with pytest.raises(Refused, match=r"trainable_token_indices|rows \[99\]"):
         oracle.merge(llama, wrong, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def _copies(llama, folder, dtype="bf16", change=0.0, **config):
+    """An adapter of the embedding whose copy is of the base in another dtype, or of another base."""
+    model = load(oracle.llama, llama).to(DTYPES[dtype])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] += change
+    oracle.train(model, folder, target_modules=["embed_tokens"], **config)
+    return folder
+
+
+def test_combine_of_copies(llama, tmp_path):
+    """One copy of one base, the widest, whatever the weights; of two bases none."""
+    first, second = _copies(llama, tmp_path / "a1"), _copies(llama, tmp_path / "a2", "fp32", seed=2)
+    adapterkit.combine([f"{first}=0.5", f"{second}=-1"], method="linear", out=tmp_path / "out")
+    assert torch.equal(stored(tmp_path / "out")[COPY], stored(second)[COPY])
+    oracle.merge(llama, tmp_path / "out", out=tmp_path / "merged", dtype="fp32")
+    oracle.merge(llama, f"{first}=0.5", f"{second}=-1", out=tmp_path / "both", dtype="fp32")
+    torch.testing.assert_close(stored(tmp_path / "merged")[EMBEDDING], stored(tmp_path / "both")[EMBEDDING], rtol=1e-6, atol=1e-6)
+    other = _copies(llama, tmp_path / "other", change=1.0, seed=3)
+    with pytest.raises(Refused, match="copies of two bases in a1 and other"):
+        adapterkit.combine([first, other], method="linear", out=tmp_path / "refused")
+
+
+def test_rebase_leaves_out_the_changed_base(llama, tmp_path):
+    """The copy beside PiSSA's factors is W - s·b₀@a₀: beside plain factors PEFT would put it in place of W."""
+    base = tmp_path / "base"
+    oracle.save_base(load(oracle.llama, llama), base, "fp32")
+    with oracle.quiet():
+        config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["lm_head", "q_proj"])
+        wrapped = peft.get_peft_model(load(oracle.llama, base), config)
+        wrapped.save_pretrained(tmp_path / "initial")
+        oracle.perturb(wrapped, 1, 0.02)
+        wrapped.save_pretrained(tmp_path / "trained")
+    adapterkit.rebase(tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "plain")
+    assert not any(".base_layer." in key for key in stored(tmp_path / "plain"))
+    ids = torch.arange(8)[None]
+    right = wrapped.eval()(ids).logits
+    torch.testing.assert_close(peft_model(load(oracle.llama, base), tmp_path / "plain")(ids).logits, right, rtol=1e-4, atol=1e-4)
+    oracle.merge(base, tmp_path / "plain", out=tmp_path / "out")
+    torch.testing.assert_close(load(oracle.llama, tmp_path / "out")(ids).logits, right, rtol=1e-4, atol=1e-4)
