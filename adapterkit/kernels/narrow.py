@@ -264,13 +264,39 @@ def encode_nvfp4(
     return Scaled(_encoded_fp4(groups, _local(scale, divisor, factor), draws).flatten(-2), scale)
 
 
-def renew_nvfp4(w: Tensor, scale: Tensor, draws: Draws, *, divisor: Tensor | None = None, factor: Tensor | None = None) -> Scaled:
-    """Codes drawn beside the scales that are there, as in renew_fp8."""
+class Renewed(NamedTuple):
+    codes: Tensor
+    scale: Tensor
+    whole: Tensor  # the divisor or the factor
+
+
+def renew_nvfp4(
+    w: Tensor,  # (..., in) float32
+    scale: Tensor,  # (..., in/16) float8_e4m3fn
+    draws: Draws,
+    *,
+    divisor: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Renewed:
+    """Codes drawn beside the scales that are there, as in renew_fp8; by the same rule the scale of the whole weight is a new one,
+    and all others with it, where a group needs more than it allows."""
     groups = w.unflatten(-1, (-1, NV))
-    fresh = _nv_scale(_group_largest(groups), divisor, factor)
+    largest, whole = _group_largest(groups), {"divisor": divisor} if factor is None else {"factor": factor}
+    fresh = _nv_scale(largest, divisor, factor)
     better = _better_fp4(groups, _local(scale, divisor, factor), _local(fresh, divisor, factor))
     scale = torch.where(better, fresh.float(), scale.float()).to(scale.dtype)
-    return encode_nvfp4(w, divisor=divisor, factor=factor, scale=scale, draws=draws)
+    if bool((largest > FP4_MAX * FP8_MAX * _local(scale.new_ones(()), divisor, factor).abs()).any()):
+        (name, old), make = next(iter(whole.items())), nvfp4_divisor if factor is None else nvfp4_factor
+        assert old is not None
+        new = {name: make(largest.amax()).view(old.shape)}
+        fresh = _nv_scale(largest, new.get("divisor"), new.get("factor"))
+        lost = lambda scale, whole: _fp4_spread(groups, _local(scale, whole.get("divisor"), whole.get("factor"))).sum()
+        if bool(lost(fresh, new) < lost(scale, whole)):
+            scale, whole = fresh, new
+    made = encode_nvfp4(w, divisor=whole.get("divisor"), factor=whole.get("factor"), scale=scale, draws=draws)
+    found = next(iter(whole.values()))
+    assert found is not None
+    return Renewed(made.codes, made.scale, found)
 
 
 def nvfp4_divisor(largest: Tensor) -> Tensor:  # (1,) float32
@@ -363,12 +389,16 @@ def _better_fp4(groups: Tensor, scale: Tensor, fresh: Tensor) -> Tensor:
     beyond = _group_largest(groups) > FP4_MAX * scale.abs()
     if not bool(beyond.any()):
         return beyond
-    w = groups.reshape(-1, groups.shape[-1])
-    old, new = (torch.empty(len(w), device=w.device) for _ in range(2))
-    for total, each in ((old, scale.reshape(-1, 1)), (new, fresh.reshape(-1, 1))):
-        for rows in pieces(*w.shape):
-            total[rows] = _between_fp4(w[rows], _fp4_codes(w[rows], each[rows]), each[rows]).spread().sum(1)
-    return beyond & (new < old).view(beyond.shape)
+    return beyond & (_fp4_spread(groups, fresh) < _fp4_spread(groups, scale))
+
+
+def _fp4_spread(groups: Tensor, scale: Tensor) -> Tensor:
+    """The expected squared error of each group."""
+    w, each = groups.reshape(-1, groups.shape[-1]), scale.reshape(-1, 1)
+    total = torch.empty(len(w), device=w.device)
+    for rows in pieces(*w.shape):
+        total[rows] = _between_fp4(w[rows], _fp4_codes(w[rows], each[rows]), each[rows]).spread().sum(1)
+    return total.view(scale.shape)
 
 
 def _e2m1(

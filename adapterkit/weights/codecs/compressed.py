@@ -194,15 +194,16 @@ class Compressed(Packed):
         codes, scale = self.parts[:2]
         found: dict[str, Tensor] = {}
         if self.kind == "nvfp4":
-            divisor, largest = self._leaf(stored, "weight_global_scale"), narrow.block_largest(weight, self._whole).reshape(1)
-            limit = narrow.FP4_MAX * narrow.FP8_MAX * (1 + 2.0**-20)
-            fits = divisor is not None and float(largest) * float(divisor) <= limit
-            divisor = divisor if fits and divisor is not None else narrow.nvfp4_divisor(largest)
-            found[self.key.removesuffix("weight") + "weight_global_scale"] = divisor
-            if fits and draws is not None:
+            key, divisor = self.key.removesuffix("weight") + "weight_global_scale", self._leaf(stored, "weight_global_scale")
+            largest = narrow.block_largest(weight, (self.shape[0], self.shape[1])).reshape(1)
+            if draws is not None:
                 made = narrow.renew_nvfp4(weight, stored[scale.key], draws, divisor=divisor)
+                divisor = made.whole
             else:
-                made = narrow.encode_nvfp4(weight, divisor=divisor, draws=draws)
+                if divisor is None or float(largest) * float(divisor) > narrow.FP4_MAX * narrow.FP8_MAX * (1 + 2.0**-20):
+                    divisor = narrow.nvfp4_divisor(largest)
+                made = narrow.encode_nvfp4(weight, divisor=divisor)
+            found[key] = divisor
         elif self.kind == "mxfp4":
             if draws is not None:
                 made = narrow.renew_mxfp4(weight, stored[scale.key].view(torch.uint8), "even", draws)
@@ -214,10 +215,6 @@ class Compressed(Packed):
         else:
             made = narrow.encode_fp8(weight, self.block, scale_dtype=dtypes.torch_dtype(scale.dtype))
         return found | {codes.key: made.codes, scale.key: made.scale.view(scale.shape)}
-
-    @property
-    def _whole(self) -> tuple[int, int]:
-        return (self.shape[0], self.shape[1])
 
 
 def _size(width: int, wanted: int | None) -> int:

@@ -72,14 +72,15 @@ class Modelopt(Packed):
             else:
                 made = narrow.encode_fp8(weight, self._block)
             return {codes.key: made.codes, scale.key: made.scale.view(scale.shape)}
-        factor, largest = stored.get(self.key + "_scale_2"), narrow.block_largest(weight, self._block)
-        fits = factor is not None and float(largest) <= narrow.FP4_MAX * narrow.FP8_MAX * float(factor) * (1 + 2.0**-20)
-        if fits and draws is not None:
-            made = narrow.renew_nvfp4(weight, stored[scale.key], draws, factor=factor)
-            return {codes.key: made.codes, scale.key: made.scale}
-        factor = factor if fits and factor is not None else narrow.nvfp4_factor(largest)
-        made = narrow.encode_nvfp4(weight, factor=factor, draws=draws)
-        return {codes.key: made.codes, scale.key: made.scale, self.parts[2].key: factor.view(self.parts[2].shape)}
+        whole = self.parts[2]
+        if draws is not None:
+            renewed = narrow.renew_nvfp4(weight, stored[scale.key], draws, factor=stored[whole.key])
+            return {codes.key: renewed.codes, scale.key: renewed.scale, whole.key: renewed.whole}
+        factor, largest = stored.get(whole.key), narrow.block_largest(weight, self._block)
+        if factor is None or float(largest) > narrow.FP4_MAX * narrow.FP8_MAX * float(factor) * (1 + 2.0**-20):
+            factor = narrow.nvfp4_factor(largest)
+        made = narrow.encode_nvfp4(weight, factor=factor)
+        return {codes.key: made.codes, scale.key: made.scale, whole.key: factor.view(whole.shape)}
 
 
 def _algorithm(found: Found) -> str | None:
