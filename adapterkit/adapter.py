@@ -12,7 +12,7 @@ from functools import cached_property
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import Seen
+from adapterkit.checkpoint.spec import Seen, no_model, other_lora
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher
@@ -178,8 +178,13 @@ def _see(folder: Folder, number: int, check: Check, roles: Patterns) -> tuple[Ad
     """An adapter without its factors, its keys by what they are, and what is wrong with its files, its config and its token
     rows."""
     seen, files = Seen(folder, number), folder.files()
-    for name in (CONFIG, WEIGHTS):
-        if name not in files:
+    lacking = [name for name in (CONFIG, WEIGHTS) if name not in files]
+    seen.readable = not lacking
+    other = other_lora(folder) if lacking else None
+    if other is not None:
+        seen.note(no_model(*other, folder.name))
+    else:
+        for name in lacking:
             seen.note(_missing(folder, name, files))
     config = seen.json(CONFIG)
     if config is not None:

@@ -444,8 +444,9 @@ def arrow(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **opt
 def extract(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Extract the adapter between a base and its fine-tune: b@a ≈ W_tuned - W_base.
 
-    It is read back, and its merge into the base planned, before it gets its name. Shapes that differ are refused, the vocabulary's
-    apart. PEFT loads single parameters that are saved whole (a class token, a tied embedding) into the model itself, as it does biases.
+    It is read back, and its merge into the base planned, before it gets its name. Shapes that differ are
+    refused, the vocabulary's apart. PEFT loads single parameters that are saved whole (a class token, a
+    tied embedding) into the model itself, as it does biases.
 
     \b
     Example:
@@ -609,13 +610,14 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
 @click.option("--download", is_flag=True, help="Read weights on the Hub too; without it only headers and JSON are read there.")
 @click.option("--plot", type=click.Path(), metavar="FILE.png", help="Draw the norms as a heatmap, layers by modules.")
 @json_output
-def inspect(path: str, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> None:
     """What a base, an adapter or a .safetensors file holds, and what is wrong with it.
 
     \b
     Of a base and of whatever lies on the Hub headers and JSON are read; of an adapter on this machine the
-    factors too, for norms and effective ranks. Problems are printed and the exit status is 0 all the same;
-    a path that holds nothing to inspect is refused.
+    factors too, for norms and effective ranks. Problems are printed. The exit status is 1 where a file is
+    missing or cannot be read, else 0, whatever the problems; a path that holds nothing to inspect is refused.
 
     \b
     Example:
@@ -631,6 +633,7 @@ def inspect(path: str, as_json: bool, **options: Any) -> None:
         _print_json(result)
     else:
         click.echo(table(result))
+    ctx.exit(0 if result["readable"] else 1)
 
 
 class _Bar:

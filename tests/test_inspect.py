@@ -41,7 +41,7 @@ from hub_server import Hub
 ROOT = Path(__file__).parents[1]
 EVERY = {
     "inspect", "kind", "name", "origin", "parameters", "bytes", "dtypes", "shards", "architecture", "tied", "quantization",
-    "problems", "modules",
+    "readable", "problems", "modules",
 }  # fmt: skip
 ADAPTER = EVERY | {
     "format", "peft_type", "base", "revision", "task_type", "peft_version", "flags", "modules_to_save", "replaced", "tokens",
@@ -622,6 +622,57 @@ def test_the_table_and_the_json_are_the_result(lora, llama, tmp_path):
     said = [f"{module[name]:.4g}" for name in ("rank", "scale", "norm", "relative", "effective_rank")]
     assert line[1:] == [*said[:2], "yes", *said[2:]]
     assert "relative" not in called(lora)[1]
+
+
+@pytest.mark.parametrize("name", ["cut", "html", "empty-file", "missing"])
+def test_what_cannot_be_read_is_status_1(name, sharded, lora, tmp_path):
+    """The problem is printed as any other."""
+    DAMAGED[name][0](sharded)
+    status, text = called(sharded)
+    assert status == 1 and "problems: 1\n" in text
+    assert json.loads(called(sharded, "--json")[1])["readable"] is False
+    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 20)
+    assert called(tmp_path / "bad.safetensors")[0] == 1
+    shutil.copytree(lora, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    assert called(tmp_path / "adapter")[0] == 1
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    assert called(tmp_path / "adapter")[0] == 1
+
+
+def test_what_a_trainer_leaves_is_no_problem(sharded, lora, tmp_path):
+    shutil.copytree(lora, tmp_path / "adapter")
+    for folder in (sharded, tmp_path / "adapter"):
+        for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).write_bytes(pickle.dumps(1))
+        assert found(inspect(folder)) == []
+
+
+OTHERS = {
+    "diffusers": ["unet.down_blocks.0.attentions.0.to_q.lora.down.weight", "unet.mid_block.to_k.lora_A.weight"],
+    "kohya": ["lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight", "lora_te1_text_model_q_proj.alpha"],
+}
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_a_lora_of_another_layout_is_called_so(layout, lora, llama, tmp_path):
+    for i, key in enumerate([*OTHERS[layout], *(["transformer.blocks.0.attn.to_q.lora_A.weight"] * (layout == "diffusers"))]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        save_file({key: torch.ones(2, 3)}, folder / "pytorch_lora_weights.safetensors")
+        words = f"pytorch_lora_weights.safetensors is a LoRA in the layout of {layout}"
+        for path in (folder, folder / "pytorch_lora_weights.safetensors"):
+            result = inspect(path)
+            assert (result["kind"], found(result)) == ("file", [words])
+        for verb in (
+            lambda folder=folder: adapterkit.merge(llama, [folder], out=tmp_path / "out"),
+            lambda folder=folder: adapterkit.merge(folder, [lora], out=tmp_path / "out"),
+            lambda folder=folder: adapterkit.combine([lora, folder], method="linear", out=tmp_path / "out"),
+        ):
+            with pytest.raises(Refused, match=words) as caught:
+                verb()
+            assert "config.json" not in caught.value.found and "load_lora_weights" in str(caught.value)
+    assert called(folder)[0] == 0
 
 
 def test_problems_are_printed_and_the_status_is_0(lora, tmp_path):

@@ -1,6 +1,7 @@
 """What a checkpoint holds, from its headers and its index alone."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,14 @@ from adapterkit.errors import AdapterkitError, Damaged, Offenders, Refused, refu
 FIRST_READ = 65536  # most headers of a shard fit, so one read does
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+TRAINER = (
+    "training_args.",
+    "optimizer.",
+    "scheduler.",
+    "scaler.",
+    "rng_state",
+    "random_states",
+)  # of a Trainer's pickles: no weights
 NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
 # Windows takes these for devices, with any extension
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
@@ -49,6 +58,7 @@ class Seen:
     index_name: str | None = None
     errors: list[AdapterkitError] = field(default_factory=list)
     whole: bool = True  # no file of the weights is missing, and all could be read
+    readable: bool = True  # nor is there a JSON file beside them that cannot be read
 
     @property
     def headers(self) -> list[Header]:
@@ -65,7 +75,7 @@ class Seen:
             self.shards[name] = read_header(self.folder, name, self.number)
         except (Refused, Damaged) as error:
             self.note(error)
-            self.whole = False
+            self.whole = self.readable = False
         return self.shards[name]
 
     def json(self, name: str) -> dict | None:
@@ -76,6 +86,7 @@ class Seen:
             return read_json(self.folder, name)
         except (Refused, Damaged) as error:
             self.note(error)
+            self.readable = False
             return None
 
     def note(self, error: AdapterkitError) -> None:
@@ -105,6 +116,10 @@ def see_checkpoint(folder: Folder, number: int = 0) -> Seen:
     else:
         seen.errors += _stored_twice(seen) + _index_errors(seen)
     seen.config = seen.json("config.json") or {}
+    seen.readable = seen.readable and seen.whole
+    layout = other_layout(seen.tensors) if "config.json" not in folder.files() else None
+    if layout is not None:
+        seen.note(no_model(next(iter(seen.shards)), layout, folder.name))
     seen.errors += _config_errors(seen.config, len(seen.tensors), f"{folder.name}/config.json")
     return seen
 
@@ -163,6 +178,12 @@ def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitErro
         if isinstance(value, dict) and key.endswith("_config"):
             errors += _config_errors(value, stored, where)
     return errors
+
+
+def pickles(folder: Folder) -> list[str]:
+    """The folder's own pickles that may hold weights."""
+    here = (name for name in folder.files() if "/" not in name and name.endswith(PICKLES))
+    return sorted(name for name in here if not name.startswith(TRAINER))
 
 
 def weight_files(folder: Folder) -> list[str]:
@@ -321,10 +342,10 @@ def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
             where=folder.name,
             do="give the base first, then the adapters",
         )
-    pickles = [name for name in here if name.endswith(PICKLES)]
-    if pickles:
+    pickled = pickles(folder)
+    if pickled:
         return Refused(
-            f"weights as pickles: {', '.join(shown(p) for p in pickles[:6])}",
+            f"weights as pickles: {', '.join(shown(p) for p in pickled[:6])}",
             expected="safetensors files",
             where=folder.name,
             do="convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub use the convert Space",
@@ -333,3 +354,37 @@ def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
         do = "adapterkit dequantize MODEL.gguf --out DIR"
         return Refused("a GGUF file", expected="safetensors files", where=folder.name, do=do)
     return Refused("no safetensors files", expected="a model checkpoint", where=folder.name, do="check the path")
+
+
+# Keys of LoRAs that are not in PEFT's layout: with a pipeline's part in front, or with underscores for dots
+OTHER_LAYOUTS = {
+    "diffusers": re.compile(r"^(unet|transformer(_2)?|text_encoder(_\d)?|prior|controlnet)\.(.+\.)?(lora|lora_\w+|\w+_lora)\."),
+    "kohya": re.compile(r"^lora_(unet|te\d?|transformer|prior)_\w+\.(lora_(down|up)\.weight|alpha)$"),
+}
+
+
+MOST_LORAS = 8  # files of a folder that are looked into for them
+
+
+def other_layout(keys: Iterable[str]) -> str | None:
+    """In whose layout keys are a LoRA's, if it is not PEFT's."""
+    known = list(OTHER_LAYOUTS.items())
+    return next((layout for key in keys for layout, pattern in known if pattern.match(key)), None)
+
+
+def other_lora(folder: Folder) -> tuple[str, str] | None:
+    """A file of the folder that holds a LoRA in another layout than PEFT's, and whose layout it is."""
+    names = weight_files(folder) if "config.json" not in folder.files() else []
+    for name in names if len(names) <= MOST_LORAS else ():
+        header = Seen(folder).header(name)
+        layout = other_layout(spec.key for spec in header.tensors) if header is not None else None
+        if layout is not None:
+            return name, layout
+    return None
+
+
+def no_model(file: str, layout: str, where: str) -> Refused:
+    """What to say where a LoRA of another layout is met."""
+    do = "use it with diffusers (load_lora_weights); PEFT's layout is what save_pretrained of the trained part writes"
+    expected = "a model, or an adapter in PEFT's layout with adapter_config.json"
+    return Refused(f"{shown(file)} is a LoRA in the layout of {layout}", expected=expected, where=where, do=do)

@@ -14,7 +14,7 @@ from adapterkit import dtypes
 from adapterkit.adapter import CONFIG, Adapter, Lora, see_adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import NOT_A_MODEL, PICKLES, Seen, see_checkpoint, weight_files
+from adapterkit.checkpoint.spec import NOT_A_MODEL, Seen, no_model, other_lora, pickles, see_checkpoint, weight_files
 from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.ops import inspect_report
 from adapterkit.ops.settings import printable
@@ -53,6 +53,7 @@ def inspect(
       architecture  {classes, model_type} from config.json, or null
       tied          {config, head_stored}: tie_word_embeddings (null: not said) and whether a head is stored; null unless a base
       quantization  {found, config}, or null
+      readable      whether all files are there and could be read
       problems      [{found, expected, where, do}]
       modules       a LoRA's modules, else [] (of other types of adapters the config and the header are told)
     Of an adapter:
@@ -102,7 +103,9 @@ def _kind(folder: Folder) -> str:
     here = [name for name in folder.files() if "/" not in name]
     if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
         return "adapter"
-    if any(name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json", *PICKLES)) for name in here):
+    if other_lora(folder) is not None:
+        return "file"
+    if pickles(folder) or any(name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json")) for name in here):
         return "base"
     ends = (".safetensors", CONFIG)
     nested = sorted({name.rpartition("/")[0] for name in folder.files() if name.endswith(ends) and "/" in name})
@@ -130,11 +133,13 @@ def _base(folder: Folder) -> dict[str, Any]:
 
 
 def _file(folder: Folder) -> dict[str, Any]:
-    seen = Seen(folder)
-    seen.header(next(iter(folder.files())))
+    seen, other = Seen(folder), other_lora(folder)
+    seen.header(other[0] if other is not None else next(iter(folder.files())))
     quantization = _quantization(seen)
     _check_tensors(seen, mixed=quantization is not None)
-    if any(".lora_" in key for key in seen.tensors):
+    if other is not None:
+        seen.note(no_model(*other, folder.name))
+    elif any(".lora_" in key for key in seen.tensors):
         _problem(seen, f"factors of a LoRA without {CONFIG}", f"a folder with {CONFIG}", "inspect the adapter's folder")
     return _result("file", seen) | {"quantization": quantization} | _ends(seen)
 
@@ -162,10 +167,10 @@ def _check_files(seen: Seen) -> None:
 
 
 def _check_pickles(seen: Seen, beside: str) -> None:
-    pickles = sorted(name for name in seen.folder.files() if "/" not in name and name.endswith(PICKLES))
-    if pickles and seen.shards:  # where they are all there is, they are refused in other words
+    pickled = pickles(seen.folder)
+    if pickled and seen.shards:  # where they are all there is, they are refused in other words
         do = "remove them: loading a pickle runs the code in it"
-        _problem(seen, f"pickles beside {beside}: {_some(pickles)}", "safetensors files", do)
+        _problem(seen, f"pickles beside {beside}: {_some(pickled)}", "safetensors files", do)
 
 
 def _check_tensors(seen: Seen, *, mixed: bool) -> None:
@@ -239,7 +244,7 @@ def _result(kind: str, seen: Seen) -> dict[str, Any]:
 def _ends(seen: Seen, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     different = {str(error): error for error in seen.errors}.values()
     parts = [{"found": e.found, "expected": e.expected, "where": e.where, "do": e.do} for e in different]
-    return {"problems": printable(parts), "modules": modules or []}
+    return {"readable": seen.readable, "problems": printable(parts), "modules": modules or []}
 
 
 def _dtypes(tensors: Iterable[TensorSpec]) -> dict[str, dict[str, int]]:
