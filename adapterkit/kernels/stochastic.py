@@ -21,10 +21,13 @@ MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Random numbers of the elements of one tensor (flat, as stored), from element `first` on."""
+    """Random numbers of the elements of one tensor, from element `first` on. `turned`: of a stack of matrices (rows, columns) that
+    is read by columns, from its element `local` on."""
 
     key: int
     first: int = 0
+    turned: tuple[int, int] | None = None
+    local: int = 0
 
     @classmethod
     def of(cls, seed: int, name: str) -> "Draws":
@@ -32,8 +35,14 @@ class Draws:
         return cls(int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little"))
 
     def at(self, position: int) -> "Draws":
-        """Those of the elements from `position` on."""
+        """Those from `position` on."""
+        if self.turned:
+            return replace(self, local=self.local + position)
         return replace(self, first=self.first + position)
+
+    def by_columns(self, rows: int, columns: int) -> "Draws":
+        """The same numbers for the same elements, of matrices that are stored transposed."""
+        return replace(self, turned=(rows, columns))
 
     def halves(self, count: int, device: torch.device) -> Tensor:  # (count,) int16, uniform
         return self._lanes(count, device, torch.int16)
@@ -47,12 +56,26 @@ class Draws:
     def _lanes(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The words' bits, some for each element."""
         each = 8 // dtype.itemsize
+        if self.turned:
+            position = self._positions(count, device)
+            words = self._words(position // each).view(dtype).view(-1, each)
+            return words.gather(1, (position % each)[:, None])[:, 0]
         low, high = self.first // each, -(-(self.first + count) // each)
-        words = torch.arange(low, high, device=device).mul_(_signed(STEP)).add_(_signed(self.key))  # wraps
+        return self._words(torch.arange(low, high, device=device)).view(dtype)[self.first - low * each :][:count]
+
+    def _positions(self, count: int, device: torch.device) -> Tensor:
+        assert self.turned
+        rows, columns = self.turned
+        index = torch.arange(self.local, self.local + count, device=device)
+        matrix, column, row = index // (rows * columns), index // rows % columns, index % rows
+        return self.first + (matrix * rows + row) * columns + column
+
+    def _words(self, counter: Tensor) -> Tensor:
+        """A hash of each count, in place."""
+        words = counter.mul_(_signed(STEP)).add_(_signed(self.key))  # wraps
         for shift, factor in MIX:
             words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
-        words.bitwise_xor_(_shifted(words, 31))
-        return words.view(dtype)[self.first - low * each :][:count]
+        return words.bitwise_xor_(_shifted(words, 31))
 
 
 def _signed(word: int) -> int:

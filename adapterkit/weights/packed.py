@@ -83,7 +83,8 @@ class Packed(TensorSpec):
         stays. For formats that keep more than that.
 
         With draws every format keeps its scales, but for blocks that lose less with new ones, and codes are drawn from the two
-        neighbours: what does not move stays byte for byte. Positions are those of the codes, as they are stored.
+        neighbours: what does not move stays byte for byte. A draw belongs to an element of the weight (out, in; of stacks as they
+        are), so that rows may be encoded by themselves, with draws that begin at them.
         """
         return stored | (self.encode(weight) if draws is None else self.drawn(stored, weight, draws))
 

@@ -1,7 +1,7 @@
 """Stochastic rounding into quantised formats: what must hold of it in every format that is written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,29 @@ def test_pieces_do_not_matter(case, monkeypatch):
     for module in (narrow, packed, blockwise):
         monkeypatch.setattr(module, "PIECE", 192)
     assert same(case.drawn(weight), whole)
+
+
+def test_rows_by_themselves(case):
+    """What is drawn for some rows is what is drawn for them in the whole weight."""
+    weight, _ = shrunk(case.value)
+    record, draws, whole = case.record, Draws.of(0, case.record.key), case.drawn(weight)
+    cut = 32  # rows; of the experts' stack of an expert, which is stored transposed
+    if isinstance(record, Mxfp4):
+        blocks, scales = (part.key for part in record.parts)
+        stored = {key: case.stored[key][1:2, :, 1:] for key in (blocks, scales)}
+        found = record.renewed(stored, weight[1:2, cut:], draws.at((64 + cut) * 48))
+        assert torch.equal(found[blocks], whole[blocks][1:2, :, 1:])
+        return
+    codes, scale = (part.key for part in record.parts[:2])
+    height = getattr(record, "block", 1)
+    alone = record.name in ("bnb8", "fp8") or (record.name == "compressed-tensors" and height[0] in (1, 32))
+    if not alone or case.stored[scale].shape[0] not in (64, 2) or any(part.key.endswith("zero_point") for part in record.parts):
+        return  # rows need each other there
+    per = len(weight) // len(case.stored[scale])
+    stored = case.stored | {codes: case.stored[codes][cut:], scale: case.stored[scale][cut // per :]}
+    parts = tuple(replace(part, shape=tuple(stored[part.key].shape)) for part in record.parts)
+    lower = replace(record, shape=(len(weight) - cut, weight.shape[1]), parts=parts)
+    assert torch.equal(bits(lower.renewed(stored, weight[cut:], draws.at(cut * weight.shape[1]))[codes]), bits(whole[codes][cut:]))
 
 
 # merging

@@ -79,5 +79,6 @@ class Mxfp4(Packed):
 
     def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
         blocks, scales = (part.key for part in self.parts)
-        made = narrow.renew_mxfp4(weight.transpose(1, 2).contiguous(), stored[scales], "up", draws)
+        turned = draws.by_columns(*weight.shape[-2:])
+        made = narrow.renew_mxfp4(weight.transpose(-2, -1).contiguous(), stored[scales], "up", turned)
         return {blocks: made.codes, scales: made.scale}
