@@ -6,7 +6,7 @@ Files' own names (`lora_A`, `lora_embedding_B`, ...) live here and nowhere else;
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -55,12 +55,12 @@ class Lora:
     """One adapted module or parameter: delta = scale * b @ a, as the file stores it."""
 
     module: str  # dotted path in the loaded model
-    kind: str  # "module", "embedding" or "parameter" (a parameter of the module, told by `depth`)
+    kind: str  # "module" or "embedding", by the factors' names
     a: TensorSpec
     b: TensorSpec
     magnitude: TensorSpec | None = None  # DoRA
     bias: TensorSpec | None = None  # lora_B.bias
-    depth: int = 0  # how many base_layer levels lie inside: 0 is the innermost wrapper's outside
+    depth: int = 0  # how many wrappers of the module's other parameters lie around this one's
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,45 @@ class Adapter:
     def copies(self) -> dict[str, TensorSpec]:
         """Of `replaced`, the copies of the base's weights that PEFT saves beside an embedding's or head's factors and rows."""
         biases = self.config.get("bias", "none") != "none"
-        return {n: s for n, s in self.replaced.items() if ".base_layer." in s.key and not (biases and n.endswith("bias"))}
+        beneath = {n: s for n, s in self.replaced.items() if BENEATH.search(s.key)}
+        return {n: s for n, s in beneath.items() if not (biases and n.endswith("bias"))}
+
+    def leaves(self, module: str, own: Sequence[str] | None = None) -> list[str]:
+        """The module's own parameters that target_parameters names: PEFT compares the end of the full name.
+
+        `own` are all of them in the order of its code. Without it those that the module may have: a name without a dot counts
+        where target_modules does not name the module, of which PEFT takes one or the other.
+        """
+        targets = self.config.get("target_parameters") or []
+        if own is not None:
+            return [leaf for leaf in own if any(f".{module}.{leaf}".endswith(f".{target}") for target in targets)]
+        split = [target.rpartition(".") for target in targets]
+        named = any(not home for home, _, _ in split) and self._names(module)
+        there = [leaf for home, _, leaf in split if (f".{module}".endswith(f".{home}") if home else not named)]
+        return list(dict.fromkeys(there))
+
+    def _names(self, module: str) -> bool:
+        """Whether target_modules names a module."""
+        targets = self.config.get("target_modules")
+        if isinstance(targets, str):
+            whole = r"\A(?:{})\Z"
+            return targets == "all-linear" or matcher(targets, f"{self.where}: target_modules", whole)(module)
+        return isinstance(targets, list) and any(f".{module}".endswith(f".{target}") for target in targets)
+
+    def attention(self, lora: Lora) -> str | None:
+        """The MultiheadAttention that a factor pair belongs to as its output projection, else None.
+
+        PEFT adapts both projections of such a layer at once; the key of the output's lies inside the layer's wrapper.
+        """
+        parent, _, last = lora.module.rpartition(".")
+        if last != "out_proj" or f"{parent}.base_layer.out_proj.lora_A." not in lora.a.key or self.leaves(parent):
+            return None
+        return parent if any(other.module == parent for other in self.loras) else None
+
+    def pattern_name(self, lora: Lora, leaf: str | None = None) -> str:
+        """The name that PEFT holds rank_pattern and alpha_pattern against: a parameter's full name (`leaf` its own), the
+        attention's for a MultiheadAttention's output projection, else the module's."""
+        return f"{lora.module}.{leaf}" if leaf is not None else self.attention(lora) or lora.module
 
     def resolved(self, name: str) -> tuple[int, float]:
         """Rank and scale of a module or parameter.
@@ -313,6 +351,7 @@ ROLES: Patterns = [
     (re.compile(r"^(.*)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?$"), "magnitude"),
 ]
 TOKENS = re.compile(r"^(.*)\.token_adapter(?:\.\w+)?\.trainable_tokens_delta(?:\.\w+)?$")
+BENEATH = re.compile(r"\.base_layer\.\w+$")  # a value of the layer right inside a wrapper
 NO_ARITHMETIC = re.compile(r"\.lora_velora_embed$")  # a buffer of VeLoRA's backward pass
 NOT_READ = re.compile(r"\.(lora_\w+|ranknum|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|ia3_\w+)(\.|$)")
 
@@ -338,7 +377,7 @@ def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], w
             found = f"key {shown(key)}"
             errors.append(Refused(found, expected="keys of its peft_type", where=where, do="it is another kind of adapter"))
         else:
-            name = _trained_copy(name, plain).replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+            name = _without_wrappers(_trained_copy(name, plain).replace(".token_adapter.base_layer.", "."))
             known = parts.replaced.get(name)
             if known is not None and ".modules_to_save." not in key and ".modules_to_save." not in known.key:
                 errors.append(_two_names(key, known.key, where))
@@ -378,7 +417,27 @@ def _module_and_depth(path: str) -> tuple[str, int]:
     depth = 0
     while path.endswith(".base_layer"):
         path, depth = path.removesuffix(".base_layer"), depth + 1
-    return path.replace(".base_layer.", "."), depth
+    return _without_wrappers(path), depth
+
+
+def _without_wrappers(name: str) -> str:
+    return re.sub(r"(?:\.base_layer)+(?=\.)", "", name)
+
+
+def wrapped(path: str, levels: Mapping[str, int]) -> str:
+    """A plain path as PEFT writes it: `base_layer` once for each wrapper around a module that it goes through."""
+    found, module = "", ""
+    for part in path.split("."):
+        found += ".base_layer" * (levels.get(module, 0) if module else 0) + ("." if module else "") + part
+        module += ("." if module else "") + part
+    return found
+
+
+def rewrapped(key: str, levels: Mapping[str, int]) -> str:
+    """The canonical key of a value that is no factor in a file whose modules are wrapped so many times."""
+    head, inner, tail = canonical(key).removeprefix(PREFIX).partition(".token_adapter.")
+    path = head + inner.removesuffix(".")
+    return PREFIX + wrapped(_without_wrappers(path), levels) + (f".{tail}" if inner else "")
 
 
 def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lora, ...]:
@@ -448,7 +507,7 @@ def _promises(parts: _Parts, config: dict, name: str) -> list[AdapterkitError]:
 
 
 def _spoken_of(parameter: str, key: str, config: dict) -> bool:
-    if ".modules_to_save." in key or ".base_layer." in key or EMBEDDINGS.search(parameter):
+    if ".modules_to_save." in key or BENEATH.search(key) or EMBEDDINGS.search(parameter):
         return True
     if "bias" in parameter.rpartition(".")[2] and config.get("bias", "none") != "none":
         return True

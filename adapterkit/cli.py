@@ -335,7 +335,9 @@ def loftq(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> No
 @main.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
 @writing
-@click.option("--base", metavar="BASE", help="The model that DoRAs among the adapters were trained on.")
+@click.option(
+    "--base", metavar="BASE", help="The model of the adapters: for DoRAs, and where target_parameters are not told apart."
+)
 @click.option("--method", required=True, metavar="NAME", help="How the deltas are put together; see the list below.")
 @click.option(
     "--space",
@@ -383,6 +385,7 @@ def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, set
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--general", multiple=True, required=True, metavar="ADAPTER", help="What all tasks share; may be given again.")
 @writing
+@click.option("--base", metavar="BASE", help="The adapters' model, where target_parameters are not told apart without.")
 @click.option(
     "--space",
     type=click.Choice(CHOICES["space"]),
@@ -493,6 +496,7 @@ def resize(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -
 @click.argument("adapter")
 @click.option("--initial", required=True, metavar="ADAPTER", help="The same adapter as saved before training.")
 @writing
+@click.option("--base", metavar="BASE", help="The adapters' model, where target_parameters are not told apart without.")
 @refit(ADDED_UP)
 @factors
 def rebase(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:

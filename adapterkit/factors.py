@@ -1,14 +1,14 @@
 """The factors of one adapted module, wherever and however a file stores them: as products for arithmetic, and back again."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from adapterkit.adapter import Adapter, Lora, canonical
+from adapterkit.adapter import PREFIX, Adapter, Lora, wrapped
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.lowrank import Product
@@ -52,19 +52,40 @@ class Factors:
         return [Product(b[:, :, e], a[e]) for e in range(self.experts)]
 
 
-def factors_of(adapter: Adapter, lora: Lora) -> Factors:
-    """A module's factors with their scale; `Refused` where rank and config disagree, or a convolution has groups."""
-    rank, scale = _resolved(adapter, lora)
+TRUNCATED = ("pissa", "olora", "loftq")  # inits that take the weight's own factors: no more of them than it has
+
+
+def rank_and_scale(adapter: Adapter, lora: Lora, leaf: str | None) -> tuple[int, float]:
+    """Rank and scale of a factor pair on a module, or on its parameter `leaf`, as config and patterns say.
+
+    PiSSA, OLoRA and LoftQ write min(r, in, out) rows; the scale is that of r.
+    """
+    rank, scale = adapter.resolved(adapter.pattern_name(lora, leaf))
+    init = adapter.config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(TRUNCATED) and len(lora.a.shape) == len(lora.b.shape) == 2:
+        rank = min(rank, lora.a.shape[1], lora.b.shape[0])
+    return rank, scale
+
+
+def other_rank(adapter: Adapter, lora: Lora, found: int, rank: int) -> Refused:
+    """The refusal of a file that holds another rank than its config says."""
+    return Refused(
+        f"rank {found} in the file for {shown(lora.module)}",
+        expected=f"rank {rank}, as r and rank_pattern say",
+        where=adapter.where,
+        do="restore the config that was saved with the file (a wrong rank means a wrong scale)",
+    )
+
+
+def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors:
+    """The factors on a module, or on its parameter `leaf`, with their scale; `Refused` where rank and config disagree, or a
+    convolution has groups."""
+    rank, scale = rank_and_scale(adapter, lora, leaf)
     rows, experts = lora.a.shape[0], None
-    if rows != rank and rows % rank == 0 and adapter.config.get("target_parameters") and lora.kind == "module":
+    if leaf is not None and rows != rank and rows % rank == 0:
         experts = rows // rank
     elif rows != rank:
-        raise Refused(
-            f"rank {rows} in the file for {shown(lora.module)}",
-            expected=f"rank {rank}, as r and rank_pattern say",
-            where=adapter.where,
-            do="restore the config that was saved with the file (a wrong rank means a wrong scale)",
-        )
+        raise other_rank(adapter, lora, rows, rank)
     if math.prod(lora.b.shape[1:]) != rows:
         raise Refused(
             f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",
@@ -73,22 +94,6 @@ def factors_of(adapter: Adapter, lora: Lora) -> Factors:
             do="leave the module out",
         )
     return Factors(lora.a, lora.b, scale, rank, experts)
-
-
-def _resolved(adapter: Adapter, lora: Lora) -> tuple[int, float]:
-    """Rank and scale; of a module's parameters the patterns may name each, and a file does not say which one it is."""
-    targets = adapter.config.get("target_parameters") or []
-    leaves = [t.rpartition(".")[2] for t in targets if f".{lora.module}".endswith(f".{t.rpartition('.')[0]}") or "." not in t]
-    names = [lora.module] if lora.kind == "embedding" or not leaves else [f"{lora.module}.{leaf}" for leaf in leaves]
-    found = {adapter.resolved(name) for name in names}
-    if len(found) > 1:
-        raise Refused(
-            f"{shown(lora.a.key)}: rank_pattern or alpha_pattern tells the parameters of its module apart, its key does not",
-            expected="one rank and alpha for all parameters of a module",
-            where=adapter.where,
-            do="give them the same rank and alpha",
-        )
-    return found.pop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,11 @@ class Place:
     b_tail: tuple[int, ...]
     out: int
     experts: int | None
+
+    @property
+    def bias_key(self) -> str:
+        """Of the bias that b has with lora_bias."""
+        return self.b_key.removesuffix("weight") + "bias"
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Stored shapes of a and b at that rank."""
@@ -118,6 +128,8 @@ class Place:
         return {self.a_key: a.reshape(a_shape), self.b_key: b.reshape(b_shape)}
 
 
-def place_of(lora: Lora, factors: Factors) -> Place:
-    a, b = lora.a, lora.b
-    return Place(canonical(a.key), canonical(b.key), a.shape[1:], b.shape[2:], b.shape[0], factors.experts)
+def place_of(lora: Lora, factors: Factors, levels: Mapping[str, int], depth: int = 0) -> Place:
+    """Where such factors go in a file whose modules are wrapped `levels` times, under `depth` wrappers of their own module."""
+    path = PREFIX + wrapped(lora.module, levels) + ".base_layer" * depth
+    a, b = ("lora_embedding_A", "lora_embedding_B") if lora.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    return Place(f"{path}.{a}", f"{path}.{b}", lora.a.shape[1:], lora.b.shape[2:], lora.b.shape[0], factors.experts)

@@ -17,8 +17,9 @@ from adapterkit.factors import Factors
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product
 from adapterkit.ops import produced
-from adapterkit.ops.combine import held, join, not_linear, read_all
+from adapterkit.ops.combine import held, not_linear, read_all
 from adapterkit.ops.packaging import as_json, hub_or_name
+from adapterkit.ops.sites import join
 from adapterkit.ops.sources import open_all
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import Computed, CopyFile, FromFacts, Inputs, Made, Plan, Progress, Receipt, identities
@@ -84,9 +85,9 @@ def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Opt
     errors = [error for adapter in read for error in (*not_linear(adapter), *_not_routable(adapter))]
     joined = join(read, errors)
     bundles: list[Experts] = []
-    for name, members in joined.items():
-        parts = tuple((number, factors) for number, (_, factors) in members.items() if number < len(experts))
-        less = tuple(factors for number, (_, factors) in members.items() if number >= len(experts))
+    for name, site in joined.items():
+        parts = tuple((number, factors) for number, (_, factors) in site.members.items() if number < len(experts))
+        less = tuple(factors for number, (_, factors) in site.members.items() if number >= len(experts))
         if not parts:
             continue
         if options.compat == "peft":
@@ -132,7 +133,7 @@ def _check(options: Options, count: int) -> None:
 def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
     """What a router over linear layers cannot hold."""
     odd = [lora.module for lora in adapter.loras if lora.kind != "module" or len(lora.a.shape) > 2 or lora.bias is not None]
-    odd += [adapter.name] * bool(adapter.config.get("target_parameters")) + [*held([adapter], copies=False)]
+    odd += [adapter.name] * bool(adapter.config.get("target_parameters")) + [*held([adapter], {}, copies=False)]
     if not odd:
         return []
     found = f"{adapter.name} has more than factors of linear layers: {', '.join(map(shown, odd[:6]))}"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from adapterkit.adapter import Adapter, Lora
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.factors import other_rank, rank_and_scale
 from adapterkit.ops.copies import settle_copies
 from adapterkit.ops.job import Change, Job, Part, nested
 from adapterkit.ops.targets import oriented, targets
@@ -149,29 +150,21 @@ def _products(job: Job, adapter: Adapter, weight: float) -> None:
             job.leave_out(adapter, lora.module)
     for module, loras in by_module.items():
         try:
-            for name, lora in targets(job, adapter, module, loras):
-                _product(job, adapter, weight, name, lora)
+            for name, leaf, lora in targets(job, adapter, module, loras):
+                _product(job, adapter, weight, name, leaf, lora)
         except AdapterkitError as error:
             job.errors.append(error)
 
 
-def _product(job: Job, adapter: Adapter, weight: float, name: str, lora: Lora) -> None:
+def _product(job: Job, adapter: Adapter, weight: float, name: str, leaf: str | None, lora: Lora) -> None:
     parameter = job.names.parameter(name)
     assert parameter is not None
     shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
     parameter = replace(parameter, shape=shape)
-    pattern_name = name if adapter.config.get("target_parameters") and lora.kind == "module" else lora.module
-    if name == lora.module + ".weight" or name.endswith(".in_proj_weight"):
-        pattern_name = lora.module
-    rank, scale = adapter.resolved(pattern_name)
-    product, outputs = oriented(job, adapter, parameter, lora, scale * weight)
+    rank, scale = rank_and_scale(adapter, lora, leaf)
+    product, outputs = oriented(job, adapter, parameter, lora, leaf, scale * weight)
     if product.rank != rank:
-        raise Refused(
-            f"rank {product.rank} in the file for {shown(lora.module)}",
-            expected=f"rank {rank}, as r and rank_pattern say",
-            where=adapter.where,
-            do="restore the config that was saved with the file (a wrong rank means a wrong scale)",
-        )
+        raise other_rank(adapter, lora, product.rank, rank)
     if lora.magnitude is not None and product.experts is not None:
         raise Refused(
             f"DoRA on the stack {shown(name)}",
@@ -181,20 +174,13 @@ def _product(job: Job, adapter: Adapter, weight: float, name: str, lora: Lora) -
         )
     if lora.magnitude is not None and math.prod(lora.magnitude.shape) != parameter.shape[outputs]:
         raise job.misshaped(adapter, lora.magnitude.key, lora.magnitude.shape, (parameter.shape[outputs],))
-    first = lora.kind == "embedding" or product.experts is not None or name != lora.module + ".weight"
-    first = first or _in_attention(job, lora.module)
+    first = lora.kind == "embedding" or leaf is not None or not name.endswith(".weight") or adapter.attention(lora) is not None
     part = Part(adapter, lora, product, None, scale * weight, lora.magnitude, outputs, first)
     change = job.change(parameter)
     change.parts.append(part)
     change.adapters.append(adapter.name)
     if lora.bias is not None:
         _bias(job, adapter, lora, scale * weight)
-
-
-def _in_attention(job: Job, module: str) -> bool:
-    """Whether a module is the output projection of torch's MultiheadAttention."""
-    parent, _, leaf = module.rpartition(".")
-    return leaf == "out_proj" and job.names.parameter(f"{parent}.in_proj_weight") is not None
 
 
 def _bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:

@@ -2,21 +2,22 @@
 factors) and how the result becomes factors again (refit: exact, a rank, a share of the energy) are three choices."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapterkit import dtypes, registry
-from adapterkit.adapter import PREFIX, Adapter, Lora, canonical, read_adapter
+from adapterkit.adapter import PREFIX, Adapter, Lora, read_adapter, rewrapped
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.factors import Factors, factors_of, place_of
+from adapterkit.factors import Factors
 from adapterkit.ops import produced
 from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.copies import rows_apart
 from adapterkit.ops.decomposed import BaseWeights, not_decomposed
+from adapterkit.ops.sites import Site, base_with_parameters, join, levels_of, names_of, targets_of
 from adapterkit.ops.sources import open_source, open_weighted
 from adapterkit.options import Sources, StrPath, checked, choice
 from adapterkit.patterns import matcher
@@ -83,7 +84,8 @@ def combine(
     `{path: 0.7}`. `space="delta"`: the method acts on the deltas;
     `"factors"`: on a and b apart, as PEFT's `add_weighted_adapter` does (sign and root of each weight on both, cross terms and
     all). Refit: `rank`, or `energy` (the smallest rank of each module that keeps this share of the squared singular values); with
-    neither, methods on factors are exact (the ranks add up) and methods on elements keep the inputs' largest rank. Factors are
+    neither, methods on factors are exact (the ranks add up) and methods on elements keep the inputs' largest rank. `base` tells
+    parameters of `target_parameters` apart where the files, which name their nesting only, do not. Factors are
     computed in float64 (dense deltas in float32), written in `dtype`. Raises `Refused` before anything is written.
 
     A DoRA's delta depends on the weights that it was trained on: with `base` it is m·(W + scale·b@a)/‖W + scale·b@a‖ - W, dense, so
@@ -109,32 +111,32 @@ def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Fo
     adapters = read_all([folder for folder, _ in sources])
     weights = _Weights([weight for _, weight in sources], options.weight_for)
     doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
-    if base is not None and not doras:
-        notes.append(f"{base.name} was not needed: the adapters' deltas are in their factors")
-    model = open_checkpoint(base, len(adapters)) if base is not None and doras else None
+    if base is not None and doras:
+        model = open_checkpoint(base, len(adapters))
+    else:
+        model = base_with_parameters(base, adapters, notes)
     errors = [error for adapter in adapters for error in _not_summable(adapter, model)]
-    joined = join(adapters, errors)
+    joined = join(adapters, errors, None if model is None else names_of(model, adapters, notes))
     decomposed = {} if model is None else {a.number: BaseWeights(model, a, [x.module for x in a.loras], notes) for a in doras}
     bundles: list[Combined] = []
-    for name, members in joined.items():
+    levels = levels_of(joined.values())
+    for name, site in joined.items():
         try:
-            parts = tuple(_part(number, *found, weights, decomposed.get(number)) for number, found in members.items())
+            parts = tuple(_part(number, *found, weights, decomposed.get(number)) for number, found in site.members.items())
             if hasattr(method, "check"):
                 method.check([part.weight for part in parts])
         except AdapterkitError as error:
             errors.append(error)
             continue
         errors += _fit(name, parts, adapters, options, refit)
-        first = next(iter(members.values()))
         bundles.append(
-            Combined(name, parts, place_of(*first), method, options.space, refit, dtypes.parse(options.dtype), options.seed)
+            Combined(name, parts, site.place(levels), method, options.space, refit, dtypes.parse(options.dtype), options.seed)
         )
-    biases, whole = _biases(joined, weights, options, errors), _values(adapters, weights, method, errors)
-    errors += weights.unused()
+    biases, whole = _biases(joined, weights, options, errors), _values(adapters, weights, method, levels, errors)
+    errors += weights.unused() + _inside_wrappers(adapters, joined.values())
     refuse_all(errors)
     if not bundles:
         raise Refused("no module with factors", expected="adapters of low-rank factors", where="combine", do="check the adapters")
-    modules = {name: next(iter(members.values()))[0].module for name, members in joined.items()}
     told = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {"weights": [w for _, w in sources]}
     facts = {
         "adapters": [{"name": a.name, "weight": w, "modules": len(a.loras)} for a, (_, w) in zip(adapters, sources, strict=True)]
@@ -142,7 +144,7 @@ def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Fo
     settings = produced.plain_settings() | produced.extras(adapters) | {"lora_bias": bool(biases)}
     summary = f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for _, w in sources)}"
     everything = [*bundles, *biases, *whole]
-    output = produced.Output(adapters, everything, modules, settings, summary)
+    output = produced.Output(adapters, everything, settings=settings, summary=summary, **targets_of(joined))
     return produced.adapter_plan("combine", told, adapters, [output], notes, facts, model)
 
 
@@ -183,31 +185,6 @@ def not_linear(adapter: Adapter, dora: str = "make it plain first: adapterkit re
         found = f"{adapter.name} replicates layers: its modules are not the base's"
         errors.append(Refused(found, expected="adapters of one base", where=adapter.where, do="leave it out"))
     return errors
-
-
-Joined = dict[str, dict[int, tuple[Lora, Factors]]]
-
-
-def join(adapters: Sequence[Adapter], errors: list[AdapterkitError]) -> Joined:
-    """Module (with its depth of nesting) -> adapter number -> its factors; shapes that differ are errors."""
-    joined: Joined = {}
-    for adapter in adapters:
-        for lora in adapter.loras:
-            name = lora.module + ".base_layer" * lora.depth
-            try:
-                joined.setdefault(name, {})[adapter.number] = (lora, factors_of(adapter, lora))
-            except AdapterkitError as error:
-                errors.append(error)
-    for name, members in joined.items():
-        kinds = {(lora.kind, f.shape, lora.a.shape[1:], f.experts) for lora, f in members.values()}
-        if len(kinds) > 1:
-            found = [f"{adapters[n].name}: {lora.kind} {f.shape}" for n, (lora, f) in members.items()]
-            errors.append(
-                Refused(
-                    f"{shown(name)}: {'; '.join(found)}", expected="one shape", where="adapters", do="combine adapters of one base"
-                )
-            )
-    return {name: members for name, members in joined.items() if members}
 
 
 class _Weights:
@@ -286,23 +263,26 @@ def _fit(name: str, parts: tuple[Part, ...], adapters: Sequence[Adapter], option
     return []
 
 
-def held(adapters: Sequence[Adapter], *, copies: bool = True) -> dict[str, dict[int, TensorSpec]]:
-    """Key in PEFT's layout -> adapter number -> the trained value: what is no factor; without `copies` no weight of the base."""
+def held(adapters: Sequence[Adapter], levels: Mapping[str, int], *, copies: bool = True) -> dict[str, dict[int, TensorSpec]]:
+    """Key, in a file whose modules are wrapped `levels` times -> adapter number -> the trained value: what is no factor; without
+    `copies` no weight of the base."""
     found: dict[str, dict[int, TensorSpec]] = {}
     for adapter in adapters:
         values = [spec for name, spec in adapter.replaced.items() if copies or name not in adapter.copies]
         for spec in [*values, *(tokens.values for tokens in adapter.tokens)]:
-            found.setdefault(canonical(spec.key), {})[adapter.number] = spec
+            found.setdefault(rewrapped(spec.key, levels), {})[adapter.number] = spec
     return found
 
 
-def _values(adapters: Sequence[Adapter], weights: "_Weights", method: Any, errors: list[AdapterkitError]) -> list[Bundle]:
+def _values(
+    adapters: Sequence[Adapter], weights: "_Weights", method: Any, levels: Mapping[str, int], errors: list[AdapterkitError]
+) -> list[Bundle]:
     """Values that were trained whole: taken as they are from the one adapter of weight 1 that has them or from several that agree,
     or averaged."""
-    errors += _other_rows(adapters)
+    errors += _other_rows(adapters, levels)
     bundles: list[Bundle] = []
-    for key, holders in held(adapters).items():
-        module = key.removeprefix(PREFIX).rpartition(".")[0]
+    for key, holders in held(adapters, levels).items():
+        module = rewrapped(key, {}).removeprefix(PREFIX).rpartition(".")[0]
         if all(spec in adapters[number].copies.values() for number, spec in holders.items()):
             bundles += _copy(adapters, key, holders, errors)
             continue
@@ -310,7 +290,7 @@ def _values(adapters: Sequence[Adapter], weights: "_Weights", method: Any, error
         spec, several = next(iter(holders.values())), len(holders) > 1
         shares = method.shares(given) if hasattr(method, "shares") else given[:1] if not several else []
         if _equal(adapters, list(holders.items())) if several else shares == [1.0]:
-            bundles.append(produced.taken(spec))
+            bundles.append(produced.Taken(spec, key))
             continue
         names = ", ".join(f"{adapters[n].name} (weight {w:g})" for n, w in zip(holders, given, strict=True))
         alike = len({s.shape for s in holders.values()}) == 1 and all(s.dtype in dtypes.FLOATS for s in holders.values())
@@ -334,11 +314,36 @@ def _copy(adapters: Sequence[Adapter], key: str, holders: dict[int, TensorSpec],
             found = f"{shown(key)}: copies of two bases in {adapters[widest].name} and {adapters[number].name}"
             do = "merge them one after the other, with --base-copies"
             errors.append(Refused(found, expected="adapters of one base", where="adapters", do=do))
-    return [produced.taken(first[1])]
+    return [produced.Taken(first[1], key)]
 
 
-def _other_rows(adapters: Sequence[Adapter]) -> list[AdapterkitError]:
-    """Trained token rows can be joined only where they are the same rows."""
+def _inside_wrappers(adapters: Sequence[Adapter], sites: Iterable[Site]) -> list[AdapterkitError]:
+    """PEFT refuses modules_to_save right inside a module whose parameters are targets."""
+    homes = {site.module for site in sites if site.parameter}
+    names = {name.rpartition(".")[0]: adapter.name for adapter in adapters for name in adapter.replaced if adapter.saves(name)}
+    inside = {name: holder for name, holder in names.items() if name.rpartition(".")[0] in homes}
+    if not inside:
+        return []
+    found = "; ".join(f"{shown(name)} ({who}) inside {shown(name.rpartition('.')[0])}" for name, who in list(inside.items())[:4])
+    return [
+        Refused(
+            f"modules_to_save {found}, of which parameters are targets",
+            expected="one of both: PEFT cannot load them together",
+            where="adapters",
+            do="merge one adapter after the other instead",
+        )
+    ]
+
+
+def _other_rows(adapters: Sequence[Adapter], levels: Mapping[str, int]) -> list[AdapterkitError]:
+    """Trained token rows can be joined only where they are the same rows, and of an embedding without factors."""
+    both = {tokens.module: a.name for a in adapters for tokens in a.tokens if levels.get(tokens.module)}
+    if both:
+        found = (
+            f"trained token rows of {', '.join(map(shown, both))} ({', '.join(both.values())}) beside factors of the same module"
+        )
+        do = "merge one adapter after the other instead"
+        return [Refused(found, expected="one of both: PEFT cannot load them together", where="adapters", do=do)]
     found = {a.name: a.config["trainable_token_indices"] for a in adapters if a.tokens}
     if all(rows == next(iter(found.values())) for rows in found.values()):
         return []
@@ -359,13 +364,16 @@ def _equal(adapters: Sequence[Adapter], holders: list[tuple[int, TensorSpec]]) -
     return True
 
 
-def _biases(joined: Joined, weights: "_Weights", options: Options, errors: list[AdapterkitError]) -> list[produced.Summed]:
+def _biases(joined: dict[str, Site], weights: "_Weights", options: Options, errors: list[AdapterkitError]) -> list[produced.Summed]:
     """The biases that LoRAs add (lora_bias); they follow the weights, so only `linear` says what becomes of them."""
     bundles = []
-    for name, members in joined.items():
-        terms = [(lora.bias, f.scale * weights.of(n, lora.module)) for n, (lora, f) in members.items() if lora.bias is not None]
+    levels = levels_of(joined.values())
+    for name, site in joined.items():
+        members = site.members.items()
+        terms = [(lora.bias, f.scale * weights.of(n, lora.module)) for n, (lora, f) in members if lora.bias is not None]
         if terms:
-            bundles.append(produced.Summed(f"{name} bias", canonical(terms[0][0].key), tuple(terms), dtypes.parse(options.dtype)))
+            key = site.place(levels).bias_key
+            bundles.append(produced.Summed(f"{name} bias", key, tuple(terms), dtypes.parse(options.dtype)))
     if bundles and (ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"):
         errors.append(
             Refused(

@@ -17,11 +17,12 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import NOT_A_MODEL, Checkpoint, open_checkpoint, read_header
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all, shown
-from adapterkit.factors import Factors, factors_of
+from adapterkit.factors import Factors
 from adapterkit.kernels import compare as kernel
 from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stacked
 from adapterkit.ops import settings
 from adapterkit.ops.requantised import stored_parts
+from adapterkit.ops.sites import join
 from adapterkit.ops.sources import open_source
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Progress
@@ -253,13 +254,9 @@ def _parts(folder: Folder, number: int) -> tuple[Adapter, dict[tuple[str, str], 
     adapter = read_adapter(folder, number)
     parts: dict[tuple[str, str], Any] = {("replaced", name): spec for name, spec in adapter.replaced.items()}
     errors: list[AdapterkitError] = []
-    for lora in adapter.loras:
-        name = lora.module + ".base_layer" * lora.depth
-        try:
-            parts["delta", name] = factors = factors_of(adapter, lora)
-        except AdapterkitError as error:
-            errors.append(error)
-            continue
+    for name, site in join([adapter], errors).items():
+        ((lora, factors),) = site.members.values()
+        parts["delta", name] = factors
         if lora.magnitude is not None:  # (out,) or (1, out, 1, 1), as PEFT's versions have it
             parts["magnitude", name] = replace(lora.magnitude, shape=(math.prod(lora.magnitude.shape),))
         if lora.bias is not None:

@@ -158,7 +158,6 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
 class _Output(produced.Output):
     """An adapter some of whose targets are parameters: stacks of experts, routers."""
 
-    parameters: frozenset[str] = frozenset()
     others: frozenset[str] = frozenset()  # all modules of the model
 
     def config(self, facts: dict[str, dict], grown: int = 0) -> bytes:

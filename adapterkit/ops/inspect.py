@@ -321,7 +321,7 @@ def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, se
     parameter = joined.parameters[at].name if joined is not None and at in joined.parameters else None
     rank, alpha, scale = _settings(adapter, lora, parameter, seen) if typed else (None, None, None)
     experts = joined.experts.get(at) if joined is not None else None
-    if parameter is None and rank and stored != rank and stored % rank == 0 and _own_targets(adapter, lora):
+    if parameter is None and rank and stored != rank and stored % rank == 0 and _leaves(adapter, lora):
         experts = stored // rank
     if rank is not None and stored != rank * (experts or 1):
         found = f"rank {stored} in the file for {shown(lora.module)}"
@@ -335,11 +335,11 @@ def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, se
 
 def _settings(adapter: Adapter, lora: Lora, parameter: str | None, seen: Seen) -> tuple[int | None, float | None, float | None]:
     """Rank, alpha and scale as the config says, which speaks of a module, or of its parameter where that has a name of its own."""
-    names = [parameter] if parameter is not None else _own_targets(adapter, lora)
-    plain = [lora.module if name.rpartition(".")[2] in ("weight", "in_proj_weight") else name for name in names]
+    own = None if parameter is None else [parameter.rpartition(".")[2]]
+    names = [adapter.pattern_name(lora, leaf) for leaf in _leaves(adapter, lora, own) or [None]]
     try:
         r, lora_alpha = adapter.config["r"], adapter.config["lora_alpha"]
-        found = {adapter.patterned(name, r, lora_alpha) for name in plain or [lora.module]}
+        found = {adapter.patterned(name, r, lora_alpha) for name in names}
     except Refused as error:  # a pattern that cannot be used
         seen.note(error)
         return None, None, None
@@ -351,12 +351,9 @@ def _settings(adapter: Adapter, lora: Lora, parameter: str | None, seen: Seen) -
     return rank, alpha, adapter.scale(rank, alpha)
 
 
-def _own_targets(adapter: Adapter, lora: Lora) -> list[str]:
+def _leaves(adapter: Adapter, lora: Lora, own: list[str] | None = None) -> list[str]:
     """Those parameters of the module that target_parameters may mean; without a base the file does not say which of them it is."""
-    ends = [target.rpartition(".") for target in adapter.config.get("target_parameters") or []]
-    own = [leaf for parent, _, leaf in ends if not parent or f".{lora.module}".endswith(f".{parent}")]
-    own += ["weight"] if any(not parent for parent, _, _ in ends) else []  # such a name says nothing of the module
-    return [f"{lora.module}.{leaf}" for leaf in own] if lora.kind == "module" else []
+    return adapter.leaves(lora.module, own) if lora.kind == "module" else []
 
 
 def _groups(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:

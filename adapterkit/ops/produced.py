@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit import __version__, dtypes
 from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, canonical
@@ -18,9 +18,12 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.writer import RECEIPT
 from adapterkit.errors import Refused, Spoiled, shown
-from adapterkit.factors import Place, factors_of
+from adapterkit.factors import Place, rank_and_scale
 from adapterkit.ops.packaging import as_json, cell, check_output_apart, hub_or_name, tokenizer_files
 from adapterkit.plan import Bundle, Computed, CopyFile, FromFacts, Inputs, Made, Plan, Receipt, identities, run, sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 1 << 20  # elements that are summed at a time
 # What an adapter that is the sum of others takes over from the first of them
@@ -104,13 +107,15 @@ class Output:
 
     adapters: Sequence[Adapter]  # what it is made from; the first one's config says what it is for
     bundles: Sequence[Bundle]
-    modules: dict[str, str]  # bundle name -> the module whose factors it makes
+    modules: dict[str, str]  # bundle name -> the target whose factors it makes: a module, or a parameter's full name
     settings: dict[str, Any]
     summary: str
     folder: str = ""  # inside the output
     settle: Callable[[Sequence[Bundle]], Any] | None = None  # from the bundles in the file's order to `Computed.settle`
     alpha: float | None = None  # one lora_alpha for all modules; None: each one's rank, so that every scale is 1
     kept: dict[str, Any] | None = None  # where there is no adapter: what the config says of the base
+    parameters: frozenset[str] = frozenset()  # targets that are parameters
+    unnamed: frozenset[str] = frozenset()  # those of them that are modules: which of their parameters it is was not known
 
     def inside(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name
@@ -118,7 +123,12 @@ class Output:
     def shard(self) -> Computed:
         # the wider dtype first, so that no tensor is misaligned
         ordered = sorted(self.bundles, key=lambda bundle: -max((dtypes.BITS[s.dtype] for s in bundle.most), default=0))
-        return Computed(self.inside(WEIGHTS), tuple(ordered), settle=self.settle(ordered) if self.settle else None)
+        pairs = {t for t, count in Counter(self.modules.values()).items() if count > 1} - self.parameters
+        if pairs and self.settle:
+            found, do = f"--max-size with MultiheadAttention ({shown(min(pairs))})", "give --rank or --energy"
+            raise Refused(found, expected="a rank or an energy: both projections have one rank", where="options", do=do)
+        settle = self.settle(ordered) if self.settle else _one_rank(ordered, self.modules, pairs) if pairs else None
+        return Computed(self.inside(WEIGHTS), tuple(ordered), settle=settle)
 
     def files(self, notes: list[str]) -> dict[str, bytes | CopyFile | FromFacts]:
         files: dict[str, bytes | CopyFile | FromFacts] = {}
@@ -139,9 +149,40 @@ class Output:
             rank = facts.get(name, {}).get("rank")
             if rank is not None and found.setdefault(module, rank) != rank:
                 found_ranks = f"ranks {found[module]} and {rank} for two parameters of {shown(module)}"
-                raise Spoiled(found_ranks, expected="one for both", where=self.inside(CONFIG), do="give --rank")
+                raise Spoiled(found_ranks, expected="one for both", where=self.inside(CONFIG), do="give --rank, or --base")
         config = kept | self.settings | {"base_model_name_or_path": self.base()}
-        return as_json(config | targets(self.adapters, sorted(found)) | ranks(found, self.alpha, _homes(self.adapters)))
+        plain = sorted(found.keys() - self.parameters)
+        return as_json(config | targets(self.adapters, plain) | ranks(found, self.alpha, self.unnamed))
+
+
+def _one_rank(bundles: Sequence[Bundle], modules: dict[str, str], pairs: Collection[str]) -> Callable[[list[dict]], list]:
+    """Zeros that bring both projections of a MultiheadAttention to one rank: PEFT has one pattern for them."""
+    homes = [target if (target := modules.get(bundle.name)) in pairs else None for bundle in bundles]
+
+    def settle(facts: list[dict]) -> list[Callable[[Made], Made]]:
+        most = {home: max(f["rank"] for f, h in zip(facts, homes, strict=True) if h == home) for home in pairs}
+        return [
+            (lambda made: made) if home is None else _grown(bundle, most[home]) for bundle, home in zip(bundles, homes, strict=True)
+        ]
+
+    return settle
+
+
+def _grown(bundle: Any, rank: int) -> Callable[[Made], Made]:
+    def change(made: Made) -> Made:
+        import torch
+
+        a, b = (cast("Tensor", made.tensors[key]) for key in (bundle.place.a_key, bundle.place.b_key))
+        more = rank - len(a)
+        if not more:
+            return made
+        tensors = {
+            bundle.place.a_key: torch.cat([a, a.new_zeros(more, *a.shape[1:])]),
+            bundle.place.b_key: torch.cat([b, b.new_zeros(len(b), more)], 1),
+        }
+        return Made(tensors, made.facts | {"rank": rank})
+
+    return change
 
 
 def adapter_plan(
@@ -217,34 +258,27 @@ def targets(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
     else their full names. Parameters are named as the inputs name them (`target_parameters`)."""
     named = {target for a in adapters for target in a.config.get("target_parameters") or []}
     if named:
-        homes = _homes(adapters)
-        plain = [module for module in modules if not _holds(module, homes)]
         version = {"peft_version": adapters[0].config["peft_version"]} if "peft_version" in adapters[0].config else {}
-        return {"target_modules": plain, "target_parameters": sorted(named), **version}  # the layout of stacks goes by the version
+        return {
+            "target_modules": modules,
+            "target_parameters": sorted(named),
+            **version,
+        }  # the layout of stacks goes by the version
     lists = [a.config.get("target_modules") for a in adapters]
     narrowed = any(a.config.get("layers_to_transform") or a.config.get("exclude_modules") for a in adapters)
-    same = bool(adapters) and all({lora.module for lora in a.loras} == set(modules) for a in adapters)
+    same = bool(adapters) and all({a.attention(lora) or lora.module for lora in a.loras} == set(modules) for a in adapters)
     if same and not narrowed and all(isinstance(t, list) and set(t) == set(lists[0] or ()) for t in lists):
         return {"target_modules": sorted(lists[0] or ())}
     return {"target_modules": modules}
 
 
-def _homes(adapters: Sequence[Adapter]) -> set[str]:
-    """Modules whose parameters are targets, as the inputs name them."""
-    return {target.rpartition(".")[0] for a in adapters for target in a.config.get("target_parameters") or []}
+def ranks(found: dict[str, int], alpha: float | None = None, unnamed: Collection[str] = ()) -> dict[str, Any]:
+    """r, lora_alpha and the patterns for each target's rank: the commonest is r, the others are anchored patterns.
 
-
-def _holds(module: str, homes: Iterable[str]) -> bool:
-    return any(f".{module}".endswith(f".{home}") for home in homes)
-
-
-def ranks(found: dict[str, int], alpha: float | None = None, homes: Iterable[str] = ()) -> dict[str, Any]:
-    """r, lora_alpha and the patterns for each module's rank: the commonest is r, the others are anchored patterns.
-
-    A pattern is held against a parameter's own name where that is the target; `homes` are the modules of such parameters."""
+    A pattern is held against a parameter's own name where that is the target; `unnamed` are modules of such parameters."""
     common = Counter(found.values()).most_common(1)[0][0] if found else 8
-    name = lambda module: f"^{module}" + r"(\.\w+)?" * _holds(module, homes)
-    pattern = {name(module): rank for module, rank in found.items() if rank != common}
+    name = lambda target: f"^{target}" + r"(\.\w+)?" * (target in unnamed)
+    pattern = {name(target): rank for target, rank in found.items() if rank != common}
     alphas = {"lora_alpha": common, "alpha_pattern": dict(pattern)} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
     return {"r": common, "rank_pattern": pattern, **alphas}
 
@@ -326,7 +360,7 @@ def beside_factors(adapter: Adapter, dtype: str) -> list[Bundle]:
     bundles: list[Bundle] = []
     for lora in adapter.loras:
         if lora.bias is not None:
-            terms = ((lora.bias, factors_of(adapter, lora).scale),)
+            terms = ((lora.bias, rank_and_scale(adapter, lora, None)[1]),)
             bundles.append(Summed(f"{lora.module} bias", canonical(lora.bias.key), terms, dtype))
         if lora.magnitude is not None:
             bundles.append(taken(lora.magnitude))

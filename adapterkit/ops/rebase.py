@@ -7,10 +7,10 @@ from adapterkit.adapter import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.combinations.linear import Linear
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.factors import place_of
 from adapterkit.ops import produced
-from adapterkit.ops.combine import join, read_all
+from adapterkit.ops.combine import read_all
 from adapterkit.ops.combining import Combined, Part, Refit
+from adapterkit.ops.sites import Site, base_with_parameters, join, levels_of, names_of, targets_of
 from adapterkit.ops.sources import open_source
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
@@ -33,6 +33,7 @@ def rebase(
     *,
     initial: StrPath,
     out: StrPath,
+    base: StrPath | None = None,
     rank: int | None = None,
     energy: float | None = None,
     dtype: str = "fp32",
@@ -48,15 +49,16 @@ def rebase(
 
     Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training), so on W the delta is s·b@a -
     s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it. Unlike PEFT's `path_initial_model_for_weight_conversion` it
-    keeps embeddings, biases, magnitudes, trained modules and token rows, and works with patterns and rsLoRA. Raises `Refused`
-    before anything is written.
+    keeps embeddings, biases, magnitudes, trained modules and token rows, and works with patterns and rsLoRA. `base` tells
+    parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything is written.
     """
-    plan = plan_rebase(open_source(adapter), open_source(initial), Options(rank, energy, dtype))
+    folder = None if base is None else open_source(base)
+    plan = plan_rebase(open_source(adapter), open_source(initial), Options(rank, energy, dtype), folder)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
-def plan_rebase(source: Folder, initial: Folder, options: Options) -> Plan:
+def plan_rebase(source: Folder, initial: Folder, options: Options, base: Folder | None = None) -> Plan:
     """Everything a rebase will do, or `Refused` with all that cannot be done."""
     produced.check_refit(options.rank, options.energy)
     trained, before = read_all([source, initial])
@@ -69,22 +71,23 @@ def plan_rebase(source: Folder, initial: Folder, options: Options) -> Plan:
         found = f"{trained.name} was initialised by {init}: its base is quantised, not a residual"
         do = "merge it into its quantised base, or extract the difference"
         errors.append(Refused(found, expected="an init that subtracts from the base", where=trained.where, do=do))
-    joined = join([trained, before], errors)
+    model = base_with_parameters(base, [trained, before], notes)
+    joined = join([trained, before], errors, None if model is None else names_of(model, [trained, before], notes))
     errors += _same_modules(joined, trained, before)
     refuse_all(errors)
     dtype, refit = dtypes.parse(options.dtype), Refit(options.rank, options.energy)
     bundles: list[Bundle] = []
-    for name, members in joined.items():
-        parts = (Part(0, members[0][1], 1.0), Part(1, members[1][1], -1.0))
-        bundles.append(Combined(name, parts, place_of(*members[0]), Linear(), "delta", refit, dtype, 0))
-    own = _without_changed_base(trained, notes)
-    bundles += produced.beside_factors(own, dtype)
-    modules = {name: members[0][0].module for name, members in joined.items()}
+    levels = levels_of(joined.values())
+    for name, site in joined.items():
+        parts = (Part(0, site.members[0][1], 1.0), Part(1, site.members[1][1], -1.0))
+        bundles.append(Combined(name, parts, site.place(levels), Linear(), "delta", refit, dtype, 0))
+    bundles += produced.beside_factors(_without_changed_base(trained, notes), dtype)
     settings = produced.plain_settings() | produced.extras([trained]) | produced.flags(trained)
     told = {k: v for k, v in vars(options).items() if v is not None}
     facts = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)], "init": init}
-    output = produced.Output([trained], bundles, modules, settings, f"{init or 'its'} initial factors taken out")
-    return produced.adapter_plan("rebase", told, [trained, before], [output], notes, facts)
+    summary = f"{init or 'its'} initial factors taken out"
+    output = produced.Output([trained], bundles, settings=settings, summary=summary, **targets_of(joined))
+    return produced.adapter_plan("rebase", told, [trained, before], [output], notes, facts, model)
 
 
 def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
@@ -96,10 +99,10 @@ def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
     return replace(trained, replaced={name: spec for name, spec in trained.replaced.items() if name not in changed})
 
 
-def _same_modules(joined: dict, trained: Adapter, before: Adapter) -> list[AdapterkitError]:
+def _same_modules(joined: dict[str, Site], trained: Adapter, before: Adapter) -> list[AdapterkitError]:
     errors: list[AdapterkitError] = []
     for number, adapter in ((0, trained), (1, before)):
-        lacking = [name for name, members in joined.items() if number not in members]
+        lacking = [name for name, site in joined.items() if number not in site.members]
         if lacking:
             found = f"{adapter.name} lacks {len(lacking)} modules of the other: {', '.join(map(shown, lacking[:4]))}"
             errors.append(

@@ -13,17 +13,18 @@ from adapterkit.adapter import CONFIG, PREFIX, Adapter, read_adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint, read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.factors import Place, place_of
+from adapterkit.factors import Place
 from adapterkit.kinds.common import Adapted, Delta, Kind, read_kind
 from adapterkit.ops import produced
-from adapterkit.ops.combine import join
 from adapterkit.ops.decomposed import CHECK_BASE, BaseWeights, not_decomposed
 from adapterkit.ops.extract import SHARES
 from adapterkit.ops.ranking import Converted, Cut, Truncated, check_cut, even_rank, settled_by_size
+from adapterkit.ops.sites import join, levels_of, names_of, targets_of
 from adapterkit.ops.sources import open_source
 from adapterkit.options import StrPath, checked, choice
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
 from adapterkit.registry import members
+from adapterkit.weights.names import Names
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def plan_resize(source: Folder, options: Options, base: Folder | None = None) ->
     check_cut(options.cut)
     config = read_json(source, CONFIG) if CONFIG in source.files() else {}  # the reader refuses what has none
     kind, notes = _kind(source, config), []
-    if base is not None and kind is None and not config.get("use_dora"):
+    if base is not None and kind is None and not config.get("use_dora") and not config.get("target_parameters"):
         notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
         base = None
     job = _Job(options, None if base is None else open_checkpoint(base, 1), notes)
@@ -111,19 +112,20 @@ class _Job:
     notes: list[str]
     errors: list[AdapterkitError] = field(default_factory=list)
     ranked: list[Truncated | Converted] = field(default_factory=list)
-    modules: dict[str, str] = field(default_factory=dict)  # bundle's name -> its module
+    targets: dict[str, Any] = field(default_factory=dict)  # what the output has to know of them
     adapter: Adapter | None = None
     init: Any = True  # the output's init_lora_weights
 
     def resize(self, adapter: Adapter) -> None:
         """A LoRA from its factors; a DoRA whose base is given from its weights."""
         self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
-        joined = {name: next(iter(found.values())) for name, found in join([adapter], self.errors).items()}
-        self.modules = {name: lora.module for name, (lora, _) in joined.items()}
-        if self.base is None:
-            dtype, alpha = dtypes.parse(self.options.dtype), self._alpha()
-            for name, (lora, factors) in joined.items():
-                self.ranked.append(Truncated(name, factors, place_of(lora, factors), self.options.cut, dtype, alpha))
+        sites = join([adapter], self.errors, self._names(adapter))
+        self.targets = targets_of(sites)
+        joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
+        if self.base is None or not adapter.config.get("use_dora"):
+            dtype, alpha, levels = dtypes.parse(self.options.dtype), self._alpha(), levels_of(sites.values())
+            for name, site in sites.items():
+                self.ranked.append(Truncated(name, joined[name][1], site.place(levels), self.options.cut, dtype, alpha))
             return
         self.errors += not_decomposed(adapter)
         weights = BaseWeights(self.base, adapter, [lora.module for lora in adapter.loras], self.notes)
@@ -153,7 +155,12 @@ class _Job:
             with self._collected():
                 weight = None if weights is None else weights.of(module, embedding)
                 self._add(module, kind.of(Adapted(adapter, module, parts, shared, weight)), embedding, module, weights)
-        self.modules = {module: module for module in modules}
+        self.targets = {"modules": {module: module for module in modules}}
+
+    def _names(self, adapter: Adapter) -> Names | None:
+        """The base's names where they tell the adapter's parameters apart."""
+        named = self.base is not None and adapter.config.get("target_parameters")
+        return names_of(self.base, [adapter], self.notes) if self.base is not None and named else None
 
     @contextmanager
     def _collected(self) -> Iterator[None]:
@@ -201,8 +208,9 @@ class _Job:
         settings = produced.plain_settings() | produced.extras([adapter]) | produced.flags(adapter)
         settings |= {"init_lora_weights": self.init}
         bundles: list[Bundle] = [*ranked, *beside]
-        modules = {bundle.name: self.modules[bundle.name] for bundle in ranked}
-        output = produced.Output([adapter], bundles, modules, settings, "resized", settle=settle, alpha=self._alpha())
+        modules = {bundle.name: self.targets["modules"][bundle.name] for bundle in ranked}
+        more = self.targets | {"modules": modules, "settings": settings, "settle": settle, "alpha": self._alpha()}
+        output = produced.Output([adapter], bundles, summary="resized", **more)
         told = {k: v for k, v in {**vars(options.cut), "alpha": options.alpha, "dtype": options.dtype}.items() if v is not None}
         facts = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
         return produced.adapter_plan("resize", told, [adapter], [output], self.notes, facts, self.base)

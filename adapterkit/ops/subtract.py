@@ -5,19 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit import dtypes
-from adapterkit.adapter import Adapter, canonical
+from adapterkit.adapter import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.combinations.linear import Linear
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.factors import Factors, Place, place_of
+from adapterkit.factors import Factors, Place
 from adapterkit.ops import produced
-from adapterkit.ops.combine import held, join, not_linear, read_all
+from adapterkit.ops.combine import held, not_linear, read_all
 from adapterkit.ops.combining import Combined, Part, Refit
-from adapterkit.ops.sources import open_all
+from adapterkit.ops.sites import base_with_parameters, join, levels_of, names_of, targets_of
+from adapterkit.ops.sources import open_all, open_source
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
+from adapterkit.weights.names import Names
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ def subtract(
     *,
     general: Sources,
     out: StrPath,
+    base: StrPath | None = None,
     space: str = "delta",
     rank: int | None = None,
     energy: float | None = None,
@@ -53,16 +56,17 @@ def subtract(
     One task adapter is written to `out`, several to `out/<folder name>`. In delta space the result is exact, of rank r·(1+G) unless
     `rank` or `energy` refits it; a module that a general adapter lacks counts as zero there, and one that the task lacks is added.
     `space="factors"` subtracts the means of a and b apart, as PEFT does (cross terms; scales of the general adapters ignored), and
-    keeps the rank. Factors are written in `dtype`, scale 1. Raises `Refused` before anything is written.
+    keeps the rank. Factors are written in `dtype`, scale 1. `base` tells parameters of `target_parameters` apart where the files do
+    not. Raises `Refused` before anything is written.
     """
     options = Options(space, rank, energy, dtype)
     tasks, generals = open_all(adapters=adapters, general=general)
-    plan = plan_subtract(tasks, generals, options)
+    plan = plan_subtract(tasks, generals, options, None if base is None else open_source(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 
 
-def plan_subtract(tasks: Sequence[Folder], generals: Sequence[Folder], options: Options) -> Plan:
+def plan_subtract(tasks: Sequence[Folder], generals: Sequence[Folder], options: Options, base: Folder | None = None) -> Plan:
     """Everything a subtraction will do, or `Refused` with all that cannot be done."""
     produced.check_refit(options.rank, options.energy)
     if not tasks or not generals:
@@ -75,12 +79,15 @@ def plan_subtract(tasks: Sequence[Folder], generals: Sequence[Folder], options: 
     task_adapters, general_adapters = read[: len(tasks)], read[len(tasks) :]
     errors = [error for adapter in read for error in not_linear(adapter)]
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
-    outputs = [_output(task, general_adapters, options, len(tasks) > 1, errors) for task in task_adapters]
+    notes: list[str] = []
+    model = base_with_parameters(base, read, notes)
+    names = None if model is None else names_of(model, read, notes)
+    outputs = [_output(task, general_adapters, options, len(tasks) > 1, names, errors) for task in task_adapters]
     refuse_all(errors)
     facts = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
     facts["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
     told = {k: v for k, v in vars(options).items() if v is not None} | {"tasks": len(tasks)}
-    return produced.adapter_plan("subtract", told, read, outputs, [], facts)
+    return produced.adapter_plan("subtract", told, read, outputs, notes, facts, model)
 
 
 def _same_names(tasks: Sequence[Adapter]) -> list[AdapterkitError]:
@@ -100,40 +107,47 @@ def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
             where="--general",
             do="train the general adapter without it",
         )
-        for key, holders in held(generals, copies=False).items()
+        for key, holders in held(generals, {}, copies=False).items()
     ]
 
 
 def _output(
-    task: Adapter, generals: Sequence[Adapter], options: Options, several: bool, errors: list[AdapterkitError]
+    task: Adapter,
+    generals: Sequence[Adapter],
+    options: Options,
+    several: bool,
+    names: Names | None,
+    errors: list[AdapterkitError],
 ) -> produced.Output:
-    joined = join([task, *generals], errors)
+    joined = join([task, *generals], errors, names)
     prefix = f"{task.folder.name}: " if several else ""
     refit = Refit(options.rank, options.energy)
     dtype = dtypes.parse(options.dtype)
     bundles: list[Bundle] = []
-    for name, members in joined.items():
-        place = place_of(*next(iter(members.values())))
+    if options.space == "factors":
+        errors += [e for name, site in joined.items() for e in _alike(name, site.members, task, generals)]
+        joined = {name: site for name, site in joined.items() if task.number in site.members}
+    levels = levels_of(joined.values())
+    for name, site in joined.items():
+        members, place = site.members, site.place(levels)
         if options.space == "factors":
-            errors += _alike(name, members, task, generals)
-            if task.number in members:
-                averaged = tuple(f for number, (_, f) in members.items() if number != task.number)
-                bundles.append(Lessened(prefix + name, members[task.number][1], averaged, place, dtype))
+            averaged = tuple(f for number, (_, f) in members.items() if number != task.number)
+            bundles.append(Lessened(prefix + name, members[task.number][1], averaged, place, dtype))
             continue
         weights = {task.number: 1.0} | {general.number: -1.0 / len(generals) for general in generals}
         parts = tuple(Part(number, factors, weights[number]) for number, (_, factors) in members.items())
         bundles.append(Combined(prefix + name, parts, place, Linear(), "delta", refit, dtype, 0))
         terms = [(lora.bias, f.scale * weights[n]) for n, (lora, f) in members.items() if lora.bias is not None]
         if terms:
-            bundles.append(produced.Summed(f"{prefix}{name} bias", canonical(terms[0][0].key), tuple(terms), dtype))
-    bundles += [produced.taken(spec, prefix) for holders in held([task]).values() for spec in holders.values()]
-    modules = {prefix + name: next(iter(members.values()))[0].module for name, members in joined.items()}
-    if options.space == "factors":
-        modules = {name: module for name, module in modules.items() if any(b.name == name for b in bundles)}
+            bundles.append(produced.Summed(f"{prefix}{name} bias", place.bias_key, tuple(terms), dtype))
+    for key, holders in held([task], levels).items():
+        bundles += [produced.Taken(spec, key, prefix) for spec in holders.values()]
     settings = produced.plain_settings() | produced.extras([task]) | {"lora_bias": bool(task.config.get("lora_bias"))}
     summary = f"the mean of {len(generals)} general adapters subtracted, in {options.space} space"
-    sources = [task, *generals]
-    return produced.Output(sources, bundles, modules, settings, summary, task.folder.name if several else "")
+    folder = task.folder.name if several else ""
+    return produced.Output(
+        [task, *generals], bundles, settings=settings, summary=summary, folder=folder, **targets_of(joined, prefix)
+    )
 
 
 def _alike(name: str, members: dict, task: Adapter, generals: Sequence[Adapter]) -> list[AdapterkitError]:

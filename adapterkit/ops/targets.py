@@ -1,60 +1,44 @@
 """Which parameter each adapted module is, and how b @ a lies on it: decided from shapes, and from the model's classes where
 shapes leave it open."""
 
-import re
-
 from adapterkit.adapter import Adapter, Lora
 from adapterkit.errors import Refused, shown
 from adapterkit.ops.job import Job
+from adapterkit.ops.sites import old_layout, sites_of
 from adapterkit.placement import Product
 from adapterkit.weights.names import Parameter
 
 
-def targets(job: Job, adapter: Adapter, module: str, loras: list[Lora]) -> list[tuple[str, Lora]]:
-    """Which parameter each of a module's LoRAs is on."""
-    if len(loras) == 1 and loras[0].depth == 0:
+def targets(job: Job, adapter: Adapter, module: str, loras: list[Lora]) -> list[tuple[str, str | None, Lora]]:
+    """The parameter that each of a module's factor pairs is on, and its own name where target_parameters names it."""
+    own = job.names.children(module)
+    stored = [key.rpartition(".")[2] for key in job.base.tensors if key.rpartition(".")[0] == module]
+    leaves = [] if loras[0].kind == "embedding" else adapter.leaves(module, own if own is not None else stored)
+    if not leaves and all(lora.depth == 0 for lora in loras):
         for leaf in ("weight", "in_proj_weight"):
             if job.names.parameter(f"{module}.{leaf}") is not None:
-                return [(f"{module}.{leaf}", loras[0])]
-    targets = adapter.config.get("target_parameters") or []
-    children = job.names.children(module)
-    ordered = children is not None
-    if children is None:
-        children = [k.rpartition(".")[2] for k in job.base.tensors if k.rpartition(".")[0] == module]
-    if targets:
-        full = [f"{module}.{child}" for child in children]
-        children = [f.rpartition(".")[2] for f in full if any(f == t or f.endswith("." + str(t)) for t in targets)]
-    if not any(job.names.parameter(f"{module}.{child}") for child in children):
+                return [(f"{module}.{leaf}", None, loras[0])]
+    leaves = leaves or adapter.leaves(module) or (own if own is not None else stored)
+    if not any(job.names.parameter(f"{module}.{leaf}") for leaf in leaves):
         raise job.unknown(adapter, loras[0].a.key, module)
-    # the wrapper of the first parameter is the innermost: it has the most base_layer levels around it
-    nested = sorted(loras, key=lambda lora: -lora.depth)
-    if ordered and len(children) == len(nested):
-        return [(f"{module}.{child}", lora) for child, lora in zip(children, nested, strict=True)]
-    found = []
-    for lora in nested:
-        fits = [c for c in children if _fits_stack(job, f"{module}.{c}", lora)]
-        if len(fits) != 1:
-            raise Refused(
-                f"{shown(lora.a.key)} fits {len(fits)} parameters of {shown(module)}: {', '.join(map(shown, fits))}",
-                expected="one parameter (PEFT's file names the nesting, not the parameter)",
-                where=adapter.name,
-                do="give target_parameters in adapter_config.json as they were in training",
-            )
-        found.append((f"{module}.{fits[0]}", lora))
-    return found
+    number, names = adapter.number, job.names
+    found = sites_of(module, {number: loras}, {number: leaves}, {number: adapter}, own, names)
+    if any(site.leaf is None for site in found):
+        raise Refused(
+            f"{shown(loras[0].a.key)} fits several parameters of {shown(module)}: {', '.join(map(shown, leaves))}",
+            expected="one parameter (PEFT's file names the nesting, not the parameter)",
+            where=adapter.name,
+            do="use a transformers that knows the model, or give target_parameters as they were in training",
+        )
+    return [(site.name, site.leaf, site.members[number][0]) for site in found]
 
 
-def _fits_stack(job: Job, name: str, lora: Lora) -> bool:
-    parameter = job.names.parameter(name)
-    if parameter is None or len(parameter.shape) not in (2, 3):
-        return False
-    sizes = {lora.a.shape[1], lora.b.shape[0]}
-    return sizes == set(parameter.shape[-2:])
+def oriented(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, leaf: str | None, scale: float) -> tuple[Product, int]:
+    """How b @ a lies on the parameter, and the parameter's axis of outputs.
 
-
-def oriented(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float) -> tuple[Product, int]:
-    """How b @ a lies on the parameter, decided from shapes and, where they leave it open, from the module's class; and
-    the parameter's axis of outputs."""
+    On a matrix that is a target itself (`leaf` its name) as the matrix is stored, whatever its module's class: so PEFT's
+    ParamWrapper does. On a module's weight, and on a stack, by shapes and, where they leave it open, by the module's class.
+    """
     shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
     if lora.kind == "embedding":
         if len(a) != 2 or len(b) != 2 or (a[1], b[0]) != shape or a[0] != b[1]:
@@ -67,7 +51,7 @@ def oriented(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale
     if len(shape) != 2 or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise job.misshaped(adapter, lora.a.key, (a, b), shape)
     straight, turned = shape == (b[0], a[1]), shape == (a[1], b[0])
-    flip = turned and _transposed(job, adapter, lora.module, square=straight)
+    flip = turned and leaf is None and _transposed(job, adapter, lora.module, square=straight)
     if not (flip or straight):
         raise job.misshaped(adapter, lora.a.key, (a, b), shape)
     return Product(lora.a, lora.b, scale, a[0], flip), 1 if flip else 0
@@ -123,12 +107,9 @@ def _experts(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale
 
 def _flips_squares(job: Job, adapter: Adapter, parameter: Parameter) -> bool:
     """Square experts: shapes cannot tell. PEFT up to 0.18 took them as (in, out), later as the module says."""
-    chosen = job.options.expert_layout
-    version = adapter.config.get("peft_version")
-    if chosen is None and isinstance(version, str):
-        found = re.match(r"(\d+)\.(\d+)", version)
-        if found:
-            chosen = "peft-0.18" if (int(found[1]), int(found[2])) < (0, 19) else "peft-0.19"
+    chosen, old = job.options.expert_layout, old_layout(adapter)
+    if chosen is None and old is not None:
+        chosen = "peft-0.18" if old else "peft-0.19"
     if chosen is None:
         raise Refused(
             f"{shown(parameter.name)} holds square experts {parameter.shape} and the adapter has no peft_version",
