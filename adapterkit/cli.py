@@ -732,6 +732,8 @@ def _print_diff(document: dict[str, Any], lines: list[str]) -> None:
     for line in lines:
         click.echo(line)
     totals = ", ".join(f"{count} {what}" for what, count in document["totals"].items() if count or what in ("compared", "changed"))
-    click.echo(f"{'same' if document['same'] else 'different'}: {totals}", err=True)
+    relative = document["change"]["relative"]
+    size = f"; ‖A−B‖/‖A‖ {relative:.3g} over what differs" if relative is not None else ""
+    click.echo(f"{'same' if document['same'] else 'different'}: {totals}{size}", err=True)
     for note in document["notes"]:
         click.echo(f"note: {note}", err=True)

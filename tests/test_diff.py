@@ -140,6 +140,22 @@ def test_a_stack_of_experts_gets_one_rank_for_all(columns, pair):
     assert only(diff(*pair({"conv": a}, {"conv": b})))["rank"]["needed"] == rank_of((b - a).flatten(1), 0.9)
 
 
+def test_the_whole_change_is_that_of_all_that_differs(pair, llama, lora, tmp_path):
+    """Tensors within the tolerance and changed ones, equal ones left out."""
+    a = {name: normal(20, 30, seed=i) for i, name in enumerate("xyz")}
+    b = {"x": a["x"] + 0.01, "y": a["y"] * 3, "z": a["z"]}
+    before, after = (torch.cat([side[name].double().flatten() for name in "xy"]) for side in (a, b))
+    for document in (diff(*pair(a, b)), diff(*pair(a, b), tolerance=0.5)):
+        assert document["change"]["norm"] == pytest.approx(float((after - before).norm()), rel=1e-6)
+        assert document["change"]["relative"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-6)
+    assert diff(*pair(a, a))["change"] == {"norm": None, "relative": None}
+    assert diff(*pair({"x": torch.zeros(3)}, {"x": torch.ones(3)}))["change"] == {"norm": pytest.approx(3**0.5), "relative": None}
+    doubled = oracle.edit_config(
+        lora, tmp_path / "doubled", lora_alpha=2 * json.loads((lora / "adapter_config.json").read_text())["lora_alpha"]
+    )
+    assert diff(lora, doubled)["change"]["relative"] == pytest.approx(1.0, rel=1e-6)
+
+
 # -- what is the same -----------------------------------------------------------------------------------------------------
 
 
@@ -621,7 +637,9 @@ def test_exit_statuses_and_streams(llama, lora, pair, tmp_path):
     done = called(files[0], files[0])
     assert (done.exit_code, done.stdout) == (0, "") and done.stderr.startswith("same: 1 compared, 1 identical")
     done = called(*files)
-    assert done.exit_code == 1 and done.stdout.count("\n") == 2 and done.stderr == "different: 1 compared, 1 changed\n"
+    assert done.exit_code == 1 and done.stdout.count("\n") == 2
+    relative = 8 / float(a.double().norm())
+    assert done.stderr == f"different: 1 compared, 1 changed; ‖A−B‖/‖A‖ {relative:.3g} over what differs\n"
     done = called(*files, "--quiet")
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", "")
     assert called(*files, "--tolerance", "9").exit_code == 0 and called(*files, "--tolerance", "x").exit_code == 2

@@ -55,6 +55,8 @@ def diff(
     - `totals`: `compared` and of them `identical` (the same bytes), `equal` (the same values: -0 and 0, kinds of NaN), `rounded`
       (one side is the other rounded to its dtype, or a delta differs by what float64 arithmetic leaves), `within` the tolerance,
       `changed`; then `added` and `removed`
+    - `change`: `norm` ‖A−B‖ and `relative` ‖A−B‖/‖A‖ over all values that differ and were compared as numbers, together; null where
+      there are none, or one is not finite
     - `changed`: a list, in A's file order, of `name`, `kind` ("tensor"; in adapters "delta", "magnitude", "bias", "replaced",
       "rows"), `why` ("values", "dtype", "shape"; "rows" where `rows_only_a` or `rows_only_b` trained token rows have no partner),
       `a` and `b` (`dtype` and `shape`, or `rank`, `scale`, `shape` and `experts`), and if they can be compared `relative_error`
@@ -94,12 +96,21 @@ def diff(
         "tolerance": tolerance,
         "same": not differs,
         "totals": totals | {"added": len(found.added), "removed": len(found.removed)},
+        "change": _whole_change(results),
         "changed": [result.row for result in results if result.state == "changed"],
         "added": found.added,
         "removed": found.removed,
         "config": found.config,
         "notes": found.notes,
     }
+
+
+def _whole_change(results: list["Result"]) -> dict[str, float | None]:
+    """Norms of the whole difference."""
+    measured = [result.squares for result in results if result.squares is not None]
+    error, norm = (math.sqrt(sum(values)) for values in zip(*measured, strict=True)) if measured else (0.0, 0.0)
+    good = bool(measured) and math.isfinite(error)
+    return {"norm": error if good else None, "relative": error / norm if good and norm > 0 and math.isfinite(norm) else None}
 
 
 # -- what there is to compare -----------------------------------------------------------------------------------------------
@@ -111,6 +122,7 @@ class Result:
 
     state: str
     row: dict[str, Any] = field(default_factory=dict)
+    squares: tuple[float, float] | None = None  # ‖A−B‖² and ‖A‖², where they were measured
 
 
 class Pair(Protocol):
@@ -473,6 +485,7 @@ class Tensors:
             cosine=sums.cosine,
             differing=sums.differing / math.prod(self.a.shape),
             norm=math.sqrt(sums.squares),
+            squares=(sums.error, sums.squares),
         )
 
     def _spectrum(self, reader: Reader, start: int, stop: int, sums: kernel.Sums) -> Tensor:
@@ -550,6 +563,7 @@ class Deltas:
             relative_error=kernel.relative(error, norm),
             cosine=kernel.cosine(*squares),
             norm=norm,
+            squares=(error**2, norm**2),
         )
 
 
@@ -591,17 +605,24 @@ class Rows:
             cosine=sums.cosine,
             differing=sums.differing / max(1, a.numel()),
             norm=math.sqrt(sums.squares),
+            squares=(sums.error, sums.squares),
         )
         result.row |= {"rows_only_a": only_a, "rows_only_b": only_b}
         return result
 
 
-def _changed(pair: Tensors | Deltas | Rows, why: str, rank: dict | None = None, **numbers: float) -> Result:
+def _changed(
+    pair: Tensors | Deltas | Rows,
+    why: str,
+    rank: dict | None = None,
+    squares: tuple[float, float] | None = None,
+    **numbers: float,
+) -> Result:
     """The row of a pair that differs; null for what is not measured or no number."""
     names = ("relative_error", "max_abs", "cosine", "differing", "norm")
     row = {"name": pair.name, "kind": pair.kind, "why": why, "a": _facts(pair.a), "b": _facts(pair.b)}
     row |= {name: numbers[name] if math.isfinite(numbers.get(name, math.nan)) else None for name in names}
-    return Result("changed", row | {"rank": rank})
+    return Result("changed", row | {"rank": rank}, squares)
 
 
 def _suggested(s: Tensor, total: float, grid: Grid, energy: float) -> dict | None:
