@@ -224,7 +224,7 @@ ADDED_UP = " (default: exact, the ranks add up)"
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding: same seed, same bytes.")
 @hashing
-@click.option("--verify", is_flag=True, help="Read the output again: every hash, and sampled rows recomputed in float64.")
+@click.option("--verify", is_flag=True, help="Read the output again: every hash, and rows of each changed tensor recomputed.")
 @click.option("--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit.")
 def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:  # fmt: skip
     """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a).
@@ -513,7 +513,7 @@ def rebase(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-@click.option("--base", help="The base it was made from: rows of the output are recomputed in float64.")
+@click.option("--base", help="The base of a merge: rows of each changed tensor are recomputed in float64.")
 @click.option("--adapter", "adapters", multiple=True, metavar="ADAPTER", help="The adapters, in the order of the merge.")
 @json_output
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
@@ -532,9 +532,7 @@ def verify(folder: str, base: str | None, adapters: tuple[str, ...], as_json: bo
     if as_json:
         _print_json(result)
     elif not quiet:
-        click.echo(f"{result['files']} files, {result['bytes']:,} bytes: as the receipt says", err=True)
-        if result["rows"]:
-            click.echo(f"{result['rows']} rows of {result['tensors']} tensors recomputed in float64: equal", err=True)
+        _print_verified(result)
 
 
 def _settings(words: tuple[str, ...]) -> dict[str, Any]:
@@ -708,6 +706,8 @@ def _print_receipt(receipt: Any) -> None:
     data = receipt.data
     if receipt.finished_before:
         click.echo(f"{receipt.out}: finished before, nothing to do", err=True)
+        if "verified" in data:
+            _print_verified(data["verified"])
         return
     totals = data["totals"]
     click.echo(
@@ -715,6 +715,8 @@ def _print_receipt(receipt: Any) -> None:
         f"{totals['bytes_written']:,} bytes in {data['timings']['seconds']:.1f} s",
         err=True,
     )
+    if "verified" in data:
+        _print_verified(data["verified"])
     for note in data["notes"]:
         click.echo(f"note: {note}", err=True)
     for name in data.get("left_out", []):
@@ -726,6 +728,14 @@ def _print_receipt(receipt: Any) -> None:
             "the delta is below the dtype's resolution there; --dtype fp32 keeps it",
             err=True,
         )
+
+
+def _print_verified(result: dict[str, Any]) -> None:
+    hashed = "as the receipt says" if result["hash"] != "none" else "sizes and keys as the receipt says, nothing was hashed"
+    click.echo(f"{result['files']} files, {result['bytes']:,} bytes: {hashed}", err=True)
+    what = f"verified: {result['rows']:,} rows of {result['tensors']:,} tensors"
+    how = "recomputed in float64" if result["rows"] else "(with --base and --adapter rows of a merge are recomputed)"
+    click.echo(f"{what} {how}", err=True)
 
 
 def _print_diff(document: dict[str, Any], lines: list[str]) -> None:

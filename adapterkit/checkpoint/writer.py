@@ -23,6 +23,7 @@ from adapterkit.errors import Failed, Refused
 PART = ".part"
 JOURNAL = "journal.jsonl"
 RECEIPT = "adapterkit.json"
+NAME_MAX, PATH_MAX = 255, 4000  # bytes; of a path with room for the files in it, of 4096
 FLUSH = 32 << 20  # bytes after which write-back is started, so that the fsync at the end finds little to do
 # for measuring only: what durability costs
 DURABLE = os.environ.get("ADAPTERKIT_FSYNC", "1") != "0"
@@ -118,6 +119,24 @@ class ShardFile:
                 os.close(descriptor)
 
 
+def control_of(out: Path) -> str:
+    """The name of the folder in which an output is built."""
+    return f".{out.resolve().name}.adapterkit"
+
+
+def check_name(out: Path) -> None:
+    """`Refused` where a name, that of the folder in which the output is built included, is longer than file systems take."""
+    path = out.resolve()
+    longest = max(len(os.fsencode(name)) for name in (*path.parts, control_of(out)))
+    room = NAME_MAX - len(control_of(Path("/")))
+    if longest > NAME_MAX:
+        found, expected = f"a name of {len(os.fsencode(path.name))} bytes", f"names of at most {room} bytes"
+        raise Refused(found, expected=expected, where="--out", do="choose a shorter --out")
+    if len(os.fsencode(path)) > PATH_MAX:
+        found, expected = f"a path of {len(os.fsencode(path))} bytes", f"at most {PATH_MAX} bytes"
+        raise Refused(found, expected=expected, where="--out", do="choose a shorter --out")
+
+
 class Stage:
     """The hidden folder in which an output is built, with its lock and its journal beside it; a context that holds the lock.
 
@@ -133,7 +152,7 @@ class Stage:
         self.out = out
         parent = out.resolve().parent
         self.inner = out.is_dir() and (is_mount(out.resolve()) or not os.access(parent, os.W_OK))
-        self.control = out / ".adapterkit" if self.inner else parent / f".{out.resolve().name}.adapterkit"
+        self.control = out / ".adapterkit" if self.inner else parent / control_of(out)
         self.path = self.control / "out"
         self.lock = Lock(self.control)
         self.replaces = False  # an older output

@@ -173,7 +173,7 @@ def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, progress: 
         with torch.inference_mode():
             return _checked(bundle.make(inputs))
 
-    results = _in_order(make, file.bundles, workers)
+    results = in_order(make, file.bundles, workers)
     if file.settle is None:
         for bundle, made in zip(file.bundles, results, strict=True):
             yield made
@@ -191,7 +191,7 @@ def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, progress: 
         spill.close()
 
 
-def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """function(item) for each, by `workers` threads, in the items' order; a few are made ahead of the one that is asked for."""
     source, waiting = iter(items), deque()
     pool = ThreadPoolExecutor(workers, "compute")

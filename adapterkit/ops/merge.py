@@ -82,13 +82,15 @@ def merge(
     options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer, **how)
     sources = open_weighted(adapters)
     plan = plan_merge(open_source(base), sources, options) if base16 is None else plan_on_twin(base, base16, sources, options)
-    check = None
+    check, verified = None, {}
     if verify:
         from adapterkit.ops.verify import verify_against
 
-        check = lambda folder: verify_against(folder, plan)
+        check = lambda folder: verified.update(verify_against(folder, plan))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "check": check, "progress": progress}
     receipt = carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    if verified and isinstance(receipt, Receipt):
+        receipt.data["verified"] = verified
     if push is not None and isinstance(receipt, Receipt):
         from adapterkit import hub
 

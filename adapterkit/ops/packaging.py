@@ -12,7 +12,7 @@ from adapterkit.adapter import CONFIG, Adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.checkpoint.writer import RECEIPT
+from adapterkit.checkpoint.writer import RECEIPT, check_name
 from adapterkit.errors import Refused
 from adapterkit.plan import Computed, CopyFile, FromFacts, Shard
 
@@ -162,6 +162,7 @@ def _kept(base: Checkpoint) -> list[str]:
 
 def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
     """`Refused` when the output is an input, inside one, around one, or a link to one."""
+    check_name(out)
     final = out.resolve()
     if out.is_symlink():
         raise Refused("the output is a link", expected="a new folder", where=str(out), do="choose another --out")

@@ -32,6 +32,7 @@ def test_a_merge_and_its_verification(llama, lora, tmp_path):
     """stdout stays empty without --json; what is said goes to stderr."""
     done = run("merge", llama, lora, "--out", tmp_path / "out", "--verify")
     assert (done.returncode, done.stdout) == (0, "") and "14 of 21 tensors changed" in done.stderr
+    assert "verified: 42 rows of 14 tensors recomputed in float64" in done.stderr
     checked = run("verify", tmp_path / "out", "--base", llama, "--adapter", lora, "--json")
     document = json.loads(checked.stdout)
     assert checked.returncode == 0 and document["tensors"] == 14 and document["rows"] == 42
@@ -82,6 +83,15 @@ def test_damage_is_status_1(llama, lora, tmp_path):
     path.write_bytes(data)
     done = run("verify", tmp_path / "out", "--json")
     assert done.returncode == 1 and done.stdout == "" and "model.safetensors" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_verification_says_what_it_did_not_do(llama, lora, tmp_path):
+    oracle.merge(llama, lora, out=tmp_path / "out")
+    result = click.testing.CliRunner().invoke(main, ["verify", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "verified: 0 rows of 0 tensors (with --base and --adapter" in result.stderr
+    oracle.merge(llama, lora, out=tmp_path / "none", hash="none")
+    result = click.testing.CliRunner().invoke(main, ["verify", str(tmp_path / "none")])
+    assert result.exit_code == 0 and "nothing was hashed" in result.stderr
 
 
 WRONG = {

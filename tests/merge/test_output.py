@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 from oracle import DTYPES, LINEAR, load, stored
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import Damaged, Failed, Refused
+from adapterkit.ops.verify import check_rows
 from adapterkit.options import parse_size
 
 EXTRAS = {
@@ -233,6 +235,43 @@ def test_verify_recomputes_rows_from_the_inputs(llama, lora, other_lora, tmp_pat
         adapterkit.verify(out, base=llama, adapters=[other_lora])
     with pytest.raises(Refused, match="both"):
         adapterkit.verify(out, base=llama)
+
+
+def test_verify_with_the_inputs_of_another_verb_says_so(llama, lora, other_lora, tmp_path):
+    adapterkit.combine([lora, other_lora], method="linear", out=tmp_path / "out")
+    assert adapterkit.verify(tmp_path / "out")["rows"] == 0
+    with pytest.raises(Refused, match="an output of combine"):
+        adapterkit.verify(tmp_path / "out", base=llama, adapters=[lora])
+
+
+def test_modules_that_are_replaced_and_cast_are_recomputed_too(llama, tmp_path):
+    adapter = tmp_path / "adapter"
+    oracle.train(oracle.load(oracle.llama, llama), adapter, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert oracle.merge(llama, adapter, out=tmp_path / "out", verify=True).data["verified"]["tensors"] == 3
+    cast = oracle.merge(llama, adapter, out=tmp_path / "cast", verify=True, dtype="fp32").data["verified"]
+    assert cast["tensors"] == 21  # all of them
+    data = bytearray((tmp_path / "out/model.safetensors").read_bytes())
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.get_tensor("lm_head.weight").dtype == torch.bfloat16
+    start = 8 + int.from_bytes(data[:8], "little")
+    at = json.loads(data[8:start])["lm_head.weight"]["data_offsets"][0] + start
+    data[at + 1] ^= 0x80  # the sign of its first value
+    (tmp_path / "out/model.safetensors").write_bytes(data)
+    plan = adapterkit.merge(llama, [adapter], out=tmp_path / "dry", dry_run=True)
+    with pytest.raises(Damaged, match="lm_head.weight: row 0, column 0"):
+        check_rows(tmp_path / "out", plan)
+
+
+@pytest.mark.parametrize("length", [244, 300, 5000])
+def test_names_that_no_file_system_takes_are_refused(length, llama, lora, tmp_path):
+    for out in (tmp_path / ("x" * length), tmp_path / ("y" * length) / "out"):
+        if length > 244 or out.name != "out":
+            with pytest.raises(Refused, match="names of at most 243 bytes"):
+                oracle.merge(llama, lora, out=out)
+    with pytest.raises(Refused, match="at most 4000 bytes"):
+        oracle.merge(llama, lora, out=tmp_path.joinpath(*["z" * 200] * 21))
+    oracle.merge(llama, lora, out=tmp_path / ("x" * 243))
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 243]
 
 
 def test_verify_finds_arithmetic_that_is_wrong(llama, lora, tmp_path, monkeypatch):

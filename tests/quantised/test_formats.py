@@ -367,10 +367,10 @@ def test_gpt_oss_as_transformers_loads_it(gpt_oss: Path, tmp_path: Path) -> None
 def test_gpt_oss_merged(gpt_oss: Path, expert_lora: Path, oracle: ModuleType, tmp_path: Path) -> None:
     adapterkit.dequantize(gpt_oss, out=tmp_path / "plain", dtype="fp32")
     oracle.merge(tmp_path / "plain", expert_lora, out=tmp_path / "of-plain", dtype="bf16")
-    oracle.merge(gpt_oss, expert_lora, out=tmp_path / "floats", dequantize=True)
+    oracle.merge(gpt_oss, expert_lora, out=tmp_path / "floats", dequantize=True, verify=True)
     floats = stored(tmp_path / "floats")
     oracle.assert_same(floats, stored(tmp_path / "of-plain"))
-    oracle.merge(gpt_oss, expert_lora, out=tmp_path / "kept")
+    oracle.merge(gpt_oss, expert_lora, out=tmp_path / "kept", verify=True)
     old, new = stored(gpt_oss), stored(tmp_path / "kept")
     changed = {key for key in old if not same(old[key], new[key])}
     experts = {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}

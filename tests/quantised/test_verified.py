@@ -1,0 +1,106 @@
+"""`merge --verify` on quantised bases: every changed weight is recomputed, in its format or as floats; what is wrong is found."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import forged
+import pytest
+from forged import FORMS
+
+import adapterkit
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.errors import Damaged
+from adapterkit.kernels import rows
+from adapterkit.ops.sources import open_source
+from adapterkit.weights.decoded import decoded, packed_in
+
+oracle = pytest.importorskip("oracle")
+WRITABLE = [name for name, form in FORMS.items() if form.writable]
+OURS = {
+    "nf4": {"to": "nf4"},
+    "fp4": {"to": "fp4", "block_size": 128},
+    "double": {"to": "nf4", "double_quant": True},
+    "int8-bnb": {"to": "int8"},
+}
+SIZES = {"hidden_size": 128, "intermediate_size": 192}
+TOUCHED = ["q_proj", "down_proj"]
+
+
+@pytest.fixture
+def model(made: Callable[..., Path]) -> Callable[[str], tuple[Path, Path]]:
+    """A tiny Llama in a format, and a LoRA on some of its layers."""
+
+    def make(name: str) -> tuple[Path, Path]:
+        if name in FORMS:
+            base = made(f"formats-{name}", lambda folder: forged.base(FORMS[name], folder))
+            train = lambda folder: oracle.train(forged.llama(), folder, size=0.3, target_modules=TOUCHED)
+            return base, made("verified-lora-forged", train)
+        plain = made("verified-plain", lambda folder: oracle.save_base(oracle.llama(**SIZES), folder, "bf16"))
+        base = made(f"verified-{name}", lambda folder: adapterkit.quantize(plain, out=folder / "q", **OURS[name])) / "q"
+        return base, made("verified-lora", lambda folder: oracle.train(oracle.llama(**SIZES), folder, target_modules=TOUCHED))
+
+    return make
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("name", [*WRITABLE, *OURS])
+def test_every_changed_weight_is_recomputed(model, name: str, rounding: str, tmp_path: Path) -> None:
+    base, lora = model(name)
+    kept = oracle.merge(base, lora, out=tmp_path / "kept", rounding=rounding, verify=True)
+    assert kept.data["verified"]["tensors"] == 4 and kept.data["verified"]["rows"] > 4
+    floats = oracle.merge(base, lora, out=tmp_path / "floats", rounding=rounding, verify=True, dequantize=True)
+    assert floats.data["verified"]["tensors"] == 14
+    assert floats.data["verified"]["rows"] == 3 * 14
+    again = adapterkit.verify(tmp_path / "kept", base=base, adapters=[lora])
+    assert again["tensors"] == 4 and again["rows"] == kept.data["verified"]["rows"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("name", [*WRITABLE, *OURS])
+def test_arithmetic_that_is_wrong_is_found(model, name: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, lora = model(name)
+    right = rows.add_low_rank
+    monkeypatch.setattr(rows, "add_low_rank", lambda w, left, right_: right(w, left * 1.02, right_))
+    oracle.merge(base, lora, out=tmp_path / "out", dequantize=not kept)
+    monkeypatch.undo()
+    adapterkit.verify(tmp_path / "out")
+    with pytest.raises(Damaged, match=r"row \d+, column \d+"):
+        adapterkit.verify(tmp_path / "out", base=base, adapters=[lora])
+
+
+@pytest.mark.parametrize("name", [*WRITABLE, *OURS])
+def test_encoding_that_is_wrong_is_found(model, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value in a hundred is a step away from its nearest code."""
+    base, lora = model(name)
+    kind = type(packed_in(decoded(open_checkpoint(open_source(str(base)))).tensors)[0])
+    right = kind.renewed
+
+    def wrong(self, stored, weight, draws=None):
+        weight = weight.clone()
+        weight.view(-1)[5::101] += weight.abs().max() / 5
+        return right(self, stored, weight, draws)
+
+    monkeypatch.setattr(kind, "renewed", wrong)
+    oracle.merge(base, lora, out=tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(Damaged, match=r"row \d+, column \d+"):
+        adapterkit.verify(tmp_path / "out", base=base, adapters=[lora])
+
+
+@pytest.mark.parametrize("name", ["double", "int4"])
+def test_doras_and_several_adapters(model, made, name: str, tmp_path: Path) -> None:
+    base, lora = model(name)
+    build = forged.llama if name in FORMS else lambda: oracle.llama(**SIZES)
+    dora = made(
+        f"verified-dora-{name}", lambda folder: oracle.train(build(), folder, seed=3, use_dora=True, target_modules=["v_proj"])
+    )
+    for kept in (True, False):
+        out = tmp_path / str(kept)
+        receipt = oracle.merge(base, f"{lora}=0.5", dora, out=out, verify=True, dequantize=not kept)
+        assert receipt.data["verified"]["tensors"] == (6 if kept else 14)
+
+
+def test_a_delta_that_changes_no_float32_keeps_the_bytes(model, tmp_path: Path) -> None:
+    base, lora = model("nf4")
+    oracle.merge(base, f"{lora}=1e-12", out=tmp_path / "out", verify=True)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
