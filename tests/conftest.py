@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-for folder in ("merge", "combine", "quantised"):  # for `oracle`, `shared` and `forged`, which several suites import
+for folder in (
+    "merge",
+    "combine",
+    "quantised",
+    "weights",
+):  # for `oracle`, `shared`, `forged`, `tiny`
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 

@@ -118,7 +118,7 @@ class Chosen:
         if skeleton is None:
             found = f"a model that transformers does not know{': ' + self.notes[-1] if self.notes else ''}"
             raise Refused(found, expected="config.json of a known model", where=base.name, do="update transformers")
-        self.model = skeleton.model
+        self.skeleton, self.model = skeleton, skeleton.model
         records = known.get(str(to), [])
         found = layers(self.model, {"Linear", "Conv1D", *(name for record in records for name in record.modules)})
         self.record = next((r for r in records if {*r.modules} & {*found.values()}), records[-1] if records else None)
@@ -152,13 +152,17 @@ class Chosen:
             self.left.append(name)
             return
         if len(parameter.slots) != 1 or not parameter.slots[0].whole:
-            found, do = f"{shown(name)} is stored in another layout than the model's", "save the model once with transformers"
+            found, do = (
+                f"{shown(name)} is stored in another layout than the model's",
+                "leave them out with --skip, or quantise while loading: from_pretrained(quantization_config=...)",
+            )
             raise Refused(found, expected="one stored tensor for each linear layer", where=self.base.name, do=do)
         spec = self.base.tensors[parameter.slots[0].key]
         if spec.dtype not in dtypes.FLOATS:
             raise Refused(f"{shown(spec.key)} is {spec.dtype}", expected="a float", where=self.base.name, do="dequantise it first")
         turned = kind == "Conv1D"
-        weight = Unpacked(spec.key, (spec.shape[1], spec.shape[0]) if turned else spec.shape, spec.dtype, turned)
+        shape = (spec.shape[1], spec.shape[0]) if turned else spec.shape
+        weight = Unpacked(spec.key, shape, spec.dtype, turned, self._wide(name, spec.dtype))
         if kind in ("Linear", "Conv1D"):
             self.weights[spec.key] = weight
         if self.record is None or kind not in self.record.modules:
@@ -173,13 +177,21 @@ class Chosen:
 
     def widened(self) -> dict[str, Bundle]:
         """What transformers makes float32 when it quantises, but not when it loads the result, such as T5's wo in float16."""
-        strict = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        parts = {"F16": {*(getattr(self.model, "_keep_in_fp32_modules", None) or ()), *strict}, "BF16": set(strict)}
+        names: dict[str, str] = {}
+        for name, parameter in self.skeleton.parameters.items():
+            for slot in parameter.slots:
+                names.setdefault(slot.key, name)
         return {
             key: Edited(Step(key, "F32", spec.shape, spec))
             for key, spec in self.base.tensors.items()
-            if key not in self.packed and any(f".{part}." in f".{key}." for part in parts.get(spec.dtype, ()))
+            if key not in self.packed and self._wide(names.get(key, key), spec.dtype)
         }
+
+    def _wide(self, name: str, dtype: str) -> bool:
+        """Whether transformers makes a parameter of this dtype float32 (its `_get_dtype_plan`)."""
+        strict = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        parts = {"F16": {*(getattr(self.model, "_keep_in_fp32_modules", None) or ()), *strict}, "BF16": set(strict)}
+        return any(re.search(part.replace("*", ".*"), name) for part in parts.get(dtype, ()))
 
     def config(self) -> dict[str, Any]:
         """The base's config with a quantization_config, keys sorted as transformers writes them."""

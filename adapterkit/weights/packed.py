@@ -46,7 +46,7 @@ class Packed(TensorSpec):
 
     @classmethod
     def fresh(cls, target: str, weight: "Unpacked", options: dict[str, Any]) -> "Packed | None":
-        """The record of a weight that is to be quantised; None where its shape does not allow it."""
+        """The record of a weight that is to be quantised; None where its shape, or its name in the file, does not allow it."""
         raise NotImplementedError
 
     @classmethod
@@ -124,6 +124,17 @@ class Unpacked:
     shape: tuple[int, ...]  # (out, in)
     dtype: str
     transposed: bool = False  # it is stored (in, out)
+    wide: bool = False  # transformers makes it float32 before it quantises
+
+    def beside(self, leaf: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+        """A tensor of the module that holds it."""
+        return replace(self, key=self.key.removesuffix("weight")).part(leaf, dtype, shape)
+
+    @property
+    def named_weight(self) -> bool:
+        """Whether the loader finds what lies beside it: stored under another name than its module's `weight`, transformers would
+        rename the scale as the weight."""
+        return self.key.endswith(".weight")
 
     def part(self, ending: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
         """One of the tensors that will hold it; they are in no file yet."""

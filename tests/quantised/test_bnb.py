@@ -20,6 +20,7 @@ from adapterkit.kernels import blockwise
 from adapterkit.weights.codecs import bnb4
 
 bnb = pytest.importorskip("bitsandbytes")
+tiny = pytest.importorskip("tiny")
 oracle = pytest.importorskip("oracle")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -57,6 +58,15 @@ def wide_t5() -> nn.Module:
     return oracle._model("T5ForConditionalGeneration", transformers.T5Config(**sizes))
 
 
+def slanext() -> nn.Module:
+    """Its head's linear layers become float32 before they are quantised."""
+    vision = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
+              "mlp_dim": 64, "global_attn_indexes": [1], "window_size": 2}  # fmt: skip
+    sizes = {"post_conv_in_channels": 16, "post_conv_out_channels": 32, "out_channels": 10, "hidden_size": 32}
+    config = transformers.SLANeXtConfig(vision_config=vision, max_text_length=8, **sizes)
+    return oracle._model("SLANeXtForTableRecognition", config)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "llama-bf16": (wide, "bf16"),
     "llama-fp32": (wide, "fp32"),
@@ -71,6 +81,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "t5-bf16": (oracle.t5, "bf16"),
     "t5-fp16": (oracle.t5, "fp16"),  # its wo becomes float32
     "t5-wide": (wide_t5, "fp32"),
+    "slanext-bf16": (slanext, "bf16"),
+    "slanext-fp16": (slanext, "fp16"),
     "opt": (oracle.opt, "fp16"),
     "clip": (oracle.clip, "fp32"),
 }
@@ -152,6 +164,26 @@ ALL = ("llama-bf16", "odd", "gpt2-bf16")
 def test_the_files_are_those_of_transformers(base, packed, name: str, kind: str, tmp_path: Path) -> None:
     by_transformers(base(name), tmp_path, **KINDS[kind][1])
     same_files(packed(name, kind), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("model", ["flint", "inkling2_text", "deepseek_v3", "llava"])
+def test_types_whose_names_in_the_file_are_others(model: str, kind: str, tmp_path: Path) -> None:
+    """What is quantised is as transformers quantises it, the rest has the same values, and all of it loads. A linear layer that is
+    stored under another name than its `weight` stays a float where the loader would not find its scale (nor finds its own)."""
+    made = tiny.model(model).half()
+    made.save_pretrained(tmp_path / "base")
+    by_transformers(tmp_path / "base", tmp_path / "theirs", **KINDS[kind][1])
+    receipt = quantised(tmp_path / "base", tmp_path / "ours", **KINDS[kind][0])
+    left = {name.removesuffix(".weight").rpartition(".")[2] for name in receipt.data["left_out"]}
+    assert left == ({"weight_proj"} if (model, kind) == ("inkling2_text", "int8") else set())
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    for key in {*ours, *theirs}:
+        if any(key.endswith((name, f"{name}.SCB", f"{name}.weight_format")) for name in left):
+            assert key not in ours or ours[key].dtype == torch.float16
+        else:
+            assert torch.equal(ours[key].to(theirs[key].dtype), theirs[key]), key
+    loaded(tmp_path / "ours")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,7 +60,8 @@ class Bnb4(Packed):
             parts += [weight.part(".nested_absmax", "F32", (nested,)), weight.part(".nested_quant_map", "F32", (256,))]
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         made = cls(
-            key=weight.key, dtype=weight.dtype, shape=shape, file="", start=0, stop=parts[0].nbytes, parts=tuple(parts),
+            key=weight.key, dtype="F32" if weight.wide else weight.dtype, shape=shape, file="", start=0, stop=parts[0].nbytes,
+            parts=tuple(parts),
             kind=kind, block=block, double=double, transposed=weight.transposed,
         )  # fmt: skip
         text = made._text(OFFSET if double else None)
@@ -69,7 +71,8 @@ class Bnb4(Packed):
     def config(cls, choice: Choice) -> dict[str, Any]:
         one: Any = next(iter(choice.packed.values()))
         said = {"load_in_4bit": True, "bnb_4bit_quant_type": one.kind, "bnb_4bit_use_double_quant": one.double}
-        return config(said | {"bnb_4bit_compute_dtype": dtypes.CONFIG_NAME[one.dtype]}, choice.skipped)
+        common = Counter(packed.dtype for packed in choice.packed.values()).most_common(1)[0][0]
+        return config(said | {"bnb_4bit_compute_dtype": dtypes.CONFIG_NAME[common]}, choice.skipped)
 
     @classmethod
     def find(cls, found: Found) -> Iterator[Packed]:

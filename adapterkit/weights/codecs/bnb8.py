@@ -27,9 +27,10 @@ class Bnb8(Packed):
 
     @classmethod
     def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Bnb8 | None":
-        stem = Unpacked(weight.key.removesuffix("weight"), weight.shape, weight.dtype)
+        if not weight.named_weight:
+            return None
         codes = weight.part("", "I8", weight.shape)
-        parts = (codes, stem.part("SCB", "F32", weight.shape[:1]), stem.part("weight_format", "U8", ()))
+        parts = (codes, weight.beside("SCB", "F32", weight.shape[:1]), weight.beside("weight_format", "U8", ()))
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         place = {"file": "", "start": 0, "stop": codes.nbytes}
         return cls(key=weight.key, dtype=weight.dtype, shape=shape, parts=parts, transposed=weight.transposed, **place)

@@ -64,16 +64,18 @@ class Compressed(Packed):
 
     @classmethod
     def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Compressed | None":
-        (out, width), stem = weight.shape, Unpacked(weight.key.removesuffix("weight"), weight.shape, weight.dtype)
+        out, width = weight.shape
+        if not weight.named_weight:
+            return None
         if target == "mxfp4":
             if width % narrow.MX:
                 return None
             bits, size = 4, narrow.MX
-            parts = (stem.part(PACKED, "U8", (out, width // 2)), stem.part(SCALE, "U8", (out, width // size)))
+            parts = (weight.beside(PACKED, "U8", (out, width // 2)), weight.beside(SCALE, "U8", (out, width // size)))
         else:
             bits, size = (4, _size(width, options.get("block_size"))) if target == "w4a16" else (8, width)
-            codes = stem.part(PACKED, "I32", (out, math.ceil(width * bits / 32)))
-            parts = (codes, stem.part(SCALE, weight.dtype, (out, width // size)), stem.part(SHAPE, "I64", (2,)))
+            codes = weight.beside(PACKED, "I32", (out, math.ceil(width * bits / 32)))
+            parts = (codes, weight.beside(SCALE, weight.dtype, (out, width // size)), weight.beside(SHAPE, "I64", (2,)))
         return cls(
             key=weight.key, dtype=weight.dtype, shape=weight.shape, file="", start=0, stop=parts[0].nbytes, parts=parts,
             kind="mxfp4" if target == "mxfp4" else "words", bits=bits, block=(1, size), symmetric=True, indexed=False,
