@@ -28,7 +28,7 @@ from adapterkit.errors import AdapterkitError, Interrupted, Refused, Spoiled
 from adapterkit.kernels.stochastic import Draws
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 RECEIPT_VERSION = 1
 IDENTITY = ("inode", "size", "modified", "changed")
@@ -84,6 +84,8 @@ class Shard:
 
 class Inputs(Protocol):
     """What a computation may read: whole tensors, in `dtype`, on `device`, finite."""
+
+    device: "device"
 
     def tensor(self, spec: TensorSpec) -> "Tensor": ...
 

@@ -1,22 +1,28 @@
 """What becomes of the tensors of a quantised checkpoint: copied, decoded and edited, or decoded, edited and encoded again."""
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.layout import Stored, grouped, like_base
+from adapterkit.edits import Loaded
 from adapterkit.engines.local import rounded
 from adapterkit.errors import shown
+from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops.sizes import short
 from adapterkit.plan import Bundle, Computed, Inputs, Made, Shard, Step
 from adapterkit.weights.packed import Packed, read_back
 
-ROWS = 1 << 18  # elements of a weight that are worked on at a time
+ROWS = 1 << 18  # elements of a weight that are edited at a time
+SLICE = 1 << 20  # elements of a weight that are decoded and encoded at a time, where its format allows that
 LOST = 0.5  # a share of the delta below which a merge is warned of
 
 
@@ -67,19 +73,21 @@ class Edited:
 
     @property
     def memory(self) -> int:
-        return _memory(self.step, 8)
+        return dtypes.size(self.step.dtype, math.prod(self.step.shape)) + _memory(self.step, 2, 12)
 
     def make(self, inputs: Inputs) -> Made:
-        weight = inputs.tensor(self.step.source)
-        facts: dict[str, Any] = {}
-        if self.step.edits:
-            weight, facts = _edited(self.step, weight, inputs)
-        return Made({self.step.key: rounded(weight, self.step).view(self.step.shape)}, facts)
+        weight = _Weight(self.step, inputs)
+        edits = weight.edits()
+        out = torch.empty(self.step.shape, dtype=dtypes.torch_dtype(self.step.dtype))
+        grid = out.view(weight.rows, weight.columns)
+        for part in weight.changed(edits, compared=False):
+            grid[part.first : part.last] = rounded(part.after, self.step, part.first * weight.columns)
+        return Made({self.step.key: out}, weight.facts(edits))
 
 
 @dataclass(frozen=True)
 class Requantised:
-    """One packed weight with edits: decoded, changed in float32, encoded once."""
+    """One packed weight with edits: decoded, changed in float32, encoded once, by slices of rows where its format allows that."""
 
     step: Step
     packed: Packed
@@ -102,31 +110,57 @@ class Requantised:
 
     @property
     def memory(self) -> int:
-        return _memory(self.step, 20)
+        return _memory(self.step, 3, 24)
 
     def make(self, inputs: Inputs) -> Made:
-        parts = {part.key: part for part in self.packed.parts}
-        stored = {key: inputs.stored(part) for key, part in parts.items()}
-        before = read_back(self.packed, stored, do="download the checkpoint again")
-        after, facts = _edited(self.step, before.clone(), inputs)
-        if torch.equal(after, before):
-            return Made(parts, facts | {"survived": 1.0})
-        tensors = self.packed.renewed(stored, after, self.step.draws)
-        facts |= survival(before, after, read_back(self.packed, tensors))
-        return Made(tensors, facts)
+        weight = _Weight(self.step, inputs)
+        edits, same, survival = weight.edits(), [], Survival()
+        for part in weight.changed(edits):
+            if torch.equal(part.before, part.after):
+                same.append((part.first, part.last))
+            else:
+                survival.add(part, weight.write(part))
+        facts = weight.facts(edits)
+        if not survival.sums:
+            return Made({part.key: part for part in self.packed.parts}, facts | {"survived": 1.0})
+        for first, last in same:  # its encoder may write the same values in other bytes: all of the weight goes through it
+            value = weight.read(first, last)
+            part = Part(first, last, value, value)
+            survival.add(part, weight.write(part))
+        tensors = weight.written()
+        if weight.nested:  # the scales that are read back are others than those that the codes were chosen for
+            survival, again = Survival(), _Weight(self.step, inputs, tensors)
+            for part in weight.changed(edits):
+                survival.add(part, again.read(part.first, part.last))
+        return Made(tensors, facts | survival.facts())
 
 
-def survival(before: Tensor, after: Tensor, stored: Tensor) -> dict[str, float]:
+class Part(NamedTuple):
+    """Rows [first, last) of a weight before and after its edits: (last - first, columns) float32."""
+
+    first: int
+    last: int
+    before: Tensor
+    after: Tensor
+
+
+class Survival:
     """What a change comes to once it is stored: `survived` ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if it is all there, 0 if nothing moved;
     `requantisation` ‖stored - after‖ / ‖Δ‖, the noise beside it. Δ = after - before."""
-    inner = squares = noise = 0.0
-    for x, y, z in zip(*(part.reshape(-1).split(ROWS) for part in (before, after, stored)), strict=True):
-        delta = y - x
-        inner, squares = inner + float(torch.dot(z - x, delta)), squares + float(torch.dot(delta, delta))
-        noise += float((z - y).square().sum())
-    if not squares:
-        return {"survived": 1.0}
-    return {"survived": short(inner / squares), "requantisation": short((noise / squares) ** 0.5)}
+
+    def __init__(self):
+        self.sums: list[tuple[float, float, float]] = []
+
+    def add(self, part: Part, stored: Tensor) -> None:
+        for x, y, z in zip(*(t.reshape(-1).split(ROWS) for t in (part.before, part.after, stored)), strict=True):
+            delta = y - x
+            self.sums.append((float(torch.dot(z - x, delta)), float(torch.dot(delta, delta)), float((z - y).square().sum())))
+
+    def facts(self) -> dict[str, float]:
+        inner, squares, noise = (math.fsum(column) for column in zip(*self.sums, strict=True))
+        if not squares:
+            return {"survived": 1.0}
+        return {"survived": short(inner / squares), "requantisation": short((noise / squares) ** 0.5)}
 
 
 def lost(facts: dict[str, dict]) -> list[str]:
@@ -185,39 +219,145 @@ def _bundles(step: Step, keep: bool) -> list[Bundle]:
     return [Copied(part) for part in packed.parts]
 
 
-def _memory(step: Step, bytes_each: int) -> int:
-    return bytes_each * math.prod(step.shape) + 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
+def _grid(step: Step) -> tuple[int, int]:
+    """Rows and columns of a weight: those that its edits go by."""
+    if step.edits:
+        return step.grid
+    return math.prod(step.shape[:-1]), step.shape[-1] if step.shape else 1
 
 
-def _edited(step: Step, weight: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Any]]:
-    """The weight (float32, changed in place) after the step's edits, and what was added to it."""
-    rows, columns = step.grid
-    grid = weight.reshape(rows, columns)
-    edits = [edit.load(_Held(inputs, grid), step.source, step.grid) for edit in step.edits]
-    size = float(grid.norm())
-    for first in range(0, rows, max(1, ROWS // max(columns, 1))):
-        block = grid[first : first + max(1, ROWS // max(columns, 1))]
-        for edit in edits:
-            edit.apply(block, first)
-    norms = [edit.delta_norm for edit in edits if edit.delta_norm is not None]
-    facts: dict[str, Any] = {"adapters": list(step.adapters)} if step.adapters else {}
-    if norms and size:
-        facts["delta"] = short(math.hypot(*norms) / size)
-    return grid.view(weight.shape), facts
+def _slices(step: Step) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that are worked on alone, the first one the largest."""
+    (rows, columns), source = _grid(step), step.source
+    if isinstance(source, Packed):
+        return source.slices(SLICE) if source.shape[-1] == columns else iter([(0, rows)])
+    each = max(1, SLICE // max(columns, 1))
+    return ((first, min(first + each, rows)) for first in range(0, rows, each))
 
 
-class _Held:
-    """What an edit reads while it loads, the weight that is edited being at hand."""
+def _memory(step: Step, copies: int, bytes_each: int) -> int:
+    """Bytes that edited rows take at most: copies of what is stored, `bytes_each` for an element of a slice, the factors."""
+    stored = copies * step.source.nbytes if isinstance(step.source, Packed) else 0
+    first, last = next(_slices(step), (0, 0))
+    return (
+        stored + bytes_each * (last - first) * _grid(step)[1] + 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
+    )
+
+
+class _Weight:
+    """One stored weight: read by slices of rows, edited, and written again if it is packed.
+
+    What has one slice only is decoded once. `stored`: its parts, where they are not those of the file."""
+
+    def __init__(self, step: Step, inputs: Inputs, stored: dict[str, Tensor] | None = None):
+        self.step, self.inputs, self.source, self.device = step, inputs, step.source, inputs.device
+        self.rows, self.columns = _grid(step)
+        self.nested, self.squares, self.whole = False, [], None
+        if isinstance(self.source, Packed):
+            self.stored = stored or {part.key: inputs.stored(part) for part in self.source.parts}
+            # with draws the scales of scales stay
+            self.record, self.parts = (self.source, self.stored) if step.draws else self.source.separated(self.stored)
+            self.nested = self.record is not self.source
+            # without scales of scales the new bytes take the place of the old ones, which are read no more
+            self.new = {key: part.clone() for key, part in self.parts.items()} if self.nested else self.parts
+        ranges = list(itertools.islice(_slices(step), 2))
+        if len(ranges) == 1:
+            self.whole = self._decoded(*ranges[0])
+
+    def edits(self) -> list[Loaded]:
+        return [edit.load(self, self.source, self.step.grid) for edit in self.step.edits]
+
+    # what an edit reads while it loads
 
     dtype = torch.float32
-
-    def __init__(self, inputs: Inputs, grid: Tensor):
-        self.inputs, self.grid, self.device = inputs, grid, grid.device
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         return self.inputs.tensor(spec)
 
     def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
-        step = max(1, ROWS // max(grid[1], 1))
-        for first in range(0, grid[0], step):
-            yield first, self.grid[first : first + step].clone()
+        slices = ((first, self.read(first, last)) for first, last in _slices(self.step))
+        for first, pieces in _chunked(slices, self.rows, self.columns):
+            yield first, torch.cat(pieces)
+
+    # its rows
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Rows of one slice in float32; not to be changed where there is one slice only."""
+        return self._decoded(first, last) if self.whole is None else self.whole
+
+    def _decoded(self, first: int, last: int) -> Tensor:
+        source, columns = self.source, self.columns
+        if isinstance(source, Packed):
+            value = read_back(*self._at(self.parts, first, last), do="download the checkpoint again")
+            return value.view(last - first, columns)
+        start, stop = (source.start + dtypes.size(source.dtype, row * columns) for row in (first, last))
+        return self.inputs.tensor(replace(source, shape=(last - first, columns), start=start, stop=stop))
+
+    def _at(self, parts: dict[str, Tensor], first: int, last: int) -> tuple[Packed, dict[str, Tensor]]:
+        return self.record.rows(parts, first, last) if self.record.shape[-1] == self.columns else (self.record, parts)
+
+    def changed(self, edits: list[Loaded], compared: bool = True) -> Iterator[Part]:
+        """Its slices before and after the edits; the two are one unless they are to be `compared`.
+
+        Edits work on the same chunks of rows whatever the slices are: a product of another height may differ in its last bit."""
+        self.squares, waiting = [], deque()
+
+        def opened() -> Iterator[tuple[int, Tensor]]:
+            for first, last in _slices(self.step):
+                before = self.read(first, last)
+                self.squares += [squared_norm(before)] if edits else []
+                waiting.append(Part(first, last, before, before.clone() if compared else before))
+                yield first, waiting[-1].after
+
+        for first, pieces in _chunked(opened(), self.rows, self.columns):
+            block = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            for edit in edits:
+                edit.apply(block, first)
+            if len(pieces) > 1:
+                for piece, value in zip(pieces, block.split([len(piece) for piece in pieces]), strict=True):
+                    piece.copy_(value)
+            done = first + len(block)
+            del block, pieces
+            while waiting and waiting[0].last <= done:
+                yield waiting.popleft()
+
+    def facts(self, edits: list[Loaded]) -> dict[str, Any]:
+        """What was added to it."""
+        facts: dict[str, Any] = {"adapters": list(self.step.adapters)} if self.step.adapters else {}
+        norms, size = [edit.delta_norm for edit in edits if edit.delta_norm is not None], math.sqrt(math.fsum(self.squares))
+        if norms and size:
+            facts["delta"] = short(math.hypot(*norms) / size)
+        return facts
+
+    def write(self, part: Part) -> Tensor:
+        """Encode the rows of a slice; what they decode to."""
+        record, stored = self._at(self.parts, part.first, part.last)
+        draws = self.step.draws and self.step.draws.at(part.first * self.columns)
+        tensors = record.renewed(stored, part.after.view(record.shape), draws)
+        value = read_back(record, tensors).view(part.after.shape)
+        if stored is self.parts:
+            self.new = tensors
+        else:
+            for key, room in self._at(self.new, part.first, part.last)[1].items():
+                if room is not self.new[key]:
+                    room.copy_(tensors[key])
+        return value
+
+    def written(self) -> dict[str, Tensor]:
+        """All parts, once each slice has been written."""
+        assert isinstance(self.source, Packed)
+        return self.stored | (self.new if self.step.draws else self.source.joined(self.new))
+
+
+def _chunked(slices: Iterable[tuple[int, Tensor]], rows: int, columns: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Chunks of about ROWS elements, whatever slices they lie in: (first row, its pieces, views of the slices)."""
+    each, pieces = max(1, ROWS // max(columns, 1)), []
+    for first, value in slices:
+        at, last = first, first + len(value)
+        while at < last:
+            stop = min(last, (at // each + 1) * each)
+            pieces.append(value[at - first : stop - first])
+            at = stop
+            if at % each == 0 or at == rows:
+                yield at - sum(map(len, pieces)), pieces
+                pieces = []

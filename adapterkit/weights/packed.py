@@ -93,6 +93,47 @@ class Packed(TensorSpec):
         raise NotImplementedError
 
     @property
+    def rows_per_block(self) -> int | None:
+        """Rows of a matrix (the last two axes) that decode and encode without the others, as any number of such blocks does; the
+        last may be short. None where only the whole weight does."""
+        return None
+
+    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+        """Views of the parts that hold rows [first, last), whole blocks, of one of its matrices; parts that all rows share are not
+        among them."""
+        raise NotImplementedError
+
+    def separated(self, stored: dict[str, Tensor]) -> tuple["Packed", dict[str, Tensor]]:
+        """The weight without what spans its blocks, such as scales of scales: a record, and its parts."""
+        return self, stored
+
+    def joined(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `separated` undid, done again with new parts."""
+        return stored
+
+    def slices(self, most: int) -> Iterator[tuple[int, int]]:
+        """Ranges of rows (all axes but the last seen as one) that `rows` takes, in order: about `most` elements, a block at least,
+        the first one the largest; one range where the rows need each other."""
+        count, each = math.prod(self.shape[:-1]), self.rows_per_block
+        if each is None or count == 0:
+            yield 0, count
+            return
+        height, step = self.shape[-2], max(1, most // max(1, each * self.shape[-1])) * each
+        for start in range(0, count, height):
+            for first in range(start, start + height, step):
+                yield first, min(first + step, start + height)
+
+    def rows(self, stored: dict[str, Tensor], first: int, last: int) -> tuple["Packed", dict[str, Tensor]]:
+        """One range of `slices` as a weight of its own: the record of a matrix of these rows, and its parts, views of those in
+        `stored` where rows do not share them."""
+        if (first, last) == (0, math.prod(self.shape[:-1])):
+            return self, stored
+        matrix, first_row = divmod(first, self.shape[-2])
+        views = stored | self.cut(stored, matrix, first_row, first_row + last - first)
+        parts = tuple(replace(part, shape=tuple(views[part.key].shape)) for part in self.parts)
+        return replace(self, shape=(last - first, self.shape[-1]), parts=parts), views
+
+    @property
     def read_only(self) -> str | None:
         """Why it cannot be written, if it cannot."""
         return None

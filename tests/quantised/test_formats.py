@@ -22,6 +22,7 @@ from torch import Tensor
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
+from adapterkit.ops import requantised
 from adapterkit.ops.sources import open_source
 from adapterkit.weights.decoded import decoded, packed_in
 from adapterkit.weights.packed import Packed
@@ -225,6 +226,20 @@ def test_integers_of_any_bytes_come_back(symmetric: bool, indexed: bool, tmp_pat
         assert torch.equal(spec.decode(again), value)
         far = value + 9 * value.abs().max()  # does not fit the old scales
         assert float((spec.decode(spec.renewed(parts, far)) - far).norm() / far.norm()) < 0.1
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("name", WRITABLE)
+def test_merged_by_slices_of_rows(base, lora: Path, name: str, rounding: str, tmp_path: Path, monkeypatch) -> None:
+    """As many as the format allows, or one: the same bytes."""
+    for size in (1 << 20, 1):
+        monkeypatch.setattr(requantised, "SLICE", size)
+        adapterkit.merge(base(name), [lora], out=tmp_path / f"{size}", rounding=rounding)
+        adapterkit.merge(base(name), [lora], out=tmp_path / f"{size}-floats", dequantize=True, rounding=rounding)
+    for kind in ("", "-floats"):
+        assert sha(tmp_path / f"1{kind}") == sha(tmp_path / f"{1 << 20}{kind}")
+    slices = {len(list(spec.slices(1))) for spec in packed_of(base(name)).values()}
+    assert (max(slices) > 1) == (name not in ("fp8-tensor", "modelopt-fp8") and "nvfp4" not in name and name != "modelopt-file")
 
 
 @pytest.mark.parametrize("name", WRITABLE)

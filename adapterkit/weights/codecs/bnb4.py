@@ -181,12 +181,42 @@ class Bnb4(Packed):
         weight = weight.T if self.transposed else weight
         with named(self.key):
             packed, absmax = blockwise.quantize_4bit(weight.contiguous(), self.kind, self.block)
+        return self.joined({self.parts[0].key: packed, self.parts[1].key: absmax})
+
+    @property
+    def rows_per_block(self) -> int | None:
+        if self.transposed or self.mended:
+            return None
+        each = self.block * (self.nested_block if self.double else 1)
+        return each // math.gcd(each, self.shape[1])
+
+    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+        sizes = [2, self.block]  # elements that share a byte, or a scale
+        specs = list(self.parts[:2])
+        if self.double:
+            sizes, specs = [*sizes, self.block * self.nested_block], [*specs, self.parts[3]]
+        ends = (first * self.shape[1], last * self.shape[1])
+        return {
+            spec.key: stored[spec.key][ends[0] // size : math.ceil(ends[1] / size)] for spec, size in zip(specs, sizes, strict=True)
+        }
+
+    def separated(self, stored: dict[str, Tensor]) -> tuple[Packed, dict[str, Tensor]]:
+        if not self.double:
+            return self, stored
+        codes, absmax, table, *_, state = self.parts
+        parts = (codes, replace(absmax, dtype="F32"), table, state)
+        return replace(self, double=False, parts=parts), {part.key: stored[part.key] for part in parts} | {
+            absmax.key: self._scales(stored)
+        }
+
+    def joined(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All parts, of the codes and their scales in float32."""
         keys = [part.key for part in self.parts]
-        device = weight.device
-        made = {keys[0]: packed, keys[2]: blockwise.quant_map(self.kind).to(device)}
+        packed, absmax = stored[keys[0]], stored[keys[1]]
+        made = {keys[0]: packed, keys[2]: blockwise.quant_map(self.kind).to(packed.device)}
         if not self.double:
             return made | {keys[1]: absmax, keys[-1]: _bytes(self._text())}
-        values = blockwise.dynamic_map().to(device)
+        values = blockwise.dynamic_map().to(packed.device)
         nested = blockwise.quantize_absmax(absmax)
         made |= {keys[1]: nested.codes, keys[3]: nested.absmax, keys[4]: values}
         return made | {keys[-1]: _bytes(self._text(float(nested.offset)))}

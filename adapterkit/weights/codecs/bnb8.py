@@ -77,3 +77,10 @@ class Bnb8(Packed):
         with named(self.key):
             made = blockwise.renew_int8((weight.T if self.transposed else weight).contiguous(), stored[scale], draws)
         return {codes: made.codes, scale: made.scale}
+
+    @property
+    def rows_per_block(self) -> int | None:
+        return None if self.transposed else 1
+
+    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+        return {part.key: stored[part.key][first:last] for part in self.parts[:2]}

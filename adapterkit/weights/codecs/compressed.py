@@ -160,6 +160,22 @@ class Compressed(Packed):
         return stored | self._integers(made)
 
     @property
+    def rows_per_block(self) -> int | None:
+        if self.kind == "nvfp4" or self._lines[0] != self.shape[0]:
+            return None
+        zero = None if self.symmetric else self._part("weight_zero_point")
+        return self.block[0] if zero is None or zero.dtype != "I32" else 32 // math.gcd(32, self.bits)  # words along the rows
+
+    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+        codes, scale = (part.key for part in self.parts[:2])
+        height, zero = self.block[0], None if self.symmetric else self._part("weight_zero_point")
+        views = {codes: stored[codes][first:last], scale: stored[scale][first // height : math.ceil(last / height)]}
+        if zero is None:
+            return views
+        words = slice(first * self.bits // 32, math.ceil(last * self.bits / 32)) if zero.dtype == "I32" else slice(first, last)
+        return views | {zero.key: stored[zero.key][words]}
+
+    @property
     def read_only(self) -> str | None:
         return "mxfp8-quantized" if self.kind == "mxfp8" else None
 
@@ -170,6 +186,9 @@ class Compressed(Packed):
 
     def _leaf(self, stored: dict[str, Tensor], leaf: str) -> Tensor | None:
         return stored.get(self.key.removesuffix("weight") + leaf)
+
+    def _part(self, leaf: str) -> TensorSpec | None:
+        return next((part for part in self.parts if part.key == self.key.removesuffix("weight") + leaf), None)
 
     def _zero(self, stored: dict[str, Tensor]) -> Tensor | None:
         zero = None if self.symmetric else self._leaf(stored, "weight_zero_point")
@@ -187,7 +206,7 @@ class Compressed(Packed):
         whole = made.codes.reshape(self.shape)
         found = {codes.key: pack(whole, self.bits) if self.kind == "words" else whole}
         found[scale.key] = made.scale.to(dtypes.torch_dtype(scale.dtype)).view(scale.shape)
-        zero = next((part for part in self.parts if part.key.endswith(".weight_zero_point")), None)
+        zero = self._part("weight_zero_point")
         if zero is not None and made.zero is not None:
             found[zero.key] = pack_zeros(made.zero, self.bits) if zero.dtype == "I32" else made.zero.view(zero.shape)
         return found

@@ -92,6 +92,18 @@ class Fp8(Packed):
         return {codes: made.codes, scale: made.scale}
 
     @property
+    def rows_per_block(self) -> int | None:
+        return None if math.prod(self.parts[1].shape) == 1 else self.block[0]
+
+    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+        codes, scale = (stored[part.key] for part in self.parts[:2])
+        blocks = slice(first // self.block[0], math.ceil(last / self.block[0]))
+        return {
+            self.parts[0].key: codes.view(-1, *codes.shape[-2:])[matrix, first:last],
+            self.parts[1].key: scale.view(-1, *scale.shape[-2:])[matrix, blocks],
+        }
+
+    @property
     def read_only(self) -> str | None:
         return "FP8 E5M2" if self.parts[0].dtype == "F8_E5M2" else None
 

@@ -69,12 +69,12 @@ class Mxfp4(Packed):
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         blocks, scales = (stored[part.key] for part in self.parts)
-        return narrow.decode_mxfp4(blocks, scales).transpose(1, 2).contiguous()
+        return narrow.decode_mxfp4(blocks, scales).transpose(-2, -1).contiguous()
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """As triton_kernels and so transformers quantise: nothing saturates."""
         blocks, scales = self.parts
-        made = narrow.encode_mxfp4(weight.transpose(1, 2).contiguous(), rule="up")
+        made = narrow.encode_mxfp4(weight.transpose(-2, -1).contiguous(), rule="up")
         return {blocks.key: made.codes, scales.key: made.scale}
 
     def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
@@ -82,3 +82,11 @@ class Mxfp4(Packed):
         turned = draws.by_columns(*weight.shape[-2:])
         made = narrow.renew_mxfp4(weight.transpose(-2, -1).contiguous(), stored[scales], "up", turned)
         return {blocks: made.codes, scales: made.scale}
+
+    @property
+    def rows_per_block(self) -> int:
+        return narrow.MX
+
+    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+        groups = slice(first // narrow.MX, last // narrow.MX)
+        return {part.key: stored[part.key][matrix, :, groups] for part in self.parts}

@@ -1,0 +1,119 @@
+"""Large weights in narrow formats: worked on by slices of rows, in the memory that the plan claims, to the bytes of the whole."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import read_header
+from adapterkit.edits import AddLowRank, Block, Decompose, Term
+from adapterkit.engines.local import Inputs
+from adapterkit.kernels.stochastic import Draws
+from adapterkit.ops import requantised
+from adapterkit.plan import Step
+from adapterkit.weights.codecs.bnb4 import Bnb4
+from adapterkit.weights.codecs.bnb8 import Bnb8
+from adapterkit.weights.codecs.compressed import Compressed
+from adapterkit.weights.codecs.fp8 import Fp8
+from adapterkit.weights.codecs.mxfp4 import Mxfp4
+from adapterkit.weights.packed import Packed, Unpacked
+
+MATRIX, STACK = (1536, 4096), (6, 1024, 1024)
+SMALL = {MATRIX: (256, 384), STACK: (3, 96, 160), (6145, 1056): (259, 1056)}
+FORMATS: dict[str, tuple[type[Packed], str, tuple[int, ...], dict]] = {
+    "nf4": (Bnb4, "nf4", MATRIX, {}),
+    "double": (Bnb4, "nf4", MATRIX, {"double_quant": True}),
+    "fp4 in blocks longer than a row": (Bnb4, "fp4", (6145, 1056), {"block_size": 4096}),
+    "int8": (Bnb8, "int8", MATRIX, {}),
+    "fp8": (Fp8, "fp8", MATRIX, {}),
+    "w4a16": (Compressed, "w4a16", MATRIX, {}),
+    "w8a16": (Compressed, "w8a16", MATRIX, {}),
+    "mxfp4 rows": (Compressed, "mxfp4", MATRIX, {}),
+    "mxfp4 experts": (Mxfp4, "mxfp4", STACK, {}),
+}
+WHOLE = {"nf4 turned": (Bnb4, "nf4", MATRIX, {}), "int8 turned": (Bnb8, "int8", MATRIX, {})}
+
+
+class Case:
+    """One weight in a format in a file, and LoRA factors in another."""
+
+    def __init__(self, folder: Path, name: str, small: bool = False):
+        record, target, shape, options = (FORMATS | WHOLE)[name]
+        shape = SMALL[shape] if small else shape
+        generator = torch.Generator().manual_seed(0)
+        packed = record.fresh(target, Unpacked("x.weight", shape, "BF16", name in WHOLE), options)
+        assert packed is not None
+        with torch.inference_mode():
+            stored = packed.encode(torch.randn(packed.shape, generator=generator).mul_(0.02))
+        save_file(stored, folder / "base.safetensors")
+        rows, columns = math.prod(packed.shape[:-1]), packed.shape[-1]
+        factors = {"a": torch.randn(8, columns, generator=generator), "b": torch.randn(rows, 8, generator=generator).mul_(0.002)}
+        factors |= {"row": torch.rand(rows, generator=generator) + 1, "column": torch.rand(columns, generator=generator) + 1}
+        save_file(factors, folder / "factors.safetensors")
+        self.folder, self.specs = LocalFolder(str(folder)), {}
+        for file in ("base.safetensors", "factors.safetensors"):
+            for spec in read_header(self.folder, file).tensors:
+                self.specs[spec.key] = spec
+        self.packed = replace(packed, parts=tuple(replace(part, **self.place(part.key)) for part in packed.parts))
+        self.grid = rows, columns
+
+    def place(self, key: str) -> dict:
+        spec: TensorSpec = self.specs[key]
+        return {"shape": spec.shape, "file": spec.file, "start": spec.start, "stop": spec.stop}
+
+    def step(self, dora: str | None = None, draws: Draws | None = None) -> Step:
+        rows, columns = self.grid
+        term = Term(self.specs["a"], self.specs["b"], 1.0, 8, (Block(0, rows, 0, columns),))
+        edits = [AddLowRank((term,))]
+        if dora:
+            edits.append(Decompose(self.specs[dora], (0, rows), dora == "column", tuple(edits)))
+        return Step("x.weight", "BF16", self.packed.shape, self.packed, tuple(edits), rows, ("a",), draws)
+
+    def made(self, bundle):
+        with Sources((self.folder,), {}) as sources, torch.inference_mode():
+            return bundle.make(Inputs(sources, torch.device("cpu")))
+
+
+def peak() -> int:
+    """The most memory that was resident since the peak was set anew."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+@pytest.mark.parametrize("name", FORMATS | WHOLE)
+def test_no_more_memory_than_claimed(name: str, tmp_path: Path) -> None:
+    case = Case(tmp_path, name)
+    step = case.step()
+    for bundle in (requantised.Requantised(step, case.packed), requantised.Edited(step)):
+        assert name in WHOLE or bundle.memory < 10 * math.prod(case.packed.shape), "decoded whole it takes more"
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak()
+        case.made(bundle)
+        assert peak() - before < bundle.memory
+
+
+@pytest.mark.parametrize(("dora", "seed"), [(None, None), ("row", None), ("column", None), (None, 3)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_slices_give_the_bytes_of_the_whole(name: str, dora: str | None, seed: int | None, tmp_path: Path, monkeypatch) -> None:
+    """Slices and the chunks of the edits end at different rows."""
+    monkeypatch.setattr(requantised, "ROWS", 7777)
+    case = Case(tmp_path, name, small=True)
+    step, whole = case.step(dora, None if seed is None else Draws.of(seed, "x.weight")), requantised.SLICE
+    made = {}
+    for size in (whole, 5000, 50_000):
+        monkeypatch.setattr(requantised, "SLICE", size)
+        slices = len(list(case.packed.slices(size)))
+        assert slices > 1 or size == whole
+        bundles = (requantised.Requantised(step, case.packed), requantised.Edited(step))
+        made[size] = [tensor for bundle in bundles for tensor in case.made(bundle).tensors.values()]
+    for size in (5000, 50_000):
+        for ours, right in zip(made[size], made[whole], strict=True):
+            assert ours.dtype == right.dtype and ours.shape == right.shape
+            assert torch.equal(ours.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
