@@ -7,6 +7,7 @@ duplicate keys (the last wins), unknown fields and any name: here each key stand
 import hashlib
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 
 from adapterkit import dtypes
@@ -18,6 +19,7 @@ MAX_RANK = 64
 MAX_NAME = 1000
 MAX_KEYS = 2_500_000  # of all objects together: half a million tensors; parsed they take 0.5 GB
 MAX_VALUES = 8_000_000
+ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Head
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged("__metadata__ that is not text to text", "a map of strings")
     base = len(raw)
-    tensors = [_tensor(key, entry, base, file, folder, damaged) for key, entry in table.items()]
+    shapes: dict[tuple, tuple] = {}  # one object for each shape: a large model has few of them
+    tensors = [_tensor(key, entry, base, file, folder, shapes, damaged) for key, entry in table.items()]
     tensors.sort(key=lambda t: (t.start, t.stop))
     at = base
     for tensor in tensors:
@@ -101,31 +104,36 @@ def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Head
     return Header(raw, tuple(tensors), metadata)
 
 
-def _tensor(key: str, entry, base: int, file: str, folder: int, damaged) -> TensorSpec:
-    name = shown(key)
-    if not key or len(key) > MAX_NAME or not key.isprintable() or ".." in key.replace("\\", "/").split("/"):
-        raise damaged(f"tensor name {name!r}", f"1 to {MAX_NAME} printable characters, no path upwards")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise damaged(f"the entry of {name!r}", "dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+def _tensor(key: str, entry, base: int, file: str, folder: int, shapes: dict[tuple, tuple], damaged) -> TensorSpec:
+    if not key or len(key) > MAX_NAME or not key.isprintable() or (".." in key and ".." in key.replace("\\", "/").split("/")):
+        raise damaged(f"tensor name {shown(key)!r}", f"1 to {MAX_NAME} printable characters, no path upwards")
+    if not isinstance(entry, dict) or entry.keys() != ENTRY:
+        raise damaged(f"the entry of {shown(key)!r}", "dtype, shape and data_offsets")
+    dtype, sizes, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes.BITS:
-        raise damaged(f"dtype {shown(dtype)!r} of {name!r}", "one of " + " ".join(dtypes.BITS))
-    if not _naturals(shape) or len(shape) > MAX_RANK:
-        raise damaged(f"the shape of {name!r}", f"at most {MAX_RANK} whole numbers")
+        raise damaged(f"dtype {shown(dtype)!r} of {shown(key)!r}", "one of " + " ".join(dtypes.BITS))
+    if not _naturals(sizes) or len(sizes) > MAX_RANK:
+        raise damaged(f"the shape of {shown(key)!r}", f"at most {MAX_RANK} whole numbers")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise damaged(f"the data_offsets of {name!r}", "two whole numbers")
-    if 0 in shape and math.prod(filter(None, shape)) >= 2**63:
-        raise damaged(f"the shape of {name!r}", "a product of its other numbers below 2^63")
+        raise damaged(f"the data_offsets of {shown(key)!r}", "two whole numbers")
+    if 0 in sizes and math.prod(filter(None, sizes)) >= 2**63:
+        raise damaged(f"the shape of {shown(key)!r}", "a product of its other numbers below 2^63")
+    shape = tuple(sizes)
+    shape = shapes.setdefault(shape, shape)
     bits = math.prod(shape) * dtypes.BITS[dtype]
     start, stop = offsets
     if bits % 8 or stop - start != bits // 8:
-        raise damaged(f"{stop - start} bytes for {name!r}", f"{bits // 8} bytes for {dtype} {tuple(shape)}"[:200])
-    return TensorSpec(key, dtype, tuple(shape), file, base + start, base + stop, folder)
+        raise damaged(f"{stop - start} bytes for {shown(key)!r}", f"{bits // 8} bytes for {dtype} {shape}"[:200])
+    return TensorSpec(key, sys.intern(dtype), shape, file, base + start, base + stop, folder)
 
 
 def _naturals(value) -> bool:
-    # bool is an int in Python; a header that says `true` is still damaged
-    return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
+    if not isinstance(value, list):
+        return False
+    for number in value:
+        if type(number) is not int or not 0 <= number < 2**63:  # bool is an int in Python; `true` is still damage
+            return False
+    return True
 
 
 def build_header(

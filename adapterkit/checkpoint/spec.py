@@ -115,6 +115,7 @@ def see_checkpoint(folder: Folder, number: int = 0) -> Seen:
         seen.whole = False
     else:
         seen.errors += _stored_twice(seen) + _index_errors(seen)
+        _share_strings(seen)
     seen.config = seen.json("config.json") or {}
     seen.readable = seen.readable and seen.whole
     layout = other_layout(seen.tensors) if "config.json" not in folder.files() else None
@@ -320,6 +321,14 @@ def _index_errors(seen: Seen) -> list[AdapterkitError]:
         found = f"{shown(key)} in {shown(tensors[key].file)}"
         errors.append(Damaged(found, expected="every stored key in the index", where=where, do="restore the index"))
     return errors
+
+
+def _share_strings(seen: Seen) -> None:
+    """Put the headers' own strings into the index: as it is read, each name of a file is a string of its own."""
+    if seen.index is not None:
+        tensors = seen.tensors
+        pairs = ((tensors.get(key), key, file) for key, file in seen.index["weight_map"].items())
+        seen.index["weight_map"] = {s.key if s else key: s.file if s and s.file == file else file for s, key, file in pairs}
 
 
 def _stored_twice(seen: Seen) -> list[AdapterkitError]:

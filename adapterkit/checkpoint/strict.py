@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 LONGEST_NUMBER = 100  # characters; float() of a longer whole number may overflow
+_ODD = re.compile(rb"-0|[0-9]{%d}" % LONGEST_NUMBER)  # where there is none, no number needs a look of its own
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -15,7 +16,8 @@ def strict_json(data: bytes) -> Any:
     transformers writes them into some configs.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole)
+        whole = _whole if _ODD.search(data) else None
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=whole)
         if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:

@@ -27,6 +27,7 @@ HEADS = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+Source = tuple[str, str, tuple[int, ...]]  # a stored key, the converter's pattern that it matches, its shape
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class Skeleton:
         self.model = _meta_model(base, class_name)
         self.state = self.model.state_dict()  # names and shapes of all parameters, stored or not
         self.renamings, self.converters = _conversions(self.model)
+        self._experts: dict[tuple[str, str], dict[str, Slot]] = {}  # where single experts lie in stacks, by stack
         self.unreadable: dict[str, AdapterkitError] = {}  # parameters whose conversion is more than a move of elements
         self.parameters = self._find_parameters()
 
@@ -196,21 +198,28 @@ class Skeleton:
         number = re.search(pattern.replace("*", r"(\d+)"), name)
         if len(stack.shape) != 3 or number is None or len(stack.slots) != 1 or not stack.slots[0].whole:
             return None
-        converter = deepcopy(next(c for c in self.converters if pattern in c.source_patterns))
-        rows = stack.shape[1] // len(converter.source_patterns)
-        for other in converter.source_patterns:
-            for expert in range(stack.shape[0]):
-                text = other.replace("*", str(expert)).replace("\\", "")
-                key = name.replace(number[0], text)
-                converter.add_tensor(stack_name, key, other, Symbol.of(key, (rows, stack.shape[2])))
-        symbol = self._converted(stack_name, converter)[stack_name]
-        symbol = symbol[0] if isinstance(symbol, list) else symbol
-        held = next((slot for slot in symbol.slots if slot.key == name), None)
-        if held is None or tuple(symbol.shape) != stack.shape:
+        which = (stack_name, name.replace(number[0], "*"))
+        if which not in self._experts:
+            self._experts[which] = self._expert_slots(name, number[0], stack_name, pattern)
+        held = self._experts[which].get(name)
+        if held is None:
             return None
         axes = tuple(Axis(0, i, range(axis.at, axis.stop)) for i, axis in enumerate(held.axes))
         slot = Slot(stack.slots[0].key, stack.shape, axes)
         return Parameter(name, tuple(len(axis.of) for axis in axes), (slot,))
+
+    def _expert_slots(self, name: str, number: str, stack_name: str, pattern: str) -> dict[str, Slot]:
+        """Where the loader would put each expert's matrices in a stack, by the names that stand for `name`'s `number`."""
+        stack = self.parameters[stack_name]
+        converter = next(c for c in self.converters if pattern in c.source_patterns)
+        shape = (stack.shape[1] // len(converter.source_patterns), stack.shape[2])
+        sources: list[Source] = []
+        for other in converter.source_patterns:
+            for expert in range(stack.shape[0]):
+                text = other.replace("*", str(expert)).replace("\\", "")
+                sources.append((name.replace(number, text), other, shape))
+        symbol = self._converted(stack_name, converter, sources)[stack_name]
+        return {slot.key: slot for slot in symbol.slots} if tuple(symbol.shape) == stack.shape else {}
 
     def renamed(self, key: str) -> str:
         """The parameter that the loader puts a stored tensor of that name into."""
@@ -253,13 +262,13 @@ class Skeleton:
 
     def _slots(self, state: dict) -> dict[str, tuple[Slot, ...]]:
         """Slots of every parameter, by running the loader's renames and conversions on symbols."""
-        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
 
         renamings, converters = self.renamings, self.converters
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         prefix = self.model.base_model_prefix
         found: dict[str, tuple[Slot, ...]] = {}
-        running: dict[str, WeightConverter] = {}
+        running: dict[str, list[Source]] = {}
         for key in sorted(self.base.tensors, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
@@ -270,23 +279,36 @@ class Skeleton:
             if pattern is None:
                 found[name] = (identity_slot(key, shape),)
             else:
-                converter = running.setdefault(name, deepcopy(by_pattern[pattern]))
-                converter.add_tensor(name, key, pattern, Symbol.of(key, shape))  # pyright: ignore[reportArgumentType]
-        for first, converter in running.items():
+                running.setdefault(name, []).append((key, pattern, shape))
+        known: dict[tuple, tuple[str, list[Source], dict[str, tuple[Slot, ...]]]] = {}
+        for first, sources in running.items():
+            converter = by_pattern[sources[0][1]]
+            like = (id(converter), self._alike(first, converter), tuple((pattern, shape) for _, pattern, shape in sources))
             try:
-                converted = self._converted(first, converter)
+                converted = _renumbered(first, sources, *known[like]) if like in known else None
+                if converted is None:
+                    converted = {name: made.slots for name, made in self._converted(first, converter, sources).items()}
+                    known.setdefault(like, (first, sources, converted))
             except AdapterkitError as error:
                 self.unreadable[first] = error
                 continue
-            for name, symbol in converted.items():
-                symbol = symbol[0] if isinstance(symbol, list) else symbol
-                if name in state:
-                    found[name] = symbol.slots
+            found |= {name: slots for name, slots in converted.items() if name in state}
         return found
 
-    def _converted(self, name: str, converter) -> dict:
+    def _alike(self, name: str, converter) -> tuple:
+        """What a conversion may ask about the parameter that it makes: its name, but for numbers, and its targets' shapes."""
+        first, *others = converter.target_patterns
+        targets = [name, *(name.replace(first, other) for other in others)]
+        shapes = tuple(tuple(self.state[target].shape) if target in self.state else None for target in targets)
+        return tuple("#" if part.isdigit() else part for part in name.split(".")), shapes
+
+    def _converted(self, name: str, converter, sources: list[Source]) -> dict[str, Symbol]:
+        """What a converter makes of stored tensors, by name: its operations run on symbols."""
+        converter = deepcopy(converter)
+        for key, pattern, shape in sources:
+            converter.add_tensor(name, key, pattern, Symbol.of(key, shape))
         try:
-            return converter.convert(name, model=self.model, config=self.model.config)
+            made = converter.convert(name, model=self.model, config=self.model.config)
         except AdapterkitError as error:
             operations = ", ".join(type(op).__name__ for op in converter.operations)
             raise Refused(
@@ -295,6 +317,27 @@ class Skeleton:
                 where=self.base.name,
                 do="save the model once with transformers (from_pretrained, save_pretrained) and use that as the base",
             ) from error
+        return {key: symbol[0] if isinstance(symbol, list) else symbol for key, symbol in made.items()}
+
+
+def _renumbered(
+    name: str, sources: list[Source], other: str, others: list[Source], converted: dict[str, tuple[Slot, ...]]
+) -> dict[str, tuple[Slot, ...]] | None:
+    """What `other` was converted to, for a name of other numbers (another layer); None where its names do not tell how."""
+    mine, theirs = name.split("."), other.split(".")
+    keys = {there: here for (here, _, _), (there, _, _) in zip(sources, others, strict=True)}
+    found = {}
+    for key, slots in converted.items():
+        parts = key.split(".")
+        if len(parts) != len(theirs):
+            return None
+        for i, (here, there) in enumerate(zip(mine, theirs, strict=True)):
+            if here != there:
+                if parts[i] != there:
+                    return None
+                parts[i] = here
+        found[".".join(parts)] = tuple(Slot(keys[slot.key], slot.shape, slot.axes) for slot in slots)
+    return found
 
 
 def tied_names(model) -> dict[str, tuple[str, ...]]:
