@@ -4,14 +4,18 @@ Positioned reads, not mappings: a mapping of a file that shrinks kills the proce
 """
 
 import contextlib
+import itertools
 import os
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Failed, Spoiled, shown
+from adapterkit.errors import Damaged, Failed, Spoiled, shown
 
+NEAR, FAR = 4 << 10, 1 << 20  # bytes between two tensors that are read along rather than skipped; of a remote file
+RANGE = 8 << 20  # bytes of one read of small tensors
 Identity = tuple[int, int, int, int, int]
 
 
@@ -141,6 +145,59 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
         if n == 0:
             raise changed(spec.file, f"the file ends at byte {position + done}")
         done += n
+
+
+def read_small(folder: Folder, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, memoryview]]:
+    """The bytes of small tensors, file by file in the order of their places; neighbours come in one read, with what lies between.
+
+    `Damaged` where a file ends before one of them.
+    """
+    local = isinstance(folder, LocalFolder)
+    ordered = sorted(specs, key=lambda spec: (spec.file, spec.start, spec.stop))
+    for name, group in itertools.groupby(ordered, lambda spec: spec.file):
+        with _opened(folder.path(name)) if local else contextlib.nullcontext() as descriptor:
+            for first, stop, together in _neighbours(group, NEAR if local else FAR):
+                data = folder.read(name, first, stop) if descriptor is None else _read_at(descriptor, first, stop, name)
+                if len(data) < stop - first:
+                    found, do = f"the file ends at byte {first + len(data)}", "copy the file again"
+                    raise Damaged(found, expected=f"{stop} bytes or more", where=name, do=do)
+                view = memoryview(data)
+                yield from ((spec, view[spec.start - first : spec.stop - first]) for spec in together)
+
+
+def _neighbours(ordered: Iterable[TensorSpec], gap: int) -> Iterator[tuple[int, int, list[TensorSpec]]]:
+    """(start, stop, its tensors) of each range to read: tensors no further apart than `gap`, together at most RANGE bytes."""
+    together: list[TensorSpec] = []
+    start = stop = 0
+    for spec in ordered:
+        if together and (spec.start - stop > gap or spec.stop - start > RANGE):
+            yield start, stop, together
+            together = []
+        if not together:
+            start, stop = spec.start, spec.stop
+        together.append(spec)
+        stop = max(stop, spec.stop)
+    if together:
+        yield start, stop, together
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Failed(f"cannot read: {error.strerror}", where=str(path)) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _read_at(descriptor: int, start: int, stop: int, name: str) -> bytes:
+    try:
+        return os.pread(descriptor, stop - start, start)
+    except OSError as error:
+        raise Failed(f"cannot read at byte {start}: {error.strerror}", where=name, do="check the disk") from error
 
 
 def changed(name: str, found: str = "the file changed between plan and end") -> Spoiled:

@@ -28,6 +28,7 @@ def decoded(base: Checkpoint) -> Checkpoint:
             packed.append(one)
             for part in one.parts:
                 found.tensors.pop(part.key, None)
+    found.look()
     found.errors += _twice(base, packed) + _left(found, packed)
     refuse_all(found.errors)
     homes = {one.parts[0].key: one for one in packed}

@@ -2,16 +2,19 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.reader import read_small
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Spoiled, shown
 from adapterkit.kernels.stochastic import Draws
@@ -190,6 +193,8 @@ class Found:
     settings: dict[str, Any]  # the config's quantization_config
     tensors: dict[str, TensorSpec]  # what no format has claimed so far
     errors: list[AdapterkitError] = field(default_factory=list)
+    _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)  # to be looked at; whether above 0
+    _there: dict[str, bytes] = field(default_factory=dict)  # what was fetched
 
     @property
     def method(self) -> str:
@@ -242,10 +247,10 @@ class Found:
         self.errors.append(Refused(found, expected=expected, where=self.base.name, do=do))
 
     def read(self, spec: TensorSpec) -> Tensor:
-        """A stored tensor, now: small ones, that say what others mean or whose values may be bad."""
+        """A small stored tensor whose values say what others mean, now; `fetch` first where there are many."""
         import torch
 
-        data = bytearray(self.base.folder.read(spec.file, spec.start, spec.stop))
+        data = bytearray(self._bytes(spec))
         if not data:
             return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype))
         return torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
@@ -253,7 +258,7 @@ class Found:
     def read_json(self, spec: TensorSpec) -> dict[str, Any]:
         """A JSON text stored as a tensor of bytes; {} and an error where it is none."""
         try:
-            value = json.loads(self.base.folder.read(spec.file, spec.start, spec.stop))
+            value = json.loads(self._bytes(spec))
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
@@ -261,17 +266,48 @@ class Found:
             return {}
         return value
 
-    def check_finite(self, *scales: TensorSpec, positive: bool = False) -> bool:
-        """Note an error where a scale is NaN or infinite (0 is legal: a block of zeros has it); bytes are exponents, 255 NaN."""
-        good = True
-        for spec in scales:
-            if spec.nbytes > LARGE:
-                continue
-            values = self.read(spec)
-            values = values.float().masked_fill_(values == 255, math.nan) if spec.dtype == "U8" else values.float()
-            fine = bool(values.isfinite().all()) and not (positive and bool((values <= 0).any()))
-            good &= self.check(spec.key, fine, "scales that are NaN or infinite" + positive * " or not above 0", "finite scales")
-        return good
+    def fetch(self, specs: Iterable[TensorSpec]) -> None:
+        """Tensors that `read` and `read_json` will be asked for, in a few reads of each file."""
+        self._there |= {spec.key: bytes(data) for spec, data in read_small(self.base.folder, specs)}
+
+    def _bytes(self, spec: TensorSpec) -> bytes:
+        there = self._there.get(spec.key)
+        return self.base.folder.read(spec.file, spec.start, spec.stop) if there is None else there
+
+    def check_finite(self, *scales: TensorSpec, positive: bool = False) -> None:
+        """Scales that `look` is to find finite (0 is legal: a block of zeros has it), or also above 0."""
+        self._scales += [(spec, positive) for spec in scales if spec.nbytes <= LARGE]
+
+    def look(self) -> None:
+        """Note an error for each scale that is NaN or infinite; U8 are exponents, 255 NaN.
+
+        Of a folder that is not here none is read: each would be a request, most for weights that no job touches, and those that
+        are decoded are looked at then (`read_back`).
+        """
+        if not isinstance(self.base.folder, LocalFolder):
+            return
+        positive = {spec.key for spec, positive in self._scales if positive}
+        for spec, data in read_small(self.base.folder, [spec for spec, _ in self._scales]):
+            fine = _fine(spec.dtype, data, spec.key in positive)
+            text = "scales that are NaN or infinite" + (spec.key in positive) * " or not above 0"
+            self.check(spec.key, fine, text, "finite scales")
+
+
+def _fine(dtype: str, data: memoryview, positive: bool) -> bool:
+    """Whether all of a scale's values are finite, and above 0 if they have to be."""
+    if dtype in ("F32", "F16", "F64"):  # without torch: there can be tens of thousands
+        values = np.frombuffer(data, f"<f{dtypes.BITS[dtype] // 8}")
+        return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
+    if dtype == "BF16":
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
+    if not data:
+        return True
+    import torch
+
+    stored = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(dtype)).float()
+    stored = stored.masked_fill_(stored == 255, math.nan) if dtype == "U8" else stored
+    return bool(stored.isfinite().all()) and not (positive and bool((stored <= 0).any()))
 
 
 Finder = Callable[[Found], Iterator[Packed]]

@@ -31,8 +31,9 @@ class Awq(Packed):
             module = key.removesuffix(CODES)
             zeroed = found.settings.get("zero_point", True) is not False or f"{module}.qzeros" in found.tensors
             siblings = found.siblings(module, ".scales", *([".qzeros"] if zeroed else []))
-            if siblings is None or not _fits(found, key, spec, *siblings) or not found.check_finite(siblings[0]):
+            if siblings is None or not _fits(found, key, spec, *siblings):
                 continue
+            found.check_finite(siblings[0])
             shape = (siblings[0].shape[1], spec.shape[0])
             place = {"file": spec.file, "start": spec.start, "stop": spec.stop, "folder": spec.folder}
             yield cls(key=f"{module}.weight", dtype=found.computed_in, shape=shape, parts=(spec, *siblings), **place)

@@ -76,6 +76,7 @@ class Bnb4(Packed):
 
     @classmethod
     def find(cls, found: Found) -> Iterator[Packed]:
+        found.fetch(spec for key, spec in found.tensors.items() if STATE in key or key.endswith(".quant_map"))
         for key, state in list(found.tensors.items()):
             weight, mark, kind = key.rpartition(STATE)
             if mark and kind in ("nf4", "fp4"):
@@ -126,8 +127,7 @@ class Bnb4(Packed):
             fits &= spoiled or (absmax.dtype == "F32" and absmax.shape == (blocks,))
         if not found.check(key, fits, text, f"4-bit codes and scales for {tuple(shape)} in blocks of {block}"):
             return None
-        if not found.check_finite(*([nested[0], nested[1]] if double else [absmax])):
-            return None
+        found.check_finite(*(nested[:2] if double else [absmax]))
         ours = blockwise.quant_map(kind)
         if not found.check(table.key, bool((found.read(table) == ours).all()), "another table of values", f"that of {kind}"):
             return None

@@ -41,6 +41,7 @@ class Bnb8(Packed):
 
     @classmethod
     def find(cls, found: Found) -> Iterator[Packed]:
+        found.fetch(spec for key, spec in found.tensors.items() if key.endswith(".weight_format"))
         for key, scale in list(found.tensors.items()):
             module, mark, _ = key.rpartition(".SCB")
             if not mark or not key.endswith(".SCB"):
@@ -54,8 +55,9 @@ class Bnb8(Packed):
             text = f"{codes.dtype} {codes.shape}, SCB {scale.dtype} {scale.shape}" + (
                 f", format {found.read(form)}" if form else ""
             )
-            if not found.check(codes.key, fits, text, "I8 rows, an F32 scale for each, format 0") or not found.check_finite(scale):
+            if not found.check(codes.key, fits, text, "I8 rows, an F32 scale for each, format 0"):
                 continue
+            found.check_finite(scale)
             turned = found.transposed(module)
             shape = codes.shape[::-1] if turned else codes.shape
             place = {"file": codes.file, "start": codes.start, "stop": codes.stop, "folder": codes.folder}

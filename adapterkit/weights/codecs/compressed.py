@@ -110,6 +110,7 @@ class Compressed(Packed):
         schemes = _schemes(found) if found.method in cls.methods and found.holds(".weight_scale") else None
         if schemes is None:
             return
+        found.fetch(spec for key, spec in found.tensors.items() if key.endswith((".weight_shape", ".weight_g_idx")))
         for key, spec in list(found.tensors.items()):
             ending = next((ending for ending in CODES if key.endswith(ending)), None)
             if ending is None:
@@ -468,8 +469,9 @@ class _Look:
                 "one F32",
             ):
                 return None
-        good = self.found.check_finite(self.scale) and self.found.check_finite(*more, positive=True)
-        return more if good else None
+        self.found.check_finite(self.scale)
+        self.found.check_finite(*more, positive=True)
+        return more
 
     def _zeros(self, kind: str, bits: int, shape: tuple[int, ...], symmetric: bool) -> tuple[TensorSpec, ...] | None:
         name = f"{self.module}.weight_zero_point"

@@ -68,7 +68,8 @@ class Fp8(Packed):
                 fits = math.prod(scale.shape) == 1 or scale.shape == grid
             text = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}, blocks {block}"
             fits = fits and scale.dtype in (*dtypes.FLOATS, "F8_E8M0", "U8")
-            if found.check(key, fits, text, "a scale for each block") and found.check_finite(scale):
+            if found.check(key, fits, text, "a scale for each block"):
+                found.check_finite(scale)
                 power = scale.dtype in ("F8_E8M0", "U8") or found.settings.get("scale_fmt") == "ue8m0"
                 beside = [found.tensors[name] for name in _beside(key) if name in found.tensors]
                 shape, dtype, parts = spec.shape, found.computed_in, (spec, scale, *beside)

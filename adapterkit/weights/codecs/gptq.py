@@ -34,6 +34,7 @@ class Gptq(Packed):
         version = _version(found) if found.method in cls.methods and found.holds(CODES) else None
         if version is None:
             return
+        found.fetch(spec for key, spec in found.tensors.items() if key.endswith(".g_idx"))
         for key, spec in list(found.tensors.items()):
             if not key.endswith(CODES):
                 continue
@@ -46,8 +47,9 @@ class Gptq(Packed):
                 continue
             shape = (spec.shape[1], spec.shape[0] * 32 // bits)
             index = found.tensors.get(f"{module}.g_idx")
-            if not _groups_fit(found, key, shape, siblings[1], index) or not found.check_finite(siblings[1]):
+            if not _groups_fit(found, key, shape, siblings[1], index):
                 continue
+            found.check_finite(siblings[1])
             parts = (spec, *siblings, *([index] if index else ()))
             about = {"bits": bits, "version": version, "indexed": index is not None}
             place = {"file": spec.file, "start": spec.start, "stop": spec.stop, "folder": spec.folder}

@@ -116,4 +116,8 @@ def _fits(found: Found, key: str, codes: TensorSpec, siblings: list[TensorSpec])
         expected = "one F32 scale"
         good = good and scale.dtype == "F32" and math.prod(scale.shape) == 1
     text = ", ".join(f"{spec.dtype} {spec.shape}" for spec in (codes, *siblings))
-    return found.check(key, good, text, expected) and found.check_finite(scale) and found.check_finite(*whole, positive=True)
+    if not found.check(key, good, text, expected):
+        return False
+    found.check_finite(scale)
+    found.check_finite(*whole, positive=True)
+    return True

@@ -59,9 +59,8 @@ class Mxfp4(Packed):
             fits = len(spec.shape) == 4 and spec.dtype == scale.dtype == "U8"
             fits = fits and spec.shape[-1] == narrow.MX // 2 and spec.shape[:-1] == scale.shape
             text = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}"
-            if found.check(key, fits, text, "U8 (experts, out, blocks, 16), U8 scales without the 16") and found.check_finite(
-                scale
-            ):
+            if found.check(key, fits, text, "U8 (experts, out, blocks, 16), U8 scales without the 16"):
+                found.check_finite(scale)
                 experts, out, blocks, _ = spec.shape
                 shape, dtype = (experts, blocks * narrow.MX, out), found.computed_in
                 place = {"file": spec.file, "start": spec.start, "stop": spec.stop, "folder": spec.folder}

@@ -98,8 +98,9 @@ def _record(cls: type[Torchao], found: Found, key: str, kind: str, said: dict[st
     sizes = block if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block) else None
     good = good and sizes is not None and _fits(kind, shape, sizes, scale, zeros)
     finite = zeros if kind == "Int4Tensor" else []
-    if not found.check(key, good, text, f"{dtype}, and a scale for each block") or not found.check_finite(scale, *finite):
+    if not found.check(key, good, text, f"{dtype}, and a scale for each block"):
         return None
+    found.check_finite(scale, *finite)
     assert sizes is not None
     beside = [found.tensors[prefix + name] for name in BESIDE if prefix + name in found.tensors]
     whole = data.get("dtype")
