@@ -4,7 +4,12 @@ Everything adapterkit raises on purpose is an `AdapterkitError`; the command lin
 Any other exception is a bug and keeps its traceback.
 """
 
+import re
 from collections.abc import Iterable
+
+EXAMPLES = 3  # of one cause that are printed
+# a shape, or a word with a dot, an underscore or a digit in it, as names of tensors, modules and files have
+_VARIES = re.compile(r"\([\d, ]*\)|[^\s:;,'\"()]*[\d._][^\s:;,'\"()]*[^\s:;,'\"().]|\d+")
 
 
 class AdapterkitError(Exception):
@@ -15,12 +20,7 @@ class AdapterkitError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        parts = [f"{self.where}: {self.found}" if self.where else self.found]
-        if self.expected:
-            parts.append(f"expected: {self.expected}")
-        if self.do:
-            parts.append(f"what to do: {self.do}")
-        return "\n  ".join(map(_printable, parts))  # names of folders and files go in as they are
+        return _text(self.where, [self.found], self.expected, self.do)
 
 
 class Refused(AdapterkitError):
@@ -44,14 +44,47 @@ class Interrupted(AdapterkitError):
 
 
 class Offenders(Refused, Damaged):
-    """Several problems found in one look at a request, or at an output, all of them listed."""
+    """Several problems found in one look at a request, or at an output: all in `errors`; as text, one entry for one cause."""
 
     def __init__(self, errors: Iterable[AdapterkitError]):
         self.errors = tuple(errors)
         super().__init__(f"{len(self.errors)} problems found")
 
     def __str__(self) -> str:
-        return super().__str__() + "".join(f"\n- {error}" for error in self.errors)
+        causes: dict[tuple[str, ...], list[AdapterkitError]] = {}
+        for error in self.errors:
+            causes.setdefault(_cause(error), []).append(error)
+        return super().__str__() + "".join(f"\n- {_summary(errors)}" for errors in causes.values())
+
+
+def _cause(error: AdapterkitError) -> tuple[str, ...]:
+    """What errors of one cause have in common: all but the names, shapes and numbers in what was found and expected."""
+    text = (_VARIES.sub("*", part) for part in (error.found, error.expected))
+    return (type(error).__name__, *text, error.where, error.do)
+
+
+def _summary(errors: list[AdapterkitError]) -> str:
+    """Errors of one cause: each where they are few, else their number and the first of them."""
+    if len(errors) <= EXAMPLES:
+        return "\n- ".join(map(str, errors))
+    some = errors[:EXAMPLES]
+    expected = {error.expected for error in some}
+    lines = [f"{len(errors)} of one kind, such as"]
+    if len(expected) == 1:
+        lines += [error.found for error in some]
+    else:  # each is asked for something of its own
+        lines += [f"{error.found}; expected: {error.expected}" for error in some]
+    return _text(some[0].where, lines, expected.pop() if len(expected) == 1 else "", some[0].do)
+
+
+def _text(where: str, found: list[str], expected: str, do: str) -> str:
+    """An error as it is printed; names of folders and files go in as they are."""
+    parts = [f"{where}: {found[0]}" if where else found[0], *found[1:]]
+    if expected:
+        parts.append(f"expected: {expected}")
+    if do:
+        parts.append(f"what to do: {do}")
+    return "\n  ".join(map(_printable, parts))
 
 
 def refuse_all(errors: list[AdapterkitError]) -> None:
