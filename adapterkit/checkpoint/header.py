@@ -128,12 +128,8 @@ def _tensor(key: str, entry, base: int, file: str, folder: int, shapes: dict[tup
 
 
 def _naturals(value) -> bool:
-    if not isinstance(value, list):
-        return False
-    for number in value:
-        if type(number) is not int or not 0 <= number < 2**63:  # bool is an int in Python; `true` is still damage
-            return False
-    return True
+    # bool is an int in Python; a header that says `true` is still damaged
+    return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
 
 
 def build_header(

@@ -6,6 +6,7 @@ The header gets the room of the largest file there can be, so the data's place i
 import hashlib
 import itertools
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,26 +86,25 @@ class _Sorted:
     def __init__(self, file: Computed):
         self.planned, self.starts = file.layout.tensors, file.layout.starts
         self.number = {stored.key: i for i, stored in enumerate(self.planned)}
-        self.open = sorted(self.number[key] for key in file.varies)
-        self.moved: list[tuple[int, int]] = []  # (number, bytes) of those that differ
+        self.varies = sorted(self.number[key] for key in file.varies)
+        self.moved = [0]  # bytes by which what follows the first, the second, ... of them lies elsewhere than planned
         self.made: dict[int, Stored] = {}
 
     def next(self, stored: Stored) -> int:
-        number = self.number[stored.key]
-        if number in self.open:
-            self.open.remove(number)
-            self.moved.append((number, stored.nbytes - self.planned[number].nbytes))
-        elif stored != self.planned[number] or (self.open and self.open[0] < number):
+        number, known = self.number[stored.key], len(self.moved) - 1
+        if known < len(self.varies) and number == self.varies[known]:
+            self.moved.append(self.moved[-1] + stored.nbytes - self.planned[number].nbytes)
+        elif stored != self.planned[number] or (known < len(self.varies) and self.varies[known] < number):
             raise AssertionError(f"{stored}: planned as {self.planned[number]}, with all that varies before it made before")
         self.made[number] = stored
-        return self.starts[number] + sum(by for earlier, by in self.moved if earlier < number)
+        return self.starts[number] + self.moved[bisect_left(self.varies, number)]
 
     def stored(self) -> list[Stored]:
         return [self.made[number] for number in sorted(self.made)]
 
     @property
     def grown(self) -> int:
-        return sum(by for _, by in self.moved)
+        return self.moved[-1]
 
 
 def _shift(shard: ShardFile, at: int, to: int, size: int) -> None:

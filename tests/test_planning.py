@@ -1,0 +1,191 @@
+"""Planning at size: what it reads, and what it does once instead of for each of thousands of tensors."""
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import forged
+import oracle
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.reader import read_small
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines.computed import _Sorted
+from adapterkit.errors import Damaged, Spoiled
+from adapterkit.ops.job import Options
+from adapterkit.ops.merge import plan_merge
+from adapterkit.ops.produced import carry_out
+from adapterkit.plan import Computed
+from adapterkit.weights.decoded import decoded, packed_in
+from adapterkit.weights.names import Skeleton
+
+
+class Remote:
+    """A folder that is not here; notes the ranges that it is asked for."""
+
+    def __init__(self, path: Path):
+        self.folder, self.ranges = LocalFolder(path), []
+        self.name, self.origin = self.folder.name, self.folder.origin
+
+    def files(self):
+        return self.folder.files()
+
+    def read(self, name, start, stop):
+        self.ranges.append((name, start, stop))
+        return self.folder.read(name, start, stop)
+
+    def path(self, name):
+        return self.folder.path(name)
+
+    def prefetch(self, names):
+        pass
+
+
+@pytest.fixture
+def scaled(made, tmp_path):
+    """A function that forges a checkpoint in which one weight's scale holds NaN."""
+
+    def build(form: str, ending: str) -> Path:
+        forged.base(forged.FORMS[form], tmp_path / form)
+        key = "model.layers.0.self_attn.q_proj.weight" + ending
+        scale = {spec.key: spec for spec in open_checkpoint(LocalFolder(tmp_path / form)).tensors.values()}[key]
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[scale.dtype]
+        values = torch.full(scale.shape, 0.01, dtype=dtype)
+        values.view(-1)[-1] = torch.nan
+        forged.change(tmp_path / form, {key: values})
+        return tmp_path / form
+
+    return build
+
+
+@pytest.fixture
+def adapter(made) -> Path:
+    return made("planning-lora", lambda folder: oracle.train(forged.llama(), folder, target_modules=oracle.LINEAR))
+
+
+@pytest.mark.parametrize("form, ending", [("fp8", "_scale_inv"), ("fp8-channel", "_scale")])
+def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_decoded(form, ending, scaled, adapter, tmp_path):
+    folder = scaled(form, ending)
+    with pytest.raises(Damaged, match="NaN or infinite"):
+        plan_merge(LocalFolder(folder), [(LocalFolder(adapter), 1.0)], Options())
+    far = Remote(folder)
+    plan = plan_merge(far, [(LocalFolder(adapter), 1.0)], Options())
+    assert len(far.ranges) <= 3  # the header, the config, and its hash
+    with pytest.raises(Spoiled, match="not finite"):
+        carry_out(plan, tmp_path / "out", engine="local", device="cpu", dry_run=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["int4-g_idx", "gptq4"])
+def test_what_says_what_others_mean_comes_in_ranges(form, tmp_path):
+    forged.base(forged.FORMS[form], tmp_path / "base")
+    far = Remote(tmp_path / "base")
+    weights = packed_in(decoded(open_checkpoint(far)).tensors)
+    assert len(weights) == 14 and len(far.ranges) <= 3
+    assert weights == packed_in(decoded(open_checkpoint(LocalFolder(tmp_path / "base"))).tensors)
+
+
+def test_small_tensors_are_read_together(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [random.Random(i).choice([1, 7, 900, 5000, 3_000_000]) for i in range(60)]
+    tensors = {f"t{i:02}": torch.randint(0, 255, (n,), dtype=torch.uint8, generator=generator) for i, n in enumerate(sizes)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    specs = [s for s in open_checkpoint(LocalFolder(tmp_path)).tensors.values() if s.nbytes < 1_000_000]
+    for folder in (LocalFolder(tmp_path), Remote(tmp_path)):
+        back = [(spec.key, bytes(data)) for spec, data in read_small(folder, [*reversed(specs), specs[3]])]
+        assert sorted(key for key, _ in back) == sorted([*(spec.key for spec in specs), specs[3].key])
+        assert all(data == tensors[key].numpy().tobytes() for key, data in back)
+    assert len(folder.ranges) <= sum(n > 1_000_000 for n in sizes) + 1
+
+
+def test_a_file_that_ends_too_early_is_damaged(tmp_path):
+    (tmp_path / "x").write_bytes(bytes(10))
+    for folder in (LocalFolder(tmp_path), Remote(tmp_path)):
+        with pytest.raises(Damaged, match="ends at byte 10"):
+            list(read_small(folder, [TensorSpec("a", "U8", (8,), "x", 4, 12)]))
+
+
+def mixture(folder: Path, layers: int = 4) -> Skeleton:
+    sizes = {"vocab_size": 80, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": layers, "num_experts": 4}
+    config = transformers.Qwen3MoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return Skeleton(open_checkpoint(LocalFolder(folder)), "Qwen3MoeForCausalLM")
+
+
+def test_like_layers_are_converted_once(tmp_path, monkeypatch):
+    calls, convert = [], Skeleton._converted
+    monkeypatch.setattr(Skeleton, "_converted", lambda self, *args: calls.append(args) or convert(self, *args))
+    skeleton = mixture(tmp_path)
+    assert sorted(name.rpartition(".")[2] for name, *_ in calls) == ["down_proj", "gate_up_proj"]
+    for layer in range(4):  # and each layer's slots are those of its own conversion
+        for leaf, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            name = f"model.layers.{layer}.mlp.experts.{leaf}"
+            converter = next(c for c in skeleton.converters if c.target_patterns[0].endswith(leaf))
+            sources = [
+                (f"model.layers.{layer}.mlp.experts.{e}.{part}.weight", pattern, (32, 16) if leaf == "down_proj" else (16, 32))
+                for part, pattern in zip(parts, converter.source_patterns, strict=True)
+                for e in range(4)
+            ]
+            assert skeleton.parameters[name].slots == convert(skeleton, name, converter, sources)[name].slots
+
+
+def test_layers_of_other_shapes_are_converted_by_themselves(tmp_path, monkeypatch):
+    skeleton = mixture(tmp_path)
+    tensors = dict(skeleton.base.tensors)
+    for key in [key for key in tensors if ".layers.2.mlp.experts." in key]:
+        tensors[key] = replace(tensors[key], shape=tensors[key].shape[::-1])
+    skeleton.base = replace(skeleton.base, tensors=tensors)
+    slots = skeleton._slots(skeleton.state)
+    name = "model.layers.{}.mlp.experts.down_proj"
+    assert slots[name.format(2)][0].shape == (16, 32) and slots[name.format(3)][0].shape == (32, 16)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A bundle of a text whose size is a guess, and a weight."""
+
+    name: str
+    reads = ()
+    memory = 0
+
+    @property
+    def most(self) -> tuple[Stored, ...]:
+        return (Stored(self.name + ".text", "U8", (100,)), Stored(self.name, "U8", (10,)))
+
+    @property
+    def varies(self) -> tuple[str, ...]:
+        return (self.name + ".text",)
+
+
+def test_places_after_texts_of_other_sizes():
+    file = Computed("x", tuple(Texts(f"w{i:03}") for i in range(50)), by_width=True)
+    places, at, draw = _Sorted(file), len(file.layout.header), random.Random(0)
+    for stored in file.layout.tensors:
+        nbytes = stored.nbytes + (draw.randint(-50, 50) if stored.key.endswith(".text") else 0)
+        assert places.next(Stored(stored.key, "U8", (nbytes,))) == at
+        at += nbytes
+    assert places.grown == at - file.layout.size and len(places.stored()) == 100
+
+
+def test_a_place_before_what_varies_is_known_is_a_bug():
+    file = Computed("x", (Texts("w0"), Texts("w1")), by_width=True)
+    for number in (2, 3):  # w1 and its text, before w0's text
+        with pytest.raises(AssertionError, match="made before"):
+            _Sorted(file).next(file.layout.tensors[number])
+
+
+def test_an_index_shares_the_strings_of_the_headers(tmp_path):
+    model = oracle.llama()
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    base = open_checkpoint(LocalFolder(tmp_path))
+    assert base.index is not None and len(base.shards) > 1
+    for key, file in base.index["weight_map"].items():
+        assert key is base.tensors[key].key and file is base.tensors[key].file
+    shapes = [spec.shape for spec in base.tensors.values() if spec.file == file]
+    assert len({id(shape) for shape in shapes}) == len(set(shapes))
