@@ -361,7 +361,9 @@ def make_adapter(folder: Path, config: dict, tensors: Tensors, modules: tuple[st
         lora(at, hidden, inner, count)
     write_sparse(part / "adapter_model.safetensors", factors)
     chosen = {"target_modules": list(modules), "target_parameters": list(STACKS) if experts else None}
-    (part / "adapter_config.json").write_text(json.dumps({**common.PEFT_CONFIG, "r": RANK, "lora_alpha": 2 * RANK, **chosen}, indent=2))
+    (part / "adapter_config.json").write_text(
+        json.dumps({**common.PEFT_CONFIG, "r": RANK, "lora_alpha": 2 * RANK, **chosen}, indent=2)
+    )
     return part.rename(folder)
 
 
@@ -379,7 +381,9 @@ def plans(args: argparse.Namespace) -> dict[str, dict]:
     results = {}
     for base in BASES:
         for experts in (False, True)[: 1 + base.experts]:
-            name = base.name + (", attention and experts" if experts else ", all linear" if base.modules == LINEAR else ", attention")
+            name = base.name + (
+                ", attention and experts" if experts else ", all linear" if base.modules == LINEAR else ", attention"
+            )
             if args.only and not any(word in name for word in args.only.split(",")):
                 continue
             folders = []
