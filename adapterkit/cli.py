@@ -144,6 +144,12 @@ def refit(otherwise: str = "") -> Callable:
     )
 
 
+def targets(default: str) -> Callable:
+    """Which modules get factors."""
+    said = f"Modules that get factors: all-linear, ends of their names (q_proj,v_proj), or a regex (default: {default})."
+    return click.option("--targets", metavar="NAMES|RE", help=said)
+
+
 json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 writing = together(
     click.option("--out", required=True, type=click.Path(), metavar="DIR", help="Folder to make: all of it or nothing."),
@@ -284,7 +290,7 @@ def dequantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) 
 @writing
 @click.option("--method", required=True, metavar="NAME", help="pissa: the principal part of each weight.")
 @started
-@click.option("--targets", metavar="RE", help="Modules that get factors (default: all linear layers but the output).")
+@targets("all linear layers but the output")
 @click.option("--quantize", metavar="FORMAT", help="Quantise what is left of the base, e.g. nf4 (QPiSSA).")
 @click.option("--skip", metavar="RE", help="Modules that are not quantised.")
 @blocks
@@ -309,7 +315,7 @@ def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> Non
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="nf4, or int8.")
 @click.option("--bits-for", metavar="RE=N", multiple=True, help="Other bits for modules; all is compressed-tensors then.")
 @click.option("--iterations", type=int, default=4, show_default=True, help="Rounds; the best one is kept.")
-@click.option("--targets", metavar="RE", help="Modules that get factors (default: all that are quantised).")
+@targets("all that are quantised")
 @click.option("--skip", metavar="RE", help="Modules that are not quantised.")
 @blocks
 @click.option("--quantized", metavar="QBASE", help="Keep this quantised base of BASE; write the adapter for it alone.")

@@ -157,6 +157,7 @@ def test_hash_is_what_is_asked_for(calls, tmp_path):
 @pytest.mark.parametrize("verb, options, same", [
     ("init", {"rank": 2.0, "alpha": "4"}, {"rank": 2, "alpha": 4.0}),
     ("init", {"rank": np.int64(2), "dtype": "float16"}, {"rank": 2, "dtype": "fp16"}),
+    ("init", {"targets": ["q_proj", "k_proj"]}, {"targets": "q_proj,k_proj"}),
     ("loftq", {"bits": "8", "block_size": None}, {"bits": 8, "block_size": None}),
     ("quantize", {"to": "nf4", "block_size": "128", "double_quant": 1}, {"to": "nf4", "block_size": 128, "double_quant": True}),
     ("merge", {"dtype": torch.float32, "max_shard_size": 20_000}, {"dtype": "fp32", "max_shard_size": "20KB"}),

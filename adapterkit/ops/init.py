@@ -9,9 +9,10 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.errors import Refused, refuse_all
 from adapterkit.kernels.sums import norm
 from adapterkit.ops import produced
-from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, module_of, place_of_linear, targeted
+from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, place_of_linear, targeted
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
 from adapterkit.ops.quantize import targets as formats
 from adapterkit.ops.sizes import short
@@ -68,12 +69,12 @@ def init(
 ) -> Receipt | Plan:
     """Initialise an adapter from its base's weights: `OUT/adapter` holds scale·b@a, `OUT/base` the rest, W - scale·b@a.
 
-    `method`: pissa (the principal part of each weight, arXiv:2404.02948). `targets`: a regex on modules (default: all linear layers
-    but the output). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. `quantize`, a format as
-    `adapterkit.quantize` knows it: the rest is written quantised (QPiSSA), and the receipt has each weight's relative error beside
-    that of plain quantisation; weights without factors are quantised plainly, those that `skip` matches not at all. Load the
-    adapter on `OUT/base`; to have it on the original afterwards: `adapterkit rebase TRAINED --initial OUT/adapter`. Raises
-    `Refused` before anything is written.
+    `method`: pissa (the principal part of each weight, arXiv:2404.02948). `targets`: which modules, `all-linear`, ends of their
+    names with commas between, or a regex (default: all linear layers but the output). scale is alpha / rank (alpha / √rank with
+    `rslora`); alpha is the rank by default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written quantised
+    (QPiSSA), and the receipt has each weight's relative error beside that of plain quantisation; weights without factors are
+    quantised plainly, those that `skip` matches not at all. Load the adapter on `OUT/base`; to have it on the original afterwards:
+    `adapterkit rebase TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
 
     Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes PEFT change a base again.
     """
@@ -91,13 +92,27 @@ def plan_init(folder: Folder, options: Options) -> Plan:
     chosen = Chosen(base, {"to": options.quantize, **_chosen_options(options)})
     bundles: dict[str, Bundle] = {}
     factors: list[Bundle] = []
-    for key in targeted(options.targets, list(chosen.weights)):
+    for name in _targeted(chosen, options.targets):
+        key = chosen.linear[name]
         weight = chosen.weights[key]
-        name = module_of(chosen.names, key.removesuffix(".weight"))
         packed = chosen.packed.get(key)
         bundles[key] = Rest(base.tensors[key], packed, name, method, options.rank, options.scaling.scale, weight.transposed)
         factors.append(FromAside(name, place_of_linear(name, weight.shape), options.rank, dtypes.parse(options.dtype)))
     return _plan(base, chosen, bundles, factors, options)
+
+
+def _targeted(chosen: Chosen, targets: str | None) -> list[str]:
+    """The modules that get factors; `Refused` if the weight of one cannot be changed."""
+    if targets is None:
+        found = [name for name in [*chosen.linear, *chosen.problems] if name not in chosen.kept]
+    else:
+        usable = [*chosen.linear, *chosen.problems]
+        found, notes = targeted(targets, usable, chosen.model, "tied, left alone by --skip, or not in the file")
+        chosen.notes += notes
+    refuse_all([chosen.problems[name] for name in found if name in chosen.problems])
+    if not found:
+        raise Refused("no linear layer", expected="one or more", where=chosen.base.name, do="check --skip")
+    return found
 
 
 def _plan(base: Checkpoint, chosen: Chosen, bundles: dict[str, Bundle], factors: list[Bundle], options: Options) -> Plan:

@@ -4,7 +4,7 @@ import math
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from adapterkit.kernels.nearly import nearly_best
 from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import projected
 from adapterkit.ops import produced
-from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, module_of, place_of_linear, targeted
+from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, place_of_linear, targeted
 from adapterkit.ops.quantize import Chosen, Quantised, QuantisedModel, model_headers
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_source
@@ -40,6 +40,7 @@ from adapterkit.weights.packed import Packed, read_back
 from adapterkit.weights.quantised import check_not_quantised
 
 BITS = {4: "nf4", 8: "int8"}
+NOT_QUANTISED = "not quantised"
 CANCELLED = 1e-3  # of what was lost: what is left is not taken from a difference of the two below this
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 Accept = Callable[[str, Tensor, Tensor], bool]  # (module, a, b) -> whether its factors are kept
@@ -116,7 +117,8 @@ def loftq(
     included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept. `OUT/base` is the packed base (`bits` 4: nf4, with
     `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `RE=BITS`,
     other bits for some modules, of several that match the last; bitsandbytes has one width for a model, so the base is then
-    compressed-tensors' (w4a16, w8a16). `targets`: a regex on modules that get factors (default: all that are quantised). scale is
+    compressed-tensors' (w4a16, w8a16). `targets`: which modules get factors, `all-linear`, ends of their
+    names with commas between, or a regex (default: all that are quantised). scale is
     alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. The receipt has each module's relative error before
     and after. Raises `Refused` before anything is written.
 
@@ -155,9 +157,9 @@ def plan_loftq(
     others = [open_checkpoint(other, number) for number, other in enumerate((o for o in (quantized, stats) if o is not None), 1)]
     seen = others[-1] if stats is not None else None
     if quantized is not None:
-        output, facts = _for_kept(base, others[0], seen, options)
-        output = output if accept is None else replace(output, settle=partial(_asked, accept))
         notes: list[str] = []
+        output, facts = _for_kept(base, others[0], seen, options, notes)
+        output = output if accept is None else replace(output, settle=partial(_asked, accept))
         shards, files = (output.shard(),), output.files(notes)
     else:
         shards, files, notes, facts = _both(base, seen, options)
@@ -183,7 +185,11 @@ def _both(
         if not any(map(matches, chosen.modules)):
             found, do = f"--bits-for {text!r} matches none", "check the regex"
             raise Refused(found, expected="a quantised module", where="--bits-for", do=do)
-    modules = {key: module_of(chosen.names, key.removesuffix(".weight")) for key in targeted(options.targets, list(chosen.packed))}
+    modules = {packed.key: name for name, packed in chosen.modules.items() if packed.key in chosen.weights}
+    if options.targets is not None:
+        found, notes = targeted(options.targets, list(modules.values()), chosen.model, NOT_QUANTISED)
+        modules = {key: name for key, name in modules.items() if name in found}
+        chosen.notes += notes
     seen = covariances(stats, {name: chosen.weights[key].shape[1] for key, name in modules.items()})
     bundles = chosen.widened()
     factors: list[Bundle] = []
@@ -201,8 +207,15 @@ def _both(
     return (*model.shards(), adapter.shard()), files, notes, facts
 
 
+def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:
+    """The modules of the loaded model whose weights are stored under these keys."""
+    known = {} if names.model is None else names.model.parameters
+    found = {p.slots[0].key: name for name, p in known.items() if len(p.slots) == 1 and not p.twin}
+    return {key: found.get(key, key).removesuffix(".weight") for key in packed}
+
+
 def _for_kept(
-    base: Checkpoint, quantised: Checkpoint, stats: Checkpoint | None, options: Options
+    base: Checkpoint, quantised: Checkpoint, stats: Checkpoint | None, options: Options, notes: list[str]
 ) -> tuple[produced.Output, dict[str, Any]]:
     """The adapter alone, for a quantised base that stays as it is, and facts of the plan."""
     plain = decoded(quantised)
@@ -210,15 +223,20 @@ def _for_kept(
     errors: list[AdapterkitError] = []
     factors: list[Residual] = []
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, Packed)}
-    for key in targeted(options.targets, list(packed)):
-        spec, module = packed[key], key.removesuffix(".weight")
+    modules = _modules(names, packed)
+    if options.targets is not None:
+        model = names.model.model if names.model is not None else None
+        found, more = targeted(options.targets, list(modules.values()), model, NOT_QUANTISED)
+        modules = {key: name for key, name in modules.items() if name in found}
+        notes += more
+    for key, name in modules.items():
+        spec = packed[key]
         original = base.tensors.get(key)
         if original is None or original.shape != spec.shape or original.dtype not in dtypes.FLOATS:
             found = f"{shown(key)}: {spec.shape} quantised, {original.shape if original else 'nothing'} in {base.name}"
             do = "give the original that it was quantised from"
             errors.append(Refused(found, expected="the same weights", where=quantised.name, do=do))
             continue
-        name = module_of(names, module)
         turned = names.layer(name) == "Conv1D"
         shape = spec.shape[::-1] if turned else spec.shape
         place = place_of_linear(name, shape)

@@ -1,8 +1,10 @@
 """A base that a verb changes together with the adapter that goes with it: what both outputs share."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -10,14 +12,17 @@ from adapterkit import dtypes
 from adapterkit.adapter import PREFIX
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import Refused
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Place
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.ops import produced
+from adapterkit.ops.quantize import is_linear
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made
-from adapterkit.weights.names import Names
+
+NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
+HEADS = ("score", "classifier")  # what PEFT takes for a classifier's head
 
 
 @dataclass(frozen=True)
@@ -37,25 +42,51 @@ class Scaling:
         return self.given / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def targeted(targets: str | None, keys: Sequence[str]) -> list[str]:
-    """Of weights' keys those whose module the regex matches."""
-    if targets is None:
-        return list(keys)
-    wanted = matcher(targets, "--targets")
-    found = [key for key in keys if wanted(key.removesuffix(".weight"))]
-    if not found:
-        do = "check the regex"
-        raise Refused(f"--targets {targets!r} matches none", expected="a quantised module", where="--targets", do=do)
-    return found
+def targeted(targets: str, usable: Collection[str], model: Any, lacking: str) -> tuple[list[str], list[str]]:
+    """Of the modules that can get factors those that `--targets` means, and a note; `Refused` with all names that mean none.
+
+    `all-linear`, as in PEFT: all linear layers but the output head, also that of a classifier; ends of modules' names, with commas
+    between; or, where it holds other characters, a regex that is found in a name. `lacking`: what a layer is that cannot."""
+    classes = {name: type(module).__name__ for name, module in model.named_modules()} if model is not None else {}
+    linear = [name for name, module in model.named_modules() if is_linear(module)] if model is not None else list(usable)
+    if targets.lower() == "all-linear":
+        wanted = [name for name in linear if name not in _heads(model)]
+        found, left = [name for name in wanted if name in usable], [name for name in wanted if name not in usable]
+        named = ", ".join(map(shown, left[:3])) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        notes = [f"--targets all-linear: no factors for {named}: {lacking}"] if left else []
+        if not found:
+            raise Refused("--targets all-linear matches none", expected="a linear layer", where="--targets", do="check the model")
+        return found, notes
+    if not NAMES.fullmatch(targets):
+        wanted = matcher(targets, "--targets")
+        found = [name for name in usable if wanted(name)]
+        if not found:
+            expected, do = "a linear layer that can get factors", "check the regex"
+            raise Refused(f"--targets {targets!r} matches none", expected=expected, where="--targets", do=do)
+        return found, []
+    ends = {end: _ending(end, usable) for end in targets.replace(" ", "").split(",")}
+    errors: list[AdapterkitError] = []
+    for end in (end for end, found in ends.items() if not found):
+        other = next(iter(_ending(end, linear) or _ending(end, classes)), None)
+        why = "" if other is None else f": {shown(other)} is {lacking if other in linear else f'a {classes[other]}'}"
+        expected, do = "the end of the name of a linear layer that can get factors", "check the names"
+        errors.append(Refused(f"--targets {end!r} matches none{why}", expected=expected, where="--targets", do=do))
+    refuse_all(errors)
+    return [name for name in usable if any(name in found for found in ends.values())], []
 
 
-def module_of(names: Names, module: str) -> str:
-    """The module's name in the loaded model, whose weight is stored under the key `module.weight`."""
-    key = f"{module}.weight"
-    if names.model is None or key in names.model.parameters:
-        return module
-    found = (name for name, p in names.model.parameters.items() if len(p.slots) == 1 and p.slots[0].key == key)
-    return next(found, key).removesuffix(".weight")
+def _ending(end: str, modules: Iterable[str]) -> list[str]:
+    return [name for name in modules if f".{name}".endswith(f".{end}")]
+
+
+def _heads(model: Any) -> list[str]:
+    """The output layer; where there is none, a classifier's."""
+    if model is None:
+        return []
+    output = model.get_output_embeddings()
+    if output is None and type(model).__name__.endswith("ForSequenceClassification"):
+        output = next((getattr(model, name) for name in HEADS if getattr(model, name, None) is not None), None)
+    return [name for name, module in model.named_modules() if module is output]
 
 
 def place_of_linear(module: str, shape: tuple[int, ...]) -> Place:

@@ -109,7 +109,10 @@ class Chosen:
                 raise Refused(found, expected=expected, where="options", do="leave it out")
         self.base, self.options, self.exceptions = base, options, exceptions
         self.notes: list[str] = []
-        self.weights: dict[str, Unpacked] = {}  # by key, all linear layers
+        self.weights: dict[str, Unpacked] = {}  # by key, all linear layers that are stored as such
+        self.linear: dict[str, str] = {}  # module -> key of its weight: those of them that are not tied
+        self.problems: dict[str, AdapterkitError] = {}  # by module, why its weight cannot be changed; refused if it is to be
+        self.kept: list[str] = []  # linear modules that transformers' quantisers leave alone
         self.packed: dict[str, Packed] = {}  # by key, those that are quantised
         self.modules: dict[str, Packed] = {}  # the same by module
         self.left: list[str] = []
@@ -131,13 +134,15 @@ class Chosen:
             text = f"--skip {options['skip']!r} matches none"
             raise Refused(text, expected="a module of the model", where="--skip", do="check the regex")
         self.asked: list[str] = []  # what the loader would quantise, and is not
-        errors: list[AdapterkitError] = []
-        for name, kind in found.items():
+        others = {f"{name}.weight": type(module).__name__ for name, module in self.model.named_modules() if is_linear(module)}
+        self.kept = [name.removesuffix(".weight") for name in others if name not in found]
+        for name, kind in (others | found).items():
             try:
                 self._choose(name, kind)
             except AdapterkitError as error:
-                errors.append(error)
-        refuse_all(errors)
+                self.problems[name.removesuffix(".weight")] = error
+        if self.record is not None:
+            refuse_all([error for module, error in self.problems.items() if module not in self.kept])
         if not (self.packed if self.record else self.weights):
             text = f"no linear layer for {to}" if self.record else "no linear layer"
             raise Refused(text, expected="one or more", where=base.name, do="check --skip, or use another format")
@@ -152,10 +157,9 @@ class Chosen:
             self.left.append(name)
             return
         if len(parameter.slots) != 1 or not parameter.slots[0].whole:
-            found, do = (
-                f"{shown(name)} is stored in another layout than the model's",
-                "leave them out with --skip, or quantise while loading: from_pretrained(quantization_config=...)",
-            )
+            found = f"{shown(name)} is stored in another layout than the model's"
+            do = "leave it out with --skip, or quantise while loading, with from_pretrained(quantization_config=...)"
+            do = do if self.record else "leave it out with --targets"
             raise Refused(found, expected="one stored tensor for each linear layer", where=self.base.name, do=do)
         spec = self.base.tensors[parameter.slots[0].key]
         if spec.dtype not in dtypes.FLOATS:
@@ -165,7 +169,9 @@ class Chosen:
         weight = Unpacked(spec.key, shape, spec.dtype, turned, self._wide(name, spec.dtype))
         if kind in ("Linear", "Conv1D"):
             self.weights[spec.key] = weight
-        if self.record is None or kind not in self.record.modules:
+            if not parameter.tied:
+                self.linear[module] = spec.key
+        if self.record is None or kind not in self.record.modules or module in self.kept:
             return
         target = next((target for fits, target in self.exceptions if fits(module)), self.options["to"])
         packed = self.record.fresh(target, weight, self.options)

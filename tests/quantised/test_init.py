@@ -7,6 +7,7 @@ from pathlib import Path
 import oracle
 import peft
 import pytest
+import tiny
 import torch
 import transformers
 from click.testing import CliRunner
@@ -190,6 +191,74 @@ def test_the_commands(base, tmp_path):
         done = CliRunner().invoke(main, argv)
         assert done.exit_code == 0, done.output
         adapterkit.verify(argv[-1])
+
+
+def _targeted(folder: Path) -> set[str]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors}
+
+
+TYPES = {"llama": oracle.llama, "gpt2": oracle.gpt2, "t5": oracle.t5, "classifier": oracle.bert_classifier, "bert": oracle.bert}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_all_linear_is_what_it_is_in_peft(kind, tmp_path):
+    """All linear layers but the output head: T5's wo too, which quantisers leave alone, and no classifier."""
+    oracle.save_base(TYPES[kind](), tmp_path / "base", "fp32")
+    adapterkit.init(tmp_path / "base", method="pissa", rank=2, targets="All-Linear", out=tmp_path / "out")
+    task = "SEQ_CLS" if kind == "classifier" else None
+    cls = getattr(transformers, json.loads((tmp_path / "base/config.json").read_text())["architectures"][0])
+    config = peft.LoraConfig(target_modules="all-linear", task_type=task, fan_in_fan_out=kind == "gpt2")
+    model = peft.LoraModel(cls.from_pretrained(tmp_path / "base"), config, "default")
+    names = {name for name, layer in model.model.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)}
+    tied = {"cls.predictions.decoder", "lm_head"}
+    assert _targeted(tmp_path / "out/adapter") == names - tied
+
+
+@pytest.mark.parametrize("verb", ["init", "loftq", "kept"])
+def test_one_grammar_of_targets(verb, base, packed, tmp_path):
+    def made(targets, name="out"):
+        how = {"init": {"method": "pissa"}, "loftq": {"iterations": 1}, "kept": {"quantized": packed}}[verb]
+        out = tmp_path / name
+        getattr(adapterkit, "init" if verb == "init" else "loftq")(base, rank=2, targets=targets, out=out, **how)
+        return _targeted(out if verb == "kept" else out / "adapter")
+
+    layer = "model.layers.1.self_attn."
+    everything = made("all-linear", "all")
+    assert len(everything) == 14 and made(None, "default") == everything
+    assert made("q_proj, 1.self_attn.k_proj", "names") == {"model.layers.0.self_attn.q_proj", layer + "q_proj", layer + "k_proj"}
+    assert made(["q_proj", "up_proj"], "list") == {name for name in everything if name.endswith(("q_proj", "up_proj"))}
+    assert made(r"layers\.1\..*(q|k)_proj$", "regex") == {layer + "q_proj", layer + "k_proj"}
+    for wrong, words in [
+        ("q_proj,nowhere,v", ["'nowhere'", "'v'"]),
+        ("attn.q_proj", ["'attn.q_proj'"]),
+        ("embed_tokens", ["a Embedding"]),
+        ("self_attn,q_proj", ["'self_attn' matches none: model.layers.0.self_attn is a LlamaAttention"]),
+        ("(nowhere|v)$", ["matches none"]),
+        *([("lm_head", ["lm_head is not quantised"])] if verb != "init" else []),
+    ]:
+        with pytest.raises(Refused) as caught:
+            made(wrong, "no")
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+        assert not (tmp_path / "no").exists()
+
+
+def test_a_head_by_its_name_and_not_where_it_is_tied(base, tmp_path):
+    adapterkit.init(base, method="pissa", rank=2, targets="lm_head", out=tmp_path / "out")
+    assert _targeted(tmp_path / "out/adapter") == {"lm_head"}
+    one, two = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out/base"))
+    assert [key for key in one if not torch.equal(one[key], two[key])] == ["lm_head.weight"]
+    oracle.save_base(oracle.llama(tie=True), tmp_path / "tied", "bf16")
+    with pytest.raises(Refused, match="'lm_head' matches none: lm_head is tied"):
+        adapterkit.init(tmp_path / "tied", method="pissa", rank=2, targets="lm_head", out=tmp_path / "no")
+
+
+def test_layers_stored_fused_matter_where_they_are_targets(tmp_path):
+    tiny.model("nomic_bert").save_pretrained(tmp_path / "base")
+    adapterkit.init(tmp_path / "base", method="pissa", rank=2, targets="o_proj", out=tmp_path / "out")
+    assert {name.rpartition(".")[2] for name in _targeted(tmp_path / "out/adapter")} == {"o_proj"}
+    with pytest.raises(Refused, match=r"q_proj\.weight is stored in another layout"):
+        adapterkit.init(tmp_path / "base", method="pissa", rank=2, targets="q_proj,o_proj", out=tmp_path / "no")
 
 
 @pytest.mark.parametrize(
