@@ -44,6 +44,8 @@ FLAGS = ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
 TEXTS = ("task_type", "peft_version", "bias")
 LISTS = ("modules_to_save", "target_parameters")
 MOST_LAYERS = 100_000
+# What PEFT adds to modules_to_save by task_type; a model has one of them, or none
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 Check = Callable[[dict, str], list[AdapterkitError]]  # (config, where it stands) -> what is wrong with it
 Patterns = list[tuple[re.Pattern[str], str]]  # what a key looks like, and its role
@@ -98,9 +100,25 @@ class Adapter:
         init = self.config.get("init_lora_weights", True)
         return init if isinstance(init, str) and init.lower().startswith(CHANGED_BASE) else None
 
+    @property
+    def saved(self) -> list[str]:
+        """Modules that are trained whole: modules_to_save, and the heads that PEFT adds to it for the task."""
+        return saved_modules(self.config)
+
     def saves(self, parameter: str) -> bool:
-        """Whether modules_to_save wraps the parameter's module; PEFT goes by the end of a module's name, without its dot."""
-        return any(f"{module}." in parameter for module in self.config.get("modules_to_save") or [])
+        """Whether a module that is trained whole holds the parameter."""
+        return any(inside(parameter, module) for module in self.saved)
+
+    def pattern_of(self, whole: Sequence[str]) -> str:
+        """A regular expression, as short as may be, that is found in these values that were trained whole and in no adapted
+        module."""
+        rest = [name for name in whole if not self.saves(name)]
+        found = {re.escape(module) for module in self.saved if any(inside(name, module) for name in whole)}
+        found |= {"bias$" if name.endswith("bias") else re.escape(name) for name in rest}
+        pattern = "|".join(sorted(found))
+        if any(re.search(pattern, lora.module) for lora in self.loras):
+            pattern = "|".join(f"^{re.escape(name)}$" for name in sorted(whole))
+        return pattern
 
     @cached_property
     def copies(self) -> dict[str, TensorSpec]:
@@ -179,6 +197,16 @@ class Adapter:
     @staticmethod
     def _first(patterns: list, name: str, default):
         return next((value for matches, value in patterns if matches(name)), default)
+
+
+def saved_modules(config: dict) -> list[str]:
+    """modules_to_save, and the heads that PEFT adds to it, in memory, by task_type."""
+    return list(dict.fromkeys([*(config.get("modules_to_save") or []), *TASK_HEADS.get(config.get("task_type") or "", ())]))
+
+
+def inside(parameter: str, module: str) -> bool:
+    """Whether modules_to_save of that name wraps the parameter's module; PEFT goes by the end of a name, without its dot."""
+    return f"{module}." in parameter
 
 
 def read_adapter(folder: Folder, number: int = 1) -> Adapter:
@@ -466,8 +494,6 @@ def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lor
 EMBEDDINGS = re.compile(
     r"(?:^|\.)(?:\w*embed\w*|wte|\w*lm_head|shared|output|output_layer|decoder|proj_out|vocab_projector|lm_loss)\.(?:weight|bias)$"
 )
-# PEFT adds both names to modules_to_save for a classifier; a model has one of them
-CLASSIFIERS = {"classifier", "score"}
 
 
 def _promises(parts: _Parts, config: dict, name: str) -> list[AdapterkitError]:
@@ -484,11 +510,9 @@ def _promises(parts: _Parts, config: dict, name: str) -> list[AdapterkitError]:
             wrong(found, f"{what} for every module", "save the adapter again")
         if not config.get(key) and len(lacking) < len(parts.roles):
             wrong(f"{what} in the file, {key} = {config.get(key)}", f"{key} true, or no such tensors")
-    saved = config.get("modules_to_save") or []
-    missing = {m for m in saved if not any(_names(m, parameter) for parameter in parts.replaced)}
-    if CLASSIFIERS & set(saved) - missing:
-        missing -= CLASSIFIERS
-    for module in sorted(missing):
+    # a task's head is looked for in the model: PEFT names those that it lacks too
+    asked = set(config.get("modules_to_save") or []) - set(TASK_HEADS.get(config.get("task_type") or "", ()))
+    for module in sorted(m for m in asked if not any(_names(m, parameter) for parameter in parts.replaced)):
         wrong(
             f"modules_to_save names {shown(module)}, and the file holds nothing of it",
             "its trained weights",
@@ -511,13 +535,13 @@ def _spoken_of(parameter: str, key: str, config: dict) -> bool:
         return True
     if "bias" in parameter.rpartition(".")[2] and config.get("bias", "none") != "none":
         return True
-    return any(_names(saved, parameter) for saved in config.get("modules_to_save") or [])
+    return any(_names(saved, parameter) for saved in saved_modules(config))
 
 
 def _names(saved: str, parameter: str) -> bool:
     """Whether an entry of modules_to_save means a parameter: by its module, as in PEFT, or by its own full name. PEFT wraps nothing
     for the latter, and loads the value into the model itself."""
-    return f"{saved}." in parameter or saved == parameter
+    return inside(parameter, saved) or saved == parameter
 
 
 def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: str) -> tuple[Tokens, ...]:

@@ -399,6 +399,7 @@ def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, set
     show_default=True,
     help="Subtract the deltas (exact), or the means of a and b apart, as PEFT does.",
 )
+@click.option("--exclude", metavar="RE", help="Subtract nothing where this is found in a module's name: the task's stays.")
 @refit(ADDED_UP)
 @factors
 def subtract(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:

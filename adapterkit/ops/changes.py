@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from adapterkit.adapter import Adapter, Lora
+from adapterkit.adapter import Adapter, Lora, inside
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.factors import other_rank, rank_and_scale
@@ -39,22 +39,28 @@ def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
             )
         )
     if weight != 1.0:
-        whole = {
-            "DoRA": any(lora.magnitude is not None and job.taken(lora.module) for lora in adapter.loras),
-            "replaced parameters (modules_to_save, biases, base_layer)": any(
-                job.taken(name.rpartition(".")[0]) for name in adapter.replaced
-            ),
-            "trained token rows": any(job.taken(tokens.module) for tokens in adapter.tokens),
-        }
-        for what in [name for name, there in whole.items() if there]:
-            job.errors.append(
-                Refused(
-                    f"{what} with weight {weight:g}",
-                    expected="weight 1: these are values, not additions",
-                    where=adapter.name,
-                    do="leave the weight out",
-                )
-            )
+        _check_weighted(job, adapter, weight)
+
+
+def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
+    """What has no multiple: values that take the place of the base's. --exclude leaves them as the base has them."""
+    whole = [name for name in adapter.replaced if job.takes(name)]
+    rows = [tokens.module for tokens in adapter.tokens if job.taken(tokens.module)]
+    left = f"give --exclude '{adapter.pattern_of([*whole, *rows])}' to leave them as they are in BASE and add the factors alone"
+    what: list[tuple[str, list[str], str]] = [
+        (
+            "DoRA",
+            [x.module for x in adapter.loras if x.magnitude is not None and job.taken(x.module)],
+            "merge it with weight 1; to take it out again keep the base",
+        ),
+        ("replaced parameters (modules_to_save, biases, embeddings)", whole, left),
+        ("trained token rows", rows, left),
+    ]
+    for found, names, do in what:
+        if names:
+            some = ", ".join(map(shown, names[:4])) + ", ..." * (len(names) > 4)
+            expected = "weight 1: these are values, not additions"
+            job.errors.append(Refused(f"{found} with weight {weight:g}: {some}", expected=expected, where=adapter.name, do=do))
 
 
 def _compare_names(job: Job, adapter: Adapter) -> None:
@@ -70,10 +76,10 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
     """What PEFT saves together is there: a saved module's whole state, and each bias that was trained."""
     names = job.names.all()
     expected: dict[str, str] = {}
-    for module in adapter.config.get("modules_to_save") or []:
-        belongs = [name for name in names if f".{module}." in f".{name}"]
-        if any(name in adapter.replaced for name in belongs):
-            expected |= dict.fromkeys(belongs, f"modules_to_save {shown(module)}")
+    for module in adapter.saved:
+        by_task = module not in (adapter.config.get("modules_to_save") or [])
+        why = f"modules_to_save {shown(module)}" + " (by task_type)" * by_task
+        expected |= dict.fromkeys((name for name in names if inside(name, module) and job.takes(name)), why)
     if adapter.config.get("bias") == "all":
         expected |= dict.fromkeys((n for n in names if n.rpartition(".")[2] == "bias"), 'bias "all"')
     if adapter.config.get("bias") == "lora_only":
@@ -87,14 +93,14 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
                     f"{why}, and the file holds no {shown(name)}",
                     expected="every tensor that was trained",
                     where=adapter.name,
-                    do="save the adapter again",
+                    do="save the adapter again, or keep the base's with --exclude",
                 )
             )
 
 
 def _replacements(job: Job, adapter: Adapter) -> None:
     for name, spec in adapter.replaced.items():
-        if not job.taken(name.rpartition(".")[0]):
+        if not job.takes(name):
             job.leave_out(adapter, name)
             continue
         parameter = job.names.parameter(name)
@@ -162,6 +168,8 @@ def _product(job: Job, adapter: Adapter, weight: float, name: str, leaf: str | N
     shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
     parameter = replace(parameter, shape=shape)
     rank, scale = rank_and_scale(adapter, lora, leaf)
+    if lora.bias is not None:
+        _bias(job, adapter, lora, scale * weight)
     product, outputs = oriented(job, adapter, parameter, lora, leaf, scale * weight)
     if product.rank != rank:
         raise other_rank(adapter, lora, product.rank, rank)
@@ -179,22 +187,19 @@ def _product(job: Job, adapter: Adapter, weight: float, name: str, leaf: str | N
     change = job.change(parameter)
     change.parts.append(part)
     change.adapters.append(adapter.name)
-    if lora.bias is not None:
-        _bias(job, adapter, lora, scale * weight)
 
 
 def _bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
     assert lora.bias is not None
     parameter = job.names.parameter(f"{lora.module}.bias")
     if parameter is None:
-        raise Refused(
-            f"{shown(lora.bias.key)}: a bias for {shown(lora.module)}, which has none in the base",
-            expected="a module with a bias",
-            where=adapter.name,
-            do="merge into a model whose module has a bias",
-        )
+        found = f"{shown(lora.bias.key)}: a bias for {shown(lora.module)}, which has none in the base"
+        do = "merge into a model whose module has a bias"
+        job.errors.append(Refused(found, expected="a module with a bias", where=adapter.name, do=do))
+        return
     if parameter.shape != lora.bias.shape:
-        raise job.misshaped(adapter, lora.bias.key, lora.bias.shape, parameter.shape)
+        job.errors.append(job.misshaped(adapter, lora.bias.key, lora.bias.shape, parameter.shape))
+        return
     change = job.change(parameter)
     change.parts.append(Part(adapter, lora, None, lora.bias, scale))
     change.adapters.append(adapter.name)

@@ -29,7 +29,7 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
     for name, spec in adapter.replaced.items():
         beside = name in adapter.copies
         unasked = EMBEDDINGS.search(name) and not adapter.saves(name) and not name.endswith("bias")
-        parameter = job.names.parameter(name) if (beside or unasked) and job.taken(name.rpartition(".")[0]) else None
+        parameter = job.names.parameter(name) if (beside or unasked) and job.takes(name) else None
         if parameter is None or parameter.shape != spec.shape:
             continue  # another vocabulary: no copy
         stored = job.base.tensors[parameter.slots[0].key]

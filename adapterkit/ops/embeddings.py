@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -336,6 +337,7 @@ def settle_head(job: Job) -> None:
     if not heads or model is None:
         return
     class_name = type(model.model).__name__
+    _check_whole(job, class_name, heads)
     if class_name not in (job.config.get("architectures") or []):
         job.notes.append(f"architectures: {job.config.get('architectures')} -> {class_name}")
         job.config["architectures"] = [class_name]
@@ -347,6 +349,29 @@ def settle_head(job: Job) -> None:
             if len(job.config.get("id2label") or {}) != count:
                 job.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
                 job.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+
+
+def _check_whole(job: Job, class_name: str, heads: list[str]) -> None:
+    """Every parameter of the class with the head has a value: transformers would make others up on every load."""
+    model = job.names.model
+    assert model is not None
+    left = getattr(model.model, "_keys_to_ignore_on_load_missing", None) or ()
+    known = model.parameters.keys() | model.unreadable.keys() | job.new.keys()
+    ties = tied_names(model.model)
+    lacking = [name for name in model.state if not known & {name, *ties.get(name, ())}]
+    if not (lacking := [name for name in lacking if not any(re.search(pattern, name) for pattern in left)]):
+        return
+    bringing = next(a for a in job.adapters if a.number == job.new[heads[0]].number)
+    names = ", ".join(map(shown, lacking[:8])) + ", ..." * (len(lacking) > 8)
+    job.errors.append(
+        Refused(
+            f"{class_name} needs {names}, which neither base nor adapter has",
+            expected="values for all parameters: transformers would make these up at random on every load",
+            where=f"{job.base.name}, {bringing.name}",
+            do="use the base of the training, saved with these, or train them too (modules_to_save); "
+            f"--exclude '{bringing.pattern_of(heads)}' leaves the head out",
+        )
+    )
 
 
 def set_everywhere(config: dict, key: str, value: Any, *, old: Any = None) -> None:

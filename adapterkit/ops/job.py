@@ -98,7 +98,7 @@ class Job:
                 if self.taken(lora.module) and not adapter.config.get("target_parameters"):
                     wanted[lora.module + ".weight"] = None
             careful = careful or bool(adapter.tokens) or any(len(s.shape) > 1 for s in adapter.replaced.values())
-            wanted |= {name: None for name in adapter.replaced if self.taken(name)}
+            wanted |= {name: None for name in adapter.replaced if self.takes(name)}
             wanted |= {tokens.module + ".weight": None for tokens in adapter.tokens if self.taken(tokens.module)}
         config = self.adapters[0].config
         trained = config.get("auto_mapping") or {}
@@ -109,6 +109,13 @@ class Job:
         if self.included is not None and not self.included(module):
             return False
         return not (self.excluded is not None and self.excluded(module))
+
+    def takes(self, parameter: str) -> bool:
+        """Whether a replaced parameter is among those asked for: by its module's name or its own."""
+        names = (parameter.rpartition(".")[0], parameter)
+        if self.included is not None and not any(map(self.included, names)):
+            return False
+        return not (self.excluded is not None and any(map(self.excluded, names)))
 
     def leave_out(self, adapter: Adapter, name: str) -> None:
         self.left_out.append(f"{adapter.name}: {name}")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterkit import dtypes
-from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
+from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, see_adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import Stored
@@ -103,18 +103,17 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     _check_options(options)
     if not sources:
         raise Refused("no adapter", expected="one or more", do="name the adapters after the base")
-    checkpoint = open_checkpoint(base)
-    errors: list[AdapterkitError] = []
-    read: list[Adapter] = []
-    for number, (source, _) in enumerate(sources, start=1):
-        try:
-            read.append(read_adapter(source, number))
-        except AdapterkitError as error:
-            errors.append(error)
-    refuse_all(errors)
+    read, errors = _read(sources)
+    try:
+        checkpoint = open_checkpoint(base)
+    except AdapterkitError as error:
+        refuse_all([error, *errors])
+        raise
+    if errors and len(read) < len(sources):
+        refuse_all(errors)
     job = Job(checkpoint, read, [weight for _, weight in sources], options)
     collect(job)
-    refuse_all(job.errors)
+    refuse_all([*errors, *job.errors])
     settle_ties(job)
     settle_vocabulary(job)
     settle_head(job)
@@ -125,6 +124,18 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     _settle_formats(job, steps)
     refuse_all(job.errors)
     return _plan(job, steps)
+
+
+def _read(sources: list[tuple[Folder, float]]) -> tuple[list[Adapter], list[AdapterkitError]]:
+    """As much of each adapter as can be held against the base, and everything that is wrong with them."""
+    read: list[Adapter] = []
+    errors: list[AdapterkitError] = []
+    for number, (source, _) in enumerate(sources, start=1):
+        adapter, seen, typed = see_adapter(source, number)
+        errors += seen.errors
+        if typed and seen.headers:
+            read.append(adapter)
+    return read, errors
 
 
 def plan_on_twin(base: StrPath, base16: StrPath, sources: list[tuple[Folder, float]], options: Options) -> Plan:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit import __version__, dtypes
-from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, canonical
+from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, canonical, inside
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
@@ -331,7 +331,8 @@ def card(base: str | None, adapters: Sequence[Adapter], summary: str) -> str:
 
 def extras(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """What the config must say of values taken over whole: trained modules, token rows, biases."""
-    saved = sorted({module for a in adapters for module in a.config.get("modules_to_save") or []})
+    heads = {m for a in adapters for m in a.saved if any(inside(name, m) for name in a.replaced)}
+    saved = sorted(heads.union(*(a.config.get("modules_to_save") or [] for a in adapters)))
     tokens = next((a.config["trainable_token_indices"] for a in adapters if a.tokens), None)
     biases = {a.config.get("bias", "none") for a in adapters} - {"none", None}
     found: dict[str, Any] = {"modules_to_save": saved or None, "bias": "all" if len(biases) > 1 else next(iter(biases), "none")}

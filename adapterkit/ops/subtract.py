@@ -2,7 +2,7 @@
 Δ."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapterkit import dtypes
 from adapterkit.adapter import Adapter
@@ -18,6 +18,7 @@ from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.sites import base_with_parameters, join, levels_of, names_of, targets_of
 from adapterkit.ops.sources import open_all, open_source
 from adapterkit.options import Sources, StrPath, checked
+from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
 from adapterkit.weights.names import Names
 
@@ -30,6 +31,7 @@ class Options:
     rank: int | None = None
     energy: float | None = None
     dtype: str = "fp32"
+    exclude: str | None = None
 
 
 @checked()
@@ -43,6 +45,7 @@ def subtract(
     rank: int | None = None,
     energy: float | None = None,
     dtype: str = "fp32",
+    exclude: str | None = None,
     hash: str = "sha256",
     device: str = "auto",
     engine: str = "local",
@@ -56,10 +59,11 @@ def subtract(
     One task adapter is written to `out`, several to `out/<folder name>`. In delta space the result is exact, of rank r·(1+G) unless
     `rank` or `energy` refits it; a module that a general adapter lacks counts as zero there, and one that the task lacks is added.
     `space="factors"` subtracts the means of a and b apart, as PEFT does (cross terms; scales of the general adapters ignored), and
-    keeps the rank. Factors are written in `dtype`, scale 1. `base` tells parameters of `target_parameters` apart where the files do
-    not. Raises `Refused` before anything is written.
+    keeps the rank. Where `exclude` is found in a module's name nothing is subtracted and the task's values stay, of a head that a
+    general adapter trained whole for one. Factors are written in `dtype`, scale 1. `base` tells parameters of `target_parameters`
+    apart where the files do not. Raises `Refused` before anything is written.
     """
-    options = Options(space, rank, energy, dtype)
+    options = Options(space, rank, energy, dtype, exclude)
     tasks, generals = open_all(adapters=adapters, general=general)
     plan = plan_subtract(tasks, generals, options, None if base is None else open_source(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
@@ -76,7 +80,7 @@ def plan_subtract(tasks: Sequence[Folder], generals: Sequence[Folder], options: 
         found = "--space factors with --rank or --energy"
         raise Refused(found, expected="the ranks as they are", where="options", do="leave one of them out")
     read = read_all([*tasks, *generals])
-    task_adapters, general_adapters = read[: len(tasks)], read[len(tasks) :]
+    task_adapters, general_adapters = read[: len(tasks)], [_without(a, options.exclude) for a in read[len(tasks) :]]
     errors = [error for adapter in read for error in not_linear(adapter)]
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
     notes: list[str] = []
@@ -105,10 +109,28 @@ def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
             f"{shown(key)} was trained whole by {', '.join(a.name for a in generals if a.number in holders)}",
             expected="general adapters of factors alone: what is no delta cannot be subtracted",
             where="--general",
-            do="train the general adapter without it",
+            do=f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
         )
         for key, holders in held(generals, {}, copies=False).items()
     ]
+
+
+def _pattern(generals: Sequence[Adapter]) -> str:
+    whole = [(a, [*(a.replaced.keys() - a.copies.keys()), *(tokens.module for tokens in a.tokens)]) for a in generals]
+    return "|".join(sorted({adapter.pattern_of(names) for adapter, names in whole if names}))
+
+
+def _without(general: Adapter, exclude: str | None) -> Adapter:
+    """The adapter without what is not to be subtracted."""
+    if exclude is None:
+        return general
+    found = matcher(exclude, "--exclude")
+    return replace(
+        general,
+        loras=tuple(lora for lora in general.loras if not found(lora.module)),
+        replaced={name: spec for name, spec in general.replaced.items() if not (found(name) or found(name.rpartition(".")[0]))},
+        tokens=tuple(tokens for tokens in general.tokens if not found(tokens.module)),
+    )
 
 
 def _output(
@@ -124,13 +146,15 @@ def _output(
     refit = Refit(options.rank, options.energy)
     dtype = dtypes.parse(options.dtype)
     bundles: list[Bundle] = []
+    kept = None if options.exclude is None else matcher(options.exclude, "--exclude")
+    alone = {name for name, site in joined.items() if kept and site.members.keys() == {task.number} and kept(site.module)}
     if options.space == "factors":
-        errors += [e for name, site in joined.items() for e in _alike(name, site.members, task, generals)]
+        errors += [e for name, site in joined.items() if name not in alone for e in _alike(name, site.members, task, generals)]
         joined = {name: site for name, site in joined.items() if task.number in site.members}
     levels = levels_of(joined.values())
     for name, site in joined.items():
         members, place = site.members, site.place(levels)
-        if options.space == "factors":
+        if options.space == "factors" and name not in alone:
             averaged = tuple(f for number, (_, f) in members.items() if number != task.number)
             bundles.append(Lessened(prefix + name, members[task.number][1], averaged, place, dtype))
             continue

@@ -92,8 +92,15 @@ def test_a_subtraction_keeps_the_tasks_trained_values_and_refuses_the_generals(a
     adapterkit.subtract([headed], general=[alike[1]], out=tmp_path / "out")
     key = "base_model.model.norm.weight"
     assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)[key], load_file(headed / WEIGHTS)[key])
-    with pytest.raises(Refused, match="trained whole"):
+    with pytest.raises(Refused, match=r"trained whole.*\n.*\n.*--exclude 'norm'"):
         adapterkit.subtract([alike[0]], general=[headed], out=tmp_path / "no")
+    adapterkit.subtract([alike[0]], general=[headed], out=tmp_path / "without", exclude="norm")
+    part = deltas(alike[0])["fit"] - deltas(headed)["fit"]
+    torch.testing.assert_close(deltas(tmp_path / "without")["fit"], part, rtol=1e-5, atol=1e-6)
+    assert key not in load_file(tmp_path / "without" / WEIGHTS)
+    for space in ("delta", "factors"):  # a module that the option names stays as the task has it
+        adapterkit.subtract([alike[0]], general=[alike[1]], out=tmp_path / space, exclude="fit", space=space)
+        torch.testing.assert_close(deltas(tmp_path / space)["fit"], deltas(alike[0])["fit"], rtol=1e-5, atol=1e-6)
     with pytest.raises(Refused, match="ranks"):
         adapterkit.subtract(
             [trained(tmp_path / "r2", 6, r=2, target_modules=["fit"])], general=[alike[0]], out=tmp_path / "no", space="factors"

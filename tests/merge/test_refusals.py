@@ -146,6 +146,28 @@ def test_all_offenders_are_listed(llama, lora, tmp_path):
     assert all(word in text for word in ("layers.7.self_attn.q_proj", "upp_proj", "layers.0.self_attn.v_proj", "shape"))
 
 
+def test_what_a_file_lacks_is_listed_with_what_does_not_fit(made, tmp_path):
+    """One look: a bias that the file lacks, a factor and a bias of the wrong shape, another file's foreign key, a missing base."""
+    build = lambda: oracle.llama(attention_bias=True)
+    base = made("biased-llama", lambda folder: oracle.save_base(build(), folder, "bf16"))
+    for name in ("one", "two"):
+        oracle.train(load(build, base), tmp_path / name, target_modules=["q_proj", "k_proj"], lora_bias=True)
+    layer = "base_model.model.model.layers.0.self_attn."
+    tensors = stored(tmp_path / "one")
+    del tensors[layer + "k_proj.lora_B.bias"]
+    for key in (layer + "q_proj.lora_A.weight", layer + "q_proj.lora_B.bias"):
+        tensors[key] = tensors[key][..., :-1].contiguous()
+    save_file(tensors, tmp_path / "one/adapter_model.safetensors")
+    others = {key.replace("layers.1", "layers.9"): tensor for key, tensor in stored(tmp_path / "two").items()}
+    save_file(others, tmp_path / "two/adapter_model.safetensors")
+    text = refused(base, tmp_path / "one", tmp_path / "two", out=tmp_path / "out", match="problems found")
+    named = ("lora_bias, but none for", "q_proj.lora_A.weight: shape", "q_proj.lora_B.bias: shape", "layers.9.self_attn.q_proj")
+    assert all(word in text for word in named), text
+    (tmp_path / "empty").mkdir()
+    text = refused(tmp_path / "empty", tmp_path / "one", out=tmp_path / "out", match="problems found", kind=AdapterkitError)
+    assert "lora_bias, but none for" in text and "empty" in text
+
+
 def test_a_match_by_suffix_alone(llama, lora, tmp_path):
     """Keys of another wrapping whose ends occur in the base: PEFT would apply nothing and say nothing."""
     odd = oracle.edit_config(lora, tmp_path / "odd")

@@ -74,6 +74,87 @@ def test_a_head_that_the_base_lacks(name, made, tmp_path):
     assert after.config.num_labels == labels.get("num_labels", 2)
 
 
+def _headless(made, wrote="BertModel", **changes):
+    return made(f"headless-{wrote}-{sorted(changes)}", lambda f: oracle.save_base(oracle.bert(cls=wrote, **changes), f, "bf16"))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS"])
+def test_a_head_that_nothing_completes_is_refused(task, made, tmp_path):
+    """A masked language model has no pooler, which the classifier reads; PEFT trains with a random one and does not save it."""
+    base = _headless(made, "BertForMaskedLM")
+    cls = transformers.BertForSequenceClassification if task == "SEQ_CLS" else transformers.BertForQuestionAnswering
+    with oracle.quiet():
+        model = cls.from_pretrained(base, dtype="auto")
+    oracle.train(model, tmp_path / "adapter", target_modules=["query"], task_type=task)
+    if task == "QUESTION_ANS":  # complete without a pooler
+        oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
+        load_checked(cls, tmp_path / "out")
+        return
+    with pytest.raises(
+        Refused, match=r"needs bert.pooler.dense.weight, bert.pooler.dense.bias, which neither.*(\n.*)*--exclude 'classifier'"
+    ):
+        oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", exclude="classifier")
+    load_checked(transformers.BertForMaskedLM, tmp_path / "out")
+
+
+OLDER = {
+    "bert": ("BertForSequenceClassification", oracle.bert, ["query"], "classifier."),
+    "llama": ("LlamaForSequenceClassification", oracle.llama, ["q_proj"], "score."),
+    "distilbert": ("DistilBertForSequenceClassification", None, ["q_lin"], "pre_classifier."),
+}
+
+
+def _distilbert(cls="DistilBertModel"):
+    sizes = {"vocab_size": 80, "dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 4, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    return getattr(transformers, cls)(transformers.DistilBertConfig(**sizes)).eval()
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_heads_of_older_adapters_are_the_tasks(name, made, tmp_path):
+    """Before PEFT 0.5 the config said nothing of the head: the task type does, here as in PEFT."""
+    trained, build, targets, head = OLDER[name]
+    build = build or _distilbert
+    base = made(f"older-{name}", lambda folder: oracle.save_base(build(cls=trained), folder, "bf16"))
+    oracle.train(load(trained, base), tmp_path / "adapter", target_modules=targets, task_type="SEQ_CLS")
+    old = oracle.edit_config(tmp_path / "adapter", tmp_path / "old", modules_to_save=None)
+    assert any(head in key for key in stored(old))
+    oracle.merge(base, old, out=tmp_path / "out", compat="peft")
+    assert_same(merged(tmp_path / "out", trained), peft_merged(load(trained, base), old))
+    again = tmp_path / "again"
+    adapterkit.resize(old, rank=4, out=again)
+    assert any(head in key for key in stored(again))
+    peft_model(load(trained, base), again)
+
+
+def test_heads_that_the_model_lacks_are_no_problem(made, tmp_path):
+    """PEFT names classifier and score for every classifier, qa_outputs for every reader; XLNet's are called otherwise."""
+    config = transformers.XLNetConfig(vocab_size=80, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    torch.manual_seed(0)
+    with oracle.quiet():
+        base = made("xlnet-cls", lambda f: oracle.save_base(transformers.XLNetForSequenceClassification(config), f, "bf16"))
+    cls = transformers.XLNetForSequenceClassification
+    oracle.train(load_checked(cls, base), tmp_path / "adapter", target_modules=["layer_1"], task_type="SEQ_CLS")
+    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert {"classifier", "score"} <= set(said["modules_to_save"]) and not any(
+        "logits" in key for key in stored(tmp_path / "adapter")
+    )
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", compat="peft")
+    assert_same(load_checked(cls, tmp_path / "out").state_dict(), peft_merged(load_checked(cls, base), tmp_path / "adapter"))
+
+
+def test_a_tasks_head_that_the_file_lacks(made, tmp_path):
+    """PEFT looks for it too."""
+    base = made("older-bert", lambda folder: oracle.save_base(oracle.bert(cls="BertForSequenceClassification"), folder, "bf16"))
+    oracle.train(load("BertForSequenceClassification", base), tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
+    tensors = {k: v for k, v in stored(tmp_path / "adapter").items() if "classifier" not in k}
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(Refused, match=r"modules_to_save classifier, and the file holds no classifier"):
+        oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", exclude="classifier")
+
+
 def _tokens(base, folder, build=oracle.llama, **config):
     config = {"target_modules": ["q_proj"], "trainable_token_indices": [79, 3, 40]} | config
     oracle.train(load(build, base), folder, **config)
@@ -278,12 +359,32 @@ def test_tokenizer_comes_from_the_adapter(llama, resized, tmp_path):
     assert "base" in (tmp_path / "kept/tokenizer.json").read_text() and not (tmp_path / "kept/chat_template.jinja").exists()
 
 
-@pytest.mark.parametrize("what", ["modules_to_save", "token rows"])
-def test_a_weight_other_than_one_is_refused(what, llama, tmp_path):
-    config = {"modules_to_save": {"modules_to_save": ["lm_head"]}, "token rows": {"trainable_token_indices": [1]}}[what]
-    oracle.train(load(oracle.llama, llama), tmp_path / "adapter", **({"target_modules": ["q_proj"]} | config))
-    with pytest.raises(Refused, match=r"(replaced parameters|trained token rows).* with weight -1"):
-        oracle.merge(llama, f"{tmp_path / 'adapter'}=-1", out=tmp_path / "out")
+WHOLE = {
+    "head": ({"modules_to_save": ["lm_head"]}, "lm_head"),
+    "a-name-inside-another": ({"modules_to_save": ["dense"], "target_modules": ["dense_h_to_4h"]}, None),
+    "rows": ({"trainable_token_indices": [1]}, r"model\.embed_tokens"),
+    "biases": ({"bias": "lora_only"}, "bias$"),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_a_weight_other_than_one_and_its_way_out(what, made, tmp_path):
+    """Values have no multiple; the message names the option that leaves them as they are, and it works."""
+    config, pattern = WHOLE[what]
+    build = {"biases": lambda: oracle.llama(attention_bias=True), "a-name-inside-another": oracle.neox}.get(what, oracle.llama)
+    base = made(f"weights-{what}", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    oracle.train(load(build, base), tmp_path / "adapter", **({"target_modules": ["q_proj"]} | config))
+    with pytest.raises(Refused, match=r"(replaced parameters|trained token rows).* with weight -1") as caught:
+        oracle.merge(base, f"{tmp_path / 'adapter'}=-1", out=tmp_path / "out")
+    exclude = str(caught.value).partition("--exclude '")[2].partition("'")[0]
+    assert exclude == pattern or (pattern is None and exclude.startswith(r"^gpt_neox\.layers\.0\.attention\.dense\.bias$|"))
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "there")
+    oracle.merge(tmp_path / "there", f"{tmp_path / 'adapter'}=-1", out=tmp_path / "back", exclude=exclude)
+    before, there, back = (stored(folder) for folder in (base, tmp_path / "there", tmp_path / "back"))
+    trained = [name for name in before if not torch.equal(there[name], before[name])]
+    undone = [name for name in trained if torch.allclose(back[name], before[name], atol=1e-6)]
+    assert undone and set(undone) == {n for n in trained if n.endswith(("q_proj.weight", "4h.weight"))}
+    assert all(torch.equal(back[name], there[name]) for name in trained if name not in undone)
 
 
 def test_two_adapters_replacing_one_module_are_refused(llama, tmp_path):
