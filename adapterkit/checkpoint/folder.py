@@ -8,6 +8,8 @@ from typing import Protocol
 
 from adapterkit.errors import Damaged, Failed, Refused, shown
 
+OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json")
+
 
 class Folder(Protocol):
     """A folder of files, local or remote; names are relative POSIX paths."""
@@ -74,7 +76,7 @@ class LocalFolder:
             raise Failed(f"cannot read: {error.strerror}", where=str(path)) from error
 
     def path(self, name: str) -> Path:
-        path = self.root / inside(name, self.name)
+        path = self.root / inside(self._stored(name), self.name)
         try:
             mode = path.stat().st_mode
         except OSError as error:
@@ -90,8 +92,35 @@ class LocalFolder:
             )
         return path
 
+    def _stored(self, name: str) -> str:
+        return name
+
     def prefetch(self, names: list[str]) -> None:
         pass
+
+
+class WeightsOf(LocalFolder):
+    """One file of weights on local disk, under the name `weights`, with what lies beside it: all but other weights and indexes."""
+
+    def __init__(self, path: str | os.PathLike, weights: str):
+        super().__init__(path)
+        self.weights = weights
+        if self.only == weights:
+            self.name = shown(self.root.resolve().name)
+            self.origin = {"name": self.name}
+
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        found = {}
+        for path in sorted(self.root.iterdir()):
+            if path.name.startswith(".") or path.name.endswith(OTHER_WEIGHTS) or not path.is_file():
+                continue
+            inside(path.name, self.name)
+            found[path.name] = path.stat().st_size
+        return found | {self.weights: (self.root / self._stored(self.weights)).stat().st_size}
+
+    def _stored(self, name: str) -> str:
+        return str(self.only) if name == self.weights else name
 
 
 def inside(name: str, where: str) -> PurePosixPath:

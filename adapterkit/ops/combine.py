@@ -18,7 +18,7 @@ from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.copies import rows_apart
 from adapterkit.ops.decomposed import BaseWeights, not_decomposed
 from adapterkit.ops.sites import Site, base_with_parameters, join, levels_of, names_of, targets_of
-from adapterkit.ops.sources import open_source, open_weighted
+from adapterkit.ops.sources import open_model, open_weighted
 from adapterkit.options import Sources, StrPath, checked, choice
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
@@ -98,7 +98,7 @@ def combine(
     options = Options(
         method, space, rank, energy, density, majority, svd_clamp, tuple(weight_for), tuple((settings or {}).items()), dtype, seed
     )
-    plan = plan_combine(open_weighted(adapters), options, None if base is None else open_source(base))
+    plan = plan_combine(open_weighted(adapters), options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 

@@ -9,7 +9,7 @@ from adapterkit.ops import produced
 from adapterkit.ops.packaging import as_json, model_files
 from adapterkit.ops.quantize import card, model_headers
 from adapterkit.ops.requantised import shard_of, shards_of_size
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_model
 from adapterkit.options import StrPath, checked, parse_size
 from adapterkit.plan import Plan, Progress, Receipt, Step, identities
 from adapterkit.weights.decoded import decoded, files_saying, packed_in
@@ -44,7 +44,7 @@ def dequantize(
     tokenizer, in files of 5 GB at most. Its `dtype` is bf16 where it has blocks: W = code * scale has an error of its own that is
     larger than the rounding; a file of plain floats keeps its dtype.
     """
-    plan = plan_dequantize(open_source(base), dtype, max_shard_size)
+    plan = plan_dequantize(open_model(base), dtype, max_shard_size)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 

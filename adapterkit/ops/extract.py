@@ -29,7 +29,7 @@ from adapterkit.ops.job import nested
 from adapterkit.ops.merge import plan_merge
 from adapterkit.ops.packaging import as_json
 from adapterkit.ops.ranking import Cut, check_cut, even_rank, ranked, settled_by_size
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_adapter, open_model
 from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
@@ -105,9 +105,9 @@ def extract(
     modules of modules_to_save. PEFT loads such a value into the model itself, as it does biases: `disable_adapter` leaves it there.
     """
     options = Options(Cut(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
-    source = open_source(base)
-    plan = plan_extract(source, open_source(tuned), options)
-    check = lambda folder: plan_merge(source, [(open_source(folder), 1.0)], MergeOptions())
+    source = open_model(base)
+    plan = plan_extract(source, open_model(tuned), options)
+    check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "check": check, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 

@@ -16,7 +16,7 @@ from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, plac
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
 from adapterkit.ops.quantize import targets as formats
 from adapterkit.ops.sizes import short
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_model
 from adapterkit.options import StrPath, checked, choice
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
 from adapterkit.registry import made, members
@@ -79,7 +79,7 @@ def init(
     Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes PEFT change a base again.
     """
     options = Options(method, rank, alpha, rslora, targets, skip, quantize, block_size, double_quant, dtype)
-    plan = plan_init(open_source(base), options)
+    plan = plan_init(open_model(base), options)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 

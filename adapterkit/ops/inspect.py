@@ -18,7 +18,7 @@ from adapterkit.checkpoint.spec import NOT_A_MODEL, Seen, no_model, other_lora, 
 from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.ops import inspect_report
 from adapterkit.ops.settings import printable
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_model, open_source
 from adapterkit.options import StrPath, checked
 from adapterkit.weights.quantised import SAID, check_not_quantised
 
@@ -77,7 +77,7 @@ def inspect(
     if kind != "adapter":
         _refuse_options(folder, f"a {kind}, no adapter", base, plot)
         return _base(folder) if kind == "base" else _file(folder)
-    on = open_source(base) if base is not None else None
+    on = open_model(base) if base is not None else None
     far = [source for source in (folder, on) if source is not None and not isinstance(source, LocalFolder)]
     if far and not download:
         _refuse_options(far[0], "weights on the Hub, which are read with --download only", base, plot)

@@ -29,7 +29,7 @@ from adapterkit.ops import produced
 from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, place_of_linear, targeted
 from adapterkit.ops.quantize import Chosen, Quantised, QuantisedModel, model_headers
 from adapterkit.ops.sizes import short
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_model, open_source
 from adapterkit.ops.stats import covariances, given, room, root_of
 from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
@@ -40,6 +40,7 @@ from adapterkit.weights.packed import Packed, read_back
 from adapterkit.weights.quantised import check_not_quantised
 
 BITS = {4: "nf4", 8: "int8"}
+OPEN = {"quantized": open_model, "stats": open_source}
 NOT_QUANTISED = "not quantised"
 CANCELLED = 1e-3  # of what was lost: what is left is not taken from a difference of the two below this
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
@@ -137,8 +138,8 @@ def loftq(
     options = Options(rank, alpha, rslora, bits, tuple(bits_for), iterations, targets, skip, block_size, double_quant, dtype)
     ask = by_command(accept) if isinstance(accept, str) else accept
     others = {"quantized": quantized, "stats": stats}
-    sources = {name: open_source(source) for name, source in others.items() if source is not None}
-    plan = plan_loftq(open_source(base), options, accept=ask, **sources)
+    sources = {name: OPEN[name](source) for name, source in others.items() if source is not None}
+    plan = plan_loftq(open_model(base), options, accept=ask, **sources)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 

@@ -22,7 +22,7 @@ from adapterkit.ops.job import Job, Options
 from adapterkit.ops.produced import carry_out
 from adapterkit.ops.quantize import CHANGED_BY
 from adapterkit.ops.requantised import lost, shard_of, shards_of_size
-from adapterkit.ops.sources import open_source, open_weighted
+from adapterkit.ops.sources import open_model, open_weighted
 from adapterkit.ops.steps import steps_of
 from adapterkit.options import Sources, StrPath, checked, parse_size
 from adapterkit.plan import Computed, Plan, Progress, Receipt, Shard, Step, identities, sha256_of
@@ -81,7 +81,7 @@ def merge(
     how = {"dequantize": dequantize, "rounding": rounding, "seed": seed, "base_copies": base_copies}
     options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer, **how)
     sources = open_weighted(adapters)
-    plan = plan_merge(open_source(base), sources, options) if base16 is None else plan_on_twin(base, base16, sources, options)
+    plan = plan_merge(open_model(base), sources, options) if base16 is None else plan_on_twin(base, base16, sources, options)
     check, verified = None, {}
     if verify:
         from adapterkit.ops.verify import verify_against
@@ -140,7 +140,7 @@ def _read(sources: list[tuple[Folder, float]]) -> tuple[list[Adapter], list[Adap
 
 def plan_on_twin(base: StrPath, base16: StrPath, sources: list[tuple[Folder, float]], options: Options) -> Plan:
     """A merge into the 16-bit original of the quantised base that the adapters were trained on; `Refused` if it is none."""
-    quantised, twin = open_checkpoint(open_source(base)), open_checkpoint(open_source(base16))
+    quantised, twin = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
     errors: list[AdapterkitError] = []
     packed = packed_in(decoded(quantised).tensors)
     made_by = next((m for header in quantised.shards.values() if (m := header.metadata.get(CHANGED_BY))), None)

@@ -16,7 +16,7 @@ from adapterkit.ops import produced
 from adapterkit.ops.packaging import Files, cell, hub_or_name, model_files
 from adapterkit.ops.requantised import Copied, Edited
 from adapterkit.ops.sizes import short
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_model
 from adapterkit.options import StrPath, checked, choice
 from adapterkit.patterns import matcher
 from adapterkit.plan import (
@@ -76,7 +76,7 @@ def quantize(
     bitsandbytes defines them. The receipt has each weight's relative error. Raises `Refused` before anything is written.
     """
     options = {"to": to, "block_size": block_size, "double_quant": double_quant, "skip": skip}
-    plan = plan_quantize(open_source(base), options)
+    plan = plan_quantize(open_model(base), options)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 

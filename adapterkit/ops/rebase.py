@@ -11,7 +11,7 @@ from adapterkit.ops import produced
 from adapterkit.ops.combine import read_all
 from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.sites import Site, base_with_parameters, join, levels_of, names_of, targets_of
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_adapter, open_model
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
 
@@ -52,8 +52,8 @@ def rebase(
     keeps embeddings, biases, magnitudes, trained modules and token rows, and works with patterns and rsLoRA. `base` tells
     parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything is written.
     """
-    folder = None if base is None else open_source(base)
-    plan = plan_rebase(open_source(adapter), open_source(initial), Options(rank, energy, dtype), folder)
+    folder = None if base is None else open_model(base)
+    plan = plan_rebase(open_adapter(adapter), open_adapter(initial), Options(rank, energy, dtype), folder)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 

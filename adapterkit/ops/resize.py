@@ -20,7 +20,7 @@ from adapterkit.ops.decomposed import CHECK_BASE, BaseWeights, not_decomposed
 from adapterkit.ops.extract import SHARES
 from adapterkit.ops.ranking import Converted, Cut, Truncated, check_cut, even_rank, settled_by_size
 from adapterkit.ops.sites import join, levels_of, names_of, targets_of
-from adapterkit.ops.sources import open_source
+from adapterkit.ops.sources import open_adapter, open_model
 from adapterkit.options import StrPath, checked, choice
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
 from adapterkit.registry import members
@@ -68,7 +68,7 @@ def resize(
     weights that it rotates, VeRA for the widths of its layers, convolutions of the others for their kernels.
     """
     options = Options(Cut(rank, energy, sv_ratio, max_size), alpha, dtype)
-    plan = plan_resize(open_source(adapter), options, None if base is None else open_source(base))
+    plan = plan_resize(open_adapter(adapter), options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 

@@ -16,7 +16,7 @@ from adapterkit.ops import produced
 from adapterkit.ops.combine import held, not_linear, read_all
 from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.sites import base_with_parameters, join, levels_of, names_of, targets_of
-from adapterkit.ops.sources import open_all, open_source
+from adapterkit.ops.sources import open_all, open_model
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
@@ -65,7 +65,7 @@ def subtract(
     """
     options = Options(space, rank, energy, dtype, exclude)
     tasks, generals = open_all(adapters=adapters, general=general)
-    plan = plan_subtract(tasks, generals, options, None if base is None else open_source(base))
+    plan = plan_subtract(tasks, generals, options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
 

@@ -10,7 +10,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder, inside
 from adapterkit.checkpoint.spec import read_header, read_json
 from adapterkit.checkpoint.writer import RECEIPT
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
-from adapterkit.ops.sources import open_source, open_weighted
+from adapterkit.ops.sources import open_model, open_weighted
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import RECEIPT_VERSION, Plan, Progress, is_sealed
 
@@ -162,7 +162,7 @@ def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder,
     if len(sources) != len(weights):
         raise Refused(f"{len(sources)} adapters", expected=str(len(weights)), where="--adapter", do="give all, in order")
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
-    plan = plan_merge(open_source(base), pairs, Options(**options))
+    plan = plan_merge(open_model(base), pairs, Options(**options))
     errors: list[AdapterkitError] = []
     for number, entry in enumerate(receipt["recipe"]["inputs"]):
         for name, said in entry["files"].items():
