@@ -28,6 +28,14 @@ class Inputs(Protocol):
         """The whole tensor, in `dtype`, on `device`."""
         ...
 
+    def stored(self, spec: TensorSpec) -> Tensor:
+        """The same in its own dtype."""
+        ...
+
+    def kept(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        """`cut(stored tensor)`, once for all who ask for it before long. The result is shared: not to be changed."""
+        ...
+
     def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         """(first row, block of rows in `dtype`) over the whole source."""
         ...
@@ -87,21 +95,34 @@ class Term:
 
     def products(self, inputs: Inputs) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
-        a = inputs.tensor(self.a)
-        b = inputs.tensor(self.b)
-        a = a.reshape(a.shape[0], -1)
-        b = b.reshape(b.shape[0], -1)
-        scaled = scaled_to(b, self.scale)
-        for block in self.blocks:
-            right, left = a, scaled
-            if self.experts is not None:
-                right = a.view(self.experts, self.rank, -1)[block.expert]
-                left = scaled.view(-1, self.rank, self.experts)[:, :, block.expert]
+        for block, left, right in self._cut(inputs):
             if self.flip:
                 left, right = right.T, left.T
             left = placed(left, 0, block.row_at, block.row_of, block.row, block.row_stop)
             right = placed(right, 1, block.col_at, block.col_of, block.col, block.col_stop)
             yield block, left.contiguous(), right.contiguous()
+
+    def _cut(self, inputs: Inputs) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """(block, b (out, r) with the scale folded in, a (r, in)): of experts each one's own."""
+        if self.experts is None:
+            a, b = inputs.tensor(self.a), inputs.tensor(self.b)
+            b = scaled_to(b.reshape(b.shape[0], -1), self.scale)
+            for block in self.blocks:
+                yield block, b, a.reshape(a.shape[0], -1)
+            return
+        cut = lambda b: b.reshape(-1, self.rank, self.experts).permute(2, 0, 1).contiguous()
+        # where each expert is stored alone, its step must not go through the factors of all: that costs the square of their number
+        stack = inputs.kept(self.b, cut) if len(self.blocks) < self.experts else cut(inputs.stored(self.b))
+        for block in self.blocks:
+            assert block.expert is not None
+            a = inputs.tensor(part_of(self.a, (self.experts, self.rank, *self.a.shape[1:]), block.expert))
+            yield block, scaled_to(stack[block.expert].to(inputs.dtype), self.scale), a.reshape(self.rank, -1)
+
+
+def part_of(spec: TensorSpec, shape: tuple[int, ...], index: int) -> TensorSpec:
+    """tensor.view(shape)[index], as a part of its file."""
+    size = spec.nbytes // shape[0]
+    return replace(spec, shape=shape[1:], start=spec.start + index * size, stop=spec.start + (index + 1) * size)
 
 
 def overlap(w: Tensor, first: int, row: int, row_stop: int) -> Iterator[tuple[Tensor, slice]]:
@@ -330,8 +351,8 @@ class Assign:
 
     def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         block = self.block
-        value = inputs.tensor(self.value)
-        value = value if block.expert is None else value[block.expert]
+        value = self.value if block.expert is None else part_of(self.value, self.value.shape, block.expert)
+        value = inputs.tensor(value)
         value = value.reshape(value.shape[0], -1)
         value = value.T if self.flip else value
         value = value if block.row_at is None else _taken(value, 0, block.row_at)

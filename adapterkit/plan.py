@@ -35,6 +35,7 @@ IDENTITY = ("inode", "size", "modified", "changed")
 SEAL = b',\n  "seal": "'
 BLOCK = 16 << 20  # bytes of a copied file at a time
 SLACK = 128  # bytes by which the guess of a text's size may be wrong, its numbers in the header included
+STACKS = 1 << 30  # bytes of stacks of experts' factors that may be kept
 ASIDE = ".aside"  # what a shard lays aside for later ones, until all are done
 
 
@@ -94,6 +95,10 @@ class Inputs(Protocol):
         ...
 
     def bytes(self, spec: TensorSpec) -> bytearray: ...
+
+    def kept(self, spec: TensorSpec, cut: "Callable[[Tensor], Tensor]") -> "Tensor":
+        """`cut(stored tensor)`, once for all who ask for it before long."""
+        ...
 
     def aside(self, key: str) -> "Tensor":
         """What a bundle of an earlier file laid aside."""

@@ -13,6 +13,7 @@ import math
 import os
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ from adapterkit.engines.computed import Asides, write_computed
 from adapterkit.errors import Failed, Refused, Spoiled, shown
 from adapterkit.kernels.stochastic import round_to
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import Computed, Plan, Progress, Shard, ShardResult, Step
+from adapterkit.plan import STACKS, Computed, Plan, Progress, Shard, ShardResult, Step
 from adapterkit.weights.packed import Packed, read_back
 
 ELEMENTS = 1 << 18  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
@@ -42,6 +43,7 @@ RUN = 4 << 20  # bytes of one piece of an untouched run
 PATIENCE = 0.1  # seconds between looks at the stop sign
 PARTING = 1.0  # seconds that an interrupted job gives its threads
 OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
+LEAST_STACKS = 3  # stacks of experts' factors that are kept however large they are
 SAMPLE = 64  # facts are measured on every 64th chunk of a tensor, the first included
 
 
@@ -109,6 +111,7 @@ class Inputs:
     device: torch.device
     dtype: torch.dtype = torch.float32
     asides: Asides | None = None
+    stacks: "_Stacks" = field(default_factory=lambda: _Stacks())
 
     def aside(self, key: str) -> Tensor:
         assert self.asides is not None
@@ -139,6 +142,10 @@ class Inputs:
     def bytes(self, spec: TensorSpec) -> bytearray:
         return self.sources.read(spec)
 
+    def kept(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        """`cut(stored tensor)`, once for all steps that ask for it before long; in its own dtype, not to be changed."""
+        return self.stacks.get(spec, lambda: cut(self.stored(spec)))
+
     def rows(self, source: TensorSpec, grid: tuple[int, int], first: int, last: int) -> Tensor:
         """Rows [first, last) of a stored tensor's grid, in `dtype`, on `device`."""
         width = dtypes.BITS[source.dtype] // 8 * grid[1]
@@ -150,6 +157,35 @@ class Inputs:
     def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         for first, last in chunks(grid, self.device):
             yield first, self.rows(source, grid, first, last)
+
+
+class _Stacks:
+    """What was cut of the stacks of experts' factors that were asked for last; thread-safe.
+
+    Steps that follow each other ask for a few in turn: those of gate and up, and of down, of each adapter."""
+
+    def __init__(self):
+        self.lock, self.held = threading.Lock(), OrderedDict[TensorSpec, _Stack]()
+
+    def get(self, spec: TensorSpec, make: Callable[[], Tensor]) -> Tensor:
+        with self.lock:
+            stack = self.held.setdefault(spec, _Stack())
+            self.held.move_to_end(spec)
+        with stack.lock:  # others may read other stacks meanwhile
+            if stack.value is None:
+                stack.value = make()
+                if stack.value.is_cuda:
+                    torch.cuda.current_stream(stack.value.device).synchronize()  # other workers have other streams
+        with self.lock:
+            while len(self.held) > LEAST_STACKS and sum(spec.nbytes for spec in self.held) > STACKS:
+                self.held.popitem(last=False)
+        return stack.value
+
+
+@dataclass
+class _Stack:
+    value: Tensor | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:

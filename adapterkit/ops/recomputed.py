@@ -5,7 +5,7 @@ near to a boundary that float32 arithmetic may have put it on the other side, ei
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -143,6 +143,12 @@ class _Origin:
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         return self.inputs.tensor(spec)
+
+    def stored(self, spec: TensorSpec) -> Tensor:
+        return self.inputs.stored(spec)
+
+    def kept(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.inputs.kept(spec, cut)
 
     def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         for first in range(0, self.height, self.chunk):

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -254,9 +254,9 @@ class _Weight:
         self.rows, self.columns = _grid(step)
         self.nested, self.squares, self.whole = False, [], None
         if isinstance(self.source, Packed):
-            self.stored = stored or {part.key: inputs.stored(part) for part in self.source.parts}
+            self.original = stored or {part.key: inputs.stored(part) for part in self.source.parts}
             # with draws the scales of scales stay
-            self.record, self.parts = (self.source, self.stored) if step.draws else self.source.separated(self.stored)
+            self.record, self.parts = (self.source, self.original) if step.draws else self.source.separated(self.original)
             self.nested = self.record is not self.source
             # without scales of scales the new bytes take the place of the old ones, which are read no more
             self.new = {key: part.clone() for key, part in self.parts.items()} if self.nested else self.parts
@@ -273,6 +273,12 @@ class _Weight:
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         return self.inputs.tensor(spec)
+
+    def stored(self, spec: TensorSpec) -> Tensor:
+        return self.inputs.stored(spec)
+
+    def kept(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.inputs.kept(spec, cut)
 
     def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         slices = ((first, self.read(first, last)) for first, last in _slices(self.step))
@@ -346,7 +352,7 @@ class _Weight:
     def written(self) -> dict[str, Tensor]:
         """All parts, once each slice has been written."""
         assert isinstance(self.source, Packed)
-        return self.stored | (self.new if self.step.draws else self.source.joined(self.new))
+        return self.original | (self.new if self.step.draws else self.source.joined(self.new))
 
 
 def _chunked(slices: Iterable[tuple[int, Tensor]], rows: int, columns: int) -> Iterator[tuple[int, list[Tensor]]]:

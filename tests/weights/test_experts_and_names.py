@@ -6,6 +6,7 @@ so there `compat="peft"` is held against it bit by bit and the default against f
 
 import json
 import warnings
+from collections import Counter
 
 import peft
 import pytest
@@ -15,7 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines import local
 from adapterkit.errors import Refused
+from adapterkit.kernels import narrow
 
 from . import tiny
 
@@ -228,3 +233,55 @@ def test_no_stack_of_experts_is_ever_whole_in_memory(tmp_path):
     changed = [step for shard in plan.shards for step in shard.steps if not step.copied]
     assert len(changed) == 2 * 4 * 3
     assert all(step.source.key == step.key and len(step.shape) == 2 for step in changed)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_each_expert_reads_its_own_factors(dtype, tmp_path, monkeypatch):
+    """Of experts stored one by one, plain or quantised, each part of a is read once and b is cut once for all."""
+    model = tiny.model("mixtral")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    train(model, tmp_path / "adapter", target_modules=[], target_parameters=EXPERTS)
+    base = tmp_path / "base"
+    if dtype == "fp8":
+        quantised_experts(base)
+    read, cut = Counter(), Counter()
+    monkeypatch.setattr(
+        Sources, "read", lambda self, spec, real=Sources.read: (read.update({spec: spec.nbytes}), real(self, spec))[1]
+    )
+    real = local._Stacks.get
+    monkeypatch.setattr(
+        local._Stacks, "get", lambda self, spec, make: real(self, spec, lambda: (cut.update({spec.key: 1}), make())[1])
+    )
+    adapterkit.merge(base, [tmp_path / "adapter"], out=tmp_path / "out")
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert cut == dict.fromkeys((key for key in factors if "lora_B" in key), 1)
+    total = sum(size for spec, size in read.items() if spec.key in factors)
+    slots = {key: 2 if "base_layer" in key else 1 for key in factors}  # gate and up are stored apart, and both need a
+    assert total == sum(value.nbytes * (slots[key] if "lora_A" in key else 1) for key, value in factors.items())
+
+
+def quantised_experts(folder):
+    """FP8 in blocks of 32 x 32, as transformers stores it."""
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if ".experts." in key]:
+        made = narrow.encode_fp8(tensors[key].float(), (32, 32), rule="multiply")
+        tensors |= {key: made.codes, key + "_scale_inv": made.scale}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_stacks_are_bounded_but_for_the_last_ones():
+    stacks, made = local._Stacks(), Counter()
+    specs = [TensorSpec(str(i), "F32", (1,), "", 0, local.STACKS) for i in range(5)]
+
+    def get(i):
+        stacks.get(specs[i], lambda: (made.update([i]), torch.ones(1))[1])
+
+    for i in (0, 1, 2, 0, 1, 2):
+        get(i)
+    assert made == {0: 1, 1: 1, 2: 1}
+    for i in (3, 4, 3, 0):
+        get(i)
+    assert made == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1} and len(stacks.held) == local.LEAST_STACKS
