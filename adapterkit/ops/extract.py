@@ -1,20 +1,19 @@
 """extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints' difference."""
 
-import inspect
 import math
 import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.adapter import CONFIG, EMBEDDINGS, PREFIX
+from adapterkit.adapter import CONFIG, EMBEDDINGS, PREFIX, wrapped
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
@@ -33,6 +32,7 @@ from adapterkit.ops.sources import open_adapter, open_model
 from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
+from adapterkit.weights.bypassed import ATTENTION, classes_of, is_bypassed
 from adapterkit.weights.names import Names, Parameter
 from adapterkit.weights.parts import Held
 from adapterkit.weights.quantised import check_not_quantised
@@ -42,11 +42,7 @@ PIECE = 4 << 20  # elements compared at a time
 BLOCK = 1 << 20  # elements made float32 at a time
 SHARES = 8  # with --max-size no module gets more than this many times the rank that all could have alike: bounds the work
 LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")  # what gets factors as a module
-ATTENTION = "MultiheadAttention"  # torch's: reads its projections' weights itself, past any factors that PEFT puts on them
 PARAMETRIZED = "ParametrizationList"  # torch's: cannot be replaced by a copy
-# Of these PEFT refuses factors on the first two layers; the third a fused kernel's path passes by
-MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-MAMBAS_SPARED = ("out_proj", "conv1d", "x_proj")
 NO_MODULES = "dummy-target-modules"  # PEFT's word for an adapter without factors: an empty list is an error there
 EXPERTS = re.compile("expert", re.IGNORECASE)
 # Modules that PEFT takes for experts and routers of transformers 4, wherever they stand, where transformers 5 stacks experts: it
@@ -216,7 +212,7 @@ def _settled(cut: Cut, bundles: Sequence[Bundle]) -> Callable[[list[dict]], list
                 change = _renamed(change, dict(zip((bundle.place.a_key, bundle.place.b_key), keys, strict=True)))
                 above[bundle.module] += 1
             elif isinstance(bundle, Whole):
-                key = _key(bundle.parameter, wrappers)
+                key = PREFIX + wrapped(bundle.parameter, wrappers)
                 lone = bundle.only_beside_factors and not wrappers[bundle.parameter.rpartition(".")[0]]
                 change = _nothing if lone else _renamed(change, {bundle.key: key})
             settled.append(change)
@@ -244,16 +240,9 @@ def _renamed(change: Callable[[Made], Made], keys: dict[str, str]) -> Callable[[
     return renamed
 
 
-def _key(name: str, wrappers: Mapping[str, int]) -> str:
-    """PEFT's key of a parameter or module: `base_layer` behind each module around it, as often as that is wrapped."""
-    parts = [(path.rpartition(".")[2], wrappers.get(path, 0)) for path in _around(name)]
-    return PREFIX + ".".join(part + ".base_layer" * depth for part, depth in parts)
-
-
 def _factor_keys(module: str, wrappers: Mapping[str, int]) -> tuple[str, str]:
     """Keys of a module's factors; its own entry counts the wrappers that lie around these."""
-    path = _key(module, wrappers)
-    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+    return PREFIX + wrapped(f"{module}.lora_A.weight", wrappers), PREFIX + wrapped(f"{module}.lora_B.weight", wrappers)
 
 
 @dataclass
@@ -348,7 +337,7 @@ class _Job:
         for i, difference in enumerate(self.factors):
             self.factors[i] = difference.inside(wrappers, before[difference.module])
             before[difference.module] += 1
-        self.whole = [replace(whole, key=_key(whole.parameter, wrappers)) for whole in self.whole]
+        self.whole = [replace(whole, key=PREFIX + wrapped(whole.parameter, wrappers)) for whole in self.whole]
 
     def _is_vocabulary(self, old: Parameter, new: Parameter) -> bool:
         """Whether two shapes differ by the vocabulary alone."""
@@ -386,16 +375,16 @@ class _Job:
         """By which name PEFT can put factors on a parameter: its module's, its own, or none."""
         module, _, leaf = name.rpartition(".")
         axes, kinds = len(parameter.shape), self._kinds(module)
-        if axes < 2 or 0 in parameter.shape or (self._type() in MAMBAS and module.rpartition(".")[2] in MAMBAS_SPARED):
+        if axes < 2 or 0 in parameter.shape:
             return None
         if not kinds:  # a model that transformers does not know
             return module if leaf == "weight" and axes == 2 and not EMBEDDINGS.search(name) else None
         if parameter.tied or any(part in kind for kind in kinds for part in ("Embedding", "Norm")):
             return None
-        if ATTENTION in kinds or ATTENTION in self._kinds(module.rpartition(".")[0]):
+        if ATTENTION in kinds:
             return None
         if any(kind in LAYERS for kind in kinds):
-            if leaf != "weight" or (axes > 2 and self.names[1].groups(module) != 1) or self._is_bypassed(module):
+            if leaf != "weight" or (axes > 2 and self.names[1].groups(module) != 1) or is_bypassed(self.names[1], module):
                 return None
             own = kinds[self._forward(module)] not in LAYERS  # Llama 4's router is a Linear that gives a tuple
             return name if axes == 2 and (own or (self.stacked and module.rpartition(".")[2] in RENAMED)) else module
@@ -404,17 +393,6 @@ class _Job:
         if EXPERTS.search(f"{module} {' '.join(kinds)}"):
             return name if axes == 2 or (axes == 3 and parameter.shape[0] > 1) else None
         return name if axes == 2 and 1 not in parameter.shape else None
-
-    def _is_bypassed(self, module: str) -> bool:
-        """Whether the code around a layer multiplies by its weight itself, past any factors, or asks a convolution for its stride
-        or sizes, which PEFT's wrapper does not have."""
-        parent, _, leaf = module.rpartition(".")
-        leaf = re.escape(leaf)
-        classes = [cls for cls in self._classes(parent) if cls.__module__.startswith("transformers.")]
-        code = "\n".join(map(_code, classes))
-        asked = re.search(rf"\.{leaf}\.(stride|kernel_size|padding|dilation|in_channels|out_channels)\b", code)
-        read = re.search(rf"\.{leaf}\.weight\b(?!\.(dtype|device|shape|data)\b)", code)
-        return bool(asked or (read and not re.search(rf"\.{leaf}\(", code)))
 
     def _is_most_of(self, module: str, name: str) -> bool:
         """Whether PEFT can wrap the module for the sake of a parameter. Its wrapper is called with the first argument by position
@@ -427,21 +405,13 @@ class _Job:
         alone = not _others_end(self.parameters_backwards, "." + name)
         return name.rpartition(".")[2] in own and alone and within <= sum(parameter.numel() for parameter in own.values())
 
-    def _type(self) -> str:
-        return str(self.sides[1].config.get("model_type"))
-
     def _kinds(self, module: str) -> list[str]:
         """The names of a module's class and of those that it is derived from; none where the model was not built."""
-        return [cls.__name__ for cls in self._classes(module)]
+        return [cls.__name__ for cls in classes_of(self.names[1], module)]
 
     def _forward(self, module: str) -> int:
         """Which of these classes says what the module does."""
-        return next(i for i, cls in enumerate(self._classes(module)) if "forward" in vars(cls))
-
-    def _classes(self, module: str) -> tuple[type, ...]:
-        if self.names[1].layer(module) is None or self.names[1].model is None:
-            return ()
-        return type(self.names[1].model.model.get_submodule(module)).__mro__
+        return next(i for i, cls in enumerate(classes_of(self.names[1], module)) if "forward" in vars(cls))
 
     @cached_property
     def stacked(self) -> bool:
@@ -525,11 +495,6 @@ class _Job:
     def settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {"modules_to_save": sorted(self.saved) or None, "bias": "lora_only" if self.biases else "none"}
         return found | ({"peft_version": PEFT_LAYOUT} if self.experts else {})
-
-
-@cache
-def _code(cls: type) -> str:
-    return inspect.getsource(cls)
 
 
 def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Refused, refuse_all
 from adapterkit.kernels.sums import norm
 from adapterkit.ops import produced
-from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, place_of_linear, targeted
+from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, place_of_linear, targeted, wrappable
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
 from adapterkit.ops.quantize import targets as formats
 from adapterkit.ops.sizes import short
@@ -103,11 +103,12 @@ def plan_init(folder: Folder, options: Options) -> Plan:
 
 def _targeted(chosen: Chosen, targets: str | None) -> list[str]:
     """The modules that get factors; `Refused` if the weight of one cannot be changed."""
+    usable = wrappable(chosen.names, [*chosen.linear, *chosen.problems], chosen.notes)
     if targets is None:
-        found = [name for name in [*chosen.linear, *chosen.problems] if name not in chosen.kept]
+        found = [name for name in usable if name not in chosen.kept]
     else:
-        usable = [*chosen.linear, *chosen.problems]
-        found, notes = targeted(targets, usable, chosen.model, "tied, left alone by --skip, or not in the file")
+        lacking = "tied, left alone by --skip or passed by in PEFT, or not in the file"
+        found, notes = targeted(targets, usable, chosen.model, lacking)
         chosen.notes += notes
     refuse_all([chosen.problems[name] for name in found if name in chosen.problems])
     if not found:

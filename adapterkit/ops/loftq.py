@@ -26,7 +26,7 @@ from adapterkit.kernels.nearly import nearly_best
 from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import projected
 from adapterkit.ops import produced
-from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, place_of_linear, targeted
+from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, place_of_linear, targeted, wrappable
 from adapterkit.ops.quantize import Chosen, Quantised, QuantisedModel, model_headers
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_model, open_source
@@ -186,7 +186,8 @@ def _both(
         if not any(map(matches, chosen.modules)):
             found, do = f"--bits-for {text!r} matches none", "check the regex"
             raise Refused(found, expected="a quantised module", where="--bits-for", do=do)
-    modules = {packed.key: name for name, packed in chosen.modules.items() if packed.key in chosen.weights}
+    usable = wrappable(chosen.names, chosen.modules, chosen.notes)
+    modules = {chosen.modules[name].key: name for name in usable if chosen.modules[name].key in chosen.weights}
     if options.targets is not None:
         found, notes = targeted(options.targets, list(modules.values()), chosen.model, NOT_QUANTISED)
         modules = {key: name for key, name in modules.items() if name in found}
@@ -225,6 +226,8 @@ def _for_kept(
     factors: list[Residual] = []
     packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, Packed)}
     modules = _modules(names, packed)
+    usable = set(wrappable(names, modules.values(), notes))
+    modules = {key: name for key, name in modules.items() if name in usable}
     if options.targets is not None:
         model = names.model.model if names.model is not None else None
         found, more = targeted(options.targets, list(modules.values()), model, NOT_QUANTISED)

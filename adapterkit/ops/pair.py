@@ -20,6 +20,8 @@ from adapterkit.ops import produced
 from adapterkit.ops.quantize import is_linear
 from adapterkit.patterns import matcher
 from adapterkit.plan import Bundle, Inputs, Made
+from adapterkit.weights.bypassed import is_bypassed
+from adapterkit.weights.names import Names
 
 NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
 HEADS = ("score", "classifier")  # what PEFT takes for a classifier's head
@@ -73,6 +75,16 @@ def targeted(targets: str, usable: Collection[str], model: Any, lacking: str) ->
         errors.append(Refused(f"--targets {end!r} matches none{why}", expected=expected, where="--targets", do=do))
     refuse_all(errors)
     return [name for name in usable if any(name in found for found in ends.values())], []
+
+
+def wrappable(names: Names, modules: Iterable[str], notes: list[str]) -> list[str]:
+    """Of linear layers those on which PEFT's factors act; the others go to the notes."""
+    modules = list(modules)
+    bypassed = [module for module in modules if is_bypassed(names, module)]
+    if bypassed:
+        said = ", ".join(map(shown, bypassed[:3])) + (f" and {len(bypassed) - 3} more" if len(bypassed) > 3 else "")
+        notes.append(f"no factors for {said}: PEFT refuses them, or the model's code reads the weight itself")
+    return [module for module in modules if module not in bypassed]
 
 
 def _ending(end: str, modules: Iterable[str]) -> list[str]:

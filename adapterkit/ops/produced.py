@@ -265,7 +265,8 @@ def targets(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
             **version,
         }  # the layout of stacks goes by the version
     lists = [a.config.get("target_modules") for a in adapters]
-    narrowed = any(a.config.get("layers_to_transform") or a.config.get("exclude_modules") for a in adapters)
+    more = ("layers_to_transform", "exclude_modules", "ensure_weight_tying")  # what else decides which modules a list means
+    narrowed = any(a.config.get(key) for a in adapters for key in more)
     same = bool(adapters) and all({a.attention(lora) or lora.module for lora in a.loras} == set(modules) for a in adapters)
     if same and not narrowed and all(isinstance(t, list) and set(t) == set(lists[0] or ()) for t in lists):
         return {"target_modules": sorted(lists[0] or ())}

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 
 from adapterkit import dtypes
-from adapterkit.adapter import Adapter
+from adapterkit.adapter import EMBEDDINGS, Adapter
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.combinations.linear import Linear
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.ops import produced
@@ -14,6 +15,7 @@ from adapterkit.ops.sites import Site, base_with_parameters, join, levels_of, na
 from adapterkit.ops.sources import open_adapter, open_model
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
+from adapterkit.weights.names import Names
 
 QUANTISED = ("loftq",)  # inits whose base is quantised, not a residual: no difference of factors leads back to the original
 
@@ -74,6 +76,7 @@ def plan_rebase(source: Folder, initial: Folder, options: Options, base: Folder 
     model = base_with_parameters(base, [trained, before], notes)
     joined = join([trained, before], errors, None if model is None else names_of(model, [trained, before], notes))
     errors += _same_modules(joined, trained, before)
+    _check_ties(trained, base, errors, notes)
     refuse_all(errors)
     dtype, refit = dtypes.parse(options.dtype), Refit(options.rank, options.energy)
     bundles: list[Bundle] = []
@@ -88,6 +91,26 @@ def plan_rebase(source: Folder, initial: Folder, options: Options, base: Folder 
     summary = f"{init or 'its'} initial factors taken out"
     output = produced.Output([trained], bundles, settings=settings, summary=summary, **targets_of(joined))
     return produced.adapter_plan("rebase", told, [trained, before], [output], notes, facts, model)
+
+
+def _check_ties(trained: Adapter, base: Folder | None, errors: list[AdapterkitError], notes: list[str]) -> None:
+    """An init on one side of a tied weight has changed the other side too, which no factors here make up for."""
+    modules = [lora.module for lora in trained.loras if EMBEDDINGS.search(f"{lora.module}.weight")]
+    if trained.changed_base() is None or not modules or trained.config.get("ensure_weight_tying"):
+        return
+    if base is None:
+        said = ", ".join(map(shown, modules))
+        notes.append(
+            f"right if the model does not tie {said} to another weight, which the init would have changed too: --base tells"
+        )
+        return
+    names = Names(open_checkpoint(base, 2), tuple(f"{module}.weight" for module in modules), careful=True, notes=notes)
+    for module in modules:
+        parameter = names.parameter(f"{module}.weight")
+        if parameter is not None and parameter.tied:
+            found = f"{shown(module)} is tied to {', '.join(map(shown, parameter.tied))}, which the init has changed too"
+            expected, do = "factors on weights of their own", "merge it into the base it was trained on (--base-is-residual)"
+            errors.append(Refused(found, expected=expected, where=trained.name, do=do))
 
 
 def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:

@@ -119,6 +119,9 @@ class _Job:
     def resize(self, adapter: Adapter) -> None:
         """A LoRA from its factors; a DoRA whose base is given from its weights."""
         self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
+        if self.options.alpha == "keep" and adapter.config.get("lora_bias"):
+            found, expected = "--alpha keep with lora_bias", "--alpha rank: PEFT scales biases of b by alpha / rank too"
+            self.errors.append(Refused(found, expected=expected, where="options", do="leave --alpha out"))
         sites = join([adapter], self.errors, self._names(adapter))
         self.targets = targets_of(sites)
         joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
