@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.engines import local
+from adapterkit.errors import Damaged, Refused
 from adapterkit.kernels.stochastic import Draws, last_place, round_to
 
 FLOATS = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float64, torch.float32),
@@ -129,7 +130,6 @@ def test_a_merge_keeps_the_delta_that_rounding_to_nearest_swallows(dtype, tmp_pa
 
 def test_same_seed_same_bytes_whatever_the_chunks_and_workers(tmp_path, monkeypatch):
     job(tmp_path)
-    local = adapterkit.engines.local
     found = {}
     for seed, elements, workers in [(0, 1 << 18, 1), (0, 1 << 18, 4), (0, 1 << 12, 4), (1, 1 << 18, 4)]:
         monkeypatch.setattr(local, "ELEMENTS", elements)
@@ -147,7 +147,7 @@ def test_verify_draws_again_and_sees_another_seed(tmp_path):
     inputs = {"base": tmp_path / "base", "adapters": [tmp_path / "adapter"]}
     assert adapterkit.verify(tmp_path / "out-1", **inputs)["tensors"] == 2
     (tmp_path / "out-1" / "model.safetensors").write_bytes((tmp_path / "out-0" / "model.safetensors").read_bytes())
-    with pytest.raises(adapterkit.errors.Damaged, match="x.weight"):
+    with pytest.raises(Damaged, match="x.weight"):
         adapterkit.verify(tmp_path / "out-1", **inputs)
 
 

@@ -99,8 +99,9 @@ def round_to(
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     flat, rounded = x.contiguous().view(-1), out.view(-1)
-    for first in range(0, len(flat), PIECE):
-        piece, target = flat[first : first + PIECE], rounded[first : first + PIECE]
+    each = PIECE if x.device.type == "cpu" else max(1, len(flat))
+    for first in range(0, len(flat), each):
+        piece, target = flat[first : first + each], rounded[first : first + each]
         if x.dtype == torch.float32 and dtype == torch.bfloat16:
             _to_bfloat16(piece, target, draws.at(first))
         else:
