@@ -617,6 +617,7 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
 @click.argument("path")
 @click.option("--base", metavar="BASE", help="The adapter's base: norms are also given relative to its weights' norms.")
 @click.option("--download", is_flag=True, help="Read weights on the Hub too; without it only headers and JSON are read there.")
+@click.option("--headers", is_flag=True, help="Read headers and JSON alone, of a local adapter too: no norms, no effective ranks.")
 @click.option("--plot", type=click.Path(), metavar="FILE.png", help="Draw the norms as a heatmap, layers by modules.")
 @json_output
 @click.pass_context
@@ -625,8 +626,9 @@ def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> Non
 
     \b
     Of a base and of whatever lies on the Hub headers and JSON are read; of an adapter on this machine the
-    factors too, for norms and effective ranks. Problems are printed. The exit status is 1 where a file is
-    missing or cannot be read, else 0, whatever the problems; a path that holds nothing to inspect is refused.
+    factors too, for norms and effective ranks, unless --headers is given. Problems are printed. The exit
+    status is 1 where a file is missing or cannot be read, else 0, whatever the problems; a path that holds
+    nothing to inspect is refused.
 
     \b
     Example:

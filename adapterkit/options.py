@@ -309,7 +309,9 @@ CHECKS: dict[str, Check] = {
     **{name: choice(words) for name, words in CHOICES.items()},
     **dict.fromkeys("base tuned adapter initial folder path a b base16 quantized stats out plot".split(), path),
     **dict.fromkeys("adapters general".split(), _unchecked),
-    **dict.fromkeys("rslora double_quant base_is_residual dequantize verify download resume overwrite dry_run".split(), flag),
+    **dict.fromkeys(
+        "rslora double_quant base_is_residual dequantize verify download headers resume overwrite dry_run".split(), flag
+    ),
     **dict.fromkeys("include exclude skip".split(), regex),
     **dict.fromkeys("max_shard_size max_size".split(), parse_size),
     **dict.fromkeys("bits_for weight_for".split(), texts),

@@ -773,6 +773,29 @@ def test_factors_on_the_hub_are_not_asked_about_without_download(hub, tmp_path, 
     assert weights_ranges(hub) == []
 
 
+def test_headers_alone(lora, llama, tmp_path, monkeypatch):
+    """Of an adapter on this machine no factor is read, and torch is not needed; what headers tell is the same."""
+    whole, read = inspect(lora), LocalFolder.read
+    ranges = []
+    monkeypatch.setattr(LocalFolder, "read", lambda self, *part: ranges.append(part) or read(self, *part))
+    result = inspect(lora, headers=True)
+    unread = {"trained": None, "norm": None, "effective_rank": None}
+    assert result == whole | {"statistics": False, "modules": [module | unread for module in whole["modules"]]}
+    assert {name for name, *_ in ranges} == {"adapter_config.json", "adapter_model.safetensors"} and len(ranges) == 2
+    assert "--headers" in inspect_report.table(result)
+    assert inspect(llama, headers=True) == inspect(llama)
+    code = f"import sys, adapterkit; adapterkit.inspect({str(lora)!r}, headers=True); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
+    for options, word in (
+        ({"base": llama}, "--base"),
+        ({"plot": tmp_path / "x.png"}, "--plot"),
+        ({"download": True}, "--download"),
+    ):
+        with pytest.raises(Refused, match="headers alone") as refusal:
+            inspect(lora, headers=True, **options)
+        assert word in str(refusal.value)
+
+
 # -- the picture ----------------------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ def inspect(
     *,
     base: StrPath | None = None,
     download: bool = False,
+    headers: bool = False,
     plot: StrPath | None = None,
     progress: "Progress" = lambda done: None,
 ) -> dict[str, Any]:
@@ -67,7 +68,8 @@ def inspect(
     rescaling), effective_rank (exp of the entropy of the normalised squared singular values of b @ a, 0 for zero; of a stack the
     mean over experts that are not zero), relative (norm by the base weight's norm, with `base`). What is not known is null.
 
-    Weights on the Hub are not read unless `download` is given. `plot` draws the norms, relative ones with `base`, into a PNG file.
+    Weights on the Hub are not read unless `download` is given, and with `headers` no factors are read anywhere: of an adapter with
+    tens of thousands of modules they take minutes. `plot` draws the norms, relative ones with `base`, into a PNG file.
     Raises `Refused` where there is nothing to inspect or an option does not apply.
     """
     if plot is not None:
@@ -77,19 +79,22 @@ def inspect(
     if kind != "adapter":
         _refuse_options(folder, f"a {kind}, no adapter", base, plot)
         return _base(folder) if kind == "base" else _file(folder)
+    if headers:
+        _refuse_options(folder, "headers alone (--headers)", base, plot, download)
     on = open_model(base) if base is not None else None
     far = [source for source in (folder, on) if source is not None and not isinstance(source, LocalFolder)]
     if far and not download:
         _refuse_options(far[0], "weights on the Hub, which are read with --download only", base, plot)
-    result = _adapter(folder, on, download or not far, progress)
+    result = _adapter(folder, on, not headers and (download or not far), progress)
     if plot is not None:
         inspect_report.draw(result, Path(plot))
     return result
 
 
-def _refuse_options(folder: Folder, found: str, base: object, plot: object) -> None:
+def _refuse_options(folder: Folder, found: str, base: object, plot: object, download: bool = False) -> None:
     """`Refused` where factors are asked about that there are not, or that are not read."""
-    given = " and ".join(name for name, value in {"--base": base, "--plot": plot}.items() if value is not None)
+    options = {"--base": base, "--plot": plot, "--download": download or None}
+    given = " and ".join(name for name, value in options.items() if value is not None)
     if given:
         do = f"leave {given} out" + (", or give --download" if "download" in found else "")
         raise Refused(found, expected=f"an adapter whose factors are read, for {given}", where=folder.name, do=do)

@@ -24,7 +24,8 @@ def table(result: dict[str, Any]) -> str:
         related = any(module["relative"] is not None for module in modules)
         lines += ["", *_columns([name for name in MODULE if related or name != "relative"], modules)]
     elif modules:
-        lines += ["", "norms and effective ranks: not read from the Hub without --download"]
+        why = "from the Hub without --download" if "repo" in result["origin"] else "with --headers"
+        lines += ["", f"norms and effective ranks: not read {why}"]
     return "\n".join([*lines, "", *_problems(result["problems"])])
 
 
