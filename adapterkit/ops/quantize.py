@@ -90,6 +90,7 @@ def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
     told = {key: value for key, value in options.items() if value}
     headers = model_headers(base)
     facts = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
+    chosen.notes += chosen.unquantised()
     shards, files = output.shards(), output.files(f"quantised to {options['to']}")
     who = identities((folder,), headers)
     return Plan("quantize", told, (folder,), headers, who, shards, files, facts, tuple(chosen.notes))
@@ -143,6 +144,8 @@ class Chosen:
                 self.problems[name.removesuffix(".weight")] = error
         if self.record is not None:
             refuse_all([error for module, error in self.problems.items() if module not in self.kept])
+            replaced = (name for name, module in self.model.named_modules() if self.record.replaces(name, module))
+            self.asked += [name for name in replaced if name not in self.modules and name not in self.asked]
         if not (self.packed if self.record else self.weights):
             text = f"no linear layer for {to}" if self.record else "no linear layer"
             raise Refused(text, expected="one or more", where=base.name, do="check --skip, or use another format")
@@ -180,6 +183,31 @@ class Chosen:
             self.left.append(name)
         else:
             self.packed[spec.key] = self.modules[module] = packed
+
+    def unquantised(self) -> list[str]:
+        """A note on what stays as it is, by bytes, and why; none where that is embeddings, the head and norms alone."""
+        stacks = [name for name, weight in self.skeleton.state.items() if is_stack(name, weight)]
+        found: dict[str, list[int]] = {}  # why -> bytes of each parameter
+        for name in dict.fromkeys([*stacks, *self.left]):
+            parameter = self.names.parameter(name)
+            size = sum(self.base.tensors[s.key].nbytes for s in parameter.slots if s.key not in self.packed) if parameter else 0
+            skipped = self.skip is not None and self.skip(name.removesuffix(".weight"))
+            why = (
+                "skipped"
+                if skipped
+                else "stacks of experts (parameters, no linear layers)"
+                if name in stacks
+                else "of other shapes"
+            )
+            found.setdefault(why, []).append(size)
+        found = {why: sizes for why, sizes in found.items() if sum(sizes)}
+        if not found:
+            return []
+        total = sum(spec.nbytes for spec in self.base.tensors.values())
+        rest = total - sum(self.base.tensors[key].nbytes for key in self.packed)
+        parts = [f"{sum(sizes) / total:.1%} in {len(sizes)} {why}" for why, sizes in found.items()]
+        said = f"{rest / total:.1%} of the base's bytes are not quantised: {', '.join(parts)}"
+        return [f"{said}, the rest in embeddings, the head and norms"]
 
     def widened(self) -> dict[str, Bundle]:
         """What transformers makes float32 when it quantises, but not when it loads the result, such as T5's wo in float16."""

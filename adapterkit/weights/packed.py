@@ -57,6 +57,11 @@ class Packed(TensorSpec):
         """The quantization_config of a model of such weights."""
         raise NotImplementedError
 
+    @classmethod
+    def replaces(cls, name: str, module: Any) -> bool:
+        """Whether its loader takes a module, no linear layer, for one of such weights unless the config says that it is not."""
+        return False
+
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)

@@ -41,6 +41,12 @@ class Fp8(Packed):
         return cls(key=weight.key, dtype=weight.dtype, shape=weight.shape, parts=(codes, scale), block=BLOCK, power=False, **place)
 
     @classmethod
+    def replaces(cls, name: str, module: Any) -> bool:
+        """transformers' `replace_with_fp8_linear`: stacks of experts, and block-diagonal linear layers."""
+        stacks = any(weight.dim() == 3 for weight in module.parameters(recurse=False))
+        return (name.endswith(".experts") and stacks) or "GroupedLinear" in type(module).__name__
+
+    @classmethod
     def config(cls, choice: Choice) -> dict[str, Any]:
         return {
             "activation_scheme": "dynamic",
