@@ -21,7 +21,7 @@ Apply = Callable[[Tensor, int], None]  # (block of rows, number of its first row
 class Inputs(Protocol):
     """What an edit may read while it loads: small tensors whole, a large one by blocks of rows."""
 
-    dtype: torch.dtype  # float32 in a job, float64 in a check
+    dtype: torch.dtype  # what edits compute in: float32 or float64
     device: torch.device
 
     def tensor(self, spec: TensorSpec) -> Tensor:

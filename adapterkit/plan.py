@@ -41,8 +41,8 @@ ASIDE = ".aside"  # what a shard lays aside for later ones, until all are done
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One output tensor: its rows start from `source` and go through `edits`, in float32, rounded once to `dtype`: to nearest, or
-    with `draws` stochastically."""
+    """One output tensor: its rows start from `source` and go through `edits`, in float32 (`wide`: in float64), rounded once to
+    `dtype`: to nearest, or with `draws` stochastically."""
 
     key: str
     dtype: str
@@ -52,6 +52,7 @@ class Step:
     rows: int = 0  # the grid's rows when there are edits
     adapters: tuple[str, ...] = ()  # whose parts go in
     draws: Draws | None = None
+    wide: bool = False
 
     @property
     def copied(self) -> bool:
@@ -233,7 +234,7 @@ class Plan:
         factors = sum({s: s.nbytes for step, _ in changed for e in step.edits for s in e.reads}.values())
         factors += sum({s: s.nbytes for bundle in bundles for s in bundle.reads}.values())
         written = sum(shard.layout.size for shard in self.shards) + small
-        largest = max((sum(s.nbytes for e in step.edits for s in e.reads) for step, _ in changed), default=0)
+        largest = max((sum(s.nbytes << step.wide for e in step.edits for s in e.reads) for step, _ in changed), default=0)
         made = max((bundle.memory for bundle in bundles), default=0)
         return {
             "shards": len(self.shards),
@@ -244,7 +245,7 @@ class Plan:
             "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
             "bytes_written": written,
             "disk_needed": written,
-            "memory_peak": 64_000_000 + max(4 * largest, made),  # buffers, and a step's factors in float32
+            "memory_peak": 64_000_000 + max(4 * largest, made),  # buffers, and a step's factors in float32 or 64
         }
 
     def _small(self, file: bytes | CopyFile | FromFacts) -> int:

@@ -55,7 +55,7 @@ def test_cuda_gives_the_rounded_value_and_the_same_bytes_every_time(dtype, tmp_p
     assert torch.equal(first["x.weight"], second["x.weight"])
     assert torch.equal(first["y.weight"], second["y.weight"])
     wrong = first["x.weight"] != exact.to(dtype)
-    assert wrong.float().mean() < (1e-4 if dtype != torch.float32 else 0.5)
+    assert wrong.float().mean() < 1e-4
     assert torch.allclose(first["x.weight"].double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 

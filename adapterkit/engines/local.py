@@ -1,10 +1,10 @@
 """The local engine: one machine, threads that read, compute and write chunks, in file order, on CPU or CUDA.
 
 Every output file is cut into pieces: runs of untouched bytes, and spans of rows of the tensors that change. Workers take the
-pieces in order; each goes through its span by chunks that fit a core's cache: read, compute in float32, round once, write at the
-chunk's offset. Hashing follows in file order while the bytes are still in cache. Chunks are a pure function of the shapes, so the
-number of workers, and a resume in between, change no bit. On CUDA each worker has its own stream, so copies to and from the card
-and the arithmetic of different workers overlap.
+pieces in order; each goes through its span by chunks that fit a core's cache: read, compute in float32 or float64, round once,
+write at the chunk's offset. Hashing follows in file order while the bytes are still in cache. Chunks are a pure function of the
+shapes, so the number of workers, and a resume in between, change no bit. On CUDA each worker has its own
+stream, so copies to and from the card and the arithmetic of different workers overlap.
 """
 
 import hashlib
@@ -194,9 +194,9 @@ def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:
     return w.to(dtype) if step.draws is None else round_to(w, dtype, step.draws.at(position))
 
 
-def arithmetic(dtype: str) -> torch.dtype:
-    """What a stored dtype is computed in: float32, float64 for float64."""
-    return torch.promote_types(dtypes.torch_dtype(dtype), torch.float32)
+def arithmetic(step: Step) -> torch.dtype:
+    """What a step is computed in: float32; float64 where the source is, or `wide`."""
+    return torch.promote_types(dtypes.torch_dtype(step.source.dtype), torch.float64 if step.wide else torch.float32)
 
 
 def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
@@ -255,7 +255,7 @@ class _OpenStep:
     def load(self, inputs: Inputs) -> list[Loaded]:
         with self.lock:
             if self.edits is None:
-                inputs = replace(inputs, dtype=arithmetic(self.step.source.dtype))
+                inputs = replace(inputs, dtype=arithmetic(self.step))
                 self.edits = [edit.load(inputs, self.step.source, self.step.grid) for edit in self.step.edits]
                 norms = [e.delta_norm for e in self.edits if e.delta_norm is not None]
                 self.facts.delta = math.hypot(*norms) if norms else None
@@ -436,8 +436,8 @@ class _Scratch:
         self.device, self.stored = device, _Buffer(pinned=device.type == "cuda")
         self.numbers: dict[torch.dtype, Tensor] = {}
 
-    def floats(self, stored: Tensor) -> Tensor:
-        count, dtype = stored.numel(), torch.promote_types(stored.dtype, torch.float32)
+    def floats(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        count = stored.numel()
         room = self.numbers.get(dtype)
         if room is None or room.numel() < count:
             room = self.numbers[dtype] = torch.empty(count, dtype=dtype, device=self.device)
@@ -585,7 +585,7 @@ class _Job:
         open_step, facts, position = piece.step, _Facts(), 0
         assert open_step is not None
         step, source, columns = open_step.step, open_step.step.source, open_step.step.grid[1]
-        edits = open_step.load(self.inputs)
+        edits, dtype = open_step.load(self.inputs), arithmetic(step)
         view = buffer.sized(piece.length)
         written = buffer.tensor(piece.length, dtypes.torch_dtype(step.dtype)).view(-1, columns)
         width = dtypes.BITS[source.dtype] // 8 * columns
@@ -593,7 +593,8 @@ class _Job:
             for first, last, sampled in piece.chunks:
                 size = (last - first) * width
                 read_exactly(descriptor, scratch.stored.sized(size), source.start + first * width, source)
-                w = scratch.floats(scratch.stored.tensor(size, dtypes.torch_dtype(source.dtype)).view(-1, columns))
+                stored = scratch.stored.tensor(size, dtypes.torch_dtype(source.dtype)).view(-1, columns)
+                w = scratch.floats(stored, dtype)
                 before = w.clone() if sampled and edits else None
                 for edit in edits:
                     edit.apply(w, first)

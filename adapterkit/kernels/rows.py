@@ -1,6 +1,6 @@
 """What merging does to rows of a weight: low-rank additions, weight decomposition, and one rounding at the end.
 
-All functions work on a block of whole rows `w (n, cols)`, in place, in the dtype of `w` (float32 in a merge, float64 in a check):
+All functions work on a block of whole rows `w (n, cols)`, in place, in the dtype of `w` (float32 or float64):
 each row's result depends on that row alone, so any way of cutting a weight into blocks gives the same numbers.
 """
 

@@ -1,27 +1,29 @@
 """Rows of an output, computed again from its inputs in float64 and held against what was written.
 
 Floats must be the rounded exact value, codes and scales what their format's encoder gives for it. Where the exact value lies so
-near to a boundary that float32 arithmetic may have put it on the other side, either is right.
+near to a boundary that the merge's arithmetic may have put it on the other side, either is right.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.engines.local import Inputs, rounded
+from adapterkit.edits import Loaded
+from adapterkit.engines.local import Inputs, arithmetic, rounded
 from adapterkit.errors import shown
 from adapterkit.ops.requantised import Copied, Edited, Requantised
 from adapterkit.plan import Plan, Shard, Step
 from adapterkit.weights.packed import Packed, read_back
 
 CHUNK = 1 << 18  # elements that are float64 at a time
-SLACK = 2.0**-20  # of a row's largest magnitude: what float32 arithmetic may be wrong by
+SLACK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}  # of a row's largest magnitude: what arithmetic may be wrong by
 
 
 class Check(NamedTuple):
@@ -56,22 +58,22 @@ class Floats:
     def run(self, inputs: Inputs, written: Inputs, specs: dict[str, TensorSpec]) -> Check:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by key."""
         step, origin = self.step, _Origin(self.step, inputs)
-        sample = sorted({0, origin.height // 2, origin.height - 1}) if math.prod(step.shape) else []
-        for row in sample:
+        for row in origin.sample:
             exact = origin.edited(row, row + 1)
             found = written.rows(specs[step.key], (origin.height, origin.width), row, row + 1)
-            # rounding never swaps two values, whatever it draws: what float32 may have made of the exact one lies between these two
-            slack, position = exact.abs().amax() * SLACK, row * origin.width
+            # rounding never swaps two values, whatever it draws: the exact one, summed by a merge, is between these
+            slack, position = exact.abs().amax() * SLACK[arithmetic(step)], row * origin.width
             low, high = (rounded(exact + by, step, position).double() for by in (-slack, slack))
             bad = ~((low <= found) & (found <= high))
             if bool(bad.any()):
-                return Check(len(sample), _difference(bad, found, rounded(exact, step, position), row))
-        return Check(len(sample))
+                return Check(len(origin.sample), _difference(bad, found, rounded(exact, step, position), row))
+        return Check(len(origin.sample))
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight in a quantised format: all of it, as its scales may depend on all of it."""
+    """A weight in a quantised format: the slices that hold its first row, the last, and one between; all of it where scales depend
+    on all of it."""
 
     step: Step
     packed: Packed
@@ -79,33 +81,44 @@ class Codes:
 
     def run(self, inputs: Inputs, written: Inputs, specs: dict[str, TensorSpec]) -> Check:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by key."""
-        packed, origin = self.packed, _Origin(self.step, inputs)
-        before = origin.parts
-        after = {part.key: written.stored(specs[part.key]) for part in packed.parts}
-        exact, slack = torch.empty(origin.height, origin.width), torch.empty(origin.height, 1)
-        for first in range(0, origin.height, origin.chunk):
-            block = origin.edited(first, min(first + origin.chunk, origin.height))
-            exact[first : first + len(block)] = block
-            slack[first : first + len(block)] = block.abs().amax(1, keepdim=True) * SLACK
-        found = read_back(packed, after).view(exact.shape)
-        if torch.equal(found, origin.decoded) and bool(((exact - found).abs() <= slack).all()):
-            return Check(origin.height)  # what does not change keeps its bytes
-        wanted = self._encoded(exact, before)
-        other = [key for key, part in wanted.items() if part is before[key] and not torch.equal(part, after[key])]
-        if other:
-            return Check(origin.height, f"{shown(other[0])} is not the base's, though it does not depend on the weight's values")
-        value = read_back(packed, wanted).view(exact.shape)
+        origin = _Origin(self.step, inputs)
+        after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
+        alone = self.step.draws is not None or self.packed.separated(origin.parts)[0] is self.packed
+        ranges = sorted({origin.range_of(row) for row in origin.sample}) if alone else [(0, origin.height)]
+        for first, last in ranges:
+            wrong = self._wrong(origin, after, first, last)
+            if wrong is not None:
+                break
+        return Check(sum(last - first for first, last in ranges), wrong)
+
+    def _wrong(self, origin: "_Origin", after: dict[str, Tensor], first: int, last: int) -> str | None:
+        """What is wrong with these rows."""
+        record, before = origin.at(origin.parts, first, last)
+        exact, slack = torch.empty(last - first, origin.width), torch.empty(last - first, 1)
+        for at in range(first, last, origin.chunk):
+            block = origin.edited(at, min(at + origin.chunk, last))
+            here = slice(at - first, at - first + len(block))
+            exact[here], slack[here] = block, block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)]
+        found = read_back(record, origin.at(after, first, last)[1]).view(exact.shape)
+        if bool(((exact - found).abs() <= slack).all()) and torch.equal(found, read_back(record, before).view(exact.shape)):
+            return None  # what does not change keeps its bytes
+        wanted = self._encoded(record, before, exact, first)
+        for key, part in wanted.items():
+            if part is before[key] and not torch.equal(part, origin.at(after, first, last)[1][key]):
+                return f"{shown(key)} is not the base's, though it does not depend on the weight's values"
+        value = read_back(record, wanted).view(exact.shape)
         low, high = value - slack, value + slack
         bad = ~((low <= found) & (found <= high))
         if bool(bad.any()):  # of codes near a boundary: an encoder never swaps two values either
             for by in (-slack, slack):
-                beside = read_back(packed, self._encoded(exact + by, before)).view(exact.shape)
+                beside = read_back(record, self._encoded(record, before, exact + by, first)).view(exact.shape)
                 low, high = torch.minimum(low, beside - slack), torch.maximum(high, beside + slack)
             bad = ~((low <= found) & (found <= high))
-        return Check(origin.height, _difference(bad, found, value, 0) if bool(bad.any()) else None)
+        return _difference(bad, found, value, first) if bool(bad.any()) else None
 
-    def _encoded(self, weight: Tensor, before: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.packed.renewed(before, weight.view(self.packed.shape), self.step.draws)
+    def _encoded(self, record: Packed, before: dict[str, Tensor], weight: Tensor, first: int) -> dict[str, Tensor]:
+        draws = self.step.draws and self.step.draws.at(first * weight.shape[1])
+        return record.renewed(before, weight.view(record.shape), draws)
 
 
 def _difference(bad: Tensor, found: Tensor, wanted: Tensor, row: int) -> str:
@@ -120,26 +133,47 @@ class _Origin:
     dtype = torch.float64
 
     def __init__(self, step: Step, inputs: Inputs):
-        self.step, self.inputs, self.device = step, inputs, inputs.device
+        self.step, self.inputs, self.source, self.device = step, inputs, step.source, inputs.device
         shape = step.shape or (1,)
         self.height, self.width = step.grid if step.edits else (math.prod(shape[:-1]), shape[-1])
         self.chunk = max(1, CHUNK // max(self.width, 1))
+        self.sample = sorted({0, self.height // 2, self.height - 1}) if math.prod(shape) else []
 
     @cached_property
     def parts(self) -> dict[str, Tensor]:
         """What holds a packed weight, by key."""
-        assert isinstance(self.step.source, Packed)
-        return {part.key: self.inputs.stored(part) for part in self.step.source.parts}
+        assert isinstance(self.source, Packed)
+        return {part.key: self.inputs.stored(part) for part in self.source.parts}
 
     @cached_property
-    def decoded(self) -> Tensor:  # (height, width) float32
-        assert isinstance(self.step.source, Packed)
-        return read_back(self.step.source, self.parts, do="download the checkpoint again").view(self.height, self.width)
+    def ranges(self) -> list[tuple[int, int]]:
+        """Rows that are read at once, in order."""
+        if not isinstance(self.source, Packed):
+            return [(first, min(first + self.chunk, self.height)) for first in range(0, self.height, self.chunk)]
+        return list(self.source.slices(CHUNK)) if self.source.shape[-1] == self.width else [(0, self.height)]
+
+    def range_of(self, row: int) -> tuple[int, int]:
+        return self.ranges[bisect_right(self.ranges, row, key=lambda each: each[0]) - 1]
+
+    def at(self, parts: dict[str, Tensor], first: int, last: int) -> tuple[Packed, dict[str, Tensor]]:
+        """One of the ranges, or all rows, as a packed weight of its own."""
+        assert isinstance(self.source, Packed)
+        return self.source.rows(parts, first, last) if (first, last) != (0, self.height) else (self.source, parts)
+
+    @lru_cache(maxsize=1)  # noqa: B019 (an object for each tensor)
+    def _decoded(self, first: int, last: int) -> Tensor:  # (last - first, width) float32
+        value = read_back(*self.at(self.parts, first, last), do="download the checkpoint again")
+        return value.view(last - first, self.width)
 
     def rows(self, first: int, last: int) -> Tensor:
-        if isinstance(self.step.source, Packed):
-            return self.decoded[first:last].double()
-        return self.inputs.rows(self.step.source, (self.height, self.width), first, last)
+        if not isinstance(self.source, Packed):
+            return self.inputs.rows(self.source, (self.height, self.width), first, last)
+        pieces = []
+        while first < last:
+            low, high = self.range_of(first)
+            pieces.append(self._decoded(low, high)[first - low : last - low].double())
+            first = high
+        return torch.cat(pieces)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         return self.inputs.tensor(spec)
@@ -151,12 +185,12 @@ class _Origin:
         return self.inputs.kept(spec, cut)
 
     def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, self.height, self.chunk):
-            yield first, self.rows(first, min(first + self.chunk, self.height))
+        for first, last in self.ranges:
+            yield first, self.rows(first, last)
 
     @cached_property
-    def edits(self):
-        return [edit.load(self, self.step.source, (self.height, self.width)) for edit in self.step.edits]
+    def edits(self) -> list[Loaded]:
+        return [edit.load(self, self.source, (self.height, self.width)) for edit in self.step.edits]
 
     def edited(self, first: int, last: int) -> Tensor:
         rows = self.rows(first, last)

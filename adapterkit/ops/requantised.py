@@ -14,7 +14,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.layout import Stored, grouped, like_base
 from adapterkit.edits import Loaded
-from adapterkit.engines.local import rounded
+from adapterkit.engines.local import arithmetic, rounded
 from adapterkit.errors import shown
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops.sizes import short
@@ -250,7 +250,8 @@ class _Weight:
     What has one slice only is decoded once. `stored`: its parts, where they are not those of the file."""
 
     def __init__(self, step: Step, inputs: Inputs, stored: dict[str, Tensor] | None = None):
-        self.step, self.inputs, self.source, self.device = step, inputs, step.source, inputs.device
+        self.step, self.inputs, self.source = step, inputs, step.source
+        self.dtype, self.device = arithmetic(step), inputs.device
         self.rows, self.columns = _grid(step)
         self.nested, self.squares, self.whole = False, [], None
         if isinstance(self.source, Packed):
@@ -269,10 +270,8 @@ class _Weight:
 
     # what an edit reads while it loads
 
-    dtype = torch.float32
-
     def tensor(self, spec: TensorSpec) -> Tensor:
-        return self.inputs.tensor(spec)
+        return self.inputs.tensor(spec).to(self.dtype)
 
     def stored(self, spec: TensorSpec) -> Tensor:
         return self.inputs.stored(spec)
@@ -283,7 +282,7 @@ class _Weight:
     def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         slices = ((first, self.read(first, last)) for first, last in _slices(self.step))
         for first, pieces in _chunked(slices, self.rows, self.columns):
-            yield first, torch.cat(pieces)
+            yield first, torch.cat(pieces).to(self.dtype)
 
     # its rows
 
@@ -316,10 +315,10 @@ class _Weight:
                 yield first, waiting[-1].after
 
         for first, pieces in _chunked(opened(), self.rows, self.columns):
-            block = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            block = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.dtype)
             for edit in edits:
                 edit.apply(block, first)
-            if len(pieces) > 1:
+            if block is not pieces[0]:
                 for piece, value in zip(pieces, block.split([len(piece) for piece in pieces]), strict=True):
                     piece.copy_(value)
             done = first + len(block)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from adapterkit import dtypes
 from adapterkit.edits import AddLikePeft, AddLowRank, Edit, RoundTo
-from adapterkit.engines.local import arithmetic
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.ops.job import Change, Job
@@ -51,12 +50,15 @@ def _cast(step: Step, dtype: str | None) -> Step:
 
 
 def _rounded(job: Job, step: Step) -> Step:
-    """With the draws of its rounding, if an adapter changes it: what is only cast goes to nearest, which is nearer."""
-    if job.options.rounding != "stochastic" or not step.edits:
+    """With its arithmetic and the draws of its rounding, if an adapter changes it: what is only cast goes to nearest, which is
+    nearer. Float32 sums are no rounded exact ones in 30 to 60 % of the elements, in 16 bits in 1e-5; PEFT's are in float32."""
+    if not step.edits:
         return step
     packed = isinstance(step.source, Packed) and not job.options.dequantize
-    if not packed and dtypes.torch_dtype(step.dtype) == arithmetic(step.source.dtype):
-        return step  # nothing is rounded
+    narrow = packed or dtypes.BITS[step.dtype] < 32
+    step = replace(step, wide=not narrow and job.options.compat is None)
+    if job.options.rounding != "stochastic" or not (narrow or dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]):
+        return step
     return replace(step, draws=Draws.of(job.options.seed, step.key))
 
 

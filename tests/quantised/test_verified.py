@@ -100,6 +100,17 @@ def test_doras_and_several_adapters(model, made, name: str, tmp_path: Path) -> N
         assert receipt.data["verified"]["tensors"] == (6 if kept else 14)
 
 
+@pytest.mark.parametrize("name", ["double", "int8-bnb", "int4", "fp8"])
+def test_decoded_weights_in_float32_are_the_rounded_float64_values(model, name: str, tmp_path: Path) -> None:
+    base, lora = model(name)
+    oracle.merge(base, lora, out=tmp_path / "out", dequantize=True, dtype="fp32", verify=True)
+    adapterkit.dequantize(base, out=tmp_path / "plain", dtype="fp32")
+    exact = oracle.exact(oracle.peft_model(oracle.load("LlamaForCausalLM", tmp_path / "plain"), lora))
+    found = oracle.stored(tmp_path / "out")
+    wrong = sum(int((found[key] != one.value.float()).sum()) for key, one in exact.items())
+    assert len(exact) == 4 and wrong <= 1e-4 * sum(one.value.numel() for one in exact.values())
+
+
 def test_a_delta_that_changes_no_float32_keeps_the_bytes(model, tmp_path: Path) -> None:
     base, lora = model("nf4")
     oracle.merge(base, f"{lora}=1e-12", out=tmp_path / "out", verify=True)
