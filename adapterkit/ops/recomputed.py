@@ -8,7 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -85,19 +85,15 @@ class Codes:
         after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
         alone = self.step.draws is not None or self.packed.separated(origin.parts)[0] is self.packed
         ranges = sorted({origin.range_of(row) for row in origin.sample}) if alone else [(0, origin.height)]
-        for first, last in ranges:
-            wrong = self._wrong(origin, after, first, last)
-            if wrong is not None:
-                break
-        return Check(sum(last - first for first, last in ranges), wrong)
+        wrong = (self._wrong(origin, after, first, last) for first, last in ranges)
+        return Check(sum(last - first for first, last in ranges), next(filter(None, wrong), None))
 
     def _wrong(self, origin: "_Origin", after: dict[str, Tensor], first: int, last: int) -> str | None:
         """What is wrong with these rows."""
         record, before = origin.at(origin.parts, first, last)
         exact, slack = torch.empty(last - first, origin.width), torch.empty(last - first, 1)
-        for at in range(first, last, origin.chunk):
-            block = origin.edited(at, min(at + origin.chunk, last))
-            here = slice(at - first, at - first + len(block))
+        for low, high in origin.pieces(first, last):
+            block, here = origin.edited(low, high), slice(low - first, high - first)
             exact[here], slack[here] = block, block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)]
         found = read_back(record, origin.at(after, first, last)[1]).view(exact.shape)
         if bool(((exact - found).abs() <= slack).all()) and torch.equal(found, read_back(record, before).view(exact.shape)):
@@ -137,6 +133,7 @@ class _Origin:
         shape = step.shape or (1,)
         self.height, self.width = step.grid if step.edits else (math.prod(shape[:-1]), shape[-1])
         self.chunk = max(1, CHUNK // max(self.width, 1))
+        self.held: tuple[tuple[int, int], Tensor] = (0, 0), torch.empty(0)  # the range that was decoded last
         self.sample = sorted({0, self.height // 2, self.height - 1}) if math.prod(shape) else []
 
     @cached_property
@@ -155,15 +152,23 @@ class _Origin:
     def range_of(self, row: int) -> tuple[int, int]:
         return self.ranges[bisect_right(self.ranges, row, key=lambda each: each[0]) - 1]
 
+    def pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Rows [first, last), some at a time, none of them in two ranges."""
+        while first < last:
+            stop = min(first + self.chunk, self.range_of(first)[1], last)
+            yield first, stop
+            first = stop
+
     def at(self, parts: dict[str, Tensor], first: int, last: int) -> tuple[Packed, dict[str, Tensor]]:
         """One of the ranges, or all rows, as a packed weight of its own."""
         assert isinstance(self.source, Packed)
         return self.source.rows(parts, first, last) if (first, last) != (0, self.height) else (self.source, parts)
 
-    @lru_cache(maxsize=1)  # noqa: B019 (an object for each tensor)
     def _decoded(self, first: int, last: int) -> Tensor:  # (last - first, width) float32
-        value = read_back(*self.at(self.parts, first, last), do="download the checkpoint again")
-        return value.view(last - first, self.width)
+        if self.held[0] != (first, last):
+            value = read_back(*self.at(self.parts, first, last), do="download the checkpoint again")
+            self.held = (first, last), value.view(last - first, self.width)
+        return self.held[1]
 
     def rows(self, first: int, last: int) -> Tensor:
         if not isinstance(self.source, Packed):
@@ -185,7 +190,7 @@ class _Origin:
         return self.inputs.kept(spec, cut)
 
     def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
-        for first, last in self.ranges:
+        for first, last in self.pieces(0, self.height):
             yield first, self.rows(first, last)
 
     @cached_property

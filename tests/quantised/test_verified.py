@@ -11,6 +11,7 @@ import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Damaged
 from adapterkit.kernels import rows
+from adapterkit.ops import recomputed, requantised
 from adapterkit.ops.sources import open_source
 from adapterkit.weights.decoded import decoded, packed_in
 
@@ -53,6 +54,17 @@ def test_every_changed_weight_is_recomputed(model, name: str, rounding: str, tmp
     assert floats.data["verified"]["rows"] == 3 * 14
     again = adapterkit.verify(tmp_path / "kept", base=base, adapters=[lora])
     assert again["tensors"] == 4 and again["rows"] == kept.data["verified"]["rows"]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("name", [*WRITABLE, *OURS])
+def test_slices(model, name: str, rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights larger than what is recomputed at once, cut otherwise than they were written."""
+    base, lora = model(name)
+    monkeypatch.setattr(recomputed, "CHUNK", 1 << 9)
+    monkeypatch.setattr(requantised, "SLICE", 1 << 11)
+    oracle.merge(base, lora, out=tmp_path / "kept", rounding=rounding, verify=True)
+    oracle.merge(base, lora, out=tmp_path / "floats", rounding=rounding, verify=True, dequantize=True)
 
 
 @pytest.mark.parametrize("kept", [True, False])
