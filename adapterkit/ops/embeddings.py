@@ -12,7 +12,7 @@ import numpy as np
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
-from adapterkit.ops.job import Change, Job, Part
+from adapterkit.ops.job import Change, Job, Part, nested
 from adapterkit.weights.names import Parameter, tied_names
 
 Sides = dict[str, Change]  # name -> what PEFT computes with under it, for the names of one tied parameter
@@ -20,6 +20,8 @@ Sides = dict[str, Change]  # name -> what PEFT computes with under it, for the n
 
 def settle_ties(job: Job) -> None:
     """Parameters that are one in memory: untie those whose sides are not changed alike, unless told otherwise."""
+    if job.names.model is None:
+        _check_unseen(job)
     apart: dict[tuple[str, ...], Sides] = {}
     for group in _groups(job):
         changed = [name for name in group if name in job.changes]
@@ -44,6 +46,22 @@ def settle_ties(job: Job) -> None:
     if apart:
         _untie(job, apart)
     _note_biases(job)
+
+
+def _check_unseen(job: Job) -> None:
+    """Without the model nobody knows what is tied to an embedding; a config that speaks of ties is not passed over."""
+    sizes = {size for size in nested(job.base.config, "vocab_size") if isinstance(size, int)}
+    names = [name for name, change in job.changes.items() if change.parameter.shape[:1] and change.parameter.shape[0] in sizes]
+    if names and True in nested(job.base.config, "tie_word_embeddings") and job.options.tied != "fold":
+        job.errors.append(
+            Refused(
+                f"{', '.join(map(shown, names))} may have other names: the config says tie_word_embeddings, and transformers "
+                "cannot build the model",
+                expected="a model that transformers knows",
+                where=job.base.name,
+                do="update transformers, or give --tied fold to change what is tied to it as well",
+            )
+        )
 
 
 def _note_biases(job: Job) -> None:

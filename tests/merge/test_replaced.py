@@ -255,7 +255,8 @@ def test_a_copy_of_another_base(llama, tmp_path):
     oracle.merge(llama, first, out=tmp_path / "merged", dtype="fp32")
     with pytest.raises(Refused, match=r"embed_tokens.base_layer.weight \(80 of 80 rows differ\).*\n.*\n.*--base-copies ignore"):
         oracle.merge(tmp_path / "merged", second, out=tmp_path / "out")
-    oracle.merge(tmp_path / "merged", second, out=tmp_path / "out", base_copies="ignore")
+    oracle.merge(tmp_path / "merged", second, out=tmp_path / "out", base_copies="ignore", verify=True)
+    assert adapterkit.verify(tmp_path / "out", base=tmp_path / "merged", adapters=[second])["rows"]
     both = exact(peft_model(load(oracle.llama, llama), first, second))
     for name in (EMBEDDING, HEAD):
         torch.testing.assert_close(stored(tmp_path / "out")[name].double(), both[name].value, rtol=0, atol=1e-6)

@@ -209,6 +209,18 @@ def test_shared_embeddings_of_t5(made, tmp_path):
     assert torch.equal(stored(tmp_path / "part")["shared.weight"], stored(base)["shared.weight"])
 
 
+def test_a_switch_that_means_more_is_not_turned(made, tmp_path):
+    """SwitchTransformers scales its outputs by tie_word_embeddings: untied, the logits would be others."""
+    sizes = {"vocab_size": 80, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 2}
+    build = lambda: transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig(**sizes))
+    base = made("tied-switch", lambda folder: oracle.save_base(build(), folder, "bf16"))
+    oracle.train(load(build, base), tmp_path / "adapter", target_modules=["lm_head", "q"])
+    with pytest.raises(Refused, match="cannot be untied: this model's code does more by tie_word_embeddings"):
+        oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
+    oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", exclude="lm_head")
+    assert _config(tmp_path / "out") == _config(base)
+
+
 def test_nested_config_is_untied(tmp_path):
     """tie_word_embeddings of a text_config is set as well."""
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -231,6 +243,17 @@ def test_nested_config_is_untied(tmp_path):
     before = model.get_input_embeddings().weight
     assert torch.equal(loaded.get_input_embeddings().weight, before)
     assert not torch.equal(loaded.lm_head.weight, before)
+
+
+def test_ties_of_a_model_that_transformers_does_not_know(tied, tmp_path):
+    """Nobody can say then what else the embedding is; the shared weight can be changed on request."""
+    _, base, adapter = tied(target_modules=["embed_tokens"])
+    unknown = oracle.edit_config(base, tmp_path / "unknown", model_type="mystery", architectures=["MysteryForCausalLM"])
+    with pytest.raises(Refused, match=r"model.embed_tokens.weight may have other names(.*\n)*.*--tied fold"):
+        oracle.merge(unknown, adapter, out=tmp_path / "out")
+    oracle.merge(unknown, adapter, out=tmp_path / "out", tied="fold")
+    oracle.merge(base, adapter, out=tmp_path / "fold", tied="fold")
+    assert_same(stored(tmp_path / "out"), stored(tmp_path / "fold"))
 
 
 def test_untied_head_goes_to_the_last_shard(tied, tmp_path):
