@@ -370,6 +370,7 @@ def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, set
       linear mean ema slerp karcher knots tsv iso_c
     Methods on elements (refitted to the largest rank of the inputs unless --rank or --energy is given):
       ties dare_linear dare_ties magnitude_prune della breadcrumbs sce
+    Of slerp the weights say where on the arc: 0.7 and 0.3, or --set t=0.3.
     PEFT's names, and what they stand for:
       svd                    linear, refitted to the largest rank
       cat                    linear, exact

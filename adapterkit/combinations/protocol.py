@@ -7,7 +7,8 @@ Deltas are scale * b @ a, the scale folded in; weights are the user's, apart. A 
 
 Both return also facts for the receipt, floats by name. A method that is a weighted sum has `shares(weights)` too,
 what each delta is multiplied by: it can be carried out on values that are no factors. One that cannot do with all
-weights has `check(weights)`, which raises `Refused`.
+weights has `check(weights)`, which raises `Refused`; one with an option that says the weights in another way has
+`weighted(weights)`, which gives them. A delta of weight 0 takes no part: the planner leaves it out.
 """
 
 from collections.abc import Iterator, Sequence

@@ -12,35 +12,49 @@ from adapterkit.kernels.lowrank import Product, gram, stacked
 
 @dataclass(frozen=True)
 class Slerp:
-    """Δ' = sin((1-t)θ)/sin θ · w₁Δ₁ + sin(tθ)/sin θ · w₂Δ₂, θ the angle between w₁Δ₁ and w₂Δ₂ as vectors: rank r₁ + r₂.
+    """Δ' = (|w₁|+|w₂|) · (sin((1-t)θ)/sin θ · Δ₁ + sin(tθ)/sin θ · Δ₂), t = |w₂| / (|w₁|+|w₂|): rank r₁ + r₂.
 
-    Deltas are not normalised, as in mergekit. Parallel ones, and a delta of 0, which has no direction, give the straight line
-    (1-t)·w₁Δ₁ + t·w₂Δ₂ (mergekit: also where |cos θ| > 0.9995, and θ = 90° for a delta of 0). Opposite ones (1 + cos θ < 1e-12)
-    have no arc between them and are refused. What only one of the adapters has stays as it is, w₁Δ₁.
+    The weights say where on the arc, and by their sum how long; a negative one turns its delta round. The option t says the same as
+    weights (1-t, t), and stands without weights. θ is the angle between the deltas as vectors; they are not normalised, as in
+    mergekit. Parallel ones, and a delta of 0, which has no direction (what only one of the adapters has), give the straight line
+    w₁Δ₁ + w₂Δ₂ (mergekit: also where |cos θ| > 0.9995, and θ = 90° for a delta of 0). Opposite ones (1 + cos θ < 1e-12) have no arc
+    between them and are refused.
     """
 
-    t: float = 0.5
+    t: float | None = None
     name = "slerp"
     source = "Shoemake 1985, doi:10.1145/325334.325242"
 
     def __post_init__(self):
-        check_share("t", self.t)
+        if self.t is not None:
+            check_share("t", self.t)
 
     def check(self, weights: Sequence[float]) -> None:
         if len(weights) > 2:
             found, do = f"{len(weights)} adapters", "use --method karcher for more than two"
             raise Refused(found, expected="two", where="--method slerp", do=do)
 
+    def weighted(self, weights: Sequence[float]) -> list[float]:
+        """The adapters' weights, as t says them if it is given."""
+        if self.t is None or len(weights) < 2:
+            return list(weights)
+        self.check(weights)
+        if any(weight != 1 for weight in weights):
+            found = f"t {self.t:g} and weights {', '.join(f'{w:g}' for w in weights)}"
+            do = f"leave t out, or the weights: t {self.t:g} is weights {1 - self.t:g} and {self.t:g}"
+            raise Refused(found, expected="one of them: both say where on the arc", where="--set t", do=do)
+        return [1 - self.t, self.t]
+
     def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
         check_count(weights, len(products))
         self.check(weights)
-        if len(products) == 1:
+        if len(products) == 1 or 0 in weights:
             return stacked(products, weights), {"angle": 0.0}
-        angle = _angle(products, weights)
-        first, second = 1 - self.t, self.t
+        angle, length = _angle(products, weights), sum(map(abs, weights))
+        parts = [abs(weight) / length for weight in weights]
         if math.sin(angle) > 0:
-            first, second = (math.sin(part * angle) / math.sin(angle) for part in (first, second))
-        return stacked(products, [first * weights[0], second * weights[1]]), {"angle": angle}
+            parts = [math.sin(part * angle) / math.sin(angle) for part in parts]
+        return stacked(products, [math.copysign(length * p, w) for p, w in zip(parts, weights, strict=True)]), {"angle": angle}
 
 
 def _angle(products: Sequence[Product], weights: Sequence[float]) -> float:

@@ -93,6 +93,9 @@ def combine(
     (modules_to_save, token rows, biases) are taken from the one adapter of weight 1 that has them; several adapters' are averaged
     where the method is a weighted sum (linear, mean, ema) whose shares among them add up to 1, else refused unless they are equal.
 
+    An adapter of weight 0 takes no part in delta space: weights (1, 0) give the first one's delta by every method. Of slerp the
+    weights say where on the arc the result lies, and how long it is.
+
     Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack are right.
     """
     options = Options(
@@ -109,7 +112,13 @@ def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Fo
     if len(sources) < 2 and not (sources and (options.rank or options.energy)):
         raise Refused(f"{len(sources)} adapters", expected="two or more", where="combine", do="name the adapters")
     adapters = read_all([folder for folder, _ in sources])
-    weights = _Weights([weight for _, weight in sources], options.weight_for)
+    given = [weight for _, weight in sources]
+    if hasattr(method, "weighted"):
+        if options.weight_for and method.weighted([1.0] * len(given)) != [1.0] * len(given):
+            do = "leave out one of them"
+            raise Refused("--weight-for and an option that says the weights", expected="one", where="options", do=do)
+        given = method.weighted(given)
+    weights = _Weights(given, options.weight_for)
     doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
     if base is not None and doras:
         model = open_checkpoint(base, len(adapters))
@@ -123,6 +132,7 @@ def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Fo
     for name, site in joined.items():
         try:
             parts = tuple(_part(number, *found, weights, decomposed.get(number)) for number, found in site.members.items())
+            parts = _with_a_share(parts, options.space)
             if hasattr(method, "check"):
                 method.check([part.weight for part in parts])
         except AdapterkitError as error:
@@ -137,15 +147,22 @@ def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Fo
     refuse_all(errors)
     if not bundles:
         raise Refused("no module with factors", expected="adapters of low-rank factors", where="combine", do="check the adapters")
-    told = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {"weights": [w for _, w in sources]}
-    facts = {
-        "adapters": [{"name": a.name, "weight": w, "modules": len(a.loras)} for a, (_, w) in zip(adapters, sources, strict=True)]
-    }
+    told = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {"weights": given}
+    facts = {"adapters": [{"name": a.name, "weight": w, "modules": len(a.loras)} for a, w in zip(adapters, given, strict=True)]}
     settings = produced.plain_settings() | produced.extras(adapters) | {"lora_bias": bool(biases)}
-    summary = f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for _, w in sources)}"
+    summary = f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for w in given)}"
     everything = [*bundles, *biases, *whole]
     output = produced.Output(adapters, everything, settings=settings, summary=summary, **targets_of(joined))
     return produced.adapter_plan("combine", told, adapters, [output], notes, facts, model)
+
+
+def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:
+    """Those whose weight is not 0, if there are any: weights (1, 0) give the first adapter's delta by every method.
+
+    Not in factor space, where all is as PEFT does it: there the signs of such an adapter have their say.
+    """
+    used = tuple(part for part in parts if part.weight)
+    return used if used and space == "delta" else parts
 
 
 def _not_summable(adapter: Adapter, base: Checkpoint | None) -> list[AdapterkitError]:

@@ -236,6 +236,30 @@ def options_of(method: str) -> dict:
     return given | decay
 
 
+@pytest.mark.parametrize("method", sorted(set(registry.members("combinations")) - {"iso_c"}))
+def test_weights_one_and_zero_give_the_first_adapter(method, mixed, tmp_path):
+    """The law of every method but iso_c, which changes the strengths of even one; also for modules that one of them lacks."""
+    options = options_of(method) | ({"density": 1.0} if "density" in options_of(method) else {})
+    if method == "sce":
+        options["settings"] = {"select": 1.0}
+    for number, weights in enumerate([(1.0, 0.0), (0.0, 1.0)]):
+        combined(mixed[:2], tmp_path / f"{number}", weights, method=method, energy=1.0, **options)
+        found, alone = deltas(tmp_path / f"{number}"), deltas(mixed[number])
+        for name, delta in found.items():
+            expected = alone.get(name, torch.zeros_like(delta))
+            assert float((delta - expected).norm()) <= 2e-6 * float(expected.norm()) + 1e-7, name
+
+
+def test_slerp_says_t_once(mixed, tmp_path):
+    combined(mixed[:2], tmp_path / "t", (1.0, 1.0), method="slerp", settings={"t": 0.3})
+    combined(mixed[:2], tmp_path / "w", (0.7, 0.3), method="slerp")
+    assert_close(deltas(tmp_path / "t"), deltas(tmp_path / "w"))
+    with pytest.raises(Refused, match="both say where"):
+        combined(mixed[:2], tmp_path / "no", (0.7, 0.3), method="slerp", settings={"t": 0.3})
+    with pytest.raises(Refused, match="--weight-for"):
+        combined(mixed[:2], tmp_path / "no", (1.0, 1.0), method="slerp", settings={"t": 0.3}, weight_for=["1:fit=0.5"])
+
+
 @pytest.mark.parametrize("refit", [{}, {"rank": 2}, {"energy": 0.8}], ids=["default", "rank", "energy"])
 @pytest.mark.parametrize("method", list(registry.members("combinations")))
 def test_every_method_and_refit(method, refit, mixed, tmp_path):

@@ -32,7 +32,7 @@ GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 ORDERED = {"ema", "slerp"}  # the order of the adapters is part of the question
 SHARES = {"mean", "karcher"}  # all weights times two: the same result
 NOT_ITSELF = {"iso_c"}  # one adapter alone is not given back
-LINEAR = {"linear", "mean", "magnitude_prune", "dare_linear", "breadcrumbs"}  # at density 1, weights (1, 0) give the first delta
+LINEAR = {"linear", "mean", "magnitude_prune", "dare_linear", "breadcrumbs"}  # at density 1, Σ shareᵢ Δᵢ
 ADDITIVE = LINEAR - {"mean"} | {"ema"}  # at density 1, linear in each delta
 PARENTS = {"magnitude_prune": "linear", "dare_linear": "linear", "breadcrumbs": "linear", "dare_ties": "ties", "della": "ties"}
 
@@ -73,6 +73,8 @@ def record(name: str, **given):
 
 def combined(method, products: list[Product], weights, seeds=seeds, height=3) -> Tensor:
     """The delta that a method gives, in float64."""
+    if hasattr(method, "weighted"):
+        weights = method.weighted(weights)
     if hasattr(method, "products"):
         return method.products(products, weights)[0].dense()
     return method.merged(Dense([p.dense() for p in products], height), weights, seeds).delta.double()
@@ -204,16 +206,19 @@ def ema(deltas, weights, options):
 def slerp(deltas, weights, options):
     if len(deltas) != 2:
         return None
-    x, y = (w * d for w, d in zip(weights, deltas, strict=True))
+    if options.t is not None:
+        weights = [1 - options.t, options.t]
+    total = sum(abs(w) for w in weights)
+    t, (x, y) = abs(weights[1]) / total, (math.copysign(1, w) * d for w, d in zip(weights, deltas, strict=True))
     if not x.any() or not y.any():
-        return (1 - options.t) * x + options.t * y
+        return total * ((1 - t) * x + t * y)
     cosine = float((x * y).sum() / (x.norm() * y.norm()))
     if cosine < -1 + 1e-12:
         return None
     angle = math.acos(min(cosine, 1))
     if angle < 1e-7:
-        return (1 - options.t) * x + options.t * y
-    return (math.sin((1 - options.t) * angle) * x + math.sin(options.t * angle) * y) / math.sin(angle)
+        return total * ((1 - t) * x + t * y)
+    return total * (math.sin((1 - t) * angle) * x + math.sin(t * angle) * y) / math.sin(angle)
 
 
 def karcher(deltas, weights, options):
@@ -268,6 +273,8 @@ VARIANTS = [{}, {"majority": "frequency"}, {"density": 0.7, "gamma": 0.2, "selec
 
 def refers(name: str, options: dict, products: list[Product], weights: list[float], **how) -> None:
     """The method agrees with its reference, or both refuse."""
+    if name == "slerp" and any(w != 1 for w in weights):
+        options = {key: value for key, value in options.items() if key != "t"}
     method = record(name, **options)
     on_elements = hasattr(method, "merged")
     deltas = [p.dense().float().double() if on_elements else p.dense() for p in products]
@@ -350,16 +357,26 @@ def test_order_of_adapters(name: str) -> None:
     order = list(range(len(products)))[::-1]
     moved = combined(record(name), [products[i] for i in order], [weights[i] for i in order], lambda i: seeds(order[i]))
     if name in ORDERED:
-        assert not torch.allclose(combined(record(name, t=0.3), products, weights), moved)
+        assert not torch.allclose(combined(record(name), products, weights[::-1]), moved)
     else:
         torch.testing.assert_close(moved, combined(record(name), products, weights), rtol=1e-6, atol=1e-6)
 
 
 def test_slerp_the_other_way_round() -> None:
     one, two = HARD["pair"]
-    torch.testing.assert_close(
-        combined(record("slerp", t=0.3), [one, two], [1, 2]), combined(record("slerp", t=0.7), [two, one], [2, 1])
-    )
+    torch.testing.assert_close(combined(record("slerp"), [one, two], [1, 2]), combined(record("slerp"), [two, one], [2, 1]))
+
+
+def test_slerp_s_weights_say_where_on_the_arc() -> None:
+    one, two = HARD["pair"]
+    for t in (0.0, 0.25, 0.5, 1.0):
+        said = combined(record("slerp", t=t), [one, two], [1, 1])
+        torch.testing.assert_close(said, combined(record("slerp"), [one, two], [1 - t, t]))
+        torch.testing.assert_close(3 * said, combined(record("slerp"), [one, two], [3 * (1 - t), 3 * t]))
+    assert not torch.allclose(combined(record("slerp", t=0.25), [one, two], [1, 1]), 0.75 * one.dense() + 0.25 * two.dense())
+    for weights in ([0.5, 1], [1, -1], [0, 1]):
+        with pytest.raises(Refused, match="both say where on the arc"):
+            combined(record("slerp", t=0.25), [one, two], weights)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -376,7 +393,7 @@ def test_one_adapter_is_itself(name: str) -> None:
     assert torch.allclose(result, products[0].dense(), atol=1e-6) == (name not in NOT_ITSELF)
 
 
-@pytest.mark.parametrize("name", sorted(LINEAR & set(METHODS)))
+@pytest.mark.parametrize("name", sorted(LINEAR & set(METHODS) | {"slerp", "karcher"}))  # of all: see test_combine
 def test_weights_one_and_zero(name: str) -> None:
     products = HARD["pair"]
     torch.testing.assert_close(combined(record(name, density=1), products, [1.0, 0.0]), products[0].dense(), rtol=1e-6, atol=1e-6)
@@ -716,7 +733,8 @@ def test_karcher_is_where_the_pulls_balance() -> None:
 @pytest.mark.parametrize("name", ["mean", "karcher", "slerp", "tsv", "ties", "sce", "knots"])
 def test_a_delta_with_itself(name: str) -> None:
     one = product(12, 9, 3, 4)
-    result = combined(record(name, density=1, select=0.5), [one, one], [1.0, 1.0])
+    weights = [0.5, 0.5] if name == "slerp" else [1.0, 1.0]
+    result = combined(record(name, density=1, select=0.5), [one, one], weights)
     torch.testing.assert_close(result, one.dense(), rtol=1e-5, atol=1e-6)
 
 
@@ -726,14 +744,14 @@ def test_nearly_parallel() -> None:
     for tiny in (1e-5, 1e-8, 1e-11):
         near = Product(torch.cat([one.left, tiny * other.left], 1), torch.cat([one.right, other.right], 0))
         for name in ("karcher", "slerp"):
-            got = combined(record(name), [one, near], [1.0, 1.0])
+            got = combined(record(name), [one, near], [0.5, 0.5])
             torch.testing.assert_close(got, (one.dense() + near.dense()) / 2, rtol=0, atol=1e-9 + tiny**2)
 
 
 def test_slerp_of_a_small_angle() -> None:
     one, other = product(12, 9, 3, 4), product(12, 9, 3, 5)
     near = Product(torch.cat([one.left, 0.03 * other.left], 1), torch.cat([one.right, other.right], 0))
-    refers("slerp", {"t": 0.2}, [one, near], [1.0, 3.0])
+    refers("slerp", {}, [one, near], [1.0, 3.0])
 
 
 def test_iso_c_is_isotropic_and_tsv_is_orthogonal() -> None:
