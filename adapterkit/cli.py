@@ -136,6 +136,13 @@ def together(*options: Callable) -> Callable:
     return add
 
 
+tokenizer = click.option(
+    "--tokenizer",
+    type=click.Choice(CHOICES["tokenizer"]),
+    help="Whose tokenizer (default: the adapters', if they have one); base: none is copied from them.",
+)
+
+
 def refit(otherwise: str = "") -> Callable:
     """The rank of results that are exact, or of the method's own rank, without; `otherwise` says which in the help."""
     return together(
@@ -361,6 +368,7 @@ def loftq(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> No
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another option of the method.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw.")
+@tokenizer
 @factors
 def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, settings: tuple[str, ...], **options: Any) -> None:
     """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
@@ -402,6 +410,7 @@ def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, set
 )
 @click.option("--exclude", metavar="RE", help="Subtract nothing where this is found in a module's name: the task's stays.")
 @refit(ADDED_UP)
+@tokenizer
 @factors
 def subtract(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Subtract the mean of general adapters from task adapters (GenKnowSub): Δ' = Δ - mean Δ_general.

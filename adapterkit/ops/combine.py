@@ -51,6 +51,7 @@ class Options:
     settings: tuple[tuple[str, Any], ...] = ()  # a method's other options
     dtype: str = "fp32"
     seed: int = 0
+    tokenizer: str | None = None
 
 
 @checked(method=choice(lambda: (*registry.members("combinations"), *ALIASES)))
@@ -70,6 +71,7 @@ def combine(
     settings: dict[str, Any] | None = None,
     dtype: str = "fp32",
     seed: int = 0,
+    tokenizer: str | None = None,
     hash: str = "sha256",
     device: str = "auto",
     engine: str = "local",
@@ -96,11 +98,12 @@ def combine(
     An adapter of weight 0 takes no part in delta space: weights (1, 0) give the first one's delta by every method. Of slerp the
     weights say where on the arc the result lies, and how long it is.
 
+    A tokenizer beside the adapters is copied, and refused where they differ in what makes tokens; `tokenizer="base"` copies none.
+
     Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack are right.
     """
-    options = Options(
-        method, space, rank, energy, density, majority, svd_clamp, tuple(weight_for), tuple((settings or {}).items()), dtype, seed
-    )
+    rules, more = tuple(weight_for), tuple((settings or {}).items())
+    options = Options(method, space, rank, energy, density, majority, svd_clamp, rules, more, dtype, seed, tokenizer)
     plan = plan_combine(open_weighted(adapters), options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
@@ -152,7 +155,9 @@ def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Fo
     settings = produced.plain_settings() | produced.extras(adapters) | {"lora_bias": bool(biases)}
     summary = f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for w in given)}"
     everything = [*bundles, *biases, *whole]
-    output = produced.Output(adapters, everything, settings=settings, summary=summary, **targets_of(joined))
+    output = produced.Output(
+        adapters, everything, settings=settings, summary=summary, tokenizer=options.tokenizer, **targets_of(joined)
+    )
     return produced.adapter_plan("combine", told, adapters, [output], notes, facts, model)
 
 

@@ -142,7 +142,8 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     settings = produced.plain_settings() | job.settings()
     summary = f"the difference of {tuned.name} and {base.name}"
     settle = partial(_settled, options.cut)
-    output = _Output([], bundles, targets, settings, summary, "", settle, None, kept, parameters, frozenset(job.modules))
+    more: dict[str, Any] = {"kept": kept, "parameters": parameters, "others": frozenset(job.modules)}
+    output = _Output([], bundles, targets, settings, summary, settle=settle, **more)
     told = {k: v for k, v in {**vars(options.cut), **vars(options)}.items() if v is not None and k != "cut"}
     headers = {(0, name): header.sha256 for name, header in sides[0].shards.items()}
     headers |= {(1, name): header.sha256 for name, header in sides[1].shards.items()}

@@ -11,9 +11,9 @@ from adapterkit import __version__
 from adapterkit.adapter import CONFIG, Adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.checkpoint.spec import Checkpoint, read_json
 from adapterkit.checkpoint.writer import RECEIPT, check_name
-from adapterkit.errors import Refused
+from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.plan import Computed, CopyFile, FromFacts, Shard
 
 WEIGHTS = (
@@ -99,21 +99,54 @@ def tokenizer_files(adapters: list[Adapter], choice: str | None, notes: list[str
         return {}
     by_number = {a.number: a for a in adapters}
     first = next(iter(found))
-    for number, names in found.items():
-        if number != first and _contents(by_number[number], names) != _contents(by_number[first], found[first]):
+    one, apart = _tokenizer(by_number[first], found[first]), set()
+    for number, files in found.items():
+        other = _tokenizer(by_number[number], files)
+        fast = "tokenizer.json" in one and "tokenizer.json" in other
+        there = (one.keys() | other.keys()) - ({*REPEATED} - (one.keys() & other.keys()) if fast else set())
+        differing = sorted(name for name in there if one.get(name) != other.get(name))
+        apart |= {name for name in differing if name in SIDES}
+        if set(differing) - SIDES:
+            names = f"{by_number[first].name} and {by_number[number].name}"
             raise Refused(
-                f"{by_number[first].name} and {by_number[number].name} have different tokenizers",
+                f"{names} have different tokenizers: {', '.join(map(shown, differing))}",
                 expected="one tokenizer",
                 where="adapters",
                 do="give --tokenizer base, and copy the one you want afterwards",
             )
-    notes.append(f"tokenizer: from {by_number[first].name}")
+    notes.append(f"tokenizer: from {by_number[first].name}" + (f" (they differ in {', '.join(sorted(apart))})" if apart else ""))
     return {name: CopyFile(first, name) for name in sorted(found[first])}
 
 
-def _contents(adapter: Adapter, names: set[str]) -> dict[str, bytes]:
-    files = adapter.folder.files()
-    return {name: adapter.folder.read(name, 0, files[name]) for name in names}
+# Settings of a saved tokenizer that change no token: where it came from, and what the training's calls had set
+CALLS = ("model_max_length", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+PLACES = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "is_local", "local_files_only")
+SIDES = {"padding_side", "truncation_side"}  # of batches and long texts: what training set is no other tokenizer, but is noted
+REPEATED = ("special_tokens_map.json", "added_tokens.json")  # repeat what a fast tokenizer's other files say
+
+
+def _tokenizer(adapter: Adapter, names: set[str]) -> dict[str, Any]:
+    """What a tokenizer's files say that makes its tokens: by file, and by setting where the file is JSON."""
+    found: dict[str, Any] = {}
+    for name in names:
+        if name not in ("tokenizer.json", "tokenizer_config.json"):
+            found[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])
+            continue
+        try:
+            said = read_json(adapter.folder, name)
+        except AdapterkitError:  # not ours to judge: it is compared as it stands
+            found[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])
+            continue
+        if name == "tokenizer.json":
+            found[name] = {key: value for key, value in said.items() if key not in ("truncation", "padding")}
+        else:
+            found |= {key: value for key, value in said.items() if key not in (*CALLS, *PLACES, "chat_template")}
+            template = said.get("chat_template")
+            if isinstance(template, str) and "chat_template.jinja" not in names:
+                found["chat_template.jinja"] = template.encode()
+            elif not isinstance(template, str | None):
+                found["chat_template"] = template
+    return found
 
 
 def model_card(base: Checkpoint, adapters: list[Adapter], weights: list[float]) -> str:

@@ -116,6 +116,7 @@ class Output:
     kept: dict[str, Any] | None = None  # where there is no adapter: what the config says of the base
     parameters: frozenset[str] = frozenset()  # targets that are parameters
     unnamed: frozenset[str] = frozenset()  # those of them that are modules: which of their parameters it is was not known
+    tokenizer: str | None = None  # "base": none is copied from the adapters
 
     def inside(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name
@@ -132,7 +133,7 @@ class Output:
 
     def files(self, notes: list[str]) -> dict[str, bytes | CopyFile | FromFacts]:
         files: dict[str, bytes | CopyFile | FromFacts] = {}
-        for name, copy in tokenizer_files(list(self.adapters), None, notes).items():
+        for name, copy in tokenizer_files(list(self.adapters), self.tokenizer, notes).items():
             files[self.inside(name)] = copy
         files[self.inside("README.md")] = card(self.base(), self.adapters, self.summary).encode()
         files[self.inside(CONFIG)] = FromFacts(self.config)

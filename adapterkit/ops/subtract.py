@@ -32,6 +32,7 @@ class Options:
     energy: float | None = None
     dtype: str = "fp32"
     exclude: str | None = None
+    tokenizer: str | None = None
 
 
 @checked()
@@ -46,6 +47,7 @@ def subtract(
     energy: float | None = None,
     dtype: str = "fp32",
     exclude: str | None = None,
+    tokenizer: str | None = None,
     hash: str = "sha256",
     device: str = "auto",
     engine: str = "local",
@@ -63,7 +65,7 @@ def subtract(
     general adapter trained whole for one. Factors are written in `dtype`, scale 1. `base` tells parameters of `target_parameters`
     apart where the files do not. Raises `Refused` before anything is written.
     """
-    options = Options(space, rank, energy, dtype, exclude)
+    options = Options(space, rank, energy, dtype, exclude, tokenizer)
     tasks, generals = open_all(adapters=adapters, general=general)
     plan = plan_subtract(tasks, generals, options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
@@ -168,10 +170,8 @@ def _output(
         bundles += [produced.Taken(spec, key, prefix) for spec in holders.values()]
     settings = produced.plain_settings() | produced.extras([task]) | {"lora_bias": bool(task.config.get("lora_bias"))}
     summary = f"the mean of {len(generals)} general adapters subtracted, in {options.space} space"
-    folder = task.folder.name if several else ""
-    return produced.Output(
-        [task, *generals], bundles, settings=settings, summary=summary, folder=folder, **targets_of(joined, prefix)
-    )
+    how = targets_of(joined, prefix) | {"settings": settings, "summary": summary, "tokenizer": options.tokenizer}
+    return produced.Output([task, *generals], bundles, folder=task.folder.name if several else "", **how)
 
 
 def _alike(name: str, members: dict, task: Adapter, generals: Sequence[Adapter]) -> list[AdapterkitError]:

@@ -395,6 +395,72 @@ def test_a_zero_adapter_stays_zero(tmp_path):
     assert facts["fit"]["rank"] == 1
 
 
+def tokenizer_files(**changes) -> dict[str, str]:
+    """A fast tokenizer's files as a Trainer leaves them beside a checkpoint."""
+    files = {
+        "tokenizer.json": {"version": "1.0", "truncation": None, "padding": None, "model": {"type": "BPE", "vocab": {"a": 0}}},
+        "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "model_max_length": 512, "padding_side": "right"},
+        "special_tokens_map.json": {"eos_token": "</s>"},
+        "chat_template.jinja": None,
+    }
+    for key, value in changes.items():
+        name = {"tokenizer": "tokenizer.json", "config": "tokenizer_config.json"}.get(key)
+        if name:
+            files[name] = files[name] | value
+        else:
+            files[{"map": "special_tokens_map.json", "template": "chat_template.jinja"}[key]] = value
+    return {n: v if isinstance(v, str) else json.dumps(v) for n, v in files.items() if v is not None}
+
+
+SAME_TOKENS = [
+    {"config": {"model_max_length": 2048, "name_or_path": "/home/me/run"}},
+    {"tokenizer": {"truncation": {"max_length": 9}, "padding": {"pad_id": 0}}},
+    {"config": {"padding_side": "left"}},
+    {"map": None},
+]
+OTHER_TOKENS = [
+    {"tokenizer": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}}},
+    {"config": {"add_bos_token": True}},
+    {"template": "{{ messages }}"},
+    {"map": {"eos_token": "<end>"}},
+]
+
+
+@pytest.mark.parametrize("verb", ["combine", "subtract"])
+@pytest.mark.parametrize("changes", [*SAME_TOKENS, *OTHER_TOKENS], ids=str)
+def test_tokenizers_beside_the_adapters(changes, verb, tmp_path):
+    """Settings that make no other tokens do not count; for others there is a way out."""
+    sources = [trained(tmp_path / f"a{i}", i, target_modules=["fit"]) for i in range(2)]
+    for source, files in zip(sources, (tokenizer_files(), tokenizer_files(**changes)), strict=True):
+        for name, text in files.items():
+            (source / name).write_text(text)
+
+    def run(out: Path, **options):
+        if verb == "combine":
+            return adapterkit.combine(sources, out=out, method="linear", **options)
+        return adapterkit.subtract(sources[:1], general=sources[1:], out=out, **options)
+
+    if changes in SAME_TOKENS:
+        notes = run(tmp_path / "out").data["notes"]
+        assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 512
+        assert any("padding_side" in note for note in notes) == ("padding_side" in str(changes))
+    else:
+        with pytest.raises(Refused) as caught:
+            run(tmp_path / "out")
+        assert "different tokenizers" in str(caught.value) and "--tokenizer base" in str(caught.value)
+    run(tmp_path / "base", tokenizer="base")
+    assert not list((tmp_path / "base").glob("*token*"))
+
+
+def test_a_chat_template_is_the_same_in_either_file(tmp_path):
+    sources = [trained(tmp_path / f"a{i}", i, target_modules=["fit"]) for i in range(2)]
+    files = tokenizer_files(template="{{ x }}"), tokenizer_files(config={"chat_template": "{{ x }}"})
+    for source, named in zip(sources, files, strict=True):
+        for name, text in named.items():
+            (source / name).write_text(text)
+    combined(sources, tmp_path / "out", (1.0, 1.0), method="linear")
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
