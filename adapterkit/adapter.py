@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.folder import Folder, belonging_to, called, locate
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Seen, no_model, other_lora
 from adapterkit.dtypes import FLOATS
@@ -92,8 +92,13 @@ class Adapter:
         return self.folder.name
 
     @property
+    def given(self) -> str:
+        """What its user calls it, for messages."""
+        return called(self.folder)
+
+    @property
     def where(self) -> str:
-        return f"{self.name}/{CONFIG}"
+        return f"{self.given}/{CONFIG}"
 
     def changed_base(self) -> str | None:
         """The init method's name if it changed the base's weights, else None."""
@@ -225,6 +230,8 @@ def see_adapter(folder: Folder, number: int = 1) -> tuple[Adapter, Seen, bool]:
     loras = _loras(parts, seen.errors, folder.name)
     if typed and seen.headers:
         seen.errors += _promises(parts, seen.config, folder.name)
+    for error in seen.errors:
+        locate(error, folder)
     return replace(adapter, loras=loras), seen, typed
 
 
@@ -234,9 +241,10 @@ def read_other(folder: Folder, number: int, check: Check, names: Sequence[str]) 
     `check` says what is wrong with its config, `names` what the type calls its tensors.
     """
     roles = [(re.compile(rf"^(.*)\.{re.escape(name)}(?:\.\w+)?(?:\.weight)?$"), name) for name in names]
-    adapter, parts, seen = _see(folder, number, check, roles)
-    refuse_all(seen.errors)
-    refuse_all(_promises(parts, adapter.config, folder.name))
+    with belonging_to(folder):
+        adapter, parts, seen = _see(folder, number, check, roles)
+        refuse_all(seen.errors)
+        refuse_all(_promises(parts, adapter.config, folder.name))
     return adapter, parts.roles
 
 

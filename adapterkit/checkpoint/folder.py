@@ -2,11 +2,13 @@
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from adapterkit.errors import Damaged, Failed, Refused, shown
+from adapterkit.errors import AdapterkitError, Damaged, Failed, Offenders, Refused, shown
 
 OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -38,6 +40,7 @@ class LocalFolder:
     """A folder on local disk, or a single file taken as a folder of one."""
 
     def __init__(self, path: str | os.PathLike):
+        self.given = shown(os.fspath(path))  # for messages
         path = Path(path)
         self.name = shown(path.name or path.resolve().name)  # printable, whatever a stranger called the folder
         self.origin = {"name": self.name}
@@ -107,7 +110,7 @@ class WeightsOf(LocalFolder):
         self.weights = weights
         if self.only == weights:
             self.name = shown(self.root.resolve().name)
-            self.origin = {"name": self.name}
+            self.origin, self.given = {"name": self.name}, shown(self.root)
 
     @cached_property
     def _files(self) -> dict[str, int]:
@@ -121,6 +124,33 @@ class WeightsOf(LocalFolder):
 
     def _stored(self, name: str) -> str:
         return str(self.only) if name == self.weights else name
+
+
+def called(folder: Folder) -> str:
+    """What its user calls a folder, for messages: the path, or the Hub id, as it was given. Never for a file that is written."""
+    return getattr(folder, "given", folder.name)
+
+
+@contextmanager
+def belonging_to(folder: Folder) -> Iterator[None]:
+    """Errors in this block say which folder, as its user calls it, a file of theirs belongs to."""
+    try:
+        yield
+    except AdapterkitError as error:
+        for one in error.errors if isinstance(error, Offenders) else (error,):
+            locate(one, folder)
+        raise
+
+
+def locate(error: AdapterkitError, folder: Folder) -> None:
+    """Say in an error which folder, as its user calls it, the file is in that it is about."""
+    given = called(folder)
+    if error.where.startswith(given):
+        return
+    if error.where == folder.name or error.where.startswith(f"{folder.name}/"):
+        error.where = given + error.where.removeprefix(folder.name)
+    elif error.where.partition(":")[0] in folder.files():
+        error.where = f"{given}/{error.where}"
 
 
 def inside(name: str, where: str) -> PurePosixPath:

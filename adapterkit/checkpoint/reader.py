@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, called
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Damaged, Failed, Spoiled, shown
 
@@ -39,7 +39,7 @@ class Sources:
 
     def read_into(self, spec: TensorSpec, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on."""
-        with self.file(spec.folder, spec.file) as descriptor:
+        with belonging_to(self.folders[spec.folder]), self.file(spec.folder, spec.file) as descriptor:
             read_exactly(descriptor, buffer, spec.start + offset, spec)
 
     def read(self, spec: TensorSpec) -> bytearray:
@@ -76,8 +76,11 @@ class Sources:
         found = identity(os.fstat(descriptor))
         if self.expected.setdefault(which, found) != found:
             os.close(descriptor)
-            raise changed(which[1])
+            raise changed(self._called(which))
         return descriptor, found
+
+    def _called(self, which: tuple[int, str]) -> str:
+        return f"{called(self.folders[which[0]])}/{which[1]}"
 
     def _make_room(self) -> None:
         idle = [w for w in self._open if not self._users.get(w)]
@@ -89,12 +92,12 @@ class Sources:
         try:
             after = identity(os.fstat(descriptor))
         except OSError as error:
-            raise changed(which[1], f"the file cannot be looked at any more: {error.strerror}") from error
+            raise changed(self._called(which), f"the file cannot be looked at any more: {error.strerror}") from error
         finally:
             with contextlib.suppress(OSError):  # nothing was written to it
                 os.close(descriptor)
         if after != before:
-            raise changed(which[1])
+            raise changed(self._called(which))
 
     def close(self) -> None:
         """Close all; `Failed` if one of them changed while it was open."""

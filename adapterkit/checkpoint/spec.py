@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapterkit.checkpoint.folder import Folder, inside
+from adapterkit.checkpoint.folder import Folder, belonging_to, inside
 from adapterkit.checkpoint.header import Header, TensorSpec, header_length, parse_header
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import AdapterkitError, Damaged, Offenders, Refused, refuse_all, shown
@@ -100,8 +100,9 @@ class Seen:
 
 def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     """Read the headers of a checkpoint folder; `Refused` or `Damaged` with all offenders if it is not whole."""
-    seen = see_checkpoint(folder, number)
-    refuse_all(seen.errors)
+    with belonging_to(folder):
+        seen = see_checkpoint(folder, number)
+        refuse_all(seen.errors)
     return seen.checkpoint()
 
 

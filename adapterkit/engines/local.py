@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.checkpoint.folder import called
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources, read_exactly
 from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
@@ -134,7 +135,7 @@ class Inputs:
         if floats and not all_finite(stored):
             raise Spoiled(
                 "values that are not finite (NaN or infinity)",
-                where=f"{spec.file}: {shown(spec.key)}",
+                where=f"{called(self.sources.folders[spec.folder])}/{spec.file}: {shown(spec.key)}",
                 do="the training run diverged: use an earlier save",
             )
         return stored.to(self.device)

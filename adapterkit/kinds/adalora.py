@@ -53,7 +53,9 @@ class AdaLora:
         fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank and e.shape == (rank, 1)
         adapted.check(fits, f"factors of rank {rank}, as init_r and rank_pattern say")
         if not a.shape[1] or not b.shape[0]:
-            raise Refused(f"{a.key} {a.shape}", expected="matrices", where=adapted.adapter.name, do="gather the shards, save again")
+            raise Refused(
+                f"{a.key} {a.shape}", expected="matrices", where=adapted.adapter.given, do="gather the shards, save again"
+            )
         alpha = config["lora_alpha"]
         return AdaLora(a, b, e, alpha if alpha > 0 else float(rank), float(config["init_r"]), adapted.parts.get("ranknum"))
 

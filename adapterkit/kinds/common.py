@@ -111,7 +111,7 @@ class Adapted:
         if lacking:
             found = f"{shown(self.module)} has {', '.join(sorted(self.parts))}"
             raise Refused(
-                found, expected=f"also {', '.join(lacking)}", where=self.adapter.name, do="save the adapter again, with its config"
+                found, expected=f"also {', '.join(lacking)}", where=self.adapter.given, do="save the adapter again, with its config"
             )
         return [self.parts[name] for name in names]
 
@@ -120,10 +120,10 @@ class Adapted:
         if not fits:
             found = ", ".join(f"{name} {spec.shape}" for name, spec in sorted(self.parts.items()))
             do = "restore the config that was saved with the file, and check the base"
-            raise Refused(f"{shown(self.module)}: {found}", expected=expected, where=self.adapter.name, do=do)
+            raise Refused(f"{shown(self.module)}: {found}", expected=expected, where=self.adapter.given, do=do)
 
     def refused(self, why: str, expected: str, do: str) -> Refused:
-        return Refused(f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.name, do=do)
+        return Refused(f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.given, do=do)
 
 
 class Kind(Protocol):

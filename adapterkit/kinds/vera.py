@@ -40,7 +40,7 @@ class Vera:
         lacking = [name for name in Vera.shared if name not in adapted.shared]
         if lacking:
             raise Refused(
-                f"no {' and no '.join(lacking)}", expected="the shared projections", where=adapted.adapter.name, do="save it again"
+                f"no {' and no '.join(lacking)}", expected="the shared projections", where=adapted.adapter.given, do="save it again"
             )
         a, b = (adapted.shared[name] for name in Vera.shared)
         lambda_b, lambda_d = adapted.part(*Vera.keys)

@@ -60,7 +60,7 @@ def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
         if names:
             some = ", ".join(map(shown, names[:4])) + ", ..." * (len(names) > 4)
             expected = "weight 1: these are values, not additions"
-            job.errors.append(Refused(f"{found} with weight {weight:g}: {some}", expected=expected, where=adapter.name, do=do))
+            job.errors.append(Refused(f"{found} with weight {weight:g}: {some}", expected=expected, where=adapter.given, do=do))
 
 
 def _compare_names(job: Job, adapter: Adapter) -> None:
@@ -92,7 +92,7 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
                 Refused(
                     f"{why}, and the file holds no {shown(name)}",
                     expected="every tensor that was trained",
-                    where=adapter.name,
+                    where=adapter.given,
                     do="save the adapter again, or keep the base's with --exclude",
                 )
             )
@@ -117,7 +117,7 @@ def _replacements(job: Job, adapter: Adapter) -> None:
                 Refused(
                     f"{shown(name)} is replaced by both {other} and {adapter.name}",
                     expected="one adapter for each replaced parameter",
-                    where=adapter.name,
+                    where=adapter.given,
                     do="leave one out with --exclude in a run of its own, or merge one adapter",
                 )
             )
@@ -177,7 +177,7 @@ def _product(job: Job, adapter: Adapter, weight: float, name: str, leaf: str | N
         raise Refused(
             f"DoRA on the stack {shown(name)}",
             expected="a plain LoRA there",
-            where=adapter.name,
+            where=adapter.given,
             do="leave it out with --exclude",
         )
     if lora.magnitude is not None and math.prod(lora.magnitude.shape) != parameter.shape[outputs]:
@@ -195,7 +195,7 @@ def _bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
     if parameter is None:
         found = f"{shown(lora.bias.key)}: a bias for {shown(lora.module)}, which has none in the base"
         do = "merge into a model whose module has a bias"
-        job.errors.append(Refused(found, expected="a module with a bias", where=adapter.name, do=do))
+        job.errors.append(Refused(found, expected="a module with a bias", where=adapter.given, do=do))
         return
     if parameter.shape != lora.bias.shape:
         job.errors.append(job.misshaped(adapter, lora.bias.key, lora.bias.shape, parameter.shape))
@@ -242,7 +242,7 @@ def _tokens(job: Job, adapter: Adapter) -> None:
                 Refused(
                     f"{shown(tokens.values.key)} {tokens.values.shape} for rows {shown(str(above or tokens.indices))}",
                     expected=f"rows of {shown(name)}, which has shape {shape}",
-                    where=adapter.name,
+                    where=adapter.given,
                     do="use a base whose vocabulary was resized as in training",
                 )
             )

@@ -141,7 +141,7 @@ class Job:
         return Refused(
             f"{shown(key)}: the base has no {shown(name)}",
             expected="only parameters of the base",
-            where=adapter.name,
+            where=adapter.given,
             do="check that the adapter was trained on this base" + self._hint(),
         )
 
@@ -152,7 +152,7 @@ class Job:
         return Refused(
             f"{shown(key)}: shape {found}",
             expected=f"one that fits the base's {expected}",
-            where=adapter.name,
+            where=adapter.given,
             do="check that the adapter was trained on this base",
         )
 

@@ -27,7 +27,7 @@ def targets(job: Job, adapter: Adapter, module: str, loras: list[Lora]) -> list[
         raise Refused(
             f"{shown(loras[0].a.key)} fits several parameters of {shown(module)}: {', '.join(map(shown, leaves))}",
             expected="one parameter (PEFT's file names the nesting, not the parameter)",
-            where=adapter.name,
+            where=adapter.given,
             do="use a transformers that knows the model, or give target_parameters as they were in training",
         )
     return [(site.name, site.leaf, site.members[number][0]) for site in found]
@@ -70,7 +70,7 @@ def _transposed(job: Job, adapter: Adapter, module: str, *, square: bool) -> boo
         raise Refused(
             f"the square weight of {shown(module)} may be stored (in, out): fan_in_fan_out is set",
             expected="a model that transformers knows, or weights that are not square",
-            where=adapter.name,
+            where=adapter.given,
             do="update transformers",
         )
     return said
@@ -84,7 +84,7 @@ def _convolution(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, s
         raise Refused(
             f"a grouped convolution: {shown(module)} has {groups} groups",
             expected="groups 1 (PEFT cannot merge these either)",
-            where=adapter.name,
+            where=adapter.given,
             do="leave it out with --exclude",
         )
     if b[:1] + a[1:] != shape or any(n != 1 for n in b[2:]):

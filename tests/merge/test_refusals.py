@@ -1,6 +1,7 @@
 """What is refused, in which words, and that nothing is written then."""
 
 import json
+from pathlib import Path
 
 import oracle
 import pytest
@@ -421,3 +422,49 @@ def test_mica(llama, tmp_path):
     oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
     expected = exact(peft_model(load(oracle.llama, llama), tmp_path / "adapter"))
     assert_all_rounded(merged(tmp_path / "out", oracle.llama), expected, load(oracle.llama, llama).state_dict())
+
+
+# -- whose file it is ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(llama, lora, tmp_path, monkeypatch):
+    """Adapters in folders of one name, each with another thing wrong with its files."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cut", "json", "unknown", "key", "nan", "good", "other"):
+        oracle.edit_config(lora, tmp_path / name / "ckpt")
+    weights = lambda name: tmp_path / name / "ckpt/adapter_model.safetensors"
+    weights("cut").write_bytes(weights("good").read_bytes()[:-8])
+    (tmp_path / "json/ckpt/adapter_config.json").write_text("{")
+    oracle.edit_config(lora, tmp_path / "new", brand_new=5)
+    (tmp_path / "new/adapter_config.json").replace(tmp_path / "unknown/ckpt/adapter_config.json")
+    tensors = stored(lora)
+    save_file(tensors | {"x.lora_Q": torch.ones(1)}, weights("key"))
+    save_file({key: torch.full_like(value, float("nan")) for key, value in tensors.items()}, weights("nan"))
+    odd = {key.replace("layers.1", "layers.7"): value for key, value in tensors.items()}
+    save_file(odd, weights("other"))
+    return ["cut", "json", "unknown", "key"]
+
+
+@pytest.mark.parametrize("how", [lambda text: text, lambda text: f"./{text}", lambda text: str(Path(text).absolute())])
+def test_a_bad_file_s_message_says_whose_it_is_as_its_user_calls_it(how, runs, llama):
+    sources = [how(f"{name}/ckpt") for name in ["good", *runs]]
+    for verb, options in (("merge", {}), ("combine", {"method": "linear"}), ("arrow", {})):
+        arguments = [llama, sources] if verb == "merge" else [sources]
+        with pytest.raises(AdapterkitError) as caught:
+            getattr(adapterkit, verb)(*arguments, out="out", **options)
+        lines = [line.removeprefix("- ") for line in str(caught.value).splitlines() if "ckpt" in line]
+        files = ("adapter_model.safetensors", "adapter_config.json", "adapter_config.json", "adapter_model.safetensors")
+        assert len(lines) == 4, lines
+        for line, source, file in zip(lines, sources[1:], files, strict=True):
+            assert line.startswith(f"{source}/{file}: "), line
+    for name, where in (("nan", "/adapter_model.safetensors: "), ("other", ": ")):
+        with pytest.raises(AdapterkitError) as caught:
+            adapterkit.merge(llama, [how("good/ckpt"), how(f"{name}/ckpt")], out="out2")
+        assert how(f"{name}/ckpt") + where in str(caught.value) and how("good/ckpt") not in str(caught.value)
+
+
+def test_a_path_stands_in_messages_only(llama, lora, tmp_path):
+    oracle.merge(llama, lora, out=tmp_path / "out")
+    assert all(str(tmp_path).encode() not in f.read_bytes() and str(lora).encode() not in f.read_bytes()
+               for f in (tmp_path / "out").iterdir())  # fmt: skip
