@@ -1,0 +1,190 @@
+"""One random job from its seed: a model, adapters, and what every verb makes of them."""
+
+import json
+import random
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from oracle import quiet
+
+import adapterkit
+from adapterkit.errors import AdapterkitError
+
+from . import adapters as drawn
+from . import effective, models
+
+STEP = {"fp32": 2.0**-21, "bf16": 2.0**-8}  # of a value: half a unit in the last place of bf16, a few of fp32
+# What may be refused, and why that is right. Every refusal of a random job must be one of these.
+JUDGED = (
+    ("two adapters that bring the same trained value", r"is replaced by both"),
+    ("DoRA beside another adapter: the order decides", r"DoRA of .* beside another adapter"),
+    ("PEFT cannot merge such a bias either", r"a bias for .*, which has none in the base"),
+    ("trained values are values, not additions", r"with weight .*these are values, not additions"),
+    ("one row of an embedding trained by two adapters", r"a token row trained by two adapters|other token rows trained by each"),
+    ("a DoRA's delta needs the base's weights and a rank", r"is a DoRA of .* its delta depends on the base's weights"),
+    ("trained values of two adapters, weights that are no shares", r"trained whole by"),
+)
+
+
+def unjudged(outcome: "Outcome") -> list[tuple[str, str]]:
+    """Refusals that nobody has called right."""
+    return [(verb, text) for verb, text in outcome.refusals if not any(re.search(pattern, text, re.S) for _, pattern in JUDGED)]
+
+
+@dataclass
+class Outcome:
+    """What a job was and what came of it."""
+
+    kind: str
+    seed: int
+    jobs: list[str] = field(default_factory=list)  # verbs whose result was right
+    refusals: list[tuple[str, str]] = field(default_factory=list)  # (verb, message)
+    wrong: list[str] = field(default_factory=list)
+    unusable: str | None = None
+    forward: bool = False  # whether the whole model's outputs were compared
+    without_oracle: str | None = None  # PEFT cannot load the adapters together
+    settings: list[dict] = field(default_factory=list)
+
+    def line(self) -> str:
+        return json.dumps(vars(self), default=str)
+
+
+def run(kind: str, seed: int, folder: Path) -> Outcome:
+    """Draw the job `seed` of a model type, do it, and compare."""
+    outcome = Outcome(kind, seed)
+    rng = random.Random(f"{kind}/{seed}")
+    try:
+        base = models.save_base(kind, rng, folder / "base")
+    except models.Unusable as error:
+        outcome.unusable = str(error)
+        return outcome
+    paths, weights = _adapters(base, rng, folder, outcome)
+    if not paths:
+        outcome.unusable = "PEFT trains none of the configurations"
+        return outcome
+    _merge(base, paths, weights, rng, folder, outcome)
+    if len(paths) > 1 and outcome.without_oracle is None:
+        _combine(base, paths, weights, folder, outcome)
+    if (folder / "merged").exists() and outcome.without_oracle is None and rng.random() < 0.4:
+        _extract(base, folder, outcome)
+    return outcome
+
+
+def _adapters(base: models.Base, rng: random.Random, folder: Path, outcome: Outcome) -> tuple[list[Path], list[float]]:
+    paths, weights = [], []
+    count = rng.choice([1, 1, 1, 2, 2, 3])
+    for attempt in range(4 * count):
+        if len(paths) == count:
+            break
+        model = base.load()
+        config = drawn.config_for(model, base.task, rng)
+        if count > 1:
+            config["bias"] = "none"  # PEFT loads the trained biases of a second adapter under names that it has renamed
+        path = folder / f"adapter{attempt}"
+        try:
+            drawn.train(model, config, path, rng.randrange(2**31))
+        except drawn.Untrainable:
+            continue
+        paths.append(path)
+        outcome.settings.append(config)
+        whole = config.get("modules_to_save") or config["bias"] != "none"
+        weights.append(1.0 if rng.random() < (0.95 if whole else 0.6) else rng.choice([0.5, -1.0, 0.3, 2.0]))
+    return paths, weights
+
+
+def _tried(outcome: Outcome, verb: str, call) -> bool:
+    """Whether a verb did its job; a refusal is noted, anything else is a bug."""
+    try:
+        with quiet():
+            call()
+    except AdapterkitError as error:
+        outcome.refusals += [(verb, str(one)) for one in getattr(error, "errors", (error,))]
+        return False
+    except Exception as error:  # a traceback is a bug whatever its type
+        outcome.wrong.append(f"{verb}: {type(error).__name__}: {error}")
+        return False
+    return True
+
+
+def _reference(base: models.Base, paths: list[Path], weights: list[float], outcome: Outcome):
+    """PEFT's model with all adapters active; None where PEFT cannot hold them together, or loses some of their keys."""
+    try:
+        return _held_by_peft(base, paths, weights)
+    except Exception as error:  # PEFT's own limits have every type
+        outcome.without_oracle = f"{type(error).__name__}: {error}"
+        return None
+
+
+def _held_by_peft(base: models.Base, paths: list[Path], weights: list[float]):
+    """PEFT's model of these adapters; `ValueError` where its loader says that keys were missing or left over."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped = drawn.weighted(base.load(), paths, weights)
+    lost = [str(w.message) for w in caught if re.search("missing adapter keys|nexpected key", str(w.message))]
+    if lost:
+        raise ValueError(lost[0][:300])
+    return wrapped
+
+
+def _merge(base: models.Base, paths: list[Path], weights: list[float], rng: random.Random, folder: Path, outcome: Outcome) -> None:
+    out = folder / "merged"
+    sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
+    if not _tried(outcome, "merge", lambda: adapterkit.merge(base.folder, sources, out=out, verify=True)):
+        return
+    wrapped = _reference(base, paths, weights, outcome)
+    if wrapped is None:
+        return
+    try:
+        with quiet():
+            merged, info = base.cls.from_pretrained(out, output_loading_info=True, dtype="auto")
+    except Exception as error:
+        outcome.wrong.append(f"merge: transformers cannot load the result: {error}")
+        return
+    lost = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    if lost:
+        outcome.wrong.append(f"merge: {lost}")
+        return
+    wrong, outcome.forward = effective.differences(wrapped, merged.eval(), base.load(), STEP[base.dtype])
+    outcome.wrong += [f"merge: {text}" for text in wrong]
+    if not wrong:
+        outcome.jobs.append("merge")
+
+
+def _combine(base: models.Base, paths: list[Path], weights: list[float], folder: Path, outcome: Outcome) -> None:
+    out = folder / "combined"
+    sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
+    if not _tried(outcome, "combine", lambda: adapterkit.combine(sources, out=out, method="linear")):
+        return
+    wrapped = _reference(base, paths, weights, outcome)
+    loaded = _loaded("combine", base, out, outcome)
+    if wrapped is None or loaded is None:
+        return
+    wrong, _ = effective.differences(wrapped, loaded, base.load(), 2.0**-20)
+    outcome.wrong += [f"combine: {text}" for text in wrong]
+    outcome.jobs += [] if wrong else ["combine"]
+
+
+def _extract(base: models.Base, folder: Path, outcome: Outcome) -> None:
+    out = folder / "extracted"
+    if not _tried(outcome, "extract", lambda: adapterkit.extract(base.folder, folder / "merged", rank=4096, out=out)):
+        return
+    if not (out / "adapter_model.safetensors").exists():
+        return
+    with quiet():
+        tuned = base.cls.from_pretrained(folder / "merged", dtype="auto").eval()
+    loaded = _loaded("extract", base, out, outcome)
+    if loaded is not None:
+        wrong, _ = effective.differences(tuned, loaded, base.load(), 2.0**-15)
+        outcome.wrong += [f"extract: {text}" for text in wrong]
+        outcome.jobs += [] if wrong else ["extract"]
+
+
+def _loaded(verb: str, base: models.Base, adapter: Path, outcome: Outcome):
+    """PEFT's model of a written adapter, with every key used."""
+    try:
+        return _held_by_peft(base, [adapter], [1.0])
+    except Exception as error:  # whatever PEFT says of a file that it cannot use
+        outcome.wrong.append(f"{verb}: PEFT cannot load the result: {type(error).__name__}: {error}")
+        return None

@@ -1,0 +1,53 @@
+"""Run many random jobs outside pytest, and print what came of them:
+
+python -m tests.fuzz.run --kinds llama,vit --seeds 0-9 --log outcomes.jsonl        (from the project's folder; all kinds by default)
+"""
+
+import argparse
+import collections
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+for name in ("merge", "combine", "quantised", "weights"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / name))
+
+from tests.fuzz import jobs, models  # noqa: E402 (the path comes first)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kinds", default="all")
+    parser.add_argument("--seeds", default="0-0")
+    parser.add_argument("--log", type=Path)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    options = parser.parse_args()
+    kinds = models.KINDS if options.kinds == "all" else options.kinds.split(",")
+    first, _, last = options.seeds.partition("-")
+    counts: collections.Counter = collections.Counter()
+    began = time.monotonic()
+    for seed in range(int(first), int(last or first) + 1):
+        for kind in kinds:
+            if time.monotonic() - began > options.seconds:
+                break
+            with tempfile.TemporaryDirectory() as folder:
+                outcome = jobs.run(kind, seed, Path(folder))
+            counts["unusable" if outcome.unusable else "jobs"] += 1
+            counts.update(outcome.jobs)
+            counts["refusals"] += len(outcome.refusals)
+            counts["wrong"] += bool(outcome.wrong)
+            counts["outputs compared"] += outcome.forward
+            counts["without oracle"] += outcome.without_oracle is not None
+            odd = jobs.unjudged(outcome)
+            if outcome.wrong or odd:
+                texts = [*outcome.wrong[:4], *(f"REFUSED {verb}: {message}" for verb, message in odd[:3])]
+                print(f"{kind} {seed}: {len(outcome.wrong)} wrong, {len(odd)} refused", *texts, sep="\n   ", flush=True)
+            if options.log:
+                with options.log.open("a") as file:
+                    file.write(outcome.line() + "\n")
+    print(dict(counts), f"{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

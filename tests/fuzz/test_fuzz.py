@@ -1,0 +1,38 @@
+"""Random jobs on random tiny models of transformers, held against PEFT's forward in float64.
+
+The usual run takes some types and seeds; `pytest -m slow tests/fuzz` takes every type; `python -m tests.fuzz.run` as many as wanted.
+"""
+
+import pytest
+
+from . import jobs, models
+
+# one type for each way in which models differ: ties, experts, transposed layers, fused projections, convolutions, attention of
+# torch, bare parameters, renames
+SOME = (
+    "llama", "gpt2", "bert", "roberta", "t5", "mixtral", "gpt_oss", "vit", "clip", "siglip", "mamba", "whisper", "qwen3_moe", "gemma3",
+    "opt", "phimoe", "wav2vec2", "blip", "qwen2_vl", "distilbert",
+)  # fmt: skip
+USUAL = [(kind, seed) for kind in SOME for seed in range(2)]
+
+
+def check(kind: str, seed: int, folder) -> jobs.Outcome:
+    outcome = jobs.run(kind, seed, folder)
+    assert not outcome.wrong, "\n".join([str(outcome.settings), *outcome.wrong])
+    odd = jobs.unjudged(outcome)
+    assert not odd, "\n".join([str(outcome.settings), *(f"{verb}: {text}" for verb, text in odd)])
+    return outcome
+
+
+@pytest.mark.parametrize(("kind", "seed"), USUAL)
+def test_random_jobs(kind, seed, tmp_path):
+    outcome = check(kind, seed, tmp_path)
+    assert outcome.unusable is None, outcome.unusable
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_random_jobs_on_every_type(kind, tmp_path):
+    """Types that transformers cannot make tiny, save or read back are counted by `run`, not judged here."""
+    for seed in range(10, 13):
+        check(kind, seed, tmp_path / str(seed))
