@@ -76,7 +76,7 @@ def _parameters(config: dict, model: nn.Module, rng: random.Random) -> None:
         chosen += _suffixes(stacks, rng, rng.randint(1, 2))
     if flat and rng.random() < 0.12:
         chosen += _suffixes(flat, rng, 1)
-    chosen = sorted({c if "." in c else c for c in chosen})
+    chosen = sorted(set(chosen))
     if chosen:
         config["target_parameters"] = chosen
         config["use_dora"] = config["lora_bias"] = False
@@ -121,6 +121,21 @@ def _ends(model, modules: dict[str, nn.Module]) -> list[str]:
     head = _end(model.get_output_embeddings)
     found = [n for n, m in modules.items() if m is head and n]
     return found + [n for n in modules if re.fullmatch(r"(classifier|score|qa_outputs|.*head)", n)]
+
+
+VALUES = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT trains the head as well
+
+
+def has_values(config: dict[str, Any]) -> bool:
+    """Whether the adapter holds more than products: trained values, which have no multiple."""
+    return config["bias"] != "none" or config.get("task_type") in HEADED or any(config.get(key) for key in VALUES)
+
+
+def keep_factors(config: dict[str, Any]) -> None:
+    """Make the adapter one of products alone."""
+    for key in (*VALUES, *(["task_type"] if config.get("task_type") in HEADED else [])):
+        config.pop(key, None)
 
 
 def train(model: transformers.PreTrainedModel, config: dict[str, Any], folder: Path, seed: int) -> None:

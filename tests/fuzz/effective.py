@@ -28,8 +28,8 @@ def differences(expected: nn.Module, found: nn.Module, plain: transformers.PreTr
     """Modules of `found` that do not do what those of `expected` do, with the error, all in float64; and whether the whole models'
     outputs could be compared.
 
-    Both are PEFT models or plain ones, `plain` the model without adapters. `step`: the error allowed relative to each value, half the
-    distance of two neighbouring values of the written dtype.
+    Both are PEFT models or plain ones, `plain` the model without adapters. `step`: the error allowed,
+    relative to each value: half the distance of two neighbours of the written dtype.
     """
     expected, found, plain = expected.double(), found.double(), plain.double()
     roots = [m.base_model.model if isinstance(m, peft.PeftModel) else m for m in (expected, found)]

@@ -4,10 +4,12 @@ import json
 import random
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from oracle import quiet
+import torch
+import transformers
+from oracle import quiet, stored
 
 import adapterkit
 from adapterkit.errors import AdapterkitError
@@ -67,6 +69,8 @@ def run(kind: str, seed: int, folder: Path) -> Outcome:
     _merge(base, paths, weights, rng, folder, outcome)
     if len(paths) > 1 and outcome.without_oracle is None:
         _combine(base, paths, weights, folder, outcome)
+    if rng.random() < 0.3:
+        _quantize(base, paths, weights, rng, folder, outcome)
     if (folder / "merged").exists() and outcome.without_oracle is None and rng.random() < 0.4:
         _extract(base, folder, outcome)
     return outcome
@@ -82,6 +86,8 @@ def _adapters(base: models.Base, rng: random.Random, folder: Path, outcome: Outc
         config = drawn.config_for(model, base.task, rng)
         if count > 1:
             config["bias"] = "none"  # PEFT loads the trained biases of a second adapter under names that it has renamed
+        if paths and rng.random() < 0.85:
+            drawn.keep_factors(config)  # two adapters' trained values have no sum
         path = folder / f"adapter{attempt}"
         try:
             drawn.train(model, config, path, rng.randrange(2**31))
@@ -89,8 +95,8 @@ def _adapters(base: models.Base, rng: random.Random, folder: Path, outcome: Outc
             continue
         paths.append(path)
         outcome.settings.append(config)
-        whole = config.get("modules_to_save") or config["bias"] != "none"
-        weights.append(1.0 if rng.random() < (0.95 if whole else 0.6) else rng.choice([0.5, -1.0, 0.3, 2.0]))
+        whole = drawn.has_values(config) and rng.random() < 0.95
+        weights.append(1.0 if whole or rng.random() < 0.6 else rng.choice([0.5, -1.0, 0.3, 2.0]))
     return paths, weights
 
 
@@ -179,6 +185,59 @@ def _extract(base: models.Base, folder: Path, outcome: Outcome) -> None:
         wrong, _ = effective.differences(tuned, loaded, base.load(), 2.0**-15)
         outcome.wrong += [f"extract: {text}" for text in wrong]
         outcome.jobs += [] if wrong else ["extract"]
+
+
+def _quantize(
+    base: models.Base, paths: list[Path], weights: list[float], rng: random.Random, folder: Path, outcome: Outcome
+) -> None:
+    """The base in 4 or 8 bits: the tensors that transformers saves; and a merge into it, as floats, against PEFT on what it decodes
+    to."""
+    to, double = rng.choice(["nf4", "fp4", "int8"]), rng.random() < 0.5
+    out, floats, merged = folder / "quantized", folder / "decoded", folder / "merged-floats"
+    double = double and to != "int8"
+    if not _tried(outcome, "quantize", lambda: adapterkit.quantize(base.folder, out=out, to=to, double_quant=double)):
+        return
+    theirs = _quantized_by_transformers(base, to, double, folder / "theirs")
+    if theirs is not None:
+        ours = stored(out)
+        odd = sorted(k for k in {*ours, *theirs} if k not in ours or k not in theirs or not _same(ours[k], theirs[k]))
+        if odd:
+            outcome.wrong.append(f"quantize --to {to}: {len(odd)} tensors differ from transformers': {odd[:3]}")
+            return
+        outcome.jobs.append("quantize")
+    if not _tried(outcome, "dequantize", lambda: adapterkit.dequantize(out, out=floats, dtype="fp32")):
+        return
+    sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
+    options = {"dequantize": True, "dtype": "fp32", "verify": True}
+    if not _tried(outcome, "merge --dequantize", lambda: adapterkit.merge(out, sources, out=merged, **options)):
+        return
+    decoded = replace(base, folder=floats)
+    wrapped = _reference(decoded, paths, weights, outcome)
+    if wrapped is None:
+        return
+    found = replace(base, folder=merged).load()
+    wrong, _ = effective.differences(wrapped, found, decoded.load(), STEP["fp32"])
+    outcome.wrong += [f"merge --dequantize: {text}" for text in wrong]
+    outcome.jobs += [] if wrong else ["merge --dequantize"]
+
+
+def _same(a, b) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _quantized_by_transformers(base: models.Base, to: str, double: bool, folder: Path):
+    """The tensors that transformers and bitsandbytes save; None where they cannot."""
+    settings = {"load_in_8bit": True} if to == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": to}
+    if double:
+        settings["bnb_4bit_use_double_quant"] = True
+    try:
+        with quiet():
+            config = transformers.BitsAndBytesConfig(**settings)
+            model = base.cls.from_pretrained(base.folder, quantization_config=config, dtype="auto", device_map="cpu")
+            model.save_pretrained(folder)
+    except Exception:  # models that its quantizer, or its saving of quantized ones, does not know
+        return None
+    return stored(folder)
 
 
 def _loaded(verb: str, base: models.Base, adapter: Path, outcome: Outcome):

@@ -1,17 +1,18 @@
 """Random jobs on random tiny models of transformers, held against PEFT's forward in float64.
 
-The usual run takes some types and seeds; `pytest -m slow tests/fuzz` takes every type; `python -m tests.fuzz.run` as many as wanted.
+The usual run takes some types and seeds; `pytest -m slow tests/fuzz` takes every type, and
+`python -m tests.fuzz.run` as many as wanted.
 """
 
 import pytest
 
 from . import jobs, models
 
-# one type for each way in which models differ: ties, experts, transposed layers, fused projections, convolutions, attention of
-# torch, bare parameters, renames
+# one type for each way in which models differ: ties, experts, transposed layers, fused projections,
+# convolutions, torch's attention, bare parameters, renames
 SOME = (
-    "llama", "gpt2", "bert", "roberta", "t5", "mixtral", "gpt_oss", "vit", "clip", "siglip", "mamba", "whisper", "qwen3_moe", "gemma3",
-    "opt", "phimoe", "wav2vec2", "blip", "qwen2_vl", "distilbert",
+    "llama", "gpt2", "bert", "roberta", "t5", "mixtral", "gpt_oss", "vit", "clip", "siglip", "mamba", "whisper",
+    "qwen3_moe", "gemma3", "opt", "phimoe", "wav2vec2", "blip", "qwen2_vl", "distilbert",
 )  # fmt: skip
 USUAL = [(kind, seed) for kind in SOME for seed in range(2)]
 
