@@ -73,9 +73,17 @@ def save_base(kind: str, rng: random.Random, folder: Path, *, tie: bool | None =
 def _config(kind: str):
     try:
         with quiet():
-            return tiny.shrink(transformers.AutoConfig.for_model(kind))
+            config = tiny.shrink(transformers.AutoConfig.for_model(kind))
+            settings = config.to_dict()
+            if "per_layer_config" in str(settings):  # of the layers that were there before
+                config = type(config).from_dict(_without(settings, "per_layer_config"))
+            return config
     except Exception as error:  # configs that need arguments, or a file from the Hub
         raise Unusable(f"config: {error}") from error
+
+
+def _without(settings: dict, key: str) -> dict:
+    return {k: _without(v, key) if isinstance(v, dict) else v for k, v in settings.items() if k != key}
 
 
 def _random_model(auto, config, seed: int) -> transformers.PreTrainedModel:
