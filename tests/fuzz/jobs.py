@@ -25,7 +25,10 @@ JUDGED = (
     ("PEFT cannot merge such a bias either", r"a bias for .*, which has none in the base"),
     ("trained values are values, not additions", r"with weight .*these are values, not additions"),
     ("one row of an embedding trained by two adapters", r"a token row trained by two adapters|other token rows trained by each"),
-    ("a DoRA's delta needs the base's weights and a rank", r"is a DoRA of .* its delta depends on the base's weights"),
+    (
+        "a DoRA's delta needs the base's weights and a rank",
+        r"an exact result with DoRA|DoRA of .* its delta depends on the base's weights",
+    ),
     ("trained values of two adapters, weights that are no shares", r"trained whole by"),
 )
 
@@ -46,6 +49,7 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     unusable: str | None = None
     forward: bool = False  # whether the whole model's outputs were compared
+    untrainable: list[str] = field(default_factory=list)  # configurations that PEFT turned down
     without_oracle: str | None = None  # PEFT cannot load the adapters together
     settings: list[dict] = field(default_factory=list)
 
@@ -91,7 +95,8 @@ def _adapters(base: models.Base, rng: random.Random, folder: Path, outcome: Outc
         path = folder / f"adapter{attempt}"
         try:
             drawn.train(model, config, path, rng.randrange(2**31))
-        except drawn.Untrainable:
+        except drawn.Untrainable as error:
+            outcome.untrainable.append(str(error))
             continue
         paths.append(path)
         outcome.settings.append(config)
@@ -161,7 +166,7 @@ def _merge(base: models.Base, paths: list[Path], weights: list[float], rng: rand
 def _combine(base: models.Base, paths: list[Path], weights: list[float], folder: Path, outcome: Outcome) -> None:
     out = folder / "combined"
     sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
-    if not _tried(outcome, "combine", lambda: adapterkit.combine(sources, out=out, method="linear")):
+    if not _tried(outcome, "combine", lambda: adapterkit.combine(sources, base=base.folder, out=out, method="linear")):
         return
     wrapped = _reference(base, paths, weights, outcome)
     loaded = _loaded("combine", base, out, outcome)
@@ -222,7 +227,9 @@ def _quantize(
 
 
 def _same(a, b) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )
 
 
 def _quantized_by_transformers(base: models.Base, to: str, double: bool, folder: Path):

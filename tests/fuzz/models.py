@@ -62,11 +62,13 @@ def save_base(kind: str, rng: random.Random, folder: Path, *, tie: bool | None =
     try:
         with quiet():
             model.save_pretrained(folder)
-            _, info = type(model).from_pretrained(folder, output_loading_info=True, dtype="auto")
+            back, info = type(model).from_pretrained(folder, output_loading_info=True, dtype="auto")
     except Exception as error:  # any model's own code
         raise Unusable(f"saving: {error}") from error
     if any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise Unusable("not read back by transformers")
+    if getattr(back.config, "tie_word_embeddings", None) != getattr(model.config, "tie_word_embeddings", None):
+        raise Unusable("its class does not keep tie_word_embeddings")
     return Base(folder, type(model), TASKS.get(name), dtype)
 
 
