@@ -108,6 +108,10 @@ class Place:
     experts: int | None
 
     @property
+    def is_embedding(self) -> bool:
+        return self.b_key.endswith("lora_embedding_B")
+
+    @property
     def bias_key(self) -> str:
         """Of the bias that b has with lora_bias."""
         return self.b_key.removesuffix("weight") + "bias"

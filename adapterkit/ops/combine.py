@@ -317,7 +317,7 @@ def _values(
         names = ", ".join(f"{adapters[n].name} (weight {w:g})" for n, w in zip(holders, given, strict=True))
         alike = len({s.shape for s in holders.values()}) == 1 and all(s.dtype in dtypes.FLOATS for s in holders.values())
         if several and alike and abs(math.fsum(shares) - 1) < 1e-9:
-            bundles.append(produced.Summed(key, key, tuple(zip(holders.values(), shares, strict=True)), spec.dtype))
+            bundles.append(produced.Summed(key, key, tuple(zip(holders.values(), shares, strict=True)), spec.dtype, spec.shape))
             continue
         found = f"{shown(key)} {'/'.join(sorted({str(s.shape) for s in holders.values()}))}, trained whole by {names}"
         expected = "one adapter of weight 1 that has it, equal values, or weights that add up to 1 with linear, mean or ema"
@@ -387,15 +387,8 @@ def _equal(adapters: Sequence[Adapter], holders: list[tuple[int, TensorSpec]]) -
 
 
 def _biases(joined: dict[str, Site], weights: "_Weights", options: Options, errors: list[AdapterkitError]) -> list[produced.Summed]:
-    """The biases that LoRAs add (lora_bias); they follow the weights, so only `linear` says what becomes of them."""
-    bundles = []
-    levels = levels_of(joined.values())
-    for name, site in joined.items():
-        members = site.members.items()
-        terms = [(lora.bias, f.scale * weights.of(n, lora.module)) for n, (lora, f) in members if lora.bias is not None]
-        if terms:
-            key = site.place(levels).bias_key
-            bundles.append(produced.Summed(f"{name} bias", key, tuple(terms), dtypes.parse(options.dtype)))
+    """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of them."""
+    bundles = produced.added_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
     if bundles and (ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"):
         errors.append(
             Refused(

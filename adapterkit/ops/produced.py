@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,9 +17,10 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.writer import RECEIPT
-from adapterkit.errors import Refused, Spoiled, shown
+from adapterkit.errors import AdapterkitError, Refused, Spoiled, shown
 from adapterkit.factors import Place, rank_and_scale
 from adapterkit.ops.packaging import as_json, cell, check_output_apart, hub_or_name, tokenizer_files
+from adapterkit.ops.sites import Site, levels_of
 from adapterkit.plan import Bundle, Computed, CopyFile, FromFacts, Inputs, Made, Plan, Receipt, identities, run, sha256_of
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ class Summed:
 
     name: str
     key: str
-    terms: tuple[tuple[TensorSpec, float], ...]
+    terms: tuple[tuple[TensorSpec, float], ...]  # none: zeros
     dtype: str
+    shape: tuple[int, ...]
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -83,7 +85,7 @@ class Summed:
 
     @property
     def most(self) -> tuple[Stored, ...]:
-        return (Stored(self.key, self.dtype, self.terms[0][0].shape),)
+        return (Stored(self.key, self.dtype, self.shape),)
 
     @property
     def memory(self) -> int:
@@ -93,11 +95,43 @@ class Summed:
         import torch
 
         values = [(inputs.tensor(spec).view(-1), scale) for spec, scale in self.terms]
-        out = torch.empty(self.terms[0][0].shape, dtype=dtypes.torch_dtype(self.dtype))
+        out = torch.empty(self.shape, dtype=dtypes.torch_dtype(self.dtype))
         for first in range(0, out.numel(), BLOCK):
             here = slice(first, first + BLOCK)
             out.view(-1)[here] = sum(value[here].double() * scale for value, scale in values)
         return Made({self.key: out}, {})
+
+
+def added_biases(
+    joined: Mapping[str, Site],
+    weight_of: Callable[[int, str], float],  # (adapter's number, module)
+    dtype: str,
+    errors: list[AdapterkitError],
+    prefix: str = "",
+) -> list[Summed]:
+    """The biases that LoRAs add (lora_bias): Σ weight · scale · bias of each module, zeros where no adapter has one.
+
+    PEFT gives every module a bias then, and refuses embeddings and parameters beside them.
+    """
+    terms = {
+        name: tuple((x.bias, f.scale * weight_of(n, x.module)) for n, (x, f) in site.members.items() if x.bias is not None)
+        for name, site in joined.items()
+    }
+    if not any(terms.values()):
+        return []
+    levels = levels_of(joined.values())
+    places = {name: site.place(levels) for name, site in joined.items()}
+    errors += [
+        Refused(
+            f"{shown(name)} beside biases of b (lora_bias)",
+            expected="linear layers and convolutions only: PEFT has no such bias on embeddings and parameters",
+            where="adapters",
+            do="merge the adapters into their base instead, or leave the one with lora_bias out",
+        )
+        for name, site in joined.items()
+        if site.parameter or places[name].is_embedding
+    ]
+    return [Summed(f"{prefix}{name} bias", places[name].bias_key, its, dtype, (places[name].out,)) for name, its in terms.items()]
 
 
 @dataclass(frozen=True)
@@ -364,7 +398,7 @@ def beside_factors(adapter: Adapter, dtype: str) -> list[Bundle]:
     for lora in adapter.loras:
         if lora.bias is not None:
             terms = ((lora.bias, rank_and_scale(adapter, lora, None)[1]),)
-            bundles.append(Summed(f"{lora.module} bias", canonical(lora.bias.key), terms, dtype))
+            bundles.append(Summed(f"{lora.module} bias", canonical(lora.bias.key), terms, dtype, lora.bias.shape))
         if lora.magnitude is not None:
             bundles.append(taken(lora.magnitude))
     whole = [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]

@@ -154,21 +154,23 @@ def _output(
         errors += [e for name, site in joined.items() if name not in alone for e in _alike(name, site.members, task, generals)]
         joined = {name: site for name, site in joined.items() if task.number in site.members}
     levels = levels_of(joined.values())
+    weights = {task.number: 1.0} | {general.number: -1.0 / len(generals) for general in generals}
     for name, site in joined.items():
         members, place = site.members, site.place(levels)
         if options.space == "factors" and name not in alone:
             averaged = tuple(f for number, (_, f) in members.items() if number != task.number)
             bundles.append(Lessened(prefix + name, members[task.number][1], averaged, place, dtype))
             continue
-        weights = {task.number: 1.0} | {general.number: -1.0 / len(generals) for general in generals}
         parts = tuple(Part(number, factors, weights[number]) for number, (_, factors) in members.items())
         bundles.append(Combined(prefix + name, parts, place, Linear(), "delta", refit, dtype, 0))
-        terms = [(lora.bias, f.scale * weights[n]) for n, (lora, f) in members.items() if lora.bias is not None]
-        if terms:
-            bundles.append(produced.Summed(f"{prefix}{name} bias", place.bias_key, tuple(terms), dtype))
+    bundles += produced.added_biases(joined, lambda number, module: weights[number], dtype, errors, prefix)
     for key, holders in held([task], levels).items():
         bundles += [produced.Taken(spec, key, prefix) for spec in holders.values()]
-    settings = produced.plain_settings() | produced.extras([task]) | {"lora_bias": bool(task.config.get("lora_bias"))}
+    settings = (
+        produced.plain_settings()
+        | produced.extras([task])
+        | {"lora_bias": any(lora.bias is not None for site in joined.values() for lora, _ in site.members.values())}
+    )
     summary = f"the mean of {len(generals)} general adapters subtracted, in {options.space} space"
     how = targets_of(joined, prefix) | {"settings": settings, "summary": summary, "tokenizer": options.tokenizer}
     return produced.Output([task, *generals], bundles, folder=task.folder.name if several else "", **how)
@@ -178,8 +180,6 @@ def _alike(name: str, members: dict, task: Adapter, generals: Sequence[Adapter])
     """Factors can be averaged only where all have the module, at one rank."""
     ranks = {number: factors.rank for number, (_, factors) in members.items()}
     if len(ranks) == 1 + len(generals) and len(set(ranks.values())) == 1:
-        return []
-    if task.config.get("lora_bias"):
         return []
     found = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in [task, *generals])
     do = "use --space delta"

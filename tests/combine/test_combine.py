@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import oracle
+import peft
 import pytest
 import torch
 from click.testing import CliRunner
@@ -330,6 +331,30 @@ def test_biases_follow_the_weights(tmp_path):
     assert torch.allclose(found, 6 / 4 * biases[0] - 0.5 * 7 / 4 * biases[1], rtol=1e-6)
     with pytest.raises(Refused, match="biases"):
         combined(sources, tmp_path / "ties", (1.0, 1.0), method="ties", density=0.5)
+
+
+@pytest.mark.parametrize("verb", ["combine", "subtract"])
+def test_every_module_has_a_bias_where_one_has(tmp_path, verb):
+    """PEFT makes one for each module, and misses those that the file does not hold."""
+    biased = trained(tmp_path / "biased", 1, target_modules=["fit"], lora_bias=True)
+    plain = trained(tmp_path / "plain", 2, target_modules=["fit", "image", "line"])
+    if verb == "combine":
+        combined([biased, plain], tmp_path / "out", (1.0, 1.0), method="linear")
+    else:
+        adapterkit.subtract([plain], general=[biased], out=tmp_path / "out")
+    state = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    biases = {key: value for key, value in state.items() if key.endswith("lora_B.bias")}
+    assert len(biases) == 3 and sum(bool(value.any()) for value in biases.values()) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft.PeftModel.from_pretrained(net(), tmp_path / "out")
+
+
+def test_biases_beside_an_embedding_are_refused(tmp_path):
+    biased = trained(tmp_path / "biased", 1, target_modules=["fit"], lora_bias=True)
+    embedding = trained(tmp_path / "embedding", 2, target_modules=["embed"])
+    with pytest.raises(Refused, match="embed beside biases"):
+        combined([biased, embedding], tmp_path / "out", (1.0, 1.0), method="linear")
 
 
 def test_a_trained_head_is_taken_from_the_one_that_has_it(tmp_path):

@@ -24,6 +24,7 @@ JUDGED = (
     ("DoRA beside another adapter: the order decides", r"DoRA of .* beside another adapter"),
     ("PEFT cannot merge such a bias either", r"a bias for .*, which has none in the base"),
     ("trained values are values, not additions", r"with weight .*these are values, not additions"),
+    ("PEFT has no such bias on embeddings and parameters", r"beside biases of b \(lora_bias\)"),
     ("one row of an embedding trained by two adapters", r"a token row trained by two adapters|other token rows trained by each"),
     (
         "a DoRA's delta needs the base's weights and a rank",
