@@ -740,13 +740,6 @@ def _print_receipt(receipt: Any) -> None:
         click.echo(f"note: {note}", err=True)
     for name in data.get("left_out", []):
         click.echo(f"left out: {name}", err=True)
-    lost = [k for k, f in data["parameters"].items() if f.get("changed", 1) < 0.01 and f.get("delta", 0) > 0]
-    if lost:
-        click.echo(
-            f"warning: in {len(lost)} tensors (first {lost[0]}) under 1 % of the sampled values changed: "
-            "the delta is below the dtype's resolution there; --dtype fp32 keeps it",
-            err=True,
-        )
 
 
 def _print_verified(result: dict[str, Any]) -> None:

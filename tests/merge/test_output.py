@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import Damaged, Failed, Refused
+from adapterkit.kernels.stochastic import last_place
 from adapterkit.ops.verify import check_rows
 from adapterkit.options import parse_size
 
@@ -216,6 +217,47 @@ def test_the_receipt(llama, lora, tmp_path):
 def test_a_delta_below_the_dtypes_resolution_is_reported(llama, lora, tmp_path):
     receipt = oracle.merge(llama, f"{lora}=1e-7", out=tmp_path / "out").data
     assert all(facts["changed"] < 0.01 and facts["rounding"] > 0.9 for facts in receipt["parameters"].values())
+    (warning,) = [note for note in receipt["notes"] if "WARNING" in note]
+    assert "in 14 of 14 tensors less than 80% of it survived (in the median one 0%" in warning
+    assert "--rounding stochastic" in warning and "--dtype fp32" in warning
+
+
+def deltas(folder, dtype, size):
+    """A weight of the usual spread, and a delta of normal values, `size` times the weight's median step in bf16."""
+    generator = torch.Generator().manual_seed(0)
+    w = (torch.randn(512, 512, generator=generator) * 0.02).to(dtype)
+    for name in ("base", "adapter"):
+        (folder / name).mkdir(parents=True)
+    save_file({"x.weight": w}, folder / "base/model.safetensors")
+    step = float(last_place(w.float().abs(), torch.bfloat16).median()) * size / 16
+    prefix = "base_model.model.x.lora_"
+    a, b = (torch.randn(*shape, generator=generator) for shape in [(256, 512), (512, 256)])
+    save_file({prefix + "A.weight": a * step, prefix + "B.weight": b}, folder / "adapter/adapter_model.safetensors")
+    (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 256, "lora_alpha": 256}')
+    return folder / "base", folder / "adapter"
+
+
+@pytest.mark.parametrize("size, survived", [(2, 1.0), (1, 0.93), (1 / 2, 0.70), (1 / 8, 0.22), (1 / 32, 0.06)])
+def test_the_share_of_the_delta_that_survives_16_bits(size, survived, tmp_path):
+    base, adapter = deltas(tmp_path, torch.bfloat16, size)
+    receipt = oracle.merge(base, adapter, out=tmp_path / "out").data
+    facts = receipt["parameters"]["x.weight"]
+    before, after = (stored(tmp_path / name)["x.weight"].double() for name in ("base", "out"))
+    factors = load_file(adapter / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.x.lora_{side}.weight"].double() for side in "AB")
+    left = float(((after - before) * (b @ a)).sum() / (b @ a).square().sum())
+    assert facts["survived"] == pytest.approx(left, abs=1e-3) == pytest.approx(survived, abs=0.02)
+    assert bool([note for note in receipt["notes"] if "swallowed" in note]) == (survived < 0.8)
+    for name, options in [("drawn", {"rounding": "stochastic"}), ("wide", {"dtype": "fp32"})]:
+        notes = oracle.merge(base, adapter, out=tmp_path / name, **options).data["notes"]
+        assert not [note for note in notes if "WARNING" in note]
+
+
+def test_a_base_of_more_digits_swallows_nothing(tmp_path):
+    base, adapter = deltas(tmp_path, torch.float32, 1 / 8)
+    receipt = oracle.merge(base, adapter, out=tmp_path / "out", dtype="bf16").data
+    assert receipt["parameters"]["x.weight"]["rounding"] > 1
+    assert not [note for note in receipt["notes"] if "WARNING" in note]
 
 
 def test_hash_none_hashes_nothing_and_verify_still_checks_keys(llama, lora, tmp_path):
