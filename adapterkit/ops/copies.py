@@ -30,8 +30,8 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
         beside = name in adapter.copies
         unasked = EMBEDDINGS.search(name) and not adapter.saves(name) and not name.endswith("bias")
         parameter = job.names.parameter(name) if (beside or unasked) and job.takes(name) else None
-        if parameter is None or parameter.shape != spec.shape:
-            continue  # another vocabulary: no copy
+        if parameter is None or parameter.shape != spec.shape or not spec.shape or spec.dtype not in dtypes.FLOATS:
+            continue  # another vocabulary: no copy; what is no float weight was refused with the file
         stored = job.base.tensors[parameter.slots[0].key]
         comparable = parameter.slots[0].whole and type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
         count = rows_apart((adapter.folder, spec), (job.base.folder, stored)) if comparable else spec.shape[0]
@@ -60,7 +60,9 @@ def rows_apart(one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSpec])
     """In how many rows two stored tensors of one shape differ, once the wider is rounded to the other's dtype."""
     shape = one[1].shape
     width = math.prod(shape[1:])
-    step = max(1, BLOCK // max(1, width))
+    if not width:
+        return 0
+    step = max(1, BLOCK // width)
     apart = [0, 0]
     for first in range(0, shape[0], step):
         a, b = (_rows(folder, spec, first, min(first + step, shape[0]), width) for folder, spec in (one, other))

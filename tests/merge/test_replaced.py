@@ -292,6 +292,15 @@ def test_a_copy_in_another_dtype(dtypes, made, tmp_path):
     assert_same(stored(tmp_path / "out"), stored(tmp_path / "ignored"))
 
 
+@pytest.mark.parametrize("copy", [torch.zeros(80, 32, dtype=torch.uint8), torch.zeros(80, 31), torch.zeros(()), torch.zeros(0, 32)])
+def test_copies_that_are_none(copy, llama, tmp_path):
+    """A copy of a quantised base, of another width, of nothing."""
+    _copies(llama, tmp_path / "adapter")
+    save_file(stored(tmp_path / "adapter") | {COPY: copy}, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(Refused, match=r"is U8|shape \(\(4, 80\)|embed_tokens.weight: shape"):
+        oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
+
+
 def test_an_adapter_loads_without_its_copies(llama, tmp_path):
     adapter, _ = _two(llama, tmp_path)
     before = peft_model(load(oracle.llama, llama), adapter)
