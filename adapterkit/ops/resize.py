@@ -65,7 +65,9 @@ def resize(
     factor (biases, magnitudes, trained modules, token rows) is kept. Raises `Refused` before anything is written.
 
     LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does too. OFT needs it for the
-    weights that it rotates, VeRA for the widths of its layers, convolutions of the others for their kernels.
+    weights that it rotates, VeRA for the widths of its layers, convolutions of the others for their kernels, `target_parameters`
+    that patterns tell apart for their order. Of a DoRA without `base` the magnitudes stay and scale·b@a is approximated, which a
+    note says.
     """
     options = Options(Cut(rank, energy, sv_ratio, max_size), alpha, dtype)
     plan = plan_resize(open_adapter(adapter), options, None if base is None else open_model(base))
@@ -126,6 +128,11 @@ class _Job:
         self.targets = targets_of(sites)
         joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
         if self.base is None or not adapter.config.get("use_dora"):
+            if adapter.config.get("use_dora"):
+                self.notes.append(
+                    "DoRA without --base: the magnitudes stay, and the approximation is of scale·b@a, not of the delta that they "
+                    "and the norms of W + scale·b@a make of it (with --base the delta itself is fitted, as plain LoRA)"
+                )
             dtype, alpha, levels = dtypes.parse(self.options.dtype), self._alpha(), levels_of(sites.values())
             for name, site in sites.items():
                 self.ranked.append(Truncated(name, joined[name][1], site.place(levels), self.options.cut, dtype, alpha))

@@ -275,3 +275,46 @@ def test_square_stacks_of_two_versions_are_not_added(tmp_path):
         save_file({k: t.contiguous() for k, t in square.items()}, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterkitError, match="turned them in 0.19"):
         combine([sources[0], old], tmp_path / "out", (1.0, 1.0))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_layers_narrower_than_the_rank(init, rslora, tmp_path):
+    """PiSSA and OLoRA cut the factors there to the layer's own width; the scale is that of r all the same."""
+    build = oracle.net
+    config = {"target_modules": ["narrow", "fit"], "r": 6, "lora_alpha": 5, "init_lora_weights": init, "use_rslora": rslora}
+    with oracle.quiet():
+        before = build().double().state_dict()
+        wrapped = oracle.peft.get_peft_model(build(), oracle.peft.LoraConfig(**config))
+        wrapped.save_pretrained(tmp_path / "initial")
+        residual = {key: value.clone() for key, value in plain_state(wrapped).items()}
+        oracle.perturb(wrapped, 3)
+        wrapped.save_pretrained(tmp_path / "trained")
+        wrapped.merge_adapter()
+    after = plain_state(wrapped)
+    rows = load_file(tmp_path / "trained" / "adapter_model.safetensors")["base_model.model.narrow.lora_A.weight"]
+    assert rows.shape[0] == 3
+    adapterkit.rebase(tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "plain")
+    found = deltas(build, tmp_path / "plain")
+    for name in ("narrow.weight", "fit.weight"):
+        expected = after[name].double() - before[name]
+        assert float((found[name] - expected).norm()) <= 1e-5 * float(expected.norm()), name
+    (tmp_path / "base").mkdir()
+    save_file(residual, tmp_path / "base" / "model.safetensors")
+    adapterkit.merge(tmp_path / "base", [tmp_path / "trained"], out=tmp_path / "merged", base_is_residual=True)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.allclose(merged[name], after[name], atol=1e-5) for name in ("narrow.weight", "fit.weight"))
+    with pytest.raises(AdapterkitError, match="rank 3 in the file"):
+        wrong = oracle.edit_config(tmp_path / "trained", tmp_path / "wrong", init_lora_weights=True)
+        adapterkit.merge(tmp_path / "base", [wrong], out=tmp_path / "no")
+
+
+def test_resizing_a_dora_without_its_base_says_what_is_approximated(tmp_path):
+    source = trained(oracle.net, tmp_path / "a", target_modules=["fit"], use_dora=True)
+    notes = adapterkit.resize(source, out=tmp_path / "out", rank=2).data["notes"]
+    assert any("magnitudes stay" in note and "--base" in note for note in notes)
+    base = tmp_path / "base"
+    base.mkdir()
+    oracle.save_base(oracle.net(), base, "fp32")
+    notes = adapterkit.resize(source, out=tmp_path / "plain", rank=2, base=base).data["notes"]
+    assert not any("magnitudes stay" in note for note in notes)
