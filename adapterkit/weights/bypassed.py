@@ -37,4 +37,5 @@ def _is_read(around: tuple[type, ...], leaf: str) -> bool:
     leaf = re.escape(leaf)
     asked = re.search(rf"\.{leaf}\.(stride|kernel_size|padding|dilation|in_channels|out_channels)\b", code)
     read = re.search(rf"\.{leaf}\.weight\b(?!\.(dtype|device|shape|data)\b)", code)
-    return bool(asked or (read and not re.search(rf"\.{leaf}\(", code)))
+    factor = re.search(rf"\.{leaf}\.weight\s*@|@\s*self\.{leaf}\.weight\b", code)  # even where another path calls the layer
+    return bool(asked or factor or (read and not re.search(rf"\.{leaf}\(", code)))

@@ -35,6 +35,11 @@ def _mamba() -> nn.Module:
     return _build("MambaForCausalLM", config)
 
 
+def _falcon_mamba() -> nn.Module:
+    config = transformers.FalconMambaConfig(vocab_size=80, hidden_size=32, state_size=6, num_hidden_layers=2, use_mambapy=False)
+    return _build("FalconMambaForCausalLM", config)
+
+
 def _llava() -> nn.Module:
     vision = transformers.CLIPVisionConfig(**TOWER, **IMAGE)
     config = transformers.LlavaNextConfig(
@@ -114,6 +119,7 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "clip": oracle.clip,
     "siglip": _siglip,
     "mamba": _mamba,
+    "falcon_mamba": _falcon_mamba,  # multiplies by a weight itself where another path calls the layer
     "bert": lambda: oracle.bert("BertForMaskedLM"),
     "llava": _llava,
     "blip2": _blip2,

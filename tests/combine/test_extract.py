@@ -14,6 +14,7 @@ import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from shared import truncated
+from torch import nn
 
 import adapterkit
 from adapterkit.cli import main
@@ -161,7 +162,7 @@ def test_norms_embeddings_and_heads_are_saved_left_out_or_refused(saved, tmp_pat
     assert all(torch.allclose(found[key], tensor, atol=2e-6) for key, tensor in expected.items())
     receipt = adapterkit.extract(base, after, out=tmp_path / "dropped", rank=2, rest="drop")
     assert "model.norm.weight" in receipt.data["left_out"] and config_of(tmp_path / "dropped")["modules_to_save"] is None
-    with pytest.raises(Refused, match=r"model\.norm\.weight"):
+    with pytest.raises(Refused, match=r"6 of one kind, such as\n  model\.embed_tokens\.weight differs"):
         adapterkit.extract(base, after, out=tmp_path / "no", rank=2, rest="refuse")
     adapterkit.extract(base, after, out=tmp_path / "attention", rank=2, rest="refuse", include="self_attn")
 
@@ -452,6 +453,30 @@ def test_a_full_fine_tune_answers_as_it_does_itself(name, made, tmp_path):
     for model in (theirs, oracle.load(build, tmp_path / "back")):
         for found, answer in zip(architectures.answers(name, model), expected, strict=True):
             torch.testing.assert_close(found, answer, rtol=0, atol=2e-5 * float(answer.abs().max()))
+
+
+def test_names_that_others_end_with(made, tmp_path):
+    """PEFT goes by the ends of names: the last norm of a bare model would be each layer's norm to it."""
+    build = functools.partial(oracle.llama, cls="LlamaModel")
+    base = made("extract-bare", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    after = tuned(base, build, tmp_path / "tuned", lambda name, t: everything(name, t) if "input_layernorm" not in name else t)
+    adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
+    assert "norm.weight" in config_of(tmp_path / "out")["modules_to_save"]
+    check_both_ways(base, tmp_path / "out", after, build, tmp_path)
+
+
+def test_targets_that_others_end_with(tmp_path):
+    """A list would mean both towers; the regex means one."""
+    from adapterkit.ops.extract import _Output
+
+    others = frozenset({"layers.0.q", "encoder.layers.0.q", "layers.0", "encoder"})
+    output = _Output([], [], {}, {}, "", others=others)
+    assert output._modules({"encoder.layers.0.q"}) == ["encoder.layers.0.q"]
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])})
+    model["encoder"] = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])})
+    with oracle.quiet():
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=output._modules({"layers.0.q"})))
+    assert [name for name, _ in wrapped.named_modules() if name.endswith(".lora_A")] == ["base_model.model.layers.0.q.lora_A"]
 
 
 def test_a_part_of_a_fused_bias_is_its_own_slice(made, tmp_path):
