@@ -73,16 +73,19 @@ class Edited:
 
     @property
     def memory(self) -> int:
-        return dtypes.size(self.step.dtype, math.prod(self.step.shape)) + _memory(self.step, 2, 12)
+        return dtypes.size(self.step.dtype, math.prod(self.step.shape)) + _memory(self.step, 2, 20)
 
     def make(self, inputs: Inputs) -> Made:
         weight = _Weight(self.step, inputs)
         edits = weight.edits()
         out = torch.empty(self.step.shape, dtype=dtypes.torch_dtype(self.step.dtype))
         grid = out.view(weight.rows, weight.columns)
-        for part in weight.changed(edits, compared=False):
-            grid[part.first : part.last] = rounded(part.after, self.step, part.first * weight.columns)
-        return Made({self.step.key: out}, weight.facts(edits))
+        survival = Survival()
+        for part in weight.changed(edits, compared=bool(edits)):
+            here = grid[part.first : part.last] = rounded(part.after, self.step, part.first * weight.columns)
+            if edits:
+                survival.add(part, here.to(part.after.dtype))
+        return Made({self.step.key: out}, weight.facts(edits) | survival.facts("rounding"))
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Part(NamedTuple):
 
 class Survival:
     """What a change comes to once it is stored: `survived` ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if it is all there, 0 if nothing moved;
-    `requantisation` ‖stored - after‖ / ‖Δ‖, the noise beside it. Δ = after - before."""
+    the noise beside it, called `requantisation` or `rounding`, ‖stored - after‖ / ‖Δ‖. Δ = after - before."""
 
     def __init__(self):
         self.sums: list[tuple[float, float, float]] = []
@@ -156,11 +159,13 @@ class Survival:
             delta = y - x
             self.sums.append((float(torch.dot(z - x, delta)), float(torch.dot(delta, delta)), float((z - y).square().sum())))
 
-    def facts(self) -> dict[str, float]:
-        inner, squares, noise = (math.fsum(column) for column in zip(*self.sums, strict=True))
+    def facts(self, noise: str = "requantisation") -> dict[str, float]:
+        if not self.sums:
+            return {}
+        inner, squares, error = (math.fsum(column) for column in zip(*self.sums, strict=True))
         if not squares:
             return {"survived": 1.0}
-        return {"survived": short(inner / squares), "requantisation": short((noise / squares) ** 0.5)}
+        return {"survived": short(inner / squares), noise: short((error / squares) ** 0.5)}
 
 
 def lost(facts: dict[str, dict]) -> list[str]:

@@ -233,3 +233,22 @@ def test_a_merge_keeps_the_delta_the_scales_and_the_other_modules(inputs, tmp_pa
 
 def touched(key: str) -> bool:
     return "q_proj" in key or "down_proj" in key
+
+
+def test_a_merge_into_decoded_weights_says_what_survived(made, tmp_path, monkeypatch):
+    oracle = pytest.importorskip("oracle")
+    train = lambda folder: oracle.train(forged.llama(), folder, target_modules=["q_proj", "down_proj"], size=5e-3)
+    base, lora = checkpoint("bnb-nf4", made), made("rounding-lora-0.005", train)
+    found = []
+    for rounding, size in (("nearest", 1 << 20), ("stochastic", 1 << 20), ("stochastic", 1024)):
+        out = tmp_path / f"{rounding}-{size}"
+        monkeypatch.setattr(requantised, "SLICE", size)
+        receipt = adapterkit.merge(base, [lora], out=out, dequantize=True, dtype="bf16", rounding=rounding, verify=True)
+        facts = [fact for key, fact in receipt.data["parameters"].items() if touched(key)]
+        assert len(facts) == 4
+        found.append([fact["survived"] for fact in facts])
+        assert all(0 < fact["rounding"] < 1 for fact in facts), facts
+    # decoded values are none of bf16, so rounding to nearest loses nothing on average either
+    assert all(0.9 < share < 1.1 for share in [*found[0], *found[1]]), found
+    assert found[0] != found[1] == found[2]
+    assert (tmp_path / f"stochastic-{1 << 20}" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
