@@ -93,6 +93,23 @@ class Term:
     flip: bool = False
     experts: int | None = None
 
+    @property
+    def shared(self) -> bool:
+        """Whether other steps need other parts of the same factors: experts that are stored one by one."""
+        return self.experts is not None and len(self.blocks) < self.experts
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        """b, and a or those experts' parts of it that the blocks need."""
+        if self.experts is None:
+            return (self.a, self.b)
+        return (*(self._of_expert(block) for block in self.blocks), self.b)
+
+    def _of_expert(self, block: Block) -> TensorSpec:
+        """The block's expert's part of a."""
+        assert self.experts is not None and block.expert is not None
+        return part_of(self.a, (self.experts, self.rank, *self.a.shape[1:]), block.expert)
+
     def products(self, inputs: Inputs) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
         for block, left, right in self._cut(inputs):
@@ -112,10 +129,9 @@ class Term:
             return
         cut = lambda b: b.reshape(-1, self.rank, self.experts).permute(2, 0, 1).contiguous()
         # where each expert is stored alone, its step must not go through the factors of all: that costs the square of their number
-        stack = inputs.kept(self.b, cut) if len(self.blocks) < self.experts else cut(inputs.stored(self.b))
+        stack = inputs.kept(self.b, cut) if self.shared else cut(inputs.stored(self.b))
         for block in self.blocks:
-            assert block.expert is not None
-            a = inputs.tensor(part_of(self.a, (self.experts, self.rank, *self.a.shape[1:]), block.expert))
+            a = inputs.tensor(self._of_expert(block))
             yield block, scaled_to(stack[block.expert].to(inputs.dtype), self.scale), a.reshape(self.rank, -1)
 
 
@@ -165,7 +181,11 @@ class AddLowRank:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for term in self.terms for spec in (term.a, term.b))
+        return tuple(spec for term in self.terms for spec in term.reads)
+
+    @property
+    def kept(self) -> tuple[TensorSpec, ...]:
+        return tuple(term.b for term in self.terms if term.shared)
 
     def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         stacks: dict[tuple[int, int, int, int], list] = {}
@@ -200,7 +220,11 @@ class AddLikePeft:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.term.a, self.term.b)
+        return self.term.reads
+
+    @property
+    def kept(self) -> tuple[TensorSpec, ...]:
+        return (self.term.b,) if self.term.shared else ()
 
     def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         scale = self.term.scale

@@ -231,8 +231,10 @@ class Plan:
         as_is = [stored for bundle in bundles if getattr(bundle, "copied", False) for stored in bundle.most]
         computed = [stored for bundle in bundles if not getattr(bundle, "copied", False) for stored in bundle.most]
         small = sum(self._small(file) for file in self.files.values())
-        factors = sum({s: s.nbytes for step, _ in changed for e in step.edits for s in e.reads}.values())
-        factors += sum({s: s.nbytes for bundle in bundles for s in bundle.reads}.values())
+        readers = [*(edit for step, _ in changed for edit in step.edits), *bundles]
+        kept = {spec for reader in readers for spec in kept_by(reader)}  # read once for all
+        factors = sum(spec.nbytes for reader in readers for spec in reader.reads if spec not in kept)
+        factors += sum(spec.nbytes for spec in kept)
         written = sum(shard.layout.size for shard in self.shards) + small
         largest = max((sum(s.nbytes << step.wide for e in step.edits for s in e.reads) for step, _ in changed), default=0)
         made = max((bundle.memory for bundle in bundles), default=0)
@@ -252,6 +254,11 @@ class Plan:
         if isinstance(file, CopyFile):
             return self.folders[file.folder].files()[file.name]
         return len(file) if isinstance(file, bytes) else 0
+
+
+def kept_by(reader: Edit | Bundle) -> tuple[TensorSpec, ...]:
+    """Of what an edit or a bundle reads, what stays at hand for others: stacks of experts' factors."""
+    return getattr(reader, "kept", ())
 
 
 def identities(folders: tuple[Folder, ...], names: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Identity]:

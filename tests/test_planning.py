@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.checkpoint.reader import read_small
+from adapterkit.checkpoint.reader import Sources, read_small
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.computed import _Sorted
 from adapterkit.errors import Damaged, Spoiled
@@ -189,3 +189,23 @@ def test_an_index_shares_the_strings_of_the_headers(tmp_path):
         assert key is base.tensors[key].key and file is base.tensors[key].file
     shapes = [spec.shape for spec in base.tensors.values() if spec.file == file]
     assert len({id(shape) for shape in shapes}) == len(set(shapes))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
+    """Of experts stored one by one each step reads its own part of a, and the stack of b is read once for all."""
+    mixture(tmp_path / "base")
+    model = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base")
+    experts = {"target_parameters": ["gate_up_proj", "down_proj"]} if stacked else {}
+    oracle.train(model, tmp_path / "lora", target_modules=["q_proj", "o_proj"], **experts)
+    plan = plan_merge(LocalFolder(tmp_path / "base"), [(LocalFolder(tmp_path / "lora"), 1.0)], Options())
+    weights = sum(spec.nbytes for spec in open_checkpoint(LocalFolder(tmp_path / "base")).tensors.values())
+    read, ranges = Sources.read_into, []
+
+    def noted(self, spec, offset, buffer):
+        ranges.append((spec.folder, len(buffer)))
+        read(self, spec, offset, buffer)
+
+    monkeypatch.setattr(Sources, "read_into", noted)
+    carry_out(plan, tmp_path / "out", engine="local", device="cpu", dry_run=False)
+    assert plan.totals()["bytes_read"] - weights == sum(size for folder, size in ranges if folder == 1)

@@ -18,7 +18,7 @@ from adapterkit.engines.local import arithmetic, rounded
 from adapterkit.errors import shown
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops.sizes import short
-from adapterkit.plan import Bundle, Computed, Inputs, Made, Shard, Step
+from adapterkit.plan import Bundle, Computed, Inputs, Made, Shard, Step, kept_by
 from adapterkit.weights.packed import Packed, read_back
 
 ROWS = 1 << 18  # elements of a weight that are edited at a time
@@ -68,6 +68,10 @@ class Edited:
         return (*stored_parts(self.step.source), *(spec for edit in self.step.edits for spec in edit.reads))
 
     @property
+    def kept(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for edit in self.step.edits for spec in kept_by(edit))
+
+    @property
     def most(self) -> tuple[Stored, ...]:
         return (Stored(self.step.key, self.step.dtype, self.step.shape),)
 
@@ -102,6 +106,10 @@ class Requantised:
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         return (*self.packed.parts, *(spec for edit in self.step.edits for spec in edit.reads))
+
+    @property
+    def kept(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for edit in self.step.edits for spec in kept_by(edit))
 
     @property
     def most(self) -> tuple[Stored, ...]:
