@@ -22,7 +22,7 @@ HUGE = 10**30
 VALUES = [
     None, True, False, 0, -1, 1, 2, 8.0, 1.5, 0.5, math.nan, math.inf, -math.inf, HUGE, -HUGE, 2**63, float(HUGE), 1j,
     Decimal("0.5"), "", " ", "x", "4", "8.0", "0", "-3", "(", "*", "a\0b", "ü\n", "none", "SHA256", "cuda:99", "cpu:7",
-    "cuda:99999999999", "1GB", "x=1", "1" * 100, "x" * 200, b"x", [], {}, (), [1], [None], ["x"], ["x", "y"], {"x": 1},
+    "cuda:99999999999", "1GB", "x=1", "1" * 300, "x" * 200, b"x", [], {}, (), [1], [None], ["x"], ["x", "y"], {"x": 1},
     {"x": None}, {1: 2}, ("x", 0.5), {"x"}, object(), Path("x"), re.compile("x"), re.compile("x", re.IGNORECASE), int, range(3),
     np.int64(3), np.float32(0.25), np.float64("nan"), np.bool_(True), np.array([1, 2]), np.array([]), np.str_("x"),
     torch.tensor(2), torch.tensor([1.5, 2]), torch.bfloat16, torch.int8,
@@ -183,6 +183,22 @@ def test_errors_are_the_package_s():
 
 def test_sizes_are_bytes():
     assert parse_size("max_size", 5_000_000_000) == parse_size("max_size", "5GB") == parse_size("max_size", np.int64(5 * 10**9))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("out, words", [
+    ("file", "a file of that name"), ("file/sub", "file is a file"), ("file/sub/deeper", "file is a file"), ("link", "is a link"),
+    (".", "holds, or lies inside"), ("/dev/null/x", "null is a file"),
+])  # fmt: skip
+def test_outputs_that_cannot_be(out, words, dry, calls, tmp_path, monkeypatch):
+    base, one = calls["merge"][0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "lora").symlink_to(one)
+    with pytest.raises(adapterkit.Refused, match=words):
+        adapterkit.merge(base, tmp_path / "lora", out=out if out != "." else one.parent, dry_run=dry)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "lora"]
 
 
 def test_dry_run_checks_too(calls, tmp_path):

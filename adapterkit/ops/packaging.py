@@ -1,6 +1,7 @@
 """What an output folder holds besides weights: config, tokenizer, custom code, generation config, index, model card."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -194,11 +195,15 @@ def _kept(base: Checkpoint) -> list[str]:
 
 
 def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
-    """`Refused` when the output is an input, inside one, around one, or a link to one."""
+    """`Refused` when the output is an input, inside one, around one, or a link to one, or cannot be a folder."""
     check_name(out)
     final = out.resolve()
     if out.is_symlink():
         raise Refused("the output is a link", expected="a new folder", where=str(out), do="choose another --out")
+    there = next(path for path in (final, *final.parents) if os.path.exists(path))
+    if not there.is_dir():
+        found = "a file of that name" if there == final else f"{shown(there.name)} is a file, and no folder to make one in"
+        raise Refused(found, expected="a folder to make", where=str(out), do="choose another --out")
     for folder in folders:
         if not isinstance(folder, LocalFolder):
             continue
