@@ -51,7 +51,7 @@ def verify_against(folder: Path, plan: Plan) -> dict[str, Any]:
 
 def read_receipt(folder: Path) -> dict[str, Any]:
     """The receipt of an output folder."""
-    if not (folder / RECEIPT).is_file():
+    if not os.path.isfile(folder / RECEIPT):
         raise Refused(
             f"no {RECEIPT}",
             expected="an output of adapterkit, finished",
