@@ -722,6 +722,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
 
 
 def _print_receipt(receipt: Any) -> None:
+    from adapterkit.ops.outcomes import outcomes
+
     data = receipt.data
     if receipt.finished_before:
         click.echo(f"{receipt.out}: finished before, nothing to do", err=True)
@@ -734,6 +736,8 @@ def _print_receipt(receipt: Any) -> None:
         f"{totals['bytes_written']:,} bytes in {data['timings']['seconds']:.1f} s",
         err=True,
     )
+    for line in outcomes(data):
+        click.echo(line, err=True)
     if "verified" in data:
         _print_verified(data["verified"])
     for note in data["notes"]:

@@ -19,6 +19,7 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.ops import packaging
 from adapterkit.ops.changes import collect
 from adapterkit.ops.embeddings import set_everywhere, settle_head, settle_ties, settle_vocabulary
+from adapterkit.ops.history import notes_on
 from adapterkit.ops.job import Job, Options
 from adapterkit.ops.produced import carry_out
 from adapterkit.ops.quantize import CHANGED_BY
@@ -115,6 +116,7 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     if errors and len(read) < len(sources):
         refuse_all(errors)
     job = Job(checkpoint, read, [weight for _, weight in sources], options)
+    job.notes += notes_on(base, read, job.weights)
     collect(job)
     refuse_all([*errors, *job.errors])
     settle_ties(job)

@@ -1,0 +1,64 @@
+"""What the receipt beside a base says of the adapters in it."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from adapterkit.adapter import WEIGHTS, Adapter
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.spec import read_json
+from adapterkit.checkpoint.writer import RECEIPT
+from adapterkit.errors import shown
+
+
+def notes_on(base: Folder, adapters: Sequence[Adapter], weights: Sequence[float]) -> list[str]:
+    """Adapters that the base's receipt already holds and are added again, and such as it does not hold and are taken out.
+
+    Files are compared by their sha256, and only those whose headers agree are read for it."""
+    held = _held(read_json(base, RECEIPT)) if RECEIPT in base.files() else []
+    notes = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        alike = [one for one in held if one.header == adapter.header_sha256]
+        sha = _sha256(adapter.folder) if alike else ""
+        there = next((one.weight for one in alike if one.sha256 == sha), 0.0)
+        if there * weight > 0:
+            notes.append(
+                f"{adapter.name} is in {base.name} already, with weight {there:g}, as its receipt says: it is added once more"
+            )
+        elif held and weight < 0 and there == 0:
+            names = ", ".join(shown(one.name) for one in held)
+            notes.append(f"{adapter.name} is taken out, but the receipt of {base.name} holds {names} instead")
+    return notes
+
+
+class _Held(NamedTuple):
+    """An adapter in a base."""
+
+    name: str
+    weight: float
+    header: str  # sha256 of its file's header
+    sha256: str  # of its file
+
+
+def _held(receipt: dict[str, Any]) -> list[_Held]:
+    """The adapters of the merge that made the base; none where the receipt is another verb's, or has no hashes."""
+    try:
+        recipe, sums = receipt["recipe"], receipt["inputs"]
+        if recipe["verb"] != "merge":
+            return []
+        rows = zip(recipe["inputs"][1:], recipe["options"]["weights"], strict=True)
+        return [
+            _Held(str(entry["name"]), float(weight), entry["files"][WEIGHTS]["header"], sums[f"{number} {entry['name']}"][WEIGHTS])
+            for number, (entry, weight) in enumerate(rows, start=1)
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _sha256(folder: Folder) -> str:
+    """The hash of an adapter's weights, "" where they are not on this machine and the Hub does not tell."""
+    known = getattr(folder, "hashes", {}).get(WEIGHTS)
+    if known or not isinstance(folder, LocalFolder):
+        return known or ""
+    with folder.path(WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,35 @@
+"""What a receipt's facts come to, in a few lines for the terminal."""
+
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+from adapterkit.errors import shown
+
+
+def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
+    """Sizes before and after, and in total what was kept, lost or is wrong."""
+    totals, facts = receipt["totals"], receipt["parameters"]
+    before, after = totals["bytes_read"], totals["bytes_written"]
+    if before:
+        yield f"sizes: {before:,} bytes read, {after:,} written ({after / before:.2f} of them)"
+    named = lambda name: {key: fact[name] for key, fact in facts.items() if name in fact}
+    refits = {key: fact for key, fact in facts.items() if "energy" in fact and "norm" in fact}
+    total = sum(fact["norm"] ** 2 for fact in refits.values())
+    if total:
+        share = sum(fact["energy"] * fact["norm"] ** 2 for fact in refits.values()) / total
+        yield f"energy kept: {share:.2%} of all {len(refits)} modules' together; {_least(named('energy'))}"
+    if survived := named("survived"):
+        yield f"of the change {median(survived.values()):.1%} survives in the median of {len(survived)} tensors; {_least(survived)}"
+    errors = {key: fact["error"] for key, fact in facts.items() if "error" in fact and "energy" not in fact}
+    if errors:
+        after = named("error_after")
+        beside = f", with the factors {median(after.values()):.4f}" if after else ""
+        worst = max(errors, key=lambda key: errors[key])
+        text = f"relative error: {median(errors.values()):.4f} in the median of {len(errors)} weights{beside}; "
+        yield text + f"largest: {errors[worst]:.4f} of {shown(worst)}"
+
+
+def _least(shares: dict[str, float]) -> str:
+    key = min(shares, key=lambda key: shares[key])
+    return f"least: {shares[key]:.1%} of {shown(key)}"
