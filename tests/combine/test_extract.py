@@ -602,3 +602,13 @@ def test_a_tie_of_one_side(tied_first, saved, made, tmp_path):
     assert torch.allclose(logits(theirs), expected, atol=1e-5)
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
     assert torch.allclose(logits(oracle.load("LlamaForCausalLM", tmp_path / "back")), expected, atol=1e-5)
+
+
+def test_what_its_own_reader_refuses_is_not_published(saved, tmp_path, monkeypatch):
+    """As if the config did not speak of what was saved whole."""
+    base = saved("vit")
+    after = tuned(base, oracle.vit, tmp_path / "tuned", everything)
+    monkeypatch.setattr("adapterkit.ops.extract._Job.settings", lambda self: {})
+    with pytest.raises(AdapterkitError, match="of which the config does not speak"):
+        adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()
