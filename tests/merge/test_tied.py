@@ -277,6 +277,11 @@ QWEN = {
     "tie_word_embeddings": True,
 }
 QWEN["text_config"] |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
+GEMMA = SIZES | {"vocab_size": 80, "num_key_value_heads": 2, "head_dim": 8}
+T5GEMMA = {
+    "encoder": {"text_config": GEMMA, "vision_config": SIZES | {"image_size": 16, "patch_size": 8}, "mm_tokens_per_image": 4}
+}
+T5GEMMA |= {"decoder": GEMMA, "image_token_index": 72, "eoi_token_index": 70}
 # class, config, input embedding, head; all but the first of a kind tie more than these two
 FAMILIES = {
     "bert-mlm": ("BertForMaskedLM", "BertConfig", TEXT, "word_embeddings", "decoder"),
@@ -288,6 +293,7 @@ FAMILIES = {
     "electra": ("ElectraForMaskedLM", "ElectraConfig", TEXT | {"embedding_size": 16}, "word_embeddings", "generator_lm_head"),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 80, "n_embd": 32, "n_layer": 1, "n_head": 4}, "wte", "lm_head"),
     "bart": ("BartForConditionalGeneration", "BartConfig", SEQ2SEQ, "shared", "lm_head"),
+    "t5gemma2": ("T5Gemma2ForConditionalGeneration", "T5Gemma2Config", T5GEMMA, "text_model.embed_tokens", "lm_head.out_proj"),
     "qwen2-vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", QWEN, "embed_tokens", "lm_head"),
 }
 SIDES = {
@@ -319,7 +325,7 @@ def _family(name, folder):
 def _logits(model, name):
     model, ids = model.double(), torch.arange(3, 19).view(2, 8)
     pixels = torch.linspace(-1, 1, 1536).view(2, 3, 16, 16).double()
-    given = {"blip": {"pixel_values": pixels}, "bart": {"decoder_input_ids": ids.flip(1)}}
+    given = {"blip": {"pixel_values": pixels}, **dict.fromkeys(("bart", "t5gemma2"), {"decoder_input_ids": ids.flip(1)})}
     with oracle.quiet():
         found = model(input_ids=ids, **given.get(name, {}))
     return found["prediction_logits" if "prediction_logits" in found else "logits"]
