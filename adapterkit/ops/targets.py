@@ -11,14 +11,17 @@ from adapterkit.weights.names import Parameter
 
 def targets(job: Job, adapter: Adapter, module: str, loras: list[Lora]) -> list[tuple[str, str | None, Lora]]:
     """The parameter that each of a module's factor pairs is on, and its own name where target_parameters names it."""
-    own = job.names.children(module)
-    stored = [key.rpartition(".")[2] for key in job.base.tensors if key.rpartition(".")[0] == module]
-    leaves = [] if loras[0].kind == "embedding" else adapter.leaves(module, own if own is not None else stored)
+    own, leaves, there = None, [], []
+    if adapter.config.get("target_parameters") or any(lora.depth for lora in loras):
+        own = job.names.children(module)
+        # a look at every key: only where parameters are targets and the model is not known
+        there = own if own is not None else [key.rpartition(".")[2] for key in job.base.tensors if key.rpartition(".")[0] == module]
+        leaves = [] if loras[0].kind == "embedding" else adapter.leaves(module, there)
     if not leaves and all(lora.depth == 0 for lora in loras):
         for leaf in ("weight", "in_proj_weight"):
             if job.names.parameter(f"{module}.{leaf}") is not None:
                 return [(f"{module}.{leaf}", None, loras[0])]
-    leaves = leaves or adapter.leaves(module) or (own if own is not None else stored)
+    leaves = leaves or adapter.leaves(module) or there
     if not any(job.names.parameter(f"{module}.{leaf}") for leaf in leaves):
         raise job.unknown(adapter, loras[0].a.key, module)
     number, names = adapter.number, job.names
