@@ -165,3 +165,17 @@ def test_float32_weights_are_the_same_either_way(tmp_path):
     drawn, facts = merge(tmp_path, "stochastic", rounding="stochastic", verify=True)
     assert torch.equal(plain["x.weight"], drawn["x.weight"])
     assert facts["survived"] == 1
+
+
+def test_a_merge_that_loses_most_of_the_delta_says_so(tmp_path):
+    job(tmp_path, size=5e-5)
+    for options, warned in [({}, True), ({"rounding": "stochastic"}, False), ({"dtype": "fp32"}, False)]:
+        out = tmp_path / "out"
+        receipt = adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=out, overwrite=True, **options)
+        warnings = [note for note in receipt.data["notes"] if "WARNING" in note]
+        assert bool(warnings) == warned, options
+        if warned:
+            assert "2 of 2 tensors less than half" in warnings[0]
+            assert "% lost" in warnings[0]
+            assert "--rounding stochastic" in warnings[0]
+            assert "--dtype fp32" in warnings[0]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -177,16 +178,23 @@ class Survival:
 
 
 def lost(facts: dict[str, dict]) -> list[str]:
-    """A warning where requantisation swallowed most of what was merged."""
-    shares = {key: fact["survived"] for key, fact in facts.items() if "survived" in fact and "rounding" not in fact}
-    bad = sorted((share, key) for key, share in shares.items() if share < LOST)
-    if not bad:
-        return []
-    share, key = bad[0]
-    return [
-        f"WARNING: in {len(bad)} of {len(shares)} modules less than half of the change survived requantisation (least: {share:.0%} "
-        f"of {shown(key)}): give --rounding stochastic, or merge with --dequantize, or into the 16-bit original with --base16"
-    ]
+    """Warnings where rounding swallowed most of what was merged: into quantised formats, and into floats."""
+    kinds: dict[bool, dict[str, float]] = {False: {}, True: {}}
+    for key, fact in facts.items():
+        if "survived" in fact:
+            kinds["rounding" in fact][key] = fact["survived"]
+    ways = {False: "merge with --dequantize, or into the 16-bit original with --base16", True: "write floats with --dtype fp32"}
+    notes = []
+    for floats, shares in kinds.items():
+        bad = sorted((share, key) for key, share in shares.items() if share < LOST)
+        if bad:
+            (share, key), median = bad[0], statistics.median(shares.values())
+            notes.append(
+                f"WARNING: in {len(bad)} of {len(shares)} {'tensors' if floats else 'modules'} less than half of the change "
+                f"survived {'rounding to their dtype' if floats else 'requantisation'} (median: {1 - median:.0%} lost; least survived: "
+                f"{share:.0%} of {shown(key)}): give --rounding stochastic, or {ways[floats]}"
+            )
+    return notes
 
 
 def stored_parts(spec: TensorSpec) -> tuple[TensorSpec, ...]:
