@@ -163,6 +163,9 @@ writing = together(
     click.option("--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."),
     json_output,
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute."),
+    click.option(
+        "--memory", metavar="SIZE", help="For weights that are computed at a time, e.g. 8GB (default: a quarter of the RAM)."
+    ),
     click.option("--engine", type=click.Choice(CHOICES["engine"]), default="local", show_default=True, help="Where steps run."),
     click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same job."),
     click.option("--overwrite", is_flag=True, help="Replace an older output of adapterkit in DIR."),

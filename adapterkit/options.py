@@ -313,7 +313,7 @@ CHECKS: dict[str, Check] = {
         "rslora double_quant base_is_residual dequantize verify download headers resume overwrite dry_run".split(), flag
     ),
     **dict.fromkeys("include exclude skip".split(), regex),
-    **dict.fromkeys("max_shard_size max_size".split(), parse_size),
+    **dict.fromkeys("max_shard_size max_size memory".split(), parse_size),
     **dict.fromkeys("bits_for weight_for".split(), texts),
     **dict.fromkeys("rank block_size iterations top_k".split(), whole()),
     "accept": function_or_command,

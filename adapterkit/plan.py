@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
 from adapterkit.checkpoint.reader import Identity, changed, identity
+from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.checkpoint.writer import RECEIPT, Stage, free_bytes
 from adapterkit.edits import Edit
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, Spoiled
@@ -35,6 +37,8 @@ IDENTITY = ("inode", "size", "modified", "changed")
 SEAL = b',\n  "seal": "'
 BLOCK = 16 << 20  # bytes of a copied file at a time
 SLACK = 128  # bytes by which the guess of a text's size may be wrong, its numbers in the header included
+BUFFERS = 32_000_000  # bytes of one worker's
+AHEAD = 2  # bundles for each worker that may wait to be written
 STACKS = 1 << 30  # bytes of stacks of experts' factors that may be kept
 ASIDE = ".aside"  # what a shard lays aside for later ones, until all are done
 
@@ -201,6 +205,7 @@ class Plan:
     facts: dict[str, Any] = field(default_factory=dict)  # for the receipt: what was decided while planning
     notes: tuple[str, ...] = ()
     models: tuple[int, ...] = (0,)  # the inputs that are too large to be read again for the receipt's hashes
+    memory: int | None = None  # bytes that bundles may take together; a quarter of the machine's if not given
     warn: Callable[[dict[str, dict]], list[str]] = lambda facts: []  # what the measured facts give reason to say
 
     def recipe(self) -> dict[str, Any]:
@@ -236,8 +241,6 @@ class Plan:
         factors = sum(spec.nbytes for reader in readers for spec in reader.reads if spec not in kept)
         factors += sum(spec.nbytes for spec in kept)
         written = sum(shard.layout.size for shard in self.shards) + small
-        largest = max((sum(s.nbytes << step.wide for e in step.edits for s in e.reads) for step, _ in changed), default=0)
-        made = max((bundle.memory for bundle in bundles), default=0)
         return {
             "shards": len(self.shards),
             "tensors": len(steps) + len(as_is) + len(computed),
@@ -247,8 +250,34 @@ class Plan:
             "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
             "bytes_written": written,
             "disk_needed": written,
-            "memory_peak": 64_000_000 + max(4 * largest, made),  # buffers, and a step's factors in float32 or 64
+            "memory_peak": BUFFERS * cores() + max(self._streamed_memory(step for step, _ in changed), self._computed_memory()),
         }
+
+    @property
+    def budget(self) -> int:
+        """Bytes that bundles may take together; one that takes more is made by itself."""
+        return quarter_of_memory() if self.memory is None else self.memory
+
+    def _streamed_memory(self, changed: Iterable[Step]) -> int:
+        """Factors of the steps that workers are at, the largest ones, one of them while it is read; and stacks that are kept."""
+        steps = list(changed)
+        sizes = sorted(sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps)[-cores() :]
+        stacks = sum(spec.nbytes for spec in {spec for step in steps for edit in step.edits for spec in kept_by(edit)})
+        return 2 * sum(sizes) + 2 * sum(sizes[-1:]) + min(STACKS, stacks)
+
+    def _computed_memory(self) -> int:
+        """The most that bundles take which `in_order` has in memory together: those ahead, and the one that is written."""
+        most = 0
+        for shard in self.shards:
+            if isinstance(shard, Computed):
+                window, held = deque[int](), 0
+                for bundle in shard.bundles:
+                    window.append(bundle.memory)
+                    held += window[-1]
+                    while len(window) > AHEAD * cores() + 1 or (len(window) > 1 and held > self.budget):
+                        held -= window.popleft()
+                    most = max(most, held)
+        return most
 
     def _small(self, file: bytes | CopyFile | FromFacts) -> int:
         if isinstance(file, CopyFile):

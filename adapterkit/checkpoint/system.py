@@ -29,6 +29,16 @@ def exchange(one: Path, other: Path) -> None:
     _call("renameat2", _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE)
 
 
+def cores() -> int:
+    """How many threads work on a job: the processor's that this process may use, 8 at most."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def quarter_of_memory() -> int:
+    """A quarter of the machine's memory in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
 def _call(name: str, *arguments: object) -> None:
     function = getattr(_libc, name, None)
     if function is None:

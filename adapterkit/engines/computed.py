@@ -4,7 +4,6 @@ The header gets the room of the largest file there can be, so the data's place i
 """
 
 import hashlib
-import itertools
 import math
 from bisect import bisect_left
 from collections import deque
@@ -24,22 +23,26 @@ from adapterkit.checkpoint.layout import Stored, laid_out
 from adapterkit.checkpoint.writer import ShardFile, Stage
 from adapterkit.errors import Spoiled, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import ASIDE, Bundle, Computed, Inputs, Made, Progress, ShardResult
+from adapterkit.plan import AHEAD, ASIDE, Bundle, Computed, Inputs, Made, Progress, ShardResult
 
 T = TypeVar("T")
 R = TypeVar("R")
 PATIENCE = 0.1  # seconds between looks for Ctrl-C
-AHEAD = 2  # bundles per worker that may wait to be written
 BLOCK = 4 << 20
 
 
-def write_computed(file: Computed, stage: Stage, inputs: Inputs, workers: int, hashed: bool, progress: Progress) -> ShardResult:
-    """Make all bundles of a file and write it; `Spoiled` where a value is not finite."""
+def write_computed(
+    file: Computed, stage: Stage, inputs: Inputs, workers: int, budget: int, hashed: bool, progress: Progress
+) -> ShardResult:
+    """Make all bundles of a file and write it, as many at a time as fit into `budget` bytes of memory; `Spoiled` where a value is
+    not finite."""
     shard = ShardFile(stage.path, file.file, file.size)
     try:
         facts, asides = {}, _Aside(stage, file)
         places = _Sorted(file) if file.by_width else _Growing(file)
-        for bundle, made in zip(file.bundles, _made(file, stage, inputs, workers, progress), strict=True):
+        results = _made(file, stage, inputs, workers, budget, progress)
+        for bundle in file.bundles:  # a zip would hold on to the tensors while the next ones are made
+            made = next(results)
             facts |= {bundle.name: made.facts} if made.facts else {}
             asides.put(made.aside)
             for key, tensor in made.tensors.items():
@@ -48,6 +51,9 @@ def write_computed(file: Computed, stage: Stage, inputs: Inputs, workers: int, h
                 else:
                     at = places.next(Stored(key, dtypes.name_of(tensor.dtype), tuple(tensor.shape)))
                     shard.write(_bytes(tensor), at)
+                    del tensor
+            del made
+        next(results, None)
         room = len(file.layout.header)
         layout = laid_out(file.file, places.stored(), file.metadata, ordered=True, header_size=0 if file.by_width else room)
         if len(layout.header) != room:
@@ -165,7 +171,7 @@ class Asides:
         return torch.frombuffer(data, dtype=dtypes.torch_dtype(dtype)).view(shape) if data else torch.empty(shape)
 
 
-def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, progress: Progress) -> Iterator[Made]:
+def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, budget: int, progress: Progress) -> Iterator[Made]:
     """The bundles' results in order."""
 
     def make(bundle: Bundle) -> Made:
@@ -173,17 +179,19 @@ def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, progress: 
         with torch.inference_mode():
             return _checked(bundle.make(inputs))
 
-    results = in_order(make, file.bundles, workers)
+    results = in_order(make, file.bundles, workers, budget, lambda bundle: bundle.memory)
     if file.settle is None:
-        for bundle, made in zip(file.bundles, results, strict=True):
-            yield made
+        for bundle in file.bundles:
+            yield next(results)
             progress(sum(stored.nbytes for stored in bundle.most))
         return
     # what becomes of each depends on all: they wait on the disk
     spill, kept = _Spill(stage, file), []
     try:
-        for bundle, made in zip(file.bundles, results, strict=True):
+        for bundle in file.bundles:
+            made = next(results)
             kept.append((spill.put(cast(dict[str, Tensor], made.tensors)), made.facts))
+            del made
             progress(sum(stored.nbytes for stored in bundle.most))
         for (where, facts), change in zip(kept, file.settle([facts for _, facts in kept]), strict=True):
             yield _checked(change(Made(spill.get(where), facts)))
@@ -191,14 +199,26 @@ def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, progress: 
         spill.close()
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """function(item) for each, by `workers` threads, in the items' order; a few are made ahead of the one that is asked for."""
+def in_order(
+    function: Callable[[T], R], items: Iterable[T], workers: int, budget: int = 0, cost: Callable[[T], int] = lambda item: 0
+) -> Iterator[R]:
+    """function(item) for each, by `workers` threads, in the items' order; some are made ahead of the one that is asked for: as many
+    as cost no more than the budget together, the one that was given out last included, until the next is asked for."""
     source, waiting = iter(items), deque()
+    ahead, held = next(source, None), 0
     pool = ThreadPoolExecutor(workers, "compute")
+
+    def start() -> None:
+        nonlocal ahead, held
+        while ahead is not None and len(waiting) < AHEAD * workers and (not held or held + cost(ahead) <= budget):
+            waiting.append((pool.submit(function, ahead), cost(ahead)))
+            held += cost(ahead)
+            ahead = next(source, None)
+
     try:
-        waiting.extend(pool.submit(function, item) for item in itertools.islice(source, AHEAD * workers))
+        start()
         while waiting:
-            future = waiting.popleft()
+            future, taken = waiting.popleft()
             while True:
                 try:
                     result = future.result(PATIENCE)  # a wait without a limit would hold back Ctrl-C
@@ -206,8 +226,12 @@ def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> It
                 except NotYet:
                     if future.done():
                         raise
-            waiting.extend(pool.submit(function, item) for item in itertools.islice(source, 1))
+            del future
+            start()
             yield result
+            del result  # before others start
+            held -= taken
+            start()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -10,7 +10,6 @@ stream, so copies to and from the card and the arithmetic of different workers o
 import hashlib
 import itertools
 import math
-import os
 import queue
 import threading
 from collections import OrderedDict
@@ -27,6 +26,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.folder import called
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources, read_exactly
+from adapterkit.checkpoint.system import cores
 from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
 from adapterkit.edits import Loaded
 from adapterkit.engines.computed import Asides, write_computed
@@ -61,7 +61,7 @@ def local(device: str = "auto", workers: int | None = None):
         finished: Callable[[ShardResult], None],
         progress: Progress,
     ) -> None:
-        count = workers or min(8, len(os.sched_getaffinity(0)))
+        count = workers or cores()
         streamed = [shard for shard in shards if isinstance(shard, Shard)]
         computed = [shard for shard in shards if isinstance(shard, Computed)]
         reads = [step.source for shard in streamed for step in shard.steps]
@@ -75,7 +75,8 @@ def local(device: str = "auto", workers: int | None = None):
                 if streamed:
                     _Job(streamed, stage, sources, where, count, hash, finished, progress).run()
                 for file in computed:
-                    finished(write_computed(file, stage, Inputs(sources, where, asides=Asides(stage)), count, hash, progress))
+                    inputs = Inputs(sources, where, asides=Asides(stage))
+                    finished(write_computed(file, stage, inputs, count, plan.budget, hash, progress))
             except (MemoryError, torch.OutOfMemoryError) as error:
                 found = f"out of memory: {shown(error)}"
                 raise Failed(found, do="free some memory, or give --device cpu, then --resume") from error

@@ -74,6 +74,7 @@ def combine(
     tokenizer: str | None = None,
     hash: str = "sha256",
     device: str = "auto",
+    memory: str | int | None = None,
     engine: str = "local",
     resume: bool = False,
     overwrite: bool = False,
@@ -106,7 +107,7 @@ def combine(
     options = Options(method, space, rank, energy, density, majority, svd_clamp, rules, more, dtype, seed, tokenizer)
     plan = plan_combine(open_weighted(adapters), options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
 
 
 def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Folder | None = None) -> Plan:

@@ -28,6 +28,7 @@ def dequantize(
     max_shard_size: str | int | None = None,
     hash: str = "sha256",
     device: str = "auto",
+    memory: str | int | None = None,
     engine: str = "local",
     resume: bool = False,
     overwrite: bool = False,
@@ -46,7 +47,7 @@ def dequantize(
     """
     plan = plan_dequantize(open_model(base), dtype, max_shard_size)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
 
 
 def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | int | None = None) -> Plan:

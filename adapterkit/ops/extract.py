@@ -78,6 +78,7 @@ def extract(
     dtype: str = "fp32",
     hash: str = "sha256",
     device: str = "auto",
+    memory: str | int | None = None,
     engine: str = "local",
     resume: bool = False,
     overwrite: bool = False,
@@ -105,7 +106,7 @@ def extract(
     plan = plan_extract(source, open_model(tuned), options)
     check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "check": check, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
 
 
 def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:

@@ -61,6 +61,7 @@ def init(
     dtype: str = "fp32",
     hash: str = "sha256",
     device: str = "auto",
+    memory: str | int | None = None,
     engine: str = "local",
     resume: bool = False,
     overwrite: bool = False,
@@ -81,7 +82,7 @@ def init(
     options = Options(method, rank, alpha, rslora, targets, skip, quantize, block_size, double_quant, dtype)
     plan = plan_init(open_model(base), options)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
 
 
 def plan_init(folder: Folder, options: Options) -> Plan:

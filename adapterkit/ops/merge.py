@@ -59,6 +59,7 @@ def merge(
     verify: bool = False,
     push: str | None = None,
     device: str = "auto",
+    memory: str | int | None = None,
     engine: str = "local",
     resume: bool = False,
     overwrite: bool = False,
@@ -92,7 +93,7 @@ def merge(
 
         check = lambda folder: verified.update(verify_against(folder, plan))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "check": check, "progress": progress}
-    receipt = carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    receipt = carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
     if verified and isinstance(receipt, Receipt):
         receipt.data["verified"] = verified
     if push is not None and isinstance(receipt, Receipt):

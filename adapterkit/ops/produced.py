@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,7 @@ from adapterkit.errors import AdapterkitError, Refused, Spoiled, shown
 from adapterkit.factors import Place, rank_and_scale
 from adapterkit.ops.packaging import as_json, cell, check_output_apart, hub_or_name, tokenizer_files
 from adapterkit.ops.sites import Site, levels_of
+from adapterkit.options import parse_size
 from adapterkit.plan import Bundle, Computed, CopyFile, FromFacts, Inputs, Made, Plan, Receipt, identities, run, sha256_of
 
 if TYPE_CHECKING:
@@ -375,9 +376,12 @@ def extras(adapters: Sequence[Adapter]) -> dict[str, Any]:
     return found | ({"trainable_token_indices": tokens} if tokens else {})
 
 
-def carry_out(plan: Plan, out: str | os.PathLike, *, engine: str, device: str, dry_run: bool, **how: Any) -> Receipt | Plan:
+def carry_out(
+    plan: Plan, out: str | os.PathLike, *, engine: str, device: str, memory: str | int | None, dry_run: bool, **how: Any
+) -> Receipt | Plan:
     """Run a plan on the engine of that name, into an output apart from its inputs; with `dry_run` give it back."""
     check_output_apart(Path(out), plan.folders)
+    plan = replace(plan, memory=parse_size("memory", memory) if memory else None)
     if dry_run:
         return plan
     if engine != "local":

@@ -60,6 +60,7 @@ def quantize(
     skip: str | None = None,
     hash: str = "sha256",
     device: str = "auto",
+    memory: str | int | None = None,
     engine: str = "local",
     resume: bool = False,
     overwrite: bool = False,
@@ -78,7 +79,7 @@ def quantize(
     options = {"to": to, "block_size": block_size, "double_quant": double_quant, "skip": skip}
     plan = plan_quantize(open_model(base), options)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
 
 
 def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:

@@ -41,6 +41,7 @@ def rebase(
     dtype: str = "fp32",
     hash: str = "sha256",
     device: str = "auto",
+    memory: str | int | None = None,
     engine: str = "local",
     resume: bool = False,
     overwrite: bool = False,
@@ -57,7 +58,7 @@ def rebase(
     folder = None if base is None else open_model(base)
     plan = plan_rebase(open_adapter(adapter), open_adapter(initial), Options(rank, energy, dtype), folder)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
 
 
 def plan_rebase(source: Folder, initial: Folder, options: Options, base: Folder | None = None) -> Plan:

@@ -50,6 +50,7 @@ def resize(
     dtype: str = "fp32",
     hash: str = "sha256",
     device: str = "auto",
+    memory: str | int | None = None,
     engine: str = "local",
     resume: bool = False,
     overwrite: bool = False,
@@ -72,7 +73,7 @@ def resize(
     options = Options(Cut(rank, energy, sv_ratio, max_size), alpha, dtype)
     plan = plan_resize(open_adapter(adapter), options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
 
 
 def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:

@@ -50,6 +50,7 @@ def subtract(
     tokenizer: str | None = None,
     hash: str = "sha256",
     device: str = "auto",
+    memory: str | int | None = None,
     engine: str = "local",
     resume: bool = False,
     overwrite: bool = False,
@@ -69,7 +70,7 @@ def subtract(
     tasks, generals = open_all(adapters=adapters, general=general)
     plan = plan_subtract(tasks, generals, options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, dry_run=dry_run, **how)
+    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
 
 
 def plan_subtract(tasks: Sequence[Folder], generals: Sequence[Folder], options: Options, base: Folder | None = None) -> Plan:

@@ -1,6 +1,9 @@
 """Large weights in narrow formats: worked on by slices of rows, in the memory that the plan claims, to the bytes of the whole."""
 
 import math
+import threading
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +11,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import read_header
+from adapterkit.checkpoint.system import cores
 from adapterkit.edits import AddLowRank, Block, Decompose, Term
+from adapterkit.engines.computed import in_order
 from adapterkit.engines.local import Inputs
+from adapterkit.errors import Refused
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.ops import requantised
-from adapterkit.plan import Step
+from adapterkit.plan import BUFFERS, Step
 from adapterkit.weights.codecs.bnb4 import Bnb4
 from adapterkit.weights.codecs.bnb8 import Bnb8
 from adapterkit.weights.codecs.compressed import Compressed
@@ -117,3 +124,76 @@ def test_slices_give_the_bytes_of_the_whole(name: str, dora: str | None, seed: i
         for ours, right in zip(made[size], made[whole], strict=True):
             assert ours.dtype == right.dtype and ours.shape == right.shape
             assert torch.equal(ours.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+
+
+class Load:
+    """How much of their claims bundles have in memory, from when they are made until they are written."""
+
+    def __init__(self, monkeypatch, delay: float = 0.0):
+        self.lock, self.now, self.most, self.together = threading.Lock(), 0, 0, 0
+        self.running, real = 0, requantised.Requantised.make
+
+        def make(bundle: requantised.Requantised, inputs: Inputs):
+            with self.lock:
+                self.now, self.running = self.now + bundle.memory, self.running + 1
+                self.most, self.together = max(self.most, self.now), max(self.together, self.running)
+            time.sleep(delay)
+            made = real(bundle, inputs)
+            weakref.finalize(next(iter(made.tensors.values())), self.written, bundle.memory)
+            with self.lock:
+                self.running -= 1
+            return made
+
+        monkeypatch.setattr(requantised.Requantised, "make", make)
+
+    def written(self, memory: int) -> None:
+        with self.lock:
+            self.now -= memory
+
+
+@pytest.fixture
+def quantised(made, llama: Path) -> Path:
+    return made("memory-nf4", lambda folder: adapterkit.quantize(llama, out=folder / "q", to="nf4")) / "q"
+
+
+def test_the_budget_bounds_what_is_made_at_a_time(quantised: Path, lora: Path, tmp_path: Path, monkeypatch) -> None:
+    """One at a time where no two fit; the plan's peak is what the claims add up to; the bytes are the same."""
+    made, peaks = {}, {}
+    for budget in (1, "40MB", "1GB"):
+        plan = adapterkit.merge(quantised, [lora], out=tmp_path / str(budget), memory=budget, dry_run=True)
+        with monkeypatch.context() as patch:
+            load = Load(patch, 0.01)
+            adapterkit.merge(quantised, [lora], out=tmp_path / str(budget), memory=budget)
+        bundles = [b for shard in plan.shards for b in shard.bundles if isinstance(b, requantised.Requantised)]
+        made[budget] = (tmp_path / str(budget) / "model.safetensors").read_bytes()
+        peaks[budget] = plan.totals()["memory_peak"] - BUFFERS * cores()
+        assert load.now == 0 and len(bundles) == 14
+        assert load.most <= peaks[budget] <= max(plan.budget, max(bundle.memory for bundle in bundles))
+        assert (load.together == 1) == (budget == 1 or cores() == 1)
+    assert made[1] == made["40MB"] == made["1GB"] and peaks[1] < peaks["1GB"]
+    for wrong in (0, -1, "much"):
+        with pytest.raises(Refused, match="--memory"):
+            adapterkit.merge(quantised, [lora], out=tmp_path / "wrong", memory=wrong)
+
+
+def test_results_in_order_within_the_budget() -> None:
+    """What costs more than the budget comes alone; nothing is lost, an error included."""
+    costs, lock, now, most = [3, 9, 1, 1, 20, 4, 4, 4, 0, 0, 5], threading.Lock(), 0, []
+
+    def work(cost: int) -> int:
+        nonlocal now
+        with lock:
+            now += cost
+            most.append(now)
+        if cost == 7:
+            raise ZeroDivisionError
+        return cost
+
+    found = []
+    for cost in in_order(work, costs, 4, 10, lambda cost: cost):
+        found.append(cost)
+        with lock:
+            now -= cost
+    assert found == costs and max(most) == 20 and sorted(most)[-2] <= 10
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(work, [1, 7, 1], 2, 10, lambda cost: cost))
