@@ -325,7 +325,8 @@ def _family(name, folder):
 def _logits(model, name):
     model, ids = model.double(), torch.arange(3, 19).view(2, 8)
     pixels = torch.linspace(-1, 1, 1536).view(2, 3, 16, 16).double()
-    given = {"blip": {"pixel_values": pixels}, **dict.fromkeys(("bart", "t5gemma2"), {"decoder_input_ids": ids.flip(1)})}
+    answer = {"decoder_input_ids": ids.flip(1)}
+    given = {"blip": {"pixel_values": pixels}, "bart": answer, "t5gemma2": answer}
     with oracle.quiet():
         found = model(input_ids=ids, **given.get(name, {}))
     return found["prediction_logits" if "prediction_logits" in found else "logits"]
