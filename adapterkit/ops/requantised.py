@@ -189,10 +189,11 @@ def lost(facts: dict[str, dict]) -> list[str]:
         bad = sorted((share, key) for key, share in shares.items() if share < LOST)
         if bad:
             (share, key), median = bad[0], statistics.median(shares.values())
+            what, how = ("tensors", "rounding to their dtype") if floats else ("modules", "requantisation")
             notes.append(
-                f"WARNING: in {len(bad)} of {len(shares)} {'tensors' if floats else 'modules'} less than half of the change "
-                f"survived {'rounding to their dtype' if floats else 'requantisation'} (median: {1 - median:.0%} lost; least survived: "
-                f"{share:.0%} of {shown(key)}): give --rounding stochastic, or {ways[floats]}"
+                f"WARNING: in {len(bad)} of {len(shares)} {what} less than half of the change survived {how} (median: "
+                f"{1 - median:.0%} lost; least survived: {share:.0%} of {shown(key)}): give --rounding stochastic, "
+                f"or {ways[floats]}"
             )
     return notes
 
