@@ -175,7 +175,7 @@ def test_a_merge_that_loses_most_of_the_delta_says_so(tmp_path):
         warnings = [note for note in receipt.data["notes"] if "WARNING" in note]
         assert bool(warnings) == warned, options
         if warned:
-            assert "2 of 2 tensors less than half" in warnings[0]
+            assert "2 of 2 tensors less than 80 %" in warnings[0]
             assert "% lost" in warnings[0]
             assert "--rounding stochastic" in warnings[0]
             assert "--dtype fp32" in warnings[0]

@@ -310,6 +310,7 @@ class _Facts:
             facts["delta"] = _short(self.delta / norm)
         if self.sampled:
             facts["changed"] = _short(self.changed / self.sampled)
+        if self.sampled and (moved or not self.delta):  # else the delta lies in other rows than those that were sampled
             facts["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
             facts["survived"] = _short(math.fsum(self.kept) / moved) if moved else 1.0
         return facts

@@ -7,7 +7,6 @@ anything is written.
 
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 from adapterkit import dtypes
 from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, see_adapter
@@ -31,8 +30,6 @@ from adapterkit.plan import Computed, Plan, Progress, Receipt, Shard, Step, iden
 from adapterkit.weights.decoded import decoded, files_saying, packed_in
 from adapterkit.weights.packed import Packed, check_writable
 from adapterkit.weights.quantised import check_not_quantised
-
-KEPT = 0.8  # a share of the delta below which a merge into 16 bits is warned of
 
 
 @checked()
@@ -252,32 +249,7 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
     options = {k: v for k, v in vars(job.options).items() if v not in (None, False)}
     options["weights"] = job.weights
     who = identities(folders, headers)
-    return Plan("merge", options, folders, headers, who, shards, files, facts, tuple(job.notes), warn=warnings)
-
-
-def warnings(facts: dict[str, dict]) -> list[str]:
-    """What the measured facts of a merge give reason to say."""
-    return [*lost(facts), *swallowed(facts)]
-
-
-def swallowed(facts: dict[str, dict]) -> list[str]:
-    """A warning where rounding to nearest swallowed a part of what was merged.
-
-    `survived` is the projection of what was stored on the delta, the share of its effect that is left: an extracted adapter that
-    kept 0.6 of it in bf16 kept 0.64 of its gain in loss. Normal deltas of 2, 1, 1/2, 1/8, 1/32 of bf16's median step survive by
-    1.00, 0.93, 0.70, 0.22, 0.06, with `rounding` (the error over the delta's norm) 0.27, 0.48, 0.70, 0.92, 0.98. Above 1 the error
-    is noise that swallows nothing: of draws, or of a base of more digits.
-    """
-    shares = {key: fact["survived"] for key, fact in facts.items() if fact.get("rounding", 2) <= 1}
-    bad = sorted((share, key) for key, share in shares.items() if share < KEPT)
-    if not bad:
-        return []
-    share, key = bad[0]
-    return [
-        f"WARNING: rounding to nearest swallowed a part of the change: in {len(bad)} of {len(shares)} tensors less than {KEPT:.0%} "
-        f"of it survived (in the median one {median(shares.values()):.0%}, least: {share:.1%} of {shown(key)}): give --rounding "
-        "stochastic, which keeps it on average, or --dtype fp32"
-    ]
+    return Plan("merge", options, folders, headers, who, shards, files, facts, tuple(job.notes), warn=lost)
 
 
 def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard | Computed, ...]:
