@@ -261,7 +261,7 @@ class Plan:
     def _streamed_memory(self, changed: Iterable[Step]) -> int:
         """Factors of the steps that workers are at, the largest ones, one of them while it is read; and stacks that are kept."""
         steps = list(changed)
-        sizes = sorted(sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps)[-cores() :]
+        sizes = sorted(sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps)[-2 * cores() :]
         stacks = sum(spec.nbytes for spec in {spec for step in steps for edit in step.edits for spec in kept_by(edit)})
         return 2 * sum(sizes) + 2 * sum(sizes[-1:]) + min(STACKS, stacks)
 

@@ -1,5 +1,6 @@
 """The local engine's arithmetic: float64 bases, and CUDA where there is a card."""
 
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.engines import local
 from adapterkit.errors import Failed, Refused
+from adapterkit.plan import run
 
 
 def job(folder, dtype, rows=700, columns=513):
@@ -113,3 +116,30 @@ adapterkit.ops.merge.merge(sys.argv[1], [sys.argv[2]], out=sys.argv[3])
     )
     assert done.returncode == 0, done.stderr
     assert bool((load_file(tmp_path / "out" / "model.safetensors")["embed.weight"] == 1.5).all())
+
+
+def test_files_are_written_in_turn(tmp_path, monkeypatch):
+    """Each file's hash is one core's work: there are as many files in the making as workers, so as many hashes."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "adapter").mkdir()
+    names = [f"model-{i}-of-3.safetensors" for i in (1, 2, 3)]
+    for name in names:
+        save_file({f"{name[6]}.weight": torch.ones(2048, 1024)}, tmp_path / "base" / name)
+    index = {"metadata": {}, "weight_map": {f"{name[6]}.weight": name for name in names}}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    factors = {f"base_model.model.{i}.lora_A.weight": torch.ones(4, 1024) for i in (1, 2, 3)}
+    factors |= {f"base_model.model.{i}.lora_B.weight": torch.ones(2048, 4) for i in (1, 2, 3)}
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    order, real = [], local._Job._do
+    monkeypatch.setattr(
+        local._Job, "_do", lambda job, piece, *rest: (order.append(piece.shard.shard.file), real(job, piece, *rest))
+    )
+    for workers in (1, 2):
+        order.clear()
+        out = tmp_path / str(workers)
+        run(adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=out, dry_run=True), out, local.local(workers=workers))
+        first = order[: len(order) // 2]
+        assert set(order) == set(names)
+        assert sum(a != b for a, b in itertools.pairwise(first)) >= 2 if workers == 2 else order == sorted(order)
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)

@@ -1,10 +1,10 @@
-"""The local engine: one machine, threads that read, compute and write chunks, in file order, on CPU or CUDA.
+"""The local engine: one machine, threads that read, compute and write chunks, each file in order, on CPU or CUDA.
 
 Every output file is cut into pieces: runs of untouched bytes, and spans of rows of the tensors that change. Workers take the
-pieces in order; each goes through its span by chunks that fit a core's cache: read, compute in float32 or float64, round once,
-write at the chunk's offset. Hashing follows in file order while the bytes are still in cache. Chunks are a pure function of the
-shapes, so the number of workers, and a resume in between, change no bit. On CUDA each worker has its own
-stream, so copies to and from the card and the arithmetic of different workers overlap.
+pieces of a few files in turn; each goes through its span by chunks that fit a core's cache: read, compute in float32 or float64,
+round once, write at the chunk's offset. Hashing follows in file order while the bytes are still in cache. Chunks are a pure
+function of the shapes, so the number of workers, and a resume in between, change no bit. On CUDA each worker has its own stream,
+so copies to and from the card and the arithmetic of different workers overlap.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import itertools
 import math
 import queue
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -517,15 +517,29 @@ class _Job:
         self.finisher.shutdown(wait=not interrupted, cancel_futures=True)
 
     def _pieces(self) -> Iterator[_Piece]:
-        for shard in self.shards:
-            while not self.room.acquire(timeout=PATIENCE):
-                if self.stop.is_set():
+        """The pieces of a few files in turn: each file has one hash, in file order, and one core makes it."""
+        shards, turns = deque(self.shards), deque[Iterator[_Piece]]()
+        while shards or turns:
+            while shards and len(turns) < self.workers and self.room.acquire(blocking=False):
+                turns.append(self._opened(shards.popleft()))
+            if not turns:
+                if self.room.acquire(timeout=PATIENCE):
+                    turns.append(self._opened(shards.popleft()))
+                elif self.stop.is_set():
                     return
-            opened = _OpenShard(shard, self.stage, self.hashed)
-            self.open.append(opened)
-            pieces = list(opened.pieces(self.device))
-            opened.left = len(pieces)
-            yield from pieces
+                continue
+            pieces = turns.popleft()
+            piece = next(pieces, None)
+            if piece is not None:
+                turns.append(pieces)
+                yield piece
+
+    def _opened(self, shard: Shard) -> Iterator[_Piece]:
+        opened = _OpenShard(shard, self.stage, self.hashed)
+        self.open.append(opened)
+        pieces = list(opened.pieces(self.device))
+        opened.left = len(pieces)
+        return iter(pieces)
 
     def _work(self, pieces: Iterator[_Piece]) -> None:
         try:
