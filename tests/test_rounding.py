@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_same_seed_same_bytes_whatever_the_chunks_and_workers(tmp_path, monkeypa
     found = {}
     for seed, elements, workers in [(0, 1 << 18, 1), (0, 1 << 18, 4), (0, 1 << 12, 4), (1, 1 << 18, 4)]:
         monkeypatch.setattr(local, "ELEMENTS", elements)
-        monkeypatch.setattr(local.os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
         merge(tmp_path, "out", rounding="stochastic", seed=seed, overwrite=True)
         found[seed, elements, workers] = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert len({data for (seed, *_), data in found.items() if seed == 0}) == 1

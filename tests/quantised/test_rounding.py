@@ -1,5 +1,6 @@
 """Stochastic rounding into quantised formats: what must hold of it in every format that is written."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from torch import Tensor
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.dtypes import torch_dtype
-from adapterkit.engines import local
 from adapterkit.kernels import blockwise, narrow, packed
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.ops import requantised
@@ -210,7 +210,7 @@ def test_a_merge_keeps_the_delta_the_scales_and_the_other_modules(inputs, tmp_pa
     outs = {}
     for rounding, seed, workers in [("nearest", 0, 2), ("stochastic", 0, 1), ("stochastic", 0, 4), ("stochastic", 1, 2)]:
         out = tmp_path / f"{rounding}-{seed}-{workers}"
-        monkeypatch.setattr(local.os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
         monkeypatch.setattr(requantised, "SLICE", 2048 // workers)
         receipt = adapterkit.merge(base, [lora], out=out, rounding=rounding, seed=seed, verify=True)
         outs[rounding, seed, workers] = out / "model.safetensors"
