@@ -209,3 +209,36 @@ def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
     monkeypatch.setattr(Sources, "read_into", noted)
     carry_out(plan, tmp_path / "out", engine="local", device="cpu", dry_run=False)
     assert plan.totals()["bytes_read"] - weights == sum(size for folder, size in ranges if folder == 1)
+
+
+class Counted(dict):
+    """A dict that counts how often it is gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+    def items(self):
+        self.passes += 1
+        return super().items()
+
+    def values(self):
+        self.passes += 1
+        return super().values()
+
+
+def test_the_base_is_gone_through_as_often_for_many_modules_as_for_few(tmp_path, monkeypatch):
+    mixture(tmp_path / "base")
+    model = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base")
+    passes = []
+    for modules in (r".*layers\.0\.self_attn\.q_proj", "all-linear"):
+        oracle.train(model, tmp_path / str(len(modules)), target_modules=modules, target_parameters=["gate_up_proj", "down_proj"])
+        base = open_checkpoint(LocalFolder(tmp_path / "base"))
+        counted = replace(base, tensors=Counted(base.tensors))
+        monkeypatch.setattr("adapterkit.ops.merge.open_checkpoint", lambda folder, counted=counted: counted)
+        plan_merge(LocalFolder(tmp_path / "base"), [(LocalFolder(tmp_path / str(len(modules))), 1.0)], Options())
+        passes.append(counted.tensors.passes)
+        model = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base")
+    assert passes[0] == passes[1] > 0

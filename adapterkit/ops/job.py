@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from adapterkit.adapter import Adapter, Lora
@@ -104,6 +105,15 @@ class Job:
         trained = config.get("auto_mapping") or {}
         trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None
         return Names(self.base, tuple(wanted), config.get("task_type"), trained_class, careful, self.notes)
+
+    @cached_property
+    def leaves(self) -> dict[str, list[str]]:
+        """The last names of a module's stored tensors, by module."""
+        found: dict[str, list[str]] = {}
+        for key in self.base.tensors:
+            module, _, leaf = key.rpartition(".")
+            found.setdefault(module, []).append(leaf)
+        return found
 
     def taken(self, module: str) -> bool:
         if self.included is not None and not self.included(module):

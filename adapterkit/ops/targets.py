@@ -14,8 +14,7 @@ def targets(job: Job, adapter: Adapter, module: str, loras: list[Lora]) -> list[
     own, leaves, there = None, [], []
     if adapter.config.get("target_parameters") or any(lora.depth for lora in loras):
         own = job.names.children(module)
-        # a look at every key: only where parameters are targets and the model is not known
-        there = own if own is not None else [key.rpartition(".")[2] for key in job.base.tensors if key.rpartition(".")[0] == module]
+        there = own if own is not None else job.leaves.get(module, [])
         leaves = [] if loras[0].kind == "embedding" else adapter.leaves(module, there)
     if not leaves and all(lora.depth == 0 for lora in loras):
         for leaf in ("weight", "in_proj_weight"):
