@@ -57,7 +57,10 @@ def save_base(kind: str, rng: random.Random, folder: Path, *, tie: bool | None =
     for part in (config, *(v for v in vars(config).values() if isinstance(v, transformers.PretrainedConfig))):
         if hasattr(part, "tie_word_embeddings"):
             part.tie_word_embeddings = tie
-    config = type(config).from_dict(config.to_dict())  # some classes go by themselves
+    try:
+        config = type(config).from_dict(config.to_dict())  # some classes have their own mind of the switch
+    except Exception as error:  # sizes that do not fit together
+        raise Unusable(f"config: {error}") from error
     dtype = rng.choice(sorted(DTYPES))
     model = _random_model(getattr(transformers, name), config, rng.randrange(2**31)).to(DTYPES[dtype])
     try:
