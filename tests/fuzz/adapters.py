@@ -88,7 +88,8 @@ def _patterns(config: dict, names: list[str], rng: random.Random) -> None:
     for key, values in (("rank_pattern", [1, 2, 3, 5, 9]), ("alpha_pattern", [1, 4, 6.5, 20])):
         if rng.random() < 0.3:
             pool = _suffixes(names, rng, 2) + list(config.get("target_parameters") or [])
-            config[key] = {("^" + re.escape(p) if p in names else p): rng.choice(values) for p in pool if rng.random() < 0.8}
+            patterns = {("^" + re.escape(p) if p in names else p): rng.choice(values) for p in pool if rng.random() < 0.8}
+            config[key] = dict(sorted(patterns.items()))  # PEFT saves them sorted, and the first that matches counts
 
 
 def _whole_values(config: dict, model, modules: dict[str, nn.Module], rng: random.Random) -> None:
