@@ -142,7 +142,8 @@ class Adapter:
         if own is not None:
             return [leaf for leaf in own if any(f".{module}.{leaf}".endswith(f".{target}") for target in targets)]
         split = [target.rpartition(".") for target in targets]
-        named = any(not home for home, _, _ in split) and self._names(module)
+        bare = any(not home for home, _, _ in split)
+        named = bare and (self._names(module) or any(x.module == module and self.attention(x) for x in self.loras))
         there = [leaf for home, _, leaf in split if (f".{module}".endswith(f".{home}") if home else not named)]
         return list(dict.fromkeys(there))
 
@@ -160,7 +161,8 @@ class Adapter:
         PEFT adapts both projections of such a layer at once; the key of the output's lies inside the layer's wrapper.
         """
         parent, _, last = lora.module.rpartition(".")
-        if last != "out_proj" or f"{parent}.base_layer.out_proj.lora_A." not in lora.a.key or self.leaves(parent):
+        inside = f"{parent.rpartition('.')[2]}.base_layer.out_proj.lora_A."  # what is around the attention may be wrapped too
+        if last != "out_proj" or inside not in lora.a.key or self.leaves(parent):
             return None
         return parent if any(other.module == parent for other in self.loras) else None
 

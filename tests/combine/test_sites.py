@@ -223,6 +223,15 @@ def test_the_output_projection_of_attention_has_the_attention_s_patterns(pattern
     assert_sum(siglip, tmp_path / "same", sources[:1], (1.0,))
 
 
+def test_the_output_projection_of_attention_inside_a_wrapped_module(tmp_path):
+    """The head's own parameter is a target, and so its attention's keys lie inside the head's wrapper."""
+    base = base_of(siglip, tmp_path / "base")
+    config = {"target_modules": ["head.attention"], "target_parameters": ["probe"], "rank_pattern": {"head.attention": 2}}
+    sources = [trained(siglip, tmp_path / f"a{i}", i + 1, **config) for i in range(2)]
+    check_merge(siglip, base, sources[0], tmp_path / "merged")
+    assert_sum(siglip, combine(sources, tmp_path / "out", (0.5, 2.0)), sources, (0.5, 2.0))
+
+
 def test_attention_in_one_adapter_only(tmp_path):
     """The result's own list of modules does not name the output projection, which PEFT would wrap once more."""
     sources = [
