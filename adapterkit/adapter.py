@@ -572,7 +572,7 @@ def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: st
     for module, spec in sorted(parts.tokens.items()):
         indices = asked
         if isinstance(asked, dict):
-            ends = [v for k, v in asked.items() if module == k or module.endswith("." + k)]
+            ends = [v for k, v in asked.items() if module.endswith(k)]  # PEFT asks for no dot before it
             indices = ends[0] if len(ends) == 1 else None
         rows = tuple(indices) if isinstance(indices, list) else ()
         good = all(type(i) is int and i >= 0 for i in rows) and len(set(map(str, rows))) == len(rows)

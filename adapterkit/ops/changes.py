@@ -213,7 +213,7 @@ def _check_rows(job: Job, adapter: Adapter) -> None:
         f"{t.module}.weight" for t in adapter.tokens
     }
     for module in asked if isinstance(asked, dict) else ():
-        if not any(f".{name}".endswith(f".{module}.weight") for name in held):
+        if not any(name.endswith(f"{module}.weight") for name in held):
             job.errors.append(
                 Refused(
                     f"trainable_token_indices of {shown(module)}, and the file holds none of its rows",

@@ -25,6 +25,13 @@ JUDGED = (
     ("PEFT cannot merge such a bias either", r"a bias for .*, which has none in the base"),
     ("trained values are values, not additions", r"with weight .*these are values, not additions"),
     ("PEFT has no such bias on embeddings and parameters", r"beside biases of b \(lora_bias\)"),
+    (
+        "PEFT cannot load a head beside rows of its tied embedding",
+        r"lm_head.token_adapter.base_layer|modules_to_save.default",
+    ),
+    ("PEFT cannot load a module that is a target and a home of one", r"is a target itself in .* and a home of target_parameters"),
+    ("PEFT cannot load rows and factors of one embedding", r"trained token rows of .* beside factors of the same module"),
+    ("attention's output adapted twice over", r"attention\S*out_proj.lora_A.weight name one thing"),
     ("one row of an embedding trained by two adapters", r"a token row trained by two adapters|other token rows trained by each"),
     (
         "a DoRA's delta needs the base's weights and a rank",

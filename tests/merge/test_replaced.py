@@ -168,8 +168,9 @@ def _tokens(base, folder, build=oracle.llama, **config):
         (oracle.llama, {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [7, 0]}}),
         (oracle.gpt2, {"trainable_token_indices": {"wte": [2, 1]}, "target_modules": ["c_attn"]}),
         (oracle.bert, {"trainable_token_indices": {"word_embeddings": [8, 4]}, "target_modules": ["query"]}),
+        (oracle.bert, {"trainable_token_indices": {"d_embeddings": [8, 4]}, "target_modules": ["query"]}),  # the end of a name
     ],
-    ids=["llama", "llama-both", "gpt2", "bert"],
+    ids=["llama", "llama-both", "gpt2", "bert", "bert-end"],
 )
 def test_trained_token_rows(build, config, dtype, made, tmp_path):
     """The rows replace the base's, in the order of the config's list."""
