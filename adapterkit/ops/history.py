@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from adapterkit.adapter import WEIGHTS, Adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder
@@ -11,27 +11,7 @@ from adapterkit.checkpoint.writer import RECEIPT
 from adapterkit.errors import shown
 
 
-def notes_on(base: Folder, adapters: Sequence[Adapter], weights: Sequence[float]) -> list[str]:
-    """Adapters that the base's receipt already holds and are added again, and such as it does not hold and are taken out.
-
-    Files are compared by their sha256, and only those whose headers agree are read for it."""
-    held = _held(read_json(base, RECEIPT)) if RECEIPT in base.files() else []
-    notes = []
-    for adapter, weight in zip(adapters, weights, strict=True):
-        alike = [one for one in held if one.header == adapter.header_sha256]
-        sha = _sha256(adapter.folder) if alike else ""
-        there = next((one.weight for one in alike if one.sha256 == sha), 0.0)
-        if there * weight > 0:
-            notes.append(
-                f"{adapter.name} is in {base.name} already, with weight {there:g}, as its receipt says: it is added once more"
-            )
-        elif held and weight < 0 and there == 0:
-            names = ", ".join(shown(one.name) for one in held)
-            notes.append(f"{adapter.name} is taken out, but the receipt of {base.name} holds {names} instead")
-    return notes
-
-
-class _Held(NamedTuple):
+class Held(NamedTuple):
     """An adapter in a base."""
 
     name: str
@@ -40,19 +20,40 @@ class _Held(NamedTuple):
     sha256: str  # of its file
 
 
-def _held(receipt: dict[str, Any]) -> list[_Held]:
-    """The adapters of the merge that made the base; none where the receipt is another verb's, or has no hashes."""
+def held_by(base: Folder) -> list[Held]:
+    """The adapters that were merged into a base, as the receipt beside it says: by its merge and by the merges before."""
+    receipt = read_json(base, RECEIPT) if RECEIPT in base.files() else {}
     try:
         recipe, sums = receipt["recipe"], receipt["inputs"]
         if recipe["verb"] != "merge":
             return []
         rows = zip(recipe["inputs"][1:], recipe["options"]["weights"], strict=True)
-        return [
-            _Held(str(entry["name"]), float(weight), entry["files"][WEIGHTS]["header"], sums[f"{number} {entry['name']}"][WEIGHTS])
+        last = [
+            Held(str(entry["name"]), float(weight), entry["files"][WEIGHTS]["header"], sums[f"{number} {entry['name']}"][WEIGHTS])
             for number, (entry, weight) in enumerate(rows, start=1)
         ]
-    except (KeyError, TypeError, ValueError, AttributeError):
+        return [*(Held(**one) for one in receipt.get("held", [])), *last]
+    except (KeyError, TypeError, ValueError, AttributeError):  # another version's, or without hashes
         return []
+
+
+def notes_on(base: Folder, held: Sequence[Held], adapters: Sequence[Adapter], weights: Sequence[float]) -> list[str]:
+    """Adapters that a base holds already and are added again, and such as it does not hold and are taken out.
+
+    Files are compared by their sha256, and only those whose headers agree are read for it."""
+    notes = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        alike = [one for one in held if one.header == adapter.header_sha256]
+        sha = _sha256(adapter.folder) if alike else ""
+        there = sum(one.weight for one in alike if one.sha256 == sha)
+        if there * weight > 0:
+            notes.append(
+                f"{adapter.name} is in {base.name} already, with weight {there:g}, as its receipt says: it is added once more"
+            )
+        elif held and weight < 0 and there == 0:
+            names = ", ".join(dict.fromkeys(shown(one.name) for one in held))
+            notes.append(f"{adapter.name} is taken out, but the receipt of {base.name} holds {names} instead")
+    return notes
 
 
 def _sha256(folder: Folder) -> str:

@@ -9,6 +9,7 @@ from adapterkit.adapter import Adapter, Lora
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.ops.history import Held
 from adapterkit.ops.replication import replicated
 from adapterkit.patterns import matcher
 from adapterkit.placement import Product
@@ -76,6 +77,7 @@ class Job:
         self.adapters, self.weights, self.options = adapters, weights, options
         self.errors: list[AdapterkitError] = []
         self.notes: list[str] = []
+        self.held: list[Held] = []  # adapters in the base already
         self.left_out: list[str] = []
         self.changes: dict[str, Change] = {}
         self.new: dict[str, Change] = {}  # parameters that the base does not store: heads

@@ -18,7 +18,7 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.ops import packaging
 from adapterkit.ops.changes import collect
 from adapterkit.ops.embeddings import set_everywhere, settle_head, settle_ties, settle_vocabulary
-from adapterkit.ops.history import notes_on
+from adapterkit.ops.history import held_by, notes_on
 from adapterkit.ops.job import Job, Options
 from adapterkit.ops.produced import carry_out
 from adapterkit.ops.quantize import CHANGED_BY
@@ -114,7 +114,8 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     if errors and len(read) < len(sources):
         refuse_all(errors)
     job = Job(checkpoint, read, [weight for _, weight in sources], options)
-    job.notes += notes_on(base, read, job.weights)
+    job.held = held_by(base)
+    job.notes += notes_on(base, job.held, read, job.weights)
     collect(job)
     refuse_all([*errors, *job.errors])
     settle_ties(job)
@@ -246,6 +247,8 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
         "left_out": job.left_out,
         "tensors_changed": changed,
     }
+    if job.held:
+        facts["held"] = [one._asdict() for one in job.held]  # by the base, before this merge
     options = {k: v for k, v in vars(job.options).items() if v not in (None, False)}
     options["weights"] = job.weights
     who = identities(folders, headers)

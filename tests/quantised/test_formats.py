@@ -20,12 +20,14 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
 import adapterkit
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
 from adapterkit.ops import requantised
 from adapterkit.ops.sources import open_source
+from adapterkit.weights.codecs.fp8 import Fp8
 from adapterkit.weights.decoded import decoded, packed_in
-from adapterkit.weights.packed import Packed
+from adapterkit.weights.packed import Packed, check_writable
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden_narrow.safetensors"
@@ -612,3 +614,13 @@ def test_nvfp4_keeps_the_scale_that_layers_share(base: Callable[[str], Path]) ->
         larger = spec.renewed(parts, value * 2)
         assert not same(larger[Q + leaf], parts[Q + leaf])
         assert torch.allclose(spec.decode(larger), value * 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "writable"), [((4, 6), True), ((1, 4, 6), True), ((3, 4, 6), False)])
+def test_one_fp8_scale_of_a_stack_is_read_only(shape, writable):
+    """Encoding gives a scale to each expert, which the stored one cannot hold."""
+    place = {"file": "f", "start": 0, "stop": 0, "folder": 0}
+    codes, scale = (TensorSpec(key=key, dtype=d, shape=s, **place) for key, d, s in [("w", "F8_E4M3", shape), ("s", "F32", (1,))])
+    weight = Fp8(key="w", dtype="BF16", shape=shape, parts=(codes, scale), block=(4, 6), power=False, **place)
+    assert bool(weight.read_only) is not writable
+    assert bool(check_writable([weight], "base")) is not writable

@@ -112,7 +112,11 @@ class Fp8(Packed):
 
     @property
     def read_only(self) -> str | None:
-        return "FP8 E5M2" if self.parts[0].dtype == "F8_E5M2" else None
+        codes, scale = self.parts[:2]
+        if codes.dtype == "F8_E5M2":
+            return "FP8 E5M2"
+        one_of_many = math.prod(scale.shape) == 1 and math.prod(codes.shape[:-2]) > 1
+        return "one FP8 scale for a stack of experts" if one_of_many else None
 
 
 def _beside(key: str) -> tuple[str, str]:
