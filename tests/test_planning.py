@@ -78,7 +78,7 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
     plan = plan_merge(far, [(LocalFolder(adapter), 1.0)], Options())
     assert len(far.ranges) <= 3  # the header, the config, and its hash
     with pytest.raises(Spoiled, match="not finite"):
-        carry_out(plan, tmp_path / "out", engine="local", device="cpu", dry_run=False)
+        carry_out(plan, tmp_path / "out", engine="local", device="cpu", memory=None, dry_run=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -207,7 +207,7 @@ def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
         read(self, spec, offset, buffer)
 
     monkeypatch.setattr(Sources, "read_into", noted)
-    carry_out(plan, tmp_path / "out", engine="local", device="cpu", dry_run=False)
+    carry_out(plan, tmp_path / "out", engine="local", device="cpu", memory=None, dry_run=False)
     assert plan.totals()["bytes_read"] - weights == sum(size for folder, size in ranges if folder == 1)
 
 

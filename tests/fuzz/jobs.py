@@ -31,7 +31,11 @@ JUDGED = (
     ),
     ("PEFT cannot load a module that is a target and a home of one", r"is a target itself in .* and a home of target_parameters"),
     ("PEFT cannot load rows and factors of one embedding", r"trained token rows of .* beside factors of the same module"),
-    ("attention's output adapted twice over", r"attention\S*out_proj.lora_A.weight name one thing"),
+    ("attention's output adapted twice over", r"attention\S*out_proj.lora_[AB].weight name one thing"),
+    (
+        "PEFT cannot load a saved module inside one whose parameters are targets",
+        r"modules_to_save .* inside .* parameters are targets",
+    ),
     ("one row of an embedding trained by two adapters", r"a token row trained by two adapters|other token rows trained by each"),
     (
         "a DoRA's delta needs the base's weights and a rank",

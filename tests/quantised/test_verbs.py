@@ -270,9 +270,10 @@ def test_dequantised_every_weight_is_rounded_once(
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_embeddings_and_heads(base, floats, lora, name: str, kind: str, tmp_path: Path) -> None:
+def test_embeddings_and_heads(base, floats, name: str, kind: str, tmp_path: Path) -> None:
     modules = ["embed_tokens", "q_proj"] + (["lm_head"] if name == "llama" else [])
-    adapter = lora(name, target_modules=modules)
+    adapter = tmp_path / "adapter"  # trained on the weights as they are stored: PEFT saves a copy of them, which it loads again
+    oracle.train(MODELS[name]().to(torch.bfloat16), adapter, target_modules=modules)
     oracle.merge(base(name, kind), adapter, out=tmp_path / "out")
     expected, before, after = exact(floats(name, kind), adapter), stored(base(name, kind)), stored(tmp_path / "out")
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
