@@ -43,10 +43,12 @@ class Inputs(Protocol):
 
 @dataclass
 class Loaded:
-    """An edit that is ready: its function, and the Frobenius norm of what it adds where that is known."""
+    """An edit that is ready: its function, the Frobenius norm of what it adds where that is known, and, where it rounds, the
+    function without its roundings, for what is measured of them."""
 
     apply: Apply
     delta_norm: float | None = None
+    exact: Apply | None = None
 
 
 class Edit(Protocol):
@@ -231,15 +233,18 @@ class AddLikePeft:
         products = list(replace(self.term, scale=1.0).products(inputs))
         norm = abs(scale) * sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
 
-        def apply(w: Tensor, first: int) -> None:
+        def exact(w: Tensor, first: int, delta_first: bool = False) -> None:
             for block, left, right in products:
                 for part, here in overlap(w, first, block.row, block.row_stop):
                     part = part[:, block.col : block.col_stop]
                     delta = (left[here] @ right) * scale
-                    part += delta.to(self.rounded).to(w.dtype) if self.delta_first else delta
+                    part += delta.to(self.rounded).to(w.dtype) if delta_first else delta
+
+        def apply(w: Tensor, first: int) -> None:
+            exact(w, first, self.delta_first)
             _round(w, self.rounded)
 
-        return Loaded(apply, norm)
+        return Loaded(apply, norm, exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +303,7 @@ class RoundTo:
         return ()
 
     def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
-        return Loaded(lambda w, first: _round(w, self.rounded))
+        return Loaded(lambda w, first: _round(w, self.rounded), exact=lambda w, first: None)
 
 
 def _round(w: Tensor, dtype: torch.dtype) -> None:

@@ -180,3 +180,17 @@ def test_a_merge_that_loses_most_of_the_delta_says_so(tmp_path):
             assert "% lost" in warnings[0]
             assert "--rounding stochastic" in warnings[0]
             assert "--dtype fp32" in warnings[0]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_pefts_roundings_on_the_way_count_as_losses(dtype, tmp_path):
+    """PEFT rounds to the base's dtype before anything is written, in float32 too."""
+    weight, delta = job(tmp_path, size=5e-5)
+    receipt = adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out", dtype=dtype, compat="peft")
+    written, facts = load_file(tmp_path / "out" / "model.safetensors"), receipt.data["parameters"]["x.weight"]
+    moved = written["x.weight"].double() - weight.double()
+    noise = float((moved - delta).norm() / delta.norm())
+    assert facts["survived"] == pytest.approx(float((moved * delta).sum() / delta.square().sum()), abs=0.1)
+    assert facts["rounding"] == pytest.approx(noise, abs=0.1)
+    assert facts["survived"] < 0.5
+    assert any("WARNING: in 2 of 2" in note and "leave out --compat peft" in note for note in receipt.data["notes"])

@@ -196,6 +196,16 @@ def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:
     return w.to(dtype) if step.draws is None else round_to(w, dtype, step.draws.at(position))
 
 
+def unrounded(w: Tensor, before: Tensor, edits: list[Loaded], first: int) -> Tensor:
+    """What the edits make of these rows without roundings between them (those of `--compat peft`): w where they have none."""
+    if all(edit.exact is None for edit in edits):
+        return w
+    w = before.clone()
+    for edit in edits:
+        (edit.exact or edit.apply)(w, first)
+    return w
+
+
 def arithmetic(step: Step) -> torch.dtype:
     """What a step is computed in: float32; float64 where the source is, or `wide`."""
     return torch.promote_types(dtypes.torch_dtype(step.source.dtype), torch.float64 if step.wide else torch.float32)
@@ -621,7 +631,7 @@ class _Job:
                 outgoing.copy_(rounded(w, step, first * columns))
                 self._check_finite(facts.squares[-1], outgoing, step, w)
                 if before is not None:
-                    facts.measure(before, w, outgoing)
+                    facts.measure(before, unrounded(w, before, edits, first), outgoing)
                 end = position + dtypes.size(step.dtype, w.numel())
                 piece.shard.file.write(view[position:end], piece.position + position)
                 position = end

@@ -6,6 +6,7 @@ anything is written.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from adapterkit import dtypes
@@ -252,7 +253,8 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
     options = {k: v for k, v in vars(job.options).items() if v not in (None, False)}
     options["weights"] = job.weights
     who = identities(folders, headers)
-    return Plan("merge", options, folders, headers, who, shards, files, facts, tuple(job.notes), warn=lost)
+    warn = partial(lost, compat=job.options.compat)
+    return Plan("merge", options, folders, headers, who, shards, files, facts, tuple(job.notes), warn=warn)
 
 
 def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard | Computed, ...]:

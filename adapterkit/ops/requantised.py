@@ -177,7 +177,7 @@ class Survival:
         return {"survived": short(inner / squares), noise: short((error / squares) ** 0.5)}
 
 
-def lost(facts: dict[str, dict]) -> list[str]:
+def lost(facts: dict[str, dict], compat: str | None = None) -> list[str]:
     """Warnings where rounding to nearest swallowed a part of what was merged: into quantised formats, and into floats.
 
     `survived` is the projection of what was stored on the delta. Normal deltas of 2, 1, 1/2, 1/8, 1/32 of bf16's median step
@@ -190,7 +190,7 @@ def lost(facts: dict[str, dict]) -> list[str]:
         if "survived" in fact and fact.get("rounding", 0) <= 1:
             kinds["rounding" in fact][key] = fact["survived"]
     ways = {False: "merge with --dequantize, or into the 16-bit original with --base16", True: "write floats with --dtype fp32"}
-    notes = []
+    notes, first = [], f"leave out --compat {compat}, and " if compat else ""
     for floats, shares in kinds.items():
         bad = sorted((share, key) for key, share in shares.items() if share < LOST[floats])
         if bad:
@@ -200,7 +200,7 @@ def lost(facts: dict[str, dict]) -> list[str]:
             )
             notes.append(
                 f"WARNING: in {len(bad)} of {len(shares)} {what} less than {share_kept} of the change survived {how} (median: "
-                f"{1 - median:.0%} lost; least survived: {share:.0%} of {shown(key)}): give --rounding stochastic, "
+                f"{1 - median:.0%} lost; least survived: {share:.0%} of {shown(key)}): {first}give --rounding stochastic, "
                 f"or {ways[floats]}"
             )
     return notes
