@@ -2,9 +2,9 @@
 
     python examples/quantised.py [FOLDER] [--json] [--only rounding]
 
-Takes some seven minutes on two idle cores, 2 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The
-text is Python's own reference manual (`pydoc_data`), of which some passages are held out, so the last digits depend on the version
-of Python. All that is written stays in FOLDER (default: quantised-output). With --json stdout holds one JSON document instead.
+Takes 4 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The text is Python's own reference manual
+(`pydoc_data`), of which some passages are held out, so the last digits depend on the version of Python. All that is written stays
+in FOLDER (default: quantised-output). With --json stdout holds one JSON document instead.
 
 Three tables of perplexity on the held-out passages:
 
@@ -12,7 +12,8 @@ Three tables of perplexity on the held-out passages:
   the covariances of what its layers see, QPiSSA;
 - an adapter that is trained on the nf4 model: as trained, and merged into nf4, into decoded weights, into the 16-bit original;
 - the same adapter merged into six formats, rounded to nearest and stochastically, on some of the passages and on other text (the
-  descriptions of the packages that are used here). `--only rounding` makes this one alone.
+  descriptions of the packages that are used here); in bf16 also what `extract` finds of a short full fine-tune, on the text that it
+  learnt. `--only rounding` makes this table alone.
 
 All are measured in float32 on decoded weights (`dequantize`, `merge --dequantize`). That this is what transformers and PEFT make
 of the packed base with its adapter is checked on some passages: bitsandbytes computes in bfloat16 there, and on CPUs slowly. Exit
@@ -31,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,8 @@ SEEN = 64  # passages of whose inputs the covariances are
 FEW = 2  # passages on which the packed model is asked too
 RANK, ITERATIONS = 16, (1, 4)
 STEPS, TRAINED_RANK, ALPHA, LEARNING_RATE = 40, 8, 16, 1e-3
+SHORT = "bf16, short fine-tune"
+SHORT_STEPS, SHORT_RATE = 20, 1e-5  # of all weights: most move by less than half a step of bf16
 SOME = 6  # of the held-out passages one of so many is asked about roundings
 FORMATS: dict[str, tuple[str, ...]] = {
     "bf16": (),
@@ -63,7 +67,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "fp8": (),
     "mxfp4": ("--to", "mxfp4"),
 }
-ROUNDINGS = {"nearest": ()} | {f"stochastic, seed {n}": ("--rounding", "stochastic", "--seed", str(n)) for n in (0, 1)}
+SEEDS, SHORT_SEEDS = range(2), range(3)
 CLOSE = 0.02  # nats per token between the packed model, which computes in bfloat16, and the decoded one in float32
 
 say = partial(print, flush=True)
@@ -99,7 +103,11 @@ def main() -> int:
         facts |= {"table": rows(table), "merged": rows(merged)}
     else:
         train(in_nf4(base, args.folder)[1], training, held_out, args.folder)
-    roundings = {name: rounded(name, base, args.folder, [held_out[::SOME], other(tokenizer)]) for name in FORMATS}
+    trained, texts = args.folder / "trained", [held_out[::SOME], other(tokenizer)]
+    roundings = {name: rounded(in_format(name, base, args.folder), trained, args.folder, texts) for name in FORMATS}
+    learnt = training[:2].view(4, -1)
+    extracted = extract(base, learnt, args.folder)
+    roundings[SHORT] = rounded(base, extracted, args.folder, [learnt, texts[1]], SHORT_SEEDS)
     show_roundings(roundings)
     held = [check(*statement) for statement in [*statements, *kept(roundings)]]
     if args.json:
@@ -175,28 +183,44 @@ def merges(base: Path, folder: Path) -> dict[str, Path]:
     }
 
 
-def rounded(name: str, base: Path, folder: Path, texts: list[Tensor]) -> dict[str, dict[str, Any]]:
-    """The trained adapter merged into a format: row -> nats per token of the two texts, and how much of the delta is in the result
-    (the median over the modules)."""
-    packed, out, floats = folder / f"rounding-{name}", folder / "rounding-merged", folder / "rounding-floats"
+def extract(base: Path, learnt: Tensor, folder: Path) -> Path:
+    """The adapter between the base and a short full fine-tune of it."""
+    finetune(base, learnt, folder / "finetuned")
+    adapterkit("extract", base, folder / "finetuned", "--rank", RANK, "--rest", "drop", "--out", folder / "extracted")
+    return folder / "extracted"
+
+
+def in_format(name: str, base: Path, folder: Path) -> Path:
+    packed = folder / f"rounding-{name}"
     if name == "bf16":
-        packed = base
-    elif name == "fp8":
+        return base
+    if name == "fp8":
         in_fp8(base, packed)
     else:
         adapterkit("quantize", base, *FORMATS[name], "--out", packed)
+    return packed
+
+
+def rounded(
+    base: Path, adapter: Path, folder: Path, texts: list[Tensor], seeds: Iterable[int] = SEEDS
+) -> dict[str, dict[str, Any]]:
+    """The adapter merged into a base: row -> nats per token of the two texts, and how much of the delta is in the result (the
+    median over the modules)."""
+    out, floats = folder / "rounding-merged", folder / "rounding-floats"
+    packed = "quantization_config" in json.loads((base / "config.json").read_text())
+    runs = {"no adapter": None, "exact": (*(("--dequantize",) if packed else ()), "--dtype", "fp32"), "nearest": ()}
+    runs |= {f"stochastic, seed {seed}": ("--rounding", "stochastic", "--seed", seed) for seed in seeds}
     found = {}
-    for row, options in [("no adapter", None), ("exact", ("--dequantize", "--dtype", "fp32")), *ROUNDINGS.items()]:
+    for row, options in runs.items():
         if options is not None:
-            options = options[1:] if name == "bf16" and row == "exact" else options
-            adapterkit("merge", packed, folder / "trained", *options, "--out", out)
-        model = packed if options is None else out
-        if row != "exact" and name != "bf16":
+            adapterkit("merge", base, adapter, *options, "--out", out)
+        model = base if options is None else out
+        if packed and row != "exact":
             adapterkit("dequantize", model, "--dtype", "fp32", "--out", floats)
             model = floats
         losses = [measured(model, text) for text in texts]
         found[row] = dict(zip(("task", "other"), losses, strict=True))
-        if row in ROUNDINGS:
+        if row not in ("no adapter", "exact"):
             facts = json.loads((out / "adapterkit.json").read_text())["parameters"].values()
             found[row]["survived"] = statistics.median(fact["survived"] for fact in facts)
     return found
@@ -283,15 +307,27 @@ def train(floats: Path, training: Tensor, held_out: Tensor, folder: Path) -> flo
     model.name_or_path = floats.name  # goes into the adapter's config
     config = LoraConfig(r=TRAINED_RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    for step in range(STEPS):
-        error = loss_of(model, training[step * len(training) // STEPS][None])
-        optimizer.zero_grad()
-        error.backward()
-        optimizer.step()
+    descend(model, [training[step * len(training) // STEPS][None] for step in range(STEPS)], LEARNING_RATE)
     say(f"trained: {STEPS} steps, rank {TRAINED_RANK}")
     model.save_pretrained(folder / "trained", save_embedding_layers=False)
     return loss(model.eval(), held_out)
+
+
+def finetune(base: Path, learnt: Tensor, out: Path) -> None:
+    """Write the base after a few steps of all its weights on the passages, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    descend(model, [learnt] * SHORT_STEPS, SHORT_RATE)
+    say(f"fine-tuned: {SHORT_STEPS} steps of all weights")
+    model.save_pretrained(out)
+
+
+def descend(model: Any, batches: list[Tensor], rate: float) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for tokens in batches:
+        error = loss_of(model, tokens)
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
 
 
 def agreements(made: dict[str, tuple[Packed, Path]], tokens: Tensor) -> list[tuple[str, bool]]:
@@ -321,11 +357,11 @@ def show(title: str, table: dict[str, float], against: str) -> None:
 
 
 def show_roundings(table: dict[str, dict[str, dict[str, Any]]]) -> None:
-    say(f"\nthe adapter in other formats: perplexity\n{'':32}{'task':>12}{'other text':>12}{'survived':>10}")
+    say(f"\nadapters in other formats: perplexity\n{'':42}{'task':>12}{'other text':>12}{'survived':>10}")
     for name, found in table.items():
         for row, fact in found.items():
             share = f"{fact['survived']:>10.3f}" if "survived" in fact else ""
-            say(f"{f'{name}, {row}':32}{math.exp(fact['task']):>12.3f}{math.exp(fact['other']):>12.3f}{share}")
+            say(f"{f'{name}, {row}':42}{math.exp(fact['task']):>12.3f}{math.exp(fact['other']):>12.3f}{share}")
     say()
 
 
