@@ -375,7 +375,7 @@ def _meta_model(base: Checkpoint, class_name: str):
     from transformers.utils import logging as their_logging
 
     auto = class_name.startswith("AutoModel")
-    if not re.search(r"For[A-Z]|Model|Head", class_name):
+    if not re.search(r"For[A-Z]|Model|Head|Encoder|Decoder|Transformer|Backbone", class_name):
         raise Refused(f"{shown(class_name)} is no model's name", where=base.name)  # naming it would import it
     config = _config(base)
     cls = getattr(transformers, class_name, None)

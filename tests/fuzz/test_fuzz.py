@@ -13,6 +13,7 @@ from . import jobs, models
 SOME = (
     "llama", "gpt2", "bert", "roberta", "t5", "mixtral", "gpt_oss", "vit", "clip", "siglip", "mamba", "whisper",
     "qwen3_moe", "gemma3", "opt", "phimoe", "wav2vec2", "blip", "qwen2_vl", "distilbert",
+    "bert-generation",
 )  # fmt: skip
 USUAL = [(kind, seed) for kind in SOME for seed in range(5)]
 
