@@ -56,8 +56,10 @@ def model_files(
     `folder`: where in the output."""
     prefix = f"{folder}/" if folder else ""
     files: Files = {}
+    layers = _layer_folders(base)
     for name in base.files:
-        if not name.endswith((*WEIGHTS, ".index.json")) and name not in NOT_COPIED:
+        weights = name.endswith((*WEIGHTS, ".index.json")) and not name.startswith(layers)
+        if not weights and name not in NOT_COPIED:
             files[name] = CopyFile(0, name)
     files |= tokenizer or {}
     files["README.md"] = card.encode()
@@ -67,6 +69,19 @@ def model_files(
     if "config.json" in base.files:
         files["config.json"] = CopyFile(0, "config.json") if config == base.config else as_json(config)
     return {prefix + name: file for name, file in files.items()}
+
+
+def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
+    """Subfolders that hold further layers of the model with weights of their own: those that modules.json of sentence-transformers
+    names (`2_Dense/`)."""
+    if "modules.json" not in base.files:
+        return ()
+    try:
+        layers = json.loads(base.folder.read("modules.json", 0, base.files["modules.json"]))
+    except ValueError:
+        return ()
+    paths = [layer.get("path") for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+    return tuple(f"{path}/" for path in paths if isinstance(path, str) and path)
 
 
 def _index(base: Checkpoint, names: list[str], shards: Sequence[Shard | Computed]) -> bytes | FromFacts:

@@ -395,17 +395,26 @@ def test_every_verb_that_writes_a_model_keeps_the_files_beside_it(sharded, llama
     for name, text in EXTRAS.items():
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(text)
+    layers = [{"idx": 0, "name": "0", "path": ""}, {"idx": 2, "name": "2", "path": "2_Dense"}]
+    (base / "modules.json").write_text(json.dumps(layers))
+    dense = {"linear.weight": torch.ones(2, 3)}
+    for folder in ("2_Dense", "onnx"):  # only the first is a layer of the model
+        (base / folder).mkdir()
+        save_file(dense, base / folder / "model.safetensors")
     adapterkit.quantize(base, to="nf4", out=tmp_path / "quantize")
     adapterkit.dequantize(tmp_path / "quantize", out=tmp_path / "dequantize")
     adapterkit.dequantize(tmp_path / "quantize", max_shard_size="1GB", out=tmp_path / "joined")
     adapterkit.init(base, method="pissa", rank=1, out=tmp_path / "init")
     adapterkit.loftq(base, rank=1, iterations=1, out=tmp_path / "loftq")
     oracle.merge(base, lora, out=tmp_path / "merge")
+    adapterkit.verify(tmp_path / "merge")
     outputs = {name: tmp_path / name for name in ("merge", "quantize", "dequantize", "joined")}
     outputs |= {name: tmp_path / name / "base" for name in ("init", "loftq")}
     listings = {}
     for verb, out in outputs.items():
         listings[verb] = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.suffix != ".safetensors"}
+        assert torch.equal(load_file(out / "2_Dense/model.safetensors")["linear.weight"], dense["linear.weight"])
+        assert not (out / "onnx").exists()
         for name in listings[verb] & set(EXTRAS):
             assert (out / name).read_text() == EXTRAS[name], (verb, name)
     whole = listings["merge"] - {"adapterkit.json"}
