@@ -88,6 +88,11 @@ def init(
 def plan_init(folder: Folder, options: Options) -> Plan:
     """Everything an initialisation will do, or `Refused`."""
     method: Any = made("inits", options.method, {})
+    if not options.quantize:
+        given = [f"--{key.replace('_', '-')}" for key, value in _chosen_options(options).items() if value]
+        if given:
+            found, do = f"{', '.join(given)} without --quantize", "choose modules with --targets, or give --quantize nf4"
+            raise Refused(found, expected="--quantize FORMAT", where="options", do=do)
     base = open_checkpoint(folder)
     check_not_quantised(base)
     chosen = Chosen(base, {"to": options.quantize, **_chosen_options(options)})

@@ -270,6 +270,8 @@ def test_layers_stored_fused_matter_where_they_are_targets(tmp_path):
         {"quantize": "nf5"},
         {"targets": "nowhere"},
         {"block_size": 63, "quantize": "nf4"},
+        {"skip": "q_proj"},
+        {"double_quant": True},
     ],
     ids=str,
 )
