@@ -92,9 +92,11 @@ def test_killed_where_folders_cannot_be_exchanged(shared, whole, older, step: in
 @pytest.mark.parametrize("points", [8, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_killed_at_random_times(shared, whole, older, points: int, options: tuple):
-    generator, died = random.Random(len(options)), 0
-    shared.clear()
-    whole_time = shared.merge().seconds
+    generator, died, times = random.Random(len(options)), 0, []
+    for _ in range(3):  # one alone may be slow on a loaded machine, and then nothing is killed in time
+        shared.clear()
+        times.append(shared.merge().seconds)
+    whole_time = min(times)
     for _ in range(points):
         shared.clear()
         if options:
