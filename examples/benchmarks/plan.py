@@ -36,7 +36,7 @@ LINEAR = common.TARGETS
 STACKS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 PLAN = """
-import json, re, sys, time
+import gc, json, re, sys, time
 from pathlib import Path
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.ops.job import Options
@@ -54,6 +54,7 @@ class Remote:
         self.requests += 1
         return self.folder.read(name, start, stop)
 
+gc.set_threshold(100_000, 50, 50)  # as the command does; half as much again with Python's own
 small, small_adapter, base, adapter, remote = sys.argv[1:]
 plan_merge(LocalFolder(small), [(LocalFolder(small_adapter), 1.0)], Options())
 folder = Remote(base) if remote == "1" else LocalFolder(base)
