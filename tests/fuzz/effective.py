@@ -81,6 +81,8 @@ def _by_parameter(module: nn.Module, plain: nn.Module) -> bool:
     while isinstance(module, WRAPPERS):
         layers.append(module)
         module = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+    if getattr(plain, "groups", 1) > 1 and not layers:
+        return True  # slow to ask, channel by channel
     known = (nn.Linear.forward, transformers.pytorch_utils.Conv1D.forward, nn.Embedding.forward, *(cls.forward for cls in CONV))
     return any(isinstance(layer, peft_layers.ParamWrapper) for layer in layers) or type(plain).forward not in known
 
@@ -100,13 +102,15 @@ def _impulses(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
     channels = plain.in_channels
     size = [2 * (d * (k - 1) + 1) for d, k in zip(plain.dilation, plain.kernel_size, strict=True)]
     zero = torch.zeros(1, channels, *size, dtype=torch.float64)
-    bias = module(zero)
+    bias, middle = module(zero), tuple(n // 2 for n in size)
     found = []
-    for channel in range(channels):
-        impulse = zero.clone()
-        impulse[(0, channel, *(n // 2 for n in size))] = 1.0
-        found.append(module(impulse) - bias)
-    return {"weight": torch.stack(found), "bias": bias}
+    for first in range(0, channels, 64):
+        count = min(64, channels - first)
+        impulses = zero.repeat(count, *[1] * (zero.dim() - 1))
+        for i in range(count):
+            impulses[(i, first + i, *middle)] = 1.0
+        found.append(module(impulses) - bias)
+    return {"weight": torch.cat(found), "bias": bias}
 
 
 def _parameters(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
