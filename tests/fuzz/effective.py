@@ -142,9 +142,10 @@ def _parameters(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
 
 def _out_proj(module: nn.MultiheadAttention) -> dict[str, Tensor]:
     layer = module.out_proj
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    adapted = isinstance(layer, BaseTunerLayer)
+    base = layer.get_base_layer() if adapted else layer
     weight = base.weight.detach().clone()
-    for adapter in getattr(layer, "active_adapters", ()):
+    for adapter in layer.active_adapters if adapted else ():
         if adapter in layer.scaling:
             weight = weight + layer.get_delta_weight(adapter)
     return {"out_proj.weight": weight, "out_proj.bias": base.bias.detach()}
