@@ -36,7 +36,7 @@ def place_product(parameter: Parameter, slot: Slot, product: Product) -> Term:
     """The product's part on one slot."""
     shape = parameter.shape
     if product.experts is None and len(shape) > 2:  # a convolution: one row per output channel
-        if not slot.whole:
+        if not parameter.whole:
             raise unplaceable(parameter, slot)
         blocks = (Block(0, shape[0], 0, math.prod(shape[1:])),)
         return Term(product.a, product.b, product.scale, product.rank, blocks, product.flip)
@@ -103,7 +103,7 @@ def place_vector(parameter: Parameter, slot: Slot, vector: TensorSpec, scale: fl
 def place_magnitude(parameter: Parameter, slot: Slot, magnitude: TensorSpec, outputs: int, before: tuple[Edit, ...]) -> Decompose:
     """DoRA's rescaling; `outputs` is the parameter's axis that has one magnitude per position."""
     if len(parameter.shape) > 2:
-        if not slot.whole:
+        if not parameter.whole:
             raise unplaceable(parameter, slot)
         return Decompose(magnitude, (0, parameter.shape[0]), False, before)
     axis, other = slot.axes[outputs], slot.axes[1 - outputs]

@@ -33,7 +33,7 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
         if parameter is None or parameter.shape != spec.shape or not spec.shape or spec.dtype not in dtypes.FLOATS:
             continue  # another vocabulary: no copy; what is no float weight was refused with the file
         stored = job.base.tensors[parameter.slots[0].key]
-        comparable = parameter.slots[0].whole and type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
+        comparable = parameter.whole and type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
         count = rows_apart((adapter.folder, spec), (job.base.folder, stored)) if comparable else spec.shape[0]
         if count == 0 or (beside and job.options.base_copies == "ignore"):
             del kept[name]

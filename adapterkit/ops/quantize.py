@@ -160,7 +160,7 @@ class Chosen:
             self.asked.append(module)
             self.left.append(name)
             return
-        if len(parameter.slots) != 1 or not parameter.slots[0].whole:
+        if not parameter.whole:
             found = f"{shown(name)} is stored in another layout than the model's"
             do = "leave it out with --skip, or quantise while loading, with from_pretrained(quantization_config=...)"
             do = do if self.record else "leave it out with --targets"

@@ -80,7 +80,7 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
     edits: list[Edit] = list(step.edits)
     resized = slot
     if change.value is not None:
-        if slot.whole:
+        if parameter.whole:
             value = change.value
             step = replace(step, source=value, shape=value.shape if len(value.shape) == len(spec.shape) else spec.shape)
             resized = identity_slot(slot.key, value.shape)

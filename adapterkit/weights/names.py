@@ -40,6 +40,11 @@ class Parameter:
     tied: tuple[str, ...] = ()  # other parameters of the model that are this one
     twin: bool = False  # the file holds it under the name of one of those only
 
+    @property
+    def whole(self) -> bool:
+        """Whether one stored tensor is the parameter, in its own order, and nothing else."""
+        return len(self.slots) == 1 and self.slots[0].whole
+
 
 def plain_names(config: dict) -> bool:
     """Whether transformers' sources prove that this model's keys are its parameters' names and no layer is transposed.
@@ -196,7 +201,7 @@ class Skeleton:
         """The matrix `name` (of experts.3.up_proj, say) in the stack that the loader would put it into."""
         stack = self.parameters[stack_name]
         number = re.search(pattern.replace("*", r"(\d+)"), name)
-        if len(stack.shape) != 3 or number is None or len(stack.slots) != 1 or not stack.slots[0].whole:
+        if len(stack.shape) != 3 or number is None or not stack.whole:
             return None
         which = (stack_name, name.replace(number[0], "*"))
         if which not in self._experts:
@@ -375,8 +380,8 @@ def _meta_model(base: Checkpoint, class_name: str):
     from transformers.utils import logging as their_logging
 
     auto = class_name.startswith("AutoModel")
-    if not re.search(r"For[A-Z]|Model|Head|Encoder|Decoder|Transformer|Backbone", class_name):
-        raise Refused(f"{shown(class_name)} is no model's name", where=base.name)  # naming it would import it
+    if not re.fullmatch(r"[A-Z]\w*", class_name):
+        raise Refused(f"{shown(class_name)} is no class's name", where=base.name)  # of a module, naming it would import it
     config = _config(base)
     cls = getattr(transformers, class_name, None)
     if not isinstance(cls, type) or not (auto or issubclass(cls, transformers.PreTrainedModel)):  # a file may say anything

@@ -18,7 +18,7 @@ class Reads(Protocol):
 
 def read_parameter(parameter: Parameter, tensors: Mapping[str, TensorSpec], inputs: Reads) -> Tensor:
     """The parameter's value, in the inputs' dtype."""
-    if len(parameter.slots) == 1 and parameter.slots[0].whole:
+    if parameter.whole:
         return inputs.tensor(tensors[parameter.slots[0].key]).reshape(parameter.shape)
     whole: Tensor | None = None
     for slot in parameter.slots:

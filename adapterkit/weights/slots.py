@@ -43,7 +43,8 @@ class Slot:
 
     @property
     def whole(self) -> bool:
-        """Whether the slot is all of the stored tensor, in its own order, and all of the parameter."""
+        """Whether the slot is all of the stored tensor, in its own order, from the parameter's beginning on: all of the parameter
+        if that has no other slot."""
         return len(self.shape) == len(self.axes) and all(
             a.axis == i and a.at == 0 and isinstance(a.of, range) and a.of == range(n)
             for i, (a, n) in enumerate(zip(self.axes, self.shape, strict=True))

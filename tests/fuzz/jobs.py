@@ -38,6 +38,7 @@ JUDGED = (
     ),
     ("a parameter without elements", r"factors of .* with shapes .*\(0, |'shape': \[0, "),
     ("layers that transformers stores fused have no codes of their own", r"is stored in another layout than the model's"),
+    ("code that ties whatever the config says", r"cannot be untied: this model's code"),
     ("one row of an embedding trained by two adapters", r"a token row trained by two adapters|other token rows trained by each"),
     (
         "a DoRA's delta needs the base's weights and a rank",

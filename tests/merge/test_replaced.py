@@ -5,6 +5,7 @@ import json
 import oracle
 import peft
 import pytest
+import tiny
 import torch
 import transformers
 from oracle import DTYPES, assert_all_rounded, assert_same, exact, load, load_checked, merged, peft_merged, peft_model, stored
@@ -153,6 +154,18 @@ def test_a_tasks_head_that_the_file_lacks(made, tmp_path):
     with pytest.raises(Refused, match=r"modules_to_save classifier, and the file holds no classifier"):
         oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", exclude="classifier")
+
+
+def test_a_saved_module_that_is_stored_in_parts(tmp_path):
+    """OLMo-hybrid's convolution is three tensors in the file, each a third of its channels."""
+    model = tiny.model("olmo_hybrid")
+    model.save_pretrained(tmp_path / "base")
+    oracle.train(model, tmp_path / "adapter", target_modules=["k_proj"], modules_to_save=["conv1d"])
+    oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
+    found = oracle.load_checked(type(model), tmp_path / "out").state_dict()
+    expected = peft_merged(oracle.load_checked(type(model), tmp_path / "base"), tmp_path / "adapter")
+    saved = [name for name in expected if "conv1d" in name]
+    assert saved and all(torch.equal(found[name], expected[name]) for name in saved)
 
 
 def _tokens(base, folder, build=oracle.llama, **config):
