@@ -103,7 +103,8 @@ def _sides(job: Job, group: tuple[str, ...]) -> Sides:
         known = own.get(name) or Change(parameter)
         side = sides[name] = replace(known, rows=[*known.rows], adapters=[*known.adapters])
         for source, change in own.items():
-            rows = [row for row in change.rows if source != name and rows_of[row[0].folder] == [source] and _is_input(job, source)]
+            follows = source != name and _is_input(job, source) and name in _followers(job)
+            rows = [row for row in change.rows if follows and rows_of[row[0].folder] == [source]]
             shared = side.value is None and change.value is not None and not _saved(job, source)
             if shared:
                 side.value, side.number = change.value, change.number
@@ -112,6 +113,13 @@ def _sides(job: Job, group: tuple[str, ...]) -> Sides:
             if rows or shared:
                 side.adapters += [adapter for adapter in change.adapters if adapter not in side.adapters]
     return sides
+
+
+def _followers(job: Job) -> dict[str, str]:
+    """The names that a model ties to others: at these PEFT wraps the rows as well. Blt ties its embedding to its head, and PEFT's
+    head has no rows then."""
+    assert job.names.model is not None
+    return job.names.model.model.all_tied_weights_keys
 
 
 def _is_input(job: Job, name: str) -> bool:

@@ -105,6 +105,7 @@ def _adapters(base: models.Base, rng: random.Random, folder: Path, outcome: Outc
         config = drawn.config_for(model, base.task, rng)
         if count > 1:
             config["bias"] = "none"  # PEFT loads the trained biases of a second adapter under names that it has renamed
+            config.pop("modules_to_save", None)  # and passes by what another adapter adds inside a saved module
         if paths and rng.random() < 0.85:
             drawn.keep_factors(config)  # two adapters' trained values have no sum
         path = folder / f"adapter{attempt}"
