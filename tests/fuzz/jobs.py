@@ -166,7 +166,7 @@ def _merge(base: models.Base, paths: list[Path], weights: list[float], rng: rand
     try:
         with quiet():
             merged, info = base.cls.from_pretrained(out, output_loading_info=True, dtype="auto")
-    except Exception as error:
+    except Exception as error:  # whatever the loader says of a folder that it cannot use
         outcome.wrong.append(f"merge: transformers cannot load the result: {error}")
         return
     lost = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
