@@ -5,7 +5,15 @@ The verbs are imported on first use, so `import adapterkit` loads neither torch 
 
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import AdapterkitError, Damaged, Failed, Interrupted, Offenders, Refused, Spoiled
+from adapterkit.errors import (
+    AdapterkitError,
+    Damaged,
+    Failed,
+    Interrupted,
+    Offenders,
+    Refused,
+    Spoiled,
+)
 
 __version__ = "0.1.0"
 

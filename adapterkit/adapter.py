@@ -38,16 +38,28 @@ OTHER_ARITHMETIC = {
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "megatron_config": "Megatron layers are laid out in another way",
 }
-CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # inits that subtract from, or quantise, the base
+CHANGED_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "lora_ga",
+    "loftq",
+)  # inits that subtract from, or quantise, the base
 UNCHANGED_BASE = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
 FLAGS = ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
 TEXTS = ("task_type", "peft_version", "bias")
 LISTS = ("modules_to_save", "target_parameters")
 MOST_LAYERS = 100_000
 # What PEFT adds to modules_to_save by task_type; a model has one of them, or none
-TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
-Check = Callable[[dict, str], list[AdapterkitError]]  # (config, where it stands) -> what is wrong with it
+Check = Callable[
+    [dict, str], list[AdapterkitError]
+]  # (config, where it stands) -> what is wrong with it
 Patterns = list[tuple[re.Pattern[str], str]]  # what a key looks like, and its role
 Roles = dict[tuple[str, int], dict[str, TensorSpec]]  # (module, depth) -> role -> its tensor
 
@@ -82,7 +94,9 @@ class Adapter:
     number: int  # its place among the job's inputs
     config: dict
     loras: tuple[Lora, ...]
-    replaced: dict[str, TensorSpec]  # parameter -> trained value: modules_to_save, biases, resized embeddings
+    replaced: dict[
+        str, TensorSpec
+    ]  # parameter -> trained value: modules_to_save, biases, resized embeddings
     tokens: tuple[Tokens, ...]
     tensors: dict[str, TensorSpec] = field(repr=False)
     header_sha256: str = ""
@@ -118,7 +132,11 @@ class Adapter:
         """A regular expression, as short as may be, that is found in these values that were trained whole and in no adapted
         module."""
         rest = [name for name in whole if not self.saves(name)]
-        found = {re.escape(module) for module in self.saved if any(inside(name, module) for name in whole)}
+        found = {
+            re.escape(module)
+            for module in self.saved
+            if any(inside(name, module) for name in whole)
+        }
         found |= {"bias$" if name.endswith("bias") else re.escape(name) for name in rest}
         pattern = "|".join(sorted(found))
         if any(re.search(pattern, lora.module) for lora in self.loras):
@@ -140,11 +158,21 @@ class Adapter:
         """
         targets = self.config.get("target_parameters") or []
         if own is not None:
-            return [leaf for leaf in own if any(f".{module}.{leaf}".endswith(f".{target}") for target in targets)]
+            return [
+                leaf
+                for leaf in own
+                if any(f".{module}.{leaf}".endswith(f".{target}") for target in targets)
+            ]
         split = [target.rpartition(".") for target in targets]
         bare = any(not home for home, _, _ in split)
-        named = bare and (self._names(module) or any(x.module == module and self.attention(x) for x in self.loras))
-        there = [leaf for home, _, leaf in split if (f".{module}".endswith(f".{home}") if home else not named)]
+        named = bare and (
+            self._names(module) or any(x.module == module and self.attention(x) for x in self.loras)
+        )
+        there = [
+            leaf
+            for home, _, leaf in split
+            if (f".{module}".endswith(f".{home}") if home else not named)
+        ]
         return list(dict.fromkeys(there))
 
     def _names(self, module: str) -> bool:
@@ -152,8 +180,12 @@ class Adapter:
         targets = self.config.get("target_modules")
         if isinstance(targets, str):
             whole = r"\A(?:{})\Z"
-            return targets == "all-linear" or matcher(targets, f"{self.where}: target_modules", whole)(module)
-        return isinstance(targets, list) and any(f".{module}".endswith(f".{target}") for target in targets)
+            return targets == "all-linear" or matcher(
+                targets, f"{self.where}: target_modules", whole
+            )(module)
+        return isinstance(targets, list) and any(
+            f".{module}".endswith(f".{target}") for target in targets
+        )
 
     def attention(self, lora: Lora) -> str | None:
         """The MultiheadAttention that a factor pair belongs to as its output projection, else None.
@@ -177,12 +209,16 @@ class Adapter:
         The first pattern of rank_pattern, and of alpha_pattern, that matches counts, each on its own
         (PEFT's `get_pattern_key`: `(.*\\.)?(pattern)$` from the start of the name, a dot matching any character).
         """
-        rank, alpha = self.patterned(name, self.config.get("r", 8), self.config.get("lora_alpha", 8))
+        rank, alpha = self.patterned(
+            name, self.config.get("r", 8), self.config.get("lora_alpha", 8)
+        )
         return rank, self.scale(rank, alpha)
 
     def patterned(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of a module: those of the first patterns that match, else the ones given."""
-        return self._first(self._rank_patterns, name, rank), self._first(self._alpha_patterns, name, alpha)
+        return self._first(self._rank_patterns, name, rank), self._first(
+            self._alpha_patterns, name, alpha
+        )
 
     def scale(self, rank: int, alpha: float) -> float:
         """alpha / r, or alpha / sqrt(r) with use_rslora."""
@@ -199,7 +235,10 @@ class Adapter:
     def _patterns(self, key: str) -> list:
         table = self.config.get(key) or {}
         where = f"{self.where}: {key}"
-        return [(matcher(str(pattern), where, r"\A(?:.*\.)?(?:{})\Z"), value) for pattern, value in table.items()]
+        return [
+            (matcher(str(pattern), where, r"\A(?:.*\.)?(?:{})\Z"), value)
+            for pattern, value in table.items()
+        ]
 
     @staticmethod
     def _first(patterns: list, name: str, default):
@@ -208,7 +247,14 @@ class Adapter:
 
 def saved_modules(config: dict) -> list[str]:
     """modules_to_save, and the heads that PEFT adds to it, in memory, by task_type."""
-    return list(dict.fromkeys([*(config.get("modules_to_save") or []), *TASK_HEADS.get(config.get("task_type") or "", ())]))
+    return list(
+        dict.fromkeys(
+            [
+                *(config.get("modules_to_save") or []),
+                *TASK_HEADS.get(config.get("task_type") or "", ()),
+            ]
+        )
+    )
 
 
 def inside(parameter: str, module: str) -> bool:
@@ -237,12 +283,16 @@ def see_adapter(folder: Folder, number: int = 1) -> tuple[Adapter, Seen, bool]:
     return replace(adapter, loras=loras), seen, typed
 
 
-def read_other(folder: Folder, number: int, check: Check, names: Sequence[str]) -> tuple[Adapter, Roles]:
+def read_other(
+    folder: Folder, number: int, check: Check, names: Sequence[str]
+) -> tuple[Adapter, Roles]:
     """Read an adapter of another type than LoRA: all but its modules' tensors, and those by module and name.
 
     `check` says what is wrong with its config, `names` what the type calls its tensors.
     """
-    roles = [(re.compile(rf"^(.*)\.{re.escape(name)}(?:\.\w+)?(?:\.weight)?$"), name) for name in names]
+    roles = [
+        (re.compile(rf"^(.*)\.{re.escape(name)}(?:\.\w+)?(?:\.weight)?$"), name) for name in names
+    ]
     with belonging_to(folder):
         adapter, parts, seen = _see(folder, number, check, roles)
         refuse_all(seen.errors)
@@ -250,7 +300,9 @@ def read_other(folder: Folder, number: int, check: Check, names: Sequence[str]) 
     return adapter, parts.roles
 
 
-def _see(folder: Folder, number: int, check: Check, roles: Patterns) -> tuple[Adapter, "_Parts", Seen]:
+def _see(
+    folder: Folder, number: int, check: Check, roles: Patterns
+) -> tuple[Adapter, "_Parts", Seen]:
     """An adapter without its factors, its keys by what they are, and what is wrong with its files, its config and its token
     rows."""
     seen, files = Seen(folder, number), folder.files()
@@ -269,9 +321,15 @@ def _see(folder: Folder, number: int, check: Check, roles: Patterns) -> tuple[Ad
     header = seen.header(WEIGHTS) if WEIGHTS in files else None
     tensors = seen.tensors
     parts = _sorted_out(tensors, seen.errors, f"{folder.name}/{WEIGHTS}", roles)
-    tokens = () if config is None or header is None else _tokens(parts, config, seen.errors, folder.name)
+    tokens = (
+        () if config is None or header is None else _tokens(parts, config, seen.errors, folder.name)
+    )
     sha256 = "" if header is None else header.sha256
-    return Adapter(folder, number, seen.config, (), parts.replaced, tokens, tensors, sha256), parts, seen
+    return (
+        Adapter(folder, number, seen.config, (), parts.replaced, tokens, tensors, sha256),
+        parts,
+        seen,
+    )
 
 
 def _missing(folder: Folder, name: str, files: dict[str, int]) -> Refused:
@@ -305,26 +363,61 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     errors += check_known(config, HARMLESS | set(OTHER_ARITHMETIC), where)
     init = config.get("init_lora_weights")
     name = init.lower() if isinstance(init, str) else ""
-    if not (init is None or type(init) is bool or name in UNCHANGED_BASE or name.startswith(CHANGED_BASE)):
+    if not (
+        init is None
+        or type(init) is bool
+        or name in UNCHANGED_BASE
+        or name.startswith(CHANGED_BASE)
+    ):
         errors.append(
-            unfit(config, "init_lora_weights", "true, false, or one of " + ", ".join(CHANGED_BASE + UNCHANGED_BASE), where)
+            unfit(
+                config,
+                "init_lora_weights",
+                "true, false, or one of " + ", ".join(CHANGED_BASE + UNCHANGED_BASE),
+                where,
+            )
         )
-    for key in ("r", "lora_alpha"):  # PEFT always writes both: a default here would be a guess at the scale
+    for key in (
+        "r",
+        "lora_alpha",
+    ):  # PEFT always writes both: a default here would be a guess at the scale
         if not is_number(config.get(key), whole=key == "r"):
-            errors.append(unfit(config, key, "a whole number above 0" if key == "r" else "a finite number", where))
+            errors.append(
+                unfit(
+                    config,
+                    key,
+                    "a whole number above 0" if key == "r" else "a finite number",
+                    where,
+                )
+            )
     errors += check_types(config, where) + check_patterns(config, where)
     replication = config.get("layer_replication")
     if replication is not None and not (
         isinstance(replication, list)
-        and all(isinstance(p, list) and len(p) == 2 and all(type(x) is int and x >= 0 for x in p) for p in replication)
+        and all(
+            isinstance(p, list) and len(p) == 2 and all(type(x) is int and x >= 0 for x in p)
+            for p in replication
+        )
         and sum(max(0, end - start) for start, end in replication) <= MOST_LAYERS
     ):
-        errors.append(unfit(config, "layer_replication", f"pairs [start, end) of at most {MOST_LAYERS:,} layers", where))
+        errors.append(
+            unfit(
+                config,
+                "layer_replication",
+                f"pairs [start, end) of at most {MOST_LAYERS:,} layers",
+                where,
+            )
+        )
     return errors
 
 
 def unfit(config: dict, key: str, expected: str, where: str) -> Refused:
-    return Refused(f"{key} = {shown(repr(config.get(key)))}", expected=expected, where=where, do="mend the config")
+    return Refused(
+        f"{key} = {shown(repr(config.get(key)))}",
+        expected=expected,
+        where=where,
+        do="mend the config",
+    )
 
 
 def check_known(config: dict, known: Collection[str], where: str) -> list[AdapterkitError]:
@@ -344,12 +437,20 @@ def check_known(config: dict, known: Collection[str], where: str) -> list[Adapte
 def check_types(config: dict, where: str) -> list[AdapterkitError]:
     """Settings of all types that are flags, texts or lists, and are not."""
     errors: list[AdapterkitError] = [
-        unfit(config, k, "true or false", where) for k in FLAGS if not isinstance(config.get(k), bool | None)
+        unfit(config, k, "true or false", where)
+        for k in FLAGS
+        if not isinstance(config.get(k), bool | None)
     ]
-    errors += [unfit(config, k, "a text", where) for k in TEXTS if not isinstance(config.get(k), str | None)]
+    errors += [
+        unfit(config, k, "a text", where)
+        for k in TEXTS
+        if not isinstance(config.get(k), str | None)
+    ]
     for key in LISTS:
         value = config.get(key)
-        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
+        if value is not None and not (
+            isinstance(value, list) and all(isinstance(v, str) and v for v in value)
+        ):
             errors.append(unfit(config, key, "a list of names", where))
     return errors
 
@@ -359,7 +460,9 @@ def check_patterns(config: dict, where: str) -> list[AdapterkitError]:
     errors: list[AdapterkitError] = []
     for key in ("rank_pattern", "alpha_pattern"):
         table = config.get(key) or {}
-        if not isinstance(table, dict) or not all(is_number(v, whole=key == "rank_pattern") for v in table.values()):
+        if not isinstance(table, dict) or not all(
+            is_number(v, whole=key == "rank_pattern") for v in table.values()
+        ):
             what = "whole numbers above 0" if key == "rank_pattern" else "finite numbers"
             errors.append(unfit(config, key, f"a map of patterns to {what}", where))
     return errors
@@ -391,10 +494,14 @@ ROLES: Patterns = [
 TOKENS = re.compile(r"^(.*)\.token_adapter(?:\.\w+)?\.trainable_tokens_delta(?:\.\w+)?$")
 BENEATH = re.compile(r"\.base_layer\.\w+$")  # a value of the layer right inside a wrapper
 NO_ARITHMETIC = re.compile(r"\.lora_velora_embed$")  # a buffer of VeLoRA's backward pass
-NOT_READ = re.compile(r"\.(lora_\w+|ranknum|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|ia3_\w+)(\.|$)")
+NOT_READ = re.compile(
+    r"\.(lora_\w+|ranknum|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|ia3_\w+)(\.|$)"
+)
 
 
-def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str, roles: Patterns) -> _Parts:
+def _sorted_out(
+    tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str, roles: Patterns
+) -> _Parts:
     parts = _Parts()
     names = {key: _unwrapped(key) for key in tensors}
     plain = set(names.values())
@@ -413,11 +520,24 @@ def _sorted_out(tensors: dict[str, TensorSpec], errors: list[AdapterkitError], w
             continue  # what the base holds already (bias="all" saves it beside the trained copy)
         elif NOT_READ.search("." + name):
             found = f"key {shown(key)}"
-            errors.append(Refused(found, expected="keys of its peft_type", where=where, do="it is another kind of adapter"))
+            errors.append(
+                Refused(
+                    found,
+                    expected="keys of its peft_type",
+                    where=where,
+                    do="it is another kind of adapter",
+                )
+            )
         else:
-            name = _without_wrappers(_trained_copy(name, plain).replace(".token_adapter.base_layer.", "."))
+            name = _without_wrappers(
+                _trained_copy(name, plain).replace(".token_adapter.base_layer.", ".")
+            )
             known = parts.replaced.get(name)
-            if known is not None and ".modules_to_save." not in key and ".modules_to_save." not in known.key:
+            if (
+                known is not None
+                and ".modules_to_save." not in key
+                and ".modules_to_save." not in known.key
+            ):
                 errors.append(_two_names(key, known.key, where))
             if known is None or ".modules_to_save." in known.key:
                 parts.replaced[name] = spec
@@ -433,7 +553,11 @@ def _unwrapped(key: str) -> str:
 def canonical(key: str) -> str:
     """A key as PEFT writes it: its prefix, no adapter's name inside."""
     name = re.sub(r"\.(lora_[AB])\.\w+\.(weight|bias)$", r".\1.\2", _unwrapped(key))
-    name = re.sub(r"\.(lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)\.\w+(\.weight)?$", r".\1", name)
+    name = re.sub(
+        r"\.(lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)\.\w+(\.weight)?$",
+        r".\1",
+        name,
+    )
     return PREFIX + name
 
 
@@ -443,11 +567,20 @@ def _trained_copy(name: str, plain: set[str]) -> str:
     without_adapter = rest.partition(".")[2]
     if not wrapper:
         return name
-    return f"{module}.{rest}" if not without_adapter or f"{module}.{rest}" in plain else f"{module}.{without_adapter}"
+    return (
+        f"{module}.{rest}"
+        if not without_adapter or f"{module}.{rest}" in plain
+        else f"{module}.{without_adapter}"
+    )
 
 
 def _two_names(key: str, other: str, where: str) -> Refused:
-    return Refused(f"{shown(key)} and {shown(other)} name one thing", expected="each once", where=where, do="remove one")
+    return Refused(
+        f"{shown(key)} and {shown(other)} name one thing",
+        expected="each once",
+        where=where,
+        do="remove one",
+    )
 
 
 def _module_and_depth(path: str) -> tuple[str, int]:
@@ -466,7 +599,11 @@ def wrapped(path: str, levels: Mapping[str, int]) -> str:
     """A plain path as PEFT writes it: `base_layer` once for each wrapper around a module that it goes through."""
     found, module = "", ""
     for part in path.split("."):
-        found += ".base_layer" * (levels.get(module, 0) if module else 0) + ("." if module else "") + part
+        found += (
+            ".base_layer" * (levels.get(module, 0) if module else 0)
+            + ("." if module else "")
+            + part
+        )
         module += ("." if module else "") + part
     return found
 
@@ -482,19 +619,38 @@ def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lor
     loras = []
     for (module, depth), role in sorted(parts.roles.items()):
         embedding = "embedding_a" in role or "embedding_b" in role
-        a, b = (role.get("embedding_a"), role.get("embedding_b")) if embedding else (role.get("a"), role.get("b"))
+        a, b = (
+            (role.get("embedding_a"), role.get("embedding_b"))
+            if embedding
+            else (role.get("a"), role.get("b"))
+        )
         if a is None or b is None or (embedding and ("a" in role or "b" in role)):
             found = f"{shown(module)} has {', '.join(sorted(role)) or 'nothing'}"
-            errors.append(Refused(found, expected="both factors, a and b", where=name, do="save the adapter again"))
+            errors.append(
+                Refused(
+                    found, expected="both factors, a and b", where=name, do="save the adapter again"
+                )
+            )
             continue
         if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
             found = f"factors of {shown(module)} with shapes {a.shape} and {b.shape}"
-            errors.append(Refused(found, expected="matrices", where=name, do="gather the shards before saving (ZeRO-3, FSDP)"))
+            errors.append(
+                Refused(
+                    found,
+                    expected="matrices",
+                    where=name,
+                    do="gather the shards before saving (ZeRO-3, FSDP)",
+                )
+            )
             continue
         for spec in (a, b, role.get("magnitude"), role.get("bias")):
             if spec is not None and spec.dtype not in FLOATS:
                 found = f"{shown(spec.key)} is {spec.dtype}"
-                errors.append(Refused(found, expected="F32, F16, BF16 or F64", where=name, do="save it as floats"))
+                errors.append(
+                    Refused(
+                        found, expected="F32, F16, BF16 or F64", where=name, do="save it as floats"
+                    )
+                )
         kind = "embedding" if embedding else "module"
         loras.append(Lora(module, kind, a, b, role.get("magnitude"), role.get("bias"), depth))
     return tuple(loras)
@@ -510,19 +666,30 @@ def _promises(parts: _Parts, config: dict, name: str) -> list[AdapterkitError]:
     """Where the config promises what the file does not hold, or the file holds what the config does not speak of."""
     errors: list[AdapterkitError] = []
 
-    def wrong(found: str, expected: str, do: str = "restore the config that was saved with the file") -> None:
+    def wrong(
+        found: str, expected: str, do: str = "restore the config that was saved with the file"
+    ) -> None:
         errors.append(Refused(found, expected=expected, where=name, do=do))
 
-    for key, role, what in [("use_dora", "magnitude", "magnitudes"), ("lora_bias", "bias", "biases of b")]:
+    for key, role, what in [
+        ("use_dora", "magnitude", "magnitudes"),
+        ("lora_bias", "bias", "biases of b"),
+    ]:
         lacking = [module for (module, _), roles in parts.roles.items() if role not in roles]
         if config.get(key) and lacking:
             found = f"{key}, but none for {', '.join(map(shown, lacking[:6]))}"
             wrong(found, f"{what} for every module", "save the adapter again")
         if not config.get(key) and len(lacking) < len(parts.roles):
-            wrong(f"{what} in the file, {key} = {config.get(key)}", f"{key} true, or no such tensors")
+            wrong(
+                f"{what} in the file, {key} = {config.get(key)}", f"{key} true, or no such tensors"
+            )
     # a task's head is looked for in the model: PEFT names those that it lacks too
-    asked = set(config.get("modules_to_save") or []) - set(TASK_HEADS.get(config.get("task_type") or "", ()))
-    for module in sorted(m for m in asked if not any(_names(m, parameter) for parameter in parts.replaced)):
+    asked = set(config.get("modules_to_save") or []) - set(
+        TASK_HEADS.get(config.get("task_type") or "", ())
+    )
+    for module in sorted(
+        m for m in asked if not any(_names(m, parameter) for parameter in parts.replaced)
+    ):
         wrong(
             f"modules_to_save names {shown(module)}, and the file holds nothing of it",
             "its trained weights",
@@ -530,7 +697,9 @@ def _promises(parts: _Parts, config: dict, name: str) -> list[AdapterkitError]:
         )
     for parameter, spec in parts.replaced.items():
         if spec.dtype not in FLOATS and spec.shape:
-            wrong(f"{shown(spec.key)} is {spec.dtype}", "F32, F16, BF16 or F64", "save it as floats")
+            wrong(
+                f"{shown(spec.key)} is {spec.dtype}", "F32, F16, BF16 or F64", "save it as floats"
+            )
         if not _spoken_of(parameter, spec.key, config):
             wrong(
                 f"{shown(spec.key)} would replace {shown(parameter)}, of which the config does not speak",
@@ -554,7 +723,9 @@ def _names(saved: str, parameter: str) -> bool:
     return inside(parameter, saved) or saved == parameter
 
 
-def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: str) -> tuple[Tokens, ...]:
+def _tokens(
+    parts: _Parts, config: dict, errors: list[AdapterkitError], name: str
+) -> tuple[Tokens, ...]:
     where = f"{name}/{CONFIG}"
     asked = config.get("trainable_token_indices")
     if not parts.tokens:
@@ -572,10 +743,14 @@ def _tokens(parts: _Parts, config: dict, errors: list[AdapterkitError], name: st
     for module, spec in sorted(parts.tokens.items()):
         indices = asked
         if isinstance(asked, dict):
-            ends = [v for k, v in asked.items() if module.endswith(k)]  # PEFT asks for no dot before it
+            ends = [
+                v for k, v in asked.items() if module.endswith(k)
+            ]  # PEFT asks for no dot before it
             indices = ends[0] if len(ends) == 1 else None
         rows = tuple(indices) if isinstance(indices, list) else ()
-        good = all(type(i) is int and i >= 0 for i in rows) and len(set(map(str, rows))) == len(rows)
+        good = all(type(i) is int and i >= 0 for i in rows) and len(set(map(str, rows))) == len(
+            rows
+        )
         if not good or not rows or spec.dtype not in FLOATS or spec.shape[:1] != (len(rows),):
             errors.append(
                 Refused(

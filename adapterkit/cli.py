@@ -27,11 +27,15 @@ def process() -> None:
     try:
         main()
     finally:
-        _on_signals(signal.SIG_IGN)  # the work is done: in what Python still does, an exception ends in an abort
+        _on_signals(
+            signal.SIG_IGN
+        )  # the work is done: in what Python still does, an exception ends in an abort
 
 
 BEFORE = Interrupted("stopped before anything was written", do="run the same command again")
-TROUBLE = {"diff": 2}  # exit status of an error: 1 elsewhere, but from diff 1 is an answer, as from diff(1)
+TROUBLE = {
+    "diff": 2
+}  # exit status of an error: 1 elsewhere, but from diff 1 is an answer, as from diff(1)
 
 
 class Commands(click.Group):
@@ -75,7 +79,12 @@ def _interrupt(number: int, *_: Any) -> None:
     _interrupted.append(number)
     _on_signals(_leave)
     if _importing():  # an exception would abort inside of torch; what a job has finished is kept
-        _fail(Interrupted("stopped while libraries were loaded", do="run the same command with --resume"), _status())
+        _fail(
+            Interrupted(
+                "stopped while libraries were loaded", do="run the same command with --resume"
+            ),
+            _status(),
+        )
     raise KeyboardInterrupt
 
 
@@ -110,7 +119,9 @@ def _fail(error: AdapterkitError, status: int) -> None:
     os._exit(status)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, "--version")
 def main() -> None:
     """Surgery on adapter and model checkpoints, done on the files: exact, streamed, accounted for.
@@ -147,7 +158,11 @@ def refit(otherwise: str = "") -> Callable:
     """The rank of results that are exact, or of the method's own rank, without; `otherwise` says which in the help."""
     return together(
         click.option("--rank", type=int, help=f"Refit each module to this rank{otherwise}."),
-        click.option("--energy", type=float, help="Refit each module to the smallest rank that keeps this share of its energy."),
+        click.option(
+            "--energy",
+            type=float,
+            help="Refit each module to the smallest rank that keeps this share of its energy.",
+        ),
     )
 
 
@@ -157,43 +172,94 @@ def targets(default: str) -> Callable:
     return click.option("--targets", metavar="NAMES|RE", help=said)
 
 
-json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+json_output = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
+)
 writing = together(
-    click.option("--out", required=True, type=click.Path(), metavar="DIR", help="Folder to make: all of it or nothing."),
-    click.option("--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."),
-    json_output,
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]", help="Where to compute."),
     click.option(
-        "--memory", metavar="SIZE", help="For weights that are computed at a time, e.g. 8GB (default: a quarter of the RAM)."
+        "--out",
+        required=True,
+        type=click.Path(),
+        metavar="DIR",
+        help="Folder to make: all of it or nothing.",
     ),
-    click.option("--engine", type=click.Choice(CHOICES["engine"]), default="local", show_default=True, help="Where steps run."),
+    click.option(
+        "--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."
+    ),
+    json_output,
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda[:i]",
+        help="Where to compute.",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="For weights that are computed at a time, e.g. 8GB (default: a quarter of the RAM).",
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(CHOICES["engine"]),
+        default="local",
+        show_default=True,
+        help="Where steps run.",
+    ),
     click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same job."),
     click.option("--overwrite", is_flag=True, help="Replace an older output of adapterkit in DIR."),
     click.option("--quiet", is_flag=True, help="No progress, no summary."),
 )
 started = together(
     click.option("--rank", type=int, required=True, help="Of the factors."),
-    click.option("--alpha", type=float, help="lora_alpha (default: the rank, so that the scale is 1)."),
+    click.option(
+        "--alpha", type=float, help="lora_alpha (default: the rank, so that the scale is 1)."
+    ),
     click.option("--rslora", is_flag=True, help="The scale is alpha / sqrt(rank)."),
 )
 blocks = together(
-    click.option("--block-size", type=int, help="Values with one scale (nf4, fp4: 64; w4a16: 128)."),
+    click.option(
+        "--block-size", type=int, help="Values with one scale (nf4, fp4: 64; w4a16: 128)."
+    ),
     click.option("--double-quant", is_flag=True, help="Quantise the scales too (nf4, fp4)."),
 )
-hashing = click.option("--hash", type=click.Choice(CHOICES["hash"]), default="sha256", show_default=True, help="Hash the output.")
+hashing = click.option(
+    "--hash",
+    type=click.Choice(CHOICES["hash"]),
+    default="sha256",
+    show_default=True,
+    help="Hash the output.",
+)
 DTYPES = click.Choice(CHOICES["dtype"])
-factors = together(click.option("--dtype", type=DTYPES, default="fp32", show_default=True, help="Of the factors."), hashing)
+factors = together(
+    click.option("--dtype", type=DTYPES, default="fp32", show_default=True, help="Of the factors."),
+    hashing,
+)
 cut = together(
     click.option("--rank", type=int, help="This rank in each module."),
-    click.option("--energy", type=float, help="The smallest rank of each module that keeps this share of its energy."),
-    click.option("--sv-ratio", type=float, help="Singular values of at least the largest one divided by this."),
     click.option(
-        "--max-size", metavar="SIZE", help="A file of at most this size, e.g. 50MB: ranks go to the largest singular values."
+        "--energy",
+        type=float,
+        help="The smallest rank of each module that keeps this share of its energy.",
+    ),
+    click.option(
+        "--sv-ratio",
+        type=float,
+        help="Singular values of at least the largest one divided by this.",
+    ),
+    click.option(
+        "--max-size",
+        metavar="SIZE",
+        help="A file of at most this size, e.g. 50MB: ranks go to the largest singular values.",
     ),
 )
 only_modules = together(
-    click.option("--include", metavar="RE", help="Only modules in which this regular expression is found."),
-    click.option("--exclude", metavar="RE", help="Not the modules in which this regular expression is found."),
+    click.option(
+        "--include", metavar="RE", help="Only modules in which this regular expression is found."
+    ),
+    click.option(
+        "--exclude", metavar="RE", help="Not the modules in which this regular expression is found."
+    ),
 )
 TARGETS = "nf4, fp4, int8 (bitsandbytes), fp8 (blocks of 128 x 128), w4a16, w8a16 (compressed-tensors), mxfp4."
 ADDED_UP = " (default: exact, the ranks add up)"
@@ -207,7 +273,11 @@ ADDED_UP = " (default: exact, the ranks add up)"
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
 @writing
 @click.option("--dtype", type=DTYPES, help="Cast floating tensors (default: keep the base's).")
-@click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB (default: the base's own files).")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Cut the weights anew, e.g. 5GB (default: the base's own files).",
+)
 @only_modules
 @click.option(
     "--tied",
@@ -216,21 +286,39 @@ ADDED_UP = " (default: exact, the ranks add up)"
     show_default=True,
     help="When only one of two tied embeddings changes: make them two, change both (as PEFT does in memory), or refuse.",
 )
-@click.option("--base-is-residual", is_flag=True, help="BASE is the changed base of a PiSSA-like adapter.")
+@click.option(
+    "--base-is-residual", is_flag=True, help="BASE is the changed base of a PiSSA-like adapter."
+)
 @click.option(
     "--base-copies",
     type=click.Choice(CHOICES["base_copies"]),
     help="What counts where an adapter's copy of the base's embedding is of another base: BASE's own weight, or the copy.",
 )
-@click.option("--compat", type=click.Choice(CHOICES["compat"]), help="PEFT's roundings, and its order of several adapters.")
-@click.option("--expert-layout", type=click.Choice(CHOICES["expert_layout"]), help="Who wrote square expert factors.")
+@click.option(
+    "--compat",
+    type=click.Choice(CHOICES["compat"]),
+    help="PEFT's roundings, and its order of several adapters.",
+)
+@click.option(
+    "--expert-layout",
+    type=click.Choice(CHOICES["expert_layout"]),
+    help="Who wrote square expert factors.",
+)
 @click.option(
     "--tokenizer",
     type=click.Choice(CHOICES["tokenizer"]),
     help="Whose tokenizer (default: the adapter's, if it has one).",
 )
-@click.option("--dequantize", is_flag=True, help="Write a quantised base's weights as 16-bit floats (default: keep the format).")
-@click.option("--base16", metavar="ORIGINAL", help="BASE is quantised, and was trained on: merge into its 16-bit original instead.")
+@click.option(
+    "--dequantize",
+    is_flag=True,
+    help="Write a quantised base's weights as 16-bit floats (default: keep the format).",
+)
+@click.option(
+    "--base16",
+    metavar="ORIGINAL",
+    help="BASE is quantised, and was trained on: merge into its 16-bit original instead.",
+)
 @click.option(
     "--rounding",
     type=click.Choice(CHOICES["rounding"]),
@@ -238,10 +326,22 @@ ADDED_UP = " (default: exact, the ranks add up)"
     show_default=True,
     help="Of changed weights; stochastic: up or down at random, so that on average the whole delta stays.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding: same seed, same bytes.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of stochastic rounding: same seed, same bytes.",
+)
 @hashing
-@click.option("--verify", is_flag=True, help="Read the output again: every hash, and rows of each changed tensor recomputed.")
-@click.option("--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read the output again: every hash, and rows of each changed tensor recomputed.",
+)
+@click.option(
+    "--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit."
+)
 def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:  # fmt: skip
     """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a).
 
@@ -261,7 +361,11 @@ def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: 
 @writing
 @click.option("--to", required=True, metavar="FORMAT", help=TARGETS)
 @blocks
-@click.option("--skip", metavar="RE", help="Leave the modules alone in which this regular expression is found.")
+@click.option(
+    "--skip",
+    metavar="RE",
+    help="Leave the modules alone in which this regular expression is found.",
+)
 @hashing
 def quantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Quantise a checkpoint's linear layers, as transformers would: the output layer, embeddings and norms stay.
@@ -279,8 +383,16 @@ def quantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) ->
 @main.command()
 @click.argument("base")
 @writing
-@click.option("--dtype", type=DTYPES, help="Of the decoded weights (default: what the format's library computes in).")
-@click.option("--max-shard-size", metavar="SIZE", help="Cut the weights anew, e.g. 5GB (default: the base's own files).")
+@click.option(
+    "--dtype",
+    type=DTYPES,
+    help="Of the decoded weights (default: what the format's library computes in).",
+)
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Cut the weights anew, e.g. 5GB (default: the base's own files).",
+)
 @hashing
 def dequantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Decode a quantised checkpoint, or a GGUF model file, into floats.
@@ -298,10 +410,14 @@ def dequantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) 
 @main.command()
 @click.argument("base")
 @writing
-@click.option("--method", required=True, metavar="NAME", help="pissa: the principal part of each weight.")
+@click.option(
+    "--method", required=True, metavar="NAME", help="pissa: the principal part of each weight."
+)
 @started
 @targets("all linear layers but the output")
-@click.option("--quantize", metavar="FORMAT", help="Quantise what is left of the base, e.g. nf4 (QPiSSA).")
+@click.option(
+    "--quantize", metavar="FORMAT", help="Quantise what is left of the base, e.g. nf4 (QPiSSA)."
+)
 @click.option("--skip", metavar="RE", help="Modules that are not quantised.")
 @blocks
 @factors
@@ -322,15 +438,36 @@ def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> Non
 @click.argument("base")
 @writing
 @started
-@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="nf4, or int8.")
-@click.option("--bits-for", metavar="RE=N", multiple=True, help="Other bits for modules; all is compressed-tensors then.")
-@click.option("--iterations", type=int, default=4, show_default=True, help="Rounds; the best one is kept.")
+@click.option(
+    "--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="nf4, or int8."
+)
+@click.option(
+    "--bits-for",
+    metavar="RE=N",
+    multiple=True,
+    help="Other bits for modules; all is compressed-tensors then.",
+)
+@click.option(
+    "--iterations", type=int, default=4, show_default=True, help="Rounds; the best one is kept."
+)
 @targets("all that are quantised")
 @click.option("--skip", metavar="RE", help="Modules that are not quantised.")
 @blocks
-@click.option("--quantized", metavar="QBASE", help="Keep this quantised base of BASE; write the adapter for it alone.")
-@click.option("--stats", metavar="FILE", help="Covariances of the modules' inputs: errors count by what they do to outputs.")
-@click.option("--accept", metavar="CMD", help="Ask `CMD MODULE FACTORS` of each module if its factors stay (0 yes, 1 no).")
+@click.option(
+    "--quantized",
+    metavar="QBASE",
+    help="Keep this quantised base of BASE; write the adapter for it alone.",
+)
+@click.option(
+    "--stats",
+    metavar="FILE",
+    help="Covariances of the modules' inputs: errors count by what they do to outputs.",
+)
+@click.option(
+    "--accept",
+    metavar="CMD",
+    help="Ask `CMD MODULE FACTORS` of each module if its factors stay (0 yes, 1 no).",
+)
 @factors
 def loftq(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Quantise a base together with the adapter that makes up for it: W ≈ Q + scale·b@a (LoftQ).
@@ -352,9 +489,16 @@ def loftq(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> No
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
 @writing
 @click.option(
-    "--base", metavar="BASE", help="The model of the adapters: for DoRAs, and where target_parameters are not told apart."
+    "--base",
+    metavar="BASE",
+    help="The model of the adapters: for DoRAs, and where target_parameters are not told apart.",
 )
-@click.option("--method", required=True, metavar="NAME", help="How the deltas are put together; see the list below.")
+@click.option(
+    "--method",
+    required=True,
+    metavar="NAME",
+    help="How the deltas are put together; see the list below.",
+)
 @click.option(
     "--space",
     type=click.Choice(CHOICES["space"]),
@@ -363,17 +507,40 @@ def loftq(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> No
     help="What the method acts on: the deltas scale*b@a, or a and b apart (PEFT's arithmetic, with its cross terms).",
 )
 @refit()
-@click.option("--density", type=float, help="Share of the elements that is kept (ties, dare, magnitude_prune, ...).")
-@click.option("--majority", type=click.Choice(CHOICES["majority"]), help="How signs are elected (ties).")
-@click.option("--svd-clamp", type=float, metavar="Q", help="Hold the factors below this quantile of their elements, as PEFT does.")
 @click.option(
-    "--weight-for", multiple=True, metavar="[N:]REGEX=W", help="Another weight (of the N-th adapter) where REGEX is found."
+    "--density",
+    type=float,
+    help="Share of the elements that is kept (ties, dare, magnitude_prune, ...).",
 )
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another option of the method.")
+@click.option(
+    "--majority", type=click.Choice(CHOICES["majority"]), help="How signs are elected (ties)."
+)
+@click.option(
+    "--svd-clamp",
+    type=float,
+    metavar="Q",
+    help="Hold the factors below this quantile of their elements, as PEFT does.",
+)
+@click.option(
+    "--weight-for",
+    multiple=True,
+    metavar="[N:]REGEX=W",
+    help="Another weight (of the N-th adapter) where REGEX is found.",
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another option of the method."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="For methods that draw.")
 @tokenizer
 @factors
-def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, settings: tuple[str, ...], **options: Any) -> None:
+def combine(
+    adapters: tuple[str, ...],
+    out: str,
+    as_json: bool,
+    quiet: bool,
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
 
     \b
@@ -396,14 +563,32 @@ def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, set
     """
     from adapterkit.ops.combine import combine as verb
 
-    _carry(verb, adapters, out=out, as_json=as_json, quiet=quiet, settings=_settings(settings), **options)
+    _carry(
+        verb,
+        adapters,
+        out=out,
+        as_json=as_json,
+        quiet=quiet,
+        settings=_settings(settings),
+        **options,
+    )
 
 
 @main.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("--general", multiple=True, required=True, metavar="ADAPTER", help="What all tasks share; may be given again.")
+@click.option(
+    "--general",
+    multiple=True,
+    required=True,
+    metavar="ADAPTER",
+    help="What all tasks share; may be given again.",
+)
 @writing
-@click.option("--base", metavar="BASE", help="The adapters' model, where target_parameters are not told apart without.")
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="The adapters' model, where target_parameters are not told apart without.",
+)
 @click.option(
     "--space",
     type=click.Choice(CHOICES["space"]),
@@ -411,11 +596,17 @@ def combine(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, set
     show_default=True,
     help="Subtract the deltas (exact), or the means of a and b apart, as PEFT does.",
 )
-@click.option("--exclude", metavar="RE", help="Subtract nothing where this is found in a module's name: the task's stays.")
+@click.option(
+    "--exclude",
+    metavar="RE",
+    help="Subtract nothing where this is found in a module's name: the task's stays.",
+)
 @refit(ADDED_UP)
 @tokenizer
 @factors
-def subtract(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def subtract(
+    adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Subtract the mean of general adapters from task adapters (GenKnowSub): Δ' = Δ - mean Δ_general.
 
     \b
@@ -430,11 +621,28 @@ def subtract(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **
 
 @main.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("--general", multiple=True, metavar="ADAPTER", help="Subtracted from all experts first; may be given again.")
+@click.option(
+    "--general",
+    multiple=True,
+    metavar="ADAPTER",
+    help="Subtracted from all experts first; may be given again.",
+)
 @writing
-@click.option("--top-k", type=int, help="Experts for each token (default: 3, or as many as there are).")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the softmax over the chosen experts.")
-@click.option("--compat", type=click.Choice(CHOICES["compat"]), help="PEFT's power iteration for prototypes, and its subtraction.")
+@click.option(
+    "--top-k", type=int, help="Experts for each token (default: 3, or as many as there are)."
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Of the softmax over the chosen experts.",
+)
+@click.option(
+    "--compat",
+    type=click.Choice(CHOICES["compat"]),
+    help="PEFT's power iteration for prototypes, and its subtraction.",
+)
 @click.option("--seed", type=int, help="For --compat peft (default 0).")
 @factors
 def arrow(adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -485,7 +693,9 @@ def extract(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **optio
 @click.argument("adapter")
 @writing
 @click.option(
-    "--base", metavar="BASE", help="The model it was trained on: OFT, VeRA and convolutions need it, DoRA becomes plain LoRA by it."
+    "--base",
+    metavar="BASE",
+    help="The model it was trained on: OFT, VeRA and convolutions need it, DoRA becomes plain LoRA by it.",
 )
 @cut
 @click.option(
@@ -514,9 +724,15 @@ def resize(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -
 
 @main.command()
 @click.argument("adapter")
-@click.option("--initial", required=True, metavar="ADAPTER", help="The same adapter as saved before training.")
+@click.option(
+    "--initial", required=True, metavar="ADAPTER", help="The same adapter as saved before training."
+)
 @writing
-@click.option("--base", metavar="BASE", help="The adapters' model, where target_parameters are not told apart without.")
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="The adapters' model, where target_parameters are not told apart without.",
+)
 @refit(ADDED_UP)
 @factors
 def rebase(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -533,11 +749,21 @@ def rebase(adapter: str, out: str, as_json: bool, quiet: bool, **options: Any) -
 
 @main.command()
 @click.argument("folder", metavar="DIR")
-@click.option("--base", help="The base of a merge: rows of each changed tensor are recomputed in float64.")
-@click.option("--adapter", "adapters", multiple=True, metavar="ADAPTER", help="The adapters, in the order of the merge.")
+@click.option(
+    "--base", help="The base of a merge: rows of each changed tensor are recomputed in float64."
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER",
+    help="The adapters, in the order of the merge.",
+)
 @json_output
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
-def verify(folder: str, base: str | None, adapters: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+def verify(
+    folder: str, base: str | None, adapters: tuple[str, ...], as_json: bool, quiet: bool
+) -> None:
     """Check an output against its receipt: every hash, every key, and with its inputs at hand the arithmetic.
 
     \b
@@ -586,7 +812,13 @@ def _carry(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **options:
 @main.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--tolerance", type=float, default=0.0, show_default=True, help="Relative error up to which a tensor is the same.")
+@click.option(
+    "--tolerance",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Relative error up to which a tensor is the same.",
+)
 @click.option(
     "--rank-for-energy",
     type=float,
@@ -628,10 +860,27 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
 
 @main.command("inspect")
 @click.argument("path")
-@click.option("--base", metavar="BASE", help="The adapter's base: norms are also given relative to its weights' norms.")
-@click.option("--download", is_flag=True, help="Read weights on the Hub too; without it only headers and JSON are read there.")
-@click.option("--headers", is_flag=True, help="Read headers and JSON alone, of a local adapter too: no norms, no effective ranks.")
-@click.option("--plot", type=click.Path(), metavar="FILE.png", help="Draw the norms as a heatmap, layers by modules.")
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="The adapter's base: norms are also given relative to its weights' norms.",
+)
+@click.option(
+    "--download",
+    is_flag=True,
+    help="Read weights on the Hub too; without it only headers and JSON are read there.",
+)
+@click.option(
+    "--headers",
+    is_flag=True,
+    help="Read headers and JSON alone, of a local adapter too: no norms, no effective ranks.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(),
+    metavar="FILE.png",
+    help="Draw the norms as a heatmap, layers by modules.",
+)
 @json_output
 @click.pass_context
 def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> None:
@@ -750,17 +999,29 @@ def _print_receipt(receipt: Any) -> None:
 
 
 def _print_verified(result: dict[str, Any]) -> None:
-    hashed = "as the receipt says" if result["hash"] != "none" else "sizes and keys as the receipt says, nothing was hashed"
+    hashed = (
+        "as the receipt says"
+        if result["hash"] != "none"
+        else "sizes and keys as the receipt says, nothing was hashed"
+    )
     click.echo(f"{result['files']} files, {result['bytes']:,} bytes: {hashed}", err=True)
     what = f"verified: {result['rows']:,} rows of {result['tensors']:,} tensors"
-    how = "recomputed in float64" if result["rows"] else "(with --base and --adapter rows of a merge are recomputed)"
+    how = (
+        "recomputed in float64"
+        if result["rows"]
+        else "(with --base and --adapter rows of a merge are recomputed)"
+    )
     click.echo(f"{what} {how}", err=True)
 
 
 def _print_diff(document: dict[str, Any], lines: list[str]) -> None:
     for line in lines:
         click.echo(line)
-    totals = ", ".join(f"{count} {what}" for what, count in document["totals"].items() if count or what in ("compared", "changed"))
+    totals = ", ".join(
+        f"{count} {what}"
+        for what, count in document["totals"].items()
+        if count or what in ("compared", "changed")
+    )
     relative = document["change"]["relative"]
     size = f"; ‖A−B‖/‖A‖ {relative:.3g} over what differs" if relative is not None else ""
     click.echo(f"{'same' if document['same'] else 'different'}: {totals}{size}", err=True)

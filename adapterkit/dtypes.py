@@ -10,7 +10,12 @@ BITS = {
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-FLOATS = ("BF16", "F16", "F32", "F64")  # what arithmetic is done on; the rest is copied, or decoded by a codec
+FLOATS = (
+    "BF16",
+    "F16",
+    "F32",
+    "F64",
+)  # what arithmetic is done on; the rest is copied, or decoded by a codec
 SERIAL = (  # how safetensors' library orders the tensors of a file, those of one dtype by name
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8",
     "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
@@ -34,7 +39,12 @@ def size(dtype: str, count: int) -> int:
 def parse(name: str) -> str:
     """The header name of a dtype as people type it: bf16, fp16 or fp32."""
     if name not in SHORT:
-        raise Refused(f"dtype {name!r}", expected=" or ".join(SHORT), where="--dtype", do="use one of these names")
+        raise Refused(
+            f"dtype {name!r}",
+            expected=" or ".join(SHORT),
+            where="--dtype",
+            do="use one of these names",
+        )
     return SHORT[name]
 
 

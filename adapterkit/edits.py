@@ -15,7 +15,9 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import rows as kernel
 from adapterkit.weights.slots import Positions
 
-Apply = Callable[[Tensor, int], None]  # (block of rows, number of its first row): changes the block in place
+Apply = Callable[
+    [Tensor, int], None
+]  # (block of rows, number of its first row): changes the block in place
 
 
 class Inputs(Protocol):
@@ -134,13 +136,19 @@ class Term:
         stack = inputs.kept(self.b, cut) if self.shared else cut(inputs.stored(self.b))
         for block in self.blocks:
             a = inputs.tensor(self._of_expert(block))
-            yield block, scaled_to(stack[block.expert].to(inputs.dtype), self.scale), a.reshape(self.rank, -1)
+            yield (
+                block,
+                scaled_to(stack[block.expert].to(inputs.dtype), self.scale),
+                a.reshape(self.rank, -1),
+            )
 
 
 def part_of(spec: TensorSpec, shape: tuple[int, ...], index: int) -> TensorSpec:
     """tensor.view(shape)[index], as a part of its file."""
     size = spec.nbytes // shape[0]
-    return replace(spec, shape=shape[1:], start=spec.start + index * size, stop=spec.start + (index + 1) * size)
+    return replace(
+        spec, shape=shape[1:], start=spec.start + index * size, stop=spec.start + (index + 1) * size
+    )
 
 
 def overlap(w: Tensor, first: int, row: int, row_stop: int) -> Iterator[tuple[Tensor, slice]]:
@@ -155,7 +163,9 @@ def scaled_to(factor: Tensor, scale: float) -> Tensor:
     return factor if scale == 1.0 else (factor.double() * scale).to(factor.dtype)
 
 
-def placed(factor: Tensor, dim: int, at: Positions | None, of: Positions | None, start: int, stop: int) -> Tensor:
+def placed(
+    factor: Tensor, dim: int, at: Positions | None, of: Positions | None, start: int, stop: int
+) -> Tensor:
     """The factor's rows (or columns) in stored order over [start, stop), zero where the stored tensor holds something else."""
     if at is not None:
         factor = _taken(factor, dim, at)
@@ -193,7 +203,9 @@ class AddLowRank:
         stacks: dict[tuple[int, int, int, int], list] = {}
         for term in self.terms:
             for block, left, right in term.products(inputs):
-                stacks.setdefault((block.row, block.row_stop, block.col, block.col_stop), []).append((left, right))
+                stacks.setdefault(
+                    (block.row, block.row_stop, block.col, block.col_stop), []
+                ).append((left, right))
         products = []
         for place, pairs in sorted(stacks.items(), key=lambda item: item[0]):
             left = torch.cat([p[0] for p in pairs], 1) if len(pairs) > 1 else pairs[0][0]
@@ -231,7 +243,10 @@ class AddLikePeft:
     def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         scale = self.term.scale
         products = list(replace(self.term, scale=1.0).products(inputs))
-        norm = abs(scale) * sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
+        norm = (
+            abs(scale)
+            * sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
+        )
 
         def exact(w: Tensor, first: int, delta_first: bool = False) -> None:
             for block, left, right in products:
@@ -275,10 +290,14 @@ class Decompose:
             return Loaded(lambda w, first: kernel.scale_columns(w, magnitude, squares.sqrt()))
         norms = None
         if self.of_stored:
-            norms = torch.cat([kernel.row_norms(w) for _, w in self._blocks_before(inputs, source, grid)])
+            norms = torch.cat(
+                [kernel.row_norms(w) for _, w in self._blocks_before(inputs, source, grid)]
+            )
         return Loaded(lambda w, first: self._scale_rows(w, first, magnitude, norms))
 
-    def _blocks_before(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    def _blocks_before(
+        self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]
+    ) -> Iterator[tuple[int, Tensor]]:
         before = [edit.load(inputs, source, grid) for edit in self.before]
         for first, w in inputs.blocks(source, grid):
             for edit in before:
@@ -380,18 +399,28 @@ class Assign:
 
     def load(self, inputs: Inputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         block = self.block
-        value = self.value if block.expert is None else part_of(self.value, self.value.shape, block.expert)
+        value = (
+            self.value
+            if block.expert is None
+            else part_of(self.value, self.value.shape, block.expert)
+        )
         value = inputs.tensor(value)
         value = value.reshape(value.shape[0], -1)
         value = value.T if self.flip else value
         value = value if block.row_at is None else _taken(value, 0, block.row_at)
         value = value if block.col_at is None else _taken(value, 1, block.col_at)
-        of = torch.as_tensor(list(block.row_of if block.row_of is not None else range(block.row, block.row_stop)))
-        columns = torch.as_tensor(list(block.col_of if block.col_of is not None else range(block.col, block.col_stop)))
+        of = torch.as_tensor(
+            list(block.row_of if block.row_of is not None else range(block.row, block.row_stop))
+        )
+        columns = torch.as_tensor(
+            list(block.col_of if block.col_of is not None else range(block.col, block.col_stop))
+        )
 
         def apply(w: Tensor, first: int) -> None:
             inside = (of >= first) & (of < first + w.shape[0])
             if inside.any():
-                w[(of[inside] - first)[:, None].to(w.device), columns.to(w.device)] = value[inside.to(value.device)]
+                w[(of[inside] - first)[:, None].to(w.device), columns.to(w.device)] = value[
+                    inside.to(value.device)
+                ]
 
         return Loaded(apply)

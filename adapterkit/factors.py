@@ -52,7 +52,11 @@ class Factors:
         return [Product(b[:, :, e], a[e]) for e in range(self.experts)]
 
 
-TRUNCATED = ("pissa", "olora", "loftq")  # inits that take the weight's own factors: no more of them than it has
+TRUNCATED = (
+    "pissa",
+    "olora",
+    "loftq",
+)  # inits that take the weight's own factors: no more of them than it has
 
 
 def rank_and_scale(adapter: Adapter, lora: Lora, leaf: str | None) -> tuple[int, float]:
@@ -62,7 +66,11 @@ def rank_and_scale(adapter: Adapter, lora: Lora, leaf: str | None) -> tuple[int,
     """
     rank, scale = adapter.resolved(adapter.pattern_name(lora, leaf))
     init = adapter.config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(TRUNCATED) and len(lora.a.shape) == len(lora.b.shape) == 2:
+    if (
+        isinstance(init, str)
+        and init.lower().startswith(TRUNCATED)
+        and len(lora.a.shape) == len(lora.b.shape) == 2
+    ):
         rank = min(rank, lora.a.shape[1], lora.b.shape[0])
     return rank, scale
 
@@ -135,5 +143,16 @@ class Place:
 def place_of(lora: Lora, factors: Factors, levels: Mapping[str, int], depth: int = 0) -> Place:
     """Where such factors go in a file whose modules are wrapped `levels` times, under `depth` wrappers of their own module."""
     path = PREFIX + wrapped(lora.module, levels) + ".base_layer" * depth
-    a, b = ("lora_embedding_A", "lora_embedding_B") if lora.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
-    return Place(f"{path}.{a}", f"{path}.{b}", lora.a.shape[1:], lora.b.shape[2:], lora.b.shape[0], factors.experts)
+    a, b = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if lora.kind == "embedding"
+        else ("lora_A.weight", "lora_B.weight")
+    )
+    return Place(
+        f"{path}.{a}",
+        f"{path}.{b}",
+        lora.a.shape[1:],
+        lora.b.shape[2:],
+        lora.b.shape[0],
+        factors.experts,
+    )

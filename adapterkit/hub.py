@@ -23,15 +23,22 @@ TRIES = 5  # of one request, the first one included
 WAIT = 0.5  # seconds before the second try, doubled before each later one
 LONGEST_WAIT = 120.0  # seconds, whatever the server asks for
 TIMEOUT = 30.0  # seconds without a byte before a request counts as lost
-SMALL = 16 << 20  # bytes; the Hub keeps files beyond 10 MB apart from git, and binary ones of any size
+SMALL = (
+    16 << 20
+)  # bytes; the Hub keeps files beyond 10 MB apart from git, and binary ones of any size
 MANY_FILES = 10_000  # a repository's summary may leave files out beyond some tens of thousands; its tree never does
 UPLOAD_GROUP = 256 << 20  # bytes between two reports of progress
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
-GRAMMAR = re.compile(rf"(?P<repo>{NAME}/{NAME})(?:@(?P<revision>[^\s:\\~^?*\[]+))?(?::(?P<subfolder>[^:\\]+?)/?)?", re.ASCII)
+GRAMMAR = re.compile(
+    rf"(?P<repo>{NAME}/{NAME})(?:@(?P<revision>[^\s:\\~^?*\[]+))?(?::(?P<subfolder>[^:\\]+?)/?)?",
+    re.ASCII,
+)
 # Weights that a loader would pick by their name alone, so that old ones beside new ones are silently wrong.
-LOADABLE = re.compile(r"((diffusion_)?pytorch_model|adapter_model|model)[^/]*\.(safetensors|bin)(\.index\.json)?")
+LOADABLE = re.compile(
+    r"((diffusion_)?pytorch_model|adapter_model|model)[^/]*\.(safetensors|bin)(\.index\.json)?"
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -56,8 +63,16 @@ def parse(source: str) -> HubId | None:
     if match is None:
         return None
     repo, revision, subfolder = match.group("repo", "revision", "subfolder")
-    named = all(".." not in part and "--" not in part and not part.endswith(".git") for part in repo.split("/"))
-    plain = all(part and part == part.rstrip(". ") for path in (revision, subfolder) if path for part in path.split("/"))
+    named = all(
+        ".." not in part and "--" not in part and not part.endswith(".git")
+        for part in repo.split("/")
+    )
+    plain = all(
+        part and part == part.rstrip(". ")
+        for path in (revision, subfolder)
+        if path
+        for part in path.split("/")
+    )
     return HubId(repo, revision, subfolder or "") if named and plain else None
 
 
@@ -102,7 +117,9 @@ class HubFolder:
             return b""
         cached = self._cached(name)
         if cached is None and size <= SMALL and name not in self.hashes:
-            cached = self.path(name)  # the Hub may answer a range of a file that is plain git with all of it
+            cached = self.path(
+                name
+            )  # the Hub may answer a range of a file that is plain git with all of it
         if cached:
             return _read_local(cached, start, stop)
         if _offline():
@@ -130,7 +147,9 @@ class HubFolder:
         with self._lock:
             self._queue += names
             if self._queue and self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=f"prefetch {self.name}", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._work, name=f"prefetch {self.name}", daemon=True
+                )
                 self._thread.start()
 
     def _work(self) -> None:
@@ -152,7 +171,9 @@ class HubFolder:
         """The future of a file, and whether it is the caller who has to fill it."""
         with self._lock:
             future = self._whole.setdefault(name, Future())
-            return future, not (future.running() or future.done()) and future.set_running_or_notify_cancel()
+            return future, not (
+                future.running() or future.done()
+            ) and future.set_running_or_notify_cancel()
 
     def _fill(self, future: "Future[Path]", name: str) -> None:
         try:
@@ -182,9 +203,14 @@ class HubFolder:
 
         url = hf_hub_url(self.hub_id.repo, self._full(name), revision=self.commit)
         # identity: a compressed range is a range of other bytes
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers = build_hf_headers() | {
+            "Range": f"bytes={start}-{stop - 1}",
+            "Accept-Encoding": "identity",
+        }
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as answer:
+        with get_session().stream(
+            "GET", url, headers=headers, timeout=timeout, follow_redirects=True
+        ) as answer:
             if answer.status_code >= 400 and answer.status_code != 416:
                 hf_raise_for_status(answer)
             _check_range(answer.status_code, answer.headers, start, stop, size)
@@ -210,11 +236,15 @@ class HubFolder:
         """Note in the cache what the branch or tag stood for, so that it has an answer offline as well."""
         if self.hub_id.revision == self.commit:
             return
-        ref = _store(self.hub_id) / "refs" / inside(self.hub_id.revision or "main", str(self.hub_id))
+        ref = (
+            _store(self.hub_id) / "refs" / inside(self.hub_id.revision or "main", str(self.hub_id))
+        )
         try:
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(self.commit)
-        except OSError:  # a cache that cannot be written, such as a shared one, still serves this run
+        except (
+            OSError
+        ):  # a cache that cannot be written, such as a shared one, still serves this run
             log.debug("cannot write %s", ref)
 
     def _size(self, name: str) -> int:
@@ -235,7 +265,9 @@ class HubFolder:
         return HubId(self.hub_id.repo, self.commit, self.hub_id.subfolder)
 
     def _absent(self, name: str) -> Refused:
-        command = f"hf download {self.hub_id.repo} {shown(self._full(name))} --revision {self.commit}"
+        command = (
+            f"hf download {self.hub_id.repo} {shown(self._full(name))} --revision {self.commit}"
+        )
         return Refused(
             "not in the local Hub cache, and HF_HUB_OFFLINE is set",
             expected="a cached copy, or a network",
@@ -258,12 +290,16 @@ def push(folder: Path, repo: str, *, progress: Callable[[int, int], None] | None
     with _quiet():
         _retrying(lambda: api.create_repo(repo, exist_ok=True), target)
         parent, before = _remote_listing(target, hidden=True)
-        _refuse_old_weights(set(before) - set(files), {str(Path(name).parent) for name in files}, target)
+        _refuse_old_weights(
+            set(before) - set(files), {str(Path(name).parent) for name in files}, target
+        )
         additions = [CommitOperationAdd(name, str(Path(folder, name))) for name in files]
         with _explaining(target):
             _upload(api, repo, additions, progress or (lambda done, total: None))
         message = f"Upload {len(files)} files with adapterkit"
-        commit = lambda: api.create_commit(repo, additions, commit_message=message, parent_commit=parent)
+        commit = lambda: api.create_commit(
+            repo, additions, commit_message=message, parent_commit=parent
+        )
         done = _retrying(commit, target)
     _check_pushed(HubId(repo, done.oid), {add.path_in_repo: add.upload_info for add in additions})
     return {"repo": repo, "revision": done.oid, "url": _clean(done.commit_url)}
@@ -271,7 +307,9 @@ def push(folder: Path, repo: str, *, progress: Callable[[int, int], None] | None
 
 def _to_push(folder: Path) -> dict[str, int]:
     if not Path(folder).is_dir():
-        raise Refused("not a folder", expected="a folder to upload", where=str(folder), do="check the path")
+        raise Refused(
+            "not a folder", expected="a folder to upload", where=str(folder), do="check the path"
+        )
     files = LocalFolder(folder).files()
     unfinished = [name for name in files if name.endswith(".part")]
     if unfinished or not files:
@@ -304,7 +342,9 @@ def _push_target(repo: str) -> HubId:
 
 
 def _refuse_old_weights(others: set[str], folders: set[str], target: HubId) -> None:
-    old = sorted(n for n in others if str(Path(n).parent) in folders and LOADABLE.fullmatch(Path(n).name))
+    old = sorted(
+        n for n in others if str(Path(n).parent) in folders and LOADABLE.fullmatch(Path(n).name)
+    )
     if old:
         raise Refused(
             f"other weights are there already: {shown(', '.join(old))}",
@@ -333,7 +373,11 @@ def _check_pushed(commit: HubId, sent: dict) -> None:
     wrong = []
     for name, info in sent.items():
         entry = there.get(name)
-        if entry is None or entry.size != info.size or (entry.sha256 and entry.sha256 != info.sha256.hex()):
+        if (
+            entry is None
+            or entry.size != info.size
+            or (entry.sha256 and entry.sha256 != info.sha256.hex())
+        ):
             wrong.append(name)
     if wrong:
         raise Failed(
@@ -372,7 +416,9 @@ def _remote_listing(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str,
     from huggingface_hub.hf_api import RepoFile
 
     api, repo = HfApi(), hub_id.repo
-    ask = lambda: api.model_info(repo, revision=hub_id.revision, files_metadata=True, timeout=TIMEOUT)
+    ask = lambda: api.model_info(
+        repo, revision=hub_id.revision, files_metadata=True, timeout=TIMEOUT
+    )
     info = _retrying(ask, hub_id)
     commit = info.sha or ""
     asked = hub_id.revision or ""
@@ -386,7 +432,9 @@ def _remote_listing(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str,
     files = info.siblings or []
     entries = {file.rfilename: _entry(file) for file in files}
     if len(files) > MANY_FILES or any(file.size is None for file in files):
-        tree = _retrying(lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)), hub_id)
+        tree = _retrying(
+            lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)), hub_id
+        )
         entries = {file.path: _entry(file) for file in tree if isinstance(file, RepoFile)}
     return commit, _below(hub_id.subfolder, entries, hidden)
 
@@ -397,8 +445,16 @@ def _entry(file) -> Entry:
 
 def _below(subfolder: str, entries: dict[str, Entry], hidden: bool) -> dict[str, Entry]:
     prefix = f"{subfolder}/" if subfolder else ""
-    found = {name.removeprefix(prefix): entry for name, entry in sorted(entries.items()) if name.startswith(prefix)}
-    return {n: e for n, e in found.items() if hidden or not any(part.startswith(".") for part in n.split("/"))}
+    found = {
+        name.removeprefix(prefix): entry
+        for name, entry in sorted(entries.items())
+        if name.startswith(prefix)
+    }
+    return {
+        n: e
+        for n, e in found.items()
+        if hidden or not any(part.startswith(".") for part in n.split("/"))
+    }
 
 
 def _cached_listing(hub_id: HubId, why: str, mend: str) -> tuple[str, dict[str, Entry]]:
@@ -425,7 +481,9 @@ def _store(hub_id: HubId) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=hub_id.repo, repo_type="model")
+    return Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(
+        repo_id=hub_id.repo, repo_type="model"
+    )
 
 
 def _read_local(path: Path, start: int, stop: int) -> bytes:
@@ -435,7 +493,10 @@ def _read_local(path: Path, start: int, stop: int) -> bytes:
             data = file.read(stop - start)
     except OSError as error:
         raise Failed(
-            f"cannot read: {error.strerror}", expected="a readable cache", where=str(path), do="delete the file"
+            f"cannot read: {error.strerror}",
+            expected="a readable cache",
+            where=str(path),
+            do="delete the file",
         ) from error
     if len(data) != stop - start:
         raise Failed(
@@ -468,7 +529,11 @@ def _offline() -> bool:
 def _quiet() -> Iterator[None]:
     """Keep huggingface_hub from logging signed addresses, and from drawing bars unless its variable asks for them."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_scrub)  # the same function again is no second filter
@@ -494,7 +559,10 @@ class _Unreachable(Failed):
 
 
 def _check_range(status: int, headers, start: int, stop: int, size: int) -> None:
-    wanted = {"content-range": f"bytes {start}-{stop - 1}/{size}", "content-length": str(stop - start)}
+    wanted = {
+        "content-range": f"bytes {start}-{stop - 1}/{size}",
+        "content-length": str(stop - start),
+    }
     if status != 206:
         raise _Unusable(f"status {status}")
     for name, value in wanted.items():
@@ -515,7 +583,14 @@ def _retrying(ask: Callable[[], T], hub_id: HubId, file: str = "") -> T:
             wait = _wait(error, attempt)
             if wait is None or attempt == TRIES:
                 raise _explained(error, hub_id, file) from None
-            log.warning("%s: %s; try %d of %d in %.1f s", _where(hub_id, file), _brief(error), attempt + 1, TRIES, wait)
+            log.warning(
+                "%s: %s; try %d of %d in %.1f s",
+                _where(hub_id, file),
+                _brief(error),
+                attempt + 1,
+                TRIES,
+                wait,
+            )
             time.sleep(wait)
     raise AssertionError("TRIES is at least 1")
 
@@ -537,7 +612,11 @@ def _wait(error: Exception, attempt: int) -> float | None:
     status = getattr(answer, "status_code", 0)
     # the last: another thread met an error and closed the session that all share
     told = ("Consistency check failed", "the client has been closed")
-    lost = isinstance(error, _Unusable) or _is_transport(error) or any(text in str(error) for text in told)
+    lost = (
+        isinstance(error, _Unusable)
+        or _is_transport(error)
+        or any(text in str(error) for text in told)
+    )
     if not lost and status not in (408, 429, 500, 502, 503, 504):
         return None
     headers = getattr(answer, "headers", {})
@@ -549,7 +628,9 @@ def _wait(error: Exception, attempt: int) -> float | None:
 
 def _is_transport(error: BaseException) -> bool:
     """A request that got no answer: refused, reset, cut off, timed out or never resolved."""
-    return any(c.__name__ == "RequestError" for c in type(error).__mro__)  # of httpx, or httpx2 from hub 2 on
+    return any(
+        c.__name__ == "RequestError" for c in type(error).__mro__
+    )  # of httpx, or httpx2 from hub 2 on
 
 
 # What an error of the library means: kind, found, expected, what to do
@@ -573,7 +654,12 @@ MEANINGS: dict[str | int, Meaning] = {  # by the name of its class, or by the st
         "a model repository that this account may read, or a path that exists",
         "check the name; for a private repository log in with `hf auth login` or set HF_TOKEN",
     ),
-    "DisabledRepoError": (Refused, "the Hub has disabled this repository", "one in use", "see {page}"),
+    "DisabledRepoError": (
+        Refused,
+        "the Hub has disabled this repository",
+        "one in use",
+        "see {page}",
+    ),
     "RevisionNotFoundError": (
         Refused,
         "no such revision",
@@ -602,14 +688,24 @@ MEANINGS: dict[str | int, Meaning] = {  # by the name of its class, or by the st
         "a token that may read the repository, or write to it when pushing",
         "make a token with those rights at https://huggingface.co/settings/tokens",
     ),
-    404: (Refused, "nothing at this address of the Hub", "a file or repository", "check the name and HF_ENDPOINT"),
+    404: (
+        Refused,
+        "nothing at this address of the Hub",
+        "a file or repository",
+        "check the name and HF_ENDPOINT",
+    ),
     412: (
         Failed,
         "the repository has changed since this upload began",
         "one writer at a time (or the answer to an earlier try of this commit was lost)",
         "look at {page}/commits/main, then push again: files that are there already are not uploaded twice",
     ),
-    429: (Failed, "too many requests", "fewer for one account or address", "wait some minutes, log in, and run again"),
+    429: (
+        Failed,
+        "too many requests",
+        "fewer for one account or address",
+        "wait some minutes, log in, and run again",
+    ),
 }
 
 
@@ -630,16 +726,27 @@ def _meaning(error: BaseException) -> Meaning:
             return MEANINGS[key]
     again = "run again: what is there already is not transferred twice"
     if isinstance(error, _Unusable):
-        found, do = f"{error} in answer to a range, {TRIES} times", "check HF_ENDPOINT, and proxies on the way"
+        found, do = (
+            f"{error} in answer to a range, {TRIES} times",
+            "check HF_ENDPOINT, and proxies on the way",
+        )
         return Failed, found, "exactly that range", do
     if _is_transport(error):
-        found, do = _brief(error), "check the connection and the proxies; with a cached copy set HF_HUB_OFFLINE=1"
+        found, do = (
+            _brief(error),
+            "check the connection and the proxies; with a cached copy set HF_HUB_OFFLINE=1",
+        )
         return _Unreachable, found, "a network, or a cached copy", do
     if status >= 500:
         do = f"see https://status.huggingface.co, then {again}; with a cached copy set HF_HUB_OFFLINE=1"
         return Failed, _brief(error), "a Hub in order", do
     if "Invalid metadata in README.md" in str(error):
-        return Refused, _brief(error), "YAML that the Hub accepts at the head of the model card", "mend README.md"
+        return (
+            Refused,
+            _brief(error),
+            "YAML that the Hub accepts at the head of the model card",
+            "mend README.md",
+        )
     if status:
         return Failed, _brief(error), "an answer of use", again
     if isinstance(error, OSError) and error.errno:

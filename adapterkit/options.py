@@ -23,7 +23,12 @@ R = TypeVar("R")
 Check = Callable[[str, Any], Any]  # (the option, its value) -> what the verb gets; `Refused`
 StrPath = str | os.PathLike
 # Adapters, with weights where a verb has them
-Sources = StrPath | Mapping[StrPath, float] | tuple[StrPath, float] | Iterable[StrPath | tuple[StrPath, float]]
+Sources = (
+    StrPath
+    | Mapping[StrPath, float]
+    | tuple[StrPath, float]
+    | Iterable[StrPath | tuple[StrPath, float]]
+)
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
@@ -71,7 +76,9 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def unfit(name: str, value: Any, expected: str, do: str = "give another value") -> Refused:
     """The refusal of an option's value."""
     said = value if type(value) in (int, float) else repr(value)
-    return Refused(f"--{name.replace('_', '-')} {shown(said)}", expected=expected, where="options", do=do)
+    return Refused(
+        f"--{name.replace('_', '-')} {shown(said)}", expected=expected, where="options", do=do
+    )
 
 
 # -- one value --------------------------------------------------------------------------------------------------------------
@@ -92,7 +99,9 @@ def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
 def dtype(name: str, value: Any) -> str:
     """bf16, fp16 or fp32; also torch's name of it, or torch's dtype."""
     long = {dtypes.CONFIG_NAME[header]: short for short, header in dtypes.SHORT.items()}
-    word = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
+    word = (
+        value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
+    )
     short = long.get(word.removeprefix("torch."), word)
     if short not in dtypes.SHORT:
         raise unfit(name, value, " or ".join(dtypes.SHORT), "use one of these")
@@ -173,7 +182,11 @@ def parse_size(name: str, value: Any) -> int:
         upper = value.strip().upper()
         unit = next((u for u in UNITS if upper.endswith(u)), "")
         factor = finite(upper.removesuffix(unit))
-        found = int(factor * UNITS.get(unit, 1)) if factor is not None and math.isfinite(factor * UNITS.get(unit, 1)) else None
+        found = (
+            int(factor * UNITS.get(unit, 1))
+            if factor is not None and math.isfinite(factor * UNITS.get(unit, 1))
+            else None
+        )
     if found is None or found <= 0:
         raise unfit(name, value, "bytes, or a number with KB, MB, GB or TB", "e.g. 5GB")
     return found
@@ -216,7 +229,12 @@ def finite(value: Any) -> float | None:
         return None
     try:
         found = float(value)
-    except (ValueError, TypeError, OverflowError, RuntimeError):  # RuntimeError: torch's, of a tensor of several elements
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        RuntimeError,
+    ):  # RuntimeError: torch's, of a tensor of several elements
         return None
     return found if math.isfinite(found) else None
 
@@ -247,7 +265,11 @@ def _items(name: str, value: Any) -> list[Any]:
         return []
     if isinstance(value, str | os.PathLike):
         return [value]
-    if isinstance(value, bytes | bytearray | AbstractSet) or hasattr(value, "shape") or not isinstance(value, Iterable):
+    if (
+        isinstance(value, bytes | bytearray | AbstractSet)
+        or hasattr(value, "shape")
+        or not isinstance(value, Iterable)
+    ):
         raise unfit(name, value, "a list, in the order that counts", "give a list")
     return list(value)
 
@@ -256,13 +278,25 @@ def weighted(adapters: Any, name: str = "adapters") -> list[tuple[StrPath, float
     """Sources with the weights that are given with them, None where none is: one source or several, pairs `(source, weight)`, or
     a mapping of sources to weights. `Refused` with all that are none of these."""
     items = list(adapters.items()) if isinstance(adapters, Mapping) else _items(name, adapters)
-    if len(items) == 2 and isinstance(adapters, tuple) and finite(items[1]) is not None and not isinstance(items[1], str):
+    if (
+        len(items) == 2
+        and isinstance(adapters, tuple)
+        and finite(items[1]) is not None
+        and not isinstance(items[1], str)
+    ):
         items = [adapters]  # one pair
     found, errors = [], []
     for item in items:
         source, weight = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         if not isinstance(source, str | os.PathLike) or not _is_name(os.fspath(source)):
-            errors.append(unfit(name, item, "a source, or a source and its weight", "give a text, a Path or a pair"))
+            errors.append(
+                unfit(
+                    name,
+                    item,
+                    "a source, or a source and its weight",
+                    "give a text, a Path or a pair",
+                )
+            )
         elif source is item:
             found.append((source, None))
         elif finite(weight) is None:
@@ -276,7 +310,13 @@ def weighted(adapters: Any, name: str = "adapters") -> list[tuple[StrPath, float
 def unweighted(adapters: Any, name: str = "adapters") -> list[StrPath]:
     """The same for verbs that know no weights: those other than 1 are refused."""
     pairs = weighted(adapters, name)
-    refuse_all([unfit(name, pair, "no weights: this verb has none", "leave it out") for pair in pairs if pair[1] not in (None, 1)])
+    refuse_all(
+        [
+            unfit(name, pair, "no weights: this verb has none", "leave it out")
+            for pair in pairs
+            if pair[1] not in (None, 1)
+        ]
+    )
     return [source for source, _ in pairs]
 
 
@@ -298,7 +338,12 @@ def _device(name: str, value: Any) -> str:
 
 def _repository(name: str, value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
-        raise unfit(name, value, "a repository on the Hub, org/name", "give the account's name and the repository's")
+        raise unfit(
+            name,
+            value,
+            "a repository on the Hub, org/name",
+            "give the account's name and the repository's",
+        )
     return value
 
 
@@ -307,10 +352,13 @@ _above_0 = number("a number above 0", lambda value: value > 0)
 
 CHECKS: dict[str, Check] = {
     **{name: choice(words) for name, words in CHOICES.items()},
-    **dict.fromkeys("base tuned adapter initial folder path a b base16 quantized stats out plot".split(), path),
+    **dict.fromkeys(
+        "base tuned adapter initial folder path a b base16 quantized stats out plot".split(), path
+    ),
     **dict.fromkeys("adapters general".split(), _unchecked),
     **dict.fromkeys(
-        "rslora double_quant base_is_residual dequantize verify download headers resume overwrite dry_run".split(), flag
+        "rslora double_quant base_is_residual dequantize verify download headers resume overwrite dry_run".split(),
+        flag,
     ),
     **dict.fromkeys("include exclude skip".split(), regex),
     **dict.fromkeys("max_shard_size max_size memory".split(), parse_size),

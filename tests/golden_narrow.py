@@ -24,7 +24,12 @@ def weight(out: int = 16, size: int = 64) -> Tensor:
     w = torch.randn(out, size, generator=torch.Generator().manual_seed(7))
     w *= torch.logspace(-3, 2, out)[:, None]
     w[1] = 0
-    w[3, :16] = torch.tensor([6, -5, 3.5, -2.5, 1.75, 1.25, 0.75, -0.75, 0.25, -0.25, 0.5, 7, -0.1, 0.1, 5.5, -6]) / 4
+    w[3, :16] = (
+        torch.tensor(
+            [6, -5, 3.5, -2.5, 1.75, 1.25, 0.75, -0.75, 0.25, -0.25, 0.5, 7, -0.1, 0.1, 5.5, -6]
+        )
+        / 4
+    )
     w[4, 32:] = 0
     return w
 
@@ -32,15 +37,25 @@ def weight(out: int = 16, size: int = 64) -> Tensor:
 def compressed_tensors(w: Tensor) -> dict[str, Tensor]:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam, maybe_pad_tensor_for_block_quant
+    from compressed_tensors.quantization.utils import (
+        calculate_qparams,
+        generate_gparam,
+        maybe_pad_tensor_for_block_quant,
+    )
 
     tensors = {}
 
     def run(name, form, **args):
         weights = QuantizationArgs(**args)
-        scheme, state = QuantizationScheme(targets=["Linear"], weights=weights), {"weight": w.clone()}
+        scheme, state = (
+            QuantizationScheme(targets=["Linear"], weights=weights),
+            {"weight": w.clone()},
+        )
         if weights.strategy == "block":
-            (h, width), padded = weights.block_structure, maybe_pad_tensor_for_block_quant(w, weights.block_structure)
+            (h, width), padded = (
+                weights.block_structure,
+                maybe_pad_tensor_for_block_quant(w, weights.block_structure),
+            )
             parts = padded.view(len(padded) // h, h, -1, width)
             low, high = parts.amin((1, 3)), parts.amax((1, 3))
         elif weights.strategy == "tensor":
@@ -51,7 +66,9 @@ def compressed_tensors(w: Tensor) -> dict[str, Tensor]:
         whole = {}
         if weights.strategy == "tensor_group":
             whole["weight_global_scale"] = generate_gparam(w.amin(), w.amax())
-        scale, zero = calculate_qparams(low, high, weights, global_scale=whole.get("weight_global_scale"))
+        scale, zero = calculate_qparams(
+            low, high, weights, global_scale=whole.get("weight_global_scale")
+        )
         state |= {"weight_scale": scale, "weight_zero_point": zero, **whole}
         compressor = BaseCompressor.get_value_from_registry(form)
         stored = compressor.compress(state, scheme)
@@ -71,7 +88,15 @@ def compressed_tensors(w: Tensor) -> dict[str, Tensor]:
         group_size=16,
         scale_dtype=torch.float8_e4m3fn,
     )
-    run("mxfp4", "mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8)
+    run(
+        "mxfp4",
+        "mxfp4-pack-quantized",
+        num_bits=4,
+        type="float",
+        strategy="group",
+        group_size=32,
+        scale_dtype=torch.uint8,
+    )
     for bits in (3, 4, 8):
         run(f"int{bits}", "pack-quantized", num_bits=bits, strategy="group", group_size=32)
     run("int4-zero", "pack-quantized", num_bits=4, strategy="group", group_size=16, symmetric=False)
@@ -90,7 +115,10 @@ def transformers(w: Tensor) -> dict[str, Tensor]:
         stored = Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": w})
         scale = stored.get("weight_scale_inv", stored.get(".weight_scale_inv"))
         read = Fp8Dequantize(None)._dequantize_one(stored["weight"], scale.float(), torch.float32)
-        tensors |= {f"transformers.{name}.weight": stored["weight"], f"transformers.{name}.weight_scale_inv": scale}
+        tensors |= {
+            f"transformers.{name}.weight": stored["weight"],
+            f"transformers.{name}.weight_scale_inv": scale,
+        }
         tensors[f"transformers.{name}.decoded"] = read
     generator = torch.Generator().manual_seed(1)
     blocks = torch.randint(256, (2, len(w), 2, 16), generator=generator, dtype=torch.uint8)
@@ -114,11 +142,19 @@ def torchao(w: Tensor) -> dict[str, Tensor]:
         x = MXTensor.to_mx(w, torch.float4_e2m1fn_x2, 32, mode)
         name = f"torchao.mxfp4-{mode.name.lower()}"
         qdata, scale = x.qdata.view(torch.uint8), x.scale.view(torch.uint8)
-        tensors |= {f"{name}.qdata": qdata, f"{name}.scale": scale, f"{name}.decoded": x.dequantize(torch.float32)}
+        tensors |= {
+            f"{name}.qdata": qdata,
+            f"{name}.scale": scale,
+            f"{name}.decoded": x.dequantize(torch.float32),
+        }
     for mapping in (MappingType.SYMMETRIC, MappingType.ASYMMETRIC):
         x = Int8Tensor.from_hp(w.bfloat16(), PerRow(), mapping)
         name = f"torchao.int8-{mapping.name.lower()}"
-        tensors |= {f"{name}.qdata": x.qdata, f"{name}.scale": x.scale, f"{name}.decoded": x.dequantize()}
+        tensors |= {
+            f"{name}.qdata": x.qdata,
+            f"{name}.scale": x.scale,
+            f"{name}.decoded": x.dequantize(),
+        }
         if x.zero_point is not None:
             tensors[f"{name}.zero_point"] = x.zero_point
     return tensors
@@ -139,12 +175,23 @@ def gptqmodel(w: Tensor) -> dict[str, Tensor]:
 
     scale = (torch.rand(groups, out, generator=generator) + 0.5).half()
     for bits in (2, 3, 4, 8):
-        module = TorchLinear(bits=bits, group_size=32, sym=False, desc_act=True, in_features=size, out_features=out, bias=False)
+        module = TorchLinear(
+            bits=bits,
+            group_size=32,
+            sym=False,
+            desc_act=True,
+            in_features=size,
+            out_features=out,
+            bias=False,
+        )
         module.scales, module.qweight = scale, words(size * bits // 32, out)
         module.qzeros = words(groups, out * bits // 32)
         module.g_idx = torch.randperm(size, generator=generator).to(torch.int32) // 32
         name = f"gptqmodel.gptq{bits}"
-        tensors |= {f"{name}.{key}": getattr(module, key).clone() for key in ("qweight", "qzeros", "scales", "g_idx")}
+        tensors |= {
+            f"{name}.{key}": getattr(module, key).clone()
+            for key in ("qweight", "qzeros", "scales", "g_idx")
+        }
         tensors[f"{name}.decoded2"] = module.dequantize_weight().T.contiguous()
         convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
         tensors[f"{name}.decoded1"] = module.dequantize_weight().T.contiguous()
@@ -164,5 +211,10 @@ def digest(x: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    tensors = {key: digest(value) if ".decoded" in key else value.contiguous() for key, value in made(weight()).items()}
-    save_file(tensors, Path(__file__).with_suffix(".safetensors"), {tool: version(tool) for tool in TOOLS})
+    tensors = {
+        key: digest(value) if ".decoded" in key else value.contiguous()
+        for key, value in made(weight()).items()
+    }
+    save_file(
+        tensors, Path(__file__).with_suffix(".safetensors"), {tool: version(tool) for tool in TOOLS}
+    )

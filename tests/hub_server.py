@@ -24,7 +24,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".bin", ".gguf", ".pt")  # stored as LFS, with whatever holds a zero byte near its start
+LARGE = (
+    ".safetensors",
+    ".bin",
+    ".gguf",
+    ".pt",
+)  # stored as LFS, with whatever holds a zero byte near its start
 
 
 @dataclass
@@ -82,7 +87,9 @@ class File:
         large = path.endswith(LARGE) or b"\0" in data[:512]
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n".encode()
         stored = pointer if large else data
-        return cls(data, large, sha256, hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest())
+        return cls(
+            data, large, sha256, hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
+        )
 
     def described(self) -> dict:
         lfs = {"oid": self.sha256, "size": len(self.data), "pointerSize": 134}
@@ -114,7 +121,9 @@ class Repo:
 class Refusal(Exception):
     """An answer with a status of 400 or more."""
 
-    def __init__(self, status: int, code: str = "", message: str = "", headers: dict[str, str] | None = None):
+    def __init__(
+        self, status: int, code: str = "", message: str = "", headers: dict[str, str] | None = None
+    ):
         self.status, self.message = status, message
         self.headers = (headers or {}) | ({"X-Error-Code": code} if code else {})
         if message:
@@ -125,8 +134,12 @@ class Hub:
     """The server and its state; `faults` may be set at any time to a function from a request to a `Fault` or None."""
 
     def __init__(self, token: str = "", redirect: bool = False, part_size: int = 64 << 20):
-        self.token = token  # the one token that may write and sees private repositories; empty: anybody may
-        self.redirect = redirect  # send readers of large files to another port, as the real Hub does to its CDN
+        self.token = (
+            token  # the one token that may write and sees private repositories; empty: anybody may
+        )
+        self.redirect = (
+            redirect  # send readers of large files to another port, as the real Hub does to its CDN
+        )
         self.part_size = part_size  # larger files are uploaded in several parts
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}  # uploaded large files by sha256
@@ -136,7 +149,9 @@ class Hub:
         self.faults: Callable[[Asked], Fault | None] = lambda asked: None
         self.lock = threading.RLock()
         self.servers = [self._serve() for _ in range(1 + redirect)]
-        self.url, self.cdn = (f"http://127.0.0.1:{s.server_port}" for s in (self.servers[0], self.servers[-1]))
+        self.url, self.cdn = (
+            f"http://127.0.0.1:{s.server_port}" for s in (self.servers[0], self.servers[-1])
+        )
 
     def _serve(self) -> ThreadingHTTPServer:
         server = Server(("127.0.0.1", 0), Handler)
@@ -171,7 +186,9 @@ class Hub:
         with self.lock:
             if name not in self.repos:
                 self.repos[name] = Repo(**how)
-                self.repos[name].add({".gitattributes": File.of(".gitattributes", b"*.safetensors filter=lfs\n")})
+                self.repos[name].add(
+                    {".gitattributes": File.of(".gitattributes", b"*.safetensors filter=lfs\n")}
+                )
             return self.repos[name]
 
     def commit(self, name: str, files: dict[str, bytes | None], branch: str = "main") -> str:
@@ -188,7 +205,9 @@ class Hub:
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         repo = self.repos[name]
-        return {path: file.data for path, file in repo.trees[repo.refs.get(revision, revision)].items()}
+        return {
+            path: file.data for path, file in repo.trees[repo.refs.get(revision, revision)].items()
+        }
 
     def asked(self, method: str = "", path: str = "") -> list[Asked]:
         """Logged requests of a method whose path holds a text."""
@@ -224,7 +243,9 @@ class Handler(BaseHTTPRequestHandler):
         hub, parts = self.server.hub, urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
-        asked = Asked(self.command, parts.path, query, headers, self._body(), self.server.server_port)
+        asked = Asked(
+            self.command, parts.path, query, headers, self._body(), self.server.server_port
+        )
         hub.log.append(asked)
         fault = hub.faults(asked) or Fault()
         time.sleep(fault.delay)
@@ -236,7 +257,11 @@ class Handler(BaseHTTPRequestHandler):
             with hub.lock:
                 status, extra, body = Answer(hub, asked, fault).find()
         except Refusal as refusal:
-            status, extra, body = refusal.status, refusal.headers, json.dumps({"error": refusal.message}).encode()
+            status, extra, body = (
+                refusal.status,
+                refusal.headers,
+                json.dumps({"error": refusal.message}).encode(),
+            )
         if fault.lose_answer:
             return self._reset()
         self._answer(asked, fault, status, extra, body)
@@ -253,7 +278,9 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(pieces)
 
-    def _answer(self, asked: Asked, fault: Fault, status: int, headers: dict[str, str], body: bytes) -> None:
+    def _answer(
+        self, asked: Asked, fault: Fault, status: int, headers: dict[str, str], body: bytes
+    ) -> None:
         asked.status = status
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers | fault.headers).items():
@@ -283,10 +310,18 @@ class Answer:
         ("POST", r"/api/validate-yaml", "validate"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>.+)", "info"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
+        (
+            "GET",
+            r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?",
+            "tree",
+        ),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/commits/(?P<revision>[^/]+)", "commits"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<kind>branch|tag)/(?P<revision>.+)", "point"),
+        (
+            "POST",
+            r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<kind>branch|tag)/(?P<revision>.+)",
+            "point",
+        ),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "paths_info"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
@@ -307,7 +342,11 @@ class Answer:
             if match and self.asked.method in methods.split():
                 given = {key: unquote(text) for key, text in match.groupdict().items() if text}
                 answer = getattr(self, name)(**given)
-                return answer if isinstance(answer, tuple) else (200, JSON, json.dumps(answer).encode())
+                return (
+                    answer
+                    if isinstance(answer, tuple)
+                    else (200, JSON, json.dumps(answer).encode())
+                )
         raise Refusal(404, message="no such route")
 
     # Repositories
@@ -318,7 +357,11 @@ class Answer:
         self._may_write()
         url = {"url": f"{self.hub.url}/{name}"}
         if name in self.hub.repos:
-            return 409, JSON, json.dumps(url | {"error": "You already created this model repo"}).encode()
+            return (
+                409,
+                JSON,
+                json.dumps(url | {"error": "You already created this model repo"}).encode(),
+            )
         self.hub.repo(name, private=wanted.get("visibility") == "private")
         return url
 
@@ -328,13 +371,20 @@ class Answer:
     def info(self, repo, revision="main"):
         commit, tree = self._tree(repo, revision)
         blobs = self.asked.query.get("blobs", "").lower() in ("true", "1")
-        siblings = [{"rfilename": path} | (self._sibling(file) if blobs else {}) for path, file in tree.items()]
+        siblings = [
+            {"rfilename": path} | (self._sibling(file) if blobs else {})
+            for path, file in tree.items()
+        ]
         about = {"private": self.hub.repos[repo].private, "tags": [], "downloads": 0, "likes": 0}
         date = {"lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z"}
         return {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings} | about | date
 
     def _sibling(self, file: File) -> dict:
-        lfs = {"lfs": {"sha256": file.sha256, "size": len(file.data), "pointerSize": 134}} if file.large else {}
+        lfs = (
+            {"lfs": {"sha256": file.sha256, "size": len(file.data), "pointerSize": 134}}
+            if file.large
+            else {}
+        )
         return {"size": len(file.data), "blobId": file.oid} | lfs
 
     def tree(self, repo, revision, path=""):
@@ -344,27 +394,42 @@ class Answer:
         if prefix and not inside:
             raise Refusal(404, "EntryNotFound", f"{path} does not exist on {revision}")
         deep = self.asked.query.get("recursive", "").lower() in ("true", "1")
-        folders = {f"{prefix}{part}" for name in inside for part in _parents(name.removeprefix(prefix), deep)}
+        folders = {
+            f"{prefix}{part}"
+            for name in inside
+            for part in _parents(name.removeprefix(prefix), deep)
+        }
         files = [(n, f) for n, f in inside.items() if deep or "/" not in n.removeprefix(prefix)]
-        listed = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
+        listed = [
+            {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+            for name in sorted(folders)
+        ]
         return listed + [{"type": "file", "path": name} | file.described() for name, file in files]
 
     def refs(self, repo):
         heads = self._readable(repo).refs.items()
-        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": commit} for n, commit in heads]
+        branches = [
+            {"name": n, "ref": f"refs/heads/{n}", "targetCommit": commit} for n, commit in heads
+        ]
         return {"branches": branches, "tags": [], "converts": []}
 
     def commits(self, repo, revision):
         self._tree(repo, revision)
         trees = reversed(self._readable(repo).trees)
         date = "2026-01-01T00:00:00.000Z"
-        return [{"id": c, "title": c[:8], "message": "", "authors": [], "date": date} for c in trees]
+        return [
+            {"id": c, "title": c[:8], "message": "", "authors": [], "date": date} for c in trees
+        ]
 
     def point(self, repo, kind, revision):
         """A branch at `startingPoint`, or a tag on the revision in the path."""
         self._may_write()
         wanted = self._json()
-        name, at = (revision, wanted.get("startingPoint", "main")) if kind == "branch" else (wanted["tag"], revision)
+        name, at = (
+            (revision, wanted.get("startingPoint", "main"))
+            if kind == "branch"
+            else (wanted["tag"], revision)
+        )
         self._readable(repo).refs[name], _ = self._tree(repo, at)
         return {}
 
@@ -384,12 +449,20 @@ class Answer:
         if path not in tree:
             raise Refusal(404, "EntryNotFound", "Entry not found", at)
         file = tree[path]
-        linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))} if file.large else {}
+        linked = (
+            {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
+            if file.large
+            else {}
+        )
         if file.large and self.hub.redirect:
             address = f"{self.hub.cdn}/cdn/{file.sha256}?Signature=secret"
             return 302, at | linked | {"Location": address}, b""
         status, headers, body = self._bytes(file.data)
-        return status, headers | at | linked | {"ETag": f'"{file.sha256 if file.large else file.oid}"'}, body
+        return (
+            status,
+            headers | at | linked | {"ETag": f'"{file.sha256 if file.large else file.oid}"'},
+            body,
+        )
 
     def from_cdn(self, oid):
         return self._bytes(self.hub.blobs[oid])
@@ -402,7 +475,11 @@ class Answer:
         start, stop = wanted[0], min(wanted[1], len(data))
         if start >= len(data):
             raise Refusal(416, headers={"Content-Range": f"bytes */{len(data)}"})
-        return 206, kind | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}, data[start:stop]
+        return (
+            206,
+            kind | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"},
+            data[start:stop],
+        )
 
     # Writing
 
@@ -417,12 +494,19 @@ class Answer:
         there = tree.get(path)
         oid = {"oid": there.sha256 if there.large else there.oid} if there else {}
         ignore = path in self.hub.ignored
-        return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": ignore} | oid
+        return {
+            "path": path,
+            "uploadMode": "lfs" if large else "regular",
+            "shouldIgnore": ignore,
+        } | oid
 
     def batch(self, repo):
         self._may_write()
         self._readable(repo)
-        return {"transfer": "basic", "objects": [self._actions(o["oid"], o["size"]) for o in self._json()["objects"]]}
+        return {
+            "transfer": "basic",
+            "objects": [self._actions(o["oid"], o["size"]) for o in self._json()["objects"]],
+        }
 
     def _actions(self, oid: str, size: int) -> dict:
         if oid in self.hub.blobs:
@@ -432,7 +516,10 @@ class Answer:
         if size > self.hub.part_size:
             count = -(-size // self.hub.part_size)
             urls = {f"{part:05d}": f"{address}/{part}" for part in range(1, count + 1)}
-            upload = {"href": f"{address}/complete", "header": {"chunk_size": str(self.hub.part_size)} | urls}
+            upload = {
+                "href": f"{address}/complete",
+                "header": {"chunk_size": str(self.hub.part_size)} | urls,
+            }
         return {
             "oid": oid,
             "size": size,
@@ -470,18 +557,27 @@ class Answer:
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "header" and value.get("parentCommit", head) != head:
-                raise Refusal(412, message="A commit has happened since. Please refresh and try again.")
+                raise Refusal(
+                    412, message="A commit has happened since. Please refresh and try again."
+                )
             if entry["key"] == "file":
                 tree[value["path"]] = File.of(value["path"], base64.b64decode(value["content"]))
             elif entry["key"] == "lfsFile":
                 if value["oid"] not in self.hub.blobs:
-                    raise Refusal(400, message=f"LFS pointer pointed to a file that does not exist: {value['path']}")
+                    raise Refusal(
+                        400,
+                        message=f"LFS pointer pointed to a file that does not exist: {value['path']}",
+                    )
                 tree[value["path"]] = File.of(value["path"], self.hub.blobs[value["oid"]])
             elif entry["key"].startswith("deleted"):
                 gone = value["path"].rstrip("/")
                 tree = {n: f for n, f in tree.items() if n != gone and not n.startswith(gone + "/")}
         commit = self.hub.repos[repo].add(tree, revision)
-        return {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repo}/commit/{commit}"}
+        return {
+            "success": True,
+            "commitOid": commit,
+            "commitUrl": f"{self.hub.url}/{repo}/commit/{commit}",
+        }
 
     # What all share
 
@@ -490,7 +586,11 @@ class Answer:
 
     def _may_write(self) -> None:
         if self.hub.token and self.asked.token != self.hub.token:
-            known = f"Invalid token {self.asked.token}" if self.asked.token else "Invalid username or password."
+            known = (
+                f"Invalid token {self.asked.token}"
+                if self.asked.token
+                else "Invalid username or password."
+            )
             raise Refusal(401, message=known)
 
     def _readable(self, name: str) -> Repo:

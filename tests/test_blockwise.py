@@ -57,12 +57,34 @@ def neighbours(x: Tensor, steps: int = 2) -> Tensor:
 def hard(kind: blockwise.Kind, blocksize: int, dtype: torch.dtype) -> Tensor:
     """Whole blocks of this size that hurt, in a row; without what the dtype cannot hold."""
     values = quant_map(kind).sort().values
-    near = neighbours(torch.cat([(values[1:] + values[:-1]) / 2, values, torch.tensor([1e-40, -1e-40])])).clamp(-1, 1)
-    blocks = [torch.zeros(blocksize), torch.full((blocksize,), -0.0), torch.ones(blocksize), normal(blocksize).sign()]
-    for scale in (1.0, 0.37, -3.1, 1e-4, 1e-30, 1e30, 3.4e38, 1.1e-38, 0.9e-38, 3e-39, 1e-42, 1e-45):
+    near = neighbours(
+        torch.cat([(values[1:] + values[:-1]) / 2, values, torch.tensor([1e-40, -1e-40])])
+    ).clamp(-1, 1)
+    blocks = [
+        torch.zeros(blocksize),
+        torch.full((blocksize,), -0.0),
+        torch.ones(blocksize),
+        normal(blocksize).sign(),
+    ]
+    for scale in (
+        1.0,
+        0.37,
+        -3.1,
+        1e-4,
+        1e-30,
+        1e30,
+        3.4e38,
+        1.1e-38,
+        0.9e-38,
+        3e-39,
+        1e-42,
+        1e-45,
+    ):
         each = torch.zeros(-(-len(near) // (blocksize - 1)) * (blocksize - 1))
         each[: len(near)] = near
-        each = torch.cat([torch.ones(len(each) // (blocksize - 1), 1), each.view(-1, blocksize - 1)], 1)
+        each = torch.cat(
+            [torch.ones(len(each) // (blocksize - 1), 1), each.view(-1, blocksize - 1)], 1
+        )
         blocks += [(each * scale).flatten(), normal(blocksize) * min(scale, 1e37)]
     blocks = torch.cat(blocks).view(-1, blocksize).to(dtype)
     return blocks[blocks.isfinite().all(1)].flatten()
@@ -105,7 +127,9 @@ def test_a_million(kind: blockwise.Kind, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("blocksize", "dtype"), [*((b, torch.float32) for b in BLOCKS), *((b, d) for b in (64, 2048) for d in DTYPES[1:])], ids=str
+    ("blocksize", "dtype"),
+    [*((b, torch.float32) for b in BLOCKS), *((b, d) for b in (64, 2048) for d in DTYPES[1:])],
+    ids=str,
 )
 @pytest.mark.usefixtures("small_pieces")
 def test_what_hurts(kind: blockwise.Kind, blocksize: int, dtype: torch.dtype) -> None:
@@ -113,7 +137,16 @@ def test_what_hurts(kind: blockwise.Kind, blocksize: int, dtype: torch.dtype) ->
     assert len(w) > 16 * blocksize
     encodes(w, kind, blocksize)
     encodes(w.view(-1, 16).T, kind, blocksize)  # not contiguous
-    for size in (1, 2, 31, blocksize - 1, blocksize, blocksize + 1, 3 * blocksize - 1, 5 * blocksize + 7):
+    for size in (
+        1,
+        2,
+        31,
+        blocksize - 1,
+        blocksize,
+        blocksize + 1,
+        3 * blocksize - 1,
+        5 * blocksize + 7,
+    ):
         encodes(normal(size, seed=size).to(dtype), kind, blocksize)
         encodes(torch.zeros(size, dtype=dtype), kind, blocksize)
         encodes(w[:size].clone(), kind, blocksize)
@@ -135,7 +168,11 @@ def test_decodes_as_bitsandbytes(kind: blockwise.Kind, dtype: torch.dtype) -> No
         w = (normal(48, 256) * scale).clamp(-65504, 65504).to(dtype)
         for blocksize in (32, 64, 128, 256):
             packed, state = F.quantize_4bit(w, quant_type=kind, blocksize=blocksize)
-            read = decode_4bit(packed, state.absmax, kind, blocksize, w.numel()).to(dtype).view(w.shape)
+            read = (
+                decode_4bit(packed, state.absmax, kind, blocksize, w.numel())
+                .to(dtype)
+                .view(w.shape)
+            )
             assert torch.equal(read, F.dequantize_4bit(packed, state))
 
 
@@ -154,9 +191,22 @@ def test_law(kind: blockwise.Kind, blocksize: int, size: int) -> None:
     assert torch.equal(read, (quant_map(kind).double()[codes[:size]] * scale).float())
     assert not size % 2 or codes[size] == (7 if kind == "nf4" else 0)
     distance = (w.double() / scale)[:, None] - quant_map(kind).double()
-    assert bool((distance.gather(1, codes[:size, None].long()).abs()[:, 0] <= distance.abs().amin(1) + 1e-7).all())
-    for first, last in [(0, size), (0, 0), (size // 2, size), (min(size, 64), size), (size // 3, 2 * size // 3)]:
-        assert same(decode_4bit(packed, absmax, kind, blocksize, size, first, last), read[first:last])
+    assert bool(
+        (
+            distance.gather(1, codes[:size, None].long()).abs()[:, 0]
+            <= distance.abs().amin(1) + 1e-7
+        ).all()
+    )
+    for first, last in [
+        (0, size),
+        (0, 0),
+        (size // 2, size),
+        (min(size, 64), size),
+        (size // 3, 2 * size // 3),
+    ]:
+        assert same(
+            decode_4bit(packed, absmax, kind, blocksize, size, first, last), read[first:last]
+        )
     storage = packed.new_zeros(len(packed) + -len(packed) % 2).view(torch.bfloat16)
     storage.view(torch.uint8)[: len(packed)] = packed.flatten()
     if len(packed) % 2 == 0:
@@ -166,7 +216,9 @@ def test_law(kind: blockwise.Kind, blocksize: int, size: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_come_back(kind: blockwise.Kind) -> None:
     """Beside their scales all do; beside scales made anew, where one of ±1 is in the block, fp4's second zero apart."""
-    packed = torch.randint(0, 256, (32 * 64, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = torch.randint(
+        0, 256, (32 * 64, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     for scales in (
         normal(64).abs(),
         normal(64),
@@ -210,10 +262,21 @@ def test_double_quantisation(size: int, spread: float) -> None:
     torch.set_num_threads(4)
     nested = quantize_absmax(absmax)
     codes, state = F.quantize_blockwise(absmax - offset, blocksize=256)
-    assert same(nested.offset, offset) and same(nested.absmax, state.absmax) and same(nested.codes, codes)
-    assert same(decode_absmax(*nested[:2], dynamic_map(), nested.offset), F.dequantize_blockwise(codes, state) + offset)
-    middle = decode_absmax(*nested[:2], dynamic_map(), float(nested.offset), first=size // 3, last=size // 2)
-    assert same(middle, decode_absmax(*nested[:2], dynamic_map(), nested.offset)[size // 3 : size // 2])
+    assert (
+        same(nested.offset, offset)
+        and same(nested.absmax, state.absmax)
+        and same(nested.codes, codes)
+    )
+    assert same(
+        decode_absmax(*nested[:2], dynamic_map(), nested.offset),
+        F.dequantize_blockwise(codes, state) + offset,
+    )
+    middle = decode_absmax(
+        *nested[:2], dynamic_map(), float(nested.offset), first=size // 3, last=size // 2
+    )
+    assert same(
+        middle, decode_absmax(*nested[:2], dynamic_map(), nested.offset)[size // 3 : size // 2]
+    )
     given = quantize_absmax(absmax, float(offset), nested.absmax, dynamic_map())
     assert all(same(a, b) for a, b in zip(given, nested, strict=True))
 
@@ -224,7 +287,12 @@ def test_double_quantisation_of_what_hurts() -> None:
     x = neighbours(torch.cat([edges, middles, dynamic_map()])).clamp(-1, 1)
     x = torch.nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
     x = torch.cat([torch.ones(len(x), 1), x], 1).flatten()
-    tiny = [torch.zeros(256), torch.full((256,), 1e-40), torch.tensor([1e-40, -1e-45] + [0.0] * 254), torch.full((9,), 3e38)]
+    tiny = [
+        torch.zeros(256),
+        torch.full((256,), 1e-40),
+        torch.tensor([1e-40, -1e-45] + [0.0] * 254),
+        torch.full((9,), 3e38),
+    ]
     for each in (x, x * 0.37, x * -1e-30, *tiny):
         codes, state = F.quantize_blockwise(each, blocksize=256)
         ours = quantize_absmax(each, 0.0)
@@ -243,7 +311,10 @@ def test_double_quantisation_in_another_dtype() -> None:
     assert state.dtype == torch.bfloat16
     theirs = F.dequantize_blockwise(codes, state)
     theirs += torch.tensor(offset.item())
-    assert same(decode_absmax(codes, state.absmax, state.code, offset.item(), dtype=torch.bfloat16), theirs.float())
+    assert same(
+        decode_absmax(codes, state.absmax, state.code, offset.item(), dtype=torch.bfloat16),
+        theirs.float(),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -267,7 +338,9 @@ def test_int8(dtype: torch.dtype) -> None:
     assert bool(((exact - w.half().double()).abs() <= ours.scale.double()[:, None] / 253.9).all())
     normals = ours.scale >= 2.0**-14
     for again in (quantize_int8(read), quantize_int8(read, ours.scale)):
-        assert same(again.codes[normals], ours.codes[normals]) and same(again.scale[normals], ours.scale[normals])
+        assert same(again.codes[normals], ours.codes[normals]) and same(
+            again.scale[normals], ours.scale[normals]
+        )
     every = torch.arange(-127, 128, dtype=torch.int8).expand(40, 255)
     scale = (normal(40).abs() * 3 + 1e-3).half().float()
     again = quantize_int8(decode_int8(every, scale))
@@ -318,16 +391,29 @@ def test_wrong_sizes() -> None:
 def test_what_transformers_saves(form: str, dtype: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 32, "hidden_size": 96, "intermediate_size": 136, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False
+    )
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(tmp_path / "base")
-    options = {"load_in_8bit": True} if form == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(
+        tmp_path / "base"
+    )
+    options = (
+        {"load_in_8bit": True}
+        if form == "int8"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    )
     options |= {"bnb_4bit_quant_type": "fp4"} if form == "fp4" else {}
     options |= {"bnb_4bit_use_double_quant": True} if form == "nested" else {}
     how = transformers.BitsAndBytesConfig(**options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=how, device_map="cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=how, device_map="cpu"
+    )
     model.save_pretrained(tmp_path / "quantised")
-    base, stored = load_file(tmp_path / "base/model.safetensors"), load_file(tmp_path / "quantised/model.safetensors")
+    base, stored = (
+        load_file(tmp_path / "base/model.safetensors"),
+        load_file(tmp_path / "quantised/model.safetensors"),
+    )
     names = [key.removesuffix(".weight") for key in base if "_proj" in key]
     kind: blockwise.Kind = "fp4" if form == "fp4" else "nf4"
     expected = {key: w for key, w in base.items() if "_proj" not in key}
@@ -342,9 +428,15 @@ def test_what_transformers_saves(form: str, dtype: str, tmp_path: Path) -> None:
         if form == "nested":
             absmax, expected[f"{key}.nested_absmax"], offset = quantize_absmax(absmax)
             expected[f"{key}.nested_quant_map"] = dynamic_map()
-            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset.item()}
+            state |= {
+                "nested_blocksize": 256,
+                "nested_dtype": "float32",
+                "nested_offset": offset.item(),
+            }
         expected[f"{key}.absmax"], expected[f"{key}.quant_map"] = absmax, quant_map(kind)
-        expected[f"{key}.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        expected[f"{key}.quant_state.bitsandbytes__{kind}"] = torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        )
     assert len(names) == 7 and expected.keys() == stored.keys()
     for key, tensor in expected.items():
         assert tensor.shape == stored[key].shape and same(tensor, stored[key]), key

@@ -24,13 +24,19 @@ def commands(text):
 
 
 def options(verb):
-    return {name for p in main.commands[verb].params if isinstance(p, click.Option) for name in p.opts}
+    return {
+        name for p in main.commands[verb].params if isinstance(p, click.Option) for name in p.opts
+    }
 
 
 def test_the_tree_of_the_readme_is_the_tree_of_the_package():
     block = README[README.index("```\nadapterkit/") :].split("```")[1]
     said = set(re.findall(r"^  (\S+)  ", block, re.MULTILINE))
-    there = {p.name + ("/" if p.is_dir() else "") for p in PACKAGE.iterdir() if not p.name.startswith("__")}
+    there = {
+        p.name + ("/" if p.is_dir() else "")
+        for p in PACKAGE.iterdir()
+        if not p.name.startswith("__")
+    }
     assert said == there - {"py.typed"}
 
 
@@ -75,9 +81,19 @@ def test_the_quickstart_runs(tmp_path):
 
 def test_the_benchmark_runs_on_a_small_checkpoint(tmp_path):
     out = tmp_path / "figures.json"
-    command = [str(ROOT / "examples" / "benchmarks" / "merge.py"), "--size", "0.02", "--repeat", "1", "--only", "cp,adapterkit"]
+    command = [
+        str(ROOT / "examples" / "benchmarks" / "merge.py"),
+        "--size",
+        "0.02",
+        "--repeat",
+        "1",
+        "--only",
+        "cp,adapterkit",
+    ]
     done = subprocess.run(
-        [sys.executable, *command, "--work", str(tmp_path / "work"), "--json", str(out)], capture_output=True, text=True
+        [sys.executable, *command, "--work", str(tmp_path / "work"), "--json", str(out)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert out.exists() and str(tmp_path) not in out.read_text()

@@ -23,15 +23,21 @@ def job(folder, dtype, rows=700, columns=513):
     a, b = torch.randn(8, columns) * 0.1, torch.randn(rows, 8) * 0.1
     (folder / "base").mkdir()
     (folder / "adapter").mkdir()
-    save_file({"x.weight": weight, "y.weight": weight.clone()}, folder / "base" / "model.safetensors")
+    save_file(
+        {"x.weight": weight, "y.weight": weight.clone()}, folder / "base" / "model.safetensors"
+    )
     factors = {"base_model.model.x.lora_A.weight": a, "base_model.model.x.lora_B.weight": b}
     save_file(factors, folder / "adapter" / "adapter_model.safetensors")
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 12}))
+    (folder / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 12})
+    )
     return weight.double() + 1.5 * b.double() @ a.double()
 
 
 def merged(folder, out="out", **options):
-    adapterkit.merge(folder / "base", [folder / "adapter"], out=folder / out, verify=True, **options)
+    adapterkit.merge(
+        folder / "base", [folder / "adapter"], out=folder / out, verify=True, **options
+    )
     return load_file(folder / out / "model.safetensors")
 
 
@@ -59,7 +65,9 @@ def test_cuda_gives_the_rounded_value_and_the_same_bytes_every_time(dtype, tmp_p
     assert torch.equal(first["y.weight"], second["y.weight"])
     wrong = first["x.weight"] != exact.to(dtype)
     assert wrong.float().mean() < 1e-4
-    assert torch.allclose(first["x.weight"].double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.allclose(
+        first["x.weight"].double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6
+    )
 
 
 def test_memory_that_runs_out_at_any_allocation_ends_cleanly_and_resumes(tmp_path, monkeypatch):
@@ -84,7 +92,9 @@ def test_memory_that_runs_out_at_any_allocation_ends_cleanly_and_resumes(tmp_pat
             assert "out of memory" in str(error) and "--resume" in str(error)
             assert not (tmp_path / "out").exists()
             monkeypatch.undo()
-            adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out", resume=True)
+            adapterkit.merge(
+                tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out", resume=True
+            )
         else:
             break
         finally:
@@ -99,11 +109,19 @@ def test_a_large_embedding_is_merged_under_a_cap_below_its_size(tmp_path):
     """50,000 rows: 410 MB as stored, 820 MB in float32, with 400 MB of memory to spare."""
     (tmp_path / "base").mkdir()
     (tmp_path / "adapter").mkdir()
-    save_file({"embed.weight": torch.ones(50_000, 4096, dtype=torch.bfloat16)}, tmp_path / "base" / "model.safetensors")
-    factors = {"lora_embedding_A": torch.full((4, 50_000), 0.5), "lora_embedding_B": torch.full((4096, 4), 0.25)}
+    save_file(
+        {"embed.weight": torch.ones(50_000, 4096, dtype=torch.bfloat16)},
+        tmp_path / "base" / "model.safetensors",
+    )
+    factors = {
+        "lora_embedding_A": torch.full((4, 50_000), 0.5),
+        "lora_embedding_B": torch.full((4096, 4), 0.25),
+    }
     factors = {f"base_model.model.embed.{key}": tensor for key, tensor in factors.items()}
     save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4})
+    )
     script = """
 import resource, sys, torch, adapterkit.ops.merge, adapterkit.engines.local
 used = sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
@@ -112,7 +130,10 @@ adapterkit.ops.merge.merge(sys.argv[1], [sys.argv[2]], out=sys.argv[3])
 """
     paths = [str(tmp_path / name) for name in ("base", "adapter", "out")]
     done = subprocess.run(
-        [sys.executable, "-c", script, *paths], capture_output=True, text=True, env=os.environ | {"MALLOC_ARENA_MAX": "1"}
+        [sys.executable, "-c", script, *paths],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert bool((load_file(tmp_path / "out" / "model.safetensors")["embed.weight"] == 1.5).all())
@@ -130,16 +151,31 @@ def test_files_are_written_in_turn(tmp_path, monkeypatch):
     factors = {f"base_model.model.{i}.lora_A.weight": torch.ones(4, 1024) for i in (1, 2, 3)}
     factors |= {f"base_model.model.{i}.lora_B.weight": torch.ones(2048, 4) for i in (1, 2, 3)}
     save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4})
+    )
     order, real = [], local._Job._do
     monkeypatch.setattr(
-        local._Job, "_do", lambda job, piece, *rest: (order.append(piece.shard.shard.file), real(job, piece, *rest))
+        local._Job,
+        "_do",
+        lambda job, piece, *rest: (order.append(piece.shard.shard.file), real(job, piece, *rest)),
     )
     for workers in (1, 2):
         order.clear()
         out = tmp_path / str(workers)
-        run(adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=out, dry_run=True), out, local.local(workers=workers))
+        run(
+            adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=out, dry_run=True),
+            out,
+            local.local(workers=workers),
+        )
         first = order[: len(order) // 2]
         assert set(order) == set(names)
-        assert sum(a != b for a, b in itertools.pairwise(first)) >= 2 if workers == 2 else order == sorted(order)
-    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)
+        assert (
+            sum(a != b for a, b in itertools.pairwise(first)) >= 2
+            if workers == 2
+            else order == sorted(order)
+        )
+    assert all(
+        (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+        for name in names
+    )

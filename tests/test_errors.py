@@ -14,26 +14,40 @@ def lines(errors: list[AdapterkitError]) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def unknown(layer: int, where: str = "adapter", kind: type[AdapterkitError] = Refused) -> AdapterkitError:
+def unknown(
+    layer: int, where: str = "adapter", kind: type[AdapterkitError] = Refused
+) -> AdapterkitError:
     name = f"model.layers.{layer}.self_attn.q_proj"
-    return kind(f"base_model.{name}.lora_A.weight: the base has no {name}", expected="its parameters", where=where, do="look")
+    return kind(
+        f"base_model.{name}.lora_A.weight: the base has no {name}",
+        expected="its parameters",
+        where=where,
+        do="look",
+    )
 
 
 def misshaped(layer: int) -> Refused:
     found = f"model.layers.{layer}.up_proj: shape ((8, {layer}), (64, 8))"
-    return Refused(found, expected=f"one that fits the base's (64, {layer + 1})", where="adapter", do="look")
+    return Refused(
+        found, expected=f"one that fits the base's (64, {layer + 1})", where="adapter", do="look"
+    )
 
 
 def test_errors_of_one_cause_are_one_entry():
     text = lines([unknown(layer) for layer in range(140)])
     assert text[:2] == ["140 problems found", "- adapter: 140 of one kind, such as"]
-    assert [line.split()[-1] for line in text[2:5]] == [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    assert [line.split()[-1] for line in text[2:5]] == [
+        f"model.layers.{i}.self_attn.q_proj" for i in range(3)
+    ]
     assert text[5:] == ["  expected: its parameters", "  what to do: look"]
 
 
 def test_three_are_listed_each():
     text = lines([unknown(layer) for layer in range(3)])
-    assert text == ["3 problems found", *(line for i in range(3) for line in f"- {unknown(i)}".splitlines())]
+    assert text == [
+        "3 problems found",
+        *(line for i in range(3) for line in f"- {unknown(i)}".splitlines()),
+    ]
 
 
 def test_other_places_kinds_and_words_are_other_entries():
@@ -53,7 +67,10 @@ def test_other_places_kinds_and_words_are_other_entries():
 def test_what_each_was_expected_to_be_stays_with_it():
     text = lines([misshaped(layer) for layer in range(9)])
     assert len(text) == 6 and text[1] == "- adapter: 9 of one kind, such as"
-    assert text[3] == "  model.layers.1.up_proj: shape ((8, 1), (64, 8)); expected: one that fits the base's (64, 2)"
+    assert (
+        text[3]
+        == "  model.layers.1.up_proj: shape ((8, 1), (64, 8)); expected: one that fits the base's (64, 2)"
+    )
 
 
 def test_a_wrong_base_is_a_few_lines(llama, lora, made, tmp_path):
@@ -63,4 +80,8 @@ def test_a_wrong_base_is_a_few_lines(llama, lora, made, tmp_path):
     modules = len(oracle.LINEAR) * 2
     assert len(caught.value.errors) == modules
     text = str(caught.value)
-    assert len(text.splitlines()) <= 7 and f"{modules} of one kind" in text and text.count("the base has no") == 3
+    assert (
+        len(text.splitlines()) <= 7
+        and f"{modules} of one kind" in text
+        and text.count("the base has no") == 3
+    )

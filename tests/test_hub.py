@@ -73,7 +73,15 @@ class Client:
         warnings = ("-W", "error", "-W", "ignore:Use 'content=:DeprecationWarning")
         command, pipe = [sys.executable, *warnings, "-c", WORKER], subprocess.PIPE
         with errors.open("w") as stderr:
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True, cwd=ROOT, env=environment)
+            self.process = subprocess.Popen(
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=stderr,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+            )
 
     def __call__(self, code: str):
         self.process.stdin.write(json.dumps(code) + "\n")
@@ -208,10 +216,45 @@ def test_ids(source, expected):
 @pytest.mark.parametrize(
     "source",
     [
-        *("", "name", "a/b/c", "/org/name", "./name", "../name", "~/name", "org/", "/name", "C:\\x/y"),
-        *("org/name@", "org/name:", "org/name:..", "org/name:a/../b", "org/name:/a", "org/name:a/./b", "org/name:a "),
-        *("org/name@a..", "org/name@../x", "org/name@a:b:c", "org/name@a b", "org/name@a//b", "org/name@a\u202eb"),
-        *("org/na me", "org/na--me", "org/na..me", "org/name.git", "-org/name", "org/name-", "órg/name", "org/name\n"),
+        *(
+            "",
+            "name",
+            "a/b/c",
+            "/org/name",
+            "./name",
+            "../name",
+            "~/name",
+            "org/",
+            "/name",
+            "C:\\x/y",
+        ),
+        *(
+            "org/name@",
+            "org/name:",
+            "org/name:..",
+            "org/name:a/../b",
+            "org/name:/a",
+            "org/name:a/./b",
+            "org/name:a ",
+        ),
+        *(
+            "org/name@a..",
+            "org/name@../x",
+            "org/name@a:b:c",
+            "org/name@a b",
+            "org/name@a//b",
+            "org/name@a\u202eb",
+        ),
+        *(
+            "org/na me",
+            "org/na--me",
+            "org/na..me",
+            "org/name.git",
+            "-org/name",
+            "org/name-",
+            "órg/name",
+            "org/name\n",
+        ),
         *("hf://org/name", "https://huggingface.co/org/name", "o" * 97 + "/n"),
     ],
 )
@@ -232,7 +275,9 @@ def test_a_folder(reading):
     hub, client = reading
     client(f"folder = HubFolder(parse('{REPO}'))")
     commit = hub.repos[REPO].refs["main"]
-    assert client("folder.files()") == {name: len(data) for name, data in FILES.items()}  # .gitattributes is not ours
+    assert client("folder.files()") == {
+        name: len(data) for name, data in FILES.items()
+    }  # .gitattributes is not ours
     assert client("folder.name, folder.origin") == (REPO, {"repo": REPO, "revision": commit})
     hashes = client("folder.hashes")
     assert sorted(hashes) == ["adapter/adapter_model.safetensors", "model.safetensors"]
@@ -242,10 +287,15 @@ def test_a_folder(reading):
 def test_a_subfolder_of_a_revision(hub, client):
     hub.commit(REPO, {"adapter/adapter_config.json": b'{"r": 8}'}, branch="refs/pr/1")
     client(f"folder = HubFolder(parse('{REPO}@refs/pr/1:adapter'))")
-    assert client("folder.files()") == {"adapter_config.json": 8, "adapter_model.safetensors": len(WEIGHTS)}
+    assert client("folder.files()") == {
+        "adapter_config.json": 8,
+        "adapter_model.safetensors": len(WEIGHTS),
+    }
     assert client("folder.origin['revision']") == hub.repos[REPO].refs["refs/pr/1"]
     assert client("folder.origin['subfolder']") == "adapter"
-    assert client("folder.read('adapter_config.json', 0, 99), folder.path('adapter_config.json').read_bytes()") == (
+    assert client(
+        "folder.read('adapter_config.json', 0, 99), folder.path('adapter_config.json').read_bytes()"
+    ) == (
         b'{"r": 8}',
         b'{"r": 8}',
     )
@@ -255,7 +305,10 @@ def test_a_list_too_long_for_the_summary(reading):
     hub, client = reading
     client(f"hub.MANY_FILES = 2\nfolder = HubFolder(parse('{REPO}'))\nhub.MANY_FILES = 10_000")
     assert client("folder.files()") == {name: len(data) for name, data in FILES.items()}
-    assert sorted(client("folder.hashes")) == ["adapter/adapter_model.safetensors", "model.safetensors"]
+    assert sorted(client("folder.hashes")) == [
+        "adapter/adapter_model.safetensors",
+        "model.safetensors",
+    ]
     assert hub.asked("GET", "/tree/")
 
 
@@ -267,7 +320,10 @@ def test_the_commit_is_pinned(hub, client):
     assert client("folder.path('model.safetensors').read_bytes()") == WEIGHTS
     assert client(f"HubFolder(parse('{REPO}')).files()['model.safetensors']") == 6
     old = client("folder.commit")
-    assert client(f"HubFolder(parse('{REPO}@{old}')).read('model.safetensors', 250, 260)") == WEIGHTS[250:260]
+    assert (
+        client(f"HubFolder(parse('{REPO}@{old}')).read('model.safetensors', 250, 260)")
+        == WEIGHTS[250:260]
+    )
 
 
 def test_ranges_move_what_they_hold(reading):
@@ -280,12 +336,16 @@ def test_ranges_move_what_they_hold(reading):
         assert hub.moved() == len(wanted) and len(hub.log) == 1
         assert hub.log[0].range == (start, start + len(wanted))
     hub.log.clear()
-    assert client("folder.read('model.safetensors', 8, 8), folder.read('config.json', 99, 100)") == (b"", b"")
+    assert client(
+        "folder.read('model.safetensors', 8, 8), folder.read('config.json', 99, 100)"
+    ) == (b"", b"")
     assert not hub.log
 
 
 def test_small_texts_come_whole_and_stay(hub, client):
-    hub.faults = during(Fault(ignore_range=True), path="config.json")  # as the Hub itself may do for plain git files
+    hub.faults = during(
+        Fault(ignore_range=True), path="config.json"
+    )  # as the Hub itself may do for plain git files
     client(f"folder = HubFolder(parse('{REPO}'))")
     assert client("folder.read('config.json', 1, 9)") == FILES["config.json"][1:9]
     hub.log.clear()
@@ -319,7 +379,9 @@ def test_tokens_do_not_follow_to_another_host(connect):
 
 
 def test_a_cached_file_of_the_wrong_size(hub, client):
-    client(f"path = HubFolder(parse('{REPO}')).path('model.safetensors').resolve()\npath.write_bytes(b'short')")
+    client(
+        f"path = HubFolder(parse('{REPO}')).path('model.safetensors').resolve()\npath.write_bytes(b'short')"
+    )
     client(f"folder = HubFolder(parse('{REPO}'))")
     for code in ("folder.read('model.safetensors', 0, 4)", "folder.path('model.safetensors')"):
         told = client.refusal(code, "Damaged")
@@ -340,7 +402,9 @@ def test_prefetch_goes_in_order_and_path_waits_for_its_file_only(hub, connect):
     while not hub.asked("HEAD", names[2]) and time.monotonic() < until:
         time.sleep(0.01)
     assert [asked.path.rsplit("/")[-1] for asked in hub.asked("GET", "resolve")] == names[:2]
-    assert client(f"[folder.path(name).read_bytes() for name in {names[:2]}]") == [n.encode() * 100 for n in names[:2]]
+    assert client(f"[folder.path(name).read_bytes() for name in {names[:2]}]") == [
+        n.encode() * 100 for n in names[:2]
+    ]
     assert not any(asked.path.endswith(names[3]) for asked in hub.log)
     threading.Timer(0.2, slow.set).start()
     started = time.monotonic()
@@ -365,12 +429,25 @@ def test_path_does_not_queue_behind_others(hub, connect):
 def test_path_raises_what_prefetch_met(hub, client):
     hub.faults = during(Fault(status=403), path="model.safetensors")
     hub.faults = during(Fault(status=403), "HEAD", "resolve")
-    client(f"folder = HubFolder(parse('{REPO}'))\nfolder.prefetch(['config.json', 'missing', 'model.safetensors'])")
-    assert client.refusal("folder.path('config.json')").parts["found"].startswith("the Hub does not allow")
+    client(
+        f"folder = HubFolder(parse('{REPO}'))\nfolder.prefetch(['config.json', 'missing', 'model.safetensors'])"
+    )
+    assert (
+        client.refusal("folder.path('config.json')")
+        .parts["found"]
+        .startswith("the Hub does not allow")
+    )
     hub.faults = lambda asked: None
-    assert client("folder.path('config.json').read_bytes()") == FILES["config.json"]  # a later call tries anew
+    assert (
+        client("folder.path('config.json').read_bytes()") == FILES["config.json"]
+    )  # a later call tries anew
     assert "no such file" in client.refusal("folder.path('missing')", "Damaged").text
-    assert client("folder.prefetch(['model.safetensors'])\nfolder.path('model.safetensors').read_bytes()") == WEIGHTS
+    assert (
+        client(
+            "folder.prefetch(['model.safetensors'])\nfolder.path('model.safetensors').read_bytes()"
+        )
+        == WEIGHTS
+    )
 
 
 def test_a_broken_download_is_taken_up_again(hub, client):
@@ -414,16 +491,29 @@ def test_offline_without_a_copy(hub, client, connect):
     offline = connect(hub, HF_HUB_OFFLINE="1")
     offline(COUNT_SOCKETS)
     told = offline.refusal("HubFolder(parse('other/repo@v1:sub'))")
-    assert told.parts["where"] == "other/repo@v1:sub" and "HF_HUB_OFFLINE is set" in told.parts["found"]
+    assert (
+        told.parts["where"] == "other/repo@v1:sub"
+        and "HF_HUB_OFFLINE is set" in told.parts["found"]
+    )
     assert "`hf download other/repo --revision v1 --include 'sub/*'`" in told.parts["do"]
     offline.refusal(f"HubFolder(parse('{REPO}@v2'))")
     offline.refusal(f"HubFolder(parse('{REPO}@{'0' * 40}'))")
     offline.refusal(f"HubFolder(parse('{REPO}:adapter'))")
-    assert "one of config.json" in offline.refusal(f"HubFolder(parse('{REPO}')).path('model.bin')", "Damaged").text
-    client("folder = HubFolder(parse('" + REPO + "'))\nimport huggingface_hub.constants as c\nc.HF_HUB_OFFLINE = True")
+    assert (
+        "one of config.json"
+        in offline.refusal(f"HubFolder(parse('{REPO}')).path('model.bin')", "Damaged").text
+    )
+    client(
+        "folder = HubFolder(parse('"
+        + REPO
+        + "'))\nimport huggingface_hub.constants as c\nc.HF_HUB_OFFLINE = True"
+    )
     for code in ("folder.read('model.safetensors', 0, 8)", "folder.path('model.safetensors')"):
         told = client.refusal(code)
-        assert f"`hf download {REPO} model.safetensors --revision {client('folder.commit')}`" in told.parts["do"]
+        assert (
+            f"`hf download {REPO} model.safetensors --revision {client('folder.commit')}`"
+            in told.parts["do"]
+        )
     told = offline.refusal(f"push(Path('{ROOT / 'tests'}'), '{REPO}')")
     assert "HF_HUB_OFFLINE" in told.text and offline("sockets") == []
 
@@ -433,11 +523,19 @@ def test_no_network(client, connect):
     with Hub() as gone:
         pass
     cut = connect(gone)
-    assert cut(f"folder = HubFolder(parse('{REPO}'))\nfolder.read('config.json', 0, 99)") == FILES["config.json"]
+    assert (
+        cut(f"folder = HubFolder(parse('{REPO}'))\nfolder.read('config.json', 0, 99)")
+        == FILES["config.json"]
+    )
     assert "using commit" in cut.errors.read_text()
     told = cut.refusal("HubFolder(parse('other/repo'))")
-    assert "cannot be reached" in told.parts["found"] and "hf download other/repo" in told.parts["do"]
-    told = cut.refusal(f"hub._retrying(lambda: folder._range('config.json', 0, 4, 9), parse('{REPO}'))", "_Unreachable")
+    assert (
+        "cannot be reached" in told.parts["found"] and "hf download other/repo" in told.parts["do"]
+    )
+    told = cut.refusal(
+        f"hub._retrying(lambda: folder._range('config.json', 0, 4, 9), parse('{REPO}'))",
+        "_Unreachable",
+    )
     assert "HF_HUB_OFFLINE=1" in told.parts["do"]
 
 
@@ -451,11 +549,27 @@ def test_no_network(client, connect):
         (f"HubFolder(parse('{REPO}@v9'))", "Refused", "no such revision v9 tree/main"),
         (f"HubFolder(parse('{REPO}@{'0' * 40}'))", "Refused", "no such revision"),
         (f"HubFolder(parse('{REPO}:nowhere'))", "Refused", "no such folder nowhere"),
-        (f"HubFolder(parse('{REPO}')).read('nothing', 0, 8)", "Damaged", "no such file config.json nothing"),
-        (f"HubFolder(parse('{REPO}')).path('nothing')", "Damaged", "no such file config.json nothing"),
+        (
+            f"HubFolder(parse('{REPO}')).read('nothing', 0, 8)",
+            "Damaged",
+            "no such file config.json nothing",
+        ),
+        (
+            f"HubFolder(parse('{REPO}')).path('nothing')",
+            "Damaged",
+            "no such file config.json nothing",
+        ),
         (f"HubFolder(parse('{REPO}')).path('../nothing')", "Refused", "plain name"),
-        ("HubFolder(parse('org/gated')).read('config.json', 0, 2)", "Refused", "restricted ask for access org/gated"),
-        ("HubFolder(parse('org/gated')).path('config.json')", "Refused", "restricted ask for access org/gated"),
+        (
+            "HubFolder(parse('org/gated')).read('config.json', 0, 2)",
+            "Refused",
+            "restricted ask for access org/gated",
+        ),
+        (
+            "HubFolder(parse('org/gated')).path('config.json')",
+            "Refused",
+            "restricted ask for access org/gated",
+        ),
         ("HubFolder(parse('org/disabled'))", "Refused", "disabled"),
         ("HubFolder(hub.HubId('bad--/id'))", "Refused", "not a name"),
     ],
@@ -464,20 +578,30 @@ def test_refusals(reading, code, kind, words):
     _, client = reading
     told = client.refusal(code, kind)
     assert all(word in told.text for word in words.split()), told.text
-    assert "huggingface_hub/" not in told.trace and "httpx" not in told.trace  # nothing of the library's own chain
+    assert (
+        "huggingface_hub/" not in told.trace and "httpx" not in told.trace
+    )  # nothing of the library's own chain
 
 
 def test_a_file_that_went_away(hub, client):
     client(f"folder = HubFolder(parse('{REPO}'))")
     hub.repos[REPO].trees[client("folder.commit")].pop("config.json")
-    assert "no such file in this revision" in client.refusal("folder.read('config.json', 0, 5)", "Damaged").text
-    assert "no such file in this revision" in client.refusal("folder.path('config.json')", "Damaged").text
+    assert (
+        "no such file in this revision"
+        in client.refusal("folder.read('config.json', 0, 5)", "Damaged").text
+    )
+    assert (
+        "no such file in this revision"
+        in client.refusal("folder.path('config.json')", "Damaged").text
+    )
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(status=200, body=b"<html>Please log in</html>", headers={"Content-Type": "text/html"}),
+        Fault(
+            status=200, body=b"<html>Please log in</html>", headers={"Content-Type": "text/html"}
+        ),
         Fault(status=200, body=b"{}"),
         Fault(status=200, body=b'{"id": "org/name", "sha": "../../x", "siblings": []}'),
     ],
@@ -493,7 +617,9 @@ def test_another_commit_than_asked_for(hub, client):
     hub.commit(REPO, {"config.json": b"{}"})
     body = json.dumps({"id": REPO, "sha": hub.repos[REPO].refs["main"], "siblings": []}).encode()
     hub.faults = during(Fault(status=200, body=body), path="/api/models")
-    assert first in client.refusal(f"HubFolder(parse('{REPO}@{first}'))", "Failed").parts["expected"]
+    assert (
+        first in client.refusal(f"HubFolder(parse('{REPO}@{first}'))", "Failed").parts["expected"]
+    )
 
 
 # Faults on the way
@@ -507,7 +633,9 @@ WRONG_RANGES = {
     "wrong length": Fault(headers={"Content-Length": "50"}),
     "compressed": Fault(headers={"Content-Encoding": "gzip"}),
     "past the end": Fault(status=416, headers={"Content-Range": "bytes */9"}),
-    "200 that claims a range": Fault(status=200, body=WEIGHTS[:100], headers={"Content-Range": f"bytes 100-199/{len(WEIGHTS)}"}),
+    "200 that claims a range": Fault(
+        status=200, body=WEIGHTS[:100], headers={"Content-Range": f"bytes 100-199/{len(WEIGHTS)}"}
+    ),
     "a page": Fault(status=200, body=b"<html>log in</html>"),
     "503": Fault(status=503),
     "429": Fault(status=429, headers={"Retry-After": "0"}),
@@ -527,12 +655,18 @@ def test_wrong_ranges_are_asked_for_again_then_refused(reading, name):
     hub.faults = during(WRONG_RANGES[name], path="resolve")
     with pytest.raises(Told) as caught:
         client("folder.read('model.safetensors', 100, 200)")
-    assert caught.value.kind in ("Failed", "_Unreachable") and all(caught.value.parts.values()), caught.value.trace
-    assert REPO in caught.value.parts["where"] and "model.safetensors" in caught.value.parts["where"]
+    assert caught.value.kind in ("Failed", "_Unreachable") and all(caught.value.parts.values()), (
+        caught.value.trace
+    )
+    assert (
+        REPO in caught.value.parts["where"] and "model.safetensors" in caught.value.parts["where"]
+    )
     assert len(hub.log) == client("hub.TRIES") == 5
 
 
-@pytest.mark.parametrize("fault", [Fault(status=500), Fault(status=503), Fault(reset=True), Fault(cut=20)])
+@pytest.mark.parametrize(
+    "fault", [Fault(status=500), Fault(status=503), Fault(reset=True), Fault(cut=20)]
+)
 def test_listings_are_asked_for_again(reading, fault):
     hub, client = reading
     hub.faults = during(fault, path="/api/models", times=2)
@@ -551,7 +685,9 @@ def test_a_server_that_stays_down(reading):
 def test_waiting_as_long_as_the_server_asks(reading):
     hub, client = reading
     client(f"folder = HubFolder(parse('{REPO}'))")
-    hub.faults = during(Fault(status=429, headers={"ratelimit": '"api";r=0;t=1'}), path="resolve", times=1)
+    hub.faults = during(
+        Fault(status=429, headers={"ratelimit": '"api";r=0;t=1'}), path="resolve", times=1
+    )
     started = time.monotonic()
     assert client("folder.read('model.safetensors', 0, 8)") == WEIGHTS[:8]
     assert time.monotonic() - started > 0.9
@@ -606,7 +742,10 @@ def test_push_in_parts(connect, output):
         client = connect(hub)
         client(f"push(Path('{output}'), '{REPO}')")
         assert sorted(hub.uploaded()) == [1000, 2000, 2500, 2500, 2500, 2500]
-        assert hub.files(REPO)["model-00001-of-00002.safetensors"] == OUTPUT["model-00001-of-00002.safetensors"]
+        assert (
+            hub.files(REPO)["model-00001-of-00002.safetensors"]
+            == OUTPUT["model-00001-of-00002.safetensors"]
+        )
         client.close()
 
 
@@ -642,7 +781,9 @@ def test_push_whose_answer_is_lost(hub, connect, output):
 def test_push_that_breaks_commits_nothing(hub, connect, output, status, kind):
     client = connect(hub)
     client("hub.UPLOAD_GROUP = 1")  # one file after the other
-    hub.faults = lambda asked: Fault(status=status) if asked.method == "PUT" and hub.uploaded()[1:] else None
+    hub.faults = lambda asked: (
+        Fault(status=status) if asked.method == "PUT" and hub.uploaded()[1:] else None
+    )
     client.refusal(f"push(Path('{output}'), '{REPO}')", kind)
     assert len(hub.repos[REPO].trees) == 1
     hub.faults = lambda asked: None
@@ -653,10 +794,20 @@ def test_push_that_breaks_commits_nothing(hub, connect, output, status, kind):
 
 
 def test_push_beside_old_weights(hub, connect, output):
-    hub.commit(REPO, {"model.safetensors": b"\0old", "checkpoint-5/model.safetensors": b"\0", "training_args.bin": b"\0"})
+    hub.commit(
+        REPO,
+        {
+            "model.safetensors": b"\0old",
+            "checkpoint-5/model.safetensors": b"\0",
+            "training_args.bin": b"\0",
+        },
+    )
     client = connect(hub)
     told = client.refusal(f"push(Path('{output}'), '{REPO}')")
-    assert "already: model.safetensors" in told.text and f"hf repos delete-files {REPO} model.safetensors`" in told.text
+    assert (
+        "already: model.safetensors" in told.text
+        and f"hf repos delete-files {REPO} model.safetensors`" in told.text
+    )
     assert not hub.uploaded()
 
 
@@ -670,13 +821,19 @@ def test_push_with_a_bad_card(hub, connect, output):
 def test_push_that_a_gitignore_bites(hub, connect, output):
     hub.ignored.add("model-00002-of-00002.safetensors")
     told = connect(hub).refusal(f"push(Path('{output}'), '{REPO}')", "Failed")
-    assert "model-00002-of-00002.safetensors" in told.parts["found"] and ".gitignore" in told.parts["do"]
+    assert (
+        "model-00002-of-00002.safetensors" in told.parts["found"]
+        and ".gitignore" in told.parts["do"]
+    )
 
 
 def test_pushes_that_are_refused(hub, connect, output, tmp_path):
     client = connect(hub)
     for repo in ("name", "org/name@main", "org/name:sub", "a/b/c"):
-        assert "without revision" in client.refusal(f"push(Path('{output}'), {repo!r})").parts["expected"]
+        assert (
+            "without revision"
+            in client.refusal(f"push(Path('{output}'), {repo!r})").parts["expected"]
+        )
     (output / "model.safetensors.part").write_bytes(b"")
     assert "--resume" in client.refusal(f"push(Path('{output}'), '{REPO}')").text
     (tmp_path / "empty").mkdir()
@@ -693,14 +850,18 @@ def test_no_message_holds_a_secret(connect, output):
         hub.repo("org/private", private=True)
         hub.commit("org/private", FILES)
         opaque = "of-another-shape-secretsecret"
-        client = connect(hub, HF_TOKEN=opaque, HF_ENDPOINT=hub.url.replace("://", "://user:passw0rd@"))
+        client = connect(
+            hub, HF_TOKEN=opaque, HF_ENDPOINT=hub.url.replace("://", "://user:passw0rd@")
+        )
         told = [
             client.refusal(f"HubFolder(parse('{REPO}'))"),
             client.refusal("HubFolder(parse('org/private'))"),
             client.refusal(f"push(Path('{output}'), '{REPO}')"),
         ]
         assert "credentials" in told[0].text and "hf auth login" in told[0].text
-        echo = json.dumps({"error": f"bad token {opaque} or {TOKEN} at https://cdn.example/x?Signature=abc123"})
+        echo = json.dumps(
+            {"error": f"bad token {opaque} or {TOKEN} at https://cdn.example/x?Signature=abc123"}
+        )
         for status in (400, 401, 403, 404, 418, 429, 500):
             hub.faults = lambda asked, status=status: Fault(status=status, body=echo.encode())
             with pytest.raises(Told) as caught:

@@ -23,12 +23,24 @@ SHARDS = [f"model-{i + 1:05d}-of-{LAYERS:05d}.safetensors" for i in range(LAYERS
 def base_files():
     """A three-shard checkpoint in Llama's names, one layer per shard; over 64 KiB each, so headers are read by range."""
     generator = np.random.default_rng(0)
-    files, weight_map = {"config.json": json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}).encode()}, {}
+    files, weight_map = (
+        {
+            "config.json": json.dumps(
+                {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+            ).encode()
+        },
+        {},
+    )
     for i, name in enumerate(SHARDS):
         keys = [f"model.layers.{i}.self_attn.{leaf}_proj.weight" for leaf in "qv"]
-        files[name] = save({k: generator.standard_normal((WIDTH, WIDTH)).astype(np.float32) for k in keys}, {"format": "pt"})
+        files[name] = save(
+            {k: generator.standard_normal((WIDTH, WIDTH)).astype(np.float32) for k in keys},
+            {"format": "pt"},
+        )
         weight_map |= dict.fromkeys(keys, name)
-    files["model.safetensors.index.json"] = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
+    files["model.safetensors.index.json"] = json.dumps(
+        {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    ).encode()
     return files
 
 
@@ -76,7 +88,11 @@ def test_from_the_hub_to_the_hub(hub, tmp_path):
     adapterkit.merge(local[0], [local[1]], out=tmp_path / "local")
     pushed = hub.files("org/merged")
     for name in SHARDS:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes() == pushed[name]
+        assert (
+            (tmp_path / "out" / name).read_bytes()
+            == (tmp_path / "local" / name).read_bytes()
+            == pushed[name]
+        )
     assert {p.name for p in (tmp_path / "out").iterdir()} <= set(pushed)
     assert receipt["pushed"]["repo"] == "org/merged"
     assert '- "org/base"' in pushed["README.md"].decode()
@@ -96,7 +112,11 @@ def test_a_shard_is_merged_while_later_ones_are_still_downloaded(hub, tmp_path):
     seen = []
 
     def hold_the_last(asked):
-        if asked.method == "GET" and asked.path.endswith(SHARDS[-1]) and "range" not in asked.headers:
+        if (
+            asked.method == "GET"
+            and asked.path.endswith(SHARDS[-1])
+            and "range" not in asked.headers
+        ):
             until = time.monotonic() + 20
             while not first.exists() and time.monotonic() < until:
                 time.sleep(0.01)
@@ -128,9 +148,14 @@ def test_offline_without_a_copy_says_how_to_get_it(hub, tmp_path):
 
 def test_the_merged_weights_are_the_sum(hub, tmp_path):
     assert command(hub, tmp_path, "org/base", "org/adapter:v1=0.5").returncode == 0
-    factors, base = load(adapter_files()["adapter_model.safetensors"]), load(base_files()[SHARDS[1]])
+    factors, base = (
+        load(adapter_files()["adapter_model.safetensors"]),
+        load(base_files()[SHARDS[1]]),
+    )
     prefix = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
-    delta = factors[prefix + "B.weight"].astype(np.float64) @ factors[prefix + "A.weight"].astype(np.float64)
+    delta = factors[prefix + "B.weight"].astype(np.float64) @ factors[prefix + "A.weight"].astype(
+        np.float64
+    )
     found = load((tmp_path / "out" / SHARDS[1]).read_bytes())
     key = "model.layers.1.self_attn.q_proj.weight"
     assert np.allclose(found[key], base[key] + 0.5 * delta, rtol=1e-6, atol=1e-6)

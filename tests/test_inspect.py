@@ -59,7 +59,9 @@ def inspect(*words, **options):
     json.dumps(result, allow_nan=False)
     assert set(result) == (ADAPTER if result["kind"] == "adapter" else EVERY)
     assert result["inspect"] == 1
-    assert all(set(problem) == {"found", "expected", "where", "do"} for problem in result["problems"])
+    assert all(
+        set(problem) == {"found", "expected", "where", "do"} for problem in result["problems"]
+    )
     assert all(set(module) == MODULE for module in result["modules"])
     return result
 
@@ -77,8 +79,16 @@ def wrapped_deltas(base, adapter, build):
             if isinstance(layer, peft_layers.LoraLayer):
                 name = path.removeprefix("base_model.model.").replace(".base_layer", "")
                 leaf = getattr(layer, "parameter_name", None) or "weight"
-                leaf = "in_proj_weight" if isinstance(layer.get_base_layer(), torch.nn.MultiheadAttention) else leaf
-                deltas[f"{name}.{leaf}"] = layer.get_delta_weight("a0"), getattr(layer.get_base_layer(), leaf), layer
+                leaf = (
+                    "in_proj_weight"
+                    if isinstance(layer.get_base_layer(), torch.nn.MultiheadAttention)
+                    else leaf
+                )
+                deltas[f"{name}.{leaf}"] = (
+                    layer.get_delta_weight("a0"),
+                    getattr(layer.get_base_layer(), leaf),
+                    layer,
+                )
     return deltas
 
 
@@ -97,14 +107,21 @@ def check_against_peft(base, adapter, build):
     for module in result["modules"]:
         delta, weight, layer = deltas[module["parameter"]]
         assert (module["rank"], module["alpha"]) == (layer.r["a0"], layer.lora_alpha["a0"])
-        assert module["scale"] == pytest.approx(layer.scaling["a0"], rel=1e-12) and module["trained"] is True
+        assert (
+            module["scale"] == pytest.approx(layer.scaling["a0"], rel=1e-12)
+            and module["trained"] is True
+        )
         assert module["norm"] == pytest.approx(float(delta.norm()), rel=1e-9)
         assert module["relative"] == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-9)
         experts = list(delta) if module["experts"] else [delta]
-        assert module["effective_rank"] == pytest.approx(sum(map(entropy_rank, experts)) / len(experts), rel=1e-6)
+        assert module["effective_rank"] == pytest.approx(
+            sum(map(entropy_rank, experts)) / len(experts), rel=1e-6
+        )
     alone = inspect(adapter)
     known = ("module", "depth", "rank", "scale", "norm", "effective_rank")
-    assert [[m[k] for k in known] for m in alone["modules"]] == [[m[k] for k in known] for m in result["modules"]]
+    assert [[m[k] for k in known] for m in alone["modules"]] == [
+        [m[k] for k in known] for m in result["modules"]
+    ]
     return result
 
 
@@ -120,22 +137,47 @@ def test_a_real_base(smollm2):
     result = inspect(smollm2)
     stored = oracle.stored(smollm2)
     files = sorted(smollm2.glob("*.safetensors"))
-    assert (result["kind"], result["name"], result["problems"], result["modules"]) == ("base", smollm2.name, [], [])
+    assert (result["kind"], result["name"], result["problems"], result["modules"]) == (
+        "base",
+        smollm2.name,
+        [],
+        [],
+    )
     assert result["parameters"] == sum(tensor.numel() for tensor in stored.values()) == 38_932_416
     assert result["bytes"] == sum(file.stat().st_size for file in files)
-    count = {"tensors": len(stored), "parameters": result["parameters"], "bytes": 2 * result["parameters"]}
+    count = {
+        "tensors": len(stored),
+        "parameters": result["parameters"],
+        "bytes": 2 * result["parameters"],
+    }
     assert result["dtypes"] == {"BF16": count}
-    assert [(shard["file"], shard["tensors"]) for shard in result["shards"]] == [(f.name, len(load_file(f))) for f in files]
+    assert [(shard["file"], shard["tensors"]) for shard in result["shards"]] == [
+        (f.name, len(load_file(f))) for f in files
+    ]
     assert result["architecture"] == {"classes": ["LlamaForCausalLM"], "model_type": "llama"}
-    assert result["tied"] == {"config": True, "head_stored": False} and result["quantization"] is None
+    assert (
+        result["tied"] == {"config": True, "head_stored": False} and result["quantization"] is None
+    )
 
 
 def test_a_lora_of_a_real_base(smollm2, tmp_path):
-    config = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 8, "lora_alpha": 16, "use_rslora": True}
-    oracle.train(oracle.load_checked(transformers.LlamaForCausalLM, smollm2), tmp_path / "lora", size=0.01, **config)
+    config = {
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "r": 8,
+        "lora_alpha": 16,
+        "use_rslora": True,
+    }
+    oracle.train(
+        oracle.load_checked(transformers.LlamaForCausalLM, smollm2),
+        tmp_path / "lora",
+        size=0.01,
+        **config,
+    )
     result = check_against_peft(smollm2, tmp_path / "lora", "LlamaForCausalLM")
     row = {"kind": "module", "rank": 8, "alpha": 16, "scale": 16 / math.sqrt(8), "count": 3}
-    assert result["groups"] == [{"modules": name} | row for name in ("down_proj", "q_proj", "v_proj")]
+    assert result["groups"] == [
+        {"modules": name} | row for name in ("down_proj", "q_proj", "v_proj")
+    ]
     assert result["flags"]["rslora"] is True and result["flags"]["dora"] is False
     stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert result["parameters"] == sum(tensor.numel() for tensor in stored.values())
@@ -157,7 +199,9 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_against_peft(name, made, tmp_path):
     build, config = KINDS[name]
-    base = made(f"inspect-{build.__name__}", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    base = made(
+        f"inspect-{build.__name__}", lambda folder: oracle.save_base(build(), folder, "fp32")
+    )
     oracle.train(oracle.load(build, base), tmp_path / "adapter", **config)
     result = check_against_peft(base, tmp_path / "adapter", build)
     assert result["flags"]["dora"] is (name == "dora")
@@ -173,7 +217,11 @@ def test_experts_are_one_module_each(tmp_path):
     assert {group["modules"]: group["count"] for group in result["groups"]} == {
         "experts.down_proj": 2, "experts.gate_up_proj": 2, "q_proj": 2,
     }  # fmt: skip
-    assert [module["experts"] for module in inspect(tmp_path / "adapter")["modules"]] == [4, 4, None] * 2
+    assert [module["experts"] for module in inspect(tmp_path / "adapter")["modules"]] == [
+        4,
+        4,
+        None,
+    ] * 2
 
 
 def test_wrappers_with_patterns_need_the_base(tmp_path):
@@ -182,12 +230,19 @@ def test_wrappers_with_patterns_need_the_base(tmp_path):
     model = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base")
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     pattern = {r".*\.gate_up_proj": 5}
-    oracle.train(model, tmp_path / "adapter", target_modules=[], target_parameters=targets, alpha_pattern=pattern)
+    oracle.train(
+        model,
+        tmp_path / "adapter",
+        target_modules=[],
+        target_parameters=targets,
+        alpha_pattern=pattern,
+    )
     result = inspect(tmp_path / "adapter")
     assert all(module["scale"] is None and module["norm"] is None for module in result["modules"])
     assert "cannot be told apart" in found(result)[0] and "--base" in result["problems"][0]["do"]
     scales = {
-        m["parameter"].rpartition(".")[2]: m["scale"] for m in inspect(tmp_path / "adapter", base=tmp_path / "base")["modules"]
+        m["parameter"].rpartition(".")[2]: m["scale"]
+        for m in inspect(tmp_path / "adapter", base=tmp_path / "base")["modules"]
     }
     assert scales == {"gate_up_proj": 5 / 4, "down_proj": 6 / 4}
 
@@ -226,18 +281,31 @@ def test_effective_rank():
 
 
 def test_layers_are_in_the_order_of_their_numbers(tmp_path):
-    tensors = {k: v for i in (10, 2, 1) for k, v in forge.pair(f"model.layers.{i}.q_proj", 16, 16, seed=i).items()}
+    tensors = {
+        k: v
+        for i in (10, 2, 1)
+        for k, v in forge.pair(f"model.layers.{i}.q_proj", 16, 16, seed=i).items()
+    }
     forge.AdapterFiles(forge.adapter_config(), tensors).folder().write(tmp_path / "adapter")
     modules = inspect(tmp_path / "adapter")["modules"]
-    assert [module["module"] for module in modules] == [f"model.layers.{i}.q_proj" for i in (1, 2, 10)]
+    assert [module["module"] for module in modules] == [
+        f"model.layers.{i}.q_proj" for i in (1, 2, 10)
+    ]
 
 
 def test_what_is_saved_besides_factors(tmp_path):
     forge.everything_else().folder().write(tmp_path / "all")
     result = inspect(tmp_path / "all")
     assert result["modules_to_save"] == ["score"] and result["flags"]["bias"] == "all"
-    assert result["replaced"] == ["model.layers.0.up_proj.bias", "model.layers.1.up_proj.bias", "score.weight"]
-    assert {m["module"]: m["kind"] for m in result["modules"]} == {"model.embed": "embedding", "model.conv": "module"}
+    assert result["replaced"] == [
+        "model.layers.0.up_proj.bias",
+        "model.layers.1.up_proj.bias",
+        "score.weight",
+    ]
+    assert {m["module"]: m["kind"] for m in result["modules"]} == {
+        "model.embed": "embedding",
+        "model.conv": "module",
+    }
     forge.token_rows().folder().write(tmp_path / "rows")
     assert inspect(tmp_path / "rows")["tokens"] == [{"module": "model.embed", "rows": [0, 7, 19]}]
 
@@ -259,12 +327,16 @@ def key(tensors, *parts):
 
 
 def test_modules_that_were_not_trained(lora, tmp_path):
-    one = edited(lora, tmp_path / "one", lambda t: t[key(t, "layers.1", "q_proj", "lora_B")].zero_())
+    one = edited(
+        lora, tmp_path / "one", lambda t: t[key(t, "layers.1", "q_proj", "lora_B")].zero_()
+    )
     modules = inspect(one)["modules"]
     idle = [m for m in modules if not m["trained"]]
     assert [m["module"] for m in idle] == ["model.layers.1.self_attn.q_proj"] and len(modules) == 14
     assert (idle[0]["norm"], idle[0]["effective_rank"]) == (0, 0) and found(inspect(one)) == []
-    none = edited(lora, tmp_path / "none", lambda t: [v.zero_() for k, v in t.items() if "lora_B" in k])
+    none = edited(
+        lora, tmp_path / "none", lambda t: [v.zero_() for k, v in t.items() if "lora_B" in k]
+    )
     assert found(inspect(none)) == ["no module is trained: every b is zero"]
 
 
@@ -295,16 +367,24 @@ def test_factors_at_the_ends_of_float64(size, norm, tmp_path):
     a[0, 0] = a[1, 1] = b[0, 0] = b[1, 1] = size * 1e-70 if norm == 0.0 else size
     name = f"{forge.PREFIX}model.layers.0.q_proj.lora_"
     tensors = {f"{name}A.weight": forge.Stored.of(a), f"{name}B.weight": forge.Stored.of(b)}
-    forge.AdapterFiles(forge.adapter_config(lora_alpha=4), tensors).folder().write(tmp_path / "adapter")
+    forge.AdapterFiles(forge.adapter_config(lora_alpha=4), tensors).folder().write(
+        tmp_path / "adapter"
+    )
     result = inspect(tmp_path / "adapter")
     module = result["modules"][0]
     assert module["trained"] and module["effective_rank"] == pytest.approx(2)
-    assert module["norm"] == (None if norm is None else pytest.approx(norm * math.sqrt(2), rel=1e-9, abs=0))
+    assert module["norm"] == (
+        None if norm is None else pytest.approx(norm * math.sqrt(2), rel=1e-9, abs=0)
+    )
     assert len(result["problems"]) == (norm is None)
 
 
 REFUSED = {
-    "kasa": ({"kasa_config": {"beta": 1}, "use_dora": False}, "kasa_config is set: KaSA truncates the base", True),
+    "kasa": (
+        {"kasa_config": {"beta": 1}, "use_dora": False},
+        "kasa_config is set: KaSA truncates the base",
+        True,
+    ),
     "unknown": ({"use_magic": True}, "unknown setting use_magic = True", True),
     "pissa": ({"init_lora_weights": "pizza"}, "init_lora_weights = 'pizza'", False),
     "rank": ({"r": 3}, "rank 4 in the file", False),
@@ -322,8 +402,12 @@ def test_what_a_merge_refuses_is_a_problem(name, lora, tmp_path):
     oracle.edit_config(lora, tmp_path / "odd", **config)
     result = inspect(tmp_path / "odd")
     assert any(text.startswith(words) for text in found(result)), found(result)
-    assert len(result["modules"]) == 14 and all(m["trained"] and m["effective_rank"] > 1 for m in result["modules"])
-    assert all((m["norm"] is not None) == (m["scale"] is not None) == scaled for m in result["modules"])
+    assert len(result["modules"]) == 14 and all(
+        m["trained"] and m["effective_rank"] > 1 for m in result["modules"]
+    )
+    assert all(
+        (m["norm"] is not None) == (m["scale"] is not None) == scaled for m in result["modules"]
+    )
 
 
 def test_a_merge_and_an_inspection_use_the_same_words(lora, llama, tmp_path):
@@ -344,7 +428,11 @@ def test_an_adapter_of_another_base(lora, tmp_path):
 def test_one_refusal_hides_no_other(lora, tmp_path):
     oracle.edit_config(lora, tmp_path / "odd", use_magic=True, use_dora=True)
     texts = found(inspect(tmp_path / "odd"))
-    assert len(texts) == 2 and texts[0].startswith("unknown setting use_magic") and texts[1].startswith("use_dora, but none for")
+    assert (
+        len(texts) == 2
+        and texts[0].startswith("unknown setting use_magic")
+        and texts[1].startswith("use_dora, but none for")
+    )
 
 
 JUNK = [
@@ -381,8 +469,17 @@ def one_thread():
 
 def test_no_config_is_a_traceback(one_thread, tmp_path):
     """Every setting with every kind of wrong value, with factors of each kind beside it."""
-    more = {"target_parameters", "trainable_token_indices", "layer_replication", "kasa_config", "revision"}
-    for make, settings in ((forge.everything_else, {*forge.adapter_config(), *more}), (forge.token_rows, {"r", *more})):
+    more = {
+        "target_parameters",
+        "trainable_token_indices",
+        "layer_replication",
+        "kasa_config",
+        "revision",
+    }
+    for make, settings in (
+        (forge.everything_else, {*forge.adapter_config(), *more}),
+        (forge.token_rows, {"r", *more}),
+    ):
         files = make()
         files.folder().write(tmp_path / make.__name__)
         for setting, value in itertools.product(sorted(settings), JUNK):
@@ -416,7 +513,9 @@ def test_a_damaged_adapter(name, lora, tmp_path):
     shutil.copytree(lora, tmp_path / "adapter")
     damage(tmp_path / "adapter")
     result = inspect(tmp_path / "adapter")
-    assert result["kind"] == "adapter" and any(words in text for text in found(result)), found(result)
+    assert result["kind"] == "adapter" and any(words in text for text in found(result)), found(
+        result
+    )
     assert result["peft_type"] == (None if "config" in name else "LORA")
     assert len(result["modules"]) == (0 if name in ("cut", "no-weights", "lfs") else 14)
 
@@ -473,7 +572,10 @@ def rewritten_without(folder, name):
 
 @pytest.fixture
 def sharded(made, tmp_path):
-    source = made("inspect-sharded", lambda folder: oracle.save_base(oracle.llama(), folder, max_shard_size="30KB"))
+    source = made(
+        "inspect-sharded",
+        lambda folder: oracle.save_base(oracle.llama(), folder, max_shard_size="30KB"),
+    )
     shutil.copytree(source, tmp_path / "base")
     assert (tmp_path / "base" / SHARD).exists()
     return tmp_path / "base"
@@ -514,9 +616,17 @@ def test_a_missing_shard_hides_no_other_problem(sharded):
     rewritten(sharded, INDEX, spoil)
     for name in ("missing", "layers", "pickle"):
         DAMAGED[name][0](sharded)
-    words = [f"no file {SHARD}", "ghost is not in", f"{EMBEDDING} in", "num_hidden_layers = 1000000", "pickles beside"]
+    words = [
+        f"no file {SHARD}",
+        "ghost is not in",
+        f"{EMBEDDING} in",
+        "num_hidden_layers = 1000000",
+        "pickles beside",
+    ]
     texts = found(inspect(sharded))
-    assert len(texts) == len(words) and all(text.startswith(word) for text, word in zip(texts, words, strict=True)), texts
+    assert len(texts) == len(words) and all(
+        text.startswith(word) for text, word in zip(texts, words, strict=True)
+    ), texts
 
 
 def test_a_refusal_lists_what_an_inspection_finds(sharded, lora, tmp_path):
@@ -526,12 +636,18 @@ def test_a_refusal_lists_what_an_inspection_finds(sharded, lora, tmp_path):
     (sharded / SHARD.replace("2-of", "1-of")).write_bytes(b"\0" * 9)
     with pytest.raises(AdapterkitError) as refusal:
         open_checkpoint(LocalFolder(sharded))
-    assert found(inspect(sharded)) == [error.found for error in refusal.value.errors] and len(found(inspect(sharded))) == 3
+    assert (
+        found(inspect(sharded)) == [error.found for error in refusal.value.errors]
+        and len(found(inspect(sharded))) == 3
+    )
     oracle.edit_config(lora, tmp_path / "odd", r=0, use_dora=True)
     cut(tmp_path / "odd")
     with pytest.raises(AdapterkitError) as refusal:
         read_adapter(LocalFolder(tmp_path / "odd"))
-    assert found(inspect(tmp_path / "odd")) == [error.found for error in refusal.value.errors] and len(refusal.value.errors) == 2
+    assert (
+        found(inspect(tmp_path / "odd")) == [error.found for error in refusal.value.errors]
+        and len(refusal.value.errors) == 2
+    )
 
 
 def test_a_config_nested_too_deeply_is_a_problem(sharded):
@@ -545,14 +661,27 @@ def test_weights_as_pickles_alone(lora, tmp_path):
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(pickle.dumps(1))
     assert found(inspect(tmp_path / "base")) == ["weights as pickles: pytorch_model.bin"]
     shutil.copytree(lora, tmp_path / "adapter")
-    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(
+        tmp_path / "adapter" / "adapter_model.bin"
+    )
     result = inspect(tmp_path / "adapter")
-    assert found(result) == ["no adapter_model.safetensors"] and "convert the pickle" in result["problems"][0]["do"]
+    assert (
+        found(result) == ["no adapter_model.safetensors"]
+        and "convert the pickle" in result["problems"][0]["do"]
+    )
 
 
 QUANTISED = {
-    "config": ({"quantization_config": {"quant_method": "fp8", "bits": 8}}, "model.norm.extra", "quantization_config (fp8)"),
-    "siblings": ({}, "model.layers.0.q_proj.weight_scale_inv", "model.layers.0.q_proj.weight_scale_inv (block fp8)"),
+    "config": (
+        {"quantization_config": {"quant_method": "fp8", "bits": 8}},
+        "model.norm.extra",
+        "quantization_config (fp8)",
+    ),
+    "siblings": (
+        {},
+        "model.layers.0.q_proj.weight_scale_inv",
+        "model.layers.0.q_proj.weight_scale_inv (block fp8)",
+    ),
 }
 
 
@@ -560,7 +689,11 @@ QUANTISED = {
 def test_a_quantised_base(name, tmp_path):
     config, extra, words = QUANTISED[name]
     files = forge.base(**config)
-    tensors = forge.base_tensors() | {extra: forge.normal(2)} | {"other": forge.Stored.of(np.ones(2, np.float16))}
+    tensors = (
+        forge.base_tensors()
+        | {extra: forge.normal(2)}
+        | {"other": forge.Stored.of(np.ones(2, np.float16))}
+    )
     files.content["model.safetensors"] = forge.tensors_file(tensors)
     files.write(tmp_path / "base")
     result = inspect(tmp_path / "base")
@@ -578,7 +711,9 @@ def test_a_file(lora, llama, tmp_path):
     result = inspect(llama / "model.safetensors")
     assert (result["kind"], result["name"], found(result)) == ("file", "model.safetensors", [])
     assert result["parameters"] == inspect(llama)["parameters"] and result["tied"] is None
-    assert found(inspect(lora / "adapter_model.safetensors")) == ["factors of a LoRA without adapter_config.json"]
+    assert found(inspect(lora / "adapter_model.safetensors")) == [
+        "factors of a LoRA without adapter_config.json"
+    ]
     (tmp_path / "bad.safetensors").write_bytes(b"\0" * 20)
     assert "not a safetensors file" in found(inspect(tmp_path / "bad.safetensors"))[0]
 
@@ -604,7 +739,9 @@ def test_what_is_nothing_is_refused(lora, llama, tmp_path):
 def run(*words, **environment):
     command = [sys.executable, "-m", "adapterkit", "inspect", *map(str, words)]
     variables = os.environ | environment
-    return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=60)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=variables, cwd=ROOT, timeout=60
+    )
 
 
 def called(*words):
@@ -617,9 +754,13 @@ def test_the_table_and_the_json_are_the_result(lora, llama, tmp_path):
     assert json.loads(called(lora, "--base", llama, "--json")[1]) == inspect(lora, base=llama)
     status, text = called(lora, "--base", llama)
     assert status == 0 and text.endswith("problems: none\n")
-    line = next(line for line in text.splitlines() if line.startswith("model.layers.1.mlp.up_proj")).split()
+    line = next(
+        line for line in text.splitlines() if line.startswith("model.layers.1.mlp.up_proj")
+    ).split()
     module = next(m for m in inspect(lora, base=llama)["modules"] if m["module"] == line[0])
-    said = [f"{module[name]:.4g}" for name in ("rank", "scale", "norm", "relative", "effective_rank")]
+    said = [
+        f"{module[name]:.4g}" for name in ("rank", "scale", "norm", "relative", "effective_rank")
+    ]
     assert line[1:] == [*said[:2], "yes", *said[2:]]
     assert "relative" not in called(lora)[1]
 
@@ -649,14 +790,25 @@ def test_what_a_trainer_leaves_is_no_problem(sharded, lora, tmp_path):
 
 
 OTHERS = {
-    "diffusers": ["unet.down_blocks.0.attentions.0.to_q.lora.down.weight", "unet.mid_block.to_k.lora_A.weight"],
-    "kohya": ["lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight", "lora_te1_text_model_q_proj.alpha"],
+    "diffusers": [
+        "unet.down_blocks.0.attentions.0.to_q.lora.down.weight",
+        "unet.mid_block.to_k.lora_A.weight",
+    ],
+    "kohya": [
+        "lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight",
+        "lora_te1_text_model_q_proj.alpha",
+    ],
 }
 
 
 @pytest.mark.parametrize("layout", OTHERS)
 def test_a_lora_of_another_layout_is_called_so(layout, lora, llama, tmp_path):
-    for i, key in enumerate([*OTHERS[layout], *(["transformer.blocks.0.attn.to_q.lora_A.weight"] * (layout == "diffusers"))]):
+    for i, key in enumerate(
+        [
+            *OTHERS[layout],
+            *(["transformer.blocks.0.attn.to_q.lora_A.weight"] * (layout == "diffusers")),
+        ]
+    ):
         folder = tmp_path / str(i)
         folder.mkdir()
         save_file({key: torch.ones(2, 3)}, folder / "pytorch_lora_weights.safetensors")
@@ -667,35 +819,53 @@ def test_a_lora_of_another_layout_is_called_so(layout, lora, llama, tmp_path):
         for verb in (
             lambda folder=folder: adapterkit.merge(llama, [folder], out=tmp_path / "out"),
             lambda folder=folder: adapterkit.merge(folder, [lora], out=tmp_path / "out"),
-            lambda folder=folder: adapterkit.combine([lora, folder], method="linear", out=tmp_path / "out"),
+            lambda folder=folder: adapterkit.combine(
+                [lora, folder], method="linear", out=tmp_path / "out"
+            ),
         ):
             with pytest.raises(Refused, match=words) as caught:
                 verb()
-            assert "config.json" not in caught.value.found and "load_lora_weights" in str(caught.value)
+            assert "config.json" not in caught.value.found and "load_lora_weights" in str(
+                caught.value
+            )
     assert called(folder)[0] == 0
 
 
 def test_problems_are_printed_and_the_status_is_0(lora, tmp_path):
     oracle.edit_config(lora, tmp_path / "odd", use_magic=True, r=3)
     status, text = called(tmp_path / "odd")
-    assert status == 0 and "problems: 15" in text and "unknown setting use_magic" in text and "what to do:" in text
+    assert (
+        status == 0
+        and "problems: 15" in text
+        and "unknown setting use_magic" in text
+        and "what to do:" in text
+    )
     assert text.count("rank 4 in the file") == 1 and "and 13 more like it" in text
 
 
 def test_a_path_that_is_nothing_is_status_1(tmp_path):
     done = run(tmp_path / "nothing")
-    assert (done.returncode, done.stdout) == (1, "") and "no such path" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        (done.returncode, done.stdout) == (1, "")
+        and "no such path" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_headers_are_read_without_torch(llama):
     code = "import sys, adapterkit; adapterkit.inspect(sys.argv[1]); print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(llama)], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.stdout == "set()\n", done.stderr
 
 
 def test_no_name_acts_on_a_terminal(tmp_path):
     files = forge.plain()
-    files.config |= {"base_model_name_or_path": "\x1b[2J\u202eevil", "modules_to_save": ["\x1b]0;x\x07"]}
+    files.config |= {
+        "base_model_name_or_path": "\x1b[2J\u202eevil",
+        "modules_to_save": ["\x1b]0;x\x07"],
+    }
     files.folder().write(tmp_path / "adapter")
     result = inspect(tmp_path / "adapter")
     for text in (inspect_report.table(result), json.dumps(result, ensure_ascii=False)):
@@ -713,19 +883,28 @@ def hub():
     normal = lambda *shape: forge.Stored.of(generator.standard_normal(shape).astype(np.float32))
     layers = [{f"model.layers.{i}.q_proj.weight": normal(WIDE, WIDE)} for i in range(2)]
     names = [f"model-{i + 1:05d}-of-00002.safetensors" for i in range(2)]
-    index = {"metadata": {}, "weight_map": {k: name for name, layer in zip(names, layers, strict=True) for k in layer}}
+    index = {
+        "metadata": {},
+        "weight_map": {k: name for name, layer in zip(names, layers, strict=True) for k in layer},
+    }
     base = {name: forge.tensors_file(layer) for name, layer in zip(names, layers, strict=True)}
     base |= {"config.json": b'{"hidden_size": 512}', INDEX: json.dumps(index).encode()}
     tensors = {}
     for i in range(2):
         tensors |= {
-            f"{forge.PREFIX}model.layers.{i}.q_proj.lora_{k}.weight": normal(*s) for k, s in (("A", (64, WIDE)), ("B", (WIDE, 64)))
+            f"{forge.PREFIX}model.layers.{i}.q_proj.lora_{k}.weight": normal(*s)
+            for k, s in (("A", (64, WIDE)), ("B", (WIDE, 64)))
         }
     with Hub() as hub:
         hub.commit("org/base", base)
         hub.commit(
             "org/adapter",
-            {f"v1/{k}": v for k, v in forge.AdapterFiles(forge.adapter_config(r=64), tensors).folder().content.items()},
+            {
+                f"v1/{k}": v
+                for k, v in forge.AdapterFiles(forge.adapter_config(r=64), tensors)
+                .folder()
+                .content.items()
+            },
         )
         yield hub
 
@@ -737,20 +916,32 @@ def on_hub(hub, tmp_path, *words):
 
 
 def weights_ranges(hub):
-    return [(asked.range, asked.sent) for asked in hub.asked("GET", ".safetensors") if not asked.path.endswith(".json")]
+    return [
+        (asked.range, asked.sent)
+        for asked in hub.asked("GET", ".safetensors")
+        if not asked.path.endswith(".json")
+    ]
 
 
 def test_a_base_on_the_hub_by_its_headers(hub, tmp_path):
     result = on_hub(hub, tmp_path, "org/base")
-    assert result["parameters"] == 2 * WIDE * WIDE and result["origin"]["repo"] == "org/base" and found(result) == []
+    assert (
+        result["parameters"] == 2 * WIDE * WIDE
+        and result["origin"]["repo"] == "org/base"
+        and found(result) == []
+    )
     asked = weights_ranges(hub)
-    assert len(asked) == 2 and all(part == (0, 65536) and sent <= 65536 for part, sent in asked)  # of a megabyte each
+    assert len(asked) == 2 and all(
+        part == (0, 65536) and sent <= 65536 for part, sent in asked
+    )  # of a megabyte each
 
 
 def test_an_adapter_on_the_hub_by_its_header_and_config(hub, tmp_path):
     result = on_hub(hub, tmp_path, "org/adapter:v1")
     assert [(m["rank"], m["alpha"], m["scale"]) for m in result["modules"]] == [(64, 8, 0.125)] * 2
-    assert not result["statistics"] and all(m["norm"] is None and m["trained"] is None for m in result["modules"])
+    assert not result["statistics"] and all(
+        m["norm"] is None and m["trained"] is None for m in result["modules"]
+    )
     asked = weights_ranges(hub)
     assert len(asked) == 1 and asked[0][0] == (0, 65536)  # of half a megabyte
     assert "--download" in inspect_report.table(result)
@@ -769,7 +960,11 @@ def test_weights_on_the_hub_are_read_when_asked_for(hub, tmp_path):
 def test_factors_on_the_hub_are_not_asked_about_without_download(hub, tmp_path, lora):
     for words in (["org/adapter:v1", "--plot", tmp_path / "x.png"], [lora, "--base", "org/base"]):
         done = run(*words, **hub.environment(tmp_path / "home"))
-        assert done.returncode == 1 and "give --download" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 1
+            and "give --download" in done.stderr
+            and "Traceback" not in done.stderr
+        )
     assert weights_ranges(hub) == []
 
 
@@ -777,11 +972,19 @@ def test_headers_alone(lora, llama, tmp_path, monkeypatch):
     """Of an adapter on this machine no factor is read, and torch is not needed; what headers tell is the same."""
     whole, read = inspect(lora), LocalFolder.read
     ranges = []
-    monkeypatch.setattr(LocalFolder, "read", lambda self, *part: ranges.append(part) or read(self, *part))
+    monkeypatch.setattr(
+        LocalFolder, "read", lambda self, *part: ranges.append(part) or read(self, *part)
+    )
     result = inspect(lora, headers=True)
     unread = {"trained": None, "norm": None, "effective_rank": None}
-    assert result == whole | {"statistics": False, "modules": [module | unread for module in whole["modules"]]}
-    assert {name for name, *_ in ranges} == {"adapter_config.json", "adapter_model.safetensors"} and len(ranges) == 2
+    assert result == whole | {
+        "statistics": False,
+        "modules": [module | unread for module in whole["modules"]],
+    }
+    assert {name for name, *_ in ranges} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    } and len(ranges) == 2
     assert "--headers" in inspect_report.table(result)
     assert inspect(llama, headers=True) == inspect(llama)
     code = f"import sys, adapterkit; adapterkit.inspect({str(lora)!r}, headers=True); assert 'torch' not in sys.modules"
@@ -813,13 +1016,18 @@ def test_the_picture(lora, llama, tmp_path):
 def test_the_picture_has_holes_where_there_is_no_number(tmp_path):
     files = forge.everything_else()
     files.tensors |= forge.pair("model.layers.0.q$_$proj", 16, 16)
-    files.tensors[f"{forge.PREFIX}model.conv.lora_A.weight"] = forge.Stored.of(np.full((4, 6, 3, 3), np.nan, np.float32))
+    files.tensors[f"{forge.PREFIX}model.conv.lora_A.weight"] = forge.Stored.of(
+        np.full((4, 6, 3, 3), np.nan, np.float32)
+    )
     files.folder().write(tmp_path / "adapter")
     result = inspect(tmp_path / "adapter", plot=tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(PNG)
     rows, columns, values = inspect_report.grid(result["modules"], "norm")
     assert (rows, columns) == (["", "model.layers.0"], ["model.conv", "model.embed", "q$_$proj"])
-    assert [[math.isnan(v) for v in row] for row in values] == [[True, False, True], [True, True, False]]
+    assert [[math.isnan(v) for v in row] for row in values] == [
+        [True, False, True],
+        [True, True, False],
+    ]
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_first(lora, tmp_path, monkeypatch):

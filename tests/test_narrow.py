@@ -41,7 +41,10 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, all NaN being one."""
-    a, b = (torch.where(t.isnan(), math.nan, t) if t.is_floating_point() and t.element_size() > 1 else t for t in (a, b))
+    a, b = (
+        torch.where(t.isnan(), math.nan, t) if t.is_floating_point() and t.element_size() > 1 else t
+        for t in (a, b)
+    )
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
@@ -66,10 +69,14 @@ def theirs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
     return stored(request.param)
 
 
-def agree(ours: Tensor, tensors: dict[str, Tensor], key: str, dtype: torch.dtype = torch.float32) -> None:
+def agree(
+    ours: Tensor, tensors: dict[str, Tensor], key: str, dtype: torch.dtype = torch.float32
+) -> None:
     """`ours`, rounded, is what the tool read."""
     expected = tensors[key]
-    assert same(TOOLS["digest"](ours.to(dtype)) if len(tensors["w"]) == 16 else ours.to(dtype), expected)
+    assert same(
+        TOOLS["digest"](ours.to(dtype)) if len(tensors["w"]) == 16 else ours.to(dtype), expected
+    )
 
 
 # FP8
@@ -79,13 +86,17 @@ def fp8_values(codes: Tensor) -> Tensor:
     """E4M3 by its definition: float64 of bytes."""
     bits = codes.view(torch.uint8).to(torch.int64)
     exponent, mantissa = (bits >> 3) & 15, (bits & 7).double()
-    value = torch.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa * 2.0**-9)
+    value = torch.where(
+        exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa * 2.0**-9
+    )
     value = torch.where((bits & 127) == 127, math.nan, value)
     return torch.where(bits > 127, -value, value)
 
 
 def expanded(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
-    return scale.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., : shape[-2], : shape[-1]]
+    return scale.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[
+        ..., : shape[-2], : shape[-1]
+    ]
 
 
 BLOCKS = [
@@ -103,7 +114,11 @@ BLOCKS = [
 def test_fp8_is_code_times_scale(shape: tuple[int, ...], block: tuple[int, int]) -> None:
     w = gaussian(*shape) * gaussian(*shape[:-1], 1).exp()
     codes, scale = encode_fp8(w, block)
-    assert scale.shape == (*shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1]))
+    assert scale.shape == (
+        *shape[:-2],
+        math.ceil(shape[-2] / block[0]),
+        math.ceil(shape[-1] / block[1]),
+    )
     each = expanded(scale, block, w.shape).double()
     assert same(decode_fp8(codes, scale, block), (fp8_values(codes) * each).float())
     # amax / 448 by blocks, the nearest code: half a step of the mantissa, or of the subnormals
@@ -145,15 +160,26 @@ def test_fp8_at_the_ends(rule: narrow.Fp8Rule) -> None:
     codes, scale = encode_fp8(w, (1, 8), rule=rule)
     assert bool((scale.isfinite() & (scale > 0)).all())
     read = decode_fp8(codes, scale, (1, 8))
-    assert same(read[:2], w[:2]) and read[2, 0] == pytest.approx(3e38, rel=0.07) and bool((read[3].abs() < 2e-44).all())
+    assert (
+        same(read[:2], w[:2])
+        and read[2, 0] == pytest.approx(3e38, rel=0.07)
+        and bool((read[3].abs() < 2e-44).all())
+    )
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="not finite"):
             encode_fp8(torch.tensor([[1.0, bad]]), (1, 2), rule=rule)
     given = torch.tensor([[1.0], [0.0], [0.5], [math.nan]])
-    codes, _ = encode_fp8(torch.tensor([[1e6, -math.inf], [0.0, -0.0], [-1e6, math.nan], [1.0, 1.0]]), (1, 2), given, "divide")
+    codes, _ = encode_fp8(
+        torch.tensor([[1e6, -math.inf], [0.0, -0.0], [-1e6, math.nan], [1.0, 1.0]]),
+        (1, 2),
+        given,
+        "divide",
+    )
     expected = torch.tensor([[448, -448], [0.0, -0.0], [-448, math.nan], [math.nan, math.nan]])
     assert same(codes.float(), expected)
-    assert encode_fp8(gaussian(4, 8), (4, 8), scale_dtype=torch.bfloat16).scale.dtype == torch.bfloat16
+    assert (
+        encode_fp8(gaussian(4, 8), (4, 8), scale_dtype=torch.bfloat16).scale.dtype == torch.bfloat16
+    )
 
 
 def test_fp8_rounds_ties_to_even() -> None:
@@ -167,10 +193,16 @@ def test_fp8_rounds_ties_to_even() -> None:
 
 def test_fp8_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
     w = theirs["w"]
-    for name, block in (("tensor", w.shape), ("channel", (1, w.shape[1])), ("block", TOOLS["BLOCK"])):
+    for name, block in (
+        ("tensor", w.shape),
+        ("channel", (1, w.shape[1])),
+        ("block", TOOLS["BLOCK"]),
+    ):
         key = f"compressed-tensors.fp8-{name}"
         codes, scale = encode_fp8(w, tuple(block))
-        assert same(codes, theirs[f"{key}.weight"]) and same(scale.flatten(), theirs[f"{key}.weight_scale"].flatten()), name
+        assert same(codes, theirs[f"{key}.weight"]) and same(
+            scale.flatten(), theirs[f"{key}.weight_scale"].flatten()
+        ), name
         agree(decode_fp8(codes, scale, tuple(block)), theirs, f"{key}.decoded")
 
 
@@ -181,7 +213,9 @@ def test_fp8_of_transformers(theirs: dict[str, Tensor]) -> None:
     ]
     for name, rule, dtype in rules:
         codes, scale = encode_fp8(theirs["w"], TOOLS["BLOCK"], rule=rule, scale_dtype=dtype)
-        assert same(codes, theirs[f"transformers.{name}.weight"]) and same(scale, theirs[f"transformers.{name}.weight_scale_inv"])
+        assert same(codes, theirs[f"transformers.{name}.weight"]) and same(
+            scale, theirs[f"transformers.{name}.weight_scale_inv"]
+        )
         agree(decode_fp8(codes, scale, TOOLS["BLOCK"]), theirs, f"transformers.{name}.decoded")
 
 
@@ -194,9 +228,15 @@ def nibbles(packed: Tensor) -> Tensor:
 
 def test_every_fp4_code_decodes() -> None:
     codes = CODES.view(16, 1, 16)
-    assert same(decode_mxfp4(codes, torch.full((16, 1), 127, dtype=torch.uint8)), FP4[nibbles(CODES)].float().view(16, 32))
+    assert same(
+        decode_mxfp4(codes, torch.full((16, 1), 127, dtype=torch.uint8)),
+        FP4[nibbles(CODES)].float().view(16, 32),
+    )
     one = torch.ones(16, 2).to(torch.float8_e4m3fn)
-    assert same(decode_nvfp4(CODES.view(16, 16), one, divisor=torch.ones(1)), FP4[nibbles(CODES)].float().view(16, 32))
+    assert same(
+        decode_nvfp4(CODES.view(16, 16), one, divisor=torch.ones(1)),
+        FP4[nibbles(CODES)].float().view(16, 32),
+    )
 
 
 def test_every_mx_scale_decodes_and_comes_back() -> None:
@@ -213,29 +253,48 @@ def test_every_mx_scale_decodes_and_comes_back() -> None:
 @pytest.mark.parametrize("rule", ["floor", "even", "up"])
 def test_values_of_mxfp4_come_back(rule: narrow.MxRule) -> None:
     scales = torch.arange(3, 253, dtype=torch.uint8)[:, None].repeat(1, 4)
-    codes = torch.randint(256, (250, 4, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    codes[:, 1:] &= torch.tensor([0xBB, 0x99, 0x88], dtype=torch.uint8)[:, None]  # codes 0 to 3 only, 0 and 1, 0
+    codes = torch.randint(
+        256, (250, 4, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    codes[:, 1:] &= torch.tensor([0xBB, 0x99, 0x88], dtype=torch.uint8)[
+        :, None
+    ]  # codes 0 to 3 only, 0 and 1, 0
     read = decode_mxfp4(codes, scales)
     again = encode_mxfp4(read, rule=rule)
     assert same(decode_mxfp4(*again), read)
     large = (nibbles(codes) & 7).amax(2) >= 6
-    assert bool(large[:, 0].all()) and same(again.codes[large], codes[large]) and same(again.scale[large], scales[large])
+    assert (
+        bool(large[:, 0].all())
+        and same(again.codes[large], codes[large])
+        and same(again.scale[large], scales[large])
+    )
     assert not bool((again.scale == scales)[:, 1:].any())
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_fp4_rounds_to_nearest_even_and_saturates(sign: int) -> None:
     ties = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(E2M1)])
-    w = torch.cat([ties, ties.nextafter(ties - 1), ties.nextafter(ties + 1), torch.tensor([6.5, 1e30, math.inf, 0.0])])
+    w = torch.cat(
+        [
+            ties,
+            ties.nextafter(ties - 1),
+            ties.nextafter(ties + 1),
+            torch.tensor([6.5, 1e30, math.inf, 0.0]),
+        ]
+    )
     low = torch.arange(7)
     expected = [*(low + low % 2), *low, *(low + 1), 7, 7, 7, 0]
     w = torch.nn.functional.pad(w, (0, 32 - len(w)))[None] * sign
-    codes = nibbles(encode_mxfp4(w, torch.full((1, 1), 127, dtype=torch.uint8)).codes)[0, 0, : len(expected)]
+    codes = nibbles(encode_mxfp4(w, torch.full((1, 1), 127, dtype=torch.uint8)).codes)[
+        0, 0, : len(expected)
+    ]
     assert codes.tolist() == [int(code) + (8 if sign < 0 else 0) for code in expected]
 
 
 def test_mx_scales_by_rule() -> None:
-    largest = torch.tensor([4.0, 6.0, 6.001, 6.999, 7.0, 7.999, 1.0, 0.0, 2e38, 1e-44, math.nan, math.inf])
+    largest = torch.tensor(
+        [4.0, 6.0, 6.001, 6.999, 7.0, 7.999, 1.0, 0.0, 2e38, 1e-44, math.nan, math.inf]
+    )
     w = torch.zeros(len(largest), 32)
     w[:, 3] = -largest
     expected = {
@@ -248,7 +307,11 @@ def test_mx_scales_by_rule() -> None:
         codes, scale = encode_mxfp4(w, rule=rule)
         assert scale.flatten().tolist() == expected[rule], rule
         read = decode_mxfp4(codes, scale)
-        assert read[10:, 3].isnan().all() and read[:10].isfinite().all() and same(read[:10, :3], torch.zeros(10, 3))
+        assert (
+            read[10:, 3].isnan().all()
+            and read[:10].isfinite().all()
+            and same(read[:10, :3], torch.zeros(10, 3))
+        )
         assert not codes[10].any() and not codes[11, 0, 0]
 
 
@@ -260,13 +323,19 @@ def test_nvfp4_by_definition(layout: str) -> None:
     whole = {layout: (nvfp4_divisor if layout == "divisor" else nvfp4_factor)(w.abs().max())}
     codes, scale = encode_nvfp4(w, **whole)
     assert float(scale.float().max()) == 448 and bool((scale.float() > 0).all())
-    local = scale.double() / whole[layout].double() if layout == "divisor" else scale.double() * whole[layout].double()
+    local = (
+        scale.double() / whole[layout].double()
+        if layout == "divisor"
+        else scale.double() * whole[layout].double()
+    )
     values = FP4[nibbles(codes)] * local.repeat_interleave(16, 1)
     read = decode_nvfp4(codes, scale, **whole)
     assert torch.allclose(read.double(), values, rtol=2e-7, atol=0)
     assert same(read, (FP4[nibbles(codes)].float() * local.float().repeat_interleave(16, 1)))
     step = local.repeat_interleave(16, 1)
-    assert bool(((values - w).abs() <= torch.maximum(w.abs() / 4, step / 4) * 1.001 + 0.07 * w.abs()).all())
+    assert bool(
+        ((values - w).abs() <= torch.maximum(w.abs() / 4, step / 4) * 1.001 + 0.07 * w.abs()).all()
+    )
     assert scale[2].float().tolist() == [0.125 if layout == "divisor" else 1.0] * 5
     with pytest.raises(TypeError, match="a divisor or a factor"):
         decode_nvfp4(codes, scale)
@@ -286,7 +355,10 @@ def test_every_nvfp4_code_and_scale_comes_back(layout: str) -> None:
 def test_divisor_and_factor_at_the_ends() -> None:
     assert nvfp4_divisor(torch.tensor(2.0)).tolist() == [1344.0]
     assert float(nvfp4_factor(torch.tensor(2688.0))) == 1
-    assert nvfp4_divisor(torch.tensor(0.0)).tolist() == [1.0] and float(nvfp4_factor(torch.tensor(0.0))) == 1
+    assert (
+        nvfp4_divisor(torch.tensor(0.0)).tolist() == [1.0]
+        and float(nvfp4_factor(torch.tensor(0.0))) == 1
+    )
 
 
 def test_fp4_of_the_tools(theirs: dict[str, Tensor]) -> None:
@@ -294,14 +366,23 @@ def test_fp4_of_the_tools(theirs: dict[str, Tensor]) -> None:
     rule: narrow.MxRule
     for rule in ("floor", "even"):
         codes, scale = encode_mxfp4(w, rule=rule)
-        assert same(codes.flatten(1), theirs[f"torchao.mxfp4-{rule}.qdata"]) and same(scale, theirs[f"torchao.mxfp4-{rule}.scale"])
+        assert same(codes.flatten(1), theirs[f"torchao.mxfp4-{rule}.qdata"]) and same(
+            scale, theirs[f"torchao.mxfp4-{rule}.scale"]
+        )
         agree(decode_mxfp4(codes, scale), theirs, f"torchao.mxfp4-{rule}.decoded")
     name = "compressed-tensors.mxfp4"
     kept = theirs[f"{name}.weight_scale"]
     codes, scale = encode_mxfp4(w, rule="even")
     zeros = w.view(len(w), -1, 32).abs().amax(2) == 0
-    assert same(scale[~zeros], kept[~zeros]) and same(encode_mxfp4(w, kept).codes.flatten(1), theirs[f"{name}.weight_packed"])
-    agree(decode_mxfp4(theirs[f"{name}.weight_packed"].view(codes.shape), kept), theirs, f"{name}.decoded", torch.bfloat16)
+    assert same(scale[~zeros], kept[~zeros]) and same(
+        encode_mxfp4(w, kept).codes.flatten(1), theirs[f"{name}.weight_packed"]
+    )
+    agree(
+        decode_mxfp4(theirs[f"{name}.weight_packed"].view(codes.shape), kept),
+        theirs,
+        f"{name}.decoded",
+        torch.bfloat16,
+    )
     name = "transformers.mxfp4"
     read = decode_mxfp4(theirs[f"{name}.blocks"], theirs[f"{name}.scales"]).transpose(1, 2)
     agree(read, theirs, f"{name}.decoded", torch.bfloat16)
@@ -311,7 +392,9 @@ def test_nvfp4_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
     name, w = "compressed-tensors.nvfp4", theirs["w"]
     divisor = nvfp4_divisor(w.abs().max())
     codes, scale = encode_nvfp4(w, divisor=divisor)
-    assert same(divisor, theirs[f"{name}.weight_global_scale"]) and same(scale, theirs[f"{name}.weight_scale"])
+    assert same(divisor, theirs[f"{name}.weight_global_scale"]) and same(
+        scale, theirs[f"{name}.weight_scale"]
+    )
     assert same(codes, theirs[f"{name}.weight_packed"])
     agree(decode_nvfp4(codes, scale, divisor=divisor), theirs, f"{name}.decoded", torch.bfloat16)
 

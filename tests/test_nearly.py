@@ -90,16 +90,23 @@ def best(w: Tensor, rank: int) -> float:
 
 def check(w: Tensor, rank: int, svd: Svd, excess: float = EXCESS) -> None:
     k = min(rank, *w.shape)
-    assert svd.u.shape == (w.shape[0], k) and svd.s.shape == (k,) and svd.vh.shape == (k, w.shape[1])
+    assert (
+        svd.u.shape == (w.shape[0], k) and svd.s.shape == (k,) and svd.vh.shape == (k, w.shape[1])
+    )
     assert all(part.dtype == torch.float32 and bool(part.isfinite().all()) for part in svd)
     size = float(w.double().norm())
     room = 2e-6 * size + 1e-45 * w.numel()  # what float32 rounds, subnormals too
-    assert error(w, svd) <= (1 + excess) * best(w, rank) + room, (error(w, svd) / size, best(w, rank) / size)
+    assert error(w, svd) <= (1 + excess) * best(w, rank) + room, (
+        error(w, svd) / size,
+        best(w, rank) / size,
+    )
     assert bool((svd.s >= 0).all()) and bool((svd.s.diff() <= 0).all())
     for side in (svd.u, svd.vh.T):  # orthonormal where there is something
         kept = svd.s > 1e-3 * svd.s[0]
         gram = side[:, kept].double().T @ side[:, kept].double()
-        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            gram, torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16, 64, 1000])
@@ -120,15 +127,23 @@ def test_any_scale(scale: float) -> None:
         check(w, 8, nearly_best(w, 8), excess=EXCESS if scale > 1e-40 else 0.02)
 
 
-@pytest.mark.parametrize("name", ["noise of nf4", "noise of nf4, tall", "decaying", "a cliff", "zeros", "one column"])
+@pytest.mark.parametrize(
+    "name", ["noise of nf4", "noise of nf4, tall", "decaying", "a cliff", "zeros", "one column"]
+)
 def test_a_start_changes_little_but_the_time(name: str) -> None:
     w = MATRICES[name]()
-    for other in (w + 0.1 * w.std(correction=0) * normal(*w.shape, seed=3), normal(*w.shape, seed=4), torch.zeros(w.shape)):
+    for other in (
+        w + 0.1 * w.std(correction=0) * normal(*w.shape, seed=3),
+        normal(*w.shape, seed=4),
+        torch.zeros(w.shape),
+    ):
         first = nearly_best(other, 12)
         long = first.vh if w.shape[0] <= w.shape[1] else first.u.T
         for rank in (4, 12, 30):
             check(w, rank, nearly_best(w, rank, start=long), excess=2 * EXCESS)
-    check(w, 12, nearly_best(w, 12, start=normal(500, w.shape[0] + w.shape[1])))  # of another size: ignored
+    check(
+        w, 12, nearly_best(w, 12, start=normal(500, w.shape[0] + w.shape[1]))
+    )  # of another size: ignored
 
 
 def test_a_looser_bound_is_cheaper_and_kept() -> None:

@@ -36,7 +36,9 @@ def calls(made, tmp_path_factory):
     root = tmp_path_factory.mktemp("calls")
     model = lambda: oracle.load(oracle.llama, base)
     for number in (1, 2):
-        oracle.train(model(), root / f"a{number}", seed=number, target_modules=["q_proj", "up_proj"])
+        oracle.train(
+            model(), root / f"a{number}", seed=number, target_modules=["q_proj", "up_proj"]
+        )
     one, two = root / "a1", root / "a2"
     adapterkit.quantize(base, to="nf4", out=root / "nf4")
     adapterkit.merge(base, one, out=root / "tuned")
@@ -93,7 +95,11 @@ def test_a_refusal_names_the_option(verb, calls, tmp_path):
         with pytest.raises(adapterkit.Refused) as caught:
             function(**given)
         assert f"--{name.replace('_', '-')} " in str(caught.value)
-    names = [name for name in inspect.signature(function).parameters if name not in ("adapters", "general")]
+    names = [
+        name
+        for name in inspect.signature(function).parameters
+        if name not in ("adapters", "general")
+    ]
     with pytest.raises(adapterkit.AdapterkitError) as caught:
         function(**(arguments(calls, verb, tmp_path / "out") | dict.fromkeys(names, object())))
     assert all(f"--{name.replace('_', '-')} " in str(caught.value) for name in names)
@@ -105,9 +111,16 @@ def test_every_choice_is_an_option_of_a_verb_and_of_its_command():
 
     from adapterkit.cli import main
 
-    named = {name for verb in VERBS for name in inspect.signature(getattr(adapterkit, verb)).parameters}
+    named = {
+        name for verb in VERBS for name in inspect.signature(getattr(adapterkit, verb)).parameters
+    }
     assert set(CHOICES) <= set(CHECKS)
-    offered = {p.name: p.type.choices for c in main.commands.values() for p in c.params if isinstance(p.type, click.Choice)}
+    offered = {
+        p.name: p.type.choices
+        for c in main.commands.values()
+        for p in c.params
+        if isinstance(p.type, click.Choice)
+    }
     for name in set(CHOICES) & named:
         assert tuple(offered[name]) == CHOICES[name], name
 
@@ -129,18 +142,28 @@ def test_weights_however_they_are_given(how, calls, tmp_path):
 
 def test_weights_of_one_adapter(calls, tmp_path):
     base, one = calls["merge"][0]
-    for number, adapters in enumerate([{one: 0.5}, (one, 0.5), [(one, 0.5)], f"{one}=0.5", Path(f"{one}=0.5")]):
+    for number, adapters in enumerate(
+        [{one: 0.5}, (one, 0.5), [(one, 0.5)], f"{one}=0.5", Path(f"{one}=0.5")]
+    ):
         receipt = adapterkit.merge(base, adapters, out=tmp_path / str(number))
         assert receipt.data["recipe"]["options"]["weights"] == [0.5]
     assert weighted(("a", "b")) == [("a", None), ("b", None)]
 
 
 @pytest.mark.parametrize(
-    "verb, name", [("subtract", "adapters"), ("subtract", "general"), ("arrow", "adapters"), ("arrow", "general")]
+    "verb, name",
+    [
+        ("subtract", "adapters"),
+        ("subtract", "general"),
+        ("arrow", "adapters"),
+        ("arrow", "general"),
+    ],
 )
 def test_verbs_without_weights_refuse_them(verb, name, calls, tmp_path):
     """But for 1, which is what they do."""
-    given = arguments(calls, verb, tmp_path / "out") | ({"general": [calls["merge"][0][1]]} if name == "general" else {})
+    given = arguments(calls, verb, tmp_path / "out") | (
+        {"general": [calls["merge"][0][1]]} if name == "general" else {}
+    )
     sources = list(given[name]) if isinstance(given[name], list) else [given[name]]
     with pytest.raises(adapterkit.Refused, match=f"--{name} .*\n.*no weights"):
         getattr(adapterkit, verb)(**(given | {name: dict.fromkeys(sources, 0.5)}))
@@ -170,19 +193,35 @@ def test_plain_meanings(verb, options, same, calls, tmp_path):
     function = getattr(adapterkit, verb)
     for name, given in (("one", options), ("two", same)):
         function(**(arguments(calls, verb, tmp_path / name) | given))
-    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.safetensors"))
-    assert files and all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+    files = sorted(
+        p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.safetensors")
+    )
+    assert files and all(
+        (tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files
+    )
 
 
 def test_errors_are_the_package_s():
     from adapterkit import errors
 
-    for name in ("AdapterkitError", "Refused", "Damaged", "Failed", "Spoiled", "Interrupted", "Offenders"):
+    for name in (
+        "AdapterkitError",
+        "Refused",
+        "Damaged",
+        "Failed",
+        "Spoiled",
+        "Interrupted",
+        "Offenders",
+    ):
         assert getattr(adapterkit, name) is getattr(errors, name) and name in dir(adapterkit)
 
 
 def test_sizes_are_bytes():
-    assert parse_size("max_size", 5_000_000_000) == parse_size("max_size", "5GB") == parse_size("max_size", np.int64(5 * 10**9))
+    assert (
+        parse_size("max_size", 5_000_000_000)
+        == parse_size("max_size", "5GB")
+        == parse_size("max_size", np.int64(5 * 10**9))
+    )
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -197,7 +236,9 @@ def test_outputs_that_cannot_be(out, words, dry, calls, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "lora").symlink_to(one)
     with pytest.raises(adapterkit.Refused, match=words):
-        adapterkit.merge(base, tmp_path / "lora", out=out if out != "." else one.parent, dry_run=dry)
+        adapterkit.merge(
+            base, tmp_path / "lora", out=out if out != "." else one.parent, dry_run=dry
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "lora"]
 
 

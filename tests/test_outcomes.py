@@ -20,29 +20,49 @@ def told(*words) -> str:
 def test_of_a_merge(llama, lora, tmp_path):
     said = told("merge", llama, lora, "--out", tmp_path / "out", "--verify")
     receipt = json.loads((tmp_path / "out/adapterkit.json").read_text())
-    assert f"sizes: {receipt['totals']['bytes_read']:,} bytes read, {receipt['totals']['bytes_written']:,} written" in said
-    assert "survives in the median of 14 tensors; least: " in said and "verified: 42 rows of 14 tensors" in said
+    assert (
+        f"sizes: {receipt['totals']['bytes_read']:,} bytes read, {receipt['totals']['bytes_written']:,} written"
+        in said
+    )
+    assert (
+        "survives in the median of 14 tensors; least: " in said
+        and "verified: 42 rows of 14 tensors" in said
+    )
 
 
 def test_of_refits(lora, other_lora, tmp_path):
-    for words in (["resize", lora, "--rank", 1], ["combine", lora, other_lora, "--method", "linear", "--rank", 2]):
+    for words in (
+        ["resize", lora, "--rank", 1],
+        ["combine", lora, other_lora, "--method", "linear", "--rank", 2],
+    ):
         out = tmp_path / words[0]
         said = told(*words, "--out", out)
         facts = json.loads((out / "adapterkit.json").read_text())["parameters"].values()
         facts = [fact for fact in facts if "energy" in fact]
-        share = sum(fact["energy"] * fact["norm"] ** 2 for fact in facts) / sum(fact["norm"] ** 2 for fact in facts)
-        assert 0.1 < share < 1 and f"energy kept: {share:.2%} of all {len(facts)} modules' together; least: " in said
+        share = sum(fact["energy"] * fact["norm"] ** 2 for fact in facts) / sum(
+            fact["norm"] ** 2 for fact in facts
+        )
+        assert (
+            0.1 < share < 1
+            and f"energy kept: {share:.2%} of all {len(facts)} modules' together; least: " in said
+        )
 
 
 def test_of_an_extraction(llama, lora, tmp_path):
     oracle.merge(llama, lora, out=tmp_path / "tuned", dtype="fp32")
-    assert "energy kept: " in told("extract", llama, tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "out")
+    assert "energy kept: " in told(
+        "extract", llama, tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "out"
+    )
 
 
 def test_of_a_quantisation(llama, tmp_path):
     pytest.importorskip("bitsandbytes")
     said = told("quantize", llama, "--to", "nf4", "--out", tmp_path / "out")
-    assert "relative error: 0.0" in said and "in the median of 14 weights; largest: " in said and "sizes: " in said
+    assert (
+        "relative error: 0.0" in said
+        and "in the median of 14 weights; largest: " in said
+        and "sizes: " in said
+    )
     said = told("loftq", llama, "--rank", 4, "--iterations", 1, "--out", tmp_path / "loftq")
     assert "with the factors 0." in said
 
@@ -51,13 +71,20 @@ def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_pat
     notes = lambda *words, out: oracle.merge(*words, out=tmp_path / out).data["notes"]
     assert notes(llama, f"{lora}=0.5", out="once") == []
     (note,) = notes(tmp_path / "once", lora, out="twice")
-    assert note == f"{lora.name} is in once already, with weight 0.5, as its receipt says: it is added once more"
+    assert (
+        note
+        == f"{lora.name} is in once already, with weight 0.5, as its receipt says: it is added once more"
+    )
     assert notes(tmp_path / "once", f"{lora}=-0.5", out="back") == []
     (note,) = notes(tmp_path / "once", f"{other_lora}=-1", out="other")
-    assert note == f"{other_lora.name} is taken out, but the receipt of once holds {lora.name} instead"
+    assert (
+        note == f"{other_lora.name} is taken out, but the receipt of once holds {lora.name} instead"
+    )
     assert notes(llama, f"{lora}=-1", out="no-receipt") == []
     assert notes(tmp_path / "once", other_lora, out="two-steps") == []
-    assert notes(tmp_path / "two-steps", f"{lora}=-0.5", out="one-out") == []  # of the step before the last
+    assert (
+        notes(tmp_path / "two-steps", f"{lora}=-0.5", out="one-out") == []
+    )  # of the step before the last
     assert notes(tmp_path / "one-out", f"{other_lora}=-1", out="both-out") == []
     (note,) = notes(tmp_path / "one-out", f"{lora}=-0.5", out="twice-out")
     assert note.startswith(f"{lora.name} is taken out, but")
@@ -65,6 +92,12 @@ def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_pat
 
 def test_a_receipt_that_is_none(llama, lora, tmp_path):
     base = shutil.copytree(llama, tmp_path / "base")
-    for text in ("{}", '{"recipe": 3, "inputs": []}', '{"recipe": {"verb": "merge", "inputs": 1, "options": {}}, "inputs": {}}'):
+    for text in (
+        "{}",
+        '{"recipe": 3, "inputs": []}',
+        '{"recipe": {"verb": "merge", "inputs": 1, "options": {}}, "inputs": {}}',
+    ):
         (base / "adapterkit.json").write_text(text)
-        assert adapterkit.merge(base, [lora], out=tmp_path / "out", overwrite=True).data["notes"] == []
+        assert (
+            adapterkit.merge(base, [lora], out=tmp_path / "out", overwrite=True).data["notes"] == []
+        )

@@ -49,10 +49,14 @@ def theirs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
     return TOOLS["made"](TOOLS["weight"](64, 512))
 
 
-def agree(ours: Tensor, tensors: dict[str, Tensor], key: str, dtype: torch.dtype = torch.float32) -> None:
+def agree(
+    ours: Tensor, tensors: dict[str, Tensor], key: str, dtype: torch.dtype = torch.float32
+) -> None:
     """`ours`, rounded, is what the tool read."""
     small = len(tensors["w"]) == 16
-    assert torch.equal(TOOLS["digest"](ours.to(dtype)) if small else ours.to(dtype), tensors[key]), key
+    assert torch.equal(
+        TOOLS["digest"](ours.to(dtype)) if small else ours.to(dtype), tensors[key]
+    ), key
 
 
 def randoms(*shape: int, low: int = -128, high: int = 128, seed: int = 0) -> Tensor:
@@ -83,7 +87,11 @@ def test_codes_in_words(bits: int, m: int) -> None:
 def test_zeros_of_few_rows() -> None:
     zero = randoms(8, 5, low=-8, high=8).to(torch.int8)
     words = pack_zeros(zero, 4)
-    assert words.shape == (1, 5) and words.is_contiguous() and torch.equal(unpack_zeros(words, 4, 8), zero)
+    assert (
+        words.shape == (1, 5)
+        and words.is_contiguous()
+        and torch.equal(unpack_zeros(words, 4, 8), zero)
+    )
     assert torch.equal(unpack_zeros(pack_zeros(zero[:3, :1], 4), 4, 3), zero[:3, :1])
 
 
@@ -95,7 +103,11 @@ def test_decode_packed_and_int8(bits: int, rows: slice, columns: slice, form: st
     codes = randoms(11, 96, low=-half, high=half).to(torch.int8)
     groups = {"one": 1, "channel": 1}.get(form, 6)
     scale = randoms(1 if form == "one" else 11, groups, low=1, high=1000, seed=1) / 997
-    zero = randoms(11, 6, low=-half, high=half, seed=2).to(torch.int8) if form in ("zero", "group") else None
+    zero = (
+        randoms(11, 6, low=-half, high=half, seed=2).to(torch.int8)
+        if form in ("zero", "group")
+        else None
+    )
     index = torch.arange(96) // (96 // groups)
     if form == "group":
         index = index[torch.randperm(96, generator=torch.Generator().manual_seed(3))]
@@ -103,7 +115,9 @@ def test_decode_packed_and_int8(bits: int, rows: slice, columns: slice, form: st
     shift = 0 if zero is None else zero[:, index].double()
     exact = ((codes.double() - shift) * scale.expand(11, -1)[:, index].double()).float()
     words = pack(codes, bits)
-    assert torch.equal(decode_packed(words, scale, bits, 96, zero, group, rows, columns), exact[rows, columns])
+    assert torch.equal(
+        decode_packed(words, scale, bits, 96, zero, group, rows, columns), exact[rows, columns]
+    )
     assert torch.equal(decode_int8(codes, scale, zero, group, rows, columns), exact[rows, columns])
     again = encode_integers(exact, bits, scale=scale, zero=zero, group=group)
     assert torch.equal(again.codes, codes)
@@ -113,12 +127,16 @@ def test_scale_of_one_value_may_have_any_shape() -> None:
     codes = randoms(3, 8).to(torch.int8)
     for scale in (torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([[0.5]])):
         assert torch.equal(decode_int8(codes, scale), codes * 0.5)
-    assert torch.equal(decode_int8(codes, torch.tensor([0.5, 1, 2])), codes * torch.tensor([[0.5], [1], [2]]))
+    assert torch.equal(
+        decode_int8(codes, torch.tensor([0.5, 1, 2])), codes * torch.tensor([[0.5], [1], [2]])
+    )
 
 
 def test_a_group_in_order_is_no_group() -> None:
     codes, scale = randoms(4, 64).to(torch.int8), randoms(4, 2, low=1, high=9).float()
-    assert torch.equal(decode_int8(codes, scale, group=torch.arange(64) // 32), decode_int8(codes, scale))
+    assert torch.equal(
+        decode_int8(codes, scale, group=torch.arange(64) // 32), decode_int8(codes, scale)
+    )
     uneven = torch.arange(64) // 48
     assert torch.equal(decode_int8(codes, scale, group=uneven), codes * scale[:, uneven])
     with pytest.raises(ValueError, match="64 columns do not divide into 3 groups"):
@@ -157,12 +175,19 @@ def test_integers_round_ties_to_even() -> None:
 def test_integers_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
     w = theirs["w"]
     out, size = w.shape
-    cases = [("int3", 3, 32, True), ("int4", 4, 32, True), ("int8", 8, 32, True), ("int4-zero", 4, 16, False)]
+    cases = [
+        ("int3", 3, 32, True),
+        ("int4", 4, 32, True),
+        ("int8", 8, 32, True),
+        ("int4-zero", 4, 16, False),
+    ]
     for name, bits, group, symmetric in cases:
         key = f"compressed-tensors.{name}"
         codes, scale, zero = encode_integers(w, bits, group, symmetric=symmetric)
         words = pack(codes, bits)
-        assert torch.equal(words, theirs[f"{key}.weight_packed"]) and torch.equal(scale, theirs[f"{key}.weight_scale"])
+        assert torch.equal(words, theirs[f"{key}.weight_packed"]) and torch.equal(
+            scale, theirs[f"{key}.weight_scale"]
+        )
         assert theirs[f"{key}.weight_shape"].tolist() == [out, size]
         if zero is not None:
             assert torch.equal(pack_zeros(zero, bits), theirs[f"{key}.weight_zero_point"])
@@ -171,7 +196,9 @@ def test_integers_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
     for name, symmetric in (("int8-channel", True), ("int8-zero", False)):
         key = f"compressed-tensors.{name}"
         codes, scale, zero = encode_integers(w, 8, symmetric=symmetric)
-        assert torch.equal(codes, theirs[f"{key}.weight"]) and torch.equal(scale, theirs[f"{key}.weight_scale"])
+        assert torch.equal(codes, theirs[f"{key}.weight"]) and torch.equal(
+            scale, theirs[f"{key}.weight_scale"]
+        )
         assert zero is None or torch.equal(zero, theirs[f"{key}.weight_zero_point"])
         agree(decode_int8(codes, scale, zero), theirs, f"{key}.decoded")
 
@@ -188,10 +215,14 @@ def test_int8_of_torchao(theirs: dict[str, Tensor]) -> None:
 def test_int4_of_torchao(rows: slice, columns: slice) -> None:
     codes = randoms(11, 64, low=-8, high=8)
     stored = ((codes[:, ::2] & 15) | ((codes[:, 1::2] & 15) << 4)).to(torch.uint8)
-    scale, zero = (torch.rand(4, 11, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (1, 2))
+    scale, zero = (
+        torch.rand(4, 11, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (1, 2)
+    )
     index = torch.arange(64) // 16
     expected = (codes * scale.T[:, index].float()) + zero.T[:, index].float()
-    assert torch.equal(decode_torchao_int4(stored, scale, zero, rows, columns), expected[rows, columns])
+    assert torch.equal(
+        decode_torchao_int4(stored, scale, zero, rows, columns), expected[rows, columns]
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -208,17 +239,25 @@ def test_gptq_by_bits(bits: int, rows: slice, columns: slice, order: str) -> Non
     codes, zero = bits_of(words.T, bits, size), bits_of(zeros, bits, out)
     for group in (index.int(), None) if order == "equal" else (index.int(),):
         exact = ((codes - zero.T[:, index]).double() * scale.T[:, index].double()).float()
-        assert torch.equal(decode_gptq(words, zeros, scale, bits, size, group, 2, rows, columns), exact[rows, columns])
+        assert torch.equal(
+            decode_gptq(words, zeros, scale, bits, size, group, 2, rows, columns),
+            exact[rows, columns],
+        )
     zero = randoms(groups, out, high=2**bits, low=1)
     exact = ((codes - zero.T[:, index]).double() * scale.T[:, index].double()).float()
     stored = pack((zero - 1 - 2 ** (bits - 1)).to(torch.int8), bits)
-    assert torch.equal(decode_gptq(words, stored, scale, bits, size, index.int(), 1, rows, columns), exact[rows, columns])
+    assert torch.equal(
+        decode_gptq(words, stored, scale, bits, size, index.int(), 1, rows, columns),
+        exact[rows, columns],
+    )
 
 
 def test_gptq_of_its_tool(theirs: dict[str, Tensor]) -> None:
     for bits in (2, 3, 4, 8):
         key = f"gptqmodel.gptq{bits}"
-        words, zeros, scale, group = (theirs[f"{key}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
+        words, zeros, scale, group = (
+            theirs[f"{key}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
+        )
         for version in (1, 2):
             read = decode_gptq(words, zeros, scale, bits, len(group), group, version)
             agree(read, theirs, f"{key}.decoded{version}", torch.float16)
@@ -242,9 +281,13 @@ def test_awq_by_nibbles(rows: slice, columns: slice, zeros: bool) -> None:
     codes, zero = opened(words).T, opened(zwords).T if zeros else torch.full((32, 2), 8)
     index = torch.arange(64) // 32
     exact = ((codes - zero[:, index]).double() * scale.T[:, index].double()).float()
-    assert torch.equal(decode_awq(words, zwords if zeros else None, scale, rows, columns), exact[rows, columns])
+    assert torch.equal(
+        decode_awq(words, zwords if zeros else None, scale, rows, columns), exact[rows, columns]
+    )
 
 
 def test_awq_of_its_tool(theirs: dict[str, Tensor]) -> None:
-    words, zeros, scale = (theirs[f"gptqmodel.awq.{part}"] for part in ("qweight", "qzeros", "scales"))
+    words, zeros, scale = (
+        theirs[f"gptqmodel.awq.{part}"] for part in ("qweight", "qzeros", "scales")
+    )
     agree(decode_awq(words, zeros, scale), theirs, "gptqmodel.awq.decoded", torch.float16)

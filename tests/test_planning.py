@@ -54,7 +54,10 @@ def scaled(made, tmp_path):
     def build(form: str, ending: str) -> Path:
         forged.base(forged.FORMS[form], tmp_path / form)
         key = "model.layers.0.self_attn.q_proj.weight" + ending
-        scale = {spec.key: spec for spec in open_checkpoint(LocalFolder(tmp_path / form)).tensors.values()}[key]
+        scale = {
+            spec.key: spec
+            for spec in open_checkpoint(LocalFolder(tmp_path / form)).tensors.values()
+        }[key]
         dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[scale.dtype]
         values = torch.full(scale.shape, 0.01, dtype=dtype)
         values.view(-1)[-1] = torch.nan
@@ -66,11 +69,16 @@ def scaled(made, tmp_path):
 
 @pytest.fixture
 def adapter(made) -> Path:
-    return made("planning-lora", lambda folder: oracle.train(forged.llama(), folder, target_modules=oracle.LINEAR))
+    return made(
+        "planning-lora",
+        lambda folder: oracle.train(forged.llama(), folder, target_modules=oracle.LINEAR),
+    )
 
 
 @pytest.mark.parametrize("form, ending", [("fp8", "_scale_inv"), ("fp8-channel", "_scale")])
-def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_decoded(form, ending, scaled, adapter, tmp_path):
+def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_decoded(
+    form, ending, scaled, adapter, tmp_path
+):
     folder = scaled(form, ending)
     with pytest.raises(Damaged, match="NaN or infinite"):
         plan_merge(LocalFolder(folder), [(LocalFolder(adapter), 1.0)], Options())
@@ -94,12 +102,22 @@ def test_what_says_what_others_mean_comes_in_ranges(form, tmp_path):
 def test_small_tensors_are_read_together(tmp_path):
     generator = torch.Generator().manual_seed(0)
     sizes = [random.Random(i).choice([1, 7, 900, 5000, 3_000_000]) for i in range(60)]
-    tensors = {f"t{i:02}": torch.randint(0, 255, (n,), dtype=torch.uint8, generator=generator) for i, n in enumerate(sizes)}
+    tensors = {
+        f"t{i:02}": torch.randint(0, 255, (n,), dtype=torch.uint8, generator=generator)
+        for i, n in enumerate(sizes)
+    }
     save_file(tensors, tmp_path / "model.safetensors")
-    specs = [s for s in open_checkpoint(LocalFolder(tmp_path)).tensors.values() if s.nbytes < 1_000_000]
+    specs = [
+        s for s in open_checkpoint(LocalFolder(tmp_path)).tensors.values() if s.nbytes < 1_000_000
+    ]
     for folder in (LocalFolder(tmp_path), Remote(tmp_path)):
-        back = [(spec.key, bytes(data)) for spec, data in read_small(folder, [*reversed(specs), specs[3]])]
-        assert sorted(key for key, _ in back) == sorted([*(spec.key for spec in specs), specs[3].key])
+        back = [
+            (spec.key, bytes(data))
+            for spec, data in read_small(folder, [*reversed(specs), specs[3]])
+        ]
+        assert sorted(key for key, _ in back) == sorted(
+            [*(spec.key for spec in specs), specs[3].key]
+        )
         assert all(data == tensors[key].numpy().tobytes() for key, data in back)
     assert len(folder.ranges) <= sum(n > 1_000_000 for n in sizes) + 1
 
@@ -112,27 +130,47 @@ def test_a_file_that_ends_too_early_is_damaged(tmp_path):
 
 
 def mixture(folder: Path, layers: int = 4) -> Skeleton:
-    sizes = {"vocab_size": 80, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": layers, "num_experts": 4}
-    config = transformers.Qwen3MoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    sizes = {
+        "vocab_size": 80,
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": layers,
+        "num_experts": 4,
+    }
+    config = transformers.Qwen3MoeConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=2, head_dim=16
+    )
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder)
     return Skeleton(open_checkpoint(LocalFolder(folder)), "Qwen3MoeForCausalLM")
 
 
 def test_like_layers_are_converted_once(tmp_path, monkeypatch):
     calls, convert = [], Skeleton._converted
-    monkeypatch.setattr(Skeleton, "_converted", lambda self, *args: calls.append(args) or convert(self, *args))
+    monkeypatch.setattr(
+        Skeleton, "_converted", lambda self, *args: calls.append(args) or convert(self, *args)
+    )
     skeleton = mixture(tmp_path)
     assert sorted(name.rpartition(".")[2] for name, *_ in calls) == ["down_proj", "gate_up_proj"]
     for layer in range(4):  # and each layer's slots are those of its own conversion
-        for leaf, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        for leaf, parts in (
+            ("gate_up_proj", ("gate_proj", "up_proj")),
+            ("down_proj", ("down_proj",)),
+        ):
             name = f"model.layers.{layer}.mlp.experts.{leaf}"
             converter = next(c for c in skeleton.converters if c.target_patterns[0].endswith(leaf))
             sources = [
-                (f"model.layers.{layer}.mlp.experts.{e}.{part}.weight", pattern, (32, 16) if leaf == "down_proj" else (16, 32))
+                (
+                    f"model.layers.{layer}.mlp.experts.{e}.{part}.weight",
+                    pattern,
+                    (32, 16) if leaf == "down_proj" else (16, 32),
+                )
                 for part, pattern in zip(parts, converter.source_patterns, strict=True)
                 for e in range(4)
             ]
-            assert skeleton.parameters[name].slots == convert(skeleton, name, converter, sources)[name].slots
+            assert (
+                skeleton.parameters[name].slots
+                == convert(skeleton, name, converter, sources)[name].slots
+            )
 
 
 def test_layers_of_other_shapes_are_converted_by_themselves(tmp_path, monkeypatch):
@@ -198,8 +236,12 @@ def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
     model = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base")
     experts = {"target_parameters": ["gate_up_proj", "down_proj"]} if stacked else {}
     oracle.train(model, tmp_path / "lora", target_modules=["q_proj", "o_proj"], **experts)
-    plan = plan_merge(LocalFolder(tmp_path / "base"), [(LocalFolder(tmp_path / "lora"), 1.0)], Options())
-    weights = sum(spec.nbytes for spec in open_checkpoint(LocalFolder(tmp_path / "base")).tensors.values())
+    plan = plan_merge(
+        LocalFolder(tmp_path / "base"), [(LocalFolder(tmp_path / "lora"), 1.0)], Options()
+    )
+    weights = sum(
+        spec.nbytes for spec in open_checkpoint(LocalFolder(tmp_path / "base")).tensors.values()
+    )
     read, ranges = Sources.read_into, []
 
     def noted(self, spec, offset, buffer):
@@ -208,7 +250,9 @@ def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Sources, "read_into", noted)
     carry_out(plan, tmp_path / "out", engine="local", device="cpu", memory=None, dry_run=False)
-    assert plan.totals()["bytes_read"] - weights == sum(size for folder, size in ranges if folder == 1)
+    assert plan.totals()["bytes_read"] - weights == sum(
+        size for folder, size in ranges if folder == 1
+    )
 
 
 class Counted(dict):
@@ -234,11 +278,22 @@ def test_the_base_is_gone_through_as_often_for_many_modules_as_for_few(tmp_path,
     model = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base")
     passes = []
     for modules in (r".*layers\.0\.self_attn\.q_proj", "all-linear"):
-        oracle.train(model, tmp_path / str(len(modules)), target_modules=modules, target_parameters=["gate_up_proj", "down_proj"])
+        oracle.train(
+            model,
+            tmp_path / str(len(modules)),
+            target_modules=modules,
+            target_parameters=["gate_up_proj", "down_proj"],
+        )
         base = open_checkpoint(LocalFolder(tmp_path / "base"))
         counted = replace(base, tensors=Counted(base.tensors))
-        monkeypatch.setattr("adapterkit.ops.merge.open_checkpoint", lambda folder, counted=counted: counted)
-        plan_merge(LocalFolder(tmp_path / "base"), [(LocalFolder(tmp_path / str(len(modules))), 1.0)], Options())
+        monkeypatch.setattr(
+            "adapterkit.ops.merge.open_checkpoint", lambda folder, counted=counted: counted
+        )
+        plan_merge(
+            LocalFolder(tmp_path / "base"),
+            [(LocalFolder(tmp_path / str(len(modules))), 1.0)],
+            Options(),
+        )
         passes.append(counted.tensors.passes)
         model = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base")
     assert passes[0] == passes[1] > 0

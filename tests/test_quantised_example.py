@@ -25,7 +25,10 @@ def test_the_quantised_example_runs_and_what_must_hold_holds(tmp_path):
     assert "WRONG" not in done.stderr
     found = json.loads(done.stdout)
     table = {name: row["perplexity"] for name, row in found["table"].items()}
-    with_stats, without = table["nf4 + LoftQ, 4 iterations, --stats"], table["nf4 + LoftQ, 4 iterations"]
+    with_stats, without = (
+        table["nf4 + LoftQ, 4 iterations, --stats"],
+        table["nf4 + LoftQ, 4 iterations"],
+    )
     assert table["base"] < with_stats < without < table["nf4 + LoftQ, 1 iteration"] < table["nf4"]
     for name in ("nf4", "fp4", "mxfp4", "bf16, short fine-tune"):
         losses = {row: fact["task"] for row, fact in found["rounding"][name].items()}

@@ -73,7 +73,9 @@ CASES = [
     Case("adalora", LINEAR, {"init_r": 4, "lora_alpha": 3}),
     Case("adalora", LINEAR, {"init_r": 1, "lora_alpha": 0}, base=True),
     Case("adalora", ["image", "point", "wide"], {"init_r": 5, "lora_alpha": 7}, base=True),
-    Case("adalora", ["fit", "tall", "wide", "prime"], {"init_r": 4, "lora_alpha": 3}, pruned=PRUNED),
+    Case(
+        "adalora", ["fit", "tall", "wide", "prime"], {"init_r": 4, "lora_alpha": 3}, pruned=PRUNED
+    ),
     Case(
         "adalora",
         ["fit", "wide", "prime"],
@@ -84,14 +86,31 @@ CASES = [
     Case("dora", ["image", "point", "line", "fit"], {"r": 3, "use_rslora": True}, base=True),
     Case("loha", LINEAR, {"r": 1, "alpha": 3}),
     Case("loha", LINEAR, {"r": 3, "alpha": 2}),
-    Case("loha", LINEAR, {"r": 2, "alpha": 8, "rank_pattern": {"wide": 5, "deep.0": 3}, "alpha_pattern": {"^fit": 1}}, base=True),
+    Case(
+        "loha",
+        LINEAR,
+        {
+            "r": 2,
+            "alpha": 8,
+            "rank_pattern": {"wide": 5, "deep.0": 3},
+            "alpha_pattern": {"^fit": 1},
+        },
+        base=True,
+    ),
     Case("loha", ["image", "line", "point", "fit"], {"r": 2}, base=True),
     Case("loha", ["image", "fit"], {"r": 2, "use_effective_conv2d": True}),
-    Case("loha", ["image", "strip", "line", "fit"], {"r": 3, "use_effective_conv2d": True}, base=True),
+    Case(
+        "loha", ["image", "strip", "line", "fit"], {"r": 3, "use_effective_conv2d": True}, base=True
+    ),
     Case("lokr", LINEAR, {"r": 1, "alpha": 3}),
     Case("lokr", LINEAR, {"r": 50, "alpha": 4}),
     Case("lokr", LINEAR, {"r": 1, "alpha": -2, "decompose_both": True}),
-    Case("lokr", LINEAR, {"r": 2, "decompose_factor": 2, "rank_pattern": {"tall": 1}, "alpha_pattern": {"tall": 5}}, base=True),
+    Case(
+        "lokr",
+        LINEAR,
+        {"r": 2, "decompose_factor": 2, "rank_pattern": {"tall": 1}, "alpha_pattern": {"tall": 5}},
+        base=True,
+    ),
     Case("lokr", ["image", "point", "fit"], {"r": 50}),
     Case("lokr", ["image", "strip", "line", "fit"], {"r": 1}, base=True),
     Case("lokr", ["image"], {"r": 1, "use_effective_conv2d": True}),
@@ -103,7 +122,9 @@ CASES = [
         base=True,
     ),
     Case("oft", ["fit", "tokens"], {"oft_block_size": 4, "num_cayley_neumann_terms": 5}, base=True),
-    Case("oft", ["wide", "fit"], {"r": 3, "oft_block_size": 0, "coft": True, "eps": 0.7}, base=True),
+    Case(
+        "oft", ["wide", "fit"], {"r": 3, "oft_block_size": 0, "coft": True, "eps": 0.7}, base=True
+    ),
     Case("vera", LINEAR, {"r": 4}, base=True),
     Case("vera", ["fit", "deep.1"], {"r": 40}, base=True),
 ]
@@ -134,7 +155,10 @@ def net(base):
 def trained(case, base, folder, **more):
     """The case's adapter, all its parameters random, saved by PEFT."""
     extra = {"adalora": {"total_step": 10}, "dora": {"use_dora": True}}.get(case.kind, {})
-    config = CONFIGS[case.kind](target_modules=list(case.targets), **(extra | case.options | {"modules_to_save": ["head"]} | more))
+    config = CONFIGS[case.kind](
+        target_modules=list(case.targets),
+        **(extra | case.options | {"modules_to_save": ["head"]} | more),
+    )
     model = peft.get_peft_model(net(base), config)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -196,8 +220,15 @@ def test_at_full_rank_the_lora_is_the_adapter(case, base, oracle_of, tmp_path):
     for name, delta in got.items():
         assert torch.linalg.norm(delta - want[name]) <= 3e-6 * torch.linalg.norm(want[name]), name
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA" and not config["use_dora"] and config["modules_to_save"] == ["head"]
-    old, new = load_file(adapter / "adapter_model.safetensors"), load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert (
+        config["peft_type"] == "LORA"
+        and not config["use_dora"]
+        and config["modules_to_save"] == ["head"]
+    )
+    old, new = (
+        load_file(adapter / "adapter_model.safetensors"),
+        load_file(tmp_path / "out" / "adapter_model.safetensors"),
+    )
     read_adapter(LocalFolder(tmp_path / "out"))  # which refuses what the config does not speak of
     heads = [key for key in old if ".head." in key]
     assert len(heads) == 2 and all(torch.equal(old[key], new[key]) for key in heads)
@@ -214,15 +245,23 @@ def test_at_a_smaller_rank_it_is_the_best_approximation(case, rank, base, oracle
         s = torch.linalg.svdvals(flat(name, want[name]))
         size, best = float(torch.linalg.norm(s)), float(torch.linalg.norm(s[rank:]))
         assert int((torch.linalg.svdvals(flat(name, delta)) > 1e-6 * s[0]).sum()) <= rank, name
-        assert float(torch.linalg.norm(delta - want[name])) == pytest.approx(best, rel=1e-5, abs=3e-6 * size), name
+        assert float(torch.linalg.norm(delta - want[name])) == pytest.approx(
+            best, rel=1e-5, abs=3e-6 * size
+        ), name
         assert facts[name]["error"] == pytest.approx(best / size, rel=1e-4, abs=1e-3), name
         assert facts[name]["norm"] == pytest.approx(size, rel=1e-5), name
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.targets[:2] in (LINEAR[:2], ["fit", "wide"], ["fit", "deep.1"])], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.targets[:2] in (LINEAR[:2], ["fit", "wide"], ["fit", "deep.1"])],
+    ids=str,
+)
 def test_other_cuts(case, base, oracle_of, tmp_path):
     adapter, want = oracle_of(case)
-    spectra = {name: torch.linalg.svdvals(flat(name, delta)) for name, delta in want.items() if delta.any()}
+    spectra = {
+        name: torch.linalg.svdvals(flat(name, delta)) for name, delta in want.items() if delta.any()
+    }
     for name, fact in resized(case, base, adapter, tmp_path / "energy", energy=0.8).items():
         if name in spectra:
             squares = spectra[name].square()
@@ -241,7 +280,9 @@ def test_the_ranknum_of_old_files_counts(base, tmp_path):
     rewritten(adapter, lambda t: t.update({"base_model.model.fit.ranknum": torch.tensor([7.0])}))
     resized(case, base, adapter, tmp_path / "out", rank=FULL)
     want, got = deltas(base, adapter), deltas(base, tmp_path / "out")
-    assert all(torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-6) for name in ("fit", "tall"))
+    assert all(
+        torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-6) for name in ("fit", "tall")
+    )
 
 
 def test_a_plan_knows_the_largest_rank_of_each_cut(base, oracle_of, tmp_path, monkeypatch):
@@ -251,7 +292,11 @@ def test_a_plan_knows_the_largest_rank_of_each_cut(base, oracle_of, tmp_path, mo
 
     def most(**cut):
         plan = resize(adapter, base=base, out=tmp_path / "out", dry_run=True, **cut)
-        return {bundle.name: bundle.most[0].shape[0] for bundle in plan.shards[0].bundles if bundle.name in ("wide", "fit")}
+        return {
+            bundle.name: bundle.most[0].shape[0]
+            for bundle in plan.shards[0].bundles
+            if bundle.name in ("wide", "fit")
+        }
 
     assert most(rank=3) == {"wide": 3, "fit": 3}
     assert most(energy=0.5) == {"wide": 8, "fit": 12}
@@ -291,7 +336,9 @@ def test_weights_stored_in_out_are_seen_as_such(what, tmp_path):
     oracle.save_base(oracle.gpt2(), folder, "fp32")
     for kind, options in [("vera", {"r": 5}), ("dora", {"r": 3}), ("adalora", {"init_r": 3})]:
         extra = {"adalora": {"total_step": 10}, "dora": {"use_dora": True}}.get(kind, {})
-        config = CONFIGS[kind](target_modules=[name], fan_in_fan_out=True, task_type="CAUSAL_LM", **extra, **options)
+        config = CONFIGS[kind](
+            target_modules=[name], fan_in_fan_out=True, task_type="CAUSAL_LM", **extra, **options
+        )
         model = peft.get_peft_model(oracle.load(oracle.gpt2, folder), config)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -309,7 +356,9 @@ def test_weights_stored_in_out_are_seen_as_such(what, tmp_path):
         for key in untouched:
             assert torch.allclose(merged[0][key], merged[1][key], atol=1e-5), (kind, key)
         changed = [key for key in untouched if not torch.equal(merged[1][key], untouched[key])]
-        assert changed == [f"transformer.h.{i}.{'attn.' * (what == 'gpt2')}{name}.weight" for i in range(2)]
+        assert changed == [
+            f"transformer.h.{i}.{'attn.' * (what == 'gpt2')}{name}.weight" for i in range(2)
+        ]
 
 
 def test_a_large_whole_factor_is_not_decomposed_in_full(base, tmp_path, monkeypatch):
@@ -321,13 +370,17 @@ def test_a_large_whole_factor_is_not_decomposed_in_full(base, tmp_path, monkeypa
     want, got = deltas(base, adapter), deltas(base, tmp_path / "out")
     for name, delta in got.items():
         best = torch.linalg.norm(torch.linalg.svdvals(want[name])[2:])
-        assert float(torch.linalg.norm(delta - want[name])) == pytest.approx(float(best), rel=1e-4, abs=1e-5), name
+        assert float(torch.linalg.norm(delta - want[name])) == pytest.approx(
+            float(best), rel=1e-4, abs=1e-5
+        ), name
 
 
 @pytest.mark.parametrize("terms", [None, 1, 2, 3, 4, 5, 6, 9])
 @pytest.mark.parametrize("eps", [None, 1e-3, 100.0])
 def test_rotations_are_pefts(terms, eps):
-    upper = torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3
+    upper = (
+        torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3
+    )
     module = oft.layer.OFTRotationModule(
         4,
         10,
@@ -341,7 +394,9 @@ def test_rotations_are_pefts(terms, eps):
     module.weight = nn.Parameter(upper.clone(), requires_grad=False)
     want = module.get_weight() - torch.eye(20, dtype=torch.float64)
     got = torch.block_diag(*less_identity(skew(upper, 5, eps), terms))
-    assert torch.allclose(got, want, atol=1e-12, rtol=1e-6)  # PEFT takes eps / sqrt(blocks) in float32
+    assert torch.allclose(
+        got, want, atol=1e-12, rtol=1e-6
+    )  # PEFT takes eps / sqrt(blocks) in float32
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------------
@@ -398,9 +453,14 @@ def test_settings_that_make_no_sense_are_refused(simple, base, tmp_path):
     refused(case, base, edited(adapter, modules_to_save="head"), tmp_path, "modules_to_save")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SIMPLE if kind != "oft"])  # whose modules have one
+@pytest.mark.parametrize(
+    "kind", [kind for kind in SIMPLE if kind != "oft"]
+)  # whose modules have one
 def test_a_missing_tensor_is_refused(kind, base, tmp_path):
-    adapter = rewritten(trained(SIMPLE[kind], base, tmp_path / "adapter"), lambda t: t.pop(next(k for k in t if ".fit." in k)))
+    adapter = rewritten(
+        trained(SIMPLE[kind], base, tmp_path / "adapter"),
+        lambda t: t.pop(next(k for k in t if ".fit." in k)),
+    )
     refused(SIMPLE[kind], base, adapter, tmp_path, "fit has .*\n.*also ")
 
 
@@ -418,7 +478,9 @@ def test_a_tensor_of_another_shape_is_refused_with_all_others(simple, base, tmp_
 def test_a_tensor_of_another_type_of_adapter_is_refused(simple, base, tmp_path):
     case, adapter = simple
     key = "base_model.model.fit.boft_R"
-    refused(case, base, rewritten(adapter, lambda t: t.update({key: torch.ones(1)})), tmp_path, "boft_R")
+    refused(
+        case, base, rewritten(adapter, lambda t: t.update({key: torch.ones(1)})), tmp_path, "boft_R"
+    )
 
 
 def test_a_module_inside_another_adapters_layer_is_refused(simple, base, tmp_path):
@@ -461,7 +523,13 @@ def test_keeping_alpha_is_refused(simple, base, tmp_path):
 @pytest.mark.parametrize("kind", ["oft", "vera"])
 def test_without_its_base_it_is_refused(kind, base, tmp_path):
     adapter = trained(SIMPLE[kind], base, tmp_path / "adapter")
-    refused(Case(kind, []), base, adapter, tmp_path, f"a {kind.upper()} adapter without its base.*\n.*--base BASE")
+    refused(
+        Case(kind, []),
+        base,
+        adapter,
+        tmp_path,
+        f"a {kind.upper()} adapter without its base.*\n.*--base BASE",
+    )
 
 
 def test_other_verbs_point_here(base, tmp_path):
@@ -474,19 +542,35 @@ def test_other_verbs_point_here(base, tmp_path):
 
 def test_types_that_nobody_knows_are_refused(base, tmp_path):
     adapter = edited(trained(SIMPLE["loha"], base, tmp_path / "adapter"), peft_type="IA3")
-    refused(SIMPLE["loha"], base, adapter, tmp_path, "peft_type 'IA3'\n  expected: LORA, ADALORA, LOHA, LOKR, OFT, VERA")
+    refused(
+        SIMPLE["loha"],
+        base,
+        adapter,
+        tmp_path,
+        "peft_type 'IA3'\n  expected: LORA, ADALORA, LOHA, LOKR, OFT, VERA",
+    )
     refused(SIMPLE["loha"], base, edited(adapter, peft_type=None), tmp_path, "peft_type None")
 
 
 def test_vera_without_its_projections_is_refused(base, tmp_path):
     adapter = trained(SIMPLE["vera"], base, tmp_path / "adapter", save_projection=False)
-    refused(SIMPLE["vera"], base, adapter, tmp_path, "(?s)save_projection false.*adapterkit extract")
-    refused(SIMPLE["vera"], base, edited(adapter, save_projection=True), tmp_path, "no vera_A and no vera_B")
+    refused(
+        SIMPLE["vera"], base, adapter, tmp_path, "(?s)save_projection false.*adapterkit extract"
+    )
+    refused(
+        SIMPLE["vera"],
+        base,
+        edited(adapter, save_projection=True),
+        tmp_path,
+        "no vera_A and no vera_B",
+    )
 
 
 def test_oft_of_a_kernel_is_refused(base, tmp_path):
     case = Case("oft", ["image", "fit"], {"oft_block_size": 3}, base=True)
-    refused(case, base, trained(case, base, tmp_path / "adapter"), tmp_path, "image: OFT of a kernel")
+    refused(
+        case, base, trained(case, base, tmp_path / "adapter"), tmp_path, "image: OFT of a kernel"
+    )
 
 
 def test_the_series_of_old_peft_is_refused(base, tmp_path):
@@ -502,7 +586,9 @@ def test_a_whole_w2_on_a_conv1d_is_refused(base, tmp_path):
 
 def test_a_kernel_of_one_axis_needs_the_base(base, tmp_path):
     case = Case("loha", ["line", "strip", "fit"], {"r": 2, "use_effective_conv2d": True})
-    text = refused(case, base, trained(case, base, tmp_path / "adapter"), tmp_path, "line: a kernel")
+    text = refused(
+        case, base, trained(case, base, tmp_path / "adapter"), tmp_path, "line: a kernel"
+    )
     assert "strip: a kernel" in text and "fit" not in text
 
 
@@ -512,24 +598,43 @@ def test_a_grouped_convolution_is_refused(tmp_path):
     import transformers
 
     oracle.save_base(
-        transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8], depths=[1], num_stages=1)), tmp_path, "fp32"
+        transformers.ConvNextModel(
+            transformers.ConvNextConfig(hidden_sizes=[8], depths=[1], num_stages=1)
+        ),
+        tmp_path,
+        "fp32",
     )
     model = transformers.ConvNextModel.from_pretrained(tmp_path)
-    peft.get_peft_model(model, peft.LoHaConfig(target_modules=["dwconv"], r=1)).save_pretrained(tmp_path / "adapter")
+    peft.get_peft_model(model, peft.LoHaConfig(target_modules=["dwconv"], r=1)).save_pretrained(
+        tmp_path / "adapter"
+    )
     with pytest.raises(Refused, match="dwconv has 8 groups"):
         resize(tmp_path / "adapter", base=tmp_path, out=tmp_path / "out", rank=1)
 
 
 def test_a_wrong_rank_pattern_is_refused(base, tmp_path):
-    case = Case("adalora", ["fit", "prime"], {"init_r": 4}, pruned={k: PRUNED[k] for k in ("fit.lora_E", "prime.lora_E")})
+    case = Case(
+        "adalora",
+        ["fit", "prime"],
+        {"init_r": 4},
+        pruned={k: PRUNED[k] for k in ("fit.lora_E", "prime.lora_E")},
+    )
     adapter = trained(case, base, tmp_path / "adapter")
     refused(case, base, edited(adapter, rank_pattern=None), tmp_path, "(?s)fit: .*prime: ")
-    refused(case, base, edited(adapter, rank_pattern={"fit.lora_E": [1, 0]}), tmp_path, "lists of true and false")
+    refused(
+        case,
+        base,
+        edited(adapter, rank_pattern={"fit.lora_E": [1, 0]}),
+        tmp_path,
+        "lists of true and false",
+    )
 
 
 def test_an_adapter_pruned_to_nothing_is_refused(base, tmp_path):
     case = Case("adalora", ["tall"], {"init_r": 4}, pruned={"tall.lora_E": [False] * 4})
-    refused(case, base, trained(case, base, tmp_path / "adapter"), tmp_path, "no module with factors")
+    refused(
+        case, base, trained(case, base, tmp_path / "adapter"), tmp_path, "no module with factors"
+    )
 
 
 def test_dora_of_a_changed_base_is_refused(base, tmp_path):
@@ -559,11 +664,23 @@ def test_dora_of_a_row_of_zeros_has_no_value(base, tmp_path):
 
 def test_the_command_plans_and_writes(base, tmp_path):
     adapter = trained(SIMPLE["oft"], base, tmp_path / "adapter")
-    words = ["resize", str(adapter), "--base", str(base), "--rank", "4", "--out", str(tmp_path / "out"), "--json"]
+    words = [
+        "resize",
+        str(adapter),
+        "--base",
+        str(base),
+        "--rank",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
     planned = click.testing.CliRunner().invoke(main, [*words, "--dry-run"])
     assert planned.exit_code == 0, planned.output
     plan = json.loads(planned.stdout)
-    assert {c["name"] for c in plan["computed"]} >= {"fit", "tall"} and not (tmp_path / "out").exists()
+    assert {c["name"] for c in plan["computed"]} >= {"fit", "tall"} and not (
+        tmp_path / "out"
+    ).exists()
     done = click.testing.CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["parameters"]["fit"]["rank"] == 4

@@ -33,13 +33,17 @@ def test_the_mean_over_seeds_is_the_value_and_each_is_a_neighbour(source, dtype)
     total = torch.zeros(len(x), dtype=torch.float64)
     for seed in range(SEEDS):
         found = round_to(x, dtype, Draws.of(seed, "w"))
-        assert ((found.double() - x.double()).abs() < step).all()  # one of the two about it, or itself
+        assert (
+            (found.double() - x.double()).abs() < step
+        ).all()  # one of the two about it, or itself
         total += found.double()
     part = (x.double().abs() / step).frac()
     z = (total / SEEDS - x.double()) / step / (part * (1 - part) / SEEDS).sqrt().clamp(min=1e-3)
     assert z.abs().max() < 6
     assert abs(float(z.mean())) < 5 / len(x) ** 0.5
-    assert 0.9 < float(z[(part > 0.1) & (part < 0.9)].std()) < 1.1  # draws of the seeds are independent
+    assert (
+        0.9 < float(z[(part > 0.1) & (part < 0.9)].std()) < 1.1
+    )  # draws of the seeds are independent
 
 
 @pytest.mark.parametrize(("source", "dtype"), FLOATS)
@@ -47,13 +51,25 @@ def test_what_the_format_holds_stays_and_overflow_is_as_to_nearest(source, dtype
     largest = torch.finfo(dtype).max
     exact = numbers(source, dtype).to(dtype)
     exact = torch.cat([exact, torch.tensor([0.0, -0.0, largest, -largest]).to(dtype)])
-    edge = torch.tensor([largest * (1 + 2.0**-11), -largest * (1 + 2.0**-9), largest * 1.5, math.inf, -math.inf, math.nan]).to(
-        source
-    )
+    edge = torch.tensor(
+        [
+            largest * (1 + 2.0**-11),
+            -largest * (1 + 2.0**-9),
+            largest * 1.5,
+            math.inf,
+            -math.inf,
+            math.nan,
+        ]
+    ).to(source)
     for seed in range(20):
         again = round_to(exact.to(source), dtype, Draws.of(seed, "w"))
-        assert torch.equal(again.view(torch.uint8), exact.view(torch.uint8))  # zeros with their sign
-        assert torch.equal(round_to(edge, dtype, Draws.of(seed, "w")).nan_to_num(7.0), edge.to(dtype).nan_to_num(7.0))
+        assert torch.equal(
+            again.view(torch.uint8), exact.view(torch.uint8)
+        )  # zeros with their sign
+        assert torch.equal(
+            round_to(edge, dtype, Draws.of(seed, "w")).nan_to_num(7.0),
+            edge.to(dtype).nan_to_num(7.0),
+        )
     below = torch.full((5000,), largest, dtype=source)
     below -= last_place(below, dtype) * 0.25
     assert round_to(below, dtype, Draws.of(0, "w")).isfinite().all()
@@ -66,7 +82,10 @@ def test_draws_are_a_function_of_seed_name_and_position():
     draws = Draws.of(3, "a.weight")
     for kind in (torch.bfloat16, torch.float16):
         whole = draws.uniform(1000, device, kind)
-        pieces = [draws.at(first).uniform(min(37, 1000 - first), device, kind) for first in range(0, 1000, 37)]
+        pieces = [
+            draws.at(first).uniform(min(37, 1000 - first), device, kind)
+            for first in range(0, 1000, 37)
+        ]
         assert torch.equal(torch.cat(pieces), whole)
         assert whole.min() > 0
         assert whole.max() < 1
@@ -75,18 +94,27 @@ def test_draws_are_a_function_of_seed_name_and_position():
         z = ((z ^ z >> shift) * factor) % (1 << 64)
     word = (z ^ z >> 31).to_bytes(8, "little")
     halves = [int.from_bytes(word[i : i + 2], "little", signed=True) for i in range(0, 8, 2)]
-    assert draws.halves(4, device).tolist() == halves == [-18304, 3871, 3194, 12527]  # the same for ever
+    assert (
+        draws.halves(4, device).tolist() == halves == [-18304, 3871, 3194, 12527]
+    )  # the same for ever
 
 
 def test_draws_of_tensors_and_seeds_are_independent():
     count, device = 1 << 16, torch.device("cpu")
-    rows = [Draws.of(seed, name).uniform(count, device) for seed in (0, 1, 2) for name in ("a", "b")]
-    rows += [Draws.of(0, "a").at(shift).uniform(count, device) for shift in (1, 2, 3, 1 << 20, 1 << 32)]
+    rows = [
+        Draws.of(seed, name).uniform(count, device) for seed in (0, 1, 2) for name in ("a", "b")
+    ]
+    rows += [
+        Draws.of(0, "a").at(shift).uniform(count, device) for shift in (1, 2, 3, 1 << 20, 1 << 32)
+    ]
     rows = torch.stack(rows).double() - 0.5
     correlations = (rows @ rows.T) / count * 12
     apart = correlations - torch.eye(len(rows), dtype=torch.float64)
     assert apart.abs().max() < 5 / count**0.5
-    assert torch.histc(rows[0], 64, -0.5, 0.5).sub(count / 64).square().sum() / (count / 64) < 63 + 5 * 126**0.5
+    assert (
+        torch.histc(rows[0], 64, -0.5, 0.5).sub(count / 64).square().sum() / (count / 64)
+        < 63 + 5 * 126**0.5
+    )
 
 
 # merging
@@ -100,12 +128,22 @@ def job(folder, dtype=torch.bfloat16, rows=700, columns=513, size=3e-4):
     for name in ("base", "adapter"):
         (folder / name).mkdir(parents=True)
     save_file(
-        {"x.weight": weight, "y.weight": weight.clone(), "z.weight": weight.to(torch.float32, copy=True)},
+        {
+            "x.weight": weight,
+            "y.weight": weight.clone(),
+            "z.weight": weight.to(torch.float32, copy=True),
+        },
         folder / "base" / "model.safetensors",
     )
-    factors = {f"base_model.model.{m}.lora_{n}.weight": f.clone() for m in ("x", "y") for n, f in (("A", a), ("B", b))}
+    factors = {
+        f"base_model.model.{m}.lora_{n}.weight": f.clone()
+        for m in ("x", "y")
+        for n, f in (("A", a), ("B", b))
+    }
     save_file(factors, folder / "adapter" / "adapter_model.safetensors")
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+    (folder / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8})
+    )
     return weight, b.double() @ a.double()
 
 
@@ -122,7 +160,9 @@ def test_a_merge_keeps_the_delta_that_rounding_to_nearest_swallows(dtype, tmp_pa
     drawn, kept = merge(tmp_path, "stochastic", rounding="stochastic", **options)
     for found, fact in ((plain["x.weight"], lost), (drawn["x.weight"], kept)):
         moved = found.double() - weight.double()
-        assert float((moved * delta).sum() / delta.square().sum()) == pytest.approx(fact["survived"], abs=0.1)
+        assert float((moved * delta).sum() / delta.square().sum()) == pytest.approx(
+            fact["survived"], abs=0.1
+        )
     assert abs(kept["survived"] - 1) < 0.05
     assert dtype == "fp16" or lost["survived"] < 0.7
     assert not torch.equal(drawn["x.weight"], drawn["y.weight"])  # each tensor has its own draws
@@ -132,7 +172,12 @@ def test_a_merge_keeps_the_delta_that_rounding_to_nearest_swallows(dtype, tmp_pa
 def test_same_seed_same_bytes_whatever_the_chunks_and_workers(tmp_path, monkeypatch):
     job(tmp_path)
     found = {}
-    for seed, elements, workers in [(0, 1 << 18, 1), (0, 1 << 18, 4), (0, 1 << 12, 4), (1, 1 << 18, 4)]:
+    for seed, elements, workers in [
+        (0, 1 << 18, 1),
+        (0, 1 << 18, 4),
+        (0, 1 << 12, 4),
+        (1, 1 << 18, 4),
+    ]:
         monkeypatch.setattr(local, "ELEMENTS", elements)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
         merge(tmp_path, "out", rounding="stochastic", seed=seed, overwrite=True)
@@ -147,7 +192,9 @@ def test_verify_draws_again_and_sees_another_seed(tmp_path):
         merge(tmp_path, f"out-{seed}", rounding="stochastic", seed=seed, hash="none")
     inputs = {"base": tmp_path / "base", "adapters": [tmp_path / "adapter"]}
     assert adapterkit.verify(tmp_path / "out-1", **inputs)["tensors"] == 2
-    (tmp_path / "out-1" / "model.safetensors").write_bytes((tmp_path / "out-0" / "model.safetensors").read_bytes())
+    (tmp_path / "out-1" / "model.safetensors").write_bytes(
+        (tmp_path / "out-0" / "model.safetensors").read_bytes()
+    )
     with pytest.raises(Damaged, match="x.weight"):
         adapterkit.verify(tmp_path / "out-1", **inputs)
 
@@ -170,9 +217,15 @@ def test_float32_weights_are_the_same_either_way(tmp_path):
 
 def test_a_merge_that_loses_most_of_the_delta_says_so(tmp_path):
     job(tmp_path, size=5e-5)
-    for options, warned in [({}, True), ({"rounding": "stochastic"}, False), ({"dtype": "fp32"}, False)]:
+    for options, warned in [
+        ({}, True),
+        ({"rounding": "stochastic"}, False),
+        ({"dtype": "fp32"}, False),
+    ]:
         out = tmp_path / "out"
-        receipt = adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=out, overwrite=True, **options)
+        receipt = adapterkit.merge(
+            tmp_path / "base", [tmp_path / "adapter"], out=out, overwrite=True, **options
+        )
         warnings = [note for note in receipt.data["notes"] if "WARNING" in note]
         assert bool(warnings) == warned, options
         if warned:
@@ -186,11 +239,21 @@ def test_a_merge_that_loses_most_of_the_delta_says_so(tmp_path):
 def test_pefts_roundings_on_the_way_count_as_losses(dtype, tmp_path):
     """PEFT rounds to the base's dtype before anything is written, in float32 too."""
     weight, delta = job(tmp_path, size=5e-5)
-    receipt = adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out", dtype=dtype, compat="peft")
-    written, facts = load_file(tmp_path / "out" / "model.safetensors"), receipt.data["parameters"]["x.weight"]
+    receipt = adapterkit.merge(
+        tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out", dtype=dtype, compat="peft"
+    )
+    written, facts = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        receipt.data["parameters"]["x.weight"],
+    )
     moved = written["x.weight"].double() - weight.double()
     noise = float((moved - delta).norm() / delta.norm())
-    assert facts["survived"] == pytest.approx(float((moved * delta).sum() / delta.square().sum()), abs=0.1)
+    assert facts["survived"] == pytest.approx(
+        float((moved * delta).sum() / delta.square().sum()), abs=0.1
+    )
     assert facts["rounding"] == pytest.approx(noise, abs=0.1)
     assert facts["survived"] < 0.5
-    assert any("WARNING: in 2 of 2" in note and "leave out --compat peft" in note for note in receipt.data["notes"])
+    assert any(
+        "WARNING: in 2 of 2" in note and "leave out --compat peft" in note
+        for note in receipt.data["notes"]
+    )

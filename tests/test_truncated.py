@@ -39,7 +39,10 @@ def counting(size: int) -> Tensor:
 
 def trimmed(n: int, m: int) -> Tensor:
     """The sum of three products of rank 5 without the smaller 80 % of its elements."""
-    w = sum((gaussian(n, 5, i) @ gaussian(5, m, 10 + i) for i in range(3)), torch.zeros(n, m, dtype=torch.float64))
+    w = sum(
+        (gaussian(n, 5, i) @ gaussian(5, m, 10 + i) for i in range(3)),
+        torch.zeros(n, m, dtype=torch.float64),
+    )
     return torch.where(w.abs() > w.abs().flatten().quantile(0.8), w, 0)
 
 
@@ -78,12 +81,18 @@ ITERATED = {
     "exponential": lambda: spectrum(700, 300, torch.exp(-counting(300) / 4)),
     "trimmed": lambda: trimmed(400, 600),
     "rank deficient": lambda: spectrum(300, 400, counting(3)),
-    "repeated": lambda: spectrum(300, 400, torch.cat([torch.full((30,), 2.0), torch.full((270,), 0.5)])),
-    "clustered": lambda: spectrum(300, 400, torch.cat([1 + counting(12) * 1e-5, 0.1 / counting(288)])),
+    "repeated": lambda: spectrum(
+        300, 400, torch.cat([torch.full((30,), 2.0), torch.full((270,), 0.5)])
+    ),
+    "clustered": lambda: spectrum(
+        300, 400, torch.cat([1 + counting(12) * 1e-5, 0.1 / counting(288)])
+    ),
     "steps": lambda: spectrum(300, 400, torch.tensor([10.0] * 3 + [5.0] * 3 + [1.0] * 200)),
     "orthogonal": lambda: torch.linalg.qr(gaussian(300, 300)).Q,
     "zeros": lambda: torch.zeros(300, 400, dtype=torch.float64),
-    "one element": lambda: torch.nn.functional.pad(torch.ones(1, 1, dtype=torch.float64), (299, 0, 0, 299)),
+    "one element": lambda: torch.nn.functional.pad(
+        torch.ones(1, 1, dtype=torch.float64), (299, 0, 0, 299)
+    ),
     "outlier": lambda: spectrum(300, 400, torch.cat([torch.tensor([3e4]), counting(299) ** -0.5])),
 }
 
@@ -98,7 +107,9 @@ def example(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rank", [1, 5])
 @pytest.mark.parametrize("name", ITERATED)
-def test_the_iteration_reaches_the_optimum(name: str, rank: int, dtype: torch.dtype, iterated: None) -> None:
+def test_the_iteration_reaches_the_optimum(
+    name: str, rank: int, dtype: torch.dtype, iterated: None
+) -> None:
     w, exact = example(name, dtype)
     check(w, truncated_svd(w, rank), rank, exact=exact)
 
@@ -106,7 +117,9 @@ def test_the_iteration_reaches_the_optimum(name: str, rank: int, dtype: torch.dt
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("where", ["right", "wrong", "one side"])
 @pytest.mark.parametrize("name", ITERATED)
-def test_where_the_iteration_begins_is_no_matter(name: str, where: str, count: int, iterated: None) -> None:
+def test_where_the_iteration_begins_is_no_matter(
+    name: str, where: str, count: int, iterated: None
+) -> None:
     """Also where the given directions have nothing of the triplets."""
     for dtype in (torch.float32, torch.float64):
         w, exact = example(name, dtype)
@@ -118,7 +131,19 @@ def test_where_the_iteration_begins_is_no_matter(name: str, where: str, count: i
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (1, 3), (3, 1), (2, 2), (1, 4096), (4096, 1), (5000, 64), (64, 5000), (40, 40), (257, 300)]
+    "shape",
+    [
+        (1, 1),
+        (1, 3),
+        (3, 1),
+        (2, 2),
+        (1, 4096),
+        (4096, 1),
+        (5000, 64),
+        (64, 5000),
+        (40, 40),
+        (257, 300),
+    ],
 )
 @pytest.mark.parametrize("rank", [1, 3, 64, 1000])
 def test_any_shape_and_rank(shape: tuple[int, int], rank: int) -> None:
@@ -136,7 +161,9 @@ def test_the_full_decomposition_agrees(name: str, monkeypatch: pytest.MonkeyPatc
         check(w, truncated_svd(w, 9), 9, exact=exact)
 
 
-def test_flat_spectra_fall_back_when_the_iteration_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flat_spectra_fall_back_when_the_iteration_is_too_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls, full = [], truncated._full
     monkeypatch.setattr(truncated, "_full", lambda *a: calls.append(1) or full(*a))
     for shape, rank in (((300, 300), 10), ((400, 900), 20), ((600, 600), 1)):
@@ -152,21 +179,28 @@ def test_a_finer_tolerance_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "dtype"), [(x, torch.float32) for x in (1e-30, 1e30)] + [(x, torch.float64) for x in (1e-200, 1e-30, 1e30, 1e200)]
+    ("scale", "dtype"),
+    [(x, torch.float32) for x in (1e-30, 1e30)]
+    + [(x, torch.float64) for x in (1e-200, 1e-30, 1e30, 1e200)],
 )
 @pytest.mark.parametrize("shape", [(30, 50), (300, 400)])
 def test_scale_is_no_matter(shape: tuple[int, int], scale: float, dtype: torch.dtype) -> None:
     w = spectrum(*shape, 1 / counting(30))
     there, here = truncated_svd((w * scale).to(dtype), 4), truncated_svd(w.to(dtype), 4)
     assert torch.allclose(there.s.double() / scale, here.s.double(), rtol=1e-5)
-    one, other = (found.u * (found.s.double() / unit) @ found.vh.double() for found, unit in ((there, scale), (here, 1.0)))
+    one, other = (
+        found.u * (found.s.double() / unit) @ found.vh.double()
+        for found, unit in ((there, scale), (here, 1.0))
+    )
     assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_a_matrix_at_the_edge_of_its_dtype() -> None:
     for value in (3e38, 1e-40):
         found = truncated_svd(torch.full((2, 3), value), 1)
-        assert math.isclose(float(found.s[0]), value * math.sqrt(6), rel_tol=1e-4) or (value > 1 and float(found.s[0]) == math.inf)
+        assert math.isclose(float(found.s[0]), value * math.sqrt(6), rel_tol=1e-4) or (
+            value > 1 and float(found.s[0]) == math.inf
+        )
         assert torch.allclose(found.u.abs(), torch.tensor(0.5).sqrt())
 
 
@@ -179,7 +213,11 @@ def test_strides_are_no_matter(shape: tuple[int, int]) -> None:
     check(w, truncated_svd(strided[::2, ::3], 4), 4)
     check(w, truncated_svd(turned, 4), 4)
     check(w.T, truncated_svd(w.T, 4), 4)
-    assert math.isclose(svd_for_energy(strided[::2, ::3], 0.5, 4)[1], float(w.double().square().sum()), rel_tol=1e-12)
+    assert math.isclose(
+        svd_for_energy(strided[::2, ::3], 0.5, 4)[1],
+        float(w.double().square().sum()),
+        rel_tol=1e-12,
+    )
 
 
 def test_the_input_is_left_alone_and_the_result_repeats() -> None:
@@ -188,7 +226,9 @@ def test_the_input_is_left_alone_and_the_result_repeats() -> None:
         one = truncated_svd(w, 4)
         torch.randn(3)
         other = truncated_svd(w, 4)
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) and torch.equal(w, before)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) and torch.equal(
+            w, before
+        )
         torch.set_rng_state(state)
         truncated_svd(w, 4)
         assert torch.equal(torch.get_rng_state(), state)
@@ -216,10 +256,23 @@ def test_what_is_no_matrix_or_rank_is_refused() -> None:
 
 @pytest.mark.parametrize("energy", [0.1, 0.6, 0.97])
 @pytest.mark.parametrize(
-    "name", ["inverse", "exponential", "trimmed", "rank deficient", "repeated", "clustered", "steps", "orthogonal", "outlier"]
+    "name",
+    [
+        "inverse",
+        "exponential",
+        "trimmed",
+        "rank deficient",
+        "repeated",
+        "clustered",
+        "steps",
+        "orthogonal",
+        "outlier",
+    ],
 )
 @pytest.mark.parametrize("cost", [math.inf, None])
-def test_the_smallest_rank_for_an_energy(name: str, energy: float, cost: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_rank_for_an_energy(
+    name: str, energy: float, cost: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if cost:
         monkeypatch.setattr(truncated, "_full_cost", lambda *_: cost)
     for dtype in (torch.float32, torch.float64):
@@ -235,7 +288,9 @@ def test_the_smallest_rank_for_an_energy(name: str, energy: float, cost: float |
 @pytest.mark.parametrize("ratio", [1.6, 3.3, 20.5])
 @pytest.mark.parametrize("name", ITERATED)
 @pytest.mark.parametrize("cost", [math.inf, None])
-def test_the_values_down_to_a_ratio(name: str, ratio: float, cost: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_values_down_to_a_ratio(
+    name: str, ratio: float, cost: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if cost:
         monkeypatch.setattr(truncated, "_full_cost", lambda *_: cost)
     for dtype in (torch.float32, torch.float64):
@@ -248,7 +303,9 @@ def test_the_values_down_to_a_ratio(name: str, ratio: float, cost: float | None,
 
 
 @pytest.mark.parametrize("edge", [1.01, 1.04, 1.2])
-def test_the_edge_of_the_noise_beyond_the_ratio_is_seen(edge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_edge_of_the_noise_beyond_the_ratio_is_seen(
+    edge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The large values are found at once; that the first one behind them is below the limit must be known too."""
     monkeypatch.setattr(truncated, "_full_cost", lambda *_: math.inf)
     noise = torch.cat([torch.linspace(edge, 1, 12)[:-1], torch.linspace(0.98, 0.2, 480)])
@@ -261,9 +318,13 @@ def test_more_equal_values_than_fit_a_block_are_all_within_a_ratio(iterated: Non
     check(w, svd_for_ratio(w, 3.3, 400)[0], 50)
 
 
-def test_a_ratio_that_most_values_are_within_is_soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ratio_that_most_values_are_within_is_soon_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sizes, ritz = [], truncated._ritz
-    monkeypatch.setattr(truncated, "_ritz", lambda core, beyond: sizes.append(len(core)) or ritz(core, beyond))
+    monkeypatch.setattr(
+        truncated, "_ritz", lambda core, beyond: sizes.append(len(core)) or ritz(core, beyond)
+    )
     w = gaussian(700, 800).float()
     found, _ = svd_for_ratio(w, 20.0, 700)
     exact = torch.linalg.svdvals(w.double())
@@ -316,29 +377,49 @@ def test_expansion_leaves_rounding_out() -> None:
     assert len(truncated._expand(basis, panel, 0.0).rows) == 0
     found = truncated._expand(basis[:10], panel, 0.0)
     assert found.rows.shape == (3, 50)
-    assert torch.allclose(found.inside @ basis[:10].double() + found.beyond @ found.rows.double(), panel.double(), atol=1e-5)
+    assert torch.allclose(
+        found.inside @ basis[:10].double() + found.beyond @ found.rows.double(),
+        panel.double(),
+        atol=1e-5,
+    )
     assert float((found.rows @ basis[:10].T).abs().max()) < 1e-6
 
 
 def test_equal_values_found_exactly_are_settled() -> None:
     ritz = truncated._Ritz(
-        torch.ones(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+        torch.ones(6, dtype=torch.float64),
+        torch.eye(6, dtype=torch.float64),
+        torch.zeros(6, dtype=torch.float64),
     )
     assert truncated._excess(ritz, 2, 0.0, 1e-6) <= 1
-    assert truncated._excess(ritz._replace(squares=torch.tensor([1.0, 1, 0, 0, 0, 0]).double()), 2, 1.0, 1e-6) <= 1
+    assert (
+        truncated._excess(
+            ritz._replace(squares=torch.tensor([1.0, 1, 0, 0, 0, 0]).double()), 2, 1.0, 1e-6
+        )
+        <= 1
+    )
     assert truncated._excess(ritz._replace(residuals=ritz.residuals + 1e-3), 2, 1.0, 1e-6) > 1
 
 
 def test_values_good_to_s1_but_not_to_the_small_error_are_unsettled() -> None:
     squares = torch.tensor([1, 0.25, 1e-6, 0], dtype=torch.float64)
-    ritz = truncated._Ritz(squares, torch.eye(4, dtype=torch.float64), torch.full((4,), 1e-9, dtype=torch.float64))
+    ritz = truncated._Ritz(
+        squares, torch.eye(4, dtype=torch.float64), torch.full((4,), 1e-9, dtype=torch.float64)
+    )
     assert truncated._excess(ritz, 2, 1.0, 1e-6) > 1
-    assert truncated._excess(ritz._replace(squares=torch.tensor([1, 0.25, 1e-2, 0]).double()), 2, 1.0, 1e-6) <= 1
+    assert (
+        truncated._excess(
+            ritz._replace(squares=torch.tensor([1, 0.25, 1e-2, 0]).double()), 2, 1.0, 1e-6
+        )
+        <= 1
+    )
 
 
 def test_flat_spectra_are_soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, ritz = [], truncated._ritz
-    monkeypatch.setattr(truncated, "_ritz", lambda core, beyond: sizes.append(len(core)) or ritz(core, beyond))
+    monkeypatch.setattr(
+        truncated, "_ritz", lambda core, beyond: sizes.append(len(core)) or ritz(core, beyond)
+    )
     svd_for_energy(gaussian(700, 800).float(), 0.9, 600)
     assert 0 < max(sizes) <= 80
     truncated_svd(gaussian(1000, 1100).float(), 50)
@@ -351,5 +432,7 @@ def test_random_sizes_ranks_and_decays() -> None:
     for seed in range(60):
         n, m = draw(1, 420), draw(1, 420)
         q, rank, power = draw(1, min(n, m) + 1), draw(1, 40), draw(0, 5) / 2
-        w = spectrum(n, m, counting(q) ** -power, seed).to(torch.float32 if seed % 3 else torch.float64)
+        w = spectrum(n, m, counting(q) ** -power, seed).to(
+            torch.float32 if seed % 3 else torch.float64
+        )
         check(w, truncated_svd(w, rank), min(rank, n, m))

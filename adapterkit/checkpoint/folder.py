@@ -42,13 +42,17 @@ class LocalFolder:
     def __init__(self, path: str | os.PathLike):
         self.given = shown(os.fspath(path))  # for messages
         path = Path(path)
-        self.name = shown(path.name or path.resolve().name)  # printable, whatever a stranger called the folder
+        self.name = shown(
+            path.name or path.resolve().name
+        )  # printable, whatever a stranger called the folder
         self.origin = {"name": self.name}
         self.only = path.name if path.is_file() else None
         self.root = path.parent if self.only else path
         if not (path.is_file() or path.is_dir()):
             found = "neither a file nor a folder" if path.exists() else "no such file or folder"
-            raise Refused(found, expected="a folder of ordinary files", where=str(path), do="check the path")
+            raise Refused(
+                found, expected="a folder of ordinary files", where=str(path), do="check the path"
+            )
 
     def files(self) -> dict[str, int]:
         return self._files
@@ -85,7 +89,9 @@ class LocalFolder:
         except OSError as error:
             raise Damaged(f"cannot open: {error.strerror}", where=str(path)) from error
         if not stat.S_ISREG(mode):
-            raise Refused("not a regular file", where=str(path), do="give a folder of ordinary files")
+            raise Refused(
+                "not a regular file", where=str(path), do="give a folder of ordinary files"
+            )
         if path.is_symlink() and not _stays_home(path, self.root):
             raise Refused(
                 f"a link to {shown(os.readlink(path))}",
@@ -156,7 +162,9 @@ def locate(error: AdapterkitError, folder: Folder) -> None:
 def inside(name: str, where: str) -> PurePosixPath:
     """A file name taken from a file, as a path that cannot leave its folder on any system; `Refused` otherwise."""
     path = PurePosixPath(name)
-    upwards = any(part in ("", ".", "..") for part in name.split("/"))  # an absolute path has an empty first part
+    upwards = any(
+        part in ("", ".", "..") for part in name.split("/")
+    )  # an absolute path has an empty first part
     elsewhere = "\\" in name or name[1:2] == ":"
     if upwards or elsewhere or not name.isprintable() or len(name) > 1000:
         raise Refused(

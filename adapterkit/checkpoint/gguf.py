@@ -24,7 +24,19 @@ FIRST_READ = 4 << 20  # a small vocabulary fits
 MAX_HEADER = 512 << 20
 MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 20
 MAX_RANK = 4  # ggml's
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY, UINT32 = 8, 9, 4
 
 
@@ -69,7 +81,9 @@ def gguf_file(folder: Folder) -> str | None:
         return None
     if len(files) > 1:
         found = f"{len(files)} GGUF files: {', '.join(map(shown, files[:6]))}"
-        raise Refused(found, expected="one", where=folder.name, do="give the path of the file itself")
+        raise Refused(
+            found, expected="one", where=folder.name, do="give the path of the file itself"
+        )
     return files[0]
 
 
@@ -82,7 +96,9 @@ def read_gguf(folder: Folder, name: str, sizes: Mapping[int, tuple[int, int]]) -
             return _Parser(raw, size, name, sizes).header()
         except _Short as short:
             if len(raw) >= min(size, MAX_HEADER):
-                raise _damaged(name, f"the file ends inside its header: {short}", "a whole header") from None
+                raise _damaged(
+                    name, f"the file ends inside its header: {short}", "a whole header"
+                ) from None
             raw += folder.read(name, len(raw), min(4 * len(raw), size, MAX_HEADER))
 
 
@@ -106,15 +122,26 @@ class _Parser:
         if version not in VERSIONS:
             found = "big-endian GGUF" if version & 0xFFFF == 0 else f"GGUF version {version}"
             do = "convert the file with llama.cpp's own tools"
-            raise Refused(found, expected="GGUF version 2 or 3, little-endian", where=self.name, do=do)
+            raise Refused(
+                found, expected="GGUF version 2 or 3, little-endian", where=self.name, do=do
+            )
         tensors, keys = self.take("QQ")
         if tensors > MAX_TENSORS or keys > MAX_KEYS or 24 * tensors + 13 * keys > self.size:
-            raise _damaged(self.name, f"{tensors} tensors and {keys} keys", f"what fits into {self.size} bytes")
+            raise _damaged(
+                self.name, f"{tensors} tensors and {keys} keys", f"what fits into {self.size} bytes"
+            )
         metadata = self.metadata(keys)
         entries = [self.entry() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
-        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise _damaged(self.name, f"general.alignment {shown(alignment)}", "a power of 2 from 8 on")
+        if (
+            type(alignment) is not int
+            or alignment < 8
+            or alignment & (alignment - 1)
+            or alignment > 1 << 20
+        ):
+            raise _damaged(
+                self.name, f"general.alignment {shown(alignment)}", "a power of 2 from 8 on"
+            )
         raw, begin = self.raw[: self.at], -(-self.at // alignment) * alignment
         return GgufHeader(raw, metadata, self.placed(entries, begin, alignment))
 
@@ -124,7 +151,9 @@ class _Parser:
 
     def read(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise _damaged(self.name, f"{count} bytes at {self.at}", f"what fits into {self.size} bytes")
+            raise _damaged(
+                self.name, f"{count} bytes at {self.at}", f"what fits into {self.size} bytes"
+            )
         if count > len(self.raw) - self.at:
             raise _Short(f"{count} bytes at {self.at}")
         self.at += count
@@ -151,7 +180,9 @@ class _Parser:
                 raise _damaged(self.name, f"general.alignment of type {kind}", "a 32-bit number")
         named = found.get("general.architecture")
         if not isinstance(named, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", named):
-            raise _damaged(self.name, f"general.architecture {shown(named)!r}", "the name of an architecture")
+            raise _damaged(
+                self.name, f"general.architecture {shown(named)!r}", "the name of an architecture"
+            )
         return found
 
     def value(self, kind: int) -> Any:
@@ -166,7 +197,9 @@ class _Parser:
             self.read(count * struct.calcsize("<" + SCALARS[inner]))
         elif inner == STRING:
             if 8 * count > self.size - self.at:
-                raise _damaged(self.name, f"an array of {count} texts", f"what fits into {self.size} bytes")
+                raise _damaged(
+                    self.name, f"an array of {count} texts", f"what fits into {self.size} bytes"
+                )
             for _ in range(count):
                 self.text()
         else:
@@ -177,14 +210,18 @@ class _Parser:
         """Name, shape, type and offset of a tensor."""
         name = self.text(MAX_NAME)
         if not name or not name.isprintable() or ".." in name.replace("\\", "/").split("/"):
-            raise _damaged(self.name, f"tensor name {shown(name)!r}", f"1 to {MAX_NAME} printable characters")
+            raise _damaged(
+                self.name, f"tensor name {shown(name)!r}", f"1 to {MAX_NAME} printable characters"
+            )
         (rank,) = self.take("I")
         if rank > MAX_RANK:
             raise _damaged(self.name, f"{shown(name)} of {rank} dimensions", f"at most {MAX_RANK}")
         shape = self.take(f"{rank}Q")[::-1]
         return name, shape, *self.take("IQ")
 
-    def placed(self, entries: list[tuple[str, tuple[int, ...], int, int]], begin: int, alignment: int) -> tuple[Entry, ...]:
+    def placed(
+        self, entries: list[tuple[str, tuple[int, ...], int, int]], begin: int, alignment: int
+    ) -> tuple[Entry, ...]:
         """The tensors with their places, if they tile the rest of the file: each begins where the one before it ends, aligned."""
         errors: list[AdapterkitError] = []
         found, seen = [], set()
@@ -196,10 +233,19 @@ class _Parser:
             count = math.prod(shape)
             if not values:
                 do = "update the gguf package: pip install -U gguf"
-                errors.append(Refused(f"{shown(name)} of type {kind}", expected="types it knows", where=self.name, do=do))
+                errors.append(
+                    Refused(
+                        f"{shown(name)} of type {kind}",
+                        expected="types it knows",
+                        where=self.name,
+                        do=do,
+                    )
+                )
             elif not shape or not 0 < count < 2**62 or shape[-1] % values:
                 expected = f"rows of whole blocks of {values} values"
-                errors.append(_damaged(self.name, f"{shown(name)} of shape {shape}"[:200], expected))
+                errors.append(
+                    _damaged(self.name, f"{shown(name)} of shape {shape}"[:200], expected)
+                )
             else:
                 start = begin + offset
                 found.append(Entry(name, shape, kind, start, start + count // values * width))
@@ -208,7 +254,9 @@ class _Parser:
         for one in sorted(found, key=lambda one: one.start):
             if one.start != at or one.stop > self.size:
                 found_at = f"{shown(one.name)} at bytes {one.start} to {one.stop}"[:300]
-                errors.append(_damaged(self.name, found_at, f"from {at} on, in a file of {self.size} bytes"))
+                errors.append(
+                    _damaged(self.name, found_at, f"from {at} on, in a file of {self.size} bytes")
+                )
             at = -(-one.stop // alignment) * alignment
         refuse_all(errors[:20])
         return tuple(found)

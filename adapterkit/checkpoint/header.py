@@ -55,9 +55,19 @@ class Header:
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
     """The header's length (8-byte prefix included) of a file of `file_size` bytes; `Damaged` if it has none."""
     if prefix.startswith(b"version https://git-lfs"):
-        raise Damaged("a Git LFS pointer, not the weights", expected="a safetensors file", where=where, do="run `git lfs pull`")
+        raise Damaged(
+            "a Git LFS pointer, not the weights",
+            expected="a safetensors file",
+            where=where,
+            do="run `git lfs pull`",
+        )
     if prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
-        raise Damaged("an HTML page, not the weights", expected="a safetensors file", where=where, do="download it again")
+        raise Damaged(
+            "an HTML page, not the weights",
+            expected="a safetensors file",
+            where=where,
+            do="download it again",
+        )
     length = int.from_bytes(prefix[:8], "little")
     limit = min(MAX_HEADER, file_size - 8)
     if len(prefix) < 8 or not 2 <= length <= limit:
@@ -80,23 +90,35 @@ def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Head
     if raw[8:9] != b"{":
         raise damaged("a header that does not start with '{'", "a JSON object")
     if raw.count(b":") > MAX_KEYS or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise damaged("a header of too many keys or values", f"at most {MAX_KEYS // 5:,} tensors in a file")
+        raise damaged(
+            "a header of too many keys or values", f"at most {MAX_KEYS // 5:,} tensors in a file"
+        )
     try:
         table = strict_json(raw[8:])
     except ValueError as error:
-        raise damaged(f"a header that is not strict JSON: {shown(error)}", "UTF-8 JSON, each key once") from error
+        raise damaged(
+            f"a header that is not strict JSON: {shown(error)}", "UTF-8 JSON, each key once"
+        ) from error
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged("__metadata__ that is not text to text", "a map of strings")
     base = len(raw)
     shapes: dict[tuple, tuple] = {}  # one object for each shape: a large model has few of them
-    tensors = [_tensor(key, entry, base, file, folder, shapes, damaged) for key, entry in table.items()]
+    tensors = [
+        _tensor(key, entry, base, file, folder, shapes, damaged) for key, entry in table.items()
+    ]
     tensors.sort(key=lambda t: (t.start, t.stop))
     at = base
     for tensor in tensors:
         if tensor.start != at:
-            word = "overlaps the one before" if tensor.start < at else f"leaves a gap of {tensor.start - at} bytes"
-            raise damaged(f"tensor {shown(tensor.key)!r} {word}", "tensors that tile the data exactly")
+            word = (
+                "overlaps the one before"
+                if tensor.start < at
+                else f"leaves a gap of {tensor.start - at} bytes"
+            )
+            raise damaged(
+                f"tensor {shown(tensor.key)!r} {word}", "tensors that tile the data exactly"
+            )
         at = tensor.stop
     if at != file_size:
         word = "cut off" if at > file_size else "followed by other bytes"
@@ -104,14 +126,25 @@ def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Head
     return Header(raw, tuple(tensors), metadata)
 
 
-def _tensor(key: str, entry, base: int, file: str, folder: int, shapes: dict[tuple, tuple], damaged) -> TensorSpec:
-    if not key or len(key) > MAX_NAME or not key.isprintable() or (".." in key and ".." in key.replace("\\", "/").split("/")):
-        raise damaged(f"tensor name {shown(key)!r}", f"1 to {MAX_NAME} printable characters, no path upwards")
+def _tensor(
+    key: str, entry, base: int, file: str, folder: int, shapes: dict[tuple, tuple], damaged
+) -> TensorSpec:
+    if (
+        not key
+        or len(key) > MAX_NAME
+        or not key.isprintable()
+        or (".." in key and ".." in key.replace("\\", "/").split("/"))
+    ):
+        raise damaged(
+            f"tensor name {shown(key)!r}", f"1 to {MAX_NAME} printable characters, no path upwards"
+        )
     if not isinstance(entry, dict) or entry.keys() != ENTRY:
         raise damaged(f"the entry of {shown(key)!r}", "dtype, shape and data_offsets")
     dtype, sizes, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes.BITS:
-        raise damaged(f"dtype {shown(dtype)!r} of {shown(key)!r}", "one of " + " ".join(dtypes.BITS))
+        raise damaged(
+            f"dtype {shown(dtype)!r} of {shown(key)!r}", "one of " + " ".join(dtypes.BITS)
+        )
     if not _naturals(sizes) or len(sizes) > MAX_RANK:
         raise damaged(f"the shape of {shown(key)!r}", f"at most {MAX_RANK} whole numbers")
     if not _naturals(offsets) or len(offsets) != 2:
@@ -123,7 +156,10 @@ def _tensor(key: str, entry, base: int, file: str, folder: int, shapes: dict[tup
     bits = math.prod(shape) * dtypes.BITS[dtype]
     start, stop = offsets
     if bits % 8 or stop - start != bits // 8:
-        raise damaged(f"{stop - start} bytes for {shown(key)!r}", f"{bits // 8} bytes for {dtype} {shape}"[:200])
+        raise damaged(
+            f"{stop - start} bytes for {shown(key)!r}",
+            f"{bits // 8} bytes for {dtype} {shape}"[:200],
+        )
     return TensorSpec(key, sys.intern(dtype), shape, file, base + start, base + stop, folder)
 
 

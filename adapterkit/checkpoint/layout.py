@@ -48,7 +48,12 @@ def like_base(file: str, tensors: list[Stored], base: Header | None) -> ShardLay
 
 
 def laid_out(
-    file: str, tensors: list[Stored], metadata: dict[str, str], *, ordered: bool = False, header_size: int = 0
+    file: str,
+    tensors: list[Stored],
+    metadata: dict[str, str],
+    *,
+    ordered: bool = False,
+    header_size: int = 0,
 ) -> ShardLayout:
     """A file with a new header of at least `header_size` bytes; unless `ordered`, wider dtypes first where one is misaligned."""
     at = 0
@@ -57,7 +62,9 @@ def laid_out(
             tensors = sorted(tensors, key=lambda t: -dtypes.BITS[t.dtype])
             break
         at += tensor.nbytes
-    header, starts = build_header([(t.key, t.dtype, t.shape) for t in tensors], metadata, header_size)
+    header, starts = build_header(
+        [(t.key, t.dtype, t.shape) for t in tensors], metadata, header_size
+    )
     return ShardLayout(file, header, tuple(tensors), tuple(starts))
 
 
@@ -93,4 +100,7 @@ def index(shards: list[ShardLayout], old: dict | None, grown: int = 0) -> bytes:
     order = [k for k in (old or {}).get("weight_map", {}) if k in where]
     known = set(order)
     order += [k for k in where if k not in known]
-    return (json.dumps({"metadata": metadata, "weight_map": {k: where[k] for k in order}}, indent=2) + "\n").encode()
+    return (
+        json.dumps({"metadata": metadata, "weight_map": {k: where[k] for k in order}}, indent=2)
+        + "\n"
+    ).encode()

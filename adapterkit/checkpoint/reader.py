@@ -14,7 +14,10 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, call
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Damaged, Failed, Spoiled, shown
 
-NEAR, FAR = 4 << 10, 1 << 20  # bytes between two tensors that are read along rather than skipped; of a remote file
+NEAR, FAR = (
+    4 << 10,
+    1 << 20,
+)  # bytes between two tensors that are read along rather than skipped; of a remote file
 RANGE = 8 << 20  # bytes of one read of small tensors
 Identity = tuple[int, int, int, int, int]
 
@@ -27,7 +30,12 @@ def identity(status: os.stat_result) -> Identity:
 class Sources:
     """The open files of a job's input folders. Thread-safe; files open on first use and stay open, at most `limit` of them."""
 
-    def __init__(self, folders: tuple[Folder, ...], expected: dict[tuple[int, str], Identity], limit: int = 16):
+    def __init__(
+        self,
+        folders: tuple[Folder, ...],
+        expected: dict[tuple[int, str], Identity],
+        limit: int = 16,
+    ):
         self.folders, self.expected, self.limit = folders, expected, limit
         self._open: dict[tuple[int, str], tuple[int, Identity]] = {}
         self._lock = threading.Lock()
@@ -39,7 +47,10 @@ class Sources:
 
     def read_into(self, spec: TensorSpec, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on."""
-        with belonging_to(self.folders[spec.folder]), self.file(spec.folder, spec.file) as descriptor:
+        with (
+            belonging_to(self.folders[spec.folder]),
+            self.file(spec.folder, spec.file) as descriptor,
+        ):
             read_exactly(descriptor, buffer, spec.start + offset, spec)
 
     def read(self, spec: TensorSpec) -> bytearray:
@@ -54,7 +65,9 @@ class Sources:
             if which in self._open:
                 self._users[which] += 1
                 return self._open[which][0]
-        path = self.folders[which[0]].path(which[1])  # may wait for a download, so not under the lock
+        path = self.folders[which[0]].path(
+            which[1]
+        )  # may wait for a download, so not under the lock
         with self._lock:
             if which not in self._open:
                 self._make_room()
@@ -71,7 +84,9 @@ class Sources:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise Failed(
-                f"cannot open: {error.strerror}", where=str(path), do="check the file, then run again with --resume"
+                f"cannot open: {error.strerror}",
+                where=str(path),
+                do="check the file, then run again with --resume",
             ) from error
         found = identity(os.fstat(descriptor))
         if self.expected.setdefault(which, found) != found:
@@ -92,7 +107,9 @@ class Sources:
         try:
             after = identity(os.fstat(descriptor))
         except OSError as error:
-            raise changed(self._called(which), f"the file cannot be looked at any more: {error.strerror}") from error
+            raise changed(
+                self._called(which), f"the file cannot be looked at any more: {error.strerror}"
+            ) from error
         finally:
             with contextlib.suppress(OSError):  # nothing was written to it
                 os.close(descriptor)
@@ -144,13 +161,17 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
         except OSError as error:
             found = f"cannot read at byte {position + done}: {error.strerror}"
             where = f"{spec.file}: {shown(spec.key)}"
-            raise Failed(found, where=where, do="check the disk, then run again with --resume") from error
+            raise Failed(
+                found, where=where, do="check the disk, then run again with --resume"
+            ) from error
         if n == 0:
             raise changed(spec.file, f"the file ends at byte {position + done}")
         done += n
 
 
-def read_small(folder: Folder, specs: Iterable[TensorSpec]) -> Iterator[tuple[TensorSpec, memoryview]]:
+def read_small(
+    folder: Folder, specs: Iterable[TensorSpec]
+) -> Iterator[tuple[TensorSpec, memoryview]]:
     """The bytes of small tensors, file by file in the order of their places; neighbours come in one read, with what lies between.
 
     `Damaged` where a file ends before one of them.
@@ -160,15 +181,23 @@ def read_small(folder: Folder, specs: Iterable[TensorSpec]) -> Iterator[tuple[Te
     for name, group in itertools.groupby(ordered, lambda spec: spec.file):
         with _opened(folder.path(name)) if local else contextlib.nullcontext() as descriptor:
             for first, stop, together in _neighbours(group, NEAR if local else FAR):
-                data = folder.read(name, first, stop) if descriptor is None else _read_at(descriptor, first, stop, name)
+                data = (
+                    folder.read(name, first, stop)
+                    if descriptor is None
+                    else _read_at(descriptor, first, stop, name)
+                )
                 if len(data) < stop - first:
                     found, do = f"the file ends at byte {first + len(data)}", "copy the file again"
                     raise Damaged(found, expected=f"{stop} bytes or more", where=name, do=do)
                 view = memoryview(data)
-                yield from ((spec, view[spec.start - first : spec.stop - first]) for spec in together)
+                yield from (
+                    (spec, view[spec.start - first : spec.stop - first]) for spec in together
+                )
 
 
-def _neighbours(ordered: Iterable[TensorSpec], gap: int) -> Iterator[tuple[int, int, list[TensorSpec]]]:
+def _neighbours(
+    ordered: Iterable[TensorSpec], gap: int
+) -> Iterator[tuple[int, int, list[TensorSpec]]]:
     """(start, stop, its tensors) of each range to read: tensors no further apart than `gap`, together at most RANGE bytes."""
     together: list[TensorSpec] = []
     start = stop = 0
@@ -200,8 +229,12 @@ def _read_at(descriptor: int, start: int, stop: int, name: str) -> bytes:
     try:
         return os.pread(descriptor, stop - start, start)
     except OSError as error:
-        raise Failed(f"cannot read at byte {start}: {error.strerror}", where=name, do="check the disk") from error
+        raise Failed(
+            f"cannot read at byte {start}: {error.strerror}", where=name, do="check the disk"
+        ) from error
 
 
 def changed(name: str, found: str = "the file changed between plan and end") -> Spoiled:
-    return Spoiled(found, expected="inputs that stay as they are", where=name, do="run the job again")
+    return Spoiled(
+        found, expected="inputs that stay as they are", where=name, do="run the job again"
+    )

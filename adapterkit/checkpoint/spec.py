@@ -23,10 +23,23 @@ TRAINER = (
 )  # of a Trainer's pickles: no weights
 NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
 # Windows takes these for devices, with any extension
-DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
+DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{i}" for port in ("com", "lpt") for i in range(10)),
+}
 MAX_JSON = 50_000_000
 MAX_DEPTH = 100  # of lists and objects inside each other
-LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "encoder_layers"}
+LAYER_COUNTS = {
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,15 @@ class Seen:
     def checkpoint(self) -> Checkpoint:
         """What could be read, taken for a checkpoint."""
         shards = {name: header for name, header in self.shards.items() if header is not None}
-        return Checkpoint(self.folder, shards, self.tensors, self.index, self.index_name, self.config, self.folder.files())
+        return Checkpoint(
+            self.folder,
+            shards,
+            self.tensors,
+            self.index,
+            self.index_name,
+            self.config,
+            self.folder.files(),
+        )
 
 
 def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
@@ -134,7 +155,9 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
     if length > len(raw):
         raw += folder.read(name, len(raw), length)
     if len(raw) < length:
-        raise Damaged(f"{len(raw)} bytes where {length} were promised", where=name, do="copy the file again")
+        raise Damaged(
+            f"{len(raw)} bytes where {length} were promised", where=name, do="copy the file again"
+        )
     return parse_header(raw[:length], size, name, number)
 
 
@@ -148,17 +171,30 @@ def read_json(folder: Folder, name: str) -> dict:
         _check_depth(value)
     except ValueError as error:
         raise Damaged(
-            f"not JSON: {shown(error)}", expected="a JSON object", where=f"{folder.name}/{name}", do="mend the file"
+            f"not JSON: {shown(error)}",
+            expected="a JSON object",
+            where=f"{folder.name}/{name}",
+            do="mend the file",
         ) from error
     if not isinstance(value, dict):
-        raise Damaged(f"a JSON {type(value).__name__}", expected="a JSON object", where=name, do="mend the file")
+        raise Damaged(
+            f"a JSON {type(value).__name__}",
+            expected="a JSON object",
+            where=name,
+            do="mend the file",
+        )
     return value
 
 
 def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [inner for v in level if isinstance(v, list | dict) for inner in (v.values() if isinstance(v, dict) else v)]
+        level = [
+            inner
+            for v in level
+            if isinstance(v, list | dict)
+            for inner in (v.values() if isinstance(v, dict) else v)
+        ]
     if level:
         raise ValueError("nested too deeply")
 
@@ -167,15 +203,23 @@ def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitErro
     """What is wrong with the few values of a config that decide which model is built, sub-configs included."""
     errors: list[AdapterkitError] = []
     names = config.get("architectures")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        errors.append(Damaged("architectures", expected="a list of class names", where=where, do="mend the config"))
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        errors.append(
+            Damaged(
+                "architectures", expected="a list of class names", where=where, do="mend the config"
+            )
+        )
     if not isinstance(config.get("model_type"), str | None):
         errors.append(Damaged("model_type", expected="a text", where=where, do="mend the config"))
     for key in LAYER_COUNTS & config.keys():
         layers, most = config[key], max(1000, stored)
         if isinstance(layers, int) and layers > most:
             found = f"{key} = {layers}, with {stored} stored tensors"
-            errors.append(Damaged(found, expected=f"at most {most}", where=where, do="mend the config"))
+            errors.append(
+                Damaged(found, expected=f"at most {most}", where=where, do="mend the config")
+            )
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config"):
             errors += _config_errors(value, stored, where)
@@ -256,11 +300,29 @@ def _indexed(seen: Seen, index: dict, name: str) -> list[str] | None:
     """Those files of an index that can be opened, the others noted; None where it names no files."""
     where, files = f"{seen.folder.name}/{name}", seen.folder.files()
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        seen.note(Damaged("no weight_map", expected="a map of keys to file names", where=where, do="restore the index"))
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
+        seen.note(
+            Damaged(
+                "no weight_map",
+                expected="a map of keys to file names",
+                where=where,
+                do="restore the index",
+            )
+        )
         return None
     if not isinstance(index.get("metadata", {}), dict):
-        seen.note(Damaged("metadata that is no JSON object", expected="a map", where=where, do="restore the index"))
+        seen.note(
+            Damaged(
+                "metadata that is no JSON object",
+                expected="a map",
+                where=where,
+                do="restore the index",
+            )
+        )
     names = sorted(set(weight_map.values()))
     wrong = {file: error for file in names if (error := _shard_name_error(file, files, where))}
     seen.errors += wrong.values()
@@ -273,7 +335,14 @@ def _indexed(seen: Seen, index: dict, name: str) -> list[str] | None:
         twins.setdefault(file.casefold(), []).append(file)
     for group in [group for group in twins.values() if len(group) > 1]:
         found = f"file names that differ only in case: {', '.join(map(shown, group))}"
-        seen.note(Refused(found, expected="names that any file system keeps apart", where=where, do="rename one"))
+        seen.note(
+            Refused(
+                found,
+                expected="names that any file system keeps apart",
+                where=where,
+                do="rename one",
+            )
+        )
     return [file for file in names if file not in wrong]
 
 
@@ -292,9 +361,19 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
             do="restore the index",
         )
     if file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
-        return Refused(f"{shown(file)} as a shard", expected="safetensors files of a model", where=where, do="restore the index")
+        return Refused(
+            f"{shown(file)} as a shard",
+            expected="safetensors files of a model",
+            where=where,
+            do="restore the index",
+        )
     if file not in files:
-        return Damaged(f"no file {shown(file)}", expected="every file the index names", where=where, do="download it")
+        return Damaged(
+            f"no file {shown(file)}",
+            expected="every file the index names",
+            where=where,
+            do="download it",
+        )
     return None
 
 
@@ -311,16 +390,31 @@ def _index_errors(seen: Seen) -> list[AdapterkitError]:
     """Where the index, if there is one, and the files that could be read contradict each other."""
     if seen.index is None:
         return []
-    where, tensors, weight_map = f"{seen.folder.name}/{seen.index_name}", seen.tensors, seen.index["weight_map"]
+    where, tensors, weight_map = (
+        f"{seen.folder.name}/{seen.index_name}",
+        seen.tensors,
+        seen.index["weight_map"],
+    )
     errors: list[AdapterkitError] = []
     for key, file in weight_map.items():
         spec = tensors.get(key)
         if seen.shards.get(file) is not None and (spec is None or spec.file != file):
             found = f"{shown(key)} is not in {shown(file)}"
-            errors.append(Damaged(found, expected="an index that matches its files", where=where, do="restore the index"))
+            errors.append(
+                Damaged(
+                    found,
+                    expected="an index that matches its files",
+                    where=where,
+                    do="restore the index",
+                )
+            )
     for key in [key for key in tensors if key not in weight_map]:
         found = f"{shown(key)} in {shown(tensors[key].file)}"
-        errors.append(Damaged(found, expected="every stored key in the index", where=where, do="restore the index"))
+        errors.append(
+            Damaged(
+                found, expected="every stored key in the index", where=where, do="restore the index"
+            )
+        )
     return errors
 
 
@@ -329,7 +423,9 @@ def _share_strings(seen: Seen) -> None:
     if seen.index is not None:
         tensors = seen.tensors
         pairs = ((tensors.get(key), key, file) for key, file in seen.index["weight_map"].items())
-        seen.index["weight_map"] = {s.key if s else key: s.file if s and s.file == file else file for s, key, file in pairs}
+        seen.index["weight_map"] = {
+            s.key if s else key: s.file if s and s.file == file else file for s, key, file in pairs
+        }
 
 
 def _stored_twice(seen: Seen) -> list[AdapterkitError]:
@@ -339,7 +435,9 @@ def _stored_twice(seen: Seen) -> list[AdapterkitError]:
         if spec.key in files:
             found = f"{shown(spec.key)} in both {shown(files[spec.key])} and {shown(spec.file)}"
             do = "remove the file that is not part of the model"
-            errors.append(Damaged(found, expected="each tensor once", where=seen.folder.name, do=do))
+            errors.append(
+                Damaged(found, expected="each tensor once", where=seen.folder.name, do=do)
+            )
         files[spec.key] = spec.file
     return errors
 
@@ -363,13 +461,22 @@ def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
     if any(name.endswith(".gguf") for name in here):
         do = "adapterkit dequantize MODEL.gguf --out DIR"
         return Refused("a GGUF file", expected="safetensors files", where=folder.name, do=do)
-    return Refused("no safetensors files", expected="a model checkpoint", where=folder.name, do="check the path")
+    return Refused(
+        "no safetensors files",
+        expected="a model checkpoint",
+        where=folder.name,
+        do="check the path",
+    )
 
 
 # Keys of LoRAs that are not in PEFT's layout: with a pipeline's part in front, or with underscores for dots
 OTHER_LAYOUTS = {
-    "diffusers": re.compile(r"^(unet|transformer(_2)?|text_encoder(_\d)?|prior|controlnet)\.(.+\.)?(lora|lora_\w+|\w+_lora)\."),
-    "kohya": re.compile(r"^lora_(unet|te\d?|transformer|prior)_\w+\.(lora_(down|up)\.weight|alpha)$"),
+    "diffusers": re.compile(
+        r"^(unet|transformer(_2)?|text_encoder(_\d)?|prior|controlnet)\.(.+\.)?(lora|lora_\w+|\w+_lora)\."
+    ),
+    "kohya": re.compile(
+        r"^lora_(unet|te\d?|transformer|prior)_\w+\.(lora_(down|up)\.weight|alpha)$"
+    ),
 }
 
 
@@ -397,4 +504,6 @@ def no_model(file: str, layout: str, where: str) -> Refused:
     """What to say where a LoRA of another layout is met."""
     do = "use it with diffusers (load_lora_weights); PEFT's layout is what save_pretrained of the trained part writes"
     expected = "a model, or an adapter in PEFT's layout with adapter_config.json"
-    return Refused(f"{shown(file)} is a LoRA in the layout of {layout}", expected=expected, where=where, do=do)
+    return Refused(
+        f"{shown(file)} is a LoRA in the layout of {layout}", expected=expected, where=where, do=do
+    )

@@ -5,7 +5,9 @@ import re
 from typing import Any
 
 LONGEST_NUMBER = 100  # characters; float() of a longer whole number may overflow
-_ODD = re.compile(rb"-0|[0-9]{%d}" % LONGEST_NUMBER)  # where there is none, no number needs a look of its own
+_ODD = re.compile(
+    rb"-0|[0-9]{%d}" % LONGEST_NUMBER
+)  # where there is none, no number needs a look of its own
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 

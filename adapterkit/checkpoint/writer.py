@@ -24,7 +24,9 @@ PART = ".part"
 JOURNAL = "journal.jsonl"
 RECEIPT = "adapterkit.json"
 NAME_MAX, PATH_MAX = 255, 4000  # bytes; of a path with room for the files in it, of 4096
-FLUSH = 32 << 20  # bytes after which write-back is started, so that the fsync at the end finds little to do
+FLUSH = (
+    32 << 20
+)  # bytes after which write-back is started, so that the fsync at the end finds little to do
 # for measuring only: what durability costs
 DURABLE = os.environ.get("ADAPTERKIT_FSYNC", "1") != "0"
 
@@ -79,7 +81,9 @@ class ShardFile:
         done = 0
         while done < length:
             try:
-                n = os.copy_file_range(source, self.descriptor, length - done, start + done, position + done)
+                n = os.copy_file_range(
+                    source, self.descriptor, length - done, start + done, position + done
+                )
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     with storage_errors(self.path):
@@ -130,7 +134,10 @@ def check_name(out: Path) -> None:
     longest = max(len(os.fsencode(name)) for name in (*path.parts, control_of(out)))
     room = NAME_MAX - len(control_of(Path("/")))
     if longest > NAME_MAX:
-        found, expected = f"a name of {len(os.fsencode(path.name))} bytes", f"names of at most {room} bytes"
+        found, expected = (
+            f"a name of {len(os.fsencode(path.name))} bytes",
+            f"names of at most {room} bytes",
+        )
         raise Refused(found, expected=expected, where="--out", do="choose a shorter --out")
     if len(os.fsencode(path)) > PATH_MAX:
         found, expected = f"a path of {len(os.fsencode(path))} bytes", f"at most {PATH_MAX} bytes"
@@ -162,7 +169,12 @@ class Stage:
         """Take the folder for this process; `Refused` while another one works in it."""
         with storage_errors(self.control):
             if self.control.is_symlink() or self.path.is_symlink():
-                raise Refused("a link", expected="a folder of ours", where=str(self.control), do="remove the link")
+                raise Refused(
+                    "a link",
+                    expected="a folder of ours",
+                    where=str(self.control),
+                    do="remove the link",
+                )
             try:
                 self._lock()
             except BaseException:
@@ -191,11 +203,21 @@ class Stage:
         """'fresh', 'resume', 'publish' (nothing is missing but the final names) or 'finished'; `Refused` where the output or an
         interrupted run is in the way."""
         if self.out.exists() and not self.out.is_dir():
-            raise Refused("a file of that name", expected="a folder to make", where=str(self.out), do="choose another --out")
+            raise Refused(
+                "a file of that name",
+                expected="a folder to make",
+                where=str(self.out),
+                do="choose another --out",
+            )
         entries = self.journal()
         head = entries[0] if entries else None
         there = _receipt_of(self.out).get("fingerprint")
-        if resume and head is None and there is not None and (there == fingerprint or not overwrite):
+        if (
+            resume
+            and head is None
+            and there is not None
+            and (there == fingerprint or not overwrite)
+        ):
             return "finished"
         receipt = entries[-1].get("publish") if entries else None
         if resume and receipt is not None and _sha256(self.out / RECEIPT) == receipt:
@@ -219,7 +241,11 @@ class Stage:
         """What the output folder holds, but for what is not the user's."""
         if not self.out.is_dir():
             return []
-        return [p for p in self.out.iterdir() if p.name != ".adapterkit" and not (self.inner and p.name == "lost+found")]
+        return [
+            p
+            for p in self.out.iterdir()
+            if p.name != ".adapterkit" and not (self.inner and p.name == "lost+found")
+        ]
 
     def _check_output(self) -> None:
         """`Refused` unless the output folder is empty or, where it is to be replaced, one older output and nothing else."""
@@ -253,14 +279,20 @@ class Stage:
         found = []
         for top in self._here():
             below = [top] if top.is_symlink() or not top.is_dir() else top.rglob("*")
-            found += [p.relative_to(self.out).as_posix() for p in below if p.is_symlink() or not p.is_dir()]
+            found += [
+                p.relative_to(self.out).as_posix()
+                for p in below
+                if p.is_symlink() or not p.is_dir()
+            ]
         return found
 
     def clear(self, keep: Iterable[str] = ()) -> None:
         """Remove what the stage holds, but for finished shards: half-written files also hold the space that is needed."""
         kept = {self.path / name for name in keep}
         with storage_errors(self.path):
-            for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder before the folder
+            for path in sorted(
+                self.path.rglob("*"), reverse=True
+            ):  # what is in a folder before the folder
                 if path.is_symlink() or not path.is_dir():
                     if path not in kept:
                         path.unlink()
@@ -323,7 +355,9 @@ class Stage:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(
+                path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+            )
             try:
                 for block in blocks:
                     write_all(block, lambda rest, _: os.write(descriptor, rest))
@@ -340,7 +374,12 @@ class Stage:
         self._check_output()  # it may have changed since the start
         with storage_errors(self.path):
             sync_folders(self.path)
-        self.note({"publish": _sha256(self.path / RECEIPT), "old": self._files_here() if self.inner else []})
+        self.note(
+            {
+                "publish": _sha256(self.path / RECEIPT),
+                "old": self._files_here() if self.inner else [],
+            }
+        )
 
     def publish(self) -> None:
         """Give the finished stage its final name, and leave nothing else behind."""
@@ -369,7 +408,10 @@ class Stage:
     def _move_into(self) -> None:
         """Move the files one by one; begun again after a crash it goes on. An old index over new shards loads and is silently
         wrong: what makes a folder loadable goes first and comes last."""
-        new = [*_receipt_of(self.path if (self.path / RECEIPT).exists() else self.out)["files"], RECEIPT]
+        new = [
+            *_receipt_of(self.path if (self.path / RECEIPT).exists() else self.out)["files"],
+            RECEIPT,
+        ]
         old = {name for name in self.journal()[-1]["old"] if name not in new}
         for name in sorted({*new, *old}, key=_turn, reverse=True):
             if _turn(name) and (name in old or (self.path / name).exists()):
@@ -395,7 +437,9 @@ class Stage:
         with contextlib.suppress(OSError):
             for path in self.control.iterdir():
                 if path.name not in (JOURNAL, LOCK):
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                        missing_ok=True
+                    )
             (self.control / JOURNAL).unlink(missing_ok=True)
 
     def _close_journal(self) -> None:
@@ -433,7 +477,10 @@ def is_mount(path: Path) -> bool:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return False
-    points = [re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4]) for line in lines]
+    points = [
+        re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4])
+        for line in lines
+    ]
     return os.fsencode(path) in points
 
 

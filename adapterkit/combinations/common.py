@@ -12,20 +12,32 @@ from adapterkit.kernels.elementwise import Cut, Majority, Trim, drop, elect, lar
 from adapterkit.kernels.lowrank import Product, Svd, stacked
 
 GLANCE = 4  # a fourth of each block's rows is enough for the first guess of a threshold
-Prune = Callable[[Tensor], None]  # changes a block in place; the blocks of a delta come in row-major order
+Prune = Callable[
+    [Tensor], None
+]  # changes a block in place; the blocks of a delta come in row-major order
 
 
 def check_share(option: str, value: float, above_zero: bool = False) -> None:
     """Refuse an option that is no share."""
     if not 0 <= value <= 1 or (above_zero and value == 0):
         bounds = "above 0, at most 1" if above_zero else "from 0 to 1"
-        raise Refused(f"{option} {value}", expected=f"a number {bounds}", where=f"--{option}", do="give a share, 0.2 for a fifth")
+        raise Refused(
+            f"{option} {value}",
+            expected=f"a number {bounds}",
+            where=f"--{option}",
+            do="give a share, 0.2 for a fifth",
+        )
 
 
 def check_majority(value: str) -> None:
     """Refuse a rule for signs that does not exist."""
     if value not in ("total", "frequency"):
-        raise Refused(f"majority {value!r}", expected="total or frequency", where="--majority", do="use one of these")
+        raise Refused(
+            f"majority {value!r}",
+            expected="total or frequency",
+            where="--majority",
+            do="use one of these",
+        )
 
 
 def check_count(weights: Sequence[float], deltas: int) -> None:
@@ -43,7 +55,10 @@ def cut(deltas: Deltas, which: int, keep: int) -> Cut:
     """Where the `keep` largest magnitudes of a delta end."""
 
     def read(part: int = 1) -> Iterator[Tensor]:
-        return (deltas.rows(which, first, first + math.ceil((last - first) / part)) for first, last in deltas.blocks())
+        return (
+            deltas.rows(which, first, first + math.ceil((last - first) / part))
+            for first, last in deltas.blocks()
+        )
 
     return largest(read, math.prod(deltas.shape), keep, lambda: read(GLANCE))
 
@@ -63,7 +78,9 @@ class WeightedSum:
         """What each delta is multiplied by."""
         raise NotImplementedError
 
-    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
+    def products(
+        self, products: Sequence[Product], weights: Sequence[float]
+    ) -> tuple[Product, Facts]:
         return stacked(products, self.shares(weights)), {}
 
 
@@ -79,7 +96,9 @@ def summed(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]) ->
     return Merged(merged, {})
 
 
-def elected(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune], majority: Majority) -> Merged:
+def elected(
+    deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune], majority: Majority
+) -> Merged:
     """The weighted mean of the pruned deltas over those whose sign is the majority's, element by element."""
     check_count(weights, deltas.count)
     merged, several, differ = torch.empty(deltas.shape), 0, 0

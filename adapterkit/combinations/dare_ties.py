@@ -25,4 +25,9 @@ class DareTies:
         check_majority(self.majority)
 
     def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:
-        return elected(deltas, weights, [thin(seeds, i, self.density) for i in range(deltas.count)], self.majority)
+        return elected(
+            deltas,
+            weights,
+            [thin(seeds, i, self.density) for i in range(deltas.count)],
+            self.majority,
+        )

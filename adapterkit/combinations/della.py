@@ -40,7 +40,9 @@ class Della:
             )
 
     def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:
-        return elected(deltas, weights, [self._prune(seeds, i) for i in range(deltas.count)], self.majority)
+        return elected(
+            deltas, weights, [self._prune(seeds, i) for i in range(deltas.count)], self.majority
+        )
 
     def _prune(self, seeds: Seeds, which: int) -> Prune:
         if self.density == 1:

@@ -18,5 +18,8 @@ class Ema(WeightedSum):
         check_share("decay", self.decay)
 
     def shares(self, weights: Sequence[float]) -> list[float]:
-        decayed = [self.decay ** (len(weights) - 1 - i) * (1 - self.decay if i else 1) for i in range(len(weights))]
+        decayed = [
+            self.decay ** (len(weights) - 1 - i) * (1 - self.decay if i else 1)
+            for i in range(len(weights))
+        ]
         return [share * weight for share, weight in zip(decayed, weights, strict=True)]

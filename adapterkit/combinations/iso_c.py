@@ -19,10 +19,14 @@ class IsoC:
     name = "iso_c"
     source = "arXiv:2502.04959 (Iso-C)"
 
-    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
+    def products(
+        self, products: Sequence[Product], weights: Sequence[float]
+    ) -> tuple[Product, Facts]:
         check_count(weights, len(products))
         found = svd(stacked(products, weights))
-        kept = significant(found, sum(abs(w) * norm(p) for p, w in zip(products, weights, strict=True)))
+        kept = significant(
+            found, sum(abs(w) * norm(p) for p, w in zip(products, weights, strict=True))
+        )
         if not len(kept.s):
             kept = found.top(1)
             return Product(kept.u * 0, kept.vh), {"strength": 0.0}

@@ -30,10 +30,20 @@ class Karcher:
 
     def check(self, weights: Sequence[float]) -> None:
         if min(weights) < 0 or sum(weights) == 0:
-            found, expected = f"weights {', '.join(f'{w:g}' for w in weights)}", "shares: none below 0, not all 0"
-            raise Refused(found, expected=expected, where="--method karcher", do="change the weights, or use linear")
+            found, expected = (
+                f"weights {', '.join(f'{w:g}' for w in weights)}",
+                "shares: none below 0, not all 0",
+            )
+            raise Refused(
+                found,
+                expected=expected,
+                where="--method karcher",
+                do="change the weights, or use linear",
+            )
 
-    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
+    def products(
+        self, products: Sequence[Product], weights: Sequence[float]
+    ) -> tuple[Product, Facts]:
         check_count(weights, len(products))
         self.check(weights)
         shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
@@ -91,4 +101,9 @@ def _length(
 
 
 def _refused(found: str) -> Refused:
-    return Refused(found, expected="directions that have a mean", where="--method karcher", do="use linear, or leave adapters out")
+    return Refused(
+        found,
+        expected="directions that have a mean",
+        where="--method karcher",
+        do="use linear, or leave adapters out",
+    )

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.combinations.common import check_count, check_majority, check_share, conflict, significant
+from adapterkit.combinations.common import (
+    check_count,
+    check_majority,
+    check_share,
+    conflict,
+    significant,
+)
 from adapterkit.combinations.protocol import Facts
 from adapterkit.kernels.elementwise import Majority, Trim, elect, largest
 from adapterkit.kernels.lowrank import Product, norm, signed, svd
@@ -31,12 +37,18 @@ class Knots:
         check_share("density", self.density)
         check_majority(self.majority)
 
-    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
+    def products(
+        self, products: Sequence[Product], weights: Sequence[float]
+    ) -> tuple[Product, Facts]:
         check_count(weights, len(products))
         u = _basis(products)
         parts = [(u.T @ p.left) @ p.right for p in products]  # S Vᵢ, (R, in)
         for part in parts:
-            Trim(largest(lambda part=part: [part.clone()], part.numel(), int(self.density * part.numel())))(part)
+            Trim(
+                largest(
+                    lambda part=part: [part.clone()], part.numel(), int(self.density * part.numel())
+                )
+            )(part)
         merged = torch.empty_like(parts[0])
         facts = conflict(*elect(parts, weights, self.majority, merged))
         return Product(u, merged), facts
@@ -45,7 +57,9 @@ class Knots:
 def _basis(products: Sequence[Product]) -> Tensor:  # (out, R)
     """U, from the factors: rightᵢᵀ = Pᵢ Tᵢ, so [Δ₁ Δ₂ ...] has the left singular vectors of [left₁ T₁ᵀ, left₂ T₂ᵀ, ...]."""
     beside = torch.cat([p.left @ torch.linalg.qr(p.right.T, mode="r").R.T for p in products], 1)
-    found = svd(Product(beside, torch.eye(beside.shape[1], dtype=beside.dtype, device=beside.device)))
+    found = svd(
+        Product(beside, torch.eye(beside.shape[1], dtype=beside.dtype, device=beside.device))
+    )
     kept = significant(found, sum(norm(p) for p in products))
     u = kept.u if len(kept.s) else torch.zeros_like(found.u[:, :1])  # all deltas are 0
     return torch.stack([signed(column) for column in u.T], 1)

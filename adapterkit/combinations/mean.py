@@ -16,7 +16,12 @@ class Mean(WeightedSum):
 
     def check(self, weights: Sequence[float]) -> None:
         if sum(weights) == 0:
-            raise Refused("weights that add up to 0", expected="a sum to divide by", where="weights", do="use --method linear")
+            raise Refused(
+                "weights that add up to 0",
+                expected="a sum to divide by",
+                where="weights",
+                do="use --method linear",
+            )
 
     def shares(self, weights: Sequence[float]) -> list[float]:
         self.check(weights)

@@ -46,7 +46,9 @@ class OnFactors(Protocol):
     name: str
     source: str
 
-    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]: ...
+    def products(
+        self, products: Sequence[Product], weights: Sequence[float]
+    ) -> tuple[Product, Facts]: ...
 
 
 class OnElements(Protocol):

@@ -43,7 +43,9 @@ class Sce:
             spread.fill_(1)
         shares, several, differ = _shares(deltas, spread), 0, 0
         for first, last in deltas.blocks():
-            found = elect(_selected(deltas, spread, first, last), weights, "total", spread[first:last], shares)
+            found = elect(
+                _selected(deltas, spread, first, last), weights, "total", spread[first:last], shares
+            )
             several, differ = several + found[0], differ + found[1]
         return Merged(spread, conflict(several, differ))
 
@@ -52,7 +54,11 @@ class Sce:
         nonzero = int(torch.count_nonzero(spread))
         if self.select == 1 or not nonzero:
             return Cut(-1.0)
-        return largest(lambda: (spread[first:last] for first, last in deltas.blocks()), spread.numel(), int(self.select * nonzero))
+        return largest(
+            lambda: (spread[first:last] for first, last in deltas.blocks()),
+            spread.numel(),
+            int(self.select * nonzero),
+        )
 
 
 def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
@@ -66,13 +72,18 @@ def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
 
 
 def _selected(deltas: Deltas, selected: Tensor, first: int, last: int) -> list[Tensor]:
-    mask = selected[first:last].sign()  # none is below 0; a product with floats is faster than with bools
+    mask = selected[
+        first:last
+    ].sign()  # none is below 0; a product with floats is faster than with bools
     return [deltas.rows(i, first, last).mul_(mask) for i in range(deltas.count)]
 
 
 def _shares(deltas: Deltas, selected: Tensor) -> list[float]:
     """ηᵢ, summed exactly over the columns: no number of threads changes it."""
-    columns = [torch.zeros(deltas.shape[1], dtype=torch.float64, device=selected.device) for _ in range(deltas.count)]
+    columns = [
+        torch.zeros(deltas.shape[1], dtype=torch.float64, device=selected.device)
+        for _ in range(deltas.count)
+    ]
     for first, last in deltas.blocks():
         for total, block in zip(columns, _selected(deltas, selected, first, last), strict=True):
             add_column_squares(block, total)

@@ -42,10 +42,14 @@ class Slerp:
         if any(weight != 1 for weight in weights):
             found = f"t {self.t:g} and weights {', '.join(f'{w:g}' for w in weights)}"
             do = f"leave t out, or the weights: t {self.t:g} is weights {1 - self.t:g} and {self.t:g}"
-            raise Refused(found, expected="one of them: both say where on the arc", where="--set t", do=do)
+            raise Refused(
+                found, expected="one of them: both say where on the arc", where="--set t", do=do
+            )
         return [1 - self.t, self.t]
 
-    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
+    def products(
+        self, products: Sequence[Product], weights: Sequence[float]
+    ) -> tuple[Product, Facts]:
         check_count(weights, len(products))
         self.check(weights)
         if len(products) == 1 or 0 in weights:
@@ -54,7 +58,9 @@ class Slerp:
         parts = [abs(weight) / length for weight in weights]
         if math.sin(angle) > 0:
             parts = [math.sin(part * angle) / math.sin(angle) for part in parts]
-        return stacked(products, [math.copysign(length * p, w) for p, w in zip(parts, weights, strict=True)]), {"angle": angle}
+        return stacked(
+            products, [math.copysign(length * p, w) for p, w in zip(parts, weights, strict=True)]
+        ), {"angle": angle}
 
 
 def _angle(products: Sequence[Product], weights: Sequence[float]) -> float:
@@ -65,5 +71,10 @@ def _angle(products: Sequence[Product], weights: Sequence[float]) -> float:
         return 0.0
     cosine = float(table[0, 1]) * weights[0] * weights[1] / abs(norms[0] * norms[1])
     if 1 + cosine < 1e-12:
-        raise Refused("two deltas in opposite directions", expected="an arc between them", where="--method slerp", do="use linear")
+        raise Refused(
+            "two deltas in opposite directions",
+            expected="an arc between them",
+            where="--method slerp",
+            do="use linear",
+        )
     return math.acos(min(cosine, 1.0))

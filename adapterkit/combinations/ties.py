@@ -27,4 +27,9 @@ class Ties:
         check_majority(self.majority)
 
     def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:
-        return elected(deltas, weights, [trim(deltas, i, self.density) for i in range(deltas.count)], self.majority)
+        return elected(
+            deltas,
+            weights,
+            [trim(deltas, i, self.density) for i in range(deltas.count)],
+            self.majority,
+        )

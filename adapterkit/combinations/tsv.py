@@ -28,13 +28,18 @@ class Tsv:
         if self.share is not None:
             check_share("share", self.share, above_zero=True)
 
-    def products(self, products: Sequence[Product], weights: Sequence[float]) -> tuple[Product, Facts]:
+    def products(
+        self, products: Sequence[Product], weights: Sequence[float]
+    ) -> tuple[Product, Facts]:
         check_count(weights, len(products))
         smaller = min(products[0].left.shape[0], products[0].right.shape[1])
         keep = smaller // len(products) if self.share is None else int(self.share * smaller)
         whole = [_svd(p) for p in products]
         kept = [found.top(max(keep, 1)) for found in whole]
-        u, vh = _nearest(torch.cat([t.u for t in kept], 1)), _nearest(torch.cat([t.vh for t in kept], 0).T).T
+        u, vh = (
+            _nearest(torch.cat([t.u for t in kept], 1)),
+            _nearest(torch.cat([t.vh for t in kept], 0).T).T,
+        )
         s = torch.cat([t.s * weight for t, weight in zip(kept, weights, strict=True)])
         return Product(u * s, vh), {"kept_energy": _energy(kept) / (_energy(whole) or 1.0)}
 

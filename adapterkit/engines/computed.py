@@ -32,7 +32,13 @@ BLOCK = 4 << 20
 
 
 def write_computed(
-    file: Computed, stage: Stage, inputs: Inputs, workers: int, budget: int, hashed: bool, progress: Progress
+    file: Computed,
+    stage: Stage,
+    inputs: Inputs,
+    workers: int,
+    budget: int,
+    hashed: bool,
+    progress: Progress,
 ) -> ShardResult:
     """Make all bundles of a file and write it, as many at a time as fit into `budget` bytes of memory; `Spoiled` where a value is
     not finite."""
@@ -41,13 +47,17 @@ def write_computed(
         facts, asides = {}, _Aside(stage, file)
         places = _Sorted(file) if file.by_width else _Growing(file)
         results = _made(file, stage, inputs, workers, budget, progress)
-        for bundle in file.bundles:  # a zip would hold on to the tensors while the next ones are made
+        for (
+            bundle
+        ) in file.bundles:  # a zip would hold on to the tensors while the next ones are made
             made = next(results)
             facts |= {bundle.name: made.facts} if made.facts else {}
             asides.put(made.aside)
             for key, tensor in made.tensors.items():
                 if isinstance(tensor, TensorSpec):
-                    _copy(inputs, tensor, shard, places.next(Stored(key, tensor.dtype, tensor.shape)))
+                    _copy(
+                        inputs, tensor, shard, places.next(Stored(key, tensor.dtype, tensor.shape))
+                    )
                 else:
                     at = places.next(Stored(key, dtypes.name_of(tensor.dtype), tuple(tensor.shape)))
                     shard.write(_bytes(tensor), at)
@@ -55,7 +65,13 @@ def write_computed(
             del made
         next(results, None)
         room = len(file.layout.header)
-        layout = laid_out(file.file, places.stored(), file.metadata, ordered=True, header_size=0 if file.by_width else room)
+        layout = laid_out(
+            file.file,
+            places.stored(),
+            file.metadata,
+            ordered=True,
+            header_size=0 if file.by_width else room,
+        )
         if len(layout.header) != room:
             _shift(shard, room, len(layout.header), layout.size - len(layout.header))
         shard.write(layout.header, 0)
@@ -67,7 +83,9 @@ def write_computed(
     except BaseException:
         shard.abandon()
         raise
-    return ShardResult(file.file, layout.size, sha, marks, facts, places.grown, len(layout.tensors), asides.where)
+    return ShardResult(
+        file.file, layout.size, sha, marks, facts, places.grown, len(layout.tensors), asides.where
+    )
 
 
 class _Growing:
@@ -93,15 +111,21 @@ class _Sorted:
         self.planned, self.starts = file.layout.tensors, file.layout.starts
         self.number = {stored.key: i for i, stored in enumerate(self.planned)}
         self.varies = sorted(self.number[key] for key in file.varies)
-        self.moved = [0]  # bytes by which what follows the first, the second, ... of them lies elsewhere than planned
+        self.moved = [
+            0
+        ]  # bytes by which what follows the first, the second, ... of them lies elsewhere than planned
         self.made: dict[int, Stored] = {}
 
     def next(self, stored: Stored) -> int:
         number, known = self.number[stored.key], len(self.moved) - 1
         if known < len(self.varies) and number == self.varies[known]:
             self.moved.append(self.moved[-1] + stored.nbytes - self.planned[number].nbytes)
-        elif stored != self.planned[number] or (known < len(self.varies) and self.varies[known] < number):
-            raise AssertionError(f"{stored}: planned as {self.planned[number]}, with all that varies before it made before")
+        elif stored != self.planned[number] or (
+            known < len(self.varies) and self.varies[known] < number
+        ):
+            raise AssertionError(
+                f"{stored}: planned as {self.planned[number]}, with all that varies before it made before"
+            )
         self.made[number] = stored
         return self.starts[number] + self.moved[bisect_left(self.varies, number)]
 
@@ -124,7 +148,13 @@ def _shift(shard: ShardFile, at: int, to: int, size: int) -> None:
 
 def _copy(inputs: Inputs, spec: TensorSpec, shard: ShardFile, at: int) -> None:
     for first in range(spec.start, spec.stop, BLOCK):
-        part = replace(spec, dtype="U8", shape=(min(BLOCK, spec.stop - first),), start=first, stop=min(first + BLOCK, spec.stop))
+        part = replace(
+            spec,
+            dtype="U8",
+            shape=(min(BLOCK, spec.stop - first),),
+            start=first,
+            stop=min(first + BLOCK, spec.stop),
+        )
         shard.write(memoryview(inputs.bytes(part)), at + first - spec.start)
 
 
@@ -158,7 +188,11 @@ class Asides:
     @cached_property
     def where(self) -> dict[str, tuple[str, list]]:
         entries = [entry["shard"] for entry in self.stage.journal() if "shard" in entry]
-        return {key: (entry["file"], place) for entry in entries for key, place in entry["asides"].items()}
+        return {
+            key: (entry["file"], place)
+            for entry in entries
+            for key, place in entry["asides"].items()
+        }
 
     def tensor(self, key: str) -> Tensor:
         name, (dtype, shape, at) = self.where[key]
@@ -167,11 +201,22 @@ class Asides:
             data = bytearray(file.read(dtypes.size(dtype, math.prod(shape))))
         if len(data) != dtypes.size(dtype, math.prod(shape)):
             found = f"what was laid aside for {shown(key)} is cut short"
-            raise Spoiled(found, expected="the file as it was written", where=name + ASIDE, do="run the same command again")
-        return torch.frombuffer(data, dtype=dtypes.torch_dtype(dtype)).view(shape) if data else torch.empty(shape)
+            raise Spoiled(
+                found,
+                expected="the file as it was written",
+                where=name + ASIDE,
+                do="run the same command again",
+            )
+        return (
+            torch.frombuffer(data, dtype=dtypes.torch_dtype(dtype)).view(shape)
+            if data
+            else torch.empty(shape)
+        )
 
 
-def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, budget: int, progress: Progress) -> Iterator[Made]:
+def _made(
+    file: Computed, stage: Stage, inputs: Inputs, workers: int, budget: int, progress: Progress
+) -> Iterator[Made]:
     """The bundles' results in order."""
 
     def make(bundle: Bundle) -> Made:
@@ -193,14 +238,20 @@ def _made(file: Computed, stage: Stage, inputs: Inputs, workers: int, budget: in
             kept.append((spill.put(cast(dict[str, Tensor], made.tensors)), made.facts))
             del made
             progress(sum(stored.nbytes for stored in bundle.most))
-        for (where, facts), change in zip(kept, file.settle([facts for _, facts in kept]), strict=True):
+        for (where, facts), change in zip(
+            kept, file.settle([facts for _, facts in kept]), strict=True
+        ):
             yield _checked(change(Made(spill.get(where), facts)))
     finally:
         spill.close()
 
 
 def in_order(
-    function: Callable[[T], R], items: Iterable[T], workers: int, budget: int = 0, cost: Callable[[T], int] = lambda item: 0
+    function: Callable[[T], R],
+    items: Iterable[T],
+    workers: int,
+    budget: int = 0,
+    cost: Callable[[T], int] = lambda item: 0,
 ) -> Iterator[R]:
     """function(item) for each, by `workers` threads, in the items' order; some are made ahead of the one that is asked for: as many
     as cost no more than the budget together, the one that was given out last included, until the next is asked for."""
@@ -210,7 +261,11 @@ def in_order(
 
     def start() -> None:
         nonlocal ahead, held
-        while ahead is not None and len(waiting) < AHEAD * workers and (not held or held + cost(ahead) <= budget):
+        while (
+            ahead is not None
+            and len(waiting) < AHEAD * workers
+            and (not held or held + cost(ahead) <= budget)
+        ):
             waiting.append((pool.submit(function, ahead), cost(ahead)))
             held += cost(ahead)
             ahead = next(source, None)
@@ -221,7 +276,9 @@ def in_order(
             future, taken = waiting.popleft()
             while True:
                 try:
-                    result = future.result(PATIENCE)  # a wait without a limit would hold back Ctrl-C
+                    result = future.result(
+                        PATIENCE
+                    )  # a wait without a limit would hold back Ctrl-C
                     break
                 except NotYet:
                     if future.done():
@@ -256,7 +313,11 @@ class _Spill:
         for key, dtype, shape, at in where:
             data = bytearray(shape.numel() * dtype.itemsize)
             self.file.read(memoryview(data), at)
-            found[key] = torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+            found[key] = (
+                torch.frombuffer(data, dtype=dtype).view(shape)
+                if data
+                else torch.empty(shape, dtype=dtype)
+            )
         return found
 
     def close(self) -> None:

@@ -36,7 +36,9 @@ from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import STACKS, Computed, Plan, Progress, Shard, ShardResult, Step
 from adapterkit.weights.packed import Packed, read_back
 
-ELEMENTS = 1 << 18  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
+ELEMENTS = (
+    1 << 18
+)  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
 CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
 SPAN = 4  # chunks that a worker takes at a time: what it shares with the others is touched once per span
 CUDA_SPAN = 1
@@ -76,10 +78,14 @@ def local(device: str = "auto", workers: int | None = None):
                     _Job(streamed, stage, sources, where, count, hash, finished, progress).run()
                 for file in computed:
                     inputs = Inputs(sources, where, asides=Asides(stage))
-                    finished(write_computed(file, stage, inputs, count, plan.budget, hash, progress))
+                    finished(
+                        write_computed(file, stage, inputs, count, plan.budget, hash, progress)
+                    )
             except (MemoryError, torch.OutOfMemoryError) as error:
                 found = f"out of memory: {shown(error)}"
-                raise Failed(found, do="free some memory, or give --device cpu, then --resume") from error
+                raise Failed(
+                    found, do="free some memory, or give --device cpu, then --resume"
+                ) from error
             finally:
                 torch.set_num_threads(threads)
 
@@ -177,7 +183,9 @@ class _Stacks:
             if stack.value is None:
                 stack.value = make()
                 if stack.value.is_cuda:
-                    torch.cuda.current_stream(stack.value.device).synchronize()  # other workers have other streams
+                    torch.cuda.current_stream(
+                        stack.value.device
+                    ).synchronize()  # other workers have other streams
         with self.lock:
             while len(self.held) > LEAST_STACKS and sum(spec.nbytes for spec in self.held) > STACKS:
                 self.held.popitem(last=False)
@@ -208,7 +216,9 @@ def unrounded(w: Tensor, before: Tensor, edits: list[Loaded], first: int) -> Ten
 
 def arithmetic(step: Step) -> torch.dtype:
     """What a step is computed in: float32; float64 where the source is, or `wide`."""
-    return torch.promote_types(dtypes.torch_dtype(step.source.dtype), torch.float64 if step.wide else torch.float32)
+    return torch.promote_types(
+        dtypes.torch_dtype(step.source.dtype), torch.float64 if step.wide else torch.float32
+    )
 
 
 def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
@@ -251,7 +261,11 @@ class _Run:
     def joins(self, source: TensorSpec, position: int) -> bool:
         """Whether this tensor goes on where the run ends, in both files."""
         same = (self.source.folder, self.source.file) == (source.folder, source.file)
-        return same and self.stop == source.start and self.position + self.stop - self.source.start == position
+        return (
+            same
+            and self.stop == source.start
+            and self.position + self.stop - self.source.start == position
+        )
 
 
 @dataclass
@@ -268,7 +282,9 @@ class _OpenStep:
         with self.lock:
             if self.edits is None:
                 inputs = replace(inputs, dtype=arithmetic(self.step))
-                self.edits = [edit.load(inputs, self.step.source, self.step.grid) for edit in self.step.edits]
+                self.edits = [
+                    edit.load(inputs, self.step.source, self.step.grid) for edit in self.step.edits
+                ]
                 norms = [e.delta_norm for e in self.edits if e.delta_norm is not None]
                 self.facts.delta = math.hypot(*norms) if norms else None
             return self.edits
@@ -292,7 +308,9 @@ class _Facts:
     changed: int = 0  # of the sampled elements, how many differ from the base's
     lost: list[float] = field(default_factory=list)  # per sampled chunk, Σ (rounded - exact)²
     moved: list[float] = field(default_factory=list)  # per sampled chunk, Σ (exact - base)²
-    kept: list[float] = field(default_factory=list)  # per sampled chunk, Σ (rounded - base)(exact - base)
+    kept: list[float] = field(
+        default_factory=list
+    )  # per sampled chunk, Σ (rounded - base)(exact - base)
 
     def add(self, other: "_Facts") -> None:
         self.squares += other.squares
@@ -314,13 +332,19 @@ class _Facts:
 
     def result(self, step: Step) -> dict:
         # fsum is exact, so the order in which the workers came does not show
-        norm, lost, moved = math.sqrt(math.fsum(self.squares)), math.fsum(self.lost), math.fsum(self.moved)
+        norm, lost, moved = (
+            math.sqrt(math.fsum(self.squares)),
+            math.fsum(self.lost),
+            math.fsum(self.moved),
+        )
         facts: dict = {"adapters": list(step.adapters)} if step.adapters else {}
         if self.delta is not None and norm:
             facts["delta"] = _short(self.delta / norm)
         if self.sampled:
             facts["changed"] = _short(self.changed / self.sampled)
-        if self.sampled and (moved or not self.delta):  # else the delta lies in other rows than those that were sampled
+        if self.sampled and (
+            moved or not self.delta
+        ):  # else the delta lies in other rows than those that were sampled
             facts["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
             facts["survived"] = _short(math.fsum(self.kept) / moved) if moved else 1.0
         return facts
@@ -347,7 +371,10 @@ class _OpenShard:
         self.waiting: dict[int, tuple[memoryview, Callable[[], None]]] = {}
         self.next, self.hashing, self.left = 0, False, 0
         self.marks: dict[str, str] = {}
-        self.ends = [(t.key, start + t.nbytes) for t, start in zip(shard.layout.tensors, shard.layout.starts, strict=True)]
+        self.ends = [
+            (t.key, start + t.nbytes)
+            for t, start in zip(shard.layout.tensors, shard.layout.starts, strict=True)
+        ]
         self.hashed_to = 0
         self.flushed = 0
 
@@ -373,10 +400,20 @@ class _OpenShard:
         start = run.source.start
         for offset in range(0, run.stop - start, RUN):
             length = min(RUN, run.stop - start - offset)
-            yield _Piece(self, next(number), run.position + offset, length, source=run.source, source_start=start + offset)
+            yield _Piece(
+                self,
+                next(number),
+                run.position + offset,
+                length,
+                source=run.source,
+                source_start=start + offset,
+            )
 
     def _chunks(self, step: Step, at: int, number, device: torch.device) -> Iterator[_Piece]:
-        cut = [_Chunk(first, last, i % SAMPLE == 0) for i, (first, last) in enumerate(chunks(step.grid, device))]
+        cut = [
+            _Chunk(first, last, i % SAMPLE == 0)
+            for i, (first, last) in enumerate(chunks(step.grid, device))
+        ]
         span = SPAN if device.type == "cpu" else CUDA_SPAN
         spans = [tuple(cut[i : i + span]) for i in range(0, len(cut), span)]
         open_step = _OpenStep(step, len(spans))
@@ -384,7 +421,14 @@ class _OpenShard:
         width = dtypes.BITS[step.dtype] // 8 * step.grid[1]
         for some in spans:
             first, last = some[0].first, some[-1].last
-            yield _Piece(self, next(number), at + first * width, (last - first) * width, step=open_step, chunks=some)
+            yield _Piece(
+                self,
+                next(number),
+                at + first * width,
+                (last - first) * width,
+                step=open_step,
+                chunks=some,
+            )
 
     def hash(self, number: int, view: memoryview, release: Callable[[], None]) -> None:
         """Feed a piece's bytes to the hash in file order; `release` gives the buffer back once they are through."""
@@ -463,7 +507,9 @@ class _Buffers:
     always has one: the other way round, later pieces could hold them all and wait for it."""
 
     def __init__(self, count: int, pinned: bool):
-        self.free: queue.LifoQueue[_Buffer] = queue.LifoQueue()  # the one used last is still in cache
+        self.free: queue.LifoQueue[_Buffer] = (
+            queue.LifoQueue()
+        )  # the one used last is still in cache
         for _ in range(count):
             self.free.put(_Buffer(pinned))
 
@@ -484,14 +530,21 @@ class _Job:
 
     def __init__(self, shards, stage, sources, device, workers, hashed, finished, progress):
         self.shards, self.stage, self.sources, self.device = shards, stage, sources, device
-        self.workers, self.hashed, self.finished, self.progress = workers, hashed, finished, progress
+        self.workers, self.hashed, self.finished, self.progress = (
+            workers,
+            hashed,
+            finished,
+            progress,
+        )
         self.inputs = Inputs(sources, device)
         self.buffers = _Buffers(4 * workers, pinned=device.type == "cuda")
         self.stop = threading.Event()
         self.problem: BaseException | None = None
         self.open: list[_OpenShard] = []
         self.lock = threading.Lock()
-        self.turn = threading.Lock()  # to take the next piece; waits for files to be finished, so not the lock for counting
+        self.turn = (
+            threading.Lock()
+        )  # to take the next piece; waits for files to be finished, so not the lock for counting
         self.room = threading.Semaphore(OPEN_SHARDS)
         # not Thread.join: interrupted, it takes a thread that runs for one that has ended (CPython 3.11)
         self.idle, self.working = threading.Event(), 0
@@ -555,7 +608,11 @@ class _Job:
         try:
             scratch = _Scratch(self.device)
             torch.set_num_threads(1)  # this thread's; the workers are the parallelism
-            stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
+            stream = (
+                torch.cuda.stream(torch.cuda.Stream(self.device))
+                if self.device.type == "cuda"
+                else nullcontext()
+            )
             with stream, torch.inference_mode():
                 while (buffer := self.buffers.take(self.stop)) is not None:
                     with self.turn:
@@ -587,7 +644,10 @@ class _Job:
         with self.lock:
             shard.left -= 1
             last = shard.left == 0
-            start, shard.flushed = shard.flushed, max(shard.flushed, piece.position // FLUSH * FLUSH)
+            start, shard.flushed = (
+                shard.flushed,
+                max(shard.flushed, piece.position // FLUSH * FLUSH),
+            )
             if last:
                 self.finishing.append(self.finisher.submit(self._finish, shard))
         if not last and shard.flushed > start:
@@ -598,7 +658,9 @@ class _Job:
         assert source is not None
         shard = piece.shard
         with self.sources.file(source.folder, source.file) as descriptor:
-            inside = shard.file.copy_from(descriptor, piece.source_start, piece.position, piece.length)
+            inside = shard.file.copy_from(
+                descriptor, piece.source_start, piece.position, piece.length
+            )
         if inside and shard.digest is None:
             self.buffers.give(buffer)
             return
@@ -619,8 +681,12 @@ class _Job:
         with self.sources.file(source.folder, source.file) as descriptor:
             for first, last, sampled in piece.chunks:
                 size = (last - first) * width
-                read_exactly(descriptor, scratch.stored.sized(size), source.start + first * width, source)
-                stored = scratch.stored.tensor(size, dtypes.torch_dtype(source.dtype)).view(-1, columns)
+                read_exactly(
+                    descriptor, scratch.stored.sized(size), source.start + first * width, source
+                )
+                stored = scratch.stored.tensor(size, dtypes.torch_dtype(source.dtype)).view(
+                    -1, columns
+                )
                 w = scratch.floats(stored, dtype)
                 before = w.clone() if sampled and edits else None
                 for edit in edits:
@@ -649,7 +715,9 @@ class _Job:
             f"the merged value of {shown(step.key)} {what} in {step.dtype}",
             expected="finite values",
             where=f"{step.source.file}: {shown(step.key)}",
-            do="give --dtype bf16 or fp32, or a smaller weight" if what == "overflows" else "check the base and the adapters",
+            do="give --dtype bf16 or fp32, or a smaller weight"
+            if what == "overflows"
+            else "check the base and the adapters",
         )
 
     def _finish(self, shard: _OpenShard) -> None:

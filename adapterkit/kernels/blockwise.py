@@ -24,15 +24,33 @@ Kind = Literal["nf4", "fp4"]
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # sizes that bitsandbytes accepts
 NESTED = 256  # scales with one scale
-PIECE = 1 << 19  # elements worked on at once: fewer, and threads wait for Python's lock more than they work
-COMPARED = 1 << 16  # elements compared with all thresholds at once, so that the answers stay in cache
+PIECE = (
+    1 << 19
+)  # elements worked on at once: fewer, and threads wait for Python's lock more than they work
+COMPARED = (
+    1 << 16
+)  # elements compared with all thresholds at once, so that the answers stay in cache
 SMALLEST = 1e-38  # stands for smaller scales in a division
 CELLS = 1 << 16  # parts of [-1, 1] that the quantising of scales tells apart
 
 # quantiles of the normal distribution, and of sign, exponent (2 bits) and mantissa those of a 4-bit float over its largest, 12
 NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+    ),
+    *(
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+    ),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 FP4 = tuple(sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
@@ -91,7 +109,9 @@ def quantize_4bit(
         absmax.append(largest.clamp_(min=SMALLEST) if short else largest)
         codes = _in_order(_ranks(_scaled(x, largest, short), kind), kind)
         _pack(codes, kind, packed[first // 2 : (last + 1) // 2])
-    return Blocks(packed[:, None], torch.cat(absmax) if absmax else w.new_empty(0, dtype=torch.float32))
+    return Blocks(
+        packed[:, None], torch.cat(absmax) if absmax else w.new_empty(0, dtype=torch.float32)
+    )
 
 
 def codes_for(
@@ -173,7 +193,9 @@ def _scaled(
     absmax: Tensor,  # (blocks,) float32
     short: bool,
 ) -> Tensor:  # (blocks, m)
-    absmax = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))[:, None]
+    absmax = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))[
+        :, None
+    ]
     return x / absmax if short else x * absmax.reciprocal()
 
 
@@ -188,7 +210,9 @@ def _ranks(
         return torch.bucketize(x, thresholds.to(x.device)).to(torch.uint8)
     values, ranks = x.numpy(), np.empty(x.numel(), np.uint8)
     for first in range(0, len(values), COMPARED):
-        above = np.greater(values[first : first + COMPARED], thresholds.numpy()[:, None]).view(np.uint8)
+        above = np.greater(values[first : first + COMPARED], thresholds.numpy()[:, None]).view(
+            np.uint8
+        )
         np.add.reduce(above, axis=0, dtype=np.uint8, out=ranks[first : first + COMPARED])
     return torch.from_numpy(ranks)
 
@@ -199,7 +223,10 @@ def _in_order(ranks: Tensor, kind: Kind) -> Tensor:  # (m,) uint8
         return ranks
     if ranks.device.type != "cpu":
         return torch.tensor(ORDER[kind], dtype=torch.uint8, device=ranks.device)[ranks.int()]
-    return torch.frombuffer(bytearray(ranks.numpy().tobytes().translate(bytes(ORDER[kind]).ljust(256))), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(ranks.numpy().tobytes().translate(bytes(ORDER[kind]).ljust(256))),
+        dtype=torch.uint8,
+    )
 
 
 def _between(
@@ -230,8 +257,15 @@ def spread(
 ) -> Tensor:  # (blocks,) float32
     """The expected squared error of each block whose codes are drawn beside this scale."""
     w = _padded(weight, blocksize)
-    parts = [slice(first, first + PIECE // blocksize) for first in range(0, len(w), PIECE // blocksize)]
-    each = [_between(w[p], _ranks(_scaled(w[p], absmax[p], False), kind), absmax[p], kind).spread().sum(1) for p in parts]
+    parts = [
+        slice(first, first + PIECE // blocksize) for first in range(0, len(w), PIECE // blocksize)
+    ]
+    each = [
+        _between(w[p], _ranks(_scaled(w[p], absmax[p], False), kind), absmax[p], kind)
+        .spread()
+        .sum(1)
+        for p in parts
+    ]
     return torch.cat(each) if each else absmax
 
 
@@ -260,12 +294,19 @@ def _thresholds(kind: Kind) -> Tensor:  # (15,) float32, rising
 def _pairs(kind: Kind, device: torch.device) -> Tensor:  # (256,) int64
     """For each byte the values of its high and its low nibble, two float32 in one int64."""
     values = torch.tensor(NF4 if kind == "nf4" else FP4)
-    return torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).flatten().to(device)
+    return (
+        torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)
+        .view(torch.int64)
+        .flatten()
+        .to(device)
+    )
 
 
 def _check_blocks(absmax: Tensor, size: int, blocksize: int) -> None:
     if absmax.shape != (math.ceil(size / blocksize),):
-        raise ValueError(f"expected {math.ceil(size / blocksize)} scales for {size} elements, not {tuple(absmax.shape)}")
+        raise ValueError(
+            f"expected {math.ceil(size / blocksize)} scales for {size} elements, not {tuple(absmax.shape)}"
+        )
 
 
 # scales of 8 bits
@@ -294,7 +335,9 @@ def quantize_absmax(
     d = absmax - offset
     groups = pad(d, (0, -len(d) % NESTED)).view(-1, NESTED)
     scale = groups.abs().amax(1) if scale is None else scale
-    scaled = (groups * scale.reciprocal()[:, None]).clamp_(-1, 1).nan_to_num_(-1.0)  # 0 · inf is NaN and gets the first code
+    scaled = (
+        (groups * scale.reciprocal()[:, None]).clamp_(-1, 1).nan_to_num_(-1.0)
+    )  # 0 · inf is NaN and gets the first code
     index = ((scaled + 1) * 0.5 * (CELLS - 1) + 0.5).long()
     cells = _cells(tuple(values.tolist()) if values is not None else None).to(absmax.device)
     return Nested(cells[index].view(-1)[: len(d)], scale, offset)
@@ -336,7 +379,9 @@ def _cells(values: tuple[float, ...] | None) -> Tensor:  # (65536,) uint8
     """The code of each cell: how many middles between two values of the map are below it."""
     table = dynamic_map() if values is None else torch.tensor(values)
     middles = (table[:-1] + table[1:]) * 0.5
-    return torch.bucketize(-1 + 2 * torch.arange(CELLS).float() / (CELLS - 1), middles).to(torch.uint8)
+    return torch.bucketize(-1 + 2 * torch.arange(CELLS).float() / (CELLS - 1), middles).to(
+        torch.uint8
+    )
 
 
 # rows of 8 bits
@@ -344,7 +389,8 @@ def _cells(values: tuple[float, ...] | None) -> Tensor:  # (65536,) uint8
 
 def quantize_int8(
     weight: Tensor,  # (out, in), any float dtype
-    scale: Tensor | None = None,  # (out,) float32: SCB; made from the largest magnitude of each row if not given
+    scale: Tensor
+    | None = None,  # (out,) float32: SCB; made from the largest magnitude of each row if not given
     draws: Draws | None = None,
 ) -> Rows:
     """scale = max |w| of a row, code = w · (127 / scale) to nearest, ties to even; w is rounded to float16 first, as LLM.int8 does.
@@ -386,7 +432,9 @@ def renew_int8(
         x, both = weight[row].expand(2, -1), torch.stack([scale[row], largest[row]])
         old, new = _between_int8(x, both).spread().sum(1)
         if bool(new < old):
-            scale = scale.index_fill(0, torch.tensor([row], device=scale.device), float(largest[row]))
+            scale = scale.index_fill(
+                0, torch.tensor([row], device=scale.device), float(largest[row])
+            )
     return quantize_int8(weight, scale, draws)
 
 
@@ -402,7 +450,9 @@ def _int8_codes(
 
 def _between_int8(x: Tensor, scale: Tensor) -> Between:
     value = lambda level: level.float().mul_(scale[:, None]).mul_(1 / 127)
-    return between(x, _int8_codes(x.clone(), scale, saturate=True), value, (-127, 127), (scale < 0)[:, None])
+    return between(
+        x, _int8_codes(x.clone(), scale, saturate=True), value, (-127, 127), (scale < 0)[:, None]
+    )
 
 
 def decode_int8(

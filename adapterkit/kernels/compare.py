@@ -77,7 +77,9 @@ class Sums:
     @property
     def cosine(self) -> float:
         """⟨A, B⟩ / (‖A‖ ‖B‖), NaN where one of them is zero."""
-        return cosine(self.squares, self.squares + self.dot, self.squares + 2 * self.dot + self.error)
+        return cosine(
+            self.squares, self.squares + self.dot, self.squares + 2 * self.dot + self.error
+        )
 
 
 def relative(error: float, norm: float) -> float:
@@ -133,10 +135,17 @@ def singular_values(product: Product) -> Tensor:
     s = torch.linalg.qr(product.left, mode="r").R
     t = torch.linalg.qr(product.right.T, mode="r").R
     core = s @ t.T
-    return torch.linalg.svdvals(core) if bool(core.isfinite().all()) else core.new_full((min(core.shape),), math.nan)
+    return (
+        torch.linalg.svdvals(core)
+        if bool(core.isfinite().all())
+        else core.new_full((min(core.shape),), math.nan)
+    )
 
 
 def pooled(spectra: Sequence[Tensor]) -> Tensor:
     """One spectrum for several matrices that get one rank: the root of the sum of squares, place by place."""
     longest = max(map(len, spectra))
-    return sum((torch.nn.functional.pad(s.square(), (0, longest - len(s))) for s in spectra), torch.zeros(longest)).sqrt()
+    return sum(
+        (torch.nn.functional.pad(s.square(), (0, longest - len(s))) for s in spectra),
+        torch.zeros(longest),
+    ).sqrt()

@@ -16,7 +16,9 @@ from torch import Generator, Tensor
 Majority = Literal["total", "frequency"]
 SAMPLE = 1 << 16  # elements looked at to guess where a threshold lies
 ROOM = 1 << 18  # elements that may be collected around it, at least
-CACHED = 1 << 19  # elements worked on at once: with fewer, threads wait for Python's lock longer than for memory
+CACHED = (
+    1 << 19
+)  # elements worked on at once: with fewer, threads wait for Python's lock longer than for memory
 
 
 class Cut(NamedTuple):
@@ -36,14 +38,21 @@ class Trim:
     def __call__(self, block: Tensor) -> None:
         some = 0 < self.spare < self.equal
         bound = _below(self.value, block.dtype) if self.spare else self.value
-        equal = (block.abs() == self.value).nonzero() if some else block.new_zeros(0, 2, dtype=torch.int64)
+        equal = (
+            (block.abs() == self.value).nonzero()
+            if some
+            else block.new_zeros(0, 2, dtype=torch.int64)
+        )
         torch.hardshrink(block, bound, out=block)
         block[tuple(equal[self.spare :].T)] = 0
         self.spare, self.equal = max(self.spare - len(equal), 0), self.equal - len(equal)
 
 
 def largest(
-    read: Callable[[], Iterable[Tensor]], size: int, keep: int, glance: Callable[[], Iterable[Tensor]] | None = None
+    read: Callable[[], Iterable[Tensor]],
+    size: int,
+    keep: int,
+    glance: Callable[[], Iterable[Tensor]] | None = None,
 ) -> Cut:
     """The cut that leaves exactly `keep` of `size` elements, or all that are not 0; `read()` gives all blocks anew, to use up.
 
@@ -57,12 +66,19 @@ def largest(
     if keep <= 0:
         return Cut(math.inf)
     sample = _sampled((glance or read)(), size)
-    low, high, over, within = -1.0, math.inf, 0, size  # the threshold is in (low, high]: `over` are above, `within` are inside
+    low, high, over, within = (
+        -1.0,
+        math.inf,
+        0,
+        size,
+    )  # the threshold is in (low, high]: `over` are above, `within` are inside
     for turn in count():
         if turn > 1 and turn % 2 == 0:
             bottom, top = low, _middle(low, high, sample.dtype)
         else:
-            bottom, top = _bracket(sample, low, high, (keep - over) / within, spread=4 if turn == 0 else 0)
+            bottom, top = _bracket(
+                sample, low, high, (keep - over) / within, spread=4 if turn == 0 else 0
+            )
         above, inside, found = _collected(read(), bottom, top, max(ROOM, size // 16))
         if keep <= above:
             low, within = top, above - over
@@ -88,7 +104,9 @@ def _sampled(blocks: Iterable[Tensor], size: int) -> Tensor:
     return _falling(torch.cat(parts))
 
 
-def _bracket(sample: Tensor, low: float, high: float, share: float, spread: float) -> tuple[float, float]:
+def _bracket(
+    sample: Tensor, low: float, high: float, share: float, spread: float
+) -> tuple[float, float]:
     """(bottom, top] within (low, high] that likely holds the end of the largest `share` of it: `spread` standard deviations wide on
     each side, or with 0 a single value."""
     sample = sample[(sample > low) & (sample <= high)]
@@ -102,7 +120,9 @@ def _bracket(sample: Tensor, low: float, high: float, share: float, spread: floa
     return (_below(float(sample[last]), sample.dtype) if last < len(sample) else low), top
 
 
-def _collected(blocks: Iterable[Tensor], bottom: float, top: float, room: int) -> tuple[int, int, Tensor]:
+def _collected(
+    blocks: Iterable[Tensor], bottom: float, top: float, room: int
+) -> tuple[int, int, Tensor]:
     """How many magnitudes are above `top`, how many in (bottom, top], and these themselves as far as there is room."""
     above, inside, found = 0, 0, []
     for block in blocks:
@@ -127,7 +147,11 @@ def _mask(compare: Callable, x: Tensor, y: Tensor | float) -> Tensor:
 
 
 def _count(mask: Tensor) -> int:
-    return int(torch.count_nonzero(mask)) if mask.device.type != "cpu" else int(np.count_nonzero(mask.numpy()))
+    return (
+        int(torch.count_nonzero(mask))
+        if mask.device.type != "cpu"
+        else int(np.count_nonzero(mask.numpy()))
+    )
 
 
 def _picked(block: Tensor, mask: Tensor) -> Tensor:
@@ -139,12 +163,18 @@ def _picked(block: Tensor, mask: Tensor) -> Tensor:
 
 def _falling(x: Tensor) -> Tensor:
     """Sorted, the largest first."""
-    return x.sort(descending=True).values if x.device.type != "cpu" else torch.from_numpy(np.sort(x.numpy())[::-1].copy())
+    return (
+        x.sort(descending=True).values
+        if x.device.type != "cpu"
+        else torch.from_numpy(np.sort(x.numpy())[::-1].copy())
+    )
 
 
 def _smallest(x: Tensor, k: int) -> float:
     """The value that k others are below, or equal."""
-    return float(x.kthvalue(k + 1).values if x.device.type != "cpu" else np.partition(x.numpy(), k)[k])
+    return float(
+        x.kthvalue(k + 1).values if x.device.type != "cpu" else np.partition(x.numpy(), k)[k]
+    )
 
 
 def _selected(found: Tensor, keep: int) -> Cut:
@@ -157,13 +187,19 @@ def _selected(found: Tensor, keep: int) -> Cut:
 
 def _below(value: float, dtype: torch.dtype) -> float:
     """The next smaller magnitude; below 0 comes -1."""
-    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(0, dtype=dtype))) if value > 0 else -1.0
+    return (
+        float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(0, dtype=dtype)))
+        if value > 0
+        else -1.0
+    )
 
 
 def _middle(low: float, high: float, dtype: torch.dtype) -> float:
     """The value half way between in the order of the floats, above `low`: bit patterns of magnitudes are ordered as these are."""
     bits = torch.int64 if dtype == torch.float64 else torch.int32
-    first, last = (int(torch.tensor(v, dtype=dtype).view(bits)) if v >= 0 else -1 for v in (low, high))
+    first, last = (
+        int(torch.tensor(v, dtype=dtype).view(bits)) if v >= 0 else -1 for v in (low, high)
+    )
     return float(torch.tensor((first + last + 1) // 2, dtype=bits).view(dtype))
 
 
@@ -223,11 +259,18 @@ def elect(
 
 
 def _elect(
-    blocks: Sequence[Tensor], weights: Sequence[float], majority: Majority, out: Tensor, shares: Sequence[float] | None
+    blocks: Sequence[Tensor],
+    weights: Sequence[float],
+    majority: Majority,
+    out: Tensor,
+    shares: Sequence[float] | None,
 ) -> tuple[int, int]:
     counts = torch.uint8 if len(blocks) < 256 else torch.int32
     positive, negative = (_number(compare, blocks, counts) for compare in (torch.gt, torch.lt))
-    several, differ = _count(_mask(torch.ge, positive + negative, 2)), _count(torch.minimum(positive, negative))
+    several, differ = (
+        _count(_mask(torch.ge, positive + negative, 2)),
+        _count(torch.minimum(positive, negative)),
+    )
     if majority == "total":
         minus = _mask(torch.lt, _total(blocks), 0)
     else:
@@ -243,7 +286,9 @@ def _elect(
             divisor.add_(_mask(torch.gt, x, 0).view(torch.uint8), alpha=share)
         divisor.add_(divisor == 0)
     else:
-        divisor = negative.sub_(positive).mul_(minus).add_(positive).to(out.dtype).clamp_(min=1)  # their number on the elected side
+        divisor = (
+            negative.sub_(positive).mul_(minus).add_(positive).to(out.dtype).clamp_(min=1)
+        )  # their number on the elected side
     out.div_(divisor).mul_(sign)
     return several, differ
 
@@ -253,7 +298,9 @@ def _total(blocks: Sequence[Tensor]) -> Tensor:
     total = blocks[0].to(torch.float64, copy=True)
     for x in blocks[1:]:
         if x.device.type == "cpu":
-            np.add(total.numpy(), x.numpy(), out=total.numpy())  # numpy adds to another dtype twice as fast as torch
+            np.add(
+                total.numpy(), x.numpy(), out=total.numpy()
+            )  # numpy adds to another dtype twice as fast as torch
         else:
             total.add_(x)
     return total

@@ -52,7 +52,8 @@ def stacked(products: Sequence[Product], weights: Sequence[float] | None = None)
     """Σ weight * left @ right as one product of rank Σ R; exact but for the scaling of each left."""
     weights = [1.0] * len(products) if weights is None else weights
     return Product(
-        torch.cat([p.left * w for p, w in zip(products, weights, strict=True)], 1), torch.cat([p.right for p in products], 0)
+        torch.cat([p.left * w for p, w in zip(products, weights, strict=True)], 1),
+        torch.cat([p.right for p in products], 0),
     )
 
 
@@ -111,7 +112,9 @@ def rank_for_energy(s: Tensor, energy: float, total: float | None = None) -> int
     squares = s.double().square()
     squares = torch.where(squares <= squares.max() * 1e-28, 0, squares) if len(s) else squares
     beyond = 0.0 if total is None else max(total - float(squares.sum()), 0.0)
-    tails = squares.flip(0).cumsum(0).flip(0) + beyond  # tails[k]: what is lost when k values are kept
+    tails = (
+        squares.flip(0).cumsum(0).flip(0) + beyond
+    )  # tails[k]: what is lost when k values are kept
     whole = float(tails[0]) if len(s) else beyond
     allowed = (1 - energy) * whole * (1 + ROUNDING)
     enough = [k for k in range(1, len(s)) if float(tails[k]) <= allowed]

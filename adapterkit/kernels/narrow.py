@@ -19,7 +19,16 @@ from torch.nn.functional import pad
 from adapterkit.kernels.stochastic import Between, Draws, between
 
 PIECE = 1 << 16  # elements worked on at once, so that a few temporaries of them stay in cache
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0 to 7; 8 to 15 are their negatives, 8 being -0
+E2M1 = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+)  # codes 0 to 7; 8 to 15 are their negatives, 8 being -0
 FP4_MAX, FP8_MAX = 6.0, 448.0
 MX, NV = 32, 16  # values with one scale
 
@@ -47,7 +56,9 @@ def decode_fp8(
     """
     out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     table = _values(codes.dtype, codes.device)
-    for code, grid, w in _matrices(codes.contiguous().view(torch.uint8), _grid(as_float(scale), codes.shape, block), out):
+    for code, grid, w in _matrices(
+        codes.contiguous().view(torch.uint8), _grid(as_float(scale), codes.shape, block), out
+    ):
         for rows in pieces(*w.shape):
             torch.index_select(table, 0, code[rows].flatten().int(), out=w[rows].view(-1))
             _by_block(torch.Tensor.mul_, w[rows], grid, rows, block)
@@ -57,7 +68,8 @@ def decode_fp8(
 def encode_fp8(
     w: Tensor,  # (..., out, in) float32
     block: tuple[int, int],
-    scale: Tensor | None = None,  # as for decode_fp8; made from the largest magnitude of each block if not given
+    scale: Tensor
+    | None = None,  # as for decode_fp8; made from the largest magnitude of each block if not given
     rule: Fp8Rule = "divide",
     scale_dtype: torch.dtype = torch.float32,
     draws: Draws | None = None,
@@ -75,18 +87,26 @@ def encode_fp8(
         scale, factor = _fp8_scale(block_largest(w, block), rule, scale_dtype)
     grid = _grid(as_float(scale), w.shape, block)
     if rule == "multiply":
-        factors = _grid(factor, w.shape, block) if factor is not None else torch.where(grid == 0, 1.0, grid).reciprocal()
+        factors = (
+            _grid(factor, w.shape, block)
+            if factor is not None
+            else torch.where(grid == 0, 1.0, grid).reciprocal()
+        )
     else:
         factors = None
     codes = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
     for number, (x, code) in enumerate(_matrices(w.contiguous(), codes)):
         for rows in pieces(*x.shape):
-            nearest = _fp8_codes(x[rows], grid[number], None if factors is None else factors[number], rows, block)
+            nearest = _fp8_codes(
+                x[rows], grid[number], None if factors is None else factors[number], rows, block
+            )
             if draws is not None:
                 drawn = _between_fp8(x[rows], nearest, grid[number], rows, block).drawn(
                     draws.at((number * len(x) + rows.start) * x.shape[1])
                 )
-                nearest = (nearest.view(torch.uint8) & 0x80 | drawn.to(torch.uint8)).view(codes.dtype)
+                nearest = (nearest.view(torch.uint8) & 0x80 | drawn.to(torch.uint8)).view(
+                    codes.dtype
+                )
             code[rows] = nearest
     return Scaled(codes, scale)
 
@@ -106,20 +126,28 @@ def renew_fp8(
         kind = torch.float8_e8m0fnu if scale.dtype == torch.uint8 else scale.dtype
         fresh = _fp8_scale(largest, rule, kind)[0].float().view(grid.shape)
         better = _fp8_spread(w, block, fresh) < _fp8_spread(w, block, grid)
-        scale = torch.where(beyond & better, fresh, grid).to(kind).view(scale.dtype).view(scale.shape)
+        scale = (
+            torch.where(beyond & better, fresh, grid).to(kind).view(scale.dtype).view(scale.shape)
+        )
     return encode_fp8(w, block, scale, rule, draws=draws)
 
 
-def _fp8_codes(x: Tensor, grid: Tensor, factors: Tensor | None, rows: slice, block: tuple[int, int]) -> Tensor:
+def _fp8_codes(
+    x: Tensor, grid: Tensor, factors: Tensor | None, rows: slice, block: tuple[int, int]
+) -> Tensor:
     """The nearest codes, of x divided by the scales or multiplied by factors."""
     if factors is None:
         scaled = _by_block(torch.div, x, torch.where(grid == 0, 1.0, grid), rows, block)
     else:
         scaled = _by_block(torch.mul, x, factors, rows, block)
-    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)  # older torch converts what is above to NaN
+    return scaled.clamp_(-FP8_MAX, FP8_MAX).to(
+        torch.float8_e4m3fn
+    )  # older torch converts what is above to NaN
 
 
-def _between_fp8(x: Tensor, codes: Tensor, grid: Tensor, rows: slice, block: tuple[int, int]) -> Between:
+def _between_fp8(
+    x: Tensor, codes: Tensor, grid: Tensor, rows: slice, block: tuple[int, int]
+) -> Between:
     """Of magnitudes: 0x7E is the largest, 0x7F NaN."""
     table, size = _values(codes.dtype, x.device), grid.abs()
     value = lambda level: _by_block(torch.mul, table[level], size, rows, block)
@@ -131,9 +159,15 @@ def _fp8_spread(w: Tensor, block: tuple[int, int], grid: Tensor) -> Tensor:
     total = torch.zeros_like(grid)
     for x, each, out in _matrices(w.contiguous(), grid, total):
         for rows in pieces(*x.shape):
-            found = _between_fp8(x[rows], _fp8_codes(x[rows], each, None, rows, block), each, rows, block).spread()
-            found = pad(found, (0, -found.shape[1] % block[1])).view(len(found), -1, block[1]).sum(2)
-            out.index_add_(0, torch.arange(rows.start, rows.stop, device=w.device) // block[0], found)
+            found = _between_fp8(
+                x[rows], _fp8_codes(x[rows], each, None, rows, block), each, rows, block
+            ).spread()
+            found = (
+                pad(found, (0, -found.shape[1] % block[1])).view(len(found), -1, block[1]).sum(2)
+            )
+            out.index_add_(
+                0, torch.arange(rows.start, rows.stop, device=w.device) // block[0], found
+            )
     return total
 
 
@@ -149,7 +183,11 @@ def block_largest(
             rows = x[up.start * height : up.stop * height]
             rows = pad(rows, (0, -columns % width, 0, -len(rows) % height))
             rows = rows.view(-1, height, rows.shape[1])
-            high = torch.maximum(rows.amax(1), rows.amin(1).neg_()) if height > 1 else rows.abs().squeeze(1)
+            high = (
+                torch.maximum(rows.amax(1), rows.amin(1).neg_())
+                if height > 1
+                else rows.abs().squeeze(1)
+            )
             most[up] = high.abs_().view(len(high), -1, width).amax(2)
     return found
 
@@ -161,7 +199,9 @@ def _fp8_scale(largest: Tensor, rule: Fp8Rule, dtype: torch.dtype) -> tuple[Tens
         scale = (largest / FP8_MAX).to(dtype)
         scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
         return scale, scale.float().reciprocal()
-    factor = torch.where(largest > 0, FP8_MAX / largest, 1.0).clamp(max=torch.finfo(torch.float32).max)
+    factor = torch.where(largest > 0, FP8_MAX / largest, 1.0).clamp(
+        max=torch.finfo(torch.float32).max
+    )
     scale = factor.reciprocal()
     if rule == "power":
         scale = torch.exp2(scale.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil())
@@ -172,14 +212,28 @@ def _grid(scale: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
     """Scales of all blocks of a weight of this shape."""
     grid = (*shape[:-2], math.ceil(shape[-2] / block[0]), math.ceil(shape[-1] / block[1]))
     if scale.numel() > 1 and scale.shape != grid:
-        raise ValueError(f"expected scales {grid} for a weight {tuple(shape)} in blocks {block}, not {tuple(scale.shape)}")
-    return scale.reshape(-1, *grid[-2:]) if scale.numel() > 1 else scale.reshape(1, 1, 1).expand(math.prod(grid[:-2]), *grid[-2:])
+        raise ValueError(
+            f"expected scales {grid} for a weight {tuple(shape)} in blocks {block}, not {tuple(scale.shape)}"
+        )
+    return (
+        scale.reshape(-1, *grid[-2:])
+        if scale.numel() > 1
+        else scale.reshape(1, 1, 1).expand(math.prod(grid[:-2]), *grid[-2:])
+    )
 
 
-def _by_block(apply: Callable[[Tensor, Tensor], Tensor], w: Tensor, grid: Tensor, rows: slice, block: tuple[int, int]) -> Tensor:
+def _by_block(
+    apply: Callable[[Tensor, Tensor], Tensor],
+    w: Tensor,
+    grid: Tensor,
+    rows: slice,
+    block: tuple[int, int],
+) -> Tensor:
     """apply(w, scale of each element), for these rows of the weight."""
     height, width = block
-    scale = grid[torch.arange(rows.start, rows.stop, device=grid.device) // height]  # (n, ceil(in/w))
+    scale = grid[
+        torch.arange(rows.start, rows.stop, device=grid.device) // height
+    ]  # (n, ceil(in/w))
     whole = w.shape[1] // width
     if whole * width == w.shape[1]:
         return apply(w.view(len(w), whole, width), scale[:, :, None]).view(w.shape)
@@ -203,7 +257,8 @@ def decode_mxfp4(
 
 def encode_mxfp4(
     w: Tensor,  # (..., groups · 32) float32
-    scales: Tensor | None = None,  # (..., groups) uint8; made from the largest magnitude of each group if not given
+    scales: Tensor
+    | None = None,  # (..., groups) uint8; made from the largest magnitude of each group if not given
     rule: MxRule = "floor",
     draws: Draws | None = None,
 ) -> Scaled:  # codes (..., groups, 16) uint8, scale (..., groups) uint8
@@ -248,9 +303,11 @@ def decode_nvfp4(
 def encode_nvfp4(
     w: Tensor,  # (..., in) float32
     *,
-    divisor: Tensor | None = None,  # as for decode_nvfp4: nvfp4_divisor or nvfp4_factor of the whole weight
+    divisor: Tensor
+    | None = None,  # as for decode_nvfp4: nvfp4_divisor or nvfp4_factor of the whole weight
     factor: Tensor | None = None,
-    scale: Tensor | None = None,  # (..., in/16) float8_e4m3fn; made from the largest magnitude of each group if not given
+    scale: Tensor
+    | None = None,  # (..., in/16) float8_e4m3fn; made from the largest magnitude of each group if not given
     draws: Draws | None = None,
 ) -> Scaled:  # codes (..., in/2) uint8, scale (..., in/16) float8_e4m3fn
     """code = w / (scale / divisor) with scale = amax / 6 · divisor, or w / (scale · factor) with amax / (6 · factor).
@@ -281,19 +338,31 @@ def renew_nvfp4(
     """Codes drawn beside the scales that are there, as in renew_fp8; by the same rule the scale of the whole weight is a new one,
     and all others with it, where a group needs more than it allows."""
     groups = w.unflatten(-1, (-1, NV))
-    largest, whole = _group_largest(groups), {"divisor": divisor} if factor is None else {"factor": factor}
+    largest, whole = (
+        _group_largest(groups),
+        {"divisor": divisor} if factor is None else {"factor": factor},
+    )
     fresh = _nv_scale(largest, divisor, factor)
     better = _better_fp4(groups, _local(scale, divisor, factor), _local(fresh, divisor, factor))
     scale = torch.where(better, fresh.float(), scale.float()).to(scale.dtype)
-    if bool((largest > FP4_MAX * FP8_MAX * _local(scale.new_ones(()), divisor, factor).abs()).any()):
-        (name, old), make = next(iter(whole.items())), nvfp4_divisor if factor is None else nvfp4_factor
+    if bool(
+        (largest > FP4_MAX * FP8_MAX * _local(scale.new_ones(()), divisor, factor).abs()).any()
+    ):
+        (name, old), make = (
+            next(iter(whole.items())),
+            nvfp4_divisor if factor is None else nvfp4_factor,
+        )
         assert old is not None
         new = {name: make(largest.amax()).view(old.shape)}
         fresh = _nv_scale(largest, new.get("divisor"), new.get("factor"))
-        lost = lambda scale, whole: _fp4_spread(groups, _local(scale, whole.get("divisor"), whole.get("factor"))).sum()
+        lost = lambda scale, whole: _fp4_spread(
+            groups, _local(scale, whole.get("divisor"), whole.get("factor"))
+        ).sum()
         if bool(lost(fresh, new) < lost(scale, whole)):
             scale, whole = fresh, new
-    made = encode_nvfp4(w, divisor=whole.get("divisor"), factor=whole.get("factor"), scale=scale, draws=draws)
+    made = encode_nvfp4(
+        w, divisor=whole.get("divisor"), factor=whole.get("factor"), scale=scale, draws=draws
+    )
     found = next(iter(whole.values()))
     assert found is not None
     return Renewed(made.codes, made.scale, found)
@@ -301,7 +370,9 @@ def renew_nvfp4(
 
 def nvfp4_divisor(largest: Tensor) -> Tensor:  # (1,) float32
     """448 · 6 / the largest magnitude of a weight, so that the largest group's scale is 448; 1 where that overflows."""
-    divisor = FP8_MAX * FP4_MAX / largest.float().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+    divisor = (
+        FP8_MAX * FP4_MAX / largest.float().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
+    )
     return torch.where(divisor.isfinite(), divisor, 1.0)
 
 
@@ -341,7 +412,9 @@ def _local(scale: Tensor, divisor: Tensor | None, factor: Tensor | None) -> Tens
 def _group_largest(
     groups: Tensor,  # (..., groups, n)
 ) -> Tensor:  # (..., groups)
-    return block_largest(groups.reshape(-1, groups.shape[-1]), (1, groups.shape[-1])).view(groups.shape[:-1])
+    return block_largest(groups.reshape(-1, groups.shape[-1]), (1, groups.shape[-1])).view(
+        groups.shape[:-1]
+    )
 
 
 def _decoded_fp4(
@@ -367,7 +440,9 @@ def _encoded_fp4(
     for rows in pieces(*w.shape):
         codes = _fp4_codes(w[rows], scale[rows])
         if draws is not None:
-            drawn = _between_fp4(w[rows], codes, scale[rows]).drawn(draws.at(rows.start * w.shape[1]))
+            drawn = _between_fp4(w[rows], codes, scale[rows]).drawn(
+                draws.at(rows.start * w.shape[1])
+            )
             codes = drawn.bitwise_or_(codes & 8)
         packed[rows] = pack_nibbles(codes)
     return packed.view(*groups.shape[:-1], -1)
@@ -397,7 +472,9 @@ def _fp4_spread(groups: Tensor, scale: Tensor) -> Tensor:
     w, each = groups.reshape(-1, groups.shape[-1]), scale.reshape(-1, 1)
     total = torch.empty(len(w), device=w.device)
     for rows in pieces(*w.shape):
-        total[rows] = _between_fp4(w[rows], _fp4_codes(w[rows], each[rows]), each[rows]).spread().sum(1)
+        total[rows] = (
+            _between_fp4(w[rows], _fp4_codes(w[rows], each[rows]), each[rows]).spread().sum(1)
+        )
     return total.view(scale.shape)
 
 
@@ -427,7 +504,12 @@ def as_float(scale: Tensor) -> Tensor:
 def nibble_pairs(values: tuple[float, ...], device: torch.device) -> Tensor:  # (256,) int32
     """For each byte the values of its low and its high nibble, two float16 in one int32."""
     half = torch.tensor(values, dtype=torch.float16)
-    return torch.stack([half.repeat(16), half.repeat_interleave(16)], 1).view(torch.int32).flatten().to(device)
+    return (
+        torch.stack([half.repeat(16), half.repeat_interleave(16)], 1)
+        .view(torch.int32)
+        .flatten()
+        .to(device)
+    )
 
 
 def expand_nibbles(
@@ -436,13 +518,17 @@ def expand_nibbles(
     out: Tensor,  # (n, 2m) float32, takes the result
 ) -> None:
     """Values of nibbles, the low one first. A table of float16 pairs is read as fast as one of single values is for bytes."""
-    out.copy_(torch.index_select(table, 0, packed.flatten().int()).view(torch.float16).view(out.shape))
+    out.copy_(
+        torch.index_select(table, 0, packed.flatten().int()).view(torch.float16).view(out.shape)
+    )
 
 
 def pack_nibbles(
     codes: Tensor,  # (n, 2m) of 0 to 15
 ) -> Tensor:  # (n, m) uint8
-    pairs = codes.to(torch.uint8, memory_format=torch.contiguous_format).view(torch.int16)  # high << 8 | low
+    pairs = codes.to(torch.uint8, memory_format=torch.contiguous_format).view(
+        torch.int16
+    )  # high << 8 | low
     return (pairs | pairs >> 4).to(torch.uint8)
 
 
@@ -470,4 +556,6 @@ def _check_finite(largest: Tensor) -> None:
 
 def _check_sizes(packed: Tensor, scale: Tensor, each: int) -> None:
     if packed.numel() != scale.numel() * each:
-        raise ValueError(f"expected {each} bytes for each scale, not {tuple(packed.shape)} and {tuple(scale.shape)}")
+        raise ValueError(
+            f"expected {each} bytes for each scale, not {tuple(packed.shape)} and {tuple(scale.shape)}"
+        )

@@ -21,7 +21,8 @@ def nearly_best(
     w: Tensor,  # (n, m) float32
     rank: int,
     excess: float = 5e-5,  # of the error of the best approximation: what this one's may be larger
-    start: Tensor | None = None,  # (k, m): directions to begin with, those of a matrix like this one
+    start: Tensor
+    | None = None,  # (k, m): directions to begin with, those of a matrix like this one
     squares: float | None = None,  # ‖w‖_F², where it is known
 ) -> Svd:
     """u s vᵀ of that rank with ‖w - u s vᵀ‖_F about (1 + excess) times the least possible, or float32's rounding if that is more.
@@ -39,7 +40,9 @@ def nearly_best(
         u, s, vh = nearly_best(w / unit, rank, excess, start)
         return Svd(u, s * unit, vh)
     total = squared_norm(whole) if squares is None else squares
-    turned = w.shape[0] > w.shape[1]  # then u belongs to the columns: directions to begin with are always those of the long side
+    turned = (
+        w.shape[0] > w.shape[1]
+    )  # then u belongs to the columns: directions to begin with are always those of the long side
     u, s, vh = _krylov(w.T if turned else w, rank, excess, start, total)
     return Svd(vh.T, s, u.T) if turned else Svd(u, s, vh)
 

@@ -18,7 +18,16 @@ from adapterkit.kernels.stochastic import Between, Draws, between
 from adapterkit.kernels.sums import all_finite
 
 WORD = 32
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row of eight that each nibble of a word holds, from the lowest
+AWQ_ORDER = (
+    0,
+    2,
+    4,
+    6,
+    1,
+    3,
+    5,
+    7,
+)  # the row of eight that each nibble of a word holds, from the lowest
 TWOS = (*map(float, range(8)), *map(float, range(-8, 0)))  # values of nibbles in two's complement
 
 
@@ -47,7 +56,9 @@ def pack(
         return (pack_nibbles(codes) if bits == 4 else codes).view(torch.int32)
     codes = codes.to(torch.int64).add_(1 << (bits - 1))
     shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
-    eights = (pad(codes, (0, -m % 8)).view(n, -1, 8) << shifts).sum(2)  # no bit twice, so a sum is an or
+    eights = (pad(codes, (0, -m % 8)).view(n, -1, 8) << shifts).sum(
+        2
+    )  # no bit twice, so a sum is an or
     text = eights.view(torch.uint8).view(n, -1, 8)[:, :, :bits].reshape(n, -1)
     return pad(text, (0, 4 * words - text.shape[1])).view(torch.int32)
 
@@ -68,7 +79,9 @@ def _unsigned(words: Tensor, bits: int, m: int) -> Tensor:  # (n, m) int16
     text = pad(text, (0, -text.shape[1] % bits)).view(len(text), -1, bits)
     eights = pad(text, (0, 8 - bits)).view(torch.int64)  # (n, ceil(m/8), 1)
     shifts = torch.arange(0, 8 * bits, bits, device=words.device)
-    return (eights >> shifts).bitwise_and_((1 << bits) - 1).to(torch.int16).view(len(text), -1)[:, :m]
+    return (
+        (eights >> shifts).bitwise_and_((1 << bits) - 1).to(torch.int16).view(len(text), -1)[:, :m]
+    )
 
 
 # compressed-tensors
@@ -80,13 +93,18 @@ def decode_packed(
     bits: int,
     size: int,  # in
     zero: Tensor | None = None,  # (out, groups) int8, unpacked
-    group: Tensor | None = None,  # (in,) int32, the group of each column; equal parts in order if not given
+    group: Tensor
+    | None = None,  # (in,) int32, the group of each column; equal parts in order if not given
     rows: slice = slice(None),
     columns: slice = slice(None),
 ) -> Tensor:  # float32
     """pack-quantized: int4 and int8, any number of bits."""
     first, last, _ = columns.indices(size)
-    words, scale, zero = words[rows], _rows(scale, rows), None if zero is None else _rows(zero, rows)
+    words, scale, zero = (
+        words[rows],
+        _rows(scale, rows),
+        None if zero is None else _rows(zero, rows),
+    )
     start = first // WORD * WORD
     words = words[:, start // WORD * bits : math.ceil(last * bits / WORD)]
     groups = _Groups(scale, zero, size, group, first, last)
@@ -166,7 +184,9 @@ def encode_integers(
             raise ValueError("the matrix holds values that are not finite")
         level = scaled.round_().clamp_(low, high)
         if draws is not None:
-            level = _between(w[part], level, groups, part, bits).drawn(draws.at(part.start * w.shape[1]))
+            level = _between(w[part], level, groups, part, bits).drawn(
+                draws.at(part.start * w.shape[1])
+            )
         codes[part] = level
     return Integers(codes, scale, zero)
 
@@ -186,9 +206,13 @@ def expected_errors(
     total = torch.empty(len(w), scale.shape[1], device=w.device)
     beyond = torch.empty(total.shape, dtype=torch.bool, device=w.device)
     for part in pieces(*w.shape):
-        found = _between(w[part], groups.undo(w[part], part).round_().clamp_(low, high), groups, part, bits)
+        found = _between(
+            w[part], groups.undo(w[part], part).round_().clamp_(low, high), groups, part, bits
+        )
         total[part] = found.spread().unflatten(1, (scale.shape[1], -1)).sum(2)
-        beyond[part] = ((found.gap == 0) & (found.away > 0)).unflatten(1, (scale.shape[1], -1)).any(2)
+        beyond[part] = (
+            ((found.gap == 0) & (found.away > 0)).unflatten(1, (scale.shape[1], -1)).any(2)
+        )
     return total, beyond
 
 
@@ -198,11 +222,17 @@ def _between(w: Tensor, level: Tensor, groups: "_Groups", rows: slice, bits: int
         groups.apply(x, rows)
         return x
 
-    falling = value(torch.ones_like(w)) < value(torch.zeros_like(w)) if bool((groups.scale < 0).any()) else None
+    falling = (
+        value(torch.ones_like(w)) < value(torch.zeros_like(w))
+        if bool((groups.scale < 0).any())
+        else None
+    )
     return between(w, level, value, (-(1 << (bits - 1)), (1 << (bits - 1)) - 1), falling)
 
 
-def _integer_scale(w: Tensor, low: int, high: int, size: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _integer_scale(
+    w: Tensor, low: int, high: int, size: int, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     lows, highs = (w.new_empty(len(w), w.shape[1] // size) for _ in range(2))
     for part in pieces(*w.shape):
         x = w[part].unflatten(1, (-1, size))
@@ -295,7 +325,9 @@ def decode_awq(
     first, last, _ = columns.indices(words.shape[0])
     top, bottom, _ = rows.indices(scale.shape[1])
     zero = torch.full_like(scale, 8) if zeros is None else _awq_rows(zeros).T[:, : scale.shape[1]]
-    groups = _Groups(scale[:, top:bottom].T, zero[:, top:bottom].T, words.shape[0], None, first, last)
+    groups = _Groups(
+        scale[:, top:bottom].T, zero[:, top:bottom].T, words.shape[0], None, first, last
+    )
     out = torch.empty(bottom - top, last - first, device=words.device)
     step = max(1, PIECE // 8 // max(1, last - first)) * 8
     for begin in range(top // 8 * 8, bottom, step):
@@ -331,7 +363,11 @@ class _Groups:
         last: int,
     ):
         self.scale = scale.float()
-        self.zero = None if zero is None else (zero.float().reshape(1, 1) if zero.numel() == 1 else zero.float())
+        self.zero = (
+            None
+            if zero is None
+            else (zero.float().reshape(1, 1) if zero.numel() == 1 else zero.float())
+        )
         count = scale.shape[1]
         each = math.ceil(size / count)
         if group is None and size % count:
@@ -349,7 +385,9 @@ class _Groups:
 
     def _pick(self, groups: slice) -> None:
         self.scale = self.scale[:, groups]
-        self.zero = self.zero if self.zero is None or self.zero.shape[1] == 1 else self.zero[:, groups]
+        self.zero = (
+            self.zero if self.zero is None or self.zero.shape[1] == 1 else self.zero[:, groups]
+        )
 
     def apply(self, x: Tensor, rows: slice) -> None:
         """x ← (x - zero) · scale."""
@@ -374,7 +412,9 @@ class _Groups:
 
     def _parts(self, x: Tensor, rows: slice) -> tuple[Tensor, Tensor | None, Tensor]:
         """Both so that they broadcast with x, and x in groups."""
-        scale, zero = (None if t is None else t if len(t) == 1 else t[rows] for t in (self.scale, self.zero))
+        scale, zero = (
+            None if t is None else t if len(t) == 1 else t[rows] for t in (self.scale, self.zero)
+        )
         assert scale is not None
         if self.index is not None:
             return scale[:, self.index], None if zero is None else _columns(zero, self.index), x

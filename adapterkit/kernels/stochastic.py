@@ -15,7 +15,10 @@ from torch import Tensor
 PIECE = 1 << 16  # elements worked on at once, so that a few temporaries of them stay in cache
 WORD = 1 << 64
 STEP, *MIX = 0x9E3779B97F4A7C15, (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
-EXPONENT = {torch.float32: (torch.int32, 0xFF << 23), torch.float64: (torch.int64, 0x7FF << 52)}  # bits of the power of 2
+EXPONENT = {
+    torch.float32: (torch.int32, 0xFF << 23),
+    torch.float64: (torch.int64, 0x7FF << 52),
+}  # bits of the power of 2
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 
 
@@ -32,7 +35,11 @@ class Draws:
     @classmethod
     def of(cls, seed: int, name: str) -> "Draws":
         """Those of a tensor by its key. Other seeds and other names give independent ones."""
-        return cls(int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little"))
+        return cls(
+            int.from_bytes(
+                hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little"
+            )
+        )
 
     def at(self, position: int) -> "Draws":
         """Those from `position` on."""
@@ -47,11 +54,19 @@ class Draws:
     def halves(self, count: int, device: torch.device) -> Tensor:  # (count,) int16, uniform
         return self._lanes(count, device, torch.int16)
 
-    def uniform(self, count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:  # (count,) float32
+    def uniform(
+        self, count: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Tensor:  # (count,) float32
         """Numbers strictly between 0 and 1: the middles of 2^23 equal parts; of 2^16, as `halves` counts down, for bfloat16."""
         if dtype == torch.bfloat16:
             return (32767.5 - self.halves(count, device).float()).mul_(2.0**-16)
-        return (self._lanes(count, device, torch.int32) >> 9).float().add_(0.5).mul_(2.0**-23).add_(0.5)
+        return (
+            (self._lanes(count, device, torch.int32) >> 9)
+            .float()
+            .add_(0.5)
+            .mul_(2.0**-23)
+            .add_(0.5)
+        )
 
     def _lanes(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The words' bits, some for each element."""
@@ -61,7 +76,9 @@ class Draws:
             words = self._words(position // each).view(dtype).view(-1, each)
             return words.gather(1, (position % each)[:, None])[:, 0]
         low, high = self.first // each, -(-(self.first + count) // each)
-        return self._words(torch.arange(low, high, device=device)).view(dtype)[self.first - low * each :][:count]
+        return self._words(torch.arange(low, high, device=device)).view(dtype)[
+            self.first - low * each :
+        ][:count]
 
     def _positions(self, count: int, device: torch.device) -> Tensor:
         assert self.turned
@@ -121,7 +138,9 @@ def _to_bfloat16(x: Tensor, out: Tensor, draws: Draws) -> None:
 def _to_any(x: Tensor, out: Tensor, draws: Draws) -> None:
     size = x.abs()
     step = last_place(size, out.dtype)
-    places = size.div_(step)  # exact, as the step is a power of 2; so is the difference to the whole part
+    places = size.div_(
+        step
+    )  # exact, as the step is a power of 2; so is the difference to the whole part
     lower = places.floor()
     up = draws.uniform(len(x), x.device, out.dtype) < places.sub_(lower)
     out.copy_(lower.add_(up).mul_(step).copysign_(x))
@@ -147,18 +166,27 @@ class Between(NamedTuple):
 
     def drawn(self, draws: Draws) -> Tensor:
         """The other code with probability away / gap, else the nearest."""
-        up = draws.uniform(self.level.numel(), self.level.device).view(self.level.shape).mul_(self.gap) < self.away
+        up = (
+            draws.uniform(self.level.numel(), self.level.device)
+            .view(self.level.shape)
+            .mul_(self.gap)
+            < self.away
+        )
         return torch.where(up & (self.gap > 0), self.other, self.level)
 
     def spread(self) -> Tensor:
         """E[(rounded - value)²]."""
-        return torch.where(self.gap > 0, self.away * (self.gap - self.away).clamp_(min=0), self.away.square())
+        return torch.where(
+            self.gap > 0, self.away * (self.gap - self.away).clamp_(min=0), self.away.square()
+        )
 
 
 def between(
     w: Tensor,
     level: Tensor,  # integers: the nearest codes
-    value: Callable[[Tensor], Tensor],  # what codes stand for, by every bit as they are decoded: so what is decoded stays
+    value: Callable[
+        [Tensor], Tensor
+    ],  # what codes stand for, by every bit as they are decoded: so what is decoded stays
     ends: tuple[int, int],  # the lowest and the highest code
     falling: Tensor | None = None,  # where values fall as codes rise
 ) -> Between:

@@ -21,7 +21,10 @@ EXCESS = 1e-5  # of the squared error of the best approximation: what the Krylov
 EIGH = 25  # an eigh of size K takes as long as 25 K³ operations of a float32 product (20 to 36, K from 192 to 2048)
 BESIDE = 0.1  # of a first block: what is random where the rest is from a span that is given
 SMALL = 256  # shorter sides up to this are decomposed in full at once: 8 to 20 ms, no more than the iteration takes
-FLOOR = {torch.float32: 2.0**-22, torch.float64: 1e-9}  # what is below this much of s₁ in a block is rounding, not direction
+FLOOR = {
+    torch.float32: 2.0**-22,
+    torch.float64: 1e-9,
+}  # what is below this much of s₁ in a block is rounding, not direction
 
 
 class _Matrix(NamedTuple):
@@ -76,7 +79,9 @@ def truncated_svd(w: Tensor, rank: int, *, tolerance: float = 1e-6, near: Svd | 
 def svd_for_energy(w: Tensor, energy: float, most: int) -> tuple[Svd, float]:
     """The fewest leading triplets, at most `most`, with Σ s² >= energy * ‖w‖_F², in w's dtype; and ‖w‖_F² (float64)."""
     if not 0 < energy <= 1 or most < 1:
-        raise ValueError(f"energy must be in (0, 1] and the largest rank at least 1, not {energy} and {most}")
+        raise ValueError(
+            f"energy must be in (0, 1] and the largest rank at least 1, not {energy} and {most}"
+        )
     matrix, turned = _matrix(w)
     most = min(most, *w.shape)
     total = _squared_norm(w, matrix.half)
@@ -87,10 +92,14 @@ def svd_for_energy(w: Tensor, energy: float, most: int) -> tuple[Svd, float]:
         hopeless = lambda squares: most > far and _reach(squares, far) < energy * total
         left = _krylov(matrix, fewest, min(most, 32) + EXTRA, share=0.5, hopeless=hopeless)
         found = None if left is None else _finish(matrix, left, max(len(left), 1))
-    if found is None or (len(found.s) < most and float(found.s.square().sum()) < energy * total * (1 - ROUNDING)):
+    if found is None or (
+        len(found.s) < most and float(found.s.square().sum()) < energy * total * (1 - ROUNDING)
+    ):
         left = _full(matrix, fewest)
         found = _finish(matrix, left, len(left))
-    return _restore(matrix, found, turned), total / matrix.half / matrix.half / matrix.half / matrix.half
+    return _restore(
+        matrix, found, turned
+    ), total / matrix.half / matrix.half / matrix.half / matrix.half
 
 
 def svd_for_ratio(w: Tensor, ratio: float, most: int) -> tuple[Svd, float]:
@@ -100,20 +109,28 @@ def svd_for_ratio(w: Tensor, ratio: float, most: int) -> tuple[Svd, float]:
     matrix, turned = _matrix(w)
     most = min(most, *w.shape)
     least = lambda squares: float(squares[:1].sum()) / ratio / ratio
-    wanted = lambda squares: max(1, min(int(((squares >= least(squares)) & (squares > 0)).sum()), most))
+    wanted = lambda squares: max(
+        1, min(int(((squares >= least(squares)) & (squares > 0)).sum()), most)
+    )
     total = _squared_norm(w, matrix.half)
     left = None
-    if ratio * FLOOR[w.dtype] < 1:  # above, float32 products do not tell which values are that small
+    if (
+        ratio * FLOOR[w.dtype] < 1
+    ):  # above, float32 products do not tell which values are that small
         left = _krylov(matrix, wanted, min(most, 32) + EXTRA, share=0.5, least=least, total=total)
     left = _full(matrix, wanted) if left is None else left
     found = _finish(matrix, left, max(len(left), 1))
-    return _restore(matrix, found, turned), total / matrix.half / matrix.half / matrix.half / matrix.half
+    return _restore(
+        matrix, found, turned
+    ), total / matrix.half / matrix.half / matrix.half / matrix.half
 
 
 def _matrix(w: Tensor) -> tuple[_Matrix, bool]:
     """w or wᵀ, whichever is wide, as a view that a product can read, with its scale; whether it is wᵀ."""
     if w.dtype not in FLOOR or w.ndim != 2 or not w.numel():
-        raise ValueError(f"expected a float32 or float64 matrix, not {w.dtype} of shape {tuple(w.shape)}")
+        raise ValueError(
+            f"expected a float32 or float64 matrix, not {w.dtype} of shape {tuple(w.shape)}"
+        )
     low, high = (float(x) for x in torch.aminmax(w))
     largest = max(-low, high)
     if not math.isfinite(low + high):
@@ -128,7 +145,11 @@ def _restore(matrix: _Matrix, found: Svd, turned: bool) -> Svd:
     u, s, vh = found
     u, vh = (vh.T, u.T) if turned else (u, vh)
     dtype = matrix.w.dtype
-    return Svd(u.to(dtype).contiguous(), (s / matrix.half / matrix.half).to(dtype), vh.to(dtype).contiguous())
+    return Svd(
+        u.to(dtype).contiguous(),
+        (s / matrix.half / matrix.half).to(dtype),
+        vh.to(dtype).contiguous(),
+    )
 
 
 def _krylov(
@@ -159,7 +180,9 @@ def _krylov(
     core = torch.zeros(0, 0, dtype=torch.float64, device=device)
     first = draw(block)
     if near is not None:  # what lies beside the span is not left out
-        mixed = torch.randn(block, len(near), generator=generator, dtype=dtype).to(device) @ near.to(dtype)
+        mixed = torch.randn(block, len(near), generator=generator, dtype=dtype).to(
+            device
+        ) @ near.to(dtype)
         first = first.mul_(BESIDE * float(mixed.norm()) / float(first.norm())).add_(mixed)
     fresh, top, spent, checked = _expand(v, first, 0.0).rows, 0.0, 0.0, 0.0
     while True:
@@ -168,7 +191,12 @@ def _krylov(
         top = max(top, new.size)
         u = torch.cat([u, new.rows])
         ahead = _expand(v, matrix.rows(new.rows), top)
-        core = torch.cat([pad(core, (0, len(v) + len(ahead.rows) - core.shape[1])), torch.cat([ahead.inside, ahead.beyond], 1)])
+        core = torch.cat(
+            [
+                pad(core, (0, len(v) + len(ahead.rows) - core.shape[1])),
+                torch.cat([ahead.inside, ahead.beyond], 1),
+            ]
+        )
         spent += _cost(n, m, len(new.rows), len(u))
         fresh, done = ahead.rows, not len(new.rows) or not len(ahead.rows)
         if done or (len(u) >= 2 * block and spent - checked >= EIGH * len(u) ** 3):
@@ -177,8 +205,12 @@ def _krylov(
             k = wanted(ritz.squares)
             excess, limit = math.inf, least(ritz.squares)
             if k < len(u):
-                excess = max(_excess(ritz, k, new.size, tolerance), _above(ritz, k, new.size, limit))
-            if done and total - float(ritz.squares.sum()) > limit:  # more equal values than a block has vectors
+                excess = max(
+                    _excess(ritz, k, new.size, tolerance), _above(ritz, k, new.size, limit)
+                )
+            if (
+                done and total - float(ritz.squares.sum()) > limit
+            ):  # more equal values than a block has vectors
                 return None
             if done or (excess <= 1 and (limit == math.inf or block >= k + EXTRA)):
                 return (u.double().T @ ritz.vectors[:, :k]).T
@@ -187,7 +219,9 @@ def _krylov(
             if late or hopeless(ritz.squares):
                 return None
             if block < k + EXTRA and k <= len(u):
-                fresh = torch.cat([fresh, _expand(torch.cat([v, fresh]), draw(k + EXTRA - block), 0.0).rows])
+                fresh = torch.cat(
+                    [fresh, _expand(torch.cat([v, fresh]), draw(k + EXTRA - block), 0.0).rows]
+                )
                 block = k + EXTRA
         if len(u) + block > n or spent + _cost(n, m, block, len(u) + block) > budget:
             return None
@@ -211,7 +245,9 @@ def _expand(basis: Tensor, panel: Tensor, top: float) -> _Expansion:
     inside = panel @ basis.T
     rows, beyond = _frame(torch.addmm(panel, inside, basis, alpha=-1), FLOOR[panel.dtype], top)
     size = float(torch.linalg.matrix_norm(beyond, 2)) if beyond.numel() else 0.0
-    rows, turn = _frame(torch.addmm(rows, rows @ basis.T, basis, alpha=-1), 0.1, 1.0)  # below 0.1: rounding, in the basis's span
+    rows, turn = _frame(
+        torch.addmm(rows, rows @ basis.T, basis, alpha=-1), 0.1, 1.0
+    )  # below 0.1: rounding, in the basis's span
     return _Expansion(rows, inside.double(), beyond @ turn, size)
 
 
@@ -289,7 +325,9 @@ def _full(matrix: _Matrix, wanted: Callable[[Tensor], int]) -> Tensor:
 
 def _exact(matrix: _Matrix, k: int) -> Svd:
     """The same from LAPACK's decomposition of w in float64."""
-    return Svd(*torch.linalg.svd(matrix.w.double() * matrix.half * matrix.half, full_matrices=False)).top(k)
+    return Svd(
+        *torch.linalg.svd(matrix.w.double() * matrix.half * matrix.half, full_matrices=False)
+    ).top(k)
 
 
 def _finish(matrix: _Matrix, left: Tensor, k: int) -> Svd:
@@ -300,7 +338,9 @@ def _finish(matrix: _Matrix, left: Tensor, k: int) -> Svd:
     return Svd(left @ x, s, yh @ q.T)
 
 
-def leading(w: Tensor, most: int, energy: float | None, ratio: float | None = None, near: Svd | None = None) -> tuple[Svd, float]:
+def leading(
+    w: Tensor, most: int, energy: float | None, ratio: float | None = None, near: Svd | None = None
+) -> tuple[Svd, float]:
     """The leading triplets of w, and Σ s² over all of them: `most`, or at most that many, those that keep the share `energy`, or
     those down to 1/`ratio` of the first. `near`: as in `truncated_svd`."""
     if energy is not None:

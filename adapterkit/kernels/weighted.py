@@ -11,7 +11,13 @@ from torch import Tensor
 
 from adapterkit.kernels.lowrank import Svd
 
-DAMPING = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of the mean of C's diagonal: added to it until it is positive definite
+DAMPING = (
+    1e-6,
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+)  # of the mean of C's diagonal: added to it until it is positive definite
 SYMMETRIC = 1e-3  # of the largest element
 
 

@@ -11,7 +11,18 @@ from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.kinds.common import NUMBER, WHOLE, Adapted, doubles, of_product
 
 # what AdaLoRA's layers do not look at (PEFT 0.21): ranks and alphas by pattern, rsLoRA, inits of LoRA
-UNUSED = {"alpha_pattern", "use_rslora", "beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"}
+UNUSED = {
+    "alpha_pattern",
+    "use_rslora",
+    "beta1",
+    "beta2",
+    "deltaT",
+    "orth_reg_weight",
+    "target_r",
+    "tfinal",
+    "tinit",
+    "total_step",
+}
 NOT_HERE = ("use_dora", "lora_bias", "layer_replication", "target_parameters")
 
 
@@ -50,14 +61,28 @@ class AdaLora:
         a, b, e = adapted.part("lora_A", "lora_B", "lora_E")
         mask = (config.get("rank_pattern") or {}).get(f"{adapted.module}.lora_E")
         rank = config["init_r"] if mask is None else sum(mask)
-        fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank and e.shape == (rank, 1)
+        fits = (
+            len(a.shape) == len(b.shape) == 2
+            and a.shape[0] == b.shape[1] == rank
+            and e.shape == (rank, 1)
+        )
         adapted.check(fits, f"factors of rank {rank}, as init_r and rank_pattern say")
         if not a.shape[1] or not b.shape[0]:
             raise Refused(
-                f"{a.key} {a.shape}", expected="matrices", where=adapted.adapter.given, do="gather the shards, save again"
+                f"{a.key} {a.shape}",
+                expected="matrices",
+                where=adapted.adapter.given,
+                do="gather the shards, save again",
             )
         alpha = config["lora_alpha"]
-        return AdaLora(a, b, e, alpha if alpha > 0 else float(rank), float(config["init_r"]), adapted.parts.get("ranknum"))
+        return AdaLora(
+            a,
+            b,
+            e,
+            alpha if alpha > 0 else float(rank),
+            float(config["init_r"]),
+            adapted.parts.get("ranknum"),
+        )
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:

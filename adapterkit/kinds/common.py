@@ -111,7 +111,10 @@ class Adapted:
         if lacking:
             found = f"{shown(self.module)} has {', '.join(sorted(self.parts))}"
             raise Refused(
-                found, expected=f"also {', '.join(lacking)}", where=self.adapter.given, do="save the adapter again, with its config"
+                found,
+                expected=f"also {', '.join(lacking)}",
+                where=self.adapter.given,
+                do="save the adapter again, with its config",
             )
         return [self.parts[name] for name in names]
 
@@ -120,10 +123,14 @@ class Adapted:
         if not fits:
             found = ", ".join(f"{name} {spec.shape}" for name, spec in sorted(self.parts.items()))
             do = "restore the config that was saved with the file, and check the base"
-            raise Refused(f"{shown(self.module)}: {found}", expected=expected, where=self.adapter.given, do=do)
+            raise Refused(
+                f"{shown(self.module)}: {found}", expected=expected, where=self.adapter.given, do=do
+            )
 
     def refused(self, why: str, expected: str, do: str) -> Refused:
-        return Refused(f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.given, do=do)
+        return Refused(
+            f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.given, do=do
+        )
 
 
 class Kind(Protocol):
@@ -147,24 +154,42 @@ class Kind(Protocol):
         ...
 
 
-def read_kind(kind: type[Kind], folder: Folder, number: int) -> tuple[Adapter, dict[str, dict[str, TensorSpec]]]:
+def read_kind(
+    kind: type[Kind], folder: Folder, number: int
+) -> tuple[Adapter, dict[str, dict[str, TensorSpec]]]:
     """An adapter of that type: what is no delta, and each module's tensors; those of all modules stand under ""."""
-    adapter, roles = read_other(folder, number, lambda config, where: _check(kind, config, where), (*kind.keys, *kind.shared))
+    adapter, roles = read_other(
+        folder,
+        number,
+        lambda config, where: _check(kind, config, where),
+        (*kind.keys, *kind.shared),
+    )
     errors: list[AdapterkitError] = []
     modules: dict[str, dict[str, TensorSpec]] = {"": {}}
     for (module, depth), parts in sorted(roles.items()):
         for key, spec in parts.items():
             if spec.dtype not in FLOATS or depth:
-                found = f"{shown(spec.key)} is {spec.dtype}" + (" and lies inside another adapter's layer" if depth else "")
+                found = f"{shown(spec.key)} is {spec.dtype}" + (
+                    " and lies inside another adapter's layer" if depth else ""
+                )
                 do = "save the adapter again, alone and as floats"
-                errors.append(Refused(found, expected="F32, F16, BF16 or F64 on the model's own layer", where=folder.name, do=do))
+                errors.append(
+                    Refused(
+                        found,
+                        expected="F32, F16, BF16 or F64 on the model's own layer",
+                        where=folder.name,
+                        do=do,
+                    )
+                )
             modules.setdefault("" if key in kind.shared else module, {})[key] = spec
     refuse_all(errors)
     return adapter, modules
 
 
 def _check(kind: type[Kind], config: dict, where: str) -> list[AdapterkitError]:
-    errors = check_known(config, HARMLESS | kind.harmless | set(kind.settings), where) + check_types(config, where)
+    errors = check_known(
+        config, HARMLESS | kind.harmless | set(kind.settings), where
+    ) + check_types(config, where)
     for key, (expected, good) in kind.settings.items():
         if not good(config.get(key)):
             errors.append(unfit(config, key, expected, where))

@@ -42,6 +42,9 @@ class DoRA(OnWeight):
 
         delta = of_weight(self.weight.matrix(inputs), change)
         if not all_finite(delta):
-            found, do = f"the delta of {shown(self.module)} is not finite", "check the adapter and its base"
+            found, do = (
+                f"the delta of {shown(self.module)} is not finite",
+                "check the adapter and its base",
+            )
             raise Spoiled(found, expected="no row whose norm is 0", where=shown(self.module), do=do)
         return delta

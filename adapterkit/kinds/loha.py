@@ -25,7 +25,9 @@ class LoHa:
     A convolution's matrices may have cores: Σ_ij t[i, j] w_a[i] w_b[j], the kernel's positions beside the inputs.
     """
 
-    first: tuple[TensorSpec, ...]  # w_a (out, r), w_b (r, in); with a core w_a (r, out), w_b (r, in), t (r, r, *kernel)
+    first: tuple[
+        TensorSpec, ...
+    ]  # w_a (out, r), w_b (r, in); with a core w_a (r, out), w_b (r, in), t (r, r, *kernel)
     second: tuple[TensorSpec, ...]
     scale: float
 

@@ -33,7 +33,14 @@ class LoKr:
     shared = ()
     settings: ClassVar = {"r": WHOLE, "alpha": NUMBER}
     harmless = frozenset(
-        {"rank_pattern", "alpha_pattern", "use_effective_conv2d", "decompose_both", "decompose_factor", "rank_dropout_scale"}
+        {
+            "rank_pattern",
+            "alpha_pattern",
+            "use_effective_conv2d",
+            "decompose_both",
+            "decompose_factor",
+            "rank_dropout_scale",
+        }
     )
     base = ""
     check = staticmethod(check_patterns)
@@ -45,7 +52,11 @@ class LoKr:
         first, second = (_side(adapted, f"lokr_w{i}", f"lokr_t{i}", rank) for i in (1, 2))
         if len(second[0].shape) == 3:
             why = "PEFT's product of a whole w2 on a Conv1d is not the Kronecker product: it mixes kernel and outputs"
-            raise adapted.refused(why, "linear layers, Conv2d, or a w2 of low rank", "merge it with PEFT, then adapterkit extract")
+            raise adapted.refused(
+                why,
+                "linear layers, Conv2d, or a w2 of low rank",
+                "merge it with PEFT, then adapterkit extract",
+            )
         adapted.check(len(first[0].shape) == 2, "w1 a matrix")
         return LoKr(first, second, alpha / rank)
 
@@ -94,10 +105,19 @@ def _side(adapted: Adapted, whole: str, core: str, rank: int) -> Side:
     if whole in adapted.parts:
         beside = [name for name in (f"{whole}_a", f"{whole}_b", core) if name in adapted.parts]
         (matrix,) = adapted.part(whole)
-        adapted.check(not beside and len(matrix.shape) in (2, 3, 4), f"{whole} alone, or {whole}_a and {whole}_b")
+        adapted.check(
+            not beside and len(matrix.shape) in (2, 3, 4),
+            f"{whole} alone, or {whole}_a and {whole}_b",
+        )
         return (matrix,)
-    a, b, *cores = adapted.part(f"{whole}_a", f"{whole}_b", *([core] if core in adapted.parts else []))
-    fits = len(a.shape) == len(b.shape) == 2 and b.shape[0] == rank and a.shape[0 if cores else 1] == rank
+    a, b, *cores = adapted.part(
+        f"{whole}_a", f"{whole}_b", *([core] if core in adapted.parts else [])
+    )
+    fits = (
+        len(a.shape) == len(b.shape) == 2
+        and b.shape[0] == rank
+        and a.shape[0 if cores else 1] == rank
+    )
     fits = fits and all(len(t.shape) == 4 and t.shape[:2] == (rank, rank) for t in cores)
     adapted.check(fits, f"{whole}_a and {whole}_b of rank {rank}, as r and rank_pattern say")
     return (a, b, *cores)

@@ -46,11 +46,17 @@ class Oft(OnWeight):
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
         version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
-        if not config["use_cayley_neumann"] or (version and (int(version[1]), int(version[2])) >= (0, 18)):
+        if not config["use_cayley_neumann"] or (
+            version and (int(version[1]), int(version[2])) >= (0, 18)
+        ):
             return []
         found = f"use_cayley_neumann, and peft_version {shown(config.get('peft_version'))}"
         do = "merge it with the PEFT that trained it, then adapterkit extract BASE MERGED"
-        return [Refused(found, expected="0.18 or later: the series was another before", where=where, do=do)]
+        return [
+            Refused(
+                found, expected="0.18 or later: the series was another before", where=where, do=do
+            )
+        ]
 
     @staticmethod
     def of(adapted: Adapted) -> "Oft":
@@ -60,21 +66,37 @@ class Oft(OnWeight):
         (rotation,) = adapted.part(EMBEDDING if embedding else ROTATION)
         if math.prod(shape[2:]) != 1:
             why = "OFT of a kernel larger than 1: what PEFT computes with it is no convolution"
-            raise adapted.refused(why, "linear layers, embeddings, kernels of size 1", "leave the module out of the adapter")
+            raise adapted.refused(
+                why,
+                "linear layers, embeddings, kernels of size 1",
+                "leave the module out of the adapter",
+            )
         width = shape[0] if embedding else math.prod(shape[1:])
         size = _size(rotation)
         rows = 1 if config["block_share"] else width // max(size, 1)
         fits = size > 0 and width % size == 0 and rotation.shape[0] == rows
-        adapted.check(fits, f"the upper triangles of {'one block' if config['block_share'] else 'blocks'} that tile {width} inputs")
+        adapted.check(
+            fits,
+            f"the upper triangles of {'one block' if config['block_share'] else 'blocks'} that tile {width} inputs",
+        )
         terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else None
-        return Oft(rotation, adapted.weight, size, terms, config["eps"] if config["coft"] else None, embedding)
+        return Oft(
+            rotation,
+            adapted.weight,
+            size,
+            terms,
+            config["eps"] if config["coft"] else None,
+            embedding,
+        )
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.rotation, *self.weight.reads)
 
     def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
-        turn = less_identity(skew(inputs.tensor(self.rotation).double(), self.size, self.eps), self.terms)
+        turn = less_identity(
+            skew(inputs.tensor(self.rotation).double(), self.size, self.eps), self.terms
+        )
         turn = turn if self.embedding else turn.mT
         stored = self.weight.stored(inputs)
         delta = of_weight(stored, lambda rows, here: _turned(rows, turn))
@@ -130,4 +152,6 @@ def less_identity(
 def _turned(rows: Tensor, turn: Tensor) -> Tensor:
     """Each row's blocks times theirs; one block may serve all."""
     blocks = rows.view(len(rows), -1, turn.shape[-1])
-    return torch.einsum("nbk,bkc->nbc", blocks, turn.expand(blocks.shape[1], -1, -1)).reshape(rows.shape)
+    return torch.einsum("nbk,bkc->nbc", blocks, turn.expand(blocks.shape[1], -1, -1)).reshape(
+        rows.shape
+    )

@@ -32,7 +32,14 @@ class Vera:
         if config["save_projection"]:
             return []
         do = "train with save_projection=True, or merge it with PEFT and use adapterkit extract BASE MERGED"
-        return [Refused("VeRA without its projections (save_projection false)", expected="them in the file", where=where, do=do)]
+        return [
+            Refused(
+                "VeRA without its projections (save_projection false)",
+                expected="them in the file",
+                where=where,
+                do=do,
+            )
+        ]
 
     @staticmethod
     def of(adapted: Adapted) -> "Vera":
@@ -40,16 +47,29 @@ class Vera:
         lacking = [name for name in Vera.shared if name not in adapted.shared]
         if lacking:
             raise Refused(
-                f"no {' and no '.join(lacking)}", expected="the shared projections", where=adapted.adapter.given, do="save it again"
+                f"no {' and no '.join(lacking)}",
+                expected="the shared projections",
+                where=adapted.adapter.given,
+                do="save it again",
             )
         a, b = (adapted.shared[name] for name in Vera.shared)
         lambda_b, lambda_d = adapted.part(*Vera.keys)
         out, inputs, rank = lambda_b.shape[0], adapted.weight.shape[-1], adapted.adapter.config["r"]
-        adapted.check((lambda_b.shape, lambda_d.shape) == ((out,), (rank,)), f"a vector of outputs and one of {rank}, as r says")
-        fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank and a.shape[1] >= inputs and b.shape[0] >= out
+        adapted.check(
+            (lambda_b.shape, lambda_d.shape) == ((out,), (rank,)),
+            f"a vector of outputs and one of {rank}, as r says",
+        )
+        fits = (
+            len(a.shape) == len(b.shape) == 2
+            and a.shape[0] == b.shape[1] == rank
+            and a.shape[1] >= inputs
+            and b.shape[0] >= out
+        )
         if not fits:
             expected = f"at least ({rank}, {inputs}) and ({out}, {rank})"
-            raise adapted.refused(f"vera_A {a.shape}, vera_B {b.shape}", expected, "check the base and the config")
+            raise adapted.refused(
+                f"vera_A {a.shape}, vera_B {b.shape}", expected, "check the base and the config"
+            )
         return Vera(a, b, lambda_b, lambda_d, (out, inputs))
 
     @property
@@ -70,7 +90,9 @@ class Vera:
 
     def product(self, inputs: Reads) -> Product:
         a, b, lambda_b, lambda_d = doubles(inputs, *self.reads)
-        return Product(lambda_b[:, None] * b[: self.shape[0]], lambda_d[:, None] * a[:, : self.shape[1]])
+        return Product(
+            lambda_b[:, None] * b[: self.shape[0]], lambda_d[:, None] * a[:, : self.shape[1]]
+        )
 
     def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
         return of_product(self.product(inputs))

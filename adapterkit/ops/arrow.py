@@ -22,7 +22,17 @@ from adapterkit.ops.packaging import as_json, hub_or_name
 from adapterkit.ops.sites import join
 from adapterkit.ops.sources import open_all
 from adapterkit.options import Sources, StrPath, checked
-from adapterkit.plan import Computed, CopyFile, FromFacts, Inputs, Made, Plan, Progress, Receipt, identities
+from adapterkit.plan import (
+    Computed,
+    CopyFile,
+    FromFacts,
+    Inputs,
+    Made,
+    Plan,
+    Progress,
+    Receipt,
+    identities,
+)
 
 FORMAT = 1
 WEIGHTS, CONFIG = "arrow.safetensors", "arrow.json"
@@ -75,7 +85,9 @@ def arrow(
     experts, generals = open_all(adapters=adapters, general=general)
     plan = plan_arrow(experts, generals, options)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
 def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Options) -> Plan:
@@ -83,22 +95,37 @@ def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Opt
     _check(options, len(tasks))
     read = read_all([*tasks, *generals])
     experts, general = read[: len(tasks)], read[len(tasks) :]
-    errors = [error for adapter in read for error in (*not_linear(adapter), *_not_routable(adapter))]
+    errors = [
+        error for adapter in read for error in (*not_linear(adapter), *_not_routable(adapter))
+    ]
     joined = join(read, errors)
     bundles: list[Experts] = []
     for name, site in joined.items():
-        parts = tuple((number, factors) for number, (_, factors) in site.members.items() if number < len(experts))
-        less = tuple(factors for number, (_, factors) in site.members.items() if number >= len(experts))
+        parts = tuple(
+            (number, factors)
+            for number, (_, factors) in site.members.items()
+            if number < len(experts)
+        )
+        less = tuple(
+            factors for number, (_, factors) in site.members.items() if number >= len(experts)
+        )
         if not parts:
             continue
         if options.compat == "peft":
             errors += _alike(name, parts, less, read)
         dtype = dtypes.parse(options.dtype)
         seed = options.seed or 0
-        bundles.append(Experts(name, parts, less, len(general), len(experts), options.compat, seed, dtype))
+        bundles.append(
+            Experts(name, parts, less, len(general), len(experts), options.compat, seed, dtype)
+        )
     refuse_all(errors)
     if not bundles:
-        raise Refused("no module with factors", expected="adapters of low-rank factors", where="arrow", do="check the adapters")
+        raise Refused(
+            "no module with factors",
+            expected="adapters of low-rank factors",
+            where="arrow",
+            do="check the adapters",
+        )
     config = {
         "arrow": FORMAT,
         "adapterkit": __version__,
@@ -117,30 +144,70 @@ def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Opt
     folders, headers = tuple(a.folder for a in read), produced.headers_of(read)
     shard = Computed(WEIGHTS, tuple(bundles))
     files: dict[str, bytes | CopyFile | FromFacts] = {CONFIG: as_json(config)}
-    return Plan("arrow", told, folders, headers, identities(folders, headers), (shard,), files, facts, tuple(notes), models=())
+    return Plan(
+        "arrow",
+        told,
+        folders,
+        headers,
+        identities(folders, headers),
+        (shard,),
+        files,
+        facts,
+        tuple(notes),
+        models=(),
+    )
 
 
 def _check(options: Options, count: int) -> None:
     errors: list[AdapterkitError] = []
     if not count:
-        errors.append(Refused("no adapter", expected="one or more", where="arrow", do="name the adapters"))
+        errors.append(
+            Refused("no adapter", expected="one or more", where="arrow", do="name the adapters")
+        )
     if options.top_k is not None and not 0 < options.top_k <= count:
-        errors.append(Refused(f"--top-k {options.top_k}", expected=f"1 to {count}, the experts", where="options", do="give fewer"))
+        errors.append(
+            Refused(
+                f"--top-k {options.top_k}",
+                expected=f"1 to {count}, the experts",
+                where="options",
+                do="give fewer",
+            )
+        )
     if options.seed is not None and options.compat is None:
-        errors.append(Refused("--seed", expected="--compat peft beside it: nothing else draws", where="options", do="leave it out"))
+        errors.append(
+            Refused(
+                "--seed",
+                expected="--compat peft beside it: nothing else draws",
+                where="options",
+                do="leave it out",
+            )
+        )
     refuse_all(errors)
 
 
 def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
     """What a router over linear layers cannot hold."""
-    odd = [lora.module for lora in adapter.loras if lora.kind != "module" or len(lora.a.shape) > 2 or lora.bias is not None]
-    odd += [adapter.name] * bool(adapter.config.get("target_parameters")) + [*held([adapter], {}, copies=False)]
+    odd = [
+        lora.module
+        for lora in adapter.loras
+        if lora.kind != "module" or len(lora.a.shape) > 2 or lora.bias is not None
+    ]
+    odd += [adapter.name] * bool(adapter.config.get("target_parameters")) + [
+        *held([adapter], {}, copies=False)
+    ]
     if not odd:
         return []
-    found = f"{adapter.name} has more than factors of linear layers: {', '.join(map(shown, odd[:6]))}"
+    found = (
+        f"{adapter.name} has more than factors of linear layers: {', '.join(map(shown, odd[:6]))}"
+    )
     do = "train experts on linear layers alone"
     return [
-        Refused(found, expected="embeddings, convolutions, biases, stacks and trained values not among them", where="arrow", do=do)
+        Refused(
+            found,
+            expected="embeddings, convolutions, biases, stacks and trained values not among them",
+            where="arrow",
+            do=do,
+        )
     ]
 
 
@@ -149,12 +216,23 @@ def _alike(name: str, parts: tuple, less: tuple, read: Sequence[Adapter]) -> lis
     if len(found) == 1:
         return []
     expected = "one rank, as PEFT demands"
-    return [Refused(f"{shown(name)}: ranks {sorted(found)}", expected=expected, where="--compat peft", do="leave --compat out")]
+    return [
+        Refused(
+            f"{shown(name)}: ranks {sorted(found)}",
+            expected=expected,
+            where="--compat peft",
+            do="leave --compat out",
+        )
+    ]
 
 
 def _coverage(bundles: Sequence["Experts"], experts: Sequence[Adapter]) -> list[str]:
     partly = [bundle.name for bundle in bundles if len(bundle.parts) < len(experts)]
-    return [f"{len(partly)} modules are not in all experts (first {shown(partly[0])})"] if partly else []
+    return (
+        [f"{len(partly)} modules are not in all experts (first {shown(partly[0])})"]
+        if partly
+        else []
+    )
 
 
 @dataclass(frozen=True)
@@ -189,7 +267,11 @@ class Experts:
             Stored(f"{self.name}.scale", "F32", (count,)),
             Stored(f"{self.name}.prototype", "F32", (count, width)),
         ]
-        return (*stored, Stored(f"{self.name}.expert", "I32", (count,))) if self._partly else tuple(stored)
+        return (
+            (*stored, Stored(f"{self.name}.expert", "I32", (count,)))
+            if self._partly
+            else tuple(stored)
+        )
 
     @property
     def _partly(self) -> bool:
@@ -204,14 +286,27 @@ class Experts:
             factors, scales = self._like_peft(inputs), [f.scale for _, f in self.parts]
             found = [(power_iteration(a, b, self.seed), None) for a, b in factors]
         elif self.less:
-            general = [Product(p.left / self.generals, p.right) for f in self.less for p in f.products(inputs)]
-            products = [
-                lowrank.stacked([*f.products(inputs), *(Product(-g.left, g.right) for g in general)]) for _, f in self.parts
+            general = [
+                Product(p.left / self.generals, p.right)
+                for f in self.less
+                for p in f.products(inputs)
             ]
-            factors, scales = [lowrank.balanced(product) for product in products], [1.0] * len(products)
+            products = [
+                lowrank.stacked(
+                    [*f.products(inputs), *(Product(-g.left, g.right) for g in general)]
+                )
+                for _, f in self.parts
+            ]
+            factors, scales = (
+                [lowrank.balanced(product) for product in products],
+                [1.0] * len(products),
+            )
             found = [prototype(Product(b, a)) for a, b in factors]
         else:
-            factors, scales = [f.stored(inputs) for _, f in self.parts], [f.scale for _, f in self.parts]
+            factors, scales = (
+                [f.stored(inputs) for _, f in self.parts],
+                [f.scale for _, f in self.parts],
+            )
             found = [prototype(Product(b.double(), a.double())) for a, b in factors]
         return self._made(factors, scales, found)
 
@@ -224,7 +319,12 @@ class Experts:
         mean_b = torch.stack([b for _, b in others]).mean(0)
         return [(a - mean_a, b - mean_b) for a, b in pairs]
 
-    def _made(self, factors: Sequence[tuple[Tensor, Tensor]], scales: list[float], found: Sequence[tuple[Tensor, Any]]) -> Made:
+    def _made(
+        self,
+        factors: Sequence[tuple[Tensor, Tensor]],
+        scales: list[float],
+        found: Sequence[tuple[Tensor, Any]],
+    ) -> Made:
         dtype, pad = dtypes.torch_dtype(self.dtype), torch.nn.functional.pad
         a = torch.stack([pad(a, (0, 0, 0, self.rank - len(a))) for a, _ in factors])
         b = torch.stack([pad(b, (0, self.rank - b.shape[1])) for _, b in factors])
@@ -235,9 +335,13 @@ class Experts:
             f"{self.name}.prototype": torch.stack([vector for vector, _ in found]).float(),
         }
         if self._partly:
-            tensors[f"{self.name}.expert"] = torch.tensor([number for number, _ in self.parts], dtype=torch.int32)
+            tensors[f"{self.name}.expert"] = torch.tensor(
+                [number for number, _ in self.parts], dtype=torch.int32
+            )
         gaps = [gap for _, gap in found]
-        facts: dict[str, Any] = {} if None in gaps else {"gap": [float(f"{gap:.4g}") for gap in gaps]}
+        facts: dict[str, Any] = (
+            {} if None in gaps else {"gap": [float(f"{gap:.4g}") for gap in gaps]}
+        )
         return Made(tensors, facts | {"rank": self.rank})
 
 

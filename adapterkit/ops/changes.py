@@ -60,7 +60,14 @@ def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
         if names:
             some = ", ".join(map(shown, names[:4])) + ", ..." * (len(names) > 4)
             expected = "weight 1: these are values, not additions"
-            job.errors.append(Refused(f"{found} with weight {weight:g}: {some}", expected=expected, where=adapter.given, do=do))
+            job.errors.append(
+                Refused(
+                    f"{found} with weight {weight:g}: {some}",
+                    expected=expected,
+                    where=adapter.given,
+                    do=do,
+                )
+            )
 
 
 def _compare_names(job: Job, adapter: Adapter) -> None:
@@ -69,7 +76,9 @@ def _compare_names(job: Job, adapter: Adapter) -> None:
     base = str(job.original.folder.origin.get("repo") or job.original.name)
     on_hub = said.count("/") == 1 and not said.startswith(("/", ".", "~"))
     if on_hub and said.rpartition("/")[2].casefold() != base.rpartition("/")[2].casefold():
-        job.notes.append(f"{adapter.name} was trained on {shown(said)}; the base here is {shown(base)}")
+        job.notes.append(
+            f"{adapter.name} was trained on {shown(said)}; the base here is {shown(base)}"
+        )
 
 
 def _check_complete(job: Job, adapter: Adapter) -> None:
@@ -79,9 +88,13 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
     for module in adapter.saved:
         by_task = module not in (adapter.config.get("modules_to_save") or [])
         why = f"modules_to_save {shown(module)}" + " (by task_type)" * by_task
-        expected |= dict.fromkeys((name for name in names if inside(name, module) and job.takes(name)), why)
+        expected |= dict.fromkeys(
+            (name for name in names if inside(name, module) and job.takes(name)), why
+        )
     if adapter.config.get("bias") == "all":
-        expected |= dict.fromkeys((n for n in names if n.rpartition(".")[2] == "bias"), 'bias "all"')
+        expected |= dict.fromkeys(
+            (n for n in names if n.rpartition(".")[2] == "bias"), 'bias "all"'
+        )
     if adapter.config.get("bias") == "lora_only":
         biases = (f"{lora.module}.bias" for lora in adapter.loras)
         expected |= dict.fromkeys((n for n in biases if n in names), 'bias "lora_only"')
@@ -111,7 +124,9 @@ def _replacements(job: Job, adapter: Adapter) -> None:
             job.errors.append(job.misshaped(adapter, name, spec.shape, parameter.shape))
             continue
         change = job.change(parameter)
-        if change.value is not None and not (name in adapter.copies and job.equal_bytes(change.value, spec)):
+        if change.value is not None and not (
+            name in adapter.copies and job.equal_bytes(change.value, spec)
+        ):
             other = job.adapters[change.number - 1].name
             job.errors.append(
                 Refused(
@@ -162,7 +177,9 @@ def _products(job: Job, adapter: Adapter, weight: float) -> None:
             job.errors.append(error)
 
 
-def _product(job: Job, adapter: Adapter, weight: float, name: str, leaf: str | None, lora: Lora) -> None:
+def _product(
+    job: Job, adapter: Adapter, weight: float, name: str, leaf: str | None, lora: Lora
+) -> None:
     parameter = job.names.parameter(name)
     assert parameter is not None
     shape = job.changes[name].parameter.shape if name in job.changes else parameter.shape
@@ -181,8 +198,15 @@ def _product(job: Job, adapter: Adapter, weight: float, name: str, leaf: str | N
             do="leave it out with --exclude",
         )
     if lora.magnitude is not None and math.prod(lora.magnitude.shape) != parameter.shape[outputs]:
-        raise job.misshaped(adapter, lora.magnitude.key, lora.magnitude.shape, (parameter.shape[outputs],))
-    first = lora.kind == "embedding" or leaf is not None or not name.endswith(".weight") or adapter.attention(lora) is not None
+        raise job.misshaped(
+            adapter, lora.magnitude.key, lora.magnitude.shape, (parameter.shape[outputs],)
+        )
+    first = (
+        lora.kind == "embedding"
+        or leaf is not None
+        or not name.endswith(".weight")
+        or adapter.attention(lora) is not None
+    )
     part = Part(adapter, lora, product, None, scale * weight, lora.magnitude, outputs, first)
     change = job.change(parameter)
     change.parts.append(part)
@@ -193,9 +217,13 @@ def _bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
     assert lora.bias is not None
     parameter = job.names.parameter(f"{lora.module}.bias")
     if parameter is None:
-        found = f"{shown(lora.bias.key)}: a bias for {shown(lora.module)}, which has none in the base"
+        found = (
+            f"{shown(lora.bias.key)}: a bias for {shown(lora.module)}, which has none in the base"
+        )
         do = "merge into a model whose module has a bias"
-        job.errors.append(Refused(found, expected="a module with a bias", where=adapter.given, do=do))
+        job.errors.append(
+            Refused(found, expected="a module with a bias", where=adapter.given, do=do)
+        )
         return
     if parameter.shape != lora.bias.shape:
         job.errors.append(job.misshaped(adapter, lora.bias.key, lora.bias.shape, parameter.shape))

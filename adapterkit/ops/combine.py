@@ -104,23 +104,52 @@ def combine(
     Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack are right.
     """
     rules, more = tuple(weight_for), tuple((settings or {}).items())
-    options = Options(method, space, rank, energy, density, majority, svd_clamp, rules, more, dtype, seed, tokenizer)
-    plan = plan_combine(open_weighted(adapters), options, None if base is None else open_model(base))
+    options = Options(
+        method,
+        space,
+        rank,
+        energy,
+        density,
+        majority,
+        svd_clamp,
+        rules,
+        more,
+        dtype,
+        seed,
+        tokenizer,
+    )
+    plan = plan_combine(
+        open_weighted(adapters), options, None if base is None else open_model(base)
+    )
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
-def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Folder | None = None) -> Plan:
+def plan_combine(
+    sources: list[tuple[Folder, float]], options: Options, base: Folder | None = None
+) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
     method, refit = _settled(options)
     if len(sources) < 2 and not (sources and (options.rank or options.energy)):
-        raise Refused(f"{len(sources)} adapters", expected="two or more", where="combine", do="name the adapters")
+        raise Refused(
+            f"{len(sources)} adapters",
+            expected="two or more",
+            where="combine",
+            do="name the adapters",
+        )
     adapters = read_all([folder for folder, _ in sources])
     given = [weight for _, weight in sources]
     if hasattr(method, "weighted"):
         if options.weight_for and method.weighted([1.0] * len(given)) != [1.0] * len(given):
             do = "leave out one of them"
-            raise Refused("--weight-for and an option that says the weights", expected="one", where="options", do=do)
+            raise Refused(
+                "--weight-for and an option that says the weights",
+                expected="one",
+                where="options",
+                do=do,
+            )
         given = method.weighted(given)
     weights = _Weights(given, options.weight_for)
     doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
@@ -130,12 +159,19 @@ def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Fo
         model = base_with_parameters(base, adapters, notes)
     errors = [error for adapter in adapters for error in _not_summable(adapter, model)]
     joined = join(adapters, errors, None if model is None else names_of(model, adapters, notes))
-    decomposed = {} if model is None else {a.number: BaseWeights(model, a, [x.module for x in a.loras], notes) for a in doras}
+    decomposed = (
+        {}
+        if model is None
+        else {a.number: BaseWeights(model, a, [x.module for x in a.loras], notes) for a in doras}
+    )
     bundles: list[Combined] = []
     levels = levels_of(joined.values())
     for name, site in joined.items():
         try:
-            parts = tuple(_part(number, *found, weights, decomposed.get(number)) for number, found in site.members.items())
+            parts = tuple(
+                _part(number, *found, weights, decomposed.get(number))
+                for number, found in site.members.items()
+            )
             parts = _with_a_share(parts, options.space)
             if hasattr(method, "check"):
                 method.check([part.weight for part in parts])
@@ -144,20 +180,51 @@ def plan_combine(sources: list[tuple[Folder, float]], options: Options, base: Fo
             continue
         errors += _fit(name, parts, adapters, options, refit)
         bundles.append(
-            Combined(name, parts, site.place(levels), method, options.space, refit, dtypes.parse(options.dtype), options.seed)
+            Combined(
+                name,
+                parts,
+                site.place(levels),
+                method,
+                options.space,
+                refit,
+                dtypes.parse(options.dtype),
+                options.seed,
+            )
         )
-    biases, whole = _biases(joined, weights, options, errors), _values(adapters, weights, method, levels, errors)
+    biases, whole = (
+        _biases(joined, weights, options, errors),
+        _values(adapters, weights, method, levels, errors),
+    )
     errors += weights.unused() + _inside_wrappers(adapters, joined.values())
     refuse_all(errors)
     if not bundles:
-        raise Refused("no module with factors", expected="adapters of low-rank factors", where="combine", do="check the adapters")
-    told = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {"weights": given}
-    facts = {"adapters": [{"name": a.name, "weight": w, "modules": len(a.loras)} for a, w in zip(adapters, given, strict=True)]}
+        raise Refused(
+            "no module with factors",
+            expected="adapters of low-rank factors",
+            where="combine",
+            do="check the adapters",
+        )
+    told = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {
+        "weights": given
+    }
+    facts = {
+        "adapters": [
+            {"name": a.name, "weight": w, "modules": len(a.loras)}
+            for a, w in zip(adapters, given, strict=True)
+        ]
+    }
     settings = produced.plain_settings() | produced.extras(adapters) | {"lora_bias": bool(biases)}
-    summary = f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for w in given)}"
+    summary = (
+        f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for w in given)}"
+    )
     everything = [*bundles, *biases, *whole]
     output = produced.Output(
-        adapters, everything, settings=settings, summary=summary, tokenizer=options.tokenizer, **targets_of(joined)
+        adapters,
+        everything,
+        settings=settings,
+        summary=summary,
+        tokenizer=options.tokenizer,
+        **targets_of(joined),
     )
     return produced.adapter_plan("combine", told, adapters, [output], notes, facts, model)
 
@@ -177,8 +244,15 @@ def _not_summable(adapter: Adapter, base: Checkpoint | None) -> list[AdapterkitE
     return not_linear(adapter, "give --base BASE, the model it was trained on, and --rank R")
 
 
-def _part(number: int, lora: Lora, factors: Factors, weights: "_Weights", decomposed: BaseWeights | None) -> Part:
-    return Part(number, factors, weights.of(number, lora.module), decomposed.dora(lora, factors) if decomposed else None)
+def _part(
+    number: int, lora: Lora, factors: Factors, weights: "_Weights", decomposed: BaseWeights | None
+) -> Part:
+    return Part(
+        number,
+        factors,
+        weights.of(number, lora.module),
+        decomposed.dora(lora, factors) if decomposed else None,
+    )
 
 
 def read_all(folders: Sequence[Folder]) -> list[Adapter]:
@@ -193,20 +267,27 @@ def read_all(folders: Sequence[Folder]) -> list[Adapter]:
     return adapters
 
 
-def not_linear(adapter: Adapter, dora: str = "make it plain first: adapterkit resize ADAPTER --base BASE --rank R"):
+def not_linear(
+    adapter: Adapter,
+    dora: str = "make it plain first: adapterkit resize ADAPTER --base BASE --rank R",
+):
     """Why an adapter's delta is not scale * b @ a on the base that it names; `dora`: what to do if it is one."""
     errors: list[AdapterkitError] = []
     init = adapter.changed_base()
     if init:
         found = f"{adapter.name} was initialised by {init}, which changed its base's weights"
         do = "make it plain first: adapterkit rebase ADAPTER --initial INIT"
-        errors.append(Refused(found, expected="adapters on one unchanged base", where=adapter.where, do=do))
+        errors.append(
+            Refused(found, expected="adapters on one unchanged base", where=adapter.where, do=do)
+        )
     if adapter.config.get("use_dora"):
         found = f"{adapter.name} is a DoRA of {len(adapter.loras)} modules: its delta depends on the base's weights"
         errors.append(Refused(found, expected="plain LoRA", where=adapter.where, do=dora))
     if adapter.config.get("layer_replication"):
         found = f"{adapter.name} replicates layers: its modules are not the base's"
-        errors.append(Refused(found, expected="adapters of one base", where=adapter.where, do="leave it out"))
+        errors.append(
+            Refused(found, expected="adapters of one base", where=adapter.where, do="leave it out")
+        )
     return errors
 
 
@@ -229,7 +310,10 @@ class _Weights:
     def unused(self) -> list[AdapterkitError]:
         return [
             Refused(
-                f"{shown(text)} matches no module", expected="a module of the adapter", where="--weight-for", do="check the regex"
+                f"{shown(text)} matches no module",
+                expected="a module of the adapter",
+                where="--weight-for",
+                do="check the regex",
             )
             for text, *_ in self.rules
             if text not in self.used
@@ -243,9 +327,16 @@ class _Weights:
             value = float(number)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or not pattern or (which is not None and not 0 <= which < len(self.weights)):
+        if (
+            not math.isfinite(value)
+            or not pattern
+            or (which is not None and not 0 <= which < len(self.weights))
+        ):
             raise Refused(
-                shown(text), expected="[N:]REGEX=WEIGHT, N the adapter's place from 1", where="--weight-for", do="e.g. 2:q_proj=0.5"
+                shown(text),
+                expected="[N:]REGEX=WEIGHT, N the adapter's place from 1",
+                where="--weight-for",
+                do="e.g. 2:q_proj=0.5",
             )
         return which, matcher(pattern if which is None else rest, "--weight-for"), value
 
@@ -266,39 +357,71 @@ def _settled(options: Options) -> tuple[Any, Refit]:
         )
     if options.space == "factors" and not dense and method != "linear":
         found = f"--space factors with {method}, which is not defined on a and b apart"
-        raise Refused(found, expected="linear, or a method on elements", where="options", do="leave out --space factors")
+        raise Refused(
+            found,
+            expected="linear, or a method on elements",
+            where="options",
+            do="leave out --space factors",
+        )
     largest = default == "largest" or (dense and default is None)
     fixed = options.rank is not None or options.energy is not None
     return record, Refit(options.rank, options.energy, largest and not fixed, options.svd_clamp)
 
 
-def _fit(name: str, parts: tuple[Part, ...], adapters: Sequence[Adapter], options: Options, refit: Refit) -> list[AdapterkitError]:
+def _fit(
+    name: str, parts: tuple[Part, ...], adapters: Sequence[Adapter], options: Options, refit: Refit
+) -> list[AdapterkitError]:
     found = {part.factors.rank for part in parts}
     doras = [adapters[part.number].name for part in parts if part.dora]
     if doras and (options.space == "factors" or refit.exact):
         how = "--space factors" if options.space == "factors" else "an exact result"
-        expected, do = "a refit in --space delta: a DoRA's delta has full rank", "give --rank R or --energy E"
-        return [Refused(f"{shown(name)}: {how} with DoRA ({', '.join(doras)})", expected=expected, where="options", do=do)]
+        expected, do = (
+            "a refit in --space delta: a DoRA's delta has full rank",
+            "give --rank R or --energy E",
+        )
+        return [
+            Refused(
+                f"{shown(name)}: {how} with DoRA ({', '.join(doras)})",
+                expected=expected,
+                where="options",
+                do=do,
+            )
+        ]
     if options.space == "factors" and len(found) > 1:
         ranks = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
         do = "use --space delta"
-        return [Refused(f"{shown(name)}: ranks {ranks}", expected="one rank in --space factors", where="adapters", do=do)]
+        return [
+            Refused(
+                f"{shown(name)}: ranks {ranks}",
+                expected="one rank in --space factors",
+                where="adapters",
+                do=do,
+            )
+        ]
     return []
 
 
-def held(adapters: Sequence[Adapter], levels: Mapping[str, int], *, copies: bool = True) -> dict[str, dict[int, TensorSpec]]:
+def held(
+    adapters: Sequence[Adapter], levels: Mapping[str, int], *, copies: bool = True
+) -> dict[str, dict[int, TensorSpec]]:
     """Key, in a file whose modules are wrapped `levels` times -> adapter number -> the trained value: what is no factor; without
     `copies` no weight of the base."""
     found: dict[str, dict[int, TensorSpec]] = {}
     for adapter in adapters:
-        values = [spec for name, spec in adapter.replaced.items() if copies or name not in adapter.copies]
+        values = [
+            spec for name, spec in adapter.replaced.items() if copies or name not in adapter.copies
+        ]
         for spec in [*values, *(tokens.values for tokens in adapter.tokens)]:
             found.setdefault(rewrapped(spec.key, levels), {})[adapter.number] = spec
     return found
 
 
 def _values(
-    adapters: Sequence[Adapter], weights: "_Weights", method: Any, levels: Mapping[str, int], errors: list[AdapterkitError]
+    adapters: Sequence[Adapter],
+    weights: "_Weights",
+    method: Any,
+    levels: Mapping[str, int],
+    errors: list[AdapterkitError],
 ) -> list[Bundle]:
     """Values that were trained whole: taken as they are from the one adapter of weight 1 that has them or from several that agree,
     or averaged."""
@@ -311,14 +434,28 @@ def _values(
             continue
         given = [weights.of(number, module) for number in holders]
         spec, several = next(iter(holders.values())), len(holders) > 1
-        shares = method.shares(given) if hasattr(method, "shares") else given[:1] if not several else []
+        shares = (
+            method.shares(given) if hasattr(method, "shares") else given[:1] if not several else []
+        )
         if _equal(adapters, list(holders.items())) if several else shares == [1.0]:
             bundles.append(produced.Taken(spec, key))
             continue
-        names = ", ".join(f"{adapters[n].name} (weight {w:g})" for n, w in zip(holders, given, strict=True))
-        alike = len({s.shape for s in holders.values()}) == 1 and all(s.dtype in dtypes.FLOATS for s in holders.values())
+        names = ", ".join(
+            f"{adapters[n].name} (weight {w:g})" for n, w in zip(holders, given, strict=True)
+        )
+        alike = len({s.shape for s in holders.values()}) == 1 and all(
+            s.dtype in dtypes.FLOATS for s in holders.values()
+        )
         if several and alike and abs(math.fsum(shares) - 1) < 1e-9:
-            bundles.append(produced.Summed(key, key, tuple(zip(holders.values(), shares, strict=True)), spec.dtype, spec.shape))
+            bundles.append(
+                produced.Summed(
+                    key,
+                    key,
+                    tuple(zip(holders.values(), shares, strict=True)),
+                    spec.dtype,
+                    spec.shape,
+                )
+            )
             continue
         found = f"{shown(key)} {'/'.join(sorted({str(s.shape) for s in holders.values()}))}, trained whole by {names}"
         expected = "one adapter of weight 1 that has it, equal values, or weights that add up to 1 with linear, mean or ema"
@@ -327,12 +464,19 @@ def _values(
     return bundles
 
 
-def _copy(adapters: Sequence[Adapter], key: str, holders: dict[int, TensorSpec], errors: list[AdapterkitError]) -> list[Bundle]:
+def _copy(
+    adapters: Sequence[Adapter],
+    key: str,
+    holders: dict[int, TensorSpec],
+    errors: list[AdapterkitError],
+) -> list[Bundle]:
     """The copy of the base's weight that all holders have: no weight scales it, and of two bases there is no sum."""
     widest = max(holders, key=lambda number: dtypes.BITS[holders[number].dtype])
     first = (adapters[widest].folder, holders[widest])
     for number, spec in holders.items():
-        same = spec.shape == first[1].shape and (number == widest or rows_apart(first, (adapters[number].folder, spec)) == 0)
+        same = spec.shape == first[1].shape and (
+            number == widest or rows_apart(first, (adapters[number].folder, spec)) == 0
+        )
         if not same:
             found = f"{shown(key)}: copies of two bases in {adapters[widest].name} and {adapters[number].name}"
             do = "merge them one after the other, with --base-copies"
@@ -343,11 +487,19 @@ def _copy(adapters: Sequence[Adapter], key: str, holders: dict[int, TensorSpec],
 def _inside_wrappers(adapters: Sequence[Adapter], sites: Iterable[Site]) -> list[AdapterkitError]:
     """PEFT refuses modules_to_save right inside a module whose parameters are targets."""
     homes = {site.module for site in sites if site.parameter}
-    names = {name.rpartition(".")[0]: adapter.name for adapter in adapters for name in adapter.replaced if adapter.saves(name)}
+    names = {
+        name.rpartition(".")[0]: adapter.name
+        for adapter in adapters
+        for name in adapter.replaced
+        if adapter.saves(name)
+    }
     inside = {name: holder for name, holder in names.items() if name.rpartition(".")[0] in homes}
     if not inside:
         return []
-    found = "; ".join(f"{shown(name)} ({who}) inside {shown(name.rpartition('.')[0])}" for name, who in list(inside.items())[:4])
+    found = "; ".join(
+        f"{shown(name)} ({who}) inside {shown(name.rpartition('.')[0])}"
+        for name, who in list(inside.items())[:4]
+    )
     return [
         Refused(
             f"modules_to_save {found}, of which parameters are targets",
@@ -360,18 +512,32 @@ def _inside_wrappers(adapters: Sequence[Adapter], sites: Iterable[Site]) -> list
 
 def _other_rows(adapters: Sequence[Adapter], levels: Mapping[str, int]) -> list[AdapterkitError]:
     """Trained token rows can be joined only where they are the same rows, and of an embedding without factors."""
-    both = {tokens.module: a.name for a in adapters for tokens in a.tokens if levels.get(tokens.module)}
+    both = {
+        tokens.module: a.name for a in adapters for tokens in a.tokens if levels.get(tokens.module)
+    }
     if both:
-        found = (
-            f"trained token rows of {', '.join(map(shown, both))} ({', '.join(both.values())}) beside factors of the same module"
-        )
+        found = f"trained token rows of {', '.join(map(shown, both))} ({', '.join(both.values())}) beside factors of the same module"
         do = "merge one adapter after the other instead"
-        return [Refused(found, expected="one of both: PEFT cannot load them together", where="adapters", do=do)]
+        return [
+            Refused(
+                found,
+                expected="one of both: PEFT cannot load them together",
+                where="adapters",
+                do=do,
+            )
+        ]
     found = {a.name: a.config["trainable_token_indices"] for a in adapters if a.tokens}
     if all(rows == next(iter(found.values())) for rows in found.values()):
         return []
     names, do = ", ".join(found), "combine adapters that trained the same rows"
-    return [Refused(f"other token rows trained by each of {names}", expected="the same rows", where="adapters", do=do)]
+    return [
+        Refused(
+            f"other token rows trained by each of {names}",
+            expected="the same rows",
+            where="adapters",
+            do=do,
+        )
+    ]
 
 
 def _equal(adapters: Sequence[Adapter], holders: list[tuple[int, TensorSpec]]) -> bool:
@@ -382,15 +548,22 @@ def _equal(adapters: Sequence[Adapter], holders: list[tuple[int, TensorSpec]]) -
     for at in range(0, first.nbytes, PIECE):
         size = min(PIECE, first.nbytes - at)
         piece = adapters[number].folder.read(first.file, first.start + at, first.start + at + size)
-        if any(adapters[n].folder.read(s.file, s.start + at, s.start + at + size) != piece for n, s in rest):
+        if any(
+            adapters[n].folder.read(s.file, s.start + at, s.start + at + size) != piece
+            for n, s in rest
+        ):
             return False
     return True
 
 
-def _biases(joined: dict[str, Site], weights: "_Weights", options: Options, errors: list[AdapterkitError]) -> list[produced.Summed]:
+def _biases(
+    joined: dict[str, Site], weights: "_Weights", options: Options, errors: list[AdapterkitError]
+) -> list[produced.Summed]:
     """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of them."""
     bundles = produced.added_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
-    if bundles and (ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"):
+    if bundles and (
+        ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"
+    ):
         errors.append(
             Refused(
                 f"biases of b (lora_bias) with {options.method} in {options.space} space",

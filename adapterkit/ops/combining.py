@@ -103,7 +103,10 @@ class Combined:
 
     @property
     def memory(self) -> int:
-        found, count = sum(part.memory for part in self.parts), math.prod(self.parts[0].factors.shape)
+        found, count = (
+            sum(part.memory for part in self.parts),
+            math.prod(self.parts[0].factors.shape),
+        )
         if self.dense and not hasattr(self.method, "merged") and not hasattr(self.method, "shares"):
             return found + 40 * len(self.parts) * count  # dense deltas as products in float64
         return found + (12 * count if self.dense else 0)
@@ -113,17 +116,23 @@ class Combined:
             return self._on_factors(inputs)
         weights = [part.weight for part in self.parts]
         results, facts, spans = [], [], []
-        for expert, deltas in enumerate(zip(*(part.deltas(inputs) for part in self.parts), strict=True)):
+        for expert, deltas in enumerate(
+            zip(*(part.deltas(inputs) for part in self.parts), strict=True)
+        ):
             result, found = self._result(deltas, weights, expert)
             results.append(result)
             facts.append(found | _cosines(deltas))
             spans.append(None if isinstance(result, Product) else _span(deltas))
         return self._refitted(results, facts, spans)
 
-    def _result(self, deltas: Sequence[Delta], weights: list[float], expert: int) -> tuple[Delta, dict]:
+    def _result(
+        self, deltas: Sequence[Delta], weights: list[float], expert: int
+    ) -> tuple[Delta, dict]:
         """The combined delta, as a product where the method keeps it one, else dense."""
         if hasattr(self.method, "merged"):
-            return self.method.merged(DenseDeltas(deltas), weights, Seeds(self.seed, f"{self.name}/{expert}"))
+            return self.method.merged(
+                DenseDeltas(deltas), weights, Seeds(self.seed, f"{self.name}/{expert}")
+            )
         if self.dense and hasattr(self.method, "shares"):
             shares = self.method.shares(weights)
             return summed(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
@@ -137,9 +146,14 @@ class Combined:
             total = sum(lowrank.norm(product) ** 2 for product in products)
             return self._made(pairs, facts, total, total)
         most = self._largest_rank()
-        found = [_decomposed(result, self.refit.energy, most, near) for result, near in zip(results, spans, strict=True)]
+        found = [
+            _decomposed(result, self.refit.energy, most, near)
+            for result, near in zip(results, spans, strict=True)
+        ]
         if self.refit.energy:
-            rank = max(lowrank.rank_for_energy(svd.s, self.refit.energy, total) for svd, total in found)
+            rank = max(
+                lowrank.rank_for_energy(svd.s, self.refit.energy, total) for svd, total in found
+            )
             rank = min(rank, self._largest_rank())
         else:
             rank = min(self._largest_rank(), *(len(svd.s) for svd, _ in found))
@@ -160,21 +174,35 @@ class Combined:
         """PEFT's way: the method acts on the a's with sign(c)√|c| and on the b's with √|c|, c = weight · scale, whatever that
         does to their products."""
         pairs = [part.factors.stored(inputs) for part in self.parts]
-        roots = [(math.copysign(abs(c) ** 0.5, c), abs(c) ** 0.5) for c in (p.weight * p.factors.scale for p in self.parts)]
+        roots = [
+            (math.copysign(abs(c) ** 0.5, c), abs(c) ** 0.5)
+            for c in (p.weight * p.factors.scale for p in self.parts)
+        ]
         made = []
         for side in (0, 1):
             matrices, weights = [pair[side] for pair in pairs], [root[side] for root in roots]
             if self.dense:
-                made.append(self.method.merged(DenseDeltas(matrices), weights, Seeds(self.seed, f"{self.name}/{'ab'[side]}"))[0])
+                made.append(
+                    self.method.merged(
+                        DenseDeltas(matrices),
+                        weights,
+                        Seeds(self.seed, f"{self.name}/{'ab'[side]}"),
+                    )[0]
+                )
             else:
                 made.append(sum(m * w for m, w in zip(matrices, weights, strict=True)))
         rank = self.parts[0].factors.rank
         dtype = dtypes.torch_dtype(self.dtype)
         a_shape, b_shape = self.place.shapes(rank)
-        tensors = {self.place.a_key: made[0].reshape(a_shape).to(dtype), self.place.b_key: made[1].reshape(b_shape).to(dtype)}
+        tensors = {
+            self.place.a_key: made[0].reshape(a_shape).to(dtype),
+            self.place.b_key: made[1].reshape(b_shape).to(dtype),
+        }
         return Made(tensors, {"rank": rank})
 
-    def _made(self, pairs: list[tuple[Tensor, Tensor]], facts: list[dict], kept: float, total: float) -> Made:
+    def _made(
+        self, pairs: list[tuple[Tensor, Tensor]], facts: list[dict], kept: float, total: float
+    ) -> Made:
         dtype = dtypes.torch_dtype(self.dtype)
         tensors = {key: tensor.to(dtype) for key, tensor in self.place.stored(pairs).items()}
         found: dict[str, Any] = {
@@ -193,7 +221,10 @@ class DenseDeltas:
     """Deltas of one module, rows of a product made from float32 factors whenever they are asked for."""
 
     def __init__(self, deltas: Sequence[Delta]):
-        self.deltas = [Product(d.left.float(), d.right.float()) if isinstance(d, Product) else d for d in deltas]
+        self.deltas = [
+            Product(d.left.float(), d.right.float()) if isinstance(d, Product) else d
+            for d in deltas
+        ]
         self.shape, self.count = _shape(deltas[0]), len(deltas)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -201,11 +232,19 @@ class DenseDeltas:
 
     def rows(self, which: int, first: int, last: int) -> Tensor:
         delta = self.deltas[which]
-        return delta.left[first:last] @ delta.right if isinstance(delta, Product) else delta[first:last].clone()
+        return (
+            delta.left[first:last] @ delta.right
+            if isinstance(delta, Product)
+            else delta[first:last].clone()
+        )
 
 
 def _shape(delta: Delta) -> tuple[int, int]:
-    return (delta.left.shape[0], delta.right.shape[1]) if isinstance(delta, Product) else (delta.shape[0], delta.shape[1])
+    return (
+        (delta.left.shape[0], delta.right.shape[1])
+        if isinstance(delta, Product)
+        else (delta.shape[0], delta.shape[1])
+    )
 
 
 def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
@@ -249,7 +288,9 @@ def _span(deltas: Sequence[Delta]) -> Svd | None:
     return Svd(left, left.new_ones(len(right)), right)
 
 
-def _decomposed(result: Delta, energy: float | None, most: int, near: Svd | None) -> tuple[Svd, float]:
+def _decomposed(
+    result: Delta, energy: float | None, most: int, near: Svd | None
+) -> tuple[Svd, float]:
     """The leading singular triplets of a delta, and Σ s² over all of them."""
     if isinstance(result, Product):
         svd = lowrank.svd(result)
@@ -263,14 +304,21 @@ def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:
     table = lowrank.gram(products) if len(products) == len(deltas) else _gram(DenseDeltas(deltas))
     norms = table.diagonal().clamp_min(0).sqrt()
     pairs = itertools.combinations(range(len(deltas)), 2)
-    return {"cosines": [float(table[i, j] / (norms[i] * norms[j])) if norms[i] * norms[j] else 0.0 for i, j in pairs]}
+    return {
+        "cosines": [
+            float(table[i, j] / (norms[i] * norms[j])) if norms[i] * norms[j] else 0.0
+            for i, j in pairs
+        ]
+    }
 
 
 def _gram(deltas: DenseDeltas) -> Tensor:
     """All inner products of dense deltas, summed in float64."""
     table = torch.zeros(deltas.count, deltas.count, dtype=torch.float64)
     for first, last in deltas.blocks():
-        rows = torch.stack([deltas.rows(i, first, last).reshape(-1) for i in range(deltas.count)]).double()
+        rows = torch.stack(
+            [deltas.rows(i, first, last).reshape(-1) for i in range(deltas.count)]
+        ).double()
         table += (rows @ rows.T).cpu()
     return table
 

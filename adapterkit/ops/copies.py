@@ -30,15 +30,30 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
         beside = name in adapter.copies
         unasked = EMBEDDINGS.search(name) and not adapter.saves(name) and not name.endswith("bias")
         parameter = job.names.parameter(name) if (beside or unasked) and job.takes(name) else None
-        if parameter is None or parameter.shape != spec.shape or not spec.shape or spec.dtype not in dtypes.FLOATS:
+        if (
+            parameter is None
+            or parameter.shape != spec.shape
+            or not spec.shape
+            or spec.dtype not in dtypes.FLOATS
+        ):
             continue  # another vocabulary: no copy; what is no float weight was refused with the file
         stored = job.base.tensors[parameter.slots[0].key]
-        comparable = parameter.whole and type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
-        count = rows_apart((adapter.folder, spec), (job.base.folder, stored)) if comparable else spec.shape[0]
+        comparable = (
+            parameter.whole and type(stored) is TensorSpec and stored.dtype in dtypes.FLOATS
+        )
+        count = (
+            rows_apart((adapter.folder, spec), (job.base.folder, stored))
+            if comparable
+            else spec.shape[0]
+        )
         if count == 0 or (beside and job.options.base_copies == "ignore"):
             del kept[name]
         if count and beside:
-            differing[spec.key] = f"{count} of {spec.shape[0]} rows differ" if comparable else "the base's is quantised"
+            differing[spec.key] = (
+                f"{count} of {spec.shape[0]} rows differ"
+                if comparable
+                else "the base's is quantised"
+            )
     text = ", ".join(f"{shown(key)} ({how})" for key, how in differing.items())
     if differing and job.options.base_copies is None:
         job.errors.append(
@@ -51,7 +66,9 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
             )
         )
     elif differing:
-        whose = "left out" if job.options.base_copies == "ignore" else "taken in place of the base's"
+        whose = (
+            "left out" if job.options.base_copies == "ignore" else "taken in place of the base's"
+        )
         job.notes.append(f"{adapter.name}: copies of another base's weights {whose}: {text}")
     return kept
 
@@ -65,7 +82,10 @@ def rows_apart(one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSpec])
     step = max(1, BLOCK // width)
     apart = [0, 0]
     for first in range(0, shape[0], step):
-        a, b = (_rows(folder, spec, first, min(first + step, shape[0]), width) for folder, spec in (one, other))
+        a, b = (
+            _rows(folder, spec, first, min(first + step, shape[0]), width)
+            for folder, spec in (one, other)
+        )
         for i, unequal in enumerate((a != b.to(a.dtype), b != a.to(b.dtype))):
             apart[i] += int(unequal.any(1).sum())
     return min(apart)
@@ -76,4 +96,6 @@ def _rows(folder: Folder, spec: TensorSpec, first: int, stop: int, width: int):
 
     size = dtypes.size(spec.dtype, width)
     data = folder.read(spec.file, spec.start + first * size, spec.start + stop * size)
-    return torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(spec.dtype)).view(stop - first, width)
+    return torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(spec.dtype)).view(
+        stop - first, width
+    )

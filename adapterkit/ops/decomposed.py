@@ -21,48 +21,99 @@ def not_decomposed(adapter: Adapter) -> list[AdapterkitError]:
     errors: list[AdapterkitError] = []
     init = adapter.changed_base()
     if init:
-        found, do = f"a DoRA initialised by {init}, which changed its base", "merge it: adapterkit merge --base-is-residual"
-        errors.append(Refused(found, expected="a DoRA of the base as it is", where=adapter.where, do=do))
+        found, do = (
+            f"a DoRA initialised by {init}, which changed its base",
+            "merge it: adapterkit merge --base-is-residual",
+        )
+        errors.append(
+            Refused(found, expected="a DoRA of the base as it is", where=adapter.where, do=do)
+        )
     for key, what in [("lora_bias", "biases of b"), ("layer_replication", "replicated layers")]:
         if adapter.config.get(key):
             found = f"a DoRA with {what} ({key})"
-            errors.append(Refused(found, expected="a DoRA without", where=adapter.where, do="leave --base out, or merge it"))
+            errors.append(
+                Refused(
+                    found,
+                    expected="a DoRA without",
+                    where=adapter.where,
+                    do="leave --base out, or merge it",
+                )
+            )
     return errors
 
 
 class BaseWeights:
     """The base's weights of adapted modules."""
 
-    def __init__(self, base: Checkpoint, adapter: Adapter, modules: Sequence[str], notes: list[str]):
+    def __init__(
+        self, base: Checkpoint, adapter: Adapter, modules: Sequence[str], notes: list[str]
+    ):
         check_not_quantised(base)
-        self.base, self.where, self.said = base, adapter.name, bool(adapter.config.get("fan_in_fan_out"))
+        self.base, self.where, self.said = (
+            base,
+            adapter.name,
+            bool(adapter.config.get("fan_in_fan_out")),
+        )
         wanted = tuple(f"{module}.weight" for module in modules)
         # a convolution may have groups: the model's classes tell
         careful = any(len(base.tensors[name].shape) > 2 for name in wanted if name in base.tensors)
-        self.names = Names(base, wanted, adapter.config.get("task_type"), careful=careful, notes=notes)
+        self.names = Names(
+            base, wanted, adapter.config.get("task_type"), careful=careful, notes=notes
+        )
 
     def of(self, module: str, embedding: bool) -> Weight:
         parameter = self.names.parameter(f"{module}.weight")
         if parameter is None or 0 in parameter.shape or len(parameter.shape) < 2:
             found = f"the base has no matrix {shown(module)}.weight"
-            raise Refused(found, expected="every module of the adapter in the base", where=self.base.name, do=CHECK_BASE)
+            raise Refused(
+                found,
+                expected="every module of the adapter in the base",
+                where=self.base.name,
+                do=CHECK_BASE,
+            )
         if self.names.groups(module) > 1:
             found = f"a grouped convolution: {shown(module)} has {self.names.groups(module)} groups"
-            raise Refused(found, expected="groups 1 (a LoRA cannot be put there)", where=self.base.name, do="leave it out")
+            raise Refused(
+                found,
+                expected="groups 1 (a LoRA cannot be put there)",
+                where=self.base.name,
+                do="leave it out",
+            )
         tensors = {slot.key: self.base.tensors[slot.key] for slot in parameter.slots}
         if any(spec.dtype not in dtypes.FLOATS for spec in tensors.values()):
             found = f"{shown(module)}.weight is {', '.join(sorted({spec.dtype for spec in tensors.values()}))}"
-            raise Refused(found, expected=" ".join(dtypes.FLOATS), where=self.base.name, do="dequantise it first")
-        return Weight(parameter, tensors, embedding or (len(parameter.shape) == 2 and self._turned(module, parameter.shape)))
+            raise Refused(
+                found,
+                expected=" ".join(dtypes.FLOATS),
+                where=self.base.name,
+                do="dequantise it first",
+            )
+        return Weight(
+            parameter,
+            tensors,
+            embedding or (len(parameter.shape) == 2 and self._turned(module, parameter.shape)),
+        )
 
     def dora(self, lora: Lora, factors: Factors) -> DoRA:
         """A module's delta; `Refused` where its factors do not fit the base."""
         weight = self.of(lora.module, lora.kind == "embedding")
         assert lora.magnitude is not None
         shape = weight.shape[0], math.prod(weight.shape[1:])
-        if lora.depth or factors.experts is not None or factors.shape != shape or math.prod(lora.magnitude.shape) != shape[0]:
-            found = f"DoRA of {shown(lora.module)} {factors.shape}, magnitudes {lora.magnitude.shape}"
-            raise Refused(found, expected=f"one that fits the base's {weight.shape}", where=self.where, do=CHECK_BASE)
+        if (
+            lora.depth
+            or factors.experts is not None
+            or factors.shape != shape
+            or math.prod(lora.magnitude.shape) != shape[0]
+        ):
+            found = (
+                f"DoRA of {shown(lora.module)} {factors.shape}, magnitudes {lora.magnitude.shape}"
+            )
+            raise Refused(
+                found,
+                expected=f"one that fits the base's {weight.shape}",
+                where=self.where,
+                do=CHECK_BASE,
+            )
         return DoRA(lora.module, factors, lora.magnitude, weight)
 
     def _turned(self, module: str, shape: tuple[int, ...]) -> bool:
@@ -72,5 +123,10 @@ class BaseWeights:
             return layer == "Conv1D"
         if self.said and shape[0] == shape[1]:
             found = f"the square weight of {shown(module)} may be stored (in, out): fan_in_fan_out is set"
-            raise Refused(found, expected="a model that transformers knows", where=self.base.name, do="update transformers")
+            raise Refused(
+                found,
+                expected="a model that transformers knows",
+                where=self.base.name,
+                do="update transformers",
+            )
         return self.said

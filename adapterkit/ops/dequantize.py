@@ -47,10 +47,14 @@ def dequantize(
     """
     plan = plan_dequantize(open_model(base), dtype, max_shard_size)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
-def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | int | None = None) -> Plan:
+def plan_dequantize(
+    folder: Folder, dtype: str | None, max_shard_size: str | int | None = None
+) -> Plan:
     """Everything a dequantisation will do, or `Refused`."""
     if name := gguf_file(folder):
         return _plan_gguf(folder, name, dtype, max_shard_size)
@@ -58,28 +62,60 @@ def plan_dequantize(folder: Folder, dtype: str | None, max_shard_size: str | int
     base = decoded(original)
     packed = packed_in(base.tensors)
     if not packed:
-        raise Refused("no quantised weights", expected="a quantised checkpoint", where=folder.name, do="use it as it is")
+        raise Refused(
+            "no quantised weights",
+            expected="a quantised checkpoint",
+            where=folder.name,
+            do="use it as it is",
+        )
     wanted = dtypes.parse(dtype) if dtype else None
     steps: dict[str, list[Step]] = {name: [] for name in original.shards}
     for key, spec in base.tensors.items():
-        steps[spec.file].append(Step(key, (wanted or spec.dtype) if isinstance(spec, Packed) else spec.dtype, spec.shape, spec))
+        steps[spec.file].append(
+            Step(
+                key,
+                (wanted or spec.dtype) if isinstance(spec, Packed) else spec.dtype,
+                spec.shape,
+                spec,
+            )
+        )
     config = dict(base.config)
     if wanted and "config.json" in original.files:
         config["dtype"] = dtypes.CONFIG_NAME[wanted]
         config.pop("torch_dtype", None)
     if max_shard_size:
-        shards = shards_of_size([step for group in steps.values() for step in group], parse_size("max_shard_size", max_shard_size))
+        shards = shards_of_size(
+            [step for group in steps.values() for step in group],
+            parse_size("max_shard_size", max_shard_size),
+        )
     else:
-        shards = [shard_of(name, group, original.shards[name], keep=False) for name, group in steps.items() if group]
+        shards = [
+            shard_of(name, group, original.shards[name], keep=False)
+            for name, group in steps.items()
+            if group
+        ]
     headers = model_headers(original)
     facts = {"dequantised": len(packed)}
     files = model_files(original, config, shards, card(original, "decoded to floats"))
     files = {name: file for name, file in files.items() if name not in files_saying(base.tensors)}
-    told = {key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value}
-    return Plan("dequantize", told, (folder,), headers, identities((folder,), headers), tuple(shards), files, facts)
+    told = {
+        key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
+    }
+    return Plan(
+        "dequantize",
+        told,
+        (folder,),
+        headers,
+        identities((folder,), headers),
+        tuple(shards),
+        files,
+        facts,
+    )
 
 
-def _plan_gguf(folder: Folder, name: str, dtype: str | None, max_shard_size: str | int | None) -> Plan:
+def _plan_gguf(
+    folder: Folder, name: str, dtype: str | None, max_shard_size: str | int | None
+) -> Plan:
     """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded once."""
     model = open_gguf(folder, name)
     base, wanted = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
@@ -87,8 +123,24 @@ def _plan_gguf(folder: Folder, name: str, dtype: str | None, max_shard_size: str
     steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
     shards = shards_of_size(steps, parse_size("max_shard_size", max_shard_size or SHARD_SIZE))
     config = base.config | {"dtype": dtypes.CONFIG_NAME[wanted]}
-    files = model_files(base, config, shards, card(base, "decoded to floats")) | model.texts | {"config.json": as_json(config)}
+    files = (
+        model_files(base, config, shards, card(base, "decoded to floats"))
+        | model.texts
+        | {"config.json": as_json(config)}
+    )
     headers = produced.model_headers(base, 0)
-    told = {key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value}
+    told = {
+        key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
+    }
     facts, notes = {"dequantised": len(steps)}, tuple(model.notes)
-    return Plan("dequantize", told, (folder,), headers, identities((folder,), headers), shards, files, facts, notes)
+    return Plan(
+        "dequantize",
+        told,
+        (folder,),
+        headers,
+        identities((folder,), headers),
+        shards,
+        files,
+        facts,
+        notes,
+    )

@@ -35,8 +35,16 @@ ENERGY, ADAPTER_ENERGY = 0.9, 0.99
 ELEMENTS = 1 << 18  # of one block: near a core's cache
 WIDEST = 1 << 17  # columns of the widest matrix that gets a suggested rank: its sketch takes 64 MB
 WORKERS = 2
-NOISE = 2.0**-44  # of ‖b‖ ‖a‖: what float64 arithmetic on factors may leave of a difference of nothing
-STATES = ("identical", "equal", "rounded", "within", "changed")  # from the same bytes to different beyond the tolerance
+NOISE = (
+    2.0**-44
+)  # of ‖b‖ ‖a‖: what float64 arithmetic on factors may leave of a difference of nothing
+STATES = (
+    "identical",
+    "equal",
+    "rounded",
+    "within",
+    "changed",
+)  # from the same bytes to different beyond the tolerance
 
 
 @checked()
@@ -80,14 +88,26 @@ def diff(
     adapters = _are_adapters(folders)
     found = _adapters(folders) if adapters else _checkpoints(folders)
     default = ADAPTER_ENERGY if adapters else ENERGY
-    results = _run(found, folders, default if rank_for_energy is None else rank_for_energy, progress)
+    results = _run(
+        found, folders, default if rank_for_energy is None else rank_for_energy, progress
+    )
     for result in results:
         error = result.row.get("relative_error")
-        if result.row.get("why") == "values" and error is not None and tolerance > 0 and error <= tolerance:
+        if (
+            result.row.get("why") == "values"
+            and error is not None
+            and tolerance > 0
+            and error <= tolerance
+        ):
             result.state = "within"
     states = [result.state for result in results]
     totals = {"compared": len(results)} | {state: states.count(state) for state in STATES}
-    differs = states.count("changed") or found.added or found.removed or any(row["decides"] for row in found.config)
+    differs = (
+        states.count("changed")
+        or found.added
+        or found.removed
+        or any(row["decides"] for row in found.config)
+    )
     return {
         "diff": VERSION,
         "kind": "adapters" if adapters else "checkpoints",
@@ -108,9 +128,16 @@ def diff(
 def _whole_change(results: list["Result"]) -> dict[str, float | None]:
     """Norms of the whole difference."""
     measured = [result.squares for result in results if result.squares is not None]
-    error, norm = (math.sqrt(sum(values)) for values in zip(*measured, strict=True)) if measured else (0.0, 0.0)
+    error, norm = (
+        (math.sqrt(sum(values)) for values in zip(*measured, strict=True))
+        if measured
+        else (0.0, 0.0)
+    )
     good = bool(measured) and math.isfinite(error)
-    return {"norm": error if good else None, "relative": error / norm if good and norm > 0 and math.isfinite(norm) else None}
+    return {
+        "norm": error if good else None,
+        "relative": error / norm if good and norm > 0 and math.isfinite(norm) else None,
+    }
 
 
 # -- what there is to compare -----------------------------------------------------------------------------------------------
@@ -191,7 +218,10 @@ def _decoded(side: Side) -> Side:
     """A quantised checkpoint as the floats that it decodes to."""
     assert side.base is not None
     plain = decoded(side.base)
-    tensors = {key: replace(spec, dtype="F32") if isinstance(spec, Packed) else spec for key, spec in plain.tensors.items()}
+    tensors = {
+        key: replace(spec, dtype="F32") if isinstance(spec, Packed) else spec
+        for key, spec in plain.tensors.items()
+    }
     return Side(tensors, plain, plain.config)
 
 
@@ -209,7 +239,10 @@ def _both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) ->
 
 def _checkpoints(folders: tuple[Folder, Folder]) -> Found:
     sides: list[Side] = _both(_side, folders)
-    quantised = [side.base is not None and signs(side.base.config, side.tensors) is not None for side in sides]
+    quantised = [
+        side.base is not None and signs(side.base.config, side.tensors) is not None
+        for side in sides
+    ]
     notes = []
     if quantised[0] != quantised[1]:
         which = quantised.index(True)
@@ -238,8 +271,12 @@ def _adapters(folders: tuple[Folder, Folder]) -> Found:
     if a and b and not found.pairs:
         found.notes.append("no module is in both adapters")
     if any(kind == "magnitude" for kind, _ in (*a, *b)):
-        found.notes.append("DoRA rescales by norms of the base: deltas and magnitudes are compared apart")
-    if first.config.get("peft_version") != second.config.get("peft_version") and first.config.get("target_parameters"):
+        found.notes.append(
+            "DoRA rescales by norms of the base: deltas and magnitudes are compared apart"
+        )
+    if first.config.get("peft_version") != second.config.get("peft_version") and first.config.get(
+        "target_parameters"
+    ):
         found.notes.append(
             "PEFT 0.19 turned the factors of square experts: two versions' deltas there may be each other's transpose"
         )
@@ -253,9 +290,17 @@ def _adapters(folders: tuple[Folder, Folder]) -> Found:
 
 
 def _matched(a: dict[tuple[str, str], Any], b: dict[tuple[str, str], Any]) -> Found:
-    pairs = [_pair(kind, name, part, b[kind, name]) for (kind, name), part in a.items() if (kind, name) in b]
+    pairs = [
+        _pair(kind, name, part, b[kind, name])
+        for (kind, name), part in a.items()
+        if (kind, name) in b
+    ]
     removed, added = (
-        [{"name": name, "kind": kind, **_facts(part)} for (kind, name), part in here.items() if (kind, name) not in there]
+        [
+            {"name": name, "kind": kind, **_facts(part)}
+            for (kind, name), part in here.items()
+            if (kind, name) not in there
+        ]
         for here, there in ((a, b), (b, a))
     )
     return Found(pairs, added, removed)
@@ -264,13 +309,17 @@ def _matched(a: dict[tuple[str, str], Any], b: dict[tuple[str, str], Any]) -> Fo
 def _parts(folder: Folder, number: int) -> tuple[Adapter, dict[tuple[str, str], Any]]:
     """An adapter, and all that it does by kind and name, in file order."""
     adapter = read_adapter(folder, number)
-    parts: dict[tuple[str, str], Any] = {("replaced", name): spec for name, spec in adapter.replaced.items()}
+    parts: dict[tuple[str, str], Any] = {
+        ("replaced", name): spec for name, spec in adapter.replaced.items()
+    }
     errors: list[AdapterkitError] = []
     for name, site in join([adapter], errors).items():
         ((lora, factors),) = site.members.values()
         parts["delta", name] = factors
         if lora.magnitude is not None:  # (out,) or (1, out, 1, 1), as PEFT's versions have it
-            parts["magnitude", name] = replace(lora.magnitude, shape=(math.prod(lora.magnitude.shape),))
+            parts["magnitude", name] = replace(
+                lora.magnitude, shape=(math.prod(lora.magnitude.shape),)
+            )
         if lora.bias is not None:
             parts["bias", name] = Bias(lora.bias, factors.scale)
     refuse_all(errors)
@@ -300,7 +349,9 @@ def _stored(part: Any) -> tuple[TensorSpec, ...]:
     """The stored tensors of a part, the first in the file first."""
     if isinstance(part, Factors):
         return tuple(sorted((part.a, part.b), key=lambda spec: spec.start))
-    return (part.values if isinstance(part, Tokens) else part.spec if isinstance(part, Bias) else part,)
+    return (
+        part.values if isinstance(part, Tokens) else part.spec if isinstance(part, Bias) else part,
+    )
 
 
 def _shape(part: Factors | Bias) -> tuple[int, ...]:
@@ -314,7 +365,10 @@ def _facts(part: Any) -> dict[str, Any]:
         facts = {"rank": part.rank, "scale": part.scale, "shape": list(_shape(part))}
         return facts | ({"experts": part.experts} if part.experts else {})
     spec = _stored(part)[0]
-    return {"dtype": spec.name if isinstance(spec, Packed) else spec.dtype, "shape": list(spec.shape)}
+    return {
+        "dtype": spec.name if isinstance(spec, Packed) else spec.dtype,
+        "shape": list(spec.shape),
+    }
 
 
 def _pair(kind: str, name: str, a: Any, b: Any) -> Pair:
@@ -332,7 +386,9 @@ class Reader:
     sources: Sources
     energy: float
     stop: threading.Event = field(default_factory=threading.Event)
-    held: threading.local = field(default_factory=threading.local)  # the weight that a thread decoded last
+    held: threading.local = field(
+        default_factory=threading.local
+    )  # the weight that a thread decoded last
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         return self.part(spec, spec.shape, 0)
@@ -343,12 +399,18 @@ class Reader:
             first = start // 4  # float32
             return self._decoded(spec).view(-1)[first : first + math.prod(shape)].view(shape)
         dtype = dtypes.torch_dtype(spec.dtype)
-        return self.bytes(spec, start, start + math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        return (
+            self.bytes(spec, start, start + math.prod(shape) * dtype.itemsize)
+            .view(dtype)
+            .view(shape)
+        )
 
     def _decoded(self, spec: Packed) -> Tensor:
         if getattr(self.held, "spec", None) is not spec:
             self.held.weight = None  # two would be held
-            self.held.weight = spec.decode({part.key: self.tensor(part) for part in spec.parts}).contiguous()
+            self.held.weight = spec.decode(
+                {part.key: self.tensor(part) for part in spec.parts}
+            ).contiguous()
             self.held.spec = spec
         return self.held.weight
 
@@ -361,13 +423,23 @@ class Reader:
         return data
 
 
-def _run(found: Found, folders: tuple[Folder, Folder], energy: float, progress: Progress) -> list[Result]:
+def _run(
+    found: Found, folders: tuple[Folder, Folder], energy: float, progress: Progress
+) -> list[Result]:
     """The results in the order of the pairs, on two threads."""
     threads = torch.get_num_threads()
     specs = [_stored(pair.a) + _stored(pair.b) for pair in found.pairs]
-    getattr(progress, "expect", lambda total: None)(sum(spec.nbytes for pair in specs for spec in pair))
+    getattr(progress, "expect", lambda total: None)(
+        sum(spec.nbytes for pair in specs for spec in pair)
+    )
     for number, folder in enumerate(folders):
-        stored = (part for pair in specs for spec in pair if spec.folder == number for part in stored_parts(spec))
+        stored = (
+            part
+            for pair in specs
+            for spec in pair
+            if spec.folder == number
+            for part in stored_parts(spec)
+        )
         folder.prefetch(list(dict.fromkeys(part.file for part in stored)))
     with Sources(folders, {}) as sources:
         reader = Reader(sources, energy)
@@ -402,7 +474,9 @@ class Grid(NamedTuple):
     def of(shape: tuple[int, ...], name: str) -> "Grid":
         """Vectors, and what is too wide for a sketch, are one column: such have no rank."""
         stack = len(shape) == 3 and "expert" in name
-        height, columns = (shape[1], shape[2]) if stack else (shape[0] if shape else 1, math.prod(shape[1:]))
+        height, columns = (
+            (shape[1], shape[2]) if stack else (shape[0] if shape else 1, math.prod(shape[1:]))
+        )
         if len(shape) < 2 or min(height, columns) < 2 or columns > WIDEST:
             return Grid(math.prod(shape), 1, max(math.prod(shape), 1))
         return Grid(math.prod(shape) // columns, columns, height)
@@ -431,7 +505,9 @@ class Tensors:
         if self.a.shape != self.b.shape:
             return _changed(self, "shape")
         if not floats:
-            return self._bytewise(reader) if self.a.dtype == self.b.dtype else _changed(self, "dtype")
+            return (
+                self._bytewise(reader) if self.a.dtype == self.b.dtype else _changed(self, "dtype")
+            )
         state = self.alike(reader)
         return Result(state) if state else self._measured(reader)
 
@@ -439,12 +515,16 @@ class Tensors:
     def grid(self) -> Grid:
         return Grid.of(self.a.shape, self.name)
 
-    def _blocks(self, reader: Reader, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _blocks(
+        self, reader: Reader, start: int, stop: int
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, its rows of A, of B), in their dtypes."""
         columns = self.grid.columns
         for first, last in self.grid.blocks(start, stop):
             a, b = (
-                reader.part(spec, (last - first, columns), first * columns * dtypes.BITS[spec.dtype] // 8)
+                reader.part(
+                    spec, (last - first, columns), first * columns * dtypes.BITS[spec.dtype] // 8
+                )
                 for spec in (self.a, self.b)
             )
             yield first, a, b
@@ -466,16 +546,27 @@ class Tensors:
         width = max(1, dtypes.BITS[self.a.dtype] // 8)  # elements smaller than a byte: by bytes
         size, differing = self.a.nbytes, 0
         for start in range(0, size, ELEMENTS * width):
-            a, b = (reader.bytes(spec, start, min(start + ELEMENTS * width, size)) for spec in (self.a, self.b))
+            a, b = (
+                reader.bytes(spec, start, min(start + ELEMENTS * width, size))
+                for spec in (self.a, self.b)
+            )
             if not torch.equal(a, b):
                 differing += int((a != b).view(-1, width).any(1).sum())
-        return _changed(self, "values", differing=differing / (size // width)) if differing else Result("identical")
+        return (
+            _changed(self, "values", differing=differing / (size // width))
+            if differing
+            else Result("identical")
+        )
 
     def _measured(self, reader: Reader) -> Result:
         grid, sums, spectra = self.grid, kernel.Sums(), []
         for start in range(0, grid.rows, grid.height):
             spectra.append(self._spectrum(reader, start, start + grid.height, sums))
-        rank = _suggested(kernel.pooled(spectra), sums.error, grid, reader.energy) if grid.columns > 1 else None
+        rank = (
+            _suggested(kernel.pooled(spectra), sums.error, grid, reader.energy)
+            if grid.columns > 1
+            else None
+        )
         return _changed(
             self,
             "values",
@@ -548,14 +639,22 @@ class Deltas:
             for i, (one, other) in enumerate(((x, x), (x, y), (y, y))):
                 squares[i] += inner(one, other)
             difference = stacked([x, y], [1.0, -1.0])
-            noise = math.hypot(noise, *(NOISE * float(p.left.norm() * p.right.norm()) for p in (x, y)))
+            noise = math.hypot(
+                noise, *(NOISE * float(p.left.norm() * p.right.norm()) for p in (x, y))
+            )
             spectra.append(kernel.singular_values(difference))
         s = kernel.pooled(spectra)
         error, norm = float(s.norm()), math.sqrt(max(squares[0], 0.0))
         if error <= noise:
             return Result("rounded")
-        needed = rank_for_energy(s, reader.energy) if reader.energy and math.isfinite(error) else None
-        rank = {"energy": reader.energy, "needed": needed, "above": None, "estimate": False} if needed else None
+        needed = (
+            rank_for_energy(s, reader.energy) if reader.energy and math.isfinite(error) else None
+        )
+        rank = (
+            {"energy": reader.energy, "needed": needed, "above": None, "estimate": False}
+            if needed
+            else None
+        )
         return _changed(
             self,
             "values",
@@ -620,8 +719,17 @@ def _changed(
 ) -> Result:
     """The row of a pair that differs; null for what is not measured or no number."""
     names = ("relative_error", "max_abs", "cosine", "differing", "norm")
-    row = {"name": pair.name, "kind": pair.kind, "why": why, "a": _facts(pair.a), "b": _facts(pair.b)}
-    row |= {name: numbers[name] if math.isfinite(numbers.get(name, math.nan)) else None for name in names}
+    row = {
+        "name": pair.name,
+        "kind": pair.kind,
+        "why": why,
+        "a": _facts(pair.a),
+        "b": _facts(pair.b),
+    }
+    row |= {
+        name: numbers[name] if math.isfinite(numbers.get(name, math.nan)) else None
+        for name in names
+    }
     return Result("changed", row | {"rank": rank}, squares)
 
 
@@ -629,7 +737,9 @@ def _suggested(s: Tensor, total: float, grid: Grid, energy: float) -> dict | Non
     """The smallest rank that holds the share `energy` of ‖D‖² = total, None without one."""
     if not energy or not math.isfinite(total) or not bool(s.isfinite().all()):
         return None
-    needed = min(rank_for_energy(s, energy, None if grid.exact else total), grid.height, grid.columns)
+    needed = min(
+        rank_for_energy(s, energy, None if grid.exact else total), grid.height, grid.columns
+    )
     above = not grid.exact and needed > kernel.SKETCH
     return {
         "energy": energy,
@@ -650,10 +760,16 @@ def table(document: dict[str, Any]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            f"{c:<{w}}" if i < 2 else f"{c:>{w}}"
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     for sign, side in (("-", "removed"), ("+", "added")):
-        lines += [f"{sign} {row['name']}  {_both_sides(row | {'why': side, 'a': row, 'b': row})}" for row in document[side]]
+        lines += [
+            f"{sign} {row['name']}  {_both_sides(row | {'why': side, 'a': row, 'b': row})}"
+            for row in document[side]
+        ]
     return lines + [_setting_text(row) for row in document["config"]]
 
 
@@ -681,7 +797,11 @@ def _both_sides(row: dict[str, Any]) -> str:
     one, other = _what(row["a"]), _what(row["b"])
     differing = other if row["a"]["shape"] != row["b"]["shape"] else other[:1]
     words = [*one, *(["->", *differing] if one != other else [])]
-    words += [f"({row['rows_only_a']} only in A, {row['rows_only_b']} only in B)"] if row["why"] == "rows" else []
+    words += (
+        [f"({row['rows_only_a']} only in A, {row['rows_only_b']} only in B)"]
+        if row["why"] == "rows"
+        else []
+    )
     return " ".join(words if row["kind"] == "tensor" else [row["kind"], *words])
 
 
@@ -693,11 +813,17 @@ def _what(side: dict[str, Any]) -> list[str]:
 def _error_text(row: dict[str, Any]) -> str:
     if row["relative_error"] is not None:
         return f"{row['relative_error']:.2e}"
-    measured = row["why"] not in ("shape", "dtype") and row["a"].get("dtype", "F32") in dtypes.FLOATS
+    measured = (
+        row["why"] not in ("shape", "dtype") and row["a"].get("dtype", "F32") in dtypes.FLOATS
+    )
     return "-" if not measured else "inf" if row["norm"] == 0 else "nan"
 
 
 def _rank_text(rank: dict | None) -> str:
     if rank is None:
         return "-"
-    return f">{rank['above']}" if rank["needed"] is None else f"{'~' * rank['estimate']}{rank['needed']}"
+    return (
+        f">{rank['above']}"
+        if rank["needed"] is None
+        else f"{'~' * rank['estimate']}{rank['needed']}"
+    )

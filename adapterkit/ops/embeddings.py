@@ -15,7 +15,9 @@ from adapterkit.errors import Refused, shown
 from adapterkit.ops.job import Change, Job, Part, nested
 from adapterkit.weights.names import Parameter, tied_names
 
-Sides = dict[str, Change]  # name -> what PEFT computes with under it, for the names of one tied parameter
+Sides = dict[
+    str, Change
+]  # name -> what PEFT computes with under it, for the names of one tied parameter
 
 
 def settle_ties(job: Job) -> None:
@@ -51,8 +53,16 @@ def settle_ties(job: Job) -> None:
 def _check_unseen(job: Job) -> None:
     """Without the model nobody knows what is tied to an embedding; a config that speaks of ties is not passed over."""
     sizes = {size for size in nested(job.base.config, "vocab_size") if isinstance(size, int)}
-    names = [name for name, change in job.changes.items() if change.parameter.shape[:1] and change.parameter.shape[0] in sizes]
-    if names and True in nested(job.base.config, "tie_word_embeddings") and job.options.tied != "fold":
+    names = [
+        name
+        for name, change in job.changes.items()
+        if change.parameter.shape[:1] and change.parameter.shape[0] in sizes
+    ]
+    if (
+        names
+        and True in nested(job.base.config, "tie_word_embeddings")
+        and job.options.tied != "fold"
+    ):
         job.errors.append(
             Refused(
                 f"{', '.join(map(shown, names))} may have other names: the config says tie_word_embeddings, and transformers "
@@ -67,17 +77,29 @@ def _check_unseen(job: Job) -> None:
 def _note_biases(job: Job) -> None:
     """A head with a bias and trained token rows: PEFT 0.21 computes it without the bias before a merge, and with it after one."""
     for name, change in {**job.changes, **job.new}.items():
-        heads = [n for n in (name, *change.parameter.tied) if change.rows and job.names.layer(n.rpartition(".")[0]) == "Linear"]
+        heads = [
+            n
+            for n in (name, *change.parameter.tied)
+            if change.rows and job.names.layer(n.rpartition(".")[0]) == "Linear"
+        ]
         for head in heads:
             if job.names.parameter(f"{head.rpartition('.')[0]}.bias") is not None:
-                job.notes.append(f"{shown(head)} has trained rows and a bias: PEFT leaves that out until it merges, here it counts")
+                job.notes.append(
+                    f"{shown(head)} has trained rows and a bias: PEFT leaves that out until it merges, here it counts"
+                )
 
 
 def _groups(job: Job) -> list[tuple[str, ...]]:
     """The names of each parameter that has several, the stored one first."""
     parameters = job.names.model.parameters if job.names.model is not None else {}
-    groups = {frozenset((name, *parameter.tied)) for name, parameter in parameters.items() if parameter.tied}
-    return sorted(tuple(sorted(group, key=lambda name: (not _is_stored(job, name), name))) for group in groups)
+    groups = {
+        frozenset((name, *parameter.tied))
+        for name, parameter in parameters.items()
+        if parameter.tied
+    }
+    return sorted(
+        tuple(sorted(group, key=lambda name: (not _is_stored(job, name), name))) for group in groups
+    )
 
 
 def _is_stored(job: Job, name: str) -> bool:
@@ -111,7 +133,9 @@ def _sides(job: Job, group: tuple[str, ...]) -> Sides:
                 side.parameter = replace(side.parameter, shape=change.parameter.shape)
             side.rows += rows
             if rows or shared:
-                side.adapters += [adapter for adapter in change.adapters if adapter not in side.adapters]
+                side.adapters += [
+                    adapter for adapter in change.adapters if adapter not in side.adapters
+                ]
     return sides
 
 
@@ -146,7 +170,10 @@ def _equal_changes(job: Job, one: Change, other: Change) -> bool:
         return False
     if len(one.parts) != len(other.parts) or (one.value is None) != (other.value is None):
         return False
-    pairs = [(one.value, other.value), *((a, b) for (a, _), (b, _) in zip(one.rows, other.rows, strict=True))]
+    pairs = [
+        (one.value, other.value),
+        *((a, b) for (a, _), (b, _) in zip(one.rows, other.rows, strict=True)),
+    ]
     if not all(job.equal_bytes(a, b) for a, b in pairs):
         return False
     return all(_equal_parts(job, a, b) for a, b in zip(one.parts, other.parts, strict=True))
@@ -156,11 +183,17 @@ def _equal_parts(job: Job, one: Part, other: Part) -> bool:
     """Whether two additions are the same: equal scales and, element by element, factors; an embedding's lie transposed."""
     if one is other:
         return True
-    if (one.adapter.number, one.scale, one.product is None) != (other.adapter.number, other.scale, other.product is None):
+    if (one.adapter.number, one.scale, one.product is None) != (
+        other.adapter.number,
+        other.scale,
+        other.product is None,
+    ):
         return False
     if one.magnitude or other.magnitude or one.product is None or other.product is None:
         sides = [(p.magnitude, p.vector, p.lora.a, p.lora.b) for p in (one, other)]
-        return one.outputs == other.outputs and all(job.equal_bytes(a, b) for a, b in zip(*sides, strict=True))
+        return one.outputs == other.outputs and all(
+            job.equal_bytes(a, b) for a, b in zip(*sides, strict=True)
+        )
     first, second = one.product, other.product
     if first.flip == second.flip:
         return job.equal_bytes(first.a, second.a) and job.equal_bytes(first.b, second.b)
@@ -181,7 +214,9 @@ def _set_all(job: Job, group: tuple[str, ...], change: Change) -> None:
         job.changes.pop(name, None)
         parameter = job.names.parameter(name)
         if parameter is not None and not parameter.twin:
-            job.changes[name] = replace(change, parameter=replace(parameter, shape=change.parameter.shape))
+            job.changes[name] = replace(
+                change, parameter=replace(parameter, shape=change.parameter.shape)
+            )
 
 
 def _foldable(job: Job, names: list[str]) -> bool:
@@ -214,13 +249,20 @@ def _untie(job: Job, apart: dict[tuple[str, ...], Sides]) -> None:
     for config in _switched(job.config):
         model = job.names.model.with_config(config)
         ties = tied_names(model)
-        if all(_alike(job, part, sides) for group, sides in apart.items() for part in _parts(group, ties)):
+        if all(
+            _alike(job, part, sides)
+            for group, sides in apart.items()
+            for part in _parts(group, ties)
+        ):
             break
     else:
         job.errors += [_bound(group, "this model's code ties them") for group in apart]
         return
     if _means_more(job.names.model.model, model):
-        job.errors += [_bound(group, "this model's code does more by tie_word_embeddings than tie") for group in apart]
+        job.errors += [
+            _bound(group, "this model's code does more by tie_word_embeddings than tie")
+            for group in apart
+        ]
         return
     for group in _groups(job):
         shared = job.changes.get(group[0])
@@ -245,8 +287,13 @@ def _set_one(job: Job, name: str, change: Change | None) -> None:
         job.new[name] = replace(change, parameter=own) if change else Change(own)
         if job.names.model.renamed(name) != name:
             read = shown(job.names.model.renamed(name))
-            found, do = f"{shown(name)} cannot be stored: transformers reads that key as {read}", "leave it out with --exclude"
-            job.errors.append(Refused(found, expected="a key of its own", where=job.base.name, do=do))
+            found, do = (
+                f"{shown(name)} cannot be stored: transformers reads that key as {read}",
+                "leave it out with --exclude",
+            )
+            job.errors.append(
+                Refused(found, expected="a key of its own", where=job.base.name, do=do)
+            )
     elif changed:
         assert change is not None
         job.changes[name] = replace(change, parameter=own)
@@ -289,17 +336,32 @@ def _means_more(tied: Any, untied: Any) -> bool:
     scale the decoder's outputs by it, which only the code says)."""
     if _unswitched(tied.config.to_dict()) != _unswitched(untied.config.to_dict()):
         return True
-    if [(k, v.shape) for k, v in tied.state_dict().items()] != [(k, v.shape) for k, v in untied.state_dict().items()]:
+    if [(k, v.shape) for k, v in tied.state_dict().items()] != [
+        (k, v.shape) for k, v in untied.state_dict().items()
+    ]:
         return True
-    classes = {cls for module in untied.modules() for cls in type(module).__mro__ if cls.__module__.startswith("transformers.")}
-    return any("tie_word_embeddings" in inspect.getsource(vars(cls)["forward"]) for cls in classes if "forward" in vars(cls))
+    classes = {
+        cls
+        for module in untied.modules()
+        for cls in type(module).__mro__
+        if cls.__module__.startswith("transformers.")
+    }
+    return any(
+        "tie_word_embeddings" in inspect.getsource(vars(cls)["forward"])
+        for cls in classes
+        if "forward" in vars(cls)
+    )
 
 
 def _unswitched(config: Any) -> Any:
     """A config without the switch, and without where it was read."""
     if not isinstance(config, dict):
         return config
-    return {k: _unswitched(v) for k, v in config.items() if k not in ("tie_word_embeddings", "_name_or_path")}
+    return {
+        k: _unswitched(v)
+        for k, v in config.items()
+        if k not in ("tie_word_embeddings", "_name_or_path")
+    }
 
 
 def settle_vocabulary(job: Job) -> None:
@@ -324,7 +386,9 @@ def settle_vocabulary(job: Job) -> None:
         )
         return
     size, name = next(iter(resized.items()))
-    staying = [p.name for p in _of_vocabulary(job) if p.shape[:1] == (old,) and not _is_replaced(job, p)]
+    staying = [
+        p.name for p in _of_vocabulary(job) if p.shape[:1] == (old,) and not _is_replaced(job, p)
+    ]
     if staying:
         job.errors.append(
             Refused(
@@ -344,8 +408,12 @@ def _of_vocabulary(job: Job) -> list[Parameter]:
     if model is None:
         return []
     ends = [model.model.get_input_embeddings(), model.model.get_output_embeddings()]
-    modules = [name for name, module in model.model.named_modules() if any(module is end for end in ends)]
-    found = [job.names.parameter(f"{name}.{leaf}") for name in modules for leaf in ("weight", "bias")]
+    modules = [
+        name for name, module in model.model.named_modules() if any(module is end for end in ends)
+    ]
+    found = [
+        job.names.parameter(f"{name}.{leaf}") for name in modules for leaf in ("weight", "bias")
+    ]
     return [parameter for parameter in found if parameter is not None]
 
 
@@ -385,7 +453,11 @@ def _check_whole(job: Job, class_name: str, heads: list[str]) -> None:
     known = model.parameters.keys() | model.unreadable.keys() | job.new.keys()
     ties = tied_names(model.model)
     lacking = [name for name in model.state if not known & {name, *ties.get(name, ())}]
-    if not (lacking := [name for name in lacking if not any(re.search(pattern, name) for pattern in left)]):
+    if not (
+        lacking := [
+            name for name in lacking if not any(re.search(pattern, name) for pattern in left)
+        ]
+    ):
         return
     bringing = next(a for a in job.adapters if a.number == job.new[heads[0]].number)
     names = ", ".join(map(shown, lacking[:8])) + ", ..." * (len(lacking) > 8)

@@ -48,7 +48,9 @@ EXPERTS = re.compile("expert", re.IGNORECASE)
 # Modules that PEFT takes for experts and routers of transformers 4, wherever they stand, where transformers 5 stacks experts: it
 # would target the stacks in their place. Their weights, targeted as parameters, it leaves alone.
 RENAMED = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads stacks of square experts as they are written here
+PEFT_LAYOUT = (
+    "0.19.0"  # the first PEFT that reads stacks of square experts as they are written here
+)
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,16 @@ def extract(
     source = open_model(base)
     plan = plan_extract(source, open_model(tuned), options)
     check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "check": check, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    how = {
+        "hash": hash,
+        "resume": resume,
+        "overwrite": overwrite,
+        "check": check,
+        "progress": progress,
+    }
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
 def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
@@ -132,24 +142,37 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
             do="check --include, --exclude",
         )
     targets = {difference.name: difference.target for difference in factors}
-    parameters = frozenset(difference.target for difference in factors if difference.target != difference.module)
+    parameters = frozenset(
+        difference.target for difference in factors if difference.target != difference.module
+    )
     task = produced.task_type(sides[1].config, job.saved)
     kept = {
         "base_model_name_or_path": produced.hub_id(base),
         "task_type": task,
         "auto_mapping": None if task else job.model_class(),
-        "fan_in_fan_out": job.transposed and not parameters,  # PEFT has no wrapper of parameters for it, and needs it for none
+        "fan_in_fan_out": job.transposed
+        and not parameters,  # PEFT has no wrapper of parameters for it, and needs it for none
     }
     settings = produced.plain_settings() | job.settings()
     summary = f"the difference of {tuned.name} and {base.name}"
     settle = partial(_settled, options.cut)
-    more: dict[str, Any] = {"kept": kept, "parameters": parameters, "others": frozenset(job.modules)}
+    more: dict[str, Any] = {
+        "kept": kept,
+        "parameters": parameters,
+        "others": frozenset(job.modules),
+    }
     output = _Output([], bundles, targets, settings, summary, settle=settle, **more)
-    told = {k: v for k, v in {**vars(options.cut), **vars(options)}.items() if v is not None and k != "cut"}
+    told = {
+        k: v
+        for k, v in {**vars(options.cut), **vars(options)}.items()
+        if v is not None and k != "cut"
+    }
     headers = {(0, name): header.sha256 for name, header in sides[0].shards.items()}
     headers |= {(1, name): header.sha256 for name, header in sides[1].shards.items()}
     facts = {"left_out": job.left_out, "unchanged": sorted(job.unchanged)}
-    return produced.output_plan("extract", told, (base, tuned), headers, [output], job.notes, facts, models=(0, 1))
+    return produced.output_plan(
+        "extract", told, (base, tuned), headers, [output], job.notes, facts, models=(0, 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -159,16 +182,31 @@ class _Output(produced.Output):
     others: frozenset[str] = frozenset()  # all modules of the model
 
     def config(self, facts: dict[str, dict], grown: int = 0) -> bytes:
-        found = {target: facts[name]["rank"] for name, target in self.modules.items() if "rank" in facts[name]}
+        found = {
+            target: facts[name]["rank"]
+            for name, target in self.modules.items()
+            if "rank" in facts[name]
+        }
         if not found and not any("taken" in fact for fact in facts.values()):
-            raise Spoiled("no weight differs", expected="a fine-tune", where=self.inside(CONFIG), do="check the two paths")
+            raise Spoiled(
+                "no weight differs",
+                expected="a fine-tune",
+                where=self.inside(CONFIG),
+                do="check the two paths",
+            )
         parameters = sorted(found.keys() & self.parameters)
-        config = (self.kept or {}) | self.settings | {"target_modules": self._modules(found.keys() - self.parameters)}
+        config = (
+            (self.kept or {})
+            | self.settings
+            | {"target_modules": self._modules(found.keys() - self.parameters)}
+        )
         if not found:
             config["target_modules"] = NO_MODULES
         config |= {"target_parameters": parameters} if parameters else {}
         # a pattern is held against the parameter's name, by merge against the module's where it is its weight
-        patterned = {re.sub(r"\.weight$", r"(\\.weight)?", target): rank for target, rank in found.items()}
+        patterned = {
+            re.sub(r"\.weight$", r"(\\.weight)?", target): rank for target, rank in found.items()
+        }
         return as_json(config | produced.ranks(patterned))
 
     def _modules(self, wanted: Collection[str]) -> list[str] | str:
@@ -192,7 +230,9 @@ def _around(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def _settled(cut: Cut, bundles: Sequence[Bundle]) -> Callable[[list[dict]], list[Callable[[Made], Made]]] | None:
+def _settled(
+    cut: Cut, bundles: Sequence[Bundle]
+) -> Callable[[list[dict]], list[Callable[[Made], Made]]] | None:
     """What becomes of each bundle once all are made: its share of the size, and keys that go by which modules have factors.
 
     A module with factors is wrapped, and what lies in it is `base_layer` to PEFT; a module's parameters are wrapped in its order,
@@ -205,17 +245,27 @@ def _settled(cut: Cut, bundles: Sequence[Bundle]) -> Callable[[list[dict]], list
 
     def settle(facts: list[dict]) -> list[Callable[[Made], Made]]:
         changes = by_size(facts) if by_size else [lambda made: made] * len(bundles)
-        wrappers = Counter(b.module for b, f in zip(bundles, facts, strict=True) if isinstance(b, Difference) and "rank" in f)
+        wrappers = Counter(
+            b.module
+            for b, f in zip(bundles, facts, strict=True)
+            if isinstance(b, Difference) and "rank" in f
+        )
         above: Counter[str] = Counter()
         settled = []
         for bundle, fact, change in reversed(list(zip(bundles, facts, changes, strict=True))):
             if isinstance(bundle, Difference) and "rank" in fact:
-                keys = _factor_keys(bundle.module, {**wrappers, bundle.module: above[bundle.module]})
-                change = _renamed(change, dict(zip((bundle.place.a_key, bundle.place.b_key), keys, strict=True)))
+                keys = _factor_keys(
+                    bundle.module, {**wrappers, bundle.module: above[bundle.module]}
+                )
+                change = _renamed(
+                    change, dict(zip((bundle.place.a_key, bundle.place.b_key), keys, strict=True))
+                )
                 above[bundle.module] += 1
             elif isinstance(bundle, Whole):
                 key = PREFIX + wrapped(bundle.parameter, wrappers)
-                lone = bundle.only_beside_factors and not wrappers[bundle.parameter.rpartition(".")[0]]
+                lone = (
+                    bundle.only_beside_factors and not wrappers[bundle.parameter.rpartition(".")[0]]
+                )
                 change = _nothing if lone else _renamed(change, {bundle.key: key})
             settled.append(change)
         return settled[::-1]
@@ -226,8 +276,12 @@ def _settled(cut: Cut, bundles: Sequence[Bundle]) -> Callable[[list[dict]], list
 def _has_one_place(bundle: Bundle, homes: Mapping[str, int]) -> bool:
     """Whether a bundle's keys do not depend on which of the modules `homes` have factors."""
     if isinstance(bundle, Difference):
-        return homes[bundle.module] == 1 and not any(path in homes for path in _around(bundle.module)[:-1])
-    return not (isinstance(bundle, Whole) and any(path in homes for path in _around(bundle.parameter)))
+        return homes[bundle.module] == 1 and not any(
+            path in homes for path in _around(bundle.module)[:-1]
+        )
+    return not (
+        isinstance(bundle, Whole) and any(path in homes for path in _around(bundle.parameter))
+    )
 
 
 def _nothing(made: Made) -> Made:
@@ -244,7 +298,9 @@ def _renamed(change: Callable[[Made], Made], keys: dict[str, str]) -> Callable[[
 
 def _factor_keys(module: str, wrappers: Mapping[str, int]) -> tuple[str, str]:
     """Keys of a module's factors; its own entry counts the wrappers that lie around these."""
-    return PREFIX + wrapped(f"{module}.lora_A.weight", wrappers), PREFIX + wrapped(f"{module}.lora_B.weight", wrappers)
+    return PREFIX + wrapped(f"{module}.lora_A.weight", wrappers), PREFIX + wrapped(
+        f"{module}.lora_B.weight", wrappers
+    )
 
 
 @dataclass
@@ -259,7 +315,9 @@ class _Job:
     whole: list["Whole"] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
-    saved: set[str] = field(default_factory=set)  # modules, and parameters that none of them stands for
+    saved: set[str] = field(
+        default_factory=set
+    )  # modules, and parameters that none of them stands for
     biases: bool = False
     transposed: bool = False
     experts: bool = False
@@ -268,7 +326,10 @@ class _Job:
         second = Names(self.sides[1], careful=True, notes=self.notes)
         cls = type(second.model.model).__name__ if second.model is not None else None
         wanted = tuple(second.all()) if cls else ()
-        self.names = Names(self.sides[0], wanted, trained_class=cls, careful=True, notes=self.notes), second
+        self.names = (
+            Names(self.sides[0], wanted, trained_class=cls, careful=True, notes=self.notes),
+            second,
+        )
         self.modules = self._all_modules()
         self.backwards = sorted(module[::-1] for module in self.modules)
         self.parameters_backwards = sorted(name[::-1] for name in second.all())
@@ -324,13 +385,32 @@ class _Job:
                 self._difference(name, target, old, new)
             else:
                 rest.setdefault(module, []).append(name)
-        lone = [name for name in first.all() if second.parameter(name) is None and self.taken(name.rpartition(".")[0])]
+        lone = [
+            name
+            for name in first.all()
+            if second.parameter(name) is None and self.taken(name.rpartition(".")[0])
+        ]
         if lone:
-            found, do = f"{', '.join(map(shown, lone))} in {self.sides[0].name} alone", "leave it out with --exclude"
-            self.errors.append(Refused(found, expected="every parameter of the base in both", where=self.sides[1].name, do=do))
+            found, do = (
+                f"{', '.join(map(shown, lone))} in {self.sides[0].name} alone",
+                "leave it out with --exclude",
+            )
+            self.errors.append(
+                Refused(
+                    found,
+                    expected="every parameter of the base in both",
+                    where=self.sides[1].name,
+                    do=do,
+                )
+            )
         if clashes:
-            found, do = f"shapes that differ: {'; '.join(clashes)}", "check the two paths, or leave them out with --exclude"
-            self.errors.append(Refused(found, expected="two models of one size", where=self.sides[1].name, do=do))
+            found, do = (
+                f"shapes that differ: {'; '.join(clashes)}",
+                "check the two paths, or leave them out with --exclude",
+            )
+            self.errors.append(
+                Refused(found, expected="two models of one size", where=self.sides[1].name, do=do)
+            )
         for module, names in rest.items():
             self._rest(module, names)
         if self.biases:
@@ -339,14 +419,18 @@ class _Job:
         for i, difference in enumerate(self.factors):
             self.factors[i] = difference.inside(wrappers, before[difference.module])
             before[difference.module] += 1
-        self.whole = [replace(whole, key=PREFIX + wrapped(whole.parameter, wrappers)) for whole in self.whole]
+        self.whole = [
+            replace(whole, key=PREFIX + wrapped(whole.parameter, wrappers)) for whole in self.whole
+        ]
 
     def _is_vocabulary(self, old: Parameter, new: Parameter) -> bool:
         """Whether two shapes differ by the vocabulary alone."""
         if len(new.shape) not in (1, 2) or old.shape[1:] != new.shape[1:]:
             return False
         sizes = zip((old, new), self.sides, strict=True)
-        return all(parameter.shape[0] in nested(side.config, "vocab_size") for parameter, side in sizes) or self._is_end(new.name)
+        return all(
+            parameter.shape[0] in nested(side.config, "vocab_size") for parameter, side in sizes
+        ) or self._is_end(new.name)
 
     def _is_end(self, name: str) -> bool:
         """Whether a parameter is the input embedding's or the head's."""
@@ -354,23 +438,37 @@ class _Job:
         if model is None:
             return bool(EMBEDDINGS.search(name))
         ends = model.model.get_input_embeddings(), model.model.get_output_embeddings()
-        return any(end is not None and model.model.get_submodule(name.rpartition(".")[0]) is end for end in ends)
+        return any(
+            end is not None and model.model.get_submodule(name.rpartition(".")[0]) is end
+            for end in ends
+        )
 
     def _check_copy(self, name: str, other: str) -> None:
         """Two names of one parameter: where both are stored, they must hold one value."""
-        copies = [parameter for n in (name, other) if (parameter := self.names[1].parameter(n)) is not None]
+        copies = [
+            parameter
+            for n in (name, other)
+            if (parameter := self.names[1].parameter(n)) is not None
+        ]
         if [slot.key for slot in copies[0].slots] == [slot.key for slot in copies[1].slots]:
             return
-        if not _equal((self.sides[1], self.sides[1]), *(_held(parameter, self.sides[1]) for parameter in copies)):
+        if not _equal(
+            (self.sides[1], self.sides[1]),
+            *(_held(parameter, self.sides[1]) for parameter in copies),
+        ):
             found = f"{shown(name)} and {shown(other)} are tied, and stored with two values"
             do = "set tie_word_embeddings to false in its config if they are two, or leave one out with --exclude"
-            self.errors.append(Refused(found, expected="one value", where=self.sides[1].name, do=do))
+            self.errors.append(
+                Refused(found, expected="one value", where=self.sides[1].name, do=do)
+            )
 
     def _save_biases(self) -> None:
         """PEFT's bias="lora_only" means the biases of all layers that have factors, changed or not."""
         for module in dict.fromkeys(difference.module for difference in self.factors):
             name = f"{module}.bias"
-            if self.names[1].parameter(name) is not None and all(whole.parameter != name for whole in self.whole):
+            if self.names[1].parameter(name) is not None and all(
+                whole.parameter != name for whole in self.whole
+            ):
                 self._save(name, only_beside_factors=not self._differs(name))
 
     def _target(self, name: str, parameter: Parameter) -> str | None:
@@ -380,16 +478,28 @@ class _Job:
         if axes < 2 or 0 in parameter.shape:
             return None
         if not kinds:  # a model that transformers does not know
-            return module if leaf == "weight" and axes == 2 and not EMBEDDINGS.search(name) else None
+            return (
+                module if leaf == "weight" and axes == 2 and not EMBEDDINGS.search(name) else None
+            )
         if parameter.tied or any(part in kind for kind in kinds for part in ("Embedding", "Norm")):
             return None
         if ATTENTION in kinds:
             return None
         if any(kind in LAYERS for kind in kinds):
-            if leaf != "weight" or (axes > 2 and self.names[1].groups(module) != 1) or is_bypassed(self.names[1], module):
+            if (
+                leaf != "weight"
+                or (axes > 2 and self.names[1].groups(module) != 1)
+                or is_bypassed(self.names[1], module)
+            ):
                 return None
-            own = kinds[self._forward(module)] not in LAYERS  # Llama 4's router is a Linear that gives a tuple
-            return name if axes == 2 and (own or (self.stacked and module.rpartition(".")[2] in RENAMED)) else module
+            own = (
+                kinds[self._forward(module)] not in LAYERS
+            )  # Llama 4's router is a Linear that gives a tuple
+            return (
+                name
+                if axes == 2 and (own or (self.stacked and module.rpartition(".")[2] in RENAMED))
+                else module
+            )
         if not self._is_most_of(module, name):
             return None
         if EXPERTS.search(f"{module} {' '.join(kinds)}"):
@@ -403,9 +513,15 @@ class _Job:
         assert model is not None
         held = model.model.get_submodule(module)
         own = dict(held.named_parameters(recurse=False))
-        within = sum(parameter.numel() for parameter in held.parameters()) - sum(parameter.numel() for parameter in own.values())
+        within = sum(parameter.numel() for parameter in held.parameters()) - sum(
+            parameter.numel() for parameter in own.values()
+        )
         alone = not _others_end(self.parameters_backwards, "." + name)
-        return name.rpartition(".")[2] in own and alone and within <= sum(parameter.numel() for parameter in own.values())
+        return (
+            name.rpartition(".")[2] in own
+            and alone
+            and within <= sum(parameter.numel() for parameter in own.values())
+        )
 
     def _kinds(self, module: str) -> list[str]:
         """The names of a module's class and of those that it is derived from; none where the model was not built."""
@@ -413,13 +529,19 @@ class _Job:
 
     def _forward(self, module: str) -> int:
         """Which of these classes says what the module does."""
-        return next(i for i, cls in enumerate(classes_of(self.names[1], module)) if "forward" in vars(cls))
+        return next(
+            i for i, cls in enumerate(classes_of(self.names[1], module)) if "forward" in vars(cls)
+        )
 
     @cached_property
     def stacked(self) -> bool:
         """Whether the loader stacks experts that are stored one by one."""
         converters = self.names[1].model.converters if self.names[1].model is not None else []
-        return any(EXPERTS.search(pattern) for converter in converters for pattern in converter.source_patterns)
+        return any(
+            EXPERTS.search(pattern)
+            for converter in converters
+            for pattern in converter.source_patterns
+        )
 
     def _difference(self, name: str, target: str, old: Parameter, new: Parameter) -> None:
         before, after = (_held(p, side) for p, side in zip((old, new), self.sides, strict=True))
@@ -433,13 +555,19 @@ class _Job:
             experts, *shape = shape
             assert self.names[1].model is not None
             # as PEFT decides it; the difference's factors are of this orientation
-            transposed = bool(getattr(self.names[1].model.model.get_submodule(module), "is_transposed", False))
+            transposed = bool(
+                getattr(self.names[1].model.model.get_submodule(module), "is_transposed", False)
+            )
             self.experts = True
         shape = tuple(shape[::-1] if transposed else shape)
         place = Place("", "", shape[1:], (1,) * (len(shape) - 2), shape[0], experts)
         dtype = dtypes.parse(self.options.dtype)
         called = module if name == f"{module}.weight" else name
-        self.factors.append(Difference(called, module, before, after, place, transposed, self.options.cut, dtype, target))
+        self.factors.append(
+            Difference(
+                called, module, before, after, place, transposed, self.options.cut, dtype, target
+            )
+        )
 
     def _rest(self, module: str, names: list[str]) -> None:
         """Parameters without factors: saved whole where one of their module differs."""
@@ -450,13 +578,23 @@ class _Job:
         if self.options.rest == "refuse":
             found = f"{', '.join(map(shown, changed))} differs and gets no factors"
             do = "give --rest save or --rest drop, or leave it out with --exclude"
-            self.errors.append(Refused(found, expected="linear layers and convolutions alone", where=self.sides[1].name, do=do))
+            self.errors.append(
+                Refused(
+                    found,
+                    expected="linear layers and convolutions alone",
+                    where=self.sides[1].name,
+                    do=do,
+                )
+            )
             return
         if self.options.rest == "drop":
             self.left_out += changed
             self.notes.append(f"{', '.join(changed)} differs and was left out (--rest drop)")
             return
-        if any(difference.module == module for difference in self.factors) and f"{module}.bias" in changed:
+        if (
+            any(difference.module == module for difference in self.factors)
+            and f"{module}.bias" in changed
+        ):
             self.biases = True  # with those of the other layers
             changed.remove(f"{module}.bias")
         if changed and self._stands_alone(module, names):
@@ -480,7 +618,9 @@ class _Job:
         model = second.model
         if model is None:
             return all(name in names for name in second.all() if name.startswith(f"{module}."))
-        return {f"{module}.{key}" for key in model.model.get_submodule(module).state_dict()} == set(names)
+        return {f"{module}.{key}" for key in model.model.get_submodule(module).state_dict()} == set(
+            names
+        )
 
     def _save(self, name: str, *, only_beside_factors: bool = False) -> None:
         parameter = self.names[1].parameter(name)
@@ -495,13 +635,18 @@ class _Job:
         return not _equal(self.sides, _held(old, self.sides[0]), _held(new, self.sides[1]))
 
     def settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"modules_to_save": sorted(self.saved) or None, "bias": "lora_only" if self.biases else "none"}
+        found: dict[str, Any] = {
+            "modules_to_save": sorted(self.saved) or None,
+            "bias": "lora_only" if self.biases else "none",
+        }
         return found | ({"peft_version": PEFT_LAYOUT} if self.experts else {})
 
 
 def _tied(old: Parameter | None, new: Parameter | None) -> tuple[str, ...]:
     """The names that share a parameter on both sides."""
-    return () if old is None or new is None else tuple(name for name in new.tied if name in old.tied)
+    return (
+        () if old is None or new is None else tuple(name for name in new.tied if name in old.tied)
+    )
 
 
 def _others_end(backwards: list[str], end: str) -> bool:
@@ -516,7 +661,12 @@ def _held(parameter: Parameter, side: Checkpoint) -> Held:
 
 def _not_floats(name: str, found: set[str]) -> Refused:
     expected = " ".join(dtypes.FLOATS)
-    return Refused(f"{shown(name)} is {', '.join(sorted(found))}", expected=expected, where="weights", do="dequantise it first")
+    return Refused(
+        f"{shown(name)} is {', '.join(sorted(found))}",
+        expected=expected,
+        where="weights",
+        do="dequantise it first",
+    )
 
 
 def _equal(sides: tuple[Checkpoint, Checkpoint], old: Held, new: Held) -> bool:
@@ -524,13 +674,18 @@ def _equal(sides: tuple[Checkpoint, Checkpoint], old: Held, new: Held) -> bool:
     if not old.dtypes | new.dtypes <= set(dtypes.FLOATS) and old.dtypes != new.dtypes:
         return False
     if not _is_whole(old) or not _is_whole(new):
-        return _same_values(*(_native(held, _OnDisk(side)) for held, side in zip((old, new), sides, strict=True)))
+        return _same_values(
+            *(_native(held, _OnDisk(side)) for held, side in zip((old, new), sides, strict=True))
+        )
     a, b = old.specs[0], new.specs[0]
     if a.dtype == b.dtype:
         return all(x == y for x, y in _pieces(sides, a, b))
     types = dtypes.torch_dtype(a.dtype), dtypes.torch_dtype(b.dtype)
     values = [
-        (torch.frombuffer(bytearray(x), dtype=types[0]), torch.frombuffer(bytearray(y), dtype=types[1]))
+        (
+            torch.frombuffer(bytearray(x), dtype=types[0]),
+            torch.frombuffer(bytearray(y), dtype=types[1]),
+        )
         for x, y in _pieces(sides, a, b)
     ]
     return any(all(_rounds_to(*pair[::step]) for pair in values) for step in (1, -1))
@@ -559,7 +714,11 @@ class _OnDisk:
     def stored(self, spec: TensorSpec) -> Tensor:
         data = bytearray(self.side.folder.read(spec.file, spec.start, spec.stop))
         dtype = dtypes.torch_dtype(spec.dtype)
-        return torch.frombuffer(data, dtype=dtype).view(spec.shape) if data else torch.empty(spec.shape, dtype=dtype)
+        return (
+            torch.frombuffer(data, dtype=dtype).view(spec.shape)
+            if data
+            else torch.empty(spec.shape, dtype=dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -635,11 +794,19 @@ class Difference:
         """The difference of one matrix, the vectors of its decomposition or a product of its short side, and the factors."""
         short = min(self._shape)
         factors = sum(4 * math.prod(stored.shape) for stored in self.most)
-        return 8 * math.prod(self._shape) + 32 * min(short * short, math.prod(self._shape)) + 2 * factors + 32 * BLOCK
+        return (
+            8 * math.prod(self._shape)
+            + 32 * min(short * short, math.prod(self._shape))
+            + 2 * factors
+            + 32 * BLOCK
+        )
 
     def make(self, inputs: Inputs) -> Made:
         found = [self._leading(old, new, inputs) for old, new in self._matrices()]
-        zero = Svd(torch.zeros(self._shape[0], 1), torch.zeros(1), torch.zeros(1, self._shape[1])), 0.0
+        zero = (
+            Svd(torch.zeros(self._shape[0], 1), torch.zeros(1), torch.zeros(1, self._shape[1])),
+            0.0,
+        )
         if all(one is None for one in found):
             return Made({}, {"unchanged": True})
         return ranked(self, [one or zero for one in found])
@@ -714,7 +881,11 @@ def _same_bytes(old: Held, new: Held, pieces: Pieces, inputs: Inputs) -> bool:
     """Whether both sides store the same, seen before anything is made float32."""
     if not old.lies_like(new):
         return False
-    pairs = ((a, b) for _, before, after in pieces for a, b in zip(before.specs, after.specs, strict=True))
+    pairs = (
+        (a, b)
+        for _, before, after in pieces
+        for a, b in zip(before.specs, after.specs, strict=True)
+    )
     return all(inputs.bytes(a) == inputs.bytes(b) for a, b in pairs)
 
 
@@ -722,7 +893,9 @@ def _rounded(old: Held, new: Held, pieces: Pieces, inputs: Inputs) -> bool:
     """Whether all of one side is the other's rounding."""
     if old.dtypes == new.dtypes or len(old.dtypes) > 1 or len(new.dtypes) > 1:
         return False
-    (first,), (second,) = ({dtypes.torch_dtype(name) for name in side.dtypes} for side in (old, new))
+    (first,), (second,) = (
+        {dtypes.torch_dtype(name) for name in side.dtypes} for side in (old, new)
+    )
     down = up = True
     for _, before, after in pieces:
         a, b = before.read(inputs), after.read(inputs)

@@ -29,15 +29,27 @@ def held_by(base: Folder) -> list[Held]:
             return []
         rows = zip(recipe["inputs"][1:], recipe["options"]["weights"], strict=True)
         last = [
-            Held(str(entry["name"]), float(weight), entry["files"][WEIGHTS]["header"], sums[f"{number} {entry['name']}"][WEIGHTS])
+            Held(
+                str(entry["name"]),
+                float(weight),
+                entry["files"][WEIGHTS]["header"],
+                sums[f"{number} {entry['name']}"][WEIGHTS],
+            )
             for number, (entry, weight) in enumerate(rows, start=1)
         ]
         return [*(Held(**one) for one in receipt.get("held", [])), *last]
-    except (KeyError, TypeError, ValueError, AttributeError):  # another version's, or without hashes
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ):  # another version's, or without hashes
         return []
 
 
-def notes_on(base: Folder, held: Sequence[Held], adapters: Sequence[Adapter], weights: Sequence[float]) -> list[str]:
+def notes_on(
+    base: Folder, held: Sequence[Held], adapters: Sequence[Adapter], weights: Sequence[float]
+) -> list[str]:
     """Adapters that a base holds already and are added again, and such as it does not hold and are taken out.
 
     Files are compared by their sha256, and only those whose headers agree are read for it."""
@@ -52,7 +64,9 @@ def notes_on(base: Folder, held: Sequence[Held], adapters: Sequence[Adapter], we
             )
         elif held and weight < 0 and there == 0:
             names = ", ".join(dict.fromkeys(shown(one.name) for one in held))
-            notes.append(f"{adapter.name} is taken out, but the receipt of {base.name} holds {names} instead")
+            notes.append(
+                f"{adapter.name} is taken out, but the receipt of {base.name} holds {names} instead"
+            )
     return notes
 
 

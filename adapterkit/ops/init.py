@@ -12,7 +12,15 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import Refused, refuse_all
 from adapterkit.kernels.sums import norm
 from adapterkit.ops import produced
-from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, place_of_linear, targeted, wrappable
+from adapterkit.ops.pair import (
+    FromAside,
+    Scaling,
+    adapter_of,
+    factors_of,
+    place_of_linear,
+    targeted,
+    wrappable,
+)
 from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
 from adapterkit.ops.quantize import targets as formats
 from adapterkit.ops.sizes import short
@@ -79,19 +87,28 @@ def init(
 
     Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes PEFT change a base again.
     """
-    options = Options(method, rank, alpha, rslora, targets, skip, quantize, block_size, double_quant, dtype)
+    options = Options(
+        method, rank, alpha, rslora, targets, skip, quantize, block_size, double_quant, dtype
+    )
     plan = plan_init(open_model(base), options)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
 def plan_init(folder: Folder, options: Options) -> Plan:
     """Everything an initialisation will do, or `Refused`."""
     method: Any = made("inits", options.method, {})
     if not options.quantize:
-        given = [f"--{key.replace('_', '-')}" for key, value in _chosen_options(options).items() if value]
+        given = [
+            f"--{key.replace('_', '-')}" for key, value in _chosen_options(options).items() if value
+        ]
         if given:
-            found, do = f"{', '.join(given)} without --quantize", "choose modules with --targets, or give --quantize nf4"
+            found, do = (
+                f"{', '.join(given)} without --quantize",
+                "choose modules with --targets, or give --quantize nf4",
+            )
             raise Refused(found, expected="--quantize FORMAT", where="options", do=do)
     base = open_checkpoint(folder)
     check_not_quantised(base)
@@ -102,8 +119,20 @@ def plan_init(folder: Folder, options: Options) -> Plan:
         key = chosen.linear[name]
         weight = chosen.weights[key]
         packed = chosen.packed.get(key)
-        bundles[key] = Rest(base.tensors[key], packed, name, method, options.rank, options.scaling.scale, weight.transposed)
-        factors.append(FromAside(name, place_of_linear(name, weight.shape), options.rank, dtypes.parse(options.dtype)))
+        bundles[key] = Rest(
+            base.tensors[key],
+            packed,
+            name,
+            method,
+            options.rank,
+            options.scaling.scale,
+            weight.transposed,
+        )
+        factors.append(
+            FromAside(
+                name, place_of_linear(name, weight.shape), options.rank, dtypes.parse(options.dtype)
+            )
+        )
     return _plan(base, chosen, bundles, factors, options)
 
 
@@ -118,28 +147,48 @@ def _targeted(chosen: Chosen, targets: str | None) -> list[str]:
         chosen.notes += notes
     refuse_all([chosen.problems[name] for name in found if name in chosen.problems])
     if not found:
-        raise Refused("no linear layer", expected="one or more", where=chosen.base.name, do="check --skip")
+        raise Refused(
+            "no linear layer", expected="one or more", where=chosen.base.name, do="check --skip"
+        )
     return found
 
 
-def _plan(base: Checkpoint, chosen: Chosen, bundles: dict[str, Bundle], factors: list[Bundle], options: Options) -> Plan:
+def _plan(
+    base: Checkpoint,
+    chosen: Chosen,
+    bundles: dict[str, Bundle],
+    factors: list[Bundle],
+    options: Options,
+) -> Plan:
     config = chosen.config() if options.quantize else base.config
-    model = QuantisedModel(base, chosen.packed if options.quantize else {}, bundles, config, "base", "init")
+    model = QuantisedModel(
+        base, chosen.packed if options.quantize else {}, bundles, config, "base", "init"
+    )
     adapter = adapter_of(
-        base, factors, options.scaling, f"{options.method}: for the base beside it, not for the original", "adapter"
+        base,
+        factors,
+        options.scaling,
+        f"{options.method}: for the base beside it, not for the original",
+        "adapter",
     )
     notes = list(chosen.notes)
     said = f"without the part that {options.method} took into the adapter beside it"
     files = model.files(said) | adapter.files(notes)
     told = {key: value for key, value in vars(options).items() if value}
     headers = model_headers(base)
-    facts = {"modules": len(factors)} | ({"quantised": len(chosen.packed)} if options.quantize else {})
+    facts = {"modules": len(factors)} | (
+        {"quantised": len(chosen.packed)} if options.quantize else {}
+    )
     shards, who = (*model.shards(), adapter.shard()), identities((base.folder,), headers)
     return Plan("init", told, (base.folder,), headers, who, shards, files, facts, tuple(notes))
 
 
 def _chosen_options(options: Options) -> dict[str, Any]:
-    return {"block_size": options.block_size, "double_quant": options.double_quant, "skip": options.skip}
+    return {
+        "block_size": options.block_size,
+        "double_quant": options.double_quant,
+        "skip": options.skip,
+    }
 
 
 @dataclass(frozen=True)
@@ -164,7 +213,11 @@ class Rest:
 
     @property
     def most(self) -> tuple[Stored, ...]:
-        return self.packed.most if self.packed else (Stored(self.source.key, self.source.dtype, self.source.shape),)
+        return (
+            self.packed.most
+            if self.packed
+            else (Stored(self.source.key, self.source.dtype, self.source.shape),)
+        )
 
     @property
     def varies(self) -> tuple[str, ...]:

@@ -14,7 +14,15 @@ from adapterkit import dtypes
 from adapterkit.adapter import CONFIG, Adapter, Lora, see_adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import NOT_A_MODEL, Seen, no_model, other_lora, pickles, see_checkpoint, weight_files
+from adapterkit.checkpoint.spec import (
+    NOT_A_MODEL,
+    Seen,
+    no_model,
+    other_lora,
+    pickles,
+    see_checkpoint,
+    weight_files,
+)
 from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.ops import inspect_report
 from adapterkit.ops.settings import printable
@@ -82,43 +90,68 @@ def inspect(
     if headers:
         _refuse_options(folder, "headers alone (--headers)", base, plot, download)
     on = open_model(base) if base is not None else None
-    far = [source for source in (folder, on) if source is not None and not isinstance(source, LocalFolder)]
+    far = [
+        source
+        for source in (folder, on)
+        if source is not None and not isinstance(source, LocalFolder)
+    ]
     if far and not download:
-        _refuse_options(far[0], "weights on the Hub, which are read with --download only", base, plot)
+        _refuse_options(
+            far[0], "weights on the Hub, which are read with --download only", base, plot
+        )
     result = _adapter(folder, on, not headers and (download or not far), progress)
     if plot is not None:
         inspect_report.draw(result, Path(plot))
     return result
 
 
-def _refuse_options(folder: Folder, found: str, base: object, plot: object, download: bool = False) -> None:
+def _refuse_options(
+    folder: Folder, found: str, base: object, plot: object, download: bool = False
+) -> None:
     """`Refused` where factors are asked about that there are not, or that are not read."""
     options = {"--base": base, "--plot": plot, "--download": download or None}
     given = " and ".join(name for name, value in options.items() if value is not None)
     if given:
         do = f"leave {given} out" + (", or give --download" if "download" in found else "")
-        raise Refused(found, expected=f"an adapter whose factors are read, for {given}", where=folder.name, do=do)
+        raise Refused(
+            found,
+            expected=f"an adapter whose factors are read, for {given}",
+            where=folder.name,
+            do=do,
+        )
 
 
 def _kind(folder: Folder) -> str:
     if isinstance(folder, LocalFolder) and folder.only:
         if folder.only.endswith(".safetensors"):
             return "file"
-        raise Refused("not a .safetensors file", expected="a .safetensors file or a folder", where=folder.name, do="check the path")
+        raise Refused(
+            "not a .safetensors file",
+            expected="a .safetensors file or a folder",
+            where=folder.name,
+            do="check the path",
+        )
     here = [name for name in folder.files() if "/" not in name]
     if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
         return "adapter"
     if other_lora(folder) is not None:
         return "file"
-    if pickles(folder) or any(name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json")) for name in here):
+    if pickles(folder) or any(
+        name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
+        for name in here
+    ):
         return "base"
     ends = (".safetensors", CONFIG)
-    nested = sorted({name.rpartition("/")[0] for name in folder.files() if name.endswith(ends) and "/" in name})
+    nested = sorted(
+        {name.rpartition("/")[0] for name in folder.files() if name.endswith(ends) and "/" in name}
+    )
     raise Refused(
         "neither a checkpoint nor an adapter",
         expected=f"safetensors files, config.json or {CONFIG}",
         where=folder.name,
-        do=f"name a subfolder: {', '.join(map(shown, nested[:SHOWN]))}" if nested else "check the path",
+        do=f"name a subfolder: {', '.join(map(shown, nested[:SHOWN]))}"
+        if nested
+        else "check the path",
     )
 
 
@@ -132,7 +165,10 @@ def _base(folder: Folder) -> dict[str, Any]:
     _check_tensors(seen, mixed=quantization is not None)
     tied = _tied(seen)
     classes = seen.config.get("architectures")
-    architecture = {"classes": classes if isinstance(classes, list) else [], "model_type": seen.config.get("model_type")}
+    architecture = {
+        "classes": classes if isinstance(classes, list) else [],
+        "model_type": seen.config.get("model_type"),
+    }
     facts = {"architecture": printable(architecture), "tied": tied, "quantization": quantization}
     return _result("base", seen) | facts | _ends(seen)
 
@@ -145,7 +181,12 @@ def _file(folder: Folder) -> dict[str, Any]:
     if other is not None:
         seen.note(no_model(*other, folder.name))
     elif any(".lora_" in key for key in seen.tensors):
-        _problem(seen, f"factors of a LoRA without {CONFIG}", f"a folder with {CONFIG}", "inspect the adapter's folder")
+        _problem(
+            seen,
+            f"factors of a LoRA without {CONFIG}",
+            f"a folder with {CONFIG}",
+            "inspect the adapter's folder",
+        )
     return _result("file", seen) | {"quantization": quantization} | _ends(seen)
 
 
@@ -159,16 +200,29 @@ def _check_files(seen: Seen) -> None:
     stray = [name for name in weight_files(seen.folder) if name not in seen.shards]
     if stray:
         do = "nothing, if nothing loads them; else move them away"
-        _problem(seen, f"weights that are not part of the model: {_some(stray)}", "the model's shards alone", do)
+        _problem(
+            seen,
+            f"weights that are not part of the model: {_some(stray)}",
+            "the model's shards alone",
+            do,
+        )
     _check_pickles(seen, "the weights")
     if "config.json" not in files:
-        _problem(seen, "no config.json", "the model's config", "copy it from where the weights came from")
+        _problem(
+            seen, "no config.json", "the model's config", "copy it from where the weights came from"
+        )
     metadata = (seen.index or {}).get("metadata")
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     stored = sum(spec.nbytes for spec in seen.tensors.values())
     if said is not None and said != stored and seen.whole:
         where = f"{seen.folder.name}/{seen.index_name}"
-        _problem(seen, f"total_size {shown(said)}", f"{stored}, the bytes of all tensors", "write the index again", where)
+        _problem(
+            seen,
+            f"total_size {shown(said)}",
+            f"{stored}, the bytes of all tensors",
+            "write the index again",
+            where,
+        )
 
 
 def _check_pickles(seen: Seen, beside: str) -> None:
@@ -185,10 +239,17 @@ def _check_tensors(seen: Seen, *, mixed: bool) -> None:
     if empty:
         do = "gather the shards before saving (ZeRO-3, FSDP)"
         _problem(seen, f"{len(empty)} empty tensors: {_some(empty)}", "tensors with elements", do)
-    floats = {name: count["tensors"] for name, count in _dtypes(tensors).items() if name in dtypes.FLOATS}
+    floats = {
+        name: count["tensors"] for name, count in _dtypes(tensors).items() if name in dtypes.FLOATS
+    }
     if len(floats) > 1 and not mixed:
         found = ", ".join(f"{name} ({count} tensors)" for name, count in floats.items())
-        _problem(seen, f"floats of several dtypes: {found}", "one dtype", "nothing, if the model keeps some layers in float32")
+        _problem(
+            seen,
+            f"floats of several dtypes: {found}",
+            "one dtype",
+            "nothing, if the model keeps some layers in float32",
+        )
 
 
 def _tied(seen: Seen) -> dict[str, Any]:
@@ -196,9 +257,16 @@ def _tied(seen: Seen) -> dict[str, Any]:
     heads = [key for key in seen.tensors if HEAD.search(key)]
     if said is True and any(key.endswith("lm_head.weight") for key in heads):
         do = "set tie_word_embeddings to false if the head was trained apart, else drop it"
-        _problem(seen, "lm_head.weight is stored, and tie_word_embeddings is true", "one of them: a loader may drop the head", do)
+        _problem(
+            seen,
+            "lm_head.weight is stored, and tie_word_embeddings is true",
+            "one of them: a loader may drop the head",
+            do,
+        )
     classes = seen.config.get("architectures")
-    causal = isinstance(classes, list) and any(str(name).endswith("ForCausalLM") for name in classes)
+    causal = isinstance(classes, list) and any(
+        str(name).endswith("ForCausalLM") for name in classes
+    )
     if said is False and causal and seen.tensors and not heads and seen.whole:
         do = "set tie_word_embeddings to true if the embedding is the head, else restore the head"
         _problem(seen, "no head is stored, and tie_word_embeddings is false", "lm_head.weight", do)
@@ -209,7 +277,11 @@ def _nested(config: dict, key: str) -> bool | None:
     """A switch of the config, or of the text model's part in it."""
     values = [
         config.get(key),
-        *(sub.get(key) for name, sub in config.items() if isinstance(sub, dict) and name.endswith("_config")),
+        *(
+            sub.get(key)
+            for name, sub in config.items()
+            if isinstance(sub, dict) and name.endswith("_config")
+        ),
     ]
     return next((value for value in values if isinstance(value, bool)), None)
 
@@ -218,8 +290,13 @@ def _quantization(seen: Seen) -> dict[str, Any] | None:
     try:
         check_not_quantised(seen.checkpoint())
     except Refused as error:
-        config = next((seen.config[key] for key in SAID if isinstance(seen.config.get(key), dict)), None)
-        return {"found": error.found.removeprefix("a quantised base: "), "config": printable(config)}
+        config = next(
+            (seen.config[key] for key in SAID if isinstance(seen.config.get(key), dict)), None
+        )
+        return {
+            "found": error.found.removeprefix("a quantised base: "),
+            "config": printable(config),
+        }
     return None
 
 
@@ -228,7 +305,11 @@ def _result(kind: str, seen: Seen) -> dict[str, Any]:
     files = seen.folder.files()
     tensors = [spec for header in seen.headers for spec in header.tensors]
     shards = [
-        {"file": name, "bytes": files.get(name, 0), "tensors": None if header is None else len(header.tensors)}
+        {
+            "file": name,
+            "bytes": files.get(name, 0),
+            "tensors": None if header is None else len(header.tensors),
+        }
         for name, header in seen.shards.items()
     ]
     return {
@@ -248,7 +329,9 @@ def _result(kind: str, seen: Seen) -> dict[str, Any]:
 
 def _ends(seen: Seen, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     different = {str(error): error for error in seen.errors}.values()
-    parts = [{"found": e.found, "expected": e.expected, "where": e.where, "do": e.do} for e in different]
+    parts = [
+        {"found": e.found, "expected": e.expected, "where": e.where, "do": e.do} for e in different
+    ]
     return {"readable": seen.readable, "problems": printable(parts), "modules": modules or []}
 
 
@@ -270,7 +353,9 @@ def _some(names: list[str]) -> str:
 # -- adapters -------------------------------------------------------------------------------------------------------------
 
 
-def _adapter(folder: Folder, on: Folder | None, reads: bool, progress: "Progress") -> dict[str, Any]:
+def _adapter(
+    folder: Folder, on: Folder | None, reads: bool, progress: "Progress"
+) -> dict[str, Any]:
     """An adapter; `on`: its base, `reads`: whether the factors are read."""
     adapter, seen, typed = see_adapter(folder)
     _check_tensors(seen, mixed=False)
@@ -278,9 +363,15 @@ def _adapter(folder: Folder, on: Folder | None, reads: bool, progress: "Progress
     others = weight_files(folder)
     if others:
         do = "inspect a model in a folder of its own"
-        _problem(seen, f"other weights beside the adapter's: {_some(others)}", "the adapter alone", do)
+        _problem(
+            seen, f"other weights beside the adapter's: {_some(others)}", "the adapter alone", do
+        )
     modules = _modules(adapter, typed, on, reads, seen, progress)
-    facts = _result("adapter", seen) | _said(adapter) | {"groups": _groups(modules), "statistics": reads}
+    facts = (
+        _result("adapter", seen)
+        | _said(adapter)
+        | {"groups": _groups(modules), "statistics": reads}
+    )
     return facts | _ends(seen, modules)
 
 
@@ -294,8 +385,15 @@ def _modules(
     joined = inspect_factors.join(adapter, on, seen.errors) if on is not None and typed else None
     modules = [_module(adapter, lora, joined, typed, seen) for lora in adapter.loras]
     inspect_factors.read_factors(adapter, modules, joined, seen.errors, progress)
-    if modules and not (any(module["trained"] for module in modules) or adapter.replaced or adapter.tokens):
-        _problem(seen, "no module is trained: every b is zero", "a trained adapter", "check that training ran before the save")
+    if modules and not (
+        any(module["trained"] for module in modules) or adapter.replaced or adapter.tokens
+    ):
+        _problem(
+            seen,
+            "no module is trained: every b is zero",
+            "a trained adapter",
+            "check that training ran before the save",
+        )
     return _in_order(modules)
 
 
@@ -306,8 +404,21 @@ def _in_order(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _said(adapter: Adapter) -> dict[str, Any]:
     """What the config says, and what the file holds besides factors."""
     said = adapter.config.get
-    flags = {"rslora": bool(said("use_rslora")), "dora": bool(said("use_dora")), "init": said("init_lora_weights")}
-    flags |= {key: said(key) for key in ("lora_bias", "bias", "ensure_weight_tying", "layer_replication", "target_parameters")}
+    flags = {
+        "rslora": bool(said("use_rslora")),
+        "dora": bool(said("use_dora")),
+        "init": said("init_lora_weights"),
+    }
+    flags |= {
+        key: said(key)
+        for key in (
+            "lora_bias",
+            "bias",
+            "ensure_weight_tying",
+            "layer_replication",
+            "target_parameters",
+        )
+    }
     facts = {
         "format": "peft",
         "base": said("base_model_name_or_path"),
@@ -315,30 +426,50 @@ def _said(adapter: Adapter) -> dict[str, Any]:
         "flags": flags,
         "modules_to_save": said("modules_to_save") or [],
         "replaced": sorted(adapter.replaced, key=_natural),
-        "tokens": [{"module": tokens.module, "rows": list(tokens.indices)} for tokens in adapter.tokens],
+        "tokens": [
+            {"module": tokens.module, "rows": list(tokens.indices)} for tokens in adapter.tokens
+        ],
     }
     return printable(facts)
 
 
-def _module(adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, seen: Seen) -> dict[str, Any]:
+def _module(
+    adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, seen: Seen
+) -> dict[str, Any]:
     """One adapted module, by its header and the config; what its factors do is filled in later."""
     at, stored = (lora.module, lora.depth), lora.a.shape[0]
-    parameter = joined.parameters[at].name if joined is not None and at in joined.parameters else None
+    parameter = (
+        joined.parameters[at].name if joined is not None and at in joined.parameters else None
+    )
     rank, alpha, scale = _settings(adapter, lora, parameter, seen) if typed else (None, None, None)
     experts = joined.experts.get(at) if joined is not None else None
-    if parameter is None and rank and stored != rank and stored % rank == 0 and _leaves(adapter, lora):
+    if (
+        parameter is None
+        and rank
+        and stored != rank
+        and stored % rank == 0
+        and _leaves(adapter, lora)
+    ):
         experts = stored // rank
     if rank is not None and stored != rank * (experts or 1):
         found = f"rank {stored} in the file for {shown(lora.module)}"
         do = "restore the config that was saved with the file (a wrong rank means a wrong scale)"
         _problem(seen, found, f"rank {rank}, as r and rank_pattern say", do, adapter.where)
         rank = scale = None
-    place = {"module": lora.module, "kind": lora.kind, "depth": lora.depth, "parameter": parameter, "experts": experts}
+    place = {
+        "module": lora.module,
+        "kind": lora.kind,
+        "depth": lora.depth,
+        "parameter": parameter,
+        "experts": experts,
+    }
     unknown = dict.fromkeys(("trained", "norm", "effective_rank", "relative"))
     return place | {"rank": rank or stored, "alpha": alpha, "scale": scale} | unknown
 
 
-def _settings(adapter: Adapter, lora: Lora, parameter: str | None, seen: Seen) -> tuple[int | None, float | None, float | None]:
+def _settings(
+    adapter: Adapter, lora: Lora, parameter: str | None, seen: Seen
+) -> tuple[int | None, float | None, float | None]:
     """Rank, alpha and scale as the config says, which speaks of a module, or of its parameter where that has a name of its own."""
     own = None if parameter is None else [parameter.rpartition(".")[2]]
     names = [adapter.pattern_name(lora, leaf) for leaf in _leaves(adapter, lora, own) or [None]]
@@ -350,7 +481,13 @@ def _settings(adapter: Adapter, lora: Lora, parameter: str | None, seen: Seen) -
         return None, None, None
     if len(found) > 1:
         expected = "one rank and alpha for all target_parameters of a module (PEFT's file names the nesting only)"
-        _problem(seen, f"parameters of {shown(lora.module)} that cannot be told apart", expected, "give --base", adapter.name)
+        _problem(
+            seen,
+            f"parameters of {shown(lora.module)} that cannot be told apart",
+            expected,
+            "give --base",
+            adapter.name,
+        )
         return None, None, None
     rank, alpha = found.pop()
     return rank, alpha, adapter.scale(rank, alpha)
@@ -366,7 +503,9 @@ def _groups(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
     counts: dict[tuple, int] = {}
     for module in modules:
         own = (module["parameter"] or "").rpartition(".")[2]
-        name = module["module"].rpartition(".")[2] + (f".{own}" if own not in ("", "weight") else "")
+        name = module["module"].rpartition(".")[2] + (
+            f".{own}" if own not in ("", "weight") else ""
+        )
         key = (name, *(module[value] for value in ("kind", "rank", "alpha", "scale")))
         counts[key] = counts.get(key, 0) + 1
     names = ("modules", "kind", "rank", "alpha", "scale")
@@ -375,4 +514,7 @@ def _groups(modules: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """A sort key that counts layers as numbers."""
-    return [(0, int(part), "") if part.isascii() and part.isdecimal() else (1, 0, part) for part in name.split(".")]
+    return [
+        (0, int(part), "") if part.isascii() and part.isdecimal() else (1, 0, part)
+        for part in name.split(".")
+    ]

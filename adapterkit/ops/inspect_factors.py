@@ -42,7 +42,9 @@ def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
     """Lay the adapter on the base as a merge would; what a merge refuses of the adapter becomes a problem."""
     base = open_checkpoint(on)
     check_not_quantised(base)
-    job = Job(base, [adapter], [1.0], Options(expert_layout="peft-0.19"))  # a norm is the same in either layout
+    job = Job(
+        base, [adapter], [1.0], Options(expert_layout="peft-0.19")
+    )  # a norm is the same in either layout
     collect(job)
     problems += job.errors
     problems += [Refused(note, where=adapter.given) for note in job.notes]
@@ -58,7 +60,9 @@ def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
 @torch.inference_mode()
 def read_factors(
     adapter: Adapter,
-    modules: list[dict[str, Any]],  # one for each of the adapter's loras, in their order; filled in here
+    modules: list[
+        dict[str, Any]
+    ],  # one for each of the adapter's loras, in their order; filled in here
     joined: Join | None,
     problems: list[AdapterkitError],
     progress: Progress,
@@ -67,7 +71,9 @@ def read_factors(
     parameters = joined.parameters if joined is not None else {}
     total = sum(spec.nbytes for spec in adapter.tensors.values())
     if joined is not None:
-        total += sum(joined.base.tensors[slot.key].nbytes for p in parameters.values() for slot in p.slots)
+        total += sum(
+            joined.base.tensors[slot.key].nbytes for p in parameters.values() for slot in p.slots
+        )
     getattr(progress, "expect", lambda total: None)(total)
     factors = {spec.key for lora in adapter.loras for spec in (lora.a, lora.b)}
     base = joined.base.folder if joined is not None else adapter.folder
@@ -84,21 +90,34 @@ def read_factors(
                 _check_values(spec, sources, problems, progress)
 
 
-def _statistics(lora: Lora, module: dict[str, Any], sources: Sources, problems: list[AdapterkitError]) -> dict[str, Any]:
+def _statistics(
+    lora: Lora, module: dict[str, Any], sources: Sources, problems: list[AdapterkitError]
+) -> dict[str, Any]:
     """trained, norm and effective_rank, as far as the factors have them."""
     a, b = _matrix(lora.a, sources), _matrix(lora.b, sources)
     found: dict[str, Any] = {"trained": bool((b != 0).any())}
-    bad = {spec.key: count for spec, factor in ((lora.a, a), (lora.b, b)) if (count := int((~factor.isfinite()).sum()))}
+    bad = {
+        spec.key: count
+        for spec, factor in ((lora.a, a), (lora.b, b))
+        if (count := int((~factor.isfinite()).sum()))
+    }
     problems += [_not_finite(lora.a.file, key, f"{count} values") for key, count in bad.items()]
     if a.shape[0] != b.shape[1]:
         problems.append(_unlike(lora))
     elif not bad:
-        sizes = [float(factor.abs().max()) or 1.0 for factor in (a, b)]  # set apart: their product may leave float64's range
+        sizes = [
+            float(factor.abs().max()) or 1.0 for factor in (a, b)
+        ]  # set apart: their product may leave float64's range
         values = _singular_values(a / sizes[0], b / sizes[1], module["experts"] or 1)
         ranks = [effective_rank(s) for s in values if bool(s.any())]
         found["effective_rank"] = sum(ranks) / len(ranks) if ranks else 0.0
         if module["scale"] is not None:
-            norm = float(torch.linalg.vector_norm(torch.cat(values))) * sizes[0] * sizes[1] * abs(module["scale"])
+            norm = (
+                float(torch.linalg.vector_norm(torch.cat(values)))
+                * sizes[0]
+                * sizes[1]
+                * abs(module["scale"])
+            )
             found["norm"] = finite(norm)
             problems += [] if math.isfinite(norm) else [_too_large(lora)]
     return found
@@ -138,7 +157,12 @@ def _unlike(lora: Lora) -> AdapterkitError:
 
 def _too_large(lora: Lora) -> AdapterkitError:
     found = f"the delta of {shown(lora.module)} is larger than any number of float64"
-    return Damaged(found, expected="finite values", where=lora.a.file, do="the training run diverged: use an earlier save")
+    return Damaged(
+        found,
+        expected="finite values",
+        where=lora.a.file,
+        do="the training run diverged: use an earlier save",
+    )
 
 
 def _not_finite(file: str, key: str, what: str) -> AdapterkitError:
@@ -150,7 +174,9 @@ def _not_finite(file: str, key: str, what: str) -> AdapterkitError:
     )
 
 
-def _check_values(spec: TensorSpec, sources: Sources, problems: list[AdapterkitError], progress: Progress) -> None:
+def _check_values(
+    spec: TensorSpec, sources: Sources, problems: list[AdapterkitError], progress: Progress
+) -> None:
     for start in range(0, spec.nbytes, BLOCK):
         data = bytearray(min(BLOCK, spec.nbytes - start))
         sources.read_into(spec, start, memoryview(data))
@@ -161,25 +187,40 @@ def _check_values(spec: TensorSpec, sources: Sources, problems: list[AdapterkitE
 
 
 def _norm(
-    base: Checkpoint, parameter: Parameter, sources: Sources, problems: list[AdapterkitError], progress: Progress
+    base: Checkpoint,
+    parameter: Parameter,
+    sources: Sources,
+    problems: list[AdapterkitError],
+    progress: Progress,
 ) -> float | None:
     """‖W‖_F of a parameter, wherever its parts are stored; None, and a problem, where it is no number to divide by."""
-    packed = next((slot.key for slot in parameter.slots if base.tensors[slot.key].dtype not in dtypes.FLOATS), None)
+    packed = next(
+        (slot.key for slot in parameter.slots if base.tensors[slot.key].dtype not in dtypes.FLOATS),
+        None,
+    )
     if packed is not None:
         found = f"{shown(packed)} is {base.tensors[packed].dtype}"
-        problems.append(Refused(found, expected="a float weight", where=base.name, do="dequantise the base"))
+        problems.append(
+            Refused(found, expected="a float weight", where=base.name, do="dequantise the base")
+        )
         return None
-    total = sum(_squares(base.tensors[slot.key], slot, sources, progress) for slot in parameter.slots)
+    total = sum(
+        _squares(base.tensors[slot.key], slot, sources, progress) for slot in parameter.slots
+    )
     if total and math.isfinite(total):
         return math.sqrt(total)
     found = f"the norm of {shown(parameter.name)} is {'not finite' if total else 'zero'}"
-    problems.append(Damaged(found, expected="a weight to compare with", where=base.name, do="check the base"))
+    problems.append(
+        Damaged(found, expected="a weight to compare with", where=base.name, do="check the base")
+    )
     return None
 
 
 def _squares(spec: TensorSpec, slot: Slot, sources: Sources, progress: Progress) -> float:
     """Σ w² over the positions of one slot, some rows of the stored tensor at a time."""
-    picked = {axis.axis: torch.as_tensor(list(axis.of)) for axis in slot.axes if axis.axis is not None}
+    picked = {
+        axis.axis: torch.as_tensor(list(axis.of)) for axis in slot.axes if axis.axis is not None
+    }
     rows, rest, total = picked.pop(0), slot.shape[1:], 0.0
     width = dtypes.size(spec.dtype, math.prod(rest))
     step, stop = max(1, BLOCK // max(width, 1)), int(rows.max()) + 1
@@ -188,7 +229,9 @@ def _squares(spec: TensorSpec, slot: Slot, sources: Sources, progress: Progress)
         data = bytearray((last - first) * width)
         sources.read_into(spec, first * width, memoryview(data))
         progress(len(data))
-        block = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(last - first, *rest)
+        block = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(
+            last - first, *rest
+        )
         here = rows[(rows >= first) & (rows < last)] - first
         block = block if len(here) == len(block) else block[here]
         for axis, of in picked.items():

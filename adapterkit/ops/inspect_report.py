@@ -22,7 +22,10 @@ def table(result: dict[str, Any]) -> str:
         lines += ["", *_columns(GROUP, result["groups"])]
     if modules and result["statistics"]:
         related = any(module["relative"] is not None for module in modules)
-        lines += ["", *_columns([name for name in MODULE if related or name != "relative"], modules)]
+        lines += [
+            "",
+            *_columns([name for name in MODULE if related or name != "relative"], modules),
+        ]
     elif modules:
         why = "from the Hub without --download" if "repo" in result["origin"] else "with --headers"
         lines += ["", f"norms and effective ranks: not read {why}"]
@@ -33,7 +36,9 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of what every kind has; an empty text is left out."""
     count = len(result["shards"])
     kinds = ", ".join(f"{name} {held['parameters']:,}" for name, held in result["dtypes"].items())
-    architecture, tied, quantization = (result[key] or {} for key in ("architecture", "tied", "quantization"))
+    architecture, tied, quantization = (
+        result[key] or {} for key in ("architecture", "tied", "quantization")
+    )
     names = [*architecture.get("classes", []), architecture.get("model_type")]
     facts = [
         ("architecture", ", ".join(str(name) for name in names if name)),
@@ -50,24 +55,46 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
 def _adapter_facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     saved = result["modules_to_save"]
     return [
-        ("format", " ".join(str(result[key]) for key in ("format", "peft_type", "peft_version") if result[key])),
+        (
+            "format",
+            " ".join(
+                str(result[key]) for key in ("format", "peft_type", "peft_version") if result[key]
+            ),
+        ),
         ("base", str(result["base"] or "not said")),
         (
             "flags",
-            ", ".join(f"{name} {value}" for name, value in result["flags"].items() if value not in (None, False, "none", [])),
+            ", ".join(
+                f"{name} {value}"
+                for name, value in result["flags"].items()
+                if value not in (None, False, "none", [])
+            ),
         ),
         ("modules_to_save", ", ".join(map(str, saved)) if isinstance(saved, list) else str(saved)),
         ("replaced", ", ".join(result["replaced"])),
-        ("trained tokens", ", ".join(f"{tokens['module']} ({len(tokens['rows'])} rows)" for tokens in result["tokens"])),
+        (
+            "trained tokens",
+            ", ".join(
+                f"{tokens['module']} ({len(tokens['rows'])} rows)" for tokens in result["tokens"]
+            ),
+        ),
     ]
 
 
 def _columns(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
     """Rows as aligned columns: the first to the left, the others to the right."""
-    cells = [[name.replace("_", " ") for name in names], *([_cell(row, name) for name in names] for row in rows)]
+    cells = [
+        [name.replace("_", " ") for name in names],
+        *([_cell(row, name) for name in names] for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)][1:] for row in cells]
-    return ["  ".join([row[0].ljust(widths[0]), *others]) for row, others in zip(cells, right, strict=True)]
+    right = [
+        [cell.rjust(width) for cell, width in zip(row, widths, strict=True)][1:] for row in cells
+    ]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *others])
+        for row, others in zip(cells, right, strict=True)
+    ]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
@@ -95,10 +122,14 @@ def _problems(problems: list[dict[str, str]]) -> list[str]:
         kinds.setdefault(re.sub(r"\S+\.\S+|\d+", "#", problem["found"]), []).append(problem)
     lines = [f"problems: {len(problems) or 'none'}"]
     for same in list(kinds.values())[:MOST]:
-        found, expected, where, do = (same[0][part] for part in ("found", "expected", "where", "do"))
+        found, expected, where, do = (
+            same[0][part] for part in ("found", "expected", "where", "do")
+        )
         lines.append(f"- {AdapterkitError(found, expected=expected, where=where, do=do)}")
         lines += [f"  and {len(same) - 1} more like it"] * (len(same) > 1)
-    return lines + [f"and {len(kinds) - MOST} more kinds of problems; --json lists all"] * (len(kinds) > MOST)
+    return lines + [f"and {len(kinds) - MOST} more kinds of problems; --json lists all"] * (
+        len(kinds) > MOST
+    )
 
 
 # -- the picture ----------------------------------------------------------------------------------------------------------
@@ -113,7 +144,9 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401, only to see before any work whether it is there
     except ImportError as error:
         do = "pip install 'adapterkit[plot]'"
-        raise Refused("matplotlib is not installed", expected="matplotlib 3.8 or newer", where="--plot", do=do) from error
+        raise Refused(
+            "matplotlib is not installed", expected="matplotlib 3.8 or newer", where="--plot", do=do
+        ) from error
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -124,9 +157,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
     relative = any(module["relative"] is not None for module in result["modules"])
     if not any(module["norm"] is not None for module in result["modules"]):
         expected = "an adapter with at least one"
-        raise Refused("no norms to draw", expected=expected, where=result["name"], do="see its problems without --plot")
+        raise Refused(
+            "no norms to draw",
+            expected=expected,
+            where=result["name"],
+            do="see its problems without --plot",
+        )
     rows, columns, values = grid(result["modules"], "relative" if relative else "norm")
-    figure = Figure(figsize=(min(4 + 0.4 * len(columns), 60), min(2.5 + 0.22 * len(rows), 60)), layout="constrained")
+    figure = Figure(
+        figsize=(min(4 + 0.4 * len(columns), 60), min(2.5 + 0.22 * len(rows), 60)),
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_facecolor("lightgrey")  # no such module, or no number
@@ -138,7 +179,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
-        raise Failed(f"cannot write: {error.strerror}", where=str(path), do="check the disk and the folder") from error
+        raise Failed(
+            f"cannot write: {error.strerror}", where=str(path), do="check the disk and the folder"
+        ) from error
 
 
 def grid(modules: list[dict[str, Any]], key: str) -> tuple[list[str], list[str], list[list[float]]]:
@@ -159,4 +202,6 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _label(name: str) -> str:
-    return shown(name).replace("$", r"\$")  # matplotlib takes what stands between two of them for a formula
+    return shown(name).replace(
+        "$", r"\$"
+    )  # matplotlib takes what stands between two of them for a formula

@@ -53,7 +53,9 @@ class Change:
     def stack(self) -> bool:
         """Whether the parameter is a stack of matrices (experts); a convolution's kernel may have three axes too."""
         products = [part.product for part in self.parts if part.product is not None]
-        return len(self.parameter.shape) == 3 and all(product.experts is not None for product in products)
+        return len(self.parameter.shape) == 3 and all(
+            product.experts is not None for product in products
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Part:
 class Job:
     """One merge while it is planned: its inputs, and what the adapters do to the base's parameters."""
 
-    def __init__(self, base: Checkpoint, adapters: list[Adapter], weights: list[float], options: Options):
+    def __init__(
+        self, base: Checkpoint, adapters: list[Adapter], weights: list[float], options: Options
+    ):
         self.adapters, self.weights, self.options = adapters, weights, options
         self.errors: list[AdapterkitError] = []
         self.notes: list[str] = []
@@ -100,13 +104,23 @@ class Job:
                     careful = True
                 if self.taken(lora.module) and not adapter.config.get("target_parameters"):
                     wanted[lora.module + ".weight"] = None
-            careful = careful or bool(adapter.tokens) or any(len(s.shape) > 1 for s in adapter.replaced.values())
+            careful = (
+                careful
+                or bool(adapter.tokens)
+                or any(len(s.shape) > 1 for s in adapter.replaced.values())
+            )
             wanted |= {name: None for name in adapter.replaced if self.takes(name)}
-            wanted |= {tokens.module + ".weight": None for tokens in adapter.tokens if self.taken(tokens.module)}
+            wanted |= {
+                tokens.module + ".weight": None
+                for tokens in adapter.tokens
+                if self.taken(tokens.module)
+            }
         config = self.adapters[0].config
         trained = config.get("auto_mapping") or {}
         trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None
-        return Names(self.base, tuple(wanted), config.get("task_type"), trained_class, careful, self.notes)
+        return Names(
+            self.base, tuple(wanted), config.get("task_type"), trained_class, careful, self.notes
+        )
 
     @cached_property
     def leaves(self) -> dict[str, list[str]]:
@@ -138,7 +152,9 @@ class Job:
     def bytes_of(self, spec: TensorSpec, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of an adapter's tensor."""
         stop = spec.nbytes if stop is None else stop
-        return self.adapters[spec.folder - 1].folder.read(spec.file, spec.start + start, spec.start + stop)
+        return self.adapters[spec.folder - 1].folder.read(
+            spec.file, spec.start + start, spec.start + stop
+        )
 
     def equal_bytes(self, a: TensorSpec | None, b: TensorSpec | None) -> bool:
         """Whether two tensors of adapters are the same, bit for bit."""
@@ -160,7 +176,9 @@ class Job:
     def _hint(self) -> str:
         return f" ({self.notes[-1].splitlines()[0]})" if self.notes else ""
 
-    def misshaped(self, adapter: Adapter, key: str, found: Any, expected: tuple[int, ...]) -> Refused:
+    def misshaped(
+        self, adapter: Adapter, key: str, found: Any, expected: tuple[int, ...]
+    ) -> Refused:
         return Refused(
             f"{shown(key)}: shape {found}",
             expected=f"one that fits the base's {expected}",

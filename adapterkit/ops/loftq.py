@@ -26,7 +26,15 @@ from adapterkit.kernels.nearly import nearly_best
 from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import projected
 from adapterkit.ops import produced
-from adapterkit.ops.pair import FromAside, Scaling, adapter_of, factors_of, place_of_linear, targeted, wrappable
+from adapterkit.ops.pair import (
+    FromAside,
+    Scaling,
+    adapter_of,
+    factors_of,
+    place_of_linear,
+    targeted,
+    wrappable,
+)
 from adapterkit.ops.quantize import Chosen, Quantised, QuantisedModel, model_headers
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_model, open_source
@@ -42,7 +50,9 @@ from adapterkit.weights.quantised import check_not_quantised
 BITS = {4: "nf4", 8: "int8"}
 OPEN = {"quantized": open_model, "stats": open_source}
 NOT_QUANTISED = "not quantised"
-CANCELLED = 1e-3  # of what was lost: what is left is not taken from a difference of the two below this
+CANCELLED = (
+    1e-3  # of what was lost: what is left is not taken from a difference of the two below this
+)
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 Accept = Callable[[str, Tensor, Tensor], bool]  # (module, a, b) -> whether its factors are kept
 SUMMARY = "LoftQ: for its quantised base alone, not for the original"
@@ -76,7 +86,12 @@ class Options:
         for text in reversed(self.bits_for):
             regex, _, bits = text.rpartition("=")
             if not regex or bits not in map(str, MIXED):
-                raise Refused(f"--bits-for {text!r}", expected="RE=4 or RE=8", where="options", do="give a regex and bits")
+                raise Refused(
+                    f"--bits-for {text!r}",
+                    expected="RE=4 or RE=8",
+                    where="options",
+                    do="give a regex and bits",
+                )
             found.append((matcher(regex, "--bits-for"), MIXED[int(bits)]))
         return found
 
@@ -136,13 +151,27 @@ def loftq(
     Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the base is written packed, and the
     best round is kept, not the last.
     """
-    options = Options(rank, alpha, rslora, bits, tuple(bits_for), iterations, targets, skip, block_size, double_quant, dtype)
+    options = Options(
+        rank,
+        alpha,
+        rslora,
+        bits,
+        tuple(bits_for),
+        iterations,
+        targets,
+        skip,
+        block_size,
+        double_quant,
+        dtype,
+    )
     ask = by_command(accept) if isinstance(accept, str) else accept
     others = {"quantized": quantized, "stats": stats}
     sources = {name: OPEN[name](source) for name, source in others.items() if source is not None}
     plan = plan_loftq(open_model(base), options, accept=ask, **sources)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
 def plan_loftq(
@@ -156,7 +185,10 @@ def plan_loftq(
     _check(options, quantized is not None, accept is not None)
     base = open_checkpoint(folder)
     check_not_quantised(base)
-    others = [open_checkpoint(other, number) for number, other in enumerate((o for o in (quantized, stats) if o is not None), 1)]
+    others = [
+        open_checkpoint(other, number)
+        for number, other in enumerate((o for o in (quantized, stats) if o is not None), 1)
+    ]
     seen = others[-1] if stats is not None else None
     if quantized is not None:
         notes: list[str] = []
@@ -180,7 +212,11 @@ def _both(
     base: Checkpoint, stats: Checkpoint | None, options: Options
 ) -> tuple[tuple[Computed, ...], dict[str, Any], list[str], dict[str, Any]]:
     """The files of the packed base and of the adapter beside it: computed ones, others, notes, and facts of the plan."""
-    said = {"block_size": options.block_size, "double_quant": options.double_quant, "skip": options.skip}
+    said = {
+        "block_size": options.block_size,
+        "double_quant": options.double_quant,
+        "skip": options.skip,
+    }
     to, exceptions = options.formats[options.bits], options.exceptions
     chosen = Chosen(base, {"to": to, **said}, exceptions)
     for (matches, _), text in zip(exceptions, reversed(options.bits_for), strict=True):
@@ -188,9 +224,15 @@ def _both(
             found, do = f"--bits-for {text!r} matches none", "check the regex"
             raise Refused(found, expected="a quantised module", where="--bits-for", do=do)
     usable = wrappable(chosen.names, chosen.modules, chosen.notes)
-    modules = {chosen.modules[name].key: name for name in usable if chosen.modules[name].key in chosen.weights}
+    modules = {
+        chosen.modules[name].key: name
+        for name in usable
+        if chosen.modules[name].key in chosen.weights
+    }
     if options.targets is not None:
-        found, notes = targeted(options.targets, list(modules.values()), chosen.model, NOT_QUANTISED)
+        found, notes = targeted(
+            options.targets, list(modules.values()), chosen.model, NOT_QUANTISED
+        )
         modules = {key: name for key, name in modules.items() if name in found}
         chosen.notes += notes
     seen = covariances(stats, {name: chosen.weights[key].shape[1] for key, name in modules.items()})
@@ -202,11 +244,19 @@ def _both(
         place = place_of_linear(name, chosen.weights[key].shape)
         factors.append(FromAside(name, place, options.rank, dtypes.parse(options.dtype)))
     model = QuantisedModel(base, chosen.packed, bundles, chosen.config(), "base", "loftq")
-    adapter = adapter_of(base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter")
+    adapter = adapter_of(
+        base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter"
+    )
     notes = list(chosen.notes)
     names = " and ".join(dict.fromkeys((to, *(target for _, target in exceptions))))
-    files = model.files(f"quantised to {names} by LoftQ: use it with the adapter beside it") | adapter.files(notes)
-    facts = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed), "modules": len(factors)}
+    files = model.files(
+        f"quantised to {names} by LoftQ: use it with the adapter beside it"
+    ) | adapter.files(notes)
+    facts = {
+        "left_out": sorted(chosen.left),
+        "quantised": len(chosen.packed),
+        "modules": len(factors),
+    }
     return (*model.shards(), adapter.shard()), files, notes, facts
 
 
@@ -218,7 +268,11 @@ def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:
 
 
 def _for_kept(
-    base: Checkpoint, quantised: Checkpoint, stats: Checkpoint | None, options: Options, notes: list[str]
+    base: Checkpoint,
+    quantised: Checkpoint,
+    stats: Checkpoint | None,
+    options: Options,
+    notes: list[str],
 ) -> tuple[produced.Output, dict[str, Any]]:
     """The adapter alone, for a quantised base that stays as it is, and facts of the plan."""
     plain = decoded(quantised)
@@ -245,10 +299,26 @@ def _for_kept(
         turned = names.layer(name) == "Conv1D"
         shape = spec.shape[::-1] if turned else spec.shape
         place = place_of_linear(name, shape)
-        factors.append(Residual(name, original, spec, place, options.rank, options.scale, dtypes.parse(options.dtype), turned))
+        factors.append(
+            Residual(
+                name,
+                original,
+                spec,
+                place,
+                options.rank,
+                options.scale,
+                dtypes.parse(options.dtype),
+                turned,
+            )
+        )
     refuse_all(errors)
     if not factors:
-        raise Refused("no quantised weights to make up for", expected="one or more", where=quantised.name, do="check --targets")
+        raise Refused(
+            "no quantised weights to make up for",
+            expected="one or more",
+            where=quantised.name,
+            do="check --targets",
+        )
     seen = covariances(stats, {one.name: one.place.a_tail[0] for one in factors})
     factors = [replace(one, covariance=seen.get(one.name)) for one in factors]
     scaling = Scaling(options.rank, options.alpha, options.rslora)
@@ -257,9 +327,19 @@ def _for_kept(
 
 def _check(options: Options, kept: bool, asked: bool) -> None:
     if asked and not kept:
-        raise Refused("--accept without --quantized", expected="both", where="options", do="give --quantized, or leave it out")
+        raise Refused(
+            "--accept without --quantized",
+            expected="both",
+            where="options",
+            do="give --quantized, or leave it out",
+        )
     if options.bits_for and kept:
-        raise Refused("--bits-for with --quantized", expected="one of them", where="options", do="leave one out")
+        raise Refused(
+            "--bits-for with --quantized",
+            expected="one of them",
+            where="options",
+            do="leave one out",
+        )
     if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
         found = "--double-quant or --block-size with --bits 8"
         raise Refused(found, expected="--bits 4", where="options", do="leave it out")
@@ -291,7 +371,12 @@ class Lofted(Quantised):
         out, width = (weight.shape[1], weight.shape[0]) if turned else weight.shape
         nothing = Svd(weight.new_zeros(out, 1), weight.new_zeros(1), weight.new_zeros(1, width))
         a, b = factors_of(found.svd or nothing, self.rank, self.scale)
-        facts = {"error": short(found.before), "error_after": short(found.after), "iterations": found.round, **said}
+        facts = {
+            "error": short(found.before),
+            "error_after": short(found.after),
+            "iterations": found.round,
+            **said,
+        }
         return Made(found.stored, facts, {f"{self.module}.a": a, f"{self.module}.b": b})
 
 
@@ -308,7 +393,12 @@ class Round:
 
 
 def alternated(
-    weight: Tensor, packed: Packed, rank: int, iterations: int, turned: bool = False, root: Tensor | None = None
+    weight: Tensor,
+    packed: Packed,
+    rank: int,
+    iterations: int,
+    turned: bool = False,
+    root: Tensor | None = None,
 ) -> Round:
     """The best of `iterations` rounds of Q = encode(W - L), L = the best approximation of W - Q of that rank; round 0 is L = 0.
 
@@ -321,13 +411,19 @@ def alternated(
     for number in range(1, iterations + 1):
         stored = packed.encode(weight if low is None else torch.sub(weight, low, out=low))
         rest = read_back(packed, stored)
-        torch.sub(weight, rest, out=rest)  # in its memory: new room for a weight costs more than to subtract it
+        torch.sub(
+            weight, rest, out=rest
+        )  # in its memory: new room for a weight costs more than to subtract it
         matrix = rest.T if turned else rest
         errors = _weighted(matrix, root)
         lost = squared_norm(errors)
         best = best or Round(stored, None, lost**0.5 / size, lost**0.5 / size, 0)
-        seen = nearly_best(errors, rank, start=None if seen is None else _long(seen, errors), squares=lost)
-        left = lost - float(seen.s.double().square().sum())  # the triplets are a projection of the errors
+        seen = nearly_best(
+            errors, rank, start=None if seen is None else _long(seen, errors), squares=lost
+        )
+        left = lost - float(
+            seen.s.double().square().sum()
+        )  # the triplets are a projection of the errors
         if left < CANCELLED * lost:
             left = squared_norm(errors - _product(seen))
         svd = seen if root is None else projected(seen.u, matrix)
@@ -405,13 +501,20 @@ def by_command(command: str) -> Accept:
             status = subprocess.run([*shlex.split(command), module, path], check=False).returncode
         if status not in (0, 1):
             do = "mend the command"
-            raise Failed(f"--accept ended with status {status} at {shown(module)}", expected="0 or 1", where=command, do=do)
+            raise Failed(
+                f"--accept ended with status {status} at {shown(module)}",
+                expected="0 or 1",
+                where=command,
+                do=do,
+            )
         return status == 0
 
     return accept
 
 
-def _asked(accept: Accept, bundles: Sequence[Bundle]) -> Callable[[list[dict]], list[Callable[[Made], Made]]]:
+def _asked(
+    accept: Accept, bundles: Sequence[Bundle]
+) -> Callable[[list[dict]], list[Callable[[Made], Made]]]:
     """What becomes of each module: asked one after the other, so that each answer can stand on those before."""
     return lambda facts: [partial(_answered, accept, bundle) for bundle in bundles]
 
@@ -426,8 +529,14 @@ def _answered(accept: Accept, bundle: Any, made: Made) -> Made:
 
 def _warnings(facts: dict[str, dict]) -> list[str]:
     """Modules that factors did not help."""
-    tried = {key: fact for key, fact in facts.items() if "error_after" in fact and fact.get("accepted", True)}
+    tried = {
+        key: fact
+        for key, fact in facts.items()
+        if "error_after" in fact and fact.get("accepted", True)
+    }
     worse = sorted(key for key, fact in tried.items() if fact["error_after"] >= fact["error"] > 0)
     if not worse:
         return []
-    return [f"WARNING: no round of {len(worse)} modules was better than plain quantisation, e.g. {', '.join(worse[:3])}"]
+    return [
+        f"WARNING: no round of {len(worse)} modules was better than plain quantisation, e.g. {', '.join(worse[:3])}"
+    ]

@@ -82,16 +82,39 @@ def merge(
     and order.
     """
     how = {"dequantize": dequantize, "rounding": rounding, "seed": seed, "base_copies": base_copies}
-    options = Options(dtype, max_shard_size, include, exclude, tied, base_is_residual, compat, expert_layout, tokenizer, **how)
+    options = Options(
+        dtype,
+        max_shard_size,
+        include,
+        exclude,
+        tied,
+        base_is_residual,
+        compat,
+        expert_layout,
+        tokenizer,
+        **how,
+    )
     sources = open_weighted(adapters)
-    plan = plan_merge(open_model(base), sources, options) if base16 is None else plan_on_twin(base, base16, sources, options)
+    plan = (
+        plan_merge(open_model(base), sources, options)
+        if base16 is None
+        else plan_on_twin(base, base16, sources, options)
+    )
     check, verified = None, {}
     if verify:
         from adapterkit.ops.verify import verify_against
 
         check = lambda folder: verified.update(verify_against(folder, plan))
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "check": check, "progress": progress}
-    receipt = carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    how = {
+        "hash": hash,
+        "resume": resume,
+        "overwrite": overwrite,
+        "check": check,
+        "progress": progress,
+    }
+    receipt = carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
     if verified and isinstance(receipt, Receipt):
         receipt.data["verified"] = verified
     if push is not None and isinstance(receipt, Receipt):
@@ -143,28 +166,49 @@ def _read(sources: list[tuple[Folder, float]]) -> tuple[list[Adapter], list[Adap
     return read, errors
 
 
-def plan_on_twin(base: StrPath, base16: StrPath, sources: list[tuple[Folder, float]], options: Options) -> Plan:
+def plan_on_twin(
+    base: StrPath, base16: StrPath, sources: list[tuple[Folder, float]], options: Options
+) -> Plan:
     """A merge into the 16-bit original of the quantised base that the adapters were trained on; `Refused` if it is none."""
     quantised, twin = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
     errors: list[AdapterkitError] = []
     packed = packed_in(decoded(quantised).tensors)
-    made_by = next((m for header in quantised.shards.values() if (m := header.metadata.get(CHANGED_BY))), None)
+    made_by = next(
+        (m for header in quantised.shards.values() if (m := header.metadata.get(CHANGED_BY))), None
+    )
     if not packed:
         do = "leave --base16 out"
-        errors.append(Refused("no quantised weights", expected="a quantised base", where=quantised.name, do=do))
+        errors.append(
+            Refused(
+                "no quantised weights", expected="a quantised base", where=quantised.name, do=do
+            )
+        )
     if made_by:
-        found, do = f"a base made by {made_by}: what its adapter makes up for is not in the original", "merge into the base itself"
-        errors.append(Refused(found, expected="a quantised copy of the original", where=quantised.name, do=do))
+        found, do = (
+            f"a base made by {made_by}: what its adapter makes up for is not in the original",
+            "merge into the base itself",
+        )
+        errors.append(
+            Refused(found, expected="a quantised copy of the original", where=quantised.name, do=do)
+        )
     check_not_quantised(twin)
     for spec in packed:
         other = twin.tensors.get(spec.key)
         if other is None or other.shape != spec.shape:
-            found = f"{shown(spec.key)} {spec.shape}, {other.shape if other else 'none'} in {twin.name}"
+            found = (
+                f"{shown(spec.key)} {spec.shape}, {other.shape if other else 'none'} in {twin.name}"
+            )
             do = "give the model that the base was quantised from"
             errors.append(Refused(found, expected="the same weights", where=quantised.name, do=do))
     refuse_all(errors)
     plan = plan_merge(twin.folder, sources, options)
-    return replace(plan, notes=(*plan.notes, f"merged into {twin.name}; the adapters were trained on {quantised.name}"))
+    return replace(
+        plan,
+        notes=(
+            *plan.notes,
+            f"merged into {twin.name}; the adapters were trained on {quantised.name}",
+        ),
+    )
 
 
 def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
@@ -185,15 +229,35 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
     if options.dequantize:
         return
     for step in (step for group in steps.values() for step in group):
-        if isinstance(job.base.tensors.get(step.key), Packed) and not isinstance(step.source, Packed):
-            found, do = f"{shown(step.key)} is quantised, and an adapter trained it whole", "give --dequantize"
-            job.errors.append(Refused(found, expected="factors on quantised weights", where=where, do=do))
-    touched = [step.source for group in steps.values() for step in group if step.edits and isinstance(step.source, Packed)]
-    job.errors += check_writable([*touched, *(spec for spec in packed if getattr(spec, "mended", False))], where)
-    for option, value in [("--dtype", options.dtype), ("--compat", options.compat), ("--max-shard-size", options.max_shard_size)]:
+        if isinstance(job.base.tensors.get(step.key), Packed) and not isinstance(
+            step.source, Packed
+        ):
+            found, do = (
+                f"{shown(step.key)} is quantised, and an adapter trained it whole",
+                "give --dequantize",
+            )
+            job.errors.append(
+                Refused(found, expected="factors on quantised weights", where=where, do=do)
+            )
+    touched = [
+        step.source
+        for group in steps.values()
+        for step in group
+        if step.edits and isinstance(step.source, Packed)
+    ]
+    job.errors += check_writable(
+        [*touched, *(spec for spec in packed if getattr(spec, "mended", False))], where
+    )
+    for option, value in [
+        ("--dtype", options.dtype),
+        ("--compat", options.compat),
+        ("--max-shard-size", options.max_shard_size),
+    ]:
         if value:
             found, do = f"{option} with a quantised base", "give --dequantize"
-            job.errors.append(Refused(found, expected="the format as it is", where="options", do=do))
+            job.errors.append(
+                Refused(found, expected="the format as it is", where="options", do=do)
+            )
     said = job.original.config.get("quantization_config")
     if said is not None:
         job.config["quantization_config"] = said
@@ -203,7 +267,9 @@ def _refuse_nothing(job: Job, steps: dict[str, list[Step]]) -> None:
     if any(step.edits or step.source.folder for group in steps.values() for step in group):
         return
     raise Refused(
-        "nothing to merge: every module is left out" if job.left_out else "an adapter without weights",
+        "nothing to merge: every module is left out"
+        if job.left_out
+        else "an adapter without weights",
         expected="at least one module",
         where=", ".join(a.name for a in job.adapters),
         do="check --include and --exclude" if job.left_out else "check the adapter",
@@ -213,7 +279,10 @@ def _refuse_nothing(job: Job, steps: dict[str, list[Step]]) -> None:
 def _check_options(options: Options) -> None:
     errors: list[AdapterkitError] = []
     if options.rounding == "nearest" and options.seed:
-        found, do = f"--seed {options.seed} without draws", "give --rounding stochastic, or leave --seed out"
+        found, do = (
+            f"--seed {options.seed} without draws",
+            "give --rounding stochastic, or leave --seed out",
+        )
         errors.append(Refused(found, expected="--rounding stochastic", where="options", do=do))
     if options.rounding == "stochastic" and options.compat:
         found, do = f"--rounding stochastic with --compat {options.compat}", "leave one of them out"
@@ -243,7 +312,8 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
     changed = sum(step.edits != () for group in steps.values() for step in group)
     facts = {
         "adapters": [
-            {"name": a.name, "weight": w, "modules": len(a.loras)} for a, w in zip(job.adapters, job.weights, strict=True)
+            {"name": a.name, "weight": w, "modules": len(a.loras)}
+            for a, w in zip(job.adapters, job.weights, strict=True)
         ],
         "left_out": job.left_out,
         "tensors_changed": changed,
@@ -254,7 +324,9 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
     options["weights"] = job.weights
     who = identities(folders, headers)
     warn = partial(lost, compat=job.options.compat)
-    return Plan("merge", options, folders, headers, who, shards, files, facts, tuple(job.notes), warn=warn)
+    return Plan(
+        "merge", options, folders, headers, who, shards, files, facts, tuple(job.notes), warn=warn
+    )
 
 
 def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard | Computed, ...]:
@@ -263,14 +335,22 @@ def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard | Computed, .
         if job.options.dequantize and job.options.max_shard_size:
             ordered = [step for group in steps.values() for step in group]
             return shards_of_size(ordered, parse_size("max_shard_size", job.options.max_shard_size))
-        return tuple(shard_of(name, group, headers[name], not job.options.dequantize) for name, group in steps.items())
+        return tuple(
+            shard_of(name, group, headers[name], not job.options.dequantize)
+            for name, group in steps.items()
+        )
     by_key = {step.key: step for group in steps.values() for step in group}
     if job.options.max_shard_size:
         stored = [_stored(step) for group in steps.values() for step in group]
         metadata = next(iter(job.original.shards.values())).metadata or {"format": "pt"}
-        layouts = layout.resharded(stored, parse_size("max_shard_size", job.options.max_shard_size), metadata)
+        layouts = layout.resharded(
+            stored, parse_size("max_shard_size", job.options.max_shard_size), metadata
+        )
     else:
-        layouts = [layout.like_base(name, [_stored(s) for s in group], job.original.shards[name]) for name, group in steps.items()]
+        layouts = [
+            layout.like_base(name, [_stored(s) for s in group], job.original.shards[name])
+            for name, group in steps.items()
+        ]
     return tuple(Shard(lay, tuple(by_key[t.key] for t in lay.tensors)) for lay in layouts)
 
 

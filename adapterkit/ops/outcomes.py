@@ -21,7 +21,11 @@ def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
         yield f"energy kept: {share:.2%} of all {len(refits)} modules' together; {_least(named('energy'))}"
     if survived := named("survived"):
         yield f"of the change {median(survived.values()):.1%} survives in the median of {len(survived)} tensors; {_least(survived)}"
-    errors = {key: fact["error"] for key, fact in facts.items() if "error" in fact and "energy" not in fact}
+    errors = {
+        key: fact["error"]
+        for key, fact in facts.items()
+        if "error" in fact and "energy" not in fact
+    }
     if errors:
         after = named("error_after")
         beside = f", with the factors {median(after.values()):.4f}" if after else ""

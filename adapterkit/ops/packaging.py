@@ -67,7 +67,9 @@ def model_files(
     if len(shards) > 1 or (base.index is not None and any(name in base.shards for name in names)):
         files[base.index_name or "model.safetensors.index.json"] = _index(base, names, shards)
     if "config.json" in base.files:
-        files["config.json"] = CopyFile(0, "config.json") if config == base.config else as_json(config)
+        files["config.json"] = (
+            CopyFile(0, "config.json") if config == base.config else as_json(config)
+        )
     return {prefix + name: file for name, file in files.items()}
 
 
@@ -80,29 +82,46 @@ def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
         layers = json.loads(base.folder.read("modules.json", 0, base.files["modules.json"]))
     except ValueError:
         return ()
-    paths = [layer.get("path") for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+    paths = (
+        [layer.get("path") for layer in layers if isinstance(layer, dict)]
+        if isinstance(layers, list)
+        else []
+    )
     return tuple(f"{path}/" for path in paths if isinstance(path, str) and path)
 
 
-def _index(base: Checkpoint, names: list[str], shards: Sequence[Shard | Computed]) -> bytes | FromFacts:
+def _index(
+    base: Checkpoint, names: list[str], shards: Sequence[Shard | Computed]
+) -> bytes | FromFacts:
     """Which file holds which key; of computed files it is known when they are written how long they are."""
 
     def content(grown: int) -> bytes:
-        layouts = [replace(shard.layout, file=name) for name, shard in zip(names, shards, strict=True)]
+        layouts = [
+            replace(shard.layout, file=name) for name, shard in zip(names, shards, strict=True)
+        ]
         return layout.index(layouts, base.index, grown)
 
-    return FromFacts(lambda facts, grown: content(grown)) if any(isinstance(s, Computed) for s in shards) else content(0)
+    return (
+        FromFacts(lambda facts, grown: content(grown))
+        if any(isinstance(s, Computed) for s in shards)
+        else content(0)
+    )
 
 
 def as_json(value: dict) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def tokenizer_files(adapters: list[Adapter], choice: str | None, notes: list[str]) -> dict[str, CopyFile]:
+def tokenizer_files(
+    adapters: list[Adapter], choice: str | None, notes: list[str]
+) -> dict[str, CopyFile]:
     """The tokenizer saved beside an adapter, if there is one: training may have added tokens to it."""
     if choice == "base":
         return {}
-    found = {a.number: {n for n in a.folder.files() if "/" not in n and TOKENIZER.fullmatch(n)} for a in adapters}
+    found = {
+        a.number: {n for n in a.folder.files() if "/" not in n and TOKENIZER.fullmatch(n)}
+        for a in adapters
+    }
     found = {number: names for number, names in found.items() if names}
     if choice == "adapter" and not found:
         raise Refused(
@@ -119,7 +138,9 @@ def tokenizer_files(adapters: list[Adapter], choice: str | None, notes: list[str
     for number, files in found.items():
         other = _tokenizer(by_number[number], files)
         fast = "tokenizer.json" in one and "tokenizer.json" in other
-        there = (one.keys() | other.keys()) - ({*REPEATED} - (one.keys() & other.keys()) if fast else set())
+        there = (one.keys() | other.keys()) - (
+            {*REPEATED} - (one.keys() & other.keys()) if fast else set()
+        )
         differing = sorted(name for name in there if one.get(name) != other.get(name))
         apart |= {name for name in differing if name in SIDES}
         if set(differing) - SIDES:
@@ -130,15 +151,31 @@ def tokenizer_files(adapters: list[Adapter], choice: str | None, notes: list[str
                 where="adapters",
                 do="give --tokenizer base, and copy the one you want afterwards",
             )
-    notes.append(f"tokenizer: from {by_number[first].name}" + (f" (they differ in {', '.join(sorted(apart))})" if apart else ""))
+    notes.append(
+        f"tokenizer: from {by_number[first].name}"
+        + (f" (they differ in {', '.join(sorted(apart))})" if apart else "")
+    )
     return {name: CopyFile(first, name) for name in sorted(found[first])}
 
 
 # Settings of a saved tokenizer that change no token: where it came from, and what the training's calls had set
 CALLS = ("model_max_length", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
-PLACES = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "is_local", "local_files_only")
-SIDES = {"padding_side", "truncation_side"}  # of batches and long texts: what training set is no other tokenizer, but is noted
-REPEATED = ("special_tokens_map.json", "added_tokens.json")  # repeat what a fast tokenizer's other files say
+PLACES = (
+    "name_or_path",
+    "tokenizer_file",
+    "special_tokens_map_file",
+    "vocab_file",
+    "is_local",
+    "local_files_only",
+)
+SIDES = {
+    "padding_side",
+    "truncation_side",
+}  # of batches and long texts: what training set is no other tokenizer, but is noted
+REPEATED = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+)  # repeat what a fast tokenizer's other files say
 
 
 def _tokenizer(adapter: Adapter, names: set[str]) -> dict[str, Any]:
@@ -154,9 +191,15 @@ def _tokenizer(adapter: Adapter, names: set[str]) -> dict[str, Any]:
             found[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])
             continue
         if name == "tokenizer.json":
-            found[name] = {key: value for key, value in said.items() if key not in ("truncation", "padding")}
+            found[name] = {
+                key: value for key, value in said.items() if key not in ("truncation", "padding")
+            }
         else:
-            found |= {key: value for key, value in said.items() if key not in (*CALLS, *PLACES, "chat_template")}
+            found |= {
+                key: value
+                for key, value in said.items()
+                if key not in (*CALLS, *PLACES, "chat_template")
+            }
             template = said.get("chat_template")
             if isinstance(template, str) and "chat_template.jinja" not in names:
                 found["chat_template.jinja"] = template.encode()
@@ -168,8 +211,21 @@ def _tokenizer(adapter: Adapter, names: set[str]) -> dict[str, Any]:
 def model_card(base: Checkpoint, adapters: list[Adapter], weights: list[float]) -> str:
     """A README.md with the Hub's metadata for a merged model; nothing from the inputs is interpreted, names are quoted as JSON."""
     ids = [hub_or_name(base.folder)] + [hub_or_name(a.folder) for a in adapters]
-    header = ["---", "base_model:", *(f"- {json.dumps(i)}" for i in ids), "base_model_relation: merge"]
-    header += [*_kept(base), "library_name: transformers", "tags:", "- merge", "- lora", "- adapterkit", "---"]
+    header = [
+        "---",
+        "base_model:",
+        *(f"- {json.dumps(i)}" for i in ids),
+        "base_model_relation: merge",
+    ]
+    header += [
+        *_kept(base),
+        "library_name: transformers",
+        "tags:",
+        "- merge",
+        "- lora",
+        "- adapterkit",
+        "---",
+    ]
     rows = [
         f"| {cell(hub_or_name(a.folder))} | {w:g} | {len(a.loras)} | {a.config.get('r', '')} |"
         for a, w in zip(adapters, weights, strict=True)
@@ -203,9 +259,15 @@ def _kept(base: Checkpoint) -> list[str]:
     """The licence, language and pipeline of the base's card: they hold for the merged model too."""
     if "README.md" not in base.files:
         return []
-    text = base.folder.read("README.md", 0, min(base.files["README.md"], 65536)).decode("utf-8", "replace")
+    text = base.folder.read("README.md", 0, min(base.files["README.md"], 65536)).decode(
+        "utf-8", "replace"
+    )
     front = text.split("---")[1] if text.startswith("---") and text.count("---") >= 2 else ""
-    found = re.findall(r"^(license|license_name|license_link|pipeline_tag|language): *([\w .:/\-]+)$", front, re.MULTILINE)
+    found = re.findall(
+        r"^(license|license_name|license_link|pipeline_tag|language): *([\w .:/\-]+)$",
+        front,
+        re.MULTILINE,
+    )
     return [f"{key}: {json.dumps(value.strip())}" for key, value in found]
 
 
@@ -214,10 +276,19 @@ def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
     check_name(out)
     final = out.resolve()
     if out.is_symlink():
-        raise Refused("the output is a link", expected="a new folder", where=str(out), do="choose another --out")
+        raise Refused(
+            "the output is a link",
+            expected="a new folder",
+            where=str(out),
+            do="choose another --out",
+        )
     there = next(path for path in (final, *final.parents) if os.path.exists(path))
     if not there.is_dir():
-        found = "a file of that name" if there == final else f"{shown(there.name)} is a file, and no folder to make one in"
+        found = (
+            "a file of that name"
+            if there == final
+            else f"{shown(there.name)} is a file, and no folder to make one in"
+        )
         raise Refused(found, expected="a folder to make", where=str(out), do="choose another --out")
     for folder in folders:
         if not isinstance(folder, LocalFolder):

@@ -44,35 +44,68 @@ class Scaling:
         return self.given / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def targeted(targets: str, usable: Collection[str], model: Any, lacking: str) -> tuple[list[str], list[str]]:
+def targeted(
+    targets: str, usable: Collection[str], model: Any, lacking: str
+) -> tuple[list[str], list[str]]:
     """Of the modules that can get factors those that `--targets` means, and a note; `Refused` with all names that mean none.
 
     `all-linear`, as in PEFT: all linear layers but the output head, also that of a classifier; ends of modules' names, with commas
     between; or, where it holds other characters, a regex that is found in a name. `lacking`: what a layer is that cannot."""
-    classes = {name: type(module).__name__ for name, module in model.named_modules()} if model is not None else {}
-    linear = [name for name, module in model.named_modules() if is_linear(module)] if model is not None else list(usable)
+    classes = (
+        {name: type(module).__name__ for name, module in model.named_modules()}
+        if model is not None
+        else {}
+    )
+    linear = (
+        [name for name, module in model.named_modules() if is_linear(module)]
+        if model is not None
+        else list(usable)
+    )
     if targets.lower() == "all-linear":
         wanted = [name for name in linear if name not in _heads(model)]
-        found, left = [name for name in wanted if name in usable], [name for name in wanted if name not in usable]
-        named = ", ".join(map(shown, left[:3])) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        found, left = (
+            [name for name in wanted if name in usable],
+            [name for name in wanted if name not in usable],
+        )
+        named = ", ".join(map(shown, left[:3])) + (
+            f" and {len(left) - 3} more" if len(left) > 3 else ""
+        )
         notes = [f"--targets all-linear: no factors for {named}: {lacking}"] if left else []
         if not found:
-            raise Refused("--targets all-linear matches none", expected="a linear layer", where="--targets", do="check the model")
+            raise Refused(
+                "--targets all-linear matches none",
+                expected="a linear layer",
+                where="--targets",
+                do="check the model",
+            )
         return found, notes
     if not NAMES.fullmatch(targets):
         wanted = matcher(targets, "--targets")
         found = [name for name in usable if wanted(name)]
         if not found:
             expected, do = "a linear layer that can get factors", "check the regex"
-            raise Refused(f"--targets {targets!r} matches none", expected=expected, where="--targets", do=do)
+            raise Refused(
+                f"--targets {targets!r} matches none", expected=expected, where="--targets", do=do
+            )
         return found, []
     ends = {end: _ending(end, usable) for end in targets.replace(" ", "").split(",")}
     errors: list[AdapterkitError] = []
     for end in (end for end, found in ends.items() if not found):
         other = next(iter(_ending(end, linear) or _ending(end, classes)), None)
-        why = "" if other is None else f": {shown(other)} is {lacking if other in linear else f'a {classes[other]}'}"
-        expected, do = "the end of the name of a linear layer that can get factors", "check the names"
-        errors.append(Refused(f"--targets {end!r} matches none{why}", expected=expected, where="--targets", do=do))
+        why = (
+            ""
+            if other is None
+            else f": {shown(other)} is {lacking if other in linear else f'a {classes[other]}'}"
+        )
+        expected, do = (
+            "the end of the name of a linear layer that can get factors",
+            "check the names",
+        )
+        errors.append(
+            Refused(
+                f"--targets {end!r} matches none{why}", expected=expected, where="--targets", do=do
+            )
+        )
     refuse_all(errors)
     return [name for name in usable if any(name in found for found in ends.values())], []
 
@@ -82,8 +115,12 @@ def wrappable(names: Names, modules: Iterable[str], notes: list[str]) -> list[st
     modules = list(modules)
     bypassed = [module for module in modules if is_bypassed(names, module)]
     if bypassed:
-        said = ", ".join(map(shown, bypassed[:3])) + (f" and {len(bypassed) - 3} more" if len(bypassed) > 3 else "")
-        notes.append(f"no factors for {said}: PEFT refuses them, or the model's code reads the weight itself")
+        said = ", ".join(map(shown, bypassed[:3])) + (
+            f" and {len(bypassed) - 3} more" if len(bypassed) > 3 else ""
+        )
+        notes.append(
+            f"no factors for {said}: PEFT refuses them, or the model's code reads the weight itself"
+        )
     return [module for module in modules if module not in bypassed]
 
 
@@ -97,21 +134,37 @@ def _heads(model: Any) -> list[str]:
         return []
     output = model.get_output_embeddings()
     if output is None and type(model).__name__.endswith("ForSequenceClassification"):
-        output = next((getattr(model, name) for name in HEADS if getattr(model, name, None) is not None), None)
+        output = next(
+            (getattr(model, name) for name in HEADS if getattr(model, name, None) is not None), None
+        )
     return [name for name, module in model.named_modules() if module is output]
 
 
 def place_of_linear(module: str, shape: tuple[int, ...]) -> Place:
     """Where the factors of a linear layer (out, in) go."""
-    return Place(f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight", (shape[1],), (), shape[0], None)
+    return Place(
+        f"{PREFIX}{module}.lora_A.weight",
+        f"{PREFIX}{module}.lora_B.weight",
+        (shape[1],),
+        (),
+        shape[0],
+        None,
+    )
 
 
-def adapter_of(base: Checkpoint, factors: Sequence[Bundle], scaling: Scaling, summary: str, folder: str = "") -> produced.Output:
+def adapter_of(
+    base: Checkpoint, factors: Sequence[Bundle], scaling: Scaling, summary: str, folder: str = ""
+) -> produced.Output:
     """The adapter of these factors, for a base made from this one."""
     modules = {bundle.name: bundle.name for bundle in factors}
     settings = produced.plain_settings() | {"use_rslora": scaling.rslora}
-    kept = {"base_model_name_or_path": produced.hub_id(base.folder), "task_type": produced.task_type(base.config)}
-    return produced.Output([], factors, modules, settings, summary, folder, alpha=scaling.given, kept=kept)
+    kept = {
+        "base_model_name_or_path": produced.hub_id(base.folder),
+        "task_type": produced.task_type(base.config),
+    }
+    return produced.Output(
+        [], factors, modules, settings, summary, folder, alpha=scaling.given, kept=kept
+    )
 
 
 def factors_of(svd: Svd, rank: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -141,4 +194,6 @@ class FromAside:
     def make(self, inputs: Inputs) -> Made:
         a, b = (inputs.aside(f"{self.name}.{side}") for side in "ab")
         dtype = dtypes.torch_dtype(self.dtype)
-        return Made({self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, {"rank": len(a)})
+        return Made(
+            {self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, {"rank": len(a)}
+        )

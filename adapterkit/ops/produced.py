@@ -22,14 +22,33 @@ from adapterkit.factors import Place, rank_and_scale
 from adapterkit.ops.packaging import as_json, cell, check_output_apart, hub_or_name, tokenizer_files
 from adapterkit.ops.sites import Site, levels_of
 from adapterkit.options import parse_size
-from adapterkit.plan import Bundle, Computed, CopyFile, FromFacts, Inputs, Made, Plan, Receipt, identities, run, sha256_of
+from adapterkit.plan import (
+    Bundle,
+    Computed,
+    CopyFile,
+    FromFacts,
+    Inputs,
+    Made,
+    Plan,
+    Receipt,
+    identities,
+    run,
+    sha256_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 1 << 20  # elements that are summed at a time
 # What an adapter that is the sum of others takes over from the first of them
-KEPT = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", "target_parameters")
+KEPT = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "fan_in_fan_out",
+    "target_parameters",
+)
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,11 @@ def added_biases(
     PEFT gives every module a bias then, and refuses embeddings and parameters beside them.
     """
     terms = {
-        name: tuple((x.bias, f.scale * weight_of(n, x.module)) for n, (x, f) in site.members.items() if x.bias is not None)
+        name: tuple(
+            (x.bias, f.scale * weight_of(n, x.module))
+            for n, (x, f) in site.members.items()
+            if x.bias is not None
+        )
         for name, site in joined.items()
     }
     if not any(terms.values()):
@@ -132,7 +155,10 @@ def added_biases(
         for name, site in joined.items()
         if site.parameter or places[name].is_embedding
     ]
-    return [Summed(f"{prefix}{name} bias", places[name].bias_key, its, dtype, (places[name].out,)) for name, its in terms.items()]
+    return [
+        Summed(f"{prefix}{name} bias", places[name].bias_key, its, dtype, (places[name].out,))
+        for name, its in terms.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -142,15 +168,25 @@ class Output:
 
     adapters: Sequence[Adapter]  # what it is made from; the first one's config says what it is for
     bundles: Sequence[Bundle]
-    modules: dict[str, str]  # bundle name -> the target whose factors it makes: a module, or a parameter's full name
+    modules: dict[
+        str, str
+    ]  # bundle name -> the target whose factors it makes: a module, or a parameter's full name
     settings: dict[str, Any]
     summary: str
     folder: str = ""  # inside the output
-    settle: Callable[[Sequence[Bundle]], Any] | None = None  # from the bundles in the file's order to `Computed.settle`
-    alpha: float | None = None  # one lora_alpha for all modules; None: each one's rank, so that every scale is 1
-    kept: dict[str, Any] | None = None  # where there is no adapter: what the config says of the base
+    settle: Callable[[Sequence[Bundle]], Any] | None = (
+        None  # from the bundles in the file's order to `Computed.settle`
+    )
+    alpha: float | None = (
+        None  # one lora_alpha for all modules; None: each one's rank, so that every scale is 1
+    )
+    kept: dict[str, Any] | None = (
+        None  # where there is no adapter: what the config says of the base
+    )
     parameters: frozenset[str] = frozenset()  # targets that are parameters
-    unnamed: frozenset[str] = frozenset()  # those of them that are modules: which of their parameters it is was not known
+    unnamed: frozenset[str] = (
+        frozenset()
+    )  # those of them that are modules: which of their parameters it is was not known
     tokenizer: str | None = None  # "base": none is copied from the adapters
 
     def inside(self, name: str) -> str:
@@ -158,12 +194,31 @@ class Output:
 
     def shard(self) -> Computed:
         # the wider dtype first, so that no tensor is misaligned
-        ordered = sorted(self.bundles, key=lambda bundle: -max((dtypes.BITS[s.dtype] for s in bundle.most), default=0))
-        pairs = {t for t, count in Counter(self.modules.values()).items() if count > 1} - self.parameters
+        ordered = sorted(
+            self.bundles,
+            key=lambda bundle: -max((dtypes.BITS[s.dtype] for s in bundle.most), default=0),
+        )
+        pairs = {
+            t for t, count in Counter(self.modules.values()).items() if count > 1
+        } - self.parameters
         if pairs and self.settle:
-            found, do = f"--max-size with MultiheadAttention ({shown(min(pairs))})", "give --rank or --energy"
-            raise Refused(found, expected="a rank or an energy: both projections have one rank", where="options", do=do)
-        settle = self.settle(ordered) if self.settle else _one_rank(ordered, self.modules, pairs) if pairs else None
+            found, do = (
+                f"--max-size with MultiheadAttention ({shown(min(pairs))})",
+                "give --rank or --energy",
+            )
+            raise Refused(
+                found,
+                expected="a rank or an energy: both projections have one rank",
+                where="options",
+                do=do,
+            )
+        settle = (
+            self.settle(ordered)
+            if self.settle
+            else _one_rank(ordered, self.modules, pairs)
+            if pairs
+            else None
+        )
         return Computed(self.inside(WEIGHTS), tuple(ordered), settle=settle)
 
     def files(self, notes: list[str]) -> dict[str, bytes | CopyFile | FromFacts]:
@@ -175,30 +230,55 @@ class Output:
         return files
 
     def base(self) -> str | None:
-        return base_id(self.adapters[0]) if self.adapters else (self.kept or {}).get("base_model_name_or_path")
+        return (
+            base_id(self.adapters[0])
+            if self.adapters
+            else (self.kept or {}).get("base_model_name_or_path")
+        )
 
     def config(self, facts: dict[str, dict], grown: int = 0) -> bytes:
         """adapter_config.json for the ranks that came out."""
-        kept = self.kept if self.kept is not None else {k: v for k, v in self.adapters[0].config.items() if k in KEPT}
+        kept = (
+            self.kept
+            if self.kept is not None
+            else {k: v for k, v in self.adapters[0].config.items() if k in KEPT}
+        )
         found: dict[str, int] = {}
         for name, module in self.modules.items():
             rank = facts.get(name, {}).get("rank")
             if rank is not None and found.setdefault(module, rank) != rank:
-                found_ranks = f"ranks {found[module]} and {rank} for two parameters of {shown(module)}"
-                raise Spoiled(found_ranks, expected="one for both", where=self.inside(CONFIG), do="give --rank, or --base")
+                found_ranks = (
+                    f"ranks {found[module]} and {rank} for two parameters of {shown(module)}"
+                )
+                raise Spoiled(
+                    found_ranks,
+                    expected="one for both",
+                    where=self.inside(CONFIG),
+                    do="give --rank, or --base",
+                )
         config = kept | self.settings | {"base_model_name_or_path": self.base()}
         plain = sorted(found.keys() - self.parameters)
-        return as_json(config | targets(self.adapters, plain) | ranks(found, self.alpha, self.unnamed))
+        return as_json(
+            config | targets(self.adapters, plain) | ranks(found, self.alpha, self.unnamed)
+        )
 
 
-def _one_rank(bundles: Sequence[Bundle], modules: dict[str, str], pairs: Collection[str]) -> Callable[[list[dict]], list]:
+def _one_rank(
+    bundles: Sequence[Bundle], modules: dict[str, str], pairs: Collection[str]
+) -> Callable[[list[dict]], list]:
     """Zeros that bring both projections of a MultiheadAttention to one rank: PEFT has one pattern for them."""
-    homes = [target if (target := modules.get(bundle.name)) in pairs else None for bundle in bundles]
+    homes = [
+        target if (target := modules.get(bundle.name)) in pairs else None for bundle in bundles
+    ]
 
     def settle(facts: list[dict]) -> list[Callable[[Made], Made]]:
-        most = {home: max(f["rank"] for f, h in zip(facts, homes, strict=True) if h == home) for home in pairs}
+        most = {
+            home: max(f["rank"] for f, h in zip(facts, homes, strict=True) if h == home)
+            for home in pairs
+        }
         return [
-            (lambda made: made) if home is None else _grown(bundle, most[home]) for bundle, home in zip(bundles, homes, strict=True)
+            (lambda made: made) if home is None else _grown(bundle, most[home])
+            for bundle, home in zip(bundles, homes, strict=True)
         ]
 
     return settle
@@ -208,7 +288,9 @@ def _grown(bundle: Any, rank: int) -> Callable[[Made], Made]:
     def change(made: Made) -> Made:
         import torch
 
-        a, b = (cast("Tensor", made.tensors[key]) for key in (bundle.place.a_key, bundle.place.b_key))
+        a, b = (
+            cast("Tensor", made.tensors[key]) for key in (bundle.place.a_key, bundle.place.b_key)
+        )
         more = rank - len(a)
         if not more:
             return made
@@ -236,7 +318,9 @@ def adapter_plan(
     if base is None:
         return output_plan(verb, options, folders, headers, outputs, notes, facts)
     headers |= model_headers(base, count)
-    return output_plan(verb, options, (*folders, base.folder), headers, outputs, notes, facts, (count,))
+    return output_plan(
+        verb, options, (*folders, base.folder), headers, outputs, notes, facts, (count,)
+    )
 
 
 def output_plan(
@@ -254,7 +338,18 @@ def output_plan(
     for output in outputs:
         files |= output.files(notes)
     shards = tuple(output.shard() for output in outputs)
-    return Plan(verb, options, folders, headers, identities(folders, headers), shards, files, facts, tuple(notes), models)
+    return Plan(
+        verb,
+        options,
+        folders,
+        headers,
+        identities(folders, headers),
+        shards,
+        files,
+        facts,
+        tuple(notes),
+        models,
+    )
 
 
 def headers_of(adapters: Sequence[Adapter]) -> dict[tuple[int, str], str]:
@@ -294,29 +389,49 @@ def targets(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
     else their full names. Parameters are named as the inputs name them (`target_parameters`)."""
     named = {target for a in adapters for target in a.config.get("target_parameters") or []}
     if named:
-        version = {"peft_version": adapters[0].config["peft_version"]} if "peft_version" in adapters[0].config else {}
+        version = (
+            {"peft_version": adapters[0].config["peft_version"]}
+            if "peft_version" in adapters[0].config
+            else {}
+        )
         return {
             "target_modules": modules,
             "target_parameters": sorted(named),
             **version,
         }  # the layout of stacks goes by the version
     lists = [a.config.get("target_modules") for a in adapters]
-    more = ("layers_to_transform", "exclude_modules", "ensure_weight_tying")  # what else decides which modules a list means
+    more = (
+        "layers_to_transform",
+        "exclude_modules",
+        "ensure_weight_tying",
+    )  # what else decides which modules a list means
     narrowed = any(a.config.get(key) for a in adapters for key in more)
-    same = bool(adapters) and all({a.attention(lora) or lora.module for lora in a.loras} == set(modules) for a in adapters)
-    if same and not narrowed and all(isinstance(t, list) and set(t) == set(lists[0] or ()) for t in lists):
+    same = bool(adapters) and all(
+        {a.attention(lora) or lora.module for lora in a.loras} == set(modules) for a in adapters
+    )
+    if (
+        same
+        and not narrowed
+        and all(isinstance(t, list) and set(t) == set(lists[0] or ()) for t in lists)
+    ):
         return {"target_modules": sorted(lists[0] or ())}
     return {"target_modules": modules}
 
 
-def ranks(found: dict[str, int], alpha: float | None = None, unnamed: Collection[str] = ()) -> dict[str, Any]:
+def ranks(
+    found: dict[str, int], alpha: float | None = None, unnamed: Collection[str] = ()
+) -> dict[str, Any]:
     """r, lora_alpha and the patterns for each target's rank: the commonest is r, the others are anchored patterns.
 
     A pattern is held against a parameter's own name where that is the target; `unnamed` are modules of such parameters."""
     common = Counter(found.values()).most_common(1)[0][0] if found else 8
     name = lambda target: f"^{target}" + r"(\.\w+)?" * (target in unnamed)
     pattern = {name(target): rank for target, rank in found.items() if rank != common}
-    alphas = {"lora_alpha": common, "alpha_pattern": dict(pattern)} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
+    alphas = (
+        {"lora_alpha": common, "alpha_pattern": dict(pattern)}
+        if alpha is None
+        else {"lora_alpha": alpha, "alpha_pattern": {}}
+    )
     return {"r": common, "rank_pattern": pattern, **alphas}
 
 
@@ -346,7 +461,11 @@ def hub_id(folder: Folder) -> str | None:
 def base_id(adapter: Adapter) -> str | None:
     """The base's id that an adapter's config names; a path of the machine it was trained on is of no use to others."""
     base = adapter.config.get("base_model_name_or_path")
-    return base if isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and base[0] != "." else None
+    return (
+        base
+        if isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and base[0] != "."
+        else None
+    )
 
 
 def _one_base(adapters: Iterable[Adapter], notes: list[str]) -> None:
@@ -359,10 +478,19 @@ def card(base: str | None, adapters: Sequence[Adapter], summary: str) -> str:
     """A README.md with the Hub's metadata for an adapter; names of inputs are quoted, nothing of them is interpreted."""
     header = ["---", *([f"base_model: {json.dumps(base)}"] if base else [])]
     header += ["library_name: peft", "tags:", "- lora", "- adapterkit", "---", ""]
-    body = ["# Adapter", "", f"Made by adapterkit {__version__} from the files: {cell(summary)}.", ""]
+    body = [
+        "# Adapter",
+        "",
+        f"Made by adapterkit {__version__} from the files: {cell(summary)}.",
+        "",
+    ]
     body += ["From:", ""] if adapters else []
     body += [f"- {cell(hub_or_name(a.folder))}" for a in adapters]
-    body += ["", f"What was done to each module, and the hash of every file, stands in `{RECEIPT}`.", ""]
+    body += [
+        "",
+        f"What was done to each module, and the hash of every file, stands in `{RECEIPT}`.",
+        "",
+    ]
     return "\n".join(header + body)
 
 
@@ -372,12 +500,22 @@ def extras(adapters: Sequence[Adapter]) -> dict[str, Any]:
     saved = sorted(heads.union(*(a.config.get("modules_to_save") or [] for a in adapters)))
     tokens = next((a.config["trainable_token_indices"] for a in adapters if a.tokens), None)
     biases = {a.config.get("bias", "none") for a in adapters} - {"none", None}
-    found: dict[str, Any] = {"modules_to_save": saved or None, "bias": "all" if len(biases) > 1 else next(iter(biases), "none")}
+    found: dict[str, Any] = {
+        "modules_to_save": saved or None,
+        "bias": "all" if len(biases) > 1 else next(iter(biases), "none"),
+    }
     return found | ({"trainable_token_indices": tokens} if tokens else {})
 
 
 def carry_out(
-    plan: Plan, out: str | os.PathLike, *, engine: str, device: str, memory: str | int | None, dry_run: bool, **how: Any
+    plan: Plan,
+    out: str | os.PathLike,
+    *,
+    engine: str,
+    device: str,
+    memory: str | int | None,
+    dry_run: bool,
+    **how: Any,
 ) -> Receipt | Plan:
     """Run a plan on the engine of that name, into an output apart from its inputs; with `dry_run` give it back."""
     check_output_apart(Path(out), plan.folders)
@@ -385,7 +523,9 @@ def carry_out(
     if dry_run:
         return plan
     if engine != "local":
-        raise Refused(f"engine {engine!r}", expected="local", where="--engine", do="leave --engine out")
+        raise Refused(
+            f"engine {engine!r}", expected="local", where="--engine", do="leave --engine out"
+        )
     from adapterkit.engines.local import local
 
     return run(plan, Path(out), local(device), **how)
@@ -393,7 +533,10 @@ def carry_out(
 
 def flags(adapter: Adapter) -> dict[str, Any]:
     """The config's flags of what stays as it is beside new factors."""
-    return {key: bool(adapter.config.get(key)) for key in ("use_dora", "lora_bias", "ensure_weight_tying")}
+    return {
+        key: bool(adapter.config.get(key))
+        for key in ("use_dora", "lora_bias", "ensure_weight_tying")
+    }
 
 
 def beside_factors(adapter: Adapter, dtype: str) -> list[Bundle]:
@@ -402,7 +545,11 @@ def beside_factors(adapter: Adapter, dtype: str) -> list[Bundle]:
     for lora in adapter.loras:
         if lora.bias is not None:
             terms = ((lora.bias, rank_and_scale(adapter, lora, None)[1]),)
-            bundles.append(Summed(f"{lora.module} bias", canonical(lora.bias.key), terms, dtype, lora.bias.shape))
+            bundles.append(
+                Summed(
+                    f"{lora.module} bias", canonical(lora.bias.key), terms, dtype, lora.bias.shape
+                )
+            )
         if lora.magnitude is not None:
             bundles.append(taken(lora.magnitude))
     whole = [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]
@@ -412,4 +559,6 @@ def beside_factors(adapter: Adapter, dtype: str) -> list[Bundle]:
 def check_refit(rank: int | None, energy: float | None) -> None:
     """`Refused` for a rank and a share of the energy together."""
     if rank is not None and energy is not None:
-        raise Refused("--rank and --energy", expected="one of them", where="options", do="leave one out")
+        raise Refused(
+            "--rank and --energy", expected="one of them", where="options", do="leave one out"
+        )

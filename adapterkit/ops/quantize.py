@@ -43,7 +43,9 @@ CHANGED_BY = "adapterkit_changed_by"  # in the metadata of a base that is not th
 def targets() -> dict[str, list[type[Packed]]]:
     """What can be written, by the name that `--to` gives it; of formats of one name the one for rarer modules first."""
     found: dict[str, list[type[Packed]]] = {}
-    for record in sorted(members("weights.codecs").values(), key=lambda record: "Linear" in record.modules):
+    for record in sorted(
+        members("weights.codecs").values(), key=lambda record: "Linear" in record.modules
+    ):
         for target in record.targets:
             found.setdefault(target, []).append(record)
     return found
@@ -79,7 +81,9 @@ def quantize(
     options = {"to": to, "block_size": block_size, "double_quant": double_quant, "skip": skip}
     plan = plan_quantize(open_model(base), options)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
 def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
@@ -94,7 +98,9 @@ def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
     chosen.notes += chosen.unquantised()
     shards, files = output.shards(), output.files(f"quantised to {options['to']}")
     who = identities((folder,), headers)
-    return Plan("quantize", told, (folder,), headers, who, shards, files, facts, tuple(chosen.notes))
+    return Plan(
+        "quantize", told, (folder,), headers, who, shards, files, facts, tuple(chosen.notes)
+    )
 
 
 class Chosen:
@@ -103,17 +109,31 @@ class Chosen:
     `exceptions`: modules (by a predicate) that get another target than options["to"], of the same format.
     """
 
-    def __init__(self, base: Checkpoint, options: dict[str, Any], exceptions: Sequence[tuple[Callable[[str], bool], str]] = ()):
+    def __init__(
+        self,
+        base: Checkpoint,
+        options: dict[str, Any],
+        exceptions: Sequence[tuple[Callable[[str], bool], str]] = (),
+    ):
         to, known = options["to"], targets()
-        for option, fitting in (("double_quant", ("nf4", "fp4")), ("block_size", ("nf4", "fp4", "w4a16"))):
-            if options.get(option) and not {to, *(target for _, target in exceptions)} & set(fitting):
+        for option, fitting in (
+            ("double_quant", ("nf4", "fp4")),
+            ("block_size", ("nf4", "fp4", "w4a16")),
+        ):
+            if options.get(option) and not {to, *(target for _, target in exceptions)} & set(
+                fitting
+            ):
                 found, expected = f"--{option.replace('_', '-')} with {to}", " or ".join(fitting)
                 raise Refused(found, expected=expected, where="options", do="leave it out")
         self.base, self.options, self.exceptions = base, options, exceptions
         self.notes: list[str] = []
         self.weights: dict[str, Unpacked] = {}  # by key, all linear layers that are stored as such
-        self.linear: dict[str, str] = {}  # module -> key of its weight: those of them that are not tied
-        self.problems: dict[str, AdapterkitError] = {}  # by module, why its weight cannot be changed; refused if it is to be
+        self.linear: dict[
+            str, str
+        ] = {}  # module -> key of its weight: those of them that are not tied
+        self.problems: dict[
+            str, AdapterkitError
+        ] = {}  # by module, why its weight cannot be changed; refused if it is to be
         self.kept: list[str] = []  # linear modules that transformers' quantisers leave alone
         self.packed: dict[str, Packed] = {}  # by key, those that are quantised
         self.modules: dict[str, Packed] = {}  # the same by module
@@ -122,21 +142,49 @@ class Chosen:
         skeleton = self.names.model
         if skeleton is None:
             found = f"a model that transformers does not know{': ' + self.notes[-1] if self.notes else ''}"
-            raise Refused(found, expected="config.json of a known model", where=base.name, do="update transformers")
+            raise Refused(
+                found,
+                expected="config.json of a known model",
+                where=base.name,
+                do="update transformers",
+            )
         self.skeleton, self.model = skeleton, skeleton.model
         records = known.get(str(to), [])
-        found = layers(self.model, {"Linear", "Conv1D", *(name for record in records for name in record.modules)})
-        self.record = next((r for r in records if {*r.modules} & {*found.values()}), records[-1] if records else None)
-        stack = next((name for name, weight in skeleton.state.items() if is_stack(name, weight)), None)
+        found = layers(
+            self.model,
+            {"Linear", "Conv1D", *(name for record in records for name in record.modules)},
+        )
+        self.record = next(
+            (r for r in records if {*r.modules} & {*found.values()}),
+            records[-1] if records else None,
+        )
+        stack = next(
+            (name for name, weight in skeleton.state.items() if is_stack(name, weight)), None
+        )
         if self.record is not None and not self.record.beside_experts and stack is not None:
-            expected = "a model without: transformers takes all experts of such a checkpoint for quantised"
-            raise Refused(f"{to} with experts ({shown(stack)})", expected=expected, where=base.name, do="use another format")
+            expected = (
+                "a model without: transformers takes all experts of such a checkpoint for quantised"
+            )
+            raise Refused(
+                f"{to} with experts ({shown(stack)})",
+                expected=expected,
+                where=base.name,
+                do="use another format",
+            )
         self.skip = matcher(options["skip"], "--skip") if options.get("skip") else None
-        if self.skip is not None and not any(self.skip(name) for name, _ in self.model.named_modules()):
+        if self.skip is not None and not any(
+            self.skip(name) for name, _ in self.model.named_modules()
+        ):
             text = f"--skip {options['skip']!r} matches none"
-            raise Refused(text, expected="a module of the model", where="--skip", do="check the regex")
+            raise Refused(
+                text, expected="a module of the model", where="--skip", do="check the regex"
+            )
         self.asked: list[str] = []  # what the loader would quantise, and is not
-        others = {f"{name}.weight": type(module).__name__ for name, module in self.model.named_modules() if is_linear(module)}
+        others = {
+            f"{name}.weight": type(module).__name__
+            for name, module in self.model.named_modules()
+            if is_linear(module)
+        }
         self.kept = [name.removesuffix(".weight") for name in others if name not in found]
         for name, kind in (others | found).items():
             try:
@@ -144,12 +192,25 @@ class Chosen:
             except AdapterkitError as error:
                 self.problems[name.removesuffix(".weight")] = error
         if self.record is not None:
-            refuse_all([error for module, error in self.problems.items() if module not in self.kept])
-            replaced = (name for name, module in self.model.named_modules() if self.record.replaces(name, module))
-            self.asked += [name for name in replaced if name not in self.modules and name not in self.asked]
+            refuse_all(
+                [error for module, error in self.problems.items() if module not in self.kept]
+            )
+            replaced = (
+                name
+                for name, module in self.model.named_modules()
+                if self.record.replaces(name, module)
+            )
+            self.asked += [
+                name for name in replaced if name not in self.modules and name not in self.asked
+            ]
         if not (self.packed if self.record else self.weights):
             text = f"no linear layer for {to}" if self.record else "no linear layer"
-            raise Refused(text, expected="one or more", where=base.name, do="check --skip, or use another format")
+            raise Refused(
+                text,
+                expected="one or more",
+                where=base.name,
+                do="check --skip, or use another format",
+            )
 
     def _choose(self, name: str, kind: str) -> None:
         module = name.removesuffix(".weight")
@@ -164,10 +225,20 @@ class Chosen:
             found = f"{shown(name)} is stored in another layout than the model's"
             do = "leave it out with --skip, or quantise while loading, with from_pretrained(quantization_config=...)"
             do = do if self.record else "leave it out with --targets"
-            raise Refused(found, expected="one stored tensor for each linear layer", where=self.base.name, do=do)
+            raise Refused(
+                found,
+                expected="one stored tensor for each linear layer",
+                where=self.base.name,
+                do=do,
+            )
         spec = self.base.tensors[parameter.slots[0].key]
         if spec.dtype not in dtypes.FLOATS:
-            raise Refused(f"{shown(spec.key)} is {spec.dtype}", expected="a float", where=self.base.name, do="dequantise it first")
+            raise Refused(
+                f"{shown(spec.key)} is {spec.dtype}",
+                expected="a float",
+                where=self.base.name,
+                do="dequantise it first",
+            )
         turned = kind == "Conv1D"
         shape = (spec.shape[1], spec.shape[0]) if turned else spec.shape
         weight = Unpacked(spec.key, shape, spec.dtype, turned, self._wide(name, spec.dtype))
@@ -177,7 +248,9 @@ class Chosen:
                 self.linear[module] = spec.key
         if self.record is None or kind not in self.record.modules or module in self.kept:
             return
-        target = next((target for fits, target in self.exceptions if fits(module)), self.options["to"])
+        target = next(
+            (target for fits, target in self.exceptions if fits(module)), self.options["to"]
+        )
         packed = self.record.fresh(target, weight, self.options)
         if packed is None:
             self.asked.append(module)
@@ -191,7 +264,15 @@ class Chosen:
         found: dict[str, list[int]] = {}  # why -> bytes of each parameter
         for name in dict.fromkeys([*stacks, *self.left]):
             parameter = self.names.parameter(name)
-            size = sum(self.base.tensors[s.key].nbytes for s in parameter.slots if s.key not in self.packed) if parameter else 0
+            size = (
+                sum(
+                    self.base.tensors[s.key].nbytes
+                    for s in parameter.slots
+                    if s.key not in self.packed
+                )
+                if parameter
+                else 0
+            )
             skipped = self.skip is not None and self.skip(name.removesuffix(".weight"))
             why = (
                 "skipped"
@@ -225,7 +306,10 @@ class Chosen:
     def _wide(self, name: str, dtype: str) -> bool:
         """Whether transformers makes a parameter of this dtype float32 (its `_get_dtype_plan`)."""
         strict = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        parts = {"F16": {*(getattr(self.model, "_keep_in_fp32_modules", None) or ()), *strict}, "BF16": set(strict)}
+        parts = {
+            "F16": {*(getattr(self.model, "_keep_in_fp32_modules", None) or ()), *strict},
+            "BF16": set(strict),
+        }
         return any(re.search(part.replace("*", ".*"), name) for part in parts.get(dtype, ()))
 
     def config(self) -> dict[str, Any]:
@@ -233,7 +317,9 @@ class Chosen:
         skipped = sorted({*self.asked, *kept_modules(self.model)}) if self.asked else None
         from torch import nn
 
-        linear = (name for name, module in self.model.named_modules() if isinstance(module, nn.Linear))
+        linear = (
+            name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)
+        )
         others = [name for name in linear if name not in self.modules]
         assert self.record is not None
         said = self.record.config(Choice(self.modules, skipped, others))
@@ -253,7 +339,11 @@ def layers(model: Any, classes: Collection[str]) -> dict[str, str]:
         if is_linear(module):
             found[f"{name}.weight"] = kind
         else:
-            found |= {f"{name}.{leaf}": kind for leaf, weight in module.named_parameters(recurse=False) if weight.dim() == 3}
+            found |= {
+                f"{name}.{leaf}": kind
+                for leaf, weight in module.named_parameters(recurse=False)
+                if weight.dim() == 3
+            }
     return found
 
 
@@ -274,7 +364,9 @@ def kept_modules(model: Any) -> list[str]:
     """What transformers' quantisers leave alone by themselves: the output layer, what is tied, the last module."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    return sorted({*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())})
+    return sorted(
+        {*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    )
 
 
 @dataclass(frozen=True)
@@ -332,16 +424,25 @@ class QuantisedModel:
     def shards(self) -> tuple[Computed, ...]:
         groups: dict[str, list[Bundle]] = {name: [] for name in self.base.shards}
         for key, spec in self.base.tensors.items():
-            made = self.bundles.get(key) or (Quantised(spec, self.packed[key]) if key in self.packed else Copied(spec))
+            made = self.bundles.get(key) or (
+                Quantised(spec, self.packed[key]) if key in self.packed else Copied(spec)
+            )
             groups[spec.file].append(made)
-        return shards_of(self.base, groups, self.folder, {CHANGED_BY: self.changed_by} if self.changed_by else {})
+        return shards_of(
+            self.base, groups, self.folder, {CHANGED_BY: self.changed_by} if self.changed_by else {}
+        )
 
     def files(self, summary: str) -> Files:
-        return model_files(self.base, self.config, self.shards(), card(self.base, summary), folder=self.folder)
+        return model_files(
+            self.base, self.config, self.shards(), card(self.base, summary), folder=self.folder
+        )
 
 
 def shards_of(
-    base: Checkpoint, groups: dict[str, list[Bundle]], folder: str = "", said: dict[str, str] | None = None
+    base: Checkpoint,
+    groups: dict[str, list[Bundle]],
+    folder: str = "",
+    said: dict[str, str] | None = None,
 ) -> tuple[Computed, ...]:
     """Output files of these bundles, named as the base's; `said` joins their metadata."""
     prefix = f"{folder}/" if folder else ""
@@ -359,13 +460,31 @@ def shards_of(
 def model_headers(base: Checkpoint) -> dict[tuple[int, str], str]:
     """The hashes of a base's headers and config, by which a plan knows its input."""
     headers = produced.model_headers(base, 0)
-    return headers | ({(0, "config.json"): sha256_of(base.folder, "config.json")} if "config.json" in base.files else {})
+    return headers | (
+        {(0, "config.json"): sha256_of(base.folder, "config.json")}
+        if "config.json" in base.files
+        else {}
+    )
 
 
 def card(base: Checkpoint, summary: str) -> str:
     """A README.md for a model made from this one alone."""
     name = cell(hub_or_name(base.folder))
-    header = ["---", *([f"base_model: {name}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []), "library_name: transformers"]
+    header = [
+        "---",
+        *([f"base_model: {name}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []),
+        "library_name: transformers",
+    ]
     return "\n".join(
-        [*header, "tags:", "- adapterkit", "---", "", f"# {name}, {summary}", "", f"Made by adapterkit {__version__}.", ""]
+        [
+            *header,
+            "tags:",
+            "- adapterkit",
+            "---",
+            "",
+            f"# {name}, {summary}",
+            "",
+            f"Made by adapterkit {__version__}.",
+            "",
+        ]
     )

@@ -40,7 +40,9 @@ class Cut:
             return min(lowrank.rank_for_energy(s, self.energy, total), len(s))
         if self.sv_ratio is not None:
             return max(1, int((s * self.sv_ratio >= s[0]).sum())) if s[0] > 0 else 1
-        return max(1, int((s > s[0] * FLOAT_NOISE).sum()))  # all that is there: the size decides later
+        return max(
+            1, int((s > s[0] * FLOAT_NOISE).sum())
+        )  # all that is there: the size decides later
 
     def most(self, whole: int) -> int:
         return min(self.rank, whole) if self.rank is not None else whole
@@ -122,7 +124,10 @@ def ranked(bundle: Any, found: Sequence[tuple[Svd, float]]) -> Made:
     pairs = [lowrank.refit(svd, rank) for svd, _ in found]
     facts: dict[str, Any] = {"rank": rank, **_losses(found, rank)}
     if bundle.cut.max_size is not None:
-        facts["spectrum"] = [math.fsum(float(svd.s[i]) ** 2 for svd, _ in found if i < len(svd.s)) ** 0.5 for i in range(rank)]
+        facts["spectrum"] = [
+            math.fsum(float(svd.s[i]) ** 2 for svd, _ in found if i < len(svd.s)) ** 0.5
+            for i in range(rank)
+        ]
         facts["total"] = math.fsum(total for _, total in found)
     return Made(_scaled(bundle, bundle.place.stored(pairs), rank), facts)
 
@@ -141,7 +146,10 @@ def measured(kept: float, total: float) -> dict[str, float]:
 def _scaled(bundle: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     dtype = dtypes.torch_dtype(bundle.dtype)
     factor = 1.0 if bundle.alpha is None else rank / bundle.alpha
-    return {key: (t * factor if key == bundle.place.b_key else t).to(dtype) for key, t in tensors.items()}
+    return {
+        key: (t * factor if key == bundle.place.b_key else t).to(dtype)
+        for key, t in tensors.items()
+    }
 
 
 def even_rank(cut: Cut, bundles: Sequence[Bundle]) -> int:
@@ -149,7 +157,9 @@ def even_rank(cut: Cut, bundles: Sequence[Bundle]) -> int:
     return max(1, parse_size("max_size", cut.max_size) // max(sum(map(_cost, bundles)), 1))
 
 
-def settled_by_size(cut: Cut, bundles: Sequence[Bundle]) -> Callable[[list[dict]], list[Callable[[Made], Made]]]:
+def settled_by_size(
+    cut: Cut, bundles: Sequence[Bundle]
+) -> Callable[[list[dict]], list[Callable[[Made], Made]]]:
     """What gives each ranked bundle its rank, once all singular values are known: the largest of all modules, while the file has
     room.
 
@@ -158,7 +168,12 @@ def settled_by_size(cut: Cut, bundles: Sequence[Bundle]) -> Callable[[list[dict]
     most = [stored for bundle in bundles for stored in bundle.most]
     header = len(laid_out("", most, {"format": "pt"}, ordered=True).header)
     costs = [_cost(bundle) for bundle in bundles]
-    others = sum(s.nbytes for bundle, cost in zip(bundles, costs, strict=True) if not cost for s in bundle.most)
+    others = sum(
+        s.nbytes
+        for bundle, cost in zip(bundles, costs, strict=True)
+        if not cost
+        for s in bundle.most
+    )
     limit = parse_size("max_size", cut.max_size)
     budget = limit - header - others - sum(costs)
     if budget < 0:
@@ -172,13 +187,19 @@ def settled_by_size(cut: Cut, bundles: Sequence[Bundle]) -> Callable[[list[dict]
     def settle(facts: list[dict]) -> list[Callable[[Made], Made]]:
         # an unchanged weight has no factors, and leaves its room to the others
         ranked = [cost > 0 and "spectrum" in fact for cost, fact in zip(costs, facts, strict=True)]
-        ranks, left = [1] * len(bundles), budget + sum(cost for cost, has in zip(costs, ranked, strict=True) if not has)
+        ranks, left = (
+            [1] * len(bundles),
+            budget + sum(cost for cost, has in zip(costs, ranked, strict=True) if not has),
+        )
         values = [(s, i) for i, fact in enumerate(facts) if ranked[i] for s in fact["spectrum"][1:]]
         for value, i in sorted(values, key=lambda pair: -pair[0]):
             if value > 0 and costs[i] <= left:
                 ranks[i] += 1
                 left -= costs[i]
-        return [_cut_to(bundle, rank) if has else _as_it_is for bundle, rank, has in zip(bundles, ranks, ranked, strict=True)]
+        return [
+            _cut_to(bundle, rank) if has else _as_it_is
+            for bundle, rank, has in zip(bundles, ranks, ranked, strict=True)
+        ]
 
     return settle
 
@@ -205,9 +226,14 @@ def _cut_to(bundle: Any, rank: int) -> Callable[[Made], Made]:
         a, b = (cast(Tensor, made.tensors[key]) for key in (bundle.place.a_key, bundle.place.b_key))
         experts = bundle.place.experts or 1
         a = a.reshape(experts, before, *a.shape[1:])[:, :rank].reshape(experts * rank, *a.shape[1:])
-        b = b.reshape(b.shape[0], before, experts, *b.shape[2:])[:, :rank].reshape(b.shape[0], rank * experts, *b.shape[2:])
+        b = b.reshape(b.shape[0], before, experts, *b.shape[2:])[:, :rank].reshape(
+            b.shape[0], rank * experts, *b.shape[2:]
+        )
         if bundle.alpha is not None:
             b = (b.float() * (rank / before)).to(b.dtype)
-        return Made({bundle.place.a_key: a, bundle.place.b_key: b}, facts | {"rank": rank} | measured(kept, total))
+        return Made(
+            {bundle.place.a_key: a, bundle.place.b_key: b},
+            facts | {"rank": rank} | measured(kept, total),
+        )
 
     return change

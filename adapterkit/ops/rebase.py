@@ -17,7 +17,9 @@ from adapterkit.options import StrPath, checked
 from adapterkit.plan import Bundle, Plan, Progress, Receipt
 from adapterkit.weights.names import Names
 
-QUANTISED = ("loftq",)  # inits whose base is quantised, not a residual: no difference of factors leads back to the original
+QUANTISED = (
+    "loftq",
+)  # inits whose base is quantised, not a residual: no difference of factors leads back to the original
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,18 @@ def rebase(
     parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything is written.
     """
     folder = None if base is None else open_model(base)
-    plan = plan_rebase(open_adapter(adapter), open_adapter(initial), Options(rank, energy, dtype), folder)
+    plan = plan_rebase(
+        open_adapter(adapter), open_adapter(initial), Options(rank, energy, dtype), folder
+    )
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
-def plan_rebase(source: Folder, initial: Folder, options: Options, base: Folder | None = None) -> Plan:
+def plan_rebase(
+    source: Folder, initial: Folder, options: Options, base: Folder | None = None
+) -> Plan:
     """Everything a rebase will do, or `Refused` with all that cannot be done."""
     produced.check_refit(options.rank, options.energy)
     trained, before = read_all([source, initial])
@@ -69,13 +77,23 @@ def plan_rebase(source: Folder, initial: Folder, options: Options, base: Folder 
     notes: list[str] = []
     init = trained.changed_base()
     if init is None:
-        notes.append(f"{trained.name} does not say that its init changed the base (init_lora_weights): taken at the caller's word")
+        notes.append(
+            f"{trained.name} does not say that its init changed the base (init_lora_weights): taken at the caller's word"
+        )
     elif init.lower().startswith(QUANTISED):
         found = f"{trained.name} was initialised by {init}: its base is quantised, not a residual"
         do = "merge it into its quantised base, or extract the difference"
-        errors.append(Refused(found, expected="an init that subtracts from the base", where=trained.where, do=do))
+        errors.append(
+            Refused(
+                found, expected="an init that subtracts from the base", where=trained.where, do=do
+            )
+        )
     model = base_with_parameters(base, [trained, before], notes)
-    joined = join([trained, before], errors, None if model is None else names_of(model, [trained, before], notes))
+    joined = join(
+        [trained, before],
+        errors,
+        None if model is None else names_of(model, [trained, before], notes),
+    )
     errors += _same_modules(joined, trained, before)
     _check_ties(trained, base, errors, notes)
     refuse_all(errors)
@@ -84,17 +102,26 @@ def plan_rebase(source: Folder, initial: Folder, options: Options, base: Folder 
     levels = levels_of(joined.values())
     for name, site in joined.items():
         parts = (Part(0, site.members[0][1], 1.0), Part(1, site.members[1][1], -1.0))
-        bundles.append(Combined(name, parts, site.place(levels), Linear(), "delta", refit, dtype, 0))
+        bundles.append(
+            Combined(name, parts, site.place(levels), Linear(), "delta", refit, dtype, 0)
+        )
     bundles += produced.beside_factors(_without_changed_base(trained, notes), dtype)
     settings = produced.plain_settings() | produced.extras([trained]) | produced.flags(trained)
     told = {k: v for k, v in vars(options).items() if v is not None}
-    facts = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)], "init": init}
+    facts = {
+        "adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)],
+        "init": init,
+    }
     summary = f"{init or 'its'} initial factors taken out"
-    output = produced.Output([trained], bundles, settings=settings, summary=summary, **targets_of(joined))
+    output = produced.Output(
+        [trained], bundles, settings=settings, summary=summary, **targets_of(joined)
+    )
     return produced.adapter_plan("rebase", told, [trained, before], [output], notes, facts, model)
 
 
-def _check_ties(trained: Adapter, base: Folder | None, errors: list[AdapterkitError], notes: list[str]) -> None:
+def _check_ties(
+    trained: Adapter, base: Folder | None, errors: list[AdapterkitError], notes: list[str]
+) -> None:
     """An init on one side of a tied weight has changed the other side too, which no factors here make up for."""
     modules = [lora.module for lora in trained.loras if EMBEDDINGS.search(f"{lora.module}.weight")]
     if trained.changed_base() is None or not modules or trained.config.get("ensure_weight_tying"):
@@ -105,12 +132,20 @@ def _check_ties(trained: Adapter, base: Folder | None, errors: list[AdapterkitEr
             f"right if the model does not tie {said} to another weight, which the init would have changed too: --base tells"
         )
         return
-    names = Names(open_checkpoint(base, 2), tuple(f"{module}.weight" for module in modules), careful=True, notes=notes)
+    names = Names(
+        open_checkpoint(base, 2),
+        tuple(f"{module}.weight" for module in modules),
+        careful=True,
+        notes=notes,
+    )
     for module in modules:
         parameter = names.parameter(f"{module}.weight")
         if parameter is not None and parameter.tied:
             found = f"{shown(module)} is tied to {', '.join(map(shown, parameter.tied))}, which the init has changed too"
-            expected, do = "factors on weights of their own", "merge it into the base it was trained on (--base-is-residual)"
+            expected, do = (
+                "factors on weights of their own",
+                "merge it into the base it was trained on (--base-is-residual)",
+            )
             errors.append(Refused(found, expected=expected, where=trained.name, do=do))
 
 
@@ -119,17 +154,29 @@ def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
     modules = {lora.module for lora in trained.loras}
     changed = {name for name in trained.copies if name.rpartition(".")[0] in modules}
     if changed:
-        notes.append(f"copies of the changed base left out: {', '.join(map(shown, sorted(changed)))}")
-    return replace(trained, replaced={name: spec for name, spec in trained.replaced.items() if name not in changed})
+        notes.append(
+            f"copies of the changed base left out: {', '.join(map(shown, sorted(changed)))}"
+        )
+    return replace(
+        trained,
+        replaced={name: spec for name, spec in trained.replaced.items() if name not in changed},
+    )
 
 
-def _same_modules(joined: dict[str, Site], trained: Adapter, before: Adapter) -> list[AdapterkitError]:
+def _same_modules(
+    joined: dict[str, Site], trained: Adapter, before: Adapter
+) -> list[AdapterkitError]:
     errors: list[AdapterkitError] = []
     for number, adapter in ((0, trained), (1, before)):
         lacking = [name for name, site in joined.items() if number not in site.members]
         if lacking:
             found = f"{adapter.name} lacks {len(lacking)} modules of the other: {', '.join(map(shown, lacking[:4]))}"
             errors.append(
-                Refused(found, expected="the same modules in both", where="--initial", do="give the adapter saved before training")
+                Refused(
+                    found,
+                    expected="the same modules in both",
+                    where="--initial",
+                    do="give the adapter saved before training",
+                )
             )
     return errors

@@ -23,7 +23,10 @@ from adapterkit.plan import Plan, Shard, Step
 from adapterkit.weights.packed import Packed, read_back
 
 CHUNK = 1 << 18  # elements that are float64 at a time
-SLACK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}  # of a row's largest magnitude: what arithmetic may be wrong by
+SLACK = {
+    torch.float32: 2.0**-20,
+    torch.float64: 2.0**-44,
+}  # of a row's largest magnitude: what arithmetic may be wrong by
 
 
 class Check(NamedTuple):
@@ -66,7 +69,9 @@ class Floats:
             low, high = (rounded(exact + by, step, position).double() for by in (-slack, slack))
             bad = ~((low <= found) & (found <= high))
             if bool(bad.any()):
-                return Check(len(origin.sample), _difference(bad, found, rounded(exact, step, position), row))
+                return Check(
+                    len(origin.sample), _difference(bad, found, rounded(exact, step, position), row)
+                )
         return Check(len(origin.sample))
 
 
@@ -84,19 +89,30 @@ class Codes:
         origin = _Origin(self.step, inputs)
         after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
         alone = self.step.draws is not None or self.packed.separated(origin.parts)[0] is self.packed
-        ranges = sorted({origin.range_of(row) for row in origin.sample}) if alone else [(0, origin.height)]
+        ranges = (
+            sorted({origin.range_of(row) for row in origin.sample})
+            if alone
+            else [(0, origin.height)]
+        )
         wrong = (self._wrong(origin, after, first, last) for first, last in ranges)
         return Check(sum(last - first for first, last in ranges), next(filter(None, wrong), None))
 
-    def _wrong(self, origin: "_Origin", after: dict[str, Tensor], first: int, last: int) -> str | None:
+    def _wrong(
+        self, origin: "_Origin", after: dict[str, Tensor], first: int, last: int
+    ) -> str | None:
         """What is wrong with these rows."""
         record, before = origin.at(origin.parts, first, last)
         exact, slack = torch.empty(last - first, origin.width), torch.empty(last - first, 1)
         for low, high in origin.pieces(first, last):
             block, here = origin.edited(low, high), slice(low - first, high - first)
-            exact[here], slack[here] = block, block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)]
+            exact[here], slack[here] = (
+                block,
+                block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)],
+            )
         found = read_back(record, origin.at(after, first, last)[1]).view(exact.shape)
-        if bool(((exact - found).abs() <= slack).all()) and torch.equal(found, read_back(record, before).view(exact.shape)):
+        if bool(((exact - found).abs() <= slack).all()) and torch.equal(
+            found, read_back(record, before).view(exact.shape)
+        ):
             return None  # what does not change keeps its bytes
         wanted = self._encoded(record, before, exact, first)
         for key, part in wanted.items():
@@ -107,12 +123,16 @@ class Codes:
         bad = ~((low <= found) & (found <= high))
         if bool(bad.any()):  # of codes near a boundary: an encoder never swaps two values either
             for by in (-slack, slack):
-                beside = read_back(record, self._encoded(record, before, exact + by, first)).view(exact.shape)
+                beside = read_back(record, self._encoded(record, before, exact + by, first)).view(
+                    exact.shape
+                )
                 low, high = torch.minimum(low, beside - slack), torch.maximum(high, beside + slack)
             bad = ~((low <= found) & (found <= high))
         return _difference(bad, found, value, first) if bool(bad.any()) else None
 
-    def _encoded(self, record: Packed, before: dict[str, Tensor], weight: Tensor, first: int) -> dict[str, Tensor]:
+    def _encoded(
+        self, record: Packed, before: dict[str, Tensor], weight: Tensor, first: int
+    ) -> dict[str, Tensor]:
         draws = self.step.draws and self.step.draws.at(first * weight.shape[1])
         return record.renewed(before, weight.view(record.shape), draws)
 
@@ -133,7 +153,10 @@ class _Origin:
         shape = step.shape or (1,)
         self.height, self.width = step.grid if step.edits else (math.prod(shape[:-1]), shape[-1])
         self.chunk = max(1, CHUNK // max(self.width, 1))
-        self.held: tuple[tuple[int, int], Tensor] = (0, 0), torch.empty(0)  # the range that was decoded last
+        self.held: tuple[tuple[int, int], Tensor] = (
+            (0, 0),
+            torch.empty(0),
+        )  # the range that was decoded last
         self.sample = sorted({0, self.height // 2, self.height - 1}) if math.prod(shape) else []
 
     @cached_property
@@ -146,8 +169,15 @@ class _Origin:
     def ranges(self) -> list[tuple[int, int]]:
         """Rows that are read at once, in order."""
         if not isinstance(self.source, Packed):
-            return [(first, min(first + self.chunk, self.height)) for first in range(0, self.height, self.chunk)]
-        return list(self.source.slices(CHUNK)) if self.source.shape[-1] == self.width else [(0, self.height)]
+            return [
+                (first, min(first + self.chunk, self.height))
+                for first in range(0, self.height, self.chunk)
+            ]
+        return (
+            list(self.source.slices(CHUNK))
+            if self.source.shape[-1] == self.width
+            else [(0, self.height)]
+        )
 
     def range_of(self, row: int) -> tuple[int, int]:
         return self.ranges[bisect_right(self.ranges, row, key=lambda each: each[0]) - 1]
@@ -159,10 +189,16 @@ class _Origin:
             yield first, stop
             first = stop
 
-    def at(self, parts: dict[str, Tensor], first: int, last: int) -> tuple[Packed, dict[str, Tensor]]:
+    def at(
+        self, parts: dict[str, Tensor], first: int, last: int
+    ) -> tuple[Packed, dict[str, Tensor]]:
         """One of the ranges, or all rows, as a packed weight of its own."""
         assert isinstance(self.source, Packed)
-        return self.source.rows(parts, first, last) if (first, last) != (0, self.height) else (self.source, parts)
+        return (
+            self.source.rows(parts, first, last)
+            if (first, last) != (0, self.height)
+            else (self.source, parts)
+        )
 
     def _decoded(self, first: int, last: int) -> Tensor:  # (last - first, width) float32
         if self.held[0] != (first, last):

@@ -18,7 +18,9 @@ COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)$")
 
 
-def replicated(base: Checkpoint, adapters: list[Adapter], errors: list[AdapterkitError]) -> Checkpoint:
+def replicated(
+    base: Checkpoint, adapters: list[Adapter], errors: list[AdapterkitError]
+) -> Checkpoint:
     """The base with its layers stacked anew; the base itself where nothing asks for it."""
     asked = {json.dumps(a.config.get("layer_replication")) for a in adapters}
     asked_by = [a for a in adapters if a.config.get("layer_replication")]
@@ -65,7 +67,11 @@ def _layers_home(base: Checkpoint, order: list[int]) -> tuple[str, int] | Adapte
         match = LAYER.match(key)
         if match:
             found.setdefault(match[1], set()).add(int(match[2]))
-    homes = [(prefix, len(at)) for prefix, at in found.items() if len(at) in counts and at == set(range(len(at)))]
+    homes = [
+        (prefix, len(at))
+        for prefix, at in found.items()
+        if len(at) in counts and at == set(range(len(at)))
+    ]
     if len(homes) != 1:
         return Refused(
             f"{len(homes)} stacks of layers that could be replicated: {', '.join(shown(h) for h, _ in homes)}",

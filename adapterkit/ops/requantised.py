@@ -23,8 +23,13 @@ from adapterkit.plan import Bundle, Computed, Inputs, Made, Shard, Step, kept_by
 from adapterkit.weights.packed import Packed, read_back
 
 ROWS = 1 << 18  # elements of a weight that are edited at a time
-SLICE = 1 << 20  # elements of a weight that are decoded and encoded at a time, where its format allows that
-LOST = {False: 0.5, True: 0.8}  # shares of the delta below which a merge is warned of: in quantised formats, in floats
+SLICE = (
+    1 << 20
+)  # elements of a weight that are decoded and encoded at a time, where its format allows that
+LOST = {
+    False: 0.5,
+    True: 0.8,
+}  # shares of the delta below which a merge is warned of: in quantised formats, in floats
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,10 @@ class Edited:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (*stored_parts(self.step.source), *(spec for edit in self.step.edits for spec in edit.reads))
+        return (
+            *stored_parts(self.step.source),
+            *(spec for edit in self.step.edits for spec in edit.reads),
+        )
 
     @property
     def kept(self) -> tuple[TensorSpec, ...]:
@@ -87,7 +95,9 @@ class Edited:
         grid = out.view(weight.rows, weight.columns)
         survival = Survival()
         for part in weight.changed(edits, compared=bool(edits)):
-            here = grid[part.first : part.last] = rounded(part.after, self.step, part.first * weight.columns)
+            here = grid[part.first : part.last] = rounded(
+                part.after, self.step, part.first * weight.columns
+            )
             if edits:
                 survival.add(part, here.to(part.after.dtype))
         return Made({self.step.key: out}, weight.facts(edits) | survival.facts("rounding"))
@@ -135,12 +145,17 @@ class Requantised:
         facts = weight.facts(edits)
         if not survival.sums:
             return Made({part.key: part for part in self.packed.parts}, facts | {"survived": 1.0})
-        for first, last in same:  # its encoder may write the same values in other bytes: all of the weight goes through it
+        for (
+            first,
+            last,
+        ) in same:  # its encoder may write the same values in other bytes: all of the weight goes through it
             value = weight.read(first, last)
             part = Part(first, last, value, value)
             survival.add(part, weight.write(part))
         tensors = weight.written()
-        if weight.nested:  # the scales that are read back are others than those that the codes were chosen for
+        if (
+            weight.nested
+        ):  # the scales that are read back are others than those that the codes were chosen for
             survival, again = Survival(), _Weight(self.step, inputs, tensors)
             for part in weight.changed(edits):
                 survival.add(part, again.read(part.first, part.last))
@@ -164,9 +179,17 @@ class Survival:
         self.sums: list[tuple[float, float, float]] = []
 
     def add(self, part: Part, stored: Tensor) -> None:
-        for x, y, z in zip(*(t.reshape(-1).split(ROWS) for t in (part.before, part.after, stored)), strict=True):
+        for x, y, z in zip(
+            *(t.reshape(-1).split(ROWS) for t in (part.before, part.after, stored)), strict=True
+        ):
             delta = y - x
-            self.sums.append((float(torch.dot(z - x, delta)), float(torch.dot(delta, delta)), float((z - y).square().sum())))
+            self.sums.append(
+                (
+                    float(torch.dot(z - x, delta)),
+                    float(torch.dot(delta, delta)),
+                    float((z - y).square().sum()),
+                )
+            )
 
     def facts(self, noise: str = "requantisation") -> dict[str, float]:
         if not self.sums:
@@ -189,14 +212,19 @@ def lost(facts: dict[str, dict], compat: str | None = None) -> list[str]:
     for key, fact in facts.items():
         if "survived" in fact and fact.get("rounding", 0) <= 1:
             kinds["rounding" in fact][key] = fact["survived"]
-    ways = {False: "merge with --dequantize, or into the 16-bit original with --base16", True: "write floats with --dtype fp32"}
+    ways = {
+        False: "merge with --dequantize, or into the 16-bit original with --base16",
+        True: "write floats with --dtype fp32",
+    }
     notes, first = [], f"leave out --compat {compat}, and " if compat else ""
     for floats, shares in kinds.items():
         bad = sorted((share, key) for key, share in shares.items() if share < LOST[floats])
         if bad:
             (share, key), median = bad[0], statistics.median(shares.values())
             what, how, share_kept = (
-                ("tensors", "rounding to their dtype", "80 %") if floats else ("modules", "requantisation", "half")
+                ("tensors", "rounding to their dtype", "80 %")
+                if floats
+                else ("modules", "requantisation", "half")
             )
             notes.append(
                 f"WARNING: in {len(bad)} of {len(shares)} {what} less than {share_kept} of the change survived {how} (median: "
@@ -218,17 +246,26 @@ def shard_of(name: str, steps: Sequence[Step], header: Header, keep: bool) -> Sh
         by_key = {step.key: step for step in plain}
         order = {spec.key: spec.start for spec in header.tensors}
         plain.sort(key=lambda step: order.get(step.key, header.tensors[-1].stop))
-        layout = like_base(name, [Stored(step.key, step.dtype, step.shape) for step in plain], header)
+        layout = like_base(
+            name, [Stored(step.key, step.dtype, step.shape) for step in plain], header
+        )
         return Shard(layout, tuple(by_key[stored.key] for stored in layout.tensors))
-    bundles = sorted((bundle for step in steps for bundle in _bundles(step, keep)), key=lambda bundle: bundle.name)
-    metadata = header.metadata if keep else {"format": header.metadata.get("format", "pt")}  # torchao says there what tensors are
+    bundles = sorted(
+        (bundle for step in steps for bundle in _bundles(step, keep)),
+        key=lambda bundle: bundle.name,
+    )
+    metadata = (
+        header.metadata if keep else {"format": header.metadata.get("format", "pt")}
+    )  # torchao says there what tensors are
     return Computed(name, tuple(bundles), metadata or {"format": "pt"}, by_width=True)
 
 
 def shards_of_size(steps: Sequence[Step], limit: int) -> tuple[Computed, ...]:
     """Files of at most `limit` bytes of these steps, packed weights as floats."""
     bundles = [bundle for step in steps for bundle in _bundles(step, keep=False)]
-    files = grouped(bundles, [sum(stored.nbytes for stored in bundle.most) for bundle in bundles], limit)
+    files = grouped(
+        bundles, [sum(stored.nbytes for stored in bundle.most) for bundle in bundles], limit
+    )
     return tuple(Computed(name, tuple(group), by_width=True) for name, group in files.items())
 
 
@@ -270,7 +307,9 @@ def _memory(step: Step, copies: int, bytes_each: int) -> int:
     stored = copies * step.source.nbytes if isinstance(step.source, Packed) else 0
     first, last = next(_slices(step), (0, 0))
     return (
-        stored + bytes_each * (last - first) * _grid(step)[1] + 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
+        stored
+        + bytes_each * (last - first) * _grid(step)[1]
+        + 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
     )
 
 
@@ -287,10 +326,16 @@ class _Weight:
         if isinstance(self.source, Packed):
             self.original = stored or {part.key: inputs.stored(part) for part in self.source.parts}
             # with draws the scales of scales stay
-            self.record, self.parts = (self.source, self.original) if step.draws else self.source.separated(self.original)
+            self.record, self.parts = (
+                (self.source, self.original) if step.draws else self.source.separated(self.original)
+            )
             self.nested = self.record is not self.source
             # without scales of scales the new bytes take the place of the old ones, which are read no more
-            self.new = {key: part.clone() for key, part in self.parts.items()} if self.nested else self.parts
+            self.new = (
+                {key: part.clone() for key, part in self.parts.items()}
+                if self.nested
+                else self.parts
+            )
         ranges = list(itertools.islice(_slices(step), 2))
         if len(ranges) == 1:
             self.whole = self._decoded(*ranges[0])
@@ -323,13 +368,25 @@ class _Weight:
     def _decoded(self, first: int, last: int) -> Tensor:
         source, columns = self.source, self.columns
         if isinstance(source, Packed):
-            value = read_back(*self._at(self.parts, first, last), do="download the checkpoint again")
+            value = read_back(
+                *self._at(self.parts, first, last), do="download the checkpoint again"
+            )
             return value.view(last - first, columns)
-        start, stop = (source.start + dtypes.size(source.dtype, row * columns) for row in (first, last))
-        return self.inputs.tensor(replace(source, shape=(last - first, columns), start=start, stop=stop))
+        start, stop = (
+            source.start + dtypes.size(source.dtype, row * columns) for row in (first, last)
+        )
+        return self.inputs.tensor(
+            replace(source, shape=(last - first, columns), start=start, stop=stop)
+        )
 
-    def _at(self, parts: dict[str, Tensor], first: int, last: int) -> tuple[Packed, dict[str, Tensor]]:
-        return self.record.rows(parts, first, last) if self.record.shape[-1] == self.columns else (self.record, parts)
+    def _at(
+        self, parts: dict[str, Tensor], first: int, last: int
+    ) -> tuple[Packed, dict[str, Tensor]]:
+        return (
+            self.record.rows(parts, first, last)
+            if self.record.shape[-1] == self.columns
+            else (self.record, parts)
+        )
 
     def changed(self, edits: list[Loaded], compared: bool = True) -> Iterator[Part]:
         """Its slices before and after the edits; the two are one unless they are to be `compared`.
@@ -349,7 +406,9 @@ class _Weight:
             for edit in edits:
                 edit.apply(block, first)
             if block is not pieces[0]:
-                for piece, value in zip(pieces, block.split([len(piece) for piece in pieces]), strict=True):
+                for piece, value in zip(
+                    pieces, block.split([len(piece) for piece in pieces]), strict=True
+                ):
                     piece.copy_(value)
             done = first + len(block)
             del block, pieces
@@ -359,7 +418,10 @@ class _Weight:
     def facts(self, edits: list[Loaded]) -> dict[str, Any]:
         """What was added to it."""
         facts: dict[str, Any] = {"adapters": list(self.step.adapters)} if self.step.adapters else {}
-        norms, size = [edit.delta_norm for edit in edits if edit.delta_norm is not None], math.sqrt(math.fsum(self.squares))
+        norms, size = (
+            [edit.delta_norm for edit in edits if edit.delta_norm is not None],
+            math.sqrt(math.fsum(self.squares)),
+        )
         if norms and size:
             facts["delta"] = short(math.hypot(*norms) / size)
         return facts
@@ -384,7 +446,9 @@ class _Weight:
         return self.original | (self.new if self.step.draws else self.source.joined(self.new))
 
 
-def _chunked(slices: Iterable[tuple[int, Tensor]], rows: int, columns: int) -> Iterator[tuple[int, list[Tensor]]]:
+def _chunked(
+    slices: Iterable[tuple[int, Tensor]], rows: int, columns: int
+) -> Iterator[tuple[int, list[Tensor]]]:
     """Chunks of about ROWS elements, whatever slices they lie in: (first row, its pieces, views of the slices)."""
     each, pieces = max(1, ROWS // max(columns, 1)), []
     for first, value in slices:

@@ -73,15 +73,24 @@ def resize(
     options = Options(Cut(rank, energy, sv_ratio, max_size), alpha, dtype)
     plan = plan_resize(open_adapter(adapter), options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
 def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:
     """Everything a resize will do, or `Refused` with all that cannot be done."""
     check_cut(options.cut)
-    config = read_json(source, CONFIG) if CONFIG in source.files() else {}  # the reader refuses what has none
+    config = (
+        read_json(source, CONFIG) if CONFIG in source.files() else {}
+    )  # the reader refuses what has none
     kind, notes = _kind(source, config), []
-    if base is not None and kind is None and not config.get("use_dora") and not config.get("target_parameters"):
+    if (
+        base is not None
+        and kind is None
+        and not config.get("use_dora")
+        and not config.get("target_parameters")
+    ):
         notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
         base = None
     job = _Job(options, None if base is None else open_checkpoint(base, 1), notes)
@@ -91,7 +100,12 @@ def plan_resize(source: Folder, options: Options, base: Folder | None = None) ->
         job.resize(read_adapter(source, 0))
     refuse_all(job.errors)
     if not job.ranked:
-        raise Refused("no module with factors", expected="an adapter of low-rank factors", where=source.name, do="check it")
+        raise Refused(
+            "no module with factors",
+            expected="an adapter of low-rank factors",
+            where=source.name,
+            do="check it",
+        )
     return job.plan()
 
 
@@ -123,8 +137,13 @@ class _Job:
         """A LoRA from its factors; a DoRA whose base is given from its weights."""
         self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
         if self.options.alpha == "keep" and adapter.config.get("lora_bias"):
-            found, expected = "--alpha keep with lora_bias", "--alpha rank: PEFT scales biases of b by alpha / rank too"
-            self.errors.append(Refused(found, expected=expected, where="options", do="leave --alpha out"))
+            found, expected = (
+                "--alpha keep with lora_bias",
+                "--alpha rank: PEFT scales biases of b by alpha / rank too",
+            )
+            self.errors.append(
+                Refused(found, expected=expected, where="options", do="leave --alpha out")
+            )
         sites = join([adapter], self.errors, self._names(adapter))
         self.targets = targets_of(sites)
         joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
@@ -134,15 +153,31 @@ class _Job:
                     "DoRA without --base: the magnitudes stay, and the approximation is of scale·b@a, not of the delta that they "
                     "and the norms of W + scale·b@a make of it (with --base the delta itself is fitted, as plain LoRA)"
                 )
-            dtype, alpha, levels = dtypes.parse(self.options.dtype), self._alpha(), levels_of(sites.values())
+            dtype, alpha, levels = (
+                dtypes.parse(self.options.dtype),
+                self._alpha(),
+                levels_of(sites.values()),
+            )
             for name, site in sites.items():
-                self.ranked.append(Truncated(name, joined[name][1], site.place(levels), self.options.cut, dtype, alpha))
+                self.ranked.append(
+                    Truncated(
+                        name, joined[name][1], site.place(levels), self.options.cut, dtype, alpha
+                    )
+                )
             return
         self.errors += not_decomposed(adapter)
-        weights = BaseWeights(self.base, adapter, [lora.module for lora in adapter.loras], self.notes)
+        weights = BaseWeights(
+            self.base, adapter, [lora.module for lora in adapter.loras], self.notes
+        )
         for name, (lora, factors) in joined.items():
             with self._collected():
-                self._add(name, weights.dora(lora, factors), lora.kind == "embedding", lora.module, weights)
+                self._add(
+                    name,
+                    weights.dora(lora, factors),
+                    lora.kind == "embedding",
+                    lora.module,
+                    weights,
+                )
         plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
         self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
 
@@ -150,28 +185,55 @@ class _Job:
         """An adapter of another type, as a LoRA."""
         if self.options.alpha == "keep":
             found = f"--alpha keep with an adapter of type {kind.name}"
-            raise Refused(found, expected="--alpha rank: the adapter has no lora_alpha", where="options", do="leave --alpha out")
+            raise Refused(
+                found,
+                expected="--alpha rank: the adapter has no lora_alpha",
+                where="options",
+                do="leave --alpha out",
+            )
         if kind.base and self.base is None:
             found = f"a {kind.name.upper()} adapter without its base: {kind.base}"
-            raise Refused(found, expected="--base BASE", where=source.name, do="give --base, the model it was trained on")
+            raise Refused(
+                found,
+                expected="--base BASE",
+                where=source.name,
+                do="give --base, the model it was trained on",
+            )
         adapter, modules = read_kind(kind, source, 0)
         if self.base is None and kind.name in ("loha", "lokr"):
-            self.notes.append("convolutions with flattened kernels look like linear layers here: give --base if the model has any")
+            self.notes.append(
+                "convolutions with flattened kernels look like linear layers here: give --base if the model has any"
+            )
         bias = adapter.config.get("bias") or "none"
-        self.adapter = replace(adapter, config=adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias})
+        self.adapter = replace(
+            adapter,
+            config=adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias},
+        )
         shared = modules.pop("")
-        weights = None if self.base is None else BaseWeights(self.base, adapter, list(modules), self.notes)
+        weights = (
+            None
+            if self.base is None
+            else BaseWeights(self.base, adapter, list(modules), self.notes)
+        )
         for module, parts in modules.items():
             embedding = any("embedding" in part for part in parts)
             with self._collected():
                 weight = None if weights is None else weights.of(module, embedding)
-                self._add(module, kind.of(Adapted(adapter, module, parts, shared, weight)), embedding, module, weights)
+                self._add(
+                    module,
+                    kind.of(Adapted(adapter, module, parts, shared, weight)),
+                    embedding,
+                    module,
+                    weights,
+                )
         self.targets = {"modules": {module: module for module in modules}}
 
     def _names(self, adapter: Adapter) -> Names | None:
         """The base's names where they tell the adapter's parameters apart."""
         named = self.base is not None and adapter.config.get("target_parameters")
-        return names_of(self.base, [adapter], self.notes) if self.base is not None and named else None
+        return (
+            names_of(self.base, [adapter], self.notes) if self.base is not None and named else None
+        )
 
     @contextmanager
     def _collected(self) -> Iterator[None]:
@@ -181,7 +243,9 @@ class _Job:
         except AdapterkitError as error:
             self.errors.append(error)
 
-    def _add(self, name: str, delta: Delta, embedding: bool, module: str, weights: "BaseWeights | None") -> None:
+    def _add(
+        self, name: str, delta: Delta, embedding: bool, module: str, weights: "BaseWeights | None"
+    ) -> None:
         if not delta.rank:
             self.notes.append(f"{shown(module)} has rank 0: left out")
             return
@@ -192,16 +256,41 @@ class _Job:
             if delta.shape != (weight.shape[0], math.prod(tail)):
                 found = f"{shown(module)}: a delta of {delta.shape}"
                 self.errors.append(
-                    Refused(found, expected=f"one for the base's {weight.shape}", where=weights.where, do=CHECK_BASE)
+                    Refused(
+                        found,
+                        expected=f"one for the base's {weight.shape}",
+                        where=weights.where,
+                        do=CHECK_BASE,
+                    )
                 )
         if tail is None:
             found = f"{shown(module)}: a kernel of which the file does not say if it is a Conv1d's or a Conv2d's"
-            self.errors.append(Refused(found, expected="--base BASE", where="options", do="give the model it was trained on"))
+            self.errors.append(
+                Refused(
+                    found,
+                    expected="--base BASE",
+                    where="options",
+                    do="give the model it was trained on",
+                )
+            )
             return
-        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+        a, b = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if embedding
+            else ("lora_A.weight", "lora_B.weight")
+        )
         key, out = f"{PREFIX}{module}.", delta.shape[0]
         place = Place(key + a, key + b, tail, (1,) * (len(tail) - 1), out, None)
-        self.ranked.append(Converted(name, delta, place, self.options.cut, dtypes.parse(self.options.dtype), self._alpha()))
+        self.ranked.append(
+            Converted(
+                name,
+                delta,
+                place,
+                self.options.cut,
+                dtypes.parse(self.options.dtype),
+                self._alpha(),
+            )
+        )
 
     def _alpha(self) -> float | None:
         assert self.adapter is not None
@@ -214,14 +303,32 @@ class _Job:
         beside = produced.beside_factors(adapter, dtypes.parse(options.dtype))
         if options.cut.max_size:
             limit = SHARES * even_rank(options.cut, ranked)
-            ranked = [replace(bundle, limit=limit) if isinstance(bundle, Converted) else bundle for bundle in ranked]
+            ranked = [
+                replace(bundle, limit=limit) if isinstance(bundle, Converted) else bundle
+                for bundle in ranked
+            ]
             settle = partial(settled_by_size, options.cut)
         settings = produced.plain_settings() | produced.extras([adapter]) | produced.flags(adapter)
         settings |= {"init_lora_weights": self.init}
         bundles: list[Bundle] = [*ranked, *beside]
         modules = {bundle.name: self.targets["modules"][bundle.name] for bundle in ranked}
-        more = self.targets | {"modules": modules, "settings": settings, "settle": settle, "alpha": self._alpha()}
+        more = self.targets | {
+            "modules": modules,
+            "settings": settings,
+            "settle": settle,
+            "alpha": self._alpha(),
+        }
         output = produced.Output([adapter], bundles, summary="resized", **more)
-        told = {k: v for k, v in {**vars(options.cut), "alpha": options.alpha, "dtype": options.dtype}.items() if v is not None}
+        told = {
+            k: v
+            for k, v in {
+                **vars(options.cut),
+                "alpha": options.alpha,
+                "dtype": options.dtype,
+            }.items()
+            if v is not None
+        }
         facts = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
-        return produced.adapter_plan("resize", told, [adapter], [output], self.notes, facts, self.base)
+        return produced.adapter_plan(
+            "resize", told, [adapter], [output], self.notes, facts, self.base
+        )

@@ -14,10 +14,26 @@ UNSAID = {
     "output_hidden_states", "return_dict", "torchscript", "transformers_version", "use_cache",
 }  # fmt: skip
 # Told of a model where they differ: rounded copies are the same, the others matter in training, or are names
-IDLE = {"dtype", "torch_dtype", "id2label", "label2id", "initializer_factor", "initializer_range", "num_labels", "problem_type"}
+IDLE = {
+    "dtype",
+    "torch_dtype",
+    "id2label",
+    "label2id",
+    "initializer_factor",
+    "initializer_range",
+    "num_labels",
+    "problem_type",
+}
 DROPOUTS = ("dropout", "pdrop", "layerdrop", "drop_path")
 # Of an adapter: how it was trained and saved
-ADAPTER_UNSAID = {"auto_mapping", "inference_mode", "megatron_core", "peft_type", "peft_version", "runtime_config"}
+ADAPTER_UNSAID = {
+    "auto_mapping",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "runtime_config",
+}
 # What an adapter's settings do to its tensors is compared (scales, magnitudes, biases, which modules there are): these do more
 ADAPTER_DECIDES = {"ensure_weight_tying", "layer_replication", "target_parameters"}
 
@@ -32,7 +48,9 @@ def of_models(a: dict, b: dict) -> tuple[list[dict[str, Any]], list[str]]:
         if filled is not None:
             a, b, note = filled
             rows, notes = list(_rows(_chosen(a, idle=False), _chosen(b, idle=False))), [note]
-    return [row | {"decides": True} for row in rows] + [row | {"decides": False} for row in idle], notes
+    return [row | {"decides": True} for row in rows] + [
+        row | {"decides": False} for row in idle
+    ], notes
 
 
 def of_adapters(a: Adapter, b: Adapter) -> list[dict[str, Any]]:
@@ -42,9 +60,13 @@ def of_adapters(a: Adapter, b: Adapter) -> list[dict[str, Any]]:
         names = isinstance(value, list) and all(isinstance(v, str) for v in value)
         return (sorted(value) if names else value) or None
 
-    decides = ADAPTER_DECIDES | ({"init_lora_weights"} if a.changed_base() != b.changed_base() else set())
+    decides = ADAPTER_DECIDES | (
+        {"init_lora_weights"} if a.changed_base() != b.changed_base() else set()
+    )
     keys = [key for key in {**a.config, **b.config} if key not in ADAPTER_UNSAID]
-    differing = [key for key in keys if not _equal(plain(a.config.get(key)), plain(b.config.get(key)))]
+    differing = [
+        key for key in keys if not _equal(plain(a.config.get(key)), plain(b.config.get(key)))
+    ]
     rows = [_row(key, key, a.config, b.config) | {"decides": key in decides} for key in differing]
     return sorted(rows, key=lambda row: not row["decides"])
 
@@ -74,7 +96,12 @@ def _rows(a: dict, b: dict, prefix: str = "") -> Iterator[dict[str, Any]]:
 
 def _row(name: str, key: str, a: dict, b: dict) -> dict[str, Any]:
     change = "added" if key not in a else "removed" if key not in b else "changed"
-    return {"name": printable(name), "change": change, "a": printable(a.get(key)), "b": printable(b.get(key))}
+    return {
+        "name": printable(name),
+        "change": change,
+        "a": printable(a.get(key)),
+        "b": printable(b.get(key)),
+    }
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -95,9 +122,15 @@ def _with_defaults(a: dict, b: dict) -> tuple[dict, dict, str] | None:
         return None
     try:
         one, other = (transformers.CONFIG_MAPPING[kind](**config).to_dict() for config in (a, b))
-    except Exception:  # a model's class may refuse values in any way: they are compared as they stand
+    except (
+        Exception
+    ):  # a model's class may refuse values in any way: they are compared as they stand
         return None
-    return one, other, f"settings that a config.json leaves out are {kind}'s defaults in transformers {transformers.__version__}"
+    return (
+        one,
+        other,
+        f"settings that a config.json leaves out are {kind}'s defaults in transformers {transformers.__version__}",
+    )
 
 
 def printable(value: Any) -> Any:
@@ -107,5 +140,8 @@ def printable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [printable(item) for item in value]
     if isinstance(value, str):
-        return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
+        return "".join(
+            c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+            for c in value
+        )
     return value if not isinstance(value, float) or math.isfinite(value) else None

@@ -19,7 +19,9 @@ from adapterkit.factors import Factors, Place, factors_of, place_of
 from adapterkit.weights.names import Names
 
 MOST = 5  # parameters of one module whose orders are tried
-GIVE_BASE = "give --base BASE, the model they were trained on: its code has the order of the parameters"
+GIVE_BASE = (
+    "give --base BASE, the model they were trained on: its code has the order of the parameters"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Site:
     name: str
     module: str
     parameter: bool
-    leaf: str | None  # the parameter's own name; None for a module, and where the order does not matter and is not known
+    leaf: (
+        str | None
+    )  # the parameter's own name; None for a module, and where the order does not matter and is not known
     depth: int  # how many wrappers of the module's other parameters lie around this one's
     members: dict[int, tuple[Lora, Factors]]  # adapter's number -> its factors
     attention: str | None = None  # the MultiheadAttention whose output projection it is
@@ -57,11 +61,15 @@ def targets_of(sites: Mapping[str, Site], prefix: str = "") -> dict[str, Any]:
     return {
         "modules": {prefix + name: site.target for name, site in sites.items()},
         "parameters": frozenset(site.target for site in sites.values() if site.parameter),
-        "unnamed": frozenset(site.module for site in sites.values() if site.parameter and site.leaf is None),
+        "unnamed": frozenset(
+            site.module for site in sites.values() if site.parameter and site.leaf is None
+        ),
     }
 
 
-def base_with_parameters(base: Folder | None, adapters: Sequence[Adapter], notes: list[str]) -> Checkpoint | None:
+def base_with_parameters(
+    base: Folder | None, adapters: Sequence[Adapter], notes: list[str]
+) -> Checkpoint | None:
     """The base, numbered after the adapters, where its order of parameters can matter; else a note that it was not needed."""
     if base is None:
         return None
@@ -81,10 +89,14 @@ def names_of(base: Checkpoint, adapters: Sequence[Adapter], notes: list[str]) ->
     config = adapters[0].config
     trained = config.get("auto_mapping")
     trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None
-    return Names(base, tuple(wanted), config.get("task_type"), trained_class, careful=True, notes=notes)
+    return Names(
+        base, tuple(wanted), config.get("task_type"), trained_class, careful=True, notes=notes
+    )
 
 
-def join(adapters: Sequence[Adapter], errors: list[AdapterkitError], names: Names | None = None) -> dict[str, Site]:
+def join(
+    adapters: Sequence[Adapter], errors: list[AdapterkitError], names: Names | None = None
+) -> dict[str, Site]:
     """Name -> site, of all adapters; `names`: the model's, where it is at hand. What cannot be joined goes to the errors."""
     of, by_module = {adapter.number: adapter for adapter in adapters}, {}
     for adapter in adapters:
@@ -95,8 +107,12 @@ def join(adapters: Sequence[Adapter], errors: list[AdapterkitError], names: Name
         own = names.children(module) if names is not None else None
         leaves = {number: of[number].leaves(module, own) for number in loras}
         try:
-            if not any(leaves.values()) and not any(lora.depth for its in loras.values() for lora in its):
-                sites[module] = _module(module, {number: its[0] for number, its in loras.items()}, of)
+            if not any(leaves.values()) and not any(
+                lora.depth for its in loras.values() for lora in its
+            ):
+                sites[module] = _module(
+                    module, {number: its[0] for number, its in loras.items()}, of
+                )
             else:
                 _check_parameters(module, loras, leaves, of)
                 found = sites_of(module, loras, leaves, of, own, names)
@@ -129,15 +145,23 @@ def _module(module: str, loras: dict[int, Lora], of: dict[int, Adapter]) -> Site
     return Site(module, module, False, None, 0, members, attention)
 
 
-def _other_shapes(name: str, members: dict[int, tuple[Lora, Factors]], of: dict[int, Adapter]) -> Refused:
+def _other_shapes(
+    name: str, members: dict[int, tuple[Lora, Factors]], of: dict[int, Adapter]
+) -> Refused:
     found = [f"{of[n].name}: {lora.kind} {f.shape}" for n, (lora, f) in members.items()]
     do = "combine adapters of one base"
-    return Refused(f"{shown(name)}: {'; '.join(found)}", expected="one shape", where="adapters", do=do)
+    return Refused(
+        f"{shown(name)}: {'; '.join(found)}", expected="one shape", where="adapters", do=do
+    )
 
 
-def _check_parameters(module: str, loras: dict, leaves: dict[int, list[str]], of: dict[int, Adapter]) -> None:
+def _check_parameters(
+    module: str, loras: dict, leaves: dict[int, list[str]], of: dict[int, Adapter]
+) -> None:
     """`Refused` where adapters take a module in different ways, or one as a nest of parameters that its config does not name."""
-    lacking = [of[n].name for n, its in loras.items() if not leaves[n] and any(lora.depth for lora in its)]
+    lacking = [
+        of[n].name for n, its in loras.items() if not leaves[n] and any(lora.depth for lora in its)
+    ]
     if lacking:
         raise Refused(
             f"{shown(module)} has wrappers of its parameters, target_parameters names none of them",
@@ -145,7 +169,11 @@ def _check_parameters(module: str, loras: dict, leaves: dict[int, list[str]], of
             where=", ".join(lacking),
             do="give target_parameters in adapter_config.json as they were in training",
         )
-    plain = [of[n].name for n in loras if not leaves[n] or any(lora.kind != "module" for lora in loras[n])]
+    plain = [
+        of[n].name
+        for n in loras
+        if not leaves[n] or any(lora.kind != "module" for lora in loras[n])
+    ]
     if plain:
         raise Refused(
             f"{shown(module)} is a target itself in {', '.join(plain)}, and a home of target_parameters in the others",
@@ -164,7 +192,9 @@ def sites_of(
     names: Names | None,
 ) -> list[Site]:
     """The parameters of one module, the innermost first; `Refused` where neither files nor model say which is which."""
-    holders = [(leaves[number], 1 + max(lora.depth for lora in its)) for number, its in loras.items()]
+    holders = [
+        (leaves[number], 1 + max(lora.depth for lora in its)) for number, its in loras.items()
+    ]
     union = list(dict.fromkeys(leaf for named, _ in holders for leaf in named))
     results: dict[tuple, list[list[Site]]] = {}
     failure: AdapterkitError | None = None
@@ -191,7 +221,9 @@ def sites_of(
     if len(orders) == 1:
         return orders[0]
     several = f"{module}[{','.join(sorted(union))}]"
-    return [replace(site, name=several + ".base_layer" * site.depth, leaf=None) for site in orders[0]]
+    return [
+        replace(site, name=several + ".base_layer" * site.depth, leaf=None) for site in orders[0]
+    ]
 
 
 def _undecided(module: str, loras: dict, union: list[str], of: dict[int, Adapter]) -> Refused:
@@ -206,12 +238,20 @@ def _undecided(module: str, loras: dict, union: list[str], of: dict[int, Adapter
 def _signature(sites: list[Site]) -> tuple:
     """All of a result that does not depend on the parameters' names."""
     return tuple(
-        (site.depth, *sorted((n, lora.depth, f.scale, f.rank, f.experts or 1) for n, (lora, f) in site.members.items()))
+        (
+            site.depth,
+            *sorted(
+                (n, lora.depth, f.scale, f.rank, f.experts or 1)
+                for n, (lora, f) in site.members.items()
+            ),
+        )
         for site in sites
     )
 
 
-def _arrangements(holders: list[tuple[list[str], int]], union: list[str], own: list[str] | None) -> Iterator[tuple[str, ...]]:
+def _arrangements(
+    holders: list[tuple[list[str], int]], union: list[str], own: list[str] | None
+) -> Iterator[tuple[str, ...]]:
     """What the wrapped parameters of a module may be, the innermost first: those that the model has, in its order; without a
     model those among the named ones that make each adapter's number of wrappers, in any order."""
     if own is not None:
@@ -258,12 +298,23 @@ def _arranged(
     ]
 
 
-def _check_shape(module: str, leaf: str, members: dict[int, tuple[Lora, Factors]], names: Names) -> None:
+def _check_shape(
+    module: str, leaf: str, members: dict[int, tuple[Lora, Factors]], names: Names
+) -> None:
     parameter = names.parameter(f"{module}.{leaf}")
     shape = None if parameter is None else parameter.shape
     for lora, factors in members.values():
-        stack = (factors.experts,) if shape and len(shape) == 3 and factors.experts else (1,)[: len(shape or ()) - 2]
-        if shape is None or len(shape) not in (2, 3) or set(shape[-2:]) != set(factors.shape) or shape[:-2] != stack:
+        stack = (
+            (factors.experts,)
+            if shape and len(shape) == 3 and factors.experts
+            else (1,)[: len(shape or ()) - 2]
+        )
+        if (
+            shape is None
+            or len(shape) not in (2, 3)
+            or set(shape[-2:]) != set(factors.shape)
+            or shape[:-2] != stack
+        ):
             raise Refused(
                 f"{shown(lora.a.key)}: factors of {factors.shape}",
                 expected=f"ones that fit {shown(module)}.{shown(leaf)} {shape or 'of the base, which has none'}",
@@ -280,7 +331,9 @@ def _nested(sites: list[Site]) -> list[AdapterkitError]:
         return []
     found = "; ".join(f"{shown(home)} inside {shown(other)}" for home, other in sorted(inner)[:4])
     expected, do = "no such nest: PEFT cannot load it", "merge one adapter after the other instead"
-    return [Refused(f"parameters of {found} are targets", expected=expected, where="adapters", do=do)]
+    return [
+        Refused(f"parameters of {found} are targets", expected=expected, where="adapters", do=do)
+    ]
 
 
 def old_layout(adapter: Adapter) -> bool | None:
@@ -292,11 +345,23 @@ def old_layout(adapter: Adapter) -> bool | None:
 
 def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list[AdapterkitError]:
     """Square stacks of two versions of PEFT may be each other's transpose: their shapes do not tell."""
-    square = [site.name for site in sites if any(f.experts and f.shape[0] == f.shape[1] for _, f in site.members.values())]
-    versions = {adapter.name: old_layout(adapter) for adapter in adapters if adapter.config.get("target_parameters")}
+    square = [
+        site.name
+        for site in sites
+        if any(f.experts and f.shape[0] == f.shape[1] for _, f in site.members.values())
+    ]
+    versions = {
+        adapter.name: old_layout(adapter)
+        for adapter in adapters
+        if adapter.config.get("target_parameters")
+    }
     if not square or len(set(versions.values())) < 2:
         return []
     found = f"{shown(square[0])} holds square experts, and PEFT turned them in 0.19"
     do = "train or convert the adapters with one version of PEFT"
     where = ", ".join(versions)
-    return [Refused(found, expected="adapters of PEFT below 0.19 alone, or none of them", where=where, do=do)]
+    return [
+        Refused(
+            found, expected="adapters of PEFT below 0.19 alone, or none of them", where=where, do=do
+        )
+    ]

@@ -45,10 +45,18 @@ def open_model(text: StrPath) -> Folder:
     whole = LocalFolder(folder.root)
     here = [name for name in os.listdir(folder.root) if os.path.isfile(folder.root / name)]
     indexes = [read_json(whole, name) for name in here if name.endswith(INDEX)]
-    named = [index["weight_map"].values() for index in indexes if isinstance(index.get("weight_map"), dict)]
+    named = [
+        index["weight_map"].values()
+        for index in indexes
+        if isinstance(index.get("weight_map"), dict)
+    ]
     if NUMBERED.fullmatch(folder.only) or any(folder.only in files for files in named):
         return whole
-    return WeightsOf(text, folder.only if folder.only in SINGLE else SINGLE[0]) if "config.json" in here else folder
+    return (
+        WeightsOf(text, folder.only if folder.only in SINGLE else SINGLE[0])
+        if "config.json" in here
+        else folder
+    )
 
 
 def open_adapter(text: StrPath) -> Folder:
@@ -65,7 +73,11 @@ def open_adapter(text: StrPath) -> Folder:
 
 
 def _is_weights(folder: Folder) -> TypeGuard[_File]:
-    return isinstance(folder, LocalFolder) and folder.only is not None and folder.only.endswith(".safetensors")
+    return (
+        isinstance(folder, LocalFolder)
+        and folder.only is not None
+        and folder.only.endswith(".safetensors")
+    )
 
 
 def open_weighted(adapters: Any, name: str = "adapters") -> list[tuple[Folder, float]]:
@@ -88,7 +100,14 @@ def open_all(**lists: Any) -> list[list[Folder]]:
     errors: list[AdapterkitError] = []
     for name, sources in lists.items():
         try:
-            opened.append([folder for folder, _ in open_weighted([(s, 1.0) for s in unweighted(sources, name)], name)])
+            opened.append(
+                [
+                    folder
+                    for folder, _ in open_weighted(
+                        [(s, 1.0) for s in unweighted(sources, name)], name
+                    )
+                ]
+            )
         except AdapterkitError as error:
             errors.append(error)
     refuse_all(errors)

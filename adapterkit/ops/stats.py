@@ -26,17 +26,31 @@ def covariances(stats: Checkpoint | None, widths: Mapping[str, int]) -> dict[str
         spec = stats.tensors.get(module + COVARIANCE)
         if spec is None:
             do = "collect them for this module too, or leave it out with --targets"
-            errors.append(Refused(f"no {shown(module + COVARIANCE)}", expected="one for each module", where=stats.name, do=do))
+            errors.append(
+                Refused(
+                    f"no {shown(module + COVARIANCE)}",
+                    expected="one for each module",
+                    where=stats.name,
+                    do=do,
+                )
+            )
         elif spec.shape != (width, width) or spec.dtype not in (*dtypes.FLOATS, "F64"):
-            text, expected = f"{shown(spec.key)}: {spec.dtype} {spec.shape}", f"floats ({width}, {width})"
-            errors.append(Damaged(text, expected=expected, where=stats.name, do="collect them on this model"))
+            text, expected = (
+                f"{shown(spec.key)}: {spec.dtype} {spec.shape}",
+                f"floats ({width}, {width})",
+            )
+            errors.append(
+                Damaged(text, expected=expected, where=stats.name, do="collect them on this model")
+            )
         else:
             found[module] = spec
     refuse_all(errors)
     return found
 
 
-def root_of(inputs: Inputs, covariance: TensorSpec | None) -> tuple[Tensor | None, dict[str, float]]:
+def root_of(
+    inputs: Inputs, covariance: TensorSpec | None
+) -> tuple[Tensor | None, dict[str, float]]:
     """`weighted.root` of a stored covariance, if there is one, and what the receipt says of it; `Spoiled` where it is none."""
     if covariance is None:
         return None, {}
@@ -45,7 +59,9 @@ def root_of(inputs: Inputs, covariance: TensorSpec | None) -> tuple[Tensor | Non
     except ValueError as error:
         found = f"{shown(covariance.key)}: {error}"
         do = "collect it on texts that reach this module, and store it in float32"
-        raise Spoiled(found, expected="a covariance E[x xᵀ]", where=covariance.file, do=do) from error
+        raise Spoiled(
+            found, expected="a covariance E[x xᵀ]", where=covariance.file, do=do
+        ) from error
     return root, {"damping": damping}
 
 

@@ -7,7 +7,14 @@ from adapterkit.edits import AddLikePeft, AddLowRank, Edit, RoundTo
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.ops.job import Change, Job
-from adapterkit.placement import grid_rows, place_magnitude, place_product, place_rows, place_value, place_vector
+from adapterkit.placement import (
+    grid_rows,
+    place_magnitude,
+    place_product,
+    place_rows,
+    place_value,
+    place_vector,
+)
 from adapterkit.plan import Step
 from adapterkit.weights.packed import Packed
 from adapterkit.weights.slots import Slot, identity_slot
@@ -39,7 +46,9 @@ def _dropped(job: Job) -> set[str]:
     used = {slot.key for p in model.parameters.values() for slot in p.slots}
     dropped = set(job.base.tensors) - used - set(job.changes)
     if dropped:
-        job.notes.append(f"left out, not part of {job.config['architectures'][0]}: {', '.join(sorted(dropped))}")
+        job.notes.append(
+            f"left out, not part of {job.config['architectures'][0]}: {', '.join(sorted(dropped))}"
+        )
     return dropped
 
 
@@ -57,7 +66,9 @@ def _rounded(job: Job, step: Step) -> Step:
     packed = isinstance(step.source, Packed) and not job.options.dequantize
     narrow = packed or dtypes.BITS[step.dtype] < 32
     step = replace(step, wide=not narrow and job.options.compat is None)
-    if job.options.rounding != "stochastic" or not (narrow or dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]):
+    if job.options.rounding != "stochastic" or not (
+        narrow or dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]
+    ):
         return step
     return replace(step, draws=Draws.of(job.options.seed, step.key))
 
@@ -82,7 +93,11 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
     if change.value is not None:
         if parameter.whole:
             value = change.value
-            step = replace(step, source=value, shape=value.shape if len(value.shape) == len(spec.shape) else spec.shape)
+            step = replace(
+                step,
+                source=value,
+                shape=value.shape if len(value.shape) == len(spec.shape) else spec.shape,
+            )
             resized = identity_slot(slot.key, value.shape)
         else:
             edits += place_value(parameter, slot, change.value)
@@ -99,7 +114,9 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
 def _edited(job: Job, step: Step, edits: list[Edit], change: Change, slot: Slot) -> Step:
     """The step with these edits, then the rows that the change replaces and what it adds to the slot: in PEFT the rows lie inside
     of a LoRA on the same weight."""
-    edits = edits + [place_rows(change.parameter, slot, values, indices) for values, indices in change.rows]
+    edits = edits + [
+        place_rows(change.parameter, slot, values, indices) for values, indices in change.rows
+    ]
     edits = _additions(job, edits, change, slot, step.dtype)
     names = tuple(dict.fromkeys((*step.adapters, *change.adapters)))
     rows = grid_rows(slot, change.stack and len(slot.shape) in (2, 3))
@@ -110,7 +127,11 @@ def _additions(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: s
     parameter = change.parameter
     if job.options.compat == "peft":
         return _additions_like_peft(job, edits, change, slot, dtype)
-    terms = [place_product(parameter, slot, part.product) for part in change.parts if part.product is not None]
+    terms = [
+        place_product(parameter, slot, part.product)
+        for part in change.parts
+        if part.product is not None
+    ]
     for part in change.parts:
         if part.vector is not None:
             edits.append(place_vector(parameter, slot, part.vector, part.scale))
@@ -123,11 +144,15 @@ def _additions(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: s
         edits.append(AddLowRank(tuple(terms)))
     for part in change.parts:
         if part.magnitude is not None:
-            edits.append(place_magnitude(parameter, slot, part.magnitude, part.outputs, tuple(edits)))
+            edits.append(
+                place_magnitude(parameter, slot, part.magnitude, part.outputs, tuple(edits))
+            )
     return edits
 
 
-def _additions_like_peft(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: str) -> list[Edit]:
+def _additions_like_peft(
+    job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: str
+) -> list[Edit]:
     parameter = change.parameter
     rounded = dtypes.torch_dtype(dtype)
     for part in change.parts:
@@ -156,7 +181,13 @@ def _new_step(job: Job, name: str, change: Change) -> Step:
     spec = job.base.tensors[parameter.slots[0].key]
     source = change.value or spec
     change = replace(change, parameter=replace(parameter, shape=source.shape))
-    return _edited(job, Step(name, spec.dtype, source.shape, source), [], change, identity_slot(spec.key, source.shape))
+    return _edited(
+        job,
+        Step(name, spec.dtype, source.shape, source),
+        [],
+        change,
+        identity_slot(spec.key, source.shape),
+    )
 
 
 def _usual_dtype(job: Job, fallback: str) -> str:

@@ -70,26 +70,43 @@ def subtract(
     tasks, generals = open_all(adapters=adapters, general=general)
     plan = plan_subtract(tasks, generals, options, None if base is None else open_model(base))
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return produced.carry_out(plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how)
+    return produced.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
 
 
-def plan_subtract(tasks: Sequence[Folder], generals: Sequence[Folder], options: Options, base: Folder | None = None) -> Plan:
+def plan_subtract(
+    tasks: Sequence[Folder],
+    generals: Sequence[Folder],
+    options: Options,
+    base: Folder | None = None,
+) -> Plan:
     """Everything a subtraction will do, or `Refused` with all that cannot be done."""
     produced.check_refit(options.rank, options.energy)
     if not tasks or not generals:
         found = f"{len(tasks)} task adapters, {len(generals)} general ones"
-        raise Refused(found, expected="one or more of each", where="subtract", do="give --general ADAPTER")
+        raise Refused(
+            found, expected="one or more of each", where="subtract", do="give --general ADAPTER"
+        )
     if options.space == "factors" and (options.rank or options.energy):
         found = "--space factors with --rank or --energy"
-        raise Refused(found, expected="the ranks as they are", where="options", do="leave one of them out")
+        raise Refused(
+            found, expected="the ranks as they are", where="options", do="leave one of them out"
+        )
     read = read_all([*tasks, *generals])
-    task_adapters, general_adapters = read[: len(tasks)], [_without(a, options.exclude) for a in read[len(tasks) :]]
+    task_adapters, general_adapters = (
+        read[: len(tasks)],
+        [_without(a, options.exclude) for a in read[len(tasks) :]],
+    )
     errors = [error for adapter in read for error in not_linear(adapter)]
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
     notes: list[str] = []
     model = base_with_parameters(base, read, notes)
     names = None if model is None else names_of(model, read, notes)
-    outputs = [_output(task, general_adapters, options, len(tasks) > 1, names, errors) for task in task_adapters]
+    outputs = [
+        _output(task, general_adapters, options, len(tasks) > 1, names, errors)
+        for task in task_adapters
+    ]
     refuse_all(errors)
     facts = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
     facts["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
@@ -101,7 +118,12 @@ def _same_names(tasks: Sequence[Adapter]) -> list[AdapterkitError]:
     names = [adapter.folder.name for adapter in tasks]
     twice = sorted({name for name in names if names.count(name) > 1}) if len(tasks) > 1 else []
     return [
-        Refused(f"several task adapters called {shown(name)}", expected="different folder names", where="adapters", do="rename one")
+        Refused(
+            f"several task adapters called {shown(name)}",
+            expected="different folder names",
+            where="adapters",
+            do="rename one",
+        )
         for name in twice
     ]
 
@@ -119,7 +141,10 @@ def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
 
 
 def _pattern(generals: Sequence[Adapter]) -> str:
-    whole = [(a, [*(a.replaced.keys() - a.copies.keys()), *(tokens.module for tokens in a.tokens)]) for a in generals]
+    whole = [
+        (a, [*(a.replaced.keys() - a.copies.keys()), *(tokens.module for tokens in a.tokens)])
+        for a in generals
+    ]
     return "|".join(sorted({adapter.pattern_of(names) for adapter, names in whole if names}))
 
 
@@ -131,7 +156,11 @@ def _without(general: Adapter, exclude: str | None) -> Adapter:
     return replace(
         general,
         loras=tuple(lora for lora in general.loras if not found(lora.module)),
-        replaced={name: spec for name, spec in general.replaced.items() if not (found(name) or found(name.rpartition(".")[0]))},
+        replaced={
+            name: spec
+            for name, spec in general.replaced.items()
+            if not (found(name) or found(name.rpartition(".")[0]))
+        },
         tokens=tuple(tokens for tokens in general.tokens if not found(tokens.module)),
     )
 
@@ -150,9 +179,18 @@ def _output(
     dtype = dtypes.parse(options.dtype)
     bundles: list[Bundle] = []
     kept = None if options.exclude is None else matcher(options.exclude, "--exclude")
-    alone = {name for name, site in joined.items() if kept and site.members.keys() == {task.number} and kept(site.module)}
+    alone = {
+        name
+        for name, site in joined.items()
+        if kept and site.members.keys() == {task.number} and kept(site.module)
+    }
     if options.space == "factors":
-        errors += [e for name, site in joined.items() if name not in alone for e in _alike(name, site.members, task, generals)]
+        errors += [
+            e
+            for name, site in joined.items()
+            if name not in alone
+            for e in _alike(name, site.members, task, generals)
+        ]
         joined = {name: site for name, site in joined.items() if task.number in site.members}
     levels = levels_of(joined.values())
     weights = {task.number: 1.0} | {general.number: -1.0 / len(generals) for general in generals}
@@ -162,29 +200,54 @@ def _output(
             averaged = tuple(f for number, (_, f) in members.items() if number != task.number)
             bundles.append(Lessened(prefix + name, members[task.number][1], averaged, place, dtype))
             continue
-        parts = tuple(Part(number, factors, weights[number]) for number, (_, factors) in members.items())
+        parts = tuple(
+            Part(number, factors, weights[number]) for number, (_, factors) in members.items()
+        )
         bundles.append(Combined(prefix + name, parts, place, Linear(), "delta", refit, dtype, 0))
-    bundles += produced.added_biases(joined, lambda number, module: weights[number], dtype, errors, prefix)
+    bundles += produced.added_biases(
+        joined, lambda number, module: weights[number], dtype, errors, prefix
+    )
     for key, holders in held([task], levels).items():
         bundles += [produced.Taken(spec, key, prefix) for spec in holders.values()]
     settings = (
         produced.plain_settings()
         | produced.extras([task])
-        | {"lora_bias": any(lora.bias is not None for site in joined.values() for lora, _ in site.members.values())}
+        | {
+            "lora_bias": any(
+                lora.bias is not None
+                for site in joined.values()
+                for lora, _ in site.members.values()
+            )
+        }
     )
     summary = f"the mean of {len(generals)} general adapters subtracted, in {options.space} space"
-    how = targets_of(joined, prefix) | {"settings": settings, "summary": summary, "tokenizer": options.tokenizer}
-    return produced.Output([task, *generals], bundles, folder=task.folder.name if several else "", **how)
+    how = targets_of(joined, prefix) | {
+        "settings": settings,
+        "summary": summary,
+        "tokenizer": options.tokenizer,
+    }
+    return produced.Output(
+        [task, *generals], bundles, folder=task.folder.name if several else "", **how
+    )
 
 
-def _alike(name: str, members: dict, task: Adapter, generals: Sequence[Adapter]) -> list[AdapterkitError]:
+def _alike(
+    name: str, members: dict, task: Adapter, generals: Sequence[Adapter]
+) -> list[AdapterkitError]:
     """Factors can be averaged only where all have the module, at one rank."""
     ranks = {number: factors.rank for number, (_, factors) in members.items()}
     if len(ranks) == 1 + len(generals) and len(set(ranks.values())) == 1:
         return []
     found = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in [task, *generals])
     do = "use --space delta"
-    return [Refused(f"{shown(name)}: ranks {found}", expected="one rank, in all of them", where="--space factors", do=do)]
+    return [
+        Refused(
+            f"{shown(name)}: ranks {found}",
+            expected="one rank, in all of them",
+            where="--space factors",
+            do=do,
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -217,5 +280,8 @@ class Lessened:
         b = (b - sum(other for _, other in others) / count) * self.task.scale
         a_shape, b_shape = self.place.shapes(self.task.rank)
         dtype = dtypes.torch_dtype(self.dtype)
-        tensors = {self.place.a_key: a.reshape(a_shape).to(dtype), self.place.b_key: b.reshape(b_shape).to(dtype)}
+        tensors = {
+            self.place.a_key: a.reshape(a_shape).to(dtype),
+            self.place.b_key: b.reshape(b_shape).to(dtype),
+        }
         return Made(tensors, {"rank": self.task.rank})

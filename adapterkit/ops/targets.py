@@ -9,7 +9,9 @@ from adapterkit.placement import Product
 from adapterkit.weights.names import Parameter
 
 
-def targets(job: Job, adapter: Adapter, module: str, loras: list[Lora]) -> list[tuple[str, str | None, Lora]]:
+def targets(
+    job: Job, adapter: Adapter, module: str, loras: list[Lora]
+) -> list[tuple[str, str | None, Lora]]:
     """The parameter that each of a module's factor pairs is on, and its own name where target_parameters names it."""
     own, leaves, there = None, [], []
     if adapter.config.get("target_parameters") or any(lora.depth for lora in loras):
@@ -35,7 +37,9 @@ def targets(job: Job, adapter: Adapter, module: str, loras: list[Lora]) -> list[
     return [(site.name, site.leaf, site.members[number][0]) for site in found]
 
 
-def oriented(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, leaf: str | None, scale: float) -> tuple[Product, int]:
+def oriented(
+    job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, leaf: str | None, scale: float
+) -> tuple[Product, int]:
     """How b @ a lies on the parameter, and the parameter's axis of outputs.
 
     On a matrix that is a target itself (`leaf` its name) as the matrix is stored, whatever its module's class: so PEFT's
@@ -78,7 +82,9 @@ def _transposed(job: Job, adapter: Adapter, module: str, *, square: bool) -> boo
     return said
 
 
-def _convolution(job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float) -> Product:
+def _convolution(
+    job: Job, adapter: Adapter, parameter: Parameter, lora: Lora, scale: float
+) -> Product:
     shape, a, b = parameter.shape, lora.a.shape, lora.b.shape
     module = parameter.name.rpartition(".")[0]
     groups = job.names.groups(module)
@@ -123,4 +129,8 @@ def _flips_squares(job: Job, adapter: Adapter, parameter: Parameter) -> bool:
         return True
     model = job.names.model
     module = parameter.name.rpartition(".")[0]
-    return bool(getattr(model.model.get_submodule(module), "is_transposed", False)) if model is not None else False
+    return (
+        bool(getattr(model.model.get_submodule(module), "is_transposed", False))
+        if model is not None
+        else False
+    )

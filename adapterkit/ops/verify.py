@@ -38,7 +38,12 @@ def verify(
     receipt = read_receipt(path)
     sources = open_weighted(adapters)
     if bool(base) != bool(sources):
-        raise Refused("base or adapters alone", expected="both, or neither", where="--base, --adapter", do="give both")
+        raise Refused(
+            "base or adapters alone",
+            expected="both, or neither",
+            where="--base, --adapter",
+            do="give both",
+        )
     result = check_files(path, receipt, progress)
     plan = _plan_again(receipt, base, sources) if base else None
     return result | (check_rows(path, plan) if plan else {"rows": 0, "tensors": 0})
@@ -68,11 +73,15 @@ def read_receipt(folder: Path) -> dict[str, Any]:
             do="verify with the adapterkit that wrote it",
         )
     if not is_sealed(local.read(RECEIPT, 0, local.files()[RECEIPT])):
-        raise Damaged(CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, do=AGAIN)
+        raise Damaged(
+            CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, do=AGAIN
+        )
     return receipt
 
 
-def check_files(folder: Path, receipt: dict, progress: Progress = lambda done: None) -> dict[str, Any]:
+def check_files(
+    folder: Path, receipt: dict, progress: Progress = lambda done: None
+) -> dict[str, Any]:
     """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and no other weights."""
     out = LocalFolder(folder)
     errors: list[AdapterkitError] = []
@@ -85,7 +94,9 @@ def check_files(folder: Path, receipt: dict, progress: Progress = lambda done: N
             _check_file(out, name, facts["sha256"], receipt["keys"].get(name), progress)
         except AdapterkitError as error:
             errors.append(error)
-    here = {name for name in out.files() if name.endswith(".safetensors") and "/" not in name} - set(receipt["files"])
+    here = {
+        name for name in out.files() if name.endswith(".safetensors") and "/" not in name
+    } - set(receipt["files"])
     for name in sorted(here):
         errors.append(
             Damaged(
@@ -100,7 +111,9 @@ def check_files(folder: Path, receipt: dict, progress: Progress = lambda done: N
     return {"files": len(receipt["files"]), "bytes": total, "hash": receipt["hash"]}
 
 
-def _check_file(out: LocalFolder, name: str, sha: str | None, marks: dict | None, progress: Progress) -> None:
+def _check_file(
+    out: LocalFolder, name: str, sha: str | None, marks: dict | None, progress: Progress
+) -> None:
     """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of weights only."""
     problem: AdapterkitError | None = None
     ends: list[tuple[int, str]] = []
@@ -110,10 +123,18 @@ def _check_file(out: LocalFolder, name: str, sha: str | None, marks: dict | None
         except AdapterkitError as error:
             problem = error
     if sha is not None:
-        found = list(_hashes(out.path(name), name, [*(end for end, _ in ends), out.files()[name]], progress))
+        found = list(
+            _hashes(out.path(name), name, [*(end for end, _ in ends), out.files()[name]], progress)
+        )
         if found[-1] != sha and problem is None:
-            wrong = next((i for i, (_, key) in enumerate(ends) if found[i][:16] != (marks or {})[key]), None)
-            where = name if wrong is None else f"{name}: {'its header or ' * (wrong == 0)}{shown(ends[wrong][1])}"
+            wrong = next(
+                (i for i, (_, key) in enumerate(ends) if found[i][:16] != (marks or {})[key]), None
+            )
+            where = (
+                name
+                if wrong is None
+                else f"{name}: {'its header or ' * (wrong == 0)}{shown(ends[wrong][1])}"
+            )
             problem = Damaged(CHANGED, expected="the receipt's sha256", where=where, do=AGAIN)
     if problem is not None:
         raise problem
@@ -124,7 +145,12 @@ def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tup
     tensors = read_header(out, name).tensors
     odd = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
     if odd:
-        raise Damaged(f"keys {', '.join(map(shown, odd[:4]))}", expected="the receipt's keys", where=name, do=AGAIN)
+        raise Damaged(
+            f"keys {', '.join(map(shown, odd[:4]))}",
+            expected="the receipt's keys",
+            where=name,
+            do=AGAIN,
+        )
     return [(spec.stop, spec.key) for spec in tensors]
 
 
@@ -139,13 +165,22 @@ def _hashes(path: Path, name: str, stops: list[int], progress: Progress) -> Iter
                 while at < stop:
                     block = file.read(min(BLOCK, stop - at))
                     if not block:
-                        raise Damaged(f"the file ends at byte {at}", expected=f"{stops[-1]} bytes", where=name, do=AGAIN)
+                        raise Damaged(
+                            f"the file ends at byte {at}",
+                            expected=f"{stops[-1]} bytes",
+                            where=name,
+                            do=AGAIN,
+                        )
                     digest.update(block)
                     at += len(block)
                     progress(len(block))
                 yield digest.copy().hexdigest()
     except OSError as error:
-        raise Failed(f"cannot read at byte {at}: {error.strerror}", where=name, do="check the disk, then verify again") from error
+        raise Failed(
+            f"cannot read at byte {at}: {error.strerror}",
+            where=name,
+            do="check the disk, then verify again",
+        ) from error
 
 
 def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder, float]]) -> Plan:
@@ -156,11 +191,21 @@ def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder,
     verb = receipt["recipe"]["verb"]
     if verb != "merge":
         do = "leave --base and --adapter out: every hash and key is checked without them"
-        raise Refused(f"an output of {shown(verb)}", expected="an output of merge", where="--base, --adapter", do=do)
+        raise Refused(
+            f"an output of {shown(verb)}",
+            expected="an output of merge",
+            where="--base, --adapter",
+            do=do,
+        )
     options = dict(receipt["recipe"]["options"])
     weights = options.pop("weights")
     if len(sources) != len(weights):
-        raise Refused(f"{len(sources)} adapters", expected=str(len(weights)), where="--adapter", do="give all, in order")
+        raise Refused(
+            f"{len(sources)} adapters",
+            expected=str(len(weights)),
+            where="--adapter",
+            do="give all, in order",
+        )
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
     plan = plan_merge(open_model(base), pairs, Options(**options))
     errors: list[AdapterkitError] = []
@@ -168,7 +213,14 @@ def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder,
         for name, said in entry["files"].items():
             if plan.headers.get((number, name)) != said["header"]:
                 found = f"{shown(name)} of {plan.folders[number].name} is not the file of the merge"
-                errors.append(Refused(found, expected="the same inputs", where=RECEIPT, do="give the inputs of the merge"))
+                errors.append(
+                    Refused(
+                        found,
+                        expected="the same inputs",
+                        where=RECEIPT,
+                        do="give the inputs of the merge",
+                    )
+                )
     refuse_all(errors)
     return plan
 
@@ -186,7 +238,9 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
     specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
     checks = list(changed(plan))
     with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
-        inputs, stored = (Inputs(files, torch.device("cpu"), torch.float64) for files in (sources, written))
+        inputs, stored = (
+            Inputs(files, torch.device("cpu"), torch.float64) for files in (sources, written)
+        )
 
         def run(check: Floats | Codes) -> Check:
             torch.set_num_threads(1)  # this thread's
@@ -200,11 +254,17 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
             torch.set_num_threads(threads)
     for check, result in zip(checks, results, strict=True):
         if result.wrong is not None:
-            errors.append(Damaged(result.wrong, expected=check.expected, where=shown(check.step.key), do=AGAIN))
+            errors.append(
+                Damaged(
+                    result.wrong, expected=check.expected, where=shown(check.step.key), do=AGAIN
+                )
+            )
     refuse_all(errors)
     rows = sum(result.rows for result in results)
     if checks and not rows:
         raise Failed(
-            "no row was recomputed: every changed tensor is empty", where=str(folder), do="check the base and the adapters"
+            "no row was recomputed: every changed tensor is empty",
+            where=str(folder),
+            do="check the base and the adapters",
         )
     return {"rows": rows, "tensors": len(checks)}

@@ -34,10 +34,18 @@ def _is_read(around: tuple[type, ...], leaf: str, convolution: bool) -> bool:
     """Whether the code of these classes uses more of a child of that name than its forward."""
     if any(cls.__name__ == ATTENTION for cls in around):
         return True
-    code = "\n".join(inspect.getsource(cls) for cls in around if cls.__module__.startswith("transformers."))
+    code = "\n".join(
+        inspect.getsource(cls) for cls in around if cls.__module__.startswith("transformers.")
+    )
     leaf = re.escape(leaf)
-    asked = re.search(rf"\.{leaf}\.(stride|kernel_size|padding|dilation|in_channels|out_channels)\b", code)
-    asked = asked or (convolution and re.search(rf"[(,]\s*self\.{leaf}\s*[,)]", code))  # by a function that is given it
+    asked = re.search(
+        rf"\.{leaf}\.(stride|kernel_size|padding|dilation|in_channels|out_channels)\b", code
+    )
+    asked = asked or (
+        convolution and re.search(rf"[(,]\s*self\.{leaf}\s*[,)]", code)
+    )  # by a function that is given it
     read = re.search(rf"\.{leaf}\.weight\b(?!\.(dtype|device|shape|data)\b)", code)
-    factor = re.search(rf"\.{leaf}\.weight\s*@|@\s*self\.{leaf}\.weight\b", code)  # even where another path calls the layer
+    factor = re.search(
+        rf"\.{leaf}\.weight\s*@|@\s*self\.{leaf}\.weight\b", code
+    )  # even where another path calls the layer
     return bool(asked or factor or (read and not re.search(rf"\.{leaf}\(", code)))

@@ -39,7 +39,11 @@ def decoded(base: Checkpoint) -> Checkpoint:
         elif key in found.tensors:
             tensors[key] = spec
     known = {method for record in members("weights.codecs").values() for method in record.methods}
-    plain = replace(base, tensors=tensors, config=without(base.config) if found.method in known and packed else base.config)
+    plain = replace(
+        base,
+        tensors=tensors,
+        config=without(base.config) if found.method in known and packed else base.config,
+    )
     check_not_quantised(replace(plain, tensors=found.tensors))
     return plain
 
@@ -50,7 +54,9 @@ def _twice(base: Checkpoint, packed: list[Packed]) -> list[AdapterkitError]:
     seen: dict[str, str] = {}
     for one in packed:
         own = {part.key for part in one.parts}
-        other = seen.get(one.key) or (one.key if one.key in base.tensors and one.key not in own else None)
+        other = seen.get(one.key) or (
+            one.key if one.key in base.tensors and one.key not in own else None
+        )
         if other is not None:
             found = f"{shown(one.key)} as {shown(other)} and as {shown(one.parts[0].key)}"
             do = "remove the tensors that are not part of the model"
@@ -64,10 +70,19 @@ def _left(found: Found, packed: list[Packed]) -> list[AdapterkitError]:
     errors: list[AdapterkitError] = []
     for key, spec in found.tensors.items() if packed and not found.errors else ():
         if (
-            spec.dtype in ("U8", "I8", "I32", *PACKED) and len(spec.shape) > 1 and not key.endswith("bias")
+            spec.dtype in ("U8", "I8", "I32", *PACKED)
+            and len(spec.shape) > 1
+            and not key.endswith("bias")
         ):  # old masks are so called
             text = f"{shown(key)}: {spec.dtype} {spec.shape} beside weights of {packed[0].name}"
-            errors.append(Refused(text, expected="formats that are known", where=found.base.name, do="dequantise it first"))
+            errors.append(
+                Refused(
+                    text,
+                    expected="formats that are known",
+                    where=found.base.name,
+                    do="dequantise it first",
+                )
+            )
     return errors
 
 

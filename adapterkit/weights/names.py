@@ -27,7 +27,9 @@ HEADS = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-Source = tuple[str, str, tuple[int, ...]]  # a stored key, the converter's pattern that it matches, its shape
+Source = tuple[
+    str, str, tuple[int, ...]
+]  # a stored key, the converter's pattern that it matches, its shape
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,12 @@ class Names:
     base: Checkpoint
     wanted: tuple[str, ...] = ()
     task: str | None = None
-    trained_class: str | None = None  # auto_mapping's class name, looked up in transformers and nowhere else
-    careful: bool = False  # build the model even if all names match directly: ties and orientations matter
+    trained_class: str | None = (
+        None  # auto_mapping's class name, looked up in transformers and nowhere else
+    )
+    careful: bool = (
+        False  # build the model even if all names match directly: ties and orientations matter
+    )
     notes: list[str] = field(default_factory=list)
 
     @cached_property
@@ -176,8 +182,12 @@ class Skeleton:
         self.model = _meta_model(base, class_name)
         self.state = self.model.state_dict()  # names and shapes of all parameters, stored or not
         self.renamings, self.converters = _conversions(self.model)
-        self._experts: dict[tuple[str, str], dict[str, Slot]] = {}  # where single experts lie in stacks, by stack
-        self.unreadable: dict[str, AdapterkitError] = {}  # parameters whose conversion is more than a move of elements
+        self._experts: dict[
+            tuple[str, str], dict[str, Slot]
+        ] = {}  # where single experts lie in stacks, by stack
+        self.unreadable: dict[
+            str, AdapterkitError
+        ] = {}  # parameters whose conversion is more than a move of elements
         self.parameters = self._find_parameters()
 
     def with_config(self, config: dict):
@@ -213,7 +223,9 @@ class Skeleton:
         slot = Slot(stack.slots[0].key, stack.shape, axes)
         return Parameter(name, tuple(len(axis.of) for axis in axes), (slot,))
 
-    def _expert_slots(self, name: str, number: str, stack_name: str, pattern: str) -> dict[str, Slot]:
+    def _expert_slots(
+        self, name: str, number: str, stack_name: str, pattern: str
+    ) -> dict[str, Slot]:
         """Where the loader would put each expert's matrices in a stack, by the names that stand for `name`'s `number`."""
         stack = self.parameters[stack_name]
         converter = next(c for c in self.converters if pattern in c.source_patterns)
@@ -224,13 +236,17 @@ class Skeleton:
                 text = other.replace("*", str(expert)).replace("\\", "")
                 sources.append((name.replace(number, text), other, shape))
         symbol = self._converted(stack_name, converter, sources)[stack_name]
-        return {slot.key: slot for slot in symbol.slots} if tuple(symbol.shape) == stack.shape else {}
+        return (
+            {slot.key: slot for slot in symbol.slots} if tuple(symbol.shape) == stack.shape else {}
+        )
 
     def renamed(self, key: str) -> str:
         """The parameter that the loader puts a stored tensor of that name into."""
         from transformers.core_model_loading import rename_source_key
 
-        return rename_source_key(key, self.renamings, self.converters, self.model.base_model_prefix, self.state)[0]
+        return rename_source_key(
+            key, self.renamings, self.converters, self.model.base_model_prefix, self.state
+        )[0]
 
     def layer(self, module: str) -> str | None:
         try:
@@ -262,7 +278,9 @@ class Skeleton:
             if held is None:  # a tied parameter that is not stored itself is where its twin is
                 held = next((slots[other] for other in others if other in slots), None)
             if held is not None:
-                found[name] = Parameter(name, _stored_shape(shape, held), held, others, name not in slots)
+                found[name] = Parameter(
+                    name, _stored_shape(shape, held), held, others, name not in slots
+                )
         return found
 
     def _slots(self, state: dict) -> dict[str, tuple[Slot, ...]]:
@@ -288,11 +306,18 @@ class Skeleton:
         known: dict[tuple, tuple[str, list[Source], dict[str, tuple[Slot, ...]]]] = {}
         for first, sources in running.items():
             converter = by_pattern[sources[0][1]]
-            like = (id(converter), self._alike(first, converter), tuple((pattern, shape) for _, pattern, shape in sources))
+            like = (
+                id(converter),
+                self._alike(first, converter),
+                tuple((pattern, shape) for _, pattern, shape in sources),
+            )
             try:
                 converted = _renumbered(first, sources, *known[like]) if like in known else None
                 if converted is None:
-                    converted = {name: made.slots for name, made in self._converted(first, converter, sources).items()}
+                    converted = {
+                        name: made.slots
+                        for name, made in self._converted(first, converter, sources).items()
+                    }
                     known.setdefault(like, (first, sources, converted))
             except AdapterkitError as error:
                 self.unreadable[first] = error
@@ -304,7 +329,9 @@ class Skeleton:
         """What a conversion may ask about the parameter that it makes: its name, but for numbers, and its targets' shapes."""
         first, *others = converter.target_patterns
         targets = [name, *(name.replace(first, other) for other in others)]
-        shapes = tuple(tuple(self.state[target].shape) if target in self.state else None for target in targets)
+        shapes = tuple(
+            tuple(self.state[target].shape) if target in self.state else None for target in targets
+        )
         return tuple("#" if part.isdigit() else part for part in name.split(".")), shapes
 
     def _converted(self, name: str, converter, sources: list[Source]) -> dict[str, Symbol]:
@@ -322,11 +349,17 @@ class Skeleton:
                 where=self.base.name,
                 do="save the model once with transformers (from_pretrained, save_pretrained) and use that as the base",
             ) from error
-        return {key: symbol[0] if isinstance(symbol, list) else symbol for key, symbol in made.items()}
+        return {
+            key: symbol[0] if isinstance(symbol, list) else symbol for key, symbol in made.items()
+        }
 
 
 def _renumbered(
-    name: str, sources: list[Source], other: str, others: list[Source], converted: dict[str, tuple[Slot, ...]]
+    name: str,
+    sources: list[Source],
+    other: str,
+    others: list[Source],
+    converted: dict[str, tuple[Slot, ...]],
 ) -> dict[str, tuple[Slot, ...]] | None:
     """What `other` was converted to, for a name of other numbers (another layer); None where its names do not tell how."""
     mine, theirs = name.split("."), other.split(".")
@@ -341,7 +374,9 @@ def _renumbered(
                 if parts[i] != there:
                     return None
                 parts[i] = here
-        found[".".join(parts)] = tuple(Slot(keys[slot.key], slot.shape, slot.axes) for slot in slots)
+        found[".".join(parts)] = tuple(
+            Slot(keys[slot.key], slot.shape, slot.axes) for slot in slots
+        )
     return found
 
 
@@ -381,11 +416,18 @@ def _meta_model(base: Checkpoint, class_name: str):
 
     auto = class_name.startswith("AutoModel")
     if not re.fullmatch(r"[A-Z]\w*", class_name):
-        raise Refused(f"{shown(class_name)} is no class's name", where=base.name)  # of a module, naming it would import it
+        raise Refused(
+            f"{shown(class_name)} is no class's name", where=base.name
+        )  # of a module, naming it would import it
     config = _config(base)
     cls = getattr(transformers, class_name, None)
-    if not isinstance(cls, type) or not (auto or issubclass(cls, transformers.PreTrainedModel)):  # a file may say anything
-        raise Refused(f"{shown(class_name)} is no model of transformers {transformers.__version__}", where=base.name)
+    if not isinstance(cls, type) or not (
+        auto or issubclass(cls, transformers.PreTrainedModel)
+    ):  # a file may say anything
+        raise Refused(
+            f"{shown(class_name)} is no model of transformers {transformers.__version__}",
+            where=base.name,
+        )
     before = their_logging.get_verbosity()
     their_logging.set_verbosity(logging.ERROR)
     try:
@@ -393,7 +435,9 @@ def _meta_model(base: Checkpoint, class_name: str):
             model = getattr(cls, "from_config", cls)(config) if auto else cls(config)
     except Exception as error:  # any model's code may fail on a config it does not like
         raise Refused(
-            f"transformers cannot build {shown(class_name)}: {shown(error)}", where=base.name, do="update transformers"
+            f"transformers cannot build {shown(class_name)}: {shown(error)}",
+            where=base.name,
+            do="update transformers",
         ) from error
     finally:
         their_logging.set_verbosity(before)
@@ -409,8 +453,16 @@ def _config(base: Checkpoint):
     plain = {k: v for k, v in base.config.items() if k != "auto_map"}
     for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
         if isinstance(part.get("backbone"), str):  # transformers would look it up on the Hub
-            found, do = f"backbone {shown(part['backbone'])}", "names that equal the stored keys work without it"
-            raise Refused(found, expected="a model without another one inside", where=f"{base.name}/config.json", do=do)
+            found, do = (
+                f"backbone {shown(part['backbone'])}",
+                "names that equal the stored keys work without it",
+            )
+            raise Refused(
+                found,
+                expected="a model without another one inside",
+                where=f"{base.name}/config.json",
+                do=do,
+            )
     try:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(plain))

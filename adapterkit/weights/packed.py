@@ -22,7 +22,9 @@ from adapterkit.kernels.sums import all_finite
 from adapterkit.weights.names import Names
 from adapterkit.weights.quantised import without
 
-LARGE = 1 << 20  # bytes; scales of one weight that take more are looked at when they are decoded, not while planning
+LARGE = (
+    1 << 20
+)  # bytes; scales of one weight that take more are looked at when they are decoded, not while planning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,16 @@ class Packed(TensorSpec):
     name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]]  # the quant_method of configs that it belongs to
     targets: ClassVar[tuple[str, ...]] = ()  # what `quantize --to` calls it
-    modules: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # classes of the model's modules whose weights it can hold
-    beside_experts: ClassVar[bool] = True  # whether its loader leaves stacks of experts that are not quantised alone
-    files: ClassVar[tuple[str, ...]] = ()  # beside config.json, what else of a folder says that it is quantised
+    modules: ClassVar[tuple[str, ...]] = (
+        "Linear",
+        "Conv1D",
+    )  # classes of the model's modules whose weights it can hold
+    beside_experts: ClassVar[bool] = (
+        True  # whether its loader leaves stacks of experts that are not quantised alone
+    )
+    files: ClassVar[
+        tuple[str, ...]
+    ] = ()  # beside config.json, what else of a folder says that it is quantised
 
     parts: tuple[TensorSpec, ...]  # what holds it, the codes first
 
@@ -86,7 +95,9 @@ class Packed(TensorSpec):
         `Refused` (at planning, by `check_writable`) for formats that are only read."""
         raise NotImplementedError
 
-    def renewed(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
+    def renewed(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
+    ) -> dict[str, Tensor]:
         """All parts of a new value of a weight that is stored: what `encode` does not give, such as the scale of a layer's inputs,
         stays. For formats that keep more than that.
 
@@ -94,7 +105,9 @@ class Packed(TensorSpec):
         neighbours: what does not move stays byte for byte. A draw belongs to an element of the weight (out, in; of stacks as they
         are), so that rows may be encoded by themselves, with draws that begin at them.
         """
-        return stored | (self.encode(weight) if draws is None else self.drawn(stored, weight, draws))
+        return stored | (
+            self.encode(weight) if draws is None else self.drawn(stored, weight, draws)
+        )
 
     def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
         """The parts that change."""
@@ -106,7 +119,9 @@ class Packed(TensorSpec):
         last may be short. None where only the whole weight does."""
         return None
 
-    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+    def cut(
+        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
+    ) -> dict[str, Tensor]:
         """Views of the parts that hold rows [first, last), whole blocks, of one of its matrices; parts that all rows share are not
         among them."""
         raise NotImplementedError
@@ -131,7 +146,9 @@ class Packed(TensorSpec):
             for first in range(start, start + height, step):
                 yield first, min(first + step, start + height)
 
-    def rows(self, stored: dict[str, Tensor], first: int, last: int) -> tuple["Packed", dict[str, Tensor]]:
+    def rows(
+        self, stored: dict[str, Tensor], first: int, last: int
+    ) -> tuple["Packed", dict[str, Tensor]]:
         """One range of `slices` as a weight of its own: the record of a matrix of these rows, and its parts, views of those in
         `stored` where rows do not share them."""
         if (first, last) == (0, math.prod(self.shape[:-1])):
@@ -147,7 +164,9 @@ class Packed(TensorSpec):
         return None
 
 
-def read_back(packed: Packed, stored: dict[str, Tensor], do: str = "leave it out, or use another format") -> Tensor:
+def read_back(
+    packed: Packed, stored: dict[str, Tensor], do: str = "leave it out, or use another format"
+) -> Tensor:
     """What the parts of a weight decode to; `Spoiled` where that is not finite, as at the edge of what a scale can hold."""
     value = packed.decode(stored)
     if not all_finite(value):
@@ -161,7 +180,9 @@ class Choice:
     """Which modules of a model are quantised: what a config has to say."""
 
     packed: dict[str, Packed]  # by module
-    skipped: list[str] | None  # those that are not and that a loader which quantises all it can would; None where it knows itself
+    skipped: (
+        list[str] | None
+    )  # those that are not and that a loader which quantises all it can would; None where it knows itself
     others: list[str]  # all linear layers that are not, of derived classes too
 
 
@@ -187,7 +208,9 @@ class Unpacked:
 
     def part(self, ending: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
         """One of the tensors that will hold it; they are in no file yet."""
-        return TensorSpec(self.key + ending, dtype, shape, "", 0, dtypes.size(dtype, math.prod(shape)))
+        return TensorSpec(
+            self.key + ending, dtype, shape, "", 0, dtypes.size(dtype, math.prod(shape))
+        )
 
 
 @dataclass
@@ -198,7 +221,9 @@ class Found:
     settings: dict[str, Any]  # the config's quantization_config
     tensors: dict[str, TensorSpec]  # what no format has claimed so far
     errors: list[AdapterkitError] = field(default_factory=list)
-    _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)  # to be looked at; whether above 0
+    _scales: list[tuple[TensorSpec, bool]] = field(
+        default_factory=list
+    )  # to be looked at; whether above 0
     _there: dict[str, bytes] = field(default_factory=dict)  # what was fetched
 
     @property
@@ -221,7 +246,9 @@ class Found:
     def called(self, module: str) -> str:
         """What the loaded model calls the module whose weight is stored under `module.weight`."""
         model = self.names.model
-        return module if model is None else model.renamed(f"{module}.weight").removesuffix(".weight")
+        return (
+            module if model is None else model.renamed(f"{module}.weight").removesuffix(".weight")
+        )
 
     @property
     def computed_in(self) -> str:
@@ -236,7 +263,11 @@ class Found:
         if lacking:
             found = f"{shown(key)} without {', '.join(lacking)}"
             do = "download the checkpoint again; without its scales the weight means nothing"
-            self.errors.append(Damaged(found, expected="the tensors that belong to it", where=self.base.name, do=do))
+            self.errors.append(
+                Damaged(
+                    found, expected="the tensors that belong to it", where=self.base.name, do=do
+                )
+            )
             return None
         return [self.tensors[key + ending] for ending in endings]
 
@@ -244,10 +275,14 @@ class Found:
         """Note an error unless the shapes and dtypes fit."""
         if not fits:
             do = "download the checkpoint again, or restore its config"
-            self.errors.append(Damaged(f"{shown(key)}: {found}", expected=expected, where=self.base.name, do=do))
+            self.errors.append(
+                Damaged(f"{shown(key)}: {found}", expected=expected, where=self.base.name, do=do)
+            )
         return fits
 
-    def refuse(self, found: str, expected: str, do: str = "dequantise it first with the tool that made it") -> None:
+    def refuse(
+        self, found: str, expected: str, do: str = "dequantise it first with the tool that made it"
+    ) -> None:
         """Note a layout that nobody here reads."""
         self.errors.append(Refused(found, expected=expected, where=self.base.name, do=do))
 
@@ -323,7 +358,9 @@ def check_writable(packed: list[Packed], where: str) -> list[AdapterkitError]:
     errors: list[AdapterkitError] = []
     for reason in dict.fromkeys(p.read_only for p in packed if p.read_only):
         keys = [p.key for p in packed if p.read_only == reason]
-        names = ", ".join(map(shown, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        names = ", ".join(map(shown, keys[:3])) + (
+            f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        )
         found, do = f"{names} cannot be written again: {reason}", "give --dequantize"
         errors.append(Refused(found, expected="a format that can be written", where=where, do=do))
     return errors

@@ -43,7 +43,11 @@ class Held:
             low, high = max(axis.at, first), min(axis.stop, last)
             if low >= high:
                 continue
-            spec, shape, of = self.tensors[slot.key], slot.shape, axis.of[low - axis.at : high - axis.at]
+            spec, shape, of = (
+                self.tensors[slot.key],
+                slot.shape,
+                axis.of[low - axis.at : high - axis.at],
+            )
             if axis.axis == 0 and _plain(spec) and isinstance(of, range) and of.step == 1:
                 width = spec.nbytes // shape[0]
                 shape, start = (len(of), *shape[1:]), spec.start + of.start * width
@@ -74,9 +78,14 @@ class Held:
         mine, theirs = self.parameter.slots, other.parameter.slots
         if not all(map(_plain, self.specs + other.specs)):
             return False
-        if len(mine) != len(theirs) or [s.dtype for s in self.specs] != [s.dtype for s in other.specs]:
+        if len(mine) != len(theirs) or [s.dtype for s in self.specs] != [
+            s.dtype for s in other.specs
+        ]:
             return False
-        return all(a.shape == b.shape and all(map(_same, a.axes, b.axes)) for a, b in zip(mine, theirs, strict=True))
+        return all(
+            a.shape == b.shape and all(map(_same, a.axes, b.axes))
+            for a, b in zip(mine, theirs, strict=True)
+        )
 
 
 def _plain(spec: TensorSpec) -> bool:
@@ -86,11 +95,15 @@ def _plain(spec: TensorSpec) -> bool:
 
 def _has_rows(slot: Slot) -> bool:
     axis = slot.axes[0]
-    return axis.axis is None or (axis.axis == 0 and isinstance(axis.of, range) and axis.of.step == 1)
+    return axis.axis is None or (
+        axis.axis == 0 and isinstance(axis.of, range) and axis.of.step == 1
+    )
 
 
 def _same(one: Axis, other: Axis) -> bool:
-    return (one.at, one.axis) == (other.at, other.axis) and np.array_equal(np.asarray(one.of), np.asarray(other.of))
+    return (one.at, one.axis) == (other.at, other.axis) and np.array_equal(
+        np.asarray(one.of), np.asarray(other.of)
+    )
 
 
 def _without_first(slot: Slot) -> Slot:

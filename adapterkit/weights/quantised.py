@@ -7,7 +7,11 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, shown
 
-SAID = ("quantization_config", "compression_config", "quantization")  # transformers, older compressed-tensors, MLX
+SAID = (
+    "quantization_config",
+    "compression_config",
+    "quantization",
+)  # transformers, older compressed-tensors, MLX
 SIBLINGS = {
     ".absmax": "bitsandbytes 4-bit",
     ".SCB": "bitsandbytes int8",
@@ -49,7 +53,10 @@ def signs(config: dict, tensors: Mapping[str, TensorSpec]) -> str | None:
 def without(config: dict) -> dict[str, Any]:
     """A config, sub-configs included, that says nothing of quantisation."""
     kept = {key: value for key, value in config.items() if key not in SAID}
-    return {k: without(v) if k.endswith("_config") and isinstance(v, dict) else v for k, v in kept.items()}
+    return {
+        k: without(v) if k.endswith("_config") and isinstance(v, dict) else v
+        for k, v in kept.items()
+    }
 
 
 def _by_config(config: dict) -> str | None:
@@ -59,7 +66,11 @@ def _by_config(config: dict) -> str | None:
         if said is not None and said is not False:
             method = said.get("quant_method", "unnamed method") if isinstance(said, dict) else said
             return f"{key} ({shown(method)})"
-    subs = (value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))
+    subs = (
+        value
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, dict)
+    )
     return next(filter(None, map(_by_config, subs)), None)
 
 

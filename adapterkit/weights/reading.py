@@ -16,7 +16,9 @@ class Reads(Protocol):
     def tensor(self, spec: TensorSpec) -> Tensor: ...
 
 
-def read_parameter(parameter: Parameter, tensors: Mapping[str, TensorSpec], inputs: Reads) -> Tensor:
+def read_parameter(
+    parameter: Parameter, tensors: Mapping[str, TensorSpec], inputs: Reads
+) -> Tensor:
     """The parameter's value, in the inputs' dtype."""
     if parameter.whole:
         return inputs.tensor(tensors[parameter.slots[0].key]).reshape(parameter.shape)

@@ -38,7 +38,9 @@ class Slot:
     """A part of a parameter as it is stored: parameter[axes.at] == stored[axes.of], the axes permuted as `axes` says."""
 
     key: str
-    shape: tuple[int, ...]  # the stored tensor's, as the slot's axes count it (a convolution may be seen as a matrix)
+    shape: tuple[
+        int, ...
+    ]  # the stored tensor's, as the slot's axes count it (a convolution may be seen as a matrix)
     axes: tuple[Axis, ...]  # one per axis of the parameter
 
     @property
@@ -76,10 +78,21 @@ class Symbol(torch.Tensor):
         name = getattr(func, "__name__", str(func))
         if name in _OPERATIONS:
             return _OPERATIONS[name](*args, **kwargs)
-        if name in ("__get__", "size", "dim", "numel", "stride", "is_contiguous", "__repr__", "__len__"):
+        if name in (
+            "__get__",
+            "size",
+            "dim",
+            "numel",
+            "stride",
+            "is_contiguous",
+            "__repr__",
+            "__len__",
+        ):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        raise Unsupported(f"conversion by torch's {name!r}", expected="moves of elements along axes only")
+        raise Unsupported(
+            f"conversion by torch's {name!r}", expected="moves of elements along axes only"
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,10 @@ def _cat(tensors, dim: int = 0) -> Symbol:
 def _unsqueeze(tensor: Symbol, dim: int) -> Symbol:
     _plain(tensor)
     dim = _positive(dim, tensor.ndim + 1)
-    slots = tuple(replace(s, axes=(*s.axes[:dim], Axis(0, None, range(1)), *s.axes[dim:])) for s in tensor.slots)
+    slots = tuple(
+        replace(s, axes=(*s.axes[:dim], Axis(0, None, range(1)), *s.axes[dim:]))
+        for s in tensor.slots
+    )
     shape = list(tensor.shape)
     shape.insert(dim, 1)
     return _symbol(shape, slots)

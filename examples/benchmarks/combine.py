@@ -22,7 +22,10 @@ import common
 
 ADAPTERS = 3
 DENSITY = "0.2"
-SHAPES = {"2048": (2048, 5632, 16, 22), "4096": (4096, 11008, 32, 32)}  # hidden, intermediate, heads, layers
+SHAPES = {
+    "2048": (2048, 5632, 16, 22),
+    "4096": (4096, 11008, 32, 32),
+}  # hidden, intermediate, heads, layers
 
 ADAPTERKIT = """
 import sys, time, torch, json
@@ -68,22 +71,48 @@ print(f"seconds={time.perf_counter() - start}")
 
 def config_of(shape: str) -> dict:
     hidden, inner, heads, layers = SHAPES[shape]
-    config = common.config_for(2) | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    config = common.config_for(2) | {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+    }
     return config | {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4)}
 
 
 def adapters_of(work: Path, shape: str) -> list[Path]:
     folders = [work / f"adapter-{shape}-{seed}" for seed in range(ADAPTERS)]
-    return [common.make_adapter(folder, config_of(shape), "float32", seed=seed) for seed, folder in enumerate(folders)]
+    return [
+        common.make_adapter(folder, config_of(shape), "float32", seed=seed)
+        for seed, folder in enumerate(folders)
+    ]
 
 
 def adapterkit_row(verb: str, sources: list[str], options: dict, out: Path, repeat: int) -> dict:
     """Seconds of the whole command and of the verb alone, and the peak of anonymous memory."""
-    flags = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    argv = [sys.executable, "-m", "adapterkit", verb, *sources, *flags, "--out", str(out), "--quiet"]
+    flags = [
+        word
+        for key, value in options.items()
+        for word in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    argv = [
+        sys.executable,
+        "-m",
+        "adapterkit",
+        verb,
+        *sources,
+        *flags,
+        "--out",
+        str(out),
+        "--quiet",
+    ]
     named = {"combine": {"adapters": sources}, "resize": {"adapter": sources[0]}}
     arguments = named.get(verb) or {"base": sources[0], "tuned": sources[1]}
-    inside = [sys.executable, "-c", ADAPTERKIT.format(verb=verb), json.dumps(arguments | options | {"out": str(out)})]
+    inside = [
+        sys.executable,
+        "-c",
+        ADAPTERKIT.format(verb=verb),
+        json.dumps(arguments | options | {"out": str(out)}),
+    ]
     env, found = {"PYTHONPATH": str(common.REPOSITORY)}, {"whole": [], "inside": [], "peak": 0}
     for _ in range(repeat):
         for name, command in (("whole", argv), ("inside", inside)):
@@ -110,7 +139,11 @@ def full_svd_seconds(shape: str) -> float:
 
 def combined(work: Path, shape: str, repeat: int, peft: bool) -> dict:
     """Combinations of three adapters and a resize of one, with PEFT's and others' times for one layer."""
-    folders, out, rows = [str(folder) for folder in adapters_of(work, shape)], work / "run" / "out", {}
+    folders, out, rows = (
+        [str(folder) for folder in adapters_of(work, shape)],
+        work / "run" / "out",
+        {},
+    )
     weighted = [folders[0], folders[1] + "=0.5", folders[2] + "=0.7"]
     layers = SHAPES[shape][3]
     kinds = {"cat": {}, "svd": {}} | ({"ties_svd": {"density": float(DENSITY)}} if peft else {})
@@ -128,14 +161,30 @@ def combined(work: Path, shape: str, repeat: int, peft: bool) -> dict:
 def extracted(work: Path, repeat: int) -> dict:
     """extract of rank 16 from a 2 GB base and its merge with an adapter."""
     base = common.make_base(work / "base-2GB-1", 2, 1)
-    adapter = common.make_adapter(work / "adapter-2GB-float32", json.loads((base / "config.json").read_text()), "float32")
+    adapter = common.make_adapter(
+        work / "adapter-2GB-float32", json.loads((base / "config.json").read_text()), "float32"
+    )
     tuned = work / "tuned-2GB"
     if not tuned.exists():
-        argv = [sys.executable, "-m", "adapterkit", "merge", str(base), str(adapter), "--out", str(tuned), "--quiet"]
+        argv = [
+            sys.executable,
+            "-m",
+            "adapterkit",
+            "merge",
+            str(base),
+            str(adapter),
+            "--out",
+            str(tuned),
+            "--quiet",
+        ]
         common.time_process(argv, {"PYTHONPATH": str(common.REPOSITORY)})
-    row = adapterkit_row("extract", [str(base), str(tuned)], {"rank": 16}, work / "run" / "out", repeat)
+    row = adapterkit_row(
+        "extract", [str(base), str(tuned)], {"rank": 16}, work / "run" / "out", repeat
+    )
     layers = json.loads((base / "config.json").read_text())["num_hidden_layers"]
-    return {"extract rank 16": row | {"layers": layers, "full_svd_per_layer": full_svd_seconds("2048")}}
+    return {
+        "extract rank 16": row | {"layers": layers, "full_svd_per_layer": full_svd_seconds("2048")}
+    }
 
 
 def print_table(title: str, rows: dict[str, dict]) -> None:
@@ -151,11 +200,15 @@ def print_table(title: str, rows: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
     parser.add_argument("--large", action="store_true", help="also a 7B model's shape")
     parser.add_argument("--extract", action="store_true", help="also extract")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark"
+    )
     parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -163,7 +216,9 @@ def main() -> None:
     report = common.environment("adapterkit", "torch", "peft", "transformers")
     report["results"] = {"22 layers of 2048": combined(args.work, "2048", args.repeat, peft=True)}
     if args.large:
-        report["results"]["32 layers of 4096"] = combined(args.work, "4096", args.repeat, peft=False)
+        report["results"]["32 layers of 4096"] = combined(
+            args.work, "4096", args.repeat, peft=False
+        )
     if args.extract:
         report["results"]["2 GB checkpoint"] = extracted(args.work, args.repeat)
     for title, rows in report["results"].items():

@@ -49,8 +49,12 @@ PEFT_CONFIG = json.loads("""{
 def config_for(size: float) -> dict:
     """A Llama config whose bf16 weights take about `size` GB (below 0.5 GB the vocabulary shrinks, below 0.1 all)."""
     hidden, intermediate, heads = (2048, 5632, 16) if size >= 0.1 else (256, 704, 2)
-    vocab = 32000 if size >= 0.5 else 4000 if size >= 0.1 else 1000  # no layer's width: a merge would look for ties
-    layer = 2 * hidden * hidden + 2 * hidden * hidden * 4 // 16 + 3 * hidden * intermediate + 2 * hidden
+    vocab = (
+        32000 if size >= 0.5 else 4000 if size >= 0.1 else 1000
+    )  # no layer's width: a merge would look for ties
+    layer = (
+        2 * hidden * hidden + 2 * hidden * hidden * 4 // 16 + 3 * hidden * intermediate + 2 * hidden
+    )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -121,37 +125,60 @@ def make_base(folder: Path, size: float, shard: float) -> Path:
     generator, weight_map, parameters = torch.Generator().manual_seed(0), {}, 0
     part = fresh(folder.with_name(folder.name + ".part"))
     for i, entries in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        name = (
+            f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            if len(shards) > 1
+            else "model.safetensors"
+        )
         tensors = {}
         for key, shape in entries:
-            weight = torch.randn(shape, generator=generator) * STD if len(shape) == 2 else torch.ones(shape)
+            weight = (
+                torch.randn(shape, generator=generator) * STD
+                if len(shape) == 2
+                else torch.ones(shape)
+            )
             tensors[key] = weight.bfloat16()
             weight_map[key] = name
             parameters += weight.numel()
         save_file(tensors, part / name, metadata={"format": "pt"})
     if len(shards) > 1:
-        index = {"metadata": {"total_parameters": parameters, "total_size": 2 * parameters}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_parameters": parameters, "total_size": 2 * parameters},
+            "weight_map": weight_map,
+        }
         (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (part / "config.json").write_text(json.dumps(config, indent=2))
     return part.rename(folder)
 
 
-def make_adapter(folder: Path, config: dict, dtype: str, rank: int = 16, alpha: int = 32, seed: int = 1) -> Path:
+def make_adapter(
+    folder: Path, config: dict, dtype: str, rank: int = 16, alpha: int = 32, seed: int = 1
+) -> Path:
     """Write an all-linear LoRA adapter in PEFT's layout, its deltas RELATIVE_DELTA of the weights."""
     import torch
     from safetensors.torch import save_file
 
     if folder.exists():
         return folder
-    std = (RELATIVE_DELTA * STD / (alpha / rank * rank**0.5)) ** 0.5  # ||b@a|| = sqrt(rank * out * in) * std^2
+    std = (
+        RELATIVE_DELTA * STD / (alpha / rank * rank**0.5)
+    ) ** 0.5  # ||b@a|| = sqrt(rank * out * in) * std^2
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for n in range(config["num_hidden_layers"]):
         for module, (out_features, in_features) in layer_shapes(config).items():
-            for factor, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
+            for factor, shape in (
+                ("lora_A", (rank, in_features)),
+                ("lora_B", (out_features, rank)),
+            ):
                 values = torch.randn(shape, generator=generator) * std
                 key = f"base_model.model.model.layers.{n}.{module}.{factor}.weight"
                 tensors[key] = values.to(getattr(torch, dtype))
-    adapter_config = {**PEFT_CONFIG, "r": rank, "lora_alpha": alpha, "target_modules": list(TARGETS)}
+    adapter_config = {
+        **PEFT_CONFIG,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(TARGETS),
+    }
     part = fresh(folder.with_name(folder.name + ".part"))
     save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
     (part / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2, sort_keys=True))
@@ -208,7 +235,13 @@ class ProcessFailed(RuntimeError):
 
 def time_process(argv: list[str], env: dict[str, str] | None = None) -> Timing:
     start = time.perf_counter()
-    process = subprocess.Popen(argv, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        argv,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
@@ -224,7 +257,9 @@ def time_process(argv: list[str], env: dict[str, str] | None = None) -> Timing:
         ended.set()
         watcher.join()
     if process.returncode != 0:
-        raise ProcessFailed(f"exit status {process.returncode}\n" + "\n".join((out + err).splitlines()[-12:]))
+        raise ProcessFailed(
+            f"exit status {process.returncode}\n" + "\n".join((out + err).splitlines()[-12:])
+        )
     reported = re.search(r"^seconds=([\d.]+)\s*\Z", out, re.MULTILINE)
     return Timing(wall, float(reported[1]) if reported else None, peak[0])
 
@@ -255,12 +290,17 @@ def environment(*packages: str) -> dict:
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     arguments = [re.sub(r"(^|=)/\S*/", r"\1", argument) for argument in sys.argv[1:]]
     return {
-        "command": " ".join(["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+        "command": " ".join(
+            ["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *arguments]
+        ),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cores": len(os.sched_getaffinity(0)),
         "cpu": cpu[1] if cpu else platform.machine(),
         "memory_gib": round(memory / 2**30, 1),
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed(name) for name in packages},
+        },
     }
 
 

@@ -136,11 +136,16 @@ model.save_pretrained(out)
 def iterations(repeat: int, cores: int) -> dict[str, dict[str, dict]]:
     """Side -> name -> medians of a weight's seconds, whole and in parts, and its error."""
     runs: dict[str, list[dict]] = {"adapterkit": [], "bitsandbytes + svd": []}
-    said = json.dumps([{name: shape for name, (shape, _) in SHAPES.items()}, RANK, common.STD, cores])
+    said = json.dumps(
+        [{name: shape for name, (shape, _) in SHAPES.items()}, RANK, common.STD, cores]
+    )
     for _ in range(repeat):
         for side, code in zip(runs, (OURS, THEIRS), strict=True):
             runs[side].append(last_line([sys.executable, "-c", WEIGHTS + code, said]))
-    return {side: {name: medians([run[name] for run in found]) for name in SHAPES} for side, found in runs.items()}
+    return {
+        side: {name: medians([run[name] for run in found]) for name in SHAPES}
+        for side, found in runs.items()
+    }
 
 
 def last_line(argv: list[str]) -> dict:
@@ -156,7 +161,10 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def whole_layer(side: dict[str, dict]) -> dict[str, float]:
     """Seconds of all seven weights of a layer."""
-    return {key: sum(side[name][key] * count for name, (_, count) in SHAPES.items()) for key in ("seconds", *PARTS)}
+    return {
+        key: sum(side[name][key] * count for name, (_, count) in SHAPES.items())
+        for key in ("seconds", *PARTS)
+    }
 
 
 def environment() -> dict[str, str]:
@@ -177,7 +185,13 @@ def commands(base: Path, out: Path, repeat: int, peers: bool) -> dict[str, dict]
         "quantize --to nf4 --double-quant": verb(*nf4, "--double-quant", out=out),
     }
     if peers:
-        found["transformers, load in nf4 and save"] = [sys.executable, "-c", TRANSFORMERS, str(base), str(out)]
+        found["transformers, load in nf4 and save"] = [
+            sys.executable,
+            "-c",
+            TRANSFORMERS,
+            str(base),
+            str(out),
+        ]
     rows = {name: {"seconds": [], "peak": 0, "written": 0} for name in found}
     for _ in range(repeat):
         for name, argv in found.items():
@@ -186,16 +200,31 @@ def commands(base: Path, out: Path, repeat: int, peers: bool) -> dict[str, dict]
             common.warm(base)
             timing = common.time_process(argv, environment())
             rows[name]["seconds"].append(timing.wall)
-            rows[name] |= {"peak": max(rows[name]["peak"], timing.peak), "written": common.folder_bytes(out)}
+            rows[name] |= {
+                "peak": max(rows[name]["peak"], timing.peak),
+                "written": common.folder_bytes(out),
+            }
     for name, argv in found.items():
         if "adapterkit" in argv:
-            rows[name]["peak_dry_run"] = common.time_process([*argv, "--dry-run"], environment()).peak
+            rows[name]["peak_dry_run"] = common.time_process(
+                [*argv, "--dry-run"], environment()
+            ).peak
     common.fresh(out.parent)
     return rows
 
 
 def verb(*words: str, out: Path) -> list[str]:
-    return [sys.executable, "-m", "adapterkit", *words, "--out", str(out), "--quiet", "--device", "cpu"]
+    return [
+        sys.executable,
+        "-m",
+        "adapterkit",
+        *words,
+        "--out",
+        str(out),
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
 
 
 # --- the report --------------------------------------------------------------------------------------------------------
@@ -203,7 +232,10 @@ def verb(*words: str, out: Path) -> list[str]:
 
 def print_iterations(sides: dict[str, dict[str, dict]]) -> None:
     heads = ("shape", "side", "ms", *(part.replace("_", "-") for part in PARTS), "ratio", "error")
-    print(f"{'one iteration, a weight':22}", *(head.rjust(12 if i != 1 else 20) for i, head in enumerate(heads)))
+    print(
+        f"{'one iteration, a weight':22}",
+        *(head.rjust(12 if i != 1 else 20) for i, head in enumerate(heads)),
+    )
     theirs = list(sides)[1]
     for name in [*SHAPES, "layer"]:
         for side, found in sides.items():
@@ -218,19 +250,34 @@ def print_iterations(sides: dict[str, dict[str, dict]]) -> None:
 
 def print_commands(rows: dict[str, dict], nbytes: int) -> None:
     heads = ("seconds", "peak MiB", "dry run", "MB written")
-    print(f"\n{f'{nbytes / common.GB:.2f} GB, whole process':36}", *(head.rjust(12) for head in heads))
+    print(
+        f"\n{f'{nbytes / common.GB:.2f} GB, whole process':36}", *(head.rjust(12) for head in heads)
+    )
     for name, row in rows.items():
         dry = f"{row['peak_dry_run'] / 2**20:.0f}" if "peak_dry_run" in row else "-"
-        cells = [f"{median(row['seconds']):.2f}", f"{row['peak'] / 2**20:.0f}", dry, f"{row['written'] / 1e6:.0f}"]
+        cells = [
+            f"{median(row['seconds']):.2f}",
+            f"{row['peak'] / 2**20:.0f}",
+            dry,
+            f"{row['written'] / 1e6:.0f}",
+        ]
         print(f"{name:36}", *(cell.rjust(12) for cell in cells))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=float, default=2, help="GB of the checkpoint (2); 0: one iteration only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", type=float, default=2, help="GB of the checkpoint (2); 0: one iteration only"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="whole commands: adapterkit's alone")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark")
+    parser.add_argument(
+        "--no-peers", dest="peers", action="store_false", help="whole commands: adapterkit's alone"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark"
+    )
     parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -247,8 +294,13 @@ def main() -> int:
     if args.size:
         base = common.make_base(args.work / f"base-{args.size:g}GB-1", args.size, 1)
         nbytes = common.folder_bytes(base)
-        report["commands"] = {"bytes": nbytes, **commands(base, args.work / "run" / "out", args.repeat, args.peers)}
-        print_commands({name: row for name, row in report["commands"].items() if name != "bytes"}, nbytes)
+        report["commands"] = {
+            "bytes": nbytes,
+            **commands(base, args.work / "run" / "out", args.repeat, args.peers),
+        }
+        print_commands(
+            {name: row for name, row in report["commands"].items() if name != "bytes"}, nbytes
+        )
     lock.close()
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -71,7 +71,9 @@ print(f"seconds={time.perf_counter() - start}")
 @dataclass(frozen=True)
 class Competitor:
     name: str
-    steps: tuple[tuple[str, ...], ...]  # command lines, one process each; a step that reports its seconds is believed
+    steps: tuple[
+        tuple[str, ...], ...
+    ]  # command lines, one process each; a step that reports its seconds is believed
     env: dict[str, str] = field(default_factory=dict)
     merges: bool = True  # its output is a merged checkpoint, so --exact looks at it
     both: bool = False  # a row for the whole process and one for what it reports
@@ -85,11 +87,19 @@ def adapterkit_cli(base: Path, adapter: Path, out: Path, hash: str, device: str)
 
 def adapterkit_env() -> dict[str, str]:
     """The checkout beside this script comes before an installed adapterkit."""
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(common.REPOSITORY), os.environ.get("PYTHONPATH")]))}
+    return {
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(common.REPOSITORY), os.environ.get("PYTHONPATH")])
+        )
+    }
 
 
 def competitors(args: argparse.Namespace, base: Path, adapter: Path, out: Path) -> list[Competitor]:
-    python, paths, copy = sys.executable, (str(base), str(adapter), str(out)), ("cp", "-r", str(base), str(out))
+    python, paths, copy = (
+        sys.executable,
+        (str(base), str(adapter), str(out)),
+        ("cp", "-r", str(base), str(out)),
+    )
     found = [
         Competitor("cp -r", (copy,), merges=False),
         Competitor("cp -r + fsync", (copy, (python, "-c", FSYNC, str(out))), merges=False),
@@ -103,7 +113,11 @@ def competitors(args: argparse.Namespace, base: Path, adapter: Path, out: Path) 
             found.append(Competitor(f"adapterkit {hash}{note}{IN_PROCESS}", (argv,), env))
     if find_spec("peft") and find_spec("transformers"):
         offline = {"HF_HUB_OFFLINE": "1"}
-        found.append(Competitor("PEFT", ((python, "-c", PEFT, *paths, "plain", args.device),), offline, both=True))
+        found.append(
+            Competitor(
+                "PEFT", ((python, "-c", PEFT, *paths, "plain", args.device),), offline, both=True
+            )
+        )
         if args.exact:
             safe = (python, "-c", PEFT, *paths, "safe_merge", args.device)
             found.append(Competitor("PEFT safe_merge", (safe,), offline, both=True))
@@ -122,7 +136,14 @@ def mergekit(args: argparse.Namespace, base: Path, adapter: Path, out: Path) -> 
     recipe = args.work / "mergekit.yaml"
     model = json.dumps(f"{base}+{adapter}")
     recipe.write_text(f"merge_method: passthrough\nmodels:\n  - model: {model}\ndtype: bfloat16\n")
-    argv = [args.mergekit, str(recipe), str(out), "--lora-merge-cache", str(out / "cache"), "--quiet"]
+    argv = [
+        args.mergekit,
+        str(recipe),
+        str(out),
+        "--lora-merge-cache",
+        str(out / "cache"),
+        "--quiet",
+    ]
     argv += ["--lora-merge-dtype", "bfloat16", "--out-shard-size", "1B"]
     argv += [] if args.device == "cpu" else ["--device", args.device]
     return Competitor("mergekit", (tuple(argv),), {"HF_HUB_OFFLINE": "1"})
@@ -151,7 +172,9 @@ def run_once(one: Competitor, base: Path, adapter: Path, out: Path) -> tuple[dic
     return rows, max(timing.peak for timing in timings)
 
 
-def measure(found: list[Competitor], args: argparse.Namespace, base: Path, adapter: Path, out: Path) -> dict[str, dict]:
+def measure(
+    found: list[Competitor], args: argparse.Namespace, base: Path, adapter: Path, out: Path
+) -> dict[str, dict]:
     """Every competitor once per round; one that fails is named and left out of the next rounds."""
     results = defaultdict(lambda: {"seconds": [], "peak_anonymous_bytes": []})
     for round_number in range(args.repeat):
@@ -191,19 +214,28 @@ def misrounded(base: Path, adapter: Path, out: Path) -> dict[str, float | int]:
     """How many sampled elements are not the bf16 number nearest to W + s*b@a, computed in float64."""
     weights, factors, merged = open_tensors(base), open_tensors(adapter), open_tensors(out)
     if missing := weights.keys() - merged.keys():
-        raise SystemExit(f"the output lacks {len(missing)} of the base's tensors, the first {min(missing)}")
+        raise SystemExit(
+            f"the output lacks {len(missing)} of the base's tensors, the first {min(missing)}"
+        )
     config = json.loads((adapter / "adapter_config.json").read_text())
     scale, chosen = config["lora_alpha"] / config["r"], random.Random(0)
     wrong, seen, worst = 0, 0, 0.0
     for key_a in sorted(key for key in factors if "lora_A" in key):
-        key, key_b = key_a.removeprefix("base_model.model.").replace("lora_A.", ""), key_a.replace("lora_A", "lora_B")
+        key, key_b = (
+            key_a.removeprefix("base_model.model.").replace("lora_A.", ""),
+            key_a.replace("lora_A", "lora_B"),
+        )
         count = weights[key].get_slice(key).get_shape()[0]
         rows = sorted({0, count - 1, *chosen.sample(range(count), min(ROWS, count))})
         a = factors[key_a].get_tensor(key_a).double().numpy()  # (r, in)
         b = factors[key_b].get_tensor(key_b).double().numpy()[rows]  # (rows, r)
         exact = nearest_bf16(read_rows(weights[key], key, rows) + scale * (b @ a))  # (rows, in)
         differs = exact != read_rows(merged[key], key, rows)
-        wrong, seen, worst = wrong + int(differs.sum()), seen + differs.size, max(worst, float(differs.mean()))
+        wrong, seen, worst = (
+            wrong + int(differs.sum()),
+            seen + differs.size,
+            max(worst, float(differs.mean())),
+        )
     return {"share": wrong / seen, "worst_weight": worst, "elements": seen}
 
 
@@ -226,13 +258,23 @@ def nearest_bf16(values):  # float64 -> float64
 
 
 def print_table(results: dict[str, dict], nbytes: int) -> None:
-    medians = {name: median(result["seconds"]) for name, result in results.items() if result.get("seconds")}
+    medians = {
+        name: median(result["seconds"]) for name, result in results.items() if result.get("seconds")
+    }
 
     def ratio(above: float | None, below: float | None) -> str:
         return f"{above / below:.2f}" if above and below else "-"
 
     widths = (42, 22, 6, 6, 11, 10, 9, 11)
-    heads = ("seconds [min-max]", "GB/s", "x cp", "x cp+fsync", "PEFT/this", "peak MiB", "misrounded")
+    heads = (
+        "seconds [min-max]",
+        "GB/s",
+        "x cp",
+        "x cp+fsync",
+        "PEFT/this",
+        "peak MiB",
+        "misrounded",
+    )
     rows = [(f"{nbytes / common.GB:.2f} GB", *heads)]
     for name, mid in medians.items():
         result, seconds = results[name], results[name]["seconds"]
@@ -251,14 +293,19 @@ def print_table(results: dict[str, dict], nbytes: int) -> None:
         )
     print()
     for first, *rest in rows:
-        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)))
+        print(
+            first.ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)),
+        )
 
 
 def prepare(args: argparse.Namespace, size: float) -> tuple[Path, Path]:
     """The checkpoint and the adapter for a size, generated on first use."""
     base = common.make_base(args.work / f"base-{size:g}GB-{args.shard:g}", size, args.shard)
     config = json.loads((base / "config.json").read_text())
-    return base, common.make_adapter(args.work / f"adapter-{size:g}GB-{args.factors}", config, args.factors)
+    return base, common.make_adapter(
+        args.work / f"adapter-{size:g}GB-{args.factors}", config, args.factors
+    )
 
 
 def one_size(args: argparse.Namespace) -> dict:
@@ -266,7 +313,11 @@ def one_size(args: argparse.Namespace) -> dict:
     out = args.work / "run" / "out"
     results = measure(competitors(args, base, adapter, out), args, base, adapter, out)
     print_table(results, common.folder_bytes(base))
-    return {"bytes": common.folder_bytes(base), "adapter_bytes": common.folder_bytes(adapter), "results": results}
+    return {
+        "bytes": common.folder_bytes(base),
+        "adapter_bytes": common.folder_bytes(adapter),
+        "results": results,
+    }
 
 
 def many_sizes(args: argparse.Namespace) -> dict:
@@ -276,24 +327,41 @@ def many_sizes(args: argparse.Namespace) -> dict:
         base, adapter = prepare(args, size)
         out = args.work / "run" / "out"
         one = adapterkit_cli(base, adapter, out, "sha256", args.device)
-        sizes[f"{size:g}"] = {"bytes": common.folder_bytes(base), "results": measure([one], args, base, adapter, out)}
+        sizes[f"{size:g}"] = {
+            "bytes": common.folder_bytes(base),
+            "results": measure([one], args, base, adapter, out),
+        }
     for result in sizes.values():
         print_table(result["results"], result["bytes"])
     return {"sizes": sizes}
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=float, default=2, help="GB of the checkpoint (2)")
     parser.add_argument("--sizes", help="GB, comma-separated: adapterkit alone at each size")
     parser.add_argument("--shard", type=float, default=1, help="GB of the largest shard (1)")
-    parser.add_argument("--factors", choices=("float32", "bfloat16"), default="float32", help="dtype of the adapter")
+    parser.add_argument(
+        "--factors", choices=("float32", "bfloat16"), default="float32", help="dtype of the adapter"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="rounds (3)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:i, for all that can use it")
-    parser.add_argument("--only", help="competitors whose names start with one of these, comma-separated")
-    parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="mergekit's script, in any venv")
-    parser.add_argument("--exact", action="store_true", help="count the elements that are not correctly rounded")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda or cuda:i, for all that can use it"
+    )
+    parser.add_argument(
+        "--only", help="competitors whose names start with one of these, comma-separated"
+    )
+    parser.add_argument(
+        "--mergekit", default=shutil.which("mergekit-yaml"), help="mergekit's script, in any venv"
+    )
+    parser.add_argument(
+        "--exact", action="store_true", help="count the elements that are not correctly rounded"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark"
+    )
     parser.add_argument("--json", type=Path, help="write every figure here")
     return parser.parse_args()
 
@@ -305,7 +373,10 @@ def main() -> int:
     lock = common.alone(args.work)
     facts = common.environment("adapterkit", "torch", "safetensors", "transformers", "peft")
     facts["mergekit_versions"] = mergekit_versions(args.mergekit)
-    report = {**facts, **{name: getattr(args, name) for name in ("shard", "factors", "repeat", "device")}}
+    report = {
+        **facts,
+        **{name: getattr(args, name) for name in ("shard", "factors", "repeat", "device")},
+    }
     report |= many_sizes(args) if args.sizes else {"size": args.size, **one_size(args)}
     lock.close()
     if args.json:

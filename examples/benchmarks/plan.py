@@ -81,7 +81,11 @@ print(json.dumps({"cpu": time.process_time() - cpu, "wall": time.perf_counter() 
 
 
 def llama(layers: int = 126, hidden: int = 16384, inner: int = 53248) -> tuple[dict, Tensors]:
-    config = common.config_for(2) | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    config = common.config_for(2) | {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+    }
     config |= {"num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256}
 
     def tensors() -> Tensors:
@@ -92,7 +96,12 @@ def llama(layers: int = 126, hidden: int = 16384, inner: int = 53248) -> tuple[d
 
 
 def deepseek(
-    layers: int = 61, experts: int = 256, dense: int = 3, heads: int = 128, vocab: int = 129280, predicts: int = 1
+    layers: int = 61,
+    experts: int = 256,
+    dense: int = 3,
+    heads: int = 128,
+    vocab: int = 129280,
+    predicts: int = 1,
 ) -> tuple[dict, Tensors]:
     """DeepSeek-V3: latent attention, experts one by one, fp8 with a scale for each block of 128 x 128; `predicts` MTP layers."""
     hidden, inner, wide, q_rank, kv_rank, nope, rope = 7168, 2048, 18432, 1536, 512, 128, 64
@@ -182,7 +191,12 @@ def kimi(layers: int = 61, experts: int = 384) -> tuple[dict, Tensors]:
 
 
 def qwen(
-    layers: int = 94, experts: int = 128, hidden: int = 4096, inner: int = 1536, heads: int = 64, vocab: int = 151936
+    layers: int = 94,
+    experts: int = 128,
+    hidden: int = 4096,
+    inner: int = 1536,
+    heads: int = 64,
+    vocab: int = 151936,
 ) -> tuple[dict, Tensors]:
     """Qwen3-MoE, experts one by one."""
     config = {
@@ -246,7 +260,12 @@ def gpt_oss(layers: int = 36, experts: int = 128) -> tuple[dict, Tensors]:
         "torch_dtype": "bfloat16",
         "quantization_config": {
             "quant_method": "mxfp4",
-            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
         },
     }
 
@@ -254,7 +273,12 @@ def gpt_oss(layers: int = 36, experts: int = 128) -> tuple[dict, Tensors]:
         yield "model.embed_tokens.weight", "BF16", (vocab, hidden)
         for n in range(layers):
             at = f"model.layers.{n}"
-            for name, out, width in (("q", 4096, hidden), ("k", 512, hidden), ("v", 512, hidden), ("o", hidden, 4096)):
+            for name, out, width in (
+                ("q", 4096, hidden),
+                ("k", 512, hidden),
+                ("v", 512, hidden),
+                ("o", hidden, 4096),
+            ):
                 yield f"{at}.self_attn.{name}_proj.weight", "BF16", (out, width)
                 yield f"{at}.self_attn.{name}_proj.bias", "BF16", (out,)
             yield f"{at}.self_attn.sinks", "BF16", (64,)
@@ -334,7 +358,9 @@ def make_base(folder: Path, config: dict, tensors: Tensors, shards: int) -> Path
     return part.rename(folder)
 
 
-def make_adapter(folder: Path, config: dict, tensors: Tensors, modules: tuple[str, ...], experts: bool) -> Path:
+def make_adapter(
+    folder: Path, config: dict, tensors: Tensors, modules: tuple[str, ...], experts: bool
+) -> Path:
     """A LoRA of rank 16 in float32 as PEFT writes it: holes for factors."""
     if folder.exists():
         return folder
@@ -350,18 +376,36 @@ def make_adapter(folder: Path, config: dict, tensors: Tensors, modules: tuple[st
     for key, _, shape in tensors:
         module = key.removesuffix(".weight")
         layer = int(key.split(".")[2]) if key.startswith("model.layers.") else layers
-        if layer < layers and module.rpartition(".")[2] in modules and ".experts." not in key and key.endswith(".weight"):
+        if (
+            layer < layers
+            and module.rpartition(".")[2] in modules
+            and ".experts." not in key
+            and key.endswith(".weight")
+        ):
             lora(module, shape[0], shape[1])
         if layer < layers and ".mlp.experts." in key:
             stacks.add(layer)
-    count = next((config[name] for name in ("n_routed_experts", "num_experts", "num_local_experts") if name in config), 0)
-    hidden, inner = config["hidden_size"], config.get("moe_intermediate_size", config["intermediate_size"])
+    count = next(
+        (
+            config[name]
+            for name in ("n_routed_experts", "num_experts", "num_local_experts")
+            if name in config
+        ),
+        0,
+    )
+    hidden, inner = (
+        config["hidden_size"],
+        config.get("moe_intermediate_size", config["intermediate_size"]),
+    )
     for layer in sorted(stacks) if experts else ():
         at = f"model.layers.{layer}.mlp.experts"
         lora(f"{at}.base_layer", 2 * inner, hidden, count)  # gate_up_proj, the inner wrapper
         lora(at, hidden, inner, count)
     write_sparse(part / "adapter_model.safetensors", factors)
-    chosen = {"target_modules": list(modules), "target_parameters": list(STACKS) if experts else None}
+    chosen = {
+        "target_modules": list(modules),
+        "target_parameters": list(STACKS) if experts else None,
+    }
     (part / "adapter_config.json").write_text(
         json.dumps({**common.PEFT_CONFIG, "r": RANK, "lora_alpha": 2 * RANK, **chosen}, indent=2)
     )
@@ -372,7 +416,9 @@ def make_adapter(folder: Path, config: dict, tensors: Tensors, modules: tuple[st
 
 
 def child(code: str, *argv: object) -> dict:
-    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True
+    )
     if done.returncode:
         raise common.ProcessFailed(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -383,16 +429,24 @@ def plans(args: argparse.Namespace) -> dict[str, dict]:
     for base in BASES:
         for experts in (False, True)[: 1 + base.experts]:
             name = base.name + (
-                ", attention and experts" if experts else ", all linear" if base.modules == LINEAR else ", attention"
+                ", attention and experts"
+                if experts
+                else ", all linear"
+                if base.modules == LINEAR
+                else ", attention"
             )
             if args.only and not any(word in name for word in args.only.split(",")):
                 continue
             folders = []
             for word, sizes, shards in (("small", base.small, 1), ("base", {}, base.shards)):
                 config, tensors = base.shape(**sizes)
-                folders.append(make_base(args.work / f"{base.name}-{word}", config, tensors, shards))
+                folders.append(
+                    make_base(args.work / f"{base.name}-{word}", config, tensors, shards)
+                )
                 config, tensors = base.shape(**sizes)
-                adapter = args.work / f"{base.name}-{word}-adapter-{'experts' if experts else 'modules'}"
+                adapter = (
+                    args.work / f"{base.name}-{word}-adapter-{'experts' if experts else 'modules'}"
+                )
                 folders.append(make_adapter(adapter, config, tensors, base.modules, experts))
             runs = [child(PLAN, *folders, 0) for _ in range(args.repeat)]
             far = child(PLAN, *folders, 1)
@@ -411,12 +465,29 @@ def plans(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def plan_table(results: dict[str, dict]) -> None:
-    heads = ("tensors", "CPU s", "wall s", "peak MB", "requests", "changed", "read GB", "written GB")
+    heads = (
+        "tensors",
+        "CPU s",
+        "wall s",
+        "peak MB",
+        "requests",
+        "changed",
+        "read GB",
+        "written GB",
+    )
     print("\n" + "plan".ljust(45), *(head.rjust(10) for head in heads))
     for name, one in results.items():
         totals = one["totals"]
-        cells = [one["tensors"], f"{median(one['cpu_seconds']):.1f}", f"{median(one['wall_seconds']):.1f}"]
-        cells += [f"{median(one['peak_bytes']) / 1e6:.0f}", one["requests"], totals["tensors_changed"]]
+        cells = [
+            one["tensors"],
+            f"{median(one['cpu_seconds']):.1f}",
+            f"{median(one['wall_seconds']):.1f}",
+        ]
+        cells += [
+            f"{median(one['peak_bytes']) / 1e6:.0f}",
+            one["requests"],
+            totals["tensors_changed"],
+        ]
         cells += [f"{totals[key] / common.GB:.1f}" for key in ("bytes_read", "bytes_written")]
         print(name.ljust(45), *(str(cell).rjust(10) for cell in cells))
 
@@ -435,7 +506,9 @@ def fill(folder: Path) -> None:
             generator = torch.Generator().manual_seed(0)
             for entry in (entry for key, entry in table.items() if key != "__metadata__"):
                 dtype = torch.bfloat16 if entry["dtype"] == "BF16" else torch.float32
-                values = (torch.randn(math.prod(entry["shape"]), generator=generator) * common.STD).to(dtype)
+                values = (
+                    torch.randn(math.prod(entry["shape"]), generator=generator) * common.STD
+                ).to(dtype)
                 file.seek(length + entry["data_offsets"][0])
                 file.write(values.view(torch.uint8).numpy().data)
 
@@ -445,7 +518,14 @@ def merges(args: argparse.Namespace) -> dict[str, dict]:
     for count in map(int, args.experts.split(",") if args.experts else ()):
         layers, hidden = 4, 1024
         inner = max(8, round(args.size * common.GB / (layers * 6 * hidden * count)))
-        sizes = {"layers": layers, "experts": count, "hidden": hidden, "inner": inner, "heads": 8, "vocab": 1000}
+        sizes = {
+            "layers": layers,
+            "experts": count,
+            "hidden": hidden,
+            "inner": inner,
+            "heads": 8,
+            "vocab": 1000,
+        }
         name = f"experts-{count}-{args.size:g}GB"
         folders = [args.work / f"{name}-base", args.work / f"{name}-adapter"]
         if not all(folder.exists() for folder in folders):
@@ -464,12 +544,18 @@ def merges(args: argparse.Namespace) -> dict[str, dict]:
             "wall_seconds": [round(run["wall"], 3) for run in runs],
             "bytes_read": runs[0]["totals"]["bytes_read"],
         }
-        print(f"merge over {count} experts {results[str(count)]['cpu_seconds']} CPU s", file=sys.stderr)
+        print(
+            f"merge over {count} experts {results[str(count)]['cpu_seconds']} CPU s",
+            file=sys.stderr,
+        )
     return results
 
 
 def merge_table(results: dict[str, dict]) -> None:
-    print("\n" + "merge through target_parameters".ljust(45), *(head.rjust(10) for head in ("GB", "CPU s", "wall s", "read GB")))
+    print(
+        "\n" + "merge through target_parameters".ljust(45),
+        *(head.rjust(10) for head in ("GB", "CPU s", "wall s", "read GB")),
+    )
     for count, one in results.items():
         cells = [f"{one['bytes'] / common.GB:.2f}", f"{median(one['cpu_seconds']):.1f}"]
         cells += [f"{median(one['wall_seconds']):.1f}", f"{one['bytes_read'] / common.GB:.2f}"]
@@ -477,18 +563,31 @@ def merge_table(results: dict[str, dict]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="plans whose names hold one of these words, comma-separated")
-    parser.add_argument("--experts", default="8,32,128", help="numbers of experts to merge over, comma-separated; '' for none")
-    parser.add_argument("--size", type=float, default=0.3, help="GB of the experts merged over (0.3)")
+    parser.add_argument(
+        "--experts",
+        default="8,32,128",
+        help="numbers of experts to merge over, comma-separated; '' for none",
+    )
+    parser.add_argument(
+        "--size", type=float, default=0.3, help="GB of the experts merged over (0.3)"
+    )
     parser.add_argument("--repeat", type=int, default=1, help="rounds (1)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-benchmark"
+    )
     parser.add_argument("--json", type=Path, help="write every figure here")
     args = parser.parse_args()
     args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     lock = common.alone(args.work)
-    report = common.environment("adapterkit", "torch", "transformers") | {"repeat": args.repeat, "size": args.size}
+    report = common.environment("adapterkit", "torch", "transformers") | {
+        "repeat": args.repeat,
+        "size": args.size,
+    }
     report |= {"plans": plans(args), "merges": merges(args)}
     lock.close()
     plan_table(report["plans"])

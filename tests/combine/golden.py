@@ -31,13 +31,17 @@ def merged(deltas, method, parameters):
         return merge_tensors(deltas[:2], method, parameters=parameters, base_index=0)
     if method in ("linear", "karcher"):
         return merge_tensors(deltas, method, parameters=parameters)
-    return merge_tensors([torch.zeros_like(deltas[0]), *deltas], method, parameters=parameters, base_index=0)
+    return merge_tensors(
+        [torch.zeros_like(deltas[0]), *deltas], method, parameters=parameters, base_index=0
+    )
 
 
 def chances(delta, density, epsilon):
     """The probabilities that della hands to torch.bernoulli."""
     seen = []
-    with mock.patch("torch.bernoulli", side_effect=lambda p: seen.append(p.clone()) or torch.ones_like(p)):
+    with mock.patch(
+        "torch.bernoulli", side_effect=lambda p: seen.append(p.clone()) or torch.ones_like(p)
+    ):
         merged([delta], "della", {"weight": 1.0, "density": density, "epsilon": epsilon})
     return seen[0]
 
@@ -49,9 +53,20 @@ def listed(tensor):
 if __name__ == "__main__":
     generator = torch.Generator().manual_seed(9)
     deltas = [torch.randn(5, 7, generator=generator).mul(1000).round().div(1000) for _ in range(3)]
-    assert all(len(d.abs().unique()) == d.numel() for d in deltas), "equal magnitudes: which of them stays is not defined"
-    cases = [{"method": m, "parameters": p, "merged": listed(merged(deltas, m, p))} for m, p in CASES]
+    assert all(len(d.abs().unique()) == d.numel() for d in deltas), (
+        "equal magnitudes: which of them stays is not defined"
+    )
+    cases = [
+        {"method": m, "parameters": p, "merged": listed(merged(deltas, m, p))} for m, p in CASES
+    ]
     della = {"density": 0.5, "epsilon": 0.2, "chances": listed(chances(deltas[0], 0.5, 0.2))}
-    golden = {"mergekit": version("mergekit"), "deltas": [listed(d) for d in deltas], "cases": cases, "della": della}
+    golden = {
+        "mergekit": version("mergekit"),
+        "deltas": [listed(d) for d in deltas],
+        "cases": cases,
+        "della": della,
+    }
     text = json.dumps(golden)
-    Path(__file__).with_name("golden.json").write_text(text.replace('{"method"', '\n{"method"') + "\n")
+    Path(__file__).with_name("golden.json").write_text(
+        text.replace('{"method"', '\n{"method"') + "\n"
+    )

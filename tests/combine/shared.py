@@ -30,9 +30,15 @@ def deltas(folder: Path) -> dict[str, Tensor]:
     for path, layer in model.named_modules():
         if isinstance(layer, oracle.peft_layers.LoraLayer):
             embedding = isinstance(layer.get_base_layer(), nn.Embedding)
-            factors = (layer.lora_embedding_A, layer.lora_embedding_B) if embedding else (layer.lora_A, layer.lora_B)
+            factors = (
+                (layer.lora_embedding_A, layer.lora_embedding_B)
+                if embedding
+                else (layer.lora_A, layer.lora_B)
+            )
             a, b = (f["a0"] if embedding else f["a0"].weight for f in factors)
-            found[path.removeprefix("base_model.model.")] = layer.scaling["a0"] * b.double().flatten(1) @ a.double().flatten(1)
+            found[path.removeprefix("base_model.model.")] = (
+                layer.scaling["a0"] * b.double().flatten(1) @ a.double().flatten(1)
+            )
     return {name: delta.detach() for name, delta in found.items()}
 
 
@@ -54,4 +60,6 @@ def truncated(delta: Tensor, rank: int) -> Tensor:
 def assert_close(found: dict, expected: dict, tolerance: float = 2e-6) -> None:
     assert set(found) == set(expected)
     for name, delta in expected.items():
-        assert float((found[name] - delta).norm()) <= tolerance * max(float(delta.norm()), 1e-12), name
+        assert float((found[name] - delta).norm()) <= tolerance * max(float(delta.norm()), 1e-12), (
+            name
+        )

@@ -32,7 +32,14 @@ def strict():
 def mixed(tmp_path_factory) -> list[Path]:
     """Ranks, scales, patterns and modules that differ."""
     root = tmp_path_factory.mktemp("mixed")
-    first = trained(root / "a0", 1, r=4, lora_alpha=6, rank_pattern={"fit": 7}, alpha_pattern={"fit": 3, "narrow": 1.5})
+    first = trained(
+        root / "a0",
+        1,
+        r=4,
+        lora_alpha=6,
+        rank_pattern={"fit": 7},
+        alpha_pattern={"fit": 3, "narrow": 1.5},
+    )
     second = trained(root / "a1", 2, r=3, lora_alpha=5, use_rslora=True)
     third = trained(root / "a2", 3, r=2, lora_alpha=4, target_modules=["fit", "image", "embed"])
     return [first, second, third]
@@ -42,7 +49,10 @@ def mixed(tmp_path_factory) -> list[Path]:
 def alike(tmp_path_factory) -> list[Path]:
     """Four adapters of one rank on linear layers alone; alphas differ."""
     root = tmp_path_factory.mktemp("alike")
-    return [trained(root / f"e{i}", i, r=4, lora_alpha=4 + i, target_modules=["fit", "narrow"]) for i in range(4)]
+    return [
+        trained(root / f"e{i}", i, r=4, lora_alpha=4 + i, target_modules=["fit", "narrow"])
+        for i in range(4)
+    ]
 
 
 def config_of(folder: Path) -> dict:
@@ -84,7 +94,11 @@ def test_subtraction_of_factors_is_pefts(alike, tmp_path):
     found = load_file(tmp_path / "out" / WEIGHTS)
     for key, tensor in task.items():
         expected = tensor - (general[0][key] + general[1][key]) / 2
-        assert torch.allclose(found[key], expected * (1.0 if "lora_A" in key else config_of(alike[0])["lora_alpha"] / 4), atol=1e-7)
+        assert torch.allclose(
+            found[key],
+            expected * (1.0 if "lora_A" in key else config_of(alike[0])["lora_alpha"] / 4),
+            atol=1e-7,
+        )
 
 
 def test_a_subtraction_keeps_the_tasks_trained_values_and_refuses_the_generals(alike, tmp_path):
@@ -99,11 +113,18 @@ def test_a_subtraction_keeps_the_tasks_trained_values_and_refuses_the_generals(a
     torch.testing.assert_close(deltas(tmp_path / "without")["fit"], part, rtol=1e-5, atol=1e-6)
     assert key not in load_file(tmp_path / "without" / WEIGHTS)
     for space in ("delta", "factors"):  # a module that the option names stays as the task has it
-        adapterkit.subtract([alike[0]], general=[alike[1]], out=tmp_path / space, exclude="fit", space=space)
-        torch.testing.assert_close(deltas(tmp_path / space)["fit"], deltas(alike[0])["fit"], rtol=1e-5, atol=1e-6)
+        adapterkit.subtract(
+            [alike[0]], general=[alike[1]], out=tmp_path / space, exclude="fit", space=space
+        )
+        torch.testing.assert_close(
+            deltas(tmp_path / space)["fit"], deltas(alike[0])["fit"], rtol=1e-5, atol=1e-6
+        )
     with pytest.raises(Refused, match="ranks"):
         adapterkit.subtract(
-            [trained(tmp_path / "r2", 6, r=2, target_modules=["fit"])], general=[alike[0]], out=tmp_path / "no", space="factors"
+            [trained(tmp_path / "r2", 6, r=2, target_modules=["fit"])],
+            general=[alike[0]],
+            out=tmp_path / "no",
+            space="factors",
         )
 
 
@@ -122,15 +143,26 @@ def experts_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def test_arrow_stacks_experts_with_exact_prototypes(alike, tmp_path):
     receipt = adapterkit.arrow(alike, out=tmp_path / "out")
     tensors, config = experts_of(tmp_path / "out")
-    assert config["top_k"] == 3 and config["experts"] == ["e0", "e1", "e2", "e3"] and config["arrow"] == 1
+    assert (
+        config["top_k"] == 3
+        and config["experts"] == ["e0", "e1", "e2", "e3"]
+        and config["arrow"] == 1
+    )
     for module in ("fit", "narrow"):
-        a, b, scale, prototype = (tensors[f"{module}.{x}"] for x in ("a", "b", "scale", "prototype"))
+        a, b, scale, prototype = (
+            tensors[f"{module}.{x}"] for x in ("a", "b", "scale", "prototype")
+        )
         for i, folder in enumerate(alike):
             delta = deltas(folder)[module]
-            assert float((scale[i] * b[i].double() @ a[i].double() - delta).norm() / delta.norm()) < 1e-6
+            assert (
+                float((scale[i] * b[i].double() @ a[i].double() - delta).norm() / delta.norm())
+                < 1e-6
+            )
             _, s, vh = torch.linalg.svd(delta)
             assert_parallel(prototype[i], vh[0])
-            assert prototype.dtype == torch.float32 and prototype[i][prototype[i].abs().argmax()] > 0
+            assert (
+                prototype.dtype == torch.float32 and prototype[i][prototype[i].abs().argmax()] > 0
+            )
             gap = receipt.data["parameters"][module]["gap"][i]
             assert gap == pytest.approx(float(1 - s[1] / s[0]), abs=1e-3)
     adapterkit.verify(tmp_path / "out")
@@ -140,13 +172,24 @@ def test_arrow_takes_ranks_modules_and_untrained_experts_that_differ(alike, tmp_
     small = trained(tmp_path / "small", 7, r=2, lora_alpha=3, target_modules=["fit"])
     blank = oracle.edit_config(alike[0], tmp_path / "blank")
     tensors = load_file(blank / WEIGHTS)
-    save_file({k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()}, blank / WEIGHTS)
-    receipt = adapterkit.arrow([alike[0], small, blank], out=tmp_path / "out", top_k=1, temperature=0.5)
+    save_file(
+        {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()},
+        blank / WEIGHTS,
+    )
+    receipt = adapterkit.arrow(
+        [alike[0], small, blank], out=tmp_path / "out", top_k=1, temperature=0.5
+    )
     tensors, config = experts_of(tmp_path / "out")
     assert (config["top_k"], config["temperature"]) == (1, 0.5)
-    assert tensors["fit.a"].shape == (3, 4, 16) and not tensors["fit.a"][1, 2:].any() and "fit.expert" not in tensors
+    assert (
+        tensors["fit.a"].shape == (3, 4, 16)
+        and not tensors["fit.a"][1, 2:].any()
+        and "fit.expert" not in tensors
+    )
     assert tensors["narrow.expert"].tolist() == [0, 2] and tensors["narrow.scale"].shape == (2,)
-    assert not tensors["fit.prototype"][2].any() and receipt.data["parameters"]["fit"]["gap"][2] == 0
+    assert (
+        not tensors["fit.prototype"][2].any() and receipt.data["parameters"]["fit"]["gap"][2] == 0
+    )
     assert any("not in all experts" in note for note in receipt.data["notes"])
 
 
@@ -156,7 +199,9 @@ def test_arrow_subtracts_general_adapters_exactly(alike, tmp_path):
     assert config["general"] == ["e2", "e3"]
     for i in (0, 1):
         expected = weighted([alike[i], *alike[2:]], (1, -0.5, -0.5))["fit"]
-        found = tensors["fit.scale"][i] * tensors["fit.b"][i].double() @ tensors["fit.a"][i].double()
+        found = (
+            tensors["fit.scale"][i] * tensors["fit.b"][i].double() @ tensors["fit.a"][i].double()
+        )
         assert float((found - expected).norm() / expected.norm()) < 1e-6
         vh = torch.linalg.svd(expected).Vh
         assert_parallel(tensors["fit.prototype"][i], vh[0])
@@ -173,7 +218,9 @@ def test_compat_gives_pefts_prototypes(general, alike, tmp_path):
     settings.gks_adapter_names = [f"gks_{i}" for i in range(len(others))]
     layer = ArrowLoraLinearLayer(16, settings)
     a, b = nn.ModuleDict(), nn.ModuleDict()
-    for name, folder in zip(settings.task_adapter_names + settings.gks_adapter_names, [*tasks, *others], strict=True):
+    for name, folder in zip(
+        settings.task_adapter_names + settings.gks_adapter_names, [*tasks, *others], strict=True
+    ):
         stored = load_file(folder / WEIGHTS)
         for table, key in ((a, "lora_A"), (b, "lora_B")):
             weight = stored[f"base_model.model.fit.{key}.weight"].clone()
@@ -209,36 +256,64 @@ def test_a_rebased_adapter_gives_the_trained_model_on_the_original_base(init, tm
     with oracle.quiet():
         torch.manual_seed(0)
         model = peft.get_peft_model(
-            oracle.llama(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+            oracle.llama(),
+            peft.LoraConfig(
+                r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=init
+            ),
         )
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(tmp_path / "initial")
         model.peft_config["default"].init_lora_weights = init
         oracle.perturb(model, 1, 0.05)
-        for name, parameter in model.named_parameters():  # small steps from the init, not values of their own
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # small steps from the init, not values of their own
             if "lora_" in name:
                 start = load_file(tmp_path / "initial" / WEIGHTS)[name.replace(".default", "")]
                 parameter.data = start + 0.05 * parameter.data
         model.save_pretrained(tmp_path / "trained")
         ids = torch.arange(12)[None]
         expected = model.eval()(input_ids=ids).logits
-        adapterkit.rebase(tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "plain")
+        adapterkit.rebase(
+            tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "plain"
+        )
         found = oracle.peft_model(oracle.llama(), tmp_path / "plain")(input_ids=ids).logits
     assert torch.allclose(found, expected, atol=2e-5)
-    assert config_of(tmp_path / "plain")["init_lora_weights"] is True and config_of(tmp_path / "plain")["r"] == 8
+    assert (
+        config_of(tmp_path / "plain")["init_lora_weights"] is True
+        and config_of(tmp_path / "plain")["r"] == 8
+    )
 
 
 def test_rebase_keeps_what_peft_drops(mixed, tmp_path):
     """Embeddings, patterns, rsLoRA, magnitudes, biases, trained modules."""
-    settings = {"use_dora": True, "target_modules": ["fit", "embed", "image"], "modules_to_save": ["norm"], "use_rslora": True}
+    settings = {
+        "use_dora": True,
+        "target_modules": ["fit", "embed", "image"],
+        "modules_to_save": ["norm"],
+        "use_rslora": True,
+    }
     settings |= {"rank_pattern": {"fit": 6}, "r": 3, "lora_alpha": 5}
-    initial, after = (trained(tmp_path / name, seed, **settings) for name, seed in (("before", 1), ("after", 2)))
-    plain, after = after, oracle.edit_config(after, tmp_path / "trained", init_lora_weights="pissa_niter_4")
+    initial, after = (
+        trained(tmp_path / name, seed, **settings) for name, seed in (("before", 1), ("after", 2))
+    )
+    plain, after = (
+        after,
+        oracle.edit_config(after, tmp_path / "trained", init_lora_weights="pissa_niter_4"),
+    )
     adapterkit.rebase(after, initial=initial, out=tmp_path / "plain")
     kept, found = load_file(after / WEIGHTS), load_file(tmp_path / "plain" / WEIGHTS)
-    beside = {key for key in kept if "lora_A" not in key and "lora_B" not in key and "embedding_" not in key}
+    beside = {
+        key
+        for key in kept
+        if "lora_A" not in key and "lora_B" not in key and "embedding_" not in key
+    }
     assert any("magnitude" in key for key in beside) and any("norm" in key for key in beside)
-    assert all(torch.equal(found[key], kept[key]) for key in beside) and config_of(tmp_path / "plain")["use_dora"]
+    assert (
+        all(torch.equal(found[key], kept[key]) for key in beside)
+        and config_of(tmp_path / "plain")["use_dora"]
+    )
     assert_close(deltas(tmp_path / "plain"), weighted([plain, initial], (1, -1)))
 
 
@@ -263,8 +338,12 @@ def test_resize_is_the_best_approximation_at_the_exact_rank(rank, alpha, mixed, 
         assert fact["rank"] == min(rank, 7 if name == "fit" else 4, *delta.shape)
         best = truncated(delta, fact["rank"])
         assert fact["error"] == pytest.approx(float((delta - best).norm() / delta.norm()), abs=1e-3)
-    assert_close(deltas(tmp_path / "out"), {n: truncated(d, rank) for n, d in deltas(mixed[0]).items()}, 1e-5)
-    assert config_of(tmp_path / "out")["lora_alpha"] == (6 if alpha == "keep" else config_of(tmp_path / "out")["r"])
+    assert_close(
+        deltas(tmp_path / "out"), {n: truncated(d, rank) for n, d in deltas(mixed[0]).items()}, 1e-5
+    )
+    assert config_of(tmp_path / "out")["lora_alpha"] == (
+        6 if alpha == "keep" else config_of(tmp_path / "out")["r"]
+    )
 
 
 def test_the_factors_are_balanced(mixed, tmp_path):
@@ -285,7 +364,9 @@ def test_resize_by_energy_ratio_and_size(mixed, tmp_path):
         s = torch.linalg.svdvals(delta)
         assert facts[name]["rank"] == int((s >= s[0] / 1.5).sum())
     size = (mixed[0] / WEIGHTS).stat().st_size // 2
-    facts = adapterkit.resize(mixed[0], out=tmp_path / "size", max_size=str(size)).data["parameters"]
+    facts = adapterkit.resize(mixed[0], out=tmp_path / "size", max_size=str(size)).data[
+        "parameters"
+    ]
     assert 0.85 * size < (tmp_path / "size" / WEIGHTS).stat().st_size <= size
     assert all("spectrum" not in fact for fact in facts.values())
     kept, dropped = [], []
@@ -293,15 +374,23 @@ def test_resize_by_energy_ratio_and_size(mixed, tmp_path):
         s = torch.linalg.svdvals(delta)[:7]
         kept += s[1 : facts[name]["rank"]].tolist()
         dropped += s[facts[name]["rank"] :][s[facts[name]["rank"] :] > 1e-6].tolist()
-    assert max(dropped) < 2 * min(kept)  # but for the last ones that did not fit, the larger values stay
-    assert_close(deltas(tmp_path / "size"), {n: truncated(d, facts[n]["rank"]) for n, d in deltas(mixed[0]).items()}, 1e-5)
+    assert max(dropped) < 2 * min(
+        kept
+    )  # but for the last ones that did not fit, the larger values stay
+    assert_close(
+        deltas(tmp_path / "size"),
+        {n: truncated(d, facts[n]["rank"]) for n, d in deltas(mixed[0]).items()},
+        1e-5,
+    )
 
 
 def test_resize_to_a_size_beside_values_of_another_width(tmp_path):
     """Values of wider dtypes come first in the file: ranks must not go to the wrong modules for it."""
     source = trained(tmp_path / "a", 1, modules_to_save=["norm"])
     size = 4500
-    facts = adapterkit.resize(source, out=tmp_path / "size", max_size=str(size), dtype="bf16").data["parameters"]
+    facts = adapterkit.resize(source, out=tmp_path / "size", max_size=str(size), dtype="bf16").data[
+        "parameters"
+    ]
     kept, dropped = [], []
     for name, delta in deltas(source).items():
         s = torch.linalg.svdvals(delta)[:4]
@@ -312,16 +401,28 @@ def test_resize_to_a_size_beside_values_of_another_width(tmp_path):
 
 def test_resize_keeps_all_else(tmp_path):
     source = trained(
-        tmp_path / "a", 1, target_modules=["fit"], use_dora=True, lora_bias=False, modules_to_save=["norm"], bias="lora_only"
+        tmp_path / "a",
+        1,
+        target_modules=["fit"],
+        use_dora=True,
+        lora_bias=False,
+        modules_to_save=["norm"],
+        bias="lora_only",
     )
     adapterkit.resize(source, out=tmp_path / "out", rank=2)
     before, after = load_file(source / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert set(before) == set(after)
-    assert all(torch.equal(after[key], before[key]) for key in before if "lora_A" not in key and "lora_B" not in key)
+    assert all(
+        torch.equal(after[key], before[key])
+        for key in before
+        if "lora_A" not in key and "lora_B" not in key
+    )
     biased = trained(tmp_path / "b", 1, target_modules=["fit"], lora_bias=True, r=4, lora_alpha=6)
     adapterkit.resize(biased, out=tmp_path / "c", rank=2)
     key = "base_model.model.fit.lora_B.bias"
-    assert torch.allclose(load_file(tmp_path / "c" / WEIGHTS)[key], 1.5 * load_file(biased / WEIGHTS)[key])
+    assert torch.allclose(
+        load_file(tmp_path / "c" / WEIGHTS)[key], 1.5 * load_file(biased / WEIGHTS)[key]
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,24 @@ WEIGHTS = (1.0, -0.4, 0.7)
 def three(tmp_path_factory) -> list[Path]:
     """Three adapters of one rank on every kind of layer, of different alphas."""
     root = tmp_path_factory.mktemp("three")
-    return [trained(root / f"a{i}", seed=i, r=4, lora_alpha=alpha) for i, alpha in enumerate((6, 3.5, 8))]
+    return [
+        trained(root / f"a{i}", seed=i, r=4, lora_alpha=alpha)
+        for i, alpha in enumerate((6, 3.5, 8))
+    ]
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> list[Path]:
     """Ranks, scales, patterns and modules that differ; bfloat16 factors in one."""
     root = tmp_path_factory.mktemp("mixed")
-    first = trained(root / "a0", 1, r=4, lora_alpha=6, rank_pattern={"fit": 7}, alpha_pattern={"fit": 3, "narrow": 1.5})
+    first = trained(
+        root / "a0",
+        1,
+        r=4,
+        lora_alpha=6,
+        rank_pattern={"fit": 7},
+        alpha_pattern={"fit": 3, "narrow": 1.5},
+    )
     second = trained(root / "a1", 2, r=3, lora_alpha=5, use_rslora=True)
     third = trained(root / "a2", 3, r=2, lora_alpha=4, target_modules=["fit", "image", "embed"])
     tensors = {k: v.bfloat16() for k, v in load_file(third / "adapter_model.safetensors").items()}
@@ -54,7 +64,9 @@ def combined(sources: list[Path], out: Path, weights=WEIGHTS, **options) -> dict
         return adapterkit.combine(named, out=out, **options).data["parameters"]
 
 
-def peft_combined(sources: list[Path], out: Path, kind: str, weights=WEIGHTS, **options) -> dict[str, torch.Tensor]:
+def peft_combined(
+    sources: list[Path], out: Path, kind: str, weights=WEIGHTS, **options
+) -> dict[str, torch.Tensor]:
     """PEFT's combination, saved: its tensors by key."""
     with oracle.quiet():
         model = oracle.peft_model(net(), *sources)
@@ -71,16 +83,27 @@ def peft_combined(sources: list[Path], out: Path, kind: str, weights=WEIGHTS, **
 def test_linear_is_the_weighted_sum(method, mixed, tmp_path):
     facts = combined(mixed, tmp_path / "out", method=method)
     assert_close(deltas(tmp_path / "out"), weighted(mixed, WEIGHTS))
-    assert facts["fit"]["rank"] == 7 + 3 + 2 and facts["narrow"]["rank"] == 3  # 4 + 3 factors of three rows
+    assert (
+        facts["fit"]["rank"] == 7 + 3 + 2 and facts["narrow"]["rank"] == 3
+    )  # 4 + 3 factors of three rows
     assert facts["fit"]["energy"] == 1
 
 
 def test_the_written_adapter_is_plain(mixed, tmp_path):
     combined(mixed, tmp_path / "out", method="linear")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == config["r"] and not config["use_rslora"] and config["init_lora_weights"] is True
-    assert config["rank_pattern"] == config["alpha_pattern"] and all(key.startswith("^") for key in config["rank_pattern"])
-    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values())
+    assert (
+        config["lora_alpha"] == config["r"]
+        and not config["use_rslora"]
+        and config["init_lora_weights"] is True
+    )
+    assert config["rank_pattern"] == config["alpha_pattern"] and all(
+        key.startswith("^") for key in config["rank_pattern"]
+    )
+    assert all(
+        t.dtype == torch.float32
+        for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()
+    )
     adapterkit.verify(tmp_path / "out")
 
 
@@ -103,7 +126,9 @@ def test_a_rank_gives_the_best_approximation(rank, mixed, tmp_path):
         assert facts[name]["rank"] == min(rank, *delta.shape, 7 if name == "tall" else 99)
         best = truncated(delta, rank)
         assert float((found[name] - best).norm()) <= 1e-5 * float(delta.norm()), name
-        assert math.isclose(facts[name]["energy"], float(best.norm() / delta.norm()) ** 2, rel_tol=1e-5)
+        assert math.isclose(
+            facts[name]["energy"], float(best.norm() / delta.norm()) ** 2, rel_tol=1e-5
+        )
         assert math.isclose(facts[name]["norm"], float(delta.norm()), rel_tol=1e-5)
 
 
@@ -114,7 +139,11 @@ def test_an_energy_gives_the_smallest_rank_that_keeps_it(energy, mixed, tmp_path
         squares = torch.linalg.svdvals(delta).square()
         shares = squares.cumsum(0) / squares.sum()
         assert facts[name]["rank"] == int((shares < energy * (1 - 1e-12)).sum()) + 1
-    assert_close(deltas(tmp_path / "out"), {n: truncated(d, facts[n]["rank"]) for n, d in weighted(mixed, WEIGHTS).items()}, 1e-5)
+    assert_close(
+        deltas(tmp_path / "out"),
+        {n: truncated(d, facts[n]["rank"]) for n, d in weighted(mixed, WEIGHTS).items()},
+        1e-5,
+    )
 
 
 def test_cosines_are_those_of_the_deltas(mixed, tmp_path):
@@ -127,7 +156,9 @@ def test_cosines_are_those_of_the_deltas(mixed, tmp_path):
 
 def test_bfloat16_factors_on_request(mixed, tmp_path):
     combined(mixed, tmp_path / "out", method="linear", dtype="bf16")
-    assert {t.dtype for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    assert {
+        t.dtype for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()
+    } == {torch.bfloat16}
     assert_close(deltas(tmp_path / "out"), weighted(mixed, WEIGHTS), 1e-2)
 
 
@@ -144,7 +175,13 @@ def pairs_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-DELTA = [("cat", None), ("svd", None), ("ties_svd", "total"), ("ties_svd", "frequency"), ("magnitude_prune_svd", None)]
+DELTA = [
+    ("cat", None),
+    ("svd", None),
+    ("ties_svd", "total"),
+    ("ties_svd", "frequency"),
+    ("magnitude_prune_svd", None),
+]
 FACTORS = [("linear", None), ("ties", "total"), ("ties", "frequency"), ("magnitude_prune", None)]
 
 
@@ -163,7 +200,9 @@ def test_delta_space_agrees_with_peft(kind, majority, three, tmp_path):
 
 def narrowed(source: Path, folder: Path) -> Path:
     """The adapter without the layers that PEFT's svd cannot do."""
-    out = oracle.edit_config(source, folder / source.name, target_modules=[n for n in LAYERS if n not in BEYOND_PEFT])
+    out = oracle.edit_config(
+        source, folder / source.name, target_modules=[n for n in LAYERS if n not in BEYOND_PEFT]
+    )
     tensors = load_file(out / "adapter_model.safetensors")
     kept = {k: t for k, t in tensors.items() if not any(f".{name}." in k for name in BEYOND_PEFT)}
     save_file(kept, out / "adapter_model.safetensors")
@@ -188,7 +227,11 @@ def test_dare_on_factors_is_pefts_with_the_same_draws(kind, three, tmp_path, mon
     three = [narrowed(source, tmp_path) for source in three]
     with oracle.quiet():
         model = oracle.peft_model(net(), *three)
-    names = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, oracle.peft_layers.LoraLayer)]
+    names = [
+        n.removeprefix("base_model.model.")
+        for n, m in model.named_modules()
+        if isinstance(m, oracle.peft_layers.LoraLayer)
+    ]
     order = iter([(name, side, which) for name in names for side in "ab" for which in range(3)])
 
     def pruned(tensor, density, rescale):
@@ -258,14 +301,25 @@ def test_slerp_says_t_once(mixed, tmp_path):
     with pytest.raises(Refused, match="both say where"):
         combined(mixed[:2], tmp_path / "no", (0.7, 0.3), method="slerp", settings={"t": 0.3})
     with pytest.raises(Refused, match="--weight-for"):
-        combined(mixed[:2], tmp_path / "no", (1.0, 1.0), method="slerp", settings={"t": 0.3}, weight_for=["1:fit=0.5"])
+        combined(
+            mixed[:2],
+            tmp_path / "no",
+            (1.0, 1.0),
+            method="slerp",
+            settings={"t": 0.3},
+            weight_for=["1:fit=0.5"],
+        )
 
 
-@pytest.mark.parametrize("refit", [{}, {"rank": 2}, {"energy": 0.8}], ids=["default", "rank", "energy"])
+@pytest.mark.parametrize(
+    "refit", [{}, {"rank": 2}, {"energy": 0.8}], ids=["default", "rank", "energy"]
+)
 @pytest.mark.parametrize("method", list(registry.members("combinations")))
 def test_every_method_and_refit(method, refit, mixed, tmp_path):
     """The refit is the best approximation of what the method gives at full rank, and the bytes are the same every time."""
-    sources, weights = (mixed[:2], (1.0, 0.6)) if method in ("slerp", "karcher") else (mixed, WEIGHTS)
+    sources, weights = (
+        (mixed[:2], (1.0, 0.6)) if method in ("slerp", "karcher") else (mixed, WEIGHTS)
+    )
     options = options_of(method)
     combined(sources, tmp_path / "whole", weights, method=method, energy=1.0, **options)
     facts = combined(sources, tmp_path / "out", weights, method=method, **refit, **options)
@@ -282,7 +336,10 @@ def test_every_method_and_refit(method, refit, mixed, tmp_path):
         if "energy" in refit:
             assert float(best.norm() ** 2) >= (0.8 - 1e-5) * float(delta.norm() ** 2)
     combined(sources, tmp_path / "again", weights, method=method, **refit, **options)
-    files = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("out", "again")]
+    files = [
+        (tmp_path / folder / "adapter_model.safetensors").read_bytes()
+        for folder in ("out", "again")
+    ]
     assert files[0] == files[1]
 
 
@@ -290,7 +347,9 @@ def test_a_seed_decides_what_is_drawn(three, tmp_path):
     for seed in (1, 1, 2):
         folder = tmp_path / f"s{len(list(tmp_path.iterdir()))}"
         combined(three, folder, method="dare_linear", density=0.5, seed=seed)
-    one, same, other = ((tmp_path / f"s{i}" / "adapter_model.safetensors").read_bytes() for i in range(3))
+    one, same, other = (
+        (tmp_path / f"s{i}" / "adapter_model.safetensors").read_bytes() for i in range(3)
+    )
     assert one == same != other
 
 
@@ -298,8 +357,12 @@ def test_dare_keeps_the_mean(three, tmp_path):
     """Over many seeds the average is the linear combination."""
     total: dict = {}
     for seed in range(40):
-        combined(three, tmp_path / str(seed), method="dare_linear", density=0.5, seed=seed, energy=1.0)
-        for name, delta in pairs_of(load_file(tmp_path / str(seed) / "adapter_model.safetensors")).items():
+        combined(
+            three, tmp_path / str(seed), method="dare_linear", density=0.5, seed=seed, energy=1.0
+        )
+        for name, delta in pairs_of(
+            load_file(tmp_path / str(seed) / "adapter_model.safetensors")
+        ).items():
             total[name] = total.get(name, 0) + delta / 40
     for name, delta in weighted(three, WEIGHTS).items():
         assert float((total[name] - delta).norm()) < 0.6 * float(delta.norm()), name
@@ -309,7 +372,9 @@ def test_dare_keeps_the_mean(three, tmp_path):
 
 
 def test_weight_for_replaces_a_weight(mixed, tmp_path):
-    combined(mixed, tmp_path / "out", method="linear", weight_for=["fit=2", "1:^fit$=0.5", "3:image=0"])
+    combined(
+        mixed, tmp_path / "out", method="linear", weight_for=["fit=2", "1:^fit$=0.5", "3:image=0"]
+    )
     first, second, third = (deltas(source) for source in mixed)
     expected = weighted(mixed, WEIGHTS)
     expected["fit"] = 0.5 * first["fit"] + 2 * second["fit"] + 2 * third["fit"]
@@ -324,10 +389,18 @@ def test_a_rule_that_matches_nothing_is_refused(mixed, tmp_path):
 
 
 def test_biases_follow_the_weights(tmp_path):
-    sources = [trained(tmp_path / f"a{i}", i, target_modules=["fit"], lora_bias=True, lora_alpha=6 + i) for i in range(2)]
+    sources = [
+        trained(tmp_path / f"a{i}", i, target_modules=["fit"], lora_bias=True, lora_alpha=6 + i)
+        for i in range(2)
+    ]
     combined(sources, tmp_path / "out", (1.0, -0.5), method="linear")
-    biases = [load_file(s / "adapter_model.safetensors")["base_model.model.fit.lora_B.bias"] for s in sources]
-    found = load_file(tmp_path / "out" / "adapter_model.safetensors")["base_model.model.fit.lora_B.bias"]
+    biases = [
+        load_file(s / "adapter_model.safetensors")["base_model.model.fit.lora_B.bias"]
+        for s in sources
+    ]
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")[
+        "base_model.model.fit.lora_B.bias"
+    ]
     assert torch.allclose(found, 6 / 4 * biases[0] - 0.5 * 7 / 4 * biases[1], rtol=1e-6)
     with pytest.raises(Refused, match="biases"):
         combined(sources, tmp_path / "ties", (1.0, 1.0), method="ties", density=0.5)
@@ -362,9 +435,13 @@ def test_a_trained_head_is_taken_from_the_one_that_has_it(tmp_path):
     plain = trained(tmp_path / "plain", 2, target_modules=["fit"])
     combined([plain, head], tmp_path / "out", (0.5, 1.0), method="linear")
     key = "base_model.model.narrow.weight"
-    ours, theirs = (load_file(f / "adapter_model.safetensors")[key] for f in (tmp_path / "out", head))
+    ours, theirs = (
+        load_file(f / "adapter_model.safetensors")[key] for f in (tmp_path / "out", head)
+    )
     assert torch.equal(ours, theirs)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"] == ["narrow"]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())[
+        "modules_to_save"
+    ] == ["narrow"]
     with pytest.raises(Refused, match="weight 0.5"):
         combined([plain, head], tmp_path / "no", (1.0, 0.5), method="linear")
     other = trained(tmp_path / "other", 3, target_modules=["fit"], modules_to_save=["narrow"])
@@ -387,14 +464,24 @@ def test_stacks_of_experts_are_combined_expert_by_expert(tmp_path):
         torch.manual_seed(0)
         model = nn.Module()
         model.mlp = Stacks()
-        oracle.train(model, tmp_path / f"a{i}", seed=i, r=rank, lora_alpha=4, target_modules=[], target_parameters=["experts.up"])
+        oracle.train(
+            model,
+            tmp_path / f"a{i}",
+            seed=i,
+            r=rank,
+            lora_alpha=4,
+            target_modules=[],
+            target_parameters=["experts.up"],
+        )
         sources.append(tmp_path / f"a{i}")
     combined(sources, tmp_path / "out", (1.0, 0.5), method="linear")
 
     def stack(folder: Path, rank: int, scale: float) -> torch.Tensor:
         tensors = load_file(folder / "adapter_model.safetensors")
         (a,), (b,) = ([t.double() for k, t in tensors.items() if f"lora_{x}" in k] for x in "AB")
-        return scale * torch.einsum("ore,eri->eoi", b.view(b.shape[0], rank, 3), a.view(3, rank, -1))
+        return scale * torch.einsum(
+            "ore,eri->eoi", b.view(b.shape[0], rank, 3), a.view(3, rank, -1)
+        )
 
     expected = stack(sources[0], 2, 4 / 2) + 0.5 * stack(sources[1], 3, 4 / 3)
     found = stack(tmp_path / "out", 5, 1.0)
@@ -410,7 +497,10 @@ def test_stacks_of_experts_are_combined_expert_by_expert(tmp_path):
 def test_a_zero_adapter_stays_zero(tmp_path):
     source = trained(tmp_path / "a", 1, target_modules=["fit"])
     tensors = load_file(source / "adapter_model.safetensors")
-    save_file({k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()}, source / "adapter_model.safetensors")
+    save_file(
+        {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()},
+        source / "adapter_model.safetensors",
+    )
     for method in ("linear", "svd", "ties"):
         options = {"density": 0.5} if method == "ties" else {}
         facts = combined([source, source], tmp_path / method, (1.0, 1.0), method=method, **options)
@@ -423,8 +513,17 @@ def test_a_zero_adapter_stays_zero(tmp_path):
 def tokenizer_files(**changes) -> dict[str, str]:
     """A fast tokenizer's files as a Trainer leaves them beside a checkpoint."""
     files = {
-        "tokenizer.json": {"version": "1.0", "truncation": None, "padding": None, "model": {"type": "BPE", "vocab": {"a": 0}}},
-        "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "model_max_length": 512, "padding_side": "right"},
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "model": {"type": "BPE", "vocab": {"a": 0}},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "LlamaTokenizer",
+            "model_max_length": 512,
+            "padding_side": "right",
+        },
         "special_tokens_map.json": {"eos_token": "</s>"},
         "chat_template.jinja": None,
     }
@@ -433,8 +532,12 @@ def tokenizer_files(**changes) -> dict[str, str]:
         if name:
             files[name] = files[name] | value
         else:
-            files[{"map": "special_tokens_map.json", "template": "chat_template.jinja"}[key]] = value
-    return {n: v if isinstance(v, str) else json.dumps(v) for n, v in files.items() if v is not None}
+            files[{"map": "special_tokens_map.json", "template": "chat_template.jinja"}[key]] = (
+                value
+            )
+    return {
+        n: v if isinstance(v, str) else json.dumps(v) for n, v in files.items() if v is not None
+    }
 
 
 SAME_TOKENS = [
@@ -467,19 +570,27 @@ def test_tokenizers_beside_the_adapters(changes, verb, tmp_path):
 
     if changes in SAME_TOKENS:
         notes = run(tmp_path / "out").data["notes"]
-        assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 512
+        assert (
+            json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"]
+            == 512
+        )
         assert any("padding_side" in note for note in notes) == ("padding_side" in str(changes))
     else:
         with pytest.raises(Refused) as caught:
             run(tmp_path / "out")
-        assert "different tokenizers" in str(caught.value) and "--tokenizer base" in str(caught.value)
+        assert "different tokenizers" in str(caught.value) and "--tokenizer base" in str(
+            caught.value
+        )
     run(tmp_path / "base", tokenizer="base")
     assert not list((tmp_path / "base").glob("*token*"))
 
 
 def test_a_chat_template_is_the_same_in_either_file(tmp_path):
     sources = [trained(tmp_path / f"a{i}", i, target_modules=["fit"]) for i in range(2)]
-    files = tokenizer_files(template="{{ x }}"), tokenizer_files(config={"chat_template": "{{ x }}"})
+    files = (
+        tokenizer_files(template="{{ x }}"),
+        tokenizer_files(config={"chat_template": "{{ x }}"}),
+    )
     for source, named in zip(sources, files, strict=True):
         for name, text in named.items():
             (source / name).write_text(text)
@@ -491,10 +602,18 @@ def test_a_chat_template_is_the_same_in_either_file(tmp_path):
 
 def test_all_that_is_not_linear_is_refused_at_once(tmp_path):
     dora = trained(tmp_path / "dora", 1, target_modules=["fit"], use_dora=True)
-    pissa = oracle.edit_config(trained(tmp_path / "p", 2, target_modules=["fit"]), tmp_path / "pissa", init_lora_weights="pissa")
+    pissa = oracle.edit_config(
+        trained(tmp_path / "p", 2, target_modules=["fit"]),
+        tmp_path / "pissa",
+        init_lora_weights="pissa",
+    )
     with pytest.raises(Refused) as caught:
         combined([dora, pissa], tmp_path / "out", (1.0, 1.0), method="linear")
-    assert "DoRA" in str(caught.value) and "pissa" in str(caught.value) and "rebase" in str(caught.value)
+    assert (
+        "DoRA" in str(caught.value)
+        and "pissa" in str(caught.value)
+        and "rebase" in str(caught.value)
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -550,15 +669,30 @@ def test_values_that_overflow_are_an_error(three, tmp_path):
 
 
 def test_the_command_writes_plans_and_resumes(three, tmp_path):
-    argv = ["combine", *map(str, three), "--method", "ties", "--density", "0.5", "--out", str(tmp_path / "out")]
+    argv = [
+        "combine",
+        *map(str, three),
+        "--method",
+        "ties",
+        "--density",
+        "0.5",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     planned = CliRunner().invoke(main, [*argv, "--dry-run", "--json"])
     plan = json.loads(planned.stdout)
-    assert planned.exit_code == 0 and len(plan["computed"]) == len(LAYERS) and not (tmp_path / "out").exists()
+    assert (
+        planned.exit_code == 0
+        and len(plan["computed"]) == len(LAYERS)
+        and not (tmp_path / "out").exists()
+    )
     done = CliRunner().invoke(main, [*argv, "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["parameters"]["fit"]["conflict"] > 0
     again = CliRunner().invoke(main, [*argv, "--resume"])
     assert again.exit_code == 0 and "nothing to do" in again.stderr
-    unknown = CliRunner().invoke(main, ["combine", str(three[0]), "--method", "linear", "--set", "x", "--out", "y"])
+    unknown = CliRunner().invoke(
+        main, ["combine", str(three[0]), "--method", "linear", "--set", "x", "--out", "y"]
+    )
     assert unknown.exit_code == 2
 
 

@@ -20,7 +20,14 @@ import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, Refused
 
-BUILDS = {"llama": oracle.llama, "gpt2": oracle.gpt2, "bert": oracle.bert, "vit": oracle.vit, "t5": oracle.t5, "neox": oracle.neox}
+BUILDS = {
+    "llama": oracle.llama,
+    "gpt2": oracle.gpt2,
+    "bert": oracle.bert,
+    "vit": oracle.vit,
+    "t5": oracle.t5,
+    "neox": oracle.neox,
+}
 MODEL = "adapter_model.safetensors"
 NOT_LINEAR = ("embed", "wte", "wpe", "shared", "relative", "lm_head", "patch", "token")
 
@@ -37,7 +44,10 @@ def saved(made):
     """The tiny model of that name as a base."""
 
     def make(name: str, dtype: str = "fp32") -> Path:
-        return made(f"extract-{name}-{dtype}", lambda folder: oracle.save_base(BUILDS[name](), folder, dtype))
+        return made(
+            f"extract-{name}-{dtype}",
+            lambda folder: oracle.save_base(BUILDS[name](), folder, dtype),
+        )
 
     return make
 
@@ -60,7 +70,10 @@ def low_rank(rank: int, where=lambda name, t: t.dim() == 2 and "embed" not in na
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not where(name, tensor):
             return tensor
-        left, right = (torch.randn(*shape, generator=generator) for shape in ((tensor.shape[0], rank), (rank, tensor[0].numel())))
+        left, right = (
+            torch.randn(*shape, generator=generator)
+            for shape in ((tensor.shape[0], rank), (rank, tensor[0].numel()))
+        )
         return tensor + 0.05 * (left @ right).view_as(tensor).to(tensor.dtype)
 
     return change
@@ -72,17 +85,22 @@ def config_of(folder: Path) -> dict:
 
 def linear(name: str, tensor: torch.Tensor) -> bool:
     return tensor.dim() >= 2 and not any(
-        word in name for word in ("embed", "wte", "wpe", "shared", "relative", "lm_head", "patch", "token")
+        word in name
+        for word in ("embed", "wte", "wpe", "shared", "relative", "lm_head", "patch", "token")
     )
 
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_what_was_extracted_leads_back_to_the_fine_tune(name, saved, tmp_path):
     base = saved(name)
-    after = tuned(base, BUILDS[name], tmp_path / "tuned", low_rank(3, linear), max_shard_size="40KB")
+    after = tuned(
+        base, BUILDS[name], tmp_path / "tuned", low_rank(3, linear), max_shard_size="40KB"
+    )
     adapterkit.extract(base, after, out=tmp_path / "adapter", rank=3)
     adapterkit.merge(base, [tmp_path / "adapter"], out=tmp_path / "back")
-    expected, found = (oracle.load(BUILDS[name], folder).state_dict() for folder in (after, tmp_path / "back"))
+    expected, found = (
+        oracle.load(BUILDS[name], folder).state_dict() for folder in (after, tmp_path / "back")
+    )
     for key, tensor in expected.items():
         assert torch.allclose(found[key], tensor, atol=2e-6), key
     with oracle.quiet():
@@ -96,7 +114,11 @@ def test_a_smaller_rank_is_the_best_approximation_and_says_its_error(dtype, save
     base = saved("llama", dtype)
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(20))
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=4)
-    before, later, found = oracle.stored(base), oracle.stored(after), load_file(tmp_path / "out" / MODEL)
+    before, later, found = (
+        oracle.stored(base),
+        oracle.stored(after),
+        load_file(tmp_path / "out" / MODEL),
+    )
     for module, fact in receipt.data["parameters"].items():
         if "rank" not in fact:
             continue
@@ -130,17 +152,25 @@ def test_a_size_is_kept(saved, tmp_path):
 
 def test_unchanged_layers_have_no_factors(saved, tmp_path):
     base = saved("llama")
-    after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(2, lambda name, t: "q_proj" in name))
+    after = tuned(
+        base, oracle.llama, tmp_path / "tuned", low_rank(2, lambda name, t: "q_proj" in name)
+    )
     adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
-    assert config_of(tmp_path / "out")["target_modules"] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert config_of(tmp_path / "out")["target_modules"] == [
+        f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
+    ]
     assert len(load_file(tmp_path / "out" / MODEL)) == 4
 
 
 def test_a_difference_of_rounding_is_none(saved, tmp_path):
     """A bfloat16 copy of a float32 base, one layer of it changed."""
     base = saved("llama")
-    after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(2, lambda name, t: "down_proj" in name))
-    tensors = {key: tensor.bfloat16() for key, tensor in load_file(after / "model.safetensors").items()}
+    after = tuned(
+        base, oracle.llama, tmp_path / "tuned", low_rank(2, lambda name, t: "down_proj" in name)
+    )
+    tensors = {
+        key: tensor.bfloat16() for key, tensor in load_file(after / "model.safetensors").items()
+    }
     save_file(tensors, after / "model.safetensors", {"format": "pt"})
     for name, sides in (("there", (base, after)), ("back", (after, base))):
         adapterkit.extract(*sides, out=tmp_path / name, rank=2, rest="refuse")
@@ -151,7 +181,9 @@ def test_norms_embeddings_and_heads_are_saved_left_out_or_refused(saved, tmp_pat
     base = saved("llama")
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor + 0.1 if "norm.weight" in name or "embed" in name else low_rank(2)(name, tensor)
+        return (
+            tensor + 0.1 if "norm.weight" in name or "embed" in name else low_rank(2)(name, tensor)
+        )
 
     after = tuned(base, oracle.llama, tmp_path / "tuned", change)
     adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
@@ -161,16 +193,26 @@ def test_norms_embeddings_and_heads_are_saved_left_out_or_refused(saved, tmp_pat
     expected, found = oracle.stored(after), oracle.stored(tmp_path / "back")
     assert all(torch.allclose(found[key], tensor, atol=2e-6) for key, tensor in expected.items())
     receipt = adapterkit.extract(base, after, out=tmp_path / "dropped", rank=2, rest="drop")
-    assert "model.norm.weight" in receipt.data["left_out"] and config_of(tmp_path / "dropped")["modules_to_save"] is None
-    with pytest.raises(Refused, match=r"6 of one kind, such as\n  model\.embed_tokens\.weight differs"):
+    assert (
+        "model.norm.weight" in receipt.data["left_out"]
+        and config_of(tmp_path / "dropped")["modules_to_save"] is None
+    )
+    with pytest.raises(
+        Refused, match=r"6 of one kind, such as\n  model\.embed_tokens\.weight differs"
+    ):
         adapterkit.extract(base, after, out=tmp_path / "no", rank=2, rest="refuse")
-    adapterkit.extract(base, after, out=tmp_path / "attention", rank=2, rest="refuse", include="self_attn")
+    adapterkit.extract(
+        base, after, out=tmp_path / "attention", rank=2, rest="refuse", include="self_attn"
+    )
 
 
 def test_biases_go_with_their_layers(saved, tmp_path):
     base = saved("bert")
     after = tuned(
-        base, oracle.bert, tmp_path / "tuned", lambda n, t: t + 0.1 if n.endswith("query.bias") else low_rank(2, linear)(n, t)
+        base,
+        oracle.bert,
+        tmp_path / "tuned",
+        lambda n, t: t + 0.1 if n.endswith("query.bias") else low_rank(2, linear)(n, t),
     )
     adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
     assert config_of(tmp_path / "out")["bias"] == "lora_only"
@@ -179,15 +221,39 @@ def test_biases_go_with_their_layers(saved, tmp_path):
     assert all(torch.allclose(found[key], tensor, atol=2e-6) for key, tensor in expected.items())
 
 
-SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "num_experts_per_tok": 2, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SIZES |= {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
 FOUR = {"num_local_experts": 4}
 MOES = {
     "mixtral": FOUR,
-    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40},  # with a shared expert
-    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 48, "mlp_only_layers": [0]},  # with a dense layer
+    "qwen2_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 40,
+    },  # with a shared expert
+    "qwen3_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 48,
+        "mlp_only_layers": [0],
+    },  # with a dense layer
     "gpt_oss": FOUR,  # stored transposed, with biases of experts and routers
-    "llama4_text": FOUR | {"moe_layers": [1], "intermediate_size_mlp": 40},  # stored transposed, dense layers, a shared expert
+    "llama4_text": FOUR
+    | {
+        "moe_layers": [1],
+        "intermediate_size_mlp": 40,
+    },  # stored transposed, dense layers, a shared expert
     "jetmoe": FOUR | {"kv_channels": 16},  # one stack a module
 }
 
@@ -210,7 +276,9 @@ def experts(made, tmp_path):
 
     def make(kind: str, change, **sizes) -> tuple[Path, Path, functools.partial]:
         build = functools.partial(mixture, kind, **sizes)
-        base = made(f"extract-{kind}-{sizes}", lambda folder: oracle.save_base(build(), folder, "fp32"))
+        base = made(
+            f"extract-{kind}-{sizes}", lambda folder: oracle.save_base(build(), folder, "fp32")
+        )
         return base, tuned(base, build, tmp_path / "tuned", change), build
 
     return make
@@ -234,7 +302,11 @@ def check_both_ways(base: Path, adapter: Path, after: Path, build, tmp_path: Pat
 def check_peft(base: Path, adapter: Path, after: Path, build) -> None:
     with oracle.quiet():
         warnings.filterwarnings("error", message=".*missing adapter keys")
-        found = peft.PeftModel.from_pretrained(oracle.load(build, base), adapter).merge_and_unload().state_dict()
+        found = (
+            peft.PeftModel.from_pretrained(oracle.load(build, base), adapter)
+            .merge_and_unload()
+            .state_dict()
+        )
     check_state(found, after, build)
 
 
@@ -259,13 +331,17 @@ def test_stacks_of_experts_get_factors(kind, experts, tmp_path):
     stacks = [n for n, p in build().named_parameters() if p.dim() == 3]
     assert stacks and set(stacks) <= set(config["target_parameters"]) and config["target_modules"]
     assert config["modules_to_save"] is None
-    assert all(fact["error"] < 1e-3 for fact in receipt.data["parameters"].values() if "rank" in fact)
+    assert all(
+        fact["error"] < 1e-3 for fact in receipt.data["parameters"].values() if "rank" in fact
+    )
     check_both_ways(base, tmp_path / "out", after, build, tmp_path)
     theirs = oracle.peft_model(oracle.load(build, base), tmp_path / "out")
     assert torch.allclose(logits(theirs), logits(oracle.load(build, after)), atol=1e-4)
 
 
-@pytest.mark.parametrize("only", ["gate_up_proj", "down_proj", "mlp.gate.weight", "shared_expert.up_proj"])
+@pytest.mark.parametrize(
+    "only", ["gate_up_proj", "down_proj", "mlp.gate.weight", "shared_expert.up_proj"]
+)
 def test_parameters_that_changed_alone(only, experts, tmp_path):
     """Which of a module's parameters have factors decides the keys of the others."""
     base, after, build = experts("qwen2_moe", lambda name, t: moved(name, t) if only in name else t)
@@ -280,12 +356,20 @@ def test_ranks_of_their_own_for_stacks_and_layers(experts, tmp_path):
     generator = torch.Generator().manual_seed(3)
 
     def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        ranks = {"gate_up_proj": [1, 0, 5, 2], "down_proj": [2, 2, 2, 2], "mlp.gate.weight": [3], "q_proj": [4]}
+        ranks = {
+            "gate_up_proj": [1, 0, 5, 2],
+            "down_proj": [2, 2, 2, 2],
+            "mlp.gate.weight": [3],
+            "q_proj": [4],
+        }
         for part, wanted in ranks.items():
             if part in name:
                 flat = tensor.view(len(wanted), *tensor.shape[-2:])
                 for matrix, rank in zip(flat, wanted, strict=True):
-                    left, right = torch.randn(len(matrix), rank), torch.randn(rank, matrix.shape[1], generator=generator)
+                    left, right = (
+                        torch.randn(len(matrix), rank),
+                        torch.randn(rank, matrix.shape[1], generator=generator),
+                    )
                     matrix += 0.05 * left @ right
         return tensor
 
@@ -297,7 +381,12 @@ def test_ranks_of_their_own_for_stacks_and_layers(experts, tmp_path):
         for name, f in receipt.data["parameters"].items()
         if name.startswith(layer) and "rank" in f
     }
-    assert ranks == {"mlp.experts.gate_up_proj": 5, "mlp.experts.down_proj": 2, "mlp.gate": 3, "self_attn.q_proj": 4}
+    assert ranks == {
+        "mlp.experts.gate_up_proj": 5,
+        "mlp.experts.down_proj": 2,
+        "mlp.gate": 3,
+        "self_attn.q_proj": 4,
+    }
     check_both_ways(base, tmp_path / "out", after, build, tmp_path)
 
 
@@ -306,20 +395,26 @@ def test_a_smaller_rank_of_a_stack_is_the_best_of_each_expert(kind, experts, tmp
     base, after, build = experts(kind, lambda name, t: moved(name, t) if t.dim() == 3 else t)
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=3)
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
-    before, later, found = (oracle.load(build, folder).state_dict() for folder in (base, after, tmp_path / "back"))
+    before, later, found = (
+        oracle.load(build, folder).state_dict() for folder in (base, after, tmp_path / "back")
+    )
     for name, fact in receipt.data["parameters"].items():
         if "rank" in fact:
             delta = (later[name] - before[name]).double()
             best = torch.stack([truncated(matrix, 3) for matrix in delta])
             assert torch.allclose((found[name] - before[name]).double(), best, atol=1e-5), name
-            assert fact["error"] == pytest.approx(float((delta - best).norm() / delta.norm()), abs=1e-4)
+            assert fact["error"] == pytest.approx(
+                float((delta - best).norm() / delta.norm()), abs=1e-4
+            )
 
 
 def test_square_experts_are_read_back_as_they_were_written(experts, tmp_path):
     sizes = {"intermediate_size": 64}
     for kind in ("mixtral", "gpt_oss"):
         (tmp_path / kind).mkdir()
-        base, after, build = experts(kind, lambda name, t: moved(name, t) if t.dim() == 3 else t, **sizes)
+        base, after, build = experts(
+            kind, lambda name, t: moved(name, t) if t.dim() == 3 else t, **sizes
+        )
         assert any(p.shape[1] == p.shape[2] for p in build().parameters() if p.dim() == 3)
         adapterkit.extract(base, after, out=tmp_path / kind / "out", rank=1000)
         check_both_ways(base, tmp_path / kind / "out", after, build, tmp_path)
@@ -328,7 +423,9 @@ def test_square_experts_are_read_back_as_they_were_written(experts, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_size_is_kept_with_stacks_and_what_is_saved_whole(dtype, experts, tmp_path):
     """The wider of factors and saved values comes first in the file, and each gets the rank that is its own."""
-    base, after, build = experts("mixtral", lambda name, t: t + 0.1 if "norm" in name else moved(name, t))
+    base, after, build = experts(
+        "mixtral", lambda name, t: t + 0.1 if "norm" in name else moved(name, t)
+    )
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", max_size="150KB", dtype=dtype)
     assert 100_000 < (tmp_path / "out" / MODEL).stat().st_size <= 150_000
     assert len({fact["rank"] for fact in receipt.data["parameters"].values() if "rank" in fact}) > 1
@@ -341,7 +438,9 @@ def test_no_stack_is_whole_in_memory(experts, tmp_path, monkeypatch):
     from adapterkit.engines.local import Inputs
 
     sizes, tensor = [], Inputs.tensor
-    monkeypatch.setattr(Inputs, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec))
+    monkeypatch.setattr(
+        Inputs, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec)
+    )
     for kind in ("mixtral", "gpt_oss"):
         (tmp_path / kind).mkdir()
         base, after, _ = experts(kind, lambda name, t: moved(name, t) if t.dim() == 3 else t)
@@ -358,7 +457,9 @@ def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
     adapterkit.extract(base, after, out=tmp_path / "whole", rank=3)
     monkeypatch.setattr("adapterkit.ops.extract.BLOCK", 100)
     sizes, tensor = [], Inputs.tensor
-    monkeypatch.setattr(Inputs, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec))
+    monkeypatch.setattr(
+        Inputs, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec)
+    )
     adapterkit.extract(base, after, out=tmp_path / "blocks", rank=3)
     assert sizes and all(shape[0] <= 3 for shape in sizes if len(shape) == 2)
     assert (tmp_path / "whole" / MODEL).read_bytes() == (tmp_path / "blocks" / MODEL).read_bytes()
@@ -367,21 +468,29 @@ def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
 def test_tied_embeddings_that_changed(stored, made, tmp_path):
     """They are saved once: loaded into the model itself, the value is the head's too."""
-    base = made("extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32"))
-    change = lambda name, t: t + 0.1 * torch.randn(t.shape) if "embed" in name else low_rank(2)(name, t)
+    base = made(
+        "extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32")
+    )
+    change = lambda name, t: (
+        t + 0.1 * torch.randn(t.shape) if "embed" in name else low_rank(2)(name, t)
+    )
     after = tuned(base, oracle.tied_llama, tmp_path / "tuned", change)
     tensors = load_file(after / "model.safetensors")
     tensors[stored] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, after / "model.safetensors", {"format": "pt"})
     adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
     held = load_file(tmp_path / "out" / MODEL)
-    assert [key for key in held if "lora" not in key] == ["base_model.model.model.embed_tokens.weight"]
+    assert [key for key in held if "lora" not in key] == [
+        "base_model.model.model.embed_tokens.weight"
+    ]
     check_both_ways(base, tmp_path / "out", after, oracle.tied_llama, tmp_path)
     assert oracle.stored(tmp_path / "back").keys() == oracle.stored(base).keys()
     expected = logits(oracle.load(oracle.tied_llama, after))
     theirs = oracle.peft_model(oracle.load(oracle.tied_llama, base), tmp_path / "out")
     assert torch.allclose(logits(theirs), expected, atol=1e-5)
-    assert torch.allclose(logits(oracle.load(oracle.tied_llama, tmp_path / "back")), expected, atol=1e-5)
+    assert torch.allclose(
+        logits(oracle.load(oracle.tied_llama, tmp_path / "back")), expected, atol=1e-5
+    )
 
 
 def test_resize_keeps_targets_of_both_kinds(experts, tmp_path):
@@ -390,7 +499,9 @@ def test_resize_keeps_targets_of_both_kinds(experts, tmp_path):
     adapterkit.extract(base, after, out=tmp_path / "out", rank=8)
     adapterkit.resize(tmp_path / "out", out=tmp_path / "same", rank=8)
     before, config = (config_of(tmp_path / name) for name in ("out", "same"))
-    assert config["target_modules"] == before["target_modules"] and any("q_proj" in name for name in config["target_modules"])
+    assert config["target_modules"] == before["target_modules"] and any(
+        "q_proj" in name for name in config["target_modules"]
+    )
     assert sorted(config["target_parameters"]) == sorted(before["target_parameters"])
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "expected")
     check_both_ways(base, tmp_path / "same", tmp_path / "expected", build, tmp_path)
@@ -398,9 +509,16 @@ def test_resize_keeps_targets_of_both_kinds(experts, tmp_path):
 
 def test_embeddings_that_are_tied_threefold(saved, tmp_path):
     base = saved("t5")
-    after = tuned(base, oracle.t5, tmp_path / "tuned", lambda n, t: t + 0.1 if "shared" in n else low_rank(2, linear)(n, t))
+    after = tuned(
+        base,
+        oracle.t5,
+        tmp_path / "tuned",
+        lambda n, t: t + 0.1 if "shared" in n else low_rank(2, linear)(n, t),
+    )
     adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
-    assert [key for key in load_file(tmp_path / "out" / MODEL) if "lora" not in key] == ["base_model.model.shared.weight"]
+    assert [key for key in load_file(tmp_path / "out" / MODEL) if "lora" not in key] == [
+        "base_model.model.shared.weight"
+    ]
     check_both_ways(base, tmp_path / "out", after, oracle.t5, tmp_path)
 
 
@@ -418,8 +536,21 @@ def test_what_cannot_be_extracted_is_refused(saved, tmp_path):
 def test_the_command(saved, tmp_path):
     base = saved("llama")
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(3))
-    argv = ["extract", str(base), str(after), "--rank", "3", "--dtype", "bf16", "--out", str(tmp_path / "out")]
-    assert CliRunner().invoke(main, [*argv, "--dry-run"]).exit_code == 0 and not (tmp_path / "out").exists()
+    argv = [
+        "extract",
+        str(base),
+        str(after),
+        "--rank",
+        "3",
+        "--dtype",
+        "bf16",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert (
+        CliRunner().invoke(main, [*argv, "--dry-run"]).exit_code == 0
+        and not (tmp_path / "out").exists()
+    )
     done = CliRunner().invoke(main, argv)
     assert done.exit_code == 0, done.output
     adapterkit.verify(tmp_path / "out")
@@ -440,7 +571,9 @@ def test_a_full_fine_tune_answers_as_it_does_itself(name, made, tmp_path):
     after = tuned(base, build, tmp_path / "tuned", everything)
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
     held = load_file(tmp_path / "out" / MODEL)
-    assert receipt.data["totals"]["tensors"] == receipt.data["totals"]["tensors_changed"] == len(held)
+    assert (
+        receipt.data["totals"]["tensors"] == receipt.data["totals"]["tensors_changed"] == len(held)
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")
         warnings.filterwarnings("error", message=".*adapter keys")
@@ -448,8 +581,13 @@ def test_a_full_fine_tune_answers_as_it_does_itself(name, made, tmp_path):
         left = peft.set_peft_model_state_dict(theirs, held).unexpected_keys
     assert not left
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
-    expected, before = (architectures.answers(name, oracle.load(build, folder)) for folder in (after, base))
-    assert all(float((a - b).abs().max()) > 0.05 * float(a.abs().max()) for a, b in zip(expected, before, strict=True))
+    expected, before = (
+        architectures.answers(name, oracle.load(build, folder)) for folder in (after, base)
+    )
+    assert all(
+        float((a - b).abs().max()) > 0.05 * float(a.abs().max())
+        for a, b in zip(expected, before, strict=True)
+    )
     for model in (theirs, oracle.load(build, tmp_path / "back")):
         for found, answer in zip(architectures.answers(name, model), expected, strict=True):
             torch.testing.assert_close(found, answer, rtol=0, atol=2e-5 * float(answer.abs().max()))
@@ -459,7 +597,12 @@ def test_names_that_others_end_with(made, tmp_path):
     """PEFT goes by the ends of names: the last norm of a bare model would be each layer's norm to it."""
     build = functools.partial(oracle.llama, cls="LlamaModel")
     base = made("extract-bare", lambda folder: oracle.save_base(build(), folder, "fp32"))
-    after = tuned(base, build, tmp_path / "tuned", lambda name, t: everything(name, t) if "input_layernorm" not in name else t)
+    after = tuned(
+        base,
+        build,
+        tmp_path / "tuned",
+        lambda name, t: everything(name, t) if "input_layernorm" not in name else t,
+    )
     adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
     assert "norm.weight" in config_of(tmp_path / "out")["modules_to_save"]
     check_both_ways(base, tmp_path / "out", after, build, tmp_path)
@@ -473,10 +616,16 @@ def test_targets_that_others_end_with(tmp_path):
     output = _Output([], [], {}, {}, "", others=others)
     assert output._modules({"encoder.layers.0.q"}) == ["encoder.layers.0.q"]
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])})
-    model["encoder"] = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])})
+    model["encoder"] = nn.ModuleDict(
+        {"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])}
+    )
     with oracle.quiet():
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=output._modules({"layers.0.q"})))
-    assert [name for name, _ in wrapped.named_modules() if name.endswith(".lora_A")] == ["base_model.model.layers.0.q.lora_A"]
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=output._modules({"layers.0.q"}))
+        )
+    assert [name for name, _ in wrapped.named_modules() if name.endswith(".lora_A")] == [
+        "base_model.model.layers.0.q.lora_A"
+    ]
 
 
 def test_a_part_of_a_fused_bias_is_its_own_slice(made, tmp_path):
@@ -489,18 +638,26 @@ def test_a_part_of_a_fused_bias_is_its_own_slice(made, tmp_path):
     assert fused
     adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
     held = load_file(tmp_path / "out" / MODEL)
-    assert [(key.split("layers.")[1], tuple(t.shape)) for key, t in held.items()] == [("0.self_attn.k_proj.bias", (32,))]
+    assert [(key.split("layers.")[1], tuple(t.shape)) for key, t in held.items()] == [
+        ("0.self_attn.k_proj.bias", (32,))
+    ]
     check_both_ways(base, tmp_path / "out", after, build, tmp_path)
 
 
 def test_other_widths_are_refused_all_together(made, tmp_path):
-    build = lambda width: lambda folder: oracle.save_base(oracle.llama(intermediate_size=width), folder)
+    build = lambda width: (
+        lambda folder: oracle.save_base(oracle.llama(intermediate_size=width), folder)
+    )
     bases = [made(f"extract-width-{width}", build(width)) for width in (48, 64)]
     with pytest.raises(Refused, match="shapes that differ") as caught:
         adapterkit.extract(*bases, out=tmp_path / "out", rank=2)
     text = str(caught.value)
     assert text.count("expected") == 1 and not (tmp_path / "out").exists()
-    assert all(f"layers.{i}.mlp.{leaf}_proj.weight" in text for i in (0, 1) for leaf in ("gate", "up", "down"))
+    assert all(
+        f"layers.{i}.mlp.{leaf}_proj.weight" in text
+        for i in (0, 1)
+        for leaf in ("gate", "up", "down")
+    )
     assert "(48, 32) and (64, 32)" in text
     adapterkit.extract(*bases, out=tmp_path / "out", rank=2, exclude="mlp")
 
@@ -515,7 +672,9 @@ def test_a_grown_vocabulary_is_saved_whole(saved, tmp_path):
     assert config_of(tmp_path / "out")["modules_to_save"] == ["lm_head", "model.embed_tokens"]
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
     expected, found = oracle.stored(tmp_path / "tuned"), oracle.stored(tmp_path / "back")
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key]) for key in expected
+    )
     with oracle.quiet():
         grown = oracle.load(oracle.llama, base)
         grown.resize_token_embeddings(88)
@@ -526,7 +685,9 @@ def test_a_grown_vocabulary_is_saved_whole(saved, tmp_path):
 def test_values_alone_make_an_adapter_without_factors(saved, tmp_path):
     """Norms and biases changed, no matrix did: no factors of zeros, and PEFT reads it."""
     base = saved("bert")
-    change = lambda name, t: t + 0.1 if "LayerNorm" in name or name.endswith("layer.1.attention.self.key.bias") else t
+    change = lambda name, t: (
+        t + 0.1 if "LayerNorm" in name or name.endswith("layer.1.attention.self.key.bias") else t
+    )
     after = tuned(base, oracle.bert, tmp_path / "tuned", change)
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
     held = load_file(tmp_path / "out" / MODEL)
@@ -537,11 +698,16 @@ def test_values_alone_make_an_adapter_without_factors(saved, tmp_path):
 
 def test_biases_of_unchanged_layers_are_not_written(saved, tmp_path):
     base = saved("bert")
-    change = lambda name, t: t + 0.1 if name.endswith(("layer.0.attention.self.query.weight", "self.query.bias")) else t
+    change = lambda name, t: (
+        t + 0.1 if name.endswith(("layer.0.attention.self.query.weight", "self.query.bias")) else t
+    )
     after = tuned(base, oracle.bert, tmp_path / "tuned", change)
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
     query = "base_model.model.encoder.layer.{}.attention.self.query"
-    factors = {f"{query.format(0)}.{leaf}" for leaf in ("lora_A.weight", "lora_B.weight", "base_layer.bias")}
+    factors = {
+        f"{query.format(0)}.{leaf}"
+        for leaf in ("lora_A.weight", "lora_B.weight", "base_layer.bias")
+    }
     assert load_file(tmp_path / "out" / MODEL).keys() == factors | {f"{query.format(1)}.bias"}
     assert receipt.data["totals"]["tensors_changed"] == receipt.data["totals"]["tensors"] == 4
     check_both_ways(base, tmp_path / "out", after, oracle.bert, tmp_path)
@@ -558,7 +724,9 @@ def test_a_head_that_the_base_lacks(saved, tmp_path):
     base = saved("bert")
     with oracle.quiet():
         model = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=3)
-    low = low_rank(2, lambda name, t: t.dim() == 2 and "embed" not in name and "classifier" not in name)
+    low = low_rank(
+        2, lambda name, t: t.dim() == 2 and "embed" not in name and "classifier" not in name
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(low(name, parameter.detach().clone()))
@@ -568,7 +736,9 @@ def test_a_head_that_the_base_lacks(saved, tmp_path):
     assert config_of(tmp_path / "out")["task_type"] == "SEQ_CLS"
     with oracle.quiet():
         warnings.filterwarnings("error", message=".*missing adapter keys")
-        fresh = transformers.BertForSequenceClassification.from_pretrained(base, num_labels=3).eval()
+        fresh = transformers.BertForSequenceClassification.from_pretrained(
+            base, num_labels=3
+        ).eval()
         theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "out").eval()
     assert torch.allclose(logits(theirs), logits(model.eval()), atol=1e-5)
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
@@ -578,14 +748,23 @@ def test_a_head_that_the_base_lacks(saved, tmp_path):
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_a_tied_embedding_stored_twice(equal, made, tmp_path):
-    base = made("extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32"))
-    after = tuned(base, oracle.tied_llama, tmp_path / "tuned", lambda name, t: t + 0.1 if "embed" in name else t)
+    base = made(
+        "extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32")
+    )
+    after = tuned(
+        base,
+        oracle.tied_llama,
+        tmp_path / "tuned",
+        lambda name, t: t + 0.1 if "embed" in name else t,
+    )
     tensors = load_file(after / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0.0 if equal else 0.1)
     save_file(tensors, after / "model.safetensors", {"format": "pt"})
     if equal:
         adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
-        assert list(load_file(tmp_path / "out" / MODEL)) == ["base_model.model.model.embed_tokens.weight"]
+        assert list(load_file(tmp_path / "out" / MODEL)) == [
+            "base_model.model.model.embed_tokens.weight"
+        ]
         return
     with pytest.raises(Refused, match="stored with two values"):
         adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
@@ -593,7 +772,9 @@ def test_a_tied_embedding_stored_twice(equal, made, tmp_path):
 
 @pytest.mark.parametrize("tied_first", [True, False])
 def test_a_tie_of_one_side(tied_first, saved, made, tmp_path):
-    tied = made("extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32"))
+    tied = made(
+        "extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32")
+    )
     base, after = (tied, saved("llama")) if tied_first else (saved("llama"), tied)
     builds = (oracle.tied_llama, oracle.llama) if tied_first else (oracle.llama, oracle.tied_llama)
     adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
@@ -601,7 +782,9 @@ def test_a_tie_of_one_side(tied_first, saved, made, tmp_path):
     theirs = oracle.peft_model(oracle.load(builds[0], base), tmp_path / "out")
     assert torch.allclose(logits(theirs), expected, atol=1e-5)
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
-    assert torch.allclose(logits(oracle.load("LlamaForCausalLM", tmp_path / "back")), expected, atol=1e-5)
+    assert torch.allclose(
+        logits(oracle.load("LlamaForCausalLM", tmp_path / "back")), expected, atol=1e-5
+    )
 
 
 def test_what_its_own_reader_refuses_is_not_published(saved, tmp_path, monkeypatch):

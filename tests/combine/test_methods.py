@@ -32,9 +32,21 @@ GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 ORDERED = {"ema", "slerp"}  # the order of the adapters is part of the question
 SHARES = {"mean", "karcher"}  # all weights times two: the same result
 NOT_ITSELF = {"iso_c"}  # one adapter alone is not given back
-LINEAR = {"linear", "mean", "magnitude_prune", "dare_linear", "breadcrumbs"}  # at density 1, Σ shareᵢ Δᵢ
+LINEAR = {
+    "linear",
+    "mean",
+    "magnitude_prune",
+    "dare_linear",
+    "breadcrumbs",
+}  # at density 1, Σ shareᵢ Δᵢ
 ADDITIVE = LINEAR - {"mean"} | {"ema"}  # at density 1, linear in each delta
-PARENTS = {"magnitude_prune": "linear", "dare_linear": "linear", "breadcrumbs": "linear", "dare_ties": "ties", "della": "ties"}
+PARENTS = {
+    "magnitude_prune": "linear",
+    "dare_linear": "linear",
+    "breadcrumbs": "linear",
+    "dare_ties": "ties",
+    "della": "ties",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +66,10 @@ class Dense:
         self.count, self.shape = len(matrices), tuple(matrices[0].shape)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        return ((first, min(first + self.height, self.shape[0])) for first in range(0, self.shape[0], self.height))
+        return (
+            (first, min(first + self.height, self.shape[0]))
+            for first in range(0, self.shape[0], self.height)
+        )
 
     def rows(self, which: int, first: int, last: int) -> Tensor:
         return self.matrices[which][first:last].clone()
@@ -77,12 +92,17 @@ def combined(method, products: list[Product], weights, seeds=seeds, height=3) ->
         weights = method.weighted(weights)
     if hasattr(method, "products"):
         return method.products(products, weights)[0].dense()
-    return method.merged(Dense([p.dense() for p in products], height), weights, seeds).delta.double()
+    return method.merged(
+        Dense([p.dense() for p in products], height), weights, seeds
+    ).delta.double()
 
 
 def product(out: int, inside: int, rank: int, seed: int, kind: str = "normal") -> Product:
     generator = torch.Generator().manual_seed(seed)
-    left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((out, rank), (rank, inside)))
+    left, right = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((out, rank), (rank, inside))
+    )
     if kind == "bf16":
         left, right = left.bfloat16().double(), right.bfloat16().double()
     if kind == "repeated":
@@ -141,7 +161,12 @@ def elected(deltas, weights, options, shares=None, majority="total"):
 
 
 def ties(deltas, weights, options):
-    return elected([trimmed(d, share_of(d, options.density)) for d in deltas], weights, options, majority=options.majority)
+    return elected(
+        [trimmed(d, share_of(d, options.density)) for d in deltas],
+        weights,
+        options,
+        majority=options.majority,
+    )
 
 
 def magnitude_prune(deltas, weights, options):
@@ -158,7 +183,12 @@ def dare_linear(deltas, weights, options):
 
 
 def dare_ties(deltas, weights, options):
-    return elected(dropped(deltas, [options.density] * len(deltas)), weights, options, majority=options.majority)
+    return elected(
+        dropped(deltas, [options.density] * len(deltas)),
+        weights,
+        options,
+        majority=options.majority,
+    )
 
 
 def della(deltas, weights, options):
@@ -186,7 +216,11 @@ def breadcrumbs(deltas, weights, options):
 def sce(deltas, weights, options):
     spread = torch.stack(deltas).std(0, correction=0).float().double()
     nonzero = int((spread > 0).sum())
-    mask = trimmed(spread, int(options.select * nonzero)) > 0 if options.select < 1 and nonzero else torch.ones_like(spread)
+    mask = (
+        trimmed(spread, int(options.select * nonzero)) > 0
+        if options.select < 1 and nonzero
+        else torch.ones_like(spread)
+    )
     selected = [d * mask for d in deltas]
     squares = [float(s.square().sum()) for s in selected]
     return elected(selected, weights, options, shares=[s / (sum(squares) or 1) for s in squares])
@@ -209,7 +243,10 @@ def slerp(deltas, weights, options):
     if options.t is not None:
         weights = [1 - options.t, options.t]
     total = sum(abs(w) for w in weights)
-    t, (x, y) = abs(weights[1]) / total, (math.copysign(1, w) * d for w, d in zip(weights, deltas, strict=True))
+    t, (x, y) = (
+        abs(weights[1]) / total,
+        (math.copysign(1, w) * d for w, d in zip(weights, deltas, strict=True)),
+    )
     if not x.any() or not y.any():
         return total * ((1 - t) * x + t * y)
     cosine = float((x * y).sum() / (x.norm() * y.norm()))
@@ -234,14 +271,18 @@ def karcher(deltas, weights, options):
             side = x - (x * u).sum() * u
             angle = torch.atan2(side.norm(), (x * u).sum())
             step += p / sum(q for q, _ in used) * angle * side / side.norm().clamp_min(1e-300)
-        u = torch.cos(step.norm()) * u + torch.sin(step.norm()) * step / step.norm().clamp_min(1e-300)
+        u = torch.cos(step.norm()) * u + torch.sin(step.norm()) * step / step.norm().clamp_min(
+            1e-300
+        )
     return sum(p * d.norm() for p, d in zip(shares, deltas, strict=True)) * u
 
 
 def knots(deltas, weights, options):
     u, s, _ = torch.linalg.svd(torch.cat(deltas, 1), full_matrices=False)
     u = u[:, s > 1e-10]
-    u = u * torch.tensor([1.0 if c[c.abs().argmax()] > 0 else -1.0 for c in u.T], dtype=torch.float64)
+    u = u * torch.tensor(
+        [1.0 if c[c.abs().argmax()] > 0 else -1.0 for c in u.T], dtype=torch.float64
+    )
     return u @ ties([u.T @ d for d in deltas], weights, options)
 
 
@@ -268,7 +309,11 @@ def iso_c(deltas, weights, options):
 
 
 REFERENCES = {name: globals()[name] for name in METHODS if name in globals()}
-VARIANTS = [{}, {"majority": "frequency"}, {"density": 0.7, "gamma": 0.2, "select": 0.3, "t": 0.2, "share": 0.7}]
+VARIANTS = [
+    {},
+    {"majority": "frequency"},
+    {"density": 0.7, "gamma": 0.2, "select": 0.3, "t": 0.2, "share": 0.7},
+]
 
 
 def refers(name: str, options: dict, products: list[Product], weights: list[float], **how) -> None:
@@ -285,7 +330,10 @@ def refers(name: str, options: dict, products: list[Product], weights: list[floa
         return
     size = max(float(d.norm()) for d in deltas) * max(abs(w) for w in weights)
     torch.testing.assert_close(
-        combined(method, products, weights, **how), expected, rtol=0, atol=(3e-7 if on_elements else 1e-9) * size
+        combined(method, products, weights, **how),
+        expected,
+        rtol=0,
+        atol=(3e-7 if on_elements else 1e-9) * size,
     )
 
 
@@ -314,7 +362,11 @@ def test_reference_on_something_larger(name: str) -> None:
 def test_record(name: str) -> None:
     kind = METHODS[name]
     assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
-    assert kind.name == name and kind.__module__.rsplit(".", 1)[1] == name and ("arXiv:" in kind.source or "doi:" in kind.source)
+    assert (
+        kind.name == name
+        and kind.__module__.rsplit(".", 1)[1] == name
+        and ("arXiv:" in kind.source or "doi:" in kind.source)
+    )
     assert "=" in kind.__doc__.splitlines()[0]
     assert hasattr(kind, "merged") != hasattr(kind, "products")
 
@@ -347,7 +399,9 @@ def test_facts_are_finite_numbers(name: str) -> None:
         if name in ON_ELEMENTS:
             assert result.dtype == torch.float32 and result.shape == products[0].dense().shape
         else:
-            assert result.left.dtype == torch.float64 and result.rank <= sum(p.rank for p in products)
+            assert result.left.dtype == torch.float64 and result.rank <= sum(
+                p.rank for p in products
+            )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -355,16 +409,25 @@ def test_order_of_adapters(name: str) -> None:
     products = HARD["pair"] if name == "slerp" else HARD["full rank"]
     weights = WEIGHTS[: len(products)]
     order = list(range(len(products)))[::-1]
-    moved = combined(record(name), [products[i] for i in order], [weights[i] for i in order], lambda i: seeds(order[i]))
+    moved = combined(
+        record(name),
+        [products[i] for i in order],
+        [weights[i] for i in order],
+        lambda i: seeds(order[i]),
+    )
     if name in ORDERED:
         assert not torch.allclose(combined(record(name), products, weights[::-1]), moved)
     else:
-        torch.testing.assert_close(moved, combined(record(name), products, weights), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            moved, combined(record(name), products, weights), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_slerp_the_other_way_round() -> None:
     one, two = HARD["pair"]
-    torch.testing.assert_close(combined(record("slerp"), [one, two], [1, 2]), combined(record("slerp"), [two, one], [2, 1]))
+    torch.testing.assert_close(
+        combined(record("slerp"), [one, two], [1, 2]), combined(record("slerp"), [two, one], [2, 1])
+    )
 
 
 def test_slerp_s_weights_say_where_on_the_arc() -> None:
@@ -372,8 +435,13 @@ def test_slerp_s_weights_say_where_on_the_arc() -> None:
     for t in (0.0, 0.25, 0.5, 1.0):
         said = combined(record("slerp", t=t), [one, two], [1, 1])
         torch.testing.assert_close(said, combined(record("slerp"), [one, two], [1 - t, t]))
-        torch.testing.assert_close(3 * said, combined(record("slerp"), [one, two], [3 * (1 - t), 3 * t]))
-    assert not torch.allclose(combined(record("slerp", t=0.25), [one, two], [1, 1]), 0.75 * one.dense() + 0.25 * two.dense())
+        torch.testing.assert_close(
+            3 * said, combined(record("slerp"), [one, two], [3 * (1 - t), 3 * t])
+        )
+    assert not torch.allclose(
+        combined(record("slerp", t=0.25), [one, two], [1, 1]),
+        0.75 * one.dense() + 0.25 * two.dense(),
+    )
     for weights in ([0.5, 1], [1, -1], [0, 1]):
         with pytest.raises(Refused, match="both say where on the arc"):
             combined(record("slerp", t=0.25), [one, two], weights)
@@ -393,10 +461,17 @@ def test_one_adapter_is_itself(name: str) -> None:
     assert torch.allclose(result, products[0].dense(), atol=1e-6) == (name not in NOT_ITSELF)
 
 
-@pytest.mark.parametrize("name", sorted(LINEAR & set(METHODS) | {"slerp", "karcher"}))  # of all: see test_combine
+@pytest.mark.parametrize(
+    "name", sorted(LINEAR & set(METHODS) | {"slerp", "karcher"})
+)  # of all: see test_combine
 def test_weights_one_and_zero(name: str) -> None:
     products = HARD["pair"]
-    torch.testing.assert_close(combined(record(name, density=1), products, [1.0, 0.0]), products[0].dense(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        combined(record(name, density=1), products, [1.0, 0.0]),
+        products[0].dense(),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(ADDITIVE & set(METHODS)))
@@ -406,7 +481,9 @@ def test_linear_in_the_first_delta(name: str) -> None:
     none = Product(three.left * 0, three.right)
     method = record(name, density=1)
     parts = combined(method, [one, three], [0.5, 2.0]) + combined(method, [two, none], [0.5, 2.0])
-    torch.testing.assert_close(combined(method, [both, three], [0.5, 2.0]), parts, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        combined(method, [both, three], [0.5, 2.0]), parts, rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", PARENTS)
@@ -414,20 +491,30 @@ def test_density_one_is_the_dense_parent(name: str) -> None:
     for products in (HARD["full rank"], HARD["repeated"], HARD["1x3"]):
         for majority in ("total", "frequency"):
             got = combined(record(name, density=1, majority=majority), products, [0.7, -1.6, 0.4])
-            parent = combined(record(PARENTS[name], density=1, majority=majority), products, [0.7, -1.6, 0.4])
+            parent = combined(
+                record(PARENTS[name], density=1, majority=majority), products, [0.7, -1.6, 0.4]
+            )
             torch.testing.assert_close(got, parent, rtol=1e-6, atol=1e-6)
 
 
 def test_ties_at_density_one_is_untrimmed() -> None:
     deltas = [p.dense().float().double() for p in HARD["repeated"]]
     expected = elected(deltas, WEIGHTS[:3], None)
-    torch.testing.assert_close(combined(record("ties", density=1.0), HARD["repeated"], WEIGHTS[:3]), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        combined(record("ties", density=1.0), HARD["repeated"], WEIGHTS[:3]),
+        expected,
+        rtol=0,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", ON_ELEMENTS)
 def test_blocks_and_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "CACHED", 700)
-    products = [product(100, 401, 8, seed, kind) for seed, kind in ((1, "normal"), (2, "bf16"), (3, "normal"))]
+    products = [
+        product(100, 401, 8, seed, kind)
+        for seed, kind in ((1, "normal"), (2, "bf16"), (3, "normal"))
+    ]
     seen = []
     for number, height in ((1, 100), (2, 100), (5, 100), (2, 17), (1, 9)):
         torch.set_num_threads(number)
@@ -476,7 +563,11 @@ def test_conflict(name: str, products: list[Product]) -> None:
             kept = torch.stack([trimmed(d, share_of(d, density)) for d in deltas])
             plus, minus = (kept > 0).sum(0), (kept < 0).sum(0)
             several = int((plus + minus >= 2).sum())
-            facts = record("ties", density=density, majority=majority).merged(Dense(deltas), weights, seeds).facts
+            facts = (
+                record("ties", density=density, majority=majority)
+                .merged(Dense(deltas), weights, seeds)
+                .facts
+            )
             assert facts["conflict"] == int(((plus > 0) & (minus > 0)).sum()) / several > 0
 
 
@@ -524,7 +615,9 @@ def awkward() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("size", [(elementwise.SAMPLE, elementwise.ROOM), (50, 100), (7, 1)])
 @pytest.mark.parametrize("kind", awkward())
-def test_exactly_so_many_stay(kind: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exactly_so_many_stay(
+    kind: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(elementwise, "SAMPLE", size[0])
     monkeypatch.setattr(elementwise, "ROOM", size[1])
     x = awkward()[kind]
@@ -541,7 +634,9 @@ def test_two_passes_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "SAMPLE", 2000)
     assert exact(x, 42_000, height=32) == 2
     assert exact(torch.full((300, 700), 0.5), 42_000) == 2
-    columns = torch.where(torch.arange(700) % 35 == 0, 100.0, 1.0)  # 210,000 / 2000 = 105, and of 700 columns it meets each 35th
+    columns = torch.where(
+        torch.arange(700) % 35 == 0, 100.0, 1.0
+    )  # 210,000 / 2000 = 105, and of 700 columns it meets each 35th
     assert exact(x * columns, 42_000, height=32) == 2
 
 
@@ -559,7 +654,11 @@ def test_few_passes_where_the_bracket_misses(monkeypatch: pytest.MonkeyPatch) ->
     """A sample of 20 elements: each miss tells where to look next."""
     monkeypatch.setattr(elementwise, "SAMPLE", 20)
     monkeypatch.setattr(elementwise, "ROOM", 100)
-    passes = [exact(product(64, 90, 3, seed).dense().float(), keep, height=16) for seed in range(5) for keep in (60, 1000, 5000)]
+    passes = [
+        exact(product(64, 90, 3, seed).dense().float(), keep, height=16)
+        for seed in range(5)
+        for keep in (60, 1000, 5000)
+    ]
     assert max(passes) <= 20 and sum(passes) / len(passes) < 8
 
 
@@ -567,7 +666,9 @@ def test_the_order_of_adapters_changes_no_sign() -> None:
     """1e8 - 1 - 1e8 is 0 in float32, were it summed there."""
     values = [1e8, -1.0, -1e8]
     for order in itertools.permutations(range(3)):
-        result = record("ties", density=1.0).merged(Dense([torch.tensor([[values[i]]]) for i in order]), [1.0] * 3, seeds)
+        result = record("ties", density=1.0).merged(
+            Dense([torch.tensor([[values[i]]]) for i in order]), [1.0] * 3, seeds
+        )
         assert result.delta.item() < 0 and result.facts["conflict"] == 1
 
 
@@ -597,8 +698,15 @@ def test_drops_keep_the_expectation_and_the_density() -> None:
     deltas = Dense([torch.ones(200, 500)], height=64)
     for name in ("dare_linear", "dare_ties", "della"):
         result = record(name, density=0.3).merged(deltas, [1.0], seeds).delta
-        assert abs(float((result != 0).float().mean()) - 0.3) < 0.005 and abs(float(result.mean()) - 1) < 0.02
-    both = record("dare_linear", density=0.3).merged(Dense([torch.ones(200, 500)] * 2), [1.0, -1.0], seeds).delta
+        assert (
+            abs(float((result != 0).float().mean()) - 0.3) < 0.005
+            and abs(float(result.mean()) - 1) < 0.02
+        )
+    both = (
+        record("dare_linear", density=0.3)
+        .merged(Dense([torch.ones(200, 500)] * 2), [1.0, -1.0], seeds)
+        .delta
+    )
     assert both.any(), "each delta has its own random numbers"
 
 
@@ -627,7 +735,9 @@ def test_against_peft(name: str, density: float, monkeypatch: pytest.MonkeyPatch
         given = {"majority_sign_method": majority} if majority else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            expected = getattr(merge_utils, name)(deltas, torch.tensor(weights, dtype=torch.float64), density, **given)
+            expected = getattr(merge_utils, name)(
+                deltas, torch.tensor(weights, dtype=torch.float64), density, **given
+            )
         got = combined(record(name, density=density, majority=majority), products, weights)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
@@ -639,7 +749,10 @@ def ours(method: str, parameters: dict) -> tuple[str, dict, list[float]]:
     """Our method, options and weights for mergekit's."""
     weight = parameters.get("weight", 1.0)
     names = {"task_arithmetic": "linear", "linear": "mean"}
-    options = {"select": parameters.get("select_topk"), **{key: parameters.get(key) for key in ("density", "gamma", "t")}}
+    options = {
+        "select": parameters.get("select_topk"),
+        **{key: parameters.get(key) for key in ("density", "gamma", "t")},
+    }
     given = {key: value for key, value in options.items() if value is not None}
     return names.get(method, method), given, weight if isinstance(weight, list) else [weight] * 3
 
@@ -655,7 +768,9 @@ def test_against_mergekit(golden: dict) -> None:
 
 def test_della_chances_against_mergekit() -> None:
     golden = GOLDEN["della"]
-    chances = record("della", density=golden["density"], epsilon=golden["epsilon"]).chances(torch.tensor(GOLDEN["deltas"][0]))
+    chances = record("della", density=golden["density"], epsilon=golden["epsilon"]).chances(
+        torch.tensor(GOLDEN["deltas"][0])
+    )
     torch.testing.assert_close(chances, torch.tensor(golden["chances"]), rtol=0, atol=1e-6)
 
 
@@ -674,7 +789,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("name", "option"), [(name, option) for name in METHODS for option in registry.options(METHODS[name])])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for name in METHODS for option in registry.options(METHODS[name])],
+)
 def test_bad_options(name: str, option: str) -> None:
     for value in BAD.get(option, []):
         with pytest.raises(Refused, match=f"--{option}"):
@@ -695,7 +813,10 @@ def test_refusals_of_factors() -> None:
             combined(record(name), [one, minus], [1.0, 1.0])
     with pytest.raises(Refused, match="adapters 1 and 3 in opposite"):
         combined(record("karcher"), [one, two, minus], [1.0, 1.0, 1.0])
-    combined(record("slerp"), [one, minus], [1.0, -1.0]), combined(record("karcher"), [one, two, minus], [1.0, 1.0, 0.0])
+    (
+        combined(record("slerp"), [one, minus], [1.0, -1.0]),
+        combined(record("karcher"), [one, two, minus], [1.0, 1.0, 0.0]),
+    )
     with pytest.raises(Refused, match="two"):
         combined(record("slerp"), [one, two, three], [1.0, 1.0, 1.0])
     with pytest.raises(Refused, match="add up to 0"):
@@ -709,7 +830,11 @@ def test_karcher_of_balanced_directions_is_refused() -> None:
     """Three vectors at 120°: no two are opposite, and yet there is no mean."""
     turns = [2 * math.pi * i / 3 for i in range(3)]
     products = [
-        Product(torch.tensor([[math.cos(a)], [math.sin(a)]], dtype=torch.float64), torch.ones(1, 1).double()) for a in turns
+        Product(
+            torch.tensor([[math.cos(a)], [math.sin(a)]], dtype=torch.float64),
+            torch.ones(1, 1).double(),
+        )
+        for a in turns
     ]
     with pytest.raises(Refused, match="cancel"):
         combined(record("karcher"), products, [1.0, 1.0, 1.0])
@@ -742,15 +867,21 @@ def test_nearly_parallel() -> None:
     """Angles far below the square root of float64's noise do no harm."""
     one, other = product(12, 9, 3, 4), product(12, 9, 3, 5)
     for tiny in (1e-5, 1e-8, 1e-11):
-        near = Product(torch.cat([one.left, tiny * other.left], 1), torch.cat([one.right, other.right], 0))
+        near = Product(
+            torch.cat([one.left, tiny * other.left], 1), torch.cat([one.right, other.right], 0)
+        )
         for name in ("karcher", "slerp"):
             got = combined(record(name), [one, near], [0.5, 0.5])
-            torch.testing.assert_close(got, (one.dense() + near.dense()) / 2, rtol=0, atol=1e-9 + tiny**2)
+            torch.testing.assert_close(
+                got, (one.dense() + near.dense()) / 2, rtol=0, atol=1e-9 + tiny**2
+            )
 
 
 def test_slerp_of_a_small_angle() -> None:
     one, other = product(12, 9, 3, 4), product(12, 9, 3, 5)
-    near = Product(torch.cat([one.left, 0.03 * other.left], 1), torch.cat([one.right, other.right], 0))
+    near = Product(
+        torch.cat([one.left, 0.03 * other.left], 1), torch.cat([one.right, other.right], 0)
+    )
     refers("slerp", {}, [one, near], [1.0, 3.0])
 
 
@@ -758,11 +889,19 @@ def test_iso_c_is_isotropic_and_tsv_is_orthogonal() -> None:
     products = [product(30, 20, 3, seed) for seed in (1, 2)]
     found = torch.linalg.svdvals(combined(record("iso_c"), products, [1.0, 1.0]))
     assert float(found[5]) == pytest.approx(float(found[0])) and float(found[6]) < 1e-12
-    strengths = torch.cat([torch.linalg.svdvals(p.dense())[:3] for p in products]).sort(descending=True).values
-    torch.testing.assert_close(torch.linalg.svdvals(combined(record("tsv"), products, [1.0, 1.0]))[:6], strengths)
+    strengths = (
+        torch.cat([torch.linalg.svdvals(p.dense())[:3] for p in products])
+        .sort(descending=True)
+        .values
+    )
+    torch.testing.assert_close(
+        torch.linalg.svdvals(combined(record("tsv"), products, [1.0, 1.0]))[:6], strengths
+    )
     energy = record("tsv", share=0.05).products(products, [1.0, 1.0])[1]["kept_energy"]
     kept = [torch.linalg.svdvals(p.dense()).square() for p in products]
-    assert energy == pytest.approx(sum(float(s[0]) for s in kept) / sum(float(s.sum()) for s in kept))
+    assert energy == pytest.approx(
+        sum(float(s[0]) for s in kept) / sum(float(s.sum()) for s in kept)
+    )
 
 
 @pytest.mark.parametrize("name", ["iso_c", "tsv", "knots"])
@@ -772,7 +911,9 @@ def test_noise_is_not_a_direction(name: str) -> None:
     mixed = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     same = Product(one.left @ mixed, torch.linalg.solve(mixed, one.right))
     expected = combined(record(name, density=1), [one], [1.0])
-    got = combined(record(name, density=1), [one, same], [0.5, 0.5] if name == "iso_c" else [1.0, 1.0])
+    got = combined(
+        record(name, density=1), [one, same], [0.5, 0.5] if name == "iso_c" else [1.0, 1.0]
+    )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
@@ -783,5 +924,8 @@ def test_sce_weighs_small_deltas_too() -> None:
     for select in (0.5, 1.0):
         method = record("sce", select=select)
         torch.testing.assert_close(
-            combined(method, small, [1, 1]) * 1e6, combined(method, [one, two], [1, 1]), rtol=1e-5, atol=1e-6
+            combined(method, small, [1, 1]) * 1e6,
+            combined(method, [one, two], [1, 1]),
+            rtol=1e-5,
+            atol=1e-6,
         )

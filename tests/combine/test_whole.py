@@ -19,7 +19,10 @@ from adapterkit.registry import members, options
 
 WEIGHTS = (1.0, 0.6, -0.5)
 NEEDED = {"density": 0.6, "decay": 0.7}
-METHODS = {name: {k: v for k, v in NEEDED.items() if k in options(record)} for name, record in members("combinations").items()}
+METHODS = {
+    name: {k: v for k, v in NEEDED.items() if k in options(record)}
+    for name, record in members("combinations").items()
+}
 DRAWS = ("dare_linear", "dare_ties", "della")
 
 
@@ -35,8 +38,22 @@ def base(tmp_path_factory) -> Path:
 def sources(tmp_path_factory) -> list[Path]:
     """Two DoRAs and a plain LoRA, of different ranks, scales and modules."""
     root = tmp_path_factory.mktemp("sources")
-    first = trained(root / "d0", 1, r=2, lora_alpha=3, use_dora=True, target_modules=["embed", "fit", "image", "line", "tall"])
-    second = trained(root / "d1", 2, r=3, use_rslora=True, use_dora=True, target_modules=["embed", "fit", "image"])
+    first = trained(
+        root / "d0",
+        1,
+        r=2,
+        lora_alpha=3,
+        use_dora=True,
+        target_modules=["embed", "fit", "image", "line", "tall"],
+    )
+    second = trained(
+        root / "d1",
+        2,
+        r=3,
+        use_rslora=True,
+        use_dora=True,
+        target_modules=["embed", "fit", "image"],
+    )
     return [first, second, trained(root / "plain", 3, r=4)]
 
 
@@ -69,12 +86,16 @@ def changed_by(adapter: Path, base: Path) -> dict[str, Tensor]:
 def test_linear_of_doras_is_the_sum_of_what_peft_merges(sources, base, tmp_path):
     found = combined(sources, tmp_path / "out", method="linear", rank=99, base=base)
     changes = [changed_by(source, base) for source in sources]
-    expected = {name: sum(w * c[name] for w, c in zip(WEIGHTS, changes, strict=True)) for name in LAYERS}
+    expected = {
+        name: sum(w * c[name] for w, c in zip(WEIGHTS, changes, strict=True)) for name in LAYERS
+    }
     assert_close(found, expected, 3e-6)
     facts = json.loads((tmp_path / "out" / "adapterkit.json").read_text())["parameters"]
     for name in ("fit", "line"):
         flat = [change[name].flatten() for change in changes if bool(change[name].any())]
-        cosines = [float(torch.cosine_similarity(x, y, dim=0)) for x, y in itertools.combinations(flat, 2)]
+        cosines = [
+            float(torch.cosine_similarity(x, y, dim=0)) for x, y in itertools.combinations(flat, 2)
+        ]
         assert facts[name]["cosines"] == pytest.approx(cosines, abs=1e-5)
     low = combined(sources, tmp_path / "low", method="svd", base=base)
     assert_close(low, {name: truncated(delta, 4) for name, delta in expected.items()}, 1e-5)
@@ -82,7 +103,9 @@ def test_linear_of_doras_is_the_sum_of_what_peft_merges(sources, base, tmp_path)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAWS])
-def test_every_method_gives_what_it_gives_on_plain_loras_of_the_same_deltas(method, sources, plain, base, tmp_path):
+def test_every_method_gives_what_it_gives_on_plain_loras_of_the_same_deltas(
+    method, sources, plain, base, tmp_path
+):
     weights = (1.0, 0.6, 0.5) if method in ("slerp", "karcher") else WEIGHTS
     pick = slice(2) if method == "slerp" else slice(3)
     how = METHODS[method]
@@ -99,14 +122,18 @@ def test_every_method_gives_what_it_gives_on_plain_loras_of_the_same_deltas(meth
 @pytest.mark.parametrize("method", DRAWS)
 def test_methods_that_draw_do_so_from_the_seed(method, sources, base, tmp_path):
     first, again, other = (
-        combined(sources, tmp_path / f"{i}", method=method, density=0.6, base=base, seed=seed, rank=99)
+        combined(
+            sources, tmp_path / f"{i}", method=method, density=0.6, base=base, seed=seed, rank=99
+        )
         for i, seed in enumerate((1, 1, 2))
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize("how", [{"method": "linear"}, {"method": "cat"}, {"method": "linear", "space": "factors"}])
+@pytest.mark.parametrize(
+    "how", [{"method": "linear"}, {"method": "cat"}, {"method": "linear", "space": "factors"}]
+)
 def test_a_dora_needs_a_rank(how, sources, base, tmp_path):
     with pytest.raises(Refused, match="full rank"):
         adapterkit.combine(sources[:2], out=tmp_path / "out", base=base, **how)
@@ -124,13 +151,24 @@ def test_what_stands_in_the_way_of_a_dora(sources, base, tmp_path):
     with pytest.raises(Refused) as caught:
         adapterkit.combine(sources, out=tmp_path / "out", method="svd", base=other)
     found = [error.found for error in caught.value.errors]  # pyright: ignore[reportAttributeAccessIssue]
-    assert len(set(found)) == len(found) == 5 and all("no matrix" in text for text in found)  # every module of the DoRAs, each once
+    assert len(set(found)) == len(found) == 5 and all(
+        "no matrix" in text for text in found
+    )  # every module of the DoRAs, each once
     note = adapterkit.combine(sources[2:] * 2, out=tmp_path / "plain", method="svd", base=base)
     assert "not needed" in " ".join(note.data["notes"])
 
 
 def test_the_command_with_a_base(sources, base, tmp_path):
-    argv = ["combine", *map(str, sources), "--base", str(base), "--method", "svd", "--out", str(tmp_path / "out")]
+    argv = [
+        "combine",
+        *map(str, sources),
+        "--base",
+        str(base),
+        "--method",
+        "svd",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = CliRunner().invoke(main, argv)
     assert done.exit_code == 0, done.output
     adapterkit.verify(tmp_path / "out")
@@ -143,7 +181,11 @@ def test_the_command_with_a_base(sources, base, tmp_path):
 def heads(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("heads")
     made = lambda i, **more: trained(root / f"h{i}", i, target_modules=["fit"], **more)
-    return [made(1, modules_to_save=["narrow", "norm"]), made(2, modules_to_save=["narrow", "norm"]), made(3)]
+    return [
+        made(1, modules_to_save=["narrow", "norm"]),
+        made(2, modules_to_save=["narrow", "norm"]),
+        made(3),
+    ]
 
 
 def value(folder: Path, key: str = "narrow.weight") -> Tensor:
@@ -162,10 +204,14 @@ def value(folder: Path, key: str = "narrow.weight") -> Tensor:
     ],
     ids=str,
 )
-def test_trained_modules_are_averaged_where_shares_add_up_to_one(how, weights, shares, heads, tmp_path):
+def test_trained_modules_are_averaged_where_shares_add_up_to_one(
+    how, weights, shares, heads, tmp_path
+):
     combined(heads, tmp_path / "out", weights, **how)
     for key in ("narrow.weight", "norm.weight"):
-        expected = sum(share * value(head, key) for share, head in zip(shares, heads[:2], strict=True))
+        expected = sum(
+            share * value(head, key) for share, head in zip(shares, heads[:2], strict=True)
+        )
         assert torch.equal(value(tmp_path / "out", key), expected.float().double())
 
 
@@ -181,17 +227,25 @@ def test_trained_modules_are_averaged_where_shares_add_up_to_one(how, weights, s
 def test_else_they_are_refused_with_what_would_do(how, weights, heads, tmp_path):
     with pytest.raises(Refused, match="add up to 1") as caught:
         combined(heads, tmp_path / "out", weights, **how)
-    assert "narrow.weight" in str(caught.value) and "norm.weight" in str(caught.value) and "h1 (weight" in str(caught.value)
+    assert (
+        "narrow.weight" in str(caught.value)
+        and "norm.weight" in str(caught.value)
+        and "h1 (weight" in str(caught.value)
+    )
 
 
 def test_token_rows_are_averaged_where_they_are_the_same_rows(tmp_path):
     rows = {"h1": [1, 3], "h2": [1, 3], "h3": [1, 4]}
     made = [
-        trained(tmp_path / name, i, target_modules=["fit"], trainable_token_indices={"embed": indices})
+        trained(
+            tmp_path / name, i, target_modules=["fit"], trainable_token_indices={"embed": indices}
+        )
         for i, (name, indices) in enumerate(rows.items())
     ]
     combined(made[:2], tmp_path / "out", (0.5, 0.5), method="linear")
     key = "embed.token_adapter.trainable_tokens_delta"
-    assert torch.allclose(value(tmp_path / "out", key), (value(made[0], key) + value(made[1], key)) / 2, rtol=1e-6)
+    assert torch.allclose(
+        value(tmp_path / "out", key), (value(made[0], key) + value(made[1], key)) / 2, rtol=1e-6
+    )
     with pytest.raises(Refused, match="the same rows"):
         combined(made[1:], tmp_path / "no", (0.5, 0.5), method="linear")

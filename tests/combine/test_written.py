@@ -21,9 +21,17 @@ from adapterkit.errors import AdapterkitError
 
 LINEAR = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-BUILDS = architectures.BUILDS | {"llama": oracle.llama, "tied": oracle.tied_llama, "classifier": oracle.bert_classifier}
+BUILDS = architectures.BUILDS | {
+    "llama": oracle.llama,
+    "tied": oracle.tied_llama,
+    "classifier": oracle.bert_classifier,
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("llama", LINEAR | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}),
+    "plain": (
+        "llama",
+        LINEAR
+        | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True},
+    ),
     "biases": ("bert", {"target_modules": ["query", "dense"], "bias": "lora_only"}),
     "all biases": ("bert", {"target_modules": ["query"], "bias": "all"}),
     "bias of b": ("bert", {"target_modules": ["query", "dense"], "lora_bias": True}),
@@ -35,21 +43,53 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
     "tied embedding": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
     "tied head": ("tied", {"target_modules": ["q_proj", "lm_head"]}),
-    "both tied": ("tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
-    "tied values": ("tied", LINEAR | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "convolutions": ("wav2vec2", {"target_modules": ["q_proj", "conv_layers.1.conv"], "modules_to_save": ["lm_head"]}),
-    "picture": ("vit", {"target_modules": ["q_proj", "projection"], "modules_to_save": ["classifier"]}),
-    "encoder and decoder": ("t5", {"target_modules": ["q", "wo"], "modules_to_save": ["relative_attention_bias"]}),
+    "both tied": (
+        "tied",
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "tied values": (
+        "tied",
+        LINEAR | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "transposed": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    ),
+    "convolutions": (
+        "wav2vec2",
+        {"target_modules": ["q_proj", "conv_layers.1.conv"], "modules_to_save": ["lm_head"]},
+    ),
+    "picture": (
+        "vit",
+        {"target_modules": ["q_proj", "projection"], "modules_to_save": ["classifier"]},
+    ),
+    "encoder and decoder": (
+        "t5",
+        {"target_modules": ["q", "wo"], "modules_to_save": ["relative_attention_bias"]},
+    ),
     "experts": ("mixtral", {"target_modules": ["q_proj"], **EXPERTS}),
     "experts alone": (
         "qwen3_moe",
-        {"target_modules": [], "target_parameters": ["experts.down_proj"], "modules_to_save": ["lm_head"]},
+        {
+            "target_modules": [],
+            "target_parameters": ["experts.down_proj"],
+            "modules_to_save": ["lm_head"],
+        },
     ),
-    "transposed experts": ("gpt_oss", {"target_modules": ["q_proj"], "bias": "lora_only", **EXPERTS}),
-    "beside a parameter": ("mamba", {"target_modules": ["in_proj"], "target_parameters": ["mixer.A_log"]}),
+    "transposed experts": (
+        "gpt_oss",
+        {"target_modules": ["q_proj"], "bias": "lora_only", **EXPERTS},
+    ),
+    "beside a parameter": (
+        "mamba",
+        {"target_modules": ["in_proj"], "target_parameters": ["mixer.A_log"]},
+    ),
 }
-VALUES = ("bias", "modules_to_save", "trainable_token_indices")  # of a config: what is trained as it is
+VALUES = (
+    "bias",
+    "modules_to_save",
+    "trainable_token_indices",
+)  # of a config: what is trained as it is
 State = dict[str, Tensor]
 
 
@@ -59,14 +99,18 @@ def inference(name: str, base: Path, adapter: Path) -> list[Tensor]:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message=".*adapter keys")
         model = peft.PeftModel.from_pretrained(oracle.load(BUILDS[name], base), adapter).eval()
-        left = peft.set_peft_model_state_dict(model, load_file(adapter / "adapter_model.safetensors")).unexpected_keys
+        left = peft.set_peft_model_state_dict(
+            model, load_file(adapter / "adapter_model.safetensors")
+        ).unexpected_keys
     assert not left
     return architectures.answers(name, model)
 
 
 def assert_answers(found: list[Tensor], expected: list[Tensor]) -> None:
     for answer, due in zip(found, expected, strict=True):
-        torch.testing.assert_close(answer, due, rtol=0, atol=2e-5 * max(float(due.abs().max()), 0.01))
+        torch.testing.assert_close(
+            answer, due, rtol=0, atol=2e-5 * max(float(due.abs().max()), 0.01)
+        )
 
 
 class Trained:
@@ -93,7 +137,10 @@ class Trained:
     def due(self, change: Callable[[State, list[State]], State], *adapters: Path) -> list[Tensor]:
         """The answers of the model whose state is what `change` makes of the base's and those after each adapter."""
         models = [self.model(self.merged(adapter)) for adapter in adapters]
-        before, after = oracle.load(BUILDS[self.name], self.base).state_dict(), [model.state_dict() for model in models]
+        before, after = (
+            oracle.load(BUILDS[self.name], self.base).state_dict(),
+            [model.state_dict() for model in models],
+        )
         models[0].load_state_dict(change(before, after))
         return architectures.answers(self.name, models[0])
 
@@ -129,25 +176,40 @@ def test_combine(trained, tmp_path):
     options |= {"rank": 1000} if options else {}
     adapterkit.combine([f"{adapter}={w}" for adapter, w in zip(trained.adapters, (0.25, 0.75), strict=True)],
                        method="linear", out=tmp_path / "out", **options)  # fmt: skip
-    mean = lambda before, after: {key: 0.25 * after[0][key] + 0.75 * after[1][key] for key in before}
-    assert_answers(inference(trained.name, trained.base, tmp_path / "out"), trained.due(mean, *trained.adapters))
+    mean = lambda before, after: {
+        key: 0.25 * after[0][key] + 0.75 * after[1][key] for key in before
+    }
+    assert_answers(
+        inference(trained.name, trained.base, tmp_path / "out"),
+        trained.due(mean, *trained.adapters),
+    )
 
 
 @each
 def test_subtract(trained, tmp_path):
     """Of an adapter without trained values from one that may have them."""
-    plain = {key: value for key, value in trained.config.items() if key not in (*VALUES, "task_type", "lora_bias")}
+    plain = {
+        key: value
+        for key, value in trained.config.items()
+        if key not in (*VALUES, "task_type", "lora_bias")
+    }
     general, task = trained.trained(tmp_path / "general", 3, plain), trained.adapters[0]
     if trained.config.get("use_dora"):
         with pytest.raises(AdapterkitError, match="make it plain first"):
             adapterkit.subtract([task], general=[general], out=tmp_path / "out")
         for adapter in (general, task):
-            adapterkit.resize(adapter, base=trained.base, rank=1000, out=tmp_path / "plain" / adapter.name)
+            adapterkit.resize(
+                adapter, base=trained.base, rank=1000, out=tmp_path / "plain" / adapter.name
+            )
         general, task = tmp_path / "plain" / "general", tmp_path / "plain" / task.name
     adapterkit.subtract([task], general=[general], out=tmp_path / "out")
-    less = lambda before, after: {key: after[0][key] - (after[1][key] - before[key]) for key in before}
+    less = lambda before, after: {
+        key: after[0][key] - (after[1][key] - before[key]) for key in before
+    }
     trained.folder = tmp_path
-    assert_answers(inference(trained.name, trained.base, tmp_path / "out"), trained.due(less, task, general))
+    assert_answers(
+        inference(trained.name, trained.base, tmp_path / "out"), trained.due(less, task, general)
+    )
 
 
 @each
@@ -165,12 +227,16 @@ def test_resize(alpha, trained, tmp_path):
 @each
 def test_rebase(trained, tmp_path):
     """Trained from PiSSA's start where PEFT has it, else from its own."""
-    pissa = not {"use_dora", "target_parameters", "lora_bias"} & set(trained.config) and trained.name not in ("wav2vec2", "vit")
+    pissa = not {"use_dora", "target_parameters", "lora_bias"} & set(
+        trained.config
+    ) and trained.name not in ("wav2vec2", "vit")
     pissa = pissa and not {"embed_tokens", "lm_head"} & set(trained.config["target_modules"])
     config = trained.config | ({"init_lora_weights": "pissa"} if pissa else {})
     base = oracle.load(BUILDS[trained.name], trained.base)
     with oracle.quiet():
-        model = peft.get_peft_model(base, peft.LoraConfig(**({"r": 4, "lora_alpha": 6} | config))).eval()
+        model = peft.get_peft_model(
+            base, peft.LoraConfig(**({"r": 4, "lora_alpha": 6} | config))
+        ).eval()
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(tmp_path / "initial")
         oracle.perturb(model, 5)
@@ -184,17 +250,23 @@ def test_rebase(trained, tmp_path):
 
 def test_rebase_of_an_init_on_a_tied_head(made, tmp_path):
     """PEFT's init takes its part out of the one weight, so the embedding has lost it too."""
-    base = made("written-init-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32"))
+    base = made(
+        "written-init-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32")
+    )
     config = {"target_modules": ["q_proj", "lm_head"], "r": 4, "init_lora_weights": "pissa"}
     with oracle.quiet():
         model = peft.get_peft_model(oracle.load(oracle.tied_llama, base), peft.LoraConfig(**config))
         model.save_pretrained(tmp_path / "trained")
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(tmp_path / "initial")
-    receipt = adapterkit.rebase(tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "out")
+    receipt = adapterkit.rebase(
+        tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "out"
+    )
     assert any("--base tells" in note for note in receipt.data["notes"])
     with pytest.raises(AdapterkitError, match=r"lm_head is tied to model\.embed_tokens"):
-        adapterkit.rebase(tmp_path / "trained", initial=tmp_path / "initial", base=base, out=tmp_path / "no")
+        adapterkit.rebase(
+            tmp_path / "trained", initial=tmp_path / "initial", base=base, out=tmp_path / "no"
+        )
 
 
 MODELS = ["llama", "tied", "bert", "gpt2", "vit", "t5", "mixtral", "mamba", "whisper", "siglip"]
@@ -202,7 +274,9 @@ MODELS = ["llama", "tied", "bert", "gpt2", "vit", "t5", "mixtral", "mamba", "whi
 
 @pytest.mark.parametrize("name", MODELS)
 def test_init(name, made, tmp_path):
-    base = made(f"written-init-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32"))
+    base = made(
+        f"written-init-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32")
+    )
     adapterkit.init(base, out=tmp_path / "out", method="pissa", rank=4)
     due = architectures.answers(name, oracle.load(BUILDS[name], base))
     assert_answers(inference(name, tmp_path / "out" / "base", tmp_path / "out" / "adapter"), due)
@@ -211,7 +285,9 @@ def test_init(name, made, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_loftq(name, made, tmp_path):
     """The quantised base as it decodes, and the adapter on it."""
-    base = made(f"written-init-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32"))
+    base = made(
+        f"written-init-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32")
+    )
     adapterkit.loftq(base, out=tmp_path / "out", rank=4, bits=8)
     adapterkit.dequantize(tmp_path / "out" / "base", out=tmp_path / "plain", dtype="fp32")
     adapterkit.merge(tmp_path / "plain", [tmp_path / "out" / "adapter"], out=tmp_path / "merged")

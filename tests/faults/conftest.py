@@ -23,7 +23,10 @@ LAYERS, WIDTH, VOCABULARY, RANK = 3, 16, 40, 4
 RECEIPT = "adapterkit.json"
 MEMORY = 1 << 30
 # the package that the tests import, installed or not, and no network
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(adapterkit.__file__).parents[1])}
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(Path(adapterkit.__file__).parents[1]),
+}
 
 
 def weights(layers: int = LAYERS) -> dict[str, np.ndarray]:
@@ -37,7 +40,9 @@ def weights(layers: int = LAYERS) -> dict[str, np.ndarray]:
         shapes[layer + "mlp.down_proj.weight"] = (WIDTH, 3 * WIDTH)
         shapes |= {layer + f"{n}_layernorm.weight": (WIDTH,) for n in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
-    return {key: generator.standard_normal(shape).astype(np.float16) for key, shape in shapes.items()}
+    return {
+        key: generator.standard_normal(shape).astype(np.float16) for key, shape in shapes.items()
+    }
 
 
 def make_base(folder: Path, shards: int = 3, layers: int = LAYERS) -> None:
@@ -46,7 +51,9 @@ def make_base(folder: Path, shards: int = 3, layers: int = LAYERS) -> None:
     cut = {key: min(i * shards // len(tensors), shards - 1) for i, key in enumerate(tensors)}
     names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     for i, name in enumerate(names):
-        save_file({k: t for k, t in tensors.items() if cut[k] == i}, folder / name, {"format": "pt"})
+        save_file(
+            {k: t for k, t in tensors.items() if cut[k] == i}, folder / name, {"format": "pt"}
+        )
     total = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in cut.items()}}
     config = {
@@ -67,8 +74,12 @@ def make_adapter(folder: Path, layers: int = LAYERS, modules: tuple[str, ...] = 
     for i in range(layers):
         for name in modules:
             prefix = f"base_model.model.model.layers.{i}.self_attn.{name}_proj."
-            tensors[prefix + "lora_A.weight"] = generator.standard_normal((RANK, WIDTH)).astype(np.float32)
-            tensors[prefix + "lora_B.weight"] = generator.standard_normal((WIDTH, RANK)).astype(np.float32)
+            tensors[prefix + "lora_A.weight"] = generator.standard_normal((RANK, WIDTH)).astype(
+                np.float32
+            )
+            tensors[prefix + "lora_B.weight"] = generator.standard_normal((WIDTH, RANK)).astype(
+                np.float32
+            )
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "bias": "none",
         "target_modules": [f"{m}_proj" for m in modules], "base_model_name_or_path": "tiny",
@@ -129,7 +140,9 @@ class Driver:
 def digests(folder: Path) -> dict[str, str]:
     """The sha256 of every file of an output; of the receipt without its timings."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and ".adapterkit" not in p.parts):
+    for path in sorted(
+        p for p in folder.rglob("*") if p.is_file() and ".adapterkit" not in p.parts
+    ):
         data = path.read_bytes()
         if path.name == RECEIPT:
             receipt = json.loads(data)
@@ -141,7 +154,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 def check_values(bench: "Bench", weight: float) -> None:
     """Every tensor of an output is the base's, or the float16 nearest to W + weight·b@a (alpha is r here)."""
-    base, made = ({k: t for p in d.glob("*.safetensors") for k, t in load_file(p).items()} for d in (bench.base, bench.out))
+    base, made = (
+        {k: t for p in d.glob("*.safetensors") for k, t in load_file(p).items()}
+        for d in (bench.base, bench.out)
+    )
     adapter = load_file(bench.adapter / "adapter_model.safetensors")
     assert made.keys() == base.keys()
     for key, tensor in base.items():
@@ -151,7 +167,9 @@ def check_values(bench: "Bench", weight: float) -> None:
             b, a = (adapter[f"{prefix}lora_{side}.weight"].astype(np.float64) for side in "BA")
             exact += weight * b @ a
         unit = np.abs(np.spacing(made[key])).astype(np.float64)
-        assert made[key].dtype == np.float16 and (np.abs(made[key] - exact) <= 0.5 * unit + 1e-6).all(), key
+        assert (
+            made[key].dtype == np.float16 and (np.abs(made[key] - exact) <= 0.5 * unit + 1e-6).all()
+        ), key
 
 
 @dataclass
@@ -164,7 +182,11 @@ class Bench:
     defaults: dict = field(default_factory=lambda: {"rows": 128, "workers": 2})
 
     def __post_init__(self):
-        self.base, self.adapter, self.out = self.root / "base", self.root / "adapter", self.root / "out"
+        self.base, self.adapter, self.out = (
+            self.root / "base",
+            self.root / "adapter",
+            self.root / "out",
+        )
 
     @property
     def control(self) -> Path:
@@ -228,7 +250,10 @@ class AdapterBench(Bench):
     words: list[str] = field(default_factory=list)
 
     def argv(self, *more: str, weight: str = "") -> list[str]:
-        words = [str(self.root / w) if (self.root / w.partition("=")[0]).is_dir() else w for w in self.words]
+        words = [
+            str(self.root / w) if (self.root / w.partition("=")[0]).is_dir() else w
+            for w in self.words
+        ]
         return [*words, "--out", str(self.out), *more]
 
     def undisturbed(self, weight: str = "") -> dict[str, str]:

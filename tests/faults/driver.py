@@ -87,7 +87,9 @@ class Faults:
         path = self._path(args)
         if name in ("close", "open", "write") and "/" not in path:
             return False
-        device = path.startswith(("pipe:", "/proc/", "/dev/", "/memfd")) and not path.startswith("/dev/shm/")
+        device = path.startswith(("pipe:", "/proc/", "/dev/", "/memfd")) and not path.startswith(
+            "/dev/shm/"
+        )
         return not device and self.spec.get("match", "") in path
 
     def _fault(self, name, real, args, kwargs, libc):
@@ -215,7 +217,10 @@ class Child:
             time.sleep(0.002)
         seconds = time.monotonic() - self.began
         count, label = struct.unpack("q200s", self.shared[:208])
-        texts = [os.pread(f, os.fstat(f).st_size, 0).decode("utf-8", "replace") for f in (self.out, self.err)]
+        texts = [
+            os.pread(f, os.fstat(f).st_size, 0).decode("utf-8", "replace")
+            for f in (self.out, self.err)
+        ]
         os.close(self.out), os.close(self.err)
         return {
             "status": os.waitstatus_to_exitcode(found[1]), "stdout": texts[0], "stderr": texts[1], "calls": count,

@@ -38,9 +38,14 @@ class Driver:
 
     def __init__(self):
         here = Path(__file__).parent
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(adapterkit.__file__).parents[1])}
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(Path(adapterkit.__file__).parents[1]),
+        }
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", START, str(here)], env=environment, **pipes)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, str(here)], env=environment, **pipes
+        )
         assert self.process.stdout.readline() == "ready\n"
 
     def ask(self, **request) -> dict:
@@ -101,7 +106,9 @@ def test_killed_at_each_call(job, whole, step: int) -> None:
     assert when > 60
 
 
-@pytest.mark.parametrize("match", ["00002-of-00003.safetensors.aside", "adapter_model", "adapterkit.json"])
+@pytest.mark.parametrize(
+    "match", ["00002-of-00003.safetensors.aside", "adapter_model", "adapterkit.json"]
+)
 def test_killed_between_the_base_and_its_adapter(loftq, lofted, match: str) -> None:
     loftq.clear()
     assert loftq.merge(fault={"kill": True, "when": 1, "match": match}).status == -signal.SIGKILL
@@ -110,7 +117,10 @@ def test_killed_between_the_base_and_its_adapter(loftq, lofted, match: str) -> N
     assert len(done) == (1 if "00002" in match else 3)
     if match == "adapter_model":
         assert waiting == {f"{name}.aside" for name in done}
-    before = {path.name: path.stat().st_ino for path in (loftq.control / "out" / "base").glob("*.safetensors")}
+    before = {
+        path.name: path.stat().st_ino
+        for path in (loftq.control / "out" / "base").glob("*.safetensors")
+    }
     loftq.merge("--resume").succeeded()
     loftq.check_done(lofted)
     after = {path.name: path.stat().st_ino for path in (loftq.out / "base").glob("*.safetensors")}
@@ -122,7 +132,10 @@ def test_killed_between_the_base_and_its_adapter(loftq, lofted, match: str) -> N
 def test_what_waited_is_gone(loftq, lofted, harm: str) -> None:
     """Made again with its file, or refused; never factors of something else."""
     loftq.clear()
-    assert loftq.merge(fault={"kill": True, "when": 1, "match": "adapter_model"}).status == -signal.SIGKILL
+    assert (
+        loftq.merge(fault={"kill": True, "when": 1, "match": "adapter_model"}).status
+        == -signal.SIGKILL
+    )
     path = sorted((loftq.control / "out" / "base").glob("*.aside"))[0]
     if harm == "removed":
         path.unlink()
@@ -140,7 +153,9 @@ def test_the_nth_write_fails(job, whole, error: str) -> None:
     calls, step = ["pwrite", "write", "fallocate", "ftruncate", "fsync"], 31
     for when in itertools.count(random.Random(error).randrange(step) + 2, step):
         job.clear()
-        ended = job.merge(fault={"calls": calls, "when": when, "error": error, "sticky": when % 2 == 0})
+        ended = job.merge(
+            fault={"calls": calls, "when": when, "error": error, "sticky": when % 2 == 0}
+        )
         if ended.status == 0:
             break
         ended.failed_cleanly("check the disk" if error == "EIO" else "free some space")
@@ -152,7 +167,9 @@ def test_the_nth_write_fails(job, whole, error: str) -> None:
 
 @pytest.mark.parametrize("workers", [1, 8])
 @pytest.mark.parametrize("fault", [None, {"calls": ["preadv", "pwrite"], "short": True}], ids=str)
-def test_the_same_bytes_whatever_the_threads_and_reads(job, whole, workers: int, fault: dict | None) -> None:
+def test_the_same_bytes_whatever_the_threads_and_reads(
+    job, whole, workers: int, fault: dict | None
+) -> None:
     job.clear()
     job.merge(fault=fault, workers=workers).succeeded()
     job.check_done(whole)

@@ -34,7 +34,11 @@ class Flip:
     """One bit of a file, turned over in a `with` block."""
 
     def __init__(self, path: Path, content: bytes, generator: random.Random):
-        self.path, self.position, self.bit = path, generator.randrange(len(content)), generator.randrange(8)
+        self.path, self.position, self.bit = (
+            path,
+            generator.randrange(len(content)),
+            generator.randrange(8),
+        )
         self.before = content[self.position]
 
     def write(self, byte: int) -> None:
@@ -56,7 +60,9 @@ class Flip:
 def test_every_flip_is_found(output, monkeypatch):
     """One bit in every file but the receipt at once, each the only one in its file and each to be named; then one in the receipt,
     without which nothing else can be judged."""
-    monkeypatch.delattr(os, "posix_fadvise", raising=False)  # the flips are in the system's cache, and the disk would be slow
+    monkeypatch.delattr(
+        os, "posix_fadvise", raising=False
+    )  # the flips are in the system's cache, and the disk would be slow
     assert verify(output)["files"] == len(list(output.iterdir())) - 1
     generator, flips = random.Random(0), 0
     contents = {path: path.read_bytes() for path in sorted(output.iterdir())}
@@ -64,15 +70,26 @@ def test_every_flip_is_found(output, monkeypatch):
     receipt = output / RECEIPT
     while flips < 10_000:
         with contextlib.ExitStack() as stack:
-            made = [stack.enter_context(Flip(p, c, generator)) for p, c in contents.items() if p != receipt]
+            made = [
+                stack.enter_context(Flip(p, c, generator))
+                for p, c in contents.items()
+                if p != receipt
+            ]
             with pytest.raises(AdapterkitError) as caught:
                 verify(output)
         for flip in made:
-            lines = [line for line in str(caught.value).splitlines() if line.startswith(f"- {flip.path.name}:")]
+            lines = [
+                line
+                for line in str(caught.value).splitlines()
+                if line.startswith(f"- {flip.path.name}:")
+            ]
             assert len(lines) == 1, flip
             key = tensors[flip.path][flip.position]
             assert key is None or key in lines[0], (str(flip), lines)
-        with Flip(receipt, contents[receipt], generator) as flip, pytest.raises(AdapterkitError, match=RECEIPT):
+        with (
+            Flip(receipt, contents[receipt], generator) as flip,
+            pytest.raises(AdapterkitError, match=RECEIPT),
+        ):
             verify(output)
             raise AssertionError(str(flip))
         flips += len(contents)
@@ -85,7 +102,9 @@ def test_other_damage_is_found(output):
         data = path.read_bytes()
         for other in (data[:-1], data + b"\0", b"", None, bytes(len(data))):
             path.unlink() if other is None else path.write_bytes(other)
-            with pytest.raises(AdapterkitError, match=RECEIPT if path.name == RECEIPT else path.name):
+            with pytest.raises(
+                AdapterkitError, match=RECEIPT if path.name == RECEIPT else path.name
+            ):
                 verify(output)
             path.write_bytes(data)
     (output / "model-00004-of-00003.safetensors").write_bytes(data)

@@ -8,8 +8,21 @@ import pytest
 
 JOBS = {
     "combine": ["combine", "adapter", "other=0.5", "--method", "ties", "--density", "0.5"],
-    "resize": ["resize", "adapter", "--max-size", "4KB"],  # all wait on the disk until their ranks are settled
-    "subtract": ["subtract", "adapter", "other", "--general", "third", "--rank", "2"],  # two folders in one output
+    "resize": [
+        "resize",
+        "adapter",
+        "--max-size",
+        "4KB",
+    ],  # all wait on the disk until their ranks are settled
+    "subtract": [
+        "subtract",
+        "adapter",
+        "other",
+        "--general",
+        "third",
+        "--rank",
+        "2",
+    ],  # two folders in one output
 }
 
 
@@ -44,11 +57,15 @@ def test_the_nth_write_fails(job, whole, error: str, step: int):
     calls = ["pwrite", "write", "fallocate", "ftruncate", "fsync"]
     for when in itertools.count(random.Random(error).randrange(step) + 1, step):
         job.clear()
-        ended = job.merge(fault={"calls": calls, "when": when, "error": error, "sticky": when % 2 == 0})
+        ended = job.merge(
+            fault={"calls": calls, "when": when, "error": error, "sticky": when % 2 == 0}
+        )
         if ended.status == 0:
             break
         ended.failed_cleanly("check the disk" if error == "EIO" else "free some space")
-        assert not job.out.exists() or job.digests() == whole  # the fsync after the last rename may be the one that fails
+        assert (
+            not job.out.exists() or job.digests() == whole
+        )  # the fsync after the last rename may be the one that fails
         job.merge("--resume").succeeded()
         job.check_done(whole)
     assert when > 7
@@ -56,9 +73,13 @@ def test_the_nth_write_fails(job, whole, error: str, step: int):
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
 @pytest.mark.parametrize(
-    "fault", [None, {"calls": ["preadv", "pwrite"], "short": True}, {"calls": ["preadv"], "delay": 0.0005}], ids=str
+    "fault",
+    [None, {"calls": ["preadv", "pwrite"], "short": True}, {"calls": ["preadv"], "delay": 0.0005}],
+    ids=str,
 )
-def test_the_same_bytes_whatever_the_threads_and_reads(job, whole, workers: int, fault: dict | None):
+def test_the_same_bytes_whatever_the_threads_and_reads(
+    job, whole, workers: int, fault: dict | None
+):
     job.clear()
     job.merge(fault=fault, workers=workers).succeeded()
     job.check_done(whole)

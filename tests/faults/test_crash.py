@@ -20,7 +20,17 @@ SYSTEM_CALLS = [
     "pwrite64", "copy_file_range", "ftruncate", "fallocate", "fsync", "rename|renameat|renameat2", "unlink|unlinkat|rmdir",
     "mkdir|mkdirat", "link|linkat", "write",
 ]  # fmt: skip
-PLACES = ["tokenizer", "index.json", "config.json", "00001", "00002", "00003", "journal", "lock", "adapterkit.json"]
+PLACES = [
+    "tokenizer",
+    "index.json",
+    "config.json",
+    "00001",
+    "00002",
+    "00003",
+    "journal",
+    "lock",
+    "adapterkit.json",
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +103,9 @@ def test_killed_where_folders_cannot_be_exchanged(shared, whole, older, step: in
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_killed_at_random_times(shared, whole, older, points: int, options: tuple):
     generator, died, times = random.Random(len(options)), 0, []
-    for _ in range(3):  # one alone may be slow on a loaded machine, and then nothing is killed in time
+    for _ in range(
+        3
+    ):  # one alone may be slow on a loaded machine, and then nothing is killed in time
         shared.clear()
         times.append(shared.merge().seconds)
     whole_time = min(times)
@@ -124,9 +136,13 @@ def test_a_stage_without_its_names_is_only_published(shared, whole):
     shared.clear()
     ended = shared.merge(fault={"kill": True, "calls": ["rename"], "when": 4})
     assert ended.status == -signal.SIGKILL and ended.last.endswith(".adapterkit/out")
-    entries = [json.loads(line) for line in (shared.control / "journal.jsonl").read_bytes().splitlines()]
+    entries = [
+        json.loads(line) for line in (shared.control / "journal.jsonl").read_bytes().splitlines()
+    ]
     assert "publish" in entries[-1]
-    ended = shared.merge("--resume", fault={"calls": ["pwrite", "open"], "match": ".adapterkit/out/", "when": -1})
+    ended = shared.merge(
+        "--resume", fault={"calls": ["pwrite", "open"], "match": ".adapterkit/out/", "when": -1}
+    )
     ended.succeeded()
     assert ended.calls == 0
     shared.check_done(whole)
@@ -165,7 +181,9 @@ def strace(shared) -> str:
 def traced(program: str, pid: int, *options: str) -> subprocess.Popen | None:
     """strace attached to a process that waits, or None where that is not allowed."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    tracer = subprocess.Popen([program, "-f", "-qq", "-o", "/dev/null", "-p", str(pid), *options], **quiet)
+    tracer = subprocess.Popen(
+        [program, "-f", "-qq", "-o", "/dev/null", "-p", str(pid), *options], **quiet
+    )
     for _ in range(500):
         status = Path(f"/proc/{pid}/status").read_text()
         if "TracerPid:\t0\n" not in status:
@@ -178,7 +196,9 @@ def traced(program: str, pid: int, *options: str) -> subprocess.Popen | None:
 
 
 FEW = [(call, 6) for call in SYSTEM_CALLS[:6:2]]
-ALL = [pytest.param(call, 1, marks=pytest.mark.slow) for call in SYSTEM_CALLS] + [pytest.param("openat", 5, marks=pytest.mark.slow)]
+ALL = [pytest.param(call, 1, marks=pytest.mark.slow) for call in SYSTEM_CALLS] + [
+    pytest.param("openat", 5, marks=pytest.mark.slow)
+]
 
 
 @pytest.mark.parametrize(("call", "step"), FEW + ALL)
@@ -197,7 +217,9 @@ def test_killed_by_the_kernel(shared, strace, whole, older, call: str, step: int
         options = ("--overwrite",) if replace else ()
         pid = shared.start(shared.argv(*options), held=True)
         name = f"/^({call})$"
-        tracer = traced(strace, pid, "-e", f"trace={name}", "-e", f"inject={name}:signal=SIGKILL:when={when}")
+        tracer = traced(
+            strace, pid, "-e", f"trace={name}", "-e", f"inject={name}:signal=SIGKILL:when={when}"
+        )
         shared.driver.ask(release=pid)
         ended = shared.wait(pid)
         tracer.wait()

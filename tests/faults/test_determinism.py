@@ -12,15 +12,30 @@ def whole(shared) -> dict[str, str]:
     return shared.undisturbed()
 
 
-@pytest.mark.parametrize(("workers", "resumed", "hashed"), list(itertools.product([1, 2, 8], [False, True], ["sha256", "none"])))
-@pytest.mark.parametrize("fault", [None, {"calls": ["preadv", "pwrite"], "delay": 0.0005}, {"calls": ["preadv"], "short": True}])
-def test_one_sha256_of_every_file(shared, whole, workers: int, resumed: bool, hashed: str, fault: dict | None):
+@pytest.mark.parametrize(
+    ("workers", "resumed", "hashed"),
+    list(itertools.product([1, 2, 8], [False, True], ["sha256", "none"])),
+)
+@pytest.mark.parametrize(
+    "fault",
+    [None, {"calls": ["preadv", "pwrite"], "delay": 0.0005}, {"calls": ["preadv"], "short": True}],
+)
+def test_one_sha256_of_every_file(
+    shared, whole, workers: int, resumed: bool, hashed: str, fault: dict | None
+):
     shared.clear()
     options = ("--hash", hashed)
     if resumed:
         for when in (1, 2):  # a shard more each time
-            shared.merge("--resume", *options, workers=workers, fault={"kill": True, "calls": ["rename"], "when": 2 * when})
-    shared.merge("--resume" if resumed else "--quiet", *options, workers=workers, fault=fault).succeeded()
+            shared.merge(
+                "--resume",
+                *options,
+                workers=workers,
+                fault={"kill": True, "calls": ["rename"], "when": 2 * when},
+            )
+    shared.merge(
+        "--resume" if resumed else "--quiet", *options, workers=workers, fault=fault
+    ).succeeded()
     found = shared.digests()
     if hashed == "none":  # its receipt holds no hashes
         del found[RECEIPT]
@@ -40,7 +55,11 @@ def test_receipts_without_hashes_agree_too(shared):
 def test_options_that_change_the_layout(shared):
     """Resharded, cast and rounded at random, with one worker and with eight."""
     drawn = ("--rounding", "stochastic", "--seed", "7")
-    layouts = [("--dtype", "fp32"), ("--max-shard-size", "7KB"), ("--dtype", "bf16", "--max-shard-size", "4KB")]
+    layouts = [
+        ("--dtype", "fp32"),
+        ("--max-shard-size", "7KB"),
+        ("--dtype", "bf16", "--max-shard-size", "4KB"),
+    ]
     for options in (*layouts, drawn, (*drawn, "--dtype", "fp16", "--max-shard-size", "4KB")):
         found = []
         for workers in (1, 8):
@@ -56,7 +75,9 @@ def test_a_resume_draws_the_same(shared):
     for kills in (0, 2):
         shared.clear()
         for when in range(1, kills + 1):
-            shared.merge("--resume", *drawn, fault={"kill": True, "calls": ["rename"], "when": 2 * when})
+            shared.merge(
+                "--resume", *drawn, fault={"kill": True, "calls": ["rename"], "when": 2 * when}
+            )
         shared.merge("--resume" if kills else "--quiet", *drawn).succeeded()
         found.append(shared.digests())
     assert found[0] == found[1]

@@ -31,7 +31,9 @@ def started(bench, *options: str, fault: dict = SLOW, **settings) -> int:
 
 def command_in(text: str) -> list[str]:
     """The command that a message names, as a shell would cut it into words."""
-    words = shlex.split(next(line for line in text.splitlines() if line.startswith("  adapterkit ")))
+    words = shlex.split(
+        next(line for line in text.splitlines() if line.startswith("  adapterkit "))
+    )
     return words[1:]
 
 
@@ -127,7 +129,9 @@ def test_at_random_times(shared, whole, points: int):
     stopped = 0
     for _ in range(points):
         shared.clear()
-        pid = shared.start(shared.argv(), fault={"calls": ["fsync", "open", "rename"], "delay": 0.002})
+        pid = shared.start(
+            shared.argv(), fault={"calls": ["fsync", "open", "rename"], "delay": 0.002}
+        )
         time.sleep(generator.uniform(0.02, 0.25))
         os.kill(pid, generator.choice(SIGNALS))
         ended = shared.wait(pid)
@@ -144,12 +148,22 @@ def test_at_random_times(shared, whole, points: int):
     assert stopped > points // 4
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.3, pytest.param(0.6, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "delay",
+    [
+        0.0,
+        0.3,
+        pytest.param(0.6, marks=pytest.mark.slow),
+        pytest.param(1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_a_real_process_while_it_imports(bench, delay: float):
     """Importing torch takes a second or more; an interrupt in it is one too, as soon as a library is loaded."""
     argv = [sys.executable, "-m", "adapterkit", *bench.argv()]
     process = subprocess.Popen(argv, env=bench.environment, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+    while (
+        process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
+    ):
         time.sleep(0.005)
     time.sleep(delay)
     process.send_signal(signal.SIGINT)

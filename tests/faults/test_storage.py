@@ -46,7 +46,9 @@ def test_the_nth_write_fails(shared, whole, error: str, step: int):
     words = {"EIO": "check the disk", "ENOSPC": "free some space", "EDQUOT": "of your quota"}
     for when in itertools.count(random.Random(error).randrange(step) + 1, step):
         shared.clear()
-        ended = shared.merge(fault={"calls": WRITING, "when": when, "error": error, "sticky": when % 2 == 0})
+        ended = shared.merge(
+            fault={"calls": WRITING, "when": when, "error": error, "sticky": when % 2 == 0}
+        )
         if ended.status == 0:
             break
         assert ended.seconds < 10
@@ -90,7 +92,9 @@ def test_a_failing_fsync_is_final(shared, whole, call: str):
             part = Path(ended.last.partition(" ")[2])
             assert not part.with_suffix("").exists()
         ended.failed_cleanly("Input/output error")
-        assert not shared.out.exists() or shared.digests() == whole  # the last one is of the folder that holds the output
+        assert (
+            not shared.out.exists() or shared.digests() == whole
+        )  # the last one is of the folder that holds the output
         shared.merge("--resume").succeeded()
         shared.check_done(whole)
     assert failed >= 10
@@ -135,7 +139,12 @@ def test_without_other_calls(shared, whole, call: str, error: str):
 
 def test_a_write_of_nothing(shared, whole):
     shared.clear()
-    check_failure(shared, whole, "nothing was written", ended=shared.merge(fault={"calls": ["pwrite"], "zero": True, "when": 4}))
+    check_failure(
+        shared,
+        whole,
+        "nothing was written",
+        ended=shared.merge(fault={"calls": ["pwrite"], "zero": True, "when": 4}),
+    )
 
 
 @pytest.mark.parametrize("call", ["pwrite", "copy_file_range"])
@@ -149,7 +158,9 @@ def test_lost_writes_are_found(shared, whole, call: str, step: int):
         if ended.status == 0:
             break
         ended.failed_cleanly("model-0000")
-        assert "bytes that are not those" in ended.stderr or "not a safetensors file" in ended.stderr
+        assert (
+            "bytes that are not those" in ended.stderr or "not a safetensors file" in ended.stderr
+        )
         assert not shared.out.exists()
         shared.merge().succeeded()  # nothing of it is used again
         shared.check_done(whole)
@@ -179,7 +190,8 @@ def test_interrupted_system_calls(shared, whole):
     pid = shared.start(shared.argv(), held=True)
     options = ["-e", f"trace={calls}", "-e", f"inject={calls}:error=EINTR:when=2+3"]
     tracer = subprocess.Popen(
-        [program, "-f", "-qq", "-o", str(shared.root / "trace"), "-p", str(pid), *options], stderr=subprocess.DEVNULL
+        [program, "-f", "-qq", "-o", str(shared.root / "trace"), "-p", str(pid), *options],
+        stderr=subprocess.DEVNULL,
     )
     while "TracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text() and tracer.poll() is None:
         time.sleep(0.01)
@@ -204,7 +216,9 @@ def test_the_nth_read_fails(shared, whole, place: str, step: int):
     words = ["cannot read at byte", "safetensors: ", "_proj." if place == "/adapter/" else "model"]
     for when in itertools.count(1, step):
         shared.clear()
-        ended = shared.merge(fault={"calls": ["preadv"], "match": place, "when": when, "error": "EIO"})
+        ended = shared.merge(
+            fault={"calls": ["preadv"], "match": place, "when": when, "error": "EIO"}
+        )
         if ended.status == 0:
             break
         check_failure(shared, whole, *words, ended=ended)
@@ -231,10 +245,14 @@ def change(path: Path, what: str) -> None:
 @pytest.mark.parametrize("place", ["base/" + SHARD, "adapter/adapter_model.safetensors"])
 def test_an_input_changed_between_runs(bench, what: str, place: str):
     """A resumed run would mix two inputs: refused, with the name of the file."""
-    assert bench.merge(fault={"kill": True, "calls": ["rename"], "when": 2}).status == -signal.SIGKILL
+    assert (
+        bench.merge(fault={"kill": True, "calls": ["rename"], "when": 2}).status == -signal.SIGKILL
+    )
     time.sleep(0.02)  # a tick of the clock of file times
     change(bench.root / place, what)
-    bench.merge("--resume").failed_cleanly("an interrupted run of another job", place.partition("/")[2], "identity.")
+    bench.merge("--resume").failed_cleanly(
+        "an interrupted run of another job", place.partition("/")[2], "identity."
+    )
     assert not bench.out.exists()
     bench.merge("--overwrite").succeeded()
     assert bench.digests() == bench.undisturbed()
@@ -253,7 +271,9 @@ def test_another_job_does_not_resume(shared, whole, field: str, argv: list):
     shared.clear()
     shared.merge(fault={"kill": True, "calls": ["rename"], "when": 2})
     weight = argv[0][1:] if argv[0].startswith("=") else ""
-    shared.merge("--resume", *([] if weight else argv), weight=weight).failed_cleanly(f"of another job: {field} differs")
+    shared.merge("--resume", *([] if weight else argv), weight=weight).failed_cleanly(
+        f"of another job: {field} differs"
+    )
     shared.merge().failed_cleanly("an interrupted run", "--resume", "--overwrite")
     shared.merge("--resume").succeeded()
     shared.check_done(whole)
@@ -262,11 +282,15 @@ def test_another_job_does_not_resume(shared, whole, field: str, argv: list):
 def test_an_edited_config_does_not_resume(bench):
     bench.merge(fault={"kill": True, "calls": ["rename"], "when": 2})
     config = bench.base / "config.json"
-    config.write_text(config.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 4'))
+    config.write_text(
+        config.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 4')
+    )
     bench.merge("--resume").failed_cleanly("config.json", "differs")
 
 
-@pytest.mark.parametrize("act", [["poke", 900, [1, 2, 3]], ["replace"], ["truncate", 1000], ["truncate", 0]])
+@pytest.mark.parametrize(
+    "act", [["poke", 900, [1, 2, 3]], ["replace"], ["truncate", 1000], ["truncate", 0]]
+)
 @pytest.mark.parametrize("place", ["base/" + SHARD, "adapter/adapter_model.safetensors"])
 def test_an_input_changed_during_a_run(bench, act: list, place: str):
     """Poked, replaced, or cut short (a mapping would die of SIGBUS): nothing of what was made of it is used."""
@@ -317,7 +341,9 @@ def test_a_journal_torn_at_every_byte(shared, whole):
     shutil.copytree(shared.control, kept)
     journal = (kept / "journal.jsonl").read_bytes()
     ends = {i for i, byte in enumerate(journal) if byte == 10}
-    near = {end + d for end in ends for d in (-1, 0, 1)} | set(range(0, len(journal), len(journal) // 12))
+    near = {end + d for end in ends for d in (-1, 0, 1)} | set(
+        range(0, len(journal), len(journal) // 12)
+    )
     for cut in sorted(c for c in near if 0 <= c <= len(journal)):
         for tail in (b"", b"\0" * 40) if cut in ends else (b"",):
             shared.clear()
@@ -331,7 +357,12 @@ def test_a_journal_torn_at_every_byte_is_read_as_its_whole_lines(tmp_path):
     """The same in process, at every byte and with every kind of rubbish behind."""
     from adapterkit.checkpoint.writer import Stage
 
-    entries = [{"fingerprint": "f", "recipe": {}}, {"shard": {"file": "a"}}, {"shard": {"file": "b"}}, {"publish": "c"}]
+    entries = [
+        {"fingerprint": "f", "recipe": {}},
+        {"shard": {"file": "a"}},
+        {"shard": {"file": "b"}},
+        {"publish": "c"},
+    ]
     lines = [json.dumps(entry).encode() + b"\n" for entry in entries]
     stage = Stage(tmp_path / "out")
     stage.control.mkdir()
@@ -339,7 +370,16 @@ def test_a_journal_torn_at_every_byte_is_read_as_its_whole_lines(tmp_path):
     text = b"".join(lines)
     for cut in range(len(text) + 1):
         whole = sum(1 for i in range(len(lines)) if len(b"".join(lines[: i + 1])) <= cut)
-        for tail in (b"", b"\0\0\0", b"\n", b"5\n", b"[]\n", b"null\n", b"\xff\xfe\n", b'{"shard":'):
+        for tail in (
+            b"",
+            b"\0\0\0",
+            b"\n",
+            b"5\n",
+            b"[]\n",
+            b"null\n",
+            b"\xff\xfe\n",
+            b'{"shard":',
+        ):
             path.write_bytes(text[:cut] + tail)
             read = stage.journal()
             assert read == entries[: len(read)] and len(read) in (whole, whole + (tail == b"\n"))
@@ -352,14 +392,19 @@ def test_a_journal_torn_at_every_byte_is_read_as_its_whole_lines(tmp_path):
 # -- places --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("out", ["base", "base/merged", "base/x/y", "adapter", "adapter/out", ".", "link", "dangling", "file"])
+@pytest.mark.parametrize(
+    "out",
+    ["base", "base/merged", "base/x/y", "adapter", "adapter/out", ".", "link", "dangling", "file"],
+)
 def test_outputs_that_are_inputs(bench, out: str):
     (bench.root / "link").symlink_to(bench.base)
     (bench.root / "dangling").symlink_to(bench.root / "nowhere")
     (bench.root / "file").write_text("a file")
     before = {p: p.read_bytes() for p in bench.root.rglob("*") if p.is_file()}
     for more in ((), ("--overwrite",), ("--resume",)):
-        bench.run(["merge", str(bench.base), str(bench.adapter), "--out", str(bench.root / out), *more]).failed_cleanly()
+        bench.run(
+            ["merge", str(bench.base), str(bench.adapter), "--out", str(bench.root / out), *more]
+        ).failed_cleanly()
     assert {p: p.read_bytes() for p in bench.root.rglob("*") if p.is_file()} == before
 
 
@@ -374,7 +419,9 @@ def test_a_hard_linked_input_is_not_written_to(bench):
     assert {p: p.read_bytes() for p in bench.base.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "sub/notes.txt", "model-00009-of-00009.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", ".hidden", "sub/notes.txt", "model-00009-of-00009.safetensors"]
+)
 def test_files_of_others_are_not_replaced(bench, name: str):
     bench.merge(weight="0.5").succeeded()
     (bench.out / name).parent.mkdir(exist_ok=True)
@@ -391,12 +438,18 @@ def test_files_that_appear_during_a_run(bench, whole):
         bench.clear()
         if older_output:
             bench.merge(weight="0.5").succeeded()
-        pid = bench.start(bench.argv(*["--overwrite"] * older_output), held=False, fault={"calls": ["pwrite"], "delay": 0.02})
+        pid = bench.start(
+            bench.argv(*["--overwrite"] * older_output),
+            held=False,
+            fault={"calls": ["pwrite"], "delay": 0.02},
+        )
         while not bench.begun():
             time.sleep(0.005)
         bench.out.mkdir(exist_ok=True)
         (bench.out / "mine.txt").write_text("mine")
-        bench.wait(pid).failed_cleanly("mine.txt" if older_output else "1 files in the output folder")
+        bench.wait(pid).failed_cleanly(
+            "mine.txt" if older_output else "1 files in the output folder"
+        )
         assert (bench.out / "mine.txt").read_text() == "mine"
         (bench.out / "mine.txt").unlink()
         bench.merge("--resume").succeeded()
@@ -447,7 +500,9 @@ def test_the_umask_decides(bench):
 def test_a_limit_of_64_open_files(many_shards):
     """Small shards are begun faster than the disk takes them: not all of them are open at once."""
     bench = many_shards
-    bench.merge(limits={"NOFILE": 64}, fault={"calls": ["fsync"], "delay": 0.003}, workers=8).succeeded()
+    bench.merge(
+        limits={"NOFILE": 64}, fault={"calls": ["fsync"], "delay": 0.003}, workers=8
+    ).succeeded()
     assert len(list(bench.out.glob("*.safetensors"))) == 300
     bench.run(["verify", str(bench.out)], limits={"NOFILE": 64}).succeeded()
 
@@ -484,7 +539,9 @@ def test_many_processes_one_output(shared, whole):
         shared.check_done(whole)
 
 
-@pytest.mark.parametrize("holder", ["", "garbage", "{host} {pid}", "{host} {me} 0:1", "{host} 999999999 boot:5"])
+@pytest.mark.parametrize(
+    "holder", ["", "garbage", "{host} {pid}", "{host} {me} 0:1", "{host} 999999999 boot:5"]
+)
 def test_stale_locks(shared, whole, holder: str):
     """Torn, of another age, or of a process whose number lives on in another (containers begin at 1 again)."""
     shared.clear()
@@ -537,7 +594,15 @@ def test_a_disk_that_is_too_small(bench, mounted, size: str):
     bench.out = disk / "out"
     bench.merge().failed_cleanly("bytes free", "free some space")
     assert list(disk.iterdir()) == []
-    argv = ["merge", str(bench.base), str(bench.adapter), "--out", str(bench.out), "--dry-run", "--json"]
+    argv = [
+        "merge",
+        str(bench.base),
+        str(bench.adapter),
+        "--out",
+        str(bench.out),
+        "--dry-run",
+        "--json",
+    ]
     assert json.loads(bench.run(argv).stdout)["totals"]["disk_needed"] > 24_000
 
 
@@ -546,7 +611,10 @@ def test_what_an_interrupted_run_holds_counts_as_free(bench, mounted):
     """The half-written shards of a killed run take the space that its resumed run needs."""
     disk = mounted(bench.root / "disk", "-t", "tmpfs", "-o", "size=1200k", "tmpfs")
     bench.out = disk / "out"
-    assert bench.merge(fault={"kill": True, "calls": ["fsync"], "match": ".part", "when": 1}).status == -signal.SIGKILL
+    assert (
+        bench.merge(fault={"kill": True, "calls": ["fsync"], "match": ".part", "when": 1}).status
+        == -signal.SIGKILL
+    )
     free = os.statvfs(disk)
     part = next((bench.control / "out").glob("*.part"))
     with part.open("r+b") as file:  # as if it were a large one
@@ -590,12 +658,20 @@ def inner_clear(bench) -> None:
 
 def check_inner(bench, whole, older) -> None:
     """Every file is whole; with a config they are of one output."""
-    found = {name: sha for name, sha in bench.digests().items() if not name.startswith("lost+found")}
+    found = {
+        name: sha for name, sha in bench.digests().items() if not name.startswith("lost+found")
+    }
     for name, sha in found.items():
         assert sha in (whole.get(name), (older or {}).get(name)), name
-    if "config.json" in found or "adapterkit.json" in found or "model.safetensors.index.json" in found:
+    if (
+        "config.json" in found
+        or "adapterkit.json" in found
+        or "model.safetensors.index.json" in found
+    ):
         shards = {name: sha for name, sha in found.items() if name.endswith(".safetensors")}
-        outputs = [{n: s for n, s in o.items() if n.endswith(".safetensors")} for o in (whole, older) if o]
+        outputs = [
+            {n: s for n, s in o.items() if n.endswith(".safetensors")} for o in (whole, older) if o
+        ]
         assert shards in outputs
 
 
@@ -603,10 +679,15 @@ def check_inner(bench, whole, older) -> None:
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
 @pytest.mark.parametrize("step", [19, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
-def test_an_output_that_is_a_mount_point(bench, mounted, whole, older, kind: str, step: int, options: tuple):
+def test_an_output_that_is_a_mount_point(
+    bench, mounted, whole, older, kind: str, step: int, options: tuple
+):
     """No rename replaces it: the files move in one by one. Killed at every step, nothing that loads is mixed, and it resumes."""
     (bench.root / "real").mkdir()
-    mounted(bench.out, *(["-t", "tmpfs", "tmpfs"] if kind == "tmpfs" else ["--bind", str(bench.root / "real")]))
+    mounted(
+        bench.out,
+        *(["-t", "tmpfs", "tmpfs"] if kind == "tmpfs" else ["--bind", str(bench.root / "real")]),
+    )
     control = bench.out / ".adapterkit"
     for when in itertools.count(1, step if kind == "tmpfs" else step * 2):
         inner_clear(bench)

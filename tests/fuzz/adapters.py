@@ -21,19 +21,31 @@ class Untrainable(Exception):
     """A configuration that PEFT itself refuses, or cannot save."""
 
 
-def config_for(model: transformers.PreTrainedModel, task: str | None, rng: random.Random) -> dict[str, Any]:
+def config_for(
+    model: transformers.PreTrainedModel, task: str | None, rng: random.Random
+) -> dict[str, Any]:
     """Keyword arguments of a `LoraConfig`: every feature with its own probability."""
     modules = dict(model.named_modules())
     linear = [n for n, m in modules.items() if isinstance(m, LINEAR)]
-    others = [n for n, m in modules.items() if type(m) is nn.Embedding or (isinstance(m, CONV) and m.groups == 1)]
+    others = [
+        n
+        for n, m in modules.items()
+        if type(m) is nn.Embedding or (isinstance(m, CONV) and m.groups == 1)
+    ]
     attention = [n for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)]
     chosen = _suffixes(linear, rng, rng.randint(1, 4))
     if others and rng.random() < 0.35:
         chosen += _suffixes(others, rng, rng.randint(1, 2))
     if attention and rng.random() < 0.7:
         chosen += _suffixes(attention, rng, 1)
-    config: dict[str, Any] = {"r": rng.randint(1, 6), "lora_alpha": rng.choice([1, 2, 7, 8, 16, 3.5]), "task_type": task}
-    config["target_modules"] = "all-linear" if linear and rng.random() < 0.15 else sorted(set(chosen))
+    config: dict[str, Any] = {
+        "r": rng.randint(1, 6),
+        "lora_alpha": rng.choice([1, 2, 7, 8, 16, 3.5]),
+        "task_type": task,
+    }
+    config["target_modules"] = (
+        "all-linear" if linear and rng.random() < 0.15 else sorted(set(chosen))
+    )
     _flags(config, attention, rng)
     _parameters(config, model, rng)
     _patterns(config, [*linear, *others, *attention], rng)
@@ -88,26 +100,46 @@ def _patterns(config: dict, names: list[str], rng: random.Random) -> None:
     for key, values in (("rank_pattern", [1, 2, 3, 5, 9]), ("alpha_pattern", [1, 4, 6.5, 20])):
         if rng.random() < 0.3:
             pool = _suffixes(names, rng, 2) + list(config.get("target_parameters") or [])
-            patterns = {("^" + re.escape(p) if p in names else p): rng.choice(values) for p in pool if rng.random() < 0.8}
-            config[key] = dict(sorted(patterns.items()))  # PEFT saves them sorted, and the first that matches counts
+            patterns = {
+                ("^" + re.escape(p) if p in names else p): rng.choice(values)
+                for p in pool
+                if rng.random() < 0.8
+            }
+            config[key] = dict(
+                sorted(patterns.items())
+            )  # PEFT saves them sorted, and the first that matches counts
 
 
 def _whole_values(config: dict, model, modules: dict[str, nn.Module], rng: random.Random) -> None:
     """modules_to_save and trainable tokens."""
     targets = config["target_modules"]
     if rng.random() < 0.3:
-        leaves = [n for n, m in modules.items() if n and not list(m.children()) and list(m.parameters(recurse=False))]
+        leaves = [
+            n
+            for n, m in modules.items()
+            if n and not list(m.children()) and list(m.parameters(recurse=False))
+        ]
         ends = {n.rpartition(".")[2] for n in _ends(model, modules)}
         name = rng.choice(sorted(ends) if ends and rng.random() < 0.6 else leaves)
         suffix = name.rpartition(".")[2]
-        if not suffix.isdigit() and (targets == "all-linear" or not any(suffix == t.rpartition(".")[2] for t in targets)):
+        if not suffix.isdigit() and (
+            targets == "all-linear" or not any(suffix == t.rpartition(".")[2] for t in targets)
+        ):
             config["modules_to_save"] = [suffix]
     embedding = _end(model.get_input_embeddings)
     if type(embedding) is nn.Embedding and rng.random() < 0.25:
         name = next(n for n, m in modules.items() if m is embedding).rpartition(".")[2]
-        if not name.isdigit() and name not in targets and name not in config.get("modules_to_save", ()):
-            rows = sorted(rng.sample(range(embedding.num_embeddings), min(3, embedding.num_embeddings)))
-            config["trainable_token_indices"] = rows if name == "embed_tokens" and rng.random() < 0.5 else {name: rows}
+        if (
+            not name.isdigit()
+            and name not in targets
+            and name not in config.get("modules_to_save", ())
+        ):
+            rows = sorted(
+                rng.sample(range(embedding.num_embeddings), min(3, embedding.num_embeddings))
+            )
+            config["trainable_token_indices"] = (
+                rows if name == "embed_tokens" and rng.random() < 0.5 else {name: rows}
+            )
 
 
 def _end(getter):
@@ -130,7 +162,11 @@ HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT trains the head as wel
 
 def has_values(config: dict[str, Any]) -> bool:
     """Whether the adapter holds more than products: trained values, which have no multiple."""
-    return config["bias"] != "none" or config.get("task_type") in HEADED or any(config.get(key) for key in VALUES)
+    return (
+        config["bias"] != "none"
+        or config.get("task_type") in HEADED
+        or any(config.get(key) for key in VALUES)
+    )
 
 
 def keep_factors(config: dict[str, Any]) -> None:
@@ -139,7 +175,9 @@ def keep_factors(config: dict[str, Any]) -> None:
         config.pop(key, None)
 
 
-def train(model: transformers.PreTrainedModel, config: dict[str, Any], folder: Path, seed: int) -> None:
+def train(
+    model: transformers.PreTrainedModel, config: dict[str, Any], folder: Path, seed: int
+) -> None:
     """Save the adapter as training would leave it; `Untrainable` where PEFT cannot."""
     try:
         with quiet():
@@ -154,12 +192,16 @@ def train(model: transformers.PreTrainedModel, config: dict[str, Any], folder: P
 
 
 def _check_trainable(wrapped: nn.Module) -> None:
-    if not any("lora_" in name or "token_adapter" in name for name, _ in wrapped.named_parameters()):
+    if not any(
+        "lora_" in name or "token_adapter" in name for name, _ in wrapped.named_parameters()
+    ):
         raise Untrainable("nothing adapted")
 
 
 @torch.no_grad()
-def weighted(model: transformers.PreTrainedModel, adapters: list[Path], weights: list[float]) -> peft.PeftModel:
+def weighted(
+    model: transformers.PreTrainedModel, adapters: list[Path], weights: list[float]
+) -> peft.PeftModel:
     """PEFT's model with all adapters active, each scale times its weight. PEFT's warnings are let through."""
     wrapped = peft.PeftModel.from_pretrained(model, adapters[0], adapter_name="a0")
     for i, adapter in enumerate(adapters[1:], start=1):

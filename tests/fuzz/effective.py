@@ -24,7 +24,9 @@ FLOOR = 2.0**-20  # of a tensor's largest value: what float32 sums may be off by
 
 
 @torch.no_grad()
-def differences(expected: nn.Module, found: nn.Module, plain: transformers.PreTrainedModel, step: float) -> tuple[list[str], bool]:
+def differences(
+    expected: nn.Module, found: nn.Module, plain: transformers.PreTrainedModel, step: float
+) -> tuple[list[str], bool]:
     """Modules of `found` that do not do what those of `expected` do, with the error, all in float64; and whether the whole models'
     outputs could be compared.
 
@@ -52,12 +54,18 @@ def differences(expected: nn.Module, found: nn.Module, plain: transformers.PreTr
     outputs, results = models.outputs(expected, plain), models.outputs(found, plain)
     for key, output in (outputs or {}).items():
         result = (results or {}).get(key)
-        if not bool(output.isfinite().all()):  # masked scores, and models that random weights drive to infinity
+        if not bool(
+            output.isfinite().all()
+        ):  # masked scores, and models that random weights drive to infinity
             continue
         if result is None or output.shape != result.shape:
             wrong.append(f"output {key} is missing")
-        elif not torch.allclose(output, result, rtol=0, atol=(1e-3 + 60 * step) * (1e-3 + float(output.abs().max()))):
-            wrong.append(f"output {key}: {float((output - result).abs().max() / output.abs().max()):.3g}")
+        elif not torch.allclose(
+            output, result, rtol=0, atol=(1e-3 + 60 * step) * (1e-3 + float(output.abs().max()))
+        ):
+            wrong.append(
+                f"output {key}: {float((output - result).abs().max() / output.abs().max()):.3g}"
+            )
     return wrong, outputs is not None
 
 
@@ -72,7 +80,9 @@ def _inside_wrapper(root: nn.Module, name: str) -> bool:
 
 def _ignored(module: nn.Module) -> bool:
     """Whether PEFT adapts attention's output projection without the attention, whose forward then goes past the adapter."""
-    return isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, peft_layers.Linear)
+    return isinstance(module, nn.MultiheadAttention) and isinstance(
+        module.out_proj, peft_layers.Linear
+    )
 
 
 def _by_parameter(module: nn.Module, plain: nn.Module) -> bool:
@@ -83,8 +93,16 @@ def _by_parameter(module: nn.Module, plain: nn.Module) -> bool:
         module = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
     if getattr(plain, "groups", 1) > 1 and not layers:
         return True  # slow to ask, channel by channel
-    known = (nn.Linear.forward, transformers.pytorch_utils.Conv1D.forward, nn.Embedding.forward, *(cls.forward for cls in CONV))
-    return any(isinstance(layer, peft_layers.ParamWrapper) for layer in layers) or type(plain).forward not in known
+    known = (
+        nn.Linear.forward,
+        transformers.pytorch_utils.Conv1D.forward,
+        nn.Embedding.forward,
+        *(cls.forward for cls in CONV),
+    )
+    return (
+        any(isinstance(layer, peft_layers.ParamWrapper) for layer in layers)
+        or type(plain).forward not in known
+    )
 
 
 def _answers(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
@@ -119,7 +137,9 @@ def _parameters(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
     while isinstance(module, WRAPPERS):
         layers.append(module)
         if isinstance(module, AuxiliaryTrainingWrapper):
-            active = [a for a in module.active_adapters if a in getattr(module, "modules_to_save", {})]
+            active = [
+                a for a in module.active_adapters if a in getattr(module, "modules_to_save", {})
+            ]
             module = module.modules_to_save[active[0]] if active else module.original_module
         else:
             module = module.base_layer
@@ -130,11 +150,15 @@ def _parameters(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
         if isinstance(layer, AuxiliaryTrainingWrapper):
             continue
         leaf = getattr(layer, "parameter_name", None)
-        leaf = leaf or ("in_proj_weight" if isinstance(layer, peft_layers.MultiheadAttention) else "weight")
+        leaf = leaf or (
+            "in_proj_weight" if isinstance(layer, peft_layers.MultiheadAttention) else "weight"
+        )
         for adapter in layer.active_adapters:
             if adapter in layer.scaling:
                 with quiet():
-                    found[leaf] = found[leaf] + layer.get_delta_weight(adapter).reshape(found[leaf].shape)
+                    found[leaf] = found[leaf] + layer.get_delta_weight(adapter).reshape(
+                        found[leaf].shape
+                    )
     if isinstance(module, nn.MultiheadAttention):
         found |= _out_proj(module)
     return found

@@ -17,7 +17,10 @@ from adapterkit.errors import AdapterkitError
 from . import adapters as drawn
 from . import effective, models
 
-STEP = {"fp32": 2.0**-21, "bf16": 2.0**-8}  # of a value: half a unit in the last place of bf16, a few of fp32
+STEP = {
+    "fp32": 2.0**-21,
+    "bf16": 2.0**-8,
+}  # of a value: half a unit in the last place of bf16, a few of fp32
 # What may be refused, and why that is right. Every refusal of a random job must be one of these.
 JUDGED = (
     ("two adapters that bring the same trained value", r"is replaced by both"),
@@ -29,17 +32,32 @@ JUDGED = (
         "PEFT cannot load a head beside rows of its tied embedding",
         r"token_adapter.base_layer|modules_to_save.default",
     ),
-    ("PEFT cannot load a module that is a target and a home of one", r"is a target itself in .* and a home of target_parameters"),
-    ("PEFT cannot load rows and factors of one embedding", r"trained token rows of .* beside factors of the same module"),
-    ("attention's output adapted twice over", r"attention\S*out_proj.lora_[AB].weight name one thing"),
+    (
+        "PEFT cannot load a module that is a target and a home of one",
+        r"is a target itself in .* and a home of target_parameters",
+    ),
+    (
+        "PEFT cannot load rows and factors of one embedding",
+        r"trained token rows of .* beside factors of the same module",
+    ),
+    (
+        "attention's output adapted twice over",
+        r"attention\S*out_proj.lora_[AB].weight name one thing",
+    ),
     (
         "PEFT cannot load a saved module inside one whose parameters are targets",
         r"modules_to_save .* inside .* parameters are targets",
     ),
     ("a parameter without elements", r"factors of .* with shapes .*\(0, |'shape': \[0, "),
-    ("layers that transformers stores fused have no codes of their own", r"is stored in another layout than the model's"),
+    (
+        "layers that transformers stores fused have no codes of their own",
+        r"is stored in another layout than the model's",
+    ),
     ("code that ties whatever the config says", r"cannot be untied: this model's code"),
-    ("one row of an embedding trained by two adapters", r"a token row trained by two adapters|other token rows trained by each"),
+    (
+        "one row of an embedding trained by two adapters",
+        r"a token row trained by two adapters|other token rows trained by each",
+    ),
     (
         "a DoRA's delta needs the base's weights and a rank",
         r"an exact result with DoRA|DoRA of .* its delta depends on the base's weights",
@@ -50,7 +68,11 @@ JUDGED = (
 
 def unjudged(outcome: "Outcome") -> list[tuple[str, str]]:
     """Refusals that nobody has called right."""
-    return [(verb, text) for verb, text in outcome.refusals if not any(re.search(pattern, text, re.S) for _, pattern in JUDGED)]
+    return [
+        (verb, text)
+        for verb, text in outcome.refusals
+        if not any(re.search(pattern, text, re.S) for _, pattern in JUDGED)
+    ]
 
 
 @dataclass
@@ -95,7 +117,9 @@ def run(kind: str, seed: int, folder: Path) -> Outcome:
     return outcome
 
 
-def _adapters(base: models.Base, rng: random.Random, folder: Path, outcome: Outcome) -> tuple[list[Path], list[float]]:
+def _adapters(
+    base: models.Base, rng: random.Random, folder: Path, outcome: Outcome
+) -> tuple[list[Path], list[float]]:
     paths, weights = [], []
     count = rng.choice([1, 1, 1, 2, 2, 3])
     for attempt in range(4 * count):
@@ -104,8 +128,12 @@ def _adapters(base: models.Base, rng: random.Random, folder: Path, outcome: Outc
         model = base.load()
         config = drawn.config_for(model, base.task, rng)
         if count > 1:
-            config["bias"] = "none"  # PEFT loads the trained biases of a second adapter under names that it has renamed
-            config.pop("modules_to_save", None)  # and passes by what another adapter adds inside a saved module
+            config["bias"] = (
+                "none"  # PEFT loads the trained biases of a second adapter under names that it has renamed
+            )
+            config.pop(
+                "modules_to_save", None
+            )  # and passes by what another adapter adds inside a saved module
         if paths and rng.random() < 0.85:
             drawn.keep_factors(config)  # two adapters' trained values have no sum
         path = folder / f"adapter{attempt}"
@@ -149,16 +177,29 @@ def _held_by_peft(base: models.Base, paths: list[Path], weights: list[float]):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         wrapped = drawn.weighted(base.load(), paths, weights)
-    lost = [str(w.message) for w in caught if re.search("missing adapter keys|nexpected key", str(w.message))]
+    lost = [
+        str(w.message)
+        for w in caught
+        if re.search("missing adapter keys|nexpected key", str(w.message))
+    ]
     if lost:
         raise ValueError(lost[0][:300])
     return wrapped
 
 
-def _merge(base: models.Base, paths: list[Path], weights: list[float], rng: random.Random, folder: Path, outcome: Outcome) -> None:
+def _merge(
+    base: models.Base,
+    paths: list[Path],
+    weights: list[float],
+    rng: random.Random,
+    folder: Path,
+    outcome: Outcome,
+) -> None:
     out = folder / "merged"
     sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
-    if not _tried(outcome, "merge", lambda: adapterkit.merge(base.folder, sources, out=out, verify=True)):
+    if not _tried(
+        outcome, "merge", lambda: adapterkit.merge(base.folder, sources, out=out, verify=True)
+    ):
         return
     wrapped = _reference(base, paths, weights, outcome)
     if wrapped is None:
@@ -169,20 +210,32 @@ def _merge(base: models.Base, paths: list[Path], weights: list[float], rng: rand
     except Exception as error:  # whatever the loader says of a folder that it cannot use
         outcome.wrong.append(f"merge: transformers cannot load the result: {error}")
         return
-    lost = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    lost = {
+        k: sorted(info[k])
+        for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[k]
+    }
     if lost:
         outcome.wrong.append(f"merge: {lost}")
         return
-    wrong, outcome.forward = effective.differences(wrapped, merged.eval(), base.load(), STEP[base.dtype])
+    wrong, outcome.forward = effective.differences(
+        wrapped, merged.eval(), base.load(), STEP[base.dtype]
+    )
     outcome.wrong += [f"merge: {text}" for text in wrong]
     if not wrong:
         outcome.jobs.append("merge")
 
 
-def _combine(base: models.Base, paths: list[Path], weights: list[float], folder: Path, outcome: Outcome) -> None:
+def _combine(
+    base: models.Base, paths: list[Path], weights: list[float], folder: Path, outcome: Outcome
+) -> None:
     out = folder / "combined"
     sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
-    if not _tried(outcome, "combine", lambda: adapterkit.combine(sources, base=base.folder, out=out, method="linear")):
+    if not _tried(
+        outcome,
+        "combine",
+        lambda: adapterkit.combine(sources, base=base.folder, out=out, method="linear"),
+    ):
         return
     wrapped = _reference(base, paths, weights, outcome)
     loaded = _loaded("combine", base, out, outcome)
@@ -195,7 +248,11 @@ def _combine(base: models.Base, paths: list[Path], weights: list[float], folder:
 
 def _extract(base: models.Base, folder: Path, outcome: Outcome) -> None:
     out = folder / "extracted"
-    if not _tried(outcome, "extract", lambda: adapterkit.extract(base.folder, folder / "merged", rank=4096, out=out)):
+    if not _tried(
+        outcome,
+        "extract",
+        lambda: adapterkit.extract(base.folder, folder / "merged", rank=4096, out=out),
+    ):
         return
     if not (out / "adapter_model.safetensors").exists():
         return
@@ -209,28 +266,47 @@ def _extract(base: models.Base, folder: Path, outcome: Outcome) -> None:
 
 
 def _quantize(
-    base: models.Base, paths: list[Path], weights: list[float], rng: random.Random, folder: Path, outcome: Outcome
+    base: models.Base,
+    paths: list[Path],
+    weights: list[float],
+    rng: random.Random,
+    folder: Path,
+    outcome: Outcome,
 ) -> None:
     """The base in 4 or 8 bits: the tensors that transformers saves; and a merge into it, as floats, against PEFT on what it decodes
     to."""
     to, double = rng.choice(["nf4", "fp4", "int8"]), rng.random() < 0.5
     out, floats, merged = folder / "quantized", folder / "decoded", folder / "merged-floats"
     double = double and to != "int8"
-    if not _tried(outcome, "quantize", lambda: adapterkit.quantize(base.folder, out=out, to=to, double_quant=double)):
+    if not _tried(
+        outcome,
+        "quantize",
+        lambda: adapterkit.quantize(base.folder, out=out, to=to, double_quant=double),
+    ):
         return
     theirs = _quantized_by_transformers(base, to, double, folder / "theirs")
     if theirs is not None:
         ours = stored(out)
-        odd = sorted(k for k in {*ours, *theirs} if k not in ours or k not in theirs or not _same(ours[k], theirs[k]))
+        odd = sorted(
+            k
+            for k in {*ours, *theirs}
+            if k not in ours or k not in theirs or not _same(ours[k], theirs[k])
+        )
         if odd:
-            outcome.wrong.append(f"quantize --to {to}: {len(odd)} tensors differ from transformers': {odd[:3]}")
+            outcome.wrong.append(
+                f"quantize --to {to}: {len(odd)} tensors differ from transformers': {odd[:3]}"
+            )
             return
         outcome.jobs.append("quantize")
-    if not _tried(outcome, "dequantize", lambda: adapterkit.dequantize(out, out=floats, dtype="fp32")):
+    if not _tried(
+        outcome, "dequantize", lambda: adapterkit.dequantize(out, out=floats, dtype="fp32")
+    ):
         return
     sources = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True)]
     options = {"dequantize": True, "dtype": "fp32", "verify": True}
-    if not _tried(outcome, "merge --dequantize", lambda: adapterkit.merge(out, sources, out=merged, **options)):
+    if not _tried(
+        outcome, "merge --dequantize", lambda: adapterkit.merge(out, sources, out=merged, **options)
+    ):
         return
     decoded = replace(base, folder=floats)
     wrapped = _reference(decoded, paths, weights, outcome)
@@ -244,19 +320,27 @@ def _quantize(
 
 def _same(a, b) -> bool:
     return (
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     )
 
 
 def _quantized_by_transformers(base: models.Base, to: str, double: bool, folder: Path):
     """The tensors that transformers and bitsandbytes save; None where they cannot."""
-    settings = {"load_in_8bit": True} if to == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": to}
+    settings = (
+        {"load_in_8bit": True}
+        if to == "int8"
+        else {"load_in_4bit": True, "bnb_4bit_quant_type": to}
+    )
     if double:
         settings["bnb_4bit_use_double_quant"] = True
     try:
         with quiet():
             config = transformers.BitsAndBytesConfig(**settings)
-            model = base.cls.from_pretrained(base.folder, quantization_config=config, dtype="auto", device_map="cpu")
+            model = base.cls.from_pretrained(
+                base.folder, quantization_config=config, dtype="auto", device_map="cpu"
+            )
             model.save_pretrained(folder)
             _, info = base.cls.from_pretrained(folder, device_map="cpu", output_loading_info=True)
             if info["missing_keys"] or info["unexpected_keys"]:
@@ -271,5 +355,7 @@ def _loaded(verb: str, base: models.Base, adapter: Path, outcome: Outcome):
     try:
         return _held_by_peft(base, [adapter], [1.0])
     except Exception as error:  # whatever PEFT says of a file that it cannot use
-        outcome.wrong.append(f"{verb}: PEFT cannot load the result: {type(error).__name__}: {error}")
+        outcome.wrong.append(
+            f"{verb}: PEFT cannot load the result: {type(error).__name__}: {error}"
+        )
         return None

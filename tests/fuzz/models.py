@@ -49,20 +49,31 @@ class Unusable(Exception):
 def save_base(kind: str, rng: random.Random, folder: Path, *, tie: bool | None = None) -> Base:
     """A random model of the type in one of its classes, saved; `Unusable` where transformers does not read back what it saves."""
     config = _config(kind)
-    names = [n for n in AUTO_CLASSES if hasattr(transformers, n) and type(config) in getattr(transformers, n)._model_mapping]
+    names = [
+        n
+        for n in AUTO_CLASSES
+        if hasattr(transformers, n) and type(config) in getattr(transformers, n)._model_mapping
+    ]
     if not names:
         raise Unusable("no class")
     name = rng.choice(names)
     tie = rng.random() < 0.5 if tie is None else tie
-    for part in (config, *(v for v in vars(config).values() if isinstance(v, transformers.PretrainedConfig))):
+    for part in (
+        config,
+        *(v for v in vars(config).values() if isinstance(v, transformers.PretrainedConfig)),
+    ):
         if hasattr(part, "tie_word_embeddings"):
             part.tie_word_embeddings = tie
     try:
-        config = type(config).from_dict(config.to_dict())  # some classes have their own mind of the switch
+        config = type(config).from_dict(
+            config.to_dict()
+        )  # some classes have their own mind of the switch
     except Exception as error:  # sizes that do not fit together
         raise Unusable(f"config: {error}") from error
     dtype = rng.choice(sorted(DTYPES))
-    model = _random_model(getattr(transformers, name), config, rng.randrange(2**31)).to(DTYPES[dtype])
+    model = _random_model(getattr(transformers, name), config, rng.randrange(2**31)).to(
+        DTYPES[dtype]
+    )
     try:
         with quiet():
             model.save_pretrained(folder)
@@ -71,7 +82,9 @@ def save_base(kind: str, rng: random.Random, folder: Path, *, tie: bool | None =
         raise Unusable(f"saving: {error}") from error
     if any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise Unusable("not read back by transformers")
-    if getattr(back.config, "tie_word_embeddings", None) != getattr(model.config, "tie_word_embeddings", None):
+    if getattr(back.config, "tie_word_embeddings", None) != getattr(
+        model.config, "tie_word_embeddings", None
+    ):
         raise Unusable("its class does not keep tie_word_embeddings")
     return Base(folder, type(model), TASKS.get(name), dtype)
 
@@ -89,7 +102,9 @@ def _config(kind: str):
 
 
 def _without(settings: dict, key: str) -> dict:
-    return {k: _without(v, key) if isinstance(v, dict) else v for k, v in settings.items() if k != key}
+    return {
+        k: _without(v, key) if isinstance(v, dict) else v for k, v in settings.items() if k != key
+    }
 
 
 def _random_model(auto, config, seed: int) -> transformers.PreTrainedModel:
@@ -108,12 +123,16 @@ def _random_model(auto, config, seed: int) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for tensor in model.parameters():
             if tensor.is_floating_point():
-                tensor.normal_(mean=1.0 if tensor.dim() == 1 and bool((tensor == 1).all()) else 0.0, std=0.05)
+                tensor.normal_(
+                    mean=1.0 if tensor.dim() == 1 and bool((tensor == 1).all()) else 0.0, std=0.05
+                )
     return model.eval()
 
 
 @torch.no_grad()
-def outputs(model: torch.nn.Module, plain: transformers.PreTrainedModel) -> dict[str, torch.Tensor] | None:
+def outputs(
+    model: torch.nn.Module, plain: transformers.PreTrainedModel
+) -> dict[str, torch.Tensor] | None:
     """All float tensors that the model's forward gives on fixed inputs; None where no inputs of ours suit it."""
     for candidate in _inputs(plain):
         try:
@@ -133,12 +152,16 @@ def _inputs(model: transformers.PreTrainedModel) -> list[dict[str, torch.Tensor]
     dtype = next(model.parameters()).dtype
     ids = torch.randint(6, 40, (2, 7), generator=generator)
     text = {"input_ids": ids}
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = (
+        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    )
     found = [text, text | {"decoder_input_ids": ids}]
     vision = getattr(model.config, "vision_config", None) or model.config
     size = getattr(vision, "image_size", None)
     if isinstance(size, int) and size <= 256:
-        pixels = torch.randn(2, getattr(vision, "num_channels", 3), size, size, generator=generator).to(dtype)
+        pixels = torch.randn(
+            2, getattr(vision, "num_channels", 3), size, size, generator=generator
+        ).to(dtype)
         found += [{"pixel_values": pixels}, text | {"pixel_values": pixels}]
     if getattr(config, "hidden_size", None) and model.main_input_name == "input_values":
         found.append({"input_values": torch.randn(2, 4000, generator=generator).to(dtype)})

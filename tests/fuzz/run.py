@@ -41,8 +41,16 @@ def main() -> None:
             counts["without oracle"] += outcome.without_oracle is not None
             odd = jobs.unjudged(outcome)
             if outcome.wrong or odd:
-                texts = [*outcome.wrong[:4], *(f"REFUSED {verb}: {message}" for verb, message in odd[:3])]
-                print(f"{kind} {seed}: {len(outcome.wrong)} wrong, {len(odd)} refused", *texts, sep="\n   ", flush=True)
+                texts = [
+                    *outcome.wrong[:4],
+                    *(f"REFUSED {verb}: {message}" for verb, message in odd[:3]),
+                ]
+                print(
+                    f"{kind} {seed}: {len(outcome.wrong)} wrong, {len(odd)} refused",
+                    *texts,
+                    sep="\n   ",
+                    flush=True,
+                )
             if options.log:
                 with options.log.open("a") as file:
                     file.write(outcome.line() + "\n")

@@ -19,9 +19,14 @@ def frugal() -> Callable:
     @contextmanager
     def watch(seconds: float = 1.0, megabytes: int = 100) -> Iterator[None]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, began = _status("VmHWM"), time.process_time()  # of this process alone: other tests run beside it
+        before, began = (
+            _status("VmHWM"),
+            time.process_time(),
+        )  # of this process alone: other tests run beside it
         limits = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") * 1024 + (2 << 30), limits[1]))  # no harm to others
+        resource.setrlimit(
+            resource.RLIMIT_AS, (_status("VmSize") * 1024 + (2 << 30), limits[1])
+        )  # no harm to others
         try:
             yield
         finally:

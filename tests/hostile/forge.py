@@ -71,7 +71,11 @@ def file_of(header: dict | str | bytes, data: bytes = b"", length: int | None = 
 def tensors_file(tensors: dict[str, Stored]) -> bytes:
     header, at = {}, 0
     for key, tensor in tensors.items():
-        header[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + len(tensor.data)]}
+        header[key] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + len(tensor.data)],
+        }
         at += len(tensor.data)
     return file_of(header, b"".join(t.data for t in tensors.values()))
 
@@ -112,7 +116,11 @@ def base(**config) -> MemoryFolder:
 def llama() -> MemoryFolder:
     """One layer of a Llama, whose names and orientations transformers' sources prove without being imported."""
     layer = "model.layers.0."
-    shapes = {"model.embed_tokens.weight": (ROWS, WIDTH), "lm_head.weight": (ROWS, WIDTH), "model.norm.weight": (WIDTH,)}
+    shapes = {
+        "model.embed_tokens.weight": (ROWS, WIDTH),
+        "lm_head.weight": (ROWS, WIDTH),
+        "model.norm.weight": (WIDTH,),
+    }
     shapes |= {f"{layer}self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
     shapes |= {f"{layer}mlp.{name}_proj.weight": (HIDDEN, WIDTH) for name in ("gate", "up")}
     shapes |= {f"{layer}mlp.down_proj.weight": (WIDTH, HIDDEN)}
@@ -122,7 +130,9 @@ def llama() -> MemoryFolder:
         "intermediate_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": False,
     }  # fmt: skip
     tensors = tensors_file({key: normal(*shape) for key, shape in shapes.items()})
-    return MemoryFolder("llama", {"model.safetensors": tensors, "config.json": json.dumps(config).encode()})
+    return MemoryFolder(
+        "llama", {"model.safetensors": tensors, "config.json": json.dumps(config).encode()}
+    )
 
 
 @dataclass
@@ -134,7 +144,13 @@ class AdapterFiles:
 
     def folder(self, name: str = "adapter") -> MemoryFolder:
         config = json.dumps(self.config).encode()
-        return MemoryFolder(name, {"adapter_config.json": config, "adapter_model.safetensors": tensors_file(self.tensors)})
+        return MemoryFolder(
+            name,
+            {
+                "adapter_config.json": config,
+                "adapter_model.safetensors": tensors_file(self.tensors),
+            },
+        )
 
 
 def adapter_config(**changes) -> dict:
@@ -147,7 +163,9 @@ def adapter_config(**changes) -> dict:
     return config | changes
 
 
-def pair(module: str, outputs: int, inputs: int, rank: int = RANK, seed: int = 1) -> dict[str, Stored]:
+def pair(
+    module: str, outputs: int, inputs: int, rank: int = RANK, seed: int = 1
+) -> dict[str, Stored]:
     return {
         f"{PREFIX}{module}.lora_A.weight": normal(rank, inputs, seed=seed),
         f"{PREFIX}{module}.lora_B.weight": normal(outputs, rank, seed=seed + 1),
@@ -156,9 +174,15 @@ def pair(module: str, outputs: int, inputs: int, rank: int = RANK, seed: int = 1
 
 def plain() -> AdapterFiles:
     """LoRA on linear layers of two shapes, one of another rank."""
-    tensors = pair("model.layers.0.q_proj", WIDTH, WIDTH) | pair("model.layers.1.q_proj", WIDTH, WIDTH, seed=5)
-    tensors |= pair("model.layers.0.up_proj", HIDDEN, WIDTH, seed=7) | pair("model.layers.0.down_proj", WIDTH, HIDDEN, 2, 9)
-    return AdapterFiles(adapter_config(rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3.5}), tensors)
+    tensors = pair("model.layers.0.q_proj", WIDTH, WIDTH) | pair(
+        "model.layers.1.q_proj", WIDTH, WIDTH, seed=5
+    )
+    tensors |= pair("model.layers.0.up_proj", HIDDEN, WIDTH, seed=7) | pair(
+        "model.layers.0.down_proj", WIDTH, HIDDEN, 2, 9
+    )
+    return AdapterFiles(
+        adapter_config(rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3.5}), tensors
+    )
 
 
 def decomposed() -> AdapterFiles:
@@ -169,7 +193,9 @@ def decomposed() -> AdapterFiles:
         tensors |= pair(module, HIDDEN, WIDTH, seed=layer)
         tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = normal(HIDDEN, seed=layer)
         tensors[f"{PREFIX}{module}.lora_B.bias"] = normal(HIDDEN, seed=layer + 3)
-    return AdapterFiles(adapter_config(use_dora=True, lora_bias=True, target_modules=["up_proj"]), tensors)
+    return AdapterFiles(
+        adapter_config(use_dora=True, lora_bias=True, target_modules=["up_proj"]), tensors
+    )
 
 
 def everything_else() -> AdapterFiles:
@@ -190,7 +216,15 @@ def everything_else() -> AdapterFiles:
 def token_rows() -> AdapterFiles:
     tensors = pair("model.layers.0.q_proj", WIDTH, WIDTH)
     tensors[f"{PREFIX}model.embed.token_adapter.trainable_tokens_delta"] = normal(3, WIDTH, seed=8)
-    return AdapterFiles(adapter_config(trainable_token_indices={"embed": [0, 7, 19]}, target_modules=["q_proj"]), tensors)
+    return AdapterFiles(
+        adapter_config(trainable_token_indices={"embed": [0, 7, 19]}, target_modules=["q_proj"]),
+        tensors,
+    )
 
 
-GOLDEN = {"plain": plain, "decomposed": decomposed, "everything_else": everything_else, "token_rows": token_rows}
+GOLDEN = {
+    "plain": plain,
+    "decomposed": decomposed,
+    "everything_else": everything_else,
+    "token_rows": token_rows,
+}

@@ -92,10 +92,14 @@ def test_a_value_out_of_range_is_refused_by_name(key, value, frugal):
     assert key in message or (key == "trainable_token_indices" and "rows" in message)
 
 
-@pytest.mark.parametrize("text", ["1e400", "-1e400", "1" + "0" * 400, "NaN", "-Infinity", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["1e400", "-1e400", "1" + "0" * 400, "NaN", "-Infinity", "9" * 5000]
+)
 def test_numbers_that_only_json_can_write_are_refused(text):
     folder = plain().folder()
-    config = folder.content["adapter_config.json"].replace(b'"lora_alpha": 8', f'"lora_alpha": {text}'.encode())
+    config = folder.content["adapter_config.json"].replace(
+        b'"lora_alpha": 8', f'"lora_alpha": {text}'.encode()
+    )
     folder.content["adapter_config.json"] = config
     with pytest.raises(AdapterkitError, match=r"lora_alpha|digits"):
         plan_merge(BASE, [(folder, 1.0)], Options())
@@ -130,7 +134,9 @@ def test_an_unknown_setting_that_is_off_changes_nothing(value):
     assert meaning(configured(new_kind_of_scaling=value)) == meaning(plain())
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq", "PiSSA"])
+@pytest.mark.parametrize(
+    "init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq", "PiSSA"]
+)
 def test_an_adapter_of_a_changed_base_needs_the_word(init):
     assert "--base-is-residual" in refusal(configured(init_lora_weights=init))
     assert meaning(configured(init_lora_weights=init), base_is_residual=True) == meaning(plain())
@@ -184,7 +190,15 @@ def test_many_nearly_slow_names_are_refused_together(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "pattern", [r".*\.layers\.[01]\.q_proj", "(q|v)_proj", r"layers\.(?:0|1)\..*", "q_proj{1}", "^model", "q.proj$"]
+    "pattern",
+    [
+        r".*\.layers\.[01]\.q_proj",
+        "(q|v)_proj",
+        r"layers\.(?:0|1)\..*",
+        "q_proj{1}",
+        "^model",
+        "q.proj$",
+    ],
 )
 def test_sound_patterns_still_work(pattern):
     assert matcher(pattern, "here")("model.layers.0.q_proj")
@@ -230,7 +244,9 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("key, value", [(k, v) for k, values in STRANGERS.items() for v in values], ids=str)
+@pytest.mark.parametrize(
+    "key, value", [(k, v) for k, values in STRANGERS.items() for v in values], ids=str
+)
 def test_what_a_config_points_at_changes_no_byte(key, value):
     assert meaning(configured(**{key: value})) == meaning(plain())
 
@@ -244,26 +260,47 @@ def test_nothing_is_imported_fetched_followed_or_copied(tmp_path):
         "modeling_evil.py": code,
         "adapter_model.bin": b"cos\nsystem\n(S'id'\ntR.",
     }
-    on = base(auto_map={"AutoModel": "modeling_evil.Evil", "AutoConfig": "evil/repo--modeling_evil.Evil"}, backbone="evil/repo")
+    on = base(
+        auto_map={"AutoModel": "modeling_evil.Evil", "AutoConfig": "evil/repo--modeling_evil.Evil"},
+        backbone="evil/repo",
+    )
     on.content["modeling_evil.py"] = code
     on.write(tmp_path / "base"), adapter.write(tmp_path / "adapter")
     command = [sys.executable, "-c", WATCHED, str(tmp_path), str(tmp_path / "out")]
     env = os.environ | {"PYTHONPATH": str(Path(adapterkit.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path / "adapter", env=env)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=tmp_path / "adapter", env=env
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert any(event == "open" for event, _ in seen)  # the watch works
-    strange = [(event, what) for event, what in seen if event not in ("open", "import", "socket.gethostname")]
+    strange = [
+        (event, what)
+        for event, what in seen
+        if event not in ("open", "import", "socket.gethostname")
+    ]
     assert not strange
-    assert not [what for event, what in seen if event == "import" and ("evil" in what or what.startswith("peft"))]
+    assert not [
+        what
+        for event, what in seen
+        if event == "import" and ("evil" in what or what.startswith("peft"))
+    ]
     opened = [what for event, what in seen if event == "open"]
-    assert not [what for what in opened if "hostname" in what or "evil.example" in what or what.endswith(".bin")]
+    assert not [
+        what
+        for what in opened
+        if "hostname" in what or "evil.example" in what or what.endswith(".bin")
+    ]
     assert not [what for what in opened if "adapter/" in what and what.endswith(".py")]
     out = {p.name for p in (tmp_path / "out").iterdir()}
     assert "modeling_evil.py" in out  # the base's own code is copied
     assert not {"evil_module.py", "adapter_model.bin", "adapter_config.json"} & out
     assert (tmp_path / "out" / "modeling_evil.py").read_bytes() == code
-    text = "".join(p.read_text(errors="replace") for p in (tmp_path / "out").iterdir() if p.suffix in (".json", ".md"))
+    text = "".join(
+        p.read_text(errors="replace")
+        for p in (tmp_path / "out").iterdir()
+        if p.suffix in (".json", ".md")
+    )
     assert "/etc/hostname" not in text
 
 
@@ -284,7 +321,11 @@ def test_factors_that_are_not_finite_are_refused_by_name(golden, ending, bad, tm
     values[-1] = bad
     adapter.tensors[key] = Stored("F32", adapter.tensors[key].shape, values.tobytes())
     with pytest.raises(Failed, match="not finite") as caught:
-        merge(BASE.write(tmp_path / "base"), [adapter.folder().write(tmp_path / "adapter")], out=tmp_path / "out")
+        merge(
+            BASE.write(tmp_path / "base"),
+            [adapter.folder().write(tmp_path / "adapter")],
+            out=tmp_path / "out",
+        )
     assert key in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -306,7 +347,10 @@ def meaning(adapter: AdapterFiles, **options) -> str:
                 data = np.frombuffer(data, kind).astype(np.float64).tobytes()
             return ["tensor", [n for n in value.shape if n != 1], hashlib.sha256(data).hexdigest()]
         if dataclasses.is_dataclass(value):
-            return [type(value).__name__, *(plain_form(getattr(value, f.name)) for f in dataclasses.fields(value))]
+            return [
+                type(value).__name__,
+                *(plain_form(getattr(value, f.name)) for f in dataclasses.fields(value)),
+            ]
         if isinstance(value, (tuple, list, range, np.ndarray)):
             return [plain_form(v) for v in value]
         return repr(value)
@@ -318,7 +362,15 @@ def meaning(adapter: AdapterFiles, **options) -> str:
 
 def names_like(key: str, adapter: AdapterFiles) -> Iterator[str]:
     """Other names for a key: near, far, in other spellings."""
-    yield from (key + "x", "x" + key, key[:-1], key.upper(), key.removeprefix(PREFIX), PREFIX + key, key + ".weight")
+    yield from (
+        key + "x",
+        "x" + key,
+        key[:-1],
+        key.upper(),
+        key.removeprefix(PREFIX),
+        PREFIX + key,
+        key + ".weight",
+    )
     for old, new in [
         ("lora_A", "lora_B"), ("lora_B", "lora_A"), ("lora_A.weight", "lora_A.default.weight"), ("lora_A", "lora_C"),
         ("lora_A", "lora_a"), ("lora_", "vera_"), (".weight", ".bias"), (".bias", ".weight"), ("layers.0", "layers.1"),
@@ -342,8 +394,14 @@ def bodies_like(tensor: Stored) -> Iterator[Stored]:
     for name in DTYPES:
         if name != "float32":
             yield Stored.of(values.astype(name))
-    yield from (Stored(d, shape, b"\0" * (size * SIZES.get(d, 1))) for d in ("F8_E4M3", "F8_E5M2", "I8", "BOOL"))
-    yield from (Stored("C64", shape, tensor.data * 2), Stored("F4", (*shape[:-1], shape[-1] * 8), tensor.data))
+    yield from (
+        Stored(d, shape, b"\0" * (size * SIZES.get(d, 1)))
+        for d in ("F8_E4M3", "F8_E5M2", "I8", "BOOL")
+    )
+    yield from (
+        Stored("C64", shape, tensor.data * 2),
+        Stored("F4", (*shape[:-1], shape[-1] * 8), tensor.data),
+    )
     shapes = [
         shape[::-1],
         (size,),
@@ -362,7 +420,9 @@ def bodies_like(tensor: Stored) -> Iterator[Stored]:
         shapes.append((*shape[:axis], shape[axis] // 2, *shape[axis + 1 :]))
     for other in shapes:
         if other != shape:
-            yield Stored("F32", other, np.resize(values, math.prod(other)).astype(np.float32).tobytes())
+            yield Stored(
+                "F32", other, np.resize(values, math.prod(other)).astype(np.float32).tobytes()
+            )
 
 
 def mutations(adapter: AdapterFiles) -> Iterator[tuple[str, AdapterFiles]]:
@@ -374,7 +434,9 @@ def mutations(adapter: AdapterFiles) -> Iterator[tuple[str, AdapterFiles]]:
             if name != key:
                 yield (
                     f"rename {key} to {name}",
-                    AdapterFiles(config, {k: v for k, v in rest.items() if k != name} | {name: tensor}),
+                    AdapterFiles(
+                        config, {k: v for k, v in rest.items() if k != name} | {name: tensor}
+                    ),
                 )
                 if name not in tensors:
                     yield f"copy {key} as {name}", AdapterFiles(config, tensors | {name: tensor})
@@ -382,15 +444,40 @@ def mutations(adapter: AdapterFiles) -> Iterator[tuple[str, AdapterFiles]]:
             yield f"{key} as {body.dtype} {body.shape}", AdapterFiles(config, tensors | {key: body})
         if "lora_A" in key:
             other = key.replace("lora_A", "lora_B")
-            yield f"swap A and B of {key}", AdapterFiles(config, tensors | {key: tensors[other], other: tensor})
+            yield (
+                f"swap A and B of {key}",
+                AdapterFiles(config, tensors | {key: tensors[other], other: tensor}),
+            )
     for name, tensor in base_tensors().items():
         if PREFIX + name not in tensors:
             yield f"extra {name}", AdapterFiles(config, tensors | {PREFIX + name: tensor})
         yield f"extra {name}, no prefix", AdapterFiles(config, tensors | {name: tensor})
     for key in config:
-        yield f"config without {key}", AdapterFiles({k: v for k, v in config.items() if k != key}, tensors)
-        yield f"config {key} renamed", AdapterFiles({k + "_" * (k == key): v for k, v in config.items()}, tensors)
-        for value in (None, True, False, 0, 1, -1, 0.5, "x", "", [], ["x"], {}, {"x": 1}, {"": 3}, 10**20):
+        yield (
+            f"config without {key}",
+            AdapterFiles({k: v for k, v in config.items() if k != key}, tensors),
+        )
+        yield (
+            f"config {key} renamed",
+            AdapterFiles({k + "_" * (k == key): v for k, v in config.items()}, tensors),
+        )
+        for value in (
+            None,
+            True,
+            False,
+            0,
+            1,
+            -1,
+            0.5,
+            "x",
+            "",
+            [],
+            ["x"],
+            {},
+            {"x": 1},
+            {"": 3},
+            10**20,
+        ):
             yield f"config {key} = {value!r}", AdapterFiles(config | {key: value}, tensors)
 
 
@@ -399,10 +486,18 @@ def meant(name: str, adapter: AdapterFiles) -> bool:
     words = name.split()
     if words[0] == "config":
         # another scale; a file without these two is one of an older PEFT
-        stated = {"lora_alpha", "alpha_pattern", "use_rslora"} if "=" in words else {"alpha_pattern", "use_rslora"}
+        stated = (
+            {"lora_alpha", "alpha_pattern", "use_rslora"}
+            if "=" in words
+            else {"alpha_pattern", "use_rslora"}
+        )
         return bool(stated & set(words)) and "renamed" not in words
     # PEFT saves trained or resized embeddings without a word in the config
-    return words[0] == "extra" and words[1].startswith("model.embed.weight") and not adapter.config["modules_to_save"]
+    return (
+        words[0] == "extra"
+        and words[1].startswith("model.embed.weight")
+        and not adapter.config["modules_to_save"]
+    )
 
 
 EXPECTED = {"plain": 950, "decomposed": 950, "everything_else": 800, "token_rows": 550}
@@ -501,7 +596,12 @@ def with_tensors(**tensors: Stored):
 def test_a_base_with_scales_beside_its_weights_is_refused(name):
     ending, dtype = SIBLINGS[name]
     with pytest.raises(AdapterkitError) as caught:
-        planned(plain(), on=with_tensors(**{LAYER + ending: Stored(dtype, (4,), b"\0" * 4 * SIZES.get(dtype, 1))}))
+        planned(
+            plain(),
+            on=with_tensors(
+                **{LAYER + ending: Stored(dtype, (4,), b"\0" * 4 * SIZES.get(dtype, 1))}
+            ),
+        )
     if name == "bitsandbytes int8":  # a format that is known: the rows lack their codes
         assert "I8 rows" in str(caught.value)
         return
@@ -513,13 +613,18 @@ def test_mxfp4_is_told_by_a_pair():
     blocks = {"model.experts_blocks": Stored("U8", (4,), b"\0" * 4)}
     planned(plain(), on=with_tensors(**blocks))  # a name of that ending alone says nothing
     with pytest.raises(Refused, match="MXFP4"):
-        planned(plain(), on=with_tensors(**blocks, **{"model.experts_scales": Stored("U8", (4,), b"\0" * 4)}))
+        planned(
+            plain(),
+            on=with_tensors(**blocks, **{"model.experts_scales": Stored("U8", (4,), b"\0" * 4)}),
+        )
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"])
 def test_a_base_in_eight_bits_or_fewer_is_refused(dtype):
     with pytest.raises(Refused, match=dtype):
-        planned(plain(), on=with_tensors(extra=Stored(dtype, (8,), b"\0" * (4 if dtype == "F4" else 8))))
+        planned(
+            plain(), on=with_tensors(extra=Stored(dtype, (8,), b"\0" * (4 if dtype == "F4" else 8)))
+        )
 
 
 @pytest.mark.parametrize("said", [None, False])

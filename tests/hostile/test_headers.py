@@ -24,9 +24,13 @@ def entry(dtype="F32", shape=(1,), offsets=(0, 4), **more) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)} | more
 
 
-def text(shape: str = "[1]", offsets: str = "[0,4]", dtype: str = '"F32"', name: str = '"a"') -> bytes:
+def text(
+    shape: str = "[1]", offsets: str = "[0,4]", dtype: str = '"F32"', name: str = '"a"'
+) -> bytes:
     """A header of one tensor, with any JSON in its places."""
-    return f'{{{name}:{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}}}'.encode("utf-8", "surrogatepass")
+    return f'{{{name}:{{"dtype":{dtype},"shape":{shape},"data_offsets":{offsets}}}}}'.encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def ours(data: bytes):
@@ -63,7 +67,10 @@ NOT_WEIGHTS = {
     "length one above the file": (file_of(b"{}", length=3), "header length 3"),
     "length 2^63": (file_of(text(), length=2**63), "header length 9223372036854775808"),
     "length 2^64 - 1": (file_of(text(), length=2**64 - 1), "header length"),
-    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+    "LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "git lfs pull",
+    ),
     "HTML page": (b"<!DOCTYPE html><html><title>401</title></html>", "an HTML page"),
     "HTML after a blank line": (b"\n\n <HTML>" + b" " * 60, "an HTML page"),
     "gzip": (b"\x1f\x8b\x08\x00" + b"\0" * 90, "not a safetensors file"),
@@ -181,7 +188,10 @@ NAMES = {
 HOSTILE = (
     {f"not weights: {k}": v for k, v in NOT_WEIGHTS.items()}
     | {f"offsets: {k}": (v, "") for k, v in OFFSETS.items()}
-    | {f"shape: {k}": (file_of(v, b"\0" * (4 if b"[0,4]" in v else 0)), "") for k, v in SHAPES.items()}
+    | {
+        f"shape: {k}": (file_of(v, b"\0" * (4 if b"[0,4]" in v else 0)), "")
+        for k, v in SHAPES.items()
+    }
     | {f"json: {k}": (file_of(v, b"\0" * 4), "") for k, v in JSONS.items()}
     | {f"dtype: {k}": (file_of(v, b"\0" * 4), "dtype") for k, v in DTYPES.items()}
     | {f"name: {k}": (file_of(text(name=v), b"\0" * 4), "tensor name") for k, v in NAMES.items()}
@@ -227,7 +237,13 @@ def test_a_length_of_100_mb_and_one_is_refused_before_it_is_read(tmp_path, fruga
 
 
 @pytest.mark.parametrize(
-    "piece, count", [(b"{},", MAX_VALUES // 2), (b"[],", MAX_VALUES // 2), (b"9,", MAX_VALUES), (b'"ab":0,', MAX_KEYS)]
+    "piece, count",
+    [
+        (b"{},", MAX_VALUES // 2),
+        (b"[],", MAX_VALUES // 2),
+        (b"9,", MAX_VALUES),
+        (b'"ab":0,', MAX_KEYS),
+    ],
 )
 def test_a_bomb_of_small_values_is_refused_before_it_is_parsed(piece, count, frugal):
     body = b'{"a":[' + piece * (count + 1) + b"0]}"
@@ -265,13 +281,22 @@ def test_we_read_what_safetensors_writes():
 
 
 def test_safetensors_reads_what_we_write():
-    names = {"bool": "BOOL", "float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64", "uint8": "U8"}
+    names = {
+        "bool": "BOOL",
+        "float32": "F32",
+        "float16": "F16",
+        "float64": "F64",
+        "int64": "I64",
+        "uint8": "U8",
+    }
     tensors = [(key, names[array.dtype.name], array.shape) for key, array in SCALARS.items()]
     raw, starts = build_header(tensors, {"format": "pt", 'quote"\\': "\u2028"})
     data = raw + b"".join(array.tobytes() for array in SCALARS.values())
     found = load(data)
     assert found.keys() == SCALARS.keys()
-    assert all(np.array_equal(found[k], v) and found[k].dtype == v.dtype for k, v in SCALARS.items())
+    assert all(
+        np.array_equal(found[k], v) and found[k].dtype == v.dtype for k, v in SCALARS.items()
+    )
     assert [t.start for t in parse_header(raw, len(data), "x").tensors] == sorted(starts)
     assert len(raw) % 8 == 0
 
@@ -310,7 +335,10 @@ TEXTS = [
     '"\\ud83d\\ude00"',
     '"__metadata__"',
 ]
-PIECES = [piece.encode() for piece in [*VALUES, *TEXTS, ",", ":", " ", "\t", "{", "}", "[", "]", "\x00", "\\", "\v"]]
+PIECES = [
+    piece.encode()
+    for piece in [*VALUES, *TEXTS, ",", ":", " ", "\t", "{", "}", "[", "]", "\x00", "\\", "\v"]
+]
 
 
 def tokens(header: bytes) -> list[bytes]:
@@ -329,7 +357,9 @@ def tokens(header: bytes) -> list[bytes]:
 @st.composite
 def mutated(draw) -> bytes:
     """A sound file of up to four tensors with a few changes to its header's tokens, its length or its data."""
-    names = draw(st.lists(st.sampled_from(["a", "b", "c", "d.weight", "é"]), unique=True, max_size=4))
+    names = draw(
+        st.lists(st.sampled_from(["a", "b", "c", "d.weight", "é"]), unique=True, max_size=4)
+    )
     header, at = {}, 0
     if draw(st.booleans()):
         header["__metadata__"] = {"format": "pt"}
@@ -400,7 +430,13 @@ def check(data: bytes) -> None:
                 assert opened.get_slice(spec.key).get_dtype() == spec.dtype
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(
+    max_examples=1000,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    database=None,
+)
 @given(mutated())
 def test_never_laxer_than_safetensors(data):
     check(data)

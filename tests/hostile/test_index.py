@@ -29,7 +29,10 @@ def sharded(**changes) -> MemoryFolder:
         "weight_map": {key: name for name, part in parts.items() for key in part},
     } | changes
     files = {name: tensors_file(part) for name, part in parts.items()}
-    files |= {INDEX: json.dumps({k: v for k, v in index.items() if v is not None}).encode(), "config.json": b"{}"}
+    files |= {
+        INDEX: json.dumps({k: v for k, v in index.items() if v is not None}).encode(),
+        "config.json": b"{}",
+    }
     return MemoryFolder("base", files)
 
 
@@ -53,7 +56,11 @@ def refusal(folder) -> str:
 
 
 def merged(folder: MemoryFolder, tmp_path: Path) -> Path:
-    merge(folder.write(tmp_path / "base"), [plain().folder().write(tmp_path / "adapter")], out=tmp_path / "out")
+    merge(
+        folder.write(tmp_path / "base"),
+        [plain().folder().write(tmp_path / "adapter")],
+        out=tmp_path / "out",
+    )
     return tmp_path / "out"
 
 
@@ -84,7 +91,9 @@ def test_every_bad_name_is_listed():
     with pytest.raises(Offenders) as caught:
         open_checkpoint(with_names(*names))
     assert len(caught.value.errors) == len(names)
-    assert all(repr(n) in str(caught.value) or n in str(caught.value) for n in names if "\\" not in n)
+    assert all(
+        repr(n) in str(caught.value) or n in str(caught.value) for n in names if "\\" not in n
+    )
 
 
 def test_case_twins_are_refused():
@@ -105,7 +114,9 @@ def test_a_key_in_two_shards_is_refused():
     folder = sharded()
     tensors = base_tensors()
     half = len(tensors) // 2
-    twice = dict(list(tensors.items())[half:]) | {"model.embed.weight": tensors["model.embed.weight"]}
+    twice = dict(list(tensors.items())[half:]) | {
+        "model.embed.weight": tensors["model.embed.weight"]
+    }
     folder.content[SECOND] = tensors_file(twice)
     message = refusal(folder)
     assert f"model.embed.weight in both {FIRST} and {SECOND}" in message
@@ -120,13 +131,26 @@ def test_keys_that_shard_or_index_lack_are_all_named():
         assert key in message
 
 
-@pytest.mark.parametrize("weight_map", [None, [], {}, "model.safetensors", {"a": 1}, {"a": None}, {"a": [FIRST]}])
+@pytest.mark.parametrize(
+    "weight_map", [None, [], {}, "model.safetensors", {"a": 1}, {"a": None}, {"a": [FIRST]}]
+)
 def test_a_weight_map_that_is_none_is_refused(weight_map):
     assert "weight_map" in refusal(sharded(weight_map=weight_map))
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"[]", b"null", b"{", b'{"a":1,"a":2}', b"\xff", b"\xef\xbb\xbf{}", b"[" * 100_000, b'"\\ud800"']
+    "text",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b'{"a":1,"a":2}',
+        b"\xff",
+        b"\xef\xbb\xbf{}",
+        b"[" * 100_000,
+        b'"\\ud800"',
+    ],
 )
 def test_an_index_or_config_that_is_no_json_object_is_refused(text, frugal):
     for name in (INDEX, "config.json"):
@@ -161,13 +185,20 @@ def test_a_wrong_total_size_is_written_right(total, tmp_path):
 
 
 def test_no_metadata_in_the_index_is_fine(tmp_path):
-    assert json.loads((merged(sharded(metadata=None), tmp_path) / INDEX).read_text())["metadata"]["total_size"] > 0
+    assert (
+        json.loads((merged(sharded(metadata=None), tmp_path) / INDEX).read_text())["metadata"][
+            "total_size"
+        ]
+        > 0
+    )
 
 
 def test_stale_shards_are_left_out(tmp_path):
     folder = sharded()
     stale = tensors_file({"stale.weight": normal(2, 2)})
-    folder.content |= {f"model-0000{i}-of-00009.safetensors": stale for i in (1, 9)} | {"consolidated.safetensors": stale}
+    folder.content |= {f"model-0000{i}-of-00009.safetensors": stale for i in (1, 9)} | {
+        "consolidated.safetensors": stale
+    }
     out = merged(folder, tmp_path)
     assert sorted(p.name for p in out.glob("*.safetensors")) == [FIRST, SECOND]
     assert set(load_file(out / FIRST)) | set(load_file(out / SECOND)) == set(base_tensors())
@@ -182,13 +213,17 @@ def test_a_single_file_beside_an_index_that_does_not_name_it_is_refused():
 
 def test_an_index_that_names_the_single_file_is_fine():
     folder = base()
-    folder.content[INDEX] = json.dumps({"weight_map": dict.fromkeys(base_tensors(), "model.safetensors")}).encode()
+    folder.content[INDEX] = json.dumps(
+        {"weight_map": dict.fromkeys(base_tensors(), "model.safetensors")}
+    ).encode()
     assert set(open_checkpoint(folder).tensors) == set(base_tensors())
 
 
 def test_several_indexes_of_variants_are_refused():
     folder = sharded()
-    folder.content["model.fp16.safetensors.index.json"] = folder.content["model.bf16.safetensors.index.json"] = b"{}"
+    folder.content["model.fp16.safetensors.index.json"] = folder.content[
+        "model.bf16.safetensors.index.json"
+    ] = b"{}"
     assert set(open_checkpoint(folder).tensors) == set(base_tensors())  # the standard name counts
     del folder.content[INDEX]
     assert "several indexes" in refusal(folder)
@@ -205,7 +240,16 @@ def test_several_files_without_an_index_are_refused():
     assert "2 safetensors files and no index" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pth", "model.ckpt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "model.pt",
+        "model.pth",
+        "model.ckpt",
+    ],
+)
 def test_pickles_are_refused_with_the_way_out(name, tmp_path):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     message = refusal(LocalFolder(tmp_path))
@@ -250,7 +294,9 @@ def test_a_link_out_of_the_folder_is_refused(target, tmp_path):
     folder = on_disk(tmp_path)
     (tmp_path / "elsewhere").write_bytes((folder / "model.safetensors").read_bytes())
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(target if target != "elsewhere" else tmp_path / "elsewhere")
+    (folder / "model.safetensors").symlink_to(
+        target if target != "elsewhere" else tmp_path / "elsewhere"
+    )
     assert "a link to" in refusal(LocalFolder(folder))
 
 
@@ -265,7 +311,10 @@ def test_a_secret_linked_into_the_base_does_not_reach_the_output(tmp_path):
 
 
 def test_the_hub_cache_is_read(tmp_path):
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    blobs, snapshot = (
+        tmp_path / "models--a--b" / "blobs",
+        tmp_path / "models--a--b" / "snapshots" / ("0" * 40),
+    )
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for i, (name, data) in enumerate(base().content.items()):
@@ -304,7 +353,9 @@ def test_what_is_no_file_is_not_taken_for_one(make, name, tmp_path, frugal):
     (folder / name).unlink()
     make(folder / name)
     with frugal():
-        assert "no safetensors files" in (message := refusal(LocalFolder(folder))) or name in message
+        assert (
+            "no safetensors files" in (message := refusal(LocalFolder(folder))) or name in message
+        )
 
 
 @pytest.mark.timeout(10)
@@ -328,12 +379,19 @@ def test_a_file_that_turns_into_a_pipe_is_refused(tmp_path):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", [b"bad\xff.json", b"esc\x1b[2J.txt", b"new\nline.txt", b"C:x.txt", b"back\\slash.txt"])
+@pytest.mark.parametrize(
+    "name", [b"bad\xff.json", b"esc\x1b[2J.txt", b"new\nline.txt", b"C:x.txt", b"back\\slash.txt"]
+)
 def test_a_file_name_that_cannot_be_shown_is_refused_while_planning(name, tmp_path):
     folder = on_disk(tmp_path)
     Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_text("x")
     with pytest.raises(Refused, match="rename or remove it") as caught:
-        merge(folder, [plain().folder().write(tmp_path / "adapter")], out=tmp_path / "out", dry_run=True)
+        merge(
+            folder,
+            [plain().folder().write(tmp_path / "adapter")],
+            out=tmp_path / "out",
+            dry_run=True,
+        )
     assert str(caught.value).replace("\n", "").isprintable()
     assert not (tmp_path / "out").exists()
 

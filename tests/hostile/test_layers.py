@@ -32,11 +32,15 @@ def imports(source: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "adapterkit"}
+            found |= {
+                alias.name for alias in node.names if alias.name.split(".")[0] == "adapterkit"
+            }
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             if node.module == "adapterkit":
-                found |= {f"adapterkit.{alias.name}" for alias in node.names if alias.name not in PLAIN}
+                found |= {
+                    f"adapterkit.{alias.name}" for alias in node.names if alias.name not in PLAIN
+                }
             elif (node.module or "").startswith("adapterkit."):
                 found.add(node.module)
     return {name.split(".")[1] if "." in name else "" for name in found}
@@ -70,11 +74,18 @@ def test_the_check_sees_an_import_upwards(part, source):
 
 def test_no_two_files_import_each_other():
     """Within a level too: an order in which the files could be read exists."""
-    names = {".".join(("adapterkit", *p.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): p for p in FILES}
+    names = {
+        ".".join(("adapterkit", *p.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): p
+        for p in FILES
+    }
     needs = {}
     for name, path in names.items():
         needs[name] = set()
-        for node in ast.parse(path.read_text()).body:  # those at the top: the others wait for a call
+        for node in ast.parse(
+            path.read_text()
+        ).body:  # those at the top: the others wait for a call
             if isinstance(node, ast.ImportFrom) and node.module in names:
                 below = {f"{node.module}.{alias.name}" for alias in node.names}
                 needs[name] |= (below & set(names)) or {node.module}
@@ -87,7 +98,16 @@ def test_no_two_files_import_each_other():
             del needs[name]
 
 
-HEAVY = ["torch", "transformers", "huggingface_hub", "safetensors", "numpy", "bitsandbytes", "tqdm", "regex"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "bitsandbytes",
+    "tqdm",
+    "regex",
+]
 WATCH = """
 import sys
 {code}
@@ -100,18 +120,25 @@ for words in (["--help"], ["--version"], ["merge", "--help"], ["verify", "--help
 """
 
 
-@pytest.mark.parametrize("code", ["import adapterkit", "import adapterkit; dir(adapterkit)", "import adapterkit.cli", HELP])
+@pytest.mark.parametrize(
+    "code",
+    ["import adapterkit", "import adapterkit; dir(adapterkit)", "import adapterkit.cli", HELP],
+)
 def test_nothing_heavy_is_loaded_to_say_hello(code):
     script = WATCH.format(code=code, heavy=HEAVY)
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=env
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].strip() == "loaded:"
 
 
 def test_the_watch_sees_what_is_loaded():
     script = WATCH.format(code="import numpy", heavy=HEAVY)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert "numpy" in done.stdout
 
 
@@ -120,6 +147,8 @@ def test_a_refusal_of_the_arguments_needs_no_torch():
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     script = "import sys, atexit\natexit.register(lambda: print('torch' in sys.modules))\n"
     script += "from adapterkit.cli import main\nmain(['merge'])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=env
+    )
     assert done.returncode == 2
     assert done.stdout.strip() == "False"

@@ -55,7 +55,10 @@ class Desk:
         on, adapter = base(_name_or_path=f"{self.home}/checkpoints"), plain()
         on.content["README.md"] = card
         on.write(self.home / "base")
-        config = adapter.config | {"base_model_name_or_path": f"{self.home}/base", "revision": TOKEN}
+        config = adapter.config | {
+            "base_model_name_or_path": f"{self.home}/base",
+            "revision": TOKEN,
+        }
         AdapterFiles(config, adapter.tensors).folder().write(self.home / "adapter")
         (self.home / "adapter" / "README.md").write_bytes(card)
         (self.home / "adapter" / "training_args.bin").write_bytes(TOKEN.encode())
@@ -69,7 +72,9 @@ class Desk:
         where = {"HOME": str(self.home), "PYTHONPATH": str(Path(adapterkit.__file__).parents[1])}
         script = [sys.executable, "-c", RUN.replace("HOST", repr(HOST)), json.dumps(commands)]
         env = os.environ | PLANTED | where
-        done = subprocess.run(script, capture_output=True, text=True, timeout=120, cwd=self.home, env=env)
+        done = subprocess.run(
+            script, capture_output=True, text=True, timeout=120, cwd=self.home, env=env
+        )
         assert done.returncode == 0, done.stderr
         results = [json.loads(line) for line in done.stdout.splitlines()]
         assert len(results) == len(commands)
@@ -84,7 +89,9 @@ class Desk:
 
 
 def readable(folder: Path) -> str:
-    return "\n".join(p.read_text() for p in folder.rglob("*") if p.suffix in (".json", ".jsonl", ".md"))
+    return "\n".join(
+        p.read_text() for p in folder.rglob("*") if p.suffix in (".json", ".jsonl", ".md")
+    )
 
 
 def test_nothing_of_the_machine_gets_out(tmp_path):
@@ -115,7 +122,11 @@ def test_nothing_of_the_machine_gets_out(tmp_path):
     )
     outputs = [readable(desk.home / name) for name in ("out", "out2")]
     # the base's own config goes over as it is; what we write ourselves holds no path
-    written = [(desk.home / name / file).read_text() for name in ("out", "out2") for file in ("adapterkit.json", "README.md")]
+    written = [
+        (desk.home / name / file).read_text()
+        for name in ("out", "out2")
+        for file in ("adapterkit.json", "README.md")
+    ]
     for text in (*results, *written):
         desk.check(text, here, USER, str(tmp_path))
     for text in (*desk.everything, *outputs):
@@ -129,7 +140,10 @@ def test_a_spoiled_run_leaves_no_journal(tmp_path):
     data = bytearray(weights.read_bytes())
     data[-4:] = b"\x00\x00\xc0\x7f"  # NaN: the job starts, then fails
     weights.write_bytes(data)
-    desk.run(("merge", f"{desk.home}/base", f"{desk.home}/adapter", "--out", f"{desk.home}/out"), status=1)
+    desk.run(
+        ("merge", f"{desk.home}/base", f"{desk.home}/adapter", "--out", f"{desk.home}/out"),
+        status=1,
+    )
     assert not list(desk.home.rglob("journal*"))
 
 
@@ -156,9 +170,13 @@ def test_a_tensor_of_such_a_name_reaches_no_terminal(name):
     """In the adapter, then in the base: refused, or harmless because it can be shown as it is."""
     for folder, other in ((plain().folder(), base()), (base(), plain().folder())):
         file = next(f for f in folder.content if f.endswith(".safetensors"))
-        tensors = plain().tensors if "adapter" in file else {"score.weight": plain().tensors.popitem()[1]}
+        tensors = (
+            plain().tensors if "adapter" in file else {"score.weight": plain().tensors.popitem()[1]}
+        )
         key = next(iter(tensors))
-        folder.content[file] = tensors_file({(PREFIX + name if k == key else k): v for k, v in tensors.items()})
+        folder.content[file] = tensors_file(
+            {(PREFIX + name if k == key else k): v for k, v in tensors.items()}
+        )
         from adapterkit.ops.merge import Options, plan_merge
 
         pair = (other, folder) if "adapter" in file else (folder, other)
@@ -186,7 +204,9 @@ def test_names_in_the_card_are_inert(name):
     assert front["base_model"] == [name, name]
     assert set(front) == {"base_model", "base_model_relation", "library_name", "tags"}
     assert head.isascii()
-    assert not re.search(r"[<>{}\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|javascript:|\]\(", body)
+    assert not re.search(
+        r"[<>{}\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|javascript:|\]\(", body
+    )
     assert body.count("\n|") == 3  # one table of three rows
 
 
@@ -219,10 +239,23 @@ def test_folders_of_such_names(name, tmp_path, capsys):
     """A downloaded folder may be called anything: messages, results and files stay inert."""
     from adapterkit.cli import main
 
-    on, adapter = base().write(tmp_path / name), plain().folder().write(tmp_path / ("adapter" + name))
-    command = ["merge", str(on), str(adapter), "--out", str(tmp_path / "out"), "--exclude", "up_proj"]
+    on, adapter = (
+        base().write(tmp_path / name),
+        plain().folder().write(tmp_path / ("adapter" + name)),
+    )
+    command = [
+        "merge",
+        str(on),
+        str(adapter),
+        "--out",
+        str(tmp_path / "out"),
+        "--exclude",
+        "up_proj",
+    ]
     for more in ([], ["--json", "--dry-run"], ["--dry-run"], ["--json", "--overwrite"]):
-        main([*command, *more], standalone_mode=False, color=True)  # as on a terminal: nothing is stripped
+        main(
+            [*command, *more], standalone_mode=False, color=True
+        )  # as on a terminal: nothing is stripped
         out, err = capsys.readouterr()
         assert out + err
         assert (out + err).replace("\n", "").isprintable(), more
@@ -237,7 +270,11 @@ def test_folders_of_such_names(name, tmp_path, capsys):
 
 
 def test_the_receipt_names_no_machine(tmp_path):
-    receipt = merge(base().write(tmp_path / "base"), [plain().folder().write(tmp_path / "adapter")], out=tmp_path / "out").data
+    receipt = merge(
+        base().write(tmp_path / "base"),
+        [plain().folder().write(tmp_path / "adapter")],
+        out=tmp_path / "out",
+    ).data
     text = json.dumps(receipt)
     assert str(tmp_path) not in text
     assert socket.gethostname() not in text or len(socket.gethostname()) < 4

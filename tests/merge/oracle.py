@@ -34,7 +34,9 @@ Build = Callable[[], nn.Module]
 def llama(tie: bool = False, cls: str = "LlamaForCausalLM", **changes) -> nn.Module:
     sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return _model(cls, transformers.LlamaConfig(**(sizes | heads | {"tie_word_embeddings": tie} | changes)))
+    return _model(
+        cls, transformers.LlamaConfig(**(sizes | heads | {"tie_word_embeddings": tie} | changes))
+    )
 
 
 def tied_llama() -> nn.Module:
@@ -42,12 +44,23 @@ def tied_llama() -> nn.Module:
 
 
 def gemma() -> nn.Module:
-    sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    return _model("GemmaForCausalLM", transformers.GemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1))
+    sizes = {
+        "vocab_size": 80,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    return _model(
+        "GemmaForCausalLM",
+        transformers.GemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=1),
+    )
 
 
 def gpt2(cls: str = "GPT2LMHeadModel") -> nn.Module:
-    return _model(cls, transformers.GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    return _model(
+        cls, transformers.GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    )
 
 
 def neox() -> nn.Module:
@@ -56,13 +69,27 @@ def neox() -> nn.Module:
 
 
 def opt() -> nn.Module:
-    sizes = {"vocab_size": 80, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 16}
-    return _model("OPTForCausalLM", transformers.OPTConfig(**sizes, num_attention_heads=4, max_position_embeddings=64))
+    sizes = {
+        "vocab_size": 80,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "word_embed_proj_dim": 16,
+    }
+    return _model(
+        "OPTForCausalLM",
+        transformers.OPTConfig(**sizes, num_attention_heads=4, max_position_embeddings=64),
+    )
 
 
 def bert(cls: str = "BertModel", **changes) -> nn.Module:
     sizes = {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return _model(cls, transformers.BertConfig(**(sizes | changes), num_attention_heads=4, max_position_embeddings=64))
+    return _model(
+        cls,
+        transformers.BertConfig(
+            **(sizes | changes), num_attention_heads=4, max_position_embeddings=64
+        ),
+    )
 
 
 def bert_classifier() -> nn.Module:
@@ -70,17 +97,37 @@ def bert_classifier() -> nn.Module:
 
 
 def t5() -> nn.Module:
-    sizes = {"vocab_size": 80, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    sizes = {
+        "vocab_size": 80,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
     return _model("T5ForConditionalGeneration", transformers.T5Config(**sizes))
 
 
 def vit() -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return _model("ViTForImageClassification", transformers.ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=5))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return _model(
+        "ViTForImageClassification",
+        transformers.ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=5),
+    )
 
 
 def clip() -> nn.Module:
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = transformers.CLIPConfig(
         text_config=tower | {"vocab_size": 80, "max_position_embeddings": 16},
         vision_config=tower | {"image_size": 16, "patch_size": 4},
@@ -135,7 +182,9 @@ def save_base(model: nn.Module, folder: Path, dtype: str = "bf16", **kwargs) -> 
         with quiet():
             model.save_pretrained(folder, **kwargs)
     else:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
+        )
 
 
 def load(build: Build | str, folder: Path) -> nn.Module:
@@ -160,14 +209,18 @@ def load_checked(cls, folder: Path) -> nn.Module:
     """`from_pretrained`, with no key missing, left over, or of another shape."""
     with quiet():
         model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    assert (
+        not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ), info
     return model.eval()
 
 
 def train(model: nn.Module, folder: Path, *, seed: int = 1, size: float = 0.1, **config) -> None:
     """A LoRA of `model` as training would leave it: every trained value moved at random, saved by PEFT."""
     with quiet():
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(**({"r": 4, "lora_alpha": 6} | config)))
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(**({"r": 4, "lora_alpha": 6} | config))
+        )
         perturb(wrapped, seed, size)
         wrapped.save_pretrained(folder)
 
@@ -222,7 +275,9 @@ def merged(out: Path, build: Build | str) -> dict[str, Tensor]:
 
 def stored(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder's safetensors files by key."""
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
 
 
 def merge(base: Path, *adapters: Path | str, out: Path, **options):
@@ -267,7 +322,10 @@ def _exact_layer(module, weights: tuple[float, ...]) -> dict[str, Exact]:
         if module.use_dora.get(name):
             value = _decomposed(module, name, before, value)
         if getattr(module, "lora_bias", {}).get(name):
-            biases["bias"] = biases.get("bias", base.bias.detach().double()) + factor * module.lora_B[name].bias.double()
+            biases["bias"] = (
+                biases.get("bias", base.bias.detach().double())
+                + factor * module.lora_B[name].bias.double()
+            )
     result = {leaf: Exact(value, size, rank)}
     return result | {k: Exact(v.detach(), v.detach().abs() + 1, 2) for k, v in biases.items()}
 
@@ -283,7 +341,9 @@ def _delta(module, name: str, base) -> tuple[Tensor, Tensor, int]:
     results = [x @ y for x, y in (flat, (flat[0].abs(), flat[1].abs()))]
     if isinstance(base, nn.Embedding | transformers.pytorch_utils.Conv1D):
         results = [x.T for x in results]
-    shape = base.in_proj_weight.shape if isinstance(base, nn.MultiheadAttention) else base.weight.shape
+    shape = (
+        base.in_proj_weight.shape if isinstance(base, nn.MultiheadAttention) else base.weight.shape
+    )
     return results[0].reshape(shape), results[1].reshape(shape), a.shape[0]
 
 
@@ -313,7 +373,9 @@ def assert_rounded(found: Tensor, expected: Exact, name: str = "") -> None:
     assert bool(((expected.value - middle).abs() <= slack)[wrong].all()), name
 
 
-def assert_all_rounded(state: dict[str, Tensor], expected: dict[str, Exact], untouched: dict[str, Tensor]) -> None:
+def assert_all_rounded(
+    state: dict[str, Tensor], expected: dict[str, Exact], untouched: dict[str, Tensor]
+) -> None:
     """Every expected parameter is right, every other is the base's, bit for bit."""
     assert expected and set(expected) <= set(state)
     for name, tensor in state.items():
@@ -327,15 +389,31 @@ def assert_all_rounded(state: dict[str, Tensor], expected: dict[str, Exact], unt
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Two states, bit for bit, dtypes too."""
     assert set(found) == set(expected)
-    wrong = [n for n in found if found[n].dtype != expected[n].dtype or not torch.equal(found[n], expected[n])]
+    wrong = [
+        n
+        for n in found
+        if found[n].dtype != expected[n].dtype or not torch.equal(found[n], expected[n])
+    ]
     assert not wrong, wrong
 
 
 def assert_as_peft(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Two states, bit for bit, but for the last bits of a float32 kernel of several positions: PEFT multiplies those factors by a
     convolution, and in which order that sums is the processor's affair."""
-    kernels = {n for n, t in expected.items() if t.dtype == torch.float32 and t.dim() > 2 and t[0, 0].numel() > 1}
-    assert_same({n: t for n, t in found.items() if n not in kernels}, {n: t for n, t in expected.items() if n not in kernels})
+    kernels = {
+        n
+        for n, t in expected.items()
+        if t.dtype == torch.float32 and t.dim() > 2 and t[0, 0].numel() > 1
+    }
+    assert_same(
+        {n: t for n, t in found.items() if n not in kernels},
+        {n: t for n, t in expected.items() if n not in kernels},
+    )
     for name in kernels:
         assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name], expected[name], rtol=2.0**-21, atol=2.0**-22 * float(expected[name].abs().max()))
+        torch.testing.assert_close(
+            found[name],
+            expected[name],
+            rtol=2.0**-21,
+            atol=2.0**-22 * float(expected[name].abs().max()),
+        )

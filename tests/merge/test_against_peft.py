@@ -33,11 +33,20 @@ CASES = {
     "llama-embedding": (oracle.llama, {"target_modules": ["embed_tokens", "down_proj"]}),
     "gemma": (oracle.gemma, {"target_modules": LINEAR}),
     # the config says fan_in_fan_out false, as for a model of plain linear layers; c_proj of the attention is square
-    "gpt2": (oracle.gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": False}),
+    "gpt2": (
+        oracle.gpt2,
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": False},
+    ),
     "gpt2-said": (oracle.gpt2, {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
     "gpt2-embedding": (oracle.gpt2, {"target_modules": ["wpe", "c_attn"]}),
-    "neox": (oracle.neox, {"target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}),
-    "opt": (oracle.opt, {"target_modules": ["q_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"]}),
+    "neox": (
+        oracle.neox,
+        {"target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]},
+    ),
+    "opt": (
+        oracle.opt,
+        {"target_modules": ["q_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"]},
+    ),
     "bert": (oracle.bert, {"target_modules": ["query", "value", "dense", "word_embeddings"]}),
     "t5": (oracle.t5, {"target_modules": ["q", "v", "o", "wi", "wo"]}),
     "vit": (
@@ -46,7 +55,18 @@ CASES = {
             "target_modules": r".*(projection|q_proj|query|o_proj|dense|fc1|fc2)",
         },
     ),
-    "clip": (oracle.clip, {"target_modules": ["patch_embedding", "q_proj", "fc1", "text_projection", "token_embedding"]}),
+    "clip": (
+        oracle.clip,
+        {
+            "target_modules": [
+                "patch_embedding",
+                "q_proj",
+                "fc1",
+                "text_projection",
+                "token_embedding",
+            ]
+        },
+    ),
     "net": (oracle.net, {"target_modules": NET}),
     "net-embedding": (oracle.net, {"target_modules": ["embed"]}),
     "net-rank-1": (oracle.net, {"target_modules": NET, "r": 1}),
@@ -59,7 +79,10 @@ def made_case(made):
     def make(name: str, dtype: str):
         build, config = CASES[name]
         base = made(f"base-{name}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
-        adapter = made(f"adapter-{name}-{dtype}", lambda folder: oracle.train(load(build, base), folder, **config))
+        adapter = made(
+            f"adapter-{name}-{dtype}",
+            lambda folder: oracle.train(load(build, base), folder, **config),
+        )
         return build, base, adapter
 
     return make
@@ -96,7 +119,9 @@ def test_attention_gets_each_delta_once(dtype, compat, made, tmp_path):
     """PEFT 0.21 adds out_proj's delta twice (peft.md 1.21, its pull request 3774); in_proj's once."""
     base = made(f"base-net-{dtype}", lambda folder: oracle.save_base(oracle.net(), folder, dtype))
     config = {"target_modules": ["attention", "fit"]}
-    adapter = made(f"attention-{dtype}", lambda folder: oracle.train(load(oracle.net, base), folder, **config))
+    adapter = made(
+        f"attention-{dtype}", lambda folder: oracle.train(load(oracle.net, base), folder, **config)
+    )
     oracle.merge(base, adapter, out=tmp_path / "out", compat=compat)
     before, after = stored(base), stored(tmp_path / "out")
     expected = exact(peft_model(load(oracle.net, base), adapter))
@@ -106,7 +131,10 @@ def test_attention_gets_each_delta_once(dtype, compat, made, tmp_path):
         return
     theirs = peft_merged(load(oracle.net, base), adapter)
     twice = theirs.pop("attention.out_proj.weight")
-    factors, key = load_file(adapter / "adapter_model.safetensors"), "base_model.model.attention.base_layer.out_proj.lora_"
+    factors, key = (
+        load_file(adapter / "adapter_model.safetensors"),
+        "base_model.model.attention.base_layer.out_proj.lora_",
+    )
     delta = (factors[key + "B.weight"] @ factors[key + "A.weight"] * 1.5).to(DTYPES[dtype])
     once = after.pop("attention.out_proj.weight")
     assert_as_peft(after, theirs)
@@ -118,14 +146,23 @@ BIASES = {
     "all": (oracle.bert, {"target_modules": ["query", "dense"], "bias": "all"}),
     "lora-only": (oracle.gpt2, {"target_modules": ["c_attn", "c_proj"], "bias": "lora_only"}),
     "lora-bias": (oracle.bert, {"target_modules": ["query", "dense"], "lora_bias": True}),
-    "lora-bias-conv1d": (oracle.gpt2, {"target_modules": ["c_attn", "c_proj"], "lora_bias": True, "use_rslora": True}),
-    "lora-bias-conv": (oracle.net, {"target_modules": ["image", "point", "line"], "lora_bias": True}),
+    "lora-bias-conv1d": (
+        oracle.gpt2,
+        {"target_modules": ["c_attn", "c_proj"], "lora_bias": True, "use_rslora": True},
+    ),
+    "lora-bias-conv": (
+        oracle.net,
+        {"target_modules": ["image", "point", "line"], "lora_bias": True},
+    ),
     "all-with-head": (
         oracle.bert_classifier,
         {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]},
     ),
     "all-net": (oracle.net, {"target_modules": ["fit", "image"], "bias": "all"}),
-    "all-attention": (oracle.net, {"target_modules": ["fit"], "bias": "all", "modules_to_save": ["attention"]}),
+    "all-attention": (
+        oracle.net,
+        {"target_modules": ["fit"], "bias": "all", "modules_to_save": ["attention"]},
+    ),
 }
 
 
@@ -133,7 +170,9 @@ BIASES = {
 @pytest.mark.parametrize("name", BIASES)
 def test_biases(name, dtype, made, tmp_path):
     build, config = BIASES[name]
-    base = made(f"biased-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
+    base = made(
+        f"biased-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)
+    )
     oracle.train(load(build, base), tmp_path / "adapter", **config)
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", compat="peft")
     theirs = peft_merged(load(build, base), tmp_path / "adapter")
@@ -162,11 +201,17 @@ PREFIXES = [
 ]
 
 
-@pytest.mark.parametrize(("wrote", "trained", "build"), PREFIXES, ids=lambda p: p if isinstance(p, str) else "")
+@pytest.mark.parametrize(
+    ("wrote", "trained", "build"), PREFIXES, ids=lambda p: p if isinstance(p, str) else ""
+)
 def test_names_with_and_without_the_models_prefix(wrote, trained, build, made, tmp_path):
     """The base's keys and the adapter's names differ by `bert.`, `transformer.` or `model.`; the output has the base's keys."""
     base = made(f"wrote-{wrote}", lambda folder: oracle.save_base(build(cls=wrote), folder, "bf16"))
-    targets = {"bert": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_proj"], "llama": LINEAR}[build.__name__]
+    targets = {
+        "bert": ["query", "intermediate.dense"],
+        "gpt2": ["c_attn", "c_proj"],
+        "llama": LINEAR,
+    }[build.__name__]
     with oracle.quiet():
         cls = getattr(oracle.transformers, trained)
         model = cls.from_pretrained(base, dtype="auto")
@@ -175,14 +220,24 @@ def test_names_with_and_without_the_models_prefix(wrote, trained, build, made, t
     with oracle.quiet():
         after = cls.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     expected = exact(peft_model(copy.deepcopy(model), tmp_path / "adapter"))
-    drawn = ("classifier", "lm_head", "pooler")  # what the base may lack is drawn at random at each loading
-    assert_all_rounded(after, expected, {k: v for k, v in model.state_dict().items() if not any(d in k for d in drawn)})
+    drawn = (
+        "classifier",
+        "lm_head",
+        "pooler",
+    )  # what the base may lack is drawn at random at each loading
+    assert_all_rounded(
+        after,
+        expected,
+        {k: v for k, v in model.state_dict().items() if not any(d in k for d in drawn)},
+    )
     assert list(stored(tmp_path / "out")) == list(stored(base))
 
 
 RENAMED = {
     "no prefix": lambda key: key.removeprefix("base_model.model."),
-    "adapter name": lambda key: key.replace("_A.weight", "_A.default.weight").replace("_B.weight", "_B.default.weight"),
+    "adapter name": lambda key: key.replace("_A.weight", "_A.default.weight").replace(
+        "_B.weight", "_B.default.weight"
+    ),
     "compiled": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
     "data parallel": lambda key: key.replace("base_model.model.", "base_model.model.module."),
 }
@@ -204,18 +259,26 @@ def test_factors_in_16_bits(dtype, llama, lora, tmp_path):
     """Factors saved in 16 bits are taken exactly, as PEFT takes them."""
     half = oracle.edit_config(lora, tmp_path / "half")
     tensors = load_file(lora / "adapter_model.safetensors")
-    save_file({k: v.to(DTYPES[dtype]) for k, v in tensors.items()}, half / "adapter_model.safetensors")
+    save_file(
+        {k: v.to(DTYPES[dtype]) for k, v in tensors.items()}, half / "adapter_model.safetensors"
+    )
     oracle.merge(llama, half, out=tmp_path / "out")
     expected = exact(peft_model(load(oracle.llama, llama), half))
-    assert_all_rounded(merged(tmp_path / "out", oracle.llama), expected, load(oracle.llama, llama).state_dict())
+    assert_all_rounded(
+        merged(tmp_path / "out", oracle.llama), expected, load(oracle.llama, llama).state_dict()
+    )
     oracle.merge(llama, half, out=tmp_path / "peft", compat="peft")
-    assert_same(merged(tmp_path / "peft", oracle.llama), peft_merged(load(oracle.llama, llama), half))
+    assert_same(
+        merged(tmp_path / "peft", oracle.llama), peft_merged(load(oracle.llama, llama), half)
+    )
 
 
 def test_peft_rounds_float32_factors_with_low_cpu_mem_usage(llama, lora, tmp_path):
     """peft.md 0.4: that flag rounds the factors to the base's dtype. The file's float32 factors are what is meant."""
     with oracle.quiet():
-        wrapped = peft.PeftModel.from_pretrained(load(oracle.llama, llama), lora, low_cpu_mem_usage=True)
+        wrapped = peft.PeftModel.from_pretrained(
+            load(oracle.llama, llama), lora, low_cpu_mem_usage=True
+        )
         theirs = wrapped.merge_and_unload().state_dict()
     oracle.merge(llama, lora, out=tmp_path / "out")
     ours, expected = stored(tmp_path / "out"), exact(peft_model(load(oracle.llama, llama), lora))
@@ -229,7 +292,11 @@ def test_peft_rounds_float32_factors_with_low_cpu_mem_usage(llama, lora, tmp_pat
 def test_adding_the_delta_in_bf16_would_show(llama, lora, tmp_path):
     """What safe_merge and most peers do, rounding the delta first, misrounds many elements: the check above sees it."""
     with oracle.quiet():
-        theirs = peft_model(load(oracle.llama, llama), lora).merge_and_unload(safe_merge=True).state_dict()
+        theirs = (
+            peft_model(load(oracle.llama, llama), lora)
+            .merge_and_unload(safe_merge=True)
+            .state_dict()
+        )
     expected = exact(peft_model(load(oracle.llama, llama), lora))
     name = "model.layers.0.self_attn.q_proj.weight"
     with pytest.raises(AssertionError):
@@ -243,13 +310,19 @@ def large(made):
     def build(folder):
         generator = torch.Generator().manual_seed(5)
         w = torch.randn(4096, 2048, generator=generator).bfloat16()
-        a, b = torch.randn(16, 2048, generator=generator), torch.randn(4096, 16, generator=generator)
+        a, b = (
+            torch.randn(16, 2048, generator=generator),
+            torch.randn(4096, 16, generator=generator),
+        )
         b *= 0.01 / 16**0.5
         (folder / "base").mkdir()
         (folder / "adapter").mkdir()
         save_file({"fit.weight": w}, folder / "base/model.safetensors")
         prefix = "base_model.model.fit.lora_"
-        save_file({prefix + "A.weight": a, prefix + "B.weight": b}, folder / "adapter/adapter_model.safetensors")
+        save_file(
+            {prefix + "A.weight": a, prefix + "B.weight": b},
+            folder / "adapter/adapter_model.safetensors",
+        )
         config = peft.LoraConfig(r=16, lora_alpha=24, target_modules=["fit"])
         config.save_pretrained(folder / "adapter")
 
@@ -259,7 +332,9 @@ def large(made):
 def test_share_of_misrounded_elements(large, tmp_path):
     """At most 1e-5 of the elements differ from the rounded float64 value (plain float32 arithmetic gives 8.6e-6)."""
     oracle.merge(large / "base", large / "adapter", out=tmp_path / "out")
-    w, found = (load_file(f / "model.safetensors")["fit.weight"] for f in (large / "base", tmp_path / "out"))
+    w, found = (
+        load_file(f / "model.safetensors")["fit.weight"] for f in (large / "base", tmp_path / "out")
+    )
     factors = load_file(large / "adapter/adapter_model.safetensors")
     a, b = (factors[f"base_model.model.fit.lora_{x}.weight"].double() for x in "AB")
     right = torch.addmm(w.double(), b, a, alpha=1.5).bfloat16()
@@ -270,7 +345,9 @@ def test_share_of_misrounded_elements(large, tmp_path):
 def test_compat_over_several_chunks(large, tmp_path):
     """PEFT multiplies the whole weight at once, adapterkit chunk by chunk: the same bits."""
     oracle.merge(large / "base", large / "adapter", out=tmp_path / "out", compat="peft")
-    w, found = (load_file(f / "model.safetensors")["fit.weight"] for f in (large / "base", tmp_path / "out"))
+    w, found = (
+        load_file(f / "model.safetensors")["fit.weight"] for f in (large / "base", tmp_path / "out")
+    )
     layer = torch.nn.Sequential()
     layer.fit = torch.nn.Linear(2048, 4096, bias=False, dtype=torch.bfloat16)
     layer.fit.weight.data = w.clone()

@@ -44,7 +44,10 @@ def test_json_is_one_document(llama, lora, tmp_path):
     done = run("merge", llama, f"{lora}=0.5", "--out", tmp_path / "out", "--json")
     assert done.returncode == 0
     receipt = json.loads(done.stdout)
-    assert receipt["recipe"]["options"]["weights"] == [0.5] and receipt["totals"]["tensors_changed"] == 14
+    assert (
+        receipt["recipe"]["options"]["weights"] == [0.5]
+        and receipt["totals"]["tensors_changed"] == 14
+    )
     assert receipt["files"] == json.loads((tmp_path / "out/adapterkit.json").read_text())["files"]
 
 
@@ -55,7 +58,15 @@ def test_quiet_says_nothing(llama, lora, tmp_path):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_dry_run_writes_nothing(as_json, llama, lora, tmp_path):
-    words = ["merge", str(llama), str(lora), "--out", str(tmp_path / "out"), "--dry-run", *(["--json"] if as_json else [])]
+    words = [
+        "merge",
+        str(llama),
+        str(lora),
+        "--out",
+        str(tmp_path / "out"),
+        "--dry-run",
+        *(["--json"] if as_json else []),
+    ]
     result = click.testing.CliRunner().invoke(main, words)
     assert result.exit_code == 0 and list(tmp_path.iterdir()) == []
     if not as_json:
@@ -64,14 +75,20 @@ def test_dry_run_writes_nothing(as_json, llama, lora, tmp_path):
     plan = json.loads(result.stdout)
     real = oracle.merge(llama, lora, out=tmp_path / "out").data
     assert plan["totals"] == real["totals"] and len(plan["changed"]) == 14
-    written = sum(f.stat().st_size for f in (tmp_path / "out").iterdir() if f.name != "adapterkit.json")
+    written = sum(
+        f.stat().st_size for f in (tmp_path / "out").iterdir() if f.name != "adapterkit.json"
+    )
     assert plan["totals"]["bytes_written"] == written
 
 
 def test_a_refusal_is_a_message_and_status_1(llama, lora, tmp_path):
     done = run("merge", llama, tmp_path / "nowhere", "--out", tmp_path / "out")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("Error: ") and "expected: " in done.stderr and "what to do: " in done.stderr
+    assert (
+        done.stderr.startswith("Error: ")
+        and "expected: " in done.stderr
+        and "what to do: " in done.stderr
+    )
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
@@ -82,13 +99,21 @@ def test_damage_is_status_1(llama, lora, tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     done = run("verify", tmp_path / "out", "--json")
-    assert done.returncode == 1 and done.stdout == "" and "model.safetensors" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and done.stdout == ""
+        and "model.safetensors" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_verification_says_what_it_did_not_do(llama, lora, tmp_path):
     oracle.merge(llama, lora, out=tmp_path / "out")
     result = click.testing.CliRunner().invoke(main, ["verify", str(tmp_path / "out")])
-    assert result.exit_code == 0 and "verified: 0 rows of 0 tensors (with --base and --adapter" in result.stderr
+    assert (
+        result.exit_code == 0
+        and "verified: 0 rows of 0 tensors (with --base and --adapter" in result.stderr
+    )
     oracle.merge(llama, lora, out=tmp_path / "none", hash="none")
     result = click.testing.CliRunner().invoke(main, ["verify", str(tmp_path / "none")])
     assert result.exit_code == 0 and "nothing was hashed" in result.stderr
@@ -113,13 +138,18 @@ def test_wrong_usage_is_status_2(name):
 @pytest.mark.parametrize("command", sorted(main.commands))
 def test_help_teaches_an_example(command):
     assert re.search(rf"Example:\n +adapterkit {command} \S+", helped(command))
-    assert all(option in helped("merge") for option in ("--out", "--dry-run", "--json", "--device", "--resume", "--overwrite"))
+    assert all(
+        option in helped("merge")
+        for option in ("--out", "--dry-run", "--json", "--device", "--resume", "--overwrite")
+    )
 
 
 def test_help_is_light():
     """Neither torch nor transformers, nor numpy, is imported for --help."""
     done = run("--help", python=("-X", "importtime"))
-    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    loaded = {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()
+    }
     assert done.returncode == 0 and "adapterkit" in loaded and "click" in loaded
     assert not loaded & {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "tqdm"}
 

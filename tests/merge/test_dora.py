@@ -3,7 +3,17 @@
 import oracle
 import pytest
 import torch
-from oracle import DTYPES, LINEAR, assert_all_rounded, assert_rounded, exact, load, merged, peft_merged, peft_model
+from oracle import (
+    DTYPES,
+    LINEAR,
+    assert_all_rounded,
+    assert_rounded,
+    exact,
+    load,
+    merged,
+    peft_merged,
+    peft_model,
+)
 
 from adapterkit.errors import Refused
 
@@ -12,9 +22,15 @@ CASES = {
     "llama-head": (oracle.llama, {"target_modules": ["lm_head", "embed_tokens"]}),
     "gpt2": (oracle.gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "gpt2-embedding": (oracle.gpt2, {"target_modules": ["wpe", "c_attn"]}),
-    "convolutions": (oracle.net, {"target_modules": ["image", "tall", "point", "square", "volume", "line", "fit"]}),
+    "convolutions": (
+        oracle.net,
+        {"target_modules": ["image", "tall", "point", "square", "volume", "line", "fit"]},
+    ),
     "embedding": (oracle.net, {"target_modules": ["embed"]}),
-    "bert": (oracle.bert, {"target_modules": ["query", "dense"], "use_rslora": True, "rank_pattern": {"query": 2}}),
+    "bert": (
+        oracle.bert,
+        {"target_modules": ["query", "dense"], "use_rslora": True, "rank_pattern": {"query": 2}},
+    ),
     "clip-patches": (oracle.clip, {"target_modules": ["patch_embedding", "fc1"]}),
 }
 
@@ -23,7 +39,10 @@ CASES = {
 def made_case(made):
     def make(name: str, dtype: str):
         build, config = CASES[name]
-        base = made(f"base-dora-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
+        base = made(
+            f"base-dora-{build.__name__}-{dtype}",
+            lambda folder: oracle.save_base(build(), folder, dtype),
+        )
         train = lambda folder: oracle.train(load(build, base), folder, use_dora=True, **config)
         return build, base, made(f"dora-{name}-{dtype}", train)
 
@@ -44,7 +63,9 @@ def assert_near(ours, theirs, name):
     if ours.dtype != torch.float32:
         assert int((ours != theirs).sum()) <= 2 + 1e-3 * ours.numel(), name
     unit = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(ours.dtype, 2.0**-22)
-    least = max(2.0**-22 * float(theirs.abs().max()), 2.0**-24 if ours.dtype == torch.float16 else 0)
+    least = max(
+        2.0**-22 * float(theirs.abs().max()), 2.0**-24 if ours.dtype == torch.float16 else 0
+    )
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=unit, atol=least, msg=name)
 
 
@@ -84,7 +105,9 @@ def test_magnitudes_are_used(made_case, tmp_path):
     oracle.merge(base, adapter, out=tmp_path / "out")
     tensors = oracle.stored(adapter)
     for key, weight in oracle.stored(tmp_path / "out").items():
-        magnitude = tensors.get("base_model.model." + key.replace(".weight", ".lora_magnitude_vector"))
+        magnitude = tensors.get(
+            "base_model.model." + key.replace(".weight", ".lora_magnitude_vector")
+        )
         if magnitude is not None:
             torch.testing.assert_close(weight.norm(dim=1), magnitude)
 
@@ -95,7 +118,10 @@ def test_beside_another_adapter(compat, dtype, made_case, made, tmp_path):
     """PEFT takes each DoRA's norm of the base and merges in order (peft.md 1.12); order matters, so by default it is refused."""
     build, base, adapter = made_case("llama", dtype)
     config = {"target_modules": ["q_proj", "up_proj"], "seed": 9, "r": 2}
-    plain = made(f"dora-plain-other-{dtype}", lambda folder: oracle.train(load(build, base), folder, **config))
+    plain = made(
+        f"dora-plain-other-{dtype}",
+        lambda folder: oracle.train(load(build, base), folder, **config),
+    )
     if compat is None:
         with pytest.raises(Refused, match=r"DoRA of .* beside another adapter"):
             oracle.merge(base, adapter, plain, out=tmp_path / "out")
@@ -112,8 +138,15 @@ def test_beside_another_adapter(compat, dtype, made_case, made, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_two_doras_in_pefts_order(name, made_case, made, tmp_path):
     build, base, adapter = made_case(name, "fp32")
-    config = {"target_modules": ["q_proj", "up_proj", "c_attn"], "seed": 9, "r": 2, "use_dora": True}
-    other = made(f"dora-other-{name}", lambda folder: oracle.train(load(build, base), folder, **config))
+    config = {
+        "target_modules": ["q_proj", "up_proj", "c_attn"],
+        "seed": 9,
+        "r": 2,
+        "use_dora": True,
+    }
+    other = made(
+        f"dora-other-{name}", lambda folder: oracle.train(load(build, base), folder, **config)
+    )
     oracle.merge(base, adapter, other, out=tmp_path / "out", compat="peft")
     ours, theirs = merged(tmp_path / "out", build), peft_merged(load(build, base), adapter, other)
     for name, tensor in theirs.items():
@@ -148,7 +181,9 @@ def test_magnitudes_of_older_files(made_case, tmp_path):
     """Files of older PEFT name the magnitude `lora_magnitude_vector.weight`."""
     build, base, adapter = made_case("llama", "bf16")
     old = oracle.edit_config(adapter, tmp_path / "old")
-    renamed = {k + ".weight" if "magnitude" in k else k: v for k, v in oracle.stored(adapter).items()}
+    renamed = {
+        k + ".weight" if "magnitude" in k else k: v for k, v in oracle.stored(adapter).items()
+    }
     oracle.save_file(renamed, old / "adapter_model.safetensors")
     oracle.merge(base, old, out=tmp_path / "out")
     expected = exact(peft_model(load(build, base), adapter))

@@ -40,7 +40,9 @@ def job(folder: Path, dtype: torch.dtype, **config) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_it_is_the_rounded_float64_value(dtype: torch.dtype, config: dict, tmp_path: Path) -> None:
     w, exact = job(tmp_path, dtype, **config)
-    oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", dtype="fp32", verify=True)
+    oracle.merge(
+        tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", dtype="fp32", verify=True
+    )
     found = load_file(tmp_path / "out/model.safetensors")["fit.weight"]
     assert found.dtype == torch.float32
     assert float((found != w).float().mean()) > 0.9
@@ -55,11 +57,17 @@ def test_float64_stays_float64(tmp_path: Path) -> None:
     assert float((found - exact).abs().max()) < 1e-16
 
 
-def test_verify_sees_the_last_bit_of_a_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_sees_the_last_bit_of_a_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from adapterkit.kernels import rows
 
     job(tmp_path, torch.float32)
-    monkeypatch.setattr(rows, "add_low_rank", lambda w, left, right: w.add_((left.float() @ right.float()).to(w.dtype)))
+    monkeypatch.setattr(
+        rows,
+        "add_low_rank",
+        lambda w, left, right: w.add_((left.float() @ right.float()).to(w.dtype)),
+    )
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
     monkeypatch.undo()
     with pytest.raises(adapterkit.errors.Damaged, match="row 0, column"):
@@ -71,7 +79,10 @@ def test_real_layouts(name: str, made, tmp_path: Path) -> None:
     build = getattr(oracle, name)
     base = made(f"float32-{name}", lambda folder: oracle.save_base(build(), folder, "fp32"))
     targets = ["query", "dense"] if name == "bert" else ["c_attn", "c_proj"]
-    adapter = made(f"float32-{name}-lora", lambda f: oracle.train(load(build, base), f, target_modules=targets, bias="all"))
+    adapter = made(
+        f"float32-{name}-lora",
+        lambda f: oracle.train(load(build, base), f, target_modules=targets, bias="all"),
+    )
     oracle.merge(base, adapter, out=tmp_path / "out", verify=True)
     expected = oracle.exact(oracle.peft_model(load(build, base), adapter))
     found = {key.removeprefix("bert."): value for key, value in stored(tmp_path / "out").items()}

@@ -29,7 +29,12 @@ EXTRAS = {
     "LICENSE": "text",
     "1_Pooling/config.json": "{}",
 }
-NOT_TAKEN = {"pytorch_model.bin": b"\x80", "optimizer.pt": b"\x80", "model.gguf": b"GGUF", ".gitattributes": b"x"}
+NOT_TAKEN = {
+    "pytorch_model.bin": b"\x80",
+    "optimizer.pt": b"\x80",
+    "model.gguf": b"GGUF",
+    ".gitattributes": b"x",
+}
 
 
 @pytest.fixture
@@ -41,7 +46,9 @@ def dressed(llama, tmp_path):
         (folder / name).write_text(text)
     for name, data in NOT_TAKEN.items():
         (folder / name).write_bytes(data)
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Base <script>\n")
+    (folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage: en\n---\n# Base <script>\n"
+    )
     return folder
 
 
@@ -61,7 +68,11 @@ def test_everything_beside_the_weights_is_there(dressed, lora, tmp_path):
 def test_the_card_says_what_was_merged(dressed, lora, tmp_path):
     card = (out_of(tmp_path, dressed, f"{lora}=0.25") / "README.md").read_text()
     front = card.split("---")[1]
-    assert '- "dressed"' in front and f'- "{lora.name}"' in front and "base_model_relation: merge" in front
+    assert (
+        '- "dressed"' in front
+        and f'- "{lora.name}"' in front
+        and "base_model_relation: merge" in front
+    )
     assert 'license: "apache-2.0"' in front and 'language: "en"' in front
     assert "0.25" in card and "<script>" not in card
 
@@ -104,7 +115,9 @@ def test_the_bases_files_and_headers_are_kept(sharded, lora, tmp_path):
     written = json.loads((out / "model.safetensors.index.json").read_text())
     assert written["weight_map"] == index["weight_map"]
     assert written["metadata"]["note"] == "kept"
-    assert written["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in stored(out).values())
+    assert written["metadata"]["total_size"] == sum(
+        t.numel() * t.element_size() for t in stored(out).values()
+    )
 
 
 def test_stale_shards_are_left_out(sharded, lora, tmp_path):
@@ -124,20 +137,29 @@ def test_resharding_moves_tensors_not_values(limit, single, sharded, llama, lora
     assert (len(files) == 1) == single == (not (out / "model.safetensors.index.json").exists())
     for file in files:
         tensors = load_file(file)
-        assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= parse_size(
-            "max_shard_size", limit
-        )
+        assert len(tensors) == 1 or sum(
+            t.numel() * t.element_size() for t in tensors.values()
+        ) <= parse_size("max_shard_size", limit)
     oracle.load_checked(transformers.LlamaForCausalLM, out)
 
 
 @pytest.mark.parametrize(
-    "text, size", [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("20kb", 20_000), ("700", 700), (5_000_000_000, 5 * 10**9)]
+    "text, size",
+    [
+        ("5GB", 5 * 10**9),
+        ("1.5 MB", 1_500_000),
+        ("20kb", 20_000),
+        ("700", 700),
+        (5_000_000_000, 5 * 10**9),
+    ],
 )
 def test_sizes_are_powers_of_a_thousand(text, size):
     assert parse_size("max_shard_size", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "five", "1e999GB", "nan", 0, 1.5, None, True, b"5GB"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "0", "five", "1e999GB", "nan", 0, 1.5, None, True, b"5GB"]
+)
 def test_sizes_that_are_none(text):
     with pytest.raises(Refused, match="max-shard-size"):
         parse_size("max_shard_size", text)
@@ -148,7 +170,9 @@ def test_casting(dtype, llama, lora, tmp_path):
     out = out_of(tmp_path, llama, lora, dtype=dtype, verify=True)
     tensors = stored(out)
     assert {t.dtype for t in tensors.values()} == {DTYPES[dtype]}
-    assert json.loads((out / "config.json").read_text())["dtype"] == str(DTYPES[dtype]).removeprefix("torch.")
+    assert json.loads((out / "config.json").read_text())["dtype"] == str(
+        DTYPES[dtype]
+    ).removeprefix("torch.")
     before = stored(llama)
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         assert torch.equal(tensors[name], before[name].to(DTYPES[dtype]))
@@ -162,8 +186,14 @@ def test_casting_leaves_integers_alone(tmp_path):
     base.mkdir()
     adapter.mkdir()
     ids = torch.arange(5)
-    save_file({"x.weight": torch.ones(4, 4), "ids": ids, "flag": torch.tensor([True])}, base / "model.safetensors")
-    save_file({"x.lora_A.weight": torch.ones(1, 4), "x.lora_B.weight": torch.ones(4, 1)}, adapter / "adapter_model.safetensors")
+    save_file(
+        {"x.weight": torch.ones(4, 4), "ids": ids, "flag": torch.tensor([True])},
+        base / "model.safetensors",
+    )
+    save_file(
+        {"x.lora_A.weight": torch.ones(1, 4), "x.lora_B.weight": torch.ones(4, 1)},
+        adapter / "adapter_model.safetensors",
+    )
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
     found = stored(out_of(tmp_path, base, adapter, dtype="bf16"))
     assert found["x.weight"].dtype == torch.bfloat16 and bool((found["x.weight"] == 2).all())
@@ -188,7 +218,9 @@ def test_an_overflow_is_an_error_that_names_the_tensor(dtype, where, lora, tmp_p
     with pytest.raises(Failed, match=f"{name} overflows in F16"):
         out_of(tmp_path, tmp_path / "base", lora, dtype=dtype)
     assert not (tmp_path / "out").exists()
-    out_of(tmp_path, tmp_path / "base", lora, dtype="fp32")  # as the message advises: nothing of the failed run is in the way
+    out_of(
+        tmp_path, tmp_path / "base", lora, dtype="fp32"
+    )  # as the message advises: nothing of the failed run is in the way
 
 
 def test_the_receipt(llama, lora, tmp_path):
@@ -216,9 +248,15 @@ def test_the_receipt(llama, lora, tmp_path):
 
 def test_a_delta_below_the_dtypes_resolution_is_reported(llama, lora, tmp_path):
     receipt = oracle.merge(llama, f"{lora}=1e-7", out=tmp_path / "out").data
-    assert all(facts["changed"] < 0.01 and facts["rounding"] > 0.9 for facts in receipt["parameters"].values())
+    assert all(
+        facts["changed"] < 0.01 and facts["rounding"] > 0.9
+        for facts in receipt["parameters"].values()
+    )
     (warning,) = [note for note in receipt["notes"] if "WARNING" in note]
-    assert "in 14 of 14 tensors less than 80 % of the change survived rounding to their dtype (median: 100% lost" in warning
+    assert (
+        "in 14 of 14 tensors less than 80 % of the change survived rounding to their dtype (median: 100% lost"
+        in warning
+    )
     assert "--rounding stochastic" in warning and "--dtype fp32" in warning
 
 
@@ -232,12 +270,19 @@ def deltas(folder, dtype, size):
     step = float(last_place(w.float().abs(), torch.bfloat16).median()) * size / 16
     prefix = "base_model.model.x.lora_"
     a, b = (torch.randn(*shape, generator=generator) for shape in [(256, 512), (512, 256)])
-    save_file({prefix + "A.weight": a * step, prefix + "B.weight": b}, folder / "adapter/adapter_model.safetensors")
-    (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 256, "lora_alpha": 256}')
+    save_file(
+        {prefix + "A.weight": a * step, prefix + "B.weight": b},
+        folder / "adapter/adapter_model.safetensors",
+    )
+    (folder / "adapter/adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 256, "lora_alpha": 256}'
+    )
     return folder / "base", folder / "adapter"
 
 
-@pytest.mark.parametrize("size, survived", [(2, 1.0), (1, 0.93), (1 / 2, 0.70), (1 / 8, 0.22), (1 / 32, 0.06)])
+@pytest.mark.parametrize(
+    "size, survived", [(2, 1.0), (1, 0.93), (1 / 2, 0.70), (1 / 8, 0.22), (1 / 32, 0.06)]
+)
 def test_the_share_of_the_delta_that_survives_16_bits(size, survived, tmp_path):
     base, adapter = deltas(tmp_path, torch.bfloat16, size)
     receipt = oracle.merge(base, adapter, out=tmp_path / "out").data
@@ -260,7 +305,9 @@ def test_a_delta_in_rows_that_are_not_sampled_is_not_said_to_survive(tmp_path, m
     save_file(factors, adapter / "adapter_model.safetensors")
     monkeypatch.setattr("adapterkit.engines.local.ELEMENTS", 1 << 14)
     facts = oracle.merge(base, adapter, out=tmp_path / "out").data["parameters"]["x.weight"]
-    assert facts["changed"] == 0 and facts["delta"] > 0 and not {"survived", "rounding"} & set(facts)
+    assert (
+        facts["changed"] == 0 and facts["delta"] > 0 and not {"survived", "rounding"} & set(facts)
+    )
 
 
 def test_a_base_of_more_digits_swallows_nothing(tmp_path):
@@ -298,9 +345,19 @@ def test_verify_with_the_inputs_of_another_verb_says_so(llama, lora, other_lora,
 
 def test_modules_that_are_replaced_and_cast_are_recomputed_too(llama, tmp_path):
     adapter = tmp_path / "adapter"
-    oracle.train(oracle.load(oracle.llama, llama), adapter, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    assert oracle.merge(llama, adapter, out=tmp_path / "out", verify=True).data["verified"]["tensors"] == 3
-    cast = oracle.merge(llama, adapter, out=tmp_path / "cast", verify=True, dtype="fp32").data["verified"]
+    oracle.train(
+        oracle.load(oracle.llama, llama),
+        adapter,
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head"],
+    )
+    assert (
+        oracle.merge(llama, adapter, out=tmp_path / "out", verify=True).data["verified"]["tensors"]
+        == 3
+    )
+    cast = oracle.merge(llama, adapter, out=tmp_path / "cast", verify=True, dtype="fp32").data[
+        "verified"
+    ]
     assert cast["tensors"] == 21  # all of them
     data = bytearray((tmp_path / "out/model.safetensors").read_bytes())
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
@@ -346,13 +403,17 @@ def test_the_tokenizer_beside_the_adapter_counts(choice, dressed, lora, tmp_path
     (adapter / "training_args.bin").write_bytes(b"\x80")
     (adapter / "evil.py").write_text("boom")
     out = out_of(tmp_path, dressed, adapter, tokenizer=choice)
-    assert json.loads((out / "tokenizer.json").read_text())["version"] == ("1.0" if choice == "base" else "2.0")
+    assert json.loads((out / "tokenizer.json").read_text())["version"] == (
+        "1.0" if choice == "base" else "2.0"
+    )
     assert not (out / "evil.py").exists() and not (out / "training_args.bin").exists()
 
 
 def test_two_different_tokenizers_are_refused(dressed, lora, other_lora, tmp_path):
     for name, source in [("a", lora), ("b", other_lora)]:
-        (shutil.copytree(source, tmp_path / name) / "tokenizer.json").write_text(f'{{"version": "{name}"}}')
+        (shutil.copytree(source, tmp_path / name) / "tokenizer.json").write_text(
+            f'{{"version": "{name}"}}'
+        )
     with pytest.raises(Refused, match="different tokenizers"):
         out_of(tmp_path, dressed, tmp_path / "a", tmp_path / "b")
 
@@ -371,7 +432,9 @@ def test_mixed_dtypes_stay_mixed(lora, tmp_path):
 def test_a_base_that_is_one_file(llama, lora, tmp_path):
     out = out_of(tmp_path, llama / "model.safetensors", lora)
     oracle.merge(llama, lora, out=tmp_path / "folder")
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "folder" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (
+        tmp_path / "folder" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("layers", [LINEAR])
@@ -412,8 +475,14 @@ def test_every_verb_that_writes_a_model_keeps_the_files_beside_it(sharded, llama
     outputs |= {name: tmp_path / name / "base" for name in ("init", "loftq")}
     listings = {}
     for verb, out in outputs.items():
-        listings[verb] = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p.suffix != ".safetensors"}
-        assert torch.equal(load_file(out / "2_Dense/model.safetensors")["linear.weight"], dense["linear.weight"])
+        listings[verb] = {
+            p.relative_to(out).as_posix()
+            for p in out.rglob("*")
+            if p.is_file() and p.suffix != ".safetensors"
+        }
+        assert torch.equal(
+            load_file(out / "2_Dense/model.safetensors")["linear.weight"], dense["linear.weight"]
+        )
         assert not (out / "onnx").exists()
         for name in listings[verb] & set(EXTRAS):
             assert (out / name).read_text() == EXTRAS[name], (verb, name)

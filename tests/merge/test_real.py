@@ -7,7 +7,16 @@ import peft
 import pytest
 import torch
 import transformers
-from oracle import assert_all_rounded, assert_rounded, assert_same, exact, load_checked, peft_merged, peft_model, stored
+from oracle import (
+    assert_all_rounded,
+    assert_rounded,
+    assert_same,
+    exact,
+    load_checked,
+    peft_merged,
+    peft_model,
+    stored,
+)
 
 import adapterkit
 import realmodel
@@ -23,7 +32,9 @@ def smollm2():
 @pytest.fixture(scope="session")
 def smollm2_lora(smollm2, made):
     config = {"target_modules": oracle.LINEAR, "r": 8, "lora_alpha": 16, "size": 0.01}
-    return made("smollm2-lora", lambda folder: oracle.train(load_checked(CAUSAL, smollm2), folder, **config))
+    return made(
+        "smollm2-lora", lambda folder: oracle.train(load_checked(CAUSAL, smollm2), folder, **config)
+    )
 
 
 def test_smollm2(smollm2, smollm2_lora, tmp_path):
@@ -32,16 +43,25 @@ def test_smollm2(smollm2, smollm2_lora, tmp_path):
     model = load_checked(CAUSAL, smollm2)
     expected = exact(peft_model(model, smollm2_lora))
     assert len(expected) == 21
-    assert_all_rounded(load_checked(CAUSAL, tmp_path / "out").state_dict(), expected, load_checked(CAUSAL, smollm2).state_dict())
-    assert [sorted(f.name for f in d.glob("*.safetensors*")) for d in (smollm2, tmp_path / "out")] == [
-        sorted(f.name for f in smollm2.glob("*.safetensors*"))
-    ] * 2
-    assert adapterkit.verify(tmp_path / "out", base=smollm2, adapters=[smollm2_lora])["tensors"] == 21
+    assert_all_rounded(
+        load_checked(CAUSAL, tmp_path / "out").state_dict(),
+        expected,
+        load_checked(CAUSAL, smollm2).state_dict(),
+    )
+    assert [
+        sorted(f.name for f in d.glob("*.safetensors*")) for d in (smollm2, tmp_path / "out")
+    ] == [sorted(f.name for f in smollm2.glob("*.safetensors*"))] * 2
+    assert (
+        adapterkit.verify(tmp_path / "out", base=smollm2, adapters=[smollm2_lora])["tensors"] == 21
+    )
 
 
 def test_smollm2_as_peft(smollm2, smollm2_lora, tmp_path):
     oracle.merge(smollm2, smollm2_lora, out=tmp_path / "out", compat="peft")
-    assert_same(load_checked(CAUSAL, tmp_path / "out").state_dict(), peft_merged(load_checked(CAUSAL, smollm2), smollm2_lora))
+    assert_same(
+        load_checked(CAUSAL, tmp_path / "out").state_dict(),
+        peft_merged(load_checked(CAUSAL, smollm2), smollm2_lora),
+    )
 
 
 def test_smollm2_speaks_as_with_its_adapter(smollm2, smollm2_lora, tmp_path):
@@ -59,7 +79,13 @@ def test_smollm2_speaks_as_with_its_adapter(smollm2, smollm2_lora, tmp_path):
 
 def test_smollm2_head_is_untied(smollm2, tmp_path):
     """A large tied embedding (49,152 rows): many chunks, a new tensor in the last shard."""
-    oracle.train(load_checked(CAUSAL, smollm2), tmp_path / "adapter", target_modules=["lm_head"], r=2, size=0.02)
+    oracle.train(
+        load_checked(CAUSAL, smollm2),
+        tmp_path / "adapter",
+        target_modules=["lm_head"],
+        r=2,
+        size=0.02,
+    )
     oracle.merge(smollm2, tmp_path / "adapter", out=tmp_path / "out")
     before, after = stored(smollm2), stored(tmp_path / "out")
     assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
@@ -73,7 +99,12 @@ def test_minilm(tmp_path):
     base = realmodel.minilm()
     with oracle.quiet():
         model = transformers.AutoModel.from_pretrained(base, dtype="auto")
-    config = {"target_modules": ["query", "value", "dense"], "r": 8, "size": 0.01, "task_type": "FEATURE_EXTRACTION"}
+    config = {
+        "target_modules": ["query", "value", "dense"],
+        "r": 8,
+        "size": 0.01,
+        "task_type": "FEATURE_EXTRACTION",
+    }
     oracle.train(model, tmp_path / "adapter", **config)
     with oracle.quiet():
         again = transformers.AutoModel.from_pretrained(base, dtype="auto")
@@ -87,7 +118,9 @@ def test_minilm(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
 
-def test_adding_and_subtracting_gives_smollm2_back_within_a_rounding(smollm2, smollm2_lora, tmp_path):
+def test_adding_and_subtracting_gives_smollm2_back_within_a_rounding(
+    smollm2, smollm2_lora, tmp_path
+):
     oracle.merge(smollm2, smollm2_lora, out=tmp_path / "there", dtype="fp32")
     oracle.merge(tmp_path / "there", f"{smollm2_lora}=-1", out=tmp_path / "back", dtype="bf16")
     before, after = stored(smollm2), stored(tmp_path / "back")
@@ -100,12 +133,19 @@ def test_adding_and_subtracting_gives_smollm2_back_within_a_rounding(smollm2, sm
 def test_another_base_of_the_same_shapes_is_noted(smollm2, smollm2_lora, tmp_path):
     """Shapes cannot tell SmolLM from SmolLM2: a note does, where the adapter names a model of the Hub. A local path in the config
     is neither followed nor copied."""
-    said = {"hub": "HuggingFaceTB/SmolLM-135M-Instruct", "same": f"org/{smollm2.name}", "local": "/home/somebody/SmolLM-135M"}
+    said = {
+        "hub": "HuggingFaceTB/SmolLM-135M-Instruct",
+        "same": f"org/{smollm2.name}",
+        "local": "/home/somebody/SmolLM-135M",
+    }
     notes = {}
     for name, text in said.items():
         oracle.edit_config(smollm2_lora, tmp_path / name, base_model_name_or_path=text)
         receipt = oracle.merge(smollm2, tmp_path / name, out=tmp_path / f"out-{name}").data
         notes[name] = receipt["notes"]
-        assert "somebody" not in json.dumps(receipt) + (tmp_path / f"out-{name}" / "README.md").read_text()
+        assert (
+            "somebody"
+            not in json.dumps(receipt) + (tmp_path / f"out-{name}" / "README.md").read_text()
+        )
     assert any("trained on HuggingFaceTB/SmolLM-135M-Instruct" in note for note in notes["hub"])
     assert not any("trained on" in note for note in notes["same"] + notes["local"])

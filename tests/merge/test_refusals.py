@@ -17,7 +17,9 @@ def refused(base, *adapters, out, match, kind=Refused, **options):
     """The refusal's text; its four parts are there, and nothing was written."""
     with pytest.raises(kind, match=match) as caught:
         oracle.merge(base, *adapters, out=out, **options)
-    assert not out.exists() and not [f for f in out.parent.iterdir() if out.name in f.name and f != out]
+    assert not out.exists() and not [
+        f for f in out.parent.iterdir() if out.name in f.name and f != out
+    ]
     text = str(caught.value)
     assert "expected: " in text or isinstance(caught.value, Failed), text
     return text
@@ -33,13 +35,19 @@ def test_an_init_that_changed_the_base(init, llama, lora, tmp_path):
     """Refused with the ways out; with --base-is-residual the base is taken as the changed one."""
     adapter = oracle.edit_config(lora, tmp_path / "adapter", init_lora_weights=init)
     text = refused(llama, adapter, out=tmp_path / "out", match=init)
-    assert "--base-is-residual" in text and "rebase" in text and "path_initial_model_for_weight_conversion" in text
+    assert (
+        "--base-is-residual" in text
+        and "rebase" in text
+        and "path_initial_model_for_weight_conversion" in text
+    )
     oracle.merge(llama, adapter, out=tmp_path / "out", base_is_residual=True)
     oracle.merge(llama, lora, out=tmp_path / "plain")
     oracle.assert_same(stored(tmp_path / "out"), stored(tmp_path / "plain"))
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva", "mica", "default"])
+@pytest.mark.parametrize(
+    "init", [True, False, None, "gaussian", "orthogonal", "eva", "mica", "default"]
+)
 def test_an_init_that_did_not(init, llama, lora, tmp_path):
     adapter = oracle.edit_config(lora, tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"init_lora_weights": init}
@@ -59,7 +67,9 @@ def test_the_residual_base_of_a_real_init(init, llama, tmp_path):
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
-                parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+                parameter.add_(
+                    0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                )
     wrapped.save_pretrained(tmp_path / "adapter")
     tokens = torch.arange(16).view(2, 8)
     with torch.inference_mode():
@@ -67,9 +77,13 @@ def test_the_residual_base_of_a_real_init(init, llama, tmp_path):
     with oracle.quiet():
         wrapped.unload().save_pretrained(tmp_path / "residual")
     refused(llama, tmp_path / "adapter", out=tmp_path / "out", match=init)
-    oracle.merge(tmp_path / "residual", tmp_path / "adapter", out=tmp_path / "out", base_is_residual=True)
+    oracle.merge(
+        tmp_path / "residual", tmp_path / "adapter", out=tmp_path / "out", base_is_residual=True
+    )
     with torch.inference_mode():
-        torch.testing.assert_close(load(oracle.llama, tmp_path / "out")(tokens).logits, right, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            load(oracle.llama, tmp_path / "out")(tokens).logits, right, rtol=1e-4, atol=1e-5
+        )
 
 
 FLAGS = {
@@ -87,7 +101,9 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_flags_that_mean_other_arithmetic(name, llama, lora, tmp_path):
     adapter = oracle.edit_config(lora, tmp_path / "adapter", **FLAGS[name])
-    assert next(iter(FLAGS[name])) in refused(llama, adapter, out=tmp_path / "out", match="is set|unknown setting")
+    assert next(iter(FLAGS[name])) in refused(
+        llama, adapter, out=tmp_path / "out", match="is set|unknown setting"
+    )
 
 
 def test_adapters_of_real_variants(llama, tmp_path):
@@ -103,7 +119,9 @@ def test_adapters_of_real_variants(llama, tmp_path):
 
             config = {"kasa_config": KasaConfig()}
         with oracle.quiet():
-            wrapped = oracle.peft.get_peft_model(load(oracle.llama, llama), LoraConfig(r=4, target_modules=["q_proj"], **config))
+            wrapped = oracle.peft.get_peft_model(
+                load(oracle.llama, llama), LoraConfig(r=4, target_modules=["q_proj"], **config)
+            )
             wrapped.save_pretrained(tmp_path / name)
         refused(llama, tmp_path / name, out=tmp_path / "out", match=next(iter(config)))
 
@@ -130,21 +148,33 @@ def test_other_kinds_of_adapters(kind, llama, lora, tmp_path):
 def test_an_adapter_of_another_model(lora, made, tmp_path):
     base = made("base-neox-bf16", lambda folder: oracle.save_base(oracle.neox(), folder, "bf16"))
     text = refused(base, lora, out=tmp_path / "out", match="the base has no")
-    assert "14 of one kind" in text and text.count("the base has no") == 3 and "trained on this base" in text
+    assert (
+        "14 of one kind" in text
+        and text.count("the base has no") == 3
+        and "trained on this base" in text
+    )
 
 
 def test_all_offenders_are_listed(llama, lora, tmp_path):
     """A matching file but for three keys: all three are in the message, and the good ones are not merged."""
     odd = oracle.edit_config(lora, tmp_path / "odd")
-    swap = {"layers.0.self_attn.q_proj": "layers.7.self_attn.q_proj", "layers.1.mlp.up_proj": "layers.1.mlp.upp_proj"}
+    swap = {
+        "layers.0.self_attn.q_proj": "layers.7.self_attn.q_proj",
+        "layers.1.mlp.up_proj": "layers.1.mlp.upp_proj",
+    }
     tensors = {}
     for key, tensor in stored(lora).items():
         for old, new in swap.items():
             key = key.replace(old, new)
-        tensors[key] = tensor[:, :-1].contiguous() if "layers.0.self_attn.v_proj.lora_A" in key else tensor
+        tensors[key] = (
+            tensor[:, :-1].contiguous() if "layers.0.self_attn.v_proj.lora_A" in key else tensor
+        )
     save_file(tensors, odd / "adapter_model.safetensors")
     text = refused(llama, odd, out=tmp_path / "out", match="problems found")
-    assert all(word in text for word in ("layers.7.self_attn.q_proj", "upp_proj", "layers.0.self_attn.v_proj", "shape"))
+    assert all(
+        word in text
+        for word in ("layers.7.self_attn.q_proj", "upp_proj", "layers.0.self_attn.v_proj", "shape")
+    )
 
 
 def test_what_a_file_lacks_is_listed_with_what_does_not_fit(made, tmp_path):
@@ -152,27 +182,48 @@ def test_what_a_file_lacks_is_listed_with_what_does_not_fit(made, tmp_path):
     build = lambda: oracle.llama(attention_bias=True)
     base = made("biased-llama", lambda folder: oracle.save_base(build(), folder, "bf16"))
     for name in ("one", "two"):
-        oracle.train(load(build, base), tmp_path / name, target_modules=["q_proj", "k_proj"], lora_bias=True)
+        oracle.train(
+            load(build, base), tmp_path / name, target_modules=["q_proj", "k_proj"], lora_bias=True
+        )
     layer = "base_model.model.model.layers.0.self_attn."
     tensors = stored(tmp_path / "one")
     del tensors[layer + "k_proj.lora_B.bias"]
     for key in (layer + "q_proj.lora_A.weight", layer + "q_proj.lora_B.bias"):
         tensors[key] = tensors[key][..., :-1].contiguous()
     save_file(tensors, tmp_path / "one/adapter_model.safetensors")
-    others = {key.replace("layers.1", "layers.9"): tensor for key, tensor in stored(tmp_path / "two").items()}
+    others = {
+        key.replace("layers.1", "layers.9"): tensor
+        for key, tensor in stored(tmp_path / "two").items()
+    }
     save_file(others, tmp_path / "two/adapter_model.safetensors")
-    text = refused(base, tmp_path / "one", tmp_path / "two", out=tmp_path / "out", match="problems found")
-    named = ("lora_bias, but none for", "q_proj.lora_A.weight: shape", "q_proj.lora_B.bias: shape", "layers.9.self_attn.q_proj")
+    text = refused(
+        base, tmp_path / "one", tmp_path / "two", out=tmp_path / "out", match="problems found"
+    )
+    named = (
+        "lora_bias, but none for",
+        "q_proj.lora_A.weight: shape",
+        "q_proj.lora_B.bias: shape",
+        "layers.9.self_attn.q_proj",
+    )
     assert all(word in text for word in named), text
     (tmp_path / "empty").mkdir()
-    text = refused(tmp_path / "empty", tmp_path / "one", out=tmp_path / "out", match="problems found", kind=AdapterkitError)
+    text = refused(
+        tmp_path / "empty",
+        tmp_path / "one",
+        out=tmp_path / "out",
+        match="problems found",
+        kind=AdapterkitError,
+    )
     assert "lora_bias, but none for" in text and "empty" in text
 
 
 def test_a_match_by_suffix_alone(llama, lora, tmp_path):
     """Keys of another wrapping whose ends occur in the base: PEFT would apply nothing and say nothing."""
     odd = oracle.edit_config(lora, tmp_path / "odd")
-    save_file({k.replace("model.layers", "decoder.layers"): v for k, v in stored(lora).items()}, odd / "adapter_model.safetensors")
+    save_file(
+        {k.replace("model.layers", "decoder.layers"): v for k, v in stored(lora).items()},
+        odd / "adapter_model.safetensors",
+    )
     refused(llama, odd, out=tmp_path / "out", match="the base has no")
 
 
@@ -180,7 +231,9 @@ def test_a_match_by_suffix_alone(llama, lora, tmp_path):
 def test_half_a_pair(part, llama, lora, tmp_path):
     odd = oracle.edit_config(lora, tmp_path / "odd")
     key = f"base_model.model.model.layers.0.self_attn.q_proj.{part}.weight"
-    save_file({k: v for k, v in stored(lora).items() if k != key}, odd / "adapter_model.safetensors")
+    save_file(
+        {k: v for k, v in stored(lora).items() if k != key}, odd / "adapter_model.safetensors"
+    )
     refused(llama, odd, out=tmp_path / "out", match="expected: both factors")
 
 
@@ -188,7 +241,10 @@ def test_empty_factors_of_a_broken_save(llama, lora, tmp_path):
     """ZeRO-3 and FSDP saves without gathering leave empty tensors."""
     odd = oracle.edit_config(lora, tmp_path / "odd")
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    save_file({k: torch.empty(0) if k == key else v for k, v in stored(lora).items()}, odd / "adapter_model.safetensors")
+    save_file(
+        {k: torch.empty(0) if k == key else v for k, v in stored(lora).items()},
+        odd / "adapter_model.safetensors",
+    )
     assert "gather" in refused(llama, odd, out=tmp_path / "out", match="expected: matrices")
 
 
@@ -196,7 +252,9 @@ def test_a_key_of_no_known_kind(llama, lora, tmp_path):
     odd = oracle.edit_config(lora, tmp_path / "odd")
     extra = {"base_model.model.model.layers.0.self_attn.q_proj.lora_magic": torch.ones(3)}
     save_file(stored(lora) | extra, odd / "adapter_model.safetensors")
-    assert "lora_magic" in refused(llama, odd, out=tmp_path / "out", match="another kind of adapter")
+    assert "lora_magic" in refused(
+        llama, odd, out=tmp_path / "out", match="another kind of adapter"
+    )
 
 
 def test_a_tensor_that_nothing_speaks_of(llama, lora, tmp_path):
@@ -217,14 +275,18 @@ def test_an_adapter_in_a_subfolder(llama, lora, tmp_path):
     """PEFT saves an adapter of another name than `default` in a folder of that name."""
     (tmp_path / "run").mkdir()
     oracle.edit_config(lora, tmp_path / "run/poet")
-    assert "poet" in refused(llama, tmp_path / "run", out=tmp_path / "out", match="no adapter_config.json")
+    assert "poet" in refused(
+        llama, tmp_path / "run", out=tmp_path / "out", match="no adapter_config.json"
+    )
     oracle.merge(llama, tmp_path / "run/poet", out=tmp_path / "out")
 
 
 def test_a_pickled_adapter(llama, lora, tmp_path):
     odd = oracle.edit_config(lora, tmp_path / "odd")
     (odd / "adapter_model.safetensors").rename(odd / "adapter_model.bin")
-    assert "save_pretrained" in refused(llama, odd, out=tmp_path / "out", match="no adapter_model.safetensors")
+    assert "save_pretrained" in refused(
+        llama, odd, out=tmp_path / "out", match="no adapter_model.safetensors"
+    )
 
 
 # -- modules ------------------------------------------------------------------------------------------------------------
@@ -237,7 +299,9 @@ def test_grouped_convolutions(tmp_path):
     (tmp_path / "base").mkdir()
     oracle.save_base(model, tmp_path / "base", "fp32")
     oracle.train(model, tmp_path / "adapter", target_modules=["conv", "fit"])
-    text = refused(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", match="a grouped convolution")
+    text = refused(
+        tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", match="a grouped convolution"
+    )
     assert "--exclude" in text and "conv" in text
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", exclude="conv")
 
@@ -249,13 +313,22 @@ def test_depthwise_convolutions_of_a_known_model(groups, tmp_path):
     (tmp_path / "base").mkdir()
     oracle.save_base(model, tmp_path / "base", "fp32")
     oracle.train(model, tmp_path / "adapter", target_modules=["conv"], r=8)
-    refused(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", match="a grouped convolution")
+    refused(
+        tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", match="a grouped convolution"
+    )
 
 
 def test_lora_bias_on_a_module_without_bias(llama, tmp_path):
     """PEFT raises in the merge; here nothing is read before."""
-    oracle.train(load(oracle.llama, llama), tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True)
-    refused(llama, tmp_path / "adapter", out=tmp_path / "out", match=r"a bias for .*q_proj, which has none")
+    oracle.train(
+        load(oracle.llama, llama), tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True
+    )
+    refused(
+        llama,
+        tmp_path / "adapter",
+        out=tmp_path / "out",
+        match=r"a bias for .*q_proj, which has none",
+    )
 
 
 # -- bases --------------------------------------------------------------------------------------------------------------
@@ -271,11 +344,15 @@ def test_pickled_bases(name, llama, lora, tmp_path):
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
 def test_bases_whose_config_says_quantised(method, llama, lora, tmp_path):
-    base = oracle.edit_config(llama, tmp_path / "base", quantization_config={"quant_method": method})
+    base = oracle.edit_config(
+        llama, tmp_path / "base", quantization_config={"quant_method": method}
+    )
     assert method in refused(base, lora, out=tmp_path / "out", match="a quantised base")
 
 
-@pytest.mark.parametrize("suffix", ["weight.absmax", "weight_scale_inv", "qweight", "weight_packed"])
+@pytest.mark.parametrize(
+    "suffix", ["weight.absmax", "weight_scale_inv", "qweight", "weight_packed"]
+)
 def test_bases_with_scales_beside_the_weights(suffix, llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     extra = {f"model.layers.0.self_attn.q_proj.{suffix}": torch.ones(4)}
@@ -285,7 +362,10 @@ def test_bases_with_scales_beside_the_weights(suffix, llama, lora, tmp_path):
 
 def test_a_scale_beside_floats(llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
-    save_file(stored(llama) | {"model.layers.0.self_attn.q_proj.SCB": torch.ones(4)}, base / "model.safetensors")
+    save_file(
+        stored(llama) | {"model.layers.0.self_attn.q_proj.SCB": torch.ones(4)},
+        base / "model.safetensors",
+    )
     with pytest.raises(Damaged, match="I8 rows"):
         oracle.merge(base, lora, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -390,13 +470,20 @@ def test_output_in_the_way(llama, lora, tmp_path):
         oracle.merge(llama, lora, out=out)
     with pytest.raises(Refused):
         oracle.merge(llama, lora, out=out, overwrite=True)
-    assert [f.name for f in out.iterdir()] == ["diary.txt"] and (out / "diary.txt").read_text() == "mine"
+    assert [f.name for f in out.iterdir()] == ["diary.txt"] and (
+        out / "diary.txt"
+    ).read_text() == "mine"
 
 
 @pytest.mark.parametrize("where", ["base", "adapter", "inside", "around"])
 def test_output_that_is_an_input(where, llama, lora, tmp_path):
-    base, adapter = oracle.edit_config(llama, tmp_path / "all/base"), oracle.edit_config(lora, tmp_path / "all/adapter")
-    out = {"base": base, "adapter": adapter, "inside": base / "new", "around": tmp_path / "all"}[where]
+    base, adapter = (
+        oracle.edit_config(llama, tmp_path / "all/base"),
+        oracle.edit_config(lora, tmp_path / "all/adapter"),
+    )
+    out = {"base": base, "adapter": adapter, "inside": base / "new", "around": tmp_path / "all"}[
+        where
+    ]
     before = stored(base) | stored(adapter)
     for overwrite in (False, True):
         with pytest.raises(Refused):
@@ -405,7 +492,9 @@ def test_output_that_is_an_input(where, llama, lora, tmp_path):
 
 
 def test_base_model_name_is_neither_followed_nor_copied(llama, lora, tmp_path):
-    adapter = oracle.edit_config(lora, tmp_path / "adapter", base_model_name_or_path="/home/somebody/secret/model")
+    adapter = oracle.edit_config(
+        lora, tmp_path / "adapter", base_model_name_or_path="/home/somebody/secret/model"
+    )
     oracle.merge(llama, adapter, out=tmp_path / "out")
     assert all(b"somebody" not in f.read_bytes() for f in (tmp_path / "out").iterdir())
 
@@ -418,10 +507,17 @@ def test_the_verbs_are_importable():
 
 def test_mica(llama, tmp_path):
     """mica's base is unchanged: it merges."""
-    oracle.train(load(oracle.llama, llama), tmp_path / "adapter", target_modules=["q_proj"], init_lora_weights="mica")
+    oracle.train(
+        load(oracle.llama, llama),
+        tmp_path / "adapter",
+        target_modules=["q_proj"],
+        init_lora_weights="mica",
+    )
     oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
     expected = exact(peft_model(load(oracle.llama, llama), tmp_path / "adapter"))
-    assert_all_rounded(merged(tmp_path / "out", oracle.llama), expected, load(oracle.llama, llama).state_dict())
+    assert_all_rounded(
+        merged(tmp_path / "out", oracle.llama), expected, load(oracle.llama, llama).state_dict()
+    )
 
 
 # -- whose file it is ----------------------------------------------------------------------------------------------------
@@ -440,28 +536,42 @@ def runs(llama, lora, tmp_path, monkeypatch):
     (tmp_path / "new/adapter_config.json").replace(tmp_path / "unknown/ckpt/adapter_config.json")
     tensors = stored(lora)
     save_file(tensors | {"x.lora_Q": torch.ones(1)}, weights("key"))
-    save_file({key: torch.full_like(value, float("nan")) for key, value in tensors.items()}, weights("nan"))
+    save_file(
+        {key: torch.full_like(value, float("nan")) for key, value in tensors.items()},
+        weights("nan"),
+    )
     odd = {key.replace("layers.1", "layers.7"): value for key, value in tensors.items()}
     save_file(odd, weights("other"))
     return ["cut", "json", "unknown", "key"]
 
 
-@pytest.mark.parametrize("how", [lambda text: text, lambda text: f"./{text}", lambda text: str(Path(text).absolute())])
+@pytest.mark.parametrize(
+    "how", [lambda text: text, lambda text: f"./{text}", lambda text: str(Path(text).absolute())]
+)
 def test_a_bad_file_s_message_says_whose_it_is_as_its_user_calls_it(how, runs, llama):
     sources = [how(f"{name}/ckpt") for name in ["good", *runs]]
     for verb, options in (("merge", {}), ("combine", {"method": "linear"}), ("arrow", {})):
         arguments = [llama, sources] if verb == "merge" else [sources]
         with pytest.raises(AdapterkitError) as caught:
             getattr(adapterkit, verb)(*arguments, out="out", **options)
-        lines = [line.removeprefix("- ") for line in str(caught.value).splitlines() if "ckpt" in line]
-        files = ("adapter_model.safetensors", "adapter_config.json", "adapter_config.json", "adapter_model.safetensors")
+        lines = [
+            line.removeprefix("- ") for line in str(caught.value).splitlines() if "ckpt" in line
+        ]
+        files = (
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        )
         assert len(lines) == 4, lines
         for line, source, file in zip(lines, sources[1:], files, strict=True):
             assert line.startswith(f"{source}/{file}: "), line
     for name, where in (("nan", "/adapter_model.safetensors: "), ("other", ": ")):
         with pytest.raises(AdapterkitError) as caught:
             adapterkit.merge(llama, [how("good/ckpt"), how(f"{name}/ckpt")], out="out2")
-        assert how(f"{name}/ckpt") + where in str(caught.value) and how("good/ckpt") not in str(caught.value)
+        assert how(f"{name}/ckpt") + where in str(caught.value) and how("good/ckpt") not in str(
+            caught.value
+        )
 
 
 def test_a_path_stands_in_messages_only(llama, lora, tmp_path):

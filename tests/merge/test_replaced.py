@@ -8,7 +8,18 @@ import pytest
 import tiny
 import torch
 import transformers
-from oracle import DTYPES, assert_all_rounded, assert_same, exact, load, load_checked, merged, peft_merged, peft_model, stored
+from oracle import (
+    DTYPES,
+    assert_all_rounded,
+    assert_same,
+    exact,
+    load,
+    load_checked,
+    merged,
+    peft_merged,
+    peft_model,
+    stored,
+)
 from safetensors.torch import save_file
 
 import adapterkit
@@ -16,11 +27,17 @@ from adapterkit.errors import Refused
 
 SAVED = {
     "head": (oracle.llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    "norms-and-embedding": (oracle.llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]}),
+    "norms-and-embedding": (
+        oracle.llama,
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]},
+    ),
     "a-whole-block": (oracle.gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["mlp"]}),
     "batch-norm": (oracle.net, {"target_modules": ["fit"], "modules_to_save": ["norm", "image"]}),
     "attention": (oracle.net, {"target_modules": ["fit"], "modules_to_save": ["attention"]}),
-    "classifier": (oracle.bert_classifier, {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    "classifier": (
+        oracle.bert_classifier,
+        {"target_modules": ["query"], "modules_to_save": ["classifier"]},
+    ),
     # PEFT matches by the end of the name alone: `head` wraps lm_head
     "by-suffix": (oracle.llama, {"target_modules": ["q_proj"], "modules_to_save": ["head"]}),
     "vit-head": (oracle.vit, {"target_modules": ["fc1"], "modules_to_save": ["classifier"]}),
@@ -31,7 +48,9 @@ SAVED = {
 @pytest.mark.parametrize("name", SAVED)
 def test_modules_to_save(name, dtype, made, tmp_path):
     build, config = SAVED[name]
-    base = made(f"saved-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
+    base = made(
+        f"saved-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)
+    )
     oracle.train(load(build, base), tmp_path / "adapter", **config)
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", compat="peft")
     theirs = peft_merged(load(build, base), tmp_path / "adapter")
@@ -43,13 +62,49 @@ def test_modules_to_save(name, dtype, made, tmp_path):
 
 # the base is saved without the head that was trained on it
 HEADS = {
-    "bert-cls": ("BertModel", "BertForSequenceClassification", oracle.bert, {"task_type": "SEQ_CLS"}, {"num_labels": 3}),
-    "bert-tokens": ("BertModel", "BertForTokenClassification", oracle.bert, {"task_type": "TOKEN_CLS"}, {"num_labels": 5}),
-    "bert-qa": ("BertModel", "BertForQuestionAnswering", oracle.bert, {"task_type": "QUESTION_ANS"}, {}),
-    "bert-auto-mapping": ("BertModel", "BertForSequenceClassification", oracle.bert, {}, {"num_labels": 4}),
+    "bert-cls": (
+        "BertModel",
+        "BertForSequenceClassification",
+        oracle.bert,
+        {"task_type": "SEQ_CLS"},
+        {"num_labels": 3},
+    ),
+    "bert-tokens": (
+        "BertModel",
+        "BertForTokenClassification",
+        oracle.bert,
+        {"task_type": "TOKEN_CLS"},
+        {"num_labels": 5},
+    ),
+    "bert-qa": (
+        "BertModel",
+        "BertForQuestionAnswering",
+        oracle.bert,
+        {"task_type": "QUESTION_ANS"},
+        {},
+    ),
+    "bert-auto-mapping": (
+        "BertModel",
+        "BertForSequenceClassification",
+        oracle.bert,
+        {},
+        {"num_labels": 4},
+    ),
     # a head for another task: the language model's own head is left out
-    "llama-cls": ("LlamaForCausalLM", "LlamaForSequenceClassification", oracle.llama, {"task_type": "SEQ_CLS"}, {"num_labels": 3}),
-    "gpt2-cls": ("GPT2LMHeadModel", "GPT2ForSequenceClassification", oracle.gpt2, {"task_type": "SEQ_CLS"}, {"num_labels": 7}),
+    "llama-cls": (
+        "LlamaForCausalLM",
+        "LlamaForSequenceClassification",
+        oracle.llama,
+        {"task_type": "SEQ_CLS"},
+        {"num_labels": 3},
+    ),
+    "gpt2-cls": (
+        "GPT2LMHeadModel",
+        "GPT2ForSequenceClassification",
+        oracle.gpt2,
+        {"task_type": "SEQ_CLS"},
+        {"num_labels": 7},
+    ),
 }
 TARGETS = {"bert": ["query"], "llama": ["q_proj"], "gpt2": ["c_attn"]}
 
@@ -58,7 +113,9 @@ TARGETS = {"bert": ["query"], "llama": ["q_proj"], "gpt2": ["c_attn"]}
 def test_a_head_that_the_base_lacks(name, made, tmp_path):
     """The head is written with the config of the class that has it, so that class loads the folder whole."""
     wrote, trained, build, config, labels = HEADS[name]
-    base = made(f"headless-{wrote}", lambda folder: oracle.save_base(build(cls=wrote), folder, "bf16"))
+    base = made(
+        f"headless-{wrote}", lambda folder: oracle.save_base(build(cls=wrote), folder, "bf16")
+    )
     cls = getattr(transformers, trained)
     with oracle.quiet():
         model = cls.from_pretrained(base, dtype="auto", **labels)
@@ -68,7 +125,9 @@ def test_a_head_that_the_base_lacks(name, made, tmp_path):
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", compat="peft")
     after = load_checked(cls, tmp_path / "out")
     with oracle.quiet():
-        theirs = peft_merged(cls.from_pretrained(base, dtype="auto", **labels), tmp_path / "adapter")
+        theirs = peft_merged(
+            cls.from_pretrained(base, dtype="auto", **labels), tmp_path / "adapter"
+        )
     assert_same(after.state_dict(), theirs)
     said = json.loads((tmp_path / "out/config.json").read_text())
     assert said["architectures"] == [trained]
@@ -76,14 +135,21 @@ def test_a_head_that_the_base_lacks(name, made, tmp_path):
 
 
 def _headless(made, wrote="BertModel", **changes):
-    return made(f"headless-{wrote}-{sorted(changes)}", lambda f: oracle.save_base(oracle.bert(cls=wrote, **changes), f, "bf16"))
+    return made(
+        f"headless-{wrote}-{sorted(changes)}",
+        lambda f: oracle.save_base(oracle.bert(cls=wrote, **changes), f, "bf16"),
+    )
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS"])
 def test_a_head_that_nothing_completes_is_refused(task, made, tmp_path):
     """A masked language model has no pooler, which the classifier reads; PEFT trains with a random one and does not save it."""
     base = _headless(made, "BertForMaskedLM")
-    cls = transformers.BertForSequenceClassification if task == "SEQ_CLS" else transformers.BertForQuestionAnswering
+    cls = (
+        transformers.BertForSequenceClassification
+        if task == "SEQ_CLS"
+        else transformers.BertForQuestionAnswering
+    )
     with oracle.quiet():
         model = cls.from_pretrained(base, dtype="auto")
     oracle.train(model, tmp_path / "adapter", target_modules=["query"], task_type=task)
@@ -92,7 +158,8 @@ def test_a_head_that_nothing_completes_is_refused(task, made, tmp_path):
         load_checked(cls, tmp_path / "out")
         return
     with pytest.raises(
-        Refused, match=r"needs bert.pooler.dense.weight, bert.pooler.dense.bias, which neither.*(\n.*)*--exclude 'classifier'"
+        Refused,
+        match=r"needs bert.pooler.dense.weight, bert.pooler.dense.bias, which neither.*(\n.*)*--exclude 'classifier'",
     ):
         oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", exclude="classifier")
@@ -107,7 +174,14 @@ OLDER = {
 
 
 def _distilbert(cls="DistilBertModel"):
-    sizes = {"vocab_size": 80, "dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 4, "max_position_embeddings": 64}
+    sizes = {
+        "vocab_size": 80,
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 1,
+        "n_heads": 4,
+        "max_position_embeddings": 64,
+    }
     torch.manual_seed(0)
     return getattr(transformers, cls)(transformers.DistilBertConfig(**sizes)).eval()
 
@@ -117,8 +191,12 @@ def test_heads_of_older_adapters_are_the_tasks(name, made, tmp_path):
     """Before PEFT 0.5 the config said nothing of the head: the task type does, here as in PEFT."""
     trained, build, targets, head = OLDER[name]
     build = build or _distilbert
-    base = made(f"older-{name}", lambda folder: oracle.save_base(build(cls=trained), folder, "bf16"))
-    oracle.train(load(trained, base), tmp_path / "adapter", target_modules=targets, task_type="SEQ_CLS")
+    base = made(
+        f"older-{name}", lambda folder: oracle.save_base(build(cls=trained), folder, "bf16")
+    )
+    oracle.train(
+        load(trained, base), tmp_path / "adapter", target_modules=targets, task_type="SEQ_CLS"
+    )
     old = oracle.edit_config(tmp_path / "adapter", tmp_path / "old", modules_to_save=None)
     assert any(head in key for key in stored(old))
     oracle.merge(base, old, out=tmp_path / "out", compat="peft")
@@ -134,24 +212,49 @@ def test_heads_that_the_model_lacks_are_no_problem(made, tmp_path):
     config = transformers.XLNetConfig(vocab_size=80, d_model=32, n_layer=1, n_head=4, d_inner=48)
     torch.manual_seed(0)
     with oracle.quiet():
-        base = made("xlnet-cls", lambda f: oracle.save_base(transformers.XLNetForSequenceClassification(config), f, "bf16"))
+        base = made(
+            "xlnet-cls",
+            lambda f: oracle.save_base(
+                transformers.XLNetForSequenceClassification(config), f, "bf16"
+            ),
+        )
     cls = transformers.XLNetForSequenceClassification
-    oracle.train(load_checked(cls, base), tmp_path / "adapter", target_modules=["layer_1"], task_type="SEQ_CLS")
+    oracle.train(
+        load_checked(cls, base),
+        tmp_path / "adapter",
+        target_modules=["layer_1"],
+        task_type="SEQ_CLS",
+    )
     said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert {"classifier", "score"} <= set(said["modules_to_save"]) and not any(
         "logits" in key for key in stored(tmp_path / "adapter")
     )
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", compat="peft")
-    assert_same(load_checked(cls, tmp_path / "out").state_dict(), peft_merged(load_checked(cls, base), tmp_path / "adapter"))
+    assert_same(
+        load_checked(cls, tmp_path / "out").state_dict(),
+        peft_merged(load_checked(cls, base), tmp_path / "adapter"),
+    )
 
 
 def test_a_tasks_head_that_the_file_lacks(made, tmp_path):
     """PEFT looks for it too."""
-    base = made("older-bert", lambda folder: oracle.save_base(oracle.bert(cls="BertForSequenceClassification"), folder, "bf16"))
-    oracle.train(load("BertForSequenceClassification", base), tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
+    base = made(
+        "older-bert",
+        lambda folder: oracle.save_base(
+            oracle.bert(cls="BertForSequenceClassification"), folder, "bf16"
+        ),
+    )
+    oracle.train(
+        load("BertForSequenceClassification", base),
+        tmp_path / "adapter",
+        target_modules=["query"],
+        task_type="SEQ_CLS",
+    )
     tensors = {k: v for k, v in stored(tmp_path / "adapter").items() if "classifier" not in k}
     save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
-    with pytest.raises(Refused, match=r"modules_to_save classifier, and the file holds no classifier"):
+    with pytest.raises(
+        Refused, match=r"modules_to_save classifier, and the file holds no classifier"
+    ):
         oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", exclude="classifier")
 
@@ -163,7 +266,9 @@ def test_a_saved_module_that_is_stored_in_parts(tmp_path):
     oracle.train(model, tmp_path / "adapter", target_modules=["k_proj"], modules_to_save=["conv1d"])
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
     found = oracle.load_checked(type(model), tmp_path / "out").state_dict()
-    expected = peft_merged(oracle.load_checked(type(model), tmp_path / "base"), tmp_path / "adapter")
+    expected = peft_merged(
+        oracle.load_checked(type(model), tmp_path / "base"), tmp_path / "adapter"
+    )
     saved = [name for name in expected if "conv1d" in name]
     assert saved and all(torch.equal(found[name], expected[name]) for name in saved)
 
@@ -180,19 +285,33 @@ def _tokens(base, folder, build=oracle.llama, **config):
         (oracle.llama, {}),
         (oracle.llama, {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [7, 0]}}),
         (oracle.gpt2, {"trainable_token_indices": {"wte": [2, 1]}, "target_modules": ["c_attn"]}),
-        (oracle.bert, {"trainable_token_indices": {"word_embeddings": [8, 4]}, "target_modules": ["query"]}),
-        (oracle.bert, {"trainable_token_indices": {"d_embeddings": [8, 4]}, "target_modules": ["query"]}),  # the end of a name
+        (
+            oracle.bert,
+            {"trainable_token_indices": {"word_embeddings": [8, 4]}, "target_modules": ["query"]},
+        ),
+        (
+            oracle.bert,
+            {"trainable_token_indices": {"d_embeddings": [8, 4]}, "target_modules": ["query"]},
+        ),  # the end of a name
     ],
     ids=["llama", "llama-both", "gpt2", "bert", "bert-end"],
 )
 def test_trained_token_rows(build, config, dtype, made, tmp_path):
     """The rows replace the base's, in the order of the config's list."""
-    base = made(f"saved-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
+    base = made(
+        f"saved-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)
+    )
     _tokens(base, tmp_path / "adapter", build, **config)
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", compat="peft")
-    assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), tmp_path / "adapter"))
+    assert_same(
+        merged(tmp_path / "out", build), peft_merged(load(build, base), tmp_path / "adapter")
+    )
     before, after = stored(base), stored(tmp_path / "out")
-    key = next(k for k in before if k.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight")))
+    key = next(
+        k
+        for k in before
+        if k.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))
+    )
     rows = (before[key] != after[key]).any(1).nonzero().flatten().tolist()
     asked = config.get("trainable_token_indices", [79, 3, 40])
     assert rows == sorted(asked if isinstance(asked, list) else next(iter(asked.values())))
@@ -208,11 +327,15 @@ def resized(llama, tmp_path):
             model.resize_token_embeddings(size, mean_resizing=False)
         model.name_or_path = str(base)
         with oracle.quiet():
-            wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **({"target_modules": ["q_proj"]} | config)))
+            wrapped = peft.get_peft_model(
+                model, peft.LoraConfig(r=4, **({"target_modules": ["q_proj"]} | config))
+            )
             oracle.perturb(wrapped, 1)
             with torch.no_grad():
                 embedding = wrapped.get_input_embeddings().weight
-                embedding[80:] = torch.randn(embedding[80:].shape, generator=torch.Generator().manual_seed(3)).to(embedding)
+                embedding[80:] = torch.randn(
+                    embedding[80:].shape, generator=torch.Generator().manual_seed(3)
+                ).to(embedding)
             wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
             theirs = wrapped.merge_and_unload()
         return tmp_path / "adapter", theirs
@@ -247,7 +370,10 @@ def _two(llama, tmp_path):
     """Two adapters of embedding, head and attention; PEFT stores copies of the base's embedding and head in both."""
     for seed in (1, 2):
         oracle.train(
-            load(oracle.llama, llama), tmp_path / f"a{seed}", seed=seed, target_modules=["embed_tokens", "lm_head", "q_proj"]
+            load(oracle.llama, llama),
+            tmp_path / f"a{seed}",
+            seed=seed,
+            target_modules=["embed_tokens", "lm_head", "q_proj"],
         )
         assert COPY in stored(tmp_path / f"a{seed}")
     return tmp_path / "a1", tmp_path / "a2"
@@ -257,28 +383,46 @@ def _two(llama, tmp_path):
 def test_copies_of_the_base_change_nothing(weights, llama, tmp_path):
     """Several adapters with copies of one base, in any weights."""
     adapters = _two(llama, tmp_path)
-    oracle.merge(llama, *(f"{a}={w}" for a, w in zip(adapters, weights, strict=True)), out=tmp_path / "out", dtype="fp32")
+    oracle.merge(
+        llama,
+        *(f"{a}={w}" for a, w in zip(adapters, weights, strict=True)),
+        out=tmp_path / "out",
+        dtype="fp32",
+    )
     before = load(oracle.llama, llama).state_dict()
     expected = exact(peft_model(load(oracle.llama, llama), *adapters), weights)
-    assert_all_rounded(merged(tmp_path / "out", oracle.llama), expected, {k: v.float() for k, v in before.items()})
+    assert_all_rounded(
+        merged(tmp_path / "out", oracle.llama), expected, {k: v.float() for k, v in before.items()}
+    )
 
 
 def test_a_copy_of_another_base(llama, tmp_path):
     """A second adapter, merged into the result of a first: its copies would take the first one's delta away again."""
     first, second = _two(llama, tmp_path)
     oracle.merge(llama, first, out=tmp_path / "merged", dtype="fp32")
-    with pytest.raises(Refused, match=r"embed_tokens.base_layer.weight \(80 of 80 rows differ\).*\n.*\n.*--base-copies ignore"):
+    with pytest.raises(
+        Refused,
+        match=r"embed_tokens.base_layer.weight \(80 of 80 rows differ\).*\n.*\n.*--base-copies ignore",
+    ):
         oracle.merge(tmp_path / "merged", second, out=tmp_path / "out")
-    oracle.merge(tmp_path / "merged", second, out=tmp_path / "out", base_copies="ignore", verify=True)
+    oracle.merge(
+        tmp_path / "merged", second, out=tmp_path / "out", base_copies="ignore", verify=True
+    )
     assert adapterkit.verify(tmp_path / "out", base=tmp_path / "merged", adapters=[second])["rows"]
     both = exact(peft_model(load(oracle.llama, llama), first, second))
     for name in (EMBEDDING, HEAD):
-        torch.testing.assert_close(stored(tmp_path / "out")[name].double(), both[name].value, rtol=0, atol=1e-6)
-    oracle.merge(tmp_path / "merged", second, out=tmp_path / "copies", base_copies="adapter", compat="peft")
+        torch.testing.assert_close(
+            stored(tmp_path / "out")[name].double(), both[name].value, rtol=0, atol=1e-6
+        )
+    oracle.merge(
+        tmp_path / "merged", second, out=tmp_path / "copies", base_copies="adapter", compat="peft"
+    )
     theirs = peft_merged(load(oracle.llama, tmp_path / "merged"), second)
     assert_same(merged(tmp_path / "copies", oracle.llama), theirs)
     alone = exact(peft_model(load(oracle.llama, llama), second))
-    torch.testing.assert_close(theirs[EMBEDDING].double(), alone[EMBEDDING].value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        theirs[EMBEDDING].double(), alone[EMBEDDING].value, rtol=0, atol=1e-6
+    )
 
 
 def test_a_copy_that_differs_in_a_row(llama, tmp_path):
@@ -294,10 +438,14 @@ def test_a_copy_that_differs_in_a_row(llama, tmp_path):
     assert_all_rounded(merged(tmp_path / "out", oracle.llama), exact(wrapped), before)
 
 
-@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "fp16")], ids="-".join)
+@pytest.mark.parametrize(
+    "dtypes", [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "fp16")], ids="-".join
+)
 def test_a_copy_in_another_dtype(dtypes, made, tmp_path):
     """An adapter trained on the base loaded in another dtype: equal once the wider is rounded."""
-    base = made(f"copies-{dtypes[0]}", lambda folder: oracle.save_base(oracle.llama(), folder, dtypes[0]))
+    base = made(
+        f"copies-{dtypes[0]}", lambda folder: oracle.save_base(oracle.llama(), folder, dtypes[0])
+    )
     model = load(oracle.llama, base).to(DTYPES[dtypes[1]])
     oracle.train(model, tmp_path / "adapter", target_modules=["embed_tokens"])
     assert stored(tmp_path / "adapter")[COPY].dtype == DTYPES[dtypes[1]]
@@ -306,11 +454,21 @@ def test_a_copy_in_another_dtype(dtypes, made, tmp_path):
     assert_same(stored(tmp_path / "out"), stored(tmp_path / "ignored"))
 
 
-@pytest.mark.parametrize("copy", [torch.zeros(80, 32, dtype=torch.uint8), torch.zeros(80, 31), torch.zeros(()), torch.zeros(0, 32)])
+@pytest.mark.parametrize(
+    "copy",
+    [
+        torch.zeros(80, 32, dtype=torch.uint8),
+        torch.zeros(80, 31),
+        torch.zeros(()),
+        torch.zeros(0, 32),
+    ],
+)
 def test_copies_that_are_none(copy, llama, tmp_path):
     """A copy of a quantised base, of another width, of nothing."""
     _copies(llama, tmp_path / "adapter")
-    save_file(stored(tmp_path / "adapter") | {COPY: copy}, tmp_path / "adapter/adapter_model.safetensors")
+    save_file(
+        stored(tmp_path / "adapter") | {COPY: copy}, tmp_path / "adapter/adapter_model.safetensors"
+    )
     with pytest.raises(Refused, match=r"is U8|shape \(\(4, 80\)|embed_tokens.weight: shape"):
         oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
 
@@ -321,7 +479,9 @@ def test_an_adapter_loads_without_its_copies(llama, tmp_path):
     tensors = {k: v for k, v in stored(adapter).items() if ".base_layer." not in k}
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     ids = torch.arange(8)[None]
-    assert torch.equal(before(ids).logits, peft_model(load(oracle.llama, llama), adapter)(ids).logits)
+    assert torch.equal(
+        before(ids).logits, peft_model(load(oracle.llama, llama), adapter)(ids).logits
+    )
 
 
 def test_trained_rows_of_a_resized_vocabulary(llama, resized, tmp_path):
@@ -332,7 +492,10 @@ def test_trained_rows_of_a_resized_vocabulary(llama, resized, tmp_path):
     oracle.merge(llama, adapter, out=tmp_path / "out", compat="peft")
     model = load_checked(transformers.LlamaForCausalLM, tmp_path / "out")
     assert_same(model.state_dict(), theirs.state_dict())
-    save_file({k: v for k, v in tensors.items() if "layers" in k or "trainable_tokens" in k}, adapter / "adapter_model.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if "layers" in k or "trainable_tokens" in k},
+        adapter / "adapter_model.safetensors",
+    )
     with pytest.raises(Refused, match=r"rows \[85\]"):
         oracle.merge(llama, adapter, out=tmp_path / "out2")
 
@@ -347,9 +510,20 @@ def test_only_one_of_two_embeddings_resized_is_refused(llama, resized, tmp_path)
 
 def test_vocabulary_of_a_nested_config(tmp_path):
     """A vision-language model keeps vocab_size in text_config."""
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     config = transformers.LlavaConfig(
-        vision_config={**tower, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 16},
+        vision_config={
+            **tower,
+            "model_type": "clip_vision_model",
+            "image_size": 16,
+            "patch_size": 8,
+            "projection_dim": 16,
+        },
         text_config={**tower, "model_type": "llama", "vocab_size": 80, "num_key_value_heads": 2},
         image_token_index=79,
     )
@@ -357,16 +531,23 @@ def test_vocabulary_of_a_nested_config(tmp_path):
     with oracle.quiet():
         model = transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16)
         model.save_pretrained(tmp_path / "base")
-        model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base", dtype="auto")
+        model = transformers.LlavaForConditionalGeneration.from_pretrained(
+            tmp_path / "base", dtype="auto"
+        )
         model.resize_token_embeddings(88, mean_resizing=False)
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=r".*language_model.*q_proj"))
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(r=4, target_modules=r".*language_model.*q_proj")
+        )
         oracle.perturb(wrapped, 1)
         wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
         theirs = wrapped.merge_and_unload().state_dict()
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
     said = json.loads((tmp_path / "out/config.json").read_text())
     assert said["text_config"]["vocab_size"] == 88
-    assert_same(load_checked(transformers.LlavaForConditionalGeneration, tmp_path / "out").state_dict(), theirs)
+    assert_same(
+        load_checked(transformers.LlavaForConditionalGeneration, tmp_path / "out").state_dict(),
+        theirs,
+    )
 
 
 def test_tokenizer_comes_from_the_adapter(llama, resized, tmp_path):
@@ -378,14 +559,24 @@ def test_tokenizer_comes_from_the_adapter(llama, resized, tmp_path):
     (adapter / "chat_template.jinja").write_text("{{ adapter }}")
     oracle.merge(base, adapter, out=tmp_path / "out")
     read = lambda name: (tmp_path / "out" / name).read_text()
-    assert "adapter" in read("tokenizer.json") and "adapter" in read("chat_template.jinja") and read("merges.txt") == "base"
+    assert (
+        "adapter" in read("tokenizer.json")
+        and "adapter" in read("chat_template.jinja")
+        and read("merges.txt") == "base"
+    )
     oracle.merge(base, adapter, out=tmp_path / "kept", tokenizer="base")
-    assert "base" in (tmp_path / "kept/tokenizer.json").read_text() and not (tmp_path / "kept/chat_template.jinja").exists()
+    assert (
+        "base" in (tmp_path / "kept/tokenizer.json").read_text()
+        and not (tmp_path / "kept/chat_template.jinja").exists()
+    )
 
 
 WHOLE = {
     "head": ({"modules_to_save": ["lm_head"]}, "lm_head"),
-    "a-name-inside-another": ({"modules_to_save": ["dense"], "target_modules": ["dense_h_to_4h"]}, None),
+    "a-name-inside-another": (
+        {"modules_to_save": ["dense"], "target_modules": ["dense_h_to_4h"]},
+        None,
+    ),
     "rows": ({"trainable_token_indices": [1]}, r"model\.embed_tokens"),
     "biases": ({"bias": "lora_only"}, "bias$"),
 }
@@ -395,26 +586,45 @@ WHOLE = {
 def test_a_weight_other_than_one_and_its_way_out(what, made, tmp_path):
     """Values have no multiple; the message names the option that leaves them as they are, and it works."""
     config, pattern = WHOLE[what]
-    build = {"biases": lambda: oracle.llama(attention_bias=True), "a-name-inside-another": oracle.neox}.get(what, oracle.llama)
+    build = {
+        "biases": lambda: oracle.llama(attention_bias=True),
+        "a-name-inside-another": oracle.neox,
+    }.get(what, oracle.llama)
     base = made(f"weights-{what}", lambda folder: oracle.save_base(build(), folder, "fp32"))
-    oracle.train(load(build, base), tmp_path / "adapter", **({"target_modules": ["q_proj"]} | config))
-    with pytest.raises(Refused, match=r"(replaced parameters|trained token rows).* with weight -1") as caught:
+    oracle.train(
+        load(build, base), tmp_path / "adapter", **({"target_modules": ["q_proj"]} | config)
+    )
+    with pytest.raises(
+        Refused, match=r"(replaced parameters|trained token rows).* with weight -1"
+    ) as caught:
         oracle.merge(base, f"{tmp_path / 'adapter'}=-1", out=tmp_path / "out")
     exclude = str(caught.value).partition("--exclude '")[2].partition("'")[0]
-    assert exclude == pattern or (pattern is None and exclude.startswith(r"^gpt_neox\.layers\.0\.attention\.dense\.bias$|"))
+    assert exclude == pattern or (
+        pattern is None and exclude.startswith(r"^gpt_neox\.layers\.0\.attention\.dense\.bias$|")
+    )
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "there")
-    oracle.merge(tmp_path / "there", f"{tmp_path / 'adapter'}=-1", out=tmp_path / "back", exclude=exclude)
-    before, there, back = (stored(folder) for folder in (base, tmp_path / "there", tmp_path / "back"))
+    oracle.merge(
+        tmp_path / "there", f"{tmp_path / 'adapter'}=-1", out=tmp_path / "back", exclude=exclude
+    )
+    before, there, back = (
+        stored(folder) for folder in (base, tmp_path / "there", tmp_path / "back")
+    )
     trained = [name for name in before if not torch.equal(there[name], before[name])]
     undone = [name for name in trained if torch.allclose(back[name], before[name], atol=1e-6)]
-    assert undone and set(undone) == {n for n in trained if n.endswith(("q_proj.weight", "4h.weight"))}
+    assert undone and set(undone) == {
+        n for n in trained if n.endswith(("q_proj.weight", "4h.weight"))
+    }
     assert all(torch.equal(back[name], there[name]) for name in trained if name not in undone)
 
 
 def test_two_adapters_replacing_one_module_are_refused(llama, tmp_path):
     for seed in (1, 2):
         oracle.train(
-            load(oracle.llama, llama), tmp_path / f"a{seed}", seed=seed, target_modules=["q_proj"], modules_to_save=["lm_head"]
+            load(oracle.llama, llama),
+            tmp_path / f"a{seed}",
+            seed=seed,
+            target_modules=["q_proj"],
+            modules_to_save=["lm_head"],
         )
     with pytest.raises(Refused, match=r"lm_head\.weight is replaced by both a1 and a2"):
         oracle.merge(llama, tmp_path / "a1", tmp_path / "a2", out=tmp_path / "out")
@@ -441,10 +651,14 @@ def test_two_adapters_training_different_rows(llama, tmp_path):
     assert torch.equal(stored(tmp_path / "out")["model.embed_tokens.weight"], right)
 
 
-@pytest.mark.parametrize("indices", [[3], [3, 4, 5, 6], [3, 3, 4], [3, 4, 99], [3, -1, 4], None, {"lm_head": [1, 2, 3]}])
+@pytest.mark.parametrize(
+    "indices", [[3], [3, 4, 5, 6], [3, 3, 4], [3, 4, 99], [3, -1, 4], None, {"lm_head": [1, 2, 3]}]
+)
 def test_wrong_indices_are_refused(indices, llama, tmp_path):
     _tokens(llama, tmp_path / "adapter")
-    wrong = oracle.edit_config(tmp_path / "adapter", tmp_path / "wrong", trainable_token_indices=indices)
+    wrong = oracle.edit_config(
+        tmp_path / "adapter", tmp_path / "wrong", trainable_token_indices=indices
+    )
     with pytest.raises(Refused, match=r"trainable_token_indices|rows \[99\]"):
         oracle.merge(llama, wrong, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -466,7 +680,12 @@ def test_combine_of_copies(llama, tmp_path):
     assert torch.equal(stored(tmp_path / "out")[COPY], stored(second)[COPY])
     oracle.merge(llama, tmp_path / "out", out=tmp_path / "merged", dtype="fp32")
     oracle.merge(llama, f"{first}=0.5", f"{second}=-1", out=tmp_path / "both", dtype="fp32")
-    torch.testing.assert_close(stored(tmp_path / "merged")[EMBEDDING], stored(tmp_path / "both")[EMBEDDING], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        stored(tmp_path / "merged")[EMBEDDING],
+        stored(tmp_path / "both")[EMBEDDING],
+        rtol=1e-6,
+        atol=1e-6,
+    )
     other = _copies(llama, tmp_path / "other", change=1.0, seed=3)
     with pytest.raises(Refused, match="copies of two bases in a1 and other"):
         adapterkit.combine([first, other], method="linear", out=tmp_path / "refused")
@@ -477,7 +696,9 @@ def test_rebase_leaves_out_the_changed_base(llama, tmp_path):
     base = tmp_path / "base"
     oracle.save_base(load(oracle.llama, llama), base, "fp32")
     with oracle.quiet():
-        config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["lm_head", "q_proj"])
+        config = peft.LoraConfig(
+            r=4, init_lora_weights="pissa", target_modules=["lm_head", "q_proj"]
+        )
         wrapped = peft.get_peft_model(load(oracle.llama, base), config)
         wrapped.save_pretrained(tmp_path / "initial")
         oracle.perturb(wrapped, 1, 0.02)
@@ -486,6 +707,13 @@ def test_rebase_leaves_out_the_changed_base(llama, tmp_path):
     assert not any(".base_layer." in key for key in stored(tmp_path / "plain"))
     ids = torch.arange(8)[None]
     right = wrapped.eval()(ids).logits
-    torch.testing.assert_close(peft_model(load(oracle.llama, base), tmp_path / "plain")(ids).logits, right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        peft_model(load(oracle.llama, base), tmp_path / "plain")(ids).logits,
+        right,
+        rtol=1e-4,
+        atol=1e-4,
+    )
     oracle.merge(base, tmp_path / "plain", out=tmp_path / "out")
-    torch.testing.assert_close(load(oracle.llama, tmp_path / "out")(ids).logits, right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        load(oracle.llama, tmp_path / "out")(ids).logits, right, rtol=1e-4, atol=1e-4
+    )

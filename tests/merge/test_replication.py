@@ -39,7 +39,10 @@ def test_each_copy_gets_its_own_delta(pair, tmp_path):
         assert_rounded(after[name], value, name)
     for new, old in enumerate(ORDER):
         for leaf in ("input_layernorm", "post_attention_layernorm"):
-            assert torch.equal(after[f"model.layers.{new}.{leaf}.weight"], before[f"model.layers.{old}.{leaf}.weight"])
+            assert torch.equal(
+                after[f"model.layers.{new}.{leaf}.weight"],
+                before[f"model.layers.{old}.{leaf}.weight"],
+            )
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(after[name], before[name])
 
@@ -72,7 +75,9 @@ def test_sharded(pair, tmp_path):
     assert set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in first)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(first)
-    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in first.values())
+    assert index["metadata"]["total_size"] == sum(
+        t.numel() * t.element_size() for t in first.values()
+    )
 
 
 @pytest.mark.parametrize("stack", [[[0, 4]], [[2, 2]], [[3, 5]]])

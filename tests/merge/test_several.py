@@ -32,19 +32,30 @@ def bases(made):
     configs = [
         {"target_modules": LINEAR, "r": 4},
         {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 7, "seed": 2},
-        {"target_modules": ["q_proj", "down_proj", "o_proj"], "r": 2, "use_rslora": True, "seed": 3},
+        {
+            "target_modules": ["q_proj", "down_proj", "o_proj"],
+            "r": 2,
+            "use_rslora": True,
+            "seed": 3,
+        },
     ]
 
     def make(dtype):
-        base = made(f"several-{dtype}", lambda folder: oracle.save_base(oracle.llama(), folder, dtype))
-        train = lambda i: lambda folder: oracle.train(load(oracle.llama, base), folder, **configs[i])
+        base = made(
+            f"several-{dtype}", lambda folder: oracle.save_base(oracle.llama(), folder, dtype)
+        )
+        train = lambda i: (
+            lambda folder: oracle.train(load(oracle.llama, base), folder, **configs[i])
+        )
         return base, [made(f"several-{dtype}-{i}", train(i)) for i in range(3)]
 
     return make
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weights", [(1, 1, 1), (0.7, 0.3, 1.0), (-1, 2.5, -0.125), (0, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "weights", [(1, 1, 1), (0.7, 0.3, 1.0), (-1, 2.5, -0.125), (0, 1, 1)], ids=str
+)
 def test_sum_is_rounded_once(weights, dtype, bases, tmp_path):
     base, adapters = bases(dtype)
     named = [f"{a}={w}" for a, w in zip(adapters, weights, strict=True)]
@@ -52,7 +63,9 @@ def test_sum_is_rounded_once(weights, dtype, bases, tmp_path):
     expected = exact(peft_model(load(oracle.llama, base), *adapters), weights)
     before = load(oracle.llama, base).state_dict()
     if weights[0] == 0:
-        expected = {n: e for n, e in expected.items() if not torch.equal(e.value, before[n].double())}
+        expected = {
+            n: e for n, e in expected.items() if not torch.equal(e.value, before[n].double())
+        }
     assert_all_rounded(merged(tmp_path / "out", oracle.llama), expected, before)
 
 
@@ -63,7 +76,9 @@ def test_compat_is_pefts_order(order, dtype, bases, tmp_path):
     base, adapters = bases(dtype)
     adapters = [adapters[i] for i in order]
     oracle.merge(base, *adapters, out=tmp_path / "out", compat="peft")
-    assert_same(merged(tmp_path / "out", oracle.llama), peft_merged(load(oracle.llama, base), *adapters))
+    assert_same(
+        merged(tmp_path / "out", oracle.llama), peft_merged(load(oracle.llama, base), *adapters)
+    )
 
 
 def test_order_is_of_no_account(bases, tmp_path):
@@ -79,7 +94,10 @@ def test_order_is_of_no_account(bases, tmp_path):
 def test_peft_rounds_more_often(bases, tmp_path):
     """The default is right where PEFT's several roundings are not (peft.md 0.4)."""
     base, adapters = bases("bf16")
-    theirs, name = peft_merged(load(oracle.llama, base), *adapters), "model.layers.0.self_attn.q_proj.weight"
+    theirs, name = (
+        peft_merged(load(oracle.llama, base), *adapters),
+        "model.layers.0.self_attn.q_proj.weight",
+    )
     expected = exact(peft_model(load(oracle.llama, base), *adapters))[name]
     with pytest.raises(AssertionError):
         assert_rounded(theirs[name], expected)
@@ -113,7 +131,9 @@ def test_embeddings_and_convolutions_of_two_adapters(dtype, made, tmp_path):
     base = made(f"base-net-{dtype}", lambda folder: oracle.save_base(oracle.net(), folder, dtype))
     targets = ["embed", "line", "image", "point", "volume", "fit"]
     for i in (0, 1):
-        oracle.train(load(oracle.net, base), tmp_path / f"a{i}", seed=i, r=2 + i, target_modules=targets)
+        oracle.train(
+            load(oracle.net, base), tmp_path / f"a{i}", seed=i, r=2 + i, target_modules=targets
+        )
     adapters = [tmp_path / "a0", tmp_path / "a1"]
     oracle.merge(base, *adapters, out=tmp_path / "peft", compat="peft")
     assert_as_peft(stored(tmp_path / "peft"), peft_merged(load(oracle.net, base), *adapters))
@@ -136,12 +156,16 @@ def test_as_add_weighted_adapter_cat(bases, tmp_path):
 
 
 @given(weights=st.lists(st.floats(-4, 4, allow_subnormal=False), min_size=1, max_size=3))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_weights(weights, bases, tmp_path_factory):
     base, adapters = bases("bf16")
     adapters, out = adapters[: len(weights)], tmp_path_factory.mktemp("any") / "out"
     oracle.merge(base, *(f"{a}={w!r}" for a, w in zip(adapters, weights, strict=True)), out=out)
-    for name, value in exact(peft_model(load(oracle.llama, base), *adapters), tuple(weights)).items():
+    for name, value in exact(
+        peft_model(load(oracle.llama, base), *adapters), tuple(weights)
+    ).items():
         assert_rounded(stored(out)[name], value, name)
 
 
@@ -166,8 +190,12 @@ def test_include_and_exclude(name, bases, tmp_path):
     expected = exact(peft_model(load(oracle.llama, base), *adapters[:2]))
     chosen = {n: e for n, e in expected.items() if taken(n.removesuffix(".weight"))}
     assert 0 < len(chosen) < len(expected)
-    assert_all_rounded(merged(tmp_path / "out", oracle.llama), chosen, load(oracle.llama, base).state_dict())
-    modules = {m for i, a in enumerate(adapters[:2]) for m in [f"{a.name}: {n}" for n in _modules(a)]}
+    assert_all_rounded(
+        merged(tmp_path / "out", oracle.llama), chosen, load(oracle.llama, base).state_dict()
+    )
+    modules = {
+        m for i, a in enumerate(adapters[:2]) for m in [f"{a.name}: {n}" for n in _modules(a)]
+    }
     left_out = {m for m in modules if not taken(m.partition(": ")[2])}
     assert set(receipt.data["left_out"]) == left_out
     assert set(json.loads((tmp_path / "out/adapterkit.json").read_text())["left_out"]) == left_out
@@ -190,13 +218,25 @@ def test_exclude_leaves_out_what_is_no_delta(what, bases, tmp_path):
     base, _ = bases("bf16")
     config, out, key = {
         "modules_to_save": ({"modules_to_save": ["lm_head"]}, "lm_head", "lm_head.weight"),
-        "token rows": ({"trainable_token_indices": [3]}, "embed_tokens", "model.embed_tokens.weight"),
-        "dora": ({"use_dora": True, "target_modules": ["up_proj"]}, "up_proj", "model.layers.0.mlp.up_proj.weight"),
+        "token rows": (
+            {"trainable_token_indices": [3]},
+            "embed_tokens",
+            "model.embed_tokens.weight",
+        ),
+        "dora": (
+            {"use_dora": True, "target_modules": ["up_proj"]},
+            "up_proj",
+            "model.layers.0.mlp.up_proj.weight",
+        ),
     }[what]
-    oracle.train(load(oracle.llama, base), tmp_path / "whole", **({"target_modules": ["q_proj"]} | config))
+    oracle.train(
+        load(oracle.llama, base), tmp_path / "whole", **({"target_modules": ["q_proj"]} | config)
+    )
     oracle.train(load(oracle.llama, base), tmp_path / "plain", target_modules=["q_proj"])
     other = [tmp_path / "plain"] if what == "dora" else []
-    receipt = oracle.merge(base, f"{tmp_path / 'whole'}=0.5", *other, out=tmp_path / "out", exclude=out)
+    receipt = oracle.merge(
+        base, f"{tmp_path / 'whole'}=0.5", *other, out=tmp_path / "out", exclude=out
+    )
     assert torch.equal(stored(tmp_path / "out")[key], stored(base)[key])
     assert any(out in name for name in receipt.data["left_out"])
 
@@ -206,4 +246,8 @@ def test_weights_of_peft_lora_config_are_not_touched(bases):
     _, adapters = bases("bf16")
     for adapter in adapters:
         assert peft.PeftConfig.from_pretrained(adapter).peft_type == "LORA"
-        assert {f.name for f in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+        assert {f.name for f in adapter.iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "README.md",
+        }

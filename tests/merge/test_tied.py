@@ -11,7 +11,17 @@ import peft
 import pytest
 import torch
 import transformers
-from oracle import DTYPES, assert_rounded, assert_same, exact, load, merged, peft_merged, peft_model, stored
+from oracle import (
+    DTYPES,
+    assert_rounded,
+    assert_same,
+    exact,
+    load,
+    merged,
+    peft_merged,
+    peft_model,
+    stored,
+)
 
 from adapterkit.errors import Refused
 
@@ -29,10 +39,18 @@ def tied(made):
 
     def make(model="llama", dtype="bf16", **config):
         build = MODELS[model]
-        base = made(f"tied-{model}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
+        base = made(
+            f"tied-{model}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)
+        )
         assert HEAD not in stored(base) and _config(base).get("tie_word_embeddings", True)
-        name = f"tied-{model}-{dtype}-{sorted(config.items())}".translate(str.maketrans("", "", "[](){}' :,/"))
-        return build, base, made(name, lambda folder: oracle.train(load(build, base), folder, **config))
+        name = f"tied-{model}-{dtype}-{sorted(config.items())}".translate(
+            str.maketrans("", "", "[](){}' :,/")
+        )
+        return (
+            build,
+            base,
+            made(name, lambda folder: oracle.train(load(build, base), folder, **config)),
+        )
 
     return make
 
@@ -54,12 +72,16 @@ def test_one_side_unties(side, model, dtype, tied, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]], ids="-".join)
+@pytest.mark.parametrize(
+    "targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]], ids="-".join
+)
 def test_fold_is_pefts_result(targets, dtype, tied, tmp_path):
     build, base, adapter = tied("llama", dtype, target_modules=targets)
     oracle.merge(base, adapter, out=tmp_path / "out", tied="fold", compat="peft")
     assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), adapter))
-    assert set(stored(tmp_path / "out")) == set(stored(base)) and _config(tmp_path / "out") == _config(base)
+    assert set(stored(tmp_path / "out")) == set(stored(base)) and _config(
+        tmp_path / "out"
+    ) == _config(base)
 
 
 def test_fold_rounds_both_deltas_once(tied, tmp_path):
@@ -88,19 +110,26 @@ def test_other_modules_leave_the_tie(how, tied, tmp_path):
     build, base, adapter = tied(target_modules=["q_proj"])
     oracle.merge(base, adapter, out=tmp_path / "out", tied=how, compat="peft")
     assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), adapter))
-    assert set(stored(tmp_path / "out")) == set(stored(base)) and _config(tmp_path / "out") == _config(base)
+    assert set(stored(tmp_path / "out")) == set(stored(base)) and _config(
+        tmp_path / "out"
+    ) == _config(base)
 
 
 @pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
 def test_ensure_weight_tying_applies_once(how, tied, tmp_path):
     """PEFT's merge gives W + 2Δ there (peft.md 1.17); the trained model computes with W + Δ."""
-    build, base, adapter = tied("llama", "fp32", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    build, base, adapter = tied(
+        "llama", "fp32", target_modules=["embed_tokens"], ensure_weight_tying=True
+    )
     keys = [k for k in stored(adapter) if "lora_" in k]
     assert any("lora_embedding_A" in k for k in keys) and any("lm_head.lora_A" in k for k in keys)
     oracle.merge(base, adapter, out=tmp_path / "out", tied=how)
     expected = exact(peft_model(load(build, base), adapter))[EMBEDDING]
     assert_rounded(stored(tmp_path / "out")[EMBEDDING], expected)
-    assert set(stored(tmp_path / "out")) == set(stored(base)) and _config(tmp_path / "out")["tie_word_embeddings"] is True
+    assert (
+        set(stored(tmp_path / "out")) == set(stored(base))
+        and _config(tmp_path / "out")["tie_word_embeddings"] is True
+    )
     theirs = peft_merged(load(build, base), adapter)[EMBEDDING]
     with pytest.raises(AssertionError):  # PEFT adds it once now: compare with its result
         assert_rounded(theirs, expected)
@@ -109,24 +138,33 @@ def test_ensure_weight_tying_applies_once(how, tied, tmp_path):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_ensured_deltas_that_came_apart_are_two(dtype, tied, tmp_path):
     """PEFT's upcast of the factors ends the sharing on 16-bit bases: the sides train apart, and the file holds two deltas."""
-    build, base, adapter = tied("llama", dtype, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    build, base, adapter = tied(
+        "llama", dtype, target_modules=["embed_tokens"], ensure_weight_tying=True
+    )
     oracle.merge(base, adapter, out=tmp_path / "out")
     expected, out = exact(peft_model(load(build, base), adapter)), stored(tmp_path / "out")
     for name in (EMBEDDING, HEAD):
         assert_rounded(out[name], expected[name], name)
-    assert not torch.equal(out[EMBEDDING], out[HEAD]) and _config(tmp_path / "out")["tie_word_embeddings"] is False
+    assert (
+        not torch.equal(out[EMBEDDING], out[HEAD])
+        and _config(tmp_path / "out")["tie_word_embeddings"] is False
+    )
     with pytest.raises(Refused, match="is tied to"):
         oracle.merge(base, adapter, out=tmp_path / "refused", tied="refuse")
 
 
 def test_ensure_weight_tying_with_modules_to_save(tied, tmp_path):
-    build, base, adapter = tied(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    build, base, adapter = tied(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
     oracle.merge(base, adapter, out=tmp_path / "out", compat="peft")
     assert_same(merged(tmp_path / "out", build), peft_merged(load(build, base), adapter))
     assert HEAD not in stored(tmp_path / "out")
 
 
-@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids="-".join)
+@pytest.mark.parametrize(
+    "saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids="-".join
+)
 @pytest.mark.parametrize("how", ["untie", "fold"])
 def test_modules_to_save_untie(how, saved, tied, tmp_path):
     """PEFT has two weights then, in memory too."""
@@ -160,7 +198,9 @@ def test_different_rows_of_both_sides(tied, tmp_path):
     assert_same(merged(tmp_path / "fold", build), peft_merged(load(build, base), adapter))
 
 
-@pytest.mark.parametrize("config", [{}, {"trainable_token_indices": [85, 3]}], ids=["embedding", "rows"])
+@pytest.mark.parametrize(
+    "config", [{}, {"trainable_token_indices": [85, 3]}], ids=["embedding", "rows"]
+)
 @pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
 def test_resized_vocabulary_stays_tied(how, config, tied, tmp_path):
     """PEFT saves a resized tied embedding under both names; equal values are one weight, and trained rows are both sides'."""
@@ -186,7 +226,11 @@ def test_a_base_that_stores_both(how, tied, tmp_path):
     build, base, adapter = tied(target_modules=["embed_tokens"])
     both = oracle.edit_config(base, tmp_path / "both")
     tensors = stored(base)
-    oracle.save_file(tensors | {HEAD: tensors[EMBEDDING].clone()}, both / "model.safetensors", metadata={"format": "pt"})
+    oracle.save_file(
+        tensors | {HEAD: tensors[EMBEDDING].clone()},
+        both / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     oracle.merge(both, adapter, out=tmp_path / "out", tied=how)
     after = stored(tmp_path / "out")
     expected = exact(peft_model(load(build, base), adapter))[EMBEDDING]
@@ -201,7 +245,10 @@ def test_shared_embeddings_of_t5(made, tmp_path):
     base = made("tied-t5", lambda folder: oracle.save_base(oracle.t5(), folder, "bf16"))
     oracle.train(load(oracle.t5, base), tmp_path / "adapter", target_modules=["shared", "q"])
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "fold", tied="fold", compat="peft")
-    assert_same(merged(tmp_path / "fold", oracle.t5), peft_merged(load(oracle.t5, base), tmp_path / "adapter"))
+    assert_same(
+        merged(tmp_path / "fold", oracle.t5),
+        peft_merged(load(oracle.t5, base), tmp_path / "adapter"),
+    )
     # T5's config reads tie_word_embeddings = false as "do not scale the decoder's outputs": untying would change the logits
     with pytest.raises(Refused, match="cannot be untied"):
         oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
@@ -211,11 +258,23 @@ def test_shared_embeddings_of_t5(made, tmp_path):
 
 def test_a_switch_that_means_more_is_not_turned(made, tmp_path):
     """SwitchTransformers scales its outputs by tie_word_embeddings: untied, the logits would be others."""
-    sizes = {"vocab_size": 80, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 2}
-    build = lambda: transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig(**sizes))
+    sizes = {
+        "vocab_size": 80,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_experts": 2,
+    }
+    build = lambda: transformers.SwitchTransformersForConditionalGeneration(
+        transformers.SwitchTransformersConfig(**sizes)
+    )
     base = made("tied-switch", lambda folder: oracle.save_base(build(), folder, "bf16"))
     oracle.train(load(build, base), tmp_path / "adapter", target_modules=["lm_head", "q"])
-    with pytest.raises(Refused, match="cannot be untied: this model's code does more by tie_word_embeddings"):
+    with pytest.raises(
+        Refused, match="cannot be untied: this model's code does more by tie_word_embeddings"
+    ):
         oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", exclude="lm_head")
     assert _config(tmp_path / "out") == _config(base)
@@ -223,22 +282,38 @@ def test_a_switch_that_means_more_is_not_turned(made, tmp_path):
 
 def test_nested_config_is_untied(tmp_path):
     """tie_word_embeddings of a text_config is set as well."""
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     config = transformers.Gemma3Config(
         vision_config={**tower, "image_size": 16, "patch_size": 8},
-        text_config={**tower, "vocab_size": 80, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+        text_config={
+            **tower,
+            "vocab_size": 80,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+        },
         mm_tokens_per_image=4,
     )
     torch.manual_seed(0)
     with oracle.quiet():
         model = transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
         model.save_pretrained(tmp_path / "base")
-        model = transformers.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype="auto")
+        model = transformers.Gemma3ForConditionalGeneration.from_pretrained(
+            tmp_path / "base", dtype="auto"
+        )
     assert model.lm_head.weight is model.get_input_embeddings().weight
     oracle.train(model, tmp_path / "adapter", target_modules=["lm_head"])
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
     said = _config(tmp_path / "out")
-    assert said["tie_word_embeddings"] is False and said["text_config"].get("tie_word_embeddings", False) is False
+    assert (
+        said["tie_word_embeddings"] is False
+        and said["text_config"].get("tie_word_embeddings", False) is False
+    )
     loaded = oracle.load_checked(transformers.Gemma3ForConditionalGeneration, tmp_path / "out")
     before = model.get_input_embeddings().weight
     assert torch.equal(loaded.get_input_embeddings().weight, before)
@@ -248,8 +323,12 @@ def test_nested_config_is_untied(tmp_path):
 def test_ties_of_a_model_that_transformers_does_not_know(tied, tmp_path):
     """Nobody can say then what else the embedding is; the shared weight can be changed on request."""
     _, base, adapter = tied(target_modules=["embed_tokens"])
-    unknown = oracle.edit_config(base, tmp_path / "unknown", model_type="mystery", architectures=["MysteryForCausalLM"])
-    with pytest.raises(Refused, match=r"model.embed_tokens.weight may have other names(.*\n)*.*--tied fold"):
+    unknown = oracle.edit_config(
+        base, tmp_path / "unknown", model_type="mystery", architectures=["MysteryForCausalLM"]
+    )
+    with pytest.raises(
+        Refused, match=r"model.embed_tokens.weight may have other names(.*\n)*.*--tied fold"
+    ):
         oracle.merge(unknown, adapter, out=tmp_path / "out")
     oracle.merge(unknown, adapter, out=tmp_path / "out", tied="fold")
     oracle.merge(base, adapter, out=tmp_path / "fold", tied="fold")
@@ -266,45 +345,128 @@ def test_untied_head_goes_to_the_last_shard(tied, tmp_path):
     merged(tmp_path / "out", build)
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 TEXT = SIZES | {"vocab_size": 80, "max_position_embeddings": 64}
-SEQ2SEQ = {"vocab_size": 80, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+SEQ2SEQ = {
+    "vocab_size": 80,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
 SEQ2SEQ |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-BLIP = {"text_config": TEXT | {"encoder_hidden_size": 32}, "vision_config": SIZES | {"image_size": 16, "patch_size": 8}}
+BLIP = {
+    "text_config": TEXT | {"encoder_hidden_size": 32},
+    "vision_config": SIZES | {"image_size": 16, "patch_size": 8},
+}
 QWEN = {
-    "text_config": TEXT | {"num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
-    "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2},
+    "text_config": TEXT
+    | {"num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+    "vision_config": {
+        "depth": 1,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+    },
     "tie_word_embeddings": True,
 }
 QWEN["text_config"] |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
 GEMMA = SIZES | {"vocab_size": 80, "num_key_value_heads": 2, "head_dim": 8}
 T5GEMMA = {
-    "encoder": {"text_config": GEMMA, "vision_config": SIZES | {"image_size": 16, "patch_size": 8}, "mm_tokens_per_image": 4}
+    "encoder": {
+        "text_config": GEMMA,
+        "vision_config": SIZES | {"image_size": 16, "patch_size": 8},
+        "mm_tokens_per_image": 4,
+    }
 }
 T5GEMMA |= {"decoder": GEMMA, "image_token_index": 72, "eoi_token_index": 70}
 # class, config, input embedding, head; all but the first of a kind tie more than these two
 FAMILIES = {
     "bert-mlm": ("BertForMaskedLM", "BertConfig", TEXT, "word_embeddings", "decoder"),
-    "bert-lm": ("BertLMHeadModel", "BertConfig", TEXT | {"is_decoder": True}, "word_embeddings", "decoder"),
+    "bert-lm": (
+        "BertLMHeadModel",
+        "BertConfig",
+        TEXT | {"is_decoder": True},
+        "word_embeddings",
+        "decoder",
+    ),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT, "word_embeddings", "decoder"),
-    "megatron-bert": ("MegatronBertForMaskedLM", "MegatronBertConfig", TEXT, "word_embeddings", "decoder"),
-    "visual-bert": ("VisualBertForPreTraining", "VisualBertConfig", TEXT, "word_embeddings", "decoder"),
-    "blip": ("BlipForConditionalGeneration", "BlipConfig", BLIP, "word_embeddings", "predictions.decoder"),
-    "electra": ("ElectraForMaskedLM", "ElectraConfig", TEXT | {"embedding_size": 16}, "word_embeddings", "generator_lm_head"),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 80, "n_embd": 32, "n_layer": 1, "n_head": 4}, "wte", "lm_head"),
+    "megatron-bert": (
+        "MegatronBertForMaskedLM",
+        "MegatronBertConfig",
+        TEXT,
+        "word_embeddings",
+        "decoder",
+    ),
+    "visual-bert": (
+        "VisualBertForPreTraining",
+        "VisualBertConfig",
+        TEXT,
+        "word_embeddings",
+        "decoder",
+    ),
+    "blip": (
+        "BlipForConditionalGeneration",
+        "BlipConfig",
+        BLIP,
+        "word_embeddings",
+        "predictions.decoder",
+    ),
+    "electra": (
+        "ElectraForMaskedLM",
+        "ElectraConfig",
+        TEXT | {"embedding_size": 16},
+        "word_embeddings",
+        "generator_lm_head",
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 80, "n_embd": 32, "n_layer": 1, "n_head": 4},
+        "wte",
+        "lm_head",
+    ),
     "bart": ("BartForConditionalGeneration", "BartConfig", SEQ2SEQ, "shared", "lm_head"),
-    "t5gemma2": ("T5Gemma2ForConditionalGeneration", "T5Gemma2Config", T5GEMMA, "text_model.embed_tokens", "lm_head.out_proj"),
-    "qwen2-vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", QWEN, "embed_tokens", "lm_head"),
+    "t5gemma2": (
+        "T5Gemma2ForConditionalGeneration",
+        "T5Gemma2Config",
+        T5GEMMA,
+        "text_model.embed_tokens",
+        "lm_head.out_proj",
+    ),
+    "qwen2-vl": (
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        QWEN,
+        "embed_tokens",
+        "lm_head",
+    ),
 }
 SIDES = {
     "embedding": lambda e, h: {"target_modules": [e, "query"]},
     "head": lambda e, h: {"target_modules": [h, "query"]},
     "both": lambda e, h: {"target_modules": [e, h]},
     "ensured": lambda e, h: {"target_modules": [e], "ensure_weight_tying": True},
-    "rows": lambda e, h: {"target_modules": ["query", "q_proj", "c_attn"], "trainable_token_indices": {e: [5, 2]}},
+    "rows": lambda e, h: {
+        "target_modules": ["query", "q_proj", "c_attn"],
+        "trainable_token_indices": {e: [5, 2]},
+    },
     "rows-and-head": lambda e, h: {"target_modules": [h], "trainable_token_indices": {e: [5, 2]}},
-    "rows-apart": lambda e, h: {"target_modules": ["query", "q_proj", "c_attn"], "trainable_token_indices": {e: [5, 2], h: [7]}},
-    "saved-head": lambda e, h: {"target_modules": ["query", "q_proj", "c_attn"], "modules_to_save": [h]},
+    "rows-apart": lambda e, h: {
+        "target_modules": ["query", "q_proj", "c_attn"],
+        "trainable_token_indices": {e: [5, 2], h: [7]},
+    },
+    "saved-head": lambda e, h: {
+        "target_modules": ["query", "q_proj", "c_attn"],
+        "modules_to_save": [h],
+    },
 }
 
 
@@ -317,7 +479,10 @@ def _family(name, folder):
         model = getattr(transformers, cls)(getattr(transformers, config)(**sizes)).eval()
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
-        parameter.add_((0.3 if 80 in parameter.shape else 0.05) * torch.randn(parameter.shape, generator=generator))
+        parameter.add_(
+            (0.3 if 80 in parameter.shape else 0.05)
+            * torch.randn(parameter.shape, generator=generator)
+        )
     oracle.save_base(model, folder, "fp32")
 
 
@@ -340,16 +505,24 @@ def test_logits_of_every_family(name, trained, made, tmp_path):
     base = made(f"tied-family-{name}", lambda folder: _family(name, folder))
     oracle.train(load(cls, base), tmp_path / "adapter", **SIDES[trained](embedding, head))
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
-    wrapped, before = peft_model(load(cls, base), tmp_path / "adapter"), _logits(load(cls, base), name)
+    wrapped, before = (
+        peft_model(load(cls, base), tmp_path / "adapter"),
+        _logits(load(cls, base), name),
+    )
     after = load(cls, tmp_path / "out")
-    for model in (wrapped, after) if "rows" in trained else ():  # there PEFT leaves the head's bias out until it merges
+    for model in (
+        (wrapped, after) if "rows" in trained else ()
+    ):  # there PEFT leaves the head's bias out until it merges
         for parameter in model.parameters():
             if parameter.shape == (80,):
                 parameter.data.zero_()
     right, found = _logits(wrapped, name), _logits(after, name)
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
     # Bart calls its encoder's and decoder's embeddings, never `shared` itself
-    assert (right - before).abs().max() > 1e-4 or (embedding, trained) in {("shared", "embedding"), ("shared", "ensured")}
+    assert (right - before).abs().max() > 1e-4 or (embedding, trained) in {
+        ("shared", "embedding"),
+        ("shared", "ensured"),
+    }
 
 
 TRAINED = {
@@ -360,9 +533,18 @@ TRAINED = {
     "saved-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "rows": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 2]},
     "rows-of-head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7, 1]}},
-    "rows-of-embedding": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 1]}},
-    "rows-of-both": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 1], "lm_head": [3]}},
-    "same-rows": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 1], "lm_head": [7, 1]}},
+    "rows-of-embedding": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [7, 1]},
+    },
+    "rows-of-both": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [7, 1], "lm_head": [3]},
+    },
+    "same-rows": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [7, 1], "lm_head": [7, 1]},
+    },
 }
 
 

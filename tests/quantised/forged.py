@@ -30,7 +30,12 @@ class Form:
 
 
 def compressed(form: str, weights: dict[str, Any], **more) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
     return {
         "quant_method": "compressed-tensors",
         "format": form,
@@ -41,13 +46,25 @@ def compressed(form: str, weights: dict[str, Any], **more) -> dict[str, Any]:
     }
 
 
-def words(bits: int, size: int | None, symmetric: bool = True, index: bool = False) -> Callable[[Tensor], Parts]:
+def words(
+    bits: int, size: int | None, symmetric: bool = True, index: bool = False
+) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
-        order = torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(0)) if index else torch.arange(w.shape[1])
-        made = packed.encode_integers(w[:, order], bits, size, symmetric=symmetric, scale_dtype=torch.bfloat16)
+        order = (
+            torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(0))
+            if index
+            else torch.arange(w.shape[1])
+        )
+        made = packed.encode_integers(
+            w[:, order], bits, size, symmetric=symmetric, scale_dtype=torch.bfloat16
+        )
         codes = torch.empty_like(made.codes)
         codes[:, order] = made.codes
-        parts = {".weight_packed": packed.pack(codes, bits), ".weight_scale": made.scale, ".weight_shape": torch.tensor(w.shape)}
+        parts = {
+            ".weight_packed": packed.pack(codes, bits),
+            ".weight_scale": made.scale,
+            ".weight_shape": torch.tensor(w.shape),
+        }
         if made.zero is not None:
             parts[".weight_zero_point"] = packed.pack_zeros(made.zero, bits)
         if index:
@@ -68,9 +85,15 @@ def int8(symmetric: bool = True) -> Callable[[Tensor], Parts]:
     return make
 
 
-def fp8(block: tuple[int, int] | str, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Parts]:
+def fp8(
+    block: tuple[int, int] | str, dtype: torch.dtype = torch.float32
+) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
-        size = {"tensor": tuple(w.shape), "channel": (1, w.shape[1])}[block] if isinstance(block, str) else block
+        size = (
+            {"tensor": tuple(w.shape), "channel": (1, w.shape[1])}[block]
+            if isinstance(block, str)
+            else block
+        )
         made = narrow.encode_fp8(w, size, scale_dtype=dtype)
         scale = made.scale.view(1) if block == "tensor" else made.scale
         return {".weight": made.codes, ".weight_scale": scale, ".input_scale": torch.tensor([0.25])}
@@ -86,7 +109,11 @@ def fp8_of_transformers(w: Tensor) -> Parts:
 def nvfp4(w: Tensor) -> Parts:
     divisor = narrow.nvfp4_divisor(w.abs().amax())
     made = narrow.encode_nvfp4(w, divisor=divisor)
-    parts = {".weight_packed": made.codes, ".weight_scale": made.scale, ".weight_global_scale": divisor}
+    parts = {
+        ".weight_packed": made.codes,
+        ".weight_scale": made.scale,
+        ".weight_global_scale": divisor,
+    }
     return parts | {".input_global_scale": torch.tensor([3.0])}
 
 
@@ -98,13 +125,21 @@ def mxfp4(w: Tensor) -> Parts:
 def modelopt_nvfp4(w: Tensor) -> Parts:
     factor = narrow.nvfp4_factor(w.abs().amax())
     made = narrow.encode_nvfp4(w, factor=factor)
-    scales = {".weight_scale": made.scale, ".weight_scale_2": factor, ".input_scale": torch.tensor(0.5)}
+    scales = {
+        ".weight_scale": made.scale,
+        ".weight_scale_2": factor,
+        ".input_scale": torch.tensor(0.5),
+    }
     return {".weight": made.codes, **scales}
 
 
 def modelopt_fp8(w: Tensor) -> Parts:
     made = narrow.encode_fp8(w, (w.shape[0], w.shape[1]))
-    return {".weight": made.codes, ".weight_scale": made.scale.view(()), ".input_scale": torch.tensor(0.5)}
+    return {
+        ".weight": made.codes,
+        ".weight_scale": made.scale.view(()),
+        ".input_scale": torch.tensor(0.5),
+    }
 
 
 def gptq(bits: int, version: int) -> Callable[[Tensor], Parts]:
@@ -132,7 +167,11 @@ def awq(w: Tensor) -> Parts:
         eights = (codes.long() + 8).view(len(codes), -1, 8)[:, :, list(packed.AWQ_ORDER)]
         return (eights << torch.arange(0, 32, 4)).sum(2).to(torch.int32)
 
-    return {".qweight": folded(made.codes.T), ".qzeros": folded(made.zero.T), ".scales": made.scale.T.contiguous()}
+    return {
+        ".qweight": folded(made.codes.T),
+        ".qzeros": folded(made.zero.T),
+        ".scales": made.scale.T.contiguous(),
+    }
 
 
 def torchao(kind: str) -> Callable[[Tensor], Parts]:
@@ -144,10 +183,16 @@ def torchao(kind: str) -> Callable[[Tensor], Parts]:
             scale = w.unflatten(1, (-1, 32)).abs().amax(2).T.div(7).bfloat16().contiguous()
             codes = packed.encode_integers(w, 4, scale=scale.T.float()).codes
             half = narrow.pack_nibbles(codes.int() & 15)
-            zero = torch.randn(scale.shape, generator=torch.Generator().manual_seed(2)).mul_(1e-3).bfloat16()
+            zero = (
+                torch.randn(scale.shape, generator=torch.Generator().manual_seed(2))
+                .mul_(1e-3)
+                .bfloat16()
+            )
             return {"._weight_qdata": half, "._weight_scale": scale, "._weight_zero_point": zero}
         size = 32 if kind == "IntxUnpackedToInt8Tensor" else None
-        made = packed.encode_integers(w, 8, size, symmetric=size is None, scale_dtype=torch.bfloat16)
+        made = packed.encode_integers(
+            w, 8, size, symmetric=size is None, scale_dtype=torch.bfloat16
+        )
         zero = {} if made.zero is None else {"._weight_zero_point": made.zero}
         return {"._weight_qdata": made.codes, "._weight_scale": made.scale, **zero}
 
@@ -162,7 +207,11 @@ def said_of(kind: str) -> Callable[[str, Parts], dict[str, str]]:
         block = [1, {"Int4Tensor": 32, "IntxUnpackedToInt8Tensor": 32}.get(kind, width)]
         data = {"block_size": block, "dtype": {"_type": "torch.dtype", "_data": "bfloat16"}}
         data |= {"shape": [out, 2 * width]} if kind == "Int4Tensor" else {}
-        return {key: json.dumps({"_type": kind, "_data": data, "_tensor_data_names": ["qdata", "scale"]})}
+        return {
+            key: json.dumps(
+                {"_type": kind, "_data": data, "_tensor_data_names": ["qdata", "scale"]}
+            )
+        }
 
     return say
 
@@ -173,32 +222,84 @@ FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
 NV = FP4 | {"strategy": "tensor_group", "group_size": 16}
 ZERO = {"strategy": "channel", "symmetric": False}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
-HF = {"hf_quant_config.json": {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}}
+HF = {
+    "hf_quant_config.json": {
+        "producer": {"name": "modelopt"},
+        "quantization": {"quant_algo": "NVFP4", "group_size": 16},
+    }
+}
 FORMS = {
     "int4": Form(words(4, 32), compressed("pack-quantized", INT4), 0.13),
-    "int4-zero": Form(words(4, 32, symmetric=False), compressed("pack-quantized", INT4 | {"symmetric": False}), 0.13),
-    "int4-g_idx": Form(words(4, 32, index=True), compressed("pack-quantized", INT4 | {"actorder": "group"}), 0.13),
-    "int8-words": Form(
-        words(8, None), compressed("pack-quantized", INT4 | {"num_bits": 8, "strategy": "channel", "group_size": None}), 0.01
+    "int4-zero": Form(
+        words(4, 32, symmetric=False),
+        compressed("pack-quantized", INT4 | {"symmetric": False}),
+        0.13,
     ),
-    "int8": Form(int8(), compressed("int-quantized", INT4 | {"num_bits": 8, "strategy": "channel", "group_size": None}), 0.01),
-    "int8-zero": Form(int8(False), compressed("int-quantized", INT4 | ZERO | {"num_bits": 8, "group_size": None}), 0.01),
-    "fp8-tensor": Form(fp8("tensor"), compressed("float-quantized", FP8 | {"strategy": "tensor"}), 0.04),
-    "fp8-channel": Form(fp8("channel", torch.bfloat16), compressed("float-quantized", FP8 | {"strategy": "channel"}), 0.04),
-    "fp8-block": Form(fp8((32, 48)), compressed("naive-quantized", FP8 | {"strategy": "block", "block_structure": [32, 48]}), 0.04),
+    "int4-g_idx": Form(
+        words(4, 32, index=True), compressed("pack-quantized", INT4 | {"actorder": "group"}), 0.13
+    ),
+    "int8-words": Form(
+        words(8, None),
+        compressed(
+            "pack-quantized", INT4 | {"num_bits": 8, "strategy": "channel", "group_size": None}
+        ),
+        0.01,
+    ),
+    "int8": Form(
+        int8(),
+        compressed(
+            "int-quantized", INT4 | {"num_bits": 8, "strategy": "channel", "group_size": None}
+        ),
+        0.01,
+    ),
+    "int8-zero": Form(
+        int8(False),
+        compressed("int-quantized", INT4 | ZERO | {"num_bits": 8, "group_size": None}),
+        0.01,
+    ),
+    "fp8-tensor": Form(
+        fp8("tensor"), compressed("float-quantized", FP8 | {"strategy": "tensor"}), 0.04
+    ),
+    "fp8-channel": Form(
+        fp8("channel", torch.bfloat16),
+        compressed("float-quantized", FP8 | {"strategy": "channel"}),
+        0.04,
+    ),
+    "fp8-block": Form(
+        fp8((32, 48)),
+        compressed("naive-quantized", FP8 | {"strategy": "block", "block_structure": [32, 48]}),
+        0.04,
+    ),
     "nvfp4": Form(nvfp4, compressed("nvfp4-pack-quantized", NV), 0.12),
-    "mxfp4": Form(mxfp4, compressed("mxfp4-pack-quantized", FP4 | {"strategy": "group", "group_size": 32}), 0.16),
-    "modelopt-nvfp4": Form(modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, 0.12),
+    "mxfp4": Form(
+        mxfp4,
+        compressed("mxfp4-pack-quantized", FP4 | {"strategy": "group", "group_size": 32}),
+        0.16,
+    ),
+    "modelopt-nvfp4": Form(
+        modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, 0.12
+    ),
     "modelopt-file": Form(modelopt_nvfp4, {}, 0.12, files=HF),
     "modelopt-fp8": Form(modelopt_fp8, {"quant_method": "modelopt", "quant_algo": "FP8"}, 0.04),
-    "fp8": Form(fp8_of_transformers, {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}, 0.04),
+    "fp8": Form(
+        fp8_of_transformers,
+        {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
+        0.04,
+    ),
     "gptq4": Form(gptq(4, 1), GPTQ, 0, writable=False),
-    "gptq8-v2": Form(gptq(8, 2), GPTQ | {"bits": 8, "checkpoint_format": "gptq_v2"}, 0, writable=False),
+    "gptq8-v2": Form(
+        gptq(8, 2), GPTQ | {"bits": 8, "checkpoint_format": "gptq_v2"}, 0, writable=False
+    ),
     "awq": Form(
-        awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, 0, writable=False
+        awq,
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+        0,
+        writable=False,
     ),
     **{
-        f"torchao-{kind}": Form(torchao(kind), {"quant_method": "torchao"}, 0, said_of(kind), writable=False)
+        f"torchao-{kind}": Form(
+            torchao(kind), {"quant_method": "torchao"}, 0, said_of(kind), writable=False
+        )
         for kind in ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor")
     },
 }
@@ -207,7 +308,9 @@ FORMS = {
 def llama() -> transformers.PreTrainedModel:
     sizes = {"vocab_size": 80, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False
+    )
     return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
 
 
@@ -229,7 +332,9 @@ def quantise(folder: Path, form: Form) -> None:
             tensors[key] = weight
     save_file(tensors, folder / "model.safetensors", metadata)
     path = folder / "config.json"
-    config = json.loads(path.read_text()) | ({"quantization_config": form.settings} if form.settings else {})
+    config = json.loads(path.read_text()) | (
+        {"quantization_config": form.settings} if form.settings else {}
+    )
     path.write_text(json.dumps(config))
     for name, content in form.files.items():
         (folder / name).write_text(json.dumps(content))
@@ -239,7 +344,9 @@ def change(folder: Path, changes: dict[str, Any], settings: dict[str, Any] | Non
     """Tensors replaced by their key, or removed (None), and settings of the quantization_config."""
     path = folder / "model.safetensors"
     tensors = load_file(path) | changes
-    save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path, {"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items() if v is not None}, path, {"format": "pt"}
+    )
     if settings is not None:
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = config.get("quantization_config", {}) | settings

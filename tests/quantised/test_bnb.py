@@ -27,7 +27,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 STATE = bnb4.STATE
 K = "model.layers.0.self_attn.k_proj.weight"  # 64 x 128: 128 blocks
 Q = "model.layers.0.self_attn.q_proj"
-SIZES = {"hidden_size": 128, "intermediate_size": 192}  # rows of whole blocks: bitsandbytes decodes no others rightly on CPUs
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+}  # rows of whole blocks: bitsandbytes decodes no others rightly on CPUs
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, transformers'
     "nf4": ({"to": "nf4"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
     "fp4": ({"to": "fp4"}, {"load_in_4bit": True}),
@@ -35,7 +38,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, transformer
         {"to": "nf4", "double_quant": True},
         {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     ),
-    "fp4-double": ({"to": "fp4", "double_quant": True}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}),
+    "fp4-double": (
+        {"to": "fp4", "double_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    ),
     "int8": ({"to": "int8"}, {"load_in_8bit": True}),
 }
 
@@ -46,15 +52,31 @@ def wide() -> nn.Module:
 
 def odd() -> nn.Module:
     """No row is a whole block, and one weight has an odd number of elements."""
-    return oracle.llama(hidden_size=36, intermediate_size=45, num_attention_heads=3, num_key_value_heads=1, head_dim=6)
+    return oracle.llama(
+        hidden_size=36,
+        intermediate_size=45,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=6,
+    )
 
 
 def wide_gpt2() -> nn.Module:
-    return oracle._model("GPT2LMHeadModel", transformers.GPT2Config(vocab_size=80, n_embd=64, n_layer=2, n_head=4, n_positions=64))
+    return oracle._model(
+        "GPT2LMHeadModel",
+        transformers.GPT2Config(vocab_size=80, n_embd=64, n_layer=2, n_head=4, n_positions=64),
+    )
 
 
 def wide_t5() -> nn.Module:
-    sizes = {"vocab_size": 80, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
+    sizes = {
+        "vocab_size": 80,
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 1,
+        "num_heads": 4,
+    }
     return oracle._model("T5ForConditionalGeneration", transformers.T5Config(**sizes))
 
 
@@ -62,7 +84,12 @@ def slanext() -> nn.Module:
     """Its head's linear layers become float32 before they are quantised."""
     vision = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
               "mlp_dim": 64, "global_attn_indexes": [1], "window_size": 2}  # fmt: skip
-    sizes = {"post_conv_in_channels": 16, "post_conv_out_channels": 32, "out_channels": 10, "hidden_size": 32}
+    sizes = {
+        "post_conv_in_channels": 16,
+        "post_conv_out_channels": 32,
+        "out_channels": 10,
+        "hidden_size": 32,
+    }
     config = transformers.SLANeXtConfig(vision_config=vision, max_text_length=8, **sizes)
     return oracle._model("SLANeXtForTableRecognition", config)
 
@@ -103,7 +130,13 @@ def packed(made: Callable[..., Path], base: Callable[..., Path]) -> Callable[[st
     """A model in a format, by our hands."""
 
     def make(name: str, kind: str) -> Path:
-        return made(f"bnb-{name}-{kind}", lambda folder: quantised(base(name), folder / "q", **KINDS[kind][0])) / "q"
+        return (
+            made(
+                f"bnb-{name}-{kind}",
+                lambda folder: quantised(base(name), folder / "q", **KINDS[kind][0]),
+            )
+            / "q"
+        )
 
     return make
 
@@ -118,22 +151,30 @@ def quantised(base: Path, out: Path, **how):
 
 
 def class_of(folder: Path) -> Any:
-    return getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    return getattr(
+        transformers, json.loads((folder / "config.json").read_text())["architectures"][0]
+    )
 
 
 def by_transformers(base: Path, out: Path, **settings) -> nn.Module:
     """What its from_pretrained makes of the base, saved."""
     said = transformers.BitsAndBytesConfig(**settings)
     with oracle.quiet():
-        model = class_of(base).from_pretrained(base, quantization_config=said, device_map="cpu", dtype="auto")
+        model = class_of(base).from_pretrained(
+            base, quantization_config=said, device_map="cpu", dtype="auto"
+        )
         model.save_pretrained(out)
     return model
 
 
 def loaded(folder: Path) -> nn.Module:
     with oracle.quiet():
-        model, info = class_of(folder).from_pretrained(folder, device_map="cpu", dtype="auto", output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        model, info = class_of(folder).from_pretrained(
+            folder, device_map="cpu", dtype="auto", output_loading_info=True
+        )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     return model.eval()
 
 
@@ -149,7 +190,9 @@ def same_files(ours: Path, theirs: Path) -> None:
     if settings["load_in_4bit"]:
         assert settings["bnb_4bit_compute_dtype"] == expected["dtype"]
         settings["bnb_4bit_compute_dtype"] = "float32"
-    plain = lambda said: {k: plain(v) if k.endswith("_config") else v for k, v in said.items() if k != "dtype"}
+    plain = lambda said: {
+        k: plain(v) if k.endswith("_config") else v for k, v in said.items() if k != "dtype"
+    }
     assert plain(found) == plain(expected)
     assert found["dtype"] == expected["dtype"]
 
@@ -160,8 +203,13 @@ def same_files(ours: Path, theirs: Path) -> None:
 ALL = ("llama-bf16", "odd", "gpt2-bf16")
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in MODELS for k in KINDS if n in ALL or k in ("nf4-double", "int8")])
-def test_the_files_are_those_of_transformers(base, packed, name: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(n, k) for n in MODELS for k in KINDS if n in ALL or k in ("nf4-double", "int8")],
+)
+def test_the_files_are_those_of_transformers(
+    base, packed, name: str, kind: str, tmp_path: Path
+) -> None:
     by_transformers(base(name), tmp_path, **KINDS[kind][1])
     same_files(packed(name, kind), tmp_path)
 
@@ -206,8 +254,13 @@ def test_errors_are_measured(base, packed) -> None:
     before, facts = load_file(base("llama-bf16") / "model.safetensors"), receipt["parameters"]
     assert receipt["quantised"] == 14 and len(facts) == 14
     for key, fact in facts.items():
-        lost = unpacked(load_file(packed("llama-bf16", "nf4") / "model.safetensors"), key) - before[key].double()
-        assert fact["error"] == pytest.approx(float(lost.norm() / before[key].double().norm()), rel=1e-3)
+        lost = (
+            unpacked(load_file(packed("llama-bf16", "nf4") / "model.safetensors"), key)
+            - before[key].double()
+        )
+        assert fact["error"] == pytest.approx(
+            float(lost.norm() / before[key].double().norm()), rel=1e-3
+        )
 
 
 def unpacked(tensors: dict[str, Tensor], key: str) -> Tensor:
@@ -216,8 +269,15 @@ def unpacked(tensors: dict[str, Tensor], key: str) -> Tensor:
     said = json.loads(tensors[state].numpy().tobytes())
     absmax = tensors[key + ".absmax"].double()
     if "nested_offset" in said:
-        scale = tensors[key + ".nested_absmax"].double().repeat_interleave(said["nested_blocksize"])[: len(absmax)]
-        absmax = tensors[key + ".nested_quant_map"].double()[absmax.long()] * scale + said["nested_offset"]
+        scale = (
+            tensors[key + ".nested_absmax"]
+            .double()
+            .repeat_interleave(said["nested_blocksize"])[: len(absmax)]
+        )
+        absmax = (
+            tensors[key + ".nested_quant_map"].double()[absmax.long()] * scale
+            + said["nested_offset"]
+        )
     bytes_ = tensors[key].flatten().long()
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten()
     out, width = said["shape"]
@@ -230,11 +290,15 @@ def test_a_base_in_shards(base, packed, kind: str, tmp_path: Path) -> None:
     sharded = base("llama-bf16", max_shard_size="100KB")
     quantised(sharded, tmp_path / "out", **KINDS[kind][0])
     files = sorted(tmp_path.glob("out/*.safetensors"))
-    assert [file.name for file in files] == [file.name for file in sorted(sharded.glob("*.safetensors"))] and len(files) > 2
+    assert [file.name for file in files] == [
+        file.name for file in sorted(sharded.glob("*.safetensors"))
+    ] and len(files) > 2
     tensors = {file.name: load_file(file) for file in files}
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {key: name for name in tensors for key in tensors[name]}
-    assert index["metadata"]["total_size"] == sum(t.nbytes for part in tensors.values() for t in part.values())
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for part in tensors.values() for t in part.values()
+    )
     whole = {key: t for part in tensors.values() for key, t in part.items()}
     oracle.assert_same(whole, load_file(packed("llama-bf16", kind) / "model.safetensors"))
     loaded(tmp_path / "out")
@@ -250,23 +314,40 @@ def test_skipped_modules_stay(base, name: str, kind: str, tmp_path: Path) -> Non
     listed = config(tmp_path / "ours")["quantization_config"]["llm_int8_skip_modules"]
     by_transformers(base(name), tmp_path / "theirs", llm_int8_skip_modules=listed, **theirs)
     same_files(tmp_path / "ours", tmp_path / "theirs")
-    before, after = (load_file(folder / "model.safetensors") for folder in (base(name), tmp_path / "ours"))
-    left = [key for key in before if key in after and before[key].dtype == after[key].dtype and before[key].dim() == 2]
-    assert set(receipt.data["left_out"]) <= set(left) and len(receipt.data["left_out"]) == {"llama-bf16": 5, "gpt2-bf16": 6}[name]
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (base(name), tmp_path / "ours")
+    )
+    left = [
+        key
+        for key in before
+        if key in after and before[key].dtype == after[key].dtype and before[key].dim() == 2
+    ]
+    assert (
+        set(receipt.data["left_out"]) <= set(left)
+        and len(receipt.data["left_out"]) == {"llama-bf16": 5, "gpt2-bf16": 6}[name]
+    )
     model = loaded(tmp_path / "ours")
     for key in receipt.data["left_out"]:
         module = model.get_submodule(key.removesuffix(".weight"))
-        assert type(module) in (nn.Linear, transformers.pytorch_utils.Conv1D) and torch.equal(module.weight, before[key])
+        assert type(module) in (nn.Linear, transformers.pytorch_utils.Conv1D) and torch.equal(
+            module.weight, before[key]
+        )
 
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("block", [32, 128, 4096])
-def test_other_block_sizes_are_those_of_the_library(base, block: int, double: bool, tmp_path: Path) -> None:
+def test_other_block_sizes_are_those_of_the_library(
+    base, block: int, double: bool, tmp_path: Path
+) -> None:
     """transformers has no setting for it; what it loads, it computes with as it is."""
     quantised(base("llama-bf16"), tmp_path / "out", to="nf4", block_size=block, double_quant=double)
-    before, after = (load_file(folder / "model.safetensors") for folder in (base("llama-bf16"), tmp_path / "out"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (base("llama-bf16"), tmp_path / "out")
+    )
     for key in [key for key in before if key + ".absmax" in after]:
-        values, state = bnb.functional.quantize_4bit(before[key], blocksize=block, quant_type="nf4", compress_statistics=double)
+        values, state = bnb.functional.quantize_4bit(
+            before[key], blocksize=block, quant_type="nf4", compress_statistics=double
+        )
         theirs = {"": values} | {f".{k}": v for k, v in state.as_dict(packed=True).items()}
         assert {k.removeprefix(key) for k in after if k.startswith(key)} == set(theirs)
         for ending, value in theirs.items():
@@ -281,11 +362,15 @@ def test_other_block_sizes_are_those_of_the_library(base, block: int, double: bo
 
 
 @pytest.mark.parametrize("wrong", [None, "7" * 1000], ids=["shorter", "longer"])
-def test_the_guess_of_a_states_size_may_be_wrong_either_way(base, packed, wrong: str | None, monkeypatch, tmp_path: Path) -> None:
+def test_the_guess_of_a_states_size_may_be_wrong_either_way(
+    base, packed, wrong: str | None, monkeypatch, tmp_path: Path
+) -> None:
     """So far that the header is of another length."""
     monkeypatch.setattr(bnb4, "OFFSET", wrong)
     for name in ("llama-bf16", "gpt2-fp32"):
-        plan = adapterkit.quantize(base(name), out=tmp_path / name, dry_run=True, **KINDS["nf4-double"][0])
+        plan = adapterkit.quantize(
+            base(name), out=tmp_path / name, dry_run=True, **KINDS["nf4-double"][0]
+        )
         quantised(base(name), tmp_path / name, **KINDS["nf4-double"][0])
         whole = (packed(name, "nf4-double") / "model.safetensors").read_bytes()
         assert (tmp_path / name / "model.safetensors").read_bytes() == whole
@@ -316,7 +401,12 @@ def test_what_quantize_refuses(base, how: dict, text: str, tmp_path: Path) -> No
 def test_a_base_that_cannot_be_quantised(base, packed, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="quantised"):
         quantised(packed("llama-bf16", "nf4"), tmp_path / "out", to="int8")
-    unknown = oracle.edit_config(base("llama-bf16"), tmp_path / "unknown", model_type="no_such_model", architectures=["NoSuch"])
+    unknown = oracle.edit_config(
+        base("llama-bf16"),
+        tmp_path / "unknown",
+        model_type="no_such_model",
+        architectures=["NoSuch"],
+    )
     with pytest.raises(Refused, match="transformers does not know"):
         quantised(unknown, tmp_path / "out", to="nf4")
     nan = shutil.copytree(base("llama-bf16"), tmp_path / "nan")
@@ -354,7 +444,11 @@ def test_decoded_as_transformers_does(packed, name: str, kind: str, tmp_path: Pa
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         # it forgets that a Conv1D is (in, out)
-        turned = name == "gpt2-wide" and value.dim() == 2 and key.rsplit(".", 2)[1] in ("c_attn", "c_proj", "c_fc")
+        turned = (
+            name == "gpt2-wide"
+            and value.dim() == 2
+            and key.rsplit(".", 2)[1] in ("c_attn", "c_proj", "c_fc")
+        )
         other = theirs[key].T if turned else theirs[key]
         assert other.dtype == value.dtype or turned or kind == "int8", key
         assert torch.equal(value, other.to(value.dtype)), key
@@ -365,7 +459,10 @@ def test_decoded_as_transformers_does(packed, name: str, kind: str, tmp_path: Pa
 def test_each_value_is_rounded_once(packed, kind: str, dtype: str, tmp_path: Path) -> None:
     source = packed("odd", kind)
     adapterkit.dequantize(source, out=tmp_path / "out", dtype=dtype)
-    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (
+        load_file(source / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     assert config(tmp_path / "out")["dtype"] == str(oracle.DTYPES[dtype]).removeprefix("torch.")
     count = 0
     for key, value in after.items():
@@ -375,7 +472,9 @@ def test_each_value_is_rounded_once(packed, kind: str, dtype: str, tmp_path: Pat
         exact, count = unpacked(before, key), count + 1
         assert value.dtype == oracle.DTYPES[dtype]
         tolerance = torch.finfo(value.dtype).eps / 2 + 2.0**-22
-        torch.testing.assert_close(value.double(), exact, rtol=tolerance, atol=1e-9 if dtype != "fp16" else 1e-7)
+        torch.testing.assert_close(
+            value.double(), exact, rtol=tolerance, atol=1e-9 if dtype != "fp16" else 1e-7
+        )
     assert count == 14
 
 
@@ -384,19 +483,27 @@ def test_dequantize_of_floats_is_refused(base, tmp_path: Path) -> None:
         adapterkit.dequantize(base("llama-bf16"), out=tmp_path / "out")
 
 
-def test_codes_stored_as_other_numbers_are_the_same_bytes(base, packed, lora: Path, tmp_path: Path) -> None:
+def test_codes_stored_as_other_numbers_are_the_same_bytes(
+    base, packed, lora: Path, tmp_path: Path
+) -> None:
     """bnb_4bit_quant_storage, as FSDP wants it; many of these bytes are NaN as bfloat16."""
-    by_transformers(base("llama-bf16"), tmp_path / "q", **KINDS["nf4"][1], bnb_4bit_quant_storage="bfloat16")
+    by_transformers(
+        base("llama-bf16"), tmp_path / "q", **KINDS["nf4"][1], bnb_4bit_quant_storage="bfloat16"
+    )
     assert load_file(tmp_path / "q" / "model.safetensors")[K].dtype == torch.bfloat16
     for verb in (adapterkit.dequantize, lambda base, **how: oracle.merge(base, lora, **how)):
         verb(tmp_path / "q", out=tmp_path / "out", overwrite=True)
         verb(packed("llama-bf16", "nf4"), out=tmp_path / "other", overwrite=True)
-        assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "other" / "model.safetensors").read_bytes()
+        assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+            tmp_path / "other" / "model.safetensors"
+        ).read_bytes()
         loaded(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["llama-bf16", "llama-fp32"])
-def test_what_was_saved_after_a_forward_pass(base, packed, lora: Path, name: str, tmp_path: Path) -> None:
+def test_what_was_saved_after_a_forward_pass(
+    base, packed, lora: Path, name: str, tmp_path: Path
+) -> None:
     """On CPUs that multiply bfloat16 bitsandbytes leaves the scales in a transposed matrix of it, exact where the weights were."""
     model = by_transformers(base(name), tmp_path / "before", **KINDS["nf4"][1])
     with oracle.quiet(), torch.no_grad():
@@ -409,7 +516,9 @@ def test_what_was_saved_after_a_forward_pass(base, packed, lora: Path, name: str
         return
     adapterkit.dequantize(tmp_path / "q", out=tmp_path / "out")
     adapterkit.dequantize(packed(name, "nf4"), out=tmp_path / "plain")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()
     if spoiled:
         with pytest.raises(Refused, match="--dequantize"):
             adapterkit.merge(tmp_path / "q", [lora], out=tmp_path / "merged")
@@ -434,18 +543,38 @@ LIES: dict[str, tuple[str, dict[str, Any], str]] = {  # kind, changes, what the 
     "no codes": ("nf4", {K: None}, "without "),
     "no state": ("nf4", {K + STATE + "nf4": None}, "k_proj"),
     "no nested_absmax": ("nf4-double", {K + ".nested_absmax": None}, "without .nested_absmax"),
-    "no nested_quant_map": ("nf4-double", {K + ".nested_quant_map": None}, "without .nested_quant_map"),
+    "no nested_quant_map": (
+        "nf4-double",
+        {K + ".nested_quant_map": None},
+        "without .nested_quant_map",
+    ),
     "no JSON": ("nf4", {K + STATE + "nf4": text("{'a': 1}")}, "not a JSON object"),
     "a list": ("nf4", {K + STATE + "nf4": text("[1]")}, "not a JSON object"),
     "an empty object": ("nf4", {K + STATE + "nf4": text("{}")}, "beside weights of bnb4"),
     "no text": ("nf4", {K + STATE + "nf4": torch.zeros(0, dtype=torch.uint8)}, "not a JSON object"),
-    "not UTF-8": ("nf4", {K + STATE + "nf4": torch.full((40,), 255, dtype=torch.uint8)}, "not a JSON object"),
+    "not UTF-8": (
+        "nf4",
+        {K + STATE + "nf4": torch.full((40,), 255, dtype=torch.uint8)},
+        "not a JSON object",
+    ),
     "nested deeply": ("nf4", {K + STATE + "nf4": text("[" * 100_000)}, "not a JSON object"),
-    "another shape": ("nf4", {K + STATE + "nf4": text(PLAIN | {"shape": [64, 64]})}, "for (64, 64)"),
+    "another shape": (
+        "nf4",
+        {K + STATE + "nf4": text(PLAIN | {"shape": [64, 64]})},
+        "for (64, 64)",
+    ),
     "three numbers": ("nf4", {K + STATE + "nf4": text(PLAIN | {"shape": [64, 2, 64]})}, "state"),
-    "shape of floats": ("nf4", {K + STATE + "nf4": text(PLAIN | {"shape": [64.0, 128.0]})}, "state"),
+    "shape of floats": (
+        "nf4",
+        {K + STATE + "nf4": text(PLAIN | {"shape": [64.0, 128.0]})},
+        "state",
+    ),
     "shape below 0": ("nf4", {K + STATE + "nf4": text(PLAIN | {"shape": [-64, -128]})}, "state"),
-    "huge shape": ("nf4", {K + STATE + "nf4": text(PLAIN | {"shape": [1 << 40, 1 << 40]})}, "blocks of 64"),
+    "huge shape": (
+        "nf4",
+        {K + STATE + "nf4": text(PLAIN | {"shape": [1 << 40, 1 << 40]})},
+        "blocks of 64",
+    ),
     "block of 128": ("nf4", {K + STATE + "nf4": text(PLAIN | {"blocksize": 128})}, "blocks of 128"),
     "block of 0": ("nf4", {K + STATE + "nf4": text(PLAIN | {"blocksize": 0})}, "state"),
     "block of true": ("nf4", {K + STATE + "nf4": text(PLAIN | {"blocksize": True})}, "state"),
@@ -453,32 +582,84 @@ LIES: dict[str, tuple[str, dict[str, Any], str]] = {  # kind, changes, what the 
     "block in a list": ("nf4", {K + STATE + "nf4": text(PLAIN | {"blocksize": [64]})}, "state"),
     "af4": ("nf4", {K + STATE + "nf4": text(PLAIN | {"quant_type": "af4"})}, "state"),
     "fp4 in nf4": ("nf4", {K + STATE + "nf4": text(PLAIN | {"quant_type": "fp4"})}, "state"),
-    "a state of af4": ("nf4", {K + STATE + "nf4": None, K + STATE + "af4": text(PLAIN | {"quant_type": "af4"})}, "kind 'af4'"),
+    "a state of af4": (
+        "nf4",
+        {K + STATE + "nf4": None, K + STATE + "af4": text(PLAIN | {"quant_type": "af4"})},
+        "kind 'af4'",
+    ),
     "two states": ("nf4", {K + STATE + "fp4": text(PLAIN | {"quant_type": "fp4"})}, "k_proj"),
     "dtype of integers": ("nf4", {K + STATE + "nf4": text(PLAIN | {"dtype": "int64"})}, "state"),
     "unknown dtype": ("nf4", {K + STATE + "nf4": text(PLAIN | {"dtype": ["x"]})}, "state"),
     "a table of fp4": ("nf4", {K + ".quant_map": blockwise.quant_map("fp4")}, "another table"),
     "a table with NaN": ("nf4", {K + ".quant_map": torch.full((16,), NAN)}, "another table"),
     "a short table": ("nf4", {K + ".quant_map": torch.zeros(15)}, "quant_map F32 (15,)"),
-    "NaN": ("nf4", {K + ".absmax": torch.ones(128).index_fill_(0, torch.tensor([7]), NAN)}, "NaN or infinite"),
-    "infinity": ("fp4", {K + ".absmax": torch.ones(128).index_fill_(0, torch.tensor([7]), -INF)}, "NaN or infinite"),
+    "NaN": (
+        "nf4",
+        {K + ".absmax": torch.ones(128).index_fill_(0, torch.tensor([7]), NAN)},
+        "NaN or infinite",
+    ),
+    "infinity": (
+        "fp4",
+        {K + ".absmax": torch.ones(128).index_fill_(0, torch.tensor([7]), -INF)},
+        "NaN or infinite",
+    ),
     "NaN nested": ("nf4-double", {K + ".nested_absmax": torch.tensor([NAN])}, "NaN or infinite"),
-    "NaN in the nested table": ("nf4-double", {K + ".nested_quant_map": torch.full((256,), NAN)}, "NaN or infinite"),
+    "NaN in the nested table": (
+        "nf4-double",
+        {K + ".nested_quant_map": torch.full((256,), NAN)},
+        "NaN or infinite",
+    ),
     "few scales": ("nf4", {K + ".absmax": torch.ones(127)}, "absmax F32 (127,)"),
     "scales in half": ("nf4", {K + ".absmax": torch.ones(128).half()}, "absmax F16"),
-    "few nested scales": ("nf4-double", {K + ".nested_absmax": torch.ones(2)}, "nested_absmax F32 (2,)"),
-    "few nested codes": ("nf4-double", {K + ".absmax": torch.ones(127, dtype=torch.uint8)}, "absmax U8 (127,)"),
-    "a short nested table": ("nf4-double", {K + ".nested_quant_map": torch.zeros(255)}, "nested_quant_map F32 (255,)"),
-    "nested scales in half": ("nf4-double", {K + ".nested_absmax": torch.ones(1).half()}, "nested_absmax F16"),
-    "offset NaN": ("nf4-double", {K + STATE + "nf4": text(json.dumps(DOUBLE | {"nested_offset": NAN}))}, "state"),
-    "offset in words": ("nf4-double", {K + STATE + "nf4": text(DOUBLE | {"nested_offset": "0.1"})}, "state"),
-    "nested block": ("nf4-double", {K + STATE + "nf4": text(DOUBLE | {"nested_blocksize": 128})}, "state"),
-    "nested dtype": ("nf4-double", {K + STATE + "nf4": text(DOUBLE | {"nested_dtype": "int8"})}, "state"),
+    "few nested scales": (
+        "nf4-double",
+        {K + ".nested_absmax": torch.ones(2)},
+        "nested_absmax F32 (2,)",
+    ),
+    "few nested codes": (
+        "nf4-double",
+        {K + ".absmax": torch.ones(127, dtype=torch.uint8)},
+        "absmax U8 (127,)",
+    ),
+    "a short nested table": (
+        "nf4-double",
+        {K + ".nested_quant_map": torch.zeros(255)},
+        "nested_quant_map F32 (255,)",
+    ),
+    "nested scales in half": (
+        "nf4-double",
+        {K + ".nested_absmax": torch.ones(1).half()},
+        "nested_absmax F16",
+    ),
+    "offset NaN": (
+        "nf4-double",
+        {K + STATE + "nf4": text(json.dumps(DOUBLE | {"nested_offset": NAN}))},
+        "state",
+    ),
+    "offset in words": (
+        "nf4-double",
+        {K + STATE + "nf4": text(DOUBLE | {"nested_offset": "0.1"})},
+        "state",
+    ),
+    "nested block": (
+        "nf4-double",
+        {K + STATE + "nf4": text(DOUBLE | {"nested_blocksize": 128})},
+        "state",
+    ),
+    "nested dtype": (
+        "nf4-double",
+        {K + STATE + "nf4": text(DOUBLE | {"nested_dtype": "int8"})},
+        "state",
+    ),
     "said to be plain": ("nf4-double", {K + STATE + "nf4": text(PLAIN)}, "absmax U8"),
     "said to be double": ("nf4", {K + STATE + "nf4": text(DOUBLE)}, "without .nested_absmax"),
     "codes of 8 bytes": ("nf4", {K: torch.ones(512, 1, dtype=torch.int64)}, "codes I64"),
     "few codes": ("nf4", {K: torch.ones(4095, 1, dtype=torch.uint8)}, "codes U8 (4095, 1)"),
-    "scales in a matrix": ("nf4", {K + ".absmax": torch.ones(64, 2).bfloat16()}, "absmax BF16 (64, 2)"),
+    "scales in a matrix": (
+        "nf4",
+        {K + ".absmax": torch.ones(64, 2).bfloat16()},
+        "absmax BF16 (64, 2)",
+    ),
     "int8 without codes": ("int8", {Q + ".weight": None}, "without .weight"),
     "int8 without scales": ("int8", {Q + ".SCB": None}, "q_proj"),
     "int8 few scales": ("int8", {Q + ".SCB": torch.ones(127)}, "SCB F32 (127,)"),
@@ -487,14 +668,34 @@ LIES: dict[str, tuple[str, dict[str, Any], str]] = {  # kind, changes, what the 
     "int8 NaN": ("int8", {Q + ".SCB": torch.full((128,), NAN)}, "NaN or infinite"),
     "int8 infinite": ("int8", {Q + ".SCB": torch.full((128,), INF)}, "NaN or infinite"),
     "int8 tiles": ("int8", {Q + ".weight_format": torch.tensor(1, dtype=torch.uint8)}, "format 1"),
-    "int8 format in words": ("int8", {Q + ".weight_format": torch.ones(3, dtype=torch.uint8)}, "format"),
+    "int8 format in words": (
+        "int8",
+        {Q + ".weight_format": torch.ones(3, dtype=torch.uint8)},
+        "format",
+    ),
     "int8 floats": ("int8", {Q + ".weight": torch.ones(128, 128)}, "F32 (128, 128)"),
-    "int8 bytes": ("int8", {Q + ".weight": torch.ones(128, 128, dtype=torch.uint8)}, "U8 (128, 128)"),
-    "int8 cubes": ("int8", {Q + ".weight": torch.ones(128, 16, 8, dtype=torch.int8)}, "I8 (128, 16, 8)"),
+    "int8 bytes": (
+        "int8",
+        {Q + ".weight": torch.ones(128, 128, dtype=torch.uint8)},
+        "U8 (128, 128)",
+    ),
+    "int8 cubes": (
+        "int8",
+        {Q + ".weight": torch.ones(128, 16, 8, dtype=torch.int8)},
+        "I8 (128, 16, 8)",
+    ),
 }
 
 
-MERGED = ("no absmax", "block of 128", "NaN", "offset in words", "scales in a matrix", "int8 tiles", "int8 NaN")
+MERGED = (
+    "no absmax",
+    "block of 128",
+    "NaN",
+    "offset in words",
+    "scales in a matrix",
+    "int8 tiles",
+    "int8 NaN",
+)
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -526,6 +727,12 @@ def test_all_lies_at_once(packed, lora: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(Offenders) as caught:
         adapterkit.merge(source, [lora], out=tmp_path / "out")
-    for word in (K, "without .absmax", f"{Q}.weight.nested_absmax", f"{layer}up_proj", f"{layer}down_proj.weight.quant_map"):
+    for word in (
+        K,
+        "without .absmax",
+        f"{Q}.weight.nested_absmax",
+        f"{layer}up_proj",
+        f"{layer}down_proj.weight.quant_map",
+    ):
         assert word in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

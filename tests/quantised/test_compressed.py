@@ -24,30 +24,52 @@ transformers.utils.logging.disable_progress_bar()
 
 def odd() -> nn.Module:
     """Widths that 128 does not divide: 192 is groups of 64, 80 one of its own."""
-    sizes = {"hidden_size": 192, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 192,
+        "intermediate_size": 80,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return oracle.llama(num_hidden_layers=1, **sizes)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "llama": (lambda: oracle.llama(num_hidden_layers=2, hidden_size=256, intermediate_size=384), "bf16"),
+    "llama": (
+        lambda: oracle.llama(num_hidden_layers=2, hidden_size=256, intermediate_size=384),
+        "bf16",
+    ),
     "odd": (odd, "bf16"),
-    "tied": (lambda: oracle.llama(tie=True, num_hidden_layers=1, hidden_size=128, intermediate_size=128), "fp32"),
+    "tied": (
+        lambda: oracle.llama(tie=True, num_hidden_layers=1, hidden_size=128, intermediate_size=128),
+        "fp32",
+    ),
     "opt": (oracle.opt, "fp16"),
 }
 
 
 @pytest.fixture
 def base(made: Callable[..., Path]) -> Callable[[str], Path]:
-    return lambda name: made(f"ct-{name}", lambda folder: oracle.save_base(MODELS[name][0](), folder, MODELS[name][1]))
+    return lambda name: made(
+        f"ct-{name}", lambda folder: oracle.save_base(MODELS[name][0](), folder, MODELS[name][1])
+    )
 
 
 @pytest.fixture
 def gpt_oss(made: Callable[..., Path]) -> Path:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16, "initializer_range": 0.2}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+        "head_dim": 16,
+        "initializer_range": 0.2,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     config = transformers.GptOssConfig(**sizes, **heads, **experts)
-    return made("ct-gpt-oss", lambda folder: oracle.save_base(oracle._model("GptOssForCausalLM", config), folder, "bf16"))
+    return made(
+        "ct-gpt-oss",
+        lambda folder: oracle.save_base(oracle._model("GptOssForCausalLM", config), folder, "bf16"),
+    )
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -61,9 +83,13 @@ def settings(folder: Path) -> dict[str, Any]:
 def loaded(folder: Path, dtype: Any = "auto") -> nn.Module:
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     with oracle.quiet():
-        model, info = getattr(transformers, name).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, info = getattr(transformers, name).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
         model(IDS)  # compressed-tensors decompresses what it needs at the first pass
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     return model.eval()
 
 
@@ -84,7 +110,11 @@ def by_the_library(weight: Tensor, scheme: dict[str, Any], form: str) -> dict[st
 
 
 def scheme_of(module: str, said: dict[str, Any]) -> dict[str, Any]:
-    (group,) = (g for g in said["config_groups"].values() if module in g["targets"] or "Linear" in g["targets"])
+    (group,) = (
+        g
+        for g in said["config_groups"].values()
+        if module in g["targets"] or "Linear" in g["targets"]
+    )
     return group["weights"]
 
 
@@ -102,7 +132,11 @@ def test_the_bytes_are_those_of_the_library(base, name: str, to: str, tmp_path: 
         theirs = by_the_library(weight, scheme_of(module, said), said["format"])
         for leaf, tensor in theirs.items():
             ours = new[f"{module}.{leaf}"]
-            assert ours.dtype == tensor.dtype and ours.shape == tensor.shape and torch.equal(ours, tensor), (module, leaf)
+            assert (
+                ours.dtype == tensor.dtype
+                and ours.shape == tensor.shape
+                and torch.equal(ours, tensor)
+            ), (module, leaf)
         assert receipt.data["parameters"][key]["error"] < (0.02 if to == "w8a16" else 0.25)
         seen += len(theirs)
     assert seen == len(new.keys() - old.keys()) > 0
@@ -131,7 +165,9 @@ def test_groups_divide_the_width(base, tmp_path: Path) -> None:
     tensors = stored(tmp_path / "out")
     assert tensors["model.layers.0.self_attn.q_proj.weight_scale"].shape == (192, 3)
     assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (192, 1)
-    adapterkit.quantize(base("odd"), to="w4a16", block_size=32, skip="up_proj", out=tmp_path / "small")
+    adapterkit.quantize(
+        base("odd"), to="w4a16", block_size=32, skip="up_proj", out=tmp_path / "small"
+    )
     tensors, said = stored(tmp_path / "small"), settings(tmp_path / "small")
     assert tensors["model.layers.0.self_attn.q_proj.weight_scale"].shape == (192, 6)
     assert said["ignore"] == ["model.layers.0.mlp.up_proj", "lm_head"]
@@ -142,19 +178,28 @@ def test_groups_divide_the_width(base, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "odd"])
 def test_an_adapter_is_merged_into_it(base, name: str, tmp_path: Path) -> None:
     adapterkit.quantize(base(name), to="w4a16", out=tmp_path / "q")
-    oracle.train(MODELS[name][0](), tmp_path / "lora", target_modules=["q_proj", "down_proj"], size=0.5)
+    oracle.train(
+        MODELS[name][0](), tmp_path / "lora", target_modules=["q_proj", "down_proj"], size=0.5
+    )
     adapterkit.merge(tmp_path / "q", [tmp_path / "lora"], out=tmp_path / "out")
     adapterkit.merge(tmp_path / "q", [tmp_path / "lora"], out=tmp_path / "floats", dequantize=True)
     kept, floats = loaded(tmp_path / "out").state_dict(), stored(tmp_path / "floats")
     assert settings(tmp_path / "out") == settings(tmp_path / "q")
     for key, weight in floats.items():
-        assert float((kept[key].float() - weight.float()).norm()) <= 0.16 * float(weight.float().norm()), key
+        assert float((kept[key].float() - weight.float()).norm()) <= 0.16 * float(
+            weight.float().norm()
+        ), key
 
 
 # names and layers that are not as they seem
 
 
-TOWER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 
 
 @pytest.fixture
@@ -162,13 +207,23 @@ def llava(made: Callable[..., Path]) -> Path:
     text = transformers.LlamaConfig(**TOWER, num_key_value_heads=2, vocab_size=96)
     vision = transformers.CLIPVisionConfig(**TOWER, image_size=16, patch_size=8)
     config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=90)
-    return made("ct-llava", lambda folder: oracle.save_base(oracle._model("LlavaForConditionalGeneration", config), folder, "bf16"))
+    return made(
+        "ct-llava",
+        lambda folder: oracle.save_base(
+            oracle._model("LlavaForConditionalGeneration", config), folder, "bf16"
+        ),
+    )
 
 
 @pytest.fixture
 def vit(made: Callable[..., Path]) -> Path:
     config = transformers.ViTConfig(**TOWER, image_size=16, patch_size=8)
-    return made("ct-vit", lambda folder: oracle.save_base(oracle._model("ViTForImageClassification", config), folder, "bf16"))
+    return made(
+        "ct-vit",
+        lambda folder: oracle.save_base(
+            oracle._model("ViTForImageClassification", config), folder, "bf16"
+        ),
+    )
 
 
 def same_as_decoded(model: nn.Module, quantised: Path, out: Path) -> None:
@@ -179,7 +234,9 @@ def same_as_decoded(model: nn.Module, quantised: Path, out: Path) -> None:
     found = model.state_dict()
     assert floats.keys() <= found.keys()
     for key, weight in floats.items():
-        assert float((found[key].float() - weight).norm()) <= 2**-8 * float(weight.norm()) + 1e-6, key
+        assert float((found[key].float() - weight).norm()) <= 2**-8 * float(weight.norm()) + 1e-6, (
+            key
+        )
 
 
 @pytest.mark.parametrize("to", ["w4a16", "w8a16"])
@@ -187,16 +244,26 @@ def test_a_model_of_text_and_images(llava: Path, to: str, tmp_path: Path) -> Non
     """Its keys are those of an older transformers, and fit the class without the head better."""
     adapterkit.quantize(llava, to=to, out=tmp_path / "out", skip="multi_modal_projector")
     said = settings(tmp_path / "out")
-    assert set(said["ignore"]) == {"lm_head", "model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}
-    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert set(said["ignore"]) == {
+        "lm_head",
+        "model.multi_modal_projector.linear_1",
+        "model.multi_modal_projector.linear_2",
+    }
+    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     model(IDS)
     with torch.no_grad():  # the vision tower has seen nothing yet
         model.model.vision_tower(torch.randn(1, 3, 16, 16).to(model.dtype))
     same_as_decoded(model, tmp_path / "out", tmp_path / "floats")
 
 
-def test_what_bitsandbytes_skips_has_the_head_of_a_model_of_text_and_images(llava: Path, tmp_path: Path) -> None:
+def test_what_bitsandbytes_skips_has_the_head_of_a_model_of_text_and_images(
+    llava: Path, tmp_path: Path
+) -> None:
     adapterkit.quantize(llava, to="nf4", skip="vision_tower", out=tmp_path / "out")
     assert "lm_head" in settings(tmp_path / "out")["llm_int8_skip_modules"]
 
@@ -205,7 +272,9 @@ def test_targets_are_the_loaded_models_and_read_as_such(vit: Path, tmp_path: Pat
     """Several groups name their modules; the keys have other names."""
     adapterkit.quantize(vit, to="w4a16", out=tmp_path / "out")
     groups = settings(tmp_path / "out")["config_groups"]
-    assert len(groups) == 2 and any("vit.layers.0.attention.q_proj" in group["targets"] for group in groups.values())
+    assert len(groups) == 2 and any(
+        "vit.layers.0.attention.q_proj" in group["targets"] for group in groups.values()
+    )
     assert "vit.encoder.layer.0.attention.attention.query.weight_packed" in stored(tmp_path / "out")
     with oracle.quiet():
         model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
@@ -213,18 +282,32 @@ def test_targets_are_the_loaded_models_and_read_as_such(vit: Path, tmp_path: Pat
     same_as_decoded(model, tmp_path / "out", tmp_path / "floats")
 
 
-def test_linear_layers_of_other_classes_are_ignored(made: Callable[..., Path], tmp_path: Path) -> None:
+def test_linear_layers_of_other_classes_are_ignored(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
     """compressed-tensors takes derived classes for Linear, as MultiheadAttention's out_proj is one."""
     text = {**TOWER, "vocab_size": 96, "max_position_embeddings": 16}
-    config = transformers.SiglipConfig(text_config=text, vision_config={**TOWER, "image_size": 16, "patch_size": 8})
-    base = made("ct-siglip", lambda folder: oracle.save_base(oracle._model("SiglipModel", config), folder, "bf16"))
+    config = transformers.SiglipConfig(
+        text_config=text, vision_config={**TOWER, "image_size": 16, "patch_size": 8}
+    )
+    base = made(
+        "ct-siglip",
+        lambda folder: oracle.save_base(oracle._model("SiglipModel", config), folder, "bf16"),
+    )
     adapterkit.quantize(base, to="w8a16", out=tmp_path / "out")
     assert "vision_model.head.attention.out_proj" in settings(tmp_path / "out")["ignore"]
 
 
 def test_experts_are_refused(made: Callable[..., Path], tmp_path: Path) -> None:
-    config = transformers.MixtralConfig(**TOWER, num_key_value_heads=2, vocab_size=96, num_local_experts=2)
-    base = made("ct-mixtral", lambda folder: oracle.save_base(oracle._model("MixtralForCausalLM", config), folder, "bf16"))
+    config = transformers.MixtralConfig(
+        **TOWER, num_key_value_heads=2, vocab_size=96, num_local_experts=2
+    )
+    base = made(
+        "ct-mixtral",
+        lambda folder: oracle.save_base(
+            oracle._model("MixtralForCausalLM", config), folder, "bf16"
+        ),
+    )
     for to in TARGETS:
         with pytest.raises(Refused, match="with experts"):
             adapterkit.quantize(base, to=to, out=tmp_path / "no")
@@ -242,8 +325,12 @@ def test_values_that_decode_to_infinity_are_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     verbs: dict[str, Callable[[], Any]] = {
         "quantize": lambda: adapterkit.quantize(tmp_path / "base", to="w4a16", out=tmp_path / "no"),
-        "loftq": lambda: adapterkit.loftq(tmp_path / "base", rank=2, bits_for=["q_proj=8"], out=tmp_path / "no"),
-        "init": lambda: adapterkit.init(tmp_path / "base", method="pissa", rank=2, quantize="w4a16", out=tmp_path / "no"),
+        "loftq": lambda: adapterkit.loftq(
+            tmp_path / "base", rank=2, bits_for=["q_proj=8"], out=tmp_path / "no"
+        ),
+        "init": lambda: adapterkit.init(
+            tmp_path / "base", method="pissa", rank=2, quantize="w4a16", out=tmp_path / "no"
+        ),
     }
     for verb in verbs.values():
         with pytest.raises(Spoiled, match="up_proj.weight decodes to values that are not finite"):
@@ -260,15 +347,24 @@ def test_gpt_oss_as_its_makers_store_it(gpt_oss: Path, tmp_path: Path) -> None:
     old, new = stored(gpt_oss), stored(tmp_path / "out")
     stacks = {key for key in old if key.endswith(("experts.gate_up_proj", "experts.down_proj"))}
     assert set(receipt.data["parameters"]) == stacks and len(stacks) == 4
-    assert new.keys() - old.keys() == {key + ending for key in stacks for ending in ("_blocks", "_scales")}
-    assert old.keys() - new.keys() == stacks and all(torch.equal(new[key], old[key]) for key in old.keys() - stacks)
+    assert new.keys() - old.keys() == {
+        key + ending for key in stacks for ending in ("_blocks", "_scales")
+    }
+    assert old.keys() - new.keys() == stacks and all(
+        torch.equal(new[key], old[key]) for key in old.keys() - stacks
+    )
     assert settings(tmp_path / "out")["quant_method"] == "mxfp4"
     model = loaded(tmp_path / "out").state_dict()
     for key in stacks:
         error = float((model[key].double() - old[key].double()).norm() / old[key].double().norm())
-        assert error == pytest.approx(receipt.data["parameters"][key]["error"], rel=1e-3) and error < 0.14
+        assert (
+            error == pytest.approx(receipt.data["parameters"][key]["error"], rel=1e-3)
+            and error < 0.14
+        )
     adapterkit.dequantize(tmp_path / "out", out=tmp_path / "plain")
-    assert all(torch.equal(weight, model[key]) for key, weight in stored(tmp_path / "plain").items())
+    assert all(
+        torch.equal(weight, model[key]) for key, weight in stored(tmp_path / "plain").items()
+    )
 
 
 def test_a_layer_of_gpt_oss_is_left_alone(gpt_oss: Path, tmp_path: Path) -> None:
@@ -286,7 +382,10 @@ def test_a_layer_of_gpt_oss_is_left_alone(gpt_oss: Path, tmp_path: Path) -> None
 
 
 def test_loftq_with_several_widths(base, tmp_path: Path) -> None:
-    how: dict[str, Any] = {"rank": 8, "bits_for": ["down_proj|layers.0.*q_proj=8", "layers.1.*down_proj=4"]}
+    how: dict[str, Any] = {
+        "rank": 8,
+        "bits_for": ["down_proj|layers.0.*q_proj=8", "layers.1.*down_proj=4"],
+    }
     receipt: Any = adapterkit.loftq(base("llama"), out=tmp_path / "out", **how)
     facts = {key: fact for key, fact in receipt.data["parameters"].items() if "error_after" in fact}
     wide = {f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.down_proj")}
@@ -299,11 +398,15 @@ def test_loftq_with_several_widths(base, tmp_path: Path) -> None:
             == packed[key.replace("weight", "weight_shape")][1]
         )
     old = stored(base("llama"))
-    model = peft.PeftModel.from_pretrained(loaded(tmp_path / "out" / "base"), tmp_path / "out" / "adapter")
+    model = peft.PeftModel.from_pretrained(
+        loaded(tmp_path / "out" / "base"), tmp_path / "out" / "adapter"
+    )
     merged = model.merge_and_unload().state_dict()
     for key, fact in facts.items():
         error = float((merged[key].double() - old[key].double()).norm() / old[key].double().norm())
-        assert error == pytest.approx(fact["error_after"], rel=0.1), key  # the library computes in bfloat16
+        assert error == pytest.approx(fact["error_after"], rel=0.1), (
+            key
+        )  # the library computes in bfloat16
     adapterkit.verify(tmp_path / "out")
 
 
@@ -332,8 +435,23 @@ def test_the_command(base, tmp_path: Path) -> None:
     from adapterkit.cli import main
 
     source, out = str(base("llama")), str(tmp_path / "out")
-    words = ["--rank", "4", "--iterations", "1", "--bits-for", "q_proj=8", "--bits-for", "v_proj=8", "--out", out, "--json"]
+    words = [
+        "--rank",
+        "4",
+        "--iterations",
+        "1",
+        "--bits-for",
+        "q_proj=8",
+        "--bits-for",
+        "v_proj=8",
+        "--out",
+        out,
+        "--json",
+    ]
     done = CliRunner().invoke(main, ["loftq", source, *words])
     assert done.exit_code == 0, done.output
     groups = settings(tmp_path / "out" / "base")["config_groups"].values()
-    assert {group["weights"]["num_bits"]: len(group["targets"]) for group in groups} == {4: 10, 8: 4}
+    assert {group["weights"]["num_bits"]: len(group["targets"]) for group in groups} == {
+        4: 10,
+        8: 4,
+    }

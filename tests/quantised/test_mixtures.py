@@ -13,9 +13,17 @@ import adapterkit
 
 
 def mixture(folder: Path) -> None:
-    sizes = {"vocab_size": 80, "hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2, "num_experts": 4}
+    sizes = {
+        "vocab_size": 80,
+        "hidden_size": 128,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+    }
     torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, head_dim=64, num_experts_per_tok=2)
+    config = transformers.Qwen3MoeConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=2, head_dim=64, num_experts_per_tok=2
+    )
     transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -42,11 +50,21 @@ def test_the_loader_takes_for_fp8_what_is_fp8(skip, base, tmp_path):
         model = transformers.Qwen3MoeForCausalLM(config)
     quantizer = AutoHfQuantizer.from_config(config.quantization_config)
     said = quantizer.quantization_config
-    kept = quantizer.get_modules_to_not_convert(model, said.modules_to_not_convert, model._keep_in_fp32_modules)
+    kept = quantizer.get_modules_to_not_convert(
+        model, said.modules_to_not_convert, model._keep_in_fp32_modules
+    )
     replace_with_fp8_linear(model, kept, quantization_config=said, pre_quantized=True)
     assert not any(isinstance(module, FP8Experts) for module in model.modules())
     linear = {name for name, module in model.named_modules() if isinstance(module, FP8Linear)}
-    assert linear == {key.removesuffix(".weight_scale_inv") for key in written if key.endswith(".weight_scale_inv")} != set()
+    assert (
+        linear
+        == {
+            key.removesuffix(".weight_scale_inv")
+            for key in written
+            if key.endswith(".weight_scale_inv")
+        }
+        != set()
+    )
 
 
 @pytest.mark.parametrize("to", ["fp8", "nf4", "int8"])
@@ -56,12 +74,17 @@ def test_the_plan_says_what_stays_and_why(to, base, tmp_path):
     (note,) = [note for note in plan.notes if "not quantised" in note]
     linear = size(shapes, "_proj.weight") - size(shapes, ".experts.")
     assert note.startswith(f"{1 - linear / size(shapes):.1%} of the base's bytes are not quantised")
-    assert f"{size(shapes, '.experts.') / size(shapes):.1%} in 4 stacks of experts" in note and "skipped" not in note
+    assert (
+        f"{size(shapes, '.experts.') / size(shapes):.1%} in 4 stacks of experts" in note
+        and "skipped" not in note
+    )
 
 
 def test_what_is_skipped_is_said_too(base, tmp_path):
     shapes = tensors(base)
-    plan = adapterkit.quantize(base, out=tmp_path / "out", to="nf4", skip="q_proj|experts", dry_run=True)
+    plan = adapterkit.quantize(
+        base, out=tmp_path / "out", to="nf4", skip="q_proj|experts", dry_run=True
+    )
     (note,) = [note for note in plan.notes if "not quantised" in note]
     share = (size(shapes, "q_proj") + size(shapes, ".experts.")) / size(shapes)
     assert f": {share:.1%} in 6 skipped, the rest" in note

@@ -58,12 +58,18 @@ def case(request, made: Callable[..., Path]) -> Case:
     if name == "gpt-oss":
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(3, 64, 48, generator=generator)
-        record = Mxfp4.fresh("mxfp4", Unpacked("experts.down_proj", tuple(weight.shape), "BF16"), {})
+        record = Mxfp4.fresh(
+            "mxfp4", Unpacked("experts.down_proj", tuple(weight.shape), "BF16"), {}
+        )
         assert record is not None
         return Case(record, record.encode(weight))
 
     folder = checkpoint(name, made)
-    record = next(spec for spec in packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors) if "down" in spec.key)
+    record = next(
+        spec
+        for spec in packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
+        if "down" in spec.key
+    )
     tensors = load_file(folder / "model.safetensors")
     return Case(record, {part.key: tensors[part.key] for part in record.parts})
 
@@ -83,11 +89,15 @@ def shrunk(value: Tensor) -> tuple[Tensor, Tensor]:
     """The weight with every second element nearer to 0, so that no scale is too small; and which those are."""
     generator = torch.Generator().manual_seed(1)
     moved = torch.rand(value.shape, generator=generator) < 0.5
-    return torch.where(moved, value * (1 - 0.4 * torch.rand(value.shape, generator=generator)), value), moved
+    return torch.where(
+        moved, value * (1 - 0.4 * torch.rand(value.shape, generator=generator)), value
+    ), moved
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(bits(one[key]), bits(other[key])) for key in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(bits(one[key]), bits(other[key])) for key in one
+    )
 
 
 def bits(x: Tensor) -> Tensor:
@@ -104,7 +114,10 @@ def test_scales_and_what_does_not_move_stay(case):
     first, second = case.drawn(weight, 1), case.drawn(weight, 2)
     codes = case.record.parts[0].key
     for parts in (first, second):
-        assert same({k: v for k, v in parts.items() if k != codes}, {k: v for k, v in case.stored.items() if k != codes})
+        assert same(
+            {k: v for k, v in parts.items() if k != codes},
+            {k: v for k, v in case.stored.items() if k != codes},
+        )
         assert torch.equal(bits(case.record.decode(parts))[:0], bits(case.value)[:0])
         assert torch.equal(bits(case.record.decode(parts)[~moved]), bits(case.value[~moved]))
     assert not torch.equal(bits(first[codes]), bits(second[codes]))  # seeds differ
@@ -112,18 +125,30 @@ def test_scales_and_what_does_not_move_stay(case):
 
 def test_the_mean_over_seeds_is_the_value_between_two_neighbouring_codes(case):
     weight, _ = shrunk(case.value)
-    low, high, total, squares = weight + torch.inf, weight - torch.inf, torch.zeros(weight.shape, dtype=torch.float64), 0.0
+    low, high, total, squares = (
+        weight + torch.inf,
+        weight - torch.inf,
+        torch.zeros(weight.shape, dtype=torch.float64),
+        0.0,
+    )
     for seed in range(SEEDS):
         found = case.decoded(weight, seed)
         low, high = torch.minimum(low, found), torch.maximum(high, found)
         total += found.double()
         squares += (found.double() - weight.double()).square()
         assert ((found == low) | (found == high)).all() or seed < 20  # two values and no third
-    assert ((low <= weight) & (weight <= high)).float().mean() > 0.9  # the rest has drawn one side only
+    assert (
+        (low <= weight) & (weight <= high)
+    ).float().mean() > 0.9  # the rest has drawn one side only
     error = total / SEEDS - weight.double()
     variance = squares / SEEDS**2
     generator = torch.Generator().manual_seed(2)
-    for direction in (weight - case.value, torch.randn(weight.shape, generator=generator), torch.ones_like(weight), weight.sign()):
+    for direction in (
+        weight - case.value,
+        torch.randn(weight.shape, generator=generator),
+        torch.ones_like(weight),
+        weight.sign(),
+    ):
         z = float((error * direction).sum() / (variance * direction.double().square()).sum().sqrt())
         assert abs(z) < 5
     both = low < high
@@ -136,14 +161,23 @@ def test_the_mean_over_seeds_is_the_value_between_two_neighbouring_codes(case):
 
 def test_scales_below_zero(case):
     scale = case.record.parts[1].key
-    if case.stored[scale].dtype == torch.uint8:  # of powers of 2, or codes of scales: none is below 0
-        assert "mxfp4" in case.record.name or getattr(case.record, "double", False) or case.record.parts[0].dtype == "U8"
+    if (
+        case.stored[scale].dtype == torch.uint8
+    ):  # of powers of 2, or codes of scales: none is below 0
+        assert (
+            "mxfp4" in case.record.name
+            or getattr(case.record, "double", False)
+            or case.record.parts[0].dtype == "U8"
+        )
         return
     case.stored[scale] = -case.stored[scale].float()
     case.stored[scale] = case.stored[scale].to(torch_dtype(case.record.parts[1].dtype))
     assert same(case.drawn(case.value), case.stored)
     delta = -0.03 * case.value  # so little that the side on which the other code lies shows
-    moved = torch.stack([case.decoded(case.value + delta, seed) for seed in range(20)]).mean(0) - case.value
+    moved = (
+        torch.stack([case.decoded(case.value + delta, seed) for seed in range(20)]).mean(0)
+        - case.value
+    )
     assert 0.8 < float((moved * delta).sum() / delta.square().sum()) < 1.2
 
 
@@ -182,33 +216,54 @@ def test_rows_by_themselves(case):
         return
     codes, scale = (part.key for part in record.parts[:2])
     height = getattr(record, "block", 1)
-    alone = record.name in ("bnb8", "fp8") or (record.name == "compressed-tensors" and height[0] in (1, 32))
-    if not alone or case.stored[scale].shape[0] not in (64, 2) or any(part.key.endswith("zero_point") for part in record.parts):
+    alone = record.name in ("bnb8", "fp8") or (
+        record.name == "compressed-tensors" and height[0] in (1, 32)
+    )
+    if (
+        not alone
+        or case.stored[scale].shape[0] not in (64, 2)
+        or any(part.key.endswith("zero_point") for part in record.parts)
+    ):
         return  # rows need each other there
     per = len(weight) // len(case.stored[scale])
-    stored = case.stored | {codes: case.stored[codes][cut:], scale: case.stored[scale][cut // per :]}
+    stored = case.stored | {
+        codes: case.stored[codes][cut:],
+        scale: case.stored[scale][cut // per :],
+    }
     parts = tuple(replace(part, shape=tuple(stored[part.key].shape)) for part in record.parts)
     lower = replace(record, shape=(len(weight) - cut, weight.shape[1]), parts=parts)
-    assert torch.equal(bits(lower.renewed(stored, weight[cut:], draws.at(cut * weight.shape[1]))[codes]), bits(whole[codes][cut:]))
+    assert torch.equal(
+        bits(lower.renewed(stored, weight[cut:], draws.at(cut * weight.shape[1]))[codes]),
+        bits(whole[codes][cut:]),
+    )
 
 
 # merging
 
 
-@pytest.fixture(params=["bnb-nf4-double", "bnb-fp4", "bnb-int8", "fp8", "int4", "int4-zero", "nvfp4", "mxfp4"])
+@pytest.fixture(
+    params=["bnb-nf4-double", "bnb-fp4", "bnb-int8", "fp8", "int4", "int4-zero", "nvfp4", "mxfp4"]
+)
 def inputs(request, made: Callable[..., Path]) -> tuple[Path, Path]:
     """A quantised base, and an adapter whose delta is small beside its steps."""
     oracle = pytest.importorskip("oracle")
     name = request.param
     size = 0.004 if "8" in name else 0.02
-    train = lambda folder: oracle.train(forged.llama(), folder, target_modules=["q_proj", "down_proj"], size=size)
+    train = lambda folder: oracle.train(
+        forged.llama(), folder, target_modules=["q_proj", "down_proj"], size=size
+    )
     return checkpoint(name, made), made(f"rounding-lora-{size}", train)
 
 
 def test_a_merge_keeps_the_delta_the_scales_and_the_other_modules(inputs, tmp_path, monkeypatch):
     base, lora = inputs
     outs = {}
-    for rounding, seed, workers in [("nearest", 0, 2), ("stochastic", 0, 1), ("stochastic", 0, 4), ("stochastic", 1, 2)]:
+    for rounding, seed, workers in [
+        ("nearest", 0, 2),
+        ("stochastic", 0, 1),
+        ("stochastic", 0, 4),
+        ("stochastic", 1, 2),
+    ]:
         out = tmp_path / f"{rounding}-{seed}-{workers}"
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
         monkeypatch.setattr(requantised, "SLICE", 2048 // workers)
@@ -221,7 +276,11 @@ def test_a_merge_keeps_the_delta_the_scales_and_the_other_modules(inputs, tmp_pa
     assert outs["stochastic", 0, 1].read_bytes() == outs["stochastic", 0, 4].read_bytes()
     before, after = load_file(base / "model.safetensors"), load_file(outs["stochastic", 0, 1])
     assert not same(after, load_file(outs["stochastic", 1, 2]))
-    changed = [spec for spec in packed_in(decoded(open_checkpoint(open_source(str(base)))).tensors) if touched(spec.key)]
+    changed = [
+        spec
+        for spec in packed_in(decoded(open_checkpoint(open_source(str(base)))).tensors)
+        if touched(spec.key)
+    ]
     codes = {spec.parts[0].key for spec in changed}
     scales = {part.key for spec in changed for part in spec.parts[1:]}
     for key in before.keys() - codes - scales:
@@ -237,13 +296,17 @@ def touched(key: str) -> bool:
 
 def test_a_merge_into_decoded_weights_says_what_survived(made, tmp_path, monkeypatch):
     oracle = pytest.importorskip("oracle")
-    train = lambda folder: oracle.train(forged.llama(), folder, target_modules=["q_proj", "down_proj"], size=5e-3)
+    train = lambda folder: oracle.train(
+        forged.llama(), folder, target_modules=["q_proj", "down_proj"], size=5e-3
+    )
     base, lora = checkpoint("bnb-nf4", made), made("rounding-lora-0.005", train)
     found = []
     for rounding, size in (("nearest", 1 << 20), ("stochastic", 1 << 20), ("stochastic", 1024)):
         out = tmp_path / f"{rounding}-{size}"
         monkeypatch.setattr(requantised, "SLICE", size)
-        receipt = adapterkit.merge(base, [lora], out=out, dequantize=True, dtype="bf16", rounding=rounding, verify=True)
+        receipt = adapterkit.merge(
+            base, [lora], out=out, dequantize=True, dtype="bf16", rounding=rounding, verify=True
+        )
         facts = [fact for key, fact in receipt.data["parameters"].items() if touched(key)]
         assert len(facts) == 4
         found.append([fact["survived"] for fact in facts])
@@ -251,4 +314,6 @@ def test_a_merge_into_decoded_weights_says_what_survived(made, tmp_path, monkeyp
     # decoded values are none of bf16, so rounding to nearest loses nothing on average either
     assert all(0.9 < share < 1.1 for share in [*found[0], *found[1]]), found
     assert found[0] != found[1] == found[2]
-    assert (tmp_path / f"stochastic-{1 << 20}" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert (tmp_path / f"stochastic-{1 << 20}" / "model.safetensors").read_bytes() == (
+        out / "model.safetensors"
+    ).read_bytes()

@@ -28,7 +28,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def base(made: Callable[..., Path]) -> Callable[[str], Path]:
-    return lambda name: made(f"stats-{name}", lambda folder: oracle.save_base(MODELS[name](), folder, "fp32"))
+    return lambda name: made(
+        f"stats-{name}", lambda folder: oracle.save_base(MODELS[name](), folder, "fp32")
+    )
 
 
 def inputs_of(name: str, base: Path) -> dict[str, Tensor]:
@@ -57,13 +59,18 @@ def seen(base) -> Callable[[str], tuple[dict[str, Tensor], Path]]:
     def make(name: str) -> tuple[dict[str, Tensor], Path]:
         found, path = inputs_of(name, base(name)), base(name).parent / f"{name}-stats.safetensors"
         if not path.exists():
-            save_file({f"{module}.covariance": (x.T @ x / len(x)).float() for module, x in found.items()}, path)
+            save_file(
+                {f"{module}.covariance": (x.T @ x / len(x)).float() for module, x in found.items()},
+                path,
+            )
         return found, path
 
     return make
 
 
-def outputs_lost(name: str, base: Path, quantised: Path, adapter: Path | None, xs: dict[str, Tensor]) -> dict[str, float]:
+def outputs_lost(
+    name: str, base: Path, quantised: Path, adapter: Path | None, xs: dict[str, Tensor]
+) -> dict[str, float]:
     """‖(W - Q - scale·b@a) xᵀ‖ / ‖W xᵀ‖ of each module, (out, in)."""
     weights, packed = originals(base), values(quantised)
     deltas = products(name, adapter) if adapter else {}
@@ -78,14 +85,20 @@ def outputs_lost(name: str, base: Path, quantised: Path, adapter: Path | None, x
 
 @pytest.mark.parametrize("iterations", [1, 4])
 @pytest.mark.parametrize("name", NAMES)
-def test_errors_are_those_of_the_outputs(base, seen, name: str, iterations: int, tmp_path: Path) -> None:
+def test_errors_are_those_of_the_outputs(
+    base, seen, name: str, iterations: int, tmp_path: Path
+) -> None:
     xs, path = seen(name)
     how: dict[str, Any] = {"rank": RANK, "iterations": iterations}
     receipt: Any = adapterkit.loftq(base(name), out=tmp_path / "out", stats=path, **how)
     facts = {key: fact for key, fact in receipt.data["parameters"].items() if "error_after" in fact}
-    lost = outputs_lost(name, base(name), tmp_path / "out" / "base", tmp_path / "out" / "adapter", xs)
+    lost = outputs_lost(
+        name, base(name), tmp_path / "out" / "base", tmp_path / "out" / "adapter", xs
+    )
     adapterkit.loftq(base(name), out=tmp_path / "plain", **how)
-    plain = outputs_lost(name, base(name), tmp_path / "plain" / "base", tmp_path / "plain" / "adapter", xs)
+    plain = outputs_lost(
+        name, base(name), tmp_path / "plain" / "base", tmp_path / "plain" / "adapter", xs
+    )
     assert facts.keys() == lost.keys()
     for key, fact in facts.items():
         assert fact["damping"] <= 1e-4
@@ -99,7 +112,9 @@ def test_no_factors_of_that_rank_are_better(base, seen, name: str, tmp_path: Pat
     xs, path = seen(name)
     adapterkit.loftq(base(name), out=tmp_path / "out", stats=path, rank=RANK, iterations=1)
     packed, weights = values(tmp_path / "out" / "base"), originals(base(name))
-    lost = outputs_lost(name, base(name), tmp_path / "out" / "base", tmp_path / "out" / "adapter", xs)
+    lost = outputs_lost(
+        name, base(name), tmp_path / "out" / "base", tmp_path / "out" / "adapter", xs
+    )
     for key, q in packed.items():
         x, w = xs[key.removesuffix(".weight")], weights[key]
         rest, w = ((weights[key] - q).T, w.T) if name == "gpt2" else (weights[key] - q, w)
@@ -111,10 +126,16 @@ def test_no_factors_of_that_rank_are_better(base, seen, name: str, tmp_path: Pat
 def test_for_a_base_that_stays(base, seen, name: str, tmp_path: Path) -> None:
     xs, path = seen(name)
     adapterkit.quantize(base(name), to="nf4", out=tmp_path / "nf4")
-    receipt: Any = adapterkit.loftq(base(name), quantized=tmp_path / "nf4", stats=path, rank=RANK, out=tmp_path / "out")
+    receipt: Any = adapterkit.loftq(
+        base(name), quantized=tmp_path / "nf4", stats=path, rank=RANK, out=tmp_path / "out"
+    )
     lost = outputs_lost(name, base(name), tmp_path / "nf4", tmp_path / "out", xs)
     before = outputs_lost(name, base(name), tmp_path / "nf4", None, xs)
-    facts = {f"{module}.weight": fact for module, fact in receipt.data["parameters"].items() if "error_after" in fact}
+    facts = {
+        f"{module}.weight": fact
+        for module, fact in receipt.data["parameters"].items()
+        if "error_after" in fact
+    }
     assert facts.keys() == lost.keys()
     for key, fact in facts.items():
         assert fact["error"] == pytest.approx(before[key], rel=5e-3)
@@ -123,22 +144,39 @@ def test_for_a_base_that_stays(base, seen, name: str, tmp_path: Path) -> None:
 
 def test_a_covariance_of_ones_is_no_change(base, tmp_path: Path) -> None:
     widths = {module: x.shape[1] for module, x in inputs_of("llama", base("llama")).items()}
-    save_file({f"{module}.covariance": 3 * torch.eye(width) for module, width in widths.items()}, tmp_path / "one.safetensors")
+    save_file(
+        {f"{module}.covariance": 3 * torch.eye(width) for module, width in widths.items()},
+        tmp_path / "one.safetensors",
+    )
     found = []
     for name, how in {"with": {"stats": tmp_path / "one.safetensors"}, "without": {}}.items():
-        receipt: Any = adapterkit.loftq(base("llama"), out=tmp_path / name, rank=RANK, iterations=2, **how)
-        found.append({key: fact["error_after"] for key, fact in receipt.data["parameters"].items() if "error_after" in fact})
+        receipt: Any = adapterkit.loftq(
+            base("llama"), out=tmp_path / name, rank=RANK, iterations=2, **how
+        )
+        found.append(
+            {
+                key: fact["error_after"]
+                for key, fact in receipt.data["parameters"].items()
+                if "error_after" in fact
+            }
+        )
     assert found[0] == pytest.approx(found[1], rel=2e-4)
 
 
 def test_the_kernel() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 40, generator=generator, dtype=torch.float64) * torch.logspace(-2, 2, 40, dtype=torch.float64)
+    x = torch.randn(500, 40, generator=generator, dtype=torch.float64) * torch.logspace(
+        -2, 2, 40, dtype=torch.float64
+    )
     c = x.T @ x / len(x)
     s, damping = root(c.float())
     mean = float(c.diagonal().mean())
     assert torch.equal(s, s.tril())
-    assert torch.allclose(mean * (s.double() @ s.T.double()), c + damping * mean * torch.eye(40), atol=2e-6 * float(c.abs().max()))
+    assert torch.allclose(
+        mean * (s.double() @ s.T.double()),
+        c + damping * mean * torch.eye(40),
+        atol=2e-6 * float(c.abs().max()),
+    )
     for scale in (1e-20, 1e20):  # as with the next scale of the inputs
         assert torch.allclose(root((c * scale).float())[0], s, rtol=1e-4, atol=1e-5)
     few, more = root((x[:5].T @ x[:5]).float())  # singular
@@ -152,7 +190,9 @@ def test_the_kernel() -> None:
 
 def changed(path: Path, out: Path, **tensors: Tensor | None) -> Path:
     stored = {**load_file(path), **tensors}
-    save_file({key: tensor.contiguous() for key, tensor in stored.items() if tensor is not None}, out)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in stored.items() if tensor is not None}, out
+    )
     return out
 
 
@@ -182,7 +222,9 @@ def test_what_is_no_covariance_is_refused(base, seen, what: str, tmp_path: Path)
 def test_modules_without_factors_need_none(base, seen, tmp_path: Path) -> None:
     _, path = seen("llama")
     some = changed(path, tmp_path / "some.safetensors", **{QUERY: None})
-    adapterkit.loftq(base("llama"), out=tmp_path / "out", stats=some, rank=RANK, targets="v_proj", iterations=1)
+    adapterkit.loftq(
+        base("llama"), out=tmp_path / "out", stats=some, rank=RANK, targets="v_proj", iterations=1
+    )
 
 
 def test_the_command(base, seen, tmp_path: Path) -> None:
@@ -190,6 +232,16 @@ def test_the_command(base, seen, tmp_path: Path) -> None:
 
     from adapterkit.cli import main
 
-    words = ["loftq", str(base("llama")), "--rank", "4", "--stats", str(seen("llama")[1]), "--out", str(tmp_path / "out"), "--json"]
+    words = [
+        "loftq",
+        str(base("llama")),
+        "--rank",
+        "4",
+        "--stats",
+        str(seen("llama")[1]),
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output

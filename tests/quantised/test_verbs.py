@@ -36,7 +36,10 @@ TOUCHED = ["q_proj", "down_proj"]
 
 def gpt2() -> nn.Module:
     """One width that is no multiple of a block."""
-    return oracle._model("GPT2LMHeadModel", transformers.GPT2Config(vocab_size=80, n_embd=48, n_layer=2, n_head=4, n_positions=64))
+    return oracle._model(
+        "GPT2LMHeadModel",
+        transformers.GPT2Config(vocab_size=80, n_embd=48, n_layer=2, n_head=4, n_positions=64),
+    )
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -51,7 +54,10 @@ def base(made: Callable[..., Path]) -> Callable[..., Path]:
     """A model in a format; `None`: as it was."""
 
     def make(name: str = "llama", kind: str | None = "nf4", **how) -> Path:
-        plain = made("-".join(["verbs", name, *how]), lambda folder: oracle.save_base(MODELS[name](), folder, "bf16", **how))
+        plain = made(
+            "-".join(["verbs", name, *how]),
+            lambda folder: oracle.save_base(MODELS[name](), folder, "bf16", **how),
+        )
         if kind is None:
             return plain
         quantise = lambda folder: adapterkit.quantize(plain, out=folder / "q", **HOW[kind])
@@ -66,7 +72,13 @@ def floats(made: Callable[..., Path], base) -> Callable[..., Path]:
 
     def make(name: str = "llama", kind: str = "nf4") -> Path:
         source = base(name, kind)
-        return made(f"verbs-floats-{name}-{kind}", lambda f: adapterkit.dequantize(source, out=f / "f", dtype="fp32")) / "f"
+        return (
+            made(
+                f"verbs-floats-{name}-{kind}",
+                lambda f: adapterkit.dequantize(source, out=f / "f", dtype="fp32"),
+            )
+            / "f"
+        )
 
     return make
 
@@ -83,19 +95,26 @@ def lora(made: Callable[..., Path]) -> Callable[..., Path]:
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    return {k: t for file in sorted(folder.glob("*.safetensors")) for k, t in load_file(file).items()}
+    return {
+        k: t for file in sorted(folder.glob("*.safetensors")) for k, t in load_file(file).items()
+    }
 
 
 def values(folder: Path) -> dict[str, Tensor]:
     """Every quantised weight, decoded to float32."""
     tensors = stored(folder)
     specs = packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
-    return {spec.key: spec.decode({part.key: tensors[part.key] for part in spec.parts}) for spec in specs}
+    return {
+        spec.key: spec.decode({part.key: tensors[part.key] for part in spec.parts})
+        for spec in specs
+    }
 
 
 def exact(floats: Path, *adapters: Path, weights: tuple[float, ...] = ()) -> dict[str, Any]:
     """W + Σ weight·scale·b@a in float64, W what the base decodes to."""
-    model = oracle.load(json.loads((floats / "config.json").read_text())["architectures"][0], floats)
+    model = oracle.load(
+        json.loads((floats / "config.json").read_text())["architectures"][0], floats
+    )
     return oracle.exact(oracle.peft_model(model, *adapters), weights)
 
 
@@ -110,23 +129,37 @@ def encoded(kind: str, weight: Tensor, turned: bool = False) -> Tensor:
         codes, absmax = blockwise.quantize_4bit(weight, how["to"], block)
         if how.get("double_quant"):
             nested = blockwise.quantize_absmax(absmax)
-            absmax = blockwise.decode_absmax(nested.codes, nested.absmax, blockwise.dynamic_map(), nested.offset)
-        value = blockwise.decode_4bit(codes, absmax, how["to"], block, weight.numel()).view(weight.shape)
+            absmax = blockwise.decode_absmax(
+                nested.codes, nested.absmax, blockwise.dynamic_map(), nested.offset
+            )
+        value = blockwise.decode_4bit(codes, absmax, how["to"], block, weight.numel()).view(
+            weight.shape
+        )
     return value.T if turned else value
 
 
 def loaded(folder: Path) -> nn.Module:
-    cls = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    cls = getattr(
+        transformers, json.loads((folder / "config.json").read_text())["architectures"][0]
+    )
     with oracle.quiet():
-        model, info = cls.from_pretrained(folder, device_map="cpu", dtype="auto", output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        model, info = cls.from_pretrained(
+            folder, device_map="cpu", dtype="auto", output_loading_info=True
+        )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     return model.eval()
 
 
 def parts_of(key: str, tensors: dict[str, Tensor]) -> set[str]:
     """A weight's own tensors; int8's scale is a sibling of the weight."""
     stem = key.removesuffix("weight")
-    return {k for k in tensors if k == key or k.startswith(key + ".") or k in (stem + "SCB", stem + "weight_format")}
+    return {
+        k
+        for k in tensors
+        if k == key or k.startswith(key + ".") or k in (stem + "SCB", stem + "weight_format")
+    }
 
 
 # in the format
@@ -142,7 +175,10 @@ def test_merged_in_the_format(base, floats, lora, name: str, kind: str, tmp_path
     assert before.keys() == after.keys()
     touched = set().union(*(parts_of(key, before) for key in expected))
     assert len(expected) == 4 and len(touched) >= 8
-    oracle.assert_same({k: t for k, t in after.items() if k not in touched}, {k: t for k, t in before.items() if k not in touched})
+    oracle.assert_same(
+        {k: t for k, t in after.items() if k not in touched},
+        {k: t for k, t in before.items() if k not in touched},
+    )
     old, new = values(source), values(tmp_path / "out")
     for key, one in expected.items():
         ideal = encoded(kind, one.value.float(), name == "gpt2")
@@ -152,24 +188,35 @@ def test_merged_in_the_format(base, floats, lora, name: str, kind: str, tmp_path
         assert float((new[key] - ideal).norm()) <= 2e-3 * float(ideal.norm()), key
         delta, moved = one.value - old[key].double(), new[key].double() - old[key].double()
         fact = receipt.data["parameters"][key]
-        assert fact["survived"] == pytest.approx(float((moved * delta).sum() / delta.square().sum()), rel=1e-3)
+        assert fact["survived"] == pytest.approx(
+            float((moved * delta).sum() / delta.square().sum()), rel=1e-3
+        )
         noise = float((new[key].double() - one.value).norm() / delta.norm())
         assert fact["requantisation"] == pytest.approx(noise, rel=1e-3)
-        assert fact["delta"] == pytest.approx(float(delta.norm() / old[key].double().norm()), rel=1e-3)
+        assert fact["delta"] == pytest.approx(
+            float(delta.norm() / old[key].double().norm()), rel=1e-3
+        )
         assert 0.9 < fact["survived"] < 1.1
     assert not [note for note in receipt.data["notes"] if "WARNING" in note]
     said = lambda folder: json.loads((folder / "config.json").read_text())
     assert said(source) == said(tmp_path / "out")
-    assert (source / "model.safetensors").stat().st_size - (tmp_path / "out" / "model.safetensors").stat().st_size in range(-80, 80)
+    assert (source / "model.safetensors").stat().st_size - (
+        tmp_path / "out" / "model.safetensors"
+    ).stat().st_size in range(-80, 80)
     loaded(tmp_path / "out")
     adapterkit.verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_the_bytes_are_those_of_one_encoding_of_the_float32_sum(base, lora, kind: str, tmp_path: Path) -> None:
+def test_the_bytes_are_those_of_one_encoding_of_the_float32_sum(
+    base, lora, kind: str, tmp_path: Path
+) -> None:
     """A delta of few bits and rank 1, so that float32 gives the nearest sum in whatever order."""
     adapter = shutil.copytree(lora(r=1, lora_alpha=2), tmp_path / "adapter")
-    tensors = {k: (t * 16).round() / 64 for k, t in load_file(adapter / "adapter_model.safetensors").items()}
+    tensors = {
+        k: (t * 16).round() / 64
+        for k, t in load_file(adapter / "adapter_model.safetensors").items()
+    }
     save_file(tensors, adapter / "adapter_model.safetensors")
     source = base("llama", kind)
     oracle.merge(source, adapter, out=tmp_path / "out")
@@ -182,15 +229,21 @@ def test_the_bytes_are_those_of_one_encoding_of_the_float32_sum(base, lora, kind
             codes, scale = blockwise.quantize_int8(total)
             assert torch.equal(new[key.removesuffix("weight") + "SCB"], scale)
         else:
-            codes, scale = blockwise.quantize_4bit(total, HOW[kind]["to"], HOW[kind].get("block_size", 64))
+            codes, scale = blockwise.quantize_4bit(
+                total, HOW[kind]["to"], HOW[kind].get("block_size", 64)
+            )
             assert torch.equal(new[key + ".absmax"], scale)
         assert torch.equal(new[key], codes)
 
 
 @pytest.mark.parametrize("kind", HOW)
-def test_a_delta_below_the_steps_of_the_format_is_warned_of(base, lora, kind: str, tmp_path: Path) -> None:
+def test_a_delta_below_the_steps_of_the_format_is_warned_of(
+    base, lora, kind: str, tmp_path: Path
+) -> None:
     receipt = oracle.merge(base("llama", kind), f"{lora()}=1e-4", out=tmp_path / "out")
-    shares = [fact["survived"] for fact in receipt.data["parameters"].values() if "survived" in fact]
+    shares = [
+        fact["survived"] for fact in receipt.data["parameters"].values() if "survived" in fact
+    ]
     assert len(shares) == 4 and max(shares) < 0.5
     (warning,) = [note for note in receipt.data["notes"] if note.startswith("WARNING")]
     assert "4 of 4 modules" in warning and "--dequantize" in warning
@@ -200,7 +253,9 @@ def test_a_delta_below_the_steps_of_the_format_is_warned_of(base, lora, kind: st
 def test_nothing_added_is_no_byte_changed(base, lora, kind: str, tmp_path: Path) -> None:
     adapter = shutil.copytree(lora(), tmp_path / "zero")
     tensors = load_file(adapter / "adapter_model.safetensors")
-    save_file({k: t * ("lora_A" in k) for k, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {k: t * ("lora_A" in k) for k, t in tensors.items()}, adapter / "adapter_model.safetensors"
+    )
     receipt = oracle.merge(base("llama", kind), adapter, out=tmp_path / "out")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (base("llama", kind) / file).read_bytes()
@@ -210,11 +265,19 @@ def test_nothing_added_is_no_byte_changed(base, lora, kind: str, tmp_path: Path)
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("kind", ["double", "int8"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_dora_and_several_adapters(base, floats, lora, name: str, kind: str, keep: bool, tmp_path: Path) -> None:
+def test_dora_and_several_adapters(
+    base, floats, lora, name: str, kind: str, keep: bool, tmp_path: Path
+) -> None:
     """Norms are those of the decoded weight, all is added before the one rounding."""
-    modules = {"llama": [["q_proj"], ["v_proj", "up_proj"], ["up_proj"]], "gpt2": [["c_attn"], ["c_fc"], ["c_fc"]]}[name]
+    modules = {
+        "llama": [["q_proj"], ["v_proj", "up_proj"], ["up_proj"]],
+        "gpt2": [["c_attn"], ["c_fc"], ["c_fc"]],
+    }[name]
     adapters = [lora(name, use_dora=True, target_modules=modules[0])]
-    adapters += [lora(name, seed=2, r=3, use_rslora=True, target_modules=modules[1]), lora(name, seed=3, target_modules=modules[2])]
+    adapters += [
+        lora(name, seed=2, r=3, use_rslora=True, target_modules=modules[1]),
+        lora(name, seed=3, target_modules=modules[2]),
+    ]
     weights = (1.0, 0.5, -0.7)
     sources = [f"{adapter}={weight}" for adapter, weight in zip(adapters, weights, strict=True)]
     oracle.merge(base(name, kind), *sources, out=tmp_path / "out", dequantize=not keep)
@@ -261,7 +324,9 @@ def test_dequantised_every_weight_is_rounded_once(
         else:
             assert torch.equal(tensor, untouched[key].to(tensor.dtype)), key
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "quantization_config" not in config and config["dtype"] == str(wanted).removeprefix("torch.")
+    assert "quantization_config" not in config and config["dtype"] == str(wanted).removeprefix(
+        "torch."
+    )
     loaded(tmp_path / "out")
 
 
@@ -272,10 +337,16 @@ def test_dequantised_every_weight_is_rounded_once(
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_embeddings_and_heads(base, floats, name: str, kind: str, tmp_path: Path) -> None:
     modules = ["embed_tokens", "q_proj"] + (["lm_head"] if name == "llama" else [])
-    adapter = tmp_path / "adapter"  # trained on the weights as they are stored: PEFT saves a copy of them, which it loads again
+    adapter = (
+        tmp_path / "adapter"
+    )  # trained on the weights as they are stored: PEFT saves a copy of them, which it loads again
     oracle.train(MODELS[name]().to(torch.bfloat16), adapter, target_modules=modules)
     oracle.merge(base(name, kind), adapter, out=tmp_path / "out")
-    expected, before, after = exact(floats(name, kind), adapter), stored(base(name, kind)), stored(tmp_path / "out")
+    expected, before, after = (
+        exact(floats(name, kind), adapter),
+        stored(base(name, kind)),
+        stored(tmp_path / "out"),
+    )
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         if key in expected:
             assert after[key].dtype == torch.bfloat16
@@ -306,16 +377,22 @@ def test_modules_trained_whole_and_biases(base, lora, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_module_trained_whole_becomes_a_float_with_the_others(base, lora, kind: str, tmp_path: Path) -> None:
+def test_a_quantised_module_trained_whole_becomes_a_float_with_the_others(
+    base, lora, kind: str, tmp_path: Path
+) -> None:
     adapter = lora(modules_to_save=["o_proj"])
     trained = load_file(adapter / "adapter_model.safetensors")
     oracle.merge(base("llama", kind), adapter, out=tmp_path / "floats", dequantize=True)
     key = "model.layers.0.self_attn.o_proj.weight"
-    assert torch.equal(stored(tmp_path / "floats")[key], trained[f"base_model.model.{key}"].bfloat16())
+    assert torch.equal(
+        stored(tmp_path / "floats")[key], trained[f"base_model.model.{key}"].bfloat16()
+    )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_module_trained_whole_is_refused_in_the_format(base, lora, kind: str, tmp_path: Path) -> None:
+def test_a_quantised_module_trained_whole_is_refused_in_the_format(
+    base, lora, kind: str, tmp_path: Path
+) -> None:
     with pytest.raises(Refused, match="o_proj"):
         oracle.merge(base("llama", kind), lora(modules_to_save=["o_proj"]), out=tmp_path / "out")
 
@@ -323,7 +400,9 @@ def test_a_quantised_module_trained_whole_is_refused_in_the_format(base, lora, k
 # refusals, interruptions
 
 
-@pytest.mark.parametrize("option", [{"dtype": "fp16"}, {"max_shard_size": "1MB"}, {"compat": "peft"}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"dtype": "fp16"}, {"max_shard_size": "1MB"}, {"compat": "peft"}], ids=str
+)
 def test_what_needs_floats_is_refused(base, lora, option: dict, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="--dequantize"):
         oracle.merge(base(), lora(), out=tmp_path / "out", **option)
@@ -358,7 +437,9 @@ def test_interrupted_and_resumed(base, lora, when: int, keep: bool, tmp_path: Pa
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
     assert whole["parameters"] == again["parameters"]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored(tmp_path / "out").values())
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for t in stored(tmp_path / "out").values()
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     loaded(tmp_path / "out")
 
@@ -368,7 +449,9 @@ def test_interrupted_and_resumed(base, lora, when: int, keep: bool, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_diff_of_a_quantised_and_a_plain_one(base, floats, name: str, kind: str, tmp_path: Path) -> None:
+def test_diff_of_a_quantised_and_a_plain_one(
+    base, floats, name: str, kind: str, tmp_path: Path
+) -> None:
     """By the weights that it decodes to, whichever side it is; the formats' settings and scales are no differences."""
     packed, plain = base(name, kind), floats(name, kind)
     adapterkit.dequantize(packed, out=tmp_path / "rounded")
@@ -383,7 +466,11 @@ def test_diff_of_a_quantised_and_a_plain_one(base, floats, name: str, kind: str,
     found = adapterkit.diff(packed, tmp_path / "other")
     assert {row["name"] for row in found["changed"]} == set(weights) and not found["same"]
     for row in found["changed"]:
-        assert row["relative_error"] == pytest.approx(0.5, rel=1e-6) and row["cosine"] == pytest.approx(1)
-        assert row["a"]["dtype"] in ("bnb4", "bnb8") and row["norm"] == pytest.approx(float(weights[row["name"]].norm()), rel=1e-6)
+        assert row["relative_error"] == pytest.approx(0.5, rel=1e-6) and row[
+            "cosine"
+        ] == pytest.approx(1)
+        assert row["a"]["dtype"] in ("bnb4", "bnb8") and row["norm"] == pytest.approx(
+            float(weights[row["name"]].norm()), rel=1e-6
+        )
     assert adapterkit.diff(packed, tmp_path / "other", tolerance=0.51)["same"]
     assert not adapterkit.diff(packed, packed)["notes"]

@@ -34,22 +34,39 @@ def model(made: Callable[..., Path]) -> Callable[[str], tuple[Path, Path]]:
     def make(name: str) -> tuple[Path, Path]:
         if name in FORMS:
             base = made(f"formats-{name}", lambda folder: forged.base(FORMS[name], folder))
-            train = lambda folder: oracle.train(forged.llama(), folder, size=0.3, target_modules=TOUCHED)
+            train = lambda folder: oracle.train(
+                forged.llama(), folder, size=0.3, target_modules=TOUCHED
+            )
             return base, made("verified-lora-forged", train)
-        plain = made("verified-plain", lambda folder: oracle.save_base(oracle.llama(**SIZES), folder, "bf16"))
-        base = made(f"verified-{name}", lambda folder: adapterkit.quantize(plain, out=folder / "q", **OURS[name])) / "q"
-        return base, made("verified-lora", lambda folder: oracle.train(oracle.llama(**SIZES), folder, target_modules=TOUCHED))
+        plain = made(
+            "verified-plain", lambda folder: oracle.save_base(oracle.llama(**SIZES), folder, "bf16")
+        )
+        base = (
+            made(
+                f"verified-{name}",
+                lambda folder: adapterkit.quantize(plain, out=folder / "q", **OURS[name]),
+            )
+            / "q"
+        )
+        return base, made(
+            "verified-lora",
+            lambda folder: oracle.train(oracle.llama(**SIZES), folder, target_modules=TOUCHED),
+        )
 
     return make
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("name", [*WRITABLE, *OURS])
-def test_every_changed_weight_is_recomputed(model, name: str, rounding: str, tmp_path: Path) -> None:
+def test_every_changed_weight_is_recomputed(
+    model, name: str, rounding: str, tmp_path: Path
+) -> None:
     base, lora = model(name)
     kept = oracle.merge(base, lora, out=tmp_path / "kept", rounding=rounding, verify=True)
     assert kept.data["verified"]["tensors"] == 4 and kept.data["verified"]["rows"] > 4
-    floats = oracle.merge(base, lora, out=tmp_path / "floats", rounding=rounding, verify=True, dequantize=True)
+    floats = oracle.merge(
+        base, lora, out=tmp_path / "floats", rounding=rounding, verify=True, dequantize=True
+    )
     assert floats.data["verified"]["tensors"] == 14
     assert floats.data["verified"]["rows"] == 3 * 14
     again = adapterkit.verify(tmp_path / "kept", base=base, adapters=[lora])
@@ -58,18 +75,24 @@ def test_every_changed_weight_is_recomputed(model, name: str, rounding: str, tmp
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("name", [*WRITABLE, *OURS])
-def test_slices(model, name: str, rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices(
+    model, name: str, rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights larger than what is recomputed at once, cut otherwise than they were written."""
     base, lora = model(name)
     monkeypatch.setattr(recomputed, "CHUNK", 1 << 9)
     monkeypatch.setattr(requantised, "SLICE", 1 << 11)
     oracle.merge(base, lora, out=tmp_path / "kept", rounding=rounding, verify=True)
-    oracle.merge(base, lora, out=tmp_path / "floats", rounding=rounding, verify=True, dequantize=True)
+    oracle.merge(
+        base, lora, out=tmp_path / "floats", rounding=rounding, verify=True, dequantize=True
+    )
 
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("name", [*WRITABLE, *OURS])
-def test_arithmetic_that_is_wrong_is_found(model, name: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arithmetic_that_is_wrong_is_found(
+    model, name: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, lora = model(name)
     right = rows.add_low_rank
     monkeypatch.setattr(rows, "add_low_rank", lambda w, left, right_: right(w, left * 1.02, right_))
@@ -81,7 +104,9 @@ def test_arithmetic_that_is_wrong_is_found(model, name: str, kept: bool, tmp_pat
 
 
 @pytest.mark.parametrize("name", [*WRITABLE, *OURS])
-def test_encoding_that_is_wrong_is_found(model, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_that_is_wrong_is_found(
+    model, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One value in a hundred is a step away from its nearest code."""
     base, lora = model(name)
     kind = type(packed_in(decoded(open_checkpoint(open_source(str(base)))).tensors)[0])
@@ -104,7 +129,10 @@ def test_doras_and_several_adapters(model, made, name: str, tmp_path: Path) -> N
     base, lora = model(name)
     build = forged.llama if name in FORMS else lambda: oracle.llama(**SIZES)
     dora = made(
-        f"verified-dora-{name}", lambda folder: oracle.train(build(), folder, seed=3, use_dora=True, target_modules=["v_proj"])
+        f"verified-dora-{name}",
+        lambda folder: oracle.train(
+            build(), folder, seed=3, use_dora=True, target_modules=["v_proj"]
+        ),
     )
     for kept in (True, False):
         out = tmp_path / str(kept)
@@ -113,11 +141,15 @@ def test_doras_and_several_adapters(model, made, name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["double", "int8-bnb", "int4", "fp8"])
-def test_decoded_weights_in_float32_are_the_rounded_float64_values(model, name: str, tmp_path: Path) -> None:
+def test_decoded_weights_in_float32_are_the_rounded_float64_values(
+    model, name: str, tmp_path: Path
+) -> None:
     base, lora = model(name)
     oracle.merge(base, lora, out=tmp_path / "out", dequantize=True, dtype="fp32", verify=True)
     adapterkit.dequantize(base, out=tmp_path / "plain", dtype="fp32")
-    exact = oracle.exact(oracle.peft_model(oracle.load("LlamaForCausalLM", tmp_path / "plain"), lora))
+    exact = oracle.exact(
+        oracle.peft_model(oracle.load("LlamaForCausalLM", tmp_path / "plain"), lora)
+    )
     found = oracle.stored(tmp_path / "out")
     wrong = sum(int((found[key] != one.value.float()).sum()) for key, one in exact.items())
     assert len(exact) == 4 and wrong <= 1e-4 * sum(one.value.numel() for one in exact.values())
@@ -126,4 +158,6 @@ def test_decoded_weights_in_float32_are_the_rounded_float64_values(model, name: 
 def test_a_delta_that_changes_no_float32_keeps_the_bytes(model, tmp_path: Path) -> None:
     base, lora = model("nf4")
     oracle.merge(base, f"{lora}=1e-12", out=tmp_path / "out", verify=True)
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (
+        base / "model.safetensors"
+    ).read_bytes()

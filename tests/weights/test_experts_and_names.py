@@ -43,13 +43,19 @@ def train(model, folder, **config):
 
 def peft_merged(cls, base, adapter, dtype):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # patterns for parameters are said to match nothing, and yet they count
-        warnings.filterwarnings("error", message=".*missing adapter keys")  # PEFT's own mapping failed: no oracle
+        warnings.simplefilter(
+            "ignore"
+        )  # patterns for parameters are said to match nothing, and yet they count
+        warnings.filterwarnings(
+            "error", message=".*missing adapter keys"
+        )  # PEFT's own mapping failed: no oracle
         model = peft.PeftModel.from_pretrained(cls.from_pretrained(base, dtype=dtype), adapter)
     return model.merge_and_unload().state_dict()
 
 
-def check_against_peft(model, tmp_path, dtype=torch.float32, tolerance=2e-7, options=None, **config):
+def check_against_peft(
+    model, tmp_path, dtype=torch.float32, tolerance=2e-7, options=None, **config
+):
     cls = type(model)
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     model.to(dtype).save_pretrained(base)
@@ -88,12 +94,16 @@ MOES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text"]
 @pytest.mark.parametrize("kind", MOES)
 def test_experts_as_parameters(kind, tmp_path):
     targets = ["experts.gate_up_proj", "experts.down_proj"]
-    check_against_peft(tiny.model(kind), tmp_path, target_modules=["q_proj"], target_parameters=targets)
+    check_against_peft(
+        tiny.model(kind), tmp_path, target_modules=["q_proj"], target_parameters=targets
+    )
 
 
 @pytest.mark.parametrize("parameter", EXPERTS)
 def test_one_parameter_of_two_is_told_by_the_config_and_the_shapes(parameter, tmp_path):
-    check_against_peft(tiny.model("mixtral"), tmp_path, target_modules=[], target_parameters=[parameter])
+    check_against_peft(
+        tiny.model("mixtral"), tmp_path, target_modules=[], target_parameters=[parameter]
+    )
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
@@ -101,7 +111,15 @@ def test_bfloat16_experts_like_peft(kind, tmp_path):
     options = {"compat": "peft"}
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     model = tiny.model(kind)
-    check_against_peft(model, tmp_path, torch.bfloat16, 0.0, options, target_modules=["q_proj"], target_parameters=targets)
+    check_against_peft(
+        model,
+        tmp_path,
+        torch.bfloat16,
+        0.0,
+        options,
+        target_modules=["q_proj"],
+        target_parameters=targets,
+    )
 
 
 def test_rank_pattern_on_parameters(tmp_path):
@@ -112,7 +130,9 @@ def test_rank_pattern_on_parameters(tmp_path):
 
 
 def test_a_two_dimensional_parameter(tmp_path):
-    check_against_peft(tiny.model("mixtral"), tmp_path, target_modules=[], target_parameters=["mlp.gate.weight"])
+    check_against_peft(
+        tiny.model("mixtral"), tmp_path, target_modules=[], target_parameters=["mlp.gate.weight"]
+    )
 
 
 def hand_made(tmp_path, old_layout, version, shape=(4, 16, 24), rank=2):
@@ -127,9 +147,18 @@ def hand_made(tmp_path, old_layout, version, shape=(4, 16, 24), rank=2):
     save_file({"block.experts.up": weight}, base / "model.safetensors")
     key = "base_model.model.block.experts.lora_"
     save_file({key + "A.weight": a, key + "B.weight": b}, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_parameters": ["experts.up"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config | ({"peft_version": version} if version else {})))
-    delta = torch.einsum("ore,eri->eoi", b.double().view(outputs, rank, count), a.double().view(count, rank, inputs))
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_parameters": ["experts.up"],
+    }
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | ({"peft_version": version} if version else {}))
+    )
+    delta = torch.einsum(
+        "ore,eri->eoi", b.double().view(outputs, rank, count), a.double().view(count, rank, inputs)
+    )
     return base, adapter, weight.double() + (delta.mT if old_layout else delta)
 
 
@@ -142,7 +171,10 @@ def test_both_layouts_are_told_apart_by_shape(old_layout, version, tmp_path):
     assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("version, old_layout", [("0.18.1", True), ("0.17.0", True), ("0.19.0", False), ("0.21.2", False)])
+@pytest.mark.parametrize(
+    "version, old_layout",
+    [("0.18.1", True), ("0.17.0", True), ("0.19.0", False), ("0.21.2", False)],
+)
 def test_square_experts_by_the_version_that_wrote_them(version, old_layout, tmp_path):
     base, adapter, expected = hand_made(tmp_path, old_layout, version, (3, 16, 16))
     adapterkit.merge(base, [adapter], out=tmp_path / "out")
@@ -174,14 +206,23 @@ def test_experts_trained_one_by_one_merge_into_a_fused_base(tmp_path):
     width = state["model.layers.0.mlp.experts.down_proj"].shape[2]
     for expert in range(4):
         for name in ("gate_proj", "up_proj", "down_proj"):
-            stack = expected["model.layers.0.mlp.experts." + ("down_proj" if name == "down_proj" else "gate_up_proj")]
-            part = {"down_proj": stack[expert], "gate_proj": stack[expert, :width], "up_proj": stack[expert, width:]}[name]
+            stack = expected[
+                "model.layers.0.mlp.experts."
+                + ("down_proj" if name == "down_proj" else "gate_up_proj")
+            ]
+            part = {
+                "down_proj": stack[expert],
+                "gate_proj": stack[expert, :width],
+                "up_proj": stack[expert, width:],
+            }[name]
             a, b = torch.randn(2, part.shape[1]), torch.randn(part.shape[0], 2)
             part += 2 * b @ a
             key = f"base_model.model.model.layers.0.mlp.experts.{expert}.{name}.lora_"
             factors |= {key + "A.weight": a, key + "B.weight": b}
     save_file(factors, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    )
     adapterkit.merge(base, [adapter], out=tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == expected.keys()
@@ -195,7 +236,9 @@ def test_names_of_an_older_transformers(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     adapter.mkdir()
-    state = {k: v.contiguous().clone() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    state = {
+        k: v.contiguous().clone() for k, v in model.state_dict().items() if k != "lm_head.weight"
+    }
     save_file(state, base / "model.safetensors", {"format": "pt"})
     model.config.architectures = ["Qwen2VLForConditionalGeneration"]
     model.config.to_json_file(base / "config.json")
@@ -204,7 +247,9 @@ def test_names_of_an_older_transformers(tmp_path):
     a, b = torch.randn(2, into), torch.randn(out, 2)
     key = f"base_model.model.{old}.lora_"
     save_file({key + "A.weight": a, key + "B.weight": b}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    )
     adapterkit.merge(base, [adapter], out=tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     expected = state | {new + ".weight": state[new + ".weight"] + b @ a}
@@ -217,8 +262,13 @@ def test_an_adapter_of_another_model_is_refused_though_suffixes_match(tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     key = "base_model.model.other.layers.0.self_attn.q_proj.lora_"
-    save_file({key + "A.weight": torch.ones(2, 64), key + "B.weight": torch.ones(64, 2)}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    save_file(
+        {key + "A.weight": torch.ones(2, 64), key + "B.weight": torch.ones(64, 2)},
+        adapter / "adapter_model.safetensors",
+    )
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    )
     with pytest.raises(Refused, match="the base has no other.layers"):
         adapterkit.merge(tmp_path / "base", [adapter], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -229,7 +279,9 @@ def test_no_stack_of_experts_is_ever_whole_in_memory(tmp_path):
     tiny.model("mixtral").save_pretrained(tmp_path / "base")
     train(transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter",
           target_modules=[], target_parameters=EXPERTS)  # fmt: skip
-    plan = adapterkit.merge(tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out", dry_run=True)
+    plan = adapterkit.merge(
+        tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out", dry_run=True
+    )
     changed = [step for shard in plan.shards for step in shard.steps if not step.copied]
     assert len(changed) == 2 * 4 * 3
     assert all(step.source.key == step.key and len(step.shape) == 2 for step in changed)
@@ -246,18 +298,28 @@ def test_each_expert_reads_its_own_factors(dtype, tmp_path, monkeypatch):
         quantised_experts(base)
     read, cut = Counter(), Counter()
     monkeypatch.setattr(
-        Sources, "read", lambda self, spec, real=Sources.read: (read.update({spec: spec.nbytes}), real(self, spec))[1]
+        Sources,
+        "read",
+        lambda self, spec, real=Sources.read: (read.update({spec: spec.nbytes}), real(self, spec))[
+            1
+        ],
     )
     real = local._Stacks.get
     monkeypatch.setattr(
-        local._Stacks, "get", lambda self, spec, make: real(self, spec, lambda: (cut.update({spec.key: 1}), make())[1])
+        local._Stacks,
+        "get",
+        lambda self, spec, make: real(self, spec, lambda: (cut.update({spec.key: 1}), make())[1]),
     )
     adapterkit.merge(base, [tmp_path / "adapter"], out=tmp_path / "out")
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert cut == dict.fromkeys((key for key in factors if "lora_B" in key), 1)
     total = sum(size for spec, size in read.items() if spec.key in factors)
-    slots = {key: 2 if "base_layer" in key else 1 for key in factors}  # gate and up are stored apart, and both need a
-    assert total == sum(value.nbytes * (slots[key] if "lora_A" in key else 1) for key, value in factors.items())
+    slots = {
+        key: 2 if "base_layer" in key else 1 for key in factors
+    }  # gate and up are stored apart, and both need a
+    assert total == sum(
+        value.nbytes * (slots[key] if "lora_A" in key else 1) for key, value in factors.items()
+    )
 
 
 def quantised_experts(folder):
@@ -268,7 +330,11 @@ def quantised_experts(folder):
         tensors |= {key: made.codes, key + "_scale_inv": made.scale}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [32, 32],
+        "activation_scheme": "dynamic",
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -19,7 +19,9 @@ from adapterkit.weights.slots import Symbol, Unsupported
 from . import tiny
 
 PACKAGE = Path(adapterkit.__file__).parent
-TABLES = sorted(set(conversion_mapping._build_checkpoint_conversion_mapping()) & set(CONFIG_MAPPING_NAMES))
+TABLES = sorted(
+    set(conversion_mapping._build_checkpoint_conversion_mapping()) & set(CONFIG_MAPPING_NAMES)
+)
 # one model for each kind of conversion: experts stored singly, fused, interleaved, chunked, concatenated, renamed, nested
 SOME = [
     "mixtral", "qwen3_moe", "inkling_mm_model", "hrm_text", "kimi_k25", "nomic_bert", "gte", "sarvam_moe", "deepseek_v4",
@@ -27,7 +29,9 @@ SOME = [
 ]  # fmt: skip
 
 
-UNREADABLE = ("message_input.query",)  # Inkling2's merged queries: more than a move of elements, refused by name
+UNREADABLE = (
+    "message_input.query",
+)  # Inkling2's merged queries: more than a move of elements, refused by name
 
 
 def gathered(parameter, stored):
@@ -113,7 +117,9 @@ def test_operations_on_symbols_move_what_they_move_on_tensors(name, make, shapes
               for i, (s, shape) in enumerate(zip(sources, shapes, strict=True))}  # fmt: skip
 
     def convert(inputs):
-        return operation.convert(inputs, source_patterns=sources, target_patterns=names, config=config)
+        return operation.convert(
+            inputs, source_patterns=sources, target_patterns=names, config=config
+        )
 
     real = convert({k: [v] for k, v in stored.items()})
     symbols = convert({s: [Symbol.of(s, shape)] for s, shape in zip(sources, shapes, strict=True)})

@@ -39,15 +39,31 @@ def _agree(config) -> None:
             setattr(config, key, None)
     if "mamba_d_ssm" in settings:
         config.mamba_d_ssm = None
-    for key, value in (("head_dim", 16), ("vocab_size", 96), ("num_key_value_heads", 2), ("layer_types", ["full_attention"] * 2)):
+    for key, value in (
+        ("head_dim", 16),
+        ("vocab_size", 96),
+        ("num_key_value_heads", 2),
+        ("layer_types", ["full_attention"] * 2),
+    ):
         if key in settings and settings[key] is None:
             setattr(config, key, value)
-    for heads, size, expand in (("num_heads", "head_dim", "expand"), ("mamba_n_heads", "mamba_d_head", "mamba_expand")):
-        if isinstance(width, int) and all(isinstance(getattr(config, k, None), int) for k in (heads, expand)) and size in settings:
+    for heads, size, expand in (
+        ("num_heads", "head_dim", "expand"),
+        ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ):
+        if (
+            isinstance(width, int)
+            and all(isinstance(getattr(config, k, None), int) for k in (heads, expand))
+            and size in settings
+        ):
             setattr(config, size, 16)
             setattr(config, heads, width * getattr(config, expand) // 16)
     rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and rope.get("mrope_section") and isinstance(getattr(config, "head_dim", None), int):
+    if (
+        isinstance(rope, dict)
+        and rope.get("mrope_section")
+        and isinstance(getattr(config, "head_dim", None), int)
+    ):
         rope["mrope_section"] = [2, 3, 3]
 
 

@@ -54,10 +54,16 @@ class Bnb4(Packed):
         count = math.prod(weight.shape)
         blocks = math.ceil(count / block)
         parts = [weight.part("", "U8", ((count + 1) // 2, 1))]
-        parts += [weight.part(".absmax", "U8" if double else "F32", (blocks,)), weight.part(".quant_map", "F32", (16,))]
+        parts += [
+            weight.part(".absmax", "U8" if double else "F32", (blocks,)),
+            weight.part(".quant_map", "F32", (16,)),
+        ]
         if double:
             nested = math.ceil(blocks / blockwise.NESTED)
-            parts += [weight.part(".nested_absmax", "F32", (nested,)), weight.part(".nested_quant_map", "F32", (256,))]
+            parts += [
+                weight.part(".nested_absmax", "F32", (nested,)),
+                weight.part(".nested_quant_map", "F32", (256,)),
+            ]
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         made = cls(
             key=weight.key, dtype="F32" if weight.wide else weight.dtype, shape=shape, file="", start=0, stop=parts[0].nbytes,
@@ -70,13 +76,21 @@ class Bnb4(Packed):
     @classmethod
     def config(cls, choice: Choice) -> dict[str, Any]:
         one: Any = next(iter(choice.packed.values()))
-        said = {"load_in_4bit": True, "bnb_4bit_quant_type": one.kind, "bnb_4bit_use_double_quant": one.double}
+        said = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": one.kind,
+            "bnb_4bit_use_double_quant": one.double,
+        }
         common = Counter(packed.dtype for packed in choice.packed.values()).most_common(1)[0][0]
         return config(said | {"bnb_4bit_compute_dtype": dtypes.CONFIG_NAME[common]}, choice.skipped)
 
     @classmethod
     def find(cls, found: Found) -> Iterator[Packed]:
-        found.fetch(spec for key, spec in found.tensors.items() if STATE in key or key.endswith(".quant_map"))
+        found.fetch(
+            spec
+            for key, spec in found.tensors.items()
+            if STATE in key or key.endswith(".quant_map")
+        )
         for key, state in list(found.tensors.items()):
             weight, mark, kind = key.rpartition(STATE)
             if mark and kind in ("nf4", "fp4"):
@@ -87,55 +101,110 @@ class Bnb4(Packed):
                 found.check(key, False, f"a state of kind {kind!r}", "nf4 or fp4")
 
     @classmethod
-    def _found(cls, found: Found, key: str, state: TensorSpec, kind: Literal["nf4", "fp4"]) -> "Bnb4 | None":
+    def _found(
+        cls, found: Found, key: str, state: TensorSpec, kind: Literal["nf4", "fp4"]
+    ) -> "Bnb4 | None":
         said = found.read_json(state)
         if not said:
             return None
         double = "nested_offset" in said
-        endings = ["", ".absmax", ".quant_map", *((".nested_absmax", ".nested_quant_map") if double else ())]
+        endings = [
+            "",
+            ".absmax",
+            ".quant_map",
+            *((".nested_absmax", ".nested_quant_map") if double else ()),
+        ]
         parts = found.siblings(key, *endings)
         if parts is None:
             return None
         words = {word: name for name, word in dtypes.CONFIG_NAME.items()}
-        shape, block, dtype = said.get("shape"), said.get("blocksize"), words.get(str(said.get("dtype")).removeprefix("torch."))
-        fits = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+        shape, block, dtype = (
+            said.get("shape"),
+            said.get("blocksize"),
+            words.get(str(said.get("dtype")).removeprefix("torch.")),
+        )
+        fits = (
+            isinstance(shape, list)
+            and len(shape) == 2
+            and all(type(n) is int and n > 0 for n in shape)
+        )
         fits = fits and said.get("quant_type") == kind and dtype in dtypes.FLOATS
         fits = fits and type(block) is int and block in blockwise.BLOCKS
         if double:
             offset, nested_block = said.get("nested_offset"), said.get("nested_blocksize")
-            fits = fits and isinstance(offset, float) and math.isfinite(offset) and nested_block == blockwise.NESTED
+            fits = (
+                fits
+                and isinstance(offset, float)
+                and math.isfinite(offset)
+                and nested_block == blockwise.NESTED
+            )
             fits = fits and said.get("nested_dtype") in dtypes.CONFIG_NAME.values()
-        if not found.check(state.key, fits, f"the state {said}"[:300], "a state that bitsandbytes writes"):
+        if not found.check(
+            state.key, fits, f"the state {said}"[:300], "a state that bitsandbytes writes"
+        ):
             return None
         assert isinstance(shape, list) and isinstance(block, int) and dtype is not None
         count = math.prod(shape)
         blocks = math.ceil(count / block)
         codes, absmax, table, *nested = parts
-        text = ", ".join(f"{part.key.removeprefix(key) or 'codes'} {part.dtype} {part.shape}" for part in parts)
-        fits = codes.nbytes == (count + 1) // 2 and codes.dtype in ("U8", "BF16", "F16", "F32", "I8")
+        text = ", ".join(
+            f"{part.key.removeprefix(key) or 'codes'} {part.dtype} {part.shape}" for part in parts
+        )
+        fits = codes.nbytes == (count + 1) // 2 and codes.dtype in (
+            "U8",
+            "BF16",
+            "F16",
+            "F32",
+            "I8",
+        )
         spoiled = False
         fits &= table.dtype == "F32" and table.shape == (16,)
         if double:
-            fits &= absmax.dtype == "U8" and absmax.shape == (blocks,) and all(part.dtype == "F32" for part in nested)
-            fits &= nested[0].shape == (math.ceil(blocks / blockwise.NESTED),) and nested[1].shape == (256,)
+            fits &= (
+                absmax.dtype == "U8"
+                and absmax.shape == (blocks,)
+                and all(part.dtype == "F32" for part in nested)
+            )
+            fits &= nested[0].shape == (math.ceil(blocks / blockwise.NESTED),) and nested[
+                1
+            ].shape == (256,)
         else:
-            spoiled = absmax.dtype == "BF16" and absmax.shape[::-1] == (shape[0], shape[1] // block) and shape[1] % block == 0
+            spoiled = (
+                absmax.dtype == "BF16"
+                and absmax.shape[::-1] == (shape[0], shape[1] // block)
+                and shape[1] % block == 0
+            )
             exact = not spoiled or dtype == "BF16"
             expected = "F32 scales: bitsandbytes 0.50 saves rounded ones after a forward pass on this kind of CPU"
-            if not found.check(absmax.key, exact, f"{absmax.dtype} {absmax.shape} of a {dtype} model", expected):
+            if not found.check(
+                absmax.key, exact, f"{absmax.dtype} {absmax.shape} of a {dtype} model", expected
+            ):
                 return None
             fits &= spoiled or (absmax.dtype == "F32" and absmax.shape == (blocks,))
-        if not found.check(key, fits, text, f"4-bit codes and scales for {tuple(shape)} in blocks of {block}"):
+        if not found.check(
+            key, fits, text, f"4-bit codes and scales for {tuple(shape)} in blocks of {block}"
+        ):
             return None
         found.check_finite(*(nested[:2] if double else [absmax]))
         ours = blockwise.quant_map(kind)
-        if not found.check(table.key, bool((found.read(table) == ours).all()), "another table of values", f"that of {kind}"):
+        if not found.check(
+            table.key,
+            bool((found.read(table) == ours).all()),
+            "another table of values",
+            f"that of {kind}",
+        ):
             return None
-        codes = replace(codes, dtype="U8", shape=(codes.nbytes, 1))  # in other dtypes the same bytes, that are no numbers
+        codes = replace(
+            codes, dtype="U8", shape=(codes.nbytes, 1)
+        )  # in other dtypes the same bytes, that are no numbers
         parts[0] = codes
         turned = found.transposed(key.removesuffix(".weight"))
         more: dict[str, Any] = {"mended": spoiled}
-        more |= {"offset": float(said["nested_offset"]), "nested_dtype": said["nested_dtype"]} if double else {}
+        more |= (
+            {"offset": float(said["nested_offset"]), "nested_dtype": said["nested_dtype"]}
+            if double
+            else {}
+        )
         return cls(
             key=key, dtype=dtype, shape=tuple(shape[::-1] if turned else shape), file=codes.file, start=codes.start,
             stop=codes.stop, folder=codes.folder, parts=(*parts, state), kind=kind, block=block, double=double,
@@ -144,7 +213,9 @@ class Bnb4(Packed):
 
     @property
     def read_only(self) -> str | None:
-        return "bitsandbytes saved its scales wrongly, after a forward pass" if self.mended else None
+        return (
+            "bitsandbytes saved its scales wrongly, after a forward pass" if self.mended else None
+        )
 
     @property
     def varies(self) -> tuple[str, ...]:
@@ -160,7 +231,9 @@ class Bnb4(Packed):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, absmax = stored[self.key], self._scales(stored)
         flat = blockwise.decode_4bit(codes, absmax, self.kind, self.block, math.prod(self.shape))
-        return flat.view(self.shape[::-1]).T.contiguous() if self.transposed else flat.view(self.shape)
+        return (
+            flat.view(self.shape[::-1]).T.contiguous() if self.transposed else flat.view(self.shape)
+        )
 
     def _scales(self, stored: dict[str, Tensor]) -> Tensor:  # (blocks,) float32
         """Of the blocks; they are codes too if they are quantised."""
@@ -171,7 +244,9 @@ class Bnb4(Packed):
             return absmax
         nested, values, state = (stored[part.key] for part in self.parts[3:])
         dtype = getattr(torch, self.nested_dtype)
-        return blockwise.decode_absmax(absmax, nested, values, self.offset_of(state), self.nested_block, dtype)
+        return blockwise.decode_absmax(
+            absmax, nested, values, self.offset_of(state), self.nested_block, dtype
+        )
 
     def offset_of(self, state: Tensor) -> float:
         """The offset that a state's text says."""
@@ -190,14 +265,17 @@ class Bnb4(Packed):
         each = self.block * (self.nested_block if self.double else 1)
         return each // math.gcd(each, self.shape[1])
 
-    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+    def cut(
+        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
+    ) -> dict[str, Tensor]:
         sizes = [2, self.block]  # elements that share a byte, or a scale
         specs = list(self.parts[:2])
         if self.double:
             sizes, specs = [*sizes, self.block * self.nested_block], [*specs, self.parts[3]]
         ends = (first * self.shape[1], last * self.shape[1])
         return {
-            spec.key: stored[spec.key][ends[0] // size : math.ceil(ends[1] / size)] for spec, size in zip(specs, sizes, strict=True)
+            spec.key: stored[spec.key][ends[0] // size : math.ceil(ends[1] / size)]
+            for spec, size in zip(specs, sizes, strict=True)
         }
 
     def separated(self, stored: dict[str, Tensor]) -> tuple[Packed, dict[str, Tensor]]:
@@ -205,9 +283,9 @@ class Bnb4(Packed):
             return self, stored
         codes, absmax, table, *_, state = self.parts
         parts = (codes, replace(absmax, dtype="F32"), table, state)
-        return replace(self, double=False, parts=parts), {part.key: stored[part.key] for part in parts} | {
-            absmax.key: self._scales(stored)
-        }
+        return replace(self, double=False, parts=parts), {
+            part.key: stored[part.key] for part in parts
+        } | {absmax.key: self._scales(stored)}
 
     def joined(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """All parts, of the codes and their scales in float32."""
@@ -225,7 +303,11 @@ class Bnb4(Packed):
         weight = (weight.T if self.transposed else weight).contiguous()
         scales = self._renewed_scales(stored, weight)
         with named(self.key):
-            return scales | {self.key: blockwise.codes_for(weight, self._scales(stored | scales), self.kind, self.block, draws)}
+            return scales | {
+                self.key: blockwise.codes_for(
+                    weight, self._scales(stored | scales), self.kind, self.block, draws
+                )
+            }
 
     def _renewed_scales(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
         """Those of blocks with a value beyond their largest code, where that makes the expected squared error smaller; of quantised
@@ -234,7 +316,9 @@ class Bnb4(Packed):
         largest, beyond = blockwise.beyond(weight, absmax, self.block)
         if not bool(beyond.any()):
             return {}
-        errors = lambda scales: blockwise.spread(weight, self._scales(stored | scales), self.kind, self.block)
+        errors = lambda scales: blockwise.spread(
+            weight, self._scales(stored | scales), self.kind, self.block
+        )
         wanted = torch.where(beyond, largest, absmax)
         if not self.double:
             return {key: torch.where(beyond & (errors({key: wanted}) < errors({})), wanted, absmax)}
@@ -243,7 +327,9 @@ class Bnb4(Packed):
         found = {key: torch.where(beyond & (errors({key: fresh}) < errors({})), fresh, stored[key])}
         whole = blockwise.quantize_absmax(wanted, self.offset_of(state), values=values)
         widened = {key: whole.codes, self.parts[3].key: whole.absmax}
-        grouped = lambda each: pad(each, (0, -len(each) % self.nested_block)).view(-1, self.nested_block).sum(1)
+        grouped = lambda each: (
+            pad(each, (0, -len(each) % self.nested_block)).view(-1, self.nested_block).sum(1)
+        )
         better = (whole.absmax > nested) & (grouped(errors(widened)) < grouped(errors(found)))
         if bool(better.any()):
             blocks = better.repeat_interleave(self.nested_block)[: len(absmax)]
@@ -255,10 +341,18 @@ class Bnb4(Packed):
 
     def _text(self, offset: float | None = None) -> bytes:
         shape = self.shape[::-1] if self.transposed else self.shape
-        said: dict[str, Any] = {"quant_type": self.kind, "blocksize": self.block, "dtype": dtypes.CONFIG_NAME[self.dtype]}
+        said: dict[str, Any] = {
+            "quant_type": self.kind,
+            "blocksize": self.block,
+            "dtype": dtypes.CONFIG_NAME[self.dtype],
+        }
         said["shape"] = list(shape)
         if offset is not None:
-            said |= {"nested_blocksize": blockwise.NESTED, "nested_dtype": "float32", "nested_offset": offset}
+            said |= {
+                "nested_blocksize": blockwise.NESTED,
+                "nested_dtype": "float32",
+                "nested_offset": offset,
+            }
         return json.dumps(said).encode()
 
 
@@ -288,7 +382,11 @@ def named(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         found = f"{shown(key)}: {error}"
-        raise Spoiled(found, expected="values that the format can hold", do="leave it out, or use another format") from error
+        raise Spoiled(
+            found,
+            expected="values that the format can hold",
+            do="leave it out, or use another format",
+        ) from error
 
 
 def _bytes(text: bytes) -> Tensor:

@@ -30,10 +30,21 @@ class Bnb8(Packed):
         if not weight.named_weight:
             return None
         codes = weight.part("", "I8", weight.shape)
-        parts = (codes, weight.beside("SCB", "F32", weight.shape[:1]), weight.beside("weight_format", "U8", ()))
+        parts = (
+            codes,
+            weight.beside("SCB", "F32", weight.shape[:1]),
+            weight.beside("weight_format", "U8", ()),
+        )
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         place = {"file": "", "start": 0, "stop": codes.nbytes}
-        return cls(key=weight.key, dtype=weight.dtype, shape=shape, parts=parts, transposed=weight.transposed, **place)
+        return cls(
+            key=weight.key,
+            dtype=weight.dtype,
+            shape=shape,
+            parts=parts,
+            transposed=weight.transposed,
+            **place,
+        )
 
     @classmethod
     def config(cls, choice: Choice) -> dict[str, Any]:
@@ -50,8 +61,16 @@ class Bnb8(Packed):
             if parts is None:
                 continue
             codes, form = parts[0], found.tensors.get(f"{module}.weight_format")
-            fits = codes.dtype == "I8" and len(codes.shape) == 2 and scale.dtype == "F32" and scale.shape == codes.shape[:1]
-            fits = fits and (form is None or (form.dtype == "U8" and form.nbytes == 1 and int(found.read(form)) == ROWS))
+            fits = (
+                codes.dtype == "I8"
+                and len(codes.shape) == 2
+                and scale.dtype == "F32"
+                and scale.shape == codes.shape[:1]
+            )
+            fits = fits and (
+                form is None
+                or (form.dtype == "U8" and form.nbytes == 1 and int(found.read(form)) == ROWS)
+            )
             text = f"{codes.dtype} {codes.shape}, SCB {scale.dtype} {scale.shape}" + (
                 f", format {found.read(form)}" if form else ""
             )
@@ -60,9 +79,21 @@ class Bnb8(Packed):
             found.check_finite(scale)
             turned = found.transposed(module)
             shape = codes.shape[::-1] if turned else codes.shape
-            place = {"file": codes.file, "start": codes.start, "stop": codes.stop, "folder": codes.folder}
+            place = {
+                "file": codes.file,
+                "start": codes.start,
+                "stop": codes.stop,
+                "folder": codes.folder,
+            }
             parts = (codes, scale, *([form] if form else ()))
-            yield cls(key=codes.key, dtype=found.computed_in, shape=shape, parts=parts, transposed=turned, **place)
+            yield cls(
+                key=codes.key,
+                dtype=found.computed_in,
+                shape=shape,
+                parts=parts,
+                transposed=turned,
+                **place,
+            )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         weight = blockwise.decode_int8(stored[self.parts[0].key], stored[self.parts[1].key])
@@ -70,19 +101,27 @@ class Bnb8(Packed):
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         with named(self.key):
-            codes, scale = blockwise.quantize_int8((weight.T if self.transposed else weight).contiguous())
+            codes, scale = blockwise.quantize_int8(
+                (weight.T if self.transposed else weight).contiguous()
+            )
         made = {self.parts[0].key: codes, self.parts[1].key: scale}
-        return made | {part.key: torch.zeros(part.shape, dtype=torch.uint8) for part in self.parts[2:]}
+        return made | {
+            part.key: torch.zeros(part.shape, dtype=torch.uint8) for part in self.parts[2:]
+        }
 
     def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
         with named(self.key):
-            made = blockwise.renew_int8((weight.T if self.transposed else weight).contiguous(), stored[scale], draws)
+            made = blockwise.renew_int8(
+                (weight.T if self.transposed else weight).contiguous(), stored[scale], draws
+            )
         return {codes: made.codes, scale: made.scale}
 
     @property
     def rows_per_block(self) -> int | None:
         return None if self.transposed else 1
 
-    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+    def cut(
+        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
+    ) -> dict[str, Tensor]:
         return {part.key: stored[part.key][first:last] for part in self.parts[:2]}

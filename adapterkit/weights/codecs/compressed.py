@@ -39,9 +39,22 @@ LAYOUTS = {  # of the config's format: what codes may be
     "mxfp8-quantized": ("mxfp8",),
     "mixed-precision": ("words", "int8", "fp8", "nvfp4", "mxfp4", "mxfp8"),
 }
-TYPES = {"words": "int", "int8": "int", "fp8": "float", "nvfp4": "float", "mxfp4": "float", "mxfp8": "float"}
+TYPES = {
+    "words": "int",
+    "int8": "int",
+    "fp8": "float",
+    "nvfp4": "float",
+    "mxfp4": "float",
+    "mxfp8": "float",
+}
 GROUPS = {"nvfp4": narrow.NV, "mxfp4": narrow.MX, "mxfp8": narrow.MX}
-BESIDE = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
+BESIDE = (
+    "input_scale",
+    "input_zero_point",
+    "input_global_scale",
+    "output_scale",
+    "output_zero_point",
+)
 CACHE = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point")  # of an attention
 ROWS = 1 << 22  # elements that are encoded at a time
 
@@ -71,11 +84,20 @@ class Compressed(Packed):
             if width % narrow.MX:
                 return None
             bits, size = 4, narrow.MX
-            parts = (weight.beside(PACKED, "U8", (out, width // 2)), weight.beside(SCALE, "U8", (out, width // size)))
+            parts = (
+                weight.beside(PACKED, "U8", (out, width // 2)),
+                weight.beside(SCALE, "U8", (out, width // size)),
+            )
         else:
-            bits, size = (4, _size(width, options.get("block_size"))) if target == "w4a16" else (8, width)
+            bits, size = (
+                (4, _size(width, options.get("block_size"))) if target == "w4a16" else (8, width)
+            )
             codes = weight.beside(PACKED, "I32", (out, math.ceil(width * bits / 32)))
-            parts = (codes, weight.beside(SCALE, weight.dtype, (out, width // size)), weight.beside(SHAPE, "I64", (2,)))
+            parts = (
+                codes,
+                weight.beside(SCALE, weight.dtype, (out, width // size)),
+                weight.beside(SHAPE, "I64", (2,)),
+            )
         return cls(
             key=weight.key, dtype=weight.dtype, shape=weight.shape, file="", start=0, stop=parts[0].nbytes, parts=parts,
             kind="mxfp4" if target == "mxfp4" else "words", bits=bits, block=(1, size), symmetric=True, indexed=False,
@@ -87,12 +109,20 @@ class Compressed(Packed):
         groups: dict[tuple, list[str]] = {}
         for module, one in choice.packed.items():
             assert isinstance(one, Compressed)
-            size = None if one.kind == "words" and one.block[1] == one.shape[1] else one.block[1]  # MXFP4 is never of whole rows
+            size = (
+                None if one.kind == "words" and one.block[1] == one.shape[1] else one.block[1]
+            )  # MXFP4 is never of whole rows
             groups.setdefault((one.kind, one.bits, size), []).append(module)
         layout = "mxfp4-pack-quantized" if next(iter(groups))[0] == "mxfp4" else "pack-quantized"
         schemes = {}
         for number, ((kind, bits, size), modules) in enumerate(sorted(groups.items(), key=str)):
-            weights = {"num_bits": bits, "type": TYPES[kind], "symmetric": True, "dynamic": False, "group_size": size}
+            weights = {
+                "num_bits": bits,
+                "type": TYPES[kind],
+                "symmetric": True,
+                "dynamic": False,
+                "group_size": size,
+            }
             weights |= {"strategy": "channel" if size is None else "group"}
             weights |= {"scale_dtype": "torch.uint8"} if kind == "mxfp4" else {}
             targets = ["Linear"] if len(groups) == 1 else modules
@@ -107,10 +137,18 @@ class Compressed(Packed):
 
     @classmethod
     def find(cls, found: Found) -> Iterator[Packed]:
-        schemes = _schemes(found) if found.method in cls.methods and found.holds(".weight_scale") else None
+        schemes = (
+            _schemes(found)
+            if found.method in cls.methods and found.holds(".weight_scale")
+            else None
+        )
         if schemes is None:
             return
-        found.fetch(spec for key, spec in found.tensors.items() if key.endswith((".weight_shape", ".weight_g_idx")))
+        found.fetch(
+            spec
+            for key, spec in found.tensors.items()
+            if key.endswith((".weight_shape", ".weight_g_idx"))
+        )
         for key, spec in list(found.tensors.items()):
             ending = next((ending for ending in CODES if key.endswith(ending)), None)
             if ending is None:
@@ -134,7 +172,9 @@ class Compressed(Packed):
                 return decode_packed(codes, scale, self.bits, self.shape[1], zero, group)
             return decode_int8(codes, scale, zero, group)
         if self.kind == "nvfp4":
-            return narrow.decode_nvfp4(codes, scale, divisor=self._leaf(stored, "weight_global_scale"))
+            return narrow.decode_nvfp4(
+                codes, scale, divisor=self._leaf(stored, "weight_global_scale")
+            )
         if self.kind == "mxfp4":
             return narrow.decode_mxfp4(codes, scale)
         grid = [math.ceil(n / size) for n, size in zip(self.shape, self.block, strict=True)]
@@ -147,17 +187,27 @@ class Compressed(Packed):
         assert not self.indexed
         size, dtype = math.prod(self.block), dtypes.torch_dtype(self.parts[1].dtype)
         lines = weight.reshape(self._lines)
-        made = self._integers(encode_integers(lines, self.bits, size, symmetric=self.symmetric, scale_dtype=dtype))
-        return made | {part.key: torch.tensor(self.shape) for part in self.parts if part.key.endswith("." + SHAPE)}
+        made = self._integers(
+            encode_integers(lines, self.bits, size, symmetric=self.symmetric, scale_dtype=dtype)
+        )
+        return made | {
+            part.key: torch.tensor(self.shape)
+            for part in self.parts
+            if part.key.endswith("." + SHAPE)
+        }
 
-    def renewed(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
+    def renewed(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
+    ) -> dict[str, Tensor]:
         """Integers take each group's old scale where that is nearer to W than a new one is: so their codes are stable. NVFP4 keeps
         the weight's global scale, which fused layers share, as long as the largest value allows."""
         if self.kind not in ("words", "int8"):
             return stored | self._floats(weight, stored, draws)
         scale, zero, group = stored[self.parts[1].key], self._zero(stored), self._group(stored)
         lines = weight.reshape(self._lines)
-        made = nearest(lines, self.bits, scale.reshape(len(lines), -1), zero, group, self.symmetric, draws)
+        made = nearest(
+            lines, self.bits, scale.reshape(len(lines), -1), zero, group, self.symmetric, draws
+        )
         return stored | self._integers(made)
 
     @property
@@ -165,15 +215,26 @@ class Compressed(Packed):
         if self.kind == "nvfp4" or self._lines[0] != self.shape[0]:
             return None
         zero = None if self.symmetric else self._part("weight_zero_point")
-        return self.block[0] if zero is None or zero.dtype != "I32" else 32 // math.gcd(32, self.bits)  # words along the rows
+        return (
+            self.block[0] if zero is None or zero.dtype != "I32" else 32 // math.gcd(32, self.bits)
+        )  # words along the rows
 
-    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+    def cut(
+        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
+    ) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
         height, zero = self.block[0], None if self.symmetric else self._part("weight_zero_point")
-        views = {codes: stored[codes][first:last], scale: stored[scale][first // height : math.ceil(last / height)]}
+        views = {
+            codes: stored[codes][first:last],
+            scale: stored[scale][first // height : math.ceil(last / height)],
+        }
         if zero is None:
             return views
-        words = slice(first * self.bits // 32, math.ceil(last * self.bits / 32)) if zero.dtype == "I32" else slice(first, last)
+        words = (
+            slice(first * self.bits // 32, math.ceil(last * self.bits / 32))
+            if zero.dtype == "I32"
+            else slice(first, last)
+        )
         return views | {zero.key: stored[zero.key][words]}
 
     @property
@@ -183,13 +244,20 @@ class Compressed(Packed):
     @property
     def _lines(self) -> tuple[int, int]:
         """The weight so that the groups of a row follow each other: with one scale for all it is one row."""
-        return (1, math.prod(self.shape)) if self.block == self.shape and self.shape[0] > 1 else (self.shape[0], self.shape[1])
+        return (
+            (1, math.prod(self.shape))
+            if self.block == self.shape and self.shape[0] > 1
+            else (self.shape[0], self.shape[1])
+        )
 
     def _leaf(self, stored: dict[str, Tensor], leaf: str) -> Tensor | None:
         return stored.get(self.key.removesuffix("weight") + leaf)
 
     def _part(self, leaf: str) -> TensorSpec | None:
-        return next((part for part in self.parts if part.key == self.key.removesuffix("weight") + leaf), None)
+        return next(
+            (part for part in self.parts if part.key == self.key.removesuffix("weight") + leaf),
+            None,
+        )
 
     def _zero(self, stored: dict[str, Tensor]) -> Tensor | None:
         zero = None if self.symmetric else self._leaf(stored, "weight_zero_point")
@@ -209,33 +277,50 @@ class Compressed(Packed):
         found[scale.key] = made.scale.to(dtypes.torch_dtype(scale.dtype)).view(scale.shape)
         zero = self._part("weight_zero_point")
         if zero is not None and made.zero is not None:
-            found[zero.key] = pack_zeros(made.zero, self.bits) if zero.dtype == "I32" else made.zero.view(zero.shape)
+            found[zero.key] = (
+                pack_zeros(made.zero, self.bits)
+                if zero.dtype == "I32"
+                else made.zero.view(zero.shape)
+            )
         return found
 
-    def _floats(self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None) -> dict[str, Tensor]:
+    def _floats(
+        self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
+    ) -> dict[str, Tensor]:
         codes, scale = self.parts[:2]
         found: dict[str, Tensor] = {}
         if self.kind == "nvfp4":
-            key, divisor = self.key.removesuffix("weight") + "weight_global_scale", self._leaf(stored, "weight_global_scale")
+            key, divisor = (
+                self.key.removesuffix("weight") + "weight_global_scale",
+                self._leaf(stored, "weight_global_scale"),
+            )
             largest = narrow.block_largest(weight, (self.shape[0], self.shape[1])).reshape(1)
             if draws is not None:
                 made = narrow.renew_nvfp4(weight, stored[scale.key], draws, divisor=divisor)
                 divisor = made.whole
             else:
-                if divisor is None or float(largest) * float(divisor) > narrow.FP4_MAX * narrow.FP8_MAX * (1 + 2.0**-20):
+                if divisor is None or float(largest) * float(
+                    divisor
+                ) > narrow.FP4_MAX * narrow.FP8_MAX * (1 + 2.0**-20):
                     divisor = narrow.nvfp4_divisor(largest)
                 made = narrow.encode_nvfp4(weight, divisor=divisor)
             found[key] = divisor
         elif self.kind == "mxfp4":
             if draws is not None:
-                made = narrow.renew_mxfp4(weight, stored[scale.key].view(torch.uint8), "even", draws)
+                made = narrow.renew_mxfp4(
+                    weight, stored[scale.key].view(torch.uint8), "even", draws
+                )
             else:
                 made = narrow.encode_mxfp4(weight, rule="even")
-            made = narrow.Scaled(made.codes.flatten(-2), made.scale.view(dtypes.torch_dtype(scale.dtype)))
+            made = narrow.Scaled(
+                made.codes.flatten(-2), made.scale.view(dtypes.torch_dtype(scale.dtype))
+            )
         elif draws is not None:
             made = narrow.renew_fp8(weight, self.block, stored[scale.key], draws)
         else:
-            made = narrow.encode_fp8(weight, self.block, scale_dtype=dtypes.torch_dtype(scale.dtype))
+            made = narrow.encode_fp8(
+                weight, self.block, scale_dtype=dtypes.torch_dtype(scale.dtype)
+            )
         return found | {codes.key: made.codes, scale.key: made.scale.view(scale.shape)}
 
 
@@ -243,8 +328,12 @@ def _size(width: int, wanted: int | None) -> int:
     """Columns with one scale: what is wanted, or the largest of SIZES, if they divide the width; else all."""
     if wanted is not None and wanted not in SIZES:
         expected = " ".join(map(str, SIZES))
-        raise Refused(f"--block-size {wanted}", expected=expected, where="options", do="give one of these")
-    return next((size for size in SIZES if size <= (wanted or SIZES[0]) and width % size == 0), width)
+        raise Refused(
+            f"--block-size {wanted}", expected=expected, where="options", do="give one of these"
+        )
+    return next(
+        (size for size in SIZES if size <= (wanted or SIZES[0]) and width % size == 0), width
+    )
 
 
 def nearest(
@@ -259,16 +348,26 @@ def nearest(
     """Codes of each group with its old scale or a new one, whichever is nearer to w; drawn beside the old one, but where a value is
     beyond it and the expected square of the error is smaller with a new one."""
     (out, width), groups = w.shape, scale.shape[1]
-    order = torch.arange(width, device=w.device) if group is None else torch.argsort(group, stable=True)
-    if group is not None and not torch.equal(group[order].long(), torch.arange(width, device=w.device) // (width // groups)):
+    order = (
+        torch.arange(width, device=w.device) if group is None else torch.argsort(group, stable=True)
+    )
+    if group is not None and not torch.equal(
+        group[order].long(), torch.arange(width, device=w.device) // (width // groups)
+    ):
         return encode_integers(w, bits, scale=scale, zero=zero, group=group, draws=draws)
-    made = Integers(torch.empty(w.shape, dtype=torch.int8, device=w.device), scale.clone(), None if zero is None else zero.clone())
+    made = Integers(
+        torch.empty(w.shape, dtype=torch.int8, device=w.device),
+        scale.clone(),
+        None if zero is None else zero.clone(),
+    )
     step = max(1, ROWS // width)
     for first in range(0, out, step):
         rows = slice(first, first + step)
         x = w[rows][:, order] if group is not None else w[rows]
         old = Integers(x, scale[rows], None if zero is None else zero[rows])
-        new = encode_integers(x, bits, width // groups, symmetric=symmetric, scale_dtype=scale.dtype)
+        new = encode_integers(
+            x, bits, width // groups, symmetric=symmetric, scale_dtype=scale.dtype
+        )
         if draws is None:
             old = encode_integers(x, bits, scale=old.scale, zero=old.zero)
             better = _error(x, new) < _error(x, old)
@@ -282,7 +381,9 @@ def nearest(
             codes = torch.where(better.repeat_interleave(width // groups, 1), new.codes, old.codes)
         else:
             zeros = None if made.zero is None else made.zero[rows]
-            codes = encode_integers(x, bits, scale=made.scale[rows], zero=zeros, draws=draws.at(first * width)).codes
+            codes = encode_integers(
+                x, bits, scale=made.scale[rows], zero=zeros, draws=draws.at(first * width)
+            ).codes
         made.codes[rows.start : rows.start + len(x), order] = codes
     return made
 
@@ -300,7 +401,9 @@ def _schemes(found: Found) -> Callable[[str], dict[str, Any] | None] | None:
     said, before = found.settings, len(found.errors)
     status = said.get("quantization_status")
     if status != "compressed":
-        found.refuse(f"quantization_status {shown(status)}", "compressed", do="save the model compressed")
+        found.refuse(
+            f"quantization_status {shown(status)}", "compressed", do="save the model compressed"
+        )
     sparsity = said.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
         found.refuse(f"sparsity_config of format {shown(sparsity['format'])}", "dense weights")
@@ -308,11 +411,20 @@ def _schemes(found: Found) -> Callable[[str], dict[str, Any] | None] | None:
         found.refuse("transform_config: weights that are rotated", "weights as the model has them")
     groups = said.get("config_groups")
     schemes = list(groups.values()) if isinstance(groups, dict) else []
-    good = all(isinstance(scheme, dict) and isinstance(scheme.get("targets"), list) for scheme in schemes)
-    if not found.check("quantization_config", bool(schemes) and good, "config_groups", "groups with targets and weights"):
+    good = all(
+        isinstance(scheme, dict) and isinstance(scheme.get("targets"), list) for scheme in schemes
+    )
+    if not found.check(
+        "quantization_config",
+        bool(schemes) and good,
+        "config_groups",
+        "groups with targets and weights",
+    ):
         return None
     schemes = [
-        {"format": said.get("format"), **_without_none(scheme)} for scheme in schemes if isinstance(scheme.get("weights"), dict)
+        {"format": said.get("format"), **_without_none(scheme)}
+        for scheme in schemes
+        if isinstance(scheme.get("weights"), dict)
     ]
     for form in dict.fromkeys(shown(scheme["format"]) for scheme in schemes):
         if form not in LAYOUTS:
@@ -335,7 +447,11 @@ def _schemes(found: Found) -> Callable[[str], dict[str, Any] | None] | None:
         best = [scheme for rank, scheme in hits if rank == min(rank for rank, _ in hits)]
         same = bool(best) and all(scheme["weights"] == best[0]["weights"] for scheme in best)
         expected = "one that names its module"
-        return best[0] if found.check(module, same, f"{len(best)} of the config's groups fit", expected) else None
+        return (
+            best[0]
+            if found.check(module, same, f"{len(best)} of the config's groups fit", expected)
+            else None
+        )
 
     return scheme_of
 
@@ -382,7 +498,13 @@ class _Look:
         beside = [self.found.tensors[name] for name in names if name in self.found.tensors]
         key, dtype, spec = f"{self.module}.weight", self.found.computed_in, self.codes
         parts = (self.codes, self.scale, *scales, *shape_part, *zero, *group[0], *beside)
-        about = {"kind": kind, "bits": args["num_bits"], "block": block, "symmetric": symmetric, "indexed": group[1]}
+        about = {
+            "kind": kind,
+            "bits": args["num_bits"],
+            "block": block,
+            "symmetric": symmetric,
+            "indexed": group[1],
+        }
         place = {"file": spec.file, "start": spec.start, "stop": spec.stop, "folder": spec.folder}
         return cls(key=key, dtype=dtype, shape=shape, parts=parts, **about, **place)
 
@@ -399,13 +521,21 @@ class _Look:
             kind = {"I8": "int8", "F8_E4M3": "mxfp8" if powers else "fp8"}.get(codes)
         said = self.scheme["format"]
         text = f"{codes} codes with {scale} scales, format {shown(said)}"
-        return kind if self._check(kind in LAYOUTS[said], text, "what the config's format says") else None
+        return (
+            kind
+            if self._check(kind in LAYOUTS[said], text, "what the config's format says")
+            else None
+        )
 
     def _says(self, args: dict[str, Any], kind: str) -> bool:
         bits, form = args.get("num_bits"), args.get("type", "int")
         fits = type(bits) is int and form == TYPES[kind] and 1 <= bits <= 8
         fits = fits and bits == {"fp8": 8, "mxfp8": 8, "nvfp4": 4, "mxfp4": 4}.get(kind, bits)
-        return self._check(fits, f"{shown(bits)} bits of type {shown(form)} in {self.codes.dtype}", "bits that its codes have")
+        return self._check(
+            fits,
+            f"{shown(bits)} bits of type {shown(form)} in {self.codes.dtype}",
+            "bits that its codes have",
+        )
 
     def _shape(self, kind: str, bits: int) -> tuple[tuple[int, ...] | None, tuple[TensorSpec, ...]]:
         """The weight's (out, in), and the tensor that says it."""
@@ -420,21 +550,37 @@ class _Look:
         if siblings is None:
             return None, ()
         spec = siblings[0]
-        said = self.found.read(spec).tolist() if spec.dtype in ("I64", "I32") and spec.shape == (2,) else []
+        said = (
+            self.found.read(spec).tolist()
+            if spec.dtype in ("I64", "I32") and spec.shape == (2,)
+            else []
+        )
         words = math.ceil(said[1] * bits / 32) if said else 0
         text = f"weight_shape {said}, {stored[0]} rows of {stored[1]} words of {bits} bits"
-        if not self._check(bool(said) and said[0] == stored[0] and said[1] > 0 and words == stored[1], text, "sizes that agree"):
+        if not self._check(
+            bool(said) and said[0] == stored[0] and said[1] > 0 and words == stored[1],
+            text,
+            "sizes that agree",
+        ):
             return None, ()
         each = 32 // bits
         loose = 32 % bits != 0 and said[1] > each and math.ceil(said[1] / each) == words
-        if not self._check(not loose, text, "a size that tells whether codes run across words (older versions' do not)"):
+        if not self._check(
+            not loose,
+            text,
+            "a size that tells whether codes run across words (older versions' do not)",
+        ):
             return None, ()
         return (said[0], said[1]), (spec,)
 
-    def _block(self, args: dict[str, Any], shape: tuple[int, ...], kind: str) -> tuple[int, int] | None:
+    def _block(
+        self, args: dict[str, Any], shape: tuple[int, ...], kind: str
+    ) -> tuple[int, int] | None:
         """The part of the weight that has one scale."""
         size = args.get("group_size")
-        strategy = args.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+        strategy = args.get("strategy") or (
+            "tensor" if size is None else "channel" if size == -1 else "group"
+        )
         out, width = shape
         blocks = {"tensor": (out, width), "channel": (1, width)}
         good = size is None or type(size) is int
@@ -442,7 +588,12 @@ class _Look:
             good = width % size == 0
             blocks[strategy] = (1, size)
         said = args.get("block_structure")
-        if strategy == "block" and isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said):
+        if (
+            strategy == "block"
+            and isinstance(said, list)
+            and len(said) == 2
+            and all(type(n) is int and n > 0 for n in said)
+        ):
             good = kind == "fp8"
             blocks[strategy] = (said[0], said[1])
         block = blocks.get(strategy)
@@ -454,9 +605,13 @@ class _Look:
         grid = tuple(math.ceil(n / size) for n, size in zip(shape, block, strict=True))
         scale = self.scale
         shapes = [grid, *([(), (1,)] if grid == (1, 1) else [grid[:1]] if grid[1] == 1 else [])]
-        known = {"nvfp4": ("F8_E4M3",), "mxfp4": ("U8", "F8_E8M0"), "mxfp8": ("U8", "F8_E8M0")}.get(kind, ("BF16", "F16", "F32"))
+        known = {"nvfp4": ("F8_E4M3",), "mxfp4": ("U8", "F8_E8M0"), "mxfp8": ("U8", "F8_E8M0")}.get(
+            kind, ("BF16", "F16", "F32")
+        )
         text = f"{scale.dtype} scales {scale.shape} for a weight {shape} in blocks {block}"
-        return self._check(scale.shape in shapes and scale.dtype in known, text, f"{' or '.join(known)} {grid}")
+        return self._check(
+            scale.shape in shapes and scale.dtype in known, text, f"{' or '.join(known)} {grid}"
+        )
 
     def _scales(self, kind: str) -> list[TensorSpec] | None:
         """Further tensors of scales; all are finite."""
@@ -473,15 +628,27 @@ class _Look:
         self.found.check_finite(*more, positive=True)
         return more
 
-    def _zeros(self, kind: str, bits: int, shape: tuple[int, ...], symmetric: bool) -> tuple[TensorSpec, ...] | None:
+    def _zeros(
+        self, kind: str, bits: int, shape: tuple[int, ...], symmetric: bool
+    ) -> tuple[TensorSpec, ...] | None:
         name = f"{self.module}.weight_zero_point"
         spec = self.found.tensors.get(name)
         if symmetric:
             if spec is None:
                 return ()
-            unused = spec.dtype in ("I8", "I32", "I64", *dtypes.FLOATS, "F8_E4M3") and not bool(self.found.read(spec).float().any())
-            return (spec,) if self._check(unused, "symmetric, with a weight_zero_point", "zeros, or symmetric: false") else None
-        if not self._check(kind in ("words", "int8"), "not symmetric", "integers where they are not"):
+            unused = spec.dtype in ("I8", "I32", "I64", *dtypes.FLOATS, "F8_E4M3") and not bool(
+                self.found.read(spec).float().any()
+            )
+            return (
+                (spec,)
+                if self._check(
+                    unused, "symmetric, with a weight_zero_point", "zeros, or symmetric: false"
+                )
+                else None
+            )
+        if not self._check(
+            kind in ("words", "int8"), "not symmetric", "integers where they are not"
+        ):
             return None
         if spec is None:
             self.found.siblings(self.module, ".weight_zero_point")
@@ -489,20 +656,36 @@ class _Look:
         single = math.prod(self.scale.shape) == 1
         grid = self.scale.shape if len(self.scale.shape) == 2 else (*self.scale.shape, 1)
         packed = kind == "words" and not (single and spec.dtype == "I8")
-        dtype, size = ("I32", (math.ceil(shape[0] * bits / 32), grid[-1])) if packed else ("I8", self.scale.shape)
+        dtype, size = (
+            ("I32", (math.ceil(shape[0] * bits / 32), grid[-1]))
+            if packed
+            else ("I8", self.scale.shape)
+        )
         text = f"weight_zero_point {spec.dtype} {spec.shape}"
-        return (spec,) if self._check(spec.dtype == dtype and spec.shape == size, text, f"{dtype} {size}") else None
+        return (
+            (spec,)
+            if self._check(spec.dtype == dtype and spec.shape == size, text, f"{dtype} {size}")
+            else None
+        )
 
-    def _groups(self, shape: tuple[int, ...], block: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], bool] | None:
+    def _groups(
+        self, shape: tuple[int, ...], block: tuple[int, int]
+    ) -> tuple[tuple[TensorSpec, ...], bool] | None:
         """weight_g_idx if it is there, and whether it says anything."""
         spec = self.found.tensors.get(f"{self.module}.weight_g_idx")
         if spec is None:
             return (), False
         text = f"weight_g_idx {spec.dtype} {spec.shape}"
-        if not self._check(spec.dtype in ("I32", "I64") and spec.shape == shape[1:], text, "I32, one of a column"):
+        if not self._check(
+            spec.dtype in ("I32", "I64") and spec.shape == shape[1:], text, "I32, one of a column"
+        ):
             return None
         index, groups = self.found.read(spec), shape[1] // block[1]
         if bool((index == -1).all()):
             return (spec,), False
         good = bool((index >= 0).all()) and bool((index < groups).all()) and block[0] == 1
-        return ((spec,), True) if self._check(good, "weight_g_idx out of range", f"0 to {groups - 1}") else None
+        return (
+            ((spec,), True)
+            if self._check(good, "weight_g_idx out of range", f"0 to {groups - 1}")
+            else None
+        )

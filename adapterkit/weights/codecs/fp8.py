@@ -38,7 +38,15 @@ class Fp8(Packed):
         codes = weight.part("", "F8_E4M3", weight.shape)
         scale = weight.part(SCALE, "F32", (out // BLOCK[0], width // BLOCK[1]))
         place = {"file": "", "start": 0, "stop": codes.nbytes}
-        return cls(key=weight.key, dtype=weight.dtype, shape=weight.shape, parts=(codes, scale), block=BLOCK, power=False, **place)
+        return cls(
+            key=weight.key,
+            dtype=weight.dtype,
+            shape=weight.shape,
+            parts=(codes, scale),
+            block=BLOCK,
+            power=False,
+            **place,
+        )
 
     @classmethod
     def replaces(cls, name: str, module: Any) -> bool:
@@ -70,17 +78,35 @@ class Fp8(Packed):
             fits = len(spec.shape) >= 2 and isinstance(block, list | tuple) and len(block) == 2
             fits = fits and all(type(n) is int and n > 0 for n in block)
             if fits:
-                grid = (*spec.shape[:-2], *(math.ceil(n / size) for n, size in zip(spec.shape[-2:], block, strict=True)))
+                grid = (
+                    *spec.shape[:-2],
+                    *(math.ceil(n / size) for n, size in zip(spec.shape[-2:], block, strict=True)),
+                )
                 fits = math.prod(scale.shape) == 1 or scale.shape == grid
             text = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}, blocks {block}"
             fits = fits and scale.dtype in (*dtypes.FLOATS, "F8_E8M0", "U8")
             if found.check(key, fits, text, "a scale for each block"):
                 found.check_finite(scale)
-                power = scale.dtype in ("F8_E8M0", "U8") or found.settings.get("scale_fmt") == "ue8m0"
+                power = (
+                    scale.dtype in ("F8_E8M0", "U8") or found.settings.get("scale_fmt") == "ue8m0"
+                )
                 beside = [found.tensors[name] for name in _beside(key) if name in found.tensors]
                 shape, dtype, parts = spec.shape, found.computed_in, (spec, scale, *beside)
-                place = {"file": spec.file, "start": spec.start, "stop": spec.stop, "folder": spec.folder}
-                yield cls(key=key, dtype=dtype, shape=shape, parts=parts, block=(block[0], block[1]), power=power, **place)
+                place = {
+                    "file": spec.file,
+                    "start": spec.start,
+                    "stop": spec.stop,
+                    "folder": spec.folder,
+                }
+                yield cls(
+                    key=key,
+                    dtype=dtype,
+                    shape=shape,
+                    parts=parts,
+                    block=(block[0], block[1]),
+                    power=power,
+                    **place,
+                )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, scale = (stored[part.key] for part in self.parts[:2])
@@ -95,14 +121,18 @@ class Fp8(Packed):
 
     def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
-        made = narrow.renew_fp8(weight, self.block, stored[scale], draws, "power" if self.power else "multiply")
+        made = narrow.renew_fp8(
+            weight, self.block, stored[scale], draws, "power" if self.power else "multiply"
+        )
         return {codes: made.codes, scale: made.scale}
 
     @property
     def rows_per_block(self) -> int | None:
         return None if math.prod(self.parts[1].shape) == 1 else self.block[0]
 
-    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+    def cut(
+        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
+    ) -> dict[str, Tensor]:
         codes, scale = (stored[part.key] for part in self.parts[:2])
         blocks = slice(first // self.block[0], math.ceil(last / self.block[0]))
         return {
@@ -128,8 +158,14 @@ def _beside(key: str) -> tuple[str, str]:
 def _missing(found: Found, key: str) -> None:
     """Note what is wrong with codes that have no scales under their usual name."""
     start = key.removesuffix("weight")
-    other = next((start + name for name in ("scale", "qscale_weight") if start + name in found.tensors), None)
+    other = next(
+        (start + name for name in ("scale", "qscale_weight") if start + name in found.tensors), None
+    )
     if other is None:
         found.siblings(key, SCALE)
     else:
-        found.refuse(f"{shown(key)} with its scales in {shown(other)}", f"scales called {shown(key + SCALE)}", do="rename them")
+        found.refuse(
+            f"{shown(key)} with its scales in {shown(other)}",
+            f"scales called {shown(key + SCALE)}",
+            do="rename them",
+        )

@@ -34,17 +34,29 @@ class Modelopt(Packed):
         for key, spec in list(found.tensors.items()):
             if not key.endswith(".weight") or spec.dtype != CODES[algorithm]:
                 continue
-            siblings = found.siblings(key, *(("_scale", "_scale_2") if algorithm == "NVFP4" else ("_scale",)))
+            siblings = found.siblings(
+                key, *(("_scale", "_scale_2") if algorithm == "NVFP4" else ("_scale",))
+            )
             if siblings is None or not _fits(found, key, spec, siblings):
                 continue
             start = key.removesuffix("weight")
             if start + "pre_quant_scale" in found.tensors:
-                found.refuse(f"{shown(start)}pre_quant_scale: a weight scaled for its inputs", "weights as the model has them")
+                found.refuse(
+                    f"{shown(start)}pre_quant_scale: a weight scaled for its inputs",
+                    "weights as the model has them",
+                )
                 continue
-            beside = [found.tensors[start + name] for name in BESIDE if start + name in found.tensors]
+            beside = [
+                found.tensors[start + name] for name in BESIDE if start + name in found.tensors
+            ]
             shape = (spec.shape[0], spec.shape[1] * (2 if algorithm == "NVFP4" else 1))
             dtype, parts = found.computed_in, (spec, *siblings, *beside)
-            place = {"file": spec.file, "start": spec.start, "stop": spec.stop, "folder": spec.folder}
+            place = {
+                "file": spec.file,
+                "start": spec.start,
+                "stop": spec.stop,
+                "folder": spec.folder,
+            }
             yield cls(key=key, dtype=dtype, shape=shape, parts=parts, **place)
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
@@ -56,7 +68,9 @@ class Modelopt(Packed):
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         return self._made(weight, {}, None)
 
-    def renewed(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None) -> dict[str, Tensor]:
+    def renewed(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
+    ) -> dict[str, Tensor]:
         """The whole weight's factor, which fused layers share, stays as long as the largest value allows."""
         return stored | self._made(weight, stored, draws)
 
@@ -64,7 +78,9 @@ class Modelopt(Packed):
     def _block(self) -> tuple[int, int]:
         return (self.shape[0], self.shape[1])
 
-    def _made(self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None) -> dict[str, Tensor]:
+    def _made(
+        self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
+    ) -> dict[str, Tensor]:
         codes, scale = self.parts[:2]
         if codes.dtype != "U8":
             if draws is not None:
@@ -77,7 +93,9 @@ class Modelopt(Packed):
             renewed = narrow.renew_nvfp4(weight, stored[scale.key], draws, factor=stored[whole.key])
             return {codes.key: renewed.codes, scale.key: renewed.scale, whole.key: renewed.whole}
         factor, largest = stored.get(whole.key), narrow.block_largest(weight, self._block)
-        if factor is None or float(largest) > narrow.FP4_MAX * narrow.FP8_MAX * float(factor) * (1 + 2.0**-20):
+        if factor is None or float(largest) > narrow.FP4_MAX * narrow.FP8_MAX * float(factor) * (
+            1 + 2.0**-20
+        ):
             factor = narrow.nvfp4_factor(largest)
         made = narrow.encode_nvfp4(weight, factor=factor)
         return {codes.key: made.codes, scale.key: made.scale, whole.key: factor.view(whole.shape)}
@@ -91,13 +109,22 @@ def _algorithm(found: Found) -> str | None:
     if FILE in found.base.files and found.method in ("modelopt", ""):
         config = read_json(found.base.folder, FILE)
         producer, settings = config.get("producer"), config.get("quantization")
-        if isinstance(producer, dict) and producer.get("name") == "modelopt" and isinstance(settings, dict):
+        if (
+            isinstance(producer, dict)
+            and producer.get("name") == "modelopt"
+            and isinstance(settings, dict)
+        ):
             said.append(settings.get("quant_algo"))
     if not said:
         return None
     different = list(dict.fromkeys(map(shown, said)))
     if len(different) > 1:
-        found.check("quantization_config", False, f"quant_algo {' and '.join(different)}", "one, the same in both files")
+        found.check(
+            "quantization_config",
+            False,
+            f"quant_algo {' and '.join(different)}",
+            "one, the same in both files",
+        )
     elif different[0] not in CODES:
         found.refuse(f"modelopt's quant_algo {different[0]}", " or ".join(CODES))
     return different[0] if different[0] in CODES and len(different) == 1 else None
@@ -107,11 +134,19 @@ def _fits(found: Found, key: str, codes: TensorSpec, siblings: list[TensorSpec])
     """Shapes and dtypes, and values of the scales."""
     scale, *whole = siblings
     shape = codes.shape
-    good = len(shape) == 2 and 0 not in shape and all(spec.dtype == "F32" and math.prod(spec.shape) == 1 for spec in whole)
+    good = (
+        len(shape) == 2
+        and 0 not in shape
+        and all(spec.dtype == "F32" and math.prod(spec.shape) == 1 for spec in whole)
+    )
     if codes.dtype == "U8":
         expected = "F8_E4M3 scales, one for 16 values, and one F32 for all"
         good = good and 2 * shape[1] % narrow.NV == 0
-        good = good and scale.dtype == "F8_E4M3" and scale.shape == (shape[0], 2 * shape[1] // narrow.NV)
+        good = (
+            good
+            and scale.dtype == "F8_E4M3"
+            and scale.shape == (shape[0], 2 * shape[1] // narrow.NV)
+        )
     else:
         expected = "one F32 scale"
         good = good and scale.dtype == "F32" and math.prod(scale.shape) == 1

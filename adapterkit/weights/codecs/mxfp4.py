@@ -33,14 +33,23 @@ class Mxfp4(Packed):
         scales = weight.part(SCALES, "U8", (experts, out, width // narrow.MX))
         blocks = weight.part(BLOCKS, "U8", (*scales.shape, narrow.MX // 2))
         place = {"file": "", "start": 0, "stop": blocks.nbytes}
-        return cls(key=weight.key, dtype=weight.dtype, shape=weight.shape, parts=(blocks, scales), **place)
+        return cls(
+            key=weight.key, dtype=weight.dtype, shape=weight.shape, parts=(blocks, scales), **place
+        )
 
     @classmethod
     def config(cls, choice: Choice) -> dict[str, Any]:
-        halves = {name.rpartition(".")[0] for name in choice.packed} & {name.rpartition(".")[0] for name in choice.skipped or ()}
+        halves = {name.rpartition(".")[0] for name in choice.packed} & {
+            name.rpartition(".")[0] for name in choice.skipped or ()
+        }
         if halves:
-            found, expected = f"one of the stacks of {', '.join(map(shown, sorted(halves)))} is quantised", "both or none"
-            raise Refused(found, expected=expected, where="--skip", do="give a regex that matches the module")
+            found, expected = (
+                f"one of the stacks of {', '.join(map(shown, sorted(halves)))} is quantised",
+                "both or none",
+            )
+            raise Refused(
+                found, expected=expected, where="--skip", do="give a regex that matches the module"
+            )
         whole = {name.rpartition(".")[0] for name in choice.skipped or () if name.endswith(STACKS)}
         return {"modules_to_not_convert": [*KEPT, *sorted(whole)], "quant_method": "mxfp4"}
 
@@ -59,11 +68,18 @@ class Mxfp4(Packed):
             fits = len(spec.shape) == 4 and spec.dtype == scale.dtype == "U8"
             fits = fits and spec.shape[-1] == narrow.MX // 2 and spec.shape[:-1] == scale.shape
             text = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}"
-            if found.check(key, fits, text, "U8 (experts, out, blocks, 16), U8 scales without the 16"):
+            if found.check(
+                key, fits, text, "U8 (experts, out, blocks, 16), U8 scales without the 16"
+            ):
                 found.check_finite(scale)
                 experts, out, blocks, _ = spec.shape
                 shape, dtype = (experts, blocks * narrow.MX, out), found.computed_in
-                place = {"file": spec.file, "start": spec.start, "stop": spec.stop, "folder": spec.folder}
+                place = {
+                    "file": spec.file,
+                    "start": spec.start,
+                    "stop": spec.stop,
+                    "folder": spec.folder,
+                }
                 yield cls(key=name, dtype=dtype, shape=shape, parts=(spec, scale), **place)
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
@@ -79,13 +95,17 @@ class Mxfp4(Packed):
     def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
         blocks, scales = (part.key for part in self.parts)
         turned = draws.by_columns(*weight.shape[-2:])
-        made = narrow.renew_mxfp4(weight.transpose(-2, -1).contiguous(), stored[scales], "up", turned)
+        made = narrow.renew_mxfp4(
+            weight.transpose(-2, -1).contiguous(), stored[scales], "up", turned
+        )
         return {blocks: made.codes, scales: made.scale}
 
     @property
     def rows_per_block(self) -> int:
         return narrow.MX
 
-    def cut(self, stored: dict[str, Tensor], matrix: int, first: int, last: int) -> dict[str, Tensor]:
+    def cut(
+        self, stored: dict[str, Tensor], matrix: int, first: int, last: int
+    ) -> dict[str, Tensor]:
         groups = slice(first // narrow.MX, last // narrow.MX)
         return {part.key: stored[part.key][matrix, :, groups] for part in self.parts}

@@ -77,7 +77,9 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and "_type" in value else None
 
 
-def _record(cls: type[Torchao], found: Found, key: str, kind: str, said: dict[str, Any]) -> Torchao | None:
+def _record(
+    cls: type[Torchao], found: Found, key: str, kind: str, said: dict[str, Any]
+) -> Torchao | None:
     start, _, leaf = key.rpartition(".")
     prefix = f"{start}._{leaf}_"
     dtype, optional, required = KINDS[kind]
@@ -86,16 +88,30 @@ def _record(cls: type[Torchao], found: Found, key: str, kind: str, said: dict[st
     if siblings is None:
         return None
     if prefix + "act_pre_scale" in found.tensors:
-        found.refuse(f"{shown(prefix)}act_pre_scale: a weight scaled for its inputs", "weights as the model has them")
+        found.refuse(
+            f"{shown(prefix)}act_pre_scale: a weight scaled for its inputs",
+            "weights as the model has them",
+        )
         return None
     codes, scale, *zeros = siblings
     data = said.get("_data")
     data = data if isinstance(data, dict) else {}
     block = data.get("block_size")
-    good = len(codes.shape) == 2 and 0 not in codes.shape and codes.dtype == dtype and scale.dtype in DTYPES.values()
+    good = (
+        len(codes.shape) == 2
+        and 0 not in codes.shape
+        and codes.dtype == dtype
+        and scale.dtype in DTYPES.values()
+    )
     shape = (codes.shape[0], codes.shape[1] * (2 if kind == "Int4Tensor" else 1)) if good else ()
     text = f"{kind} {codes.dtype} {codes.shape}, scales {scale.dtype} {scale.shape}, block_size {shown(block)}"
-    sizes = block if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block) else None
+    sizes = (
+        block
+        if isinstance(block, list)
+        and len(block) == 2
+        and all(type(n) is int and n > 0 for n in block)
+        else None
+    )
     good = good and sizes is not None and _fits(kind, shape, sizes, scale, zeros)
     finite = zeros if kind == "Int4Tensor" else []
     if not found.check(key, good, text, f"{dtype}, and a scale for each block"):
@@ -105,20 +121,34 @@ def _record(cls: type[Torchao], found: Found, key: str, kind: str, said: dict[st
     beside = [found.tensors[prefix + name] for name in BESIDE if prefix + name in found.tensors]
     whole = data.get("dtype")
     named = DTYPES.get(str(whole.get("_data"))) if isinstance(whole, dict) else scale.dtype
-    about = {"kind": kind, "block": (sizes[0], sizes[1]), "zeroed": zeroed, "dtype": named or found.computed_in}
+    about = {
+        "kind": kind,
+        "block": (sizes[0], sizes[1]),
+        "zeroed": zeroed,
+        "dtype": named or found.computed_in,
+    }
     place = {"file": codes.file, "start": codes.start, "stop": codes.stop, "folder": codes.folder}
     return cls(key=key, shape=shape, parts=(codes, scale, *zeros, *beside), **about, **place)
 
 
-def _fits(kind: str, shape: tuple[int, ...], block: list[int], scale: TensorSpec, zeros: list[TensorSpec]) -> bool:
+def _fits(
+    kind: str, shape: tuple[int, ...], block: list[int], scale: TensorSpec, zeros: list[TensorSpec]
+) -> bool:
     """Whether there is a scale for each block, and where there are zeros, as many."""
     if any(n % size for n, size in zip(shape, block, strict=True)):
         return False
     rows, columns = shape[0] // block[0], shape[1] // block[1]
     if kind == "Int4Tensor":
         good = rows == shape[0] and scale.shape == (columns, rows)
-        return good and all(zero.shape == scale.shape and zero.dtype == scale.dtype for zero in zeros)
+        return good and all(
+            zero.shape == scale.shape and zero.dtype == scale.dtype for zero in zeros
+        )
     if kind != "Float8Tensor" and not (rows == shape[0] or rows == columns == 1):
         return False
-    shapes = [(rows, columns), *([(), (1,)] if rows == columns == 1 else [(rows,)] if columns == 1 else [])]
-    return scale.shape in shapes and all(zero.dtype == "I8" and zero.shape == scale.shape for zero in zeros)
+    shapes = [
+        (rows, columns),
+        *([(), (1,)] if rows == columns == 1 else [(rows,)] if columns == 1 else []),
+    ]
+    return scale.shape in shapes and all(
+        zero.dtype == "I8" and zero.shape == scale.shape for zero in zeros
+    )
