@@ -10,9 +10,9 @@ from adapterkit.errors import (
     Damaged,
     Failed,
     Interrupted,
-    Offenders,
+    MultipleErrors,
     Refused,
-    Spoiled,
+    Unrecoverable,
 )
 
 __version__ = "0.1.0"
@@ -38,9 +38,9 @@ __all__ = [
     "Damaged",
     "Failed",
     "Interrupted",
-    "Offenders",
+    "MultipleErrors",
     "Refused",
-    "Spoiled",
+    "Unrecoverable",
     "__version__",
     "arrow",
     "combine",

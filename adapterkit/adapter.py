@@ -12,7 +12,7 @@ from functools import cached_property
 
 from adapterkit.checkpoint.folder import Folder, belonging_to, called, locate
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import Seen, no_model, other_lora
+from adapterkit.checkpoint.spec import Scan, no_model, other_lora
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher
@@ -44,7 +44,7 @@ CHANGED_BASE = (
     "corda",
     "lora_ga",
     "loftq",
-)  # inits that subtract from, or quantise, the base
+)  # inits that subtract from, or quantize, the base
 UNCHANGED_BASE = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
 FLAGS = ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
 TEXTS = ("task_type", "peft_version", "bias")
@@ -264,12 +264,12 @@ def inside(parameter: str, module: str) -> bool:
 
 def read_adapter(folder: Folder, number: int = 1) -> Adapter:
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be used."""
-    adapter, seen, _ = see_adapter(folder, number)
+    adapter, seen, _ = scan_adapter(folder, number)
     refuse_all(seen.errors)
     return adapter
 
 
-def see_adapter(folder: Folder, number: int = 1) -> tuple[Adapter, Seen, bool]:
+def scan_adapter(folder: Folder, number: int = 1) -> tuple[Adapter, Scan, bool]:
     """As much of an adapter as can be read, with everything for which `read_adapter` refuses it, and whether its config can be
     asked for ranks and scales."""
     adapter, parts, seen = _see(folder, number, check_config, ROLES)
@@ -302,10 +302,10 @@ def read_other(
 
 def _see(
     folder: Folder, number: int, check: Check, roles: Patterns
-) -> tuple[Adapter, "_Parts", Seen]:
+) -> tuple[Adapter, "_Parts", Scan]:
     """An adapter without its factors, its keys by what they are, and what is wrong with its files, its config and its token
     rows."""
-    seen, files = Seen(folder, number), folder.files()
+    seen, files = Scan(folder, number), folder.files()
     lacking = [name for name in (CONFIG, WEIGHTS) if name not in files]
     seen.readable = not lacking
     other = other_lora(folder) if lacking else None
@@ -335,20 +335,22 @@ def _see(
 def _missing(folder: Folder, name: str, files: dict[str, int]) -> Refused:
     nested = sorted({f.rsplit("/", 1)[0] for f in files if f.endswith("/" + CONFIG)})
     pickled = any(f in files for f in ("adapter_model.bin", "adapter_model.pt"))
-    do = "check the path"
+    hint = "check the path"
     if nested:
-        do = f"name the subfolder: {', '.join(shown(n) for n in nested[:5])}"
+        hint = f"name the subfolder: {', '.join(shown(n) for n in nested[:5])}"
     elif pickled:
-        do = "convert the pickle: PeftModel.from_pretrained(...).save_pretrained(OUT) writes safetensors"
-    return Refused(f"no {name}", expected="an adapter in PEFT's layout", where=folder.name, do=do)
+        hint = "convert the pickle: PeftModel.from_pretrained(...).save_pretrained(OUT) writes safetensors"
+    return Refused(
+        f"no {name}", expected="an adapter in PEFT's layout", where=folder.name, hint=hint
+    )
 
 
 def check_config(config: dict, where: str) -> list[AdapterkitError]:
     """Everything in an adapter's config that is out of range, unknown, or means other arithmetic than b @ a."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind.upper() != "LORA":
-        do = "adapterkit resize makes a plain LoRA of the types that it knows; others cannot be read here"
-        return [Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, do=do)]
+        hint = "adapterkit resize makes a plain LoRA of the types that it knows; others cannot be read here"
+        return [Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, hint=hint)]
     errors: list[AdapterkitError] = []
     for key, why in OTHER_ARITHMETIC.items():
         if config.get(key):
@@ -357,7 +359,7 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
                     f"{key} is set: {why}",
                     expected="a plain or DoRA LoRA",
                     where=where,
-                    do="use this adapter with the library that trained it; it cannot be merged",
+                    hint="use this adapter with the library that trained it; it cannot be merged",
                 )
             )
     errors += check_known(config, HARMLESS | set(OTHER_ARITHMETIC), where)
@@ -416,7 +418,7 @@ def unfit(config: dict, key: str, expected: str, where: str) -> Refused:
         f"{key} = {shown(repr(config.get(key)))}",
         expected=expected,
         where=where,
-        do="mend the config",
+        hint="mend the config",
     )
 
 
@@ -427,7 +429,7 @@ def check_known(config: dict, known: Collection[str], where: str) -> list[Adapte
             f"unknown setting {shown(key)} = {shown(repr(config[key]))}",
             expected="settings of PEFT 0.21 (an unknown one may mean other arithmetic)",
             where=where,
-            do="remove it from the config if it does not change the weights",
+            hint="remove it from the config if it does not change the weights",
         )
         for key in sorted(set(config) - set(known))
         if config[key]
@@ -525,7 +527,7 @@ def _sorted_out(
                     found,
                     expected="keys of its peft_type",
                     where=where,
-                    do="it is another kind of adapter",
+                    hint="it is another kind of adapter",
                 )
             )
         else:
@@ -579,7 +581,7 @@ def _two_names(key: str, other: str, where: str) -> Refused:
         f"{shown(key)} and {shown(other)} name one thing",
         expected="each once",
         where=where,
-        do="remove one",
+        hint="remove one",
     )
 
 
@@ -628,7 +630,10 @@ def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lor
             found = f"{shown(module)} has {', '.join(sorted(role)) or 'nothing'}"
             errors.append(
                 Refused(
-                    found, expected="both factors, a and b", where=name, do="save the adapter again"
+                    found,
+                    expected="both factors, a and b",
+                    where=name,
+                    hint="save the adapter again",
                 )
             )
             continue
@@ -639,7 +644,7 @@ def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lor
                     found,
                     expected="matrices",
                     where=name,
-                    do="gather the shards before saving (ZeRO-3, FSDP)",
+                    hint="gather the shards before saving (ZeRO-3, FSDP)",
                 )
             )
             continue
@@ -648,7 +653,10 @@ def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lor
                 found = f"{shown(spec.key)} is {spec.dtype}"
                 errors.append(
                     Refused(
-                        found, expected="F32, F16, BF16 or F64", where=name, do="save it as floats"
+                        found,
+                        expected="F32, F16, BF16 or F64",
+                        where=name,
+                        hint="save it as floats",
                     )
                 )
         kind = "embedding" if embedding else "module"
@@ -667,9 +675,9 @@ def _promises(parts: _Parts, config: dict, name: str) -> list[AdapterkitError]:
     errors: list[AdapterkitError] = []
 
     def wrong(
-        found: str, expected: str, do: str = "restore the config that was saved with the file"
+        found: str, expected: str, hint: str = "restore the config that was saved with the file"
     ) -> None:
-        errors.append(Refused(found, expected=expected, where=name, do=do))
+        errors.append(Refused(found, expected=expected, where=name, hint=hint))
 
     for key, role, what in [
         ("use_dora", "magnitude", "magnitudes"),
@@ -735,7 +743,7 @@ def _tokens(
                     "trainable_token_indices, but no trained rows in the file",
                     expected="the rows that were trained",
                     where=where,
-                    do="save the adapter again",
+                    hint="save the adapter again",
                 )
             )
         return ()
@@ -757,7 +765,7 @@ def _tokens(
                     f"trained rows {spec.dtype} {spec.shape} of {shown(module)}, trainable_token_indices {shown(repr(indices))}",
                     expected="one different row index for each trained row, in order",
                     where=where,
-                    do="restore the config that was saved with the file",
+                    hint="restore the config that was saved with the file",
                 )
             )
             continue

@@ -32,7 +32,7 @@ def process() -> None:
         )  # the work is done: in what Python still does, an exception ends in an abort
 
 
-BEFORE = Interrupted("stopped before anything was written", do="run the same command again")
+BEFORE = Interrupted("stopped before anything was written", hint="run the same command again")
 TROUBLE = {
     "diff": 2
 }  # exit status of an error: 1 elsewhere, but from diff 1 is an answer, as from diff(1)
@@ -81,7 +81,7 @@ def _interrupt(number: int, *_: Any) -> None:
     if _importing():  # an exception would abort inside of torch; what a job has finished is kept
         _fail(
             Interrupted(
-                "stopped while libraries were loaded", do="run the same command with --resume"
+                "stopped while libraries were loaded", hint="run the same command with --resume"
             ),
             _status(),
         )
@@ -90,7 +90,7 @@ def _interrupt(number: int, *_: Any) -> None:
 
 def _leave(*_: Any) -> None:
     """The second signal: at once, whatever the first one is still waiting for."""
-    os.write(2, b"Error: stopped at once\n  what to do: run the same command with --resume\n")
+    os.write(2, b"Error: stopped at once\n  hint: run the same command with --resume\n")
     os._exit(_status())
 
 
@@ -109,7 +109,7 @@ def _importing() -> bool:
 
 def _fail(error: AdapterkitError, status: int) -> None:
     text = f"Error: {error}"
-    if isinstance(error, Interrupted) and "--resume" in error.do:
+    if isinstance(error, Interrupted) and "--resume" in error.hint:
         words = [w for w in sys.argv[1:] if w not in ("--overwrite", "--resume")]
         text += f"\n  adapterkit {shlex.join(words)} --resume"
     click.echo(text, err=True)
@@ -221,7 +221,7 @@ blocks = together(
     click.option(
         "--block-size", type=int, help="Values with one scale (nf4, fp4: 64; w4a16: 128)."
     ),
-    click.option("--double-quant", is_flag=True, help="Quantise the scales too (nf4, fp4)."),
+    click.option("--double-quant", is_flag=True, help="Quantize the scales too (nf4, fp4)."),
 )
 hashing = click.option(
     "--hash",
@@ -312,12 +312,12 @@ ADDED_UP = " (default: exact, the ranks add up)"
 @click.option(
     "--dequantize",
     is_flag=True,
-    help="Write a quantised base's weights as 16-bit floats (default: keep the format).",
+    help="Write a quantized base's weights as 16-bit floats (default: keep the format).",
 )
 @click.option(
     "--base16",
     metavar="ORIGINAL",
-    help="BASE is quantised, and was trained on: merge into its 16-bit original instead.",
+    help="BASE is quantized, and was trained on: merge into its 16-bit original instead.",
 )
 @click.option(
     "--rounding",
@@ -368,7 +368,7 @@ def merge(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: 
 )
 @hashing
 def quantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Quantise a checkpoint's linear layers, as transformers would: the output layer, embeddings and norms stay.
+    """Quantize a checkpoint's linear layers, as transformers would: the output layer, embeddings and norms stay.
 
     \b
     Example:
@@ -395,7 +395,7 @@ def quantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) ->
 )
 @hashing
 def dequantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Decode a quantised checkpoint, or a GGUF model file, into floats.
+    """Decode a quantized checkpoint, or a GGUF model file, into floats.
 
     \b
     Example:
@@ -416,9 +416,9 @@ def dequantize(base: str, out: str, as_json: bool, quiet: bool, **options: Any) 
 @started
 @targets("all linear layers but the output")
 @click.option(
-    "--quantize", metavar="FORMAT", help="Quantise what is left of the base, e.g. nf4 (QPiSSA)."
+    "--quantize", metavar="FORMAT", help="Quantize what is left of the base, e.g. nf4 (QPiSSA)."
 )
-@click.option("--skip", metavar="RE", help="Modules that are not quantised.")
+@click.option("--skip", metavar="RE", help="Modules that are not quantized.")
 @blocks
 @factors
 def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -450,13 +450,13 @@ def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> Non
 @click.option(
     "--iterations", type=int, default=4, show_default=True, help="Rounds; the best one is kept."
 )
-@targets("all that are quantised")
-@click.option("--skip", metavar="RE", help="Modules that are not quantised.")
+@targets("all that are quantized")
+@click.option("--skip", metavar="RE", help="Modules that are not quantized.")
 @blocks
 @click.option(
     "--quantized",
     metavar="QBASE",
-    help="Keep this quantised base of BASE; write the adapter for it alone.",
+    help="Keep this quantized base of BASE; write the adapter for it alone.",
 )
 @click.option(
     "--stats",
@@ -470,7 +470,7 @@ def init(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> Non
 )
 @factors
 def loftq(base: str, out: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Quantise a base together with the adapter that makes up for it: W ≈ Q + scale·b@a (LoftQ).
+    """Quantize a base together with the adapter that makes up for it: W ≈ Q + scale·b@a (LoftQ).
 
     DIR/base is the packed base, DIR/adapter the adapter to go on training.
 
@@ -951,8 +951,8 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             for shard in plan.shards if isinstance(shard, Shard) for s in shard.steps if not s.copied
         ]  # fmt: skip
         computed = [
-            {"name": bundle.name, "file": shard.file, "at_most": {s.key: list(s.shape) for s in bundle.most}}
-            for shard in plan.shards if isinstance(shard, Computed) for bundle in shard.bundles
+            {"name": task.name, "file": shard.file, "at_most": {s.key: list(s.shape) for s in task.max_outputs}}
+            for shard in plan.shards if isinstance(shard, Computed) for task in shard.tasks
         ]  # fmt: skip
         document = {
             "plan": 1,
@@ -961,7 +961,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
             "changed": changed,
             "computed": computed,
             "notes": list(plan.notes),
-            **plan.facts,
+            **plan.metrics,
         }
         _print_json(document)
         return
@@ -969,7 +969,7 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):16} {value:>18,}")
     for note in plan.notes:
         click.echo(f"note: {note}")
-    for name in plan.facts.get("left_out", []):
+    for name in plan.metrics.get("left_out", []):
         click.echo(f"left out: {name}")
 
 

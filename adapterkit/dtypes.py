@@ -43,7 +43,7 @@ def parse(name: str) -> str:
             f"dtype {name!r}",
             expected=" or ".join(SHORT),
             where="--dtype",
-            do="use one of these names",
+            hint="use one of these names",
         )
     return SHORT[name]
 

@@ -15,12 +15,12 @@ _VARIES = re.compile(r"\([\d, ]*\)|[^\s:;,'\"()]*[\d._][^\s:;,'\"()]*[^\s:;,'\"(
 class AdapterkitError(Exception):
     """A job that cannot be done, or went wrong, said so that its reader can mend it."""
 
-    def __init__(self, found: str, *, expected: str = "", where: str = "", do: str = ""):
-        self.found, self.expected, self.where, self.do = found, expected, where, do
+    def __init__(self, found: str, *, expected: str = "", where: str = "", hint: str = ""):
+        self.found, self.expected, self.where, self.hint = found, expected, where, hint
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        return _text(self.where, [self.found], self.expected, self.do)
+        return _text(self.where, [self.found], self.expected, self.hint)
 
 
 class Refused(AdapterkitError):
@@ -35,7 +35,7 @@ class Failed(AdapterkitError):
     """A job that started and could not finish: storage errors, changed inputs, lost workers."""
 
 
-class Spoiled(Failed):
+class Unrecoverable(Failed):
     """A failure that no resume can mend: an input changed, or a value does not fit; what was made of it is thrown away."""
 
 
@@ -43,7 +43,7 @@ class Interrupted(AdapterkitError):
     """A job stopped by a signal; what is finished is kept for --resume."""
 
 
-class Offenders(Refused, Damaged):
+class MultipleErrors(Refused, Damaged):
     """Several problems found in one look at a request, or at an output: all in `errors`; as text, one entry for one cause."""
 
     def __init__(self, errors: Iterable[AdapterkitError]):
@@ -60,7 +60,7 @@ class Offenders(Refused, Damaged):
 def _cause(error: AdapterkitError) -> tuple[str, ...]:
     """What errors of one cause have in common: all but the names, shapes and numbers in what was found and expected."""
     text = (_VARIES.sub("*", part) for part in (error.found, error.expected))
-    return (type(error).__name__, *text, error.where, error.do)
+    return (type(error).__name__, *text, error.where, error.hint)
 
 
 def _summary(errors: list[AdapterkitError]) -> str:
@@ -74,16 +74,16 @@ def _summary(errors: list[AdapterkitError]) -> str:
         lines += [error.found for error in some]
     else:  # each is asked for something of its own
         lines += [f"{error.found}; expected: {error.expected}" for error in some]
-    return _text(some[0].where, lines, expected.pop() if len(expected) == 1 else "", some[0].do)
+    return _text(some[0].where, lines, expected.pop() if len(expected) == 1 else "", some[0].hint)
 
 
-def _text(where: str, found: list[str], expected: str, do: str) -> str:
+def _text(where: str, found: list[str], expected: str, hint: str) -> str:
     """An error as it is printed; names of folders and files go in as they are."""
     parts = [f"{where}: {found[0]}" if where else found[0], *found[1:]]
     if expected:
         parts.append(f"expected: {expected}")
-    if do:
-        parts.append(f"what to do: {do}")
+    if hint:
+        parts.append(f"hint: {hint}")
     return "\n  ".join(map(_printable, parts))
 
 
@@ -93,7 +93,7 @@ def refuse_all(errors: list[AdapterkitError]) -> None:
     if len(different) == 1:
         raise different[0]
     if different:
-        raise Offenders(different)
+        raise MultipleErrors(different)
 
 
 def shown(name: object) -> str:

@@ -81,7 +81,7 @@ def other_rank(adapter: Adapter, lora: Lora, found: int, rank: int) -> Refused:
         f"rank {found} in the file for {shown(lora.module)}",
         expected=f"rank {rank}, as r and rank_pattern say",
         where=adapter.where,
-        do="restore the config that was saved with the file (a wrong rank means a wrong scale)",
+        hint="restore the config that was saved with the file (a wrong rank means a wrong scale)",
     )
 
 
@@ -99,7 +99,7 @@ def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors
             f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",
             expected="b with as many columns as a has rows (a convolution with groups is not supported)",
             where=adapter.given,
-            do="leave the module out",
+            hint="leave the module out",
         )
     return Factors(lora.a, lora.b, scale, rank, experts)
 

@@ -254,7 +254,7 @@ class HubFolder:
                 "no such file in this commit",
                 expected="one of " + shown(", ".join(self._entries)),
                 where=_where(self._pinned(), name),
-                do="check the file name, and whether the repository is complete",
+                hint="check the file name, and whether the repository is complete",
             )
         return self._entries[name].size
 
@@ -272,7 +272,7 @@ class HubFolder:
             "not in the local Hub cache, and HF_HUB_OFFLINE is set",
             expected="a cached copy, or a network",
             where=_where(self._pinned(), name),
-            do=f"run `{command}` where there is a network, or unset HF_HUB_OFFLINE",
+            hint=f"run `{command}` where there is a network, or unset HF_HUB_OFFLINE",
         )
 
 
@@ -308,7 +308,7 @@ def push(folder: Path, repo: str, *, progress: Callable[[int, int], None] | None
 def _to_push(folder: Path) -> dict[str, int]:
     if not Path(folder).is_dir():
         raise Refused(
-            "not a folder", expected="a folder to upload", where=str(folder), do="check the path"
+            "not a folder", expected="a folder to upload", where=str(folder), hint="check the path"
         )
     files = LocalFolder(folder).files()
     unfinished = [name for name in files if name.endswith(".part")]
@@ -317,7 +317,7 @@ def _to_push(folder: Path) -> dict[str, int]:
             f"an unfinished file, {shown(unfinished[0])}" if unfinished else "an empty folder",
             expected="the finished output of a job",
             where=str(folder),
-            do="finish the job first, with --resume if it was interrupted",
+            hint="finish the job first, with --resume if it was interrupted",
         )
     return files
 
@@ -329,14 +329,14 @@ def _push_target(repo: str) -> HubId:
             f"{shown(repo)!r}",
             expected="a repository, `org/name`, without revision or folder",
             where="the place to push to",
-            do="give your account's or organisation's name and the repository's",
+            hint="give your account's or organisation's name and the repository's",
         )
     if _offline():
         raise Refused(
             "HF_HUB_OFFLINE is set",
             expected="a network to push over",
             where=repo,
-            do="unset HF_HUB_OFFLINE, or push the folder later with `hf upload`",
+            hint="unset HF_HUB_OFFLINE, or push the folder later with `hf upload`",
         )
     return target
 
@@ -350,7 +350,7 @@ def _refuse_old_weights(others: set[str], folders: set[str], target: HubId) -> N
             f"other weights are there already: {shown(', '.join(old))}",
             expected="a repository whose weights this upload replaces all; a loader might pick the old ones",
             where=str(target),
-            do=f"push to another repository, or run `hf repos delete-files {target.repo} {shown(' '.join(old))}` first",
+            hint=f"push to another repository, or run `hf repos delete-files {target.repo} {shown(' '.join(old))}` first",
         )
 
 
@@ -384,7 +384,7 @@ def _check_pushed(commit: HubId, sent: dict) -> None:
             f"the commit lacks or holds otherwise: {shown(', '.join(wrong))}",
             expected="all files of the folder, byte for byte",
             where=str(commit),
-            do="see whether the repository's .gitignore leaves them out, then push again",
+            hint="see whether the repository's .gitignore leaves them out, then push again",
         )
 
 
@@ -406,7 +406,7 @@ def _listing(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
             "no files there" if not hub_id.subfolder else "no such folder, or nothing in it",
             expected="a folder with a checkpoint",
             where=str(hub_id),
-            do=f"see {_page(hub_id)}/tree/{commit}",
+            hint=f"see {_page(hub_id)}/tree/{commit}",
         )
     return commit, entries
 
@@ -427,7 +427,7 @@ def _remote_listing(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str,
             f"commit {shown(commit)!r} in the answer",
             expected=asked if COMMIT.fullmatch(asked) else "40 hexadecimal digits",
             where=str(hub_id),
-            do="check that HF_ENDPOINT is a Hub server",
+            hint="check that HF_ENDPOINT is a Hub server",
         )
     files = info.siblings or []
     entries = {file.rfilename: _entry(file) for file in files}
@@ -473,7 +473,7 @@ def _cached_listing(hub_id: HubId, why: str, mend: str) -> tuple[str, dict[str, 
         f"not in the local Hub cache, and {why}",
         expected="a cached copy, or a network",
         where=str(hub_id),
-        do=f"run `hf download {hub_id.repo}{revision}{only}` where there is a network, or {mend}",
+        hint=f"run `hf download {hub_id.repo}{revision}{only}` where there is a network, or {mend}",
     )
 
 
@@ -496,14 +496,14 @@ def _read_local(path: Path, start: int, stop: int) -> bytes:
             f"cannot read: {error.strerror}",
             expected="a readable cache",
             where=str(path),
-            do="delete the file",
+            hint="delete the file",
         ) from error
     if len(data) != stop - start:
         raise Failed(
             f"{len(data):,} bytes from byte {start:,} on",
             expected=f"{stop - start:,} bytes, as there were when the size was checked",
             where=str(path),
-            do="keep other programs from the cache and run again",
+            hint="keep other programs from the cache and run again",
         )
     return data
 
@@ -515,7 +515,7 @@ def _check_size(path: Path, size: int) -> None:
             f"{found:,} bytes in the local Hub cache",
             expected=f"{size:,} bytes",
             where=str(path),
-            do="delete this file and the one it links to",
+            hint="delete this file and the one it links to",
         )
 
 
@@ -713,10 +713,10 @@ def _explained(error: BaseException, hub_id: HubId, file: str = "") -> Adapterki
     """The error of a library call in four parts."""
     while type(error).__name__ in ("LocalEntryNotFoundError", "RuntimeError") and error.__cause__:
         error = error.__cause__
-    kind, found, expected, do = _meaning(error)
+    kind, found, expected, hint = _meaning(error)
     names = {"repo": hub_id.repo, "revision": hub_id.revision or "main", "page": _page(hub_id)}
-    expected, do = _clean(expected.format_map(names)), _clean(do.format_map(names))
-    return kind(_clean(found), expected=expected, where=_where(hub_id, file), do=do)
+    expected, hint = _clean(expected.format_map(names)), _clean(hint.format_map(names))
+    return kind(_clean(found), expected=expected, where=_where(hub_id, file), hint=hint)
 
 
 def _meaning(error: BaseException) -> Meaning:
@@ -726,20 +726,20 @@ def _meaning(error: BaseException) -> Meaning:
             return MEANINGS[key]
     again = "run again: what is there already is not transferred twice"
     if isinstance(error, _Unusable):
-        found, do = (
+        found, hint = (
             f"{error} in answer to a range, {TRIES} times",
             "check HF_ENDPOINT, and proxies on the way",
         )
-        return Failed, found, "exactly that range", do
+        return Failed, found, "exactly that range", hint
     if _is_transport(error):
-        found, do = (
+        found, hint = (
             _brief(error),
             "check the connection and the proxies; with a cached copy set HF_HUB_OFFLINE=1",
         )
-        return _Unreachable, found, "a network, or a cached copy", do
+        return _Unreachable, found, "a network, or a cached copy", hint
     if status >= 500:
-        do = f"see https://status.huggingface.co, then {again}; with a cached copy set HF_HUB_OFFLINE=1"
-        return Failed, _brief(error), "a Hub in order", do
+        hint = f"see https://status.huggingface.co, then {again}; with a cached copy set HF_HUB_OFFLINE=1"
+        return Failed, _brief(error), "a Hub in order", hint
     if "Invalid metadata in README.md" in str(error):
         return (
             Refused,
@@ -750,8 +750,8 @@ def _meaning(error: BaseException) -> Meaning:
     if status:
         return Failed, _brief(error), "an answer of use", again
     if isinstance(error, OSError) and error.errno:
-        do = "free space, or give HF_HOME a folder that can be written"
-        return Failed, f"the local Hub cache: {error.strerror}", "a cache that can be written", do
+        hint = "free space, or give HF_HOME a folder that can be written"
+        return Failed, f"the local Hub cache: {error.strerror}", "a cache that can be written", hint
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return Failed, "a download of the wrong length", "the length that the Hub promised", again
     return (

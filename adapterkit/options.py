@@ -73,11 +73,11 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return wrap
 
 
-def unfit(name: str, value: Any, expected: str, do: str = "give another value") -> Refused:
+def unfit(name: str, value: Any, expected: str, hint: str = "give another value") -> Refused:
     """The refusal of an option's value."""
     said = value if type(value) in (int, float) else repr(value)
     return Refused(
-        f"--{name.replace('_', '-')} {shown(said)}", expected=expected, where="options", do=do
+        f"--{name.replace('_', '-')} {shown(said)}", expected=expected, where="options", hint=hint
     )
 
 

@@ -26,7 +26,7 @@ def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]
             f"a pattern of {len(pattern)} characters",
             expected=f"at most {LONGEST}",
             where=where,
-            do="shorten it",
+            hint="shorten it",
         )
     whole = wrap.replace("{}", pattern)
     if PLAIN.fullmatch(pattern):
@@ -50,7 +50,7 @@ class _Patient:
                 f"pattern {shown(pattern)!r}: {shown(error)}",
                 expected="a regular expression",
                 where=where,
-                do="mend it",
+                hint="mend it",
             ) from error
 
     def __call__(self, text: str) -> bool:
@@ -70,7 +70,7 @@ class _Patient:
             f"pattern {shown(self.pattern)!r} takes seconds on the names of modules",
             expected="a pattern without nested repeats",
             where=self.where,
-            do="write it without nested repeats",
+            hint="write it without nested repeats",
         ) from None
 
 

@@ -150,5 +150,5 @@ def unplaceable(parameter: Parameter, slot: Slot) -> Refused:
         f"{shown(parameter.name)} {parameter.shape} lies in {shown(slot.key)} {slot.shape} in a way this edit cannot follow",
         expected="rows and columns of the parameter on rows and columns of the stored tensor",
         where="base",
-        do="save the model once with transformers (from_pretrained, save_pretrained) and use that as the base",
+        hint="save the model once with transformers (from_pretrained, save_pretrained) and use that as the base",
     )

@@ -1,7 +1,7 @@
 """Plan before data: what every output tensor is made of, and the only executor.
 
 A `Plan` says for each output file its exact bytes' layout, and for each tensor its `Step`: the stored tensor its rows start from
-and the edits they go through. A file of factors is `Computed` instead: its `Bundle`s of tensors decide their own ranks, within
+and the edits they go through. A file of factors is `Computed` instead: its `Task`s of tensors decide their own ranks, within
 bounds that the plan knows. Everything that can be refused has been refused when a plan exists. `run` carries it out.
 """
 
@@ -26,7 +26,7 @@ from adapterkit.checkpoint.reader import Identity, changed, identity
 from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.checkpoint.writer import RECEIPT, Stage, free_bytes
 from adapterkit.edits import Edit
-from adapterkit.errors import AdapterkitError, Interrupted, Refused, Spoiled
+from adapterkit.errors import AdapterkitError, Interrupted, Refused, Unrecoverable
 from adapterkit.kernels.stochastic import Draws
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ SEAL = b',\n  "seal": "'
 BLOCK = 16 << 20  # bytes of a copied file at a time
 SLACK = 128  # bytes by which the guess of a text's size may be wrong, its numbers in the header included
 BUFFERS = 32_000_000  # bytes of one worker's
-AHEAD = 2  # bundles for each worker that may wait to be written
+AHEAD = 2  # tasks for each worker that may wait to be written
 STACKS = 1 << 30  # bytes of stacks of experts' factors that may be kept
-ASIDE = ".aside"  # what a shard lays aside for later ones, until all are done
+HANDOFF = ".handoff"  # what a shard lays aside for later ones, until all are done
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +105,23 @@ class Inputs(Protocol):
         """`cut(stored tensor)`, once for all who ask for it before long."""
         ...
 
-    def aside(self, key: str) -> "Tensor":
-        """What a bundle of an earlier file laid aside."""
+    def handoff(self, key: str) -> "Tensor":
+        """What a task of an earlier file laid aside."""
         ...
 
 
-class Made(NamedTuple):
-    """What a bundle gave: its tensors by key, in the order of writing, and measured facts for the receipt.
+class TaskResult(NamedTuple):
+    """What a task gave: its tensors by key, in the order of writing, and measured metrics for the receipt.
 
-    A `TensorSpec` in place of a tensor: the bytes that are there, unseen. `aside`: tensors for bundles of later files.
+    A `TensorSpec` in place of a tensor: the bytes that are there, unseen. `aside`: tensors for tasks of later files.
     """
 
     tensors: "Mapping[str, Tensor | TensorSpec]"
-    facts: dict[str, Any]
-    aside: "dict[str, Tensor]" = {}  # noqa: RUF012 (never changed)
+    metrics: dict[str, Any]
+    handoff: "dict[str, Tensor]" = {}  # noqa: RUF012 (never changed)
 
 
-class Bundle(Protocol):
+class Task(Protocol):
     """Tensors that are computed together, such as the factors of one module; a frozen record."""
 
     @property
@@ -133,7 +133,7 @@ class Bundle(Protocol):
     def reads(self) -> tuple[TensorSpec, ...]: ...
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         """Its tensors, as large as they can become."""
         ...
 
@@ -142,39 +142,37 @@ class Bundle(Protocol):
         """Bytes that making it takes at most."""
         ...
 
-    def make(self, inputs: Inputs) -> Made: ...
+    def compute(self, inputs: Inputs) -> TaskResult: ...
 
 
 @dataclass(frozen=True)
 class Computed:
-    """One output file whose tensors are made by bundles, in this order; `size` is the most it can take.
+    """One output file whose tensors are made by tasks, in this order; `size` is the most it can take.
 
     `by_width`: the tensors are in safetensors' own order instead, as its library writes them. Then sizes are as planned, but for
-    those that a bundle's `varies` names, small ones whose size is only a good guess (JSON texts of a format).
+    those that a task's `varies` names, small ones whose size is only a good guess (JSON texts of a format).
     """
 
     file: str
-    bundles: tuple[Bundle, ...]
+    tasks: tuple[Task, ...]
     metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
-    settle: "Callable[[list[dict[str, Any]]], list[Callable[[Made], Made]]] | None" = (
-        None  # facts of all -> what to do to each
-    )
-    by_width: bool = False
+    finalize: "Callable[[list[dict[str, Any]]], list[Callable[[TaskResult], TaskResult]]] | None" = None  # metrics of all -> what to do to each
+    safetensors_order: bool = False
 
     @cached_property
     def layout(self) -> ShardLayout:
-        tensors = [stored for bundle in self.bundles for stored in bundle.most]
-        if self.by_width:
+        tensors = [stored for task in self.tasks for stored in task.max_outputs]
+        if self.safetensors_order:
             tensors.sort(key=lambda stored: (dtypes.SERIAL.index(stored.dtype), stored.key))
         return laid_out(self.file, tensors, self.metadata, ordered=True)
 
     @cached_property
-    def varies(self) -> frozenset[str]:
-        return frozenset(key for bundle in self.bundles for key in getattr(bundle, "varies", ()))
+    def variable_size(self) -> frozenset[str]:
+        return frozenset(key for task in self.tasks for key in getattr(task, "variable_size", ()))
 
     @property
     def size(self) -> int:
-        return self.layout.size + SLACK * len(self.varies)
+        return self.layout.size + SLACK * len(self.variable_size)
 
 
 @dataclass(frozen=True)
@@ -186,8 +184,8 @@ class CopyFile:
 
 
 @dataclass(frozen=True)
-class FromFacts:
-    """A small file whose content depends on what was computed: facts by bundle's or tensor's name, and by how many bytes tensors
+class FromMetrics:
+    """A small file whose content depends on what was computed: metrics by task's or tensor's name, and by how many bytes tensors
     whose size was a guess have grown."""
 
     content: Callable[[dict[str, dict], int], bytes]
@@ -206,9 +204,9 @@ class Plan:
     ]  # of the local ones: what tells a file from an edited one
     shards: tuple[Shard | Computed, ...]
     files: dict[
-        str, bytes | CopyFile | FromFacts
+        str, bytes | CopyFile | FromMetrics
     ]  # index, config, tokenizer, card: written after the shards
-    facts: dict[str, Any] = field(
+    metrics: dict[str, Any] = field(
         default_factory=dict
     )  # for the receipt: what was decided while planning
     notes: tuple[str, ...] = ()
@@ -216,11 +214,11 @@ class Plan:
         0,
     )  # the inputs that are too large to be read again for the receipt's hashes
     memory: int | None = (
-        None  # bytes that bundles may take together; a quarter of the machine's if not given
+        None  # bytes that tasks may take together; a quarter of the machine's if not given
     )
     warn: Callable[[dict[str, dict]], list[str]] = (
-        lambda facts: []
-    )  # what the measured facts give reason to say
+        lambda metrics: []
+    )  # what the measured metrics give reason to say
 
     def recipe(self) -> dict[str, Any]:
         """What makes two plans the same: version, verb, options, inputs and output layout."""
@@ -244,11 +242,8 @@ class Plan:
     def totals(self) -> dict[str, Any]:
         """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they are the most it can be."""
         streamed = [shard for shard in self.shards if isinstance(shard, Shard)]
-        bundles = [
-            bundle
-            for shard in self.shards
-            if isinstance(shard, Computed)
-            for bundle in shard.bundles
+        tasks = [
+            task for shard in self.shards if isinstance(shard, Computed) for task in shard.tasks
         ]
         steps = [
             (step, stored)
@@ -258,18 +253,18 @@ class Plan:
         changed = [(step, stored) for step, stored in steps if not step.copied]
         as_is = [
             stored
-            for bundle in bundles
-            if getattr(bundle, "copied", False)
-            for stored in bundle.most
+            for task in tasks
+            if getattr(task, "copied", False)
+            for stored in task.max_outputs
         ]
         computed = [
             stored
-            for bundle in bundles
-            if not getattr(bundle, "copied", False)
-            for stored in bundle.most
+            for task in tasks
+            if not getattr(task, "copied", False)
+            for stored in task.max_outputs
         ]
         small = sum(self._small(file) for file in self.files.values())
-        readers = [*(edit for step, _ in changed for edit in step.edits), *bundles]
+        readers = [*(edit for step, _ in changed for edit in step.edits), *tasks]
         kept = {spec for reader in readers for spec in kept_by(reader)}  # read once for all
         factors = sum(
             spec.nbytes for reader in readers for spec in reader.reads if spec not in kept
@@ -296,7 +291,7 @@ class Plan:
 
     @property
     def budget(self) -> int:
-        """Bytes that bundles may take together; one that takes more is made by itself."""
+        """Bytes that tasks may take together; one that takes more is made by itself."""
         return quarter_of_memory() if self.memory is None else self.memory
 
     def _streamed_memory(self, changed: Iterable[Step]) -> int:
@@ -312,13 +307,13 @@ class Plan:
         return 2 * sum(sizes) + 2 * sum(sizes[-1:]) + min(STACKS, stacks)
 
     def _computed_memory(self) -> int:
-        """The most that bundles take which `in_order` has in memory together: those ahead, and the one that is written."""
+        """The most that tasks take which `in_order` has in memory together: those ahead, and the one that is written."""
         most = 0
         for shard in self.shards:
             if isinstance(shard, Computed):
                 window, held = deque[int](), 0
-                for bundle in shard.bundles:
-                    window.append(bundle.memory)
+                for task in shard.tasks:
+                    window.append(task.memory)
                     held += window[-1]
                     while len(window) > AHEAD * cores() + 1 or (
                         len(window) > 1 and held > self.budget
@@ -327,14 +322,14 @@ class Plan:
                     most = max(most, held)
         return most
 
-    def _small(self, file: bytes | CopyFile | FromFacts) -> int:
+    def _small(self, file: bytes | CopyFile | FromMetrics) -> int:
         if isinstance(file, CopyFile):
             return self.folders[file.folder].files()[file.name]
         return len(file) if isinstance(file, bytes) else 0
 
 
-def kept_by(reader: Edit | Bundle) -> tuple[TensorSpec, ...]:
-    """Of what an edit or a bundle reads, what stays at hand for others: stacks of experts' factors."""
+def kept_by(reader: Edit | Task) -> tuple[TensorSpec, ...]:
+    """Of what an edit or a task reads, what stays at hand for others: stacks of experts' factors."""
     return getattr(reader, "kept", ())
 
 
@@ -364,7 +359,7 @@ class Progress(Protocol):
 
 @dataclass
 class ShardResult:
-    """What writing one shard gave: its hash, the hash of its bytes up to each tensor's end, and measured facts."""
+    """What writing one shard gave: its hash, the hash of its bytes up to each tensor's end, and measured metrics."""
 
     file: str
     size: int
@@ -372,10 +367,10 @@ class ShardResult:
     marks: dict[
         str, str
     ]  # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
-    facts: dict[str, dict]
+    metrics: dict[str, dict]
     grown: int = 0  # bytes by which tensors are larger than planned, all together
     tensors: int | None = None  # how many there are, where the plan knew the most alone
-    asides: dict[str, list] = field(
+    handoffs: dict[str, list] = field(
         default_factory=dict
     )  # key -> dtype, shape, position in the file of what was laid aside
 
@@ -455,7 +450,7 @@ def run(
         raise Interrupted(
             "stopped; finished shards are kept",
             where=str(out),
-            do="run the same command with --resume",
+            hint="run the same command with --resume",
         ) from None
 
 
@@ -475,7 +470,7 @@ def _build(
     if fresh:
         stage.forget()
     done = _done_before(stage, plan)
-    stage.clear(keep=[*done, *(name + ASIDE for name in done)])
+    stage.clear(keep=[*done, *(name + HANDOFF for name in done)])
     todo = [shard for shard in plan.shards if shard.file not in done]
     _check_space(plan, todo, stage)
     stage.begin()
@@ -496,14 +491,16 @@ def _build(
             pool.submit(_input_hashes, plan) if hash != "none" else None
         )  # beside the work: it leaves Python's lock alone
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
-        facts = {key: fact for shard in plan.shards for key, fact in done[shard.file].facts.items()}
+        metrics = {
+            key: metric for shard in plan.shards for key, metric in done[shard.file].metrics.items()
+        }
         for shard in plan.shards:
-            (stage.path / (shard.file + ASIDE)).unlink(missing_ok=True)
+            (stage.path / (shard.file + HANDOFF)).unlink(missing_ok=True)
         sums = _write_files(
-            plan, stage, facts, sum(result.grown for result in done.values()), hash == "sha256"
+            plan, stage, metrics, sum(result.grown for result in done.values()), hash == "sha256"
         )
         hashes = inputs.result() if inputs else {}
-    except Spoiled:
+    except Unrecoverable:
         stage.forget()
         raise
     finally:
@@ -530,7 +527,7 @@ def _finished(out: Path, fingerprint: str, recipe: dict) -> Receipt:
             f"a finished output of another job ({_difference(data.get('recipe', {}), _public(recipe))} differs)",
             expected="the job that --resume goes on with",
             where=str(out),
-            do="choose another --out, or give --overwrite",
+            hint="choose another --out, or give --overwrite",
         )
     return Receipt(out, data, finished_before=True)
 
@@ -543,7 +540,7 @@ def _check_same_job(stage: Stage, recipe: dict) -> None:
             f"an interrupted run of another job: {_difference(before, recipe)} differs",
             expected="the same inputs, options and version",
             where=str(stage.control),
-            do="give the options of that run, or --overwrite to begin again",
+            hint="give the options of that run, or --overwrite to begin again",
         )
 
 
@@ -564,7 +561,7 @@ def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
         done = {
             name: r
             for name, r in done.items()
-            if not r.asides or (stage.path / (name + ASIDE)).is_file()
+            if not r.handoffs or (stage.path / (name + HANDOFF)).is_file()
         }
     return done
 
@@ -594,17 +591,17 @@ def _check_space(plan: Plan, todo: list[Shard | Computed], stage: Stage) -> None
             f"{free:,} bytes free",
             expected=f"{needed:,} bytes",
             where=str(stage.path.parent),
-            do="free some space, or choose an --out on another disk",
+            hint="free some space, or choose an --out on another disk",
         )
 
 
 def _write_files(
-    plan: Plan, stage: Stage, facts: dict[str, dict], grown: int, hashed: bool
+    plan: Plan, stage: Stage, metrics: dict[str, dict], grown: int, hashed: bool
 ) -> dict[str, dict]:
     sums = {}
     for name, content in plan.files.items():
-        if isinstance(content, FromFacts):
-            content = content.content(facts, grown)
+        if isinstance(content, FromMetrics):
+            content = content.content(metrics, grown)
         size, sha = stage.write_file(
             name, [content] if isinstance(content, bytes) else _blocks(plan, content)
         )
@@ -684,11 +681,11 @@ def _receipt(
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
         "keys": {s.file: s.marks for s in shards},
         "totals": totals,
-        **plan.facts,
-        "parameters": {key: fact for s in shards for key, fact in s.facts.items()},
+        **plan.metrics,
+        "parameters": {key: metric for s in shards for key, metric in s.metrics.items()},
         "notes": [
             *plan.notes,
-            *plan.warn({key: fact for s in shards for key, fact in s.facts.items()}),
+            *plan.warn({key: metric for s in shards for key, metric in s.metrics.items()}),
         ],
         "timings": {
             "seconds": round(seconds, 3),

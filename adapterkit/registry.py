@@ -30,13 +30,13 @@ def options(record: type) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(record)}
 
 
-def made(package: str, name: str, given: dict[str, object]) -> object:
+def create(package: str, name: str, given: dict[str, object]) -> object:
     """The record of the method `name` with the options that were given (not None); `Refused` for an unknown name or option, or a
     missing one."""
     known = members(package)
     if name not in known:
         raise Refused(
-            f"method {name!r}", expected=", ".join(known), where="--method", do="use one of these"
+            f"method {name!r}", expected=", ".join(known), where="--method", hint="use one of these"
         )
     fields, given = (
         options(known[name]),
@@ -51,7 +51,7 @@ def made(package: str, name: str, given: dict[str, object]) -> object:
             expected="the options "
             + (", ".join(f"--{key}" for key in fields) or "of the method (none)"),
             where="options",
-            do="leave out what the method does not take, and give what it needs",
+            hint="leave out what the method does not take, and give what it needs",
         )
     numbers = [key for key in given if "float" in str(fields[key].type)]
     wrong = [
@@ -62,6 +62,6 @@ def made(package: str, name: str, given: dict[str, object]) -> object:
     if wrong:
         found = ", ".join(f"--{key} {given[key]!r}" for key in wrong)
         raise Refused(
-            f"method {name}: {found}", expected="numbers", where="options", do="give numbers"
+            f"method {name}: {found}", expected="numbers", where="options", hint="give numbers"
         )
     return known[name](**given)

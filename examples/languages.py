@@ -271,8 +271,8 @@ def inspect_and_diff(folder: Path) -> None:
 
 def show_experts(folder: Path, model: Any, held_out: Blocks) -> None:
     """How far prototypes stand out, how alike two are, and which experts a text's tokens would get."""
-    facts = json.loads((folder / "adapterkit.json").read_text())["parameters"].values()
-    gaps = [mean(fact["gap"][number] for fact in facts) for number in range(len(LANGUAGES))]
+    metrics = json.loads((folder / "adapterkit.json").read_text())["parameters"].values()
+    gaps = [mean(metric["gap"][number] for metric in metrics) for number in range(len(LANGUAGES))]
     stored = load_file(folder / "arrow.safetensors")
     prototypes = {
         key.removesuffix(".prototype"): t for key, t in stored.items() if key.endswith(".prototype")

@@ -145,8 +145,11 @@ def answer(model, tokenizer) -> tuple[torch.Tensor, str]:
 
 
 def show_receipt(receipt: dict) -> None:
-    totals, facts = receipt["totals"], receipt["parameters"].values()
-    sizes, lost = [fact["delta"] for fact in facts], [fact["rounding"] for fact in facts]
+    totals, metrics = receipt["totals"], receipt["parameters"].values()
+    sizes, lost = (
+        [metric["delta"] for metric in metrics],
+        [metric["rounding"] for metric in metrics],
+    )
     say(
         f"receipt: {totals['bytes_copied']:,} bytes copied as they are, {totals['bytes_changed']:,} computed"
     )

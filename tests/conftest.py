@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 for folder in (
     "merge",
     "combine",
-    "quantised",
+    "quantized",
     "weights",
 ):  # for `oracle`, `shared`, `forged`, `tiny`
     sys.path.insert(0, str(Path(__file__).parent / folder))

@@ -256,7 +256,7 @@ def test_what_a_scale_cannot_hold_saturates() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 5000, 40_000, 300_000])
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
-def test_double_quantisation(size: int, spread: float) -> None:
+def test_double_quantization(size: int, spread: float) -> None:
     absmax = normal(size, seed=size).abs() * spread + 0.05
     offset = absmax.mean()
     torch.set_num_threads(4)
@@ -281,7 +281,7 @@ def test_double_quantisation(size: int, spread: float) -> None:
     assert all(same(a, b) for a, b in zip(given, nested, strict=True))
 
 
-def test_double_quantisation_of_what_hurts() -> None:
+def test_double_quantization_of_what_hurts() -> None:
     edges = ((torch.arange(65536, dtype=torch.float64) - 0.5) / 65535 * 2 - 1).float()
     middles = (dynamic_map()[1:] + dynamic_map()[:-1]) / 2
     x = neighbours(torch.cat([edges, middles, dynamic_map()])).clamp(-1, 1)
@@ -303,7 +303,7 @@ def test_double_quantisation_of_what_hurts() -> None:
     assert same(quantize_absmax(x, 0.0, values=old).codes, codes)
 
 
-def test_double_quantisation_in_another_dtype() -> None:
+def test_double_quantization_in_another_dtype() -> None:
     """What bitsandbytes makes of a bf16 model that was used before it was saved."""
     absmax = normal(700).abs().bfloat16()
     offset = absmax.mean()
@@ -409,10 +409,10 @@ def test_what_transformers_saves(form: str, dtype: str, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=how, device_map="cpu"
     )
-    model.save_pretrained(tmp_path / "quantised")
+    model.save_pretrained(tmp_path / "quantized")
     base, stored = (
         load_file(tmp_path / "base/model.safetensors"),
-        load_file(tmp_path / "quantised/model.safetensors"),
+        load_file(tmp_path / "quantized/model.safetensors"),
     )
     names = [key.removesuffix(".weight") for key in base if "_proj" in key]
     kind: blockwise.Kind = "fp4" if form == "fp4" else "nf4"

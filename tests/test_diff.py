@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from adapterkit import diff
 from adapterkit.cli import main
-from adapterkit.errors import Damaged, Offenders, Refused
+from adapterkit.errors import Damaged, MultipleErrors, Refused
 from adapterkit.kernels import compare
 from adapterkit.ops.diff import table
 
@@ -982,7 +982,7 @@ def test_an_adapter_and_a_model_are_refused_and_their_files_are_not(llama, lora,
 def test_problems_of_both_sides_are_told(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.safetensors").write_bytes(b"no header")
-    with pytest.raises(Offenders) as caught:
+    with pytest.raises(MultipleErrors) as caught:
         diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert len(caught.value.errors) == 2 and all(
         isinstance(e, Damaged) for e in caught.value.errors

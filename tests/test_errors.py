@@ -4,11 +4,11 @@ import oracle
 import pytest
 
 from adapterkit import merge
-from adapterkit.errors import AdapterkitError, Damaged, Offenders, Refused, refuse_all
+from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused, refuse_all
 
 
 def lines(errors: list[AdapterkitError]) -> list[str]:
-    with pytest.raises(Offenders) as caught:
+    with pytest.raises(MultipleErrors) as caught:
         refuse_all(errors)
     assert caught.value.errors == tuple(errors)
     return str(caught.value).splitlines()
@@ -22,14 +22,14 @@ def unknown(
         f"base_model.{name}.lora_A.weight: the base has no {name}",
         expected="its parameters",
         where=where,
-        do="look",
+        hint="look",
     )
 
 
 def misshaped(layer: int) -> Refused:
     found = f"model.layers.{layer}.up_proj: shape ((8, {layer}), (64, 8))"
     return Refused(
-        found, expected=f"one that fits the base's (64, {layer + 1})", where="adapter", do="look"
+        found, expected=f"one that fits the base's (64, {layer + 1})", where="adapter", hint="look"
     )
 
 
@@ -39,7 +39,7 @@ def test_errors_of_one_cause_are_one_entry():
     assert [line.split()[-1] for line in text[2:5]] == [
         f"model.layers.{i}.self_attn.q_proj" for i in range(3)
     ]
-    assert text[5:] == ["  expected: its parameters", "  what to do: look"]
+    assert text[5:] == ["  expected: its parameters", "  hint: look"]
 
 
 def test_three_are_listed_each():
@@ -54,7 +54,7 @@ def test_other_places_kinds_and_words_are_other_entries():
     others = [
         unknown(1, "another"),
         unknown(12, kind=Damaged),
-        Refused("use_dora: 'x.y'", expected="a flag", where="adapter", do="look"),
+        Refused("use_dora: 'x.y'", expected="a flag", where="adapter", hint="look"),
     ]
     text = lines([*(unknown(layer) for layer in range(10)), *others])
     assert sum(line.startswith("- ") for line in text) == 4
@@ -75,7 +75,7 @@ def test_what_each_was_expected_to_be_stays_with_it():
 
 def test_a_wrong_base_is_a_few_lines(llama, lora, made, tmp_path):
     other = made("gpt2-base", lambda folder: oracle.save_base(oracle.gpt2(), folder, "bf16"))
-    with pytest.raises(Offenders) as caught:
+    with pytest.raises(MultipleErrors) as caught:
         merge(other, [lora], out=tmp_path / "out")
     modules = len(oracle.LINEAR) * 2
     assert len(caught.value.errors) == modules

@@ -686,7 +686,7 @@ QUANTISED = {
 
 
 @pytest.mark.parametrize("name", QUANTISED)
-def test_a_quantised_base(name, tmp_path):
+def test_a_quantized_base(name, tmp_path):
     config, extra, words = QUANTISED[name]
     files = forge.base(**config)
     tensors = (
@@ -699,7 +699,7 @@ def test_a_quantised_base(name, tmp_path):
     result = inspect(tmp_path / "base")
     assert result["quantization"] == {"found": words, "config": config.get("quantization_config")}
     assert found(result) == []  # several dtypes are the rule there
-    with pytest.raises(Refused, match="a quantised base"):
+    with pytest.raises(Refused, match="a quantized base"):
         forge.plain().folder().write(tmp_path / "adapter")
         inspect(tmp_path / "adapter", base=tmp_path / "base")
 
@@ -721,7 +721,7 @@ def test_a_file(lora, llama, tmp_path):
 def refused(*words, **options):
     with pytest.raises(Refused) as error:
         adapterkit.inspect(*words, **options)
-    assert error.value.do
+    assert error.value.hint
     return str(error.value)
 
 
@@ -838,7 +838,7 @@ def test_problems_are_printed_and_the_status_is_0(lora, tmp_path):
         status == 0
         and "problems: 15" in text
         and "unknown setting use_magic" in text
-        and "what to do:" in text
+        and "hint:" in text
     )
     assert text.count("rank 4 in the file") == 1 and "and 13 more like it" in text
 

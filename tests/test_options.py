@@ -136,8 +136,8 @@ def test_weights_however_they_are_given(how, calls, tmp_path):
     assert receipt.data["recipe"]["options"]["weights"] == [0.5, -2.0]
     assert all(torch.equal(value, load_file(tmp_path / "text/model.safetensors")[key])
                for key, value in load_file(tmp_path / "out/model.safetensors").items())  # fmt: skip
-    facts = adapterkit.combine(how(one, two), method="linear", out=tmp_path / "combined").data
-    assert [a["weight"] for a in facts["adapters"]] == [0.5, -2.0]
+    metrics = adapterkit.combine(how(one, two), method="linear", out=tmp_path / "combined").data
+    assert [a["weight"] for a in metrics["adapters"]] == [0.5, -2.0]
 
 
 def test_weights_of_one_adapter(calls, tmp_path):

@@ -37,14 +37,14 @@ def test_of_refits(lora, other_lora, tmp_path):
     ):
         out = tmp_path / words[0]
         said = told(*words, "--out", out)
-        facts = json.loads((out / "adapterkit.json").read_text())["parameters"].values()
-        facts = [fact for fact in facts if "energy" in fact]
-        share = sum(fact["energy"] * fact["norm"] ** 2 for fact in facts) / sum(
-            fact["norm"] ** 2 for fact in facts
+        metrics = json.loads((out / "adapterkit.json").read_text())["parameters"].values()
+        metrics = [metric for metric in metrics if "energy" in metric]
+        share = sum(metric["energy"] * metric["norm"] ** 2 for metric in metrics) / sum(
+            metric["norm"] ** 2 for metric in metrics
         )
         assert (
             0.1 < share < 1
-            and f"energy kept: {share:.2%} of all {len(facts)} modules' together; least: " in said
+            and f"energy kept: {share:.2%} of all {len(metrics)} modules' together; least: " in said
         )
 
 
@@ -55,7 +55,7 @@ def test_of_an_extraction(llama, lora, tmp_path):
     )
 
 
-def test_of_a_quantisation(llama, tmp_path):
+def test_of_a_quantization(llama, tmp_path):
     pytest.importorskip("bitsandbytes")
     said = told("quantize", llama, "--to", "nf4", "--out", tmp_path / "out")
     assert (

@@ -17,7 +17,7 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.reader import Sources, read_small
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.computed import _Sorted
-from adapterkit.errors import Damaged, Spoiled
+from adapterkit.errors import Damaged, Unrecoverable
 from adapterkit.ops.job import Options
 from adapterkit.ops.merge import plan_merge
 from adapterkit.ops.produced import carry_out
@@ -85,7 +85,7 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
     far = Remote(folder)
     plan = plan_merge(far, [(LocalFolder(adapter), 1.0)], Options())
     assert len(far.ranges) <= 3  # the header, the config, and its hash
-    with pytest.raises(Spoiled, match="not finite"):
+    with pytest.raises(Unrecoverable, match="not finite"):
         carry_out(plan, tmp_path / "out", engine="local", device="cpu", memory=None, dry_run=False)
     assert not (tmp_path / "out").exists()
 
@@ -186,23 +186,23 @@ def test_layers_of_other_shapes_are_converted_by_themselves(tmp_path, monkeypatc
 
 @dataclass(frozen=True)
 class Texts:
-    """A bundle of a text whose size is a guess, and a weight."""
+    """A task of a text whose size is a guess, and a weight."""
 
     name: str
     reads = ()
     memory = 0
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return (Stored(self.name + ".text", "U8", (100,)), Stored(self.name, "U8", (10,)))
 
     @property
-    def varies(self) -> tuple[str, ...]:
+    def variable_size(self) -> tuple[str, ...]:
         return (self.name + ".text",)
 
 
 def test_places_after_texts_of_other_sizes():
-    file = Computed("x", tuple(Texts(f"w{i:03}") for i in range(50)), by_width=True)
+    file = Computed("x", tuple(Texts(f"w{i:03}") for i in range(50)), safetensors_order=True)
     places, at, draw = _Sorted(file), len(file.layout.header), random.Random(0)
     for stored in file.layout.tensors:
         nbytes = stored.nbytes + (draw.randint(-50, 50) if stored.key.endswith(".text") else 0)
@@ -212,7 +212,7 @@ def test_places_after_texts_of_other_sizes():
 
 
 def test_a_place_before_what_varies_is_known_is_a_bug():
-    file = Computed("x", (Texts("w0"), Texts("w1")), by_width=True)
+    file = Computed("x", (Texts("w0"), Texts("w1")), safetensors_order=True)
     for number in (2, 3):  # w1 and its text, before w0's text
         with pytest.raises(AssertionError, match="made before"):
             _Sorted(file).next(file.layout.tensors[number])

@@ -239,7 +239,7 @@ def test_at_full_rank_the_lora_is_the_adapter(case, base, oracle_of, tmp_path):
 def test_at_a_smaller_rank_it_is_the_best_approximation(case, rank, base, oracle_of, tmp_path):
     """The error is that of the dense decomposition's truncation, and the receipt says it."""
     adapter, want = oracle_of(case)
-    facts = resized(case, base, adapter, tmp_path / "out", rank=rank)
+    metrics = resized(case, base, adapter, tmp_path / "out", rank=rank)
     got = deltas(base, tmp_path / "out")
     for name, delta in got.items():
         s = torch.linalg.svdvals(flat(name, want[name]))
@@ -248,8 +248,8 @@ def test_at_a_smaller_rank_it_is_the_best_approximation(case, rank, base, oracle
         assert float(torch.linalg.norm(delta - want[name])) == pytest.approx(
             best, rel=1e-5, abs=3e-6 * size
         ), name
-        assert facts[name]["error"] == pytest.approx(best / size, rel=1e-4, abs=1e-3), name
-        assert facts[name]["norm"] == pytest.approx(size, rel=1e-5), name
+        assert metrics[name]["error"] == pytest.approx(best / size, rel=1e-4, abs=1e-3), name
+        assert metrics[name]["norm"] == pytest.approx(size, rel=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -262,13 +262,13 @@ def test_other_cuts(case, base, oracle_of, tmp_path):
     spectra = {
         name: torch.linalg.svdvals(flat(name, delta)) for name, delta in want.items() if delta.any()
     }
-    for name, fact in resized(case, base, adapter, tmp_path / "energy", energy=0.8).items():
+    for name, metric in resized(case, base, adapter, tmp_path / "energy", energy=0.8).items():
         if name in spectra:
             squares = spectra[name].square()
-            assert fact["rank"] == int((squares.cumsum(0) < 0.8 * squares.sum()).sum()) + 1, name
-    for name, fact in resized(case, base, adapter, tmp_path / "ratio", sv_ratio=4).items():
+            assert metric["rank"] == int((squares.cumsum(0) < 0.8 * squares.sum()).sum()) + 1, name
+    for name, metric in resized(case, base, adapter, tmp_path / "ratio", sv_ratio=4).items():
         if name in spectra:
-            assert fact["rank"] == int((spectra[name] * 4 >= spectra[name][0]).sum()), name
+            assert metric["rank"] == int((spectra[name] * 4 >= spectra[name][0]).sum()), name
     resized(case, base, adapter, tmp_path / "size", max_size="5KB")
     assert (tmp_path / "size" / "adapter_model.safetensors").stat().st_size <= 5000
     assert set(deltas(base, tmp_path / "size")) == set(spectra)
@@ -293,9 +293,9 @@ def test_a_plan_knows_the_largest_rank_of_each_cut(base, oracle_of, tmp_path, mo
     def most(**cut):
         plan = resize(adapter, base=base, out=tmp_path / "out", dry_run=True, **cut)
         return {
-            bundle.name: bundle.most[0].shape[0]
-            for bundle in plan.shards[0].bundles
-            if bundle.name in ("wide", "fit")
+            task.name: task.max_outputs[0].shape[0]
+            for task in plan.shards[0].tasks
+            if task.name in ("wide", "fit")
         }
 
     assert most(rank=3) == {"wide": 3, "fit": 3}
@@ -644,7 +644,7 @@ def test_dora_of_a_changed_base_is_refused(base, tmp_path):
 
 
 def test_dora_of_a_row_of_zeros_has_no_value(base, tmp_path):
-    from adapterkit.errors import Spoiled
+    from adapterkit.errors import Unrecoverable
 
     case = Case("dora", ["fit"], base=True)
     adapter = trained(case, base, tmp_path / "adapter")
@@ -655,7 +655,7 @@ def test_dora_of_a_row_of_zeros_has_no_value(base, tmp_path):
     tensors["fit.weight"][0] = 0
     save_file(tensors, broken / "model.safetensors")
     (broken / "config.json").write_text("{}")
-    with pytest.raises(Spoiled, match="delta of fit is not finite"):
+    with pytest.raises(Unrecoverable, match="delta of fit is not finite"):
         resize(adapter, base=broken, out=tmp_path / "out", rank=2)
 
 

@@ -158,10 +158,10 @@ def test_a_merge_keeps_the_delta_that_rounding_to_nearest_swallows(dtype, tmp_pa
     options = {"dtype": dtype, "verify": True}
     plain, lost = merge(tmp_path, "nearest", **options)
     drawn, kept = merge(tmp_path, "stochastic", rounding="stochastic", **options)
-    for found, fact in ((plain["x.weight"], lost), (drawn["x.weight"], kept)):
+    for found, metric in ((plain["x.weight"], lost), (drawn["x.weight"], kept)):
         moved = found.double() - weight.double()
         assert float((moved * delta).sum() / delta.square().sum()) == pytest.approx(
-            fact["survived"], abs=0.1
+            metric["survived"], abs=0.1
         )
     assert abs(kept["survived"] - 1) < 0.05
     assert dtype == "fp16" or lost["survived"] < 0.7
@@ -210,9 +210,9 @@ def test_options_that_contradict_are_refused(tmp_path):
 def test_float32_weights_are_the_same_either_way(tmp_path):
     job(tmp_path, torch.float32)
     plain, _ = merge(tmp_path, "nearest")
-    drawn, facts = merge(tmp_path, "stochastic", rounding="stochastic", verify=True)
+    drawn, metrics = merge(tmp_path, "stochastic", rounding="stochastic", verify=True)
     assert torch.equal(plain["x.weight"], drawn["x.weight"])
-    assert facts["survived"] == 1
+    assert metrics["survived"] == 1
 
 
 def test_a_merge_that_loses_most_of_the_delta_says_so(tmp_path):
@@ -242,17 +242,17 @@ def test_pefts_roundings_on_the_way_count_as_losses(dtype, tmp_path):
     receipt = adapterkit.merge(
         tmp_path / "base", [tmp_path / "adapter"], out=tmp_path / "out", dtype=dtype, compat="peft"
     )
-    written, facts = (
+    written, metrics = (
         load_file(tmp_path / "out" / "model.safetensors"),
         receipt.data["parameters"]["x.weight"],
     )
     moved = written["x.weight"].double() - weight.double()
     noise = float((moved - delta).norm() / delta.norm())
-    assert facts["survived"] == pytest.approx(
+    assert metrics["survived"] == pytest.approx(
         float((moved * delta).sum() / delta.square().sum()), abs=0.1
     )
-    assert facts["rounding"] == pytest.approx(noise, abs=0.1)
-    assert facts["survived"] < 0.5
+    assert metrics["rounding"] == pytest.approx(noise, abs=0.1)
+    assert metrics["survived"] < 0.5
     assert any(
         "WARNING: in 2 of 2" in note and "leave out --compat peft" in note
         for note in receipt.data["notes"]

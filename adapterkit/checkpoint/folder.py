@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from adapterkit.errors import AdapterkitError, Damaged, Failed, Offenders, Refused, shown
+from adapterkit.errors import AdapterkitError, Damaged, Failed, MultipleErrors, Refused, shown
 
 OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -51,7 +51,7 @@ class LocalFolder:
         if not (path.is_file() or path.is_dir()):
             found = "neither a file nor a folder" if path.exists() else "no such file or folder"
             raise Refused(
-                found, expected="a folder of ordinary files", where=str(path), do="check the path"
+                found, expected="a folder of ordinary files", where=str(path), hint="check the path"
             )
 
     def files(self) -> dict[str, int]:
@@ -90,14 +90,14 @@ class LocalFolder:
             raise Damaged(f"cannot open: {error.strerror}", where=str(path)) from error
         if not stat.S_ISREG(mode):
             raise Refused(
-                "not a regular file", where=str(path), do="give a folder of ordinary files"
+                "not a regular file", where=str(path), hint="give a folder of ordinary files"
             )
         if path.is_symlink() and not _stays_home(path, self.root):
             raise Refused(
                 f"a link to {shown(os.readlink(path))}",
                 expected="a file of this folder, or the link of a Hub cache into its own blobs folder",
                 where=str(path),
-                do="copy the file into the folder",
+                hint="copy the file into the folder",
             )
         return path
 
@@ -143,7 +143,7 @@ def belonging_to(folder: Folder) -> Iterator[None]:
     try:
         yield
     except AdapterkitError as error:
-        for one in error.errors if isinstance(error, Offenders) else (error,):
+        for one in error.errors if isinstance(error, MultipleErrors) else (error,):
             locate(one, folder)
         raise
 
@@ -171,7 +171,7 @@ def inside(name: str, where: str) -> PurePosixPath:
             f"file name {shown(name)!r}",
             expected="a plain name inside the folder",
             where=where,
-            do="rename or remove it",
+            hint="rename or remove it",
         )
     return path
 

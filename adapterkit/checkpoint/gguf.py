@@ -82,7 +82,7 @@ def gguf_file(folder: Folder) -> str | None:
     if len(files) > 1:
         found = f"{len(files)} GGUF files: {', '.join(map(shown, files[:6]))}"
         raise Refused(
-            found, expected="one", where=folder.name, do="give the path of the file itself"
+            found, expected="one", where=folder.name, hint="give the path of the file itself"
         )
     return files[0]
 
@@ -107,7 +107,7 @@ class _Short(Exception):
 
 
 def _damaged(name: str, found: str, expected: str) -> Damaged:
-    return Damaged(found, expected=expected, where=name, do="download or copy the file again")
+    return Damaged(found, expected=expected, where=name, hint="download or copy the file again")
 
 
 class _Parser:
@@ -121,9 +121,9 @@ class _Parser:
         (version,) = self.take("I")
         if version not in VERSIONS:
             found = "big-endian GGUF" if version & 0xFFFF == 0 else f"GGUF version {version}"
-            do = "convert the file with llama.cpp's own tools"
+            hint = "convert the file with llama.cpp's own tools"
             raise Refused(
-                found, expected="GGUF version 2 or 3, little-endian", where=self.name, do=do
+                found, expected="GGUF version 2 or 3, little-endian", where=self.name, hint=hint
             )
         tensors, keys = self.take("QQ")
         if tensors > MAX_TENSORS or keys > MAX_KEYS or 24 * tensors + 13 * keys > self.size:
@@ -232,13 +232,13 @@ class _Parser:
             values, width = self.sizes.get(kind, (0, 0))
             count = math.prod(shape)
             if not values:
-                do = "update the gguf package: pip install -U gguf"
+                hint = "update the gguf package: pip install -U gguf"
                 errors.append(
                     Refused(
                         f"{shown(name)} of type {kind}",
                         expected="types it knows",
                         where=self.name,
-                        do=do,
+                        hint=hint,
                     )
                 )
             elif not shape or not 0 < count < 2**62 or shape[-1] % values:

@@ -59,14 +59,14 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
             "a Git LFS pointer, not the weights",
             expected="a safetensors file",
             where=where,
-            do="run `git lfs pull`",
+            hint="run `git lfs pull`",
         )
     if prefix.lstrip().lower().startswith((b"<!doc", b"<html", b"<?xml")):
         raise Damaged(
             "an HTML page, not the weights",
             expected="a safetensors file",
             where=where,
-            do="download it again",
+            hint="download it again",
         )
     length = int.from_bytes(prefix[:8], "little")
     limit = min(MAX_HEADER, file_size - 8)
@@ -76,7 +76,7 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
             f"{found}: not a safetensors file, or cut off",
             expected=f"an 8-byte length of at most {max(limit, 0)}",
             where=where,
-            do="download or copy the file again",
+            hint="download or copy the file again",
         )
     return 8 + length
 
@@ -85,7 +85,7 @@ def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Head
     """Tensors and metadata of header bytes `raw`; `Damaged` naming the first thing that is wrong."""
 
     def damaged(found: str, expected: str) -> Damaged:
-        return Damaged(found, expected=expected, where=file, do="download or copy the file again")
+        return Damaged(found, expected=expected, where=file, hint="download or copy the file again")
 
     if raw[8:9] != b"{":
         raise damaged("a header that does not start with '{'", "a JSON object")

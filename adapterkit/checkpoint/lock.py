@@ -66,7 +66,7 @@ class Lock:
                     f"another process is at work there ({holder.rpartition(' ')[0]})",
                     expected="one process for each output",
                     where=str(self.path.parent),
-                    do=f"wait for it; if there is none, remove the file {self.path.name} in that folder",
+                    hint=f"wait for it; if there is none, remove the file {self.path.name} in that folder",
                 )
             # only who has a file flocked removes it, and only if it still bears the name
             with contextlib.suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, called
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Damaged, Failed, Spoiled, shown
+from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 
 NEAR, FAR = (
     4 << 10,
@@ -86,7 +86,7 @@ class Sources:
             raise Failed(
                 f"cannot open: {error.strerror}",
                 where=str(path),
-                do="check the file, then run again with --resume",
+                hint="check the file, then run again with --resume",
             ) from error
         found = identity(os.fstat(descriptor))
         if self.expected.setdefault(which, found) != found:
@@ -153,7 +153,7 @@ class Handle:
 
 
 def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: TensorSpec) -> None:
-    """Fill the buffer from `position`, through short reads; `Spoiled` at the end of the file, `Failed` on an error."""
+    """Fill the buffer from `position`, through short reads; `Unrecoverable` at the end of the file, `Failed` on an error."""
     done = 0
     while done < len(buffer):
         try:
@@ -162,7 +162,7 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
             found = f"cannot read at byte {position + done}: {error.strerror}"
             where = f"{spec.file}: {shown(spec.key)}"
             raise Failed(
-                found, where=where, do="check the disk, then run again with --resume"
+                found, where=where, hint="check the disk, then run again with --resume"
             ) from error
         if n == 0:
             raise changed(spec.file, f"the file ends at byte {position + done}")
@@ -187,8 +187,11 @@ def read_small(
                     else _read_at(descriptor, first, stop, name)
                 )
                 if len(data) < stop - first:
-                    found, do = f"the file ends at byte {first + len(data)}", "copy the file again"
-                    raise Damaged(found, expected=f"{stop} bytes or more", where=name, do=do)
+                    found, hint = (
+                        f"the file ends at byte {first + len(data)}",
+                        "copy the file again",
+                    )
+                    raise Damaged(found, expected=f"{stop} bytes or more", where=name, hint=hint)
                 view = memoryview(data)
                 yield from (
                     (spec, view[spec.start - first : spec.stop - first]) for spec in together
@@ -230,11 +233,11 @@ def _read_at(descriptor: int, start: int, stop: int, name: str) -> bytes:
         return os.pread(descriptor, stop - start, start)
     except OSError as error:
         raise Failed(
-            f"cannot read at byte {start}: {error.strerror}", where=name, do="check the disk"
+            f"cannot read at byte {start}: {error.strerror}", where=name, hint="check the disk"
         ) from error
 
 
-def changed(name: str, found: str = "the file changed between plan and end") -> Spoiled:
-    return Spoiled(
-        found, expected="inputs that stay as they are", where=name, do="run the job again"
+def changed(name: str, found: str = "the file changed between plan and end") -> Unrecoverable:
+    return Unrecoverable(
+        found, expected="inputs that stay as they are", where=name, hint="run the job again"
     )

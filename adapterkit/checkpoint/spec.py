@@ -8,7 +8,7 @@ from typing import Any
 from adapterkit.checkpoint.folder import Folder, belonging_to, inside
 from adapterkit.checkpoint.header import Header, TensorSpec, header_length, parse_header
 from adapterkit.checkpoint.strict import strict_json
-from adapterkit.errors import AdapterkitError, Damaged, Offenders, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused, refuse_all, shown
 
 FIRST_READ = 65536  # most headers of a shard fit, so one read does
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -60,7 +60,7 @@ class Checkpoint:
 
 
 @dataclass
-class Seen:
+class Scan:
     """What could be read of a folder's headers and JSON, and what was wrong with the rest of it."""
 
     folder: Folder
@@ -103,7 +103,7 @@ class Seen:
             return None
 
     def note(self, error: AdapterkitError) -> None:
-        self.errors += error.errors if isinstance(error, Offenders) else (error,)
+        self.errors += error.errors if isinstance(error, MultipleErrors) else (error,)
 
     def checkpoint(self) -> Checkpoint:
         """What could be read, taken for a checkpoint."""
@@ -122,14 +122,14 @@ class Seen:
 def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
     """Read the headers of a checkpoint folder; `Refused` or `Damaged` with all offenders if it is not whole."""
     with belonging_to(folder):
-        seen = see_checkpoint(folder, number)
+        seen = scan_checkpoint(folder, number)
         refuse_all(seen.errors)
     return seen.checkpoint()
 
 
-def see_checkpoint(folder: Folder, number: int = 0) -> Seen:
+def scan_checkpoint(folder: Folder, number: int = 0) -> Scan:
     """As much of a checkpoint folder as can be read, with everything for which `open_checkpoint` refuses it."""
-    seen = Seen(folder, number)
+    seen = Scan(folder, number)
     named = _weight_files(seen)
     for name in _likely_files(folder) if named is None else named:
         seen.header(name)
@@ -156,7 +156,7 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
         raw += folder.read(name, len(raw), length)
     if len(raw) < length:
         raise Damaged(
-            f"{len(raw)} bytes where {length} were promised", where=name, do="copy the file again"
+            f"{len(raw)} bytes where {length} were promised", where=name, hint="copy the file again"
         )
     return parse_header(raw[:length], size, name, number)
 
@@ -174,14 +174,14 @@ def read_json(folder: Folder, name: str) -> dict:
             f"not JSON: {shown(error)}",
             expected="a JSON object",
             where=f"{folder.name}/{name}",
-            do="mend the file",
+            hint="mend the file",
         ) from error
     if not isinstance(value, dict):
         raise Damaged(
             f"a JSON {type(value).__name__}",
             expected="a JSON object",
             where=name,
-            do="mend the file",
+            hint="mend the file",
         )
     return value
 
@@ -208,17 +208,20 @@ def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitErro
     ):
         errors.append(
             Damaged(
-                "architectures", expected="a list of class names", where=where, do="mend the config"
+                "architectures",
+                expected="a list of class names",
+                where=where,
+                hint="mend the config",
             )
         )
     if not isinstance(config.get("model_type"), str | None):
-        errors.append(Damaged("model_type", expected="a text", where=where, do="mend the config"))
+        errors.append(Damaged("model_type", expected="a text", where=where, hint="mend the config"))
     for key in LAYER_COUNTS & config.keys():
         layers, most = config[key], max(1000, stored)
         if isinstance(layers, int) and layers > most:
             found = f"{key} = {layers}, with {stored} stored tensors"
             errors.append(
-                Damaged(found, expected=f"at most {most}", where=where, do="mend the config")
+                Damaged(found, expected=f"at most {most}", where=where, hint="mend the config")
             )
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config"):
@@ -244,7 +247,7 @@ def _likely_files(folder: Folder) -> list[str]:
     return [name for name in SINGLE if name in here][:1] or here
 
 
-def _weight_files(seen: Seen) -> list[str] | None:
+def _weight_files(seen: Scan) -> list[str] | None:
     """The files that hold the weights: those that an index names, else the one file, else a complete numbered set.
 
     None, with a note, where it cannot be told which.
@@ -273,13 +276,13 @@ def _weight_files(seen: Seen) -> list[str] | None:
         f"{len(weights)} safetensors files and no index: {', '.join(shown(w) for w in weights[:6])}",
         expected="model.safetensors.index.json, or one file, or a complete set name-0000i-of-0000n.safetensors",
         where=folder.name,
-        do="add the index, or remove the files that are not part of the model",
+        hint="add the index, or remove the files that are not part of the model",
     )
     seen.note(error)
     return None
 
 
-def _index_name(seen: Seen, here: list[str]) -> str | None:
+def _index_name(seen: Scan, here: list[str]) -> str | None:
     """The index file, the standard name before a variant's; noted where other readers would take something else."""
     indexes = sorted(name for name in here if name.endswith(".safetensors.index.json"))
     standard = [f"{single}.index.json" for single in SINGLE if f"{single}.index.json" in indexes]
@@ -290,13 +293,13 @@ def _index_name(seen: Seen, here: list[str]) -> str | None:
             f"several indexes: {', '.join(map(shown, indexes))}",
             expected="one, or model.safetensors.index.json among them",
             where=seen.folder.name,
-            do="move the files of the other variants away",
+            hint="move the files of the other variants away",
         )
         seen.note(error)
     return indexes[0] if indexes else None
 
 
-def _indexed(seen: Seen, index: dict, name: str) -> list[str] | None:
+def _indexed(seen: Scan, index: dict, name: str) -> list[str] | None:
     """Those files of an index that can be opened, the others noted; None where it names no files."""
     where, files = f"{seen.folder.name}/{name}", seen.folder.files()
     weight_map = index.get("weight_map")
@@ -310,7 +313,7 @@ def _indexed(seen: Seen, index: dict, name: str) -> list[str] | None:
                 "no weight_map",
                 expected="a map of keys to file names",
                 where=where,
-                do="restore the index",
+                hint="restore the index",
             )
         )
         return None
@@ -320,7 +323,7 @@ def _indexed(seen: Seen, index: dict, name: str) -> list[str] | None:
                 "metadata that is no JSON object",
                 expected="a map",
                 where=where,
-                do="restore the index",
+                hint="restore the index",
             )
         )
     names = sorted(set(weight_map.values()))
@@ -340,7 +343,7 @@ def _indexed(seen: Seen, index: dict, name: str) -> list[str] | None:
                 found,
                 expected="names that any file system keeps apart",
                 where=where,
-                do="rename one",
+                hint="rename one",
             )
         )
     return [file for file in names if file not in wrong]
@@ -358,21 +361,21 @@ def _shard_name_error(file: str, files: dict[str, int], where: str) -> Adapterki
             f"file name {shown(file)!r}",
             expected="a plain name of the folder itself",
             where=where,
-            do="restore the index",
+            hint="restore the index",
         )
     if file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
         return Refused(
             f"{shown(file)} as a shard",
             expected="safetensors files of a model",
             where=where,
-            do="restore the index",
+            hint="restore the index",
         )
     if file not in files:
         return Damaged(
             f"no file {shown(file)}",
             expected="every file the index names",
             where=where,
-            do="download it",
+            hint="download it",
         )
     return None
 
@@ -382,11 +385,11 @@ def _two_models(single: str, where: str) -> Refused:
         f"{single} beside an index that does not name it",
         expected="one of them (transformers would load the single file, the index says otherwise)",
         where=where,
-        do="move away the one that is not the model",
+        hint="move away the one that is not the model",
     )
 
 
-def _index_errors(seen: Seen) -> list[AdapterkitError]:
+def _index_errors(seen: Scan) -> list[AdapterkitError]:
     """Where the index, if there is one, and the files that could be read contradict each other."""
     if seen.index is None:
         return []
@@ -405,20 +408,23 @@ def _index_errors(seen: Seen) -> list[AdapterkitError]:
                     found,
                     expected="an index that matches its files",
                     where=where,
-                    do="restore the index",
+                    hint="restore the index",
                 )
             )
     for key in [key for key in tensors if key not in weight_map]:
         found = f"{shown(key)} in {shown(tensors[key].file)}"
         errors.append(
             Damaged(
-                found, expected="every stored key in the index", where=where, do="restore the index"
+                found,
+                expected="every stored key in the index",
+                where=where,
+                hint="restore the index",
             )
         )
     return errors
 
 
-def _share_strings(seen: Seen) -> None:
+def _share_strings(seen: Scan) -> None:
     """Put the headers' own strings into the index: as it is read, each name of a file is a string of its own."""
     if seen.index is not None:
         tensors = seen.tensors
@@ -428,15 +434,15 @@ def _share_strings(seen: Seen) -> None:
         }
 
 
-def _stored_twice(seen: Seen) -> list[AdapterkitError]:
+def _stored_twice(seen: Scan) -> list[AdapterkitError]:
     files: dict[str, str] = {}  # of each key
     errors: list[AdapterkitError] = []
     for spec in (spec for header in seen.headers for spec in header.tensors):
         if spec.key in files:
             found = f"{shown(spec.key)} in both {shown(files[spec.key])} and {shown(spec.file)}"
-            do = "remove the file that is not part of the model"
+            hint = "remove the file that is not part of the model"
             errors.append(
-                Damaged(found, expected="each tensor once", where=seen.folder.name, do=do)
+                Damaged(found, expected="each tensor once", where=seen.folder.name, hint=hint)
             )
         files[spec.key] = spec.file
     return errors
@@ -448,7 +454,7 @@ def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
             "an adapter's weights and no model's",
             expected="a model checkpoint",
             where=folder.name,
-            do="give the base first, then the adapters",
+            hint="give the base first, then the adapters",
         )
     pickled = pickles(folder)
     if pickled:
@@ -456,16 +462,16 @@ def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
             f"weights as pickles: {', '.join(shown(p) for p in pickled[:6])}",
             expected="safetensors files",
             where=folder.name,
-            do="convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub use the convert Space",
+            hint="convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub use the convert Space",
         )
     if any(name.endswith(".gguf") for name in here):
-        do = "adapterkit dequantize MODEL.gguf --out DIR"
-        return Refused("a GGUF file", expected="safetensors files", where=folder.name, do=do)
+        hint = "adapterkit dequantize MODEL.gguf --out DIR"
+        return Refused("a GGUF file", expected="safetensors files", where=folder.name, hint=hint)
     return Refused(
         "no safetensors files",
         expected="a model checkpoint",
         where=folder.name,
-        do="check the path",
+        hint="check the path",
     )
 
 
@@ -493,7 +499,7 @@ def other_lora(folder: Folder) -> tuple[str, str] | None:
     """A file of the folder that holds a LoRA in another layout than PEFT's, and whose layout it is."""
     names = weight_files(folder) if "config.json" not in folder.files() else []
     for name in names if len(names) <= MOST_LORAS else ():
-        header = Seen(folder).header(name)
+        header = Scan(folder).header(name)
         layout = other_layout(spec.key for spec in header.tensors) if header is not None else None
         if layout is not None:
             return name, layout
@@ -502,8 +508,11 @@ def other_lora(folder: Folder) -> tuple[str, str] | None:
 
 def no_model(file: str, layout: str, where: str) -> Refused:
     """What to say where a LoRA of another layout is met."""
-    do = "use it with diffusers (load_lora_weights); PEFT's layout is what save_pretrained of the trained part writes"
+    hint = "use it with diffusers (load_lora_weights); PEFT's layout is what save_pretrained of the trained part writes"
     expected = "a model, or an adapter in PEFT's layout with adapter_config.json"
     return Refused(
-        f"{shown(file)} is a LoRA in the layout of {layout}", expected=expected, where=where, do=do
+        f"{shown(file)} is a LoRA in the layout of {layout}",
+        expected=expected,
+        where=where,
+        hint=hint,
     )

@@ -138,10 +138,10 @@ def check_name(out: Path) -> None:
             f"a name of {len(os.fsencode(path.name))} bytes",
             f"names of at most {room} bytes",
         )
-        raise Refused(found, expected=expected, where="--out", do="choose a shorter --out")
+        raise Refused(found, expected=expected, where="--out", hint="choose a shorter --out")
     if len(os.fsencode(path)) > PATH_MAX:
         found, expected = f"a path of {len(os.fsencode(path))} bytes", f"at most {PATH_MAX} bytes"
-        raise Refused(found, expected=expected, where="--out", do="choose a shorter --out")
+        raise Refused(found, expected=expected, where="--out", hint="choose a shorter --out")
 
 
 class Stage:
@@ -173,7 +173,7 @@ class Stage:
                     "a link",
                     expected="a folder of ours",
                     where=str(self.control),
-                    do="remove the link",
+                    hint="remove the link",
                 )
             try:
                 self._lock()
@@ -207,7 +207,7 @@ class Stage:
                 "a file of that name",
                 expected="a folder to make",
                 where=str(self.out),
-                do="choose another --out",
+                hint="choose another --out",
             )
         entries = self.journal()
         head = entries[0] if entries else None
@@ -231,7 +231,7 @@ class Stage:
                 "an interrupted run",
                 expected="no unfinished output of that name",
                 where=str(self.control),
-                do="give --resume to go on with it, or --overwrite to begin again",
+                hint="give --resume to go on with it, or --overwrite to begin again",
             )
         if head is None or not resume:
             return "fresh"
@@ -255,7 +255,7 @@ class Stage:
                 f"{len(here)} files in the output folder",
                 expected="an empty or new folder",
                 where=str(self.out),
-                do="choose another --out, or give --overwrite to replace an older output",
+                hint="choose another --out, or give --overwrite to replace an older output",
             )
         files = _receipt_of(self.out).get("files")
         if here and not isinstance(files, dict):
@@ -263,7 +263,7 @@ class Stage:
                 "no receipt of adapterkit among its files",
                 expected="an older output (--overwrite replaces the whole folder)",
                 where=str(self.out),
-                do="remove the folder yourself, or choose another --out",
+                hint="remove the folder yourself, or choose another --out",
             )
         strange = sorted(set(self._files_here()) - {*(files or ()), RECEIPT})
         if strange:
@@ -271,7 +271,7 @@ class Stage:
                 f"files that the older output did not write: {', '.join(strange[:6])}",
                 expected="only files that its receipt lists (--overwrite replaces the whole folder)",
                 where=str(self.out),
-                do="move them away, or choose another --out",
+                hint="move them away, or choose another --out",
             )
 
     def _files_here(self) -> list[str]:
@@ -536,5 +536,7 @@ def storage_errors(path: Path):
     try:
         yield
     except OSError as error:
-        do = ADVICE.get(error.errno or 0, "check the disk, then run again with --resume")
-        raise Failed(f"cannot write: {error.strerror or error}", where=str(path), do=do) from error
+        hint = ADVICE.get(error.errno or 0, "check the disk, then run again with --resume")
+        raise Failed(
+            f"cannot write: {error.strerror or error}", where=str(path), hint=hint
+        ) from error

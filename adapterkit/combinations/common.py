@@ -25,7 +25,7 @@ def check_share(option: str, value: float, above_zero: bool = False) -> None:
             f"{option} {value}",
             expected=f"a number {bounds}",
             where=f"--{option}",
-            do="give a share, 0.2 for a fifth",
+            hint="give a share, 0.2 for a fifth",
         )
 
 
@@ -36,7 +36,7 @@ def check_majority(value: str) -> None:
             f"majority {value!r}",
             expected="total or frequency",
             where="--majority",
-            do="use one of these",
+            hint="use one of these",
         )
 
 

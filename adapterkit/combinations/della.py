@@ -36,7 +36,7 @@ class Della:
                 f"{self.density + self.epsilon:g}",
                 expected="probabilities above 0, at most 1",
                 where="--epsilon",
-                do=f"give an epsilon below {min(self.density, 1 - self.density):g}",
+                hint=f"give an epsilon below {min(self.density, 1 - self.density):g}",
             )
 
     def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:

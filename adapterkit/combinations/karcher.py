@@ -38,7 +38,7 @@ class Karcher:
                 found,
                 expected=expected,
                 where="--method karcher",
-                do="change the weights, or use linear",
+                hint="change the weights, or use linear",
             )
 
     def products(
@@ -105,5 +105,5 @@ def _refused(found: str) -> Refused:
         found,
         expected="directions that have a mean",
         where="--method karcher",
-        do="use linear, or leave adapters out",
+        hint="use linear, or leave adapters out",
     )

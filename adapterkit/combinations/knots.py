@@ -50,8 +50,8 @@ class Knots:
                 )
             )(part)
         merged = torch.empty_like(parts[0])
-        facts = conflict(*elect(parts, weights, self.majority, merged))
-        return Product(u, merged), facts
+        metrics = conflict(*elect(parts, weights, self.majority, merged))
+        return Product(u, merged), metrics
 
 
 def _basis(products: Sequence[Product]) -> Tensor:  # (out, R)

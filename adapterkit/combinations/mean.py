@@ -20,7 +20,7 @@ class Mean(WeightedSum):
                 "weights that add up to 0",
                 expected="a sum to divide by",
                 where="weights",
-                do="use --method linear",
+                hint="use --method linear",
             )
 
     def shares(self, weights: Sequence[float]) -> list[float]:

@@ -5,7 +5,7 @@ Deltas are scale * b @ a, the scale folded in; weights are the user's, apart. A 
     products(products, weights) -> Product          on factors, float64, exact but for rounding
     merged(deltas, weights, seeds) -> Merged        on elements, float32
 
-Both return also facts for the receipt, floats by name. A method that is a weighted sum has `shares(weights)` too,
+Both return also metrics for the receipt, floats by name. A method that is a weighted sum has `shares(weights)` too,
 what each delta is multiplied by: it can be carried out on values that are no factors. One that cannot do with all
 weights has `check(weights)`, which raises `Refused`; one with an option that says the weights in another way has
 `weighted(weights)`, which gives them. A delta of weight 0 takes no part: the planner leaves it out.
@@ -39,7 +39,7 @@ class Deltas(Protocol):
 
 class Merged(NamedTuple):
     delta: Tensor  # (out, in) float32
-    facts: Facts
+    metrics: Facts
 
 
 class OnFactors(Protocol):

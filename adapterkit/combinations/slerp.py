@@ -31,8 +31,8 @@ class Slerp:
 
     def check(self, weights: Sequence[float]) -> None:
         if len(weights) > 2:
-            found, do = f"{len(weights)} adapters", "use --method karcher for more than two"
-            raise Refused(found, expected="two", where="--method slerp", do=do)
+            found, hint = f"{len(weights)} adapters", "use --method karcher for more than two"
+            raise Refused(found, expected="two", where="--method slerp", hint=hint)
 
     def weighted(self, weights: Sequence[float]) -> list[float]:
         """The adapters' weights, as t says them if it is given."""
@@ -41,9 +41,9 @@ class Slerp:
         self.check(weights)
         if any(weight != 1 for weight in weights):
             found = f"t {self.t:g} and weights {', '.join(f'{w:g}' for w in weights)}"
-            do = f"leave t out, or the weights: t {self.t:g} is weights {1 - self.t:g} and {self.t:g}"
+            hint = f"leave t out, or the weights: t {self.t:g} is weights {1 - self.t:g} and {self.t:g}"
             raise Refused(
-                found, expected="one of them: both say where on the arc", where="--set t", do=do
+                found, expected="one of them: both say where on the arc", where="--set t", hint=hint
             )
         return [1 - self.t, self.t]
 
@@ -75,6 +75,6 @@ def _angle(products: Sequence[Product], weights: Sequence[float]) -> float:
             "two deltas in opposite directions",
             expected="an arc between them",
             where="--method slerp",
-            do="use linear",
+            hint="use linear",
         )
     return math.acos(min(cosine, 1.0))

@@ -1,4 +1,4 @@
-"""Files of computed tensors: bundles are made by several threads, and written in the plan's order, each as large as it came out.
+"""Files of computed tensors: tasks are made by several threads, and written in the plan's order, each as large as it came out.
 
 The header gets the room of the largest file there can be, so the data's place is known before its size; it is written last.
 """
@@ -21,9 +21,18 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored, laid_out
 from adapterkit.checkpoint.writer import ShardFile, Stage
-from adapterkit.errors import Spoiled, shown
+from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import AHEAD, ASIDE, Bundle, Computed, Inputs, Made, Progress, ShardResult
+from adapterkit.plan import (
+    AHEAD,
+    HANDOFF,
+    Computed,
+    Inputs,
+    Progress,
+    ShardResult,
+    Task,
+    TaskResult,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,19 +49,17 @@ def write_computed(
     hashed: bool,
     progress: Progress,
 ) -> ShardResult:
-    """Make all bundles of a file and write it, as many at a time as fit into `budget` bytes of memory; `Spoiled` where a value is
+    """Make all tasks of a file and write it, as many at a time as fit into `budget` bytes of memory; `Unrecoverable` where a value is
     not finite."""
     shard = ShardFile(stage.path, file.file, file.size)
     try:
-        facts, asides = {}, _Aside(stage, file)
-        places = _Sorted(file) if file.by_width else _Growing(file)
+        metrics, handoffs = {}, _Aside(stage, file)
+        places = _Sorted(file) if file.safetensors_order else _Growing(file)
         results = _made(file, stage, inputs, workers, budget, progress)
-        for (
-            bundle
-        ) in file.bundles:  # a zip would hold on to the tensors while the next ones are made
+        for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
             made = next(results)
-            facts |= {bundle.name: made.facts} if made.facts else {}
-            asides.put(made.aside)
+            metrics |= {task.name: made.metrics} if made.metrics else {}
+            handoffs.put(made.handoff)
             for key, tensor in made.tensors.items():
                 if isinstance(tensor, TensorSpec):
                     _copy(
@@ -70,13 +77,13 @@ def write_computed(
             places.stored(),
             file.metadata,
             ordered=True,
-            header_size=0 if file.by_width else room,
+            header_size=0 if file.safetensors_order else room,
         )
         if len(layout.header) != room:
             _shift(shard, room, len(layout.header), layout.size - len(layout.header))
         shard.write(layout.header, 0)
         shard.cut(layout.size)
-        asides.close()
+        handoffs.close()
         sha, marks = _hashes(shard, layout.tensors, layout.size) if hashed else (None, {})
         shard.sync()
         shard.publish()
@@ -84,7 +91,14 @@ def write_computed(
         shard.abandon()
         raise
     return ShardResult(
-        file.file, layout.size, sha, marks, facts, places.grown, len(layout.tensors), asides.where
+        file.file,
+        layout.size,
+        sha,
+        marks,
+        metrics,
+        places.grown,
+        len(layout.tensors),
+        handoffs.where,
     )
 
 
@@ -110,7 +124,7 @@ class _Sorted:
     def __init__(self, file: Computed):
         self.planned, self.starts = file.layout.tensors, file.layout.starts
         self.number = {stored.key: i for i, stored in enumerate(self.planned)}
-        self.varies = sorted(self.number[key] for key in file.varies)
+        self.variable_size = sorted(self.number[key] for key in file.variable_size)
         self.moved = [
             0
         ]  # bytes by which what follows the first, the second, ... of them lies elsewhere than planned
@@ -118,16 +132,16 @@ class _Sorted:
 
     def next(self, stored: Stored) -> int:
         number, known = self.number[stored.key], len(self.moved) - 1
-        if known < len(self.varies) and number == self.varies[known]:
+        if known < len(self.variable_size) and number == self.variable_size[known]:
             self.moved.append(self.moved[-1] + stored.nbytes - self.planned[number].nbytes)
         elif stored != self.planned[number] or (
-            known < len(self.varies) and self.varies[known] < number
+            known < len(self.variable_size) and self.variable_size[known] < number
         ):
             raise AssertionError(
                 f"{stored}: planned as {self.planned[number]}, with all that varies before it made before"
             )
         self.made[number] = stored
-        return self.starts[number] + self.moved[bisect_left(self.varies, number)]
+        return self.starts[number] + self.moved[bisect_left(self.variable_size, number)]
 
     def stored(self) -> list[Stored]:
         return [self.made[number] for number in sorted(self.made)]
@@ -159,10 +173,10 @@ def _copy(inputs: Inputs, spec: TensorSpec, shard: ShardFile, at: int) -> None:
 
 
 class _Aside:
-    """What the bundles of a file lay aside, in a file beside it."""
+    """What the tasks of a file lay aside, in a file beside it."""
 
     def __init__(self, stage: Stage, file: Computed):
-        self.stage, self.name, self.file, self.at = stage, file.file + ASIDE, None, 0
+        self.stage, self.name, self.file, self.at = stage, file.file + HANDOFF, None, 0
         self.where: dict[str, list] = {}
 
     def put(self, tensors: dict[str, Tensor]) -> None:
@@ -191,21 +205,21 @@ class Asides:
         return {
             key: (entry["file"], place)
             for entry in entries
-            for key, place in entry["asides"].items()
+            for key, place in entry["handoffs"].items()
         }
 
     def tensor(self, key: str) -> Tensor:
         name, (dtype, shape, at) = self.where[key]
-        with (self.stage.path / (name + ASIDE)).open("rb") as file:
+        with (self.stage.path / (name + HANDOFF)).open("rb") as file:
             file.seek(at)
             data = bytearray(file.read(dtypes.size(dtype, math.prod(shape))))
         if len(data) != dtypes.size(dtype, math.prod(shape)):
             found = f"what was laid aside for {shown(key)} is cut short"
-            raise Spoiled(
+            raise Unrecoverable(
                 found,
                 expected="the file as it was written",
-                where=name + ASIDE,
-                do="run the same command again",
+                where=name + HANDOFF,
+                hint="run the same command again",
             )
         return (
             torch.frombuffer(data, dtype=dtypes.torch_dtype(dtype)).view(shape)
@@ -216,32 +230,32 @@ class Asides:
 
 def _made(
     file: Computed, stage: Stage, inputs: Inputs, workers: int, budget: int, progress: Progress
-) -> Iterator[Made]:
-    """The bundles' results in order."""
+) -> Iterator[TaskResult]:
+    """The tasks' results in order."""
 
-    def make(bundle: Bundle) -> Made:
+    def make(task: Task) -> TaskResult:
         torch.set_num_threads(1)  # this thread's; the workers are the parallelism
         with torch.inference_mode():
-            return _checked(bundle.make(inputs))
+            return _checked(task.compute(inputs))
 
-    results = in_order(make, file.bundles, workers, budget, lambda bundle: bundle.memory)
-    if file.settle is None:
-        for bundle in file.bundles:
+    results = in_order(make, file.tasks, workers, budget, lambda task: task.memory)
+    if file.finalize is None:
+        for task in file.tasks:
             yield next(results)
-            progress(sum(stored.nbytes for stored in bundle.most))
+            progress(sum(stored.nbytes for stored in task.max_outputs))
         return
     # what becomes of each depends on all: they wait on the disk
     spill, kept = _Spill(stage, file), []
     try:
-        for bundle in file.bundles:
+        for task in file.tasks:
             made = next(results)
-            kept.append((spill.put(cast(dict[str, Tensor], made.tensors)), made.facts))
+            kept.append((spill.put(cast(dict[str, Tensor], made.tensors)), made.metrics))
             del made
-            progress(sum(stored.nbytes for stored in bundle.most))
-        for (where, facts), change in zip(
-            kept, file.settle([facts for _, facts in kept]), strict=True
+            progress(sum(stored.nbytes for stored in task.max_outputs))
+        for (where, metrics), change in zip(
+            kept, file.finalize([metrics for _, metrics in kept]), strict=True
         ):
-            yield _checked(change(Made(spill.get(where), facts)))
+            yield _checked(change(TaskResult(spill.get(where), metrics)))
     finally:
         spill.close()
 
@@ -329,17 +343,17 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _checked(made: Made) -> Made:
-    """`Spoiled` where a tensor holds a value that is not finite."""
+def _checked(made: TaskResult) -> TaskResult:
+    """`Unrecoverable` where a tensor holds a value that is not finite."""
     for key, tensor in made.tensors.items():
         if isinstance(tensor, TensorSpec) or not tensor.is_floating_point() or tensor.itemsize == 1:
             continue
         if not all_finite(tensor):
-            raise Spoiled(
+            raise Unrecoverable(
                 f"values of {shown(key)} that are not finite in {str(tensor.dtype).removeprefix('torch.')}",
                 expected="finite values",
                 where=shown(key),
-                do="give --dtype fp32, or smaller weights",
+                hint="give --dtype fp32, or smaller weights",
             )
     return made
 

@@ -30,7 +30,7 @@ from adapterkit.checkpoint.system import cores
 from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
 from adapterkit.edits import Loaded
 from adapterkit.engines.computed import Asides, write_computed
-from adapterkit.errors import Failed, Refused, Spoiled, shown
+from adapterkit.errors import Failed, Refused, Unrecoverable, shown
 from adapterkit.kernels.stochastic import round_to
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import STACKS, Computed, Plan, Progress, Shard, ShardResult, Step
@@ -47,7 +47,7 @@ PATIENCE = 0.1  # seconds between looks at the stop sign
 PARTING = 1.0  # seconds that an interrupted job gives its threads
 OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
 LEAST_STACKS = 3  # stacks of experts' factors that are kept however large they are
-SAMPLE = 64  # facts are measured on every 64th chunk of a tensor, the first included
+SAMPLE = 64  # metrics are measured on every 64th chunk of a tensor, the first included
 
 
 def local(device: str = "auto", workers: int | None = None):
@@ -67,7 +67,7 @@ def local(device: str = "auto", workers: int | None = None):
         streamed = [shard for shard in shards if isinstance(shard, Shard)]
         computed = [shard for shard in shards if isinstance(shard, Computed)]
         reads = [step.source for shard in streamed for step in shard.steps]
-        reads += [spec for file in computed for bundle in file.bundles for spec in bundle.reads]
+        reads += [spec for file in computed for task in file.tasks for spec in task.reads]
         with Sources(plan.folders, plan.identities) as sources:
             for folder in range(len(plan.folders)):
                 names = [spec.file for spec in reads if spec.folder == folder]
@@ -77,14 +77,14 @@ def local(device: str = "auto", workers: int | None = None):
                 if streamed:
                     _Job(streamed, stage, sources, where, count, hash, finished, progress).run()
                 for file in computed:
-                    inputs = Inputs(sources, where, asides=Asides(stage))
+                    inputs = Inputs(sources, where, handoffs=Asides(stage))
                     finished(
                         write_computed(file, stage, inputs, count, plan.budget, hash, progress)
                     )
             except (MemoryError, torch.OutOfMemoryError) as error:
                 found = f"out of memory: {shown(error)}"
                 raise Failed(
-                    found, do="free some memory, or give --device cpu, then --resume"
+                    found, hint="free some memory, or give --device cpu, then --resume"
                 ) from error
             finally:
                 torch.set_num_threads(threads)
@@ -106,7 +106,7 @@ def pick_device(name: str) -> torch.device:
             f"device {name!r}; {count} CUDA devices here",
             expected="auto, cpu, cuda or cuda:i",
             where="--device",
-            do="use cpu",
+            hint="use cpu",
         )
     return device
 
@@ -118,17 +118,17 @@ class Inputs:
     sources: Sources
     device: torch.device
     dtype: torch.dtype = torch.float32
-    asides: Asides | None = None
+    handoffs: Asides | None = None
     stacks: "_Stacks" = field(default_factory=lambda: _Stacks())
 
-    def aside(self, key: str) -> Tensor:
-        assert self.asides is not None
-        return self.asides.tensor(key).to(self.device)
+    def handoff(self, key: str) -> Tensor:
+        assert self.handoffs is not None
+        return self.handoffs.tensor(key).to(self.device)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         if isinstance(spec, Packed):
             stored = {part.key: self.stored(part) for part in spec.parts}
-            return read_back(spec, stored, do="download the checkpoint again").to(self.dtype)
+            return read_back(spec, stored, hint="download the checkpoint again").to(self.dtype)
         stored = self.stored(spec)
         return stored.to(self.dtype)
 
@@ -140,10 +140,10 @@ class Inputs:
         stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
         floats = spec.dtype in dtypes.FLOATS
         if floats and not all_finite(stored):
-            raise Spoiled(
+            raise Unrecoverable(
                 "values that are not finite (NaN or infinity)",
                 where=f"{called(self.sources.folders[spec.folder])}/{spec.file}: {shown(spec.key)}",
-                do="the training run diverged: use an earlier save",
+                hint="the training run diverged: use an earlier save",
             )
         return stored.to(self.device)
 
@@ -276,7 +276,7 @@ class _OpenStep:
     left: int
     edits: list[Loaded] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    facts: "_Facts" = field(default_factory=lambda: _Facts())
+    metrics: "_Facts" = field(default_factory=lambda: _Facts())
 
     def load(self, inputs: Inputs) -> list[Loaded]:
         with self.lock:
@@ -286,13 +286,13 @@ class _OpenStep:
                     edit.load(inputs, self.step.source, self.step.grid) for edit in self.step.edits
                 ]
                 norms = [e.delta_norm for e in self.edits if e.delta_norm is not None]
-                self.facts.delta = math.hypot(*norms) if norms else None
+                self.metrics.delta = math.hypot(*norms) if norms else None
             return self.edits
 
-    def done(self, facts: "_Facts") -> None:
+    def done(self, metrics: "_Facts") -> None:
         """One span less to do; the last one frees the edits."""
         with self.lock:
-            self.facts.add(facts)
+            self.metrics.add(metrics)
             self.left -= 1
             if self.left == 0:
                 self.edits = None
@@ -337,17 +337,17 @@ class _Facts:
             math.fsum(self.lost),
             math.fsum(self.moved),
         )
-        facts: dict = {"adapters": list(step.adapters)} if step.adapters else {}
+        metrics: dict = {"adapters": list(step.adapters)} if step.adapters else {}
         if self.delta is not None and norm:
-            facts["delta"] = _short(self.delta / norm)
+            metrics["delta"] = _short(self.delta / norm)
         if self.sampled:
-            facts["changed"] = _short(self.changed / self.sampled)
+            metrics["changed"] = _short(self.changed / self.sampled)
         if self.sampled and (
             moved or not self.delta
         ):  # else the delta lies in other rows than those that were sampled
-            facts["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
-            facts["survived"] = _short(math.fsum(self.kept) / moved) if moved else 1.0
-        return facts
+            metrics["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
+            metrics["survived"] = _short(math.fsum(self.kept) / moved) if moved else 1.0
+        return metrics
 
 
 def _squares(difference: Tensor) -> float:
@@ -463,10 +463,10 @@ class _OpenShard:
         self.hashed_to += len(view)
 
     def result(self) -> ShardResult:
-        facts = {s.step.key: s.facts.result(s.step) for s in self.steps if s.step.edits}
+        metrics = {s.step.key: s.metrics.result(s.step) for s in self.steps if s.step.edits}
         self._feed(memoryview(b""))  # tensors without bytes at the end
         sha = self.digest.hexdigest() if self.digest else None
-        return ShardResult(self.shard.file, self.shard.layout.size, sha, self.marks, facts)
+        return ShardResult(self.shard.file, self.shard.layout.size, sha, self.marks, metrics)
 
 
 class _Buffer:
@@ -671,7 +671,7 @@ class _Job:
         shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
 
     def _compute(self, piece: _Piece, buffer: _Buffer, scratch: _Scratch) -> None:
-        open_step, facts, position = piece.step, _Facts(), 0
+        open_step, metrics, position = piece.step, _Facts(), 0
         assert open_step is not None
         step, source, columns = open_step.step, open_step.step.source, open_step.step.grid[1]
         edits, dtype = open_step.load(self.inputs), arithmetic(step)
@@ -692,16 +692,16 @@ class _Job:
                 for edit in edits:
                     edit.apply(w, first)
                 flat = w.view(-1)
-                facts.squares.append(float(torch.dot(flat, flat)))
+                metrics.squares.append(float(torch.dot(flat, flat)))
                 outgoing = written[first - piece.chunks[0].first : last - piece.chunks[0].first]
                 outgoing.copy_(rounded(w, step, first * columns))
-                self._check_finite(facts.squares[-1], outgoing, step, w)
+                self._check_finite(metrics.squares[-1], outgoing, step, w)
                 if before is not None:
-                    facts.measure(before, unrounded(w, before, edits, first), outgoing)
+                    metrics.measure(before, unrounded(w, before, edits, first), outgoing)
                 end = position + dtypes.size(step.dtype, w.numel())
                 piece.shard.file.write(view[position:end], piece.position + position)
                 position = end
-        open_step.done(facts)
+        open_step.done(metrics)
         piece.shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
 
     def _check_finite(self, squares: float, outgoing: Tensor, step: Step, w: Tensor) -> None:
@@ -711,11 +711,11 @@ class _Job:
         if all_finite(outgoing):
             return
         what = "overflows" if all_finite(w) else "is not finite (NaN or infinity)"
-        raise Spoiled(
+        raise Unrecoverable(
             f"the merged value of {shown(step.key)} {what} in {step.dtype}",
             expected="finite values",
             where=f"{step.source.file}: {shown(step.key)}",
-            do="give --dtype bf16 or fp32, or a smaller weight"
+            hint="give --dtype bf16 or fp32, or a smaller weight"
             if what == "overflows"
             else "check the base and the adapters",
         )

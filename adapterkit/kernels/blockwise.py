@@ -1,4 +1,4 @@
-"""bitsandbytes' formats: blocks of nf4 and fp4, their scales quantised once more, and rows of int8, to float32 and back.
+"""bitsandbytes' formats: blocks of nf4 and fp4, their scales quantized once more, and rows of int8, to float32 and back.
 
 Encoding gives the bytes of bitsandbytes 0.50 on a CPU, which transformers stores, for float32, float16 and bfloat16 alike: they are
 made float32 first. Its CUDA kernels give others for a few values; the functions say for which.
@@ -31,7 +31,7 @@ COMPARED = (
     1 << 16
 )  # elements compared with all thresholds at once, so that the answers stay in cache
 SMALLEST = 1e-38  # stands for smaller scales in a division
-CELLS = 1 << 16  # parts of [-1, 1] that the quantising of scales tells apart
+CELLS = 1 << 16  # parts of [-1, 1] that the quantizing of scales tells apart
 
 # quantiles of the normal distribution, and of sign, exponent (2 bits) and mantissa those of a 4-bit float over its largest, 12
 NF4 = (
@@ -318,7 +318,7 @@ def quantize_absmax(
     scale: Tensor | None = None,  # (ceil(blocks/256),) float32, made if not given
     values: Tensor | None = None,  # (256,) float32, rising; dynamic_map if not given
 ) -> Nested:
-    """Double quantisation: d = absmax - mean, each 256 of them scaled by 1 / max |d| and looked up in a table of 65536 equal cells
+    """Double quantization: d = absmax - mean, each 256 of them scaled by 1 / max |d| and looked up in a table of 65536 equal cells
     of [-1, 1] that hold the nearest value of the map; what is nearer to 0 than half a cell is all one.
 
     The mean is torch's of float32 in one thread; in several, as bitsandbytes may be, its last bit can differ above 32768 blocks.
@@ -364,7 +364,7 @@ def dynamic_map() -> Tensor:  # (256,) float32, rising
     """0, 1, and for each power of ten 10^(i-6), i = 0 to 6, the middles ± of 2^i equal parts of [0.1, 1] times it.
 
     Reference: Dettmers 2015, arXiv:1511.04561. The values from -0.9930 to 1 are not symmetric. Older CPU versions of bitsandbytes
-    changed the first to -1 when they quantised.
+    changed the first to -1 when they quantized.
     """
     values = [torch.tensor([0.0, 1.0])]
     for i in range(7):

@@ -1,4 +1,4 @@
-"""A low-rank approximation that is nearly the best one, of matrices that have none: what quantisation leaves is noise, its singular
+"""A low-rank approximation that is nearly the best one, of matrices that have none: what quantization leaves is noise, its singular
 values close together, and nobody asks for the vectors of each."""
 
 import math

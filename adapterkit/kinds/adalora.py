@@ -72,7 +72,7 @@ class AdaLora:
                 f"{a.key} {a.shape}",
                 expected="matrices",
                 where=adapted.adapter.given,
-                do="gather the shards, save again",
+                hint="gather the shards, save again",
             )
         alpha = config["lora_alpha"]
         return AdaLora(

@@ -114,7 +114,7 @@ class Adapted:
                 found,
                 expected=f"also {', '.join(lacking)}",
                 where=self.adapter.given,
-                do="save the adapter again, with its config",
+                hint="save the adapter again, with its config",
             )
         return [self.parts[name] for name in names]
 
@@ -122,14 +122,17 @@ class Adapted:
         """`Refused` with the shapes of all parts unless they fit."""
         if not fits:
             found = ", ".join(f"{name} {spec.shape}" for name, spec in sorted(self.parts.items()))
-            do = "restore the config that was saved with the file, and check the base"
+            hint = "restore the config that was saved with the file, and check the base"
             raise Refused(
-                f"{shown(self.module)}: {found}", expected=expected, where=self.adapter.given, do=do
+                f"{shown(self.module)}: {found}",
+                expected=expected,
+                where=self.adapter.given,
+                hint=hint,
             )
 
-    def refused(self, why: str, expected: str, do: str) -> Refused:
+    def refused(self, why: str, expected: str, hint: str) -> Refused:
         return Refused(
-            f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.given, do=do
+            f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.given, hint=hint
         )
 
 
@@ -172,13 +175,13 @@ def read_kind(
                 found = f"{shown(spec.key)} is {spec.dtype}" + (
                     " and lies inside another adapter's layer" if depth else ""
                 )
-                do = "save the adapter again, alone and as floats"
+                hint = "save the adapter again, alone and as floats"
                 errors.append(
                     Refused(
                         found,
                         expected="F32, F16, BF16 or F64 on the model's own layer",
                         where=folder.name,
-                        do=do,
+                        hint=hint,
                     )
                 )
             modules.setdefault("" if key in kind.shared else module, {})[key] = spec

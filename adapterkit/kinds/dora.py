@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Spoiled, shown
+from adapterkit.errors import Unrecoverable, shown
 from adapterkit.factors import Factors, Reads
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.rows import row_norms
@@ -42,9 +42,11 @@ class DoRA(OnWeight):
 
         delta = of_weight(self.weight.matrix(inputs), change)
         if not all_finite(delta):
-            found, do = (
+            found, hint = (
                 f"the delta of {shown(self.module)} is not finite",
                 "check the adapter and its base",
             )
-            raise Spoiled(found, expected="no row whose norm is 0", where=shown(self.module), do=do)
+            raise Unrecoverable(
+                found, expected="no row whose norm is 0", where=shown(self.module), hint=hint
+            )
         return delta

@@ -51,10 +51,13 @@ class Oft(OnWeight):
         ):
             return []
         found = f"use_cayley_neumann, and peft_version {shown(config.get('peft_version'))}"
-        do = "merge it with the PEFT that trained it, then adapterkit extract BASE MERGED"
+        hint = "merge it with the PEFT that trained it, then adapterkit extract BASE MERGED"
         return [
             Refused(
-                found, expected="0.18 or later: the series was another before", where=where, do=do
+                found,
+                expected="0.18 or later: the series was another before",
+                where=where,
+                hint=hint,
             )
         ]
 

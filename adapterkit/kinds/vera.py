@@ -31,13 +31,13 @@ class Vera:
     def check(config: dict, where: str) -> list[AdapterkitError]:
         if config["save_projection"]:
             return []
-        do = "train with save_projection=True, or merge it with PEFT and use adapterkit extract BASE MERGED"
+        hint = "train with save_projection=True, or merge it with PEFT and use adapterkit extract BASE MERGED"
         return [
             Refused(
                 "VeRA without its projections (save_projection false)",
                 expected="them in the file",
                 where=where,
-                do=do,
+                hint=hint,
             )
         ]
 
@@ -50,7 +50,7 @@ class Vera:
                 f"no {' and no '.join(lacking)}",
                 expected="the shared projections",
                 where=adapted.adapter.given,
-                do="save it again",
+                hint="save it again",
             )
         a, b = (adapted.shared[name] for name in Vera.shared)
         lambda_b, lambda_d = adapted.part(*Vera.keys)

@@ -25,12 +25,12 @@ from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import (
     Computed,
     CopyFile,
-    FromFacts,
+    FromMetrics,
     Inputs,
-    Made,
     Plan,
     Progress,
     Receipt,
+    TaskResult,
     identities,
 )
 
@@ -90,16 +90,18 @@ def arrow(
     )
 
 
-def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Options) -> Plan:
+def plan_arrow(
+    expert_folders: Sequence[Folder], generals: Sequence[Folder], options: Options
+) -> Plan:
     """Everything arrow will do, or `Refused` with all that cannot be done."""
-    _check(options, len(tasks))
-    read = read_all([*tasks, *generals])
-    experts, general = read[: len(tasks)], read[len(tasks) :]
+    _check(options, len(expert_folders))
+    read = read_all([*expert_folders, *generals])
+    experts, general = read[: len(expert_folders)], read[len(expert_folders) :]
     errors = [
         error for adapter in read for error in (*not_linear(adapter), *_not_routable(adapter))
     ]
     joined = join(read, errors)
-    bundles: list[Experts] = []
+    tasks: list[Experts] = []
     for name, site in joined.items():
         parts = tuple(
             (number, factors)
@@ -115,16 +117,16 @@ def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Opt
             errors += _alike(name, parts, less, read)
         dtype = dtypes.parse(options.dtype)
         seed = options.seed or 0
-        bundles.append(
+        tasks.append(
             Experts(name, parts, less, len(general), len(experts), options.compat, seed, dtype)
         )
     refuse_all(errors)
-    if not bundles:
+    if not tasks:
         raise Refused(
             "no module with factors",
             expected="adapters of low-rank factors",
             where="arrow",
-            do="check the adapters",
+            hint="check the adapters",
         )
     config = {
         "arrow": FORMAT,
@@ -138,12 +140,12 @@ def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Opt
     }
     if options.compat:
         config |= {"compat": options.compat, "seed": options.seed or 0}
-    notes = _coverage(bundles, experts)
+    notes = _coverage(tasks, experts)
     told = {k: v for k, v in vars(options).items() if v is not None} | {"experts": len(experts)}
-    facts = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in experts]}
+    metrics = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in experts]}
     folders, headers = tuple(a.folder for a in read), produced.headers_of(read)
-    shard = Computed(WEIGHTS, tuple(bundles))
-    files: dict[str, bytes | CopyFile | FromFacts] = {CONFIG: as_json(config)}
+    shard = Computed(WEIGHTS, tuple(tasks))
+    files: dict[str, bytes | CopyFile | FromMetrics] = {CONFIG: as_json(config)}
     return Plan(
         "arrow",
         told,
@@ -152,7 +154,7 @@ def plan_arrow(tasks: Sequence[Folder], generals: Sequence[Folder], options: Opt
         identities(folders, headers),
         (shard,),
         files,
-        facts,
+        metrics,
         tuple(notes),
         models=(),
     )
@@ -162,7 +164,7 @@ def _check(options: Options, count: int) -> None:
     errors: list[AdapterkitError] = []
     if not count:
         errors.append(
-            Refused("no adapter", expected="one or more", where="arrow", do="name the adapters")
+            Refused("no adapter", expected="one or more", where="arrow", hint="name the adapters")
         )
     if options.top_k is not None and not 0 < options.top_k <= count:
         errors.append(
@@ -170,7 +172,7 @@ def _check(options: Options, count: int) -> None:
                 f"--top-k {options.top_k}",
                 expected=f"1 to {count}, the experts",
                 where="options",
-                do="give fewer",
+                hint="give fewer",
             )
         )
     if options.seed is not None and options.compat is None:
@@ -179,7 +181,7 @@ def _check(options: Options, count: int) -> None:
                 "--seed",
                 expected="--compat peft beside it: nothing else draws",
                 where="options",
-                do="leave it out",
+                hint="leave it out",
             )
         )
     refuse_all(errors)
@@ -200,13 +202,13 @@ def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
     found = (
         f"{adapter.name} has more than factors of linear layers: {', '.join(map(shown, odd[:6]))}"
     )
-    do = "train experts on linear layers alone"
+    hint = "train experts on linear layers alone"
     return [
         Refused(
             found,
             expected="embeddings, convolutions, biases, stacks and trained values not among them",
             where="arrow",
-            do=do,
+            hint=hint,
         )
     ]
 
@@ -221,13 +223,13 @@ def _alike(name: str, parts: tuple, less: tuple, read: Sequence[Adapter]) -> lis
             f"{shown(name)}: ranks {sorted(found)}",
             expected=expected,
             where="--compat peft",
-            do="leave --compat out",
+            hint="leave --compat out",
         )
     ]
 
 
-def _coverage(bundles: Sequence["Experts"], experts: Sequence[Adapter]) -> list[str]:
-    partly = [bundle.name for bundle in bundles if len(bundle.parts) < len(experts)]
+def _coverage(tasks: Sequence["Experts"], experts: Sequence[Adapter]) -> list[str]:
+    partly = [task.name for task in tasks if len(task.parts) < len(experts)]
     return (
         [f"{len(partly)} modules are not in all experts (first {shown(partly[0])})"]
         if partly
@@ -259,7 +261,7 @@ class Experts:
         return max(factors.rank for _, factors in self.parts) + added
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         count, (out, width) = len(self.parts), self.parts[0][1].shape
         stored = [
             Stored(f"{self.name}.a", self.dtype, (count, self.rank, width)),
@@ -279,9 +281,11 @@ class Experts:
 
     @property
     def memory(self) -> int:
-        return 4 * sum(s.nbytes for s in self.most) + 8 * sum(spec.nbytes for spec in self.reads)
+        return 4 * sum(s.nbytes for s in self.max_outputs) + 8 * sum(
+            spec.nbytes for spec in self.reads
+        )
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         if self.compat == "peft":
             factors, scales = self._like_peft(inputs), [f.scale for _, f in self.parts]
             found = [(power_iteration(a, b, self.seed), None) for a, b in factors]
@@ -324,7 +328,7 @@ class Experts:
         factors: Sequence[tuple[Tensor, Tensor]],
         scales: list[float],
         found: Sequence[tuple[Tensor, Any]],
-    ) -> Made:
+    ) -> TaskResult:
         dtype, pad = dtypes.torch_dtype(self.dtype), torch.nn.functional.pad
         a = torch.stack([pad(a, (0, 0, 0, self.rank - len(a))) for a, _ in factors])
         b = torch.stack([pad(b, (0, self.rank - b.shape[1])) for _, b in factors])
@@ -339,10 +343,10 @@ class Experts:
                 [number for number, _ in self.parts], dtype=torch.int32
             )
         gaps = [gap for _, gap in found]
-        facts: dict[str, Any] = (
+        metrics: dict[str, Any] = (
             {} if None in gaps else {"gap": [float(f"{gap:.4g}") for gap in gaps]}
         )
-        return Made(tensors, facts | {"rank": self.rank})
+        return TaskResult(tensors, metrics | {"rank": self.rank})
 
 
 def prototype(product: Product) -> tuple[Tensor, float]:

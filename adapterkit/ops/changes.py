@@ -34,7 +34,7 @@ def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
                 f"init_lora_weights {init!r}: this adapter was trained on a base that the init had changed",
                 expected="an adapter of the base as it is",
                 where=adapter.where,
-                do="give --base-is-residual if BASE is that changed base, or turn the adapter into a plain LoRA first "
+                hint="give --base-is-residual if BASE is that changed base, or turn the adapter into a plain LoRA first "
                 "(adapterkit rebase, or PEFT's path_initial_model_for_weight_conversion)",
             )
         )
@@ -56,7 +56,7 @@ def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
         ("replaced parameters (modules_to_save, biases, embeddings)", whole, left),
         ("trained token rows", rows, left),
     ]
-    for found, names, do in what:
+    for found, names, hint in what:
         if names:
             some = ", ".join(map(shown, names[:4])) + ", ..." * (len(names) > 4)
             expected = "weight 1: these are values, not additions"
@@ -65,7 +65,7 @@ def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
                     f"{found} with weight {weight:g}: {some}",
                     expected=expected,
                     where=adapter.given,
-                    do=do,
+                    hint=hint,
                 )
             )
 
@@ -106,7 +106,7 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
                     f"{why}, and the file holds no {shown(name)}",
                     expected="every tensor that was trained",
                     where=adapter.given,
-                    do="save the adapter again, or keep the base's with --exclude",
+                    hint="save the adapter again, or keep the base's with --exclude",
                 )
             )
 
@@ -133,7 +133,7 @@ def _replacements(job: Job, adapter: Adapter) -> None:
                     f"{shown(name)} is replaced by both {other} and {adapter.name}",
                     expected="one adapter for each replaced parameter",
                     where=adapter.given,
-                    do="leave one out with --exclude in a run of its own, or merge one adapter",
+                    hint="leave one out with --exclude in a run of its own, or merge one adapter",
                 )
             )
         change.value, change.number = spec, adapter.number
@@ -195,7 +195,7 @@ def _product(
             f"DoRA on the stack {shown(name)}",
             expected="a plain LoRA there",
             where=adapter.given,
-            do="leave it out with --exclude",
+            hint="leave it out with --exclude",
         )
     if lora.magnitude is not None and math.prod(lora.magnitude.shape) != parameter.shape[outputs]:
         raise job.misshaped(
@@ -220,9 +220,9 @@ def _bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
         found = (
             f"{shown(lora.bias.key)}: a bias for {shown(lora.module)}, which has none in the base"
         )
-        do = "merge into a model whose module has a bias"
+        hint = "merge into a model whose module has a bias"
         job.errors.append(
-            Refused(found, expected="a module with a bias", where=adapter.given, do=do)
+            Refused(found, expected="a module with a bias", where=adapter.given, hint=hint)
         )
         return
     if parameter.shape != lora.bias.shape:
@@ -247,7 +247,7 @@ def _check_rows(job: Job, adapter: Adapter) -> None:
                     f"trainable_token_indices of {shown(module)}, and the file holds none of its rows",
                     expected="its trained rows",
                     where=adapter.where,
-                    do="save the adapter again",
+                    hint="save the adapter again",
                 )
             )
 
@@ -271,7 +271,7 @@ def _tokens(job: Job, adapter: Adapter) -> None:
                     f"{shown(tokens.values.key)} {tokens.values.shape} for rows {shown(str(above or tokens.indices))}",
                     expected=f"rows of {shown(name)}, which has shape {shape}",
                     where=adapter.given,
-                    do="use a base whose vocabulary was resized as in training",
+                    hint="use a base whose vocabulary was resized as in training",
                 )
             )
             continue
@@ -290,7 +290,7 @@ def _check_together(job: Job) -> None:
                     f"{shown(name)}: DoRA of {decomposed[0].adapter.name} beside another adapter",
                     expected="one adapter on a module that DoRA rescales: the result depends on the order",
                     where="adapters",
-                    do="merge one after the other, or give --compat peft for PEFT's order",
+                    hint="merge one after the other, or give --compat peft for PEFT's order",
                 )
             )
         rows = [i for _, indices in change.rows for i in indices]
@@ -300,6 +300,6 @@ def _check_together(job: Job) -> None:
                     f"{shown(name)}: a token row trained by two adapters",
                     expected="one adapter for each row",
                     where="adapters",
-                    do="merge one of them",
+                    hint="merge one of them",
                 )
             )

@@ -21,8 +21,8 @@ from adapterkit.ops.sites import Site, base_with_parameters, join, levels_of, na
 from adapterkit.ops.sources import open_model, open_weighted
 from adapterkit.options import Sources, StrPath, checked, choice
 from adapterkit.patterns import matcher
-from adapterkit.plan import Bundle, Plan, Progress, Receipt
-from adapterkit.registry import made
+from adapterkit.plan import Plan, Progress, Receipt, Task
+from adapterkit.registry import create
 
 # PEFT's names for combinations: method, and whether the refit is exact where neither --rank nor --energy is given
 ALIASES = {
@@ -137,18 +137,18 @@ def plan_combine(
             f"{len(sources)} adapters",
             expected="two or more",
             where="combine",
-            do="name the adapters",
+            hint="name the adapters",
         )
     adapters = read_all([folder for folder, _ in sources])
     given = [weight for _, weight in sources]
     if hasattr(method, "weighted"):
         if options.weight_for and method.weighted([1.0] * len(given)) != [1.0] * len(given):
-            do = "leave out one of them"
+            hint = "leave out one of them"
             raise Refused(
                 "--weight-for and an option that says the weights",
                 expected="one",
                 where="options",
-                do=do,
+                hint=hint,
             )
         given = method.weighted(given)
     weights = _Weights(given, options.weight_for)
@@ -164,7 +164,7 @@ def plan_combine(
         if model is None
         else {a.number: BaseWeights(model, a, [x.module for x in a.loras], notes) for a in doras}
     )
-    bundles: list[Combined] = []
+    tasks: list[Combined] = []
     levels = levels_of(joined.values())
     for name, site in joined.items():
         try:
@@ -179,7 +179,7 @@ def plan_combine(
             errors.append(error)
             continue
         errors += _fit(name, parts, adapters, options, refit)
-        bundles.append(
+        tasks.append(
             Combined(
                 name,
                 parts,
@@ -197,17 +197,17 @@ def plan_combine(
     )
     errors += weights.unused() + _inside_wrappers(adapters, joined.values())
     refuse_all(errors)
-    if not bundles:
+    if not tasks:
         raise Refused(
             "no module with factors",
             expected="adapters of low-rank factors",
             where="combine",
-            do="check the adapters",
+            hint="check the adapters",
         )
     told = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {
         "weights": given
     }
-    facts = {
+    metrics = {
         "adapters": [
             {"name": a.name, "weight": w, "modules": len(a.loras)}
             for a, w in zip(adapters, given, strict=True)
@@ -217,7 +217,7 @@ def plan_combine(
     summary = (
         f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for w in given)}"
     )
-    everything = [*bundles, *biases, *whole]
+    everything = [*tasks, *biases, *whole]
     output = produced.Output(
         adapters,
         everything,
@@ -226,7 +226,7 @@ def plan_combine(
         tokenizer=options.tokenizer,
         **targets_of(joined),
     )
-    return produced.adapter_plan("combine", told, adapters, [output], notes, facts, model)
+    return produced.adapter_plan("combine", told, adapters, [output], notes, metrics, model)
 
 
 def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:
@@ -276,17 +276,21 @@ def not_linear(
     init = adapter.changed_base()
     if init:
         found = f"{adapter.name} was initialised by {init}, which changed its base's weights"
-        do = "make it plain first: adapterkit rebase ADAPTER --initial INIT"
+        hint = "make it plain first: adapterkit rebase ADAPTER --initial INIT"
         errors.append(
-            Refused(found, expected="adapters on one unchanged base", where=adapter.where, do=do)
+            Refused(
+                found, expected="adapters on one unchanged base", where=adapter.where, hint=hint
+            )
         )
     if adapter.config.get("use_dora"):
         found = f"{adapter.name} is a DoRA of {len(adapter.loras)} modules: its delta depends on the base's weights"
-        errors.append(Refused(found, expected="plain LoRA", where=adapter.where, do=dora))
+        errors.append(Refused(found, expected="plain LoRA", where=adapter.where, hint=dora))
     if adapter.config.get("layer_replication"):
         found = f"{adapter.name} replicates layers: its modules are not the base's"
         errors.append(
-            Refused(found, expected="adapters of one base", where=adapter.where, do="leave it out")
+            Refused(
+                found, expected="adapters of one base", where=adapter.where, hint="leave it out"
+            )
         )
     return errors
 
@@ -313,7 +317,7 @@ class _Weights:
                 f"{shown(text)} matches no module",
                 expected="a module of the adapter",
                 where="--weight-for",
-                do="check the regex",
+                hint="check the regex",
             )
             for text, *_ in self.rules
             if text not in self.used
@@ -336,7 +340,7 @@ class _Weights:
                 shown(text),
                 expected="[N:]REGEX=WEIGHT, N the adapter's place from 1",
                 where="--weight-for",
-                do="e.g. 2:q_proj=0.5",
+                hint="e.g. 2:q_proj=0.5",
             )
         return which, matcher(pattern if which is None else rest, "--weight-for"), value
 
@@ -346,14 +350,14 @@ def _settled(options: Options) -> tuple[Any, Refit]:
     produced.check_refit(options.rank, options.energy)
     method, default = ALIASES.get(options.method, (options.method, None))
     given = {"density": options.density, "majority": options.majority} | dict(options.settings)
-    record = made("combinations", method, given)
+    record = create("combinations", method, given)
     dense = not hasattr(record, "products")
     if options.space == "factors" and (options.rank or options.energy or options.method in ALIASES):
         raise Refused(
             f"--space factors with {options.method if options.method in ALIASES else '--rank or --energy'}",
             expected="a method alone: there the ranks stay as they are",
             where="options",
-            do="leave out --space factors",
+            hint="leave out --space factors",
         )
     if options.space == "factors" and not dense and method != "linear":
         found = f"--space factors with {method}, which is not defined on a and b apart"
@@ -361,7 +365,7 @@ def _settled(options: Options) -> tuple[Any, Refit]:
             found,
             expected="linear, or a method on elements",
             where="options",
-            do="leave out --space factors",
+            hint="leave out --space factors",
         )
     largest = default == "largest" or (dense and default is None)
     fixed = options.rank is not None or options.energy is not None
@@ -375,7 +379,7 @@ def _fit(
     doras = [adapters[part.number].name for part in parts if part.dora]
     if doras and (options.space == "factors" or refit.exact):
         how = "--space factors" if options.space == "factors" else "an exact result"
-        expected, do = (
+        expected, hint = (
             "a refit in --space delta: a DoRA's delta has full rank",
             "give --rank R or --energy E",
         )
@@ -384,18 +388,18 @@ def _fit(
                 f"{shown(name)}: {how} with DoRA ({', '.join(doras)})",
                 expected=expected,
                 where="options",
-                do=do,
+                hint=hint,
             )
         ]
     if options.space == "factors" and len(found) > 1:
         ranks = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
-        do = "use --space delta"
+        hint = "use --space delta"
         return [
             Refused(
                 f"{shown(name)}: ranks {ranks}",
                 expected="one rank in --space factors",
                 where="adapters",
-                do=do,
+                hint=hint,
             )
         ]
     return []
@@ -422,15 +426,15 @@ def _values(
     method: Any,
     levels: Mapping[str, int],
     errors: list[AdapterkitError],
-) -> list[Bundle]:
+) -> list[Task]:
     """Values that were trained whole: taken as they are from the one adapter of weight 1 that has them or from several that agree,
     or averaged."""
     errors += _other_rows(adapters, levels)
-    bundles: list[Bundle] = []
+    tasks: list[Task] = []
     for key, holders in held(adapters, levels).items():
         module = rewrapped(key, {}).removeprefix(PREFIX).rpartition(".")[0]
         if all(spec in adapters[number].copies.values() for number, spec in holders.items()):
-            bundles += _copy(adapters, key, holders, errors)
+            tasks += _copy(adapters, key, holders, errors)
             continue
         given = [weights.of(number, module) for number in holders]
         spec, several = next(iter(holders.values())), len(holders) > 1
@@ -438,7 +442,7 @@ def _values(
             method.shares(given) if hasattr(method, "shares") else given[:1] if not several else []
         )
         if _equal(adapters, list(holders.items())) if several else shares == [1.0]:
-            bundles.append(produced.Taken(spec, key))
+            tasks.append(produced.Taken(spec, key))
             continue
         names = ", ".join(
             f"{adapters[n].name} (weight {w:g})" for n, w in zip(holders, given, strict=True)
@@ -447,7 +451,7 @@ def _values(
             s.dtype in dtypes.FLOATS for s in holders.values()
         )
         if several and alike and abs(math.fsum(shares) - 1) < 1e-9:
-            bundles.append(
+            tasks.append(
                 produced.Summed(
                     key,
                     key,
@@ -459,9 +463,9 @@ def _values(
             continue
         found = f"{shown(key)} {'/'.join(sorted({str(s.shape) for s in holders.values()}))}, trained whole by {names}"
         expected = "one adapter of weight 1 that has it, equal values, or weights that add up to 1 with linear, mean or ema"
-        do = "give other weights (--weight-for MODULE=W for this module), or leave an adapter out"
-        errors.append(Refused(found, expected=expected, where="adapters", do=do))
-    return bundles
+        hint = "give other weights (--weight-for MODULE=W for this module), or leave an adapter out"
+        errors.append(Refused(found, expected=expected, where="adapters", hint=hint))
+    return tasks
 
 
 def _copy(
@@ -469,7 +473,7 @@ def _copy(
     key: str,
     holders: dict[int, TensorSpec],
     errors: list[AdapterkitError],
-) -> list[Bundle]:
+) -> list[Task]:
     """The copy of the base's weight that all holders have: no weight scales it, and of two bases there is no sum."""
     widest = max(holders, key=lambda number: dtypes.BITS[holders[number].dtype])
     first = (adapters[widest].folder, holders[widest])
@@ -479,8 +483,10 @@ def _copy(
         )
         if not same:
             found = f"{shown(key)}: copies of two bases in {adapters[widest].name} and {adapters[number].name}"
-            do = "merge them one after the other, with --base-copies"
-            errors.append(Refused(found, expected="adapters of one base", where="adapters", do=do))
+            hint = "merge them one after the other, with --base-copies"
+            errors.append(
+                Refused(found, expected="adapters of one base", where="adapters", hint=hint)
+            )
     return [produced.Taken(first[1], key)]
 
 
@@ -505,7 +511,7 @@ def _inside_wrappers(adapters: Sequence[Adapter], sites: Iterable[Site]) -> list
             f"modules_to_save {found}, of which parameters are targets",
             expected="one of both: PEFT cannot load them together",
             where="adapters",
-            do="merge one adapter after the other instead",
+            hint="merge one adapter after the other instead",
         )
     ]
 
@@ -517,25 +523,25 @@ def _other_rows(adapters: Sequence[Adapter], levels: Mapping[str, int]) -> list[
     }
     if both:
         found = f"trained token rows of {', '.join(map(shown, both))} ({', '.join(both.values())}) beside factors of the same module"
-        do = "merge one adapter after the other instead"
+        hint = "merge one adapter after the other instead"
         return [
             Refused(
                 found,
                 expected="one of both: PEFT cannot load them together",
                 where="adapters",
-                do=do,
+                hint=hint,
             )
         ]
     found = {a.name: a.config["trainable_token_indices"] for a in adapters if a.tokens}
     if all(rows == next(iter(found.values())) for rows in found.values()):
         return []
-    names, do = ", ".join(found), "combine adapters that trained the same rows"
+    names, hint = ", ".join(found), "combine adapters that trained the same rows"
     return [
         Refused(
             f"other token rows trained by each of {names}",
             expected="the same rows",
             where="adapters",
-            do=do,
+            hint=hint,
         )
     ]
 
@@ -560,8 +566,8 @@ def _biases(
     joined: dict[str, Site], weights: "_Weights", options: Options, errors: list[AdapterkitError]
 ) -> list[produced.Summed]:
     """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of them."""
-    bundles = produced.added_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
-    if bundles and (
+    tasks = produced.added_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
+    if tasks and (
         ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"
     ):
         errors.append(
@@ -569,7 +575,7 @@ def _biases(
                 f"biases of b (lora_bias) with {options.method} in {options.space} space",
                 expected="linear, in delta space",
                 where="--method",
-                do="use --method linear",
+                hint="use --method linear",
             )
         )
-    return bundles
+    return tasks

@@ -21,7 +21,7 @@ from adapterkit.kernels.truncated import leading
 from adapterkit.kinds.dora import DoRA
 from adapterkit.ops import produced
 from adapterkit.ops.sizes import short
-from adapterkit.plan import Inputs, Made
+from adapterkit.plan import Inputs, TaskResult
 
 BLOCK = 1 << 19  # elements of a dense delta that are made at a time
 Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
@@ -90,7 +90,7 @@ class Combined:
         return not hasattr(self.method, "products") or any(part.dora for part in self.parts)
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return produced.bounds(self.place, self._largest_rank(), self.dtype)
 
     def _largest_rank(self) -> int:
@@ -111,19 +111,19 @@ class Combined:
             return found + 40 * len(self.parts) * count  # dense deltas as products in float64
         return found + (12 * count if self.dense else 0)
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         if self.space == "factors":
             return self._on_factors(inputs)
         weights = [part.weight for part in self.parts]
-        results, facts, spans = [], [], []
+        results, metrics, spans = [], [], []
         for expert, deltas in enumerate(
             zip(*(part.deltas(inputs) for part in self.parts), strict=True)
         ):
             result, found = self._result(deltas, weights, expert)
             results.append(result)
-            facts.append(found | _cosines(deltas))
+            metrics.append(found | _cosines(deltas))
             spans.append(None if isinstance(result, Product) else _span(deltas))
-        return self._refitted(results, facts, spans)
+        return self._refitted(results, metrics, spans)
 
     def _result(
         self, deltas: Sequence[Delta], weights: list[float], expert: int
@@ -138,13 +138,15 @@ class Combined:
             return summed(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
         return self.method.products([lowrank.as_product(delta) for delta in deltas], weights)
 
-    def _refitted(self, results: list[Delta], facts: list[dict], spans: list[Svd | None]) -> Made:
+    def _refitted(
+        self, results: list[Delta], metrics: list[dict], spans: list[Svd | None]
+    ) -> TaskResult:
         shortest = min(self.parts[0].factors.shape)
         products = [result for result in results if isinstance(result, Product)]
         if self.refit.exact and products and products[0].rank <= shortest:
             pairs = [lowrank.balanced(product) for product in products]
             total = sum(lowrank.norm(product) ** 2 for product in products)
-            return self._made(pairs, facts, total, total)
+            return self._made(pairs, metrics, total, total)
         most = self._largest_rank()
         found = [
             _decomposed(result, self.refit.energy, most, near)
@@ -159,7 +161,7 @@ class Combined:
             rank = min(self._largest_rank(), *(len(svd.s) for svd, _ in found))
         kept = sum(float(svd.s[:rank].double().square().sum()) for svd, _ in found)
         pairs = [self._factors(svd, rank) for svd, _ in found]
-        return self._made(pairs, facts, kept, sum(total for _, total in found))
+        return self._made(pairs, metrics, kept, sum(total for _, total in found))
 
     def _factors(self, svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
         if self.refit.clamp is None:
@@ -170,7 +172,7 @@ class Combined:
         limit = quantile(torch.cat([values, -values]), self.refit.clamp)
         return a.clamp(-limit, limit), b.clamp(-limit, limit)
 
-    def _on_factors(self, inputs: Inputs) -> Made:
+    def _on_factors(self, inputs: Inputs) -> TaskResult:
         """PEFT's way: the method acts on the a's with sign(c)√|c| and on the b's with √|c|, c = weight · scale, whatever that
         does to their products."""
         pairs = [part.factors.stored(inputs) for part in self.parts]
@@ -198,11 +200,11 @@ class Combined:
             self.place.a_key: made[0].reshape(a_shape).to(dtype),
             self.place.b_key: made[1].reshape(b_shape).to(dtype),
         }
-        return Made(tensors, {"rank": rank})
+        return TaskResult(tensors, {"rank": rank})
 
     def _made(
-        self, pairs: list[tuple[Tensor, Tensor]], facts: list[dict], kept: float, total: float
-    ) -> Made:
+        self, pairs: list[tuple[Tensor, Tensor]], metrics: list[dict], kept: float, total: float
+    ) -> TaskResult:
         dtype = dtypes.torch_dtype(self.dtype)
         tensors = {key: tensor.to(dtype) for key, tensor in self.place.stored(pairs).items()}
         found: dict[str, Any] = {
@@ -211,10 +213,10 @@ class Combined:
             "energy": short(kept / total) if total else 1.0,
         }
         # of a stack of experts: the mean over them
-        for key in facts[0]:
-            values = [fact[key] for fact in facts]
+        for key in metrics[0]:
+            values = [metric[key] for metric in metrics]
             found[key] = _mean(values)
-        return Made(tensors, found)
+        return TaskResult(tensors, found)
 
 
 class DenseDeltas:

@@ -52,7 +52,7 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
             differing[spec.key] = (
                 f"{count} of {spec.shape[0]} rows differ"
                 if comparable
-                else "the base's is quantised"
+                else "the base's is quantized"
             )
     text = ", ".join(f"{shown(key)} ({how})" for key, how in differing.items())
     if differing and job.options.base_copies is None:
@@ -61,7 +61,7 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
                 f"copies of another base's weights: {text}",
                 expected="the base that the adapter was trained on",
                 where=adapter.given,
-                do="if another adapter was merged into BASE, give --base-copies ignore to add to its weights as they are; "
+                hint="if another adapter was merged into BASE, give --base-copies ignore to add to its weights as they are; "
                 "--base-copies adapter starts from the copies instead, as PEFT does",
             )
         )

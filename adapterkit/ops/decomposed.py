@@ -11,7 +11,7 @@ from adapterkit.factors import Factors
 from adapterkit.kinds.common import Weight
 from adapterkit.kinds.dora import DoRA
 from adapterkit.weights.names import Names
-from adapterkit.weights.quantised import check_not_quantised
+from adapterkit.weights.quantized import check_not_quantized
 
 CHECK_BASE = "check that the adapter was trained on this base"
 
@@ -21,12 +21,12 @@ def not_decomposed(adapter: Adapter) -> list[AdapterkitError]:
     errors: list[AdapterkitError] = []
     init = adapter.changed_base()
     if init:
-        found, do = (
+        found, hint = (
             f"a DoRA initialised by {init}, which changed its base",
             "merge it: adapterkit merge --base-is-residual",
         )
         errors.append(
-            Refused(found, expected="a DoRA of the base as it is", where=adapter.where, do=do)
+            Refused(found, expected="a DoRA of the base as it is", where=adapter.where, hint=hint)
         )
     for key, what in [("lora_bias", "biases of b"), ("layer_replication", "replicated layers")]:
         if adapter.config.get(key):
@@ -36,7 +36,7 @@ def not_decomposed(adapter: Adapter) -> list[AdapterkitError]:
                     found,
                     expected="a DoRA without",
                     where=adapter.where,
-                    do="leave --base out, or merge it",
+                    hint="leave --base out, or merge it",
                 )
             )
     return errors
@@ -48,7 +48,7 @@ class BaseWeights:
     def __init__(
         self, base: Checkpoint, adapter: Adapter, modules: Sequence[str], notes: list[str]
     ):
-        check_not_quantised(base)
+        check_not_quantized(base)
         self.base, self.where, self.said = (
             base,
             adapter.name,
@@ -69,7 +69,7 @@ class BaseWeights:
                 found,
                 expected="every module of the adapter in the base",
                 where=self.base.name,
-                do=CHECK_BASE,
+                hint=CHECK_BASE,
             )
         if self.names.groups(module) > 1:
             found = f"a grouped convolution: {shown(module)} has {self.names.groups(module)} groups"
@@ -77,7 +77,7 @@ class BaseWeights:
                 found,
                 expected="groups 1 (a LoRA cannot be put there)",
                 where=self.base.name,
-                do="leave it out",
+                hint="leave it out",
             )
         tensors = {slot.key: self.base.tensors[slot.key] for slot in parameter.slots}
         if any(spec.dtype not in dtypes.FLOATS for spec in tensors.values()):
@@ -86,7 +86,7 @@ class BaseWeights:
                 found,
                 expected=" ".join(dtypes.FLOATS),
                 where=self.base.name,
-                do="dequantise it first",
+                hint="dequantize it first",
             )
         return Weight(
             parameter,
@@ -112,7 +112,7 @@ class BaseWeights:
                 found,
                 expected=f"one that fits the base's {weight.shape}",
                 where=self.where,
-                do=CHECK_BASE,
+                hint=CHECK_BASE,
             )
         return DoRA(lora.module, factors, lora.magnitude, weight)
 
@@ -127,6 +127,6 @@ class BaseWeights:
                 found,
                 expected="a model that transformers knows",
                 where=self.base.name,
-                do="update transformers",
+                hint="update transformers",
             )
         return self.said

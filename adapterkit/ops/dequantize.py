@@ -1,4 +1,4 @@
-"""dequantize: a quantised checkpoint into floats."""
+"""dequantize: a quantized checkpoint into floats."""
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
@@ -8,7 +8,7 @@ from adapterkit.errors import Refused
 from adapterkit.ops import produced
 from adapterkit.ops.packaging import as_json, model_files
 from adapterkit.ops.quantize import card, model_headers
-from adapterkit.ops.requantised import shard_of, shards_of_size
+from adapterkit.ops.requantized import shard_of, shards_of_size
 from adapterkit.ops.sources import open_model
 from adapterkit.options import StrPath, checked, parse_size
 from adapterkit.plan import Plan, Progress, Receipt, Step, identities
@@ -35,9 +35,9 @@ def dequantize(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Decode a quantised checkpoint: W = round(code * scale), in `dtype` (default: what its library computes in).
+    """Decode a quantized checkpoint: W = round(code * scale), in `dtype` (default: what its library computes in).
 
-    Every format of which the command's help tells is read, also several in one checkpoint; tensors that are not quantised stay as
+    Every format of which the command's help tells is read, also several in one checkpoint; tensors that are not quantized stay as
     they are. The files are the base's, or with `max_shard_size` (5GB) of that size at most. Raises `Refused` before anything is
     written.
 
@@ -55,7 +55,7 @@ def dequantize(
 def plan_dequantize(
     folder: Folder, dtype: str | None, max_shard_size: str | int | None = None
 ) -> Plan:
-    """Everything a dequantisation will do, or `Refused`."""
+    """Everything a dequantization will do, or `Refused`."""
     if name := gguf_file(folder):
         return _plan_gguf(folder, name, dtype, max_shard_size)
     original = open_checkpoint(folder)
@@ -63,10 +63,10 @@ def plan_dequantize(
     packed = packed_in(base.tensors)
     if not packed:
         raise Refused(
-            "no quantised weights",
-            expected="a quantised checkpoint",
+            "no quantized weights",
+            expected="a quantized checkpoint",
             where=folder.name,
-            do="use it as it is",
+            hint="use it as it is",
         )
     wanted = dtypes.parse(dtype) if dtype else None
     steps: dict[str, list[Step]] = {name: [] for name in original.shards}
@@ -95,7 +95,7 @@ def plan_dequantize(
             if group
         ]
     headers = model_headers(original)
-    facts = {"dequantised": len(packed)}
+    metrics = {"dequantised": len(packed)}
     files = model_files(original, config, shards, card(original, "decoded to floats"))
     files = {name: file for name, file in files.items() if name not in files_saying(base.tensors)}
     told = {
@@ -109,7 +109,7 @@ def plan_dequantize(
         identities((folder,), headers),
         tuple(shards),
         files,
-        facts,
+        metrics,
     )
 
 
@@ -132,7 +132,7 @@ def _plan_gguf(
     told = {
         key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
     }
-    facts, notes = {"dequantised": len(steps)}, tuple(model.notes)
+    metrics, notes = {"dequantised": len(steps)}, tuple(model.notes)
     return Plan(
         "dequantize",
         told,
@@ -141,6 +141,6 @@ def _plan_gguf(
         identities((folder,), headers),
         shards,
         files,
-        facts,
+        metrics,
         notes,
     )

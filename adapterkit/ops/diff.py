@@ -21,14 +21,14 @@ from adapterkit.factors import Factors
 from adapterkit.kernels import compare as kernel
 from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stacked
 from adapterkit.ops import settings
-from adapterkit.ops.requantised import stored_parts
+from adapterkit.ops.requantized import stored_parts
 from adapterkit.ops.sites import join
 from adapterkit.ops.sources import open_source
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Progress
 from adapterkit.weights.decoded import decoded
 from adapterkit.weights.packed import Packed
-from adapterkit.weights.quantised import signs
+from adapterkit.weights.quantized import signs
 
 VERSION = 1
 ENERGY, ADAPTER_ENERGY = 0.9, 0.99
@@ -70,7 +70,7 @@ def diff(
       `a` and `b` (`dtype` and `shape`, or `rank`, `scale`, `shape` and `experts`), and if they can be compared `relative_error`
       ‖A−B‖/‖A‖, `max_abs`, `cosine`, `differing` (the share of elements), `norm` ‖A‖, `rank`: {`energy`, `needed`: the smallest
       rank that keeps this share of ‖A−B‖², null if it is above `above`, `estimate`: from a sketch, then never too small}. A number
-      that is not finite, or not measured, is null. Integers and fp8 are compared as bytes; where one side alone is quantised, its
+      that is not finite, or not measured, is null. Integers and fp8 are compared as bytes; where one side alone is quantized, its
       weights are compared as they decode to float32, `dtype` being the format
     - `added`, `removed`: what only B, only A has; `notes`: texts
     - `config`: the settings of config.json, or of adapter_config.json, that differ: `name` (dotted inside sub-configs), `change`
@@ -187,7 +187,7 @@ def _are_adapters(folders: tuple[Folder, Folder]) -> bool:
             f"{folders[which].name} is an adapter, {folders[1 - which].name} is not",
             expected="two adapters, two checkpoints or two files",
             where="A and B",
-            do=f"merge the adapter first, or name its file {WEIGHTS} to compare bare tensors",
+            hint=f"merge the adapter first, or name its file {WEIGHTS} to compare bare tensors",
         )
     return False
 
@@ -215,7 +215,7 @@ def _side(folder: Folder, number: int) -> Side:
 
 
 def _decoded(side: Side) -> Side:
-    """A quantised checkpoint as the floats that it decodes to."""
+    """A quantized checkpoint as the floats that it decodes to."""
     assert side.base is not None
     plain = decoded(side.base)
     tensors = {
@@ -239,15 +239,15 @@ def _both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) ->
 
 def _checkpoints(folders: tuple[Folder, Folder]) -> Found:
     sides: list[Side] = _both(_side, folders)
-    quantised = [
+    quantized = [
         side.base is not None and signs(side.base.config, side.tensors) is not None
         for side in sides
     ]
     notes = []
-    if quantised[0] != quantised[1]:
-        which = quantised.index(True)
+    if quantized[0] != quantized[1]:
+        which = quantized.index(True)
         sides[which] = _decoded(sides[which])
-        notes.append(f"{folders[which].name} is quantised: its weights are compared as they decode")
+        notes.append(f"{folders[which].name} is quantized: its weights are compared as they decode")
     a, b = ({("tensor", key): spec for key, spec in side.tensors.items()} for side in sides)
     found = _matched(a, b)
     first, second = (side.config for side in sides)
@@ -297,7 +297,7 @@ def _matched(a: dict[tuple[str, str], Any], b: dict[tuple[str, str], Any]) -> Fo
     ]
     removed, added = (
         [
-            {"name": name, "kind": kind, **_facts(part)}
+            {"name": name, "kind": kind, **_metrics(part)}
             for (kind, name), part in here.items()
             if (kind, name) not in there
         ]
@@ -359,11 +359,11 @@ def _shape(part: Factors | Bias) -> tuple[int, ...]:
     return (part.shape[0], *part.a.shape[1:]) if isinstance(part, Factors) else part.shape
 
 
-def _facts(part: Any) -> dict[str, Any]:
+def _metrics(part: Any) -> dict[str, Any]:
     """What a row says of one side."""
     if isinstance(part, Factors | Bias):
-        facts = {"rank": part.rank, "scale": part.scale, "shape": list(_shape(part))}
-        return facts | ({"experts": part.experts} if part.experts else {})
+        metrics = {"rank": part.rank, "scale": part.scale, "shape": list(_shape(part))}
+        return metrics | ({"experts": part.experts} if part.experts else {})
     spec = _stored(part)[0]
     return {
         "dtype": spec.name if isinstance(spec, Packed) else spec.dtype,
@@ -723,8 +723,8 @@ def _changed(
         "name": pair.name,
         "kind": pair.kind,
         "why": why,
-        "a": _facts(pair.a),
-        "b": _facts(pair.b),
+        "a": _metrics(pair.a),
+        "b": _metrics(pair.b),
     }
     row |= {
         name: numbers[name] if math.isfinite(numbers.get(name, math.nan)) else None

@@ -38,7 +38,7 @@ def settle_ties(job: Job) -> None:
                     f"{shown(changed[0])} is tied to {shown(', '.join(name for name in group if name != changed[0]))}",
                     expected="a change of both or of neither (--tied refuse)",
                     where="adapters",
-                    do="give --tied untie to make them two, or --tied fold for PEFT's in-memory result",
+                    hint="give --tied untie to make them two, or --tied fold for PEFT's in-memory result",
                 )
             )
         elif job.options.tied == "fold" and _foldable(job, changed):
@@ -69,7 +69,7 @@ def _check_unseen(job: Job) -> None:
                 "cannot build the model",
                 expected="a model that transformers knows",
                 where=job.base.name,
-                do="update transformers, or give --tied fold to change what is tied to it as well",
+                hint="update transformers, or give --tied fold to change what is tied to it as well",
             )
         )
 
@@ -287,12 +287,12 @@ def _set_one(job: Job, name: str, change: Change | None) -> None:
         job.new[name] = replace(change, parameter=own) if change else Change(own)
         if job.names.model.renamed(name) != name:
             read = shown(job.names.model.renamed(name))
-            found, do = (
+            found, hint = (
                 f"{shown(name)} cannot be stored: transformers reads that key as {read}",
                 "leave it out with --exclude",
             )
             job.errors.append(
-                Refused(found, expected="a key of its own", where=job.base.name, do=do)
+                Refused(found, expected="a key of its own", where=job.base.name, hint=hint)
             )
     elif changed:
         assert change is not None
@@ -312,7 +312,7 @@ def _bound(group: tuple[str, ...], why: str) -> Refused:
         f"{shown(', '.join(sorted(group)))} cannot be untied: {why}",
         expected="a change that the shared weight can take",
         where="adapters",
-        do="leave it out with --exclude, or give --tied fold to change all sides",
+        hint="leave it out with --exclude, or give --tied fold to change all sides",
     )
 
 
@@ -381,7 +381,7 @@ def settle_vocabulary(job: Job) -> None:
                 f"vocabularies of {', '.join(f'{n} ({shown(name)})' for n, name in resized.items())} rows",
                 expected="one size",
                 where="adapters",
-                do="save the adapter with both embeddings (save_embedding_layers=True)",
+                hint="save the adapter with both embeddings (save_embedding_layers=True)",
             )
         )
         return
@@ -395,7 +395,7 @@ def settle_vocabulary(job: Job) -> None:
                 f"{shown(name)} has {size} rows, {shown(staying[0])} stays at {old}",
                 expected="embedding and head of one size",
                 where="adapters",
-                do="save the adapter with both (save_embedding_layers=True)",
+                hint="save the adapter with both (save_embedding_layers=True)",
             )
         )
     set_everywhere(job.config, "vocab_size", size, old=old)
@@ -466,7 +466,7 @@ def _check_whole(job: Job, class_name: str, heads: list[str]) -> None:
             f"{class_name} needs {names}, which neither base nor adapter has",
             expected="values for all parameters: transformers would make these up at random on every load",
             where=f"{job.base.name}, {bringing.name}",
-            do="use the base of the training, saved with these, or train them too (modules_to_save); "
+            hint="use the base of the training, saved with these, or train them too (modules_to_save); "
             f"--exclude '{bringing.pattern_of(heads)}' leaves the head out",
         )
     )

@@ -18,7 +18,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.errors import AdapterkitError, Refused, Spoiled, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, refuse_all, shown
 from adapterkit.factors import Place
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import leading
@@ -31,11 +31,11 @@ from adapterkit.ops.ranking import Cut, check_cut, even_rank, ranked, settled_by
 from adapterkit.ops.sources import open_adapter, open_model
 from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
-from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
+from adapterkit.plan import Inputs, Plan, Progress, Receipt, Task, TaskResult
 from adapterkit.weights.bypassed import ATTENTION, classes_of, is_bypassed
 from adapterkit.weights.names import Names, Parameter
 from adapterkit.weights.parts import Held
-from adapterkit.weights.quantised import check_not_quantised
+from adapterkit.weights.quantized import check_not_quantized
 from adapterkit.weights.reading import read_parameter
 
 PIECE = 4 << 20  # elements compared at a time
@@ -125,7 +125,7 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     check_cut(options.cut)
     sides = open_checkpoint(base, 0), open_checkpoint(tuned, 1)
     for side in sides:
-        check_not_quantised(side)
+        check_not_quantized(side)
     job = _Job(sides, options)
     job.sort()
     refuse_all(job.errors)
@@ -133,35 +133,35 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     if options.cut.max_size:
         limit = SHARES * even_rank(options.cut, factors)
         factors = [replace(difference, limit=limit) for difference in factors]
-    bundles: list[Bundle] = [*factors, *job.whole]
-    if not bundles:
+    tasks: list[Task] = [*factors, *job.whole]
+    if not tasks:
         raise Refused(
             "nothing to extract",
             expected="weights that both have",
             where=f"{base.name}, {tuned.name}",
-            do="check --include, --exclude",
+            hint="check --include, --exclude",
         )
     targets = {difference.name: difference.target for difference in factors}
     parameters = frozenset(
         difference.target for difference in factors if difference.target != difference.module
     )
-    task = produced.task_type(sides[1].config, job.saved)
+    task_type = produced.task_type(sides[1].config, job.saved)
     kept = {
         "base_model_name_or_path": produced.hub_id(base),
-        "task_type": task,
-        "auto_mapping": None if task else job.model_class(),
+        "task_type": task_type,
+        "auto_mapping": None if task_type else job.model_class(),
         "fan_in_fan_out": job.transposed
         and not parameters,  # PEFT has no wrapper of parameters for it, and needs it for none
     }
     settings = produced.plain_settings() | job.settings()
     summary = f"the difference of {tuned.name} and {base.name}"
-    settle = partial(_settled, options.cut)
+    finalize = partial(_settled, options.cut)
     more: dict[str, Any] = {
         "kept": kept,
         "parameters": parameters,
         "others": frozenset(job.modules),
     }
-    output = _Output([], bundles, targets, settings, summary, settle=settle, **more)
+    output = _Output([], tasks, targets, settings, summary, finalize=finalize, **more)
     told = {
         k: v
         for k, v in {**vars(options.cut), **vars(options)}.items()
@@ -169,9 +169,9 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     }
     headers = {(0, name): header.sha256 for name, header in sides[0].shards.items()}
     headers |= {(1, name): header.sha256 for name, header in sides[1].shards.items()}
-    facts = {"left_out": job.left_out, "unchanged": sorted(job.unchanged)}
+    metrics = {"left_out": job.left_out, "unchanged": sorted(job.unchanged)}
     return produced.output_plan(
-        "extract", told, (base, tuned), headers, [output], job.notes, facts, models=(0, 1)
+        "extract", told, (base, tuned), headers, [output], job.notes, metrics, models=(0, 1)
     )
 
 
@@ -181,18 +181,18 @@ class _Output(produced.Output):
 
     others: frozenset[str] = frozenset()  # all modules of the model
 
-    def config(self, facts: dict[str, dict], grown: int = 0) -> bytes:
+    def config(self, metrics: dict[str, dict], grown: int = 0) -> bytes:
         found = {
-            target: facts[name]["rank"]
+            target: metrics[name]["rank"]
             for name, target in self.modules.items()
-            if "rank" in facts[name]
+            if "rank" in metrics[name]
         }
-        if not found and not any("taken" in fact for fact in facts.values()):
-            raise Spoiled(
+        if not found and not any("taken" in metric for metric in metrics.values()):
+            raise Unrecoverable(
                 "no weight differs",
                 expected="a fine-tune",
                 where=self.inside(CONFIG),
-                do="check the two paths",
+                hint="check the two paths",
             )
         parameters = sorted(found.keys() & self.parameters)
         config = (
@@ -231,67 +231,63 @@ def _around(path: str) -> list[str]:
 
 
 def _settled(
-    cut: Cut, bundles: Sequence[Bundle]
-) -> Callable[[list[dict]], list[Callable[[Made], Made]]] | None:
-    """What becomes of each bundle once all are made: its share of the size, and keys that go by which modules have factors.
+    cut: Cut, tasks: Sequence[Task]
+) -> Callable[[list[dict]], list[Callable[[TaskResult], TaskResult]]] | None:
+    """What becomes of each task once all are made: its share of the size, and keys that go by which modules have factors.
 
     A module with factors is wrapped, and what lies in it is `base_layer` to PEFT; a module's parameters are wrapped in its order,
     so the last one is outermost.
     """
-    by_size = settled_by_size(cut, bundles) if cut.max_size else None
-    homes = Counter(bundle.module for bundle in bundles if isinstance(bundle, Difference))
-    if all(_has_one_place(bundle, homes) for bundle in bundles):
+    by_size = settled_by_size(cut, tasks) if cut.max_size else None
+    homes = Counter(task.module for task in tasks if isinstance(task, Difference))
+    if all(_has_one_place(task, homes) for task in tasks):
         return by_size
 
-    def settle(facts: list[dict]) -> list[Callable[[Made], Made]]:
-        changes = by_size(facts) if by_size else [lambda made: made] * len(bundles)
+    def finalize(metrics: list[dict]) -> list[Callable[[TaskResult], TaskResult]]:
+        changes = by_size(metrics) if by_size else [lambda made: made] * len(tasks)
         wrappers = Counter(
             b.module
-            for b, f in zip(bundles, facts, strict=True)
+            for b, f in zip(tasks, metrics, strict=True)
             if isinstance(b, Difference) and "rank" in f
         )
         above: Counter[str] = Counter()
         settled = []
-        for bundle, fact, change in reversed(list(zip(bundles, facts, changes, strict=True))):
-            if isinstance(bundle, Difference) and "rank" in fact:
-                keys = _factor_keys(
-                    bundle.module, {**wrappers, bundle.module: above[bundle.module]}
-                )
+        for task, metric, change in reversed(list(zip(tasks, metrics, changes, strict=True))):
+            if isinstance(task, Difference) and "rank" in metric:
+                keys = _factor_keys(task.module, {**wrappers, task.module: above[task.module]})
                 change = _renamed(
-                    change, dict(zip((bundle.place.a_key, bundle.place.b_key), keys, strict=True))
+                    change, dict(zip((task.place.a_key, task.place.b_key), keys, strict=True))
                 )
-                above[bundle.module] += 1
-            elif isinstance(bundle, Whole):
-                key = PREFIX + wrapped(bundle.parameter, wrappers)
-                lone = (
-                    bundle.only_beside_factors and not wrappers[bundle.parameter.rpartition(".")[0]]
-                )
-                change = _nothing if lone else _renamed(change, {bundle.key: key})
+                above[task.module] += 1
+            elif isinstance(task, Whole):
+                key = PREFIX + wrapped(task.parameter, wrappers)
+                lone = task.only_beside_factors and not wrappers[task.parameter.rpartition(".")[0]]
+                change = _nothing if lone else _renamed(change, {task.key: key})
             settled.append(change)
         return settled[::-1]
 
-    return settle
+    return finalize
 
 
-def _has_one_place(bundle: Bundle, homes: Mapping[str, int]) -> bool:
-    """Whether a bundle's keys do not depend on which of the modules `homes` have factors."""
-    if isinstance(bundle, Difference):
-        return homes[bundle.module] == 1 and not any(
-            path in homes for path in _around(bundle.module)[:-1]
+def _has_one_place(task: Task, homes: Mapping[str, int]) -> bool:
+    """Whether a task's keys do not depend on which of the modules `homes` have factors."""
+    if isinstance(task, Difference):
+        return homes[task.module] == 1 and not any(
+            path in homes for path in _around(task.module)[:-1]
         )
-    return not (
-        isinstance(bundle, Whole) and any(path in homes for path in _around(bundle.parameter))
-    )
+    return not (isinstance(task, Whole) and any(path in homes for path in _around(task.parameter)))
 
 
-def _nothing(made: Made) -> Made:
-    return Made({}, {})
+def _nothing(made: TaskResult) -> TaskResult:
+    return TaskResult({}, {})
 
 
-def _renamed(change: Callable[[Made], Made], keys: dict[str, str]) -> Callable[[Made], Made]:
-    def renamed(made: Made) -> Made:
+def _renamed(
+    change: Callable[[TaskResult], TaskResult], keys: dict[str, str]
+) -> Callable[[TaskResult], TaskResult]:
+    def renamed(made: TaskResult) -> TaskResult:
         made = change(made)
-        return Made({keys[key]: tensor for key, tensor in made.tensors.items()}, made.facts)
+        return TaskResult({keys[key]: tensor for key, tensor in made.tensors.items()}, made.metrics)
 
     return renamed
 
@@ -391,7 +387,7 @@ class _Job:
             if second.parameter(name) is None and self.taken(name.rpartition(".")[0])
         ]
         if lone:
-            found, do = (
+            found, hint = (
                 f"{', '.join(map(shown, lone))} in {self.sides[0].name} alone",
                 "leave it out with --exclude",
             )
@@ -400,16 +396,18 @@ class _Job:
                     found,
                     expected="every parameter of the base in both",
                     where=self.sides[1].name,
-                    do=do,
+                    hint=hint,
                 )
             )
         if clashes:
-            found, do = (
+            found, hint = (
                 f"shapes that differ: {'; '.join(clashes)}",
                 "check the two paths, or leave them out with --exclude",
             )
             self.errors.append(
-                Refused(found, expected="two models of one size", where=self.sides[1].name, do=do)
+                Refused(
+                    found, expected="two models of one size", where=self.sides[1].name, hint=hint
+                )
             )
         for module, names in rest.items():
             self._rest(module, names)
@@ -457,9 +455,9 @@ class _Job:
             *(_held(parameter, self.sides[1]) for parameter in copies),
         ):
             found = f"{shown(name)} and {shown(other)} are tied, and stored with two values"
-            do = "set tie_word_embeddings to false in its config if they are two, or leave one out with --exclude"
+            hint = "set tie_word_embeddings to false in its config if they are two, or leave one out with --exclude"
             self.errors.append(
-                Refused(found, expected="one value", where=self.sides[1].name, do=do)
+                Refused(found, expected="one value", where=self.sides[1].name, hint=hint)
             )
 
     def _save_biases(self) -> None:
@@ -577,13 +575,13 @@ class _Job:
             return
         if self.options.rest == "refuse":
             found = f"{', '.join(map(shown, changed))} differs and gets no factors"
-            do = "give --rest save or --rest drop, or leave it out with --exclude"
+            hint = "give --rest save or --rest drop, or leave it out with --exclude"
             self.errors.append(
                 Refused(
                     found,
                     expected="linear layers and convolutions alone",
                     where=self.sides[1].name,
-                    do=do,
+                    hint=hint,
                 )
             )
             return
@@ -665,7 +663,7 @@ def _not_floats(name: str, found: set[str]) -> Refused:
         f"{shown(name)} is {', '.join(sorted(found))}",
         expected=expected,
         where="weights",
-        do="dequantise it first",
+        hint="dequantize it first",
     )
 
 
@@ -783,7 +781,7 @@ class Difference:
         return self.place.out, math.prod(self.place.a_tail)
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return produced.bounds(self.place, self._most_rank(), self.dtype)
 
     def _most_rank(self) -> int:
@@ -793,7 +791,7 @@ class Difference:
     def memory(self) -> int:
         """The difference of one matrix, the vectors of its decomposition or a product of its short side, and the factors."""
         short = min(self._shape)
-        factors = sum(4 * math.prod(stored.shape) for stored in self.most)
+        factors = sum(4 * math.prod(stored.shape) for stored in self.max_outputs)
         return (
             8 * math.prod(self._shape)
             + 32 * min(short * short, math.prod(self._shape))
@@ -801,14 +799,14 @@ class Difference:
             + 32 * BLOCK
         )
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         found = [self._leading(old, new, inputs) for old, new in self._matrices()]
         zero = (
             Svd(torch.zeros(self._shape[0], 1), torch.zeros(1), torch.zeros(1, self._shape[1])),
             0.0,
         )
         if all(one is None for one in found):
-            return Made({}, {"unchanged": True})
+            return TaskResult({}, {"unchanged": True})
         return ranked(self, [one or zero for one in found])
 
     def _matrices(self) -> Iterator[tuple[Held, Held]]:
@@ -844,17 +842,17 @@ class Whole:
         return tuple(self.held.tensors.values())
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return (Stored(self.key, dtypes.name_of(_widest(self.held)), self.held.shape),)
 
     @property
     def memory(self) -> int:
         return 2 * sum(spec.nbytes for spec in self.reads)
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         if _is_whole(self.held):
-            return produced.Taken(self.held.specs[0], self.key).make(inputs)
-        return Made({self.key: _native(self.held, inputs).contiguous()}, {"taken": True})
+            return produced.Taken(self.held.specs[0], self.key).compute(inputs)
+        return TaskResult({self.key: _native(self.held, inputs).contiguous()}, {"taken": True})
 
 
 def _difference(old: Held, new: Held, inputs: Inputs) -> Tensor | None:

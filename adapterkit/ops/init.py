@@ -21,15 +21,15 @@ from adapterkit.ops.pair import (
     targeted,
     wrappable,
 )
-from adapterkit.ops.quantize import Chosen, QuantisedModel, model_headers
+from adapterkit.ops.quantize import Chosen, QuantizedModel, model_headers
 from adapterkit.ops.quantize import targets as formats
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_model
 from adapterkit.options import StrPath, checked, choice
-from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt, identities
-from adapterkit.registry import made, members
+from adapterkit.plan import Inputs, Plan, Progress, Receipt, Task, TaskResult, identities
+from adapterkit.registry import create, members
 from adapterkit.weights.packed import Packed, read_back
-from adapterkit.weights.quantised import check_not_quantised
+from adapterkit.weights.quantized import check_not_quantized
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ def init(
 
     `method`: pissa (the principal part of each weight, arXiv:2404.02948). `targets`: which modules, `all-linear`, ends of their
     names with commas between, or a regex (default: all linear layers but the output). scale is alpha / rank (alpha / √rank with
-    `rslora`); alpha is the rank by default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written quantised
-    (QPiSSA), and the receipt has each weight's relative error beside that of plain quantisation; weights without factors are
-    quantised plainly, those that `skip` matches not at all. Load the adapter on `OUT/base`; to have it on the original afterwards:
+    `rslora`); alpha is the rank by default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written quantized
+    (QPiSSA), and the receipt has each weight's relative error beside that of plain quantization; weights without factors are
+    quantized plainly, those that `skip` matches not at all. Load the adapter on `OUT/base`; to have it on the original afterwards:
     `adapterkit rebase TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
 
     Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes PEFT change a base again.
@@ -99,27 +99,27 @@ def init(
 
 def plan_init(folder: Folder, options: Options) -> Plan:
     """Everything an initialisation will do, or `Refused`."""
-    method: Any = made("inits", options.method, {})
+    method: Any = create("inits", options.method, {})
     if not options.quantize:
         given = [
             f"--{key.replace('_', '-')}" for key, value in _chosen_options(options).items() if value
         ]
         if given:
-            found, do = (
+            found, hint = (
                 f"{', '.join(given)} without --quantize",
                 "choose modules with --targets, or give --quantize nf4",
             )
-            raise Refused(found, expected="--quantize FORMAT", where="options", do=do)
+            raise Refused(found, expected="--quantize FORMAT", where="options", hint=hint)
     base = open_checkpoint(folder)
-    check_not_quantised(base)
+    check_not_quantized(base)
     chosen = Chosen(base, {"to": options.quantize, **_chosen_options(options)})
-    bundles: dict[str, Bundle] = {}
-    factors: list[Bundle] = []
+    tasks: dict[str, Task] = {}
+    factors: list[Task] = []
     for name in _targeted(chosen, options.targets):
         key = chosen.linear[name]
         weight = chosen.weights[key]
         packed = chosen.packed.get(key)
-        bundles[key] = Rest(
+        tasks[key] = Rest(
             base.tensors[key],
             packed,
             name,
@@ -133,7 +133,7 @@ def plan_init(folder: Folder, options: Options) -> Plan:
                 name, place_of_linear(name, weight.shape), options.rank, dtypes.parse(options.dtype)
             )
         )
-    return _plan(base, chosen, bundles, factors, options)
+    return _plan(base, chosen, tasks, factors, options)
 
 
 def _targeted(chosen: Chosen, targets: str | None) -> list[str]:
@@ -148,7 +148,7 @@ def _targeted(chosen: Chosen, targets: str | None) -> list[str]:
     refuse_all([chosen.problems[name] for name in found if name in chosen.problems])
     if not found:
         raise Refused(
-            "no linear layer", expected="one or more", where=chosen.base.name, do="check --skip"
+            "no linear layer", expected="one or more", where=chosen.base.name, hint="check --skip"
         )
     return found
 
@@ -156,13 +156,13 @@ def _targeted(chosen: Chosen, targets: str | None) -> list[str]:
 def _plan(
     base: Checkpoint,
     chosen: Chosen,
-    bundles: dict[str, Bundle],
-    factors: list[Bundle],
+    tasks: dict[str, Task],
+    factors: list[Task],
     options: Options,
 ) -> Plan:
     config = chosen.config() if options.quantize else base.config
-    model = QuantisedModel(
-        base, chosen.packed if options.quantize else {}, bundles, config, "base", "init"
+    model = QuantizedModel(
+        base, chosen.packed if options.quantize else {}, tasks, config, "base", "init"
     )
     adapter = adapter_of(
         base,
@@ -176,11 +176,11 @@ def _plan(
     files = model.files(said) | adapter.files(notes)
     told = {key: value for key, value in vars(options).items() if value}
     headers = model_headers(base)
-    facts = {"modules": len(factors)} | (
+    metrics = {"modules": len(factors)} | (
         {"quantised": len(chosen.packed)} if options.quantize else {}
     )
     shards, who = (*model.shards(), adapter.shard()), identities((base.folder,), headers)
-    return Plan("init", told, (base.folder,), headers, who, shards, files, facts, tuple(notes))
+    return Plan("init", told, (base.folder,), headers, who, shards, files, metrics, tuple(notes))
 
 
 def _chosen_options(options: Options) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _chosen_options(options: Options) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rest:
-    """One weight without the part that its factors take, in its own dtype or quantised; the factors are laid aside."""
+    """One weight without the part that its factors take, in its own dtype or quantized; the factors are laid aside."""
 
     source: TensorSpec
     packed: Packed | None
@@ -212,37 +212,37 @@ class Rest:
         return (self.source,)
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return (
-            self.packed.most
+            self.packed.max_outputs
             if self.packed
             else (Stored(self.source.key, self.source.dtype, self.source.shape),)
         )
 
     @property
-    def varies(self) -> tuple[str, ...]:
-        return self.packed.varies if self.packed else ()
+    def variable_size(self) -> tuple[str, ...]:
+        return self.packed.variable_size if self.packed else ()
 
     @property
     def memory(self) -> int:
         return 24 * math.prod(self.source.shape)
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         weight = inputs.tensor(self.source)
         matrix = weight.T if self.transposed else weight
         a, b = factors_of(self.method.part(matrix.contiguous(), self.rank), self.rank, self.scale)
         taken = (b * self.scale) @ a
         taken = taken.T if self.transposed else taken
         size = norm(weight) or 1.0
-        facts: dict[str, Any] = {"taken": short(norm(taken) / size)}
-        aside = {f"{self.module}.a": a, f"{self.module}.b": b}
+        metrics: dict[str, Any] = {"taken": short(norm(taken) / size)}
+        handoff = {f"{self.module}.a": a, f"{self.module}.b": b}
         rest = weight - taken
         if self.packed is None:
             stored = rest.to(dtypes.torch_dtype(self.source.dtype))
-            facts["error"] = short(norm(stored.float() - rest) / size)
-            return Made({self.source.key: stored}, facts, aside)
+            metrics["error"] = short(norm(stored.float() - rest) / size)
+            return TaskResult({self.source.key: stored}, metrics, handoff)
         plain = read_back(self.packed, self.packed.encode(weight))
-        facts["error_plain"] = short(norm(plain.sub_(weight)) / size)
+        metrics["error_plain"] = short(norm(plain.sub_(weight)) / size)
         tensors = self.packed.encode(rest)
-        facts["error"] = short(norm(read_back(self.packed, tensors).sub_(rest)) / size)
-        return Made(tensors, facts, aside)
+        metrics["error"] = short(norm(read_back(self.packed, tensors).sub_(rest)) / size)
+        return TaskResult(tensors, metrics, handoff)

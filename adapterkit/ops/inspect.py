@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import dtypes
-from adapterkit.adapter import CONFIG, Adapter, Lora, see_adapter
+from adapterkit.adapter import CONFIG, Adapter, Lora, scan_adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import (
     NOT_A_MODEL,
-    Seen,
+    Scan,
     no_model,
     other_lora,
     pickles,
-    see_checkpoint,
+    scan_checkpoint,
     weight_files,
 )
 from adapterkit.errors import Damaged, Refused, shown
@@ -28,7 +28,7 @@ from adapterkit.ops import inspect_report
 from adapterkit.ops.settings import printable
 from adapterkit.ops.sources import open_model, open_source
 from adapterkit.options import StrPath, checked
-from adapterkit.weights.quantised import SAID, check_not_quantised
+from adapterkit.weights.quantized import SAID, check_not_quantized
 
 if TYPE_CHECKING:
     from adapterkit.ops.inspect_factors import Join
@@ -55,7 +55,7 @@ def inspect(
       inspect       1, the version of this schema
       kind          "base", "adapter" or "file"
       name, origin  the folder's name, and what a receipt would say of it (repo, revision)
-      parameters    elements of all tensors; of a quantised base those of the storage
+      parameters    elements of all tensors; of a quantized base those of the storage
       bytes         of the weight files
       dtypes        {dtype: {tensors, parameters, bytes}}
       shards        [{file, bytes, tensors}]; tensors null where the header cannot be read
@@ -112,12 +112,12 @@ def _refuse_options(
     options = {"--base": base, "--plot": plot, "--download": download or None}
     given = " and ".join(name for name, value in options.items() if value is not None)
     if given:
-        do = f"leave {given} out" + (", or give --download" if "download" in found else "")
+        hint = f"leave {given} out" + (", or give --download" if "download" in found else "")
         raise Refused(
             found,
             expected=f"an adapter whose factors are read, for {given}",
             where=folder.name,
-            do=do,
+            hint=hint,
         )
 
 
@@ -129,7 +129,7 @@ def _kind(folder: Folder) -> str:
             "not a .safetensors file",
             expected="a .safetensors file or a folder",
             where=folder.name,
-            do="check the path",
+            hint="check the path",
         )
     here = [name for name in folder.files() if "/" not in name]
     if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
@@ -149,7 +149,7 @@ def _kind(folder: Folder) -> str:
         "neither a checkpoint nor an adapter",
         expected=f"safetensors files, config.json or {CONFIG}",
         where=folder.name,
-        do=f"name a subfolder: {', '.join(map(shown, nested[:SHOWN]))}"
+        hint=f"name a subfolder: {', '.join(map(shown, nested[:SHOWN]))}"
         if nested
         else "check the path",
     )
@@ -159,7 +159,7 @@ def _kind(folder: Folder) -> str:
 
 
 def _base(folder: Folder) -> dict[str, Any]:
-    seen = see_checkpoint(folder)
+    seen = scan_checkpoint(folder)
     _check_files(seen)
     quantization = _quantization(seen)
     _check_tensors(seen, mixed=quantization is not None)
@@ -169,12 +169,12 @@ def _base(folder: Folder) -> dict[str, Any]:
         "classes": classes if isinstance(classes, list) else [],
         "model_type": seen.config.get("model_type"),
     }
-    facts = {"architecture": printable(architecture), "tied": tied, "quantization": quantization}
-    return _result("base", seen) | facts | _ends(seen)
+    metrics = {"architecture": printable(architecture), "tied": tied, "quantization": quantization}
+    return _result("base", seen) | metrics | _ends(seen)
 
 
 def _file(folder: Folder) -> dict[str, Any]:
-    seen, other = Seen(folder), other_lora(folder)
+    seen, other = Scan(folder), other_lora(folder)
     seen.header(other[0] if other is not None else next(iter(folder.files())))
     quantization = _quantization(seen)
     _check_tensors(seen, mixed=quantization is not None)
@@ -190,21 +190,21 @@ def _file(folder: Folder) -> dict[str, Any]:
     return _result("file", seen) | {"quantization": quantization} | _ends(seen)
 
 
-def _problem(seen: Seen, found: str, expected: str, do: str, where: str = "") -> None:
-    seen.note(Damaged(found, expected=expected, where=where or seen.folder.name, do=do))
+def _problem(seen: Scan, found: str, expected: str, hint: str, where: str = "") -> None:
+    seen.note(Damaged(found, expected=expected, where=where or seen.folder.name, hint=hint))
 
 
-def _check_files(seen: Seen) -> None:
+def _check_files(seen: Scan) -> None:
     """What lies beside the weights and may be taken for them, and an index whose total is another."""
     files = seen.folder.files()
     stray = [name for name in weight_files(seen.folder) if name not in seen.shards]
     if stray:
-        do = "nothing, if nothing loads them; else move them away"
+        hint = "nothing, if nothing loads them; else move them away"
         _problem(
             seen,
             f"weights that are not part of the model: {_some(stray)}",
             "the model's shards alone",
-            do,
+            hint,
         )
     _check_pickles(seen, "the weights")
     if "config.json" not in files:
@@ -225,20 +225,20 @@ def _check_files(seen: Seen) -> None:
         )
 
 
-def _check_pickles(seen: Seen, beside: str) -> None:
+def _check_pickles(seen: Scan, beside: str) -> None:
     pickled = pickles(seen.folder)
     if pickled and seen.shards:  # where they are all there is, they are refused in other words
-        do = "remove them: loading a pickle runs the code in it"
-        _problem(seen, f"pickles beside {beside}: {_some(pickled)}", "safetensors files", do)
+        hint = "remove them: loading a pickle runs the code in it"
+        _problem(seen, f"pickles beside {beside}: {_some(pickled)}", "safetensors files", hint)
 
 
-def _check_tensors(seen: Seen, *, mixed: bool) -> None:
-    """Empty tensors, and floats of several dtypes unless quantisation accounts for them."""
+def _check_tensors(seen: Scan, *, mixed: bool) -> None:
+    """Empty tensors, and floats of several dtypes unless quantization accounts for them."""
     tensors = seen.tensors.values()
     empty = [spec.key for spec in tensors if 0 in spec.shape]
     if empty:
-        do = "gather the shards before saving (ZeRO-3, FSDP)"
-        _problem(seen, f"{len(empty)} empty tensors: {_some(empty)}", "tensors with elements", do)
+        hint = "gather the shards before saving (ZeRO-3, FSDP)"
+        _problem(seen, f"{len(empty)} empty tensors: {_some(empty)}", "tensors with elements", hint)
     floats = {
         name: count["tensors"] for name, count in _dtypes(tensors).items() if name in dtypes.FLOATS
     }
@@ -252,24 +252,26 @@ def _check_tensors(seen: Seen, *, mixed: bool) -> None:
         )
 
 
-def _tied(seen: Seen) -> dict[str, Any]:
+def _tied(seen: Scan) -> dict[str, Any]:
     said = _nested(seen.config, "tie_word_embeddings")
     heads = [key for key in seen.tensors if HEAD.search(key)]
     if said is True and any(key.endswith("lm_head.weight") for key in heads):
-        do = "set tie_word_embeddings to false if the head was trained apart, else drop it"
+        hint = "set tie_word_embeddings to false if the head was trained apart, else drop it"
         _problem(
             seen,
             "lm_head.weight is stored, and tie_word_embeddings is true",
             "one of them: a loader may drop the head",
-            do,
+            hint,
         )
     classes = seen.config.get("architectures")
     causal = isinstance(classes, list) and any(
         str(name).endswith("ForCausalLM") for name in classes
     )
     if said is False and causal and seen.tensors and not heads and seen.whole:
-        do = "set tie_word_embeddings to true if the embedding is the head, else restore the head"
-        _problem(seen, "no head is stored, and tie_word_embeddings is false", "lm_head.weight", do)
+        hint = "set tie_word_embeddings to true if the embedding is the head, else restore the head"
+        _problem(
+            seen, "no head is stored, and tie_word_embeddings is false", "lm_head.weight", hint
+        )
     return {"config": said, "head_stored": bool(heads)}
 
 
@@ -286,22 +288,22 @@ def _nested(config: dict, key: str) -> bool | None:
     return next((value for value in values if isinstance(value, bool)), None)
 
 
-def _quantization(seen: Seen) -> dict[str, Any] | None:
+def _quantization(seen: Scan) -> dict[str, Any] | None:
     try:
-        check_not_quantised(seen.checkpoint())
+        check_not_quantized(seen.checkpoint())
     except Refused as error:
         config = next(
             (seen.config[key] for key in SAID if isinstance(seen.config.get(key), dict)), None
         )
         return {
-            "found": error.found.removeprefix("a quantised base: "),
+            "found": error.found.removeprefix("a quantized base: "),
             "config": printable(config),
         }
     return None
 
 
-def _result(kind: str, seen: Seen) -> dict[str, Any]:
-    """The facts that every kind has, in the order of the schema."""
+def _result(kind: str, seen: Scan) -> dict[str, Any]:
+    """The metrics that every kind has, in the order of the schema."""
     files = seen.folder.files()
     tensors = [spec for header in seen.headers for spec in header.tensors]
     shards = [
@@ -327,10 +329,11 @@ def _result(kind: str, seen: Seen) -> dict[str, Any]:
     }
 
 
-def _ends(seen: Seen, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def _ends(seen: Scan, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     different = {str(error): error for error in seen.errors}.values()
     parts = [
-        {"found": e.found, "expected": e.expected, "where": e.where, "do": e.do} for e in different
+        {"found": e.found, "expected": e.expected, "where": e.where, "do": e.hint}
+        for e in different
     ]
     return {"readable": seen.readable, "problems": printable(parts), "modules": modules or []}
 
@@ -357,26 +360,26 @@ def _adapter(
     folder: Folder, on: Folder | None, reads: bool, progress: "Progress"
 ) -> dict[str, Any]:
     """An adapter; `on`: its base, `reads`: whether the factors are read."""
-    adapter, seen, typed = see_adapter(folder)
+    adapter, seen, typed = scan_adapter(folder)
     _check_tensors(seen, mixed=False)
     _check_pickles(seen, "the adapter")
     others = weight_files(folder)
     if others:
-        do = "inspect a model in a folder of its own"
+        hint = "inspect a model in a folder of its own"
         _problem(
-            seen, f"other weights beside the adapter's: {_some(others)}", "the adapter alone", do
+            seen, f"other weights beside the adapter's: {_some(others)}", "the adapter alone", hint
         )
     modules = _modules(adapter, typed, on, reads, seen, progress)
-    facts = (
+    metrics = (
         _result("adapter", seen)
         | _said(adapter)
         | {"groups": _groups(modules), "statistics": reads}
     )
-    return facts | _ends(seen, modules)
+    return metrics | _ends(seen, modules)
 
 
 def _modules(
-    adapter: Adapter, typed: bool, on: Folder | None, reads: bool, seen: Seen, progress: "Progress"
+    adapter: Adapter, typed: bool, on: Folder | None, reads: bool, seen: Scan, progress: "Progress"
 ) -> list[dict[str, Any]]:
     if not reads:
         return _in_order([_module(adapter, lora, None, typed, seen) for lora in adapter.loras])
@@ -419,7 +422,7 @@ def _said(adapter: Adapter) -> dict[str, Any]:
             "target_parameters",
         )
     }
-    facts = {
+    metrics = {
         "format": "peft",
         "base": said("base_model_name_or_path"),
         **{key: said(key) for key in ("peft_type", "revision", "task_type", "peft_version")},
@@ -430,11 +433,11 @@ def _said(adapter: Adapter) -> dict[str, Any]:
             {"module": tokens.module, "rows": list(tokens.indices)} for tokens in adapter.tokens
         ],
     }
-    return printable(facts)
+    return printable(metrics)
 
 
 def _module(
-    adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, seen: Seen
+    adapter: Adapter, lora: Lora, joined: "Join | None", typed: bool, seen: Scan
 ) -> dict[str, Any]:
     """One adapted module, by its header and the config; what its factors do is filled in later."""
     at, stored = (lora.module, lora.depth), lora.a.shape[0]
@@ -453,8 +456,8 @@ def _module(
         experts = stored // rank
     if rank is not None and stored != rank * (experts or 1):
         found = f"rank {stored} in the file for {shown(lora.module)}"
-        do = "restore the config that was saved with the file (a wrong rank means a wrong scale)"
-        _problem(seen, found, f"rank {rank}, as r and rank_pattern say", do, adapter.where)
+        hint = "restore the config that was saved with the file (a wrong rank means a wrong scale)"
+        _problem(seen, found, f"rank {rank}, as r and rank_pattern say", hint, adapter.where)
         rank = scale = None
     place = {
         "module": lora.module,
@@ -468,7 +471,7 @@ def _module(
 
 
 def _settings(
-    adapter: Adapter, lora: Lora, parameter: str | None, seen: Seen
+    adapter: Adapter, lora: Lora, parameter: str | None, seen: Scan
 ) -> tuple[int | None, float | None, float | None]:
     """Rank, alpha and scale as the config says, which speaks of a module, or of its parameter where that has a name of its own."""
     own = None if parameter is None else [parameter.rpartition(".")[2]]

@@ -23,7 +23,7 @@ from adapterkit.ops.changes import collect
 from adapterkit.ops.job import Job, Options
 from adapterkit.plan import Progress
 from adapterkit.weights.names import Parameter
-from adapterkit.weights.quantised import check_not_quantised
+from adapterkit.weights.quantized import check_not_quantized
 from adapterkit.weights.slots import Slot
 
 BLOCK = 4 << 20  # bytes that are read at a time, of all but factors
@@ -41,7 +41,7 @@ class Join:
 def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
     """Lay the adapter on the base as a merge would; what a merge refuses of the adapter becomes a problem."""
     base = open_checkpoint(on)
-    check_not_quantised(base)
+    check_not_quantized(base)
     job = Job(
         base, [adapter], [1.0], Options(expert_layout="peft-0.19")
     )  # a norm is the same in either layout
@@ -151,7 +151,7 @@ def _unlike(lora: Lora) -> AdapterkitError:
         f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",
         expected="as many columns of b as rows of a",
         where=lora.a.file,
-        do="save the adapter again (of a grouped convolution: such factors cannot be read here)",
+        hint="save the adapter again (of a grouped convolution: such factors cannot be read here)",
     )
 
 
@@ -161,7 +161,7 @@ def _too_large(lora: Lora) -> AdapterkitError:
         found,
         expected="finite values",
         where=lora.a.file,
-        do="the training run diverged: use an earlier save",
+        hint="the training run diverged: use an earlier save",
     )
 
 
@@ -170,7 +170,7 @@ def _not_finite(file: str, key: str, what: str) -> AdapterkitError:
         f"{what} that are not finite (NaN or infinity)",
         expected="finite values",
         where=f"{file}: {shown(key)}",
-        do="the training run diverged: use an earlier save",
+        hint="the training run diverged: use an earlier save",
     )
 
 
@@ -201,7 +201,7 @@ def _norm(
     if packed is not None:
         found = f"{shown(packed)} is {base.tensors[packed].dtype}"
         problems.append(
-            Refused(found, expected="a float weight", where=base.name, do="dequantise the base")
+            Refused(found, expected="a float weight", where=base.name, hint="dequantize the base")
         )
         return None
     total = sum(
@@ -211,7 +211,7 @@ def _norm(
         return math.sqrt(total)
     found = f"the norm of {shown(parameter.name)} is {'not finite' if total else 'zero'}"
     problems.append(
-        Damaged(found, expected="a weight to compare with", where=base.name, do="check the base")
+        Damaged(found, expected="a weight to compare with", where=base.name, hint="check the base")
     )
     return None
 

@@ -15,8 +15,8 @@ MODULE = ["module", "rank", "scale", "trained", "norm", "relative", "effective_r
 def table(result: dict[str, Any]) -> str:
     """The result as lines for a terminal."""
     lines = [f"{result['kind']} {shown(result['name'])}"]
-    facts = _facts(result) + (_adapter_facts(result) if result["kind"] == "adapter" else [])
-    lines += [f"  {name:16} {shown(text)}" for name, text in facts if text]
+    metrics = _metrics(result) + (_adapter_metrics(result) if result["kind"] == "adapter" else [])
+    lines += [f"  {name:16} {shown(text)}" for name, text in metrics if text]
     modules = result["modules"]
     if modules:
         lines += ["", *_columns(GROUP, result["groups"])]
@@ -32,7 +32,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_problems(result["problems"])])
 
 
-def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, text) of what every kind has; an empty text is left out."""
     count = len(result["shards"])
     kinds = ", ".join(f"{name} {held['parameters']:,}" for name, held in result["dtypes"].items())
@@ -40,19 +40,19 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
         result[key] or {} for key in ("architecture", "tied", "quantization")
     )
     names = [*architecture.get("classes", []), architecture.get("model_type")]
-    facts = [
+    metrics = [
         ("architecture", ", ".join(str(name) for name in names if name)),
         ("parameters", f"{result['parameters']:,}" + (f" ({kinds})" if kinds else "")),
         ("bytes", f"{result['bytes']:,} in {count} file{'s' if count != 1 else ''}"),
-        ("quantisation", quantization.get("found", "none" if result["kind"] == "base" else "")),
+        ("quantization", quantization.get("found", "none" if result["kind"] == "base" else "")),
     ]
     if tied:
         said = {True: "yes", False: "no", None: "the config does not say"}[tied["config"]]
-        facts.append(("tied", f"{said}; a head is {'' if tied['head_stored'] else 'not '}stored"))
-    return facts
+        metrics.append(("tied", f"{said}; a head is {'' if tied['head_stored'] else 'not '}stored"))
+    return metrics
 
 
-def _adapter_facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _adapter_metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
     saved = result["modules_to_save"]
     return [
         (
@@ -122,10 +122,10 @@ def _problems(problems: list[dict[str, str]]) -> list[str]:
         kinds.setdefault(re.sub(r"\S+\.\S+|\d+", "#", problem["found"]), []).append(problem)
     lines = [f"problems: {len(problems) or 'none'}"]
     for same in list(kinds.values())[:MOST]:
-        found, expected, where, do = (
+        found, expected, where, hint = (
             same[0][part] for part in ("found", "expected", "where", "do")
         )
-        lines.append(f"- {AdapterkitError(found, expected=expected, where=where, do=do)}")
+        lines.append(f"- {AdapterkitError(found, expected=expected, where=where, hint=hint)}")
         lines += [f"  and {len(same) - 1} more like it"] * (len(same) > 1)
     return lines + [f"and {len(kinds) - MOST} more kinds of problems; --json lists all"] * (
         len(kinds) > MOST
@@ -139,13 +139,16 @@ def check_plot(path: Path) -> None:
     """`Refused` before any work where the picture could not be drawn."""
     if path.suffix != ".png" or not path.parent.is_dir():
         expected = "a file name ending in .png, in a folder that exists"
-        raise Refused(shown(path), expected=expected, where="--plot", do="give another name")
+        raise Refused(shown(path), expected=expected, where="--plot", hint="give another name")
     try:
         import matplotlib  # noqa: F401, only to see before any work whether it is there
     except ImportError as error:
-        do = "pip install 'adapterkit[plot]'"
+        hint = "pip install 'adapterkit[plot]'"
         raise Refused(
-            "matplotlib is not installed", expected="matplotlib 3.8 or newer", where="--plot", do=do
+            "matplotlib is not installed",
+            expected="matplotlib 3.8 or newer",
+            where="--plot",
+            hint=hint,
         ) from error
 
 
@@ -161,7 +164,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             "no norms to draw",
             expected=expected,
             where=result["name"],
-            do="see its problems without --plot",
+            hint="see its problems without --plot",
         )
     rows, columns, values = grid(result["modules"], "relative" if relative else "norm")
     figure = Figure(
@@ -180,7 +183,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
         raise Failed(
-            f"cannot write: {error.strerror}", where=str(path), do="check the disk and the folder"
+            f"cannot write: {error.strerror}", where=str(path), hint="check the disk and the folder"
         ) from error
 
 

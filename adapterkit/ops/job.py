@@ -170,7 +170,7 @@ class Job:
             f"{shown(key)}: the base has no {shown(name)}",
             expected="only parameters of the base",
             where=adapter.given,
-            do="check that the adapter was trained on this base" + self._hint(),
+            hint="check that the adapter was trained on this base" + self._hint(),
         )
 
     def _hint(self) -> str:
@@ -183,7 +183,7 @@ class Job:
             f"{shown(key)}: shape {found}",
             expected=f"one that fits the base's {expected}",
             where=adapter.given,
-            do="check that the adapter was trained on this base",
+            hint="check that the adapter was trained on this base",
         )
 
 

@@ -1,4 +1,4 @@
-"""loftq: a quantised base and the adapter that makes up for what quantisation loses (LoftQ, arXiv:2310.08659)."""
+"""loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ, arXiv:2310.08659)."""
 
 import math
 import shlex
@@ -35,27 +35,27 @@ from adapterkit.ops.pair import (
     targeted,
     wrappable,
 )
-from adapterkit.ops.quantize import Chosen, Quantised, QuantisedModel, model_headers
+from adapterkit.ops.quantize import Chosen, Quantized, QuantizedModel, model_headers
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_model, open_source
 from adapterkit.ops.stats import covariances, given, room, root_of
 from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
-from adapterkit.plan import Bundle, Computed, Inputs, Made, Plan, Progress, Receipt, identities
+from adapterkit.plan import Computed, Inputs, Plan, Progress, Receipt, Task, TaskResult, identities
 from adapterkit.weights.decoded import decoded
 from adapterkit.weights.names import Names
 from adapterkit.weights.packed import Packed, read_back
-from adapterkit.weights.quantised import check_not_quantised
+from adapterkit.weights.quantized import check_not_quantized
 
 BITS = {4: "nf4", 8: "int8"}
 OPEN = {"quantized": open_model, "stats": open_source}
-NOT_QUANTISED = "not quantised"
+NOT_QUANTISED = "not quantized"
 CANCELLED = (
     1e-3  # of what was lost: what is left is not taken from a difference of the two below this
 )
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 Accept = Callable[[str, Tensor, Tensor], bool]  # (module, a, b) -> whether its factors are kept
-SUMMARY = "LoftQ: for its quantised base alone, not for the original"
+SUMMARY = "LoftQ: for its quantized base alone, not for the original"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Options:
                     f"--bits-for {text!r}",
                     expected="RE=4 or RE=8",
                     where="options",
-                    do="give a regex and bits",
+                    hint="give a regex and bits",
                 )
             found.append((matcher(regex, "--bits-for"), MIXED[int(bits)]))
         return found
@@ -128,14 +128,14 @@ def loftq(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Initialise a quantised base and an adapter together: W ≈ Q + scale·b@a, weight by weight.
+    """Initialise a quantized base and an adapter together: W ≈ Q + scale·b@a, weight by weight.
 
-    Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all rounds, plain quantisation
+    Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all rounds, plain quantization
     included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept. `OUT/base` is the packed base (`bits` 4: nf4, with
     `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `RE=BITS`,
     other bits for some modules, of several that match the last; bitsandbytes has one width for a model, so the base is then
     compressed-tensors' (w4a16, w8a16). `targets`: which modules get factors, `all-linear`, ends of their
-    names with commas between, or a regex (default: all that are quantised). scale is
+    names with commas between, or a regex (default: all that are quantized). scale is
     alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. The receipt has each module's relative error before
     and after. Raises `Refused` before anything is written.
 
@@ -143,7 +143,7 @@ def loftq(
     scaled); then errors are those of its outputs, ‖(W - Q - scale·b@a) C^½‖_F, in the choice of the factors, of the round and in
     the receipt; `damping` is what was added to C, relative to its diagonal's mean.
 
-    With `quantized`, a quantised checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one step on
+    With `quantized`, a quantized checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one step on
     W - decode(Q). There `accept(module, a, b)` is asked of each module in turn, in the order of the file, whether its factors are
     kept; where not, b becomes zero. A text is a command: it gets the module's name and a safetensors file with a and b, and keeps
     them by status 0, rolls back by 1.
@@ -184,7 +184,7 @@ def plan_loftq(
     """Everything LoftQ will do, or `Refused`."""
     _check(options, quantized is not None, accept is not None)
     base = open_checkpoint(folder)
-    check_not_quantised(base)
+    check_not_quantized(base)
     others = [
         open_checkpoint(other, number)
         for number, other in enumerate((o for o in (quantized, stats) if o is not None), 1)
@@ -192,18 +192,18 @@ def plan_loftq(
     seen = others[-1] if stats is not None else None
     if quantized is not None:
         notes: list[str] = []
-        output, facts = _for_kept(base, others[0], seen, options, notes)
-        output = output if accept is None else replace(output, settle=partial(_asked, accept))
+        output, metrics = _for_kept(base, others[0], seen, options, notes)
+        output = output if accept is None else replace(output, finalize=partial(_asked, accept))
         shards, files = (output.shard(),), output.files(notes)
     else:
-        shards, files, notes, facts = _both(base, seen, options)
+        shards, files, notes, metrics = _both(base, seen, options)
     headers, inputs = model_headers(base), (base, *others)
     for number, other in enumerate(others, 1):
         headers |= produced.model_headers(other, number)
     folders = tuple(one.folder for one in inputs)
     told = {key: value for key, value in vars(options).items() if value}
     return Plan(
-        "loftq", told, folders, headers, identities(folders, headers), shards, files, facts, tuple(notes),
+        "loftq", told, folders, headers, identities(folders, headers), shards, files, metrics, tuple(notes),
         models=tuple(range(len(folders))), warn=_warnings,
     )  # fmt: skip
 
@@ -211,7 +211,7 @@ def plan_loftq(
 def _both(
     base: Checkpoint, stats: Checkpoint | None, options: Options
 ) -> tuple[tuple[Computed, ...], dict[str, Any], list[str], dict[str, Any]]:
-    """The files of the packed base and of the adapter beside it: computed ones, others, notes, and facts of the plan."""
+    """The files of the packed base and of the adapter beside it: computed ones, others, notes, and metrics of the plan."""
     said = {
         "block_size": options.block_size,
         "double_quant": options.double_quant,
@@ -221,8 +221,8 @@ def _both(
     chosen = Chosen(base, {"to": to, **said}, exceptions)
     for (matches, _), text in zip(exceptions, reversed(options.bits_for), strict=True):
         if not any(map(matches, chosen.modules)):
-            found, do = f"--bits-for {text!r} matches none", "check the regex"
-            raise Refused(found, expected="a quantised module", where="--bits-for", do=do)
+            found, hint = f"--bits-for {text!r} matches none", "check the regex"
+            raise Refused(found, expected="a quantized module", where="--bits-for", hint=hint)
     usable = wrappable(chosen.names, chosen.modules, chosen.notes)
     modules = {
         chosen.modules[name].key: name
@@ -236,28 +236,28 @@ def _both(
         modules = {key: name for key, name in modules.items() if name in found}
         chosen.notes += notes
     seen = covariances(stats, {name: chosen.weights[key].shape[1] for key, name in modules.items()})
-    bundles = chosen.widened()
-    factors: list[Bundle] = []
+    tasks = chosen.widened()
+    factors: list[Task] = []
     for key, name in modules.items():
         about = (options.rank, options.scale, options.iterations, seen.get(name))
-        bundles[key] = Lofted(base.tensors[key], chosen.packed[key], name, *about)
+        tasks[key] = Lofted(base.tensors[key], chosen.packed[key], name, *about)
         place = place_of_linear(name, chosen.weights[key].shape)
         factors.append(FromAside(name, place, options.rank, dtypes.parse(options.dtype)))
-    model = QuantisedModel(base, chosen.packed, bundles, chosen.config(), "base", "loftq")
+    model = QuantizedModel(base, chosen.packed, tasks, chosen.config(), "base", "loftq")
     adapter = adapter_of(
         base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter"
     )
     notes = list(chosen.notes)
     names = " and ".join(dict.fromkeys((to, *(target for _, target in exceptions))))
     files = model.files(
-        f"quantised to {names} by LoftQ: use it with the adapter beside it"
+        f"quantized to {names} by LoftQ: use it with the adapter beside it"
     ) | adapter.files(notes)
-    facts = {
+    metrics = {
         "left_out": sorted(chosen.left),
         "quantised": len(chosen.packed),
         "modules": len(factors),
     }
-    return (*model.shards(), adapter.shard()), files, notes, facts
+    return (*model.shards(), adapter.shard()), files, notes, metrics
 
 
 def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:
@@ -269,13 +269,13 @@ def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:
 
 def _for_kept(
     base: Checkpoint,
-    quantised: Checkpoint,
+    quantized: Checkpoint,
     stats: Checkpoint | None,
     options: Options,
     notes: list[str],
 ) -> tuple[produced.Output, dict[str, Any]]:
-    """The adapter alone, for a quantised base that stays as it is, and facts of the plan."""
-    plain = decoded(quantised)
+    """The adapter alone, for a quantized base that stays as it is, and metrics of the plan."""
+    plain = decoded(quantized)
     names = Names(plain, careful=True)
     errors: list[AdapterkitError] = []
     factors: list[Residual] = []
@@ -292,9 +292,11 @@ def _for_kept(
         spec = packed[key]
         original = base.tensors.get(key)
         if original is None or original.shape != spec.shape or original.dtype not in dtypes.FLOATS:
-            found = f"{shown(key)}: {spec.shape} quantised, {original.shape if original else 'nothing'} in {base.name}"
-            do = "give the original that it was quantised from"
-            errors.append(Refused(found, expected="the same weights", where=quantised.name, do=do))
+            found = f"{shown(key)}: {spec.shape} quantized, {original.shape if original else 'nothing'} in {base.name}"
+            hint = "give the original that it was quantized from"
+            errors.append(
+                Refused(found, expected="the same weights", where=quantized.name, hint=hint)
+            )
             continue
         turned = names.layer(name) == "Conv1D"
         shape = spec.shape[::-1] if turned else spec.shape
@@ -314,10 +316,10 @@ def _for_kept(
     refuse_all(errors)
     if not factors:
         raise Refused(
-            "no quantised weights to make up for",
+            "no quantized weights to make up for",
             expected="one or more",
-            where=quantised.name,
-            do="check --targets",
+            where=quantized.name,
+            hint="check --targets",
         )
     seen = covariances(stats, {one.name: one.place.a_tail[0] for one in factors})
     factors = [replace(one, covariance=seen.get(one.name)) for one in factors]
@@ -331,23 +333,23 @@ def _check(options: Options, kept: bool, asked: bool) -> None:
             "--accept without --quantized",
             expected="both",
             where="options",
-            do="give --quantized, or leave it out",
+            hint="give --quantized, or leave it out",
         )
     if options.bits_for and kept:
         raise Refused(
             "--bits-for with --quantized",
             expected="one of them",
             where="options",
-            do="leave one out",
+            hint="leave one out",
         )
     if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
         found = "--double-quant or --block-size with --bits 8"
-        raise Refused(found, expected="--bits 4", where="options", do="leave it out")
+        raise Refused(found, expected="--bits 4", where="options", hint="leave it out")
 
 
 @dataclass(frozen=True)
-class Lofted(Quantised):
-    """One weight quantised together with the factors that make up for it; the factors are laid aside for the adapter's file."""
+class Lofted(Quantized):
+    """One weight quantized together with the factors that make up for it; the factors are laid aside for the adapter's file."""
 
     module: str
     rank: int  # filled up with zeros where the weight has fewer
@@ -363,7 +365,7 @@ class Lofted(Quantised):
     def memory(self) -> int:
         return 24 * math.prod(self.packed.shape) + room(self.covariance)
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         weight = inputs.tensor(self.source)
         turned = weight.shape != self.packed.shape or getattr(self.packed, "transposed", False)
         root, said = root_of(inputs, self.covariance)
@@ -371,13 +373,13 @@ class Lofted(Quantised):
         out, width = (weight.shape[1], weight.shape[0]) if turned else weight.shape
         nothing = Svd(weight.new_zeros(out, 1), weight.new_zeros(1), weight.new_zeros(1, width))
         a, b = factors_of(found.svd or nothing, self.rank, self.scale)
-        facts = {
+        metrics = {
             "error": short(found.before),
             "error_after": short(found.after),
             "iterations": found.round,
             **said,
         }
-        return Made(found.stored, facts, {f"{self.module}.a": a, f"{self.module}.b": b})
+        return TaskResult(found.stored, metrics, {f"{self.module}.a": a, f"{self.module}.b": b})
 
 
 @dataclass
@@ -451,7 +453,7 @@ def _long(svd: Svd, matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Residual:
-    """One module's factors for a quantised weight that stays: the best approximation of W - decode(Q), in one step."""
+    """One module's factors for a quantized weight that stays: the best approximation of W - decode(Q), in one step."""
 
     name: str
     original: TensorSpec
@@ -468,14 +470,14 @@ class Residual:
         return (self.original, *self.packed.parts, *given(self.covariance))
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return produced.bounds(self.place, self.rank, self.dtype)
 
     @property
     def memory(self) -> int:
         return 16 * math.prod(self.packed.shape) + room(self.covariance)
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         weight = inputs.tensor(self.original)
         root, said = root_of(inputs, self.covariance)
         size = norm(_weighted(weight.T if self.turned else weight, root)) or 1.0
@@ -487,8 +489,8 @@ class Residual:
         svd = seen if root is None else projected(seen.u, rest)
         a, b = factors_of(svd, self.rank, self.scale)
         dtype = dtypes.torch_dtype(self.dtype)
-        facts = {"rank": self.rank, "error": short(before), "error_after": short(after), **said}
-        return Made({self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, facts)
+        metrics = {"rank": self.rank, "error": short(before), "error_after": short(after), **said}
+        return TaskResult({self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, metrics)
 
 
 def by_command(command: str) -> Accept:
@@ -500,12 +502,12 @@ def by_command(command: str) -> Accept:
             save_file({"a": a.contiguous().cpu(), "b": b.contiguous().cpu()}, path)
             status = subprocess.run([*shlex.split(command), module, path], check=False).returncode
         if status not in (0, 1):
-            do = "mend the command"
+            hint = "mend the command"
             raise Failed(
                 f"--accept ended with status {status} at {shown(module)}",
                 expected="0 or 1",
                 where=command,
-                do=do,
+                hint=hint,
             )
         return status == 0
 
@@ -513,30 +515,34 @@ def by_command(command: str) -> Accept:
 
 
 def _asked(
-    accept: Accept, bundles: Sequence[Bundle]
-) -> Callable[[list[dict]], list[Callable[[Made], Made]]]:
+    accept: Accept, tasks: Sequence[Task]
+) -> Callable[[list[dict]], list[Callable[[TaskResult], TaskResult]]]:
     """What becomes of each module: asked one after the other, so that each answer can stand on those before."""
-    return lambda facts: [partial(_answered, accept, bundle) for bundle in bundles]
+    return lambda metrics: [partial(_answered, accept, task) for task in tasks]
 
 
-def _answered(accept: Accept, bundle: Any, made: Made) -> Made:
-    a, b = (cast(Tensor, made.tensors[key]) for key in (bundle.place.a_key, bundle.place.b_key))
-    if accept(bundle.name, a, b):
-        return Made(made.tensors, made.facts | {"accepted": True})
-    tensors = {bundle.place.a_key: a, bundle.place.b_key: torch.zeros_like(b)}
-    return Made(tensors, made.facts | {"accepted": False, "error_after": made.facts["error"]})
+def _answered(accept: Accept, task: Any, made: TaskResult) -> TaskResult:
+    a, b = (cast(Tensor, made.tensors[key]) for key in (task.place.a_key, task.place.b_key))
+    if accept(task.name, a, b):
+        return TaskResult(made.tensors, made.metrics | {"accepted": True})
+    tensors = {task.place.a_key: a, task.place.b_key: torch.zeros_like(b)}
+    return TaskResult(
+        tensors, made.metrics | {"accepted": False, "error_after": made.metrics["error"]}
+    )
 
 
-def _warnings(facts: dict[str, dict]) -> list[str]:
+def _warnings(metrics: dict[str, dict]) -> list[str]:
     """Modules that factors did not help."""
     tried = {
-        key: fact
-        for key, fact in facts.items()
-        if "error_after" in fact and fact.get("accepted", True)
+        key: metric
+        for key, metric in metrics.items()
+        if "error_after" in metric and metric.get("accepted", True)
     }
-    worse = sorted(key for key, fact in tried.items() if fact["error_after"] >= fact["error"] > 0)
+    worse = sorted(
+        key for key, metric in tried.items() if metric["error_after"] >= metric["error"] > 0
+    )
     if not worse:
         return []
     return [
-        f"WARNING: no round of {len(worse)} modules was better than plain quantisation, e.g. {', '.join(worse[:3])}"
+        f"WARNING: no round of {len(worse)} modules was better than plain quantization, e.g. {', '.join(worse[:3])}"
     ]

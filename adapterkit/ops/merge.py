@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from adapterkit import dtypes
-from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, see_adapter
+from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, scan_adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import Stored
@@ -23,14 +23,14 @@ from adapterkit.ops.history import held_by, notes_on
 from adapterkit.ops.job import Job, Options
 from adapterkit.ops.produced import carry_out
 from adapterkit.ops.quantize import CHANGED_BY
-from adapterkit.ops.requantised import lost, shard_of, shards_of_size
+from adapterkit.ops.requantized import lost, shard_of, shards_of_size
 from adapterkit.ops.sources import open_model, open_weighted
 from adapterkit.ops.steps import steps_of
 from adapterkit.options import Sources, StrPath, checked, parse_size
 from adapterkit.plan import Computed, Plan, Progress, Receipt, Shard, Step, identities, sha256_of
 from adapterkit.weights.decoded import decoded, files_saying, packed_in
 from adapterkit.weights.packed import Packed, check_writable
-from adapterkit.weights.quantised import check_not_quantised
+from adapterkit.weights.quantized import check_not_quantized
 
 
 @checked()
@@ -128,7 +128,7 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     """Everything a merge will do, or `Refused` with all that cannot be done. `sources`: the adapters and their weights."""
     _check_options(options)
     if not sources:
-        raise Refused("no adapter", expected="one or more", do="name the adapters after the base")
+        raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     read, errors = _read(sources)
     try:
         checkpoint = open_checkpoint(base)
@@ -159,7 +159,7 @@ def _read(sources: list[tuple[Folder, float]]) -> tuple[list[Adapter], list[Adap
     read: list[Adapter] = []
     errors: list[AdapterkitError] = []
     for number, (source, _) in enumerate(sources, start=1):
-        adapter, seen, typed = see_adapter(source, number)
+        adapter, seen, typed = scan_adapter(source, number)
         errors += seen.errors
         if typed and seen.headers:
             read.append(adapter)
@@ -169,75 +169,81 @@ def _read(sources: list[tuple[Folder, float]]) -> tuple[list[Adapter], list[Adap
 def plan_on_twin(
     base: StrPath, base16: StrPath, sources: list[tuple[Folder, float]], options: Options
 ) -> Plan:
-    """A merge into the 16-bit original of the quantised base that the adapters were trained on; `Refused` if it is none."""
-    quantised, twin = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
+    """A merge into the 16-bit original of the quantized base that the adapters were trained on; `Refused` if it is none."""
+    quantized, twin = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
     errors: list[AdapterkitError] = []
-    packed = packed_in(decoded(quantised).tensors)
+    packed = packed_in(decoded(quantized).tensors)
     made_by = next(
-        (m for header in quantised.shards.values() if (m := header.metadata.get(CHANGED_BY))), None
+        (m for header in quantized.shards.values() if (m := header.metadata.get(CHANGED_BY))), None
     )
     if not packed:
-        do = "leave --base16 out"
+        hint = "leave --base16 out"
         errors.append(
             Refused(
-                "no quantised weights", expected="a quantised base", where=quantised.name, do=do
+                "no quantized weights", expected="a quantized base", where=quantized.name, hint=hint
             )
         )
     if made_by:
-        found, do = (
+        found, hint = (
             f"a base made by {made_by}: what its adapter makes up for is not in the original",
             "merge into the base itself",
         )
         errors.append(
-            Refused(found, expected="a quantised copy of the original", where=quantised.name, do=do)
+            Refused(
+                found, expected="a quantized copy of the original", where=quantized.name, hint=hint
+            )
         )
-    check_not_quantised(twin)
+    check_not_quantized(twin)
     for spec in packed:
         other = twin.tensors.get(spec.key)
         if other is None or other.shape != spec.shape:
             found = (
                 f"{shown(spec.key)} {spec.shape}, {other.shape if other else 'none'} in {twin.name}"
             )
-            do = "give the model that the base was quantised from"
-            errors.append(Refused(found, expected="the same weights", where=quantised.name, do=do))
+            hint = "give the model that the base was quantized from"
+            errors.append(
+                Refused(found, expected="the same weights", where=quantized.name, hint=hint)
+            )
     refuse_all(errors)
     plan = plan_merge(twin.folder, sources, options)
     return replace(
         plan,
         notes=(
             *plan.notes,
-            f"merged into {twin.name}; the adapters were trained on {quantised.name}",
+            f"merged into {twin.name}; the adapters were trained on {quantized.name}",
         ),
     )
 
 
 def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
-    """Whether a quantised base's weights keep their format or become floats: that one can be written, and the config says so."""
+    """Whether a quantized base's weights keep their format or become floats: that one can be written, and the config says so."""
     packed = packed_in(job.base.tensors)
     options = job.options
     where = job.original.name
     if not packed:
         if options.dequantize:
-            job.notes.append("--dequantize: the base is not quantised")
+            job.notes.append("--dequantize: the base is not quantized")
         return
     if any(spec.key != key for key, spec in job.base.tensors.items()):
-        found, do = "layer_replication on a quantised base", "dequantise the base first"
-        job.errors.append(Refused(found, expected="a base of 16 or 32 bits", where=where, do=do))
+        found, hint = "layer_replication on a quantized base", "dequantize the base first"
+        job.errors.append(
+            Refused(found, expected="a base of 16 or 32 bits", where=where, hint=hint)
+        )
     if any(step.source.dtype == "F64" and step.edits for group in steps.values() for step in group):
-        found, do = "edits of F64 weights beside quantised ones", "dequantise the base first"
-        job.errors.append(Refused(found, expected="F32, F16 or BF16", where=where, do=do))
+        found, hint = "edits of F64 weights beside quantized ones", "dequantize the base first"
+        job.errors.append(Refused(found, expected="F32, F16 or BF16", where=where, hint=hint))
     if options.dequantize:
         return
     for step in (step for group in steps.values() for step in group):
         if isinstance(job.base.tensors.get(step.key), Packed) and not isinstance(
             step.source, Packed
         ):
-            found, do = (
-                f"{shown(step.key)} is quantised, and an adapter trained it whole",
+            found, hint = (
+                f"{shown(step.key)} is quantized, and an adapter trained it whole",
                 "give --dequantize",
             )
             job.errors.append(
-                Refused(found, expected="factors on quantised weights", where=where, do=do)
+                Refused(found, expected="factors on quantized weights", where=where, hint=hint)
             )
     touched = [
         step.source
@@ -254,9 +260,9 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
         ("--max-shard-size", options.max_shard_size),
     ]:
         if value:
-            found, do = f"{option} with a quantised base", "give --dequantize"
+            found, hint = f"{option} with a quantized base", "give --dequantize"
             job.errors.append(
-                Refused(found, expected="the format as it is", where="options", do=do)
+                Refused(found, expected="the format as it is", where="options", hint=hint)
             )
     said = job.original.config.get("quantization_config")
     if said is not None:
@@ -272,21 +278,24 @@ def _refuse_nothing(job: Job, steps: dict[str, list[Step]]) -> None:
         else "an adapter without weights",
         expected="at least one module",
         where=", ".join(a.name for a in job.adapters),
-        do="check --include and --exclude" if job.left_out else "check the adapter",
+        hint="check --include and --exclude" if job.left_out else "check the adapter",
     )
 
 
 def _check_options(options: Options) -> None:
     errors: list[AdapterkitError] = []
     if options.rounding == "nearest" and options.seed:
-        found, do = (
+        found, hint = (
             f"--seed {options.seed} without draws",
             "give --rounding stochastic, or leave --seed out",
         )
-        errors.append(Refused(found, expected="--rounding stochastic", where="options", do=do))
+        errors.append(Refused(found, expected="--rounding stochastic", where="options", hint=hint))
     if options.rounding == "stochastic" and options.compat:
-        found, do = f"--rounding stochastic with --compat {options.compat}", "leave one of them out"
-        errors.append(Refused(found, expected="one way to round", where="options", do=do))
+        found, hint = (
+            f"--rounding stochastic with --compat {options.compat}",
+            "leave one of them out",
+        )
+        errors.append(Refused(found, expected="one way to round", where="options", hint=hint))
     refuse_all(errors)
 
 
@@ -310,7 +319,7 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
         for name in files_saying(job.base.tensors):
             files.pop(name, None)
     changed = sum(step.edits != () for group in steps.values() for step in group)
-    facts = {
+    metrics = {
         "adapters": [
             {"name": a.name, "weight": w, "modules": len(a.loras)}
             for a, w in zip(job.adapters, job.weights, strict=True)
@@ -319,13 +328,13 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
         "tensors_changed": changed,
     }
     if job.held:
-        facts["held"] = [one._asdict() for one in job.held]  # by the base, before this merge
+        metrics["held"] = [one._asdict() for one in job.held]  # by the base, before this merge
     options = {k: v for k, v in vars(job.options).items() if v not in (None, False)}
     options["weights"] = job.weights
     who = identities(folders, headers)
     warn = partial(lost, compat=job.options.compat)
     return Plan(
-        "merge", options, folders, headers, who, shards, files, facts, tuple(job.notes), warn=warn
+        "merge", options, folders, headers, who, shards, files, metrics, tuple(job.notes), warn=warn
     )
 
 

@@ -1,4 +1,4 @@
-"""What a receipt's facts come to, in a few lines for the terminal."""
+"""What a receipt's metrics come to, in a few lines for the terminal."""
 
 from collections.abc import Iterator
 from statistics import median
@@ -9,22 +9,24 @@ from adapterkit.errors import shown
 
 def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
     """Sizes before and after, and in total what was kept, lost or is wrong."""
-    totals, facts = receipt["totals"], receipt["parameters"]
+    totals, metrics = receipt["totals"], receipt["parameters"]
     before, after = totals["bytes_read"], totals["bytes_written"]
     if before:
         yield f"sizes: {before:,} bytes read, {after:,} written ({after / before:.2f} of them)"
-    named = lambda name: {key: fact[name] for key, fact in facts.items() if name in fact}
-    refits = {key: fact for key, fact in facts.items() if "energy" in fact and "norm" in fact}
-    total = sum(fact["norm"] ** 2 for fact in refits.values())
+    named = lambda name: {key: metric[name] for key, metric in metrics.items() if name in metric}
+    refits = {
+        key: metric for key, metric in metrics.items() if "energy" in metric and "norm" in metric
+    }
+    total = sum(metric["norm"] ** 2 for metric in refits.values())
     if total:
-        share = sum(fact["energy"] * fact["norm"] ** 2 for fact in refits.values()) / total
+        share = sum(metric["energy"] * metric["norm"] ** 2 for metric in refits.values()) / total
         yield f"energy kept: {share:.2%} of all {len(refits)} modules' together; {_least(named('energy'))}"
     if survived := named("survived"):
         yield f"of the change {median(survived.values()):.1%} survives in the median of {len(survived)} tensors; {_least(survived)}"
     errors = {
-        key: fact["error"]
-        for key, fact in facts.items()
-        if "error" in fact and "energy" not in fact
+        key: metric["error"]
+        for key, metric in metrics.items()
+        if "error" in metric and "energy" not in metric
     }
     if errors:
         after = named("error_after")

@@ -15,7 +15,7 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import Checkpoint, read_json
 from adapterkit.checkpoint.writer import RECEIPT, check_name
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.plan import Computed, CopyFile, FromFacts, Shard
+from adapterkit.plan import Computed, CopyFile, FromMetrics, Shard
 
 WEIGHTS = (
     ".safetensors",
@@ -39,7 +39,7 @@ TOKENIZER = re.compile(
 )
 
 
-Files = dict[str, bytes | CopyFile | FromFacts]
+Files = dict[str, bytes | CopyFile | FromMetrics]
 
 
 def model_files(
@@ -92,7 +92,7 @@ def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
 
 def _index(
     base: Checkpoint, names: list[str], shards: Sequence[Shard | Computed]
-) -> bytes | FromFacts:
+) -> bytes | FromMetrics:
     """Which file holds which key; of computed files it is known when they are written how long they are."""
 
     def content(grown: int) -> bytes:
@@ -102,7 +102,7 @@ def _index(
         return layout.index(layouts, base.index, grown)
 
     return (
-        FromFacts(lambda facts, grown: content(grown))
+        FromMetrics(lambda metrics, grown: content(grown))
         if any(isinstance(s, Computed) for s in shards)
         else content(0)
     )
@@ -128,7 +128,7 @@ def tokenizer_files(
             "no tokenizer beside any adapter",
             expected="tokenizer files in an adapter's folder",
             where="--tokenizer adapter",
-            do="leave --tokenizer out",
+            hint="leave --tokenizer out",
         )
     if not found:
         return {}
@@ -149,7 +149,7 @@ def tokenizer_files(
                 f"{names} have different tokenizers: {', '.join(map(shown, differing))}",
                 expected="one tokenizer",
                 where="adapters",
-                do="give --tokenizer base, and copy the one you want afterwards",
+                hint="give --tokenizer base, and copy the one you want afterwards",
             )
     notes.append(
         f"tokenizer: from {by_number[first].name}"
@@ -280,7 +280,7 @@ def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
             "the output is a link",
             expected="a new folder",
             where=str(out),
-            do="choose another --out",
+            hint="choose another --out",
         )
     there = next(path for path in (final, *final.parents) if os.path.exists(path))
     if not there.is_dir():
@@ -289,7 +289,9 @@ def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
             if there == final
             else f"{shown(there.name)} is a file, and no folder to make one in"
         )
-        raise Refused(found, expected="a folder to make", where=str(out), do="choose another --out")
+        raise Refused(
+            found, expected="a folder to make", where=str(out), hint="choose another --out"
+        )
     for folder in folders:
         if not isinstance(folder, LocalFolder):
             continue
@@ -299,5 +301,5 @@ def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
                 f"the output {final.name} is, holds, or lies inside the input {folder.name}",
                 expected="an output apart from the inputs",
                 where="--out",
-                do="choose another --out",
+                hint="choose another --out",
             )

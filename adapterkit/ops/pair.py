@@ -19,7 +19,7 @@ from adapterkit.kernels.lowrank import Svd
 from adapterkit.ops import produced
 from adapterkit.ops.quantize import is_linear
 from adapterkit.patterns import matcher
-from adapterkit.plan import Bundle, Inputs, Made
+from adapterkit.plan import Inputs, Task, TaskResult
 from adapterkit.weights.bypassed import is_bypassed
 from adapterkit.weights.names import Names
 
@@ -76,16 +76,19 @@ def targeted(
                 "--targets all-linear matches none",
                 expected="a linear layer",
                 where="--targets",
-                do="check the model",
+                hint="check the model",
             )
         return found, notes
     if not NAMES.fullmatch(targets):
         wanted = matcher(targets, "--targets")
         found = [name for name in usable if wanted(name)]
         if not found:
-            expected, do = "a linear layer that can get factors", "check the regex"
+            expected, hint = "a linear layer that can get factors", "check the regex"
             raise Refused(
-                f"--targets {targets!r} matches none", expected=expected, where="--targets", do=do
+                f"--targets {targets!r} matches none",
+                expected=expected,
+                where="--targets",
+                hint=hint,
             )
         return found, []
     ends = {end: _ending(end, usable) for end in targets.replace(" ", "").split(",")}
@@ -97,13 +100,16 @@ def targeted(
             if other is None
             else f": {shown(other)} is {lacking if other in linear else f'a {classes[other]}'}"
         )
-        expected, do = (
+        expected, hint = (
             "the end of the name of a linear layer that can get factors",
             "check the names",
         )
         errors.append(
             Refused(
-                f"--targets {end!r} matches none{why}", expected=expected, where="--targets", do=do
+                f"--targets {end!r} matches none{why}",
+                expected=expected,
+                where="--targets",
+                hint=hint,
             )
         )
     refuse_all(errors)
@@ -153,10 +159,10 @@ def place_of_linear(module: str, shape: tuple[int, ...]) -> Place:
 
 
 def adapter_of(
-    base: Checkpoint, factors: Sequence[Bundle], scaling: Scaling, summary: str, folder: str = ""
+    base: Checkpoint, factors: Sequence[Task], scaling: Scaling, summary: str, folder: str = ""
 ) -> produced.Output:
     """The adapter of these factors, for a base made from this one."""
-    modules = {bundle.name: bundle.name for bundle in factors}
+    modules = {task.name: task.name for task in factors}
     settings = produced.plain_settings() | {"use_rslora": scaling.rslora}
     kept = {
         "base_model_name_or_path": produced.hub_id(base.folder),
@@ -175,7 +181,7 @@ def factors_of(svd: Svd, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class FromAside:
-    """One module's factors, made with its quantised weight."""
+    """One module's factors, made with its quantized weight."""
 
     name: str
     place: Place
@@ -184,16 +190,16 @@ class FromAside:
     reads = ()
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return produced.bounds(self.place, self.rank, self.dtype)
 
     @property
     def memory(self) -> int:
-        return 3 * sum(stored.nbytes for stored in self.most)
+        return 3 * sum(stored.nbytes for stored in self.max_outputs)
 
-    def make(self, inputs: Inputs) -> Made:
-        a, b = (inputs.aside(f"{self.name}.{side}") for side in "ab")
+    def compute(self, inputs: Inputs) -> TaskResult:
+        a, b = (inputs.handoff(f"{self.name}.{side}") for side in "ab")
         dtype = dtypes.torch_dtype(self.dtype)
-        return Made(
+        return TaskResult(
             {self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, {"rank": len(a)}
         )

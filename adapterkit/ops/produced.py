@@ -17,20 +17,20 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.writer import RECEIPT
-from adapterkit.errors import AdapterkitError, Refused, Spoiled, shown
+from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
 from adapterkit.factors import Place, rank_and_scale
 from adapterkit.ops.packaging import as_json, cell, check_output_apart, hub_or_name, tokenizer_files
 from adapterkit.ops.sites import Site, levels_of
 from adapterkit.options import parse_size
 from adapterkit.plan import (
-    Bundle,
     Computed,
     CopyFile,
-    FromFacts,
+    FromMetrics,
     Inputs,
-    Made,
     Plan,
     Receipt,
+    Task,
+    TaskResult,
     identities,
     run,
     sha256_of,
@@ -68,19 +68,19 @@ class Taken:
         return (self.source,)
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return (Stored(self.key, self.source.dtype, self.source.shape),)
 
     @property
     def memory(self) -> int:
         return 2 * self.source.nbytes
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         import torch
 
         data, dtype = inputs.bytes(self.source), dtypes.torch_dtype(self.source.dtype)
         tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return Made({self.key: tensor.view(self.source.shape)}, {"taken": True})
+        return TaskResult({self.key: tensor.view(self.source.shape)}, {"taken": True})
 
 
 def taken(source: TensorSpec, prefix: str = "") -> Taken:
@@ -104,14 +104,14 @@ class Summed:
         return tuple(spec for spec, _ in self.terms)
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return (Stored(self.key, self.dtype, self.shape),)
 
     @property
     def memory(self) -> int:
         return 12 * sum(math.prod(spec.shape) for spec in self.reads)
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         import torch
 
         values = [(inputs.tensor(spec).view(-1), scale) for spec, scale in self.terms]
@@ -119,7 +119,7 @@ class Summed:
         for first in range(0, out.numel(), BLOCK):
             here = slice(first, first + BLOCK)
             out.view(-1)[here] = sum(value[here].double() * scale for value, scale in values)
-        return Made({self.key: out}, {})
+        return TaskResult({self.key: out}, {})
 
 
 def added_biases(
@@ -150,7 +150,7 @@ def added_biases(
             f"{shown(name)} beside biases of b (lora_bias)",
             expected="linear layers and convolutions only: PEFT has no such bias on embeddings and parameters",
             where="adapters",
-            do="merge the adapters into their base instead, or leave the one with lora_bias out",
+            hint="merge the adapters into their base instead, or leave the one with lora_bias out",
         )
         for name, site in joined.items()
         if site.parameter or places[name].is_embedding
@@ -163,19 +163,19 @@ def added_biases(
 
 @dataclass(frozen=True)
 class Output:
-    """One adapter that a job writes: `bundles` make its tensors, `settings` go into its config, ranks and scales are filled in once
+    """One adapter that a job writes: `tasks` make its tensors, `settings` go into its config, ranks and scales are filled in once
     they are known."""
 
     adapters: Sequence[Adapter]  # what it is made from; the first one's config says what it is for
-    bundles: Sequence[Bundle]
+    tasks: Sequence[Task]
     modules: dict[
         str, str
-    ]  # bundle name -> the target whose factors it makes: a module, or a parameter's full name
+    ]  # task name -> the target whose factors it makes: a module, or a parameter's full name
     settings: dict[str, Any]
     summary: str
     folder: str = ""  # inside the output
-    settle: Callable[[Sequence[Bundle]], Any] | None = (
-        None  # from the bundles in the file's order to `Computed.settle`
+    finalize: Callable[[Sequence[Task]], Any] | None = (
+        None  # from the tasks in the file's order to `Computed.settle`
     )
     alpha: float | None = (
         None  # one lora_alpha for all modules; None: each one's rank, so that every scale is 1
@@ -195,14 +195,14 @@ class Output:
     def shard(self) -> Computed:
         # the wider dtype first, so that no tensor is misaligned
         ordered = sorted(
-            self.bundles,
-            key=lambda bundle: -max((dtypes.BITS[s.dtype] for s in bundle.most), default=0),
+            self.tasks,
+            key=lambda task: -max((dtypes.BITS[s.dtype] for s in task.max_outputs), default=0),
         )
         pairs = {
             t for t, count in Counter(self.modules.values()).items() if count > 1
         } - self.parameters
-        if pairs and self.settle:
-            found, do = (
+        if pairs and self.finalize:
+            found, hint = (
                 f"--max-size with MultiheadAttention ({shown(min(pairs))})",
                 "give --rank or --energy",
             )
@@ -210,23 +210,23 @@ class Output:
                 found,
                 expected="a rank or an energy: both projections have one rank",
                 where="options",
-                do=do,
+                hint=hint,
             )
-        settle = (
-            self.settle(ordered)
-            if self.settle
+        finalize = (
+            self.finalize(ordered)
+            if self.finalize
             else _one_rank(ordered, self.modules, pairs)
             if pairs
             else None
         )
-        return Computed(self.inside(WEIGHTS), tuple(ordered), settle=settle)
+        return Computed(self.inside(WEIGHTS), tuple(ordered), finalize=finalize)
 
-    def files(self, notes: list[str]) -> dict[str, bytes | CopyFile | FromFacts]:
-        files: dict[str, bytes | CopyFile | FromFacts] = {}
+    def files(self, notes: list[str]) -> dict[str, bytes | CopyFile | FromMetrics]:
+        files: dict[str, bytes | CopyFile | FromMetrics] = {}
         for name, copy in tokenizer_files(list(self.adapters), self.tokenizer, notes).items():
             files[self.inside(name)] = copy
         files[self.inside("README.md")] = card(self.base(), self.adapters, self.summary).encode()
-        files[self.inside(CONFIG)] = FromFacts(self.config)
+        files[self.inside(CONFIG)] = FromMetrics(self.config)
         return files
 
     def base(self) -> str | None:
@@ -236,7 +236,7 @@ class Output:
             else (self.kept or {}).get("base_model_name_or_path")
         )
 
-    def config(self, facts: dict[str, dict], grown: int = 0) -> bytes:
+    def config(self, metrics: dict[str, dict], grown: int = 0) -> bytes:
         """adapter_config.json for the ranks that came out."""
         kept = (
             self.kept
@@ -245,16 +245,16 @@ class Output:
         )
         found: dict[str, int] = {}
         for name, module in self.modules.items():
-            rank = facts.get(name, {}).get("rank")
+            rank = metrics.get(name, {}).get("rank")
             if rank is not None and found.setdefault(module, rank) != rank:
                 found_ranks = (
                     f"ranks {found[module]} and {rank} for two parameters of {shown(module)}"
                 )
-                raise Spoiled(
+                raise Unrecoverable(
                     found_ranks,
                     expected="one for both",
                     where=self.inside(CONFIG),
-                    do="give --rank, or --base",
+                    hint="give --rank, or --base",
                 )
         config = kept | self.settings | {"base_model_name_or_path": self.base()}
         plain = sorted(found.keys() - self.parameters)
@@ -264,41 +264,37 @@ class Output:
 
 
 def _one_rank(
-    bundles: Sequence[Bundle], modules: dict[str, str], pairs: Collection[str]
+    tasks: Sequence[Task], modules: dict[str, str], pairs: Collection[str]
 ) -> Callable[[list[dict]], list]:
     """Zeros that bring both projections of a MultiheadAttention to one rank: PEFT has one pattern for them."""
-    homes = [
-        target if (target := modules.get(bundle.name)) in pairs else None for bundle in bundles
-    ]
+    homes = [target if (target := modules.get(task.name)) in pairs else None for task in tasks]
 
-    def settle(facts: list[dict]) -> list[Callable[[Made], Made]]:
+    def finalize(metrics: list[dict]) -> list[Callable[[TaskResult], TaskResult]]:
         most = {
-            home: max(f["rank"] for f, h in zip(facts, homes, strict=True) if h == home)
+            home: max(f["rank"] for f, h in zip(metrics, homes, strict=True) if h == home)
             for home in pairs
         }
         return [
-            (lambda made: made) if home is None else _grown(bundle, most[home])
-            for bundle, home in zip(bundles, homes, strict=True)
+            (lambda made: made) if home is None else _grown(task, most[home])
+            for task, home in zip(tasks, homes, strict=True)
         ]
 
-    return settle
+    return finalize
 
 
-def _grown(bundle: Any, rank: int) -> Callable[[Made], Made]:
-    def change(made: Made) -> Made:
+def _grown(task: Any, rank: int) -> Callable[[TaskResult], TaskResult]:
+    def change(made: TaskResult) -> TaskResult:
         import torch
 
-        a, b = (
-            cast("Tensor", made.tensors[key]) for key in (bundle.place.a_key, bundle.place.b_key)
-        )
+        a, b = (cast("Tensor", made.tensors[key]) for key in (task.place.a_key, task.place.b_key))
         more = rank - len(a)
         if not more:
             return made
         tensors = {
-            bundle.place.a_key: torch.cat([a, a.new_zeros(more, *a.shape[1:])]),
-            bundle.place.b_key: torch.cat([b, b.new_zeros(len(b), more)], 1),
+            task.place.a_key: torch.cat([a, a.new_zeros(more, *a.shape[1:])]),
+            task.place.b_key: torch.cat([b, b.new_zeros(len(b), more)], 1),
         }
-        return Made(tensors, made.facts | {"rank": rank})
+        return TaskResult(tensors, made.metrics | {"rank": rank})
 
     return change
 
@@ -309,17 +305,17 @@ def adapter_plan(
     inputs: Sequence[Adapter],
     outputs: Sequence[Output],
     notes: list[str],
-    facts: dict[str, Any],
+    metrics: dict[str, Any],
     base: Checkpoint | None = None,
 ) -> Plan:
     """A plan that writes adapters, made from the adapters `inputs`, numbered from 0, and a base behind them."""
     _one_base(inputs, notes)
     folders, headers, count = tuple(a.folder for a in inputs), headers_of(inputs), len(inputs)
     if base is None:
-        return output_plan(verb, options, folders, headers, outputs, notes, facts)
+        return output_plan(verb, options, folders, headers, outputs, notes, metrics)
     headers |= model_headers(base, count)
     return output_plan(
-        verb, options, (*folders, base.folder), headers, outputs, notes, facts, (count,)
+        verb, options, (*folders, base.folder), headers, outputs, notes, metrics, (count,)
     )
 
 
@@ -330,11 +326,11 @@ def output_plan(
     headers: dict[tuple[int, str], str],
     outputs: Sequence[Output],
     notes: list[str],
-    facts: dict[str, Any],
+    metrics: dict[str, Any],
     models: tuple[int, ...] = (),
 ) -> Plan:
     """A plan that writes adapters, made from these folders."""
-    files: dict[str, bytes | CopyFile | FromFacts] = {}
+    files: dict[str, bytes | CopyFile | FromMetrics] = {}
     for output in outputs:
         files |= output.files(notes)
     shards = tuple(output.shard() for output in outputs)
@@ -346,7 +342,7 @@ def output_plan(
         identities(folders, headers),
         shards,
         files,
-        facts,
+        metrics,
         tuple(notes),
         models,
     )
@@ -524,7 +520,7 @@ def carry_out(
         return plan
     if engine != "local":
         raise Refused(
-            f"engine {engine!r}", expected="local", where="--engine", do="leave --engine out"
+            f"engine {engine!r}", expected="local", where="--engine", hint="leave --engine out"
         )
     from adapterkit.engines.local import local
 
@@ -539,26 +535,26 @@ def flags(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def beside_factors(adapter: Adapter, dtype: str) -> list[Bundle]:
+def beside_factors(adapter: Adapter, dtype: str) -> list[Task]:
     """All that an adapter holds besides its factors: biases of b with the scale folded in, the rest byte for byte."""
-    bundles: list[Bundle] = []
+    tasks: list[Task] = []
     for lora in adapter.loras:
         if lora.bias is not None:
             terms = ((lora.bias, rank_and_scale(adapter, lora, None)[1]),)
-            bundles.append(
+            tasks.append(
                 Summed(
                     f"{lora.module} bias", canonical(lora.bias.key), terms, dtype, lora.bias.shape
                 )
             )
         if lora.magnitude is not None:
-            bundles.append(taken(lora.magnitude))
+            tasks.append(taken(lora.magnitude))
     whole = [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]
-    return [*bundles, *map(taken, whole)]
+    return [*tasks, *map(taken, whole)]
 
 
 def check_refit(rank: int | None, energy: float | None) -> None:
     """`Refused` for a rank and a share of the energy together."""
     if rank is not None and energy is not None:
         raise Refused(
-            "--rank and --energy", expected="one of them", where="options", do="leave one out"
+            "--rank and --energy", expected="one of them", where="options", hint="leave one out"
         )

@@ -1,4 +1,4 @@
-"""quantize: a checkpoint's linear layers into a quantised format."""
+"""quantize: a checkpoint's linear layers into a quantized format."""
 
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -14,27 +14,27 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops import produced
 from adapterkit.ops.packaging import Files, cell, hub_or_name, model_files
-from adapterkit.ops.requantised import Copied, Edited
+from adapterkit.ops.requantized import Copied, Edited
 from adapterkit.ops.sizes import short
 from adapterkit.ops.sources import open_model
 from adapterkit.options import StrPath, checked, choice
 from adapterkit.patterns import matcher
 from adapterkit.plan import (
-    Bundle,
     Computed,
     Inputs,
-    Made,
     Plan,
     Progress,
     Receipt,
     Step,
+    Task,
+    TaskResult,
     identities,
     sha256_of,
 )
 from adapterkit.registry import members
 from adapterkit.weights.names import Names
 from adapterkit.weights.packed import Choice, Packed, Unpacked, read_back
-from adapterkit.weights.quantised import check_not_quantised
+from adapterkit.weights.quantized import check_not_quantized
 
 PIECE = 1 << 20  # elements compared at a time
 CHANGED_BY = "adapterkit_changed_by"  # in the metadata of a base that is not the original's copy, but goes with an adapter
@@ -69,9 +69,9 @@ def quantize(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Quantise a checkpoint's linear layers, weight by weight: Q = encode(W).
+    """Quantize a checkpoint's linear layers, weight by weight: Q = encode(W).
 
-    `to`: nf4, fp4 (bitsandbytes 4-bit, `block_size` values with one scale, `double_quant`: the scales quantised too), int8
+    `to`: nf4, fp4 (bitsandbytes 4-bit, `block_size` values with one scale, `double_quant`: the scales quantized too), int8
     (bitsandbytes), fp8 (blocks of 128 x 128), w4a16 and w8a16 (compressed-tensors' int4 in groups of `block_size`, 128 where that
     divides the width, and int8 in rows), mxfp4 (GPT-OSS: its experts, as OpenAI stores them; else compressed-tensors'). What
     transformers' `from_pretrained(quantization_config=...)` leaves alone is left alone: the output layer, what is tied to it,
@@ -87,24 +87,24 @@ def quantize(
 
 
 def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
-    """Everything a quantisation will do, or `Refused`."""
+    """Everything a quantization will do, or `Refused`."""
     base = open_checkpoint(folder)
-    check_not_quantised(base)
+    check_not_quantized(base)
     chosen = Chosen(base, options)
-    output = QuantisedModel(base, chosen.packed, chosen.widened(), chosen.config())
+    output = QuantizedModel(base, chosen.packed, chosen.widened(), chosen.config())
     told = {key: value for key, value in options.items() if value}
     headers = model_headers(base)
-    facts = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
-    chosen.notes += chosen.unquantised()
-    shards, files = output.shards(), output.files(f"quantised to {options['to']}")
+    metrics = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
+    chosen.notes += chosen.unquantized()
+    shards, files = output.shards(), output.files(f"quantized to {options['to']}")
     who = identities((folder,), headers)
     return Plan(
-        "quantize", told, (folder,), headers, who, shards, files, facts, tuple(chosen.notes)
+        "quantize", told, (folder,), headers, who, shards, files, metrics, tuple(chosen.notes)
     )
 
 
 class Chosen:
-    """Which weights of a base are quantised, and how: the linear layers, but for what transformers leaves alone, and `skip`.
+    """Which weights of a base are quantized, and how: the linear layers, but for what transformers leaves alone, and `skip`.
 
     `exceptions`: modules (by a predicate) that get another target than options["to"], of the same format.
     """
@@ -124,7 +124,7 @@ class Chosen:
                 fitting
             ):
                 found, expected = f"--{option.replace('_', '-')} with {to}", " or ".join(fitting)
-                raise Refused(found, expected=expected, where="options", do="leave it out")
+                raise Refused(found, expected=expected, where="options", hint="leave it out")
         self.base, self.options, self.exceptions = base, options, exceptions
         self.notes: list[str] = []
         self.weights: dict[str, Unpacked] = {}  # by key, all linear layers that are stored as such
@@ -134,8 +134,8 @@ class Chosen:
         self.problems: dict[
             str, AdapterkitError
         ] = {}  # by module, why its weight cannot be changed; refused if it is to be
-        self.kept: list[str] = []  # linear modules that transformers' quantisers leave alone
-        self.packed: dict[str, Packed] = {}  # by key, those that are quantised
+        self.kept: list[str] = []  # linear modules that transformers' quantizers leave alone
+        self.packed: dict[str, Packed] = {}  # by key, those that are quantized
         self.modules: dict[str, Packed] = {}  # the same by module
         self.left: list[str] = []
         self.names = Names(base, careful=True, notes=self.notes)
@@ -146,7 +146,7 @@ class Chosen:
                 found,
                 expected="config.json of a known model",
                 where=base.name,
-                do="update transformers",
+                hint="update transformers",
             )
         self.skeleton, self.model = skeleton, skeleton.model
         records = known.get(str(to), [])
@@ -163,13 +163,13 @@ class Chosen:
         )
         if self.record is not None and not self.record.beside_experts and stack is not None:
             expected = (
-                "a model without: transformers takes all experts of such a checkpoint for quantised"
+                "a model without: transformers takes all experts of such a checkpoint for quantized"
             )
             raise Refused(
                 f"{to} with experts ({shown(stack)})",
                 expected=expected,
                 where=base.name,
-                do="use another format",
+                hint="use another format",
             )
         self.skip = matcher(options["skip"], "--skip") if options.get("skip") else None
         if self.skip is not None and not any(
@@ -177,9 +177,9 @@ class Chosen:
         ):
             text = f"--skip {options['skip']!r} matches none"
             raise Refused(
-                text, expected="a module of the model", where="--skip", do="check the regex"
+                text, expected="a module of the model", where="--skip", hint="check the regex"
             )
-        self.asked: list[str] = []  # what the loader would quantise, and is not
+        self.asked: list[str] = []  # what the loader would quantize, and is not
         others = {
             f"{name}.weight": type(module).__name__
             for name, module in self.model.named_modules()
@@ -209,7 +209,7 @@ class Chosen:
                 text,
                 expected="one or more",
                 where=base.name,
-                do="check --skip, or use another format",
+                hint="check --skip, or use another format",
             )
 
     def _choose(self, name: str, kind: str) -> None:
@@ -223,13 +223,13 @@ class Chosen:
             return
         if not parameter.whole:
             found = f"{shown(name)} is stored in another layout than the model's"
-            do = "leave it out with --skip, or quantise while loading, with from_pretrained(quantization_config=...)"
-            do = do if self.record else "leave it out with --targets"
+            hint = "leave it out with --skip, or quantize while loading, with from_pretrained(quantization_config=...)"
+            hint = hint if self.record else "leave it out with --targets"
             raise Refused(
                 found,
                 expected="one stored tensor for each linear layer",
                 where=self.base.name,
-                do=do,
+                hint=hint,
             )
         spec = self.base.tensors[parameter.slots[0].key]
         if spec.dtype not in dtypes.FLOATS:
@@ -237,7 +237,7 @@ class Chosen:
                 f"{shown(spec.key)} is {spec.dtype}",
                 expected="a float",
                 where=self.base.name,
-                do="dequantise it first",
+                hint="dequantize it first",
             )
         turned = kind == "Conv1D"
         shape = (spec.shape[1], spec.shape[0]) if turned else spec.shape
@@ -258,7 +258,7 @@ class Chosen:
         else:
             self.packed[spec.key] = self.modules[module] = packed
 
-    def unquantised(self) -> list[str]:
+    def unquantized(self) -> list[str]:
         """A note on what stays as it is, by bytes, and why; none where that is embeddings, the head and norms alone."""
         stacks = [name for name, weight in self.skeleton.state.items() if is_stack(name, weight)]
         found: dict[str, list[int]] = {}  # why -> bytes of each parameter
@@ -288,11 +288,11 @@ class Chosen:
         total = sum(spec.nbytes for spec in self.base.tensors.values())
         rest = total - sum(self.base.tensors[key].nbytes for key in self.packed)
         parts = [f"{sum(sizes) / total:.1%} in {len(sizes)} {why}" for why, sizes in found.items()]
-        said = f"{rest / total:.1%} of the base's bytes are not quantised: {', '.join(parts)}"
+        said = f"{rest / total:.1%} of the base's bytes are not quantized: {', '.join(parts)}"
         return [f"{said}, the rest in embeddings, the head and norms"]
 
-    def widened(self) -> dict[str, Bundle]:
-        """What transformers makes float32 when it quantises, but not when it loads the result, such as T5's wo in float16."""
+    def widened(self) -> dict[str, Task]:
+        """What transformers makes float32 when it quantizes, but not when it loads the result, such as T5's wo in float16."""
         names: dict[str, str] = {}
         for name, parameter in self.skeleton.parameters.items():
             for slot in parameter.slots:
@@ -327,7 +327,7 @@ class Chosen:
 
 
 def layers(model: Any, classes: Collection[str]) -> dict[str, str]:
-    """Weights of modules of these classes, with the class, but for what transformers' quantisers leave alone. Linear layers and
+    """Weights of modules of these classes, with the class, but for what transformers' quantizers leave alone. Linear layers and
     Conv1D have one, of others all parameters of three axes are."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -361,7 +361,7 @@ def is_linear(module: Any) -> bool:
 
 
 def kept_modules(model: Any) -> list[str]:
-    """What transformers' quantisers leave alone by themselves: the output layer, what is tied, the last module."""
+    """What transformers' quantizers leave alone by themselves: the output layer, what is tied, the last module."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     return sorted(
@@ -370,7 +370,7 @@ def kept_modules(model: Any) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """One weight, encoded."""
 
     source: TensorSpec
@@ -385,21 +385,23 @@ class Quantised:
         return (self.source,)
 
     @property
-    def most(self) -> tuple[Stored, ...]:
-        return self.packed.most
+    def max_outputs(self) -> tuple[Stored, ...]:
+        return self.packed.max_outputs
 
     @property
-    def varies(self) -> tuple[str, ...]:
-        return self.packed.varies
+    def variable_size(self) -> tuple[str, ...]:
+        return self.packed.variable_size
 
     @property
     def memory(self) -> int:
         return 6 * self.source.nbytes
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         weight = inputs.tensor(self.source)
         tensors = self.packed.encode(weight)
-        return Made(tensors, {"error": relative_error(weight, read_back(self.packed, tensors))})
+        return TaskResult(
+            tensors, {"error": relative_error(weight, read_back(self.packed, tensors))}
+        )
 
 
 def relative_error(weight: Any, other: Any) -> float:
@@ -411,21 +413,21 @@ def relative_error(weight: Any, other: Any) -> float:
 
 
 @dataclass
-class QuantisedModel:
-    """A base in which some weights are quantised, by `bundles` where they say more than `Quantised`."""
+class QuantizedModel:
+    """A base in which some weights are quantized, by `tasks` where they say more than `Quantized`."""
 
     base: Checkpoint
     packed: dict[str, Packed]
-    bundles: dict[str, Bundle]
+    tasks: dict[str, Task]
     config: dict[str, Any]
     folder: str = ""
     changed_by: str = ""  # the verb whose adapter goes with it: the files say so
 
     def shards(self) -> tuple[Computed, ...]:
-        groups: dict[str, list[Bundle]] = {name: [] for name in self.base.shards}
+        groups: dict[str, list[Task]] = {name: [] for name in self.base.shards}
         for key, spec in self.base.tensors.items():
-            made = self.bundles.get(key) or (
-                Quantised(spec, self.packed[key]) if key in self.packed else Copied(spec)
+            made = self.tasks.get(key) or (
+                Quantized(spec, self.packed[key]) if key in self.packed else Copied(spec)
             )
             groups[spec.file].append(made)
         return shards_of(
@@ -440,20 +442,20 @@ class QuantisedModel:
 
 def shards_of(
     base: Checkpoint,
-    groups: dict[str, list[Bundle]],
+    groups: dict[str, list[Task]],
     folder: str = "",
     said: dict[str, str] | None = None,
 ) -> tuple[Computed, ...]:
-    """Output files of these bundles, named as the base's; `said` joins their metadata."""
+    """Output files of these tasks, named as the base's; `said` joins their metadata."""
     prefix = f"{folder}/" if folder else ""
     return tuple(
         Computed(
             prefix + name,
-            tuple(sorted(bundles, key=lambda bundle: bundle.name)),
+            tuple(sorted(tasks, key=lambda task: task.name)),
             (base.shards[name].metadata or {"format": "pt"}) | (said or {}),
-            by_width=True,
+            safetensors_order=True,
         )
-        for name, bundles in groups.items()
+        for name, tasks in groups.items()
     )
 
 

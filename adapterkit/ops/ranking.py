@@ -18,7 +18,7 @@ from adapterkit.kinds.common import Delta
 from adapterkit.ops import produced
 from adapterkit.ops.sizes import short
 from adapterkit.options import parse_size
-from adapterkit.plan import Bundle, Inputs, Made
+from adapterkit.plan import Inputs, Task, TaskResult
 
 FLOAT_NOISE = 1e-6  # of the largest singular value: below it, float32 factors hold nothing
 
@@ -54,7 +54,7 @@ def check_cut(cut: Cut) -> None:
     words = "--rank, --energy, --sv-ratio or --max-size"
     if len(given) != 1:
         found = " and ".join("--" + name.replace("_", "-") for name in given) or "no rank"
-        raise Refused(found, expected=f"one of {words}", where="options", do="give one of them")
+        raise Refused(found, expected=f"one of {words}", where="options", hint="give one of them")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Truncated:
         return (self.factors.a, self.factors.b)
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         whole = min(self.factors.rank, *self.factors.shape)
         return produced.bounds(self.place, self.cut.most(whole), self.dtype)
 
@@ -81,7 +81,7 @@ class Truncated:
     def memory(self) -> int:
         return 12 * sum(spec.nbytes for spec in self.reads)
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         svds = [lowrank.svd(product) for product in self.factors.products(inputs)]
         return ranked(self, [(svd, float(svd.s.square().sum())) for svd in svds])
 
@@ -103,7 +103,7 @@ class Converted:
         return self.delta.reads
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return produced.bounds(self.place, self._most_rank(), self.dtype)
 
     @property
@@ -114,22 +114,22 @@ class Converted:
         whole = min(self.delta.rank, *self.delta.shape)
         return self.cut.most(min(self.limit or whole, whole))
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         return ranked(self, [self.delta.leading(inputs, self._most_rank(), self.cut.energy)])
 
 
-def ranked(bundle: Any, found: Sequence[tuple[Svd, float]]) -> Made:
-    """Factors of the rank that the bundle's cut gives (of several experts: the largest of theirs), and what that loses."""
-    rank = max(bundle.cut.of(svd.s, total) for svd, total in found)
+def ranked(task: Any, found: Sequence[tuple[Svd, float]]) -> TaskResult:
+    """Factors of the rank that the task's cut gives (of several experts: the largest of theirs), and what that loses."""
+    rank = max(task.cut.of(svd.s, total) for svd, total in found)
     pairs = [lowrank.refit(svd, rank) for svd, _ in found]
-    facts: dict[str, Any] = {"rank": rank, **_losses(found, rank)}
-    if bundle.cut.max_size is not None:
-        facts["spectrum"] = [
+    metrics: dict[str, Any] = {"rank": rank, **_losses(found, rank)}
+    if task.cut.max_size is not None:
+        metrics["spectrum"] = [
             math.fsum(float(svd.s[i]) ** 2 for svd, _ in found if i < len(svd.s)) ** 0.5
             for i in range(rank)
         ]
-        facts["total"] = math.fsum(total for _, total in found)
-    return Made(_scaled(bundle, bundle.place.stored(pairs), rank), facts)
+        metrics["total"] = math.fsum(total for _, total in found)
+    return TaskResult(_scaled(task, task.place.stored(pairs), rank), metrics)
 
 
 def _losses(found: Sequence[tuple[Svd, float]], rank: int) -> dict[str, float]:
@@ -143,36 +143,35 @@ def measured(kept: float, total: float) -> dict[str, float]:
     return {"norm": short(total**0.5), "energy": short(share), "error": short((1 - share) ** 0.5)}
 
 
-def _scaled(bundle: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    dtype = dtypes.torch_dtype(bundle.dtype)
-    factor = 1.0 if bundle.alpha is None else rank / bundle.alpha
+def _scaled(task: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    dtype = dtypes.torch_dtype(task.dtype)
+    factor = 1.0 if task.alpha is None else rank / task.alpha
     return {
-        key: (t * factor if key == bundle.place.b_key else t).to(dtype)
-        for key, t in tensors.items()
+        key: (t * factor if key == task.place.b_key else t).to(dtype) for key, t in tensors.items()
     }
 
 
-def even_rank(cut: Cut, bundles: Sequence[Bundle]) -> int:
-    """The rank that all ranked bundles could have alike in a file of the cut's size."""
-    return max(1, parse_size("max_size", cut.max_size) // max(sum(map(_cost, bundles)), 1))
+def even_rank(cut: Cut, tasks: Sequence[Task]) -> int:
+    """The rank that all ranked tasks could have alike in a file of the cut's size."""
+    return max(1, parse_size("max_size", cut.max_size) // max(sum(map(_cost, tasks)), 1))
 
 
 def settled_by_size(
-    cut: Cut, bundles: Sequence[Bundle]
-) -> Callable[[list[dict]], list[Callable[[Made], Made]]]:
-    """What gives each ranked bundle its rank, once all singular values are known: the largest of all modules, while the file has
+    cut: Cut, tasks: Sequence[Task]
+) -> Callable[[list[dict]], list[Callable[[TaskResult], TaskResult]]]:
+    """What gives each ranked task its rank, once all singular values are known: the largest of all modules, while the file has
     room.
 
     `Refused` where not even rank 1 for each fits.
     """
-    most = [stored for bundle in bundles for stored in bundle.most]
+    most = [stored for task in tasks for stored in task.max_outputs]
     header = len(laid_out("", most, {"format": "pt"}, ordered=True).header)
-    costs = [_cost(bundle) for bundle in bundles]
+    costs = [_cost(task) for task in tasks]
     others = sum(
         s.nbytes
-        for bundle, cost in zip(bundles, costs, strict=True)
+        for task, cost in zip(tasks, costs, strict=True)
         if not cost
-        for s in bundle.most
+        for s in task.max_outputs
     )
     limit = parse_size("max_size", cut.max_size)
     budget = limit - header - others - sum(costs)
@@ -181,59 +180,63 @@ def settled_by_size(
             f"--max-size {cut.max_size}",
             expected=f"at least {limit - budget:,} bytes: rank 1 for each module",
             where="options",
-            do="give a larger size, or leave modules out",
+            hint="give a larger size, or leave modules out",
         )
 
-    def settle(facts: list[dict]) -> list[Callable[[Made], Made]]:
+    def finalize(metrics: list[dict]) -> list[Callable[[TaskResult], TaskResult]]:
         # an unchanged weight has no factors, and leaves its room to the others
-        ranked = [cost > 0 and "spectrum" in fact for cost, fact in zip(costs, facts, strict=True)]
+        ranked = [
+            cost > 0 and "spectrum" in metric for cost, metric in zip(costs, metrics, strict=True)
+        ]
         ranks, left = (
-            [1] * len(bundles),
+            [1] * len(tasks),
             budget + sum(cost for cost, has in zip(costs, ranked, strict=True) if not has),
         )
-        values = [(s, i) for i, fact in enumerate(facts) if ranked[i] for s in fact["spectrum"][1:]]
+        values = [
+            (s, i) for i, metric in enumerate(metrics) if ranked[i] for s in metric["spectrum"][1:]
+        ]
         for value, i in sorted(values, key=lambda pair: -pair[0]):
             if value > 0 and costs[i] <= left:
                 ranks[i] += 1
                 left -= costs[i]
         return [
-            _cut_to(bundle, rank) if has else _as_it_is
-            for bundle, rank, has in zip(bundles, ranks, ranked, strict=True)
+            _cut_to(task, rank) if has else _as_it_is
+            for task, rank, has in zip(tasks, ranks, ranked, strict=True)
         ]
 
-    return settle
+    return finalize
 
 
-def _cost(bundle: Any) -> int:
-    """Bytes of one rank of a bundle's factors; 0 for what has no rank."""
-    if not hasattr(bundle, "place"):
+def _cost(task: Any) -> int:
+    """Bytes of one rank of a task's factors; 0 for what has no rank."""
+    if not hasattr(task, "place"):
         return 0
-    a, b = bundle.place.shapes(1)
-    return dtypes.size(bundle.dtype, math.prod(a) + math.prod(b))
+    a, b = task.place.shapes(1)
+    return dtypes.size(task.dtype, math.prod(a) + math.prod(b))
 
 
-def _as_it_is(made: Made) -> Made:
+def _as_it_is(made: TaskResult) -> TaskResult:
     return made
 
 
-def _cut_to(bundle: Any, rank: int) -> Callable[[Made], Made]:
+def _cut_to(task: Any, rank: int) -> Callable[[TaskResult], TaskResult]:
     """Keep the first `rank` of the rank-one parts, which come in the order of their singular values."""
 
-    def change(made: Made) -> Made:
-        facts = dict(made.facts)
-        before, spectrum, total = facts["rank"], facts.pop("spectrum"), facts.pop("total")
+    def change(made: TaskResult) -> TaskResult:
+        metrics = dict(made.metrics)
+        before, spectrum, total = metrics["rank"], metrics.pop("spectrum"), metrics.pop("total")
         kept = math.fsum(value**2 for value in spectrum[:rank])
-        a, b = (cast(Tensor, made.tensors[key]) for key in (bundle.place.a_key, bundle.place.b_key))
-        experts = bundle.place.experts or 1
+        a, b = (cast(Tensor, made.tensors[key]) for key in (task.place.a_key, task.place.b_key))
+        experts = task.place.experts or 1
         a = a.reshape(experts, before, *a.shape[1:])[:, :rank].reshape(experts * rank, *a.shape[1:])
         b = b.reshape(b.shape[0], before, experts, *b.shape[2:])[:, :rank].reshape(
             b.shape[0], rank * experts, *b.shape[2:]
         )
-        if bundle.alpha is not None:
+        if task.alpha is not None:
             b = (b.float() * (rank / before)).to(b.dtype)
-        return Made(
-            {bundle.place.a_key: a, bundle.place.b_key: b},
-            facts | {"rank": rank} | measured(kept, total),
+        return TaskResult(
+            {task.place.a_key: a, task.place.b_key: b},
+            metrics | {"rank": rank} | measured(kept, total),
         )
 
     return change

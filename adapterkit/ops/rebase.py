@@ -14,12 +14,12 @@ from adapterkit.ops.combining import Combined, Part, Refit
 from adapterkit.ops.sites import Site, base_with_parameters, join, levels_of, names_of, targets_of
 from adapterkit.ops.sources import open_adapter, open_model
 from adapterkit.options import StrPath, checked
-from adapterkit.plan import Bundle, Plan, Progress, Receipt
+from adapterkit.plan import Plan, Progress, Receipt, Task
 from adapterkit.weights.names import Names
 
 QUANTISED = (
     "loftq",
-)  # inits whose base is quantised, not a residual: no difference of factors leads back to the original
+)  # inits whose base is quantized, not a residual: no difference of factors leads back to the original
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,14 @@ def plan_rebase(
             f"{trained.name} does not say that its init changed the base (init_lora_weights): taken at the caller's word"
         )
     elif init.lower().startswith(QUANTISED):
-        found = f"{trained.name} was initialised by {init}: its base is quantised, not a residual"
-        do = "merge it into its quantised base, or extract the difference"
+        found = f"{trained.name} was initialised by {init}: its base is quantized, not a residual"
+        hint = "merge it into its quantized base, or extract the difference"
         errors.append(
             Refused(
-                found, expected="an init that subtracts from the base", where=trained.where, do=do
+                found,
+                expected="an init that subtracts from the base",
+                where=trained.where,
+                hint=hint,
             )
         )
     model = base_with_parameters(base, [trained, before], notes)
@@ -98,25 +101,23 @@ def plan_rebase(
     _check_ties(trained, base, errors, notes)
     refuse_all(errors)
     dtype, refit = dtypes.parse(options.dtype), Refit(options.rank, options.energy)
-    bundles: list[Bundle] = []
+    tasks: list[Task] = []
     levels = levels_of(joined.values())
     for name, site in joined.items():
         parts = (Part(0, site.members[0][1], 1.0), Part(1, site.members[1][1], -1.0))
-        bundles.append(
-            Combined(name, parts, site.place(levels), Linear(), "delta", refit, dtype, 0)
-        )
-    bundles += produced.beside_factors(_without_changed_base(trained, notes), dtype)
+        tasks.append(Combined(name, parts, site.place(levels), Linear(), "delta", refit, dtype, 0))
+    tasks += produced.beside_factors(_without_changed_base(trained, notes), dtype)
     settings = produced.plain_settings() | produced.extras([trained]) | produced.flags(trained)
     told = {k: v for k, v in vars(options).items() if v is not None}
-    facts = {
+    metrics = {
         "adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)],
         "init": init,
     }
     summary = f"{init or 'its'} initial factors taken out"
     output = produced.Output(
-        [trained], bundles, settings=settings, summary=summary, **targets_of(joined)
+        [trained], tasks, settings=settings, summary=summary, **targets_of(joined)
     )
-    return produced.adapter_plan("rebase", told, [trained, before], [output], notes, facts, model)
+    return produced.adapter_plan("rebase", told, [trained, before], [output], notes, metrics, model)
 
 
 def _check_ties(
@@ -142,11 +143,11 @@ def _check_ties(
         parameter = names.parameter(f"{module}.weight")
         if parameter is not None and parameter.tied:
             found = f"{shown(module)} is tied to {', '.join(map(shown, parameter.tied))}, which the init has changed too"
-            expected, do = (
+            expected, hint = (
                 "factors on weights of their own",
                 "merge it into the base it was trained on (--base-is-residual)",
             )
-            errors.append(Refused(found, expected=expected, where=trained.name, do=do))
+            errors.append(Refused(found, expected=expected, where=trained.name, hint=hint))
 
 
 def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
@@ -176,7 +177,7 @@ def _same_modules(
                     found,
                     expected="the same modules in both",
                     where="--initial",
-                    do="give the adapter saved before training",
+                    hint="give the adapter saved before training",
                 )
             )
     return errors

@@ -18,7 +18,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.edits import Loaded
 from adapterkit.engines.local import Inputs, arithmetic, rounded
 from adapterkit.errors import shown
-from adapterkit.ops.requantised import Copied, Edited, Requantised
+from adapterkit.ops.requantized import Copied, Edited, Requantized
 from adapterkit.plan import Plan, Shard, Step
 from adapterkit.weights.packed import Packed, read_back
 
@@ -42,13 +42,13 @@ def changed(plan: Plan) -> Iterator["Floats | Codes"]:
         if isinstance(shard, Shard):
             yield from (Floats(step) for step in shard.steps if not step.copied)
             continue
-        for bundle in shard.bundles:
-            if isinstance(bundle, Edited):
-                yield Floats(bundle.step)
-            elif isinstance(bundle, Requantised):
-                yield Codes(bundle.step, bundle.packed)
-            elif not isinstance(bundle, Copied):
-                raise TypeError(f"{shown(bundle.name)}: no check of a {type(bundle).__name__}")
+        for task in shard.tasks:
+            if isinstance(task, Edited):
+                yield Floats(task.step)
+            elif isinstance(task, Requantized):
+                yield Codes(task.step, task.packed)
+            elif not isinstance(task, Copied):
+                raise TypeError(f"{shown(task.name)}: no check of a {type(task).__name__}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Floats:
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight in a quantised format: the slices that hold its first row, the last, and one between; all of it where scales depend
+    """A weight in a quantized format: the slices that hold its first row, the last, and one between; all of it where scales depend
     on all of it."""
 
     step: Step
@@ -202,7 +202,9 @@ class _Origin:
 
     def _decoded(self, first: int, last: int) -> Tensor:  # (last - first, width) float32
         if self.held[0] != (first, last):
-            value = read_back(*self.at(self.parts, first, last), do="download the checkpoint again")
+            value = read_back(
+                *self.at(self.parts, first, last), hint="download the checkpoint again"
+            )
             self.held = (first, last), value.view(last - first, self.width)
         return self.held[1]
 

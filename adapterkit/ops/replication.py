@@ -33,7 +33,7 @@ def replicated(
                 "different layer_replication in the adapters",
                 expected="the same in all",
                 where=where,
-                do="merge those that agree",
+                hint="merge those that agree",
             )
         )
         return base
@@ -77,7 +77,7 @@ def _layers_home(base: Checkpoint, order: list[int]) -> tuple[str, int] | Adapte
             f"{len(homes)} stacks of layers that could be replicated: {', '.join(shown(h) for h, _ in homes)}",
             expected="one stack with the config's number of layers",
             where=base.name,
-            do="this model's layers cannot be replicated",
+            hint="this model's layers cannot be replicated",
         )
     bad = sorted({i for i in order if i >= homes[0][1]})
     if bad or not order:
@@ -85,7 +85,7 @@ def _layers_home(base: Checkpoint, order: list[int]) -> tuple[str, int] | Adapte
             f"layers {bad} of {homes[0][1]}",
             expected="layers of the base",
             where="layer_replication",
-            do="use the base that the adapter was trained on",
+            hint="use the base that the adapter was trained on",
         )
     return homes[0]
 

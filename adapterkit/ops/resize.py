@@ -22,7 +22,7 @@ from adapterkit.ops.ranking import Converted, Cut, Truncated, check_cut, even_ra
 from adapterkit.ops.sites import join, levels_of, names_of, targets_of
 from adapterkit.ops.sources import open_adapter, open_model
 from adapterkit.options import StrPath, checked, choice
-from adapterkit.plan import Bundle, Plan, Progress, Receipt
+from adapterkit.plan import Plan, Progress, Receipt, Task
 from adapterkit.registry import members
 from adapterkit.weights.names import Names
 
@@ -104,7 +104,7 @@ def plan_resize(source: Folder, options: Options, base: Folder | None = None) ->
             "no module with factors",
             expected="an adapter of low-rank factors",
             where=source.name,
-            do="check it",
+            hint="check it",
         )
     return job.plan()
 
@@ -116,8 +116,8 @@ def _kind(source: Folder, config: dict) -> type[Kind] | None:
     if name in known or name == "lora":
         return known.get(name)
     found, expected = f"peft_type {shown(repr(said))}", ", ".join(["LORA", *map(str.upper, known)])
-    do = "if it can be merged, merge it with PEFT and use adapterkit extract BASE MERGED"
-    raise Refused(found, expected=expected, where=f"{source.name}/{CONFIG}", do=do)
+    hint = "if it can be merged, merge it with PEFT and use adapterkit extract BASE MERGED"
+    raise Refused(found, expected=expected, where=f"{source.name}/{CONFIG}", hint=hint)
 
 
 @dataclass
@@ -142,7 +142,7 @@ class _Job:
                 "--alpha rank: PEFT scales biases of b by alpha / rank too",
             )
             self.errors.append(
-                Refused(found, expected=expected, where="options", do="leave --alpha out")
+                Refused(found, expected=expected, where="options", hint="leave --alpha out")
             )
         sites = join([adapter], self.errors, self._names(adapter))
         self.targets = targets_of(sites)
@@ -189,7 +189,7 @@ class _Job:
                 found,
                 expected="--alpha rank: the adapter has no lora_alpha",
                 where="options",
-                do="leave --alpha out",
+                hint="leave --alpha out",
             )
         if kind.base and self.base is None:
             found = f"a {kind.name.upper()} adapter without its base: {kind.base}"
@@ -197,7 +197,7 @@ class _Job:
                 found,
                 expected="--base BASE",
                 where=source.name,
-                do="give --base, the model it was trained on",
+                hint="give --base, the model it was trained on",
             )
         adapter, modules = read_kind(kind, source, 0)
         if self.base is None and kind.name in ("loha", "lokr"):
@@ -260,7 +260,7 @@ class _Job:
                         found,
                         expected=f"one for the base's {weight.shape}",
                         where=weights.where,
-                        do=CHECK_BASE,
+                        hint=CHECK_BASE,
                     )
                 )
         if tail is None:
@@ -270,7 +270,7 @@ class _Job:
                     found,
                     expected="--base BASE",
                     where="options",
-                    do="give the model it was trained on",
+                    hint="give the model it was trained on",
                 )
             )
             return
@@ -299,26 +299,26 @@ class _Job:
     def plan(self) -> Plan:
         adapter, options = self.adapter, self.options
         assert adapter is not None
-        ranked, settle = self.ranked, None
+        ranked, finalize = self.ranked, None
         beside = produced.beside_factors(adapter, dtypes.parse(options.dtype))
         if options.cut.max_size:
             limit = SHARES * even_rank(options.cut, ranked)
             ranked = [
-                replace(bundle, limit=limit) if isinstance(bundle, Converted) else bundle
-                for bundle in ranked
+                replace(task, limit=limit) if isinstance(task, Converted) else task
+                for task in ranked
             ]
-            settle = partial(settled_by_size, options.cut)
+            finalize = partial(settled_by_size, options.cut)
         settings = produced.plain_settings() | produced.extras([adapter]) | produced.flags(adapter)
         settings |= {"init_lora_weights": self.init}
-        bundles: list[Bundle] = [*ranked, *beside]
-        modules = {bundle.name: self.targets["modules"][bundle.name] for bundle in ranked}
+        tasks: list[Task] = [*ranked, *beside]
+        modules = {task.name: self.targets["modules"][task.name] for task in ranked}
         more = self.targets | {
             "modules": modules,
             "settings": settings,
-            "settle": settle,
+            "finalize": finalize,
             "alpha": self._alpha(),
         }
-        output = produced.Output([adapter], bundles, summary="resized", **more)
+        output = produced.Output([adapter], tasks, summary="resized", **more)
         told = {
             k: v
             for k, v in {
@@ -328,7 +328,7 @@ class _Job:
             }.items()
             if v is not None
         }
-        facts = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
+        metrics = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
         return produced.adapter_plan(
-            "resize", told, [adapter], [output], self.notes, facts, self.base
+            "resize", told, [adapter], [output], self.notes, metrics, self.base
         )

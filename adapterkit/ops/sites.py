@@ -57,7 +57,7 @@ def levels_of(sites: Collection[Site]) -> dict[str, int]:
 
 
 def targets_of(sites: Mapping[str, Site], prefix: str = "") -> dict[str, Any]:
-    """What `produced.Output` has to know of its targets; `prefix` stands before the bundles' names."""
+    """What `produced.Output` has to know of its targets; `prefix` stands before the tasks' names."""
     return {
         "modules": {prefix + name: site.target for name, site in sites.items()},
         "parameters": frozenset(site.target for site in sites.values() if site.parameter),
@@ -149,9 +149,9 @@ def _other_shapes(
     name: str, members: dict[int, tuple[Lora, Factors]], of: dict[int, Adapter]
 ) -> Refused:
     found = [f"{of[n].name}: {lora.kind} {f.shape}" for n, (lora, f) in members.items()]
-    do = "combine adapters of one base"
+    hint = "combine adapters of one base"
     return Refused(
-        f"{shown(name)}: {'; '.join(found)}", expected="one shape", where="adapters", do=do
+        f"{shown(name)}: {'; '.join(found)}", expected="one shape", where="adapters", hint=hint
     )
 
 
@@ -167,7 +167,7 @@ def _check_parameters(
             f"{shown(module)} has wrappers of its parameters, target_parameters names none of them",
             expected="their names",
             where=", ".join(lacking),
-            do="give target_parameters in adapter_config.json as they were in training",
+            hint="give target_parameters in adapter_config.json as they were in training",
         )
     plain = [
         of[n].name
@@ -179,7 +179,7 @@ def _check_parameters(
             f"{shown(module)} is a target itself in {', '.join(plain)}, and a home of target_parameters in the others",
             expected="one way for all: PEFT cannot load both",
             where="adapters",
-            do="merge one after the other instead",
+            hint="merge one after the other instead",
         )
 
 
@@ -213,7 +213,7 @@ def sites_of(
             f"{shown(module)}: {depth} wrappers of parameters, {len(union)} names for them ({', '.join(map(shown, union))})",
             expected="a name in target_parameters for each",
             where=", ".join(of[number].where for number in loras),
-            do="restore the config that was saved with the file",
+            hint="restore the config that was saved with the file",
         )
     if len(results) > 1:
         raise _undecided(module, loras, union, of)
@@ -231,7 +231,7 @@ def _undecided(module: str, loras: dict, union: list[str], of: dict[int, Adapter
         f"{shown(module)}: which factors are those of {', '.join(map(shown, union))}",
         expected="files that say so (PEFT's name the nesting, not the parameter)",
         where=", ".join(of[number].name for number in loras),
-        do=GIVE_BASE,
+        hint=GIVE_BASE,
     )
 
 
@@ -281,7 +281,7 @@ def _arranged(
                     f"{shown(lora.a.key)} lies inside {lora.depth + 1} wrappers, {len(mine)} parameters of its module are targets",
                     expected="a wrapper for each",
                     where=of[number].where,
-                    do="restore the config that was saved with the file",
+                    hint="restore the config that was saved with the file",
                 )
             leaf = mine[len(mine) - 1 - lora.depth]
             members[leaf][number] = lora, factors_of(of[number], lora, leaf)
@@ -319,7 +319,7 @@ def _check_shape(
                 f"{shown(lora.a.key)}: factors of {factors.shape}",
                 expected=f"ones that fit {shown(module)}.{shown(leaf)} {shape or 'of the base, which has none'}",
                 where=names.base.name,
-                do="check that the adapter was trained on this base",
+                hint="check that the adapter was trained on this base",
             )
 
 
@@ -330,9 +330,14 @@ def _nested(sites: list[Site]) -> list[AdapterkitError]:
     if not inner:
         return []
     found = "; ".join(f"{shown(home)} inside {shown(other)}" for home, other in sorted(inner)[:4])
-    expected, do = "no such nest: PEFT cannot load it", "merge one adapter after the other instead"
+    expected, hint = (
+        "no such nest: PEFT cannot load it",
+        "merge one adapter after the other instead",
+    )
     return [
-        Refused(f"parameters of {found} are targets", expected=expected, where="adapters", do=do)
+        Refused(
+            f"parameters of {found} are targets", expected=expected, where="adapters", hint=hint
+        )
     ]
 
 
@@ -358,10 +363,13 @@ def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list
     if not square or len(set(versions.values())) < 2:
         return []
     found = f"{shown(square[0])} holds square experts, and PEFT turned them in 0.19"
-    do = "train or convert the adapters with one version of PEFT"
+    hint = "train or convert the adapters with one version of PEFT"
     where = ", ".join(versions)
     return [
         Refused(
-            found, expected="adapters of PEFT below 0.19 alone, or none of them", where=where, do=do
+            found,
+            expected="adapters of PEFT below 0.19 alone, or none of them",
+            where=where,
+            hint=hint,
         )
     ]

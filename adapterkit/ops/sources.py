@@ -31,7 +31,7 @@ def open_source(text: StrPath) -> Folder:
         raise Refused(
             f"no such path: {shown(os.fspath(text))}",
             expected="a folder, a .safetensors or .gguf file, or a Hub id org/name[@revision][:subfolder]",
-            do="check the path",
+            hint="check the path",
         )
     return hub.HubFolder(hub_id)
 
@@ -67,8 +67,8 @@ def open_adapter(text: StrPath) -> Folder:
         return folder
     if folder.only != WEIGHTS and (folder.root / WEIGHTS).exists():
         found = f"{shown(folder.only)} beside {WEIGHTS}: whose is {CONFIG}?"
-        do = "give each a folder of its own with its config"
-        raise Refused(found, expected="one adapter in a folder", where=str(folder.root), do=do)
+        hint = "give each a folder of its own with its config"
+        raise Refused(found, expected="one adapter in a folder", where=str(folder.root), hint=hint)
     return WeightsOf(text, WEIGHTS)
 
 
@@ -125,6 +125,6 @@ def weight_of(source: StrPath) -> tuple[str, float]:
         raise Refused(
             f"{shown(text)}: {shown(number)!r} is no weight",
             expected="SOURCE or SOURCE=NUMBER",
-            do="check the path and weight",
+            hint="check the path and weight",
         )
     return path, weight

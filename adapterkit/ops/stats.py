@@ -8,7 +8,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, Spoiled, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, refuse_all, shown
 from adapterkit.kernels import weighted
 from adapterkit.plan import Inputs
 
@@ -25,13 +25,13 @@ def covariances(stats: Checkpoint | None, widths: Mapping[str, int]) -> dict[str
     for module, width in widths.items():
         spec = stats.tensors.get(module + COVARIANCE)
         if spec is None:
-            do = "collect them for this module too, or leave it out with --targets"
+            hint = "collect them for this module too, or leave it out with --targets"
             errors.append(
                 Refused(
                     f"no {shown(module + COVARIANCE)}",
                     expected="one for each module",
                     where=stats.name,
-                    do=do,
+                    hint=hint,
                 )
             )
         elif spec.shape != (width, width) or spec.dtype not in (*dtypes.FLOATS, "F64"):
@@ -40,7 +40,9 @@ def covariances(stats: Checkpoint | None, widths: Mapping[str, int]) -> dict[str
                 f"floats ({width}, {width})",
             )
             errors.append(
-                Damaged(text, expected=expected, where=stats.name, do="collect them on this model")
+                Damaged(
+                    text, expected=expected, where=stats.name, hint="collect them on this model"
+                )
             )
         else:
             found[module] = spec
@@ -51,22 +53,22 @@ def covariances(stats: Checkpoint | None, widths: Mapping[str, int]) -> dict[str
 def root_of(
     inputs: Inputs, covariance: TensorSpec | None
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """`weighted.root` of a stored covariance, if there is one, and what the receipt says of it; `Spoiled` where it is none."""
+    """`weighted.root` of a stored covariance, if there is one, and what the receipt says of it; `Unrecoverable` where it is none."""
     if covariance is None:
         return None, {}
     try:
         root, damping = weighted.root(inputs.tensor(covariance))
     except ValueError as error:
         found = f"{shown(covariance.key)}: {error}"
-        do = "collect it on texts that reach this module, and store it in float32"
-        raise Spoiled(
-            found, expected="a covariance E[x xᵀ]", where=covariance.file, do=do
+        hint = "collect it on texts that reach this module, and store it in float32"
+        raise Unrecoverable(
+            found, expected="a covariance E[x xᵀ]", where=covariance.file, hint=hint
         ) from error
     return root, {"damping": damping}
 
 
 def given(covariance: TensorSpec | None) -> tuple[TensorSpec, ...]:
-    """What a bundle reads for it."""
+    """What a task reads for it."""
     return () if covariance is None else (covariance,)
 
 

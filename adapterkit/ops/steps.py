@@ -106,7 +106,7 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
             f"{shown(slot.key)} is {spec.dtype}",
             expected="a float weight",
             where=job.base.name,
-            do="dequantise the base",
+            hint="dequantize the base",
         )
     steps[slot.key] = _edited(job, step, edits, change, resized)
 

@@ -19,7 +19,7 @@ from adapterkit.ops.sites import base_with_parameters, join, levels_of, names_of
 from adapterkit.ops.sources import open_all, open_model
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.patterns import matcher
-from adapterkit.plan import Bundle, Inputs, Made, Plan, Progress, Receipt
+from adapterkit.plan import Inputs, Plan, Progress, Receipt, Task, TaskResult
 from adapterkit.weights.names import Names
 
 
@@ -67,8 +67,10 @@ def subtract(
     apart where the files do not. Raises `Refused` before anything is written.
     """
     options = Options(space, rank, energy, dtype, exclude, tokenizer)
-    tasks, generals = open_all(adapters=adapters, general=general)
-    plan = plan_subtract(tasks, generals, options, None if base is None else open_model(base))
+    task_sources, generals = open_all(adapters=adapters, general=general)
+    plan = plan_subtract(
+        task_sources, generals, options, None if base is None else open_model(base)
+    )
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return produced.carry_out(
         plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
@@ -76,27 +78,27 @@ def subtract(
 
 
 def plan_subtract(
-    tasks: Sequence[Folder],
+    task_sources: Sequence[Folder],
     generals: Sequence[Folder],
     options: Options,
     base: Folder | None = None,
 ) -> Plan:
     """Everything a subtraction will do, or `Refused` with all that cannot be done."""
     produced.check_refit(options.rank, options.energy)
-    if not tasks or not generals:
-        found = f"{len(tasks)} task adapters, {len(generals)} general ones"
+    if not task_sources or not generals:
+        found = f"{len(task_sources)} task adapters, {len(generals)} general ones"
         raise Refused(
-            found, expected="one or more of each", where="subtract", do="give --general ADAPTER"
+            found, expected="one or more of each", where="subtract", hint="give --general ADAPTER"
         )
     if options.space == "factors" and (options.rank or options.energy):
         found = "--space factors with --rank or --energy"
         raise Refused(
-            found, expected="the ranks as they are", where="options", do="leave one of them out"
+            found, expected="the ranks as they are", where="options", hint="leave one of them out"
         )
-    read = read_all([*tasks, *generals])
+    read = read_all([*task_sources, *generals])
     task_adapters, general_adapters = (
-        read[: len(tasks)],
-        [_without(a, options.exclude) for a in read[len(tasks) :]],
+        read[: len(task_sources)],
+        [_without(a, options.exclude) for a in read[len(task_sources) :]],
     )
     errors = [error for adapter in read for error in not_linear(adapter)]
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
@@ -104,25 +106,27 @@ def plan_subtract(
     model = base_with_parameters(base, read, notes)
     names = None if model is None else names_of(model, read, notes)
     outputs = [
-        _output(task, general_adapters, options, len(tasks) > 1, names, errors)
-        for task in task_adapters
+        _output(task_adapter, general_adapters, options, len(task_sources) > 1, names, errors)
+        for task_adapter in task_adapters
     ]
     refuse_all(errors)
-    facts = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
-    facts["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
-    told = {k: v for k, v in vars(options).items() if v is not None} | {"tasks": len(tasks)}
-    return produced.adapter_plan("subtract", told, read, outputs, notes, facts, model)
+    metrics = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
+    metrics["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
+    told = {k: v for k, v in vars(options).items() if v is not None} | {"tasks": len(task_sources)}
+    return produced.adapter_plan("subtract", told, read, outputs, notes, metrics, model)
 
 
-def _same_names(tasks: Sequence[Adapter]) -> list[AdapterkitError]:
-    names = [adapter.folder.name for adapter in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(tasks) > 1 else []
+def _same_names(task_sources: Sequence[Adapter]) -> list[AdapterkitError]:
+    names = [adapter.folder.name for adapter in task_sources]
+    twice = (
+        sorted({name for name in names if names.count(name) > 1}) if len(task_sources) > 1 else []
+    )
     return [
         Refused(
             f"several task adapters called {shown(name)}",
             expected="different folder names",
             where="adapters",
-            do="rename one",
+            hint="rename one",
         )
         for name in twice
     ]
@@ -134,7 +138,7 @@ def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
             f"{shown(key)} was trained whole by {', '.join(a.name for a in generals if a.number in holders)}",
             expected="general adapters of factors alone: what is no delta cannot be subtracted",
             where="--general",
-            do=f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
+            hint=f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
         )
         for key, holders in held(generals, {}, copies=False).items()
     ]
@@ -166,52 +170,60 @@ def _without(general: Adapter, exclude: str | None) -> Adapter:
 
 
 def _output(
-    task: Adapter,
+    task_adapter: Adapter,
     generals: Sequence[Adapter],
     options: Options,
     several: bool,
     names: Names | None,
     errors: list[AdapterkitError],
 ) -> produced.Output:
-    joined = join([task, *generals], errors, names)
-    prefix = f"{task.folder.name}: " if several else ""
+    joined = join([task_adapter, *generals], errors, names)
+    prefix = f"{task_adapter.folder.name}: " if several else ""
     refit = Refit(options.rank, options.energy)
     dtype = dtypes.parse(options.dtype)
-    bundles: list[Bundle] = []
+    tasks: list[Task] = []
     kept = None if options.exclude is None else matcher(options.exclude, "--exclude")
     alone = {
         name
         for name, site in joined.items()
-        if kept and site.members.keys() == {task.number} and kept(site.module)
+        if kept and site.members.keys() == {task_adapter.number} and kept(site.module)
     }
     if options.space == "factors":
         errors += [
             e
             for name, site in joined.items()
             if name not in alone
-            for e in _alike(name, site.members, task, generals)
+            for e in _alike(name, site.members, task_adapter, generals)
         ]
-        joined = {name: site for name, site in joined.items() if task.number in site.members}
+        joined = {
+            name: site for name, site in joined.items() if task_adapter.number in site.members
+        }
     levels = levels_of(joined.values())
-    weights = {task.number: 1.0} | {general.number: -1.0 / len(generals) for general in generals}
+    weights = {task_adapter.number: 1.0} | {
+        general.number: -1.0 / len(generals) for general in generals
+    }
     for name, site in joined.items():
         members, place = site.members, site.place(levels)
         if options.space == "factors" and name not in alone:
-            averaged = tuple(f for number, (_, f) in members.items() if number != task.number)
-            bundles.append(Lessened(prefix + name, members[task.number][1], averaged, place, dtype))
+            averaged = tuple(
+                f for number, (_, f) in members.items() if number != task_adapter.number
+            )
+            tasks.append(
+                Lessened(prefix + name, members[task_adapter.number][1], averaged, place, dtype)
+            )
             continue
         parts = tuple(
             Part(number, factors, weights[number]) for number, (_, factors) in members.items()
         )
-        bundles.append(Combined(prefix + name, parts, place, Linear(), "delta", refit, dtype, 0))
-    bundles += produced.added_biases(
+        tasks.append(Combined(prefix + name, parts, place, Linear(), "delta", refit, dtype, 0))
+    tasks += produced.added_biases(
         joined, lambda number, module: weights[number], dtype, errors, prefix
     )
-    for key, holders in held([task], levels).items():
-        bundles += [produced.Taken(spec, key, prefix) for spec in holders.values()]
+    for key, holders in held([task_adapter], levels).items():
+        tasks += [produced.Taken(spec, key, prefix) for spec in holders.values()]
     settings = (
         produced.plain_settings()
-        | produced.extras([task])
+        | produced.extras([task_adapter])
         | {
             "lora_bias": any(
                 lora.bias is not None
@@ -227,25 +239,25 @@ def _output(
         "tokenizer": options.tokenizer,
     }
     return produced.Output(
-        [task, *generals], bundles, folder=task.folder.name if several else "", **how
+        [task_adapter, *generals], tasks, folder=task_adapter.folder.name if several else "", **how
     )
 
 
 def _alike(
-    name: str, members: dict, task: Adapter, generals: Sequence[Adapter]
+    name: str, members: dict, task_adapter: Adapter, generals: Sequence[Adapter]
 ) -> list[AdapterkitError]:
     """Factors can be averaged only where all have the module, at one rank."""
     ranks = {number: factors.rank for number, (_, factors) in members.items()}
     if len(ranks) == 1 + len(generals) and len(set(ranks.values())) == 1:
         return []
-    found = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in [task, *generals])
-    do = "use --space delta"
+    found = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in [task_adapter, *generals])
+    hint = "use --space delta"
     return [
         Refused(
             f"{shown(name)}: ranks {found}",
             expected="one rank, in all of them",
             where="--space factors",
-            do=do,
+            hint=hint,
         )
     ]
 
@@ -255,33 +267,33 @@ class Lessened:
     """PEFT's subtraction of one module: a - mean of the general a's, b - mean of the general b's."""
 
     name: str
-    task: Factors
+    task_adapter: Factors
     generals: tuple[Factors, ...]
     place: Place
     dtype: str
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for f in (self.task, *self.generals) for spec in (f.a, f.b))
+        return tuple(spec for f in (self.task_adapter, *self.generals) for spec in (f.a, f.b))
 
     @property
-    def most(self) -> tuple[Stored, ...]:
-        return produced.bounds(self.place, self.task.rank, self.dtype)
+    def max_outputs(self) -> tuple[Stored, ...]:
+        return produced.bounds(self.place, self.task_adapter.rank, self.dtype)
 
     @property
     def memory(self) -> int:
         return 12 * sum(spec.nbytes for spec in self.reads)
 
-    def make(self, inputs: Inputs) -> Made:
-        a, b = self.task.stored(inputs)
+    def compute(self, inputs: Inputs) -> TaskResult:
+        a, b = self.task_adapter.stored(inputs)
         others = [factors.stored(inputs) for factors in self.generals]
         count = len(others)
         a = a - sum(other for other, _ in others) / count
-        b = (b - sum(other for _, other in others) / count) * self.task.scale
-        a_shape, b_shape = self.place.shapes(self.task.rank)
+        b = (b - sum(other for _, other in others) / count) * self.task_adapter.scale
+        a_shape, b_shape = self.place.shapes(self.task_adapter.rank)
         dtype = dtypes.torch_dtype(self.dtype)
         tensors = {
             self.place.a_key: a.reshape(a_shape).to(dtype),
             self.place.b_key: b.reshape(b_shape).to(dtype),
         }
-        return Made(tensors, {"rank": self.task.rank})
+        return TaskResult(tensors, {"rank": self.task_adapter.rank})

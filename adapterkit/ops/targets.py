@@ -32,7 +32,7 @@ def targets(
             f"{shown(loras[0].a.key)} fits several parameters of {shown(module)}: {', '.join(map(shown, leaves))}",
             expected="one parameter (PEFT's file names the nesting, not the parameter)",
             where=adapter.given,
-            do="use a transformers that knows the model, or give target_parameters as they were in training",
+            hint="use a transformers that knows the model, or give target_parameters as they were in training",
         )
     return [(site.name, site.leaf, site.members[number][0]) for site in found]
 
@@ -77,7 +77,7 @@ def _transposed(job: Job, adapter: Adapter, module: str, *, square: bool) -> boo
             f"the square weight of {shown(module)} may be stored (in, out): fan_in_fan_out is set",
             expected="a model that transformers knows, or weights that are not square",
             where=adapter.given,
-            do="update transformers",
+            hint="update transformers",
         )
     return said
 
@@ -93,7 +93,7 @@ def _convolution(
             f"a grouped convolution: {shown(module)} has {groups} groups",
             expected="groups 1 (PEFT cannot merge these either)",
             where=adapter.given,
-            do="leave it out with --exclude",
+            hint="leave it out with --exclude",
         )
     if b[:1] + a[1:] != shape or any(n != 1 for n in b[2:]):
         raise job.misshaped(adapter, lora.a.key, (a, b), shape)
@@ -123,7 +123,7 @@ def _flips_squares(job: Job, adapter: Adapter, parameter: Parameter) -> bool:
             f"{shown(parameter.name)} holds square experts {parameter.shape} and the adapter has no peft_version",
             expected="the layout in which PEFT wrote it: it changed in 0.19",
             where=adapter.where,
-            do="give --expert-layout peft-0.18 or --expert-layout peft-0.19",
+            hint="give --expert-layout peft-0.18 or --expert-layout peft-0.19",
         )
     if chosen == "peft-0.18":
         return True

@@ -42,7 +42,7 @@ def verify(
             "base or adapters alone",
             expected="both, or neither",
             where="--base, --adapter",
-            do="give both",
+            hint="give both",
         )
     result = check_files(path, receipt, progress)
     plan = _plan_again(receipt, base, sources) if base else None
@@ -61,7 +61,7 @@ def read_receipt(folder: Path) -> dict[str, Any]:
             f"no {RECEIPT}",
             expected="an output of adapterkit, finished",
             where=str(folder),
-            do="run the job again (with --resume if it was interrupted)",
+            hint="run the job again (with --resume if it was interrupted)",
         )
     local = LocalFolder(folder)
     receipt = read_json(local, RECEIPT)
@@ -70,11 +70,11 @@ def read_receipt(folder: Path) -> dict[str, Any]:
             f"a receipt of version {shown(receipt.get('adapterkit'))}",
             expected=f"version {RECEIPT_VERSION}",
             where=RECEIPT,
-            do="verify with the adapterkit that wrote it",
+            hint="verify with the adapterkit that wrote it",
         )
     if not is_sealed(local.read(RECEIPT, 0, local.files()[RECEIPT])):
         raise Damaged(
-            CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, do=AGAIN
+            CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, hint=AGAIN
         )
     return receipt
 
@@ -85,13 +85,13 @@ def check_files(
     """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and no other weights."""
     out = LocalFolder(folder)
     errors: list[AdapterkitError] = []
-    for name, facts in receipt["files"].items():
+    for name, metrics in receipt["files"].items():
         try:
             size = out.files().get(str(inside(name, RECEIPT)))
-            if size != facts["size"]:
+            if size != metrics["size"]:
                 found = "no such file" if size is None else f"{size} bytes"
-                raise Damaged(found, expected=f"{facts['size']} bytes", where=name, do=AGAIN)
-            _check_file(out, name, facts["sha256"], receipt["keys"].get(name), progress)
+                raise Damaged(found, expected=f"{metrics['size']} bytes", where=name, hint=AGAIN)
+            _check_file(out, name, metrics["sha256"], receipt["keys"].get(name), progress)
         except AdapterkitError as error:
             errors.append(error)
     here = {
@@ -103,11 +103,11 @@ def check_files(
                 "weights that the receipt does not list",
                 expected="the files of the receipt",
                 where=shown(name),
-                do="remove the file",
+                hint="remove the file",
             )
         )
     refuse_all(errors)
-    total = sum(facts["size"] for facts in receipt["files"].values())
+    total = sum(metrics["size"] for metrics in receipt["files"].values())
     return {"files": len(receipt["files"]), "bytes": total, "hash": receipt["hash"]}
 
 
@@ -135,7 +135,7 @@ def _check_file(
                 if wrong is None
                 else f"{name}: {'its header or ' * (wrong == 0)}{shown(ends[wrong][1])}"
             )
-            problem = Damaged(CHANGED, expected="the receipt's sha256", where=where, do=AGAIN)
+            problem = Damaged(CHANGED, expected="the receipt's sha256", where=where, hint=AGAIN)
     if problem is not None:
         raise problem
 
@@ -149,7 +149,7 @@ def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tup
             f"keys {', '.join(map(shown, odd[:4]))}",
             expected="the receipt's keys",
             where=name,
-            do=AGAIN,
+            hint=AGAIN,
         )
     return [(spec.stop, spec.key) for spec in tensors]
 
@@ -169,7 +169,7 @@ def _hashes(path: Path, name: str, stops: list[int], progress: Progress) -> Iter
                             f"the file ends at byte {at}",
                             expected=f"{stops[-1]} bytes",
                             where=name,
-                            do=AGAIN,
+                            hint=AGAIN,
                         )
                     digest.update(block)
                     at += len(block)
@@ -179,7 +179,7 @@ def _hashes(path: Path, name: str, stops: list[int], progress: Progress) -> Iter
         raise Failed(
             f"cannot read at byte {at}: {error.strerror}",
             where=name,
-            do="check the disk, then verify again",
+            hint="check the disk, then verify again",
         ) from error
 
 
@@ -190,12 +190,12 @@ def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder,
     assert base is not None
     verb = receipt["recipe"]["verb"]
     if verb != "merge":
-        do = "leave --base and --adapter out: every hash and key is checked without them"
+        hint = "leave --base and --adapter out: every hash and key is checked without them"
         raise Refused(
             f"an output of {shown(verb)}",
             expected="an output of merge",
             where="--base, --adapter",
-            do=do,
+            hint=hint,
         )
     options = dict(receipt["recipe"]["options"])
     weights = options.pop("weights")
@@ -204,7 +204,7 @@ def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder,
             f"{len(sources)} adapters",
             expected=str(len(weights)),
             where="--adapter",
-            do="give all, in order",
+            hint="give all, in order",
         )
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
     plan = plan_merge(open_model(base), pairs, Options(**options))
@@ -218,7 +218,7 @@ def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder,
                         found,
                         expected="the same inputs",
                         where=RECEIPT,
-                        do="give the inputs of the merge",
+                        hint="give the inputs of the merge",
                     )
                 )
     refuse_all(errors)
@@ -256,7 +256,7 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
         if result.wrong is not None:
             errors.append(
                 Damaged(
-                    result.wrong, expected=check.expected, where=shown(check.step.key), do=AGAIN
+                    result.wrong, expected=check.expected, where=shown(check.step.key), hint=AGAIN
                 )
             )
     refuse_all(errors)
@@ -265,6 +265,6 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
         raise Failed(
             "no row was recomputed: every changed tensor is empty",
             where=str(folder),
-            do="check the base and the adapters",
+            hint="check the base and the adapters",
         )
     return {"rows": rows, "tensors": len(checks)}

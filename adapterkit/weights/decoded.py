@@ -1,4 +1,4 @@
-"""A quantised checkpoint seen as the plain one that it decodes to."""
+"""A quantized checkpoint seen as the plain one that it decodes to."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,11 +8,11 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
 from adapterkit.registry import members
 from adapterkit.weights.packed import Found, Packed
-from adapterkit.weights.quantised import PACKED, check_not_quantised, signs, without
+from adapterkit.weights.quantized import PACKED, check_not_quantized, signs, without
 
 
 def decoded(base: Checkpoint) -> Checkpoint:
-    """The checkpoint without quantisation: each packed weight, a `Packed`, in place of the tensors that hold it, and a config that
+    """The checkpoint without quantization: each packed weight, a `Packed`, in place of the tensors that hold it, and a config that
     says nothing of it; the same object where nothing is packed.
 
     `Refused` or `Damaged`, all at once, for formats that nobody here knows, missing siblings, shapes that do not fit, scales that
@@ -44,7 +44,7 @@ def decoded(base: Checkpoint) -> Checkpoint:
         tensors=tensors,
         config=without(base.config) if found.method in known and packed else base.config,
     )
-    check_not_quantised(replace(plain, tensors=found.tensors))
+    check_not_quantized(replace(plain, tensors=found.tensors))
     return plain
 
 
@@ -59,8 +59,8 @@ def _twice(base: Checkpoint, packed: list[Packed]) -> list[AdapterkitError]:
         )
         if other is not None:
             found = f"{shown(one.key)} as {shown(other)} and as {shown(one.parts[0].key)}"
-            do = "remove the tensors that are not part of the model"
-            errors.append(Damaged(found, expected="each weight once", where=base.name, do=do))
+            hint = "remove the tensors that are not part of the model"
+            errors.append(Damaged(found, expected="each weight once", where=base.name, hint=hint))
         seen[one.key] = one.parts[0].key
     return errors
 
@@ -80,17 +80,17 @@ def _left(found: Found, packed: list[Packed]) -> list[AdapterkitError]:
                     text,
                     expected="formats that are known",
                     where=found.base.name,
-                    do="dequantise it first",
+                    hint="dequantize it first",
                 )
             )
     return errors
 
 
 def packed_in(tensors: Mapping[str, TensorSpec]) -> list[Packed]:
-    """The quantised weights among tensors."""
+    """The quantized weights among tensors."""
     return [spec for spec in tensors.values() if isinstance(spec, Packed)]
 
 
 def files_saying(tensors: Mapping[str, TensorSpec]) -> set[str]:
-    """Names of files that say of these tensors that they are quantised, and mean nothing beside floats."""
+    """Names of files that say of these tensors that they are quantized, and mean nothing beside floats."""
     return {name for spec in packed_in(tensors) for name in spec.files}

@@ -23,7 +23,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.gguf import Entry, GgufHeader, read_gguf
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, Spoiled, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, refuse_all, shown
 from adapterkit.weights.names import Skeleton, tied_names
 from adapterkit.weights.packed import Packed
 
@@ -88,11 +88,11 @@ class Gguf(Packed):
             weight = self.build(read)
         if tuple(weight.shape) != self.shape:
             found = f"{shown(self.key)} comes out as {tuple(weight.shape)}"
-            raise Spoiled(
+            raise Unrecoverable(
                 found,
                 expected=str(self.shape),
                 where=self.file,
-                do="convert it with llama.cpp's own tools",
+                hint="convert it with llama.cpp's own tools",
             )
         return weight
 
@@ -115,8 +115,8 @@ def open_gguf(folder: Folder, name: str) -> GgufModel:
     }
     header = read_gguf(folder, name, sizes)
     if header.metadata.get("split.count", 1) not in (0, 1):
-        do = "join them first: llama-gguf-split --merge FIRST OUT"
-        raise Refused("one file of a split model", expected="a whole model", where=name, do=do)
+        hint = "join them first: llama-gguf-split --merge FIRST OUT"
+        raise Refused("one file of a split model", expected="a whole model", where=name, hint=hint)
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         path = Path(scratch, COPY)
         with path.open("wb") as file:
@@ -139,9 +139,9 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        found, do = "the gguf package is not installed", "pip install 'adapterkit[gguf]'"
+        found, hint = "the gguf package is not installed", "pip install 'adapterkit[gguf]'"
         raise Refused(
-            found, expected="gguf 0.17 or later, which decodes the blocks", do=do
+            found, expected="gguf 0.17 or later, which decodes the blocks", hint=hint
         ) from error
     return gguf
 
@@ -201,9 +201,9 @@ class _Reader:
         return Checkpoint(self.folder, shards, tensors, None, None, config, {})
 
     def refuse(
-        self, found: str, expected: str, do: str = "use the original checkpoint instead"
+        self, found: str, expected: str, hint: str = "use the original checkpoint instead"
     ) -> Refused:
-        return Refused(found, expected=expected, where=self.name, do=do)
+        return Refused(found, expected=expected, where=self.name, hint=hint)
 
     def theirs(self, what: str, function: Callable[[], Any]) -> Any:
         """Run transformers' code on the header; any of it may fail on metadata that it does not expect."""
@@ -232,7 +232,7 @@ class _Reader:
                         found,
                         expected=f"at most {most}",
                         where=self.name,
-                        do="download the file again",
+                        hint="download the file again",
                     )
                 )
         heads = self.header.metadata.get("falcon.attention.head_count_kv", 1)
@@ -442,7 +442,7 @@ class _Reader:
                     found,
                     expected=f"all of {self.model.class_name}",
                     where=self.name,
-                    do="download the file again",
+                    hint="download the file again",
                 )
             )
         tensors: dict[str, TensorSpec] = {}
@@ -489,13 +489,13 @@ class _Reader:
         if fits:
             return []
         found = f"{', '.join(f'{shown(e.name)} {e.shape}' for e in one.entries)}"[:500]
-        do = "download the file again"
+        hint = "download the file again"
         return [
             Damaged(
                 found,
                 expected=f"what {shown(one.key)} {one.shape} is made of",
                 where=self.name,
-                do=do,
+                hint=hint,
             )
         ]
 

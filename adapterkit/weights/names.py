@@ -347,7 +347,7 @@ class Skeleton:
                 f"{shown(name)} is stored through {operations}: {error.found}",
                 expected="conversions that move elements along axes",
                 where=self.base.name,
-                do="save the model once with transformers (from_pretrained, save_pretrained) and use that as the base",
+                hint="save the model once with transformers (from_pretrained, save_pretrained) and use that as the base",
             ) from error
         return {
             key: symbol[0] if isinstance(symbol, list) else symbol for key, symbol in made.items()
@@ -437,7 +437,7 @@ def _meta_model(base: Checkpoint, class_name: str):
         raise Refused(
             f"transformers cannot build {shown(class_name)}: {shown(error)}",
             where=base.name,
-            do="update transformers",
+            hint="update transformers",
         ) from error
     finally:
         their_logging.set_verbosity(before)
@@ -453,7 +453,7 @@ def _config(base: Checkpoint):
     plain = {k: v for k, v in base.config.items() if k != "auto_map"}
     for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
         if isinstance(part.get("backbone"), str):  # transformers would look it up on the Hub
-            found, do = (
+            found, hint = (
                 f"backbone {shown(part['backbone'])}",
                 "names that equal the stored keys work without it",
             )
@@ -461,7 +461,7 @@ def _config(base: Checkpoint):
                 found,
                 expected="a model without another one inside",
                 where=f"{base.name}/config.json",
-                do=do,
+                hint=hint,
             )
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -471,5 +471,5 @@ def _config(base: Checkpoint):
         raise Refused(
             f"transformers cannot read the config of model_type {shown(plain.get('model_type'))!r}: {shown(error)}",
             where=f"{base.name}/config.json",
-            do="update transformers; names that equal the stored keys work without it",
+            hint="update transformers; names that equal the stored keys work without it",
         ) from error

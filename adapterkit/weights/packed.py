@@ -1,4 +1,4 @@
-"""Quantised weights: one weight held by several stored tensors, seen as the weight that they decode to."""
+"""Quantized weights: one weight held by several stored tensors, seen as the weight that they decode to."""
 
 import json
 import math
@@ -16,11 +16,11 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.reader import read_small
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Damaged, Refused, Spoiled, shown
+from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, shown
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
 from adapterkit.weights.names import Names
-from adapterkit.weights.quantised import without
+from adapterkit.weights.quantized import without
 
 LARGE = (
     1 << 20
@@ -29,9 +29,9 @@ LARGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Packed(TensorSpec):
-    """One quantised weight among a checkpoint's tensors; a format is a subclass, with what its arithmetic needs.
+    """One quantized weight among a checkpoint's tensors; a format is a subclass, with what its arithmetic needs.
 
-    `key`, `shape` and `dtype` are those of the weight as the model without quantisation has it, `dtype` what its library computes
+    `key`, `shape` and `dtype` are those of the weight as the model without quantization has it, `dtype` what its library computes
     in; `file`, `start`, `stop` and `folder` those of the tensor that holds the codes. It is never read as bytes.
     """
 
@@ -43,11 +43,11 @@ class Packed(TensorSpec):
         "Conv1D",
     )  # classes of the model's modules whose weights it can hold
     beside_experts: ClassVar[bool] = (
-        True  # whether its loader leaves stacks of experts that are not quantised alone
+        True  # whether its loader leaves stacks of experts that are not quantized alone
     )
     files: ClassVar[
         tuple[str, ...]
-    ] = ()  # beside config.json, what else of a folder says that it is quantised
+    ] = ()  # beside config.json, what else of a folder says that it is quantized
 
     parts: tuple[TensorSpec, ...]  # what holds it, the codes first
 
@@ -58,7 +58,7 @@ class Packed(TensorSpec):
 
     @classmethod
     def fresh(cls, target: str, weight: "Unpacked", options: dict[str, Any]) -> "Packed | None":
-        """The record of a weight that is to be quantised; None where its shape, or its name in the file, does not allow it."""
+        """The record of a weight that is to be quantized; None where its shape, or its name in the file, does not allow it."""
         raise NotImplementedError
 
     @classmethod
@@ -76,12 +76,12 @@ class Packed(TensorSpec):
         return sum(part.nbytes for part in self.parts)
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         """The stored tensors that `encode` gives."""
         return tuple(Stored(part.key, part.dtype, part.shape) for part in self.parts)
 
     @property
-    def varies(self) -> tuple[str, ...]:
+    def variable_size(self) -> tuple[str, ...]:
         """Keys among them whose size depends on the values; as planned it is a guess."""
         return ()
 
@@ -165,36 +165,38 @@ class Packed(TensorSpec):
 
 
 def read_back(
-    packed: Packed, stored: dict[str, Tensor], do: str = "leave it out, or use another format"
+    packed: Packed, stored: dict[str, Tensor], hint: str = "leave it out, or use another format"
 ) -> Tensor:
-    """What the parts of a weight decode to; `Spoiled` where that is not finite, as at the edge of what a scale can hold."""
+    """What the parts of a weight decode to; `Unrecoverable` where that is not finite, as at the edge of what a scale can hold."""
     value = packed.decode(stored)
     if not all_finite(value):
         found = f"{shown(packed.key)} decodes to values that are not finite (NaN or infinity)"
-        raise Spoiled(found, expected="values that the format can hold", where=packed.file, do=do)
+        raise Unrecoverable(
+            found, expected="values that the format can hold", where=packed.file, hint=hint
+        )
     return value
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which modules of a model are quantised: what a config has to say."""
+    """Which modules of a model are quantized: what a config has to say."""
 
     packed: dict[str, Packed]  # by module
     skipped: (
         list[str] | None
-    )  # those that are not and that a loader which quantises all it can would; None where it knows itself
+    )  # those that are not and that a loader which quantizes all it can would; None where it knows itself
     others: list[str]  # all linear layers that are not, of derived classes too
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A float weight that is to be quantised."""
+    """A float weight that is to be quantized."""
 
     key: str
     shape: tuple[int, ...]  # (out, in)
     dtype: str
     transposed: bool = False  # it is stored (in, out)
-    wide: bool = False  # transformers makes it float32 before it quantises
+    wide: bool = False  # transformers makes it float32 before it quantizes
 
     def beside(self, leaf: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
         """A tensor of the module that holds it."""
@@ -215,7 +217,7 @@ class Unpacked:
 
 @dataclass
 class Found:
-    """A checkpoint in which quantised weights are looked for: what the formats need of it, and what is wrong."""
+    """A checkpoint in which quantized weights are looked for: what the formats need of it, and what is wrong."""
 
     base: Checkpoint
     settings: dict[str, Any]  # the config's quantization_config
@@ -236,11 +238,11 @@ class Found:
 
     @cached_property
     def names(self) -> Names:
-        """The names of the model without quantisation."""
+        """The names of the model without quantization."""
         return Names(replace(self.base, config=without(self.base.config)), careful=True)
 
     def transposed(self, module: str) -> bool:
-        """Whether the model without quantisation keeps this module's weight (in, out), as GPT-2's Conv1D does."""
+        """Whether the model without quantization keeps this module's weight (in, out), as GPT-2's Conv1D does."""
         return not self.names.plain and self.names.layer(module) == "Conv1D"
 
     def called(self, module: str) -> str:
@@ -262,10 +264,10 @@ class Found:
         lacking = [ending for ending in endings if key + ending not in self.tensors]
         if lacking:
             found = f"{shown(key)} without {', '.join(lacking)}"
-            do = "download the checkpoint again; without its scales the weight means nothing"
+            hint = "download the checkpoint again; without its scales the weight means nothing"
             self.errors.append(
                 Damaged(
-                    found, expected="the tensors that belong to it", where=self.base.name, do=do
+                    found, expected="the tensors that belong to it", where=self.base.name, hint=hint
                 )
             )
             return None
@@ -274,17 +276,22 @@ class Found:
     def check(self, key: str, fits: bool, found: str, expected: str) -> bool:
         """Note an error unless the shapes and dtypes fit."""
         if not fits:
-            do = "download the checkpoint again, or restore its config"
+            hint = "download the checkpoint again, or restore its config"
             self.errors.append(
-                Damaged(f"{shown(key)}: {found}", expected=expected, where=self.base.name, do=do)
+                Damaged(
+                    f"{shown(key)}: {found}", expected=expected, where=self.base.name, hint=hint
+                )
             )
         return fits
 
     def refuse(
-        self, found: str, expected: str, do: str = "dequantise it first with the tool that made it"
+        self,
+        found: str,
+        expected: str,
+        hint: str = "dequantize it first with the tool that made it",
     ) -> None:
         """Note a layout that nobody here reads."""
-        self.errors.append(Refused(found, expected=expected, where=self.base.name, do=do))
+        self.errors.append(Refused(found, expected=expected, where=self.base.name, hint=hint))
 
     def read(self, spec: TensorSpec) -> Tensor:
         """A small stored tensor whose values say what others mean, now; `fetch` first where there are many."""
@@ -361,6 +368,8 @@ def check_writable(packed: list[Packed], where: str) -> list[AdapterkitError]:
         names = ", ".join(map(shown, keys[:3])) + (
             f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         )
-        found, do = f"{names} cannot be written again: {reason}", "give --dequantize"
-        errors.append(Refused(found, expected="a format that can be written", where=where, do=do))
+        found, hint = f"{names} cannot be written again: {reason}", "give --dequantize"
+        errors.append(
+            Refused(found, expected="a format that can be written", where=where, hint=hint)
+        )
     return errors

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a checkpoint and an adapter of a chosen size, a timed process, the facts of the machine.
+"""What the benchmarks share: a checkpoint and an adapter of a chosen size, a timed process, the metrics of the machine.
 
 The checkpoint is a Llama of TinyLlama's widths (hidden 2048, intermediate 5632, vocabulary 32000) and as many layers as
 the size asks for. It is generated one shard at a time and kept, so that a second run starts at once.
@@ -281,7 +281,7 @@ def anonymous_memory(pid: int) -> int:
     return total
 
 
-# --- facts for the report --------------------------------------------------------------------------------------------
+# --- metrics for the report --------------------------------------------------------------------------------------------
 
 
 def environment(*packages: str) -> dict:

@@ -4,7 +4,7 @@
     python examples/benchmarks/loftq.py --size 1 --repeat 1  sooner
     python examples/benchmarks/loftq.py --json loftq.json
 
-One iteration quantises a weight to nf4 in blocks of 64, decodes it and takes the best approximation of rank 16 of what is lost.
+One iteration quantizes a weight to nf4 in blocks of 64, decodes it and takes the best approximation of rank 16 of what is lost.
 adapterkit runs as its engine does: as many weights at a time as there are cores, each in one thread; a weight's time is the wall
 time of two rounds over their number, its parts are the threads' shares of that. The other side is PEFT's way: bitsandbytes and
 torch.linalg.svd(full_matrices=False), one weight at a time on all cores (PEFT itself asks for a GPU). Both work on the same
@@ -34,7 +34,7 @@ SHAPES = {  # of a layer: name -> (out, in), how many
     "gate_proj, up_proj": ((5632, 2048), 2),
     "down_proj": ((2048, 5632), 1),
 }
-PARTS = ("quantise", "decode", "low_rank")
+PARTS = ("quantize", "decode", "low_rank")
 
 WEIGHTS = """
 import json, sys, time
@@ -70,7 +70,7 @@ class Spent(local):
 
 class Timed:
     def __init__(self, packed):
-        self.encode, self.decode = timed("quantise", packed.encode), timed("decode", packed.decode)
+        self.encode, self.decode = timed("quantize", packed.encode), timed("decode", packed.decode)
 
 def one(weight):
     torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def decompose(matrix):
     return u @ torch.sqrt(torch.diag(s)[:, :rank]), torch.sqrt(torch.diag(s)[:rank]) @ vh
 
 def one(weight):
-    packed, state = timed("quantise", quantize_4bit)(weight, blocksize=64, compress_statistics=False, quant_type="nf4")
+    packed, state = timed("quantize", quantize_4bit)(weight, blocksize=64, compress_statistics=False, quant_type="nf4")
     rest = weight - timed("decode", dequantize_4bit)(packed, state)
     b, a = timed("low_rank", decompose)(rest)
     return rest, b, a

@@ -371,10 +371,10 @@ def main() -> int:
     args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     lock = common.alone(args.work)
-    facts = common.environment("adapterkit", "torch", "safetensors", "transformers", "peft")
-    facts["mergekit_versions"] = mergekit_versions(args.mergekit)
+    metrics = common.environment("adapterkit", "torch", "safetensors", "transformers", "peft")
+    metrics["mergekit_versions"] = mergekit_versions(args.mergekit)
     report = {
-        **facts,
+        **metrics,
         **{name: getattr(args, name) for name in ("shard", "factors", "repeat", "device")},
     }
     report |= many_sizes(args) if args.sizes else {"size": args.size, **one_size(args)}

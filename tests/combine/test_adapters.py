@@ -73,7 +73,7 @@ def test_subtract_refits_on_request(mixed, tmp_path):
     receipt = adapterkit.subtract([mixed[0]], general=mixed[1:], out=tmp_path / "out", rank=2)
     best = {name: truncated(delta, 2) for name, delta in weighted(mixed, (1, -0.5, -0.5)).items()}
     assert_close(deltas(tmp_path / "out"), best, 1e-5)
-    assert all(fact["rank"] == 2 for fact in receipt.data["parameters"].values())
+    assert all(metric["rank"] == 2 for metric in receipt.data["parameters"].values())
 
 
 def test_several_tasks_get_a_folder_each(mixed, tmp_path):
@@ -317,12 +317,12 @@ def test_rebase_keeps_what_peft_drops(mixed, tmp_path):
     assert_close(deltas(tmp_path / "plain"), weighted([plain, initial], (1, -1)))
 
 
-def test_rebase_of_another_module_set_or_a_quantised_base_is_refused(mixed, tmp_path):
+def test_rebase_of_another_module_set_or_a_quantized_base_is_refused(mixed, tmp_path):
     pissa = oracle.edit_config(mixed[0], tmp_path / "pissa", init_lora_weights="pissa")
     with pytest.raises(Refused, match="lacks"):
         adapterkit.rebase(pissa, initial=mixed[2], out=tmp_path / "out")
     loftq = oracle.edit_config(mixed[0], tmp_path / "loftq", init_lora_weights="loftq")
-    with pytest.raises(Refused, match="quantised"):
+    with pytest.raises(Refused, match="quantized"):
         adapterkit.rebase(loftq, initial=mixed[0], out=tmp_path / "out")
 
 
@@ -334,10 +334,12 @@ def test_rebase_of_another_module_set_or_a_quantised_base_is_refused(mixed, tmp_
 def test_resize_is_the_best_approximation_at_the_exact_rank(rank, alpha, mixed, tmp_path):
     receipt = adapterkit.resize(mixed[0], out=tmp_path / "out", rank=rank, alpha=alpha)
     for name, delta in deltas(mixed[0]).items():
-        fact = receipt.data["parameters"][name]
-        assert fact["rank"] == min(rank, 7 if name == "fit" else 4, *delta.shape)
-        best = truncated(delta, fact["rank"])
-        assert fact["error"] == pytest.approx(float((delta - best).norm() / delta.norm()), abs=1e-3)
+        metric = receipt.data["parameters"][name]
+        assert metric["rank"] == min(rank, 7 if name == "fit" else 4, *delta.shape)
+        best = truncated(delta, metric["rank"])
+        assert metric["error"] == pytest.approx(
+            float((delta - best).norm() / delta.norm()), abs=1e-3
+        )
     assert_close(
         deltas(tmp_path / "out"), {n: truncated(d, rank) for n, d in deltas(mixed[0]).items()}, 1e-5
     )
@@ -354,32 +356,32 @@ def test_the_factors_are_balanced(mixed, tmp_path):
 
 
 def test_resize_by_energy_ratio_and_size(mixed, tmp_path):
-    facts = adapterkit.resize(mixed[0], out=tmp_path / "energy", energy=0.8).data["parameters"]
+    metrics = adapterkit.resize(mixed[0], out=tmp_path / "energy", energy=0.8).data["parameters"]
     for name, delta in deltas(mixed[0]).items():
         squares = torch.linalg.svdvals(delta).square()
         shares = squares.cumsum(0) / squares.sum()
-        assert facts[name]["rank"] == int((shares < 0.8).sum()) + 1
-    facts = adapterkit.resize(mixed[0], out=tmp_path / "ratio", sv_ratio=1.5).data["parameters"]
+        assert metrics[name]["rank"] == int((shares < 0.8).sum()) + 1
+    metrics = adapterkit.resize(mixed[0], out=tmp_path / "ratio", sv_ratio=1.5).data["parameters"]
     for name, delta in deltas(mixed[0]).items():
         s = torch.linalg.svdvals(delta)
-        assert facts[name]["rank"] == int((s >= s[0] / 1.5).sum())
+        assert metrics[name]["rank"] == int((s >= s[0] / 1.5).sum())
     size = (mixed[0] / WEIGHTS).stat().st_size // 2
-    facts = adapterkit.resize(mixed[0], out=tmp_path / "size", max_size=str(size)).data[
+    metrics = adapterkit.resize(mixed[0], out=tmp_path / "size", max_size=str(size)).data[
         "parameters"
     ]
     assert 0.85 * size < (tmp_path / "size" / WEIGHTS).stat().st_size <= size
-    assert all("spectrum" not in fact for fact in facts.values())
+    assert all("spectrum" not in metric for metric in metrics.values())
     kept, dropped = [], []
     for name, delta in deltas(mixed[0]).items():
         s = torch.linalg.svdvals(delta)[:7]
-        kept += s[1 : facts[name]["rank"]].tolist()
-        dropped += s[facts[name]["rank"] :][s[facts[name]["rank"] :] > 1e-6].tolist()
+        kept += s[1 : metrics[name]["rank"]].tolist()
+        dropped += s[metrics[name]["rank"] :][s[metrics[name]["rank"] :] > 1e-6].tolist()
     assert max(dropped) < 2 * min(
         kept
     )  # but for the last ones that did not fit, the larger values stay
     assert_close(
         deltas(tmp_path / "size"),
-        {n: truncated(d, facts[n]["rank"]) for n, d in deltas(mixed[0]).items()},
+        {n: truncated(d, metrics[n]["rank"]) for n, d in deltas(mixed[0]).items()},
         1e-5,
     )
 
@@ -388,14 +390,14 @@ def test_resize_to_a_size_beside_values_of_another_width(tmp_path):
     """Values of wider dtypes come first in the file: ranks must not go to the wrong modules for it."""
     source = trained(tmp_path / "a", 1, modules_to_save=["norm"])
     size = 4500
-    facts = adapterkit.resize(source, out=tmp_path / "size", max_size=str(size), dtype="bf16").data[
-        "parameters"
-    ]
+    metrics = adapterkit.resize(
+        source, out=tmp_path / "size", max_size=str(size), dtype="bf16"
+    ).data["parameters"]
     kept, dropped = [], []
     for name, delta in deltas(source).items():
         s = torch.linalg.svdvals(delta)[:4]
-        kept += s[1 : facts[name]["rank"]].tolist()
-        dropped += s[facts[name]["rank"] :][s[facts[name]["rank"] :] > 1e-6].tolist()
+        kept += s[1 : metrics[name]["rank"]].tolist()
+        dropped += s[metrics[name]["rank"] :][s[metrics[name]["rank"] :] > 1e-6].tolist()
     assert dropped and max(dropped) < 2 * min(kept)
 
 

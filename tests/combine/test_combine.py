@@ -57,7 +57,7 @@ def mixed(tmp_path_factory) -> list[Path]:
 
 
 def combined(sources: list[Path], out: Path, weights=WEIGHTS, **options) -> dict:
-    """The receipt's facts by module."""
+    """The receipt's metrics by module."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         named = [f"{source}={weight}" for source, weight in zip(sources, weights, strict=True)]
@@ -81,12 +81,12 @@ def peft_combined(
 
 @pytest.mark.parametrize("method", ["linear", "cat"])
 def test_linear_is_the_weighted_sum(method, mixed, tmp_path):
-    facts = combined(mixed, tmp_path / "out", method=method)
+    metrics = combined(mixed, tmp_path / "out", method=method)
     assert_close(deltas(tmp_path / "out"), weighted(mixed, WEIGHTS))
     assert (
-        facts["fit"]["rank"] == 7 + 3 + 2 and facts["narrow"]["rank"] == 3
+        metrics["fit"]["rank"] == 7 + 3 + 2 and metrics["narrow"]["rank"] == 3
     )  # 4 + 3 factors of three rows
-    assert facts["fit"]["energy"] == 1
+    assert metrics["fit"]["energy"] == 1
 
 
 def test_the_written_adapter_is_plain(mixed, tmp_path):
@@ -120,38 +120,38 @@ def test_order_does_not_matter(mixed, tmp_path):
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_a_rank_gives_the_best_approximation(rank, mixed, tmp_path):
-    facts = combined(mixed, tmp_path / "out", method="linear", rank=rank)
+    metrics = combined(mixed, tmp_path / "out", method="linear", rank=rank)
     found = deltas(tmp_path / "out")
     for name, delta in weighted(mixed, WEIGHTS).items():
-        assert facts[name]["rank"] == min(rank, *delta.shape, 7 if name == "tall" else 99)
+        assert metrics[name]["rank"] == min(rank, *delta.shape, 7 if name == "tall" else 99)
         best = truncated(delta, rank)
         assert float((found[name] - best).norm()) <= 1e-5 * float(delta.norm()), name
         assert math.isclose(
-            facts[name]["energy"], float(best.norm() / delta.norm()) ** 2, rel_tol=1e-5
+            metrics[name]["energy"], float(best.norm() / delta.norm()) ** 2, rel_tol=1e-5
         )
-        assert math.isclose(facts[name]["norm"], float(delta.norm()), rel_tol=1e-5)
+        assert math.isclose(metrics[name]["norm"], float(delta.norm()), rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
 def test_an_energy_gives_the_smallest_rank_that_keeps_it(energy, mixed, tmp_path):
-    facts = combined(mixed, tmp_path / "out", method="linear", energy=energy)
+    metrics = combined(mixed, tmp_path / "out", method="linear", energy=energy)
     for name, delta in weighted(mixed, WEIGHTS).items():
         squares = torch.linalg.svdvals(delta).square()
         shares = squares.cumsum(0) / squares.sum()
-        assert facts[name]["rank"] == int((shares < energy * (1 - 1e-12)).sum()) + 1
+        assert metrics[name]["rank"] == int((shares < energy * (1 - 1e-12)).sum()) + 1
     assert_close(
         deltas(tmp_path / "out"),
-        {n: truncated(d, facts[n]["rank"]) for n, d in weighted(mixed, WEIGHTS).items()},
+        {n: truncated(d, metrics[n]["rank"]) for n, d in weighted(mixed, WEIGHTS).items()},
         1e-5,
     )
 
 
 def test_cosines_are_those_of_the_deltas(mixed, tmp_path):
-    facts = combined(mixed, tmp_path / "out", method="linear")
+    metrics = combined(mixed, tmp_path / "out", method="linear")
     first, second, third = (deltas(source)["fit"].flatten() for source in mixed)
     pairs = [(first, second), (first, third), (second, third)]
     expected = [float(torch.cosine_similarity(x, y, dim=0)) for x, y in pairs]
-    assert facts["fit"]["cosines"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["fit"]["cosines"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_bfloat16_factors_on_request(mixed, tmp_path):
@@ -322,17 +322,17 @@ def test_every_method_and_refit(method, refit, mixed, tmp_path):
     )
     options = options_of(method)
     combined(sources, tmp_path / "whole", weights, method=method, energy=1.0, **options)
-    facts = combined(sources, tmp_path / "out", weights, method=method, **refit, **options)
+    metrics = combined(sources, tmp_path / "out", weights, method=method, **refit, **options)
     whole, found = deltas(tmp_path / "whole"), deltas(tmp_path / "out")
     for name, delta in whole.items():
-        best = truncated(delta, facts[name]["rank"])
+        best = truncated(delta, metrics[name]["rank"])
         lost, least = (
             float((found[name] - delta).norm()),
             float((best - delta).norm()),
         )  # best is one of several where values are equal
         assert lost <= least + 5e-5 * float(delta.norm()) + 1e-9, name
         if "rank" in refit:
-            assert facts[name]["rank"] <= 2
+            assert metrics[name]["rank"] <= 2
         if "energy" in refit:
             assert float(best.norm() ** 2) >= (0.8 - 1e-5) * float(delta.norm() ** 2)
     combined(sources, tmp_path / "again", weights, method=method, **refit, **options)
@@ -488,8 +488,8 @@ def test_stacks_of_experts_are_combined_expert_by_expert(tmp_path):
     assert float((found - expected).norm() / expected.norm()) < 1e-6
     for refit in ({"rank": 2}, {"energy": 0.7}):
         folder = tmp_path / next(iter(refit))
-        facts = combined(sources, folder, (1.0, 0.5), method="linear", **refit)
-        rank = next(iter(facts.values()))["rank"]
+        metrics = combined(sources, folder, (1.0, 0.5), method="linear", **refit)
+        rank = next(iter(metrics.values()))["rank"]
         best = torch.stack([truncated(delta, rank) for delta in expected])
         assert float((stack(folder, rank, 1.0) - best).norm() / expected.norm()) < 1e-5
 
@@ -503,11 +503,15 @@ def test_a_zero_adapter_stays_zero(tmp_path):
     )
     for method in ("linear", "svd", "ties"):
         options = {"density": 0.5} if method == "ties" else {}
-        facts = combined([source, source], tmp_path / method, (1.0, 1.0), method=method, **options)
-        assert facts["fit"]["norm"] == 0 and facts["fit"]["energy"] == 1
+        metrics = combined(
+            [source, source], tmp_path / method, (1.0, 1.0), method=method, **options
+        )
+        assert metrics["fit"]["norm"] == 0 and metrics["fit"]["energy"] == 1
         assert not deltas(tmp_path / method)["fit"].any()
-    facts = combined([source, source], tmp_path / "energy", (1.0, 1.0), method="linear", energy=0.9)
-    assert facts["fit"]["rank"] == 1
+    metrics = combined(
+        [source, source], tmp_path / "energy", (1.0, 1.0), method="linear", energy=0.9
+    )
+    assert metrics["fit"]["rank"] == 1
 
 
 def tokenizer_files(**changes) -> dict[str, str]:

@@ -119,25 +119,27 @@ def test_a_smaller_rank_is_the_best_approximation_and_says_its_error(dtype, save
         oracle.stored(after),
         load_file(tmp_path / "out" / MODEL),
     )
-    for module, fact in receipt.data["parameters"].items():
-        if "rank" not in fact:
+    for module, metric in receipt.data["parameters"].items():
+        if "rank" not in metric:
             continue
         delta = later[module + ".weight"].double() - before[module + ".weight"].double()
         a, b = (found[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
         best = truncated(delta, 4)
         assert float((b @ a - best).norm() / delta.norm()) < 1e-4, module
-        assert fact["error"] == pytest.approx(float((delta - best).norm() / delta.norm()), abs=1e-4)
+        assert metric["error"] == pytest.approx(
+            float((delta - best).norm() / delta.norm()), abs=1e-4
+        )
 
 
 def test_an_energy_finds_the_rank(saved, tmp_path):
     base = saved("llama")
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(5))
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", energy=0.9999)
-    ranks = {fact["rank"] for fact in receipt.data["parameters"].values() if "rank" in fact}
+    ranks = {metric["rank"] for metric in receipt.data["parameters"].values() if "rank" in metric}
     assert ranks and max(ranks) <= 5
-    for module, fact in receipt.data["parameters"].items():
-        if "rank" in fact:
-            assert fact["energy"] >= 0.9999 - 1e-6, module
+    for module, metric in receipt.data["parameters"].items():
+        if "rank" in metric:
+            assert metric["energy"] >= 0.9999 - 1e-6, module
 
 
 def test_a_size_is_kept(saved, tmp_path):
@@ -332,7 +334,7 @@ def test_stacks_of_experts_get_factors(kind, experts, tmp_path):
     assert stacks and set(stacks) <= set(config["target_parameters"]) and config["target_modules"]
     assert config["modules_to_save"] is None
     assert all(
-        fact["error"] < 1e-3 for fact in receipt.data["parameters"].values() if "rank" in fact
+        metric["error"] < 1e-3 for metric in receipt.data["parameters"].values() if "rank" in metric
     )
     check_both_ways(base, tmp_path / "out", after, build, tmp_path)
     theirs = oracle.peft_model(oracle.load(build, base), tmp_path / "out")
@@ -398,12 +400,12 @@ def test_a_smaller_rank_of_a_stack_is_the_best_of_each_expert(kind, experts, tmp
     before, later, found = (
         oracle.load(build, folder).state_dict() for folder in (base, after, tmp_path / "back")
     )
-    for name, fact in receipt.data["parameters"].items():
-        if "rank" in fact:
+    for name, metric in receipt.data["parameters"].items():
+        if "rank" in metric:
             delta = (later[name] - before[name]).double()
             best = torch.stack([truncated(matrix, 3) for matrix in delta])
             assert torch.allclose((found[name] - before[name]).double(), best, atol=1e-5), name
-            assert fact["error"] == pytest.approx(
+            assert metric["error"] == pytest.approx(
                 float((delta - best).norm() / delta.norm()), abs=1e-4
             )
 
@@ -428,7 +430,10 @@ def test_a_size_is_kept_with_stacks_and_what_is_saved_whole(dtype, experts, tmp_
     )
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", max_size="150KB", dtype=dtype)
     assert 100_000 < (tmp_path / "out" / MODEL).stat().st_size <= 150_000
-    assert len({fact["rank"] for fact in receipt.data["parameters"].values() if "rank" in fact}) > 1
+    assert (
+        len({metric["rank"] for metric in receipt.data["parameters"].values() if "rank" in metric})
+        > 1
+    )
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
     oracle.peft_model(oracle.load(build, base), tmp_path / "out")
 

@@ -392,10 +392,10 @@ def test_facts_are_finite_numbers(name: str) -> None:
     for products in (HARD["pair"], case(4, 5, (2, "zero"), (2, "zero"))):
         method = record(name)
         if name in ON_ELEMENTS:
-            result, facts = method.merged(Dense([p.dense() for p in products]), [1.0, 1.0], seeds)
+            result, metrics = method.merged(Dense([p.dense() for p in products]), [1.0, 1.0], seeds)
         else:
-            result, facts = method.products(products, [1.0, 1.0])
-        assert all(isinstance(value, float) and math.isfinite(value) for value in facts.values())
+            result, metrics = method.products(products, [1.0, 1.0])
+        assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
         if name in ON_ELEMENTS:
             assert result.dtype == torch.float32 and result.shape == products[0].dense().shape
         else:
@@ -550,25 +550,25 @@ def test_memory(name: str) -> None:
 @pytest.mark.parametrize("products", [HARD["pair"], HARD["repeated"]])
 @pytest.mark.parametrize("name", ["ties", "dare_ties", "della", "sce", "knots"])
 def test_conflict(name: str, products: list[Product]) -> None:
-    """The fact agrees with a count by hand for ties at density 1, and is a share for the others."""
+    """The metric agrees with a count by hand for ties at density 1, and is a share for the others."""
     weights = [1.0] * len(products)
     if name == "knots":
-        facts = record(name).products(products, weights)[1]
+        metrics = record(name).products(products, weights)[1]
     else:
-        facts = record(name).merged(Dense([p.dense() for p in products]), weights, seeds).facts
-    assert 0 <= facts["conflict"] <= 1
+        metrics = record(name).merged(Dense([p.dense() for p in products]), weights, seeds).metrics
+    assert 0 <= metrics["conflict"] <= 1
     if name == "ties":
         for density, majority in itertools.product((1.0, 0.5), ("total", "frequency")):
             deltas = [p.dense().float() for p in products]
             kept = torch.stack([trimmed(d, share_of(d, density)) for d in deltas])
             plus, minus = (kept > 0).sum(0), (kept < 0).sum(0)
             several = int((plus + minus >= 2).sum())
-            facts = (
+            metrics = (
                 record("ties", density=density, majority=majority)
                 .merged(Dense(deltas), weights, seeds)
-                .facts
+                .metrics
             )
-            assert facts["conflict"] == int(((plus > 0) & (minus > 0)).sum()) / several > 0
+            assert metrics["conflict"] == int(((plus > 0) & (minus > 0)).sum()) / several > 0
 
 
 # Trimming is exact.
@@ -669,7 +669,7 @@ def test_the_order_of_adapters_changes_no_sign() -> None:
         result = record("ties", density=1.0).merged(
             Dense([torch.tensor([[values[i]]]) for i in order]), [1.0] * 3, seeds
         )
-        assert result.delta.item() < 0 and result.facts["conflict"] == 1
+        assert result.delta.item() < 0 and result.metrics["conflict"] == 1
 
 
 def test_deviation() -> None:

@@ -68,8 +68,8 @@ def plain(sources, base, tmp_path_factory) -> list[Path]:
 
 def combined(sources, out, weights=WEIGHTS, **how) -> dict[str, Tensor]:
     named = [f"{source}={weight}" for source, weight in zip(sources, weights, strict=True)]
-    facts = adapterkit.combine(named, out=out, **how).data["parameters"]
-    assert all(len(facts[name].get("cosines", ())) in (0, 1, 3) for name in facts)
+    metrics = adapterkit.combine(named, out=out, **how).data["parameters"]
+    assert all(len(metrics[name].get("cosines", ())) in (0, 1, 3) for name in metrics)
     return deltas(out)
 
 
@@ -90,13 +90,13 @@ def test_linear_of_doras_is_the_sum_of_what_peft_merges(sources, base, tmp_path)
         name: sum(w * c[name] for w, c in zip(WEIGHTS, changes, strict=True)) for name in LAYERS
     }
     assert_close(found, expected, 3e-6)
-    facts = json.loads((tmp_path / "out" / "adapterkit.json").read_text())["parameters"]
+    metrics = json.loads((tmp_path / "out" / "adapterkit.json").read_text())["parameters"]
     for name in ("fit", "line"):
         flat = [change[name].flatten() for change in changes if bool(change[name].any())]
         cosines = [
             float(torch.cosine_similarity(x, y, dim=0)) for x, y in itertools.combinations(flat, 2)
         ]
-        assert facts[name]["cosines"] == pytest.approx(cosines, abs=1e-5)
+        assert metrics[name]["cosines"] == pytest.approx(cosines, abs=1e-5)
     low = combined(sources, tmp_path / "low", method="svd", base=base)
     assert_close(low, {name: truncated(delta, 4) for name, delta in expected.items()}, 1e-5)
     adapterkit.verify(tmp_path / "out")

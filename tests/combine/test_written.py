@@ -284,7 +284,7 @@ def test_init(name, made, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_loftq(name, made, tmp_path):
-    """The quantised base as it decodes, and the adapter on it."""
+    """The quantized base as it decodes, and the adapter on it."""
     base = made(
         f"written-init-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32")
     )

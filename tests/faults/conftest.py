@@ -106,7 +106,7 @@ class Ended:
             print(self.stderr)
         assert self.status == 1, (self.status, self.stderr, self.last)
         assert self.stderr.startswith("Error: ") and "Traceback" not in self.stderr, self.stderr
-        assert "what to do:" in self.stderr, self.stderr
+        assert "hint:" in self.stderr, self.stderr
         assert self.memory < MEMORY
         for word in words:
             assert word in self.stderr, (word, self.stderr)

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-for name in ("merge", "combine", "quantised", "weights"):
+for name in ("merge", "combine", "quantized", "weights"):
     sys.path.insert(0, str(Path(__file__).parents[1] / name))
 
 from tests.fuzz import jobs, models  # noqa: E402 (the path comes first)

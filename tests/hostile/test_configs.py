@@ -545,7 +545,7 @@ def test_a_saved_module_without_its_bias_is_refused():
         planned(adapter, on=with_tensors(**{"score.bias": normal(3)}))
 
 
-# -- quantised bases -------------------------------------------------------------------------------------------------
+# -- quantized bases -------------------------------------------------------------------------------------------------
 
 SAID = {
     "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
@@ -572,16 +572,16 @@ SIBLINGS = {
 }  # fmt: skip
 
 
-def quantised(message: str) -> None:
-    assert "a quantised base" in message
-    assert "dequantise it" in message
+def quantized(message: str) -> None:
+    assert "a quantized base" in message
+    assert "dequantize it" in message
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_a_base_whose_config_says_quantised_is_refused(name):
+def test_a_base_whose_config_says_quantized_is_refused(name):
     with pytest.raises(Refused) as caught:
         planned(plain(), on=base(**SAID[name]))
-    quantised(str(caught.value))
+    quantized(str(caught.value))
     method = SAID[name].get("quantization_config", {})
     assert not isinstance(method, dict) or method.get("quant_method", "") in str(caught.value)
 
@@ -605,7 +605,7 @@ def test_a_base_with_scales_beside_its_weights_is_refused(name):
     if name == "bitsandbytes int8":  # a format that is known: the rows lack their codes
         assert "I8 rows" in str(caught.value)
         return
-    quantised(str(caught.value))
+    quantized(str(caught.value))
     assert name.split()[0] in str(caught.value)
 
 
@@ -628,7 +628,7 @@ def test_a_base_in_eight_bits_or_fewer_is_refused(dtype):
 
 
 @pytest.mark.parametrize("said", [None, False])
-def test_a_config_that_says_not_quantised_is_fine(said):
+def test_a_config_that_says_not_quantized_is_fine(said):
     planned(plain(), on=base(quantization_config=said))
 
 

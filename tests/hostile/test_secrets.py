@@ -161,8 +161,8 @@ EVIL = [
 def test_shown_names_are_inert(name):
     assert shown(name).isprintable()
     assert len(shown(name)) <= 2000
-    assert str(Refused(name, expected=name, where=name, do=name)).count("\n") == 2
-    assert str(Refused(name, expected=name, where=name, do=name)).replace("\n", "").isprintable()
+    assert str(Refused(name, expected=name, where=name, hint=name)).count("\n") == 2
+    assert str(Refused(name, expected=name, where=name, hint=name)).replace("\n", "").isprintable()
 
 
 @pytest.mark.parametrize("name", EVIL)

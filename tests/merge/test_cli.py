@@ -87,7 +87,7 @@ def test_a_refusal_is_a_message_and_status_1(llama, lora, tmp_path):
     assert (
         done.stderr.startswith("Error: ")
         and "expected: " in done.stderr
-        and "what to do: " in done.stderr
+        and "hint: " in done.stderr
     )
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 

@@ -226,21 +226,21 @@ def test_an_overflow_is_an_error_that_names_the_tensor(dtype, where, lora, tmp_p
 def test_the_receipt(llama, lora, tmp_path):
     out = out_of(tmp_path, llama, f"{lora}=0.5", exclude="o_proj")
     receipt = json.loads((out / "adapterkit.json").read_text())
-    for name, facts in receipt["files"].items():
+    for name, metrics in receipt["files"].items():
         data = (out / name).read_bytes()
-        assert facts == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        assert metrics == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert set(receipt["files"]) | {"adapterkit.json"} == {p.name for p in out.iterdir()}
     assert receipt["recipe"]["options"]["weights"] == [0.5]
     assert len(receipt["left_out"]) == 2 and all("o_proj" in name for name in receipt["left_out"])
     before, after = stored(llama), stored(out)
     changed = {k for k in after if not torch.equal(before[k], after[k])}
     assert set(receipt["parameters"]) == changed and receipt["tensors_changed"] == len(changed)
-    for key, facts in receipt["parameters"].items():
+    for key, metrics in receipt["parameters"].items():
         delta = (after[key].double() - before[key].double()).norm() / after[key].double().norm()
-        assert facts["delta"] == pytest.approx(float(delta), rel=0.05)
+        assert metrics["delta"] == pytest.approx(float(delta), rel=0.05)
         share = float((after[key] != before[key]).double().mean())
-        assert facts["changed"] == pytest.approx(share, abs=0.02)
-        assert 0 <= facts["rounding"] < 1
+        assert metrics["changed"] == pytest.approx(share, abs=0.02)
+        assert 0 <= metrics["rounding"] < 1
     adapter = hashlib.sha256((lora / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert receipt["inputs"][f"1 {lora.name}"]["adapter_model.safetensors"] == adapter
     assert str(tmp_path) not in json.dumps(receipt) and str(llama.parent) not in json.dumps(receipt)
@@ -249,8 +249,8 @@ def test_the_receipt(llama, lora, tmp_path):
 def test_a_delta_below_the_dtypes_resolution_is_reported(llama, lora, tmp_path):
     receipt = oracle.merge(llama, f"{lora}=1e-7", out=tmp_path / "out").data
     assert all(
-        facts["changed"] < 0.01 and facts["rounding"] > 0.9
-        for facts in receipt["parameters"].values()
+        metrics["changed"] < 0.01 and metrics["rounding"] > 0.9
+        for metrics in receipt["parameters"].values()
     )
     (warning,) = [note for note in receipt["notes"] if "WARNING" in note]
     assert (
@@ -286,12 +286,12 @@ def deltas(folder, dtype, size):
 def test_the_share_of_the_delta_that_survives_16_bits(size, survived, tmp_path):
     base, adapter = deltas(tmp_path, torch.bfloat16, size)
     receipt = oracle.merge(base, adapter, out=tmp_path / "out").data
-    facts = receipt["parameters"]["x.weight"]
+    metrics = receipt["parameters"]["x.weight"]
     before, after = (stored(tmp_path / name)["x.weight"].double() for name in ("base", "out"))
     factors = load_file(adapter / "adapter_model.safetensors")
     a, b = (factors[f"base_model.model.x.lora_{side}.weight"].double() for side in "AB")
     left = float(((after - before) * (b @ a)).sum() / (b @ a).square().sum())
-    assert facts["survived"] == pytest.approx(left, abs=1e-3) == pytest.approx(survived, abs=0.02)
+    assert metrics["survived"] == pytest.approx(left, abs=1e-3) == pytest.approx(survived, abs=0.02)
     assert bool([note for note in receipt["notes"] if "WARNING" in note]) == (survived < 0.8)
     for name, options in [("drawn", {"rounding": "stochastic"}), ("wide", {"dtype": "fp32"})]:
         notes = oracle.merge(base, adapter, out=tmp_path / name, **options).data["notes"]
@@ -304,9 +304,11 @@ def test_a_delta_in_rows_that_are_not_sampled_is_not_said_to_survive(tmp_path, m
     factors["base_model.model.x.lora_B.weight"][:64] = 0
     save_file(factors, adapter / "adapter_model.safetensors")
     monkeypatch.setattr("adapterkit.engines.local.ELEMENTS", 1 << 14)
-    facts = oracle.merge(base, adapter, out=tmp_path / "out").data["parameters"]["x.weight"]
+    metrics = oracle.merge(base, adapter, out=tmp_path / "out").data["parameters"]["x.weight"]
     assert (
-        facts["changed"] == 0 and facts["delta"] > 0 and not {"survived", "rounding"} & set(facts)
+        metrics["changed"] == 0
+        and metrics["delta"] > 0
+        and not {"survived", "rounding"} & set(metrics)
     )
 
 
@@ -320,7 +322,7 @@ def test_a_base_of_more_digits_swallows_nothing(tmp_path):
 def test_hash_none_hashes_nothing_and_verify_still_checks_keys(llama, lora, tmp_path):
     out = out_of(tmp_path, llama, lora, hash="none")
     receipt = json.loads((out / "adapterkit.json").read_text())
-    assert all(facts["sha256"] is None for facts in receipt["files"].values())
+    assert all(metrics["sha256"] is None for metrics in receipt["files"].values())
     adapterkit.verify(out, base=llama, adapters=[lora])
     (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(Damaged):

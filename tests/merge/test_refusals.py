@@ -343,11 +343,11 @@ def test_pickled_bases(name, llama, lora, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
-def test_bases_whose_config_says_quantised(method, llama, lora, tmp_path):
+def test_bases_whose_config_says_quantized(method, llama, lora, tmp_path):
     base = oracle.edit_config(
         llama, tmp_path / "base", quantization_config={"quant_method": method}
     )
-    assert method in refused(base, lora, out=tmp_path / "out", match="a quantised base")
+    assert method in refused(base, lora, out=tmp_path / "out", match="a quantized base")
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_bases_with_scales_beside_the_weights(suffix, llama, lora, tmp_path):
     base = oracle.edit_config(llama, tmp_path / "base")
     extra = {f"model.layers.0.self_attn.q_proj.{suffix}": torch.ones(4)}
     save_file(stored(llama) | extra, base / "model.safetensors")
-    refused(base, lora, out=tmp_path / "out", match="a quantised base")
+    refused(base, lora, out=tmp_path / "out", match="a quantized base")
 
 
 def test_a_scale_beside_floats(llama, lora, tmp_path):

@@ -464,7 +464,7 @@ def test_a_copy_in_another_dtype(dtypes, made, tmp_path):
     ],
 )
 def test_copies_that_are_none(copy, llama, tmp_path):
-    """A copy of a quantised base, of another width, of nothing."""
+    """A copy of a quantized base, of another width, of nothing."""
     _copies(llama, tmp_path / "adapter")
     save_file(
         stored(tmp_path / "adapter") | {COPY: copy}, tmp_path / "adapter/adapter_model.safetensors"

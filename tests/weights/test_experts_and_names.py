@@ -289,13 +289,13 @@ def test_no_stack_of_experts_is_ever_whole_in_memory(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_each_expert_reads_its_own_factors(dtype, tmp_path, monkeypatch):
-    """Of experts stored one by one, plain or quantised, each part of a is read once and b is cut once for all."""
+    """Of experts stored one by one, plain or quantized, each part of a is read once and b is cut once for all."""
     model = tiny.model("mixtral")
     model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     train(model, tmp_path / "adapter", target_modules=[], target_parameters=EXPERTS)
     base = tmp_path / "base"
     if dtype == "fp8":
-        quantised_experts(base)
+        quantized_experts(base)
     read, cut = Counter(), Counter()
     monkeypatch.setattr(
         Sources,
@@ -322,7 +322,7 @@ def test_each_expert_reads_its_own_factors(dtype, tmp_path, monkeypatch):
     )
 
 
-def quantised_experts(folder):
+def quantized_experts(folder):
     """FP8 in blocks of 32 x 32, as transformers stores it."""
     tensors = load_file(folder / "model.safetensors")
     for key in [key for key in tensors if ".experts." in key]:

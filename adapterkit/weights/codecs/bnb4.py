@@ -1,4 +1,4 @@
-"""bnb4: bitsandbytes' 4-bit weights (nf4, fp4), as transformers stores them; their scales plain, or quantised once more."""
+"""bnb4: bitsandbytes' 4-bit weights (nf4, fp4), as transformers stores them; their scales plain, or quantized once more."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.errors import Refused, Spoiled, shown
+from adapterkit.errors import Refused, Unrecoverable, shown
 from adapterkit.kernels import blockwise
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
@@ -49,7 +49,7 @@ class Bnb4(Packed):
         block = options.get("block_size") or 64
         if block not in blockwise.BLOCKS:
             found, expected = f"--block-size {block}", " ".join(map(str, blockwise.BLOCKS))
-            raise Refused(found, expected=expected, where="options", do="give one of these")
+            raise Refused(found, expected=expected, where="options", hint="give one of these")
         double, kind = bool(options.get("double_quant")), "nf4" if target == "nf4" else "fp4"
         count = math.prod(weight.shape)
         blocks = math.ceil(count / block)
@@ -218,11 +218,11 @@ class Bnb4(Packed):
         )
 
     @property
-    def varies(self) -> tuple[str, ...]:
+    def variable_size(self) -> tuple[str, ...]:
         return (self.parts[-1].key,) if self.double else ()
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         count = math.prod(self.shape)
         stored = {part.key: Stored(part.key, part.dtype, part.shape) for part in self.parts}
         stored[self.key] = Stored(self.key, "U8", ((count + 1) // 2, 1))
@@ -236,7 +236,7 @@ class Bnb4(Packed):
         )
 
     def _scales(self, stored: dict[str, Tensor]) -> Tensor:  # (blocks,) float32
-        """Of the blocks; they are codes too if they are quantised."""
+        """Of the blocks; they are codes too if they are quantized."""
         absmax = stored[self.parts[1].key]
         if self.mended:
             return absmax.T.reshape(-1).float()
@@ -310,7 +310,7 @@ class Bnb4(Packed):
             }
 
     def _renewed_scales(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-        """Those of blocks with a value beyond their largest code, where that makes the expected squared error smaller; of quantised
+        """Those of blocks with a value beyond their largest code, where that makes the expected squared error smaller; of quantized
         ones the code, or where their group cannot hold that either, the whole group's."""
         key, absmax = self.parts[1].key, self._scales(stored)
         largest, beyond = blockwise.beyond(weight, absmax, self.block)
@@ -377,15 +377,15 @@ def config(said: dict[str, Any], skipped: list[str] | None) -> dict[str, Any]:
 
 @contextmanager
 def named(key: str) -> Iterator[None]:
-    """A kernel's complaint of values, as `Spoiled` that says whose they are."""
+    """A kernel's complaint of values, as `Unrecoverable` that says whose they are."""
     try:
         yield
     except ValueError as error:
         found = f"{shown(key)}: {error}"
-        raise Spoiled(
+        raise Unrecoverable(
             found,
             expected="values that the format can hold",
-            do="leave it out, or use another format",
+            hint="leave it out, or use another format",
         ) from error
 
 

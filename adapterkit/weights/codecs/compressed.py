@@ -329,7 +329,7 @@ def _size(width: int, wanted: int | None) -> int:
     if wanted is not None and wanted not in SIZES:
         expected = " ".join(map(str, SIZES))
         raise Refused(
-            f"--block-size {wanted}", expected=expected, where="options", do="give one of these"
+            f"--block-size {wanted}", expected=expected, where="options", hint="give one of these"
         )
     return next(
         (size for size in SIZES if size <= (wanted or SIZES[0]) and width % size == 0), width
@@ -402,7 +402,7 @@ def _schemes(found: Found) -> Callable[[str], dict[str, Any] | None] | None:
     status = said.get("quantization_status")
     if status != "compressed":
         found.refuse(
-            f"quantization_status {shown(status)}", "compressed", do="save the model compressed"
+            f"quantization_status {shown(status)}", "compressed", hint="save the model compressed"
         )
     sparsity = said.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":

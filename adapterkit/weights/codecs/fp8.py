@@ -167,5 +167,5 @@ def _missing(found: Found, key: str) -> None:
         found.refuse(
             f"{shown(key)} with its scales in {shown(other)}",
             f"scales called {shown(key + SCALE)}",
-            do="rename them",
+            hint="rename them",
         )

@@ -44,11 +44,14 @@ class Mxfp4(Packed):
         }
         if halves:
             found, expected = (
-                f"one of the stacks of {', '.join(map(shown, sorted(halves)))} is quantised",
+                f"one of the stacks of {', '.join(map(shown, sorted(halves)))} is quantized",
                 "both or none",
             )
             raise Refused(
-                found, expected=expected, where="--skip", do="give a regex that matches the module"
+                found,
+                expected=expected,
+                where="--skip",
+                hint="give a regex that matches the module",
             )
         whole = {name.rpartition(".")[0] for name in choice.skipped or () if name.endswith(STACKS)}
         return {"modules_to_not_convert": [*KEPT, *sorted(whole)], "quant_method": "mxfp4"}
@@ -87,7 +90,7 @@ class Mxfp4(Packed):
         return narrow.decode_mxfp4(blocks, scales).transpose(-2, -1).contiguous()
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """As triton_kernels and so transformers quantise: nothing saturates."""
+        """As triton_kernels and so transformers quantize: nothing saturates."""
         blocks, scales = self.parts
         made = narrow.encode_mxfp4(weight.transpose(-2, -1).contiguous(), rule="up")
         return {blocks.key: made.codes, scales.key: made.scale}

@@ -22,7 +22,7 @@ from adapterkit.engines.computed import in_order
 from adapterkit.engines.local import Inputs
 from adapterkit.errors import Refused
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.ops import requantised
+from adapterkit.ops import requantized
 from adapterkit.plan import BUFFERS, Step
 from adapterkit.weights.codecs.bnb4 import Bnb4
 from adapterkit.weights.codecs.bnb8 import Bnb8
@@ -92,9 +92,9 @@ class Case:
             "x.weight", "BF16", self.packed.shape, self.packed, tuple(edits), rows, ("a",), draws
         )
 
-    def made(self, bundle):
+    def made(self, task):
         with Sources((self.folder,), {}) as sources, torch.inference_mode():
-            return bundle.make(Inputs(sources, torch.device("cpu")))
+            return task.compute(Inputs(sources, torch.device("cpu")))
 
 
 def peak() -> int:
@@ -111,14 +111,14 @@ def peak() -> int:
 def test_no_more_memory_than_claimed(name: str, tmp_path: Path) -> None:
     case = Case(tmp_path, name)
     step = case.step()
-    for bundle in (requantised.Requantised(step, case.packed), requantised.Edited(step)):
-        assert name in WHOLE or bundle.memory < 10 * math.prod(case.packed.shape), (
+    for task in (requantized.Requantized(step, case.packed), requantized.Edited(step)):
+        assert name in WHOLE or task.memory < 10 * math.prod(case.packed.shape), (
             "decoded whole it takes more"
         )
         Path("/proc/self/clear_refs").write_text("5")
         before = peak()
-        case.made(bundle)
-        assert peak() - before < bundle.memory
+        case.made(task)
+        assert peak() - before < task.memory
 
 
 @pytest.mark.parametrize(
@@ -129,19 +129,19 @@ def test_slices_give_the_bytes_of_the_whole(
     name: str, dora: str | None, seed: int | None, tmp_path: Path, monkeypatch
 ) -> None:
     """Slices and the chunks of the edits end at different rows."""
-    monkeypatch.setattr(requantised, "ROWS", 7777)
+    monkeypatch.setattr(requantized, "ROWS", 7777)
     case = Case(tmp_path, name, small=True)
     step, whole = (
         case.step(dora, None if seed is None else Draws.of(seed, "x.weight")),
-        requantised.SLICE,
+        requantized.SLICE,
     )
     made = {}
     for size in (whole, 5000, 50_000):
-        monkeypatch.setattr(requantised, "SLICE", size)
+        monkeypatch.setattr(requantized, "SLICE", size)
         slices = len(list(case.packed.slices(size)))
         assert slices > 1 or size == whole
-        bundles = (requantised.Requantised(step, case.packed), requantised.Edited(step))
-        made[size] = [tensor for bundle in bundles for tensor in case.made(bundle).tensors.values()]
+        tasks = (requantized.Requantized(step, case.packed), requantized.Edited(step))
+        made[size] = [tensor for task in tasks for tensor in case.made(task).tensors.values()]
     for size in (5000, 50_000):
         for ours, right in zip(made[size], made[whole], strict=True):
             assert ours.dtype == right.dtype and ours.shape == right.shape
@@ -151,27 +151,27 @@ def test_slices_give_the_bytes_of_the_whole(
 
 
 class Load:
-    """How much of their claims bundles have in memory, from when they are made until they are written."""
+    """How much of their claims tasks have in memory, from when they are made until they are written."""
 
     def __init__(self, monkeypatch, delay: float = 0.0):
         self.lock, self.now, self.most, self.together = threading.Lock(), 0, 0, 0
-        self.running, real = 0, requantised.Requantised.make
+        self.running, real = 0, requantized.Requantized.compute
 
-        def make(bundle: requantised.Requantised, inputs: Inputs):
+        def make(task: requantized.Requantized, inputs: Inputs):
             with self.lock:
-                self.now, self.running = self.now + bundle.memory, self.running + 1
+                self.now, self.running = self.now + task.memory, self.running + 1
                 self.most, self.together = (
                     max(self.most, self.now),
                     max(self.together, self.running),
                 )
             time.sleep(delay)
-            made = real(bundle, inputs)
-            weakref.finalize(next(iter(made.tensors.values())), self.written, bundle.memory)
+            made = real(task, inputs)
+            weakref.finalize(next(iter(made.tensors.values())), self.written, task.memory)
             with self.lock:
                 self.running -= 1
             return made
 
-        monkeypatch.setattr(requantised.Requantised, "make", make)
+        monkeypatch.setattr(requantized.Requantized, "compute", make)
 
     def written(self, memory: int) -> None:
         with self.lock:
@@ -179,7 +179,7 @@ class Load:
 
 
 @pytest.fixture
-def quantised(made, llama: Path) -> Path:
+def quantized(made, llama: Path) -> Path:
     return (
         made("memory-nf4", lambda folder: adapterkit.quantize(llama, out=folder / "q", to="nf4"))
         / "q"
@@ -187,34 +187,32 @@ def quantised(made, llama: Path) -> Path:
 
 
 def test_the_budget_bounds_what_is_made_at_a_time(
-    quantised: Path, lora: Path, tmp_path: Path, monkeypatch
+    quantized: Path, lora: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """One at a time where no two fit; the plan's peak is what the claims add up to; the bytes are the same."""
     made, peaks = {}, {}
     for budget in (1, "40MB", "1GB"):
         plan = adapterkit.merge(
-            quantised, [lora], out=tmp_path / str(budget), memory=budget, dry_run=True
+            quantized, [lora], out=tmp_path / str(budget), memory=budget, dry_run=True
         )
         with monkeypatch.context() as patch:
             load = Load(patch, 0.01)
-            adapterkit.merge(quantised, [lora], out=tmp_path / str(budget), memory=budget)
-        bundles = [
+            adapterkit.merge(quantized, [lora], out=tmp_path / str(budget), memory=budget)
+        tasks = [
             b
             for shard in plan.shards
-            for b in shard.bundles
-            if isinstance(b, requantised.Requantised)
+            for b in shard.tasks
+            if isinstance(b, requantized.Requantized)
         ]
         made[budget] = (tmp_path / str(budget) / "model.safetensors").read_bytes()
         peaks[budget] = plan.totals()["memory_peak"] - BUFFERS * cores()
-        assert load.now == 0 and len(bundles) == 14
-        assert (
-            load.most <= peaks[budget] <= max(plan.budget, max(bundle.memory for bundle in bundles))
-        )
+        assert load.now == 0 and len(tasks) == 14
+        assert load.most <= peaks[budget] <= max(plan.budget, max(task.memory for task in tasks))
         assert (load.together == 1) == (budget == 1 or cores() == 1)
     assert made[1] == made["40MB"] == made["1GB"] and peaks[1] < peaks["1GB"]
     for wrong in (0, -1, "much"):
         with pytest.raises(Refused, match="--memory"):
-            adapterkit.merge(quantised, [lora], out=tmp_path / "wrong", memory=wrong)
+            adapterkit.merge(quantized, [lora], out=tmp_path / "wrong", memory=wrong)
 
 
 def test_results_in_order_within_the_budget() -> None:

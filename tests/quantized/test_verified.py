@@ -1,4 +1,4 @@
-"""`merge --verify` on quantised bases: every changed weight is recomputed, in its format or as floats; what is wrong is found."""
+"""`merge --verify` on quantized bases: every changed weight is recomputed, in its format or as floats; what is wrong is found."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Damaged
 from adapterkit.kernels import rows
-from adapterkit.ops import recomputed, requantised
+from adapterkit.ops import recomputed, requantized
 from adapterkit.ops.sources import open_source
 from adapterkit.weights.decoded import decoded, packed_in
 
@@ -81,7 +81,7 @@ def test_slices(
     """Weights larger than what is recomputed at once, cut otherwise than they were written."""
     base, lora = model(name)
     monkeypatch.setattr(recomputed, "CHUNK", 1 << 9)
-    monkeypatch.setattr(requantised, "SLICE", 1 << 11)
+    monkeypatch.setattr(requantized, "SLICE", 1 << 11)
     oracle.merge(base, lora, out=tmp_path / "kept", rounding=rounding, verify=True)
     oracle.merge(
         base, lora, out=tmp_path / "floats", rounding=rounding, verify=True, dequantize=True

@@ -11,7 +11,7 @@ from test_loftq import MODELS, oracle, originals, products, values
 from torch import Tensor
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Damaged, Refused, Spoiled
+from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
 from adapterkit.kernels.weighted import projected, root
 
 RANK = 4
@@ -69,10 +69,10 @@ def seen(base) -> Callable[[str], tuple[dict[str, Tensor], Path]]:
 
 
 def outputs_lost(
-    name: str, base: Path, quantised: Path, adapter: Path | None, xs: dict[str, Tensor]
+    name: str, base: Path, quantized: Path, adapter: Path | None, xs: dict[str, Tensor]
 ) -> dict[str, float]:
     """‖(W - Q - scale·b@a) xᵀ‖ / ‖W xᵀ‖ of each module, (out, in)."""
-    weights, packed = originals(base), values(quantised)
+    weights, packed = originals(base), values(quantized)
     deltas = products(name, adapter) if adapter else {}
     found = {}
     for key, q in packed.items():
@@ -91,7 +91,9 @@ def test_errors_are_those_of_the_outputs(
     xs, path = seen(name)
     how: dict[str, Any] = {"rank": RANK, "iterations": iterations}
     receipt: Any = adapterkit.loftq(base(name), out=tmp_path / "out", stats=path, **how)
-    facts = {key: fact for key, fact in receipt.data["parameters"].items() if "error_after" in fact}
+    metrics = {
+        key: metric for key, metric in receipt.data["parameters"].items() if "error_after" in metric
+    }
     lost = outputs_lost(
         name, base(name), tmp_path / "out" / "base", tmp_path / "out" / "adapter", xs
     )
@@ -99,11 +101,11 @@ def test_errors_are_those_of_the_outputs(
     plain = outputs_lost(
         name, base(name), tmp_path / "plain" / "base", tmp_path / "plain" / "adapter", xs
     )
-    assert facts.keys() == lost.keys()
-    for key, fact in facts.items():
-        assert fact["damping"] <= 1e-4
-        assert fact["error_after"] == pytest.approx(lost[key], rel=5e-3), key
-        assert fact["error_after"] < fact["error"] and lost[key] < plain[key], key
+    assert metrics.keys() == lost.keys()
+    for key, metric in metrics.items():
+        assert metric["damping"] <= 1e-4
+        assert metric["error_after"] == pytest.approx(lost[key], rel=5e-3), key
+        assert metric["error_after"] < metric["error"] and lost[key] < plain[key], key
     adapterkit.verify(tmp_path / "out")
 
 
@@ -131,15 +133,17 @@ def test_for_a_base_that_stays(base, seen, name: str, tmp_path: Path) -> None:
     )
     lost = outputs_lost(name, base(name), tmp_path / "nf4", tmp_path / "out", xs)
     before = outputs_lost(name, base(name), tmp_path / "nf4", None, xs)
-    facts = {
-        f"{module}.weight": fact
-        for module, fact in receipt.data["parameters"].items()
-        if "error_after" in fact
+    metrics = {
+        f"{module}.weight": metric
+        for module, metric in receipt.data["parameters"].items()
+        if "error_after" in metric
     }
-    assert facts.keys() == lost.keys()
-    for key, fact in facts.items():
-        assert fact["error"] == pytest.approx(before[key], rel=5e-3)
-        assert fact["error_after"] == pytest.approx(lost[key], rel=5e-3) and lost[key] < before[key]
+    assert metrics.keys() == lost.keys()
+    for key, metric in metrics.items():
+        assert metric["error"] == pytest.approx(before[key], rel=5e-3)
+        assert (
+            metric["error_after"] == pytest.approx(lost[key], rel=5e-3) and lost[key] < before[key]
+        )
 
 
 def test_a_covariance_of_ones_is_no_change(base, tmp_path: Path) -> None:
@@ -155,9 +159,9 @@ def test_a_covariance_of_ones_is_no_change(base, tmp_path: Path) -> None:
         )
         found.append(
             {
-                key: fact["error_after"]
-                for key, fact in receipt.data["parameters"].items()
-                if "error_after" in fact
+                key: metric["error_after"]
+                for key, metric in receipt.data["parameters"].items()
+                if "error_after" in metric
             }
         )
     assert found[0] == pytest.approx(found[1], rel=2e-4)
@@ -202,10 +206,14 @@ BAD: dict[str, tuple[Callable[[Tensor], Tensor | None], type[AdapterkitError], s
     "of another width": (lambda c: c[:-1, :-1], Damaged, "127, 127"),
     "a vector": (lambda c: c[0], Damaged, "128, 128"),
     "integers": (lambda c: c.int(), Damaged, "I32"),
-    "zeros": (torch.zeros_like, Spoiled, "zeros"),
-    "not symmetric": (lambda c: c.triu() * 2, Spoiled, "not symmetric"),
-    "negative": (lambda c: -c, Spoiled, "not positive"),
-    "not finite": (lambda c: c.index_fill(0, torch.tensor([3]), torch.nan), Spoiled, "finite"),
+    "zeros": (torch.zeros_like, Unrecoverable, "zeros"),
+    "not symmetric": (lambda c: c.triu() * 2, Unrecoverable, "not symmetric"),
+    "negative": (lambda c: -c, Unrecoverable, "not positive"),
+    "not finite": (
+        lambda c: c.index_fill(0, torch.tensor([3]), torch.nan),
+        Unrecoverable,
+        "finite",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoints of a tiny Llama, made of the kernels' own encoders; what tools make is in tests/golden_narrow."""
+"""Quantized checkpoints of a tiny Llama, made of the kernels' own encoders; what tools make is in tests/golden_narrow."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Form:
 
     make: Callable[[Tensor], Parts]
     settings: dict[str, Any]
-    lost: float  # what requantisation may lose: ‖Q - W‖ / ‖W‖
+    lost: float  # what requantization may lose: ‖Q - W‖ / ‖W‖
     metadata: Callable[[str, Parts], dict[str, str]] | None = None
     writable: bool = True
     files: dict[str, Any] = field(default_factory=dict)
@@ -317,10 +317,10 @@ def llama() -> transformers.PreTrainedModel:
 def base(form: Form, folder: Path) -> None:
     """A checkpoint of `llama` whose linear layers, but for the head, are in this format."""
     llama().save_pretrained(folder)
-    quantise(folder, form)
+    quantize(folder, form)
 
 
-def quantise(folder: Path, form: Form) -> None:
+def quantize(folder: Path, form: Form) -> None:
     tensors, metadata = {}, {"format": "pt"}
     for key, weight in load_file(folder / "model.safetensors").items():
         module = key.removesuffix(".weight")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.errors import AdapterkitError, Offenders, Refused
+from adapterkit.errors import AdapterkitError, MultipleErrors, Refused
 from adapterkit.kernels import blockwise
 from adapterkit.weights.codecs import bnb4
 
@@ -81,7 +81,7 @@ def wide_t5() -> nn.Module:
 
 
 def slanext() -> nn.Module:
-    """Its head's linear layers become float32 before they are quantised."""
+    """Its head's linear layers become float32 before they are quantized."""
     vision = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
               "mlp_dim": 64, "global_attn_indexes": [1], "window_size": 2}  # fmt: skip
     sizes = {
@@ -133,7 +133,7 @@ def packed(made: Callable[..., Path], base: Callable[..., Path]) -> Callable[[st
         return (
             made(
                 f"bnb-{name}-{kind}",
-                lambda folder: quantised(base(name), folder / "q", **KINDS[kind][0]),
+                lambda folder: quantized(base(name), folder / "q", **KINDS[kind][0]),
             )
             / "q"
         )
@@ -146,7 +146,7 @@ def lora(made: Callable[..., Path]) -> Path:
     return made("bnb-lora", lambda folder: oracle.train(wide(), folder, target_modules=["v_proj"]))
 
 
-def quantised(base: Path, out: Path, **how):
+def quantized(base: Path, out: Path, **how):
     return adapterkit.quantize(base, out=out, **how)
 
 
@@ -217,12 +217,12 @@ def test_the_files_are_those_of_transformers(
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("model", ["flint", "inkling2_text", "deepseek_v3", "llava"])
 def test_types_whose_names_in_the_file_are_others(model: str, kind: str, tmp_path: Path) -> None:
-    """What is quantised is as transformers quantises it, the rest has the same values, and all of it loads. A linear layer that is
+    """What is quantized is as transformers quantizes it, the rest has the same values, and all of it loads. A linear layer that is
     stored under another name than its `weight` stays a float where the loader would not find its scale (nor finds its own)."""
     made = tiny.model(model).half()
     made.save_pretrained(tmp_path / "base")
     by_transformers(tmp_path / "base", tmp_path / "theirs", **KINDS[kind][1])
-    receipt = quantised(tmp_path / "base", tmp_path / "ours", **KINDS[kind][0])
+    receipt = quantized(tmp_path / "base", tmp_path / "ours", **KINDS[kind][0])
     left = {name.removesuffix(".weight").rpartition(".")[2] for name in receipt.data["left_out"]}
     assert left == ({"weight_proj"} if (model, kind) == ("inkling2_text", "int8") else set())
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
@@ -251,14 +251,14 @@ def test_it_loads_and_generates(packed, name: str, kind: str) -> None:
 
 def test_errors_are_measured(base, packed) -> None:
     receipt = json.loads((packed("llama-bf16", "nf4") / "adapterkit.json").read_text())
-    before, facts = load_file(base("llama-bf16") / "model.safetensors"), receipt["parameters"]
-    assert receipt["quantised"] == 14 and len(facts) == 14
-    for key, fact in facts.items():
+    before, metrics = load_file(base("llama-bf16") / "model.safetensors"), receipt["parameters"]
+    assert receipt["quantised"] == 14 and len(metrics) == 14
+    for key, metric in metrics.items():
         lost = (
             unpacked(load_file(packed("llama-bf16", "nf4") / "model.safetensors"), key)
             - before[key].double()
         )
-        assert fact["error"] == pytest.approx(
+        assert metric["error"] == pytest.approx(
             float(lost.norm() / before[key].double().norm()), rel=1e-3
         )
 
@@ -288,7 +288,7 @@ def unpacked(tensors: dict[str, Tensor], key: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["nf4-double", "int8"])
 def test_a_base_in_shards(base, packed, kind: str, tmp_path: Path) -> None:
     sharded = base("llama-bf16", max_shard_size="100KB")
-    quantised(sharded, tmp_path / "out", **KINDS[kind][0])
+    quantized(sharded, tmp_path / "out", **KINDS[kind][0])
     files = sorted(tmp_path.glob("out/*.safetensors"))
     assert [file.name for file in files] == [
         file.name for file in sorted(sharded.glob("*.safetensors"))
@@ -310,7 +310,7 @@ def test_a_base_in_shards(base, packed, kind: str, tmp_path: Path) -> None:
 def test_skipped_modules_stay(base, name: str, kind: str, tmp_path: Path) -> None:
     skip = {"llama-bf16": r"layers[.]0[.]mlp|o_proj", "gpt2-bf16": r"h[.]0[.]|mlp"}[name]
     ours, theirs = KINDS[kind]
-    receipt = quantised(base(name), tmp_path / "ours", skip=skip, **ours)
+    receipt = quantized(base(name), tmp_path / "ours", skip=skip, **ours)
     listed = config(tmp_path / "ours")["quantization_config"]["llm_int8_skip_modules"]
     by_transformers(base(name), tmp_path / "theirs", llm_int8_skip_modules=listed, **theirs)
     same_files(tmp_path / "ours", tmp_path / "theirs")
@@ -340,7 +340,7 @@ def test_other_block_sizes_are_those_of_the_library(
     base, block: int, double: bool, tmp_path: Path
 ) -> None:
     """transformers has no setting for it; what it loads, it computes with as it is."""
-    quantised(base("llama-bf16"), tmp_path / "out", to="nf4", block_size=block, double_quant=double)
+    quantized(base("llama-bf16"), tmp_path / "out", to="nf4", block_size=block, double_quant=double)
     before, after = (
         load_file(folder / "model.safetensors") for folder in (base("llama-bf16"), tmp_path / "out")
     )
@@ -371,7 +371,7 @@ def test_the_guess_of_a_states_size_may_be_wrong_either_way(
         plan = adapterkit.quantize(
             base(name), out=tmp_path / name, dry_run=True, **KINDS["nf4-double"][0]
         )
-        quantised(base(name), tmp_path / name, **KINDS["nf4-double"][0])
+        quantized(base(name), tmp_path / name, **KINDS["nf4-double"][0])
         whole = (packed(name, "nf4-double") / "model.safetensors").read_bytes()
         assert (tmp_path / name / "model.safetensors").read_bytes() == whole
         assert len(plan.shards[0].layout.header) != 8 + int.from_bytes(whole[:8], "little")
@@ -394,13 +394,13 @@ def test_the_guess_of_a_states_size_may_be_wrong_either_way(
 )
 def test_what_quantize_refuses(base, how: dict, text: str, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=text):
-        quantised(base("llama-bf16"), tmp_path / "out", **how)
+        quantized(base("llama-bf16"), tmp_path / "out", **how)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_base_that_cannot_be_quantised(base, packed, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="quantised"):
-        quantised(packed("llama-bf16", "nf4"), tmp_path / "out", to="int8")
+def test_a_base_that_cannot_be_quantized(base, packed, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="quantized"):
+        quantized(packed("llama-bf16", "nf4"), tmp_path / "out", to="int8")
     unknown = oracle.edit_config(
         base("llama-bf16"),
         tmp_path / "unknown",
@@ -408,14 +408,14 @@ def test_a_base_that_cannot_be_quantised(base, packed, tmp_path: Path) -> None:
         architectures=["NoSuch"],
     )
     with pytest.raises(Refused, match="transformers does not know"):
-        quantised(unknown, tmp_path / "out", to="nf4")
+        quantized(unknown, tmp_path / "out", to="nf4")
     nan = shutil.copytree(base("llama-bf16"), tmp_path / "nan")
     tensor = load_file(nan / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
     tensor[3, 4] = torch.nan
     change(nan, {"model.layers.1.mlp.up_proj.weight": tensor})
     for kind in KINDS:
         with pytest.raises(AdapterkitError, match="not finite"):
-            quantised(nan, tmp_path / "out", **KINDS[kind][0])
+            quantized(nan, tmp_path / "out", **KINDS[kind][0])
     assert not (tmp_path / "out").exists()
 
 
@@ -425,9 +425,9 @@ def test_magnitudes_that_float16_cannot_hold_are_refused_in_int8(base, tmp_path:
     tensor[3, 4] = 1e5
     change(large, {"model.layers.1.mlp.up_proj.weight": tensor})
     with pytest.raises(AdapterkitError, match="up_proj.*float16"):
-        quantised(large, tmp_path / "out", to="int8")
+        quantized(large, tmp_path / "out", to="int8")
     assert not (tmp_path / "out").exists()
-    quantised(large, tmp_path / "out", to="nf4")
+    quantized(large, tmp_path / "out", to="nf4")
 
 
 # dequantize
@@ -479,7 +479,7 @@ def test_each_value_is_rounded_once(packed, kind: str, dtype: str, tmp_path: Pat
 
 
 def test_dequantize_of_floats_is_refused(base, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="no quantised weights"):
+    with pytest.raises(Refused, match="no quantized weights"):
         adapterkit.dequantize(base("llama-bf16"), out=tmp_path / "out")
 
 
@@ -725,7 +725,7 @@ def test_all_lies_at_once(packed, lora: Path, tmp_path: Path) -> None:
             f"{layer}down_proj.weight.quant_map": torch.zeros(16),
         },
     )
-    with pytest.raises(Offenders) as caught:
+    with pytest.raises(MultipleErrors) as caught:
         adapterkit.merge(source, [lora], out=tmp_path / "out")
     for word in (
         K,

@@ -60,15 +60,15 @@ def base(made: Callable[..., Path]) -> Callable[..., Path]:
         )
         if kind is None:
             return plain
-        quantise = lambda folder: adapterkit.quantize(plain, out=folder / "q", **HOW[kind])
-        return made("-".join(["verbs", name, kind, *how]), quantise) / "q"
+        quantize = lambda folder: adapterkit.quantize(plain, out=folder / "q", **HOW[kind])
+        return made("-".join(["verbs", name, kind, *how]), quantize) / "q"
 
     return make
 
 
 @pytest.fixture
 def floats(made: Callable[..., Path], base) -> Callable[..., Path]:
-    """What a quantised model decodes to, in float32."""
+    """What a quantized model decodes to, in float32."""
 
     def make(name: str = "llama", kind: str = "nf4") -> Path:
         source = base(name, kind)
@@ -101,7 +101,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def values(folder: Path) -> dict[str, Tensor]:
-    """Every quantised weight, decoded to float32."""
+    """Every quantized weight, decoded to float32."""
     tensors = stored(folder)
     specs = packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
     return {
@@ -187,16 +187,16 @@ def test_merged_in_the_format(base, floats, lora, name: str, kind: str, tmp_path
         assert float(other.float().mean()) <= 1e-3 or kind == "double", key
         assert float((new[key] - ideal).norm()) <= 2e-3 * float(ideal.norm()), key
         delta, moved = one.value - old[key].double(), new[key].double() - old[key].double()
-        fact = receipt.data["parameters"][key]
-        assert fact["survived"] == pytest.approx(
+        metric = receipt.data["parameters"][key]
+        assert metric["survived"] == pytest.approx(
             float((moved * delta).sum() / delta.square().sum()), rel=1e-3
         )
         noise = float((new[key].double() - one.value).norm() / delta.norm())
-        assert fact["requantisation"] == pytest.approx(noise, rel=1e-3)
-        assert fact["delta"] == pytest.approx(
+        assert metric["requantisation"] == pytest.approx(noise, rel=1e-3)
+        assert metric["delta"] == pytest.approx(
             float(delta.norm() / old[key].double().norm()), rel=1e-3
         )
-        assert 0.9 < fact["survived"] < 1.1
+        assert 0.9 < metric["survived"] < 1.1
     assert not [note for note in receipt.data["notes"] if "WARNING" in note]
     said = lambda folder: json.loads((folder / "config.json").read_text())
     assert said(source) == said(tmp_path / "out")
@@ -242,7 +242,7 @@ def test_a_delta_below_the_steps_of_the_format_is_warned_of(
 ) -> None:
     receipt = oracle.merge(base("llama", kind), f"{lora()}=1e-4", out=tmp_path / "out")
     shares = [
-        fact["survived"] for fact in receipt.data["parameters"].values() if "survived" in fact
+        metric["survived"] for metric in receipt.data["parameters"].values() if "survived" in metric
     ]
     assert len(shares) == 4 and max(shares) < 0.5
     (warning,) = [note for note in receipt.data["notes"] if note.startswith("WARNING")]
@@ -306,7 +306,7 @@ def test_dora_and_several_adapters(
         ("tied", "int8", None),
     ],
 )
-def test_dequantised_every_weight_is_rounded_once(
+def test_dequantized_every_weight_is_rounded_once(
     base, floats, lora, name: str, kind: str, dtype: str | None, tmp_path: Path
 ) -> None:
     source, adapter = base(name, kind), lora(name)
@@ -330,7 +330,7 @@ def test_dequantised_every_weight_is_rounded_once(
     loaded(tmp_path / "out")
 
 
-# what is not quantised
+# what is not quantized
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
@@ -377,7 +377,7 @@ def test_modules_trained_whole_and_biases(base, lora, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_module_trained_whole_becomes_a_float_with_the_others(
+def test_a_quantized_module_trained_whole_becomes_a_float_with_the_others(
     base, lora, kind: str, tmp_path: Path
 ) -> None:
     adapter = lora(modules_to_save=["o_proj"])
@@ -390,7 +390,7 @@ def test_a_quantised_module_trained_whole_becomes_a_float_with_the_others(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_quantised_module_trained_whole_is_refused_in_the_format(
+def test_a_quantized_module_trained_whole_is_refused_in_the_format(
     base, lora, kind: str, tmp_path: Path
 ) -> None:
     with pytest.raises(Refused, match="o_proj"):
@@ -449,7 +449,7 @@ def test_interrupted_and_resumed(base, lora, when: int, keep: bool, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_diff_of_a_quantised_and_a_plain_one(
+def test_diff_of_a_quantized_and_a_plain_one(
     base, floats, name: str, kind: str, tmp_path: Path
 ) -> None:
     """By the weights that it decodes to, whichever side it is; the formats' settings and scales are no differences."""
@@ -458,7 +458,7 @@ def test_diff_of_a_quantised_and_a_plain_one(
     for a, b in ((packed, plain), (plain, packed), (packed, tmp_path / "rounded")):
         found = adapterkit.diff(a, b)
         assert found["same"] and not found["added"] and not found["removed"], found
-        assert any("quantised" in note for note in found["notes"])
+        assert any("quantized" in note for note in found["notes"])
     tensors, weights = stored(plain), values(packed)
     other = {key: tensor * 1.5 if key in weights else tensor for key, tensor in tensors.items()}
     shutil.copytree(plain, tmp_path / "other")

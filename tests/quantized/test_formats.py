@@ -1,4 +1,4 @@
-"""The formats of quantised weights: read as their own tools read them, merged into and written again, refused where they lie."""
+"""The formats of quantized weights: read as their own tools read them, merged into and written again, refused where they lie."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ import adapterkit
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
-from adapterkit.ops import requantised
+from adapterkit.ops import requantized
 from adapterkit.ops.sources import open_source
 from adapterkit.weights.codecs.fp8 import Fp8
 from adapterkit.weights.decoded import decoded, packed_in
@@ -230,7 +230,7 @@ def test_files_of_torchao(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_decoded(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
-    """As planned: keys and shapes of the plain model, one rounding to its dtype, nothing left that says quantised."""
+    """As planned: keys and shapes of the plain model, one rounding to its dtype, nothing left that says quantized."""
     folder, plain = base(name), dict(forged.llama().state_dict())
     adapterkit.dequantize(folder, out=tmp_path / "32", dtype="fp32")
     adapterkit.dequantize(folder, out=tmp_path / "16")
@@ -255,7 +255,9 @@ def test_what_comes_back(base: Callable[[str], Path], name: str) -> None:
     for spec in packed_of(base(name)).values():
         parts = {part.key: tensors[part.key] for part in spec.parts}
         again = spec.renewed(parts, spec.decode(parts))
-        assert list(again) == list(parts) and [stored.key for stored in spec.most] == list(parts)
+        assert list(again) == list(parts) and [stored.key for stored in spec.max_outputs] == list(
+            parts
+        )
         rough = {key for key in parts if key.endswith("_scale_inv")}
         assert all(same(again[key], parts[key]) for key in parts if key not in rough), spec.key
         assert all(
@@ -295,7 +297,7 @@ def test_merged_by_slices_of_rows(
 ) -> None:
     """As many as the format allows, or one: the same bytes."""
     for size in (1 << 20, 1):
-        monkeypatch.setattr(requantised, "SLICE", size)
+        monkeypatch.setattr(requantized, "SLICE", size)
         adapterkit.merge(base(name), [lora], out=tmp_path / f"{size}", rounding=rounding)
         adapterkit.merge(
             base(name), [lora], out=tmp_path / f"{size}-floats", dequantize=True, rounding=rounding
@@ -349,8 +351,8 @@ def test_merge(
     for key, expected in exact.items():
         value = expected.value.double()
         assert float((after[key].double() - value).norm() / value.norm()) < form.lost, key
-    facts = json.loads((tmp_path / "kept/adapterkit.json").read_text())
-    assert "survived" in json.dumps(facts)
+    metrics = json.loads((tmp_path / "kept/adapterkit.json").read_text())
+    assert "survived" in json.dumps(metrics)
 
 
 @pytest.mark.parametrize("name", WRITABLE)
@@ -376,7 +378,7 @@ def test_read_only(
         "formats-head",
         lambda folder: oracle.train(forged.llama(), folder, target_modules=["lm_head"]),
     )
-    oracle.merge(base(name), head, out=tmp_path / "head")  # touches nothing that is quantised
+    oracle.merge(base(name), head, out=tmp_path / "head")  # touches nothing that is quantized
     old, new = stored(base(name)), stored(tmp_path / "head")
     assert {key for key in old if not same(old[key], new[key])} == {"lm_head.weight"}
 

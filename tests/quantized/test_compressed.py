@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
-from adapterkit.errors import Refused, Spoiled
+from adapterkit.errors import Refused, Unrecoverable
 
 pytest.importorskip("compressed_tensors")
 peft = pytest.importorskip("peft")
@@ -226,9 +226,9 @@ def vit(made: Callable[..., Path]) -> Path:
     )
 
 
-def same_as_decoded(model: nn.Module, quantised: Path, out: Path) -> None:
+def same_as_decoded(model: nn.Module, quantized: Path, out: Path) -> None:
     """The weights of a loaded model are those that dequantize writes, which the same class loads."""
-    adapterkit.dequantize(quantised, out=out, dtype="fp32")
+    adapterkit.dequantize(quantized, out=out, dtype="fp32")
     with oracle.quiet():
         floats = type(model).from_pretrained(out, dtype=torch.float32).state_dict()
     found = model.state_dict()
@@ -333,7 +333,9 @@ def test_values_that_decode_to_infinity_are_refused(tmp_path: Path) -> None:
         ),
     }
     for verb in verbs.values():
-        with pytest.raises(Spoiled, match="up_proj.weight decodes to values that are not finite"):
+        with pytest.raises(
+            Unrecoverable, match="up_proj.weight decodes to values that are not finite"
+        ):
             verb()
         assert not (tmp_path / "no").exists()
 
@@ -387,12 +389,17 @@ def test_loftq_with_several_widths(base, tmp_path: Path) -> None:
         "bits_for": ["down_proj|layers.0.*q_proj=8", "layers.1.*down_proj=4"],
     }
     receipt: Any = adapterkit.loftq(base("llama"), out=tmp_path / "out", **how)
-    facts = {key: fact for key, fact in receipt.data["parameters"].items() if "error_after" in fact}
+    metrics = {
+        key: metric for key, metric in receipt.data["parameters"].items() if "error_after" in metric
+    }
     wide = {f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.down_proj")}
-    assert len(facts) == 14 and {key for key, fact in facts.items() if fact["error"] < 0.03} == wide
-    assert all(fact["error_after"] < fact["error"] for fact in facts.values())
+    assert (
+        len(metrics) == 14
+        and {key for key, metric in metrics.items() if metric["error"] < 0.03} == wide
+    )
+    assert all(metric["error_after"] < metric["error"] for metric in metrics.values())
     packed = stored(tmp_path / "out" / "base")
-    for key in facts:
+    for key in metrics:
         assert (
             packed[key.replace("weight", "weight_packed")].shape[1] * (4 if key in wide else 8)
             == packed[key.replace("weight", "weight_shape")][1]
@@ -402,9 +409,9 @@ def test_loftq_with_several_widths(base, tmp_path: Path) -> None:
         loaded(tmp_path / "out" / "base"), tmp_path / "out" / "adapter"
     )
     merged = model.merge_and_unload().state_dict()
-    for key, fact in facts.items():
+    for key, metric in metrics.items():
         error = float((merged[key].double() - old[key].double()).norm() / old[key].double().norm())
-        assert error == pytest.approx(fact["error_after"], rel=0.1), (
+        assert error == pytest.approx(metric["error_after"], rel=0.1), (
             key
         )  # the library computes in bfloat16
     adapterkit.verify(tmp_path / "out")

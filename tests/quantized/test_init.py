@@ -97,10 +97,14 @@ def test_pissa_agrees_with_peft(base, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["nf4", "int8"])
-def test_qpissa_quantises_the_rest(target, base, tmp_path):
+def test_qpissa_quantizes_the_rest(target, base, tmp_path):
     receipt = adapterkit.init(base, method="pissa", rank=16, quantize=target, out=tmp_path / "out")
-    facts = {key: fact for key, fact in receipt.data["parameters"].items() if "error_plain" in fact}
-    assert len(facts) == 14 and all(fact["error"] < fact["error_plain"] for fact in facts.values())
+    metrics = {
+        key: metric for key, metric in receipt.data["parameters"].items() if "error_plain" in metric
+    }
+    assert len(metrics) == 14 and all(
+        metric["error"] < metric["error_plain"] for metric in metrics.values()
+    )
     adapterkit.dequantize(tmp_path / "out" / "base", out=tmp_path / "plain")
     before, rest = (
         load_file(base / "model.safetensors"),
@@ -109,9 +113,9 @@ def test_qpissa_quantises_the_rest(target, base, tmp_path):
     for name, product in factors(tmp_path / "out" / "adapter").items():
         weight = before[f"{name}.weight"].double()
         error = float((rest[f"{name}.weight"].double() + product - weight).norm() / weight.norm())
-        assert error == pytest.approx(facts[f"{name}.weight"]["error"], rel=1e-3)
+        assert error == pytest.approx(metrics[f"{name}.weight"]["error"], rel=1e-3)
     plain = adapterkit.quantize(base, to=target, out=tmp_path / target)
-    assert plain.data["parameters"].keys() <= facts.keys()
+    assert plain.data["parameters"].keys() <= metrics.keys()
     close = logits(tmp_path / "out" / "base", tmp_path / "out" / "adapter") - logits(base)
     assert float(close.norm()) < float((logits(tmp_path / target) - logits(base)).norm())
 
@@ -132,7 +136,7 @@ def test_rebase_brings_a_trained_pissa_back(base, tmp_path):
     assert torch.allclose(logits(base, tmp_path / "plain"), expected, atol=1e-4)
 
 
-def test_an_adapter_of_a_quantised_base_goes_into_the_original(base, packed, tmp_path):
+def test_an_adapter_of_a_quantized_base_goes_into_the_original(base, packed, tmp_path):
     oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
     adapterkit.merge(packed, [tmp_path / "adapter"], base16=base, out=tmp_path / "out")
     adapterkit.merge(base, [tmp_path / "adapter"], out=tmp_path / "same")
@@ -143,12 +147,12 @@ def test_an_adapter_of_a_quantised_base_goes_into_the_original(base, packed, tmp
     )
 
 
-def test_what_is_no_quantised_copy_of_the_original_is_refused(base, packed, tmp_path):
+def test_what_is_no_quantized_copy_of_the_original_is_refused(base, packed, tmp_path):
     oracle.train(oracle.llama(**SIZES), tmp_path / "adapter", target_modules=["q_proj"])
-    into = lambda quantised, original: adapterkit.merge(
-        quantised, [tmp_path / "adapter"], base16=original, out=tmp_path / "no"
+    into = lambda quantized, original: adapterkit.merge(
+        quantized, [tmp_path / "adapter"], base16=original, out=tmp_path / "no"
     )
-    with pytest.raises(Refused, match="no quantised weights"):
+    with pytest.raises(Refused, match="no quantized weights"):
         into(base, base)
     adapterkit.loftq(base, rank=4, iterations=1, out=tmp_path / "loftq")
     with pytest.raises(Refused, match="made by loftq"):
@@ -156,7 +160,7 @@ def test_what_is_no_quantised_copy_of_the_original_is_refused(base, packed, tmp_
     oracle.save_base(oracle.llama(), tmp_path / "other")
     with pytest.raises(Refused, match="the same weights"):
         into(packed, tmp_path / "other")
-    with pytest.raises(Refused, match="quantised base"):
+    with pytest.raises(Refused, match="quantized base"):
         into(packed, packed)
     assert not (tmp_path / "no").exists()
 
@@ -174,12 +178,12 @@ def test_factors_are_kept_or_rolled_back_one_after_the_other(base, packed, tmp_p
     receipt = adapterkit.loftq(base, quantized=packed, rank=4, accept=accept, out=tmp_path / "out")
     assert asked == sorted(asked) and len(asked) == 14
     for name, product in factors(tmp_path / "out").items():
-        fact = receipt.data["parameters"][name]
-        assert bool(product.any()) == fact["accepted"] == ("mlp" in name)
+        metric = receipt.data["parameters"][name]
+        assert bool(product.any()) == metric["accepted"] == ("mlp" in name)
         assert (
-            fact["error_after"] < fact["error"]
+            metric["error_after"] < metric["error"]
             if "mlp" in name
-            else fact["error_after"] == fact["error"]
+            else metric["error_after"] == metric["error"]
         )
 
 
@@ -270,7 +274,7 @@ TYPES = {
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_all_linear_is_what_it_is_in_peft(kind, tmp_path):
-    """All linear layers but the output head: T5's wo too, which quantisers leave alone, and no classifier."""
+    """All linear layers but the output head: T5's wo too, which quantizers leave alone, and no classifier."""
     oracle.save_base(TYPES[kind](), tmp_path / "base", "fp32")
     adapterkit.init(
         tmp_path / "base", method="pissa", rank=2, targets="All-Linear", out=tmp_path / "out"
@@ -327,7 +331,7 @@ def test_one_grammar_of_targets(verb, base, packed, tmp_path):
             ["'self_attn' matches none: model.layers.0.self_attn is a LlamaAttention"],
         ),
         ("(nowhere|v)$", ["matches none"]),
-        *([("lm_head", ["lm_head is not quantised"])] if verb != "init" else []),
+        *([("lm_head", ["lm_head is not quantized"])] if verb != "init" else []),
     ]:
         with pytest.raises(Refused) as caught:
             made(wrong, "no")

@@ -65,9 +65,9 @@ def base(made: Callable[..., Path]) -> Callable[[str], Path]:
 
 
 def loftq(base: Path, out: Path, **how) -> dict[str, dict[str, Any]]:
-    """The facts of each weight."""
-    facts = adapterkit.loftq(base, out=out, **how).data["parameters"]
-    return {key: fact for key, fact in facts.items() if "error_after" in fact}
+    """The metrics of each weight."""
+    metrics = adapterkit.loftq(base, out=out, **how).data["parameters"]
+    return {key: metric for key, metric in metrics.items() if "error_after" in metric}
 
 
 def originals(folder: Path) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def originals(folder: Path) -> dict[str, Tensor]:
 
 
 def values(folder: Path) -> dict[str, Tensor]:
-    """Every quantised weight of a folder, decoded."""
+    """Every quantized weight of a folder, decoded."""
     tensors = load_file(folder / "model.safetensors")
     specs = packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
     return {
@@ -109,7 +109,7 @@ def true_errors(name: str, base: Path, out: Path) -> dict[str, tuple[float, floa
     }
 
 
-def quantised(kind: str, weight: Tensor, block: int = 64) -> Tensor:
+def quantized(kind: str, weight: Tensor, block: int = 64) -> Tensor:
     """bitsandbytes' own values of a weight (out, in)."""
     if kind == "int8":
         codes, scale, _ = F.int8_vectorwise_quant(weight.half())
@@ -126,10 +126,10 @@ def quantised(kind: str, weight: Tensor, block: int = 64) -> Tensor:
 def loop(
     kind: str, weight: Tensor, rank: int, iterations: int, block: int = 64
 ) -> tuple[float, float]:
-    """The relative errors of plain quantisation and of the best round, all in float64."""
+    """The relative errors of plain quantization and of the best round, all in float64."""
     low, errors = torch.zeros_like(weight), []
     for _ in range(iterations):
-        q = quantised(kind, weight - low, block)
+        q = quantized(kind, weight - low, block)
         errors += [float((weight - q).norm())] if not errors else []
         u, s, vh = torch.linalg.svd(weight - q, full_matrices=False)
         low = (u[:, :rank] * s[:rank]) @ vh[:rank]
@@ -152,27 +152,27 @@ def test_errors_are_those_of_a_plain_loop(
     base, name: str, kind: str, rank: int, iterations: int, tmp_path: Path
 ) -> None:
     how, form = HOW[kind]
-    facts = loftq(base(name), tmp_path / "out", rank=rank, iterations=iterations, **how)
+    metrics = loftq(base(name), tmp_path / "out", rank=rank, iterations=iterations, **how)
     errors, weights = true_errors(name, base(name), tmp_path / "out"), originals(base(name))
-    assert facts.keys() == errors.keys() and len(facts) == {"llama": 7, "gpt2": 4}[name]
-    for key, fact in facts.items():
+    assert metrics.keys() == errors.keys() and len(metrics) == {"llama": 7, "gpt2": 4}[name]
+    for key, metric in metrics.items():
         weight = weights[key].T if name == "gpt2" else weights[key]
         before, after = loop(form, weight, rank, iterations, how.get("block_size", 64))
-        assert fact["error"] == pytest.approx(before, rel=1e-5), key
-        assert fact["error_after"] == pytest.approx(errors[key][0], rel=1e-4), key
+        assert metric["error"] == pytest.approx(before, rel=1e-5), key
+        assert metric["error_after"] == pytest.approx(errors[key][0], rel=1e-4), key
         # one code that falls on the other side changes what follows
         rounds = 5e-3 if kind != "int8" else 2e-2
-        assert fact["error_after"] == pytest.approx(
+        assert metric["error_after"] == pytest.approx(
             after, rel=1e-4 if iterations == 1 else rounds
         ), key
-        assert fact["error_after"] < fact["error"]
+        assert metric["error_after"] < metric["error"]
     adapterkit.verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_one_round_is_pefts(base, kind: str, rank: int, tmp_path: Path) -> None:
-    facts = loftq(
+    metrics = loftq(
         base("llama"), tmp_path / "out", rank=rank, bits=8 if kind == "int8" else 4, iterations=1
     )
     theirs = on_cpu(peft.utils.loftq_utils.loftq_init)
@@ -181,14 +181,14 @@ def test_one_round_is_pefts(base, kind: str, rank: int, tmp_path: Path) -> None:
         values(tmp_path / "out" / "base"),
     )
     for key, weight in originals(base("llama")).items():
-        if key not in facts:
+        if key not in metrics:
             continue
         q, a, b = theirs(
             weight.float(), num_bits=8 if kind == "int8" else 4, reduced_rank=rank, num_iter=1
         )
         assert torch.equal(q.double(), packed[key])
         expected = float((weight - q.double() - b.double() @ a.double()).norm() / weight.norm())
-        assert facts[key]["error_after"] == pytest.approx(expected, rel=1e-4)
+        assert metrics[key]["error_after"] == pytest.approx(expected, rel=1e-4)
         ours = float((weight - packed[key] - deltas[key]).norm() / weight.norm())
         assert ours == pytest.approx(expected, rel=1e-4)
 
@@ -239,19 +239,19 @@ def test_a_rank_above_what_a_layer_has(base, bits: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_never_worse_than_plain_quantisation(base, name: str, tmp_path: Path) -> None:
+def test_never_worse_than_plain_quantization(base, name: str, tmp_path: Path) -> None:
     for bits in (4, 8):
         adapterkit.quantize(base(name), out=tmp_path / f"q{bits}", to={4: "nf4", 8: "int8"}[bits])
         plain, weights = values(tmp_path / f"q{bits}"), originals(base(name))
         for iterations in (1, 2, 3, 5):
             out = tmp_path / f"{bits}-{iterations}"
-            facts = loftq(base(name), out, rank=2, bits=bits, iterations=iterations)
+            metrics = loftq(base(name), out, rank=2, bits=bits, iterations=iterations)
             for key, (after, _) in true_errors(name, base(name), out).items():
                 before = float((weights[key] - plain[key]).norm() / weights[key].norm())
-                assert after <= before * (1 + 1e-5) and facts[key]["error"] == pytest.approx(
+                assert after <= before * (1 + 1e-5) and metrics[key]["error"] == pytest.approx(
                     before, rel=1e-4
                 )
-                assert 0 <= facts[key]["iterations"] <= iterations
+                assert 0 <= metrics[key]["iterations"] <= iterations
 
 
 def test_of_all_rounds_the_best_is_kept() -> None:
@@ -272,10 +272,10 @@ def test_of_all_rounds_the_best_is_kept() -> None:
 
 
 def test_targets_and_skip(base, tmp_path: Path) -> None:
-    facts = loftq(
+    metrics = loftq(
         base("llama"), tmp_path / "out", rank=4, targets="q_proj|down_proj", skip="v_proj"
     )
-    assert {key.split(".")[-2] for key in facts} == {"q_proj", "down_proj"}
+    assert {key.split(".")[-2] for key in metrics} == {"q_proj", "down_proj"}
     adapterkit.quantize(base("llama"), out=tmp_path / "plain", to="nf4", skip="v_proj")
     ours, plain = (
         load_file(tmp_path / side / "model.safetensors") for side in ("out/base", "plain")
@@ -329,14 +329,14 @@ def test_transformers_and_peft_load_both(base, name: str, bits: int, tmp_path: P
     assert float((merged - expected).norm()) < 0.85 * errors[0]
 
 
-# beside a base that is quantised already
+# beside a base that is quantized already
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("to", ["nf4", "fp4", "int8"])
 def test_the_best_for_a_base_that_stays(base, name: str, to: str, tmp_path: Path) -> None:
     adapterkit.quantize(base(name), out=tmp_path / "q", to=to)
-    facts = loftq(base(name), tmp_path / "out", rank=4, alpha=12, quantized=tmp_path / "q")
+    metrics = loftq(base(name), tmp_path / "out", rank=4, alpha=12, quantized=tmp_path / "q")
     weights, packed, deltas = (
         originals(base(name)),
         values(tmp_path / "q"),
@@ -345,15 +345,15 @@ def test_the_best_for_a_base_that_stays(base, name: str, to: str, tmp_path: Path
     assert (
         deltas.keys() == packed.keys()
         and not (tmp_path / "out" / "base").exists()
-        and len(facts) == len(packed)
+        and len(metrics) == len(packed)
     )
     for key, delta in deltas.items():
         rest = weights[key] - packed[key]
         best = float(torch.linalg.svdvals(rest)[4:].norm())
         assert float((rest - delta).norm()) <= best * (1 + 1e-4), key
-        fact = facts[key.removesuffix(".weight")]
-        assert fact["error"] == pytest.approx(float(rest.norm() / weights[key].norm()), rel=1e-4)
-        assert fact["error_after"] == pytest.approx(
+        metric = metrics[key.removesuffix(".weight")]
+        assert metric["error"] == pytest.approx(float(rest.norm() / weights[key].norm()), rel=1e-4)
+        assert metric["error_after"] == pytest.approx(
             float((rest - delta).norm() / weights[key].norm()), rel=1e-4
         )
 
@@ -425,11 +425,11 @@ def test_options_that_are_refused(base, how: dict, text: str, tmp_path: Path) ->
 
 def test_models_that_are_refused(base, tmp_path: Path) -> None:
     adapterkit.quantize(base("llama"), out=tmp_path / "q", to="nf4")
-    with pytest.raises(Refused, match="quantised"):
+    with pytest.raises(Refused, match="quantized"):
         adapterkit.loftq(tmp_path / "q", out=tmp_path / "out", rank=4)
-    with pytest.raises(Refused, match="quantised"):
+    with pytest.raises(Refused, match="quantized"):
         adapterkit.loftq(tmp_path / "q", out=tmp_path / "out", rank=4, quantized=tmp_path / "q")
-    with pytest.raises(Refused, match="no quantised weights"):
+    with pytest.raises(Refused, match="no quantized weights"):
         adapterkit.loftq(base("llama"), out=tmp_path / "out", rank=4, quantized=base("llama"))
     with pytest.raises(Refused, match="the same weights") as caught:
         adapterkit.loftq(base("bert"), out=tmp_path / "out", rank=4, quantized=tmp_path / "q")
@@ -437,7 +437,7 @@ def test_models_that_are_refused(base, tmp_path: Path) -> None:
     assert all(f"layers.0.{name}" in found for name in ("self_attn.q_proj", "mlp.down_proj"))
     other = oracle.llama(num_hidden_layers=1, hidden_size=128, intermediate_size=256)
     oracle.save_base(other, tmp_path / "wider", "bf16")
-    with pytest.raises(Refused, match=r"\(128, 192\) quantised, \(128, 256\)"):
+    with pytest.raises(Refused, match=r"\(128, 192\) quantized, \(128, 256\)"):
         adapterkit.loftq(tmp_path / "wider", out=tmp_path / "out", rank=4, quantized=tmp_path / "q")
     unknown = oracle.edit_config(
         base("llama"), tmp_path / "unknown", model_type="no_such_model", architectures=["NoSuch"]
@@ -449,7 +449,7 @@ def test_models_that_are_refused(base, tmp_path: Path) -> None:
 
 
 def test_weights_of_nothing(base, tmp_path: Path) -> None:
-    """Zeros are quantised without loss; their factors are zeros."""
+    """Zeros are quantized without loss; their factors are zeros."""
     from safetensors.torch import save_file
 
     zero = shutil.copytree(base("llama"), tmp_path / "zero")
@@ -461,6 +461,6 @@ def test_weights_of_nothing(base, tmp_path: Path) -> None:
         {"format": "pt"},
     )
     for bits in (4, 8):
-        facts = loftq(zero, tmp_path / f"{bits}", rank=4, bits=bits)
-        assert facts[key]["error"] == facts[key]["error_after"] == 0
+        metrics = loftq(zero, tmp_path / f"{bits}", rank=4, bits=bits)
+        assert metrics[key]["error"] == metrics[key]["error_after"] == 0
         assert not products("llama", tmp_path / f"{bits}" / "adapter")[key].any()

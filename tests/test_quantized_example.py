@@ -1,4 +1,4 @@
-"""Quantising a real model, and what makes up for it, as examples/quantised.py does it."""
+"""Quantizing a real model, and what makes up for it, as examples/quantized.py does it."""
 
 import json
 import subprocess
@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_quantised_example_runs_and_what_must_hold_holds(tmp_path):
+def test_the_quantized_example_runs_and_what_must_hold_holds(tmp_path):
     pytest.importorskip("bitsandbytes")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "quantised.py"), str(tmp_path / "out"), "--json"],
+        [sys.executable, str(ROOT / "examples" / "quantized.py"), str(tmp_path / "out"), "--json"],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,6 +31,6 @@ def test_the_quantised_example_runs_and_what_must_hold_holds(tmp_path):
     )
     assert table["base"] < with_stats < without < table["nf4 + LoftQ, 1 iteration"] < table["nf4"]
     for name in ("nf4", "fp4", "mxfp4", "bf16, short fine-tune"):
-        losses = {row: fact["task"] for row, fact in found["rounding"][name].items()}
+        losses = {row: metric["task"] for row, metric in found["rounding"][name].items()}
         drawn = [loss for row, loss in losses.items() if row.startswith("stochastic")]
         assert max(drawn) < losses["nearest"] < losses["no adapter"], name

@@ -1,4 +1,4 @@
-"""Stochastic rounding into quantised formats: what must hold of it in every format that is written."""
+"""Stochastic rounding into quantized formats: what must hold of it in every format that is written."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.dtypes import torch_dtype
 from adapterkit.kernels import blockwise, narrow, packed
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.ops import requantised
+from adapterkit.ops import requantized
 from adapterkit.ops.sources import open_source
 from adapterkit.weights.codecs.mxfp4 import Mxfp4
 from adapterkit.weights.decoded import decoded, packed_in
@@ -245,7 +245,7 @@ def test_rows_by_themselves(case):
     params=["bnb-nf4-double", "bnb-fp4", "bnb-int8", "fp8", "int4", "int4-zero", "nvfp4", "mxfp4"]
 )
 def inputs(request, made: Callable[..., Path]) -> tuple[Path, Path]:
-    """A quantised base, and an adapter whose delta is small beside its steps."""
+    """A quantized base, and an adapter whose delta is small beside its steps."""
     oracle = pytest.importorskip("oracle")
     name = request.param
     size = 0.004 if "8" in name else 0.02
@@ -266,10 +266,10 @@ def test_a_merge_keeps_the_delta_the_scales_and_the_other_modules(inputs, tmp_pa
     ]:
         out = tmp_path / f"{rounding}-{seed}-{workers}"
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
-        monkeypatch.setattr(requantised, "SLICE", 2048 // workers)
+        monkeypatch.setattr(requantized, "SLICE", 2048 // workers)
         receipt = adapterkit.merge(base, [lora], out=out, rounding=rounding, seed=seed, verify=True)
         outs[rounding, seed, workers] = out / "model.safetensors"
-        survived = [fact["survived"] for fact in receipt.data["parameters"].values()]
+        survived = [metric["survived"] for metric in receipt.data["parameters"].values()]
         if rounding == "stochastic":
             assert all(0.8 < share < 1.2 for share in survived), survived
             assert not any("--rounding" in note for note in receipt.data["notes"])
@@ -303,14 +303,14 @@ def test_a_merge_into_decoded_weights_says_what_survived(made, tmp_path, monkeyp
     found = []
     for rounding, size in (("nearest", 1 << 20), ("stochastic", 1 << 20), ("stochastic", 1024)):
         out = tmp_path / f"{rounding}-{size}"
-        monkeypatch.setattr(requantised, "SLICE", size)
+        monkeypatch.setattr(requantized, "SLICE", size)
         receipt = adapterkit.merge(
             base, [lora], out=out, dequantize=True, dtype="bf16", rounding=rounding, verify=True
         )
-        facts = [fact for key, fact in receipt.data["parameters"].items() if touched(key)]
-        assert len(facts) == 4
-        found.append([fact["survived"] for fact in facts])
-        assert all(0 < fact["rounding"] < 1 for fact in facts), facts
+        metrics = [metric for key, metric in receipt.data["parameters"].items() if touched(key)]
+        assert len(metrics) == 4
+        found.append([metric["survived"] for metric in metrics])
+        assert all(0 < metric["rounding"] < 1 for metric in metrics), metrics
     # decoded values are none of bf16, so rounding to nearest loses nothing on average either
     assert all(0.9 < share < 1.1 for share in [*found[0], *found[1]]), found
     assert found[0] != found[1] == found[2]

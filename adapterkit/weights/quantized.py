@@ -1,4 +1,4 @@
-"""Telling a quantised checkpoint from a plain one, by its config and by the scale tensors beside its weights."""
+"""Telling a quantized checkpoint from a plain one, by its config and by the scale tensors beside its weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,27 +31,27 @@ PAIRS = {"_blocks": ("_scales", "MXFP4")}  # a common ending, telling only besid
 PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
 
 
-def check_not_quantised(base: Checkpoint) -> None:
+def check_not_quantized(base: Checkpoint) -> None:
     """`Refused` when weights are packed or scaled in a way that was not decoded: a delta added to their bytes would be silently
     wrong."""
     found = signs(base.config, base.tensors)
     if found is None:
         return
     raise Refused(
-        f"a quantised base: {found}",
+        f"a quantized base: {found}",
         expected="bf16, fp16 or fp32 weights",
         where=base.name,
-        do="merge into the 16-bit model it was made from, or dequantise it first",
+        hint="merge into the 16-bit model it was made from, or dequantize it first",
     )
 
 
 def signs(config: dict, tensors: Mapping[str, TensorSpec]) -> str | None:
-    """What says that some weights are quantised, or None."""
+    """What says that some weights are quantized, or None."""
     return _by_config(config) or _by_key(tensors) or _by_dtype(tensors)
 
 
 def without(config: dict) -> dict[str, Any]:
-    """A config, sub-configs included, that says nothing of quantisation."""
+    """A config, sub-configs included, that says nothing of quantization."""
     kept = {key: value for key, value in config.items() if key not in SAID}
     return {
         k: without(v) if k.endswith("_config") and isinstance(v, dict) else v
@@ -60,7 +60,7 @@ def without(config: dict) -> dict[str, Any]:
 
 
 def _by_config(config: dict) -> str | None:
-    """What a config says of quantisation, its sub-configs' included (a text model inside a vision model)."""
+    """What a config says of quantization, its sub-configs' included (a text model inside a vision model)."""
     for key in SAID:
         said: Any = config.get(key)
         if said is not None and said is not False:

@@ -1,10 +1,10 @@
 """What 4 bits cost a real small model, how much of it LoftQ and QPiSSA give back, and where a QLoRA adapter is best merged.
 
-    python examples/quantised.py [FOLDER] [--json] [--only rounding]
+    python examples/quantized.py [FOLDER] [--json] [--only rounding]
 
 Takes 4 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The text is Python's own reference manual
 (`pydoc_data`), of which some passages are held out, so the last digits depend on the version of Python. All that is written stays
-in FOLDER (default: quantised-output). With --json stdout holds one JSON document instead.
+in FOLDER (default: quantized-output). With --json stdout holds one JSON document instead.
 
 Three tables of perplexity on the held-out passages:
 
@@ -81,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("quantised-output"))
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("quantized-output"))
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on stdout, the rest on stderr"
     )
@@ -96,7 +96,7 @@ def main() -> int:
         sys.exit("the model comes from the package index, which did not answer")
     tokenizer = AutoTokenizer.from_pretrained(base)
     held_out, training = passages(tokenizer)
-    facts: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "model": base.name,
         "python": platform.python_version(),
         "tokens": held_out.numel(),
@@ -104,7 +104,7 @@ def main() -> int:
     }
     statements: list[tuple[str, bool]] = []
     if args.only is None:
-        made = quantised(
+        made = quantized(
             base, args.folder, covariances(base, training, args.folder / "stats.safetensors")
         )
         table = {"base": measured(base, held_out)} | {
@@ -122,7 +122,7 @@ def main() -> int:
         merged["16-bit original, no adapter"] = table["base"]
         show("an adapter trained on the nf4 model", merged, against="as trained on nf4")
         statements += [*better(table), *packed, *answers(merged)]
-        facts |= {"table": rows(table), "merged": rows(merged)}
+        metrics |= {"table": rows(table), "merged": rows(merged)}
     else:
         train(in_nf4(base, args.folder)[1], training, held_out, args.folder)
     trained, texts = args.folder / "trained", [held_out[::SOME], other(tokenizer)]
@@ -136,7 +136,7 @@ def main() -> int:
     show_roundings(roundings)
     held = [check(*statement) for statement in [*statements, *kept(roundings)]]
     if args.json:
-        print(json.dumps(facts | {"rounding": roundings, "holds": all(held)}, indent=2))
+        print(json.dumps(metrics | {"rounding": roundings, "holds": all(held)}, indent=2))
     return 0 if all(held) else 1
 
 
@@ -169,10 +169,10 @@ def other(tokenizer) -> Tensor:
 
 # --- the verbs -----------------------------------------------------------------------------------------------------
 
-Packed = tuple[Path, Path | None]  # a quantised base, and the adapter for it
+Packed = tuple[Path, Path | None]  # a quantized base, and the adapter for it
 
 
-def quantised(base: Path, folder: Path, stats: Path) -> dict[str, tuple[Packed, Path]]:
+def quantized(base: Path, folder: Path, stats: Path) -> dict[str, tuple[Packed, Path]]:
     """name -> the packed model, and the same as float32 weights."""
     nf4 = ("--double-quant", "--out")
     made: dict[str, tuple[Packed, Path]] = {"nf4": in_nf4(base, folder)}
@@ -277,8 +277,8 @@ def rounded(
         losses = [measured(model, text) for text in texts]
         found[row] = dict(zip(("task", "other"), losses, strict=True))
         if row not in ("no adapter", "exact"):
-            facts = json.loads((out / "adapterkit.json").read_text())["parameters"].values()
-            found[row]["survived"] = statistics.median(fact["survived"] for fact in facts)
+            metrics = json.loads((out / "adapterkit.json").read_text())["parameters"].values()
+            found[row]["survived"] = statistics.median(metric["survived"] for metric in metrics)
     return found
 
 
@@ -440,10 +440,10 @@ def show_roundings(table: dict[str, dict[str, dict[str, Any]]]) -> None:
         f"\nadapters in other formats: perplexity\n{'':42}{'task':>12}{'other text':>12}{'survived':>10}"
     )
     for name, found in table.items():
-        for row, fact in found.items():
-            share = f"{fact['survived']:>10.3f}" if "survived" in fact else ""
+        for row, metric in found.items():
+            share = f"{metric['survived']:>10.3f}" if "survived" in metric else ""
             say(
-                f"{f'{name}, {row}':42}{math.exp(fact['task']):>12.3f}{math.exp(fact['other']):>12.3f}{share}"
+                f"{f'{name}, {row}':42}{math.exp(metric['task']):>12.3f}{math.exp(metric['other']):>12.3f}{share}"
             )
     say()
 
@@ -485,10 +485,10 @@ def kept(table: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, bool]]:
     statements = []
     for name, found in table.items():
         plain, exact, nearest = (found[row]["task"] for row in ("no adapter", "exact", "nearest"))
-        drawn = [fact for row, fact in found.items() if row.startswith("stochastic")]
-        worst = max(fact["task"] for fact in drawn)
-        shares = ", ".join(f"{fact['survived']:.2f}" for fact in drawn)
-        right = all(abs(fact["survived"] - 1) < 0.1 for fact in drawn)
+        drawn = [metric for row, metric in found.items() if row.startswith("stochastic")]
+        worst = max(metric["task"] for metric in drawn)
+        shares = ", ".join(f"{metric['survived']:.2f}" for metric in drawn)
+        right = all(abs(metric["survived"] - 1) < 0.1 for metric in drawn)
         statements.append(
             (
                 f"{name}: of the delta there is, drawn, {shares}; to nearest {found['nearest']['survived']:.2f}",

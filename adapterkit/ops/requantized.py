@@ -1,4 +1,4 @@
-"""What becomes of the tensors of a quantised checkpoint: copied, decoded and edited, or decoded, edited and encoded again."""
+"""What becomes of the tensors of a quantized checkpoint: copied, decoded and edited, or decoded, edited and encoded again."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from adapterkit.engines.local import arithmetic, rounded
 from adapterkit.errors import shown
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops.sizes import short
-from adapterkit.plan import Bundle, Computed, Inputs, Made, Shard, Step, kept_by
+from adapterkit.plan import Computed, Inputs, Shard, Step, Task, TaskResult, kept_by
 from adapterkit.weights.packed import Packed, read_back
 
 ROWS = 1 << 18  # elements of a weight that are edited at a time
@@ -29,7 +29,7 @@ SLICE = (
 LOST = {
     False: 0.5,
     True: 0.8,
-}  # shares of the delta below which a merge is warned of: in quantised formats, in floats
+}  # shares of the delta below which a merge is warned of: in quantized formats, in floats
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Copied:
         return (self.source,)
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return (Stored(self.source.key, self.source.dtype, self.source.shape),)
 
     @property
     def memory(self) -> int:
         return 0
 
-    def make(self, inputs: Inputs) -> Made:
-        return Made({self.source.key: self.source}, {})
+    def compute(self, inputs: Inputs) -> TaskResult:
+        return TaskResult({self.source.key: self.source}, {})
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class Edited:
         return tuple(spec for edit in self.step.edits for spec in kept_by(edit))
 
     @property
-    def most(self) -> tuple[Stored, ...]:
+    def max_outputs(self) -> tuple[Stored, ...]:
         return (Stored(self.step.key, self.step.dtype, self.step.shape),)
 
     @property
     def memory(self) -> int:
         return dtypes.size(self.step.dtype, math.prod(self.step.shape)) + _memory(self.step, 2, 20)
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         weight = _Weight(self.step, inputs)
         edits = weight.edits()
         out = torch.empty(self.step.shape, dtype=dtypes.torch_dtype(self.step.dtype))
@@ -100,11 +100,13 @@ class Edited:
             )
             if edits:
                 survival.add(part, here.to(part.after.dtype))
-        return Made({self.step.key: out}, weight.facts(edits) | survival.facts("rounding"))
+        return TaskResult(
+            {self.step.key: out}, weight.metrics(edits) | survival.metrics("rounding")
+        )
 
 
 @dataclass(frozen=True)
-class Requantised:
+class Requantized:
     """One packed weight with edits: decoded, changed in float32, encoded once, by slices of rows where its format allows that."""
 
     step: Step
@@ -123,18 +125,18 @@ class Requantised:
         return tuple(spec for edit in self.step.edits for spec in kept_by(edit))
 
     @property
-    def most(self) -> tuple[Stored, ...]:
-        return self.packed.most
+    def max_outputs(self) -> tuple[Stored, ...]:
+        return self.packed.max_outputs
 
     @property
-    def varies(self) -> tuple[str, ...]:
-        return self.packed.varies
+    def variable_size(self) -> tuple[str, ...]:
+        return self.packed.variable_size
 
     @property
     def memory(self) -> int:
         return _memory(self.step, 3, 24)
 
-    def make(self, inputs: Inputs) -> Made:
+    def compute(self, inputs: Inputs) -> TaskResult:
         weight = _Weight(self.step, inputs)
         edits, same, survival = weight.edits(), [], Survival()
         for part in weight.changed(edits):
@@ -142,9 +144,11 @@ class Requantised:
                 same.append((part.first, part.last))
             else:
                 survival.add(part, weight.write(part))
-        facts = weight.facts(edits)
+        metrics = weight.metrics(edits)
         if not survival.sums:
-            return Made({part.key: part for part in self.packed.parts}, facts | {"survived": 1.0})
+            return TaskResult(
+                {part.key: part for part in self.packed.parts}, metrics | {"survived": 1.0}
+            )
         for (
             first,
             last,
@@ -159,7 +163,7 @@ class Requantised:
             survival, again = Survival(), _Weight(self.step, inputs, tensors)
             for part in weight.changed(edits):
                 survival.add(part, again.read(part.first, part.last))
-        return Made(tensors, facts | survival.facts())
+        return TaskResult(tensors, metrics | survival.metrics())
 
 
 class Part(NamedTuple):
@@ -173,7 +177,7 @@ class Part(NamedTuple):
 
 class Survival:
     """What a change comes to once it is stored: `survived` ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if it is all there, 0 if nothing moved;
-    the noise beside it, called `requantisation` or `rounding`, ‖stored - after‖ / ‖Δ‖. Δ = after - before."""
+    the noise beside it, called `requantization` or `rounding`, ‖stored - after‖ / ‖Δ‖. Δ = after - before."""
 
     def __init__(self):
         self.sums: list[tuple[float, float, float]] = []
@@ -191,7 +195,7 @@ class Survival:
                 )
             )
 
-    def facts(self, noise: str = "requantisation") -> dict[str, float]:
+    def metrics(self, noise: str = "requantisation") -> dict[str, float]:
         if not self.sums:
             return {}
         inner, squares, error = (math.fsum(column) for column in zip(*self.sums, strict=True))
@@ -200,8 +204,8 @@ class Survival:
         return {"survived": short(inner / squares), noise: short((error / squares) ** 0.5)}
 
 
-def lost(facts: dict[str, dict], compat: str | None = None) -> list[str]:
-    """Warnings where rounding to nearest swallowed a part of what was merged: into quantised formats, and into floats.
+def lost(metrics: dict[str, dict], compat: str | None = None) -> list[str]:
+    """Warnings where rounding to nearest swallowed a part of what was merged: into quantized formats, and into floats.
 
     `survived` is the projection of what was stored on the delta. Normal deltas of 2, 1, 1/2, 1/8, 1/32 of bf16's median step
     survive by 1.00, 0.93, 0.70, 0.22, 0.06, with `rounding` (the error over the delta's norm) 0.27, 0.48, 0.70, 0.92, 0.98. An
@@ -209,9 +213,9 @@ def lost(facts: dict[str, dict], compat: str | None = None) -> list[str]:
     noise that swallows nothing: of draws, or of a base of more digits.
     """
     kinds: dict[bool, dict[str, float]] = {False: {}, True: {}}
-    for key, fact in facts.items():
-        if "survived" in fact and fact.get("rounding", 0) <= 1:
-            kinds["rounding" in fact][key] = fact["survived"]
+    for key, metric in metrics.items():
+        if "survived" in metric and metric.get("rounding", 0) <= 1:
+            kinds["rounding" in metric][key] = metric["survived"]
     ways = {
         False: "merge with --dequantize, or into the 16-bit original with --base16",
         True: "write floats with --dtype fp32",
@@ -224,7 +228,7 @@ def lost(facts: dict[str, dict], compat: str | None = None) -> list[str]:
             what, how, share_kept = (
                 ("tensors", "rounding to their dtype", "80 %")
                 if floats
-                else ("modules", "requantisation", "half")
+                else ("modules", "requantization", "half")
             )
             notes.append(
                 f"WARNING: in {len(bad)} of {len(shares)} {what} less than {share_kept} of the change survived {how} (median: "
@@ -250,23 +254,25 @@ def shard_of(name: str, steps: Sequence[Step], header: Header, keep: bool) -> Sh
             name, [Stored(step.key, step.dtype, step.shape) for step in plain], header
         )
         return Shard(layout, tuple(by_key[stored.key] for stored in layout.tensors))
-    bundles = sorted(
-        (bundle for step in steps for bundle in _bundles(step, keep)),
-        key=lambda bundle: bundle.name,
+    tasks = sorted(
+        (task for step in steps for task in _bundles(step, keep)),
+        key=lambda task: task.name,
     )
     metadata = (
         header.metadata if keep else {"format": header.metadata.get("format", "pt")}
     )  # torchao says there what tensors are
-    return Computed(name, tuple(bundles), metadata or {"format": "pt"}, by_width=True)
+    return Computed(name, tuple(tasks), metadata or {"format": "pt"}, safetensors_order=True)
 
 
 def shards_of_size(steps: Sequence[Step], limit: int) -> tuple[Computed, ...]:
     """Files of at most `limit` bytes of these steps, packed weights as floats."""
-    bundles = [bundle for step in steps for bundle in _bundles(step, keep=False)]
+    tasks = [task for step in steps for task in _bundles(step, keep=False)]
     files = grouped(
-        bundles, [sum(stored.nbytes for stored in bundle.most) for bundle in bundles], limit
+        tasks, [sum(stored.nbytes for stored in task.max_outputs) for task in tasks], limit
     )
-    return tuple(Computed(name, tuple(group), by_width=True) for name, group in files.items())
+    return tuple(
+        Computed(name, tuple(group), safetensors_order=True) for name, group in files.items()
+    )
 
 
 def _parts(step: Step) -> list[Step]:
@@ -275,14 +281,14 @@ def _parts(step: Step) -> list[Step]:
     return [Step(part.key, part.dtype, part.shape, part) for part in step.source.parts]
 
 
-def _bundles(step: Step, keep: bool) -> list[Bundle]:
+def _bundles(step: Step, keep: bool) -> list[Task]:
     packed = step.source
     if not isinstance(packed, Packed):
         return [Copied(packed)] if step.copied and step.key == packed.key else [Edited(step)]
     if not keep:
         return [Edited(step)]
     if step.edits:
-        return [Requantised(step, packed)]
+        return [Requantized(step, packed)]
     return [Copied(part) for part in packed.parts]
 
 
@@ -369,7 +375,7 @@ class _Weight:
         source, columns = self.source, self.columns
         if isinstance(source, Packed):
             value = read_back(
-                *self._at(self.parts, first, last), do="download the checkpoint again"
+                *self._at(self.parts, first, last), hint="download the checkpoint again"
             )
             return value.view(last - first, columns)
         start, stop = (
@@ -415,16 +421,18 @@ class _Weight:
             while waiting and waiting[0].last <= done:
                 yield waiting.popleft()
 
-    def facts(self, edits: list[Loaded]) -> dict[str, Any]:
+    def metrics(self, edits: list[Loaded]) -> dict[str, Any]:
         """What was added to it."""
-        facts: dict[str, Any] = {"adapters": list(self.step.adapters)} if self.step.adapters else {}
+        metrics: dict[str, Any] = (
+            {"adapters": list(self.step.adapters)} if self.step.adapters else {}
+        )
         norms, size = (
             [edit.delta_norm for edit in edits if edit.delta_norm is not None],
             math.sqrt(math.fsum(self.squares)),
         )
         if norms and size:
-            facts["delta"] = short(math.hypot(*norms) / size)
-        return facts
+            metrics["delta"] = short(math.hypot(*norms) / size)
+        return metrics
 
     def write(self, part: Part) -> Tensor:
         """Encode the rows of a slice; what they decode to."""

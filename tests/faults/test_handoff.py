@@ -76,7 +76,7 @@ def job(request, adapter_bench, inputs):
 @pytest.fixture(scope="module")
 def whole(job) -> dict[str, str]:
     found = job.undisturbed()
-    assert not [name for name in found if "aside" in name or "part" in name]
+    assert not [name for name in found if "handoff" in name or "part" in name]
     return found
 
 
@@ -107,16 +107,16 @@ def test_killed_at_each_call(job, whole, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "match", ["00002-of-00003.safetensors.aside", "adapter_model", "adapterkit.json"]
+    "match", ["00002-of-00003.safetensors.handoff", "adapter_model", "adapterkit.json"]
 )
 def test_killed_between_the_base_and_its_adapter(loftq, lofted, match: str) -> None:
     loftq.clear()
     assert loftq.merge(fault={"kill": True, "when": 1, "match": match}).status == -signal.SIGKILL
-    waiting = {path.name for path in (loftq.control / "out" / "base").glob("*.aside")}
+    waiting = {path.name for path in (loftq.control / "out" / "base").glob("*.handoff")}
     done = {path.name for path in (loftq.control / "out" / "base").glob("*.safetensors")}
     assert len(done) == (1 if "00002" in match else 3)
     if match == "adapter_model":
-        assert waiting == {f"{name}.aside" for name in done}
+        assert waiting == {f"{name}.handoff" for name in done}
     before = {
         path.name: path.stat().st_ino
         for path in (loftq.control / "out" / "base").glob("*.safetensors")
@@ -125,18 +125,18 @@ def test_killed_between_the_base_and_its_adapter(loftq, lofted, match: str) -> N
     loftq.check_done(lofted)
     after = {path.name: path.stat().st_ino for path in (loftq.out / "base").glob("*.safetensors")}
     assert {name: after[name] for name in before} == before  # not made again
-    assert not list(loftq.out.rglob("*.aside"))
+    assert not list(loftq.out.rglob("*.handoff"))
 
 
 @pytest.mark.parametrize("harm", ["removed", "cut"])
 def test_what_waited_is_gone(loftq, lofted, harm: str) -> None:
-    """Made again with its file, or refused; never factors of something else."""
+    """TaskResult again with its file, or refused; never factors of something else."""
     loftq.clear()
     assert (
         loftq.merge(fault={"kill": True, "when": 1, "match": "adapter_model"}).status
         == -signal.SIGKILL
     )
-    path = sorted((loftq.control / "out" / "base").glob("*.aside"))[0]
+    path = sorted((loftq.control / "out" / "base").glob("*.handoff"))[0]
     if harm == "removed":
         path.unlink()
     else:

@@ -1,4 +1,4 @@
-"""Quantising mixtures of experts: their stacks stay floats, the config says so to the loader, and the plan to the reader."""
+"""Quantizing mixtures of experts: their stacks stay floats, the config says so to the loader, and the plan to the reader."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def mixture(folder: Path) -> None:
 
 @pytest.fixture
 def base(made) -> Path:
-    return made("quantised-mixture", mixture)
+    return made("quantized-mixture", mixture)
 
 
 def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -71,9 +71,9 @@ def test_the_loader_takes_for_fp8_what_is_fp8(skip, base, tmp_path):
 def test_the_plan_says_what_stays_and_why(to, base, tmp_path):
     shapes = tensors(base)
     plan = adapterkit.quantize(base, out=tmp_path / "out", to=to, dry_run=True)
-    (note,) = [note for note in plan.notes if "not quantised" in note]
+    (note,) = [note for note in plan.notes if "not quantized" in note]
     linear = size(shapes, "_proj.weight") - size(shapes, ".experts.")
-    assert note.startswith(f"{1 - linear / size(shapes):.1%} of the base's bytes are not quantised")
+    assert note.startswith(f"{1 - linear / size(shapes):.1%} of the base's bytes are not quantized")
     assert (
         f"{size(shapes, '.experts.') / size(shapes):.1%} in 4 stacks of experts" in note
         and "skipped" not in note
@@ -85,11 +85,11 @@ def test_what_is_skipped_is_said_too(base, tmp_path):
     plan = adapterkit.quantize(
         base, out=tmp_path / "out", to="nf4", skip="q_proj|experts", dry_run=True
     )
-    (note,) = [note for note in plan.notes if "not quantised" in note]
+    (note,) = [note for note in plan.notes if "not quantized" in note]
     share = (size(shapes, "q_proj") + size(shapes, ".experts.")) / size(shapes)
     assert f": {share:.1%} in 6 skipped, the rest" in note
 
 
 def test_a_model_without_experts_has_no_such_note(llama, tmp_path):
     plan = adapterkit.quantize(llama, out=tmp_path / "out", to="nf4", dry_run=True)
-    assert not [note for note in plan.notes if "not quantised" in note]
+    assert not [note for note in plan.notes if "not quantized" in note]
