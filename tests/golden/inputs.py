@@ -1,0 +1,196 @@
+"""Tiny bases and adapters for the golden jobs: a two-layer Llama, adapters in PEFT's layout.
+
+Every value is an integer times a power of two, drawn by a formula, so that the files have the same bytes on every machine.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS, KEYS_VALUES = 32, 64, 48, 2, 16
+ATTENTION = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KEYS_VALUES, HIDDEN),
+    "self_attn.v_proj": (KEYS_VALUES, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+}
+MLP = {
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+LINEAR = ATTENTION | MLP
+FEW = {name: LINEAR[name] for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-06,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+ADAPTER_CONFIG = {
+    "peft_type": "LORA",
+    "peft_version": "0.17.0",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "base",
+    "inference_mode": True,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "lora_dropout": 0.0,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "use_dora": False,
+}
+
+
+def dyadic(seed: int, *shape: int, least: int, most: int, exponent: int) -> Tensor:
+    """Integers of least..most times 2**exponent, float32: splitmix64 of the element's number."""
+    count = int(np.prod(shape))
+    z = np.arange(count, dtype=np.uint64) + np.uint64(seed << 32)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    z = (z ^ (z >> np.uint64(31))) % np.uint64(most - least + 1)
+    values = (z.astype(np.int64) + least).astype(np.float64) * 2.0**exponent
+    return torch.from_numpy(values.astype(np.float32)).reshape(shape)
+
+
+def create_inputs(root: Path) -> None:
+    """Every folder that a job names, below `root`."""
+    weights = _model(seed=1, most=96, exponent=-10)
+    _save_base(root / "base", {key: w.bfloat16() for key, w in weights.items()}, shards=2)
+    weights = _model(seed=2, most=12_000, exponent=-17)
+    _save_base(root / "base32", weights, torch_dtype="float32")
+    _save_base(root / "tuned", _tuned(weights), torch_dtype="float32")
+
+    _save_adapter(root / "style", seed=10, rank=4, alpha=8, modules=ATTENTION)
+    _save_adapter(root / "skill", seed=11, rank=2, alpha=4, special_rank=3, tokenizer=True)
+    _save_adapter(root / "dora", seed=12, rank=2, alpha=2, modules=MLP, use_dora=True)
+    _save_adapter(root / "rslora", seed=13, rank=4, alpha=4, modules=ATTENTION, use_rslora=True)
+    _save_adapter(root / "head", seed=14, rank=2, alpha=2, modules_to_save=["lm_head"])
+    fine = {
+        "modules": FEW,
+        "most": 3000,
+        "exponent": -14,
+    }  # no two elements of a delta have one magnitude
+    for number, name in enumerate(("law", "medicine", "english")):
+        _save_adapter(root / name, seed=20 + number, rank=4, alpha=4, **fine)
+    pissa = {"modules": FEW, "rank": 4, "alpha": 4, "init_lora_weights": "pissa"}
+    _save_adapter(root / "pissa-initial", seed=30, **pissa)
+    _save_adapter(root / "pissa-trained", seed=31, **pissa)
+    covariances = {}
+    for number, (name, (_, width)) in enumerate(_linear()):
+        factor = dyadic(40 + number, width, width, least=-8, most=8, exponent=-4)
+        covariances[f"{name}.covariance"] = factor @ factor.T  # exact: integers below 2**24
+    save_file(covariances, root / "covariances.safetensors")
+
+
+def _linear() -> list[tuple[str, tuple[int, int]]]:
+    """Names and shapes of all linear layers but the output."""
+    return [(f"model.layers.{i}.{name}", s) for i in range(LAYERS) for name, s in LINEAR.items()]
+
+
+def _model(*, seed: int, most: int, exponent: int) -> dict[str, Tensor]:
+    shapes = {"model.embed_tokens": (VOCABULARY, HIDDEN), **dict(_linear())}
+    shapes["lm_head"] = (VOCABULARY, HIDDEN)
+    size = {"least": -most, "most": most, "exponent": exponent}
+    weights = {
+        f"{name}.weight": dyadic(seed * 1000 + number, *shape, **size)
+        for number, (name, shape) in enumerate(shapes.items())
+    }
+    for name in ["norm", *(f"layers.{i}.{n}" for i in range(LAYERS) for n in _NORMS)]:
+        weights[f"model.{name}.weight"] = torch.ones(HIDDEN)
+    return weights
+
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _tuned(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Deltas of rank 6 on the attention, falling off towards the last ones, and a changed norm."""
+    tuned = dict(weights)
+    fall = torch.tensor([1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32])
+    for number, (name, (out, width)) in enumerate(_linear()):
+        if "self_attn" in name:
+            b = dyadic(500 + number, out, 6, least=-8, most=8, exponent=-7)
+            a = dyadic(600 + number, 6, width, least=-8, most=8, exponent=-3)
+            tuned[f"{name}.weight"] = weights[f"{name}.weight"] + (b * fall) @ a
+    tuned["model.norm.weight"] = 1 + dyadic(700, HIDDEN, least=-8, most=8, exponent=-6)
+    return tuned
+
+
+def _save_base(folder: Path, weights: dict[str, Tensor], shards: int = 1, **config: Any) -> None:
+    folder.mkdir()
+    _write_json(folder / "config.json", CONFIG | config)
+    _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return
+    keys, places = list(weights), {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = keys[number * len(keys) // shards : (number + 1) * len(keys) // shards]
+        save_file({key: weights[key] for key in part}, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(part, file)
+    size = sum(w.nbytes for w in weights.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _save_adapter(
+    folder: Path,
+    *,
+    seed: int,
+    rank: int,
+    alpha: int,
+    modules: dict[str, tuple[int, int]] = LINEAR,
+    most: int = 16,
+    exponent: int = -6,
+    special_rank: int | None = None,
+    tokenizer: bool = False,
+    **config: Any,
+) -> None:
+    """A LoRA with `rank`; `special_rank`: the rank of down_proj instead."""
+    folder.mkdir()
+    config |= {"r": rank, "lora_alpha": alpha}
+    config["target_modules"] = sorted(name.rpartition(".")[2] for name in modules)
+    if special_rank:
+        config["rank_pattern"] = {"down_proj": special_rank}
+    factors, size = {}, {"least": -most, "most": most}
+    for number, (name, (out, width)) in enumerate(_linear()):
+        if not name.endswith(tuple(modules)):
+            continue
+        r = special_rank if special_rank and name.endswith("down_proj") else rank
+        draw, key = seed * 1000 + 3 * number, f"base_model.model.{name}"
+        factors[f"{key}.lora_A.weight"] = dyadic(draw, r, width, exponent=exponent, **size)
+        factors[f"{key}.lora_B.weight"] = dyadic(draw + 1, out, r, exponent=exponent - 2, **size)
+        if config.get("use_dora"):
+            magnitude = dyadic(draw + 2, out, least=32, most=96, exponent=-7)
+            factors[f"{key}.lora_magnitude_vector"] = magnitude
+    if config.get("modules_to_save"):
+        head = dyadic(seed * 1000 + 999, VOCABULARY, HIDDEN, least=-96, most=96, exponent=-10)
+        factors["base_model.model.lm_head.weight"] = head
+    save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
+    _write_json(folder / "adapter_config.json", ADAPTER_CONFIG | config)
+    if tokenizer:
+        _write_json(folder / "tokenizer_config.json", {"model_max_length": 64})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

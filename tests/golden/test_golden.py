@@ -1,0 +1,110 @@
+"""One small job of each verb gives the plan, the receipt and the bytes that it gave when golden.json was written.
+
+What is exact is compared exactly, what was measured or comes from LAPACK within `records.TOLERANCE`. After a change that is meant:
+`python -m tests.golden.compare --write .`, and look at the difference.
+"""
+
+import copy
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from adapterkit.cli import main
+
+from . import compare, jobs, records
+
+JOBS = {job.name: job for job in (*jobs.WRITING, *jobs.READING)}
+GOLDEN: dict[str, Any] = json.loads(compare.GOLDEN.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder in which all jobs ran, and their records."""
+    folder, threads = tmp_path_factory.mktemp("golden"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return folder, jobs.run_all(folder)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def differences(name: str, record: dict[str, Any]) -> list[str]:
+    """Where a record differs from the golden one."""
+    now = json.loads(json.dumps(records.golden(record, JOBS[name].exact)))
+    bounds = {"tolerance": records.TOLERANCE, "small": records.SMALL}
+    return records.differences(GOLDEN[name], now, path=name, **bounds)
+
+
+def test_every_job_has_a_golden_record():
+    assert list(GOLDEN) == list(JOBS)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_as_before(name: str, results: tuple[Path, dict[str, Any]]):
+    lines = differences(name, results[1][name])
+    assert not lines, "\n".join(lines)
+
+
+def test_every_verb_has_a_job():
+    """Verbs are the functions of the package and the commands that write or print JSON."""
+    functions = {n for n in adapterkit.__all__ if inspect.isfunction(getattr(adapterkit, n))}
+    context = click.Context(main)
+    commands = {
+        name: {parameter.name for parameter in main.get_command(context, name).params}
+        for name in main.list_commands(context)
+    }
+    writing = {name for name, parameters in commands.items() if "out" in parameters}
+    reading = {name for name, parameters in commands.items() if "as_json" in parameters} - writing
+    assert {job.verb for job in jobs.WRITING} == writing
+    assert {job.verb for job in jobs.READING} == reading
+    assert functions == writing | reading
+
+
+def test_what_is_broken_is_seen(results: tuple[Path, dict[str, Any]]):
+    """A scale, an output byte, a key of a receipt, a number of a plan, a note, a status."""
+    folder, all_records = results
+    path = folder / "extract-rank" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("lora_B.weight"))
+    broken = folder / "broken.safetensors"
+    save_file(tensors | {key: tensors[key] * 1.01}, broken)
+
+    def scale(record: dict[str, Any]) -> None:
+        record["summary"][path.name] = jobs.summary(broken)
+
+    def output(record: dict[str, Any]) -> None:
+        record["files"]["model-00001-of-00002.safetensors"][1] = "0" * 64
+
+    def marks(record: dict[str, Any]) -> None:
+        file = record["receipt"]["keys"]["model-00001-of-00002.safetensors"]
+        file[next(iter(file))] = "0" * 16
+
+    def key_gone(record: dict[str, Any]) -> None:
+        del record["receipt"]["timings"]["seal"]
+
+    def plan(record: dict[str, Any]) -> None:
+        record["plan"]["totals"]["bytes_read"] += 1
+
+    def note(record: dict[str, Any]) -> None:
+        record["receipt"]["notes"].append("more")
+
+    def status(record: dict[str, Any]) -> None:
+        record["exit"] = 0
+
+    for name, damage in {
+        "extract-rank": [scale],
+        "merge-plain": [output, marks, key_gone, plan, note],
+        "diff-models": [status],
+    }.items():
+        for change in damage:
+            record = copy.deepcopy(all_records[name])
+            assert not differences(name, record)
+            change(record)
+            assert differences(name, record), change.__name__
