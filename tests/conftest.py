@@ -1,26 +1,18 @@
 """Fixtures that the suites share: tiny checkpoints and adapters, made once a session and never written to."""
 
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-for folder in (
-    "merge",
-    "combine",
-    "quantized",
-    "weights",
-):  # for `oracle`, `shared`, `forged`, `tiny`
-    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A folder that `build(folder)` fills, made at the first request for `name`."""
-    root, known = tmp_path_factory.mktemp("made"), {}
+def cached_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder that `build(folder)` fills, filled at the first request for `name`."""
+    root, known = tmp_path_factory.mktemp("cached"), {}
 
     def make(name: str, build: Callable[[Path], None]) -> Path:
         if name not in known:
@@ -34,19 +26,30 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def llama(made: Callable[..., Path]) -> Path:
-    """A two-layer Llama in bfloat16, embeddings not tied."""
-    import oracle
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: for small matrices more threads only wait for each other, long on a busy machine."""
+    import torch
 
-    return made("llama", lambda folder: oracle.save_base(oracle.llama(), folder, "bf16"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def lora(made: Callable[..., Path], llama: Path) -> Path:
-    """A LoRA on every linear layer of `llama`."""
-    import oracle
+def llama(cached_folder: Callable[..., Path]) -> Path:
+    """A two-layer Llama in bfloat16, embeddings not tied."""
+    from tests.support import oracle
 
-    return made(
+    return cached_folder("llama", lambda folder: oracle.save_base(oracle.llama(), folder, "bf16"))
+
+
+@pytest.fixture
+def lora(cached_folder: Callable[..., Path], llama: Path) -> Path:
+    """A LoRA on every linear layer of `llama`."""
+    from tests.support import oracle
+
+    return cached_folder(
         "lora",
         lambda folder: oracle.train(
             oracle.load(oracle.llama, llama), folder, target_modules=oracle.LINEAR
@@ -55,12 +58,12 @@ def lora(made: Callable[..., Path], llama: Path) -> Path:
 
 
 @pytest.fixture
-def other_lora(made: Callable[..., Path], llama: Path) -> Path:
+def other_lora(cached_folder: Callable[..., Path], llama: Path) -> Path:
     """A LoRA of another rank on the attention of `llama`."""
-    import oracle
+    from tests.support import oracle
 
     config = {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 7}
-    return made(
+    return cached_folder(
         "other_lora",
         lambda folder: oracle.train(oracle.load(oracle.llama, llama), folder, seed=2, **config),
     )

@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,7 +25,6 @@ from adapterkit.kernels.blockwise import (
     quantize_int8,
 )
 
-bnb = pytest.importorskip("bitsandbytes")
 F = bnb.functional
 KINDS = ["nf4", "fp4"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -90,13 +89,7 @@ def hard(kind: blockwise.Kind, blocksize: int, dtype: torch.dtype) -> Tensor:
     return blocks[blocks.isfinite().all(1)].flatten()
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small steps: on a busy machine their threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import click.testing
-import oracle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,18 +16,13 @@ from adapterkit.cli import main
 from adapterkit.errors import Damaged, MultipleErrors, Refused
 from adapterkit.kernels import compare
 from adapterkit.ops.diff import table
+from tests.support import oracle
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The references' decompositions are small: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -851,9 +845,11 @@ def test_a_side_without_a_config_is_told(models):
 # -- merges ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_merge_changes_what_the_adapter_targets_by_its_rank(made, tmp_path):
+def test_a_merge_changes_what_the_adapter_targets_by_its_rank(cached_folder, tmp_path):
     sizes = {"hidden_size": 192, "intermediate_size": 640}
-    base = made("wide", lambda folder: oracle.save_base(oracle.llama(**sizes), folder, "bf16"))
+    base = cached_folder(
+        "wide", lambda folder: oracle.save_base(oracle.llama(**sizes), folder, "bf16")
+    )
     oracle.train(
         oracle.load(lambda: oracle.llama(**sizes), base),
         tmp_path / "lora",

@@ -1,10 +1,10 @@
 """One cause, one entry: what is printed of many problems, and that all of them stay at hand."""
 
-import oracle
 import pytest
 
 from adapterkit import merge
 from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused, refuse_all
+from tests.support import oracle
 
 
 def lines(errors: list[AdapterkitError]) -> list[str]:
@@ -73,8 +73,10 @@ def test_what_each_was_expected_to_be_stays_with_it():
     )
 
 
-def test_a_wrong_base_is_a_few_lines(llama, lora, made, tmp_path):
-    other = made("gpt2-base", lambda folder: oracle.save_base(oracle.gpt2(), folder, "bf16"))
+def test_a_wrong_base_is_a_few_lines(llama, lora, cached_folder, tmp_path):
+    other = cached_folder(
+        "gpt2-base", lambda folder: oracle.save_base(oracle.gpt2(), folder, "bf16")
+    )
     with pytest.raises(MultipleErrors) as caught:
         merge(other, [lora], out=tmp_path / "out")
     modules = len(oracle.LINEAR) * 2

@@ -16,9 +16,7 @@ from pathlib import Path
 import pytest
 
 from adapterkit.hub import HubId, parse
-
-sys.path.insert(0, str(Path(__file__).parent))
-from hub_server import Fault, Hub
+from tests.support.hub_server import Fault, Hub
 
 ROOT = Path(__file__).parents[1]
 REPO = "org/name"

@@ -5,16 +5,13 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
 import adapterkit
-
-sys.path.insert(0, str(Path(__file__).parent))
-from hub_server import Hub
+from tests.support.hub_server import Hub
 
 LAYERS, WIDTH, RANK = 3, 512, 4
 SHARDS = [f"model-{i + 1:05d}-of-{LAYERS:05d}.safetensors" for i in range(LAYERS)]

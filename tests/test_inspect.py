@@ -12,7 +12,6 @@ from pathlib import Path
 
 import click.testing
 import numpy as np
-import oracle
 import pytest
 import torch
 import transformers
@@ -30,13 +29,8 @@ from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.ops import inspect_factors, inspect_report
 from adapterkit.weights.slots import Axis, Slot
-
-sys.path.append(str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parent / "hostile"))
-sys.path.append(str(Path(__file__).parent / "weights"))
-import forge
-import tiny
-from hub_server import Hub
+from tests.support import oracle, raw_files, tiny
+from tests.support.hub_server import Hub
 
 ROOT = Path(__file__).parents[1]
 EVERY = {
@@ -197,9 +191,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_against_peft(name, made, tmp_path):
+def test_against_peft(name, cached_folder, tmp_path):
     build, config = KINDS[name]
-    base = made(
+    base = cached_folder(
         f"inspect-{build.__name__}", lambda folder: oracle.save_base(build(), folder, "fp32")
     )
     oracle.train(oracle.load(build, base), tmp_path / "adapter", **config)
@@ -284,9 +278,9 @@ def test_layers_are_in_the_order_of_their_numbers(tmp_path):
     tensors = {
         k: v
         for i in (10, 2, 1)
-        for k, v in forge.pair(f"model.layers.{i}.q_proj", 16, 16, seed=i).items()
+        for k, v in raw_files.pair(f"model.layers.{i}.q_proj", 16, 16, seed=i).items()
     }
-    forge.AdapterFiles(forge.adapter_config(), tensors).folder().write(tmp_path / "adapter")
+    raw_files.AdapterFiles(raw_files.adapter_config(), tensors).folder().write(tmp_path / "adapter")
     modules = inspect(tmp_path / "adapter")["modules"]
     assert [module["module"] for module in modules] == [
         f"model.layers.{i}.q_proj" for i in (1, 2, 10)
@@ -294,7 +288,7 @@ def test_layers_are_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_what_is_saved_besides_factors(tmp_path):
-    forge.everything_else().folder().write(tmp_path / "all")
+    raw_files.everything_else().folder().write(tmp_path / "all")
     result = inspect(tmp_path / "all")
     assert result["modules_to_save"] == ["score"] and result["flags"]["bias"] == "all"
     assert result["replaced"] == [
@@ -306,7 +300,7 @@ def test_what_is_saved_besides_factors(tmp_path):
         "model.embed": "embedding",
         "model.conv": "module",
     }
-    forge.token_rows().folder().write(tmp_path / "rows")
+    raw_files.token_rows().folder().write(tmp_path / "rows")
     assert inspect(tmp_path / "rows")["tokens"] == [{"module": "model.embed", "rows": [0, 7, 19]}]
 
 
@@ -353,9 +347,9 @@ def test_values_that_are_not_finite_are_a_problem(value, lora, tmp_path):
 
 
 def test_other_values_that_are_not_finite(tmp_path):
-    files = forge.everything_else()
-    values = np.full((3, forge.WIDTH), np.nan, np.float32)
-    files.tensors[f"{forge.PREFIX}score.weight"] = forge.Stored.of(values)
+    files = raw_files.everything_else()
+    values = np.full((3, raw_files.WIDTH), np.nan, np.float32)
+    files.tensors[f"{raw_files.PREFIX}score.weight"] = raw_files.Stored.of(values)
     files.folder().write(tmp_path / "bad")
     assert found(inspect(tmp_path / "bad")) == ["values that are not finite (NaN or infinity)"]
 
@@ -365,9 +359,9 @@ def test_factors_at_the_ends_of_float64(size, norm, tmp_path):
     """A product, or a square, that leaves float64's range is no wrong number, and no exception."""
     a, b = np.zeros((4, 16)), np.zeros((16, 4))
     a[0, 0] = a[1, 1] = b[0, 0] = b[1, 1] = size * 1e-70 if norm == 0.0 else size
-    name = f"{forge.PREFIX}model.layers.0.q_proj.lora_"
-    tensors = {f"{name}A.weight": forge.Stored.of(a), f"{name}B.weight": forge.Stored.of(b)}
-    forge.AdapterFiles(forge.adapter_config(lora_alpha=4), tensors).folder().write(
+    name = f"{raw_files.PREFIX}model.layers.0.q_proj.lora_"
+    tensors = {f"{name}A.weight": raw_files.Stored.of(a), f"{name}B.weight": raw_files.Stored.of(b)}
+    raw_files.AdapterFiles(raw_files.adapter_config(lora_alpha=4), tensors).folder().write(
         tmp_path / "adapter"
     )
     result = inspect(tmp_path / "adapter")
@@ -458,15 +452,6 @@ JUNK = [
 ]
 
 
-@pytest.fixture
-def one_thread():
-    """Threads cost more than tiny factorisations do, many times over on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_no_config_is_a_traceback(one_thread, tmp_path):
     """Every setting with every kind of wrong value, with factors of each kind beside it."""
     more = {
@@ -477,8 +462,8 @@ def test_no_config_is_a_traceback(one_thread, tmp_path):
         "revision",
     }
     for make, settings in (
-        (forge.everything_else, {*forge.adapter_config(), *more}),
-        (forge.token_rows, {"r", *more}),
+        (raw_files.everything_else, {*raw_files.adapter_config(), *more}),
+        (raw_files.token_rows, {"r", *more}),
     ):
         files = make()
         files.folder().write(tmp_path / make.__name__)
@@ -486,7 +471,7 @@ def test_no_config_is_a_traceback(one_thread, tmp_path):
             config = json.dumps(files.config | {setting: value})
             (tmp_path / make.__name__ / "adapter_config.json").write_text(config)
             result = inspect(tmp_path / make.__name__)
-            assert len(result["modules"]) == (2 if make is forge.everything_else else 1)
+            assert len(result["modules"]) == (2 if make is raw_files.everything_else else 1)
             inspect_report.table(result)
 
 
@@ -571,8 +556,8 @@ def rewritten_without(folder, name):
 
 
 @pytest.fixture
-def sharded(made, tmp_path):
-    source = made(
+def sharded(cached_folder, tmp_path):
+    source = cached_folder(
         "inspect-sharded",
         lambda folder: oracle.save_base(oracle.llama(), folder, max_shard_size="30KB"),
     )
@@ -688,19 +673,19 @@ QUANTISED = {
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_quantized_base(name, tmp_path):
     config, extra, words = QUANTISED[name]
-    files = forge.base(**config)
+    files = raw_files.base(**config)
     tensors = (
-        forge.base_tensors()
-        | {extra: forge.normal(2)}
-        | {"other": forge.Stored.of(np.ones(2, np.float16))}
+        raw_files.base_tensors()
+        | {extra: raw_files.normal(2)}
+        | {"other": raw_files.Stored.of(np.ones(2, np.float16))}
     )
-    files.content["model.safetensors"] = forge.tensors_file(tensors)
+    files.content["model.safetensors"] = raw_files.tensors_file(tensors)
     files.write(tmp_path / "base")
     result = inspect(tmp_path / "base")
     assert result["quantization"] == {"found": words, "config": config.get("quantization_config")}
     assert found(result) == []  # several dtypes are the rule there
     with pytest.raises(Refused, match="a quantized base"):
-        forge.plain().folder().write(tmp_path / "adapter")
+        raw_files.plain().folder().write(tmp_path / "adapter")
         inspect(tmp_path / "adapter", base=tmp_path / "base")
 
 
@@ -861,7 +846,7 @@ def test_headers_are_read_without_torch(llama):
 
 
 def test_no_name_acts_on_a_terminal(tmp_path):
-    files = forge.plain()
+    files = raw_files.plain()
     files.config |= {
         "base_model_name_or_path": "\x1b[2J\u202eevil",
         "modules_to_save": ["\x1b]0;x\x07"],
@@ -880,19 +865,19 @@ WIDE = 512
 @pytest.fixture
 def hub():
     generator = np.random.default_rng(0)
-    normal = lambda *shape: forge.Stored.of(generator.standard_normal(shape).astype(np.float32))
+    normal = lambda *shape: raw_files.Stored.of(generator.standard_normal(shape).astype(np.float32))
     layers = [{f"model.layers.{i}.q_proj.weight": normal(WIDE, WIDE)} for i in range(2)]
     names = [f"model-{i + 1:05d}-of-00002.safetensors" for i in range(2)]
     index = {
         "metadata": {},
         "weight_map": {k: name for name, layer in zip(names, layers, strict=True) for k in layer},
     }
-    base = {name: forge.tensors_file(layer) for name, layer in zip(names, layers, strict=True)}
+    base = {name: raw_files.tensors_file(layer) for name, layer in zip(names, layers, strict=True)}
     base |= {"config.json": b'{"hidden_size": 512}', INDEX: json.dumps(index).encode()}
     tensors = {}
     for i in range(2):
         tensors |= {
-            f"{forge.PREFIX}model.layers.{i}.q_proj.lora_{k}.weight": normal(*s)
+            f"{raw_files.PREFIX}model.layers.{i}.q_proj.lora_{k}.weight": normal(*s)
             for k, s in (("A", (64, WIDE)), ("B", (WIDE, 64)))
         }
     with Hub() as hub:
@@ -901,7 +886,7 @@ def hub():
             "org/adapter",
             {
                 f"v1/{k}": v
-                for k, v in forge.AdapterFiles(forge.adapter_config(r=64), tensors)
+                for k, v in raw_files.AdapterFiles(raw_files.adapter_config(r=64), tensors)
                 .folder()
                 .content.items()
             },
@@ -1014,9 +999,9 @@ def test_the_picture(lora, llama, tmp_path):
 
 
 def test_the_picture_has_holes_where_there_is_no_number(tmp_path):
-    files = forge.everything_else()
-    files.tensors |= forge.pair("model.layers.0.q$_$proj", 16, 16)
-    files.tensors[f"{forge.PREFIX}model.conv.lora_A.weight"] = forge.Stored.of(
+    files = raw_files.everything_else()
+    files.tensors |= raw_files.pair("model.layers.0.q$_$proj", 16, 16)
+    files.tensors[f"{raw_files.PREFIX}model.conv.lora_A.weight"] = raw_files.Stored.of(
         np.full((4, 6, 3, 3), np.nan, np.float32)
     )
     files.folder().write(tmp_path / "adapter")

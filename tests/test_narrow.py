@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +21,8 @@ from adapterkit.kernels.narrow import (
     nvfp4_divisor,
     nvfp4_factor,
 )
+from tests.support import format_tools
 
-HERE = Path(__file__).parent
-TOOLS = runpy.run_path(str(HERE / "golden_narrow.py"))
 CODES = torch.arange(256, dtype=torch.uint8)
 FP4 = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.float64)
 
@@ -55,13 +52,13 @@ def same(a: Tensor, b: Tensor) -> bool:
 def stored(name: str) -> dict[str, Tensor]:
     """What the tools make of the small weight (the golden file) or, where they are installed, of a larger one."""
     if name == "golden":
-        return load_file(HERE / "golden_narrow.safetensors")
+        return load_file(format_tools.GOLDEN)
     pytest.importorskip("compressed_tensors")
     pytest.importorskip("torchao")
     pytest.importorskip("gptqmodel")
-    w = TOOLS["weight"](64, 512)
+    w = format_tools.weight(64, 512)
     w[5] *= 1e-30
-    return TOOLS["made"](w)
+    return format_tools.tensors_of(w)
 
 
 @pytest.fixture(scope="module", params=["golden", "tools"])
@@ -75,7 +72,7 @@ def agree(
     """`ours`, rounded, is what the tool read."""
     expected = tensors[key]
     assert same(
-        TOOLS["digest"](ours.to(dtype)) if len(tensors["w"]) == 16 else ours.to(dtype), expected
+        format_tools.digest(ours.to(dtype)) if len(tensors["w"]) == 16 else ours.to(dtype), expected
     )
 
 
@@ -196,7 +193,7 @@ def test_fp8_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
     for name, block in (
         ("tensor", w.shape),
         ("channel", (1, w.shape[1])),
-        ("block", TOOLS["BLOCK"]),
+        ("block", format_tools.BLOCK),
     ):
         key = f"compressed-tensors.fp8-{name}"
         codes, scale = encode_fp8(w, tuple(block))
@@ -212,11 +209,11 @@ def test_fp8_of_transformers(theirs: dict[str, Tensor]) -> None:
         ("ue8m0", "power", torch.float8_e8m0fnu),
     ]
     for name, rule, dtype in rules:
-        codes, scale = encode_fp8(theirs["w"], TOOLS["BLOCK"], rule=rule, scale_dtype=dtype)
+        codes, scale = encode_fp8(theirs["w"], format_tools.BLOCK, rule=rule, scale_dtype=dtype)
         assert same(codes, theirs[f"transformers.{name}.weight"]) and same(
             scale, theirs[f"transformers.{name}.weight_scale_inv"]
         )
-        agree(decode_fp8(codes, scale, TOOLS["BLOCK"]), theirs, f"transformers.{name}.decoded")
+        agree(decode_fp8(codes, scale, format_tools.BLOCK), theirs, f"transformers.{name}.decoded")
 
 
 # FP4

@@ -1,7 +1,7 @@
 """Low-rank approximations that are nearly the best: against float64's full decomposition, on noise and on what hurts."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,13 +14,7 @@ from adapterkit.kernels.nearly import nearly_best
 EXCESS = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the engines' workers have it; several are slow where others work, too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

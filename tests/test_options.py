@@ -7,7 +7,6 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 import adapterkit
 from adapterkit.options import CHECKS, CHOICES, parse_size, weighted
 from adapterkit.plan import Plan
+from tests.support import oracle
 
 VERBS = [name for name in adapterkit.__all__ if inspect.isfunction(getattr(adapterkit, name))]
 LATER = {"push"}  # of a finished output: needs a network
@@ -30,9 +30,9 @@ VALUES = [
 
 
 @pytest.fixture(scope="module")
-def calls(made, tmp_path_factory):
+def calls(cached_folder, tmp_path_factory):
     """For each verb a call that is right."""
-    base = made("llama", lambda folder: oracle.save_base(oracle.llama(), folder, "bf16"))
+    base = cached_folder("llama", lambda folder: oracle.save_base(oracle.llama(), folder, "bf16"))
     root = tmp_path_factory.mktemp("calls")
     model = lambda: oracle.load(oracle.llama, base)
     for number in (1, 2):

@@ -4,11 +4,10 @@ import json
 import shutil
 
 import click.testing
-import oracle
-import pytest
 
 import adapterkit
 from adapterkit.cli import main
+from tests.support import oracle
 
 
 def told(*words) -> str:
@@ -56,7 +55,6 @@ def test_of_an_extraction(llama, lora, tmp_path):
 
 
 def test_of_a_quantization(llama, tmp_path):
-    pytest.importorskip("bitsandbytes")
     said = told("quantize", llama, "--to", "nf4", "--out", tmp_path / "out")
     assert (
         "relative error: 0.0" in said

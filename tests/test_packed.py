@@ -1,8 +1,6 @@
 """Packed integers: the formats' own tools, and plain arithmetic on bits."""
 
 import math
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +20,8 @@ from adapterkit.kernels.packed import (
     unpack,
     unpack_zeros,
 )
+from tests.support import format_tools
 
-HERE = Path(__file__).parent
-TOOLS = runpy.run_path(str(HERE / "golden_narrow.py"))
 PARTS = [
     (slice(None), slice(None)),
     (slice(3, 9), slice(None)),
@@ -43,10 +40,10 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module", params=["golden", "tools"])
 def theirs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
     if request.param == "golden":
-        return load_file(HERE / "golden_narrow.safetensors")
+        return load_file(format_tools.GOLDEN)
     for tool in ("compressed_tensors", "torchao", "gptqmodel"):
         pytest.importorskip(tool)
-    return TOOLS["made"](TOOLS["weight"](64, 512))
+    return format_tools.tensors_of(format_tools.weight(64, 512))
 
 
 def agree(
@@ -55,7 +52,7 @@ def agree(
     """`ours`, rounded, is what the tool read."""
     small = len(tensors["w"]) == 16
     assert torch.equal(
-        TOOLS["digest"](ours.to(dtype)) if small else ours.to(dtype), tensors[key]
+        format_tools.digest(ours.to(dtype)) if small else ours.to(dtype), tensors[key]
     ), key
 
 

@@ -4,8 +4,6 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import forged
-import oracle
 import pytest
 import torch
 import transformers
@@ -24,6 +22,7 @@ from adapterkit.ops.produced import carry_out
 from adapterkit.plan import Computed
 from adapterkit.weights.decoded import decoded, packed_in
 from adapterkit.weights.names import Skeleton
+from tests.support import oracle, quantized_llama
 
 
 class Remote:
@@ -48,11 +47,11 @@ class Remote:
 
 
 @pytest.fixture
-def scaled(made, tmp_path):
+def scaled(cached_folder, tmp_path):
     """A function that forges a checkpoint in which one weight's scale holds NaN."""
 
     def build(form: str, ending: str) -> Path:
-        forged.base(forged.FORMS[form], tmp_path / form)
+        quantized_llama.base(quantized_llama.FORMS[form], tmp_path / form)
         key = "model.layers.0.self_attn.q_proj.weight" + ending
         scale = {
             spec.key: spec
@@ -61,17 +60,17 @@ def scaled(made, tmp_path):
         dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[scale.dtype]
         values = torch.full(scale.shape, 0.01, dtype=dtype)
         values.view(-1)[-1] = torch.nan
-        forged.change(tmp_path / form, {key: values})
+        quantized_llama.change(tmp_path / form, {key: values})
         return tmp_path / form
 
     return build
 
 
 @pytest.fixture
-def adapter(made) -> Path:
-    return made(
+def adapter(cached_folder) -> Path:
+    return cached_folder(
         "planning-lora",
-        lambda folder: oracle.train(forged.llama(), folder, target_modules=oracle.LINEAR),
+        lambda folder: oracle.train(quantized_llama.llama(), folder, target_modules=oracle.LINEAR),
     )
 
 
@@ -92,7 +91,7 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
 
 @pytest.mark.parametrize("form", ["int4-g_idx", "gptq4"])
 def test_what_says_what_others_mean_comes_in_ranges(form, tmp_path):
-    forged.base(forged.FORMS[form], tmp_path / "base")
+    quantized_llama.base(quantized_llama.FORMS[form], tmp_path / "base")
     far = Remote(tmp_path / "base")
     weights = packed_in(decoded(open_checkpoint(far)).tensors)
     assert len(weights) == 14 and len(far.ranges) <= 3

@@ -13,7 +13,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_quantized_example_runs_and_what_must_hold_holds(tmp_path):
-    pytest.importorskip("bitsandbytes")
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "quantized.py"), str(tmp_path / "out"), "--json"],
         capture_output=True, text=True, cwd=ROOT,

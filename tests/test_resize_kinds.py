@@ -329,7 +329,7 @@ def test_dora_without_its_base_stays_dora(base, tmp_path):
 @pytest.mark.parametrize("what", ["gpt2", "square"])
 def test_weights_stored_in_out_are_seen_as_such(what, tmp_path):
     """GPT-2's layers: c_attn (32, 96), c_proj of the attention (32, 32)."""
-    import oracle
+    from tests.support import oracle
 
     name = {"gpt2": "c_attn", "square": "attn.c_proj"}[what]
     folder = tmp_path / "base"
@@ -594,8 +594,9 @@ def test_a_kernel_of_one_axis_needs_the_base(base, tmp_path):
 
 def test_a_grouped_convolution_is_refused(tmp_path):
     """Its weight does not show it: (8, 1, 7, 7) could be a convolution of one channel."""
-    import oracle
     import transformers
+
+    from tests.support import oracle
 
     oracle.save_base(
         transformers.ConvNextModel(

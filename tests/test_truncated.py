@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +11,7 @@ from adapterkit.kernels import truncated
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import svd_for_energy, svd_for_ratio, truncated_svd
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small decompositions are slower on several threads, much slower where another process holds one of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gaussian(n: int, m: int, seed: int = 0) -> Tensor:

@@ -4,19 +4,19 @@ import json
 import warnings
 from pathlib import Path
 
-import oracle
 import peft
 import pytest
 import torch
 from click.testing import CliRunner
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from safetensors.torch import load_file, save_file
-from shared import assert_close, deltas, trained, truncated, weighted
 from torch import nn
 
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import Refused
+from tests.support import oracle
+from tests.support.deltas import assert_close, deltas, trained, truncated, weighted
 
 WEIGHTS = "adapter_model.safetensors"
 

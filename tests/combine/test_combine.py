@@ -6,14 +6,12 @@ import re
 import warnings
 from pathlib import Path
 
-import oracle
 import peft
 import pytest
 import torch
 from click.testing import CliRunner
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
-from shared import LAYERS, assert_close, deltas, net, trained, truncated, weighted
 from torch import nn
 
 import adapterkit
@@ -22,6 +20,8 @@ from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.kernels import elementwise
 from adapterkit.ops.combining import DenseDeltas, Seeds
+from tests.support import oracle
+from tests.support.deltas import LAYERS, assert_close, deltas, net, trained, truncated, weighted
 
 BEYOND_PEFT = ("line", "volume", "narrow")
 WEIGHTS = (1.0, -0.4, 0.7)

@@ -5,20 +5,19 @@ import json
 import warnings
 from pathlib import Path
 
-import architectures
-import oracle
 import peft
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from shared import truncated
 from torch import nn
 
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, Refused
+from tests.support import architectures, oracle
+from tests.support.deltas import truncated
 
 BUILDS = {
     "llama": oracle.llama,
@@ -40,11 +39,11 @@ def strict():
 
 
 @pytest.fixture
-def saved(made):
+def saved(cached_folder):
     """The tiny model of that name as a base."""
 
     def make(name: str, dtype: str = "fp32") -> Path:
-        return made(
+        return cached_folder(
             f"extract-{name}-{dtype}",
             lambda folder: oracle.save_base(BUILDS[name](), folder, dtype),
         )
@@ -273,12 +272,12 @@ def mixture(kind: str, **sizes):
 
 
 @pytest.fixture
-def experts(made, tmp_path):
+def experts(cached_folder, tmp_path):
     """A base with stacks of experts, and a fine-tune of it that `change` makes."""
 
     def make(kind: str, change, **sizes) -> tuple[Path, Path, functools.partial]:
         build = functools.partial(mixture, kind, **sizes)
-        base = made(
+        base = cached_folder(
             f"extract-{kind}-{sizes}", lambda folder: oracle.save_base(build(), folder, "fp32")
         )
         return base, tuned(base, build, tmp_path / "tuned", change), build
@@ -471,9 +470,9 @@ def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
-def test_tied_embeddings_that_changed(stored, made, tmp_path):
+def test_tied_embeddings_that_changed(stored, cached_folder, tmp_path):
     """They are saved once: loaded into the model itself, the value is the head's too."""
-    base = made(
+    base = cached_folder(
         "extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32")
     )
     change = lambda name, t: (
@@ -568,11 +567,13 @@ def everything(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", architectures.BUILDS)
-def test_a_full_fine_tune_answers_as_it_does_itself(name, made, tmp_path):
+def test_a_full_fine_tune_answers_as_it_does_itself(name, cached_folder, tmp_path):
     """Every parameter has changed, bare ones beside modules too: at full rank PEFT's model and the merged one give the fine-tune's
     answers."""
     build = architectures.BUILDS[name]
-    base = made(f"architectures-{name}", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    base = cached_folder(
+        f"architectures-{name}", lambda folder: oracle.save_base(build(), folder, "fp32")
+    )
     after = tuned(base, build, tmp_path / "tuned", everything)
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
     held = load_file(tmp_path / "out" / MODEL)
@@ -598,10 +599,10 @@ def test_a_full_fine_tune_answers_as_it_does_itself(name, made, tmp_path):
             torch.testing.assert_close(found, answer, rtol=0, atol=2e-5 * float(answer.abs().max()))
 
 
-def test_names_that_others_end_with(made, tmp_path):
+def test_names_that_others_end_with(cached_folder, tmp_path):
     """PEFT goes by the ends of names: the last norm of a bare model would be each layer's norm to it."""
     build = functools.partial(oracle.llama, cls="LlamaModel")
-    base = made("extract-bare", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    base = cached_folder("extract-bare", lambda folder: oracle.save_base(build(), folder, "fp32"))
     after = tuned(
         base,
         build,
@@ -633,10 +634,12 @@ def test_targets_that_others_end_with(tmp_path):
     ]
 
 
-def test_a_part_of_a_fused_bias_is_its_own_slice(made, tmp_path):
+def test_a_part_of_a_fused_bias_is_its_own_slice(cached_folder, tmp_path):
     """The file has one bias for q, k and v, of which k's part changed."""
     build = architectures.BUILDS["gte"]
-    base = made("architectures-gte", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    base = cached_folder(
+        "architectures-gte", lambda folder: oracle.save_base(build(), folder, "fp32")
+    )
     change = lambda name, t: t + 0.1 if name.endswith("layers.0.self_attn.k_proj.bias") else t
     after = tuned(base, build, tmp_path / "tuned", change)
     fused = [key for key in oracle.stored(after) if "qkv" in key and key.endswith("bias")]
@@ -649,11 +652,11 @@ def test_a_part_of_a_fused_bias_is_its_own_slice(made, tmp_path):
     check_both_ways(base, tmp_path / "out", after, build, tmp_path)
 
 
-def test_other_widths_are_refused_all_together(made, tmp_path):
+def test_other_widths_are_refused_all_together(cached_folder, tmp_path):
     build = lambda width: (
         lambda folder: oracle.save_base(oracle.llama(intermediate_size=width), folder)
     )
-    bases = [made(f"extract-width-{width}", build(width)) for width in (48, 64)]
+    bases = [cached_folder(f"extract-width-{width}", build(width)) for width in (48, 64)]
     with pytest.raises(Refused, match="shapes that differ") as caught:
         adapterkit.extract(*bases, out=tmp_path / "out", rank=2)
     text = str(caught.value)
@@ -752,8 +755,8 @@ def test_a_head_that_the_base_lacks(saved, tmp_path):
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_tied_embedding_stored_twice(equal, made, tmp_path):
-    base = made(
+def test_a_tied_embedding_stored_twice(equal, cached_folder, tmp_path):
+    base = cached_folder(
         "extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32")
     )
     after = tuned(
@@ -776,8 +779,8 @@ def test_a_tied_embedding_stored_twice(equal, made, tmp_path):
 
 
 @pytest.mark.parametrize("tied_first", [True, False])
-def test_a_tie_of_one_side(tied_first, saved, made, tmp_path):
-    tied = made(
+def test_a_tie_of_one_side(tied_first, saved, cached_folder, tmp_path):
+    tied = cached_folder(
         "extract-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32")
     )
     base, after = (tied, saved("llama")) if tied_first else (saved("llama"), tied)

@@ -4,10 +4,8 @@ PEFT's file names the nesting of such parameters only, so a wrong key or pattern
 laid on the model by PEFT, in float64, and held against the sum of what PEFT makes of each input.
 """
 
-import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 import transformers
@@ -15,9 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Refused
-
-sys.path.append(str(Path(__file__).parent.parent / "weights"))
-import tiny
+from tests.support import oracle, tiny
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 

@@ -4,18 +4,18 @@ import itertools
 import json
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from shared import LAYERS, assert_close, deltas, net, trained, truncated
 from torch import Tensor
 
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.registry import members, options
+from tests.support import oracle
+from tests.support.deltas import LAYERS, assert_close, deltas, net, trained, truncated
 
 WEIGHTS = (1.0, 0.6, -0.5)
 NEEDED = {"density": 0.6, "decay": 0.7}

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import architectures
-import oracle
 import peft
 import pytest
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 import adapterkit
 from adapterkit.errors import AdapterkitError
+from tests.support import architectures, oracle
 
 LINEAR = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
 EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -149,9 +148,11 @@ class Trained:
 
 
 @pytest.fixture
-def trained(request, made) -> Trained:
+def trained(request, cached_folder) -> Trained:
     kind, kept = request.param, {}
-    folder = made(f"written-{kind}", lambda folder: kept.setdefault("one", Trained(kind, folder)))
+    folder = cached_folder(
+        f"written-{kind}", lambda folder: kept.setdefault("one", Trained(kind, folder))
+    )
     if not kept:
         one = object.__new__(Trained)
         one.name, one.config = KINDS[kind]
@@ -248,9 +249,9 @@ def test_rebase(trained, tmp_path):
     assert_answers(inference(trained.name, trained.base, tmp_path / "out"), due)
 
 
-def test_rebase_of_an_init_on_a_tied_head(made, tmp_path):
+def test_rebase_of_an_init_on_a_tied_head(cached_folder, tmp_path):
     """PEFT's init takes its part out of the one weight, so the embedding has lost it too."""
-    base = made(
+    base = cached_folder(
         "written-init-tied", lambda folder: oracle.save_base(oracle.tied_llama(), folder, "fp32")
     )
     config = {"target_modules": ["q_proj", "lm_head"], "r": 4, "init_lora_weights": "pissa"}
@@ -273,8 +274,8 @@ MODELS = ["llama", "tied", "bert", "gpt2", "vit", "t5", "mixtral", "mamba", "whi
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_init(name, made, tmp_path):
-    base = made(
+def test_init(name, cached_folder, tmp_path):
+    base = cached_folder(
         f"written-init-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32")
     )
     adapterkit.init(base, out=tmp_path / "out", method="pissa", rank=4)
@@ -283,9 +284,9 @@ def test_init(name, made, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_loftq(name, made, tmp_path):
+def test_loftq(name, cached_folder, tmp_path):
     """The quantized base as it decodes, and the adapter on it."""
-    base = made(
+    base = cached_folder(
         f"written-init-{name}", lambda folder: oracle.save_base(BUILDS[name](), folder, "fp32")
     )
     adapterkit.loftq(base, out=tmp_path / "out", rank=4, bits=8)

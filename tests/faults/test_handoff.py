@@ -16,8 +16,6 @@ import pytest
 
 import adapterkit
 
-pytest.importorskip("bitsandbytes")
-
 JOBS = {
     "loftq": ["loftq", "base", "--rank", "4", "--iterations", "2", "--double-quant"],
     "quantize": ["quantize", "base", "--to", "nf4", "--double-quant"],

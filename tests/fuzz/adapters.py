@@ -8,9 +8,10 @@ from typing import Any
 import peft
 import torch
 import transformers
-from oracle import perturb, quiet
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
+
+from tests.support.oracle import perturb, quiet
 
 Conv1D = transformers.pytorch_utils.Conv1D
 LINEAR = (nn.Linear, Conv1D)

@@ -8,11 +8,12 @@ layers cannot be asked alone, are their stored value plus PEFT's delta; the whol
 import peft
 import torch
 import transformers
-from oracle import quiet
 from peft.tuners.lora import layer as peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from tests.support.oracle import quiet
 
 from . import models
 from .adapters import CONV, LINEAR

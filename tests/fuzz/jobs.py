@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from oracle import quiet, stored
 
 import adapterkit
 from adapterkit.errors import AdapterkitError
+from tests.support.oracle import quiet, stored
 
 from . import adapters as drawn
 from . import effective, models

@@ -4,11 +4,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiny
 import torch
 import transformers
-from oracle import quiet
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from tests.support import tiny
+from tests.support.oracle import quiet
 
 KINDS = tuple(sorted(CONFIG_MAPPING_NAMES))
 AUTO_CLASSES = (

@@ -5,15 +5,11 @@ python -m tests.fuzz.run --kinds llama,vit --seeds 0-9 --log outcomes.jsonl     
 
 import argparse
 import collections
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-for name in ("merge", "combine", "quantized", "weights"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / name))
-
-from tests.fuzz import jobs, models  # noqa: E402 (the path comes first)
+from tests.fuzz import jobs, models
 
 
 def main() -> None:

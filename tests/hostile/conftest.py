@@ -1,15 +1,12 @@
 """What the hostile suites share: their folder on the path (for `forge`), and a watch on time and memory."""
 
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forge import (
+
+import adapterkit
+from adapterkit import merge
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Failed, Refused
+from adapterkit.ops.merge import Options, plan_merge
+from adapterkit.patterns import matcher
+from tests.support.raw_files import (
     DTYPES,
     GOLDEN,
     HIDDEN,
@@ -30,13 +37,6 @@ from forge import (
     plain,
     tensors_file,
 )
-
-import adapterkit
-from adapterkit import merge
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Failed, Refused
-from adapterkit.ops.merge import Options, plan_merge
-from adapterkit.patterns import matcher
 
 BASE = base()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors
-from forge import MemoryFolder, file_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
@@ -18,6 +17,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import MAX_KEYS, MAX_VALUES, build_header, parse_header
 from adapterkit.checkpoint.spec import read_header
 from adapterkit.errors import AdapterkitError, Damaged
+from tests.support.raw_files import MemoryFolder, file_of
 
 
 def entry(dtype="F32", shape=(1,), offsets=(0, 4), **more) -> dict:

@@ -7,13 +7,21 @@ import stat
 from pathlib import Path
 
 import pytest
-from forge import MemoryFolder, Stored, base, base_tensors, normal, plain, tensors_file
 from safetensors.numpy import load_file
 
 from adapterkit import merge
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused
+from tests.support.raw_files import (
+    MemoryFolder,
+    Stored,
+    base,
+    base_tensors,
+    normal,
+    plain,
+    tensors_file,
+)
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from forge import PREFIX, AdapterFiles, MemoryFolder, base, plain, tensors_file
 
 import adapterkit
 from adapterkit import merge
 from adapterkit.errors import AdapterkitError, Failed, Refused, shown
 from adapterkit.ops.packaging import model_card
 from adapterkit.plan import run
+from tests.support.raw_files import PREFIX, AdapterFiles, MemoryFolder, base, plain, tensors_file
 
 TOKEN = "hf_PlantedTokenOfTheEnvironment123"
 USER, HOST = "alicejones", "secrethost77"

@@ -6,11 +6,13 @@ for embeddings and attention PEFT rounds the delta first. `compat="peft"` follow
 
 import copy
 
-import oracle
 import peft
 import pytest
 import torch
-from oracle import (
+from safetensors.torch import load_file, save_file
+
+from tests.support import oracle
+from tests.support.oracle import (
     DTYPES,
     LINEAR,
     assert_all_rounded,
@@ -24,7 +26,6 @@ from oracle import (
     peft_model,
     stored,
 )
-from safetensors.torch import load_file, save_file
 
 NET = ["line", "image", "tall", "point", "square", "volume", "fit", "narrow"]
 CASES = {
@@ -75,11 +76,13 @@ CASES = {
 
 
 @pytest.fixture(scope="session")
-def made_case(made):
+def made_case(cached_folder):
     def make(name: str, dtype: str):
         build, config = CASES[name]
-        base = made(f"base-{name}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype))
-        adapter = made(
+        base = cached_folder(
+            f"base-{name}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)
+        )
+        adapter = cached_folder(
             f"adapter-{name}-{dtype}",
             lambda folder: oracle.train(load(build, base), folder, **config),
         )
@@ -115,11 +118,13 @@ def test_compat_is_peft_bit_for_bit(name, dtype, made_case, tmp_path):
 
 @pytest.mark.parametrize("compat", [None, "peft"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_gets_each_delta_once(dtype, compat, made, tmp_path):
+def test_attention_gets_each_delta_once(dtype, compat, cached_folder, tmp_path):
     """PEFT 0.21 adds out_proj's delta twice (peft.md 1.21, its pull request 3774); in_proj's once."""
-    base = made(f"base-net-{dtype}", lambda folder: oracle.save_base(oracle.net(), folder, dtype))
+    base = cached_folder(
+        f"base-net-{dtype}", lambda folder: oracle.save_base(oracle.net(), folder, dtype)
+    )
     config = {"target_modules": ["attention", "fit"]}
-    adapter = made(
+    adapter = cached_folder(
         f"attention-{dtype}", lambda folder: oracle.train(load(oracle.net, base), folder, **config)
     )
     oracle.merge(base, adapter, out=tmp_path / "out", compat=compat)
@@ -168,9 +173,9 @@ BIASES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", BIASES)
-def test_biases(name, dtype, made, tmp_path):
+def test_biases(name, dtype, cached_folder, tmp_path):
     build, config = BIASES[name]
-    base = made(
+    base = cached_folder(
         f"biased-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)
     )
     oracle.train(load(build, base), tmp_path / "adapter", **config)
@@ -204,9 +209,11 @@ PREFIXES = [
 @pytest.mark.parametrize(
     ("wrote", "trained", "build"), PREFIXES, ids=lambda p: p if isinstance(p, str) else ""
 )
-def test_names_with_and_without_the_models_prefix(wrote, trained, build, made, tmp_path):
+def test_names_with_and_without_the_models_prefix(wrote, trained, build, cached_folder, tmp_path):
     """The base's keys and the adapter's names differ by `bert.`, `transformer.` or `model.`; the output has the base's keys."""
-    base = made(f"wrote-{wrote}", lambda folder: oracle.save_base(build(cls=wrote), folder, "bf16"))
+    base = cached_folder(
+        f"wrote-{wrote}", lambda folder: oracle.save_base(build(cls=wrote), folder, "bf16")
+    )
     targets = {
         "bert": ["query", "intermediate.dense"],
         "gpt2": ["c_attn", "c_proj"],
@@ -304,7 +311,7 @@ def test_adding_the_delta_in_bf16_would_show(llama, lora, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def large(made):
+def large(cached_folder):
     """One linear layer of 8 million elements, a rank of 16, and a delta of 1 % of W: several chunks and several threads."""
 
     def build(folder):
@@ -326,7 +333,7 @@ def large(made):
         config = peft.LoraConfig(r=16, lora_alpha=24, target_modules=["fit"])
         config.save_pretrained(folder / "adapter")
 
-    return made("large", build)
+    return cached_folder("large", build)
 
 
 def test_share_of_misrounded_elements(large, tmp_path):

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import click.testing
-import oracle
 import pytest
-from oracle import stored
 
 from adapterkit.cli import main
 from adapterkit.ops.sources import weight_of
+from tests.support import oracle
+from tests.support.oracle import stored
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,9 +1,11 @@
 """DoRA: W' = magnitude ⊙ (W + Δ) / ‖W + Δ‖, by output, for linear, transposed, embedding and convolution layers."""
 
-import oracle
 import pytest
 import torch
-from oracle import (
+
+from adapterkit.errors import Refused
+from tests.support import oracle
+from tests.support.oracle import (
     DTYPES,
     LINEAR,
     assert_all_rounded,
@@ -14,8 +16,6 @@ from oracle import (
     peft_merged,
     peft_model,
 )
-
-from adapterkit.errors import Refused
 
 CASES = {
     "llama": (oracle.llama, {"target_modules": LINEAR}),
@@ -36,15 +36,15 @@ CASES = {
 
 
 @pytest.fixture(scope="session")
-def made_case(made):
+def made_case(cached_folder):
     def make(name: str, dtype: str):
         build, config = CASES[name]
-        base = made(
+        base = cached_folder(
             f"base-dora-{build.__name__}-{dtype}",
             lambda folder: oracle.save_base(build(), folder, dtype),
         )
         train = lambda folder: oracle.train(load(build, base), folder, use_dora=True, **config)
-        return build, base, made(f"dora-{name}-{dtype}", train)
+        return build, base, cached_folder(f"dora-{name}-{dtype}", train)
 
     return make
 
@@ -114,11 +114,11 @@ def test_magnitudes_are_used(made_case, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compat", [None, "peft"])
-def test_beside_another_adapter(compat, dtype, made_case, made, tmp_path):
+def test_beside_another_adapter(compat, dtype, made_case, cached_folder, tmp_path):
     """PEFT takes each DoRA's norm of the base and merges in order (peft.md 1.12); order matters, so by default it is refused."""
     build, base, adapter = made_case("llama", dtype)
     config = {"target_modules": ["q_proj", "up_proj"], "seed": 9, "r": 2}
-    plain = made(
+    plain = cached_folder(
         f"dora-plain-other-{dtype}",
         lambda folder: oracle.train(load(build, base), folder, **config),
     )
@@ -136,7 +136,7 @@ def test_beside_another_adapter(compat, dtype, made_case, made, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_two_doras_in_pefts_order(name, made_case, made, tmp_path):
+def test_two_doras_in_pefts_order(name, made_case, cached_folder, tmp_path):
     build, base, adapter = made_case(name, "fp32")
     config = {
         "target_modules": ["q_proj", "up_proj", "c_attn"],
@@ -144,7 +144,7 @@ def test_two_doras_in_pefts_order(name, made_case, made, tmp_path):
         "r": 2,
         "use_dora": True,
     }
-    other = made(
+    other = cached_folder(
         f"dora-other-{name}", lambda folder: oracle.train(load(build, base), folder, **config)
     )
     oracle.merge(base, adapter, other, out=tmp_path / "out", compat="peft")

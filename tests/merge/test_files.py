@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import oracle
 import pytest
 import torch
 import transformers
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 import adapterkit
 from adapterkit.errors import Refused
+from tests.support import oracle
 
 MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 

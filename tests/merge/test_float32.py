@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from oracle import load, stored
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
+from tests.support import oracle
+from tests.support.oracle import load, stored
 
 ROWS, COLUMNS, RANK = 1500, 1024, 16
 
@@ -75,11 +75,13 @@ def test_verify_sees_the_last_bit_of_a_float32(
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_real_layouts(name: str, made, tmp_path: Path) -> None:
+def test_real_layouts(name: str, cached_folder, tmp_path: Path) -> None:
     build = getattr(oracle, name)
-    base = made(f"float32-{name}", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    base = cached_folder(
+        f"float32-{name}", lambda folder: oracle.save_base(build(), folder, "fp32")
+    )
     targets = ["query", "dense"] if name == "bert" else ["c_attn", "c_proj"]
-    adapter = made(
+    adapter = cached_folder(
         f"float32-{name}-lora",
         lambda f: oracle.train(load(build, base), f, target_modules=targets, bias="all"),
     )

@@ -6,11 +6,9 @@ import os
 import shutil
 import stat
 
-import oracle
 import pytest
 import torch
 import transformers
-from oracle import DTYPES, LINEAR, load, stored
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +17,8 @@ from adapterkit.errors import Damaged, Failed, Refused
 from adapterkit.kernels.stochastic import last_place
 from adapterkit.ops.verify import check_rows
 from adapterkit.options import parse_size
+from tests.support import oracle
+from tests.support.oracle import DTYPES, LINEAR, load, stored
 
 EXTRAS = {
     "generation_config.json": '{"do_sample": true}',

@@ -2,12 +2,15 @@
 
 import json
 
-import oracle
 import peft
 import pytest
 import torch
 import transformers
-from oracle import (
+
+import adapterkit
+import realmodel
+from tests.support import oracle
+from tests.support.oracle import (
     assert_all_rounded,
     assert_rounded,
     assert_same,
@@ -18,9 +21,6 @@ from oracle import (
     stored,
 )
 
-import adapterkit
-import realmodel
-
 CAUSAL = transformers.LlamaForCausalLM
 
 
@@ -30,9 +30,9 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
-def smollm2_lora(smollm2, made):
+def smollm2_lora(smollm2, cached_folder):
     config = {"target_modules": oracle.LINEAR, "r": 8, "lora_alpha": 16, "size": 0.01}
-    return made(
+    return cached_folder(
         "smollm2-lora", lambda folder: oracle.train(load_checked(CAUSAL, smollm2), folder, **config)
     )
 

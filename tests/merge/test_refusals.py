@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from oracle import assert_all_rounded, exact, load, merged, peft_model, stored
 from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused
+from tests.support import oracle
+from tests.support.oracle import assert_all_rounded, exact, load, merged, peft_model, stored
 
 
 def refused(base, *adapters, out, match, kind=Refused, **options):
@@ -145,8 +145,10 @@ def test_other_kinds_of_adapters(kind, llama, lora, tmp_path):
 # -- an adapter that does not belong to the base -------------------------------------------------------------------------
 
 
-def test_an_adapter_of_another_model(lora, made, tmp_path):
-    base = made("base-neox-bf16", lambda folder: oracle.save_base(oracle.neox(), folder, "bf16"))
+def test_an_adapter_of_another_model(lora, cached_folder, tmp_path):
+    base = cached_folder(
+        "base-neox-bf16", lambda folder: oracle.save_base(oracle.neox(), folder, "bf16")
+    )
     text = refused(base, lora, out=tmp_path / "out", match="the base has no")
     assert (
         "14 of one kind" in text
@@ -177,10 +179,10 @@ def test_all_offenders_are_listed(llama, lora, tmp_path):
     )
 
 
-def test_what_a_file_lacks_is_listed_with_what_does_not_fit(made, tmp_path):
+def test_what_a_file_lacks_is_listed_with_what_does_not_fit(cached_folder, tmp_path):
     """One look: a bias that the file lacks, a factor and a bias of the wrong shape, another file's foreign key, a missing base."""
     build = lambda: oracle.llama(attention_bias=True)
-    base = made("biased-llama", lambda folder: oracle.save_base(build(), folder, "bf16"))
+    base = cached_folder("biased-llama", lambda folder: oracle.save_base(build(), folder, "bf16"))
     for name in ("one", "two"):
         oracle.train(
             load(build, base), tmp_path / name, target_modules=["q_proj", "k_proj"], lora_bias=True

@@ -2,13 +2,16 @@
 
 import json
 
-import oracle
 import peft
 import pytest
-import tiny
 import torch
 import transformers
-from oracle import (
+from safetensors.torch import save_file
+
+import adapterkit
+from adapterkit.errors import Refused
+from tests.support import oracle, tiny
+from tests.support.oracle import (
     DTYPES,
     assert_all_rounded,
     assert_same,
@@ -20,10 +23,6 @@ from oracle import (
     peft_model,
     stored,
 )
-from safetensors.torch import save_file
-
-import adapterkit
-from adapterkit.errors import Refused
 
 SAVED = {
     "head": (oracle.llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
@@ -46,9 +45,9 @@ SAVED = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SAVED)
-def test_modules_to_save(name, dtype, made, tmp_path):
+def test_modules_to_save(name, dtype, cached_folder, tmp_path):
     build, config = SAVED[name]
-    base = made(
+    base = cached_folder(
         f"saved-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)
     )
     oracle.train(load(build, base), tmp_path / "adapter", **config)
@@ -110,10 +109,10 @@ TARGETS = {"bert": ["query"], "llama": ["q_proj"], "gpt2": ["c_attn"]}
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_that_the_base_lacks(name, made, tmp_path):
+def test_a_head_that_the_base_lacks(name, cached_folder, tmp_path):
     """The head is written with the config of the class that has it, so that class loads the folder whole."""
     wrote, trained, build, config, labels = HEADS[name]
-    base = made(
+    base = cached_folder(
         f"headless-{wrote}", lambda folder: oracle.save_base(build(cls=wrote), folder, "bf16")
     )
     cls = getattr(transformers, trained)
@@ -134,17 +133,17 @@ def test_a_head_that_the_base_lacks(name, made, tmp_path):
     assert after.config.num_labels == labels.get("num_labels", 2)
 
 
-def _headless(made, wrote="BertModel", **changes):
-    return made(
+def _headless(cached_folder, wrote="BertModel", **changes):
+    return cached_folder(
         f"headless-{wrote}-{sorted(changes)}",
         lambda f: oracle.save_base(oracle.bert(cls=wrote, **changes), f, "bf16"),
     )
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS"])
-def test_a_head_that_nothing_completes_is_refused(task, made, tmp_path):
+def test_a_head_that_nothing_completes_is_refused(task, cached_folder, tmp_path):
     """A masked language model has no pooler, which the classifier reads; PEFT trains with a random one and does not save it."""
-    base = _headless(made, "BertForMaskedLM")
+    base = _headless(cached_folder, "BertForMaskedLM")
     cls = (
         transformers.BertForSequenceClassification
         if task == "SEQ_CLS"
@@ -187,11 +186,11 @@ def _distilbert(cls="DistilBertModel"):
 
 
 @pytest.mark.parametrize("name", OLDER)
-def test_heads_of_older_adapters_are_the_tasks(name, made, tmp_path):
+def test_heads_of_older_adapters_are_the_tasks(name, cached_folder, tmp_path):
     """Before PEFT 0.5 the config said nothing of the head: the task type does, here as in PEFT."""
     trained, build, targets, head = OLDER[name]
     build = build or _distilbert
-    base = made(
+    base = cached_folder(
         f"older-{name}", lambda folder: oracle.save_base(build(cls=trained), folder, "bf16")
     )
     oracle.train(
@@ -207,12 +206,12 @@ def test_heads_of_older_adapters_are_the_tasks(name, made, tmp_path):
     peft_model(load(trained, base), again)
 
 
-def test_heads_that_the_model_lacks_are_no_problem(made, tmp_path):
+def test_heads_that_the_model_lacks_are_no_problem(cached_folder, tmp_path):
     """PEFT names classifier and score for every classifier, qa_outputs for every reader; XLNet's are called otherwise."""
     config = transformers.XLNetConfig(vocab_size=80, d_model=32, n_layer=1, n_head=4, d_inner=48)
     torch.manual_seed(0)
     with oracle.quiet():
-        base = made(
+        base = cached_folder(
             "xlnet-cls",
             lambda f: oracle.save_base(
                 transformers.XLNetForSequenceClassification(config), f, "bf16"
@@ -236,9 +235,9 @@ def test_heads_that_the_model_lacks_are_no_problem(made, tmp_path):
     )
 
 
-def test_a_tasks_head_that_the_file_lacks(made, tmp_path):
+def test_a_tasks_head_that_the_file_lacks(cached_folder, tmp_path):
     """PEFT looks for it too."""
-    base = made(
+    base = cached_folder(
         "older-bert",
         lambda folder: oracle.save_base(
             oracle.bert(cls="BertForSequenceClassification"), folder, "bf16"
@@ -296,9 +295,9 @@ def _tokens(base, folder, build=oracle.llama, **config):
     ],
     ids=["llama", "llama-both", "gpt2", "bert", "bert-end"],
 )
-def test_trained_token_rows(build, config, dtype, made, tmp_path):
+def test_trained_token_rows(build, config, dtype, cached_folder, tmp_path):
     """The rows replace the base's, in the order of the config's list."""
-    base = made(
+    base = cached_folder(
         f"saved-{build.__name__}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)
     )
     _tokens(base, tmp_path / "adapter", build, **config)
@@ -441,9 +440,9 @@ def test_a_copy_that_differs_in_a_row(llama, tmp_path):
 @pytest.mark.parametrize(
     "dtypes", [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16"), ("bf16", "fp16")], ids="-".join
 )
-def test_a_copy_in_another_dtype(dtypes, made, tmp_path):
+def test_a_copy_in_another_dtype(dtypes, cached_folder, tmp_path):
     """An adapter trained on the base loaded in another dtype: equal once the wider is rounded."""
-    base = made(
+    base = cached_folder(
         f"copies-{dtypes[0]}", lambda folder: oracle.save_base(oracle.llama(), folder, dtypes[0])
     )
     model = load(oracle.llama, base).to(DTYPES[dtypes[1]])
@@ -583,14 +582,16 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("what", WHOLE)
-def test_a_weight_other_than_one_and_its_way_out(what, made, tmp_path):
+def test_a_weight_other_than_one_and_its_way_out(what, cached_folder, tmp_path):
     """Values have no multiple; the message names the option that leaves them as they are, and it works."""
     config, pattern = WHOLE[what]
     build = {
         "biases": lambda: oracle.llama(attention_bias=True),
         "a-name-inside-another": oracle.neox,
     }.get(what, oracle.llama)
-    base = made(f"weights-{what}", lambda folder: oracle.save_base(build(), folder, "fp32"))
+    base = cached_folder(
+        f"weights-{what}", lambda folder: oracle.save_base(build(), folder, "fp32")
+    )
     oracle.train(
         load(build, base), tmp_path / "adapter", **({"target_modules": ["q_proj"]} | config)
     )

@@ -3,14 +3,14 @@
 
 import json
 
-import oracle
 import pytest
 import torch
 import transformers
-from oracle import LINEAR, assert_rounded, exact, load, peft_model, stored
 
 import adapterkit
 from adapterkit.errors import Refused
+from tests.support import oracle
+from tests.support.oracle import LINEAR, assert_rounded, exact, load, peft_model, stored
 
 STACK = [[0, 2], [1, 3]]
 ORDER = [0, 1, 1, 2]

@@ -4,12 +4,17 @@ import json
 import math
 import re
 
-import oracle
 import peft
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
+from peft.utils.other import get_pattern_key
+
+from adapterkit.adapter import read_adapter
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.errors import Refused
+from tests.support import oracle
+from tests.support.oracle import (
     LINEAR,
     assert_all_rounded,
     assert_same,
@@ -19,11 +24,6 @@ from oracle import (
     peft_merged,
     peft_model,
 )
-from peft.utils.other import get_pattern_key
-
-from adapterkit.adapter import read_adapter
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import Refused
 
 SCALES = {
     "alpha-over-r": {"r": 4, "lora_alpha": 6},
@@ -69,7 +69,7 @@ AS_USUAL = ("alpha-over-r", "alpha-1", "negative", "no-part-of-a-name")
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_scales(name, llama, made, tmp_path):
+def test_scales(name, llama, cached_folder, tmp_path):
     config = {"target_modules": LINEAR, "size": 0.05, **SCALES[name]}
     oracle.train(load(oracle.llama, llama), tmp_path / "adapter", **config)
     oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")

@@ -2,13 +2,15 @@
 
 import json
 
-import oracle
 import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import (
+
+from adapterkit.errors import Refused
+from tests.support import oracle
+from tests.support.oracle import (
     DTYPES,
     LINEAR,
     assert_all_rounded,
@@ -23,11 +25,9 @@ from oracle import (
     stored,
 )
 
-from adapterkit.errors import Refused
-
 
 @pytest.fixture(scope="session")
-def bases(made):
+def bases(cached_folder):
     """A Llama and three adapters of different ranks and modules, in each dtype."""
     configs = [
         {"target_modules": LINEAR, "r": 4},
@@ -41,13 +41,13 @@ def bases(made):
     ]
 
     def make(dtype):
-        base = made(
+        base = cached_folder(
             f"several-{dtype}", lambda folder: oracle.save_base(oracle.llama(), folder, dtype)
         )
         train = lambda i: (
             lambda folder: oracle.train(load(oracle.llama, base), folder, **configs[i])
         )
-        return base, [made(f"several-{dtype}-{i}", train(i)) for i in range(3)]
+        return base, [cached_folder(f"several-{dtype}-{i}", train(i)) for i in range(3)]
 
     return make
 
@@ -127,8 +127,10 @@ def test_added_and_taken_away_in_one_job(bases, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embeddings_and_convolutions_of_two_adapters(dtype, made, tmp_path):
-    base = made(f"base-net-{dtype}", lambda folder: oracle.save_base(oracle.net(), folder, dtype))
+def test_embeddings_and_convolutions_of_two_adapters(dtype, cached_folder, tmp_path):
+    base = cached_folder(
+        f"base-net-{dtype}", lambda folder: oracle.save_base(oracle.net(), folder, dtype)
+    )
     targets = ["embed", "line", "image", "point", "volume", "fit"]
     for i in (0, 1):
         oracle.train(

@@ -6,12 +6,14 @@ ensure_weight_tying twice (peft.md 1.17). By default a change of one side makes 
 
 import json
 
-import oracle
 import peft
 import pytest
 import torch
 import transformers
-from oracle import (
+
+from adapterkit.errors import Refused
+from tests.support import oracle
+from tests.support.oracle import (
     DTYPES,
     assert_rounded,
     assert_same,
@@ -23,8 +25,6 @@ from oracle import (
     stored,
 )
 
-from adapterkit.errors import Refused
-
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MODELS = {"llama": oracle.tied_llama, "gemma": oracle.gemma}
 
@@ -34,12 +34,12 @@ def _config(folder):
 
 
 @pytest.fixture(scope="session")
-def tied(made):
+def tied(cached_folder):
     """(build, base, adapter) of a tied model; `config`: what the adapter trains."""
 
     def make(model="llama", dtype="bf16", **config):
         build = MODELS[model]
-        base = made(
+        base = cached_folder(
             f"tied-{model}-{dtype}", lambda folder: oracle.save_base(build(), folder, dtype)
         )
         assert HEAD not in stored(base) and _config(base).get("tie_word_embeddings", True)
@@ -49,7 +49,7 @@ def tied(made):
         return (
             build,
             base,
-            made(name, lambda folder: oracle.train(load(build, base), folder, **config)),
+            cached_folder(name, lambda folder: oracle.train(load(build, base), folder, **config)),
         )
 
     return make
@@ -240,9 +240,9 @@ def test_a_base_that_stores_both(how, tied, tmp_path):
     assert torch.equal(state[HEAD], after[HEAD]) and torch.equal(state[EMBEDDING], after[EMBEDDING])
 
 
-def test_shared_embeddings_of_t5(made, tmp_path):
+def test_shared_embeddings_of_t5(cached_folder, tmp_path):
     """T5 has one matrix under four names; `shared` is the stored one."""
-    base = made("tied-t5", lambda folder: oracle.save_base(oracle.t5(), folder, "bf16"))
+    base = cached_folder("tied-t5", lambda folder: oracle.save_base(oracle.t5(), folder, "bf16"))
     oracle.train(load(oracle.t5, base), tmp_path / "adapter", target_modules=["shared", "q"])
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "fold", tied="fold", compat="peft")
     assert_same(
@@ -256,7 +256,7 @@ def test_shared_embeddings_of_t5(made, tmp_path):
     assert torch.equal(stored(tmp_path / "part")["shared.weight"], stored(base)["shared.weight"])
 
 
-def test_a_switch_that_means_more_is_not_turned(made, tmp_path):
+def test_a_switch_that_means_more_is_not_turned(cached_folder, tmp_path):
     """SwitchTransformers scales its outputs by tie_word_embeddings: untied, the logits would be others."""
     sizes = {
         "vocab_size": 80,
@@ -270,7 +270,7 @@ def test_a_switch_that_means_more_is_not_turned(made, tmp_path):
     build = lambda: transformers.SwitchTransformersForConditionalGeneration(
         transformers.SwitchTransformersConfig(**sizes)
     )
-    base = made("tied-switch", lambda folder: oracle.save_base(build(), folder, "bf16"))
+    base = cached_folder("tied-switch", lambda folder: oracle.save_base(build(), folder, "bf16"))
     oracle.train(load(build, base), tmp_path / "adapter", target_modules=["lm_head", "q"])
     with pytest.raises(
         Refused, match="cannot be untied: this model's code does more by tie_word_embeddings"
@@ -499,10 +499,10 @@ def _logits(model, name):
 
 @pytest.mark.parametrize("trained", SIDES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_of_every_family(name, trained, made, tmp_path):
+def test_logits_of_every_family(name, trained, cached_folder, tmp_path):
     """transformers' switch releases every tie of a model at once, biases too: each is written out."""
     cls, _, _, embedding, head = FAMILIES[name]
-    base = made(f"tied-family-{name}", lambda folder: _family(name, folder))
+    base = cached_folder(f"tied-family-{name}", lambda folder: _family(name, folder))
     oracle.train(load(cls, base), tmp_path / "adapter", **SIDES[trained](embedding, head))
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
     wrapped, before = (

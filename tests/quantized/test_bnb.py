@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
-from forged import change
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,10 +18,9 @@ import adapterkit
 from adapterkit.errors import AdapterkitError, MultipleErrors, Refused
 from adapterkit.kernels import blockwise
 from adapterkit.weights.codecs import bnb4
+from tests.support import oracle, tiny
+from tests.support.quantized_llama import change
 
-bnb = pytest.importorskip("bitsandbytes")
-tiny = pytest.importorskip("tiny")
-oracle = pytest.importorskip("oracle")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 STATE = bnb4.STATE
@@ -116,22 +115,24 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.fixture
-def base(made: Callable[..., Path]) -> Callable[..., Path]:
+def base(cached_folder: Callable[..., Path]) -> Callable[..., Path]:
     def make(name: str, **how) -> Path:
         build, dtype = MODELS[name]
         label = "-".join(["bnb", name, *how])
-        return made(label, lambda folder: oracle.save_base(build(), folder, dtype, **how))
+        return cached_folder(label, lambda folder: oracle.save_base(build(), folder, dtype, **how))
 
     return make
 
 
 @pytest.fixture
-def packed(made: Callable[..., Path], base: Callable[..., Path]) -> Callable[[str, str], Path]:
+def packed(
+    cached_folder: Callable[..., Path], base: Callable[..., Path]
+) -> Callable[[str, str], Path]:
     """A model in a format, by our hands."""
 
     def make(name: str, kind: str) -> Path:
         return (
-            made(
+            cached_folder(
                 f"bnb-{name}-{kind}",
                 lambda folder: quantized(base(name), folder / "q", **KINDS[kind][0]),
             )
@@ -142,8 +143,10 @@ def packed(made: Callable[..., Path], base: Callable[..., Path]) -> Callable[[st
 
 
 @pytest.fixture
-def lora(made: Callable[..., Path]) -> Path:
-    return made("bnb-lora", lambda folder: oracle.train(wide(), folder, target_modules=["v_proj"]))
+def lora(cached_folder: Callable[..., Path]) -> Path:
+    return cached_folder(
+        "bnb-lora", lambda folder: oracle.train(wide(), folder, target_modules=["v_proj"])
+    )
 
 
 def quantized(base: Path, out: Path, **how):

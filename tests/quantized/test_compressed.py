@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import adapterkit
 from adapterkit.errors import Refused, Unrecoverable
+from tests.support import oracle
 
 pytest.importorskip("compressed_tensors")
 peft = pytest.importorskip("peft")
-oracle = pytest.importorskip("oracle")
+
 IDS = torch.arange(12)[None]
 TARGETS = ("w4a16", "w8a16", "mxfp4")
 transformers.utils.logging.disable_progress_bar()
@@ -48,14 +49,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.fixture
-def base(made: Callable[..., Path]) -> Callable[[str], Path]:
-    return lambda name: made(
+def base(cached_folder: Callable[..., Path]) -> Callable[[str], Path]:
+    return lambda name: cached_folder(
         f"ct-{name}", lambda folder: oracle.save_base(MODELS[name][0](), folder, MODELS[name][1])
     )
 
 
 @pytest.fixture
-def gpt_oss(made: Callable[..., Path]) -> Path:
+def gpt_oss(cached_folder: Callable[..., Path]) -> Path:
     sizes = {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -66,7 +67,7 @@ def gpt_oss(made: Callable[..., Path]) -> Path:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     config = transformers.GptOssConfig(**sizes, **heads, **experts)
-    return made(
+    return cached_folder(
         "ct-gpt-oss",
         lambda folder: oracle.save_base(oracle._model("GptOssForCausalLM", config), folder, "bf16"),
     )
@@ -203,11 +204,11 @@ TOWER = {
 
 
 @pytest.fixture
-def llava(made: Callable[..., Path]) -> Path:
+def llava(cached_folder: Callable[..., Path]) -> Path:
     text = transformers.LlamaConfig(**TOWER, num_key_value_heads=2, vocab_size=96)
     vision = transformers.CLIPVisionConfig(**TOWER, image_size=16, patch_size=8)
     config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=90)
-    return made(
+    return cached_folder(
         "ct-llava",
         lambda folder: oracle.save_base(
             oracle._model("LlavaForConditionalGeneration", config), folder, "bf16"
@@ -216,9 +217,9 @@ def llava(made: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def vit(made: Callable[..., Path]) -> Path:
+def vit(cached_folder: Callable[..., Path]) -> Path:
     config = transformers.ViTConfig(**TOWER, image_size=16, patch_size=8)
-    return made(
+    return cached_folder(
         "ct-vit",
         lambda folder: oracle.save_base(
             oracle._model("ViTForImageClassification", config), folder, "bf16"
@@ -283,14 +284,14 @@ def test_targets_are_the_loaded_models_and_read_as_such(vit: Path, tmp_path: Pat
 
 
 def test_linear_layers_of_other_classes_are_ignored(
-    made: Callable[..., Path], tmp_path: Path
+    cached_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     """compressed-tensors takes derived classes for Linear, as MultiheadAttention's out_proj is one."""
     text = {**TOWER, "vocab_size": 96, "max_position_embeddings": 16}
     config = transformers.SiglipConfig(
         text_config=text, vision_config={**TOWER, "image_size": 16, "patch_size": 8}
     )
-    base = made(
+    base = cached_folder(
         "ct-siglip",
         lambda folder: oracle.save_base(oracle._model("SiglipModel", config), folder, "bf16"),
     )
@@ -298,11 +299,11 @@ def test_linear_layers_of_other_classes_are_ignored(
     assert "vision_model.head.attention.out_proj" in settings(tmp_path / "out")["ignore"]
 
 
-def test_experts_are_refused(made: Callable[..., Path], tmp_path: Path) -> None:
+def test_experts_are_refused(cached_folder: Callable[..., Path], tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
         **TOWER, num_key_value_heads=2, vocab_size=96, num_local_experts=2
     )
-    base = made(
+    base = cached_folder(
         "ct-mixtral",
         lambda folder: oracle.save_base(
             oracle._model("MixtralForCausalLM", config), folder, "bf16"

@@ -2,20 +2,16 @@
 
 import hashlib
 import json
-import runpy
 import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import forged
 import pytest
 import torch
 import transformers
-from forged import FORMS, LINEAR, Form, change
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
@@ -28,10 +24,9 @@ from adapterkit.ops.sources import open_source
 from adapterkit.weights.codecs.fp8 import Fp8
 from adapterkit.weights.decoded import decoded, packed_in
 from adapterkit.weights.packed import Packed, check_writable
+from tests.support import format_tools, oracle, quantized_llama
+from tests.support.quantized_llama import FORMS, LINEAR, Form, change
 
-HERE = Path(__file__).parent
-GOLDEN = HERE.parent / "golden_narrow.safetensors"
-TOOLS = runpy.run_path(str(HERE.parent / "golden_narrow.py"))
 TOUCHED = ("q_proj", "down_proj")
 WRITABLE = [name for name, form in FORMS.items() if form.writable]
 transformers.utils.logging.disable_progress_bar()
@@ -39,23 +34,19 @@ transformers.utils.logging.set_verbosity_error()
 
 
 @pytest.fixture
-def oracle() -> ModuleType:
-    pytest.importorskip("peft")
-    import oracle
-
-    return oracle
-
-
-@pytest.fixture
-def base(made: Callable[..., Path]) -> Callable[[str], Path]:
+def base(cached_folder: Callable[..., Path]) -> Callable[[str], Path]:
     """The tiny Llama in a format."""
-    return lambda name: made(f"formats-{name}", lambda folder: forged.base(FORMS[name], folder))
+    return lambda name: cached_folder(
+        f"formats-{name}", lambda folder: quantized_llama.base(FORMS[name], folder)
+    )
 
 
 @pytest.fixture
-def lora(made: Callable[..., Path], oracle: ModuleType) -> Path:
+def lora(cached_folder: Callable[..., Path]) -> Path:
     config = {"target_modules": list(TOUCHED), "size": 0.3}
-    return made("formats-lora", lambda folder: oracle.train(forged.llama(), folder, **config))
+    return cached_folder(
+        "formats-lora", lambda folder: oracle.train(quantized_llama.llama(), folder, **config)
+    )
 
 
 def packed_of(folder: Path) -> dict[str, Packed]:
@@ -85,26 +76,29 @@ def sha(folder: Path) -> str:
 
 
 def ct(form: str, weights: dict[str, Any], **more) -> dict[str, Any]:
-    return forged.compressed(form, {"symmetric": True, **weights}, **more)
+    return quantized_llama.compressed(form, {"symmetric": True, **weights}, **more)
 
 
 INT = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 CHANNEL = {"num_bits": 8, "type": "int", "strategy": "channel"}
-BLOCK = {"strategy": "block", "block_structure": list(TOOLS["BLOCK"])}
+BLOCK = {"strategy": "block", "block_structure": list(format_tools.BLOCK)}
 GEMM = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 READ = {  # of golden_narrow: the config, and the dtype that the tool reads it in
     "compressed-tensors.fp8-tensor": (
-        ct("float-quantized", forged.FP8 | {"strategy": "tensor"}),
+        ct("float-quantized", quantized_llama.FP8 | {"strategy": "tensor"}),
         torch.float32,
     ),
     "compressed-tensors.fp8-channel": (
-        ct("float-quantized", forged.FP8 | {"strategy": "channel"}),
+        ct("float-quantized", quantized_llama.FP8 | {"strategy": "channel"}),
         torch.float32,
     ),
-    "compressed-tensors.fp8-block": (ct("naive-quantized", forged.FP8 | BLOCK), torch.float32),
-    "compressed-tensors.nvfp4": (ct("nvfp4-pack-quantized", forged.NV), torch.bfloat16),
+    "compressed-tensors.fp8-block": (
+        ct("naive-quantized", quantized_llama.FP8 | BLOCK),
+        torch.float32,
+    ),
+    "compressed-tensors.nvfp4": (ct("nvfp4-pack-quantized", quantized_llama.NV), torch.bfloat16),
     "compressed-tensors.mxfp4": (
-        ct("mxfp4-pack-quantized", forged.FP4 | {"strategy": "group", "group_size": 32}),
+        ct("mxfp4-pack-quantized", quantized_llama.FP4 | {"strategy": "group", "group_size": 32}),
         torch.bfloat16,
     ),
     "compressed-tensors.int3": (ct("pack-quantized", INT | {"num_bits": 3}), torch.float32),
@@ -120,11 +114,15 @@ READ = {  # of golden_narrow: the config, and the dtype that the tool reads it i
         torch.float32,
     ),
     "transformers.float": (
-        {"quant_method": "fp8", "weight_block_size": list(TOOLS["BLOCK"])},
+        {"quant_method": "fp8", "weight_block_size": list(format_tools.BLOCK)},
         torch.float32,
     ),
     "transformers.ue8m0": (
-        {"quant_method": "fp8", "weight_block_size": list(TOOLS["BLOCK"]), "scale_fmt": "ue8m0"},
+        {
+            "quant_method": "fp8",
+            "weight_block_size": list(format_tools.BLOCK),
+            "scale_fmt": "ue8m0",
+        },
         torch.float32,
     ),
     "transformers.mxfp4": ({"quant_method": "mxfp4"}, torch.bfloat16),
@@ -169,10 +167,10 @@ def one_weight(folder: Path, name: str, parts: dict[str, Tensor], settings: dict
 @pytest.fixture(scope="module", params=["golden", "tools"])
 def theirs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
     if request.param == "golden":
-        return load_file(GOLDEN)
+        return load_file(format_tools.GOLDEN)
     for tool in ("compressed_tensors", "torchao", "gptqmodel"):
         pytest.importorskip(tool)
-    return TOOLS["made"](TOOLS["weight"](64, 256))
+    return format_tools.tensors_of(format_tools.weight(64, 256))
 
 
 @pytest.mark.parametrize("name", READ)
@@ -194,7 +192,7 @@ def test_read_as_its_tool_does(theirs: dict[str, Tensor], name: str, tmp_path: P
         (found,) = stored(tmp_path / f"{expected}-out").values()
         found = found.to(dtype)
         golden = len(theirs["w"]) == 16
-        assert torch.equal(TOOLS["digest"](found) if golden else found, parts[expected])
+        assert torch.equal(format_tools.digest(found) if golden else found, parts[expected])
 
 
 @pytest.mark.parametrize("kind", ["Float8WeightOnly", "Int8WeightOnly", "IntxWeightOnly"])
@@ -231,7 +229,7 @@ def test_files_of_torchao(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_decoded(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     """As planned: keys and shapes of the plain model, one rounding to its dtype, nothing left that says quantized."""
-    folder, plain = base(name), dict(forged.llama().state_dict())
+    folder, plain = base(name), dict(quantized_llama.llama().state_dict())
     adapterkit.dequantize(folder, out=tmp_path / "32", dtype="fp32")
     adapterkit.dequantize(folder, out=tmp_path / "16")
     exact, rounded = stored(tmp_path / "32"), stored(tmp_path / "16")
@@ -270,11 +268,11 @@ def test_what_comes_back(base: Callable[[str], Path], name: str) -> None:
 def test_integers_of_any_bytes_come_back(symmetric: bool, indexed: bool, tmp_path: Path) -> None:
     """Whatever made them: old scales win where new ones are not nearer."""
     form = Form(
-        forged.words(4, 32, symmetric, indexed),
+        quantized_llama.words(4, 32, symmetric, indexed),
         ct("pack-quantized", INT | {"symmetric": symmetric}),
         0,
     )
-    forged.base(form, tmp_path)
+    quantized_llama.base(form, tmp_path)
     tensors, generator = stored(tmp_path), torch.Generator().manual_seed(0)
     for spec in packed_of(tmp_path).values():
         parts = {part.key: tensors[part.key] for part in spec.parts}
@@ -313,9 +311,7 @@ def test_merged_by_slices_of_rows(
 
 
 @pytest.mark.parametrize("name", WRITABLE)
-def test_merge(
-    base: Callable[[str], Path], lora: Path, oracle: ModuleType, name: str, tmp_path: Path
-) -> None:
+def test_merge(base: Callable[[str], Path], lora: Path, name: str, tmp_path: Path) -> None:
     folder, form = base(name), FORMS[name]
     adapterkit.dequantize(folder, out=tmp_path / "plain", dtype="fp32")
     before = stored(tmp_path / "plain")
@@ -357,10 +353,12 @@ def test_merge(
 
 @pytest.mark.parametrize("name", WRITABLE)
 def test_nothing_added_is_nothing_changed(
-    base: Callable[[str], Path], oracle: ModuleType, made, name: str, tmp_path: Path
+    base: Callable[[str], Path], cached_folder, name: str, tmp_path: Path
 ) -> None:
     config = {"target_modules": list(LINEAR), "size": 0.0}
-    zeros = made("formats-zeros", lambda folder: oracle.train(forged.llama(), folder, **config))
+    zeros = cached_folder(
+        "formats-zeros", lambda folder: oracle.train(quantized_llama.llama(), folder, **config)
+    )
     oracle.merge(base(name), zeros, out=tmp_path / "out")
     old, new = stored(base(name)), stored(tmp_path / "out")
     assert set(old) == set(new) and all(same(old[key], new[key]) for key in old)
@@ -368,15 +366,15 @@ def test_nothing_added_is_nothing_changed(
 
 @pytest.mark.parametrize("name", [name for name in FORMS if not FORMS[name].writable])
 def test_read_only(
-    base: Callable[[str], Path], lora: Path, oracle: ModuleType, made, name: str, tmp_path: Path
+    base: Callable[[str], Path], lora: Path, cached_folder, name: str, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterkitError, match="cannot be written again") as caught:
         oracle.merge(base(name), lora, out=tmp_path / "no")
     assert "--dequantize" in str(caught.value)
     oracle.merge(base(name), lora, out=tmp_path / "floats", dequantize=True)
-    head = made(
+    head = cached_folder(
         "formats-head",
-        lambda folder: oracle.train(forged.llama(), folder, target_modules=["lm_head"]),
+        lambda folder: oracle.train(quantized_llama.llama(), folder, target_modules=["lm_head"]),
     )
     oracle.merge(base(name), head, out=tmp_path / "head")  # touches nothing that is quantized
     old, new = stored(base(name)), stored(tmp_path / "head")
@@ -400,7 +398,7 @@ def loaded(folder: Path, name: str = "LlamaForCausalLM") -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_fp8_in_transformers(
-    base: Callable[[str], Path], lora: Path, oracle: ModuleType, kept: bool, tmp_path: Path
+    base: Callable[[str], Path], lora: Path, kept: bool, tmp_path: Path
 ) -> None:
     pytest.importorskip("accelerate")
     folder = base("fp8")
@@ -436,7 +434,7 @@ def test_compressed_tensors_in_transformers(
 
 
 @pytest.fixture
-def gpt_oss(made: Callable[..., Path]) -> Path:
+def gpt_oss(cached_folder: Callable[..., Path]) -> Path:
     """Experts in MXFP4, their codes at random."""
 
     def build(folder: Path) -> None:
@@ -478,11 +476,11 @@ def gpt_oss(made: Callable[..., Path]) -> Path:
         }
         (folder / "config.json").write_text(json.dumps(config))
 
-    return made("formats-gpt-oss", build)
+    return cached_folder("formats-gpt-oss", build)
 
 
 @pytest.fixture
-def expert_lora(made: Callable[..., Path], gpt_oss: Path, oracle: ModuleType) -> Path:
+def expert_lora(cached_folder: Callable[..., Path], gpt_oss: Path) -> Path:
     config = {
         "target_modules": ["q_proj"],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -495,7 +493,7 @@ def expert_lora(made: Callable[..., Path], gpt_oss: Path, oracle: ModuleType) ->
         model.hf_quantizer, model.is_quantized = None, False
         oracle.train(model, folder, size=0.2, **config)
 
-    return made("formats-gpt-oss-lora", build)
+    return cached_folder("formats-gpt-oss-lora", build)
 
 
 def test_gpt_oss_as_transformers_loads_it(gpt_oss: Path, tmp_path: Path) -> None:
@@ -505,9 +503,7 @@ def test_gpt_oss_as_transformers_loads_it(gpt_oss: Path, tmp_path: Path) -> None
     assert set(expected) == set(found) and all(same(found[key], expected[key]) for key in found)
 
 
-def test_gpt_oss_merged(
-    gpt_oss: Path, expert_lora: Path, oracle: ModuleType, tmp_path: Path
-) -> None:
+def test_gpt_oss_merged(gpt_oss: Path, expert_lora: Path, tmp_path: Path) -> None:
     adapterkit.dequantize(gpt_oss, out=tmp_path / "plain", dtype="fp32")
     oracle.merge(tmp_path / "plain", expert_lora, out=tmp_path / "of-plain", dtype="bf16")
     oracle.merge(gpt_oss, expert_lora, out=tmp_path / "floats", dequantize=True, verify=True)
@@ -798,10 +794,12 @@ def test_all_lies_at_once(base: Callable[[str], Path], tmp_path: Path) -> None:
     "kind", ["Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "MXTensor", "NVFP4Tensor"]
 )
 def test_layouts_of_torchao_are_named(kind: str, tmp_path: Path) -> None:
-    def renamed(key: str, parts: forged.Parts) -> dict[str, str]:
-        return {key: forged.said_of("Int4Tensor")(key, parts)[key].replace("Int4Tensor", kind)}
+    def renamed(key: str, parts: quantized_llama.Parts) -> dict[str, str]:
+        return {
+            key: quantized_llama.said_of("Int4Tensor")(key, parts)[key].replace("Int4Tensor", kind)
+        }
 
-    forged.base(replace(FORMS["torchao-Int4Tensor"], metadata=renamed), tmp_path / "base")
+    quantized_llama.base(replace(FORMS["torchao-Int4Tensor"], metadata=renamed), tmp_path / "base")
     with pytest.raises(AdapterkitError, match=f"torchao's {kind}"):
         adapterkit.dequantize(tmp_path / "base", out=tmp_path / "out")
 
@@ -822,7 +820,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
         "a": {"targets": ["Linear"], "weights": INT, "format": "pack-quantized"},
         "b": {
             "targets": ["re:.*down_proj$"],
-            "weights": forged.FP8 | {"strategy": "channel"},
+            "weights": quantized_llama.FP8 | {"strategy": "channel"},
             "format": "float-quantized",
         },
         "c": {
@@ -831,15 +829,20 @@ def test_mixed_precision(tmp_path: Path) -> None:
             "format": "int-quantized",
         },
     }
-    settings = forged.compressed("mixed-precision", {}) | {"config_groups": groups}
-    forged.llama().save_pretrained(tmp_path)
+    settings = quantized_llama.compressed("mixed-precision", {}) | {"config_groups": groups}
+    quantized_llama.llama().save_pretrained(tmp_path)
     plain = stored(tmp_path)
-    makers = {"down_proj": forged.fp8("channel"), Q + "weight": forged.int8(False)}
+    makers = {
+        "down_proj": quantized_llama.fp8("channel"),
+        Q + "weight": quantized_llama.int8(False),
+    }
     tensors = {}
     for key, weight in plain.items():
         module = key.removesuffix(".weight")
         maker = makers.get(key) or makers.get(module.rpartition(".")[2])
-        maker = maker or (forged.words(4, 32) if module.rpartition(".")[2] in LINEAR else None)
+        maker = maker or (
+            quantized_llama.words(4, 32) if module.rpartition(".")[2] in LINEAR else None
+        )
         tensors |= (
             {module + end: part for end, part in maker(weight.float()).items()}
             if maker
@@ -867,9 +870,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
         packed_of(tmp_path)
 
 
-def test_what_lies_beside(
-    base: Callable[[str], Path], lora: Path, oracle: ModuleType, tmp_path: Path
-) -> None:
+def test_what_lies_beside(base: Callable[[str], Path], lora: Path, tmp_path: Path) -> None:
     """Scales of inputs and of the cache are kept with the format, and go with it."""
     shutil.copytree(base("fp8-channel"), tmp_path / "base")
     cache = {f"model.layers.{i}.self_attn.{x}_scale": torch.ones(1) for i in (0, 1) for x in "kv"}
@@ -877,12 +878,10 @@ def test_what_lies_beside(
     oracle.merge(tmp_path / "base", lora, out=tmp_path / "kept")
     assert set(cache) <= set(stored(tmp_path / "kept"))
     oracle.merge(tmp_path / "base", lora, out=tmp_path / "floats", dequantize=True)
-    assert set(stored(tmp_path / "floats")) == set(forged.llama().state_dict())
+    assert set(stored(tmp_path / "floats")) == set(quantized_llama.llama().state_dict())
 
 
-def test_parts_in_several_files(
-    base: Callable[[str], Path], lora: Path, oracle: ModuleType, tmp_path: Path
-) -> None:
+def test_parts_in_several_files(base: Callable[[str], Path], lora: Path, tmp_path: Path) -> None:
     """Codes in one file, scales in another."""
     tensors = stored(base("int4"))
     shutil.copytree(base("int4"), tmp_path / "base")
@@ -909,7 +908,7 @@ def test_parts_in_several_files(
         index = json.loads((tmp_path / f"two{dequantize}/model.safetensors.index.json").read_text())
         assert set(index["weight_map"]) == set(oracle.stored(tmp_path / f"two{dequantize}"))
     adapterkit.dequantize(tmp_path / "base", out=tmp_path / "plain")
-    assert set(oracle.stored(tmp_path / "plain")) == set(forged.llama().state_dict())
+    assert set(oracle.stored(tmp_path / "plain")) == set(quantized_llama.llama().state_dict())
 
 
 def test_nvfp4_keeps_the_scale_that_layers_share(base: Callable[[str], Path]) -> None:

@@ -22,9 +22,9 @@ from adapterkit.checkpoint.gguf import read_gguf
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, Interrupted, Refused
 from adapterkit.ops.sources import open_source
+from tests.support import oracle
 
 gguf = pytest.importorskip("gguf")
-oracle = pytest.importorskip("oracle")
 
 VOCAB = 96
 TOKENS = (
@@ -260,14 +260,14 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict, dict]]] = {
 
 
 @pytest.fixture
-def tiny(made: Callable[..., Path]) -> Path:
+def tiny(cached_folder: Callable[..., Path]) -> Path:
     """A llama of floats."""
 
     def make(folder: Path) -> None:
         _, said, tensors = llama()
         write(folder / "tiny.gguf", "llama", said, tensors)
 
-    return made("gguf-tiny", make) / "tiny.gguf"
+    return cached_folder("gguf-tiny", make) / "tiny.gguf"
 
 
 def stored(folder: Path) -> dict[str, Tensor]:

@@ -4,10 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-import oracle
 import peft
 import pytest
-import tiny
 import torch
 import transformers
 from click.testing import CliRunner
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import Failed, Refused
+from tests.support import oracle, tiny
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 IDS = torch.arange(12)[None]
@@ -298,7 +297,7 @@ def test_all_linear_is_what_it_is_in_peft(kind, tmp_path):
 
 @pytest.mark.parametrize("verb", ["init", "loftq", "kept"])
 def test_one_grammar_of_targets(verb, base, packed, tmp_path):
-    def made(targets, name="out"):
+    def targets_of(targets, name="out"):
         how = {
             "init": {"method": "pissa"},
             "loftq": {"iterations": 1},
@@ -311,17 +310,17 @@ def test_one_grammar_of_targets(verb, base, packed, tmp_path):
         return _targeted(out if verb == "kept" else out / "adapter")
 
     layer = "model.layers.1.self_attn."
-    everything = made("all-linear", "all")
-    assert len(everything) == 14 and made(None, "default") == everything
-    assert made("q_proj, 1.self_attn.k_proj", "names") == {
+    everything = targets_of("all-linear", "all")
+    assert len(everything) == 14 and targets_of(None, "default") == everything
+    assert targets_of("q_proj, 1.self_attn.k_proj", "names") == {
         "model.layers.0.self_attn.q_proj",
         layer + "q_proj",
         layer + "k_proj",
     }
-    assert made(["q_proj", "up_proj"], "list") == {
+    assert targets_of(["q_proj", "up_proj"], "list") == {
         name for name in everything if name.endswith(("q_proj", "up_proj"))
     }
-    assert made(r"layers\.1\..*(q|k)_proj$", "regex") == {layer + "q_proj", layer + "k_proj"}
+    assert targets_of(r"layers\.1\..*(q|k)_proj$", "regex") == {layer + "q_proj", layer + "k_proj"}
     for wrong, words in [
         ("q_proj,nowhere,v", ["'nowhere'", "'v'"]),
         ("attn.q_proj", ["'attn.q_proj'"]),
@@ -334,7 +333,7 @@ def test_one_grammar_of_targets(verb, base, packed, tmp_path):
         *([("lm_head", ["lm_head is not quantized"])] if verb != "init" else []),
     ]:
         with pytest.raises(Refused) as caught:
-            made(wrong, "no")
+            targets_of(wrong, "no")
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert not (tmp_path / "no").exists()
 

@@ -4,59 +4,35 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import adapterkit
-from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
 from adapterkit.ops.loftq import alternated
-from adapterkit.ops.sources import open_source
 from adapterkit.weights.codecs.bnb4 import Bnb4
-from adapterkit.weights.decoded import decoded, packed_in
 from adapterkit.weights.packed import Unpacked
+from tests.support import oracle
+from tests.support.loftq import MODELS, originals, products, values
 
-bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
-oracle = pytest.importorskip("oracle")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 F = bnb.functional
 
-SIZES = {"hidden_size": 128, "intermediate_size": 192}  # rows of whole blocks
-
-
-def gpt2() -> nn.Module:
-    return oracle._model(
-        "GPT2LMHeadModel",
-        transformers.GPT2Config(vocab_size=80, n_embd=64, n_layer=1, n_head=4, n_positions=64),
-    )
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: oracle.llama(num_hidden_layers=1, **SIZES),
-    "gpt2": gpt2,
-    "bert": oracle.bert,  # rows of half a block
-}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def base(made: Callable[..., Path]) -> Callable[[str], Path]:
-    return lambda name: made(
+def base(cached_folder: Callable[..., Path]) -> Callable[[str], Path]:
+    return lambda name: cached_folder(
         f"loftq-{name}",
         lambda folder: oracle.save_base(
             MODELS[name](), folder, "fp32" if name == "gpt2" else "bf16"
@@ -68,33 +44,6 @@ def loftq(base: Path, out: Path, **how) -> dict[str, dict[str, Any]]:
     """The metrics of each weight."""
     metrics = adapterkit.loftq(base, out=out, **how).data["parameters"]
     return {key: metric for key, metric in metrics.items() if "error_after" in metric}
-
-
-def originals(folder: Path) -> dict[str, Tensor]:
-    return {key: tensor.double() for key, tensor in load_file(folder / "model.safetensors").items()}
-
-
-def values(folder: Path) -> dict[str, Tensor]:
-    """Every quantized weight of a folder, decoded."""
-    tensors = load_file(folder / "model.safetensors")
-    specs = packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
-    return {
-        spec.key: spec.decode({part.key: tensors[part.key] for part in spec.parts}).double()
-        for spec in specs
-    }
-
-
-def products(name: str, adapter: Path) -> dict[str, Tensor]:
-    """scale·b@a of every weight, the scale being PEFT's."""
-    model = oracle.peft_model(MODELS[name]().float(), adapter)
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            key = path.removeprefix("base_model.model.") + ".weight"
-            b, a = (getattr(module, f"lora_{side}")["a0"].weight.detach().double() for side in "BA")
-            delta = module.scaling["a0"] * b @ a
-            found[key] = delta.T if module.fan_in_fan_out else delta
-    return found
 
 
 def true_errors(name: str, base: Path, out: Path) -> dict[str, tuple[float, float]]:

@@ -92,7 +92,7 @@ class Case:
             "x.weight", "BF16", self.packed.shape, self.packed, tuple(edits), rows, ("a",), draws
         )
 
-    def made(self, task):
+    def cached_folder(self, task):
         with Sources((self.folder,), {}) as sources, torch.inference_mode():
             return task.compute(Inputs(sources, torch.device("cpu")))
 
@@ -179,9 +179,11 @@ class Load:
 
 
 @pytest.fixture
-def quantized(made, llama: Path) -> Path:
+def quantized(cached_folder, llama: Path) -> Path:
     return (
-        made("memory-nf4", lambda folder: adapterkit.quantize(llama, out=folder / "q", to="nf4"))
+        cached_folder(
+            "memory-nf4", lambda folder: adapterkit.quantize(llama, out=folder / "q", to="nf4")
+        )
         / "q"
     )
 

@@ -28,8 +28,8 @@ def mixture(folder: Path) -> None:
 
 
 @pytest.fixture
-def base(made) -> Path:
-    return made("quantized-mixture", mixture)
+def base(cached_folder) -> Path:
+    return cached_folder("quantized-mixture", mixture)
 
 
 def tensors(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import forged
 import pytest
 import torch
-from forged import FORMS
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +21,8 @@ from adapterkit.ops.sources import open_source
 from adapterkit.weights.codecs.mxfp4 import Mxfp4
 from adapterkit.weights.decoded import decoded, packed_in
 from adapterkit.weights.packed import Packed, Unpacked
+from tests.support import quantized_llama
+from tests.support.quantized_llama import FORMS
 
 SEEDS = 150
 VERBS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ class Case:
 
 
 @pytest.fixture(params=NAMES)
-def case(request, made: Callable[..., Path]) -> Case:
+def case(request, cached_folder: Callable[..., Path]) -> Case:
     name = request.param
     if name == "gpt-oss":
         generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def case(request, made: Callable[..., Path]) -> Case:
         assert record is not None
         return Case(record, record.encode(weight))
 
-    folder = checkpoint(name, made)
+    folder = checkpoint(name, cached_folder)
     record = next(
         spec
         for spec in packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
@@ -74,15 +74,15 @@ def case(request, made: Callable[..., Path]) -> Case:
     return Case(record, {part.key: tensors[part.key] for part in record.parts})
 
 
-def checkpoint(name: str, made: Callable[..., Path]) -> Path:
+def checkpoint(name: str, cached_folder: Callable[..., Path]) -> Path:
     def build(folder: Path) -> None:
         if name in VERBS:
-            forged.llama().save_pretrained(folder / "plain")
+            quantized_llama.llama().save_pretrained(folder / "plain")
             adapterkit.quantize(folder / "plain", out=folder / "packed", **VERBS[name])
         else:
-            forged.base(FORMS[name], folder / "packed")
+            quantized_llama.base(FORMS[name], folder / "packed")
 
-    return made(f"rounding-{name}", build) / "packed"
+    return cached_folder(f"rounding-{name}", build) / "packed"
 
 
 def shrunk(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,15 +244,16 @@ def test_rows_by_themselves(case):
 @pytest.fixture(
     params=["bnb-nf4-double", "bnb-fp4", "bnb-int8", "fp8", "int4", "int4-zero", "nvfp4", "mxfp4"]
 )
-def inputs(request, made: Callable[..., Path]) -> tuple[Path, Path]:
+def inputs(request, cached_folder: Callable[..., Path]) -> tuple[Path, Path]:
     """A quantized base, and an adapter whose delta is small beside its steps."""
-    oracle = pytest.importorskip("oracle")
+    from tests.support import oracle
+
     name = request.param
     size = 0.004 if "8" in name else 0.02
     train = lambda folder: oracle.train(
-        forged.llama(), folder, target_modules=["q_proj", "down_proj"], size=size
+        quantized_llama.llama(), folder, target_modules=["q_proj", "down_proj"], size=size
     )
-    return checkpoint(name, made), made(f"rounding-lora-{size}", train)
+    return checkpoint(name, cached_folder), cached_folder(f"rounding-lora-{size}", train)
 
 
 def test_a_merge_keeps_the_delta_the_scales_and_the_other_modules(inputs, tmp_path, monkeypatch):
@@ -294,12 +295,13 @@ def touched(key: str) -> bool:
     return "q_proj" in key or "down_proj" in key
 
 
-def test_a_merge_into_decoded_weights_says_what_survived(made, tmp_path, monkeypatch):
-    oracle = pytest.importorskip("oracle")
+def test_a_merge_into_decoded_weights_says_what_survived(cached_folder, tmp_path, monkeypatch):
+    from tests.support import oracle
+
     train = lambda folder: oracle.train(
-        forged.llama(), folder, target_modules=["q_proj", "down_proj"], size=5e-3
+        quantized_llama.llama(), folder, target_modules=["q_proj", "down_proj"], size=5e-3
     )
-    base, lora = checkpoint("bnb-nf4", made), made("rounding-lora-0.005", train)
+    base, lora = checkpoint("bnb-nf4", cached_folder), cached_folder("rounding-lora-0.005", train)
     found = []
     for rounding, size in (("nearest", 1 << 20), ("stochastic", 1 << 20), ("stochastic", 1024)):
         out = tmp_path / f"{rounding}-{size}"

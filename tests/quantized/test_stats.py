@@ -1,34 +1,30 @@
 """LoftQ by what layers see: the best factors in ‖(W - Q - scale·b@a) C^½‖, by float64 from the files and from a model's outputs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_loftq import MODELS, oracle, originals, products, values
 from torch import Tensor
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
 from adapterkit.kernels.weighted import projected, root
+from tests.support import oracle
+from tests.support.loftq import MODELS, originals, products, values
 
 RANK = 4
 NAMES = ("llama", "gpt2")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def base(made: Callable[..., Path]) -> Callable[[str], Path]:
-    return lambda name: made(
+def base(cached_folder: Callable[..., Path]) -> Callable[[str], Path]:
+    return lambda name: cached_folder(
         f"stats-{name}", lambda folder: oracle.save_base(MODELS[name](), folder, "fp32")
     )
 

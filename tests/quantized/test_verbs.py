@@ -19,9 +19,8 @@ from adapterkit.errors import AdapterkitError, Interrupted, Refused
 from adapterkit.kernels import blockwise
 from adapterkit.ops.sources import open_source
 from adapterkit.weights.decoded import decoded, packed_in
+from tests.support import oracle
 
-pytest.importorskip("bitsandbytes")
-oracle = pytest.importorskip("oracle")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192}
@@ -50,30 +49,30 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.fixture
-def base(made: Callable[..., Path]) -> Callable[..., Path]:
+def base(cached_folder: Callable[..., Path]) -> Callable[..., Path]:
     """A model in a format; `None`: as it was."""
 
     def make(name: str = "llama", kind: str | None = "nf4", **how) -> Path:
-        plain = made(
+        plain = cached_folder(
             "-".join(["verbs", name, *how]),
             lambda folder: oracle.save_base(MODELS[name](), folder, "bf16", **how),
         )
         if kind is None:
             return plain
         quantize = lambda folder: adapterkit.quantize(plain, out=folder / "q", **HOW[kind])
-        return made("-".join(["verbs", name, kind, *how]), quantize) / "q"
+        return cached_folder("-".join(["verbs", name, kind, *how]), quantize) / "q"
 
     return make
 
 
 @pytest.fixture
-def floats(made: Callable[..., Path], base) -> Callable[..., Path]:
+def floats(cached_folder: Callable[..., Path], base) -> Callable[..., Path]:
     """What a quantized model decodes to, in float32."""
 
     def make(name: str = "llama", kind: str = "nf4") -> Path:
         source = base(name, kind)
         return (
-            made(
+            cached_folder(
                 f"verbs-floats-{name}-{kind}",
                 lambda f: adapterkit.dequantize(source, out=f / "f", dtype="fp32"),
             )
@@ -84,12 +83,14 @@ def floats(made: Callable[..., Path], base) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def lora(made: Callable[..., Path]) -> Callable[..., Path]:
+def lora(cached_folder: Callable[..., Path]) -> Callable[..., Path]:
     def make(name: str = "llama", seed: int = 1, **config) -> Path:
         label = f"verbs-lora-{name}-{seed}-{abs(hash(json.dumps(config, sort_keys=True)))}"
         config = {"target_modules": TOUCHED if name != "gpt2" else ["c_attn", "c_fc"]} | config
         config |= {"fan_in_fan_out": True} if name == "gpt2" else {}
-        return made(label, lambda folder: oracle.train(MODELS[name](), folder, seed=seed, **config))
+        return cached_folder(
+            label, lambda folder: oracle.train(MODELS[name](), folder, seed=seed, **config)
+        )
 
     return make
 

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import forged
 import pytest
-from forged import FORMS
 
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
@@ -14,8 +12,9 @@ from adapterkit.kernels import rows
 from adapterkit.ops import recomputed, requantized
 from adapterkit.ops.sources import open_source
 from adapterkit.weights.decoded import decoded, packed_in
+from tests.support import oracle, quantized_llama
+from tests.support.quantized_llama import FORMS
 
-oracle = pytest.importorskip("oracle")
 WRITABLE = [name for name, form in FORMS.items() if form.writable]
 OURS = {
     "nf4": {"to": "nf4"},
@@ -28,27 +27,29 @@ TOUCHED = ["q_proj", "down_proj"]
 
 
 @pytest.fixture
-def model(made: Callable[..., Path]) -> Callable[[str], tuple[Path, Path]]:
+def model(cached_folder: Callable[..., Path]) -> Callable[[str], tuple[Path, Path]]:
     """A tiny Llama in a format, and a LoRA on some of its layers."""
 
     def make(name: str) -> tuple[Path, Path]:
         if name in FORMS:
-            base = made(f"formats-{name}", lambda folder: forged.base(FORMS[name], folder))
-            train = lambda folder: oracle.train(
-                forged.llama(), folder, size=0.3, target_modules=TOUCHED
+            base = cached_folder(
+                f"formats-{name}", lambda folder: quantized_llama.base(FORMS[name], folder)
             )
-            return base, made("verified-lora-forged", train)
-        plain = made(
+            train = lambda folder: oracle.train(
+                quantized_llama.llama(), folder, size=0.3, target_modules=TOUCHED
+            )
+            return base, cached_folder("verified-lora-forged", train)
+        plain = cached_folder(
             "verified-plain", lambda folder: oracle.save_base(oracle.llama(**SIZES), folder, "bf16")
         )
         base = (
-            made(
+            cached_folder(
                 f"verified-{name}",
                 lambda folder: adapterkit.quantize(plain, out=folder / "q", **OURS[name]),
             )
             / "q"
         )
-        return base, made(
+        return base, cached_folder(
             "verified-lora",
             lambda folder: oracle.train(oracle.llama(**SIZES), folder, target_modules=TOUCHED),
         )
@@ -125,10 +126,10 @@ def test_encoding_that_is_wrong_is_found(
 
 
 @pytest.mark.parametrize("name", ["double", "int4"])
-def test_doras_and_several_adapters(model, made, name: str, tmp_path: Path) -> None:
+def test_doras_and_several_adapters(model, cached_folder, name: str, tmp_path: Path) -> None:
     base, lora = model(name)
-    build = forged.llama if name in FORMS else lambda: oracle.llama(**SIZES)
-    dora = made(
+    build = quantized_llama.llama if name in FORMS else lambda: oracle.llama(**SIZES)
+    dora = cached_folder(
         f"verified-dora-{name}",
         lambda folder: oracle.train(
             build(), folder, seed=3, use_dora=True, target_modules=["v_proj"]

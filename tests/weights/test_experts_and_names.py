@@ -21,8 +21,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines import local
 from adapterkit.errors import Refused
 from adapterkit.kernels import narrow
-
-from . import tiny
+from tests.support import tiny
 
 transformers.utils.logging.disable_progress_bar()
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

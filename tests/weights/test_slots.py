@@ -15,8 +15,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.weights.names import Skeleton
 from adapterkit.weights.slots import Symbol, Unsupported
-
-from . import tiny
+from tests.support import tiny
 
 PACKAGE = Path(adapterkit.__file__).parent
 TABLES = sorted(

@@ -1,5 +1,5 @@
-"""Makes golden_narrow.safetensors: what the formats' own tools store, and read back, for a small weight. Run by hand, where
-compressed-tensors, torchao and gptqmodel are installed beside transformers; made(w) is also the oracle for larger weights.
+"""Makes format_tools.safetensors: what the formats' own tools store, and read back, for a small weight. Run by hand, where
+compressed-tensors, torchao and gptqmodel are installed beside transformers; tensors_of(w) is also the oracle for larger weights.
 
 Names are <tool>.<format>.<tensor>: `w` is the weight, `decoded` what the tool reads (in the file its sha256), all else as it lies
 on disk.
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+GOLDEN = Path(__file__).with_suffix(".safetensors")
 TOOLS = ("compressed-tensors", "torchao", "gptqmodel", "transformers")
 BLOCK = (4, 32)  # of the small weight's block-wise FP8
 
@@ -201,7 +202,7 @@ def gptqmodel(w: Tensor) -> dict[str, Tensor]:
     return tensors | {f"gptqmodel.awq.{key}": value for key, value in awq.items()}
 
 
-def made(w: Tensor) -> dict[str, Tensor]:
+def tensors_of(w: Tensor) -> dict[str, Tensor]:
     return {"w": w, **compressed_tensors(w), **transformers(w), **torchao(w), **gptqmodel(w)}
 
 
@@ -213,8 +214,6 @@ def digest(x: Tensor) -> Tensor:
 if __name__ == "__main__":
     tensors = {
         key: digest(value) if ".decoded" in key else value.contiguous()
-        for key, value in made(weight()).items()
+        for key, value in tensors_of(weight()).items()
     }
-    save_file(
-        tensors, Path(__file__).with_suffix(".safetensors"), {tool: version(tool) for tool in TOOLS}
-    )
+    save_file(tensors, GOLDEN, {tool: version(tool) for tool in TOOLS})

@@ -1,4 +1,4 @@
-"""Quantized checkpoints of a tiny Llama, made of the kernels' own encoders; what tools make is in tests/golden_narrow."""
+"""Quantized checkpoints of a tiny Llama, made of the kernels' own encoders; what tools make is in format_tools.safetensors."""
 
 import json
 from collections.abc import Callable

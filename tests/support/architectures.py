@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import oracle
 import torch
 import transformers
 from torch import Tensor, nn
+
+from tests.support import oracle
 
 TEXT = {
     "vocab_size": 80,

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import oracle
 import torch
 from torch import Tensor, nn
+
+from tests.support import oracle
 
 LAYERS = ["embed", "line", "image", "tall", "point", "square", "volume", "fit", "narrow"]
 

@@ -1,0 +1,1 @@
+"""What the suites share: models, references, files of every format, a Hub."""
