@@ -108,7 +108,8 @@ READING = (
 def run(task: Job) -> dict[str, Any]:
     """The record of a job, run in the current folder.
 
-    Of a writing verb: `plan`, what `--dry-run --json` prints; `receipt`; `files`, name -> [bytes, sha256]; `cards`, the texts of
+    Of a writing verb: `plan`, what `--dry-run --json` prints; `receipt`; `returned`, what the
+    receipt in Python has besides; `files`, name -> [bytes, sha256]; `cards`, the texts of
     the model cards; `summary` where the job is not exact. Of a reading verb: `exit`, its exit status, and `result`.
     """
     if task in READING:
@@ -117,7 +118,7 @@ def run(task: Job) -> dict[str, Any]:
         document = json.loads(printed)
         assert document == json.loads(json.dumps(result)), f"{task.name}: --json is another result"
         return {"exit": status, "result": document}
-    _call(task, out=task.name)  # first: a command that is refused ends the process
+    receipt = _call(task, out=task.name)  # first: a command that is refused ends the process
     status, printed = _command(task, out=f"planned-{task.name}", dry_run=True)
     assert status == 0 and not Path(f"planned-{task.name}").exists(), printed
     out = Path(task.name)
@@ -128,9 +129,11 @@ def run(task: Job) -> dict[str, Any]:
             cards[name] = data.decode()
         elif name != RECEIPT:
             files[name] = [len(data), hashlib.sha256(data).hexdigest()]
+    stored = json.loads((out / RECEIPT).read_bytes())
     record = {
         "plan": json.loads(printed),
-        "receipt": json.loads((out / RECEIPT).read_bytes()),
+        "receipt": stored,
+        "returned": {k: v for k, v in receipt.data.items() if k not in stored or v != stored[k]},
         "files": files,
         "cards": cards,
     }
@@ -142,8 +145,8 @@ def run(task: Job) -> dict[str, Any]:
 
 def summary(path: Path) -> dict[str, list[float]]:
     """Numbers of a file of weights that do not depend on the signs of singular vectors: [sum of squares, first element, last
-    element] of b@a for each pair of factors and of each other tensor, in float64."""
-    tensors = load_file(path)
+    element] of b@a for each pair of factors and of each other floating tensor, in float64."""
+    tensors = {key: w for key, w in load_file(path).items() if w.is_floating_point()}
     for key in list(tensors):
         for a, b in (("lora_A.weight", "lora_B.weight"), (".a", ".b")):
             if key.endswith(a):

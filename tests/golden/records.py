@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 TOLERANCE = 2e-3  # relative, of measured numbers: receipts round some to four digits
+CLOSE = 3e-4  # relative, of the summaries of weights
 DIGITS = 12  # of a sha256
 SMALL = 1e-6  # absolute, beside it: sums that cancel
 
@@ -34,8 +35,9 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
         for key in ("notes", "problems"):
             if part and key in part:
                 part[key] = len(part[key])
-    if result and set(result) == {"files", "bytes", "hash", "rows", "tensors"}:
-        del result["bytes"]  # verify: the model card's too
+    for verified in (result, record.get("returned", {}).get("verified")):
+        if verified and set(verified) == {"files", "bytes", "hash", "rows", "tensors"}:
+            del verified["bytes"]  # the model card's too
     record["cards"] = sorted(cards)
     return record
 
