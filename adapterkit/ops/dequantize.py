@@ -2,9 +2,10 @@
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.gguf import gguf_file
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
+from adapterkit.gguf.header import gguf_file
+from adapterkit.gguf.model import loads_in_float32, open_gguf
 from adapterkit.ops import produced
 from adapterkit.ops.packaging import as_json, model_files
 from adapterkit.ops.quantize import card, model_headers
@@ -13,7 +14,6 @@ from adapterkit.ops.sources import open_model
 from adapterkit.options import StrPath, checked, parse_size
 from adapterkit.plan import Plan, Progress, Receipt, Step, identities
 from adapterkit.weights.decoded import decoded, files_saying, packed_in
-from adapterkit.weights.gguf import kept_wide, open_gguf
 from adapterkit.weights.packed import Packed
 
 SHARD_SIZE = "5GB"  # of what comes from a GGUF file
@@ -35,15 +35,17 @@ def dequantize(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Decode a quantized checkpoint: W = round(code * scale), in `dtype` (default: what its library computes in).
+    """Decode a quantized checkpoint: W = round(code * scale), in `dtype` (default: what its library
+    computes in).
 
-    Every format of which the command's help tells is read, also several in one checkpoint; tensors that are not quantized stay as
-    they are. The files are the base's, or with `max_shard_size` (5GB) of that size at most. Raises `Refused` before anything is
-    written.
+    Every format of which the command's help tells is read, also several in one checkpoint; tensors
+    that are not quantized stay as they are. The files are the base's, or with `max_shard_size`
+    (5GB) of that size at most. Raises `Refused` before anything is written.
 
-    A GGUF model file (`pip install 'adapterkit[gguf]'`) becomes a checkpoint of transformers' names and layouts, with config and
-    tokenizer, in files of 5 GB at most. Its `dtype` is bf16 where it has blocks: W = code * scale has an error of its own that is
-    larger than the rounding; a file of plain floats keeps its dtype.
+    A GGUF model file (`pip install 'adapterkit[gguf]'`) becomes a checkpoint of transformers' names
+    and layouts, with config and tokenizer, in files of 5 GB at most. Its `dtype` is bf16 where it
+    has blocks: W = code * scale has an error of its own that is larger than the rounding; a file of
+    plain floats keeps its dtype.
     """
     plan = plan_dequantize(open_model(base), dtype, max_shard_size)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
@@ -116,10 +118,11 @@ def plan_dequantize(
 def _plan_gguf(
     folder: Folder, name: str, dtype: str | None, max_shard_size: str | int | None
 ) -> Plan:
-    """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded once."""
+    """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded
+    once."""
     model = open_gguf(folder, name)
     base, wanted = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
-    width = lambda key: "F32" if kept_wide(model.model, key, wanted) else wanted
+    width = lambda key: "F32" if loads_in_float32(model.model, key, wanted) else wanted
     steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
     shards = shards_of_size(steps, parse_size("max_shard_size", max_shard_size or SHARD_SIZE))
     config = base.config | {"dtype": dtypes.CONFIG_NAME[wanted]}

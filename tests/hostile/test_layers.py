@@ -17,7 +17,7 @@ LEVELS = [
     "cli __main__",
     "ops runtime hub engines",
     "plan inits combinations kinds formats edits placement",
-    "adapter factors weights kernels",
+    "adapter factors weights gguf kernels",
     "checkpoint options patterns",
     "dtypes errors registry",
 ]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 import struct
 import sys
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adapterkit
-from adapterkit.checkpoint.gguf import read_gguf
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, Interrupted, Refused
+from adapterkit.gguf.header import read_gguf
 from adapterkit.ops.sources import open_source
 from tests.support import oracle
 
@@ -296,6 +297,8 @@ def same(ours: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def test_a_model_comes_back_from_llama_cpps_layout(arch: str, tmp_path: Path):
     model, said, tensors = MODELS[arch]()
     path = write(tmp_path / "m.gguf", arch, said, tensors)
+    plan = adapterkit.dequantize(path, out=tmp_path / "out", dry_run=True)
+    assert pickle.loads(pickle.dumps(plan.shards)) == plan.shards
     adapterkit.dequantize(path, out=tmp_path / "out")
     expected = {key: value.float() for key, value in model.state_dict().items()}
     ours = stored(tmp_path / "out")

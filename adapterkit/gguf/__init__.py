@@ -1,0 +1,1 @@
+"""GGUF model files, read as the checkpoints that they decode to."""

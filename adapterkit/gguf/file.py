@@ -1,0 +1,106 @@
+"""One opened GGUF file, and the ways to ask the `gguf` package and transformers about it."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.errors import Refused, shown
+from adapterkit.gguf.header import Entry, GgufHeader
+
+
+@dataclass
+class GgufFile:
+    """A file with its parsed header, and what transformers is shown of it."""
+
+    folder: Folder
+    name: str
+    header: GgufHeader
+    copy: Path  # the header, and a hole in place of the data
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.header.tensors}
+
+    @property
+    def architecture(self) -> str:
+        return self.header.architecture
+
+    def refuse(
+        self, problem: str, expected: str, hint: str = "use the original checkpoint instead"
+    ) -> Refused:
+        return Refused(problem, expected=expected, where=self.name, hint=hint)
+
+    def call_transformers(self, subject: str, function: Callable[[], Any]) -> Any:
+        """Run transformers' code on the header; it may fail in any way on metadata that it does not
+        expect."""
+        import transformers
+
+        try:
+            return function()
+        except (Exception, RecursionError) as error:
+            version = transformers.__version__
+            cause = f"{type(error).__name__}: {shown(error)}"
+            raise self.refuse(
+                f"transformers {version} cannot read the {subject}: {cause}",
+                "an architecture that it knows, with its metadata; "
+                f"this is {shown(self.architecture)!r}",
+                "update transformers, or use the original checkpoint",
+            ) from error
+
+
+def gguf_package() -> Any:
+    """The `gguf` package, an optional dependency."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise Refused(
+            "the gguf package is not installed",
+            expected="gguf 0.17 or later, which decodes the blocks",
+            hint="pip install 'adapterkit[gguf]'",
+        ) from error
+    return gguf
+
+
+def decodable(gguf: Any, kind: Any) -> bool:
+    """Whether the package decodes blocks of a type to floats."""
+    import numpy as np
+
+    if kind.name not in ("F32", "F16"):
+        try:
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+        except (NotImplementedError, KeyError):  # a type that the package knows by name only
+            return False
+    return True
+
+
+def conversion_rules() -> Mapping[str, Any]:
+    """The architectures that transformers reads by conversion rules: name -> function of a
+    config."""
+    try:
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:  # an older transformers, which has the table of names only
+        return {}
+    return GGUF_ARCHS
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' log messages and progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

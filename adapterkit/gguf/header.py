@@ -1,0 +1,261 @@
+"""The parser of GGUF headers: which tensor lies where, checked against the file's size before
+anything else reads the file.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. As strict as llama.cpp's own
+loader, and stricter than the reader of the `gguf` package, which trusts offsets and counts.
+"""
+
+import hashlib
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import MAX_NAME, Header
+from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
+
+ENDING = ".gguf"
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32  # unless general.alignment says otherwise
+FIRST_READ = 4 << 20  # bytes; enough for a small vocabulary
+MAX_HEADER = 512 << 20
+MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 20
+MAX_RANK = 4  # ggml's
+MAX_ERRORS = 20  # reported at once
+# struct codes of the scalar types of metadata, by their id
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+STRING, ARRAY, UINT32 = 8, 9, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the file, in torch's order of dimensions."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int  # ggml's type id
+    start: int  # absolute position in the file
+    stop: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """A parsed header: its exact bytes, its metadata (of arrays only the length), its tensors."""
+
+    raw: bytes = field(repr=False)
+    metadata: dict[str, Any]  # an array: its length
+    tensors: tuple[Entry, ...]
+
+    @property
+    def architecture(self) -> str:
+        return self.metadata["general.architecture"]
+
+    @property
+    def header(self) -> Header:
+        """The header in the form that plans use, which identify a file by its header's hash."""
+        return Header(self.raw, (), {})
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.raw).hexdigest()
+
+
+class _TensorInfo(NamedTuple):
+    """One tensor as the header describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int  # from the beginning of the data
+
+
+def gguf_file(folder: Folder) -> str | None:
+    """Name of a folder's only GGUF file; None if there is none, or safetensors beside it."""
+    names = [name for name in folder.files() if "/" not in name]
+    files = sorted(name for name in names if name.lower().endswith(ENDING))
+    if not files or any(name.endswith(".safetensors") for name in names):
+        return None
+    if len(files) > 1:
+        raise Refused(
+            f"{len(files)} GGUF files: {', '.join(map(shown, files[:6]))}",
+            expected="one",
+            where=folder.name,
+            hint="give the path of the file itself",
+        )
+    return files[0]
+
+
+def read_gguf(folder: Folder, name: str, block_sizes: Mapping[int, tuple[int, int]]) -> GgufHeader:
+    """Parse the header of a GGUF file; `Damaged` or `Refused` unless it and the data are complete.
+
+    `block_sizes`: (values, bytes) of a block of each type id.
+    """
+    size = folder.files()[name]
+    raw = folder.read(name, 0, min(FIRST_READ, size))
+    while True:
+        try:
+            return _Parser(raw, size, name, block_sizes).header()
+        except _Incomplete as incomplete:
+            if len(raw) >= min(size, MAX_HEADER):
+                problem = f"the file ends inside its header: {incomplete}"
+                raise _damaged(name, problem, "a whole header") from None
+            raw += folder.read(name, len(raw), min(4 * len(raw), size, MAX_HEADER))
+
+
+class _Incomplete(Exception):
+    """The bytes read so far end before the header does."""
+
+
+def _damaged(name: str, problem: str, expected: str) -> Damaged:
+    return Damaged(problem, expected=expected, where=name, hint="download or copy the file again")
+
+
+class _Parser:
+    def __init__(
+        self, raw: bytes, size: int, name: str, block_sizes: Mapping[int, tuple[int, int]]
+    ):
+        self.raw, self.size, self.name, self.at = raw, size, name, 0
+        self.block_sizes = block_sizes
+
+    def header(self) -> GgufHeader:
+        if self.raw[:4] != MAGIC:
+            raise self.damaged(f"a file that begins with {self.raw[:4]!r}", "GGUF")
+        self.at = 4
+        (version,) = self.unpack("I")
+        if version not in VERSIONS:
+            big_endian = version & 0xFFFF == 0
+            raise Refused(
+                "big-endian GGUF" if big_endian else f"GGUF version {version}",
+                expected="GGUF version 2 or 3, little-endian",
+                where=self.name,
+                hint="convert the file with llama.cpp's own tools",
+            )
+        tensors, keys = self.unpack("QQ")
+        if tensors > MAX_TENSORS or keys > MAX_KEYS or 24 * tensors + 13 * keys > self.size:
+            raise self.damaged(f"{tensors} tensors and {keys} keys", self.capacity)
+        metadata = self.metadata(keys)
+        infos = [self.tensor_info() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", ALIGNMENT)
+        valid = type(alignment) is int and 8 <= alignment <= 1 << 20
+        if not valid or alignment & (alignment - 1):
+            raise self.damaged(f"general.alignment {shown(alignment)}", "a power of 2 from 8 on")
+        raw, data_start = self.raw[: self.at], -(-self.at // alignment) * alignment
+        return GgufHeader(raw, metadata, self.entries(infos, data_start, alignment))
+
+    def damaged(self, problem: str, expected: str) -> Damaged:
+        return _damaged(self.name, problem, expected)
+
+    @property
+    def capacity(self) -> str:
+        return f"what fits into {self.size} bytes"
+
+    def unpack(self, codes: str) -> tuple:
+        """Read little-endian numbers by their struct codes."""
+        size = struct.calcsize("<" + codes)
+        return struct.unpack("<" + codes, self.read(size))
+
+    def read(self, count: int) -> bytes:
+        if count > self.size - self.at:
+            raise self.damaged(f"{count} bytes at {self.at}", self.capacity)
+        if count > len(self.raw) - self.at:
+            raise _Incomplete(f"{count} bytes at {self.at}")
+        self.at += count
+        return self.raw[self.at - count : self.at]
+
+    def text(self, max_length: int | None = None) -> str:
+        (length,) = self.unpack("Q")
+        if max_length is not None and length > max_length:
+            raise self.damaged(f"a name of {length} bytes", f"at most {max_length}")
+        try:
+            return self.read(length).decode()
+        except UnicodeDecodeError:
+            raise self.damaged(f"a text at {self.at} that is not UTF-8", "UTF-8") from None
+
+    def metadata(self, count: int) -> dict[str, Any]:
+        metadata: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.text(MAX_NAME)
+            if not key.isprintable() or not key or key in metadata:
+                raise self.damaged(f"the key {shown(key)!r}", "printable keys, each once")
+            (kind,) = self.unpack("I")
+            metadata[key] = self.value(kind)
+            if key == "general.alignment" and kind != UINT32:
+                raise self.damaged(f"general.alignment of type {kind}", "a 32-bit number")
+        name = metadata.get("general.architecture")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name):
+            problem = f"general.architecture {shown(name)!r}"
+            raise self.damaged(problem, "the name of an architecture")
+        return metadata
+
+    def value(self, kind: int) -> Any:
+        """A value of metadata; of an array its length, its items are skipped."""
+        if kind in SCALARS:
+            return self.unpack(SCALARS[kind])[0]
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            raise self.damaged(f"a value of type {kind}", "one of 13 types")
+        inner, count = self.unpack("IQ")
+        if inner in SCALARS:
+            self.read(count * struct.calcsize("<" + SCALARS[inner]))
+        elif inner == STRING:
+            if 8 * count > self.size - self.at:
+                raise self.damaged(f"an array of {count} texts", self.capacity)
+            for _ in range(count):
+                self.text()
+        else:
+            raise self.damaged(f"an array of type {inner}", "numbers or texts")
+        return count
+
+    def tensor_info(self) -> _TensorInfo:
+        name = self.text(MAX_NAME)
+        if not name or not name.isprintable() or ".." in name.replace("\\", "/").split("/"):
+            expected = f"1 to {MAX_NAME} printable characters"
+            raise self.damaged(f"tensor name {shown(name)!r}", expected)
+        (rank,) = self.unpack("I")
+        if rank > MAX_RANK:
+            raise self.damaged(f"{shown(name)} of {rank} dimensions", f"at most {MAX_RANK}")
+        shape = self.unpack(f"{rank}Q")[::-1]
+        return _TensorInfo(name, shape, *self.unpack("IQ"))
+
+    def entries(
+        self, infos: list[_TensorInfo], data_start: int, alignment: int
+    ) -> tuple[Entry, ...]:
+        """The tensors with their positions; refused unless they tile the rest of the file, each
+        aligned behind the one before."""
+        errors: list[AdapterkitError] = []
+        entries, names = [], set()
+        for name, shape, kind, offset in infos:
+            if name in names:
+                errors.append(self.damaged(f"{shown(name)} twice", "each tensor once"))
+            names.add(name)
+            values, width = self.block_sizes.get(kind, (0, 0))
+            count = math.prod(shape)
+            if not values:
+                error = Refused(
+                    f"{shown(name)} of type {kind}",
+                    expected="types it knows",
+                    where=self.name,
+                    hint="update the gguf package: pip install -U gguf",
+                )
+                errors.append(error)
+            elif not shape or not 0 < count < 2**62 or shape[-1] % values:
+                problem = f"{shown(name)} of shape {shape}"[:200]
+                errors.append(self.damaged(problem, f"rows of whole blocks of {values} values"))
+            else:
+                start = data_start + offset
+                entries.append(Entry(name, shape, kind, start, start + count // values * width))
+        refuse_all(errors[:MAX_ERRORS])
+        at = data_start
+        for entry in sorted(entries, key=lambda entry: entry.start):
+            if entry.start != at or entry.stop > self.size:
+                problem = f"{shown(entry.name)} at bytes {entry.start} to {entry.stop}"[:300]
+                expected = f"from {at} on, in a file of {self.size} bytes"
+                errors.append(self.damaged(problem, expected))
+            at = -(-entry.stop // alignment) * alignment
+        refuse_all(errors[:MAX_ERRORS])
+        return tuple(entries)

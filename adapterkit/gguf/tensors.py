@@ -1,0 +1,168 @@
+"""The parameters of a GGUF file's model, each with the GGUF tensors that it is built from."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Damaged, Unrecoverable, refuse_all, shown
+from adapterkit.gguf.config import FREQUENCIES
+from adapterkit.gguf.file import GgufFile
+from adapterkit.gguf.header import MAX_ERRORS, Entry
+from adapterkit.gguf.names import Build, TensorNames
+from adapterkit.weights.names import Skeleton, tied_names
+from adapterkit.weights.packed import Packed
+
+MAX_TRIED = 1 << 26  # values of a parameter up to which its shape is tried on zeros while planning
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufWeight(Packed):
+    """One parameter, of one GGUF tensor or of several (experts' gate and up)."""
+
+    entries: tuple[Entry, ...]
+    build: Build = field(compare=False)
+
+    @property
+    def read_only(self) -> str | None:
+        return "GGUF"
+
+    def decode(self, stored: dict[str, Tensor]) -> Tensor:
+        import gguf
+        import numpy as np
+
+        entries = {entry.name: entry for entry in self.entries}
+
+        def read(name: str) -> Any:
+            kind, shape = gguf.GGMLQuantizationType(entries[name].kind), entries[name].shape
+            values, width = gguf.GGML_QUANT_SIZES[kind]
+            blocks = stored.pop(name).numpy().reshape(*shape[:-1], shape[-1] // values * width)
+            return gguf.dequantize(blocks, kind)
+
+        with np.errstate(all="ignore"):  # values that are not finite are refused when written
+            weight = self.build(read)
+        if tuple(weight.shape) != self.shape:
+            raise Unrecoverable(
+                f"{shown(self.key)} comes out as {tuple(weight.shape)}",
+                expected=str(self.shape),
+                where=self.file,
+                hint="convert it with llama.cpp's own tools",
+            )
+        return weight
+
+
+def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[str, TensorSpec]:
+    """The model's parameters by name; refused unless file and model match in full."""
+    shapes = {name: tuple(value.shape) for name, value in model.state.items()}
+    errors: list[AdapterkitError] = []
+    groups: dict[str, list[Entry]] = {}
+    unknown = []
+    for entry in file.header.tensors:
+        key = names.target(entry.name)
+        if key in shapes:
+            groups.setdefault(key, []).append(entry)
+        elif key is not None and _is_ignored(model, key, "_keys_to_ignore_on_load_unexpected"):
+            name = shown(entry.name)
+            file.notes.append(f"left out, as transformers has no such part: {name}")
+        elif entry.name != FREQUENCIES:
+            unknown.append(entry.name)
+    if unknown:
+        some = ", ".join(map(shown, unknown[:6]))
+        problem = f"{len(unknown)} tensors that transformers has no place for: {some}"
+        errors.append(file.refuse(problem, f"the tensors of {model.class_name}"))
+    tied = tied_names(model.model)
+    missing = [
+        key
+        for key in shapes
+        if key not in groups
+        and not any(name in groups for name in tied.get(key, ()))
+        and not _is_ignored(model, key, "_keys_to_ignore_on_load_missing")
+    ]
+    if missing:
+        error = Damaged(
+            f"nothing for {len(missing)} parameters: {', '.join(map(shown, missing[:6]))}",
+            expected=f"all of {model.class_name}",
+            where=file.name,
+            hint="download the file again",
+        )
+        errors.append(error)
+    layouts = _Layouts()
+    tensors: dict[str, TensorSpec] = {}
+    for key, shape in shapes.items():
+        if key in groups:
+            build = names.build(key, [entry.name for entry in groups[key]])
+            weight = _weight(file.name, key, shape, groups[key], build)
+            tensors[key] = weight
+            errors += layouts.errors(weight)
+    refuse_all(errors[:MAX_ERRORS])
+    return tensors
+
+
+def _weight(
+    file: str, key: str, shape: tuple[int, ...], entries: list[Entry], build: Build
+) -> GgufWeight:
+    parts = tuple(
+        TensorSpec(entry.name, "U8", (entry.stop - entry.start,), file, entry.start, entry.stop)
+        for entry in entries
+    )
+    return GgufWeight(
+        key=key,
+        dtype="F32",
+        shape=shape,
+        file=file,
+        start=parts[0].start,
+        stop=parts[0].stop,
+        parts=parts,
+        entries=tuple(entries),
+        build=build,
+    )
+
+
+class _Layouts:
+    """Checks that parameters come out in their shape: on zeros, once for each kind; of the largest
+    ones only the number of values."""
+
+    def __init__(self):
+        self.shapes: dict[Any, tuple[int, ...] | None] = {}  # by name without numbers, and sources
+
+    def errors(self, weight: GgufWeight) -> list[AdapterkitError]:
+        sources = tuple(entry.shape for entry in weight.entries)
+        count = sum(math.prod(shape) for shape in sources)
+        fits = count == math.prod(weight.shape)
+        if fits and count <= MAX_TRIED:
+            kind = (re.sub(r"\d+", "#", weight.key), sources)
+            if kind not in self.shapes:
+                self.shapes[kind] = _shape_of_zeros(weight)
+            fits = self.shapes[kind] == weight.shape
+        if fits:
+            return []
+        problem = ", ".join(f"{shown(entry.name)} {entry.shape}" for entry in weight.entries)
+        error = Damaged(
+            problem[:500],
+            expected=f"what {shown(weight.key)} {weight.shape} is made of",
+            where=weight.file,
+            hint="download the file again",
+        )
+        return [error]
+
+
+def _shape_of_zeros(weight: GgufWeight) -> tuple[int, ...] | None:
+    """The shape that a parameter has when it is built from zeros; None if that fails."""
+    import numpy as np
+
+    shapes = {entry.name: entry.shape for entry in weight.entries}
+    zeros = lambda name: np.broadcast_to(np.float32(0), shapes[name])
+    try:
+        with np.errstate(all="ignore"):
+            return tuple(weight.build(zeros).shape)
+    except Exception:  # transformers' code, on shapes that it does not expect
+        return None
+
+
+def _is_ignored(model: Skeleton, key: str, rule: str) -> bool:
+    """Whether transformers' loader passes over a key by that rule of the model's class."""
+    patterns = getattr(model.model, rule, None) or ()
+    return any(re.search(pattern, key) for pattern in patterns)
