@@ -8,19 +8,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapterkit.kernels import narrow
-from adapterkit.kernels.narrow import (
+from adapterkit.kernels import common, fp4, fp8
+from adapterkit.kernels.common import block_amax
+from adapterkit.kernels.fp4 import (
     E2M1,
-    block_largest,
-    decode_fp8,
     decode_mxfp4,
     decode_nvfp4,
-    encode_fp8,
     encode_mxfp4,
     encode_nvfp4,
     nvfp4_divisor,
     nvfp4_factor,
 )
+from adapterkit.kernels.fp8 import decode_fp8, encode_fp8
 from tests.support import format_tools
 
 CODES = torch.arange(256, dtype=torch.uint8)
@@ -29,7 +28,7 @@ FP4 = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.float64)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(narrow, "PIECE", 200)
+    monkeypatch.setattr(common, "PIECE", 200)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -121,7 +120,7 @@ def test_fp8_is_code_times_scale(shape: tuple[int, ...], block: tuple[int, int])
     # amax / 448 by blocks, the nearest code: half a step of the mantissa, or of the subnormals
     error = (fp8_values(codes) * each - w).abs()
     assert bool((error <= torch.maximum(w.abs() / 16, each * 2.0**-10) * (1 + 1e-6)).all())
-    assert same(scale, block_largest(w, block) / 448)
+    assert same(scale, block_amax(w, block) / 448)
     for *lead, i, j in itertools.product(*(range(0, n, 3) for n in scale.shape)):
         part = w[tuple(lead)][i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
         assert float(part.abs().max()) / 448 == pytest.approx(float(scale[(*lead, i, j)]), rel=1e-6)
@@ -129,7 +128,7 @@ def test_fp8_is_code_times_scale(shape: tuple[int, ...], block: tuple[int, int])
 
 @pytest.mark.parametrize("rule", ["divide", "multiply"])
 @pytest.mark.parametrize("value", [1.0, 0.37, 1e-4, 3e5, 2.0**-110])
-def test_every_fp8_code_comes_back(rule: narrow.Fp8Rule, value: float) -> None:
+def test_every_fp8_code_comes_back(rule: fp8.Fp8Rule, value: float) -> None:
     codes = CODES.view(torch.float8_e4m3fn).view(8, 32)
     scale = gaussian(2, 4).exp() * value
     again = encode_fp8(decode_fp8(codes, scale, (4, 8)), (4, 8), scale, rule)
@@ -150,7 +149,7 @@ def test_e5m2_and_other_scales() -> None:
 
 
 @pytest.mark.parametrize("rule", ["divide", "multiply", "power"])
-def test_fp8_at_the_ends(rule: narrow.Fp8Rule) -> None:
+def test_fp8_at_the_ends(rule: fp8.Fp8Rule) -> None:
     w = torch.zeros(4, 8)
     w[1] = -0.0
     w[2, 0], w[3, 0] = 3e38, 1e-44
@@ -204,7 +203,7 @@ def test_fp8_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
 
 
 def test_fp8_of_transformers(theirs: dict[str, Tensor]) -> None:
-    rules: list[tuple[str, narrow.Fp8Rule, torch.dtype]] = [
+    rules: list[tuple[str, fp8.Fp8Rule, torch.dtype]] = [
         ("float", "multiply", torch.float32),
         ("ue8m0", "power", torch.float8_e8m0fnu),
     ]
@@ -248,7 +247,7 @@ def test_every_mx_scale_decodes_and_comes_back() -> None:
 
 
 @pytest.mark.parametrize("rule", ["floor", "even", "up"])
-def test_values_of_mxfp4_come_back(rule: narrow.MxRule) -> None:
+def test_values_of_mxfp4_come_back(rule: fp4.MxRule) -> None:
     scales = torch.arange(3, 253, dtype=torch.uint8)[:, None].repeat(1, 4)
     codes = torch.randint(
         256, (250, 4, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
@@ -299,7 +298,7 @@ def test_mx_scales_by_rule() -> None:
         "even": [127, 127, 127, 127, 128, 128, 125, 0, 252, 0, 255, 255],
         "up": [127, 127, 128, 128, 128, 128, 125, 0, 252, 1, 255, 255],
     }
-    rule: narrow.MxRule
+    rule: fp4.MxRule
     for rule in ("floor", "even", "up"):
         codes, scale = encode_mxfp4(w, rule=rule)
         assert scale.flatten().tolist() == expected[rule], rule
@@ -360,7 +359,7 @@ def test_divisor_and_factor_at_the_ends() -> None:
 
 def test_fp4_of_the_tools(theirs: dict[str, Tensor]) -> None:
     w = theirs["w"]
-    rule: narrow.MxRule
+    rule: fp4.MxRule
     for rule in ("floor", "even"):
         codes, scale = encode_mxfp4(w, rule=rule)
         assert same(codes.flatten(1), theirs[f"torchao.mxfp4-{rule}.qdata"]) and same(
@@ -400,7 +399,7 @@ def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     w = gaussian(40, 96)
     runs = []
     for piece in (1, 500, 1 << 20):
-        monkeypatch.setattr(narrow, "PIECE", piece)
+        monkeypatch.setattr(common, "PIECE", piece)
         fp8, mx = encode_fp8(w, (16, 32)), encode_mxfp4(w)
         runs.append([*fp8, *mx, decode_fp8(*fp8, (16, 32)), decode_mxfp4(*mx)])
     for other in runs[1:]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import blockwise, narrow
+from adapterkit.kernels import blockwise, fp4, vectorwise
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.nearly import nearly_best
 
@@ -45,8 +45,8 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
     "noise of nf4, wide": lambda: lost(normal(64, 512) * 0.02),
     "noise of nf4, with structure": lambda: lost(spectrum(192, 256, 0.97 ** torch.arange(192)) + 0.01 * normal(192, 256)),
     "noise of nf4, outliers": lambda: lost(outliers(128, 192)),
-    "noise of int8": lambda: (w := normal(128, 160)) - blockwise.decode_int8(*blockwise.quantize_int8(w)),
-    "noise of mxfp4": lambda: (w := normal(128, 160)) - narrow.decode_mxfp4(*narrow.encode_mxfp4(w)),
+    "noise of int8": lambda: (w := normal(128, 160)) - vectorwise.decode_int8(*vectorwise.quantize_int8(w)),
+    "noise of mxfp4": lambda: (w := normal(128, 160)) - fp4.decode_mxfp4(*fp4.encode_mxfp4(w)),
     "normal": lambda: normal(200, 200),
     "one column stands out": lambda: torch.cat([1e4 * normal(256, 1), normal(256, 255, seed=1)], 1),
     "a few columns stand out": lambda: torch.cat([1e4 * normal(256, 7), normal(256, 249, seed=1)], 1),

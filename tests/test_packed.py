@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapterkit.kernels import narrow, packed
-from adapterkit.kernels.packed import (
+from adapterkit.kernels import common
+from adapterkit.kernels.integers import (
     decode_awq,
     decode_gptq,
     decode_int8,
@@ -22,19 +22,10 @@ from adapterkit.kernels.packed import (
 )
 from tests.support import format_tools
 
-PARTS = [
-    (slice(None), slice(None)),
-    (slice(3, 9), slice(None)),
-    (slice(None), slice(32, 64)),
-    (slice(5, 6), slice(33, 62)),
-    (slice(2, 2), slice(5, 9)),
-]
-
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (narrow, packed):
-        monkeypatch.setattr(module, "PIECE", 200)
+    monkeypatch.setattr(common, "PIECE", 200)
 
 
 @pytest.fixture(scope="module", params=["golden", "tools"])
@@ -93,29 +84,27 @@ def test_zeros_of_few_rows() -> None:
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(("rows", "columns"), PARTS)
+@pytest.mark.parametrize("size", [96, 90, 33])
 @pytest.mark.parametrize("form", ["groups", "one", "channel", "zero", "group"])
-def test_decode_packed_and_int8(bits: int, rows: slice, columns: slice, form: str) -> None:
+def test_decode_packed_and_int8(bits: int, size: int, form: str) -> None:
     half = 2 ** (bits - 1)
-    codes = randoms(11, 96, low=-half, high=half).to(torch.int8)
-    groups = {"one": 1, "channel": 1}.get(form, 6)
+    codes = randoms(11, size, low=-half, high=half).to(torch.int8)
+    groups = {"one": 1, "channel": 1}.get(form, 3 if size == 33 else 6)
     scale = randoms(1 if form == "one" else 11, groups, low=1, high=1000, seed=1) / 997
     zero = (
-        randoms(11, 6, low=-half, high=half, seed=2).to(torch.int8)
+        randoms(11, groups, low=-half, high=half, seed=2).to(torch.int8)
         if form in ("zero", "group")
         else None
     )
-    index = torch.arange(96) // (96 // groups)
+    index = torch.arange(size) // (size // groups)
     if form == "group":
-        index = index[torch.randperm(96, generator=torch.Generator().manual_seed(3))]
+        index = index[torch.randperm(size, generator=torch.Generator().manual_seed(3))]
     group = index.int() if form == "group" else None
     shift = 0 if zero is None else zero[:, index].double()
     exact = ((codes.double() - shift) * scale.expand(11, -1)[:, index].double()).float()
     words = pack(codes, bits)
-    assert torch.equal(
-        decode_packed(words, scale, bits, 96, zero, group, rows, columns), exact[rows, columns]
-    )
-    assert torch.equal(decode_int8(codes, scale, zero, group, rows, columns), exact[rows, columns])
+    assert torch.equal(decode_packed(words, scale, bits, size, zero, group), exact)
+    assert torch.equal(decode_int8(codes, scale, zero, group), exact)
     again = encode_integers(exact, bits, scale=scale, zero=zero, group=group)
     assert torch.equal(again.codes, codes)
 
@@ -208,8 +197,7 @@ def test_int8_of_torchao(theirs: dict[str, Tensor]) -> None:
         agree(read, theirs, f"{key}.decoded", torch.bfloat16)
 
 
-@pytest.mark.parametrize(("rows", "columns"), PARTS)
-def test_int4_of_torchao(rows: slice, columns: slice) -> None:
+def test_int4_of_torchao() -> None:
     codes = randoms(11, 64, low=-8, high=8)
     stored = ((codes[:, ::2] & 15) | ((codes[:, 1::2] & 15) << 4)).to(torch.uint8)
     scale, zero = (
@@ -217,15 +205,12 @@ def test_int4_of_torchao(rows: slice, columns: slice) -> None:
     )
     index = torch.arange(64) // 16
     expected = (codes * scale.T[:, index].float()) + zero.T[:, index].float()
-    assert torch.equal(
-        decode_torchao_int4(stored, scale, zero, rows, columns), expected[rows, columns]
-    )
+    assert torch.equal(decode_torchao_int4(stored, scale, zero), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("rows", "columns"), PARTS)
 @pytest.mark.parametrize("order", ["equal", "shuffled", "uneven"])
-def test_gptq_by_bits(bits: int, rows: slice, columns: slice, order: str) -> None:
+def test_gptq_by_bits(bits: int, order: str) -> None:
     size, out, groups = 96, 32, 3
     words = randoms(size * bits // 32, out, low=-(2**31), high=2**31).int()
     zeros = randoms(groups, out * bits // 32, low=-(2**31), high=2**31, seed=1).int()
@@ -236,17 +221,11 @@ def test_gptq_by_bits(bits: int, rows: slice, columns: slice, order: str) -> Non
     codes, zero = bits_of(words.T, bits, size), bits_of(zeros, bits, out)
     for group in (index.int(), None) if order == "equal" else (index.int(),):
         exact = ((codes - zero.T[:, index]).double() * scale.T[:, index].double()).float()
-        assert torch.equal(
-            decode_gptq(words, zeros, scale, bits, size, group, 2, rows, columns),
-            exact[rows, columns],
-        )
+        assert torch.equal(decode_gptq(words, zeros, scale, bits, size, group, 2), exact)
     zero = randoms(groups, out, high=2**bits, low=1)
     exact = ((codes - zero.T[:, index]).double() * scale.T[:, index].double()).float()
     stored = pack((zero - 1 - 2 ** (bits - 1)).to(torch.int8), bits)
-    assert torch.equal(
-        decode_gptq(words, stored, scale, bits, size, index.int(), 1, rows, columns),
-        exact[rows, columns],
-    )
+    assert torch.equal(decode_gptq(words, stored, scale, bits, size, index.int(), 1), exact)
 
 
 def test_gptq_of_its_tool(theirs: dict[str, Tensor]) -> None:
@@ -264,9 +243,10 @@ def test_gptq_of_its_tool(theirs: dict[str, Tensor]) -> None:
         decode_gptq(words, zeros, scale, 4, len(group), version=3)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [*PARTS, (slice(7, 17), slice(0, 1))])
+@pytest.mark.parametrize("piece", [1, 200, 1600])
 @pytest.mark.parametrize("zeros", [True, False])
-def test_awq_by_nibbles(rows: slice, columns: slice, zeros: bool) -> None:
+def test_awq_by_nibbles(piece: int, zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "PIECE", piece)
     words = randoms(64, 4, low=-(2**31), high=2**31).int()
     zwords = randoms(2, 4, low=-(2**31), high=2**31, seed=1).int()
     scale = torch.rand(2, 32, generator=torch.Generator().manual_seed(2)).half()
@@ -278,9 +258,7 @@ def test_awq_by_nibbles(rows: slice, columns: slice, zeros: bool) -> None:
     codes, zero = opened(words).T, opened(zwords).T if zeros else torch.full((32, 2), 8)
     index = torch.arange(64) // 32
     exact = ((codes - zero[:, index]).double() * scale.T[:, index].double()).float()
-    assert torch.equal(
-        decode_awq(words, zwords if zeros else None, scale, rows, columns), exact[rows, columns]
-    )
+    assert torch.equal(decode_awq(words, zwords if zeros else None, scale), exact)
 
 
 def test_awq_of_its_tool(theirs: dict[str, Tensor]) -> None:

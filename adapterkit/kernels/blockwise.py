@@ -1,10 +1,13 @@
-"""bitsandbytes' formats: blocks of nf4 and fp4, their scales quantized once more, and rows of int8, to float32 and back.
+"""nf4 and fp4 of bitsandbytes, with scales of blocks that may be quantized once more, to float32
+and back.
 
-Encoding gives the bytes of bitsandbytes 0.50 on a CPU, which transformers stores, for float32, float16 and bfloat16 alike: they are
-made float32 first. Its CUDA kernels give others for a few values; the functions say for which.
+Encoding gives the bytes of bitsandbytes 0.50 on a CPU, which transformers stores, for float32,
+float16 and bfloat16 alike: they are converted to float32 first. Its CUDA kernels give others for a
+few values; the functions say for which.
 
-A weight is one row of elements, cut into blocks of `blocksize` (the last may be shorter); two elements are in a byte, the first in
-the high nibble. Each block can be worked on alone. Values that are not finite raise ValueError.
+A weight is one row of elements, cut into blocks of `blocksize` (the last may be shorter); two
+elements are in a byte, the first in the high nibble. Each block can be encoded alone. Values that
+are not finite raise ValueError.
 """
 
 import functools
@@ -17,42 +20,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterkit.kernels.stochastic import Between, Draws, between
+from adapterkit.kernels.stochastic import Draws, Neighbours, neighbours
 from adapterkit.kernels.sums import all_finite
 
 Kind = Literal["nf4", "fp4"]
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # sizes that bitsandbytes accepts
 NESTED = 256  # scales with one scale
-PIECE = (
-    1 << 19
-)  # elements worked on at once: fewer, and threads wait for Python's lock more than they work
-COMPARED = (
-    1 << 16
-)  # elements compared with all thresholds at once, so that the answers stay in cache
+PIECE = 1 << 19  # elements worked on at once: with fewer, threads wait for Python's lock too long
+COMPARED = 1 << 16  # elements compared with all thresholds at once: the results stay in cache
 SMALLEST = 1e-38  # stands for smaller scales in a division
-CELLS = 1 << 16  # parts of [-1, 1] that the quantizing of scales tells apart
+CELLS = 1 << 16  # parts of [-1, 1] that the quantization of scales distinguishes
 
-# quantiles of the normal distribution, and of sign, exponent (2 bits) and mantissa those of a 4-bit float over its largest, 12
-NF4 = (
-    *(
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-    ),
-    *(
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-    ),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+# fmt: off
+NF4 = (  # quantiles of the normal distribution
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
+# fmt: on
+# a 4-bit float (sign, 2 bits of exponent, mantissa) over its largest value, 12
 FP4 = tuple(sign * x / 12 for sign in (1, -1) for x in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 ORDER: dict[Kind, tuple[int, ...]] = {  # codes by rising value; of fp4's two zeros 0 is below 8
     "nf4": tuple(range(16)),
@@ -71,11 +59,6 @@ class Nested(NamedTuple):
     offset: Tensor  # () float32
 
 
-class Rows(NamedTuple):
-    codes: Tensor  # (out, in) int8
-    scale: Tensor  # (out,) float32
-
-
 # 4 bits
 
 
@@ -89,44 +72,49 @@ def quantize_4bit(
     kind: Kind,
     blocksize: int = 64,
 ) -> Blocks:
-    """absmax = the largest magnitude of a block; code = the nearest to w · (1 / absmax), between two the lower value's.
+    """absmax = the largest magnitude of a block; code = the nearest to w · (1 / absmax), of two
+    equally near ones that of the lower value.
 
-    As bitsandbytes does it: the last block, if it is shorter, is divided by its absmax instead, which is 1e-38 at least; whole
-    blocks with less than 1e-38 are scaled by 1e38 (zeros: nf4 7, fp4 0). An odd n is filled up with the code of 0. fp4 has code 8
-    for what rounds to 0 from above, 0 from below.
+    As bitsandbytes: a shorter last block is divided by its absmax instead, which is at least 1e-38;
+    whole blocks below 1e-38 are scaled by 1e38 (zeros: nf4 7, fp4 0). An odd n is padded with the
+    code of 0. fp4 has code 8 for what rounds to 0 from above, 0 from below.
 
-    CUDA gives zero blocks code 0, multiplies in the last block too, by a reciprocal that may be an ulp off, and in fp4 has the two
-    zeros the other way round, thresholds up to 14 ulp away and ties towards 0.
+    CUDA gives zero blocks code 0, multiplies in the last block too, by a reciprocal that may be an
+    ulp off, and in fp4 has the two zeros exchanged, thresholds up to 14 ulp away and ties towards
+    0.
     """
     w, absmax = weight.detach().reshape(-1), []
-    packed = _room(w)
+    packed = _empty_bytes(w)
     for first, last in _parts(w.numel(), blocksize):
         x = w[first:last].float().view(-1, min(blocksize, last - first))
-        largest = x.abs().amax(1)
-        if not bool(largest.isfinite().all()):
+        amax = x.abs().amax(1)
+        if not bool(amax.isfinite().all()):
             raise ValueError("the matrix holds values that are not finite")
         short = x.shape[1] < blocksize
-        absmax.append(largest.clamp_(min=SMALLEST) if short else largest)
-        codes = _in_order(_ranks(_scaled(x, largest, short), kind), kind)
+        absmax.append(amax.clamp_(min=SMALLEST) if short else amax)
+        codes = _codes(_ranks(_scaled(x, amax, short), kind), kind)
         _pack(codes, kind, packed[first // 2 : (last + 1) // 2])
-    return Blocks(
-        packed[:, None], torch.cat(absmax) if absmax else w.new_empty(0, dtype=torch.float32)
-    )
+    none = w.new_empty(0, dtype=torch.float32)
+    return Blocks(packed[:, None], torch.cat(absmax) if absmax else none)
 
 
-def codes_for(
+def encode_4bit(
     weight: Tensor,  # n elements, any float dtype
     absmax: Tensor,  # (blocks,) float32, as stored or decoded; may be negative
     kind: Kind,
     blocksize: int = 64,
     draws: Draws | None = None,
 ) -> Tensor:  # (ceil(n/2), 1) uint8
-    """The codes of quantize_4bit beside scales that are given, or drawn from the two neighbours. fp4's -0 has code 8, so that all
-    codes come back that were decoded beside a scale of 1e-38 or more; beside 0 none can."""
+    """The codes of quantize_4bit for these scales; with draws stochastically one of the two
+    neighbours.
+
+    fp4's -0 has code 8, so that all codes come back that were decoded with a scale of 1e-38 or
+    more; with 0 none can. Raises ValueError for a wrong number of scales.
+    """
     w = weight.detach().reshape(-1)
-    packed = _room(w)
+    packed = _empty_bytes(w)
     _check_blocks(absmax, w.numel(), blocksize)
-    _check_scales(absmax)
+    check_scales(absmax)
     for first, last in _parts(w.numel(), blocksize):
         x = w[first:last].float().view(-1, min(blocksize, last - first))
         scale = absmax[first // blocksize : math.ceil(last / blocksize)].float()
@@ -135,8 +123,9 @@ def codes_for(
             raise ValueError("the matrix holds values that are not finite")
         ranks = _ranks(scaled, kind)
         if draws is not None:
-            ranks = _between(x, ranks, scale, kind).drawn(draws.at(first)).to(torch.uint8).view(-1)
-        codes = _in_order(ranks, kind)
+            near = _neighbours(x, ranks, scale, kind)
+            ranks = near.draw(draws.at(first)).to(torch.uint8).view(-1)
+        codes = _codes(ranks, kind)
         if kind == "fp4":
             codes.add_(((x == 0) & scaled.signbit()).view(-1).to(torch.uint8), alpha=8)
         _pack(codes, kind, packed[first // 2 : (last + 1) // 2])
@@ -149,33 +138,30 @@ def decode_4bit(
     kind: Kind,
     blocksize: int,
     size: int,  # n
-    first: int = 0,
-    last: int | None = None,
-) -> Tensor:  # (last - first,) float32
-    """code · absmax of the elements first to last.
+) -> Tensor:  # (n,) float32
+    """code · absmax.
 
-    Rounded to the state's dtype this is bitsandbytes' dequantize_4bit, except that on CPUs with AVX-512 it takes wrong scales for
-    rows that are not whole blocks (in 0.50.2, where 16 divides them).
+    Rounded to the state's dtype this is bitsandbytes' dequantize_4bit, except that on CPUs with
+    AVX-512 it uses wrong scales for rows that are not whole blocks (in 0.50.2, where 16 divides
+    them).
     """
-    last = size if last is None else last
     _check_blocks(absmax, size, blocksize)
-    text = packed.reshape(-1).view(torch.uint8)
-    if len(text) != (size + 1) // 2:
-        raise ValueError(f"expected {(size + 1) // 2} bytes for {size} elements, not {len(text)}")
-    start, end = first // blocksize * blocksize, min(math.ceil(last / blocksize) * blocksize, size)
-    out = torch.empty(2 * math.ceil((end - start) / 2), device=packed.device)
+    stored = packed.reshape(-1).view(torch.uint8)
+    if len(stored) != (size + 1) // 2:
+        raise ValueError(f"expected {(size + 1) // 2} bytes for {size} elements, not {len(stored)}")
+    out = torch.empty(2 * len(stored), device=packed.device)
     table = _pairs(kind, packed.device)
-    for at, to in _parts(end - start, blocksize):
-        each = text[(start + at) // 2 : (start + to + 1) // 2]
-        x = out[at : to + to % 2]
+    for first, last in _parts(size, blocksize):
+        each = stored[first // 2 : (last + 1) // 2]
+        x = out[first : last + last % 2]
         torch.index_select(table, 0, each.int(), out=x.view(torch.int64))
-        scale = absmax[(start + at) // blocksize : math.ceil((start + to) / blocksize)]
-        x[: to - at].view(-1, min(blocksize, to - at)).mul_(scale.float()[:, None])
-    return out[first - start : last - start]
+        scale = absmax[first // blocksize : math.ceil(last / blocksize)]
+        x[: last - first].view(-1, min(blocksize, last - first)).mul_(scale.float()[:, None])
+    return out[:size]
 
 
 def _parts(size: int, blocksize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole blocks with about PIECE elements, then what is left."""
+    """Ranges of whole blocks with about PIECE elements, then of the shorter last block."""
     if blocksize not in BLOCKS:
         raise ValueError(f"expected a block size of {', '.join(map(str, BLOCKS))}, not {blocksize}")
     whole, step = size // blocksize * blocksize, max(1, PIECE // blocksize) * blocksize
@@ -184,7 +170,7 @@ def _parts(size: int, blocksize: int) -> Iterator[tuple[int, int]]:
         yield whole, size
 
 
-def _room(w: Tensor) -> Tensor:
+def _empty_bytes(w: Tensor) -> Tensor:
     return torch.empty((w.numel() + 1) // 2, dtype=torch.uint8, device=w.device)
 
 
@@ -193,80 +179,73 @@ def _scaled(
     absmax: Tensor,  # (blocks,) float32
     short: bool,
 ) -> Tensor:  # (blocks, m)
-    absmax = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))[
-        :, None
-    ]
-    return x / absmax if short else x * absmax.reciprocal()
+    """x / absmax, a short block by division."""
+    absmax = torch.where(absmax < 0, absmax.clamp(max=-SMALLEST), absmax.clamp(min=SMALLEST))
+    return x / absmax[:, None] if short else x * absmax[:, None].reciprocal()
 
 
 def _ranks(
     x: Tensor,  # float32
     kind: Kind,
 ) -> Tensor:  # (x.numel(),) uint8
-    """How many thresholds are below. Comparing with each of them is faster than to search: numpy does 16 at a time."""
+    """How many thresholds are below. Comparing with each is faster than a search: numpy does 16 at
+    a time."""
     thresholds = _thresholds(kind)
     x = x.view(-1)
     if x.device.type != "cpu":
         return torch.bucketize(x, thresholds.to(x.device)).to(torch.uint8)
     values, ranks = x.numpy(), np.empty(x.numel(), np.uint8)
     for first in range(0, len(values), COMPARED):
-        above = np.greater(values[first : first + COMPARED], thresholds.numpy()[:, None]).view(
-            np.uint8
-        )
-        np.add.reduce(above, axis=0, dtype=np.uint8, out=ranks[first : first + COMPARED])
+        part = slice(first, first + COMPARED)
+        above = np.greater(values[part], thresholds.numpy()[:, None]).view(np.uint8)
+        np.add.reduce(above, axis=0, dtype=np.uint8, out=ranks[part])
     return torch.from_numpy(ranks)
 
 
-def _in_order(ranks: Tensor, kind: Kind) -> Tensor:  # (m,) uint8
-    """Codes by the rank of their value."""
+def _codes(ranks: Tensor, kind: Kind) -> Tensor:  # (m,) uint8
+    """The codes of values by their rank."""
     if kind == "nf4":
         return ranks
     if ranks.device.type != "cpu":
         return torch.tensor(ORDER[kind], dtype=torch.uint8, device=ranks.device)[ranks.int()]
-    return torch.frombuffer(
-        bytearray(ranks.numpy().tobytes().translate(bytes(ORDER[kind]).ljust(256))),
-        dtype=torch.uint8,
-    )
+    codes = ranks.numpy().tobytes().translate(bytes(ORDER[kind]).ljust(256))
+    return torch.frombuffer(bytearray(codes), dtype=torch.uint8)
 
 
-def _between(
+def _neighbours(
     x: Tensor,  # (blocks, m) float32
     ranks: Tensor,  # (blocks · m,) uint8
     absmax: Tensor,  # (blocks,) float32
     kind: Kind,
-) -> Between:
+) -> Neighbours:
     table, scale = quant_map(kind)[list(ORDER[kind])].to(x.device), absmax[:, None]
-    return between(x, ranks.view(x.shape), lambda level: table[level] * scale, (0, 15), scale < 0)
+    value = lambda level: table[level] * scale
+    return neighbours(x, ranks.view(x.shape), value, (0, 15), scale < 0)
 
 
-def beyond(
+def amax_and_overflow(
     weight: Tensor,  # n elements, any float dtype
     absmax: Tensor,  # (blocks,) float32
     blocksize: int,
 ) -> tuple[Tensor, Tensor]:  # (blocks,) float32, (blocks,) bool
     """The largest magnitude of each block, and where that is beyond the scale's largest code."""
-    largest = _padded(weight, blocksize).abs().amax(1)
-    return largest, largest > absmax.abs()
+    amax = _padded(weight, blocksize).abs().amax(1)
+    return amax, amax > absmax.abs()
 
 
-def spread(
+def expected_errors(
     weight: Tensor,  # n elements, any float dtype
     absmax: Tensor,  # (blocks,) float32
     kind: Kind,
     blocksize: int,
 ) -> Tensor:  # (blocks,) float32
-    """The expected squared error of each block whose codes are drawn beside this scale."""
-    w = _padded(weight, blocksize)
-    parts = [
-        slice(first, first + PIECE // blocksize) for first in range(0, len(w), PIECE // blocksize)
-    ]
-    each = [
-        _between(w[p], _ranks(_scaled(w[p], absmax[p], False), kind), absmax[p], kind)
-        .spread()
-        .sum(1)
-        for p in parts
-    ]
-    return torch.cat(each) if each else absmax
+    """The expected squared error of each block whose codes are drawn for this scale."""
+    w, step, errors = _padded(weight, blocksize), PIECE // blocksize, []
+    for first in range(0, len(w), step):
+        x, scale = w[first : first + step], absmax[first : first + step]
+        near = _neighbours(x, _ranks(_scaled(x, scale, False), kind), scale, kind)
+        errors.append(near.expected_error().sum(1))
+    return torch.cat(errors) if errors else absmax
 
 
 def _padded(weight: Tensor, blocksize: int) -> Tensor:  # (blocks, blocksize) float32
@@ -277,7 +256,7 @@ def _padded(weight: Tensor, blocksize: int) -> Tensor:  # (blocks, blocksize) fl
 def _pack(
     codes: Tensor,  # (m,) uint8
     kind: Kind,
-    out: Tensor,  # (ceil(m/2),) uint8, takes the result
+    out: Tensor,  # (ceil(m/2),) uint8, overwritten
 ) -> None:
     codes = pad(codes, (0, len(codes) % 2), value=7 if kind == "nf4" else 0)  # the code of 0
     pairs = codes.view(torch.int16)  # second << 8 | first
@@ -294,50 +273,45 @@ def _thresholds(kind: Kind) -> Tensor:  # (15,) float32, rising
 def _pairs(kind: Kind, device: torch.device) -> Tensor:  # (256,) int64
     """For each byte the values of its high and its low nibble, two float32 in one int64."""
     values = torch.tensor(NF4 if kind == "nf4" else FP4)
-    return (
-        torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)
-        .view(torch.int64)
-        .flatten()
-        .to(device)
-    )
+    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)
+    return pairs.view(torch.int64).flatten().to(device)
 
 
 def _check_blocks(absmax: Tensor, size: int, blocksize: int) -> None:
-    if absmax.shape != (math.ceil(size / blocksize),):
-        raise ValueError(
-            f"expected {math.ceil(size / blocksize)} scales for {size} elements, not {tuple(absmax.shape)}"
-        )
+    count = math.ceil(size / blocksize)
+    if absmax.shape != (count,):
+        raise ValueError(f"expected {count} scales for {size} elements, not {tuple(absmax.shape)}")
 
 
-# scales of 8 bits
+# scales of 8 bits (double quantization)
 
 
 def quantize_absmax(
     absmax: Tensor,  # (blocks,) float32
-    offset: Tensor | float | None = None,  # the mean if not given
-    scale: Tensor | None = None,  # (ceil(blocks/256),) float32, made if not given
-    values: Tensor | None = None,  # (256,) float32, rising; dynamic_map if not given
+    offset: Tensor | float | None = None,  # None: the mean
+    scale: Tensor | None = None,  # (ceil(blocks/256),) float32; None: computed
+    values: Tensor | None = None,  # (256,) float32, rising; None: dynamic_map
 ) -> Nested:
-    """Double quantization: d = absmax - mean, each 256 of them scaled by 1 / max |d| and looked up in a table of 65536 equal cells
-    of [-1, 1] that hold the nearest value of the map; what is nearer to 0 than half a cell is all one.
+    """Double quantization: d = absmax - mean, each 256 of them scaled by 1 / max |d| and looked up
+    in a table of 65536 equal cells of [-1, 1] that hold the nearest value of the map: values nearer
+    to 0 than half a cell are not distinguished.
 
-    The mean is torch's of float32 in one thread; in several, as bitsandbytes may be, its last bit can differ above 32768 blocks.
-    On CUDA it does so always, and the map itself is searched.
+    The mean is torch's of float32 in one thread; in several, as in bitsandbytes, its last bit can
+    differ above 32768 blocks. On CUDA it always can, and the map itself is searched.
 
-    No inverse of decode_absmax: the mean of what is decoded is another, and d has lost bits. Keep what is stored, or give offset
-    and scale to put a changed block's absmax among others.
+    Not the inverse of decode_absmax: the mean of decoded scales differs, and d has lost bits. Keep
+    the stored bytes, or pass offset and scale to encode a changed block's absmax among others.
     """
     absmax = absmax.float()
-    _check_scales(absmax, scale)
+    check_scales(absmax, scale)
     if offset is None:
-        offset = absmax.expand(2, -1).mean(1)[0]  # two rows: not shared out among threads
+        offset = absmax.expand(2, -1).mean(1)[0]  # two rows: one thread sums each
     offset = torch.as_tensor(offset, dtype=torch.float32, device=absmax.device)
     d = absmax - offset
     groups = pad(d, (0, -len(d) % NESTED)).view(-1, NESTED)
     scale = groups.abs().amax(1) if scale is None else scale
-    scaled = (
-        (groups * scale.reciprocal()[:, None]).clamp_(-1, 1).nan_to_num_(-1.0)
-    )  # 0 · inf is NaN and gets the first code
+    scaled = (groups * scale.reciprocal()[:, None]).clamp_(-1, 1)
+    scaled.nan_to_num_(-1.0)  # 0 · inf is NaN and gets the first code
     index = ((scaled + 1) * 0.5 * (CELLS - 1) + 0.5).long()
     cells = _cells(tuple(values.tolist()) if values is not None else None).to(absmax.device)
     return Nested(cells[index].view(-1)[: len(d)], scale, offset)
@@ -350,21 +324,19 @@ def decode_absmax(
     offset: Tensor | float,
     blocksize: int = NESTED,
     dtype: torch.dtype = torch.float32,  # nested_dtype
-    first: int = 0,
-    last: int | None = None,
-) -> Tensor:  # (last - first,) float32
-    """values[code] · absmax + offset of the scales first to last, each of the two rounded to `dtype`; may be 0 or less."""
-    codes = codes[first:last]
-    group = torch.arange(first, first + len(codes), device=codes.device) // blocksize
+) -> Tensor:  # (blocks,) float32
+    """values[code] · absmax + offset, each of the two rounded to `dtype`; may be 0 or less."""
+    group = torch.arange(len(codes), device=codes.device) // blocksize
     product = (values.float()[codes.int()] * absmax.float()[group]).to(dtype)
     return (product + torch.as_tensor(offset, dtype=torch.float32, device=codes.device)).float()
 
 
 def dynamic_map() -> Tensor:  # (256,) float32, rising
-    """0, 1, and for each power of ten 10^(i-6), i = 0 to 6, the middles ± of 2^i equal parts of [0.1, 1] times it.
+    """0, 1, and for each power of ten 10^(i-6), i = 0 to 6, the middles ± of 2^i equal parts of
+    [0.1, 1] times it.
 
-    Reference: Dettmers 2015, arXiv:1511.04561. The values from -0.9930 to 1 are not symmetric. Older CPU versions of bitsandbytes
-    changed the first to -1 when they quantized.
+    Reference: Dettmers 2015, arXiv:1511.04561. The values from -0.9930 to 1 are not symmetric.
+    Older CPU versions of bitsandbytes changed the first to -1 when they quantized.
     """
     values = [torch.tensor([0.0, 1.0])]
     for i in range(7):
@@ -379,98 +351,14 @@ def _cells(values: tuple[float, ...] | None) -> Tensor:  # (65536,) uint8
     """The code of each cell: how many middles between two values of the map are below it."""
     table = dynamic_map() if values is None else torch.tensor(values)
     middles = (table[:-1] + table[1:]) * 0.5
-    return torch.bucketize(-1 + 2 * torch.arange(CELLS).float() / (CELLS - 1), middles).to(
-        torch.uint8
-    )
-
-
-# rows of 8 bits
-
-
-def quantize_int8(
-    weight: Tensor,  # (out, in), any float dtype
-    scale: Tensor
-    | None = None,  # (out,) float32: SCB; made from the largest magnitude of each row if not given
-    draws: Draws | None = None,
-) -> Rows:
-    """scale = max |w| of a row, code = w · (127 / scale) to nearest, ties to even; w is rounded to float16 first, as LLM.int8 does.
-
-    Magnitudes from 65520 on are infinite in float16 and so refused; bitsandbytes stores zeros for their rows. A scale of 0 holds
-    zeros. Scales and codes of decode_int8 come back where a row has a code of ±127, as all have that were made so from values
-    above float16's subnormals. CUDA divides 127 by the scale less exactly: a code may be one off. With draws (and a scale) w is not
-    rounded to float16 first.
-
-    Reference: Dettmers et al. 2022, arXiv:2208.07339.
-    """
-    w = weight.detach()
-    _check_scales(scale)
-    made = torch.empty(len(w), device=w.device) if scale is None else scale.float()
-    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    step = max(1, PIECE // max(1, w.shape[1]))
-    for rows in (slice(first, first + step) for first in range(0, len(w), step)):
-        x = w[rows].float() if draws is not None else w[rows].half().float()
-        if scale is None:
-            made[rows] = x.abs().amax(1)
-        if not bool((made[rows] if scale is None else x).isfinite().all()):
-            raise ValueError("the matrix holds values that are not finite in float16")
-        if draws is None:
-            codes[rows] = _int8_codes(x, made[rows], saturate=scale is not None)
-        else:
-            codes[rows] = _between_int8(x, made[rows]).drawn(draws.at(rows.start * w.shape[1]))
-    return Rows(codes, made)
-
-
-def renew_int8(
-    weight: Tensor,  # (out, in) float32
-    scale: Tensor,  # (out,) float32, as it is stored
-    draws: Draws,
-) -> Rows:
-    """Codes drawn beside the scales that are there, so that values that do not move keep theirs. A row with a value beyond its
-    largest code gets a new scale if that makes the expected square of the error smaller."""
-    largest = weight.abs().amax(1)
-    for row in (largest > scale.abs()).nonzero().flatten().tolist():
-        x, both = weight[row].expand(2, -1), torch.stack([scale[row], largest[row]])
-        old, new = _between_int8(x, both).spread().sum(1)
-        if bool(new < old):
-            scale = scale.index_fill(
-                0, torch.tensor([row], device=scale.device), float(largest[row])
-            )
-    return quantize_int8(weight, scale, draws)
-
-
-def _int8_codes(
-    x: Tensor,  # (n, in) float32, used up
-    scale: Tensor,  # (n,)
-    saturate: bool,
-) -> Tensor:
-    factor = torch.where(scale == 0, 0.0, 127.0 / scale)
-    x.mul_(factor[:, None]).round_()
-    return x.clamp_(-127, 127) if saturate else x
-
-
-def _between_int8(x: Tensor, scale: Tensor) -> Between:
-    value = lambda level: level.float().mul_(scale[:, None]).mul_(1 / 127)
-    return between(
-        x, _int8_codes(x.clone(), scale, saturate=True), value, (-127, 127), (scale < 0)[:, None]
-    )
-
-
-def decode_int8(
-    codes: Tensor,  # (out, in) int8
-    scale: Tensor,  # (out,) float32: SCB
-) -> Tensor:  # (out, in) float32
-    """code · scale · (1/127), two roundings, as bitsandbytes' int8_vectorwise_dequant; any rows of both."""
-    out = torch.empty(codes.shape, device=codes.device)
-    step = max(1, PIECE // max(1, codes.shape[1]))
-    for rows in (slice(first, first + step) for first in range(0, len(codes), step)):
-        out[rows] = codes[rows]
-        out[rows].mul_(scale[rows].float()[:, None]).mul_(1 / 127)
-    return out
+    cells = -1 + 2 * torch.arange(CELLS).float() / (CELLS - 1)
+    return torch.bucketize(cells, middles).to(torch.uint8)
 
 
 # shared
 
 
-def _check_scales(*scales: Tensor | None) -> None:
+def check_scales(*scales: Tensor | None) -> None:
+    """Raises ValueError for values that are not finite."""
     if not all(bool(scale.isfinite().all()) for scale in scales if scale is not None):
         raise ValueError("the scales hold values that are not finite")

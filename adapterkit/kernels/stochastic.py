@@ -1,7 +1,9 @@
-"""Stochastic rounding: up or down at random, so that E[round(x)] = x, where rounding to nearest swallows what is below half a step.
+"""Stochastic rounding: up or down at random so that E[round(x)] = x, where rounding to nearest
+loses what is below half a step.
 
-The draws come from a counter: splitmix64 (Steele, Lea and Flood 2014) of a tensor's key and an element's position in it. They are a
-function of those alone, the same on every device, in whatever pieces and order the elements are rounded.
+The random numbers come from a counter: splitmix64 (Steele, Lea and Flood 2014) of a tensor's key
+and an element's position in it. They are a function of those alone: the same on every device, in
+whatever pieces and order the elements are rounded.
 """
 
 import hashlib
@@ -15,74 +17,70 @@ from torch import Tensor
 PIECE = 1 << 16  # elements worked on at once, so that a few temporaries of them stay in cache
 WORD = 1 << 64
 STEP, *MIX = 0x9E3779B97F4A7C15, (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)
-EXPONENT = {
+EXPONENT = {  # bits of the power of 2
     torch.float32: (torch.int32, 0xFF << 23),
     torch.float64: (torch.int64, 0x7FF << 52),
-}  # bits of the power of 2
+}
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Random numbers of the elements of one tensor, from element `first` on. `turned`: of a stack of matrices (rows, columns) that
-    is read by columns, from its element `local` on."""
+    """Random numbers of the elements of one tensor, from element `first` on.
+
+    `transposed`: the elements are read by columns, from number `local` on, of a stack of matrices
+    of this shape (rows, columns).
+    """
 
     key: int
     first: int = 0
-    turned: tuple[int, int] | None = None
+    transposed: tuple[int, int] | None = None
     local: int = 0
 
     @classmethod
     def of(cls, seed: int, name: str) -> "Draws":
-        """Those of a tensor by its key. Other seeds and other names give independent ones."""
-        return cls(
-            int.from_bytes(
-                hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little"
-            )
-        )
+        """Those of a tensor by its key; other seeds and other names give independent ones."""
+        digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+        return cls(int.from_bytes(digest, "little"))
 
     def at(self, position: int) -> "Draws":
         """Those from `position` on."""
-        if self.turned:
+        if self.transposed:
             return replace(self, local=self.local + position)
         return replace(self, first=self.first + position)
 
     def by_columns(self, rows: int, columns: int) -> "Draws":
         """The same numbers for the same elements, of matrices that are stored transposed."""
-        return replace(self, turned=(rows, columns))
+        return replace(self, transposed=(rows, columns))
 
-    def halves(self, count: int, device: torch.device) -> Tensor:  # (count,) int16, uniform
+    def halves(self, count: int, device: torch.device) -> Tensor:  # (count,) int16
+        """Uniform over all values of int16."""
         return self._lanes(count, device, torch.int16)
 
     def uniform(
         self, count: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> Tensor:  # (count,) float32
-        """Numbers strictly between 0 and 1: the middles of 2^23 equal parts; of 2^16, as `halves` counts down, for bfloat16."""
+        """Numbers strictly between 0 and 1: the middles of 2^23 equal parts; for bfloat16 of 2^16,
+        the higher the lower the numbers of `halves`."""
         if dtype == torch.bfloat16:
             return (32767.5 - self.halves(count, device).float()).mul_(2.0**-16)
-        return (
-            (self._lanes(count, device, torch.int32) >> 9)
-            .float()
-            .add_(0.5)
-            .mul_(2.0**-23)
-            .add_(0.5)
-        )
+        numbers = (self._lanes(count, device, torch.int32) >> 9).float()
+        return numbers.add_(0.5).mul_(2.0**-23).add_(0.5)
 
     def _lanes(self, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The words' bits, some for each element."""
+        """The bits of the words, some for each element."""
         each = 8 // dtype.itemsize
-        if self.turned:
+        if self.transposed:
             position = self._positions(count, device)
             words = self._words(position // each).view(dtype).view(-1, each)
             return words.gather(1, (position % each)[:, None])[:, 0]
         low, high = self.first // each, -(-(self.first + count) // each)
-        return self._words(torch.arange(low, high, device=device)).view(dtype)[
-            self.first - low * each :
-        ][:count]
+        words = self._words(torch.arange(low, high, device=device)).view(dtype)
+        return words[self.first - low * each :][:count]
 
     def _positions(self, count: int, device: torch.device) -> Tensor:
-        assert self.turned
-        rows, columns = self.turned
+        assert self.transposed
+        rows, columns = self.transposed
         index = torch.arange(self.local, self.local + count, device=device)
         matrix, column, row = index // (rows * columns), index // rows % columns, index % rows
         return self.first + (matrix * rows + row) * columns + column
@@ -100,7 +98,7 @@ def _signed(word: int) -> int:
 
 
 def _shifted(words: Tensor, count: int) -> Tensor:
-    """Without the sign."""
+    """A logical shift to the right, of int64."""
     return (words >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
@@ -109,10 +107,11 @@ def round_to(
     dtype: torch.dtype,  # bfloat16, float16 or float32
     draws: Draws,
 ) -> Tensor:
-    """The neighbour of x in `dtype` that is farther from 0 with probability (|x| - lower) / (upper - lower), else the nearer one.
+    """Of the two neighbours of x in `dtype` the one that is farther from 0, with probability
+    (|x| - lower) / (upper - lower), else the other.
 
-    What `dtype` holds stays, zeros with their sign. Beyond its largest number x goes to the nearest, as without draws, and so do
-    infinities and NaN.
+    What `dtype` holds stays, zeros with their sign. Beyond its largest number x is rounded to
+    nearest, and so are infinities and NaN.
     """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     flat, rounded = x.contiguous().view(-1), out.view(-1)
@@ -130,7 +129,7 @@ def round_to(
 
 
 def _to_bfloat16(x: Tensor, out: Tensor, draws: Draws) -> None:
-    """A random number is added to the bits that are dropped; the carry is the step up."""
+    """Adds a random number to the bits that are dropped; the carry is the step up."""
     bits = draws.halves(len(x), x.device).to(torch.int32).add_(1 << 15).add_(x.view(torch.int32))
     out.view(torch.int16).copy_(bits.view(torch.int16)[1::2])
 
@@ -138,9 +137,7 @@ def _to_bfloat16(x: Tensor, out: Tensor, draws: Draws) -> None:
 def _to_any(x: Tensor, out: Tensor, draws: Draws) -> None:
     size = x.abs()
     step = last_place(size, out.dtype)
-    places = size.div_(
-        step
-    )  # exact, as the step is a power of 2; so is the difference to the whole part
+    places = size.div_(step)  # exact, as step is a power of 2; so is the subtraction of the floor
     lower = places.floor()
     up = draws.uniform(len(x), x.device, out.dtype) < places.sub_(lower)
     out.copy_(lower.add_(up).mul_(step).copysign_(x))
@@ -150,49 +147,43 @@ def last_place(
     size: Tensor,  # magnitudes, float32 or float64
     dtype: torch.dtype,
 ) -> Tensor:
-    """The distance of the two numbers of `dtype` on both sides of each."""
+    """The distance between the two neighbours of each magnitude in `dtype`."""
     integer, mask = EXPONENT[size.dtype]
     powers = size.view(integer).bitwise_and(mask).view(size.dtype)
     return powers.clamp_(min=torch.finfo(dtype).tiny).mul_(2.0 ** -MANTISSA[dtype])
 
 
-class Between(NamedTuple):
-    """Values between their nearest codes and the next ones on their side."""
+class Neighbours(NamedTuple):
+    """Of each value the nearest code and the next one on the value's side."""
 
-    level: Tensor  # integers: codes by rising value
+    level: Tensor  # integers: codes in the order of their values
     other: Tensor
-    away: Tensor  # |value - that of level|
-    gap: Tensor  # the distance of the two codes' values; 0 where nothing lies beyond the first
+    distance: Tensor  # |value - value of level|
+    gap: Tensor  # |value of other - value of level|; 0 where no code lies beyond
 
-    def drawn(self, draws: Draws) -> Tensor:
-        """The other code with probability away / gap, else the nearest."""
-        up = (
-            draws.uniform(self.level.numel(), self.level.device)
-            .view(self.level.shape)
-            .mul_(self.gap)
-            < self.away
-        )
+    def draw(self, draws: Draws) -> Tensor:
+        """The other code with probability distance / gap, else the nearest."""
+        uniform = draws.uniform(self.level.numel(), self.level.device).view(self.level.shape)
+        up = uniform.mul_(self.gap) < self.distance
         return torch.where(up & (self.gap > 0), self.other, self.level)
 
-    def spread(self) -> Tensor:
-        """E[(rounded - value)²]."""
-        return torch.where(
-            self.gap > 0, self.away * (self.gap - self.away).clamp_(min=0), self.away.square()
-        )
+    def expected_error(self) -> Tensor:
+        """E[(drawn value - value)²]."""
+        between = self.distance * (self.gap - self.distance).clamp_(min=0)
+        return torch.where(self.gap > 0, between, self.distance.square())
 
 
-def between(
+def neighbours(
     w: Tensor,
     level: Tensor,  # integers: the nearest codes
-    value: Callable[
-        [Tensor], Tensor
-    ],  # what codes stand for, by every bit as they are decoded: so what is decoded stays
+    value: Callable[[Tensor], Tensor],  # of codes: bit for bit as decoding, so decoded values stay
     ends: tuple[int, int],  # the lowest and the highest code
-    falling: Tensor | None = None,  # where values fall as codes rise
-) -> Between:
+    falling: Tensor | None = None,  # bool: where values fall as codes rise
+) -> Neighbours:
+    """The codes on both sides of each element of w."""
     level = level.int()
     near = value(level)
-    away = w - near
-    step = away.sign() if falling is None else torch.where(falling, -away, away).sign()
+    distance = w - near
+    step = (distance if falling is None else torch.where(falling, -distance, distance)).sign()
     other = step.int().add_(level).clamp_(*ends)
-    return Between(level, other, away.abs_(), (value(other) - near).abs_())
+    return Neighbours(level, other, distance.abs_(), (value(other) - near).abs_())

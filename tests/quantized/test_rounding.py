@@ -14,7 +14,7 @@ from torch import Tensor
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.dtypes import torch_dtype
-from adapterkit.kernels import blockwise, narrow, packed
+from adapterkit.kernels import blockwise, common, vectorwise
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.ops import requantized
 from adapterkit.ops.sources import open_source
@@ -198,7 +198,7 @@ def test_pieces_do_not_matter(case, monkeypatch):
     weight, _ = shrunk(case.value)
     weight.view(-1)[7] *= 3
     whole = case.drawn(weight)
-    for module in (narrow, packed, blockwise):
+    for module in (common, blockwise, vectorwise):
         monkeypatch.setattr(module, "PIECE", 192)
     assert same(case.drawn(weight), whole)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Interrupted, Refused
-from adapterkit.kernels import blockwise
+from adapterkit.kernels import blockwise, vectorwise
 from adapterkit.ops.sources import open_source
 from adapterkit.weights.decoded import decoded, packed_in
 from tests.support import oracle
@@ -124,7 +124,7 @@ def encoded(kind: str, weight: Tensor, turned: bool = False) -> Tensor:
     weight = (weight.T if turned else weight).contiguous()
     how = HOW[kind]
     if kind == "int8":
-        value = blockwise.decode_int8(*blockwise.quantize_int8(weight))
+        value = vectorwise.decode_int8(*vectorwise.quantize_int8(weight))
     else:
         block = how.get("block_size", 64)
         codes, absmax = blockwise.quantize_4bit(weight, how["to"], block)
@@ -227,7 +227,7 @@ def test_the_bytes_are_those_of_one_encoding_of_the_float32_sum(
         b, a = (tensors[f"{name}.lora_{side}.weight"].double() for side in "BA")
         total = (old[key].double() + 2 * b @ a).float()
         if kind == "int8":
-            codes, scale = blockwise.quantize_int8(total)
+            codes, scale = vectorwise.quantize_int8(total)
             assert torch.equal(new[key.removesuffix("weight") + "SCB"], scale)
         else:
             codes, scale = blockwise.quantize_4bit(

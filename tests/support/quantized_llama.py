@@ -11,7 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit.kernels import narrow, packed
+from adapterkit.kernels import common, fp4, integers
+from adapterkit.kernels.fp8 import encode_fp8
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Parts = dict[str, Tensor]
@@ -55,18 +56,18 @@ def words(
             if index
             else torch.arange(w.shape[1])
         )
-        made = packed.encode_integers(
+        made = integers.encode_integers(
             w[:, order], bits, size, symmetric=symmetric, scale_dtype=torch.bfloat16
         )
         codes = torch.empty_like(made.codes)
         codes[:, order] = made.codes
         parts = {
-            ".weight_packed": packed.pack(codes, bits),
+            ".weight_packed": integers.pack(codes, bits),
             ".weight_scale": made.scale,
             ".weight_shape": torch.tensor(w.shape),
         }
         if made.zero is not None:
-            parts[".weight_zero_point"] = packed.pack_zeros(made.zero, bits)
+            parts[".weight_zero_point"] = integers.pack_zeros(made.zero, bits)
         if index:
             group = torch.empty(w.shape[1], dtype=torch.int32)
             group[order] = (torch.arange(w.shape[1]) // (size or 1)).int()
@@ -78,7 +79,7 @@ def words(
 
 def int8(symmetric: bool = True) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
-        made = packed.encode_integers(w, 8, symmetric=symmetric)
+        made = integers.encode_integers(w, 8, symmetric=symmetric)
         zero = {} if made.zero is None else {".weight_zero_point": made.zero}
         return {".weight": made.codes, ".weight_scale": made.scale, **zero}
 
@@ -94,7 +95,7 @@ def fp8(
             if isinstance(block, str)
             else block
         )
-        made = narrow.encode_fp8(w, size, scale_dtype=dtype)
+        made = encode_fp8(w, size, scale_dtype=dtype)
         scale = made.scale.view(1) if block == "tensor" else made.scale
         return {".weight": made.codes, ".weight_scale": scale, ".input_scale": torch.tensor([0.25])}
 
@@ -102,13 +103,13 @@ def fp8(
 
 
 def fp8_of_transformers(w: Tensor) -> Parts:
-    made = narrow.encode_fp8(w, (32, 32), rule="multiply")
+    made = encode_fp8(w, (32, 32), rule="multiply")
     return {".weight": made.codes, ".weight_scale_inv": made.scale}
 
 
 def nvfp4(w: Tensor) -> Parts:
-    divisor = narrow.nvfp4_divisor(w.abs().amax())
-    made = narrow.encode_nvfp4(w, divisor=divisor)
+    divisor = fp4.nvfp4_divisor(w.abs().amax())
+    made = fp4.encode_nvfp4(w, divisor=divisor)
     parts = {
         ".weight_packed": made.codes,
         ".weight_scale": made.scale,
@@ -118,13 +119,13 @@ def nvfp4(w: Tensor) -> Parts:
 
 
 def mxfp4(w: Tensor) -> Parts:
-    made = narrow.encode_mxfp4(w, rule="even")
+    made = fp4.encode_mxfp4(w, rule="even")
     return {".weight_packed": made.codes.flatten(-2), ".weight_scale": made.scale}
 
 
 def modelopt_nvfp4(w: Tensor) -> Parts:
-    factor = narrow.nvfp4_factor(w.abs().amax())
-    made = narrow.encode_nvfp4(w, factor=factor)
+    factor = fp4.nvfp4_factor(w.abs().amax())
+    made = fp4.encode_nvfp4(w, factor=factor)
     scales = {
         ".weight_scale": made.scale,
         ".weight_scale_2": factor,
@@ -134,7 +135,7 @@ def modelopt_nvfp4(w: Tensor) -> Parts:
 
 
 def modelopt_fp8(w: Tensor) -> Parts:
-    made = narrow.encode_fp8(w, (w.shape[0], w.shape[1]))
+    made = encode_fp8(w, (w.shape[0], w.shape[1]))
     return {
         ".weight": made.codes,
         ".weight_scale": made.scale.view(()),
@@ -144,14 +145,14 @@ def modelopt_fp8(w: Tensor) -> Parts:
 
 def gptq(bits: int, version: int) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
-        made = packed.encode_integers(w, bits, 32, symmetric=False, scale_dtype=torch.float16)
+        made = integers.encode_integers(w, bits, 32, symmetric=False, scale_dtype=torch.float16)
         assert made.zero is not None
         half = 1 << (bits - 1)
         zero = made.zero.T.int() + half - int(version == 1)
         zero = (zero & ((1 << bits) - 1)) - half
         return {
-            ".qweight": packed.pack(made.codes, bits).T.contiguous(),
-            ".qzeros": packed.pack(zero.to(torch.int8), bits),
+            ".qweight": integers.pack(made.codes, bits).T.contiguous(),
+            ".qzeros": integers.pack(zero.to(torch.int8), bits),
             ".scales": made.scale.T.contiguous(),
             ".g_idx": (torch.arange(w.shape[1]) // 32).int(),
         }
@@ -160,11 +161,11 @@ def gptq(bits: int, version: int) -> Callable[[Tensor], Parts]:
 
 
 def awq(w: Tensor) -> Parts:
-    made = packed.encode_integers(w, 4, 32, symmetric=False, scale_dtype=torch.float16)
+    made = integers.encode_integers(w, 4, 32, symmetric=False, scale_dtype=torch.float16)
     assert made.zero is not None
 
     def folded(codes: Tensor) -> Tensor:  # (n, out) -> (n, out/8)
-        eights = (codes.long() + 8).view(len(codes), -1, 8)[:, :, list(packed.AWQ_ORDER)]
+        eights = (codes.long() + 8).view(len(codes), -1, 8)[:, :, list(integers.AWQ_ORDER)]
         return (eights << torch.arange(0, 32, 4)).sum(2).to(torch.int32)
 
     return {
@@ -177,12 +178,12 @@ def awq(w: Tensor) -> Parts:
 def torchao(kind: str) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
         if kind == "Float8Tensor":
-            made = narrow.encode_fp8(w, (1, w.shape[1]))
+            made = encode_fp8(w, (1, w.shape[1]))
             return {"._weight_qdata": made.codes, "._weight_scale": made.scale}
         if kind == "Int4Tensor":
             scale = w.unflatten(1, (-1, 32)).abs().amax(2).T.div(7).bfloat16().contiguous()
-            codes = packed.encode_integers(w, 4, scale=scale.T.float()).codes
-            half = narrow.pack_nibbles(codes.int() & 15)
+            codes = integers.encode_integers(w, 4, scale=scale.T.float()).codes
+            half = common.pack_nibbles(codes.int() & 15)
             zero = (
                 torch.randn(scale.shape, generator=torch.Generator().manual_seed(2))
                 .mul_(1e-3)
@@ -190,7 +191,7 @@ def torchao(kind: str) -> Callable[[Tensor], Parts]:
             )
             return {"._weight_qdata": half, "._weight_scale": scale, "._weight_zero_point": zero}
         size = 32 if kind == "IntxUnpackedToInt8Tensor" else None
-        made = packed.encode_integers(
+        made = integers.encode_integers(
             w, 8, size, symmetric=size is None, scale_dtype=torch.bfloat16
         )
         zero = {} if made.zero is None else {"._weight_zero_point": made.zero}

@@ -20,7 +20,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines import local
 from adapterkit.errors import Refused
-from adapterkit.kernels import narrow
+from adapterkit.kernels import fp8
 from tests.support import tiny
 
 transformers.utils.logging.disable_progress_bar()
@@ -325,7 +325,7 @@ def quantized_experts(folder):
     """FP8 in blocks of 32 x 32, as transformers stores it."""
     tensors = load_file(folder / "model.safetensors")
     for key in [key for key in tensors if ".experts." in key]:
-        made = narrow.encode_fp8(tensors[key].float(), (32, 32), rule="multiply")
+        made = fp8.encode_fp8(tensors[key].float(), (32, 32), rule="multiply")
         tensors |= {key: made.codes, key + "_scale_inv": made.scale}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.packed import decode_awq
+from adapterkit.kernels.integers import decode_awq
 from adapterkit.weights.packed import Found, Packed
 
 CODES = ".qweight"

@@ -304,7 +304,7 @@ class Bnb4(Packed):
         scales = self._renewed_scales(stored, weight)
         with named(self.key):
             return scales | {
-                self.key: blockwise.codes_for(
+                self.key: blockwise.encode_4bit(
                     weight, self._scales(stored | scales), self.kind, self.block, draws
                 )
             }
@@ -313,10 +313,10 @@ class Bnb4(Packed):
         """Those of blocks with a value beyond their largest code, where that makes the expected squared error smaller; of quantized
         ones the code, or where their group cannot hold that either, the whole group's."""
         key, absmax = self.parts[1].key, self._scales(stored)
-        largest, beyond = blockwise.beyond(weight, absmax, self.block)
+        largest, beyond = blockwise.amax_and_overflow(weight, absmax, self.block)
         if not bool(beyond.any()):
             return {}
-        errors = lambda scales: blockwise.spread(
+        errors = lambda scales: blockwise.expected_errors(
             weight, self._scales(stored | scales), self.kind, self.block
         )
         wanted = torch.where(beyond, largest, absmax)

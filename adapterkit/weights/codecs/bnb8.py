@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import blockwise
+from adapterkit.kernels import vectorwise
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.codecs.bnb4 import config, named
 from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
@@ -96,12 +96,12 @@ class Bnb8(Packed):
             )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        weight = blockwise.decode_int8(stored[self.parts[0].key], stored[self.parts[1].key])
+        weight = vectorwise.decode_int8(stored[self.parts[0].key], stored[self.parts[1].key])
         return weight.T.contiguous() if self.transposed else weight
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         with named(self.key):
-            codes, scale = blockwise.quantize_int8(
+            codes, scale = vectorwise.quantize_int8(
                 (weight.T if self.transposed else weight).contiguous()
             )
         made = {self.parts[0].key: codes, self.parts[1].key: scale}
@@ -112,7 +112,7 @@ class Bnb8(Packed):
     def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
         with named(self.key):
-            made = blockwise.renew_int8(
+            made = vectorwise.requantize_int8(
                 (weight.T if self.transposed else weight).contiguous(), stored[scale], draws
             )
         return {codes: made.codes, scale: made.scale}

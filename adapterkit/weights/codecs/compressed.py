@@ -11,8 +11,9 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.kernels import narrow
-from adapterkit.kernels.packed import (
+from adapterkit.kernels import fp4, fp8
+from adapterkit.kernels.common import Scaled, block_amax
+from adapterkit.kernels.integers import (
     Integers,
     decode_int8,
     decode_packed,
@@ -47,7 +48,7 @@ TYPES = {
     "mxfp4": "float",
     "mxfp8": "float",
 }
-GROUPS = {"nvfp4": narrow.NV, "mxfp4": narrow.MX, "mxfp8": narrow.MX}
+GROUPS = {"nvfp4": fp4.NV_GROUP, "mxfp4": fp4.MX_GROUP, "mxfp8": fp4.MX_GROUP}
 BESIDE = (
     "input_scale",
     "input_zero_point",
@@ -81,9 +82,9 @@ class Compressed(Packed):
         if not weight.named_weight:
             return None
         if target == "mxfp4":
-            if width % narrow.MX:
+            if width % fp4.MX_GROUP:
                 return None
-            bits, size = 4, narrow.MX
+            bits, size = 4, fp4.MX_GROUP
             parts = (
                 weight.beside(PACKED, "U8", (out, width // 2)),
                 weight.beside(SCALE, "U8", (out, width // size)),
@@ -172,13 +173,11 @@ class Compressed(Packed):
                 return decode_packed(codes, scale, self.bits, self.shape[1], zero, group)
             return decode_int8(codes, scale, zero, group)
         if self.kind == "nvfp4":
-            return narrow.decode_nvfp4(
-                codes, scale, divisor=self._leaf(stored, "weight_global_scale")
-            )
+            return fp4.decode_nvfp4(codes, scale, divisor=self._leaf(stored, "weight_global_scale"))
         if self.kind == "mxfp4":
-            return narrow.decode_mxfp4(codes, scale)
+            return fp4.decode_mxfp4(codes, scale)
         grid = [math.ceil(n / size) for n, size in zip(self.shape, self.block, strict=True)]
-        return narrow.decode_fp8(codes, scale.view(grid), self.block)
+        return fp8.decode_fp8(codes, scale.view(grid), self.block)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Scales made anew, as compressed-tensors makes them from the weight's largest values."""
@@ -294,33 +293,29 @@ class Compressed(Packed):
                 self.key.removesuffix("weight") + "weight_global_scale",
                 self._leaf(stored, "weight_global_scale"),
             )
-            largest = narrow.block_largest(weight, (self.shape[0], self.shape[1])).reshape(1)
+            largest = block_amax(weight, (self.shape[0], self.shape[1])).reshape(1)
             if draws is not None:
-                made = narrow.renew_nvfp4(weight, stored[scale.key], draws, divisor=divisor)
-                divisor = made.whole
+                made = fp4.requantize_nvfp4(weight, stored[scale.key], draws, divisor=divisor)
+                divisor = made.tensor_scale
             else:
                 if divisor is None or float(largest) * float(
                     divisor
-                ) > narrow.FP4_MAX * narrow.FP8_MAX * (1 + 2.0**-20):
-                    divisor = narrow.nvfp4_divisor(largest)
-                made = narrow.encode_nvfp4(weight, divisor=divisor)
+                ) > fp4.FP4_MAX * fp8.FP8_MAX * (1 + 2.0**-20):
+                    divisor = fp4.nvfp4_divisor(largest)
+                made = fp4.encode_nvfp4(weight, divisor=divisor)
             found[key] = divisor
         elif self.kind == "mxfp4":
             if draws is not None:
-                made = narrow.renew_mxfp4(
+                made = fp4.requantize_mxfp4(
                     weight, stored[scale.key].view(torch.uint8), "even", draws
                 )
             else:
-                made = narrow.encode_mxfp4(weight, rule="even")
-            made = narrow.Scaled(
-                made.codes.flatten(-2), made.scale.view(dtypes.torch_dtype(scale.dtype))
-            )
+                made = fp4.encode_mxfp4(weight, rule="even")
+            made = Scaled(made.codes.flatten(-2), made.scale.view(dtypes.torch_dtype(scale.dtype)))
         elif draws is not None:
-            made = narrow.renew_fp8(weight, self.block, stored[scale.key], draws)
+            made = fp8.requantize_fp8(weight, self.block, stored[scale.key], draws)
         else:
-            made = narrow.encode_fp8(
-                weight, self.block, scale_dtype=dtypes.torch_dtype(scale.dtype)
-            )
+            made = fp8.encode_fp8(weight, self.block, scale_dtype=dtypes.torch_dtype(scale.dtype))
         return found | {codes.key: made.codes, scale.key: made.scale.view(scale.shape)}
 
 

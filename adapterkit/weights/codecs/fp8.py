@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.errors import shown
-from adapterkit.kernels import narrow
+from adapterkit.kernels import fp8
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
@@ -110,18 +110,18 @@ class Fp8(Packed):
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, scale = (stored[part.key] for part in self.parts[:2])
-        return narrow.decode_fp8(codes, scale, self.block)
+        return fp8.decode_fp8(codes, scale, self.block)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         codes, scale = self.parts[:2]
-        made = narrow.encode_fp8(weight, self.block, rule="power" if self.power else "multiply")
+        made = fp8.encode_fp8(weight, self.block, rule="power" if self.power else "multiply")
         kind = "F8_E8M0" if scale.dtype == "U8" else scale.dtype
         scales = made.scale.to(dtypes.torch_dtype(kind)).view(dtypes.torch_dtype(scale.dtype))
         return {codes.key: made.codes, scale.key: scales.view(scale.shape)}
 
     def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
-        made = narrow.renew_fp8(
+        made = fp8.requantize_fp8(
             weight, self.block, stored[scale], draws, "power" if self.power else "multiply"
         )
         return {codes: made.codes, scale: made.scale}

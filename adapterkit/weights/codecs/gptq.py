@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.packed import decode_gptq
+from adapterkit.kernels.integers import decode_gptq
 from adapterkit.weights.packed import Found, Packed
 
 CODES = ".qweight"

@@ -9,7 +9,8 @@ from torch import Tensor
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import read_json
 from adapterkit.errors import shown
-from adapterkit.kernels import narrow
+from adapterkit.kernels import fp4, fp8
+from adapterkit.kernels.common import block_amax
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.packed import Found, Packed
 
@@ -62,8 +63,8 @@ class Modelopt(Packed):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, scale = (stored[part.key] for part in self.parts[:2])
         if self.parts[0].dtype == "U8":
-            return narrow.decode_nvfp4(codes, scale, factor=stored[self.key + "_scale_2"])
-        return narrow.decode_fp8(codes, scale, self._block)
+            return fp4.decode_nvfp4(codes, scale, factor=stored[self.key + "_scale_2"])
+        return fp8.decode_fp8(codes, scale, self._block)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         return self._made(weight, {}, None)
@@ -84,20 +85,26 @@ class Modelopt(Packed):
         codes, scale = self.parts[:2]
         if codes.dtype != "U8":
             if draws is not None:
-                made = narrow.renew_fp8(weight, self._block, stored[scale.key], draws)
+                made = fp8.requantize_fp8(weight, self._block, stored[scale.key], draws)
             else:
-                made = narrow.encode_fp8(weight, self._block)
+                made = fp8.encode_fp8(weight, self._block)
             return {codes.key: made.codes, scale.key: made.scale.view(scale.shape)}
         whole = self.parts[2]
         if draws is not None:
-            renewed = narrow.renew_nvfp4(weight, stored[scale.key], draws, factor=stored[whole.key])
-            return {codes.key: renewed.codes, scale.key: renewed.scale, whole.key: renewed.whole}
-        factor, largest = stored.get(whole.key), narrow.block_largest(weight, self._block)
-        if factor is None or float(largest) > narrow.FP4_MAX * narrow.FP8_MAX * float(factor) * (
+            renewed = fp4.requantize_nvfp4(
+                weight, stored[scale.key], draws, factor=stored[whole.key]
+            )
+            return {
+                codes.key: renewed.codes,
+                scale.key: renewed.scale,
+                whole.key: renewed.tensor_scale,
+            }
+        factor, largest = stored.get(whole.key), block_amax(weight, self._block)
+        if factor is None or float(largest) > fp4.FP4_MAX * fp8.FP8_MAX * float(factor) * (
             1 + 2.0**-20
         ):
-            factor = narrow.nvfp4_factor(largest)
-        made = narrow.encode_nvfp4(weight, factor=factor)
+            factor = fp4.nvfp4_factor(largest)
+        made = fp4.encode_nvfp4(weight, factor=factor)
         return {codes.key: made.codes, scale.key: made.scale, whole.key: factor.view(whole.shape)}
 
 
@@ -141,11 +148,11 @@ def _fits(found: Found, key: str, codes: TensorSpec, siblings: list[TensorSpec])
     )
     if codes.dtype == "U8":
         expected = "F8_E4M3 scales, one for 16 values, and one F32 for all"
-        good = good and 2 * shape[1] % narrow.NV == 0
+        good = good and 2 * shape[1] % fp4.NV_GROUP == 0
         good = (
             good
             and scale.dtype == "F8_E4M3"
-            and scale.shape == (shape[0], 2 * shape[1] // narrow.NV)
+            and scale.shape == (shape[0], 2 * shape[1] // fp4.NV_GROUP)
         )
     else:
         expected = "one F32 scale"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from adapterkit.errors import Refused, shown
-from adapterkit.kernels import narrow
+from adapterkit.kernels import fp4
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
@@ -28,10 +28,10 @@ class Mxfp4(Packed):
     @classmethod
     def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Mxfp4 | None":
         experts, width, out = weight.shape
-        if width % narrow.MX:
+        if width % fp4.MX_GROUP:
             return None
-        scales = weight.part(SCALES, "U8", (experts, out, width // narrow.MX))
-        blocks = weight.part(BLOCKS, "U8", (*scales.shape, narrow.MX // 2))
+        scales = weight.part(SCALES, "U8", (experts, out, width // fp4.MX_GROUP))
+        blocks = weight.part(BLOCKS, "U8", (*scales.shape, fp4.MX_GROUP // 2))
         place = {"file": "", "start": 0, "stop": blocks.nbytes}
         return cls(
             key=weight.key, dtype=weight.dtype, shape=weight.shape, parts=(blocks, scales), **place
@@ -69,14 +69,14 @@ class Mxfp4(Packed):
                 continue
             (scale,) = scales
             fits = len(spec.shape) == 4 and spec.dtype == scale.dtype == "U8"
-            fits = fits and spec.shape[-1] == narrow.MX // 2 and spec.shape[:-1] == scale.shape
+            fits = fits and spec.shape[-1] == fp4.MX_GROUP // 2 and spec.shape[:-1] == scale.shape
             text = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}"
             if found.check(
                 key, fits, text, "U8 (experts, out, blocks, 16), U8 scales without the 16"
             ):
                 found.check_finite(scale)
                 experts, out, blocks, _ = spec.shape
-                shape, dtype = (experts, blocks * narrow.MX, out), found.computed_in
+                shape, dtype = (experts, blocks * fp4.MX_GROUP, out), found.computed_in
                 place = {
                     "file": spec.file,
                     "start": spec.start,
@@ -87,28 +87,28 @@ class Mxfp4(Packed):
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         blocks, scales = (stored[part.key] for part in self.parts)
-        return narrow.decode_mxfp4(blocks, scales).transpose(-2, -1).contiguous()
+        return fp4.decode_mxfp4(blocks, scales).transpose(-2, -1).contiguous()
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """As triton_kernels and so transformers quantize: nothing saturates."""
         blocks, scales = self.parts
-        made = narrow.encode_mxfp4(weight.transpose(-2, -1).contiguous(), rule="up")
+        made = fp4.encode_mxfp4(weight.transpose(-2, -1).contiguous(), rule="up")
         return {blocks.key: made.codes, scales.key: made.scale}
 
     def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
         blocks, scales = (part.key for part in self.parts)
         turned = draws.by_columns(*weight.shape[-2:])
-        made = narrow.renew_mxfp4(
+        made = fp4.requantize_mxfp4(
             weight.transpose(-2, -1).contiguous(), stored[scales], "up", turned
         )
         return {blocks: made.codes, scales: made.scale}
 
     @property
     def rows_per_block(self) -> int:
-        return narrow.MX
+        return fp4.MX_GROUP
 
     def cut(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
-        groups = slice(first // narrow.MX, last // narrow.MX)
+        groups = slice(first // fp4.MX_GROUP, last // fp4.MX_GROUP)
         return {part.key: stored[part.key][matrix, :, groups] for part in self.parts}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
-from adapterkit.kernels.narrow import decode_fp8
-from adapterkit.kernels.packed import decode_int8, decode_torchao_int4
+from adapterkit.kernels.fp8 import decode_fp8
+from adapterkit.kernels.integers import decode_int8, decode_torchao_int4
 from adapterkit.weights.packed import Found, Packed
 
 NAMES = ("qdata", "scale", "zero_point")
