@@ -1,0 +1,124 @@
+"""Writes docs/api.md from the signatures and docstrings of the package.
+
+python docs/api.py
+"""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import adapterkit
+from adapterkit import options, registry
+
+TARGET = Path(__file__).with_name("api.md")
+FAMILIES = {
+    "combinations": "Combination methods",
+    "inits": "Initialization methods",
+    "kinds": "Adapter types",
+    "weights.codecs": "Quantized formats",
+}
+INTRODUCTION = """\
+# Python API
+
+Generated from the docstrings by `python docs/api.py`; do not edit by hand.
+
+The verbs have the names and the options of the command line. They are imported on first use:
+`import adapterkit` loads neither torch nor transformers.
+
+`StrPath` is `str | os.PathLike`: a folder, a file or a Hub id. `Sources` is one of them or an
+iterable of them, each with a weight where it is given as `"PATH=0.7"`, as a pair `(path, 0.7)` or
+as an item of a mapping `{path: 0.7}`. A verb that writes returns its `Receipt`, whose `data` is the
+content of `adapterkit.json`; with `dry_run=True` it writes nothing and returns the `Plan`."""
+
+
+def document() -> str:
+    """The whole page."""
+    names = [name for name in adapterkit.__all__ if not name.startswith("_")]
+    values = {name: getattr(adapterkit, name) for name in names}
+    verbs = [name for name, value in values.items() if inspect.isfunction(value)]
+    contents = " · ".join(f"[{name}](#{name})" for name in verbs)
+    parts = [INTRODUCTION, "## Verbs", textwrap.fill(contents, 100, break_on_hyphens=False)]
+    parts += [part for name in verbs for part in function(name, values[name])]
+    parts += ["## Errors and records"]
+    for name, value in values.items():
+        if inspect.isclass(value):
+            bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
+            parts += [f"### {name}" + f" ({bases})" * bool(bases), *prose(value.__doc__ or "")]
+    for package, title in FAMILIES.items():
+        parts += [f"## {title}", table(package)]
+    return "\n\n".join(parts) + "\n"
+
+
+def function(name: str, verb: Callable) -> Iterator[str]:
+    yield f"### {name}"
+    signature = inspect.signature(verb)
+    lines, positional = [], True
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and positional:
+            positional = False
+            lines.append("*")
+        default = parameter.default
+        text = f"{parameter.name}: {annotation(parameter.annotation)}"
+        if default is not parameter.empty:
+            text += f" = {'...' if callable(default) else repr(default)}"
+        lines.append(text)
+    body = "".join(f"    {line},\n" for line in lines)
+    yield f"```py\n{name}(\n{body}) -> {annotation(signature.return_annotation)}\n```"
+    yield from prose(verb.__doc__ or "")
+
+
+def annotation(value: object) -> str:
+    """A type as the source has it, without modules."""
+    text = value if isinstance(value, str) else inspect.formatannotation(value)
+    for alias in ("Sources", "StrPath"):
+        text = text.replace(inspect.formatannotation(getattr(options, alias)), alias)
+    return re.sub(r"\b[a-z_]+\.(?=[\w.]*[A-Z])", "", text.replace("'", ""))
+
+
+def prose(docstring: str) -> Iterator[str]:
+    """A docstring as Markdown: its indented lines, but for those that continue a list, are code."""
+    for paragraph in inspect.cleandoc(docstring).split("\n\n"):
+        if paragraph.lstrip().startswith("- "):
+            yield paragraph
+            continue
+        lines: list[str] = []
+        for line in paragraph.splitlines():
+            code = line.startswith("  ")
+            if code != (bool(lines) and lines[-1].startswith("  ")):
+                yield from joined(lines)
+                lines = []
+            lines.append(line)
+        yield from joined(lines)
+
+
+def joined(lines: list[str]) -> Iterator[str]:
+    if lines and lines[0].startswith("  "):
+        yield "```text\n" + inspect.cleandoc("\n" + "\n".join(lines)) + "\n```"
+    elif lines:
+        yield "\n".join(lines)
+
+
+def table(package: str) -> str:
+    """One row for each member of a family."""
+    records = registry.members(package)
+    with_source = any(hasattr(record, "source") for record in records.values())
+    columns = ["name", "what it is"] + ["options", "source"] * with_source
+    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, record in records.items():
+        summary = inspect.cleandoc(record.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        cells = [f"`{name}`", summary]
+        if with_source:
+            fields = dataclasses.fields(record)
+            required = dataclasses.MISSING
+            defaults = ("" if f.default is required else f" = {f.default}" for f in fields)
+            texts = (f"`{f.name}{d}`" for f, d in zip(fields, defaults, strict=True))
+            cells += [", ".join(texts), record.source]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(document())
