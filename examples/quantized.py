@@ -169,13 +169,13 @@ def other(tokenizer) -> Tensor:
 
 # --- the verbs -----------------------------------------------------------------------------------------------------
 
-Packed = tuple[Path, Path | None]  # a quantized base, and the adapter for it
+QuantizedWeight = tuple[Path, Path | None]  # a quantized base, and the adapter for it
 
 
-def quantized(base: Path, folder: Path, stats: Path) -> dict[str, tuple[Packed, Path]]:
+def quantized(base: Path, folder: Path, stats: Path) -> dict[str, tuple[QuantizedWeight, Path]]:
     """name -> the packed model, and the same as float32 weights."""
     nf4 = ("--double-quant", "--out")
-    made: dict[str, tuple[Packed, Path]] = {"nf4": in_nf4(base, folder)}
+    made: dict[str, tuple[QuantizedWeight, Path]] = {"nf4": in_nf4(base, folder)}
     for n in ITERATIONS:
         adapterkit("loftq", base, "--rank", RANK, "--iterations", n, *nf4, folder / f"loftq-{n}")
         made[f"nf4 + LoftQ, {n} iteration{'s' if n > 1 else ''}"] = in_floats(folder / f"loftq-{n}")
@@ -196,13 +196,13 @@ def quantized(base: Path, folder: Path, stats: Path) -> dict[str, tuple[Packed, 
     return made | {"nf4 + QPiSSA": in_floats(folder / "qpissa")}
 
 
-def in_nf4(base: Path, folder: Path) -> tuple[Packed, Path]:
+def in_nf4(base: Path, folder: Path) -> tuple[QuantizedWeight, Path]:
     adapterkit("quantize", base, "--to", "nf4", "--double-quant", "--out", folder / "nf4")
     adapterkit("dequantize", folder / "nf4", "--dtype", "fp32", "--out", folder / "nf4-floats")
     return (folder / "nf4", None), folder / "nf4-floats"
 
 
-def in_floats(pair: Path) -> tuple[Packed, Path]:
+def in_floats(pair: Path) -> tuple[QuantizedWeight, Path]:
     packed, floats = (pair / "base", pair / "adapter"), pair.with_name(f"{pair.name}-floats")
     adapterkit("merge", *packed, "--dequantize", "--dtype", "fp32", "--out", floats)
     return packed, floats
@@ -401,8 +401,10 @@ def descend(model: Any, batches: list[Tensor], rate: float) -> None:
         optimizer.step()
 
 
-def agreements(made: dict[str, tuple[Packed, Path]], tokens: Tensor) -> list[tuple[str, bool]]:
-    """Packed models with their adapters, as transformers and PEFT load them, beside the decoded ones."""
+def agreements(
+    made: dict[str, tuple[QuantizedWeight, Path]], tokens: Tensor
+) -> list[tuple[str, bool]]:
+    """QuantizedWeight models with their adapters, as transformers and PEFT load them, beside the decoded ones."""
     statements = []
     for name, ((base, adapter), floats) in made.items():
         model = AutoModelForCausalLM.from_pretrained(base, device_map="cpu")

@@ -1,4 +1,4 @@
-"""Packed integers: the formats' own tools, and plain arithmetic on bits."""
+"""QuantizedWeight integers: the formats' own tools, and plain arithmetic on bits."""
 
 import math
 

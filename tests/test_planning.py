@@ -20,7 +20,7 @@ from adapterkit.ops.job import Options
 from adapterkit.ops.merge import plan_merge
 from adapterkit.ops.produced import carry_out
 from adapterkit.plan import Computed
-from adapterkit.weights.decoded import decoded, packed_in
+from adapterkit.weights.decoded import decoded_view, quantized_weights
 from adapterkit.weights.names import Skeleton
 from tests.support import oracle, quantized_llama
 
@@ -93,9 +93,11 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
 def test_what_says_what_others_mean_comes_in_ranges(form, tmp_path):
     quantized_llama.base(quantized_llama.FORMS[form], tmp_path / "base")
     far = Remote(tmp_path / "base")
-    weights = packed_in(decoded(open_checkpoint(far)).tensors)
+    weights = quantized_weights(decoded_view(open_checkpoint(far)).tensors)
     assert len(weights) == 14 and len(far.ranges) <= 3
-    assert weights == packed_in(decoded(open_checkpoint(LocalFolder(tmp_path / "base"))).tensors)
+    assert weights == quantized_weights(
+        decoded_view(open_checkpoint(LocalFolder(tmp_path / "base"))).tensors
+    )
 
 
 def test_small_tensors_are_read_together(tmp_path):

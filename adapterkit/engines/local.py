@@ -34,7 +34,7 @@ from adapterkit.errors import Failed, Refused, Unrecoverable, shown
 from adapterkit.kernels.stochastic import round_to
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import STACKS, Computed, Plan, Progress, Shard, ShardResult, Step
-from adapterkit.weights.packed import Packed, read_back
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
 
 ELEMENTS = (
     1 << 18
@@ -126,9 +126,9 @@ class Inputs:
         return self.handoffs.tensor(key).to(self.device)
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        if isinstance(spec, Packed):
+        if isinstance(spec, QuantizedWeight):
             stored = {part.key: self.stored(part) for part in spec.parts}
-            return read_back(spec, stored, hint="download the checkpoint again").to(self.dtype)
+            return decode_checked(spec, stored, hint="download the checkpoint again").to(self.dtype)
         stored = self.stored(spec)
         return stored.to(self.dtype)
 

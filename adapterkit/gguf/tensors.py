@@ -13,14 +13,14 @@ from adapterkit.gguf.config import FREQUENCIES
 from adapterkit.gguf.file import GgufFile
 from adapterkit.gguf.header import MAX_ERRORS, Entry
 from adapterkit.gguf.names import Build, TensorNames
+from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.names import Skeleton, tied_names
-from adapterkit.weights.packed import Packed
 
 MAX_TRIED = 1 << 26  # values of a parameter up to which its shape is tried on zeros while planning
 
 
 @dataclass(frozen=True, kw_only=True)
-class GgufWeight(Packed):
+class GgufWeight(QuantizedWeight):
     """One parameter, of one GGUF tensor or of several (experts' gate and up)."""
 
     entries: tuple[Entry, ...]

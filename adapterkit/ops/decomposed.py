@@ -10,8 +10,8 @@ from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.factors import Factors
 from adapterkit.kinds.common import Weight
 from adapterkit.kinds.dora import DoRA
+from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
-from adapterkit.weights.quantized import check_not_quantized
 
 CHECK_BASE = "check that the adapter was trained on this base"
 
@@ -56,9 +56,11 @@ class BaseWeights:
         )
         wanted = tuple(f"{module}.weight" for module in modules)
         # a convolution may have groups: the model's classes tell
-        careful = any(len(base.tensors[name].shape) > 2 for name in wanted if name in base.tensors)
+        build_model = any(
+            len(base.tensors[name].shape) > 2 for name in wanted if name in base.tensors
+        )
         self.names = Names(
-            base, wanted, adapter.config.get("task_type"), careful=careful, notes=notes
+            base, wanted, adapter.config.get("task_type"), build_model=build_model, notes=notes
         )
 
     def of(self, module: str, embedding: bool) -> Weight:

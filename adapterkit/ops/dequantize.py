@@ -13,8 +13,8 @@ from adapterkit.ops.requantized import shard_of, shards_of_size
 from adapterkit.ops.sources import open_model
 from adapterkit.options import StrPath, checked, parse_size
 from adapterkit.plan import Plan, Progress, Receipt, Step, identities
-from adapterkit.weights.decoded import decoded, files_saying, packed_in
-from adapterkit.weights.packed import Packed
+from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
 
 SHARD_SIZE = "5GB"  # of what comes from a GGUF file
 
@@ -61,8 +61,8 @@ def plan_dequantize(
     if name := gguf_file(folder):
         return _plan_gguf(folder, name, dtype, max_shard_size)
     original = open_checkpoint(folder)
-    base = decoded(original)
-    packed = packed_in(base.tensors)
+    base = decoded_view(original)
+    packed = quantized_weights(base.tensors)
     if not packed:
         raise Refused(
             "no quantized weights",
@@ -76,7 +76,7 @@ def plan_dequantize(
         steps[spec.file].append(
             Step(
                 key,
-                (wanted or spec.dtype) if isinstance(spec, Packed) else spec.dtype,
+                (wanted or spec.dtype) if isinstance(spec, QuantizedWeight) else spec.dtype,
                 spec.shape,
                 spec,
             )
@@ -99,7 +99,9 @@ def plan_dequantize(
     headers = model_headers(original)
     metrics = {"dequantised": len(packed)}
     files = model_files(original, config, shards, card(original, "decoded to floats"))
-    files = {name: file for name, file in files.items() if name not in files_saying(base.tensors)}
+    files = {
+        name: file for name, file in files.items() if name not in quantization_files(base.tensors)
+    }
     told = {
         key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
     }

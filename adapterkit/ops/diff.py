@@ -26,9 +26,9 @@ from adapterkit.ops.sites import join
 from adapterkit.ops.sources import open_source
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Progress
-from adapterkit.weights.decoded import decoded
-from adapterkit.weights.packed import Packed
-from adapterkit.weights.quantized import signs
+from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.decoded import decoded_view
+from adapterkit.weights.detect import quantization_evidence
 
 VERSION = 1
 ENERGY, ADAPTER_ENERGY = 0.9, 0.99
@@ -217,9 +217,9 @@ def _side(folder: Folder, number: int) -> Side:
 def _decoded(side: Side) -> Side:
     """A quantized checkpoint as the floats that it decodes to."""
     assert side.base is not None
-    plain = decoded(side.base)
+    plain = decoded_view(side.base)
     tensors = {
-        key: replace(spec, dtype="F32") if isinstance(spec, Packed) else spec
+        key: replace(spec, dtype="F32") if isinstance(spec, QuantizedWeight) else spec
         for key, spec in plain.tensors.items()
     }
     return Side(tensors, plain, plain.config)
@@ -240,7 +240,7 @@ def _both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) ->
 def _checkpoints(folders: tuple[Folder, Folder]) -> Found:
     sides: list[Side] = _both(_side, folders)
     quantized = [
-        side.base is not None and signs(side.base.config, side.tensors) is not None
+        side.base is not None and quantization_evidence(side.base.config, side.tensors) is not None
         for side in sides
     ]
     notes = []
@@ -366,7 +366,7 @@ def _metrics(part: Any) -> dict[str, Any]:
         return metrics | ({"experts": part.experts} if part.experts else {})
     spec = _stored(part)[0]
     return {
-        "dtype": spec.name if isinstance(spec, Packed) else spec.dtype,
+        "dtype": spec.name if isinstance(spec, QuantizedWeight) else spec.dtype,
         "shape": list(spec.shape),
     }
 
@@ -395,7 +395,7 @@ class Reader:
 
     def part(self, spec: TensorSpec, shape: tuple[int, ...], start: int) -> Tensor:
         """A tensor of that shape, in the stored dtype, from byte `start` of the stored one."""
-        if isinstance(spec, Packed):
+        if isinstance(spec, QuantizedWeight):
             first = start // 4  # float32
             return self._decoded(spec).view(-1)[first : first + math.prod(shape)].view(shape)
         dtype = dtypes.torch_dtype(spec.dtype)
@@ -405,7 +405,7 @@ class Reader:
             .view(shape)
         )
 
-    def _decoded(self, spec: Packed) -> Tensor:
+    def _decoded(self, spec: QuantizedWeight) -> Tensor:
         if getattr(self.held, "spec", None) is not spec:
             self.held.weight = None  # two would be held
             self.held.weight = spec.decode(

@@ -104,7 +104,7 @@ def _groups(job: Job) -> list[tuple[str, ...]]:
 
 def _is_stored(job: Job, name: str) -> bool:
     parameter = job.names.parameter(name)
-    return parameter is not None and not parameter.twin
+    return parameter is not None and not parameter.is_alias
 
 
 def _sides(job: Job, group: tuple[str, ...]) -> Sides:
@@ -213,7 +213,7 @@ def _set_all(job: Job, group: tuple[str, ...], change: Change) -> None:
     for name in group:
         job.changes.pop(name, None)
         parameter = job.names.parameter(name)
-        if parameter is not None and not parameter.twin:
+        if parameter is not None and not parameter.is_alias:
             job.changes[name] = replace(
                 change, parameter=replace(parameter, shape=change.parameter.shape)
             )
@@ -283,7 +283,7 @@ def _set_one(job: Job, name: str, change: Change | None) -> None:
     job.changes.pop(name, None)
     changed = change is not None and (change.value is not None or change.parts or change.rows)
     own = replace(parameter, shape=change.parameter.shape if change else parameter.shape, tied=())
-    if parameter.twin:
+    if parameter.is_alias:
         job.new[name] = replace(change, parameter=own) if change else Change(own)
         if job.names.model.renamed(name) != name:
             read = shown(job.names.model.renamed(name))

@@ -33,9 +33,9 @@ from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
 from adapterkit.plan import Inputs, Plan, Progress, Receipt, Task, TaskResult
 from adapterkit.weights.bypassed import ATTENTION, classes_of, is_bypassed
+from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names, Parameter
 from adapterkit.weights.parts import Held
-from adapterkit.weights.quantized import check_not_quantized
 from adapterkit.weights.reading import read_parameter
 
 PIECE = 4 << 20  # elements compared at a time
@@ -319,11 +319,11 @@ class _Job:
     experts: bool = False
 
     def __post_init__(self) -> None:
-        second = Names(self.sides[1], careful=True, notes=self.notes)
+        second = Names(self.sides[1], build_model=True, notes=self.notes)
         cls = type(second.model.model).__name__ if second.model is not None else None
         wanted = tuple(second.all()) if cls else ()
         self.names = (
-            Names(self.sides[0], wanted, trained_class=cls, careful=True, notes=self.notes),
+            Names(self.sides[0], wanted, trained_class=cls, build_model=True, notes=self.notes),
             second,
         )
         self.modules = self._all_modules()

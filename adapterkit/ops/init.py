@@ -28,8 +28,8 @@ from adapterkit.ops.sources import open_model
 from adapterkit.options import StrPath, checked, choice
 from adapterkit.plan import Inputs, Plan, Progress, Receipt, Task, TaskResult, identities
 from adapterkit.registry import create, members
-from adapterkit.weights.packed import Packed, read_back
-from adapterkit.weights.quantized import check_not_quantized
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.detect import check_not_quantized
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Rest:
     """One weight without the part that its factors take, in its own dtype or quantized; the factors are laid aside."""
 
     source: TensorSpec
-    packed: Packed | None
+    packed: QuantizedWeight | None
     module: str
     method: Any
     rank: int
@@ -241,8 +241,8 @@ class Rest:
             stored = rest.to(dtypes.torch_dtype(self.source.dtype))
             metrics["error"] = short(norm(stored.float() - rest) / size)
             return TaskResult({self.source.key: stored}, metrics, handoff)
-        plain = read_back(self.packed, self.packed.encode(weight))
+        plain = decode_checked(self.packed, self.packed.encode(weight))
         metrics["error_plain"] = short(norm(plain.sub_(weight)) / size)
         tensors = self.packed.encode(rest)
-        metrics["error"] = short(norm(read_back(self.packed, tensors).sub_(rest)) / size)
+        metrics["error"] = short(norm(decode_checked(self.packed, tensors).sub_(rest)) / size)
         return TaskResult(tensors, metrics, handoff)

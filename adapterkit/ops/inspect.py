@@ -28,7 +28,7 @@ from adapterkit.ops import inspect_report
 from adapterkit.ops.settings import printable
 from adapterkit.ops.sources import open_model, open_source
 from adapterkit.options import StrPath, checked
-from adapterkit.weights.quantized import SAID, check_not_quantized
+from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
 
 if TYPE_CHECKING:
     from adapterkit.ops.inspect_factors import Join
@@ -293,7 +293,8 @@ def _quantization(seen: Scan) -> dict[str, Any] | None:
         check_not_quantized(seen.checkpoint())
     except Refused as error:
         config = next(
-            (seen.config[key] for key in SAID if isinstance(seen.config.get(key), dict)), None
+            (seen.config[key] for key in CONFIG_KEYS if isinstance(seen.config.get(key), dict)),
+            None,
         )
         return {
             "found": error.found.removeprefix("a quantized base: "),

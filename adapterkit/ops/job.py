@@ -13,7 +13,7 @@ from adapterkit.ops.history import Held
 from adapterkit.ops.replication import replicated
 from adapterkit.patterns import matcher
 from adapterkit.placement import Product
-from adapterkit.weights.decoded import decoded
+from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names, Parameter
 
 BLOCK = 16 << 20  # bytes compared at a time
@@ -86,7 +86,7 @@ class Job:
         self.changes: dict[str, Change] = {}
         self.new: dict[str, Change] = {}  # parameters that the base does not store: heads
         self.original = base
-        self.base = replicated(decoded(base), adapters, self.errors)
+        self.base = replicated(decoded_view(base), adapters, self.errors)
         self.config: dict[str, Any] = json.loads(json.dumps(self.base.config))
         self.included = matcher(options.include, "--include") if options.include else None
         self.excluded = matcher(options.exclude, "--exclude") if options.exclude else None
@@ -94,18 +94,18 @@ class Job:
 
     def _names(self) -> Names:
         wanted: dict[str, None] = {}
-        careful = False
+        build_model = False
         vocabulary = {v for v in (nested(self.base.config, "vocab_size")) if isinstance(v, int)}
         for adapter in self.adapters:
             for lora in adapter.loras:
                 if lora.kind == "embedding" or (vocabulary & {lora.b.shape[0], lora.a.shape[-1]}):
-                    careful = True
+                    build_model = True
                 if len(lora.a.shape) > 2 or adapter.config.get("target_parameters"):
-                    careful = True
+                    build_model = True
                 if self.taken(lora.module) and not adapter.config.get("target_parameters"):
                     wanted[lora.module + ".weight"] = None
-            careful = (
-                careful
+            build_model = (
+                build_model
                 or bool(adapter.tokens)
                 or any(len(s.shape) > 1 for s in adapter.replaced.values())
             )
@@ -119,7 +119,12 @@ class Job:
         trained = config.get("auto_mapping") or {}
         trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None
         return Names(
-            self.base, tuple(wanted), config.get("task_type"), trained_class, careful, self.notes
+            self.base,
+            tuple(wanted),
+            config.get("task_type"),
+            trained_class,
+            build_model,
+            self.notes,
         )
 
     @cached_property

@@ -42,10 +42,10 @@ from adapterkit.ops.stats import covariances, given, room, root_of
 from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
 from adapterkit.plan import Computed, Inputs, Plan, Progress, Receipt, Task, TaskResult, identities
-from adapterkit.weights.decoded import decoded
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.decoded import decoded_view
+from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
-from adapterkit.weights.packed import Packed, read_back
-from adapterkit.weights.quantized import check_not_quantized
 
 BITS = {4: "nf4", 8: "int8"}
 OPEN = {"quantized": open_model, "stats": open_source}
@@ -263,7 +263,9 @@ def _both(
 def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:
     """The modules of the loaded model whose weights are stored under these keys."""
     known = {} if names.model is None else names.model.parameters
-    found = {p.slots[0].key: name for name, p in known.items() if len(p.slots) == 1 and not p.twin}
+    found = {
+        p.slots[0].key: name for name, p in known.items() if len(p.slots) == 1 and not p.is_alias
+    }
     return {key: found.get(key, key).removesuffix(".weight") for key in packed}
 
 
@@ -275,11 +277,11 @@ def _for_kept(
     notes: list[str],
 ) -> tuple[produced.Output, dict[str, Any]]:
     """The adapter alone, for a quantized base that stays as it is, and metrics of the plan."""
-    plain = decoded(quantized)
-    names = Names(plain, careful=True)
+    plain = decoded_view(quantized)
+    names = Names(plain, build_model=True)
     errors: list[AdapterkitError] = []
     factors: list[Residual] = []
-    packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, Packed)}
+    packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, QuantizedWeight)}
     modules = _modules(names, packed)
     usable = set(wrappable(names, modules.values(), notes))
     modules = {key: name for key, name in modules.items() if name in usable}
@@ -396,7 +398,7 @@ class Round:
 
 def alternated(
     weight: Tensor,
-    packed: Packed,
+    packed: QuantizedWeight,
     rank: int,
     iterations: int,
     turned: bool = False,
@@ -412,7 +414,7 @@ def alternated(
     seen: Svd | None = None
     for number in range(1, iterations + 1):
         stored = packed.encode(weight if low is None else torch.sub(weight, low, out=low))
-        rest = read_back(packed, stored)
+        rest = decode_checked(packed, stored)
         torch.sub(
             weight, rest, out=rest
         )  # in its memory: new room for a weight costs more than to subtract it
@@ -457,7 +459,7 @@ class Residual:
 
     name: str
     original: TensorSpec
-    packed: Packed
+    packed: QuantizedWeight
     place: Place
     rank: int  # filled up with zeros where the weight has fewer
     scale: float

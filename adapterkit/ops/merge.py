@@ -28,9 +28,9 @@ from adapterkit.ops.sources import open_model, open_weighted
 from adapterkit.ops.steps import steps_of
 from adapterkit.options import Sources, StrPath, checked, parse_size
 from adapterkit.plan import Computed, Plan, Progress, Receipt, Shard, Step, identities, sha256_of
-from adapterkit.weights.decoded import decoded, files_saying, packed_in
-from adapterkit.weights.packed import Packed, check_writable
-from adapterkit.weights.quantized import check_not_quantized
+from adapterkit.weights.codec import QuantizedWeight, check_writable
+from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
+from adapterkit.weights.detect import check_not_quantized
 
 
 @checked()
@@ -172,7 +172,7 @@ def plan_on_twin(
     """A merge into the 16-bit original of the quantized base that the adapters were trained on; `Refused` if it is none."""
     quantized, twin = open_checkpoint(open_model(base)), open_checkpoint(open_model(base16))
     errors: list[AdapterkitError] = []
-    packed = packed_in(decoded(quantized).tensors)
+    packed = quantized_weights(decoded_view(quantized).tensors)
     made_by = next(
         (m for header in quantized.shards.values() if (m := header.metadata.get(CHANGED_BY))), None
     )
@@ -217,7 +217,7 @@ def plan_on_twin(
 
 def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
     """Whether a quantized base's weights keep their format or become floats: that one can be written, and the config says so."""
-    packed = packed_in(job.base.tensors)
+    packed = quantized_weights(job.base.tensors)
     options = job.options
     where = job.original.name
     if not packed:
@@ -235,8 +235,8 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
     if options.dequantize:
         return
     for step in (step for group in steps.values() for step in group):
-        if isinstance(job.base.tensors.get(step.key), Packed) and not isinstance(
-            step.source, Packed
+        if isinstance(job.base.tensors.get(step.key), QuantizedWeight) and not isinstance(
+            step.source, QuantizedWeight
         ):
             found, hint = (
                 f"{shown(step.key)} is quantized, and an adapter trained it whole",
@@ -249,7 +249,7 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
         step.source
         for group in steps.values()
         for step in group
-        if step.edits and isinstance(step.source, Packed)
+        if step.edits and isinstance(step.source, QuantizedWeight)
     ]
     job.errors += check_writable(
         [*touched, *(spec for spec in packed if getattr(spec, "mended", False))], where
@@ -316,7 +316,7 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
     card = packaging.model_card(job.original, job.adapters, job.weights)
     files = packaging.model_files(job.original, job.config, shards, card, tokenizer=tokenizer)
     if job.options.dequantize:
-        for name in files_saying(job.base.tensors):
+        for name in quantization_files(job.base.tensors):
             files.pop(name, None)
     changed = sum(step.edits != () for group in steps.values() for step in group)
     metrics = {
@@ -339,7 +339,7 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
 
 
 def _shards(job: Job, steps: dict[str, list[Step]]) -> tuple[Shard | Computed, ...]:
-    if packed_in(job.base.tensors):
+    if quantized_weights(job.base.tensors):
         headers = job.original.shards
         if job.options.dequantize and job.options.max_shard_size:
             ordered = [step for group in steps.values() for step in group]

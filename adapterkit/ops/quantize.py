@@ -32,17 +32,17 @@ from adapterkit.plan import (
     sha256_of,
 )
 from adapterkit.registry import members
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight, decode_checked
+from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
-from adapterkit.weights.packed import Choice, Packed, Unpacked, read_back
-from adapterkit.weights.quantized import check_not_quantized
 
 PIECE = 1 << 20  # elements compared at a time
 CHANGED_BY = "adapterkit_changed_by"  # in the metadata of a base that is not the original's copy, but goes with an adapter
 
 
-def targets() -> dict[str, list[type[Packed]]]:
+def targets() -> dict[str, list[type[QuantizedWeight]]]:
     """What can be written, by the name that `--to` gives it; of formats of one name the one for rarer modules first."""
-    found: dict[str, list[type[Packed]]] = {}
+    found: dict[str, list[type[QuantizedWeight]]] = {}
     for record in sorted(
         members("weights.codecs").values(), key=lambda record: "Linear" in record.modules
     ):
@@ -127,7 +127,9 @@ class Chosen:
                 raise Refused(found, expected=expected, where="options", hint="leave it out")
         self.base, self.options, self.exceptions = base, options, exceptions
         self.notes: list[str] = []
-        self.weights: dict[str, Unpacked] = {}  # by key, all linear layers that are stored as such
+        self.weights: dict[
+            str, PlainWeight
+        ] = {}  # by key, all linear layers that are stored as such
         self.linear: dict[
             str, str
         ] = {}  # module -> key of its weight: those of them that are not tied
@@ -135,10 +137,10 @@ class Chosen:
             str, AdapterkitError
         ] = {}  # by module, why its weight cannot be changed; refused if it is to be
         self.kept: list[str] = []  # linear modules that transformers' quantizers leave alone
-        self.packed: dict[str, Packed] = {}  # by key, those that are quantized
-        self.modules: dict[str, Packed] = {}  # the same by module
+        self.packed: dict[str, QuantizedWeight] = {}  # by key, those that are quantized
+        self.modules: dict[str, QuantizedWeight] = {}  # the same by module
         self.left: list[str] = []
-        self.names = Names(base, careful=True, notes=self.notes)
+        self.names = Names(base, build_model=True, notes=self.notes)
         skeleton = self.names.model
         if skeleton is None:
             found = f"a model that transformers does not know{': ' + self.notes[-1] if self.notes else ''}"
@@ -161,7 +163,7 @@ class Chosen:
         stack = next(
             (name for name, weight in skeleton.state.items() if is_stack(name, weight)), None
         )
-        if self.record is not None and not self.record.beside_experts and stack is not None:
+        if self.record is not None and not self.record.allows_plain_experts and stack is not None:
             expected = (
                 "a model without: transformers takes all experts of such a checkpoint for quantized"
             )
@@ -215,7 +217,7 @@ class Chosen:
     def _choose(self, name: str, kind: str) -> None:
         module = name.removesuffix(".weight")
         parameter = self.names.parameter(name)
-        if parameter is None or parameter.twin:
+        if parameter is None or parameter.is_alias:
             return
         if self.skip is not None and self.skip(module):
             self.asked.append(module)
@@ -241,7 +243,7 @@ class Chosen:
             )
         turned = kind == "Conv1D"
         shape = (spec.shape[1], spec.shape[0]) if turned else spec.shape
-        weight = Unpacked(spec.key, shape, spec.dtype, turned, self._wide(name, spec.dtype))
+        weight = PlainWeight(spec.key, shape, spec.dtype, turned, self._wide(name, spec.dtype))
         if kind in ("Linear", "Conv1D"):
             self.weights[spec.key] = weight
             if not parameter.tied:
@@ -251,7 +253,7 @@ class Chosen:
         target = next(
             (target for fits, target in self.exceptions if fits(module)), self.options["to"]
         )
-        packed = self.record.fresh(target, weight, self.options)
+        packed = self.record.for_encoding(target, weight, self.options)
         if packed is None:
             self.asked.append(module)
             self.left.append(name)
@@ -322,7 +324,7 @@ class Chosen:
         )
         others = [name for name in linear if name not in self.modules]
         assert self.record is not None
-        said = self.record.config(Choice(self.modules, skipped, others))
+        said = self.record.config(QuantizedModules(self.modules, skipped, others))
         return dict(sorted((self.base.config | {"quantization_config": said}).items()))
 
 
@@ -374,7 +376,7 @@ class Quantized:
     """One weight, encoded."""
 
     source: TensorSpec
-    packed: Packed
+    packed: QuantizedWeight
 
     @property
     def name(self) -> str:
@@ -400,7 +402,7 @@ class Quantized:
         weight = inputs.tensor(self.source)
         tensors = self.packed.encode(weight)
         return TaskResult(
-            tensors, {"error": relative_error(weight, read_back(self.packed, tensors))}
+            tensors, {"error": relative_error(weight, decode_checked(self.packed, tensors))}
         )
 
 
@@ -417,7 +419,7 @@ class QuantizedModel:
     """A base in which some weights are quantized, by `tasks` where they say more than `Quantized`."""
 
     base: Checkpoint
-    packed: dict[str, Packed]
+    packed: dict[str, QuantizedWeight]
     tasks: dict[str, Task]
     config: dict[str, Any]
     folder: str = ""

@@ -136,7 +136,7 @@ def _check_ties(
     names = Names(
         open_checkpoint(base, 2),
         tuple(f"{module}.weight" for module in modules),
-        careful=True,
+        build_model=True,
         notes=notes,
     )
     for module in modules:

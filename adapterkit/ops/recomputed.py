@@ -20,7 +20,7 @@ from adapterkit.engines.local import Inputs, arithmetic, rounded
 from adapterkit.errors import shown
 from adapterkit.ops.requantized import Copied, Edited, Requantized
 from adapterkit.plan import Plan, Shard, Step
-from adapterkit.weights.packed import Packed, read_back
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
 
 CHUNK = 1 << 18  # elements that are float64 at a time
 SLACK = {
@@ -81,14 +81,16 @@ class Codes:
     on all of it."""
 
     step: Step
-    packed: Packed
+    packed: QuantizedWeight
     expected = "W + Σ weight·scale·b@a, encoded"
 
     def run(self, inputs: Inputs, written: Inputs, specs: dict[str, TensorSpec]) -> Check:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by key."""
         origin = _Origin(self.step, inputs)
         after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
-        alone = self.step.draws is not None or self.packed.separated(origin.parts)[0] is self.packed
+        alone = (
+            self.step.draws is not None or self.packed.split_nested(origin.parts)[0] is self.packed
+        )
         ranges = (
             sorted({origin.range_of(row) for row in origin.sample})
             if alone
@@ -109,32 +111,32 @@ class Codes:
                 block,
                 block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)],
             )
-        found = read_back(record, origin.at(after, first, last)[1]).view(exact.shape)
+        found = decode_checked(record, origin.at(after, first, last)[1]).view(exact.shape)
         if bool(((exact - found).abs() <= slack).all()) and torch.equal(
-            found, read_back(record, before).view(exact.shape)
+            found, decode_checked(record, before).view(exact.shape)
         ):
             return None  # what does not change keeps its bytes
         wanted = self._encoded(record, before, exact, first)
         for key, part in wanted.items():
             if part is before[key] and not torch.equal(part, origin.at(after, first, last)[1][key]):
                 return f"{shown(key)} is not the base's, though it does not depend on the weight's values"
-        value = read_back(record, wanted).view(exact.shape)
+        value = decode_checked(record, wanted).view(exact.shape)
         low, high = value - slack, value + slack
         bad = ~((low <= found) & (found <= high))
         if bool(bad.any()):  # of codes near a boundary: an encoder never swaps two values either
             for by in (-slack, slack):
-                beside = read_back(record, self._encoded(record, before, exact + by, first)).view(
-                    exact.shape
-                )
+                beside = decode_checked(
+                    record, self._encoded(record, before, exact + by, first)
+                ).view(exact.shape)
                 low, high = torch.minimum(low, beside - slack), torch.maximum(high, beside + slack)
             bad = ~((low <= found) & (found <= high))
         return _difference(bad, found, value, first) if bool(bad.any()) else None
 
     def _encoded(
-        self, record: Packed, before: dict[str, Tensor], weight: Tensor, first: int
+        self, record: QuantizedWeight, before: dict[str, Tensor], weight: Tensor, first: int
     ) -> dict[str, Tensor]:
         draws = self.step.draws and self.step.draws.at(first * weight.shape[1])
-        return record.renewed(before, weight.view(record.shape), draws)
+        return record.encode_keeping_scales(before, weight.view(record.shape), draws)
 
 
 def _difference(bad: Tensor, found: Tensor, wanted: Tensor, row: int) -> str:
@@ -162,19 +164,19 @@ class _Origin:
     @cached_property
     def parts(self) -> dict[str, Tensor]:
         """What holds a packed weight, by key."""
-        assert isinstance(self.source, Packed)
+        assert isinstance(self.source, QuantizedWeight)
         return {part.key: self.inputs.stored(part) for part in self.source.parts}
 
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:
         """Rows that are read at once, in order."""
-        if not isinstance(self.source, Packed):
+        if not isinstance(self.source, QuantizedWeight):
             return [
                 (first, min(first + self.chunk, self.height))
                 for first in range(0, self.height, self.chunk)
             ]
         return (
-            list(self.source.slices(CHUNK))
+            list(self.source.row_ranges(CHUNK))
             if self.source.shape[-1] == self.width
             else [(0, self.height)]
         )
@@ -191,9 +193,9 @@ class _Origin:
 
     def at(
         self, parts: dict[str, Tensor], first: int, last: int
-    ) -> tuple[Packed, dict[str, Tensor]]:
+    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
         """One of the ranges, or all rows, as a packed weight of its own."""
-        assert isinstance(self.source, Packed)
+        assert isinstance(self.source, QuantizedWeight)
         return (
             self.source.rows(parts, first, last)
             if (first, last) != (0, self.height)
@@ -202,14 +204,14 @@ class _Origin:
 
     def _decoded(self, first: int, last: int) -> Tensor:  # (last - first, width) float32
         if self.held[0] != (first, last):
-            value = read_back(
+            value = decode_checked(
                 *self.at(self.parts, first, last), hint="download the checkpoint again"
             )
             self.held = (first, last), value.view(last - first, self.width)
         return self.held[1]
 
     def rows(self, first: int, last: int) -> Tensor:
-        if not isinstance(self.source, Packed):
+        if not isinstance(self.source, QuantizedWeight):
             return self.inputs.rows(self.source, (self.height, self.width), first, last)
         pieces = []
         while first < last:

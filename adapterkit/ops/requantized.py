@@ -20,7 +20,7 @@ from adapterkit.errors import shown
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.ops.sizes import short
 from adapterkit.plan import Computed, Inputs, Shard, Step, Task, TaskResult, kept_by
-from adapterkit.weights.packed import Packed, read_back
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
 
 ROWS = 1 << 18  # elements of a weight that are edited at a time
 SLICE = (
@@ -110,7 +110,7 @@ class Requantized:
     """One packed weight with edits: decoded, changed in float32, encoded once, by slices of rows where its format allows that."""
 
     step: Step
-    packed: Packed
+    packed: QuantizedWeight
 
     @property
     def name(self) -> str:
@@ -240,12 +240,12 @@ def lost(metrics: dict[str, dict], compat: str | None = None) -> list[str]:
 
 def stored_parts(spec: TensorSpec) -> tuple[TensorSpec, ...]:
     """The stored tensors that hold a tensor."""
-    return spec.parts if isinstance(spec, Packed) else (spec,)
+    return spec.parts if isinstance(spec, QuantizedWeight) else (spec,)
 
 
 def shard_of(name: str, steps: Sequence[Step], header: Header, keep: bool) -> Shard | Computed:
     """One output file of these steps, packed weights in their format (`keep`) or as floats; streamed where nothing is decoded."""
-    if keep and not any(isinstance(step.source, Packed) and step.edits for step in steps):
+    if keep and not any(isinstance(step.source, QuantizedWeight) and step.edits for step in steps):
         plain = [part for step in steps for part in _parts(step)]
         by_key = {step.key: step for step in plain}
         order = {spec.key: spec.start for spec in header.tensors}
@@ -276,14 +276,14 @@ def shards_of_size(steps: Sequence[Step], limit: int) -> tuple[Computed, ...]:
 
 
 def _parts(step: Step) -> list[Step]:
-    if not isinstance(step.source, Packed):
+    if not isinstance(step.source, QuantizedWeight):
         return [step]
     return [Step(part.key, part.dtype, part.shape, part) for part in step.source.parts]
 
 
 def _bundles(step: Step, keep: bool) -> list[Task]:
     packed = step.source
-    if not isinstance(packed, Packed):
+    if not isinstance(packed, QuantizedWeight):
         return [Copied(packed)] if step.copied and step.key == packed.key else [Edited(step)]
     if not keep:
         return [Edited(step)]
@@ -302,15 +302,15 @@ def _grid(step: Step) -> tuple[int, int]:
 def _slices(step: Step) -> Iterator[tuple[int, int]]:
     """Ranges of rows that are worked on alone, the first one the largest."""
     (rows, columns), source = _grid(step), step.source
-    if isinstance(source, Packed):
-        return source.slices(SLICE) if source.shape[-1] == columns else iter([(0, rows)])
+    if isinstance(source, QuantizedWeight):
+        return source.row_ranges(SLICE) if source.shape[-1] == columns else iter([(0, rows)])
     each = max(1, SLICE // max(columns, 1))
     return ((first, min(first + each, rows)) for first in range(0, rows, each))
 
 
 def _memory(step: Step, copies: int, bytes_each: int) -> int:
     """Bytes that edited rows take at most: copies of what is stored, `bytes_each` for an element of a slice, the factors."""
-    stored = copies * step.source.nbytes if isinstance(step.source, Packed) else 0
+    stored = copies * step.source.nbytes if isinstance(step.source, QuantizedWeight) else 0
     first, last = next(_slices(step), (0, 0))
     return (
         stored
@@ -329,11 +329,13 @@ class _Weight:
         self.dtype, self.device = arithmetic(step), inputs.device
         self.rows, self.columns = _grid(step)
         self.nested, self.squares, self.whole = False, [], None
-        if isinstance(self.source, Packed):
+        if isinstance(self.source, QuantizedWeight):
             self.original = stored or {part.key: inputs.stored(part) for part in self.source.parts}
             # with draws the scales of scales stay
             self.record, self.parts = (
-                (self.source, self.original) if step.draws else self.source.separated(self.original)
+                (self.source, self.original)
+                if step.draws
+                else self.source.split_nested(self.original)
             )
             self.nested = self.record is not self.source
             # without scales of scales the new bytes take the place of the old ones, which are read no more
@@ -373,8 +375,8 @@ class _Weight:
 
     def _decoded(self, first: int, last: int) -> Tensor:
         source, columns = self.source, self.columns
-        if isinstance(source, Packed):
-            value = read_back(
+        if isinstance(source, QuantizedWeight):
+            value = decode_checked(
                 *self._at(self.parts, first, last), hint="download the checkpoint again"
             )
             return value.view(last - first, columns)
@@ -387,7 +389,7 @@ class _Weight:
 
     def _at(
         self, parts: dict[str, Tensor], first: int, last: int
-    ) -> tuple[Packed, dict[str, Tensor]]:
+    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
         return (
             self.record.rows(parts, first, last)
             if self.record.shape[-1] == self.columns
@@ -438,8 +440,8 @@ class _Weight:
         """Encode the rows of a slice; what they decode to."""
         record, stored = self._at(self.parts, part.first, part.last)
         draws = self.step.draws and self.step.draws.at(part.first * self.columns)
-        tensors = record.renewed(stored, part.after.view(record.shape), draws)
-        value = read_back(record, tensors).view(part.after.shape)
+        tensors = record.encode_keeping_scales(stored, part.after.view(record.shape), draws)
+        value = decode_checked(record, tensors).view(part.after.shape)
         if stored is self.parts:
             self.new = tensors
         else:
@@ -450,8 +452,8 @@ class _Weight:
 
     def written(self) -> dict[str, Tensor]:
         """All parts, once each slice has been written."""
-        assert isinstance(self.source, Packed)
-        return self.original | (self.new if self.step.draws else self.source.joined(self.new))
+        assert isinstance(self.source, QuantizedWeight)
+        return self.original | (self.new if self.step.draws else self.source.join_nested(self.new))
 
 
 def _chunked(

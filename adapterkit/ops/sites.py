@@ -90,7 +90,7 @@ def names_of(base: Checkpoint, adapters: Sequence[Adapter], notes: list[str]) ->
     trained = config.get("auto_mapping")
     trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None
     return Names(
-        base, tuple(wanted), config.get("task_type"), trained_class, careful=True, notes=notes
+        base, tuple(wanted), config.get("task_type"), trained_class, build_model=True, notes=notes
     )
 
 

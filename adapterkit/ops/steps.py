@@ -16,7 +16,7 @@ from adapterkit.placement import (
     place_vector,
 )
 from adapterkit.plan import Step
-from adapterkit.weights.packed import Packed
+from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.slots import Slot, identity_slot
 
 
@@ -63,7 +63,7 @@ def _rounded(job: Job, step: Step) -> Step:
     nearer. Float32 sums are no rounded exact ones in 30 to 60 % of the elements, in 16 bits in 1e-5; PEFT's are in float32."""
     if not step.edits:
         return step
-    packed = isinstance(step.source, Packed) and not job.options.dequantize
+    packed = isinstance(step.source, QuantizedWeight) and not job.options.dequantize
     narrow = packed or dtypes.BITS[step.dtype] < 32
     step = replace(step, wide=not narrow and job.options.compat is None)
     if job.options.rounding != "stochastic" or not (

@@ -7,28 +7,33 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
 from adapterkit.registry import members
-from adapterkit.weights.packed import Found, Packed
-from adapterkit.weights.quantized import PACKED, check_not_quantized, signs, without
+from adapterkit.weights.codec import CheckpointScan, QuantizedWeight
+from adapterkit.weights.detect import (
+    PACKED,
+    check_not_quantized,
+    quantization_evidence,
+    without_quantization,
+)
 
 
-def decoded(base: Checkpoint) -> Checkpoint:
-    """The checkpoint without quantization: each packed weight, a `Packed`, in place of the tensors that hold it, and a config that
+def decoded_view(base: Checkpoint) -> Checkpoint:
+    """The checkpoint without quantization: each packed weight, a `QuantizedWeight`, in place of the tensors that hold it, and a config that
     says nothing of it; the same object where nothing is packed.
 
     `Refused` or `Damaged`, all at once, for formats that nobody here knows, missing siblings, shapes that do not fit, scales that
     are not finite.
     """
-    if signs(base.config, base.tensors) is None:
+    if quantization_evidence(base.config, base.tensors) is None:
         return base
     settings = base.config.get("quantization_config")
-    found = Found(base, settings if isinstance(settings, dict) else {}, dict(base.tensors))
-    packed: list[Packed] = []
+    found = CheckpointScan(base, settings if isinstance(settings, dict) else {}, dict(base.tensors))
+    packed: list[QuantizedWeight] = []
     for record in members("weights.codecs").values():
         for one in record.find(found):
             packed.append(one)
             for part in one.parts:
                 found.tensors.pop(part.key, None)
-    found.look()
+    found.check_scales()
     found.errors += _twice(base, packed) + _left(found, packed)
     refuse_all(found.errors)
     homes = {one.parts[0].key: one for one in packed}
@@ -42,13 +47,15 @@ def decoded(base: Checkpoint) -> Checkpoint:
     plain = replace(
         base,
         tensors=tensors,
-        config=without(base.config) if found.method in known and packed else base.config,
+        config=without_quantization(base.config)
+        if found.method in known and packed
+        else base.config,
     )
     check_not_quantized(replace(plain, tensors=found.tensors))
     return plain
 
 
-def _twice(base: Checkpoint, packed: list[Packed]) -> list[AdapterkitError]:
+def _twice(base: Checkpoint, packed: list[QuantizedWeight]) -> list[AdapterkitError]:
     """Weights that are stored in two ways: as floats beside what is packed, or in two formats."""
     errors: list[AdapterkitError] = []
     seen: dict[str, str] = {}
@@ -65,7 +72,7 @@ def _twice(base: Checkpoint, packed: list[Packed]) -> list[AdapterkitError]:
     return errors
 
 
-def _left(found: Found, packed: list[Packed]) -> list[AdapterkitError]:
+def _left(found: CheckpointScan, packed: list[QuantizedWeight]) -> list[AdapterkitError]:
     """What looks like codes among the tensors that no format took, in a checkpoint where others are taken."""
     errors: list[AdapterkitError] = []
     for key, spec in found.tensors.items() if packed and not found.errors else ():
@@ -86,11 +93,11 @@ def _left(found: Found, packed: list[Packed]) -> list[AdapterkitError]:
     return errors
 
 
-def packed_in(tensors: Mapping[str, TensorSpec]) -> list[Packed]:
+def quantized_weights(tensors: Mapping[str, TensorSpec]) -> list[QuantizedWeight]:
     """The quantized weights among tensors."""
-    return [spec for spec in tensors.values() if isinstance(spec, Packed)]
+    return [spec for spec in tensors.values() if isinstance(spec, QuantizedWeight)]
 
 
-def files_saying(tensors: Mapping[str, TensorSpec]) -> set[str]:
+def quantization_files(tensors: Mapping[str, TensorSpec]) -> set[str]:
     """Names of files that say of these tensors that they are quantized, and mean nothing beside floats."""
-    return {name for spec in packed_in(tensors) for name in spec.files}
+    return {name for spec in quantized_weights(tensors) for name in spec.files}

@@ -40,7 +40,7 @@ class Parameter:
     shape: tuple[int, ...]
     slots: tuple[Slot, ...]
     tied: tuple[str, ...] = ()  # other parameters of the model that are this one
-    twin: bool = False  # the file holds it under the name of one of those only
+    is_alias: bool = False  # the file holds it under the name of one of those only
 
     @property
     def whole(self) -> bool:
@@ -97,7 +97,7 @@ class Names:
     trained_class: str | None = (
         None  # auto_mapping's class name, looked up in transformers and nowhere else
     )
-    careful: bool = (
+    build_model: bool = (
         False  # build the model even if all names match directly: ties and orientations matter
     )
     notes: list[str] = field(default_factory=list)
@@ -112,7 +112,7 @@ class Names:
         """The model without data, or None where direct names are proof enough or transformers does not know it."""
         keys = self.base.tensors
         direct = all(name in keys for name in self.wanted)
-        if direct and not self.careful and self.plain:
+        if direct and not self.build_model and self.plain:
             return None
         return self._skeleton()
 

@@ -66,7 +66,7 @@ class Symbol(torch.Tensor):
     """A tensor on the meta device that knows where its elements are stored. `slots` cover it without overlap."""
 
     slots: tuple[Slot, ...]
-    cut: "_Split | None"
+    axis_split: "_Split | None"
 
     @staticmethod
     def of(key: str, shape: tuple[int, ...]) -> "Symbol":
@@ -103,9 +103,9 @@ class _Split:
     positions: np.ndarray
 
 
-def _symbol(shape, slots: tuple[Slot, ...], cut: _Split | None = None) -> Symbol:
+def _symbol(shape, slots: tuple[Slot, ...], axis_split: _Split | None = None) -> Symbol:
     symbol = torch.empty(tuple(shape), device="meta").as_subclass(Symbol)
-    symbol.slots, symbol.cut = slots, cut
+    symbol.slots, symbol.axis_split = slots, axis_split
     return symbol
 
 
@@ -114,7 +114,7 @@ def _positive(dim: int, ndim: int) -> int:
 
 
 def _plain(*symbols: Symbol) -> None:
-    if any(s.cut is not None for s in symbols):
+    if any(s.axis_split is not None for s in symbols):
         raise Unsupported("an operation on an axis that a view has cut")
 
 
@@ -207,11 +207,11 @@ def _transpose(tensor: Symbol, dim0: int, dim1: int) -> Symbol:
     a, b = _positive(dim0, tensor.ndim), _positive(dim1, tensor.ndim)
     shape = list(tensor.shape)
     shape[a], shape[b] = shape[b], shape[a]
-    if tensor.cut is not None:
-        first, count = tensor.cut.axis, tensor.cut.positions.ndim
+    if tensor.axis_split is not None:
+        first, count = tensor.axis_split.axis, tensor.axis_split.positions.ndim
         if not (first <= a < first + count and first <= b < first + count):
             raise Unsupported("a transpose across an axis that a view has cut")
-        turned = tensor.cut.positions.swapaxes(a - first, b - first)
+        turned = tensor.axis_split.positions.swapaxes(a - first, b - first)
         return _symbol(shape, tensor.slots, _Split(first, turned))
     slots = []
     for slot in tensor.slots:
@@ -228,7 +228,7 @@ def _reshape(tensor: Symbol, *shape) -> Symbol:
     old = tuple(tensor.shape)
     if shape == old:
         return tensor
-    if tensor.cut is not None:
+    if tensor.axis_split is not None:
         return _join(tensor, shape)
     if len(shape) > len(old):
         # one axis cut into several: the axes before and after it stay
@@ -244,10 +244,10 @@ def _reshape(tensor: Symbol, *shape) -> Symbol:
 
 
 def _join(tensor: Symbol, shape: tuple[int, ...]) -> Symbol:
-    cut = tensor.cut
-    assert cut is not None
-    axis, order = cut.axis, cut.positions.reshape(-1)
-    count = cut.positions.ndim
+    split = tensor.axis_split
+    assert split is not None
+    axis, order = split.axis, split.positions.reshape(-1)
+    count = split.positions.ndim
     joined = (*tensor.shape[:axis], len(order), *tensor.shape[axis + count :])
     if shape != joined:
         raise Unsupported(f"a view of {tuple(tensor.shape)} as {shape}")

@@ -21,9 +21,9 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
 from adapterkit.ops import requantized
 from adapterkit.ops.sources import open_source
+from adapterkit.weights.codec import QuantizedWeight, check_writable
 from adapterkit.weights.codecs.fp8 import Fp8
-from adapterkit.weights.decoded import decoded, packed_in
-from adapterkit.weights.packed import Packed, check_writable
+from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import format_tools, oracle, quantized_llama
 from tests.support.quantized_llama import FORMS, LINEAR, Form, change
 
@@ -49,10 +49,12 @@ def lora(cached_folder: Callable[..., Path]) -> Path:
     )
 
 
-def packed_of(folder: Path) -> dict[str, Packed]:
+def packed_of(folder: Path) -> dict[str, QuantizedWeight]:
     return {
         spec.key: spec
-        for spec in packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
+        for spec in quantized_weights(
+            decoded_view(open_checkpoint(open_source(str(folder)))).tensors
+        )
     }
 
 
@@ -252,7 +254,7 @@ def test_what_comes_back(base: Callable[[str], Path], name: str) -> None:
     tensors = stored(base(name))
     for spec in packed_of(base(name)).values():
         parts = {part.key: tensors[part.key] for part in spec.parts}
-        again = spec.renewed(parts, spec.decode(parts))
+        again = spec.encode_keeping_scales(parts, spec.decode(parts))
         assert list(again) == list(parts) and [stored.key for stored in spec.max_outputs] == list(
             parts
         )
@@ -282,10 +284,13 @@ def test_integers_of_any_bytes_come_back(symmetric: bool, indexed: bool, tmp_pat
         )
         parts[scale][0] = 0
         value = spec.decode(parts)
-        again = spec.renewed(parts, value)
+        again = spec.encode_keeping_scales(parts, value)
         assert torch.equal(spec.decode(again), value)
         far = value + 9 * value.abs().max()  # does not fit the old scales
-        assert float((spec.decode(spec.renewed(parts, far)) - far).norm() / far.norm()) < 0.1
+        assert (
+            float((spec.decode(spec.encode_keeping_scales(parts, far)) - far).norm() / far.norm())
+            < 0.1
+        )
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -302,7 +307,7 @@ def test_merged_by_slices_of_rows(
         )
     for kind in ("", "-floats"):
         assert sha(tmp_path / f"1{kind}") == sha(tmp_path / f"{1 << 20}{kind}")
-    slices = {len(list(spec.slices(1))) for spec in packed_of(base(name)).values()}
+    slices = {len(list(spec.row_ranges(1))) for spec in packed_of(base(name)).values()}
     assert (max(slices) > 1) == (
         name not in ("fp8-tensor", "modelopt-fp8")
         and "nvfp4" not in name
@@ -531,7 +536,7 @@ def test_mxfp4_bytes_come_back(gpt_oss: Path) -> None:
         parts = {part.key: tensors[part.key] for part in spec.parts}
         value = spec.decode(parts)
         assert value.shape == spec.shape
-        again = spec.renewed(parts, value)
+        again = spec.encode_keeping_scales(parts, value)
         assert torch.equal(spec.decode(again), value)
         codes, scales = list(parts)
         largest = torch.maximum(parts[codes] & 7, parts[codes] >> 4 & 7).amax(-1)
@@ -918,8 +923,8 @@ def test_nvfp4_keeps_the_scale_that_layers_share(base: Callable[[str], Path]) ->
         spec = packed_of(base(name))[Q + "weight"]
         parts = {part.key: tensors[part.key] for part in spec.parts}
         value = spec.decode(parts)
-        assert same(spec.renewed(parts, value / 2)[Q + leaf], parts[Q + leaf])
-        larger = spec.renewed(parts, value * 2)
+        assert same(spec.encode_keeping_scales(parts, value / 2)[Q + leaf], parts[Q + leaf])
+        larger = spec.encode_keeping_scales(parts, value * 2)
         assert not same(larger[Q + leaf], parts[Q + leaf])
         assert torch.allclose(spec.decode(larger), value * 2, rtol=1e-5)
 

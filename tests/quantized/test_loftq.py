@@ -18,8 +18,8 @@ from torch import Tensor
 import adapterkit
 from adapterkit.errors import Refused
 from adapterkit.ops.loftq import alternated
+from adapterkit.weights.codec import PlainWeight
 from adapterkit.weights.codecs.bnb4 import Bnb4
-from adapterkit.weights.packed import Unpacked
 from tests.support import oracle
 from tests.support.loftq import MODELS, originals, products, values
 
@@ -206,7 +206,7 @@ def test_never_worse_than_plain_quantization(base, name: str, tmp_path: Path) ->
 def test_of_all_rounds_the_best_is_kept() -> None:
     """More rounds are never worse, though a round may be."""
     w = 0.02 * torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
-    packed = Bnb4.fresh("nf4", Unpacked("x.weight", tuple(w.shape), "F32"), {})
+    packed = Bnb4.for_encoding("nf4", PlainWeight("x.weight", tuple(w.shape), "F32"), {})
     assert packed is not None
     rounds = [alternated(w, packed, 8, iterations) for iterations in range(1, 13)]
     errors = [found.after for found in rounds]

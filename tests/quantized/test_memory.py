@@ -24,16 +24,16 @@ from adapterkit.errors import Refused
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.ops import requantized
 from adapterkit.plan import BUFFERS, Step
+from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import Bnb4
 from adapterkit.weights.codecs.bnb8 import Bnb8
 from adapterkit.weights.codecs.compressed import Compressed
 from adapterkit.weights.codecs.fp8 import Fp8
 from adapterkit.weights.codecs.mxfp4 import Mxfp4
-from adapterkit.weights.packed import Packed, Unpacked
 
 MATRIX, STACK = (1536, 4096), (6, 1024, 1024)
 SMALL = {MATRIX: (256, 384), STACK: (3, 96, 160), (6145, 1056): (259, 1056)}
-FORMATS: dict[str, tuple[type[Packed], str, tuple[int, ...], dict]] = {
+FORMATS: dict[str, tuple[type[QuantizedWeight], str, tuple[int, ...], dict]] = {
     "nf4": (Bnb4, "nf4", MATRIX, {}),
     "double": (Bnb4, "nf4", MATRIX, {"double_quant": True}),
     "fp4 in blocks longer than a row": (Bnb4, "fp4", (6145, 1056), {"block_size": 4096}),
@@ -54,7 +54,9 @@ class Case:
         record, target, shape, options = (FORMATS | WHOLE)[name]
         shape = SMALL[shape] if small else shape
         generator = torch.Generator().manual_seed(0)
-        packed = record.fresh(target, Unpacked("x.weight", shape, "BF16", name in WHOLE), options)
+        packed = record.for_encoding(
+            target, PlainWeight("x.weight", shape, "BF16", name in WHOLE), options
+        )
         assert packed is not None
         with torch.inference_mode():
             stored = packed.encode(torch.randn(packed.shape, generator=generator).mul_(0.02))
@@ -92,7 +94,7 @@ class Case:
             "x.weight", "BF16", self.packed.shape, self.packed, tuple(edits), rows, ("a",), draws
         )
 
-    def cached_folder(self, task):
+    def compute(self, task):
         with Sources((self.folder,), {}) as sources, torch.inference_mode():
             return task.compute(Inputs(sources, torch.device("cpu")))
 
@@ -117,7 +119,7 @@ def test_no_more_memory_than_claimed(name: str, tmp_path: Path) -> None:
         )
         Path("/proc/self/clear_refs").write_text("5")
         before = peak()
-        case.made(task)
+        case.compute(task)
         assert peak() - before < task.memory
 
 
@@ -138,10 +140,10 @@ def test_slices_give_the_bytes_of_the_whole(
     made = {}
     for size in (whole, 5000, 50_000):
         monkeypatch.setattr(requantized, "SLICE", size)
-        slices = len(list(case.packed.slices(size)))
+        slices = len(list(case.packed.row_ranges(size)))
         assert slices > 1 or size == whole
         tasks = (requantized.Requantized(step, case.packed), requantized.Edited(step))
-        made[size] = [tensor for task in tasks for tensor in case.made(task).tensors.values()]
+        made[size] = [tensor for task in tasks for tensor in case.compute(task).tensors.values()]
     for size in (5000, 50_000):
         for ours, right in zip(made[size], made[whole], strict=True):
             assert ours.dtype == right.dtype and ours.shape == right.shape

@@ -18,9 +18,9 @@ from adapterkit.kernels import blockwise, common, vectorwise
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.ops import requantized
 from adapterkit.ops.sources import open_source
+from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.mxfp4 import Mxfp4
-from adapterkit.weights.decoded import decoded, packed_in
-from adapterkit.weights.packed import Packed, Unpacked
+from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import quantized_llama
 from tests.support.quantized_llama import FORMS
 
@@ -38,7 +38,7 @@ NAMES = [*(name for name, form in FORMS.items() if form.writable), *VERBS, "gpt-
 class Case:
     """A stored weight and what it decodes to."""
 
-    record: Packed
+    record: QuantizedWeight
     stored: dict[str, Tensor]
 
     @property
@@ -46,9 +46,11 @@ class Case:
         return self.record.decode(self.stored)
 
     def drawn(self, weight: Tensor, seed: int = 0) -> dict[str, Tensor]:
-        return self.record.renewed(self.stored, weight.clone(), Draws.of(seed, self.record.key))
+        return self.record.encode_keeping_scales(
+            self.stored, weight.clone(), Draws.of(seed, self.record.key)
+        )
 
-    def decoded(self, weight: Tensor, seed: int) -> Tensor:
+    def decoded_view(self, weight: Tensor, seed: int) -> Tensor:
         return self.record.decode(self.drawn(weight, seed))
 
 
@@ -58,8 +60,8 @@ def case(request, cached_folder: Callable[..., Path]) -> Case:
     if name == "gpt-oss":
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(3, 64, 48, generator=generator)
-        record = Mxfp4.fresh(
-            "mxfp4", Unpacked("experts.down_proj", tuple(weight.shape), "BF16"), {}
+        record = Mxfp4.for_encoding(
+            "mxfp4", PlainWeight("experts.down_proj", tuple(weight.shape), "BF16"), {}
         )
         assert record is not None
         return Case(record, record.encode(weight))
@@ -67,7 +69,9 @@ def case(request, cached_folder: Callable[..., Path]) -> Case:
     folder = checkpoint(name, cached_folder)
     record = next(
         spec
-        for spec in packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
+        for spec in quantized_weights(
+            decoded_view(open_checkpoint(open_source(str(folder)))).tensors
+        )
         if "down" in spec.key
     )
     tensors = load_file(folder / "model.safetensors")
@@ -211,7 +215,7 @@ def test_rows_by_themselves(case):
     if isinstance(record, Mxfp4):
         blocks, scales = (part.key for part in record.parts)
         stored = {key: case.stored[key][1:2, :, 1:] for key in (blocks, scales)}
-        found = record.renewed(stored, weight[1:2, cut:], draws.at((64 + cut) * 48))
+        found = record.encode_keeping_scales(stored, weight[1:2, cut:], draws.at((64 + cut) * 48))
         assert torch.equal(found[blocks], whole[blocks][1:2, :, 1:])
         return
     codes, scale = (part.key for part in record.parts[:2])
@@ -233,7 +237,11 @@ def test_rows_by_themselves(case):
     parts = tuple(replace(part, shape=tuple(stored[part.key].shape)) for part in record.parts)
     lower = replace(record, shape=(len(weight) - cut, weight.shape[1]), parts=parts)
     assert torch.equal(
-        bits(lower.renewed(stored, weight[cut:], draws.at(cut * weight.shape[1]))[codes]),
+        bits(
+            lower.encode_keeping_scales(stored, weight[cut:], draws.at(cut * weight.shape[1]))[
+                codes
+            ]
+        ),
         bits(whole[codes][cut:]),
     )
 
@@ -279,7 +287,7 @@ def test_a_merge_keeps_the_delta_the_scales_and_the_other_modules(inputs, tmp_pa
     assert not same(after, load_file(outs["stochastic", 1, 2]))
     changed = [
         spec
-        for spec in packed_in(decoded(open_checkpoint(open_source(str(base)))).tensors)
+        for spec in quantized_weights(decoded_view(open_checkpoint(open_source(str(base)))).tensors)
         if touched(spec.key)
     ]
     codes = {spec.parts[0].key for spec in changed}

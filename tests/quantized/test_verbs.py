@@ -18,7 +18,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Interrupted, Refused
 from adapterkit.kernels import blockwise, vectorwise
 from adapterkit.ops.sources import open_source
-from adapterkit.weights.decoded import decoded, packed_in
+from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -104,7 +104,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 def values(folder: Path) -> dict[str, Tensor]:
     """Every quantized weight, decoded to float32."""
     tensors = stored(folder)
-    specs = packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
+    specs = quantized_weights(decoded_view(open_checkpoint(open_source(str(folder)))).tensors)
     return {
         spec.key: spec.decode({part.key: tensors[part.key] for part in spec.parts})
         for spec in specs

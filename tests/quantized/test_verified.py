@@ -11,7 +11,7 @@ from adapterkit.errors import Damaged
 from adapterkit.kernels import rows
 from adapterkit.ops import recomputed, requantized
 from adapterkit.ops.sources import open_source
-from adapterkit.weights.decoded import decoded, packed_in
+from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle, quantized_llama
 from tests.support.quantized_llama import FORMS
 
@@ -110,15 +110,15 @@ def test_encoding_that_is_wrong_is_found(
 ) -> None:
     """One value in a hundred is a step away from its nearest code."""
     base, lora = model(name)
-    kind = type(packed_in(decoded(open_checkpoint(open_source(str(base)))).tensors)[0])
-    right = kind.renewed
+    kind = type(quantized_weights(decoded_view(open_checkpoint(open_source(str(base)))).tensors)[0])
+    right = kind.encode_keeping_scales
 
     def wrong(self, stored, weight, draws=None):
         weight = weight.clone()
         weight.view(-1)[5::101] += weight.abs().max() / 5
         return right(self, stored, weight, draws)
 
-    monkeypatch.setattr(kind, "renewed", wrong)
+    monkeypatch.setattr(kind, "encode_keeping_scales", wrong)
     oracle.merge(base, lora, out=tmp_path / "out")
     monkeypatch.undo()
     with pytest.raises(Damaged, match=r"row \d+, column \d+"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.ops.sources import open_source
-from adapterkit.weights.decoded import decoded, packed_in
+from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192}  # rows of whole blocks
@@ -37,7 +37,7 @@ def originals(folder: Path) -> dict[str, Tensor]:
 def values(folder: Path) -> dict[str, Tensor]:
     """Every quantized weight of a folder, decoded."""
     tensors = load_file(folder / "model.safetensors")
-    specs = packed_in(decoded(open_checkpoint(open_source(str(folder)))).tensors)
+    specs = quantized_weights(decoded_view(open_checkpoint(open_source(str(folder)))).tensors)
     return {
         spec.key: spec.decode({part.key: tensors[part.key] for part in spec.parts}).double()
         for spec in specs

@@ -8,13 +8,13 @@ from torch import Tensor
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.integers import decode_awq
-from adapterkit.weights.packed import Found, Packed
+from adapterkit.weights.codec import CheckpointScan, QuantizedWeight
 
 CODES = ".qweight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awq(Packed):
+class Awq(QuantizedWeight):
     """W[out, in] = (code - zero) * scale, stored [in, out / 8] with the eight codes of a word out of order."""
 
     name = "awq"
@@ -22,8 +22,8 @@ class Awq(Packed):
     files = ("quant_config.json", "quantize_config.json")
 
     @classmethod
-    def find(cls, found: Found) -> Iterator[Packed]:
-        if found.method not in cls.methods or not found.holds(CODES) or not _known(found):
+    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
+        if found.method not in cls.methods or not found.has_keys(CODES) or not _known(found):
             return
         for key, spec in list(found.tensors.items()):
             if not key.endswith(CODES):
@@ -46,7 +46,7 @@ class Awq(Packed):
             }
             yield cls(
                 key=f"{module}.weight",
-                dtype=found.computed_in,
+                dtype=found.compute_dtype,
                 shape=shape,
                 parts=(spec, *siblings),
                 **place,
@@ -61,7 +61,7 @@ class Awq(Packed):
         return "AWQ chooses its codes on data that is not here"
 
 
-def _known(found: Found) -> bool:
+def _known(found: CheckpointScan) -> bool:
     said, good = found.settings, True
     forms = sorted(
         {
@@ -93,7 +93,11 @@ def _known(found: Found) -> bool:
 
 
 def _fits(
-    found: Found, key: str, codes: TensorSpec, scale: TensorSpec, zeros: TensorSpec | None = None
+    found: CheckpointScan,
+    key: str,
+    codes: TensorSpec,
+    scale: TensorSpec,
+    zeros: TensorSpec | None = None,
 ) -> bool:
     specs = [codes, scale, *([zeros] if zeros else [])]
     good = (

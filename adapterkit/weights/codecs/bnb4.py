@@ -18,14 +18,14 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import Refused, Unrecoverable, shown
 from adapterkit.kernels import blockwise
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
+from adapterkit.weights.codec import CheckpointScan, PlainWeight, QuantizedModules, QuantizedWeight
 
 STATE = ".quant_state.bitsandbytes__"
 OFFSET = 0.012345678901234567  # as long as most
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bnb4(Packed):
+class Bnb4(QuantizedWeight):
     """W = map[code] * absmax, `block` values with one absmax; `double`: absmax = map8[code] * nested_absmax + offset.
 
     The state's JSON text is as long as its offset has digits, so its size is a guess until it is written.
@@ -38,14 +38,16 @@ class Bnb4(Packed):
     kind: Literal["nf4", "fp4"]
     block: int
     double: bool
-    mended: bool = False  # the scales are stored as a transposed bf16 matrix: exact where the weight was bf16, else refused
+    transposed_scales: bool = False  # the scales are stored as a transposed bf16 matrix: exact where the weight was bf16, else refused
     transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
     offset: float = 0.0
     nested_block: int = blockwise.NESTED
     nested_dtype: str = "float32"
 
     @classmethod
-    def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Bnb4 | None":
+    def for_encoding(
+        cls, target: str, weight: PlainWeight, options: dict[str, Any]
+    ) -> "Bnb4 | None":
         block = options.get("block_size") or 64
         if block not in blockwise.BLOCKS:
             found, expected = f"--block-size {block}", " ".join(map(str, blockwise.BLOCKS))
@@ -74,7 +76,7 @@ class Bnb4(Packed):
         return replace(made, parts=(*parts, weight.part(STATE + kind, "U8", (len(text),))))
 
     @classmethod
-    def config(cls, choice: Choice) -> dict[str, Any]:
+    def config(cls, choice: QuantizedModules) -> dict[str, Any]:
         one: Any = next(iter(choice.packed.values()))
         said = {
             "load_in_4bit": True,
@@ -85,7 +87,7 @@ class Bnb4(Packed):
         return config(said | {"bnb_4bit_compute_dtype": dtypes.CONFIG_NAME[common]}, choice.skipped)
 
     @classmethod
-    def find(cls, found: Found) -> Iterator[Packed]:
+    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
         found.fetch(
             spec
             for key, spec in found.tensors.items()
@@ -102,7 +104,7 @@ class Bnb4(Packed):
 
     @classmethod
     def _found(
-        cls, found: Found, key: str, state: TensorSpec, kind: Literal["nf4", "fp4"]
+        cls, found: CheckpointScan, key: str, state: TensorSpec, kind: Literal["nf4", "fp4"]
     ) -> "Bnb4 | None":
         said = found.read_json(state)
         if not said:
@@ -199,7 +201,7 @@ class Bnb4(Packed):
         )  # in other dtypes the same bytes, that are no numbers
         parts[0] = codes
         turned = found.transposed(key.removesuffix(".weight"))
-        more: dict[str, Any] = {"mended": spoiled}
+        more: dict[str, Any] = {"transposed_scales": spoiled}
         more |= (
             {"offset": float(said["nested_offset"]), "nested_dtype": said["nested_dtype"]}
             if double
@@ -214,7 +216,9 @@ class Bnb4(Packed):
     @property
     def read_only(self) -> str | None:
         return (
-            "bitsandbytes saved its scales wrongly, after a forward pass" if self.mended else None
+            "bitsandbytes saved its scales wrongly, after a forward pass"
+            if self.transposed_scales
+            else None
         )
 
     @property
@@ -238,7 +242,7 @@ class Bnb4(Packed):
     def _scales(self, stored: dict[str, Tensor]) -> Tensor:  # (blocks,) float32
         """Of the blocks; they are codes too if they are quantized."""
         absmax = stored[self.parts[1].key]
-        if self.mended:
+        if self.transposed_scales:
             return absmax.T.reshape(-1).float()
         if not self.double:
             return absmax
@@ -256,16 +260,16 @@ class Bnb4(Packed):
         weight = weight.T if self.transposed else weight
         with named(self.key):
             packed, absmax = blockwise.quantize_4bit(weight.contiguous(), self.kind, self.block)
-        return self.joined({self.parts[0].key: packed, self.parts[1].key: absmax})
+        return self.join_nested({self.parts[0].key: packed, self.parts[1].key: absmax})
 
     @property
     def rows_per_block(self) -> int | None:
-        if self.transposed or self.mended:
+        if self.transposed or self.transposed_scales:
             return None
         each = self.block * (self.nested_block if self.double else 1)
         return each // math.gcd(each, self.shape[1])
 
-    def cut(
+    def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
         sizes = [2, self.block]  # elements that share a byte, or a scale
@@ -278,7 +282,7 @@ class Bnb4(Packed):
             for spec, size in zip(specs, sizes, strict=True)
         }
 
-    def separated(self, stored: dict[str, Tensor]) -> tuple[Packed, dict[str, Tensor]]:
+    def split_nested(self, stored: dict[str, Tensor]) -> tuple[QuantizedWeight, dict[str, Tensor]]:
         if not self.double:
             return self, stored
         codes, absmax, table, *_, state = self.parts
@@ -287,7 +291,7 @@ class Bnb4(Packed):
             part.key: stored[part.key] for part in parts
         } | {absmax.key: self._scales(stored)}
 
-    def joined(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    def join_nested(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """All parts, of the codes and their scales in float32."""
         keys = [part.key for part in self.parts]
         packed, absmax = stored[keys[0]], stored[keys[1]]
@@ -299,7 +303,9 @@ class Bnb4(Packed):
         made |= {keys[1]: nested.codes, keys[3]: nested.absmax, keys[4]: values}
         return made | {keys[-1]: _bytes(self._text(float(nested.offset)))}
 
-    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def encode_drawn(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
+    ) -> dict[str, Tensor]:
         weight = (weight.T if self.transposed else weight).contiguous()
         scales = self._renewed_scales(stored, weight)
         with named(self.key):

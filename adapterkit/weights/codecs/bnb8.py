@@ -9,14 +9,14 @@ from torch import Tensor
 
 from adapterkit.kernels import vectorwise
 from adapterkit.kernels.stochastic import Draws
+from adapterkit.weights.codec import CheckpointScan, PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import config, named
-from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
 
 ROWS = 0  # weight_format: the layout "row"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bnb8(Packed):
+class Bnb8(QuantizedWeight):
     """W = code * SCB / 127, one SCB for each output row."""
 
     name = "bnb8"
@@ -26,14 +26,16 @@ class Bnb8(Packed):
     transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
 
     @classmethod
-    def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Bnb8 | None":
-        if not weight.named_weight:
+    def for_encoding(
+        cls, target: str, weight: PlainWeight, options: dict[str, Any]
+    ) -> "Bnb8 | None":
+        if not weight.has_weight_name:
             return None
         codes = weight.part("", "I8", weight.shape)
         parts = (
             codes,
-            weight.beside("SCB", "F32", weight.shape[:1]),
-            weight.beside("weight_format", "U8", ()),
+            weight.sibling("SCB", "F32", weight.shape[:1]),
+            weight.sibling("weight_format", "U8", ()),
         )
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         place = {"file": "", "start": 0, "stop": codes.nbytes}
@@ -47,11 +49,11 @@ class Bnb8(Packed):
         )
 
     @classmethod
-    def config(cls, choice: Choice) -> dict[str, Any]:
+    def config(cls, choice: QuantizedModules) -> dict[str, Any]:
         return config({"load_in_8bit": True}, choice.skipped)
 
     @classmethod
-    def find(cls, found: Found) -> Iterator[Packed]:
+    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
         found.fetch(spec for key, spec in found.tensors.items() if key.endswith(".weight_format"))
         for key, scale in list(found.tensors.items()):
             module, mark, _ = key.rpartition(".SCB")
@@ -88,7 +90,7 @@ class Bnb8(Packed):
             parts = (codes, scale, *([form] if form else ()))
             yield cls(
                 key=codes.key,
-                dtype=found.computed_in,
+                dtype=found.compute_dtype,
                 shape=shape,
                 parts=parts,
                 transposed=turned,
@@ -109,7 +111,9 @@ class Bnb8(Packed):
             part.key: torch.zeros(part.shape, dtype=torch.uint8) for part in self.parts[2:]
         }
 
-    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def encode_drawn(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
+    ) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
         with named(self.key):
             made = vectorwise.requantize_int8(
@@ -121,7 +125,7 @@ class Bnb8(Packed):
     def rows_per_block(self) -> int | None:
         return None if self.transposed else 1
 
-    def cut(
+    def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
         return {part.key: stored[part.key][first:last] for part in self.parts[:2]}

@@ -25,7 +25,7 @@ from adapterkit.kernels.integers import (
 )
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.patterns import matcher
-from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
+from adapterkit.weights.codec import CheckpointScan, PlainWeight, QuantizedModules, QuantizedWeight
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 CODES = (f".{PACKED}", ".weight")
@@ -61,14 +61,14 @@ ROWS = 1 << 22  # elements that are encoded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compressed(Packed):
+class Compressed(QuantizedWeight):
     """W = (code - zero) * scale of int4 and int8 (any bits), FP8, NVFP4 and MXFP4, one scale for a block of W."""
 
     name = "compressed-tensors"
     methods = ("compressed-tensors",)
     targets = ("w4a16", "w8a16", "mxfp4")
     modules = ("Linear",)
-    beside_experts = False
+    allows_plain_experts = False
 
     kind: str
     bits: int
@@ -77,27 +77,29 @@ class Compressed(Packed):
     indexed: bool  # weight_g_idx says which group a column is in
 
     @classmethod
-    def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Compressed | None":
+    def for_encoding(
+        cls, target: str, weight: PlainWeight, options: dict[str, Any]
+    ) -> "Compressed | None":
         out, width = weight.shape
-        if not weight.named_weight:
+        if not weight.has_weight_name:
             return None
         if target == "mxfp4":
             if width % fp4.MX_GROUP:
                 return None
             bits, size = 4, fp4.MX_GROUP
             parts = (
-                weight.beside(PACKED, "U8", (out, width // 2)),
-                weight.beside(SCALE, "U8", (out, width // size)),
+                weight.sibling(PACKED, "U8", (out, width // 2)),
+                weight.sibling(SCALE, "U8", (out, width // size)),
             )
         else:
             bits, size = (
                 (4, _size(width, options.get("block_size"))) if target == "w4a16" else (8, width)
             )
-            codes = weight.beside(PACKED, "I32", (out, math.ceil(width * bits / 32)))
+            codes = weight.sibling(PACKED, "I32", (out, math.ceil(width * bits / 32)))
             parts = (
                 codes,
-                weight.beside(SCALE, weight.dtype, (out, width // size)),
-                weight.beside(SHAPE, "I64", (2,)),
+                weight.sibling(SCALE, weight.dtype, (out, width // size)),
+                weight.sibling(SHAPE, "I64", (2,)),
             )
         return cls(
             key=weight.key, dtype=weight.dtype, shape=weight.shape, file="", start=0, stop=parts[0].nbytes, parts=parts,
@@ -105,7 +107,7 @@ class Compressed(Packed):
         )  # fmt: skip
 
     @classmethod
-    def config(cls, choice: Choice) -> dict[str, Any]:
+    def config(cls, choice: QuantizedModules) -> dict[str, Any]:
         """A group for each scheme, with its modules by name if there are several."""
         groups: dict[tuple, list[str]] = {}
         for module, one in choice.packed.items():
@@ -137,10 +139,10 @@ class Compressed(Packed):
         }
 
     @classmethod
-    def find(cls, found: Found) -> Iterator[Packed]:
+    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
         schemes = (
             _schemes(found)
-            if found.method in cls.methods and found.holds(".weight_scale")
+            if found.method in cls.methods and found.has_keys(".weight_scale")
             else None
         )
         if schemes is None:
@@ -195,7 +197,7 @@ class Compressed(Packed):
             if part.key.endswith("." + SHAPE)
         }
 
-    def renewed(
+    def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
     ) -> dict[str, Tensor]:
         """Integers take each group's old scale where that is nearer to W than a new one is: so their codes are stable. NVFP4 keeps
@@ -218,7 +220,7 @@ class Compressed(Packed):
             self.block[0] if zero is None or zero.dtype != "I32" else 32 // math.gcd(32, self.bits)
         )  # words along the rows
 
-    def cut(
+    def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
@@ -391,7 +393,7 @@ def _error(w: Tensor, made: Integers) -> Tensor:  # (out, groups)
 # the config
 
 
-def _schemes(found: Found) -> Callable[[str], dict[str, Any] | None] | None:
+def _schemes(found: CheckpointScan) -> Callable[[str], dict[str, Any] | None] | None:
     """Which scheme of the config a module has; None, with errors, where the config is of another kind."""
     said, before = found.settings, len(found.errors)
     status = said.get("quantization_status")
@@ -438,7 +440,7 @@ def _schemes(found: Found) -> Callable[[str], dict[str, Any] | None] | None:
         if len(schemes) == 1:
             return schemes[0]
         named = lambda name: [(rank, scheme) for rank, matches, scheme in asked if matches(name)]
-        hits = named(module) or named(found.called(module))
+        hits = named(module) or named(found.model_name(module))
         best = [scheme for rank, scheme in hits if rank == min(rank for rank, _ in hits)]
         same = bool(best) and all(scheme["weights"] == best[0]["weights"] for scheme in best)
         expected = "one that names its module"
@@ -468,7 +470,7 @@ def _target(target: str, where: str) -> tuple[int, Callable[[str], bool]]:
 class _Look:
     """One module's tensors, held against its scheme."""
 
-    found: Found
+    found: CheckpointScan
     module: str
     codes: TensorSpec
     scale: TensorSpec
@@ -491,7 +493,7 @@ class _Look:
         names = [f"{self.module}.{name}" for name in BESIDE]
         names += [f"{self.module.rpartition('.')[0]}.{name}" for name in CACHE]
         beside = [self.found.tensors[name] for name in names if name in self.found.tensors]
-        key, dtype, spec = f"{self.module}.weight", self.found.computed_in, self.codes
+        key, dtype, spec = f"{self.module}.weight", self.found.compute_dtype, self.codes
         parts = (self.codes, self.scale, *scales, *shape_part, *zero, *group[0], *beside)
         about = {
             "kind": kind,

@@ -11,7 +11,7 @@ from adapterkit import dtypes
 from adapterkit.errors import shown
 from adapterkit.kernels import fp8
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
+from adapterkit.weights.codec import CheckpointScan, PlainWeight, QuantizedModules, QuantizedWeight
 
 CODES = ("F8_E4M3", "F8_E5M2")
 SCALE = "_scale_inv"
@@ -20,7 +20,7 @@ BLOCK = (128, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8(Packed):
+class Fp8(QuantizedWeight):
     """W = code * scale_inv, a scale for each block of the last two axes; codes E4M3 (E5M2 is read only)."""
 
     name = "fp8"
@@ -31,7 +31,9 @@ class Fp8(Packed):
     power: bool  # scales are powers of 2
 
     @classmethod
-    def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Fp8 | None":
+    def for_encoding(
+        cls, target: str, weight: PlainWeight, options: dict[str, Any]
+    ) -> "Fp8 | None":
         out, width = weight.shape
         if out % BLOCK[0] or width % BLOCK[1] or weight.transposed:
             return None  # transformers leaves it as it is
@@ -55,7 +57,7 @@ class Fp8(Packed):
         return (name.endswith(".experts") and stacks) or "GroupedLinear" in type(module).__name__
 
     @classmethod
-    def config(cls, choice: Choice) -> dict[str, Any]:
+    def config(cls, choice: QuantizedModules) -> dict[str, Any]:
         return {
             "activation_scheme": "dynamic",
             "modules_to_not_convert": choice.skipped,
@@ -64,7 +66,7 @@ class Fp8(Packed):
         }
 
     @classmethod
-    def find(cls, found: Found) -> Iterator[Packed]:
+    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
         for key, spec in list(found.tensors.items()):
             scale = found.tensors.get(key + SCALE)
             if scale is None and spec.dtype in CODES and found.method == "fp8":
@@ -91,7 +93,7 @@ class Fp8(Packed):
                     scale.dtype in ("F8_E8M0", "U8") or found.settings.get("scale_fmt") == "ue8m0"
                 )
                 beside = [found.tensors[name] for name in _beside(key) if name in found.tensors]
-                shape, dtype, parts = spec.shape, found.computed_in, (spec, scale, *beside)
+                shape, dtype, parts = spec.shape, found.compute_dtype, (spec, scale, *beside)
                 place = {
                     "file": spec.file,
                     "start": spec.start,
@@ -119,7 +121,9 @@ class Fp8(Packed):
         scales = made.scale.to(dtypes.torch_dtype(kind)).view(dtypes.torch_dtype(scale.dtype))
         return {codes.key: made.codes, scale.key: scales.view(scale.shape)}
 
-    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def encode_drawn(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
+    ) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
         made = fp8.requantize_fp8(
             weight, self.block, stored[scale], draws, "power" if self.power else "multiply"
@@ -130,7 +134,7 @@ class Fp8(Packed):
     def rows_per_block(self) -> int | None:
         return None if math.prod(self.parts[1].shape) == 1 else self.block[0]
 
-    def cut(
+    def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
         codes, scale = (stored[part.key] for part in self.parts[:2])
@@ -155,7 +159,7 @@ def _beside(key: str) -> tuple[str, str]:
     return start + "activation_scale", start + "input_scale"
 
 
-def _missing(found: Found, key: str) -> None:
+def _missing(found: CheckpointScan, key: str) -> None:
     """Note what is wrong with codes that have no scales under their usual name."""
     start = key.removesuffix("weight")
     other = next(

@@ -10,7 +10,7 @@ from torch import Tensor
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.integers import decode_gptq
-from adapterkit.weights.packed import Found, Packed
+from adapterkit.weights.codec import CheckpointScan, QuantizedWeight
 
 CODES = ".qweight"
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -18,7 +18,7 @@ BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(Packed):
+class Gptq(QuantizedWeight):
     """W[out, in] = (code - zero) * scale, stored [in, out]; g_idx says which group a row of it is in."""
 
     name = "gptq"
@@ -30,8 +30,8 @@ class Gptq(Packed):
     indexed: bool
 
     @classmethod
-    def find(cls, found: Found) -> Iterator[Packed]:
-        version = _version(found) if found.method in cls.methods and found.holds(CODES) else None
+    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
+        version = _version(found) if found.method in cls.methods and found.has_keys(CODES) else None
         if version is None:
             return
         found.fetch(spec for key, spec in found.tensors.items() if key.endswith(".g_idx"))
@@ -60,7 +60,7 @@ class Gptq(Packed):
             }
             yield cls(
                 key=f"{module}.weight",
-                dtype=found.computed_in,
+                dtype=found.compute_dtype,
                 shape=shape,
                 parts=parts,
                 **about,
@@ -77,7 +77,7 @@ class Gptq(Packed):
         return "GPTQ chooses its codes on data that is not here"
 
 
-def _version(found: Found) -> int | None:
+def _version(found: CheckpointScan) -> int | None:
     """How the config says that zeros are stored; None, with errors, for other layouts."""
     said, good = found.settings, True
     forms = {
@@ -106,7 +106,7 @@ def _version(found: Found) -> int | None:
 
 
 def _bits(
-    found: Found, key: str, codes: TensorSpec, zeros: TensorSpec, scale: TensorSpec
+    found: CheckpointScan, key: str, codes: TensorSpec, zeros: TensorSpec, scale: TensorSpec
 ) -> int | None:
     """What shapes say, and the config with them, unless it says that modules differ."""
     said: Any = found.settings.get("bits")
@@ -130,7 +130,11 @@ def _bits(
 
 
 def _groups_fit(
-    found: Found, key: str, shape: tuple[int, int], scale: TensorSpec, index: TensorSpec | None
+    found: CheckpointScan,
+    key: str,
+    shape: tuple[int, int],
+    scale: TensorSpec,
+    index: TensorSpec | None,
 ) -> bool:
     groups, size = scale.shape[0], found.settings["group_size"]
     dynamic = bool(found.settings.get("dynamic"))

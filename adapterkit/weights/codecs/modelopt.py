@@ -12,7 +12,7 @@ from adapterkit.errors import shown
 from adapterkit.kernels import fp4, fp8
 from adapterkit.kernels.common import block_amax
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.weights.packed import Found, Packed
+from adapterkit.weights.codec import CheckpointScan, QuantizedWeight
 
 FILE = "hf_quant_config.json"
 CODES = {"NVFP4": "U8", "FP8": "F8_E4M3"}
@@ -20,7 +20,7 @@ BESIDE = ("input_scale", "k_scale", "v_scale", "output_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Modelopt(Packed):
+class Modelopt(QuantizedWeight):
     """NVFP4: W = code * (scale * weight_scale_2), a scale for 16 values and one for all. FP8: W = code * scale, one for all."""
 
     name = "modelopt"
@@ -28,8 +28,8 @@ class Modelopt(Packed):
     files = (FILE,)
 
     @classmethod
-    def find(cls, found: Found) -> Iterator[Packed]:
-        algorithm = _algorithm(found) if found.holds(".weight_scale") else None
+    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
+        algorithm = _algorithm(found) if found.has_keys(".weight_scale") else None
         if algorithm is None:
             return
         for key, spec in list(found.tensors.items()):
@@ -51,7 +51,7 @@ class Modelopt(Packed):
                 found.tensors[start + name] for name in BESIDE if start + name in found.tensors
             ]
             shape = (spec.shape[0], spec.shape[1] * (2 if algorithm == "NVFP4" else 1))
-            dtype, parts = found.computed_in, (spec, *siblings, *beside)
+            dtype, parts = found.compute_dtype, (spec, *siblings, *beside)
             place = {
                 "file": spec.file,
                 "start": spec.start,
@@ -69,7 +69,7 @@ class Modelopt(Packed):
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         return self._made(weight, {}, None)
 
-    def renewed(
+    def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
     ) -> dict[str, Tensor]:
         """The whole weight's factor, which fused layers share, stays as long as the largest value allows."""
@@ -108,7 +108,7 @@ class Modelopt(Packed):
         return {codes.key: made.codes, scale.key: made.scale, whole.key: factor.view(whole.shape)}
 
 
-def _algorithm(found: Found) -> str | None:
+def _algorithm(found: CheckpointScan) -> str | None:
     """The layout that the configs agree on; None, with errors where it is not known."""
     said: list[object] = []
     if found.method == "modelopt":
@@ -137,7 +137,7 @@ def _algorithm(found: Found) -> str | None:
     return different[0] if different[0] in CODES and len(different) == 1 else None
 
 
-def _fits(found: Found, key: str, codes: TensorSpec, siblings: list[TensorSpec]) -> bool:
+def _fits(found: CheckpointScan, key: str, codes: TensorSpec, siblings: list[TensorSpec]) -> bool:
     """Shapes and dtypes, and values of the scales."""
     scale, *whole = siblings
     shape = codes.shape

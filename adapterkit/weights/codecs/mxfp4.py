@@ -9,7 +9,7 @@ from torch import Tensor
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels import fp4
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.weights.packed import Choice, Found, Packed, Unpacked
+from adapterkit.weights.codec import CheckpointScan, PlainWeight, QuantizedModules, QuantizedWeight
 
 BLOCKS, SCALES = "_blocks", "_scales"
 STACKS = (".gate_up_proj", ".down_proj")  # of GptOssExperts
@@ -17,7 +17,7 @@ KEPT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mxfp4(Packed):
+class Mxfp4(QuantizedWeight):
     """W[e, in, out] = code * 2^(scale - 127), stored [e, out, in / 32, 16] with a scale for each block (OCP MX 1.0)."""
 
     name = "mxfp4"
@@ -26,7 +26,9 @@ class Mxfp4(Packed):
     modules = ("GptOssExperts",)
 
     @classmethod
-    def fresh(cls, target: str, weight: Unpacked, options: dict[str, Any]) -> "Mxfp4 | None":
+    def for_encoding(
+        cls, target: str, weight: PlainWeight, options: dict[str, Any]
+    ) -> "Mxfp4 | None":
         experts, width, out = weight.shape
         if width % fp4.MX_GROUP:
             return None
@@ -38,7 +40,7 @@ class Mxfp4(Packed):
         )
 
     @classmethod
-    def config(cls, choice: Choice) -> dict[str, Any]:
+    def config(cls, choice: QuantizedModules) -> dict[str, Any]:
         halves = {name.rpartition(".")[0] for name in choice.packed} & {
             name.rpartition(".")[0] for name in choice.skipped or ()
         }
@@ -57,7 +59,7 @@ class Mxfp4(Packed):
         return {"modules_to_not_convert": [*KEPT, *sorted(whole)], "quant_method": "mxfp4"}
 
     @classmethod
-    def find(cls, found: Found) -> Iterator[Packed]:
+    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
         if found.method not in cls.methods:
             return
         for key, spec in list(found.tensors.items()):
@@ -76,7 +78,7 @@ class Mxfp4(Packed):
             ):
                 found.check_finite(scale)
                 experts, out, blocks, _ = spec.shape
-                shape, dtype = (experts, blocks * fp4.MX_GROUP, out), found.computed_in
+                shape, dtype = (experts, blocks * fp4.MX_GROUP, out), found.compute_dtype
                 place = {
                     "file": spec.file,
                     "start": spec.start,
@@ -95,7 +97,9 @@ class Mxfp4(Packed):
         made = fp4.encode_mxfp4(weight.transpose(-2, -1).contiguous(), rule="up")
         return {blocks.key: made.codes, scales.key: made.scale}
 
-    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def encode_drawn(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
+    ) -> dict[str, Tensor]:
         blocks, scales = (part.key for part in self.parts)
         turned = draws.by_columns(*weight.shape[-2:])
         made = fp4.requantize_mxfp4(
@@ -107,7 +111,7 @@ class Mxfp4(Packed):
     def rows_per_block(self) -> int:
         return fp4.MX_GROUP
 
-    def cut(
+    def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
         groups = slice(first // fp4.MX_GROUP, last // fp4.MX_GROUP)

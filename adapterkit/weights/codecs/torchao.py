@@ -12,7 +12,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels.fp8 import decode_fp8
 from adapterkit.kernels.integers import decode_int8, decode_torchao_int4
-from adapterkit.weights.packed import Found, Packed
+from adapterkit.weights.codec import CheckpointScan, QuantizedWeight
 
 NAMES = ("qdata", "scale", "zero_point")
 BESIDE = ("act_quant_scale", "act_quant_zero_point")
@@ -26,7 +26,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Torchao(Packed):
+class Torchao(QuantizedWeight):
     """W = (code - zero) * scale, a scale for a block of W; Int4Tensor: code * scale + zero."""
 
     name = "torchao"
@@ -37,7 +37,7 @@ class Torchao(Packed):
     zeroed: bool
 
     @classmethod
-    def find(cls, found: Found) -> Iterator[Packed]:
+    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
         if found.method not in cls.methods:
             return
         metadata: dict[str, str] = {}
@@ -78,7 +78,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _record(
-    cls: type[Torchao], found: Found, key: str, kind: str, said: dict[str, Any]
+    cls: type[Torchao], found: CheckpointScan, key: str, kind: str, said: dict[str, Any]
 ) -> Torchao | None:
     start, _, leaf = key.rpartition(".")
     prefix = f"{start}._{leaf}_"
@@ -125,7 +125,7 @@ def _record(
         "kind": kind,
         "block": (sizes[0], sizes[1]),
         "zeroed": zeroed,
-        "dtype": named or found.computed_in,
+        "dtype": named or found.compute_dtype,
     }
     place = {"file": codes.file, "start": codes.start, "stop": codes.stop, "folder": codes.folder}
     return cls(key=key, shape=shape, parts=(codes, scale, *zeros, *beside), **about, **place)

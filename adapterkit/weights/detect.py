@@ -7,7 +7,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, shown
 
-SAID = (
+CONFIG_KEYS = (
     "quantization_config",
     "compression_config",
     "quantization",
@@ -34,7 +34,7 @@ PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M
 def check_not_quantized(base: Checkpoint) -> None:
     """`Refused` when weights are packed or scaled in a way that was not decoded: a delta added to their bytes would be silently
     wrong."""
-    found = signs(base.config, base.tensors)
+    found = quantization_evidence(base.config, base.tensors)
     if found is None:
         return
     raise Refused(
@@ -45,23 +45,23 @@ def check_not_quantized(base: Checkpoint) -> None:
     )
 
 
-def signs(config: dict, tensors: Mapping[str, TensorSpec]) -> str | None:
+def quantization_evidence(config: dict, tensors: Mapping[str, TensorSpec]) -> str | None:
     """What says that some weights are quantized, or None."""
     return _by_config(config) or _by_key(tensors) or _by_dtype(tensors)
 
 
-def without(config: dict) -> dict[str, Any]:
+def without_quantization(config: dict) -> dict[str, Any]:
     """A config, sub-configs included, that says nothing of quantization."""
-    kept = {key: value for key, value in config.items() if key not in SAID}
+    kept = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     return {
-        k: without(v) if k.endswith("_config") and isinstance(v, dict) else v
+        k: without_quantization(v) if k.endswith("_config") and isinstance(v, dict) else v
         for k, v in kept.items()
     }
 
 
 def _by_config(config: dict) -> str | None:
     """What a config says of quantization, its sub-configs' included (a text model inside a vision model)."""
-    for key in SAID:
+    for key in CONFIG_KEYS:
         said: Any = config.get(key)
         if said is not None and said is not False:
             method = said.get("quant_method", "unnamed method") if isinstance(said, dict) else said

@@ -19,8 +19,8 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, shown
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
+from adapterkit.weights.detect import without_quantization
 from adapterkit.weights.names import Names
-from adapterkit.weights.quantized import without
 
 LARGE = (
     1 << 20
@@ -28,7 +28,7 @@ LARGE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed(TensorSpec):
+class QuantizedWeight(TensorSpec):
     """One quantized weight among a checkpoint's tensors; a format is a subclass, with what its arithmetic needs.
 
     `key`, `shape` and `dtype` are those of the weight as the model without quantization has it, `dtype` what its library computes
@@ -42,7 +42,7 @@ class Packed(TensorSpec):
         "Linear",
         "Conv1D",
     )  # classes of the model's modules whose weights it can hold
-    beside_experts: ClassVar[bool] = (
+    allows_plain_experts: ClassVar[bool] = (
         True  # whether its loader leaves stacks of experts that are not quantized alone
     )
     files: ClassVar[
@@ -52,17 +52,19 @@ class Packed(TensorSpec):
     parts: tuple[TensorSpec, ...]  # what holds it, the codes first
 
     @classmethod
-    def find(cls, found: "Found") -> Iterator["Packed"]:
+    def find(cls, found: "CheckpointScan") -> Iterator["QuantizedWeight"]:
         """The weights of this format; what is wrong with some of them joins `found.errors`."""
         raise NotImplementedError
 
     @classmethod
-    def fresh(cls, target: str, weight: "Unpacked", options: dict[str, Any]) -> "Packed | None":
+    def for_encoding(
+        cls, target: str, weight: "PlainWeight", options: dict[str, Any]
+    ) -> "QuantizedWeight | None":
         """The record of a weight that is to be quantized; None where its shape, or its name in the file, does not allow it."""
         raise NotImplementedError
 
     @classmethod
-    def config(cls, choice: "Choice") -> dict[str, Any]:
+    def config(cls, choice: "QuantizedModules") -> dict[str, Any]:
         """The quantization_config of a model of such weights."""
         raise NotImplementedError
 
@@ -95,7 +97,7 @@ class Packed(TensorSpec):
         `Refused` (at planning, by `check_writable`) for formats that are only read."""
         raise NotImplementedError
 
-    def renewed(
+    def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
     ) -> dict[str, Tensor]:
         """All parts of a new value of a weight that is stored: what `encode` does not give, such as the scale of a layer's inputs,
@@ -106,10 +108,12 @@ class Packed(TensorSpec):
         are), so that rows may be encoded by themselves, with draws that begin at them.
         """
         return stored | (
-            self.encode(weight) if draws is None else self.drawn(stored, weight, draws)
+            self.encode(weight) if draws is None else self.encode_drawn(stored, weight, draws)
         )
 
-    def drawn(self, stored: dict[str, Tensor], weight: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def encode_drawn(
+        self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
+    ) -> dict[str, Tensor]:
         """The parts that change."""
         raise NotImplementedError
 
@@ -119,22 +123,24 @@ class Packed(TensorSpec):
         last may be short. None where only the whole weight does."""
         return None
 
-    def cut(
+    def row_views(
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
         """Views of the parts that hold rows [first, last), whole blocks, of one of its matrices; parts that all rows share are not
         among them."""
         raise NotImplementedError
 
-    def separated(self, stored: dict[str, Tensor]) -> tuple["Packed", dict[str, Tensor]]:
+    def split_nested(
+        self, stored: dict[str, Tensor]
+    ) -> tuple["QuantizedWeight", dict[str, Tensor]]:
         """The weight without what spans its blocks, such as scales of scales: a record, and its parts."""
         return self, stored
 
-    def joined(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    def join_nested(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """What `separated` undid, done again with new parts."""
         return stored
 
-    def slices(self, most: int) -> Iterator[tuple[int, int]]:
+    def row_ranges(self, most: int) -> Iterator[tuple[int, int]]:
         """Ranges of rows (all axes but the last seen as one) that `rows` takes, in order: about `most` elements, a block at least,
         the first one the largest; one range where the rows need each other."""
         count, each = math.prod(self.shape[:-1]), self.rows_per_block
@@ -148,13 +154,13 @@ class Packed(TensorSpec):
 
     def rows(
         self, stored: dict[str, Tensor], first: int, last: int
-    ) -> tuple["Packed", dict[str, Tensor]]:
+    ) -> tuple["QuantizedWeight", dict[str, Tensor]]:
         """One range of `slices` as a weight of its own: the record of a matrix of these rows, and its parts, views of those in
         `stored` where rows do not share them."""
         if (first, last) == (0, math.prod(self.shape[:-1])):
             return self, stored
         matrix, first_row = divmod(first, self.shape[-2])
-        views = stored | self.cut(stored, matrix, first_row, first_row + last - first)
+        views = stored | self.row_views(stored, matrix, first_row, first_row + last - first)
         parts = tuple(replace(part, shape=tuple(views[part.key].shape)) for part in self.parts)
         return replace(self, shape=(last - first, self.shape[-1]), parts=parts), views
 
@@ -164,8 +170,10 @@ class Packed(TensorSpec):
         return None
 
 
-def read_back(
-    packed: Packed, stored: dict[str, Tensor], hint: str = "leave it out, or use another format"
+def decode_checked(
+    packed: QuantizedWeight,
+    stored: dict[str, Tensor],
+    hint: str = "leave it out, or use another format",
 ) -> Tensor:
     """What the parts of a weight decode to; `Unrecoverable` where that is not finite, as at the edge of what a scale can hold."""
     value = packed.decode(stored)
@@ -178,10 +186,10 @@ def read_back(
 
 
 @dataclass(frozen=True)
-class Choice:
+class QuantizedModules:
     """Which modules of a model are quantized: what a config has to say."""
 
-    packed: dict[str, Packed]  # by module
+    packed: dict[str, QuantizedWeight]  # by module
     skipped: (
         list[str] | None
     )  # those that are not and that a loader which quantizes all it can would; None where it knows itself
@@ -189,7 +197,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Unpacked:
+class PlainWeight:
     """A float weight that is to be quantized."""
 
     key: str
@@ -198,12 +206,12 @@ class Unpacked:
     transposed: bool = False  # it is stored (in, out)
     wide: bool = False  # transformers makes it float32 before it quantizes
 
-    def beside(self, leaf: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    def sibling(self, leaf: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
         """A tensor of the module that holds it."""
         return replace(self, key=self.key.removesuffix("weight")).part(leaf, dtype, shape)
 
     @property
-    def named_weight(self) -> bool:
+    def has_weight_name(self) -> bool:
         """Whether the loader finds what lies beside it: stored under another name than its module's `weight`, transformers would
         rename the scale as the weight."""
         return self.key.endswith(".weight")
@@ -216,7 +224,7 @@ class Unpacked:
 
 
 @dataclass
-class Found:
+class CheckpointScan:
     """A checkpoint in which quantized weights are looked for: what the formats need of it, and what is wrong."""
 
     base: Checkpoint
@@ -232,20 +240,22 @@ class Found:
     def method(self) -> str:
         return str(self.settings.get("quant_method") or "").lower()
 
-    def holds(self, *endings: str) -> bool:
+    def has_keys(self, *endings: str) -> bool:
         """Whether there are tensors with such keys."""
         return any(key.endswith(endings) for key in self.tensors)
 
     @cached_property
     def names(self) -> Names:
         """The names of the model without quantization."""
-        return Names(replace(self.base, config=without(self.base.config)), careful=True)
+        return Names(
+            replace(self.base, config=without_quantization(self.base.config)), build_model=True
+        )
 
     def transposed(self, module: str) -> bool:
         """Whether the model without quantization keeps this module's weight (in, out), as GPT-2's Conv1D does."""
         return not self.names.plain and self.names.layer(module) == "Conv1D"
 
-    def called(self, module: str) -> str:
+    def model_name(self, module: str) -> str:
         """What the loaded model calls the module whose weight is stored under `module.weight`."""
         model = self.names.model
         return (
@@ -253,7 +263,7 @@ class Found:
         )
 
     @property
-    def computed_in(self) -> str:
+    def compute_dtype(self) -> str:
         """The dtype that the config says the model has (header name); BF16 where it says none."""
         said = self.base.config.get("dtype") or self.base.config.get("torch_dtype")
         names = {word: name for name, word in dtypes.CONFIG_NAME.items()}
@@ -325,11 +335,11 @@ class Found:
         """Scales that `look` is to find finite (0 is legal: a block of zeros has it), or also above 0."""
         self._scales += [(spec, positive) for spec in scales if spec.nbytes <= LARGE]
 
-    def look(self) -> None:
+    def check_scales(self) -> None:
         """Note an error for each scale that is NaN or infinite; U8 are exponents, 255 NaN.
 
         Of a folder that is not here none is read: each would be a request, most for weights that no job touches, and those that
-        are decoded are looked at then (`read_back`).
+        are decoded are looked at then (`decode_checked`).
         """
         if not isinstance(self.base.folder, LocalFolder):
             return
@@ -357,10 +367,10 @@ def _fine(dtype: str, data: memoryview, positive: bool) -> bool:
     return bool(stored.isfinite().all()) and not (positive and bool((stored <= 0).any()))
 
 
-Finder = Callable[[Found], Iterator[Packed]]
+Finder = Callable[[CheckpointScan], Iterator[QuantizedWeight]]
 
 
-def check_writable(packed: list[Packed], where: str) -> list[AdapterkitError]:
+def check_writable(packed: list[QuantizedWeight], where: str) -> list[AdapterkitError]:
     """`Refused` for weights of formats that are only read."""
     errors: list[AdapterkitError] = []
     for reason in dict.fromkeys(p.read_only for p in packed if p.read_only):
