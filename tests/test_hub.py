@@ -1,6 +1,8 @@
-"""hub.py against a Hub on 127.0.0.1: what is moved, what is refused and in which words, and what faults do.
+"""adapterkit.hub against a Hub on 127.0.0.1: what is moved, what is refused and in which words, and
+what faults do.
 
-The client lives in a process of its own, as HF_ENDPOINT and HF_HUB_OFFLINE count when huggingface_hub is imported.
+The client lives in a process of its own, as HF_ENDPOINT and HF_HUB_OFFLINE count when
+huggingface_hub is imported.
 """
 
 import ast
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.hub import HubId, parse
+from adapterkit.hub.ids import HubId, parse
 from tests.support.hub_server import Fault, Hub
 
 ROOT = Path(__file__).parents[1]
@@ -36,25 +38,30 @@ os.dup2(2, 1)
 space = {}
 for line in sys.stdin:
     body = ast.parse(json.loads(line)).body
-    last = ast.Expression(body.pop().value) if isinstance(body[-1], ast.Expr) else ast.parse("None", mode="eval")
+    last = ast.parse("None", mode="eval")
+    if isinstance(body[-1], ast.Expr):
+        last = ast.Expression(body.pop().value)
     try:
         exec(compile(ast.Module(body, []), "test", "exec"), space)
         value = eval(compile(last, "test", "eval"), space)
         answer = {"value": repr(str(value) if isinstance(value, os.PathLike) else value)}
     except Exception as error:
         answer = {"kind": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
-        answer["parts"] = {name: getattr(error, name, "") for name in ("found", "expected", "where", "do")}
+        names = ("found", "expected", "where", "hint")
+        answer["parts"] = {name: getattr(error, name, "") for name in names}
     print(json.dumps(answer), file=answers, flush=True)
 """
 PRELUDE = """
-import adapterkit.hub as hub
-from adapterkit.hub import HubFolder, parse, push
+from adapterkit.hub import folder as folders, listing, push as pushing, retry
+from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.ids import HubId, parse
+from adapterkit.hub.push import push
 from pathlib import Path
-hub.WAIT = 0.01
+retry.WAIT = 0.01
 """
 
 
-class Told(Exception):
+class ClientError(Exception):
     """An exception of the client."""
 
     def __init__(self, kind: str, text: str, trace: str, parts: dict[str, str]):
@@ -63,7 +70,8 @@ class Told(Exception):
 
 
 class Client:
-    """A process with adapterkit.hub; called with code, it gives the value of the last expression."""
+    """A process with adapterkit.hub; called with code, it gives the value of the last
+    expression."""
 
     def __init__(self, environment: dict[str, str], errors: Path):
         self.errors = errors
@@ -88,12 +96,12 @@ class Client:
         assert line, self.errors.read_text()
         answer = json.loads(line)
         if "kind" in answer:
-            raise Told(**answer)
+            raise ClientError(**answer)
         return ast.literal_eval(answer["value"])
 
-    def refusal(self, code: str, kind: str = "Refused") -> Told:
+    def refusal(self, code: str, kind: str = "Refused") -> ClientError:
         """The error that code ends in, which has all of its four parts."""
-        with pytest.raises(Told) as caught:
+        with pytest.raises(ClientError) as caught:
             self(code)
         told = caught.value
         assert told.kind == kind, told.trace
@@ -261,7 +269,10 @@ def test_what_is_no_id(source):
 
 
 def test_import_is_cheap():
-    code = "import sys, adapterkit.hub; print({'huggingface_hub', 'torch', 'httpx', 'httpx2'} & set(sys.modules))"
+    code = (
+        "import sys, adapterkit.hub.folder, adapterkit.hub.push; print({'huggingface_hub', "
+        "'torch', 'httpx', 'httpx2'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 
@@ -301,7 +312,11 @@ def test_a_subfolder_of_a_revision(hub, client):
 
 def test_a_list_too_long_for_the_summary(reading):
     hub, client = reading
-    client(f"hub.MANY_FILES = 2\nfolder = HubFolder(parse('{REPO}'))\nhub.MANY_FILES = 10_000")
+    client(
+        "listing.MAX_SUMMARY = 2\n"
+        f"folder = HubFolder(parse('{REPO}'))\n"
+        "listing.MAX_SUMMARY = 10_000"
+    )
     assert client("folder.files()") == {name: len(data) for name, data in FILES.items()}
     assert sorted(client("folder.hashes")) == [
         "adapter/adapter_model.safetensors",
@@ -378,7 +393,8 @@ def test_tokens_do_not_follow_to_another_host(connect):
 
 def test_a_cached_file_of_the_wrong_size(hub, client):
     client(
-        f"path = HubFolder(parse('{REPO}')).path('model.safetensors').resolve()\npath.write_bytes(b'short')"
+        f"path = HubFolder(parse('{REPO}')).path('model.safetensors').resolve()\n"
+        "path.write_bytes(b'short')"
     )
     client(f"folder = HubFolder(parse('{REPO}'))")
     for code in ("folder.read('model.safetensors', 0, 4)", "folder.path('model.safetensors')"):
@@ -428,7 +444,8 @@ def test_path_raises_what_prefetch_met(hub, client):
     hub.faults = during(Fault(status=403), path="model.safetensors")
     hub.faults = during(Fault(status=403), "HEAD", "resolve")
     client(
-        f"folder = HubFolder(parse('{REPO}'))\nfolder.prefetch(['config.json', 'missing', 'model.safetensors'])"
+        f"folder = HubFolder(parse('{REPO}'))\n"
+        "folder.prefetch(['config.json', 'missing', 'model.safetensors'])"
     )
     assert (
         client.refusal("folder.path('config.json')")
@@ -493,7 +510,7 @@ def test_offline_without_a_copy(hub, client, connect):
         told.parts["where"] == "other/repo@v1:sub"
         and "HF_HUB_OFFLINE is set" in told.parts["found"]
     )
-    assert "`hf download other/repo --revision v1 --include 'sub/*'`" in told.parts["do"]
+    assert "`hf download other/repo --revision v1 --include 'sub/*'`" in told.parts["hint"]
     offline.refusal(f"HubFolder(parse('{REPO}@v2'))")
     offline.refusal(f"HubFolder(parse('{REPO}@{'0' * 40}'))")
     offline.refusal(f"HubFolder(parse('{REPO}:adapter'))")
@@ -510,7 +527,7 @@ def test_offline_without_a_copy(hub, client, connect):
         told = client.refusal(code)
         assert (
             f"`hf download {REPO} model.safetensors --revision {client('folder.commit')}`"
-            in told.parts["do"]
+            in told.parts["hint"]
         )
     told = offline.refusal(f"push(Path('{ROOT / 'tests'}'), '{REPO}')")
     assert "HF_HUB_OFFLINE" in told.text and offline("sockets") == []
@@ -528,13 +545,14 @@ def test_no_network(client, connect):
     assert "using commit" in cut.errors.read_text()
     told = cut.refusal("HubFolder(parse('other/repo'))")
     assert (
-        "cannot be reached" in told.parts["found"] and "hf download other/repo" in told.parts["do"]
+        "cannot be reached" in told.parts["found"]
+        and "hf download other/repo" in told.parts["hint"]
     )
     told = cut.refusal(
-        f"hub._retrying(lambda: folder._range('config.json', 0, 4, 9), parse('{REPO}'))",
-        "_Unreachable",
+        f"retry.retry(lambda: folder._range('config.json', 0, 4, 9), parse('{REPO}'))",
+        "Unreachable",
     )
-    assert "HF_HUB_OFFLINE=1" in told.parts["do"]
+    assert "HF_HUB_OFFLINE=1" in told.parts["hint"]
 
 
 # Refusals in plain words
@@ -569,7 +587,7 @@ def test_no_network(client, connect):
             "restricted ask for access org/gated",
         ),
         ("HubFolder(parse('org/disabled'))", "Refused", "disabled"),
-        ("HubFolder(hub.HubId('bad--/id'))", "Refused", "not a name"),
+        ("HubFolder(HubId('bad--/id'))", "Refused", "not a name"),
     ],
 )
 def test_refusals(reading, code, kind, words):
@@ -607,7 +625,7 @@ def test_a_file_that_went_away(hub, client):
 def test_an_answer_that_is_no_hubs(reading, fault):
     hub, client = reading
     hub.faults = during(fault, path="/api/models")
-    assert "HF_ENDPOINT" in client.refusal(f"HubFolder(parse('{REPO}'))", "Failed").parts["do"]
+    assert "HF_ENDPOINT" in client.refusal(f"HubFolder(parse('{REPO}'))", "Failed").parts["hint"]
 
 
 def test_another_commit_than_asked_for(hub, client):
@@ -651,15 +669,15 @@ def test_wrong_ranges_are_asked_for_again_then_refused(reading, name):
     assert len(hub.log) == 3
     hub.log.clear()
     hub.faults = during(WRONG_RANGES[name], path="resolve")
-    with pytest.raises(Told) as caught:
+    with pytest.raises(ClientError) as caught:
         client("folder.read('model.safetensors', 100, 200)")
-    assert caught.value.kind in ("Failed", "_Unreachable") and all(caught.value.parts.values()), (
+    assert caught.value.kind in ("Failed", "Unreachable") and all(caught.value.parts.values()), (
         caught.value.trace
     )
     assert (
         REPO in caught.value.parts["where"] and "model.safetensors" in caught.value.parts["where"]
     )
-    assert len(hub.log) == client("hub.TRIES") == 5
+    assert len(hub.log) == client("retry.TRIES") == 5
 
 
 @pytest.mark.parametrize(
@@ -674,7 +692,7 @@ def test_listings_are_asked_for_again(reading, fault):
 def test_a_server_that_stays_down(reading):
     hub, client = reading
     hub.faults = during(Fault(status=503, body=b'{"error": "maintenance"}'), path="/api/models")
-    with pytest.raises(Told) as caught:
+    with pytest.raises(ClientError) as caught:
         client(f"HubFolder(parse('{REPO}'))")
     assert caught.value.kind == "Failed" and "503: maintenance" in caught.value.text
     assert len(hub.asked("GET", "/api/models")) == 5
@@ -689,14 +707,15 @@ def test_waiting_as_long_as_the_server_asks(reading):
     started = time.monotonic()
     assert client("folder.read('model.safetensors', 0, 8)") == WEIGHTS[:8]
     assert time.monotonic() - started > 0.9
-    assert client("hub._wait(type('E', (Exception,), {'response': type('R', (), {'status_code': 503, 'headers': "
-                  "{'retry-after': '99999'}})})(), 1)") == 120.0  # fmt: skip
+    busy = "type('E', (Exception,), {'response': type('R', (), {'status_code': 503, 'headers': %s})})()"
+    headers = {"retry-after": "99999"}
+    assert client(f"retry.seconds_to_wait({busy % headers}, 1)") == 120.0
 
 
 def test_a_stalled_server(hub, connect):
     hub.commit(REPO, FILES)
     client = connect(hub, HF_HUB_DOWNLOAD_TIMEOUT="1")
-    client("hub.TIMEOUT = 0.5")
+    client("listing.TIMEOUT = 0.5")
     hub.faults = during(Fault(delay=1.5), times=1, path="/api/models")
     client(f"folder = HubFolder(parse('{REPO}'))")
     hub.faults = during(Fault(delay=1.5), times=1, path="resolve")
@@ -723,7 +742,7 @@ def test_push_is_one_commit(hub, connect, output):
 
 def test_push_again_uploads_what_changed(hub, connect, output):
     client = connect(hub)
-    client("hub.UPLOAD_GROUP = 4000")  # several groups
+    client("pushing.UPLOAD_GROUP = 4000")  # several groups
     first = client(f"push(Path('{output}'), '{REPO}')")
     hub.log.clear()
     assert client(f"push(Path('{output}'), '{REPO}')") == first
@@ -757,7 +776,7 @@ def test_push_when_the_repository_changes_meanwhile(hub, connect, output):
 
     hub.faults = faults
     told = client.refusal(f"push(Path('{output}'), '{REPO}')", "Failed")
-    assert "has changed since" in told.parts["found"] and "push again" in told.parts["do"]
+    assert "has changed since" in told.parts["found"] and "push again" in told.parts["hint"]
     assert set(hub.files(REPO)) == {".gitattributes", "notes.txt"}
     hub.faults = lambda asked: None
     hub.log.clear()
@@ -778,7 +797,7 @@ def test_push_whose_answer_is_lost(hub, connect, output):
 @pytest.mark.parametrize("status, kind", [(401, "Refused"), (403, "Refused"), (400, "Failed")])
 def test_push_that_breaks_commits_nothing(hub, connect, output, status, kind):
     client = connect(hub)
-    client("hub.UPLOAD_GROUP = 1")  # one file after the other
+    client("pushing.UPLOAD_GROUP = 1")  # one file after the other
     hub.faults = lambda asked: (
         Fault(status=status) if asked.method == "PUT" and hub.uploaded()[1:] else None
     )
@@ -821,7 +840,7 @@ def test_push_that_a_gitignore_bites(hub, connect, output):
     told = connect(hub).refusal(f"push(Path('{output}'), '{REPO}')", "Failed")
     assert (
         "model-00002-of-00002.safetensors" in told.parts["found"]
-        and ".gitignore" in told.parts["do"]
+        and ".gitignore" in told.parts["hint"]
     )
 
 
@@ -862,10 +881,10 @@ def test_no_message_holds_a_secret(connect, output):
         )
         for status in (400, 401, 403, 404, 418, 429, 500):
             hub.faults = lambda asked, status=status: Fault(status=status, body=echo.encode())
-            with pytest.raises(Told) as caught:
+            with pytest.raises(ClientError) as caught:
                 client("HubFolder(parse('org/private'))")
             told.append(caught.value)
-            with pytest.raises(Told) as caught:
+            with pytest.raises(ClientError) as caught:
                 client(f"push(Path('{output}'), '{REPO}')")
             told.append(caught.value)
         client.close()

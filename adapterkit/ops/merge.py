@@ -118,9 +118,9 @@ def merge(
     if verified and isinstance(receipt, Receipt):
         receipt.data["verified"] = verified
     if push is not None and isinstance(receipt, Receipt):
-        from adapterkit import hub
+        from adapterkit.hub import push as upload
 
-        receipt.data["pushed"] = hub.push(Path(out), push)
+        receipt.data["pushed"] = upload.push(Path(out), push)
     return receipt
 
 

@@ -24,16 +24,17 @@ def open_source(text: StrPath) -> Folder:
     """The folder that a path, or a Hub id `org/name[@revision][:subfolder]`, means; a path that exists is taken whole."""
     if os.path.exists(text):
         return LocalFolder(text)
-    from adapterkit import hub
+    from adapterkit.hub.folder import HubFolder
+    from adapterkit.hub.ids import parse
 
-    hub_id = hub.parse(os.fspath(text))
+    hub_id = parse(os.fspath(text))
     if hub_id is None:
         raise Refused(
             f"no such path: {shown(os.fspath(text))}",
             expected="a folder, a .safetensors or .gguf file, or a Hub id org/name[@revision][:subfolder]",
             hint="check the path",
         )
-    return hub.HubFolder(hub_id)
+    return HubFolder(hub_id)
 
 
 def open_model(text: StrPath) -> Folder:

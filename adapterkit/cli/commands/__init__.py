@@ -1,0 +1,13 @@
+"""The commands, by section of the help."""
+
+from adapterkit.cli.commands.adapters import arrow, combine, rebase, resize, subtract
+from adapterkit.cli.commands.checkpoints import extract, init, merge
+from adapterkit.cli.commands.look import diff, inspect, verify
+from adapterkit.cli.commands.quantized import dequantize, loftq, quantize
+
+SECTIONS = {
+    "Checkpoints": (merge, extract, init),
+    "Adapters": (combine, subtract, arrow, resize, rebase),
+    "Quantized": (quantize, dequantize, loftq),
+    "Look": (inspect, diff, verify),
+}

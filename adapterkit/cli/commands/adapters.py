@@ -1,0 +1,219 @@
+"""Commands on adapters: combine, subtract, arrow, resize, rebase."""
+
+from typing import Any
+
+import click
+
+from adapterkit.cli.options import (
+    EXACT_BY_DEFAULT,
+    base_option,
+    choice_option,
+    factor_options,
+    output_options,
+    parse_settings,
+    rank_options,
+    refit_options,
+    tokenizer_option,
+)
+from adapterkit.cli.output import run_verb
+
+FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
+@output_options
+@base_option("The adapters' model, needed for DoRA and where target_parameters are ambiguous.")
+@click.option(
+    "--method", required=True, metavar="NAME", help="How deltas are combined; see the list below."
+)
+@choice_option(
+    "--space",
+    default="delta",
+    show_default=True,
+    help="Combine the deltas scale·b@a, or a and b separately (PEFT's arithmetic, with its "
+    "cross terms).",
+)
+@refit_options()
+@click.option(
+    "--density",
+    type=float,
+    help="Share of the elements to keep (ties, dare, magnitude_prune, ...).",
+)
+@choice_option("--majority", help="How signs are elected (ties).")
+@click.option(
+    "--svd-clamp",
+    type=float,
+    metavar="Q",
+    help="Clamp the factors at this quantile of their elements, as PEFT does.",
+)
+@click.option(
+    "--weight-for",
+    multiple=True,
+    metavar="[N:]REGEX=W",
+    help="Another weight (of the N-th adapter) for modules whose name matches REGEX.",
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Another option of the method."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of methods that draw.")
+@tokenizer_option
+@factor_options
+def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any) -> None:
+    """Combine several adapters into one.
+
+    Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
+
+    \b
+    Methods on factors (exact unless --rank or --energy is given):
+      linear mean ema slerp karcher knots tsv iso_c
+    Methods on elements (refitted to the largest rank of the inputs unless --rank or --energy is given):
+      ties dare_linear dare_ties magnitude_prune della breadcrumbs sce
+    The weights of slerp give the position on the arc: 0.7 and 0.3, or --set t=0.3.
+    PEFT's names, and what they stand for:
+      svd                    linear, refitted to the largest rank
+      cat                    linear, exact
+      ties_svd               ties             dare_linear_svd      dare_linear
+      dare_ties_svd          dare_ties        magnitude_prune_svd  magnitude_prune
+      linear, ties, ... of PEFT, which act on a and b apart: --method linear --space factors, ...
+
+    \b
+    Example:
+      adapterkit combine ./english ./french=0.5 --method linear --out both
+      adapterkit combine ./a ./b ./c --method ties --density 0.2 --rank 32 --out merged
+    """
+    from adapterkit.ops.combine import combine as verb
+
+    run_verb(verb, adapters, settings=parse_settings(settings), **options)
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option(
+    "--general",
+    multiple=True,
+    required=True,
+    metavar="ADAPTER",
+    help="Adapter of what all tasks share; repeat for several.",
+)
+@output_options
+@base_option(FOR_AMBIGUOUS_PARAMETERS)
+@choice_option(
+    "--space",
+    default="delta",
+    show_default=True,
+    help="Subtract the deltas (exact), or the means of a and b separately, as PEFT does.",
+)
+@click.option(
+    "--exclude",
+    metavar="RE",
+    help="Subtract nothing from modules whose name matches this regex.",
+)
+@refit_options(EXACT_BY_DEFAULT)
+@tokenizer_option
+@factor_options
+def subtract(adapters: tuple[str, ...], **options: Any) -> None:
+    """Subtract the mean of general adapters (GenKnowSub).
+
+    Δ' = Δ - mean Δ_general, of each task adapter.
+
+    \b
+    Example:
+      adapterkit subtract ./medicine --general ./english --general ./french --out medicine-only
+      adapterkit subtract ./law ./medicine --general ./english --rank 16 --out purified
+    The second writes purified/law and purified/medicine.
+    """
+    from adapterkit.ops.subtract import subtract as verb
+
+    run_verb(verb, adapters, **options)
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option(
+    "--general",
+    multiple=True,
+    metavar="ADAPTER",
+    help="Adapter to subtract from all experts first; repeat for several.",
+)
+@output_options
+@click.option(
+    "--top-k", type=int, help="Experts per token (default: 3, or all if there are fewer)."
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Temperature of the softmax over the selected experts.",
+)
+@choice_option("--compat", help="PEFT's power iteration for prototypes, and its subtraction.")
+@click.option("--seed", type=int, help="Seed of --compat peft (default: 0).")
+@factor_options
+def arrow(adapters: tuple[str, ...], **options: Any) -> None:
+    """Stack adapters as experts with routing prototypes (Arrow).
+
+    \b
+    Example:
+      adapterkit arrow ./law ./medicine ./code --out experts
+      adapterkit arrow ./law ./medicine ./code --general ./english --top-k 2 --out experts
+    """
+    from adapterkit.ops.arrow import arrow as verb
+
+    run_verb(verb, adapters, **options)
+
+
+@click.command()
+@click.argument("adapter")
+@output_options
+@base_option(
+    "The model it was trained on: OFT, VeRA and convolutions need it; with it DoRA becomes plain "
+    "LoRA."
+)
+@rank_options
+@click.option(
+    "--alpha",
+    type=click.Choice(["rank", "keep"]),
+    default="rank",
+    show_default=True,
+    help="lora_alpha of the result: each module's rank (scale 1), or the adapter's own.",
+)
+@factor_options
+def resize(adapter: str, **options: Any) -> None:
+    """Change an adapter's rank, or its kind to plain LoRA.
+
+    Each delta gets its best approximation of the new rank, computed from the factors alone.
+    LoHa, LoKr, VeRA, AdaLoRA and OFT adapters, and with --base DoRA, become plain LoRA.
+
+    \b
+    Example:
+      adapterkit resize ./rank-64 --rank 16 --out rank-16
+      adapterkit resize ./rank-64 --energy 0.95 --dtype bf16 --out smaller
+      adapterkit resize ./oft --base ./model --rank 32 --out lora
+    """
+    from adapterkit.ops.resize import resize as verb
+
+    run_verb(verb, adapter, **options)
+
+
+@click.command()
+@click.argument("adapter")
+@click.option(
+    "--initial", required=True, metavar="ADAPTER", help="The same adapter as saved before training."
+)
+@output_options
+@base_option(FOR_AMBIGUOUS_PARAMETERS)
+@refit_options(EXACT_BY_DEFAULT)
+@factor_options
+def rebase(adapter: str, **options: Any) -> None:
+    """Turn a PiSSA-like adapter into LoRA on the original base.
+
+    Δ' = s·b@a - s₀·b₀@a₀, for adapters initialized by PiSSA, OLoRA, CorDA or LoRA-GA.
+
+    \b
+    Example:
+      adapterkit rebase ./pissa-trained --initial ./pissa-init --out plain
+    """
+    from adapterkit.ops.rebase import rebase as verb
+
+    run_verb(verb, adapter, **options)

@@ -1,0 +1,159 @@
+"""Commands on a base checkpoint: merge, extract, init."""
+
+from typing import Any
+
+import click
+
+from adapterkit.cli.options import (
+    block_options,
+    choice_option,
+    dtype_option,
+    factor_options,
+    hash_option,
+    init_options,
+    module_filters,
+    output_options,
+    rank_options,
+    shard_size_option,
+    targets_option,
+)
+from adapterkit.cli.output import run_verb
+
+
+@click.command()
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
+@output_options
+@dtype_option("Cast floating-point tensors (default: keep the base's dtypes).")
+@shard_size_option
+@module_filters
+@choice_option(
+    "--tied",
+    default="untie",
+    show_default=True,
+    help="If only one of two tied embeddings changes: untie them, change both "
+    "(as PEFT does in memory), or refuse.",
+)
+@click.option(
+    "--base-is-residual",
+    is_flag=True,
+    help="BASE is the residual base that came with a PiSSA-like adapter.",
+)
+@choice_option(
+    "--base-copies",
+    help="If an adapter's copy of the base's embedding differs from BASE's: "
+    "ignore the copy, or use the adapter's.",
+)
+@choice_option("--compat", help="PEFT's rounding, and its order of several adapters.")
+@choice_option(
+    "--expert-layout",
+    help="PEFT version that saved the adapter (only for square expert weights).",
+)
+@choice_option(
+    "--tokenizer", help="Tokenizer of the output (default: the adapter's, if it has one)."
+)
+@click.option(
+    "--dequantize",
+    is_flag=True,
+    help="Write a quantized base's weights as 16-bit floats (default: keep the format).",
+)
+@click.option(
+    "--base16",
+    metavar="ORIGINAL",
+    help="Merge into this 16-bit original of BASE, the quantized model that was trained on.",
+)
+@choice_option(
+    "--rounding",
+    default="nearest",
+    show_default=True,
+    help="Rounding of changed weights; stochastic: unbiased, so that small deltas survive.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed of stochastic rounding: same seed, same bytes.",
+)
+@hash_option
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read the output again: check every hash, recompute rows of each changed tensor.",
+)
+@click.option(
+    "--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit."
+)
+def merge(base: str, adapters: tuple[str, ...], **options: Any) -> None:
+    """Merge adapters into a base checkpoint.
+
+    Each weight becomes W' = round(W + Σ weight·scale·b@a).
+
+    \b
+    Example:
+      adapterkit merge meta-llama/Llama-3.1-8B ./my-adapter --out merged
+      adapterkit merge ./base ./style=0.7 ./skill=0.3 --out merged --verify
+      adapterkit merge ./merged ./my-adapter=-1 --out unmerged
+    """
+    from adapterkit.ops.merge import merge as verb
+
+    run_verb(verb, base, adapters, **options)
+
+
+@click.command()
+@click.argument("base")
+@click.argument("tuned")
+@output_options
+@rank_options
+@module_filters
+@choice_option(
+    "--rest",
+    default="save",
+    show_default=True,
+    help="Tensors that differ and get no factors (embeddings, norms, biases): "
+    "save them whole, drop them, or refuse.",
+)
+@factor_options
+def extract(base: str, tuned: str, **options: Any) -> None:
+    """Extract the adapter between a base and its fine-tune.
+
+    b@a ≈ W_tuned - W_base, the best approximation of that rank. Before it is published, the adapter
+    is read back and its merge into the base planned. Differing shapes are refused, except the
+    vocabulary's. PEFT loads single parameters that are saved whole (a class token, a tied
+    embedding) into the model itself, as it does biases.
+
+    \b
+    Example:
+      adapterkit extract ./base ./fine-tune --rank 32 --out adapter
+      adapterkit extract ./base ./fine-tune --max-size 50MB --out adapter
+    """
+    from adapterkit.ops.extract import extract as verb
+
+    run_verb(verb, base, tuned, **options)
+
+
+@click.command()
+@click.argument("base")
+@output_options
+@click.option(
+    "--method", required=True, metavar="NAME", help="pissa: the principal part of each weight."
+)
+@init_options
+@targets_option("all linear layers but the output layer")
+@click.option("--quantize", metavar="FORMAT", help="Quantize the residual base, e.g. nf4 (QPiSSA).")
+@click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
+@block_options
+@factor_options
+def init(base: str, **options: Any) -> None:
+    """Initialize an adapter from its base's weights.
+
+    DIR/adapter gets a part of each weight, DIR/base keeps the residual.
+
+    \b
+    Example:
+      adapterkit init ./model --method pissa --rank 16 --out pissa
+      adapterkit init ./model --method pissa --rank 16 --quantize nf4 --double-quant --out qpissa
+    """
+    from adapterkit.ops.init import init as verb
+
+    run_verb(verb, base, **options)

@@ -1,0 +1,136 @@
+"""Commands that only read: inspect, diff, verify."""
+
+from typing import Any
+
+import click
+
+from adapterkit.cli.options import base_option, json_option
+from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified
+
+
+@click.command()
+@click.argument("path")
+@base_option("The adapter's base: norms are also given relative to its weights' norms.")
+@click.option(
+    "--download",
+    is_flag=True,
+    help="Read weights on the Hub too (default: only headers and JSON).",
+)
+@click.option(
+    "--headers",
+    is_flag=True,
+    help="Read only headers and JSON, of a local adapter too: no norms, no effective ranks.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(),
+    metavar="FILE.png",
+    help="Plot the norms as a heatmap, layers by modules.",
+)
+@json_option
+@click.pass_context
+def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> None:
+    """Show what a checkpoint or adapter holds, and its problems.
+
+    \b
+    Of a base and of sources on the Hub, headers and JSON are read; of a local adapter also the factors,
+    for norms and effective ranks, unless --headers is given. The exit status is 1 if a file is missing
+    or cannot be read, else 0, whatever the problems; a path without anything to inspect is refused.
+
+    \b
+    Example:
+      adapterkit inspect ./my-adapter --base ./base --plot norms.png
+      adapterkit inspect meta-llama/Llama-3.1-8B --json
+    """
+    from adapterkit.ops.inspect import inspect as verb
+    from adapterkit.ops.inspect_report import table
+
+    with ProgressBar(False) as bar:
+        result = verb(path, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(table(result))
+    ctx.exit(0 if result["readable"] else 1)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--tolerance",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Largest relative error of tensors that count as the same.",
+)
+@click.option(
+    "--rank-for-energy",
+    type=float,
+    metavar="SHARE",
+    help="Suggest the rank that keeps this energy share of each difference "
+    "(default: 0.9, for adapters 0.99; 0: none).",
+)
+@json_option
+@click.option("--quiet", is_flag=True, help="Show no progress and no table: only the exit status.")
+@click.pass_context
+def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Compare two checkpoints, adapters or .safetensors files.
+
+    \b
+    Checkpoints are compared by key, however they are sharded. A copy rounded to another dtype is the
+    same. Adapters are compared by their deltas scale·b@a: with another rank or alpha they may be the same.
+    Columns: relative ‖A−B‖/‖A‖, largest difference, cosine, share of elements that differ, and the rank
+    that holds 90 % of the squared singular values of the difference (~: at most that, from a sketch).
+    Differing config settings come last; those that change the arithmetic count as a difference.
+    Exit status: 0 the same; 1 different by more than the tolerance; 2 wrong usage, refused or failed.
+
+    \b
+    Example:
+      adapterkit diff ./base ./tuned
+      adapterkit diff ./adapter ./resized --tolerance 1e-3
+    """
+    from adapterkit.ops.diff import diff as verb
+    from adapterkit.ops.diff import table
+
+    if quiet and not as_json:
+        options["rank_for_energy"] = 0.0
+    with ProgressBar(quiet) as bar:
+        result = verb(a, b, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        print_diff(result, table(result))
+    ctx.exit(0 if result["same"] else 1)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@base_option("Base of a merge: recompute rows of each changed tensor in float64.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER",
+    help="An adapter of the merge; repeat for several, in the merge's order.",
+)
+@json_option
+@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
+def verify(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Check an output against its receipt.
+
+    Every hash, size and key is checked; with the inputs of a merge the arithmetic too.
+
+    \b
+    Example:
+      adapterkit verify merged
+      adapterkit verify merged --base ./base --adapter ./my-adapter
+    """
+    from adapterkit.ops.verify import verify as verb
+
+    with ProgressBar(quiet) as bar:
+        result = verb(folder, progress=bar, **options)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        print_verified(result)

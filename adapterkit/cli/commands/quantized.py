@@ -1,0 +1,118 @@
+"""Commands on quantized checkpoints: quantize, dequantize, loftq."""
+
+from typing import Any
+
+import click
+
+from adapterkit.cli.options import (
+    block_options,
+    dtype_option,
+    factor_options,
+    hash_option,
+    init_options,
+    output_options,
+    shard_size_option,
+    targets_option,
+)
+from adapterkit.cli.output import run_verb
+
+FORMATS = (
+    "nf4, fp4, int8 (bitsandbytes), fp8 (blocks of 128 x 128), w4a16, w8a16 (compressed-tensors), "
+    "mxfp4."
+)
+
+
+@click.command()
+@click.argument("base")
+@output_options
+@click.option("--to", required=True, metavar="FORMAT", help=FORMATS)
+@block_options
+@click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
+@hash_option
+def quantize(base: str, **options: Any) -> None:
+    """Quantize a checkpoint's linear layers.
+
+    As transformers would: the output layer, embeddings and norms stay as they are.
+
+    \b
+    Example:
+      adapterkit quantize ./model --to nf4 --double-quant --out model-nf4
+      adapterkit quantize ./model --to int8 --skip 'layers.0[.]' --out model-int8
+    """
+    from adapterkit.ops.quantize import quantize as verb
+
+    run_verb(verb, base, **options)
+
+
+@click.command()
+@click.argument("base")
+@output_options
+@dtype_option("Dtype of the decoded weights (default: the one the format's library computes in).")
+@shard_size_option
+@hash_option
+def dequantize(base: str, **options: Any) -> None:
+    """Decode a quantized checkpoint or GGUF file into floats.
+
+    \b
+    Example:
+      adapterkit dequantize ./model-nf4 --dtype bf16 --out model-bf16
+      adapterkit dequantize ./model.Q4_K_M.gguf --out model            # needs adapterkit[gguf]
+    """
+    from adapterkit.ops.dequantize import dequantize as verb
+
+    run_verb(verb, base, **options)
+
+
+@click.command()
+@click.argument("base")
+@output_options
+@init_options
+@click.option(
+    "--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="nf4, or int8."
+)
+@click.option(
+    "--bits-for",
+    metavar="RE=N",
+    multiple=True,
+    help="Per-module bit width, e.g. 'down_proj=8'; writes compressed-tensors.",
+)
+@click.option(
+    "--iterations",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Iterations, of which the best is kept.",
+)
+@targets_option("all quantized modules")
+@click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
+@block_options
+@click.option(
+    "--quantized",
+    metavar="QBASE",
+    help="Keep this quantized version of BASE, and write only the adapter for it.",
+)
+@click.option(
+    "--stats",
+    metavar="FILE",
+    help="Input covariances: minimize output error instead of weight error.",
+)
+@click.option(
+    "--accept",
+    metavar="CMD",
+    help="Run `CMD MODULE FACTORS` for each module: exit status 0 keeps its factors, 1 drops them.",
+)
+@factor_options
+def loftq(base: str, **options: Any) -> None:
+    """Quantize a base and fit an adapter to the error (LoftQ).
+
+    W ≈ Q + scale·b@a: DIR/base is the quantized base, DIR/adapter the adapter to train.
+
+    \b
+    Example:
+      adapterkit loftq ./model --rank 16 --out loftq
+      adapterkit loftq ./model --rank 16 --bits-for 'down_proj|layers.0[.]=8' --out loftq
+      adapterkit loftq ./model --quantized ./model-nf4 --rank 16 --out adapter
+    """
+    from adapterkit.ops.loftq import loftq as verb
+
+    run_verb(verb, base, **options)

@@ -1,0 +1,57 @@
+"""The group of all commands: errors become messages and exit statuses, the help lists sections."""
+
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from adapterkit.cli import signals
+from adapterkit.cli.exits import error_status, fail
+from adapterkit.errors import AdapterkitError, Interrupted
+
+NOTHING_WRITTEN = Interrupted(
+    "stopped before anything was written", hint="run the same command again"
+)
+
+
+class Group(click.Group):
+    """Commands in `sections` of the help: title -> commands."""
+
+    def __init__(self, *args: Any, sections: Mapping[str, Sequence[click.Command]], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+        for command in (command for commands in sections.values() for command in commands):
+            self.add_command(command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        limit = formatter.width - width - 4  # the indent of a section, and two spaces between
+        for title, commands in self.sections.items():
+            rows = [(c.name.ljust(width), c.get_short_help_str(limit)) for c in commands if c.name]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """An `AdapterkitError` ends in a message and `error_status`; wrong usage is click's, status
+        2; all else is a bug and keeps its traceback."""
+        signals.install()
+        try:
+            return super().invoke(ctx)
+        except AdapterkitError as error:
+            fail(error, error_status(ctx))
+        except KeyboardInterrupt:
+            fail(NOTHING_WRITTEN, error_status(ctx))
+        except BrokenPipeError:
+            os._exit(error_status(ctx))
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            # a library that was being imported swallowed the interrupt: it cannot be imported again
+            if signals.received:
+                fail(NOTHING_WRITTEN, error_status(ctx))
+            if error_status(ctx) == 1:  # Python's own status of a traceback
+                raise
+            traceback.print_exc()
+            ctx.exit(error_status(ctx))

@@ -1,0 +1,160 @@
+"""Options that several commands share, and how values are read."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from adapterkit.options import CHOICES
+
+
+def option_group(*options: Callable) -> Callable:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def choice_option(flag: str, choices: str = "", **settings: Any) -> Callable:
+    """An option with the values `CHOICES[choices]`, by default those of its own name."""
+    values = CHOICES[choices or flag.removeprefix("--").replace("-", "_")]
+    return click.option(flag, type=click.Choice(values), **settings)
+
+
+def base_option(text: str) -> Callable:
+    return click.option("--base", metavar="BASE", help=text)
+
+
+def dtype_option(text: str) -> Callable:
+    return choice_option("--dtype", help=text)
+
+
+def refit_options(default: str = "") -> Callable:
+    """The rank of the result; `default` is what the help says of results without these options."""
+    return option_group(
+        click.option("--rank", type=int, help=f"Refit each module to this rank{default}."),
+        click.option(
+            "--energy",
+            type=float,
+            help="Refit each module to the smallest rank that keeps this share of its energy.",
+        ),
+    )
+
+
+EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
+
+
+def targets_option(default: str) -> Callable:
+    return click.option(
+        "--targets",
+        metavar="NAMES|RE",
+        help="Modules that get factors: all-linear, comma-separated name suffixes "
+        f"(q_proj,v_proj), or a regex (default: {default}).",
+    )
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document to stdout."
+)
+output_options = option_group(
+    click.option(
+        "--out",
+        required=True,
+        type=click.Path(),
+        metavar="DIR",
+        help="Output folder (published atomically).",
+    ),
+    click.option(
+        "--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."
+    ),
+    json_option,
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda[:i]",
+        help="Where to compute.",
+    ),
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory for weights computed at the same time, e.g. 8GB (default: a quarter of RAM).",
+    ),
+    choice_option(
+        "--engine",
+        default="local",
+        show_default=True,
+        help="What runs the plan: this machine, the only choice so far.",
+    ),
+    click.option("--resume", is_flag=True, help="Continue an interrupted run of the same job."),
+    click.option(
+        "--overwrite", is_flag=True, help="Replace an earlier output of adapterkit in DIR."
+    ),
+    click.option("--quiet", is_flag=True, help="Show no progress and no summary."),
+)
+hash_option = choice_option(
+    "--hash", default="sha256", show_default=True, help="Hash of each output file in the receipt."
+)
+shard_size_option = click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    help="Re-shard the output, e.g. 5GB (default: keep the base's files).",
+)
+init_options = option_group(
+    click.option("--rank", type=int, required=True, help="Rank of the LoRA factors."),
+    click.option("--alpha", type=float, help="lora_alpha (default: the rank, for a scale of 1)."),
+    click.option("--rslora", is_flag=True, help="Use the scale alpha / sqrt(rank)."),
+)
+block_options = option_group(
+    click.option(
+        "--block-size", type=int, help="Values that share a scale (nf4, fp4: 64; w4a16: 128)."
+    ),
+    click.option("--double-quant", is_flag=True, help="Quantize the scales too (nf4, fp4)."),
+)
+factor_options = option_group(
+    choice_option("--dtype", default="fp32", show_default=True, help="Dtype of the LoRA factors."),
+    hash_option,
+)
+rank_options = option_group(
+    click.option("--rank", type=int, help="Rank of each module."),
+    click.option(
+        "--energy", type=float, help="Smallest rank of each module that keeps this energy share."
+    ),
+    click.option(
+        "--sv-ratio",
+        type=float,
+        help="Keep singular values of at least the largest one divided by this.",
+    ),
+    click.option(
+        "--max-size",
+        metavar="SIZE",
+        help="Largest file, e.g. 50MB: ranks go to the largest singular values.",
+    ),
+)
+module_filters = option_group(
+    click.option("--include", metavar="RE", help="Only modules whose name matches this regex."),
+    click.option("--exclude", metavar="RE", help="No modules whose name matches this regex."),
+)
+tokenizer_option = choice_option(
+    "--tokenizer",
+    help="adapter: copy the adapters' tokenizer (the default if they have one); base: copy none.",
+)
+
+
+def parse_settings(words: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE options; a value is a JSON number, true or false, or else a string."""
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise click.UsageError(f"--set {word}: give KEY=VALUE")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings

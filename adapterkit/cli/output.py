@@ -1,0 +1,139 @@
+"""What commands print: plans, receipts, results, and progress."""
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def run_verb(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Call a verb that writes, with progress, and print its plan or receipt."""
+    from adapterkit.plan import Plan
+
+    with ProgressBar(quiet or options["dry_run"]) as bar:
+        result = verb(*sources, progress=bar, **options)
+    if isinstance(result, Plan):
+        print_plan(result, as_json)
+    elif as_json:
+        print_json(result.data)
+    elif not quiet:
+        print_receipt(result)
+
+
+class ProgressBar:
+    """Progress in bytes with an ETA on a terminal; nothing elsewhere. Called from several threads."""
+
+    def __init__(self, quiet: bool):
+        from tqdm import tqdm
+
+        # disable=None: silent off a terminal
+        self.bar = tqdm(unit="B", unit_scale=True, leave=False, disable=quiet or None)
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def expect(self, total: int) -> None:
+        self.bar.total = total
+        self.bar.refresh()
+
+    def __call__(self, done: int) -> None:
+        with self.lock:
+            self.bar.update(done)
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+
+def print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def print_plan(plan: Any, as_json: bool) -> None:
+    from adapterkit.plan import Computed, Shard
+
+    totals = plan.totals()
+    if as_json:
+        changed = [
+            {"key": s.key, "dtype": s.dtype, "shape": list(s.shape), "file": shard.file, "adapters": list(s.adapters)}
+            for shard in plan.shards if isinstance(shard, Shard) for s in shard.steps if not s.copied
+        ]  # fmt: skip
+        computed = [
+            {"name": task.name, "file": shard.file, "at_most": {s.key: list(s.shape) for s in task.max_outputs}}
+            for shard in plan.shards if isinstance(shard, Computed) for task in shard.tasks
+        ]  # fmt: skip
+        document = {
+            "plan": 1,
+            **plan.recipe(),
+            "totals": totals,
+            "changed": changed,
+            "computed": computed,
+            "notes": list(plan.notes),
+            **plan.metrics,
+        }
+        print_json(document)
+        return
+    for name, value in totals.items():
+        click.echo(f"{name.replace('_', ' '):16} {value:>18,}")
+    for note in plan.notes:
+        click.echo(f"note: {note}")
+    for name in plan.metrics.get("left_out", []):
+        click.echo(f"left out: {name}")
+
+
+def print_receipt(receipt: Any) -> None:
+    from adapterkit.ops.outcomes import outcomes
+
+    data = receipt.data
+    if receipt.finished_before:
+        click.echo(f"{receipt.out}: finished before, nothing to do", err=True)
+        if "verified" in data:
+            print_verified(data["verified"])
+        return
+    totals = data["totals"]
+    click.echo(
+        f"{receipt.out}: {totals['tensors_changed']} of {totals['tensors']} tensors changed, "
+        f"{totals['bytes_written']:,} bytes in {data['timings']['seconds']:.1f} s",
+        err=True,
+    )
+    for line in outcomes(data):
+        click.echo(line, err=True)
+    if "verified" in data:
+        print_verified(data["verified"])
+    for note in data["notes"]:
+        click.echo(f"note: {note}", err=True)
+    for name in data.get("left_out", []):
+        click.echo(f"left out: {name}", err=True)
+
+
+def print_verified(result: dict[str, Any]) -> None:
+    hashed = (
+        "as the receipt says"
+        if result["hash"] != "none"
+        else "sizes and keys as the receipt says, nothing was hashed"
+    )
+    click.echo(f"{result['files']} files, {result['bytes']:,} bytes: {hashed}", err=True)
+    what = f"verified: {result['rows']:,} rows of {result['tensors']:,} tensors"
+    how = (
+        "recomputed in float64"
+        if result["rows"]
+        else "(with --base and --adapter rows of a merge are recomputed)"
+    )
+    click.echo(f"{what} {how}", err=True)
+
+
+def print_diff(document: dict[str, Any], lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line)
+    totals = ", ".join(
+        f"{count} {what}"
+        for what, count in document["totals"].items()
+        if count or what in ("compared", "changed")
+    )
+    relative = document["change"]["relative"]
+    size = f"; ‖A−B‖/‖A‖ {relative:.3g} over what differs" if relative is not None else ""
+    click.echo(f"{'same' if document['same'] else 'different'}: {totals}{size}", err=True)
+    for note in document["notes"]:
+        click.echo(f"note: {note}", err=True)

@@ -1,0 +1,257 @@
+"""A folder of a model repository, read by ranges or file by file.
+
+A `HubFolder` is pinned to one commit for its whole life: what is planned from it is what is read
+from it, wherever its branch moves meanwhile. Ranges of weights are read without a cache, whole
+files go through huggingface_hub's own.
+"""
+
+import logging
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from adapterkit.checkpoint.folder import inside
+from adapterkit.errors import Damaged, Failed, Refused, shown
+from adapterkit.hub.errors import UnusableAnswer, location, quiet_library
+from adapterkit.hub.ids import HubId
+from adapterkit.hub.listing import cache_folder, list_files, offline
+from adapterkit.hub.retry import retry
+
+# bytes; the Hub keeps files beyond 10 MB apart from git, and binary ones of any size
+SMALL_FILE = 16 << 20
+
+log = logging.getLogger(__name__)
+
+
+class HubFolder:
+    """A folder of a model repository, pinned to one commit; see `Folder`.
+
+    Raises `Refused` when the repository, revision or folder is not there for this account, and
+    `Failed` when the Hub is in trouble. Without a network the local cache stands in for it.
+    """
+
+    def __init__(self, hub_id: HubId):
+        self.hub_id = hub_id
+        self.commit, self._entries = list_files(hub_id)
+        self.name, self.given = hub_id.repo, str(hub_id)
+        self.origin = {"repo": hub_id.repo, "revision": self.commit}
+        if hub_id.subfolder:
+            self.origin["subfolder"] = hub_id.subfolder
+        self.hashes = {name: entry.sha256 for name, entry in self._entries.items() if entry.sha256}
+        self._pinned = HubId(hub_id.repo, self.commit, hub_id.subfolder)
+        self._lock = threading.Lock()
+        self._downloads: dict[str, Future[Path]] = {}  # queued, running or done
+        self._queue: list[str] = []
+        self._thread: threading.Thread | None = None
+
+    def files(self) -> dict[str, int]:
+        return {name: entry.size for name, entry in self._entries.items()}
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of one file; a small text file is downloaded into the cache whole.
+
+        Raises `Damaged` for a file that the commit lacks, `Failed` without a right answer.
+        """
+        size = self._size(name)
+        stop = min(stop, size)
+        if start >= stop:
+            return b""
+        cached = self._cached(name)
+        if cached is None and size <= SMALL_FILE and name not in self.hashes:
+            # the Hub may answer a range of a file that is plain git with all of it
+            cached = self.path(name)
+        if cached:
+            return _read_local(cached, start, stop)
+        if offline():
+            raise self._not_cached(name)
+        return retry(lambda: self._range(name, start, stop, size), self._pinned, name)
+
+    def path(self, name: str) -> Path:
+        """The whole file in huggingface_hub's cache; waits for its download, or does it.
+
+        Raises what `read` does, and `Refused` when it is neither cached nor to be had.
+        """
+        future, is_ours = self._claim(name)
+        if is_ours:
+            self._fill(future, name)
+        try:
+            return future.result()
+        finally:
+            if future.done() and future.exception() is not None:
+                with self._lock:  # the next call tries anew
+                    if self._downloads.get(name) is future:
+                        del self._downloads[name]
+
+    def prefetch(self, names: list[str]) -> None:
+        """Start to download files, in this order, in a background thread; `path` raises its
+        errors."""
+        with self._lock:
+            self._queue += names
+            if self._queue and self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._download_queue, name=f"prefetch {self.name}", daemon=True
+                )
+                self._thread.start()
+
+    def _download_queue(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._thread = None
+                    return
+                name = self._queue.pop(0)
+            future, is_ours = self._claim(name)
+            if not is_ours:
+                continue
+            self._fill(future, name)
+            if future.exception() is not None:
+                with self._lock:  # the others would fail too; `path` still tries each by itself
+                    self._queue.clear()
+
+    def _claim(self, name: str) -> tuple["Future[Path]", bool]:
+        """The future of a file, and whether it is the caller who has to fill it."""
+        with self._lock:
+            future = self._downloads.setdefault(name, Future())
+            is_taken = future.running() or future.done()
+            return future, not is_taken and future.set_running_or_notify_cancel()
+
+    def _fill(self, future: "Future[Path]", name: str) -> None:
+        try:
+            future.set_result(self._download(name))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _download(self, name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        size = self._size(name)
+        cached = self._cached(name)
+        if cached:
+            return cached
+        if offline():
+            raise self._not_cached(name)
+        repo, path = self.hub_id.repo, self.hub_id.path(name)
+        with quiet_library():
+            request = lambda: hf_hub_download(repo, path, revision=self.commit)
+            download = Path(retry(request, self._pinned, name))
+        _check_size(download, size)
+        self._cache_revision()
+        return download
+
+    def _range(self, name: str, start: int, stop: int, size: int) -> bytes:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.hub_id.repo, self.hub_id.path(name), revision=self.commit)
+        # identity: a compressed range is a range of other bytes
+        headers = build_hf_headers() | {
+            "Range": f"bytes={start}-{stop - 1}",
+            "Accept-Encoding": "identity",
+        }
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream(
+            "GET", url, headers=headers, timeout=timeout, follow_redirects=True
+        ) as response:
+            if response.status_code >= 400 and response.status_code != 416:
+                hf_raise_for_status(response)
+            _check_range(response.status_code, response.headers, start, stop, size)
+            data = bytearray()
+            for piece in response.iter_raw():
+                data += piece
+                if len(data) > stop - start:
+                    break
+        if len(data) != stop - start:
+            raise UnusableAnswer(f"a body of {len(data):,} bytes for {stop - start:,}")
+        return bytes(data)
+
+    def _cached(self, name: str) -> Path | None:
+        from huggingface_hub import try_to_load_from_cache
+
+        repo, path = self.hub_id.repo, self.hub_id.path(name)
+        cached = try_to_load_from_cache(repo, path, revision=self.commit)
+        if not isinstance(cached, str):
+            return None
+        _check_size(Path(cached), self._size(name))
+        return Path(cached)
+
+    def _cache_revision(self) -> None:
+        """Note the commit of the branch or tag in the cache, so that it resolves offline as
+        well."""
+        if self.hub_id.revision == self.commit:
+            return
+        revision = inside(self.hub_id.revision or "main", str(self.hub_id))
+        ref = cache_folder(self.hub_id) / "refs" / revision
+        try:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(self.commit)
+        except OSError:  # a read-only cache, such as a shared one, still serves this run
+            log.debug("cannot write %s", ref)
+
+    def _size(self, name: str) -> int:
+        inside(name, str(self._pinned))
+        if name not in self._entries:
+            raise Damaged(
+                "no such file in this commit",
+                expected="one of " + shown(", ".join(self._entries)),
+                where=location(self._pinned, name),
+                hint="check the file name, and whether the repository is complete",
+            )
+        return self._entries[name].size
+
+    def _not_cached(self, name: str) -> Refused:
+        path = shown(self.hub_id.path(name))
+        command = f"hf download {self.hub_id.repo} {path} --revision {self.commit}"
+        return Refused(
+            "not in the local Hub cache, and HF_HUB_OFFLINE is set",
+            expected="a cached copy, or a network",
+            where=location(self._pinned, name),
+            hint=f"run `{command}` where there is a network, or unset HF_HUB_OFFLINE",
+        )
+
+
+def _check_range(status: int, headers, start: int, stop: int, size: int) -> None:
+    """Raises `UnusableAnswer` unless the answer is these bytes [start, stop) of `size`."""
+    if status != 206:
+        raise UnusableAnswer(f"status {status}")
+    required = {
+        "content-range": f"bytes {start}-{stop - 1}/{size}",
+        "content-length": str(stop - start),
+    }
+    for name, value in required.items():
+        if headers.get(name, "").strip() != value:
+            raise UnusableAnswer(f"{name} {shown(headers.get(name))!r}")
+    if headers.get("content-encoding", "identity") != "identity":
+        raise UnusableAnswer(f"content-encoding {shown(headers['content-encoding'])!r}")
+
+
+def _read_local(path: Path, start: int, stop: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(stop - start)
+    except OSError as error:
+        raise Failed(
+            f"cannot read: {error.strerror}",
+            expected="a readable cache",
+            where=str(path),
+            hint="delete the file",
+        ) from error
+    if len(data) != stop - start:
+        raise Failed(
+            f"{len(data):,} bytes from byte {start:,} on",
+            expected=f"{stop - start:,} bytes, as there were when the size was checked",
+            where=str(path),
+            hint="keep other programs from the cache and run again",
+        )
+    return data
+
+
+def _check_size(path: Path, size: int) -> None:
+    actual = path.stat().st_size
+    if actual != size:
+        raise Damaged(
+            f"{actual:,} bytes in the local Hub cache",
+            expected=f"{size:,} bytes",
+            where=str(path),
+            hint="delete this file and the one it links to",
+        )

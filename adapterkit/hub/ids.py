@@ -1,0 +1,47 @@
+"""Hub ids: `org/name[@revision][:subfolder]`, a folder of a model repository."""
+
+import re
+from dataclasses import dataclass
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+GRAMMAR = re.compile(
+    rf"(?P<repo>{NAME}/{NAME})(?:@(?P<revision>[^\s:\\~^?*\[]+))?(?::(?P<subfolder>[^:\\]+?)/?)?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A folder of a model repository: `org/name[@revision][:subfolder]`."""
+
+    repo: str
+    revision: str | None = None  # a branch, a tag or a commit; None: the default branch
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return self.repo + revision + (f":{self.subfolder}" if self.subfolder else "")
+
+    def path(self, name: str) -> str:
+        """A file's path in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+
+def parse(source: str) -> HubId | None:
+    """The Hub id that a text is, or None. Callers look first whether it is a path on disk."""
+    match = GRAMMAR.fullmatch(source) if source.isprintable() else None
+    if match is None:
+        return None
+    repo, revision, subfolder = match.group("repo", "revision", "subfolder")
+    valid_name = all(
+        ".." not in part and "--" not in part and not part.endswith(".git")
+        for part in repo.split("/")
+    )
+    valid_paths = all(
+        part and part == part.rstrip(". ")
+        for path in (revision, subfolder)
+        if path
+        for part in path.split("/")
+    )
+    return HubId(repo, revision, subfolder or "") if valid_name and valid_paths else None

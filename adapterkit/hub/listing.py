@@ -1,0 +1,127 @@
+"""Listings: the commit that a revision stands for, and the files of it; from the local cache
+without a network."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from adapterkit.checkpoint.folder import LocalFolder, inside
+from adapterkit.errors import Failed, Refused, shown
+from adapterkit.hub.errors import Unreachable, page
+from adapterkit.hub.ids import COMMIT, HubId
+from adapterkit.hub.retry import retry
+
+TIMEOUT = 30.0  # seconds without a byte before a request counts as lost
+MAX_SUMMARY = 10_000  # files; the summary of a larger repository may be incomplete, its tree is not
+
+log = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """One file of a listing."""
+
+    size: int  # bytes
+    sha256: str | None = None  # where the Hub stores it as a large file
+
+
+def list_files(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
+    """The commit of a Hub id and its files; from the local cache when there is no network."""
+    if offline():
+        return _list_cache(hub_id, "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
+    try:
+        commit, entries = list_remote(hub_id)
+    except Unreachable as error:
+        commit, entries = _list_cache(hub_id, error.found, "fix the connection")
+        log.warning("%s: %s; using commit %s of the local cache", hub_id, error.found, commit[:12])
+        return commit, entries
+    if not entries:
+        raise Refused(
+            "no files there" if not hub_id.subfolder else "no such folder, or nothing in it",
+            expected="a folder with a checkpoint",
+            where=str(hub_id),
+            hint=f"see {page(hub_id)}/tree/{commit}",
+        )
+    return commit, entries
+
+
+def list_remote(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str, Entry]]:
+    """The commit of a Hub id and its files, those with a dot in front only if `hidden`.
+
+    Raises `Refused` for a repository or revision that is not there, `Failed` for a failing server.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api, repo = HfApi(), hub_id.repo
+    request = lambda: api.model_info(
+        repo, revision=hub_id.revision, files_metadata=True, timeout=TIMEOUT
+    )
+    info = retry(request, hub_id)
+    commit, revision = info.sha or "", hub_id.revision or ""
+    if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and revision != commit):
+        raise Failed(
+            f"commit {shown(commit)!r} in the answer",
+            expected=revision if COMMIT.fullmatch(revision) else "40 hexadecimal digits",
+            where=str(hub_id),
+            hint="check that HF_ENDPOINT is a Hub server",
+        )
+    files = info.siblings or []
+    entries = {file.rfilename: _entry(file) for file in files}
+    if len(files) > MAX_SUMMARY or any(file.size is None for file in files):
+        request = lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit))
+        tree = retry(request, hub_id)
+        entries = {file.path: _entry(file) for file in tree if isinstance(file, RepoFile)}
+    return commit, _in_subfolder(hub_id.subfolder, entries, hidden)
+
+
+def _entry(file) -> Entry:
+    return Entry(file.size, file.lfs.sha256 if file.lfs else None)
+
+
+def _in_subfolder(subfolder: str, entries: dict[str, Entry], hidden: bool) -> dict[str, Entry]:
+    prefix = f"{subfolder}/" if subfolder else ""
+    below = {
+        path.removeprefix(prefix): entry
+        for path, entry in sorted(entries.items())
+        if path.startswith(prefix)
+    }
+    is_hidden = lambda name: any(part.startswith(".") for part in name.split("/"))
+    return {name: entry for name, entry in below.items() if hidden or not is_hidden(name)}
+
+
+def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, Entry]]:
+    """As `list_files`, from the local cache; `Refused` with both texts where it has no copy."""
+    folder = cache_folder(hub_id)
+    commit = hub_id.revision or "main"
+    ref = folder / "refs" / inside(commit, str(hub_id))
+    if not COMMIT.fullmatch(commit) and ref.is_file():
+        commit = ref.read_text().strip()
+    snapshot = folder / "snapshots" / commit / hub_id.subfolder
+    files = LocalFolder(snapshot).files() if COMMIT.fullmatch(commit) and snapshot.is_dir() else {}
+    if files:
+        return commit, {name: Entry(size) for name, size in files.items()}
+    revision = f" --revision {hub_id.revision}" if hub_id.revision else ""
+    only = f" --include '{hub_id.subfolder}/*'" if hub_id.subfolder else ""
+    command = f"hf download {hub_id.repo}{revision}{only}"
+    raise Refused(
+        f"not in the local Hub cache, and {why}",
+        expected="a cached copy, or a network",
+        where=str(hub_id),
+        hint=f"run `{command}` where there is a network, or {way_out}",
+    )
+
+
+def cache_folder(hub_id: HubId) -> Path:
+    """The repository's folder in huggingface_hub's cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = repo_folder_name(repo_id=hub_id.repo, repo_type="model")
+    return Path(constants.HF_HUB_CACHE).expanduser() / name
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
