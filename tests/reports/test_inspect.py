@@ -32,7 +32,7 @@ from adapterkit.weights.slots import Axis, Slot
 from tests.support import oracle, raw_files, tiny
 from tests.support.hub_server import Hub
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVERY = {
     "inspect", "kind", "name", "origin", "parameters", "bytes", "dtypes", "shards", "architecture", "tied", "quantization",
     "readable", "problems", "modules",

@@ -18,7 +18,7 @@ from adapterkit.kernels import compare
 from adapterkit.ops.diff import table
 from tests.support import oracle
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
