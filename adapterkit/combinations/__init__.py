@@ -1,1 +1,1 @@
-"""Ways to make one delta of several: one method, one file, one frozen record whose fields are its options."""
+"""Ways to combine deltas: a method is a file with a frozen record whose fields are its options."""

@@ -1,24 +1,46 @@
-"""What the methods share: checks of options, ways to prune the blocks of a delta, and the two ways to join pruned deltas."""
+"""What the methods share: checks of options, ways to prune the blocks of a delta, and two ways to
+combine pruned deltas."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from adapterkit.combinations.protocol import Deltas, Facts, Merged, Seeds
+from adapterkit.combinations.protocol import Deltas, DenseDelta, Metrics, OnFactors, Seeds
 from adapterkit.errors import Refused
-from adapterkit.kernels.elementwise import Cut, Majority, Trim, drop, elect, largest
+from adapterkit.kernels.elementwise import (
+    Majority,
+    Threshold,
+    Trim,
+    drop,
+    elect,
+    top_k_threshold,
+)
 from adapterkit.kernels.lowrank import Product, Svd, stacked
 
-GLANCE = 4  # a fourth of each block's rows is enough for the first guess of a threshold
-Prune = Callable[
-    [Tensor], None
-]  # changes a block in place; the blocks of a delta come in row-major order
+SUBSAMPLE = 4  # one row in four of each block is enough to estimate a threshold
+# changes a block in place; the blocks of a delta come in row-major order
+Prune = Callable[[Tensor], None]
+
+
+class WeightedSum(OnFactors):
+    """Δ' = Σ shareᵢ Δᵢ: the factors side by side. The one kind of method on factors that is also
+    defined for what has no factors: values that were trained whole."""
+
+    @abstractmethod
+    def shares(self, weights: Sequence[float]) -> list[float]:
+        """What each delta is multiplied by."""
+
+    def combine_factors(
+        self, products: Sequence[Product], weights: Sequence[float]
+    ) -> tuple[Product, Metrics]:
+        return stacked(products, self.shares(weights)), {}
 
 
 def check_share(option: str, value: float, above_zero: bool = False) -> None:
-    """Refuse an option that is no share."""
+    """Raises `Refused` for an option outside [0, 1], or of 0 with `above_zero`."""
     if not 0 <= value <= 1 or (above_zero and value == 0):
         bounds = "above 0, at most 1" if above_zero else "from 0 to 1"
         raise Refused(
@@ -30,7 +52,7 @@ def check_share(option: str, value: float, above_zero: bool = False) -> None:
 
 
 def check_majority(value: str) -> None:
-    """Refuse a rule for signs that does not exist."""
+    """Raises `Refused` for an unknown rule of electing signs."""
     if value not in ("total", "frequency"):
         raise Refused(
             f"majority {value!r}",
@@ -41,18 +63,13 @@ def check_majority(value: str) -> None:
 
 
 def check_count(weights: Sequence[float], deltas: int) -> None:
-    """The planner gives a weight to each delta; anything else is a mistake in it."""
+    """Raises ValueError for another number of weights than of deltas: a mistake of the planner."""
     if len(weights) != deltas:
         raise ValueError(f"{len(weights)} weights for {deltas} deltas")
 
 
-def trim(deltas: Deltas, which: int, density: float) -> Trim:
-    """Leaves the int(density * n) largest magnitudes of a delta, the first of equals."""
-    return Trim(cut(deltas, which, int(density * math.prod(deltas.shape))))
-
-
-def cut(deltas: Deltas, which: int, keep: int) -> Cut:
-    """Where the `keep` largest magnitudes of a delta end."""
+def threshold(deltas: Deltas, which: int, keep: int) -> Threshold:
+    """The threshold above which the `keep` largest magnitudes of a delta lie."""
 
     def read(part: int = 1) -> Iterator[Tensor]:
         return (
@@ -60,59 +77,53 @@ def cut(deltas: Deltas, which: int, keep: int) -> Cut:
             for first, last in deltas.blocks()
         )
 
-    return largest(read, math.prod(deltas.shape), keep, lambda: read(GLANCE))
+    return top_k_threshold(read, math.prod(deltas.shape), keep, lambda: read(SUBSAMPLE))
 
 
-def thin(seeds: Seeds, which: int, density: float) -> Prune:
-    """Leaves each element with probability `density`, divided by it (DARE); all of them, and nothing drawn, at 1."""
+def trim(deltas: Deltas, which: int, density: float) -> Trim:
+    """Keeps the int(density · n) largest magnitudes of a delta, of equal ones the first."""
+    return Trim(threshold(deltas, which, int(density * math.prod(deltas.shape))))
+
+
+def random_drop(seeds: Seeds, which: int, density: float) -> Prune:
+    """Keeps each element with probability `density`, divided by it (DARE, arXiv:2311.03099); at 1
+    all of them, and nothing is drawn."""
     if density == 1:
         return lambda block: None
     generator = seeds(which)
     return lambda block: drop(block, density, generator)
 
 
-class WeightedSum:
-    """What methods share that are Σ shareᵢ Δᵢ: the factors side by side."""
-
-    def shares(self, weights: Sequence[float]) -> list[float]:
-        """What each delta is multiplied by."""
-        raise NotImplementedError
-
-    def products(
-        self, products: Sequence[Product], weights: Sequence[float]
-    ) -> tuple[Product, Facts]:
-        return stacked(products, self.shares(weights)), {}
-
-
-def summed(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]) -> Merged:
+def add_pruned(deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune]) -> DenseDelta:
     """Σ wᵢ pruneᵢ(Δᵢ)."""
     check_count(weights, deltas.count)
-    merged = torch.empty(deltas.shape)
+    total = torch.empty(deltas.shape)
     for first, last in deltas.blocks():
         for i, block in enumerate(_pruned(deltas, prunes, first, last)):
-            merged = merged.to(block.device)
-            part = merged[first:last]
+            total = total.to(block.device)
+            part = total[first:last]
             part.add_(block, alpha=weights[i]) if i else torch.mul(block, weights[i], out=part)
-    return Merged(merged, {})
+    return DenseDelta(total, {})
 
 
-def elected(
+def elect_pruned(
     deltas: Deltas, weights: Sequence[float], prunes: Sequence[Prune], majority: Majority
-) -> Merged:
-    """The weighted mean of the pruned deltas over those whose sign is the majority's, element by element."""
+) -> DenseDelta:
+    """The weighted mean of the pruned deltas over those whose sign is the majority's, element by
+    element."""
     check_count(weights, deltas.count)
-    merged, several, differ = torch.empty(deltas.shape), 0, 0
+    mean, overlaps, conflicts = torch.empty(deltas.shape), 0, 0
     for first, last in deltas.blocks():
         blocks = list(_pruned(deltas, prunes, first, last))
-        merged = merged.to(blocks[0].device)
-        found = elect(blocks, weights, majority, merged[first:last])
-        several, differ = several + found[0], differ + found[1]
-    return Merged(merged, conflict(several, differ))
+        mean = mean.to(blocks[0].device)
+        counts = elect(blocks, weights, majority, mean[first:last])
+        overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
+    return DenseDelta(mean, conflict_metric(overlaps, conflicts))
 
 
-def conflict(several: int, differ: int) -> Facts:
-    """The share of the positions with two or more nonzero values whose signs differ."""
-    return {"conflict": differ / several if several else 0.0}
+def conflict_metric(overlaps: int, conflicts: int) -> Metrics:
+    """Of the positions with two or more nonzero values the share whose signs differ."""
+    return {"conflict": conflicts / overlaps if overlaps else 0.0}
 
 
 def _pruned(deltas: Deltas, prunes: Sequence[Prune], first: int, last: int) -> Iterator[Tensor]:
@@ -122,6 +133,6 @@ def _pruned(deltas: Deltas, prunes: Sequence[Prune], first: int, last: int) -> I
         yield block
 
 
-def significant(found: Svd, size: float) -> Svd:
-    """The triplets above float64's noise in a matrix of that size; perhaps none."""
-    return found.top(int(torch.count_nonzero(found.s > 1e-12 * size)))
+def without_noise(svd: Svd, size: float) -> Svd:
+    """The triplets above float64's noise in a matrix of that norm; perhaps none."""
+    return svd.top(int(torch.count_nonzero(svd.s > 1e-12 * size)))

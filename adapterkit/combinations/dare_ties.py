@@ -1,33 +1,37 @@
-"""dare_ties: drop at random, rescale, elect a sign, and average what agrees with it."""
+"""dare_ties: drop at random, rescale, elect a sign, average what agrees with it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.common import check_majority, check_share, elected, thin
-from adapterkit.combinations.protocol import Deltas, Merged, Seeds
+from adapterkit.combinations.common import check_majority, check_share, elect_pruned, random_drop
+from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
 from adapterkit.kernels.elementwise import Majority
 
 
 @dataclass(frozen=True)
-class DareTies:
+class DareTies(OnElements):
     """Δ' = Σᵢ kᵢ wᵢ δᵢ / max(Σᵢ kᵢ, 1), δᵢ = mᵢ Δᵢ / density as in dare_linear, kᵢ as in ties.
 
-    As PEFT, but for the random numbers. (mergekit's dare_ties rescales by L1 norms and does not divide by the number kept.)
+    As PEFT, but for the random numbers. (mergekit's dare_ties rescales by L1 norms and does not
+    divide by the number kept.)
     """
 
     density: float
     majority: Majority = "total"
     name = "dare_ties"
     source = "arXiv:2311.03099"
+    acts_on = "elements"
 
     def __post_init__(self):
         check_share("density", self.density, above_zero=True)
         check_majority(self.majority)
 
-    def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:
-        return elected(
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        return elect_pruned(
             deltas,
             weights,
-            [thin(seeds, i, self.density) for i in range(deltas.count)],
+            [random_drop(seeds, i, self.density) for i in range(deltas.count)],
             self.majority,
         )

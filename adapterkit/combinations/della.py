@@ -1,23 +1,25 @@
-"""della: drop at random, the small ones of each row sooner, rescale, elect a sign, and average what agrees with it."""
+"""della: drop at random, small elements of each row sooner, rescale; then as ties."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapterkit.combinations.common import Prune, check_majority, check_share, elected
-from adapterkit.combinations.protocol import Deltas, Merged, Seeds
+from adapterkit.combinations.common import Prune, check_majority, check_share, elect_pruned
+from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
 from adapterkit.errors import Refused
 from adapterkit.kernels.elementwise import Majority, drop, ranks
 
 
 @dataclass(frozen=True)
-class Della:
-    """Δ' = Σᵢ kᵢ wᵢ δᵢ / max(Σᵢ kᵢ, 1), δᵢ = mᵢ Δᵢ / pᵢ, mᵢ = 1 with chance pᵢ = density + epsilon·(2·rank - 1), kᵢ of ties.
+class Della(OnElements):
+    """Δ' = Σᵢ kᵢ wᵢ δᵢ / max(Σᵢ kᵢ, 1), δᵢ = mᵢ Δᵢ / pᵢ, mᵢ = 1 with probability
+    pᵢ = density + epsilon·(2·rank - 1), kᵢ as in ties.
 
-    rank goes from 0, the smallest magnitude of the row, to 1. epsilon is half the spread of pᵢ as in mergekit (the paper's ε is all
-    of it). Each element is divided by its own pᵢ as in the paper, so that the expectation is Δᵢ; mergekit rescales the whole delta
-    to its former L1 norm. The paper's λ multiplies every weight: give it in them. density 1 drops nothing.
+    rank goes from 0, the smallest magnitude of the row, to 1. epsilon is half the spread of pᵢ as
+    in mergekit (the paper's ε is all of it). Each element is divided by its own pᵢ as in the paper,
+    so that the expectation is Δᵢ; mergekit rescales the whole delta to its former L1 norm. The
+    paper's λ multiplies every weight: give it in them. density 1 drops nothing.
     """
 
     density: float
@@ -25,22 +27,26 @@ class Della:
     majority: Majority = "total"
     name = "della"
     source = "arXiv:2406.11617"
+    acts_on = "elements"
 
     def __post_init__(self):
         check_share("density", self.density, above_zero=True)
         check_share("epsilon", self.epsilon)
         check_majority(self.majority)
         if self.density < 1 and not self.epsilon < self.density <= 1 - self.epsilon:
+            low, high = self.density - self.epsilon, self.density + self.epsilon
             raise Refused(
-                f"density {self.density} with epsilon {self.epsilon}: probabilities from {self.density - self.epsilon:g} to "
-                f"{self.density + self.epsilon:g}",
+                f"density {self.density} with epsilon {self.epsilon}: probabilities from {low:g} "
+                f"to {high:g}",
                 expected="probabilities above 0, at most 1",
                 where="--epsilon",
                 hint=f"give an epsilon below {min(self.density, 1 - self.density):g}",
             )
 
-    def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:
-        return elected(
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        return elect_pruned(
             deltas, weights, [self._prune(seeds, i) for i in range(deltas.count)], self.majority
         )
 
@@ -48,8 +54,8 @@ class Della:
         if self.density == 1:
             return lambda block: None
         generator = seeds(which)
-        return lambda block: drop(block, self.chances(block), generator)
+        return lambda block: drop(block, self.probabilities(block), generator)
 
-    def chances(self, block: Tensor) -> Tensor:
+    def probabilities(self, block: Tensor) -> Tensor:
         """The probability of each element to stay."""
         return ranks(block).mul_(2 * self.epsilon).add_(self.density - self.epsilon)

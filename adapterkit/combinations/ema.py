@@ -8,11 +8,15 @@ from adapterkit.combinations.common import WeightedSum, check_share
 
 @dataclass(frozen=True)
 class Ema(WeightedSum):
-    """Δ' = eₖ, e₁ = w₁ Δ₁, eᵢ = decay · eᵢ₋₁ + (1 - decay) · wᵢ Δᵢ: the last adapters count most, the smaller decay the more so."""
+    """Δ' = eₖ, e₁ = w₁ Δ₁, eᵢ = decay · eᵢ₋₁ + (1 - decay) · wᵢ Δᵢ.
+
+    The last adapters count most; the smaller decay, the more so.
+    """
 
     decay: float
     name = "ema"
     source = "arXiv:1306.2759 (exponential moving averages)"
+    acts_on = "factors"
 
     def __post_init__(self):
         check_share("decay", self.decay)

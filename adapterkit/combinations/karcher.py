@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.combinations.common import check_count
-from adapterkit.combinations.protocol import Facts
+from adapterkit.combinations.protocol import Metrics, OnFactors
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank import Product, gram, stacked
 
@@ -16,36 +16,36 @@ ROUNDS = 1000
 
 
 @dataclass(frozen=True)
-class Karcher:
-    """Δ' = Σᵢ pᵢ‖Δᵢ‖ · argmin_‖u‖=1 Σᵢ pᵢ θ(u, Δᵢ / ‖Δᵢ‖)², pᵢ = wᵢ / Σⱼ wⱼ, θ the angle: rank Σ rᵢ.
+class Karcher(OnFactors):
+    """Δ' = Σᵢ pᵢ‖Δᵢ‖ · argmin_‖u‖=1 Σᵢ pᵢ θ(u, Δᵢ / ‖Δᵢ‖)², pᵢ = wᵢ / Σⱼ wⱼ, θ the angle.
 
-    u ← exp_u(Σᵢ pᵢ log_u(Δᵢ / ‖Δᵢ‖)), in coefficients of the deltas, from their normalised mean, until a step is at most 1e-10;
-    refused after 1000 steps. (mergekit: ten steps in float32, or until 1e-5.)
-    Deltas of 0 have no direction and count in the mean length only. Refused: negative weights, and deltas in opposite directions
-    (1 + cos < 1e-12), or balanced around 0, between which there is no mean.
+    Its rank is Σ rᵢ. u ← exp_u(Σᵢ pᵢ log_u(Δᵢ / ‖Δᵢ‖)), in coefficients of the deltas, from their normalized mean,
+    until a step is at most 1e-10; refused after 1000 steps. (mergekit: ten steps in float32, or
+    until 1e-5.)
+
+    Deltas of 0 have no direction and count in the mean length only. Raises `Refused` for negative
+    weights, and for deltas in opposite directions (1 + cos < 1e-12), or balanced around 0, which
+    have no mean.
     """
 
     name = "karcher"
     source = "Karcher 1977, doi:10.1002/cpa.3160300502"
+    acts_on = "factors"
 
-    def check(self, weights: Sequence[float]) -> None:
+    def check_weights(self, weights: Sequence[float]) -> None:
         if min(weights) < 0 or sum(weights) == 0:
-            found, expected = (
-                f"weights {', '.join(f'{w:g}' for w in weights)}",
-                "shares: none below 0, not all 0",
-            )
             raise Refused(
-                found,
-                expected=expected,
+                f"weights {', '.join(f'{w:g}' for w in weights)}",
+                expected="shares: none below 0, not all 0",
                 where="--method karcher",
                 hint="change the weights, or use linear",
             )
 
-    def products(
+    def combine_factors(
         self, products: Sequence[Product], weights: Sequence[float]
-    ) -> tuple[Product, Facts]:
+    ) -> tuple[Product, Metrics]:
         check_count(weights, len(products))
-        self.check(weights)
+        self.check_weights(weights)
         shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
         table = gram(products)
         norms = table.diagonal().clamp_min(0).sqrt()
@@ -64,14 +64,15 @@ def _check_opposites(cosines: Tensor, used: list[int]) -> None:
     opposite = (cosines + 1 < 1e-12).nonzero().tolist()
     if opposite:
         first, second = (used[i] + 1 for i in opposite[0])
-        raise _refused(f"deltas of adapters {first} and {second} in opposite directions")
+        raise _refusal(f"deltas of adapters {first} and {second} in opposite directions")
 
 
 def _mean(
     cosines: Tensor,  # (k, k) of the unit deltas
     shares: Tensor,  # (k,)
 ) -> tuple[Tensor, int]:
-    """The coefficients (k,) of the mean on the unit sphere, and the number of steps."""
+    """The coefficients (k,) of the mean on the unit sphere, and the number of steps; `Refused`
+    where there is no mean."""
     point = shares / _length(shares, cosines, at_least=1e-6)
     for step in range(ROUNDS):
         dots = (cosines @ point).clamp(-1, 1)
@@ -85,7 +86,7 @@ def _mean(
             return point, step
         point = math.cos(length) * point + math.sin(length) / length * tangent
         point = point / _length(point, cosines)
-    raise _refused(f"deltas whose mean direction is not found in {ROUNDS} steps")
+    raise _refusal(f"deltas whose mean direction does not converge in {ROUNDS} steps")
 
 
 def _length(
@@ -96,14 +97,14 @@ def _length(
     """‖Σ coefficientᵢ unitᵢ‖."""
     length = max(float(coefficients @ cosines @ coefficients), 0.0) ** 0.5
     if length < at_least:
-        raise _refused("deltas that cancel each other")
+        raise _refusal("deltas that cancel each other")
     return length
 
 
-def _refused(found: str) -> Refused:
+def _refusal(problem: str) -> Refused:
     return Refused(
-        found,
+        problem,
         expected="directions that have a mean",
         where="--method karcher",
-        hint="use linear, or leave adapters out",
+        hint="use linear, or fewer adapters",
     )

@@ -3,20 +3,28 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.common import check_share, summed, trim
-from adapterkit.combinations.protocol import Deltas, Merged, Seeds
+from adapterkit.combinations.common import add_pruned, check_share, trim
+from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
 
 
 @dataclass(frozen=True)
-class MagnitudePrune:
-    """Δ' = Σᵢ wᵢ τᵢ, τᵢ the int(density·n) largest magnitudes of Δᵢ, of equal ones the first in row-major order. (PEFT's.)"""
+class MagnitudePrune(OnElements):
+    """Δ' = Σᵢ wᵢ τᵢ, τᵢ the int(density·n) largest magnitudes of Δᵢ.
+
+    As PEFT. Of equal magnitudes at the threshold the first in row-major order stay.
+    """
 
     density: float
     name = "magnitude_prune"
     source = "arXiv:2306.01708 (its trimming alone)"
+    acts_on = "elements"
 
     def __post_init__(self):
         check_share("density", self.density)
 
-    def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:
-        return summed(deltas, weights, [trim(deltas, i, self.density) for i in range(deltas.count)])
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        return add_pruned(
+            deltas, weights, [trim(deltas, i, self.density) for i in range(deltas.count)]
+        )

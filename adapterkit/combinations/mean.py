@@ -13,8 +13,9 @@ class Mean(WeightedSum):
 
     name = "mean"
     source = "arXiv:2203.05482 (model soups)"
+    acts_on = "factors"
 
-    def check(self, weights: Sequence[float]) -> None:
+    def check_weights(self, weights: Sequence[float]) -> None:
         if sum(weights) == 0:
             raise Refused(
                 "weights that add up to 0",
@@ -24,5 +25,5 @@ class Mean(WeightedSum):
             )
 
     def shares(self, weights: Sequence[float]) -> list[float]:
-        self.check(weights)
+        self.check_weights(weights)
         return [weight / sum(weights) for weight in weights]

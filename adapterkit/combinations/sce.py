@@ -1,4 +1,4 @@
-"""sce: select the elements in which the deltas differ, weigh the deltas by their squares, erase the minority's signs."""
+"""sce: select where the deltas differ, weigh them by their squares, drop the minority's signs."""
 
 import math
 from collections.abc import Sequence
@@ -7,54 +7,59 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.combinations.common import check_count, check_share, conflict
-from adapterkit.combinations.protocol import Deltas, Merged, Seeds
-from adapterkit.kernels.elementwise import Cut, Trim, deviation, elect, largest
+from adapterkit.combinations.common import check_count, check_share, conflict_metric
+from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
+from adapterkit.kernels.elementwise import Threshold, Trim, deviation, elect, top_k_threshold
 from adapterkit.kernels.rows import add_column_squares
 
 
 @dataclass(frozen=True)
-class Sce:
-    """Δ' = Σᵢ kᵢ ηᵢ wᵢ σᵢ / Σᵢ kᵢ ηᵢ, σᵢ = Δᵢ where selected, ηᵢ = ‖σᵢ‖² / Σⱼ ‖σⱼ‖², kᵢ = [sign(σᵢ) = sign of Σⱼ σⱼ].
+class Sce(OnElements):
+    """Δ' = Σᵢ kᵢ ηᵢ wᵢ σᵢ / Σᵢ kᵢ ηᵢ, σᵢ = Δᵢ where selected, else 0, ηᵢ = ‖σᵢ‖² / Σⱼ ‖σⱼ‖²,
+    kᵢ = [sign(σᵢ) = sign of Σⱼ σⱼ].
 
-    Of the m elements whose variance over the deltas is not 0, the int(select·m) with the largest are selected. 0 counts as +.
+    Of the m elements whose variance over the deltas is not 0, the int(select·m) with the largest
+    are selected. 0 counts as +.
 
-    The paper has no weights; here they multiply the terms and take no part in ηᵢ or the election, so 1 each is the paper's.
-    mergekit makes all ηᵢ equal where the mean squares add up to less than 1e-6, as those of most adapters do: here only where they
-    are 0. Deltas that are equal everywhere have nothing to be selected by: all is kept (mergekit: nothing).
+    The paper has no weights; here they multiply the terms and take no part in ηᵢ or the election,
+    so 1 each is the paper's. mergekit makes all ηᵢ equal where the mean squares add up to less than
+    1e-6, as those of most adapters do: here only where they are 0. Deltas that are equal everywhere
+    have no variance to select by: all elements are kept (mergekit: none).
     """
 
     select: float = 1.0
     name = "sce"
     source = "arXiv:2408.07990"
+    acts_on = "elements"
 
     def __post_init__(self):
         check_share("select", self.select)
 
-    def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
         check_count(weights, deltas.count)
-        spread = _spread(deltas)  # the result takes its place, block by block
-        bounds = self._cut(deltas, spread)
-        if bounds.value >= 0:
-            trim = Trim(bounds)
+        spread = _spread(deltas)  # overwritten with the result, block by block
+        threshold = self._threshold(deltas, spread)
+        if threshold.value >= 0:
+            trim = Trim(threshold)
             for first, last in deltas.blocks():
                 trim(spread[first:last])
         else:
             spread.fill_(1)
-        shares, several, differ = _shares(deltas, spread), 0, 0
+        shares, overlaps, conflicts = _shares(deltas, spread), 0, 0
         for first, last in deltas.blocks():
-            found = elect(
-                _selected(deltas, spread, first, last), weights, "total", spread[first:last], shares
-            )
-            several, differ = several + found[0], differ + found[1]
-        return Merged(spread, conflict(several, differ))
+            blocks = _selected(deltas, spread, first, last)
+            counts = elect(blocks, weights, "total", spread[first:last], shares)
+            overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
+        return DenseDelta(spread, conflict_metric(overlaps, conflicts))
 
-    def _cut(self, deltas: Deltas, spread: Tensor) -> Cut:
-        """Where the selected deviations end; all of them at select 1, or where all are 0."""
+    def _threshold(self, deltas: Deltas, spread: Tensor) -> Threshold:
+        """That of the selected deviations; below all of them at select 1, or where all are 0."""
         nonzero = int(torch.count_nonzero(spread))
         if self.select == 1 or not nonzero:
-            return Cut(-1.0)
-        return largest(
+            return Threshold(-1.0)
+        return top_k_threshold(
             lambda: (spread[first:last] for first, last in deltas.blocks()),
             spread.numel(),
             int(self.select * nonzero),
@@ -62,7 +67,8 @@ class Sce:
 
 
 def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
-    """The standard deviation over the deltas, element by element: ordered as the variances are, but far from underflow."""
+    """The standard deviation over the deltas, element by element: it has the order of the variance,
+    but is far from underflow."""
     spread = torch.empty(deltas.shape)
     for first, last in deltas.blocks():
         blocks = [deltas.rows(i, first, last) for i in range(deltas.count)]
@@ -72,9 +78,7 @@ def _spread(deltas: Deltas) -> Tensor:  # (out, in) float32
 
 
 def _selected(deltas: Deltas, selected: Tensor, first: int, last: int) -> list[Tensor]:
-    mask = selected[
-        first:last
-    ].sign()  # none is below 0; a product with floats is faster than with bools
+    mask = selected[first:last].sign()  # none is below 0; floats multiply faster than bools
     return [deltas.rows(i, first, last).mul_(mask) for i in range(deltas.count)]
 
 

@@ -5,62 +5,70 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit.combinations.common import check_count, check_share
-from adapterkit.combinations.protocol import Facts
+from adapterkit.combinations.protocol import Metrics, OnFactors
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank import Product, gram, stacked
 
 
 @dataclass(frozen=True)
-class Slerp:
-    """Δ' = (|w₁|+|w₂|) · (sin((1-t)θ)/sin θ · Δ₁ + sin(tθ)/sin θ · Δ₂), t = |w₂| / (|w₁|+|w₂|): rank r₁ + r₂.
+class Slerp(OnFactors):
+    """Δ' = (|w₁|+|w₂|) · (sin((1-t)θ)/sin θ · Δ₁ + sin(tθ)/sin θ · Δ₂), t = |w₂| / (|w₁|+|w₂|).
 
-    The weights say where on the arc, and by their sum how long; a negative one turns its delta round. The option t says the same as
-    weights (1-t, t), and stands without weights. θ is the angle between the deltas as vectors; they are not normalised, as in
-    mergekit. Parallel ones, and a delta of 0, which has no direction (what only one of the adapters has), give the straight line
-    w₁Δ₁ + w₂Δ₂ (mergekit: also where |cos θ| > 0.9995, and θ = 90° for a delta of 0). Opposite ones (1 + cos θ < 1e-12) have no arc
-    between them and are refused.
+    Its rank is r₁ + r₂. The weights give the position on the arc, their sum the length; a negative one negates its
+    delta. The option t is the same as weights (1-t, t), and replaces weights. θ is the angle
+    between the deltas as vectors; they are not normalized, as in mergekit.
+
+    Parallel ones, and a delta of 0, which has no direction (what only one of the adapters has),
+    give the straight line w₁Δ₁ + w₂Δ₂ (mergekit: also where |cos θ| > 0.9995, and θ = 90° for a
+    delta of 0). Raises `Refused` for opposite ones (1 + cos θ < 1e-12), which have no arc between
+    them, and for more than two deltas.
     """
 
     t: float | None = None
     name = "slerp"
     source = "Shoemake 1985, doi:10.1145/325334.325242"
+    acts_on = "factors"
 
     def __post_init__(self):
         if self.t is not None:
             check_share("t", self.t)
 
-    def check(self, weights: Sequence[float]) -> None:
+    def check_weights(self, weights: Sequence[float]) -> None:
         if len(weights) > 2:
-            found, hint = f"{len(weights)} adapters", "use --method karcher for more than two"
-            raise Refused(found, expected="two", where="--method slerp", hint=hint)
+            raise Refused(
+                f"{len(weights)} adapters",
+                expected="two",
+                where="--method slerp",
+                hint="use --method karcher for more than two",
+            )
 
-    def weighted(self, weights: Sequence[float]) -> list[float]:
-        """The adapters' weights, as t says them if it is given."""
+    def resolve_weights(self, weights: Sequence[float]) -> list[float]:
+        """(1-t, t) where t is set, else the adapters' weights."""
         if self.t is None or len(weights) < 2:
             return list(weights)
-        self.check(weights)
+        self.check_weights(weights)
         if any(weight != 1 for weight in weights):
-            found = f"t {self.t:g} and weights {', '.join(f'{w:g}' for w in weights)}"
-            hint = f"leave t out, or the weights: t {self.t:g} is weights {1 - self.t:g} and {self.t:g}"
             raise Refused(
-                found, expected="one of them: both say where on the arc", where="--set t", hint=hint
+                f"t {self.t:g} and weights {', '.join(f'{w:g}' for w in weights)}",
+                expected="one of them: both are the position on the arc",
+                where="--set t",
+                hint=f"give t alone: t {self.t:g} is weights {1 - self.t:g} and {self.t:g}",
             )
         return [1 - self.t, self.t]
 
-    def products(
+    def combine_factors(
         self, products: Sequence[Product], weights: Sequence[float]
-    ) -> tuple[Product, Facts]:
+    ) -> tuple[Product, Metrics]:
         check_count(weights, len(products))
-        self.check(weights)
+        self.check_weights(weights)
         if len(products) == 1 or 0 in weights:
             return stacked(products, weights), {"angle": 0.0}
         angle, length = _angle(products, weights), sum(map(abs, weights))
         parts = [abs(weight) / length for weight in weights]
         if math.sin(angle) > 0:
             parts = [math.sin(part * angle) / math.sin(angle) for part in parts]
-        return stacked(
-            products, [math.copysign(length * p, w) for p, w in zip(parts, weights, strict=True)]
-        ), {"angle": angle}
+        shares = [math.copysign(length * p, w) for p, w in zip(parts, weights, strict=True)]
+        return stacked(products, shares), {"angle": angle}
 
 
 def _angle(products: Sequence[Product], weights: Sequence[float]) -> float:

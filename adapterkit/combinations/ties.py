@@ -1,33 +1,38 @@
-"""ties: trim, elect a sign, and average what agrees with it."""
+"""ties: trim, elect a sign, average what agrees with it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapterkit.combinations.common import check_majority, check_share, elected, trim
-from adapterkit.combinations.protocol import Deltas, Merged, Seeds
+from adapterkit.combinations.common import check_majority, check_share, elect_pruned, trim
+from adapterkit.combinations.protocol import Deltas, DenseDelta, OnElements, Seeds
 from adapterkit.kernels.elementwise import Majority
 
 
 @dataclass(frozen=True)
-class Ties:
-    """Δ' = Σᵢ kᵢ wᵢ τᵢ / max(Σᵢ kᵢ, 1), τᵢ the int(density·n) largest magnitudes of Δᵢ, kᵢ = [sign(τᵢ) = sign of Σⱼ τⱼ].
+class Ties(OnElements):
+    """Δ' = Σᵢ kᵢ wᵢ τᵢ / max(Σᵢ kᵢ, 1), τᵢ the int(density·n) largest magnitudes of Δᵢ,
+    kᵢ = [sign(τᵢ) = sign of Σⱼ τⱼ].
 
-    PEFT's rule: signs are elected without the weights (frequency: by Σⱼ sign(τⱼ)), 0 counts as +, and the divisor is a number, not
-    a sum of weights (mergekit's is, and weights take part in its election: the two agree where all weights are 1). Of equal
-    magnitudes at the threshold the first in row-major order stay, where both leave that open.
+    PEFT's rule: signs are elected without the weights (frequency: by Σⱼ sign(τⱼ)), 0 counts as +,
+    and the divisor is a number, not a sum of weights (mergekit's is, and weights take part in its
+    election: the two agree where all weights are 1). Of equal magnitudes at the threshold the first
+    in row-major order stay, where both leave that open.
     """
 
     density: float
     majority: Majority = "total"
     name = "ties"
     source = "arXiv:2306.01708"
+    acts_on = "elements"
 
     def __post_init__(self):
         check_share("density", self.density)
         check_majority(self.majority)
 
-    def merged(self, deltas: Deltas, weights: Sequence[float], seeds: Seeds) -> Merged:
-        return elected(
+    def combine_elements(
+        self, deltas: Deltas, weights: Sequence[float], seeds: Seeds
+    ) -> DenseDelta:
+        return elect_pruned(
             deltas,
             weights,
             [trim(deltas, i, self.density) for i in range(deltas.count)],

@@ -1,7 +1,7 @@
-"""What combining does to elements: trimming by magnitude, dropping at random, electing signs.
+"""Elementwise steps of combinations: trimming by magnitude, dropping at random, electing signs.
 
-Blocks are whole rows in float32 (or float64), changed in place, and must come in row-major order. Whatever is counted is counted
-exactly, so neither the cutting into blocks nor the number of threads changes a trimmed element.
+Blocks are whole rows in float32 (or float64), changed in place, in row-major order. All counts are
+exact, so neither the division into blocks nor the number of threads changes a trimmed element.
 """
 
 import math
@@ -14,101 +14,97 @@ import torch
 from torch import Generator, Tensor
 
 Majority = Literal["total", "frequency"]
-SAMPLE = 1 << 16  # elements looked at to guess where a threshold lies
-ROOM = 1 << 18  # elements that may be collected around it, at least
-CACHED = (
-    1 << 19
-)  # elements worked on at once: with fewer, threads wait for Python's lock longer than for memory
+SAMPLE = 1 << 16  # elements of the sample that brackets a threshold
+ROOM = 1 << 18  # elements that may be collected in the bracket, at least
+CACHED = 1 << 19  # elements worked on at once: with fewer, threads wait for Python's lock too long
 
 
-class Cut(NamedTuple):
-    """The largest magnitudes: all above `value`, and the first `spare` of the `equal` ones that equal it, in row-major order."""
+class Threshold(NamedTuple):
+    """The top k magnitudes: all above `value`, and of the `ties` that equal it the first
+    `ties_kept` in row-major order."""
 
     value: float
-    spare: int = 0
-    equal: int = 0
+    ties_kept: int = 0
+    ties: int = 0
 
 
 class Trim:
-    """x ← x where |x| is within the cut, else 0; block after block."""
+    """x ← x where |x| is among the top k, else 0; block after block."""
 
-    def __init__(self, cut: Cut):
-        self.value, self.spare, self.equal = cut
+    def __init__(self, threshold: Threshold):
+        self.value, self.ties_kept, self.ties = threshold
 
     def __call__(self, block: Tensor) -> None:
-        some = 0 < self.spare < self.equal
-        bound = _below(self.value, block.dtype) if self.spare else self.value
-        equal = (
-            (block.abs() == self.value).nonzero()
-            if some
-            else block.new_zeros(0, 2, dtype=torch.int64)
-        )
+        some = 0 < self.ties_kept < self.ties
+        bound = _below(self.value, block.dtype) if self.ties_kept else self.value
+        if some:
+            ties = (block.abs() == self.value).nonzero()
+        else:
+            ties = block.new_zeros(0, 2, dtype=torch.int64)
         torch.hardshrink(block, bound, out=block)
-        block[tuple(equal[self.spare :].T)] = 0
-        self.spare, self.equal = max(self.spare - len(equal), 0), self.equal - len(equal)
+        block[tuple(ties[self.ties_kept :].T)] = 0
+        self.ties_kept = max(self.ties_kept - len(ties), 0)
+        self.ties -= len(ties)
 
 
-def largest(
+def top_k_threshold(
     read: Callable[[], Iterable[Tensor]],
     size: int,
     keep: int,
-    glance: Callable[[], Iterable[Tensor]] | None = None,
-) -> Cut:
-    """The cut that leaves exactly `keep` of `size` elements, or all that are not 0; `read()` gives all blocks anew, to use up.
+    subsample: Callable[[], Iterable[Tensor]] | None = None,
+) -> Threshold:
+    """The threshold that keeps exactly `keep` of `size` elements, or all that are not 0.
 
-    `glance()` gives some of the rows, from all over, where that costs less: a first guess comes from them.
+    `read()` yields all blocks, each time anew; they are overwritten. `subsample()` yields some rows
+    of every part, where that costs less: the first estimate comes from them.
 
-    A sample brackets the threshold, one pass counts what is above the bracket and collects what is inside, and the threshold is
-    selected among that. A bracket that misses, or holds too much, narrows the search, and halving it in between bounds the passes.
+    A sample brackets the threshold; one pass counts what is above the bracket and collects what is
+    inside, and the threshold is selected among that. A bracket that misses, or holds too much,
+    narrows the search, and bisection in between bounds the number of passes.
     """
     if keep >= size:
-        return Cut(-1.0)
+        return Threshold(-1.0)
     if keep <= 0:
-        return Cut(math.inf)
-    sample = _sampled((glance or read)(), size)
-    low, high, over, within = (
-        -1.0,
-        math.inf,
-        0,
-        size,
-    )  # the threshold is in (low, high]: `over` are above, `within` are inside
+        return Threshold(math.inf)
+    sample = _sample((subsample or read)(), size)
+    # the threshold is in (low, high], in which `within` elements are; `over` are above
+    low, high, over, within = -1.0, math.inf, 0, size
     for turn in count():
         if turn > 1 and turn % 2 == 0:
             bottom, top = low, _middle(low, high, sample.dtype)
         else:
-            bottom, top = _bracket(
-                sample, low, high, (keep - over) / within, spread=4 if turn == 0 else 0
-            )
-        above, inside, found = _collected(read(), bottom, top, max(ROOM, size // 16))
+            spread = 4 if turn == 0 else 0
+            bottom, top = _bracket(sample, low, high, (keep - over) / within, spread)
+        above, inside, values = _collect(read(), bottom, top, max(ROOM, size // 16))
         if keep <= above:
             low, within = top, above - over
         elif keep > above + inside:
             high, over, within = bottom, above + inside, over + within - above - inside
         elif _below(top, sample.dtype) == bottom:
-            return Cut(top, keep - above, inside) if top else Cut(0.0)
-        elif len(found) == inside:
-            return _selected(found, keep - above)
+            return Threshold(top, keep - above, inside) if top else Threshold(0.0)
+        elif len(values) == inside:
+            return _select(values, keep - above)
         else:
-            low, high, over, within, sample = bottom, top, above, inside, _falling(found)
-    raise AssertionError("the search ends when one value is left")
+            low, high, over, within, sample = bottom, top, above, inside, _descending(values)
+    raise AssertionError("the search ends at a bracket of a single value")
 
 
-def _sampled(blocks: Iterable[Tensor], size: int) -> Tensor:
-    """Magnitudes of at most about SAMPLE elements, falling; the stride has no factor in common with the rows, so no column is
-    preferred."""
+def _sample(blocks: Iterable[Tensor], size: int) -> Tensor:
+    """Magnitudes of at most about SAMPLE elements, descending; the stride has no factor in common
+    with the width of the rows, so no column is preferred."""
     stride, parts = max(1, size // SAMPLE), []
     for block in blocks:
         while math.gcd(stride, block.shape[1]) > 1:
             stride += 1
         parts.append(block.reshape(-1)[::stride].abs())
-    return _falling(torch.cat(parts))
+    return _descending(torch.cat(parts))
 
 
 def _bracket(
     sample: Tensor, low: float, high: float, share: float, spread: float
 ) -> tuple[float, float]:
-    """(bottom, top] within (low, high] that likely holds the end of the largest `share` of it: `spread` standard deviations wide on
-    each side, or with 0 a single value."""
+    """(bottom, top] within (low, high] that likely contains the smallest of the largest `share`:
+    `spread` standard deviations wide on each side, or with 0 a single value."""
     sample = sample[(sample > low) & (sample <= high)]
     if not len(sample):
         return low, _middle(low, high, sample.dtype)
@@ -120,22 +116,24 @@ def _bracket(
     return (_below(float(sample[last]), sample.dtype) if last < len(sample) else low), top
 
 
-def _collected(
+def _collect(
     blocks: Iterable[Tensor], bottom: float, top: float, room: int
 ) -> tuple[int, int, Tensor]:
-    """How many magnitudes are above `top`, how many in (bottom, top], and these themselves as far as there is room."""
-    above, inside, found = 0, 0, []
+    """How many magnitudes are above `top`, how many in (bottom, top], and the first `room` of the
+    latter."""
+    above, inside, values = 0, 0, []
     for block in blocks:
         over, within = _mask(torch.gt, block.abs_(), top), _mask(torch.gt, block, bottom)
         above += _count(over)
         here = _picked(block, within.logical_xor_(over))
         if inside < room:
-            found.append(here[: room - inside])
+            values.append(here[: room - inside])
         inside += len(here)
-    return above, inside, torch.cat(found)
+    return above, inside, torch.cat(values)
 
 
-# On a CPU numpy compares eight times as fast as torch, counts and selects five times and sorts twenty times as fast.
+# On a CPU numpy compares eight times as fast as torch, counts and selects five times and sorts
+# twenty times as fast.
 _COMPARE = {torch.gt: np.greater, torch.lt: np.less, torch.ge: np.greater_equal}
 
 
@@ -147,11 +145,9 @@ def _mask(compare: Callable, x: Tensor, y: Tensor | float) -> Tensor:
 
 
 def _count(mask: Tensor) -> int:
-    return (
-        int(torch.count_nonzero(mask))
-        if mask.device.type != "cpu"
-        else int(np.count_nonzero(mask.numpy()))
-    )
+    if mask.device.type != "cpu":
+        return int(torch.count_nonzero(mask))
+    return int(np.count_nonzero(mask.numpy()))
 
 
 def _picked(block: Tensor, mask: Tensor) -> Tensor:
@@ -161,62 +157,58 @@ def _picked(block: Tensor, mask: Tensor) -> Tensor:
     return torch.from_numpy(block.numpy().reshape(-1).take(np.flatnonzero(mask.numpy())))
 
 
-def _falling(x: Tensor) -> Tensor:
-    """Sorted, the largest first."""
-    return (
-        x.sort(descending=True).values
-        if x.device.type != "cpu"
-        else torch.from_numpy(np.sort(x.numpy())[::-1].copy())
-    )
+def _descending(x: Tensor) -> Tensor:
+    if x.device.type != "cpu":
+        return x.sort(descending=True).values
+    return torch.from_numpy(np.sort(x.numpy())[::-1].copy())
 
 
-def _smallest(x: Tensor, k: int) -> float:
-    """The value that k others are below, or equal."""
-    return float(
-        x.kthvalue(k + 1).values if x.device.type != "cpu" else np.partition(x.numpy(), k)[k]
-    )
+def _kth_smallest(x: Tensor, k: int) -> float:
+    """The k-th smallest value, from 0."""
+    if x.device.type != "cpu":
+        return float(x.kthvalue(k + 1).values)
+    return float(np.partition(x.numpy(), k)[k])
 
 
-def _selected(found: Tensor, keep: int) -> Cut:
-    """The cut that leaves `keep` of what was collected."""
-    value = _smallest(found, len(found) - keep)
-    above, reached = (_count(_mask(compare, found, value)) for compare in (torch.gt, torch.ge))
-    equal = reached - above
-    return Cut(value, keep - above, equal) if value else Cut(0.0)
+def _select(values: Tensor, keep: int) -> Threshold:
+    """The threshold that keeps `keep` of these values."""
+    value = _kth_smallest(values, len(values) - keep)
+    above, reached = (_count(_mask(compare, values, value)) for compare in (torch.gt, torch.ge))
+    return Threshold(value, keep - above, reached - above) if value else Threshold(0.0)
 
 
 def _below(value: float, dtype: torch.dtype) -> float:
     """The next smaller magnitude; below 0 comes -1."""
-    return (
-        float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(0, dtype=dtype)))
-        if value > 0
-        else -1.0
-    )
+    if value <= 0:
+        return -1.0
+    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(0, dtype=dtype)))
 
 
 def _middle(low: float, high: float, dtype: torch.dtype) -> float:
-    """The value half way between in the order of the floats, above `low`: bit patterns of magnitudes are ordered as these are."""
+    """The value half way between in the order of the floats, above `low`: the bit patterns of
+    magnitudes have the order of the magnitudes."""
     bits = torch.int64 if dtype == torch.float64 else torch.int32
-    first, last = (
-        int(torch.tensor(v, dtype=dtype).view(bits)) if v >= 0 else -1 for v in (low, high)
-    )
+    ends = [int(torch.tensor(v, dtype=dtype).view(bits)) if v >= 0 else -1 for v in (low, high)]
+    first, last = ends
     return float(torch.tensor((first + last + 1) // 2, dtype=bits).view(dtype))
 
 
 def drop(
     x: Tensor,  # (n, cols), changed in place
-    chance: float | Tensor,  # of each element to stay
+    probability: float | Tensor,  # of each element to stay
     generator: Generator,
 ) -> None:
-    """x ← x / chance with that chance, else 0: the expectation is x. One draw in [0, 1) an element, row by row."""
+    """x ← x / p with probability p, else 0: the expectation is x. One draw in [0, 1) an element,
+    row by row."""
     draws = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
-    x.mul_(_mask(torch.lt, draws, chance).to(x.dtype)).div_(chance)
+    x.mul_(_mask(torch.lt, draws, probability).to(x.dtype)).div_(probability)
 
 
 def ranks(
     x: Tensor,  # (n, cols)
 ) -> Tensor:  # (n, cols)
-    """The place of each element among the magnitudes of its row, from 0 (smallest) to 1; equal ones by column; 1/2 if alone."""
+    """The rank of each magnitude in its row, from 0 (smallest) to 1, equal ones by column; 1/2 in a
+    row of one."""
     cols = x.shape[1]
     if cols == 1:
         return torch.full_like(x, 0.5)
@@ -226,10 +218,11 @@ def ranks(
 
 
 def _order(x: Tensor) -> Tensor:
-    """The columns of each row by magnitude, equal ones in their order."""
+    """The columns of each row by magnitude, a stable sort."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return x.abs().sort(dim=1, stable=True).indices
-    # the bits of magnitudes are ordered as these are; with the column behind them they are unique, and sorted twice as fast
+    # the bits of magnitudes have their order; with the column appended they are unique, and
+    # sorted twice as fast
     keys = x.numpy().view(np.uint32).astype(np.uint64)
     keys &= 0x7FFFFFFF
     keys <<= 32
@@ -240,22 +233,24 @@ def _order(x: Tensor) -> Tensor:
 
 
 def elect(
-    blocks: Sequence[Tensor],  # the same rows of each delta, (n, cols), used up
+    blocks: Sequence[Tensor],  # the same rows of each delta, (n, cols), overwritten
     weights: Sequence[float],
     majority: Majority,
-    out: Tensor,  # (n, cols), takes the result
+    out: Tensor,  # (n, cols), overwritten
     shares: Sequence[float] | None = None,
 ) -> tuple[int, int]:
-    """out = Σ keepᵢ·shareᵢ·wᵢ·xᵢ / Σ keepᵢ·shareᵢ (0 where nothing is kept), keepᵢ where sign(xᵢ) is the majority's.
+    """out = Σ keepᵢ·shareᵢ·wᵢ·xᵢ / Σ keepᵢ·shareᵢ (0 where nothing is kept), keepᵢ = 1 where
+    sign(xᵢ) is the majority's, else 0.
 
-    The majority is the sign of Σ xᵢ (total) or of Σ sign(xᵢ) (frequency), no weights in it, and 0 counts as +. Returns how many
-    positions have two or more nonzero values, and at how many of these the signs differ.
+    The majority is the sign of Σ xᵢ (total) or of Σ sign(xᵢ) (frequency), without the weights; 0
+    counts as +. Returns how many positions have two or more nonzero values, and at how many of
+    these the signs differ.
     """
-    several = differ = 0
+    overlaps = conflicts = 0
     for stripe in _stripes(out):
-        found = _elect([x[stripe] for x in blocks], weights, majority, out[stripe], shares)
-        several, differ = several + found[0], differ + found[1]
-    return several, differ
+        counts = _elect([x[stripe] for x in blocks], weights, majority, out[stripe], shares)
+        overlaps, conflicts = overlaps + counts[0], conflicts + counts[1]
+    return overlaps, conflicts
 
 
 def _elect(
@@ -265,12 +260,10 @@ def _elect(
     out: Tensor,
     shares: Sequence[float] | None,
 ) -> tuple[int, int]:
-    counts = torch.uint8 if len(blocks) < 256 else torch.int32
-    positive, negative = (_number(compare, blocks, counts) for compare in (torch.gt, torch.lt))
-    several, differ = (
-        _count(_mask(torch.ge, positive + negative, 2)),
-        _count(torch.minimum(positive, negative)),
-    )
+    dtype = torch.uint8 if len(blocks) < 256 else torch.int32
+    positive, negative = (_votes(compare, blocks, dtype) for compare in (torch.gt, torch.lt))
+    overlaps = _count(_mask(torch.ge, positive + negative, 2))
+    conflicts = _count(torch.minimum(positive, negative))
     if majority == "total":
         minus = _mask(torch.lt, _total(blocks), 0)
     else:
@@ -286,11 +279,10 @@ def _elect(
             divisor.add_(_mask(torch.gt, x, 0).view(torch.uint8), alpha=share)
         divisor.add_(divisor == 0)
     else:
-        divisor = (
-            negative.sub_(positive).mul_(minus).add_(positive).to(out.dtype).clamp_(min=1)
-        )  # their number on the elected side
+        elected = negative.sub_(positive).mul_(minus).add_(positive)  # votes on the elected side
+        divisor = elected.to(out.dtype).clamp_(min=1)
     out.div_(divisor).mul_(sign)
-    return several, differ
+    return overlaps, conflicts
 
 
 def _total(blocks: Sequence[Tensor]) -> Tensor:
@@ -298,27 +290,26 @@ def _total(blocks: Sequence[Tensor]) -> Tensor:
     total = blocks[0].to(torch.float64, copy=True)
     for x in blocks[1:]:
         if x.device.type == "cpu":
-            np.add(
-                total.numpy(), x.numpy(), out=total.numpy()
-            )  # numpy adds to another dtype twice as fast as torch
+            # numpy adds to another dtype twice as fast as torch
+            np.add(total.numpy(), x.numpy(), out=total.numpy())
         else:
             total.add_(x)
     return total
 
 
-def _number(compare: Callable, blocks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """How many of the blocks are above, or below, 0: by position."""
-    found = torch.zeros(blocks[0].shape, dtype=dtype, device=blocks[0].device)
+def _votes(compare: Callable, blocks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """By position the number of blocks that are above, or below, 0."""
+    votes = torch.zeros(blocks[0].shape, dtype=dtype, device=blocks[0].device)
     for x in blocks:
-        found.add_(_mask(compare, x, 0).view(torch.uint8))
-    return found
+        votes.add_(_mask(compare, x, 0).view(torch.uint8))
+    return votes
 
 
 def deviation(
     blocks: Sequence[Tensor],  # the same rows of each delta, (n, cols)
-    out: Tensor,  # (n, cols), takes the result
+    out: Tensor,  # (n, cols), overwritten
 ) -> None:
-    """out = sqrt(Σ (xᵢ - mean)² / k), in float64 before it is rounded: 0 exactly where all are equal."""
+    """out = sqrt(Σ (xᵢ - mean)² / k), computed in float64: 0 exactly where all are equal."""
     for stripe in _stripes(out):
         parts = [x[stripe].double() for x in blocks]
         mean = torch.stack(parts).sum(0).div_(len(parts))
@@ -329,6 +320,6 @@ def deviation(
 
 
 def _stripes(x: Tensor) -> Iterator[slice]:
-    """Rows of a block, so few at a time that they stay in cache."""
+    """Rows of a block, few enough at a time to stay in cache."""
     step = max(1, CACHED // x.shape[1])
     return (slice(first, first + step) for first in range(0, len(x), step))

@@ -4,13 +4,15 @@ factors) and how the result becomes factors again (refit: exact, a rank, a share
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from adapterkit import dtypes, registry
 from adapterkit.adapter import PREFIX, Adapter, Lora, read_adapter, rewrapped
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.combinations.common import WeightedSum
+from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.factors import Factors
 from adapterkit.ops import produced
@@ -141,16 +143,15 @@ def plan_combine(
         )
     adapters = read_all([folder for folder, _ in sources])
     given = [weight for _, weight in sources]
-    if hasattr(method, "weighted"):
-        if options.weight_for and method.weighted([1.0] * len(given)) != [1.0] * len(given):
-            hint = "leave out one of them"
-            raise Refused(
-                "--weight-for and an option that says the weights",
-                expected="one",
-                where="options",
-                hint=hint,
-            )
-        given = method.weighted(given)
+    equal = [1.0] * len(given)
+    if options.weight_for and method.resolve_weights(equal) != equal:
+        raise Refused(
+            "--weight-for and an option that says the weights",
+            expected="one",
+            where="options",
+            hint="leave out one of them",
+        )
+    given = method.resolve_weights(given)
     weights = _Weights(given, options.weight_for)
     doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
     if base is not None and doras:
@@ -173,8 +174,7 @@ def plan_combine(
                 for number, found in site.members.items()
             )
             parts = _with_a_share(parts, options.space)
-            if hasattr(method, "check"):
-                method.check([part.weight for part in parts])
+            method.check_weights([part.weight for part in parts])
         except AdapterkitError as error:
             errors.append(error)
             continue
@@ -345,13 +345,13 @@ class _Weights:
         return which, matcher(pattern if which is None else rest, "--weight-for"), value
 
 
-def _settled(options: Options) -> tuple[Any, Refit]:
+def _settled(options: Options) -> tuple[Method, Refit]:
     """The method's record and the refit; `Refused` for options that do not fit."""
     produced.check_refit(options.rank, options.energy)
     method, default = ALIASES.get(options.method, (options.method, None))
     given = {"density": options.density, "majority": options.majority} | dict(options.settings)
-    record = create("combinations", method, given)
-    dense = not hasattr(record, "products")
+    record = cast(Method, create("combinations", method, given))
+    dense = record.acts_on == "elements"
     if options.space == "factors" and (options.rank or options.energy or options.method in ALIASES):
         raise Refused(
             f"--space factors with {options.method if options.method in ALIASES else '--rank or --energy'}",
@@ -423,7 +423,7 @@ def held(
 def _values(
     adapters: Sequence[Adapter],
     weights: "_Weights",
-    method: Any,
+    method: Method,
     levels: Mapping[str, int],
     errors: list[AdapterkitError],
 ) -> list[Task]:
@@ -439,7 +439,11 @@ def _values(
         given = [weights.of(number, module) for number in holders]
         spec, several = next(iter(holders.values())), len(holders) > 1
         shares = (
-            method.shares(given) if hasattr(method, "shares") else given[:1] if not several else []
+            method.shares(given)
+            if isinstance(method, WeightedSum)
+            else given[:1]
+            if not several
+            else []
         )
         if _equal(adapters, list(holders.items())) if several else shares == [1.0]:
             tasks.append(produced.Taken(spec, key))

@@ -13,7 +13,8 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.combinations.common import summed
+from adapterkit.combinations.common import WeightedSum, add_pruned
+from adapterkit.combinations.protocol import Method
 from adapterkit.factors import Factors, Place
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
@@ -74,7 +75,7 @@ class Combined:
     name: str
     parts: tuple[Part, ...]
     place: Place
-    method: Any
+    method: Method
     space: str
     refit: Refit
     dtype: str
@@ -87,7 +88,7 @@ class Combined:
     @property
     def dense(self) -> bool:
         """Whether the result is dense: the method needs the deltas multiplied out, or one of them is no product."""
-        return not hasattr(self.method, "products") or any(part.dora for part in self.parts)
+        return self.method.acts_on == "elements" or any(part.dora for part in self.parts)
 
     @property
     def max_outputs(self) -> tuple[Stored, ...]:
@@ -107,7 +108,8 @@ class Combined:
             sum(part.memory for part in self.parts),
             math.prod(self.parts[0].factors.shape),
         )
-        if self.dense and not hasattr(self.method, "merged") and not hasattr(self.method, "shares"):
+        by_elements = self.method.acts_on == "elements" or isinstance(self.method, WeightedSum)
+        if self.dense and not by_elements:
             return found + 40 * len(self.parts) * count  # dense deltas as products in float64
         return found + (12 * count if self.dense else 0)
 
@@ -129,14 +131,14 @@ class Combined:
         self, deltas: Sequence[Delta], weights: list[float], expert: int
     ) -> tuple[Delta, dict]:
         """The combined delta, as a product where the method keeps it one, else dense."""
-        if hasattr(self.method, "merged"):
-            return self.method.merged(
+        if self.method.acts_on == "elements":
+            return self.method.combine_elements(
                 DenseDeltas(deltas), weights, Seeds(self.seed, f"{self.name}/{expert}")
             )
-        if self.dense and hasattr(self.method, "shares"):
+        if self.dense and isinstance(self.method, WeightedSum):
             shares = self.method.shares(weights)
-            return summed(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
-        return self.method.products([lowrank.as_product(delta) for delta in deltas], weights)
+            return add_pruned(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
+        return self.method.combine_factors([lowrank.as_product(delta) for delta in deltas], weights)
 
     def _refitted(
         self, results: list[Delta], metrics: list[dict], spans: list[Svd | None]
@@ -183,9 +185,9 @@ class Combined:
         made = []
         for side in (0, 1):
             matrices, weights = [pair[side] for pair in pairs], [root[side] for root in roots]
-            if self.dense:
+            if self.method.acts_on == "elements":
                 made.append(
-                    self.method.merged(
+                    self.method.combine_elements(
                         DenseDeltas(matrices),
                         weights,
                         Seeds(self.seed, f"{self.name}/{'ab'[side]}"),

@@ -298,7 +298,7 @@ def test_slerp_says_t_once(mixed, tmp_path):
     combined(mixed[:2], tmp_path / "t", (1.0, 1.0), method="slerp", settings={"t": 0.3})
     combined(mixed[:2], tmp_path / "w", (0.7, 0.3), method="slerp")
     assert_close(deltas(tmp_path / "t"), deltas(tmp_path / "w"))
-    with pytest.raises(Refused, match="both say where"):
+    with pytest.raises(Refused, match="both are the position"):
         combined(mixed[:2], tmp_path / "no", (0.7, 0.3), method="slerp", settings={"t": 0.3})
     with pytest.raises(Refused, match="--weight-for"):
         combined(

@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterkit import registry
 from adapterkit.combinations.common import trim
+from adapterkit.combinations.protocol import OnFactors
 from adapterkit.errors import Refused
 from adapterkit.kernels import elementwise
-from adapterkit.kernels.elementwise import Trim, largest, ranks
+from adapterkit.kernels.elementwise import Trim, ranks, top_k_threshold
 from adapterkit.kernels.lowrank import Product
 
 METHODS = registry.members("combinations")
-ON_ELEMENTS = [name for name, record in METHODS.items() if hasattr(record, "merged")]
+ON_ELEMENTS = [name for name, record in METHODS.items() if record.acts_on == "elements"]
 GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 
 # What a method does not promise. Everything else is held to every law.
@@ -82,11 +83,10 @@ def record(name: str, **given):
 
 def combined(method, products: list[Product], weights, seeds=seeds, height=3) -> Tensor:
     """The delta that a method gives, in float64."""
-    if hasattr(method, "weighted"):
-        weights = method.weighted(weights)
-    if hasattr(method, "products"):
-        return method.products(products, weights)[0].dense()
-    return method.merged(
+    weights = method.resolve_weights(weights)
+    if method.acts_on == "factors":
+        return method.combine_factors(products, weights)[0].dense()
+    return method.combine_elements(
         Dense([p.dense() for p in products], height), weights, seeds
     ).delta.double()
 
@@ -315,7 +315,7 @@ def refers(name: str, options: dict, products: list[Product], weights: list[floa
     if name == "slerp" and any(w != 1 for w in weights):
         options = {key: value for key, value in options.items() if key != "t"}
     method = record(name, **options)
-    on_elements = hasattr(method, "merged")
+    on_elements = method.acts_on == "elements"
     deltas = [p.dense().float().double() if on_elements else p.dense() for p in products]
     expected = REFERENCES[name](deltas, weights, method)
     if expected is None:
@@ -362,7 +362,28 @@ def test_record(name: str) -> None:
         and ("arXiv:" in kind.source or "doi:" in kind.source)
     )
     assert "=" in kind.__doc__.splitlines()[0]
-    assert hasattr(kind, "merged") != hasattr(kind, "products")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_acts_on(name: str) -> None:
+    """It is declared beside the name, and the method has the function for it, and that one alone."""
+    kind = METHODS[name]
+    functions = {"factors": "combine_factors", "elements": "combine_elements"}
+    assert {"name", "source", "acts_on"} <= vars(kind).keys()
+    assert [key for key, value in functions.items() if hasattr(kind, value)] == [kind.acts_on]
+    assert not getattr(kind, "__abstractmethods__", None)
+    assert not {"name", "source", "acts_on"} & registry.options(kind).keys(), "not an option"
+
+
+def test_an_unfinished_method_cannot_be_made() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Unfinished(OnFactors):
+        name = "unfinished"
+        source = "none"
+        acts_on = "factors"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Unfinished()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -386,9 +407,11 @@ def test_facts_are_finite_numbers(name: str) -> None:
     for products in (HARD["pair"], case(4, 5, (2, "zero"), (2, "zero"))):
         method = record(name)
         if name in ON_ELEMENTS:
-            result, metrics = method.merged(Dense([p.dense() for p in products]), [1.0, 1.0], seeds)
+            result, metrics = method.combine_elements(
+                Dense([p.dense() for p in products]), [1.0, 1.0], seeds
+            )
         else:
-            result, metrics = method.products(products, [1.0, 1.0])
+            result, metrics = method.combine_factors(products, [1.0, 1.0])
         assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
         if name in ON_ELEMENTS:
             assert result.dtype == torch.float32 and result.shape == products[0].dense().shape
@@ -437,7 +460,7 @@ def test_slerp_s_weights_say_where_on_the_arc() -> None:
         0.75 * one.dense() + 0.25 * two.dense(),
     )
     for weights in ([0.5, 1], [1, -1], [0, 1]):
-        with pytest.raises(Refused, match="both say where on the arc"):
+        with pytest.raises(Refused, match="both are the position on the arc"):
             combined(record("slerp", t=0.25), [one, two], weights)
 
 
@@ -535,7 +558,7 @@ class Live(TorchDispatchMode):
 def test_memory(name: str) -> None:
     deltas = Dense([product(1024, 1024, 4, seed).dense() for seed in (1, 2)], height=16)
     with Live(1024 * 1024) as live:
-        record(name, density=0.2, select=0.2).merged(deltas, [1.0, 1.0], seeds)
+        record(name, density=0.2, select=0.2).combine_elements(deltas, [1.0, 1.0], seeds)
     assert len(live.places - {m.untyped_storage().data_ptr() for m in deltas.matrices}) == 1, (
         "only the result may be of the size of the matrix"
     )
@@ -547,9 +570,13 @@ def test_conflict(name: str, products: list[Product]) -> None:
     """The metric agrees with a count by hand for ties at density 1, and is a share for the others."""
     weights = [1.0] * len(products)
     if name == "knots":
-        metrics = record(name).products(products, weights)[1]
+        metrics = record(name).combine_factors(products, weights)[1]
     else:
-        metrics = record(name).merged(Dense([p.dense() for p in products]), weights, seeds).metrics
+        metrics = (
+            record(name)
+            .combine_elements(Dense([p.dense() for p in products]), weights, seeds)
+            .metrics
+        )
     assert 0 <= metrics["conflict"] <= 1
     if name == "ties":
         for density, majority in itertools.product((1.0, 0.5), ("total", "frequency")):
@@ -559,7 +586,7 @@ def test_conflict(name: str, products: list[Product]) -> None:
             several = int((plus + minus >= 2).sum())
             metrics = (
                 record("ties", density=density, majority=majority)
-                .merged(Dense(deltas), weights, seeds)
+                .combine_elements(Dense(deltas), weights, seeds)
                 .metrics
             )
             assert metrics["conflict"] == int(((plus > 0) & (minus > 0)).sum()) / several > 0
@@ -577,7 +604,7 @@ def exact(x: Tensor, keep: int, height: int = 3) -> int:
         passes += 1
         return (x[first:last].clone() for first, last in deltas.blocks())
 
-    cut = Trim(largest(read, x.numel(), keep))
+    cut = Trim(top_k_threshold(read, x.numel(), keep))
     blocks = [x[first:last].clone() for first, last in deltas.blocks()]
     for block in blocks:
         cut(block)
@@ -660,7 +687,7 @@ def test_the_order_of_adapters_changes_no_sign() -> None:
     """1e8 - 1 - 1e8 is 0 in float32, were it summed there."""
     values = [1e8, -1.0, -1e8]
     for order in itertools.permutations(range(3)):
-        result = record("ties", density=1.0).merged(
+        result = record("ties", density=1.0).combine_elements(
             Dense([torch.tensor([[values[i]]]) for i in order]), [1.0] * 3, seeds
         )
         assert result.delta.item() < 0 and result.metrics["conflict"] == 1
@@ -691,14 +718,14 @@ def test_ranks() -> None:
 def test_drops_keep_the_expectation_and_the_density() -> None:
     deltas = Dense([torch.ones(200, 500)], height=64)
     for name in ("dare_linear", "dare_ties", "della"):
-        result = record(name, density=0.3).merged(deltas, [1.0], seeds).delta
+        result = record(name, density=0.3).combine_elements(deltas, [1.0], seeds).delta
         assert (
             abs(float((result != 0).float().mean()) - 0.3) < 0.005
             and abs(float(result.mean()) - 1) < 0.02
         )
     both = (
         record("dare_linear", density=0.3)
-        .merged(Dense([torch.ones(200, 500)] * 2), [1.0, -1.0], seeds)
+        .combine_elements(Dense([torch.ones(200, 500)] * 2), [1.0, -1.0], seeds)
         .delta
     )
     assert both.any(), "each delta has its own random numbers"
@@ -762,7 +789,7 @@ def test_against_mergekit(golden: dict) -> None:
 
 def test_della_chances_against_mergekit() -> None:
     golden = GOLDEN["della"]
-    chances = record("della", density=golden["density"], epsilon=golden["epsilon"]).chances(
+    chances = record("della", density=golden["density"], epsilon=golden["epsilon"]).probabilities(
         torch.tensor(GOLDEN["deltas"][0])
     )
     torch.testing.assert_close(chances, torch.tensor(golden["chances"]), rtol=0, atol=1e-6)
@@ -891,7 +918,7 @@ def test_iso_c_is_isotropic_and_tsv_is_orthogonal() -> None:
     torch.testing.assert_close(
         torch.linalg.svdvals(combined(record("tsv"), products, [1.0, 1.0]))[:6], strengths
     )
-    energy = record("tsv", share=0.05).products(products, [1.0, 1.0])[1]["kept_energy"]
+    energy = record("tsv", share=0.05).combine_factors(products, [1.0, 1.0])[1]["kept_energy"]
     kept = [torch.linalg.svdvals(p.dense()).square() for p in products]
     assert energy == pytest.approx(
         sum(float(s[0]) for s in kept) / sum(float(s.sum()) for s in kept)
