@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from adapterkit import __version__, dtypes
 from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
 from adapterkit.checkpoint.reader import Identity, changed, identity
+from adapterkit.checkpoint.stage import RECEIPT, Stage
+from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.checkpoint.system import cores, quarter_of_memory
-from adapterkit.checkpoint.writer import RECEIPT, Stage, free_bytes
 from adapterkit.edits import Edit
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, Unrecoverable
 from adapterkit.kernels.stochastic import Draws
@@ -341,11 +343,6 @@ def identities(
     return {(folder, name): identity(os.stat(folders[folder].path(name))) for folder, name in local}
 
 
-def sha256_of(folder: Folder, name: str) -> str:
-    """The sha256 of a small file."""
-    return hashlib.sha256(folder.read(name, 0, folder.files()[name])).hexdigest()
-
-
 def digest(recipe: dict) -> str:
     """The fingerprint of a job: the sha256 of its recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
@@ -629,16 +626,11 @@ def _input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
         names = [name for where, name in plan.headers if where == number]
         sums = {
             name: known.get(name)
-            or (_file_hash(folder, name) if number not in plan.models else None)
+            or (sha256_of_file(folder.path(name)) if number not in plan.models else None)
             for name in names
         }
         found[f"{number} {folder.name}"] = {name: value for name, value in sums.items() if value}
     return found
-
-
-def _file_hash(folder: Folder, name: str) -> str:
-    with folder.path(name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _public(recipe: dict) -> dict:

@@ -1,4 +1,5 @@
-"""Where files come from: one folder contract, and the folder on local disk. (`hub.py` has the remote one.)"""
+"""Where files come from: one folder contract, and the folder on local disk. (`hub.py` has the
+remote one.)"""
 
 import os
 import stat
@@ -24,7 +25,8 @@ class Folder(Protocol):
         ...
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of one file, fewer at its end; a remote folder asks for this range only."""
+        """Bytes [start, stop) of one file, fewer at its end; a remote folder asks for this range
+        only."""
         ...
 
     def path(self, name: str) -> Path:
@@ -42,9 +44,8 @@ class LocalFolder:
     def __init__(self, path: str | os.PathLike):
         self.given = shown(os.fspath(path))  # for messages
         path = Path(path)
-        self.name = shown(
-            path.name or path.resolve().name
-        )  # printable, whatever a stranger called the folder
+        # printable, whatever a stranger called the folder
+        self.name = shown(path.name or path.resolve().name)
         self.origin = {"name": self.name}
         self.only = path.name if path.is_file() else None
         self.root = path.parent if self.only else path
@@ -95,7 +96,9 @@ class LocalFolder:
         if path.is_symlink() and not _stays_home(path, self.root):
             raise Refused(
                 f"a link to {shown(os.readlink(path))}",
-                expected="a file of this folder, or the link of a Hub cache into its own blobs folder",
+                expected=(
+                    "a file of this folder, or the link of a Hub cache into its own blobs folder"
+                ),
                 where=str(path),
                 hint="copy the file into the folder",
             )
@@ -109,7 +112,8 @@ class LocalFolder:
 
 
 class WeightsOf(LocalFolder):
-    """One file of weights on local disk, under the name `weights`, with what lies beside it: all but other weights and indexes."""
+    """One file of weights on local disk, under the name `weights`, with what lies beside it: all
+    but other weights and indexes."""
 
     def __init__(self, path: str | os.PathLike, weights: str):
         super().__init__(path)
@@ -133,7 +137,8 @@ class WeightsOf(LocalFolder):
 
 
 def called(folder: Folder) -> str:
-    """What its user calls a folder, for messages: the path, or the Hub id, as it was given. Never for a file that is written."""
+    """What its user calls a folder, for messages: the path, or the Hub id, as it was given. Never
+    for a file that is written."""
     return getattr(folder, "given", folder.name)
 
 
@@ -160,11 +165,11 @@ def locate(error: AdapterkitError, folder: Folder) -> None:
 
 
 def inside(name: str, where: str) -> PurePosixPath:
-    """A file name taken from a file, as a path that cannot leave its folder on any system; `Refused` otherwise."""
+    """A file name taken from a file, as a path that cannot leave its folder on any system;
+    `Refused` otherwise."""
     path = PurePosixPath(name)
-    upwards = any(
-        part in ("", ".", "..") for part in name.split("/")
-    )  # an absolute path has an empty first part
+    # an absolute path has an empty first part
+    upwards = any(part in ("", ".", "..") for part in name.split("/"))
     elsewhere = "\\" in name or name[1:2] == ":"
     if upwards or elsewhere or not name.isprintable() or len(name) > 1000:
         raise Refused(
@@ -180,7 +185,8 @@ def _stays_home(link: Path, root: Path) -> bool:
     target = link.resolve()
     if target.is_relative_to(root.resolve()):
         return True
-    # the Hub cache: <repo>/snapshots/<commit>/<file> -> <repo>/blobs/<hash>, which may itself be a link of the cache
+    # the Hub cache: <repo>/snapshots/<commit>/<file> -> <repo>/blobs/<hash>, which may itself be a
+    # link of the cache
     snapshots = next((p for p in link.parent.resolve().parents if p.name == "snapshots"), None)
     blob = Path(os.path.normpath(link.parent.resolve() / os.readlink(link)))
     return snapshots is not None and blob.parent == snapshots.parent / "blobs" and target.is_file()

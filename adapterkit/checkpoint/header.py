@@ -1,7 +1,8 @@
 """The one parser and the one writer of safetensors headers, strict in both directions.
 
-Format: https://github.com/huggingface/safetensors#format. Stricter than the reference reader (0.8.0), which takes
-duplicate keys (the last wins), unknown fields and any name: here each key stands once, names are printable, ranks sane.
+Format: https://github.com/huggingface/safetensors#format. Stricter than the reference reader
+(0.8.0), which takes duplicate keys (the last wins), unknown fields and any name: here each key
+stands once, names are printable, ranks sane.
 """
 
 import hashlib
@@ -41,7 +42,8 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header: its exact bytes (length prefix included), its tensors in file order, its metadata."""
+    """A parsed header: its exact bytes (length prefix included), its tensors in file order, its
+    metadata."""
 
     raw: bytes = field(repr=False)
     tensors: tuple[TensorSpec, ...]
@@ -53,7 +55,8 @@ class Header:
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
-    """The header's length (8-byte prefix included) of a file of `file_size` bytes; `Damaged` if it has none."""
+    """The header's length (8-byte prefix included) of a file of `file_size` bytes; `Damaged` if it
+    has none."""
     if prefix.startswith(b"version https://git-lfs"):
         raise Damaged(
             "a Git LFS pointer, not the weights",
@@ -82,7 +85,8 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Header:
-    """Tensors and metadata of header bytes `raw`; `Damaged` naming the first thing that is wrong."""
+    """Tensors and metadata of header bytes `raw`; `Damaged` naming the first thing that is
+    wrong."""
 
     def damaged(found: str, expected: str) -> Damaged:
         return Damaged(found, expected=expected, where=file, hint="download or copy the file again")
@@ -171,7 +175,8 @@ def _naturals(value) -> bool:
 def build_header(
     tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str], size: int = 0
 ) -> tuple[bytes, list[int]]:
-    """Header bytes, at least `size` of them, for tensors (key, dtype, shape) laid out in this order, and each one's position."""
+    """Header bytes, at least `size` of them, for tensors (key, dtype, shape) laid out in this
+    order, and each one's position."""
     table: dict = {"__metadata__": metadata} if metadata else {}
     at, starts = 0, []
     for key, dtype, shape in tensors:

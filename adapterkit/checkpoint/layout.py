@@ -55,7 +55,8 @@ def laid_out(
     ordered: bool = False,
     header_size: int = 0,
 ) -> ShardLayout:
-    """A file with a new header of at least `header_size` bytes; unless `ordered`, wider dtypes first where one is misaligned."""
+    """A file with a new header of at least `header_size` bytes; unless `ordered`, wider dtypes
+    first where one is misaligned."""
     at = 0
     for tensor in [] if ordered else tensors:
         if at % max(dtypes.BITS[tensor.dtype] // 8, 1):
@@ -69,13 +70,15 @@ def laid_out(
 
 
 def resharded(tensors: list[Stored], limit: int, metadata: dict[str, str]) -> list[ShardLayout]:
-    """Files of at most `limit` bytes of data each (a larger tensor gets a file of its own), in the order given."""
+    """Files of at most `limit` bytes of data each (a larger tensor gets a file of its own), in the
+    order given."""
     groups = grouped(tensors, [tensor.nbytes for tensor in tensors], limit)
     return [laid_out(name, group, metadata) for name, group in groups.items()]
 
 
 def grouped(items: list[T], sizes: list[int], limit: int) -> dict[str, list[T]]:
-    """Items by the names of the files of at most `limit` bytes that they go into, in the order given."""
+    """Items by the names of the files of at most `limit` bytes that they go into, in the order
+    given."""
     groups: list[list[T]] = [[]]
     room = limit
     for item, size in zip(items, sizes, strict=True):
@@ -91,7 +94,8 @@ def grouped(items: list[T], sizes: list[int], limit: int) -> dict[str, list[T]]:
 
 
 def index(shards: list[ShardLayout], old: dict | None, grown: int = 0) -> bytes:
-    """The index file of these shards, its totals true; other metadata kept. `grown`: bytes that the layouts are short of."""
+    """The index file of these shards, its totals true; other metadata kept. `grown`: bytes that the
+    layouts are short of."""
     metadata = dict((old or {}).get("metadata") or {})
     metadata["total_size"] = sum(t.nbytes for s in shards for t in s.tensors) + grown
     if "total_parameters" in metadata:

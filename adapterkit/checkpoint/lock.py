@@ -1,4 +1,7 @@
-"""One process at a time in a folder, also after crashes and restarts, and where flock lies (Lustre, GPFS, some NFS)."""
+"""One process at a time in a folder, also after crashes and restarts, and without a working flock.
+
+(Lustre, GPFS and some NFS accept a flock that other machines do not see.)
+"""
 
 import contextlib
 import fcntl
@@ -13,43 +16,50 @@ LOCK = "lock"
 
 
 class Lock:
-    """The file `lock` in a folder. It says which process has it, and that process keeps it flocked.
+    """The file `lock` in a folder. It names the process that holds it, which keeps it flocked.
 
-    The file appears with its content, by a hard link, so a crash cannot leave an empty one. It is stale when nobody has it flocked
-    and the process that it names is gone; then the next one takes its place. A process on another host counts as at work.
+    The file appears with its content, by a hard link, so a crash cannot leave an empty one. It is
+    stale when nobody has it flocked and the process that it names is gone; then the next one takes
+    its place. A process on another host counts as running.
+
+    `filelock.SoftFileLock` (tried: 4.3.1) does not serve: it takes a process in another PID
+    namespace for one of another host, so the lock of a container that was killed refuses its
+    successor for ever; it creates the file first and writes the owner then, so a crash in between
+    leaves an empty file that no later process reclaims; a torn one is refused until it was watched
+    for two seconds.
     """
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK
         self._descriptor = -1
 
-    def take(self) -> None:
-        """Take the lock; `Refused` while another process has it."""
-        mine = self.path.with_name(f"{LOCK}.{os.getpid()}")
-        mine.unlink(missing_ok=True)
-        descriptor = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    def acquire(self) -> None:
+        """`Refused` while another process holds the lock."""
+        own = self.path.with_name(f"{LOCK}.{os.getpid()}")
+        own.unlink(missing_ok=True)
+        descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            os.write(descriptor, _self().encode())
+            os.write(descriptor, _own_record().encode())
             _flock(descriptor)
-            while not self._appears(mine):
+            while not self._publish(own):
                 self._remove_stale()
         except BaseException:
             os.close(descriptor)
             raise
         finally:
-            mine.unlink(missing_ok=True)
+            own.unlink(missing_ok=True)
         self._descriptor = descriptor
 
-    def drop(self) -> None:
+    def release(self) -> None:
         if self._descriptor >= 0:
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _appears(self, mine: Path) -> bool:
-        """Give our file the lock's name; False where there is one."""
+    def _publish(self, own: Path) -> bool:
+        """Give our file the lock's name; False where there is a lock."""
         try:
-            _name(mine, self.path)
+            _link(own, self.path)
         except FileExistsError:
             return False
         return True
@@ -61,14 +71,15 @@ class Lock:
             return
         try:
             holder = os.read(descriptor, 1000).decode("utf-8", "replace")
-            if not _flock(descriptor) or _at_work(holder):
+            if not _flock(descriptor) or _is_running(holder):
                 raise Refused(
                     f"another process is at work there ({holder.rpartition(' ')[0]})",
                     expected="one process for each output",
                     where=str(self.path.parent),
-                    hint=f"wait for it; if there is none, remove the file {self.path.name} in that folder",
+                    hint=f"wait for it; if there is none, remove the file {self.path.name} "
+                    "in that folder",
                 )
-            # only who has a file flocked removes it, and only if it still bears the name
+            # only the process that has a file flocked removes it, and only under this name
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
                     self.path.unlink()
@@ -76,8 +87,8 @@ class Lock:
             os.close(descriptor)
 
 
-def _name(file: Path, name: Path) -> None:
-    """Give the file a name, unless it is taken."""
+def _link(file: Path, name: Path) -> None:
+    """Give the file a name; `FileExistsError` where there is a file of that name."""
     try:
         os.link(file, name)
     except FileExistsError:
@@ -87,7 +98,8 @@ def _name(file: Path, name: Path) -> None:
 
 
 def _flock(descriptor: int) -> bool:
-    """False where another process has the file flocked; true also where the file system knows no flock."""
+    """False where another process has the file flocked; True also on a file system without
+    flock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -97,21 +109,23 @@ def _flock(descriptor: int) -> bool:
     return True
 
 
-def _self() -> str:
-    return f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())}"
+def _own_record() -> str:
+    return f"{socket.gethostname()} {os.getpid()} {_start_time(os.getpid())}"
 
 
-def _at_work(holder: str) -> bool:
-    """Whether the process that a lock names may be running: its number alone may have gone to another after a restart."""
+def _is_running(holder: str) -> bool:
+    """Whether the process that a lock names may be running; after a restart its number may be
+    another's."""
     host, _, rest = holder.partition(" ")
-    pid, _, started = rest.partition(" ")
-    if not pid.isdigit() or not started:
+    pid, _, start = rest.partition(" ")
+    if not pid.isdigit() or not start:
         return False  # torn by a power cut
-    return host != socket.gethostname() or _started(int(pid)) == started
+    return host != socket.gethostname() or _start_time(int(pid)) == start
 
 
-def _started(pid: int) -> str:
-    """When a process began (boot and clock tick); "" for one that is gone or dead, "?" where the system does not say."""
+def _start_time(pid: int) -> str:
+    """Boot and clock tick at which a process began; "" for a dead one, "?" where the system hides
+    it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,6 +1,8 @@
-"""Payload bytes of the inputs: opened once, read by position into the caller's buffers, checked not to have changed.
+"""Payload bytes of the inputs: opened once, read by position into the caller's buffers, checked not
+to have changed.
 
-Positioned reads, not mappings: a mapping of a file that shrinks kills the process, and is slow on network file systems.
+Positioned reads, not mappings: a mapping of a file that shrinks kills the process, and is slow on
+network file systems.
 """
 
 import contextlib
@@ -14,21 +16,21 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, call
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 
-NEAR, FAR = (
-    4 << 10,
-    1 << 20,
-)  # bytes between two tensors that are read along rather than skipped; of a remote file
+# bytes between two tensors that are read along rather than skipped; of a remote file
+NEAR, FAR = (4 << 10, 1 << 20)
 RANGE = 8 << 20  # bytes of one read of small tensors
 Identity = tuple[int, int, int, int, int]
 
 
 def identity(status: os.stat_result) -> Identity:
-    """What tells a file from an edited or replaced one: device, inode, size and both times in ns."""
+    """What tells a file from an edited or replaced one: device, inode, size and both times in
+    ns."""
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Sources:
-    """The open files of a job's input folders. Thread-safe; files open on first use and stay open, at most `limit` of them."""
+    """The open files of a job's input folders. Thread-safe; files open on first use and stay open,
+    at most `limit` of them."""
 
     def __init__(
         self,
@@ -65,9 +67,8 @@ class Sources:
             if which in self._open:
                 self._users[which] += 1
                 return self._open[which][0]
-        path = self.folders[which[0]].path(
-            which[1]
-        )  # may wait for a download, so not under the lock
+        # may wait for a download, so not under the lock
+        path = self.folders[which[0]].path(which[1])
         with self._lock:
             if which not in self._open:
                 self._make_room()
@@ -153,7 +154,8 @@ class Handle:
 
 
 def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: TensorSpec) -> None:
-    """Fill the buffer from `position`, through short reads; `Unrecoverable` at the end of the file, `Failed` on an error."""
+    """Fill the buffer from `position`, through short reads; `Unrecoverable` at the end of the file,
+    `Failed` on an error."""
     done = 0
     while done < len(buffer):
         try:
@@ -172,7 +174,8 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
 def read_small(
     folder: Folder, specs: Iterable[TensorSpec]
 ) -> Iterator[tuple[TensorSpec, memoryview]]:
-    """The bytes of small tensors, file by file in the order of their places; neighbours come in one read, with what lies between.
+    """The bytes of small tensors, file by file in the order of their places; neighbours come in one
+    read, with what lies between.
 
     `Damaged` where a file ends before one of them.
     """
@@ -201,7 +204,8 @@ def read_small(
 def _neighbours(
     ordered: Iterable[TensorSpec], gap: int
 ) -> Iterator[tuple[int, int, list[TensorSpec]]]:
-    """(start, stop, its tensors) of each range to read: tensors no further apart than `gap`, together at most RANGE bytes."""
+    """(start, stop, its tensors) of each range to read: tensors no further apart than `gap`,
+    together at most RANGE bytes."""
     together: list[TensorSpec] = []
     start = stop = 0
     for spec in ordered:

@@ -44,7 +44,8 @@ LAYER_COUNTS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model checkpoint: its shards' headers by file name, every tensor by key, and its JSON files."""
+    """A model checkpoint: its shards' headers by file name, every tensor by key, and its JSON
+    files."""
 
     folder: Folder
     shards: dict[str, Header]  # in the order of their files
@@ -120,7 +121,8 @@ class Scan:
 
 
 def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
-    """Read the headers of a checkpoint folder; `Refused` or `Damaged` with all offenders if it is not whole."""
+    """Read the headers of a checkpoint folder; `Refused` or `Damaged` with all offenders if it is
+    not whole."""
     with belonging_to(folder):
         seen = scan_checkpoint(folder, number)
         refuse_all(seen.errors)
@@ -128,7 +130,8 @@ def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
 
 
 def scan_checkpoint(folder: Folder, number: int = 0) -> Scan:
-    """As much of a checkpoint folder as can be read, with everything for which `open_checkpoint` refuses it."""
+    """As much of a checkpoint folder as can be read, with everything for which `open_checkpoint`
+    refuses it."""
     seen = Scan(folder, number)
     named = _weight_files(seen)
     for name in _likely_files(folder) if named is None else named:
@@ -148,7 +151,8 @@ def scan_checkpoint(folder: Folder, number: int = 0) -> Scan:
 
 
 def read_header(folder: Folder, name: str, number: int = 0) -> Header:
-    """One safetensors file's header, in one read where it is short; `number` marks which input its tensors are of."""
+    """One safetensors file's header, in one read where it is short; `number` marks which input its
+    tensors are of."""
     size = folder.files()[name]
     raw = folder.read(name, 0, min(FIRST_READ, size))
     length = header_length(raw[:64], size, name)
@@ -162,7 +166,8 @@ def read_header(folder: Folder, name: str, number: int = 0) -> Header:
 
 
 def read_json(folder: Folder, name: str) -> dict:
-    """A JSON object from a file of the folder; `Damaged` if it is none (a key twice, or more than 50 MB)."""
+    """A JSON object from a file of the folder; `Damaged` if it is none (a key twice, or more than
+    50 MB)."""
     size = folder.files().get(name, 0)
     try:
         if size > MAX_JSON:
@@ -200,7 +205,8 @@ def _check_depth(value: Any) -> None:
 
 
 def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitError]:
-    """What is wrong with the few values of a config that decide which model is built, sub-configs included."""
+    """What is wrong with the few values of a config that decide which model is built, sub-configs
+    included."""
     errors: list[AdapterkitError] = []
     names = config.get("architectures")
     if names is not None and not (
@@ -242,13 +248,15 @@ def weight_files(folder: Folder) -> list[str]:
 
 
 def _likely_files(folder: Folder) -> list[str]:
-    """Where nothing says which files hold the model: the one with the standard name, else all of them."""
+    """Where nothing says which files hold the model: the one with the standard name, else all of
+    them."""
     here = weight_files(folder)
     return [name for name in SINGLE if name in here][:1] or here
 
 
 def _weight_files(seen: Scan) -> list[str] | None:
-    """The files that hold the weights: those that an index names, else the one file, else a complete numbered set.
+    """The files that hold the weights: those that an index names, else the one file, else a
+    complete numbered set.
 
     None, with a note, where it cannot be told which.
     """
@@ -273,8 +281,12 @@ def _weight_files(seen: Scan) -> list[str] | None:
         if len(wholes) == 1 and len(weights) == next(iter(wholes))[1]:
             return weights
     error = Refused(
-        f"{len(weights)} safetensors files and no index: {', '.join(shown(w) for w in weights[:6])}",
-        expected="model.safetensors.index.json, or one file, or a complete set name-0000i-of-0000n.safetensors",
+        f"{len(weights)} safetensors files and no index: "
+        f"{', '.join(shown(w) for w in weights[:6])}",
+        expected=(
+            "model.safetensors.index.json, or one file, or a complete set "
+            "name-0000i-of-0000n.safetensors"
+        ),
         where=folder.name,
         hint="add the index, or remove the files that are not part of the model",
     )
@@ -283,7 +295,8 @@ def _weight_files(seen: Scan) -> list[str] | None:
 
 
 def _index_name(seen: Scan, here: list[str]) -> str | None:
-    """The index file, the standard name before a variant's; noted where other readers would take something else."""
+    """The index file, the standard name before a variant's; noted where other readers would take
+    something else."""
     indexes = sorted(name for name in here if name.endswith(".safetensors.index.json"))
     standard = [f"{single}.index.json" for single in SINGLE if f"{single}.index.json" in indexes]
     if standard or any(single in here for single in SINGLE):
@@ -300,7 +313,8 @@ def _index_name(seen: Scan, here: list[str]) -> str | None:
 
 
 def _indexed(seen: Scan, index: dict, name: str) -> list[str] | None:
-    """Those files of an index that can be opened, the others noted; None where it names no files."""
+    """Those files of an index that can be opened, the others noted; None where it names no
+    files."""
     where, files = f"{seen.folder.name}/{name}", seen.folder.files()
     weight_map = index.get("weight_map")
     if (
@@ -425,7 +439,8 @@ def _index_errors(seen: Scan) -> list[AdapterkitError]:
 
 
 def _share_strings(seen: Scan) -> None:
-    """Put the headers' own strings into the index: as it is read, each name of a file is a string of its own."""
+    """Put the headers' own strings into the index: as it is read, each name of a file is a string
+    of its own."""
     if seen.index is not None:
         tensors = seen.tensors
         pairs = ((tensors.get(key), key, file) for key, file in seen.index["weight_map"].items())
@@ -462,7 +477,10 @@ def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
             f"weights as pickles: {', '.join(shown(p) for p in pickled[:6])}",
             expected="safetensors files",
             where=folder.name,
-            hint="convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub use the convert Space",
+            hint=(
+                "convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub "
+                "use the convert Space"
+            ),
         )
     if any(name.endswith(".gguf") for name in here):
         hint = "adapterkit dequantize MODEL.gguf --out DIR"
@@ -475,7 +493,8 @@ def _no_weights(folder: Folder, here: list[str]) -> AdapterkitError:
     )
 
 
-# Keys of LoRAs that are not in PEFT's layout: with a pipeline's part in front, or with underscores for dots
+# Keys of LoRAs that are not in PEFT's layout: with a pipeline's part in front, or with underscores
+# for dots
 OTHER_LAYOUTS = {
     "diffusers": re.compile(
         r"^(unet|transformer(_2)?|text_encoder(_\d)?|prior|controlnet)\.(.+\.)?(lora|lora_\w+|\w+_lora)\."
@@ -496,7 +515,8 @@ def other_layout(keys: Iterable[str]) -> str | None:
 
 
 def other_lora(folder: Folder) -> tuple[str, str] | None:
-    """A file of the folder that holds a LoRA in another layout than PEFT's, and whose layout it is."""
+    """A file of the folder that holds a LoRA in another layout than PEFT's, and whose layout it
+    is."""
     names = weight_files(folder) if "config.json" not in folder.files() else []
     for name in names if len(names) <= MOST_LORAS else ():
         header = Scan(folder).header(name)
@@ -508,7 +528,10 @@ def other_lora(folder: Folder) -> tuple[str, str] | None:
 
 def no_model(file: str, layout: str, where: str) -> Refused:
     """What to say where a LoRA of another layout is met."""
-    hint = "use it with diffusers (load_lora_weights); PEFT's layout is what save_pretrained of the trained part writes"
+    hint = (
+        "use it with diffusers (load_lora_weights); PEFT's layout is what save_pretrained of the "
+        "trained part writes"
+    )
     expected = "a model, or an adapter in PEFT's layout with adapter_config.json"
     return Refused(
         f"{shown(file)} is a LoRA in the layout of {layout}",

@@ -5,17 +5,16 @@ import re
 from typing import Any
 
 LONGEST_NUMBER = 100  # characters; float() of a longer whole number may overflow
-_ODD = re.compile(
-    rb"-0|[0-9]{%d}" % LONGEST_NUMBER
-)  # where there is none, no number needs a look of its own
+# where there is none, no number needs a look of its own
+_ODD = re.compile(rb"-0|[0-9]{%d}" % LONGEST_NUMBER)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def strict_json(data: bytes) -> Any:
     """The value of UTF-8 JSON; `ValueError` with a plain reason when it is none.
 
-    It is none either with a key twice, half a surrogate pair or an absurd number. NaN and Infinity pass as floats:
-    transformers writes them into some configs.
+    It is none either with a key twice, half a surrogate pair or an absurd number. NaN and Infinity
+    pass as floats: transformers writes them into some configs.
     """
     try:
         whole = _whole if _ODD.search(data) else None

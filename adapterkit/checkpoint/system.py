@@ -1,4 +1,5 @@
-"""System calls that Python lacks, through the C library; each raises OSError (ENOSYS where the system has no such call)."""
+"""System calls that Python lacks, through the C library; each raises OSError (ENOSYS where the
+system has no such call)."""
 
 import ctypes
 import errno
@@ -10,7 +11,8 @@ _AT_FDCWD, _NOREPLACE, _EXCHANGE, _WRITE = -100, 1, 2, 2
 
 
 def fallocate(descriptor: int, size: int) -> None:
-    """Give the file blocks for `size` bytes; unlike posix_fallocate never by writing them one by one."""
+    """Give the file blocks for `size` bytes; unlike posix_fallocate never by writing them one by
+    one."""
     _call("fallocate", descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
 
 

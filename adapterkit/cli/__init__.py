@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import signal
 
 import click
@@ -19,6 +20,10 @@ def process() -> None:
     exit: 0.4 s of each command.
     """
     gc.set_threshold(100_000, 50, 50)
+    if os.environ.get("ADAPTERKIT_FSYNC") == "0":  # for measuring only: what durability costs
+        from adapterkit.checkpoint import storage
+
+        storage.DURABLE = False
     atexit.register(gc.freeze)
     try:
         main()

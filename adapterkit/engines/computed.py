@@ -3,7 +3,6 @@
 The header gets the room of the largest file there can be, so the data's place is known before its size; it is written last.
 """
 
-import hashlib
 import math
 from bisect import bisect_left
 from collections import deque
@@ -18,9 +17,11 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored, laid_out
-from adapterkit.checkpoint.writer import ShardFile, Stage
+from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
+from adapterkit.checkpoint.stage import Stage
+from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import (
@@ -82,9 +83,9 @@ def write_computed(
         if len(layout.header) != room:
             _shift(shard, room, len(layout.header), layout.size - len(layout.header))
         shard.write(layout.header, 0)
-        shard.cut(layout.size)
+        shard.truncate(layout.size)
         handoffs.close()
-        sha, marks = _hashes(shard, layout.tensors, layout.size) if hashed else (None, {})
+        sha, marks = _hash(shard, layout) if hashed else (None, {})
         shard.sync()
         shard.publish()
     except BaseException:
@@ -358,18 +359,11 @@ def _checked(made: TaskResult) -> TaskResult:
     return made
 
 
-def _hashes(shard: ShardFile, tensors: tuple[Stored, ...], size: int) -> tuple[str, dict[str, str]]:
-    """The file's sha256, and the first digits of that of its bytes up to each tensor's end."""
-    digest, marks, at = hashlib.sha256(), {}, 0
-    block = memoryview(bytearray(BLOCK))
-    end = size - sum(tensor.nbytes for tensor in tensors)
-    for key, length in [("", end), *((tensor.key, tensor.nbytes) for tensor in tensors)]:
-        stop = at + length
-        while at < stop:
-            part = block[: min(BLOCK, stop - at)]
-            shard.read(part, at)
-            digest.update(part)
-            at += len(part)
-        if key:
-            marks[key] = digest.copy().hexdigest()[:16]
-    return digest.hexdigest(), marks
+def _hash(shard: ShardFile, layout: ShardLayout) -> tuple[str, dict[str, str]]:
+    """The file's sha256 and the marks at its tensors' ends."""
+    running, block = RunningHash(tensor_ends(layout)), memoryview(bytearray(BLOCK))
+    for at in range(0, layout.size, BLOCK):
+        part = block[: min(BLOCK, layout.size - at)]
+        shard.read(part, at)
+        running.update(part)
+    return running.hexdigest(), running.marks

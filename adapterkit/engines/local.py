@@ -7,7 +7,6 @@ function of the shapes, so the number of workers, and a resume in between, chang
 so copies to and from the card and the arithmetic of different workers overlap.
 """
 
-import hashlib
 import itertools
 import math
 import queue
@@ -24,10 +23,12 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import called
+from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources, read_exactly
+from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.system import cores
-from adapterkit.checkpoint.writer import FLUSH, ShardFile, Stage
+from adapterkit.checkpoint.writer import FLUSH, ShardFile
 from adapterkit.edits import Loaded
 from adapterkit.engines.computed import Asides, write_computed
 from adapterkit.errors import Failed, Refused, Unrecoverable, shown
@@ -365,17 +366,11 @@ class _OpenShard:
     def __init__(self, shard: Shard, stage: Stage, hashed: bool):
         self.shard = shard
         self.file = ShardFile(stage.path, shard.file, shard.layout.size)
-        self.digest = hashlib.sha256() if hashed else None
+        self.digest = RunningHash(tensor_ends(shard.layout)) if hashed else None
         self.steps: list[_OpenStep] = []
         self.lock = threading.Lock()
         self.waiting: dict[int, tuple[memoryview, Callable[[], None]]] = {}
         self.next, self.hashing, self.left = 0, False, 0
-        self.marks: dict[str, str] = {}
-        self.ends = [
-            (t.key, start + t.nbytes)
-            for t, start in zip(shard.layout.tensors, shard.layout.starts, strict=True)
-        ]
-        self.hashed_to = 0
         self.flushed = 0
 
     def pieces(self, device: torch.device) -> Iterator[_Piece]:
@@ -447,26 +442,14 @@ class _OpenShard:
                     self.hashing = False
                     return
                 self.next += 1
-            self._feed(ready[0])
+            self.digest.update(ready[0])
             ready[1]()
-
-    def _feed(self, view: memoryview) -> None:
-        if self.digest is None:
-            return
-        done = 0
-        while self.ends and self.ends[0][1] <= self.hashed_to + len(view):
-            key, end = self.ends.pop(0)
-            self.digest.update(view[done : end - self.hashed_to])
-            done = end - self.hashed_to
-            self.marks[key] = self.digest.copy().hexdigest()[:16]
-        self.digest.update(view[done:])
-        self.hashed_to += len(view)
 
     def result(self) -> ShardResult:
         metrics = {s.step.key: s.metrics.result(s.step) for s in self.steps if s.step.edits}
-        self._feed(memoryview(b""))  # tensors without bytes at the end
         sha = self.digest.hexdigest() if self.digest else None
-        return ShardResult(self.shard.file, self.shard.layout.size, sha, self.marks, metrics)
+        marks = self.digest.marks if self.digest else {}
+        return ShardResult(self.shard.file, self.shard.layout.size, sha, marks, metrics)
 
 
 class _Buffer:

@@ -1,13 +1,13 @@
 """What the receipt beside a base says of the adapters in it."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from adapterkit.adapter import WEIGHTS, Adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.spec import read_json
-from adapterkit.checkpoint.writer import RECEIPT
+from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import shown
 
 
@@ -75,5 +75,4 @@ def _sha256(folder: Folder) -> str:
     known = getattr(folder, "hashes", {}).get(WEIGHTS)
     if known or not isinstance(folder, LocalFolder):
         return known or ""
-    with folder.path(WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of_file(folder.path(WEIGHTS))

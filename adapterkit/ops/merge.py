@@ -13,6 +13,7 @@ from adapterkit import dtypes
 from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, scan_adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
@@ -27,7 +28,7 @@ from adapterkit.ops.requantized import lost, shard_of, shards_of_size
 from adapterkit.ops.sources import open_model, open_weighted
 from adapterkit.ops.steps import steps_of
 from adapterkit.options import Sources, StrPath, checked, parse_size
-from adapterkit.plan import Computed, Plan, Progress, Receipt, Shard, Step, identities, sha256_of
+from adapterkit.plan import Computed, Plan, Progress, Receipt, Shard, Step, identities
 from adapterkit.weights.codec import QuantizedWeight, check_writable
 from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
 from adapterkit.weights.detect import check_not_quantized
@@ -305,9 +306,9 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
     headers = {(0, name): header.sha256 for name, header in job.original.shards.items()}
     for adapter in job.adapters:
         headers[adapter.number, WEIGHTS] = adapter.header_sha256
-        headers[adapter.number, CONFIG] = sha256_of(adapter.folder, CONFIG)
+        headers[adapter.number, CONFIG] = sha256_of_small_file(adapter.folder, CONFIG)
     if "config.json" in job.original.files:
-        headers[0, "config.json"] = sha256_of(job.original.folder, "config.json")
+        headers[0, "config.json"] = sha256_of_small_file(job.original.folder, "config.json")
     if job.options.dtype:
         name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
         for key in ("dtype", "torch_dtype"):

@@ -13,7 +13,7 @@ from adapterkit.adapter import CONFIG, Adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import Checkpoint, read_json
-from adapterkit.checkpoint.writer import RECEIPT, check_name
+from adapterkit.checkpoint.stage import RECEIPT, check_name
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Shard
 

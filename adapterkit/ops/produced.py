@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 from adapterkit import __version__, dtypes
 from adapterkit.adapter import CONFIG, WEIGHTS, Adapter, canonical, inside
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.checkpoint.writer import RECEIPT
+from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
 from adapterkit.factors import Place, rank_and_scale
 from adapterkit.ops.packaging import as_json, cell, check_output_apart, hub_or_name, tokenizer_files
@@ -33,7 +34,6 @@ from adapterkit.plan import (
     TaskResult,
     identities,
     run,
-    sha256_of,
 )
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ def headers_of(adapters: Sequence[Adapter]) -> dict[tuple[int, str], str]:
     headers = {}
     for adapter in adapters:
         headers[adapter.number, WEIGHTS] = adapter.header_sha256
-        headers[adapter.number, CONFIG] = sha256_of(adapter.folder, CONFIG)
+        headers[adapter.number, CONFIG] = sha256_of_small_file(adapter.folder, CONFIG)
     return headers
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from adapterkit import __version__, dtypes
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
@@ -29,7 +30,6 @@ from adapterkit.plan import (
     Task,
     TaskResult,
     identities,
-    sha256_of,
 )
 from adapterkit.registry import members
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight, decode_checked
@@ -465,7 +465,7 @@ def model_headers(base: Checkpoint) -> dict[tuple[int, str], str]:
     """The hashes of a base's headers and config, by which a plan knows its input."""
     headers = produced.model_headers(base, 0)
     return headers | (
-        {(0, "config.json"): sha256_of(base.folder, "config.json")}
+        {(0, "config.json"): sha256_of_small_file(base.folder, "config.json")}
         if "config.json" in base.files
         else {}
     )

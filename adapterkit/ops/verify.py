@@ -1,14 +1,13 @@
 """verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled rows are recomputed in float64."""
 
-import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, inside
+from adapterkit.checkpoint.hashes import RunningHash
 from adapterkit.checkpoint.spec import read_header, read_json
-from adapterkit.checkpoint.writer import RECEIPT
+from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
 from adapterkit.ops.sources import open_model, open_weighted
 from adapterkit.options import Sources, StrPath, checked
@@ -116,32 +115,27 @@ def _check_file(
 ) -> None:
     """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of weights only."""
     problem: AdapterkitError | None = None
-    ends: list[tuple[int, str]] = []
+    ends: list[tuple[str, int]] = []
     if marks is not None:
         try:
             ends = _ends(out, name, marks, hashed=sha is not None)
         except AdapterkitError as error:
             problem = error
     if sha is not None:
-        found = list(
-            _hashes(out.path(name), name, [*(end for end, _ in ends), out.files()[name]], progress)
-        )
-        if found[-1] != sha and problem is None:
-            wrong = next(
-                (i for i, (_, key) in enumerate(ends) if found[i][:16] != (marks or {})[key]), None
-            )
-            where = (
-                name
-                if wrong is None
-                else f"{name}: {'its header or ' * (wrong == 0)}{shown(ends[wrong][1])}"
-            )
+        actual = _hash(out, name, ends, progress)
+        if actual.hexdigest() != sha and problem is None:
+            keys = list(actual.marks)
+            wrong = next((key for key in keys if actual.marks[key] != (marks or {})[key]), None)
+            where = name
+            if wrong is not None:
+                where += f": {'its header or ' * (wrong == keys[0])}{shown(wrong)}"
             problem = Damaged(CHANGED, expected="the receipt's sha256", where=where, hint=AGAIN)
     if problem is not None:
         raise problem
 
 
-def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tuple[int, str]]:
-    """Where the tensors of a weights file end, and their keys, which must be the receipt's."""
+def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:
+    """The keys of a weights file, which must be the receipt's, and where their tensors end."""
     tensors = read_header(out, name).tensors
     odd = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
     if odd:
@@ -151,36 +145,37 @@ def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tup
             where=name,
             hint=AGAIN,
         )
-    return [(spec.stop, spec.key) for spec in tensors]
+    return [(spec.key, spec.stop) for spec in tensors]
 
 
-def _hashes(path: Path, name: str, stops: list[int], progress: Progress) -> Iterator[str]:
-    """The sha256 of a file's bytes up to each of these positions, read from the disk and not from what the system still holds."""
-    digest, at = hashlib.sha256(), 0
+def _hash(
+    out: LocalFolder, name: str, ends: list[tuple[str, int]], progress: Progress
+) -> RunningHash:
+    """A file's hash and marks, read from the disk and not from the system's cache of it."""
+    running, size, at = RunningHash(ends), out.files()[name], 0
     try:
-        with path.open("rb") as file:
+        with out.path(name).open("rb") as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            for stop in stops:
-                while at < stop:
-                    block = file.read(min(BLOCK, stop - at))
-                    if not block:
-                        raise Damaged(
-                            f"the file ends at byte {at}",
-                            expected=f"{stops[-1]} bytes",
-                            where=name,
-                            hint=AGAIN,
-                        )
-                    digest.update(block)
-                    at += len(block)
-                    progress(len(block))
-                yield digest.copy().hexdigest()
+            while at < size:
+                block = file.read(min(BLOCK, size - at))
+                if not block:
+                    raise Damaged(
+                        f"the file ends at byte {at}",
+                        expected=f"{size} bytes",
+                        where=name,
+                        hint=AGAIN,
+                    )
+                running.update(block)
+                at += len(block)
+                progress(len(block))
     except OSError as error:
         raise Failed(
             f"cannot read at byte {at}: {error.strerror}",
             where=name,
             hint="check the disk, then verify again",
         ) from error
+    return running
 
 
 def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder, float]]) -> Plan:

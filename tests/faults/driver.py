@@ -182,7 +182,7 @@ class Child:
         os._exit(status)
 
     def _command(self) -> int:
-        from adapterkit.checkpoint import writer
+        from adapterkit.checkpoint import storage
         from adapterkit.cli import main
         from adapterkit.engines import local
 
@@ -200,7 +200,7 @@ class Child:
             os.setgid(request["user"])
             os.setuid(request["user"])
         if request.get("undurable"):
-            writer.DURABLE = False
+            storage.DURABLE = False
         fault = request.get("fault") or {"calls": WRITES, "when": -1}
         if "also" in fault:
             Faults(fault["also"], mmap.mmap(-1, 4096)).install()

@@ -355,7 +355,7 @@ def test_a_journal_torn_at_every_byte(shared, whole):
 
 def test_a_journal_torn_at_every_byte_is_read_as_its_whole_lines(tmp_path):
     """The same in process, at every byte and with every kind of rubbish behind."""
-    from adapterkit.checkpoint.writer import Stage
+    from adapterkit.checkpoint.stage import Stage
 
     entries = [
         {"fingerprint": "f", "recipe": {}},

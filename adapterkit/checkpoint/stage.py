@@ -1,0 +1,384 @@
+"""Writing a folder so that it appears whole or not at all.
+
+Files are built in a hidden folder beside the final one, the stage, each as `name.part`
+(`writer.py`). The stage becomes the output by one rename of the folder, or an exchange where an
+older output is replaced: at every moment the final name is a whole old output, a whole new one, or
+nothing. A journal beside the stage lists the finished files.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from adapterkit.checkpoint import storage, system
+from adapterkit.checkpoint.lock import LOCK, Lock
+from adapterkit.checkpoint.storage import (
+    is_mount,
+    storage_errors,
+    sync_folder,
+    sync_folders,
+    write_all,
+)
+from adapterkit.errors import Refused
+
+JOURNAL = "journal.jsonl"
+RECEIPT = "adapterkit.json"
+NAME_MAX = 255  # bytes
+PATH_MAX = 4000  # bytes, of 4096: room for the files in the folder
+
+
+def control_of(out: Path) -> str:
+    """The name of the folder in which an output is built."""
+    return f".{out.resolve().name}.adapterkit"
+
+
+def check_name(out: Path) -> None:
+    """`Refused` where `out`, or the folder in which it is built, has too long a name."""
+    path = out.resolve()
+    longest = max(len(os.fsencode(name)) for name in (*path.parts, control_of(out)))
+    room = NAME_MAX - len(control_of(Path("/")))
+    if longest > NAME_MAX:
+        raise Refused(
+            f"a name of {len(os.fsencode(path.name))} bytes",
+            expected=f"names of at most {room} bytes",
+            where="--out",
+            hint="choose a shorter --out",
+        )
+    if len(os.fsencode(path)) > PATH_MAX:
+        raise Refused(
+            f"a path of {len(os.fsencode(path))} bytes",
+            expected=f"at most {PATH_MAX} bytes",
+            where="--out",
+            hint="choose a shorter --out",
+        )
+
+
+class Stage:
+    """The hidden folder in which an output is built; a context that holds its lock.
+
+    `out` is the final folder; the control folder `.NAME.adapterkit/` beside it holds `out/` (the
+    stage), `journal.jsonl` and `lock`. Where `out` exists and no rename can replace it (a mount
+    point, or a parent that is not writable) the control folder lies inside `out` and the files move
+    one by one: weights, index, config, receipt last.
+
+    The journal's first entry is the job, then come the finished shards, and once all is written
+    `{"publish": sha256 of the receipt}`: from then on only the names are missing, and whether the
+    stage or `out` has that receipt tells how far publishing got.
+    """
+
+    def __init__(self, out: Path):
+        self.out = out
+        parent = out.resolve().parent
+        self.inside = out.is_dir() and (is_mount(out.resolve()) or not os.access(parent, os.W_OK))
+        self.control = out / ".adapterkit" if self.inside else parent / control_of(out)
+        self.path = self.control / "out"
+        self.lock = Lock(self.control)
+        self.replaces = False  # an older output
+        self._journal = -1
+
+    def __enter__(self) -> "Stage":
+        """Lock the folder for this process; `Refused` while another one works in it."""
+        with storage_errors(self.control):
+            if self.control.is_symlink() or self.path.is_symlink():
+                raise Refused(
+                    "a link",
+                    expected="a folder of ours",
+                    where=str(self.control),
+                    hint="remove the link",
+                )
+            try:
+                self._lock()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self.control.rmdir()
+                raise
+        return self
+
+    def _lock(self) -> None:
+        for last in (False, False, True):
+            try:
+                self.control.mkdir(parents=True, exist_ok=True)
+                return self.lock.acquire()
+            except FileNotFoundError:  # the process before us is removing the folder
+                if last:
+                    raise
+
+    def __exit__(self, *_: object) -> None:
+        """Release the lock; what a later --resume can use stays."""
+        self._close_journal()
+        with contextlib.suppress(OSError):
+            self.lock.release()
+            self.control.rmdir()
+
+    def state(self, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
+        """'fresh', 'resume', 'publish' (only the final names are missing) or 'finished'.
+
+        `Refused` where the output or an interrupted run is in the way.
+        """
+        if self.out.exists() and not self.out.is_dir():
+            raise Refused(
+                "a file of that name",
+                expected="the name of a folder",
+                where=str(self.out),
+                hint="choose another --out",
+            )
+        entries = self.journal()
+        head = entries[0] if entries else None
+        published = _read_receipt(self.out).get("fingerprint")
+        is_this_output = published is not None and (published == fingerprint or not overwrite)
+        if resume and head is None and is_this_output:
+            return "finished"
+        receipt = entries[-1].get("publish") if entries else None
+        if resume and receipt is not None and _sha256(self.out / RECEIPT) == receipt:
+            return "finished"
+        complete = resume and receipt is not None and _sha256(self.path / RECEIPT) == receipt
+        self.replaces = overwrite or bool(resume and head is not None and head.get("overwrite"))
+        if not (complete and self.inside):  # else the output is half moved
+            self._check_output()
+        if head is not None and not resume and not overwrite:
+            raise Refused(
+                "an interrupted run",
+                expected="no unfinished output of that name",
+                where=str(self.control),
+                hint="give --resume to continue it, or --overwrite to begin again",
+            )
+        if head is None or not resume:
+            return "fresh"
+        return "publish" if complete and head.get("fingerprint") == fingerprint else "resume"
+
+    def _output_entries(self) -> list[Path]:
+        """What the output folder holds, without our control folder."""
+        if not self.out.is_dir():
+            return []
+        return [
+            p
+            for p in self.out.iterdir()
+            if p.name != ".adapterkit" and not (self.inside and p.name == "lost+found")
+        ]
+
+    def _check_output(self) -> None:
+        """`Refused` unless the output folder is empty or, with --overwrite, an older output
+        only."""
+        entries = self._output_entries()
+        if entries and not self.replaces:
+            raise Refused(
+                f"{len(entries)} files in the output folder",
+                expected="an empty or new folder",
+                where=str(self.out),
+                hint="choose another --out, or give --overwrite to replace an older output",
+            )
+        files = _read_receipt(self.out).get("files")
+        if entries and not isinstance(files, dict):
+            raise Refused(
+                "no receipt of adapterkit among its files",
+                expected="an older output (--overwrite replaces the whole folder)",
+                where=str(self.out),
+                hint="remove the folder yourself, or choose another --out",
+            )
+        unlisted = sorted(set(self._output_files()) - {*(files or ()), RECEIPT})
+        if unlisted:
+            raise Refused(
+                f"files that the older output did not write: {', '.join(unlisted[:6])}",
+                expected="only files that its receipt lists "
+                "(--overwrite replaces the whole folder)",
+                where=str(self.out),
+                hint="move them away, or choose another --out",
+            )
+
+    def _output_files(self) -> list[str]:
+        """Every file of the output folder, as a path in it."""
+        files = []
+        for top in self._output_entries():
+            below = [top] if top.is_symlink() or not top.is_dir() else top.rglob("*")
+            files += [
+                p.relative_to(self.out).as_posix()
+                for p in below
+                if p.is_symlink() or not p.is_dir()
+            ]
+        return files
+
+    def clear(self, keep: Iterable[str] = ()) -> None:
+        """Empty the stage but for finished shards: half-written files take the space that is
+        needed."""
+        finished = {self.path / name for name in keep}
+        with storage_errors(self.path):
+            for path in sorted(self.path.rglob("*"), reverse=True):  # files before their folder
+                if path.is_symlink() or not path.is_dir():
+                    if path not in finished:
+                        path.unlink()
+                else:
+                    with contextlib.suppress(OSError):  # it holds finished shards
+                        path.rmdir()
+
+    def forget(self) -> None:
+        """Remove an earlier run's stage and journal: the next run begins again."""
+        self._close_journal()
+        with storage_errors(self.control):
+            (self.control / JOURNAL).unlink(missing_ok=True)
+            sync_folder(self.control)
+            self.clear()
+
+    def begin(self) -> None:
+        """Create the stage and open the journal, without a last line that a crash tore."""
+        with storage_errors(self.control):
+            self.path.mkdir(exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._journal = os.open(self.control / JOURNAL, flags, 0o666)
+            size = sum(len(line) for line, _ in self._lines())
+            if size != os.fstat(self._journal).st_size:
+                os.ftruncate(self._journal, size)
+            sync_folder(self.control)
+            sync_folder(self.control.parent)
+
+    def journal(self) -> list[dict]:
+        """The journal's complete entries; none where there is no interrupted run."""
+        return [entry for _, entry in self._lines()]
+
+    def _lines(self) -> list[tuple[bytes, dict]]:
+        try:
+            lines = (self.control / JOURNAL).read_bytes().splitlines(keepends=True)
+        except OSError:
+            return []
+        complete: list[tuple[bytes, dict]] = []
+        for line in lines:
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict) or ("fingerprint" in entry) != (not complete):
+                break
+            complete.append((line, entry))
+        return complete
+
+    def note(self, entry: dict) -> None:
+        """Append one entry to the journal, durably."""
+        with storage_errors(self.control / JOURNAL):
+            line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+            write_all(line, lambda rest, _: os.write(self._journal, rest))
+            storage.sync(self._journal)
+
+    def write_file(self, name: str, blocks: Iterable[bytes]) -> tuple[int, str]:
+        """Write a small file durably; its size and sha256."""
+        path = self.path / name
+        size, digest = 0, hashlib.sha256()
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            descriptor = os.open(
+                path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+            )
+            try:
+                for block in blocks:
+                    write_all(block, lambda rest, _: os.write(descriptor, rest))
+                    digest.update(block)
+                    size += len(block)
+                storage.sync(descriptor)
+            finally:
+                os.close(descriptor)
+        return size, digest.hexdigest()
+
+    def ready(self) -> None:
+        """Note that the stage is complete: from here on a resumed run only publishes it."""
+        self._check_output()  # it may have changed since the start
+        with storage_errors(self.path):
+            sync_folders(self.path)
+        self.note(
+            {
+                "publish": _sha256(self.path / RECEIPT),
+                "old": self._output_files() if self.inside else [],
+            }
+        )
+
+    def publish(self) -> None:
+        """Give the finished stage its final name, and leave nothing else behind."""
+        with storage_errors(self.out):
+            if self.inside:
+                self._move_into()
+            else:
+                self._swap()
+                sync_folder(self.out.resolve().parent)
+        self.discard()
+
+    def _swap(self) -> None:
+        final = self.out.resolve()
+        if not self._output_entries():
+            os.rename(self.path, final)
+            return
+        self._check_output()
+        try:
+            system.exchange(self.path, final)
+        except OSError:
+            # no exchange on this file system: for a moment there is no output, never a mixed one
+            shutil.rmtree(self.control / "old", ignore_errors=True)
+            os.rename(final, self.control / "old")
+            os.rename(self.path, final)
+
+    def _move_into(self) -> None:
+        """Move the files one by one; called again after a crash it continues.
+
+        An old index over new shards loads and is silently wrong: what makes a folder loadable is
+        removed first and moved last.
+        """
+        new = [
+            *_read_receipt(self.path if (self.path / RECEIPT).exists() else self.out)["files"],
+            RECEIPT,
+        ]
+        old = {name for name in self.journal()[-1]["old"] if name not in new}
+        for name in sorted({*new, *old}, key=_publish_order, reverse=True):
+            if _publish_order(name) and (name in old or (self.path / name).exists()):
+                (self.out / name).unlink(missing_ok=True)
+        sync_folder(self.out)
+        self._move(name for name in new if not _publish_order(name))
+        for name in old:
+            (self.out / name).unlink(missing_ok=True)
+        sync_folders(self.out)
+        for name in sorted(filter(_publish_order, new), key=_publish_order):
+            self._move([name])
+            sync_folder(self.out)
+
+    def _move(self, names: Iterable[str]) -> None:
+        for name in names:
+            if (self.path / name).exists():
+                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(self.path / name, self.out / name)
+
+    def discard(self) -> None:
+        """Remove the stage and what an exchange put there, then the journal and the lock."""
+        self._close_journal()
+        with contextlib.suppress(OSError):
+            for path in self.control.iterdir():
+                if path.name not in (JOURNAL, LOCK):
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                        missing_ok=True
+                    )
+            (self.control / JOURNAL).unlink(missing_ok=True)
+
+    def _close_journal(self) -> None:
+        descriptor, self._journal = self._journal, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _publish_order(name: str) -> int:
+    """Weights and the rest 0, index 1, config 2, receipt 3."""
+    return {RECEIPT: 3, "config.json": 2}.get(name, int(name.endswith(".index.json")))
+
+
+def _read_receipt(folder: Path) -> dict:
+    try:
+        receipt = json.loads((folder / RECEIPT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return receipt if isinstance(receipt, dict) else {}
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None

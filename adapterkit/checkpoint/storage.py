@@ -1,0 +1,93 @@
+"""Writing to a disk: short writes, durable names, free space, and the system's errors with a
+hint."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from adapterkit.errors import Failed
+
+DURABLE = True  # whether files and names are fsynced; False only to measure what that costs
+HINTS = {
+    errno.ENOSPC: "free some space, then run again with --resume",
+    errno.EDQUOT: "free some space of your quota, then run again with --resume",
+    errno.EFBIG: "give --max-shard-size a size that the file system, or the limit (ulimit -f), "
+    "can hold",
+    errno.EACCES: "choose another --out, or change its permissions",
+    errno.EPERM: "choose another --out, or change its permissions",
+    errno.EROFS: "choose another --out",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), then run again with --resume",
+    errno.EXDEV: "move the older output away, or choose another --out",
+    errno.EBUSY: "move the older output away, or choose another --out",
+}
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Raise the system's errors as `Failed`, naming the file."""
+    try:
+        yield
+    except OSError as error:
+        hint = HINTS.get(error.errno or 0, "check the disk, then run again with --resume")
+        problem = f"cannot write: {error.strerror or error}"
+        raise Failed(problem, where=str(path), hint=hint) from error
+
+
+def write_all(data: memoryview | bytes, write: Callable[[memoryview, int], int]) -> None:
+    """Hand all of `data` to `write(rest, position)`, which returns how many bytes it wrote."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        n = write(view[done:], done)
+        if n == 0:
+            raise OSError(errno.EIO, "nothing was written")
+        done += n
+
+
+def sync(descriptor: int) -> None:
+    """Make a file's bytes durable."""
+    if DURABLE:
+        os.fsync(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    if DURABLE:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_folders(root: Path) -> None:
+    """Make the names in a folder and in all folders below it durable, the innermost first."""
+    for path in [*sorted((p for p in root.rglob("*") if p.is_dir()), reverse=True), root]:
+        sync_folder(path)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free for an unprivileged writer where `path`, or its nearest existing parent, is."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def is_mount(path: Path) -> bool:
+    """Whether no rename can replace a folder: a mount point, bind mounts within one file system
+    included."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    points = [
+        re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4])
+        for line in lines
+    ]
+    return os.fsencode(path) in points
