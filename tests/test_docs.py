@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import click
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
@@ -237,11 +238,21 @@ class Task(NamedTuple):
     output: str | None = None
 
 
-def run(tasks: list[Task]) -> list[tuple[int, str, str]]:
+def run(tasks: list[Task], path: Path) -> list[tuple[int, str, str]]:
+    """Status, output and messages of each, by the package in the folder `path`."""
     request = json.dumps([(str(t.folder), t.words, t.program) for t in tasks])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "100",
+        "PYTHONPATH": str(path),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", RUN], input=request, capture_output=True, text=True, env=environment
+        [sys.executable, "-P", "-c", RUN],
+        input=request,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
@@ -262,7 +273,22 @@ def tasks_of(document: Path, folder: Path) -> Iterator[Task]:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, cached_folder: Callable[..., Path]) -> Path:
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the package, to which the documents' files are added."""
+    path = tmp_path_factory.mktemp("package")
+    shutil.copytree(PACKAGE, path / "adapterkit", ignore=shutil.ignore_patterns("__pycache__"))
+    for block in itertools.chain.from_iterable(blocks(d, "python") for d in DOCUMENTS):
+        if block.text.startswith("# adapterkit/"):
+            file = path / block.text.partition("\n")[0].removeprefix("# ")
+            assert file.parent.is_dir() and not file.exists(), file
+            file.write_text(block.text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stage(
+    tmp_path_factory: pytest.TempPathFactory, cached_folder: Callable[..., Path], package: Path
+) -> Path:
     """A folder with what the documents' commands start from."""
     from tests.support import oracle
 
@@ -275,28 +301,49 @@ def stage(tmp_path_factory: pytest.TempPathFactory, cached_folder: Callable[...,
         shutil.copytree(base, stage / name)
     for name in CAST:
         shutil.copytree(cached_folder("lora", train), stage / name)
-    for status, _, errors in run([Task(stage, line.split()) for line in PREPARATION]):
+    for status, _, errors in run([Task(stage, line.split()) for line in PREPARATION], package):
         assert status == 0, errors
     weights = stage / "other-depth" / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    save_file(
-        {k.replace("layers.1.self_attn.q", "layers.7.self_attn.q"): v for k, v in tensors.items()},
-        weights,
-    )
+    renamed = lambda key: key.replace("layers.1.self_attn.q", "layers.7.self_attn.q")
+    save_file({renamed(key): value for key, value in load_file(weights).items()}, weights)
+    train_hra(oracle.load(oracle.llama, base), stage / "hra")
+    save_fbgemm(base, stage / "fbgemm")
     for name in ("pissa", "pissa-init"):
         shutil.copytree(stage / "residual" / "adapter", stage / name)
     shutil.copytree(stage / "residual" / "base", stage / "pissa-base")
     return stage
 
 
+def train_hra(model, folder: Path) -> None:
+    """An adapter of the type that CONTRIBUTING.md adds."""
+    import peft
+
+    config = peft.HRAConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(folder)
+
+
+def save_fbgemm(base: Path, folder: Path) -> None:
+    """A base in the format that CONTRIBUTING.md adds."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        weight = tensors[key].float()
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        tensors |= {key: (weight / scale).to(torch.float8_e4m3fn), f"{key}_scale": scale}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fbgemm_fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module")
-def documents(stage: Path, tmp_path_factory) -> dict[Path, list[tuple[Task, tuple]]]:
+def documents(stage: Path, package: Path, tmp_path_factory) -> dict[Path, list[tuple[Task, tuple]]]:
     """Every document's tasks, and the status, output and messages of each."""
     root, tasks = tmp_path_factory.mktemp("documents"), {}
     for document in DOCUMENTS:
         folder = shutil.copytree(stage, root / document.stem)
         tasks[document] = list(tasks_of(document, folder))
-    results = iter(run([task for of_one in tasks.values() for task in of_one]))
+    results = iter(run([task for of_one in tasks.values() for task in of_one], package))
     return {document: [(t, next(results)) for t in of_one] for document, of_one in tasks.items()}
 
 
@@ -328,7 +375,7 @@ def test_every_key_of_the_receipts_is_explained(documents):
     assert keys <= explained, sorted(keys - explained)
 
 
-def test_schema_versions_are_those_of_the_code(documents):
+def test_schema_versions_are_those_of_the_code(documents, package):
     text = (ROOT / "docs" / "CHANGELOG.md").read_text()
     written = dict(re.findall(r"^\| `?(\w+)`? \| (\d+) \|", text, re.MULTILINE))
     tasks = [
@@ -337,7 +384,9 @@ def test_schema_versions_are_those_of_the_code(documents):
         ["merge", "BASE", "ADAPTER", "--out", "planned", "--dry-run", "--json"],
     ]
     folder = documents[README][0][0].folder
-    results = [json.loads(output) for _, output, _ in run([Task(folder, t) for t in tasks])]
+    results = [
+        json.loads(output) for _, output, _ in run([Task(folder, t) for t in tasks], package)
+    ]
     now = {"inspect": results[0]["inspect"], "diff": results[1]["diff"], "plan": results[2]["plan"]}
     receipt = next(folder.glob("*/adapterkit.json")).read_bytes()
     assert written == {k: str(v) for k, v in now.items()} | {
