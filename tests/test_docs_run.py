@@ -1,0 +1,242 @@
+"""What the documents say to type runs, one command after another, each document's in a folder of its own.
+
+The folder holds a tiny Llama, BASE, whose adapter goes by the names in CAST. The package is a copy with the files that
+CONTRIBUTING.md adds to it.
+"""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from tests.support.documents import (
+    CODE,
+    DOCUMENTS,
+    README,
+    ROOT,
+    blocks,
+    commands,
+    name_of,
+    sessions,
+)
+
+PACKAGE = Path(adapterkit.__file__).parent
+
+CAST = (
+    "ADAPTER style skill english french german law medicine code a b c high-rank older newer other-depth"
+).split()
+PREPARATION = [
+    "merge BASE ADAPTER=0.5 --out TUNED",
+    "init BASE --method pissa --rank 2 --out residual",
+    "quantize BASE --to nf4 --out base-nf4",
+]
+# Commands with one of these words are parsed and not run: what they need is not on a test machine.
+PARSED_ONLY = re.compile(r"^[\w.-]+/[\w.-]+(@|:|$)|\.gguf$|^oft$|^--push$|^/|^cuda")
+
+# Each command is a fork of one process, which has imported the verbs once.
+RUN = """
+import json, os, sys, tempfile, traceback
+import adapterkit
+from adapterkit.cli import main
+for verb in main.commands:
+    getattr(adapterkit, verb, None)
+for folder, words, program in json.loads(sys.stdin.read()):
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    child = os.fork()
+    if child == 0:
+        for number, file in enumerate(files, start=1):
+            os.dup2(file.fileno(), number)
+        os.chdir(folder)
+        try:
+            if program:
+                exec(compile(program, folder, "exec"), {"__name__": "__main__"})
+            else:
+                sys.argv = ["adapterkit", *words]
+                main(words)
+        except SystemExit as end:
+            os._exit(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)
+        sys.stdout.flush()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = [file.seek(0) or file.read() for file in files]
+    print(json.dumps([status, *texts]), flush=True)
+"""
+
+
+class Task(NamedTuple):
+    """One command or program of a document, and what it should print (None: not said)."""
+
+    folder: Path
+    words: list[str]
+    program: str = ""
+    output: str | None = None
+
+
+def run(tasks: list[Task], path: Path) -> list[tuple[int, str, str]]:
+    """Status, output and messages of each, by the package in the folder `path`."""
+    request = json.dumps([(str(t.folder), t.words, t.program) for t in tasks])
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "100",
+        "PYTHONPATH": str(path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", RUN],
+        input=request,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def tasks_of(document: Path, folder: Path) -> Iterator[Task]:
+    """What a document's blocks say to do, in order."""
+    for block in blocks(document, "sh", "console", "python"):
+        if block.language == "python":
+            if not block.text.startswith("# "):
+                yield Task(folder, [], block.text)
+            continue
+        shell = block.language == "sh"
+        pairs = ((w, None) for w in commands(block.text)) if shell else sessions(block.text)
+        for words, output in pairs:
+            if words[0] == "adapterkit" and not any(map(PARSED_ONLY.search, words)):
+                yield Task(folder, words[1:], "", output)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the package, to which the documents' files are added."""
+    path = tmp_path_factory.mktemp("package")
+    shutil.copytree(PACKAGE, path / "adapterkit", ignore=shutil.ignore_patterns("__pycache__"))
+    for block in itertools.chain.from_iterable(blocks(d, "python") for d in DOCUMENTS):
+        if block.text.startswith("# adapterkit/"):
+            file = path / block.text.partition("\n")[0].removeprefix("# ")
+            assert file.parent.is_dir() and not file.exists(), file
+            file.write_text(block.text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stage(
+    tmp_path_factory: pytest.TempPathFactory, cached_folder: Callable[..., Path], package: Path
+) -> Path:
+    """A folder with what the documents' commands start from."""
+    from tests.support import oracle
+
+    base = cached_folder("llama", lambda folder: oracle.save_base(oracle.llama(), folder, "bf16"))
+    train = lambda folder: oracle.train(
+        oracle.load(oracle.llama, base), folder, target_modules=oracle.LINEAR
+    )
+    stage = tmp_path_factory.mktemp("stage")
+    for name in ("BASE", "ORIGINAL"):
+        shutil.copytree(base, stage / name)
+    for name in CAST:
+        shutil.copytree(cached_folder("lora", train), stage / name)
+    for status, _, errors in run([Task(stage, line.split()) for line in PREPARATION], package):
+        assert status == 0, errors
+    weights = stage / "other-depth" / "adapter_model.safetensors"
+    renamed = lambda key: key.replace("layers.1.self_attn.q", "layers.7.self_attn.q")
+    save_file({renamed(key): value for key, value in load_file(weights).items()}, weights)
+    train_hra(oracle.load(oracle.llama, base), stage / "hra")
+    save_fbgemm(base, stage / "fbgemm")
+    for name in ("pissa", "pissa-init"):
+        shutil.copytree(stage / "residual" / "adapter", stage / name)
+    shutil.copytree(stage / "residual" / "base", stage / "pissa-base")
+    return stage
+
+
+def train_hra(model, folder: Path) -> None:
+    """An adapter of the type that CONTRIBUTING.md adds."""
+    import peft
+
+    config = peft.HRAConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(folder)
+
+
+def save_fbgemm(base: Path, folder: Path) -> None:
+    """A base in the format that CONTRIBUTING.md adds."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        weight = tensors[key].float()
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        tensors |= {key: (weight / scale).to(torch.float8_e4m3fn), f"{key}_scale": scale}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fbgemm_fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def documents(stage: Path, package: Path, tmp_path_factory) -> dict[Path, list[tuple[Task, tuple]]]:
+    """Every document's tasks, and the status, output and messages of each."""
+    root, tasks = tmp_path_factory.mktemp("documents"), {}
+    for document in DOCUMENTS:
+        folder = shutil.copytree(stage, root / document.stem)
+        tasks[document] = list(tasks_of(document, folder))
+    results = iter(run([task for of_one in tasks.values() for task in of_one], package))
+    return {document: [(t, next(results)) for t in of_one] for document, of_one in tasks.items()}
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_what_a_document_says_to_type_runs(document: Path, documents):
+    for task, (status, output, errors) in documents[document]:
+        if task.output is not None:
+            pattern = ".*".join(map(re.escape, task.output.split("...")))
+            assert re.fullmatch(pattern, output + errors, re.DOTALL), output + errors
+        else:
+            expected = (0, 1) if task.words[:1] == ["diff"] else (0,)
+            assert status in expected, f"{task.words or task.program}\n{output}{errors}"
+
+
+def test_every_key_of_the_receipts_is_explained(documents):
+    text = (ROOT / "docs" / "receipts.md").read_text()
+    explained = {word for code in CODE.findall(text) for word in re.findall(r"\w+", code)}
+    receipts = [
+        json.loads(path.read_bytes())
+        for folder in {tasks[0][0].folder for tasks in documents.values() if tasks}
+        for path in folder.glob("*/adapterkit.json")
+    ]
+    assert len({receipt["recipe"]["verb"] for receipt in receipts}) > 10
+    keys = {key for receipt in receipts for key in receipt}
+    for receipt in receipts:
+        keys |= {key for metrics in receipt["parameters"].values() for key in metrics}
+        keys |= set(receipt["recipe"]) | set(receipt["totals"]) | set(receipt["timings"])
+    assert keys <= explained, sorted(keys - explained)
+
+
+def test_schema_versions_are_those_of_the_code(documents, package):
+    text = (ROOT / "docs" / "CHANGELOG.md").read_text()
+    written = dict(re.findall(r"^\| `?(\w+)`? \| (\d+) \|", text, re.MULTILINE))
+    tasks = [
+        ["inspect", "BASE", "--json"],
+        ["diff", "BASE", "BASE", "--json"],
+        ["merge", "BASE", "ADAPTER", "--out", "planned", "--dry-run", "--json"],
+    ]
+    folder = documents[README][0][0].folder
+    results = [
+        json.loads(output) for _, output, _ in run([Task(folder, t) for t in tasks], package)
+    ]
+    now = {"inspect": results[0]["inspect"], "diff": results[1]["diff"], "plan": results[2]["plan"]}
+    receipt = next(folder.glob("*/adapterkit.json")).read_bytes()
+    assert written == {k: str(v) for k, v in now.items()} | {
+        "receipt": str(json.loads(receipt)["adapterkit"])
+    }
