@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +11,7 @@ from adapterkit.adapter import PREFIX, Adapter, Lora, wrapped
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.lowrank import Product
-
-
-class Reads(Protocol):
-    def tensor(self, spec: TensorSpec) -> Tensor: ...
+from adapterkit.weights.reader import TensorReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +33,12 @@ class Factors:
         """(out, in) of each product."""
         return self.b.shape[0], math.prod(self.a.shape[1:])
 
-    def stored(self, inputs: Reads) -> tuple[Tensor, Tensor]:
+    def stored(self, inputs: TensorReader) -> tuple[Tensor, Tensor]:
         """a (rank * experts, in) and b (out, rank * experts) as matrices, in the inputs' dtype, without the scale."""
         a, b = inputs.tensor(self.a), inputs.tensor(self.b)
         return a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
 
-    def products(self, inputs: Reads) -> list[Product]:
+    def products(self, inputs: TensorReader) -> list[Product]:
         """scale * b, a in float64: one product, or one for each expert."""
         a, b = self.stored(inputs)
         a, b = a.double(), b.double() * self.scale

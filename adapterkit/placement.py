@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.edits import AddVector, Assign, Block, Decompose, Edit, ReplaceRows, Term
 from adapterkit.errors import Refused, shown
-from adapterkit.weights.names import Parameter
+from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.slots import Axis, Positions, Slot
 
 

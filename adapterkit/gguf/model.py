@@ -17,7 +17,7 @@ from adapterkit.gguf.file import GgufFile, decodable, gguf_package, quiet_transf
 from adapterkit.gguf.header import read_gguf
 from adapterkit.gguf.names import tensor_names
 from adapterkit.gguf.tensors import model_tensors
-from adapterkit.weights.names import Skeleton
+from adapterkit.weights.skeleton import Skeleton
 
 COPY = "model.gguf"
 FLOATS = ("BF16", "F16", "F32")  # ggml's types that are floats: the first of them in a file decides

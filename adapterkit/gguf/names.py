@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from adapterkit.gguf.file import GgufFile, conversion_rules
-from adapterkit.weights.names import Skeleton
+from adapterkit.weights.skeleton import Skeleton
 
 ReadArray = Callable[[str], Any]  # a GGUF tensor's decoded values by its name, as a numpy array
 

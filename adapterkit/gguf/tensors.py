@@ -14,7 +14,7 @@ from adapterkit.gguf.file import GgufFile
 from adapterkit.gguf.header import MAX_ERRORS, Entry
 from adapterkit.gguf.names import Build, TensorNames
 from adapterkit.weights.codec import QuantizedWeight
-from adapterkit.weights.names import Skeleton, tied_names
+from adapterkit.weights.skeleton import Skeleton, tied_names
 
 MAX_TRIED = 1 << 26  # values of a parameter up to which its shape is tried on zeros while planning
 
@@ -62,7 +62,7 @@ def model_tensors(file: GgufFile, model: Skeleton, names: TensorNames) -> dict[s
     unknown = []
     for entry in file.header.tensors:
         key = names.target(entry.name)
-        if key in shapes:
+        if key is not None and key in shapes:
             groups.setdefault(key, []).append(entry)
         elif key is not None and _is_ignored(model, key, "_keys_to_ignore_on_load_unexpected"):
             name = shown(entry.name)

@@ -6,9 +6,9 @@ from typing import ClassVar
 from adapterkit.adapter import HARMLESS, OTHER_ARITHMETIC, unfit
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.factors import Reads
 from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.kinds.common import NUMBER, WHOLE, Adapted, doubles, of_product
+from adapterkit.weights.reader import TensorReader
 
 # what AdaLoRA's layers do not look at (PEFT 0.21): ranks and alphas by pattern, rsLoRA, inits of LoRA
 UNUSED = {
@@ -104,10 +104,10 @@ class AdaLora:
     def memory(self) -> int:
         return 12 * (self.a.nbytes + self.b.nbytes)
 
-    def product(self, inputs: Reads) -> Product:
+    def product(self, inputs: TensorReader) -> Product:
         a, b, e, *stored = doubles(inputs, *self.reads)
         ranknum = float(stored[0].reshape(())) if stored else self.ranknum
         return Product(b * (self.scaling / (ranknum + 1e-5)), e * a)
 
-    def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
         return of_product(self.product(inputs))

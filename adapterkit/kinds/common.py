@@ -3,7 +3,7 @@ values."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,11 +14,10 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.factors import Reads
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.weights.names import Parameter
-from adapterkit.weights.reading import read_parameter
+from adapterkit.weights.parameters import StoredParameter
+from adapterkit.weights.reader import TensorReader
 
 ROWS = 1 << 20  # elements of a weight computed in float64 at a time
 Test = tuple[str, Callable[[Any], bool]]  # what a setting must be, in words and as a test
@@ -34,33 +33,6 @@ HARMLESS = {
     "layers_pattern", "layers_to_transform", "module_dropout", "modules_to_save", "peft_type", "peft_version", "rank_dropout",
     "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Weight:
-    """The base's weight of one module, in the orientation of its delta: (out, in), or (out, in, *kernel)."""
-
-    parameter: Parameter
-    tensors: dict[str, TensorSpec] = field(hash=False)
-    transposed: bool  # the parameter is (in, out)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parameter.shape[::-1] if self.transposed else self.parameter.shape
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(self.tensors.values())
-
-    def stored(self, inputs: Reads) -> Tensor:
-        """The parameter as the model holds it, a kernel's axes flattened."""
-        weight = read_parameter(self.parameter, self.tensors, inputs)
-        return weight.reshape(weight.shape[0], -1)
-
-    def matrix(self, inputs: Reads) -> Tensor:
-        """(out, in)."""
-        weight = self.stored(inputs)
-        return weight.T if self.transposed else weight
 
 
 class Delta(Protocol):
@@ -89,7 +61,7 @@ class Delta(Protocol):
         """Bytes that its singular values take at most."""
         ...
 
-    def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
         """Its leading triplets, at least as many as asked for, and Σ s² of all: `most`, or with `energy` those that keep that
         share and are no more than `most`."""
         ...
@@ -103,7 +75,7 @@ class Adapted:
     module: str
     parts: dict[str, TensorSpec]  # by the type's name for it
     shared: dict[str, TensorSpec]  # what belongs to all modules
-    weight: Weight | None
+    weight: StoredParameter | None
 
     def part(self, *names: str) -> list[TensorSpec]:
         """The tensors of these names; `Refused` where one is missing."""
@@ -202,15 +174,15 @@ def _check(kind: type[Kind], config: dict, where: str) -> list[AdapterkitError]:
 class OnWeight:
     """What records share whose delta depends on the base's weight: dense, of any rank."""
 
-    weight: Weight
+    weight: StoredParameter
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], math.prod(self.weight.shape[1:])
+        return self.weight.weight_shape[0], math.prod(self.weight.weight_shape[1:])
 
     @property
     def tail(self) -> tuple[int, ...]:
-        return self.weight.shape[1:]
+        return self.weight.weight_shape[1:]
 
     @property
     def rank(self) -> int:
@@ -244,6 +216,6 @@ def kernel_tail(inputs: int, kernel: Sequence[int]) -> tuple[int, ...] | None:
     return None if kernel[-1] == 1 else (inputs, *kernel)
 
 
-def doubles(inputs: Reads, *specs: TensorSpec) -> Iterator[Tensor]:
+def doubles(inputs: TensorReader, *specs: TensorSpec) -> Iterator[Tensor]:
     """Tensors in float64."""
     return (inputs.tensor(spec).double() for spec in specs)

@@ -6,12 +6,14 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.factors import Factors, Reads
+from adapterkit.factors import Factors
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.rows import row_norms
 from adapterkit.kernels.sums import all_finite
 from adapterkit.kernels.truncated import leading
-from adapterkit.kinds.common import OnWeight, Weight, of_weight
+from adapterkit.kinds.common import OnWeight, of_weight
+from adapterkit.weights.parameters import StoredParameter
+from adapterkit.weights.reader import TensorReader
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,16 @@ class DoRA(OnWeight):
     module: str
     factors: Factors
     magnitude: TensorSpec
-    weight: Weight
+    weight: StoredParameter
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.factors.a, self.factors.b, self.magnitude, *self.weight.reads)
 
-    def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
         return leading(self.dense(inputs), most, energy)
 
-    def dense(self, inputs: Reads) -> Tensor:  # (out, in) float32
+    def dense(self, inputs: TensorReader) -> Tensor:  # (out, in) float32
         """(m / norm - 1) * W + m / norm * s·b@a, so that nothing of W's size cancels."""
         (product,) = self.factors.products(inputs)
         magnitude = inputs.tensor(self.magnitude).double().reshape(-1)

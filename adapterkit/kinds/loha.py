@@ -9,10 +9,10 @@ from torch import Tensor
 
 from adapterkit.adapter import check_patterns
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.factors import Reads
 from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.kernels.truncated import leading
 from adapterkit.kinds.common import NUMBER, WHOLE, Adapted, doubles, kernel_tail, of_product
+from adapterkit.weights.reader import TensorReader
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 CORES = ("hada_t1", "hada_t2")
@@ -78,20 +78,20 @@ class LoHa:
     def memory(self) -> int:
         return 40 * min(math.prod(self.shape), sum(self.shape) * self.rank)
 
-    def product(self, inputs: Reads) -> Product:
+    def product(self, inputs: TensorReader) -> Product:
         """(A B) * (C D) = (A ∘ C) (B • D): Kronecker products of rows on the left, of columns on the right (Khatri-Rao)."""
         (a, b), (c, d) = _pair(inputs, self.first), _pair(inputs, self.second)
         left = torch.einsum("or,os->ors", a, c).reshape(len(a), -1) * self.scale
         return Product(left, torch.einsum("ri,si->rsi", b, d).reshape(left.shape[1], -1))
 
-    def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
         if self.rank < min(self.shape):
             return of_product(self.product(inputs))
         (a, b), (c, d) = _pair(inputs, self.first), _pair(inputs, self.second)
         return leading(((a @ b).mul_(c @ d) * self.scale).float(), most, energy)
 
 
-def _pair(inputs: Reads, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, Tensor]:
+def _pair(inputs: TensorReader, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, Tensor]:
     """a (out, r), b (r, in), float64."""
     a, b, *core = doubles(inputs, *parts)
     return with_core(a, b, core[0]) if core else (a, b)

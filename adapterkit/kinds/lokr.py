@@ -9,12 +9,12 @@ from torch import Tensor
 
 from adapterkit.adapter import check_patterns
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.factors import Reads
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd, rank_for_energy
 from adapterkit.kernels.truncated import truncated_svd
 from adapterkit.kinds.common import NUMBER, WHOLE, Adapted, doubles, kernel_tail
 from adapterkit.kinds.loha import with_core
+from adapterkit.weights.reader import TensorReader
 
 Side = tuple[TensorSpec, ...]
 SMALL = 256  # a shorter side up to this is decomposed in full
@@ -86,7 +86,7 @@ class LoKr:
         small = math.prod(_shape(self.first)) + math.prod(_shape(self.second))
         return 40 * small + 24 * sum(self.shape) * min(self.rank, *self.shape)
 
-    def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
         """A value of the product's first `most` is a product of one of the first `most` of each side."""
         one, norm1 = _svd(inputs, self.first, most)
         two, norm2 = _svd(inputs, self.second, most)
@@ -136,7 +136,7 @@ def _rank(side: Side) -> int:
     return min(*_shape(side), *(side[1].shape[:1] if len(side) > 1 else ()))
 
 
-def _svd(inputs: Reads, side: Side, most: int) -> tuple[Svd, float]:
+def _svd(inputs: TensorReader, side: Side, most: int) -> tuple[Svd, float]:
     """The leading triplets of one side, float64, and its ‖·‖²."""
     parts: list[Tensor] = list(doubles(inputs, *side))
     if len(parts) > 1:

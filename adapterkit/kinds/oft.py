@@ -10,10 +10,11 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.factors import Reads
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import leading
-from adapterkit.kinds.common import COUNT, FLAG, NUMBER, WHOLE, Adapted, OnWeight, Weight, of_weight
+from adapterkit.kinds.common import COUNT, FLAG, NUMBER, WHOLE, Adapted, OnWeight, of_weight
+from adapterkit.weights.parameters import StoredParameter
+from adapterkit.weights.reader import TensorReader
 
 ROTATION, EMBEDDING = "oft_R", "oft_embedding_R"
 
@@ -27,7 +28,7 @@ class Oft(OnWeight):
     """
 
     rotation: TensorSpec  # (blocks, size * (size - 1) / 2), the upper triangles; one row where the blocks are shared
-    weight: Weight
+    weight: StoredParameter
     size: int
     terms: int | None  # of the Neumann series; None: the exact inverse
     eps: float | None  # of COFT
@@ -64,7 +65,7 @@ class Oft(OnWeight):
     @staticmethod
     def of(adapted: Adapted) -> "Oft":
         assert adapted.weight is not None
-        config, shape = adapted.adapter.config, adapted.weight.shape
+        config, shape = adapted.adapter.config, adapted.weight.weight_shape
         embedding = EMBEDDING in adapted.parts
         (rotation,) = adapted.part(EMBEDDING if embedding else ROTATION)
         if math.prod(shape[2:]) != 1:
@@ -96,12 +97,12 @@ class Oft(OnWeight):
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.rotation, *self.weight.reads)
 
-    def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
         turn = less_identity(
             skew(inputs.tensor(self.rotation).double(), self.size, self.eps), self.terms
         )
         turn = turn if self.embedding else turn.mT
-        stored = self.weight.stored(inputs)
+        stored = self.weight.read(inputs).flatten(1)
         delta = of_weight(stored, lambda rows, here: _turned(rows, turn))
         return leading(delta.T if self.weight.transposed else delta, most, energy)
 

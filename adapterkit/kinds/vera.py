@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.factors import Reads
 from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.kinds.common import FLAG, WHOLE, Adapted, doubles, of_product
+from adapterkit.weights.reader import TensorReader
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ class Vera:
             )
         a, b = (adapted.shared[name] for name in Vera.shared)
         lambda_b, lambda_d = adapted.part(*Vera.keys)
-        out, inputs, rank = lambda_b.shape[0], adapted.weight.shape[-1], adapted.adapter.config["r"]
+        out, inputs, rank = (
+            lambda_b.shape[0],
+            adapted.weight.weight_shape[-1],
+            adapted.adapter.config["r"],
+        )
         adapted.check(
             (lambda_b.shape, lambda_d.shape) == ((out,), (rank,)),
             f"a vector of outputs and one of {rank}, as r says",
@@ -88,11 +92,11 @@ class Vera:
     def memory(self) -> int:
         return 12 * (self.a.nbytes + self.b.nbytes)
 
-    def product(self, inputs: Reads) -> Product:
+    def product(self, inputs: TensorReader) -> Product:
         a, b, lambda_b, lambda_d = doubles(inputs, *self.reads)
         return Product(
             lambda_b[:, None] * b[: self.shape[0]], lambda_d[:, None] * a[:, : self.shape[1]]
         )
 
-    def leading(self, inputs: Reads, most: int, energy: float | None) -> tuple[Svd, float]:
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
         return of_product(self.product(inputs))

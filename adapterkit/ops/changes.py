@@ -10,7 +10,7 @@ from adapterkit.factors import other_rank, rank_and_scale
 from adapterkit.ops.copies import settle_copies
 from adapterkit.ops.job import Change, Job, Part, nested
 from adapterkit.ops.targets import oriented, targets
-from adapterkit.weights.names import Parameter
+from adapterkit.weights.parameters import Parameter
 
 
 def collect(job: Job) -> None:

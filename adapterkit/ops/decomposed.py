@@ -8,10 +8,10 @@ from adapterkit.adapter import Adapter, Lora
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.factors import Factors
-from adapterkit.kinds.common import Weight
 from adapterkit.kinds.dora import DoRA
 from adapterkit.weights.detect import check_not_quantized
 from adapterkit.weights.names import Names
+from adapterkit.weights.parameters import StoredParameter
 
 CHECK_BASE = "check that the adapter was trained on this base"
 
@@ -63,7 +63,7 @@ class BaseWeights:
             base, wanted, adapter.config.get("task_type"), build_model=build_model, notes=notes
         )
 
-    def of(self, module: str, embedding: bool) -> Weight:
+    def of(self, module: str, embedding: bool) -> StoredParameter:
         parameter = self.names.parameter(f"{module}.weight")
         if parameter is None or 0 in parameter.shape or len(parameter.shape) < 2:
             found = f"the base has no matrix {shown(module)}.weight"
@@ -90,7 +90,7 @@ class BaseWeights:
                 where=self.base.name,
                 hint="dequantize it first",
             )
-        return Weight(
+        return StoredParameter(
             parameter,
             tensors,
             embedding or (len(parameter.shape) == 2 and self._turned(module, parameter.shape)),
@@ -100,7 +100,7 @@ class BaseWeights:
         """A module's delta; `Refused` where its factors do not fit the base."""
         weight = self.of(lora.module, lora.kind == "embedding")
         assert lora.magnitude is not None
-        shape = weight.shape[0], math.prod(weight.shape[1:])
+        shape = weight.weight_shape[0], math.prod(weight.weight_shape[1:])
         if (
             lora.depth
             or factors.experts is not None
@@ -112,7 +112,7 @@ class BaseWeights:
             )
             raise Refused(
                 found,
-                expected=f"one that fits the base's {weight.shape}",
+                expected=f"one that fits the base's {weight.weight_shape}",
                 where=self.where,
                 hint=CHECK_BASE,
             )

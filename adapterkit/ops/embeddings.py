@@ -13,7 +13,8 @@ import numpy as np
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.ops.job import Change, Job, Part, nested
-from adapterkit.weights.names import Parameter, tied_names
+from adapterkit.weights.parameters import Parameter
+from adapterkit.weights.skeleton import tied_names
 
 Sides = dict[
     str, Change

@@ -34,9 +34,8 @@ from adapterkit.patterns import matcher
 from adapterkit.plan import Inputs, Plan, Progress, Receipt, Task, TaskResult
 from adapterkit.weights.bypassed import ATTENTION, classes_of, is_bypassed
 from adapterkit.weights.detect import check_not_quantized
-from adapterkit.weights.names import Names, Parameter
-from adapterkit.weights.parts import Held
-from adapterkit.weights.reading import read_parameter
+from adapterkit.weights.names import Names
+from adapterkit.weights.parameters import Parameter, StoredParameter
 
 PIECE = 4 << 20  # elements compared at a time
 BLOCK = 1 << 20  # elements made float32 at a time
@@ -653,8 +652,8 @@ def _others_end(backwards: list[str], end: str) -> bool:
     return at < len(backwards) and backwards[at].startswith(end[::-1])
 
 
-def _held(parameter: Parameter, side: Checkpoint) -> Held:
-    return Held(parameter, {slot.key: side.tensors[slot.key] for slot in parameter.slots})
+def _held(parameter: Parameter, side: Checkpoint) -> StoredParameter:
+    return StoredParameter.of(parameter, side.tensors)
 
 
 def _not_floats(name: str, found: set[str]) -> Refused:
@@ -667,7 +666,9 @@ def _not_floats(name: str, found: set[str]) -> Refused:
     )
 
 
-def _equal(sides: tuple[Checkpoint, Checkpoint], old: Held, new: Held) -> bool:
+def _equal(
+    sides: tuple[Checkpoint, Checkpoint], old: StoredParameter, new: StoredParameter
+) -> bool:
     """Whether two parameters hold the same values, or values of which one is the other's rounding."""
     if not old.dtypes | new.dtypes <= set(dtypes.FLOATS) and old.dtypes != new.dtypes:
         return False
@@ -697,7 +698,7 @@ def _rounds_to(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.to(b.dtype), b)
 
 
-def _is_whole(held: Held) -> bool:
+def _is_whole(held: StoredParameter) -> bool:
     """Whether a parameter is a stored tensor as it is."""
     slots = held.parameter.slots
     return len(slots) == 1 and slots[0].whole and held.specs[0].shape == held.shape
@@ -730,12 +731,12 @@ class _As:
         return self.inputs.stored(spec).to(self.dtype)
 
 
-def _native(held: Held, inputs: Any) -> Tensor:
+def _native(held: StoredParameter, inputs: Any) -> Tensor:
     """A parameter in the widest of the dtypes that it is stored in; `inputs` has `stored`."""
-    return read_parameter(held.parameter, held.tensors, _As(inputs, _widest(held)))
+    return held.read(_As(inputs, _widest(held)))
 
 
-def _widest(held: Held) -> torch.dtype:
+def _widest(held: StoredParameter) -> torch.dtype:
     return reduce(torch.promote_types, map(dtypes.torch_dtype, sorted(held.dtypes)))
 
 
@@ -757,8 +758,8 @@ class Difference:
 
     name: str
     module: str
-    old: Held
-    new: Held
+    old: StoredParameter
+    new: StoredParameter
     place: Place
     transposed: bool
     cut: Cut
@@ -809,14 +810,16 @@ class Difference:
             return TaskResult({}, {"unchanged": True})
         return ranked(self, [one or zero for one in found])
 
-    def _matrices(self) -> Iterator[tuple[Held, Held]]:
+    def _matrices(self) -> Iterator[tuple[StoredParameter, StoredParameter]]:
         """Both sides of each matrix."""
         if self.place.experts is None:
             yield self.old, self.new
         for i in range(self.place.experts or 0):
             yield self.old.expert(i), self.new.expert(i)
 
-    def _leading(self, old: Held, new: Held, inputs: Inputs) -> tuple[Svd, float] | None:
+    def _leading(
+        self, old: StoredParameter, new: StoredParameter, inputs: Inputs
+    ) -> tuple[Svd, float] | None:
         delta = _difference(old, new, inputs)
         if delta is None or not bool(delta.any()):
             return None
@@ -829,7 +832,7 @@ class Whole:
     """One parameter's value as it is, put together where it is stored in parts or as a part of something else."""
 
     parameter: str
-    held: Held
+    held: StoredParameter
     key: str
     only_beside_factors: bool = False  # written if its layer has factors alone
 
@@ -839,7 +842,7 @@ class Whole:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(self.held.tensors.values())
+        return self.held.reads
 
     @property
     def max_outputs(self) -> tuple[Stored, ...]:
@@ -855,10 +858,10 @@ class Whole:
         return TaskResult({self.key: _native(self.held, inputs).contiguous()}, {"taken": True})
 
 
-def _difference(old: Held, new: Held, inputs: Inputs) -> Tensor | None:
+def _difference(old: StoredParameter, new: StoredParameter, inputs: Inputs) -> Tensor | None:
     """new - old in float32, a block of rows at a time; None where both store the same, or one is the other's rounding."""
-    blocks = new.blocks(BLOCK)
-    blocks = blocks if len(old.blocks(BLOCK)) == len(blocks) else [(0, new.shape[0])]
+    blocks = new.row_ranges(BLOCK)
+    blocks = blocks if len(old.row_ranges(BLOCK)) == len(blocks) else [(0, new.shape[0])]
     pieces = [(first, old.rows(first, last), new.rows(first, last)) for first, last in blocks]
     if _same_bytes(old, new, pieces, inputs) or _rounded(old, new, pieces, inputs):
         return None
@@ -872,12 +875,12 @@ def _difference(old: Held, new: Held, inputs: Inputs) -> Tensor | None:
     return delta
 
 
-Pieces = list[tuple[int, Held, Held]]
+Pieces = list[tuple[int, StoredParameter, StoredParameter]]
 
 
-def _same_bytes(old: Held, new: Held, pieces: Pieces, inputs: Inputs) -> bool:
+def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Inputs) -> bool:
     """Whether both sides store the same, seen before anything is made float32."""
-    if not old.lies_like(new):
+    if not old.same_storage(new):
         return False
     pairs = (
         (a, b)
@@ -887,7 +890,7 @@ def _same_bytes(old: Held, new: Held, pieces: Pieces, inputs: Inputs) -> bool:
     return all(inputs.bytes(a) == inputs.bytes(b) for a, b in pairs)
 
 
-def _rounded(old: Held, new: Held, pieces: Pieces, inputs: Inputs) -> bool:
+def _rounded(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Inputs) -> bool:
     """Whether all of one side is the other's rounding."""
     if old.dtypes == new.dtypes or len(old.dtypes) > 1 or len(new.dtypes) > 1:
         return False

@@ -23,7 +23,7 @@ from adapterkit.ops.changes import collect
 from adapterkit.ops.job import Job, Options
 from adapterkit.plan import Progress
 from adapterkit.weights.detect import check_not_quantized
-from adapterkit.weights.names import Parameter
+from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.slots import Slot
 
 BLOCK = 4 << 20  # bytes that are read at a time, of all but factors

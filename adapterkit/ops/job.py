@@ -14,7 +14,8 @@ from adapterkit.ops.replication import replicated
 from adapterkit.patterns import matcher
 from adapterkit.placement import Product
 from adapterkit.weights.decoded import decoded_view
-from adapterkit.weights.names import Names, Parameter
+from adapterkit.weights.names import Names
+from adapterkit.weights.parameters import Parameter
 
 BLOCK = 16 << 20  # bytes compared at a time
 

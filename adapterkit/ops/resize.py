@@ -252,13 +252,13 @@ class _Job:
         tail = delta.tail
         if weights is not None:
             weight = weights.of(module, embedding)
-            tail = weight.shape[1:]
-            if delta.shape != (weight.shape[0], math.prod(tail)):
+            tail = weight.weight_shape[1:]
+            if delta.shape != (weight.weight_shape[0], math.prod(tail)):
                 found = f"{shown(module)}: a delta of {delta.shape}"
                 self.errors.append(
                     Refused(
                         found,
-                        expected=f"one for the base's {weight.shape}",
+                        expected=f"one for the base's {weight.weight_shape}",
                         where=weights.where,
                         hint=CHECK_BASE,
                     )

@@ -6,7 +6,7 @@ from adapterkit.errors import Refused, shown
 from adapterkit.ops.job import Job
 from adapterkit.ops.sites import old_layout, sites_of
 from adapterkit.placement import Product
-from adapterkit.weights.names import Parameter
+from adapterkit.weights.parameters import Parameter
 
 
 def targets(

@@ -21,7 +21,7 @@ from adapterkit.ops.merge import plan_merge
 from adapterkit.ops.produced import carry_out
 from adapterkit.plan import Computed
 from adapterkit.weights.decoded import decoded_view, quantized_weights
-from adapterkit.weights.names import Skeleton
+from adapterkit.weights.skeleton import Skeleton
 from tests.support import oracle, quantized_llama
 
 

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.weights.names import Skeleton
+from adapterkit.weights.skeleton import Skeleton
 from adapterkit.weights.slots import Symbol, Unsupported
 from tests.support import tiny
 
