@@ -96,6 +96,16 @@ def refuse_all(errors: list[AdapterkitError]) -> None:
         raise MultipleErrors(different)
 
 
+def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
+    """A hint with the known name closest to each of the unknown ones; "" where none is close."""
+    from difflib import get_close_matches
+
+    known = list(known)
+    close = [match for name in names for match in get_close_matches(name, known, n=1)]
+    words = " and ".join(repr(shown(name)) for name in dict.fromkeys(close))
+    return f"did you mean {words}?" if words else ""
+
+
 def shown(name: object) -> str:
     """A name from a file, printable: control and bidirectional characters escaped, at most 200 characters."""
     text = _printable(str(name)[:201])

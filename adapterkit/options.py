@@ -15,7 +15,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any, ParamSpec, TypeVar
 
 from adapterkit import dtypes
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.patterns import matcher
 
 P = ParamSpec("P")
@@ -90,7 +90,8 @@ def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
     def check(name: str, value: Any) -> str:
         words = tuple(allowed() if callable(allowed) else allowed)
         if not isinstance(value, str) or value not in words:
-            raise unfit(name, value, " or ".join(words), "use one of these")
+            hint = did_you_mean([value], words) if isinstance(value, str) else ""
+            raise unfit(name, value, " or ".join(words), hint or "use one of these")
         return str(value)
 
     return check

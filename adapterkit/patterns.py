@@ -4,10 +4,10 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from adapterkit.errors import Refused, shown
+from adapterkit.errors import Refused, did_you_mean, shown
 
 LONGEST = 1000
 LARGEST = 100_000  # characters that a pattern may stand for once its {counts} are written out, as `regex` does in memory
@@ -33,6 +33,13 @@ def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]
         plain = re.compile(whole)
         return lambda text: plain.search(text) is not None
     return _Patient(pattern, whole, where)
+
+
+def similar_names(pattern: str, names: Iterable[str]) -> str:
+    """`did_you_mean` for a pattern that matches none of the dotted names: its unknown words."""
+    words = re.findall(r"[^\W\d]\w+", re.sub(r"\\[A-Za-z]", " ", pattern))
+    known = {part for name in names for part in name.split(".") if not part.isdigit()}
+    return did_you_mean((word for word in words if word not in known), sorted(known))
 
 
 class _Patient:

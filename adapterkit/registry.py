@@ -1,18 +1,26 @@
-"""Families of methods: every module of a package that holds a record with a `name` is a member. Adding a member adds one file."""
+"""Families of methods: each module of a package that holds a record with a `name` is a member.
 
+Adding a member adds one file. `members` imports the records; `declarations` reads the same from their
+source, for what must not import torch: the help and completion.
+"""
+
+import ast
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, did_you_mean
 
 
 @cache
 def members(package: str) -> dict[str, type]:
     """Name -> record of every method in `adapterkit.<package>`, in the order of their names."""
     home = importlib.import_module(f"adapterkit.{package}")
-    found: dict[str, type] = {}
+    records: dict[str, type] = {}
     for info in pkgutil.iter_modules(home.__path__):
         module = importlib.import_module(f"{home.__name__}.{info.name}")
         for value in vars(module).values():
@@ -21,8 +29,8 @@ def members(package: str) -> dict[str, type]:
                 and value.__module__ == module.__name__
                 and isinstance(getattr(value, "name", None), str)
             ):
-                found[value.name] = value
-    return dict(sorted(found.items()))
+                records[value.name] = value
+    return dict(sorted(records.items()))
 
 
 def options(record: type) -> dict[str, dataclasses.Field]:
@@ -30,38 +38,114 @@ def options(record: type) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(record)}
 
 
-def create(package: str, name: str, given: dict[str, object]) -> object:
-    """The record of the method `name` with the options that were given (not None); `Refused` for an unknown name or option, or a
-    missing one."""
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """What the source of a method's record declares."""
+
+    summary: str  # first line of the module's docstring, without the method's name
+    constants: dict[str, Any]  # class attributes with literal values
+    options: tuple[str, ...]  # fields of the record
+    functions: frozenset[str]
+
+
+@cache
+def declarations(package: str) -> dict[str, Declaration]:
+    """Name -> declaration of every method in `adapterkit.<package>`, without importing them."""
+    files = sorted((Path(__file__).parent / package.replace(".", "/")).glob("*.py"))
+    modules = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    classes = {
+        node.name: node
+        for module in modules
+        for node in module.body
+        if isinstance(node, ast.ClassDef)
+    }
+    declared = {}
+    for module in modules:
+        for node in module.body:
+            if not isinstance(node, ast.ClassDef):
+                continue
+            body = list(_body(node, classes))
+            constants = dict(_constants(body))
+            if isinstance(constants.get("name"), str):
+                doc = (ast.get_docstring(module) or "").partition("\n")[0]
+                declared[constants["name"]] = Declaration(
+                    doc.partition(": ")[2],
+                    constants,
+                    tuple(dict.fromkeys(_fields(body))),
+                    frozenset(item.name for item in body if isinstance(item, ast.FunctionDef)),
+                )
+    return dict(sorted(declared.items()))
+
+
+def _body(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[ast.stmt]:
+    """The statements of a class, after those of its bases in the package."""
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in classes:
+            yield from _body(classes[base.id], classes)
+    yield from node.body
+
+
+def _constants(body: list[ast.stmt]) -> Iterator[tuple[str, Any]]:
+    for item in body:
+        if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
+            try:
+                yield item.targets[0].id, ast.literal_eval(item.value)
+            except ValueError:  # computed
+                continue
+
+
+def _fields(body: list[ast.stmt]) -> Iterator[str]:
+    for item in body:
+        if (
+            isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and "ClassVar" not in ast.unparse(item.annotation)
+        ):
+            yield item.target.id
+
+
+def create(package: str, name: str, settings: dict[str, object]) -> object:
+    """The record of the method `name` with the settings that are not None.
+
+    `Refused` for an unknown name or option, a missing one, or a value that is no number.
+    """
     known = members(package)
     if name not in known:
         raise Refused(
-            f"method {name!r}", expected=", ".join(known), where="--method", hint="use one of these"
+            f"method {name!r}",
+            expected=", ".join(known),
+            where="--method",
+            hint=did_you_mean([name], known) or "use one of these",
         )
-    fields, given = (
-        options(known[name]),
-        {key: value for key, value in given.items() if value is not None},
-    )
-    unknown = sorted(set(given) - set(fields))
-    lacking = [k for k, f in fields.items() if k not in given and f.default is dataclasses.MISSING]
-    if unknown or lacking:
-        found = [f"--{key} given" for key in unknown] + [f"no --{key}" for key in lacking]
+    fields = options(known[name])
+    settings = {key: value for key, value in settings.items() if value is not None}
+    unknown = sorted(set(settings) - set(fields))
+    missing = [
+        key
+        for key, field in fields.items()
+        if key not in settings and field.default is dataclasses.MISSING
+    ]
+    if unknown or missing:
+        problems = [f"--{key} given" for key in unknown] + [f"no --{key}" for key in missing]
         raise Refused(
-            f"method {name}: {', '.join(found)}",
+            f"method {name}: {', '.join(problems)}",
             expected="the options "
             + (", ".join(f"--{key}" for key in fields) or "of the method (none)"),
             where="options",
-            hint="leave out what the method does not take, and give what it needs",
+            hint=did_you_mean(unknown, fields)
+            or "remove what the method does not take, and give what it needs",
         )
-    numbers = [key for key in given if "float" in str(fields[key].type)]
     wrong = [
-        key
-        for key in numbers
-        if not isinstance(given[key], float | int) or isinstance(given[key], bool)
+        f"--{key} {value!r}"
+        for key, value in settings.items()
+        if "float" in str(fields[key].type)
+        and (not isinstance(value, float | int) or isinstance(value, bool))
     ]
     if wrong:
-        found = ", ".join(f"--{key} {given[key]!r}" for key in wrong)
         raise Refused(
-            f"method {name}: {found}", expected="numbers", where="options", hint="give numbers"
+            f"method {name}: {', '.join(wrong)}",
+            expected="numbers",
+            where="options",
+            hint="give numbers",
         )
-    return known[name](**given)
+    return known[name](**settings)

@@ -209,9 +209,9 @@ def test_errors_are_the_package_s():
         "Refused",
         "Damaged",
         "Failed",
-        "Spoiled",
+        "Unrecoverable",
         "Interrupted",
-        "Offenders",
+        "MultipleErrors",
     ):
         assert getattr(adapterkit, name) is getattr(errors, name) and name in dir(adapterkit)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.completion import Source, Targets
 from adapterkit.options import CHOICES
 
 
@@ -27,7 +28,7 @@ def choice_option(flag: str, choices: str = "", **settings: Any) -> Callable:
 
 
 def base_option(text: str) -> Callable:
-    return click.option("--base", metavar="BASE", help=text)
+    return click.option("--base", type=Source(), metavar="BASE", help=text)
 
 
 def dtype_option(text: str) -> Callable:
@@ -52,6 +53,7 @@ EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
 def targets_option(default: str) -> Callable:
     return click.option(
         "--targets",
+        type=Targets(),
         metavar="NAMES|RE",
         help="Modules that get factors: all-linear, comma-separated name suffixes "
         f"(q_proj,v_proj), or a regex (default: {default}).",

@@ -4,6 +4,8 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.completion import Source
+from adapterkit.cli.methods import combine_names
 from adapterkit.cli.options import (
     EXACT_BY_DEFAULT,
     base_option,
@@ -21,11 +23,15 @@ FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters 
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
+@click.argument("adapters", type=Source(), nargs=-1, required=True, metavar="ADAPTER[=W]...")
 @output_options
 @base_option("The adapters' model, needed for DoRA and where target_parameters are ambiguous.")
 @click.option(
-    "--method", required=True, metavar="NAME", help="How deltas are combined; see the list below."
+    "--method",
+    required=True,
+    type=combine_names,
+    metavar="NAME",
+    help="How deltas are combined; see the list below.",
 )
 @choice_option(
     "--space",
@@ -88,11 +94,12 @@ def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", type=Source(), nargs=-1, required=True, metavar="ADAPTER...")
 @click.option(
     "--general",
     multiple=True,
     required=True,
+    type=Source(),
     metavar="ADAPTER",
     help="Adapter of what all tasks share; repeat for several.",
 )
@@ -129,10 +136,11 @@ def subtract(adapters: tuple[str, ...], **options: Any) -> None:
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", type=Source(), nargs=-1, required=True, metavar="ADAPTER...")
 @click.option(
     "--general",
     multiple=True,
+    type=Source(),
     metavar="ADAPTER",
     help="Adapter to subtract from all experts first; repeat for several.",
 )
@@ -164,7 +172,7 @@ def arrow(adapters: tuple[str, ...], **options: Any) -> None:
 
 
 @click.command()
-@click.argument("adapter")
+@click.argument("adapter", type=Source())
 @output_options
 @base_option(
     "The model it was trained on: OFT, VeRA and convolutions need it; with it DoRA becomes plain "
@@ -197,9 +205,13 @@ def resize(adapter: str, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("adapter")
+@click.argument("adapter", type=Source())
 @click.option(
-    "--initial", required=True, metavar="ADAPTER", help="The same adapter as saved before training."
+    "--initial",
+    required=True,
+    type=Source(),
+    metavar="ADAPTER",
+    help="The same adapter as saved before training.",
 )
 @output_options
 @base_option(FOR_AMBIGUOUS_PARAMETERS)

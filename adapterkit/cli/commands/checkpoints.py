@@ -4,6 +4,8 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.completion import Source
+from adapterkit.cli.methods import ListingCommand, format_names, init_names, initializations
 from adapterkit.cli.options import (
     block_options,
     choice_option,
@@ -21,8 +23,8 @@ from adapterkit.cli.output import run_verb
 
 
 @click.command()
-@click.argument("base")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=W]...")
+@click.argument("base", type=Source())
+@click.argument("adapters", type=Source(), nargs=-1, required=True, metavar="ADAPTER[=W]...")
 @output_options
 @dtype_option("Cast floating-point tensors (default: keep the base's dtypes).")
 @shard_size_option
@@ -59,6 +61,7 @@ from adapterkit.cli.output import run_verb
 )
 @click.option(
     "--base16",
+    type=Source(),
     metavar="ORIGINAL",
     help="Merge into this 16-bit original of BASE, the quantized model that was trained on.",
 )
@@ -101,8 +104,8 @@ def merge(base: str, adapters: tuple[str, ...], **options: Any) -> None:
 
 
 @click.command()
-@click.argument("base")
-@click.argument("tuned")
+@click.argument("base", type=Source())
+@click.argument("tuned", type=Source())
 @output_options
 @rank_options
 @module_filters
@@ -132,15 +135,17 @@ def extract(base: str, tuned: str, **options: Any) -> None:
     run_verb(verb, base, tuned, **options)
 
 
-@click.command()
-@click.argument("base")
+@click.command(cls=ListingCommand, lists=initializations)
+@click.argument("base", type=Source())
 @output_options
 @click.option(
-    "--method", required=True, metavar="NAME", help="pissa: the principal part of each weight."
+    "--method", required=True, type=init_names, help="Initialization; see the list below."
 )
 @init_options
 @targets_option("all linear layers but the output layer")
-@click.option("--quantize", metavar="FORMAT", help="Quantize the residual base, e.g. nf4 (QPiSSA).")
+@click.option(
+    "--quantize", type=format_names, help="Quantize the residual base, e.g. nf4 (QPiSSA)."
+)
 @click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
 @block_options
 @factor_options

@@ -4,12 +4,13 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.completion import Source
 from adapterkit.cli.options import base_option, json_option
 from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_verified
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=Source())
 @base_option("The adapter's base: norms are also given relative to its weights' norms.")
 @click.option(
     "--download",
@@ -55,8 +56,8 @@ def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> Non
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", type=Source())
+@click.argument("b", type=Source())
 @click.option(
     "--tolerance",
     type=float,
@@ -105,12 +106,13 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
 
 
 @click.command()
-@click.argument("folder", metavar="DIR")
+@click.argument("folder", type=Source(), metavar="DIR")
 @base_option("Base of a merge: recompute rows of each changed tensor in float64.")
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
+    type=Source(),
     metavar="ADAPTER",
     help="An adapter of the merge; repeat for several, in the merge's order.",
 )

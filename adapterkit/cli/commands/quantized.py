@@ -4,6 +4,8 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.completion import Source
+from adapterkit.cli.methods import ListingCommand, format_names, formats
 from adapterkit.cli.options import (
     block_options,
     dtype_option,
@@ -16,16 +18,11 @@ from adapterkit.cli.options import (
 )
 from adapterkit.cli.output import run_verb
 
-FORMATS = (
-    "nf4, fp4, int8 (bitsandbytes), fp8 (blocks of 128 x 128), w4a16, w8a16 (compressed-tensors), "
-    "mxfp4."
-)
 
-
-@click.command()
-@click.argument("base")
+@click.command(cls=ListingCommand, lists=formats)
+@click.argument("base", type=Source())
 @output_options
-@click.option("--to", required=True, metavar="FORMAT", help=FORMATS)
+@click.option("--to", required=True, type=format_names, help="Format to write; see the list below.")
 @block_options
 @click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
 @hash_option
@@ -45,7 +42,7 @@ def quantize(base: str, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", type=Source())
 @output_options
 @dtype_option("Dtype of the decoded weights (default: the one the format's library computes in).")
 @shard_size_option
@@ -64,7 +61,7 @@ def dequantize(base: str, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("base")
+@click.argument("base", type=Source())
 @output_options
 @init_options
 @click.option(
@@ -88,11 +85,13 @@ def dequantize(base: str, **options: Any) -> None:
 @block_options
 @click.option(
     "--quantized",
+    type=Source(),
     metavar="QBASE",
     help="Keep this quantized version of BASE, and write only the adapter for it.",
 )
 @click.option(
     "--stats",
+    type=Source(),
     metavar="FILE",
     help="Input covariances: minimize output error instead of weight error.",
 )

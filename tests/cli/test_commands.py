@@ -22,12 +22,6 @@ def run(*words, python=()):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def helped(*words):
-    result = click.testing.CliRunner().invoke(main, [*words, "--help"])
-    assert result.exit_code == 0
-    return result.output
-
-
 def test_a_merge_and_its_verification(llama, lora, tmp_path):
     """stdout stays empty without --json; what is said goes to stderr."""
     done = run("merge", llama, lora, "--out", tmp_path / "out", "--verify")
@@ -133,31 +127,6 @@ WRONG = {
 def test_wrong_usage_is_status_2(name):
     result = click.testing.CliRunner().invoke(main, WRONG[name])
     assert result.exit_code == 2 and result.stdout == "" and "Usage" in result.stderr
-
-
-@pytest.mark.parametrize("command", sorted(main.commands))
-def test_help_teaches_an_example(command):
-    assert re.search(rf"Example:\n +adapterkit {command} \S+", helped(command))
-    assert all(
-        option in helped("merge")
-        for option in ("--out", "--dry-run", "--json", "--device", "--resume", "--overwrite")
-    )
-
-
-def test_help_is_light():
-    """Neither torch nor transformers, nor numpy, is imported for --help."""
-    done = run("--help", python=("-X", "importtime"))
-    loaded = {
-        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()
-    }
-    assert done.returncode == 0 and "adapterkit" in loaded and "click" in loaded
-    assert not loaded & {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "tqdm"}
-
-
-def test_import_is_light():
-    code = "import adapterkit, sys; print(sorted(set(sys.modules) & {'torch', 'transformers', 'numpy', 'click'}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""The help: complete, short, quick, and in agreement with the methods that there are."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import click.testing
+import pytest
+
+from adapterkit import registry
+from adapterkit.cli import main
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(main.commands)
+FAMILIES = ["combinations", "inits", "weights.codecs"]
+
+
+def help_of(*words: str, columns: int = 80) -> str:
+    runner = click.testing.CliRunner(env={"COLUMNS": str(columns)})
+    result = runner.invoke(main, [*words, "--help"], terminal_width=columns)
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_each_command_has_one_whole_line_in_one_section_at_80_columns():
+    sections = re.split(r"^(\w+):\n", help_of(), flags=re.MULTILINE)[1:]
+    listed = {}
+    for title, text in zip(sections[::2], sections[1::2], strict=True):
+        if title != "Options":
+            listed |= {line.split()[0]: (title, line) for line in text.strip().splitlines()}
+    assert sorted(listed) == COMMANDS == sorted(c.name for s in main.sections.values() for c in s)
+    assert {title for title, _ in listed.values()} >= {
+        "Checkpoints",
+        "Adapters",
+        "Quantized",
+        "Look",
+    }
+    for name, (_, line) in listed.items():
+        summary = main.commands[name].help.partition("\n\n")[0]
+        assert line.split(maxsplit=1)[1] == " ".join(summary.split()) and len(line) <= 80
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_an_example(command: str):
+    assert re.search(rf"Example:\n +adapterkit {command} \S+", help_of(command))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_options_is_a_sentence(command: str):
+    for parameter in main.commands[command].params:
+        if isinstance(parameter, click.Option):
+            text = parameter.help or ""
+            assert text.endswith((".", ")")) and not text.startswith(("Of ", "Whose ")), parameter
+
+
+def test_writing_commands_have_the_options_of_writing():
+    written = ("--out", "--dry-run", "--json", "--device", "--engine", "--resume", "--overwrite")
+    assert all(option in help_of("merge") for option in written)
+
+
+def seconds(*words: str) -> float:
+    """The quickest of some runs."""
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *words], capture_output=True, cwd=ROOT, check=True)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def test_help_takes_at_most_ten_times_as_long_as_python():
+    """0.15 s on an idle machine; the ratio holds on a busy one too."""
+    assert seconds("-m", "adapterkit", "--help") <= 10 * seconds("-c", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["combine", "--help"], ["quantize", "--help"], ["completion", "bash"]],
+    ids=" ".join,
+)
+def test_help_is_light(words: list[str]):
+    """Neither torch nor transformers, nor numpy, is imported, whatever the help lists."""
+    command = [sys.executable, "-X", "importtime", "-m", "adapterkit", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    loaded = {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()
+    }
+    assert done.returncode == 0 and "adapterkit" in loaded and "click" in loaded
+    assert not loaded & {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "tqdm"}
+
+
+def test_import_is_light():
+    code = "import adapterkit, sys; print(sorted({'torch', 'numpy', 'click'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("package", FAMILIES)
+def test_declarations_are_those_of_the_records(package: str):
+    records, declared = registry.members(package), registry.declarations(package)
+    assert list(records) == list(declared)
+    for name, record in records.items():
+        if package != "weights.codecs":  # a codec's fields are of one weight, no options
+            assert declared[name].options == tuple(registry.options(record)), name
+        for key, value in declared[name].constants.items():
+            assert getattr(record, key) == value, (name, key)
+        assert declared[name].summary, name
+
+
+def test_help_lists_every_method_and_format():
+    from adapterkit.ops.quantize import targets
+
+    names = lambda command: {
+        name
+        for rows in main.commands[command].lists().values()
+        for row in rows
+        for name in row[0].split(", ")
+    }
+    assert names("init") == set(registry.members("inits"))
+    assert names("quantize") == set(targets())
