@@ -233,11 +233,11 @@ def serve() -> None:
 
     import adapterkit.cli
     import adapterkit.engines.local
-    import adapterkit.ops.combine
-    import adapterkit.ops.merge
-    import adapterkit.ops.resize
-    import adapterkit.ops.subtract
-    import adapterkit.ops.verify  # noqa: F401, imported once for all forks
+    import adapterkit.verbs.combine
+    import adapterkit.verbs.merge
+    import adapterkit.verbs.resize
+    import adapterkit.verbs.subtract
+    import adapterkit.verbs.verify  # noqa: F401, imported once for all forks
 
     torch.set_num_threads(1)
     children: dict[int, Child] = {}
