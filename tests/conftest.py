@@ -9,6 +9,13 @@ import pytest
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m quick`, files without quick tests are not even imported: peft and transformers take longer than the tests."""
+    if config.option.markexpr != "quick" or not collection_path.name.startswith("test_"):
+        return None
+    return "pytest.mark.quick" not in collection_path.read_text() or None
+
+
 @pytest.fixture(scope="session")
 def cached_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A folder that `build(folder)` fills, filled at the first request for `name`."""

@@ -2,9 +2,9 @@
 
 import pytest
 
-from adapterkit import merge
 from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused, refuse_all
-from tests.support import oracle
+
+pytestmark = pytest.mark.quick
 
 
 def lines(errors: list[AdapterkitError]) -> list[str]:
@@ -70,20 +70,4 @@ def test_what_each_was_expected_to_be_stays_with_it():
     assert (
         text[3]
         == "  model.layers.1.up_proj: shape ((8, 1), (64, 8)); expected: one that fits the base's (64, 2)"
-    )
-
-
-def test_a_wrong_base_is_a_few_lines(llama, lora, cached_folder, tmp_path):
-    other = cached_folder(
-        "gpt2-base", lambda folder: oracle.save_base(oracle.gpt2(), folder, "bf16")
-    )
-    with pytest.raises(MultipleErrors) as caught:
-        merge(other, [lora], out=tmp_path / "out")
-    modules = len(oracle.LINEAR) * 2
-    assert len(caught.value.errors) == modules
-    text = str(caught.value)
-    assert (
-        len(text.splitlines()) <= 7
-        and f"{modules} of one kind" in text
-        and text.count("the base has no") == 3
     )

@@ -10,6 +10,8 @@ import pytest
 
 import adapterkit
 
+pytestmark = pytest.mark.quick
+
 PACKAGE = Path(adapterkit.__file__).parent
 
 # DESIGN.md section 2, top to bottom. A part may import parts of its own level and of those below it.

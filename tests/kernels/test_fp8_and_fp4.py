@@ -22,6 +22,8 @@ from adapterkit.kernels.fp4 import (
 from adapterkit.kernels.fp8 import decode_fp8, encode_fp8
 from tests.support import format_tools
 
+pytestmark = pytest.mark.quick
+
 CODES = torch.arange(256, dtype=torch.uint8)
 FP4 = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.float64)
 

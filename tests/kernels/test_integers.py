@@ -22,6 +22,8 @@ from adapterkit.kernels.integers import (
 )
 from tests.support import format_tools
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

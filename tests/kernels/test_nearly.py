@@ -14,7 +14,7 @@ from adapterkit.kernels.nearly import nearly_best
 EXCESS = 1e-4
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

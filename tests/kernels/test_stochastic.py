@@ -13,6 +13,8 @@ from adapterkit.engines import local
 from adapterkit.errors import Damaged, Refused
 from adapterkit.kernels.stochastic import Draws, last_place, round_to
 
+pytestmark = pytest.mark.quick
+
 FLOATS = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float64, torch.float32),
           (torch.float64, torch.bfloat16), (torch.float64, torch.float16)]  # fmt: skip
 SEEDS = 400

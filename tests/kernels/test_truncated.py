@@ -11,7 +11,7 @@ from adapterkit.kernels import truncated
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import svd_for_energy, svd_for_ratio, truncated_svd
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
 
 
 def gaussian(n: int, m: int, seed: int = 0) -> Tensor:

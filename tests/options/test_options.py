@@ -1,9 +1,7 @@
 """Options of every verb: what is plainly meant is done, all else is refused by name, before anything is written."""
 
 import inspect
-import math
 import re
-from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -14,76 +12,11 @@ from safetensors.torch import load_file
 import adapterkit
 from adapterkit.options import CHECKS, CHOICES, parse_size, weighted
 from adapterkit.plan import Plan
-from tests.support import oracle
+from tests.support.calls import VERBS, arguments
 
-VERBS = [name for name in adapterkit.__all__ if inspect.isfunction(getattr(adapterkit, name))]
+pytestmark = pytest.mark.quick
+
 LATER = {"push"}  # of a finished output: needs a network
-HUGE = 10**30
-VALUES = [
-    None, True, False, 0, -1, 1, 2, 8.0, 1.5, 0.5, math.nan, math.inf, -math.inf, HUGE, -HUGE, 2**63, float(HUGE), 1j,
-    Decimal("0.5"), "", " ", "x", "4", "8.0", "0", "-3", "(", "*", "a\0b", "ü\n", "none", "SHA256", "cuda:99", "cpu:7",
-    "cuda:99999999999", "1GB", "x=1", "1" * 300, "x" * 200, b"x", [], {}, (), [1], [None], ["x"], ["x", "y"], {"x": 1},
-    {"x": None}, {1: 2}, ("x", 0.5), {"x"}, object(), Path("x"), re.compile("x"), re.compile("x", re.IGNORECASE), int, range(3),
-    np.int64(3), np.float32(0.25), np.float64("nan"), np.bool_(True), np.array([1, 2]), np.array([]), np.str_("x"),
-    torch.tensor(2), torch.tensor([1.5, 2]), torch.bfloat16, torch.int8,
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def calls(cached_folder, tmp_path_factory):
-    """For each verb a call that is right."""
-    base = cached_folder("llama", lambda folder: oracle.save_base(oracle.llama(), folder, "bf16"))
-    root = tmp_path_factory.mktemp("calls")
-    model = lambda: oracle.load(oracle.llama, base)
-    for number in (1, 2):
-        oracle.train(
-            model(), root / f"a{number}", seed=number, target_modules=["q_proj", "up_proj"]
-        )
-    one, two = root / "a1", root / "a2"
-    adapterkit.quantize(base, to="nf4", out=root / "nf4")
-    adapterkit.merge(base, one, out=root / "tuned")
-    return {
-        "arrow": ([[one, two]], {}),
-        "combine": ([[one, two]], {"method": "ties", "density": 0.5, "rank": 2}),
-        "dequantize": ([root / "nf4"], {}),
-        "diff": ([one, two], {}),
-        "extract": ([base, root / "tuned"], {"rank": 2}),
-        "init": ([base], {"method": "pissa", "rank": 2, "targets": "q_proj"}),
-        "inspect": ([one], {}),
-        "loftq": ([base], {"rank": 2, "iterations": 1, "targets": "q_proj", "block_size": 64}),
-        "merge": ([base, one], {}),
-        "quantize": ([base], {"to": "nf4"}),
-        "rebase": ([one], {"initial": two}),
-        "resize": ([one], {"rank": 2}),
-        "subtract": ([one], {"general": two}),
-        "verify": ([root / "tuned"], {}),
-    }
-
-
-def arguments(calls, verb, out):
-    """The right call as names and values."""
-    positional, named = calls[verb]
-    signature = inspect.signature(getattr(adapterkit, verb))
-    given = dict(signature.bind_partial(*positional, **named).arguments)
-    return given | ({"out": out} if "out" in signature.parameters else {})
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_wrong_values_of_every_option(verb, calls, tmp_path, monkeypatch):
-    """Nothing but an error of ours, or a result."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    function, crashes, count = getattr(adapterkit, verb), [], 0
-    for name in inspect.signature(function).parameters:
-        for value in VALUES:
-            count += 1
-            try:
-                function(**(arguments(calls, verb, tmp_path / str(count)) | {name: value}))
-            except adapterkit.AdapterkitError as error:
-                assert str(error)
-            except Exception as error:  # what is looked for
-                crashes.append(f"{name}={value!r}: {type(error).__name__}: {error}")
-    assert not crashes
 
 
 @pytest.mark.parametrize("verb", VERBS)

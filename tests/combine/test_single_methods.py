@@ -1,0 +1,168 @@
+"""Combination methods: bad options and refusals, and what is special to one of them."""
+
+import math
+
+import pytest
+import torch
+
+from adapterkit import registry
+from adapterkit.errors import Refused
+from adapterkit.kernels.lowrank import Product
+from tests.support.method_references import refers
+from tests.support.methods import HARD, METHODS, combined, product, record
+
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("one_thread")]
+
+
+BAD = {
+    "density": [-0.1, 1.1, math.nan],
+    "majority": ["most"],
+    "gamma": [-0.1, 1.5],
+    "epsilon": [-0.1, 0.4, 0.9],
+    "select": [-0.1, 2.0],
+    "decay": [-0.1, 1.1],
+    "t": [-0.1, 1.1],
+    "share": [0.0, 1.1],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for name in METHODS for option in registry.options(METHODS[name])],
+)
+def test_bad_options(name: str, option: str) -> None:
+    for value in BAD.get(option, []):
+        with pytest.raises(Refused, match=f"--{option}"):
+            record(name, **{option: value})
+
+
+def test_della_says_which_epsilon_fits() -> None:
+    with pytest.raises(Refused, match="below 0.1"):
+        record("della", density=0.9, epsilon=0.15)
+    record("della", density=1.0, epsilon=0.15), record("della", density=0.75, epsilon=0.25)
+
+
+def test_refusals_of_factors() -> None:
+    one, two, three = HARD["full rank"]
+    minus = Product(-one.left * 3, one.right)
+    for name in ("slerp", "karcher"):
+        with pytest.raises(Refused, match="opposite directions"):
+            combined(record(name), [one, minus], [1.0, 1.0])
+    with pytest.raises(Refused, match="adapters 1 and 3 in opposite"):
+        combined(record("karcher"), [one, two, minus], [1.0, 1.0, 1.0])
+    (
+        combined(record("slerp"), [one, minus], [1.0, -1.0]),
+        combined(record("karcher"), [one, two, minus], [1.0, 1.0, 0.0]),
+    )
+    with pytest.raises(Refused, match="two"):
+        combined(record("slerp"), [one, two, three], [1.0, 1.0, 1.0])
+    with pytest.raises(Refused, match="add up to 0"):
+        combined(record("mean"), [one, two], [1.0, -1.0])
+    for weights in ([1.0, -0.5], [0.0, 0.0]):
+        with pytest.raises(Refused, match="shares"):
+            combined(record("karcher"), [one, two], weights)
+
+
+def test_karcher_of_balanced_directions_is_refused() -> None:
+    """Three vectors at 120°: no two are opposite, and yet there is no mean."""
+    turns = [2 * math.pi * i / 3 for i in range(3)]
+    products = [
+        Product(
+            torch.tensor([[math.cos(a)], [math.sin(a)]], dtype=torch.float64),
+            torch.ones(1, 1).double(),
+        )
+        for a in turns
+    ]
+    with pytest.raises(Refused, match="cancel"):
+        combined(record("karcher"), products, [1.0, 1.0, 1.0])
+
+
+def test_karcher_is_where_the_pulls_balance() -> None:
+    products = [product(30, 20, 4, seed) for seed in range(6)]
+    weights = [1.0, 2.0, 0.5, 1.0, 3.0, 1.0]
+    result = combined(record("karcher"), products, weights)
+    u, pull = result / result.norm(), torch.zeros(30, 20, dtype=torch.float64)
+    for w, p in zip(weights, products, strict=True):
+        x = p.dense() / p.dense().norm()
+        angle = torch.acos((x * u).sum())
+        pull += w * angle / angle.sin() * (x - angle.cos() * u)
+    assert float(pull.norm()) < 1e-8
+    assert float(result.norm()) == pytest.approx(
+        sum(w * float(p.dense().norm()) for w, p in zip(weights, products, strict=True)) / 8.5
+    )
+
+
+@pytest.mark.parametrize("name", ["mean", "karcher", "slerp", "tsv", "ties", "sce", "knots"])
+def test_a_delta_with_itself(name: str) -> None:
+    one = product(12, 9, 3, 4)
+    weights = [0.5, 0.5] if name == "slerp" else [1.0, 1.0]
+    result = combined(record(name, density=1, select=0.5), [one, one], weights)
+    torch.testing.assert_close(result, one.dense(), rtol=1e-5, atol=1e-6)
+
+
+def test_nearly_parallel() -> None:
+    """Angles far below the square root of float64's noise do no harm."""
+    one, other = product(12, 9, 3, 4), product(12, 9, 3, 5)
+    for tiny in (1e-5, 1e-8, 1e-11):
+        near = Product(
+            torch.cat([one.left, tiny * other.left], 1), torch.cat([one.right, other.right], 0)
+        )
+        for name in ("karcher", "slerp"):
+            got = combined(record(name), [one, near], [0.5, 0.5])
+            torch.testing.assert_close(
+                got, (one.dense() + near.dense()) / 2, rtol=0, atol=1e-9 + tiny**2
+            )
+
+
+def test_slerp_of_a_small_angle() -> None:
+    one, other = product(12, 9, 3, 4), product(12, 9, 3, 5)
+    near = Product(
+        torch.cat([one.left, 0.03 * other.left], 1), torch.cat([one.right, other.right], 0)
+    )
+    refers("slerp", {}, [one, near], [1.0, 3.0])
+
+
+def test_iso_c_is_isotropic_and_tsv_is_orthogonal() -> None:
+    products = [product(30, 20, 3, seed) for seed in (1, 2)]
+    found = torch.linalg.svdvals(combined(record("iso_c"), products, [1.0, 1.0]))
+    assert float(found[5]) == pytest.approx(float(found[0])) and float(found[6]) < 1e-12
+    strengths = (
+        torch.cat([torch.linalg.svdvals(p.dense())[:3] for p in products])
+        .sort(descending=True)
+        .values
+    )
+    torch.testing.assert_close(
+        torch.linalg.svdvals(combined(record("tsv"), products, [1.0, 1.0]))[:6], strengths
+    )
+    energy = record("tsv", share=0.05).combine_factors(products, [1.0, 1.0])[1]["kept_energy"]
+    kept = [torch.linalg.svdvals(p.dense()).square() for p in products]
+    assert energy == pytest.approx(
+        sum(float(s[0]) for s in kept) / sum(float(s.sum()) for s in kept)
+    )
+
+
+@pytest.mark.parametrize("name", ["iso_c", "tsv", "knots"])
+def test_noise_is_not_a_direction(name: str) -> None:
+    """The same delta twice in other factors: the second half of the rank is rounding, and must stay out."""
+    one = product(12, 9, 3, 4)
+    mixed = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    same = Product(one.left @ mixed, torch.linalg.solve(mixed, one.right))
+    expected = combined(record(name, density=1), [one], [1.0])
+    got = combined(
+        record(name, density=1), [one, same], [0.5, 0.5] if name == "iso_c" else [1.0, 1.0]
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+
+def test_sce_weighs_small_deltas_too() -> None:
+    """Mean squares far below 1e-6, as those of most adapters: the shares are still those of the squares."""
+    one, two = HARD["pair"]
+    small = [Product(p.left * 1e-6, p.right) for p in (one, two)]
+    for select in (0.5, 1.0):
+        method = record("sce", select=select)
+        torch.testing.assert_close(
+            combined(method, small, [1, 1]) * 1e6,
+            combined(method, [one, two], [1, 1]),
+            rtol=1e-5,
+            atol=1e-6,
+        )

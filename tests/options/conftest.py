@@ -1,0 +1,38 @@
+"""A right call of every verb."""
+
+import pytest
+
+import adapterkit
+
+
+@pytest.fixture(scope="session")
+def calls(cached_folder, tmp_path_factory):
+    """For each verb a call that is right."""
+    from tests.support import oracle
+
+    base = cached_folder("llama", lambda folder: oracle.save_base(oracle.llama(), folder, "bf16"))
+    root = tmp_path_factory.mktemp("calls")
+    model = lambda: oracle.load(oracle.llama, base)
+    for number in (1, 2):
+        oracle.train(
+            model(), root / f"a{number}", seed=number, target_modules=["q_proj", "up_proj"]
+        )
+    one, two = root / "a1", root / "a2"
+    adapterkit.quantize(base, to="nf4", out=root / "nf4")
+    adapterkit.merge(base, one, out=root / "tuned")
+    return {
+        "arrow": ([[one, two]], {}),
+        "combine": ([[one, two]], {"method": "ties", "density": 0.5, "rank": 2}),
+        "dequantize": ([root / "nf4"], {}),
+        "diff": ([one, two], {}),
+        "extract": ([base, root / "tuned"], {"rank": 2}),
+        "init": ([base], {"method": "pissa", "rank": 2, "targets": "q_proj"}),
+        "inspect": ([one], {}),
+        "loftq": ([base], {"rank": 2, "iterations": 1, "targets": "q_proj", "block_size": 64}),
+        "merge": ([base, one], {}),
+        "quantize": ([base], {"to": "nf4"}),
+        "rebase": ([one], {"initial": two}),
+        "resize": ([one], {"rank": 2}),
+        "subtract": ([one], {"general": two}),
+        "verify": ([root / "tuned"], {}),
+    }

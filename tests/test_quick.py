@@ -1,0 +1,43 @@
+"""`pytest -m quick` runs the suites that it promises, and none that waits for peft."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.quick
+
+TESTS = Path(__file__).parent
+SUITES = {
+    *(path.relative_to(TESTS).as_posix() for path in (TESTS / "kernels").glob("test_*.py")),
+    *(f"combine/{name}.py" for name in ("test_methods", "test_single_methods", "test_trimming")),
+    "hostile/test_layers.py",
+    "options/test_options.py",
+    "test_errors.py",
+    "test_quick.py",
+    "weights/test_slots.py",
+}
+QUICK = {
+    path.relative_to(TESTS).as_posix(): path.read_text()
+    for path in TESTS.rglob("test_*.py")
+    if "pytest.mark.quick" in path.read_text()
+}
+
+
+def test_the_suites_are_quick():
+    assert set(QUICK) == SUITES and len(SUITES) >= 13
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_quick_file_is_quick_as_a_whole_and_imports_no_model(name):
+    """conftest.py goes by the text alone, and does not import what is not quick."""
+    assert re.search(r"^pytestmark = \[?pytest\.mark\.quick\b", QUICK[name], re.MULTILINE)
+    modules = set()
+    for node in ast.parse(QUICK[name]).body:
+        if isinstance(node, ast.ImportFrom):
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    heavy = {"peft", *(f"tests.support.{name}" for name in ("oracle", "deltas", "architectures"))}
+    assert not {module for module in modules if module in heavy or module.startswith("peft.")}
