@@ -18,20 +18,20 @@ from adapterkit.errors import (
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from adapterkit.ops.arrow import arrow
-    from adapterkit.ops.combine import combine
-    from adapterkit.ops.dequantize import dequantize
-    from adapterkit.ops.diff import diff
-    from adapterkit.ops.extract import extract
-    from adapterkit.ops.init import init
-    from adapterkit.ops.inspect import inspect
-    from adapterkit.ops.loftq import loftq
-    from adapterkit.ops.merge import merge
-    from adapterkit.ops.quantize import quantize
-    from adapterkit.ops.rebase import rebase
-    from adapterkit.ops.resize import resize
-    from adapterkit.ops.subtract import subtract
-    from adapterkit.ops.verify import verify
+    from adapterkit.verbs.arrow import arrow
+    from adapterkit.verbs.combine import combine
+    from adapterkit.verbs.dequantize import dequantize
+    from adapterkit.verbs.diff import diff
+    from adapterkit.verbs.extract import extract
+    from adapterkit.verbs.init import init
+    from adapterkit.verbs.inspect import inspect
+    from adapterkit.verbs.loftq import loftq
+    from adapterkit.verbs.merge import merge
+    from adapterkit.verbs.quantize import quantize
+    from adapterkit.verbs.rebase import rebase
+    from adapterkit.verbs.resize import resize
+    from adapterkit.verbs.subtract import subtract
+    from adapterkit.verbs.verify import verify
 
 __all__ = [
     "AdapterkitError",
@@ -63,7 +63,7 @@ def __getattr__(name: str):
     if name in __all__:
         from importlib import import_module
 
-        return getattr(import_module(f"adapterkit.ops.{name}"), name)
+        return getattr(import_module(f"adapterkit.verbs.{name}"), name)
     raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
 
 

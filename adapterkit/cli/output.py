@@ -84,7 +84,7 @@ def print_plan(plan: Any, as_json: bool) -> None:
 
 
 def print_receipt(receipt: Any) -> None:
-    from adapterkit.ops.outcomes import outcomes
+    from adapterkit.reports.outcomes import outcomes
 
     data = receipt.data
     if receipt.finished_before:

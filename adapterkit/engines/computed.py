@@ -3,14 +3,12 @@
 The header gets the room of the largest file there can be, so the data's place is known before its size; it is written last.
 """
 
-import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import replace
-from functools import cached_property
 from typing import TypeVar, cast
 
 import torch
@@ -24,16 +22,10 @@ from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import (
-    AHEAD,
-    HANDOFF,
-    Computed,
-    Inputs,
-    Progress,
-    ShardResult,
-    Task,
-    TaskResult,
-)
+from adapterkit.plan import AHEAD, Computed, Inputs, Progress, Task, TaskResult
+from adapterkit.receipt import ShardResult
+from adapterkit.tasks.handoff import HandoffWriter
+from adapterkit.tasks.rows import byte_view
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,7 +46,7 @@ def write_computed(
     not finite."""
     shard = ShardFile(stage.path, file.file, file.size)
     try:
-        metrics, handoffs = {}, _Aside(stage, file)
+        metrics, handoffs = {}, HandoffWriter(stage, file)
         places = _Sorted(file) if file.safetensors_order else _Growing(file)
         results = _made(file, stage, inputs, workers, budget, progress)
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
@@ -68,7 +60,7 @@ def write_computed(
                     )
                 else:
                     at = places.next(Stored(key, dtypes.name_of(tensor.dtype), tuple(tensor.shape)))
-                    shard.write(_bytes(tensor), at)
+                    shard.write(byte_view(tensor), at)
                     del tensor
             del made
         next(results, None)
@@ -173,62 +165,6 @@ def _copy(inputs: Inputs, spec: TensorSpec, shard: ShardFile, at: int) -> None:
         shard.write(memoryview(inputs.bytes(part)), at + first - spec.start)
 
 
-class _Aside:
-    """What the tasks of a file lay aside, in a file beside it."""
-
-    def __init__(self, stage: Stage, file: Computed):
-        self.stage, self.name, self.file, self.at = stage, file.file + HANDOFF, None, 0
-        self.where: dict[str, list] = {}
-
-    def put(self, tensors: dict[str, Tensor]) -> None:
-        for key, tensor in tensors.items():
-            self.file = self.file or ShardFile(self.stage.path, self.name, 0)
-            data = _bytes(tensor)
-            self.file.write(data, self.at)
-            self.where[key] = [dtypes.name_of(tensor.dtype), list(tensor.shape), self.at]
-            self.at += len(data)
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.sync()
-            self.file.publish()
-
-
-class Asides:
-    """What finished files have laid aside, as the journal tells."""
-
-    def __init__(self, stage: Stage):
-        self.stage = stage
-
-    @cached_property
-    def where(self) -> dict[str, tuple[str, list]]:
-        entries = [entry["shard"] for entry in self.stage.journal() if "shard" in entry]
-        return {
-            key: (entry["file"], place)
-            for entry in entries
-            for key, place in entry["handoffs"].items()
-        }
-
-    def tensor(self, key: str) -> Tensor:
-        name, (dtype, shape, at) = self.where[key]
-        with (self.stage.path / (name + HANDOFF)).open("rb") as file:
-            file.seek(at)
-            data = bytearray(file.read(dtypes.size(dtype, math.prod(shape))))
-        if len(data) != dtypes.size(dtype, math.prod(shape)):
-            found = f"what was laid aside for {shown(key)} is cut short"
-            raise Unrecoverable(
-                found,
-                expected="the file as it was written",
-                where=name + HANDOFF,
-                hint="run the same command again",
-            )
-        return (
-            torch.frombuffer(data, dtype=dtypes.torch_dtype(dtype)).view(shape)
-            if data
-            else torch.empty(shape)
-        )
-
-
 def _made(
     file: Computed, stage: Stage, inputs: Inputs, workers: int, budget: int, progress: Progress
 ) -> Iterator[TaskResult]:
@@ -317,7 +253,7 @@ class _Spill:
     def put(self, tensors: dict[str, Tensor]) -> list[tuple[str, torch.dtype, torch.Size, int]]:
         where = []
         for key, tensor in tensors.items():
-            data = _bytes(tensor)
+            data = byte_view(tensor)
             self.file.write(data, self.at)
             where.append((key, tensor.dtype, tensor.shape, self.at))
             self.at += len(data)
@@ -338,10 +274,6 @@ class _Spill:
     def close(self) -> None:
         self.file.abandon()
         self.file.path.unlink(missing_ok=True)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checked(made: TaskResult) -> TaskResult:

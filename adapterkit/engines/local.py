@@ -29,18 +29,15 @@ from adapterkit.checkpoint.reader import Sources, read_exactly
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.system import cores
 from adapterkit.checkpoint.writer import FLUSH, ShardFile
-from adapterkit.edits import Loaded
-from adapterkit.engines.computed import Asides, write_computed
+from adapterkit.engines.computed import write_computed
 from adapterkit.errors import Failed, Refused, Unrecoverable, shown
-from adapterkit.kernels.stochastic import round_to
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import STACKS, Computed, Plan, Progress, Shard, ShardResult, Step
+from adapterkit.plan import STACKS, Computed, Loaded, Plan, Progress, Shard, Step
+from adapterkit.receipt import ShardResult
+from adapterkit.tasks.handoff import HandoffReader
+from adapterkit.tasks.rows import arithmetic, chunks, rounded, unrounded
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 
-ELEMENTS = (
-    1 << 18
-)  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
-CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
 SPAN = 4  # chunks that a worker takes at a time: what it shares with the others is touched once per span
 CUDA_SPAN = 1
 RUN = 4 << 20  # bytes of one piece of an untouched run
@@ -78,7 +75,7 @@ def local(device: str = "auto", workers: int | None = None):
                 if streamed:
                     _Job(streamed, stage, sources, where, count, hash, finished, progress).run()
                 for file in computed:
-                    inputs = Inputs(sources, where, handoffs=Asides(stage))
+                    inputs = Inputs(sources, where, handoffs=HandoffReader(stage))
                     finished(
                         write_computed(file, stage, inputs, count, plan.budget, hash, progress)
                     )
@@ -119,7 +116,7 @@ class Inputs:
     sources: Sources
     device: torch.device
     dtype: torch.dtype = torch.float32
-    handoffs: Asides | None = None
+    handoffs: HandoffReader | None = None
     stacks: "_Stacks" = field(default_factory=lambda: _Stacks())
 
     def handoff(self, key: str) -> Tensor:
@@ -197,37 +194,6 @@ class _Stacks:
 class _Stack:
     value: Tensor | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:
-    """Values of a step as they are written; `position`: of the first of them in the tensor."""
-    dtype = dtypes.torch_dtype(step.dtype)
-    return w.to(dtype) if step.draws is None else round_to(w, dtype, step.draws.at(position))
-
-
-def unrounded(w: Tensor, before: Tensor, edits: list[Loaded], first: int) -> Tensor:
-    """What the edits make of these rows without roundings between them (those of `--compat peft`): w where they have none."""
-    if all(edit.exact is None for edit in edits):
-        return w
-    w = before.clone()
-    for edit in edits:
-        (edit.exact or edit.apply)(w, first)
-    return w
-
-
-def arithmetic(step: Step) -> torch.dtype:
-    """What a step is computed in: float32; float64 where the source is, or `wide`."""
-    return torch.promote_types(
-        dtypes.torch_dtype(step.source.dtype), torch.float64 if step.wide else torch.float32
-    )
-
-
-def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
-    """Rows [first, last) of each chunk of a grid: a function of the shape and the kind of device alone."""
-    rows, columns = grid
-    elements = ELEMENTS if device.type == "cpu" else CUDA_ELEMENTS
-    step = max(1, elements // max(columns, 1))
-    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 @dataclass

@@ -30,7 +30,7 @@ SHAPES = {
 ADAPTERKIT = """
 import sys, time, torch, json
 from adapterkit.engines import local
-from adapterkit.ops import {verb}
+from adapterkit.verbs import {verb}
 start = time.perf_counter()
 {verb}.{verb}(**json.loads(sys.argv[1]))
 print(f"seconds={{time.perf_counter() - start}}")

@@ -59,7 +59,7 @@ def timed(part, function):
 OURS = """
 from concurrent.futures import ThreadPoolExecutor
 from threading import local
-from adapterkit.ops import loftq
+from adapterkit.tasks import loftq
 from adapterkit.weights.codecs.bnb4 import Bnb4
 from adapterkit.weights.codec import Unpacked
 

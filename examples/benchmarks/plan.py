@@ -39,8 +39,8 @@ PLAN = """
 import gc, json, re, sys, time
 from pathlib import Path
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.ops.job import Options
-from adapterkit.ops.merge import plan_merge
+from adapterkit.planning.merge.job import Options
+from adapterkit.planning.merge.plan import plan_merge
 
 class Remote:
     "A folder whose ranges are counted, as one that is not here."

@@ -10,7 +10,7 @@ import click.testing
 import pytest
 
 from adapterkit.cli import main
-from adapterkit.ops.sources import weight_of
+from adapterkit.planning.sources import weight_of
 from tests.support import oracle
 from tests.support.oracle import stored
 

@@ -111,7 +111,7 @@ def test_declarations_are_those_of_the_records(package: str):
 
 
 def test_help_lists_every_method_and_format():
-    from adapterkit.ops.quantize import targets
+    from adapterkit.planning.quantization import targets
 
     names = lambda command: {
         name

@@ -19,7 +19,7 @@ from adapterkit import registry
 from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.kernels import elementwise
-from adapterkit.ops.combining import DenseDeltas, Seeds
+from adapterkit.tasks.combined import DenseDeltas, Seeds
 from tests.support import oracle
 from tests.support.deltas import LAYERS, assert_close, deltas, net, trained, truncated, weighted
 
@@ -702,7 +702,7 @@ def test_the_command_writes_plans_and_resumes(three, tmp_path):
 
 def test_the_help_names_every_method_and_alias():
     text = CliRunner().invoke(main, ["combine", "--help"]).output
-    from adapterkit.ops.combine import ALIASES
+    from adapterkit.verbs.combine import ALIASES
 
     for name in (*registry.members("combinations"), *ALIASES):
         assert re.search(rf"\b{name}\b", text), name

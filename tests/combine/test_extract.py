@@ -459,7 +459,7 @@ def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
     base = saved("llama")
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(3, linear))
     adapterkit.extract(base, after, out=tmp_path / "whole", rank=3)
-    monkeypatch.setattr("adapterkit.ops.extract.BLOCK", 100)
+    monkeypatch.setattr("adapterkit.tasks.difference.BLOCK", 100)
     sizes, tensor = [], Inputs.tensor
     monkeypatch.setattr(
         Inputs, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec)
@@ -616,10 +616,10 @@ def test_names_that_others_end_with(cached_folder, tmp_path):
 
 def test_targets_that_others_end_with(tmp_path):
     """A list would mean both towers; the regex means one."""
-    from adapterkit.ops.extract import _Output
+    from adapterkit.planning.extract import ExtractedAdapter
 
     others = frozenset({"layers.0.q", "encoder.layers.0.q", "layers.0", "encoder"})
-    output = _Output([], [], {}, {}, "", others=others)
+    output = ExtractedAdapter([], [], {}, {}, "", others=others)
     assert output._modules({"encoder.layers.0.q"}) == ["encoder.layers.0.q"]
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])})
     model["encoder"] = nn.ModuleDict(
@@ -799,7 +799,7 @@ def test_what_its_own_reader_refuses_is_not_published(saved, tmp_path, monkeypat
     """As if the config did not speak of what was saved whole."""
     base = saved("vit")
     after = tuned(base, oracle.vit, tmp_path / "tuned", everything)
-    monkeypatch.setattr("adapterkit.ops.extract._Job.settings", lambda self: {})
+    monkeypatch.setattr("adapterkit.planning.extract.Extraction.settings", lambda self: {})
     with pytest.raises(AdapterkitError, match="of which the config does not speak"):
         adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
     assert not (tmp_path / "out").exists()

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adapterkit import resize
-from adapterkit.adapter import read_adapter
+from adapterkit.adapters.kinds import lokr
+from adapterkit.adapters.kinds.oft import less_identity, skew
+from adapterkit.adapters.peft import read_adapter
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.cli import main
 from adapterkit.errors import Refused
-from adapterkit.kinds import lokr
-from adapterkit.kinds.oft import less_identity, skew
 from adapterkit.registry import members
 
 CONFIGS = {
@@ -206,8 +206,10 @@ def resized(case, base, adapter, out, **how):
 
 
 def test_every_type_is_tested():
-    assert set(members("kinds")) | {"dora"} == set(CONFIGS) == {case.kind for case in CASES}
-    assert all(getattr(peft.PeftType, name.upper()) for name in members("kinds"))
+    assert (
+        set(members("adapters.kinds")) | {"dora"} == set(CONFIGS) == {case.kind for case in CASES}
+    )
+    assert all(getattr(peft.PeftType, name.upper()) for name in members("adapters.kinds"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -287,7 +289,7 @@ def test_the_ranknum_of_old_files_counts(base, tmp_path):
 
 def test_a_plan_knows_the_largest_rank_of_each_cut(base, oracle_of, tmp_path, monkeypatch):
     """With a size none may have more than so many times the rank that all could have alike."""
-    monkeypatch.setattr("adapterkit.ops.resize.SHARES", 2)
+    monkeypatch.setattr("adapterkit.verbs.resize.SHARES", 2)
     adapter, _ = oracle_of(Case("oft", ["wide", "fit"], OFT, base=True))
 
     def most(**cut):
@@ -446,7 +448,7 @@ def test_an_unknown_setting_is_refused(simple, base, tmp_path):
 
 def test_settings_that_make_no_sense_are_refused(simple, base, tmp_path):
     case, adapter = simple
-    for key in members("kinds")[case.kind].settings:
+    for key in members("adapters.kinds")[case.kind].settings:
         now = json.loads((adapter / "adapter_config.json").read_text())[key]
         refused(case, base, edited(adapter, **{key: "many"}), tmp_path, f"{key} = 'many'")
         edited(adapter, **{key: now})

@@ -10,7 +10,7 @@ import pytest
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import read_header
 from adapterkit.errors import AdapterkitError
-from adapterkit.ops.verify import verify
+from adapterkit.verbs.verify import verify
 
 RECEIPT = "adapterkit.json"
 

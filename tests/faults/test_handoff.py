@@ -26,7 +26,7 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
 from transformers import LlamaForCausalLM
 from transformers.quantizers import base, quantizers_utils
-import adapterkit.ops.loftq, driver
+import adapterkit.verbs.loftq, driver
 driver.serve()
 """
 

@@ -17,8 +17,9 @@ import adapterkit
 from adapterkit import merge
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Failed, Refused
-from adapterkit.ops.merge import Options, plan_merge
 from adapterkit.patterns import matcher
+from adapterkit.planning.merge.job import Options
+from adapterkit.planning.merge.plan import plan_merge
 from tests.support.raw_files import (
     DTYPES,
     GOLDEN,
@@ -216,7 +217,7 @@ WATCHED = """
 import json, sys
 from pathlib import Path
 here, out = sys.argv[1:]
-import adapterkit.ops.merge, adapterkit.engines.local, regex
+import adapterkit.verbs.merge, adapterkit.engines.local, regex
 seen = []
 def audit(event, args):
     if event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "urllib.")):
@@ -226,7 +227,7 @@ def audit(event, args):
     elif event == "import":
         seen.append([event, args[0]])
 sys.addaudithook(audit)
-adapterkit.ops.merge.merge(here + "/base", [here + "/adapter"], out=out)
+adapterkit.verbs.merge.merge(here + "/base", [here + "/adapter"], out=out)
 print(json.dumps(seen))
 """
 

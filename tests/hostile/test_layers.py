@@ -17,11 +17,15 @@ PACKAGE = Path(adapterkit.__file__).parent
 # DESIGN.md section 2, top to bottom. A part may import parts of its own level and of those below it.
 LEVELS = [
     "cli __main__",
-    "ops runtime hub engines",
-    "plan inits combinations kinds formats edits placement",
-    "adapter factors weights gguf kernels",
-    "checkpoint options patterns",
-    "dtypes errors registry",
+    "verbs runtime",
+    "planning reports engines",
+    "tasks",
+    "execute receipt plan",
+    "formats adapters inits combinations hub",
+    "weights gguf",
+    "checkpoint",
+    "kernels",
+    "options patterns registry dtypes errors",
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts.split()}
 
@@ -66,9 +70,9 @@ def test_imports_go_downwards(path):
 
 
 @pytest.mark.parametrize("part, source", [
-    ("checkpoint", "from adapterkit.adapter import Adapter"), ("errors", "import adapterkit.dtypes, adapterkit.plan"),
-    ("kernels", "def f():\n    from adapterkit import plan"), ("plan", "from adapterkit.ops.merge import merge"),
-    ("ops", "from adapterkit import cli"), ("weights", "import adapterkit"),
+    ("checkpoint", "from adapterkit.adapters.record import Adapter"), ("errors", "import adapterkit.dtypes, adapterkit.plan"),
+    ("kernels", "def f():\n    from adapterkit import plan"), ("plan", "from adapterkit.verbs.merge import merge"),
+    ("verbs", "from adapterkit import cli"), ("weights", "import adapterkit"),
 ])  # fmt: skip
 def test_the_check_sees_an_import_upwards(part, source):
     assert upwards(part, source)

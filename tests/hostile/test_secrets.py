@@ -13,8 +13,8 @@ import pytest
 import adapterkit
 from adapterkit import merge
 from adapterkit.errors import AdapterkitError, Failed, Refused, shown
-from adapterkit.ops.packaging import model_card
-from adapterkit.plan import run
+from adapterkit.execute import run
+from adapterkit.planning.cards import merged_card
 from tests.support.raw_files import PREFIX, AdapterFiles, MemoryFolder, base, plain, tensors_file
 
 TOKEN = "hf_PlantedTokenOfTheEnvironment123"
@@ -30,7 +30,7 @@ SECRETS = [TOKEN, "PlantedAwsSecret", "proxypass", "endpass", HOST]
 RUN = """
 import json, os, socket, sys, tempfile
 socket.gethostname = lambda: HOST
-import adapterkit.engines.local, adapterkit.ops.merge, adapterkit.ops.verify
+import adapterkit.engines.local, adapterkit.verbs.merge, adapterkit.verbs.verify
 from adapterkit.cli import main
 for words in json.loads(sys.argv[1]):
     files = [tempfile.TemporaryFile("w+") for _ in range(2)]
@@ -177,7 +177,8 @@ def test_a_tensor_of_such_a_name_reaches_no_terminal(name):
         folder.content[file] = tensors_file(
             {(PREFIX + name if k == key else k): v for k, v in tensors.items()}
         )
-        from adapterkit.ops.merge import Options, plan_merge
+        from adapterkit.planning.merge.job import Options
+        from adapterkit.planning.merge.plan import plan_merge
 
         pair = (other, folder) if "adapter" in file else (folder, other)
         with pytest.raises(AdapterkitError) as caught:
@@ -186,7 +187,7 @@ def test_a_tensor_of_such_a_name_reaches_no_terminal(name):
 
 
 def opened(name: str, **config):
-    from adapterkit.adapter import read_adapter
+    from adapterkit.adapters.peft import read_adapter
     from adapterkit.checkpoint.spec import open_checkpoint
 
     on, adapter = base(), plain()
@@ -198,7 +199,7 @@ def opened(name: str, **config):
 def test_names_in_the_card_are_inert(name):
     import yaml
 
-    card = model_card(*(lambda b, a: (b, [a], [1.0]))(*opened(name)))
+    card = merged_card(*(lambda b, a: (b, [a], [1.0]))(*opened(name)))
     head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
     front = yaml.safe_load(head)
     assert front["base_model"] == [name, name]
@@ -227,7 +228,7 @@ def test_the_bases_card_is_quoted_never_interpreted(text, frugal):
     on.folder.content["README.md"] = on.files["README.md"] = text
     on.files["README.md"] = len(text)
     with frugal():
-        card = model_card(on, [adapter], [1.0])
+        card = merged_card(on, [adapter], [1.0])
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == ["name", "name"]
     assert front.get("license", "mit") in ("mit", "gpl", "a", "mit # ")

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.engines import local
 from adapterkit.errors import Damaged, Refused
 from adapterkit.kernels.stochastic import Draws, last_place, round_to
+from adapterkit.tasks import rows
 
 pytestmark = pytest.mark.quick
 
@@ -180,7 +180,7 @@ def test_same_seed_same_bytes_whatever_the_chunks_and_workers(tmp_path, monkeypa
         (0, 1 << 12, 4),
         (1, 1 << 18, 4),
     ]:
-        monkeypatch.setattr(local, "ELEMENTS", elements)
+        monkeypatch.setattr(rows, "ELEMENTS", elements)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
         merge(tmp_path, "out", rounding="stochastic", seed=seed, overwrite=True)
         found[seed, elements, workers] = (tmp_path / "out" / "model.safetensors").read_bytes()

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.engines.recompute import check_rows
 from adapterkit.errors import Damaged, Failed, Refused
 from adapterkit.kernels.stochastic import last_place
-from adapterkit.ops.verify import check_rows
 from adapterkit.options import parse_size
 from tests.support import oracle
 from tests.support.oracle import DTYPES, LINEAR, load, stored
@@ -303,7 +303,7 @@ def test_a_delta_in_rows_that_are_not_sampled_is_not_said_to_survive(tmp_path, m
     factors = load_file(adapter / "adapter_model.safetensors")
     factors["base_model.model.x.lora_B.weight"][:64] = 0
     save_file(factors, adapter / "adapter_model.safetensors")
-    monkeypatch.setattr("adapterkit.engines.local.ELEMENTS", 1 << 14)
+    monkeypatch.setattr("adapterkit.tasks.rows.ELEMENTS", 1 << 14)
     metrics = oracle.merge(base, adapter, out=tmp_path / "out").data["parameters"]["x.weight"]
     assert (
         metrics["changed"] == 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from adapterkit.adapter import read_adapter
+from adapterkit.adapters.peft import read_adapter
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import Refused
 from tests.support import oracle
@@ -151,7 +151,7 @@ def test_patterns_match_as_in_peft(patterns):
 
 
 def _adapter(config: dict):
-    from adapterkit.adapter import Adapter
+    from adapterkit.adapters.record import Adapter
 
     return Adapter(LocalFolder("."), 1, config, (), {}, (), {})
 
@@ -203,7 +203,7 @@ def test_weight_scales_the_delta(llama, lora, tmp_path):
 
 def test_config_of_peft_is_known():
     """Every key that this PEFT writes is read: a new one must be looked at before it is called harmless."""
-    from adapterkit.adapter import HARMLESS, OTHER_ARITHMETIC
+    from adapterkit.adapters.config import HARMLESS, OTHER_ARITHMETIC
 
     config = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=list))
     assert set(config) <= HARMLESS | set(OTHER_ARITHMETIC)

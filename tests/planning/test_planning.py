@@ -15,11 +15,11 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.reader import Sources, read_small
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.computed import _Sorted
+from adapterkit.engines.launch import carry_out
 from adapterkit.errors import Damaged, Unrecoverable
-from adapterkit.ops.job import Options
-from adapterkit.ops.merge import plan_merge
-from adapterkit.ops.produced import carry_out
 from adapterkit.plan import Computed
+from adapterkit.planning.merge.job import Options
+from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from adapterkit.weights.skeleton import Skeleton
 from tests.support import oracle, quantized_llama

@@ -19,8 +19,8 @@ import adapterkit
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError
-from adapterkit.ops import requantized
-from adapterkit.ops.sources import open_source
+from adapterkit.planning.sources import open_source
+from adapterkit.tasks import edited
 from adapterkit.weights.codec import QuantizedWeight, check_writable
 from adapterkit.weights.codecs.fp8 import Fp8
 from adapterkit.weights.decoded import decoded_view, quantized_weights
@@ -300,7 +300,7 @@ def test_merged_by_slices_of_rows(
 ) -> None:
     """As many as the format allows, or one: the same bytes."""
     for size in (1 << 20, 1):
-        monkeypatch.setattr(requantized, "SLICE", size)
+        monkeypatch.setattr(edited, "SLICE", size)
         adapterkit.merge(base(name), [lora], out=tmp_path / f"{size}", rounding=rounding)
         adapterkit.merge(
             base(name), [lora], out=tmp_path / f"{size}-floats", dequantize=True, rounding=rounding

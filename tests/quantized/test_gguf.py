@@ -22,7 +22,7 @@ import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, Interrupted, Refused
 from adapterkit.gguf.header import read_gguf
-from adapterkit.ops.sources import open_source
+from adapterkit.planning.sources import open_source
 from tests.support import oracle
 
 gguf = pytest.importorskip("gguf")

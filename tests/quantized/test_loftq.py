@@ -17,7 +17,7 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit.errors import Refused
-from adapterkit.ops.loftq import alternated
+from adapterkit.tasks.loftq import alternated
 from adapterkit.weights.codec import PlainWeight
 from adapterkit.weights.codecs.bnb4 import Bnb4
 from tests.support import oracle

@@ -17,13 +17,13 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import read_header
 from adapterkit.checkpoint.system import cores
-from adapterkit.edits import AddLowRank, Block, Decompose, Term
 from adapterkit.engines.computed import in_order
 from adapterkit.engines.local import Inputs
 from adapterkit.errors import Refused
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.ops import requantized
 from adapterkit.plan import BUFFERS, Step
+from adapterkit.tasks import edited
+from adapterkit.tasks.edits import AddLowRank, Block, Decompose, Term
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import Bnb4
 from adapterkit.weights.codecs.bnb8 import Bnb8
@@ -113,7 +113,7 @@ def peak() -> int:
 def test_no_more_memory_than_claimed(name: str, tmp_path: Path) -> None:
     case = Case(tmp_path, name)
     step = case.step()
-    for task in (requantized.Requantized(step, case.packed), requantized.Edited(step)):
+    for task in (edited.RequantizedWeight(step, case.packed), edited.EditedTensor(step)):
         assert name in WHOLE or task.memory < 10 * math.prod(case.packed.shape), (
             "decoded whole it takes more"
         )
@@ -131,18 +131,18 @@ def test_slices_give_the_bytes_of_the_whole(
     name: str, dora: str | None, seed: int | None, tmp_path: Path, monkeypatch
 ) -> None:
     """Slices and the chunks of the edits end at different rows."""
-    monkeypatch.setattr(requantized, "ROWS", 7777)
+    monkeypatch.setattr(edited, "ROWS", 7777)
     case = Case(tmp_path, name, small=True)
     step, whole = (
         case.step(dora, None if seed is None else Draws.of(seed, "x.weight")),
-        requantized.SLICE,
+        edited.SLICE,
     )
     made = {}
     for size in (whole, 5000, 50_000):
-        monkeypatch.setattr(requantized, "SLICE", size)
+        monkeypatch.setattr(edited, "SLICE", size)
         slices = len(list(case.packed.row_ranges(size)))
         assert slices > 1 or size == whole
-        tasks = (requantized.Requantized(step, case.packed), requantized.Edited(step))
+        tasks = (edited.RequantizedWeight(step, case.packed), edited.EditedTensor(step))
         made[size] = [tensor for task in tasks for tensor in case.compute(task).tensors.values()]
     for size in (5000, 50_000):
         for ours, right in zip(made[size], made[whole], strict=True):
@@ -157,9 +157,9 @@ class Load:
 
     def __init__(self, monkeypatch, delay: float = 0.0):
         self.lock, self.now, self.most, self.together = threading.Lock(), 0, 0, 0
-        self.running, real = 0, requantized.Requantized.compute
+        self.running, real = 0, edited.RequantizedWeight.compute
 
-        def make(task: requantized.Requantized, inputs: Inputs):
+        def make(task: edited.RequantizedWeight, inputs: Inputs):
             with self.lock:
                 self.now, self.running = self.now + task.memory, self.running + 1
                 self.most, self.together = (
@@ -173,7 +173,7 @@ class Load:
                 self.running -= 1
             return made
 
-        monkeypatch.setattr(requantized.Requantized, "compute", make)
+        monkeypatch.setattr(edited.RequantizedWeight, "compute", make)
 
     def written(self, memory: int) -> None:
         with self.lock:
@@ -206,7 +206,7 @@ def test_the_budget_bounds_what_is_made_at_a_time(
             b
             for shard in plan.shards
             for b in shard.tasks
-            if isinstance(b, requantized.Requantized)
+            if isinstance(b, edited.RequantizedWeight)
         ]
         made[budget] = (tmp_path / str(budget) / "model.safetensors").read_bytes()
         peaks[budget] = plan.totals()["memory_peak"] - BUFFERS * cores()

@@ -7,10 +7,11 @@ import pytest
 
 import adapterkit
 from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines import recompute
 from adapterkit.errors import Damaged
 from adapterkit.kernels import rows
-from adapterkit.ops import recomputed, requantized
-from adapterkit.ops.sources import open_source
+from adapterkit.planning.sources import open_source
+from adapterkit.tasks import edited
 from adapterkit.weights.decoded import decoded_view, quantized_weights
 from tests.support import oracle, quantized_llama
 from tests.support.quantized_llama import FORMS
@@ -81,8 +82,8 @@ def test_slices(
 ) -> None:
     """Weights larger than what is recomputed at once, cut otherwise than they were written."""
     base, lora = model(name)
-    monkeypatch.setattr(recomputed, "CHUNK", 1 << 9)
-    monkeypatch.setattr(requantized, "SLICE", 1 << 11)
+    monkeypatch.setattr(recompute, "CHUNK", 1 << 9)
+    monkeypatch.setattr(edited, "SLICE", 1 << 11)
     oracle.merge(base, lora, out=tmp_path / "kept", rounding=rounding, verify=True)
     oracle.merge(
         base, lora, out=tmp_path / "floats", rounding=rounding, verify=True, dequantize=True

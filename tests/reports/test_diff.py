@@ -15,7 +15,7 @@ from adapterkit import diff
 from adapterkit.cli import main
 from adapterkit.errors import Damaged, MultipleErrors, Refused
 from adapterkit.kernels import compare
-from adapterkit.ops.diff import table
+from adapterkit.reports.differences import table
 from tests.support import oracle
 
 ROOT = Path(__file__).parents[2]

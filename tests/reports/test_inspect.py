@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 import realmodel
-from adapterkit.adapter import read_adapter
+from adapterkit.adapters.peft import read_adapter
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.ops import inspect_factors, inspect_report
+from adapterkit.reports import factors, pictures, tables
 from adapterkit.weights.slots import Axis, Slot
 from tests.support import oracle, raw_files, tiny
 from tests.support.hub_server import Hub
@@ -259,17 +259,17 @@ def test_the_norm_of_a_part_of_a_stored_tensor(name, tmp_path, monkeypatch):
     size = (tmp_path / "w.safetensors").stat().st_size
     spec = TensorSpec("w", "F32", (40, 6, 5), "w.safetensors", size - weight.numel() * 4, size)
     slot = Slot("w", (40, 6, 5), tuple(Axis(0, i, of) for i, of in enumerate(POSITIONS[name])))
-    monkeypatch.setattr(inspect_factors, "BLOCK", 7 * 6 * 5 * 4)
+    monkeypatch.setattr(factors, "BLOCK", 7 * 6 * 5 * 4)
     with Sources((LocalFolder(tmp_path),), {}) as sources:
-        squares = inspect_factors._squares(spec, slot, sources, lambda done: None)
+        squares = factors._squares(spec, slot, sources, lambda done: None)
     picked = weight.double().numpy()[np.ix_(*map(list, POSITIONS[name]))]
     assert squares == pytest.approx((picked**2).sum(), rel=1e-12)
 
 
 def test_effective_rank():
-    assert inspect_factors.effective_rank(torch.ones(5, dtype=torch.float64)) == pytest.approx(5)
-    assert inspect_factors.effective_rank(torch.tensor([3.0, 0.0])) == pytest.approx(1)
-    assert inspect_factors.effective_rank(torch.tensor([2.0, 1.0])) == pytest.approx(
+    assert factors.effective_rank(torch.ones(5, dtype=torch.float64)) == pytest.approx(5)
+    assert factors.effective_rank(torch.tensor([3.0, 0.0])) == pytest.approx(1)
+    assert factors.effective_rank(torch.tensor([2.0, 1.0])) == pytest.approx(
         math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2))
     )
 
@@ -472,7 +472,7 @@ def test_no_config_is_a_traceback(one_thread, tmp_path):
             (tmp_path / make.__name__ / "adapter_config.json").write_text(config)
             result = inspect(tmp_path / make.__name__)
             assert len(result["modules"]) == (2 if make is raw_files.everything_else else 1)
-            inspect_report.table(result)
+            tables.table(result)
 
 
 def cut(folder):
@@ -579,7 +579,7 @@ def test_a_damaged_base(name, sharded):
     damage(sharded)
     result = inspect(sharded)
     assert result["kind"] == "base" and any(words in text for text in found(result)), found(result)
-    assert result["parameters"] > 0 and "Traceback" not in inspect_report.table(result)
+    assert result["parameters"] > 0 and "Traceback" not in tables.table(result)
     if name in ("cut", "html", "empty-file"):
         assert [shard["tensors"] is None for shard in result["shards"]] == [False, True]
     if name in ("stray", "total", "pickle", "no-config", "headless", "tied"):
@@ -853,7 +853,7 @@ def test_no_name_acts_on_a_terminal(tmp_path):
     }
     files.folder().write(tmp_path / "adapter")
     result = inspect(tmp_path / "adapter")
-    for text in (inspect_report.table(result), json.dumps(result, ensure_ascii=False)):
+    for text in (tables.table(result), json.dumps(result, ensure_ascii=False)):
         assert all(c.isprintable() or c == "\n" for c in text)
 
 
@@ -929,7 +929,7 @@ def test_an_adapter_on_the_hub_by_its_header_and_config(hub, tmp_path):
     )
     asked = weights_ranges(hub)
     assert len(asked) == 1 and asked[0][0] == (0, 65536)  # of half a megabyte
-    assert "--download" in inspect_report.table(result)
+    assert "--download" in tables.table(result)
 
 
 def test_weights_on_the_hub_are_read_when_asked_for(hub, tmp_path):
@@ -970,7 +970,7 @@ def test_headers_alone(lora, llama, tmp_path, monkeypatch):
         "adapter_config.json",
         "adapter_model.safetensors",
     } and len(ranges) == 2
-    assert "--headers" in inspect_report.table(result)
+    assert "--headers" in tables.table(result)
     assert inspect(llama, headers=True) == inspect(llama)
     code = f"import sys, adapterkit; adapterkit.inspect({str(lora)!r}, headers=True); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
@@ -992,7 +992,7 @@ def test_the_picture(lora, llama, tmp_path):
     data = (tmp_path / "norms.png").read_bytes()
     assert data.startswith(PNG) and len(data) > 5000
     modules = inspect(lora, base=llama)["modules"]
-    rows, columns, values = inspect_report.grid(modules, "relative")
+    rows, columns, values = pictures.grid(modules, "relative")
     assert rows == ["model.layers.0", "model.layers.1"] and len(columns) == 7
     at = {m["module"]: m["relative"] for m in modules}
     assert values == [[at[f"{row}.{column}"] for column in columns] for row in rows]
@@ -1007,7 +1007,7 @@ def test_the_picture_has_holes_where_there_is_no_number(tmp_path):
     files.folder().write(tmp_path / "adapter")
     result = inspect(tmp_path / "adapter", plot=tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(PNG)
-    rows, columns, values = inspect_report.grid(result["modules"], "norm")
+    rows, columns, values = pictures.grid(result["modules"], "norm")
     assert (rows, columns) == (["", "model.layers.0"], ["model.conv", "model.embed", "q$_$proj"])
     assert [[math.isnan(v) for v in row] for row in values] == [
         [True, False, True],

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit import plan
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines import local
@@ -339,7 +340,7 @@ def quantized_experts(folder):
 
 def test_stacks_are_bounded_but_for_the_last_ones():
     stacks, made = local._Stacks(), Counter()
-    specs = [TensorSpec(str(i), "F32", (1,), "", 0, local.STACKS) for i in range(5)]
+    specs = [TensorSpec(str(i), "F32", (1,), "", 0, plan.STACKS) for i in range(5)]
 
     def get(i):
         stacks.get(specs[i], lambda: (made.update([i]), torch.ones(1))[1])

@@ -88,7 +88,7 @@ def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any
       adapterkit combine ./english ./french=0.5 --method linear --out both
       adapterkit combine ./a ./b ./c --method ties --density 0.2 --rank 32 --out merged
     """
-    from adapterkit.ops.combine import combine as verb
+    from adapterkit.verbs.combine import combine as verb
 
     run_verb(verb, adapters, settings=parse_settings(settings), **options)
 
@@ -130,7 +130,7 @@ def subtract(adapters: tuple[str, ...], **options: Any) -> None:
       adapterkit subtract ./law ./medicine --general ./english --rank 16 --out purified
     The second writes purified/law and purified/medicine.
     """
-    from adapterkit.ops.subtract import subtract as verb
+    from adapterkit.verbs.subtract import subtract as verb
 
     run_verb(verb, adapters, **options)
 
@@ -166,7 +166,7 @@ def arrow(adapters: tuple[str, ...], **options: Any) -> None:
       adapterkit arrow ./law ./medicine ./code --out experts
       adapterkit arrow ./law ./medicine ./code --general ./english --top-k 2 --out experts
     """
-    from adapterkit.ops.arrow import arrow as verb
+    from adapterkit.verbs.arrow import arrow as verb
 
     run_verb(verb, adapters, **options)
 
@@ -199,7 +199,7 @@ def resize(adapter: str, **options: Any) -> None:
       adapterkit resize ./rank-64 --energy 0.95 --dtype bf16 --out smaller
       adapterkit resize ./oft --base ./model --rank 32 --out lora
     """
-    from adapterkit.ops.resize import resize as verb
+    from adapterkit.verbs.resize import resize as verb
 
     run_verb(verb, adapter, **options)
 
@@ -226,6 +226,6 @@ def rebase(adapter: str, **options: Any) -> None:
     Example:
       adapterkit rebase ./pissa-trained --initial ./pissa-init --out plain
     """
-    from adapterkit.ops.rebase import rebase as verb
+    from adapterkit.verbs.rebase import rebase as verb
 
     run_verb(verb, adapter, **options)

@@ -98,7 +98,7 @@ def merge(base: str, adapters: tuple[str, ...], **options: Any) -> None:
       adapterkit merge ./base ./style=0.7 ./skill=0.3 --out merged --verify
       adapterkit merge ./merged ./my-adapter=-1 --out unmerged
     """
-    from adapterkit.ops.merge import merge as verb
+    from adapterkit.verbs.merge import merge as verb
 
     run_verb(verb, base, adapters, **options)
 
@@ -130,7 +130,7 @@ def extract(base: str, tuned: str, **options: Any) -> None:
       adapterkit extract ./base ./fine-tune --rank 32 --out adapter
       adapterkit extract ./base ./fine-tune --max-size 50MB --out adapter
     """
-    from adapterkit.ops.extract import extract as verb
+    from adapterkit.verbs.extract import extract as verb
 
     run_verb(verb, base, tuned, **options)
 
@@ -159,6 +159,6 @@ def init(base: str, **options: Any) -> None:
       adapterkit init ./model --method pissa --rank 16 --out pissa
       adapterkit init ./model --method pissa --rank 16 --quantize nf4 --double-quant --out qpissa
     """
-    from adapterkit.ops.init import init as verb
+    from adapterkit.verbs.init import init as verb
 
     run_verb(verb, base, **options)

@@ -43,8 +43,8 @@ def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> Non
       adapterkit inspect ./my-adapter --base ./base --plot norms.png
       adapterkit inspect meta-llama/Llama-3.1-8B --json
     """
-    from adapterkit.ops.inspect import inspect as verb
-    from adapterkit.ops.inspect_report import table
+    from adapterkit.reports.tables import table
+    from adapterkit.verbs.inspect import inspect as verb
 
     with ProgressBar(False) as bar:
         result = verb(path, progress=bar, **options)
@@ -91,8 +91,8 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
       adapterkit diff ./base ./tuned
       adapterkit diff ./adapter ./resized --tolerance 1e-3
     """
-    from adapterkit.ops.diff import diff as verb
-    from adapterkit.ops.diff import table
+    from adapterkit.reports.differences import table
+    from adapterkit.verbs.diff import diff as verb
 
     if quiet and not as_json:
         options["rank_for_energy"] = 0.0
@@ -128,7 +128,7 @@ def verify(folder: str, as_json: bool, quiet: bool, **options: Any) -> None:
       adapterkit verify merged
       adapterkit verify merged --base ./base --adapter ./my-adapter
     """
-    from adapterkit.ops.verify import verify as verb
+    from adapterkit.verbs.verify import verify as verb
 
     with ProgressBar(quiet) as bar:
         result = verb(folder, progress=bar, **options)

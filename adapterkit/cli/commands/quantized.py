@@ -36,7 +36,7 @@ def quantize(base: str, **options: Any) -> None:
       adapterkit quantize ./model --to nf4 --double-quant --out model-nf4
       adapterkit quantize ./model --to int8 --skip 'layers.0[.]' --out model-int8
     """
-    from adapterkit.ops.quantize import quantize as verb
+    from adapterkit.verbs.quantize import quantize as verb
 
     run_verb(verb, base, **options)
 
@@ -55,7 +55,7 @@ def dequantize(base: str, **options: Any) -> None:
       adapterkit dequantize ./model-nf4 --dtype bf16 --out model-bf16
       adapterkit dequantize ./model.Q4_K_M.gguf --out model            # needs adapterkit[gguf]
     """
-    from adapterkit.ops.dequantize import dequantize as verb
+    from adapterkit.verbs.dequantize import dequantize as verb
 
     run_verb(verb, base, **options)
 
@@ -112,6 +112,6 @@ def loftq(base: str, **options: Any) -> None:
       adapterkit loftq ./model --rank 16 --bits-for 'down_proj|layers.0[.]=8' --out loftq
       adapterkit loftq ./model --quantized ./model-nf4 --rank 16 --out adapter
     """
-    from adapterkit.ops.loftq import loftq as verb
+    from adapterkit.verbs.loftq import loftq as verb
 
     run_verb(verb, base, **options)

@@ -1,0 +1,1 @@
+"""The neutral adapter, PEFT's layout on disk, factors, and the kinds besides LoRA."""

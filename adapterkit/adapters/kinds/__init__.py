@@ -1,0 +1,1 @@
+"""Kinds of adapters besides LoRA: one file each."""

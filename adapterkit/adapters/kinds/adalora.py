@@ -1,0 +1,113 @@
+"""AdaLoRA: a product of three, of which training drops singular values (arXiv:2303.10512)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adapterkit.adapters.config import HARMLESS, OTHER_ARITHMETIC, unfit
+from adapterkit.adapters.kinds.common import NUMBER, WHOLE, Adapted, doubles, of_product
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.kernels.lowrank import Product, Svd
+from adapterkit.weights.reader import TensorReader
+
+# what AdaLoRA's layers do not look at (PEFT 0.21): ranks and alphas by pattern, rsLoRA, inits of LoRA
+UNUSED = {
+    "alpha_pattern",
+    "use_rslora",
+    "beta1",
+    "beta2",
+    "deltaT",
+    "orth_reg_weight",
+    "target_r",
+    "tfinal",
+    "tinit",
+    "total_step",
+}
+NOT_HERE = ("use_dora", "lora_bias", "layer_replication", "target_parameters")
+
+
+@dataclass(frozen=True)
+class AdaLora:
+    """delta = scaling / (ranknum + 1e-5) * b @ (e * a): scaling is lora_alpha, or the module's rank where that is not above 0.
+
+    ranknum is the rank before the pruning: PEFT keeps it when it drops the rows of rank_pattern.
+    """
+
+    a: TensorSpec  # (rank, in)
+    b: TensorSpec  # (out, rank)
+    e: TensorSpec  # (rank, 1)
+    scaling: float
+    ranknum: float
+    stored_ranknum: TensorSpec | None = None  # old files hold it
+
+    name = "adalora"
+    keys = ("lora_A", "lora_B", "lora_E", "ranknum")
+    shared = ()
+    settings: ClassVar = {"init_r": WHOLE, "lora_alpha": NUMBER}
+    harmless = frozenset((HARMLESS | UNUSED) - set(OTHER_ARITHMETIC) - set(NOT_HERE))
+    base = ""
+
+    @staticmethod
+    def check(config: dict, where: str) -> list[AdapterkitError]:
+        pattern = config.get("rank_pattern") or {}
+        masks = list(pattern.values()) if isinstance(pattern, dict) else [None]
+        if all(isinstance(mask, list) and all(type(x) is bool for x in mask) for mask in masks):
+            return []
+        return [unfit(config, "rank_pattern", "a map of names to lists of true and false", where)]
+
+    @staticmethod
+    def of(adapted: Adapted) -> "AdaLora":
+        config = adapted.adapter.config
+        a, b, e = adapted.part("lora_A", "lora_B", "lora_E")
+        mask = (config.get("rank_pattern") or {}).get(f"{adapted.module}.lora_E")
+        rank = config["init_r"] if mask is None else sum(mask)
+        fits = (
+            len(a.shape) == len(b.shape) == 2
+            and a.shape[0] == b.shape[1] == rank
+            and e.shape == (rank, 1)
+        )
+        adapted.check(fits, f"factors of rank {rank}, as init_r and rank_pattern say")
+        if not a.shape[1] or not b.shape[0]:
+            raise Refused(
+                f"{a.key} {a.shape}",
+                expected="matrices",
+                where=adapted.adapter.given,
+                hint="gather the shards, save again",
+            )
+        alpha = config["lora_alpha"]
+        return AdaLora(
+            a,
+            b,
+            e,
+            alpha if alpha > 0 else float(rank),
+            float(config["init_r"]),
+            adapted.parts.get("ranknum"),
+        )
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.a, self.b, self.e, *([self.stored_ranknum] if self.stored_ranknum else []))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        return self.shape[1:]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def memory(self) -> int:
+        return 12 * (self.a.nbytes + self.b.nbytes)
+
+    def product(self, inputs: TensorReader) -> Product:
+        a, b, e, *stored = doubles(inputs, *self.reads)
+        ranknum = float(stored[0].reshape(())) if stored else self.ranknum
+        return Product(b * (self.scaling / (ranknum + 1e-5)), e * a)
+
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
+        return of_product(self.product(inputs))

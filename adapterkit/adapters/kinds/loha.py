@@ -1,0 +1,109 @@
+"""LoHa: the elementwise product of two low-rank matrices (FedPara, arXiv:2108.06098)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adapterkit.adapters.config import check_patterns
+from adapterkit.adapters.kinds.common import (
+    NUMBER,
+    WHOLE,
+    Adapted,
+    doubles,
+    kernel_tail,
+    of_product,
+)
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.kernels.lowrank import Product, Svd
+from adapterkit.kernels.truncated import leading
+from adapterkit.weights.reader import TensorReader
+
+PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+CORES = ("hada_t1", "hada_t2")
+
+
+@dataclass(frozen=True)
+class LoHa:
+    """delta = alpha / r * (w1_a @ w1_b) * (w2_a @ w2_b), of rank r² at most.
+
+    A convolution's matrices may have cores: Σ_ij t[i, j] w_a[i] w_b[j], the kernel's positions beside the inputs.
+    """
+
+    first: tuple[
+        TensorSpec, ...
+    ]  # w_a (out, r), w_b (r, in); with a core w_a (r, out), w_b (r, in), t (r, r, *kernel)
+    second: tuple[TensorSpec, ...]
+    scale: float
+
+    name = "loha"
+    keys = (*PARTS, *CORES)
+    shared = ()
+    settings: ClassVar = {"r": WHOLE, "alpha": NUMBER}
+    harmless = frozenset({"rank_pattern", "alpha_pattern", "use_effective_conv2d"})
+    base = ""
+    check = staticmethod(check_patterns)
+
+    @staticmethod
+    def of(adapted: Adapted) -> "LoHa":
+        config = adapted.adapter.config
+        rank, alpha = adapted.adapter.patterned(adapted.module, config["r"], config["alpha"])
+        cored = any(name in adapted.parts for name in CORES)
+        w1_a, w1_b, w2_a, w2_b, *cores = adapted.part(*PARTS, *(CORES if cored else ()))
+        out = w1_a.shape[-1] if cored else w1_a.shape[0]
+        tall, wide = ((rank, out) if cored else (out, rank)), (rank, w1_b.shape[-1])
+        fits = (w1_a.shape, w2_a.shape, w1_b.shape, w2_b.shape) == (tall, tall, wide, wide)
+        fits = fits and all(len(t.shape) == 4 and t.shape[:2] == (rank, rank) for t in cores)
+        fits = fits and len({t.shape for t in cores}) < 2
+        adapted.check(fits, f"two pairs of matrices of rank {rank}, as r and rank_pattern say")
+        return LoHa((w1_a, w1_b, *cores[:1]), (w2_a, w2_b, *cores[1:]), alpha / rank)
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (*self.first, *self.second)
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        return self.first[2].shape[2:] if len(self.first) > 2 else ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        w_a, w_b = self.first[:2]
+        return w_a.shape[1 if self._kernel else 0], w_b.shape[1] * math.prod(self._kernel)
+
+    @property
+    def tail(self) -> tuple[int, ...] | None:
+        return kernel_tail(self.first[1].shape[1], self._kernel)
+
+    @property
+    def rank(self) -> int:
+        return self.first[1].shape[0] ** 2
+
+    @property
+    def memory(self) -> int:
+        return 40 * min(math.prod(self.shape), sum(self.shape) * self.rank)
+
+    def product(self, inputs: TensorReader) -> Product:
+        """(A B) * (C D) = (A ∘ C) (B • D): Kronecker products of rows on the left, of columns on the right (Khatri-Rao)."""
+        (a, b), (c, d) = _pair(inputs, self.first), _pair(inputs, self.second)
+        left = torch.einsum("or,os->ors", a, c).reshape(len(a), -1) * self.scale
+        return Product(left, torch.einsum("ri,si->rsi", b, d).reshape(left.shape[1], -1))
+
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
+        if self.rank < min(self.shape):
+            return of_product(self.product(inputs))
+        (a, b), (c, d) = _pair(inputs, self.first), _pair(inputs, self.second)
+        return leading(((a @ b).mul_(c @ d) * self.scale).float(), most, energy)
+
+
+def _pair(inputs: TensorReader, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, Tensor]:
+    """a (out, r), b (r, in), float64."""
+    a, b, *core = doubles(inputs, *parts)
+    return with_core(a, b, core[0]) if core else (a, b)
+
+
+def with_core(a: Tensor, b: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_ij core[i, j, k, l] a[i, o] b[j, n] as aᵀ (out, r) @ b' (r, in * kernel)."""
+    return a.T, torch.einsum("ijkl,jn->inkl", core, b).reshape(len(a), -1)

@@ -1,0 +1,150 @@
+"""LoKr: the Kronecker product of two matrices, each of them whole or of low rank (LyCORIS, arXiv:2309.14859)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adapterkit.adapters.config import check_patterns
+from adapterkit.adapters.kinds.common import NUMBER, WHOLE, Adapted, doubles, kernel_tail
+from adapterkit.adapters.kinds.loha import with_core
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.kernels import lowrank
+from adapterkit.kernels.lowrank import Product, Svd, rank_for_energy
+from adapterkit.kernels.truncated import truncated_svd
+from adapterkit.weights.reader import TensorReader
+
+Side = tuple[TensorSpec, ...]
+SMALL = 256  # a shorter side up to this is decomposed in full
+
+
+@dataclass(frozen=True)
+class LoKr:
+    """delta = alpha / r * (w1 ⊗ w2): its singular values are the products of theirs, its vectors the Kronecker products."""
+
+    first: Side  # w1 (out1, in1), or w1_a, w1_b
+    second: Side  # w2 (out2, in2, *kernel), or w2_a, w2_b, or w2_a (r, out2), w2_b (r, in2), t2 (r, r, *kernel)
+    scale: float
+
+    name = "lokr"
+    keys = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    shared = ()
+    settings: ClassVar = {"r": WHOLE, "alpha": NUMBER}
+    harmless = frozenset(
+        {
+            "rank_pattern",
+            "alpha_pattern",
+            "use_effective_conv2d",
+            "decompose_both",
+            "decompose_factor",
+            "rank_dropout_scale",
+        }
+    )
+    base = ""
+    check = staticmethod(check_patterns)
+
+    @staticmethod
+    def of(adapted: Adapted) -> "LoKr":
+        config = adapted.adapter.config
+        rank, alpha = adapted.adapter.patterned(adapted.module, config["r"], config["alpha"])
+        first, second = (_side(adapted, f"lokr_w{i}", f"lokr_t{i}", rank) for i in (1, 2))
+        if len(second[0].shape) == 3:
+            why = "PEFT's product of a whole w2 on a Conv1d is not the Kronecker product: it mixes kernel and outputs"
+            raise adapted.refused(
+                why,
+                "linear layers, Conv2d, or a w2 of low rank",
+                "merge it with PEFT, then adapterkit extract",
+            )
+        adapted.check(len(first[0].shape) == 2, "w1 a matrix")
+        return LoKr(first, second, alpha / rank)
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (*self.first, *self.second)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        (out1, in1), (out2, in2) = _shape(self.first), _shape(self.second)
+        return out1 * out2, in1 * in2
+
+    @property
+    def tail(self) -> tuple[int, ...] | None:
+        """A whole w2 of four axes is a Conv2d's; one of low rank without core has its kernel flattened."""
+        kernel = self.second[-1].shape[2:]
+        if len(self.second) == 1:
+            return (self.shape[1] // math.prod(kernel), *kernel)
+        return kernel_tail(self.shape[1] // math.prod(kernel), kernel)
+
+    @property
+    def rank(self) -> int:
+        return _rank(self.first) * _rank(self.second)
+
+    @property
+    def memory(self) -> int:
+        small = math.prod(_shape(self.first)) + math.prod(_shape(self.second))
+        return 40 * small + 24 * sum(self.shape) * min(self.rank, *self.shape)
+
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
+        """A value of the product's first `most` is a product of one of the first `most` of each side."""
+        one, norm1 = _svd(inputs, self.first, most)
+        two, norm2 = _svd(inputs, self.second, most)
+        total = norm1 * norm2 * self.scale**2
+        values = torch.outer(one.s, two.s).reshape(-1) * abs(self.scale)
+        order = values.argsort(descending=True, stable=True)
+        s = values[order[:most]]
+        s = s if energy is None else s[: rank_for_energy(s, energy, total)]
+        i, j = (order // max(len(two.s), 1))[: len(s)], (order % max(len(two.s), 1))[: len(s)]
+        u = torch.einsum("ok,pk->opk", one.u[:, i], two.u[:, j]).reshape(-1, len(s))
+        vh = torch.einsum("kn,km->knm", one.vh[i], two.vh[j]).reshape(len(s), -1)
+        return Svd(u if self.scale >= 0 else -u, s, vh), total
+
+
+def _side(adapted: Adapted, whole: str, core: str, rank: int) -> Side:
+    if whole in adapted.parts:
+        beside = [name for name in (f"{whole}_a", f"{whole}_b", core) if name in adapted.parts]
+        (matrix,) = adapted.part(whole)
+        adapted.check(
+            not beside and len(matrix.shape) in (2, 3, 4),
+            f"{whole} alone, or {whole}_a and {whole}_b",
+        )
+        return (matrix,)
+    a, b, *cores = adapted.part(
+        f"{whole}_a", f"{whole}_b", *([core] if core in adapted.parts else [])
+    )
+    fits = (
+        len(a.shape) == len(b.shape) == 2
+        and b.shape[0] == rank
+        and a.shape[0 if cores else 1] == rank
+    )
+    fits = fits and all(len(t.shape) == 4 and t.shape[:2] == (rank, rank) for t in cores)
+    adapted.check(fits, f"{whole}_a and {whole}_b of rank {rank}, as r and rank_pattern say")
+    return (a, b, *cores)
+
+
+def _shape(side: Side) -> tuple[int, int]:
+    """(out, in) of one side, its kernel flattened."""
+    if len(side) == 1:
+        return side[0].shape[0], math.prod(side[0].shape[1:])
+    a, b = side[:2]
+    kernel = side[2].shape[2:] if len(side) > 2 else ()
+    return a.shape[1 if kernel else 0], b.shape[1] * math.prod(kernel)
+
+
+def _rank(side: Side) -> int:
+    return min(*_shape(side), *(side[1].shape[:1] if len(side) > 1 else ()))
+
+
+def _svd(inputs: TensorReader, side: Side, most: int) -> tuple[Svd, float]:
+    """The leading triplets of one side, float64, and its ‖·‖²."""
+    parts: list[Tensor] = list(doubles(inputs, *side))
+    if len(parts) > 1:
+        a, b = with_core(*parts) if len(parts) > 2 else parts
+        svd = lowrank.svd(Product(a, b))
+        return svd, float(svd.s.square().sum())
+    matrix = parts[0].reshape(len(parts[0]), -1)
+    total = float(matrix.square().sum())
+    if min(matrix.shape) <= SMALL:
+        return Svd(*torch.linalg.svd(matrix, full_matrices=False)), total
+    return truncated_svd(matrix, most), total

@@ -1,0 +1,169 @@
+"""OFT: the inputs of a weight are rotated, block by block (arXiv:2306.07280, 2311.06243)."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adapterkit.adapters.kinds.common import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    WHOLE,
+    Adapted,
+    OnWeight,
+    of_weight,
+)
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.truncated import leading
+from adapterkit.weights.parameters import StoredParameter
+from adapterkit.weights.reader import TensorReader
+
+ROTATION, EMBEDDING = "oft_R", "oft_embedding_R"
+
+
+@dataclass(frozen=True)
+class Oft(OnWeight):
+    """delta = W (Rᵀ - I) for a layer, (Rᵀ - I) W for an embedding, whose weight stands transposed here.
+
+    R is block-diagonal; a block is the Cayley transform of a skew matrix Q, (I - Q) (I + Q)⁻¹, or some terms of a Neumann series.
+    With `coft`, Q is first brought within eps / sqrt(blocks) of zero.
+    """
+
+    rotation: TensorSpec  # (blocks, size * (size - 1) / 2), the upper triangles; one row where the blocks are shared
+    weight: StoredParameter
+    size: int
+    terms: int | None  # of the Neumann series; None: the exact inverse
+    eps: float | None  # of COFT
+    embedding: bool
+
+    name = "oft"
+    keys = (ROTATION, EMBEDDING)
+    shared = ()
+    settings: ClassVar = {
+        "r": COUNT, "oft_block_size": COUNT, "coft": FLAG, "eps": NUMBER, "block_share": FLAG, "use_cayley_neumann": FLAG,
+        "num_cayley_neumann_terms": WHOLE,
+    }  # fmt: skip
+    harmless = frozenset()
+    base = "it rotates the base's weights"
+
+    @staticmethod
+    def check(config: dict, where: str) -> list[AdapterkitError]:
+        version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+        if not config["use_cayley_neumann"] or (
+            version and (int(version[1]), int(version[2])) >= (0, 18)
+        ):
+            return []
+        found = f"use_cayley_neumann, and peft_version {shown(config.get('peft_version'))}"
+        hint = "merge it with the PEFT that trained it, then adapterkit extract BASE MERGED"
+        return [
+            Refused(
+                found,
+                expected="0.18 or later: the series was another before",
+                where=where,
+                hint=hint,
+            )
+        ]
+
+    @staticmethod
+    def of(adapted: Adapted) -> "Oft":
+        assert adapted.weight is not None
+        config, shape = adapted.adapter.config, adapted.weight.weight_shape
+        embedding = EMBEDDING in adapted.parts
+        (rotation,) = adapted.part(EMBEDDING if embedding else ROTATION)
+        if math.prod(shape[2:]) != 1:
+            why = "OFT of a kernel larger than 1: what PEFT computes with it is no convolution"
+            raise adapted.refused(
+                why,
+                "linear layers, embeddings, kernels of size 1",
+                "leave the module out of the adapter",
+            )
+        width = shape[0] if embedding else math.prod(shape[1:])
+        size = _size(rotation)
+        rows = 1 if config["block_share"] else width // max(size, 1)
+        fits = size > 0 and width % size == 0 and rotation.shape[0] == rows
+        adapted.check(
+            fits,
+            f"the upper triangles of {'one block' if config['block_share'] else 'blocks'} that tile {width} inputs",
+        )
+        terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else None
+        return Oft(
+            rotation,
+            adapted.weight,
+            size,
+            terms,
+            config["eps"] if config["coft"] else None,
+            embedding,
+        )
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.rotation, *self.weight.reads)
+
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
+        turn = less_identity(
+            skew(inputs.tensor(self.rotation).double(), self.size, self.eps), self.terms
+        )
+        turn = turn if self.embedding else turn.mT
+        stored = self.weight.read(inputs).flatten(1)
+        delta = of_weight(stored, lambda rows, here: _turned(rows, turn))
+        return leading(delta.T if self.weight.transposed else delta, most, energy)
+
+
+def _size(rotation: TensorSpec) -> int:
+    """The size of blocks with that many elements above their diagonals; 0 where there is none."""
+    count = rotation.shape[1] if len(rotation.shape) == 2 else -1
+    size = (1 + math.isqrt(1 + 8 * count)) // 2 if count > 0 else 0
+    return size if size * (size - 1) // 2 == count else 0
+
+
+def skew(
+    upper: Tensor,  # (blocks, size * (size - 1) / 2)
+    size: int,
+    eps: float | None,
+) -> Tensor:  # (blocks, size, size)
+    """Q with these elements above its diagonal and -Q = Qᵀ; with eps none is longer than eps / sqrt(blocks)."""
+    q = upper.new_zeros(len(upper), size, size)
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    q[:, rows, columns] = upper
+    q = q - q.mT
+    if eps is None:
+        return q
+    limit = eps / math.sqrt(len(upper))
+    length = torch.linalg.vector_norm(q, dim=(1, 2), keepdim=True)
+    return torch.where(length <= limit, q, q * (limit / length))
+
+
+def less_identity(
+    q: Tensor,  # (blocks, size, size), skew
+    terms: int | None,
+) -> Tensor:
+    """R - I: (I - Q) (I + Q)⁻¹ - I = -2 Q (I + Q)⁻¹, or PEFT's series 2 Q + 2 Q² + ... + Qⁿ⁻¹, whose last term counts once.
+
+    PEFT's Neumann series has the sign of Q turned; of one term nothing is left, of two 2 Q, and three give what four give.
+    """
+    if terms is None:
+        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        return torch.linalg.solve(eye + q, -2 * q, left=False)
+    if terms == 1:
+        return torch.zeros_like(q)
+    total, power = 2 * q, q
+    if terms > 2:
+        for _ in range(2, max(terms, 4) - 1):
+            power = power @ q
+            total = total + 2 * power
+        total = total + power @ q
+    return total
+
+
+def _turned(rows: Tensor, turn: Tensor) -> Tensor:
+    """Each row's blocks times theirs; one block may serve all."""
+    blocks = rows.view(len(rows), -1, turn.shape[-1])
+    return torch.einsum("nbk,bkc->nbc", blocks, turn.expand(blocks.shape[1], -1, -1)).reshape(
+        rows.shape
+    )

@@ -1,0 +1,102 @@
+"""VeRA: random projections that all modules share, and two trained vectors for each (arXiv:2310.11454)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adapterkit.adapters.kinds.common import FLAG, WHOLE, Adapted, doubles, of_product
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.kernels.lowrank import Product, Svd
+from adapterkit.weights.reader import TensorReader
+
+
+@dataclass(frozen=True)
+class Vera:
+    """delta = diag(lambda_b) B[:out] @ diag(lambda_d) A[:, :in]; only the base knows the module's inputs."""
+
+    a: TensorSpec  # (r, in of the widest module)
+    b: TensorSpec  # (out of the tallest, r)
+    lambda_b: TensorSpec  # (out,)
+    lambda_d: TensorSpec  # (r,)
+    shape: tuple[int, int]
+
+    name = "vera"
+    keys = ("vera_lambda_b", "vera_lambda_d")
+    shared = ("vera_A", "vera_B")
+    settings: ClassVar = {"r": WHOLE, "save_projection": FLAG}
+    harmless = frozenset({"d_initial", "projection_prng_key", "vera_dropout"})
+    base = "its file does not say how many inputs a module has"
+
+    @staticmethod
+    def check(config: dict, where: str) -> list[AdapterkitError]:
+        if config["save_projection"]:
+            return []
+        hint = "train with save_projection=True, or merge it with PEFT and use adapterkit extract BASE MERGED"
+        return [
+            Refused(
+                "VeRA without its projections (save_projection false)",
+                expected="them in the file",
+                where=where,
+                hint=hint,
+            )
+        ]
+
+    @staticmethod
+    def of(adapted: Adapted) -> "Vera":
+        assert adapted.weight is not None
+        lacking = [name for name in Vera.shared if name not in adapted.shared]
+        if lacking:
+            raise Refused(
+                f"no {' and no '.join(lacking)}",
+                expected="the shared projections",
+                where=adapted.adapter.given,
+                hint="save it again",
+            )
+        a, b = (adapted.shared[name] for name in Vera.shared)
+        lambda_b, lambda_d = adapted.part(*Vera.keys)
+        out, inputs, rank = (
+            lambda_b.shape[0],
+            adapted.weight.weight_shape[-1],
+            adapted.adapter.config["r"],
+        )
+        adapted.check(
+            (lambda_b.shape, lambda_d.shape) == ((out,), (rank,)),
+            f"a vector of outputs and one of {rank}, as r says",
+        )
+        fits = (
+            len(a.shape) == len(b.shape) == 2
+            and a.shape[0] == b.shape[1] == rank
+            and a.shape[1] >= inputs
+            and b.shape[0] >= out
+        )
+        if not fits:
+            expected = f"at least ({rank}, {inputs}) and ({out}, {rank})"
+            raise adapted.refused(
+                f"vera_A {a.shape}, vera_B {b.shape}", expected, "check the base and the config"
+            )
+        return Vera(a, b, lambda_b, lambda_d, (out, inputs))
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.a, self.b, self.lambda_b, self.lambda_d)
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        return self.shape[1:]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def memory(self) -> int:
+        return 12 * (self.a.nbytes + self.b.nbytes)
+
+    def product(self, inputs: TensorReader) -> Product:
+        a, b, lambda_b, lambda_d = doubles(inputs, *self.reads)
+        return Product(
+            lambda_b[:, None] * b[: self.shape[0]], lambda_d[:, None] * a[:, : self.shape[1]]
+        )
+
+    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
+        return of_product(self.product(inputs))

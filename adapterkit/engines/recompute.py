@@ -1,0 +1,298 @@
+"""Float64 checks of an output: sampled rows are computed again from the inputs and compared."""
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.spec import read_header
+from adapterkit.engines.local import Inputs
+from adapterkit.errors import Damaged, Failed, refuse_all, shown
+from adapterkit.plan import Loaded, Plan, Shard, Step
+from adapterkit.receipt import AGAIN, check_files, read_receipt
+from adapterkit.tasks.edited import CopiedTensor, EditedTensor, RequantizedWeight
+from adapterkit.tasks.rows import arithmetic, rounded
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
+
+CHUNK = 1 << 18  # elements that are float64 at a time
+SLACK = {
+    torch.float32: 2.0**-20,
+    torch.float64: 2.0**-44,
+}  # of a row's largest magnitude: what arithmetic may be wrong by
+
+
+class Check(NamedTuple):
+    """What came of one tensor: how many rows were recomputed, and the first value that is wrong."""
+
+    rows: int
+    wrong: str | None = None
+
+
+def changed(plan: Plan) -> Iterator["Floats | Codes"]:
+    """A check of every tensor that a plan does not copy."""
+    for shard in plan.shards:
+        if isinstance(shard, Shard):
+            yield from (Floats(step) for step in shard.steps if not step.copied)
+            continue
+        for task in shard.tasks:
+            if isinstance(task, EditedTensor):
+                yield Floats(task.step)
+            elif isinstance(task, RequantizedWeight):
+                yield Codes(task.step, task.packed)
+            elif not isinstance(task, CopiedTensor):
+                raise TypeError(f"{shown(task.name)}: no check of a {type(task).__name__}")
+
+
+@dataclass(frozen=True)
+class Floats:
+    """A tensor of floats: its first row, the last, and one between."""
+
+    step: Step
+    expected = "W + Σ weight·scale·b@a, rounded"
+
+    def run(self, inputs: Inputs, written: Inputs, specs: dict[str, TensorSpec]) -> Check:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by key."""
+        step, origin = self.step, _Origin(self.step, inputs)
+        for row in origin.sample:
+            exact = origin.edited(row, row + 1)
+            found = written.rows(specs[step.key], (origin.height, origin.width), row, row + 1)
+            # rounding never swaps two values, whatever it draws: the exact one, summed by a merge, is between these
+            slack, position = exact.abs().amax() * SLACK[arithmetic(step)], row * origin.width
+            low, high = (rounded(exact + by, step, position).double() for by in (-slack, slack))
+            bad = ~((low <= found) & (found <= high))
+            if bool(bad.any()):
+                return Check(
+                    len(origin.sample), _difference(bad, found, rounded(exact, step, position), row)
+                )
+        return Check(len(origin.sample))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight in a quantized format: the slices that hold its first row, the last, and one between; all of it where scales depend
+    on all of it."""
+
+    step: Step
+    packed: QuantizedWeight
+    expected = "W + Σ weight·scale·b@a, encoded"
+
+    def run(self, inputs: Inputs, written: Inputs, specs: dict[str, TensorSpec]) -> Check:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by key."""
+        origin = _Origin(self.step, inputs)
+        after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
+        alone = (
+            self.step.draws is not None or self.packed.split_nested(origin.parts)[0] is self.packed
+        )
+        ranges = (
+            sorted({origin.range_of(row) for row in origin.sample})
+            if alone
+            else [(0, origin.height)]
+        )
+        wrong = (self._wrong(origin, after, first, last) for first, last in ranges)
+        return Check(sum(last - first for first, last in ranges), next(filter(None, wrong), None))
+
+    def _wrong(
+        self, origin: "_Origin", after: dict[str, Tensor], first: int, last: int
+    ) -> str | None:
+        """What is wrong with these rows."""
+        record, before = origin.at(origin.parts, first, last)
+        exact, slack = torch.empty(last - first, origin.width), torch.empty(last - first, 1)
+        for low, high in origin.pieces(first, last):
+            block, here = origin.edited(low, high), slice(low - first, high - first)
+            exact[here], slack[here] = (
+                block,
+                block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)],
+            )
+        found = decode_checked(record, origin.at(after, first, last)[1]).view(exact.shape)
+        if bool(((exact - found).abs() <= slack).all()) and torch.equal(
+            found, decode_checked(record, before).view(exact.shape)
+        ):
+            return None  # what does not change keeps its bytes
+        wanted = self._encoded(record, before, exact, first)
+        for key, part in wanted.items():
+            if part is before[key] and not torch.equal(part, origin.at(after, first, last)[1][key]):
+                return f"{shown(key)} is not the base's, though it does not depend on the weight's values"
+        value = decode_checked(record, wanted).view(exact.shape)
+        low, high = value - slack, value + slack
+        bad = ~((low <= found) & (found <= high))
+        if bool(bad.any()):  # of codes near a boundary: an encoder never swaps two values either
+            for by in (-slack, slack):
+                beside = decode_checked(
+                    record, self._encoded(record, before, exact + by, first)
+                ).view(exact.shape)
+                low, high = torch.minimum(low, beside - slack), torch.maximum(high, beside + slack)
+            bad = ~((low <= found) & (found <= high))
+        return _difference(bad, found, value, first) if bool(bad.any()) else None
+
+    def _encoded(
+        self, record: QuantizedWeight, before: dict[str, Tensor], weight: Tensor, first: int
+    ) -> dict[str, Tensor]:
+        draws = self.step.draws and self.step.draws.at(first * weight.shape[1])
+        return record.encode_keeping_scales(before, weight.view(record.shape), draws)
+
+
+def _difference(bad: Tensor, found: Tensor, wanted: Tensor, row: int) -> str:
+    """The first of the bad values; `row`: of the first row in the tensor."""
+    at, column = divmod(int(bad.flatten().nonzero()[0]), bad.shape[1])
+    return f"row {row + at}, column {column}: {float(found[at, column])!r}, not {float(wanted[at, column])!r}"
+
+
+class _Origin:
+    """The rows that a step starts from, in float64, and through its edits, which read them while they load."""
+
+    dtype = torch.float64
+
+    def __init__(self, step: Step, inputs: Inputs):
+        self.step, self.inputs, self.source, self.device = step, inputs, step.source, inputs.device
+        shape = step.shape or (1,)
+        self.height, self.width = step.grid if step.edits else (math.prod(shape[:-1]), shape[-1])
+        self.chunk = max(1, CHUNK // max(self.width, 1))
+        self.held: tuple[tuple[int, int], Tensor] = (
+            (0, 0),
+            torch.empty(0),
+        )  # the range that was decoded last
+        self.sample = sorted({0, self.height // 2, self.height - 1}) if math.prod(shape) else []
+
+    @cached_property
+    def parts(self) -> dict[str, Tensor]:
+        """What holds a packed weight, by key."""
+        assert isinstance(self.source, QuantizedWeight)
+        return {part.key: self.inputs.stored(part) for part in self.source.parts}
+
+    @cached_property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Rows that are read at once, in order."""
+        if not isinstance(self.source, QuantizedWeight):
+            return [
+                (first, min(first + self.chunk, self.height))
+                for first in range(0, self.height, self.chunk)
+            ]
+        return (
+            list(self.source.row_ranges(CHUNK))
+            if self.source.shape[-1] == self.width
+            else [(0, self.height)]
+        )
+
+    def range_of(self, row: int) -> tuple[int, int]:
+        return self.ranges[bisect_right(self.ranges, row, key=lambda each: each[0]) - 1]
+
+    def pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Rows [first, last), some at a time, none of them in two ranges."""
+        while first < last:
+            stop = min(first + self.chunk, self.range_of(first)[1], last)
+            yield first, stop
+            first = stop
+
+    def at(
+        self, parts: dict[str, Tensor], first: int, last: int
+    ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
+        """One of the ranges, or all rows, as a packed weight of its own."""
+        assert isinstance(self.source, QuantizedWeight)
+        return (
+            self.source.rows(parts, first, last)
+            if (first, last) != (0, self.height)
+            else (self.source, parts)
+        )
+
+    def _decoded(self, first: int, last: int) -> Tensor:  # (last - first, width) float32
+        if self.held[0] != (first, last):
+            value = decode_checked(
+                *self.at(self.parts, first, last), hint="download the checkpoint again"
+            )
+            self.held = (first, last), value.view(last - first, self.width)
+        return self.held[1]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        if not isinstance(self.source, QuantizedWeight):
+            return self.inputs.rows(self.source, (self.height, self.width), first, last)
+        pieces = []
+        while first < last:
+            low, high = self.range_of(first)
+            pieces.append(self._decoded(low, high)[first - low : last - low].double())
+            first = high
+        return torch.cat(pieces)
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        return self.inputs.tensor(spec)
+
+    def stored(self, spec: TensorSpec) -> Tensor:
+        return self.inputs.stored(spec)
+
+    def kept(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.inputs.kept(spec, cut)
+
+    def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+        for first, last in self.pieces(0, self.height):
+            yield first, self.rows(first, last)
+
+    @cached_property
+    def edits(self) -> list[Loaded]:
+        return [edit.load(self, self.source, (self.height, self.width)) for edit in self.step.edits]
+
+    def edited(self, first: int, last: int) -> Tensor:
+        rows = self.rows(first, last)
+        for edit in self.edits:
+            edit.apply(rows, first)
+        return rows
+
+
+THREADS = 4  # that recompute; each holds a whole weight where its format needs that
+
+
+def verify_against(folder: Path, plan: Plan) -> dict[str, Any]:
+    """What `merge --verify` does at its end: hashes, keys, and rows."""
+    return check_files(folder, read_receipt(folder)) | check_rows(folder, plan)
+
+
+def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
+    """Rows of every changed tensor, recomputed from the inputs in float64 (`recomputed`); `Damaged` listing what is wrong."""
+    import torch
+
+    from adapterkit.checkpoint.reader import Sources
+    from adapterkit.engines.computed import in_order
+    from adapterkit.engines.local import Inputs
+    from adapterkit.engines.recompute import Check, Codes, Floats, changed
+
+    out, errors = LocalFolder(folder), []
+    specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
+    checks = list(changed(plan))
+    with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
+        inputs, stored = (
+            Inputs(files, torch.device("cpu"), torch.float64) for files in (sources, written)
+        )
+
+        def run(check: Floats | Codes) -> Check:
+            torch.set_num_threads(1)  # this thread's
+            with torch.inference_mode():
+                return check.run(inputs, stored, specs)
+
+        threads = torch.get_num_threads()
+        try:
+            results = list(in_order(run, checks, min(THREADS, len(os.sched_getaffinity(0)))))
+        finally:
+            torch.set_num_threads(threads)
+    for check, result in zip(checks, results, strict=True):
+        if result.wrong is not None:
+            errors.append(
+                Damaged(
+                    result.wrong, expected=check.expected, where=shown(check.step.key), hint=AGAIN
+                )
+            )
+    refuse_all(errors)
+    rows = sum(result.rows for result in results)
+    if checks and not rows:
+        raise Failed(
+            "no row was recomputed: every changed tensor is empty",
+            where=str(folder),
+            hint="check the base and the adapters",
+        )
+    return {"rows": rows, "tensors": len(checks)}

@@ -1,0 +1,262 @@
+"""Run a plan: journal, resume, the files besides the shards, one rename that publishes the folder."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from adapterkit.checkpoint.reader import changed
+from adapterkit.checkpoint.stage import RECEIPT, Stage
+from adapterkit.checkpoint.storage import free_bytes
+from adapterkit.errors import AdapterkitError, Interrupted, Refused, Unrecoverable
+from adapterkit.plan import HANDOFF, Computed, CopyFile, FromMetrics, Plan, Progress, Shard
+from adapterkit.receipt import (
+    Receipt,
+    ShardResult,
+    digest,
+    input_hashes,
+    public_recipe,
+    receipt_data,
+    sealed,
+)
+
+BLOCK = 16 << 20  # bytes of a copied file at a time
+
+
+class Engine(Protocol):
+    """Where steps run. `finished` is called with each shard's result, once its bytes are durable under its name."""
+
+    def __call__(
+        self,
+        plan: Plan,
+        shards: list[Shard | Computed],
+        stage: Stage,
+        *,
+        hash: bool,
+        finished: Callable[[ShardResult], None],
+        progress: Progress,
+    ) -> None: ...
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    engine: Engine,
+    *,
+    hash: str = "sha256",
+    resume: bool = False,
+    overwrite: bool = False,
+    check: Callable[[Path], object] | None = None,
+    progress: Progress = lambda done: None,
+) -> Receipt:
+    """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands under a final name.
+
+    `check` looks at the finished folder before it gets its name; when it raises, nothing is published. Raises `Refused` before
+    anything is written (output in the way, another plan's unfinished run, too little space) and `Failed` or `Interrupted` after;
+    then `resume=True` goes on with what is done.
+    """
+    stage = Stage(out)
+    recipe = json.loads(json.dumps(plan.recipe()))  # as it is read again
+    fingerprint = digest(public_recipe(recipe))
+    stage.state(fingerprint, resume=resume, overwrite=overwrite)  # refuses before anything is made
+    try:
+        with stage:
+            state = stage.state(fingerprint, resume=resume, overwrite=overwrite)
+            if state == "finished":
+                receipt = _finished(out, fingerprint, recipe)
+                stage.discard()
+                if check is not None:
+                    check(out)
+                return receipt
+            if state != "fresh":
+                _check_same_job(stage, recipe)
+            if state != "publish":
+                _build(
+                    plan,
+                    stage,
+                    engine,
+                    recipe,
+                    fresh=state == "fresh",
+                    hash=hash,
+                    progress=progress,
+                )
+            data = json.loads((stage.path / RECEIPT).read_bytes())
+            if check is not None:
+                _check(stage, check)
+            stage.publish()
+            return Receipt(out, data)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "stopped; finished shards are kept",
+            where=str(out),
+            hint="run the same command with --resume",
+        ) from None
+
+
+def _build(
+    plan: Plan,
+    stage: Stage,
+    engine: Engine,
+    recipe: dict,
+    *,
+    fresh: bool,
+    hash: str,
+    progress: Progress,
+) -> None:
+    """Fill the stage: the shards that are not done, the small files, the receipt."""
+    began = time.monotonic()
+    fingerprint = digest(public_recipe(recipe))
+    if fresh:
+        stage.forget()
+    done = _done_before(stage, plan)
+    stage.clear(keep=[*done, *(name + HANDOFF for name in done)])
+    todo = [shard for shard in plan.shards if shard.file not in done]
+    _check_space(plan, todo, stage)
+    stage.begin()
+    if fresh:
+        stage.note({"fingerprint": fingerprint, "recipe": recipe, "overwrite": stage.replaces})
+    getattr(progress, "expect", lambda total: None)(sum(shard.layout.size for shard in plan.shards))
+    for shard in plan.shards:
+        if shard.file in done:
+            progress(shard.layout.size)
+
+    def finished(result: ShardResult) -> None:
+        done[result.file] = result
+        stage.note({"shard": vars(result)})
+
+    pool = ThreadPoolExecutor(1, "hash")
+    try:
+        inputs = (
+            pool.submit(input_hashes, plan) if hash != "none" else None
+        )  # beside the work: it leaves Python's lock alone
+        engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
+        metrics = {
+            key: metric for shard in plan.shards for key, metric in done[shard.file].metrics.items()
+        }
+        for shard in plan.shards:
+            (stage.path / (shard.file + HANDOFF)).unlink(missing_ok=True)
+        sums = _write_files(
+            plan, stage, metrics, sum(result.grown for result in done.values()), hash == "sha256"
+        )
+        hashes = inputs.result() if inputs else {}
+    except Unrecoverable:
+        stage.forget()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    receipt = receipt_data(
+        plan, recipe, fingerprint, done, sums, hashes, hash, time.monotonic() - began
+    )
+    stage.write_file(RECEIPT, [sealed(receipt)])
+    stage.ready()
+
+
+def _check(stage: Stage, check: Callable[[Path], object]) -> None:
+    try:
+        check(stage.path)
+    except AdapterkitError:
+        stage.forget()  # nobody can say what else is wrong there
+        raise
+
+
+def _finished(out: Path, fingerprint: str, recipe: dict) -> Receipt:
+    data = json.loads((out / RECEIPT).read_text())
+    if data.get("fingerprint") != fingerprint:
+        raise Refused(
+            f"a finished output of another job ({_difference(data.get('recipe', {}), public_recipe(recipe))} differs)",
+            expected="the job that --resume goes on with",
+            where=str(out),
+            hint="choose another --out, or give --overwrite",
+        )
+    return Receipt(out, data, finished_before=True)
+
+
+def _check_same_job(stage: Stage, recipe: dict) -> None:
+    """`Refused` when the interrupted run was of other inputs, options or another version."""
+    before = stage.journal()[0].get("recipe", {})
+    if before != recipe:
+        raise Refused(
+            f"an interrupted run of another job: {_difference(before, recipe)} differs",
+            expected="the same inputs, options and version",
+            where=str(stage.control),
+            hint="give the options of that run, or --overwrite to begin again",
+        )
+
+
+def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
+    """The shards that the journal calls done and that are there."""
+    sizes = {shard.file: shard.size for shard in plan.shards}
+    done = {}
+    for entry in stage.journal()[1:]:
+        name = entry.get("shard", {}).get("file")
+        path = stage.path / str(name)
+        if (
+            name in sizes
+            and path.is_file()
+            and path.stat().st_size == entry["shard"].get("size") <= sizes[name]
+        ):
+            done[name] = ShardResult(**entry["shard"])
+    if len(done) < len(plan.shards):  # what is missing may need what the others laid aside
+        done = {
+            name: r
+            for name, r in done.items()
+            if not r.handoffs or (stage.path / (name + HANDOFF)).is_file()
+        }
+    return done
+
+
+def _difference(before: dict, now: dict, path: str = "") -> str:
+    """The first place where two recipes differ, as a dotted path."""
+    for key in dict.fromkeys([*now, *before]):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            return _difference(old, new, here)
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            pairs = [(dict(enumerate(old)), dict(enumerate(new)))]
+            return _difference(*pairs[0], here)
+        return here
+    return "something"
+
+
+def _check_space(plan: Plan, todo: list[Shard | Computed], stage: Stage) -> None:
+    small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
+    needed = sum(shard.layout.size for shard in todo) + small + (1 << 20)
+    free = free_bytes(stage.path)
+    if needed > free:
+        raise Refused(
+            f"{free:,} bytes free",
+            expected=f"{needed:,} bytes",
+            where=str(stage.path.parent),
+            hint="free some space, or choose an --out on another disk",
+        )
+
+
+def _write_files(
+    plan: Plan, stage: Stage, metrics: dict[str, dict], grown: int, hashed: bool
+) -> dict[str, dict]:
+    sums = {}
+    for name, content in plan.files.items():
+        if isinstance(content, FromMetrics):
+            content = content.content(metrics, grown)
+        size, sha = stage.write_file(
+            name, [content] if isinstance(content, bytes) else _blocks(plan, content)
+        )
+        sums[name] = {"size": size, "sha256": sha if hashed else None}
+    return sums
+
+
+def _blocks(plan: Plan, copy: CopyFile) -> Iterator[bytes]:
+    """The bytes of a file of an input folder; `Failed` if they are not as many as when the job was planned."""
+    folder = plan.folders[copy.folder]
+    size = folder.files()[copy.name]
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        block = folder.read(copy.name, start, stop)
+        if len(block) != stop - start:
+            raise changed(copy.name)
+        yield block

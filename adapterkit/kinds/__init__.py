@@ -1,1 +1,0 @@
-"""Types of adapters other than LoRA, as deltas: one file for each, its record named as PEFT's type is."""

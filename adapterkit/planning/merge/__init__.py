@@ -1,0 +1,1 @@
+"""Adapters to changes of parameters, and these to steps on stored tensors."""

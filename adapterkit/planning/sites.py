@@ -1,0 +1,375 @@
+"""Where adapters act: the modules, and the single parameters, that their factors are on, joined over several adapters.
+
+A file of PEFT's layout does not name the parameters of `target_parameters`: their wrappers lie inside one another in the order in
+which the module's code makes the parameters, the first one innermost. So the names come from the config, and the order from the
+model; without a model every order that the files allow has to lead to the same result.
+"""
+
+import itertools
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from adapterkit.adapters.factors import Factors, Place, factors_of, place_of
+from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.weights.names import Names
+
+MOST = 5  # parameters of one module whose orders are tried
+GIVE_BASE = (
+    "give --base BASE, the model they were trained on: its code has the order of the parameters"
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module, or one parameter of a module, and the factors that adapters have there."""
+
+    name: str
+    module: str
+    parameter: bool
+    leaf: (
+        str | None
+    )  # the parameter's own name; None for a module, and where the order does not matter and is not known
+    depth: int  # how many wrappers of the module's other parameters lie around this one's
+    members: dict[int, tuple[Lora, Factors]]  # adapter's number -> its factors
+    attention: str | None = None  # the MultiheadAttention whose output projection it is
+    wrappers: int = 1  # around the module, of all its parameters
+
+    @property
+    def target(self) -> str:
+        """What a config calls it: PEFT holds patterns against this name."""
+        if self.leaf is not None:
+            return f"{self.module}.{self.leaf}"
+        return self.attention or self.module
+
+    def place(self, levels: Mapping[str, int]) -> Place:
+        """Where its factors go in a file whose modules are wrapped `levels` times."""
+        return place_of(*next(iter(self.members.values())), levels, self.depth)
+
+
+def levels_of(sites: Collection[Site]) -> dict[str, int]:
+    """How many wrappers PEFT puts around each module of a file with factors at these sites."""
+    return {site.module: site.wrappers for site in sites}
+
+
+def targets_of(sites: Mapping[str, Site], prefix: str = "") -> dict[str, Any]:
+    """What `produced.Output` has to know of its targets; `prefix` stands before the tasks' names."""
+    return {
+        "modules": {prefix + name: site.target for name, site in sites.items()},
+        "parameters": frozenset(site.target for site in sites.values() if site.parameter),
+        "unnamed": frozenset(
+            site.module for site in sites.values() if site.parameter and site.leaf is None
+        ),
+    }
+
+
+def base_with_parameters(
+    base: Folder | None, adapters: Sequence[Adapter], notes: list[str]
+) -> Checkpoint | None:
+    """The base, numbered after the adapters, where its order of parameters can matter; else a note that it was not needed."""
+    if base is None:
+        return None
+    if any(adapter.config.get("target_parameters") for adapter in adapters):
+        return open_checkpoint(base, len(adapters))
+    notes.append(f"{base.name} was not needed: the adapters' deltas are in their factors")
+    return None
+
+
+def names_of(base: Checkpoint, adapters: Sequence[Adapter], notes: list[str]) -> Names:
+    """The names of the model that adapters were trained on."""
+    wanted: dict[str, None] = {}
+    for adapter in adapters:
+        for lora in adapter.loras:
+            leaves = adapter.leaves(lora.module)
+            wanted |= dict.fromkeys(f"{lora.module}.{leaf}" for leaf in leaves or ["weight"])
+    config = adapters[0].config
+    trained = config.get("auto_mapping")
+    trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None
+    return Names(
+        base, tuple(wanted), config.get("task_type"), trained_class, build_model=True, notes=notes
+    )
+
+
+def join(
+    adapters: Sequence[Adapter], errors: list[AdapterkitError], names: Names | None = None
+) -> dict[str, Site]:
+    """Name -> site, of all adapters; `names`: the model's, where it is at hand. What cannot be joined goes to the errors."""
+    of, by_module = {adapter.number: adapter for adapter in adapters}, {}
+    for adapter in adapters:
+        for lora in adapter.loras:
+            by_module.setdefault(lora.module, {}).setdefault(adapter.number, []).append(lora)
+    sites: dict[str, Site] = {}
+    for module, loras in by_module.items():
+        own = names.children(module) if names is not None else None
+        leaves = {number: of[number].leaves(module, own) for number in loras}
+        try:
+            if not any(leaves.values()) and not any(
+                lora.depth for its in loras.values() for lora in its
+            ):
+                sites[module] = _module(
+                    module, {number: its[0] for number, its in loras.items()}, of
+                )
+            else:
+                _check_parameters(module, loras, leaves, of)
+                found = sites_of(module, loras, leaves, of, own, names)
+                sites |= {site.name: site for site in found}
+        except _Several as several:
+            errors += several.errors
+        except AdapterkitError as error:
+            errors.append(error)
+    errors += _nested(list(sites.values())) + _other_layouts(sites.values(), adapters)
+    return sites
+
+
+class _Several(Exception):
+    def __init__(self, errors: list[AdapterkitError]):
+        self.errors = errors
+
+
+def _module(module: str, loras: dict[int, Lora], of: dict[int, Adapter]) -> Site:
+    members, errors = {}, []
+    for number, lora in loras.items():
+        try:
+            members[number] = lora, factors_of(of[number], lora)
+        except AdapterkitError as error:
+            errors.append(error)
+    if errors:
+        raise _Several(errors)
+    if len({(lora.kind, f.shape, lora.a.shape[1:]) for lora, f in members.values()}) > 1:
+        raise _other_shapes(module, members, of)
+    attention = next((found for n, lora in loras.items() if (found := of[n].attention(lora))), None)
+    return Site(module, module, False, None, 0, members, attention)
+
+
+def _other_shapes(
+    name: str, members: dict[int, tuple[Lora, Factors]], of: dict[int, Adapter]
+) -> Refused:
+    found = [f"{of[n].name}: {lora.kind} {f.shape}" for n, (lora, f) in members.items()]
+    hint = "combine adapters of one base"
+    return Refused(
+        f"{shown(name)}: {'; '.join(found)}", expected="one shape", where="adapters", hint=hint
+    )
+
+
+def _check_parameters(
+    module: str, loras: dict, leaves: dict[int, list[str]], of: dict[int, Adapter]
+) -> None:
+    """`Refused` where adapters take a module in different ways, or one as a nest of parameters that its config does not name."""
+    lacking = [
+        of[n].name for n, its in loras.items() if not leaves[n] and any(lora.depth for lora in its)
+    ]
+    if lacking:
+        raise Refused(
+            f"{shown(module)} has wrappers of its parameters, target_parameters names none of them",
+            expected="their names",
+            where=", ".join(lacking),
+            hint="give target_parameters in adapter_config.json as they were in training",
+        )
+    plain = [
+        of[n].name
+        for n in loras
+        if not leaves[n] or any(lora.kind != "module" for lora in loras[n])
+    ]
+    if plain:
+        raise Refused(
+            f"{shown(module)} is a target itself in {', '.join(plain)}, and a home of target_parameters in the others",
+            expected="one way for all: PEFT cannot load both",
+            where="adapters",
+            hint="merge one after the other instead",
+        )
+
+
+def sites_of(
+    module: str,
+    loras: dict[int, list[Lora]],
+    leaves: dict[int, list[str]],
+    of: dict[int, Adapter],
+    own: list[str] | None,
+    names: Names | None,
+) -> list[Site]:
+    """The parameters of one module, the innermost first; `Refused` where neither files nor model say which is which."""
+    holders = [
+        (leaves[number], 1 + max(lora.depth for lora in its)) for number, its in loras.items()
+    ]
+    union = list(dict.fromkeys(leaf for named, _ in holders for leaf in named))
+    results: dict[tuple, list[list[Site]]] = {}
+    failure: AdapterkitError | None = None
+    if own is None and len(union) > MOST:
+        raise _undecided(module, loras, union, of)
+    for chosen in _arrangements(holders, union, own):
+        try:
+            found = _arranged(module, chosen, loras, leaves, of, names)
+        except AdapterkitError as error:
+            failure = failure or error
+            continue
+        results.setdefault(_signature(found), []).append(found)
+    if not results:
+        depth = max(levels for _, levels in holders)
+        raise failure or Refused(
+            f"{shown(module)}: {depth} wrappers of parameters, {len(union)} names for them ({', '.join(map(shown, union))})",
+            expected="a name in target_parameters for each",
+            where=", ".join(of[number].where for number in loras),
+            hint="restore the config that was saved with the file",
+        )
+    if len(results) > 1:
+        raise _undecided(module, loras, union, of)
+    (orders,) = results.values()
+    if len(orders) == 1:
+        return orders[0]
+    several = f"{module}[{','.join(sorted(union))}]"
+    return [
+        replace(site, name=several + ".base_layer" * site.depth, leaf=None) for site in orders[0]
+    ]
+
+
+def _undecided(module: str, loras: dict, union: list[str], of: dict[int, Adapter]) -> Refused:
+    return Refused(
+        f"{shown(module)}: which factors are those of {', '.join(map(shown, union))}",
+        expected="files that say so (PEFT's name the nesting, not the parameter)",
+        where=", ".join(of[number].name for number in loras),
+        hint=GIVE_BASE,
+    )
+
+
+def _signature(sites: list[Site]) -> tuple:
+    """All of a result that does not depend on the parameters' names."""
+    return tuple(
+        (
+            site.depth,
+            *sorted(
+                (n, lora.depth, f.scale, f.rank, f.experts or 1)
+                for n, (lora, f) in site.members.items()
+            ),
+        )
+        for site in sites
+    )
+
+
+def _arrangements(
+    holders: list[tuple[list[str], int]], union: list[str], own: list[str] | None
+) -> Iterator[tuple[str, ...]]:
+    """What the wrapped parameters of a module may be, the innermost first: those that the model has, in its order; without a
+    model those among the named ones that make each adapter's number of wrappers, in any order."""
+    if own is not None:
+        yield tuple(leaf for leaf in own if leaf in union)
+        return
+    for count in range(1, len(union) + 1):
+        for chosen in itertools.permutations(union, count):
+            if all(sum(leaf in named for leaf in chosen) == levels for named, levels in holders):
+                yield chosen
+
+
+def _arranged(
+    module: str,
+    chosen: tuple[str, ...],
+    loras: dict[int, list[Lora]],
+    leaves: dict[int, list[str]],
+    of: dict[int, Adapter],
+    names: Names | None,
+) -> list[Site]:
+    """The sites if these are the parameters, in this order; `Refused` where the files cannot be so."""
+    members: dict[str, dict[int, tuple[Lora, Factors]]] = {leaf: {} for leaf in chosen}
+    for number, its in loras.items():
+        mine = [leaf for leaf in chosen if leaf in leaves[number]]
+        for lora in its:
+            if lora.depth >= len(mine):
+                raise Refused(
+                    f"{shown(lora.a.key)} lies inside {lora.depth + 1} wrappers, {len(mine)} parameters of its module are targets",
+                    expected="a wrapper for each",
+                    where=of[number].where,
+                    hint="restore the config that was saved with the file",
+                )
+            leaf = mine[len(mine) - 1 - lora.depth]
+            members[leaf][number] = lora, factors_of(of[number], lora, leaf)
+    for leaf, its in members.items():
+        if len({(f.shape, f.experts) for _, f in its.values()}) > 1:
+            raise _other_shapes(f"{module}.{leaf}", its, of)
+        if names is not None:
+            _check_shape(module, leaf, its, names)
+    last = len(chosen) - 1
+    return [
+        Site(f"{module}.{leaf}", module, True, leaf, last - i, members[leaf], wrappers=len(chosen))
+        for i, leaf in enumerate(chosen)
+        if members[leaf]
+    ]
+
+
+def _check_shape(
+    module: str, leaf: str, members: dict[int, tuple[Lora, Factors]], names: Names
+) -> None:
+    parameter = names.parameter(f"{module}.{leaf}")
+    shape = None if parameter is None else parameter.shape
+    for lora, factors in members.values():
+        stack = (
+            (factors.experts,)
+            if shape and len(shape) == 3 and factors.experts
+            else (1,)[: len(shape or ()) - 2]
+        )
+        if (
+            shape is None
+            or len(shape) not in (2, 3)
+            or set(shape[-2:]) != set(factors.shape)
+            or shape[:-2] != stack
+        ):
+            raise Refused(
+                f"{shown(lora.a.key)}: factors of {factors.shape}",
+                expected=f"ones that fit {shown(module)}.{shown(leaf)} {shape or 'of the base, which has none'}",
+                where=names.base.name,
+                hint="check that the adapter was trained on this base",
+            )
+
+
+def _nested(sites: list[Site]) -> list[AdapterkitError]:
+    """PEFT cannot wrap the parameters of a module inside one whose parameters are wrapped."""
+    homes = {site.module for site in sites if site.parameter}
+    inner = [(home, other) for home in homes for other in homes if home.startswith(f"{other}.")]
+    if not inner:
+        return []
+    found = "; ".join(f"{shown(home)} inside {shown(other)}" for home, other in sorted(inner)[:4])
+    expected, hint = (
+        "no such nest: PEFT cannot load it",
+        "merge one adapter after the other instead",
+    )
+    return [
+        Refused(
+            f"parameters of {found} are targets", expected=expected, where="adapters", hint=hint
+        )
+    ]
+
+
+def old_layout(adapter: Adapter) -> bool | None:
+    """Whether PEFT up to 0.18 wrote the file, which took stacks of experts as (in, out); None where it does not say."""
+    version = adapter.config.get("peft_version")
+    found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return None if found is None else (int(found[1]), int(found[2])) < (0, 19)
+
+
+def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list[AdapterkitError]:
+    """Square stacks of two versions of PEFT may be each other's transpose: their shapes do not tell."""
+    square = [
+        site.name
+        for site in sites
+        if any(f.experts and f.shape[0] == f.shape[1] for _, f in site.members.values())
+    ]
+    versions = {
+        adapter.name: old_layout(adapter)
+        for adapter in adapters
+        if adapter.config.get("target_parameters")
+    }
+    if not square or len(set(versions.values())) < 2:
+        return []
+    found = f"{shown(square[0])} holds square experts, and PEFT turned them in 0.19"
+    hint = "train or convert the adapters with one version of PEFT"
+    where = ", ".join(versions)
+    return [
+        Refused(
+            found,
+            expected="adapters of PEFT below 0.19 alone, or none of them",
+            where=where,
+            hint=hint,
+        )
+    ]

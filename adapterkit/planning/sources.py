@@ -1,0 +1,131 @@
+"""What people type for a base or an adapter, and the folder it means."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Protocol, TypeGuard
+
+from adapterkit.adapters.keys import CONFIG, WEIGHTS
+from adapterkit.checkpoint.folder import Folder, LocalFolder, WeightsOf
+from adapterkit.checkpoint.spec import NOT_A_MODEL, SINGLE, read_json
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import StrPath, finite, unweighted, weighted
+
+INDEX = ".safetensors.index.json"
+NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+
+
+class _File(Folder, Protocol):
+    root: Path
+    only: str
+
+
+def open_source(text: StrPath) -> Folder:
+    """The folder that a path, or a Hub id `org/name[@revision][:subfolder]`, means; a path that exists is taken whole."""
+    if os.path.exists(text):
+        return LocalFolder(text)
+    from adapterkit.hub.folder import HubFolder
+    from adapterkit.hub.ids import parse
+
+    hub_id = parse(os.fspath(text))
+    if hub_id is None:
+        raise Refused(
+            f"no such path: {shown(os.fspath(text))}",
+            expected="a folder, a .safetensors or .gguf file, or a Hub id org/name[@revision][:subfolder]",
+            hint="check the path",
+        )
+    return HubFolder(hub_id)
+
+
+def open_model(text: StrPath) -> Folder:
+    """The folder of a model. A `.safetensors` file stands for the checkpoint that it is part of, or is it, with the config and the
+    tokenizer beside it."""
+    folder = open_source(text)
+    if not _is_weights(folder) or folder.only.startswith(NOT_A_MODEL):
+        return folder
+    whole = LocalFolder(folder.root)
+    here = [name for name in os.listdir(folder.root) if os.path.isfile(folder.root / name)]
+    indexes = [read_json(whole, name) for name in here if name.endswith(INDEX)]
+    named = [
+        index["weight_map"].values()
+        for index in indexes
+        if isinstance(index.get("weight_map"), dict)
+    ]
+    if NUMBERED.fullmatch(folder.only) or any(folder.only in files for files in named):
+        return whole
+    return (
+        WeightsOf(text, folder.only if folder.only in SINGLE else SINGLE[0])
+        if "config.json" in here
+        else folder
+    )
+
+
+def open_adapter(text: StrPath) -> Folder:
+    """The folder of an adapter. A `.safetensors` file, whatever its name, is one where its adapter_config.json lies beside it;
+    `Refused` where that belongs to another file."""
+    folder = open_source(text)
+    if not _is_weights(folder) or not (folder.root / CONFIG).is_file():
+        return folder
+    if folder.only != WEIGHTS and (folder.root / WEIGHTS).exists():
+        found = f"{shown(folder.only)} beside {WEIGHTS}: whose is {CONFIG}?"
+        hint = "give each a folder of its own with its config"
+        raise Refused(found, expected="one adapter in a folder", where=str(folder.root), hint=hint)
+    return WeightsOf(text, WEIGHTS)
+
+
+def _is_weights(folder: Folder) -> TypeGuard[_File]:
+    return (
+        isinstance(folder, LocalFolder)
+        and folder.only is not None
+        and folder.only.endswith(".safetensors")
+    )
+
+
+def open_weighted(adapters: Any, name: str = "adapters") -> list[tuple[Folder, float]]:
+    """The folders of adapters, with their weights, in whatever form they are given; `Refused` with all that cannot be opened."""
+    opened: list[tuple[Folder, float]] = []
+    errors: list[AdapterkitError] = []
+    for source, weight in weighted(adapters, name):
+        try:
+            text, said = (os.fspath(source), weight) if weight is not None else weight_of(source)
+            opened.append((open_adapter(text), said))
+        except AdapterkitError as error:
+            errors.append(error)
+    refuse_all(errors)
+    return opened
+
+
+def open_all(**lists: Any) -> list[list[Folder]]:
+    """The folders of several lists of sources without weights, by the options' names; `Refused` with all that cannot be opened."""
+    opened: list[list[Folder]] = []
+    errors: list[AdapterkitError] = []
+    for name, sources in lists.items():
+        try:
+            opened.append(
+                [
+                    folder
+                    for folder, _ in open_weighted(
+                        [(s, 1.0) for s in unweighted(sources, name)], name
+                    )
+                ]
+            )
+        except AdapterkitError as error:
+            errors.append(error)
+    refuse_all(errors)
+    return opened
+
+
+def weight_of(source: StrPath) -> tuple[str, float]:
+    """A source and its weight: `PATH=0.7` unless the whole text exists as a path; 1 where none is given."""
+    text = os.fspath(source)
+    if os.path.exists(text) or "=" not in text:
+        return text, 1.0
+    path, _, number = text.rpartition("=")
+    weight = finite(number)
+    if weight is None or not path:
+        raise Refused(
+            f"{shown(text)}: {shown(number)!r} is no weight",
+            expected="SOURCE or SOURCE=NUMBER",
+            hint="check the path and weight",
+        )
+    return path, weight

@@ -1,0 +1,268 @@
+"""The receipt, adapterkit.json: what was done, with hashes and measured metrics; reading and checking it."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint.folder import LocalFolder, inside
+from adapterkit.checkpoint.hashes import RunningHash, sha256_of_file
+from adapterkit.checkpoint.spec import read_header, read_json
+from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
+from adapterkit.plan import Plan, Progress
+
+if TYPE_CHECKING:
+    pass
+
+
+RECEIPT_VERSION = 1
+SEAL = b',\n  "seal": "'
+
+
+def digest(recipe: dict) -> str:
+    """The fingerprint of a job: the sha256 of its recipe."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class ShardResult:
+    """What writing one shard gave: its hash, the hash of its bytes up to each tensor's end, and measured metrics."""
+
+    file: str
+    size: int
+    sha256: str | None
+    marks: dict[
+        str, str
+    ]  # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
+    metrics: dict[str, dict]
+    grown: int = 0  # bytes by which tensors are larger than planned, all together
+    tensors: int | None = None  # how many there are, where the plan knew the most alone
+    handoffs: dict[str, list] = field(
+        default_factory=dict
+    )  # key -> dtype, shape, position in the file of what was laid aside
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a job did; `data` is the content of `adapterkit.json`."""
+
+    out: Path
+    data: dict[str, Any]
+    finished_before: bool = False
+
+
+def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
+    """The sha256 of the adapters' files, and of a model's where the Hub has told it: a base is not read again to be hashed."""
+    found: dict[str, dict[str, str]] = {}
+    for number, folder in enumerate(plan.folders):
+        known = getattr(folder, "hashes", {})
+        names = [name for where, name in plan.headers if where == number]
+        sums = {
+            name: known.get(name)
+            or (sha256_of_file(folder.path(name)) if number not in plan.models else None)
+            for name in names
+        }
+        found[f"{number} {folder.name}"] = {name: value for name, value in sums.items() if value}
+    return found
+
+
+def public_recipe(recipe: dict) -> dict:
+    """The recipe without device and inode numbers: of use to a resume, not to a reader."""
+    recipe = json.loads(json.dumps(recipe))
+    for entry in recipe["inputs"]:
+        for file in entry["files"].values():
+            file.pop("identity", None)
+    return recipe
+
+
+def receipt_data(
+    plan: Plan,
+    recipe: dict,
+    fingerprint: str,
+    done: dict[str, ShardResult],
+    sums: dict,
+    inputs: dict,
+    hash: str,
+    seconds: float,
+) -> dict[str, Any]:
+    shards = [done[shard.file] for shard in plan.shards]
+    size, totals = sum(shard.size for shard in shards), plan.totals()
+    for shard, result in zip(plan.shards, shards, strict=True):
+        if result.tensors is not None:  # what was not written after all had been counted as changed
+            fewer, less = (
+                len(shard.layout.tensors) - result.tensors,
+                shard.layout.size - result.size,
+            )
+            totals["tensors"] -= fewer
+            totals["tensors_changed"] -= fewer
+            totals["bytes_changed"] -= less
+    totals["bytes_written"] = size + sum(entry["size"] for entry in sums.values())
+    return {
+        "adapterkit": RECEIPT_VERSION,
+        "fingerprint": fingerprint,
+        "recipe": public_recipe(recipe),
+        "inputs": inputs,
+        "hash": hash,
+        "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
+        "keys": {s.file: s.marks for s in shards},
+        "totals": totals,
+        **plan.metrics,
+        "parameters": {key: metric for s in shards for key, metric in s.metrics.items()},
+        "notes": [
+            *plan.notes,
+            *plan.warn({key: metric for s in shards for key, metric in s.metrics.items()}),
+        ],
+        "timings": {
+            "seconds": round(seconds, 3),
+            "bytes_per_second": round(size / seconds) if seconds else None,
+        },
+    }
+
+
+def sealed(receipt: dict) -> bytes:
+    """The receipt's file. Its last value is the sha256 of all bytes before it; as it differs between two runs of one job, it stands
+    among the timings."""
+    text = json.dumps(receipt, indent=1, ensure_ascii=False).encode().removesuffix(b"\n }\n}")
+    return text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether a receipt's bytes are those that were written."""
+    text, seal, _ = data.rpartition(SEAL)
+    return (
+        bool(seal)
+        and data == text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
+    )
+
+
+CHECK_BLOCK = 4 << 20
+CHANGED = "bytes that are not those that were written"
+AGAIN = "run the merge again"
+
+
+def read_receipt(folder: Path) -> dict[str, Any]:
+    """The receipt of an output folder."""
+    if not os.path.isfile(folder / RECEIPT):
+        raise Refused(
+            f"no {RECEIPT}",
+            expected="an output of adapterkit, finished",
+            where=str(folder),
+            hint="run the job again (with --resume if it was interrupted)",
+        )
+    local = LocalFolder(folder)
+    receipt = read_json(local, RECEIPT)
+    if receipt.get("adapterkit") != RECEIPT_VERSION:
+        raise Refused(
+            f"a receipt of version {shown(receipt.get('adapterkit'))}",
+            expected=f"version {RECEIPT_VERSION}",
+            where=RECEIPT,
+            hint="verify with the adapterkit that wrote it",
+        )
+    if not is_sealed(local.read(RECEIPT, 0, local.files()[RECEIPT])):
+        raise Damaged(
+            CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, hint=AGAIN
+        )
+    return receipt
+
+
+def check_files(
+    folder: Path, receipt: dict, progress: Progress = lambda done: None
+) -> dict[str, Any]:
+    """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and no other weights."""
+    out = LocalFolder(folder)
+    errors: list[AdapterkitError] = []
+    for name, metrics in receipt["files"].items():
+        try:
+            size = out.files().get(str(inside(name, RECEIPT)))
+            if size != metrics["size"]:
+                found = "no such file" if size is None else f"{size} bytes"
+                raise Damaged(found, expected=f"{metrics['size']} bytes", where=name, hint=AGAIN)
+            _check_file(out, name, metrics["sha256"], receipt["keys"].get(name), progress)
+        except AdapterkitError as error:
+            errors.append(error)
+    here = {
+        name for name in out.files() if name.endswith(".safetensors") and "/" not in name
+    } - set(receipt["files"])
+    for name in sorted(here):
+        errors.append(
+            Damaged(
+                "weights that the receipt does not list",
+                expected="the files of the receipt",
+                where=shown(name),
+                hint="remove the file",
+            )
+        )
+    refuse_all(errors)
+    total = sum(metrics["size"] for metrics in receipt["files"].values())
+    return {"files": len(receipt["files"]), "bytes": total, "hash": receipt["hash"]}
+
+
+def _check_file(
+    out: LocalFolder, name: str, sha: str | None, marks: dict | None, progress: Progress
+) -> None:
+    """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of weights only."""
+    problem: AdapterkitError | None = None
+    ends: list[tuple[str, int]] = []
+    if marks is not None:
+        try:
+            ends = _ends(out, name, marks, hashed=sha is not None)
+        except AdapterkitError as error:
+            problem = error
+    if sha is not None:
+        actual = _hash(out, name, ends, progress)
+        if actual.hexdigest() != sha and problem is None:
+            keys = list(actual.marks)
+            wrong = next((key for key in keys if actual.marks[key] != (marks or {})[key]), None)
+            where = name
+            if wrong is not None:
+                where += f": {'its header or ' * (wrong == keys[0])}{shown(wrong)}"
+            problem = Damaged(CHANGED, expected="the receipt's sha256", where=where, hint=AGAIN)
+    if problem is not None:
+        raise problem
+
+
+def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:
+    """The keys of a weights file, which must be the receipt's, and where their tensors end."""
+    tensors = read_header(out, name).tensors
+    odd = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
+    if odd:
+        raise Damaged(
+            f"keys {', '.join(map(shown, odd[:4]))}",
+            expected="the receipt's keys",
+            where=name,
+            hint=AGAIN,
+        )
+    return [(spec.key, spec.stop) for spec in tensors]
+
+
+def _hash(
+    out: LocalFolder, name: str, ends: list[tuple[str, int]], progress: Progress
+) -> RunningHash:
+    """A file's hash and marks, read from the disk and not from the system's cache of it."""
+    running, size, at = RunningHash(ends), out.files()[name], 0
+    try:
+        with out.path(name).open("rb") as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while at < size:
+                block = file.read(min(CHECK_BLOCK, size - at))
+                if not block:
+                    raise Damaged(
+                        f"the file ends at byte {at}",
+                        expected=f"{size} bytes",
+                        where=name,
+                        hint=AGAIN,
+                    )
+                running.update(block)
+                at += len(block)
+                progress(len(block))
+    except OSError as error:
+        raise Failed(
+            f"cannot read at byte {at}: {error.strerror}",
+            where=name,
+            hint="check the disk, then verify again",
+        ) from error
+    return running

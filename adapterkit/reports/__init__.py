@@ -1,0 +1,1 @@
+"""What the read-only verbs measure, as plain dicts, and how it is shown."""

@@ -1,0 +1,84 @@
+"""A heatmap of the deltas' norms, by layer and module."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from adapterkit.errors import Failed, Refused, shown
+from adapterkit.reports.tables import module_label
+
+
+def check_plot(path: Path) -> None:
+    """`Refused` before any work where the picture could not be drawn."""
+    if path.suffix != ".png" or not path.parent.is_dir():
+        expected = "a file name ending in .png, in a folder that exists"
+        raise Refused(shown(path), expected=expected, where="--plot", hint="give another name")
+    try:
+        import matplotlib  # noqa: F401, only to see before any work whether it is there
+    except ImportError as error:
+        hint = "pip install 'adapterkit[plot]'"
+        raise Refused(
+            "matplotlib is not installed",
+            expected="matplotlib 3.8 or newer",
+            where="--plot",
+            hint=hint,
+        ) from error
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A heatmap of the deltas' norms, relative where they are known: a row per layer, a column per kind of module."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    relative = any(module["relative"] is not None for module in result["modules"])
+    if not any(module["norm"] is not None for module in result["modules"]):
+        expected = "an adapter with at least one"
+        raise Refused(
+            "no norms to draw",
+            expected=expected,
+            where=result["name"],
+            hint="see its problems without --plot",
+        )
+    rows, columns, values = grid(result["modules"], "relative" if relative else "norm")
+    figure = Figure(
+        figsize=(min(4 + 0.4 * len(columns), 60), min(2.5 + 0.22 * len(rows), 60)),
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor("lightgrey")  # no such module, or no number
+    picture = axes.imshow(values, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(columns)), map(_label, columns), rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), map(_label, rows))
+    figure.colorbar(picture, label="‖delta‖ / ‖W‖" if relative else "‖delta‖")
+    axes.set_title(_label(result["name"]))
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise Failed(
+            f"cannot write: {error.strerror}", where=str(path), hint="check the disk and the folder"
+        ) from error
+
+
+def grid(modules: list[dict[str, Any]], key: str) -> tuple[list[str], list[str], list[list[float]]]:
+    """Rows (names up to the layer's number), columns (what follows it), and values, NaN where there is none."""
+    places = [_place(module_label(module)) for module in modules]
+    rows = list(dict.fromkeys(row for row, _ in places))
+    columns = list(dict.fromkeys(column for _, column in places))
+    values = [[math.nan] * len(columns) for _ in rows]
+    for (row, column), module in zip(places, modules, strict=True):
+        if module[key] is not None:
+            values[rows.index(row)][columns.index(column)] = module[key]
+    return rows, columns, values
+
+
+def _place(name: str) -> tuple[str, str]:
+    found = re.match(r"((?:.*?\.)?\d+)\.(.+)$", name)
+    return (found[1], found[2]) if found else ("", name)
+
+
+def _label(name: str) -> str:
+    return shown(name).replace(
+        "$", r"\$"
+    )  # matplotlib takes what stands between two of them for a formula

@@ -1,0 +1,333 @@
+"""One module of a combination: its adapters' factors in, new factors out."""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.adapters.factors import Factors, Place
+from adapterkit.adapters.kinds.dora import DoRA
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.combinations.common import WeightedSum, add_pruned
+from adapterkit.combinations.protocol import Method
+from adapterkit.kernels import lowrank
+from adapterkit.kernels.lowrank import Product, Svd
+from adapterkit.kernels.truncated import leading
+from adapterkit.plan import Inputs, TaskResult
+from adapterkit.tasks import common
+from adapterkit.tasks.common import short
+
+BLOCK = 1 << 19  # elements of a dense delta that are made at a time
+Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How a result becomes factors: a rank, a share of the energy, the inputs' largest rank, or as it is (exact).
+
+    `clamp`: the factors b = U s and a = Vᵀ are held below this quantile of their elements and their negatives (PEFT's svd_clamp).
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    largest: bool = False
+    clamp: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        return not (self.rank or self.energy or self.largest or self.clamp)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter's share in a module."""
+
+    number: int
+    factors: Factors
+    weight: float
+    dora: DoRA | None = None  # where its delta depends on the base's weight
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return self.dora.reads if self.dora else (self.factors.a, self.factors.b)
+
+    @property
+    def memory(self) -> int:
+        dense = self.dora.memory + 8 * math.prod(self.factors.shape) if self.dora else 0
+        return 12 * (self.factors.a.nbytes + self.factors.b.nbytes) + dense
+
+    def deltas(self, inputs: Inputs) -> list[Delta]:
+        """Its delta, or one for each expert."""
+        return [self.dora.dense(inputs)] if self.dora else list(self.factors.products(inputs))
+
+
+@dataclass(frozen=True)
+class CombinedFactors:
+    """One module's new factors."""
+
+    name: str
+    parts: tuple[Part, ...]
+    place: Place
+    method: Method
+    space: str
+    refit: Refit
+    dtype: str
+    seed: int
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return tuple(dict.fromkeys(spec for part in self.parts for spec in part.reads))
+
+    @property
+    def dense(self) -> bool:
+        """Whether the result is dense: the method needs the deltas multiplied out, or one of them is no product."""
+        return self.method.acts_on == "elements" or any(part.dora for part in self.parts)
+
+    @property
+    def max_outputs(self) -> tuple[Stored, ...]:
+        return common.bounds(self.place, self._largest_rank(), self.dtype)
+
+    def _largest_rank(self) -> int:
+        ranks = [part.factors.rank for part in self.parts]
+        if self.space == "factors":
+            return ranks[0]
+        shortest = min(self.parts[0].factors.shape)
+        whole = shortest if self.dense else min(sum(ranks), shortest)
+        return min(whole, max(ranks) if self.refit.largest else self.refit.rank or whole)
+
+    @property
+    def memory(self) -> int:
+        found, count = (
+            sum(part.memory for part in self.parts),
+            math.prod(self.parts[0].factors.shape),
+        )
+        by_elements = self.method.acts_on == "elements" or isinstance(self.method, WeightedSum)
+        if self.dense and not by_elements:
+            return found + 40 * len(self.parts) * count  # dense deltas as products in float64
+        return found + (12 * count if self.dense else 0)
+
+    def compute(self, inputs: Inputs) -> TaskResult:
+        if self.space == "factors":
+            return self._on_factors(inputs)
+        weights = [part.weight for part in self.parts]
+        results, metrics, spans = [], [], []
+        for expert, deltas in enumerate(
+            zip(*(part.deltas(inputs) for part in self.parts), strict=True)
+        ):
+            result, found = self._result(deltas, weights, expert)
+            results.append(result)
+            metrics.append(found | _cosines(deltas))
+            spans.append(None if isinstance(result, Product) else _span(deltas))
+        return self._refitted(results, metrics, spans)
+
+    def _result(
+        self, deltas: Sequence[Delta], weights: list[float], expert: int
+    ) -> tuple[Delta, dict]:
+        """The combined delta, as a product where the method keeps it one, else dense."""
+        if self.method.acts_on == "elements":
+            return self.method.combine_elements(
+                DenseDeltas(deltas), weights, Seeds(self.seed, f"{self.name}/{expert}")
+            )
+        if self.dense and isinstance(self.method, WeightedSum):
+            shares = self.method.shares(weights)
+            return add_pruned(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
+        return self.method.combine_factors([lowrank.as_product(delta) for delta in deltas], weights)
+
+    def _refitted(
+        self, results: list[Delta], metrics: list[dict], spans: list[Svd | None]
+    ) -> TaskResult:
+        shortest = min(self.parts[0].factors.shape)
+        products = [result for result in results if isinstance(result, Product)]
+        if self.refit.exact and products and products[0].rank <= shortest:
+            pairs = [lowrank.balanced(product) for product in products]
+            total = sum(lowrank.norm(product) ** 2 for product in products)
+            return self._made(pairs, metrics, total, total)
+        most = self._largest_rank()
+        found = [
+            _decomposed(result, self.refit.energy, most, near)
+            for result, near in zip(results, spans, strict=True)
+        ]
+        if self.refit.energy:
+            rank = max(
+                lowrank.rank_for_energy(svd.s, self.refit.energy, total) for svd, total in found
+            )
+            rank = min(rank, self._largest_rank())
+        else:
+            rank = min(self._largest_rank(), *(len(svd.s) for svd, _ in found))
+        kept = sum(float(svd.s[:rank].double().square().sum()) for svd, _ in found)
+        pairs = [self._factors(svd, rank) for svd, _ in found]
+        return self._made(pairs, metrics, kept, sum(total for _, total in found))
+
+    def _factors(self, svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
+        if self.refit.clamp is None:
+            return lowrank.refit(svd, rank)
+        a, b = svd.vh[:rank], svd.u[:, :rank] * svd.s[:rank]
+        values = torch.cat([b.reshape(-1), a.reshape(-1)])
+        # PEFT's quantile of the signed values depends on the signs that the decomposition happens to give
+        limit = quantile(torch.cat([values, -values]), self.refit.clamp)
+        return a.clamp(-limit, limit), b.clamp(-limit, limit)
+
+    def _on_factors(self, inputs: Inputs) -> TaskResult:
+        """PEFT's way: the method acts on the a's with sign(c)√|c| and on the b's with √|c|, c = weight · scale, whatever that
+        does to their products."""
+        pairs = [part.factors.stored(inputs) for part in self.parts]
+        roots = [
+            (math.copysign(abs(c) ** 0.5, c), abs(c) ** 0.5)
+            for c in (p.weight * p.factors.scale for p in self.parts)
+        ]
+        made = []
+        for side in (0, 1):
+            matrices, weights = [pair[side] for pair in pairs], [root[side] for root in roots]
+            if self.method.acts_on == "elements":
+                made.append(
+                    self.method.combine_elements(
+                        DenseDeltas(matrices),
+                        weights,
+                        Seeds(self.seed, f"{self.name}/{'ab'[side]}"),
+                    )[0]
+                )
+            else:
+                made.append(sum(m * w for m, w in zip(matrices, weights, strict=True)))
+        rank = self.parts[0].factors.rank
+        dtype = dtypes.torch_dtype(self.dtype)
+        a_shape, b_shape = self.place.shapes(rank)
+        tensors = {
+            self.place.a_key: made[0].reshape(a_shape).to(dtype),
+            self.place.b_key: made[1].reshape(b_shape).to(dtype),
+        }
+        return TaskResult(tensors, {"rank": rank})
+
+    def _made(
+        self, pairs: list[tuple[Tensor, Tensor]], metrics: list[dict], kept: float, total: float
+    ) -> TaskResult:
+        dtype = dtypes.torch_dtype(self.dtype)
+        tensors = {key: tensor.to(dtype) for key, tensor in self.place.stored(pairs).items()}
+        found: dict[str, Any] = {
+            "rank": len(pairs[0][0]),
+            "norm": short(total**0.5),
+            "energy": short(kept / total) if total else 1.0,
+        }
+        # of a stack of experts: the mean over them
+        for key in metrics[0]:
+            values = [metric[key] for metric in metrics]
+            found[key] = _mean(values)
+        return TaskResult(tensors, found)
+
+
+class DenseDeltas:
+    """Deltas of one module, rows of a product made from float32 factors whenever they are asked for."""
+
+    def __init__(self, deltas: Sequence[Delta]):
+        self.deltas = [
+            Product(d.left.float(), d.right.float()) if isinstance(d, Product) else d
+            for d in deltas
+        ]
+        self.shape, self.count = _shape(deltas[0]), len(deltas)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        return blocks(self.shape)
+
+    def rows(self, which: int, first: int, last: int) -> Tensor:
+        delta = self.deltas[which]
+        return (
+            delta.left[first:last] @ delta.right
+            if isinstance(delta, Product)
+            else delta[first:last].clone()
+        )
+
+
+def _shape(delta: Delta) -> tuple[int, int]:
+    return (
+        (delta.left.shape[0], delta.right.shape[1])
+        if isinstance(delta, Product)
+        else (delta.shape[0], delta.shape[1])
+    )
+
+
+def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Rows [first, last) of each block of a matrix."""
+    step = max(1, BLOCK // max(shape[1], 1))
+    return ((first, min(first + step, shape[0])) for first in range(0, shape[0], step))
+
+
+class Seeds:
+    """Random numbers for each delta of one module, from the run's seed and the module's name."""
+
+    def __init__(self, seed: int, name: str):
+        self.seed, self.name = seed, name
+
+    def __call__(self, which: int) -> torch.Generator:
+        text = f"{self.seed}\0{self.name}\0{which}"
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        return torch.Generator().manual_seed(number >> 1)
+
+
+def quantile(values: Tensor, share: float) -> float:
+    """The quantile with linear interpolation, of any number of values (torch.quantile stops at 16 million)."""
+    at = share * (len(values) - 1)
+    low = math.floor(at)
+    first = float(values.kthvalue(low + 1).values)
+    second = float(values.kthvalue(min(low + 2, len(values))).values)
+    return first + (second - first) * (at - low)
+
+
+def _span(deltas: Sequence[Delta]) -> Svd | None:
+    """The directions of all factors, near which lie those of whatever is made of their products; None where one is dense."""
+    products = [delta for delta in deltas if isinstance(delta, Product)]
+    if len(products) < len(deltas):
+        return None
+    left, right = torch.cat([p.left for p in products], 1), torch.cat([p.right for p in products])
+    sizes = left.norm(dim=0), right.norm(dim=1)
+    used = (sizes[0] > 0) & (sizes[1] > 0)
+    if not bool(used.any()):
+        return None
+    left, right = (left / sizes[0])[:, used], (right / sizes[1][:, None])[used]
+    return Svd(left, left.new_ones(len(right)), right)
+
+
+def _decomposed(
+    result: Delta, energy: float | None, most: int, near: Svd | None
+) -> tuple[Svd, float]:
+    """The leading singular triplets of a delta, and Σ s² over all of them."""
+    if isinstance(result, Product):
+        svd = lowrank.svd(result)
+        return svd, float(svd.s.square().sum())
+    return leading(result, most, energy, near=near)
+
+
+def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:
+    """Cosines between the inputs' deltas, row by row of the triangle above the diagonal."""
+    products = [delta for delta in deltas if isinstance(delta, Product)]
+    table = lowrank.gram(products) if len(products) == len(deltas) else _gram(DenseDeltas(deltas))
+    norms = table.diagonal().clamp_min(0).sqrt()
+    pairs = itertools.combinations(range(len(deltas)), 2)
+    return {
+        "cosines": [
+            float(table[i, j] / (norms[i] * norms[j])) if norms[i] * norms[j] else 0.0
+            for i, j in pairs
+        ]
+    }
+
+
+def _gram(deltas: DenseDeltas) -> Tensor:
+    """All inner products of dense deltas, summed in float64."""
+    table = torch.zeros(deltas.count, deltas.count, dtype=torch.float64)
+    for first, last in deltas.blocks():
+        rows = torch.stack(
+            [deltas.rows(i, first, last).reshape(-1) for i in range(deltas.count)]
+        ).double()
+        table += (rows @ rows.T).cpu()
+    return table
+
+
+def _mean(values: list) -> Any:
+    if isinstance(values[0], list):
+        return [_mean(list(column)) for column in zip(*values, strict=True)]
+    return short(math.fsum(values) / len(values))

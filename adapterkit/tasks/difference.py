@@ -1,0 +1,278 @@
+"""The factors of the difference of two parameters, or the new parameter whole."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.adapters.factors import Place
+from adapterkit.adapters.keys import PREFIX, wrapped
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.truncated import leading
+from adapterkit.plan import Inputs, TaskResult
+from adapterkit.tasks import common
+from adapterkit.tasks.ranked import Cut, ranked
+from adapterkit.weights.parameters import Parameter, StoredParameter
+
+PIECE = 4 << 20  # elements compared at a time
+BLOCK = 1 << 20  # elements made float32 at a time
+
+
+def factor_keys(module: str, wrappers: Mapping[str, int]) -> tuple[str, str]:
+    """Keys of a module's factors; its own entry counts the wrappers that lie around these."""
+    return PREFIX + wrapped(f"{module}.lora_A.weight", wrappers), PREFIX + wrapped(
+        f"{module}.lora_B.weight", wrappers
+    )
+
+
+def stored_parameter(parameter: Parameter, side: Checkpoint) -> StoredParameter:
+    return StoredParameter.of(parameter, side.tensors)
+
+
+def equal_parameters(
+    sides: tuple[Checkpoint, Checkpoint], old: StoredParameter, new: StoredParameter
+) -> bool:
+    """Whether two parameters hold the same values, or values of which one is the other's rounding."""
+    if not old.dtypes | new.dtypes <= set(dtypes.FLOATS) and old.dtypes != new.dtypes:
+        return False
+    if not _is_whole(old) or not _is_whole(new):
+        return _same_values(
+            *(_native(held, _OnDisk(side)) for held, side in zip((old, new), sides, strict=True))
+        )
+    a, b = old.specs[0], new.specs[0]
+    if a.dtype == b.dtype:
+        return all(x == y for x, y in _pieces(sides, a, b))
+    types = dtypes.torch_dtype(a.dtype), dtypes.torch_dtype(b.dtype)
+    values = [
+        (
+            torch.frombuffer(bytearray(x), dtype=types[0]),
+            torch.frombuffer(bytearray(y), dtype=types[1]),
+        )
+        for x, y in _pieces(sides, a, b)
+    ]
+    return any(all(_rounds_to(*pair[::step]) for pair in values) for step in (1, -1))
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) if a.dtype == b.dtype else _rounds_to(a, b) or _rounds_to(b, a)
+
+
+def _rounds_to(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.to(b.dtype), b)
+
+
+def _is_whole(held: StoredParameter) -> bool:
+    """Whether a parameter is a stored tensor as it is."""
+    slots = held.parameter.slots
+    return len(slots) == 1 and slots[0].whole and held.specs[0].shape == held.shape
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    """Tensors of a checkpoint, in their own dtype."""
+
+    side: Checkpoint
+
+    def stored(self, spec: TensorSpec) -> Tensor:
+        data = bytearray(self.side.folder.read(spec.file, spec.start, spec.stop))
+        dtype = dtypes.torch_dtype(spec.dtype)
+        return (
+            torch.frombuffer(data, dtype=dtype).view(spec.shape)
+            if data
+            else torch.empty(spec.shape, dtype=dtype)
+        )
+
+
+@dataclass(frozen=True)
+class _As:
+    """Reads tensors as one dtype."""
+
+    inputs: Any
+    dtype: torch.dtype
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        return self.inputs.stored(spec).to(self.dtype)
+
+
+def _native(held: StoredParameter, inputs: Any) -> Tensor:
+    """A parameter in the widest of the dtypes that it is stored in; `inputs` has `stored`."""
+    return held.read(_As(inputs, _widest(held)))
+
+
+def _widest(held: StoredParameter) -> torch.dtype:
+    return reduce(torch.promote_types, map(dtypes.torch_dtype, sorted(held.dtypes)))
+
+
+def _pieces(sides: tuple[Checkpoint, Checkpoint], old: TensorSpec, new: TensorSpec):
+    """The same elements of both, some at a time."""
+    count = math.prod(old.shape)
+    widths = [dtypes.BITS[spec.dtype] // 8 for spec in (old, new)]
+    for at in range(0, count, PIECE):
+        n = min(PIECE, count - at)
+        yield tuple(
+            side.folder.read(spec.file, spec.start + at * width, spec.start + (at + n) * width)
+            for side, spec, width in zip(sides, (old, new), widths, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class DifferenceFactors:
+    """Factors of one weight's difference between both sides; of a stack of experts, of each matrix of it."""
+
+    name: str
+    module: str
+    old: StoredParameter
+    new: StoredParameter
+    place: Place
+    transposed: bool
+    cut: Cut
+    dtype: str
+    target: str  # what PEFT's config calls it
+    limit: int | None = None  # of the rank
+    alpha = None  # scale 1
+
+    def inside(self, wrappers: Mapping[str, int], depth: int) -> "DifferenceFactors":
+        """The same with keys as deep as they can become, `depth` among those of its module."""
+        a_key, b_key = factor_keys(self.module, {**wrappers, self.module: depth})
+        return replace(self, place=replace(self.place, a_key=a_key, b_key=b_key))
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (*self.old.tensors.values(), *self.new.tensors.values())
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.place.out, math.prod(self.place.a_tail)
+
+    @property
+    def max_outputs(self) -> tuple[Stored, ...]:
+        return common.bounds(self.place, self._most_rank(), self.dtype)
+
+    def _most_rank(self) -> int:
+        return self.cut.most(min(self.limit or min(self._shape), *self._shape))
+
+    @property
+    def memory(self) -> int:
+        """The difference of one matrix, the vectors of its decomposition or a product of its short side, and the factors."""
+        short = min(self._shape)
+        factors = sum(4 * math.prod(stored.shape) for stored in self.max_outputs)
+        return (
+            8 * math.prod(self._shape)
+            + 32 * min(short * short, math.prod(self._shape))
+            + 2 * factors
+            + 32 * BLOCK
+        )
+
+    def compute(self, inputs: Inputs) -> TaskResult:
+        found = [self._leading(old, new, inputs) for old, new in self._matrices()]
+        zero = (
+            Svd(torch.zeros(self._shape[0], 1), torch.zeros(1), torch.zeros(1, self._shape[1])),
+            0.0,
+        )
+        if all(one is None for one in found):
+            return TaskResult({}, {"unchanged": True})
+        return ranked(self, [one or zero for one in found])
+
+    def _matrices(self) -> Iterator[tuple[StoredParameter, StoredParameter]]:
+        """Both sides of each matrix."""
+        if self.place.experts is None:
+            yield self.old, self.new
+        for i in range(self.place.experts or 0):
+            yield self.old.expert(i), self.new.expert(i)
+
+    def _leading(
+        self, old: StoredParameter, new: StoredParameter, inputs: Inputs
+    ) -> tuple[Svd, float] | None:
+        delta = _difference(old, new, inputs)
+        if delta is None or not bool(delta.any()):
+            return None
+        delta = delta.T if self.transposed else delta.reshape(self._shape)
+        return leading(delta, self._most_rank(), self.cut.energy, self.cut.sv_ratio)
+
+
+@dataclass(frozen=True)
+class WholeParameter:
+    """One parameter's value as it is, put together where it is stored in parts or as a part of something else."""
+
+    parameter: str
+    held: StoredParameter
+    key: str
+    only_beside_factors: bool = False  # written if its layer has factors alone
+
+    @property
+    def name(self) -> str:
+        return self.key
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return self.held.reads
+
+    @property
+    def max_outputs(self) -> tuple[Stored, ...]:
+        return (Stored(self.key, dtypes.name_of(_widest(self.held)), self.held.shape),)
+
+    @property
+    def memory(self) -> int:
+        return 2 * sum(spec.nbytes for spec in self.reads)
+
+    def compute(self, inputs: Inputs) -> TaskResult:
+        if _is_whole(self.held):
+            return common.AdapterTensor(self.held.specs[0], self.key).compute(inputs)
+        return TaskResult({self.key: _native(self.held, inputs).contiguous()}, {"taken": True})
+
+
+def _difference(old: StoredParameter, new: StoredParameter, inputs: Inputs) -> Tensor | None:
+    """new - old in float32, a block of rows at a time; None where both store the same, or one is the other's rounding."""
+    blocks = new.row_ranges(BLOCK)
+    blocks = blocks if len(old.row_ranges(BLOCK)) == len(blocks) else [(0, new.shape[0])]
+    pieces = [(first, old.rows(first, last), new.rows(first, last)) for first, last in blocks]
+    if _same_bytes(old, new, pieces, inputs) or _rounded(old, new, pieces, inputs):
+        return None
+    delta: Tensor | None = None
+    for first, before, after in pieces:
+        part = after.read(inputs).sub_(before.read(inputs))
+        if len(pieces) == 1:
+            return part
+        delta = part.new_empty(new.shape) if delta is None else delta
+        delta[first : first + len(part)] = part
+    return delta
+
+
+Pieces = list[tuple[int, StoredParameter, StoredParameter]]
+
+
+def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Inputs) -> bool:
+    """Whether both sides store the same, seen before anything is made float32."""
+    if not old.same_storage(new):
+        return False
+    pairs = (
+        (a, b)
+        for _, before, after in pieces
+        for a, b in zip(before.specs, after.specs, strict=True)
+    )
+    return all(inputs.bytes(a) == inputs.bytes(b) for a, b in pairs)
+
+
+def _rounded(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Inputs) -> bool:
+    """Whether all of one side is the other's rounding."""
+    if old.dtypes == new.dtypes or len(old.dtypes) > 1 or len(new.dtypes) > 1:
+        return False
+    (first,), (second,) = (
+        {dtypes.torch_dtype(name) for name in side.dtypes} for side in (old, new)
+    )
+    down = up = True
+    for _, before, after in pieces:
+        a, b = before.read(inputs), after.read(inputs)
+        down = down and torch.equal(a.to(second), b.to(second))
+        up = up and torch.equal(b.to(first), a.to(first))
+        if not down and not up:
+            return False
+    return True

@@ -1,0 +1,376 @@
+"""Edits of the rows of one stored tensor, described before any data is read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.kernels import rows as kernel
+from adapterkit.plan import Edit, EditInputs, Loaded
+from adapterkit.weights.slots import Positions
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Where one product left @ right lands on the grid: rows [row, row_stop), columns [col, col_stop).
+
+    `row_at` (and `col_at`): for each row of the range the parameter's row that lies there; None: the same, in order from 0.
+    `row_of` (and `col_of`): the rows of the range that are meant, where they are not all of them (interleaved storage).
+    """
+
+    row: int
+    row_stop: int
+    col: int
+    col_stop: int
+    expert: int | None = None
+    row_at: Positions | None = None
+    col_at: Positions | None = None
+    row_of: Positions | None = None
+    col_of: Positions | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One adapter's low-rank addition to one stored tensor: scale * b @ a, cut and turned as the blocks say.
+
+    `flip`: the stored tensor (or the factors' own layout) has the axes swapped, so the addition is (b @ a)ᵀ = aᵀ @ bᵀ.
+    `experts`: a is (experts * r, in) with the expert slowest, b is (out, r * experts) with the expert FASTEST (PEFT's layout).
+    """
+
+    a: TensorSpec
+    b: TensorSpec
+    scale: float
+    rank: int
+    blocks: tuple[Block, ...]
+    flip: bool = False
+    experts: int | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether other steps need other parts of the same factors: experts that are stored one by one."""
+        return self.experts is not None and len(self.blocks) < self.experts
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        """b, and a or those experts' parts of it that the blocks need."""
+        if self.experts is None:
+            return (self.a, self.b)
+        return (*(self._of_expert(block) for block in self.blocks), self.b)
+
+    def _of_expert(self, block: Block) -> TensorSpec:
+        """The block's expert's part of a."""
+        assert self.experts is not None and block.expert is not None
+        return part_of(self.a, (self.experts, self.rank, *self.a.shape[1:]), block.expert)
+
+    def products(self, inputs: EditInputs) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
+        for block, left, right in self._cut(inputs):
+            if self.flip:
+                left, right = right.T, left.T
+            left = placed(left, 0, block.row_at, block.row_of, block.row, block.row_stop)
+            right = placed(right, 1, block.col_at, block.col_of, block.col, block.col_stop)
+            yield block, left.contiguous(), right.contiguous()
+
+    def _cut(self, inputs: EditInputs) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """(block, b (out, r) with the scale folded in, a (r, in)): of experts each one's own."""
+        if self.experts is None:
+            a, b = inputs.tensor(self.a), inputs.tensor(self.b)
+            b = scaled_to(b.reshape(b.shape[0], -1), self.scale)
+            for block in self.blocks:
+                yield block, b, a.reshape(a.shape[0], -1)
+            return
+        cut = lambda b: b.reshape(-1, self.rank, self.experts).permute(2, 0, 1).contiguous()
+        # where each expert is stored alone, its step must not go through the factors of all: that costs the square of their number
+        stack = inputs.kept(self.b, cut) if self.shared else cut(inputs.stored(self.b))
+        for block in self.blocks:
+            a = inputs.tensor(self._of_expert(block))
+            yield (
+                block,
+                scaled_to(stack[block.expert].to(inputs.dtype), self.scale),
+                a.reshape(self.rank, -1),
+            )
+
+
+def part_of(spec: TensorSpec, shape: tuple[int, ...], index: int) -> TensorSpec:
+    """tensor.view(shape)[index], as a part of its file."""
+    size = spec.nbytes // shape[0]
+    return replace(
+        spec, shape=shape[1:], start=spec.start + index * size, stop=spec.start + (index + 1) * size
+    )
+
+
+def overlap(w: Tensor, first: int, row: int, row_stop: int) -> Iterator[tuple[Tensor, slice]]:
+    """The block's rows that lie in [row, row_stop), and which of that range they are; nothing where there are none."""
+    low, high = max(row, first), min(row_stop, first + w.shape[0])
+    if low < high:
+        yield w[low - first : high - first], slice(low - row, high - row)
+
+
+def scaled_to(factor: Tensor, scale: float) -> Tensor:
+    """scale * factor, rounded once (a power of two is exact)."""
+    return factor if scale == 1.0 else (factor.double() * scale).to(factor.dtype)
+
+
+def placed(
+    factor: Tensor, dim: int, at: Positions | None, of: Positions | None, start: int, stop: int
+) -> Tensor:
+    """The factor's rows (or columns) in stored order over [start, stop), zero where the stored tensor holds something else."""
+    if at is not None:
+        factor = _taken(factor, dim, at)
+    if of is None:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = stop - start
+    spread = factor.new_zeros(shape)
+    where = torch.as_tensor(list(of), device=factor.device) - start
+    spread.index_copy_(dim, where, factor)
+    return spread
+
+
+def _taken(factor: Tensor, dim: int, at: Positions) -> Tensor:
+    if isinstance(at, range) and at.step == 1:
+        return factor.narrow(dim, at.start, len(at))
+    return factor.index_select(dim, torch.as_tensor(list(at), device=factor.device))
+
+
+@dataclass(frozen=True, slots=True)
+class AddLowRank:
+    """w += Σ scale * b @ a over the terms: one product per block, the terms' factors stacked along the rank."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for term in self.terms for spec in term.reads)
+
+    @property
+    def kept(self) -> tuple[TensorSpec, ...]:
+        return tuple(term.b for term in self.terms if term.shared)
+
+    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        stacks: dict[tuple[int, int, int, int], list] = {}
+        for term in self.terms:
+            for block, left, right in term.products(inputs):
+                stacks.setdefault(
+                    (block.row, block.row_stop, block.col, block.col_stop), []
+                ).append((left, right))
+        products = []
+        for place, pairs in sorted(stacks.items(), key=lambda item: item[0]):
+            left = torch.cat([p[0] for p in pairs], 1) if len(pairs) > 1 else pairs[0][0]
+            right = torch.cat([p[1] for p in pairs], 0) if len(pairs) > 1 else pairs[0][1]
+            products.append((place, left, right))
+        norm = sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
+        columns = grid[1]
+
+        def apply(w: Tensor, first: int) -> None:
+            for (row, row_stop, col, col_stop), left, right in products:
+                for part, here in overlap(w, first, row, row_stop):
+                    part = part if (col, col_stop) == (0, columns) else part[:, col:col_stop]
+                    kernel.add_low_rank(part, left[here], right)
+
+        return Loaded(apply, norm)
+
+
+@dataclass(frozen=True, slots=True)
+class AddLikePeft:
+    """One adapter's addition with PEFT's roundings: the product is scaled after the matmul; with `delta_first` it is rounded to
+    the weight's dtype before it is added; the sum is rounded before the next adapter (`merge_and_unload`, safe_merge=False)."""
+
+    term: Term
+    rounded: torch.dtype
+    delta_first: bool
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return self.term.reads
+
+    @property
+    def kept(self) -> tuple[TensorSpec, ...]:
+        return (self.term.b,) if self.term.shared else ()
+
+    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        scale = self.term.scale
+        products = list(replace(self.term, scale=1.0).products(inputs))
+        norm = (
+            abs(scale)
+            * sum(kernel.low_rank_norm(left, right) ** 2 for _, left, right in products) ** 0.5
+        )
+
+        def exact(w: Tensor, first: int, delta_first: bool = False) -> None:
+            for block, left, right in products:
+                for part, here in overlap(w, first, block.row, block.row_stop):
+                    part = part[:, block.col : block.col_stop]
+                    delta = (left[here] @ right) * scale
+                    part += delta.to(self.rounded).to(w.dtype) if delta_first else delta
+
+        def apply(w: Tensor, first: int) -> None:
+            exact(w, first, self.delta_first)
+            _round(w, self.rounded)
+
+        return Loaded(apply, norm, exact)
+
+
+@dataclass(frozen=True, slots=True)
+class Decompose:
+    """DoRA: w = magnitude * w / ‖w‖ per output row of the parameter (arXiv:2402.09353).
+
+    `by_columns`: the parameter's outputs are the grid's columns (an embedding's axis, a transposed layer). Then the norms need
+    every row, so the rows are read once before: `before` are the edits that come first. `of_stored`: the norm is that of the
+    stored weight after `before` alone, whatever else has been added to w (PEFT with several adapters).
+    """
+
+    magnitude: TensorSpec
+    rows: tuple[int, int]  # where the outputs lie on the grid, when they are rows
+    by_columns: bool
+    before: tuple[Edit, ...]
+    of_stored: bool = False
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.magnitude,)
+
+    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        magnitude = inputs.tensor(self.magnitude).reshape(-1)
+        if self.by_columns:
+            squares = torch.zeros(grid[1], dtype=torch.float64, device=inputs.device)
+            for _, w in self._blocks_before(inputs, source, grid):
+                kernel.add_column_squares(w, squares)
+            return Loaded(lambda w, first: kernel.scale_columns(w, magnitude, squares.sqrt()))
+        norms = None
+        if self.of_stored:
+            norms = torch.cat(
+                [kernel.row_norms(w) for _, w in self._blocks_before(inputs, source, grid)]
+            )
+        return Loaded(lambda w, first: self._scale_rows(w, first, magnitude, norms))
+
+    def _blocks_before(
+        self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        before = [edit.load(inputs, source, grid) for edit in self.before]
+        for first, w in inputs.blocks(source, grid):
+            for edit in before:
+                edit.apply(w, first)
+            yield first, w
+
+    def _scale_rows(self, w: Tensor, first: int, magnitude: Tensor, norms: Tensor | None) -> None:
+        row, row_stop = self.rows
+        for part, here in overlap(w, first, row, row_stop):
+            norm = kernel.row_norms(part) if norms is None else norms[row:row_stop][here]
+            kernel.scale_rows(part, magnitude[here], norm)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTo:
+    """w rounded to the weight's dtype between two adapters, as PEFT does."""
+
+    rounded: torch.dtype
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return ()
+
+    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        return Loaded(lambda w, first: _round(w, self.rounded), exact=lambda w, first: None)
+
+
+def _round(w: Tensor, dtype: torch.dtype) -> None:
+    w.copy_(w.to(dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class AddVector:
+    """w += scale * vector, for biases: the grid is (n, 1). `at`: which of the vector's entries lie on rows [row, row_stop)."""
+
+    vector: TensorSpec
+    scale: float
+    row: int
+    row_stop: int
+    at: Positions | None = None
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.vector,)
+
+    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        vector = scaled_to(inputs.tensor(self.vector).reshape(-1, 1), self.scale)
+        vector = placed(vector, 0, self.at, None, self.row, self.row_stop)
+
+        def apply(w: Tensor, first: int) -> None:
+            for part, here in overlap(w, first, self.row, self.row_stop):
+                part += vector[here]
+
+        return Loaded(apply, float(torch.linalg.vector_norm(vector.double())))
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceRows:
+    """w[indices] = values: trained token rows. `by_columns`: the tokens are the grid's columns."""
+
+    values: TensorSpec
+    indices: tuple[int, ...]
+    by_columns: bool = False
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.values,)
+
+    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        values = inputs.tensor(self.values)
+        if self.by_columns:
+            where = torch.tensor(self.indices, device=values.device)
+            return Loaded(lambda w, first: _set_columns(w, first, where, values))
+        table = sorted(zip(self.indices, range(len(self.indices)), strict=True))
+
+        def apply(w: Tensor, first: int) -> None:
+            for index, i in table:
+                if first <= index < first + w.shape[0]:
+                    w[index - first] = values[i]
+
+        return Loaded(apply)
+
+
+def _set_columns(w: Tensor, first: int, where: Tensor, values: Tensor) -> None:
+    w[:, where] = values[:, first : first + w.shape[0]].T
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """w[block] = the parameter's trained value there: replaced parameters that are stored in pieces."""
+
+    value: TensorSpec
+    block: Block
+    flip: bool
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.value,)
+
+    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        block = self.block
+        value = (
+            self.value
+            if block.expert is None
+            else part_of(self.value, self.value.shape, block.expert)
+        )
+        value = inputs.tensor(value)
+        value = value.reshape(value.shape[0], -1)
+        value = value.T if self.flip else value
+        value = value if block.row_at is None else _taken(value, 0, block.row_at)
+        value = value if block.col_at is None else _taken(value, 1, block.col_at)
+        of = torch.as_tensor(
+            list(block.row_of if block.row_of is not None else range(block.row, block.row_stop))
+        )
+        columns = torch.as_tensor(
+            list(block.col_of if block.col_of is not None else range(block.col, block.col_stop))
+        )
+
+        def apply(w: Tensor, first: int) -> None:
+            inside = (of >= first) & (of < first + w.shape[0])
+            if inside.any():
+                w[(of[inside] - first)[:, None].to(w.device), columns.to(w.device)] = value[
+                    inside.to(value.device)
+                ]
+
+        return Loaded(apply)

@@ -1,0 +1,56 @@
+"""One weight in a quantized format, with its measured error."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.kernels.sums import squared_norm
+from adapterkit.plan import Inputs, TaskResult
+from adapterkit.tasks.common import short
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
+
+PIECE = 1 << 20  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """One weight, encoded."""
+
+    source: TensorSpec
+    packed: QuantizedWeight
+
+    @property
+    def name(self) -> str:
+        return self.packed.key
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.source,)
+
+    @property
+    def max_outputs(self) -> tuple[Stored, ...]:
+        return self.packed.max_outputs
+
+    @property
+    def variable_size(self) -> tuple[str, ...]:
+        return self.packed.variable_size
+
+    @property
+    def memory(self) -> int:
+        return 6 * self.source.nbytes
+
+    def compute(self, inputs: Inputs) -> TaskResult:
+        weight = inputs.tensor(self.source)
+        tensors = self.packed.encode(weight)
+        return TaskResult(
+            tensors, {"error": relative_error(weight, decode_checked(self.packed, tensors))}
+        )
+
+
+def relative_error(weight: Any, other: Any) -> float:
+    """‖other - W‖_F / ‖W‖_F."""
+    lost = size = 0.0
+    for x, y in zip(weight.reshape(-1).split(PIECE), other.reshape(-1).split(PIECE), strict=True):
+        lost, size = lost + squared_norm(y - x), size + squared_norm(x)
+    return short((lost / size) ** 0.5) if size else 0.0

@@ -1,0 +1,48 @@
+"""Rows of a step: their arithmetic's dtype, their rounding, the chunks in which they are worked on."""
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.kernels.stochastic import round_to
+from adapterkit.plan import Loaded, Step
+
+ELEMENTS = (
+    1 << 18
+)  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
+CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
+
+
+def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:
+    """Values of a step as they are written; `position`: of the first of them in the tensor."""
+    dtype = dtypes.torch_dtype(step.dtype)
+    return w.to(dtype) if step.draws is None else round_to(w, dtype, step.draws.at(position))
+
+
+def unrounded(w: Tensor, before: Tensor, edits: list[Loaded], first: int) -> Tensor:
+    """What the edits make of these rows without roundings between them (those of `--compat peft`): w where they have none."""
+    if all(edit.exact is None for edit in edits):
+        return w
+    w = before.clone()
+    for edit in edits:
+        (edit.exact or edit.apply)(w, first)
+    return w
+
+
+def arithmetic(step: Step) -> torch.dtype:
+    """What a step is computed in: float32; float64 where the source is, or `wide`."""
+    return torch.promote_types(
+        dtypes.torch_dtype(step.source.dtype), torch.float64 if step.wide else torch.float32
+    )
+
+
+def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
+    """Rows [first, last) of each chunk of a grid: a function of the shape and the kind of device alone."""
+    rows, columns = grid
+    elements = ELEMENTS if device.type == "cpu" else CUDA_ELEMENTS
+    step = max(1, elements // max(columns, 1))
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data

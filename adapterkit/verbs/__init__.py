@@ -1,0 +1,1 @@
+"""One file per verb: check the options, plan, run. No verb imports another."""

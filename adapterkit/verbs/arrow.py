@@ -1,0 +1,223 @@
+"""arrow: experts stacked once, with the prototypes that route tokens to them (Arrow, arXiv:2405.11157), as files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapterkit import __version__, dtypes
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.engines import launch
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import Sources, StrPath, checked
+from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress
+from adapterkit.planning import adapter_config, input_files
+from adapterkit.planning.adapters import held, not_linear, read_all
+from adapterkit.planning.cards import hub_or_name
+from adapterkit.planning.folder_files import as_json
+from adapterkit.planning.input_files import identities
+from adapterkit.planning.sites import join
+from adapterkit.planning.sources import open_all
+from adapterkit.receipt import Receipt
+from adapterkit.tasks.experts import StackedExperts
+
+FORMAT = 1
+WEIGHTS, CONFIG = "arrow.safetensors", "arrow.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What arrow can be told. Fields are the command's options."""
+
+    top_k: int | None = None
+    temperature: float = 1.0
+    compat: str | None = None
+    seed: int | None = None
+    dtype: str = "fp32"
+
+
+@checked()
+def arrow(
+    adapters: Sources,
+    *,
+    general: Sources = (),
+    out: StrPath,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    compat: str | None = None,
+    seed: int | None = None,
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Stack adapters as the experts of an Arrow router: per module a (E, r, in), b (E, out, r), scale (E), prototype (E, in).
+
+    `out` holds `arrow.safetensors` (`<module>.a`, `.b`, `.scale`, `.prototype`, and `.expert`, the experts' numbers, where some
+    lack the module) and `arrow.json` (format, top_k, temperature, experts, general, sources). A prototype is the top right
+    singular vector of b@a, from the factors' small core in float64, written in float32: its element of largest magnitude is
+    positive; zero for an untrained expert. Smaller ranks are filled with zeros. `general` adapters are subtracted first, exactly
+    (the rank grows); the scale is then 1. `compat="peft"`: PEFT's power iteration (15 steps from `seed`) and its subtraction of
+    factor means. Routing takes the `top_k` largest |x·p| (default: 3, or as many as there are experts) and a softmax at
+    `temperature`. Raises `Refused` before anything is written.
+    """
+    options = Options(top_k, temperature, compat, seed, dtype)
+    experts, generals = open_all(adapters=adapters, general=general)
+    plan = plan_arrow(experts, generals, options)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_arrow(
+    expert_folders: Sequence[Folder], generals: Sequence[Folder], options: Options
+) -> Plan:
+    """Everything arrow will do, or `Refused` with all that cannot be done."""
+    _check(options, len(expert_folders))
+    read = read_all([*expert_folders, *generals])
+    experts, general = read[: len(expert_folders)], read[len(expert_folders) :]
+    errors = [
+        error for adapter in read for error in (*not_linear(adapter), *_not_routable(adapter))
+    ]
+    joined = join(read, errors)
+    tasks: list[StackedExperts] = []
+    for name, site in joined.items():
+        parts = tuple(
+            (number, factors)
+            for number, (_, factors) in site.members.items()
+            if number < len(experts)
+        )
+        less = tuple(
+            factors for number, (_, factors) in site.members.items() if number >= len(experts)
+        )
+        if not parts:
+            continue
+        if options.compat == "peft":
+            errors += _alike(name, parts, less, read)
+        dtype = dtypes.parse(options.dtype)
+        seed = options.seed or 0
+        tasks.append(
+            StackedExperts(
+                name, parts, less, len(general), len(experts), options.compat, seed, dtype
+            )
+        )
+    refuse_all(errors)
+    if not tasks:
+        raise Refused(
+            "no module with factors",
+            expected="adapters of low-rank factors",
+            where="arrow",
+            hint="check the adapters",
+        )
+    config = {
+        "arrow": FORMAT,
+        "adapterkit": __version__,
+        "top_k": options.top_k or min(3, len(experts)),
+        "temperature": options.temperature,
+        "experts": [a.folder.name for a in experts],
+        "general": [a.folder.name for a in general],
+        "base_model_name_or_path": adapter_config.base_id(experts[0]),
+        "sources": [{"name": hub_or_name(a.folder), "header": a.header_sha256} for a in read],
+    }
+    if options.compat:
+        config |= {"compat": options.compat, "seed": options.seed or 0}
+    notes = _coverage(tasks, experts)
+    told = {k: v for k, v in vars(options).items() if v is not None} | {"experts": len(experts)}
+    metrics = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in experts]}
+    folders, headers = tuple(a.folder for a in read), input_files.headers_of(read)
+    shard = Computed(WEIGHTS, tuple(tasks))
+    files: dict[str, bytes | CopyFile | FromMetrics] = {CONFIG: as_json(config)}
+    return Plan(
+        "arrow",
+        told,
+        folders,
+        headers,
+        identities(folders, headers),
+        (shard,),
+        files,
+        metrics,
+        tuple(notes),
+        models=(),
+    )
+
+
+def _check(options: Options, count: int) -> None:
+    errors: list[AdapterkitError] = []
+    if not count:
+        errors.append(
+            Refused("no adapter", expected="one or more", where="arrow", hint="name the adapters")
+        )
+    if options.top_k is not None and not 0 < options.top_k <= count:
+        errors.append(
+            Refused(
+                f"--top-k {options.top_k}",
+                expected=f"1 to {count}, the experts",
+                where="options",
+                hint="give fewer",
+            )
+        )
+    if options.seed is not None and options.compat is None:
+        errors.append(
+            Refused(
+                "--seed",
+                expected="--compat peft beside it: nothing else draws",
+                where="options",
+                hint="leave it out",
+            )
+        )
+    refuse_all(errors)
+
+
+def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
+    """What a router over linear layers cannot hold."""
+    odd = [
+        lora.module
+        for lora in adapter.loras
+        if lora.kind != "module" or len(lora.a.shape) > 2 or lora.bias is not None
+    ]
+    odd += [adapter.name] * bool(adapter.config.get("target_parameters")) + [
+        *held([adapter], {}, copies=False)
+    ]
+    if not odd:
+        return []
+    found = (
+        f"{adapter.name} has more than factors of linear layers: {', '.join(map(shown, odd[:6]))}"
+    )
+    hint = "train experts on linear layers alone"
+    return [
+        Refused(
+            found,
+            expected="embeddings, convolutions, biases, stacks and trained values not among them",
+            where="arrow",
+            hint=hint,
+        )
+    ]
+
+
+def _alike(name: str, parts: tuple, less: tuple, read: Sequence[Adapter]) -> list[AdapterkitError]:
+    found = {factors.rank for _, factors in parts} | {factors.rank for factors in less}
+    if len(found) == 1:
+        return []
+    expected = "one rank, as PEFT demands"
+    return [
+        Refused(
+            f"{shown(name)}: ranks {sorted(found)}",
+            expected=expected,
+            where="--compat peft",
+            hint="leave --compat out",
+        )
+    ]
+
+
+def _coverage(tasks: Sequence["StackedExperts"], experts: Sequence[Adapter]) -> list[str]:
+    partly = [task.name for task in tasks if len(task.parts) < len(experts)]
+    return (
+        [f"{len(partly)} modules are not in all experts (first {shown(partly[0])})"]
+        if partly
+        else []
+    )

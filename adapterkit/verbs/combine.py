@@ -1,0 +1,356 @@
+"""combine: several adapters into one. How the deltas are put together (method), on what it acts (space: the deltas, or PEFT's
+factors) and how the result becomes factors again (refit: exact, a rank, a share of the energy) are three choices."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from adapterkit import dtypes, registry
+from adapterkit.adapters.factors import Factors
+from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.combinations.protocol import Method
+from adapterkit.engines import launch
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import Sources, StrPath, checked, choice
+from adapterkit.plan import Plan, Progress
+from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning.adapters import (
+    AdapterWeights,
+    inside_wrappers,
+    not_linear,
+    read_all,
+    value_tasks,
+)
+from adapterkit.planning.base_weights import BaseWeights, not_decomposed
+from adapterkit.planning.sites import (
+    Site,
+    base_with_parameters,
+    join,
+    levels_of,
+    names_of,
+    targets_of,
+)
+from adapterkit.planning.sources import open_model, open_weighted
+from adapterkit.receipt import Receipt
+from adapterkit.registry import create
+from adapterkit.tasks import common
+from adapterkit.tasks.combined import CombinedFactors, Part, Refit
+
+# PEFT's names for combinations: method, and whether the refit is exact where neither --rank nor --energy is given
+ALIASES = {
+    "svd": ("linear", "largest"),
+    "cat": ("linear", "exact"),
+    "ties_svd": ("ties", "largest"),
+    "dare_linear_svd": ("dare_linear", "largest"),
+    "dare_ties_svd": ("dare_ties", "largest"),
+    "magnitude_prune_svd": ("magnitude_prune", "largest"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a combination can be told. Fields are the command's options."""
+
+    method: str
+    space: str = "delta"
+    rank: int | None = None
+    energy: float | None = None
+    density: float | None = None
+    majority: str | None = None
+    svd_clamp: float | None = None
+    weight_for: tuple[str, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()  # a method's other options
+    dtype: str = "fp32"
+    seed: int = 0
+    tokenizer: str | None = None
+
+
+@checked(method=choice(lambda: (*registry.members("combinations"), *ALIASES)))
+def combine(
+    adapters: Sources,
+    *,
+    out: StrPath,
+    method: str,
+    base: StrPath | None = None,
+    space: str = "delta",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    majority: str | None = None,
+    svd_clamp: float | None = None,
+    weight_for: Iterable[str] = (),
+    settings: dict[str, Any] | None = None,
+    dtype: str = "fp32",
+    seed: int = 0,
+    tokenizer: str | None = None,
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), Δᵢ = scaleᵢ·bᵢ@aᵢ, written as factors of scale 1.
+
+    Each adapter is a folder or a Hub id and may carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping
+    `{path: 0.7}`. `space="delta"`: the method acts on the deltas;
+    `"factors"`: on a and b apart, as PEFT's `add_weighted_adapter` does (sign and root of each weight on both, cross terms and
+    all). Refit: `rank`, or `energy` (the smallest rank of each module that keeps this share of the squared singular values); with
+    neither, methods on factors are exact (the ranks add up) and methods on elements keep the inputs' largest rank. `base` tells
+    parameters of `target_parameters` apart where the files, which name their nesting only, do not. Factors are
+    computed in float64 (dense deltas in float32), written in `dtype`. Raises `Refused` before anything is written.
+
+    A DoRA's delta depends on the weights that it was trained on: with `base` it is m·(W + scale·b@a)/‖W + scale·b@a‖ - W, dense, so
+    that the result is a plain LoRA of a rank that has to be given; without, DoRA is refused. Values that were trained whole
+    (modules_to_save, token rows, biases) are taken from the one adapter of weight 1 that has them; several adapters' are averaged
+    where the method is a weighted sum (linear, mean, ema) whose shares among them add up to 1, else refused unless they are equal.
+
+    An adapter of weight 0 takes no part in delta space: weights (1, 0) give the first one's delta by every method. Of slerp the
+    weights say where on the arc the result lies, and how long it is.
+
+    A tokenizer beside the adapters is copied, and refused where they differ in what makes tokens; `tokenizer="base"` copies none.
+
+    Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack are right.
+    """
+    rules, more = tuple(weight_for), tuple((settings or {}).items())
+    options = Options(
+        method,
+        space,
+        rank,
+        energy,
+        density,
+        majority,
+        svd_clamp,
+        rules,
+        more,
+        dtype,
+        seed,
+        tokenizer,
+    )
+    plan = plan_combine(
+        open_weighted(adapters), options, None if base is None else open_model(base)
+    )
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_combine(
+    sources: list[tuple[Folder, float]], options: Options, base: Folder | None = None
+) -> Plan:
+    """Everything a combination will do, or `Refused` with all that cannot be done."""
+    method, refit = _settled(options)
+    if len(sources) < 2 and not (sources and (options.rank or options.energy)):
+        raise Refused(
+            f"{len(sources)} adapters",
+            expected="two or more",
+            where="combine",
+            hint="name the adapters",
+        )
+    adapters = read_all([folder for folder, _ in sources])
+    given = [weight for _, weight in sources]
+    equal = [1.0] * len(given)
+    if options.weight_for and method.resolve_weights(equal) != equal:
+        raise Refused(
+            "--weight-for and an option that says the weights",
+            expected="one",
+            where="options",
+            hint="leave out one of them",
+        )
+    given = method.resolve_weights(given)
+    weights = AdapterWeights(given, options.weight_for)
+    doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
+    if base is not None and doras:
+        model = open_checkpoint(base, len(adapters))
+    else:
+        model = base_with_parameters(base, adapters, notes)
+    errors = [error for adapter in adapters for error in _not_summable(adapter, model)]
+    joined = join(adapters, errors, None if model is None else names_of(model, adapters, notes))
+    decomposed = (
+        {}
+        if model is None
+        else {a.number: BaseWeights(model, a, [x.module for x in a.loras], notes) for a in doras}
+    )
+    tasks: list[CombinedFactors] = []
+    levels = levels_of(joined.values())
+    for name, site in joined.items():
+        try:
+            parts = tuple(
+                _part(number, *found, weights, decomposed.get(number))
+                for number, found in site.members.items()
+            )
+            parts = _with_a_share(parts, options.space)
+            method.check_weights([part.weight for part in parts])
+        except AdapterkitError as error:
+            errors.append(error)
+            continue
+        errors += _fit(name, parts, adapters, options, refit)
+        tasks.append(
+            CombinedFactors(
+                name,
+                parts,
+                site.place(levels),
+                method,
+                options.space,
+                refit,
+                dtypes.parse(options.dtype),
+                options.seed,
+            )
+        )
+    biases, whole = (
+        _biases(joined, weights, options, errors),
+        value_tasks(adapters, weights, method, levels, errors),
+    )
+    errors += weights.unused() + inside_wrappers(adapters, joined.values())
+    refuse_all(errors)
+    if not tasks:
+        raise Refused(
+            "no module with factors",
+            expected="adapters of low-rank factors",
+            where="combine",
+            hint="check the adapters",
+        )
+    told = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {
+        "weights": given
+    }
+    metrics = {
+        "adapters": [
+            {"name": a.name, "weight": w, "modules": len(a.loras)}
+            for a, w in zip(adapters, given, strict=True)
+        ]
+    }
+    settings = (
+        adapter_config.plain_settings()
+        | adapter_config.extras(adapters)
+        | {"lora_bias": bool(biases)}
+    )
+    summary = (
+        f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for w in given)}"
+    )
+    everything = [*tasks, *biases, *whole]
+    output = adapter_output.Output(
+        adapters,
+        everything,
+        settings=settings,
+        summary=summary,
+        tokenizer=options.tokenizer,
+        **targets_of(joined),
+    )
+    return adapter_output.adapter_plan("combine", told, adapters, [output], notes, metrics, model)
+
+
+def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:
+    """Those whose weight is not 0, if there are any: weights (1, 0) give the first adapter's delta by every method.
+
+    Not in factor space, where all is as PEFT does it: there the signs of such an adapter have their say.
+    """
+    used = tuple(part for part in parts if part.weight)
+    return used if used and space == "delta" else parts
+
+
+def _not_summable(adapter: Adapter, base: Checkpoint | None) -> list[AdapterkitError]:
+    if base is not None and adapter.config.get("use_dora"):
+        return not_decomposed(adapter)
+    return not_linear(adapter, "give --base BASE, the model it was trained on, and --rank R")
+
+
+def _part(
+    number: int,
+    lora: Lora,
+    factors: Factors,
+    weights: "AdapterWeights",
+    decomposed: BaseWeights | None,
+) -> Part:
+    return Part(
+        number,
+        factors,
+        weights.of(number, lora.module),
+        decomposed.dora(lora, factors) if decomposed else None,
+    )
+
+
+def _settled(options: Options) -> tuple[Method, Refit]:
+    """The method's record and the refit; `Refused` for options that do not fit."""
+    adapter_output.check_refit(options.rank, options.energy)
+    method, default = ALIASES.get(options.method, (options.method, None))
+    given = {"density": options.density, "majority": options.majority} | dict(options.settings)
+    record = cast(Method, create("combinations", method, given))
+    dense = record.acts_on == "elements"
+    if options.space == "factors" and (options.rank or options.energy or options.method in ALIASES):
+        raise Refused(
+            f"--space factors with {options.method if options.method in ALIASES else '--rank or --energy'}",
+            expected="a method alone: there the ranks stay as they are",
+            where="options",
+            hint="leave out --space factors",
+        )
+    if options.space == "factors" and not dense and method != "linear":
+        found = f"--space factors with {method}, which is not defined on a and b apart"
+        raise Refused(
+            found,
+            expected="linear, or a method on elements",
+            where="options",
+            hint="leave out --space factors",
+        )
+    largest = default == "largest" or (dense and default is None)
+    fixed = options.rank is not None or options.energy is not None
+    return record, Refit(options.rank, options.energy, largest and not fixed, options.svd_clamp)
+
+
+def _fit(
+    name: str, parts: tuple[Part, ...], adapters: Sequence[Adapter], options: Options, refit: Refit
+) -> list[AdapterkitError]:
+    found = {part.factors.rank for part in parts}
+    doras = [adapters[part.number].name for part in parts if part.dora]
+    if doras and (options.space == "factors" or refit.exact):
+        how = "--space factors" if options.space == "factors" else "an exact result"
+        expected, hint = (
+            "a refit in --space delta: a DoRA's delta has full rank",
+            "give --rank R or --energy E",
+        )
+        return [
+            Refused(
+                f"{shown(name)}: {how} with DoRA ({', '.join(doras)})",
+                expected=expected,
+                where="options",
+                hint=hint,
+            )
+        ]
+    if options.space == "factors" and len(found) > 1:
+        ranks = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
+        hint = "use --space delta"
+        return [
+            Refused(
+                f"{shown(name)}: ranks {ranks}",
+                expected="one rank in --space factors",
+                where="adapters",
+                hint=hint,
+            )
+        ]
+    return []
+
+
+def _biases(
+    joined: dict[str, Site],
+    weights: "AdapterWeights",
+    options: Options,
+    errors: list[AdapterkitError],
+) -> list[common.SummedTensor]:
+    """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of them."""
+    tasks = adapter_output.added_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
+    if tasks and (
+        ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"
+    ):
+        errors.append(
+            Refused(
+                f"biases of b (lora_bias) with {options.method} in {options.space} space",
+                expected="linear, in delta space",
+                where="--method",
+                hint="use --method linear",
+            )
+        )
+    return tasks

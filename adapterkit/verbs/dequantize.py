@@ -1,0 +1,154 @@
+"""dequantize: a quantized checkpoint into floats."""
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines import launch
+from adapterkit.errors import Refused
+from adapterkit.gguf.header import gguf_file
+from adapterkit.gguf.model import loads_in_float32, open_gguf
+from adapterkit.options import StrPath, checked, parse_size
+from adapterkit.plan import Plan, Progress, Step
+from adapterkit.planning import input_files
+from adapterkit.planning.cards import base_card
+from adapterkit.planning.folder_files import as_json, model_files
+from adapterkit.planning.input_files import base_headers, identities
+from adapterkit.planning.model_output import shard_of, shards_of_size
+from adapterkit.planning.sources import open_model
+from adapterkit.receipt import Receipt
+from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
+
+SHARD_SIZE = "5GB"  # of what comes from a GGUF file
+
+
+@checked()
+def dequantize(
+    base: StrPath,
+    *,
+    out: StrPath,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Decode a quantized checkpoint: W = round(code * scale), in `dtype` (default: what its library
+    computes in).
+
+    Every format of which the command's help tells is read, also several in one checkpoint; tensors
+    that are not quantized stay as they are. The files are the base's, or with `max_shard_size`
+    (5GB) of that size at most. Raises `Refused` before anything is written.
+
+    A GGUF model file (`pip install 'adapterkit[gguf]'`) becomes a checkpoint of transformers' names
+    and layouts, with config and tokenizer, in files of 5 GB at most. Its `dtype` is bf16 where it
+    has blocks: W = code * scale has an error of its own that is larger than the rounding; a file of
+    plain floats keeps its dtype.
+    """
+    plan = plan_dequantize(open_model(base), dtype, max_shard_size)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_dequantize(
+    folder: Folder, dtype: str | None, max_shard_size: str | int | None = None
+) -> Plan:
+    """Everything a dequantization will do, or `Refused`."""
+    if name := gguf_file(folder):
+        return _plan_gguf(folder, name, dtype, max_shard_size)
+    original = open_checkpoint(folder)
+    base = decoded_view(original)
+    packed = quantized_weights(base.tensors)
+    if not packed:
+        raise Refused(
+            "no quantized weights",
+            expected="a quantized checkpoint",
+            where=folder.name,
+            hint="use it as it is",
+        )
+    wanted = dtypes.parse(dtype) if dtype else None
+    steps: dict[str, list[Step]] = {name: [] for name in original.shards}
+    for key, spec in base.tensors.items():
+        steps[spec.file].append(
+            Step(
+                key,
+                (wanted or spec.dtype) if isinstance(spec, QuantizedWeight) else spec.dtype,
+                spec.shape,
+                spec,
+            )
+        )
+    config = dict(base.config)
+    if wanted and "config.json" in original.files:
+        config["dtype"] = dtypes.CONFIG_NAME[wanted]
+        config.pop("torch_dtype", None)
+    if max_shard_size:
+        shards = shards_of_size(
+            [step for group in steps.values() for step in group],
+            parse_size("max_shard_size", max_shard_size),
+        )
+    else:
+        shards = [
+            shard_of(name, group, original.shards[name], keep=False)
+            for name, group in steps.items()
+            if group
+        ]
+    headers = base_headers(original)
+    metrics = {"dequantised": len(packed)}
+    files = model_files(original, config, shards, base_card(original, "decoded to floats"))
+    files = {
+        name: file for name, file in files.items() if name not in quantization_files(base.tensors)
+    }
+    told = {
+        key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
+    }
+    return Plan(
+        "dequantize",
+        told,
+        (folder,),
+        headers,
+        identities((folder,), headers),
+        tuple(shards),
+        files,
+        metrics,
+    )
+
+
+def _plan_gguf(
+    folder: Folder, name: str, dtype: str | None, max_shard_size: str | int | None
+) -> Plan:
+    """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded
+    once."""
+    model = open_gguf(folder, name)
+    base, wanted = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
+    width = lambda key: "F32" if loads_in_float32(model.model, key, wanted) else wanted
+    steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
+    shards = shards_of_size(steps, parse_size("max_shard_size", max_shard_size or SHARD_SIZE))
+    config = base.config | {"dtype": dtypes.CONFIG_NAME[wanted]}
+    files = (
+        model_files(base, config, shards, base_card(base, "decoded to floats"))
+        | model.texts
+        | {"config.json": as_json(config)}
+    )
+    headers = input_files.model_headers(base, 0)
+    told = {
+        key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
+    }
+    metrics, notes = {"dequantised": len(steps)}, tuple(model.notes)
+    return Plan(
+        "dequantize",
+        told,
+        (folder,),
+        headers,
+        identities((folder,), headers),
+        shards,
+        files,
+        metrics,
+        notes,
+    )

@@ -1,0 +1,131 @@
+"""extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints' difference."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines import launch
+from adapterkit.errors import Refused, refuse_all
+from adapterkit.options import StrPath, checked
+from adapterkit.plan import Plan, Progress, Task
+from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning.extract import ExtractedAdapter, Extraction, Options, finalize_cut
+from adapterkit.planning.merge.job import Options as MergeOptions
+from adapterkit.planning.merge.plan import plan_merge
+from adapterkit.planning.sources import open_adapter, open_model
+from adapterkit.receipt import Receipt
+from adapterkit.tasks.ranked import SHARES, Cut, check_cut, even_rank
+from adapterkit.weights.detect import check_not_quantized
+
+
+@checked()
+def extract(
+    base: StrPath,
+    tuned: StrPath,
+    *,
+    out: StrPath,
+    rank: int | None = None,
+    energy: float | None = None,
+    sv_ratio: float | None = None,
+    max_size: str | int | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    rest: str = "save",
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Extract the adapter between two checkpoints: b@a is the best approximation of W_tuned - W_base of its rank, weight by weight.
+
+    Linear layers, convolutions, routers and stacks of experts get factors (one of `rank`, `energy`, `sv_ratio`, `max_size`, as in
+    `resize`; with `max_size` none gets more than 8 times the even rank), by a truncated SVD in float32. A stack has one rank, the
+    largest that one of its experts needs; stacks, routers and other matrices that are no layer's stand in the config as
+    target_parameters. What has no low rank and differs (embeddings, norms, biases, heads of one side) is saved whole
+    (`rest="save"`), left out (`"drop"`), or a reason to refuse (`"refuse"`). A weight whose two values differ by the rounding of
+    one side's dtype alone is unchanged. `include`, `exclude`: regexes on modules. Both sides may be sharded and stored differently;
+    names are those of the loaded model. The receipt has each weight's relative error. Raises `Refused` before anything is written:
+    also for shapes that differ, the vocabulary's apart. What was written is read back, and a merge of it planned, before it gets
+    its name.
+
+    Saved whole means: a module without children in modules_to_save; a layer's bias with `bias="lora_only"`; and a single parameter
+    that no module can stand for (ViT's cls_token, Mamba's A_log and D, a tied embedding) under its own key, its name beside the
+    modules of modules_to_save. PEFT loads such a value into the model itself, as it does biases: `disable_adapter` leaves it there.
+    """
+    options = Options(Cut(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
+    source = open_model(base)
+    plan = plan_extract(source, open_model(tuned), options)
+    check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
+    how = {
+        "hash": hash,
+        "resume": resume,
+        "overwrite": overwrite,
+        "check": check,
+        "progress": progress,
+    }
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
+    """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets no factors, to see if it
+    differs."""
+    check_cut(options.cut)
+    sides = open_checkpoint(base, 0), open_checkpoint(tuned, 1)
+    for side in sides:
+        check_not_quantized(side)
+    job = Extraction(sides, options)
+    job.sort()
+    refuse_all(job.errors)
+    factors = job.factors
+    if options.cut.max_size:
+        limit = SHARES * even_rank(options.cut, factors)
+        factors = [replace(difference, limit=limit) for difference in factors]
+    tasks: list[Task] = [*factors, *job.whole]
+    if not tasks:
+        raise Refused(
+            "nothing to extract",
+            expected="weights that both have",
+            where=f"{base.name}, {tuned.name}",
+            hint="check --include, --exclude",
+        )
+    targets = {difference.name: difference.target for difference in factors}
+    parameters = frozenset(
+        difference.target for difference in factors if difference.target != difference.module
+    )
+    task_type = adapter_config.task_type(sides[1].config, job.saved)
+    kept = {
+        "base_model_name_or_path": adapter_config.hub_id(base),
+        "task_type": task_type,
+        "auto_mapping": None if task_type else job.model_class(),
+        "fan_in_fan_out": job.transposed
+        and not parameters,  # PEFT has no wrapper of parameters for it, and needs it for none
+    }
+    settings = adapter_config.plain_settings() | job.settings()
+    summary = f"the difference of {tuned.name} and {base.name}"
+    finalize = partial(finalize_cut, options.cut)
+    more: dict[str, Any] = {
+        "kept": kept,
+        "parameters": parameters,
+        "others": frozenset(job.modules),
+    }
+    output = ExtractedAdapter([], tasks, targets, settings, summary, finalize=finalize, **more)
+    told = {
+        k: v
+        for k, v in {**vars(options.cut), **vars(options)}.items()
+        if v is not None and k != "cut"
+    }
+    headers = {(0, name): header.sha256 for name, header in sides[0].shards.items()}
+    headers |= {(1, name): header.sha256 for name, header in sides[1].shards.items()}
+    metrics = {"left_out": job.left_out, "unchanged": sorted(job.unchanged)}
+    return adapter_output.output_plan(
+        "extract", told, (base, tuned), headers, [output], job.notes, metrics, models=(0, 1)
+    )

@@ -1,0 +1,188 @@
+"""init: an adapter that starts from its base's weights, and the base that is left without that part."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.engines import launch
+from adapterkit.errors import Refused, refuse_all
+from adapterkit.options import StrPath, checked, choice
+from adapterkit.plan import Plan, Progress, Task
+from adapterkit.planning.input_files import base_headers, identities
+from adapterkit.planning.model_output import QuantizedModel
+from adapterkit.planning.new_adapter import (
+    Scaling,
+    adapter_of,
+    place_of_linear,
+    targeted,
+    wrappable,
+)
+from adapterkit.planning.quantization import QuantizationPlan
+from adapterkit.planning.quantization import targets as formats
+from adapterkit.planning.sources import open_model
+from adapterkit.receipt import Receipt
+from adapterkit.registry import create, members
+from adapterkit.tasks.handoff import HandoffFactors
+from adapterkit.tasks.residual import ResidualWeight
+from adapterkit.weights.detect import check_not_quantized
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an initialisation can be told. Fields are the command's options."""
+
+    method: str
+    rank: int
+    alpha: float | None = None
+    rslora: bool = False
+    targets: str | None = None
+    skip: str | None = None
+    quantize: str | None = None
+    block_size: int | None = None
+    double_quant: bool = False
+    dtype: str = "fp32"
+
+    @property
+    def scaling(self) -> Scaling:
+        return Scaling(self.rank, self.alpha, self.rslora)
+
+
+@checked(method=choice(lambda: members("inits")), quantize=choice(lambda: formats()))
+def init(
+    base: StrPath,
+    *,
+    out: StrPath,
+    method: str,
+    rank: int,
+    alpha: float | None = None,
+    rslora: bool = False,
+    targets: str | None = None,
+    skip: str | None = None,
+    quantize: str | None = None,
+    block_size: int | None = None,
+    double_quant: bool = False,
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Initialise an adapter from its base's weights: `OUT/adapter` holds scale·b@a, `OUT/base` the rest, W - scale·b@a.
+
+    `method`: pissa (the principal part of each weight, arXiv:2404.02948). `targets`: which modules, `all-linear`, ends of their
+    names with commas between, or a regex (default: all linear layers but the output). scale is alpha / rank (alpha / √rank with
+    `rslora`); alpha is the rank by default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written quantized
+    (QPiSSA), and the receipt has each weight's relative error beside that of plain quantization; weights without factors are
+    quantized plainly, those that `skip` matches not at all. Load the adapter on `OUT/base`; to have it on the original afterwards:
+    `adapterkit rebase TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
+
+    Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes PEFT change a base again.
+    """
+    options = Options(
+        method, rank, alpha, rslora, targets, skip, quantize, block_size, double_quant, dtype
+    )
+    plan = plan_init(open_model(base), options)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_init(folder: Folder, options: Options) -> Plan:
+    """Everything an initialisation will do, or `Refused`."""
+    method: Any = create("inits", options.method, {})
+    if not options.quantize:
+        given = [
+            f"--{key.replace('_', '-')}" for key, value in _chosen_options(options).items() if value
+        ]
+        if given:
+            found, hint = (
+                f"{', '.join(given)} without --quantize",
+                "choose modules with --targets, or give --quantize nf4",
+            )
+            raise Refused(found, expected="--quantize FORMAT", where="options", hint=hint)
+    base = open_checkpoint(folder)
+    check_not_quantized(base)
+    chosen = QuantizationPlan(base, {"to": options.quantize, **_chosen_options(options)})
+    tasks: dict[str, Task] = {}
+    factors: list[Task] = []
+    for name in _targeted(chosen, options.targets):
+        key = chosen.linear[name]
+        weight = chosen.weights[key]
+        packed = chosen.packed.get(key)
+        tasks[key] = ResidualWeight(
+            base.tensors[key],
+            packed,
+            name,
+            method,
+            options.rank,
+            options.scaling.scale,
+            weight.transposed,
+        )
+        factors.append(
+            HandoffFactors(
+                name, place_of_linear(name, weight.shape), options.rank, dtypes.parse(options.dtype)
+            )
+        )
+    return _plan(base, chosen, tasks, factors, options)
+
+
+def _targeted(chosen: QuantizationPlan, targets: str | None) -> list[str]:
+    """The modules that get factors; `Refused` if the weight of one cannot be changed."""
+    usable = wrappable(chosen.names, [*chosen.linear, *chosen.problems], chosen.notes)
+    if targets is None:
+        found = [name for name in usable if name not in chosen.kept]
+    else:
+        lacking = "tied, left alone by --skip or passed by in PEFT, or not in the file"
+        found, notes = targeted(targets, usable, chosen.model, lacking)
+        chosen.notes += notes
+    refuse_all([chosen.problems[name] for name in found if name in chosen.problems])
+    if not found:
+        raise Refused(
+            "no linear layer", expected="one or more", where=chosen.base.name, hint="check --skip"
+        )
+    return found
+
+
+def _plan(
+    base: Checkpoint,
+    chosen: QuantizationPlan,
+    tasks: dict[str, Task],
+    factors: list[Task],
+    options: Options,
+) -> Plan:
+    config = chosen.config() if options.quantize else base.config
+    model = QuantizedModel(
+        base, chosen.packed if options.quantize else {}, tasks, config, "base", "init"
+    )
+    adapter = adapter_of(
+        base,
+        factors,
+        options.scaling,
+        f"{options.method}: for the base beside it, not for the original",
+        "adapter",
+    )
+    notes = list(chosen.notes)
+    said = f"without the part that {options.method} took into the adapter beside it"
+    files = model.files(said) | adapter.files(notes)
+    told = {key: value for key, value in vars(options).items() if value}
+    headers = base_headers(base)
+    metrics = {"modules": len(factors)} | (
+        {"quantised": len(chosen.packed)} if options.quantize else {}
+    )
+    shards, who = (*model.shards(), adapter.shard()), identities((base.folder,), headers)
+    return Plan("init", told, (base.folder,), headers, who, shards, files, metrics, tuple(notes))
+
+
+def _chosen_options(options: Options) -> dict[str, Any]:
+    return {
+        "block_size": options.block_size,
+        "double_quant": options.double_quant,
+        "skip": options.skip,
+    }

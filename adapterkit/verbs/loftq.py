@@ -1,0 +1,381 @@
+"""loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ, arXiv:2310.08659)."""
+
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.engines import launch
+from adapterkit.errors import AdapterkitError, Failed, Refused, refuse_all, shown
+from adapterkit.options import StrPath, checked
+from adapterkit.patterns import matcher
+from adapterkit.plan import Computed, Plan, Progress, Task
+from adapterkit.planning import adapter_output, input_files
+from adapterkit.planning.input_files import base_headers, identities
+from adapterkit.planning.model_output import QuantizedModel
+from adapterkit.planning.new_adapter import (
+    Scaling,
+    adapter_of,
+    place_of_linear,
+    targeted,
+    wrappable,
+)
+from adapterkit.planning.quantization import QuantizationPlan
+from adapterkit.planning.sources import open_model, open_source
+from adapterkit.receipt import Receipt
+from adapterkit.tasks.covariances import covariances
+from adapterkit.tasks.handoff import HandoffFactors
+from adapterkit.tasks.loftq import Accept, LoftQFactors, LoftQWeight, finalize_accepted
+from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.decoded import decoded_view
+from adapterkit.weights.detect import check_not_quantized
+from adapterkit.weights.names import Names
+
+BITS = {4: "nf4", 8: "int8"}
+OPEN = {"quantized": open_model, "stats": open_source}
+NOT_QUANTISED = "not quantized"
+MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
+SUMMARY = "LoftQ: for its quantized base alone, not for the original"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What LoftQ can be told. Fields are the command's options."""
+
+    rank: int
+    alpha: float | None = None
+    rslora: bool = False
+    bits: int = 4
+    bits_for: tuple[str, ...] = ()
+    iterations: int = 4
+    targets: str | None = None
+    skip: str | None = None
+    block_size: int | None = None
+    double_quant: bool = False
+    dtype: str = "fp32"
+
+    @property
+    def formats(self) -> dict[int, str]:
+        """What a number of bits is written as."""
+        return MIXED if self.bits_for else BITS
+
+    @property
+    def exceptions(self) -> list[tuple[Callable[[str], bool], str]]:
+        """Which modules have other bits, the last that says so first: `RE=BITS`."""
+        found = []
+        for text in reversed(self.bits_for):
+            regex, _, bits = text.rpartition("=")
+            if not regex or bits not in map(str, MIXED):
+                raise Refused(
+                    f"--bits-for {text!r}",
+                    expected="RE=4 or RE=8",
+                    where="options",
+                    hint="give a regex and bits",
+                )
+            found.append((matcher(regex, "--bits-for"), MIXED[int(bits)]))
+        return found
+
+    @property
+    def scale(self) -> float:
+        return Scaling(self.rank, self.alpha, self.rslora).scale
+
+
+@checked()
+def loftq(
+    base: StrPath,
+    *,
+    out: StrPath,
+    rank: int,
+    alpha: float | None = None,
+    rslora: bool = False,
+    bits: int = 4,
+    bits_for: Sequence[str] = (),
+    iterations: int = 4,
+    targets: str | None = None,
+    skip: str | None = None,
+    block_size: int | None = None,
+    double_quant: bool = False,
+    quantized: StrPath | None = None,
+    stats: StrPath | None = None,
+    accept: Accept | str | None = None,
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Initialise a quantized base and an adapter together: W ≈ Q + scale·b@a, weight by weight.
+
+    Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all rounds, plain quantization
+    included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept. `OUT/base` is the packed base (`bits` 4: nf4, with
+    `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `RE=BITS`,
+    other bits for some modules, of several that match the last; bitsandbytes has one width for a model, so the base is then
+    compressed-tensors' (w4a16, w8a16). `targets`: which modules get factors, `all-linear`, ends of their
+    names with commas between, or a regex (default: all that are quantized). scale is
+    alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. The receipt has each module's relative error before
+    and after. Raises `Refused` before anything is written.
+
+    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each module that gets factors saw (CorDA's, unscaled or
+    scaled); then errors are those of its outputs, ‖(W - Q - scale·b@a) C^½‖_F, in the choice of the factors, of the round and in
+    the receipt; `damping` is what was added to C, relative to its diagonal's mean.
+
+    With `quantized`, a quantized checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one step on
+    W - decode(Q). There `accept(module, a, b)` is asked of each module in turn, in the order of the file, whether its factors are
+    kept; where not, b becomes zero. A text is a command: it gets the module's name and a safetensors file with a and b, and keeps
+    them by status 0, rolls back by 1.
+
+    Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the base is written packed, and the
+    best round is kept, not the last.
+    """
+    options = Options(
+        rank,
+        alpha,
+        rslora,
+        bits,
+        tuple(bits_for),
+        iterations,
+        targets,
+        skip,
+        block_size,
+        double_quant,
+        dtype,
+    )
+    ask = by_command(accept) if isinstance(accept, str) else accept
+    others = {"quantized": quantized, "stats": stats}
+    sources = {name: OPEN[name](source) for name, source in others.items() if source is not None}
+    plan = plan_loftq(open_model(base), options, accept=ask, **sources)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_loftq(
+    folder: Folder,
+    options: Options,
+    quantized: Folder | None = None,
+    stats: Folder | None = None,
+    accept: Accept | None = None,
+) -> Plan:
+    """Everything LoftQ will do, or `Refused`."""
+    _check(options, quantized is not None, accept is not None)
+    base = open_checkpoint(folder)
+    check_not_quantized(base)
+    others = [
+        open_checkpoint(other, number)
+        for number, other in enumerate((o for o in (quantized, stats) if o is not None), 1)
+    ]
+    seen = others[-1] if stats is not None else None
+    if quantized is not None:
+        notes: list[str] = []
+        output, metrics = _for_kept(base, others[0], seen, options, notes)
+        output = (
+            output
+            if accept is None
+            else replace(output, finalize=partial(finalize_accepted, accept))
+        )
+        shards, files = (output.shard(),), output.files(notes)
+    else:
+        shards, files, notes, metrics = _both(base, seen, options)
+    headers, inputs = base_headers(base), (base, *others)
+    for number, other in enumerate(others, 1):
+        headers |= input_files.model_headers(other, number)
+    folders = tuple(one.folder for one in inputs)
+    told = {key: value for key, value in vars(options).items() if value}
+    return Plan(
+        "loftq", told, folders, headers, identities(folders, headers), shards, files, metrics, tuple(notes),
+        models=tuple(range(len(folders))), warn=_warnings,
+    )  # fmt: skip
+
+
+def _both(
+    base: Checkpoint, stats: Checkpoint | None, options: Options
+) -> tuple[tuple[Computed, ...], dict[str, Any], list[str], dict[str, Any]]:
+    """The files of the packed base and of the adapter beside it: computed ones, others, notes, and metrics of the plan."""
+    said = {
+        "block_size": options.block_size,
+        "double_quant": options.double_quant,
+        "skip": options.skip,
+    }
+    to, exceptions = options.formats[options.bits], options.exceptions
+    chosen = QuantizationPlan(base, {"to": to, **said}, exceptions)
+    for (matches, _), text in zip(exceptions, reversed(options.bits_for), strict=True):
+        if not any(map(matches, chosen.modules)):
+            found, hint = f"--bits-for {text!r} matches none", "check the regex"
+            raise Refused(found, expected="a quantized module", where="--bits-for", hint=hint)
+    usable = wrappable(chosen.names, chosen.modules, chosen.notes)
+    modules = {
+        chosen.modules[name].key: name
+        for name in usable
+        if chosen.modules[name].key in chosen.weights
+    }
+    if options.targets is not None:
+        found, notes = targeted(
+            options.targets, list(modules.values()), chosen.model, NOT_QUANTISED
+        )
+        modules = {key: name for key, name in modules.items() if name in found}
+        chosen.notes += notes
+    seen = covariances(stats, {name: chosen.weights[key].shape[1] for key, name in modules.items()})
+    tasks = chosen.widened()
+    factors: list[Task] = []
+    for key, name in modules.items():
+        about = (options.rank, options.scale, options.iterations, seen.get(name))
+        tasks[key] = LoftQWeight(base.tensors[key], chosen.packed[key], name, *about)
+        place = place_of_linear(name, chosen.weights[key].shape)
+        factors.append(HandoffFactors(name, place, options.rank, dtypes.parse(options.dtype)))
+    model = QuantizedModel(base, chosen.packed, tasks, chosen.config(), "base", "loftq")
+    adapter = adapter_of(
+        base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter"
+    )
+    notes = list(chosen.notes)
+    names = " and ".join(dict.fromkeys((to, *(target for _, target in exceptions))))
+    files = model.files(
+        f"quantized to {names} by LoftQ: use it with the adapter beside it"
+    ) | adapter.files(notes)
+    metrics = {
+        "left_out": sorted(chosen.left),
+        "quantised": len(chosen.packed),
+        "modules": len(factors),
+    }
+    return (*model.shards(), adapter.shard()), files, notes, metrics
+
+
+def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:
+    """The modules of the loaded model whose weights are stored under these keys."""
+    known = {} if names.model is None else names.model.parameters
+    found = {
+        p.slots[0].key: name for name, p in known.items() if len(p.slots) == 1 and not p.is_alias
+    }
+    return {key: found.get(key, key).removesuffix(".weight") for key in packed}
+
+
+def _for_kept(
+    base: Checkpoint,
+    quantized: Checkpoint,
+    stats: Checkpoint | None,
+    options: Options,
+    notes: list[str],
+) -> tuple[adapter_output.Output, dict[str, Any]]:
+    """The adapter alone, for a quantized base that stays as it is, and metrics of the plan."""
+    plain = decoded_view(quantized)
+    names = Names(plain, build_model=True)
+    errors: list[AdapterkitError] = []
+    factors: list[LoftQFactors] = []
+    packed = {key: spec for key, spec in plain.tensors.items() if isinstance(spec, QuantizedWeight)}
+    modules = _modules(names, packed)
+    usable = set(wrappable(names, modules.values(), notes))
+    modules = {key: name for key, name in modules.items() if name in usable}
+    if options.targets is not None:
+        model = names.model.model if names.model is not None else None
+        found, more = targeted(options.targets, list(modules.values()), model, NOT_QUANTISED)
+        modules = {key: name for key, name in modules.items() if name in found}
+        notes += more
+    for key, name in modules.items():
+        spec = packed[key]
+        original = base.tensors.get(key)
+        if original is None or original.shape != spec.shape or original.dtype not in dtypes.FLOATS:
+            found = f"{shown(key)}: {spec.shape} quantized, {original.shape if original else 'nothing'} in {base.name}"
+            hint = "give the original that it was quantized from"
+            errors.append(
+                Refused(found, expected="the same weights", where=quantized.name, hint=hint)
+            )
+            continue
+        turned = names.layer(name) == "Conv1D"
+        shape = spec.shape[::-1] if turned else spec.shape
+        place = place_of_linear(name, shape)
+        factors.append(
+            LoftQFactors(
+                name,
+                original,
+                spec,
+                place,
+                options.rank,
+                options.scale,
+                dtypes.parse(options.dtype),
+                turned,
+            )
+        )
+    refuse_all(errors)
+    if not factors:
+        raise Refused(
+            "no quantized weights to make up for",
+            expected="one or more",
+            where=quantized.name,
+            hint="check --targets",
+        )
+    seen = covariances(stats, {one.name: one.place.a_tail[0] for one in factors})
+    factors = [replace(one, covariance=seen.get(one.name)) for one in factors]
+    scaling = Scaling(options.rank, options.alpha, options.rslora)
+    return adapter_of(base, factors, scaling, SUMMARY), {"modules": len(factors)}
+
+
+def _check(options: Options, kept: bool, asked: bool) -> None:
+    if asked and not kept:
+        raise Refused(
+            "--accept without --quantized",
+            expected="both",
+            where="options",
+            hint="give --quantized, or leave it out",
+        )
+    if options.bits_for and kept:
+        raise Refused(
+            "--bits-for with --quantized",
+            expected="one of them",
+            where="options",
+            hint="leave one out",
+        )
+    if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
+        found = "--double-quant or --block-size with --bits 8"
+        raise Refused(found, expected="--bits 4", where="options", hint="leave it out")
+
+
+def by_command(command: str) -> Accept:
+    """Ask a command: it is given a module's name and a file with its factors, and says yes by status 0, no by 1."""
+
+    def accept(module: str, a: Tensor, b: Tensor) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder, "factors.safetensors"))
+            save_file({"a": a.contiguous().cpu(), "b": b.contiguous().cpu()}, path)
+            status = subprocess.run([*shlex.split(command), module, path], check=False).returncode
+        if status not in (0, 1):
+            hint = "mend the command"
+            raise Failed(
+                f"--accept ended with status {status} at {shown(module)}",
+                expected="0 or 1",
+                where=command,
+                hint=hint,
+            )
+        return status == 0
+
+    return accept
+
+
+def _warnings(metrics: dict[str, dict]) -> list[str]:
+    """Modules that factors did not help."""
+    tried = {
+        key: metric
+        for key, metric in metrics.items()
+        if "error_after" in metric and metric.get("accepted", True)
+    }
+    worse = sorted(
+        key for key, metric in tried.items() if metric["error_after"] >= metric["error"] > 0
+    )
+    if not worse:
+        return []
+    return [
+        f"WARNING: no round of {len(worse)} modules was better than plain quantization, e.g. {', '.join(worse[:3])}"
+    ]

@@ -1,0 +1,102 @@
+"""merge: adapters into a base, W' = round(W + Σ weight·scale·b@a), streamed from files to files."""
+
+from pathlib import Path
+
+from adapterkit.engines.launch import carry_out
+from adapterkit.options import Sources, StrPath, checked
+from adapterkit.plan import Plan, Progress
+from adapterkit.planning.merge.job import Options
+from adapterkit.planning.merge.plan import plan_merge, plan_on_twin
+from adapterkit.planning.sources import open_model, open_weighted
+from adapterkit.receipt import Receipt
+
+
+@checked()
+def merge(
+    base: StrPath,
+    adapters: Sources,
+    *,
+    out: StrPath,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    tied: str = "untie",
+    base_is_residual: bool = False,
+    compat: str | None = None,
+    expert_layout: str | None = None,
+    tokenizer: str | None = None,
+    dequantize: bool = False,
+    base16: StrPath | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    base_copies: str | None = None,
+    hash: str = "sha256",
+    verify: bool = False,
+    push: str | None = None,
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a), each weight rounded once.
+
+    `base` and each adapter are a folder or a Hub id; an adapter may carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of
+    a mapping `{path: 0.7}`. Writes the folder `out`: a complete checkpoint in the base's own layout with a receipt
+    (`adapterkit.json`). Arithmetic is float32, float64 for weights that are written in float32. Returns the receipt, or with
+    `dry_run` the plan. Raises `Refused` before anything is written and `Failed` after; see the errors' texts for the way out.
+
+    `rounding="stochastic"` rounds changed weights up or down at random, so that on average the whole delta stays, where nearest
+    swallows what is below half a step; the draws depend on `seed`, the tensor and the element alone.
+
+    The copies of the base's embeddings that PEFT stores beside their factors are compared with the base: equal ones change nothing,
+    others are refused unless `base_copies` says which counts, "ignore" (the base's own weight) or "adapter" (the copy, as in PEFT).
+
+    Unlike PEFT's `merge_and_unload` several adapters are added before the one rounding, tied embeddings that only one side changes
+    are untied, attention's `out_proj` gets its delta once, and anything unknown is an error; `compat="peft"` keeps PEFT's roundings
+    and order.
+    """
+    how = {"dequantize": dequantize, "rounding": rounding, "seed": seed, "base_copies": base_copies}
+    options = Options(
+        dtype,
+        max_shard_size,
+        include,
+        exclude,
+        tied,
+        base_is_residual,
+        compat,
+        expert_layout,
+        tokenizer,
+        **how,
+    )
+    sources = open_weighted(adapters)
+    plan = (
+        plan_merge(open_model(base), sources, options)
+        if base16 is None
+        else plan_on_twin(base, base16, sources, options)
+    )
+    check, verified = None, {}
+    if verify:
+        from adapterkit.engines.recompute import verify_against
+
+        check = lambda folder: verified.update(verify_against(folder, plan))
+    how = {
+        "hash": hash,
+        "resume": resume,
+        "overwrite": overwrite,
+        "check": check,
+        "progress": progress,
+    }
+    receipt = carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+    if verified and isinstance(receipt, Receipt):
+        receipt.data["verified"] = verified
+    if push is not None and isinstance(receipt, Receipt):
+        from adapterkit.hub import push as upload
+
+        receipt.data["pushed"] = upload.push(Path(out), push)
+    return receipt

@@ -1,0 +1,67 @@
+"""quantize: a checkpoint's linear layers into a quantized format."""
+
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines import launch
+from adapterkit.options import StrPath, checked, choice
+from adapterkit.plan import Plan, Progress
+from adapterkit.planning.input_files import base_headers, identities
+from adapterkit.planning.model_output import QuantizedModel
+from adapterkit.planning.quantization import QuantizationPlan, targets
+from adapterkit.planning.sources import open_model
+from adapterkit.receipt import Receipt
+from adapterkit.weights.detect import check_not_quantized
+
+
+@checked(to=choice(lambda: targets()))
+def quantize(
+    base: StrPath,
+    *,
+    out: StrPath,
+    to: str,
+    block_size: int | None = None,
+    double_quant: bool = False,
+    skip: str | None = None,
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Quantize a checkpoint's linear layers, weight by weight: Q = encode(W).
+
+    `to`: nf4, fp4 (bitsandbytes 4-bit, `block_size` values with one scale, `double_quant`: the scales quantized too), int8
+    (bitsandbytes), fp8 (blocks of 128 x 128), w4a16 and w8a16 (compressed-tensors' int4 in groups of `block_size`, 128 where that
+    divides the width, and int8 in rows), mxfp4 (GPT-OSS: its experts, as OpenAI stores them; else compressed-tensors'). What
+    transformers' `from_pretrained(quantization_config=...)` leaves alone is left alone: the output layer, what is tied to it,
+    embeddings, norms; `skip`: a regex on modules that are too. The files are those that transformers saves, bit for bit where
+    bitsandbytes defines them. The receipt has each weight's relative error. Raises `Refused` before anything is written.
+    """
+    options = {"to": to, "block_size": block_size, "double_quant": double_quant, "skip": skip}
+    plan = plan_quantize(open_model(base), options)
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
+    """Everything a quantization will do, or `Refused`."""
+    base = open_checkpoint(folder)
+    check_not_quantized(base)
+    chosen = QuantizationPlan(base, options)
+    output = QuantizedModel(base, chosen.packed, chosen.widened(), chosen.config())
+    told = {key: value for key, value in options.items() if value}
+    headers = base_headers(base)
+    metrics = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
+    chosen.notes += chosen.unquantized()
+    shards, files = output.shards(), output.files(f"quantized to {options['to']}")
+    who = identities((folder,), headers)
+    return Plan(
+        "quantize", told, (folder,), headers, who, shards, files, metrics, tuple(chosen.notes)
+    )

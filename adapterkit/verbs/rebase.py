@@ -1,0 +1,200 @@
+"""rebase: an adapter whose initialisation changed the base becomes plain LoRA on the original base: Δ' = s·b@a - s₀·b₀@a₀."""
+
+from dataclasses import dataclass, replace
+
+from adapterkit import dtypes
+from adapterkit.adapters.record import EMBEDDINGS, Adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.combinations.linear import Linear
+from adapterkit.engines import launch
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import StrPath, checked
+from adapterkit.plan import Plan, Progress, Task
+from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning.adapters import read_all
+from adapterkit.planning.sites import (
+    Site,
+    base_with_parameters,
+    join,
+    levels_of,
+    names_of,
+    targets_of,
+)
+from adapterkit.planning.sources import open_adapter, open_model
+from adapterkit.receipt import Receipt
+from adapterkit.tasks.combined import CombinedFactors, Part, Refit
+from adapterkit.weights.names import Names
+
+QUANTISED = (
+    "loftq",
+)  # inits whose base is quantized, not a residual: no difference of factors leads back to the original
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a rebase can be told. Fields are the command's options."""
+
+    rank: int | None = None
+    energy: float | None = None
+    dtype: str = "fp32"
+
+
+@checked()
+def rebase(
+    adapter: StrPath,
+    *,
+    initial: StrPath,
+    out: StrPath,
+    base: StrPath | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Turn an adapter that was initialised by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the original base.
+
+    Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training), so on W the delta is s·b@a -
+    s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it. Unlike PEFT's `path_initial_model_for_weight_conversion` it
+    keeps embeddings, biases, magnitudes, trained modules and token rows, and works with patterns and rsLoRA. `base` tells
+    parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything is written.
+    """
+    folder = None if base is None else open_model(base)
+    plan = plan_rebase(
+        open_adapter(adapter), open_adapter(initial), Options(rank, energy, dtype), folder
+    )
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_rebase(
+    source: Folder, initial: Folder, options: Options, base: Folder | None = None
+) -> Plan:
+    """Everything a rebase will do, or `Refused` with all that cannot be done."""
+    adapter_output.check_refit(options.rank, options.energy)
+    trained, before = read_all([source, initial])
+    errors: list[AdapterkitError] = []
+    notes: list[str] = []
+    init = trained.changed_base()
+    if init is None:
+        notes.append(
+            f"{trained.name} does not say that its init changed the base (init_lora_weights): taken at the caller's word"
+        )
+    elif init.lower().startswith(QUANTISED):
+        found = f"{trained.name} was initialised by {init}: its base is quantized, not a residual"
+        hint = "merge it into its quantized base, or extract the difference"
+        errors.append(
+            Refused(
+                found,
+                expected="an init that subtracts from the base",
+                where=trained.where,
+                hint=hint,
+            )
+        )
+    model = base_with_parameters(base, [trained, before], notes)
+    joined = join(
+        [trained, before],
+        errors,
+        None if model is None else names_of(model, [trained, before], notes),
+    )
+    errors += _same_modules(joined, trained, before)
+    _check_ties(trained, base, errors, notes)
+    refuse_all(errors)
+    dtype, refit = dtypes.parse(options.dtype), Refit(options.rank, options.energy)
+    tasks: list[Task] = []
+    levels = levels_of(joined.values())
+    for name, site in joined.items():
+        parts = (Part(0, site.members[0][1], 1.0), Part(1, site.members[1][1], -1.0))
+        tasks.append(
+            CombinedFactors(name, parts, site.place(levels), Linear(), "delta", refit, dtype, 0)
+        )
+    tasks += adapter_output.beside_factors(_without_changed_base(trained, notes), dtype)
+    settings = (
+        adapter_config.plain_settings()
+        | adapter_config.extras([trained])
+        | adapter_config.flags(trained)
+    )
+    told = {k: v for k, v in vars(options).items() if v is not None}
+    metrics = {
+        "adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)],
+        "init": init,
+    }
+    summary = f"{init or 'its'} initial factors taken out"
+    output = adapter_output.Output(
+        [trained], tasks, settings=settings, summary=summary, **targets_of(joined)
+    )
+    return adapter_output.adapter_plan(
+        "rebase", told, [trained, before], [output], notes, metrics, model
+    )
+
+
+def _check_ties(
+    trained: Adapter, base: Folder | None, errors: list[AdapterkitError], notes: list[str]
+) -> None:
+    """An init on one side of a tied weight has changed the other side too, which no factors here make up for."""
+    modules = [lora.module for lora in trained.loras if EMBEDDINGS.search(f"{lora.module}.weight")]
+    if trained.changed_base() is None or not modules or trained.config.get("ensure_weight_tying"):
+        return
+    if base is None:
+        said = ", ".join(map(shown, modules))
+        notes.append(
+            f"right if the model does not tie {said} to another weight, which the init would have changed too: --base tells"
+        )
+        return
+    names = Names(
+        open_checkpoint(base, 2),
+        tuple(f"{module}.weight" for module in modules),
+        build_model=True,
+        notes=notes,
+    )
+    for module in modules:
+        parameter = names.parameter(f"{module}.weight")
+        if parameter is not None and parameter.tied:
+            found = f"{shown(module)} is tied to {', '.join(map(shown, parameter.tied))}, which the init has changed too"
+            expected, hint = (
+                "factors on weights of their own",
+                "merge it into the base it was trained on (--base-is-residual)",
+            )
+            errors.append(Refused(found, expected=expected, where=trained.name, hint=hint))
+
+
+def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
+    """The adapter without its copies of the weights that the init changed: PEFT would put them in place of the base's."""
+    modules = {lora.module for lora in trained.loras}
+    changed = {name for name in trained.copies if name.rpartition(".")[0] in modules}
+    if changed:
+        notes.append(
+            f"copies of the changed base left out: {', '.join(map(shown, sorted(changed)))}"
+        )
+    return replace(
+        trained,
+        replaced={name: spec for name, spec in trained.replaced.items() if name not in changed},
+    )
+
+
+def _same_modules(
+    joined: dict[str, Site], trained: Adapter, before: Adapter
+) -> list[AdapterkitError]:
+    errors: list[AdapterkitError] = []
+    for number, adapter in ((0, trained), (1, before)):
+        lacking = [name for name, site in joined.items() if number not in site.members]
+        if lacking:
+            found = f"{adapter.name} lacks {len(lacking)} modules of the other: {', '.join(map(shown, lacking[:4]))}"
+            errors.append(
+                Refused(
+                    found,
+                    expected="the same modules in both",
+                    where="--initial",
+                    hint="give the adapter saved before training",
+                )
+            )
+    return errors

@@ -1,0 +1,349 @@
+"""resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best approximation of each delta, by its
+singular values."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from adapterkit import dtypes
+from adapterkit.adapters.factors import Place
+from adapterkit.adapters.keys import CONFIG, PREFIX
+from adapterkit.adapters.kinds.common import Adapted, Delta, Kind, read_kind
+from adapterkit.adapters.peft import read_adapter
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint, read_json
+from adapterkit.engines import launch
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import StrPath, checked, choice
+from adapterkit.plan import Plan, Progress, Task
+from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, not_decomposed
+from adapterkit.planning.sites import join, levels_of, names_of, targets_of
+from adapterkit.planning.sources import open_adapter, open_model
+from adapterkit.receipt import Receipt
+from adapterkit.registry import members
+from adapterkit.tasks.ranked import (
+    SHARES,
+    ConvertedFactors,
+    Cut,
+    TruncatedFactors,
+    check_cut,
+    even_rank,
+    settled_by_size,
+)
+from adapterkit.weights.names import Names
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a resize can be told. Fields are the command's options."""
+
+    cut: Cut
+    alpha: str = "rank"
+    dtype: str = "fp32"
+
+
+@checked(alpha=choice(("rank", "keep")))
+def resize(
+    adapter: StrPath,
+    *,
+    out: StrPath,
+    base: StrPath | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    sv_ratio: float | None = None,
+    max_size: str | int | None = None,
+    alpha: str = "rank",
+    dtype: str = "fp32",
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Change an adapter's rank: b'@a' is the best approximation of scale·b@a of its rank, from QR of both factors.
+
+    One of `rank`, `energy` (the smallest rank of each module that keeps this share of the squared singular values), `sv_ratio`
+    (singular values of at least the largest one divided by this) and `max_size` (a file of at most this size; the ranks go to the
+    largest singular values of all modules). The factors' norms are balanced. `alpha="rank"` gives every module scale 1, `"keep"`
+    keeps lora_alpha and folds the difference into b. Ranks are exact: no rank above the one asked for. Everything that is no
+    factor (biases, magnitudes, trained modules, token rows) is kept. Raises `Refused` before anything is written.
+
+    LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does too. OFT needs it for the
+    weights that it rotates, VeRA for the widths of its layers, convolutions of the others for their kernels, `target_parameters`
+    that patterns tell apart for their order. Of a DoRA without `base` the magnitudes stay and scale·b@a is approximated, which a
+    note says.
+    """
+    options = Options(Cut(rank, energy, sv_ratio, max_size), alpha, dtype)
+    plan = plan_resize(open_adapter(adapter), options, None if base is None else open_model(base))
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:
+    """Everything a resize will do, or `Refused` with all that cannot be done."""
+    check_cut(options.cut)
+    config = (
+        read_json(source, CONFIG) if CONFIG in source.files() else {}
+    )  # the reader refuses what has none
+    kind, notes = _kind(source, config), []
+    if (
+        base is not None
+        and kind is None
+        and not config.get("use_dora")
+        and not config.get("target_parameters")
+    ):
+        notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
+        base = None
+    job = _Job(options, None if base is None else open_checkpoint(base, 1), notes)
+    if kind is not None:
+        job.convert(kind, source)
+    else:
+        job.resize(read_adapter(source, 0))
+    refuse_all(job.errors)
+    if not job.ranked:
+        raise Refused(
+            "no module with factors",
+            expected="an adapter of low-rank factors",
+            where=source.name,
+            hint="check it",
+        )
+    return job.plan()
+
+
+def _kind(source: Folder, config: dict) -> type[Kind] | None:
+    """The type of an adapter; None for LoRA, and for what is no adapter."""
+    said, known = config.get("peft_type", "LORA"), members("adapters.kinds")
+    name = said.lower() if isinstance(said, str) else ""
+    if name in known or name == "lora":
+        return known.get(name)
+    found, expected = f"peft_type {shown(repr(said))}", ", ".join(["LORA", *map(str.upper, known)])
+    hint = "if it can be merged, merge it with PEFT and use adapterkit extract BASE MERGED"
+    raise Refused(found, expected=expected, where=f"{source.name}/{CONFIG}", hint=hint)
+
+
+@dataclass
+class _Job:
+    """A resize while it is planned: what gets factors, and the adapter as the output's config sees it."""
+
+    options: Options
+    base: Checkpoint | None
+    notes: list[str]
+    errors: list[AdapterkitError] = field(default_factory=list)
+    ranked: list[TruncatedFactors | ConvertedFactors] = field(default_factory=list)
+    targets: dict[str, Any] = field(default_factory=dict)  # what the output has to know of them
+    adapter: Adapter | None = None
+    init: Any = True  # the output's init_lora_weights
+
+    def resize(self, adapter: Adapter) -> None:
+        """A LoRA from its factors; a DoRA whose base is given from its weights."""
+        self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
+        if self.options.alpha == "keep" and adapter.config.get("lora_bias"):
+            found, expected = (
+                "--alpha keep with lora_bias",
+                "--alpha rank: PEFT scales biases of b by alpha / rank too",
+            )
+            self.errors.append(
+                Refused(found, expected=expected, where="options", hint="leave --alpha out")
+            )
+        sites = join([adapter], self.errors, self._names(adapter))
+        self.targets = targets_of(sites)
+        joined = {name: next(iter(site.members.values())) for name, site in sites.items()}
+        if self.base is None or not adapter.config.get("use_dora"):
+            if adapter.config.get("use_dora"):
+                self.notes.append(
+                    "DoRA without --base: the magnitudes stay, and the approximation is of scale·b@a, not of the delta that they "
+                    "and the norms of W + scale·b@a make of it (with --base the delta itself is fitted, as plain LoRA)"
+                )
+            dtype, alpha, levels = (
+                dtypes.parse(self.options.dtype),
+                self._alpha(),
+                levels_of(sites.values()),
+            )
+            for name, site in sites.items():
+                self.ranked.append(
+                    TruncatedFactors(
+                        name, joined[name][1], site.place(levels), self.options.cut, dtype, alpha
+                    )
+                )
+            return
+        self.errors += not_decomposed(adapter)
+        weights = BaseWeights(
+            self.base, adapter, [lora.module for lora in adapter.loras], self.notes
+        )
+        for name, (lora, factors) in joined.items():
+            with self._collected():
+                self._add(
+                    name,
+                    weights.dora(lora, factors),
+                    lora.kind == "embedding",
+                    lora.module,
+                    weights,
+                )
+        plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
+        self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
+
+    def convert(self, kind: type[Kind], source: Folder) -> None:
+        """An adapter of another type, as a LoRA."""
+        if self.options.alpha == "keep":
+            found = f"--alpha keep with an adapter of type {kind.name}"
+            raise Refused(
+                found,
+                expected="--alpha rank: the adapter has no lora_alpha",
+                where="options",
+                hint="leave --alpha out",
+            )
+        if kind.base and self.base is None:
+            found = f"a {kind.name.upper()} adapter without its base: {kind.base}"
+            raise Refused(
+                found,
+                expected="--base BASE",
+                where=source.name,
+                hint="give --base, the model it was trained on",
+            )
+        adapter, modules = read_kind(kind, source, 0)
+        if self.base is None and kind.name in ("loha", "lokr"):
+            self.notes.append(
+                "convolutions with flattened kernels look like linear layers here: give --base if the model has any"
+            )
+        bias = adapter.config.get("bias") or "none"
+        self.adapter = replace(
+            adapter,
+            config=adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias},
+        )
+        shared = modules.pop("")
+        weights = (
+            None
+            if self.base is None
+            else BaseWeights(self.base, adapter, list(modules), self.notes)
+        )
+        for module, parts in modules.items():
+            embedding = any("embedding" in part for part in parts)
+            with self._collected():
+                weight = None if weights is None else weights.of(module, embedding)
+                self._add(
+                    module,
+                    kind.of(Adapted(adapter, module, parts, shared, weight)),
+                    embedding,
+                    module,
+                    weights,
+                )
+        self.targets = {"modules": {module: module for module in modules}}
+
+    def _names(self, adapter: Adapter) -> Names | None:
+        """The base's names where they tell the adapter's parameters apart."""
+        named = self.base is not None and adapter.config.get("target_parameters")
+        return (
+            names_of(self.base, [adapter], self.notes) if self.base is not None and named else None
+        )
+
+    @contextmanager
+    def _collected(self) -> Iterator[None]:
+        """What is refused inside joins the other errors."""
+        try:
+            yield
+        except AdapterkitError as error:
+            self.errors.append(error)
+
+    def _add(
+        self, name: str, delta: Delta, embedding: bool, module: str, weights: "BaseWeights | None"
+    ) -> None:
+        if not delta.rank:
+            self.notes.append(f"{shown(module)} has rank 0: left out")
+            return
+        tail = delta.tail
+        if weights is not None:
+            weight = weights.of(module, embedding)
+            tail = weight.weight_shape[1:]
+            if delta.shape != (weight.weight_shape[0], math.prod(tail)):
+                found = f"{shown(module)}: a delta of {delta.shape}"
+                self.errors.append(
+                    Refused(
+                        found,
+                        expected=f"one for the base's {weight.weight_shape}",
+                        where=weights.where,
+                        hint=CHECK_BASE,
+                    )
+                )
+        if tail is None:
+            found = f"{shown(module)}: a kernel of which the file does not say if it is a Conv1d's or a Conv2d's"
+            self.errors.append(
+                Refused(
+                    found,
+                    expected="--base BASE",
+                    where="options",
+                    hint="give the model it was trained on",
+                )
+            )
+            return
+        a, b = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if embedding
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        key, out = f"{PREFIX}{module}.", delta.shape[0]
+        place = Place(key + a, key + b, tail, (1,) * (len(tail) - 1), out, None)
+        self.ranked.append(
+            ConvertedFactors(
+                name,
+                delta,
+                place,
+                self.options.cut,
+                dtypes.parse(self.options.dtype),
+                self._alpha(),
+            )
+        )
+
+    def _alpha(self) -> float | None:
+        assert self.adapter is not None
+        return self.adapter.config["lora_alpha"] if self.options.alpha == "keep" else None
+
+    def plan(self) -> Plan:
+        adapter, options = self.adapter, self.options
+        assert adapter is not None
+        ranked, finalize = self.ranked, None
+        beside = adapter_output.beside_factors(adapter, dtypes.parse(options.dtype))
+        if options.cut.max_size:
+            limit = SHARES * even_rank(options.cut, ranked)
+            ranked = [
+                replace(task, limit=limit) if isinstance(task, ConvertedFactors) else task
+                for task in ranked
+            ]
+            finalize = partial(settled_by_size, options.cut)
+        settings = (
+            adapter_config.plain_settings()
+            | adapter_config.extras([adapter])
+            | adapter_config.flags(adapter)
+        )
+        settings |= {"init_lora_weights": self.init}
+        tasks: list[Task] = [*ranked, *beside]
+        modules = {task.name: self.targets["modules"][task.name] for task in ranked}
+        more = self.targets | {
+            "modules": modules,
+            "settings": settings,
+            "finalize": finalize,
+            "alpha": self._alpha(),
+        }
+        output = adapter_output.Output([adapter], tasks, summary="resized", **more)
+        told = {
+            k: v
+            for k, v in {
+                **vars(options.cut),
+                "alpha": options.alpha,
+                "dtype": options.dtype,
+            }.items()
+            if v is not None
+        }
+        metrics = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
+        return adapter_output.adapter_plan(
+            "resize", told, [adapter], [output], self.notes, metrics, self.base
+        )

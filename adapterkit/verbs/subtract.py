@@ -1,0 +1,267 @@
+"""subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54): Δ' = Δ - mean of the general
+Δ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from adapterkit import dtypes
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.combinations.linear import Linear
+from adapterkit.engines import launch
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import Sources, StrPath, checked
+from adapterkit.patterns import matcher
+from adapterkit.plan import Plan, Progress, Task
+from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning.adapters import held, not_linear, read_all
+from adapterkit.planning.sites import base_with_parameters, join, levels_of, names_of, targets_of
+from adapterkit.planning.sources import open_all, open_model
+from adapterkit.receipt import Receipt
+from adapterkit.tasks import common
+from adapterkit.tasks.combined import CombinedFactors, Part, Refit
+from adapterkit.tasks.subtracted import SubtractedFactors
+from adapterkit.weights.names import Names
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a subtraction can be told. Fields are the command's options."""
+
+    space: str = "delta"
+    rank: int | None = None
+    energy: float | None = None
+    dtype: str = "fp32"
+    exclude: str | None = None
+    tokenizer: str | None = None
+
+
+@checked()
+def subtract(
+    adapters: Sources,
+    *,
+    general: Sources,
+    out: StrPath,
+    base: StrPath | None = None,
+    space: str = "delta",
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str = "fp32",
+    exclude: str | None = None,
+    tokenizer: str | None = None,
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Subtract the mean of general adapters from each task adapter: Δ' = scale·b@a - (1/G) Σ scale_g·b_g@a_g.
+
+    One task adapter is written to `out`, several to `out/<folder name>`. In delta space the result is exact, of rank r·(1+G) unless
+    `rank` or `energy` refits it; a module that a general adapter lacks counts as zero there, and one that the task lacks is added.
+    `space="factors"` subtracts the means of a and b apart, as PEFT does (cross terms; scales of the general adapters ignored), and
+    keeps the rank. Where `exclude` is found in a module's name nothing is subtracted and the task's values stay, of a head that a
+    general adapter trained whole for one. Factors are written in `dtype`, scale 1. `base` tells parameters of `target_parameters`
+    apart where the files do not. Raises `Refused` before anything is written.
+    """
+    options = Options(space, rank, energy, dtype, exclude, tokenizer)
+    task_sources, generals = open_all(adapters=adapters, general=general)
+    plan = plan_subtract(
+        task_sources, generals, options, None if base is None else open_model(base)
+    )
+    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return launch.carry_out(
+        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
+    )
+
+
+def plan_subtract(
+    task_sources: Sequence[Folder],
+    generals: Sequence[Folder],
+    options: Options,
+    base: Folder | None = None,
+) -> Plan:
+    """Everything a subtraction will do, or `Refused` with all that cannot be done."""
+    adapter_output.check_refit(options.rank, options.energy)
+    if not task_sources or not generals:
+        found = f"{len(task_sources)} task adapters, {len(generals)} general ones"
+        raise Refused(
+            found, expected="one or more of each", where="subtract", hint="give --general ADAPTER"
+        )
+    if options.space == "factors" and (options.rank or options.energy):
+        found = "--space factors with --rank or --energy"
+        raise Refused(
+            found, expected="the ranks as they are", where="options", hint="leave one of them out"
+        )
+    read = read_all([*task_sources, *generals])
+    task_adapters, general_adapters = (
+        read[: len(task_sources)],
+        [_without(a, options.exclude) for a in read[len(task_sources) :]],
+    )
+    errors = [error for adapter in read for error in not_linear(adapter)]
+    errors += _same_names(task_adapters) + _whole_values(general_adapters)
+    notes: list[str] = []
+    model = base_with_parameters(base, read, notes)
+    names = None if model is None else names_of(model, read, notes)
+    outputs = [
+        _output(task_adapter, general_adapters, options, len(task_sources) > 1, names, errors)
+        for task_adapter in task_adapters
+    ]
+    refuse_all(errors)
+    metrics = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
+    metrics["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
+    told = {k: v for k, v in vars(options).items() if v is not None} | {"tasks": len(task_sources)}
+    return adapter_output.adapter_plan("subtract", told, read, outputs, notes, metrics, model)
+
+
+def _same_names(task_sources: Sequence[Adapter]) -> list[AdapterkitError]:
+    names = [adapter.folder.name for adapter in task_sources]
+    twice = (
+        sorted({name for name in names if names.count(name) > 1}) if len(task_sources) > 1 else []
+    )
+    return [
+        Refused(
+            f"several task adapters called {shown(name)}",
+            expected="different folder names",
+            where="adapters",
+            hint="rename one",
+        )
+        for name in twice
+    ]
+
+
+def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
+    return [
+        Refused(
+            f"{shown(key)} was trained whole by {', '.join(a.name for a in generals if a.number in holders)}",
+            expected="general adapters of factors alone: what is no delta cannot be subtracted",
+            where="--general",
+            hint=f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
+        )
+        for key, holders in held(generals, {}, copies=False).items()
+    ]
+
+
+def _pattern(generals: Sequence[Adapter]) -> str:
+    whole = [
+        (a, [*(a.replaced.keys() - a.copies.keys()), *(tokens.module for tokens in a.tokens)])
+        for a in generals
+    ]
+    return "|".join(sorted({adapter.pattern_of(names) for adapter, names in whole if names}))
+
+
+def _without(general: Adapter, exclude: str | None) -> Adapter:
+    """The adapter without what is not to be subtracted."""
+    if exclude is None:
+        return general
+    found = matcher(exclude, "--exclude")
+    return replace(
+        general,
+        loras=tuple(lora for lora in general.loras if not found(lora.module)),
+        replaced={
+            name: spec
+            for name, spec in general.replaced.items()
+            if not (found(name) or found(name.rpartition(".")[0]))
+        },
+        tokens=tuple(tokens for tokens in general.tokens if not found(tokens.module)),
+    )
+
+
+def _output(
+    task_adapter: Adapter,
+    generals: Sequence[Adapter],
+    options: Options,
+    several: bool,
+    names: Names | None,
+    errors: list[AdapterkitError],
+) -> adapter_output.Output:
+    joined = join([task_adapter, *generals], errors, names)
+    prefix = f"{task_adapter.folder.name}: " if several else ""
+    refit = Refit(options.rank, options.energy)
+    dtype = dtypes.parse(options.dtype)
+    tasks: list[Task] = []
+    kept = None if options.exclude is None else matcher(options.exclude, "--exclude")
+    alone = {
+        name
+        for name, site in joined.items()
+        if kept and site.members.keys() == {task_adapter.number} and kept(site.module)
+    }
+    if options.space == "factors":
+        errors += [
+            e
+            for name, site in joined.items()
+            if name not in alone
+            for e in _alike(name, site.members, task_adapter, generals)
+        ]
+        joined = {
+            name: site for name, site in joined.items() if task_adapter.number in site.members
+        }
+    levels = levels_of(joined.values())
+    weights = {task_adapter.number: 1.0} | {
+        general.number: -1.0 / len(generals) for general in generals
+    }
+    for name, site in joined.items():
+        members, place = site.members, site.place(levels)
+        if options.space == "factors" and name not in alone:
+            averaged = tuple(
+                f for number, (_, f) in members.items() if number != task_adapter.number
+            )
+            tasks.append(
+                SubtractedFactors(
+                    prefix + name, members[task_adapter.number][1], averaged, place, dtype
+                )
+            )
+            continue
+        parts = tuple(
+            Part(number, factors, weights[number]) for number, (_, factors) in members.items()
+        )
+        tasks.append(
+            CombinedFactors(prefix + name, parts, place, Linear(), "delta", refit, dtype, 0)
+        )
+    tasks += adapter_output.added_biases(
+        joined, lambda number, module: weights[number], dtype, errors, prefix
+    )
+    for key, holders in held([task_adapter], levels).items():
+        tasks += [common.AdapterTensor(spec, key, prefix) for spec in holders.values()]
+    settings = (
+        adapter_config.plain_settings()
+        | adapter_config.extras([task_adapter])
+        | {
+            "lora_bias": any(
+                lora.bias is not None
+                for site in joined.values()
+                for lora, _ in site.members.values()
+            )
+        }
+    )
+    summary = f"the mean of {len(generals)} general adapters subtracted, in {options.space} space"
+    how = targets_of(joined, prefix) | {
+        "settings": settings,
+        "summary": summary,
+        "tokenizer": options.tokenizer,
+    }
+    return adapter_output.Output(
+        [task_adapter, *generals], tasks, folder=task_adapter.folder.name if several else "", **how
+    )
+
+
+def _alike(
+    name: str, members: dict, task_adapter: Adapter, generals: Sequence[Adapter]
+) -> list[AdapterkitError]:
+    """Factors can be averaged only where all have the module, at one rank."""
+    ranks = {number: factors.rank for number, (_, factors) in members.items()}
+    if len(ranks) == 1 + len(generals) and len(set(ranks.values())) == 1:
+        return []
+    found = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in [task_adapter, *generals])
+    hint = "use --space delta"
+    return [
+        Refused(
+            f"{shown(name)}: ranks {found}",
+            expected="one rank, in all of them",
+            where="--space factors",
+            hint=hint,
+        )
+    ]

@@ -1,0 +1,85 @@
+"""verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled rows are recomputed in float64."""
+
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.engines.recompute import check_rows
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import Sources, StrPath, checked
+from adapterkit.plan import Plan, Progress
+from adapterkit.planning.sources import open_model, open_weighted
+from adapterkit.receipt import check_files, read_receipt
+
+
+@checked()
+def verify(
+    folder: StrPath,
+    *,
+    base: StrPath | None = None,
+    adapters: Sources = (),
+    progress: Progress = lambda done: None,
+) -> dict[str, Any]:
+    """Check the folder's files against its receipt; with `base` and `adapters`, rows of a merge against its inputs too.
+
+    Returns counts of what was checked; `rows` is 0 without the inputs. Raises `Damaged` naming each file, and in it the first
+    tensor, whose bytes are not what was written, and `Refused` where there is no receipt or the inputs are not those of the
+    receipt.
+    """
+    path = Path(folder)
+    receipt = read_receipt(path)
+    sources = open_weighted(adapters)
+    if bool(base) != bool(sources):
+        raise Refused(
+            "base or adapters alone",
+            expected="both, or neither",
+            where="--base, --adapter",
+            hint="give both",
+        )
+    result = check_files(path, receipt, progress)
+    plan = _plan_again(receipt, base, sources) if base else None
+    return result | (check_rows(path, plan) if plan else {"rows": 0, "tensors": 0})
+
+
+def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder, float]]) -> Plan:
+    """The plan that made the output, from the receipt's options and inputs that are the same."""
+    from adapterkit.planning.merge.job import Options
+    from adapterkit.planning.merge.plan import plan_merge
+
+    assert base is not None
+    verb = receipt["recipe"]["verb"]
+    if verb != "merge":
+        hint = "leave --base and --adapter out: every hash and key is checked without them"
+        raise Refused(
+            f"an output of {shown(verb)}",
+            expected="an output of merge",
+            where="--base, --adapter",
+            hint=hint,
+        )
+    options = dict(receipt["recipe"]["options"])
+    weights = options.pop("weights")
+    if len(sources) != len(weights):
+        raise Refused(
+            f"{len(sources)} adapters",
+            expected=str(len(weights)),
+            where="--adapter",
+            hint="give all, in order",
+        )
+    pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
+    plan = plan_merge(open_model(base), pairs, Options(**options))
+    errors: list[AdapterkitError] = []
+    for number, entry in enumerate(receipt["recipe"]["inputs"]):
+        for name, said in entry["files"].items():
+            if plan.headers.get((number, name)) != said["header"]:
+                found = f"{shown(name)} of {plan.folders[number].name} is not the file of the merge"
+                errors.append(
+                    Refused(
+                        found,
+                        expected="the same inputs",
+                        where=RECEIPT,
+                        hint="give the inputs of the merge",
+                    )
+                )
+    refuse_all(errors)
+    return plan
