@@ -45,48 +45,26 @@ class Declaration:
     summary: str  # first line of the module's docstring, without the method's name
     constants: dict[str, Any]  # class attributes with literal values
     options: tuple[str, ...]  # fields of the record
-    functions: frozenset[str]
 
 
 @cache
 def declarations(package: str) -> dict[str, Declaration]:
     """Name -> declaration of every method in `adapterkit.<package>`, without importing them."""
-    files = sorted((Path(__file__).parent / package.replace(".", "/")).glob("*.py"))
-    modules = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
-    classes = {
-        node.name: node
-        for module in modules
-        for node in module.body
-        if isinstance(node, ast.ClassDef)
-    }
     declared = {}
-    for module in modules:
-        for node in module.body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            body = list(_body(node, classes))
-            constants = dict(_constants(body))
+    for file in sorted((Path(__file__).parent / package.replace(".", "/")).glob("*.py")):
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        summary = (ast.get_docstring(module) or "").partition("\n")[0].partition(": ")[2]
+        for record in (node for node in module.body if isinstance(node, ast.ClassDef)):
+            constants = dict(_constants(record))
             if isinstance(constants.get("name"), str):
-                doc = (ast.get_docstring(module) or "").partition("\n")[0]
                 declared[constants["name"]] = Declaration(
-                    doc.partition(": ")[2],
-                    constants,
-                    tuple(dict.fromkeys(_fields(body))),
-                    frozenset(item.name for item in body if isinstance(item, ast.FunctionDef)),
+                    summary, constants, tuple(_fields(record))
                 )
     return dict(sorted(declared.items()))
 
 
-def _body(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[ast.stmt]:
-    """The statements of a class, after those of its bases in the package."""
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            yield from _body(classes[base.id], classes)
-    yield from node.body
-
-
-def _constants(body: list[ast.stmt]) -> Iterator[tuple[str, Any]]:
-    for item in body:
+def _constants(record: ast.ClassDef) -> Iterator[tuple[str, Any]]:
+    for item in record.body:
         if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
             try:
                 yield item.targets[0].id, ast.literal_eval(item.value)
@@ -94,8 +72,8 @@ def _constants(body: list[ast.stmt]) -> Iterator[tuple[str, Any]]:
                 continue
 
 
-def _fields(body: list[ast.stmt]) -> Iterator[str]:
-    for item in body:
+def _fields(record: ast.ClassDef) -> Iterator[str]:
+    for item in record.body:
         if (
             isinstance(item, ast.AnnAssign)
             and isinstance(item.target, ast.Name)

@@ -6,7 +6,10 @@ from typing import Any
 import click
 
 from adapterkit.cli.completion import Name
+from adapterkit.combinations import ALIASES
 from adapterkit.registry import Declaration, declarations
+
+LIFTED = ("density", "majority")  # options of methods that are options of `combine`
 
 Rows = list[tuple[str, str]]
 
@@ -24,6 +27,23 @@ class ListingCommand(click.Command):
                 formatter.write_dl(rows)
 
 
+def combinations() -> dict[str, Rows]:
+    """Methods by what they act on, and PEFT's names of them."""
+    rows: dict[str, Rows] = {"factors": [], "elements": []}
+    for name, method in declarations("combinations").items():
+        flags = ", ".join(f"--{o}" if o in LIFTED else f"--set {o}" for o in method.options)
+        text = f"{method.summary.rstrip('.')} ({flags})." if flags else method.summary
+        rows[method.constants["acts_on"]].append((name, text))
+    rank = {"exact": "exact", "largest": "refitted to the largest rank of the inputs"}
+    return {
+        "Methods on factors (exact without --rank and --energy)": rows["factors"],
+        "Methods on elements (refitted, by default to the largest rank of the inputs)": rows[
+            "elements"
+        ],
+        "PEFT's names": [(name, f"{of}, {rank[to]}") for name, (of, to) in ALIASES.items()],
+    }
+
+
 def initializations() -> dict[str, Rows]:
     return {"Methods": [(name, one.summary) for name, one in declarations("inits").items()]}
 
@@ -39,7 +59,7 @@ def written(codec: Declaration) -> tuple[str, ...]:
     return codec.constants.get("targets", ())
 
 
-combine_names = Name(lambda: declarations("combinations"))
+combine_names = Name(lambda: (*declarations("combinations"), *ALIASES))
 init_names = Name(lambda: declarations("inits"))
 format_names = Name(
     lambda: dict.fromkeys(

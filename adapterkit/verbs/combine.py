@@ -10,6 +10,7 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
 from adapterkit.engines import launch
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
@@ -37,16 +38,6 @@ from adapterkit.receipt import Receipt
 from adapterkit.registry import create
 from adapterkit.tasks import common
 from adapterkit.tasks.combined import CombinedFactors, Part, Refit
-
-# PEFT's names for combinations: method, and whether the refit is exact where neither --rank nor --energy is given
-ALIASES = {
-    "svd": ("linear", "largest"),
-    "cat": ("linear", "exact"),
-    "ties_svd": ("ties", "largest"),
-    "dare_linear_svd": ("dare_linear", "largest"),
-    "dare_ties_svd": ("dare_ties", "largest"),
-    "magnitude_prune_svd": ("magnitude_prune", "largest"),
-}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from adapterkit import registry
 from adapterkit.cli import main
 from adapterkit.cli.completion import SHELLS
+from adapterkit.combinations import ALIASES
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,9 +82,9 @@ def test_paths(program: Path, words: list[str]):
 
 
 def test_methods(program: Path):
-    names = [name for name in registry.members("combinations") if name.startswith("dare")]
-    found = complete(program, "combine", "a", "--method", "dare")
-    assert set(found) >= {f"plain,{name}" for name in names}
+    names = (*registry.members("combinations"), *ALIASES)
+    offered = complete(program, "combine", "a", "--method", "d")
+    assert offered == [f"plain,{name}" for name in names if name.startswith("d")]
     assert complete(program, "init", "a", "--method", "p") == ["plain,pissa"]
 
 
@@ -162,7 +163,7 @@ def test_bash_completes(program: Path, base: Path):
     assert "_adapterkit_completion adapterkit" in first
     assert [line.split() for line in offers] == [
         ["combine", "completion"],
-        ["ties"],
+        ["ties", "ties_svd"],
         ["fp4", "fp8"],
         ["q_proj,down_proj", "q_proj,k_proj", "q_proj,v_proj"],
     ]

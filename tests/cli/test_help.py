@@ -12,6 +12,7 @@ import pytest
 
 from adapterkit import registry
 from adapterkit.cli import main
+from adapterkit.combinations import ALIASES
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(main.commands)
@@ -110,6 +111,16 @@ def test_declarations_are_those_of_the_records(package: str):
         assert declared[name].summary, name
 
 
+def test_options_of_methods_are_listed_as_they_are_given():
+    """As options of the command where it has them, else by --set."""
+    own = {parameter.name for parameter in main.commands["combine"].params}
+    rows = dict(row for rows in main.commands["combine"].lists().values() for row in rows)
+    for name, method in registry.members("combinations").items():
+        for option in registry.options(method):
+            flag = f"--{option}" if option in own else f"--set {option}"
+            assert re.search(rf"[( ]{flag}[,)]", rows[name]), (name, option)
+
+
 def test_help_lists_every_method_and_format():
     from adapterkit.planning.quantization import targets
 
@@ -119,5 +130,6 @@ def test_help_lists_every_method_and_format():
         for row in rows
         for name in row[0].split(", ")
     }
+    assert names("combine") == {*registry.members("combinations"), *ALIASES}
     assert names("init") == set(registry.members("inits"))
     assert names("quantize") == set(targets())

@@ -702,7 +702,7 @@ def test_the_command_writes_plans_and_resumes(three, tmp_path):
 
 def test_the_help_names_every_method_and_alias():
     text = CliRunner().invoke(main, ["combine", "--help"]).output
-    from adapterkit.verbs.combine import ALIASES
+    from adapterkit.combinations import ALIASES
 
     for name in (*registry.members("combinations"), *ALIASES):
         assert re.search(rf"\b{name}\b", text), name

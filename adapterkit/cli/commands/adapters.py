@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from adapterkit.cli.completion import Source
-from adapterkit.cli.methods import combine_names
+from adapterkit.cli.methods import ListingCommand, combinations, combine_names
 from adapterkit.cli.options import (
     EXACT_BY_DEFAULT,
     base_option,
@@ -22,7 +22,7 @@ from adapterkit.cli.output import run_verb
 FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters are ambiguous."
 
 
-@click.command()
+@click.command(cls=ListingCommand, lists=combinations)
 @click.argument("adapters", type=Source(), nargs=-1, required=True, metavar="ADAPTER[=W]...")
 @output_options
 @base_option("The adapters' model, needed for DoRA and where target_parameters are ambiguous.")
@@ -31,7 +31,7 @@ FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters 
     required=True,
     type=combine_names,
     metavar="NAME",
-    help="How deltas are combined; see the list below.",
+    help="How the deltas are combined; see the lists below.",
 )
 @choice_option(
     "--space",
@@ -70,18 +70,8 @@ def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any
 
     Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
 
-    \b
-    Methods on factors (exact unless --rank or --energy is given):
-      linear mean ema slerp karcher knots tsv iso_c
-    Methods on elements (refitted to the largest rank of the inputs unless --rank or --energy is given):
-      ties dare_linear dare_ties magnitude_prune della breadcrumbs sce
-    The weights of slerp give the position on the arc: 0.7 and 0.3, or --set t=0.3.
-    PEFT's names, and what they stand for:
-      svd                    linear, refitted to the largest rank
-      cat                    linear, exact
-      ties_svd               ties             dare_linear_svd      dare_linear
-      dare_ties_svd          dare_ties        magnitude_prune_svd  magnitude_prune
-      linear, ties, ... of PEFT, which act on a and b apart: --method linear --space factors, ...
+    The weights of slerp give the position on the arc: 0.7 and 0.3, or --set t=0.3. PEFT's linear,
+    ties and the like, which act on a and b separately, are --method linear --space factors and so on.
 
     \b
     Example:
