@@ -1,5 +1,6 @@
 """Fixtures that the suites share: tiny checkpoints and adapters, made once a session and never written to."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,28 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", params=["golden", "tools"])
+def tool_tensors(request: pytest.FixtureRequest) -> Callable[[str], dict]:
+    """What a format's own tool makes of a weight: a small one, from the golden file, or a larger one, where it is installed."""
+    from safetensors.torch import load_file
+
+    from tests.support import format_tools
+
+    if request.param == "golden":
+        golden = load_file(format_tools.GOLDEN)
+        return lambda tool: golden
+
+    w = format_tools.weight(64, 512)
+    w[5] *= 1e-30
+
+    @functools.cache
+    def tensors(tool: str) -> dict:
+        pytest.importorskip(tool.replace("-", "_"))
+        return format_tools.tensors_of(tool, w)
+
+    return tensors
 
 
 @pytest.fixture

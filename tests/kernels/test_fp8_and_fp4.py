@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from adapterkit.kernels import common, fp4, fp8
@@ -48,23 +47,6 @@ def same(a: Tensor, b: Tensor) -> bool:
         and a.shape == b.shape
         and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
     )
-
-
-def stored(name: str) -> dict[str, Tensor]:
-    """What the tools make of the small weight (the golden file) or, where they are installed, of a larger one."""
-    if name == "golden":
-        return load_file(format_tools.GOLDEN)
-    pytest.importorskip("compressed_tensors")
-    pytest.importorskip("torchao")
-    pytest.importorskip("gptqmodel")
-    w = format_tools.weight(64, 512)
-    w[5] *= 1e-30
-    return format_tools.tensors_of(w)
-
-
-@pytest.fixture(scope="module", params=["golden", "tools"])
-def theirs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    return stored(request.param)
 
 
 def agree(
@@ -189,7 +171,8 @@ def test_fp8_rounds_ties_to_even() -> None:
         assert same(codes.view(torch.uint8)[0], expected + bit)
 
 
-def test_fp8_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
+def test_fp8_of_compressed_tensors(tool_tensors) -> None:
+    theirs = tool_tensors("compressed-tensors")
     w = theirs["w"]
     for name, block in (
         ("tensor", w.shape),
@@ -204,7 +187,8 @@ def test_fp8_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
         agree(decode_fp8(codes, scale, tuple(block)), theirs, f"{key}.decoded")
 
 
-def test_fp8_of_transformers(theirs: dict[str, Tensor]) -> None:
+def test_fp8_of_transformers(tool_tensors) -> None:
+    theirs = tool_tensors("transformers")
     rules: list[tuple[str, fp8.Fp8Rule, torch.dtype]] = [
         ("float", "multiply", torch.float32),
         ("ue8m0", "power", torch.float8_e8m0fnu),
@@ -359,7 +343,8 @@ def test_divisor_and_factor_at_the_ends() -> None:
     )
 
 
-def test_fp4_of_the_tools(theirs: dict[str, Tensor]) -> None:
+def test_mxfp4_of_torchao(tool_tensors) -> None:
+    theirs = tool_tensors("torchao")
     w = theirs["w"]
     rule: fp4.MxRule
     for rule in ("floor", "even"):
@@ -368,7 +353,11 @@ def test_fp4_of_the_tools(theirs: dict[str, Tensor]) -> None:
             scale, theirs[f"torchao.mxfp4-{rule}.scale"]
         )
         agree(decode_mxfp4(codes, scale), theirs, f"torchao.mxfp4-{rule}.decoded")
-    name = "compressed-tensors.mxfp4"
+
+
+def test_mxfp4_of_compressed_tensors(tool_tensors) -> None:
+    theirs = tool_tensors("compressed-tensors")
+    name, w = "compressed-tensors.mxfp4", theirs["w"]
     kept = theirs[f"{name}.weight_scale"]
     codes, scale = encode_mxfp4(w, rule="even")
     zeros = w.view(len(w), -1, 32).abs().amax(2) == 0
@@ -381,12 +370,16 @@ def test_fp4_of_the_tools(theirs: dict[str, Tensor]) -> None:
         f"{name}.decoded",
         torch.bfloat16,
     )
-    name = "transformers.mxfp4"
+
+
+def test_mxfp4_of_transformers(tool_tensors) -> None:
+    name, theirs = "transformers.mxfp4", tool_tensors("transformers")
     read = decode_mxfp4(theirs[f"{name}.blocks"], theirs[f"{name}.scales"]).transpose(1, 2)
     agree(read, theirs, f"{name}.decoded", torch.bfloat16)
 
 
-def test_nvfp4_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
+def test_nvfp4_of_compressed_tensors(tool_tensors) -> None:
+    theirs = tool_tensors("compressed-tensors")
     name, w = "compressed-tensors.nvfp4", theirs["w"]
     divisor = nvfp4_divisor(w.abs().max())
     codes, scale = encode_nvfp4(w, divisor=divisor)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from adapterkit.kernels import common
@@ -28,15 +27,6 @@ pytestmark = pytest.mark.quick
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "PIECE", 200)
-
-
-@pytest.fixture(scope="module", params=["golden", "tools"])
-def theirs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    if request.param == "golden":
-        return load_file(format_tools.GOLDEN)
-    for tool in ("compressed_tensors", "torchao", "gptqmodel"):
-        pytest.importorskip(tool)
-    return format_tools.tensors_of(format_tools.weight(64, 512))
 
 
 def agree(
@@ -160,7 +150,8 @@ def test_integers_round_ties_to_even() -> None:
     assert encode_integers(w, 8, scale=torch.ones(1)).codes.tolist() == [[0, 2, 2, 0, -2, -2]]
 
 
-def test_integers_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
+def test_integers_of_compressed_tensors(tool_tensors) -> None:
+    theirs = tool_tensors("compressed-tensors")
     w = theirs["w"]
     out, size = w.shape
     cases = [
@@ -191,7 +182,8 @@ def test_integers_of_compressed_tensors(theirs: dict[str, Tensor]) -> None:
         agree(decode_int8(codes, scale, zero), theirs, f"{key}.decoded")
 
 
-def test_int8_of_torchao(theirs: dict[str, Tensor]) -> None:
+def test_int8_of_torchao(tool_tensors) -> None:
+    theirs = tool_tensors("torchao")
     for name in ("symmetric", "asymmetric"):
         key = f"torchao.int8-{name}"
         zero = theirs.get(f"{key}.zero_point")
@@ -230,7 +222,8 @@ def test_gptq_by_bits(bits: int, order: str) -> None:
     assert torch.equal(decode_gptq(words, stored, scale, bits, size, index.int(), 1), exact)
 
 
-def test_gptq_of_its_tool(theirs: dict[str, Tensor]) -> None:
+def test_gptq_of_its_tool(tool_tensors) -> None:
+    theirs = tool_tensors("gptqmodel")
     for bits in (2, 3, 4, 8):
         key = f"gptqmodel.gptq{bits}"
         words, zeros, scale, group = (
@@ -263,7 +256,8 @@ def test_awq_by_nibbles(piece: int, zeros: bool, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(decode_awq(words, zwords if zeros else None, scale), exact)
 
 
-def test_awq_of_its_tool(theirs: dict[str, Tensor]) -> None:
+def test_awq_of_its_tool(tool_tensors) -> None:
+    theirs = tool_tensors("gptqmodel")
     words, zeros, scale = (
         theirs[f"gptqmodel.awq.{part}"] for part in ("qweight", "qzeros", "scales")
     )

@@ -166,17 +166,9 @@ def one_weight(folder: Path, name: str, parts: dict[str, Tensor], settings: dict
     return folder
 
 
-@pytest.fixture(scope="module", params=["golden", "tools"])
-def theirs(request: pytest.FixtureRequest) -> dict[str, Tensor]:
-    if request.param == "golden":
-        return load_file(format_tools.GOLDEN)
-    for tool in ("compressed_tensors", "torchao", "gptqmodel"):
-        pytest.importorskip(tool)
-    return format_tools.tensors_of(format_tools.weight(64, 256))
-
-
 @pytest.mark.parametrize("name", READ)
-def test_read_as_its_tool_does(theirs: dict[str, Tensor], name: str, tmp_path: Path) -> None:
+def test_read_as_its_tool_does(tool_tensors, name: str, tmp_path: Path) -> None:
+    theirs = tool_tensors(name.partition(".")[0])
     settings, dtype = READ[name]
     parts = {
         key.removeprefix(name + "."): value

@@ -1,8 +1,8 @@
-"""Makes format_tools.safetensors: what the formats' own tools store, and read back, for a small weight. Run by hand, where
-compressed-tensors, torchao and gptqmodel are installed beside transformers; tensors_of(w) is also the oracle for larger weights.
+"""Makes format_tools.safetensors: what the formats' own tools store, and read back, for a small weight.
 
-Names are <tool>.<format>.<tensor>: `w` is the weight, `decoded` what the tool reads (in the file its sha256), all else as it lies
-on disk.
+Run by hand, where compressed-tensors, torchao and gptqmodel are installed beside transformers;
+tensors_of(tool, w) is also the oracle for larger weights. Names are <tool>.<format>.<tensor>: `w` is
+the weight, `decoded` what the tool reads (in the file its sha256), all else as it lies on disk.
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 GOLDEN = Path(__file__).with_suffix(".safetensors")
-TOOLS = ("compressed-tensors", "torchao", "gptqmodel", "transformers")
 BLOCK = (4, 32)  # of the small weight's block-wise FP8
 
 
@@ -202,8 +201,16 @@ def gptqmodel(w: Tensor) -> dict[str, Tensor]:
     return tensors | {f"gptqmodel.awq.{key}": value for key, value in awq.items()}
 
 
-def tensors_of(w: Tensor) -> dict[str, Tensor]:
-    return {"w": w, **compressed_tensors(w), **transformers(w), **torchao(w), **gptqmodel(w)}
+TOOLS = {
+    "compressed-tensors": compressed_tensors,
+    "torchao": torchao,
+    "gptqmodel": gptqmodel,
+    "transformers": transformers,
+}
+
+
+def tensors_of(tool: str, w: Tensor) -> dict[str, Tensor]:
+    return {"w": w, **TOOLS[tool](w)}
 
 
 def digest(x: Tensor) -> Tensor:
@@ -214,6 +221,7 @@ def digest(x: Tensor) -> Tensor:
 if __name__ == "__main__":
     tensors = {
         key: digest(value) if ".decoded" in key else value.contiguous()
-        for key, value in tensors_of(weight()).items()
+        for tool in TOOLS
+        for key, value in tensors_of(tool, weight()).items()
     }
     save_file(tensors, GOLDEN, {tool: version(tool) for tool in TOOLS})
