@@ -1,26 +1,26 @@
-"""Errors in four parts: what was found, what was expected, where, and what to do.
+"""Errors in four parts: the problem, what was expected, where, and a hint for the way out.
 
-Everything adapterkit raises on purpose is an `AdapterkitError`; the command line prints it without a traceback and exits 1.
-Any other exception is a bug and keeps its traceback.
+Everything adapterkit raises on purpose is an `AdapterkitError`; the command line prints it without a
+traceback and exits 1. Any other exception is a bug and keeps its traceback.
 """
 
 import re
 from collections.abc import Iterable
 
-EXAMPLES = 3  # of one cause that are printed
-# a shape, or a word with a dot, an underscore or a digit in it, as names of tensors, modules and files have
-_VARIES = re.compile(r"\([\d, ]*\)|[^\s:;,'\"()]*[\d._][^\s:;,'\"()]*[^\s:;,'\"().]|\d+")
+EXAMPLES = 3  # errors of one cause that are printed
+# a shape, or a word with a dot, an underscore or a digit, as names of tensors, modules and files have
+_VARIABLE = re.compile(r"\([\d, ]*\)|[^\s:;,'\"()]*[\d._][^\s:;,'\"()]*[^\s:;,'\"().]|\d+")
 
 
 class AdapterkitError(Exception):
-    """A job that cannot be done, or went wrong, said so that its reader can mend it."""
+    """A job that cannot be done, or went wrong, with a message that tells the user how to fix it."""
 
-    def __init__(self, found: str, *, expected: str = "", where: str = "", hint: str = ""):
-        self.found, self.expected, self.where, self.hint = found, expected, where, hint
+    def __init__(self, problem: str, *, expected: str = "", where: str = "", hint: str = ""):
+        self.problem, self.expected, self.where, self.hint = problem, expected, where, hint
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        return _text(self.where, [self.found], self.expected, self.hint)
+        return _text(self.where, [self.problem], self.expected, self.hint)
 
 
 class Refused(AdapterkitError):
@@ -36,15 +36,15 @@ class Failed(AdapterkitError):
 
 
 class Unrecoverable(Failed):
-    """A failure that no resume can mend: an input changed, or a value does not fit; what was made of it is thrown away."""
+    """A failure that no --resume can continue: an input changed, or a value does not fit the output."""
 
 
 class Interrupted(AdapterkitError):
-    """A job stopped by a signal; what is finished is kept for --resume."""
+    """A job stopped by a signal; finished files stay for --resume."""
 
 
 class MultipleErrors(Refused, Damaged):
-    """Several problems found in one look at a request, or at an output: all in `errors`; as text, one entry for one cause."""
+    """All problems of a request or an output, in `errors`; as text, one entry for each cause."""
 
     def __init__(self, errors: Iterable[AdapterkitError]):
         self.errors = tuple(errors)
@@ -58,28 +58,28 @@ class MultipleErrors(Refused, Damaged):
 
 
 def _cause(error: AdapterkitError) -> tuple[str, ...]:
-    """What errors of one cause have in common: all but the names, shapes and numbers in what was found and expected."""
-    text = (_VARIES.sub("*", part) for part in (error.found, error.expected))
+    """What errors of one cause share: all but names, shapes and numbers in problem and expected."""
+    text = (_VARIABLE.sub("*", part) for part in (error.problem, error.expected))
     return (type(error).__name__, *text, error.where, error.hint)
 
 
 def _summary(errors: list[AdapterkitError]) -> str:
-    """Errors of one cause: each where they are few, else their number and the first of them."""
+    """Errors of one cause: all where they are few, else their number and the first of them."""
     if len(errors) <= EXAMPLES:
         return "\n- ".join(map(str, errors))
     some = errors[:EXAMPLES]
     expected = {error.expected for error in some}
     lines = [f"{len(errors)} of one kind, such as"]
     if len(expected) == 1:
-        lines += [error.found for error in some]
-    else:  # each is asked for something of its own
-        lines += [f"{error.found}; expected: {error.expected}" for error in some]
+        lines += [error.problem for error in some]
+    else:  # each expects something else
+        lines += [f"{error.problem}; expected: {error.expected}" for error in some]
     return _text(some[0].where, lines, expected.pop() if len(expected) == 1 else "", some[0].hint)
 
 
-def _text(where: str, found: list[str], expected: str, hint: str) -> str:
-    """An error as it is printed; names of folders and files go in as they are."""
-    parts = [f"{where}: {found[0]}" if where else found[0], *found[1:]]
+def _text(where: str, problems: list[str], expected: str, hint: str) -> str:
+    """An error as it is printed; names of folders and files may come unescaped."""
+    parts = [f"{where}: {problems[0]}" if where else problems[0], *problems[1:]]
     if expected:
         parts.append(f"expected: {expected}")
     if hint:
@@ -88,7 +88,7 @@ def _text(where: str, found: list[str], expected: str, hint: str) -> str:
 
 
 def refuse_all(errors: list[AdapterkitError]) -> None:
-    """Raise what was found: nothing, the one error itself, or all of them together."""
+    """Raise the one error, or all of them together; nothing without errors."""
     different = list({str(error): error for error in errors}.values())
     if len(different) == 1:
         raise different[0]

@@ -57,7 +57,7 @@ class _Patient:
                 f"pattern {shown(pattern)!r}: {shown(error)}",
                 expected="a regular expression",
                 where=where,
-                hint="mend it",
+                hint="fix it",
             ) from error
 
     def __call__(self, text: str) -> bool:

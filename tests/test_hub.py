@@ -47,7 +47,7 @@ for line in sys.stdin:
         answer = {"value": repr(str(value) if isinstance(value, os.PathLike) else value)}
     except Exception as error:
         answer = {"kind": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
-        names = ("found", "expected", "where", "hint")
+        names = ("problem", "expected", "where", "hint")
         answer["parts"] = {name: getattr(error, name, "") for name in names}
     print(json.dumps(answer), file=answers, flush=True)
 """
@@ -449,7 +449,7 @@ def test_path_raises_what_prefetch_met(hub, client):
     )
     assert (
         client.refusal("folder.path('config.json')")
-        .parts["found"]
+        .parts["problem"]
         .startswith("the Hub does not allow")
     )
     hub.faults = lambda asked: None
@@ -508,7 +508,7 @@ def test_offline_without_a_copy(hub, client, connect):
     told = offline.refusal("HubFolder(parse('other/repo@v1:sub'))")
     assert (
         told.parts["where"] == "other/repo@v1:sub"
-        and "HF_HUB_OFFLINE is set" in told.parts["found"]
+        and "HF_HUB_OFFLINE is set" in told.parts["problem"]
     )
     assert "`hf download other/repo --revision v1 --include 'sub/*'`" in told.parts["hint"]
     offline.refusal(f"HubFolder(parse('{REPO}@v2'))")
@@ -545,7 +545,7 @@ def test_no_network(client, connect):
     assert "using commit" in cut.errors.read_text()
     told = cut.refusal("HubFolder(parse('other/repo'))")
     assert (
-        "cannot be reached" in told.parts["found"]
+        "cannot be reached" in told.parts["problem"]
         and "hf download other/repo" in told.parts["hint"]
     )
     told = cut.refusal(
@@ -776,7 +776,7 @@ def test_push_when_the_repository_changes_meanwhile(hub, connect, output):
 
     hub.faults = faults
     told = client.refusal(f"push(Path('{output}'), '{REPO}')", "Failed")
-    assert "has changed since" in told.parts["found"] and "push again" in told.parts["hint"]
+    assert "has changed since" in told.parts["problem"] and "push again" in told.parts["hint"]
     assert set(hub.files(REPO)) == {".gitattributes", "notes.txt"}
     hub.faults = lambda asked: None
     hub.log.clear()
@@ -831,7 +831,9 @@ def test_push_beside_old_weights(hub, connect, output):
 def test_push_with_a_bad_card(hub, connect, output):
     fault = Fault(status=400, body=b'{"errors": [{"message": "line 2: bad indentation"}]}')
     hub.faults = during(fault, "POST", "validate-yaml")
-    assert "line 2: bad" in connect(hub).refusal(f"push(Path('{output}'), '{REPO}')").parts["found"]
+    assert (
+        "line 2: bad" in connect(hub).refusal(f"push(Path('{output}'), '{REPO}')").parts["problem"]
+    )
     assert len(hub.repos[REPO].trees) == 1
 
 
@@ -839,7 +841,7 @@ def test_push_that_a_gitignore_bites(hub, connect, output):
     hub.ignored.add("model-00002-of-00002.safetensors")
     told = connect(hub).refusal(f"push(Path('{output}'), '{REPO}')", "Failed")
     assert (
-        "model-00002-of-00002.safetensors" in told.parts["found"]
+        "model-00002-of-00002.safetensors" in told.parts["problem"]
         and ".gitignore" in told.parts["hint"]
     )
 

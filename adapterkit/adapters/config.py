@@ -119,7 +119,7 @@ def unfit(config: dict, key: str, expected: str, where: str) -> Refused:
         f"{key} = {shown(repr(config.get(key)))}",
         expected=expected,
         where=where,
-        hint="mend the config",
+        hint="fix the config",
     )
 
 

@@ -179,14 +179,14 @@ def read_json(folder: Folder, name: str) -> dict:
             f"not JSON: {shown(error)}",
             expected="a JSON object",
             where=f"{folder.name}/{name}",
-            hint="mend the file",
+            hint="fix the file",
         ) from error
     if not isinstance(value, dict):
         raise Damaged(
             f"a JSON {type(value).__name__}",
             expected="a JSON object",
             where=name,
-            hint="mend the file",
+            hint="fix the file",
         )
     return value
 
@@ -217,17 +217,17 @@ def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitErro
                 "architectures",
                 expected="a list of class names",
                 where=where,
-                hint="mend the config",
+                hint="fix the config",
             )
         )
     if not isinstance(config.get("model_type"), str | None):
-        errors.append(Damaged("model_type", expected="a text", where=where, hint="mend the config"))
+        errors.append(Damaged("model_type", expected="a text", where=where, hint="fix the config"))
     for key in LAYER_COUNTS & config.keys():
         layers, most = config[key], max(1000, stored)
         if isinstance(layers, int) and layers > most:
             found = f"{key} = {layers}, with {stored} stored tensors"
             errors.append(
-                Damaged(found, expected=f"at most {most}", where=where, hint="mend the config")
+                Damaged(found, expected=f"at most {most}", where=where, hint="fix the config")
             )
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config"):

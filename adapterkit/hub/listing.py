@@ -31,8 +31,10 @@ def list_files(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
     try:
         commit, entries = list_remote(hub_id)
     except Unreachable as error:
-        commit, entries = _list_cache(hub_id, error.found, "fix the connection")
-        log.warning("%s: %s; using commit %s of the local cache", hub_id, error.found, commit[:12])
+        commit, entries = _list_cache(hub_id, error.problem, "fix the connection")
+        log.warning(
+            "%s: %s; using commit %s of the local cache", hub_id, error.problem, commit[:12]
+        )
         return commit, entries
     if not entries:
         raise Refused(

@@ -169,7 +169,7 @@ def _quantization(seen: Scan) -> dict[str, Any] | None:
             None,
         )
         return {
-            "found": error.found.removeprefix("a quantized base: "),
+            "found": error.problem.removeprefix("a quantized base: "),
             "config": printable(config),
         }
     return None
@@ -205,7 +205,7 @@ def new_result(kind: str, seen: Scan) -> dict[str, Any]:
 def finish_result(seen: Scan, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     different = {str(error): error for error in seen.errors}.values()
     parts = [
-        {"found": e.found, "expected": e.expected, "where": e.where, "do": e.hint}
+        {"found": e.problem, "expected": e.expected, "where": e.where, "do": e.hint}
         for e in different
     ]
     return {"readable": seen.readable, "problems": printable(parts), "modules": modules or []}

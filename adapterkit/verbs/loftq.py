@@ -352,7 +352,7 @@ def by_command(command: str) -> Accept:
             save_file({"a": a.contiguous().cpu(), "b": b.contiguous().cpu()}, path)
             status = subprocess.run([*shlex.split(command), module, path], check=False).returncode
         if status not in (0, 1):
-            hint = "mend the command"
+            hint = "fix the command"
             raise Failed(
                 f"--accept ended with status {status} at {shown(module)}",
                 expected="0 or 1",

@@ -181,7 +181,7 @@ class Skeleton:
         except AdapterkitError as error:
             operations = ", ".join(type(op).__name__ for op in converter.operations)
             raise Refused(
-                f"{shown(name)} is stored through {operations}: {error.found}",
+                f"{shown(name)} is stored through {operations}: {error.problem}",
                 expected="conversions that move elements along axes",
                 where=self.base.name,
                 hint="save the model once with transformers (from_pretrained, save_pretrained) and "

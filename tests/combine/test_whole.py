@@ -150,7 +150,7 @@ def test_what_stands_in_the_way_of_a_dora(sources, base, tmp_path):
     oracle.save_base(oracle.llama(), other)
     with pytest.raises(Refused) as caught:
         adapterkit.combine(sources, out=tmp_path / "out", method="svd", base=other)
-    found = [error.found for error in caught.value.errors]  # pyright: ignore[reportAttributeAccessIssue]
+    found = [error.problem for error in caught.value.errors]  # pyright: ignore[reportAttributeAccessIssue]
     assert len(set(found)) == len(found) == 5 and all(
         "no matrix" in text for text in found
     )  # every module of the DoRAs, each once

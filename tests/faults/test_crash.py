@@ -44,7 +44,7 @@ def older(shared) -> dict[str, str]:
 
 
 def check_and_resume(bench, whole, older, options=()):
-    """The invariant after a crash, and that a resumed run mends it. An older output needs --overwrite again only if the crash
+    """The invariant after a crash, and that a resumed run restores it. An older output needs --overwrite again only if the crash
     came before anything was noted."""
     found = bench.digests() if bench.out.exists() else None
     assert found in (None, whole, older)

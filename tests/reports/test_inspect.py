@@ -408,7 +408,7 @@ def test_a_merge_and_an_inspection_use_the_same_words(lora, llama, tmp_path):
     odd = oracle.edit_config(lora, tmp_path / "odd", kasa_config={"beta": 1}, use_magic=True)
     with pytest.raises(Refused) as refusal:
         adapterkit.merge(llama, [odd], out=tmp_path / "out")
-    assert found(inspect(odd)) == [error.found for error in refusal.value.errors]
+    assert found(inspect(odd)) == [error.problem for error in refusal.value.errors]
 
 
 def test_an_adapter_of_another_base(lora, tmp_path):
@@ -622,7 +622,7 @@ def test_a_refusal_lists_what_an_inspection_finds(sharded, lora, tmp_path):
     with pytest.raises(AdapterkitError) as refusal:
         open_checkpoint(LocalFolder(sharded))
     assert (
-        found(inspect(sharded)) == [error.found for error in refusal.value.errors]
+        found(inspect(sharded)) == [error.problem for error in refusal.value.errors]
         and len(found(inspect(sharded))) == 3
     )
     oracle.edit_config(lora, tmp_path / "odd", r=0, use_dora=True)
@@ -630,7 +630,7 @@ def test_a_refusal_lists_what_an_inspection_finds(sharded, lora, tmp_path):
     with pytest.raises(AdapterkitError) as refusal:
         read_adapter(LocalFolder(tmp_path / "odd"))
     assert (
-        found(inspect(tmp_path / "odd")) == [error.found for error in refusal.value.errors]
+        found(inspect(tmp_path / "odd")) == [error.problem for error in refusal.value.errors]
         and len(refusal.value.errors) == 2
     )
 
@@ -810,7 +810,7 @@ def test_a_lora_of_another_layout_is_called_so(layout, lora, llama, tmp_path):
         ):
             with pytest.raises(Refused, match=words) as caught:
                 verb()
-            assert "config.json" not in caught.value.found and "load_lora_weights" in str(
+            assert "config.json" not in caught.value.problem and "load_lora_weights" in str(
                 caught.value
             )
     assert called(folder)[0] == 0

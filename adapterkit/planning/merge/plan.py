@@ -158,7 +158,7 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
         if step.edits and isinstance(step.source, QuantizedWeight)
     ]
     job.errors += check_writable(
-        [*touched, *(spec for spec in packed if getattr(spec, "mended", False))], where
+        [*touched, *(spec for spec in packed if getattr(spec, "transposed_scales", False))], where
     )
     for option, value in [
         ("--dtype", options.dtype),
