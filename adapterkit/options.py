@@ -219,11 +219,6 @@ def function(name: str, value: Any) -> Any:
     return value
 
 
-def function_or_command(name: str, value: Any) -> Any:
-    """Something to call, or a command line."""
-    return text(name, value) if isinstance(value, str) else function(name, value)
-
-
 def finite(value: Any) -> float | None:
     """The finite number that a value is, or spells; None if it is none."""
     if isinstance(value, bool | bytes | bytearray) or getattr(value, "shape", ()):
@@ -365,7 +360,7 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys("max_shard_size max_size memory".split(), parse_size),
     **dict.fromkeys("bits_for weight_for".split(), texts),
     **dict.fromkeys("rank block_size iterations top_k".split(), whole()),
-    "accept": function_or_command,
+    "accept": function,
     "alpha": _above_0,
     "bits": whole_of(4, 8),
     "density": number("a share, 0 to 1", lambda value: 0 <= value <= 1),

@@ -124,7 +124,10 @@ def test_every_option_has_help():
 
 def test_verbs_of_python_and_of_the_command_line_have_the_same_names_and_options():
     for verb in set(main.commands) & set(adapterkit.__all__):
-        python = set(inspect.signature(getattr(adapterkit, verb)).parameters) - {"progress"}
+        python = set(inspect.signature(getattr(adapterkit, verb)).parameters) - {
+            "progress",
+            "accept",
+        }
         line = {p.name for p in main.commands[verb].params} - {"as_json", "quiet"}
         assert python == line, verb
     assert set(main.commands) - set(adapterkit.__all__) <= {"completion"}

@@ -1,22 +1,15 @@
 """loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ, arXiv:2310.08659)."""
 
-import shlex
-import subprocess
-import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines import launch
-from adapterkit.errors import AdapterkitError, Failed, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, checked
 from adapterkit.patterns import matcher
 from adapterkit.plan import Computed, Plan, Progress, Task
@@ -107,7 +100,7 @@ def loftq(
     double_quant: bool = False,
     quantized: StrPath | None = None,
     stats: StrPath | None = None,
-    accept: Accept | str | None = None,
+    accept: Accept | None = None,
     dtype: str = "fp32",
     hash: str = "sha256",
     device: str = "auto",
@@ -135,8 +128,7 @@ def loftq(
 
     With `quantized`, a quantized checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one step on
     W - decode(Q). There `accept(module, a, b)` is asked of each module in turn, in the order of the file, whether its factors are
-    kept; where not, b becomes zero. A text is a command: it gets the module's name and a safetensors file with a and b, and keeps
-    them by status 0, rolls back by 1.
+    kept; where not, b becomes zero.
 
     Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the base is written packed, and the
     best round is kept, not the last.
@@ -154,10 +146,9 @@ def loftq(
         double_quant,
         dtype,
     )
-    ask = by_command(accept) if isinstance(accept, str) else accept
     others = {"quantized": quantized, "stats": stats}
     sources = {name: OPEN[name](source) for name, source in others.items() if source is not None}
-    plan = plan_loftq(open_model(base), options, accept=ask, **sources)
+    plan = plan_loftq(open_model(base), options, accept=accept, **sources)
     how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
     return launch.carry_out(
         plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
@@ -326,10 +317,10 @@ def _for_kept(
 def _check(options: Options, kept: bool, asked: bool) -> None:
     if asked and not kept:
         raise Refused(
-            "--accept without --quantized",
+            "accept without quantized",
             expected="both",
             where="options",
-            hint="give --quantized, or leave it out",
+            hint="give quantized, or remove accept",
         )
     if options.bits_for and kept:
         raise Refused(
@@ -341,27 +332,6 @@ def _check(options: Options, kept: bool, asked: bool) -> None:
     if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
         found = "--double-quant or --block-size with --bits 8"
         raise Refused(found, expected="--bits 4", where="options", hint="leave it out")
-
-
-def by_command(command: str) -> Accept:
-    """Ask a command: it is given a module's name and a file with its factors, and says yes by status 0, no by 1."""
-
-    def accept(module: str, a: Tensor, b: Tensor) -> bool:
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder, "factors.safetensors"))
-            save_file({"a": a.contiguous().cpu(), "b": b.contiguous().cpu()}, path)
-            status = subprocess.run([*shlex.split(command), module, path], check=False).returncode
-        if status not in (0, 1):
-            hint = "fix the command"
-            raise Failed(
-                f"--accept ended with status {status} at {shown(module)}",
-                expected="0 or 1",
-                where=command,
-                hint=hint,
-            )
-        return status == 0
-
-    return accept
 
 
 def _warnings(metrics: dict[str, dict]) -> list[str]:

@@ -95,11 +95,6 @@ def dequantize(base: str, **options: Any) -> None:
     metavar="FILE",
     help="Input covariances: minimize output error instead of weight error.",
 )
-@click.option(
-    "--accept",
-    metavar="CMD",
-    help="Run `CMD MODULE FACTORS` for each module: exit status 0 keeps its factors, 1 drops them.",
-)
 @factor_options
 def loftq(base: str, **options: Any) -> None:
     """Quantize a base and fit an adapter to the error (LoftQ).
