@@ -12,7 +12,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum
 from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.patterns import matcher
+from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Task
 from adapterkit.planning.rows import rows_apart
 from adapterkit.planning.sites import Site
@@ -68,9 +68,11 @@ class AdapterWeights:
         self.weights = weights
         self.rules = [(text, *self._rule(text)) for text in rules]
         self.used: set[str] = set()
+        self.modules: set[str] = set()
 
     def of(self, number: int, module: str) -> float:
         weight = self.weights[number]
+        self.modules.add(module)
         for text, adapter, matches, value in self.rules:
             if adapter in (None, number) and matches(module):
                 self.used.add(text)
@@ -83,7 +85,7 @@ class AdapterWeights:
                 f"{shown(text)} matches no module",
                 expected="a module of the adapter",
                 where="--weight-for",
-                hint="check the regex",
+                hint=similar_names(text.rpartition("=")[0], self.modules) or "check the regex",
             )
             for text, *_ in self.rules
             if text not in self.used

@@ -10,7 +10,7 @@ from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.patterns import matcher
+from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Task
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.quantization import is_linear
@@ -77,12 +77,11 @@ def targeted(
         wanted = matcher(targets, "--targets")
         found = [name for name in usable if wanted(name)]
         if not found:
-            expected, hint = "a linear layer that can get factors", "check the regex"
             raise Refused(
                 f"--targets {targets!r} matches none",
-                expected=expected,
+                expected="a linear layer that can get factors",
                 where="--targets",
-                hint=hint,
+                hint=similar_names(targets, usable) or "check the regex",
             )
         return found, []
     ends = {end: _ending(end, usable) for end in targets.replace(" ", "").split(",")}
@@ -94,16 +93,12 @@ def targeted(
             if other is None
             else f": {shown(other)} is {lacking if other in linear else f'a {classes[other]}'}"
         )
-        expected, hint = (
-            "the end of the name of a linear layer that can get factors",
-            "check the names",
-        )
         errors.append(
             Refused(
                 f"--targets {end!r} matches none{why}",
-                expected=expected,
+                expected="the end of the name of a linear layer that can get factors",
                 where="--targets",
-                hint=hint,
+                hint=(similar_names(end, usable) if other is None else "") or "check the names",
             )
         )
     refuse_all(errors)

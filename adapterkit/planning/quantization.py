@@ -7,7 +7,7 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.patterns import matcher
+from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Step, Task
 from adapterkit.registry import members
 from adapterkit.tasks.edited import EditedTensor
@@ -97,12 +97,13 @@ class QuantizationPlan:
                 hint="use another format",
             )
         self.skip = matcher(options["skip"], "--skip") if options.get("skip") else None
-        if self.skip is not None and not any(
-            self.skip(name) for name, _ in self.model.named_modules()
-        ):
-            text = f"--skip {options['skip']!r} matches none"
+        modules = [name for name, _ in self.model.named_modules()]
+        if self.skip is not None and not any(map(self.skip, modules)):
             raise Refused(
-                text, expected="a module of the model", where="--skip", hint="check the regex"
+                f"--skip {options['skip']!r} matches none",
+                expected="a module of the model",
+                where="--skip",
+                hint=similar_names(options["skip"], modules) or "check the regex",
             )
         self.asked: list[str] = []  # what the loader would quantize, and is not
         others = {

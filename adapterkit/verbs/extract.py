@@ -9,6 +9,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines import launch
 from adapterkit.errors import Refused, refuse_all
 from adapterkit.options import StrPath, checked
+from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.extract import ExtractedAdapter, Extraction, Options, finalize_cut
@@ -95,7 +96,8 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
             "nothing to extract",
             expected="weights that both have",
             where=f"{base.name}, {tuned.name}",
-            hint="check --include, --exclude",
+            hint=similar_names(options.include or "", sides[0].tensors)
+            or "check --include, --exclude",
         )
     targets = {difference.name: difference.target for difference in factors}
     parameters = frozenset(

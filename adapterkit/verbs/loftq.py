@@ -11,7 +11,7 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines import launch
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, checked
-from adapterkit.patterns import matcher
+from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Computed, Plan, Progress, Task
 from adapterkit.planning import adapter_output, input_files
 from adapterkit.planning.input_files import base_headers, identities
@@ -206,8 +206,12 @@ def _both(
     chosen = QuantizationPlan(base, {"to": to, **said}, exceptions)
     for (matches, _), text in zip(exceptions, reversed(options.bits_for), strict=True):
         if not any(map(matches, chosen.modules)):
-            found, hint = f"--bits-for {text!r} matches none", "check the regex"
-            raise Refused(found, expected="a quantized module", where="--bits-for", hint=hint)
+            raise Refused(
+                f"--bits-for {text!r} matches none",
+                expected="a quantized module",
+                where="--bits-for",
+                hint=similar_names(text.rpartition("=")[0], chosen.modules) or "check the regex",
+            )
     usable = wrappable(chosen.names, chosen.modules, chosen.notes)
     modules = {
         chosen.modules[name].key: name

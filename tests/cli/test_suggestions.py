@@ -2,6 +2,7 @@
 
 import pytest
 
+import adapterkit
 from adapterkit import Refused, registry
 from adapterkit.errors import did_you_mean
 from adapterkit.options import choice
@@ -53,3 +54,70 @@ def test_choices_of_options():
         choice(("untie", "fold"))("tied", "unty")
     with pytest.raises(Refused, match="hint: use one of these"):
         choice(("untie", "fold"))("tied", 3)
+
+
+TYPED = {
+    "merge-include": (
+        lambda base, lora, out: adapterkit.merge(base, lora, out=out, include="q_prj"),
+        "'q_proj'",
+    ),
+    "extract-include": (
+        lambda base, lora, out: adapterkit.extract(base, base, rank=1, out=out, include="q_prj"),
+        "'q_proj'",
+    ),
+    "quantize-to": (lambda base, lora, out: adapterkit.quantize(base, to="fp5", out=out), "'fp8'"),
+    "quantize-skip": (
+        lambda base, lora, out: adapterkit.quantize(base, to="fp8", out=out, skip=r"layrs\.0\."),
+        "'layers'",
+    ),
+    "init-method": (
+        lambda base, lora, out: adapterkit.init(base, method="pisa", rank=1, out=out),
+        "'pissa'",
+    ),
+    "init-targets": (
+        lambda base, lora, out: adapterkit.init(
+            base, method="pissa", rank=1, targets="q_proj,v_prj", out=out
+        ),
+        "'v_proj'",
+    ),
+    "init-targets-regex": (
+        lambda base, lora, out: adapterkit.init(
+            base, method="pissa", rank=1, targets="(gate|dwn)_prj$", out=out
+        ),
+        "did you mean",
+    ),
+    "loftq-bits-for": (
+        lambda base, lora, out: adapterkit.loftq(base, rank=1, bits_for=["dwn_proj=8"], out=out),
+        "'down_proj'",
+    ),
+    "combine-method": (
+        lambda base, lora, out: adapterkit.combine([lora], method="tyes_svd", out=out),
+        "'ties_svd'",
+    ),
+    "combine-set": (
+        lambda base, lora, out: adapterkit.combine(
+            [lora], method="slerp", settings={"tt": 0.5}, out=out
+        ),
+        "'t'",
+    ),
+    "combine-weight-for": (
+        lambda base, lora, out: adapterkit.combine(
+            [lora, lora], method="linear", weight_for=["q_prj=2"], out=out
+        ),
+        "'q_proj'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_verbs_suggest(name, llama, lora, tmp_path):
+    call, suggestion = TYPED[name]
+    with pytest.raises(Refused) as error:
+        call(llama, lora, tmp_path / "out")
+    hint = str(error.value).rpartition("hint: ")[2]
+    assert hint.startswith("did you mean ") and suggestion in hint
+
+
+def test_what_is_known_and_unusable_gets_no_suggestion(llama, tmp_path):
+    with pytest.raises(Refused, match="hint: check the names"):
+        adapterkit.init(llama, method="pissa", rank=1, targets="norm", out=tmp_path / "out")

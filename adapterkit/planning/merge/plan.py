@@ -14,6 +14,7 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, parse_size
+from adapterkit.patterns import similar_names
 from adapterkit.plan import Computed, Plan, Shard, Step
 from adapterkit.planning import cards, folder_files, tokenizer_files
 from adapterkit.planning.history import held_by, notes_on
@@ -178,13 +179,18 @@ def _settle_formats(job: Job, steps: dict[str, list[Step]]) -> None:
 def _refuse_nothing(job: Job, steps: dict[str, list[Step]]) -> None:
     if any(step.edits or step.source.folder for group in steps.values() for step in group):
         return
+    if job.left_out:
+        problem = "nothing to merge: every module is left out"
+        names = (name.partition(": ")[2] for name in job.left_out)
+        similar = similar_names(job.options.include or "", names)
+        hint = similar or "check --include and --exclude"
+    else:
+        problem, hint = "an adapter without weights", "check the adapter"
     raise Refused(
-        "nothing to merge: every module is left out"
-        if job.left_out
-        else "an adapter without weights",
+        problem,
         expected="at least one module",
         where=", ".join(a.name for a in job.adapters),
-        hint="check --include and --exclude" if job.left_out else "check the adapter",
+        hint=hint,
     )
 
 
