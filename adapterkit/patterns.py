@@ -5,6 +5,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NoReturn
 
 from adapterkit.errors import Refused, did_you_mean, shown
@@ -30,9 +31,12 @@ def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]
         )
     whole = wrap.replace("{}", pattern)
     if PLAIN.fullmatch(pattern):
-        plain = re.compile(whole)
-        return lambda text: plain.search(text) is not None
+        return partial(_matches, re.compile(whole))
     return _Patient(pattern, whole, where)
+
+
+def _matches(pattern: re.Pattern, text: str) -> bool:
+    return pattern.search(text) is not None
 
 
 def similar_names(pattern: str, names: Iterable[str]) -> str:

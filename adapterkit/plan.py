@@ -161,6 +161,16 @@ class TaskResult(NamedTuple):
     handoff: "dict[str, Tensor]" = {}  # noqa: RUF012 (never changed)
 
 
+Change = Callable[[TaskResult], TaskResult]
+# the metrics of all tasks of a file -> what to do to the result of each
+Finalize = Callable[[list[dict[str, Any]]], list[Change]]
+
+
+def unchanged(result: TaskResult) -> TaskResult:
+    """The `Change` that is none."""
+    return result
+
+
 class Task(Protocol):
     """Tensors that are computed together, such as the factors of one module; a frozen record."""
 
@@ -196,7 +206,7 @@ class Computed:
     file: str
     tasks: tuple[Task, ...]
     metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
-    finalize: "Callable[[list[dict[str, Any]]], list[Callable[[TaskResult], TaskResult]]] | None" = None  # metrics of all -> what to do to each
+    finalize: Finalize | None = None
     safetensors_order: bool = False
 
     @cached_property
@@ -231,9 +241,17 @@ class FromMetrics:
     content: Callable[[dict[str, dict], int], bytes]
 
 
+def no_warnings(metrics: dict[str, dict]) -> list[str]:
+    """The `Plan.warn` of verbs whose metrics give no reason for one."""
+    return []
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a verb will do, complete: inputs, output files, and what the receipt will say of it."""
+    """What a verb will do, complete: inputs, output files, and what the receipt will say of it.
+
+    It pickles: what it holds are records, module-level functions and partials of these.
+    """
 
     verb: str
     options: dict[str, Any]
@@ -256,9 +274,7 @@ class Plan:
     memory: int | None = (
         None  # bytes that tasks may take together; a quarter of the machine's if not given
     )
-    warn: Callable[[dict[str, dict]], list[str]] = (
-        lambda metrics: []
-    )  # what the measured metrics give reason to say
+    warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
 
     def recipe(self) -> dict[str, Any]:
         """What makes two plans the same: version, verb, options, inputs and output layout."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit import dtypes
@@ -12,7 +13,17 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
-from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Task, TaskResult
+from adapterkit.plan import (
+    Change,
+    Computed,
+    CopyFile,
+    Finalize,
+    FromMetrics,
+    Plan,
+    Task,
+    TaskResult,
+    unchanged,
+)
 from adapterkit.planning.adapter_config import base_id, ranks, targets
 from adapterkit.planning.cards import adapter_card, cell
 from adapterkit.planning.folder_files import as_json
@@ -88,9 +99,8 @@ class Output:
     settings: dict[str, Any]
     summary: str
     folder: str = ""  # inside the output
-    finalize: Callable[[Sequence[Task]], Any] | None = (
-        None  # from the tasks in the file's order to `Computed.settle`
-    )
+    # from the tasks in the file's order to `Computed.finalize`
+    finalize: Callable[[Sequence[Task]], Finalize | None] | None = None
     alpha: float | None = (
         None  # one lora_alpha for all modules; None: each one's rank, so that every scale is 1
     )
@@ -129,7 +139,7 @@ class Output:
         finalize = (
             self.finalize(ordered)
             if self.finalize
-            else _one_rank(ordered, self.modules, pairs)
+            else _finalize_pairs(ordered, self.modules, pairs)
             if pairs
             else None
         )
@@ -179,40 +189,40 @@ class Output:
         )
 
 
-def _one_rank(
+def _finalize_pairs(
     tasks: Sequence[Task], modules: dict[str, str], pairs: Collection[str]
-) -> Callable[[list[dict]], list]:
-    """Zeros that bring both projections of a MultiheadAttention to one rank: PEFT has one pattern for them."""
+) -> Finalize:
+    """Bring both projections of a MultiheadAttention to one rank: PEFT has one pattern for them."""
     homes = [target if (target := modules.get(task.name)) in pairs else None for task in tasks]
-
-    def finalize(metrics: list[dict]) -> list[Callable[[TaskResult], TaskResult]]:
-        most = {
-            home: max(f["rank"] for f, h in zip(metrics, homes, strict=True) if h == home)
-            for home in pairs
-        }
-        return [
-            (lambda made: made) if home is None else _grown(task, most[home])
-            for task, home in zip(tasks, homes, strict=True)
-        ]
-
-    return finalize
+    return partial(_pad_pairs, tasks, homes)
 
 
-def _grown(task: Any, rank: int) -> Callable[[TaskResult], TaskResult]:
-    def change(made: TaskResult) -> TaskResult:
-        import torch
+def _pad_pairs(
+    tasks: Sequence[Task], homes: Sequence[str | None], metrics: list[dict]
+) -> list[Change]:
+    ranks: dict[str, int] = {}
+    for home, metric in zip(homes, metrics, strict=True):
+        if home is not None:
+            ranks[home] = max(ranks.get(home, 0), metric["rank"])
+    return [
+        unchanged if home is None else partial(_pad_factors, task, ranks[home])
+        for task, home in zip(tasks, homes, strict=True)
+    ]
 
-        a, b = (cast("Tensor", made.tensors[key]) for key in (task.place.a_key, task.place.b_key))
-        more = rank - len(a)
-        if not more:
-            return made
-        tensors = {
-            task.place.a_key: torch.cat([a, a.new_zeros(more, *a.shape[1:])]),
-            task.place.b_key: torch.cat([b, b.new_zeros(len(b), more)], 1),
-        }
-        return TaskResult(tensors, made.metrics | {"rank": rank})
 
-    return change
+def _pad_factors(task: Any, rank: int, result: TaskResult) -> TaskResult:
+    """The factors with zeros up to `rank`."""
+    import torch
+
+    a, b = (cast("Tensor", result.tensors[key]) for key in (task.place.a_key, task.place.b_key))
+    more = rank - len(a)
+    if not more:
+        return result
+    tensors = {
+        task.place.a_key: torch.cat([a, a.new_zeros(more, *a.shape[1:])]),
+        task.place.b_key: torch.cat([b, b.new_zeros(len(b), more)], 1),
+    }
+    return TaskResult(tensors, result.metrics | {"rank": rank})
 
 
 def adapter_plan(

@@ -3,9 +3,9 @@
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from adapterkit import dtypes
@@ -15,7 +15,7 @@ from adapterkit.adapters.record import EMBEDDINGS
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
 from adapterkit.patterns import matcher
-from adapterkit.plan import Task, TaskResult
+from adapterkit.plan import Change, Finalize, Task, TaskResult, unchanged
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.folder_files import as_json
 from adapterkit.planning.merge.job import nested
@@ -26,7 +26,7 @@ from adapterkit.tasks.difference import (
     factor_keys,
     stored_parameter,
 )
-from adapterkit.tasks.ranked import Cut, settled_by_size
+from adapterkit.tasks.ranked import Cut, finalize_by_size
 from adapterkit.weights.bypassed import ATTENTION, classes_of, is_bypassed
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
@@ -109,43 +109,42 @@ def _around(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def finalize_cut(
-    cut: Cut, tasks: Sequence[Task]
-) -> Callable[[list[dict]], list[Callable[[TaskResult], TaskResult]]] | None:
-    """What becomes of each task once all are made: its share of the size, and keys that go by which modules have factors.
+def finalize_cut(cut: Cut, tasks: Sequence[Task]) -> Finalize | None:
+    """Give each module its share of the size, and keys that depend on which modules have factors.
 
     A module with factors is wrapped, and what lies in it is `base_layer` to PEFT; a module's parameters are wrapped in its order,
     so the last one is outermost.
     """
-    by_size = settled_by_size(cut, tasks) if cut.max_size else None
+    by_size = finalize_by_size(cut, tasks) if cut.max_size else None
     homes = Counter(task.module for task in tasks if isinstance(task, DifferenceFactors))
     if all(_has_one_place(task, homes) for task in tasks):
         return by_size
+    return partial(_finalize_keys, by_size, tasks)
 
-    def finalize(metrics: list[dict]) -> list[Callable[[TaskResult], TaskResult]]:
-        changes = by_size(metrics) if by_size else [lambda made: made] * len(tasks)
-        wrappers = Counter(
-            b.module
-            for b, f in zip(tasks, metrics, strict=True)
-            if isinstance(b, DifferenceFactors) and "rank" in f
-        )
-        above: Counter[str] = Counter()
-        settled = []
-        for task, metric, change in reversed(list(zip(tasks, metrics, changes, strict=True))):
-            if isinstance(task, DifferenceFactors) and "rank" in metric:
-                keys = factor_keys(task.module, {**wrappers, task.module: above[task.module]})
-                change = _renamed(
-                    change, dict(zip((task.place.a_key, task.place.b_key), keys, strict=True))
-                )
-                above[task.module] += 1
-            elif isinstance(task, WholeParameter):
-                key = PREFIX + wrapped(task.parameter, wrappers)
-                lone = task.only_beside_factors and not wrappers[task.parameter.rpartition(".")[0]]
-                change = _nothing if lone else _renamed(change, {task.key: key})
-            settled.append(change)
-        return settled[::-1]
 
-    return finalize
+def _finalize_keys(
+    by_size: Finalize | None, tasks: Sequence[Task], metrics: list[dict]
+) -> list[Change]:
+    changes = by_size(metrics) if by_size else [unchanged] * len(tasks)
+    wrappers = Counter(
+        task.module
+        for task, metric in zip(tasks, metrics, strict=True)
+        if isinstance(task, DifferenceFactors) and "rank" in metric
+    )
+    above: Counter[str] = Counter()
+    last_first = []
+    for task, metric, change in reversed(list(zip(tasks, metrics, changes, strict=True))):
+        if isinstance(task, DifferenceFactors) and "rank" in metric:
+            keys = factor_keys(task.module, {**wrappers, task.module: above[task.module]})
+            renamed = dict(zip((task.place.a_key, task.place.b_key), keys, strict=True))
+            change = partial(_rename, change, renamed)
+            above[task.module] += 1
+        elif isinstance(task, WholeParameter):
+            key = PREFIX + wrapped(task.parameter, wrappers)
+            lone = task.only_beside_factors and not wrappers[task.parameter.rpartition(".")[0]]
+            change = _drop if lone else partial(_rename, change, {task.key: key})
+        last_first.append(change)
+    return last_first[::-1]
 
 
 def _has_one_place(task: Task, homes: Mapping[str, int]) -> bool:
@@ -159,18 +158,14 @@ def _has_one_place(task: Task, homes: Mapping[str, int]) -> bool:
     )
 
 
-def _nothing(made: TaskResult) -> TaskResult:
+def _drop(result: TaskResult) -> TaskResult:
     return TaskResult({}, {})
 
 
-def _renamed(
-    change: Callable[[TaskResult], TaskResult], keys: dict[str, str]
-) -> Callable[[TaskResult], TaskResult]:
-    def renamed(made: TaskResult) -> TaskResult:
-        made = change(made)
-        return TaskResult({keys[key]: tensor for key, tensor in made.tensors.items()}, made.metrics)
-
-    return renamed
+def _rename(change: Change, keys: dict[str, str], result: TaskResult) -> TaskResult:
+    result = change(result)
+    tensors = {keys[key]: tensor for key, tensor in result.tensors.items()}
+    return TaskResult(tensors, result.metrics)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from adapterkit.adapters.keys import CONFIG
@@ -81,19 +82,21 @@ def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
 def _index(
     base: Checkpoint, names: list[str], shards: Sequence[Shard | Computed]
 ) -> bytes | FromMetrics:
-    """Which file holds which key; of computed files it is known when they are written how long they are."""
+    """Which file holds which key; the sizes of computed files are known once they are written."""
+    content = partial(_index_content, names, shards, base.index)
+    is_final = not any(isinstance(shard, Computed) for shard in shards)
+    return content({}, 0) if is_final else FromMetrics(content)
 
-    def content(grown: int) -> bytes:
-        layouts = [
-            replace(shard.layout, file=name) for name, shard in zip(names, shards, strict=True)
-        ]
-        return layout.index(layouts, base.index, grown)
 
-    return (
-        FromMetrics(lambda metrics, grown: content(grown))
-        if any(isinstance(s, Computed) for s in shards)
-        else content(0)
-    )
+def _index_content(
+    names: Sequence[str],
+    shards: Sequence[Shard | Computed],
+    original: dict[str, Any] | None,
+    metrics: dict[str, dict],
+    grown: int,
+) -> bytes:
+    layouts = [replace(shard.layout, file=name) for name, shard in zip(names, shards, strict=True)]
+    return layout.index(layouts, original, grown)
 
 
 def as_json(value: dict) -> bytes:

@@ -17,7 +17,7 @@ from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.nearly import nearly_best
 from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import projected
-from adapterkit.plan import Inputs, Task, TaskResult
+from adapterkit.plan import Change, Finalize, Inputs, Task, TaskResult
 from adapterkit.tasks import common
 from adapterkit.tasks.common import short
 from adapterkit.tasks.covariances import given, room, root_of
@@ -177,18 +177,20 @@ class LoftQFactors:
         return TaskResult({self.place.a_key: a.to(dtype), self.place.b_key: b.to(dtype)}, metrics)
 
 
-def finalize_accepted(
-    accept: Accept, tasks: Sequence[Task]
-) -> Callable[[list[dict]], list[Callable[[TaskResult], TaskResult]]]:
-    """What becomes of each module: asked one after the other, so that each answer can stand on those before."""
-    return lambda metrics: [partial(_answered, accept, task) for task in tasks]
+def finalize_accepted(accept: Accept, tasks: Sequence[Task]) -> Finalize:
+    """Ask of one module after the other, so that each answer can depend on those before."""
+    return partial(_ask_each, accept, tasks)
 
 
-def _answered(accept: Accept, task: Any, made: TaskResult) -> TaskResult:
-    a, b = (cast(Tensor, made.tensors[key]) for key in (task.place.a_key, task.place.b_key))
+def _ask_each(accept: Accept, tasks: Sequence[Task], metrics: list[dict]) -> list[Change]:
+    return [partial(_ask, accept, task) for task in tasks]
+
+
+def _ask(accept: Accept, task: Any, result: TaskResult) -> TaskResult:
+    """The factors, or b = 0 where they are not accepted."""
+    a, b = (cast(Tensor, result.tensors[key]) for key in (task.place.a_key, task.place.b_key))
     if accept(task.name, a, b):
-        return TaskResult(made.tensors, made.metrics | {"accepted": True})
+        return TaskResult(result.tensors, result.metrics | {"accepted": True})
     tensors = {task.place.a_key: a, task.place.b_key: torch.zeros_like(b)}
-    return TaskResult(
-        tensors, made.metrics | {"accepted": False, "error_after": made.metrics["error"]}
-    )
+    metrics = result.metrics | {"accepted": False, "error_after": result.metrics["error"]}
+    return TaskResult(tensors, metrics)

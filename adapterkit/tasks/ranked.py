@@ -1,8 +1,9 @@
 """How many singular values of each module are kept, and the factors that come of it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from adapterkit.errors import Refused
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.options import parse_size
-from adapterkit.plan import Inputs, Task, TaskResult
+from adapterkit.plan import Change, Finalize, Inputs, Task, TaskResult, unchanged
 from adapterkit.tasks import common
 from adapterkit.tasks.common import short
 
@@ -156,11 +157,8 @@ def even_rank(cut: Cut, tasks: Sequence[Task]) -> int:
     return max(1, parse_size("max_size", cut.max_size) // max(sum(map(_cost, tasks)), 1))
 
 
-def settled_by_size(
-    cut: Cut, tasks: Sequence[Task]
-) -> Callable[[list[dict]], list[Callable[[TaskResult], TaskResult]]]:
-    """What gives each ranked task its rank, once all singular values are known: the largest of all modules, while the file has
-    room.
+def finalize_by_size(cut: Cut, tasks: Sequence[Task]) -> Finalize:
+    """Give each module its rank once all singular values are known: the largest of all modules count while the file has room.
 
     `Refused` where not even rank 1 for each fits.
     """
@@ -183,28 +181,30 @@ def settled_by_size(
             hint="give a larger size, or leave modules out",
         )
 
-    def finalize(metrics: list[dict]) -> list[Callable[[TaskResult], TaskResult]]:
-        # an unchanged weight has no factors, and leaves its room to the others
-        ranked = [
-            cost > 0 and "spectrum" in metric for cost, metric in zip(costs, metrics, strict=True)
-        ]
-        ranks, left = (
-            [1] * len(tasks),
-            budget + sum(cost for cost, has in zip(costs, ranked, strict=True) if not has),
-        )
-        values = [
-            (s, i) for i, metric in enumerate(metrics) if ranked[i] for s in metric["spectrum"][1:]
-        ]
-        for value, i in sorted(values, key=lambda pair: -pair[0]):
-            if value > 0 and costs[i] <= left:
-                ranks[i] += 1
-                left -= costs[i]
-        return [
-            _cut_to(task, rank) if has else _as_it_is
-            for task, rank, has in zip(tasks, ranks, ranked, strict=True)
-        ]
+    return partial(_spend, budget, costs, tasks)
 
-    return finalize
+
+def _spend(
+    budget: int, costs: Sequence[int], tasks: Sequence[Task], metrics: list[dict]
+) -> list[Change]:
+    """Ranks for `budget` bytes beyond rank 1; `costs`: bytes of one rank of each task."""
+    # an unchanged weight has no factors, and leaves its room to the others
+    ranked = [
+        cost > 0 and "spectrum" in metric for cost, metric in zip(costs, metrics, strict=True)
+    ]
+    ranks = [1] * len(tasks)
+    budget += sum(cost for cost, has_rank in zip(costs, ranked, strict=True) if not has_rank)
+    values = [
+        (s, i) for i, metric in enumerate(metrics) if ranked[i] for s in metric["spectrum"][1:]
+    ]
+    for value, i in sorted(values, key=lambda pair: -pair[0]):
+        if value > 0 and costs[i] <= budget:
+            ranks[i] += 1
+            budget -= costs[i]
+    return [
+        partial(_truncate, task, rank) if has_rank else unchanged
+        for task, rank, has_rank in zip(tasks, ranks, ranked, strict=True)
+    ]
 
 
 def _cost(task: Any) -> int:
@@ -215,31 +215,22 @@ def _cost(task: Any) -> int:
     return dtypes.size(task.dtype, math.prod(a) + math.prod(b))
 
 
-def _as_it_is(made: TaskResult) -> TaskResult:
-    return made
-
-
-def _cut_to(task: Any, rank: int) -> Callable[[TaskResult], TaskResult]:
-    """Keep the first `rank` of the rank-one parts, which come in the order of their singular values."""
-
-    def change(made: TaskResult) -> TaskResult:
-        metrics = dict(made.metrics)
-        before, spectrum, total = metrics["rank"], metrics.pop("spectrum"), metrics.pop("total")
-        kept = math.fsum(value**2 for value in spectrum[:rank])
-        a, b = (cast(Tensor, made.tensors[key]) for key in (task.place.a_key, task.place.b_key))
-        experts = task.place.experts or 1
-        a = a.reshape(experts, before, *a.shape[1:])[:, :rank].reshape(experts * rank, *a.shape[1:])
-        b = b.reshape(b.shape[0], before, experts, *b.shape[2:])[:, :rank].reshape(
-            b.shape[0], rank * experts, *b.shape[2:]
-        )
-        if task.alpha is not None:
-            b = (b.float() * (rank / before)).to(b.dtype)
-        return TaskResult(
-            {task.place.a_key: a, task.place.b_key: b},
-            metrics | {"rank": rank} | measured(kept, total),
-        )
-
-    return change
+def _truncate(task: Any, rank: int, result: TaskResult) -> TaskResult:
+    """The first `rank` of the rank-one parts, which come in the order of their singular values."""
+    metrics = dict(result.metrics)
+    before, spectrum, total = metrics["rank"], metrics.pop("spectrum"), metrics.pop("total")
+    kept = math.fsum(value**2 for value in spectrum[:rank])
+    a, b = (cast(Tensor, result.tensors[key]) for key in (task.place.a_key, task.place.b_key))
+    experts = task.place.experts or 1
+    a = a.reshape(experts, before, *a.shape[1:])[:, :rank].reshape(experts * rank, *a.shape[1:])
+    b = b.reshape(b.shape[0], before, experts, *b.shape[2:])[:, :rank]
+    b = b.reshape(b.shape[0], rank * experts, *b.shape[3:])
+    if task.alpha is not None:
+        b = (b.float() * (rank / before)).to(b.dtype)
+    return TaskResult(
+        {task.place.a_key: a, task.place.b_key: b},
+        metrics | {"rank": rank} | measured(kept, total),
+    )
 
 
 SHARES = 8  # with --max-size no module gets more than this many times the rank that all could have alike: bounds the work

@@ -33,7 +33,7 @@ from adapterkit.tasks.ranked import (
     TruncatedFactors,
     check_cut,
     even_rank,
-    settled_by_size,
+    finalize_by_size,
 )
 from adapterkit.weights.names import Names
 
@@ -318,7 +318,7 @@ class _Job:
                 replace(task, limit=limit) if isinstance(task, ConvertedFactors) else task
                 for task in ranked
             ]
-            finalize = partial(settled_by_size, options.cut)
+            finalize = partial(finalize_by_size, options.cut)
         settings = (
             adapter_config.plain_settings()
             | adapter_config.extras([adapter])

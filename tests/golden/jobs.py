@@ -113,12 +113,12 @@ def run(task: Job) -> dict[str, Any]:
     the model cards; `summary` where the job is not exact. Of a reading verb: `exit`, its exit status, and `result`.
     """
     if task in READING:
-        result = _call(task)
+        result = call(task)
         status, printed = _command(task)
         document = json.loads(printed)
         assert document == json.loads(json.dumps(result)), f"{task.name}: --json is another result"
         return {"exit": status, "result": document}
-    receipt = _call(task, out=task.name)  # first: a command that is refused ends the process
+    receipt = call(task, out=task.name)  # first: a command that is refused ends the process
     status, printed = _command(task, out=f"planned-{task.name}", dry_run=True)
     assert status == 0 and not Path(f"planned-{task.name}").exists(), printed
     out = Path(task.name)
@@ -159,7 +159,7 @@ def summary(path: Path) -> dict[str, list[float]]:
     }
 
 
-def _call(task: Job, **more: Any) -> Any:
+def call(task: Job, **more: Any) -> Any:
     """The verb in Python; those whose adapters are a list get one."""
     sources: list[Any] = list(task.sources)
     if task.verb == "merge":
