@@ -17,7 +17,7 @@ TARGET = Path(__file__).with_name("api.md")
 FAMILIES = {
     "combinations": "Combination methods",
     "inits": "Initialization methods",
-    "kinds": "Adapter types",
+    "adapters.kinds": "Adapter types",
     "weights.codecs": "Quantized formats",
 }
 INTRODUCTION = """\
