@@ -33,6 +33,7 @@ from tests.support.documents import (
 
 PACKAGE = Path(adapterkit.__file__).parent
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for all commands
 CAST = (
     "ADAPTER style skill english french german law medicine code a b c high-rank older newer other-depth"
 ).split()
@@ -195,7 +196,6 @@ def documents(stage: Path, package: Path, tmp_path_factory) -> dict[Path, list[t
     return {document: [(t, next(results)) for t in of_one] for document, of_one in tasks.items()}
 
 
-@pytest.mark.timeout(280)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_what_a_document_says_to_type_runs(document: Path, documents):
     for task, (status, output, errors) in documents[document]:
