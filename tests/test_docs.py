@@ -146,6 +146,8 @@ def test_files_exist(document: Path):
         assert any(inside.glob(name.rstrip("/"))), name
     folders = (ROOT / "tests", ROOT / "examples", ROOT / "docs", PACKAGE)
     names = {path.name for folder in folders for path in folder.rglob("*.py")}
+    first = [block.text.partition("\n")[0] for block in blocks(document, "python")]
+    names |= {Path(line).name for line in first if line.startswith("# ")}  # files to add
     for name in re.findall(r"(?<![\w./*])\w+\.py\b", prose(document)):
         assert name in names, name
 
