@@ -1,7 +1,7 @@
 """Families of methods: each module of a package that holds a record with a `name` is a member.
 
-Adding a member adds one file. `members` imports the records; `declarations` reads the same from their
-source, for what must not import torch: the help and completion.
+Adding a member adds one file. `members` imports the records; `declarations` reads the same from
+their source, for what must not import torch: the help and completion.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""What a job came to is said on the terminal, not in the receipt alone."""
+"""A job's metrics are summed up on the terminal, not in the receipt alone."""
 
 import json
 import shutil
@@ -10,22 +10,22 @@ from adapterkit.cli import main
 from tests.support import oracle
 
 
-def told(*words) -> str:
+def stderr_of(*words) -> str:
     result = click.testing.CliRunner().invoke(main, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     return result.stderr
 
 
 def test_of_a_merge(llama, lora, tmp_path):
-    said = told("merge", llama, lora, "--out", tmp_path / "out", "--verify")
+    text = stderr_of("merge", llama, lora, "--out", tmp_path / "out", "--verify")
     receipt = json.loads((tmp_path / "out/adapterkit.json").read_text())
     assert (
-        f"sizes: {receipt['totals']['bytes_read']:,} bytes read, {receipt['totals']['bytes_written']:,} written"
-        in said
-    )
+        f"sizes: {receipt['totals']['bytes_read']:,} bytes read, "
+        f"{receipt['totals']['bytes_written']:,} written"
+    ) in text
     assert (
-        "survives in the median of 14 tensors; least: " in said
-        and "verified: 42 rows of 14 tensors" in said
+        "survives in the median of 14 tensors; least: " in text
+        and "verified: 42 rows of 14 tensors" in text
     )
 
 
@@ -35,7 +35,7 @@ def test_of_refits(lora, other_lora, tmp_path):
         ["combine", lora, other_lora, "--method", "linear", "--rank", 2],
     ):
         out = tmp_path / words[0]
-        said = told(*words, "--out", out)
+        text = stderr_of(*words, "--out", out)
         metrics = json.loads((out / "adapterkit.json").read_text())["parameters"].values()
         metrics = [metric for metric in metrics if "energy" in metric]
         share = sum(metric["energy"] * metric["norm"] ** 2 for metric in metrics) / sum(
@@ -43,35 +43,35 @@ def test_of_refits(lora, other_lora, tmp_path):
         )
         assert (
             0.1 < share < 1
-            and f"energy kept: {share:.2%} of all {len(metrics)} modules' together; least: " in said
+            and f"energy kept: {share:.2%} of all {len(metrics)} modules' together; least: " in text
         )
 
 
 def test_of_an_extraction(llama, lora, tmp_path):
     oracle.merge(llama, lora, out=tmp_path / "tuned", dtype="fp32")
-    assert "energy kept: " in told(
+    assert "energy kept: " in stderr_of(
         "extract", llama, tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "out"
     )
 
 
 def test_of_a_quantization(llama, tmp_path):
-    said = told("quantize", llama, "--to", "nf4", "--out", tmp_path / "out")
+    text = stderr_of("quantize", llama, "--to", "nf4", "--out", tmp_path / "out")
     assert (
-        "relative error: 0.0" in said
-        and "in the median of 14 weights; largest: " in said
-        and "sizes: " in said
+        "relative error: 0.0" in text
+        and "in the median of 14 weights; largest: " in text
+        and "sizes: " in text
     )
-    said = told("loftq", llama, "--rank", 4, "--iterations", 1, "--out", tmp_path / "loftq")
-    assert "with the factors 0." in said
+    text = stderr_of("loftq", llama, "--rank", 4, "--iterations", 1, "--out", tmp_path / "loftq")
+    assert "with the factors 0." in text
 
 
 def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_path):
     notes = lambda *words, out: oracle.merge(*words, out=tmp_path / out).data["notes"]
     assert notes(llama, f"{lora}=0.5", out="once") == []
     (note,) = notes(tmp_path / "once", lora, out="twice")
-    assert (
-        note
-        == f"{lora.name} is in once already, with weight 0.5, as its receipt says: it is added once more"
+    assert note == (
+        f"{lora.name} is in once already, with weight 0.5, as its receipt says: it is added once "
+        "more"
     )
     assert notes(tmp_path / "once", f"{lora}=-0.5", out="back") == []
     (note,) = notes(tmp_path / "once", f"{other_lora}=-1", out="other")
@@ -80,9 +80,8 @@ def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_pat
     )
     assert notes(llama, f"{lora}=-1", out="no-receipt") == []
     assert notes(tmp_path / "once", other_lora, out="two-steps") == []
-    assert (
-        notes(tmp_path / "two-steps", f"{lora}=-0.5", out="one-out") == []
-    )  # of the step before the last
+    # of the step before the last
+    assert notes(tmp_path / "two-steps", f"{lora}=-0.5", out="one-out") == []
     assert notes(tmp_path / "one-out", f"{other_lora}=-1", out="both-out") == []
     (note,) = notes(tmp_path / "one-out", f"{lora}=-0.5", out="twice-out")
     assert note.startswith(f"{lora.name} is taken out, but")

@@ -1,4 +1,4 @@
-"""The command line: parse, call the verb, print. Messages go to stderr, stdout holds only the result."""
+"""The command line: parse, call the verb, print. Messages go to stderr, results to stdout."""
 
 import atexit
 import gc

@@ -1,4 +1,4 @@
-"""Methods and formats, as the help lists them and the shell completes them: none is imported for it."""
+"""Methods and formats for the help and completion, which must not import them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -3,9 +3,13 @@
 import json
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
+    from adapterkit.receipt import Receipt
 
 
 def run_verb(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -23,7 +27,7 @@ def run_verb(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **option
 
 
 class ProgressBar:
-    """Progress in bytes with an ETA on a terminal; nothing elsewhere. Called from several threads."""
+    """Bytes done with an ETA, on a terminal only; called from several threads."""
 
     def __init__(self, quiet: bool):
         from tqdm import tqdm
@@ -51,39 +55,56 @@ def print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=1, ensure_ascii=False))
 
 
-def print_plan(plan: Any, as_json: bool) -> None:
-    from adapterkit.plan import Computed, Shard
-
-    totals = plan.totals()
+def print_plan(plan: "Plan", as_json: bool) -> None:
     if as_json:
-        changed = [
-            {"key": s.key, "dtype": s.dtype, "shape": list(s.shape), "file": shard.file, "adapters": list(s.adapters)}
-            for shard in plan.shards if isinstance(shard, Shard) for s in shard.steps if not s.copied
-        ]  # fmt: skip
-        computed = [
-            {"name": task.name, "file": shard.file, "at_most": {s.key: list(s.shape) for s in task.max_outputs}}
-            for shard in plan.shards if isinstance(shard, Computed) for task in shard.tasks
-        ]  # fmt: skip
-        document = {
-            "plan": 1,
-            **plan.recipe(),
-            "totals": totals,
-            "changed": changed,
-            "computed": computed,
-            "notes": list(plan.notes),
-            **plan.metrics,
-        }
-        print_json(document)
+        print_json(_document(plan))
         return
-    for name, value in totals.items():
+    for name, value in plan.totals().items():
         click.echo(f"{name.replace('_', ' '):16} {value:>18,}")
     for note in plan.notes:
         click.echo(f"note: {note}")
     for name in plan.metrics.get("left_out", []):
-        click.echo(f"left out: {name}")
+        click.echo(f"skipped: {name}")
 
 
-def print_receipt(receipt: Any) -> None:
+def _document(plan: "Plan") -> dict[str, Any]:
+    from adapterkit.plan import Computed, Shard
+
+    changed = [
+        {
+            "key": step.key,
+            "dtype": step.dtype,
+            "shape": list(step.shape),
+            "file": shard.file,
+            "adapters": list(step.adapters),
+        }
+        for shard in plan.shards
+        if isinstance(shard, Shard)
+        for step in shard.steps
+        if not step.copied
+    ]
+    computed = [
+        {
+            "name": task.name,
+            "file": shard.file,
+            "at_most": {spec.key: list(spec.shape) for spec in task.max_outputs},
+        }
+        for shard in plan.shards
+        if isinstance(shard, Computed)
+        for task in shard.tasks
+    ]
+    return {
+        "plan": 1,
+        **plan.recipe(),
+        "totals": plan.totals(),
+        "changed": changed,
+        "computed": computed,
+        "notes": list(plan.notes),
+        **plan.metrics,
+    }
+
+
+def print_receipt(receipt: "Receipt") -> None:
     from adapterkit.reports.outcomes import outcomes
 
     data = receipt.data
@@ -105,7 +126,7 @@ def print_receipt(receipt: Any) -> None:
     for note in data["notes"]:
         click.echo(f"note: {note}", err=True)
     for name in data.get("left_out", []):
-        click.echo(f"left out: {name}", err=True)
+        click.echo(f"skipped: {name}", err=True)
 
 
 def print_verified(result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first stops the job and keeps what is finished, the second exits at once."""
+"""SIGINT and SIGTERM: the first one stops the job and keeps finished shards, the second exits."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def set_handlers(handler: Callable | signal.Handlers) -> None:
 
 
 def _on_first_signal(number: int, *_: Any) -> None:
-    """`KeyboardInterrupt`, except during an import: raised inside torch's, it would abort Python."""
+    """Raise `KeyboardInterrupt`; during an import, where it would abort inside torch, exit."""
     received.append(number)
     set_handlers(_exit_immediately)
     if _importing():

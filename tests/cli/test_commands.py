@@ -1,5 +1,7 @@
-"""The command line as scripts see it: what goes to stdout and to stderr, exit statuses, and sources with a weight."""
+"""The command line as scripts see it: what goes to stdout and to stderr, exit statuses, and sources
+with a weight."""
 
+import io
 import json
 import re
 import subprocess
@@ -10,6 +12,7 @@ import click.testing
 import pytest
 
 from adapterkit.cli import main
+from adapterkit.cli.output import ProgressBar
 from adapterkit.planning.sources import weight_of
 from tests.support import oracle
 from tests.support.oracle import stored
@@ -23,7 +26,7 @@ def run(*words, python=()):
 
 
 def test_a_merge_and_its_verification(llama, lora, tmp_path):
-    """stdout stays empty without --json; what is said goes to stderr."""
+    """stdout stays empty without --json; messages go to stderr."""
     done = run("merge", llama, lora, "--out", tmp_path / "out", "--verify")
     assert (done.returncode, done.stdout) == (0, "") and "14 of 21 tensors changed" in done.stderr
     assert "verified: 42 rows of 14 tensors recomputed in float64" in done.stderr
@@ -45,7 +48,7 @@ def test_json_is_one_document(llama, lora, tmp_path):
     assert receipt["files"] == json.loads((tmp_path / "out/adapterkit.json").read_text())["files"]
 
 
-def test_quiet_says_nothing(llama, lora, tmp_path):
+def test_quiet_prints_nothing(llama, lora, tmp_path):
     done = run("merge", llama, lora, "--out", tmp_path / "out", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -101,7 +104,7 @@ def test_damage_is_status_1(llama, lora, tmp_path):
     )
 
 
-def test_a_verification_says_what_it_did_not_do(llama, lora, tmp_path):
+def test_a_verification_reports_what_it_did_not_check(llama, lora, tmp_path):
     oracle.merge(llama, lora, out=tmp_path / "out")
     result = click.testing.CliRunner().invoke(main, ["verify", str(tmp_path / "out")])
     assert (
@@ -111,6 +114,24 @@ def test_a_verification_says_what_it_did_not_do(llama, lora, tmp_path):
     oracle.merge(llama, lora, out=tmp_path / "none", hash="none")
     result = click.testing.CliRunner().invoke(main, ["verify", str(tmp_path / "none")])
     assert result.exit_code == 0 and "nothing was hashed" in result.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_is_shown_on_a_terminal_only(stream, quiet, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    with ProgressBar(quiet) as bar:
+        bar.expect(4_000_000)
+        bar(1_000_000)
+        bar.bar.refresh()
+    shown = "25%" in sys.stderr.getvalue() and "1.00M/4.00M" in sys.stderr.getvalue()
+    assert shown == (stream is Terminal and not quiet)
+    assert shown or not sys.stderr.getvalue()
 
 
 WRONG = {

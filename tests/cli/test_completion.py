@@ -1,4 +1,4 @@
-"""Completion, by the protocol between click and the shells, in a process of its own as a shell runs it."""
+"""Completion by click's protocol, in a process of its own as a shell runs it."""
 
 import os
 import shutil
@@ -95,9 +95,9 @@ def test_formats(program: Path):
 
 @pytest.mark.parametrize("verb", ["init", "loftq"])
 def test_targets_are_module_suffixes_of_a_local_base(program: Path, base: Path, verb: str):
-    found = complete(program, verb, base, "--targets", "")
+    offered = complete(program, verb, base, "--targets", "")
     names = ["all-linear", "down_proj", "k_proj", "q_proj", "v_proj"]
-    assert found == [f"plain,{name}" for name in names]
+    assert offered == [f"plain,{name}" for name in names]
     assert complete(program, verb, base, "--targets", "q_proj,v") == ["plain,q_proj,v_proj"]
     assert complete(program, verb, base, "--targets", "q_proj,q") == []
 
@@ -114,8 +114,10 @@ def test_targets_of_a_base_elsewhere(program: Path, base: Path, name: str, tmp_p
 def test_nothing_heavy_is_loaded_to_complete(base: Path):
     code = (
         "import sys, atexit\nsys.argv[0] = 'adapterkit'\n"
-        "atexit.register(lambda: print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules))))\n"
-        "from adapterkit.cli import main\nmain()"
+        "atexit.register(lambda: print(sorted({'torch', 'numpy', 'transformers'} & "
+        "set(sys.modules))))\n"
+        "from adapterkit.cli import main\n"
+        "main()"
     )
     for words in (f"init {base} --targets q", "combine a --method t", "quantize a --to n"):
         env = environment(
@@ -140,7 +142,7 @@ def test_another_shell_is_wrong_usage():
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes(program: Path, base: Path):
-    """As bash does it: the printed script is read, its function called, `COMPREPLY` what it offers."""
+    """As bash itself does: source the printed script, call its function, read `COMPREPLY`."""
     script = """
     source <(adapterkit completion bash)
     offers() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()

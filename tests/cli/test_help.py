@@ -63,18 +63,20 @@ def test_writing_commands_have_the_options_of_writing():
 
 
 def seconds(*words: str) -> float:
-    """The quickest of some runs."""
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, *words], capture_output=True, cwd=ROOT, check=True)
-        times.append(time.perf_counter() - began)
-    return min(times)
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *words], capture_output=True, cwd=ROOT, check=True)
+    return time.perf_counter() - began
 
 
 def test_help_takes_at_most_ten_times_as_long_as_python():
-    """0.15 s on an idle machine; the ratio holds on a busy one too."""
-    assert seconds("-m", "adapterkit", "--help") <= 10 * seconds("-c", "")
+    """0.15 s on an idle machine; on a busy one the quickest of as many runs as that takes."""
+    bare, helped = [], []
+    for _ in range(20):
+        bare.append(seconds("-c", ""))
+        helped.append(seconds("-m", "adapterkit", "--help"))
+        if min(helped) <= 10 * min(bare):
+            return
+    raise AssertionError(f"{min(helped):.3f} s, Python alone {min(bare):.3f} s")
 
 
 @pytest.mark.parametrize(

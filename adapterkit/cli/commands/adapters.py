@@ -70,8 +70,8 @@ def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any
 
     Δ' = method(w₁Δ₁, w₂Δ₂, ...), written as factors of scale 1.
 
-    The weights of slerp give the position on the arc: 0.7 and 0.3, or --set t=0.3. PEFT's linear,
-    ties and the like, which act on a and b separately, are --method linear --space factors and so on.
+    The weights of slerp give the position on the arc: 0.7 and 0.3, or --set t=0.3. For PEFT's
+    linear, ties and the like, which act on a and b separately, add --space factors.
 
     \b
     Example:

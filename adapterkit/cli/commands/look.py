@@ -33,10 +33,10 @@ from adapterkit.cli.output import ProgressBar, print_diff, print_json, print_ver
 def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> None:
     """Show what a checkpoint or adapter holds, and its problems.
 
-    \b
-    Of a base and of sources on the Hub, headers and JSON are read; of a local adapter also the factors,
-    for norms and effective ranks, unless --headers is given. The exit status is 1 if a file is missing
-    or cannot be read, else 0, whatever the problems; a path without anything to inspect is refused.
+    Of a base and of sources on the Hub, headers and JSON are read; of a local adapter also the
+    factors, for norms and effective ranks, unless --headers is given. The exit status is 1 if a
+    file is missing or cannot be read, else 0, whatever the problems; a path without anything to
+    inspect is refused.
 
     \b
     Example:
@@ -78,13 +78,16 @@ def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> Non
 def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Compare two checkpoints, adapters or .safetensors files.
 
-    \b
-    Checkpoints are compared by key, however they are sharded. A copy rounded to another dtype is the
-    same. Adapters are compared by their deltas scale·b@a: with another rank or alpha they may be the same.
-    Columns: relative ‖A−B‖/‖A‖, largest difference, cosine, share of elements that differ, and the rank
-    that holds 90 % of the squared singular values of the difference (~: at most that, from a sketch).
-    Differing config settings come last; those that change the arithmetic count as a difference.
-    Exit status: 0 the same; 1 different by more than the tolerance; 2 wrong usage, refused or failed.
+    Checkpoints are compared by key, however they are sharded; a copy rounded to another dtype is
+    the same. Adapters are compared by their deltas scale·b@a, whatever their ranks and alphas.
+
+    Columns: relative ‖A−B‖/‖A‖, largest difference, cosine, share of elements that differ, and the
+    rank that holds 90 % of the squared singular values of the difference (~: at most that, from a
+    sketch). Differing config settings come last; those that change the arithmetic count as a
+    difference.
+
+    Exit status: 0 the same; 1 different by more than the tolerance; 2 wrong usage, refused or
+    failed.
 
     \b
     Example:
