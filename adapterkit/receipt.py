@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import LocalFolder, inside
 from adapterkit.checkpoint.hashes import RunningHash, sha256_of_file
-from adapterkit.checkpoint.spec import read_header, read_json
+from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
 from adapterkit.plan import Plan, Progress
 
@@ -58,7 +59,7 @@ def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
     """The sha256 of the adapters' files, and of a model's where the Hub has told it: a base is not read again to be hashed."""
     found: dict[str, dict[str, str]] = {}
     for number, folder in enumerate(plan.folders):
-        known = getattr(folder, "hashes", {})
+        known = folder.hashes
         names = [name for where, name in plan.headers if where == number]
         sums = {
             name: known.get(name)

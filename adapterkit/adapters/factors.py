@@ -95,7 +95,7 @@ def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors
         raise Refused(
             f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",
             expected="b with as many columns as a has rows (a convolution with groups is not supported)",
-            where=adapter.given,
+            where=adapter.label,
             hint="leave the module out",
         )
     return Factors(lora.a, lora.b, scale, rank, experts)

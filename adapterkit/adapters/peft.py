@@ -16,8 +16,9 @@ from adapterkit.adapters.keys import (
 )
 from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, Tokens, inside, saved_modules
 from adapterkit.checkpoint.folder import Folder, belonging_to, locate
+from adapterkit.checkpoint.foreign import no_model, other_lora
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import Scan, no_model, other_lora
+from adapterkit.checkpoint.spec import Scan
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 
@@ -73,10 +74,10 @@ def _see(
     seen.readable = not lacking
     other = other_lora(folder) if lacking else None
     if other is not None:
-        seen.note(no_model(*other, folder.name))
+        seen.add_error(no_model(*other, folder.name))
     else:
         for name in lacking:
-            seen.note(_missing(folder, name, files))
+            seen.add_error(_missing(folder, name, files))
     config = seen.json(CONFIG)
     if config is not None:
         seen.config = config

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from adapterkit.adapters.config import CHANGED_BASE, TASK_HEADS
 from adapterkit.adapters.keys import BENEATH, CONFIG
-from adapterkit.checkpoint.folder import Folder, called
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.patterns import matcher
 
@@ -55,13 +55,13 @@ class Adapter:
         return self.folder.name
 
     @property
-    def given(self) -> str:
-        """What its user calls it, for messages."""
-        return called(self.folder)
+    def label(self) -> str:
+        """Its folder's label, for messages."""
+        return self.folder.label
 
     @property
     def where(self) -> str:
-        return f"{self.given}/{CONFIG}"
+        return f"{self.label}/{CONFIG}"
 
     def changed_base(self) -> str | None:
         """The init method's name if it changed the base's weights, else None."""

@@ -1,5 +1,7 @@
-"""Where files come from: one folder contract, and the folder on local disk. (`hub.py` has the
-remote one.)"""
+"""Where files come from: the contract of a folder, and the folder on local disk.
+
+The remote one is `hub/folder.py`.
+"""
 
 import os
 import stat
@@ -17,42 +19,47 @@ OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json")
 class Folder(Protocol):
     """A folder of files, local or remote; names are relative POSIX paths."""
 
-    name: str  # last path component or repository id, for messages and receipts
-    origin: dict  # what the receipt says of it: never an absolute path, never a token
+    name: str  # last path component or repository id, for receipts
+    label: str  # the path or the Hub id as the user typed it, for messages; never written to a file
+    origin: dict  # for the receipt: never an absolute path, never a token
+    hashes: dict[str, str]  # sha256 by file name, where known without reading the file
 
     def files(self) -> dict[str, int]:
         """Every file's name and size in bytes."""
         ...
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of one file, fewer at its end; a remote folder asks for this range
-        only."""
+        """Bytes [start, stop) of one file, fewer at its end; of a remote file, this range only."""
         ...
 
     def path(self, name: str) -> Path:
-        """The whole file on local disk; a remote folder downloads it first."""
+        """The complete file on local disk; a remote folder downloads it first."""
         ...
 
     def prefetch(self, names: list[str]) -> None:
-        """Files that will be asked for, in this order; a remote folder starts to download them."""
+        """Files that will be read, in this order; a remote folder starts to download them."""
         ...
 
 
 class LocalFolder:
-    """A folder on local disk, or a single file taken as a folder of one."""
+    """A folder on local disk, or a single file as a folder that holds nothing else."""
 
     def __init__(self, path: str | os.PathLike):
-        self.given = shown(os.fspath(path))  # for messages
+        self.label = shown(os.fspath(path))
+        self.hashes: dict[str, str] = {}
         path = Path(path)
         # printable, whatever a stranger called the folder
         self.name = shown(path.name or path.resolve().name)
         self.origin = {"name": self.name}
-        self.only = path.name if path.is_file() else None
-        self.root = path.parent if self.only else path
+        self.single = path.name if path.is_file() else None
+        self.root = path.parent if self.single else path
         if not (path.is_file() or path.is_dir()):
-            found = "neither a file nor a folder" if path.exists() else "no such file or folder"
+            problem = "neither a file nor a folder" if path.exists() else "no such file or folder"
             raise Refused(
-                found, expected="a folder of ordinary files", where=str(path), hint="check the path"
+                problem,
+                expected="a folder of ordinary files",
+                where=str(path),
+                hint="check the path",
             )
 
     def files(self) -> dict[str, int]:
@@ -60,9 +67,9 @@ class LocalFolder:
 
     @cached_property
     def _files(self) -> dict[str, int]:
-        if self.only:
-            return {self.only: (self.root / self.only).stat().st_size}
-        found = {}
+        if self.single:
+            return {self.single: (self.root / self.single).stat().st_size}
+        sizes = {}
         for folder, subfolders, names in os.walk(self.root):
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
             for name in sorted(names):
@@ -71,8 +78,8 @@ class LocalFolder:
                     continue
                 relative = path.relative_to(self.root).as_posix()
                 inside(relative, self.name)
-                found[relative] = path.stat().st_size
-        return found
+                sizes[relative] = path.stat().st_size
+        return sizes
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         path = self.path(name)
@@ -93,7 +100,7 @@ class LocalFolder:
             raise Refused(
                 "not a regular file", where=str(path), hint="give a folder of ordinary files"
             )
-        if path.is_symlink() and not _stays_home(path, self.root):
+        if path.is_symlink() and not _is_inside(path, self.root):
             raise Refused(
                 f"a link to {shown(os.readlink(path))}",
                 expected=(
@@ -111,40 +118,37 @@ class LocalFolder:
         pass
 
 
-class WeightsOf(LocalFolder):
-    """One file of weights on local disk, under the name `weights`, with what lies beside it: all
-    but other weights and indexes."""
+class WeightsFile(LocalFolder):
+    """One file of weights on local disk, under the name `weights`, and the other files beside it.
+
+    Other weights and indexes are not among them.
+    """
 
     def __init__(self, path: str | os.PathLike, weights: str):
         super().__init__(path)
         self.weights = weights
-        if self.only == weights:
+        if self.single == weights:
             self.name = shown(self.root.resolve().name)
-            self.origin, self.given = {"name": self.name}, shown(self.root)
+            self.origin, self.label = {"name": self.name}, shown(self.root)
 
     @cached_property
     def _files(self) -> dict[str, int]:
-        found = {}
+        sizes = {}
         for path in sorted(self.root.iterdir()):
             if path.name.startswith(".") or path.name.endswith(OTHER_WEIGHTS) or not path.is_file():
                 continue
             inside(path.name, self.name)
-            found[path.name] = path.stat().st_size
-        return found | {self.weights: (self.root / self._stored(self.weights)).stat().st_size}
+            sizes[path.name] = path.stat().st_size
+        path = self.root / self._stored(self.weights)
+        return sizes | {self.weights: path.stat().st_size}
 
     def _stored(self, name: str) -> str:
-        return str(self.only) if name == self.weights else name
-
-
-def called(folder: Folder) -> str:
-    """What its user calls a folder, for messages: the path, or the Hub id, as it was given. Never
-    for a file that is written."""
-    return getattr(folder, "given", folder.name)
+        return str(self.single) if name == self.weights else name
 
 
 @contextmanager
 def belonging_to(folder: Folder) -> Iterator[None]:
-    """Errors in this block say which folder, as its user calls it, a file of theirs belongs to."""
+    """Errors in this block name the folder of the file that they are about."""
     try:
         yield
     except AdapterkitError as error:
@@ -154,19 +158,17 @@ def belonging_to(folder: Folder) -> Iterator[None]:
 
 
 def locate(error: AdapterkitError, folder: Folder) -> None:
-    """Say in an error which folder, as its user calls it, the file is in that it is about."""
-    given = called(folder)
-    if error.where.startswith(given):
+    """Put the folder's label in front of the file in an error's `where`."""
+    if error.where.startswith(folder.label):
         return
     if error.where == folder.name or error.where.startswith(f"{folder.name}/"):
-        error.where = given + error.where.removeprefix(folder.name)
+        error.where = folder.label + error.where.removeprefix(folder.name)
     elif error.where.partition(":")[0] in folder.files():
-        error.where = f"{given}/{error.where}"
+        error.where = f"{folder.label}/{error.where}"
 
 
 def inside(name: str, where: str) -> PurePosixPath:
-    """A file name taken from a file, as a path that cannot leave its folder on any system;
-    `Refused` otherwise."""
+    """A file name from a file, as a path inside its folder on any system; `Refused` otherwise."""
     path = PurePosixPath(name)
     # an absolute path has an empty first part
     upwards = any(part in ("", ".", "..") for part in name.split("/"))
@@ -181,7 +183,7 @@ def inside(name: str, where: str) -> PurePosixPath:
     return path
 
 
-def _stays_home(link: Path, root: Path) -> bool:
+def _is_inside(link: Path, root: Path) -> bool:
     target = link.resolve()
     if target.is_relative_to(root.resolve()):
         return True

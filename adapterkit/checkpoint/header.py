@@ -12,9 +12,11 @@ import sys
 from dataclasses import dataclass, field
 
 from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import Damaged, shown
 
+FIRST_READ = 65536  # bytes; the headers of most shards fit, so one read does
 MAX_HEADER = 100_000_000  # the reference reader's cap
 MAX_RANK = 64
 MAX_NAME = 1000
@@ -42,8 +44,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header: its exact bytes (length prefix included), its tensors in file order, its
-    metadata."""
+    """A parsed header: exact bytes (length prefix included), tensors in file order, metadata."""
 
     raw: bytes = field(repr=False)
     tensors: tuple[TensorSpec, ...]
@@ -52,6 +53,23 @@ class Header:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.raw).hexdigest()
+
+
+def read_header(folder: Folder, name: str, number: int = 0) -> Header:
+    """One safetensors file's header, in one read if it is short.
+
+    `number`: which input of the job the folder is. Raises `Damaged`.
+    """
+    size = folder.files()[name]
+    raw = folder.read(name, 0, min(FIRST_READ, size))
+    length = header_length(raw[:64], size, name)
+    if length > len(raw):
+        raw += folder.read(name, len(raw), length)
+    if len(raw) < length:
+        raise Damaged(
+            f"{len(raw)} bytes of a header of {length}", where=name, hint="copy the file again"
+        )
+    return parse_header(raw[:length], size, name, number)
 
 
 def header_length(prefix: bytes, file_size: int, where: str) -> int:
@@ -85,11 +103,12 @@ def header_length(prefix: bytes, file_size: int, where: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Header:
-    """Tensors and metadata of header bytes `raw`; `Damaged` naming the first thing that is
-    wrong."""
+    """Tensors and metadata of header bytes `raw`; `Damaged` with the first error in them."""
 
-    def damaged(found: str, expected: str) -> Damaged:
-        return Damaged(found, expected=expected, where=file, hint="download or copy the file again")
+    def damaged(problem: str, expected: str) -> Damaged:
+        return Damaged(
+            problem, expected=expected, where=file, hint="download or copy the file again"
+        )
 
     if raw[8:9] != b"{":
         raise damaged("a header that does not start with '{'", "a JSON object")

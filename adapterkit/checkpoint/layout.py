@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of an output: what a header says of it."""
+    """One tensor of an output, as its header describes it."""
 
     key: str
     dtype: str
@@ -39,7 +39,7 @@ class ShardLayout:
 
 
 def like_base(file: str, tensors: list[Stored], base: Header | None) -> ShardLayout:
-    """A file in the base's own order; its very header bytes where nothing in them changes."""
+    """A file in the base's order; with the base's header bytes if no key, dtype or shape changes."""
     if base is not None:
         before = [(t.key, t.dtype, t.shape) for t in base.tensors]
         if before == [(t.key, t.dtype, t.shape) for t in tensors]:
@@ -55,8 +55,10 @@ def laid_out(
     ordered: bool = False,
     header_size: int = 0,
 ) -> ShardLayout:
-    """A file with a new header of at least `header_size` bytes; unless `ordered`, wider dtypes
-    first where one is misaligned."""
+    """A file with a new header of at least `header_size` bytes.
+
+    Unless `ordered`, wider dtypes come first if a tensor would be misaligned.
+    """
     at = 0
     for tensor in [] if ordered else tensors:
         if at % max(dtypes.BITS[tensor.dtype] // 8, 1):
@@ -70,15 +72,13 @@ def laid_out(
 
 
 def resharded(tensors: list[Stored], limit: int, metadata: dict[str, str]) -> list[ShardLayout]:
-    """Files of at most `limit` bytes of data each (a larger tensor gets a file of its own), in the
-    order given."""
+    """Files of at most `limit` bytes of data each, in this order; a larger tensor has its own."""
     groups = grouped(tensors, [tensor.nbytes for tensor in tensors], limit)
     return [laid_out(name, group, metadata) for name, group in groups.items()]
 
 
 def grouped(items: list[T], sizes: list[int], limit: int) -> dict[str, list[T]]:
-    """Items by the names of the files of at most `limit` bytes that they go into, in the order
-    given."""
+    """Items by file name, in this order; files of at most `limit` bytes."""
     groups: list[list[T]] = [[]]
     room = limit
     for item, size in zip(items, sizes, strict=True):
@@ -94,8 +94,10 @@ def grouped(items: list[T], sizes: list[int], limit: int) -> dict[str, list[T]]:
 
 
 def index(shards: list[ShardLayout], old: dict | None, grown: int = 0) -> bytes:
-    """The index file of these shards, its totals true; other metadata kept. `grown`: bytes that the
-    layouts are short of."""
+    """The index file of these shards: the old one's metadata, with new totals.
+
+    `grown`: bytes that the data has more than the layouts.
+    """
     metadata = dict((old or {}).get("metadata") or {})
     metadata["total_size"] = sum(t.nbytes for s in shards for t in s.tensors) + grown
     if "total_parameters" in metadata:

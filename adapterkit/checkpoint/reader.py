@@ -1,5 +1,4 @@
-"""Payload bytes of the inputs: opened once, read by position into the caller's buffers, checked not
-to have changed.
+"""Payload bytes of the inputs: files are opened once, read by position, and checked for changes.
 
 Positioned reads, not mappings: a mapping of a file that shrinks kills the process, and is slow on
 network file systems.
@@ -12,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to, called
+from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 
@@ -23,14 +22,12 @@ Identity = tuple[int, int, int, int, int]
 
 
 def identity(status: os.stat_result) -> Identity:
-    """What tells a file from an edited or replaced one: device, inode, size and both times in
-    ns."""
+    """Device, inode, size and both times in ns: different for an edited or replaced file."""
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Sources:
-    """The open files of a job's input folders. Thread-safe; files open on first use and stay open,
-    at most `limit` of them."""
+    """The open files of a job's input folders, at most `limit` of them. Thread-safe."""
 
     def __init__(
         self,
@@ -56,7 +53,7 @@ class Sources:
             read_exactly(descriptor, buffer, spec.start + offset, spec)
 
     def read(self, spec: TensorSpec) -> bytearray:
-        """All bytes of one tensor; for what is small beside the weights."""
+        """All bytes of one tensor; not for large weights."""
         data = bytearray(spec.nbytes)
         if data:
             self.read_into(spec, 0, memoryview(data))
@@ -89,14 +86,14 @@ class Sources:
                 where=str(path),
                 hint="check the file, then run again with --resume",
             ) from error
-        found = identity(os.fstat(descriptor))
-        if self.expected.setdefault(which, found) != found:
+        current = identity(os.fstat(descriptor))
+        if self.expected.setdefault(which, current) != current:
             os.close(descriptor)
-            raise changed(self._called(which))
-        return descriptor, found
+            raise changed(self._label(which))
+        return descriptor, current
 
-    def _called(self, which: tuple[int, str]) -> str:
-        return f"{called(self.folders[which[0]])}/{which[1]}"
+    def _label(self, which: tuple[int, str]) -> str:
+        return f"{self.folders[which[0]].label}/{which[1]}"
 
     def _make_room(self) -> None:
         idle = [w for w in self._open if not self._users.get(w)]
@@ -109,13 +106,13 @@ class Sources:
             after = identity(os.fstat(descriptor))
         except OSError as error:
             raise changed(
-                self._called(which), f"the file cannot be looked at any more: {error.strerror}"
+                self._label(which), f"the file cannot be examined any more: {error.strerror}"
             ) from error
         finally:
             with contextlib.suppress(OSError):  # nothing was written to it
                 os.close(descriptor)
         if after != before:
-            raise changed(self._called(which))
+            raise changed(self._label(which))
 
     def close(self) -> None:
         """Close all; `Failed` if one of them changed while it was open."""
@@ -154,17 +151,19 @@ class Handle:
 
 
 def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: TensorSpec) -> None:
-    """Fill the buffer from `position`, through short reads; `Unrecoverable` at the end of the file,
-    `Failed` on an error."""
+    """Fill the buffer from `position`, through short reads.
+
+    Raises `Unrecoverable` at the end of the file, `Failed` on an error.
+    """
     done = 0
     while done < len(buffer):
         try:
             n = os.preadv(descriptor, [buffer[done:]], position + done)
         except OSError as error:
-            found = f"cannot read at byte {position + done}: {error.strerror}"
+            problem = f"cannot read at byte {position + done}: {error.strerror}"
             where = f"{spec.file}: {shown(spec.key)}"
             raise Failed(
-                found, where=where, hint="check the disk, then run again with --resume"
+                problem, where=where, hint="check the disk, then run again with --resume"
             ) from error
         if n == 0:
             raise changed(spec.file, f"the file ends at byte {position + done}")
@@ -174,10 +173,9 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
 def read_small(
     folder: Folder, specs: Iterable[TensorSpec]
 ) -> Iterator[tuple[TensorSpec, memoryview]]:
-    """The bytes of small tensors, file by file in the order of their places; neighbours come in one
-    read, with what lies between.
+    """The bytes of small tensors, in the order of files and positions; one read for neighbours.
 
-    `Damaged` where a file ends before one of them.
+    Raises `Damaged` where a file ends before one of them.
     """
     local = isinstance(folder, LocalFolder)
     ordered = sorted(specs, key=lambda spec: (spec.file, spec.start, spec.stop))
@@ -190,11 +188,12 @@ def read_small(
                     else _read_at(descriptor, first, stop, name)
                 )
                 if len(data) < stop - first:
-                    found, hint = (
+                    raise Damaged(
                         f"the file ends at byte {first + len(data)}",
-                        "copy the file again",
+                        expected=f"{stop} bytes or more",
+                        where=name,
+                        hint="copy the file again",
                     )
-                    raise Damaged(found, expected=f"{stop} bytes or more", where=name, hint=hint)
                 view = memoryview(data)
                 yield from (
                     (spec, view[spec.start - first : spec.stop - first]) for spec in together
@@ -204,8 +203,8 @@ def read_small(
 def _neighbours(
     ordered: Iterable[TensorSpec], gap: int
 ) -> Iterator[tuple[int, int, list[TensorSpec]]]:
-    """(start, stop, its tensors) of each range to read: tensors no further apart than `gap`,
-    together at most RANGE bytes."""
+    """(start, stop, tensors) of each range to read: at most `gap` bytes between two tensors, at
+    most RANGE in all."""
     together: list[TensorSpec] = []
     start = stop = 0
     for spec in ordered:
@@ -241,7 +240,8 @@ def _read_at(descriptor: int, start: int, stop: int, name: str) -> bytes:
         ) from error
 
 
-def changed(name: str, found: str = "the file changed between plan and end") -> Unrecoverable:
+def changed(name: str, problem: str = "the file changed between plan and end") -> Unrecoverable:
+    """The error of an input that changed during the job."""
     return Unrecoverable(
-        found, expected="inputs that stay as they are", where=name, hint="run the job again"
+        problem, expected="inputs that stay as they are", where=name, hint="run the job again"
     )

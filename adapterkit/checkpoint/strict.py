@@ -4,9 +4,15 @@ import json
 import re
 from typing import Any
 
-LONGEST_NUMBER = 100  # characters; float() of a longer whole number may overflow
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.errors import Damaged, shown
+
+MAX_JSON = 50_000_000  # bytes
+MAX_DEPTH = 100  # of lists and objects inside each other
+
+MAX_DIGITS = 100  # characters; float() of a longer integer may overflow
 # where there is none, no number needs a look of its own
-_ODD = re.compile(rb"-0|[0-9]{%d}" % LONGEST_NUMBER)
+_ODD = re.compile(rb"-0|[0-9]{%d}" % MAX_DIGITS)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -17,8 +23,8 @@ def strict_json(data: bytes) -> Any:
     pass as floats: transformers writes them into some configs.
     """
     try:
-        whole = _whole if _ODD.search(data) else None
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=whole)
+        parse_int = _integer if _ODD.search(data) else None
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=parse_int)
         if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -31,13 +37,51 @@ def strict_json(data: bytes) -> Any:
 def _unique(pairs: list) -> dict:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"key {twice!r} twice")
+        known: set = set()
+        repeated = next(key for key, _ in pairs if key in known or known.add(key))
+        raise ValueError(f"key {repeated!r} twice")
     return table
 
 
-def _whole(text: str) -> int:
-    if text == "-0" or len(text) > LONGEST_NUMBER:
+def _integer(text: str) -> int:
+    if text == "-0" or len(text) > MAX_DIGITS:
         raise ValueError("the number -0" if text == "-0" else f"a number of {len(text)} digits")
     return int(text)
+
+
+def read_json(folder: Folder, name: str) -> dict:
+    """The JSON object in a file of the folder; `Damaged` if it is none, or larger than 50 MB."""
+    size = folder.files().get(name, 0)
+    try:
+        if size > MAX_JSON:
+            raise ValueError(f"{size} bytes, more than {MAX_JSON}")
+        value = strict_json(folder.read(name, 0, size))
+        _check_depth(value)
+    except ValueError as error:
+        raise Damaged(
+            f"not JSON: {shown(error)}",
+            expected="a JSON object",
+            where=f"{folder.name}/{name}",
+            hint="fix the file",
+        ) from error
+    if not isinstance(value, dict):
+        raise Damaged(
+            f"a JSON {type(value).__name__}",
+            expected="a JSON object",
+            where=name,
+            hint="fix the file",
+        )
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for v in level
+            if isinstance(v, list | dict)
+            for inner in (v.values() if isinstance(v, dict) else v)
+        ]
+    if level:
+        raise ValueError("nested too deeply")

@@ -32,7 +32,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def cores() -> int:
-    """How many threads work on a job: the processor's that this process may use, 8 at most."""
+    """The processors that this process may use, at most 8."""
     return min(8, len(os.sched_getaffinity(0)))
 
 

@@ -63,7 +63,7 @@ def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
     for folder in folders:
         if not isinstance(folder, LocalFolder):
             continue
-        root = (folder.root / folder.only if folder.only else folder.root).resolve()
+        root = (folder.root / folder.single if folder.single else folder.root).resolve()
         if final == root or root in final.parents or final in root.parents:
             raise Refused(
                 f"the output {final.name} is, holds, or lies inside the input {folder.name}",

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.checkpoint.folder import called
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources, read_exactly
@@ -140,7 +139,7 @@ class Inputs:
         if floats and not all_finite(stored):
             raise Unrecoverable(
                 "values that are not finite (NaN or infinity)",
-                where=f"{called(self.sources.folders[spec.folder])}/{spec.file}: {shown(spec.key)}",
+                where=f"{self.sources.folders[spec.folder].label}/{spec.file}: {shown(spec.key)}",
                 hint="the training run diverged: use an earlier save",
             )
         return stored.to(self.device)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import read_header
+from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.engines.local import Inputs
 from adapterkit.errors import Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step

@@ -33,7 +33,7 @@ class HubFolder:
     def __init__(self, hub_id: HubId):
         self.hub_id = hub_id
         self.commit, self._entries = list_files(hub_id)
-        self.name, self.given = hub_id.repo, str(hub_id)
+        self.name, self.label = hub_id.repo, str(hub_id)
         self.origin = {"repo": hub_id.repo, "revision": self.commit}
         if hub_id.subfolder:
             self.origin["subfolder"] = hub_id.subfolder

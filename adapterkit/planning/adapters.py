@@ -7,6 +7,7 @@ from adapterkit import dtypes
 from adapterkit.adapters.keys import PREFIX, rewrapped
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.compare import same_bytes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum
@@ -17,8 +18,6 @@ from adapterkit.plan import Task
 from adapterkit.planning.rows import rows_apart
 from adapterkit.planning.sites import Site
 from adapterkit.tasks import common
-
-PIECE = 4 << 20  # bytes compared at a time
 
 
 def read_all(folders: Sequence[Folder]) -> list[Adapter]:
@@ -153,7 +152,11 @@ def value_tasks(
             if not several
             else []
         )
-        if _equal(adapters, list(holders.items())) if several else shares == [1.0]:
+        if (
+            same_bytes(*((adapters[n].folder, spec) for n, spec in holders.items()))
+            if several
+            else shares == [1.0]
+        ):
             tasks.append(common.AdapterTensor(spec, key))
             continue
         names = ", ".join(
@@ -256,19 +259,3 @@ def _other_rows(adapters: Sequence[Adapter], levels: Mapping[str, int]) -> list[
             hint=hint,
         )
     ]
-
-
-def _equal(adapters: Sequence[Adapter], holders: list[tuple[int, TensorSpec]]) -> bool:
-    """Whether all hold the same bytes, compared piece by piece."""
-    (number, first), rest = holders[0], holders[1:]
-    if any((spec.dtype, spec.shape) != (first.dtype, first.shape) for _, spec in rest):
-        return False
-    for at in range(0, first.nbytes, PIECE):
-        size = min(PIECE, first.nbytes - at)
-        piece = adapters[number].folder.read(first.file, first.start + at, first.start + at + size)
-        if any(
-            adapters[n].folder.read(s.file, s.start + at, s.start + at + size) != piece
-            for n, s in rest
-        ):
-            return False
-    return True

@@ -7,8 +7,8 @@ from adapterkit.adapters.keys import WEIGHTS
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.hashes import sha256_of_file
-from adapterkit.checkpoint.spec import read_json
 from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import shown
 
 
@@ -73,7 +73,7 @@ def notes_on(
 
 def _sha256(folder: Folder) -> str:
     """The hash of an adapter's weights, "" where they are not on this machine and the Hub does not tell."""
-    known = getattr(folder, "hashes", {}).get(WEIGHTS)
+    known = folder.hashes.get(WEIGHTS)
     if known or not isinstance(folder, LocalFolder):
         return known or ""
     return sha256_of_file(folder.path(WEIGHTS))

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
 from adapterkit.adapters.keys import CONFIG, WEIGHTS
-from adapterkit.checkpoint.folder import Folder, LocalFolder, WeightsOf
-from adapterkit.checkpoint.spec import NOT_A_MODEL, SINGLE, read_json
+from adapterkit.checkpoint.folder import Folder, LocalFolder, WeightsFile
+from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, finite, unweighted, weighted
 
@@ -17,7 +18,7 @@ NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 
 class _File(Folder, Protocol):
     root: Path
-    only: str
+    single: str
 
 
 def open_source(text: StrPath) -> Folder:
@@ -41,7 +42,7 @@ def open_model(text: StrPath) -> Folder:
     """The folder of a model. A `.safetensors` file stands for the checkpoint that it is part of, or is it, with the config and the
     tokenizer beside it."""
     folder = open_source(text)
-    if not _is_weights(folder) or folder.only.startswith(NOT_A_MODEL):
+    if not _is_weights(folder) or folder.single.startswith(NOT_A_MODEL):
         return folder
     whole = LocalFolder(folder.root)
     here = [name for name in os.listdir(folder.root) if os.path.isfile(folder.root / name)]
@@ -51,10 +52,10 @@ def open_model(text: StrPath) -> Folder:
         for index in indexes
         if isinstance(index.get("weight_map"), dict)
     ]
-    if NUMBERED.fullmatch(folder.only) or any(folder.only in files for files in named):
+    if NUMBERED.fullmatch(folder.single) or any(folder.single in files for files in named):
         return whole
     return (
-        WeightsOf(text, folder.only if folder.only in SINGLE else SINGLE[0])
+        WeightsFile(text, folder.single if folder.single in SINGLE else SINGLE[0])
         if "config.json" in here
         else folder
     )
@@ -66,18 +67,18 @@ def open_adapter(text: StrPath) -> Folder:
     folder = open_source(text)
     if not _is_weights(folder) or not (folder.root / CONFIG).is_file():
         return folder
-    if folder.only != WEIGHTS and (folder.root / WEIGHTS).exists():
-        found = f"{shown(folder.only)} beside {WEIGHTS}: whose is {CONFIG}?"
+    if folder.single != WEIGHTS and (folder.root / WEIGHTS).exists():
+        found = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
         hint = "give each a folder of its own with its config"
         raise Refused(found, expected="one adapter in a folder", where=str(folder.root), hint=hint)
-    return WeightsOf(text, WEIGHTS)
+    return WeightsFile(text, WEIGHTS)
 
 
 def _is_weights(folder: Folder) -> TypeGuard[_File]:
     return (
         isinstance(folder, LocalFolder)
-        and folder.only is not None
-        and folder.only.endswith(".safetensors")
+        and folder.single is not None
+        and folder.single.endswith(".safetensors")
     )
 
 

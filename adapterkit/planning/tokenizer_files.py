@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from adapterkit.adapters.record import Adapter
-from adapterkit.checkpoint.spec import read_json
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.plan import CopyFile
 

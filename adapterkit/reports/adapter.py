@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.peft import scan_adapter
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.spec import Scan, weight_files
+from adapterkit.checkpoint.shards import weight_files
+from adapterkit.checkpoint.spec import Scan
 from adapterkit.errors import Refused, shown
 from adapterkit.reports.checkpoint import (
     add_problem,
@@ -149,7 +150,7 @@ def _settings(
         r, lora_alpha = adapter.config["r"], adapter.config["lora_alpha"]
         found = {adapter.patterned(name, r, lora_alpha) for name in names}
     except Refused as error:  # a pattern that cannot be used
-        seen.note(error)
+        seen.add_error(error)
         return None, None, None
     if len(found) > 1:
         expected = "one rank and alpha for all target_parameters of a module (PEFT's file names the nesting only)"

@@ -8,15 +8,10 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.foreign import no_model, other_lora
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import (
-    Scan,
-    no_model,
-    other_lora,
-    pickles,
-    scan_checkpoint,
-    weight_files,
-)
+from adapterkit.checkpoint.shards import pickles, weight_files
+from adapterkit.checkpoint.spec import Scan, scan_checkpoint
 from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
@@ -47,7 +42,7 @@ def inspect_file(folder: Folder) -> dict[str, Any]:
     quantization = _quantization(seen)
     check_tensors(seen, mixed=quantization is not None)
     if other is not None:
-        seen.note(no_model(*other, folder.name))
+        seen.add_error(no_model(*other, folder.name))
     elif any(".lora_" in key for key in seen.tensors):
         add_problem(
             seen,
@@ -59,7 +54,7 @@ def inspect_file(folder: Folder) -> dict[str, Any]:
 
 
 def add_problem(seen: Scan, found: str, expected: str, hint: str, where: str = "") -> None:
-    seen.note(Damaged(found, expected=expected, where=where or seen.folder.name, hint=hint))
+    seen.add_error(Damaged(found, expected=expected, where=where or seen.folder.name, hint=hint))
 
 
 def _check_files(seen: Scan) -> None:
@@ -82,7 +77,7 @@ def _check_files(seen: Scan) -> None:
     metadata = (seen.index or {}).get("metadata")
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
     stored = sum(spec.nbytes for spec in seen.tensors.values())
-    if said is not None and said != stored and seen.whole:
+    if said is not None and said != stored and seen.complete:
         where = f"{seen.folder.name}/{seen.index_name}"
         add_problem(
             seen,
@@ -139,7 +134,7 @@ def _tied(seen: Scan) -> dict[str, Any]:
     causal = isinstance(classes, list) and any(
         str(name).endswith("ForCausalLM") for name in classes
     )
-    if said is False and causal and seen.tensors and not heads and seen.whole:
+    if said is False and causal and seen.tensors and not heads and seen.complete:
         hint = "set tie_word_embeddings to true if the embedding is the head, else restore the head"
         add_problem(
             seen, "no head is stored, and tie_word_embeddings is false", "lm_head.weight", hint

@@ -16,9 +16,10 @@ from adapterkit.adapters.keys import CONFIG, WEIGHTS
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Tokens
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import NOT_A_MODEL, Checkpoint, open_checkpoint, read_header
+from adapterkit.checkpoint.shards import NOT_A_MODEL
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all, shown
 from adapterkit.kernels import compare as kernel
 from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stacked

@@ -47,7 +47,7 @@ def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
     )  # a norm is the same in either layout
     collect(job)
     problems += job.errors
-    problems += [Refused(note, where=adapter.given) for note in job.notes]
+    problems += [Refused(note, where=adapter.label) for note in job.notes]
     found = Join(job.base)
     for change in job.changes.values():
         for part in change.parts:

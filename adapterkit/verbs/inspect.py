@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.spec import NOT_A_MODEL, other_lora, pickles
+from adapterkit.checkpoint.foreign import other_lora
+from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath, checked
 from adapterkit.planning.sources import open_model, open_source
@@ -100,8 +101,8 @@ def _refuse_options(
 
 
 def _kind(folder: Folder) -> str:
-    if isinstance(folder, LocalFolder) and folder.only:
-        if folder.only.endswith(".safetensors"):
+    if isinstance(folder, LocalFolder) and folder.single:
+        if folder.single.endswith(".safetensors"):
             return "file"
         raise Refused(
             "not a .safetensors file",

@@ -15,7 +15,8 @@ from adapterkit.adapters.kinds.common import Adapted, Delta, Kind, read_kind
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint, read_json
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines import launch
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, checked, choice

@@ -46,7 +46,8 @@ class Remote:
     "A folder whose ranges are counted, as one that is not here."
     def __init__(self, path):
         self.folder, self.requests = LocalFolder(path), 0
-        self.name, self.origin = self.folder.name, self.folder.origin
+        self.name, self.label = self.folder.name, self.folder.label
+        self.origin, self.hashes = self.folder.origin, self.folder.hashes
     def files(self): return self.folder.files()
     def path(self, name): return self.folder.path(name)
     def prefetch(self, names): pass

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import read_header
+from adapterkit.checkpoint.header import read_header
 from adapterkit.errors import AdapterkitError
 from adapterkit.verbs.verify import verify
 

@@ -14,8 +14,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import MAX_KEYS, MAX_VALUES, build_header, parse_header
-from adapterkit.checkpoint.spec import read_header
+from adapterkit.checkpoint.header import (
+    MAX_KEYS,
+    MAX_VALUES,
+    build_header,
+    parse_header,
+    read_header,
+)
 from adapterkit.errors import AdapterkitError, Damaged
 from tests.support.raw_files import MemoryFolder, file_of
 

@@ -30,7 +30,8 @@ class Remote:
 
     def __init__(self, path: Path):
         self.folder, self.ranges = LocalFolder(path), []
-        self.name, self.origin = self.folder.name, self.folder.origin
+        self.name, self.label = self.folder.name, self.folder.label
+        self.origin, self.hashes = self.folder.origin, self.folder.hashes
 
     def files(self):
         return self.folder.files()

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.spec import read_header
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.computed import in_order
 from adapterkit.engines.local import Inputs

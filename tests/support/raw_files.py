@@ -28,6 +28,11 @@ class MemoryFolder:
     name: str
     content: dict[str, bytes]
     origin: dict = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return self.name
 
     def files(self) -> dict[str, int]:
         return {name: len(data) for name, data in self.content.items()}

@@ -71,7 +71,7 @@ class AdaLora:
             raise Refused(
                 f"{a.key} {a.shape}",
                 expected="matrices",
-                where=adapted.adapter.given,
+                where=adapted.adapter.label,
                 hint="gather the shards, save again",
             )
         alpha = config["lora_alpha"]

@@ -85,7 +85,7 @@ class Adapted:
             raise Refused(
                 found,
                 expected=f"also {', '.join(lacking)}",
-                where=self.adapter.given,
+                where=self.adapter.label,
                 hint="save the adapter again, with its config",
             )
         return [self.parts[name] for name in names]
@@ -98,13 +98,13 @@ class Adapted:
             raise Refused(
                 f"{shown(self.module)}: {found}",
                 expected=expected,
-                where=self.adapter.given,
+                where=self.adapter.label,
                 hint=hint,
             )
 
     def refused(self, why: str, expected: str, hint: str) -> Refused:
         return Refused(
-            f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.given, hint=hint
+            f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.label, hint=hint
         )
 
 

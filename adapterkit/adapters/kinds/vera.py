@@ -49,7 +49,7 @@ class Vera:
             raise Refused(
                 f"no {' and no '.join(lacking)}",
                 expected="the shared projections",
-                where=adapted.adapter.given,
+                where=adapted.adapter.label,
                 hint="save it again",
             )
         a, b = (adapted.shared[name] for name in Vera.shared)

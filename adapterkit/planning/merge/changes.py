@@ -64,7 +64,7 @@ def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:
                 Refused(
                     f"{found} with weight {weight:g}: {some}",
                     expected=expected,
-                    where=adapter.given,
+                    where=adapter.label,
                     hint=hint,
                 )
             )
@@ -105,7 +105,7 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
                 Refused(
                     f"{why}, and the file holds no {shown(name)}",
                     expected="every tensor that was trained",
-                    where=adapter.given,
+                    where=adapter.label,
                     hint="save the adapter again, or keep the base's with --exclude",
                 )
             )
@@ -132,7 +132,7 @@ def _replacements(job: Job, adapter: Adapter) -> None:
                 Refused(
                     f"{shown(name)} is replaced by both {other} and {adapter.name}",
                     expected="one adapter for each replaced parameter",
-                    where=adapter.given,
+                    where=adapter.label,
                     hint="leave one out with --exclude in a run of its own, or merge one adapter",
                 )
             )
@@ -194,7 +194,7 @@ def _product(
         raise Refused(
             f"DoRA on the stack {shown(name)}",
             expected="a plain LoRA there",
-            where=adapter.given,
+            where=adapter.label,
             hint="leave it out with --exclude",
         )
     if lora.magnitude is not None and math.prod(lora.magnitude.shape) != parameter.shape[outputs]:
@@ -222,7 +222,7 @@ def _bias(job: Job, adapter: Adapter, lora: Lora, scale: float) -> None:
         )
         hint = "merge into a model whose module has a bias"
         job.errors.append(
-            Refused(found, expected="a module with a bias", where=adapter.given, hint=hint)
+            Refused(found, expected="a module with a bias", where=adapter.label, hint=hint)
         )
         return
     if parameter.shape != lora.bias.shape:
@@ -270,7 +270,7 @@ def _tokens(job: Job, adapter: Adapter) -> None:
                 Refused(
                     f"{shown(tokens.values.key)} {tokens.values.shape} for rows {shown(str(above or tokens.indices))}",
                     expected=f"rows of {shown(name)}, which has shape {shape}",
-                    where=adapter.given,
+                    where=adapter.label,
                     hint="use a base whose vocabulary was resized as in training",
                 )
             )

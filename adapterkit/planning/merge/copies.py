@@ -53,7 +53,7 @@ def _trained(job: Job, adapter: Adapter) -> dict[str, TensorSpec]:
             Refused(
                 f"copies of another base's weights: {text}",
                 expected="the base that the adapter was trained on",
-                where=adapter.given,
+                where=adapter.label,
                 hint="if another adapter was merged into BASE, give --base-copies ignore to add to its weights as they are; "
                 "--base-copies adapter starts from the copies instead, as PEFT does",
             )

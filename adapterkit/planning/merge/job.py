@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.checkpoint.compare import same_bytes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
@@ -16,8 +17,6 @@ from adapterkit.planning.merge.replication import replicated
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
-
-BLOCK = 16 << 20  # bytes compared at a time
 
 
 @dataclass(frozen=True)
@@ -155,27 +154,21 @@ class Job:
     def change(self, parameter: Parameter) -> Change:
         return self.changes.setdefault(parameter.name, Change(parameter))
 
-    def bytes_of(self, spec: TensorSpec, start: int = 0, stop: int | None = None) -> bytes:
-        """Bytes [start, stop) of an adapter's tensor."""
-        stop = spec.nbytes if stop is None else stop
-        return self.adapters[spec.folder - 1].folder.read(
-            spec.file, spec.start + start, spec.start + stop
-        )
+    def bytes_of(self, spec: TensorSpec) -> bytes:
+        """All bytes of an adapter's tensor."""
+        return self.adapters[spec.folder - 1].folder.read(spec.file, spec.start, spec.stop)
 
     def equal_bytes(self, a: TensorSpec | None, b: TensorSpec | None) -> bool:
         """Whether two tensors of adapters are the same, bit for bit."""
         if a is None or b is None or a == b:
             return a == b
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
-        cuts = [(at, min(at + BLOCK, a.nbytes)) for at in range(0, a.nbytes, BLOCK)]
-        return all(self.bytes_of(a, *cut) == self.bytes_of(b, *cut) for cut in cuts)
+        return same_bytes(*((self.adapters[spec.folder - 1].folder, spec) for spec in (a, b)))
 
     def unknown(self, adapter: Adapter, key: str, name: str) -> Refused:
         return Refused(
             f"{shown(key)}: the base has no {shown(name)}",
             expected="only parameters of the base",
-            where=adapter.given,
+            where=adapter.label,
             hint="check that the adapter was trained on this base" + self._hint(),
         )
 
@@ -188,7 +181,7 @@ class Job:
         return Refused(
             f"{shown(key)}: shape {found}",
             expected=f"one that fits the base's {expected}",
-            where=adapter.given,
+            where=adapter.label,
             hint="check that the adapter was trained on this base",
         )
 

@@ -31,7 +31,7 @@ def targets(
         raise Refused(
             f"{shown(loras[0].a.key)} fits several parameters of {shown(module)}: {', '.join(map(shown, leaves))}",
             expected="one parameter (PEFT's file names the nesting, not the parameter)",
-            where=adapter.given,
+            where=adapter.label,
             hint="use a transformers that knows the model, or give target_parameters as they were in training",
         )
     return [(site.name, site.leaf, site.members[number][0]) for site in found]
@@ -76,7 +76,7 @@ def _transposed(job: Job, adapter: Adapter, module: str, *, square: bool) -> boo
         raise Refused(
             f"the square weight of {shown(module)} may be stored (in, out): fan_in_fan_out is set",
             expected="a model that transformers knows, or weights that are not square",
-            where=adapter.given,
+            where=adapter.label,
             hint="update transformers",
         )
     return said
@@ -92,7 +92,7 @@ def _convolution(
         raise Refused(
             f"a grouped convolution: {shown(module)} has {groups} groups",
             expected="groups 1 (PEFT cannot merge these either)",
-            where=adapter.given,
+            where=adapter.label,
             hint="leave it out with --exclude",
         )
     if b[:1] + a[1:] != shape or any(n != 1 for n in b[2:]):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.spec import read_json
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import shown
 from adapterkit.kernels import fp4, fp8
 from adapterkit.kernels.common import block_amax

@@ -1,0 +1,236 @@
+"""Which files of a checkpoint folder hold its weights: what an index names, one file, or a numbered set."""
+
+import re
+from dataclasses import dataclass, field
+
+from adapterkit.checkpoint.folder import Folder, inside
+from adapterkit.checkpoint.strict import read_json
+from adapterkit.errors import AdapterkitError, Damaged, MultipleErrors, Refused, shown
+
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+NOT_A_MODEL = "adapter_model"  # what a PEFT adapter's weights are called
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# a Trainer's pickles that hold no weights
+TRAINER = (
+    "training_args.",
+    "optimizer.",
+    "scheduler.",
+    "scaler.",
+    "rng_state",
+    "random_states",
+)
+# names that Windows reserves for devices, with any extension
+DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{i}" for port in ("com", "lpt") for i in range(10)),
+}
+
+
+@dataclass
+class ShardFiles:
+    """The files that hold a model's weights, as far as they can be determined."""
+
+    names: list[str] | None = None  # that can be opened; None: it cannot be determined which
+    index_name: str | None = None
+    index: dict | None = None  # the index file's content
+    complete: bool = True  # no file that the index names is missing
+    errors: list[AdapterkitError] = field(default_factory=list)
+
+
+def find_shards(folder: Folder) -> ShardFiles:
+    """The folder's shards, with everything that is wrong with their names and their index."""
+    shards = ShardFiles()
+    own = [name for name in folder.files() if "/" not in name]
+    shards.index_name = _index_name(own, folder.name, shards.errors)
+    if shards.index_name is None:
+        shards.names = _unindexed(folder, own, shards.errors)
+        return shards
+    try:
+        shards.index = read_json(folder, shards.index_name)
+    except (Refused, Damaged) as error:
+        shards.errors += error.errors if isinstance(error, MultipleErrors) else (error,)
+        return shards
+    _read_index(shards, shards.index, folder)
+    return shards
+
+
+def likely_shards(folder: Folder) -> list[str]:
+    """Where nothing tells which files hold the model: the one with the standard name, else all."""
+    weights = weight_files(folder)
+    return [name for name in SINGLE if name in weights][:1] or weights
+
+
+def pickles(folder: Folder) -> list[str]:
+    """The folder's own pickles that may hold weights."""
+    names = (name for name in folder.files() if "/" not in name and name.endswith(PICKLES))
+    return sorted(name for name in names if not name.startswith(TRAINER))
+
+
+def weight_files(folder: Folder) -> list[str]:
+    """The folder's own safetensors files that are no adapter's."""
+    names = (name for name in folder.files() if "/" not in name and name.endswith(".safetensors"))
+    return sorted(name for name in names if not name.startswith(NOT_A_MODEL))
+
+
+def _index_name(own: list[str], where: str, errors: list[AdapterkitError]) -> str | None:
+    """The index file, the standard name before a variant's."""
+    indexes = sorted(name for name in own if name.endswith(".safetensors.index.json"))
+    standard = [f"{single}.index.json" for single in SINGLE if f"{single}.index.json" in indexes]
+    if standard or any(single in own for single in SINGLE):
+        return standard[0] if standard else None
+    if len(indexes) > 1:  # other readers may take another one
+        errors.append(
+            Refused(
+                f"several indexes: {', '.join(map(shown, indexes))}",
+                expected="one, or model.safetensors.index.json among them",
+                where=where,
+                hint="move the files of the other variants away",
+            )
+        )
+    return indexes[0] if indexes else None
+
+
+def _unindexed(folder: Folder, own: list[str], errors: list[AdapterkitError]) -> list[str] | None:
+    """The files of a model without an index."""
+    weights = weight_files(folder)
+    for name in SINGLE:
+        if name in weights:
+            return [name]
+    if len(weights) == 1:
+        return weights
+    if not weights:
+        errors.append(_no_weights(folder, own))
+        return None
+    numbered = [NUMBERED.fullmatch(name) for name in weights]
+    if all(numbered):
+        sets = {(match[1], int(match[3])) for match in numbered if match}
+        if len(sets) == 1 and len(weights) == next(iter(sets))[1]:
+            return weights
+    errors.append(
+        Refused(
+            f"{len(weights)} safetensors files and no index: "
+            + ", ".join(shown(name) for name in weights[:6]),
+            expected="model.safetensors.index.json, or one file, or a complete set "
+            "name-0000i-of-0000n.safetensors",
+            where=folder.name,
+            hint="add the index, or remove the files that are not part of the model",
+        )
+    )
+    return None
+
+
+def _read_index(shards: ShardFiles, index: dict, folder: Folder) -> None:
+    """Set the files that an index names; without a map of names there are none."""
+    where, files = f"{folder.name}/{shards.index_name}", folder.files()
+    weight_map = index.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        shards.errors.append(_bad_index("no weight_map", "a map of keys to file names", where))
+        return
+    if not isinstance(index.get("metadata", {}), dict):
+        problem = "metadata that is no JSON object"
+        shards.errors.append(_bad_index(problem, "a map", where))
+    names = sorted(set(weight_map.values()))
+    wrong = {file: error for file in names if (error := _shard_name_error(file, files, where))}
+    shards.errors += wrong.values()
+    shards.complete = not wrong
+    for single in SINGLE:
+        is_ours = shards.index_name == f"{single}.index.json"
+        if single in files and single not in names and is_ours:
+            shards.errors.append(_two_models(single, where))
+    by_folded: dict[str, list[str]] = {}
+    for file in names:
+        by_folded.setdefault(file.casefold(), []).append(file)
+    for group in [group for group in by_folded.values() if len(group) > 1]:
+        shards.errors.append(
+            Refused(
+                f"file names that differ only in case: {', '.join(map(shown, group))}",
+                expected="names that any file system keeps apart",
+                where=where,
+                hint="rename one",
+            )
+        )
+    shards.names = [file for file in names if file not in wrong]
+
+
+def _bad_index(problem: str, expected: str, where: str) -> Damaged:
+    return Damaged(problem, expected=expected, where=where, hint="restore the index")
+
+
+def _shard_name_error(file: str, files: dict[str, int], where: str) -> AdapterkitError | None:
+    """What is wrong with a file name that an index gives, on any operating system."""
+    try:
+        inside(file, where)
+    except Refused as error:
+        return error
+    plain = "/" not in file and ":" not in file and file == file.rstrip(". ")
+    if not plain or file.split(".")[0].casefold() in DEVICES:
+        return Refused(
+            f"file name {shown(file)!r}",
+            expected="a plain name of the folder itself",
+            where=where,
+            hint="restore the index",
+        )
+    if file.startswith(NOT_A_MODEL) or not file.endswith(".safetensors"):
+        return Refused(
+            f"{shown(file)} as a shard",
+            expected="safetensors files of a model",
+            where=where,
+            hint="restore the index",
+        )
+    if file not in files:
+        return Damaged(
+            f"no file {shown(file)}",
+            expected="every file the index names",
+            where=where,
+            hint="download it",
+        )
+    return None
+
+
+def _two_models(single: str, where: str) -> Refused:
+    """The refusal of a single file and an index without it."""
+    return Refused(
+        f"{single} beside an index that does not name it",
+        expected="one of them (transformers would load the single file, the index says otherwise)",
+        where=where,
+        hint="move away the one that is not the model",
+    )
+
+
+def _no_weights(folder: Folder, own: list[str]) -> AdapterkitError:
+    """The refusal of a folder without weights, by what it holds instead."""
+    if any(name.startswith(NOT_A_MODEL) for name in own):
+        return Refused(
+            "an adapter's weights and no model's",
+            expected="a model checkpoint",
+            where=folder.name,
+            hint="give the base first, then the adapters",
+        )
+    names = pickles(folder)
+    if names:
+        return Refused(
+            f"weights as pickles: {', '.join(shown(p) for p in names[:6])}",
+            expected="safetensors files",
+            where=folder.name,
+            hint=(
+                "convert them: AutoModel.from_pretrained(DIR).save_pretrained(OUT), or on the Hub "
+                "use the convert Space"
+            ),
+        )
+    if any(name.endswith(".gguf") for name in own):
+        hint = "adapterkit dequantize MODEL.gguf --out DIR"
+        return Refused("a GGUF file", expected="safetensors files", where=folder.name, hint=hint)
+    return Refused(
+        "no safetensors files",
+        expected="a model checkpoint",
+        where=folder.name,
+        hint="check the path",
+    )
