@@ -29,23 +29,23 @@ class ListingCommand(click.Command):
 
 def combinations() -> dict[str, Rows]:
     """Methods by what they act on, and PEFT's names of them."""
-    rows: dict[str, Rows] = {"factors": [], "elements": []}
+    on_factors: Rows = []
+    on_elements: Rows = []
     for name, method in declarations("combinations").items():
         flags = ", ".join(f"--{o}" if o in LIFTED else f"--set {o}" for o in method.options)
         text = f"{method.summary.rstrip('.')} ({flags})." if flags else method.summary
-        rows[method.constants["acts_on"]].append((name, text))
+        rows = on_factors if method.constants["acts_on"] == "factors" else on_elements
+        rows.append((name, text))
     rank = {"exact": "exact", "largest": "refitted to the largest rank of the inputs"}
     return {
-        "Methods on factors (exact without --rank and --energy)": rows["factors"],
-        "Methods on elements (refitted, by default to the largest rank of the inputs)": rows[
-            "elements"
-        ],
+        "Methods on factors (exact without --rank and --energy)": on_factors,
+        "Methods on elements (refitted, by default to the largest rank of the inputs)": on_elements,
         "PEFT's names": [(name, f"{of}, {rank[to]}") for name, (of, to) in ALIASES.items()],
     }
 
 
 def initializations() -> dict[str, Rows]:
-    return {"Methods": [(name, one.summary) for name, one in declarations("inits").items()]}
+    return {"Methods": [(name, init.summary) for name, init in declarations("inits").items()]}
 
 
 def formats() -> dict[str, Rows]:
