@@ -22,6 +22,7 @@ SERIAL = (  # how safetensors' library orders the tensors of a file, those of on
 )  # fmt: skip
 SHORT = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 CONFIG_NAME = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+HEADER_NAME = {word: name for name, word in CONFIG_NAME.items()}
 
 _TORCH = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",

@@ -18,6 +18,7 @@ from adapterkit.kernels.stochastic import Draws, Neighbours, neighbours
 from adapterkit.kernels.sums import all_finite
 
 WORD = 32
+REQUANTIZED = 1 << 22  # elements that are requantized at a time
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row of eight that each nibble of a word holds
 SIGNED_NIBBLES = (*map(float, range(8)), *map(float, range(-8, 0)))  # two's complement
 
@@ -187,6 +188,58 @@ def expected_errors(
         clipped = (codes.gap == 0) & (codes.distance > 0)
         beyond[part] = clipped.unflatten(1, (scale.shape[1], -1)).any(2)
     return total, beyond
+
+
+def requantize_integers(
+    w: Tensor,  # (out, in) float32
+    bits: int,
+    scale: Tensor,  # (out, groups)
+    zero: Tensor | None,  # (out, groups) int8
+    group: Tensor | None,  # (in,) the group of each column
+    symmetric: bool,
+    draws: Draws | None = None,
+) -> Integers:
+    """Codes with each group's stored scale or a new one, whichever is nearer to w.
+
+    With draws, codes are drawn with the stored scale, except of groups that have a value beyond it
+    and a smaller expected squared error with a new one.
+    """
+    (out, width), groups = w.shape, scale.shape[1]
+    columns = torch.arange(width, device=w.device)
+    order = columns if group is None else torch.argsort(group, stable=True)
+    size = width // groups
+    if group is not None and not torch.equal(group[order].long(), columns // size):
+        return encode_integers(w, bits, scale=scale, zero=zero, group=group, draws=draws)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    scales, zeros = scale.clone(), None if zero is None else zero.clone()
+    step = max(1, REQUANTIZED // width)
+    for first in range(0, out, step):
+        rows = slice(first, first + step)
+        x = w[rows][:, order] if group is not None else w[rows]
+        old_scale, old_zero = scale[rows], None if zero is None else zero[rows]
+        new = encode_integers(x, bits, size, symmetric=symmetric, scale_dtype=scale.dtype)
+        if draws is None:
+            old = encode_integers(x, bits, scale=old_scale, zero=old_zero)
+            better = _squared_errors(x, new) < _squared_errors(x, old)
+            nearer = torch.where(better.repeat_interleave(size, 1), new.codes, old.codes)
+        else:
+            error, overflows = expected_errors(x, bits, old_scale, old_zero)
+            better = overflows & (expected_errors(x, bits, new.scale, new.zero)[0] < error)
+            nearer = None
+        scales[rows] = torch.where(better, new.scale, old_scale)
+        if zeros is not None and new.zero is not None and old_zero is not None:
+            zeros[rows] = torch.where(better, new.zero, old_zero)
+        if nearer is None:
+            new_zero = None if zeros is None else zeros[rows]
+            at = None if draws is None else draws.at(first * width)
+            nearer = encode_integers(x, bits, scale=scales[rows], zero=new_zero, draws=at).codes
+        codes[first : first + len(x), order] = nearer
+    return Integers(codes, scales, zeros)
+
+
+def _squared_errors(w: Tensor, encoded: Integers) -> Tensor:  # (out, groups)
+    error = decode_int8(encoded.codes, encoded.scale, encoded.zero).sub_(w).square_()
+    return error.unflatten(1, (encoded.scale.shape[1], -1)).sum(2)
 
 
 def _bounds(bits: int) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""Layers on which PEFT's factors would be refused, or would not act: the code around them reads their weights itself."""
+"""Layers on which PEFT's factors would be refused, or would not act: the code around them reads
+their weights itself."""
 
 import inspect
 import re
@@ -20,8 +21,9 @@ def classes_of(names: Names, module: str) -> tuple[type, ...]:
 
 
 def is_bypassed(names: Names, module: str) -> bool:
-    """Whether PEFT refuses factors on a layer, or the code around it multiplies by its weight itself, past any factors, or asks a
-    convolution for its stride or sizes, which PEFT's wrapper does not have."""
+    """Whether PEFT refuses factors on a layer, or the code around it multiplies by its weight
+    itself, past any factors, or asks a convolution for its stride or sizes, which PEFT's wrapper
+    does not have."""
     parent, _, leaf = module.rpartition(".")
     if names.base.config.get("model_type") in MAMBAS and leaf in MAMBAS_SPARED:
         return True
@@ -41,11 +43,9 @@ def _is_read(around: tuple[type, ...], leaf: str, convolution: bool) -> bool:
     asked = re.search(
         rf"\.{leaf}\.(stride|kernel_size|padding|dilation|in_channels|out_channels)\b", code
     )
-    asked = asked or (
-        convolution and re.search(rf"[(,]\s*self\.{leaf}\s*[,)]", code)
-    )  # by a function that is given it
+    # by a function that is given it
+    asked = asked or (convolution and re.search(rf"[(,]\s*self\.{leaf}\s*[,)]", code))
     read = re.search(rf"\.{leaf}\.weight\b(?!\.(dtype|device|shape|data)\b)", code)
-    factor = re.search(
-        rf"\.{leaf}\.weight\s*@|@\s*self\.{leaf}\.weight\b", code
-    )  # even where another path calls the layer
+    # even where another path calls the layer
+    factor = re.search(rf"\.{leaf}\.weight\s*@|@\s*self\.{leaf}\.weight\b", code)
     return bool(asked or factor or (read and not re.search(rf"\.{leaf}\(", code)))

@@ -1,4 +1,4 @@
-"""A quantized checkpoint seen as the plain one that it decodes to."""
+"""A quantized checkpoint as the plain one that it decodes to."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,90 +7,90 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
 from adapterkit.registry import members
-from adapterkit.weights.codec import CheckpointScan, QuantizedWeight
+from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.detect import (
     PACKED,
     check_not_quantized,
     quantization_evidence,
     without_quantization,
 )
+from adapterkit.weights.scan import CheckpointScan
+
+CODES = ("U8", "I8", "I32", *PACKED)  # dtypes of tensors that no plain model has as matrices
 
 
 def decoded_view(base: Checkpoint) -> Checkpoint:
-    """The checkpoint without quantization: each packed weight, a `QuantizedWeight`, in place of the tensors that hold it, and a config that
-    says nothing of it; the same object where nothing is packed.
+    """The checkpoint with a `QuantizedWeight` in place of the tensors that hold it, and a config
+    without quantization; the same object if nothing is quantized.
 
-    `Refused` or `Damaged`, all at once, for formats that nobody here knows, missing siblings, shapes that do not fit, scales that
-    are not finite.
+    `Refused` or `Damaged`, all at once, for unknown formats, missing siblings, shapes that do not
+    fit, scales that are not finite.
     """
     if quantization_evidence(base.config, base.tensors) is None:
         return base
     settings = base.config.get("quantization_config")
-    found = CheckpointScan(base, settings if isinstance(settings, dict) else {}, dict(base.tensors))
-    packed: list[QuantizedWeight] = []
-    for record in members("weights.codecs").values():
-        for one in record.find(found):
-            packed.append(one)
-            for part in one.parts:
-                found.tensors.pop(part.key, None)
-    found.check_scales()
-    found.errors += _twice(base, packed) + _left(found, packed)
-    refuse_all(found.errors)
-    homes = {one.parts[0].key: one for one in packed}
+    scan = CheckpointScan(base, settings if isinstance(settings, dict) else {}, dict(base.tensors))
+    codecs = members("weights.codecs").values()
+    weights: list[QuantizedWeight] = []
+    for codec in codecs:
+        for weight in codec.find(scan):
+            weights.append(weight)
+            for part in weight.parts:
+                scan.tensors.pop(part.key, None)
+    scan.check_scales()
+    scan.errors += _duplicates(base, weights) + _unclaimed(scan, weights)
+    refuse_all(scan.errors)
+    by_codes = {weight.parts[0].key: weight for weight in weights}
     tensors = {}
     for key, spec in base.tensors.items():
-        if key in homes:
-            tensors[homes[key].key] = homes[key]
-        elif key in found.tensors:
+        if key in by_codes:
+            tensors[by_codes[key].key] = by_codes[key]
+        elif key in scan.tensors:
             tensors[key] = spec
-    known = {method for record in members("weights.codecs").values() for method in record.methods}
-    plain = replace(
-        base,
-        tensors=tensors,
-        config=without_quantization(base.config)
-        if found.method in known and packed
-        else base.config,
-    )
-    check_not_quantized(replace(plain, tensors=found.tensors))
-    return plain
+    known = {method for codec in codecs for method in codec.methods}
+    is_known = bool(weights) and scan.method in known
+    config = without_quantization(base.config) if is_known else base.config
+    view = replace(base, tensors=tensors, config=config)
+    check_not_quantized(replace(view, tensors=scan.tensors))
+    return view
 
 
-def _twice(base: Checkpoint, packed: list[QuantizedWeight]) -> list[AdapterkitError]:
-    """Weights that are stored in two ways: as floats beside what is packed, or in two formats."""
+def _duplicates(base: Checkpoint, weights: list[QuantizedWeight]) -> list[AdapterkitError]:
+    """Weights that are stored twice: as floats too, or in two formats."""
     errors: list[AdapterkitError] = []
-    seen: dict[str, str] = {}
-    for one in packed:
-        own = {part.key for part in one.parts}
-        other = seen.get(one.key) or (
-            one.key if one.key in base.tensors and one.key not in own else None
-        )
+    codes: dict[str, str] = {}
+    for weight in weights:
+        parts = {part.key for part in weight.parts}
+        as_floats = weight.key if weight.key in base.tensors and weight.key not in parts else None
+        other = codes.get(weight.key) or as_floats
         if other is not None:
-            found = f"{shown(one.key)} as {shown(other)} and as {shown(one.parts[0].key)}"
-            hint = "remove the tensors that are not part of the model"
-            errors.append(Damaged(found, expected="each weight once", where=base.name, hint=hint))
-        seen[one.key] = one.parts[0].key
-    return errors
-
-
-def _left(found: CheckpointScan, packed: list[QuantizedWeight]) -> list[AdapterkitError]:
-    """What looks like codes among the tensors that no format took, in a checkpoint where others are taken."""
-    errors: list[AdapterkitError] = []
-    for key, spec in found.tensors.items() if packed and not found.errors else ():
-        if (
-            spec.dtype in ("U8", "I8", "I32", *PACKED)
-            and len(spec.shape) > 1
-            and not key.endswith("bias")
-        ):  # old masks are so called
-            text = f"{shown(key)}: {spec.dtype} {spec.shape} beside weights of {packed[0].name}"
-            errors.append(
-                Refused(
-                    text,
-                    expected="formats that are known",
-                    where=found.base.name,
-                    hint="dequantize it first",
-                )
+            error = Damaged(
+                f"{shown(weight.key)} as {shown(other)} and as {shown(weight.parts[0].key)}",
+                expected="each weight once",
+                where=base.name,
+                hint="remove the tensors that are not part of the model",
             )
+            errors.append(error)
+        codes[weight.key] = weight.parts[0].key
     return errors
+
+
+def _unclaimed(scan: CheckpointScan, weights: list[QuantizedWeight]) -> list[AdapterkitError]:
+    """Tensors that look like codes and that no codec claimed, in a checkpoint where others were
+    claimed."""
+    if not weights or scan.errors:
+        return []
+    return [
+        Refused(
+            f"{shown(key)}: {spec.dtype} {spec.shape} beside weights of {weights[0].name}",
+            expected="formats that are known",
+            where=scan.base.name,
+            hint="dequantize it first",
+        )
+        for key, spec in scan.tensors.items()
+        # old attention masks are called bias
+        if spec.dtype in CODES and len(spec.shape) > 1 and not key.endswith("bias")
+    ]
 
 
 def quantized_weights(tensors: Mapping[str, TensorSpec]) -> list[QuantizedWeight]:
@@ -99,5 +99,5 @@ def quantized_weights(tensors: Mapping[str, TensorSpec]) -> list[QuantizedWeight
 
 
 def quantization_files(tensors: Mapping[str, TensorSpec]) -> set[str]:
-    """Names of files that say of these tensors that they are quantized, and mean nothing beside floats."""
-    return {name for spec in quantized_weights(tensors) for name in spec.files}
+    """Names of files that say that these tensors are quantized, and mean nothing beside floats."""
+    return {name for weight in quantized_weights(tensors) for name in weight.files}

@@ -1,8 +1,9 @@
 """Names of the loaded model's parameters, and the stored tensors that hold them.
 
-An adapter names modules of the loaded model; a checkpoint's keys can differ (renames, experts stored one by one, fused
-projections). Most often they are the same, and then nothing is imported. Where they may not be, the model is built on the meta
-device (`Skeleton`), and transformers' own conversion tables say which stored tensors make which parameter.
+An adapter names modules of the loaded model; a checkpoint's keys can differ (renames, experts
+stored one by one, fused projections). Most often they are the same, and then nothing is imported.
+Where they may not be, the model is built on the meta device (`Skeleton`), and transformers' own
+conversion tables say which stored tensors make which parameter.
 """
 
 import importlib.util
@@ -30,10 +31,11 @@ TRANSPOSED = "Conv1D"  # GPT-2's linear layer, whose weight is (in, out)
 
 
 def plain_names(config: dict) -> bool:
-    """Whether transformers' sources prove that a model's keys are its parameters' names and no layer is transposed.
+    """Whether transformers' sources prove that a model's keys are its parameters' names and no
+    layer is transposed.
 
-    Two files are read as text, not imported: the conversion tables, which would name the model type or the architecture, and the
-    model's own code, which would name `Conv1D`.
+    Two files are read as text, not imported: the conversion tables, which would name the model type
+    or the architecture, and the model's own code, which would name `Conv1D`.
     """
     types = set(_model_types(config))
     package = _transformers_folder()
@@ -68,8 +70,9 @@ def _model_types(config: dict) -> list[str]:
 class Names:
     """Looks up the parameters of the model that a checkpoint is loaded as.
 
-    `wanted`, the parameters that an adapter names, and `task`, what it was trained for, tell which class of the architecture's
-    family its names belong to (a base saved without a head is often trained with one).
+    `wanted`, the parameters that an adapter names, and `task`, what it was trained for, tell which
+    class of the architecture's family its names belong to (a base saved without a head is often
+    trained with one).
     """
 
     base: Checkpoint
@@ -86,7 +89,8 @@ class Names:
 
     @cached_property
     def model(self) -> Skeleton | None:
-        """The model without data; None if names match directly, or transformers does not know it."""
+        """The model without data; None if names match directly, or transformers does not know
+        it."""
         keys = self.base.tensors
         direct = all(name in keys for name in self.wanted)
         if direct and not self.build_model and self.plain:
@@ -147,8 +151,9 @@ class Names:
     ) -> bool:
         """Whether a layer's weight is stored (in, out): by its class.
 
-        Of a model that transformers does not know, an adapter's `fan_in_fan_out` says it. That holds for the whole model, beside
-        whose transposed layers others may stand: `Refused` for a `square` weight, whose shape does not tell.
+        Of a model that transformers does not know, an adapter's `fan_in_fan_out` says it. That
+        holds for the whole model, beside whose transposed layers others may stand: `Refused` for a
+        `square` weight, whose shape does not tell.
         """
         if self.plain:
             return False
@@ -174,5 +179,6 @@ class Names:
         return int(self.model.attribute(module, "groups", 1)) if self.model is not None else 1
 
     def children(self, module: str) -> list[str] | None:
-        """Names of a module's own parameters in the order of its code; None if the model was not built."""
+        """Names of a module's own parameters in the order of its code; None if the model was not
+        built."""
         return self.model.children(module) if self.model is not None else None

@@ -36,11 +36,13 @@ class Reader(Protocol):
         ...
 
     def tensor(self, spec: TensorSpec) -> "Tensor":
-        """The whole tensor, decoded if it is quantized, in `dtype`, on `device`; the caller's own."""
+        """The whole tensor, decoded if it is quantized, in `dtype`, on `device`; the caller's
+        own."""
         ...
 
     def stored(self, spec: TensorSpec) -> "Tensor":
-        """The whole tensor in its own dtype, on `device`; the caller's own. Not of quantized weights."""
+        """The whole tensor in its own dtype, on `device`; the caller's own. Not of quantized
+        weights."""
         ...
 
     def bytes(self, spec: TensorSpec) -> bytearray:
@@ -56,13 +58,15 @@ class Reader(Protocol):
         ...
 
     def shared(self, spec: TensorSpec, cut: "Cut") -> "Tensor":
-        """cut(stored(spec)), computed once for all who ask soon after each other; not to be changed.
+        """cut(stored(spec)), computed once for all who ask soon after each other; not to be
+        changed.
 
         `cut` must be the same function of the tensor for all who ask for one `spec`."""
         ...
 
     def handoff(self, key: str) -> "Tensor":
-        """A tensor that a task of an earlier output file handed on, in its own dtype, on `device`."""
+        """A tensor that a task of an earlier output file handed on, in its own dtype, on
+        `device`."""
         ...
 
 

@@ -1,4 +1,5 @@
-"""Models of transformers on the meta device, without data, and where each of their parameters is stored."""
+"""Models of transformers on the meta device, without data, and where each of their parameters is
+stored."""
 
 import json
 import logging
@@ -48,14 +49,16 @@ class Skeleton:
         return self.parameters[new] if pattern is None else self._expert(name, new, pattern)
 
     def _loaded_as(self, key: str) -> tuple[str, str | None]:
-        """The parameter that the loader puts a key into, and the converter's pattern that it matches."""
+        """The parameter that the loader puts a key into, and the converter's pattern that it
+        matches."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
         return rename_source_key(key, self.renamings, self.converters, prefix, self.state)
 
     def _expert(self, name: str, stack_name: str, pattern: str) -> Parameter | None:
-        """The matrix `name` (of experts.3.up_proj, say) in the stack that the loader would put it into."""
+        """The matrix `name` (of experts.3.up_proj, say) in the stack that the loader would put it
+        into."""
         stack = self.parameters[stack_name]
         number = re.search(pattern.replace("*", r"(\d+)"), name)
         if len(stack.shape) != 3 or number is None or not stack.whole:
@@ -73,7 +76,8 @@ class Skeleton:
     def _expert_slots(
         self, name: str, number: str, stack_name: str, pattern: str
     ) -> dict[str, Slot]:
-        """Where the loader would put each expert's matrices in a stack, by the names that stand for `name`'s `number`."""
+        """Where the loader would put each expert's matrices in a stack, by the names that stand for
+        `name`'s `number`."""
         stack = self.parameters[stack_name]
         converter = next(c for c in self.converters if pattern in c.source_patterns)
         shape = (stack.shape[1] // len(converter.source_patterns), stack.shape[2])
@@ -163,7 +167,8 @@ class Skeleton:
         return slots
 
     def _signature(self, name: str, converter) -> tuple:
-        """What a conversion may depend on: its target's name, but for numbers, and all targets' shapes."""
+        """What a conversion may depend on: its target's name, but for numbers, and all targets'
+        shapes."""
         first, *others = converter.target_patterns
         targets = [name, *(name.replace(first, other) for other in others)]
         shapes = tuple(
@@ -172,7 +177,8 @@ class Skeleton:
         return tuple("#" if part.isdigit() else part for part in name.split(".")), shapes
 
     def _converted(self, name: str, converter, sources: list[Source]) -> dict[str, Symbol]:
-        """The parameters that a converter makes from stored tensors: its operations run on symbols."""
+        """The parameters that a converter makes from stored tensors: its operations run on
+        symbols."""
         converter = deepcopy(converter)
         for key, pattern, shape in sources:
             converter.add_tensor(name, key, pattern, Symbol.of(key, shape))
@@ -200,7 +206,8 @@ def _renumbered(
     others: list[Source],
     converted: dict[str, tuple[Slot, ...]],
 ) -> dict[str, tuple[Slot, ...]] | None:
-    """The result of `other`'s conversion for a name with other numbers (another layer); None if the names do not tell it."""
+    """The result of `other`'s conversion for a name with other numbers (another layer); None if the
+    names do not tell it."""
     mine, theirs = name.split("."), other.split(".")
     keys = {there: here for (here, _, _), (there, _, _) in zip(sources, others, strict=True)}
     result = {}
@@ -246,7 +253,8 @@ def _stored_shape(shape: tuple[int, ...], slots: tuple[Slot, ...]) -> tuple[int,
 
 
 def _meta_model(base: Checkpoint, class_name: str) -> Any:
-    """A model without data of a base's config, without its pointers to custom code; not to be changed."""
+    """A model without data of a base's config, without its pointers to custom code; not to be
+    changed."""
     config = {k: v for k, v in base.config.items() if k != "auto_map"}
     return _built(class_name, json.dumps(config), base.name)
 

@@ -1,9 +1,11 @@
-"""Slots: where a parameter lies in the stored tensors, found by running transformers' own conversion on symbols.
+"""Slots: where a parameter lies in the stored tensors, found by running transformers' own
+conversion on symbols.
 
-transformers turns stored tensors into parameters with operations (stack the experts, concatenate gate and up, chunk a fused
-projection, transpose, interleave, permute for rotary embeddings). Each of them moves elements along axes. So instead of a second
-copy of their meaning, the operations themselves are run on `Symbol`s: tensors without data that remember, axis by axis, which
-position of which stored tensor stands at each position. What comes out are the slots of the parameter.
+transformers turns stored tensors into parameters with operations (stack the experts, concatenate
+gate and up, chunk a fused projection, transpose, interleave, permute for rotary embeddings). Each
+of them moves elements along axes. So instead of a second copy of their meaning, the operations
+themselves are run on `Symbol`s: tensors without data that remember, axis by axis, which position of
+which stored tensor stands at each position. What comes out are the slots of the parameter.
 """
 
 import math
@@ -19,7 +21,8 @@ Positions = range | np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of a slot: parameter positions [at, at + len(of)) are positions `of` on axis `axis` of the stored tensor.
+    """One axis of a slot: parameter positions [at, at + len(of)) are positions `of` on axis `axis`
+    of the stored tensor.
 
     `axis` None: the stored tensor has no such axis (it was stacked), and `of` has length 1.
     """
@@ -35,18 +38,18 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A part of a parameter as it is stored: parameter[axes.at] == stored[axes.of], the axes permuted as `axes` says."""
+    """A part of a parameter as it is stored: parameter[axes.at] == stored[axes.of], the axes
+    permuted as `axes` says."""
 
     key: str
-    shape: tuple[
-        int, ...
-    ]  # the stored tensor's, as the slot's axes count it (a convolution may be seen as a matrix)
+    # the stored tensor's, as the slot's axes count it (a convolution may be seen as a matrix)
+    shape: tuple[int, ...]
     axes: tuple[Axis, ...]  # one per axis of the parameter
 
     @property
     def whole(self) -> bool:
-        """Whether the slot is all of the stored tensor, in its own order, from the parameter's beginning on: all of the parameter
-        if that has no other slot."""
+        """Whether the slot is all of the stored tensor, in its own order, from the parameter's
+        beginning on: all of the parameter if that has no other slot."""
         return len(self.shape) == len(self.axes) and all(
             a.axis == i and a.at == 0 and isinstance(a.of, range) and a.of == range(n)
             for i, (a, n) in enumerate(zip(self.axes, self.shape, strict=True))
@@ -63,7 +66,8 @@ class Unsupported(Refused):
 
 
 class Symbol(torch.Tensor):
-    """A tensor on the meta device that knows where its elements are stored. `slots` cover it without overlap."""
+    """A tensor on the meta device that knows where its elements are stored. `slots` cover it
+    without overlap."""
 
     slots: tuple[Slot, ...]
     axis_split: "_Split | None"
@@ -97,7 +101,8 @@ class Symbol(torch.Tensor):
 
 @dataclass(frozen=True)
 class _Split:
-    """A view that cut one axis into several (interleave, rotary permutation): that axis as an array of its positions."""
+    """A view that cut one axis into several (interleave, rotary permutation): that axis as an array
+    of its positions."""
 
     axis: int
     positions: np.ndarray
@@ -194,7 +199,8 @@ def _squeeze(tensor: Symbol, dim: int) -> Symbol:
 
 
 def _select(tensor: Symbol, dim: int, index: int) -> Symbol:
-    """One position of an axis. The stored axis, if there is one, stays as an unnamed position: only stacks can be undone."""
+    """One position of an axis. The stored axis, if there is one, stays as an unnamed position: only
+    stacks can be undone."""
     return _squeeze(_narrow(tensor, dim, index, index + 1), dim)
 
 
@@ -238,7 +244,8 @@ def _reshape(tensor: Symbol, *shape) -> Symbol:
                 positions = np.arange(old[axis]).reshape(shape[axis : axis + extra + 1])
                 return _symbol(shape, tensor.slots, _Split(axis, positions))
     elif len(tensor.slots) == 1 and tensor.slots[0].whole:
-        # several axes of a stored tensor made one (a convolution as a matrix): the bytes stay where they are
+        # several axes of a stored tensor made one (a convolution as a matrix): the bytes stay where
+        # they are
         return _symbol(shape, (identity_slot(tensor.slots[0].key, shape),))
     raise Unsupported(f"a view of {old} as {shape}")
 

@@ -61,7 +61,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import local
 from adapterkit.tasks import loftq
 from adapterkit.weights.codecs.bnb4 import Bnb4
-from adapterkit.weights.codec import Unpacked
+from adapterkit.weights.codec import PlainWeight
 
 class Spent(local):
     def __init__(self): self.parts = defaultdict(float)
@@ -75,7 +75,7 @@ class Timed:
 def one(weight):
     torch.set_num_threads(1)
     spent.parts = defaultdict(float)
-    packed = Bnb4.for_encoding("nf4", Unpacked("w", tuple(weight.shape), "BF16", False), {})
+    packed = Bnb4.for_encoding("nf4", PlainWeight("w", tuple(weight.shape), "BF16", False), {})
     with torch.inference_mode():
         return loftq.alternated(weight, Timed(packed), rank, 1).after, spent.parts
 

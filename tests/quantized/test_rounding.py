@@ -50,7 +50,7 @@ class Case:
             self.stored, weight.clone(), Draws.of(seed, self.record.key)
         )
 
-    def decoded_view(self, weight: Tensor, seed: int) -> Tensor:
+    def decoded(self, weight: Tensor, seed: int) -> Tensor:
         return self.record.decode(self.drawn(weight, seed))
 
 

@@ -1,4 +1,5 @@
-"""bnb4: bitsandbytes' 4-bit weights (nf4, fp4), as transformers stores them; their scales plain, or quantized once more."""
+"""bnb4: bitsandbytes' 4-bit weights (nf4, fp4), as transformers stores them; their scales plain, or
+quantized once more."""
 
 import json
 import math
@@ -18,17 +19,21 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import Refused, Unrecoverable, shown
 from adapterkit.kernels import blockwise
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.weights.codec import CheckpointScan, PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.scan import CheckpointScan
 
 STATE = ".quant_state.bitsandbytes__"
-OFFSET = 0.012345678901234567  # as long as most
+OFFSET = 0.012345678901234567  # as many digits as most offsets have
+CODE_DTYPES = ("U8", "BF16", "F16", "F32", "I8")  # bnb_4bit_quant_storage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bnb4(QuantizedWeight):
-    """W = map[code] * absmax, `block` values with one absmax; `double`: absmax = map8[code] * nested_absmax + offset.
+    """W = map[code] * absmax, `block` values with one absmax; `double`:
+    absmax = map8[code] * nested_absmax + offset.
 
-    The state's JSON text is as long as its offset has digits, so its size is a guess until it is written.
+    Its parts: codes, absmax, map, with `double` nested_absmax and map8, and the state, a JSON text.
+    That is as long as its offset has digits, so its size is a guess until it is written.
     """
 
     name = "bnb4"
@@ -38,7 +43,9 @@ class Bnb4(QuantizedWeight):
     kind: Literal["nf4", "fp4"]
     block: int
     double: bool
-    transposed_scales: bool = False  # the scales are stored as a transposed bf16 matrix: exact where the weight was bf16, else refused
+    # bitsandbytes 0.50 saves the scales as a transposed bf16 matrix after a forward pass on some
+    # CPUs: exact if the weight was bf16
+    transposed_scales: bool = False
     transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
     offset: float = 0.0
     nested_block: int = blockwise.NESTED
@@ -50,176 +57,135 @@ class Bnb4(QuantizedWeight):
     ) -> "Bnb4 | None":
         block = options.get("block_size") or 64
         if block not in blockwise.BLOCKS:
-            found, expected = f"--block-size {block}", " ".join(map(str, blockwise.BLOCKS))
-            raise Refused(found, expected=expected, where="options", hint="give one of these")
+            raise Refused(
+                f"--block-size {block}",
+                expected=" ".join(map(str, blockwise.BLOCKS)),
+                where="options",
+                hint="give one of these",
+            )
         double, kind = bool(options.get("double_quant")), "nf4" if target == "nf4" else "fp4"
         count = math.prod(weight.shape)
         blocks = math.ceil(count / block)
-        parts = [weight.part("", "U8", ((count + 1) // 2, 1))]
-        parts += [
+        parts = [
+            weight.part("", "U8", ((count + 1) // 2, 1)),
             weight.part(".absmax", "U8" if double else "F32", (blocks,)),
             weight.part(".quant_map", "F32", (16,)),
         ]
         if double:
             nested = math.ceil(blocks / blockwise.NESTED)
-            parts += [
-                weight.part(".nested_absmax", "F32", (nested,)),
-                weight.part(".nested_quant_map", "F32", (256,)),
-            ]
-        shape = weight.shape[::-1] if weight.transposed else weight.shape
-        made = cls(
-            key=weight.key, dtype="F32" if weight.wide else weight.dtype, shape=shape, file="", start=0, stop=parts[0].nbytes,
-            parts=tuple(parts),
-            kind=kind, block=block, double=double, transposed=weight.transposed,
-        )  # fmt: skip
-        text = made._text(OFFSET if double else None)
-        return replace(made, parts=(*parts, weight.part(STATE + kind, "U8", (len(text),))))
-
-    @classmethod
-    def config(cls, choice: QuantizedModules) -> dict[str, Any]:
-        one: Any = next(iter(choice.packed.values()))
-        said = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": one.kind,
-            "bnb_4bit_use_double_quant": one.double,
-        }
-        common = Counter(packed.dtype for packed in choice.packed.values()).most_common(1)[0][0]
-        return config(said | {"bnb_4bit_compute_dtype": dtypes.CONFIG_NAME[common]}, choice.skipped)
-
-    @classmethod
-    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
-        found.fetch(
-            spec
-            for key, spec in found.tensors.items()
-            if STATE in key or key.endswith(".quant_map")
+            parts.append(weight.part(".nested_absmax", "F32", (nested,)))
+            parts.append(weight.part(".nested_quant_map", "F32", (256,)))
+        record = cls.of(
+            parts,
+            key=weight.key,
+            dtype="F32" if weight.upcast else weight.dtype,
+            shape=weight.model_shape,
+            kind=kind,
+            block=block,
+            double=double,
+            transposed=weight.transposed,
         )
-        for key, state in list(found.tensors.items()):
+        size = len(record._state(OFFSET if double else None))
+        return replace(record, parts=(*parts, weight.part(STATE + kind, "U8", (size,))))
+
+    @classmethod
+    def config(cls, modules: QuantizedModules) -> dict[str, Any]:
+        weights: list[Any] = list(modules.packed.values())
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": weights[0].kind,
+            "bnb_4bit_use_double_quant": weights[0].double,
+        }
+        dtype = Counter(weight.dtype for weight in weights).most_common(1)[0][0]
+        settings["bnb_4bit_compute_dtype"] = dtypes.CONFIG_NAME[dtype]
+        return bitsandbytes_config(settings, modules.skipped)
+
+    @classmethod
+    def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
+        scan.fetch(
+            spec for key, spec in scan.tensors.items() if STATE in key or key.endswith(".quant_map")
+        )
+        for key, state in list(scan.tensors.items()):
             weight, mark, kind = key.rpartition(STATE)
             if mark and kind in ("nf4", "fp4"):
-                one = cls._found(found, weight, state, kind)
-                if one is not None:
-                    yield one
+                record = cls._record(scan, weight, state, kind)
+                if record is not None:
+                    yield record
             elif mark:
-                found.check(key, False, f"a state of kind {kind!r}", "nf4 or fp4")
+                scan.check(key, False, f"a state of kind {kind!r}", "nf4 or fp4")
 
     @classmethod
-    def _found(
-        cls, found: CheckpointScan, key: str, state: TensorSpec, kind: Literal["nf4", "fp4"]
+    def _record(
+        cls, scan: CheckpointScan, key: str, spec: TensorSpec, kind: Literal["nf4", "fp4"]
     ) -> "Bnb4 | None":
-        said = found.read_json(state)
-        if not said:
+        state = scan.read_json(spec)
+        if not state:
             return None
-        double = "nested_offset" in said
-        endings = [
-            "",
-            ".absmax",
-            ".quant_map",
-            *((".nested_absmax", ".nested_quant_map") if double else ()),
-        ]
-        parts = found.siblings(key, *endings)
+        double = "nested_offset" in state
+        endings = ["", ".absmax", ".quant_map"]
+        endings += [".nested_absmax", ".nested_quant_map"] if double else []
+        parts = scan.siblings(key, *endings)
         if parts is None:
             return None
-        words = {word: name for name, word in dtypes.CONFIG_NAME.items()}
-        shape, block, dtype = (
-            said.get("shape"),
-            said.get("blocksize"),
-            words.get(str(said.get("dtype")).removeprefix("torch.")),
-        )
-        fits = (
-            isinstance(shape, list)
-            and len(shape) == 2
-            and all(type(n) is int and n > 0 for n in shape)
-        )
-        fits = fits and said.get("quant_type") == kind and dtype in dtypes.FLOATS
-        fits = fits and type(block) is int and block in blockwise.BLOCKS
-        if double:
-            offset, nested_block = said.get("nested_offset"), said.get("nested_blocksize")
-            fits = (
-                fits
-                and isinstance(offset, float)
-                and math.isfinite(offset)
-                and nested_block == blockwise.NESTED
-            )
-            fits = fits and said.get("nested_dtype") in dtypes.CONFIG_NAME.values()
-        if not found.check(
-            state.key, fits, f"the state {said}"[:300], "a state that bitsandbytes writes"
-        ):
+        problem = f"the state {state}"[:300]
+        valid = _is_valid(state, kind)
+        if not scan.check(spec.key, valid, problem, "a state that bitsandbytes writes"):
             return None
-        assert isinstance(shape, list) and isinstance(block, int) and dtype is not None
-        count = math.prod(shape)
-        blocks = math.ceil(count / block)
+        shape, block = state["shape"], state["blocksize"]
+        dtype = _header_name(state["dtype"])
+        absmax = parts[1]
+        transposed_scales = (
+            not double
+            and absmax.dtype == "BF16"
+            and absmax.shape[::-1] == (shape[0], shape[1] // block)
+            and shape[1] % block == 0
+        )
+        problem = f"{absmax.dtype} {absmax.shape} of a {dtype} model"
+        expected = (
+            "F32 scales: bitsandbytes 0.50 saves rounded ones after a forward pass on this kind "
+            "of CPU"
+        )
+        exact = not transposed_scales or dtype == "BF16"
+        if not scan.check(absmax.key, exact, problem, expected):
+            return None
+        names = [part.key.removeprefix(key) or "codes" for part in parts]
+        described = (
+            f"{name} {part.dtype} {part.shape}" for name, part in zip(names, parts, strict=True)
+        )
+        expected = f"4-bit codes and scales for {tuple(shape)} in blocks of {block}"
+        fits = _parts_fit(parts, math.prod(shape), block, transposed_scales)
+        if not scan.check(key, fits, ", ".join(described), expected):
+            return None
         codes, absmax, table, *nested = parts
-        text = ", ".join(
-            f"{part.key.removeprefix(key) or 'codes'} {part.dtype} {part.shape}" for part in parts
-        )
-        fits = codes.nbytes == (count + 1) // 2 and codes.dtype in (
-            "U8",
-            "BF16",
-            "F16",
-            "F32",
-            "I8",
-        )
-        spoiled = False
-        fits &= table.dtype == "F32" and table.shape == (16,)
+        scan.check_finite(*(nested[:2] if double else [absmax]))
+        same = bool((scan.read(table) == blockwise.quant_map(kind)).all())
+        if not scan.check(table.key, same, "another table of values", f"that of {kind}"):
+            return None
+        # in other dtypes the same bytes, that are no numbers
+        codes = replace(codes, dtype="U8", shape=(codes.nbytes, 1))
+        transposed = scan.names.transposed(key.removesuffix(".weight"))
+        fields: dict[str, Any] = {}
         if double:
-            fits &= (
-                absmax.dtype == "U8"
-                and absmax.shape == (blocks,)
-                and all(part.dtype == "F32" for part in nested)
-            )
-            fits &= nested[0].shape == (math.ceil(blocks / blockwise.NESTED),) and nested[
-                1
-            ].shape == (256,)
-        else:
-            spoiled = (
-                absmax.dtype == "BF16"
-                and absmax.shape[::-1] == (shape[0], shape[1] // block)
-                and shape[1] % block == 0
-            )
-            exact = not spoiled or dtype == "BF16"
-            expected = "F32 scales: bitsandbytes 0.50 saves rounded ones after a forward pass on this kind of CPU"
-            if not found.check(
-                absmax.key, exact, f"{absmax.dtype} {absmax.shape} of a {dtype} model", expected
-            ):
-                return None
-            fits &= spoiled or (absmax.dtype == "F32" and absmax.shape == (blocks,))
-        if not found.check(
-            key, fits, text, f"4-bit codes and scales for {tuple(shape)} in blocks of {block}"
-        ):
-            return None
-        found.check_finite(*(nested[:2] if double else [absmax]))
-        ours = blockwise.quant_map(kind)
-        if not found.check(
-            table.key,
-            bool((found.read(table) == ours).all()),
-            "another table of values",
-            f"that of {kind}",
-        ):
-            return None
-        codes = replace(
-            codes, dtype="U8", shape=(codes.nbytes, 1)
-        )  # in other dtypes the same bytes, that are no numbers
-        parts[0] = codes
-        turned = found.transposed(key.removesuffix(".weight"))
-        more: dict[str, Any] = {"transposed_scales": spoiled}
-        more |= (
-            {"offset": float(said["nested_offset"]), "nested_dtype": said["nested_dtype"]}
-            if double
-            else {}
+            fields["offset"] = float(state["nested_offset"])
+            fields["nested_dtype"] = state["nested_dtype"]
+        return cls.of(
+            (codes, absmax, table, *nested, spec),
+            key=key,
+            dtype=dtype,
+            shape=tuple(shape[::-1] if transposed else shape),
+            kind=kind,
+            block=block,
+            double=double,
+            transposed_scales=transposed_scales,
+            transposed=transposed,
+            **fields,
         )
-        return cls(
-            key=key, dtype=dtype, shape=tuple(shape[::-1] if turned else shape), file=codes.file, start=codes.start,
-            stop=codes.stop, folder=codes.folder, parts=(*parts, state), kind=kind, block=block, double=double,
-            transposed=turned, **more,
-        )  # fmt: skip
 
     @property
     def read_only(self) -> str | None:
-        return (
-            "bitsandbytes saved its scales wrongly, after a forward pass"
-            if self.transposed_scales
-            else None
-        )
+        if self.transposed_scales:
+            return "bitsandbytes saved its scales wrongly, after a forward pass"
+        return None
 
     @property
     def variable_size(self) -> tuple[str, ...]:
@@ -233,34 +199,32 @@ class Bnb4(QuantizedWeight):
         return tuple(stored.values())
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
-        codes, absmax = stored[self.key], self._scales(stored)
-        flat = blockwise.decode_4bit(codes, absmax, self.kind, self.block, math.prod(self.shape))
-        return (
-            flat.view(self.shape[::-1]).T.contiguous() if self.transposed else flat.view(self.shape)
-        )
+        codes, absmax, count = stored[self.key], self._scales(stored), math.prod(self.shape)
+        flat = blockwise.decode_4bit(codes, absmax, self.kind, self.block, count)
+        if self.transposed:
+            return flat.view(self.shape[::-1]).T.contiguous()
+        return flat.view(self.shape)
 
     def _scales(self, stored: dict[str, Tensor]) -> Tensor:  # (blocks,) float32
-        """Of the blocks; they are codes too if they are quantized."""
+        """The scales of the blocks, decoded if they are quantized."""
         absmax = stored[self.parts[1].key]
         if self.transposed_scales:
             return absmax.T.reshape(-1).float()
         if not self.double:
             return absmax
         nested, values, state = (stored[part.key] for part in self.parts[3:])
-        dtype = getattr(torch, self.nested_dtype)
-        return blockwise.decode_absmax(
-            absmax, nested, values, self.offset_of(state), self.nested_block, dtype
-        )
+        dtype, offset = getattr(torch, self.nested_dtype), self.stored_offset(state)
+        return blockwise.decode_absmax(absmax, nested, values, offset, self.nested_block, dtype)
 
-    def offset_of(self, state: Tensor) -> float:
-        """The offset that a state's text says."""
+    def stored_offset(self, state: Tensor) -> float:
+        """The offset in the text of a state."""
         return float(json.loads(state.cpu().numpy().tobytes())["nested_offset"])
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         weight = weight.T if self.transposed else weight
-        with named(self.key):
-            packed, absmax = blockwise.quantize_4bit(weight.contiguous(), self.kind, self.block)
-        return self.join_nested({self.parts[0].key: packed, self.parts[1].key: absmax})
+        with naming(self.key):
+            codes, absmax = blockwise.quantize_4bit(weight.contiguous(), self.kind, self.block)
+        return self.join_nested({self.parts[0].key: codes, self.parts[1].key: absmax})
 
     @property
     def rows_per_block(self) -> int | None:
@@ -276,9 +240,9 @@ class Bnb4(QuantizedWeight):
         specs = list(self.parts[:2])
         if self.double:
             sizes, specs = [*sizes, self.block * self.nested_block], [*specs, self.parts[3]]
-        ends = (first * self.shape[1], last * self.shape[1])
+        start, stop = first * self.shape[1], last * self.shape[1]
         return {
-            spec.key: stored[spec.key][ends[0] // size : math.ceil(ends[1] / size)]
+            spec.key: stored[spec.key][start // size : math.ceil(stop / size)]
             for spec, size in zip(specs, sizes, strict=True)
         }
 
@@ -287,86 +251,125 @@ class Bnb4(QuantizedWeight):
             return self, stored
         codes, absmax, table, *_, state = self.parts
         parts = (codes, replace(absmax, dtype="F32"), table, state)
-        return replace(self, double=False, parts=parts), {
-            part.key: stored[part.key] for part in parts
-        } | {absmax.key: self._scales(stored)}
+        tensors = {part.key: stored[part.key] for part in parts}
+        tensors[absmax.key] = self._scales(stored)
+        return replace(self, double=False, parts=parts), tensors
 
     def join_nested(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All parts, of the codes and their scales in float32."""
+        """All parts, from the codes and their scales in float32."""
         keys = [part.key for part in self.parts]
-        packed, absmax = stored[keys[0]], stored[keys[1]]
-        made = {keys[0]: packed, keys[2]: blockwise.quant_map(self.kind).to(packed.device)}
+        codes, absmax = stored[keys[0]], stored[keys[1]]
+        tensors = {keys[0]: codes, keys[2]: blockwise.quant_map(self.kind).to(codes.device)}
         if not self.double:
-            return made | {keys[1]: absmax, keys[-1]: _bytes(self._text())}
-        values = blockwise.dynamic_map().to(packed.device)
+            return tensors | {keys[1]: absmax, keys[-1]: _as_tensor(self._state())}
+        values = blockwise.dynamic_map().to(codes.device)
         nested = blockwise.quantize_absmax(absmax)
-        made |= {keys[1]: nested.codes, keys[3]: nested.absmax, keys[4]: values}
-        return made | {keys[-1]: _bytes(self._text(float(nested.offset)))}
+        tensors |= {keys[1]: nested.codes, keys[3]: nested.absmax, keys[4]: values}
+        return tensors | {keys[-1]: _as_tensor(self._state(float(nested.offset)))}
 
     def encode_drawn(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
         weight = (weight.T if self.transposed else weight).contiguous()
-        scales = self._renewed_scales(stored, weight)
-        with named(self.key):
-            return scales | {
-                self.key: blockwise.encode_4bit(
-                    weight, self._scales(stored | scales), self.kind, self.block, draws
-                )
-            }
+        scales = self._widened_scales(stored, weight)
+        absmax = self._scales(stored | scales)
+        with naming(self.key):
+            codes = blockwise.encode_4bit(weight, absmax, self.kind, self.block, draws)
+        return scales | {self.key: codes}
 
-    def _renewed_scales(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-        """Those of blocks with a value beyond their largest code, where that makes the expected squared error smaller; of quantized
-        ones the code, or where their group cannot hold that either, the whole group's."""
+    def _widened_scales(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """New scales for blocks with a value beyond their largest code, if that makes the expected
+        squared error smaller.
+
+        Of quantized scales the code, or where their group cannot hold that either, the whole
+        group's.
+        """
         key, absmax = self.parts[1].key, self._scales(stored)
-        largest, beyond = blockwise.amax_and_overflow(weight, absmax, self.block)
-        if not bool(beyond.any()):
+        largest, overflows = blockwise.amax_and_overflow(weight, absmax, self.block)
+        if not bool(overflows.any()):
             return {}
         errors = lambda scales: blockwise.expected_errors(
             weight, self._scales(stored | scales), self.kind, self.block
         )
-        wanted = torch.where(beyond, largest, absmax)
+        target = torch.where(overflows, largest, absmax)
         if not self.double:
-            return {key: torch.where(beyond & (errors({key: wanted}) < errors({})), wanted, absmax)}
+            better = overflows & (errors({key: target}) < errors({}))
+            return {key: torch.where(better, target, absmax)}
         nested, values, state = (stored[part.key] for part in self.parts[3:])
-        fresh = blockwise.quantize_absmax(wanted, self.offset_of(state), nested, values).codes
-        found = {key: torch.where(beyond & (errors({key: fresh}) < errors({})), fresh, stored[key])}
-        whole = blockwise.quantize_absmax(wanted, self.offset_of(state), values=values)
-        widened = {key: whole.codes, self.parts[3].key: whole.absmax}
-        grouped = lambda each: (
+        nested_key, offset = self.parts[3].key, self.stored_offset(state)
+        codes = blockwise.quantize_absmax(target, offset, nested, values).codes
+        better = overflows & (errors({key: codes}) < errors({}))
+        scales = {key: torch.where(better, codes, stored[key])}
+        groups = blockwise.quantize_absmax(target, offset, values=values)
+        widened = {key: groups.codes, nested_key: groups.absmax}
+        by_group = lambda each: (
             pad(each, (0, -len(each) % self.nested_block)).view(-1, self.nested_block).sum(1)
         )
-        better = (whole.absmax > nested) & (grouped(errors(widened)) < grouped(errors(found)))
-        if bool(better.any()):
-            blocks = better.repeat_interleave(self.nested_block)[: len(absmax)]
-            found = {
-                key: torch.where(blocks, whole.codes, found[key]),
-                self.parts[3].key: torch.where(better, whole.absmax, nested),
-            }
-        return found
+        better = (groups.absmax > nested) & (by_group(errors(widened)) < by_group(errors(scales)))
+        if not bool(better.any()):
+            return scales
+        blocks = better.repeat_interleave(self.nested_block)[: len(absmax)]
+        return {
+            key: torch.where(blocks, groups.codes, scales[key]),
+            nested_key: torch.where(better, groups.absmax, nested),
+        }
 
-    def _text(self, offset: float | None = None) -> bytes:
-        shape = self.shape[::-1] if self.transposed else self.shape
-        said: dict[str, Any] = {
+    def _state(self, offset: float | None = None) -> bytes:
+        """The text of the state."""
+        state: dict[str, Any] = {
             "quant_type": self.kind,
             "blocksize": self.block,
             "dtype": dtypes.CONFIG_NAME[self.dtype],
+            "shape": list(self.shape[::-1] if self.transposed else self.shape),
         }
-        said["shape"] = list(shape)
         if offset is not None:
-            said |= {
-                "nested_blocksize": blockwise.NESTED,
-                "nested_dtype": "float32",
-                "nested_offset": offset,
-            }
-        return json.dumps(said).encode()
+            state["nested_blocksize"] = blockwise.NESTED
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = offset
+        return json.dumps(state).encode()
 
 
-def config(said: dict[str, Any], skipped: list[str] | None) -> dict[str, Any]:
+def _header_name(dtype: Any) -> str | None:
+    return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."))
+
+
+def _is_valid(state: dict[str, Any], kind: str) -> bool:
+    """Whether bitsandbytes writes such a state."""
+    shape: Any = state.get("shape")
+    block = state.get("blocksize")
+    valid = isinstance(shape, list) and len(shape) == 2
+    valid = valid and all(type(n) is int and n > 0 for n in shape)
+    valid = valid and state.get("quant_type") == kind
+    valid = valid and _header_name(state.get("dtype")) in dtypes.FLOATS
+    valid = valid and type(block) is int and block in blockwise.BLOCKS
+    if "nested_offset" in state:
+        offset = state["nested_offset"]
+        valid = valid and isinstance(offset, float) and math.isfinite(offset)
+        valid = valid and state.get("nested_blocksize") == blockwise.NESTED
+        valid = valid and state.get("nested_dtype") in dtypes.CONFIG_NAME.values()
+    return valid
+
+
+def _parts_fit(parts: list[TensorSpec], count: int, block: int, transposed_scales: bool) -> bool:
+    """Whether parts have the dtypes and shapes of a weight with `count` elements."""
+    codes, absmax, table, *nested = parts
+    blocks = math.ceil(count / block)
+    fits = codes.nbytes == (count + 1) // 2 and codes.dtype in CODE_DTYPES
+    fits = fits and table.dtype == "F32" and table.shape == (16,)
+    if not nested:
+        plain = absmax.dtype == "F32" and absmax.shape == (blocks,)
+        return fits and (transposed_scales or plain)
+    groups = math.ceil(blocks / blockwise.NESTED)
+    fits = fits and absmax.dtype == "U8" and absmax.shape == (blocks,)
+    fits = fits and all(part.dtype == "F32" for part in nested)
+    return fits and nested[0].shape == (groups,) and nested[1].shape == (256,)
+
+
+def bitsandbytes_config(settings: dict[str, Any], skipped: list[str] | None) -> dict[str, Any]:
     """The quantization_config of bitsandbytes, as transformers writes it."""
     return {
-        "_load_in_4bit": bool(said.get("load_in_4bit")),
-        "_load_in_8bit": bool(said.get("load_in_8bit")),
+        "_load_in_4bit": bool(settings.get("load_in_4bit")),
+        "_load_in_8bit": bool(settings.get("load_in_8bit")),
         "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": "fp4",
@@ -378,22 +381,21 @@ def config(said: dict[str, Any], skipped: list[str] | None) -> dict[str, Any]:
         "load_in_4bit": False,
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
-    } | said
+    } | settings
 
 
 @contextmanager
-def named(key: str) -> Iterator[None]:
-    """A kernel's complaint of values, as `Unrecoverable` that says whose they are."""
+def naming(key: str) -> Iterator[None]:
+    """Turn a kernel's error about values into `Unrecoverable` with the weight's name."""
     try:
         yield
     except ValueError as error:
-        found = f"{shown(key)}: {error}"
         raise Unrecoverable(
-            found,
+            f"{shown(key)}: {error}",
             expected="values that the format can hold",
             hint="leave it out, or use another format",
         ) from error
 
 
-def _bytes(text: bytes) -> Tensor:
+def _as_tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)

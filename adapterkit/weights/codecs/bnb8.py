@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import vectorwise
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.weights.codec import CheckpointScan, PlainWeight, QuantizedModules, QuantizedWeight
-from adapterkit.weights.codecs.bnb4 import config, named
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codecs.bnb4 import bitsandbytes_config, naming
+from adapterkit.weights.scan import CheckpointScan
 
 ROWS = 0  # weight_format: the layout "row"
 
@@ -31,70 +33,44 @@ class Bnb8(QuantizedWeight):
     ) -> "Bnb8 | None":
         if not weight.has_weight_name:
             return None
-        codes = weight.part("", "I8", weight.shape)
         parts = (
-            codes,
+            weight.part("", "I8", weight.shape),
             weight.sibling("SCB", "F32", weight.shape[:1]),
             weight.sibling("weight_format", "U8", ()),
         )
-        shape = weight.shape[::-1] if weight.transposed else weight.shape
-        place = {"file": "", "start": 0, "stop": codes.nbytes}
-        return cls(
+        return cls.of(
+            parts,
             key=weight.key,
             dtype=weight.dtype,
-            shape=shape,
-            parts=parts,
+            shape=weight.model_shape,
             transposed=weight.transposed,
-            **place,
         )
 
     @classmethod
-    def config(cls, choice: QuantizedModules) -> dict[str, Any]:
-        return config({"load_in_8bit": True}, choice.skipped)
+    def config(cls, modules: QuantizedModules) -> dict[str, Any]:
+        return bitsandbytes_config({"load_in_8bit": True}, modules.skipped)
 
     @classmethod
-    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
-        found.fetch(spec for key, spec in found.tensors.items() if key.endswith(".weight_format"))
-        for key, scale in list(found.tensors.items()):
+    def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
+        scan.fetch(spec for key, spec in scan.tensors.items() if key.endswith(".weight_format"))
+        for key, scale in list(scan.tensors.items()):
             module, mark, _ = key.rpartition(".SCB")
             if not mark or not key.endswith(".SCB"):
                 continue
-            parts = found.siblings(module, ".weight", ".SCB")
-            if parts is None:
+            siblings = scan.siblings(module, ".weight", ".SCB")
+            if siblings is None:
                 continue
-            codes, form = parts[0], found.tensors.get(f"{module}.weight_format")
-            fits = (
-                codes.dtype == "I8"
-                and len(codes.shape) == 2
-                and scale.dtype == "F32"
-                and scale.shape == codes.shape[:1]
-            )
-            fits = fits and (
-                form is None
-                or (form.dtype == "U8" and form.nbytes == 1 and int(found.read(form)) == ROWS)
-            )
-            text = f"{codes.dtype} {codes.shape}, SCB {scale.dtype} {scale.shape}" + (
-                f", format {found.read(form)}" if form else ""
-            )
-            if not found.check(codes.key, fits, text, "I8 rows, an F32 scale for each, format 0"):
+            codes, layout = siblings[0], scan.tensors.get(f"{module}.weight_format")
+            if not _fits(scan, codes, scale, layout):
                 continue
-            found.check_finite(scale)
-            turned = found.transposed(module)
-            shape = codes.shape[::-1] if turned else codes.shape
-            place = {
-                "file": codes.file,
-                "start": codes.start,
-                "stop": codes.stop,
-                "folder": codes.folder,
-            }
-            parts = (codes, scale, *([form] if form else ()))
-            yield cls(
+            scan.check_finite(scale)
+            transposed = scan.names.transposed(module)
+            yield cls.of(
+                (codes, scale, *([layout] if layout else ())),
                 key=codes.key,
-                dtype=found.compute_dtype,
-                shape=shape,
-                parts=parts,
-                transposed=turned,
-                **place,
+                dtype=scan.compute_dtype,
+                shape=codes.shape[::-1] if transposed else codes.shape,
+                transposed=transposed,
             )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
@@ -102,24 +78,21 @@ class Bnb8(QuantizedWeight):
         return weight.T.contiguous() if self.transposed else weight
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        with named(self.key):
-            codes, scale = vectorwise.quantize_int8(
-                (weight.T if self.transposed else weight).contiguous()
-            )
-        made = {self.parts[0].key: codes, self.parts[1].key: scale}
-        return made | {
-            part.key: torch.zeros(part.shape, dtype=torch.uint8) for part in self.parts[2:]
-        }
+        with naming(self.key):
+            codes, scale = vectorwise.quantize_int8(self._rows(weight))
+        layouts = {part.key: torch.zeros(part.shape, dtype=torch.uint8) for part in self.parts[2:]}
+        return {self.parts[0].key: codes, self.parts[1].key: scale} | layouts
 
     def encode_drawn(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
-        with named(self.key):
-            made = vectorwise.requantize_int8(
-                (weight.T if self.transposed else weight).contiguous(), stored[scale], draws
-            )
-        return {codes: made.codes, scale: made.scale}
+        with naming(self.key):
+            result = vectorwise.requantize_int8(self._rows(weight), stored[scale], draws)
+        return {codes: result.codes, scale: result.scale}
+
+    def _rows(self, weight: Tensor) -> Tensor:  # (out, in)
+        return (weight.T if self.transposed else weight).contiguous()
 
     @property
     def rows_per_block(self) -> int | None:
@@ -129,3 +102,16 @@ class Bnb8(QuantizedWeight):
         self, stored: dict[str, Tensor], matrix: int, first: int, last: int
     ) -> dict[str, Tensor]:
         return {part.key: stored[part.key][first:last] for part in self.parts[:2]}
+
+
+def _fits(
+    scan: CheckpointScan, codes: TensorSpec, scale: TensorSpec, layout: TensorSpec | None
+) -> bool:
+    fits = codes.dtype == "I8" and len(codes.shape) == 2
+    fits = fits and scale.dtype == "F32" and scale.shape == codes.shape[:1]
+    problem = f"{codes.dtype} {codes.shape}, SCB {scale.dtype} {scale.shape}"
+    if layout is not None:
+        byte = layout.dtype == "U8" and layout.nbytes == 1
+        fits = fits and byte and int(scan.read(layout)) == ROWS
+        problem += f", format {scan.read(layout)}"
+    return scan.check(codes.key, fits, problem, "I8 rows, an F32 scale for each, format 0")

@@ -1,4 +1,5 @@
-"""fp8: transformers' own FP8, as DeepSeek and Qwen store it: blocks of 128 x 128 with `weight_scale_inv`."""
+"""fp8: transformers' own FP8, as DeepSeek and Qwen store it: blocks of 128 x 128 with
+`weight_scale_inv`."""
 
 import math
 from collections.abc import Iterator
@@ -8,20 +9,24 @@ from typing import Any
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels import fp8
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.weights.codec import CheckpointScan, PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.scan import CheckpointScan
 
 CODES = ("F8_E4M3", "F8_E5M2")
 SCALE = "_scale_inv"
-PAIRS = ("I8", "U8", "F4")
+POWERS = ("F8_E8M0", "U8")  # dtypes of scales that are powers of 2
+PAIRS = ("I8", "U8", "F4")  # dtypes of codes that hold two FP4 values
 BLOCK = (128, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8(QuantizedWeight):
-    """W = code * scale_inv, a scale for each block of the last two axes; codes E4M3 (E5M2 is read only)."""
+    """W = code * scale_inv, a scale for each block of the last two axes; codes E4M3 (E5M2 is read
+    only)."""
 
     name = "fp8"
     methods = ("fp8",)
@@ -39,76 +44,54 @@ class Fp8(QuantizedWeight):
             return None  # transformers leaves it as it is
         codes = weight.part("", "F8_E4M3", weight.shape)
         scale = weight.part(SCALE, "F32", (out // BLOCK[0], width // BLOCK[1]))
-        place = {"file": "", "start": 0, "stop": codes.nbytes}
-        return cls(
+        return cls.of(
+            (codes, scale),
             key=weight.key,
             dtype=weight.dtype,
             shape=weight.shape,
-            parts=(codes, scale),
             block=BLOCK,
             power=False,
-            **place,
         )
 
     @classmethod
     def replaces(cls, name: str, module: Any) -> bool:
-        """transformers' `replace_with_fp8_linear`: stacks of experts, and block-diagonal linear layers."""
+        """transformers' `replace_with_fp8_linear`: stacks of experts, and block-diagonal linear
+        layers."""
         stacks = any(weight.dim() == 3 for weight in module.parameters(recurse=False))
         return (name.endswith(".experts") and stacks) or "GroupedLinear" in type(module).__name__
 
     @classmethod
-    def config(cls, choice: QuantizedModules) -> dict[str, Any]:
+    def config(cls, modules: QuantizedModules) -> dict[str, Any]:
         return {
             "activation_scheme": "dynamic",
-            "modules_to_not_convert": choice.skipped,
+            "modules_to_not_convert": modules.skipped,
             "quant_method": "fp8",
             "weight_block_size": list(BLOCK),
         }
 
     @classmethod
-    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
-        for key, spec in list(found.tensors.items()):
-            scale = found.tensors.get(key + SCALE)
-            if scale is None and spec.dtype in CODES and found.method == "fp8":
-                _missing(found, key)
-            if scale is not None and spec.dtype in PAIRS and found.method == "fp8":
-                found.refuse(f"{shown(key)}: {spec.dtype}, pairs of FP4 values", "FP8 weights")
+    def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
+        for key, spec in list(scan.tensors.items()):
+            scale = scan.tensors.get(key + SCALE)
+            if scale is None and spec.dtype in CODES and scan.method == "fp8":
+                _note_missing_scale(scan, key)
+            if scale is not None and spec.dtype in PAIRS and scan.method == "fp8":
+                scan.refuse(f"{shown(key)}: {spec.dtype}, pairs of FP4 values", "FP8 weights")
             if scale is None or spec.dtype not in CODES:
                 continue
-            said = found.settings.get("weight_block_size")
-            block = said or (spec.shape[-2:] if math.prod(scale.shape) == 1 else BLOCK)
-            fits = len(spec.shape) >= 2 and isinstance(block, list | tuple) and len(block) == 2
-            fits = fits and all(type(n) is int and n > 0 for n in block)
-            if fits:
-                grid = (
-                    *spec.shape[:-2],
-                    *(math.ceil(n / size) for n, size in zip(spec.shape[-2:], block, strict=True)),
-                )
-                fits = math.prod(scale.shape) == 1 or scale.shape == grid
-            text = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}, blocks {block}"
-            fits = fits and scale.dtype in (*dtypes.FLOATS, "F8_E8M0", "U8")
-            if found.check(key, fits, text, "a scale for each block"):
-                found.check_finite(scale)
-                power = (
-                    scale.dtype in ("F8_E8M0", "U8") or found.settings.get("scale_fmt") == "ue8m0"
-                )
-                beside = [found.tensors[name] for name in _beside(key) if name in found.tensors]
-                shape, dtype, parts = spec.shape, found.compute_dtype, (spec, scale, *beside)
-                place = {
-                    "file": spec.file,
-                    "start": spec.start,
-                    "stop": spec.stop,
-                    "folder": spec.folder,
-                }
-                yield cls(
-                    key=key,
-                    dtype=dtype,
-                    shape=shape,
-                    parts=parts,
-                    block=(block[0], block[1]),
-                    power=power,
-                    **place,
-                )
+            block = _block(scan, spec, scale)
+            if block is None:
+                continue
+            scan.check_finite(scale)
+            others = (scan.tensors[name] for name in _input_scales(key) if name in scan.tensors)
+            yield cls.of(
+                (spec, scale, *others),
+                key=key,
+                dtype=scan.compute_dtype,
+                shape=spec.shape,
+                block=block,
+                power=scale.dtype in POWERS or scan.settings.get("scale_fmt") == "ue8m0",
+            )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, scale = (stored[part.key] for part in self.parts[:2])
@@ -116,19 +99,22 @@ class Fp8(QuantizedWeight):
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         codes, scale = self.parts[:2]
-        made = fp8.encode_fp8(weight, self.block, rule="power" if self.power else "multiply")
-        kind = "F8_E8M0" if scale.dtype == "U8" else scale.dtype
-        scales = made.scale.to(dtypes.torch_dtype(kind)).view(dtypes.torch_dtype(scale.dtype))
-        return {codes.key: made.codes, scale.key: scales.view(scale.shape)}
+        result = fp8.encode_fp8(weight, self.block, rule=self._rule)
+        dtype = "F8_E8M0" if scale.dtype == "U8" else scale.dtype
+        scales = result.scale.to(dtypes.torch_dtype(dtype)).view(dtypes.torch_dtype(scale.dtype))
+        return {codes.key: result.codes, scale.key: scales.view(scale.shape)}
 
     def encode_drawn(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
         codes, scale = (part.key for part in self.parts[:2])
-        made = fp8.requantize_fp8(
-            weight, self.block, stored[scale], draws, "power" if self.power else "multiply"
-        )
-        return {codes: made.codes, scale: made.scale}
+        result = fp8.requantize_fp8(weight, self.block, stored[scale], draws, self._rule)
+        return {codes: result.codes, scale: result.scale}
+
+    @property
+    def _rule(self) -> fp8.Fp8Rule:
+        """The kernel's rule for scales."""
+        return "power" if self.power else "multiply"
 
     @property
     def rows_per_block(self) -> int | None:
@@ -153,23 +139,39 @@ class Fp8(QuantizedWeight):
         return "one FP8 scale for a stack of experts" if one_of_many else None
 
 
-def _beside(key: str) -> tuple[str, str]:
-    """What the scale of a layer's inputs may be called."""
+def _block(scan: CheckpointScan, spec: TensorSpec, scale: TensorSpec) -> tuple[int, int] | None:
+    """The rows and columns with one scale; None, with an error, if the shapes do not fit."""
+    one = math.prod(scale.shape) == 1
+    block = scan.settings.get("weight_block_size") or (spec.shape[-2:] if one else BLOCK)
+    fits = len(spec.shape) >= 2 and isinstance(block, list | tuple) and len(block) == 2
+    fits = fits and all(type(n) is int and n > 0 for n in block)
+    if fits:
+        sizes = zip(spec.shape[-2:], block, strict=True)
+        grid = (*spec.shape[:-2], *(math.ceil(n / size) for n, size in sizes))
+        fits = one or scale.shape == grid
+    fits = fits and scale.dtype in (*dtypes.FLOATS, *POWERS)
+    problem = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}, blocks {block}"
+    if not scan.check(spec.key, fits, problem, "a scale for each block"):
+        return None
+    return block[0], block[1]
+
+
+def _input_scales(key: str) -> tuple[str, str]:
+    """Keys that the scale of a layer's inputs may have."""
     start = key.removesuffix("weight") if key.endswith(".weight") else key + "_"
     return start + "activation_scale", start + "input_scale"
 
 
-def _missing(found: CheckpointScan, key: str) -> None:
-    """Note what is wrong with codes that have no scales under their usual name."""
+def _note_missing_scale(scan: CheckpointScan, key: str) -> None:
+    """Note an error for codes without scales under their usual key."""
     start = key.removesuffix("weight")
-    other = next(
-        (start + name for name in ("scale", "qscale_weight") if start + name in found.tensors), None
-    )
+    names = (start + name for name in ("scale", "qscale_weight"))
+    other = next((name for name in names if name in scan.tensors), None)
     if other is None:
-        found.siblings(key, SCALE)
-    else:
-        found.refuse(
-            f"{shown(key)} with its scales in {shown(other)}",
-            f"scales called {shown(key + SCALE)}",
-            hint="rename them",
-        )
+        scan.siblings(key, SCALE)
+        return
+    scan.refuse(
+        f"{shown(key)} with its scales in {shown(other)}",
+        f"scales called {shown(key + SCALE)}",
+        hint="rename them",
+    )

@@ -1,4 +1,5 @@
-"""modelopt: NVIDIA's NVFP4 and FP8 checkpoints, as vLLM and TensorRT-LLM read them; told by config.json or hf_quant_config.json."""
+"""modelopt: NVIDIA's NVFP4 and FP8 checkpoints, as vLLM and TensorRT-LLM read them, by config.json
+or hf_quant_config.json."""
 
 import math
 from collections.abc import Iterator
@@ -12,154 +13,141 @@ from adapterkit.errors import shown
 from adapterkit.kernels import fp4, fp8
 from adapterkit.kernels.common import block_amax
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.weights.codec import CheckpointScan, QuantizedWeight
+from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.scan import CheckpointScan
 
 FILE = "hf_quant_config.json"
 CODES = {"NVFP4": "U8", "FP8": "F8_E4M3"}
-BESIDE = ("input_scale", "k_scale", "v_scale", "output_scale")
+SCALES = {"NVFP4": ("_scale", "_scale_2"), "FP8": ("_scale",)}
+ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale", "output_scale")
+# NVFP4's largest value is the tensor's scale times this, with room for the rounding of the scale
+NV_RANGE = fp4.FP4_MAX * fp8.FP8_MAX
+NV_TOLERANCE = 1 + 2.0**-20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modelopt(QuantizedWeight):
-    """NVFP4: W = code * (scale * weight_scale_2), a scale for 16 values and one for all. FP8: W = code * scale, one for all."""
+    """NVFP4: W = code * (scale * weight_scale_2), a scale for 16 values and one for all. FP8:
+    W = code * scale, one for all."""
 
     name = "modelopt"
     methods = ("modelopt",)
     files = (FILE,)
 
     @classmethod
-    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
-        algorithm = _algorithm(found) if found.has_keys(".weight_scale") else None
+    def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
+        algorithm = _algorithm(scan) if scan.has_keys(".weight_scale") else None
         if algorithm is None:
             return
-        for key, spec in list(found.tensors.items()):
+        for key, spec in list(scan.tensors.items()):
             if not key.endswith(".weight") or spec.dtype != CODES[algorithm]:
                 continue
-            siblings = found.siblings(
-                key, *(("_scale", "_scale_2") if algorithm == "NVFP4" else ("_scale",))
-            )
-            if siblings is None or not _fits(found, key, spec, siblings):
+            siblings = scan.siblings(key, *SCALES[algorithm])
+            if siblings is None or not _fits(scan, key, spec, siblings):
                 continue
             start = key.removesuffix("weight")
-            if start + "pre_quant_scale" in found.tensors:
-                found.refuse(
-                    f"{shown(start)}pre_quant_scale: a weight scaled for its inputs",
-                    "weights as the model has them",
-                )
+            if start + "pre_quant_scale" in scan.tensors:
+                problem = f"{shown(start)}pre_quant_scale: a weight scaled for its inputs"
+                scan.refuse(problem, "weights as the model has them")
                 continue
-            beside = [
-                found.tensors[start + name] for name in BESIDE if start + name in found.tensors
-            ]
-            shape = (spec.shape[0], spec.shape[1] * (2 if algorithm == "NVFP4" else 1))
-            dtype, parts = found.compute_dtype, (spec, *siblings, *beside)
-            place = {
-                "file": spec.file,
-                "start": spec.start,
-                "stop": spec.stop,
-                "folder": spec.folder,
-            }
-            yield cls(key=key, dtype=dtype, shape=shape, parts=parts, **place)
+            names = (start + name for name in ACTIVATION_SCALES)
+            others = (scan.tensors[name] for name in names if name in scan.tensors)
+            yield cls.of(
+                (spec, *siblings, *others),
+                key=key,
+                dtype=scan.compute_dtype,
+                shape=(spec.shape[0], spec.shape[1] * (2 if algorithm == "NVFP4" else 1)),
+            )
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, scale = (stored[part.key] for part in self.parts[:2])
-        if self.parts[0].dtype == "U8":
+        if self._is_nvfp4:
             return fp4.decode_nvfp4(codes, scale, factor=stored[self.key + "_scale_2"])
         return fp8.decode_fp8(codes, scale, self._block)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        return self._made(weight, {}, None)
+        return self._encode(weight, {}, None)
 
     def encode_keeping_scales(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws | None = None
     ) -> dict[str, Tensor]:
-        """The whole weight's factor, which fused layers share, stays as long as the largest value allows."""
-        return stored | self._made(weight, stored, draws)
+        """The whole weight's factor, which fused layers share, stays as long as the largest value
+        allows."""
+        return stored | self._encode(weight, stored, draws)
+
+    @property
+    def _is_nvfp4(self) -> bool:
+        return self.parts[0].dtype == CODES["NVFP4"]
 
     @property
     def _block(self) -> tuple[int, int]:
         return (self.shape[0], self.shape[1])
 
-    def _made(
+    def _encode(
         self, weight: Tensor, stored: dict[str, Tensor], draws: Draws | None
     ) -> dict[str, Tensor]:
         codes, scale = self.parts[:2]
-        if codes.dtype != "U8":
+        if not self._is_nvfp4:
             if draws is not None:
-                made = fp8.requantize_fp8(weight, self._block, stored[scale.key], draws)
+                result = fp8.requantize_fp8(weight, self._block, stored[scale.key], draws)
             else:
-                made = fp8.encode_fp8(weight, self._block)
-            return {codes.key: made.codes, scale.key: made.scale.view(scale.shape)}
-        whole = self.parts[2]
+                result = fp8.encode_fp8(weight, self._block)
+            return {codes.key: result.codes, scale.key: result.scale.view(scale.shape)}
+        tensor_scale = self.parts[2]
+        factor = stored.get(tensor_scale.key)
         if draws is not None:
-            renewed = fp4.requantize_nvfp4(
-                weight, stored[scale.key], draws, factor=stored[whole.key]
-            )
-            return {
-                codes.key: renewed.codes,
-                scale.key: renewed.scale,
-                whole.key: renewed.tensor_scale,
-            }
-        factor, largest = stored.get(whole.key), block_amax(weight, self._block)
-        if factor is None or float(largest) > fp4.FP4_MAX * fp8.FP8_MAX * float(factor) * (
-            1 + 2.0**-20
-        ):
-            factor = fp4.nvfp4_factor(largest)
-        made = fp4.encode_nvfp4(weight, factor=factor)
-        return {codes.key: made.codes, scale.key: made.scale, whole.key: factor.view(whole.shape)}
+            result = fp4.requantize_nvfp4(weight, stored[scale.key], draws, factor=factor)
+            factor = result.tensor_scale
+        else:
+            largest = block_amax(weight, self._block)
+            if factor is None or float(largest) > NV_RANGE * float(factor) * NV_TOLERANCE:
+                factor = fp4.nvfp4_factor(largest)
+            result = fp4.encode_nvfp4(weight, factor=factor)
+            factor = factor.view(tensor_scale.shape)
+        return {codes.key: result.codes, scale.key: result.scale, tensor_scale.key: factor}
 
 
-def _algorithm(found: CheckpointScan) -> str | None:
-    """The layout that the configs agree on; None, with errors where it is not known."""
-    said: list[object] = []
-    if found.method == "modelopt":
-        said.append(found.settings.get("quant_algo"))
-    if FILE in found.base.files and found.method in ("modelopt", ""):
-        config = read_json(found.base.folder, FILE)
+def _algorithm(scan: CheckpointScan) -> str | None:
+    """The layout that the configs agree on; None, with errors, if it is not known."""
+    stated: list[object] = []
+    if scan.method == "modelopt":
+        stated.append(scan.settings.get("quant_algo"))
+    if FILE in scan.base.files and scan.method in ("modelopt", ""):
+        config = read_json(scan.base.folder, FILE)
         producer, settings = config.get("producer"), config.get("quantization")
-        if (
-            isinstance(producer, dict)
-            and producer.get("name") == "modelopt"
-            and isinstance(settings, dict)
-        ):
-            said.append(settings.get("quant_algo"))
-    if not said:
-        return None
-    different = list(dict.fromkeys(map(shown, said)))
-    if len(different) > 1:
-        found.check(
-            "quantization_config",
-            False,
-            f"quant_algo {' and '.join(different)}",
-            "one, the same in both files",
-        )
-    elif different[0] not in CODES:
-        found.refuse(f"modelopt's quant_algo {different[0]}", " or ".join(CODES))
-    return different[0] if different[0] in CODES and len(different) == 1 else None
+        is_modelopt = isinstance(producer, dict) and producer.get("name") == "modelopt"
+        if is_modelopt and isinstance(settings, dict):
+            stated.append(settings.get("quant_algo"))
+    names = list(dict.fromkeys(map(shown, stated)))
+    if len(names) > 1:
+        problem = f"quant_algo {' and '.join(names)}"
+        scan.check("quantization_config", False, problem, "one, the same in both files")
+    elif names and names[0] not in CODES:
+        scan.refuse(f"modelopt's quant_algo {names[0]}", " or ".join(CODES))
+    return names[0] if len(names) == 1 and names[0] in CODES else None
 
 
-def _fits(found: CheckpointScan, key: str, codes: TensorSpec, siblings: list[TensorSpec]) -> bool:
-    """Shapes and dtypes, and values of the scales."""
-    scale, *whole = siblings
+def _fits(scan: CheckpointScan, key: str, codes: TensorSpec, siblings: list[TensorSpec]) -> bool:
+    """Whether shapes and dtypes fit; else an error is noted. The scales' values are checked
+    later."""
+    scale, *tensor_scales = siblings
     shape = codes.shape
-    good = (
-        len(shape) == 2
-        and 0 not in shape
-        and all(spec.dtype == "F32" and math.prod(spec.shape) == 1 for spec in whole)
-    )
+    fits = len(shape) == 2 and 0 not in shape
+    fits = fits and all(_is_one(spec) for spec in tensor_scales)
     if codes.dtype == "U8":
         expected = "F8_E4M3 scales, one for 16 values, and one F32 for all"
-        good = good and 2 * shape[1] % fp4.NV_GROUP == 0
-        good = (
-            good
-            and scale.dtype == "F8_E4M3"
-            and scale.shape == (shape[0], 2 * shape[1] // fp4.NV_GROUP)
-        )
+        fits = fits and 2 * shape[1] % fp4.NV_GROUP == 0 and scale.dtype == "F8_E4M3"
+        fits = fits and scale.shape == (shape[0], 2 * shape[1] // fp4.NV_GROUP)
     else:
         expected = "one F32 scale"
-        good = good and scale.dtype == "F32" and math.prod(scale.shape) == 1
-    text = ", ".join(f"{spec.dtype} {spec.shape}" for spec in (codes, *siblings))
-    if not found.check(key, good, text, expected):
+        fits = fits and _is_one(scale)
+    problem = ", ".join(f"{spec.dtype} {spec.shape}" for spec in (codes, *siblings))
+    if not scan.check(key, fits, problem, expected):
         return False
-    found.check_finite(scale)
-    found.check_finite(*whole, positive=True)
+    scan.check_finite(scale)
+    scan.check_finite(*tensor_scales, positive=True)
     return True
+
+
+def _is_one(spec: TensorSpec) -> bool:
+    return spec.dtype == "F32" and math.prod(spec.shape) == 1

@@ -1,4 +1,5 @@
-"""mxfp4: OpenAI's GPT-OSS, experts in blocks of 32 FP4 values with a power of 2: `X_blocks` and `X_scales` hold the stack X."""
+"""mxfp4: OpenAI's GPT-OSS, experts in blocks of 32 FP4 values with a power of 2: `X_blocks` and
+`X_scales` hold the stack X."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,16 +10,24 @@ from torch import Tensor
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels import fp4
 from adapterkit.kernels.stochastic import Draws
-from adapterkit.weights.codec import CheckpointScan, PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
+from adapterkit.weights.scan import CheckpointScan
 
 BLOCKS, SCALES = "_blocks", "_scales"
 STACKS = (".gate_up_proj", ".down_proj")  # of GptOssExperts
-KEPT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+# modules that transformers' own config of GPT-OSS excludes
+EXCLUDED = [
+    "model.layers.*.self_attn",
+    "model.layers.*.mlp.router",
+    "model.embed_tokens",
+    "lm_head",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mxfp4(QuantizedWeight):
-    """W[e, in, out] = code * 2^(scale - 127), stored [e, out, in / 32, 16] with a scale for each block (OCP MX 1.0)."""
+    """W[e, in, out] = code * 2^(scale - 127), stored [e, out, in / 32, 16] with a scale for each
+    block (OCP MX 1.0)."""
 
     name = "mxfp4"
     methods = ("mxfp4",)
@@ -34,58 +43,44 @@ class Mxfp4(QuantizedWeight):
             return None
         scales = weight.part(SCALES, "U8", (experts, out, width // fp4.MX_GROUP))
         blocks = weight.part(BLOCKS, "U8", (*scales.shape, fp4.MX_GROUP // 2))
-        place = {"file": "", "start": 0, "stop": blocks.nbytes}
-        return cls(
-            key=weight.key, dtype=weight.dtype, shape=weight.shape, parts=(blocks, scales), **place
-        )
+        return cls.of((blocks, scales), key=weight.key, dtype=weight.dtype, shape=weight.shape)
 
     @classmethod
-    def config(cls, choice: QuantizedModules) -> dict[str, Any]:
-        halves = {name.rpartition(".")[0] for name in choice.packed} & {
-            name.rpartition(".")[0] for name in choice.skipped or ()
-        }
+    def config(cls, modules: QuantizedModules) -> dict[str, Any]:
+        skipped = modules.skipped or ()
+        parent = lambda name: name.rpartition(".")[0]
+        halves = {*map(parent, modules.packed)} & {*map(parent, skipped)}
         if halves:
-            found, expected = (
-                f"one of the stacks of {', '.join(map(shown, sorted(halves)))} is quantized",
-                "both or none",
-            )
             raise Refused(
-                found,
-                expected=expected,
+                f"one of the stacks of {', '.join(map(shown, sorted(halves)))} is quantized",
+                expected="both or none",
                 where="--skip",
                 hint="give a regex that matches the module",
             )
-        whole = {name.rpartition(".")[0] for name in choice.skipped or () if name.endswith(STACKS)}
-        return {"modules_to_not_convert": [*KEPT, *sorted(whole)], "quant_method": "mxfp4"}
+        plain = {parent(name) for name in skipped if name.endswith(STACKS)}
+        return {"modules_to_not_convert": [*EXCLUDED, *sorted(plain)], "quant_method": "mxfp4"}
 
     @classmethod
-    def find(cls, found: CheckpointScan) -> Iterator[QuantizedWeight]:
-        if found.method not in cls.methods:
+    def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
+        if scan.method not in cls.methods:
             return
-        for key, spec in list(found.tensors.items()):
+        for key, spec in list(scan.tensors.items()):
             if not key.endswith(BLOCKS):
                 continue
             name = key.removesuffix(BLOCKS)
-            scales = found.siblings(name, SCALES)
+            scales = scan.siblings(name, SCALES)
             if scales is None:
                 continue
             (scale,) = scales
             fits = len(spec.shape) == 4 and spec.dtype == scale.dtype == "U8"
             fits = fits and spec.shape[-1] == fp4.MX_GROUP // 2 and spec.shape[:-1] == scale.shape
-            text = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}"
-            if found.check(
-                key, fits, text, "U8 (experts, out, blocks, 16), U8 scales without the 16"
-            ):
-                found.check_finite(scale)
+            problem = f"{spec.dtype} {spec.shape}, scales {scale.dtype} {scale.shape}"
+            expected = "U8 (experts, out, blocks, 16), U8 scales without the 16"
+            if scan.check(key, fits, problem, expected):
+                scan.check_finite(scale)
                 experts, out, blocks, _ = spec.shape
-                shape, dtype = (experts, blocks * fp4.MX_GROUP, out), found.compute_dtype
-                place = {
-                    "file": spec.file,
-                    "start": spec.start,
-                    "stop": spec.stop,
-                    "folder": spec.folder,
-                }
-                yield cls(key=name, dtype=dtype, shape=shape, parts=(spec, scale), **place)
+                shape = (experts, blocks * fp4.MX_GROUP, out)
+                yield cls.of((spec, scale), key=name, dtype=scan.compute_dtype, shape=shape)
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         blocks, scales = (stored[part.key] for part in self.parts)
@@ -94,18 +89,16 @@ class Mxfp4(QuantizedWeight):
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """As triton_kernels and so transformers quantize: nothing saturates."""
         blocks, scales = self.parts
-        made = fp4.encode_mxfp4(weight.transpose(-2, -1).contiguous(), rule="up")
-        return {blocks.key: made.codes, scales.key: made.scale}
+        result = fp4.encode_mxfp4(weight.transpose(-2, -1).contiguous(), rule="up")
+        return {blocks.key: result.codes, scales.key: result.scale}
 
     def encode_drawn(
         self, stored: dict[str, Tensor], weight: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
         blocks, scales = (part.key for part in self.parts)
-        turned = draws.by_columns(*weight.shape[-2:])
-        made = fp4.requantize_mxfp4(
-            weight.transpose(-2, -1).contiguous(), stored[scales], "up", turned
-        )
-        return {blocks: made.codes, scales: made.scale}
+        rows, draws = weight.transpose(-2, -1), draws.by_columns(*weight.shape[-2:])
+        result = fp4.requantize_mxfp4(rows.contiguous(), stored[scales], "up", draws)
+        return {blocks: result.codes, scales: result.scale}
 
     @property
     def rows_per_block(self) -> int:

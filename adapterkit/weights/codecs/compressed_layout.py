@@ -1,0 +1,217 @@
+"""The tensors of one module in compressed-tensors, checked against its scheme."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import shown
+from adapterkit.kernels import fp4
+from adapterkit.weights.codecs.compressed_config import FORMATS, TYPES, Scheme
+from adapterkit.weights.scan import CheckpointScan
+
+SHAPE, ZERO, INDEX = "weight_shape", "weight_zero_point", "weight_g_idx"
+BITS = {"fp8": 8, "mxfp8": 8, "nvfp4": 4, "mxfp4": 4}
+GROUPS = {"nvfp4": fp4.NV_GROUP, "mxfp4": fp4.MX_GROUP, "mxfp8": fp4.MX_GROUP}
+POWERS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of 2
+SCALE_DTYPES = {"nvfp4": ("F8_E4M3",), "mxfp4": POWERS, "mxfp8": POWERS}
+ACTIVATION_SCALES = (
+    "input_scale",
+    "input_zero_point",
+    "input_global_scale",
+    "output_scale",
+    "output_zero_point",
+)
+CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point")  # of an attention
+
+
+def layout(
+    scan: CheckpointScan, module: str, codes: TensorSpec, scale: TensorSpec, scheme: Scheme
+) -> dict[str, Any] | None:
+    """The parts, shape and arithmetic of a module's weight; None, with an error, if they do not fit
+    its scheme."""
+    return _Module(scan, module, codes, scale, scheme).layout()
+
+
+@dataclass
+class _Module:
+    """One module's tensors and its scheme."""
+
+    scan: CheckpointScan
+    module: str
+    codes: TensorSpec
+    scale: TensorSpec
+    scheme: Scheme
+
+    def layout(self) -> dict[str, Any] | None:
+        weights, kind = self.scheme["weights"], self._kind()
+        if kind is None or not self._bits_fit(weights, kind):
+            return None
+        bits = weights["num_bits"]
+        shape, shape_parts = self._shape(kind, bits)
+        block = self._block(weights, shape, kind) if shape else None
+        if shape is None or block is None or not self._scales_fit(kind, shape, block):
+            return None
+        symmetric = weights.get("symmetric", True) is not False
+        zeros = self._zeros(kind, bits, shape, symmetric)
+        index = self._index(shape, block)
+        scales = self._global_scale(kind)
+        if zeros is None or index is None or scales is None:
+            return None
+        index_parts, indexed = index
+        names = [f"{self.module}.{name}" for name in ACTIVATION_SCALES]
+        names += [f"{self.module.rpartition('.')[0]}.{name}" for name in CACHE_SCALES]
+        others = (self.scan.tensors[name] for name in names if name in self.scan.tensors)
+        parts = (self.codes, self.scale, *scales, *shape_parts, *zeros, *index_parts, *others)
+        return {
+            "parts": parts,
+            "shape": shape,
+            "kind": kind,
+            "bits": bits,
+            "block": block,
+            "symmetric": symmetric,
+            "indexed": indexed,
+        }
+
+    def _check(self, fits: bool, problem: str, expected: str) -> bool:
+        return self.scan.check(self.codes.key, fits, problem, expected)
+
+    def _kind(self) -> str | None:
+        """The kind of codes by their dtypes, which must be one of the config's format."""
+        codes, scale = self.codes.dtype, self.scale.dtype
+        powers = scale in POWERS
+        if self.codes.key.endswith("_packed"):
+            kind = {"I32": "words", "U8": "mxfp4" if powers else "nvfp4"}.get(codes)
+        else:
+            kind = {"I8": "int8", "F8_E4M3": "mxfp8" if powers else "fp8"}.get(codes)
+        name = self.scheme["format"]
+        problem = f"{codes} codes with {scale} scales, format {shown(name)}"
+        known = kind in FORMATS[name]
+        return kind if self._check(known, problem, "what the config's format says") else None
+
+    def _bits_fit(self, weights: Scheme, kind: str) -> bool:
+        bits, type_ = weights.get("num_bits"), weights.get("type", "int")
+        fits = type(bits) is int and type_ == TYPES[kind] and 1 <= bits <= 8
+        fits = fits and bits == BITS.get(kind, bits)
+        problem = f"{shown(bits)} bits of type {shown(type_)} in {self.codes.dtype}"
+        return self._check(fits, problem, "bits that its codes have")
+
+    def _shape(self, kind: str, bits: int) -> tuple[tuple[int, ...] | None, tuple[TensorSpec, ...]]:
+        """The weight's (out, in), and the tensor that says it."""
+        stored = self.codes.shape
+        if not self._check(len(stored) == 2 and 0 not in stored, f"shape {stored}", "a matrix"):
+            return None, ()
+        if kind in ("nvfp4", "mxfp4"):
+            return (stored[0], 2 * stored[1]), ()
+        if kind != "words":
+            return stored, ()
+        siblings = self.scan.siblings(self.module, f".{SHAPE}")
+        if siblings is None:
+            return None, ()
+        spec = siblings[0]
+        readable = spec.dtype in ("I64", "I32") and spec.shape == (2,)
+        shape = self.scan.read(spec).tolist() if readable else []
+        words = math.ceil(shape[1] * bits / 32) if shape else 0
+        problem = f"{SHAPE} {shape}, {stored[0]} rows of {stored[1]} words of {bits} bits"
+        fits = bool(shape) and shape[0] == stored[0] and shape[1] > 0 and words == stored[1]
+        if not self._check(fits, problem, "sizes that agree"):
+            return None, ()
+        each = 32 // bits
+        ambiguous = 32 % bits != 0 and shape[1] > each and math.ceil(shape[1] / each) == words
+        expected = "a size that tells whether codes run across words (older versions' do not)"
+        if not self._check(not ambiguous, problem, expected):
+            return None, ()
+        return (shape[0], shape[1]), (spec,)
+
+    def _block(self, weights: Scheme, shape: tuple[int, ...], kind: str) -> tuple[int, int] | None:
+        """The rows and columns of the weight with one scale."""
+        size: Any = weights.get("group_size")
+        structure: Any = weights.get("block_structure")
+        default = "tensor" if size is None else "channel" if size == -1 else "group"
+        strategy = weights.get("strategy") or default
+        blocks = {"tensor": (shape[0], shape[1]), "channel": (1, shape[1])}
+        fits = size is None or type(size) is int
+        if strategy in ("group", "tensor_group") and type(size) is int and size > 0:
+            fits = shape[1] % size == 0
+            blocks[strategy] = (1, size)
+        pair = isinstance(structure, list) and len(structure) == 2
+        if strategy == "block" and pair and all(type(n) is int and n > 0 for n in structure):
+            fits = kind == "fp8"
+            blocks[strategy] = (structure[0], structure[1])
+        block = blocks.get(strategy)
+        fits = fits and block is not None and (kind not in GROUPS or block == (1, GROUPS[kind]))
+        problem = f"{shape}, strategy {shown(strategy)}, group_size {shown(size)}, "
+        problem += f"block_structure {shown(structure)}"
+        return block if self._check(fits, problem, "groups that divide the weight") else None
+
+    def _scales_fit(self, kind: str, shape: tuple[int, ...], block: tuple[int, int]) -> bool:
+        grid = tuple(math.ceil(n / size) for n, size in zip(shape, block, strict=True))
+        scale, shapes = self.scale, [grid]
+        if grid == (1, 1):
+            shapes += [(), (1,)]
+        elif grid[1] == 1:
+            shapes += [grid[:1]]
+        known = SCALE_DTYPES.get(kind, ("BF16", "F16", "F32"))
+        problem = f"{scale.dtype} scales {scale.shape} for a weight {shape} in blocks {block}"
+        fits = scale.shape in shapes and scale.dtype in known
+        return self._check(fits, problem, f"{' or '.join(known)} {grid}")
+
+    def _global_scale(self, kind: str) -> list[TensorSpec] | None:
+        """The scale of NVFP4's scales; all are to be checked for their values."""
+        scales: list[TensorSpec] | None = []
+        if kind == "nvfp4":
+            scales = self.scan.siblings(self.module, ".weight_global_scale")
+            if scales is None:
+                return None
+            dtype, shape = scales[0].dtype, scales[0].shape
+            fits = dtype == "F32" and math.prod(shape) == 1
+            if not self._check(fits, f"weight_global_scale {dtype} {shape}", "one F32"):
+                return None
+        self.scan.check_finite(self.scale)
+        self.scan.check_finite(*scales, positive=True)
+        return scales
+
+    def _zeros(
+        self, kind: str, bits: int, shape: tuple[int, ...], symmetric: bool
+    ) -> tuple[TensorSpec, ...] | None:
+        """weight_zero_point, if there is one; None, with an error, if it does not fit."""
+        spec = self.scan.tensors.get(f"{self.module}.{ZERO}")
+        if symmetric:
+            if spec is None:
+                return ()
+            readable = spec.dtype in ("I8", "I32", "I64", *dtypes.FLOATS, "F8_E4M3")
+            unused = readable and not bool(self.scan.read(spec).float().any())
+            problem = f"symmetric, with a {ZERO}"
+            return (spec,) if self._check(unused, problem, "zeros, or symmetric: false") else None
+        is_integer = TYPES[kind] == "int"
+        if not self._check(is_integer, "not symmetric", "integers where they are not"):
+            return None
+        if spec is None:
+            self.scan.siblings(self.module, f".{ZERO}")
+            return None
+        one = math.prod(self.scale.shape) == 1
+        grid = self.scale.shape if len(self.scale.shape) == 2 else (*self.scale.shape, 1)
+        dtype, size = "I8", self.scale.shape
+        if kind == "words" and not (one and spec.dtype == "I8"):
+            dtype, size = "I32", (math.ceil(shape[0] * bits / 32), grid[-1])
+        fits = spec.dtype == dtype and spec.shape == size
+        problem = f"{ZERO} {spec.dtype} {spec.shape}"
+        return (spec,) if self._check(fits, problem, f"{dtype} {size}") else None
+
+    def _index(
+        self, shape: tuple[int, ...], block: tuple[int, int]
+    ) -> tuple[tuple[TensorSpec, ...], bool] | None:
+        """weight_g_idx if there is one, and whether it assigns columns to groups."""
+        spec = self.scan.tensors.get(f"{self.module}.{INDEX}")
+        if spec is None:
+            return (), False
+        fits = spec.dtype in ("I32", "I64") and spec.shape == shape[1:]
+        if not self._check(fits, f"{INDEX} {spec.dtype} {spec.shape}", "I32, one of a column"):
+            return None
+        index, groups = self.scan.read(spec), shape[1] // block[1]
+        if bool((index == -1).all()):
+            return (spec,), False
+        valid = bool((index >= 0).all()) and bool((index < groups).all()) and block[0] == 1
+        valid = self._check(valid, f"{INDEX} out of range", f"0 to {groups - 1}")
+        return ((spec,), True) if valid else None

@@ -1,0 +1,162 @@
+"""A checkpoint in which codecs look for their weights."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import read_small
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
+from adapterkit.weights.detect import without_quantization
+from adapterkit.weights.names import Names
+
+# bytes; a weight's larger scales are checked when they are decoded, not while planning
+MAX_CHECKED = 1 << 20
+
+
+@dataclass
+class CheckpointScan:
+    """A quantized checkpoint as codecs see it, and the errors that they note."""
+
+    base: Checkpoint
+    settings: dict[str, Any]  # the config's quantization_config
+    tensors: dict[str, TensorSpec]  # that no codec has claimed yet
+    errors: list[AdapterkitError] = field(default_factory=list)
+    _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)  # whether above 0
+    _cache: dict[str, bytes] = field(default_factory=dict)  # fetched tensors by key
+
+    @property
+    def method(self) -> str:
+        return str(self.settings.get("quant_method") or "").lower()
+
+    def has_keys(self, *endings: str) -> bool:
+        """Whether there are tensors with such keys."""
+        return any(key.endswith(endings) for key in self.tensors)
+
+    @cached_property
+    def names(self) -> Names:
+        """The names of the model without quantization."""
+        config = without_quantization(self.base.config)
+        return Names(replace(self.base, config=config), build_model=True)
+
+    def model_name(self, module: str) -> str:
+        """The loaded model's name of the module whose weight is stored under `module.weight`."""
+        model = self.names.model
+        if model is None:
+            return module
+        return model.renamed(f"{module}.weight").removesuffix(".weight")
+
+    @property
+    def compute_dtype(self) -> str:
+        """The model's dtype by its config (header name); BF16 if that does not say."""
+        dtype = self.base.config.get("dtype") or self.base.config.get("torch_dtype")
+        return dtypes.HEADER_NAME.get(str(dtype).removeprefix("torch."), "BF16")
+
+    def siblings(self, key: str, *endings: str) -> list[TensorSpec] | None:
+        """The tensors `key + ending`; None, with an error, if one is missing."""
+        missing = [ending for ending in endings if key + ending not in self.tensors]
+        if missing:
+            error = Damaged(
+                f"{shown(key)} without {', '.join(missing)}",
+                expected="the tensors that belong to it",
+                where=self.base.name,
+                hint="download the checkpoint again; without its scales the weight means nothing",
+            )
+            self.errors.append(error)
+            return None
+        return [self.tensors[key + ending] for ending in endings]
+
+    def check(self, key: str, fits: bool, problem: str, expected: str) -> bool:
+        """Note an error unless the shapes and dtypes fit."""
+        if not fits:
+            error = Damaged(
+                f"{shown(key)}: {problem}",
+                expected=expected,
+                where=self.base.name,
+                hint="download the checkpoint again, or restore its config",
+            )
+            self.errors.append(error)
+        return fits
+
+    def refuse(
+        self,
+        problem: str,
+        expected: str,
+        hint: str = "dequantize it first with the tool that made it",
+    ) -> None:
+        """Note a layout that is not supported."""
+        self.errors.append(Refused(problem, expected=expected, where=self.base.name, hint=hint))
+
+    def fetch(self, specs: Iterable[TensorSpec]) -> None:
+        """Read tensors for `read` and `read_json`, in a few reads of each file."""
+        self._cache |= {spec.key: bytes(data) for spec, data in read_small(self.base.folder, specs)}
+
+    def read(self, spec: TensorSpec) -> Tensor:
+        """The value of a small stored tensor; `fetch` first if there are many."""
+        import torch
+
+        data = bytearray(self._bytes(spec))
+        if not data:
+            return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype))
+        return torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
+
+    def read_json(self, spec: TensorSpec) -> dict[str, Any]:
+        """A JSON object stored as a tensor of bytes; {}, with an error, if it is none."""
+        try:
+            value = json.loads(self._bytes(spec))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            self.check(spec.key, False, "not a JSON object", "a JSON object as bytes")
+            return {}
+        return value
+
+    def _bytes(self, spec: TensorSpec) -> bytes:
+        data = self._cache.get(spec.key)
+        return self.base.folder.read(spec.file, spec.start, spec.stop) if data is None else data
+
+    def check_finite(self, *scales: TensorSpec, positive: bool = False) -> None:
+        """Have `check_scales` check scales: finite (0 is legal: a block of zeros has it), or also
+        above 0."""
+        self._scales += [(spec, positive) for spec in scales if spec.nbytes <= MAX_CHECKED]
+
+    def check_scales(self) -> None:
+        """Note an error for each scale that is NaN or infinite; U8 are exponents, 255 NaN.
+
+        Of a folder that is not local none is read: each would be a request, most for weights that
+        no job touches; those that are decoded are checked then (`decode_checked`).
+        """
+        if not isinstance(self.base.folder, LocalFolder):
+            return
+        positive = {spec.key for spec, positive in self._scales if positive}
+        for spec, data in read_small(self.base.folder, [spec for spec, _ in self._scales]):
+            valid = _is_finite(spec.dtype, data, spec.key in positive)
+            problem = "scales that are NaN or infinite"
+            problem += " or not above 0" if spec.key in positive else ""
+            self.check(spec.key, valid, problem, "finite scales")
+
+
+def _is_finite(dtype: str, data: memoryview, positive: bool) -> bool:
+    """Whether all of a scale's values are finite, and above 0 if they have to be."""
+    if dtype in ("F32", "F16", "F64"):  # without torch: there can be tens of thousands
+        values = np.frombuffer(data, f"<f{dtypes.BITS[dtype] // 8}")
+        return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
+    if dtype == "BF16":
+        values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        return bool(np.isfinite(values).all()) and not (positive and bool((values <= 0).any()))
+    if not data:
+        return True
+    import torch
+
+    values = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(dtype)).float()
+    values = values.masked_fill_(values == 255, math.nan) if dtype == "U8" else values
+    return bool(values.isfinite().all()) and not (positive and bool((values <= 0).any()))
