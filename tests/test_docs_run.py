@@ -45,10 +45,11 @@ PREPARATION = [
 # Commands with one of these words are parsed and not run: what they need is not on a test machine.
 PARSED_ONLY = re.compile(r"^[\w.-]+/[\w.-]+(@|:|$)|\.gguf$|^oft$|^--push$|^/|^cuda")
 
-# Each command is a fork of one process, which has imported the verbs once.
+# Each command is a fork of one process, which has imported the verbs and the model's class once.
 RUN = """
 import json, os, sys, tempfile, traceback
 import adapterkit
+from transformers import LlamaForCausalLM
 from adapterkit.cli import main
 for verb in main.commands:
     getattr(adapterkit, verb, None)
