@@ -1,7 +1,9 @@
-"""The leading singular triplets of a dense matrix: block Krylov, or a full decomposition where that is no dearer.
+"""The leading singular triplets of a dense matrix: block Krylov, or a full decomposition where that
+costs no more.
 
-Block Golub-Kahan iteration with full re-orthogonalisation and Rayleigh-Ritz extraction (Musco and Musco, arXiv:1504.05477).
-Vectors are rows: u (K, n) and v (K', m) orthonormal, u @ w = core @ v, and the Ritz values are the singular values of the core.
+Block Golub-Kahan iteration with full reorthogonalization and Rayleigh-Ritz extraction (Musco and
+Musco, arXiv:1504.05477). Vectors are rows: u (K, n) and v (K', m) orthonormal, u @ w = core @ v,
+and the Ritz values are the singular values of the core.
 """
 
 import math
@@ -12,149 +14,137 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adapterkit.kernels import krylov
+from adapterkit.kernels.krylov import FLOOR, OVERSAMPLING, Matrix, expand
 from adapterkit.kernels.lowrank import ROUNDING, Svd, rank_for_energy
 from adapterkit.kernels.sums import squared_norm
 
-EXTRA = 8  # vectors of a block beyond the wanted ones: the gap that decides the speed is the one behind them
 CHUNK = 1 << 20  # elements converted to float64 at a time
-EXCESS = 1e-5  # of the squared error of the best approximation: what the Krylov one may add; 2e-5 is a factor 1 + 1e-5 of the norm
-EIGH = 25  # an eigh of size K takes as long as 25 K³ operations of a float32 product (20 to 36, K from 192 to 2048)
-BESIDE = 0.1  # of a first block: what is random where the rest is from a span that is given
-SMALL = 256  # shorter sides up to this are decomposed in full at once: 8 to 20 ms, no more than the iteration takes
-FLOOR = {
-    torch.float32: 2.0**-22,
-    torch.float64: 1e-9,
-}  # what is below this much of s₁ in a block is rounding, not direction
-
-
-class _Matrix(NamedTuple):
-    """half² * w, its largest element near 1, w (n, m), n <= m. A product takes half before and half after, so that 1e30 fits."""
-
-    w: Tensor
-    half: float
-
-    def rows(self, x: Tensor) -> Tensor:
-        """x (k, n) -> x @ w (k, m)."""
-        return (x * self.half @ self.w).mul_(self.half)
-
-    def columns(self, y: Tensor) -> Tensor:
-        """y (k, m) -> y @ wᵀ (k, n)."""
-        return (y * self.half @ self.w.T).mul_(self.half)
-
-
-class _Expansion(NamedTuple):
-    """panel (b, m) = inside @ basis + beyond @ rows."""
-
-    rows: Tensor  # (r, m) r <= b, orthonormal
-    inside: Tensor  # (b, K) float64
-    beyond: Tensor  # (b, r) float64
-    size: float  # ‖beyond‖₂
+# what the approximation may add to the squared error of the best one: 2e-5 is 1 + 1e-5 of the norm
+EXCESS = 1e-5
+# an eigh of size K takes as long as 25 K³ operations of a float32 product (20 to 36, K 192 to 2048)
+EIGH = 25
+NOISE_SHARE = 0.1  # of a first block that begins with `start`: random directions beside it
+# shorter sides up to this are decomposed in full at once: 8 to 20 ms, no more than the iteration
+SMALL_SIDE = 256
 
 
 class _Ritz(NamedTuple):
-    """What the basis knows: squared values (K,), falling, the core's left vectors (K, K) in columns, squared residuals (K,)."""
+    """Rayleigh-Ritz approximations from the core."""
 
-    squares: Tensor
-    vectors: Tensor
-    residuals: Tensor
+    squares: Tensor  # (K,), descending: squared singular values
+    vectors: Tensor  # (K, K): the core's left vectors in columns
+    residuals: Tensor  # (K,), squared
 
 
-def truncated_svd(w: Tensor, rank: int, *, tolerance: float = 1e-6, near: Svd | None = None) -> Svd:
-    """The leading min(rank, n, m) triplets of w (n, m), float32 or float64, all in w's dtype; `tolerance` is relative to s₁.
+def truncated_svd(
+    w: Tensor,  # (n, m), float32 or float64
+    rank: int,
+    *,
+    tolerance: float = 1e-6,  # of the triplets, relative to s₁
+    start: Svd | None = None,  # vectors near whose span the triplets may lie: a shorter search
+) -> Svd:
+    """The leading min(rank, n, m) triplets of w, in w's dtype.
 
-    `near`: vectors near whose span, on both sides, the triplets are thought to lie; a search that begins there is shorter.
+    Raises ValueError for a rank below 1, and for matrices as `krylov.wide` does.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
-    matrix, turned = _matrix(w)
+    matrix, transposed = krylov.wide(w)
     k = min(rank, *w.shape)
     if tolerance < 1e-7:  # finer than a Gram matrix resolves
-        return _restore(matrix, _exact(matrix, k), turned)
-    rows = None if near is None else near.u.T if turned else near.vh
-    left = _krylov(matrix, lambda squares: k, k + EXTRA, tolerance=tolerance, near=rows)
+        return _restore(matrix, _exact(matrix, k), transposed)
+    rows = None if start is None else krylov.long_side(start, transposed)
+    left = _krylov(matrix, lambda squares: k, k + OVERSAMPLING, tolerance=tolerance, start=rows)
     left = _full(matrix, lambda squares: k) if left is None else left
-    return _restore(matrix, _finish(matrix, left, k), turned)
+    return _restore(matrix, _finish(matrix, left, k), transposed)
 
 
-def svd_for_energy(w: Tensor, energy: float, most: int) -> tuple[Svd, float]:
-    """The fewest leading triplets, at most `most`, with Σ s² >= energy * ‖w‖_F², in w's dtype; and ‖w‖_F² (float64)."""
-    if not 0 < energy <= 1 or most < 1:
+def svd_for_energy(w: Tensor, energy: float, max_rank: int) -> tuple[Svd, float]:
+    """The fewest leading triplets, at most `max_rank`, with Σ s² >= energy · ‖w‖_F², in w's dtype;
+    and ‖w‖_F² (float64).
+
+    Raises ValueError for an energy outside (0, 1], a rank below 1, and matrices as `krylov.wide`.
+    """
+    if not 0 < energy <= 1 or max_rank < 1:
         raise ValueError(
-            f"energy must be in (0, 1] and the largest rank at least 1, not {energy} and {most}"
+            f"energy must be in (0, 1] and the largest rank at least 1, not {energy} and {max_rank}"
         )
-    matrix, turned = _matrix(w)
-    most = min(most, *w.shape)
-    total = _squared_norm(w, matrix.half)
-    fewest = lambda squares: min(rank_for_energy(squares.sqrt(), energy, total), most)
-    found = None
-    if 1 - energy >= 1e-6:  # closer to 1, float32 products do not tell what is missing
+    matrix, transposed = krylov.wide(w)
+    max_rank = min(max_rank, *w.shape)
+    squares_of_w = squared_norm(w)
+    total = matrix.squares(squares_of_w)
+    fewest = lambda squares: min(rank_for_energy(squares.sqrt(), energy, total), max_rank)
+    svd = None
+    if 1 - energy >= 1e-6:  # closer to 1, float32 products do not resolve what is missing
         far = min(w.shape) // 4  # a rank that blocks seldom reach within the budget
-        hopeless = lambda squares: most > far and _reach(squares, far) < energy * total
-        left = _krylov(matrix, fewest, min(most, 32) + EXTRA, share=0.5, hopeless=hopeless)
-        found = None if left is None else _finish(matrix, left, max(len(left), 1))
-    if found is None or (
-        len(found.s) < most and float(found.s.square().sum()) < energy * total * (1 - ROUNDING)
+        hopeless = lambda squares: max_rank > far and _reach(squares, far) < energy * total
+        block = min(max_rank, 32) + OVERSAMPLING
+        left = _krylov(matrix, fewest, block, share=0.5, hopeless=hopeless)
+        svd = None if left is None else _finish(matrix, left, max(len(left), 1))
+    if svd is None or (
+        len(svd.s) < max_rank and float(svd.s.square().sum()) < energy * total * (1 - ROUNDING)
     ):
         left = _full(matrix, fewest)
-        found = _finish(matrix, left, len(left))
-    return _restore(
-        matrix, found, turned
-    ), total / matrix.half / matrix.half / matrix.half / matrix.half
+        svd = _finish(matrix, left, len(left))
+    return _restore(matrix, svd, transposed), squares_of_w
 
 
-def svd_for_ratio(w: Tensor, ratio: float, most: int) -> tuple[Svd, float]:
-    """The leading triplets with s >= s₁ / ratio, at least one and at most `most`, in w's dtype; and ‖w‖_F² (float64)."""
-    if not ratio >= 1 or most < 1:
-        raise ValueError(f"ratio and the largest rank must be at least 1, not {ratio} and {most}")
-    matrix, turned = _matrix(w)
-    most = min(most, *w.shape)
-    least = lambda squares: float(squares[:1].sum()) / ratio / ratio
-    wanted = lambda squares: max(
-        1, min(int(((squares >= least(squares)) & (squares > 0)).sum()), most)
-    )
-    total = _squared_norm(w, matrix.half)
-    left = None
-    if (
-        ratio * FLOOR[w.dtype] < 1
-    ):  # above, float32 products do not tell which values are that small
-        left = _krylov(matrix, wanted, min(most, 32) + EXTRA, share=0.5, least=least, total=total)
-    left = _full(matrix, wanted) if left is None else left
-    found = _finish(matrix, left, max(len(left), 1))
-    return _restore(
-        matrix, found, turned
-    ), total / matrix.half / matrix.half / matrix.half / matrix.half
+def svd_for_ratio(w: Tensor, ratio: float, max_rank: int) -> tuple[Svd, float]:
+    """The leading triplets with s >= s₁ / ratio, at least one and at most `max_rank`, in w's dtype;
+    and ‖w‖_F² (float64).
 
-
-def _matrix(w: Tensor) -> tuple[_Matrix, bool]:
-    """w or wᵀ, whichever is wide, as a view that a product can read, with its scale; whether it is wᵀ."""
-    if w.dtype not in FLOOR or w.ndim != 2 or not w.numel():
+    Raises ValueError for a ratio or a rank below 1, and for matrices as `krylov.wide` does.
+    """
+    if not ratio >= 1 or max_rank < 1:
         raise ValueError(
-            f"expected a float32 or float64 matrix, not {w.dtype} of shape {tuple(w.shape)}"
+            f"ratio and the largest rank must be at least 1, not {ratio} and {max_rank}"
         )
-    low, high = (float(x) for x in torch.aminmax(w))
-    largest = max(-low, high)
-    if not math.isfinite(low + high):
-        raise ValueError("the matrix holds values that are not finite")
-    w = w if 1 in w.stride() else w.contiguous()
-    turned = w.shape[0] > w.shape[1]
-    return _Matrix(w.T if turned else w, 2.0 ** -(math.frexp(largest)[1] // 2)), turned
+    matrix, transposed = krylov.wide(w)
+    max_rank = min(max_rank, *w.shape)
+
+    def least(squares: Tensor) -> float:
+        return float(squares[:1].sum()) / ratio / ratio
+
+    def count(squares: Tensor) -> int:
+        large = (squares >= least(squares)) & (squares > 0)
+        return max(1, min(int(large.sum()), max_rank))
+
+    squares_of_w = squared_norm(w)
+    total = matrix.squares(squares_of_w)
+    left = None
+    if ratio * FLOOR[w.dtype] < 1:  # above, float32 products do not resolve values that small
+        block = min(max_rank, 32) + OVERSAMPLING
+        left = _krylov(matrix, count, block, share=0.5, least=least, total=total)
+    left = _full(matrix, count) if left is None else left
+    svd = _finish(matrix, left, max(len(left), 1))
+    return _restore(matrix, svd, transposed), squares_of_w
 
 
-def _restore(matrix: _Matrix, found: Svd, turned: bool) -> Svd:
-    """Back to w's own scale, orientation and dtype."""
-    u, s, vh = found
-    u, vh = (vh.T, u.T) if turned else (u, vh)
-    dtype = matrix.w.dtype
-    return Svd(
-        u.to(dtype).contiguous(),
-        (s / matrix.half / matrix.half).to(dtype),
-        vh.to(dtype).contiguous(),
-    )
+def leading_svd(
+    w: Tensor,
+    max_rank: int,
+    energy: float | None,
+    ratio: float | None = None,
+    start: Svd | None = None,  # as in `truncated_svd`
+) -> tuple[Svd, float]:
+    """The leading triplets of w, and ‖w‖_F² (float64): `max_rank` of them, or at most that many:
+    those that keep the share `energy` of it, or those down to s₁ / `ratio`."""
+    if energy is not None:
+        return svd_for_energy(w, energy, max_rank)
+    if ratio is not None:
+        return svd_for_ratio(w, ratio, max_rank)
+    return truncated_svd(w, max_rank, start=start), squared_norm(w)
+
+
+def _restore(matrix: Matrix, svd: Svd, transposed: bool) -> Svd:
+    u, s, vh = krylov.restore(matrix, svd, transposed)
+    return Svd(u.contiguous(), s, vh.contiguous())
 
 
 def _krylov(
-    matrix: _Matrix,
-    wanted: Callable[[Tensor], int],
+    matrix: Matrix,
+    count: Callable[[Tensor], int],
     block: int,
     *,
     tolerance: float = 1e-6,
@@ -162,114 +152,87 @@ def _krylov(
     hopeless: Callable[[Tensor], bool] = lambda squares: False,
     least: Callable[[Tensor], float] = lambda squares: math.inf,
     total: float = 0.0,
-    near: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Tensor | None:
-    """The wanted leading left vectors (k, n) float64, fewer if w's rank is; None where `share` of the full cost will not do.
+    """The first k = `count`(squared values) left vectors (k, n) float64, fewer if w's rank is
+    lower; None where `share` of the cost of a full decomposition is not enough.
 
-    All squared values but the wanted ones are below `least`; of ‖w‖_F², `total`, nothing that large is left. A block is wider than
-    the number wanted, or it would miss some of the values that are equal or nearly so.
+    All squared values from the k-th on are below `least`; of ‖w‖_F², `total`, nothing that large
+    remains. A block is wider than k, or it would miss some of equal or nearly equal values.
     """
     n, m = matrix.w.shape
     device, dtype = matrix.w.device, matrix.w.dtype
     budget = share * _full_cost(n, m)
-    if n <= SMALL or _cost(n, m, 3 * block, 3 * block) + EIGH * (3 * block) ** 3 > budget:
+    if n <= SMALL_SIDE or _cost(n, m, 3 * block, 3 * block) + EIGH * (3 * block) ** 3 > budget:
         return None
-    generator = torch.Generator().manual_seed(n * 1_000_003 + m)
-    draw = lambda count: torch.randn(count, m, generator=generator, dtype=dtype).to(device)
+    numbers = krylov.generator(matrix)
     u, v = (torch.zeros(0, size, dtype=dtype, device=device) for size in (n, m))
     core = torch.zeros(0, 0, dtype=torch.float64, device=device)
-    first = draw(block)
-    if near is not None:  # what lies beside the span is not left out
-        mixed = torch.randn(block, len(near), generator=generator, dtype=dtype).to(
-            device
-        ) @ near.to(dtype)
-        first = first.mul_(BESIDE * float(mixed.norm()) / float(first.norm())).add_(mixed)
-    fresh, top, spent, checked = _expand(v, first, 0.0).rows, 0.0, 0.0, 0.0
+    first = krylov.gaussian(matrix, block, m, numbers)
+    if start is not None:  # some noise, for what lies beside its span
+        mixed = krylov.gaussian(matrix, block, len(start), numbers) @ start.to(dtype)
+        first = first.mul_(NOISE_SHARE * float(mixed.norm()) / float(first.norm())).add_(mixed)
+    rows, top, spent, checked = expand(v, first, 0.0).rows, 0.0, 0.0, 0.0
     while True:
-        v = torch.cat([v, fresh])
-        new = _expand(u, matrix.columns(fresh), top)
+        v = torch.cat([v, rows])
+        new = expand(u, matrix.columns(rows), top)
         top = max(top, new.size)
         u = torch.cat([u, new.rows])
-        ahead = _expand(v, matrix.rows(new.rows), top)
-        core = torch.cat(
-            [
-                pad(core, (0, len(v) + len(ahead.rows) - core.shape[1])),
-                torch.cat([ahead.inside, ahead.beyond], 1),
-            ]
-        )
+        ahead = expand(v, matrix.rows(new.rows), top)
+        core = pad(core, (0, len(v) + len(ahead.rows) - core.shape[1]))
+        core = torch.cat([core, torch.cat([ahead.inside, ahead.beyond], 1)])
         spent += _cost(n, m, len(new.rows), len(u))
-        fresh, done = ahead.rows, not len(new.rows) or not len(ahead.rows)
+        rows, done = ahead.rows, not len(new.rows) or not len(ahead.rows)
         if done or (len(u) >= 2 * block and spent - checked >= EIGH * len(u) ** 3):
             ritz = _ritz(core, ahead.beyond)
             spent = checked = spent + EIGH * len(u) ** 3
-            k = wanted(ritz.squares)
+            k = count(ritz.squares)
             excess, limit = math.inf, least(ritz.squares)
             if k < len(u):
-                excess = max(
-                    _excess(ritz, k, new.size, tolerance), _above(ritz, k, new.size, limit)
-                )
-            if (
-                done and total - float(ritz.squares.sum()) > limit
-            ):  # more equal values than a block has vectors
-                return None
-            if done or (excess <= 1 and (limit == math.inf or block >= k + EXTRA)):
+                excess = _excess(ritz, k, new.size, tolerance)
+                excess = max(excess, _above(ritz, k, new.size, limit))
+            if done and total - float(ritz.squares.sum()) > limit:
+                return None  # more equal values than a block has vectors
+            if done or (excess <= 1 and (limit == math.inf or block >= k + OVERSAMPLING)):
                 return (u.double().T @ ritz.vectors[:, :k]).T
-            # After a plateau the error falls about evenly on a log scale: from above this line it does not come down in time.
+            # After a plateau the error falls about evenly on a log scale: from above this line it
+            # does not come down in time.
             late = k < len(u) and len(u) >= 3 * block and excess > 10 ** (10 * (1 - spent / budget))
             if late or hopeless(ritz.squares):
                 return None
-            if block < k + EXTRA and k <= len(u):
-                fresh = torch.cat(
-                    [fresh, _expand(torch.cat([v, fresh]), draw(k + EXTRA - block), 0.0).rows]
-                )
-                block = k + EXTRA
+            if block < k + OVERSAMPLING and k <= len(u):
+                more = krylov.gaussian(matrix, k + OVERSAMPLING - block, m, numbers)
+                rows = torch.cat([rows, expand(torch.cat([v, rows]), more, 0.0).rows])
+                block = k + OVERSAMPLING
         if len(u) + block > n or spent + _cost(n, m, block, len(u) + block) > budget:
             return None
 
 
 def _full_cost(n: int, m: int) -> float:
-    """Time of _full, in operations of a large float32 product, as EIGH."""
+    """Time of `_full` in operations of a large float32 product, as EIGH."""
     return 2.0 * n * n * m + EIGH * n**3
 
 
 def _cost(n: int, m: int, block: int, size: int) -> float:
-    """Time of a step from `size` vectors a side: two products with w, two orthogonalisations a side, four thin QRs, calls.
-
-    In the same unit: by measurement skinny products run at half the speed of large ones.
-    """
+    """Time of a step from `size` vectors a side, in the same unit: two products with w, two
+    orthogonalizations a side, four thin QRs, calls. Skinny products run at half the speed of large
+    ones (measured)."""
     return 8.0 * n * m * block + (n + m) * (16.0 * size + 60.0 * block) * block + 3e7
 
 
-def _expand(basis: Tensor, panel: Tensor, top: float) -> _Expansion:
-    """panel (b, m) = inside @ basis (K, m) + beyond @ rows, the rows orthonormal, also to the basis; without what is rounding."""
-    inside = panel @ basis.T
-    rows, beyond = _frame(torch.addmm(panel, inside, basis, alpha=-1), FLOOR[panel.dtype], top)
-    size = float(torch.linalg.matrix_norm(beyond, 2)) if beyond.numel() else 0.0
-    rows, turn = _frame(
-        torch.addmm(rows, rows @ basis.T, basis, alpha=-1), 0.1, 1.0
-    )  # below 0.1: rounding, in the basis's span
-    return _Expansion(rows, inside.double(), beyond @ turn, size)
-
-
-def _frame(panel: Tensor, noise: float, top: float) -> tuple[Tensor, Tensor]:
-    """rows (r, m) orthonormal, t (b, r) float64, panel = t @ rows but for directions below noise * max(top, the largest)."""
-    q, r = torch.linalg.qr(panel.T.double())
-    x, s, yh = torch.linalg.svd(r.T, full_matrices=False)
-    keep = int((s > noise * max(top, float(s[0]) if len(s) else 0.0)).sum())
-    return (yh[:keep] @ q.T).to(panel.dtype), x[:, :keep] * s[:keep]
-
-
 def _ritz(core: Tensor, beyond: Tensor) -> _Ritz:
-    """The singular values of u @ w = core @ v, and how far wᵀ u leaves v's span but for the last block, ‖beyondᵀ x_last‖."""
+    """The singular values of u @ w = core @ v, and the residuals ‖beyondᵀ x_last‖: how far wᵀ u is
+    outside v's span, x_last the vectors' part in the last block."""
     squares, vectors = torch.linalg.eigh(core @ core.T)
     squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)
     return _Ritz(squares, vectors, (beyond.T @ vectors[len(core) - len(beyond) :]).square().sum(0))
 
 
 def _excess(ritz: _Ritz, k: int, push: float, tolerance: float) -> float:
-    """How many times too large the errors of the first k values are: at most 1 where all ‖wᵀ u - s v‖ are below tolerance * s₁.
+    """The errors of the first k values over what is allowed: at most 1 where all ‖wᵀ u - s v‖ are
+    below tolerance · s₁, or where the values lack little, an error of second order.
 
-    Or where what the values lack, of second order, is little. For each p >= i, with push the norm of the last block's step,
+    For each p >= i, with push the norm of the last block's step,
     σᵢ² - θᵢ² <= push² Σ_{j<=p} rⱼ² / (θ_p² - θ_{p+1}²).
     """
     squares, residuals = ritz.squares, ritz.residuals
@@ -281,37 +244,35 @@ def _excess(ritz: _Ritz, k: int, push: float, tolerance: float) -> float:
 
 
 def _above(ritz: _Ritz, k: int, push: float, least: float) -> float:
-    """How many times too much value k, the first one that is not wanted, may lack to be below `least`: by its residual, or as
-    _lack has it, which says little where the values behind it are flat."""
+    """What value k, the first one beyond, may lack over what it may lack to stay below `least`: by
+    its residual, or by `_lack`, which bounds little where the values behind it are flat."""
     room, lack = least - float(ritz.squares[k]), _lack(ritz, push)[k:]
-    if not 0 < room < math.inf:  # no limit, or more within it than are wanted
+    if not 0 < room < math.inf:  # no limit, or more than k values within it
         return 0.0
     return min(push * float(ritz.residuals[k].sqrt()), *lack[:1].tolist(), math.inf) / room
 
 
 def _lack(ritz: _Ritz, push: float) -> Tensor:
-    """At most how much each squared value but the last is too small."""
+    """An upper bound of how much each squared value but the last is too small."""
     gaps = (ritz.squares[:-1] - ritz.squares[1:]).clamp(min=1e-300)
     lack = push**2 * ritz.residuals.cumsum(0)[:-1] / gaps
     return lack.flip(0).cummin(0).values.flip(0)
 
 
 def _reach(squares: Tensor, rank: int) -> float:
-    """At most how much Σ s² the first `rank` values hold, judged by the first half of the Ritz values, which are nearly right."""
+    """An upper bound of Σ s² over the first `rank` values, by the first half of the Ritz values,
+    which have nearly converged."""
     p = len(squares) // 2
     return float(squares[:p].sum() + squares[p] * max(rank - p, 0))
 
 
-def _squared_norm(w: Tensor, half: float) -> float:
-    """‖half² w‖_F², summed in float64."""
-    return squared_norm(w) * half * half * half * half
+def _full(matrix: Matrix, count: Callable[[Tensor], int]) -> Tensor:
+    """The first k = `count`(squared values) left vectors (k, n) float64: eigenvectors of w wᵀ
+    (n, n), w's short side, in float64.
 
-
-def _full(matrix: _Matrix, wanted: Callable[[Tensor], int]) -> Tensor:
-    """The wanted leading left vectors (k, n) float64: eigenvectors of w wᵀ (n, n), w's short side, in float64.
-
-    Its rounding, 1e-16 s₁², blurs only vectors of values below 1e-8 s₁, less than float32 resolves, and _finish takes the values
-    from w itself. At 2048 x 5632 on one thread this takes 2.5 s where LAPACK's float32 svd takes 9.5 s.
+    Its rounding, 1e-16 s₁², blurs only vectors of values below 1e-8 s₁, less than float32 resolves,
+    and `_finish` computes the values from w itself. At 2048 x 5632 on one thread this takes 2.5 s
+    where LAPACK's float32 svd takes 9.5 s.
     """
     n = matrix.w.shape[0]
     gram = torch.zeros(n, n, dtype=torch.float64, device=matrix.w.device)
@@ -320,31 +281,19 @@ def _full(matrix: _Matrix, wanted: Callable[[Tensor], int]) -> Tensor:
         for i in range(0, n, 256):  # eigh reads the lower triangle
             gram[i : i + 256, : i + 256].addmm_(part[i : i + 256], part[: i + 256].T)
     squares, vectors = torch.linalg.eigh(gram)
-    return vectors.flip(1)[:, : wanted(squares.flip(0).clamp_(min=0))].T
+    return vectors.flip(1)[:, : count(squares.flip(0).clamp_(min=0))].T
 
 
-def _exact(matrix: _Matrix, k: int) -> Svd:
-    """The same from LAPACK's decomposition of w in float64."""
-    return Svd(
-        *torch.linalg.svd(matrix.w.double() * matrix.half * matrix.half, full_matrices=False)
-    ).top(k)
+def _exact(matrix: Matrix, k: int) -> Svd:
+    """The first k triplets from LAPACK's decomposition of w in float64."""
+    w = matrix.w.double() * matrix.half * matrix.half
+    return Svd(*torch.linalg.svd(w, full_matrices=False)).top(k)
 
 
-def _finish(matrix: _Matrix, left: Tensor, k: int) -> Svd:
-    """The k triplets of leftᵀ left w, float64. Householder's QR puts orthonormal vectors also where they are missing or null."""
+def _finish(matrix: Matrix, left: Tensor, k: int) -> Svd:
+    """The k triplets of leftᵀ left w, float64. Householder's QR returns orthonormal vectors also
+    where some are missing or zero."""
     left = torch.linalg.qr(pad(left, (0, 0, 0, k - len(left))).T).Q
     q, r = torch.linalg.qr(matrix.rows(left.T.to(matrix.w.dtype)).T.double())
     x, s, yh = torch.linalg.svd(r.T)
     return Svd(left @ x, s, yh @ q.T)
-
-
-def leading(
-    w: Tensor, most: int, energy: float | None, ratio: float | None = None, near: Svd | None = None
-) -> tuple[Svd, float]:
-    """The leading triplets of w, and Σ s² over all of them: `most`, or at most that many, those that keep the share `energy`, or
-    those down to 1/`ratio` of the first. `near`: as in `truncated_svd`."""
-    if energy is not None:
-        return svd_for_energy(w, energy, most)
-    if ratio is not None:
-        return svd_for_ratio(w, ratio, most)
-    return truncated_svd(w, most, near=near), _squared_norm(w, 1.0)

@@ -19,7 +19,7 @@ from adapterkit.combinations.common import WeightedSum, add_pruned
 from adapterkit.combinations.protocol import Method
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kernels.truncated import leading
+from adapterkit.kernels.truncated import leading_svd
 from adapterkit.plan import Inputs, TaskResult
 from adapterkit.tasks import common
 from adapterkit.tasks.common import short
@@ -299,7 +299,7 @@ def _decomposed(
     if isinstance(result, Product):
         svd = lowrank.svd(result)
         return svd, float(svd.s.square().sum())
-    return leading(result, most, energy, near=near)
+    return leading_svd(result, most, energy, start=near)
 
 
 def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.truncated import leading
+from adapterkit.kernels.truncated import leading_svd
 from adapterkit.plan import Inputs, TaskResult
 from adapterkit.tasks import common
 from adapterkit.tasks.ranked import Cut, ranked
@@ -196,7 +196,7 @@ class DifferenceFactors:
         if delta is None or not bool(delta.any()):
             return None
         delta = delta.T if self.transposed else delta.reshape(self._shape)
-        return leading(delta, self._most_rank(), self.cut.energy, self.cut.sv_ratio)
+        return leading_svd(delta, self._most_rank(), self.cut.energy, self.cut.sv_ratio)
 
 
 @dataclass(frozen=True)

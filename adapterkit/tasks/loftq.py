@@ -14,7 +14,7 @@ from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.nearly import nearly_best
+from adapterkit.kernels.subspace import near_optimal_svd
 from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import projected
 from adapterkit.plan import Change, Finalize, Inputs, Task, TaskResult
@@ -104,9 +104,7 @@ def alternated(
         errors = _weighted(matrix, root)
         lost = squared_norm(errors)
         best = best or Round(stored, None, lost**0.5 / size, lost**0.5 / size, 0)
-        seen = nearly_best(
-            errors, rank, start=None if seen is None else _long(seen, errors), squares=lost
-        )
+        seen = near_optimal_svd(errors, rank, start=seen, squares=lost)
         left = lost - float(
             seen.s.double().square().sum()
         )  # the triplets are a projection of the errors
@@ -128,11 +126,6 @@ def _weighted(matrix: Tensor, root: Tensor | None) -> Tensor:
 
 def _product(svd: Svd) -> Tensor:
     return (svd.u * svd.s) @ svd.vh
-
-
-def _long(svd: Svd, matrix: Tensor) -> Tensor:
-    """The directions on a matrix's long side, from which the next search starts."""
-    return svd.vh if matrix.shape[0] <= matrix.shape[1] else svd.u.T
 
 
 @dataclass(frozen=True)
@@ -168,7 +161,7 @@ class LoftQFactors:
         rest = weight.sub_(inputs.tensor(self.packed))
         rest = rest.T if self.turned else rest
         errors = _weighted(rest, root)
-        seen = nearly_best(errors, self.rank)
+        seen = near_optimal_svd(errors, self.rank)
         before, after = norm(errors) / size, norm(errors - _product(seen)) / size
         svd = seen if root is None else projected(seen.u, rest)
         a, b = balanced_factors(svd, self.rank, self.scale)

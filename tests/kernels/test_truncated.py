@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterkit.kernels import truncated
+from adapterkit.kernels import krylov, truncated
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import svd_for_energy, svd_for_ratio, truncated_svd
 
@@ -62,7 +62,7 @@ def check(w: Tensor, found: Svd, k: int, factor: float = 1e-5, exact: Tensor | N
 @pytest.fixture
 def iterated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The iteration at any size and cost; a full decomposition is an error."""
-    monkeypatch.setattr(truncated, "SMALL", 0)
+    monkeypatch.setattr(truncated, "SMALL_SIDE", 0)
     monkeypatch.setattr(truncated, "_full_cost", lambda *_: math.inf)
     monkeypatch.setattr(truncated, "_full", lambda *_: pytest.fail("decomposed in full"))
 
@@ -119,7 +119,7 @@ def test_where_the_iteration_begins_is_no_matter(
         first = 0 if where == "right" else len(exact) - count
         near = Svd(u[:, first : first + count], torch.ones(count), vh[first : first + count])
         near = near._replace(vh=vh[:count]) if where == "one side" else near
-        check(w, truncated_svd(w, 5, near=near), 5, exact=exact)
+        check(w, truncated_svd(w, 5, start=near), 5, exact=exact)
 
 
 @pytest.mark.parametrize(
@@ -366,8 +366,8 @@ def test_energies_close_to_all(missing: float, monkeypatch: pytest.MonkeyPatch) 
 def test_expansion_leaves_rounding_out() -> None:
     basis = torch.linalg.qr(gaussian(50, 50)).Q.float()
     panel = (gaussian(9, 3) @ gaussian(3, 50)).float()
-    assert len(truncated._expand(basis, panel, 0.0).rows) == 0
-    found = truncated._expand(basis[:10], panel, 0.0)
+    assert len(krylov.expand(basis, panel, 0.0).rows) == 0
+    found = krylov.expand(basis[:10], panel, 0.0)
     assert found.rows.shape == (3, 50)
     assert torch.allclose(
         found.inside @ basis[:10].double() + found.beyond @ found.rows.double(),

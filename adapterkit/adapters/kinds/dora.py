@@ -11,7 +11,7 @@ from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.rows import row_norms
 from adapterkit.kernels.sums import all_finite
-from adapterkit.kernels.truncated import leading
+from adapterkit.kernels.truncated import leading_svd
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 
@@ -30,7 +30,7 @@ class DoRA(OnWeight):
         return (self.factors.a, self.factors.b, self.magnitude, *self.weight.reads)
 
     def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
-        return leading(self.dense(inputs), most, energy)
+        return leading_svd(self.dense(inputs), most, energy)
 
     def dense(self, inputs: TensorReader) -> Tensor:  # (out, in) float32
         """(m / norm - 1) * W + m / norm * s·b@a, so that nothing of W's size cancels."""

@@ -18,7 +18,7 @@ from adapterkit.adapters.kinds.common import (
 )
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kernels.truncated import leading
+from adapterkit.kernels.truncated import leading_svd
 from adapterkit.weights.reader import TensorReader
 
 PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -95,7 +95,7 @@ class LoHa:
         if self.rank < min(self.shape):
             return of_product(self.product(inputs))
         (a, b), (c, d) = _pair(inputs, self.first), _pair(inputs, self.second)
-        return leading(((a @ b).mul_(c @ d) * self.scale).float(), most, energy)
+        return leading_svd(((a @ b).mul_(c @ d) * self.scale).float(), most, energy)
 
 
 def _pair(inputs: TensorReader, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from adapterkit.adapters.kinds.common import (
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.truncated import leading
+from adapterkit.kernels.truncated import leading_svd
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 
@@ -112,7 +112,7 @@ class Oft(OnWeight):
         turn = turn if self.embedding else turn.mT
         stored = self.weight.read(inputs).flatten(1)
         delta = of_weight(stored, lambda rows, here: _turned(rows, turn))
-        return leading(delta.T if self.weight.transposed else delta, most, energy)
+        return leading_svd(delta.T if self.weight.transposed else delta, most, energy)
 
 
 def _size(rotation: TensorSpec) -> int:

@@ -1,0 +1,154 @@
+"""Block Krylov subspaces of a dense matrix (Musco and Musco, arXiv:1504.05477): products with it at
+any scale, first blocks, and the directions that a block adds to a basis.
+
+Two methods use them, with a stopping rule each: `truncated` (triplets to a tolerance; vectors are
+rows) and `subspace` (the error of the approximation; vectors are columns).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from adapterkit.kernels.lowrank import Svd
+
+OVERSAMPLING = 8  # vectors of a block beyond the rank: the gap behind them decides the speed
+SAFE_RANGE = (1e-9, 1e9)  # largest magnitudes whose products float32 holds
+FLOOR = {  # of the largest singular value of a block: what is below is rounding, not a direction
+    torch.float32: 2.0**-22,
+    torch.float64: 1e-9,
+}
+
+
+class Matrix(NamedTuple):
+    """half² · w, w (n, m), n <= m. A product applies half before and half after, so that 1e30
+    fits."""
+
+    w: Tensor
+    half: float
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x (k, n) -> x @ w (k, m)."""
+        return x @ self.w if self.half == 1 else (x * self.half @ self.w).mul_(self.half)
+
+    def columns(self, y: Tensor) -> Tensor:
+        """y (k, m) -> y @ wᵀ (k, n)."""
+        return y @ self.w.T if self.half == 1 else (y * self.half @ self.w.T).mul_(self.half)
+
+    # As the product of a matrix in rows, whichever of w and wᵀ is one: otherwise it takes up to
+    # twice as long.
+
+    def left(self, u: Tensor) -> Tensor:
+        """u (n, j) -> uᵀ @ w (j, m)."""
+        u = u if self.half == 1 else u * self.half
+        product = u.T @ self.w if self.w.is_contiguous() else (self.w.T @ u).T
+        return product if self.half == 1 else product.mul_(self.half)
+
+    def right(self, y: Tensor) -> Tensor:
+        """y (j, m) -> w @ yᵀ (n, j)."""
+        y = y if self.half == 1 else y * self.half
+        product = self.w @ y.T if self.w.is_contiguous() else (y @ self.w.T).T
+        return product if self.half == 1 else product.mul_(self.half)
+
+    def squares(self, total: float) -> float:
+        """‖w‖_F² -> ‖half² · w‖_F²."""
+        return total * self.half * self.half * self.half * self.half
+
+    def values(self, s: Tensor) -> Tensor:
+        """Singular values of half² · w -> those of w."""
+        return s / self.half / self.half
+
+
+def wide(w: Tensor) -> tuple[Matrix, bool]:
+    """w or wᵀ, whichever is wide, as a view; half² is a power of 2 that brings the largest element
+    near 1 where products would leave float32's range, else 1; whether it is wᵀ.
+
+    Raises ValueError for other than non-empty float32 or float64 matrices, and for values that are
+    not finite.
+    """
+    if w.dtype not in FLOOR or w.ndim != 2 or not w.numel():
+        raise ValueError(
+            f"expected a float32 or float64 matrix, not {w.dtype} of shape {tuple(w.shape)}"
+        )
+    low, high = (float(x) for x in torch.aminmax(w))
+    largest = max(-low, high)
+    if not math.isfinite(low + high):
+        raise ValueError("the matrix holds values that are not finite")
+    safe = not largest or SAFE_RANGE[0] < largest < SAFE_RANGE[1]
+    half = 1.0 if safe else 2.0 ** -(math.frexp(largest)[1] // 2)
+    w = w if 1 in w.stride() else w.contiguous()
+    transposed = w.shape[0] > w.shape[1]
+    return Matrix(w.T if transposed else w, half), transposed
+
+
+def restore(matrix: Matrix, svd: Svd, transposed: bool) -> Svd:
+    """Back to w's own scale, orientation and dtype."""
+    u, s, vh = (part.to(matrix.w.dtype) for part in (svd.u, matrix.values(svd.s), svd.vh))
+    return Svd(vh.T, s, u.T) if transposed else Svd(u, s, vh)
+
+
+def long_side(svd: Svd, transposed: bool) -> Tensor:  # (k, m)
+    """The singular vectors on the long side of the matrix, as rows."""
+    return svd.u.T if transposed else svd.vh
+
+
+def generator(matrix: Matrix) -> Generator:
+    """The random numbers of first blocks: a function of the shape."""
+    n, m = matrix.w.shape
+    return torch.Generator().manual_seed(n * 1_000_003 + m)
+
+
+def gaussian(matrix: Matrix, count: int, width: int, numbers: Generator) -> Tensor:
+    """A random block (count, width)."""
+    block = torch.randn(count, width, generator=numbers, dtype=matrix.w.dtype)
+    return block.to(matrix.w.device)
+
+
+class Expansion(NamedTuple):
+    """panel (b, m) = inside @ basis + beyond @ rows."""
+
+    rows: Tensor  # (r, m) r <= b, orthonormal
+    inside: Tensor  # (b, K) float64
+    beyond: Tensor  # (b, r) float64
+    size: float  # ‖beyond‖₂
+
+
+def expand(basis: Tensor, panel: Tensor, top: float) -> Expansion:
+    """panel (b, m) = inside @ basis (K, m) + beyond @ rows, the rows orthonormal, also to the
+    basis; directions that are rounding beside the panel's largest, or beside `top`, are dropped."""
+    inside = panel @ basis.T
+    remainder = torch.addmm(panel, inside, basis, alpha=-1)
+    rows, beyond = _frame(remainder, FLOOR[panel.dtype], top)
+    size = float(torch.linalg.matrix_norm(beyond, 2)) if beyond.numel() else 0.0
+    # below 0.1 of a unit vector: rounding, in the basis's span
+    rows, turn = _frame(torch.addmm(rows, rows @ basis.T, basis, alpha=-1), 0.1, 1.0)
+    return Expansion(rows, inside.double(), beyond @ turn, size)
+
+
+def _frame(panel: Tensor, noise: float, top: float) -> tuple[Tensor, Tensor]:
+    """rows (r, m) orthonormal, t (b, r) float64, panel = t @ rows but for directions below
+    noise · max(top, the largest)."""
+    q, r = torch.linalg.qr(panel.T.double())
+    x, s, yh = torch.linalg.svd(r.T, full_matrices=False)
+    keep = int((s > noise * max(top, float(s[0]) if len(s) else 0.0)).sum())
+    return (yh[:keep] @ q.T).to(panel.dtype), x[:, :keep] * s[:keep]
+
+
+def new_directions(
+    basis: Tensor,  # (n, K), orthonormal columns
+    panel: Tensor,  # (n, b)
+) -> Tensor:  # (n, r), r <= b, orthonormal columns, also to the basis
+    """What the panel's columns span beside the basis: as `expand`, but without its coefficients and
+    in the panel's dtype, a few times as fast.
+
+    Of columns that depend on the others only rounding is left, which lies in the basis's span too:
+    they are dropped, and the others, which may then depend on each other, orthogonalized again.
+    """
+    u, clean = torch.linalg.qr(panel - basis @ (basis.T @ panel)).Q, False
+    while not clean:
+        u = u - basis @ (basis.T @ u)
+        sizes = u.norm(dim=0)
+        clean = not len(sizes) or bool(sizes.min() > 0.9)
+        u = torch.linalg.qr(u[:, sizes > 0.5]).Q
+    return u

@@ -1,0 +1,81 @@
+"""A low-rank approximation whose error is near the least possible, of matrices whose singular
+values are close together, as those of quantization errors: single triplets are not asked for."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from adapterkit.kernels import krylov
+from adapterkit.kernels.krylov import OVERSAMPLING, Matrix
+from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.sums import squared_norm
+
+MAX_BLOCKS = 24
+MIN_BLOCKS = (
+    3  # the first gain comes from the start, or from outliers: it does not predict the next
+)
+MAX_GAIN_RATIO = 0.9  # the next block is expected to gain at most this share of the last gain
+NOISE = 1e-9  # of all energy: less is float32's rounding
+
+
+def near_optimal_svd(
+    w: Tensor,  # (n, m) float32
+    rank: int,
+    excess: float = 5e-5,  # of the error of the best approximation: what this one's may be larger
+    start: Svd | None = None,  # of a matrix like this one: the search begins with its vectors
+    squares: float | None = None,  # ‖w‖_F², where it is known
+) -> Svd:
+    """u s vᵀ of that rank with ‖w - u s vᵀ‖_F about (1 + excess) times the least possible, or
+    float32's rounding if that is more.
+
+    Randomized block Krylov (Musco and Musco, arXiv:1504.05477): q spans blocks u₁ = w g,
+    uᵢ₊₁ = w wᵀ uᵢ, and the triplets are those of q qᵀ w. It ends when the energy that further
+    blocks would add, by the last two gains, is less than `excess` allows, or when they have no new
+    direction. Raises ValueError for values that are not finite.
+    """
+    matrix, transposed = krylov.wide(w)
+    total = matrix.squares(squared_norm(w) if squares is None else squares)
+    vectors = None if start is None else krylov.long_side(start, transposed)
+    return krylov.restore(matrix, _approximate(matrix, rank, excess, vectors, total), transposed)
+
+
+def _approximate(
+    matrix: Matrix, rank: int, excess: float, start: Tensor | None, total: float
+) -> Svd:
+    n, m = matrix.w.shape
+    k = min(rank, n)
+    panel = matrix.right(_first_block(matrix, min(k + OVERSAMPLING, n), start))
+    q, b = matrix.w.new_zeros(n, 0), matrix.w.new_zeros(0, m)  # b = qᵀ w
+    gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.w.device)
+    energy, gains = 0.0, [math.inf]
+    while True:
+        u = krylov.new_directions(q, panel)
+        new = matrix.left(u)
+        q, b = torch.cat([q, u], 1), torch.cat([b, new])
+        cross = b.double() @ new.T.double()
+        gram = torch.cat([torch.cat([gram, cross[: len(gram)]], 1), cross.T])
+        squares, vectors = torch.linalg.eigh(gram)
+        before, energy = energy, float(squares[-k:].clamp(min=0).sum())
+        gains.append(energy - before)
+        ratio = min(gains[-1] / gains[-2], MAX_GAIN_RATIO) if gains[-2] > 0 else 0.0
+        expected = gains[-1] * ratio / (1 - ratio)
+        allowed = 2 * excess * max(total - energy, NOISE * total)
+        enough = len(gains) > MIN_BLOCKS and expected <= allowed
+        if enough or not u.shape[1] or q.shape[1] == n or len(gains) > MAX_BLOCKS:
+            break
+        panel = matrix.right(new[: n - q.shape[1]])
+    x = vectors[:, -k:].flip(1).to(q.dtype)
+    s = squares[-k:].flip(0).clamp(min=0).sqrt()
+    s = torch.where(s > 1e-7 * s[0], s, 0).to(q.dtype)
+    vh = torch.where(s[:, None] > 0, x.T @ b / s[:, None], 0)
+    return Svd(q @ x, s, vh)
+
+
+def _first_block(matrix: Matrix, size: int, start: Tensor | None) -> Tensor:
+    """g (size, m), random but for the start."""
+    m = matrix.w.shape[1]
+    g = krylov.gaussian(matrix, size, m, krylov.generator(matrix))
+    if start is not None:
+        g[: len(start)] = start[:size] * m**0.5
+    return g
