@@ -1,15 +1,18 @@
-"""Adapter algebra on three real adapters: one each for English, French and German, trained on a real small model.
+"""Adapter algebra on three real adapters: one each for English, French and German, trained on a
+real small model.
 
     python examples/languages.py [FOLDER]
 
-Takes some 130 seconds of processor time on at most two cores, 1.5 GB of memory and nothing from the Hub; needs PEFT. The texts
-are Django's messages (BSD-3-Clause): the same sentences in three languages, a quarter of them held out. All that is written
-stays in FOLDER (default: languages-output).
+Takes some 130 seconds of processor time on at most two cores, 1.5 GB of memory and nothing from the
+Hub; needs PEFT. The texts are Django's messages (BSD-3-Clause): the same sentences in three
+languages, a quarter of them held out. All that is written stays in FOLDER (default:
+languages-output).
 
-It combines the three (linear, ties, dare_ties), takes what English and French share out of German (subtract), halves German's
-rank (resize), stacks the three as experts (arrow), all on the command line, and loads what was written with PEFT. It prints
-the held-out loss of each in each language and what inspect, diff and the experts' prototypes say. Exit status 1 if a
-statement that must hold does not.
+It combines the three (linear, ties, dare_ties), takes what English and French share out of German
+(subtract), halves German's rank (resize), stacks the three as experts (arrow), all on the command
+line, and loads what was written with PEFT. It prints the held-out loss of each in each language and
+what inspect, diff and the experts' prototypes say. Exit status 1 if a statement that must hold does
+not.
 """
 
 import json
@@ -25,12 +28,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # everything here is on this machine; read when transformers is imported
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # threads that wait sleep: on a busy machine spinning costs five times the work
+# everything here is on this machine; read when transformers is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# threads that wait sleep: on a busy machine spinning costs five times the work
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
 
 
-# --- the texts -----------------------------------------------------------------------------------------------------
+# --- the texts ------------------------------------------------------------------------------------
 
 
 def messages() -> dict[str, list[str]]:
@@ -133,7 +134,7 @@ def blocks(tokenizer, lines: list[str]) -> Tensor:
     return tokens[: len(tokens) // BLOCK * BLOCK].view(-1, BLOCK)
 
 
-# --- the model -----------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def train(model: Any, training: Blocks, folder: Path) -> Any:
@@ -187,7 +188,7 @@ def loaded(model: Any, folder: Path, names: list[str]) -> tuple[PeftModel, list[
     return adapted, statements
 
 
-# --- the verbs -----------------------------------------------------------------------------------------------------
+# --- the verbs ------------------------------------------------------------------------------------
 
 
 def algebra(folder: Path) -> dict[str, str]:
@@ -250,7 +251,8 @@ def inspect_and_diff(folder: Path) -> None:
         modules = json.loads(adapterkit("inspect", folder / language, "--json"))["modules"]
         norm, rank = mean(m["norm"] for m in modules), mean(m["effective_rank"] for m in modules)
         lines.append(
-            f"{language}: {len(modules)} modules, delta's norm {norm:.2f}, effective rank {rank:.1f} of {RANK}"
+            f"{language}: {len(modules)} modules, delta's norm {norm:.2f}, effective rank "
+            f"{rank:.1f} of {RANK}"
         )
     pairs = [*combinations(LANGUAGES, 2), ("german", "subtract"), ("german", "resize")]
     for a, b in pairs:  # diff's exit status 1 says: they differ
@@ -266,11 +268,12 @@ def inspect_and_diff(folder: Path) -> None:
     say("\n".join(lines))
 
 
-# --- what it shows -------------------------------------------------------------------------------------------------
+# --- what it shows --------------------------------------------------------------------------------
 
 
 def show_experts(folder: Path, model: Any, held_out: Blocks) -> None:
-    """How far prototypes stand out, how alike two are, and which experts a text's tokens would get."""
+    """How far prototypes stand out, how alike two are, and which experts a text's tokens would
+    get."""
     metrics = json.loads((folder / "adapterkit.json").read_text())["parameters"].values()
     gaps = [mean(metric["gap"][number] for metric in metrics) for number in range(len(LANGUAGES))]
     stored = load_file(folder / "arrow.safetensors")
@@ -282,7 +285,8 @@ def show_experts(folder: Path, model: Any, held_out: Blocks) -> None:
         for language, tokens in held_out.items()
     }
     heading(
-        "experts: how far each prototype's singular value stands above the next, (s1 - s2) / s1, mean over the modules"
+        "experts: how far each prototype's singular value stands above the next, (s1 - s2) / s1, "
+        "mean over the modules"
     )
     row("gap", gaps)
     heading("mean |cosine| of two experts' prototypes")
@@ -290,19 +294,22 @@ def show_experts(folder: Path, model: Any, held_out: Blocks) -> None:
     for language, cosines in zip(LANGUAGES, alike.tolist(), strict=True):
         row(language, cosines)
     heading(
-        "share of a text's tokens (rows), over all modules, whose largest |x·prototype| is an expert's (columns)"
+        "share of a text's tokens (rows), over all modules, whose largest |x·prototype| is an "
+        "expert's (columns)"
     )
     for language, share in shares.items():
         row(language, share)
     own = sum(max(share) == share[number] for number, share in enumerate(shares.values()))
     say(
-        f"{own} of {len(shares)} texts have more tokens nearest to their own language's expert than to any other"
+        f"{own} of {len(shares)} texts have more tokens nearest to their own language's expert "
+        "than to any other"
     )
 
 
 @torch.no_grad()
 def nearest(model: Any, prototypes: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """The share of (token, module) pairs for which |x·p| is largest with each expert's prototype."""
+    """The share of (token, module) pairs for which |x·p| is largest with each expert's
+    prototype."""
     counts = torch.zeros(len(LANGUAGES))
 
     def count(_, inputs: tuple[Tensor], p: Tensor) -> None:
@@ -344,7 +351,7 @@ def mean(numbers: Iterable[float]) -> float:
     return statistics.fmean(numbers)
 
 
-# --- what must hold ------------------------------------------------------------------------------------------------
+# --- what must hold -------------------------------------------------------------------------------
 
 
 def learned(table: dict[str, dict[str, float]]) -> list[tuple[str, bool]]:
@@ -378,7 +385,8 @@ def exact(model: PeftModel) -> list[tuple[str, bool]]:
 
 @torch.no_grad()
 def apart(layer: LoraLayer, name: str, weights: dict[str, float]) -> float:
-    """The distance between one adapter's delta and the weighted sum of others, relative, in float64."""
+    """The distance between one adapter's delta and the weighted sum of others, relative, in
+    float64."""
     expected = sum(weight * delta(layer, other) for other, weight in weights.items())
     return float((delta(layer, name) - expected).norm() / expected.norm())
 

@@ -1,23 +1,28 @@
-"""What 4 bits cost a real small model, how much of it LoftQ and QPiSSA give back, and where a QLoRA adapter is best merged.
+"""What 4 bits cost a real small model, how much of it LoftQ and QPiSSA give back, and where a QLoRA
+adapter is best merged.
 
     python examples/quantized.py [FOLDER] [--json] [--only rounding]
 
-Takes 4 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The text is Python's own reference manual
-(`pydoc_data`), of which some passages are held out, so the last digits depend on the version of Python. All that is written stays
-in FOLDER (default: quantized-output). With --json stdout holds one JSON document instead.
+Takes 4 GB of memory and nothing from the Hub; needs PEFT, transformers and bitsandbytes. The text
+is Python's own reference manual (`pydoc_data`), of which some passages are held out, so the last
+digits depend on the version of Python. All that is written stays in FOLDER (default:
+quantized-output). With --json stdout holds one JSON document instead.
 
 Three tables of perplexity on the held-out passages:
 
-- the base in 16 bits, in nf4, and in nf4 with adapters that make up for what is lost: LoftQ after one and four iterations and with
-  the covariances of what its layers see, QPiSSA;
-- an adapter that is trained on the nf4 model: as trained, and merged into nf4, into decoded weights, into the 16-bit original;
-- the same adapter merged into six formats, rounded to nearest and stochastically, on some of the passages and on other text (the
-  descriptions of the packages that are used here); in bf16 also what `extract` finds of a short full fine-tune, on the text that it
-  learnt. `--only rounding` makes this table alone.
+- the base in 16 bits, in nf4, and in nf4 with adapters that make up for what is lost: LoftQ after
+  one and four iterations and with the covariances of what its layers see, QPiSSA;
+- an adapter that is trained on the nf4 model: as trained, and merged into nf4, into decoded
+  weights, into the 16-bit original;
+- the same adapter merged into six formats, rounded to nearest and stochastically, on some of the
+  passages and on other text (the descriptions of the packages that are used here); in bf16 also
+  what `extract` finds of a short full fine-tune, on the text that it learnt. `--only rounding`
+  makes this table alone.
 
-All are measured in float32 on decoded weights (`dequantize`, `merge --dequantize`). That this is what transformers and PEFT make
-of the packed base with its adapter is checked on some passages: bitsandbytes computes in bfloat16 there, and on CPUs slowly. Exit
-status 1 if a statement that must hold does not.
+All are measured in float32 on decoded weights (`dequantize`, `merge --dequantize`). That this is
+what transformers and PEFT make of the packed base with its adapter is checked on some passages:
+bitsandbytes computes in bfloat16 there, and on CPUs slowly. Exit status 1 if a statement that must
+hold does not.
 """
 
 import argparse
@@ -37,12 +42,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # everything here is on this machine; read when transformers is imported
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # threads that wait sleep: on a busy machine spinning costs five times the work
+# everything here is on this machine; read when transformers is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# threads that wait sleep: on a busy machine spinning costs five times the work
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +75,9 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "mxfp4": ("--to", "mxfp4"),
 }
 SEEDS, SHORT_SEEDS = range(2), range(3)
-CLOSE = 0.02  # nats per token between the packed model, which computes in bfloat16, and the decoded one in float32
+# nats per token between the packed model, which computes in bfloat16, and the decoded one in
+# float32
+CLOSE = 0.02
 
 say = partial(print, flush=True)
 
@@ -167,7 +172,7 @@ def other(tokenizer) -> Tensor:
     return tokens[: HELD_OUT // SOME * BLOCK].view(-1, BLOCK)
 
 
-# --- the verbs -----------------------------------------------------------------------------------------------------
+# --- the verbs ------------------------------------------------------------------------------------
 
 QuantizedWeight = tuple[Path, Path | None]  # a quantized base, and the adapter for it
 
@@ -254,8 +259,8 @@ def in_format(name: str, base: Path, folder: Path) -> Path:
 def rounded(
     base: Path, adapter: Path, folder: Path, texts: list[Tensor], seeds: Iterable[int] = SEEDS
 ) -> dict[str, dict[str, Any]]:
-    """The adapter merged into a base: row -> nats per token of the two texts, and how much of the delta is in the result (the
-    median over the modules)."""
+    """The adapter merged into a base: row -> nats per token of the two texts, and how much of the
+    delta is in the result (the median over the modules)."""
     out, floats = folder / "rounding-merged", folder / "rounding-floats"
     packed = "quantization_config" in json.loads((base / "config.json").read_text())
     runs = {
@@ -283,7 +288,8 @@ def rounded(
 
 
 def in_fp8(base: Path, out: Path) -> None:
-    """compressed-tensors' FP8, a scale for each row: `quantize --to fp8` takes only sizes that 128 divides."""
+    """compressed-tensors' FP8, a scale for each row: `quantize --to fp8` takes only sizes that 128
+    divides."""
     out.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for file in base.iterdir():
@@ -320,7 +326,7 @@ def adapterkit(*arguments: str | int | Path) -> None:
         sys.exit(f"adapterkit {words[0]} failed")
 
 
-# --- the model -----------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -363,7 +369,8 @@ def loss_of(model: Any, tokens: Tensor) -> Tensor:
 
 
 def train(floats: Path, training: Tensor, held_out: Tensor, folder: Path) -> float:
-    """Write an adapter for the nf4 model, trained on its decoded weights, to folder/trained; returns its held-out loss.
+    """Write an adapter for the nf4 model, trained on its decoded weights, to folder/trained;
+    returns its held-out loss.
 
     QLoRA trains against the same weights, and decodes them at each step.
     """
@@ -404,7 +411,8 @@ def descend(model: Any, batches: list[Tensor], rate: float) -> None:
 def agreements(
     made: dict[str, tuple[QuantizedWeight, Path]], tokens: Tensor
 ) -> list[tuple[str, bool]]:
-    """QuantizedWeight models with their adapters, as transformers and PEFT load them, beside the decoded ones."""
+    """QuantizedWeight models with their adapters, as transformers and PEFT load them, beside the
+    decoded ones."""
     statements = []
     for name, ((base, adapter), floats) in made.items():
         model = AutoModelForCausalLM.from_pretrained(base, device_map="cpu")
@@ -420,7 +428,7 @@ def agreements(
     return statements
 
 
-# --- what it shows -------------------------------------------------------------------------------------------------
+# --- what it shows --------------------------------------------------------------------------------
 
 
 def rows(table: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -439,7 +447,8 @@ def show(title: str, table: dict[str, float], against: str) -> None:
 
 def show_roundings(table: dict[str, dict[str, dict[str, Any]]]) -> None:
     say(
-        f"\nadapters in other formats: perplexity\n{'':42}{'task':>12}{'other text':>12}{'survived':>10}"
+        "\nadapters in other formats: perplexity\n"
+        f"{'':42}{'task':>12}{'other text':>12}{'survived':>10}"
     )
     for name, found in table.items():
         for row, metric in found.items():
@@ -450,7 +459,7 @@ def show_roundings(table: dict[str, dict[str, dict[str, Any]]]) -> None:
     say()
 
 
-# --- what must hold ------------------------------------------------------------------------------------------------
+# --- what must hold -------------------------------------------------------------------------------
 
 
 def better(table: dict[str, float]) -> list[tuple[str, bool]]:
@@ -493,7 +502,10 @@ def kept(table: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, bool]]:
         right = all(abs(metric["survived"] - 1) < 0.1 for metric in drawn)
         statements.append(
             (
-                f"{name}: of the delta there is, drawn, {shares}; to nearest {found['nearest']['survived']:.2f}",
+                (
+                    f"{name}: of the delta there is, drawn, {shares}; to nearest "
+                    f"{found['nearest']['survived']:.2f}"
+                ),
                 right,
             )
         )

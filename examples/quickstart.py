@@ -1,10 +1,12 @@
-"""The main job from end to end on a real model: train a small LoRA adapter, merge it into the files, check the result.
+"""The main job from end to end on a real model: train a small LoRA adapter, merge it into the
+files, check the result.
 
     python examples/quickstart.py [FOLDER]
 
-Takes about a minute on two CPU cores and nothing from the Hub; the adapter, the merged model and its receipt stay in
-FOLDER (default: quickstart-output). The training here is the shortest that can be written in plain torch: any tool that
-writes the PEFT layout would do. Exit status 1 if the merged model is not the base with the adapter on it.
+Takes about a minute on two CPU cores and nothing from the Hub; the adapter, the merged model and
+its receipt stay in FOLDER (default: quickstart-output). The training here is the shortest that can
+be written in plain torch: any tool that writes the PEFT layout would do. Exit status 1 if the
+merged model is not the base with the adapter on it.
 """
 
 import json
@@ -14,9 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # everything here is on this machine; read when transformers is imported
+# everything here is on this machine; read when transformers is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,8 @@ NOTHING = torch.zeros(1, 1), torch.zeros(1, 1)
 def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart-output")
     base, adapter, merged = smollm2(), folder / "adapter", folder / "merged"
-    torch.set_num_threads(
-        1
-    )  # more gain little on matrices this small, and lose much on a busy machine
+    # more gain little on matrices this small, and lose much on a busy machine
+    torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -151,10 +151,12 @@ def show_receipt(receipt: dict) -> None:
         [metric["rounding"] for metric in metrics],
     )
     say(
-        f"receipt: {totals['bytes_copied']:,} bytes copied as they are, {totals['bytes_changed']:,} computed"
+        f"receipt: {totals['bytes_copied']:,} bytes copied as they are, "
+        f"{totals['bytes_changed']:,} computed"
     )
     say(
-        f"receipt: deltas are {min(sizes):.0%} to {max(sizes):.0%} of their weights, up to {max(lost):.0%} rounded off"
+        f"receipt: deltas are {min(sizes):.0%} to {max(sizes):.0%} of their weights, up to "
+        f"{max(lost):.0%} rounded off"
     )
 
 
@@ -175,10 +177,12 @@ def compare_files(base: Path, merged: Path, factors: Factors) -> bool:
                 misrounded += int(((after - exact).abs() > (exact.bfloat16() - exact).abs()).sum())
                 elements += after.numel()
         say(
-            f"tensors: {len(changed)} changed, {len(old.keys()) - len(changed)} unchanged bit for bit"
+            f"tensors: {len(changed)} changed, {len(old.keys()) - len(changed)} unchanged bit for "
+            "bit"
         )
     say(
-        f"changed weights: {misrounded:,} of {elements:,} elements are not the bfloat16 nearest to W + s·b·a"
+        f"changed weights: {misrounded:,} of {elements:,} elements are not the bfloat16 nearest to "
+        "W + s·b·a"
     )
     return (
         same_layout
@@ -188,11 +192,13 @@ def compare_files(base: Path, merged: Path, factors: Factors) -> bool:
 
 
 def compare_models(without, with_adapter, merged) -> bool:
-    """The merged model answers like the base with the adapter, but for the rounding of its weights to bfloat16."""
+    """The merged model answers like the base with the adapter, but for the rounding of its weights
+    to bfloat16."""
     effect = (with_adapter[0] - without[0]).norm()
     error = (merged[0] - with_adapter[0]).norm()
     say(
-        f"logits: merged and base + adapter differ by {error / effect:.2%} of what the adapter changes"
+        f"logits: merged and base + adapter differ by {error / effect:.2%} of what the adapter "
+        "changes"
     )
     for name, (_, text) in {
         "base": without,

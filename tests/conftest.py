@@ -1,4 +1,5 @@
-"""Fixtures that the suites share: tiny checkpoints and adapters, made once a session and never written to."""
+"""Fixtures that the suites share: tiny checkpoints and adapters, made once a session and never
+written to."""
 
 import functools
 import os
@@ -11,7 +12,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m quick`, files without quick tests are not even imported: peft and transformers take longer than the tests."""
+    """With `-m quick`, files without quick tests are not even imported: peft and transformers take
+    longer than the tests."""
     if config.option.markexpr != "quick" or not collection_path.name.startswith("test_"):
         return None
     return "pytest.mark.quick" not in collection_path.read_text() or None
@@ -35,7 +37,8 @@ def cached_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Torch on one thread: for small matrices more threads only wait for each other, long on a busy machine."""
+    """Torch on one thread: for small matrices more threads only wait for each other, long on a busy
+    machine."""
     import torch
 
     threads = torch.get_num_threads()
@@ -46,7 +49,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", params=["golden", "tools"])
 def tool_tensors(request: pytest.FixtureRequest) -> Callable[[str], dict]:
-    """What a format's own tool makes of a weight: a small one, from the golden file, or a larger one, where it is installed."""
+    """What a format's own tool makes of a weight: a small one, from the golden file, or a larger
+    one, where it is installed."""
     from safetensors.torch import load_file
 
     from tests.support import format_tools

@@ -59,15 +59,15 @@ def test_other_places_kinds_and_words_are_other_entries():
     text = lines([*(unknown(layer) for layer in range(10)), *others])
     assert sum(line.startswith("- ") for line in text) == 4
     assert (
-        "- another: base_model.model.layers.1.self_attn.q_proj.lora_A.weight: the base has no model.layers.1.self_attn.q_proj"
-        in text
-    )
+        "- another: base_model.model.layers.1.self_attn.q_proj.lora_A.weight: the base has no "
+        "model.layers.1.self_attn.q_proj"
+    ) in text
 
 
 def test_what_each_was_expected_to_be_stays_with_it():
     text = lines([misshaped(layer) for layer in range(9)])
     assert len(text) == 6 and text[1] == "- adapter: 9 of one kind, such as"
-    assert (
-        text[3]
-        == "  model.layers.1.up_proj: shape ((8, 1), (64, 8)); expected: one that fits the base's (64, 2)"
+    assert text[3] == (
+        "  model.layers.1.up_proj: shape ((8, 1), (64, 8)); expected: one that fits the base's "
+        "(64, 2)"
     )

@@ -1,13 +1,18 @@
-"""Combining, resizing and extracting adapters: adapterkit beside PEFT and beside the full singular value decomposition.
+"""Combining, resizing and extracting adapters: adapterkit beside PEFT and beside the full singular
+value decomposition.
 
-    python examples/benchmarks/combine.py                      three r=16 adapters on 22 layers of 2048, a table
-    python examples/benchmarks/combine.py --large              also on 32 layers of 4096 (a 7B model's shape)
-    python examples/benchmarks/combine.py --extract            also extract, against the full SVD of each difference
+    python examples/benchmarks/combine.py                      three r=16 adapters on 22 layers of
+                                                               2048, a table
+    python examples/benchmarks/combine.py --large              also on 32 layers of 4096 (a 7B
+                                                               model's shape)
+    python examples/benchmarks/combine.py --extract            also extract, against the full SVD of
+                                                               each difference
     python examples/benchmarks/combine.py --json combine.json
 
-adapterkit combines all layers, as a whole process (imports included) and in process; PEFT's `add_weighted_adapter` runs on one
-layer of the same shapes, built by transformers, in process: its time per layer is what is compared. `svd` and `ties_svd` are PEFT's
-names; adapterkit's results are the same deltas (see the tests). The full SVD is what PEFT and others do to each dense delta.
+adapterkit combines all layers, as a whole process (imports included) and in process; PEFT's
+`add_weighted_adapter` runs on one layer of the same shapes, built by transformers, in process: its
+time per layer is what is compared. `svd` and `ties_svd` are PEFT's names; adapterkit's results are
+the same deltas (see the tests). The full SVD is what PEFT and others do to each dense delta.
 """
 
 import argparse
@@ -22,10 +27,8 @@ import common
 
 ADAPTERS = 3
 DENSITY = "0.2"
-SHAPES = {
-    "2048": (2048, 5632, 16, 22),
-    "4096": (4096, 11008, 32, 32),
-}  # hidden, intermediate, heads, layers
+# hidden, intermediate, heads, layers
+SHAPES = {"2048": (2048, 5632, 16, 22), "4096": (4096, 11008, 32, 32)}
 
 ADAPTERKIT = """
 import sys, time, torch, json
@@ -138,7 +141,8 @@ def full_svd_seconds(shape: str) -> float:
 
 
 def combined(work: Path, shape: str, repeat: int, peft: bool) -> dict:
-    """Combinations of three adapters and a resize of one, with PEFT's and others' times for one layer."""
+    """Combinations of three adapters and a resize of one, with PEFT's and others' times for one
+    layer."""
     folders, out, rows = (
         [str(folder) for folder in adapters_of(work, shape)],
         work / "run" / "out",

@@ -1,7 +1,9 @@
-"""What the benchmarks share: a checkpoint and an adapter of a chosen size, a timed process, the metrics of the machine.
+"""What the benchmarks share: a checkpoint and an adapter of a chosen size, a timed process, the
+metrics of the machine.
 
-The checkpoint is a Llama of TinyLlama's widths (hidden 2048, intermediate 5632, vocabulary 32000) and as many layers as
-the size asks for. It is generated one shard at a time and kept, so that a second run starts at once.
+The checkpoint is a Llama of TinyLlama's widths (hidden 2048, intermediate 5632, vocabulary 32000)
+and as many layers as the size asks for. It is generated one shard at a time and kept, so that a
+second run starts at once.
 """
 
 import fcntl
@@ -43,15 +45,15 @@ PEFT_CONFIG = json.loads("""{
 }""")
 
 
-# --- a checkpoint and an adapter -------------------------------------------------------------------------------------
+# --- a checkpoint and an adapter ------------------------------------------------------------------
 
 
 def config_for(size: float) -> dict:
-    """A Llama config whose bf16 weights take about `size` GB (below 0.5 GB the vocabulary shrinks, below 0.1 all)."""
+    """A Llama config whose bf16 weights take about `size` GB (below 0.5 GB the vocabulary shrinks,
+    below 0.1 all)."""
     hidden, intermediate, heads = (2048, 5632, 16) if size >= 0.1 else (256, 704, 2)
-    vocab = (
-        32000 if size >= 0.5 else 4000 if size >= 0.1 else 1000
-    )  # no layer's width: a merge would look for ties
+    # no layer's width: a merge would look for ties
+    vocab = 32000 if size >= 0.5 else 4000 if size >= 0.1 else 1000
     layer = (
         2 * hidden * hidden + 2 * hidden * hidden * 4 // 16 + 3 * hidden * intermediate + 2 * hidden
     )
@@ -108,7 +110,8 @@ def model_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def make_base(folder: Path, size: float, shard: float) -> Path:
-    """Write the checkpoint into `folder` unless it is there already; at most one shard is in memory."""
+    """Write the checkpoint into `folder` unless it is there already; at most one shard is in
+    memory."""
     import torch
     from safetensors.torch import save_file
 
@@ -154,15 +157,15 @@ def make_base(folder: Path, size: float, shard: float) -> Path:
 def make_adapter(
     folder: Path, config: dict, dtype: str, rank: int = 16, alpha: int = 32, seed: int = 1
 ) -> Path:
-    """Write an all-linear LoRA adapter in PEFT's layout, its deltas RELATIVE_DELTA of the weights."""
+    """Write an all-linear LoRA adapter in PEFT's layout, its deltas RELATIVE_DELTA of the
+    weights."""
     import torch
     from safetensors.torch import save_file
 
     if folder.exists():
         return folder
-    std = (
-        RELATIVE_DELTA * STD / (alpha / rank * rank**0.5)
-    ) ** 0.5  # ||b@a|| = sqrt(rank * out * in) * std^2
+    # ||b@a|| = sqrt(rank * out * in) * std^2
+    std = (RELATIVE_DELTA * STD / (alpha / rank * rank**0.5)) ** 0.5
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for n in range(config["num_hidden_layers"]):
         for module, (out_features, in_features) in layer_shapes(config).items():
@@ -197,7 +200,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 def alone(work: Path) -> IO[bytes]:
-    """Hold `work` until the file is closed; wait while another benchmark has it, whose timings would be spoiled too."""
+    """Hold `work` until the file is closed; wait while another benchmark has it, whose timings
+    would be spoiled too."""
     file = (work / "lock").open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,12 +221,13 @@ def warm(*folders: Path) -> None:
                     pass
 
 
-# --- a process, timed ------------------------------------------------------------------------------------------------
+# --- a process, timed -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One process: wall time with its start, what it says of itself (`seconds=` on its last line), peak memory."""
+    """One process: wall time with its start, what it says of itself (`seconds=` on its last line),
+    peak memory."""
 
     wall: float  # seconds
     reported: float | None  # seconds
@@ -265,9 +270,11 @@ def time_process(argv: list[str], env: dict[str, str] | None = None) -> Timing:
 
 
 def anonymous_memory(pid: int) -> int:
-    """Resident anonymous bytes (no file mappings) of a process and its descendants; 0 once it is gone.
+    """Resident anonymous bytes (no file mappings) of a process and its descendants; 0 once it is
+    gone.
 
-    RssAnon rather than smaps_rollup: the same number, without walking page tables under the process's memory lock.
+    RssAnon rather than smaps_rollup: the same number, without walking page tables under the
+    process's memory lock.
     """
     total = 0
     try:
@@ -281,7 +288,7 @@ def anonymous_memory(pid: int) -> int:
     return total
 
 
-# --- metrics for the report --------------------------------------------------------------------------------------------
+# --- metrics for the report -----------------------------------------------------------------------
 
 
 def environment(*packages: str) -> dict:

@@ -1,18 +1,23 @@
-"""LoftQ and quantize: adapterkit beside bitsandbytes with the full singular value decomposition, and beside transformers.
+"""LoftQ and quantize: adapterkit beside bitsandbytes with the full singular value decomposition,
+and beside transformers.
 
-    python examples/benchmarks/loftq.py                      one LoftQ iteration on a layer of 2048, whole commands on 2 GB
+    python examples/benchmarks/loftq.py                      one LoftQ iteration on a layer of 2048,
+                                                             whole commands on 2 GB
     python examples/benchmarks/loftq.py --size 1 --repeat 1  sooner
     python examples/benchmarks/loftq.py --json loftq.json
 
-One iteration quantizes a weight to nf4 in blocks of 64, decodes it and takes the best approximation of rank 16 of what is lost.
-adapterkit runs as its engine does: as many weights at a time as there are cores, each in one thread; a weight's time is the wall
-time of two rounds over their number, its parts are the threads' shares of that. The other side is PEFT's way: bitsandbytes and
-torch.linalg.svd(full_matrices=False), one weight at a time on all cores (PEFT itself asks for a GPU). Both work on the same
-weights, and their errors, ‖W - Q - b@a‖ / ‖W‖ in Frobenius norm, must agree. Processes take turns; all figures are medians.
+One iteration quantizes a weight to nf4 in blocks of 64, decodes it and takes the best approximation
+of rank 16 of what is lost. adapterkit runs as its engine does: as many weights at a time as there
+are cores, each in one thread; a weight's time is the wall time of two rounds over their number, its
+parts are the threads' shares of that. The other side is PEFT's way: bitsandbytes and
+torch.linalg.svd(full_matrices=False), one weight at a time on all cores (PEFT itself asks for a
+GPU). Both work on the same weights, and their errors, ‖W - Q - b@a‖ / ‖W‖ in Frobenius norm, must
+agree. Processes take turns; all figures are medians.
 
-Whole commands, imports included, on a Llama of these widths: `adapterkit loftq`, `adapterkit quantize`, and transformers'
-from_pretrained(quantization_config=...) with save_pretrained. Memory is anonymous memory, sampled every 20 ms; beside it is that of
-a dry run, which has planned and imported everything but read no weight.
+Whole commands, imports included, on a Llama of these widths: `adapterkit loftq`,
+`adapterkit quantize`, and transformers' from_pretrained(quantization_config=...) with
+save_pretrained. Memory is anonymous memory, sampled every 20 ms; beside it is that of a dry run,
+which has planned and imported everything but read no weight.
 """
 
 import argparse
@@ -130,7 +135,7 @@ model.save_pretrained(out)
 """
 
 
-# --- one iteration -----------------------------------------------------------------------------------------------------
+# --- one iteration --------------------------------------------------------------------------------
 
 
 def iterations(repeat: int, cores: int) -> dict[str, dict[str, dict]]:
@@ -172,7 +177,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 
 
-# --- whole commands ----------------------------------------------------------------------------------------------------
+# --- whole commands -------------------------------------------------------------------------------
 
 
 def commands(base: Path, out: Path, repeat: int, peers: bool) -> dict[str, dict]:
@@ -227,7 +232,7 @@ def verb(*words: str, out: Path) -> list[str]:
     ]
 
 
-# --- the report --------------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def print_iterations(sides: dict[str, dict[str, dict]]) -> None:

@@ -1,18 +1,22 @@
-"""Merging an adapter: adapterkit beside copying the files, PEFT and mergekit, each as a whole process.
+"""Merging an adapter: adapterkit beside copying the files, PEFT and mergekit, each as a whole
+process.
 
     python examples/benchmarks/merge.py                              2 GB, three rounds, a table
-    python examples/benchmarks/merge.py --exact --json merge.json    also counts wrongly rounded elements
+    python examples/benchmarks/merge.py --exact --json merge.json    also counts wrongly rounded
+                                                                     elements
     python examples/benchmarks/merge.py --mergekit /path/to/mergekit-yaml
-    python examples/benchmarks/merge.py --sizes 0.5,2,8 --repeat 1   adapterkit alone: is its memory flat?
+    python examples/benchmarks/merge.py --sizes 0.5,2,8 --repeat 1   adapterkit alone: is its memory
+                                                                     flat?
     python examples/benchmarks/merge.py --device cuda                on a GPU
     python examples/benchmarks/merge.py --size 0.2 --only cp,adapterkit    a quick look
 
-Competitors take turns within a round; before each run the output is removed, the disk synced and the input read once,
-so that all find it in the page cache. `seconds` is the wall time of the process, interpreter and imports included,
-except in the rows `in process`, timed inside it once torch and the tool are imported (what is imported on first use,
-such as the model's code in transformers, still counts). PEFT/this divides like by like. Memory is anonymous memory (no
-file mappings), sampled every 20 ms; on CUDA it leaves out what lies on the GPU. ADAPTERKIT_FSYNC=0 makes adapterkit
-skip fsync: for measuring only, a power cut may then leave a checkpoint of zeros.
+Competitors take turns within a round; before each run the output is removed, the disk synced and
+the input read once, so that all find it in the page cache. `seconds` is the wall time of the
+process, interpreter and imports included, except in the rows `in process`, timed inside it once
+torch and the tool are imported (what is imported on first use, such as the model's code in
+transformers, still counts). PEFT/this divides like by like. Memory is anonymous memory (no file
+mappings), sampled every 20 ms; on CUDA it leaves out what lies on the GPU. ADAPTERKIT_FSYNC=0 makes
+adapterkit skip fsync: for measuring only, a power cut may then leave a checkpoint of zeros.
 """
 
 import argparse
@@ -71,9 +75,8 @@ print(f"seconds={time.perf_counter() - start}")
 @dataclass(frozen=True)
 class Competitor:
     name: str
-    steps: tuple[
-        tuple[str, ...], ...
-    ]  # command lines, one process each; a step that reports its seconds is believed
+    # command lines, one process each; a step that reports its seconds is believed
+    steps: tuple[tuple[str, ...], ...]
     env: dict[str, str] = field(default_factory=dict)
     merges: bool = True  # its output is a merged checkpoint, so --exact looks at it
     both: bool = False  # a row for the whole process and one for what it reports
@@ -132,7 +135,8 @@ def competitors(args: argparse.Namespace, base: Path, adapter: Path, out: Path) 
 
 
 def mergekit(args: argparse.Namespace, base: Path, adapter: Path, out: Path) -> Competitor:
-    """`model+lora` in a passthrough: mergekit merges with PEFT into a cache (inside `out`), then copies that."""
+    """`model+lora` in a passthrough: mergekit merges with PEFT into a cache (inside `out`), then
+    copies that."""
     recipe = args.work / "mergekit.yaml"
     model = json.dumps(f"{base}+{adapter}")
     recipe.write_text(f"merge_method: passthrough\nmodels:\n  - model: {model}\ndtype: bfloat16\n")
@@ -196,7 +200,7 @@ def measure(
     return dict(results)
 
 
-# --- exactness -------------------------------------------------------------------------------------------------------
+# --- exactness ------------------------------------------------------------------------------------
 
 
 def open_tensors(folder: Path) -> dict:
@@ -211,7 +215,8 @@ def open_tensors(folder: Path) -> dict:
 
 
 def misrounded(base: Path, adapter: Path, out: Path) -> dict[str, float | int]:
-    """How many sampled elements are not the bf16 number nearest to W + s*b@a, computed in float64."""
+    """How many sampled elements are not the bf16 number nearest to W + s*b@a, computed in
+    float64."""
     weights, factors, merged = open_tensors(base), open_tensors(adapter), open_tensors(out)
     if missing := weights.keys() - merged.keys():
         raise SystemExit(
@@ -247,14 +252,15 @@ def read_rows(file, key: str, rows: list[int]):  # (rows, in) float64
 
 
 def nearest_bf16(values):  # float64 -> float64
-    """Round to 8 significant bits, ties to even. Not `.to(torch.bfloat16)`, which rounds twice, by way of float32."""
+    """Round to 8 significant bits, ties to even. Not `.to(torch.bfloat16)`, which rounds twice, by
+    way of float32."""
     import numpy as np
 
     mantissa, exponent = np.frexp(values)  # values = mantissa * 2**exponent, |mantissa| in [0.5, 1)
     return np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8)
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def print_table(results: dict[str, dict], nbytes: int) -> None:

@@ -1,16 +1,20 @@
-"""Planning at real size: the headers of the largest open checkpoints, their data left out, and merges over stacks of experts.
+"""Planning at real size: the headers of the largest open checkpoints, their data left out, and
+merges over stacks of experts.
 
     python examples/benchmarks/plan.py                            all plans and merges, two tables
-    python examples/benchmarks/plan.py --only DeepSeek            cases whose name holds one of these, comma-separated
+    python examples/benchmarks/plan.py --only DeepSeek            cases whose name holds one of
+                                                                  these, comma-separated
     python examples/benchmarks/plan.py --experts 8,32,128 --size 0.3
     python examples/benchmarks/plan.py --json plan.json
 
-Each base has the published names, shapes, dtypes and number of files; the files are holes, so five checkpoints of 3 TB take some
-MB on disk. Where a published file begins is not copied: tensors lie in the model's order, in files of one size. Each plan is a
-process of its own; first it plans a two-layer model of the same kind, so that imports (torch, transformers, the model's code) are
-paid, then `CPU s` (user + system) and `wall s` are measured for the real one. `peak MB` is the whole process, imports included.
-`requests` is what planning would ask a remote folder for: ranges of its files. Merges are over random values, through
-`target_parameters`, by the size of all experts, whatever their number.
+Each base has the published names, shapes, dtypes and number of files; the files are holes, so five
+checkpoints of 3 TB take some MB on disk. Where a published file begins is not copied: tensors lie
+in the model's order, in files of one size. Each plan is a process of its own; first it plans a
+two-layer model of the same kind, so that imports (torch, transformers, the model's code) are paid,
+then `CPU s` (user + system) and `wall s` are measured for the real one. `peak MB` is the whole
+process, imports included. `requests` is what planning would ask a remote folder for: ranges of its
+files. Merges are over random values, through `target_parameters`, by the size of all experts,
+whatever their number.
 """
 
 import argparse
@@ -78,7 +82,7 @@ print(json.dumps({"cpu": time.process_time() - cpu, "wall": time.perf_counter() 
 """
 
 
-# --- the five shapes -------------------------------------------------------------------------------------------------
+# --- the five shapes ------------------------------------------------------------------------------
 
 
 def llama(layers: int = 126, hidden: int = 16384, inner: int = 53248) -> tuple[dict, Tensors]:
@@ -104,7 +108,8 @@ def deepseek(
     vocab: int = 129280,
     predicts: int = 1,
 ) -> tuple[dict, Tensors]:
-    """DeepSeek-V3: latent attention, experts one by one, fp8 with a scale for each block of 128 x 128; `predicts` MTP layers."""
+    """DeepSeek-V3: latent attention, experts one by one, fp8 with a scale for each block of
+    128 x 128; `predicts` MTP layers."""
     hidden, inner, wide, q_rank, kv_rank, nope, rope = 7168, 2048, 18432, 1536, 512, 128, 64
     config = {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -316,7 +321,7 @@ BASES = (
 )
 
 
-# --- files with holes ------------------------------------------------------------------------------------------------
+# --- files with holes -----------------------------------------------------------------------------
 
 
 def write_sparse(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
@@ -413,7 +418,7 @@ def make_adapter(
     return part.rename(folder)
 
 
-# --- plans -----------------------------------------------------------------------------------------------------------
+# --- plans ----------------------------------------------------------------------------------------
 
 
 def child(code: str, *argv: object) -> dict:
@@ -493,7 +498,7 @@ def plan_table(results: dict[str, dict]) -> None:
         print(name.ljust(45), *(str(cell).rjust(10) for cell in cells))
 
 
-# --- merges over experts ---------------------------------------------------------------------------------------------
+# --- merges over experts --------------------------------------------------------------------------
 
 
 def fill(folder: Path) -> None:

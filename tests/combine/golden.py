@@ -1,6 +1,8 @@
-"""Makes golden.json: what mergekit gives for three small deltas. Run by hand, where mergekit is installed.
+"""Makes golden.json: what mergekit gives for three small deltas. Run by hand, where mergekit is
+installed.
 
-Bases are 0, so that models are deltas. Parameters are mergekit's own; test_methods.py maps them to ours.
+Bases are 0, so that models are deltas. Parameters are mergekit's own; test_methods.py maps them to
+ours.
 """
 
 import json

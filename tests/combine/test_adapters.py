@@ -1,4 +1,5 @@
-"""subtract, arrow, rebase and resize, file to file: against PEFT where PEFT is right, against float64 everywhere."""
+"""subtract, arrow, rebase and resize, file to file: against PEFT where PEFT is right, against
+float64 everywhere."""
 
 import json
 import warnings
@@ -59,7 +60,7 @@ def config_of(folder: Path) -> dict:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-# -- subtract ---------------------------------------------------------------------------------------------------------
+# -- subtract --------------------------------------------------------------------------------------
 
 
 def test_subtract_is_the_exact_difference(mixed, tmp_path):
@@ -128,7 +129,7 @@ def test_a_subtraction_keeps_the_tasks_trained_values_and_refuses_the_generals(a
         )
 
 
-# -- arrow ------------------------------------------------------------------------------------------------------------
+# -- arrow -----------------------------------------------------------------------------------------
 
 
 def assert_parallel(found: torch.Tensor, unit: torch.Tensor) -> None:
@@ -247,7 +248,7 @@ def test_arrow_refuses_what_cannot_be_routed(alike, mixed, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# -- rebase -----------------------------------------------------------------------------------------------------------
+# -- rebase ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -265,10 +266,8 @@ def test_a_rebased_adapter_gives_the_trained_model_on_the_original_base(init, tm
         model.save_pretrained(tmp_path / "initial")
         model.peft_config["default"].init_lora_weights = init
         oracle.perturb(model, 1, 0.05)
-        for (
-            name,
-            parameter,
-        ) in model.named_parameters():  # small steps from the init, not values of their own
+        # small steps from the init, not values of their own
+        for name, parameter in model.named_parameters():
             if "lora_" in name:
                 start = load_file(tmp_path / "initial" / WEIGHTS)[name.replace(".default", "")]
                 parameter.data = start + 0.05 * parameter.data
@@ -326,7 +325,7 @@ def test_rebase_of_another_module_set_or_a_quantized_base_is_refused(mixed, tmp_
         adapterkit.rebase(loftq, initial=mixed[0], out=tmp_path / "out")
 
 
-# -- resize -----------------------------------------------------------------------------------------------------------
+# -- resize ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", ["rank", "keep"])
@@ -376,9 +375,8 @@ def test_resize_by_energy_ratio_and_size(mixed, tmp_path):
         s = torch.linalg.svdvals(delta)[:7]
         kept += s[1 : metrics[name]["rank"]].tolist()
         dropped += s[metrics[name]["rank"] :][s[metrics[name]["rank"] :] > 1e-6].tolist()
-    assert max(dropped) < 2 * min(
-        kept
-    )  # but for the last ones that did not fit, the larger values stay
+    # but for the last ones that did not fit, the larger values stay
+    assert max(dropped) < 2 * min(kept)
     assert_close(
         deltas(tmp_path / "size"),
         {n: truncated(d, metrics[n]["rank"]) for n, d in deltas(mixed[0]).items()},
@@ -387,7 +385,8 @@ def test_resize_by_energy_ratio_and_size(mixed, tmp_path):
 
 
 def test_resize_to_a_size_beside_values_of_another_width(tmp_path):
-    """Values of wider dtypes come first in the file: ranks must not go to the wrong modules for it."""
+    """Values of wider dtypes come first in the file: ranks must not go to the wrong modules for
+    it."""
     source = trained(tmp_path / "a", 1, modules_to_save=["norm"])
     size = 4500
     metrics = adapterkit.resize(
@@ -446,7 +445,7 @@ def test_a_cut_that_makes_no_sense_is_refused(options, mixed, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# -- the commands -----------------------------------------------------------------------------------------------------
+# -- the commands ----------------------------------------------------------------------------------
 
 
 def test_the_commands(alike, tmp_path):

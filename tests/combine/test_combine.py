@@ -1,4 +1,5 @@
-"""combine, file to file: against PEFT's `add_weighted_adapter` where PEFT is right, against float64 everywhere."""
+"""combine, file to file: against PEFT's `add_weighted_adapter` where PEFT is right, against float64
+everywhere."""
 
 import json
 import math
@@ -76,16 +77,15 @@ def peft_combined(
     return load_file(out / "new" / "adapter_model.safetensors")
 
 
-# -- the exact ones ---------------------------------------------------------------------------------------------------
+# -- the exact ones --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["linear", "cat"])
 def test_linear_is_the_weighted_sum(method, mixed, tmp_path):
     metrics = combined(mixed, tmp_path / "out", method=method)
     assert_close(deltas(tmp_path / "out"), weighted(mixed, WEIGHTS))
-    assert (
-        metrics["fit"]["rank"] == 7 + 3 + 2 and metrics["narrow"]["rank"] == 3
-    )  # 4 + 3 factors of three rows
+    # 4 + 3 factors of three rows
+    assert metrics["fit"]["rank"] == 7 + 3 + 2 and metrics["narrow"]["rank"] == 3
     assert metrics["fit"]["energy"] == 1
 
 
@@ -162,7 +162,7 @@ def test_bfloat16_factors_on_request(mixed, tmp_path):
     assert_close(deltas(tmp_path / "out"), weighted(mixed, WEIGHTS), 1e-2)
 
 
-# -- PEFT's names -----------------------------------------------------------------------------------------------------
+# -- PEFT's names ----------------------------------------------------------------------------------
 
 
 def pairs_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -187,7 +187,8 @@ FACTORS = [("linear", None), ("ties", "total"), ("ties", "frequency"), ("magnitu
 
 @pytest.mark.parametrize(("kind", "majority"), DELTA)
 def test_delta_space_agrees_with_peft(kind, majority, three, tmp_path):
-    """PEFT decomposes no 1-D or 3-D kernel, and no layer of fewer rows than the rank: the other tests cover those."""
+    """PEFT decomposes no 1-D or 3-D kernel, and no layer of fewer rows than the rank: the other
+    tests cover those."""
     options = {"density": 0.4} if "_svd" in kind else {}
     three = [narrowed(source, tmp_path) for source in three]
     theirs = options | ({"majority_sign_method": majority} if majority else {})
@@ -254,7 +255,8 @@ def test_dare_on_factors_is_pefts_with_the_same_draws(kind, three, tmp_path, mon
 
 @pytest.mark.parametrize("clamp", [0.6, 0.95, 1.0])
 def test_svd_clamp_holds_the_factors_below_a_quantile(clamp, mixed, tmp_path):
-    """PEFT's rule on b = U s and a = Vᵀ, with the elements' negatives among them, so that no sign of a singular vector matters."""
+    """PEFT's rule on b = U s and a = Vᵀ, with the elements' negatives among them, so that no sign
+    of a singular vector matters."""
     combined(mixed, tmp_path / "out", method="svd", svd_clamp=clamp)
     found = deltas(tmp_path / "out")
     for name, delta in weighted(mixed, WEIGHTS).items():
@@ -267,7 +269,7 @@ def test_svd_clamp_holds_the_factors_below_a_quantile(clamp, mixed, tmp_path):
         assert float((found[name] - expected).norm()) <= 1e-4 * float(delta.norm()), name
 
 
-# -- every method x refit ---------------------------------------------------------------------------------------------
+# -- every method x refit --------------------------------------------------------------------------
 
 
 NEEDS = {"density": 0.5, "decay": 0.9}
@@ -282,7 +284,8 @@ def options_of(method: str) -> dict:
 
 @pytest.mark.parametrize("method", sorted(set(registry.members("combinations")) - {"iso_c"}))
 def test_weights_one_and_zero_give_the_first_adapter(method, mixed, tmp_path):
-    """The law of every method but iso_c, which changes the strengths of even one; also for modules that one of them lacks."""
+    """The law of every method but iso_c, which changes the strengths of even one; also for modules
+    that one of them lacks."""
     options = options_of(method) | ({"density": 1.0} if "density" in options_of(method) else {})
     if method == "sce":
         options["settings"] = {"select": 1.0}
@@ -316,7 +319,8 @@ def test_slerp_says_t_once(mixed, tmp_path):
 )
 @pytest.mark.parametrize("method", list(registry.members("combinations")))
 def test_every_method_and_refit(method, refit, mixed, tmp_path):
-    """The refit is the best approximation of what the method gives at full rank, and the bytes are the same every time."""
+    """The refit is the best approximation of what the method gives at full rank, and the bytes are
+    the same every time."""
     sources, weights = (
         (mixed[:2], (1.0, 0.6)) if method in ("slerp", "karcher") else (mixed, WEIGHTS)
     )
@@ -368,7 +372,7 @@ def test_dare_keeps_the_mean(three, tmp_path):
         assert float((total[name] - delta).norm()) < 0.6 * float(delta.norm()), name
 
 
-# -- weights, modules, what is kept -----------------------------------------------------------------------------------
+# -- weights, modules, what is kept ----------------------------------------------------------------
 
 
 def test_weight_for_replaces_a_weight(mixed, tmp_path):
@@ -601,7 +605,7 @@ def test_a_chat_template_is_the_same_in_either_file(tmp_path):
     combined(sources, tmp_path / "out", (1.0, 1.0), method="linear")
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def test_all_that_is_not_linear_is_refused_at_once(tmp_path):
@@ -669,7 +673,7 @@ def test_values_that_overflow_are_an_error(three, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def test_the_command_writes_plans_and_resumes(three, tmp_path):

@@ -286,7 +286,8 @@ def experts(cached_folder, tmp_path):
 
 
 def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A change of full rank of all that is a matrix or a stack of some, and of the routers' biases."""
+    """A change of full rank of all that is a matrix or a stack of some, and of the routers'
+    biases."""
     if (tensor.dim() < 2 and "router.bias" not in name) or "embed" in name:
         return tensor
     generator = torch.Generator().manual_seed(len(name) + tensor.numel())
@@ -325,7 +326,8 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", MOES)
 def test_stacks_of_experts_get_factors(kind, experts, tmp_path):
-    """All matrices of a mixture change: at full rank the adapter is the whole change, in PEFT's model too."""
+    """All matrices of a mixture change: at full rank the adapter is the whole change, in PEFT's
+    model too."""
     base, after, build = experts(kind, moved)
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=1000)
     config = config_of(tmp_path / "out")
@@ -423,7 +425,8 @@ def test_square_experts_are_read_back_as_they_were_written(experts, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_size_is_kept_with_stacks_and_what_is_saved_whole(dtype, experts, tmp_path):
-    """The wider of factors and saved values comes first in the file, and each gets the rank that is its own."""
+    """The wider of factors and saved values comes first in the file, and each gets the rank that is
+    its own."""
     base, after, build = experts(
         "mixtral", lambda name, t: t + 0.1 if "norm" in name else moved(name, t)
     )
@@ -568,8 +571,8 @@ def everything(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", architectures.BUILDS)
 def test_a_full_fine_tune_answers_as_it_does_itself(name, cached_folder, tmp_path):
-    """Every parameter has changed, bare ones beside modules too: at full rank PEFT's model and the merged one give the fine-tune's
-    answers."""
+    """Every parameter has changed, bare ones beside modules too: at full rank PEFT's model and the
+    merged one give the fine-tune's answers."""
     build = architectures.BUILDS[name]
     base = cached_folder(
         f"architectures-{name}", lambda folder: oracle.save_base(build(), folder, "fp32")
@@ -600,7 +603,8 @@ def test_a_full_fine_tune_answers_as_it_does_itself(name, cached_folder, tmp_pat
 
 
 def test_names_that_others_end_with(cached_folder, tmp_path):
-    """PEFT goes by the ends of names: the last norm of a bare model would be each layer's norm to it."""
+    """PEFT goes by the ends of names: the last norm of a bare model would be each layer's norm to
+    it."""
     build = functools.partial(oracle.llama, cls="LlamaModel")
     base = cached_folder("extract-bare", lambda folder: oracle.save_base(build(), folder, "fp32"))
     after = tuned(

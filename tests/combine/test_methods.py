@@ -1,6 +1,8 @@
-"""Every combination method of the registry: the laws of its family, and its plain dense reference in float64.
+"""Every combination method of the registry: the laws of its family, and its plain dense reference
+in float64.
 
-A new method comes under the laws by itself; its reference is one function more in support/method_references.py.
+A new method comes under the laws by itself; its reference is one function more in
+support/method_references.py.
 """
 
 import dataclasses
@@ -35,13 +37,8 @@ from tests.support.methods import (
 ORDERED = {"ema", "slerp"}  # the order of the adapters is part of the question
 SHARES = {"mean", "karcher"}  # all weights times two: the same result
 NOT_ITSELF = {"iso_c"}  # one adapter alone is not given back
-LINEAR = {
-    "linear",
-    "mean",
-    "magnitude_prune",
-    "dare_linear",
-    "breadcrumbs",
-}  # at density 1, Σ shareᵢ Δᵢ
+# at density 1, Σ shareᵢ Δᵢ
+LINEAR = {"linear", "mean", "magnitude_prune", "dare_linear", "breadcrumbs"}
 ADDITIVE = LINEAR - {"mean"} | {"ema"}  # at density 1, linear in each delta
 PARENTS = {
     "magnitude_prune": "linear",
@@ -90,7 +87,8 @@ def test_record(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_acts_on(name: str) -> None:
-    """It is declared beside the name, and the method has the function for it, and that one alone."""
+    """It is declared beside the name, and the method has the function for it, and that one
+    alone."""
     kind = METHODS[name]
     functions = {"factors": "combine_factors", "elements": "combine_elements"}
     assert {"name", "source", "acts_on"} <= vars(kind).keys()
@@ -291,7 +289,8 @@ def test_memory(name: str) -> None:
 @pytest.mark.parametrize("products", [HARD["pair"], HARD["repeated"]])
 @pytest.mark.parametrize("name", ["ties", "dare_ties", "della", "sce", "knots"])
 def test_conflict(name: str, products: list[Product]) -> None:
-    """The metric agrees with a count by hand for ties at density 1, and is a share for the others."""
+    """The metric agrees with a count by hand for ties at density 1, and is a share for the
+    others."""
     weights = [1.0] * len(products)
     if name == "knots":
         metrics = record(name).combine_factors(products, weights)[1]

@@ -1,4 +1,5 @@
-"""resize of other types of adapters: their deltas as PEFT merges them, the LoRA that comes out as PEFT loads it."""
+"""resize of other types of adapters: their deltas as PEFT merges them, the LoRA that comes out as
+PEFT loads it."""
 
 import json
 import re
@@ -396,12 +397,11 @@ def test_rotations_are_pefts(terms, eps):
     module.weight = nn.Parameter(upper.clone(), requires_grad=False)
     want = module.get_weight() - torch.eye(20, dtype=torch.float64)
     got = torch.block_diag(*less_identity(skew(upper, 5, eps), terms))
-    assert torch.allclose(
-        got, want, atol=1e-12, rtol=1e-6
-    )  # PEFT takes eps / sqrt(blocks) in float32
+    # PEFT takes eps / sqrt(blocks) in float32
+    assert torch.allclose(got, want, atol=1e-12, rtol=1e-6)
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def edited(folder, **changes):
@@ -662,7 +662,7 @@ def test_dora_of_a_row_of_zeros_has_no_value(base, tmp_path):
         resize(adapter, base=broken, out=tmp_path / "out", rank=2)
 
 
-# -- the command ----------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def test_the_command_plans_and_writes(base, tmp_path):

@@ -143,7 +143,8 @@ def test_iso_c_is_isotropic_and_tsv_is_orthogonal() -> None:
 
 @pytest.mark.parametrize("name", ["iso_c", "tsv", "knots"])
 def test_noise_is_not_a_direction(name: str) -> None:
-    """The same delta twice in other factors: the second half of the rank is rounding, and must stay out."""
+    """The same delta twice in other factors: the second half of the rank is rounding, and must stay
+    out."""
     one = product(12, 9, 3, 4)
     mixed = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     same = Product(one.left @ mixed, torch.linalg.solve(mixed, one.right))
@@ -155,7 +156,8 @@ def test_noise_is_not_a_direction(name: str) -> None:
 
 
 def test_sce_weighs_small_deltas_too() -> None:
-    """Mean squares far below 1e-6, as those of most adapters: the shares are still those of the squares."""
+    """Mean squares far below 1e-6, as those of most adapters: the shares are still those of the
+    squares."""
     one, two = HARD["pair"]
     small = [Product(p.left * 1e-6, p.right) for p in (one, two)]
     for select in (0.5, 1.0):

@@ -1,7 +1,9 @@
-"""Factors on single parameters, beside their module's children and inside MultiheadAttention: what comes out is loaded by PEFT.
+"""Factors on single parameters, beside their module's children and inside MultiheadAttention: what
+comes out is loaded by PEFT.
 
-PEFT's file names the nesting of such parameters only, so a wrong key or pattern is dropped without a word. Every result here is
-laid on the model by PEFT, in float64, and held against the sum of what PEFT makes of each input.
+PEFT's file names the nesting of such parameters only, so a wrong key or pattern is dropped without
+a word. Every result here is laid on the model by PEFT, in float64, and held against the sum of what
+PEFT makes of each input.
 """
 
 from pathlib import Path
@@ -66,7 +68,8 @@ def moe(kind):
 
 
 def deltas(build, adapter: Path) -> dict[str, torch.Tensor]:
-    """What PEFT adds to each parameter of the model, in float64; `Error` where it makes up a tensor or drops one."""
+    """What PEFT adds to each parameter of the model, in float64; `Error` where it makes up a tensor
+    or drops one."""
     before = build().double().state_dict()
     model = build().double()
     with oracle.quiet():
@@ -86,7 +89,8 @@ def deltas(build, adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def plain_state(wrapped) -> dict[str, torch.Tensor]:
-    """The merged values by their names in the model (PEFT's own `unload` leaves layers inside parameter wrappers as they are)."""
+    """The merged values by their names in the model (PEFT's own `unload` leaves layers inside
+    parameter wrappers as they are)."""
     state = {}
     for key, value in wrapped.state_dict().items():
         if ".lora_" not in key and ".original_module." not in key:
@@ -124,7 +128,8 @@ def combine(sources, out: Path, weights, **options) -> Path:
     return out
 
 
-PARAMETERS = {  # model, what each of two adapters has, and whether the files say enough without a base
+# model, what each of two adapters has, and whether the files say enough without a base
+PARAMETERS = {
     "one and another": (conformer, [["pos_bias_u"], ["pos_bias_v"]], False),
     "both and one": (conformer, [["pos_bias_u", "pos_bias_v"], ["self_attn.pos_bias_u"]], False),
     "both in either order": (
@@ -170,7 +175,8 @@ def test_parameters_are_joined_by_name(name, tmp_path):
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_children_of_a_module_whose_parameter_is_a_target(first, tmp_path):
-    """The keys of `mixer.in_proj` go through the wrapper of `mixer.A_log`, whichever adapter brings which."""
+    """The keys of `mixer.in_proj` go through the wrapper of `mixer.A_log`, whichever adapter brings
+    which."""
     parts = [
         {"target_modules": ["in_proj"], "bias": "all"},
         {"target_modules": ["in_proj", "dt_proj"], "target_parameters": ["mixer.A_log"]},
@@ -204,7 +210,8 @@ def test_two_wrappers_around_a_child(first, tmp_path):
 
 
 def test_a_trained_bias_under_factors_of_another_adapter(tmp_path):
-    """bias="all" saves a bias beside its weight, and inside the wrapper where the module has factors."""
+    """bias="all" saves a bias beside its weight, and inside the wrapper where the module has
+    factors."""
     build = oracle.gpt2
     sources = [
         trained(
@@ -255,9 +262,8 @@ def check_merge(build, base: Path, adapter: Path, out: Path) -> None:
     expected = deltas(build, adapter)
     for key, value in before.items():
         delta = expected.get(key, torch.zeros(()))
-        delta = (
-            delta / 2 if key.endswith("attention.out_proj.weight") else delta
-        )  # PEFT 0.21 adds it twice
+        # PEFT 0.21 adds it twice
+        delta = delta / 2 if key.endswith("attention.out_proj.weight") else delta
         assert float((found[key] - value - delta).abs().max()) <= 2e-6 * float(
             value.abs().max() + delta.abs().max()
         ), key
@@ -289,7 +295,8 @@ def test_the_output_projection_of_attention_has_the_attention_s_patterns(pattern
 
 
 def test_the_output_projection_of_attention_inside_a_wrapped_module(tmp_path):
-    """The head's own parameter is a target, and so its attention's keys lie inside the head's wrapper."""
+    """The head's own parameter is a target, and so its attention's keys lie inside the head's
+    wrapper."""
     base = base_of(siglip, tmp_path / "base")
     config = {
         "target_modules": ["head.attention"],
@@ -302,7 +309,8 @@ def test_the_output_projection_of_attention_inside_a_wrapped_module(tmp_path):
 
 
 def test_attention_in_one_adapter_only(tmp_path):
-    """The result's own list of modules does not name the output projection, which PEFT would wrap once more."""
+    """The result's own list of modules does not name the output projection, which PEFT would wrap
+    once more."""
     sources = [
         trained(siglip, tmp_path / "a", 1, target_modules=["fc1"]),
         trained(siglip, tmp_path / "b", 2, target_modules=["head.attention"]),
@@ -370,7 +378,8 @@ def test_square_stacks_of_two_versions_are_not_added(tmp_path):
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_layers_narrower_than_the_rank(init, rslora, tmp_path):
-    """PiSSA and OLoRA cut the factors there to the layer's own width; the scale is that of r all the same."""
+    """PiSSA and OLoRA cut the factors there to the layer's own width; the scale is that of r all
+    the same."""
     build = oracle.net
     config = {
         "target_modules": ["narrow", "fit"],

@@ -77,9 +77,8 @@ def test_two_passes_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise, "SAMPLE", 2000)
     assert exact(x, 42_000, height=32) == 2
     assert exact(torch.full((300, 700), 0.5), 42_000) == 2
-    columns = torch.where(
-        torch.arange(700) % 35 == 0, 100.0, 1.0
-    )  # 210,000 / 2000 = 105, and of 700 columns it meets each 35th
+    # 210,000 / 2000 = 105, and of 700 columns it meets each 35th
+    columns = torch.where(torch.arange(700) % 35 == 0, 100.0, 1.0)
     assert exact(x * columns, 42_000, height=32) == 2
 
 

@@ -1,4 +1,5 @@
-"""What is no product of factors in a combination: DoRA, whose delta depends on the base's weights, and values trained whole."""
+"""What is no product of factors in a combination: DoRA, whose delta depends on the base's weights,
+and values trained whole."""
 
 import itertools
 import json
@@ -151,9 +152,8 @@ def test_what_stands_in_the_way_of_a_dora(sources, base, tmp_path):
     with pytest.raises(Refused) as caught:
         adapterkit.combine(sources, out=tmp_path / "out", method="svd", base=other)
     found = [error.problem for error in caught.value.errors]  # pyright: ignore[reportAttributeAccessIssue]
-    assert len(set(found)) == len(found) == 5 and all(
-        "no matrix" in text for text in found
-    )  # every module of the DoRAs, each once
+    # every module of the DoRAs, each once
+    assert len(set(found)) == len(found) == 5 and all("no matrix" in text for text in found)
     note = adapterkit.combine(sources[2:] * 2, out=tmp_path / "plain", method="svd", base=base)
     assert "not needed" in " ".join(note.data["notes"])
 
@@ -174,7 +174,7 @@ def test_the_command_with_a_base(sources, base, tmp_path):
     adapterkit.verify(tmp_path / "out")
 
 
-# -- values trained whole ---------------------------------------------------------------------------------------------
+# -- values trained whole --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

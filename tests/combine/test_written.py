@@ -1,6 +1,8 @@
-"""What every verb that writes an adapter wrote, laid on its base by PEFT: no key missing or left over, the answers that are due.
+"""What every verb that writes an adapter wrote, laid on its base by PEFT: no key missing or left
+over, the answers that are due.
 
-Those are the answers of a model whose parameters are the sum that the verb promises, taken from what `merge` makes of each input.
+Those are the answers of a model whose parameters are the sum that the verb promises, taken from
+what `merge` makes of each input.
 """
 
 import warnings
@@ -84,11 +86,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["in_proj"], "target_parameters": ["mixer.A_log"]},
     ),
 }
-VALUES = (
-    "bias",
-    "modules_to_save",
-    "trainable_token_indices",
-)  # of a config: what is trained as it is
+# of a config: what is trained as it is
+VALUES = ("bias", "modules_to_save", "trainable_token_indices")
 State = dict[str, Tensor]
 
 
@@ -134,7 +133,8 @@ class Trained:
         return out
 
     def due(self, change: Callable[[State, list[State]], State], *adapters: Path) -> list[Tensor]:
-        """The answers of the model whose state is what `change` makes of the base's and those after each adapter."""
+        """The answers of the model whose state is what `change` makes of the base's and those after
+        each adapter."""
         models = [self.model(self.merged(adapter)) for adapter in adapters]
         before, after = (
             oracle.load(BUILDS[self.name], self.base).state_dict(),

@@ -140,7 +140,8 @@ adapterkit.verbs.merge.merge(sys.argv[1], [sys.argv[2]], out=sys.argv[3])
 
 
 def test_files_are_written_in_turn(tmp_path, monkeypatch):
-    """Each file's hash is one core's work: there are as many files in the making as workers, so as many hashes."""
+    """Each file's hash is one core's work: there are as many files in the making as workers, so as
+    many hashes."""
     (tmp_path / "base").mkdir()
     (tmp_path / "adapter").mkdir()
     names = [f"model-{i}-of-3.safetensors" for i in (1, 2, 3)]

@@ -18,8 +18,8 @@ def test_the_quantized_example_runs_and_what_must_hold_holds(tmp_path):
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    # better than plain nf4, packed as decoded, merged as trained; roundings into six formats, of which 4 bits lose the adapter, as
-    # bf16 does that of a short fine-tune
+    # better than plain nf4, packed as decoded, merged as trained; roundings into six formats, of
+    # which 4 bits lose the adapter, as bf16 does that of a short fine-tune
     assert done.stderr.count("\nok: ") >= 7 + 5 + 2 + 6 + 3 + 2
     assert "WRONG" not in done.stderr
     found = json.loads(done.stdout)

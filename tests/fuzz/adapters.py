@@ -106,9 +106,8 @@ def _patterns(config: dict, names: list[str], rng: random.Random) -> None:
                 for p in pool
                 if rng.random() < 0.8
             }
-            config[key] = dict(
-                sorted(patterns.items())
-            )  # PEFT saves them sorted, and the first that matches counts
+            # PEFT saves them sorted, and the first that matches counts
+            config[key] = dict(sorted(patterns.items()))
 
 
 def _whole_values(config: dict, model, modules: dict[str, nn.Module], rng: random.Random) -> None:
@@ -203,7 +202,8 @@ def _check_trainable(wrapped: nn.Module) -> None:
 def weighted(
     model: transformers.PreTrainedModel, adapters: list[Path], weights: list[float]
 ) -> peft.PeftModel:
-    """PEFT's model with all adapters active, each scale times its weight. PEFT's warnings are let through."""
+    """PEFT's model with all adapters active, each scale times its weight. PEFT's warnings are let
+    through."""
     wrapped = peft.PeftModel.from_pretrained(model, adapters[0], adapter_name="a0")
     for i, adapter in enumerate(adapters[1:], start=1):
         wrapped.load_adapter(adapter, adapter_name=f"a{i}")

@@ -1,8 +1,10 @@
-"""What PEFT's forward does with each module, in float64, beside what the module of a written checkpoint does.
+"""What PEFT's forward does with each module, in float64, beside what the module of a written
+checkpoint does.
 
-The weights are not taken from PEFT's merge but from its layers' outputs: a linear layer is asked for the rows of the identity, an
-embedding for every token, a convolution for an impulse in every channel. Experts' stacks and attention's fused projections, whose
-layers cannot be asked alone, are their stored value plus PEFT's delta; the whole model's outputs stand behind those.
+The weights are not taken from PEFT's merge but from its layers' outputs: a linear layer is asked
+for the rows of the identity, an embedding for every token, a convolution for an impulse in every
+channel. Experts' stacks and attention's fused projections, whose layers cannot be asked alone, are
+their stored value plus PEFT's delta; the whole model's outputs stand behind those.
 """
 
 import peft
@@ -28,11 +30,11 @@ FLOOR = 2.0**-20  # of a tensor's largest value: what float32 sums may be off by
 def differences(
     expected: nn.Module, found: nn.Module, plain: transformers.PreTrainedModel, step: float
 ) -> tuple[list[str], bool]:
-    """Modules of `found` that do not do what those of `expected` do, with the error, all in float64; and whether the whole models'
-    outputs could be compared.
+    """Modules of `found` that do not do what those of `expected` do, with the error, all in
+    float64; and whether the whole models' outputs could be compared.
 
-    Both are PEFT models or plain ones, `plain` the model without adapters. `step`: the error allowed,
-    relative to each value: half the distance of two neighbours of the written dtype.
+    Both are PEFT models or plain ones, `plain` the model without adapters. `step`: the error
+    allowed, relative to each value: half the distance of two neighbours of the written dtype.
     """
     expected, found, plain = expected.double(), found.double(), plain.double()
     roots = [m.base_model.model if isinstance(m, peft.PeftModel) else m for m in (expected, found)]
@@ -55,9 +57,8 @@ def differences(
     outputs, results = models.outputs(expected, plain), models.outputs(found, plain)
     for key, output in (outputs or {}).items():
         result = (results or {}).get(key)
-        if not bool(
-            output.isfinite().all()
-        ):  # masked scores, and models that random weights drive to infinity
+        # masked scores, and models that random weights drive to infinity
+        if not bool(output.isfinite().all()):
             continue
         if result is None or output.shape != result.shape:
             wrong.append(f"output {key} is missing")
@@ -80,14 +81,16 @@ def _inside_wrapper(root: nn.Module, name: str) -> bool:
 
 
 def _ignored(module: nn.Module) -> bool:
-    """Whether PEFT adapts attention's output projection without the attention, whose forward then goes past the adapter."""
+    """Whether PEFT adapts attention's output projection without the attention, whose forward then
+    goes past the adapter."""
     return isinstance(module, nn.MultiheadAttention) and isinstance(
         module.out_proj, peft_layers.Linear
     )
 
 
 def _by_parameter(module: nn.Module, plain: nn.Module) -> bool:
-    """Whether a layer cannot be asked alone: PEFT acts on its parameters, or its forward is the model's own."""
+    """Whether a layer cannot be asked alone: PEFT acts on its parameters, or its forward is the
+    model's own."""
     layers = []
     while isinstance(module, WRAPPERS):
         layers.append(module)
@@ -107,7 +110,8 @@ def _by_parameter(module: nn.Module, plain: nn.Module) -> bool:
 
 
 def _answers(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
-    """What a layer gives for the rows of the identity and for zero, for each token, or for an impulse in each channel."""
+    """What a layer gives for the rows of the identity and for zero, for each token, or for an
+    impulse in each channel."""
     if isinstance(plain, LINEAR):
         inputs = plain.in_features if isinstance(plain, nn.Linear) else plain.weight.shape[0]
         zero = module(torch.zeros(1, inputs, dtype=torch.float64))
@@ -146,7 +150,9 @@ def _parameters(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
             module = module.base_layer
     found = {n: p.detach().clone() for n, p in module.named_parameters(recurse=False)}
     if any(any(getattr(layer, "use_dora", {}).values()) for layer in layers):
-        return {}  # PEFT's delta leaves the magnitude out, and a layer with a forward of its own cannot be asked for it
+        # PEFT's delta leaves the magnitude out, and a layer with a forward of its own cannot be
+        # asked for it
+        return {}
     for layer in layers:
         if isinstance(layer, AuxiliaryTrainingWrapper):
             continue

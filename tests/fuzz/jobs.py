@@ -17,10 +17,8 @@ from tests.support.oracle import quiet, stored
 from . import adapters as drawn
 from . import effective, models
 
-STEP = {
-    "fp32": 2.0**-21,
-    "bf16": 2.0**-8,
-}  # of a value: half a unit in the last place of bf16, a few of fp32
+# of a value: half a unit in the last place of bf16, a few of fp32
+STEP = {"fp32": 2.0**-21, "bf16": 2.0**-8}
 # What may be refused, and why that is right. Every refusal of a random job must be one of these.
 JUDGED = (
     ("two adapters that bring the same trained value", r"is replaced by both"),
@@ -128,12 +126,10 @@ def _adapters(
         model = base.load()
         config = drawn.config_for(model, base.task, rng)
         if count > 1:
-            config["bias"] = (
-                "none"  # PEFT loads the trained biases of a second adapter under names that it has renamed
-            )
-            config.pop(
-                "modules_to_save", None
-            )  # and passes by what another adapter adds inside a saved module
+            # PEFT loads the trained biases of a second adapter under names that it has renamed
+            config["bias"] = "none"
+            # and passes by what another adapter adds inside a saved module
+            config.pop("modules_to_save", None)
         if paths and rng.random() < 0.85:
             drawn.keep_factors(config)  # two adapters' trained values have no sum
         path = folder / f"adapter{attempt}"
@@ -164,7 +160,8 @@ def _tried(outcome: Outcome, verb: str, call) -> bool:
 
 
 def _reference(base: models.Base, paths: list[Path], weights: list[float], outcome: Outcome):
-    """PEFT's model with all adapters active; None where PEFT cannot hold them together, or loses some of their keys."""
+    """PEFT's model with all adapters active; None where PEFT cannot hold them together, or loses
+    some of their keys."""
     try:
         return _held_by_peft(base, paths, weights)
     except Exception as error:  # PEFT's own limits have every type
@@ -173,7 +170,8 @@ def _reference(base: models.Base, paths: list[Path], weights: list[float], outco
 
 
 def _held_by_peft(base: models.Base, paths: list[Path], weights: list[float]):
-    """PEFT's model of these adapters; `ValueError` where its loader says that keys were missing or left over."""
+    """PEFT's model of these adapters; `ValueError` where its loader says that keys were missing or
+    left over."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         wrapped = drawn.weighted(base.load(), paths, weights)
@@ -273,8 +271,8 @@ def _quantize(
     folder: Path,
     outcome: Outcome,
 ) -> None:
-    """The base in 4 or 8 bits: the tensors that transformers saves; and a merge into it, as floats, against PEFT on what it decodes
-    to."""
+    """The base in 4 or 8 bits: the tensors that transformers saves; and a merge into it, as floats,
+    against PEFT on what it decodes to."""
     to, double = rng.choice(["nf4", "fp4", "int8"]), rng.random() < 0.5
     out, floats, merged = folder / "quantized", folder / "decoded", folder / "merged-floats"
     double = double and to != "int8"

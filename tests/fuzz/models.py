@@ -1,4 +1,5 @@
-"""Tiny random models of any type that transformers knows, in any of its classes, and inputs for them."""
+"""Tiny random models of any type that transformers knows, in any of its classes, and inputs for
+them."""
 
 import random
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Unusable(Exception):
 
 
 def save_base(kind: str, rng: random.Random, folder: Path, *, tie: bool | None = None) -> Base:
-    """A random model of the type in one of its classes, saved; `Unusable` where transformers does not read back what it saves."""
+    """A random model of the type in one of its classes, saved; `Unusable` where transformers does
+    not read back what it saves."""
     config = _config(kind)
     names = [
         n
@@ -66,9 +68,8 @@ def save_base(kind: str, rng: random.Random, folder: Path, *, tie: bool | None =
         if hasattr(part, "tie_word_embeddings"):
             part.tie_word_embeddings = tie
     try:
-        config = type(config).from_dict(
-            config.to_dict()
-        )  # some classes have their own mind of the switch
+        # some classes have their own mind of the switch
+        config = type(config).from_dict(config.to_dict())
     except Exception as error:  # sizes that do not fit together
         raise Unusable(f"config: {error}") from error
     dtype = rng.choice(sorted(DTYPES))
@@ -134,7 +135,8 @@ def _random_model(auto, config, seed: int) -> transformers.PreTrainedModel:
 def outputs(
     model: torch.nn.Module, plain: transformers.PreTrainedModel
 ) -> dict[str, torch.Tensor] | None:
-    """All float tensors that the model's forward gives on fixed inputs; None where no inputs of ours suit it."""
+    """All float tensors that the model's forward gives on fixed inputs; None where no inputs of
+    ours suit it."""
     for candidate in _inputs(plain):
         try:
             with quiet():

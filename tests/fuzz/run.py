@@ -1,6 +1,7 @@
 """Run many random jobs outside pytest, and print what came of them:
 
-python -m tests.fuzz.run --kinds llama,vit --seeds 0-9 --log outcomes.jsonl        (from the project's folder; all kinds by default)
+python -m tests.fuzz.run --kinds llama,vit --seeds 0-9 --log outcomes.jsonl
+    (from the project's folder; all kinds by default)
 """
 
 import argparse

@@ -35,6 +35,7 @@ def test_random_jobs(kind, seed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", models.KINDS)
 def test_random_jobs_on_every_type(kind, tmp_path):
-    """Types that transformers cannot make tiny, save or read back are counted by `run`, not judged here."""
+    """Types that transformers cannot make tiny, save or read back are counted by `run`, not judged
+    here."""
     for seed in range(10, 13):
         check(kind, seed, tmp_path / str(seed))

@@ -1,4 +1,5 @@
-"""bitsandbytes' blocks and rows: bitsandbytes itself on the CPU, bit for bit, and plain arithmetic in float64."""
+"""bitsandbytes' blocks and rows: bitsandbytes itself on the CPU, bit for bit, and plain arithmetic
+in float64."""
 
 import math
 
@@ -188,7 +189,8 @@ def test_law(kind: blockwise.Kind, blocksize: int, size: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_come_back(kind: blockwise.Kind) -> None:
-    """Beside their scales all do; beside scales made anew, where one of ±1 is in the block, fp4's second zero apart."""
+    """Beside their scales all do; beside scales made anew, where one of ±1 is in the block, fp4's
+    second zero apart."""
     packed = torch.randint(
         0, 256, (32 * 64, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

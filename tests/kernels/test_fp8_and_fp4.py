@@ -238,9 +238,8 @@ def test_values_of_mxfp4_come_back(rule: fp4.MxRule) -> None:
     codes = torch.randint(
         256, (250, 4, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    codes[:, 1:] &= torch.tensor([0xBB, 0x99, 0x88], dtype=torch.uint8)[
-        :, None
-    ]  # codes 0 to 3 only, 0 and 1, 0
+    # codes 0 to 3 only, 0 and 1, 0
+    codes[:, 1:] &= torch.tensor([0xBB, 0x99, 0x88], dtype=torch.uint8)[:, None]
     read = decode_mxfp4(codes, scales)
     again = encode_mxfp4(read, rule=rule)
     assert same(decode_mxfp4(*again), read)

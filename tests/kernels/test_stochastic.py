@@ -35,17 +35,15 @@ def test_the_mean_over_seeds_is_the_value_and_each_is_a_neighbour(source, dtype)
     total = torch.zeros(len(x), dtype=torch.float64)
     for seed in range(SEEDS):
         found = round_to(x, dtype, Draws.of(seed, "w"))
-        assert (
-            (found.double() - x.double()).abs() < step
-        ).all()  # one of the two about it, or itself
+        # one of the two about it, or itself
+        assert ((found.double() - x.double()).abs() < step).all()
         total += found.double()
     part = (x.double().abs() / step).frac()
     z = (total / SEEDS - x.double()) / step / (part * (1 - part) / SEEDS).sqrt().clamp(min=1e-3)
     assert z.abs().max() < 6
     assert abs(float(z.mean())) < 5 / len(x) ** 0.5
-    assert (
-        0.9 < float(z[(part > 0.1) & (part < 0.9)].std()) < 1.1
-    )  # draws of the seeds are independent
+    # draws of the seeds are independent
+    assert 0.9 < float(z[(part > 0.1) & (part < 0.9)].std()) < 1.1
 
 
 @pytest.mark.parametrize(("source", "dtype"), FLOATS)
@@ -65,9 +63,8 @@ def test_what_the_format_holds_stays_and_overflow_is_as_to_nearest(source, dtype
     ).to(source)
     for seed in range(20):
         again = round_to(exact.to(source), dtype, Draws.of(seed, "w"))
-        assert torch.equal(
-            again.view(torch.uint8), exact.view(torch.uint8)
-        )  # zeros with their sign
+        # zeros with their sign
+        assert torch.equal(again.view(torch.uint8), exact.view(torch.uint8))
         assert torch.equal(
             round_to(edge, dtype, Draws.of(seed, "w")).nan_to_num(7.0),
             edge.to(dtype).nan_to_num(7.0),
@@ -96,9 +93,8 @@ def test_draws_are_a_function_of_seed_name_and_position():
         z = ((z ^ z >> shift) * factor) % (1 << 64)
     word = (z ^ z >> 31).to_bytes(8, "little")
     halves = [int.from_bytes(word[i : i + 2], "little", signed=True) for i in range(0, 8, 2)]
-    assert (
-        draws.halves(4, device).tolist() == halves == [-18304, 3871, 3194, 12527]
-    )  # the same for ever
+    # the same for ever
+    assert draws.halves(4, device).tolist() == halves == [-18304, 3871, 3194, 12527]
 
 
 def test_draws_of_tensors_and_seeds_are_independent():

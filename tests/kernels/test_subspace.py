@@ -1,4 +1,5 @@
-"""Low-rank approximations that are nearly the best: against float64's full decomposition, on noise and on what hurts."""
+"""Low-rank approximations that are nearly the best: against float64's full decomposition, on noise
+and on what hurts."""
 
 import math
 from collections.abc import Callable

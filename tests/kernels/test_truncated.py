@@ -1,4 +1,5 @@
-"""Truncated decompositions against LAPACK's in float64: the optimum for every kind of spectrum, shape and scale, on every path."""
+"""Truncated decompositions against LAPACK's in float64: the optimum for every kind of spectrum,
+shape and scale, on every path."""
 
 import functools
 import math
@@ -39,9 +40,11 @@ def trimmed(n: int, m: int) -> Tensor:
 
 
 def check(w: Tensor, found: Svd, k: int, factor: float = 1e-5, exact: Tensor | None = None) -> None:
-    """Shapes, order, orthonormality, the values, and the error of the rank-k approximation next to the optimal one.
+    """Shapes, order, orthonormality, the values, and the error of the rank-k approximation next to
+    the optimal one.
 
-    The factor cannot hold where the optimal error is below what vectors rounded to float32 lose, 1e-6 of the norm.
+    The factor cannot hold where the optimal error is below what vectors rounded to float32 lose,
+    1e-6 of the norm.
     """
     n, m = w.shape
     single = w.dtype == torch.float32
@@ -298,7 +301,8 @@ def test_the_values_down_to_a_ratio(
 def test_the_edge_of_the_noise_beyond_the_ratio_is_seen(
     edge: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The large values are found at once; that the first one behind them is below the limit must be known too."""
+    """The large values are found at once; that the first one behind them is below the limit must be
+    known too."""
     monkeypatch.setattr(truncated, "_full_cost", lambda *_: math.inf)
     noise = torch.cat([torch.linspace(edge, 1, 12)[:-1], torch.linspace(0.98, 0.2, 480)])
     w = spectrum(500, 600, torch.cat([torch.tensor([20.0, 20.0, 20.0]), noise]))

@@ -1,7 +1,8 @@
 """Every kind of layer in every kind of model: against PEFT's merge_and_unload and against float64.
 
-The default mode sums in float32 and rounds once. PEFT rounds once too for linear and convolution layers, so there the two agree;
-for embeddings and attention PEFT rounds the delta first. `compat="peft"` follows PEFT bit for bit everywhere.
+The default mode sums in float32 and rounds once. PEFT rounds once too for linear and convolution
+layers, so there the two agree; for embeddings and attention PEFT rounds the delta first.
+`compat="peft"` follows PEFT bit for bit everywhere.
 """
 
 import copy
@@ -33,7 +34,8 @@ CASES = {
     "llama-head": (oracle.llama, {"target_modules": ["lm_head", "q_proj"]}),
     "llama-embedding": (oracle.llama, {"target_modules": ["embed_tokens", "down_proj"]}),
     "gemma": (oracle.gemma, {"target_modules": LINEAR}),
-    # the config says fan_in_fan_out false, as for a model of plain linear layers; c_proj of the attention is square
+    # the config says fan_in_fan_out false, as for a model of plain linear layers; c_proj of the
+    # attention is square
     "gpt2": (
         oracle.gpt2,
         {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": False},
@@ -92,7 +94,8 @@ def made_case(cached_folder):
 
 
 def as_stored(state, dtype):
-    """Some models (T5's wo) keep a float16 weight in float32 when loaded; the file has it in float16."""
+    """Some models (T5's wo) keep a float16 weight in float32 when loaded; the file has it in
+    float16."""
     return {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in state.items()}
 
 
@@ -119,7 +122,8 @@ def test_compat_is_peft_bit_for_bit(name, dtype, made_case, tmp_path):
 @pytest.mark.parametrize("compat", [None, "peft"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_gets_each_delta_once(dtype, compat, cached_folder, tmp_path):
-    """PEFT 0.21 adds out_proj's delta twice (peft.md 1.21, its pull request 3774); in_proj's once."""
+    """PEFT 0.21 adds out_proj's delta twice (peft.md 1.21, its pull request 3774); in_proj's
+    once."""
     base = cached_folder(
         f"base-net-{dtype}", lambda folder: oracle.save_base(oracle.net(), folder, dtype)
     )
@@ -210,7 +214,8 @@ PREFIXES = [
     ("wrote", "trained", "build"), PREFIXES, ids=lambda p: p if isinstance(p, str) else ""
 )
 def test_names_with_and_without_the_models_prefix(wrote, trained, build, cached_folder, tmp_path):
-    """The base's keys and the adapter's names differ by `bert.`, `transformer.` or `model.`; the output has the base's keys."""
+    """The base's keys and the adapter's names differ by `bert.`, `transformer.` or `model.`; the
+    output has the base's keys."""
     base = cached_folder(
         f"wrote-{wrote}", lambda folder: oracle.save_base(build(cls=wrote), folder, "bf16")
     )
@@ -227,11 +232,8 @@ def test_names_with_and_without_the_models_prefix(wrote, trained, build, cached_
     with oracle.quiet():
         after = cls.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     expected = exact(peft_model(copy.deepcopy(model), tmp_path / "adapter"))
-    drawn = (
-        "classifier",
-        "lm_head",
-        "pooler",
-    )  # what the base may lack is drawn at random at each loading
+    # what the base may lack is drawn at random at each loading
+    drawn = ("classifier", "lm_head", "pooler")
     assert_all_rounded(
         after,
         expected,
@@ -281,7 +283,8 @@ def test_factors_in_16_bits(dtype, llama, lora, tmp_path):
 
 
 def test_peft_rounds_float32_factors_with_low_cpu_mem_usage(llama, lora, tmp_path):
-    """peft.md 0.4: that flag rounds the factors to the base's dtype. The file's float32 factors are what is meant."""
+    """peft.md 0.4: that flag rounds the factors to the base's dtype. The file's float32 factors are
+    what is meant."""
     with oracle.quiet():
         wrapped = peft.PeftModel.from_pretrained(
             load(oracle.llama, llama), lora, low_cpu_mem_usage=True
@@ -297,7 +300,8 @@ def test_peft_rounds_float32_factors_with_low_cpu_mem_usage(llama, lora, tmp_pat
 
 
 def test_adding_the_delta_in_bf16_would_show(llama, lora, tmp_path):
-    """What safe_merge and most peers do, rounding the delta first, misrounds many elements: the check above sees it."""
+    """What safe_merge and most peers do, rounding the delta first, misrounds many elements: the
+    check above sees it."""
     with oracle.quiet():
         theirs = (
             peft_model(load(oracle.llama, llama), lora)
@@ -312,7 +316,8 @@ def test_adding_the_delta_in_bf16_would_show(llama, lora, tmp_path):
 
 @pytest.fixture(scope="session")
 def large(cached_folder):
-    """One linear layer of 8 million elements, a rank of 16, and a delta of 1 % of W: several chunks and several threads."""
+    """One linear layer of 8 million elements, a rank of 16, and a delta of 1 % of W: several chunks
+    and several threads."""
 
     def build(folder):
         generator = torch.Generator().manual_seed(5)
@@ -337,7 +342,8 @@ def large(cached_folder):
 
 
 def test_share_of_misrounded_elements(large, tmp_path):
-    """At most 1e-5 of the elements differ from the rounded float64 value (plain float32 arithmetic gives 8.6e-6)."""
+    """At most 1e-5 of the elements differ from the rounded float64 value (plain float32 arithmetic
+    gives 8.6e-6)."""
     oracle.merge(large / "base", large / "adapter", out=tmp_path / "out")
     w, found = (
         load_file(f / "model.safetensors")["fit.weight"] for f in (large / "base", tmp_path / "out")

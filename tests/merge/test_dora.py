@@ -1,4 +1,5 @@
-"""DoRA: W' = magnitude ⊙ (W + Δ) / ‖W + Δ‖, by output, for linear, transposed, embedding and convolution layers."""
+"""DoRA: W' = magnitude ⊙ (W + Δ) / ‖W + Δ‖, by output, for linear, transposed, embedding and
+convolution layers."""
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_is_the_rounded_float64_value(name, dtype, made_case, tmp_path):
 
 
 def assert_near(ours, theirs, name):
-    """Equal but for a few elements that float32 arithmetic in another order puts on the other side of a boundary."""
+    """Equal but for a few elements that float32 arithmetic in another order puts on the other side
+    of a boundary."""
     if ours.dtype != torch.float32:
         assert int((ours != theirs).sum()) <= 2 + 1e-3 * ours.numel(), name
     unit = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(ours.dtype, 2.0**-22)
@@ -81,7 +83,8 @@ def test_agrees_with_peft(name, dtype, made_case, tmp_path):
 
 
 def test_over_several_chunks(tmp_path):
-    """Norms over columns need the whole weight, which is read by chunks: an embedding of more rows than one chunk has."""
+    """Norms over columns need the whole weight, which is read by chunks: an embedding of more rows
+    than one chunk has."""
     torch.manual_seed(0)
     model = torch.nn.Sequential()
     model.embed = torch.nn.Embedding(5000, 64)
@@ -115,7 +118,8 @@ def test_magnitudes_are_used(made_case, tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compat", [None, "peft"])
 def test_beside_another_adapter(compat, dtype, made_case, cached_folder, tmp_path):
-    """PEFT takes each DoRA's norm of the base and merges in order (peft.md 1.12); order matters, so by default it is refused."""
+    """PEFT takes each DoRA's norm of the base and merges in order (peft.md 1.12); order matters, so
+    by default it is refused."""
     build, base, adapter = made_case("llama", dtype)
     config = {"target_modules": ["q_proj", "up_proj"], "seed": 9, "r": 2}
     plain = cached_folder(
@@ -126,7 +130,8 @@ def test_beside_another_adapter(compat, dtype, made_case, cached_folder, tmp_pat
         with pytest.raises(Refused, match=r"DoRA of .* beside another adapter"):
             oracle.merge(base, adapter, plain, out=tmp_path / "out")
         return
-    # in 16 bits PEFT finds the base's norm by taking the other adapter out and putting it in again, which loses bits of W
+    # in 16 bits PEFT finds the base's norm by taking the other adapter out and putting it in again,
+    # which loses bits of W
     orders = [(adapter, plain), (plain, adapter)] if dtype == "fp32" else [(adapter, plain)]
     for i, order in enumerate(orders):
         oracle.merge(base, *order, out=tmp_path / f"out{i}", compat="peft")

@@ -1,4 +1,5 @@
-"""A `.safetensors` file as a base or as an adapter: what lies beside it belongs to it, unless that is another file's."""
+"""A `.safetensors` file as a base or as an adapter: what lies beside it belongs to it, unless that
+is another file's."""
 
 import json
 import shutil
@@ -23,7 +24,8 @@ def same(one, two):
 @pytest.mark.parametrize("base_name", [MODEL, "llama-v2.safetensors"])
 @pytest.mark.parametrize("adapter_name", [ADAPTER, "epoch-3.safetensors"])
 def test_files_are_their_folders(base_name, adapter_name, llama, lora, tmp_path, monkeypatch):
-    """The result is the folders', by whatever name; it loads, verifies and may lie beside the file."""
+    """The result is the folders', by whatever name; it loads, verifies and may lie beside the
+    file."""
     base, adapter = (
         oracle.edit_config(llama, tmp_path / "base"),
         oracle.edit_config(lora, tmp_path / "adapter"),

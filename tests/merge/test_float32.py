@@ -1,4 +1,5 @@
-"""Weights that are written in float32: each is the rounded float64 value, whatever the base's dtype, adapters and edits."""
+"""Weights that are written in float32: each is the rounded float64 value, whatever the base's
+dtype, adapters and edits."""
 
 from pathlib import Path
 

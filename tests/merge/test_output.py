@@ -1,4 +1,5 @@
-"""What a merge leaves: a complete checkpoint in the base's own layout, an index with true totals, and a receipt."""
+"""What a merge leaves: a complete checkpoint in the base's own layout, an index with true totals,
+and a receipt."""
 
 import hashlib
 import json
@@ -218,9 +219,8 @@ def test_an_overflow_is_an_error_that_names_the_tensor(dtype, where, lora, tmp_p
     with pytest.raises(Failed, match=f"{name} overflows in F16"):
         out_of(tmp_path, tmp_path / "base", lora, dtype=dtype)
     assert not (tmp_path / "out").exists()
-    out_of(
-        tmp_path, tmp_path / "base", lora, dtype="fp32"
-    )  # as the message advises: nothing of the failed run is in the way
+    # as the message advises: nothing of the failed run is in the way
+    out_of(tmp_path, tmp_path / "base", lora, dtype="fp32")
 
 
 def test_the_receipt(llama, lora, tmp_path):
@@ -254,14 +254,15 @@ def test_a_delta_below_the_dtypes_resolution_is_reported(llama, lora, tmp_path):
     )
     (warning,) = [note for note in receipt["notes"] if "WARNING" in note]
     assert (
-        "in 14 of 14 tensors less than 80 % of the change survived rounding to their dtype (median: 100% lost"
-        in warning
-    )
+        "in 14 of 14 tensors less than 80 % of the change survived rounding to their dtype "
+        "(median: 100% lost"
+    ) in warning
     assert "--rounding stochastic" in warning and "--dtype fp32" in warning
 
 
 def deltas(folder, dtype, size):
-    """A weight of the usual spread, and a delta of normal values, `size` times the weight's median step in bf16."""
+    """A weight of the usual spread, and a delta of normal values, `size` times the weight's median
+    step in bf16."""
     generator = torch.Generator().manual_seed(0)
     w = (torch.randn(512, 512, generator=generator) * 0.02).to(dtype)
     for name in ("base", "adapter"):
@@ -386,7 +387,8 @@ def test_names_that_no_file_system_takes_are_refused(length, llama, lora, tmp_pa
 
 
 def test_verify_finds_arithmetic_that_is_wrong(llama, lora, tmp_path, monkeypatch):
-    """A merge whose arithmetic is off by one part in a thousand: every hash agrees, the rows do not."""
+    """A merge whose arithmetic is off by one part in a thousand: every hash agrees, the rows do
+    not."""
     from adapterkit.kernels import rows
 
     right = rows.add_low_rank
@@ -451,7 +453,8 @@ def test_the_result_computes_what_the_adapter_computes(layers, llama, lora, tmp_
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_every_verb_that_writes_a_model_keeps_the_files_beside_it(sharded, llama, lora, tmp_path):
-    """Those in subfolders too; and none writes an index where there is one file that is not of it."""
+    """Those in subfolders too; and none writes an index where there is one file that is not of
+    it."""
     base = tmp_path / "base"
     if sharded:
         oracle.save_base(oracle.llama(), base, "bf16", max_shard_size="6KB")

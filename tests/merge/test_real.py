@@ -1,4 +1,5 @@
-"""Real models: SmolLM2-135M (Llama, tied, bfloat16) and all-MiniLM-L6-v2 (BERT, float32), from wheels on the package index."""
+"""Real models: SmolLM2-135M (Llama, tied, bfloat16) and all-MiniLM-L6-v2 (BERT, float32), from
+wheels on the package index."""
 
 import json
 
@@ -38,7 +39,8 @@ def smollm2_lora(smollm2, cached_folder):
 
 
 def test_smollm2(smollm2, smollm2_lora, tmp_path):
-    """Every weight is the rounded float64 value; shards, keys and tie are the base's; the verification agrees."""
+    """Every weight is the rounded float64 value; shards, keys and tie are the base's; the
+    verification agrees."""
     oracle.merge(smollm2, smollm2_lora, out=tmp_path / "out", verify=True)
     model = load_checked(CAUSAL, smollm2)
     expected = exact(peft_model(model, smollm2_lora))
@@ -65,7 +67,8 @@ def test_smollm2_as_peft(smollm2, smollm2_lora, tmp_path):
 
 
 def test_smollm2_speaks_as_with_its_adapter(smollm2, smollm2_lora, tmp_path):
-    """In float32: the merged model's logits are those of the adapter's model, with the adapter's own tokenizer's ids."""
+    """In float32: the merged model's logits are those of the adapter's model, with the adapter's
+    own tokenizer's ids."""
     oracle.merge(smollm2, smollm2_lora, out=tmp_path / "out", dtype="fp32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     tokens = tokenizer("The capital of France is Paris.", return_tensors="pt").input_ids
@@ -95,7 +98,8 @@ def test_smollm2_head_is_untied(smollm2, tmp_path):
 
 
 def test_minilm(tmp_path):
-    """A sentence encoder whose folder holds more than the model: its pooling and modules go along."""
+    """A sentence encoder whose folder holds more than the model: its pooling and modules go
+    along."""
     base = realmodel.minilm()
     with oracle.quiet():
         model = transformers.AutoModel.from_pretrained(base, dtype="auto")
@@ -131,8 +135,8 @@ def test_adding_and_subtracting_gives_smollm2_back_within_a_rounding(
 
 
 def test_another_base_of_the_same_shapes_is_noted(smollm2, smollm2_lora, tmp_path):
-    """Shapes cannot tell SmolLM from SmolLM2: a note does, where the adapter names a model of the Hub. A local path in the config
-    is neither followed nor copied."""
+    """Shapes cannot tell SmolLM from SmolLM2: a note does, where the adapter names a model of the
+    Hub. A local path in the config is neither followed nor copied."""
     said = {
         "hub": "HuggingFaceTB/SmolLM-135M-Instruct",
         "same": f"org/{smollm2.name}",

@@ -25,7 +25,7 @@ def refused(base, *adapters, out, match, kind=Refused, **options):
     return text
 
 
-# -- what an adapter's config says --------------------------------------------------------------------------------------
+# -- what an adapter's config says -----------------------------------------------------------------
 
 CHANGED = ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq"]
 
@@ -59,7 +59,8 @@ def test_an_init_that_did_not(init, llama, lora, tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_residual_base_of_a_real_init(init, llama, tmp_path):
-    """PEFT's own init, trained, its changed base saved: merging onto that base gives what the model computes."""
+    """PEFT's own init, trained, its changed base saved: merging onto that base gives what the model
+    computes."""
     model = load(oracle.llama, llama).float()
     config = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": init, "lora_alpha": 4}
     with oracle.quiet():
@@ -142,7 +143,7 @@ def test_other_kinds_of_adapters(kind, llama, lora, tmp_path):
     refused(llama, adapter, out=tmp_path / "out", match="peft_type")
 
 
-# -- an adapter that does not belong to the base -------------------------------------------------------------------------
+# -- an adapter that does not belong to the base ---------------------------------------------------
 
 
 def test_an_adapter_of_another_model(lora, cached_folder, tmp_path):
@@ -158,7 +159,8 @@ def test_an_adapter_of_another_model(lora, cached_folder, tmp_path):
 
 
 def test_all_offenders_are_listed(llama, lora, tmp_path):
-    """A matching file but for three keys: all three are in the message, and the good ones are not merged."""
+    """A matching file but for three keys: all three are in the message, and the good ones are not
+    merged."""
     odd = oracle.edit_config(lora, tmp_path / "odd")
     swap = {
         "layers.0.self_attn.q_proj": "layers.7.self_attn.q_proj",
@@ -180,7 +182,8 @@ def test_all_offenders_are_listed(llama, lora, tmp_path):
 
 
 def test_what_a_file_lacks_is_listed_with_what_does_not_fit(cached_folder, tmp_path):
-    """One look: a bias that the file lacks, a factor and a bias of the wrong shape, another file's foreign key, a missing base."""
+    """One look: a bias that the file lacks, a factor and a bias of the wrong shape, another file's
+    foreign key, a missing base."""
     build = lambda: oracle.llama(attention_bias=True)
     base = cached_folder("biased-llama", lambda folder: oracle.save_base(build(), folder, "bf16"))
     for name in ("one", "two"):
@@ -220,7 +223,8 @@ def test_what_a_file_lacks_is_listed_with_what_does_not_fit(cached_folder, tmp_p
 
 
 def test_a_match_by_suffix_alone(llama, lora, tmp_path):
-    """Keys of another wrapping whose ends occur in the base: PEFT would apply nothing and say nothing."""
+    """Keys of another wrapping whose ends occur in the base: PEFT would apply nothing and say
+    nothing."""
     odd = oracle.edit_config(lora, tmp_path / "odd")
     save_file(
         {k.replace("model.layers", "decoder.layers"): v for k, v in stored(lora).items()},
@@ -291,7 +295,7 @@ def test_a_pickled_adapter(llama, lora, tmp_path):
     )
 
 
-# -- modules ------------------------------------------------------------------------------------------------------------
+# -- modules ---------------------------------------------------------------------------------------
 
 
 def test_grouped_convolutions(tmp_path):
@@ -333,7 +337,7 @@ def test_lora_bias_on_a_module_without_bias(llama, tmp_path):
     )
 
 
-# -- bases --------------------------------------------------------------------------------------------------------------
+# -- bases -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt", "consolidated.00.pth"])
@@ -391,7 +395,8 @@ def test_integer_weights(llama, lora, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, "fp16"])
 def test_overflow(dtype, tmp_path):
-    """A merged value beyond the dtype's range is an error that names the tensor, with and without --dtype."""
+    """A merged value beyond the dtype's range is an error that names the tensor, with and without
+    --dtype."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder in (base, adapter):
         folder.mkdir()
@@ -428,7 +433,7 @@ def test_factors_that_are_not_finite(value, part, llama, lora, tmp_path):
     assert "layers.1.mlp.up_proj" in str(caught.value) and not (tmp_path / "out").exists()
 
 
-# -- options and outputs -------------------------------------------------------------------------------------------------
+# -- options and outputs ---------------------------------------------------------------------------
 
 OPTIONS = {
     "tied": {"tied": "loose"},
@@ -464,7 +469,8 @@ def test_a_path_that_is_not_there(llama, lora, tmp_path):
 
 
 def test_output_in_the_way(llama, lora, tmp_path):
-    """A folder that holds something is left alone; --overwrite replaces an older output of adapterkit only."""
+    """A folder that holds something is left alone; --overwrite replaces an older output of
+    adapterkit only."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "diary.txt").write_text("mine")
@@ -522,7 +528,7 @@ def test_mica(llama, tmp_path):
     )
 
 
-# -- whose file it is ----------------------------------------------------------------------------------------------------
+# -- whose file it is ------------------------------------------------------------------------------
 
 
 @pytest.fixture

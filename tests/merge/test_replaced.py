@@ -1,4 +1,5 @@
-"""Values that replace the base's: modules_to_save, heads that the base lacks, trained token rows, resized vocabularies."""
+"""Values that replace the base's: modules_to_save, heads that the base lacks, trained token rows,
+resized vocabularies."""
 
 import json
 
@@ -110,7 +111,8 @@ TARGETS = {"bert": ["query"], "llama": ["q_proj"], "gpt2": ["c_attn"]}
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_that_the_base_lacks(name, cached_folder, tmp_path):
-    """The head is written with the config of the class that has it, so that class loads the folder whole."""
+    """The head is written with the config of the class that has it, so that class loads the folder
+    whole."""
     wrote, trained, build, config, labels = HEADS[name]
     base = cached_folder(
         f"headless-{wrote}", lambda folder: oracle.save_base(build(cls=wrote), folder, "bf16")
@@ -142,7 +144,8 @@ def _headless(cached_folder, wrote="BertModel", **changes):
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "QUESTION_ANS"])
 def test_a_head_that_nothing_completes_is_refused(task, cached_folder, tmp_path):
-    """A masked language model has no pooler, which the classifier reads; PEFT trains with a random one and does not save it."""
+    """A masked language model has no pooler, which the classifier reads; PEFT trains with a random
+    one and does not save it."""
     base = _headless(cached_folder, "BertForMaskedLM")
     cls = (
         transformers.BertForSequenceClassification
@@ -158,7 +161,10 @@ def test_a_head_that_nothing_completes_is_refused(task, cached_folder, tmp_path)
         return
     with pytest.raises(
         Refused,
-        match=r"needs bert.pooler.dense.weight, bert.pooler.dense.bias, which neither.*(\n.*)*--exclude 'classifier'",
+        match=(
+            r"needs bert.pooler.dense.weight, bert.pooler.dense.bias, which "
+            r"neither.*(\n.*)*--exclude 'classifier'"
+        ),
     ):
         oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", exclude="classifier")
@@ -207,7 +213,8 @@ def test_heads_of_older_adapters_are_the_tasks(name, cached_folder, tmp_path):
 
 
 def test_heads_that_the_model_lacks_are_no_problem(cached_folder, tmp_path):
-    """PEFT names classifier and score for every classifier, qa_outputs for every reader; XLNet's are called otherwise."""
+    """PEFT names classifier and score for every classifier, qa_outputs for every reader; XLNet's
+    are called otherwise."""
     config = transformers.XLNetConfig(vocab_size=80, d_model=32, n_layer=1, n_head=4, d_inner=48)
     torch.manual_seed(0)
     with oracle.quiet():
@@ -318,7 +325,8 @@ def test_trained_token_rows(build, config, dtype, cached_folder, tmp_path):
 
 @pytest.fixture
 def resized(llama, tmp_path):
-    """An adapter trained after `resize_token_embeddings(90)`, on attention; PEFT saved both embeddings. And its model."""
+    """An adapter trained after `resize_token_embeddings(90)`, on attention; PEFT saved both
+    embeddings. And its model."""
 
     def make(base=llama, build=oracle.llama, size=90, **config):
         model = load(build, base)
@@ -366,7 +374,8 @@ COPY = "base_model.model.model.embed_tokens.base_layer.weight"
 
 
 def _two(llama, tmp_path):
-    """Two adapters of embedding, head and attention; PEFT stores copies of the base's embedding and head in both."""
+    """Two adapters of embedding, head and attention; PEFT stores copies of the base's embedding and
+    head in both."""
     for seed in (1, 2):
         oracle.train(
             load(oracle.llama, llama),
@@ -396,12 +405,16 @@ def test_copies_of_the_base_change_nothing(weights, llama, tmp_path):
 
 
 def test_a_copy_of_another_base(llama, tmp_path):
-    """A second adapter, merged into the result of a first: its copies would take the first one's delta away again."""
+    """A second adapter, merged into the result of a first: its copies would take the first one's
+    delta away again."""
     first, second = _two(llama, tmp_path)
     oracle.merge(llama, first, out=tmp_path / "merged", dtype="fp32")
     with pytest.raises(
         Refused,
-        match=r"embed_tokens.base_layer.weight \(80 of 80 rows differ\).*\n.*\n.*--base-copies ignore",
+        match=(
+            r"embed_tokens.base_layer.weight \(80 of 80 rows "
+            r"differ\).*\n.*\n.*--base-copies ignore"
+        ),
     ):
         oracle.merge(tmp_path / "merged", second, out=tmp_path / "out")
     oracle.merge(
@@ -484,7 +497,8 @@ def test_an_adapter_loads_without_its_copies(llama, tmp_path):
 
 
 def test_trained_rows_of_a_resized_vocabulary(llama, resized, tmp_path):
-    """Tokens beyond the base's vocabulary: the file then holds the resized embeddings beside the rows."""
+    """Tokens beyond the base's vocabulary: the file then holds the resized embeddings beside the
+    rows."""
     adapter, theirs = resized(trainable_token_indices=[85, 2])
     tensors = stored(adapter)
     assert "base_model.model.model.embed_tokens.token_adapter.base_layer.weight" in tensors
@@ -583,7 +597,8 @@ WHOLE = {
 
 @pytest.mark.parametrize("what", WHOLE)
 def test_a_weight_other_than_one_and_its_way_out(what, cached_folder, tmp_path):
-    """Values have no multiple; the message names the option that leaves them as they are, and it works."""
+    """Values have no multiple; the message names the option that leaves them as they are, and it
+    works."""
     config, pattern = WHOLE[what]
     build = {
         "biases": lambda: oracle.llama(attention_bias=True),
@@ -666,7 +681,8 @@ def test_wrong_indices_are_refused(indices, llama, tmp_path):
 
 
 def _copies(llama, folder, dtype="bf16", change=0.0, **config):
-    """An adapter of the embedding whose copy is of the base in another dtype, or of another base."""
+    """An adapter of the embedding whose copy is of the base in another dtype, or of another
+    base."""
     model = load(oracle.llama, llama).to(DTYPES[dtype])
     with torch.no_grad():
         model.model.embed_tokens.weight[3] += change
@@ -693,7 +709,8 @@ def test_combine_of_copies(llama, tmp_path):
 
 
 def test_rebase_leaves_out_the_changed_base(llama, tmp_path):
-    """The copy beside PiSSA's factors is W - s·b₀@a₀: beside plain factors PEFT would put it in place of W."""
+    """The copy beside PiSSA's factors is W - s·b₀@a₀: beside plain factors PEFT would put it in
+    place of W."""
     base = tmp_path / "base"
     oracle.save_base(load(oracle.llama, llama), base, "fp32")
     with oracle.quiet():

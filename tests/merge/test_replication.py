@@ -1,5 +1,6 @@
-"""layer_replication: a real deeper checkpoint. PEFT's own merge shares the copied layers' weights and corrupts them
-(peft.md 1.20), so the oracle is the unmerged PEFT model's weights: copied layer + its own delta."""
+"""layer_replication: a real deeper checkpoint. PEFT's own merge shares the copied layers' weights
+and corrupts them (peft.md 1.20), so the oracle is the unmerged PEFT model's weights: copied
+layer + its own delta."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""The scale of each module: alpha / r, rsLoRA's alpha / sqrt(r), and both patterns by PEFT's own matching rule."""
+"""The scale of each module: alpha / r, rsLoRA's alpha / sqrt(r), and both patterns by PEFT's own
+matching rule."""
 
 import json
 import math
@@ -135,9 +136,8 @@ def test_patterns_match_as_in_peft(patterns):
     """`resolved` against PEFT's get_pattern_key, over random patterns and names."""
     for pattern in patterns:
         try:
-            re.compile(
-                pattern
-            )  # `)(` is none, though it becomes one inside PEFT's parentheses: that is refused
+            # `)(` is none, though it becomes one inside PEFT's parentheses: that is refused
+            re.compile(pattern)
         except re.error:
             return
     table = {pattern: i + 2 for i, pattern in enumerate(patterns)}
@@ -202,7 +202,8 @@ def test_weight_scales_the_delta(llama, lora, tmp_path):
 
 
 def test_config_of_peft_is_known():
-    """Every key that this PEFT writes is read: a new one must be looked at before it is called harmless."""
+    """Every key that this PEFT writes is read: a new one must be looked at before it is called
+    harmless."""
     from adapterkit.adapters.config import HARMLESS, OTHER_ARITHMETIC
 
     config = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=list))

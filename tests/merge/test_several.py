@@ -107,7 +107,8 @@ def test_peft_rounds_more_often(bases, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_subtracting_gives_the_base_back(dtype, bases, tmp_path):
-    """Added and taken away in two jobs: each element within one rounding of the merged weight, and of the result."""
+    """Added and taken away in two jobs: each element within one rounding of the merged weight, and
+    of the result."""
     base, adapters = bases(dtype)
     oracle.merge(base, adapters[0], out=tmp_path / "there")
     oracle.merge(tmp_path / "there", f"{adapters[0]}=-1", out=tmp_path / "back")
@@ -171,7 +172,7 @@ def test_any_weights(weights, bases, tmp_path_factory):
         assert_rounded(stored(out)[name], value, name)
 
 
-# -- include and exclude -----------------------------------------------------------------------------------------------------
+# -- include and exclude ---------------------------------------------------------------------------
 
 CHOICES = {
     "include": ({"include": "q_proj"}, lambda n: "q_proj" in n),
@@ -244,7 +245,8 @@ def test_exclude_leaves_out_what_is_no_delta(what, bases, tmp_path):
 
 
 def test_weights_of_peft_lora_config_are_not_touched(bases):
-    """The oracle's adapters keep their files as PEFT wrote them: nothing in a merge writes to its inputs."""
+    """The oracle's adapters keep their files as PEFT wrote them: nothing in a merge writes to its
+    inputs."""
     _, adapters = bases("bf16")
     for adapter in adapters:
         assert peft.PeftConfig.from_pretrained(adapter).peft_type == "LORA"

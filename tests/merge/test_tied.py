@@ -1,7 +1,8 @@
 """Tied embeddings: one weight in memory and in the file, two names.
 
-PEFT 0.21 adds the delta of one side to the shared matrix, so the other side changes too, and an adapter made with
-ensure_weight_tying twice (peft.md 1.17). By default a change of one side makes them two; --tied fold gives PEFT's result.
+PEFT 0.21 adds the delta of one side to the shared matrix, so the other side changes too, and an
+adapter made with ensure_weight_tying twice (peft.md 1.17). By default a change of one side makes
+them two; --tied fold gives PEFT's result.
 """
 
 import json
@@ -137,7 +138,8 @@ def test_ensure_weight_tying_applies_once(how, tied, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_ensured_deltas_that_came_apart_are_two(dtype, tied, tmp_path):
-    """PEFT's upcast of the factors ends the sharing on 16-bit bases: the sides train apart, and the file holds two deltas."""
+    """PEFT's upcast of the factors ends the sharing on 16-bit bases: the sides train apart, and the
+    file holds two deltas."""
     build, base, adapter = tied(
         "llama", dtype, target_modules=["embed_tokens"], ensure_weight_tying=True
     )
@@ -187,7 +189,8 @@ def test_token_rows_stay_tied(how, tied, tmp_path):
 
 
 def test_different_rows_of_both_sides(tied, tmp_path):
-    """PEFT computes with each side's own rows, and its merge puts all rows into the shared matrix: that is --tied fold."""
+    """PEFT computes with each side's own rows, and its merge puts all rows into the shared matrix:
+    that is --tied fold."""
     indices = {"embed_tokens": [5, 2], "lm_head": [7]}
     build, base, adapter = tied(target_modules=["q_proj"], trainable_token_indices=indices)
     oracle.merge(base, adapter, out=tmp_path / "out")
@@ -203,7 +206,8 @@ def test_different_rows_of_both_sides(tied, tmp_path):
 )
 @pytest.mark.parametrize("how", ["untie", "fold", "refuse"])
 def test_resized_vocabulary_stays_tied(how, config, tied, tmp_path):
-    """PEFT saves a resized tied embedding under both names; equal values are one weight, and trained rows are both sides'."""
+    """PEFT saves a resized tied embedding under both names; equal values are one weight, and
+    trained rows are both sides'."""
     build, base, _ = tied(target_modules=["q_proj"])
     model = load(build, base)
     with oracle.quiet():
@@ -222,7 +226,8 @@ def test_resized_vocabulary_stays_tied(how, config, tied, tmp_path):
 
 @pytest.mark.parametrize("how", ["untie", "fold"])
 def test_a_base_that_stores_both(how, tied, tmp_path):
-    """Some checkpoints hold the tied head as well: the copies stay equal when folded, and are two when untied."""
+    """Some checkpoints hold the tied head as well: the copies stay equal when folded, and are two
+    when untied."""
     build, base, adapter = tied(target_modules=["embed_tokens"])
     both = oracle.edit_config(base, tmp_path / "both")
     tensors = stored(base)
@@ -249,7 +254,8 @@ def test_shared_embeddings_of_t5(cached_folder, tmp_path):
         merged(tmp_path / "fold", oracle.t5),
         peft_merged(load(oracle.t5, base), tmp_path / "adapter"),
     )
-    # T5's config reads tie_word_embeddings = false as "do not scale the decoder's outputs": untying would change the logits
+    # T5's config reads tie_word_embeddings = false as "do not scale the decoder's outputs": untying
+    # would change the logits
     with pytest.raises(Refused, match="cannot be untied"):
         oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out")
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "part", exclude="shared", compat="peft")
@@ -257,7 +263,8 @@ def test_shared_embeddings_of_t5(cached_folder, tmp_path):
 
 
 def test_a_switch_that_means_more_is_not_turned(cached_folder, tmp_path):
-    """SwitchTransformers scales its outputs by tie_word_embeddings: untied, the logits would be others."""
+    """SwitchTransformers scales its outputs by tie_word_embeddings: untied, the logits would be
+    others."""
     sizes = {
         "vocab_size": 80,
         "d_model": 32,
@@ -321,7 +328,8 @@ def test_nested_config_is_untied(tmp_path):
 
 
 def test_ties_of_a_model_that_transformers_does_not_know(tied, tmp_path):
-    """Nobody can say then what else the embedding is; the shared weight can be changed on request."""
+    """Nobody can say then what else the embedding is; the shared weight can be changed on
+    request."""
     _, base, adapter = tied(target_modules=["embed_tokens"])
     unknown = oracle.edit_config(
         base, tmp_path / "unknown", model_type="mystery", architectures=["MysteryForCausalLM"]
@@ -500,7 +508,8 @@ def _logits(model, name):
 @pytest.mark.parametrize("trained", SIDES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_of_every_family(name, trained, cached_folder, tmp_path):
-    """transformers' switch releases every tie of a model at once, biases too: each is written out."""
+    """transformers' switch releases every tie of a model at once, biases too: each is written
+    out."""
     cls, _, _, embedding, head = FAMILIES[name]
     base = cached_folder(f"tied-family-{name}", lambda folder: _family(name, folder))
     oracle.train(load(cls, base), tmp_path / "adapter", **SIDES[trained](embedding, head))
@@ -510,9 +519,8 @@ def test_logits_of_every_family(name, trained, cached_folder, tmp_path):
         _logits(load(cls, base), name),
     )
     after = load(cls, tmp_path / "out")
-    for model in (
-        (wrapped, after) if "rows" in trained else ()
-    ):  # there PEFT leaves the head's bias out until it merges
+    # there PEFT leaves the head's bias out until it merges
+    for model in (wrapped, after) if "rows" in trained else ():
         for parameter in model.parameters():
             if parameter.shape == (80,):
                 parameter.data.zero_()

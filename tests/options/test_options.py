@@ -1,4 +1,5 @@
-"""Options of every verb: what is plainly meant is done, all else is refused by name, before anything is written."""
+"""Options of every verb: what is plainly meant is done, all else is refused by name, before
+anything is written."""
 
 import inspect
 import re

@@ -1,4 +1,5 @@
-"""Planning at size: what it reads, and what it does once instead of for each of thousands of tensors."""
+"""Planning at size: what it reads, and what it does once instead of for each of thousands of
+tensors."""
 
 import random
 from dataclasses import dataclass, replace
@@ -233,7 +234,8 @@ def test_an_index_shares_the_strings_of_the_headers(tmp_path):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
-    """Of experts stored one by one each step reads its own part of a, and the stack of b is read once for all."""
+    """Of experts stored one by one each step reads its own part of a, and the stack of b is read
+    once for all."""
     mixture(tmp_path / "base")
     model = transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base")
     experts = {"target_parameters": ["gate_up_proj", "down_proj"]} if stacked else {}

@@ -1,4 +1,5 @@
-"""bitsandbytes' files: written as transformers writes them, decoded as it decodes them, refused where they lie."""
+"""bitsandbytes' files: written as transformers writes them, decoded as it decodes them, refused
+where they lie."""
 
 import json
 import logging
@@ -26,10 +27,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 STATE = bnb4.STATE
 K = "model.layers.0.self_attn.k_proj.weight"  # 64 x 128: 128 blocks
 Q = "model.layers.0.self_attn.q_proj"
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-}  # rows of whole blocks: bitsandbytes decodes no others rightly on CPUs
+# rows of whole blocks: bitsandbytes decodes no others rightly on CPUs
+SIZES = {"hidden_size": 128, "intermediate_size": 192}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, transformers'
     "nf4": ({"to": "nf4"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
     "fp4": ({"to": "fp4"}, {"load_in_4bit": True}),
@@ -186,7 +185,8 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def same_files(ours: Path, theirs: Path) -> None:
-    """The same weights, byte for byte, and the same config but for the dtype to compute in, which is the base's here."""
+    """The same weights, byte for byte, and the same config but for the dtype to compute in, which
+    is the base's here."""
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
     found, expected = config(ours), config(theirs)
     settings = found["quantization_config"]
@@ -220,8 +220,9 @@ def test_the_files_are_those_of_transformers(
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("model", ["flint", "inkling2_text", "deepseek_v3", "llava"])
 def test_types_whose_names_in_the_file_are_others(model: str, kind: str, tmp_path: Path) -> None:
-    """What is quantized is as transformers quantizes it, the rest has the same values, and all of it loads. A linear layer that is
-    stored under another name than its `weight` stays a float where the loader would not find its scale (nor finds its own)."""
+    """What is quantized is as transformers quantizes it, the rest has the same values, and all of
+    it loads. A linear layer that is stored under another name than its `weight` stays a float where
+    the loader would not find its scale (nor finds its own)."""
     made = tiny.model(model).half()
     made.save_pretrained(tmp_path / "base")
     by_transformers(tmp_path / "base", tmp_path / "theirs", **KINDS[kind][1])
@@ -267,7 +268,8 @@ def test_errors_are_measured(base, packed) -> None:
 
 
 def unpacked(tensors: dict[str, Tensor], key: str) -> Tensor:
-    """code * scale of a 4-bit weight, in float64 from the stored tensors alone, as stored (out, in)."""
+    """code * scale of a 4-bit weight, in float64 from the stored tensors alone, as stored (out,
+    in)."""
     state = next(k for k in tensors if k.startswith(key + STATE))
     said = json.loads(tensors[state].numpy().tobytes())
     absmax = tensors[key + ".absmax"].double()
@@ -507,7 +509,8 @@ def test_codes_stored_as_other_numbers_are_the_same_bytes(
 def test_what_was_saved_after_a_forward_pass(
     base, packed, lora: Path, name: str, tmp_path: Path
 ) -> None:
-    """On CPUs that multiply bfloat16 bitsandbytes leaves the scales in a transposed matrix of it, exact where the weights were."""
+    """On CPUs that multiply bfloat16 bitsandbytes leaves the scales in a transposed matrix of it,
+    exact where the weights were."""
     model = by_transformers(base(name), tmp_path / "before", **KINDS["nf4"][1])
     with oracle.quiet(), torch.no_grad():
         model(torch.arange(6)[None])

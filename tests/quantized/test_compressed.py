@@ -1,4 +1,5 @@
-"""quantize to compressed-tensors' schemes and to MXFP4, LoftQ with several widths: as the library stores and reads them."""
+"""quantize to compressed-tensors' schemes and to MXFP4, LoftQ with several widths: as the library
+stores and reads them."""
 
 import json
 from collections.abc import Callable
@@ -228,7 +229,8 @@ def vit(cached_folder: Callable[..., Path]) -> Path:
 
 
 def same_as_decoded(model: nn.Module, quantized: Path, out: Path) -> None:
-    """The weights of a loaded model are those that dequantize writes, which the same class loads."""
+    """The weights of a loaded model are those that dequantize writes, which the same class
+    loads."""
     adapterkit.dequantize(quantized, out=out, dtype="fp32")
     with oracle.quiet():
         floats = type(model).from_pretrained(out, dtype=torch.float32).state_dict()
@@ -286,7 +288,8 @@ def test_targets_are_the_loaded_models_and_read_as_such(vit: Path, tmp_path: Pat
 def test_linear_layers_of_other_classes_are_ignored(
     cached_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """compressed-tensors takes derived classes for Linear, as MultiheadAttention's out_proj is one."""
+    """compressed-tensors takes derived classes for Linear, as MultiheadAttention's out_proj is
+    one."""
     text = {**TOWER, "vocab_size": 96, "max_position_embeddings": 16}
     config = transformers.SiglipConfig(
         text_config=text, vision_config={**TOWER, "image_size": 16, "patch_size": 8}
@@ -412,9 +415,8 @@ def test_loftq_with_several_widths(base, tmp_path: Path) -> None:
     merged = model.merge_and_unload().state_dict()
     for key, metric in metrics.items():
         error = float((merged[key].double() - old[key].double()).norm() / old[key].double().norm())
-        assert error == pytest.approx(metric["error_after"], rel=0.1), (
-            key
-        )  # the library computes in bfloat16
+        # the library computes in bfloat16
+        assert error == pytest.approx(metric["error_after"], rel=0.1), key
     adapterkit.verify(tmp_path / "out")
 
 

@@ -1,4 +1,5 @@
-"""The formats of quantized weights: read as their own tools read them, merged into and written again, refused where they lie."""
+"""The formats of quantized weights: read as their own tools read them, merged into and written
+again, refused where they lie."""
 
 import hashlib
 import json
@@ -222,7 +223,8 @@ def test_files_of_torchao(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_decoded(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
-    """As planned: keys and shapes of the plain model, one rounding to its dtype, nothing left that says quantized."""
+    """As planned: keys and shapes of the plain model, one rounding to its dtype, nothing left that
+    says quantized."""
     folder, plain = base(name), dict(quantized_llama.llama().state_dict())
     adapterkit.dequantize(folder, out=tmp_path / "32", dtype="fp32")
     adapterkit.dequantize(folder, out=tmp_path / "16")
@@ -241,8 +243,8 @@ def test_decoded(base: Callable[[str], Path], name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", WRITABLE)
 def test_what_comes_back(base: Callable[[str], Path], name: str) -> None:
-    """Of a weight that its own encoder made, every byte; of transformers' fp8, which forms 1 / (448 / x), all but the scale's last
-    bits."""
+    """Of a weight that its own encoder made, every byte; of transformers' fp8, which forms
+    1 / (448 / x), all but the scale's last bits."""
     tensors = stored(base(name))
     for spec in packed_of(base(name)).values():
         parts = {part.key: tensors[part.key] for part in spec.parts}

@@ -1,4 +1,5 @@
-"""GGUF files to checkpoints: what llama.cpp's layouts were made of comes back, as transformers reads it; others are refused."""
+"""GGUF files to checkpoints: what llama.cpp's layouts were made of comes back, as transformers
+reads it; others are refused."""
 
 import importlib.util
 import json
@@ -71,7 +72,8 @@ def write(
     tensors: dict[str, Any],
     tokens: list[str] | None = TOKENS,
 ) -> Path:
-    """A GGUF file by the package's own writer; a tensor is an array of floats, or (type, blocks)."""
+    """A GGUF file by the package's own writer; a tensor is an array of floats, or (type,
+    blocks)."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in settings.items():
         add = {
@@ -102,7 +104,7 @@ def write(
     return path
 
 
-# --- models in llama.cpp's layouts, as its converter writes them ---------------------------------------------------
+# --- models in llama.cpp's layouts, as its converter writes them ----------------------------------
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -302,9 +304,8 @@ def test_a_model_comes_back_from_llama_cpps_layout(arch: str, tmp_path: Path):
     adapterkit.dequantize(path, out=tmp_path / "out")
     expected = {key: value.float() for key, value in model.state_dict().items()}
     ours = stored(tmp_path / "out")
-    assert all(
-        value.dtype == torch.float32 for value in ours.values()
-    )  # a file of floats keeps its dtype
+    # a file of floats keeps its dtype
+    assert all(value.dtype == torch.float32 for value in ours.values())
     for key, value in ours.items():
         # 1 was added in float32 and taken away again
         assert torch.allclose(value, expected[key], rtol=0, atol=1e-7 if arch == "gemma3" else 0), (
@@ -425,7 +426,7 @@ def test_an_interrupted_job_goes_on(tiny: Path, tmp_path: Path):
     same(stored(tmp_path / "out"), theirs(tiny, torch.float32))
 
 
-# --- what transformers leaves out ----------------------------------------------------------------------------------
+# --- what transformers leaves out -----------------------------------------------------------------
 
 
 def factors(most: float, width: int = 16, old: float = 8192.0) -> np.ndarray:
@@ -532,7 +533,7 @@ def test_values_that_are_not_finite_fail_the_job(tmp_path: Path):
     assert not (tmp_path / "no").exists()
 
 
-# --- hostile files -------------------------------------------------------------------------------------------------
+# --- hostile files --------------------------------------------------------------------------------
 
 
 def place(data: bytes, name: bytes) -> int:
@@ -612,7 +613,7 @@ def test_hostile_files_are_refused_before_anything_is_written(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.gguf"]
 
 
-# --- a real model --------------------------------------------------------------------------------------------------
+# --- a real model ---------------------------------------------------------------------------------
 
 
 def real_file() -> Path | None:

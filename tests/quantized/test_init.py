@@ -1,4 +1,5 @@
-"""init (PiSSA, QPiSSA), merging into the 16-bit original, and LoftQ's answers: against PEFT, transformers and float64."""
+"""init (PiSSA, QPiSSA), merging into the 16-bit original, and LoftQ's answers: against PEFT,
+transformers and float64."""
 
 import json
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_what_is_no_quantized_copy_of_the_original_is_refused(base, packed, tmp_
     assert not (tmp_path / "no").exists()
 
 
-# -- answers to LoftQ -------------------------------------------------------------------------------------------------
+# -- answers to LoftQ ------------------------------------------------------------------------------
 
 
 def test_factors_are_kept_or_rolled_back_one_after_the_other(base, packed, tmp_path):
@@ -242,7 +243,8 @@ TYPES = {
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_all_linear_is_what_it_is_in_peft(kind, tmp_path):
-    """All linear layers but the output head: T5's wo too, which quantizers leave alone, and no classifier."""
+    """All linear layers but the output head: T5's wo too, which quantizers leave alone, and no
+    classifier."""
     oracle.save_base(TYPES[kind](), tmp_path / "base", "fp32")
     adapterkit.init(
         tmp_path / "base", method="pissa", rank=2, targets="All-Linear", out=tmp_path / "out"

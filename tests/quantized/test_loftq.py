@@ -1,4 +1,5 @@
-"""LoftQ: W ≈ Q + scale·b@a never worse than Q alone, by float64 from the files, a plain loop, and PEFT's own."""
+"""LoftQ: W ≈ Q + scale·b@a never worse than Q alone, by float64 from the files, a plain loop, and
+PEFT's own."""
 
 import inspect
 import json
@@ -63,9 +64,8 @@ def quantized(kind: str, weight: Tensor, block: int = 64) -> Tensor:
     if kind == "int8":
         codes, scale, _ = F.int8_vectorwise_quant(weight.half())
         return F.int8_vectorwise_dequant(codes, scale).double()
-    flat = weight.float().reshape(
-        1, -1
-    )  # whole blocks in one row: no other rows does it decode rightly on CPUs
+    # whole blocks in one row: no other rows does it decode rightly on CPUs
+    flat = weight.float().reshape(1, -1)
     packed, state = F.quantize_4bit(
         flat, blocksize=block, quant_type="nf4", compress_statistics=kind == "double"
     )
@@ -340,9 +340,8 @@ def test_it_is_what_peft_puts_into_a_loaded_model(
         assert float((rest - delta).norm()) == pytest.approx(
             float((rest - theirs).norm()), rel=1e-4
         )
-        assert float((theirs - delta).norm()) <= 0.1 * float(theirs.norm()), (
-            key
-        )  # the values are close together
+        # the values are close together
+        assert float((theirs - delta).norm()) <= 0.1 * float(theirs.norm()), key
 
 
 # refusals

@@ -1,4 +1,5 @@
-"""Large weights in narrow formats: worked on by slices of rows, in the memory that the plan claims, to the bytes of the whole."""
+"""Large weights in narrow formats: worked on by slices of rows, in the memory that the plan claims,
+to the bytes of the whole."""
 
 import math
 import threading
@@ -152,7 +153,8 @@ def test_slices_give_the_bytes_of_the_whole(
 
 
 class Load:
-    """How much of their claims tasks have in memory, from when they are made until they are written."""
+    """How much of their claims tasks have in memory, from when they are made until they are
+    written."""
 
     def __init__(self, monkeypatch, delay: float = 0.0):
         self.lock, self.now, self.most, self.together = threading.Lock(), 0, 0, 0
@@ -192,7 +194,8 @@ def quantized(cached_folder, llama: Path) -> Path:
 def test_the_budget_bounds_what_is_made_at_a_time(
     quantized: Path, lora: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """One at a time where no two fit; the plan's peak is what the claims add up to; the bytes are the same."""
+    """One at a time where no two fit; the plan's peak is what the claims add up to; the bytes are
+    the same."""
     made, peaks = {}, {}
     for budget in (1, "40MB", "1GB"):
         plan = adapterkit.merge(

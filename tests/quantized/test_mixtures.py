@@ -1,4 +1,5 @@
-"""Quantizing mixtures of experts: their stacks stay floats, the config says so to the loader, and the plan to the reader."""
+"""Quantizing mixtures of experts: their stacks stay floats, the config says so to the loader, and
+the plan to the reader."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Stochastic rounding into quantized formats: what must hold of it in every format that is written."""
+"""Stochastic rounding into quantized formats: what must hold of it in every format that is
+written."""
 
 import os
 from collections.abc import Callable
@@ -90,7 +91,8 @@ def checkpoint(name: str, cached_folder: Callable[..., Path]) -> Path:
 
 
 def shrunk(value: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight with every second element nearer to 0, so that no scale is too small; and which those are."""
+    """The weight with every second element nearer to 0, so that no scale is too small; and which
+    those are."""
     generator = torch.Generator().manual_seed(1)
     moved = torch.rand(value.shape, generator=generator) < 0.5
     return torch.where(
@@ -141,9 +143,8 @@ def test_the_mean_over_seeds_is_the_value_between_two_neighbouring_codes(case):
         total += found.double()
         squares += (found.double() - weight.double()).square()
         assert ((found == low) | (found == high)).all() or seed < 20  # two values and no third
-    assert (
-        (low <= weight) & (weight <= high)
-    ).float().mean() > 0.9  # the rest has drawn one side only
+    # the rest has drawn one side only
+    assert ((low <= weight) & (weight <= high)).float().mean() > 0.9
     error = total / SEEDS - weight.double()
     variance = squares / SEEDS**2
     generator = torch.Generator().manual_seed(2)
@@ -165,9 +166,8 @@ def test_the_mean_over_seeds_is_the_value_between_two_neighbouring_codes(case):
 
 def test_scales_below_zero(case):
     scale = case.record.parts[1].key
-    if (
-        case.stored[scale].dtype == torch.uint8
-    ):  # of powers of 2, or codes of scales: none is below 0
+    # of powers of 2, or codes of scales: none is below 0
+    if case.stored[scale].dtype == torch.uint8:
         assert (
             "mxfp4" in case.record.name
             or getattr(case.record, "double", False)

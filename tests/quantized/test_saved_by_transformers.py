@@ -1,4 +1,5 @@
-"""Blockwise kernels give the bytes that transformers saves of a model that it quantizes with bitsandbytes."""
+"""Blockwise kernels give the bytes that transformers saves of a model that it quantizes with
+bitsandbytes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""LoftQ by what layers see: the best factors in ‖(W - Q - scale·b@a) C^½‖, by float64 from the files and from a model's outputs."""
+"""LoftQ by what layers see: the best factors in ‖(W - Q - scale·b@a) C^½‖, by float64 from the
+files and from a model's outputs."""
 
 from collections.abc import Callable
 from pathlib import Path

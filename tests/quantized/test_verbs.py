@@ -1,4 +1,5 @@
-"""Adapters merged into bitsandbytes' weights: in their format, rounded by one encoding, or as floats, rounded once."""
+"""Adapters merged into bitsandbytes' weights: in their format, rounded by one encoding, or as
+floats, rounded once."""
 
 import json
 import logging
@@ -338,9 +339,8 @@ def test_dequantized_every_weight_is_rounded_once(
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_embeddings_and_heads(base, floats, name: str, kind: str, tmp_path: Path) -> None:
     modules = ["embed_tokens", "q_proj"] + (["lm_head"] if name == "llama" else [])
-    adapter = (
-        tmp_path / "adapter"
-    )  # trained on the weights as they are stored: PEFT saves a copy of them, which it loads again
+    # trained on the weights as they are stored: PEFT saves a copy of them, which it loads again
+    adapter = tmp_path / "adapter"
     oracle.train(MODELS[name]().to(torch.bfloat16), adapter, target_modules=modules)
     oracle.merge(base(name, kind), adapter, out=tmp_path / "out")
     expected, before, after = (
@@ -453,7 +453,8 @@ def test_interrupted_and_resumed(base, lora, when: int, keep: bool, tmp_path: Pa
 def test_diff_of_a_quantized_and_a_plain_one(
     base, floats, name: str, kind: str, tmp_path: Path
 ) -> None:
-    """By the weights that it decodes to, whichever side it is; the formats' settings and scales are no differences."""
+    """By the weights that it decodes to, whichever side it is; the formats' settings and scales are
+    no differences."""
     packed, plain = base(name, kind), floats(name, kind)
     adapterkit.dequantize(packed, out=tmp_path / "rounded")
     for a, b in ((packed, plain), (plain, packed), (packed, tmp_path / "rounded")):

@@ -1,4 +1,5 @@
-"""`merge --verify` on quantized bases: every changed weight is recomputed, in its format or as floats; what is wrong is found."""
+"""`merge --verify` on quantized bases: every changed weight is recomputed, in its format or as
+floats; what is wrong is found."""
 
 from collections.abc import Callable
 from pathlib import Path

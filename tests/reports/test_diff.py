@@ -1,4 +1,5 @@
-"""diff against dense float64 references; what counts as the same and what does not; adapters by their deltas; memory; statuses."""
+"""diff against dense float64 references; what counts as the same and what does not; adapters by
+their deltas; memory; statuses."""
 
 import json
 import math
@@ -76,7 +77,7 @@ def run(*words):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-# -- numbers --------------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,9 +111,8 @@ def test_numbers_are_those_of_a_dense_float64_reference(dtype, shape, pair):
         float((a.double() * b.double()).sum() / (norm * b.double().norm())), rel=1e-12
     )
     assert row["differing"] == float((a != b).double().mean())
-    matrix = (
-        len(shape) > 1 and shape[0] > 1 and 1 < math.prod(shape[1:]) <= 2**17
-    )  # wider ones get no sketch
+    # wider ones get no sketch
+    matrix = len(shape) > 1 and shape[0] > 1 and 1 < math.prod(shape[1:]) <= 2**17
     assert (row["rank"] is not None) == matrix
 
 
@@ -202,7 +202,7 @@ def test_the_whole_change_is_that_of_all_that_differs(pair, llama, lora, tmp_pat
     assert diff(lora, doubled)["change"]["relative"] == pytest.approx(1.0, rel=1e-6)
 
 
-# -- what is the same -----------------------------------------------------------------------------------------------------
+# -- what is the same ------------------------------------------------------------------------------
 
 
 def test_resharded_copies_are_the_same(llama, tmp_path):
@@ -328,9 +328,8 @@ def test_tolerance_is_a_relative_error_per_tensor(pair):
 
 def test_integers_differ_whatever_the_tolerance(pair):
     a = torch.arange(6)
-    document = diff(
-        *pair({"w": a}, {"w": a.where(a < 4, -1)}), tolerance=1e9
-    )  # every byte of two elements
+    # every byte of two elements
+    document = diff(*pair({"w": a}, {"w": a.where(a < 4, -1)}), tolerance=1e9)
     assert only(document)["differing"] == pytest.approx(2 / 6) and table(document)[1].split()[
         -5:
     ] == ["-", "-", "-", "33.33%", "-"]
@@ -400,7 +399,7 @@ def test_no_common_key_is_said(pair):
     assert not document["same"] and "no key is in both" in document["notes"][0]
 
 
-# -- adapters -------------------------------------------------------------------------------------------------------------
+# -- adapters --------------------------------------------------------------------------------------
 
 
 def write_lora(folder, factors, alpha=8.0, extra=None, **config):
@@ -471,7 +470,8 @@ def test_a_small_difference_of_deltas_is_not_lost_to_cancellation(tmp_path):
 
 
 def test_identical_factors_are_identical_and_other_factors_of_one_delta_are_the_same(tmp_path):
-    """What float64 arithmetic leaves is no difference; what float32 factors leave is one, within a tolerance."""
+    """What float64 arithmetic leaves is no difference; what float32 factors leave is one, within a
+    tolerance."""
     a, b = factors(4, dtype=torch.float64)
     first = write_lora(tmp_path / "first", {"q": (a, b)}, 8)
     assert diff(first, write_lora(tmp_path / "copy", {"q": (a, b)}, 8))["totals"]["identical"] == 1
@@ -661,9 +661,8 @@ def test_settings_that_differ_are_listed_and_those_that_change_the_arithmetic_de
     )
     document = diff(named, deeper, tolerance=1e9)
     assert not document["same"] and diff(deeper, deeper)["same"]
-    assert (
-        table(document)[0] == "layer_replication: not set -> [[0, 2], [1, 2]]"
-    )  # what counts comes first
+    # what counts comes first
+    assert table(document)[0] == "layer_replication: not set -> [[0, 2], [1, 2]]"
     assert not diff(first, write_lora(tmp_path / "tied", part, ensure_weight_tying=True))["same"]
     residual = write_lora(tmp_path / "d", part, init_lora_weights="pissa")
     document = diff(first, residual)
@@ -708,7 +707,7 @@ def test_a_kernel_is_no_other_kernel_of_its_size(tmp_path):
     assert diff(tmp_path / "tall", tmp_path / "tall")["same"]
 
 
-# -- configs of models ----------------------------------------------------------------------------------------------------
+# -- configs of models -----------------------------------------------------------------------------
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "rms_norm_eps": 1e-5}
 UNKNOWN = {"model_type": "none-of-theirs", "hidden_size": 8}
@@ -842,7 +841,7 @@ def test_a_side_without_a_config_is_told(models):
     assert models(None, None)["notes"] == []
 
 
-# -- merges ---------------------------------------------------------------------------------------------------------------
+# -- merges ----------------------------------------------------------------------------------------
 
 
 def test_a_merge_changes_what_the_adapter_targets_by_its_rank(cached_folder, tmp_path):
@@ -867,7 +866,7 @@ def test_a_merge_changes_what_the_adapter_targets_by_its_rank(cached_folder, tmp
     assert document["totals"]["added"] == document["totals"]["removed"] == 0
 
 
-# -- memory ---------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def peak():
@@ -898,7 +897,7 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path, pair):
     assert peak() - before < 60
 
 
-# -- the command line -----------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
 
 def test_exit_statuses_and_streams(llama, lora, pair, tmp_path):

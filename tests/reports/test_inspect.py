@@ -1,4 +1,5 @@
-"""inspect: what it says of bases, adapters and files, held against PEFT in memory and dense float64; and files that are damaged."""
+"""inspect: what it says of bases, adapters and files, held against PEFT in memory and dense
+float64; and files that are damaged."""
 
 import itertools
 import json
@@ -65,7 +66,8 @@ def found(result):
 
 
 def wrapped_deltas(base, adapter, build):
-    """(delta, weight) of every adapted parameter in float64, by PEFT, with its layer; keys as inspect's `parameter`s."""
+    """(delta, weight) of every adapted parameter in float64, by PEFT, with its layer; keys as
+    inspect's `parameter`s."""
     wrapped = oracle.peft_model(oracle.load(build, base), adapter).double()
     deltas = {}
     with torch.no_grad(), oracle.quiet():
@@ -93,7 +95,8 @@ def entropy_rank(matrix):
 
 
 def check_against_peft(base, adapter, build):
-    """Ranks, scales, norms, effective ranks and relative norms of every module, with the base and without it."""
+    """Ranks, scales, norms, effective ranks and relative norms of every module, with the base and
+    without it."""
     deltas = wrapped_deltas(base, adapter, build)
     result = inspect(adapter, base=base)
     assert found(result) == []
@@ -119,7 +122,7 @@ def check_against_peft(base, adapter, build):
     return result
 
 
-# -- a real model ---------------------------------------------------------------------------------------------------------
+# -- a real model ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +181,7 @@ def test_a_lora_of_a_real_base(smollm2, tmp_path):
     assert (result["format"], result["peft_type"], result["statistics"]) == ("peft", "LORA", True)
 
 
-# -- every kind of layer --------------------------------------------------------------------------------------------------
+# -- every kind of layer ---------------------------------------------------------------------------
 
 ALPHAS = {"k_proj": 7, r"layers\.1\..*_proj": 9}
 KINDS = {
@@ -202,7 +205,8 @@ def test_against_peft(name, cached_folder, tmp_path):
 
 
 def test_experts_are_one_module_each(tmp_path):
-    """Stacks that the base stores expert by expert; two wrappers on one module, told apart by the base."""
+    """Stacks that the base stores expert by expert; two wrappers on one module, told apart by the
+    base."""
     tiny.model("mixtral").save_pretrained(tmp_path / "base")
     model = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base")
     targets = ["experts.gate_up_proj", "experts.down_proj"]
@@ -219,7 +223,8 @@ def test_experts_are_one_module_each(tmp_path):
 
 
 def test_wrappers_with_patterns_need_the_base(tmp_path):
-    """A file of two parameters of one module does not say which is which: a scale is not guessed."""
+    """A file of two parameters of one module does not say which is which: a scale is not
+    guessed."""
     tiny.model("mixtral").save_pretrained(tmp_path / "base")
     model = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base")
     targets = ["experts.gate_up_proj", "experts.down_proj"]
@@ -304,7 +309,7 @@ def test_what_is_saved_besides_factors(tmp_path):
     assert inspect(tmp_path / "rows")["tokens"] == [{"module": "model.embed", "rows": [0, 7, 19]}]
 
 
-# -- adapters that are not as they should be ------------------------------------------------------------------------------
+# -- adapters that are not as they should be -------------------------------------------------------
 
 
 def edited(source, out, edit, **config):
@@ -505,7 +510,7 @@ def test_a_damaged_adapter(name, lora, tmp_path):
     assert len(result["modules"]) == (0 if name in ("cut", "no-weights", "lfs") else 14)
 
 
-# -- bases that are not as they should be ---------------------------------------------------------------------------------
+# -- bases that are not as they should be ----------------------------------------------------------
 
 SHARD = "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -689,7 +694,7 @@ def test_a_quantized_base(name, tmp_path):
         inspect(tmp_path / "adapter", base=tmp_path / "base")
 
 
-# -- files, paths, the command line ---------------------------------------------------------------------------------------
+# -- files, paths, the command line ----------------------------------------------------------------
 
 
 def test_a_file(lora, llama, tmp_path):
@@ -838,7 +843,10 @@ def test_a_path_that_is_nothing_is_status_1(tmp_path):
 
 
 def test_headers_are_read_without_torch(llama):
-    code = "import sys, adapterkit; adapterkit.inspect(sys.argv[1]); print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, adapterkit; adapterkit.inspect(sys.argv[1]); print({'torch', 'numpy', "
+        "'transformers'} & set(sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(llama)], capture_output=True, text=True, cwd=ROOT
     )
@@ -857,7 +865,7 @@ def test_no_name_acts_on_a_terminal(tmp_path):
         assert all(c.isprintable() or c == "\n" for c in text)
 
 
-# -- the Hub --------------------------------------------------------------------------------------------------------------
+# -- the Hub ---------------------------------------------------------------------------------------
 
 WIDE = 512
 
@@ -916,9 +924,8 @@ def test_a_base_on_the_hub_by_its_headers(hub, tmp_path):
         and found(result) == []
     )
     asked = weights_ranges(hub)
-    assert len(asked) == 2 and all(
-        part == (0, 65536) and sent <= 65536 for part, sent in asked
-    )  # of a megabyte each
+    # of a megabyte each
+    assert len(asked) == 2 and all(part == (0, 65536) and sent <= 65536 for part, sent in asked)
 
 
 def test_an_adapter_on_the_hub_by_its_header_and_config(hub, tmp_path):
@@ -954,7 +961,8 @@ def test_factors_on_the_hub_are_not_asked_about_without_download(hub, tmp_path, 
 
 
 def test_headers_alone(lora, llama, tmp_path, monkeypatch):
-    """Of an adapter on this machine no factor is read, and torch is not needed; what headers tell is the same."""
+    """Of an adapter on this machine no factor is read, and torch is not needed; what headers tell
+    is the same."""
     whole, read = inspect(lora), LocalFolder.read
     ranges = []
     monkeypatch.setattr(
@@ -972,7 +980,10 @@ def test_headers_alone(lora, llama, tmp_path, monkeypatch):
     } and len(ranges) == 2
     assert "--headers" in tables.table(result)
     assert inspect(llama, headers=True) == inspect(llama)
-    code = f"import sys, adapterkit; adapterkit.inspect({str(lora)!r}, headers=True); assert 'torch' not in sys.modules"
+    code = (
+        f"import sys, adapterkit; adapterkit.inspect({str(lora)!r}, headers=True); assert 'torch' "
+        "not in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
     for options, word in (
         ({"base": llama}, "--base"),
@@ -984,7 +995,7 @@ def test_headers_alone(lora, llama, tmp_path, monkeypatch):
         assert word in str(refusal.value)
 
 
-# -- the picture ----------------------------------------------------------------------------------------------------------
+# -- the picture -----------------------------------------------------------------------------------
 
 
 def test_the_picture(lora, llama, tmp_path):

@@ -187,7 +187,8 @@ BUILDS: dict[str, Callable[[], nn.Module]] = {
     "clip": oracle.clip,
     "siglip": _siglip,
     "mamba": _mamba,
-    "falcon_mamba": _falcon_mamba,  # multiplies by a weight itself where another path calls the layer
+    # multiplies by a weight itself where another path calls the layer
+    "falcon_mamba": _falcon_mamba,
     "bert": lambda: oracle.bert("BertForMaskedLM"),
     "llava": _llava,
     "blip2": _blip2,

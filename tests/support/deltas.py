@@ -1,4 +1,5 @@
-"""What the suites of adapter algebra share: a model of every kind of layer, adapters of it, and their deltas as PEFT loads them."""
+"""What the suites of adapter algebra share: a model of every kind of layer, adapters of it, and
+their deltas as PEFT loads them."""
 
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def trained(folder: Path, seed: int, **config) -> Path:
 
 
 def deltas(folder: Path) -> dict[str, Tensor]:
-    """scale * b @ a of every module as PEFT loads the adapter, in float64, as a matrix (out, in)."""
+    """scale * b @ a of every module as PEFT loads the adapter, in float64, as a matrix (out,
+    in)."""
     found = {}
     with oracle.quiet():
         model = oracle.peft_model(net(), folder)

@@ -1,7 +1,8 @@
 """README.md and docs/*.md: their blocks and commands.
 
-In them a block marked `sh` holds commands that a user types, `console` commands with what they print, and `python` a program, or a
-file to add to the package where its first line is a comment with the file's path.
+In them a block marked `sh` holds commands that a user types, `console` commands with what they
+print, and `python` a program, or a file to add to the package where its first line is a comment
+with the file's path.
 """
 
 import itertools

@@ -1,8 +1,9 @@
-"""Makes format_tools.safetensors: what the formats' own tools store, and read back, for a small weight.
+"""Makes format_tools.safetensors: what the formats' own tools store, and read back, for a small
+weight.
 
 Run by hand, where compressed-tensors, torchao and gptqmodel are installed beside transformers;
-tensors_of(tool, w) is also the oracle for larger weights. Names are <tool>.<format>.<tensor>: `w` is
-the weight, `decoded` what the tool reads (in the file its sha256), all else as it lies on disk.
+tensors_of(tool, w) is also the oracle for larger weights. Names are <tool>.<format>.<tensor>: `w`
+is the weight, `decoded` what the tool reads (in the file its sha256), all else as it lies on disk.
 """
 
 import hashlib

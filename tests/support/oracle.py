@@ -1,7 +1,8 @@
-"""What a merge is held against: PEFT's own merge, and the same sum in float64; and the tiny models of each kind.
+"""What a merge is held against: PEFT's own merge, and the same sum in float64; and the tiny models
+of each kind.
 
-`exact` takes the factors and scales from PEFT's layers but none of PEFT's arithmetic. Where PEFT 0.21 has a defect (attention's
-out_proj gets its delta twice) it gives the right value.
+`exact` takes the factors and scales from PEFT's layers but none of PEFT's arithmetic. Where PEFT
+0.21 has a defect (attention's out_proj gets its delta twice) it gives the right value.
 """
 
 import json
@@ -28,7 +29,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 Build = Callable[[], nn.Module]
 
 
-# -- models ---------------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------
 
 
 def llama(tie: bool = False, cls: str = "LlamaForCausalLM", **changes) -> nn.Module:
@@ -165,7 +166,7 @@ def _model(cls: str, config) -> nn.Module:
         return getattr(transformers, cls)(config).eval()
 
 
-# -- bases and adapters on disk -------------------------------------------------------------------------------------------
+# -- bases and adapters on disk --------------------------------------------------------------------
 
 
 @contextmanager
@@ -188,7 +189,8 @@ def save_base(model: nn.Module, folder: Path, dtype: str = "bf16", **kwargs) -> 
 
 
 def load(build: Build | str, folder: Path) -> nn.Module:
-    """The model of a folder in the folder's own dtype, all keys accounted for. `build`: what makes it, or its class's name."""
+    """The model of a folder in the folder's own dtype, all keys accounted for. `build`: what makes
+    it, or its class's name."""
     model = build() if callable(build) else None
     if model is not None and not isinstance(model, transformers.PreTrainedModel):
         state = load_file(folder / "model.safetensors")
@@ -216,7 +218,8 @@ def load_checked(cls, folder: Path) -> nn.Module:
 
 
 def train(model: nn.Module, folder: Path, *, seed: int = 1, size: float = 0.1, **config) -> None:
-    """A LoRA of `model` as training would leave it: every trained value moved at random, saved by PEFT."""
+    """A LoRA of `model` as training would leave it: every trained value moved at random, saved by
+    PEFT."""
     with quiet():
         wrapped = peft.get_peft_model(
             model, peft.LoraConfig(**({"r": 4, "lora_alpha": 6} | config))
@@ -249,7 +252,7 @@ def edit_config(source: Path, out: Path, **changes) -> Path:
     return out
 
 
-# -- results --------------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def peft_model(model: nn.Module, *adapters: Path) -> peft.PeftModel:
@@ -288,7 +291,8 @@ def merge(base: Path, *adapters: Path | str, out: Path, **options):
 
 @dataclass
 class Exact:
-    """A parameter's merged value in float64, and per element the size of the numbers it was summed from."""
+    """A parameter's merged value in float64, and per element the size of the numbers it was summed
+    from."""
 
     value: Tensor
     size: Tensor
@@ -296,7 +300,8 @@ class Exact:
 
 
 def exact(wrapped: nn.Module, weights: tuple[float, ...] = ()) -> dict[str, Exact]:
-    """W + Σ weight·scale·b@a of every adapted parameter, in float64, by its name in the plain model."""
+    """W + Σ weight·scale·b@a of every adapted parameter, in float64, by its name in the plain
+    model."""
     found: dict[str, Exact] = {}
     for path, module in wrapped.named_modules():
         if isinstance(module, peft_layers.LoraLayer) and not path.endswith(".base_layer"):
@@ -359,7 +364,8 @@ def _decomposed(module, name: str, before: Tensor, value: Tensor) -> Tensor:
 
 
 def assert_rounded(found: Tensor, expected: Exact, name: str = "") -> None:
-    """Each element is the correctly rounded value; its neighbour only where float32 arithmetic cannot tell the two apart."""
+    """Each element is the correctly rounded value; its neighbour only where float32 arithmetic
+    cannot tell the two apart."""
     assert found.shape == expected.value.shape, name
     slack = (expected.inputs + 8) * 2.0**-24 * (expected.size + expected.value.abs())
     difference = (found.double() - expected.value).abs()
@@ -398,8 +404,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def assert_as_peft(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Two states, bit for bit, but for the last bits of a float32 kernel of several positions: PEFT multiplies those factors by a
-    convolution, and in which order that sums is the processor's affair."""
+    """Two states, bit for bit, but for the last bits of a float32 kernel of several positions: PEFT
+    multiplies those factors by a convolution, and in which order that sums is the processor's
+    affair."""
     kernels = {
         n
         for n, t in expected.items()

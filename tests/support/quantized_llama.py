@@ -1,4 +1,5 @@
-"""Quantized checkpoints of a tiny Llama, made of the kernels' own encoders; what tools make is in format_tools.safetensors."""
+"""Quantized checkpoints of a tiny Llama, made of the kernels' own encoders; what tools make is in
+format_tools.safetensors."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +21,8 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """One format: the tensors that take the place of `X.weight`, by what follows `X`, and the config's quantization_config."""
+    """One format: the tensors that take the place of `X.weight`, by what follows `X`, and the
+    config's quantization_config."""
 
     make: Callable[[Tensor], Parts]
     settings: dict[str, Any]

@@ -1,4 +1,5 @@
-"""Makes files by hand, byte by byte: headers that no library would write, tiny bases and adapters held in memory."""
+"""Makes files by hand, byte by byte: headers that no library would write, tiny bases and adapters
+held in memory."""
 
 import json
 import struct
@@ -119,7 +120,8 @@ def base(**config) -> MemoryFolder:
 
 
 def llama() -> MemoryFolder:
-    """One layer of a Llama, whose names and orientations transformers' sources prove without being imported."""
+    """One layer of a Llama, whose names and orientations transformers' sources prove without being
+    imported."""
     layer = "model.layers.0."
     shapes = {
         "model.embed_tokens.weight": (ROWS, WIDTH),

@@ -1,4 +1,5 @@
-"""Tiny models of any type that transformers knows, by shrinking every size in its default config."""
+"""Tiny models of any type that transformers knows, by shrinking every size in its default
+config."""
 
 import torch
 import transformers
@@ -32,7 +33,8 @@ def shrink(config):
 
 
 def _agree(config) -> None:
-    """Settings that must fit the shrunk ones: indices of layers, heads of state spaces, sections of rotary embeddings."""
+    """Settings that must fit the shrunk ones: indices of layers, heads of state spaces, sections of
+    rotary embeddings."""
     settings, width = vars(config), getattr(config, "hidden_size", None)
     for key in ("out_indices", "_out_indices"):
         if settings.get(key):
@@ -87,7 +89,8 @@ def _small(key: str, value: int) -> int | None:
 
 
 def model(kind: str, *, limit: int = 60_000_000):
-    """A tiny random model of a model type, every float parameter and buffer random; None if it cannot be made small."""
+    """A tiny random model of a model type, every float parameter and buffer random; None if it
+    cannot be made small."""
     config = shrink(transformers.AutoConfig.for_model(kind))
     autos = [getattr(transformers, name) for name in AUTOS]
     cls = next((a for a in autos if type(config) in a._model_mapping), None)

@@ -13,7 +13,8 @@ from tests.golden.inputs import create_inputs
 
 @pytest.fixture(scope="package")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]:
-    """{golden job: its plan}, in a folder with the inputs of all of them, which is the current one meanwhile."""
+    """{golden job: its plan}, in a folder with the inputs of all of them, which is the current one
+    meanwhile."""
     folder, before = tmp_path_factory.mktemp("jobs"), Path.cwd()
     needed = {source for job in jobs.WRITING for source in (*job.sources, *job.options.values())
               if isinstance(source, str)}  # fmt: skip

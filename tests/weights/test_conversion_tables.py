@@ -1,4 +1,5 @@
-"""Every parameter of a loaded model, gathered from the stored tensors as its slots say, is that parameter."""
+"""Every parameter of a loaded model, gathered from the stored tensors as its slots say, is that
+parameter."""
 
 import traceback
 from pathlib import Path
@@ -20,7 +21,8 @@ PACKAGE = Path(adapterkit.__file__).parent
 TABLES = sorted(
     set(conversion_mapping._build_checkpoint_conversion_mapping()) & set(CONFIG_MAPPING_NAMES)
 )
-# one model for each kind of conversion: experts stored singly, fused, interleaved, chunked, concatenated, renamed, nested
+# one model for each kind of conversion: experts stored singly, fused, interleaved, chunked,
+# concatenated, renamed, nested
 SOME = [
     "mixtral", "qwen3_moe", "inkling_mm_model", "hrm_text", "kimi_k25", "nomic_bert", "gte", "sarvam_moe", "deepseek_v4",
     "bailing_hybrid", "llava", "qwen2_vl", "gemma3", "gpt_oss", "vit", "bert-generation",
@@ -62,7 +64,8 @@ def test_parameters_are_where_their_slots_say(kind, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TABLES)
 def test_every_conversion_table_of_transformers(kind, tmp_path):
-    """All model types with a conversion table. Some cannot be made tiny or saved by transformers itself: listed, not judged."""
+    """All model types with a conversion table. Some cannot be made tiny or saved by transformers
+    itself: listed, not judged."""
     try:
         reason = check(kind, tmp_path)
     except AssertionError:

@@ -1,7 +1,8 @@
 """Adapters trained on the in-memory model land on the keys on disk, in the base's own layout.
 
-Oracle: PEFT's merge of the loaded model. float32 throughout, where both round once; PEFT rounds expert deltas twice in bfloat16,
-so there `compat="peft"` is held against it bit by bit and the default against float64.
+Oracle: PEFT's merge of the loaded model. float32 throughout, where both round once; PEFT rounds
+expert deltas twice in bfloat16, so there `compat="peft"` is held against it bit by bit and the
+default against float64.
 """
 
 import json
@@ -43,12 +44,10 @@ def train(model, folder, **config):
 
 def peft_merged(cls, base, adapter, dtype):
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # patterns for parameters are said to match nothing, and yet they count
-        warnings.filterwarnings(
-            "error", message=".*missing adapter keys"
-        )  # PEFT's own mapping failed: no oracle
+        # patterns for parameters are said to match nothing, and yet they count
+        warnings.simplefilter("ignore")
+        # PEFT's own mapping failed: no oracle
+        warnings.filterwarnings("error", message=".*missing adapter keys")
         model = peft.PeftModel.from_pretrained(cls.from_pretrained(base, dtype=dtype), adapter)
     return model.merge_and_unload().state_dict()
 
@@ -136,7 +135,8 @@ def test_a_two_dimensional_parameter(tmp_path):
 
 
 def hand_made(tmp_path, old_layout, version, shape=(4, 16, 24), rank=2):
-    """A base with one expert stack stored as it is, and an adapter in PEFT's layout up to 0.18 or since 0.19."""
+    """A base with one expert stack stored as it is, and an adapter in PEFT's layout up to 0.18 or
+    since 0.19."""
     count, rows, columns = shape
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
@@ -193,7 +193,8 @@ def test_square_experts_without_a_version_need_the_option(layout, old_layout, tm
 
 
 def test_experts_trained_one_by_one_merge_into_a_fused_base(tmp_path):
-    """An adapter of transformers 4 names experts.3.gate_proj; this base stores the stacks of transformers 5."""
+    """An adapter of transformers 4 names experts.3.gate_proj; this base stores the stacks of
+    transformers 5."""
     model = tiny.model("qwen3_moe")
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
@@ -231,7 +232,8 @@ def test_experts_trained_one_by_one_merge_into_a_fused_base(tmp_path):
 
 
 def test_names_of_an_older_transformers(tmp_path):
-    """A base saved with today's names, an adapter with the names of before (model.layers -> model.language_model.layers)."""
+    """A base saved with today's names, an adapter with the names of before (model.layers
+    -> model.language_model.layers)."""
     model = tiny.model("qwen2_vl")
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
@@ -289,7 +291,8 @@ def test_no_stack_of_experts_is_ever_whole_in_memory(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_each_expert_reads_its_own_factors(dtype, tmp_path, monkeypatch):
-    """Of experts stored one by one, plain or quantized, each part of a is read once and b is cut once for all."""
+    """Of experts stored one by one, plain or quantized, each part of a is read once and b is cut
+    once for all."""
     model = tiny.model("mixtral")
     model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     train(model, tmp_path / "adapter", target_modules=[], target_parameters=EXPERTS)
@@ -314,9 +317,8 @@ def test_each_expert_reads_its_own_factors(dtype, tmp_path, monkeypatch):
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert cut == dict.fromkeys((key for key in factors if "lora_B" in key), 1)
     total = sum(size for spec, size in read.items() if spec.key in factors)
-    slots = {
-        key: 2 if "base_layer" in key else 1 for key in factors
-    }  # gate and up are stored apart, and both need a
+    # gate and up are stored apart, and both need a
+    slots = {key: 2 if "base_layer" in key else 1 for key in factors}
     assert total == sum(
         value.nbytes * (slots[key] if "lora_A" in key else 1) for key, value in factors.items()
     )
