@@ -232,6 +232,14 @@ class Child:
 def serve() -> None:
     import torch
 
+    import adapterkit.cli
+    import adapterkit.engines.local
+    import adapterkit.verbs.combine
+    import adapterkit.verbs.merge
+    import adapterkit.verbs.resize
+    import adapterkit.verbs.subtract
+    import adapterkit.verbs.verify  # noqa: F401, imported once for all forks
+
     torch.set_num_threads(1)
     children: dict[int, Child] = {}
     print("ready", flush=True)
