@@ -264,9 +264,8 @@ class Plan:
     files: dict[
         str, bytes | CopyFile | FromMetrics
     ]  # index, config, tokenizer, card: written after the shards
-    metrics: dict[str, Any] = field(
-        default_factory=dict
-    )  # for the receipt: what was decided while planning
+    # decided while planning, for the receipt
+    decisions: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     models: tuple[int, ...] = (
         0,

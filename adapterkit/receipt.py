@@ -110,7 +110,7 @@ def receipt_data(
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
         "keys": {s.file: s.marks for s in shards},
         "totals": totals,
-        **plan.metrics,
+        **plan.decisions,
         "parameters": {key: metric for s in shards for key, metric in s.metrics.items()},
         "notes": [
             *plan.notes,

@@ -63,7 +63,7 @@ def print_plan(plan: "Plan", as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):16} {value:>18,}")
     for note in plan.notes:
         click.echo(f"note: {note}")
-    for name in plan.metrics.get("left_out", []):
+    for name in plan.decisions.get("left_out", []):
         click.echo(f"skipped: {name}")
 
 
@@ -100,7 +100,7 @@ def _document(plan: "Plan") -> dict[str, Any]:
         "changed": changed,
         "computed": computed,
         "notes": list(plan.notes),
-        **plan.metrics,
+        **plan.decisions,
     }
 
 

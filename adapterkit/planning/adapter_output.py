@@ -231,17 +231,17 @@ def adapter_plan(
     inputs: Sequence[Adapter],
     outputs: Sequence[Output],
     notes: list[str],
-    metrics: dict[str, Any],
+    decisions: dict[str, Any],
     base: Checkpoint | None = None,
 ) -> Plan:
     """A plan that writes adapters, made from the adapters `inputs`, numbered from 0, and a base behind them."""
     _one_base(inputs, notes)
     folders, headers, count = tuple(a.folder for a in inputs), headers_of(inputs), len(inputs)
     if base is None:
-        return output_plan(verb, options, folders, headers, outputs, notes, metrics)
+        return output_plan(verb, options, folders, headers, outputs, notes, decisions)
     headers |= model_headers(base, count)
     return output_plan(
-        verb, options, (*folders, base.folder), headers, outputs, notes, metrics, (count,)
+        verb, options, (*folders, base.folder), headers, outputs, notes, decisions, (count,)
     )
 
 
@@ -252,7 +252,7 @@ def output_plan(
     headers: dict[tuple[int, str], str],
     outputs: Sequence[Output],
     notes: list[str],
-    metrics: dict[str, Any],
+    decisions: dict[str, Any],
     models: tuple[int, ...] = (),
 ) -> Plan:
     """A plan that writes adapters, made from these folders."""
@@ -268,7 +268,7 @@ def output_plan(
         identities(folders, headers),
         shards,
         files,
-        metrics,
+        decisions,
         tuple(notes),
         models,
     )

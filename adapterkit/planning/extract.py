@@ -45,7 +45,7 @@ PEFT_LAYOUT = (
 
 @dataclass(frozen=True)
 class Options:
-    """What an extraction can be told. Fields are the command's options."""
+    """The options of the command; fields have their names."""
 
     cut: Cut
     include: str | None = None

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from adapterkit import __version__, dtypes
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.engines import launch
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import Sources, StrPath, checked
+from adapterkit.options import Sources, StrPath
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress
 from adapterkit.planning import adapter_config, input_files
 from adapterkit.planning.adapters import held, not_linear, read_all
@@ -26,7 +26,7 @@ WEIGHTS, CONFIG = "arrow.safetensors", "arrow.json"
 
 @dataclass(frozen=True)
 class Options:
-    """What arrow can be told. Fields are the command's options."""
+    """The options of the command; fields have their names."""
 
     top_k: int | None = None
     temperature: float = 1.0
@@ -35,7 +35,7 @@ class Options:
     dtype: str = "fp32"
 
 
-@checked()
+@writes()
 def arrow(
     adapters: Sources,
     *,
@@ -68,10 +68,8 @@ def arrow(
     options = Options(top_k, temperature, compat, seed, dtype)
     experts, generals = open_all(adapters=adapters, general=general)
     plan = plan_arrow(experts, generals, options)
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan)
 
 
 def plan_arrow(
@@ -127,20 +125,22 @@ def plan_arrow(
     if options.compat:
         config |= {"compat": options.compat, "seed": options.seed or 0}
     notes = _coverage(tasks, experts)
-    told = {k: v for k, v in vars(options).items() if v is not None} | {"experts": len(experts)}
-    metrics = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in experts]}
+    receipt_options = {k: v for k, v in vars(options).items() if v is not None} | {
+        "experts": len(experts)
+    }
+    decisions = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in experts]}
     folders, headers = tuple(a.folder for a in read), input_files.headers_of(read)
     shard = Computed(WEIGHTS, tuple(tasks))
     files: dict[str, bytes | CopyFile | FromMetrics] = {CONFIG: as_json(config)}
     return Plan(
         "arrow",
-        told,
+        receipt_options,
         folders,
         headers,
         identities(folders, headers),
         (shard,),
         files,
-        metrics,
+        decisions,
         tuple(notes),
         models=(),
     )

@@ -12,9 +12,9 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
-from adapterkit.engines import launch
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import Sources, StrPath, checked, choice
+from adapterkit.options import Sources, StrPath, choice
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.adapters import (
@@ -42,7 +42,7 @@ from adapterkit.tasks.combined import CombinedFactors, Part, Refit
 
 @dataclass(frozen=True)
 class Options:
-    """What a combination can be told. Fields are the command's options."""
+    """The options of the command; fields have their names."""
 
     method: str
     space: str = "delta"
@@ -58,7 +58,7 @@ class Options:
     tokenizer: str | None = None
 
 
-@checked(method=choice(lambda: (*registry.members("combinations"), *ALIASES)))
+@writes(method=choice(lambda: (*registry.members("combinations"), *ALIASES)))
 def combine(
     adapters: Sources,
     *,
@@ -125,10 +125,8 @@ def combine(
     plan = plan_combine(
         open_weighted(adapters), options, None if base is None else open_model(base)
     )
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan)
 
 
 def plan_combine(
@@ -206,10 +204,10 @@ def plan_combine(
             where="combine",
             hint="check the adapters",
         )
-    told = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {
+    receipt_options = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {
         "weights": given
     }
-    metrics = {
+    decisions = {
         "adapters": [
             {"name": a.name, "weight": w, "modules": len(a.loras)}
             for a, w in zip(adapters, given, strict=True)
@@ -232,7 +230,9 @@ def plan_combine(
         tokenizer=options.tokenizer,
         **targets_of(joined),
     )
-    return adapter_output.adapter_plan("combine", told, adapters, [output], notes, metrics, model)
+    return adapter_output.adapter_plan(
+        "combine", receipt_options, adapters, [output], notes, decisions, model
+    )
 
 
 def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:

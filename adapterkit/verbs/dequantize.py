@@ -3,11 +3,11 @@
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines import launch
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import Refused
 from adapterkit.gguf.header import gguf_file
 from adapterkit.gguf.model import loads_in_float32, open_gguf
-from adapterkit.options import StrPath, checked, parse_size
+from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan, Progress, Step
 from adapterkit.planning import input_files
 from adapterkit.planning.cards import base_card
@@ -22,7 +22,7 @@ from adapterkit.weights.decoded import decoded_view, quantization_files, quantiz
 SHARD_SIZE = "5GB"  # of what comes from a GGUF file
 
 
-@checked()
+@writes()
 def dequantize(
     base: StrPath,
     *,
@@ -51,10 +51,8 @@ def dequantize(
     plain floats keeps its dtype.
     """
     plan = plan_dequantize(open_model(base), dtype, max_shard_size)
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan)
 
 
 def plan_dequantize(
@@ -100,23 +98,23 @@ def plan_dequantize(
             if group
         ]
     headers = base_headers(original)
-    metrics = {"dequantised": len(packed)}
+    decisions = {"dequantised": len(packed)}
     files = model_files(original, config, shards, base_card(original, "decoded to floats"))
     files = {
         name: file for name, file in files.items() if name not in quantization_files(base.tensors)
     }
-    told = {
+    receipt_options = {
         key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
     }
     return Plan(
         "dequantize",
-        told,
+        receipt_options,
         (folder,),
         headers,
         identities((folder,), headers),
         tuple(shards),
         files,
-        metrics,
+        decisions,
     )
 
 
@@ -137,18 +135,18 @@ def _plan_gguf(
         | {"config.json": as_json(config)}
     )
     headers = input_files.model_headers(base, 0)
-    told = {
+    receipt_options = {
         key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
     }
-    metrics, notes = {"dequantised": len(steps)}, tuple(model.notes)
+    decisions, notes = {"dequantised": len(steps)}, tuple(model.notes)
     return Plan(
         "dequantize",
-        told,
+        receipt_options,
         (folder,),
         headers,
         identities((folder,), headers),
         shards,
         files,
-        metrics,
+        decisions,
         notes,
     )

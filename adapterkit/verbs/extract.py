@@ -6,9 +6,9 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines import launch
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import Refused, refuse_all
-from adapterkit.options import StrPath, checked
+from adapterkit.options import StrPath
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
@@ -21,7 +21,7 @@ from adapterkit.tasks.ranked import SHARES, Cut, check_cut, even_rank
 from adapterkit.weights.detect import check_not_quantized
 
 
-@checked()
+@writes()
 def extract(
     base: StrPath,
     tuned: StrPath,
@@ -64,16 +64,8 @@ def extract(
     source = open_model(base)
     plan = plan_extract(source, open_model(tuned), options)
     check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
-    how = {
-        "hash": hash,
-        "resume": resume,
-        "overwrite": overwrite,
-        "check": check,
-        "progress": progress,
-    }
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan, check)
 
 
 def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
@@ -120,14 +112,21 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
         "others": frozenset(job.modules),
     }
     output = ExtractedAdapter([], tasks, targets, settings, summary, finalize=finalize, **more)
-    told = {
+    receipt_options = {
         k: v
         for k, v in {**vars(options.cut), **vars(options)}.items()
         if v is not None and k != "cut"
     }
     headers = {(0, name): header.sha256 for name, header in sides[0].shards.items()}
     headers |= {(1, name): header.sha256 for name, header in sides[1].shards.items()}
-    metrics = {"left_out": job.left_out, "unchanged": sorted(job.unchanged)}
+    decisions = {"left_out": job.left_out, "unchanged": sorted(job.unchanged)}
     return adapter_output.output_plan(
-        "extract", told, (base, tuned), headers, [output], job.notes, metrics, models=(0, 1)
+        "extract",
+        receipt_options,
+        (base, tuned),
+        headers,
+        [output],
+        job.notes,
+        decisions,
+        models=(0, 1),
     )

@@ -6,9 +6,9 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.engines import launch
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import Refused, refuse_all
-from adapterkit.options import StrPath, checked, choice
+from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning.input_files import base_headers, identities
 from adapterkit.planning.model_output import QuantizedModel
@@ -31,7 +31,7 @@ from adapterkit.weights.detect import check_not_quantized
 
 @dataclass(frozen=True)
 class Options:
-    """What an initialisation can be told. Fields are the command's options."""
+    """The options of the command; fields have their names."""
 
     method: str
     rank: int
@@ -49,7 +49,7 @@ class Options:
         return Scaling(self.rank, self.alpha, self.rslora)
 
 
-@checked(method=choice(lambda: members("inits")), quantize=choice(lambda: formats()))
+@writes(method=choice(lambda: members("inits")), quantize=choice(lambda: formats()))
 def init(
     base: StrPath,
     *,
@@ -88,10 +88,8 @@ def init(
         method, rank, alpha, rslora, targets, skip, quantize, block_size, double_quant, dtype
     )
     plan = plan_init(open_model(base), options)
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan)
 
 
 def plan_init(folder: Folder, options: Options) -> Plan:
@@ -171,13 +169,23 @@ def _plan(
     notes = list(chosen.notes)
     said = f"without the part that {options.method} took into the adapter beside it"
     files = model.files(said) | adapter.files(notes)
-    told = {key: value for key, value in vars(options).items() if value}
+    receipt_options = {key: value for key, value in vars(options).items() if value}
     headers = base_headers(base)
-    metrics = {"modules": len(factors)} | (
+    decisions = {"modules": len(factors)} | (
         {"quantised": len(chosen.packed)} if options.quantize else {}
     )
-    shards, who = (*model.shards(), adapter.shard()), identities((base.folder,), headers)
-    return Plan("init", told, (base.folder,), headers, who, shards, files, metrics, tuple(notes))
+    shards, file_ids = (*model.shards(), adapter.shard()), identities((base.folder,), headers)
+    return Plan(
+        "init",
+        receipt_options,
+        (base.folder,),
+        headers,
+        file_ids,
+        shards,
+        files,
+        decisions,
+        tuple(notes),
+    )
 
 
 def _chosen_options(options: Options) -> dict[str, Any]:

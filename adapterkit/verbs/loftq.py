@@ -8,9 +8,9 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.engines import launch
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import StrPath, checked
+from adapterkit.options import StrPath
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Computed, Plan, Progress, Task
 from adapterkit.planning import adapter_output, input_files
@@ -43,7 +43,7 @@ SUMMARY = "LoftQ: for its quantized base alone, not for the original"
 
 @dataclass(frozen=True)
 class Options:
-    """What LoftQ can be told. Fields are the command's options."""
+    """The options of the command; fields have their names."""
 
     rank: int
     alpha: float | None = None
@@ -83,7 +83,7 @@ class Options:
         return Scaling(self.rank, self.alpha, self.rslora).scale
 
 
-@checked()
+@writes()
 def loftq(
     base: StrPath,
     *,
@@ -149,10 +149,8 @@ def loftq(
     others = {"quantized": quantized, "stats": stats}
     sources = {name: OPEN[name](source) for name, source in others.items() if source is not None}
     plan = plan_loftq(open_model(base), options, accept=accept, **sources)
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan)
 
 
 def plan_loftq(
@@ -173,7 +171,7 @@ def plan_loftq(
     seen = others[-1] if stats is not None else None
     if quantized is not None:
         notes: list[str] = []
-        output, metrics = _for_kept(base, others[0], seen, options, notes)
+        output, decisions = _for_kept(base, others[0], seen, options, notes)
         output = (
             output
             if accept is None
@@ -181,14 +179,14 @@ def plan_loftq(
         )
         shards, files = (output.shard(),), output.files(notes)
     else:
-        shards, files, notes, metrics = _both(base, seen, options)
+        shards, files, notes, decisions = _both(base, seen, options)
     headers, inputs = base_headers(base), (base, *others)
     for number, other in enumerate(others, 1):
         headers |= input_files.model_headers(other, number)
     folders = tuple(one.folder for one in inputs)
-    told = {key: value for key, value in vars(options).items() if value}
+    receipt_options = {key: value for key, value in vars(options).items() if value}
     return Plan(
-        "loftq", told, folders, headers, identities(folders, headers), shards, files, metrics, tuple(notes),
+        "loftq", receipt_options, folders, headers, identities(folders, headers), shards, files, decisions, tuple(notes),
         models=tuple(range(len(folders))), warn=_warnings,
     )  # fmt: skip
 
@@ -241,12 +239,12 @@ def _both(
     files = model.files(
         f"quantized to {names} by LoftQ: use it with the adapter beside it"
     ) | adapter.files(notes)
-    metrics = {
+    decisions = {
         "left_out": sorted(chosen.left),
         "quantised": len(chosen.packed),
         "modules": len(factors),
     }
-    return (*model.shards(), adapter.shard()), files, notes, metrics
+    return (*model.shards(), adapter.shard()), files, notes, decisions
 
 
 def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from adapterkit.engines.launch import carry_out
-from adapterkit.options import Sources, StrPath, checked
+from adapterkit.engines.execution import Execution, writes
+from adapterkit.options import Sources, StrPath
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.merge.job import Options
 from adapterkit.planning.merge.plan import plan_merge, plan_on_twin
@@ -11,7 +11,7 @@ from adapterkit.planning.sources import open_model, open_weighted
 from adapterkit.receipt import Receipt
 
 
-@checked()
+@writes()
 def merge(
     base: StrPath,
     adapters: Sources,
@@ -59,18 +59,20 @@ def merge(
     are untied, attention's `out_proj` gets its delta once, and anything unknown is an error; `compat="peft"` keeps PEFT's roundings
     and order.
     """
-    how = {"dequantize": dequantize, "rounding": rounding, "seed": seed, "base_copies": base_copies}
     options = Options(
-        dtype,
-        max_shard_size,
-        include,
-        exclude,
-        tied,
-        base_is_residual,
-        compat,
-        expert_layout,
-        tokenizer,
-        **how,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        include=include,
+        exclude=exclude,
+        tied=tied,
+        base_is_residual=base_is_residual,
+        compat=compat,
+        expert_layout=expert_layout,
+        tokenizer=tokenizer,
+        dequantize=dequantize,
+        rounding=rounding,
+        seed=seed,
+        base_copies=base_copies,
     )
     sources = open_weighted(adapters)
     plan = (
@@ -83,16 +85,8 @@ def merge(
         from adapterkit.engines.recompute import verify_against
 
         check = lambda folder: verified.update(verify_against(folder, plan))
-    how = {
-        "hash": hash,
-        "resume": resume,
-        "overwrite": overwrite,
-        "check": check,
-        "progress": progress,
-    }
-    receipt = carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    receipt = execution.run(plan, check)
     if verified and isinstance(receipt, Receipt):
         receipt.data["verified"] = verified
     if push is not None and isinstance(receipt, Receipt):

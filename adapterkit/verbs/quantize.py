@@ -4,8 +4,8 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines import launch
-from adapterkit.options import StrPath, checked, choice
+from adapterkit.engines.execution import Execution, writes
+from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.input_files import base_headers, identities
 from adapterkit.planning.model_output import QuantizedModel
@@ -15,7 +15,7 @@ from adapterkit.receipt import Receipt
 from adapterkit.weights.detect import check_not_quantized
 
 
-@checked(to=choice(lambda: targets()))
+@writes(to=choice(lambda: targets()))
 def quantize(
     base: StrPath,
     *,
@@ -44,10 +44,8 @@ def quantize(
     """
     options = {"to": to, "block_size": block_size, "double_quant": double_quant, "skip": skip}
     plan = plan_quantize(open_model(base), options)
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan)
 
 
 def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
@@ -56,12 +54,20 @@ def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
     check_not_quantized(base)
     chosen = QuantizationPlan(base, options)
     output = QuantizedModel(base, chosen.packed, chosen.widened(), chosen.config())
-    told = {key: value for key, value in options.items() if value}
+    receipt_options = {key: value for key, value in options.items() if value}
     headers = base_headers(base)
-    metrics = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
+    decisions = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
     chosen.notes += chosen.unquantized()
     shards, files = output.shards(), output.files(f"quantized to {options['to']}")
-    who = identities((folder,), headers)
+    file_ids = identities((folder,), headers)
     return Plan(
-        "quantize", told, (folder,), headers, who, shards, files, metrics, tuple(chosen.notes)
+        "quantize",
+        receipt_options,
+        (folder,),
+        headers,
+        file_ids,
+        shards,
+        files,
+        decisions,
+        tuple(chosen.notes),
     )

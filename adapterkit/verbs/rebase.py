@@ -7,9 +7,9 @@ from adapterkit.adapters.record import EMBEDDINGS, Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.combinations.linear import Linear
-from adapterkit.engines import launch
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import StrPath, checked
+from adapterkit.options import StrPath
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.adapters import read_all
@@ -33,14 +33,14 @@ QUANTISED = (
 
 @dataclass(frozen=True)
 class Options:
-    """What a rebase can be told. Fields are the command's options."""
+    """The options of the command; fields have their names."""
 
     rank: int | None = None
     energy: float | None = None
     dtype: str = "fp32"
 
 
-@checked()
+@writes()
 def rebase(
     adapter: StrPath,
     *,
@@ -70,10 +70,8 @@ def rebase(
     plan = plan_rebase(
         open_adapter(adapter), open_adapter(initial), Options(rank, energy, dtype), folder
     )
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan)
 
 
 def plan_rebase(
@@ -123,8 +121,8 @@ def plan_rebase(
         | adapter_config.extras([trained])
         | adapter_config.flags(trained)
     )
-    told = {k: v for k, v in vars(options).items() if v is not None}
-    metrics = {
+    receipt_options = {k: v for k, v in vars(options).items() if v is not None}
+    decisions = {
         "adapters": [{"name": a.name, "modules": len(a.loras)} for a in (trained, before)],
         "init": init,
     }
@@ -133,7 +131,7 @@ def plan_rebase(
         [trained], tasks, settings=settings, summary=summary, **targets_of(joined)
     )
     return adapter_output.adapter_plan(
-        "rebase", told, [trained, before], [output], notes, metrics, model
+        "rebase", receipt_options, [trained, before], [output], notes, decisions, model
     )
 
 

@@ -17,9 +17,9 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.engines import launch
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import StrPath, checked, choice
+from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, not_decomposed
@@ -41,14 +41,14 @@ from adapterkit.weights.names import Names
 
 @dataclass(frozen=True)
 class Options:
-    """What a resize can be told. Fields are the command's options."""
+    """The options of the command; fields have their names."""
 
     cut: Cut
     alpha: str = "rank"
     dtype: str = "fp32"
 
 
-@checked(alpha=choice(("rank", "keep")))
+@writes(alpha=choice(("rank", "keep")))
 def resize(
     adapter: StrPath,
     *,
@@ -84,10 +84,8 @@ def resize(
     """
     options = Options(Cut(rank, energy, sv_ratio, max_size), alpha, dtype)
     plan = plan_resize(open_adapter(adapter), options, None if base is None else open_model(base))
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan)
 
 
 def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:
@@ -335,7 +333,7 @@ class _Job:
             "alpha": self._alpha(),
         }
         output = adapter_output.Output([adapter], tasks, summary="resized", **more)
-        told = {
+        receipt_options = {
             k: v
             for k, v in {
                 **vars(options.cut),
@@ -344,7 +342,7 @@ class _Job:
             }.items()
             if v is not None
         }
-        metrics = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
+        decisions = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
         return adapter_output.adapter_plan(
-            "resize", told, [adapter], [output], self.notes, metrics, self.base
+            "resize", receipt_options, [adapter], [output], self.notes, decisions, self.base
         )

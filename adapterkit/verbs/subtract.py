@@ -8,9 +8,9 @@ from adapterkit import dtypes
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.combinations.linear import Linear
-from adapterkit.engines import launch
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import Sources, StrPath, checked
+from adapterkit.options import Sources, StrPath
 from adapterkit.patterns import matcher
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
@@ -26,7 +26,7 @@ from adapterkit.weights.names import Names
 
 @dataclass(frozen=True)
 class Options:
-    """What a subtraction can be told. Fields are the command's options."""
+    """The options of the command; fields have their names."""
 
     space: str = "delta"
     rank: int | None = None
@@ -36,7 +36,7 @@ class Options:
     tokenizer: str | None = None
 
 
-@checked()
+@writes()
 def subtract(
     adapters: Sources,
     *,
@@ -72,10 +72,8 @@ def subtract(
     plan = plan_subtract(
         task_sources, generals, options, None if base is None else open_model(base)
     )
-    how = {"hash": hash, "resume": resume, "overwrite": overwrite, "progress": progress}
-    return launch.carry_out(
-        plan, out, engine=engine, device=device, memory=memory, dry_run=dry_run, **how
-    )
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return execution.run(plan)
 
 
 def plan_subtract(
@@ -111,10 +109,14 @@ def plan_subtract(
         for task_adapter in task_adapters
     ]
     refuse_all(errors)
-    metrics = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
-    metrics["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
-    told = {k: v for k, v in vars(options).items() if v is not None} | {"tasks": len(task_sources)}
-    return adapter_output.adapter_plan("subtract", told, read, outputs, notes, metrics, model)
+    decisions = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in task_adapters]}
+    decisions["general"] = [{"name": a.name, "modules": len(a.loras)} for a in general_adapters]
+    receipt_options = {k: v for k, v in vars(options).items() if v is not None} | {
+        "tasks": len(task_sources)
+    }
+    return adapter_output.adapter_plan(
+        "subtract", receipt_options, read, outputs, notes, decisions, model
+    )
 
 
 def _same_names(task_sources: Sequence[Adapter]) -> list[AdapterkitError]:

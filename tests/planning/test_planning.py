@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from adapterkit.engines.launch import carry_out
 from safetensors.torch import save_file
 
 from adapterkit.checkpoint.folder import LocalFolder
@@ -16,7 +17,6 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.reader import Sources, read_small
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.computed import _Sorted
-from adapterkit.engines.launch import carry_out
 from adapterkit.errors import Damaged, Unrecoverable
 from adapterkit.plan import Computed
 from adapterkit.planning.merge.job import Options

@@ -21,7 +21,7 @@ from adapterkit.weights.parameters import Parameter
 
 @dataclass(frozen=True)
 class Options:
-    """What a merge can be told. Fields are the command's options."""
+    """The options of the command; fields have their names."""
 
     dtype: str | None = None
     max_shard_size: str | int | None = None

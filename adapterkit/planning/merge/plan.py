@@ -231,7 +231,7 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
         for name in quantization_files(job.base.tensors):
             files.pop(name, None)
     changed = sum(step.edits != () for group in steps.values() for step in group)
-    metrics = {
+    decisions = {
         "adapters": [
             {"name": a.name, "weight": w, "modules": len(a.loras)}
             for a, w in zip(job.adapters, job.weights, strict=True)
@@ -240,13 +240,22 @@ def _plan(job: Job, steps: dict[str, list[Step]]) -> Plan:
         "tensors_changed": changed,
     }
     if job.held:
-        metrics["held"] = [one._asdict() for one in job.held]  # by the base, before this merge
+        decisions["held"] = [one._asdict() for one in job.held]  # by the base, before this merge
     options = {k: v for k, v in vars(job.options).items() if v not in (None, False)}
     options["weights"] = job.weights
-    who = identities(folders, headers)
+    file_ids = identities(folders, headers)
     warn = partial(lost, compat=job.options.compat)
     return Plan(
-        "merge", options, folders, headers, who, shards, files, metrics, tuple(job.notes), warn=warn
+        "merge",
+        options,
+        folders,
+        headers,
+        file_ids,
+        shards,
+        files,
+        decisions,
+        tuple(job.notes),
+        warn=warn,
     )
 
 

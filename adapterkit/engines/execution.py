@@ -1,0 +1,120 @@
+"""How a verb is carried out: the engine by its name, the output folder, resume, dry run."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, Protocol, cast, overload
+
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.stage import check_name
+from adapterkit.errors import Refused, shown
+from adapterkit.execute import run
+from adapterkit.options import Check, StrPath, checked, parse_size
+from adapterkit.plan import Plan, Progress
+from adapterkit.receipt import Receipt
+
+P = ParamSpec("P")
+
+
+class WritingVerb(Protocol[P]):
+    """A verb that writes: a `Receipt`, or with `dry_run=True` the `Plan`. A type checker compares
+    the other options with the verb's only in calls without `dry_run`."""
+
+    @overload
+    def __call__(self, *args: Any, dry_run: Literal[True], **options: Any) -> Plan: ...
+    @overload
+    def __call__(self, *args: Any, dry_run: Literal[False], **options: Any) -> Receipt: ...
+    @overload
+    def __call__(self, *args: Any, dry_run: bool, **options: Any) -> Receipt | Plan: ...
+    @overload
+    def __call__(self, *args: P.args, **options: P.kwargs) -> Receipt: ...
+
+
+def writes(**own: Check) -> Callable[[Callable[P, Receipt | Plan]], WritingVerb[P]]:
+    """A verb that writes, its options checked as in `options.checked`."""
+
+    def wrap(verb: Callable[P, Receipt | Plan]) -> WritingVerb[P]:
+        return cast(WritingVerb[P], checked(**own)(verb))
+
+    return wrap
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The keywords that every writing verb has: where and how its plan runs.
+
+    `hash` sha256 or none; `memory` bytes for tasks (5GB, 500MB, or a number; None: a quarter of the
+    machine's); `progress` is called with the bytes just done.
+    """
+
+    out: StrPath
+    hash: str
+    device: str
+    memory: str | int | None
+    engine: str
+    resume: bool
+    overwrite: bool
+    dry_run: bool
+    progress: Progress
+
+    def run(self, plan: Plan, check: Callable[[Path], object] | None = None) -> Receipt | Plan:
+        """Run a plan, or with `dry_run` return it. `check` looks at the finished folder before it
+        gets its name. Raises `Refused` before anything is written, `Failed` after."""
+        check_output_apart(Path(self.out), plan.folders)
+        plan = replace(plan, memory=parse_size("memory", self.memory) if self.memory else None)
+        if self.dry_run:
+            return plan
+        if self.engine != "local":
+            raise Refused(
+                f"engine {self.engine!r}",
+                expected="local",
+                where="--engine",
+                hint="leave --engine out",
+            )
+        from adapterkit.engines.local import local
+
+        return run(
+            plan,
+            Path(self.out),
+            local(self.device),
+            hash=self.hash,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            check=check,
+            progress=self.progress,
+        )
+
+
+def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
+    """`Refused` when the output is an input, inside one, around one, or a link to one, or cannot be a folder."""
+    check_name(out)
+    final = out.resolve()
+    if out.is_symlink():
+        raise Refused(
+            "the output is a link",
+            expected="a new folder",
+            where=str(out),
+            hint="choose another --out",
+        )
+    there = next(path for path in (final, *final.parents) if os.path.exists(path))
+    if not there.is_dir():
+        problem = (
+            "a file of that name"
+            if there == final
+            else f"{shown(there.name)} is a file, and no folder to make one in"
+        )
+        raise Refused(
+            problem, expected="a folder to make", where=str(out), hint="choose another --out"
+        )
+    for folder in folders:
+        if not isinstance(folder, LocalFolder):
+            continue
+        root = (folder.root / folder.single if folder.single else folder.root).resolve()
+        if final == root or root in final.parents or final in root.parents:
+            raise Refused(
+                f"the output {final.name} is, holds, or lies inside the input {folder.name}",
+                expected="an output apart from the inputs",
+                where="--out",
+                hint="choose another --out",
+            )
