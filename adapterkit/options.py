@@ -1,7 +1,9 @@
-"""What the options of the verbs may be: one check for each name, the same in every verb, in Python and on the command line.
+"""What the options of the verbs may be: one check for each name, the same in every verb, in Python
+and on the command line.
 
-`checked` wraps a verb: values whose meaning is plain become what the verb expects ("4" and 4.0 are 4, "5GB" is 5000000000), all
-others are refused together, before anything is read. What options mean beside each other is the verbs' own to check.
+`checked` wraps a verb: values whose meaning is plain become what the verb expects ("4" and 4.0 are
+4, "5GB" is 5000000000), all others are refused together, before anything is read. What options mean
+together the verbs check themselves.
 """
 
 import functools
@@ -49,7 +51,8 @@ CHOICES = {
 
 
 def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A verb whose arguments are checked, by `own` where its option is unlike the others' of that name. Defaults are right."""
+    """A decorator of verbs that checks their arguments: by `own` where an option differs from the
+    others of that name. Defaults are not checked. `Refused` with all that are invalid."""
 
     def wrap(verb: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(verb)
@@ -57,31 +60,30 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(verb)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            given, errors = signature.bind(*args, **kwargs), []
-            for name, value in given.arguments.items():
+            bound, errors = signature.bind(*args, **kwargs), []
+            for name, value in bound.arguments.items():
                 if value is signature.parameters[name].default:
                     continue
                 try:
-                    given.arguments[name] = checks[name](name, value)
+                    bound.arguments[name] = checks[name](name, value)
                 except AdapterkitError as error:
                     errors.append(error)
             refuse_all(errors)
-            return verb(*given.args, **given.kwargs)
+            return verb(*bound.args, **bound.kwargs)
 
         return call
 
     return wrap
 
 
-def unfit(name: str, value: Any, expected: str, hint: str = "give another value") -> Refused:
+def invalid(name: str, value: Any, expected: str, hint: str = "give another value") -> Refused:
     """The refusal of an option's value."""
-    said = value if type(value) in (int, float) else repr(value)
-    return Refused(
-        f"--{name.replace('_', '-')} {shown(said)}", expected=expected, where="options", hint=hint
-    )
+    text = shown(value if type(value) in (int, float) else repr(value))
+    option = f"--{name.replace('_', '-')}"
+    return Refused(f"{option} {text}", expected=expected, where="options", hint=hint)
 
 
-# -- one value --------------------------------------------------------------------------------------------------------------
+# -- one value -------------------------------------------------------------------------------------
 
 
 def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
@@ -91,7 +93,7 @@ def choice(allowed: Sequence[str] | Callable[[], Iterable[str]]) -> Check:
         words = tuple(allowed() if callable(allowed) else allowed)
         if not isinstance(value, str) or value not in words:
             hint = did_you_mean([value], words) if isinstance(value, str) else ""
-            raise unfit(name, value, " or ".join(words), hint or "use one of these")
+            raise invalid(name, value, " or ".join(words), hint or "use one of these")
         return str(value)
 
     return check
@@ -105,7 +107,7 @@ def dtype(name: str, value: Any) -> str:
     )
     short = long.get(word.removeprefix("torch."), word)
     if short not in dtypes.SHORT:
-        raise unfit(name, value, " or ".join(dtypes.SHORT), "use one of these")
+        raise invalid(name, value, " or ".join(dtypes.SHORT), "use one of these")
     return short
 
 
@@ -115,7 +117,7 @@ def whole(least: int = 1, most: int = MOST_WHOLE) -> Check:
     def check(name: str, value: Any) -> int:
         number = _integer(value)
         if number is None or not least <= number <= most:
-            raise unfit(name, value, f"a whole number, {least} to {most}")
+            raise invalid(name, value, f"a whole number, {least} to {most}")
         return number
 
     return check
@@ -127,7 +129,7 @@ def whole_of(*allowed: int) -> Check:
     def check(name: str, value: Any) -> int:
         number = _integer(value)
         if number not in allowed:
-            raise unfit(name, value, " or ".join(map(str, allowed)), "use one of these")
+            raise invalid(name, value, " or ".join(map(str, allowed)), "use one of these")
         return number
 
     return check
@@ -137,10 +139,10 @@ def number(expected: str, fits: Callable[[float], bool]) -> Check:
     """A finite number that `fits`; `expected` says which do."""
 
     def check(name: str, value: Any) -> float:
-        found = finite(value)
-        if found is None or not fits(found):
-            raise unfit(name, value, expected)
-        return found
+        result = finite(value)
+        if result is None or not fits(result):
+            raise invalid(name, value, expected)
+        return result
 
     return check
 
@@ -148,14 +150,14 @@ def number(expected: str, fits: Callable[[float], bool]) -> Check:
 def flag(name: str, value: Any) -> bool:
     """True or false, also as a number."""
     if _integer(value, flags=True) not in (0, 1) or isinstance(value, str):
-        raise unfit(name, value, "True or False")
+        raise invalid(name, value, "True or False")
     return bool(value)
 
 
 def text(name: str, value: Any) -> str:
     """A text of printable characters."""
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise unfit(name, value, "a text")
+        raise invalid(name, value, "a text")
     return str(value)
 
 
@@ -164,7 +166,7 @@ def regex(name: str, value: Any) -> str:
     if isinstance(value, re.Pattern) and value.flags in (0, re.UNICODE):
         value = value.pattern
     if not isinstance(value, str) or not value:
-        raise unfit(name, value, "a regular expression", "give a text")
+        raise invalid(name, value, "a regular expression", "give a text")
     matcher(value, f"--{name.replace('_', '-')}")
     return str(value)
 
@@ -172,25 +174,22 @@ def regex(name: str, value: Any) -> str:
 def path(name: str, value: Any) -> StrPath:
     """A path, or what else a source can be called."""
     if not isinstance(value, str | os.PathLike) or not _is_name(os.fspath(value)):
-        raise unfit(name, value, "a path", "give a text or a Path")
+        raise invalid(name, value, "a path", "give a text or a Path")
     return value
 
 
 def parse_size(name: str, value: Any) -> int:
     """Bytes of a size such as 5GB; KB, MB and GB are powers of 1000. A number is bytes."""
-    found = _integer(value)
-    if found is None and isinstance(value, str):
+    size = _integer(value)
+    if size is None and isinstance(value, str):
         upper = value.strip().upper()
         unit = next((u for u in UNITS if upper.endswith(u)), "")
         factor = finite(upper.removesuffix(unit))
-        found = (
-            int(factor * UNITS.get(unit, 1))
-            if factor is not None and math.isfinite(factor * UNITS.get(unit, 1))
-            else None
-        )
-    if found is None or found <= 0:
-        raise unfit(name, value, "bytes, or a number with KB, MB, GB or TB", "e.g. 5GB")
-    return found
+        scaled = math.nan if factor is None else factor * UNITS.get(unit, 1)
+        size = int(scaled) if math.isfinite(scaled) else None
+    if size is None or size <= 0:
+        raise invalid(name, value, "bytes, or a number with KB, MB, GB or TB", "e.g. 5GB")
+    return size
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
@@ -208,35 +207,31 @@ def targets(name: str, value: Any) -> str:
 def settings(name: str, value: Any) -> dict[str, Any]:
     """A method's own options by name; numbers, also spelled ones, as numbers."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise unfit(name, value, "a mapping of names to values")
+        raise invalid(name, value, "a mapping of names to values")
     return {key: item if finite(item) is None else finite(item) for key, item in value.items()}
 
 
 def function(name: str, value: Any) -> Any:
     """Something to call."""
     if not callable(value):
-        raise unfit(name, value, "a function")
+        raise invalid(name, value, "a function")
     return value
 
 
 def finite(value: Any) -> float | None:
-    """The finite number that a value is, or spells; None if it is none."""
+    """The finite number that a value is, or spells; None for anything else."""
     if isinstance(value, bool | bytes | bytearray) or getattr(value, "shape", ()):
         return None
     try:
-        found = float(value)
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-        RuntimeError,
-    ):  # RuntimeError: torch's, of a tensor of several elements
+        number = float(value)
+    except (ValueError, TypeError, OverflowError, RuntimeError):
+        # RuntimeError: torch's, of a tensor of several elements
         return None
-    return found if math.isfinite(found) else None
+    return number if math.isfinite(number) else None
 
 
 def _integer(value: Any, *, flags: bool = False) -> int | None:
-    """The integer that a value is or spells; None if it is none."""
+    """The integer that a value is, or spells; None for anything else."""
     if type(value).__name__ in ("bool", "bool_"):  # numpy's too
         return int(value) if flags else None
     if isinstance(value, str):
@@ -244,15 +239,15 @@ def _integer(value: Any, *, flags: bool = False) -> int | None:
     try:
         return operator.index(value)
     except (TypeError, ValueError, RuntimeError):
-        found = finite(value)
-        return int(found) if found is not None and found.is_integer() else None
+        number = finite(value)
+        return int(number) if number is not None and number.is_integer() else None
 
 
 def _is_name(text: str | bytes) -> bool:
     return isinstance(text, str) and bool(text) and "\0" not in text
 
 
-# -- several values -----------------------------------------------------------------------------------------------------------
+# -- several values --------------------------------------------------------------------------------
 
 
 def _items(name: str, value: Any) -> list[Any]:
@@ -266,13 +261,14 @@ def _items(name: str, value: Any) -> list[Any]:
         or hasattr(value, "shape")
         or not isinstance(value, Iterable)
     ):
-        raise unfit(name, value, "a list, in the order that counts", "give a list")
+        raise invalid(name, value, "a list, in the order that counts", "give a list")
     return list(value)
 
 
 def weighted(adapters: Any, name: str = "adapters") -> list[tuple[StrPath, float | None]]:
-    """Sources with the weights that are given with them, None where none is: one source or several, pairs `(source, weight)`, or
-    a mapping of sources to weights. `Refused` with all that are none of these."""
+    """Sources and their weights, None where there is none, of one source or several, of pairs
+    `(source, weight)`, or of a mapping of sources to weights. `Refused` with all that are none of
+    these."""
     items = list(adapters.items()) if isinstance(adapters, Mapping) else _items(name, adapters)
     if (
         len(items) == 2
@@ -281,12 +277,12 @@ def weighted(adapters: Any, name: str = "adapters") -> list[tuple[StrPath, float
         and not isinstance(items[1], str)
     ):
         items = [adapters]  # one pair
-    found, errors = [], []
+    pairs, errors = [], []
     for item in items:
         source, weight = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
         if not isinstance(source, str | os.PathLike) or not _is_name(os.fspath(source)):
             errors.append(
-                unfit(
+                invalid(
                     name,
                     item,
                     "a source, or a source and its weight",
@@ -294,21 +290,21 @@ def weighted(adapters: Any, name: str = "adapters") -> list[tuple[StrPath, float
                 )
             )
         elif source is item:
-            found.append((source, None))
+            pairs.append((source, None))
         elif finite(weight) is None:
-            errors.append(unfit(name, item, "a number as the weight", "give a finite number"))
+            errors.append(invalid(name, item, "a number as the weight", "give a finite number"))
         else:
-            found.append((source, finite(weight)))
+            pairs.append((source, finite(weight)))
     refuse_all(errors)
-    return found
+    return pairs
 
 
 def unweighted(adapters: Any, name: str = "adapters") -> list[StrPath]:
-    """The same for verbs that know no weights: those other than 1 are refused."""
+    """Sources, for verbs without weights; `Refused` for weights other than 1."""
     pairs = weighted(adapters, name)
     refuse_all(
         [
-            unfit(name, pair, "no weights: this verb has none", "leave it out")
+            invalid(name, pair, "no weights: this verb has none", "leave it out")
             for pair in pairs
             if pair[1] not in (None, 1)
         ]
@@ -328,13 +324,13 @@ def _progress(name: str, value: Any) -> Any:
 def _device(name: str, value: Any) -> str:
     word = str(value) if type(value).__module__ == "torch" else value
     if not isinstance(word, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", word, re.ASCII):
-        raise unfit(name, value, "auto, cpu, cuda or cuda:i", "use one of these")
+        raise invalid(name, value, "auto, cpu, cuda or cuda:i", "use one of these")
     return word
 
 
 def _repository(name: str, value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
-        raise unfit(
+        raise invalid(
             name,
             value,
             "a repository on the Hub, org/name",
@@ -353,7 +349,10 @@ CHECKS: dict[str, Check] = {
     ),
     **dict.fromkeys("adapters general".split(), _unchecked),
     **dict.fromkeys(
-        "rslora double_quant base_is_residual dequantize verify download headers resume overwrite dry_run".split(),
+        (
+            "rslora double_quant base_is_residual dequantize verify download headers resume "
+            "overwrite dry_run"
+        ).split(),
         flag,
     ),
     **dict.fromkeys("include exclude skip".split(), regex),

@@ -1,4 +1,5 @@
-"""Regular expressions from outside (configs of strangers, the command line), matched with a time limit."""
+"""Regular expressions from outside (configs of strangers, the command line), matched with a time
+limit."""
 
 import math
 import re
@@ -10,29 +11,31 @@ from typing import NoReturn
 
 from adapterkit.errors import Refused, did_you_mean, shown
 
-LONGEST = 1000
-LARGEST = 100_000  # characters that a pattern may stand for once its {counts} are written out, as `regex` does in memory
-PATIENCE = 1.0  # seconds for one name
-IN_ALL = 3.0  # seconds for all the names that one pattern is asked about
+MAX_LENGTH = 1000
+# characters that a pattern may stand for once its {counts} are written out, as `regex` does in
+# memory
+MAX_EXPANSION = 100_000
+TIMEOUT = 1.0  # seconds for one name
+TOTAL_TIMEOUT = 3.0  # seconds for all the names that one pattern is matched with
 PLAIN = re.compile(r"\^?[\w.\-]*\$?")  # nothing that could backtrack
-FUZZY = re.compile(
-    r"(?<!\\)\{(?!\d*(,\d*)?\})"
-)  # `regex` reads {e<=2} as "with two errors", `re` as these characters
+# `regex` reads {e<=2} as "with two errors", `re` as these characters
+FUZZY = re.compile(r"(?<!\\)\{(?!\d*(,\d*)?\})")
 
 
 def matcher(pattern: str, where: str, wrap: str = "{}") -> Callable[[str], bool]:
-    """`re.search` of `wrap` with the pattern put in; `Refused` when it does not compile or takes over a second."""
-    if len(pattern) > LONGEST:
+    """`re.search` of the pattern within `wrap`. Raises `Refused` for one that does not compile, and
+    when it is matched for one that takes over a second."""
+    if len(pattern) > MAX_LENGTH:
         raise Refused(
             f"a pattern of {len(pattern)} characters",
-            expected=f"at most {LONGEST}",
+            expected=f"at most {MAX_LENGTH}",
             where=where,
             hint="shorten it",
         )
     whole = wrap.replace("{}", pattern)
     if PLAIN.fullmatch(pattern):
         return partial(_matches, re.compile(whole))
-    return _Patient(pattern, whole, where)
+    return _TimedPattern(pattern, whole, where)
 
 
 def _matches(pattern: re.Pattern, text: str) -> bool:
@@ -46,11 +49,12 @@ def similar_names(pattern: str, names: Iterable[str]) -> str:
     return did_you_mean((word for word in words if word not in known), sorted(known))
 
 
-class _Patient:
-    """A pattern that may backtrack: asked with a limit, and not again once it has passed it."""
+class _TimedPattern:
+    """A pattern that may backtrack, matched with a time limit; not again once that has passed."""
 
     def __init__(self, pattern: str, whole: str, where: str):
-        import regex  # one of transformers' own dependencies; the standard library's has no time limit
+        # one of transformers' own dependencies; the standard library's has no time limit
+        import regex
 
         self.pattern, self.where, self.spent = pattern, where, 0.0
         try:
@@ -65,13 +69,13 @@ class _Patient:
             ) from error
 
     def __call__(self, text: str) -> bool:
-        if self.spent > IN_ALL:
+        if self.spent > TOTAL_TIMEOUT:
             self._refuse()
         began = time.monotonic()
         try:
-            return self.compiled.search(text, timeout=PATIENCE) is not None
+            return self.compiled.search(text, timeout=TIMEOUT) is not None
         except TimeoutError:
-            self.spent = IN_ALL  # the names to come are refused without another try
+            self.spent = TOTAL_TIMEOUT  # the names to come are refused without another try
             self._refuse()
         finally:
             self.spent += time.monotonic() - began
@@ -86,7 +90,8 @@ class _Patient:
 
 
 def _check(pattern: str) -> None:
-    """`re.error` or `ValueError` for what the standard library, which PEFT asks, reads otherwise or not at all."""
+    """`re.error` or `ValueError` for what the standard library, which PEFT asks, reads otherwise or
+    not at all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         re.compile(pattern)
@@ -94,6 +99,6 @@ def _check(pattern: str) -> None:
         raise ValueError("braces that count nothing")
     if (
         len(pattern) * math.prod(max(1, int(n)) for n in re.findall(r"\{(\d{1,9})", pattern))
-        > LARGEST
+        > MAX_EXPANSION
     ):
         raise ValueError("counts that are too large")

@@ -1,1 +1,2 @@
-"""Ways to initialise an adapter from its base's weights. One file is one method; `name` is what users type."""
+"""Ways to initialize an adapter from its base's weights: a method is a file with a frozen record
+whose fields are its options; `name` is what users type."""

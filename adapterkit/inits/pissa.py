@@ -10,10 +10,12 @@ from adapterkit.kernels.truncated import truncated_svd
 
 @dataclass(frozen=True)
 class Pissa:
-    """scale·b@a = U_r S_r V_rᵀ, the leading triplets of W, split evenly; the base becomes W - scale·b@a.
+    """scale·b@a = U_r S_r V_rᵀ, the leading triplets of W, split evenly; the base becomes
+    W - scale·b@a.
 
-    Singular values to 1e-6 of the largest one, by block Krylov where that is faster; PEFT decomposes in full (`pissa`) or by a
-    randomised method of a few rounds (`pissa_niter_4`), whose error is larger.
+    Singular values to 1e-6 of the largest one, by block Krylov where that is faster; PEFT
+    decomposes in full (`pissa`) or by a randomised method of a few rounds (`pissa_niter_4`), whose
+    error is larger.
     """
 
     name = "pissa"

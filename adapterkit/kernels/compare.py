@@ -1,8 +1,10 @@
-"""What tells two tensors apart: sums over blocks of both, and the singular values of their difference from a sketch.
+"""Measures of the difference of two tensors: sums over blocks of both, and the singular values of their
+difference from a sketch.
 
-A difference D (n, m) is never held whole. Up to 512 columns its Gram matrix DᵀD is summed, which is exact. Above, two passes over
-its rows (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, on the row side): Z = Ω D with 128 Gaussian rows, Q = orth(Zᵀ), then
-the singular values of D Q. They are exact where min(n, m) <= 128 and never above the true ones elsewhere.
+A difference D (n, m) is never held whole. Up to 512 columns its Gram matrix DᵀD is summed, which is
+exact. Above, two passes over its rows (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, on the row
+side): Z = Ω D with 128 Gaussian rows, Q = orth(Zᵀ), then the singular values of D Q. They are exact
+where min(n, m) <= 128 and never above the true ones elsewhere.
 """
 
 import math
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from adapterkit.kernels.lowrank import Product
 
-SKETCH = 128  # rows of Ω: more singular values than that are not told apart
+SKETCH = 128  # rows of Ω: at most so many singular values are estimated
 EXACT = 512  # columns up to which DᵀD is summed instead
 
 
@@ -24,7 +26,8 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 
 def rounds_to(a: Tensor, b: Tensor) -> bool:
-    """Whether b is a rounded to b's dtype; a finite value that became infinite was not rounded but lost."""
+    """Whether b is a rounded to b's dtype; a finite value that became infinite was not rounded but
+    lost."""
     rounded = a.to(b.dtype)
     return same_values(rounded, b) and bool((rounded.isinf() == a.isinf()).all())
 
@@ -34,7 +37,8 @@ def parted(
     b: Tensor,  # (n, m)
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """A and B - A in `dtype`; where both are the same NaN or infinity, both are 0: what is equal takes no part."""
+    """A and B - A in `dtype`; where both are the same NaN or infinity, both are 0: what is equal
+    takes no part."""
     a, b = a.to(dtype), b.to(dtype)
     difference = b - a
     if not math.isfinite(float(difference.sum())):
@@ -45,7 +49,8 @@ def parted(
 
 @dataclass
 class Sums:
-    """‖A‖², ⟨A, D⟩, ‖D‖², max |D| and the number of elements that differ, over blocks of A and B = A + D, in float64."""
+    """‖A‖², ⟨A, D⟩, ‖D‖², max |D| and the number of elements that differ, over blocks of A and
+    B = A + D, in float64."""
 
     squares: float = 0.0
     dot: float = 0.0
@@ -90,13 +95,15 @@ def relative(error: float, norm: float) -> float:
 
 
 def cosine(squares: float, inner: float, other_squares: float) -> float:
-    """inner / (‖A‖ ‖B‖) from ‖A‖², ⟨A, B⟩ and ‖B‖², within [-1, 1]; NaN where one of them is zero."""
+    """inner / (‖A‖ ‖B‖) from ‖A‖², ⟨A, B⟩ and ‖B‖², within [-1, 1]; NaN where one of them is
+    zero."""
     norms = math.sqrt(max(squares, 0.0)) * math.sqrt(max(other_squares, 0.0))
     return max(-1.0, min(1.0, inner / norms)) if norms > 0 and math.isfinite(inner) else math.nan
 
 
 class Sketch:
-    """Z = Ω D summed over blocks of D's rows; each block's part of Ω is drawn from its first row's number."""
+    """Z = Ω D summed over blocks of D's rows; each block's part of Ω is drawn from its first row's
+    number."""
 
     def __init__(self, columns: int, dtype: torch.dtype):
         self.z = torch.zeros(SKETCH, columns, dtype=dtype)
@@ -131,7 +138,8 @@ class Gram:
 
 
 def singular_values(product: Product) -> Tensor:
-    """The singular values of left @ right, from the two triangles of its QR decompositions; NaNs where a value is not finite."""
+    """The singular values of left @ right, from the two triangles of its QR decompositions; NaNs
+    where a value is not finite."""
     s = torch.linalg.qr(product.left, mode="r").R
     t = torch.linalg.qr(product.right.T, mode="r").R
     core = s @ t.T
@@ -143,7 +151,8 @@ def singular_values(product: Product) -> Tensor:
 
 
 def pooled(spectra: Sequence[Tensor]) -> Tensor:
-    """One spectrum for several matrices that get one rank: the root of the sum of squares, place by place."""
+    """One spectrum for several matrices that get one rank: the root of the sum of squares, place by
+    place."""
     longest = max(map(len, spectra))
     return sum(
         (torch.nn.functional.pad(s.square(), (0, longest - len(s))) for s in spectra),

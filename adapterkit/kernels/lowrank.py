@@ -1,7 +1,9 @@
-"""Algebra on products left @ right that are never multiplied out: norms, inner products, singular values, refits.
+"""Algebra on products left @ right that are never multiplied out: norms, inner products, singular
+values, refits.
 
-A product is a pair `left (n, R)`, `right (R, m)`; a delta scale * b @ a is one, and a sum of deltas is the stack of its parts. All
-arithmetic is float64: the matrices are thin, and their cores a few hundred wide.
+A product is a pair `left (n, R)`, `right (R, m)`; a delta scale * b @ a is one, and a sum of deltas
+is the stack of its parts. All arithmetic is float64: the matrices are thin, and their cores a few
+hundred wide.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +51,8 @@ def as_product(delta: Product | Tensor) -> Product:
 
 
 def stacked(products: Sequence[Product], weights: Sequence[float] | None = None) -> Product:
-    """Σ weight * left @ right as one product of rank Σ R; exact but for the scaling of each left."""
+    """Σ weight * left @ right as one product of rank Σ R; exact but for the scaling of each
+    left."""
     weights = [1.0] * len(products) if weights is None else weights
     return Product(
         torch.cat([p.left * w for p, w in zip(products, weights, strict=True)], 1),
@@ -58,7 +61,8 @@ def stacked(products: Sequence[Product], weights: Sequence[float] | None = None)
 
 
 def svd(product: Product) -> Svd:
-    """The singular value decomposition of left @ right, at most min(n, m, R) values: QR of both sides, then of the core R x R.
+    """The singular value decomposition of left @ right, at most min(n, m, R) values: QR of both
+    sides, then of the core R x R.
 
     left = Q S, rightᵀ = P T, core = S Tᵀ = U s Vᵀ, so left @ right = (Q U) s (P V)ᵀ.
     """
@@ -71,8 +75,9 @@ def svd(product: Product) -> Svd:
 def _triangular(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The triangle R of x = Q R, and y -> Q y.
 
-    Where x is tall and well conditioned R comes from Cholesky's decomposition of xᵀx and Q y = x (R⁻¹ y): a few matrix products,
-    twice as fast as Householder's way. Its error is the square of x's condition times 1e-16, so the condition is looked at first.
+    Where x is tall and well conditioned R comes from Cholesky's decomposition of xᵀx and Q y = x
+    (R⁻¹ y): a few matrix products, twice as fast as Householder's way. Its error is the square of
+    x's condition times 1e-16, so the condition is looked at first.
     """
     if x.shape[0] > 2 * x.shape[1]:
         r, failed = torch.linalg.cholesky_ex(x.T @ x, upper=True)
@@ -105,16 +110,15 @@ def gram(products: Sequence[Product]) -> Tensor:
 def rank_for_energy(s: Tensor, energy: float, total: float | None = None) -> int:
     """The smallest k >= 1 with Σ_{i<=k} s² >= energy * Σ s².
 
-    `total` is Σ s² over all singular values where `s` holds only the first ones; then all of `s` may be too few, and the answer is
-    len(s) + 1. Values below float64's noise of the largest one count as zero; equal values that keep the share exactly, but for
-    rounding, are enough.
+    `total` is Σ s² over all singular values where `s` holds only the first ones; then all of `s`
+    may be too few, and the answer is len(s) + 1. Values below float64's noise of the largest one
+    count as zero; equal values that keep the share exactly, but for rounding, are enough.
     """
     squares = s.double().square()
     squares = torch.where(squares <= squares.max() * 1e-28, 0, squares) if len(s) else squares
     beyond = 0.0 if total is None else max(total - float(squares.sum()), 0.0)
-    tails = (
-        squares.flip(0).cumsum(0).flip(0) + beyond
-    )  # tails[k]: what is lost when k values are kept
+    # tails[k]: what is lost when k values are kept
+    tails = squares.flip(0).cumsum(0).flip(0) + beyond
     whole = float(tails[0]) if len(s) else beyond
     allowed = (1 - energy) * whole * (1 + ROUNDING)
     enough = [k for k in range(1, len(s)) if float(tails[k]) <= allowed]
@@ -124,9 +128,11 @@ def rank_for_energy(s: Tensor, energy: float, total: float | None = None) -> int
 
 
 def refit(svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors a (rank, m), b (n, rank) of the best approximation of that rank, their norms balanced: b = U √s, a = √s Vᵀ.
+    """Factors a (rank, m), b (n, rank) of the best approximation of that rank, their norms
+    balanced: b = U √s, a = √s Vᵀ.
 
-    A rank above the number of singular values is filled with zeros. PEFT puts s into b alone; the product is the same.
+    A rank above the number of singular values is filled with zeros. PEFT puts s into b alone; the
+    product is the same.
     """
     root = svd.s[:rank].sqrt()
     b, a = svd.u[:, :rank] * root, svd.vh[:rank] * root[:, None]
@@ -137,12 +143,14 @@ def refit(svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def balanced(product: Product) -> tuple[Tensor, Tensor]:
-    """Factors a, b of the same product, each rank-one part's norms made equal: exact but for rounding."""
+    """Factors a, b of the same product, each rank-one part's norms made equal: exact but for
+    rounding."""
     left, right = product.left.norm(dim=0), product.right.norm(dim=1)
     ratio = torch.where((left > 0) & (right > 0), (right / left).sqrt(), 1.0)
     return product.right / ratio[:, None], product.left * ratio
 
 
 def signed(vector: Tensor) -> Tensor:
-    """The vector or its negative: the one whose element of largest magnitude, the first of equals, is positive."""
+    """The vector or its negative: the one whose element of largest magnitude, the first of equals,
+    is positive."""
     return -vector if len(vector) and vector[vector.abs().argmax()] < 0 else vector

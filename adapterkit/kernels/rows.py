@@ -1,7 +1,9 @@
-"""What merging does to rows of a weight: low-rank additions, weight decomposition, and one rounding at the end.
+"""What merging does to rows of a weight: low-rank additions, weight decomposition, and one rounding
+at the end.
 
-All functions work on a block of whole rows `w (n, cols)`, in place, in the dtype of `w` (float32 or float64):
-each row's result depends on that row alone, so any way of cutting a weight into blocks gives the same numbers.
+All functions work on a block of whole rows `w (n, cols)`, in place, in the dtype of `w` (float32 or
+float64): each row's result depends on that row alone, so any way of cutting a weight into blocks
+gives the same numbers.
 """
 
 import torch
@@ -54,6 +56,7 @@ def low_rank_norm(
     left: Tensor,  # (n, r)
     right: Tensor,  # (r, cols)
 ) -> float:
-    """‖left @ right‖_F = sqrt(tr(leftᵀ·left · right·rightᵀ)), without forming the product; float64."""
+    """‖left @ right‖_F = sqrt(tr(leftᵀ·left · right·rightᵀ)), without forming the product;
+    float64."""
     left, right = left.double(), right.double()
     return float(torch.sum((left.T @ left) * (right @ right.T)).clamp_min(0).sqrt())

@@ -1,4 +1,4 @@
-"""What sums tell of a tensor: its norm in float64, and whether all of it is finite."""
+"""Sums of a tensor: its norm in float64, and whether all of it is finite."""
 
 import math
 
@@ -16,7 +16,8 @@ def squared_norm(x: Tensor) -> float:
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite: then neither is their sum, which takes a fortieth of the time that looking takes."""
+    """Whether no value is NaN or infinite: then neither is their sum, which takes a fortieth of the
+    time of a test of each."""
     return math.isfinite(float(x.sum())) or bool(x.isfinite().all())
 
 

@@ -1,7 +1,8 @@
-"""Errors that count for what a layer's inputs make of them: ‖(W - L) x‖² on average is ‖(W - L) s‖_F² with s sᵀ = C = E[x xᵀ].
-C's own size does not matter.
+"""Approximation errors weighted by a layer's inputs: the mean of ‖(W - L) x‖² is ‖(W - L) s‖_F²
+with s sᵀ = C = E[x xᵀ]. The scale of C does not matter.
 
-The best L of a rank is u uᵀ W, u the leading left singular vectors of W s: (W - L) s = (1 - u uᵀ) W s. No inverse of s is needed.
+The best L of a rank is u uᵀ W, u the leading left singular vectors of W s:
+(W - L) s = (1 - u uᵀ) W s. No inverse of s is needed.
 """
 
 import math
@@ -11,23 +12,19 @@ from torch import Tensor
 
 from adapterkit.kernels.lowrank import Svd
 
-DAMPING = (
-    1e-6,
-    1e-5,
-    1e-4,
-    1e-3,
-    1e-2,
-)  # of the mean of C's diagonal: added to it until it is positive definite
+# of the mean of C's diagonal: added to it until it is positive definite
+DAMPING = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 SYMMETRIC = 1e-3  # of the largest element
 
 
 def root(
     c: Tensor,  # (n, n) float32
 ) -> tuple[Tensor, float]:  # (n, n) float32, lower triangular
-    """s with s sᵀ = C / mean(diag C) + d·1, and d: Cholesky in float64, n³/3 operations.
+    """s with s sᵀ = C / mean(diag C) + d·1, and d, the least of DAMPING with which Cholesky's
+    decomposition succeeds: float64, n³/3 operations.
 
-    Raises ValueError for what is no covariance: not symmetric, all zeros, or not positive semidefinite, as it may become where it
-    is rounded to 16 bits.
+    Raises ValueError for what is no covariance: not symmetric, all zeros, or not positive
+    semidefinite, as one may be that was rounded to 16 bits.
     """
     largest = float(c.abs().amax())
     if not largest or not math.isfinite(largest):
