@@ -18,7 +18,7 @@ from adapterkit.kernels.elementwise import (
     elect,
     top_k_threshold,
 )
-from adapterkit.kernels.lowrank import Product, Svd, stacked
+from adapterkit.kernels.lowrank import Product, Svd, stack_products
 
 SUBSAMPLE = 4  # one row in four of each block is enough to estimate a threshold
 # changes a block in place; the blocks of a delta come in row-major order
@@ -36,7 +36,7 @@ class WeightedSum(OnFactors):
     def combine_factors(
         self, products: Sequence[Product], weights: Sequence[float]
     ) -> tuple[Product, Metrics]:
-        return stacked(products, self.shares(weights)), {}
+        return stack_products(products, self.shares(weights)), {}
 
 
 def check_share(option: str, value: float, above_zero: bool = False) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from adapterkit.combinations.common import check_count, without_noise
 from adapterkit.combinations.protocol import Metrics, OnFactors
-from adapterkit.kernels.lowrank import Product, norm, stacked, svd
+from adapterkit.kernels.lowrank import Product, norm, stack_products, svd
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class IsoC(OnFactors):
         self, products: Sequence[Product], weights: Sequence[float]
     ) -> tuple[Product, Metrics]:
         check_count(weights, len(products))
-        whole = svd(stacked(products, weights))
+        whole = svd(stack_products(products, weights))
         size = sum(abs(w) * norm(p) for p, w in zip(products, weights, strict=True))
         u, s, vh = without_noise(whole, size)
         if not len(s):

@@ -10,7 +10,7 @@ from torch import Tensor
 from adapterkit.combinations.common import check_count
 from adapterkit.combinations.protocol import Metrics, OnFactors
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product, gram, stacked
+from adapterkit.kernels.lowrank import Product, gram, stack_products
 
 ROUNDS = 1000
 
@@ -57,7 +57,8 @@ class Karcher(OnFactors):
             _check_opposites(cosines, used)
             mean, steps = _mean(cosines, shares[used] / shares[used].sum())
             units[used] = mean / norms[used]
-        return stacked(products, (units * (shares @ norms)).tolist()), {"steps": float(steps)}
+        lengths = (units * (shares @ norms)).tolist()
+        return stack_products(products, lengths), {"steps": float(steps)}
 
 
 def _check_opposites(cosines: Tensor, used: list[int]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from adapterkit.combinations.common import check_count, check_share
 from adapterkit.combinations.protocol import Metrics, OnFactors
 from adapterkit.errors import Refused
-from adapterkit.kernels.lowrank import Product, gram, stacked
+from adapterkit.kernels.lowrank import Product, gram, stack_products
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Slerp(OnFactors):
         check_count(weights, len(products))
         self.check_weights(weights)
         if len(products) == 1 or 0 in weights:
-            return stacked(products, weights), {"angle": 0.0}
+            return stack_products(products, weights), {"angle": 0.0}
         angle, length = _angle(products, weights), sum(map(abs, weights))
         parts = [abs(weight) / length for weight in weights]
         if math.sin(angle) > 0:
             parts = [math.sin(part * angle) / math.sin(angle) for part in parts]
         shares = [math.copysign(length * p, w) for p, w in zip(parts, weights, strict=True)]
-        return stacked(products, shares), {"angle": angle}
+        return stack_products(products, shares), {"angle": angle}
 
 
 def _angle(products: Sequence[Product], weights: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ class Pissa:
     W - scale·b@a.
 
     Singular values to 1e-6 of the largest one, by block Krylov where that is faster; PEFT
-    decomposes in full (`pissa`) or by a randomised method of a few rounds (`pissa_niter_4`), whose
+    decomposes in full (`pissa`) or by a randomized method of a few rounds (`pissa_niter_4`), whose
     error is larger.
     """
 

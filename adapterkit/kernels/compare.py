@@ -32,7 +32,7 @@ def rounds_to(a: Tensor, b: Tensor) -> bool:
     return same_values(rounded, b) and bool((rounded.isinf() == a.isinf()).all())
 
 
-def parted(
+def base_and_difference(
     a: Tensor,  # (n, m), any float dtype
     b: Tensor,  # (n, m)
     dtype: torch.dtype = torch.float64,
@@ -63,7 +63,7 @@ class Sums:
         a: Tensor,  # (n, m)
         b: Tensor,  # (n, m)
     ) -> Tensor:  # D (n, m) float64
-        a, difference = parted(a, b)
+        a, difference = base_and_difference(a, b)
         flat, base = difference.flatten(), a.flatten()
         self.squares += float(torch.dot(base, base))
         self.dot += float(torch.dot(base, flat))
@@ -150,7 +150,7 @@ def singular_values(product: Product) -> Tensor:
     )
 
 
-def pooled(spectra: Sequence[Tensor]) -> Tensor:
+def pool_spectra(spectra: Sequence[Tensor]) -> Tensor:
     """One spectrum for several matrices that get one rank: the root of the sum of squares, place by
     place."""
     longest = max(map(len, spectra))

@@ -50,7 +50,7 @@ def as_product(delta: Product | Tensor) -> Product:
     return Product(delta, one) if delta.shape[1] <= delta.shape[0] else Product(one, delta)
 
 
-def stacked(products: Sequence[Product], weights: Sequence[float] | None = None) -> Product:
+def stack_products(products: Sequence[Product], weights: Sequence[float] | None = None) -> Product:
     """Σ weight * left @ right as one product of rank Σ R; exact but for the scaling of each
     left."""
     weights = [1.0] * len(products) if weights is None else weights
@@ -142,7 +142,7 @@ def refit(svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def balanced(product: Product) -> tuple[Tensor, Tensor]:
+def balance(product: Product) -> tuple[Tensor, Tensor]:
     """Factors a, b of the same product, each rank-one part's norms made equal: exact but for
     rounding."""
     left, right = product.left.norm(dim=0), product.right.norm(dim=1)
@@ -150,7 +150,7 @@ def balanced(product: Product) -> tuple[Tensor, Tensor]:
     return product.right / ratio[:, None], product.left * ratio
 
 
-def signed(vector: Tensor) -> Tensor:
+def fix_sign(vector: Tensor) -> Tensor:
     """The vector or its negative: the one whose element of largest magnitude, the first of equals,
     is positive."""
     return -vector if len(vector) and vector[vector.abs().argmax()] < 0 else vector

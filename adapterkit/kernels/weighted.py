@@ -42,7 +42,7 @@ def root(
     raise ValueError("not positive semidefinite")
 
 
-def projected(
+def project(
     u: Tensor,  # (out, k), orthonormal
     w: Tensor,  # (out, in)
 ) -> Svd:

@@ -22,7 +22,7 @@ from adapterkit.checkpoint.shards import NOT_A_MODEL
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all, shown
 from adapterkit.kernels import compare as kernel
-from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stacked
+from adapterkit.kernels.lowrank import Product, inner, rank_for_energy, stack_products
 from adapterkit.plan import Progress
 from adapterkit.planning.sites import join
 from adapterkit.reports import configs
@@ -459,7 +459,7 @@ class Tensors:
         for start in range(0, grid.rows, grid.height):
             spectra.append(self._spectrum(reader, start, start + grid.height, sums))
         rank = (
-            _suggested(kernel.pooled(spectra), sums.error, grid, reader.energy)
+            _suggested(kernel.pool_spectra(spectra), sums.error, grid, reader.energy)
             if grid.columns > 1
             else None
         )
@@ -493,7 +493,7 @@ class Tensors:
             sketch.add(sums.add(a, b), first)
         gram = kernel.Gram(columns, sketch.basis())
         for _, a, b in self._blocks(reader, start, stop):
-            gram.add(kernel.parted(a, b, sketch.z.dtype)[1])
+            gram.add(kernel.base_and_difference(a, b, sketch.z.dtype)[1])
         return gram.values()
 
 
@@ -534,12 +534,12 @@ class Deltas:
         for x, y in zip(self.a.products(reader), self.b.products(reader), strict=True):
             for i, (one, other) in enumerate(((x, x), (x, y), (y, y))):
                 squares[i] += inner(one, other)
-            difference = stacked([x, y], [1.0, -1.0])
+            difference = stack_products([x, y], [1.0, -1.0])
             noise = math.hypot(
                 noise, *(NOISE * float(p.left.norm() * p.right.norm()) for p in (x, y))
             )
             spectra.append(kernel.singular_values(difference))
-        s = kernel.pooled(spectra)
+        s = kernel.pool_spectra(spectra)
         error, norm = float(s.norm()), math.sqrt(max(squares[0], 0.0))
         if error <= noise:
             return Result("rounded")

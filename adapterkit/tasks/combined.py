@@ -146,7 +146,7 @@ class CombinedFactors:
         shortest = min(self.parts[0].factors.shape)
         products = [result for result in results if isinstance(result, Product)]
         if self.refit.exact and products and products[0].rank <= shortest:
-            pairs = [lowrank.balanced(product) for product in products]
+            pairs = [lowrank.balance(product) for product in products]
             total = sum(lowrank.norm(product) ** 2 for product in products)
             return self._made(pairs, metrics, total, total)
         most = self._largest_rank()

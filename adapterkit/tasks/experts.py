@@ -78,13 +78,13 @@ class StackedExperts:
                 for p in f.products(inputs)
             ]
             products = [
-                lowrank.stacked(
+                lowrank.stack_products(
                     [*f.products(inputs), *(Product(-g.left, g.right) for g in general)]
                 )
                 for _, f in self.parts
             ]
             factors, scales = (
-                [lowrank.balanced(product) for product in products],
+                [lowrank.balance(product) for product in products],
                 [1.0] * len(products),
             )
             found = [prototype(Product(b, a)) for a, b in factors]
@@ -140,7 +140,7 @@ def prototype(product: Product) -> tuple[Tensor, float]:
     if not svd.s[0] > 0:
         return torch.zeros_like(svd.vh[0]), 0.0
     second = float(svd.s[1]) if len(svd.s) > 1 else 0.0
-    return lowrank.signed(svd.vh[0]), 1 - second / float(svd.s[0])
+    return lowrank.fix_sign(svd.vh[0]), 1 - second / float(svd.s[0])
 
 
 def power_iteration(a: Tensor, b: Tensor, seed: int) -> Tensor:

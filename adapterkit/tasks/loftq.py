@@ -16,7 +16,7 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.subspace import near_optimal_svd
 from adapterkit.kernels.sums import norm, squared_norm
-from adapterkit.kernels.weighted import projected
+from adapterkit.kernels.weighted import project
 from adapterkit.plan import Change, Finalize, Inputs, Task, TaskResult
 from adapterkit.tasks import common
 from adapterkit.tasks.common import short
@@ -110,7 +110,7 @@ def alternated(
         )  # the triplets are a projection of the errors
         if left < CANCELLED * lost:
             left = squared_norm(errors - _product(seen))
-        svd = seen if root is None else projected(seen.u, matrix)
+        svd = seen if root is None else project(seen.u, matrix)
         if left**0.5 / size < best.after:
             best = Round(stored, svd, best.before, left**0.5 / size, number)
         if number < iterations:
@@ -163,7 +163,7 @@ class LoftQFactors:
         errors = _weighted(rest, root)
         seen = near_optimal_svd(errors, self.rank)
         before, after = norm(errors) / size, norm(errors - _product(seen)) / size
-        svd = seen if root is None else projected(seen.u, rest)
+        svd = seen if root is None else project(seen.u, rest)
         a, b = balanced_factors(svd, self.rank, self.scale)
         dtype = dtypes.torch_dtype(self.dtype)
         metrics = {"rank": self.rank, "error": short(before), "error_after": short(after), **said}

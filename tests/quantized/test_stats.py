@@ -12,7 +12,7 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable
-from adapterkit.kernels.weighted import projected, root
+from adapterkit.kernels.weighted import project, root
 from tests.support import oracle
 from tests.support.loftq import MODELS, originals, products, values
 
@@ -184,7 +184,7 @@ def test_the_kernel() -> None:
     assert bool(few.isfinite().all()) and more <= 1e-2
     w = torch.randn(30, 40, generator=generator)
     u = torch.linalg.qr(torch.randn(30, 3, generator=generator)).Q
-    svd = projected(u, w)
+    svd = project(u, w)
     assert torch.allclose((svd.u * svd.s) @ svd.vh, u @ (u.T @ w), atol=1e-4)
     assert torch.allclose(svd.u.T @ svd.u, torch.eye(3), atol=1e-5)
 
