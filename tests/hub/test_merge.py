@@ -18,7 +18,8 @@ SHARDS = [f"model-{i + 1:05d}-of-{LAYERS:05d}.safetensors" for i in range(LAYERS
 
 
 def base_files():
-    """A three-shard checkpoint in Llama's names, one layer per shard; over 64 KiB each, so headers are read by range."""
+    """A three-shard checkpoint in Llama's names, one layer per shard; over 64 KiB each, so headers
+    are read by range."""
     generator = np.random.default_rng(0)
     files, weight_map = (
         {

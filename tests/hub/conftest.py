@@ -1,0 +1,71 @@
+"""A Hub on 127.0.0.1 and its clients."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.hub_client import FILES, OUTPUT, PRELUDE, REPO, Client
+from tests.support.hub_server import Hub
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def connect(tmp_path):
+    """Start a client of a hub; a folder of the test holds its cache."""
+    clients = []
+
+    def start(hub: Hub, **environment: str) -> Client:
+        variables = os.environ | hub.environment(tmp_path / "home") | environment
+        clients.append(Client(variables, tmp_path / f"stderr{len(clients)}"))
+        clients[-1](PRELUDE)
+        return clients[-1]
+
+    yield start
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def client(hub, connect):
+    hub.commit(REPO, FILES)
+    return connect(hub)
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory):
+    """A hub and a client for the many small tests that only read."""
+    home = tmp_path_factory.mktemp("standing")
+    with Hub() as hub:
+        hub.commit(REPO, FILES)
+        hub.repo("org/gated", gated=True)
+        hub.commit("org/gated", FILES)
+        hub.repo("org/disabled", disabled=True)
+        client = Client(os.environ | hub.environment(home), home / "stderr")
+        client(PRELUDE)
+        yield hub, client
+        client.close()
+
+
+@pytest.fixture
+def reading(standing):
+    hub, client = standing
+    hub.faults = lambda asked: None
+    hub.log.clear()
+    return hub, client
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    """A finished output of two shards, as a job leaves it."""
+    folder = tmp_path / "output"
+    folder.mkdir()
+    for name, data in OUTPUT.items():
+        (folder / name).write_bytes(data)
+    (folder / ".journal").write_text("not for others")
+    return folder

@@ -1,0 +1,129 @@
+"""A client of the Hub on 127.0.0.1, in a process of its own.
+
+HF_ENDPOINT and HF_HUB_OFFLINE count when huggingface_hub is imported.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.hub_server import Fault
+
+ROOT = Path(__file__).parents[2]
+REPO = "org/name"
+TOKEN = "hf_" + "secretsecretsecret"
+WEIGHTS = bytes(range(256)) * 400
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": WEIGHTS,
+    "adapter/adapter_config.json": b"{}",
+    "adapter/adapter_model.safetensors": WEIGHTS[::-1],
+}
+
+WORKER = """
+import ast, json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+space = {}
+for line in sys.stdin:
+    body = ast.parse(json.loads(line)).body
+    last = ast.parse("None", mode="eval")
+    if isinstance(body[-1], ast.Expr):
+        last = ast.Expression(body.pop().value)
+    try:
+        exec(compile(ast.Module(body, []), "test", "exec"), space)
+        value = eval(compile(last, "test", "eval"), space)
+        answer = {"value": repr(str(value) if isinstance(value, os.PathLike) else value)}
+    except Exception as error:
+        answer = {"kind": type(error).__name__, "text": str(error), "trace": traceback.format_exc()}
+        names = ("problem", "expected", "where", "hint")
+        answer["parts"] = {name: getattr(error, name, "") for name in names}
+    print(json.dumps(answer), file=answers, flush=True)
+"""
+PRELUDE = """
+from adapterkit.hub import folder as folders, listing, push as pushing, retry
+from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.ids import HubId, parse
+from adapterkit.hub.push import push
+from pathlib import Path
+retry.WAIT = 0.01
+"""
+
+
+class ClientError(Exception):
+    """An exception of the client."""
+
+    def __init__(self, kind: str, text: str, trace: str, parts: dict[str, str]):
+        super().__init__(f"{kind}: {text}")
+        self.kind, self.text, self.trace, self.parts = kind, text, trace, parts
+
+
+class Client:
+    """A process with adapterkit.hub; called with code, it gives the value of the last
+    expression."""
+
+    def __init__(self, environment: dict[str, str], errors: Path):
+        self.errors = errors
+        # the second: huggingface_hub 2.4 about itself
+        warnings = ("-W", "error", "-W", "ignore:Use 'content=:DeprecationWarning")
+        command, pipe = [sys.executable, *warnings, "-c", WORKER], subprocess.PIPE
+        with errors.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=stderr,
+                text=True,
+                cwd=ROOT,
+                env=environment,
+            )
+
+    def __call__(self, code: str):
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, self.errors.read_text()
+        answer = json.loads(line)
+        if "kind" in answer:
+            raise ClientError(**answer)
+        return ast.literal_eval(answer["value"])
+
+    def refusal(self, code: str, kind: str = "Refused") -> ClientError:
+        """The error that code ends in, which has all of its four parts."""
+        with pytest.raises(ClientError) as caught:
+            self(code)
+        error = caught.value
+        assert error.kind == kind, error.trace
+        assert all(error.parts.values()), error.parts
+        return error
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(20)
+        self.process.stdout.close()
+
+
+OUTPUT = {
+    "config.json": b'{"a": 1}',
+    "model-00001-of-00002.safetensors": b"\0first" * 1000,
+    "model-00002-of-00002.safetensors": b"\0second" * 1000,
+    "model.safetensors.index.json": b'{"weight_map": {}}',
+    "README.md": b"---\nlibrary_name: transformers\n---\n",
+}
+
+
+def during(fault: Fault, method: str = "GET", path: str = "", times: int = 1_000_000):
+    """Faults for the first requests of a kind."""
+    left = [times]
+
+    def faults(asked):
+        if asked.method == method and path in asked.path and left[0] > 0:
+            left[0] -= 1
+            return fault
+        return None
+
+    return faults
