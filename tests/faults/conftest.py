@@ -329,3 +329,13 @@ def many_shards(disk_of_tests: Path, driver: Driver) -> Bench:
     make_base(root / "base", shards=300, layers=40)
     make_adapter(root / "adapter", layers=40)
     return Bench(root, driver)
+
+
+@pytest.fixture(scope="module")
+def whole(shared) -> dict[str, str]:
+    return shared.undisturbed()
+
+
+@pytest.fixture(scope="module")
+def older(shared) -> dict[str, str]:
+    return shared.undisturbed(weight="0.5")

@@ -1,4 +1,5 @@
-"""10,000 random bits of an output flipped, one at a time: `verify` finds every one, and names the file and the tensor."""
+"""10,000 random bits of an output flipped, one at a time: `verify` finds every one, and names the
+file and the tensor."""
 
 import contextlib
 import os
@@ -22,7 +23,8 @@ def output(bench):
 
 
 def tensors_of(path: Path) -> list[str | None]:
-    """For every byte of a weights file the key of the tensor that it belongs to; None for the header and for other files."""
+    """For every byte of a weights file the key of the tensor that it belongs to; None for the
+    header and for other files."""
     keys: list[str | None] = [None] * path.stat().st_size
     if path.suffix == ".safetensors":
         for spec in read_header(LocalFolder(path.parent), path.name).tensors:
@@ -58,11 +60,10 @@ class Flip:
 
 
 def test_every_flip_is_found(output, monkeypatch):
-    """One bit in every file but the receipt at once, each the only one in its file and each to be named; then one in the receipt,
-    without which nothing else can be judged."""
-    monkeypatch.delattr(
-        os, "posix_fadvise", raising=False
-    )  # the flips are in the system's cache, and the disk would be slow
+    """One bit in every file but the receipt at once, each the only one in its file and each to be
+    named; then one in the receipt, without which nothing else can be judged."""
+    # the flips are in the system's cache, and the disk would be slow
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
     assert verify(output)["files"] == len(list(output.iterdir())) - 1
     generator, flips = random.Random(0), 0
     contents = {path: path.read_bytes() for path in sorted(output.iterdir())}

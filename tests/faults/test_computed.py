@@ -1,4 +1,5 @@
-"""Outputs whose tensors are computed: killed, failing and short at any call, they resume to the same bytes or leave nothing."""
+"""Outputs whose tensors are computed: killed, failing and short at any call, they resume to the
+same bytes or leave nothing."""
 
 import itertools
 import random
@@ -63,9 +64,8 @@ def test_the_nth_write_fails(job, whole, error: str, step: int):
         if ended.status == 0:
             break
         ended.failed_cleanly("check the disk" if error == "EIO" else "free some space")
-        assert (
-            not job.out.exists() or job.digests() == whole
-        )  # the fsync after the last rename may be the one that fails
+        # the fsync after the last rename may be the one that fails
+        assert not job.out.exists() or job.digests() == whole
         job.merge("--resume").succeeded()
         job.check_done(whole)
     assert when > 7

@@ -1,7 +1,9 @@
-"""Killed at any moment, a merge leaves no final name that is not whole, and `--resume` ends where an undisturbed run does.
+"""Killed at any moment, a merge leaves no final name that is not whole, and `--resume` ends where
+an undisturbed run does.
 
-The sweeps die before the N-th system call that writes (and halfway through the N-th write), for every N; by default every few N
-from a start that differs from sweep to sweep, with `-m slow` all of them: pytest tests/faults -m slow
+The sweeps die before the N-th system call that writes (and halfway through the N-th write), for
+every N; by default every few N from a start that differs from sweep to sweep, with `-m slow` all of
+them: pytest tests/faults -m slow
 """
 
 import itertools
@@ -44,8 +46,8 @@ def older(shared) -> dict[str, str]:
 
 
 def check_and_resume(bench, whole, older, options=()):
-    """The invariant after a crash, and that a resumed run restores it. An older output needs --overwrite again only if the crash
-    came before anything was noted."""
+    """The invariant after a crash, and that a resumed run restores it. An older output needs
+    --overwrite again only if the crash came before anything was noted."""
     found = bench.digests() if bench.out.exists() else None
     assert found in (None, whole, older)
     if found != whole:
@@ -58,7 +60,8 @@ def check_and_resume(bench, whole, older, options=()):
 
 
 def sweep(bench, whole, older, fault: dict, step: int, *options: str) -> int:
-    """Die at the calls first, first + step, ... until a run comes through; how many calls one makes."""
+    """Die at the calls first, first + step, ... until a run comes through; how many calls one
+    makes."""
     kept = bench.root / "kept"
     if options and not kept.exists():
         bench.clear()
@@ -103,9 +106,8 @@ def test_killed_where_folders_cannot_be_exchanged(shared, whole, older, step: in
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])
 def test_killed_at_random_times(shared, whole, older, points: int, options: tuple):
     generator, died, times = random.Random(len(options)), 0, []
-    for _ in range(
-        3
-    ):  # one alone may be slow on a loaded machine, and then nothing is killed in time
+    # one alone may be slow on a loaded machine, and then nothing is killed in time
+    for _ in range(3):
         shared.clear()
         times.append(shared.merge().seconds)
     whole_time = min(times)
@@ -158,7 +160,7 @@ def test_finished_shards_are_not_written_again(shared, whole):
     shared.check_done(whole)
 
 
-# -- real system calls --------------------------------------------------------------------------------------------------------
+# -- real system calls -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

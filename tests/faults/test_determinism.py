@@ -1,4 +1,5 @@
-"""The same bytes whatever the number of workers and the sizes of reads, fresh or resumed, hashed or not."""
+"""The same bytes whatever the number of workers and the sizes of reads, fresh or resumed, hashed or
+not."""
 
 import itertools
 

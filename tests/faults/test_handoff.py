@@ -1,5 +1,5 @@
-"""Outputs of packed weights, and factors that wait beside their file for the adapter's: killed at any call, they resume to the same
-bytes, and nothing that waited is left."""
+"""Outputs of packed weights, and factors that wait beside their file for the adapter's: killed at
+any call, they resume to the same bytes, and nothing that waited is left."""
 
 import itertools
 import json

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: once, and the run stops within two seconds with the command that goes on; twice, and it is gone."""
+"""Ctrl-C and SIGTERM: once, and the run stops within two seconds with the command that goes on;
+twice, and it is gone."""
 
 import contextlib
 import os
@@ -158,7 +159,8 @@ def test_at_random_times(shared, whole, points: int):
     ],
 )
 def test_a_real_process_while_it_imports(bench, delay: float):
-    """Importing torch takes a second or more; an interrupt in it is one too, as soon as a library is loaded."""
+    """Importing torch takes a second or more; an interrupt in it is one too, as soon as a library
+    is loaded."""
     argv = [sys.executable, "-m", "adapterkit", *bench.argv()]
     process = subprocess.Popen(argv, env=bench.environment, stderr=subprocess.PIPE, text=True)
     while (

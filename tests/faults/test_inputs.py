@@ -1,0 +1,195 @@
+"""Reads that fail, inputs that change, journals that are torn."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.faults import check_failure
+
+# -- reads and inputs --
+
+
+@pytest.mark.parametrize("place", ["/base/", "/adapter/"])
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_nth_read_fails(shared, whole, place: str, step: int):
+    words = ["cannot read at byte", "safetensors: ", "_proj." if place == "/adapter/" else "model"]
+    for when in itertools.count(1, step):
+        shared.clear()
+        ended = shared.merge(
+            fault={"calls": ["preadv"], "match": place, "when": when, "error": "EIO"}
+        )
+        if ended.status == 0:
+            break
+        check_failure(shared, whole, *words, ended=ended)
+    assert when > 6
+
+
+SHARD = "model-00002-of-00003.safetensors"
+
+
+def change(path: Path, what: str) -> None:
+    data = path.read_bytes()
+    if what == "a byte":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif what == "a byte, the time put back":
+        times = path.stat()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    elif what == "a copy in its place":
+        path.with_suffix(".new").write_bytes(data)
+        path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("what", ["a byte", "a byte, the time put back", "a copy in its place"])
+@pytest.mark.parametrize("place", ["base/" + SHARD, "adapter/adapter_model.safetensors"])
+def test_an_input_changed_between_runs(bench, what: str, place: str):
+    """A resumed run would mix two inputs: refused, with the name of the file."""
+    assert (
+        bench.merge(fault={"kill": True, "calls": ["rename"], "when": 2}).status == -signal.SIGKILL
+    )
+    time.sleep(0.02)  # a tick of the clock of file times
+    change(bench.root / place, what)
+    bench.merge("--resume").failed_cleanly(
+        "an interrupted run of another job", place.partition("/")[2], "identity."
+    )
+    assert not bench.out.exists()
+    bench.merge("--overwrite").succeeded()
+    assert bench.digests() == bench.undisturbed()
+
+
+@pytest.mark.parametrize(
+    ("field", "argv"),
+    [
+        ("options.dtype", ["--dtype", "fp32"]),
+        ("options.weights.0", ["=0.7"]),
+        ("options.exclude", ["--exclude", "layers.0"]),
+        ("options.max_shard_size", ["--max-shard-size", "5KB"]),
+    ],
+)
+def test_another_job_does_not_resume(shared, whole, field: str, argv: list):
+    shared.clear()
+    shared.merge(fault={"kill": True, "calls": ["rename"], "when": 2})
+    weight = argv[0][1:] if argv[0].startswith("=") else ""
+    shared.merge("--resume", *([] if weight else argv), weight=weight).failed_cleanly(
+        f"of another job: {field} differs"
+    )
+    shared.merge().failed_cleanly("an interrupted run", "--resume", "--overwrite")
+    shared.merge("--resume").succeeded()
+    shared.check_done(whole)
+
+
+def test_an_edited_config_does_not_resume(bench):
+    bench.merge(fault={"kill": True, "calls": ["rename"], "when": 2})
+    config = bench.base / "config.json"
+    config.write_text(
+        config.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 4')
+    )
+    bench.merge("--resume").failed_cleanly("config.json", "differs")
+
+
+@pytest.mark.parametrize(
+    "act", [["poke", 900, [1, 2, 3]], ["replace"], ["truncate", 1000], ["truncate", 0]]
+)
+@pytest.mark.parametrize("place", ["base/" + SHARD, "adapter/adapter_model.safetensors"])
+def test_an_input_changed_during_a_run(bench, act: list, place: str):
+    """Poked, replaced, or cut short (a mapping would die of SIGBUS): nothing of what was made of it
+    is used."""
+    path = bench.root / place
+    act = [[act[0], str(path), *act[1:]]]
+    for when in (2, 12, 25):
+        time.sleep(0.02)
+        kept = path.read_bytes()
+        ended = bench.merge(fault={"calls": ["preadv"], "when": when, "act": act}, workers=1)
+        if ended.calls < when:
+            break
+        ended.failed_cleanly(path.name)
+        assert "file changed" in ended.stderr or "file ends" in ended.stderr, ended.stderr
+        assert not bench.out.exists() and not (bench.control / "journal.jsonl").exists()
+        path.write_bytes(kept)
+    bench.merge().succeeded()
+    assert bench.digests() == bench.undisturbed()
+
+
+def test_a_small_file_that_shrinks(bench):
+    """Files that are copied whole are checked too."""
+    act = [["truncate", str(bench.base / "tokenizer.json"), 3]]
+    ended = bench.merge(fault={"calls": ["fallocate"], "when": 3, "act": act})
+    ended.failed_cleanly("tokenizer.json: the file changed")
+    assert not bench.out.exists()
+
+
+def test_files_of_an_earlier_attempt_are_not_published(bench):
+    """A file of the base that was there when the job began, and is gone when it resumes."""
+    extra = bench.base / "vocab.txt"
+    extra.write_text("a")
+    bench.merge(fault={"kill": True, "calls": ["open"], "match": "README.md", "when": 1})
+    assert (bench.control / "out" / "vocab.txt").exists()
+    extra.unlink()
+    bench.merge("--resume").succeeded()
+    assert bench.digests() == bench.undisturbed()
+
+
+# -- the journal --
+
+
+def test_a_journal_torn_at_every_byte(shared, whole):
+    """Whole lines count, the rest is cut off, whatever stands there: the output is the same."""
+    shared.clear()
+    shared.merge(fault={"kill": True, "calls": ["rename"], "when": 4})
+    kept = shared.root / "torn"
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(shared.control, kept)
+    journal = (kept / "journal.jsonl").read_bytes()
+    ends = {i for i, byte in enumerate(journal) if byte == 10}
+    near = {end + d for end in ends for d in (-1, 0, 1)} | set(
+        range(0, len(journal), len(journal) // 12)
+    )
+    for cut in sorted(c for c in near if 0 <= c <= len(journal)):
+        for tail in (b"", b"\0" * 40) if cut in ends else (b"",):
+            shared.clear()
+            shutil.copytree(kept, shared.control)
+            (shared.control / "journal.jsonl").write_bytes(journal[:cut] + tail)
+            shared.merge("--resume").succeeded()
+            shared.check_done(whole)
+
+
+def test_a_journal_torn_at_every_byte_is_read_as_its_whole_lines(tmp_path):
+    """The same in process, at every byte and with every kind of rubbish behind."""
+    from adapterkit.checkpoint.stage import Stage
+
+    entries = [
+        {"fingerprint": "f", "recipe": {}},
+        {"shard": {"file": "a"}},
+        {"shard": {"file": "b"}},
+        {"publish": "c"},
+    ]
+    lines = [json.dumps(entry).encode() + b"\n" for entry in entries]
+    stage = Stage(tmp_path / "out")
+    stage.control.mkdir()
+    path = stage.control / "journal.jsonl"
+    text = b"".join(lines)
+    for cut in range(len(text) + 1):
+        whole = sum(1 for i in range(len(lines)) if len(b"".join(lines[: i + 1])) <= cut)
+        for tail in (
+            b"",
+            b"\0\0\0",
+            b"\n",
+            b"5\n",
+            b"[]\n",
+            b"null\n",
+            b"\xff\xfe\n",
+            b'{"shard":',
+        ):
+            path.write_bytes(text[:cut] + tail)
+            read = stage.journal()
+            assert read == entries[: len(read)] and len(read) in (whole, whole + (tail == b"\n"))
+            stage.path.mkdir(exist_ok=True)
+            stage.begin()
+            stage._close_journal()
+            assert path.read_bytes() == b"".join(lines[: len(read)])
