@@ -1,0 +1,300 @@
+"""combine, file to file: against PEFT's `add_weighted_adapter` where PEFT is right, against float64
+everywhere."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from adapterkit import registry
+from adapterkit.cli import main
+from adapterkit.errors import Refused
+from tests.support import oracle
+from tests.support.combining import WEIGHTS, combined, options_of, pairs_of
+from tests.support.deltas import LAYERS, assert_close, deltas, trained, truncated, weighted
+
+# -- the exact ones --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["linear", "cat"])
+def test_linear_is_the_weighted_sum(method, mixed, tmp_path):
+    metrics = combined(mixed, tmp_path / "out", method=method)
+    assert_close(deltas(tmp_path / "out"), weighted(mixed, WEIGHTS))
+    # 4 + 3 factors of three rows
+    assert metrics["fit"]["rank"] == 7 + 3 + 2 and metrics["narrow"]["rank"] == 3
+    assert metrics["fit"]["energy"] == 1
+
+
+def test_the_written_adapter_is_plain(mixed, tmp_path):
+    combined(mixed, tmp_path / "out", method="linear")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (
+        config["lora_alpha"] == config["r"]
+        and not config["use_rslora"]
+        and config["init_lora_weights"] is True
+    )
+    assert config["rank_pattern"] == config["alpha_pattern"] and all(
+        key.startswith("^") for key in config["rank_pattern"]
+    )
+    assert all(
+        t.dtype == torch.float32
+        for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()
+    )
+    adapterkit.verify(tmp_path / "out")
+
+
+def test_one_and_zero_give_the_first(mixed, tmp_path):
+    combined(mixed[:2], tmp_path / "out", weights=(1, 0), method="linear")
+    assert_close(deltas(tmp_path / "out"), deltas(mixed[0]))
+
+
+def test_order_does_not_matter(mixed, tmp_path):
+    combined(mixed, tmp_path / "one", method="linear")
+    combined(mixed[::-1], tmp_path / "other", weights=WEIGHTS[::-1], method="linear")
+    assert_close(deltas(tmp_path / "one"), deltas(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_a_rank_gives_the_best_approximation(rank, mixed, tmp_path):
+    metrics = combined(mixed, tmp_path / "out", method="linear", rank=rank)
+    found = deltas(tmp_path / "out")
+    for name, delta in weighted(mixed, WEIGHTS).items():
+        assert metrics[name]["rank"] == min(rank, *delta.shape, 7 if name == "tall" else 99)
+        best = truncated(delta, rank)
+        assert float((found[name] - best).norm()) <= 1e-5 * float(delta.norm()), name
+        assert math.isclose(
+            metrics[name]["energy"], float(best.norm() / delta.norm()) ** 2, rel_tol=1e-5
+        )
+        assert math.isclose(metrics[name]["norm"], float(delta.norm()), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
+def test_an_energy_gives_the_smallest_rank_that_keeps_it(energy, mixed, tmp_path):
+    metrics = combined(mixed, tmp_path / "out", method="linear", energy=energy)
+    for name, delta in weighted(mixed, WEIGHTS).items():
+        squares = torch.linalg.svdvals(delta).square()
+        shares = squares.cumsum(0) / squares.sum()
+        assert metrics[name]["rank"] == int((shares < energy * (1 - 1e-12)).sum()) + 1
+    assert_close(
+        deltas(tmp_path / "out"),
+        {n: truncated(d, metrics[n]["rank"]) for n, d in weighted(mixed, WEIGHTS).items()},
+        1e-5,
+    )
+
+
+def test_cosines_are_those_of_the_deltas(mixed, tmp_path):
+    metrics = combined(mixed, tmp_path / "out", method="linear")
+    first, second, third = (deltas(source)["fit"].flatten() for source in mixed)
+    pairs = [(first, second), (first, third), (second, third)]
+    expected = [float(torch.cosine_similarity(x, y, dim=0)) for x, y in pairs]
+    assert metrics["fit"]["cosines"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_bfloat16_factors_on_request(mixed, tmp_path):
+    combined(mixed, tmp_path / "out", method="linear", dtype="bf16")
+    assert {
+        t.dtype for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()
+    } == {torch.bfloat16}
+    assert_close(deltas(tmp_path / "out"), weighted(mixed, WEIGHTS), 1e-2)
+
+
+@pytest.mark.parametrize("method", sorted(set(registry.members("combinations")) - {"iso_c"}))
+def test_weights_one_and_zero_give_the_first_adapter(method, mixed, tmp_path):
+    """The law of every method but iso_c, which changes the strengths of even one; also for modules
+    that one of them lacks."""
+    options = options_of(method) | ({"density": 1.0} if "density" in options_of(method) else {})
+    if method == "sce":
+        options["settings"] = {"select": 1.0}
+    for number, weights in enumerate([(1.0, 0.0), (0.0, 1.0)]):
+        combined(mixed[:2], tmp_path / f"{number}", weights, method=method, energy=1.0, **options)
+        found, alone = deltas(tmp_path / f"{number}"), deltas(mixed[number])
+        for name, delta in found.items():
+            expected = alone.get(name, torch.zeros_like(delta))
+            assert float((delta - expected).norm()) <= 2e-6 * float(expected.norm()) + 1e-7, name
+
+
+def test_slerp_says_t_once(mixed, tmp_path):
+    combined(mixed[:2], tmp_path / "t", (1.0, 1.0), method="slerp", settings={"t": 0.3})
+    combined(mixed[:2], tmp_path / "w", (0.7, 0.3), method="slerp")
+    assert_close(deltas(tmp_path / "t"), deltas(tmp_path / "w"))
+    with pytest.raises(Refused, match="both are the position"):
+        combined(mixed[:2], tmp_path / "no", (0.7, 0.3), method="slerp", settings={"t": 0.3})
+    with pytest.raises(Refused, match="--weight-for"):
+        combined(
+            mixed[:2],
+            tmp_path / "no",
+            (1.0, 1.0),
+            method="slerp",
+            settings={"t": 0.3},
+            weight_for=["1:fit=0.5"],
+        )
+
+
+@pytest.mark.parametrize(
+    "refit", [{}, {"rank": 2}, {"energy": 0.8}], ids=["default", "rank", "energy"]
+)
+@pytest.mark.parametrize("method", list(registry.members("combinations")))
+def test_every_method_and_refit(method, refit, mixed, tmp_path):
+    """The refit is the best approximation of what the method gives at full rank, and the bytes are
+    the same every time."""
+    sources, weights = (
+        (mixed[:2], (1.0, 0.6)) if method in ("slerp", "karcher") else (mixed, WEIGHTS)
+    )
+    options = options_of(method)
+    combined(sources, tmp_path / "whole", weights, method=method, energy=1.0, **options)
+    metrics = combined(sources, tmp_path / "out", weights, method=method, **refit, **options)
+    whole, found = deltas(tmp_path / "whole"), deltas(tmp_path / "out")
+    for name, delta in whole.items():
+        best = truncated(delta, metrics[name]["rank"])
+        lost, least = (
+            float((found[name] - delta).norm()),
+            float((best - delta).norm()),
+        )  # best is one of several where values are equal
+        assert lost <= least + 5e-5 * float(delta.norm()) + 1e-9, name
+        if "rank" in refit:
+            assert metrics[name]["rank"] <= 2
+        if "energy" in refit:
+            assert float(best.norm() ** 2) >= (0.8 - 1e-5) * float(delta.norm() ** 2)
+    combined(sources, tmp_path / "again", weights, method=method, **refit, **options)
+    files = [
+        (tmp_path / folder / "adapter_model.safetensors").read_bytes()
+        for folder in ("out", "again")
+    ]
+    assert files[0] == files[1]
+
+
+def test_a_seed_decides_what_is_drawn(three, tmp_path):
+    for seed in (1, 1, 2):
+        folder = tmp_path / f"s{len(list(tmp_path.iterdir()))}"
+        combined(three, folder, method="dare_linear", density=0.5, seed=seed)
+    one, same, other = (
+        (tmp_path / f"s{i}" / "adapter_model.safetensors").read_bytes() for i in range(3)
+    )
+    assert one == same != other
+
+
+def test_dare_keeps_the_mean(three, tmp_path):
+    """Over many seeds the average is the linear combination."""
+    total: dict = {}
+    for seed in range(40):
+        combined(
+            three, tmp_path / str(seed), method="dare_linear", density=0.5, seed=seed, energy=1.0
+        )
+        for name, delta in pairs_of(
+            load_file(tmp_path / str(seed) / "adapter_model.safetensors")
+        ).items():
+            total[name] = total.get(name, 0) + delta / 40
+    for name, delta in weighted(three, WEIGHTS).items():
+        assert float((total[name] - delta).norm()) < 0.6 * float(delta.norm()), name
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_all_that_is_not_linear_is_refused_at_once(tmp_path):
+    dora = trained(tmp_path / "dora", 1, target_modules=["fit"], use_dora=True)
+    pissa = oracle.edit_config(
+        trained(tmp_path / "p", 2, target_modules=["fit"]),
+        tmp_path / "pissa",
+        init_lora_weights="pissa",
+    )
+    with pytest.raises(Refused) as caught:
+        combined([dora, pissa], tmp_path / "out", (1.0, 1.0), method="linear")
+    assert (
+        "DoRA" in str(caught.value)
+        and "pissa" in str(caught.value)
+        and "rebase" in str(caught.value)
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "unheard"},
+        {"method": "ties"},
+        {"method": "ties", "density": 1.5},
+        {"method": "linear", "density": 0.5},
+        {"method": "linear", "space": "elsewhere"},
+        {"method": "linear", "rank": 0},
+        {"method": "linear", "energy": 1.5},
+        {"method": "linear", "rank": 2, "energy": 0.5},
+        {"method": "svd", "space": "factors"},
+        {"method": "knots", "space": "factors", "density": 0.5},
+        {"method": "linear", "space": "factors", "rank": 2},
+        {"method": "linear", "svd_clamp": 2.0},
+        {"method": "linear", "dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(options, three, tmp_path):
+    with pytest.raises(Refused):
+        combined(three, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shapes_and_ranks_that_differ_are_refused(mixed, tmp_path):
+    with pytest.raises(Refused, match="ranks") as caught:
+        combined(mixed[:2], tmp_path / "out", (1.0, 1.0), method="linear", space="factors")
+    assert "fit" in str(caught.value) and "narrow" in str(caught.value)
+    tensors = load_file(mixed[0] / "adapter_model.safetensors")
+    wide = oracle.edit_config(mixed[0], tmp_path / "wide")
+    key = "base_model.model.fit.lora_A.weight"
+    save_file(tensors | {key: torch.randn(7, 20)}, wide / "adapter_model.safetensors")
+    with pytest.raises(Refused, match="one shape"):
+        combined([mixed[0], wide], tmp_path / "out", (1.0, 1.0), method="linear")
+
+
+def test_one_adapter_is_not_a_combination(three, tmp_path):
+    with pytest.raises(Refused, match="two or more"):
+        combined(three[:1], tmp_path / "out", (1.0,), method="linear")
+
+
+def test_values_that_overflow_are_an_error(three, tmp_path):
+    with pytest.raises(adapterkit.errors.AdapterkitError, match="finite"):
+        combined(three, tmp_path / "out", (1e12, 1e12, 1.0), method="linear", dtype="fp16")
+    assert not (tmp_path / "out").exists()
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_the_command_writes_plans_and_resumes(three, tmp_path):
+    argv = [
+        "combine",
+        *map(str, three),
+        "--method",
+        "ties",
+        "--density",
+        "0.5",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    planned = CliRunner().invoke(main, [*argv, "--dry-run", "--json"])
+    plan = json.loads(planned.stdout)
+    assert (
+        planned.exit_code == 0
+        and len(plan["computed"]) == len(LAYERS)
+        and not (tmp_path / "out").exists()
+    )
+    done = CliRunner().invoke(main, [*argv, "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["parameters"]["fit"]["conflict"] > 0
+    again = CliRunner().invoke(main, [*argv, "--resume"])
+    assert again.exit_code == 0 and "nothing to do" in again.stderr
+    unknown = CliRunner().invoke(
+        main, ["combine", str(three[0]), "--method", "linear", "--set", "x", "--out", "y"]
+    )
+    assert unknown.exit_code == 2
+
+
+def test_the_help_names_every_method_and_alias():
+    text = CliRunner().invoke(main, ["combine", "--help"]).output
+    from adapterkit.combinations import ALIASES
+
+    for name in (*registry.members("combinations"), *ALIASES):
+        assert re.search(rf"\b{name}\b", text), name

@@ -1,0 +1,212 @@
+"""inspect as a command: files, paths, tables, JSON, the picture."""
+
+import json
+import math
+import pickle
+import shutil
+import subprocess
+import sys
+
+import click.testing
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import adapterkit
+from adapterkit.cli import main
+from adapterkit.errors import Refused
+from adapterkit.reports import pictures, tables
+from tests.support import oracle, raw_files
+from tests.support.inspections import DAMAGED, PNG, ROOT, edited, found, inspect, refused, run
+
+
+def test_a_file(lora, llama, tmp_path):
+    result = inspect(llama / "model.safetensors")
+    assert (result["kind"], result["name"], found(result)) == ("file", "model.safetensors", [])
+    assert result["parameters"] == inspect(llama)["parameters"] and result["tied"] is None
+    assert found(inspect(lora / "adapter_model.safetensors")) == [
+        "factors of a LoRA without adapter_config.json"
+    ]
+    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 20)
+    assert "not a safetensors file" in found(inspect(tmp_path / "bad.safetensors"))[0]
+
+
+def test_what_is_nothing_is_refused(lora, llama, tmp_path):
+    assert "no such path" in refused(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "neither a checkpoint nor an adapter" in refused(tmp_path / "empty")
+    shutil.copytree(lora, tmp_path / "run" / "checkpoint-5")
+    assert "checkpoint-5" in refused(tmp_path / "run")
+    (tmp_path / "notes.txt").write_text("x")
+    assert "not a .safetensors file" in refused(tmp_path / "notes.txt")
+    assert "--base and --plot" in refused(llama, base=llama, plot=tmp_path / "x.png")
+
+
+def called(*words):
+    """The command in this process: (status, stdout)."""
+    result = click.testing.CliRunner().invoke(main, ["inspect", *map(str, words)])
+    return result.exit_code, result.stdout
+
+
+def test_the_table_and_the_json_are_the_result(lora, llama, tmp_path):
+    assert json.loads(called(lora, "--base", llama, "--json")[1]) == inspect(lora, base=llama)
+    status, text = called(lora, "--base", llama)
+    assert status == 0 and text.endswith("problems: none\n")
+    line = next(
+        line for line in text.splitlines() if line.startswith("model.layers.1.mlp.up_proj")
+    ).split()
+    module = next(m for m in inspect(lora, base=llama)["modules"] if m["module"] == line[0])
+    said = [
+        f"{module[name]:.4g}" for name in ("rank", "scale", "norm", "relative", "effective_rank")
+    ]
+    assert line[1:] == [*said[:2], "yes", *said[2:]]
+    assert "relative" not in called(lora)[1]
+
+
+@pytest.mark.parametrize("name", ["cut", "html", "empty-file", "missing"])
+def test_what_cannot_be_read_is_status_1(name, sharded, lora, tmp_path):
+    """The problem is printed as any other."""
+    DAMAGED[name][0](sharded)
+    status, text = called(sharded)
+    assert status == 1 and "problems: 1\n" in text
+    assert json.loads(called(sharded, "--json")[1])["readable"] is False
+    (tmp_path / "bad.safetensors").write_bytes(b"\0" * 20)
+    assert called(tmp_path / "bad.safetensors")[0] == 1
+    shutil.copytree(lora, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{")
+    assert called(tmp_path / "adapter")[0] == 1
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    assert called(tmp_path / "adapter")[0] == 1
+
+
+def test_what_a_trainer_leaves_is_no_problem(sharded, lora, tmp_path):
+    shutil.copytree(lora, tmp_path / "adapter")
+    for folder in (sharded, tmp_path / "adapter"):
+        for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).write_bytes(pickle.dumps(1))
+        assert found(inspect(folder)) == []
+
+
+OTHERS = {
+    "diffusers": [
+        "unet.down_blocks.0.attentions.0.to_q.lora.down.weight",
+        "unet.mid_block.to_k.lora_A.weight",
+    ],
+    "kohya": [
+        "lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight",
+        "lora_te1_text_model_q_proj.alpha",
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_a_lora_of_another_layout_is_called_so(layout, lora, llama, tmp_path):
+    for i, key in enumerate(
+        [
+            *OTHERS[layout],
+            *(["transformer.blocks.0.attn.to_q.lora_A.weight"] * (layout == "diffusers")),
+        ]
+    ):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        save_file({key: torch.ones(2, 3)}, folder / "pytorch_lora_weights.safetensors")
+        words = f"pytorch_lora_weights.safetensors is a LoRA in the layout of {layout}"
+        for path in (folder, folder / "pytorch_lora_weights.safetensors"):
+            result = inspect(path)
+            assert (result["kind"], found(result)) == ("file", [words])
+        for verb in (
+            lambda folder=folder: adapterkit.merge(llama, [folder], out=tmp_path / "out"),
+            lambda folder=folder: adapterkit.merge(folder, [lora], out=tmp_path / "out"),
+            lambda folder=folder: adapterkit.combine(
+                [lora, folder], method="linear", out=tmp_path / "out"
+            ),
+        ):
+            with pytest.raises(Refused, match=words) as caught:
+                verb()
+            assert "config.json" not in caught.value.problem and "load_lora_weights" in str(
+                caught.value
+            )
+    assert called(folder)[0] == 0
+
+
+def test_problems_are_printed_and_the_status_is_0(lora, tmp_path):
+    oracle.edit_config(lora, tmp_path / "odd", use_magic=True, r=3)
+    status, text = called(tmp_path / "odd")
+    assert (
+        status == 0
+        and "problems: 15" in text
+        and "unknown setting use_magic" in text
+        and "hint:" in text
+    )
+    assert text.count("rank 4 in the file") == 1 and "and 13 more like it" in text
+
+
+def test_a_path_that_is_nothing_is_status_1(tmp_path):
+    done = run(tmp_path / "nothing")
+    assert (
+        (done.returncode, done.stdout) == (1, "")
+        and "no such path" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_headers_are_read_without_torch(llama):
+    code = (
+        "import sys, adapterkit; adapterkit.inspect(sys.argv[1]); print({'torch', 'numpy', "
+        "'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(llama)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_no_name_acts_on_a_terminal(tmp_path):
+    files = raw_files.plain()
+    files.config |= {
+        "base_model_name_or_path": "\x1b[2J\u202eevil",
+        "modules_to_save": ["\x1b]0;x\x07"],
+    }
+    files.folder().write(tmp_path / "adapter")
+    result = inspect(tmp_path / "adapter")
+    for text in (tables.table(result), json.dumps(result, ensure_ascii=False)):
+        assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_the_picture(lora, llama, tmp_path):
+    assert called(lora, "--base", llama, "--plot", tmp_path / "norms.png")[0] == 0
+    data = (tmp_path / "norms.png").read_bytes()
+    assert data.startswith(PNG) and len(data) > 5000
+    modules = inspect(lora, base=llama)["modules"]
+    rows, columns, values = pictures.grid(modules, "relative")
+    assert rows == ["model.layers.0", "model.layers.1"] and len(columns) == 7
+    at = {m["module"]: m["relative"] for m in modules}
+    assert values == [[at[f"{row}.{column}"] for column in columns] for row in rows]
+
+
+def test_the_picture_has_holes_where_there_is_no_number(tmp_path):
+    files = raw_files.everything_else()
+    files.tensors |= raw_files.pair("model.layers.0.q$_$proj", 16, 16)
+    files.tensors[f"{raw_files.PREFIX}model.conv.lora_A.weight"] = raw_files.Stored.of(
+        np.full((4, 6, 3, 3), np.nan, np.float32)
+    )
+    files.folder().write(tmp_path / "adapter")
+    result = inspect(tmp_path / "adapter", plot=tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+    rows, columns, values = pictures.grid(result["modules"], "norm")
+    assert (rows, columns) == (["", "model.layers.0"], ["model.conv", "model.embed", "q$_$proj"])
+    assert [[math.isnan(v) for v in row] for row in values] == [
+        [True, False, True],
+        [True, True, False],
+    ]
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_first(lora, tmp_path, monkeypatch):
+    assert ".png" in refused(lora, plot=tmp_path / "x.jpg")
+    assert ".png" in refused(lora, plot=tmp_path / "nowhere" / "x.png")
+    bad = edited(lora, tmp_path / "bad", lambda t: [v.fill_(math.nan) for v in t.values()])
+    assert "no norms to draw" in refused(bad, plot=tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'adapterkit[plot]'" in refused(lora, plot=tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()

@@ -1,0 +1,67 @@
+"""Calls of combine, ours and PEFT's."""
+
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from adapterkit import registry
+from tests.support import oracle
+from tests.support.deltas import LAYERS, net
+
+BEYOND_PEFT = ("line", "volume", "narrow")
+WEIGHTS = (1.0, -0.4, 0.7)
+
+
+def combined(sources: list[Path], out: Path, weights=WEIGHTS, **options) -> dict:
+    """The receipt's metrics by module."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = [f"{source}={weight}" for source, weight in zip(sources, weights, strict=True)]
+        return adapterkit.combine(named, out=out, **options).data["parameters"]
+
+
+def peft_combined(
+    sources: list[Path], out: Path, kind: str, weights=WEIGHTS, **options
+) -> dict[str, torch.Tensor]:
+    """PEFT's combination, saved: its tensors by key."""
+    with oracle.quiet():
+        model = oracle.peft_model(net(), *sources)
+        names = [f"a{i}" for i in range(len(sources))]
+        model.add_weighted_adapter(names, list(weights), "new", combination_type=kind, **options)
+        model.save_pretrained(out, selected_adapters=["new"])
+    return load_file(out / "new" / "adapter_model.safetensors")
+
+
+def pairs_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """b @ a by module, of a file."""
+    found = {}
+    for key, a in tensors.items():
+        if match := re.match(r"base_model\.model\.(.*)\.lora_(embedding_)?A(\.weight)?$", key):
+            b = tensors[key.replace("_A", "_B")]
+            found[match[1]] = b.double().flatten(1) @ a.double().flatten(1)
+    return found
+
+
+def narrowed(source: Path, folder: Path) -> Path:
+    """The adapter without the layers that PEFT's svd cannot do."""
+    out = oracle.edit_config(
+        source, folder / source.name, target_modules=[n for n in LAYERS if n not in BEYOND_PEFT]
+    )
+    tensors = load_file(out / "adapter_model.safetensors")
+    kept = {k: t for k, t in tensors.items() if not any(f".{name}." in k for name in BEYOND_PEFT)}
+    save_file(kept, out / "adapter_model.safetensors")
+    return out
+
+
+NEEDS = {"density": 0.5, "decay": 0.9}
+
+
+def options_of(method: str) -> dict:
+    fields = registry.options(registry.members("combinations")[method])
+    given = {name: value for name, value in NEEDS.items() if name in fields}
+    decay = {"settings": {"decay": given.pop("decay")}} if "decay" in given else {}
+    return given | decay
