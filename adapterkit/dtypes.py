@@ -1,6 +1,7 @@
-"""The number formats of safetensors files: names, widths, and what torch calls them.
+"""The number formats of safetensors files: names, widths, torch's names for them.
 
-Header names (`BF16`) are used inside; people type the short ones (`bf16`). torch is imported only when a torch dtype is asked for.
+Header names (`BF16`) are used inside; people type the short ones (`bf16`).
+torch is imported on use.
 """
 
 from adapterkit.errors import Refused
@@ -8,26 +9,25 @@ from adapterkit.errors import Refused
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-FLOATS = (
-    "BF16",
-    "F16",
-    "F32",
-    "F64",
-)  # what arithmetic is done on; the rest is copied, or decoded by a codec
-SERIAL = (  # how safetensors' library orders the tensors of a file, those of one dtype by name
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8",
-    "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
+# the dtypes of arithmetic; the rest is copied, or decoded by a codec
+FLOATS = ("BF16", "F16", "F32", "F64")
+SERIAL = (  # order of a file's tensors in safetensors' library; by name within a dtype
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+    "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
 SHORT = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 CONFIG_NAME = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 HEADER_NAME = {word: name for name, word in CONFIG_NAME.items()}
 
 _TORCH = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
+    "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 

@@ -1,19 +1,19 @@
 """Errors in four parts: the problem, what was expected, where, and a hint for the way out.
 
-Everything adapterkit raises on purpose is an `AdapterkitError`; the command line prints it without a
-traceback and exits 1. Any other exception is a bug and keeps its traceback.
+Everything adapterkit raises on purpose is an `AdapterkitError`; the command line prints it without
+a traceback and exits 1. Any other exception is a bug and keeps its traceback.
 """
 
 import re
 from collections.abc import Iterable
 
 EXAMPLES = 3  # errors of one cause that are printed
-# a shape, or a word with a dot, an underscore or a digit, as names of tensors, modules and files have
+# a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
 _VARIABLE = re.compile(r"\([\d, ]*\)|[^\s:;,'\"()]*[\d._][^\s:;,'\"()]*[^\s:;,'\"().]|\d+")
 
 
 class AdapterkitError(Exception):
-    """A job that cannot be done, or went wrong, with a message that tells the user how to fix it."""
+    """A job that cannot be done, or failed, with a message that tells the user how to fix it."""
 
     def __init__(self, problem: str, *, expected: str = "", where: str = "", hint: str = ""):
         self.problem, self.expected, self.where, self.hint = problem, expected, where, hint
@@ -36,7 +36,7 @@ class Failed(AdapterkitError):
 
 
 class Unrecoverable(Failed):
-    """A failure that no --resume can continue: an input changed, or a value does not fit the output."""
+    """A failure that --resume cannot continue: an input changed, or a value does not fit."""
 
 
 class Interrupted(AdapterkitError):
@@ -107,7 +107,8 @@ def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
 
 
 def shown(name: object) -> str:
-    """A name from a file, printable: control and bidirectional characters escaped, at most 200 characters."""
+    """A name from a file, printable: control and bidirectional characters escaped, at most 200
+    characters."""
     text = _printable(str(name)[:201])
     return text if len(text) <= 200 else text[:197] + "..."
 

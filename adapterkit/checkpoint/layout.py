@@ -39,7 +39,8 @@ class ShardLayout:
 
 
 def like_base(file: str, tensors: list[Stored], base: Header | None) -> ShardLayout:
-    """A file in the base's order; with the base's header bytes if no key, dtype or shape changes."""
+    """A file in the base's order; with the base's header bytes if no key, dtype or shape
+    changes."""
     if base is not None:
         before = [(t.key, t.dtype, t.shape) for t in base.tensors]
         if before == [(t.key, t.dtype, t.shape) for t in tensors]:

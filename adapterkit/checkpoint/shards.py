@@ -1,4 +1,5 @@
-"""Which files of a checkpoint folder hold its weights: what an index names, one file, or a numbered set."""
+"""Which files of a checkpoint folder hold its weights: what an index names, one file, or a numbered
+set."""
 
 import re
 from dataclasses import dataclass, field

@@ -97,7 +97,8 @@ class Scan:
 
 
 def open_checkpoint(folder: Folder, number: int = 0) -> Checkpoint:
-    """A checkpoint folder's headers; raises `Refused` or `Damaged` with all that is wrong with it."""
+    """A checkpoint folder's headers; raises `Refused` or `Damaged` with all that is wrong with
+    it."""
     with belonging_to(folder):
         scan = scan_checkpoint(folder, number)
         refuse_all(scan.errors)
@@ -124,7 +125,8 @@ def scan_checkpoint(folder: Folder, number: int = 0) -> Scan:
 
 
 def _config_errors(config: dict, stored: int, where: str) -> list[AdapterkitError]:
-    """Values of a config and its sub-configs that decide which model is built, and cannot be right."""
+    """Values of a config and its sub-configs that decide which model is built, and cannot be
+    right."""
     errors: list[AdapterkitError] = []
     damaged = lambda problem, expected: errors.append(
         Damaged(problem, expected=expected, where=where, hint="fix the config")
