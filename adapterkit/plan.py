@@ -8,12 +8,11 @@ knows. Everything that can be refused has been refused when a plan exists.
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from adapterkit import __version__, dtypes
@@ -23,37 +22,15 @@ from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
 from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.kernels.stochastic import Draws
+from adapterkit.weights.reader import Reader
 
 if TYPE_CHECKING:
-    from torch import Tensor, device
+    from torch import Tensor
 
 
 Apply = Callable[
     [Tensor, int], None
 ]  # (block of rows, number of its first row): changes the block in place
-
-
-class EditInputs(Protocol):
-    """What an edit may read while it loads: small tensors whole, a large one by blocks of rows."""
-
-    dtype: torch.dtype  # what edits compute in: float32 or float64
-    device: torch.device
-
-    def tensor(self, spec: TensorSpec) -> Tensor:
-        """The whole tensor, in `dtype`, on `device`."""
-        ...
-
-    def stored(self, spec: TensorSpec) -> Tensor:
-        """The same in its own dtype."""
-        ...
-
-    def kept(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        """`cut(stored tensor)`, once for all who ask for it before long. The result is shared: not to be changed."""
-        ...
-
-    def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
-        """(first row, block of rows in `dtype`) over the whole source."""
-        ...
 
 
 @dataclass
@@ -72,7 +49,7 @@ class Edit(Protocol):
     @property
     def reads(self) -> tuple[TensorSpec, ...]: ...
 
-    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded: ...
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded: ...
 
 
 IDENTITY = ("inode", "size", "modified", "changed")
@@ -128,28 +105,6 @@ class Shard:
         return self.layout.size
 
 
-class Inputs(Protocol):
-    """What a computation may read: whole tensors, in `dtype`, on `device`, finite."""
-
-    device: "device"
-
-    def tensor(self, spec: TensorSpec) -> "Tensor": ...
-
-    def stored(self, spec: TensorSpec) -> "Tensor":
-        """In its own dtype."""
-        ...
-
-    def bytes(self, spec: TensorSpec) -> bytearray: ...
-
-    def kept(self, spec: TensorSpec, cut: "Callable[[Tensor], Tensor]") -> "Tensor":
-        """`cut(stored tensor)`, once for all who ask for it before long."""
-        ...
-
-    def handoff(self, key: str) -> "Tensor":
-        """What a task of an earlier file laid aside."""
-        ...
-
-
 class TaskResult(NamedTuple):
     """What a task gave: its tensors by key, in the order of writing, and measured metrics for the receipt.
 
@@ -192,7 +147,7 @@ class Task(Protocol):
         """Bytes that making it takes at most."""
         ...
 
-    def compute(self, inputs: Inputs) -> TaskResult: ...
+    def compute(self, inputs: Reader) -> TaskResult: ...
 
 
 @dataclass(frozen=True)

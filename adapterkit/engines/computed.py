@@ -22,10 +22,11 @@ from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import AHEAD, Computed, Inputs, Progress, Task, TaskResult
+from adapterkit.plan import AHEAD, Computed, Progress, Task, TaskResult
 from adapterkit.receipt import ShardResult
 from adapterkit.tasks.handoff import HandoffWriter
 from adapterkit.tasks.rows import byte_view
+from adapterkit.weights.reader import Reader
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,7 +37,7 @@ BLOCK = 4 << 20
 def write_computed(
     file: Computed,
     stage: Stage,
-    inputs: Inputs,
+    inputs: Reader,
     workers: int,
     budget: int,
     hashed: bool,
@@ -153,7 +154,7 @@ def _shift(shard: ShardFile, at: int, to: int, size: int) -> None:
         shard.write(part, to + first)
 
 
-def _copy(inputs: Inputs, spec: TensorSpec, shard: ShardFile, at: int) -> None:
+def _copy(inputs: Reader, spec: TensorSpec, shard: ShardFile, at: int) -> None:
     for first in range(spec.start, spec.stop, BLOCK):
         part = replace(
             spec,
@@ -166,7 +167,7 @@ def _copy(inputs: Inputs, spec: TensorSpec, shard: ShardFile, at: int) -> None:
 
 
 def _made(
-    file: Computed, stage: Stage, inputs: Inputs, workers: int, budget: int, progress: Progress
+    file: Computed, stage: Stage, inputs: Reader, workers: int, budget: int, progress: Progress
 ) -> Iterator[TaskResult]:
     """The tasks' results in order."""
 

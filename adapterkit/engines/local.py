@@ -74,7 +74,7 @@ def local(device: str = "auto", workers: int | None = None):
                 if streamed:
                     _Job(streamed, stage, sources, where, count, hash, finished, progress).run()
                 for file in computed:
-                    inputs = Inputs(sources, where, handoffs=HandoffReader(stage))
+                    inputs = LocalReader(sources, where, handoffs=HandoffReader(stage))
                     finished(
                         write_computed(file, stage, inputs, count, plan.budget, hash, progress)
                     )
@@ -109,8 +109,8 @@ def pick_device(name: str) -> torch.device:
 
 
 @dataclass
-class Inputs:
-    """What edits read while they load."""
+class LocalReader:
+    """The `Reader` of a job on this machine: of its open files, and of what earlier files handed on."""
 
     sources: Sources
     device: torch.device
@@ -130,7 +130,6 @@ class Inputs:
         return stored.to(self.dtype)
 
     def stored(self, spec: TensorSpec) -> Tensor:
-        """The whole tensor, in its own dtype, on `device`."""
         data = self.sources.read(spec)
         if not data:
             return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype), device=self.device)
@@ -147,21 +146,19 @@ class Inputs:
     def bytes(self, spec: TensorSpec) -> bytearray:
         return self.sources.read(spec)
 
-    def kept(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        """`cut(stored tensor)`, once for all steps that ask for it before long; in its own dtype, not to be changed."""
+    def shared(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
         return self.stacks.get(spec, lambda: cut(self.stored(spec)))
 
-    def rows(self, source: TensorSpec, grid: tuple[int, int], first: int, last: int) -> Tensor:
-        """Rows [first, last) of a stored tensor's grid, in `dtype`, on `device`."""
-        width = dtypes.BITS[source.dtype] // 8 * grid[1]
+    def rows(self, spec: TensorSpec, grid: tuple[int, int], first: int, last: int) -> Tensor:
+        width = dtypes.BITS[spec.dtype] // 8 * grid[1]
         data = bytearray((last - first) * width)
-        self.sources.read_into(source, first * width, memoryview(data))
-        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(source.dtype))
+        self.sources.read_into(spec, first * width, memoryview(data))
+        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype))
         return stored.view(last - first, grid[1]).to(self.device, self.dtype)
 
-    def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, spec: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         for first, last in chunks(grid, self.device):
-            yield first, self.rows(source, grid, first, last)
+            yield first, self.rows(spec, grid, first, last)
 
 
 class _Stacks:
@@ -244,7 +241,7 @@ class _OpenStep:
     lock: threading.Lock = field(default_factory=threading.Lock)
     metrics: "_Facts" = field(default_factory=lambda: _Facts())
 
-    def load(self, inputs: Inputs) -> list[Loaded]:
+    def load(self, inputs: LocalReader) -> list[Loaded]:
         with self.lock:
             if self.edits is None:
                 inputs = replace(inputs, dtype=arithmetic(self.step))
@@ -484,7 +481,7 @@ class _Job:
             finished,
             progress,
         )
-        self.inputs = Inputs(sources, device)
+        self.inputs = LocalReader(sources, device)
         self.buffers = _Buffers(4 * workers, pinned=device.type == "cuda")
         self.stop = threading.Event()
         self.problem: BaseException | None = None

@@ -3,7 +3,7 @@
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec, read_header
-from adapterkit.engines.local import Inputs
+from adapterkit.engines.local import LocalReader
 from adapterkit.errors import Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step
 from adapterkit.receipt import AGAIN, check_files, read_receipt
 from adapterkit.tasks.edited import CopiedTensor, EditedTensor, RequantizedWeight
 from adapterkit.tasks.rows import arithmetic, rounded
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.reader import ReaderView
 
 CHUNK = 1 << 18  # elements that are float64 at a time
 SLACK = {
@@ -58,7 +59,7 @@ class Floats:
     step: Step
     expected = "W + Σ weight·scale·b@a, rounded"
 
-    def run(self, inputs: Inputs, written: Inputs, specs: dict[str, TensorSpec]) -> Check:
+    def run(self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]) -> Check:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by key."""
         step, origin = self.step, _Origin(self.step, inputs)
         for row in origin.sample:
@@ -84,7 +85,7 @@ class Codes:
     packed: QuantizedWeight
     expected = "W + Σ weight·scale·b@a, encoded"
 
-    def run(self, inputs: Inputs, written: Inputs, specs: dict[str, TensorSpec]) -> Check:
+    def run(self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]) -> Check:
         """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by key."""
         origin = _Origin(self.step, inputs)
         after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
@@ -148,10 +149,8 @@ def _difference(bad: Tensor, found: Tensor, wanted: Tensor, row: int) -> str:
 class _Origin:
     """The rows that a step starts from, in float64, and through its edits, which read them while they load."""
 
-    dtype = torch.float64
-
-    def __init__(self, step: Step, inputs: Inputs):
-        self.step, self.inputs, self.source, self.device = step, inputs, step.source, inputs.device
+    def __init__(self, step: Step, inputs: LocalReader):
+        self.step, self.inputs, self.source = step, inputs, step.source
         shape = step.shape or (1,)
         self.height, self.width = step.grid if step.edits else (math.prod(shape[:-1]), shape[-1])
         self.chunk = max(1, CHUNK // max(self.width, 1))
@@ -220,22 +219,17 @@ class _Origin:
             first = high
         return torch.cat(pieces)
 
-    def tensor(self, spec: TensorSpec) -> Tensor:
-        return self.inputs.tensor(spec)
-
-    def stored(self, spec: TensorSpec) -> Tensor:
-        return self.inputs.stored(spec)
-
-    def kept(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.inputs.kept(spec, cut)
-
-    def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
         for first, last in self.pieces(0, self.height):
             yield first, self.rows(first, last)
 
     @cached_property
     def edits(self) -> list[Loaded]:
-        return [edit.load(self, self.source, (self.height, self.width)) for edit in self.step.edits]
+        reader, grid = (
+            ReaderView(self.inputs, torch.float64, self.blocks),
+            (self.height, self.width),
+        )
+        return [edit.load(reader, self.source, grid) for edit in self.step.edits]
 
     def edited(self, first: int, last: int) -> Tensor:
         rows = self.rows(first, last)
@@ -258,7 +252,7 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
 
     from adapterkit.checkpoint.reader import Sources
     from adapterkit.engines.computed import in_order
-    from adapterkit.engines.local import Inputs
+    from adapterkit.engines.local import LocalReader
     from adapterkit.engines.recompute import Check, Codes, Floats, changed
 
     out, errors = LocalFolder(folder), []
@@ -266,7 +260,7 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
     checks = list(changed(plan))
     with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
         inputs, stored = (
-            Inputs(files, torch.device("cpu"), torch.float64) for files in (sources, written)
+            LocalReader(files, torch.device("cpu"), torch.float64) for files in (sources, written)
         )
 
         def run(check: Floats | Codes) -> Check:

@@ -49,7 +49,7 @@ class BaseWeights:
         self, base: Checkpoint, adapter: Adapter, modules: Sequence[str], notes: list[str]
     ):
         check_not_quantized(base)
-        self.base, self.where, self.said = (
+        self.base, self.where, self.fan_in_fan_out = (
             base,
             adapter.name,
             bool(adapter.config.get("fan_in_fan_out")),
@@ -93,7 +93,7 @@ class BaseWeights:
         return StoredParameter(
             parameter,
             tensors,
-            embedding or (len(parameter.shape) == 2 and self._turned(module, parameter.shape)),
+            embedding or (len(parameter.shape) == 2 and self._transposed(module, parameter.shape)),
         )
 
     def dora(self, lora: Lora, factors: Factors) -> DoRA:
@@ -118,17 +118,8 @@ class BaseWeights:
             )
         return DoRA(lora.module, factors, lora.magnitude, weight)
 
-    def _turned(self, module: str, shape: tuple[int, ...]) -> bool:
-        """Whether a layer's weight is stored (in, out), as GPT-2's are: by its class, or by fan_in_fan_out."""
-        layer = self.names.layer(module)
-        if layer is not None or self.names.plain:
-            return layer == "Conv1D"
-        if self.said and shape[0] == shape[1]:
-            found = f"the square weight of {shown(module)} may be stored (in, out): fan_in_fan_out is set"
-            raise Refused(
-                found,
-                expected="a model that transformers knows",
-                where=self.base.name,
-                hint="update transformers",
-            )
-        return self.said
+    def _transposed(self, module: str, shape: tuple[int, ...]) -> bool:
+        """Whether a layer's weight is stored (in, out), as GPT-2's are."""
+        square, where = shape[0] == shape[1], self.base.name
+        flag = self.fan_in_fan_out
+        return self.names.transposed(module, fan_in_fan_out=flag, square=square, where=where)

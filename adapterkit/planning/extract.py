@@ -418,15 +418,12 @@ class Extraction:
             self.errors.append(_not_floats(name, before.dtypes | after.dtypes))
             return
         module, shape, experts = name.rpartition(".")[0], new.shape, None
-        transposed = "Conv1D" in self._kinds(module)
+        transposed = self.names[1].transposed(module)
         self.transposed = self.transposed or transposed
         if target == name and len(shape) == 3:
             experts, *shape = shape
-            assert self.names[1].model is not None
             # as PEFT decides it; the difference's factors are of this orientation
-            transposed = bool(
-                getattr(self.names[1].model.model.get_submodule(module), "is_transposed", False)
-            )
+            transposed = self.names[1].transposed_experts(module)
             self.experts = True
         shape = tuple(shape[::-1] if transposed else shape)
         place = Place("", "", shape[1:], (1,) * (len(shape) - 2), shape[0], experts)

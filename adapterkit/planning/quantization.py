@@ -165,9 +165,9 @@ class QuantizationPlan:
                 where=self.base.name,
                 hint="dequantize it first",
             )
-        turned = kind == "Conv1D"
-        shape = (spec.shape[1], spec.shape[0]) if turned else spec.shape
-        weight = PlainWeight(spec.key, shape, spec.dtype, turned, self._wide(name, spec.dtype))
+        transposed = self.names.transposed(module)
+        shape = (spec.shape[1], spec.shape[0]) if transposed else spec.shape
+        weight = PlainWeight(spec.key, shape, spec.dtype, transposed, self._wide(name, spec.dtype))
         if kind in ("Linear", "Conv1D"):
             self.weights[spec.key] = weight
             if not parameter.tied:

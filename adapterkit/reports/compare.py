@@ -63,7 +63,7 @@ class Pair(Protocol):
     @property
     def b(self) -> Any: ...
 
-    def compare(self, reader: "Reader") -> Result: ...
+    def compare(self, reader: "PairReader") -> Result: ...
 
 
 @dataclass
@@ -242,7 +242,7 @@ class Bias:
     def shape(self) -> tuple[int, ...]:
         return self.spec.shape
 
-    def products(self, reader: "Reader") -> list[Product]:
+    def products(self, reader: "PairReader") -> list[Product]:
         left = reader.tensor(self.spec).double().reshape(-1, 1) * self.scale
         return [Product(left, torch.ones(1, 1, dtype=torch.float64))]
 
@@ -279,7 +279,7 @@ def _pair(kind: str, name: str, a: Any, b: Any) -> Pair:
 
 
 @dataclass
-class Reader:
+class PairReader:
     """What the comparisons read through; `stop` ends them early."""
 
     sources: Sources
@@ -341,7 +341,7 @@ def measure(
         )
         folder.prefetch(list(dict.fromkeys(part.file for part in stored)))
     with Sources(folders, {}) as sources:
-        reader = Reader(sources, energy)
+        reader = PairReader(sources, energy)
 
         def one(pair: Pair) -> Result:
             torch.set_num_threads(1)  # this thread's; the workers are the parallelism
@@ -396,7 +396,7 @@ class Tensors:
     a: TensorSpec
     b: TensorSpec
 
-    def compare(self, reader: Reader) -> Result:
+    def compare(self, reader: PairReader) -> Result:
         floats = self.a.dtype in dtypes.FLOATS and self.b.dtype in dtypes.FLOATS
         if self.a.shape != self.b.shape:
             return _changed(self, "shape")
@@ -412,7 +412,7 @@ class Tensors:
         return Grid.of(self.a.shape, self.name)
 
     def _blocks(
-        self, reader: Reader, start: int, stop: int
+        self, reader: PairReader, start: int, stop: int
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first row, its rows of A, of B), in their dtypes."""
         columns = self.grid.columns
@@ -425,7 +425,7 @@ class Tensors:
             )
             yield first, a, b
 
-    def alike(self, reader: Reader) -> str | None:
+    def alike(self, reader: PairReader) -> str | None:
         """ "identical", "equal" or "rounded", or None at the first block that is none of these."""
         same, identical, forth, back = self.a.dtype == self.b.dtype, True, True, True
         for _, a, b in self._blocks(reader, 0, self.grid.rows):
@@ -438,7 +438,7 @@ class Tensors:
                 return None
         return "rounded" if not same else "identical" if identical else "equal"
 
-    def _bytewise(self, reader: Reader) -> Result:
+    def _bytewise(self, reader: PairReader) -> Result:
         width = max(1, dtypes.BITS[self.a.dtype] // 8)  # elements smaller than a byte: by bytes
         size, differing = self.a.nbytes, 0
         for start in range(0, size, ELEMENTS * width):
@@ -454,7 +454,7 @@ class Tensors:
             else Result("identical")
         )
 
-    def _measured(self, reader: Reader) -> Result:
+    def _measured(self, reader: PairReader) -> Result:
         grid, sums, spectra = self.grid, kernel.Sums(), []
         for start in range(0, grid.rows, grid.height):
             spectra.append(self._spectrum(reader, start, start + grid.height, sums))
@@ -475,7 +475,7 @@ class Tensors:
             squares=(sums.error, sums.squares),
         )
 
-    def _spectrum(self, reader: Reader, start: int, stop: int, sums: kernel.Sums) -> Tensor:
+    def _spectrum(self, reader: PairReader, start: int, stop: int, sums: kernel.Sums) -> Tensor:
         """The singular values of one matrix of the difference, its sums added on the way."""
         columns = self.grid.columns
         if not reader.energy or columns == 1:
@@ -510,13 +510,13 @@ class Deltas:
     a: Factors | Bias
     b: Factors | Bias
 
-    def compare(self, reader: Reader) -> Result:
+    def compare(self, reader: PairReader) -> Result:
         if (_shape(self.a), self.a.experts) != (_shape(self.b), self.b.experts):
             return _changed(self, "shape")
         state = self._alike(reader)
         return Result(state) if state else self._measured(reader)
 
-    def _alike(self, reader: Reader) -> str | None:
+    def _alike(self, reader: PairReader) -> str | None:
         """How the stored factors compare, where the scales are the same."""
         if (self.a.scale, self.a.rank) != (self.b.scale, self.b.rank):
             return None
@@ -528,7 +528,7 @@ class Deltas:
             states.append(state)
         return max(states, key=STATES.index)
 
-    def _measured(self, reader: Reader) -> Result:
+    def _measured(self, reader: PairReader) -> Result:
         squares = [0.0, 0.0, 0.0]  # ‖A‖², ⟨A, B⟩, ‖B‖²
         spectra, noise = [], 0.0
         for x, y in zip(self.a.products(reader), self.b.products(reader), strict=True):
@@ -575,7 +575,7 @@ class Rows:
     a: Tokens
     b: Tokens
 
-    def compare(self, reader: Reader) -> Result:
+    def compare(self, reader: PairReader) -> Result:
         if self.a.values.shape[1:] != self.b.values.shape[1:]:
             return _changed(self, "shape")
         if self.a.indices == self.b.indices:

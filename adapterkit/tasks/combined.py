@@ -20,9 +20,10 @@ from adapterkit.combinations.protocol import Method
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.kernels.truncated import leading_svd
-from adapterkit.plan import Inputs, TaskResult
+from adapterkit.plan import TaskResult
 from adapterkit.tasks import common
 from adapterkit.tasks.common import short
+from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 19  # elements of a dense delta that are made at a time
 Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
@@ -63,7 +64,7 @@ class Part:
         dense = self.dora.memory + 8 * math.prod(self.factors.shape) if self.dora else 0
         return 12 * (self.factors.a.nbytes + self.factors.b.nbytes) + dense
 
-    def deltas(self, inputs: Inputs) -> list[Delta]:
+    def deltas(self, inputs: Reader) -> list[Delta]:
         """Its delta, or one for each expert."""
         return [self.dora.dense(inputs)] if self.dora else list(self.factors.products(inputs))
 
@@ -113,7 +114,7 @@ class CombinedFactors:
             return found + 40 * len(self.parts) * count  # dense deltas as products in float64
         return found + (12 * count if self.dense else 0)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         if self.space == "factors":
             return self._on_factors(inputs)
         weights = [part.weight for part in self.parts]
@@ -174,7 +175,7 @@ class CombinedFactors:
         limit = quantile(torch.cat([values, -values]), self.refit.clamp)
         return a.clamp(-limit, limit), b.clamp(-limit, limit)
 
-    def _on_factors(self, inputs: Inputs) -> TaskResult:
+    def _on_factors(self, inputs: Reader) -> TaskResult:
         """PEFT's way: the method acts on the a's with sign(c)√|c| and on the b's with √|c|, c = weight · scale, whatever that
         does to their products."""
         pairs = [part.factors.stored(inputs) for part in self.parts]

@@ -8,7 +8,8 @@ from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import canonical
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.plan import Inputs, TaskResult
+from adapterkit.plan import TaskResult
+from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 20  # elements that are summed at a time
 
@@ -37,7 +38,7 @@ class AdapterTensor:
     def memory(self) -> int:
         return 2 * self.source.nbytes
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         import torch
 
         data, dtype = inputs.bytes(self.source), dtypes.torch_dtype(self.source.dtype)
@@ -73,7 +74,7 @@ class SummedTensor:
     def memory(self) -> int:
         return 12 * sum(math.prod(spec.shape) for spec in self.reads)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         import torch
 
         values = [(inputs.tensor(spec).view(-1), scale) for spec, scale in self.terms]

@@ -10,7 +10,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, refuse_all, shown
 from adapterkit.kernels import weighted
-from adapterkit.plan import Inputs
+from adapterkit.weights.reader import Reader
 
 COVARIANCE = ".covariance"
 
@@ -51,7 +51,7 @@ def covariances(stats: Checkpoint | None, widths: Mapping[str, int]) -> dict[str
 
 
 def root_of(
-    inputs: Inputs, covariance: TensorSpec | None
+    inputs: Reader, covariance: TensorSpec | None
 ) -> tuple[Tensor | None, dict[str, float]]:
     """`weighted.root` of a stored covariance, if there is one, and what the receipt says of it; `Unrecoverable` where it is none."""
     if covariance is None:

@@ -18,10 +18,11 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import leading_svd
-from adapterkit.plan import Inputs, TaskResult
+from adapterkit.plan import TaskResult
 from adapterkit.tasks import common
 from adapterkit.tasks.ranked import Cut, ranked
 from adapterkit.weights.parameters import Parameter, StoredParameter
+from adapterkit.weights.reader import Reader
 
 PIECE = 4 << 20  # elements compared at a time
 BLOCK = 1 << 20  # elements made float32 at a time
@@ -172,7 +173,7 @@ class DifferenceFactors:
             + 32 * BLOCK
         )
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         found = [self._leading(old, new, inputs) for old, new in self._matrices()]
         zero = (
             Svd(torch.zeros(self._shape[0], 1), torch.zeros(1), torch.zeros(1, self._shape[1])),
@@ -190,7 +191,7 @@ class DifferenceFactors:
             yield self.old.expert(i), self.new.expert(i)
 
     def _leading(
-        self, old: StoredParameter, new: StoredParameter, inputs: Inputs
+        self, old: StoredParameter, new: StoredParameter, inputs: Reader
     ) -> tuple[Svd, float] | None:
         delta = _difference(old, new, inputs)
         if delta is None or not bool(delta.any()):
@@ -224,13 +225,13 @@ class WholeParameter:
     def memory(self) -> int:
         return 2 * sum(spec.nbytes for spec in self.reads)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         if _is_whole(self.held):
             return common.AdapterTensor(self.held.specs[0], self.key).compute(inputs)
         return TaskResult({self.key: _native(self.held, inputs).contiguous()}, {"taken": True})
 
 
-def _difference(old: StoredParameter, new: StoredParameter, inputs: Inputs) -> Tensor | None:
+def _difference(old: StoredParameter, new: StoredParameter, inputs: Reader) -> Tensor | None:
     """new - old in float32, a block of rows at a time; None where both store the same, or one is the other's rounding."""
     blocks = new.row_ranges(BLOCK)
     blocks = blocks if len(old.row_ranges(BLOCK)) == len(blocks) else [(0, new.shape[0])]
@@ -250,7 +251,7 @@ def _difference(old: StoredParameter, new: StoredParameter, inputs: Inputs) -> T
 Pieces = list[tuple[int, StoredParameter, StoredParameter]]
 
 
-def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Inputs) -> bool:
+def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Reader) -> bool:
     """Whether both sides store the same, seen before anything is made float32."""
     if not old.same_storage(new):
         return False
@@ -262,7 +263,7 @@ def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inpu
     return all(inputs.bytes(a) == inputs.bytes(b) for a, b in pairs)
 
 
-def _rounded(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Inputs) -> bool:
+def _rounded(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Reader) -> bool:
     """Whether all of one side is the other's rounding."""
     if old.dtypes == new.dtypes or len(old.dtypes) > 1 or len(new.dtypes) > 1:
         return False

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,10 +14,11 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.plan import Inputs, Loaded, Step, TaskResult, kept_by
+from adapterkit.plan import Loaded, Step, TaskResult, kept_by
 from adapterkit.tasks.common import short
 from adapterkit.tasks.rows import arithmetic, rounded
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.reader import Reader, ReaderView
 
 ROWS = 1 << 18  # elements of a weight that are edited at a time
 SLICE = (
@@ -48,7 +49,7 @@ class CopiedTensor:
     def memory(self) -> int:
         return 0
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         return TaskResult({self.source.key: self.source}, {})
 
 
@@ -81,7 +82,7 @@ class EditedTensor:
     def memory(self) -> int:
         return dtypes.size(self.step.dtype, math.prod(self.step.shape)) + _memory(self.step, 2, 20)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         weight = _Weight(self.step, inputs)
         edits = weight.edits()
         out = torch.empty(self.step.shape, dtype=dtypes.torch_dtype(self.step.dtype))
@@ -129,7 +130,7 @@ class RequantizedWeight:
     def memory(self) -> int:
         return _memory(self.step, 3, 24)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         weight = _Weight(self.step, inputs)
         edits, same, survival = weight.edits(), [], Survival()
         for part in weight.changed(edits):
@@ -234,9 +235,9 @@ class _Weight:
 
     What has one slice only is decoded once. `stored`: its parts, where they are not those of the file."""
 
-    def __init__(self, step: Step, inputs: Inputs, stored: dict[str, Tensor] | None = None):
+    def __init__(self, step: Step, inputs: Reader, stored: dict[str, Tensor] | None = None):
         self.step, self.inputs, self.source = step, inputs, step.source
-        self.dtype, self.device = arithmetic(step), inputs.device
+        self.dtype = arithmetic(step)
         self.rows, self.columns = _grid(step)
         self.nested, self.squares, self.whole = False, [], None
         if isinstance(self.source, QuantizedWeight):
@@ -259,25 +260,13 @@ class _Weight:
             self.whole = self._decoded(*ranges[0])
 
     def edits(self) -> list[Loaded]:
-        return [edit.load(self, self.source, self.step.grid) for edit in self.step.edits]
+        reader = ReaderView(self.inputs, self.dtype, self._blocks)
+        return [edit.load(reader, self.source, self.step.grid) for edit in self.step.edits]
 
-    # what an edit reads while it loads
-
-    def tensor(self, spec: TensorSpec) -> Tensor:
-        return self.inputs.tensor(spec).to(self.dtype)
-
-    def stored(self, spec: TensorSpec) -> Tensor:
-        return self.inputs.stored(spec)
-
-    def kept(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.inputs.kept(spec, cut)
-
-    def blocks(self, source: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         slices = ((first, self.read(first, last)) for first, last in _slices(self.step))
         for first, pieces in _chunked(slices, self.rows, self.columns):
             yield first, torch.cat(pieces).to(self.dtype)
-
-    # its rows
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows of one slice in float32; not to be changed where there is one slice only."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import rows as kernel
-from adapterkit.plan import Edit, EditInputs, Loaded
+from adapterkit.plan import Edit, Loaded
+from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions
 
 
@@ -64,7 +65,7 @@ class Term:
         assert self.experts is not None and block.expert is not None
         return part_of(self.a, (self.experts, self.rank, *self.a.shape[1:]), block.expert)
 
-    def products(self, inputs: EditInputs) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    def products(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
         for block, left, right in self._cut(inputs):
             if self.flip:
@@ -73,7 +74,7 @@ class Term:
             right = placed(right, 1, block.col_at, block.col_of, block.col, block.col_stop)
             yield block, left.contiguous(), right.contiguous()
 
-    def _cut(self, inputs: EditInputs) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    def _cut(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, b (out, r) with the scale folded in, a (r, in)): of experts each one's own."""
         if self.experts is None:
             a, b = inputs.tensor(self.a), inputs.tensor(self.b)
@@ -83,7 +84,7 @@ class Term:
             return
         cut = lambda b: b.reshape(-1, self.rank, self.experts).permute(2, 0, 1).contiguous()
         # where each expert is stored alone, its step must not go through the factors of all: that costs the square of their number
-        stack = inputs.kept(self.b, cut) if self.shared else cut(inputs.stored(self.b))
+        stack = inputs.shared(self.b, cut) if self.shared else cut(inputs.stored(self.b))
         for block in self.blocks:
             a = inputs.tensor(self._of_expert(block))
             yield (
@@ -149,7 +150,7 @@ class AddLowRank:
     def kept(self) -> tuple[TensorSpec, ...]:
         return tuple(term.b for term in self.terms if term.shared)
 
-    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         stacks: dict[tuple[int, int, int, int], list] = {}
         for term in self.terms:
             for block, left, right in term.products(inputs):
@@ -190,7 +191,7 @@ class AddLikePeft:
     def kept(self) -> tuple[TensorSpec, ...]:
         return (self.term.b,) if self.term.shared else ()
 
-    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         scale = self.term.scale
         products = list(replace(self.term, scale=1.0).products(inputs))
         norm = (
@@ -231,7 +232,7 @@ class Decompose:
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.magnitude,)
 
-    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         magnitude = inputs.tensor(self.magnitude).reshape(-1)
         if self.by_columns:
             squares = torch.zeros(grid[1], dtype=torch.float64, device=inputs.device)
@@ -246,7 +247,7 @@ class Decompose:
         return Loaded(lambda w, first: self._scale_rows(w, first, magnitude, norms))
 
     def _blocks_before(
-        self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]
+        self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]
     ) -> Iterator[tuple[int, Tensor]]:
         before = [edit.load(inputs, source, grid) for edit in self.before]
         for first, w in inputs.blocks(source, grid):
@@ -271,7 +272,7 @@ class RoundTo:
     def reads(self) -> tuple[TensorSpec, ...]:
         return ()
 
-    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         return Loaded(lambda w, first: _round(w, self.rounded), exact=lambda w, first: None)
 
 
@@ -293,7 +294,7 @@ class AddVector:
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.vector,)
 
-    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         vector = scaled_to(inputs.tensor(self.vector).reshape(-1, 1), self.scale)
         vector = placed(vector, 0, self.at, None, self.row, self.row_stop)
 
@@ -316,7 +317,7 @@ class ReplaceRows:
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.values,)
 
-    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         values = inputs.tensor(self.values)
         if self.by_columns:
             where = torch.tensor(self.indices, device=values.device)
@@ -347,7 +348,7 @@ class Assign:
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.value,)
 
-    def load(self, inputs: EditInputs, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         block = self.block
         value = (
             self.value

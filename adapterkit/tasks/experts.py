@@ -13,7 +13,8 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product
-from adapterkit.plan import Inputs, TaskResult
+from adapterkit.plan import TaskResult
+from adapterkit.weights.reader import Reader
 
 ITERATIONS = 15  # of PEFT's power iteration
 TINY = 1e-8  # what PEFT adds to a norm that it divides by
@@ -67,7 +68,7 @@ class StackedExperts:
             spec.nbytes for spec in self.reads
         )
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         if self.compat == "peft":
             factors, scales = self._like_peft(inputs), [f.scale for _, f in self.parts]
             found = [(power_iteration(a, b, self.seed), None) for a, b in factors]
@@ -96,7 +97,7 @@ class StackedExperts:
             found = [prototype(Product(b.double(), a.double())) for a, b in factors]
         return self._made(factors, scales, found)
 
-    def _like_peft(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+    def _like_peft(self, inputs: Reader) -> list[tuple[Tensor, Tensor]]:
         pairs = [factors.stored(inputs) for _, factors in self.parts]
         if not self.less:
             return pairs

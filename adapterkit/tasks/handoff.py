@@ -17,9 +17,10 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.plan import HANDOFF, Computed, Inputs, TaskResult
+from adapterkit.plan import HANDOFF, Computed, TaskResult
 from adapterkit.tasks import common
 from adapterkit.tasks.rows import byte_view
+from adapterkit.weights.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class HandoffFactors:
     def memory(self) -> int:
         return 3 * sum(stored.nbytes for stored in self.max_outputs)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         a, b = (inputs.handoff(f"{self.name}.{side}") for side in "ab")
         dtype = dtypes.torch_dtype(self.dtype)
         return TaskResult(

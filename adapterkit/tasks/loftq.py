@@ -17,13 +17,14 @@ from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.subspace import near_optimal_svd
 from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import project
-from adapterkit.plan import Change, Finalize, Inputs, Task, TaskResult
+from adapterkit.plan import Change, Finalize, Task, TaskResult
 from adapterkit.tasks import common
 from adapterkit.tasks.common import short
 from adapterkit.tasks.covariances import given, room, root_of
 from adapterkit.tasks.quantized import EncodedWeight
 from adapterkit.tasks.residual import balanced_factors
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.reader import Reader
 
 CANCELLED = (
     1e-3  # of what was lost: what is left is not taken from a difference of the two below this
@@ -49,7 +50,7 @@ class LoftQWeight(EncodedWeight):
     def memory(self) -> int:
         return 24 * math.prod(self.packed.shape) + room(self.covariance)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)
         turned = weight.shape != self.packed.shape or getattr(self.packed, "transposed", False)
         root, said = root_of(inputs, self.covariance)
@@ -154,7 +155,7 @@ class LoftQFactors:
     def memory(self) -> int:
         return 16 * math.prod(self.packed.shape) + room(self.covariance)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.original)
         root, said = root_of(inputs, self.covariance)
         size = norm(_weighted(weight.T if self.turned else weight, root)) or 1.0

@@ -6,9 +6,10 @@ from typing import Any
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.plan import Inputs, TaskResult
+from adapterkit.plan import TaskResult
 from adapterkit.tasks.common import short
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.reader import Reader
 
 PIECE = 1 << 20  # elements compared at a time
 
@@ -40,7 +41,7 @@ class EncodedWeight:
     def memory(self) -> int:
         return 6 * self.source.nbytes
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)
         tensors = self.packed.encode(weight)
         return TaskResult(

@@ -17,9 +17,10 @@ from adapterkit.errors import Refused
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.options import parse_size
-from adapterkit.plan import Change, Finalize, Inputs, Task, TaskResult, unchanged
+from adapterkit.plan import Change, Finalize, Task, TaskResult, unchanged
 from adapterkit.tasks import common
 from adapterkit.tasks.common import short
+from adapterkit.weights.reader import Reader
 
 FLOAT_NOISE = 1e-6  # of the largest singular value: below it, float32 factors hold nothing
 
@@ -82,7 +83,7 @@ class TruncatedFactors:
     def memory(self) -> int:
         return 12 * sum(spec.nbytes for spec in self.reads)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         svds = [lowrank.svd(product) for product in self.factors.products(inputs)]
         return ranked(self, [(svd, float(svd.s.square().sum())) for svd in svds])
 
@@ -115,7 +116,7 @@ class ConvertedFactors:
         whole = min(self.delta.rank, *self.delta.shape)
         return self.cut.most(min(self.limit or whole, whole))
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         return ranked(self, [self.delta.leading(inputs, self._most_rank(), self.cut.energy)])
 
 

@@ -12,9 +12,10 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.sums import norm
-from adapterkit.plan import Inputs, TaskResult
+from adapterkit.plan import TaskResult
 from adapterkit.tasks.common import short
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ResidualWeight:
     def memory(self) -> int:
         return 24 * math.prod(self.source.shape)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)
         matrix = weight.T if self.transposed else weight
         a, b = balanced_factors(

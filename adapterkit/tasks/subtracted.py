@@ -6,8 +6,9 @@ from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors, Place
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.plan import Inputs, TaskResult
+from adapterkit.plan import TaskResult
 from adapterkit.tasks import common
+from adapterkit.weights.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SubtractedFactors:
     def memory(self) -> int:
         return 12 * sum(spec.nbytes for spec in self.reads)
 
-    def compute(self, inputs: Inputs) -> TaskResult:
+    def compute(self, inputs: Reader) -> TaskResult:
         a, b = self.task_adapter.stored(inputs)
         others = [factors.stored(inputs) for factors in self.generals]
         count = len(others)

@@ -287,8 +287,8 @@ def _for_kept(
                 Refused(found, expected="the same weights", where=quantized.name, hint=hint)
             )
             continue
-        turned = names.layer(name) == "Conv1D"
-        shape = spec.shape[::-1] if turned else spec.shape
+        transposed = names.transposed(name)
+        shape = spec.shape[::-1] if transposed else spec.shape
         place = place_of_linear(name, shape)
         factors.append(
             LoftQFactors(
@@ -299,7 +299,7 @@ def _for_kept(
                 options.rank,
                 options.scale,
                 dtypes.parse(options.dtype),
-                turned,
+                transposed,
             )
         )
     refuse_all(errors)

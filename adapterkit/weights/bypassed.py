@@ -15,9 +15,7 @@ MAMBAS_SPARED = ("out_proj", "conv1d", "x_proj")
 
 def classes_of(names: Names, module: str) -> tuple[type, ...]:
     """A module's class and those that it is derived from; none where the model was not built."""
-    if names.layer(module) is None or names.model is None:
-        return ()
-    return type(names.model.model.get_submodule(module)).__mro__
+    return () if names.model is None else names.model.classes(module)
 
 
 def is_bypassed(names: Names, module: str) -> bool:

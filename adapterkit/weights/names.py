@@ -157,9 +157,9 @@ class Names:
         """
         if self.plain:
             return False
-        layer = self.layer(module)
-        if layer is not None:
-            return layer == TRANSPOSED
+        classes = () if self.model is None else self.model.classes(module)
+        if classes:
+            return any(cls.__name__ == TRANSPOSED for cls in classes)
         if fan_in_fan_out and square:
             raise Refused(
                 f"the square weight of {shown(module)} may be stored (in, out): "

@@ -21,10 +21,9 @@ class TensorReader(Protocol):
 
 
 class Reader(Protocol):
-    """The inputs of steps and tasks. Equal bytes give equal tensors, in any order and thread.
+    """The inputs of steps and tasks: the same tensors for every engine, order and thread.
 
-    Of `spec`s that are stored as they are, or in a format (`QuantizedWeight`). Floats are finite,
-    else `Unrecoverable`. `Failed` if a file cannot be read or has changed since it was planned.
+    `Failed` if a file cannot be read, `Unrecoverable` if it has changed since it was planned.
     """
 
     @property
@@ -36,21 +35,25 @@ class Reader(Protocol):
         ...
 
     def tensor(self, spec: TensorSpec) -> "Tensor":
-        """The whole tensor, decoded if it is quantized, in `dtype`, on `device`; the caller's
-        own."""
+        """The whole tensor, decoded if it is quantized, in `dtype`, on `device`; the caller's own.
+
+        `Unrecoverable` if it is not finite."""
         ...
 
     def stored(self, spec: TensorSpec) -> "Tensor":
-        """The whole tensor in its own dtype, on `device`; the caller's own. Not of quantized
-        weights."""
+        """The whole tensor in its own dtype, on `device`; not of a quantized weight, only its
+        parts.
+
+        `Unrecoverable` if it is of floats that are not finite."""
         ...
 
     def bytes(self, spec: TensorSpec) -> bytearray:
-        """The stored bytes, not looked at. Not of quantized weights."""
+        """The stored bytes, whatever they are; not of a quantized weight."""
         ...
 
     def rows(self, spec: TensorSpec, grid: tuple[int, int], first: int, last: int) -> "Tensor":
-        """Rows [first, last) of the tensor as a grid (rows, columns), in `dtype`, on `device`."""
+        """Rows [first, last) of a tensor as a grid (rows, columns), in `dtype`, on `device`, finite
+        or not; not of a quantized weight."""
         ...
 
     def blocks(self, spec: TensorSpec, grid: tuple[int, int]) -> "Blocks":

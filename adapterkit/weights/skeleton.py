@@ -107,6 +107,11 @@ class Skeleton:
         layer = self._module(module)
         return None if layer is None else type(layer).__name__
 
+    def classes(self, module: str) -> tuple[type, ...]:
+        """A module's class and those that it is derived from; none if there is no such module."""
+        layer = self._module(module)
+        return () if layer is None else type(layer).__mro__
+
     def children(self, module: str) -> list[str] | None:
         """Names of a module's own parameters in the order of its code, or None."""
         layer = self._module(module)

@@ -18,7 +18,7 @@ from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.computed import in_order
-from adapterkit.engines.local import Inputs
+from adapterkit.engines.local import LocalReader
 from adapterkit.errors import Refused
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.plan import BUFFERS, Step
@@ -96,7 +96,7 @@ class Case:
 
     def compute(self, task):
         with Sources((self.folder,), {}) as sources, torch.inference_mode():
-            return task.compute(Inputs(sources, torch.device("cpu")))
+            return task.compute(LocalReader(sources, torch.device("cpu")))
 
 
 def peak() -> int:
@@ -160,7 +160,7 @@ class Load:
         self.lock, self.now, self.most, self.together = threading.Lock(), 0, 0, 0
         self.running, real = 0, edited.RequantizedWeight.compute
 
-        def make(task: edited.RequantizedWeight, inputs: Inputs):
+        def make(task: edited.RequantizedWeight, inputs: LocalReader):
             with self.lock:
                 self.now, self.running = self.now + task.memory, self.running + 1
                 self.most, self.together = (

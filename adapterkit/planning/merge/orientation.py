@@ -64,22 +64,10 @@ def oriented(
 
 
 def _transposed(job: Job, adapter: Adapter, module: str, *, square: bool) -> bool:
-    """Whether a weight that would fit so is stored (in, out), as GPT-2's Conv1D is: by the module's class. Where transformers
-    does not know the model, the config's fan_in_fan_out must say so too; a square weight beside such ones is refused."""
-    layer = job.names.layer(module)
-    if layer is not None:
-        return layer == "Conv1D"
-    if job.names.plain:
-        return False
-    said = bool(adapter.config.get("fan_in_fan_out"))
-    if square and said:
-        raise Refused(
-            f"the square weight of {shown(module)} may be stored (in, out): fan_in_fan_out is set",
-            expected="a model that transformers knows, or weights that are not square",
-            where=adapter.label,
-            hint="update transformers",
-        )
-    return said
+    """Whether a weight that would fit so is stored (in, out), as GPT-2's are."""
+    flag = bool(adapter.config.get("fan_in_fan_out"))
+    where = adapter.label
+    return job.names.transposed(module, fan_in_fan_out=flag, square=square, where=where)
 
 
 def _convolution(
@@ -127,10 +115,4 @@ def _flips_squares(job: Job, adapter: Adapter, parameter: Parameter) -> bool:
         )
     if chosen == "peft-0.18":
         return True
-    model = job.names.model
-    module = parameter.name.rpartition(".")[0]
-    return (
-        bool(getattr(model.model.get_submodule(module), "is_transposed", False))
-        if model is not None
-        else False
-    )
+    return job.names.transposed_experts(parameter.name.rpartition(".")[0])

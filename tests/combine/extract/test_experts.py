@@ -127,11 +127,11 @@ def test_a_size_is_kept_with_stacks_and_what_is_saved_whole(dtype, experts, tmp_
 
 def test_no_stack_is_whole_in_memory(experts, tmp_path, monkeypatch):
     """Experts are read one at a time, stored together or one by one."""
-    from adapterkit.engines.local import Inputs
+    from adapterkit.engines.local import LocalReader
 
-    sizes, tensor = [], Inputs.tensor
+    sizes, tensor = [], LocalReader.tensor
     monkeypatch.setattr(
-        Inputs, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec)
+        LocalReader, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec)
     )
     for kind in ("mixtral", "gpt_oss"):
         (tmp_path / kind).mkdir()

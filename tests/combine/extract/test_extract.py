@@ -170,15 +170,15 @@ SIZES |= {
 
 
 def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
-    from adapterkit.engines.local import Inputs
+    from adapterkit.engines.local import LocalReader
 
     base = saved("llama")
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(3, linear))
     adapterkit.extract(base, after, out=tmp_path / "whole", rank=3)
     monkeypatch.setattr("adapterkit.tasks.difference.BLOCK", 100)
-    sizes, tensor = [], Inputs.tensor
+    sizes, tensor = [], LocalReader.tensor
     monkeypatch.setattr(
-        Inputs, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec)
+        LocalReader, "tensor", lambda self, spec: sizes.append(spec.shape) or tensor(self, spec)
     )
     adapterkit.extract(base, after, out=tmp_path / "blocks", rank=3)
     assert sizes and all(shape[0] <= 3 for shape in sizes if len(shape) == 2)
