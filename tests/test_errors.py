@@ -27,9 +27,9 @@ def unknown(
 
 
 def misshaped(layer: int) -> Refused:
-    found = f"model.layers.{layer}.up_proj: shape ((8, {layer}), (64, 8))"
+    actual = f"model.layers.{layer}.up_proj: shape ((8, {layer}), (64, 8))"
     return Refused(
-        found, expected=f"one that fits the base's (64, {layer + 1})", where="adapter", hint="look"
+        actual, expected=f"one that fits the base's (64, {layer + 1})", where="adapter", hint="look"
     )
 
 

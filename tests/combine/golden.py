@@ -40,12 +40,12 @@ def merged(deltas, method, parameters):
 
 def chances(delta, density, epsilon):
     """The probabilities that della hands to torch.bernoulli."""
-    seen = []
+    observed = []
     with mock.patch(
-        "torch.bernoulli", side_effect=lambda p: seen.append(p.clone()) or torch.ones_like(p)
+        "torch.bernoulli", side_effect=lambda p: observed.append(p.clone()) or torch.ones_like(p)
     ):
         merged([delta], "della", {"weight": 1.0, "density": density, "epsilon": epsilon})
-    return seen[0]
+    return observed[0]
 
 
 def listed(tensor):

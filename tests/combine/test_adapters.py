@@ -92,11 +92,11 @@ def test_subtraction_of_factors_is_pefts(alike, tmp_path):
     """PEFT's GenKnowSub: a minus the mean a, b minus the mean b; the task's scale stays."""
     adapterkit.subtract([alike[0]], general=alike[1:3], out=tmp_path / "out", space="factors")
     task, *general = (load_file(folder / WEIGHTS) for folder in alike[:3])
-    found = load_file(tmp_path / "out" / WEIGHTS)
+    actual = load_file(tmp_path / "out" / WEIGHTS)
     for key, tensor in task.items():
         expected = tensor - (general[0][key] + general[1][key]) / 2
         assert torch.allclose(
-            found[key],
+            actual[key],
             expected * (1.0 if "lora_A" in key else config_of(alike[0])["lora_alpha"] / 4),
             atol=1e-7,
         )
@@ -132,9 +132,9 @@ def test_a_subtraction_keeps_the_tasks_trained_values_and_refuses_the_generals(a
 # -- arrow -----------------------------------------------------------------------------------------
 
 
-def assert_parallel(found: torch.Tensor, unit: torch.Tensor) -> None:
-    assert abs(float(found.norm()) - 1) < 1e-6
-    assert float((found.double() - unit * (found.double() @ unit)).norm()) < 1e-6
+def assert_parallel(actual: torch.Tensor, unit: torch.Tensor) -> None:
+    assert abs(float(actual.norm()) - 1) < 1e-6
+    assert float((actual.double() - unit * (actual.double() @ unit)).norm()) < 1e-6
 
 
 def experts_of(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -200,10 +200,10 @@ def test_arrow_subtracts_general_adapters_exactly(alike, tmp_path):
     assert config["general"] == ["e2", "e3"]
     for i in (0, 1):
         expected = weighted([alike[i], *alike[2:]], (1, -0.5, -0.5))["fit"]
-        found = (
+        actual = (
             tensors["fit.scale"][i] * tensors["fit.b"][i].double() @ tensors["fit.a"][i].double()
         )
-        assert float((found - expected).norm() / expected.norm()) < 1e-6
+        assert float((actual - expected).norm() / expected.norm()) < 1e-6
         vh = torch.linalg.svd(expected).Vh
         assert_parallel(tensors["fit.prototype"][i], vh[0])
 
@@ -277,8 +277,8 @@ def test_a_rebased_adapter_gives_the_trained_model_on_the_original_base(init, tm
         adapterkit.rebase(
             tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "plain"
         )
-        found = oracle.peft_model(oracle.llama(), tmp_path / "plain")(input_ids=ids).logits
-    assert torch.allclose(found, expected, atol=2e-5)
+        actual = oracle.peft_model(oracle.llama(), tmp_path / "plain")(input_ids=ids).logits
+    assert torch.allclose(actual, expected, atol=2e-5)
     assert (
         config_of(tmp_path / "plain")["init_lora_weights"] is True
         and config_of(tmp_path / "plain")["r"] == 8
@@ -302,7 +302,7 @@ def test_rebase_keeps_what_peft_drops(mixed, tmp_path):
         oracle.edit_config(after, tmp_path / "trained", init_lora_weights="pissa_niter_4"),
     )
     adapterkit.rebase(after, initial=initial, out=tmp_path / "plain")
-    kept, found = load_file(after / WEIGHTS), load_file(tmp_path / "plain" / WEIGHTS)
+    kept, actual = load_file(after / WEIGHTS), load_file(tmp_path / "plain" / WEIGHTS)
     beside = {
         key
         for key in kept
@@ -310,7 +310,7 @@ def test_rebase_keeps_what_peft_drops(mixed, tmp_path):
     }
     assert any("magnitude" in key for key in beside) and any("norm" in key for key in beside)
     assert (
-        all(torch.equal(found[key], kept[key]) for key in beside)
+        all(torch.equal(actual[key], kept[key]) for key in beside)
         and config_of(tmp_path / "plain")["use_dora"]
     )
     assert_close(deltas(tmp_path / "plain"), weighted([plain, initial], (1, -1)))
@@ -349,8 +349,8 @@ def test_resize_is_the_best_approximation_at_the_exact_rank(rank, alpha, mixed, 
 
 def test_the_factors_are_balanced(mixed, tmp_path):
     adapterkit.resize(mixed[0], out=tmp_path / "out", rank=3)
-    found = load_file(tmp_path / "out" / WEIGHTS)
-    a, b = (found[f"base_model.model.fit.lora_{x}.weight"] for x in "AB")
+    actual = load_file(tmp_path / "out" / WEIGHTS)
+    a, b = (actual[f"base_model.model.fit.lora_{x}.weight"] for x in "AB")
     assert torch.allclose(a.norm(dim=1), b.norm(dim=0), rtol=1e-5)
 
 

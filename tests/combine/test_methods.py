@@ -172,10 +172,10 @@ def test_slerp_the_other_way_round() -> None:
 def test_slerp_s_weights_say_where_on_the_arc() -> None:
     one, two = HARD["pair"]
     for t in (0.0, 0.25, 0.5, 1.0):
-        said = combined(record("slerp", t=t), [one, two], [1, 1])
-        torch.testing.assert_close(said, combined(record("slerp"), [one, two], [1 - t, t]))
+        text = combined(record("slerp", t=t), [one, two], [1, 1])
+        torch.testing.assert_close(text, combined(record("slerp"), [one, two], [1 - t, t]))
         torch.testing.assert_close(
-            3 * said, combined(record("slerp"), [one, two], [3 * (1 - t), 3 * t])
+            3 * text, combined(record("slerp"), [one, two], [3 * (1 - t), 3 * t])
         )
     assert not torch.allclose(
         combined(record("slerp", t=0.25), [one, two], [1, 1]),
@@ -229,11 +229,13 @@ def test_linear_in_the_first_delta(name: str) -> None:
 def test_density_one_is_the_dense_parent(name: str) -> None:
     for products in (HARD["full rank"], HARD["repeated"], HARD["1x3"]):
         for majority in ("total", "frequency"):
-            got = combined(record(name, density=1, majority=majority), products, [0.7, -1.6, 0.4])
+            actual = combined(
+                record(name, density=1, majority=majority), products, [0.7, -1.6, 0.4]
+            )
             parent = combined(
                 record(PARENTS[name], density=1, majority=majority), products, [0.7, -1.6, 0.4]
             )
-            torch.testing.assert_close(got, parent, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(actual, parent, rtol=1e-6, atol=1e-6)
 
 
 def test_ties_at_density_one_is_untrimmed() -> None:
@@ -254,11 +256,11 @@ def test_blocks_and_threads_change_nothing(name: str, monkeypatch: pytest.Monkey
         product(100, 401, 8, seed, kind)
         for seed, kind in ((1, "normal"), (2, "bf16"), (3, "normal"))
     ]
-    seen = []
+    observed = []
     for number, height in ((1, 100), (2, 100), (5, 100), (2, 17), (1, 9)):
         torch.set_num_threads(number)
-        seen.append(combined(record(name, density=0.3), products, WEIGHTS[:3], height=height))
-    assert all(torch.equal(seen[0], other) for other in seen[1:])
+        observed.append(combined(record(name, density=0.3), products, WEIGHTS[:3], height=height))
+    assert all(torch.equal(observed[0], other) for other in observed[1:])
 
 
 class Live(TorchDispatchMode):

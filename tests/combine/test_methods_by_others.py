@@ -44,8 +44,8 @@ def test_against_peft(name: str, density: float, monkeypatch: pytest.MonkeyPatch
             expected = getattr(merge_utils, name)(
                 deltas, torch.tensor(weights, dtype=torch.float64), density, **given
             )
-        got = combined(record(name, density=density, majority=majority), products, weights)
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        actual = combined(record(name, density=density, majority=majority), products, weights)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def ours(method: str, parameters: dict) -> tuple[str, dict, list[float]]:
@@ -65,8 +65,8 @@ def test_against_mergekit(golden: dict) -> None:
     name, options, weights = ours(golden["method"], golden["parameters"])
     deltas = [torch.tensor(d).double() for d in GOLDEN["deltas"]][: 2 if name == "slerp" else 3]
     products = [Product(d, torch.eye(d.shape[1], dtype=torch.float64)) for d in deltas]
-    got = combined(record(name, **options), products, weights[: len(products)])
-    torch.testing.assert_close(got, torch.tensor(golden["merged"]).double(), rtol=0, atol=3e-6)
+    actual = combined(record(name, **options), products, weights[: len(products)])
+    torch.testing.assert_close(actual, torch.tensor(golden["merged"]).double(), rtol=0, atol=3e-6)
 
 
 def test_della_chances_against_mergekit() -> None:

@@ -108,9 +108,9 @@ def test_nearly_parallel() -> None:
             torch.cat([one.left, tiny * other.left], 1), torch.cat([one.right, other.right], 0)
         )
         for name in ("karcher", "slerp"):
-            got = combined(record(name), [one, near], [0.5, 0.5])
+            measured = combined(record(name), [one, near], [0.5, 0.5])
             torch.testing.assert_close(
-                got, (one.dense() + near.dense()) / 2, rtol=0, atol=1e-9 + tiny**2
+                measured, (one.dense() + near.dense()) / 2, rtol=0, atol=1e-9 + tiny**2
             )
 
 
@@ -124,8 +124,8 @@ def test_slerp_of_a_small_angle() -> None:
 
 def test_iso_c_is_isotropic_and_tsv_is_orthogonal() -> None:
     products = [product(30, 20, 3, seed) for seed in (1, 2)]
-    found = torch.linalg.svdvals(combined(record("iso_c"), products, [1.0, 1.0]))
-    assert float(found[5]) == pytest.approx(float(found[0])) and float(found[6]) < 1e-12
+    actual = torch.linalg.svdvals(combined(record("iso_c"), products, [1.0, 1.0]))
+    assert float(actual[5]) == pytest.approx(float(actual[0])) and float(actual[6]) < 1e-12
     strengths = (
         torch.cat([torch.linalg.svdvals(p.dense())[:3] for p in products])
         .sort(descending=True)
@@ -149,10 +149,10 @@ def test_noise_is_not_a_direction(name: str) -> None:
     mixed = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     same = Product(one.left @ mixed, torch.linalg.solve(mixed, one.right))
     expected = combined(record(name, density=1), [one], [1.0])
-    got = combined(
+    measured = combined(
         record(name, density=1), [one, same], [0.5, 0.5] if name == "iso_c" else [1.0, 1.0]
     )
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(measured, expected, rtol=0, atol=1e-9)
 
 
 def test_sce_weighs_small_deltas_too() -> None:

@@ -76,10 +76,10 @@ def deltas(build, adapter: Path) -> dict[str, torch.Tensor]:
         wrapped = oracle.peft.PeftModel.from_pretrained(
             model, adapter, autocast_adapter_dtype=False
         )
-        made = oracle.peft.get_peft_model_state_dict(wrapped)
+        result = oracle.peft.get_peft_model_state_dict(wrapped)
         stored = load_file(adapter / "adapter_model.safetensors")
-        assert set(made) == set(stored), set(made) ^ set(stored)
-        assert all(torch.equal(made[key], value.double()) for key, value in stored.items())
+        assert set(result) == set(stored), set(result) ^ set(stored)
+        assert all(torch.equal(result[key], value.double()) for key, value in stored.items())
         wrapped.double().merge_adapter()
     after = plain_state(wrapped)
     assert set(after) == set(before)
@@ -102,13 +102,13 @@ def plain_state(wrapped) -> dict[str, torch.Tensor]:
 
 
 def assert_sum(build, out: Path, sources: list[Path], weights, tolerance: float = 3e-6) -> None:
-    found, expected = deltas(build, out), {}
+    actual, expected = deltas(build, out), {}
     for source, weight in zip(sources, weights, strict=True):
         for key, delta in deltas(build, source).items():
             expected[key] = expected.get(key, 0) + weight * delta
-    assert set(found) == set(expected)
+    assert set(actual) == set(expected)
     for key, delta in expected.items():
-        assert float((found[key] - delta).norm()) <= tolerance * float(delta.norm()), key
+        assert float((actual[key] - delta).norm()) <= tolerance * float(delta.norm()), key
 
 
 def trained(build, folder: Path, seed: int = 1, **config) -> Path:
@@ -258,13 +258,13 @@ def test_patterns_that_tell_parameters_apart(name, tmp_path):
 def check_merge(build, base: Path, adapter: Path, out: Path) -> None:
     adapterkit.merge(base, [adapter], out=out, verify=True)
     cls = type(build())
-    found, before = (cls.from_pretrained(folder).double().state_dict() for folder in (out, base))
+    actual, before = (cls.from_pretrained(folder).double().state_dict() for folder in (out, base))
     expected = deltas(build, adapter)
     for key, value in before.items():
         delta = expected.get(key, torch.zeros(()))
         # PEFT 0.21 adds it twice
         delta = delta / 2 if key.endswith("attention.out_proj.weight") else delta
-        assert float((found[key] - value - delta).abs().max()) <= 2e-6 * float(
+        assert float((actual[key] - value - delta).abs().max()) <= 2e-6 * float(
             value.abs().max() + delta.abs().max()
         ), key
     assert set(expected) <= set(before)
@@ -402,10 +402,10 @@ def test_layers_narrower_than_the_rank(init, rslora, tmp_path):
     ]
     assert rows.shape[0] == 3
     adapterkit.rebase(tmp_path / "trained", initial=tmp_path / "initial", out=tmp_path / "plain")
-    found = deltas(build, tmp_path / "plain")
+    actual = deltas(build, tmp_path / "plain")
     for name in ("narrow.weight", "fit.weight"):
         expected = after[name].double() - before[name]
-        assert float((found[name] - expected).norm()) <= 1e-5 * float(expected.norm()), name
+        assert float((actual[name] - expected).norm()) <= 1e-5 * float(expected.norm()), name
     (tmp_path / "base").mkdir()
     save_file(residual, tmp_path / "base" / "model.safetensors")
     adapterkit.merge(

@@ -77,20 +77,20 @@ def combined(sources, out, weights=WEIGHTS, **how) -> dict[str, Tensor]:
 def changed_by(adapter: Path, base: Path) -> dict[str, Tensor]:
     """W' - W as PEFT merges it, as matrices (out, in)."""
     before, after = load_file(base / "model.safetensors"), oracle.peft_merged(net(), adapter)
-    found = {}
+    actual = {}
     for name in LAYERS:
         delta = (after[f"{name}.weight"].double() - before[f"{name}.weight"].double()).flatten(1)
-        found[name] = delta.T if name == "embed" else delta
-    return found
+        actual[name] = delta.T if name == "embed" else delta
+    return actual
 
 
 def test_linear_of_doras_is_the_sum_of_what_peft_merges(sources, base, tmp_path):
-    found = combined(sources, tmp_path / "out", method="linear", rank=99, base=base)
+    actual = combined(sources, tmp_path / "out", method="linear", rank=99, base=base)
     changes = [changed_by(source, base) for source in sources]
     expected = {
         name: sum(w * c[name] for w, c in zip(WEIGHTS, changes, strict=True)) for name in LAYERS
     }
-    assert_close(found, expected, 3e-6)
+    assert_close(actual, expected, 3e-6)
     metrics = json.loads((tmp_path / "out" / "adapterkit.json").read_text())["parameters"]
     for name in ("fit", "line"):
         flat = [change[name].flatten() for change in changes if bool(change[name].any())]
@@ -151,9 +151,9 @@ def test_what_stands_in_the_way_of_a_dora(sources, base, tmp_path):
     oracle.save_base(oracle.llama(), other)
     with pytest.raises(Refused) as caught:
         adapterkit.combine(sources, out=tmp_path / "out", method="svd", base=other)
-    found = [error.problem for error in caught.value.errors]  # pyright: ignore[reportAttributeAccessIssue]
+    actual = [error.problem for error in caught.value.errors]  # pyright: ignore[reportAttributeAccessIssue]
     # every module of the DoRAs, each once
-    assert len(set(found)) == len(found) == 5 and all("no matrix" in text for text in found)
+    assert len(set(actual)) == len(actual) == 5 and all("no matrix" in text for text in actual)
     note = adapterkit.combine(sources[2:] * 2, out=tmp_path / "plain", method="svd", base=base)
     assert "not needed" in " ".join(note.data["notes"])
 
@@ -180,11 +180,11 @@ def test_the_command_with_a_base(sources, base, tmp_path):
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory) -> list[Path]:
     root = tmp_path_factory.mktemp("heads")
-    made = lambda i, **more: trained(root / f"h{i}", i, target_modules=["fit"], **more)
+    result = lambda i, **more: trained(root / f"h{i}", i, target_modules=["fit"], **more)
     return [
-        made(1, modules_to_save=["narrow", "norm"]),
-        made(2, modules_to_save=["narrow", "norm"]),
-        made(3),
+        result(1, modules_to_save=["narrow", "norm"]),
+        result(2, modules_to_save=["narrow", "norm"]),
+        result(3),
     ]
 
 
@@ -236,16 +236,16 @@ def test_else_they_are_refused_with_what_would_do(how, weights, heads, tmp_path)
 
 def test_token_rows_are_averaged_where_they_are_the_same_rows(tmp_path):
     rows = {"h1": [1, 3], "h2": [1, 3], "h3": [1, 4]}
-    made = [
+    result = [
         trained(
             tmp_path / name, i, target_modules=["fit"], trainable_token_indices={"embed": indices}
         )
         for i, (name, indices) in enumerate(rows.items())
     ]
-    combined(made[:2], tmp_path / "out", (0.5, 0.5), method="linear")
+    combined(result[:2], tmp_path / "out", (0.5, 0.5), method="linear")
     key = "embed.token_adapter.trainable_tokens_delta"
     assert torch.allclose(
-        value(tmp_path / "out", key), (value(made[0], key) + value(made[1], key)) / 2, rtol=1e-6
+        value(tmp_path / "out", key), (value(result[0], key) + value(result[1], key)) / 2, rtol=1e-6
     )
     with pytest.raises(Refused, match="the same rows"):
-        combined(made[1:], tmp_path / "no", (0.5, 0.5), method="linear")
+        combined(result[1:], tmp_path / "no", (0.5, 0.5), method="linear")

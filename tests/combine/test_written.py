@@ -104,8 +104,8 @@ def inference(name: str, base: Path, adapter: Path) -> list[Tensor]:
     return architectures.answers(name, model)
 
 
-def assert_answers(found: list[Tensor], expected: list[Tensor]) -> None:
-    for answer, due in zip(found, expected, strict=True):
+def assert_answers(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for answer, due in zip(actual, expected, strict=True):
         torch.testing.assert_close(
             answer, due, rtol=0, atol=2e-5 * max(float(due.abs().max()), 0.01)
         )
@@ -167,8 +167,8 @@ each = pytest.mark.parametrize("trained", KINDS, indirect=True)
 @each
 def test_merge(trained):
     """The measure of the others: the merged model answers as PEFT's does."""
-    found = architectures.answers(trained.name, trained.model(trained.merged(trained.adapters[0])))
-    assert_answers(found, inference(trained.name, trained.base, trained.adapters[0]))
+    actual = architectures.answers(trained.name, trained.model(trained.merged(trained.adapters[0])))
+    assert_answers(actual, inference(trained.name, trained.base, trained.adapters[0]))
 
 
 @each

@@ -43,9 +43,9 @@ def merged(folder, out="out", **options):
 
 def test_a_float64_base_is_merged_in_float64(tmp_path):
     exact = job(tmp_path, torch.float64)
-    found = merged(tmp_path)
-    assert found["x.weight"].dtype == torch.float64
-    assert (found["x.weight"] - exact).abs().max() < 1e-13
+    actual = merged(tmp_path)
+    assert actual["x.weight"].dtype == torch.float64
+    assert (actual["x.weight"] - exact).abs().max() < 1e-13
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path):

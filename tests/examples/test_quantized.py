@@ -22,14 +22,14 @@ def test_the_quantized_example_runs_and_what_must_hold_holds(tmp_path):
     # which 4 bits lose the adapter, as bf16 does that of a short fine-tune
     assert done.stderr.count("\nok: ") >= 7 + 5 + 2 + 6 + 3 + 2
     assert "WRONG" not in done.stderr
-    found = json.loads(done.stdout)
-    table = {name: row["perplexity"] for name, row in found["table"].items()}
+    actual = json.loads(done.stdout)
+    table = {name: row["perplexity"] for name, row in actual["table"].items()}
     with_stats, without = (
         table["nf4 + LoftQ, 4 iterations, --stats"],
         table["nf4 + LoftQ, 4 iterations"],
     )
     assert table["base"] < with_stats < without < table["nf4 + LoftQ, 1 iteration"] < table["nf4"]
     for name in ("nf4", "fp4", "mxfp4", "bf16, short fine-tune"):
-        losses = {row: metric["task"] for row, metric in found["rounding"][name].items()}
+        losses = {row: metric["task"] for row, metric in actual["rounding"][name].items()}
         drawn = [loss for row, loss in losses.items() if row.startswith("stochastic")]
         assert max(drawn) < losses["nearest"] < losses["no adapter"], name

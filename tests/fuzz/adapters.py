@@ -59,11 +59,11 @@ def config_for(
 
 def _suffixes(names: list[str], rng: random.Random, count: int) -> list[str]:
     """Module names as people give them: the last part, the last two, or all of it."""
-    found = []
+    actual = []
     for name in rng.sample(names, min(count, len(names))):
         parts = name.split(".")
-        found.append(".".join(parts[-rng.choice([1, 1, 1, 2, len(parts)]) :]))
-    return found
+        actual.append(".".join(parts[-rng.choice([1, 1, 1, 2, len(parts)]) :]))
+    return actual
 
 
 def _flags(config: dict, attention: list[str], rng: random.Random) -> None:
@@ -152,8 +152,8 @@ def _end(getter):
 
 def _ends(model, modules: dict[str, nn.Module]) -> list[str]:
     head = _end(model.get_output_embeddings)
-    found = [n for n, m in modules.items() if m is head and n]
-    return found + [n for n in modules if re.fullmatch(r"(classifier|score|qa_outputs|.*head)", n)]
+    actual = [n for n, m in modules.items() if m is head and n]
+    return actual + [n for n in modules if re.fullmatch(r"(classifier|score|qa_outputs|.*head)", n)]
 
 
 VALUES = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")

@@ -28,7 +28,7 @@ FLOOR = 2.0**-20  # of a tensor's largest value: what float32 sums may be off by
 
 @torch.no_grad()
 def differences(
-    expected: nn.Module, found: nn.Module, plain: transformers.PreTrainedModel, step: float
+    expected: nn.Module, actual: nn.Module, plain: transformers.PreTrainedModel, step: float
 ) -> tuple[list[str], bool]:
     """Modules of `found` that do not do what those of `expected` do, with the error, all in
     float64; and whether the whole models' outputs could be compared.
@@ -36,8 +36,8 @@ def differences(
     Both are PEFT models or plain ones, `plain` the model without adapters. `step`: the error
     allowed, relative to each value: half the distance of two neighbours of the written dtype.
     """
-    expected, found, plain = expected.double(), found.double(), plain.double()
-    roots = [m.base_model.model if isinstance(m, peft.PeftModel) else m for m in (expected, found)]
+    expected, actual, plain = expected.double(), actual.double(), plain.double()
+    roots = [m.base_model.model if isinstance(m, peft.PeftModel) else m for m in (expected, actual)]
     wrong = []
     for name, module in plain.named_modules():
         parent = plain.get_submodule(name.rpartition(".")[0])
@@ -52,9 +52,9 @@ def differences(
             error = _error(results.get(key), answer, step)
             if error > 1:
                 wrong.append(f"{name}.{key}: {error:.3g} times the allowed error")
-    if any(map(_ignored, (*expected.modules(), *found.modules()))):
+    if any(map(_ignored, (*expected.modules(), *actual.modules()))):
         return wrong, False
-    outputs, results = models.outputs(expected, plain), models.outputs(found, plain)
+    outputs, results = models.outputs(expected, plain), models.outputs(actual, plain)
     for key, output in (outputs or {}).items():
         result = (results or {}).get(key)
         # masked scores, and models that random weights drive to infinity
@@ -126,14 +126,14 @@ def _impulses(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
     size = [2 * (d * (k - 1) + 1) for d, k in zip(plain.dilation, plain.kernel_size, strict=True)]
     zero = torch.zeros(1, channels, *size, dtype=torch.float64)
     bias, middle = module(zero), tuple(n // 2 for n in size)
-    found = []
+    actual = []
     for first in range(0, channels, 64):
         count = min(64, channels - first)
         impulses = zero.repeat(count, *[1] * (zero.dim() - 1))
         for i in range(count):
             impulses[(i, first + i, *middle)] = 1.0
-        found.append(module(impulses) - bias)
-    return {"weight": torch.cat(found), "bias": bias}
+        actual.append(module(impulses) - bias)
+    return {"weight": torch.cat(actual), "bias": bias}
 
 
 def _parameters(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ def _parameters(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
             module = module.modules_to_save[active[0]] if active else module.original_module
         else:
             module = module.base_layer
-    found = {n: p.detach().clone() for n, p in module.named_parameters(recurse=False)}
+    actual = {n: p.detach().clone() for n, p in module.named_parameters(recurse=False)}
     if any(any(getattr(layer, "use_dora", {}).values()) for layer in layers):
         # PEFT's delta leaves the magnitude out, and a layer with a forward of its own cannot be
         # asked for it
@@ -163,12 +163,12 @@ def _parameters(module: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
         for adapter in layer.active_adapters:
             if adapter in layer.scaling:
                 with quiet():
-                    found[leaf] = found[leaf] + layer.get_delta_weight(adapter).reshape(
-                        found[leaf].shape
+                    actual[leaf] = actual[leaf] + layer.get_delta_weight(adapter).reshape(
+                        actual[leaf].shape
                     )
     if isinstance(module, nn.MultiheadAttention):
-        found |= _out_proj(module)
-    return found
+        actual |= _out_proj(module)
+    return actual
 
 
 def _out_proj(module: nn.MultiheadAttention) -> dict[str, Tensor]:
@@ -182,11 +182,11 @@ def _out_proj(module: nn.MultiheadAttention) -> dict[str, Tensor]:
     return {"out_proj.weight": weight, "out_proj.bias": base.bias.detach()}
 
 
-def _error(found: Tensor | None, expected: Tensor, step: float) -> float:
+def _error(actual: Tensor | None, expected: Tensor, step: float) -> float:
     """The largest difference, as a multiple of what rounding to the written dtype allows."""
-    if found is None or found.shape != expected.shape:
+    if actual is None or actual.shape != expected.shape:
         return float("inf")
     if not expected.numel():
         return 0.0
     allowed = 1.02 * step * expected.abs() + FLOOR * float(expected.abs().max()) + 1e-12
-    return float(((found - expected).abs() / allowed).max())
+    return float(((actual - expected).abs() / allowed).max())

@@ -310,8 +310,8 @@ def _quantize(
     wrapped = _reference(decoded, paths, weights, outcome)
     if wrapped is None:
         return
-    found = replace(base, folder=merged).load()
-    wrong, _ = effective.differences(wrapped, found, decoded.load(), STEP["fp32"])
+    actual = replace(base, folder=merged).load()
+    wrong, _ = effective.differences(wrapped, actual, decoded.load(), STEP["fp32"])
     outcome.wrong += [f"merge --dequantize: {text}" for text in wrong]
     outcome.jobs += [] if wrong else ["merge --dequantize"]
 

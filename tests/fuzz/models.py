@@ -141,10 +141,10 @@ def outputs(
         try:
             with quiet():
                 torch.manual_seed(0)  # some models draw
-                found = model(**candidate)
+                actual = model(**candidate)
         except Exception:  # a model that wants other inputs
             continue
-        tensors = {k: v for k, v in found.items() if torch.is_tensor(v) and v.is_floating_point()}
+        tensors = {k: v for k, v in actual.items() if torch.is_tensor(v) and v.is_floating_point()}
         if tensors:
             return tensors
     return None
@@ -158,14 +158,14 @@ def _inputs(model: transformers.PreTrainedModel) -> list[dict[str, torch.Tensor]
     config = (
         model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     )
-    found = [text, text | {"decoder_input_ids": ids}]
+    actual = [text, text | {"decoder_input_ids": ids}]
     vision = getattr(model.config, "vision_config", None) or model.config
     size = getattr(vision, "image_size", None)
     if isinstance(size, int) and size <= 256:
         pixels = torch.randn(
             2, getattr(vision, "num_channels", 3), size, size, generator=generator
         ).to(dtype)
-        found += [{"pixel_values": pixels}, text | {"pixel_values": pixels}]
+        actual += [{"pixel_values": pixels}, text | {"pixel_values": pixels}]
     if getattr(config, "hidden_size", None) and model.main_input_name == "input_values":
-        found.append({"input_values": torch.randn(2, 4000, generator=generator).to(dtype)})
-    return found
+        actual.append({"input_values": torch.randn(2, 4000, generator=generator).to(dtype)})
+    return actual

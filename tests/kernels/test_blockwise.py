@@ -34,13 +34,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def neighbours(x: Tensor, steps: int = 2) -> Tensor:
     """x and the floats next to it."""
-    found = [x]
+    actual = [x]
     for end in (-math.inf, math.inf):
         y = x
         for _ in range(steps):
             y = torch.nextafter(y, torch.tensor(end))
-            found.append(y)
-    return torch.cat(found)
+            actual.append(y)
+    return torch.cat(actual)
 
 
 def hard(kind: blockwise.Kind, blocksize: int, dtype: torch.dtype) -> Tensor:

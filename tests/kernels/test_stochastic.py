@@ -34,10 +34,10 @@ def test_the_mean_over_seeds_is_the_value_and_each_is_a_neighbour(source, dtype)
     step = last_place(x.abs(), dtype).double()
     total = torch.zeros(len(x), dtype=torch.float64)
     for seed in range(SEEDS):
-        found = round_to(x, dtype, Draws.of(seed, "w"))
+        actual = round_to(x, dtype, Draws.of(seed, "w"))
         # one of the two about it, or itself
-        assert ((found.double() - x.double()).abs() < step).all()
-        total += found.double()
+        assert ((actual.double() - x.double()).abs() < step).all()
+        total += actual.double()
     part = (x.double().abs() / step).frac()
     z = (total / SEEDS - x.double()) / step / (part * (1 - part) / SEEDS).sqrt().clamp(min=1e-3)
     assert z.abs().max() < 6
@@ -156,8 +156,8 @@ def test_a_merge_keeps_the_delta_that_rounding_to_nearest_swallows(dtype, tmp_pa
     options = {"dtype": dtype, "verify": True}
     plain, lost = merge(tmp_path, "nearest", **options)
     drawn, kept = merge(tmp_path, "stochastic", rounding="stochastic", **options)
-    for found, metric in ((plain["x.weight"], lost), (drawn["x.weight"], kept)):
-        moved = found.double() - weight.double()
+    for actual, metric in ((plain["x.weight"], lost), (drawn["x.weight"], kept)):
+        moved = actual.double() - weight.double()
         assert float((moved * delta).sum() / delta.square().sum()) == pytest.approx(
             metric["survived"], abs=0.1
         )
@@ -169,7 +169,7 @@ def test_a_merge_keeps_the_delta_that_rounding_to_nearest_swallows(dtype, tmp_pa
 
 def test_same_seed_same_bytes_whatever_the_chunks_and_workers(tmp_path, monkeypatch):
     job(tmp_path)
-    found = {}
+    actual = {}
     for seed, elements, workers in [
         (0, 1 << 18, 1),
         (0, 1 << 18, 4),
@@ -179,9 +179,9 @@ def test_same_seed_same_bytes_whatever_the_chunks_and_workers(tmp_path, monkeypa
         monkeypatch.setattr(rows, "ELEMENTS", elements)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=workers: set(range(n)))
         merge(tmp_path, "out", rounding="stochastic", seed=seed, overwrite=True)
-        found[seed, elements, workers] = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert len({data for (seed, *_), data in found.items() if seed == 0}) == 1
-    assert len(set(found.values())) == 2
+        actual[seed, elements, workers] = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert len({data for (seed, *_), data in actual.items() if seed == 0}) == 1
+    assert len(set(actual.values())) == 2
 
 
 def test_verify_draws_again_and_sees_another_seed(tmp_path):

@@ -39,7 +39,9 @@ def trimmed(n: int, m: int) -> Tensor:
     return torch.where(w.abs() > w.abs().flatten().quantile(0.8), w, 0)
 
 
-def check(w: Tensor, found: Svd, k: int, factor: float = 1e-5, exact: Tensor | None = None) -> None:
+def check(
+    w: Tensor, actual: Svd, k: int, factor: float = 1e-5, exact: Tensor | None = None
+) -> None:
     """Shapes, order, orthonormality, the values, and the error of the rank-k approximation next to
     the optimal one.
 
@@ -48,10 +50,10 @@ def check(w: Tensor, found: Svd, k: int, factor: float = 1e-5, exact: Tensor | N
     """
     n, m = w.shape
     single = w.dtype == torch.float32
-    assert (found.u.shape, found.s.shape, found.vh.shape) == ((n, k), (k,), (k, m))
-    assert {found.u.dtype, found.s.dtype, found.vh.dtype} == {w.dtype}
+    assert (actual.u.shape, actual.s.shape, actual.vh.shape) == ((n, k), (k,), (k, m))
+    assert {actual.u.dtype, actual.s.dtype, actual.vh.dtype} == {w.dtype}
     exact = torch.linalg.svdvals(w.double()) if exact is None else exact
-    u, s, vh = (part.double() for part in found)
+    u, s, vh = (part.double() for part in actual)
     assert bool((s[:-1] >= s[1:]).all()) and float(s[-1]) >= 0
     assert float((s - exact[:k]).abs().max()) <= 1e-6 * float(exact[0])
     for rows in (u.T, vh):
@@ -169,8 +171,8 @@ def test_flat_spectra_fall_back_when_the_iteration_is_too_slow(
 
 def test_a_finer_tolerance_is_kept() -> None:
     w = spectrum(300, 320, 10.0 ** -torch.linspace(0, 13, 300))
-    found = truncated_svd(w, 200, tolerance=1e-14)
-    assert torch.allclose(found.s, torch.linalg.svdvals(w)[:200], rtol=1e-4, atol=0)
+    actual = truncated_svd(w, 200, tolerance=1e-14)
+    assert torch.allclose(actual.s, torch.linalg.svdvals(w)[:200], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -184,19 +186,19 @@ def test_scale_is_no_matter(shape: tuple[int, int], scale: float, dtype: torch.d
     there, here = truncated_svd((w * scale).to(dtype), 4), truncated_svd(w.to(dtype), 4)
     assert torch.allclose(there.s.double() / scale, here.s.double(), rtol=1e-5)
     one, other = (
-        found.u * (found.s.double() / unit) @ found.vh.double()
-        for found, unit in ((there, scale), (here, 1.0))
+        actual.u * (actual.s.double() / unit) @ actual.vh.double()
+        for actual, unit in ((there, scale), (here, 1.0))
     )
     assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_a_matrix_at_the_edge_of_its_dtype() -> None:
     for value in (3e38, 1e-40):
-        found = truncated_svd(torch.full((2, 3), value), 1)
-        assert math.isclose(float(found.s[0]), value * math.sqrt(6), rel_tol=1e-4) or (
-            value > 1 and float(found.s[0]) == math.inf
+        actual = truncated_svd(torch.full((2, 3), value), 1)
+        assert math.isclose(float(actual.s[0]), value * math.sqrt(6), rel_tol=1e-4) or (
+            value > 1 and float(actual.s[0]) == math.inf
         )
-        assert torch.allclose(found.u.abs(), torch.tensor(0.5).sqrt())
+        assert torch.allclose(actual.u.abs(), torch.tensor(0.5).sqrt())
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (600, 800)])
@@ -275,8 +277,8 @@ def test_the_smallest_rank_for_an_energy(
         squares = exact.square()
         k = int((squares.cumsum(0) < energy * squares.sum() * (1 - 1e-12)).sum()) + 1
         for most in (1, 10, 1000):
-            found, total = svd_for_energy(w, energy, most)
-            check(w, found, min(k, most), exact=exact)
+            actual, total = svd_for_energy(w, energy, most)
+            check(w, actual, min(k, most), exact=exact)
             assert math.isclose(total, float(w.double().square().sum()), rel_tol=1e-12)
 
 
@@ -292,8 +294,8 @@ def test_the_values_down_to_a_ratio(
         w, exact = example(name, dtype)
         k = max(1, int((exact * ratio >= exact[0]).sum())) if exact[0] > 0 else 1
         for most in (1, 10, 1000):
-            found, total = svd_for_ratio(w, ratio, most)
-            check(w, found, min(k, most), exact=exact)
+            actual, total = svd_for_ratio(w, ratio, most)
+            check(w, actual, min(k, most), exact=exact)
             assert math.isclose(total, float(w.double().square().sum()), rel_tol=1e-12)
 
 
@@ -322,9 +324,9 @@ def test_a_ratio_that_most_values_are_within_is_soon_given_up(
         truncated, "_ritz", lambda core, beyond: sizes.append(len(core)) or ritz(core, beyond)
     )
     w = gaussian(700, 800).float()
-    found, _ = svd_for_ratio(w, 20.0, 700)
+    actual, _ = svd_for_ratio(w, 20.0, 700)
     exact = torch.linalg.svdvals(w.double())
-    check(w, found, int((exact * 20 >= exact[0]).sum()))
+    check(w, actual, int((exact * 20 >= exact[0]).sum()))
     assert 0 < max(sizes) <= 260
     low = spectrum(600, 700, torch.cat([torch.ones(60), torch.full((540,), 1e-3)])).float()
     monkeypatch.setattr(truncated, "_full", lambda *_: pytest.fail("decomposed in full"))
@@ -333,8 +335,8 @@ def test_a_ratio_that_most_values_are_within_is_soon_given_up(
 
 def test_ratios_beyond_float32_and_of_nothing() -> None:
     w = spectrum(300, 310, 10.0 ** -torch.linspace(0, 12, 300)).float()
-    found, _ = svd_for_ratio(w, 1e6, 300)
-    assert abs(len(found.s) - 150) <= 5
+    actual, _ = svd_for_ratio(w, 1e6, 300)
+    assert abs(len(actual.s) - 150) <= 5
     assert len(svd_for_ratio(torch.zeros(30, 20), 5.0, 20)[0].s) == 1
     for ratio, most in ((0.5, 3), (math.nan, 3), (2.0, 0)):
         with pytest.raises(ValueError, match="ratio"):
@@ -348,8 +350,8 @@ def test_blocks_widen_until_equal_values_are_all_found(iterated: None) -> None:
 
 def test_energy_of_tiny_null_and_whole_matrices() -> None:
     for shape in ((1, 1), (1, 3), (3, 1), (300, 300)):
-        found, total = svd_for_energy(torch.zeros(shape), 0.9, 5)
-        assert (len(found.s), float(found.s[0]), total) == (1, 0.0, 0.0)
+        actual, total = svd_for_energy(torch.zeros(shape), 0.9, 5)
+        assert (len(actual.s), float(actual.s[0]), total) == (1, 0.0, 0.0)
     assert math.isclose(svd_for_energy(torch.full((3, 1), 1e30), 0.9, 5)[1], 3e60, rel_tol=1e-6)
     w = gaussian(300, 310).float()
     check(w, svd_for_energy(w, 1.0, 1000)[0], 300)
@@ -371,14 +373,14 @@ def test_expansion_leaves_rounding_out() -> None:
     basis = torch.linalg.qr(gaussian(50, 50)).Q.float()
     panel = (gaussian(9, 3) @ gaussian(3, 50)).float()
     assert len(krylov.expand(basis, panel, 0.0).rows) == 0
-    found = krylov.expand(basis[:10], panel, 0.0)
-    assert found.rows.shape == (3, 50)
+    actual = krylov.expand(basis[:10], panel, 0.0)
+    assert actual.rows.shape == (3, 50)
     assert torch.allclose(
-        found.inside @ basis[:10].double() + found.beyond @ found.rows.double(),
+        actual.inside @ basis[:10].double() + actual.beyond @ actual.rows.double(),
         panel.double(),
         atol=1e-5,
     )
-    assert float((found.rows @ basis[:10].T).abs().max()) < 1e-6
+    assert float((actual.rows @ basis[:10].T).abs().max()) < 1e-6
 
 
 def test_equal_values_found_exactly_are_settled() -> None:

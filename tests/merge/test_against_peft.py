@@ -115,8 +115,8 @@ def test_is_the_rounded_float64_value(name, dtype, made_case, tmp_path):
 def test_compat_is_peft_bit_for_bit(name, dtype, made_case, tmp_path):
     build, base, adapter = made_case(name, dtype)
     oracle.merge(base, adapter, out=tmp_path / "out", compat="peft")
-    found, expected = merged(tmp_path / "out", build), peft_merged(load(build, base), adapter)
-    assert_as_peft(as_stored(found, dtype), as_stored(expected, dtype))
+    actual, expected = merged(tmp_path / "out", build), peft_merged(load(build, base), adapter)
+    assert_as_peft(as_stored(actual, dtype), as_stored(expected, dtype))
 
 
 @pytest.mark.parametrize("compat", [None, "peft"])
@@ -345,23 +345,23 @@ def test_share_of_misrounded_elements(large, tmp_path):
     """At most 1e-5 of the elements differ from the rounded float64 value (plain float32 arithmetic
     gives 8.6e-6)."""
     oracle.merge(large / "base", large / "adapter", out=tmp_path / "out")
-    w, found = (
+    w, actual = (
         load_file(f / "model.safetensors")["fit.weight"] for f in (large / "base", tmp_path / "out")
     )
     factors = load_file(large / "adapter/adapter_model.safetensors")
     a, b = (factors[f"base_model.model.fit.lora_{x}.weight"].double() for x in "AB")
     right = torch.addmm(w.double(), b, a, alpha=1.5).bfloat16()
     assert 0.3 < float((right != w).float().mean()) < 1
-    assert float((found != right).float().mean()) <= 1e-5
+    assert float((actual != right).float().mean()) <= 1e-5
 
 
 def test_compat_over_several_chunks(large, tmp_path):
     """PEFT multiplies the whole weight at once, adapterkit chunk by chunk: the same bits."""
     oracle.merge(large / "base", large / "adapter", out=tmp_path / "out", compat="peft")
-    w, found = (
+    w, actual = (
         load_file(f / "model.safetensors")["fit.weight"] for f in (large / "base", tmp_path / "out")
     )
     layer = torch.nn.Sequential()
     layer.fit = torch.nn.Linear(2048, 4096, bias=False, dtype=torch.bfloat16)
     layer.fit.weight.data = w.clone()
-    assert torch.equal(found, peft_merged(layer, large / "adapter")["fit.weight"])
+    assert torch.equal(actual, peft_merged(layer, large / "adapter")["fit.weight"])

@@ -29,8 +29,8 @@ def job(folder: Path, dtype: torch.dtype, **config) -> tuple[Tensor, Tensor]:
     if config.get("use_dora"):
         tensors[prefix + "magnitude_vector"] = torch.rand(ROWS, generator=generator) + 0.5
     save_file(tensors, folder / "adapter/adapter_model.safetensors")
-    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 24, "target_modules": ["fit"]} | config
-    (folder / "adapter/adapter_config.json").write_text(oracle.json.dumps(said))
+    text = {"peft_type": "LORA", "r": RANK, "lora_alpha": 24, "target_modules": ["fit"]} | config
+    (folder / "adapter/adapter_config.json").write_text(oracle.json.dumps(text))
     exact = torch.addmm(w.double(), b.double(), a.double(), alpha=24 / RANK)
     if config.get("use_dora"):
         exact *= (tensors[prefix + "magnitude_vector"].double() / exact.norm(dim=1))[:, None]
@@ -44,18 +44,18 @@ def test_it_is_the_rounded_float64_value(dtype: torch.dtype, config: dict, tmp_p
     oracle.merge(
         tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", dtype="fp32", verify=True
     )
-    found = load_file(tmp_path / "out/model.safetensors")["fit.weight"]
-    assert found.dtype == torch.float32
-    assert float((found != w).float().mean()) > 0.9
-    assert float((found != exact.float()).float().mean()) < 1e-6
+    actual = load_file(tmp_path / "out/model.safetensors")["fit.weight"]
+    assert actual.dtype == torch.float32
+    assert float((actual != w).float().mean()) > 0.9
+    assert float((actual != exact.float()).float().mean()) < 1e-6
 
 
 def test_float64_stays_float64(tmp_path: Path) -> None:
     _, exact = job(tmp_path, torch.float64)
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", verify=True)
-    found = load_file(tmp_path / "out/model.safetensors")["fit.weight"]
-    assert found.dtype == torch.float64
-    assert float((found - exact).abs().max()) < 1e-16
+    actual = load_file(tmp_path / "out/model.safetensors")["fit.weight"]
+    assert actual.dtype == torch.float64
+    assert float((actual - exact).abs().max()) < 1e-16
 
 
 def test_verify_sees_the_last_bit_of_a_float32(
@@ -88,9 +88,9 @@ def test_real_layouts(name: str, cached_folder, tmp_path: Path) -> None:
     )
     oracle.merge(base, adapter, out=tmp_path / "out", verify=True)
     expected = oracle.exact(oracle.peft_model(load(build, base), adapter))
-    found = {key.removeprefix("bert."): value for key, value in stored(tmp_path / "out").items()}
+    actual = {key.removeprefix("bert."): value for key, value in stored(tmp_path / "out").items()}
     total = wrong = 0
     for key, one in expected.items():
-        value = found.get(key.removeprefix("bert."), found.get(key.removeprefix("transformer.")))
+        value = actual.get(key.removeprefix("bert."), actual.get(key.removeprefix("transformer.")))
         total, wrong = total + value.numel(), wrong + int((value != one.value.float()).sum())
     assert total > 1000 and wrong <= 1e-4 * total

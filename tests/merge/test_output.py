@@ -196,9 +196,9 @@ def test_casting_leaves_integers_alone(tmp_path):
         adapter / "adapter_model.safetensors",
     )
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
-    found = stored(out_of(tmp_path, base, adapter, dtype="bf16"))
-    assert found["x.weight"].dtype == torch.bfloat16 and bool((found["x.weight"] == 2).all())
-    assert torch.equal(found["ids"], ids) and found["flag"].dtype == torch.bool
+    actual = stored(out_of(tmp_path, base, adapter, dtype="bf16"))
+    assert actual["x.weight"].dtype == torch.bfloat16 and bool((actual["x.weight"] == 2).all())
+    assert torch.equal(actual["ids"], ids) and actual["flag"].dtype == torch.bool
 
 
 @pytest.mark.parametrize("dtype", [None, "fp16"])
@@ -447,8 +447,8 @@ def test_the_result_computes_what_the_adapter_computes(layers, llama, lora, tmp_
     ids = torch.arange(20)[None] % 80
     with torch.no_grad():
         expected = oracle.peft_model(load(oracle.llama, llama).float(), lora)(ids).logits
-        found = oracle.load_checked(transformers.LlamaForCausalLM, out)(ids).logits
-    assert torch.allclose(found, expected, atol=1e-4)
+        actual = oracle.load_checked(transformers.LlamaForCausalLM, out)(ids).logits
+    assert torch.allclose(actual, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

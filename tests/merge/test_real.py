@@ -75,8 +75,8 @@ def test_smollm2_speaks_as_with_its_adapter(smollm2, smollm2_lora, tmp_path):
     with torch.inference_mode():
         right = peft_model(load_checked(CAUSAL, smollm2).float(), smollm2_lora)(tokens).logits
         plain = load_checked(CAUSAL, smollm2).float()(tokens).logits
-        found = load_checked(CAUSAL, tmp_path / "out")(tokens).logits
-    torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)
+        actual = load_checked(CAUSAL, tmp_path / "out")(tokens).logits
+    torch.testing.assert_close(actual, right, rtol=1e-3, atol=1e-3)
     assert (right - plain).abs().max() > 0.1
 
 
@@ -137,13 +137,13 @@ def test_adding_and_subtracting_gives_smollm2_back_within_a_rounding(
 def test_another_base_of_the_same_shapes_is_noted(smollm2, smollm2_lora, tmp_path):
     """Shapes cannot tell SmolLM from SmolLM2: a note does, where the adapter names a model of the
     Hub. A local path in the config is neither followed nor copied."""
-    said = {
+    message = {
         "hub": "HuggingFaceTB/SmolLM-135M-Instruct",
         "same": f"org/{smollm2.name}",
         "local": "/home/somebody/SmolLM-135M",
     }
     notes = {}
-    for name, text in said.items():
+    for name, text in message.items():
         oracle.edit_config(smollm2_lora, tmp_path / name, base_model_name_or_path=text)
         receipt = oracle.merge(smollm2, tmp_path / name, out=tmp_path / f"out-{name}").data
         notes[name] = receipt["notes"]

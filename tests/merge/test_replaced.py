@@ -126,8 +126,8 @@ def test_a_head_that_the_base_lacks(name, cached_folder, tmp_path):
             cls.from_pretrained(base, dtype="auto", **labels), tmp_path / "adapter"
         )
     assert_same(after.state_dict(), theirs)
-    said = json.loads((tmp_path / "out/config.json").read_text())
-    assert said["architectures"] == [trained]
+    text = json.loads((tmp_path / "out/config.json").read_text())
+    assert text["architectures"] == [trained]
     assert after.config.num_labels == labels.get("num_labels", 2)
 
 
@@ -227,8 +227,8 @@ def test_heads_that_the_model_lacks_are_no_problem(cached_folder, tmp_path):
         target_modules=["layer_1"],
         task_type="SEQ_CLS",
     )
-    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert {"classifier", "score"} <= set(said["modules_to_save"]) and not any(
+    text = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert {"classifier", "score"} <= set(text["modules_to_save"]) and not any(
         "logits" in key for key in stored(tmp_path / "adapter")
     )
     oracle.merge(base, tmp_path / "adapter", out=tmp_path / "out", compat="peft")
@@ -267,12 +267,12 @@ def test_a_saved_module_that_is_stored_in_parts(tmp_path):
     model.save_pretrained(tmp_path / "base")
     oracle.train(model, tmp_path / "adapter", target_modules=["k_proj"], modules_to_save=["conv1d"])
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
-    found = oracle.load_checked(type(model), tmp_path / "out").state_dict()
+    actual = oracle.load_checked(type(model), tmp_path / "out").state_dict()
     expected = peft_merged(
         oracle.load_checked(type(model), tmp_path / "base"), tmp_path / "adapter"
     )
     saved = [name for name in expected if "conv1d" in name]
-    assert saved and all(torch.equal(found[name], expected[name]) for name in saved)
+    assert saved and all(torch.equal(actual[name], expected[name]) for name in saved)
 
 
 WHOLE = {

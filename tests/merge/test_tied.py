@@ -316,10 +316,10 @@ def test_nested_config_is_untied(tmp_path):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     oracle.train(model, tmp_path / "adapter", target_modules=["lm_head"])
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
-    said = _config(tmp_path / "out")
+    text = _config(tmp_path / "out")
     assert (
-        said["tie_word_embeddings"] is False
-        and said["text_config"].get("tie_word_embeddings", False) is False
+        text["tie_word_embeddings"] is False
+        and text["text_config"].get("tie_word_embeddings", False) is False
     )
     loaded = oracle.load_checked(transformers.Gemma3ForConditionalGeneration, tmp_path / "out")
     before = model.get_input_embeddings().weight
@@ -501,8 +501,8 @@ def _logits(model, name):
     answer = {"decoder_input_ids": ids.flip(1)}
     given = {"blip": {"pixel_values": pixels}, "bart": answer, "t5gemma2": answer}
     with oracle.quiet():
-        found = model(input_ids=ids, **given.get(name, {}))
-    return found["prediction_logits" if "prediction_logits" in found else "logits"]
+        actual = model(input_ids=ids, **given.get(name, {}))
+    return actual["prediction_logits" if "prediction_logits" in actual else "logits"]
 
 
 @pytest.mark.parametrize("trained", SIDES)
@@ -524,8 +524,8 @@ def test_logits_of_every_family(name, trained, cached_folder, tmp_path):
         for parameter in model.parameters():
             if parameter.shape == (80,):
                 parameter.data.zero_()
-    right, found = _logits(wrapped, name), _logits(after, name)
-    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    right, actual = _logits(wrapped, name), _logits(after, name)
+    torch.testing.assert_close(actual, right, rtol=1e-5, atol=1e-5)
     # Bart calls its encoder's and decoder's embeddings, never `shared` itself
     assert (right - before).abs().max() > 1e-4 or (embedding, trained) in {
         ("shared", "embedding"),
@@ -564,7 +564,7 @@ def test_logits_are_those_of_the_trained_model(name, tied, tmp_path):
     with torch.inference_mode():
         right = peft_model(load(build, base), adapter)(tokens).logits
         oracle.merge(base, adapter, out=tmp_path / "out")
-        found = load(build, tmp_path / "out")(tokens).logits
+        actual = load(build, tmp_path / "out")(tokens).logits
         before = load(build, base)(tokens).logits
-    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-5)
     assert (right - before).abs().max() > 1e-2

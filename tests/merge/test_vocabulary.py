@@ -255,8 +255,8 @@ def test_vocabulary_of_a_nested_config(tmp_path):
         wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
         theirs = wrapped.merge_and_unload().state_dict()
     oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out")
-    said = json.loads((tmp_path / "out/config.json").read_text())
-    assert said["text_config"]["vocab_size"] == 88
+    text = json.loads((tmp_path / "out/config.json").read_text())
+    assert text["text_config"]["vocab_size"] == 88
     assert_same(
         load_checked(transformers.LlavaForConditionalGeneration, tmp_path / "out").state_dict(),
         theirs,

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from adapterkit.engines.launch import carry_out
 from safetensors.torch import save_file
 
 from adapterkit.checkpoint.folder import LocalFolder
@@ -17,7 +16,9 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.reader import Sources, read_small
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.computed import _Sorted
+from adapterkit.engines.local import local
 from adapterkit.errors import Damaged, Unrecoverable
+from adapterkit.execute import run
 from adapterkit.plan import Computed
 from adapterkit.planning.merge.job import Options
 from adapterkit.planning.merge.plan import plan_merge
@@ -87,7 +88,7 @@ def test_bad_scales_are_refused_here_while_planning_and_far_away_when_they_are_d
     plan = plan_merge(far, [(LocalFolder(adapter), 1.0)], Options())
     assert len(far.ranges) <= 3  # the header, the config, and its hash
     with pytest.raises(Unrecoverable, match="not finite"):
-        carry_out(plan, tmp_path / "out", engine="local", device="cpu", memory=None, dry_run=False)
+        run(plan, tmp_path / "out", local("cpu"))
     assert not (tmp_path / "out").exists()
 
 
@@ -253,7 +254,7 @@ def test_bytes_read_are_those_that_are_read(stacked, tmp_path, monkeypatch):
         read(self, spec, offset, buffer)
 
     monkeypatch.setattr(Sources, "read_into", noted)
-    carry_out(plan, tmp_path / "out", engine="local", device="cpu", memory=None, dry_run=False)
+    run(plan, tmp_path / "out", local("cpu"))
     assert plan.totals()["bytes_read"] - weights == sum(
         size for folder, size in ranges if folder == 1
     )

@@ -111,10 +111,10 @@ def by_the_library(weight: Tensor, scheme: dict[str, Any], form: str) -> dict[st
     return compressor.compress(state, QuantizationScheme(targets=["Linear"], weights=args))
 
 
-def scheme_of(module: str, said: dict[str, Any]) -> dict[str, Any]:
+def scheme_of(module: str, message: dict[str, Any]) -> dict[str, Any]:
     (group,) = (
         g
-        for g in said["config_groups"].values()
+        for g in message["config_groups"].values()
         if module in g["targets"] or "Linear" in g["targets"]
     )
     return group["weights"]
@@ -124,14 +124,14 @@ def scheme_of(module: str, said: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_bytes_are_those_of_the_library(base, name: str, to: str, tmp_path: Path) -> None:
     receipt: Any = adapterkit.quantize(base(name), to=to, out=tmp_path / "out")
-    old, new, said = stored(base(name)), stored(tmp_path / "out"), settings(tmp_path / "out")
-    seen = 0
+    old, new, message = stored(base(name)), stored(tmp_path / "out"), settings(tmp_path / "out")
+    observed = 0
     for key, weight in old.items():
         if key in new:
             assert torch.equal(weight, new[key]) and key not in receipt.data["parameters"]
             continue
         module = key.removesuffix(".weight")
-        theirs = by_the_library(weight, scheme_of(module, said), said["format"])
+        theirs = by_the_library(weight, scheme_of(module, message), message["format"])
         for leaf, tensor in theirs.items():
             ours = new[f"{module}.{leaf}"]
             assert (
@@ -140,8 +140,8 @@ def test_the_bytes_are_those_of_the_library(base, name: str, to: str, tmp_path: 
                 and torch.equal(ours, tensor)
             ), (module, leaf)
         assert receipt.data["parameters"][key]["error"] < (0.02 if to == "w8a16" else 0.25)
-        seen += len(theirs)
-    assert seen == len(new.keys() - old.keys()) > 0
+        observed += len(theirs)
+    assert observed == len(new.keys() - old.keys()) > 0
     kept = [tensor for key, tensor in old.items() if key in new]
     totals = receipt.data["totals"]
     assert totals["tensors"] == len(new) == totals["tensors_changed"] + len(kept)
@@ -156,9 +156,9 @@ def test_transformers_loads_what_is_decoded(base, name: str, to: str, tmp_path: 
     adapterkit.dequantize(tmp_path / "out", out=tmp_path / "floats", dtype="fp32")
     dtype = torch.bfloat16 if to == "mxfp4" else "auto"  # the library decodes it to nothing else
     model, floats = loaded(tmp_path / "out", dtype), stored(tmp_path / "floats")
-    found = model.state_dict()
+    actual = model.state_dict()
     for key, weight in floats.items():
-        assert float((found[key].float() - weight).norm()) <= 2**-8 * float(weight.norm()), key
+        assert float((actual[key].float() - weight).norm()) <= 2**-8 * float(weight.norm()), key
     assert model.generate(IDS, max_new_tokens=4, do_sample=False).shape == (1, 16)
 
 
@@ -170,9 +170,9 @@ def test_groups_divide_the_width(base, tmp_path: Path) -> None:
     adapterkit.quantize(
         base("odd"), to="w4a16", block_size=32, skip="up_proj", out=tmp_path / "small"
     )
-    tensors, said = stored(tmp_path / "small"), settings(tmp_path / "small")
+    tensors, message = stored(tmp_path / "small"), settings(tmp_path / "small")
     assert tensors["model.layers.0.self_attn.q_proj.weight_scale"].shape == (192, 6)
-    assert said["ignore"] == ["model.layers.0.mlp.up_proj", "lm_head"]
+    assert message["ignore"] == ["model.layers.0.mlp.up_proj", "lm_head"]
     up = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(loaded(tmp_path / "small").state_dict()[up], stored(base("odd"))[up])
 
@@ -234,20 +234,20 @@ def same_as_decoded(model: nn.Module, quantized: Path, out: Path) -> None:
     adapterkit.dequantize(quantized, out=out, dtype="fp32")
     with oracle.quiet():
         floats = type(model).from_pretrained(out, dtype=torch.float32).state_dict()
-    found = model.state_dict()
-    assert floats.keys() <= found.keys()
+    actual = model.state_dict()
+    assert floats.keys() <= actual.keys()
     for key, weight in floats.items():
-        assert float((found[key].float() - weight).norm()) <= 2**-8 * float(weight.norm()) + 1e-6, (
-            key
-        )
+        assert (
+            float((actual[key].float() - weight).norm()) <= 2**-8 * float(weight.norm()) + 1e-6
+        ), key
 
 
 @pytest.mark.parametrize("to", ["w4a16", "w8a16"])
 def test_a_model_of_text_and_images(llava: Path, to: str, tmp_path: Path) -> None:
     """Its keys are those of an older transformers, and fit the class without the head better."""
     adapterkit.quantize(llava, to=to, out=tmp_path / "out", skip="multi_modal_projector")
-    said = settings(tmp_path / "out")
-    assert set(said["ignore"]) == {
+    message = settings(tmp_path / "out")
+    assert set(message["ignore"]) == {
         "lm_head",
         "model.multi_modal_projector.linear_1",
         "model.multi_modal_projector.linear_2",

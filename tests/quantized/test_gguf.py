@@ -40,29 +40,29 @@ ROPE = 10000.0
 
 def decoded_kinds() -> list[Any]:
     """Types of blocks that the package decodes."""
-    found = []
+    actual = []
     for kind, (_, width) in gguf.GGML_QUANT_SIZES.items():
         try:
             gguf.dequantize(np.zeros((1, width), np.uint8), kind)
         except NotImplementedError:
             continue
-        found.append(kind)
-    return [kind for kind in found if kind.name not in ("F32", "F16", "BF16")]
+        actual.append(kind)
+    return [kind for kind in actual if kind.name not in ("F32", "F16", "BF16")]
 
 
 def blocks(kind: Any, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Random blocks of a type whose values are finite."""
     values, width = gguf.GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(seed)
-    found = random.integers(0, 256, (int(np.prod(shape)) // values, width), dtype=np.uint8)
+    actual = random.integers(0, 256, (int(np.prod(shape)) // values, width), dtype=np.uint8)
     with np.errstate(all="ignore"):
         while not (
-            fine := (np.abs(np.nan_to_num(gguf.dequantize(found, kind), nan=1e9)) < 1e4).all(
+            fine := (np.abs(np.nan_to_num(gguf.dequantize(actual, kind), nan=1e9)) < 1e4).all(
                 axis=-1
             )
         ).all():
-            found[~fine] = random.integers(0, 256, ((~fine).sum(), width), dtype=np.uint8)
-    return found.reshape(*shape[:-1], shape[-1] // values * width)
+            actual[~fine] = random.integers(0, 256, ((~fine).sum(), width), dtype=np.uint8)
+    return actual.reshape(*shape[:-1], shape[-1] // values * width)
 
 
 def write(
@@ -117,15 +117,15 @@ def names(arch: str, model: nn.Module) -> dict[str, np.ndarray]:
     """The model's weights under llama.cpp's names, by its converter's own table."""
     number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
     table = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
-    found = {}
+    actual = {}
     for key, value in model.state_dict().items():
         if key == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         stem, _, ending = (
             key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "weight")
         )
-        found[f"{table.get_name(stem) or stem}.{ending}"] = value.float().numpy()
-    return found
+        actual[f"{table.get_name(stem) or stem}.{ending}"] = value.float().numpy()
+    return actual
 
 
 def attention(config: Any, **more: Any) -> dict[str, Any]:
@@ -162,29 +162,29 @@ def llama(**how: Any) -> tuple[nn.Module, dict, dict]:
         "LlamaForCausalLM",
         transformers.LlamaConfig(**COMMON | {"tie_word_embeddings": False} | how),
     )
-    found = names("llama", model)
-    for name in found:
+    actual = names("llama", model)
+    for name in actual:
         if ".attn_q." in name or ".attn_k." in name:
-            found[name] = permuted(found[name], 4 if ".attn_q." in name else 2)
+            actual[name] = permuted(actual[name], 4 if ".attn_q." in name else 2)
     return (
         model,
         attention(
             model.config, **{"rope.dimension_count": model.config.head_dim, "vocab_size": VOCAB}
         ),
-        found,
+        actual,
     )
 
 
 def gemma3() -> tuple[nn.Module, dict, dict]:
     model = oracle._model("Gemma3ForCausalLM", transformers.Gemma3TextConfig(**COMMON))
-    found = {
+    actual = {
         name: value + 1 if name.endswith("norm.weight") else value
         for name, value in names("gemma3", model).items()
     }
     return (
         model,
         attention(model.config, **{"attention.key_length": 16, "attention.sliding_window": 32}),
-        found,
+        actual,
     )
 
 
@@ -197,24 +197,24 @@ def qwen3moe(width: int = 768, head: int = 16) -> tuple[nn.Module, dict, dict]:
     }
     how |= {"tie_word_embeddings": False, "norm_topk_prob": True}
     model = oracle._model("Qwen3MoeForCausalLM", transformers.Qwen3MoeConfig(**COMMON | how))
-    found: dict[str, np.ndarray] = {}
+    actual: dict[str, np.ndarray] = {}
     for name, value in names("qwen3moe", model).items():
         if "gate_up" in name:
             layer = name.split(".")[2] if name.startswith("model") else name.split(".")[1]
             gate, up = np.split(value, 2, axis=1)
-            found |= {
+            actual |= {
                 f"blk.{layer}.ffn_gate_exps.weight": gate,
                 f"blk.{layer}.ffn_up_exps.weight": up,
             }
         else:
-            found[name] = value
+            actual[name] = value
     more = {
         "expert_count": 4,
         "expert_used_count": 2,
         "expert_feed_forward_length": width,
         "attention.key_length": head,
     }
-    return model, attention(model.config, **more), found
+    return model, attention(model.config, **more), actual
 
 
 def lfm2() -> tuple[nn.Module, dict, dict]:
@@ -225,14 +225,14 @@ def lfm2() -> tuple[nn.Module, dict, dict]:
     }
     config = {key: value for key, value in COMMON.items() if key != "head_dim"} | how
     model = oracle._model("Lfm2ForCausalLM", transformers.Lfm2Config(**config))
-    found = {
+    actual = {
         name: value.squeeze(1) if ".conv.weight" in name else value
         for name, value in names("lfm2", model).items()
     }
     return (
         model,
         attention(model.config, **{"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3}),
-        found,
+        actual,
     )
 
 
@@ -240,17 +240,21 @@ def gpt2() -> tuple[nn.Module, dict, dict]:
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4)
     model = oracle._model("GPT2LMHeadModel", config)
     turned = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
-    found = {
+    actual = {
         name: value.T if name.endswith(turned) else value
         for name, value in names("gpt2", model).items()
     }
-    said = {
+    message = {
         "block_count": 2,
         "context_length": 1024,
         "embedding_length": 48,
         "feed_forward_length": 192,
     }
-    return model, said | {"attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5}, found
+    return (
+        model,
+        message | {"attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5},
+        actual,
+    )
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict, dict]]] = {
@@ -267,8 +271,8 @@ def tiny(cached_folder: Callable[..., Path]) -> Path:
     """A llama of floats."""
 
     def make(folder: Path) -> None:
-        _, said, tensors = llama()
-        write(folder / "tiny.gguf", "llama", said, tensors)
+        _, message, tensors = llama()
+        write(folder / "tiny.gguf", "llama", message, tensors)
 
     return cached_folder("gguf-tiny", make) / "tiny.gguf"
 
@@ -297,8 +301,8 @@ def same(ours: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("arch", MODELS)
 def test_a_model_comes_back_from_llama_cpps_layout(arch: str, tmp_path: Path):
-    model, said, tensors = MODELS[arch]()
-    path = write(tmp_path / "m.gguf", arch, said, tensors)
+    model, message, tensors = MODELS[arch]()
+    path = write(tmp_path / "m.gguf", arch, message, tensors)
     plan = adapterkit.dequantize(path, out=tmp_path / "out", dry_run=True)
     assert pickle.loads(pickle.dumps(plan.shards)) == plan.shards
     adapterkit.dequantize(path, out=tmp_path / "out")
@@ -327,25 +331,25 @@ def test_a_model_comes_back_from_llama_cpps_layout(arch: str, tmp_path: Path):
 
 
 def test_settings_that_transformers_leaves_out_of_the_config(tmp_path: Path):
-    model, said, tensors = qwen3moe(32)
+    model, message, tensors = qwen3moe(32)
     adapterkit.dequantize(
-        write(tmp_path / "m.gguf", "qwen3moe", said, tensors), out=tmp_path / "out"
+        write(tmp_path / "m.gguf", "qwen3moe", message, tensors), out=tmp_path / "out"
     )
     assert json.loads((tmp_path / "out/config.json").read_text())["moe_intermediate_size"] == 32
     assert all(
         torch.equal(value, model.state_dict()[key].float())
         for key, value in stored(tmp_path / "out").items()
     )
-    _, said, tensors = llama()
+    _, message, tensors = llama()
     how = {"attention.clamp_kqv": 8.0}
     receipt: Any = adapterkit.dequantize(
-        write(tmp_path / "n.gguf", "llama", said | how, tensors), out=tmp_path / "other"
+        write(tmp_path / "n.gguf", "llama", message | how, tensors), out=tmp_path / "other"
     )
     assert any("attention.clamp_kqv" in note for note in receipt.data["notes"])
 
 
 def test_every_type_of_block_is_decoded_as_transformers_decodes_it(tmp_path: Path):
-    _, said, floats = llama(
+    _, message, floats = llama(
         hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=4
     )
     kinds, tensors = decoded_kinds(), {}
@@ -357,7 +361,7 @@ def test_every_type_of_block_is_decoded_as_transformers_decodes_it(tmp_path: Pat
     floats_too = iter([np.float16, np.float32])
     for name in list(first)[-2:]:
         tensors[name] = floats[name].astype(next(floats_too))
-    path = write(tmp_path / "m.gguf", "llama", said, tensors)
+    path = write(tmp_path / "m.gguf", "llama", message, tensors)
     adapterkit.dequantize(path, out=tmp_path / "out")
     adapterkit.dequantize(path, out=tmp_path / "wide", dtype="fp32", max_shard_size="1MB")
     whole = theirs(path, torch.float32)
@@ -410,12 +414,12 @@ def test_other_verbs_say_what_to_do(tiny: Path, tmp_path: Path):
 
 
 def test_an_interrupted_job_goes_on(tiny: Path, tmp_path: Path):
-    seen = 0
+    observed = 0
 
     def stop(done: int) -> None:
-        nonlocal seen
-        seen += done
-        if seen > 150_000:
+        nonlocal observed
+        observed += done
+        if observed > 150_000:
             raise KeyboardInterrupt
 
     how = {"out": tmp_path / "out", "max_shard_size": "100KB"}
@@ -431,19 +435,21 @@ def test_an_interrupted_job_goes_on(tiny: Path, tmp_path: Path):
 
 def factors(most: float, width: int = 16, old: float = 8192.0) -> np.ndarray:
     """Llama 3's, as llama.cpp's converter computes them one by one."""
-    found = []
+    actual = []
     for i in range(width // 2):
         wave = 2 * np.pi * ROPE ** (2 * i / width)
         smooth = (old / wave - 1) / 3
-        found.append(
+        actual.append(
             1 if wave < old / 4 else most if wave > old else 1 / ((1 - smooth) / most + smooth)
         )
-    return np.array(found, np.float32)
+    return np.array(actual, np.float32)
 
 
 def test_llama_3s_scaling_of_positions_is_kept(tmp_path: Path):
-    _, said, tensors = llama()
-    path = write(tmp_path / "m.gguf", "llama", said, {"rope_freqs.weight": factors(8.0), **tensors})
+    _, message, tensors = llama()
+    path = write(
+        tmp_path / "m.gguf", "llama", message, {"rope_freqs.weight": factors(8.0), **tensors}
+    )
     adapterkit.dequantize(path, out=tmp_path / "out")
     rope = json.loads((tmp_path / "out/config.json").read_text())["rope_parameters"]
     assert (rope["rope_type"], rope["factor"], rope["high_freq_factor"]) == ("llama3", 8.0, 4.0)
@@ -452,16 +458,16 @@ def test_llama_3s_scaling_of_positions_is_kept(tmp_path: Path):
     plain = 1 / ROPE ** (np.arange(8) / 8)
     assert np.allclose(model.model.rotary_emb.inv_freq, plain / factors(8.0), rtol=1e-5)
     bent = factors(8.0) * np.linspace(1, 1.1, 8, dtype=np.float32)
-    path = write(tmp_path / "bent.gguf", "llama", said, {"rope_freqs.weight": bent, **tensors})
+    path = write(tmp_path / "bent.gguf", "llama", message, {"rope_freqs.weight": bent, **tensors})
     with pytest.raises(Refused, match="rope_freqs"):
         adapterkit.dequantize(path, out=tmp_path / "no")
 
 
 def test_linear_scaling_is_kept_and_others_are_refused(tmp_path: Path):
-    _, said, tensors = llama()
+    _, message, tensors = llama()
     how = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     adapterkit.dequantize(
-        write(tmp_path / "m.gguf", "llama", said | how, tensors), out=tmp_path / "out"
+        write(tmp_path / "m.gguf", "llama", message | how, tensors), out=tmp_path / "out"
     )
     assert (
         json.loads((tmp_path / "out/config.json").read_text())["rope_parameters"]["factor"] == 4.0
@@ -469,12 +475,12 @@ def test_linear_scaling_is_kept_and_others_are_refused(tmp_path: Path):
     how["rope.scaling.type"] = "longrope"
     with pytest.raises(Refused, match="longrope"):
         adapterkit.dequantize(
-            write(tmp_path / "n.gguf", "llama", said | how, tensors), out=tmp_path / "no"
+            write(tmp_path / "n.gguf", "llama", message | how, tensors), out=tmp_path / "no"
         )
 
 
 def test_tensors_without_a_place_and_places_without_a_tensor(tmp_path: Path):
-    _, said, tensors = llama()
+    _, message, tensors = llama()
     extra = tensors | {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
     lacking = {name: value for name, value in tensors.items() if name != "blk.1.ffn_up.weight"}
     bent = tensors | {"blk.0.ffn_up.weight": tensors["blk.0.ffn_up.weight"].T}
@@ -485,20 +491,22 @@ def test_tensors_without_a_place_and_places_without_a_tensor(tmp_path: Path):
     ):
         with pytest.raises(AdapterkitError, match=text):
             adapterkit.dequantize(
-                write(tmp_path / "m.gguf", "llama", said, wrong), out=tmp_path / "no", dry_run=True
+                write(tmp_path / "m.gguf", "llama", message, wrong),
+                out=tmp_path / "no",
+                dry_run=True,
             )
 
 
 def test_models_that_transformers_does_not_know(tmp_path: Path):
-    _, said, tensors = llama()
+    _, message, tensors = llama()
     with pytest.raises(Refused, match="rwkv6"):
         adapterkit.dequantize(
-            write(tmp_path / "m.gguf", "rwkv6", said, tensors), out=tmp_path / "no"
+            write(tmp_path / "m.gguf", "rwkv6", message, tensors), out=tmp_path / "no"
         )
-    said = {"attention.head_count_kv": 8, "block_count": 1}
+    message = {"attention.head_count_kv": 8, "block_count": 1}
     with pytest.raises(Refused, match="8 groups of keys"):
         adapterkit.dequantize(
-            write(tmp_path / "f.gguf", "falcon", said, tensors), out=tmp_path / "no"
+            write(tmp_path / "f.gguf", "falcon", message, tensors), out=tmp_path / "no"
         )
     with pytest.raises(Refused, match="split"):
         adapterkit.dequantize(
@@ -508,9 +516,9 @@ def test_models_that_transformers_does_not_know(tmp_path: Path):
 
 
 def test_a_tokenizer_that_cannot_be_made_is_told(tmp_path: Path):
-    _, said, tensors = llama()
+    _, message, tensors = llama()
     receipt: Any = adapterkit.dequantize(
-        write(tmp_path / "m.gguf", "llama", said, tensors, tokens=None), out=tmp_path / "out"
+        write(tmp_path / "m.gguf", "llama", message, tensors, tokens=None), out=tmp_path / "out"
     )
     assert any("no tokenizer" in note for note in receipt.data["notes"])
 
@@ -522,13 +530,13 @@ def test_without_the_package(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_values_that_are_not_finite_fail_the_job(tmp_path: Path):
-    _, said, tensors = llama()
+    _, message, tensors = llama()
     bad = blocks(gguf.GGMLQuantizationType.Q8_0, (96, 64), 1)
     bad[3, :2] = [0, 0x7C]  # an infinite scale
     tensors["blk.0.ffn_up.weight"] = (gguf.GGMLQuantizationType.Q8_0, bad)
     with pytest.raises(AdapterkitError, match="not finite"):
         adapterkit.dequantize(
-            write(tmp_path / "m.gguf", "llama", said, tensors), out=tmp_path / "no"
+            write(tmp_path / "m.gguf", "llama", message, tensors), out=tmp_path / "no"
         )
     assert not (tmp_path / "no").exists()
 

@@ -37,8 +37,8 @@ def packed(base, tmp_path_factory) -> Path:
 
 def model(folder: Path, adapter: Path | None = None):
     with oracle.quiet():
-        found = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype="auto")
-        return found if adapter is None else peft.PeftModel.from_pretrained(found, adapter)
+        actual = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype="auto")
+        return actual if adapter is None else peft.PeftModel.from_pretrained(actual, adapter)
 
 
 def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
@@ -49,12 +49,12 @@ def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
 def factors(folder: Path) -> dict[str, torch.Tensor]:
     """b @ a by module, in float64."""
     tensors = load_file(folder / "adapter_model.safetensors")
-    found = {}
+    actual = {}
     for key, a in tensors.items():
         if ".lora_A." in key:
             name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            found[name] = tensors[key.replace("lora_A", "lora_B")].double() @ a.double()
-    return found
+            actual[name] = tensors[key.replace("lora_A", "lora_B")].double() @ a.double()
+    return actual
 
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 8}, {"alpha": 24, "rslora": True}], ids=str)

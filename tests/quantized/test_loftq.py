@@ -209,13 +209,13 @@ def test_of_all_rounds_the_best_is_kept() -> None:
     packed = Bnb4.for_encoding("nf4", PlainWeight("x.weight", tuple(w.shape), "F32"), {})
     assert packed is not None
     rounds = [alternated(w, packed, 8, iterations) for iterations in range(1, 13)]
-    errors = [found.after for found in rounds]
+    errors = [actual.after for actual in rounds]
     assert errors == sorted(errors, reverse=True) and errors[0] < rounds[0].before
-    assert any(found.round < iterations for iterations, found in enumerate(rounds, start=1))
-    for found in rounds:
-        assert found.svd is not None
-        rest = w - packed.decode(found.stored) - (found.svd.u * found.svd.s) @ found.svd.vh
-        assert found.after == pytest.approx(
+    assert any(actual.round < iterations for iterations, actual in enumerate(rounds, start=1))
+    for actual in rounds:
+        assert actual.svd is not None
+        rest = w - packed.decode(actual.stored) - (actual.svd.u * actual.svd.s) @ actual.svd.vh
+        assert actual.after == pytest.approx(
             float(rest.double().norm() / w.double().norm()), rel=1e-5
         )
 
@@ -381,8 +381,8 @@ def test_models_that_are_refused(base, tmp_path: Path) -> None:
         adapterkit.loftq(base("llama"), out=tmp_path / "out", rank=4, quantized=base("llama"))
     with pytest.raises(Refused, match="the same weights") as caught:
         adapterkit.loftq(base("bert"), out=tmp_path / "out", rank=4, quantized=tmp_path / "q")
-    found = " ".join(error.problem for error in caught.value.errors)  # pyright: ignore[reportAttributeAccessIssue]
-    assert all(f"layers.0.{name}" in found for name in ("self_attn.q_proj", "mlp.down_proj"))
+    actual = " ".join(error.problem for error in caught.value.errors)  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(f"layers.0.{name}" in actual for name in ("self_attn.q_proj", "mlp.down_proj"))
     other = oracle.llama(num_hidden_layers=1, hidden_size=128, intermediate_size=256)
     oracle.save_base(other, tmp_path / "wider", "bf16")
     with pytest.raises(Refused, match=r"\(128, 192\) quantized, \(128, 256\)"):

@@ -137,15 +137,15 @@ def test_slices_give_the_bytes_of_the_whole(
         case.step(dora, None if seed is None else Draws.of(seed, "x.weight")),
         edited.SLICE,
     )
-    made = {}
+    result = {}
     for size in (whole, 5000, 50_000):
         monkeypatch.setattr(edited, "SLICE", size)
         slices = len(list(case.packed.row_ranges(size)))
         assert slices > 1 or size == whole
         tasks = (edited.RequantizedWeight(step, case.packed), edited.EditedTensor(step))
-        made[size] = [tensor for task in tasks for tensor in case.compute(task).tensors.values()]
+        result[size] = [tensor for task in tasks for tensor in case.compute(task).tensors.values()]
     for size in (5000, 50_000):
-        for ours, right in zip(made[size], made[whole], strict=True):
+        for ours, right in zip(result[size], result[whole], strict=True):
             assert ours.dtype == right.dtype and ours.shape == right.shape
             assert torch.equal(
                 ours.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8)
@@ -168,11 +168,11 @@ class Load:
                     max(self.together, self.running),
                 )
             time.sleep(delay)
-            made = real(task, inputs)
-            weakref.finalize(next(iter(made.tensors.values())), self.written, task.memory)
+            result = real(task, inputs)
+            weakref.finalize(next(iter(result.tensors.values())), self.written, task.memory)
             with self.lock:
                 self.running -= 1
-            return made
+            return result
 
         monkeypatch.setattr(edited.RequantizedWeight, "compute", make)
 
@@ -196,7 +196,7 @@ def test_the_budget_bounds_what_is_made_at_a_time(
 ) -> None:
     """One at a time where no two fit; the plan's peak is what the claims add up to; the bytes are
     the same."""
-    made, peaks = {}, {}
+    result, peaks = {}, {}
     for budget in (1, "40MB", "1GB"):
         plan = adapterkit.merge(
             quantized, [lora], out=tmp_path / str(budget), memory=budget, dry_run=True
@@ -210,12 +210,12 @@ def test_the_budget_bounds_what_is_made_at_a_time(
             for b in shard.tasks
             if isinstance(b, edited.RequantizedWeight)
         ]
-        made[budget] = (tmp_path / str(budget) / "model.safetensors").read_bytes()
+        result[budget] = (tmp_path / str(budget) / "model.safetensors").read_bytes()
         peaks[budget] = plan.totals()["memory_peak"] - BUFFERS * cores()
         assert load.now == 0 and len(tasks) == 14
         assert load.most <= peaks[budget] <= max(plan.budget, max(task.memory for task in tasks))
         assert (load.together == 1) == (budget == 1 or cores() == 1)
-    assert made[1] == made["40MB"] == made["1GB"] and peaks[1] < peaks["1GB"]
+    assert result[1] == result["40MB"] == result["1GB"] and peaks[1] < peaks["1GB"]
     for wrong in (0, -1, "much"):
         with pytest.raises(Refused, match="--memory"):
             adapterkit.merge(quantized, [lora], out=tmp_path / "wrong", memory=wrong)
@@ -234,11 +234,11 @@ def test_results_in_order_within_the_budget() -> None:
             raise ZeroDivisionError
         return cost
 
-    found = []
+    actual = []
     for cost in in_order(work, costs, 4, 10, lambda cost: cost):
-        found.append(cost)
+        actual.append(cost)
         with lock:
             now -= cost
-    assert found == costs and max(most) == 20 and sorted(most)[-2] <= 10
+    assert actual == costs and max(most) == 20 and sorted(most)[-2] <= 10
     with pytest.raises(ZeroDivisionError):
         list(in_order(work, [1, 7, 1], 2, 10, lambda cost: cost))

@@ -50,11 +50,11 @@ def test_the_loader_takes_for_fp8_what_is_fp8(skip, base, tmp_path):
     with torch.device("meta"):
         model = transformers.Qwen3MoeForCausalLM(config)
     quantizer = AutoHfQuantizer.from_config(config.quantization_config)
-    said = quantizer.quantization_config
+    text = quantizer.quantization_config
     kept = quantizer.get_modules_to_not_convert(
-        model, said.modules_to_not_convert, model._keep_in_fp32_modules
+        model, text.modules_to_not_convert, model._keep_in_fp32_modules
     )
-    replace_with_fp8_linear(model, kept, quantization_config=said, pre_quantized=True)
+    replace_with_fp8_linear(model, kept, quantization_config=text, pre_quantized=True)
     assert not any(isinstance(module, FP8Experts) for module in model.modules())
     linear = {name for name, module in model.named_modules() if isinstance(module, FP8Linear)}
     assert (

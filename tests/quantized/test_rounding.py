@@ -138,11 +138,11 @@ def test_the_mean_over_seeds_is_the_value_between_two_neighbouring_codes(case):
         0.0,
     )
     for seed in range(SEEDS):
-        found = case.decoded(weight, seed)
-        low, high = torch.minimum(low, found), torch.maximum(high, found)
-        total += found.double()
-        squares += (found.double() - weight.double()).square()
-        assert ((found == low) | (found == high)).all() or seed < 20  # two values and no third
+        actual = case.decoded(weight, seed)
+        low, high = torch.minimum(low, actual), torch.maximum(high, actual)
+        total += actual.double()
+        squares += (actual.double() - weight.double()).square()
+        assert ((actual == low) | (actual == high)).all() or seed < 20  # two values and no third
     # the rest has drawn one side only
     assert ((low <= weight) & (weight <= high)).float().mean() > 0.9
     error = total / SEEDS - weight.double()
@@ -160,8 +160,8 @@ def test_the_mean_over_seeds_is_the_value_between_two_neighbouring_codes(case):
     assert (error.abs() <= (high - low).double() * 0.25)[both].all()
     middle = torch.where(both, low + (high - low) * 0.37, weight)
     for seed in range(5):
-        found = case.decoded(middle, seed)
-        assert ((found == low) | (found == high))[both].all()  # no code between them
+        actual = case.decoded(middle, seed)
+        assert ((actual == low) | (actual == high))[both].all()  # no code between them
 
 
 def test_scales_below_zero(case):
@@ -190,10 +190,10 @@ def test_a_value_beyond_the_largest_code_stays_there_or_gets_a_new_scale(case):
     spot = case.value.abs().flatten().argmax()
     slightly.view(-1)[spot] *= 1.0001
     much.view(-1)[spot] *= 3
-    found = case.decoded(slightly, 0)
-    assert float((found - case.value).norm()) <= float(case.value.abs().max()) * 0.4
-    found = case.decoded(much, 0)
-    assert float(found.view(-1)[spot] / much.view(-1)[spot]) > 0.9
+    actual = case.decoded(slightly, 0)
+    assert float((actual - case.value).norm()) <= float(case.value.abs().max()) * 0.4
+    actual = case.decoded(much, 0)
+    assert float(actual.view(-1)[spot] / much.view(-1)[spot]) > 0.9
     larger = case.decoded(case.value * 5, 0)
     assert float((larger - case.value * 5).norm() / (case.value * 5).norm()) < 0.25
 
@@ -215,8 +215,8 @@ def test_rows_by_themselves(case):
     if isinstance(record, Mxfp4):
         blocks, scales = (part.key for part in record.parts)
         stored = {key: case.stored[key][1:2, :, 1:] for key in (blocks, scales)}
-        found = record.encode_keeping_scales(stored, weight[1:2, cut:], draws.at((64 + cut) * 48))
-        assert torch.equal(found[blocks], whole[blocks][1:2, :, 1:])
+        actual = record.encode_keeping_scales(stored, weight[1:2, cut:], draws.at((64 + cut) * 48))
+        assert torch.equal(actual[blocks], whole[blocks][1:2, :, 1:])
         return
     codes, scale = (part.key for part in record.parts[:2])
     height = getattr(record, "block", 1)
@@ -310,7 +310,7 @@ def test_a_merge_into_decoded_weights_says_what_survived(cached_folder, tmp_path
         quantized_llama.llama(), folder, target_modules=["q_proj", "down_proj"], size=5e-3
     )
     base, lora = checkpoint("bnb-nf4", cached_folder), cached_folder("rounding-lora-0.005", train)
-    found = []
+    actual = []
     for rounding, size in (("nearest", 1 << 20), ("stochastic", 1 << 20), ("stochastic", 1024)):
         out = tmp_path / f"{rounding}-{size}"
         monkeypatch.setattr(edited, "SLICE", size)
@@ -319,11 +319,11 @@ def test_a_merge_into_decoded_weights_says_what_survived(cached_folder, tmp_path
         )
         metrics = [metric for key, metric in receipt.data["parameters"].items() if touched(key)]
         assert len(metrics) == 4
-        found.append([metric["survived"] for metric in metrics])
+        actual.append([metric["survived"] for metric in metrics])
         assert all(0 < metric["rounding"] < 1 for metric in metrics), metrics
     # decoded values are none of bf16, so rounding to nearest loses nothing on average either
-    assert all(0.9 < share < 1.1 for share in [*found[0], *found[1]]), found
-    assert found[0] != found[1] == found[2]
+    assert all(0.9 < share < 1.1 for share in [*actual[0], *actual[1]]), actual
+    assert actual[0] != actual[1] == actual[2]
     assert (tmp_path / f"stochastic-{1 << 20}" / "model.safetensors").read_bytes() == (
         out / "model.safetensors"
     ).read_bytes()

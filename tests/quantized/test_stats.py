@@ -32,11 +32,11 @@ def base(cached_folder: Callable[..., Path]) -> Callable[[str], Path]:
 
 def inputs_of(name: str, base: Path) -> dict[str, Tensor]:
     """What each linear layer sees of some random texts, (tokens, in) float64."""
-    model, found = oracle.load(MODELS[name], base).float(), {}
+    model, actual = oracle.load(MODELS[name], base).float(), {}
 
     def watch(module: str) -> Callable:
         def hook(_, args: tuple) -> None:
-            found[module] = args[0].detach().double().flatten(0, -2)
+            actual[module] = args[0].detach().double().flatten(0, -2)
 
         return hook
 
@@ -46,21 +46,24 @@ def inputs_of(name: str, base: Path) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         model(torch.randint(60, (24, 32), generator=generator))
-    return found
+    return actual
 
 
 @pytest.fixture
-def seen(base) -> Callable[[str], tuple[dict[str, Tensor], Path]]:
+def observed(base) -> Callable[[str], tuple[dict[str, Tensor], Path]]:
     """Inputs, and the file of their covariances."""
 
     def make(name: str) -> tuple[dict[str, Tensor], Path]:
-        found, path = inputs_of(name, base(name)), base(name).parent / f"{name}-stats.safetensors"
+        actual, path = inputs_of(name, base(name)), base(name).parent / f"{name}-stats.safetensors"
         if not path.exists():
             save_file(
-                {f"{module}.covariance": (x.T @ x / len(x)).float() for module, x in found.items()},
+                {
+                    f"{module}.covariance": (x.T @ x / len(x)).float()
+                    for module, x in actual.items()
+                },
                 path,
             )
-        return found, path
+        return actual, path
 
     return make
 
@@ -71,21 +74,21 @@ def outputs_lost(
     """‖(W - Q - scale·b@a) xᵀ‖ / ‖W xᵀ‖ of each module, (out, in)."""
     weights, packed = originals(base), values(quantized)
     deltas = products(name, adapter) if adapter else {}
-    found = {}
+    actual = {}
     for key, q in packed.items():
         w, rest = weights[key], weights[key] - q - deltas.get(key, 0)
         w, rest = (w.T, rest.T) if name == "gpt2" else (w, rest)
         x = xs[key.removesuffix(".weight")]
-        found[key] = float((rest @ x.T).norm() / (w @ x.T).norm())
-    return found
+        actual[key] = float((rest @ x.T).norm() / (w @ x.T).norm())
+    return actual
 
 
 @pytest.mark.parametrize("iterations", [1, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_are_those_of_the_outputs(
-    base, seen, name: str, iterations: int, tmp_path: Path
+    base, observed, name: str, iterations: int, tmp_path: Path
 ) -> None:
-    xs, path = seen(name)
+    xs, path = observed(name)
     how: dict[str, Any] = {"rank": RANK, "iterations": iterations}
     receipt: Any = adapterkit.loftq(base(name), out=tmp_path / "out", stats=path, **how)
     metrics = {
@@ -107,8 +110,8 @@ def test_errors_are_those_of_the_outputs(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_factors_of_that_rank_are_better(base, seen, name: str, tmp_path: Path) -> None:
-    xs, path = seen(name)
+def test_no_factors_of_that_rank_are_better(base, observed, name: str, tmp_path: Path) -> None:
+    xs, path = observed(name)
     adapterkit.loftq(base(name), out=tmp_path / "out", stats=path, rank=RANK, iterations=1)
     packed, weights = values(tmp_path / "out" / "base"), originals(base(name))
     lost = outputs_lost(
@@ -122,8 +125,8 @@ def test_no_factors_of_that_rank_are_better(base, seen, name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_for_a_base_that_stays(base, seen, name: str, tmp_path: Path) -> None:
-    xs, path = seen(name)
+def test_for_a_base_that_stays(base, observed, name: str, tmp_path: Path) -> None:
+    xs, path = observed(name)
     adapterkit.quantize(base(name), to="nf4", out=tmp_path / "nf4")
     receipt: Any = adapterkit.loftq(
         base(name), quantized=tmp_path / "nf4", stats=path, rank=RANK, out=tmp_path / "out"
@@ -149,19 +152,19 @@ def test_a_covariance_of_ones_is_no_change(base, tmp_path: Path) -> None:
         {f"{module}.covariance": 3 * torch.eye(width) for module, width in widths.items()},
         tmp_path / "one.safetensors",
     )
-    found = []
+    actual = []
     for name, how in {"with": {"stats": tmp_path / "one.safetensors"}, "without": {}}.items():
         receipt: Any = adapterkit.loftq(
             base("llama"), out=tmp_path / name, rank=RANK, iterations=2, **how
         )
-        found.append(
+        actual.append(
             {
                 key: metric["error_after"]
                 for key, metric in receipt.data["parameters"].items()
                 if "error_after" in metric
             }
         )
-    assert found[0] == pytest.approx(found[1], rel=2e-4)
+    assert actual[0] == pytest.approx(actual[1], rel=2e-4)
 
 
 def test_the_kernel() -> None:
@@ -215,24 +218,24 @@ BAD: dict[str, tuple[Callable[[Tensor], Tensor | None], type[AdapterkitError], s
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_what_is_no_covariance_is_refused(base, seen, what: str, tmp_path: Path) -> None:
+def test_what_is_no_covariance_is_refused(base, observed, what: str, tmp_path: Path) -> None:
     change, error, text = BAD[what]
-    _, path = seen("llama")
+    _, path = observed("llama")
     bad = changed(path, tmp_path / "bad.safetensors", **{QUERY: change(load_file(path)[QUERY])})
     with pytest.raises(error, match=text):
         adapterkit.loftq(base("llama"), out=tmp_path / "no", stats=bad, rank=RANK)
     assert not (tmp_path / "no").exists()
 
 
-def test_modules_without_factors_need_none(base, seen, tmp_path: Path) -> None:
-    _, path = seen("llama")
+def test_modules_without_factors_need_none(base, observed, tmp_path: Path) -> None:
+    _, path = observed("llama")
     some = changed(path, tmp_path / "some.safetensors", **{QUERY: None})
     adapterkit.loftq(
         base("llama"), out=tmp_path / "out", stats=some, rank=RANK, targets="v_proj", iterations=1
     )
 
 
-def test_the_command(base, seen, tmp_path: Path) -> None:
+def test_the_command(base, observed, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from adapterkit.cli import main
@@ -243,7 +246,7 @@ def test_the_command(base, seen, tmp_path: Path) -> None:
         "--rank",
         "4",
         "--stats",
-        str(seen("llama")[1]),
+        str(observed("llama")[1]),
         "--out",
         str(tmp_path / "out"),
         "--json",

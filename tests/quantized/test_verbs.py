@@ -200,8 +200,8 @@ def test_merged_in_the_format(base, floats, lora, name: str, kind: str, tmp_path
         )
         assert 0.9 < metric["survived"] < 1.1
     assert not [note for note in receipt.data["notes"] if "WARNING" in note]
-    said = lambda folder: json.loads((folder / "config.json").read_text())
-    assert said(source) == said(tmp_path / "out")
+    text = lambda folder: json.loads((folder / "config.json").read_text())
+    assert text(source) == text(tmp_path / "out")
     assert (source / "model.safetensors").stat().st_size - (
         tmp_path / "out" / "model.safetensors"
     ).stat().st_size in range(-80, 80)
@@ -316,10 +316,10 @@ def test_dequantized_every_weight_is_rounded_once(
     assert not [note for note in receipt.data["notes"] if "WARNING" in note]
     adapterkit.dequantize(source, out=tmp_path / "plain", dtype=dtype or "bf16")
     expected, untouched = exact(floats(name, kind), adapter), stored(tmp_path / "plain")
-    found = stored(tmp_path / "out")
-    assert found.keys() == untouched.keys()
+    actual = stored(tmp_path / "out")
+    assert actual.keys() == untouched.keys()
     wanted = oracle.DTYPES[dtype or "bf16"]
-    for key, tensor in found.items():
+    for key, tensor in actual.items():
         if key in expected:
             assert tensor.dtype == wanted
             oracle.assert_rounded(tensor, expected[key], key)
@@ -458,16 +458,16 @@ def test_diff_of_a_quantized_and_a_plain_one(
     packed, plain = base(name, kind), floats(name, kind)
     adapterkit.dequantize(packed, out=tmp_path / "rounded")
     for a, b in ((packed, plain), (plain, packed), (packed, tmp_path / "rounded")):
-        found = adapterkit.diff(a, b)
-        assert found["same"] and not found["added"] and not found["removed"], found
-        assert any("quantized" in note for note in found["notes"])
+        actual = adapterkit.diff(a, b)
+        assert actual["same"] and not actual["added"] and not actual["removed"], actual
+        assert any("quantized" in note for note in actual["notes"])
     tensors, weights = stored(plain), values(packed)
     other = {key: tensor * 1.5 if key in weights else tensor for key, tensor in tensors.items()}
     shutil.copytree(plain, tmp_path / "other")
     save_file(other, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    found = adapterkit.diff(packed, tmp_path / "other")
-    assert {row["name"] for row in found["changed"]} == set(weights) and not found["same"]
-    for row in found["changed"]:
+    actual = adapterkit.diff(packed, tmp_path / "other")
+    assert {row["name"] for row in actual["changed"]} == set(weights) and not actual["same"]
+    for row in actual["changed"]:
         assert row["relative_error"] == pytest.approx(0.5, rel=1e-6) and row[
             "cosine"
         ] == pytest.approx(1)

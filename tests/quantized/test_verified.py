@@ -153,8 +153,8 @@ def test_decoded_weights_in_float32_are_the_rounded_float64_values(
     exact = oracle.exact(
         oracle.peft_model(oracle.load("LlamaForCausalLM", tmp_path / "plain"), lora)
     )
-    found = oracle.stored(tmp_path / "out")
-    wrong = sum(int((found[key] != one.value.float()).sum()) for key, one in exact.items())
+    actual = oracle.stored(tmp_path / "out")
+    wrong = sum(int((actual[key] != one.value.float()).sum()) for key, one in exact.items())
     assert len(exact) == 4 and wrong <= 1e-4 * sum(one.value.numel() for one in exact.values())
 
 

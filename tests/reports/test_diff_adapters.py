@@ -109,7 +109,7 @@ def test_zero_deltas_are_equal_whatever_a_holds(tmp_path):
 
 def test_stacks_of_experts(tmp_path):
     """a (experts * r, in), the expert slowest; b (out, r * experts), the expert fastest."""
-    experts, found = 3, []
+    experts, actual = 3, []
     settings = {"target_parameters": ["experts.up_proj"], "target_modules": [], "r": 4}
     for seed, name in ((0, "a"), (2, "b")):
         a, b = normal(12, 20, seed=seed), normal(30, 12, seed=seed + 1)
@@ -118,8 +118,8 @@ def test_stacks_of_experts(tmp_path):
             2 * b.double().view(30, 4, experts)[:, :, e] @ a.double().view(experts, 4, 20)[e]
             for e in range(experts)
         ]
-        found.append(torch.stack(dense))
-    x, y = found
+        actual.append(torch.stack(dense))
+    x, y = actual
     row = only(diff(tmp_path / "a", tmp_path / "b"))
     assert row["a"]["experts"] == experts and row["relative_error"] == pytest.approx(
         float((x - y).norm() / x.norm()), rel=1e-12

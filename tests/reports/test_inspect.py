@@ -17,7 +17,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.reports import factors
 from adapterkit.weights.slots import Axis, Slot
 from tests.support import oracle, raw_files, tiny
-from tests.support.inspections import found, inspect
+from tests.support.inspections import inspect, problems_of
 
 
 def wrapped_deltas(base, adapter, build):
@@ -54,7 +54,7 @@ def check_against_peft(base, adapter, build):
     without it."""
     deltas = wrapped_deltas(base, adapter, build)
     result = inspect(adapter, base=base)
-    assert found(result) == []
+    assert problems_of(result) == []
     assert {module["parameter"] for module in result["modules"]} == set(deltas)
     for module in result["modules"]:
         delta, weight, layer = deltas[module["parameter"]]
@@ -190,7 +190,9 @@ def test_wrappers_with_patterns_need_the_base(tmp_path):
     )
     result = inspect(tmp_path / "adapter")
     assert all(module["scale"] is None and module["norm"] is None for module in result["modules"])
-    assert "cannot be told apart" in found(result)[0] and "--base" in result["problems"][0]["do"]
+    assert (
+        "cannot be told apart" in problems_of(result)[0] and "--base" in result["problems"][0]["do"]
+    )
     scales = {
         m["parameter"].rpartition(".")[2]: m["scale"]
         for m in inspect(tmp_path / "adapter", base=tmp_path / "base")["modules"]

@@ -13,7 +13,7 @@ import adapterkit
 from adapterkit.errors import Refused
 from adapterkit.reports import tables
 from tests.support import oracle, raw_files
-from tests.support.inspections import cut, edited, found, inspect, key
+from tests.support.inspections import cut, edited, inspect, key, problems_of
 
 
 def test_modules_that_were_not_trained(lora, tmp_path):
@@ -23,11 +23,13 @@ def test_modules_that_were_not_trained(lora, tmp_path):
     modules = inspect(one)["modules"]
     idle = [m for m in modules if not m["trained"]]
     assert [m["module"] for m in idle] == ["model.layers.1.self_attn.q_proj"] and len(modules) == 14
-    assert (idle[0]["norm"], idle[0]["effective_rank"]) == (0, 0) and found(inspect(one)) == []
+    assert (idle[0]["norm"], idle[0]["effective_rank"]) == (0, 0) and problems_of(
+        inspect(one)
+    ) == []
     none = edited(
         lora, tmp_path / "none", lambda t: [v.zero_() for k, v in t.items() if "lora_B" in k]
     )
-    assert found(inspect(none)) == ["no module is trained: every b is zero"]
+    assert problems_of(inspect(none)) == ["no module is trained: every b is zero"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -36,7 +38,7 @@ def test_values_that_are_not_finite_are_a_problem(value, lora, tmp_path):
         tensors[key(tensors, "layers.0", "v_proj", "lora_A")][1, 2] = value
 
     result = inspect(edited(lora, tmp_path / "bad", spoil))
-    assert found(result) == ["1 values that are not finite (NaN or infinity)"]
+    assert problems_of(result) == ["1 values that are not finite (NaN or infinity)"]
     assert "layers.0.self_attn.v_proj.lora_A" in result["problems"][0]["where"]
     unknown = [m["module"] for m in result["modules"] if m["norm"] is None]
     assert unknown == ["model.layers.0.self_attn.v_proj"]
@@ -47,7 +49,9 @@ def test_other_values_that_are_not_finite(tmp_path):
     values = np.full((3, raw_files.WIDTH), np.nan, np.float32)
     files.tensors[f"{raw_files.PREFIX}score.weight"] = raw_files.Stored.of(values)
     files.folder().write(tmp_path / "bad")
-    assert found(inspect(tmp_path / "bad")) == ["values that are not finite (NaN or infinity)"]
+    assert problems_of(inspect(tmp_path / "bad")) == [
+        "values that are not finite (NaN or infinity)"
+    ]
 
 
 @pytest.mark.parametrize("size, norm", [(1e-100, 0.0), (1e-60, 1e-120), (1e200, None)])
@@ -91,7 +95,7 @@ def test_what_a_merge_refuses_is_a_problem(name, lora, tmp_path):
     config, words, scaled = REFUSED[name]
     oracle.edit_config(lora, tmp_path / "odd", **config)
     result = inspect(tmp_path / "odd")
-    assert any(text.startswith(words) for text in found(result)), found(result)
+    assert any(text.startswith(words) for text in problems_of(result)), problems_of(result)
     assert len(result["modules"]) == 14 and all(
         m["trained"] and m["effective_rank"] > 1 for m in result["modules"]
     )
@@ -104,20 +108,20 @@ def test_a_merge_and_an_inspection_use_the_same_words(lora, llama, tmp_path):
     odd = oracle.edit_config(lora, tmp_path / "odd", kasa_config={"beta": 1}, use_magic=True)
     with pytest.raises(Refused) as refusal:
         adapterkit.merge(llama, [odd], out=tmp_path / "out")
-    assert found(inspect(odd)) == [error.problem for error in refusal.value.errors]
+    assert problems_of(inspect(odd)) == [error.problem for error in refusal.value.errors]
 
 
 def test_an_adapter_of_another_base(lora, tmp_path):
     """What a merge into that base would refuse is listed; the norms are there all the same."""
     oracle.save_base(oracle.llama(hidden_size=64), tmp_path / "wide")
     result = inspect(lora, base=tmp_path / "wide")
-    assert len(result["problems"]) == 14 and all("shape" in text for text in found(result))
+    assert len(result["problems"]) == 14 and all("shape" in text for text in problems_of(result))
     assert all(m["relative"] is None and m["norm"] > 0 for m in result["modules"])
 
 
 def test_one_refusal_hides_no_other(lora, tmp_path):
     oracle.edit_config(lora, tmp_path / "odd", use_magic=True, use_dora=True)
-    texts = found(inspect(tmp_path / "odd"))
+    texts = problems_of(inspect(tmp_path / "odd"))
     assert (
         len(texts) == 2
         and texts[0].startswith("unknown setting use_magic")
@@ -189,8 +193,8 @@ def test_a_damaged_adapter(name, lora, tmp_path):
     shutil.copytree(lora, tmp_path / "adapter")
     damage(tmp_path / "adapter")
     result = inspect(tmp_path / "adapter")
-    assert result["kind"] == "adapter" and any(words in text for text in found(result)), found(
-        result
+    assert result["kind"] == "adapter" and any(words in text for text in problems_of(result)), (
+        problems_of(result)
     )
     assert result["peft_type"] == (None if "config" in name else "LORA")
     assert len(result["modules"]) == (0 if name in ("cut", "no-weights", "lfs") else 14)

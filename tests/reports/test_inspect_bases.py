@@ -18,15 +18,15 @@ from tests.support.inspections import (
     INDEX,
     SHARD,
     cut,
-    found,
     inspect,
+    problems_of,
     rewritten,
 )
 
 
 def test_a_sound_base_has_no_problems(sharded):
     result = inspect(sharded)
-    assert found(result) == [] and len(result["shards"]) == 2
+    assert problems_of(result) == [] and len(result["shards"]) == 2
     assert result["tied"] == {"config": False, "head_stored": True}
 
 
@@ -36,7 +36,9 @@ def test_a_damaged_base(name, sharded):
     damage, words = DAMAGED[name]
     damage(sharded)
     result = inspect(sharded)
-    assert result["kind"] == "base" and any(words in text for text in found(result)), found(result)
+    assert result["kind"] == "base" and any(words in text for text in problems_of(result)), (
+        problems_of(result)
+    )
     assert result["parameters"] > 0 and "Traceback" not in tables.table(result)
     if name in ("cut", "html", "empty-file"):
         assert [shard["tensors"] is None for shard in result["shards"]] == [False, True]
@@ -47,7 +49,7 @@ def test_a_damaged_base(name, sharded):
 def test_every_damaged_shard_is_listed(sharded):
     for file in sharded.glob("*.safetensors"):
         file.write_bytes(b"\0" * 9)
-    assert len(found(inspect(sharded))) == 2
+    assert len(problems_of(inspect(sharded))) == 2
 
 
 def test_a_missing_shard_hides_no_other_problem(sharded):
@@ -66,7 +68,7 @@ def test_a_missing_shard_hides_no_other_problem(sharded):
         "num_hidden_layers = 1000000",
         "pickles beside",
     ]
-    texts = found(inspect(sharded))
+    texts = problems_of(inspect(sharded))
     assert len(texts) == len(words) and all(
         text.startswith(word) for text, word in zip(texts, words, strict=True)
     ), texts
@@ -80,36 +82,36 @@ def test_a_refusal_lists_what_an_inspection_finds(sharded, lora, tmp_path):
     with pytest.raises(AdapterkitError) as refusal:
         open_checkpoint(LocalFolder(sharded))
     assert (
-        found(inspect(sharded)) == [error.problem for error in refusal.value.errors]
-        and len(found(inspect(sharded))) == 3
+        problems_of(inspect(sharded)) == [error.problem for error in refusal.value.errors]
+        and len(problems_of(inspect(sharded))) == 3
     )
     oracle.edit_config(lora, tmp_path / "odd", r=0, use_dora=True)
     cut(tmp_path / "odd")
     with pytest.raises(AdapterkitError) as refusal:
         read_adapter(LocalFolder(tmp_path / "odd"))
     assert (
-        found(inspect(tmp_path / "odd")) == [error.problem for error in refusal.value.errors]
+        problems_of(inspect(tmp_path / "odd")) == [error.problem for error in refusal.value.errors]
         and len(refusal.value.errors) == 2
     )
 
 
 def test_a_config_nested_too_deeply_is_a_problem(sharded):
     (sharded / "config.json").write_text('{"a":' * 200 + "1" + "}" * 200)
-    assert found(inspect(sharded)) == ["not JSON: nested too deeply"]
+    assert problems_of(inspect(sharded)) == ["not JSON: nested too deeply"]
 
 
 def test_weights_as_pickles_alone(lora, tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(pickle.dumps(1))
-    assert found(inspect(tmp_path / "base")) == ["weights as pickles: pytorch_model.bin"]
+    assert problems_of(inspect(tmp_path / "base")) == ["weights as pickles: pytorch_model.bin"]
     shutil.copytree(lora, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(
         tmp_path / "adapter" / "adapter_model.bin"
     )
     result = inspect(tmp_path / "adapter")
     assert (
-        found(result) == ["no adapter_model.safetensors"]
+        problems_of(result) == ["no adapter_model.safetensors"]
         and "convert the pickle" in result["problems"][0]["do"]
     )
 
@@ -141,7 +143,7 @@ def test_a_quantized_base(name, tmp_path):
     files.write(tmp_path / "base")
     result = inspect(tmp_path / "base")
     assert result["quantization"] == {"found": words, "config": config.get("quantization_config")}
-    assert found(result) == []  # several dtypes are the rule there
+    assert problems_of(result) == []  # several dtypes are the rule there
     with pytest.raises(Refused, match="a quantized base"):
         raw_files.plain().folder().write(tmp_path / "adapter")
         inspect(tmp_path / "adapter", base=tmp_path / "base")

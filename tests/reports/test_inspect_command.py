@@ -18,18 +18,22 @@ from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.reports import pictures, tables
 from tests.support import oracle, raw_files
-from tests.support.inspections import DAMAGED, PNG, ROOT, edited, found, inspect, refused, run
+from tests.support.inspections import DAMAGED, PNG, ROOT, edited, inspect, problems_of, refused, run
 
 
 def test_a_file(lora, llama, tmp_path):
     result = inspect(llama / "model.safetensors")
-    assert (result["kind"], result["name"], found(result)) == ("file", "model.safetensors", [])
+    assert (result["kind"], result["name"], problems_of(result)) == (
+        "file",
+        "model.safetensors",
+        [],
+    )
     assert result["parameters"] == inspect(llama)["parameters"] and result["tied"] is None
-    assert found(inspect(lora / "adapter_model.safetensors")) == [
+    assert problems_of(inspect(lora / "adapter_model.safetensors")) == [
         "factors of a LoRA without adapter_config.json"
     ]
     (tmp_path / "bad.safetensors").write_bytes(b"\0" * 20)
-    assert "not a safetensors file" in found(inspect(tmp_path / "bad.safetensors"))[0]
+    assert "not a safetensors file" in problems_of(inspect(tmp_path / "bad.safetensors"))[0]
 
 
 def test_what_is_nothing_is_refused(lora, llama, tmp_path):
@@ -57,10 +61,10 @@ def test_the_table_and_the_json_are_the_result(lora, llama, tmp_path):
         line for line in text.splitlines() if line.startswith("model.layers.1.mlp.up_proj")
     ).split()
     module = next(m for m in inspect(lora, base=llama)["modules"] if m["module"] == line[0])
-    said = [
+    message = [
         f"{module[name]:.4g}" for name in ("rank", "scale", "norm", "relative", "effective_rank")
     ]
-    assert line[1:] == [*said[:2], "yes", *said[2:]]
+    assert line[1:] == [*message[:2], "yes", *message[2:]]
     assert "relative" not in called(lora)[1]
 
 
@@ -85,7 +89,7 @@ def test_what_a_trainer_leaves_is_no_problem(sharded, lora, tmp_path):
     for folder in (sharded, tmp_path / "adapter"):
         for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             (folder / name).write_bytes(pickle.dumps(1))
-        assert found(inspect(folder)) == []
+        assert problems_of(inspect(folder)) == []
 
 
 OTHERS = {
@@ -114,7 +118,7 @@ def test_a_lora_of_another_layout_is_called_so(layout, lora, llama, tmp_path):
         words = f"pytorch_lora_weights.safetensors is a LoRA in the layout of {layout}"
         for path in (folder, folder / "pytorch_lora_weights.safetensors"):
             result = inspect(path)
-            assert (result["kind"], found(result)) == ("file", [words])
+            assert (result["kind"], problems_of(result)) == ("file", [words])
         for verb in (
             lambda folder=folder: adapterkit.merge(llama, [folder], out=tmp_path / "out"),
             lambda folder=folder: adapterkit.merge(folder, [lora], out=tmp_path / "out"),

@@ -12,7 +12,7 @@ from adapterkit.errors import Refused
 from adapterkit.reports import tables
 from tests.support import raw_files
 from tests.support.hub_server import Hub
-from tests.support.inspections import INDEX, found, inspect, run
+from tests.support.inspections import INDEX, inspect, problems_of, run
 
 WIDE = 512
 
@@ -68,7 +68,7 @@ def test_a_base_on_the_hub_by_its_headers(hub, tmp_path):
     assert (
         result["parameters"] == 2 * WIDE * WIDE
         and result["origin"]["repo"] == "org/base"
-        and found(result) == []
+        and problems_of(result) == []
     )
     asked = weights_ranges(hub)
     # of a megabyte each

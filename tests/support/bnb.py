@@ -114,10 +114,10 @@ def class_of(folder: Path) -> Any:
 
 def by_transformers(base: Path, out: Path, **settings) -> nn.Module:
     """What its from_pretrained makes of the base, saved."""
-    said = transformers.BitsAndBytesConfig(**settings)
+    message = transformers.BitsAndBytesConfig(**settings)
     with oracle.quiet():
         model = class_of(base).from_pretrained(
-            base, quantization_config=said, device_map="cpu", dtype="auto"
+            base, quantization_config=message, device_map="cpu", dtype="auto"
         )
         model.save_pretrained(out)
     return model
@@ -142,43 +142,43 @@ def same_files(ours: Path, theirs: Path) -> None:
     """The same weights, byte for byte, and the same config but for the dtype to compute in, which
     is the base's here."""
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
-    found, expected = config(ours), config(theirs)
-    settings = found["quantization_config"]
+    actual, expected = config(ours), config(theirs)
+    settings = actual["quantization_config"]
     if settings["load_in_4bit"]:
         assert settings["bnb_4bit_compute_dtype"] == expected["dtype"]
         settings["bnb_4bit_compute_dtype"] = "float32"
-    plain = lambda said: {
-        k: plain(v) if k.endswith("_config") else v for k, v in said.items() if k != "dtype"
+    plain = lambda message: {
+        k: plain(v) if k.endswith("_config") else v for k, v in message.items() if k != "dtype"
     }
-    assert plain(found) == plain(expected)
-    assert found["dtype"] == expected["dtype"]
+    assert plain(actual) == plain(expected)
+    assert actual["dtype"] == expected["dtype"]
 
 
 def unpacked(tensors: dict[str, Tensor], key: str) -> Tensor:
     """code * scale of a 4-bit weight, in float64 from the stored tensors alone, as stored (out,
     in)."""
     state = next(k for k in tensors if k.startswith(key + STATE))
-    said = json.loads(tensors[state].numpy().tobytes())
+    message = json.loads(tensors[state].numpy().tobytes())
     absmax = tensors[key + ".absmax"].double()
-    if "nested_offset" in said:
+    if "nested_offset" in message:
         scale = (
             tensors[key + ".nested_absmax"]
             .double()
-            .repeat_interleave(said["nested_blocksize"])[: len(absmax)]
+            .repeat_interleave(message["nested_blocksize"])[: len(absmax)]
         )
         absmax = (
             tensors[key + ".nested_quant_map"].double()[absmax.long()] * scale
-            + said["nested_offset"]
+            + message["nested_offset"]
         )
     bytes_ = tensors[key].flatten().long()
     codes = torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten()
-    out, width = said["shape"]
+    out, width = message["shape"]
     values = tensors[key + ".quant_map"].double()[codes][: out * width]
-    return (values * absmax.repeat_interleave(said["blocksize"])[: out * width]).view(out, width)
+    return (values * absmax.repeat_interleave(message["blocksize"])[: out * width]).view(out, width)
 
 
-def text(said: dict[str, Any] | str) -> Tensor:
-    data = said if isinstance(said, str) else json.dumps(said)
+def text(message: dict[str, Any] | str) -> Tensor:
+    data = message if isinstance(message, str) else json.dumps(message)
     return torch.frombuffer(bytearray(data.encode()), dtype=torch.uint8)
 
 

@@ -38,12 +38,12 @@ def peft_combined(
 
 def pairs_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """b @ a by module, of a file."""
-    found = {}
+    actual = {}
     for key, a in tensors.items():
         if match := re.match(r"base_model\.model\.(.*)\.lora_(embedding_)?A(\.weight)?$", key):
             b = tensors[key.replace("_A", "_B")]
-            found[match[1]] = b.double().flatten(1) @ a.double().flatten(1)
-    return found
+            actual[match[1]] = b.double().flatten(1) @ a.double().flatten(1)
+    return actual
 
 
 def narrowed(source: Path, folder: Path) -> Path:

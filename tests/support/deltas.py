@@ -27,7 +27,7 @@ def trained(folder: Path, seed: int, **config) -> Path:
 def deltas(folder: Path) -> dict[str, Tensor]:
     """scale * b @ a of every module as PEFT loads the adapter, in float64, as a matrix (out,
     in)."""
-    found = {}
+    actual = {}
     with oracle.quiet():
         model = oracle.peft_model(net(), folder)
     for path, layer in model.named_modules():
@@ -39,10 +39,10 @@ def deltas(folder: Path) -> dict[str, Tensor]:
                 else (layer.lora_A, layer.lora_B)
             )
             a, b = (f["a0"] if embedding else f["a0"].weight for f in factors)
-            found[path.removeprefix("base_model.model.")] = (
+            actual[path.removeprefix("base_model.model.")] = (
                 layer.scaling["a0"] * b.double().flatten(1) @ a.double().flatten(1)
             )
-    return {name: delta.detach() for name, delta in found.items()}
+    return {name: delta.detach() for name, delta in actual.items()}
 
 
 def weighted(sources: list[Path], weights) -> dict[str, Tensor]:
@@ -60,9 +60,9 @@ def truncated(delta: Tensor, rank: int) -> Tensor:
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
-def assert_close(found: dict, expected: dict, tolerance: float = 2e-6) -> None:
-    assert set(found) == set(expected)
+def assert_close(actual: dict, expected: dict, tolerance: float = 2e-6) -> None:
+    assert set(actual) == set(expected)
     for name, delta in expected.items():
-        assert float((found[name] - delta).norm()) <= tolerance * max(float(delta.norm()), 1e-12), (
-            name
-        )
+        assert float((actual[name] - delta).norm()) <= tolerance * max(
+            float(delta.norm()), 1e-12
+        ), name

@@ -31,8 +31,8 @@ def name_of(value: object) -> str | None:
 
 
 def blocks(document: Path, *languages: str) -> list[Block]:
-    found = [Block(document, *match.groups()) for match in FENCE.finditer(document.read_text())]
-    return [block for block in found if not languages or block.language in languages]
+    actual = [Block(document, *match.groups()) for match in FENCE.finditer(document.read_text())]
+    return [block for block in actual if not languages or block.language in languages]
 
 
 def prose(document: Path) -> str:

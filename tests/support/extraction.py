@@ -124,19 +124,19 @@ def check_both_ways(base: Path, adapter: Path, after: Path, build, tmp_path: Pat
 def check_peft(base: Path, adapter: Path, after: Path, build) -> None:
     with oracle.quiet():
         warnings.filterwarnings("error", message=".*missing adapter keys")
-        found = (
+        actual = (
             peft.PeftModel.from_pretrained(oracle.load(build, base), adapter)
             .merge_and_unload()
             .state_dict()
         )
-    check_state(found, after, build)
+    check_state(actual, after, build)
 
 
-def check_state(found: dict[str, torch.Tensor], after: Path, build) -> None:
+def check_state(actual: dict[str, torch.Tensor], after: Path, build) -> None:
     expected = oracle.load(build, after).state_dict()
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert torch.allclose(found[key], tensor, atol=3e-6), key
+        assert torch.allclose(actual[key], tensor, atol=3e-6), key
 
 
 def logits(model) -> torch.Tensor:

@@ -68,12 +68,12 @@ def one_weight(folder: Path, name: str, parts: dict[str, Tensor], settings: dict
     }
     metadata = {"format": "pt"}
     if torchao:
-        said = {
+        text = {
             "_type": "Int8Tensor",
             "_data": {"block_size": [1, parts["qdata"].shape[1]]},
             "_tensor_data_names": [],
         }
-        metadata["m.weight"] = json.dumps(said)
+        metadata["m.weight"] = json.dumps(text)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata)
     (folder / "config.json").write_text(

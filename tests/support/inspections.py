@@ -44,7 +44,7 @@ def inspect(*words, **options):
     return result
 
 
-def found(result):
+def problems_of(result):
     return [problem["found"] for problem in result["problems"]]
 
 

@@ -144,14 +144,14 @@ def trained(case, base, folder, **more):
 def deltas(base, folder):
     """Merged weight minus base of every module that PEFT adapts, float64."""
     model = peft.PeftModel.from_pretrained(net(base), folder).double()
-    found = {}
+    actual = {}
     for name, layer in model.base_model.model.named_modules():
         if hasattr(layer, "merge") and hasattr(layer, "base_layer"):
             before = layer.base_layer.weight.data.clone()
             with torch.no_grad():
                 layer.merge()
-            found[name] = layer.base_layer.weight.data - before
-    return found
+            actual[name] = layer.base_layer.weight.data - before
+    return actual
 
 
 def flat(name, delta):

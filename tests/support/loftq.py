@@ -47,11 +47,11 @@ def values(folder: Path) -> dict[str, Tensor]:
 def products(name: str, adapter: Path) -> dict[str, Tensor]:
     """scale·b@a of every weight, the scale being PEFT's."""
     model = oracle.peft_model(MODELS[name]().float(), adapter)
-    found = {}
+    actual = {}
     for path, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             key = path.removeprefix("base_model.model.") + ".weight"
             b, a = (getattr(module, f"lora_{side}")["a0"].weight.detach().double() for side in "BA")
             delta = module.scaling["a0"] * b @ a
-            found[key] = delta.T if module.fan_in_fan_out else delta
-    return found
+            actual[key] = delta.T if module.fan_in_fan_out else delta
+    return actual

@@ -302,13 +302,13 @@ class Exact:
 def exact(wrapped: nn.Module, weights: tuple[float, ...] = ()) -> dict[str, Exact]:
     """W + Σ weight·scale·b@a of every adapted parameter, in float64, by its name in the plain
     model."""
-    found: dict[str, Exact] = {}
+    actual: dict[str, Exact] = {}
     for path, module in wrapped.named_modules():
         if isinstance(module, peft_layers.LoraLayer) and not path.endswith(".base_layer"):
             name = path.removeprefix("base_model.model.").replace(".base_layer", "")
             for parameter, value in _exact_layer(module, weights).items():
-                found[f"{name}.{parameter}"] = value
-    return found
+                actual[f"{name}.{parameter}"] = value
+    return actual
 
 
 def _exact_layer(module, weights: tuple[float, ...]) -> dict[str, Exact]:
@@ -363,19 +363,19 @@ def _decomposed(module, name: str, before: Tensor, value: Tensor) -> Tensor:
     return value * (magnitude / norm).view(shape)
 
 
-def assert_rounded(found: Tensor, expected: Exact, name: str = "") -> None:
+def assert_rounded(actual: Tensor, expected: Exact, name: str = "") -> None:
     """Each element is the correctly rounded value; its neighbour only where float32 arithmetic
     cannot tell the two apart."""
-    assert found.shape == expected.value.shape, name
+    assert actual.shape == expected.value.shape, name
     slack = (expected.inputs + 8) * 2.0**-24 * (expected.size + expected.value.abs())
-    difference = (found.double() - expected.value).abs()
-    if found.dtype == torch.float32:
+    difference = (actual.double() - expected.value).abs()
+    if actual.dtype == torch.float32:
         assert bool((difference <= slack).all()), (name, float((difference / slack).max()))
         return
-    nearest = expected.value.to(found.dtype)
-    wrong = found != nearest
-    assert int(wrong.sum()) <= 2 + 1e-3 * found.numel(), (name, int(wrong.sum()), found.numel())
-    middle = (found.double() + nearest.double()) / 2
+    nearest = expected.value.to(actual.dtype)
+    wrong = actual != nearest
+    assert int(wrong.sum()) <= 2 + 1e-3 * actual.numel(), (name, int(wrong.sum()), actual.numel())
+    middle = (actual.double() + nearest.double()) / 2
     assert bool(((expected.value - middle).abs() <= slack)[wrong].all()), name
 
 
@@ -392,18 +392,18 @@ def assert_all_rounded(
             assert torch.equal(tensor, untouched[name]), f"{name} changed"
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Two states, bit for bit, dtypes too."""
-    assert set(found) == set(expected)
+    assert set(actual) == set(expected)
     wrong = [
         n
-        for n in found
-        if found[n].dtype != expected[n].dtype or not torch.equal(found[n], expected[n])
+        for n in actual
+        if actual[n].dtype != expected[n].dtype or not torch.equal(actual[n], expected[n])
     ]
     assert not wrong, wrong
 
 
-def assert_as_peft(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_as_peft(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Two states, bit for bit, but for the last bits of a float32 kernel of several positions: PEFT
     multiplies those factors by a convolution, and in which order that sums is the processor's
     affair."""
@@ -413,13 +413,13 @@ def assert_as_peft(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         if t.dtype == torch.float32 and t.dim() > 2 and t[0, 0].numel() > 1
     }
     assert_same(
-        {n: t for n, t in found.items() if n not in kernels},
+        {n: t for n, t in actual.items() if n not in kernels},
         {n: t for n, t in expected.items() if n not in kernels},
     )
     for name in kernels:
-        assert found[name].dtype == torch.float32
+        assert actual[name].dtype == torch.float32
         torch.testing.assert_close(
-            found[name],
+            actual[name],
             expected[name],
             rtol=2.0**-21,
             atol=2.0**-22 * float(expected[name].abs().max()),

@@ -58,18 +58,18 @@ def words(
             if index
             else torch.arange(w.shape[1])
         )
-        made = integers.encode_integers(
+        result = integers.encode_integers(
             w[:, order], bits, size, symmetric=symmetric, scale_dtype=torch.bfloat16
         )
-        codes = torch.empty_like(made.codes)
-        codes[:, order] = made.codes
+        codes = torch.empty_like(result.codes)
+        codes[:, order] = result.codes
         parts = {
             ".weight_packed": integers.pack(codes, bits),
-            ".weight_scale": made.scale,
+            ".weight_scale": result.scale,
             ".weight_shape": torch.tensor(w.shape),
         }
-        if made.zero is not None:
-            parts[".weight_zero_point"] = integers.pack_zeros(made.zero, bits)
+        if result.zero is not None:
+            parts[".weight_zero_point"] = integers.pack_zeros(result.zero, bits)
         if index:
             group = torch.empty(w.shape[1], dtype=torch.int32)
             group[order] = (torch.arange(w.shape[1]) // (size or 1)).int()
@@ -81,9 +81,9 @@ def words(
 
 def int8(symmetric: bool = True) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
-        made = integers.encode_integers(w, 8, symmetric=symmetric)
-        zero = {} if made.zero is None else {".weight_zero_point": made.zero}
-        return {".weight": made.codes, ".weight_scale": made.scale, **zero}
+        result = integers.encode_integers(w, 8, symmetric=symmetric)
+        zero = {} if result.zero is None else {".weight_zero_point": result.zero}
+        return {".weight": result.codes, ".weight_scale": result.scale, **zero}
 
     return make
 
@@ -97,65 +97,69 @@ def fp8(
             if isinstance(block, str)
             else block
         )
-        made = encode_fp8(w, size, scale_dtype=dtype)
-        scale = made.scale.view(1) if block == "tensor" else made.scale
-        return {".weight": made.codes, ".weight_scale": scale, ".input_scale": torch.tensor([0.25])}
+        result = encode_fp8(w, size, scale_dtype=dtype)
+        scale = result.scale.view(1) if block == "tensor" else result.scale
+        return {
+            ".weight": result.codes,
+            ".weight_scale": scale,
+            ".input_scale": torch.tensor([0.25]),
+        }
 
     return make
 
 
 def fp8_of_transformers(w: Tensor) -> Parts:
-    made = encode_fp8(w, (32, 32), rule="multiply")
-    return {".weight": made.codes, ".weight_scale_inv": made.scale}
+    result = encode_fp8(w, (32, 32), rule="multiply")
+    return {".weight": result.codes, ".weight_scale_inv": result.scale}
 
 
 def nvfp4(w: Tensor) -> Parts:
     divisor = fp4.nvfp4_divisor(w.abs().amax())
-    made = fp4.encode_nvfp4(w, divisor=divisor)
+    result = fp4.encode_nvfp4(w, divisor=divisor)
     parts = {
-        ".weight_packed": made.codes,
-        ".weight_scale": made.scale,
+        ".weight_packed": result.codes,
+        ".weight_scale": result.scale,
         ".weight_global_scale": divisor,
     }
     return parts | {".input_global_scale": torch.tensor([3.0])}
 
 
 def mxfp4(w: Tensor) -> Parts:
-    made = fp4.encode_mxfp4(w, rule="even")
-    return {".weight_packed": made.codes.flatten(-2), ".weight_scale": made.scale}
+    result = fp4.encode_mxfp4(w, rule="even")
+    return {".weight_packed": result.codes.flatten(-2), ".weight_scale": result.scale}
 
 
 def modelopt_nvfp4(w: Tensor) -> Parts:
     factor = fp4.nvfp4_factor(w.abs().amax())
-    made = fp4.encode_nvfp4(w, factor=factor)
+    result = fp4.encode_nvfp4(w, factor=factor)
     scales = {
-        ".weight_scale": made.scale,
+        ".weight_scale": result.scale,
         ".weight_scale_2": factor,
         ".input_scale": torch.tensor(0.5),
     }
-    return {".weight": made.codes, **scales}
+    return {".weight": result.codes, **scales}
 
 
 def modelopt_fp8(w: Tensor) -> Parts:
-    made = encode_fp8(w, (w.shape[0], w.shape[1]))
+    result = encode_fp8(w, (w.shape[0], w.shape[1]))
     return {
-        ".weight": made.codes,
-        ".weight_scale": made.scale.view(()),
+        ".weight": result.codes,
+        ".weight_scale": result.scale.view(()),
         ".input_scale": torch.tensor(0.5),
     }
 
 
 def gptq(bits: int, version: int) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
-        made = integers.encode_integers(w, bits, 32, symmetric=False, scale_dtype=torch.float16)
-        assert made.zero is not None
+        result = integers.encode_integers(w, bits, 32, symmetric=False, scale_dtype=torch.float16)
+        assert result.zero is not None
         half = 1 << (bits - 1)
-        zero = made.zero.T.int() + half - int(version == 1)
+        zero = result.zero.T.int() + half - int(version == 1)
         zero = (zero & ((1 << bits) - 1)) - half
         return {
-            ".qweight": integers.pack(made.codes, bits).T.contiguous(),
+            ".qweight": integers.pack(result.codes, bits).T.contiguous(),
             ".qzeros": integers.pack(zero.to(torch.int8), bits),
-            ".scales": made.scale.T.contiguous(),
+            ".scales": result.scale.T.contiguous(),
             ".g_idx": (torch.arange(w.shape[1]) // 32).int(),
         }
 
@@ -163,25 +167,25 @@ def gptq(bits: int, version: int) -> Callable[[Tensor], Parts]:
 
 
 def awq(w: Tensor) -> Parts:
-    made = integers.encode_integers(w, 4, 32, symmetric=False, scale_dtype=torch.float16)
-    assert made.zero is not None
+    result = integers.encode_integers(w, 4, 32, symmetric=False, scale_dtype=torch.float16)
+    assert result.zero is not None
 
     def folded(codes: Tensor) -> Tensor:  # (n, out) -> (n, out/8)
         eights = (codes.long() + 8).view(len(codes), -1, 8)[:, :, list(integers.AWQ_ORDER)]
         return (eights << torch.arange(0, 32, 4)).sum(2).to(torch.int32)
 
     return {
-        ".qweight": folded(made.codes.T),
-        ".qzeros": folded(made.zero.T),
-        ".scales": made.scale.T.contiguous(),
+        ".qweight": folded(result.codes.T),
+        ".qzeros": folded(result.zero.T),
+        ".scales": result.scale.T.contiguous(),
     }
 
 
 def torchao(kind: str) -> Callable[[Tensor], Parts]:
     def make(w: Tensor) -> Parts:
         if kind == "Float8Tensor":
-            made = encode_fp8(w, (1, w.shape[1]))
-            return {"._weight_qdata": made.codes, "._weight_scale": made.scale}
+            result = encode_fp8(w, (1, w.shape[1]))
+            return {"._weight_qdata": result.codes, "._weight_scale": result.scale}
         if kind == "Int4Tensor":
             scale = w.unflatten(1, (-1, 32)).abs().amax(2).T.div(7).bfloat16().contiguous()
             codes = integers.encode_integers(w, 4, scale=scale.T.float()).codes
@@ -193,11 +197,11 @@ def torchao(kind: str) -> Callable[[Tensor], Parts]:
             )
             return {"._weight_qdata": half, "._weight_scale": scale, "._weight_zero_point": zero}
         size = 32 if kind == "IntxUnpackedToInt8Tensor" else None
-        made = integers.encode_integers(
+        result = integers.encode_integers(
             w, 8, size, symmetric=size is None, scale_dtype=torch.bfloat16
         )
-        zero = {} if made.zero is None else {"._weight_zero_point": made.zero}
-        return {"._weight_qdata": made.codes, "._weight_scale": made.scale, **zero}
+        zero = {} if result.zero is None else {"._weight_zero_point": result.zero}
+        return {"._weight_qdata": result.codes, "._weight_scale": result.scale, **zero}
 
     return make
 

@@ -100,9 +100,9 @@ def model(kind: str, *, limit: int = 60_000_000):
         if sum(p.numel() for p in cls.from_config(config).parameters()) > limit:
             return None
     torch.manual_seed(0)
-    made = cls.from_config(config)
+    result = cls.from_config(config)
     with torch.no_grad():
-        for tensor in [*made.parameters(), *made.buffers()]:
+        for tensor in [*result.parameters(), *result.buffers()]:
             if tensor.is_floating_point():
                 tensor.normal_(std=0.05)
-    return made
+    return result

@@ -21,11 +21,11 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]
     os.chdir(folder)
     try:
         create_inputs(Path())
-        found = {}
+        actual = {}
         for job in jobs.WRITING:
-            found[job.name] = jobs.call(job, out=f"planned-{job.name}", dry_run=True)
+            actual[job.name] = jobs.call(job, out=f"planned-{job.name}", dry_run=True)
             if job.name in needed:
                 jobs.call(job, out=job.name)
-        yield found
+        yield actual
     finally:
         os.chdir(before)

@@ -35,11 +35,11 @@ UNREADABLE = (
 
 
 def check(kind, folder):
-    made = tiny.model(kind)
-    if made is None:
+    result = tiny.model(kind)
+    if result is None:
         return "too large"
-    made.save_pretrained(folder)
-    cls = type(made)
+    result.save_pretrained(folder)
+    cls = type(result)
     back, info = cls.from_pretrained(folder, output_loading_info=True)
     if any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         return "transformers does not read back what it saves"

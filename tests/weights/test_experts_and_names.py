@@ -33,13 +33,13 @@ def train(model, folder, **config):
     """A PEFT adapter with random factors, saved."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **config}))
+        result = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **config}))
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in result.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.1)
-    made.save_pretrained(folder)
+    result.save_pretrained(folder)
 
 
 def peft_merged(cls, base, adapter, dtype):
@@ -61,12 +61,12 @@ def check_against_peft(
     train(cls.from_pretrained(base, dtype=dtype), adapter, **config)
     expected = peft_merged(cls, base, adapter, dtype)
     adapterkit.merge(base, [adapter], out=out, verify=True, **(options or {}))
-    found, info = cls.from_pretrained(out, dtype=dtype, output_loading_info=True)
+    actual, info = cls.from_pretrained(out, dtype=dtype, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    found, before = found.state_dict(), cls.from_pretrained(base, dtype=dtype).state_dict()
+    actual, before = actual.state_dict(), cls.from_pretrained(base, dtype=dtype).state_dict()
     assert any(not torch.equal(before[k], expected[k]) for k in expected)
     for key, value in expected.items():
-        assert torch.allclose(found[key], value, rtol=0, atol=tolerance), key
+        assert torch.allclose(actual[key], value, rtol=0, atol=tolerance), key
     assert keys(base) == keys(out)
 
 
@@ -167,8 +167,8 @@ def hand_made(tmp_path, old_layout, version, shape=(4, 16, 24), rank=2):
 def test_both_layouts_are_told_apart_by_shape(old_layout, version, tmp_path):
     base, adapter, expected = hand_made(tmp_path, old_layout, version)
     adapterkit.merge(base, [adapter], out=tmp_path / "out")
-    found = load_file(tmp_path / "out" / "model.safetensors")["block.experts.up"]
-    assert torch.allclose(found.double(), expected, atol=1e-5)
+    actual = load_file(tmp_path / "out" / "model.safetensors")["block.experts.up"]
+    assert torch.allclose(actual.double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_both_layouts_are_told_apart_by_shape(old_layout, version, tmp_path):
 def test_square_experts_by_the_version_that_wrote_them(version, old_layout, tmp_path):
     base, adapter, expected = hand_made(tmp_path, old_layout, version, (3, 16, 16))
     adapterkit.merge(base, [adapter], out=tmp_path / "out")
-    found = load_file(tmp_path / "out" / "model.safetensors")["block.experts.up"]
-    assert torch.allclose(found.double(), expected, atol=1e-5)
+    actual = load_file(tmp_path / "out" / "model.safetensors")["block.experts.up"]
+    assert torch.allclose(actual.double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout, old_layout", [("peft-0.18", True), ("peft-0.19", False)])
@@ -188,8 +188,8 @@ def test_square_experts_without_a_version_need_the_option(layout, old_layout, tm
     with pytest.raises(Refused, match="--expert-layout"):
         adapterkit.merge(base, [adapter], out=tmp_path / "out")
     adapterkit.merge(base, [adapter], out=tmp_path / "out", expert_layout=layout)
-    found = load_file(tmp_path / "out" / "model.safetensors")["block.experts.up"]
-    assert torch.allclose(found.double(), expected, atol=1e-5)
+    actual = load_file(tmp_path / "out" / "model.safetensors")["block.experts.up"]
+    assert torch.allclose(actual.double(), expected, atol=1e-5)
 
 
 def test_experts_trained_one_by_one_merge_into_a_fused_base(tmp_path):
@@ -225,10 +225,10 @@ def test_experts_trained_one_by_one_merge_into_a_fused_base(tmp_path):
         json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
     )
     adapterkit.merge(base, [adapter], out=tmp_path / "out")
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert found.keys() == expected.keys()
+    actual = load_file(tmp_path / "out" / "model.safetensors")
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.allclose(found[key], value, atol=1e-5), key
+        assert torch.allclose(actual[key], value, atol=1e-5), key
 
 
 def test_names_of_an_older_transformers(tmp_path):
@@ -253,10 +253,10 @@ def test_names_of_an_older_transformers(tmp_path):
         json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2})
     )
     adapterkit.merge(base, [adapter], out=tmp_path / "out")
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    actual = load_file(tmp_path / "out" / "model.safetensors")
     expected = state | {new + ".weight": state[new + ".weight"] + b @ a}
     for name, value in expected.items():
-        assert torch.allclose(found[name], value, atol=1e-5), name
+        assert torch.allclose(actual[name], value, atol=1e-5), name
 
 
 def test_an_adapter_of_another_model_is_refused_though_suffixes_match(tmp_path):
@@ -328,8 +328,8 @@ def quantized_experts(folder):
     """FP8 in blocks of 32 x 32, as transformers stores it."""
     tensors = load_file(folder / "model.safetensors")
     for key in [key for key in tensors if ".experts." in key]:
-        made = fp8.encode_fp8(tensors[key].float(), (32, 32), rule="multiply")
-        tensors |= {key: made.codes, key + "_scale_inv": made.scale}
+        result = fp8.encode_fp8(tensors[key].float(), (32, 32), rule="multiply")
+        tensors |= {key: result.codes, key + "_scale_inv": result.scale}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
@@ -341,15 +341,15 @@ def quantized_experts(folder):
 
 
 def test_stacks_are_bounded_but_for_the_last_ones():
-    stacks, made = local._Stacks(), Counter()
+    stacks, result = local._Stacks(), Counter()
     specs = [TensorSpec(str(i), "F32", (1,), "", 0, plan.STACKS) for i in range(5)]
 
     def get(i):
-        stacks.get(specs[i], lambda: (made.update([i]), torch.ones(1))[1])
+        stacks.get(specs[i], lambda: (result.update([i]), torch.ones(1))[1])
 
     for i in (0, 1, 2, 0, 1, 2):
         get(i)
-    assert made == {0: 1, 1: 1, 2: 1}
+    assert result == {0: 1, 1: 1, 2: 1}
     for i in (3, 4, 3, 0):
         get(i)
-    assert made == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1} and len(stacks.held) == local.LEAST_STACKS
+    assert result == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1} and len(stacks.held) == local.LEAST_STACKS

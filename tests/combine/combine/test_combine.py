@@ -62,11 +62,11 @@ def test_order_does_not_matter(mixed, tmp_path):
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_a_rank_gives_the_best_approximation(rank, mixed, tmp_path):
     metrics = combined(mixed, tmp_path / "out", method="linear", rank=rank)
-    found = deltas(tmp_path / "out")
+    actual = deltas(tmp_path / "out")
     for name, delta in weighted(mixed, WEIGHTS).items():
         assert metrics[name]["rank"] == min(rank, *delta.shape, 7 if name == "tall" else 99)
         best = truncated(delta, rank)
-        assert float((found[name] - best).norm()) <= 1e-5 * float(delta.norm()), name
+        assert float((actual[name] - best).norm()) <= 1e-5 * float(delta.norm()), name
         assert math.isclose(
             metrics[name]["energy"], float(best.norm() / delta.norm()) ** 2, rel_tol=1e-5
         )
@@ -112,8 +112,8 @@ def test_weights_one_and_zero_give_the_first_adapter(method, mixed, tmp_path):
         options["settings"] = {"select": 1.0}
     for number, weights in enumerate([(1.0, 0.0), (0.0, 1.0)]):
         combined(mixed[:2], tmp_path / f"{number}", weights, method=method, energy=1.0, **options)
-        found, alone = deltas(tmp_path / f"{number}"), deltas(mixed[number])
-        for name, delta in found.items():
+        actual, alone = deltas(tmp_path / f"{number}"), deltas(mixed[number])
+        for name, delta in actual.items():
             expected = alone.get(name, torch.zeros_like(delta))
             assert float((delta - expected).norm()) <= 2e-6 * float(expected.norm()) + 1e-7, name
 
@@ -148,11 +148,11 @@ def test_every_method_and_refit(method, refit, mixed, tmp_path):
     options = options_of(method)
     combined(sources, tmp_path / "whole", weights, method=method, energy=1.0, **options)
     metrics = combined(sources, tmp_path / "out", weights, method=method, **refit, **options)
-    whole, found = deltas(tmp_path / "whole"), deltas(tmp_path / "out")
+    whole, actual = deltas(tmp_path / "whole"), deltas(tmp_path / "out")
     for name, delta in whole.items():
         best = truncated(delta, metrics[name]["rank"])
         lost, least = (
-            float((found[name] - delta).norm()),
+            float((actual[name] - delta).norm()),
             float((best - delta).norm()),
         )  # best is one of several where values are equal
         assert lost <= least + 5e-5 * float(delta.norm()) + 1e-9, name

@@ -44,10 +44,10 @@ def test_biases_follow_the_weights(tmp_path):
         load_file(s / "adapter_model.safetensors")["base_model.model.fit.lora_B.bias"]
         for s in sources
     ]
-    found = load_file(tmp_path / "out" / "adapter_model.safetensors")[
+    actual = load_file(tmp_path / "out" / "adapter_model.safetensors")[
         "base_model.model.fit.lora_B.bias"
     ]
-    assert torch.allclose(found, 6 / 4 * biases[0] - 0.5 * 7 / 4 * biases[1], rtol=1e-6)
+    assert torch.allclose(actual, 6 / 4 * biases[0] - 0.5 * 7 / 4 * biases[1], rtol=1e-6)
     with pytest.raises(Refused, match="biases"):
         combined(sources, tmp_path / "ties", (1.0, 1.0), method="ties", density=0.5)
 
@@ -130,8 +130,8 @@ def test_stacks_of_experts_are_combined_expert_by_expert(tmp_path):
         )
 
     expected = stack(sources[0], 2, 4 / 2) + 0.5 * stack(sources[1], 3, 4 / 3)
-    found = stack(tmp_path / "out", 5, 1.0)
-    assert float((found - expected).norm() / expected.norm()) < 1e-6
+    actual = stack(tmp_path / "out", 5, 1.0)
+    assert float((actual - expected).norm() / expected.norm()) < 1e-6
     for refit in ({"rank": 2}, {"energy": 0.7}):
         folder = tmp_path / next(iter(refit))
         metrics = combined(sources, folder, (1.0, 0.5), method="linear", **refit)

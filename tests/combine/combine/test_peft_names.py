@@ -83,7 +83,7 @@ def test_svd_clamp_holds_the_factors_below_a_quantile(clamp, mixed, tmp_path):
     """PEFT's rule on b = U s and a = Vᵀ, with the elements' negatives among them, so that no sign
     of a singular vector matters."""
     combined(mixed, tmp_path / "out", method="svd", svd_clamp=clamp)
-    found = deltas(tmp_path / "out")
+    actual = deltas(tmp_path / "out")
     for name, delta in weighted(mixed, WEIGHTS).items():
         rank = 7 if name == "fit" else min(4, *delta.shape)
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
@@ -91,4 +91,4 @@ def test_svd_clamp_holds_the_factors_below_a_quantile(clamp, mixed, tmp_path):
         values = torch.cat([b.flatten(), a.flatten()])
         limit = float(torch.quantile(torch.cat([values, -values]), clamp))
         expected = b.clamp(-limit, limit) @ a.clamp(-limit, limit)
-        assert float((found[name] - expected).norm()) <= 1e-4 * float(delta.norm()), name
+        assert float((actual[name] - expected).norm()) <= 1e-4 * float(delta.norm()), name

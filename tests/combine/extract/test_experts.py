@@ -83,14 +83,14 @@ def test_a_smaller_rank_of_a_stack_is_the_best_of_each_expert(kind, experts, tmp
     base, after, build = experts(kind, lambda name, t: moved(name, t) if t.dim() == 3 else t)
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=3)
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
-    before, later, found = (
+    before, later, actual = (
         oracle.load(build, folder).state_dict() for folder in (base, after, tmp_path / "back")
     )
     for name, metric in receipt.data["parameters"].items():
         if "rank" in metric:
             delta = (later[name] - before[name]).double()
             best = torch.stack([truncated(matrix, 3) for matrix in delta])
-            assert torch.allclose((found[name] - before[name]).double(), best, atol=1e-5), name
+            assert torch.allclose((actual[name] - before[name]).double(), best, atol=1e-5), name
             assert metric["error"] == pytest.approx(
                 float((delta - best).norm() / delta.norm()), abs=1e-4
             )

@@ -35,11 +35,11 @@ def test_what_was_extracted_leads_back_to_the_fine_tune(name, saved, tmp_path):
     )
     adapterkit.extract(base, after, out=tmp_path / "adapter", rank=3)
     adapterkit.merge(base, [tmp_path / "adapter"], out=tmp_path / "back")
-    expected, found = (
+    expected, actual = (
         oracle.load(BUILDS[name], folder).state_dict() for folder in (after, tmp_path / "back")
     )
     for key, tensor in expected.items():
-        assert torch.allclose(found[key], tensor, atol=2e-6), key
+        assert torch.allclose(actual[key], tensor, atol=2e-6), key
     with oracle.quiet():
         theirs = oracle.peft_merged(oracle.load(BUILDS[name], base), tmp_path / "adapter")
     for key, tensor in expected.items():
@@ -51,7 +51,7 @@ def test_a_smaller_rank_is_the_best_approximation_and_says_its_error(dtype, save
     base = saved("llama", dtype)
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(20))
     receipt = adapterkit.extract(base, after, out=tmp_path / "out", rank=4)
-    before, later, found = (
+    before, later, actual = (
         oracle.stored(base),
         oracle.stored(after),
         load_file(tmp_path / "out" / MODEL),
@@ -60,7 +60,7 @@ def test_a_smaller_rank_is_the_best_approximation_and_says_its_error(dtype, save
         if "rank" not in metric:
             continue
         delta = later[module + ".weight"].double() - before[module + ".weight"].double()
-        a, b = (found[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
+        a, b = (actual[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
         best = truncated(delta, 4)
         assert float((b @ a - best).norm() / delta.norm()) < 1e-4, module
         assert metric["error"] == pytest.approx(
@@ -129,8 +129,8 @@ def test_norms_embeddings_and_heads_are_saved_left_out_or_refused(saved, tmp_pat
     saved_modules = config_of(tmp_path / "out")["modules_to_save"]
     assert "model.norm" in saved_modules and "model.embed_tokens" in saved_modules
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
-    expected, found = oracle.stored(after), oracle.stored(tmp_path / "back")
-    assert all(torch.allclose(found[key], tensor, atol=2e-6) for key, tensor in expected.items())
+    expected, actual = oracle.stored(after), oracle.stored(tmp_path / "back")
+    assert all(torch.allclose(actual[key], tensor, atol=2e-6) for key, tensor in expected.items())
     receipt = adapterkit.extract(base, after, out=tmp_path / "dropped", rank=2, rest="drop")
     assert (
         "model.norm.weight" in receipt.data["left_out"]
@@ -156,8 +156,8 @@ def test_biases_go_with_their_layers(saved, tmp_path):
     adapterkit.extract(base, after, out=tmp_path / "out", rank=2)
     assert config_of(tmp_path / "out")["bias"] == "lora_only"
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
-    expected, found = oracle.stored(after), oracle.stored(tmp_path / "back")
-    assert all(torch.allclose(found[key], tensor, atol=2e-6) for key, tensor in expected.items())
+    expected, actual = oracle.stored(after), oracle.stored(tmp_path / "back")
+    assert all(torch.allclose(actual[key], tensor, atol=2e-6) for key, tensor in expected.items())
 
 
 SIZES |= {
@@ -248,8 +248,10 @@ def test_a_full_fine_tune_answers_as_it_does_itself(name, cached_folder, tmp_pat
         for a, b in zip(expected, before, strict=True)
     )
     for model in (theirs, oracle.load(build, tmp_path / "back")):
-        for found, answer in zip(architectures.answers(name, model), expected, strict=True):
-            torch.testing.assert_close(found, answer, rtol=0, atol=2e-5 * float(answer.abs().max()))
+        for actual, answer in zip(architectures.answers(name, model), expected, strict=True):
+            torch.testing.assert_close(
+                actual, answer, rtol=0, atol=2e-5 * float(answer.abs().max())
+            )
 
 
 def test_other_widths_are_refused_all_together(cached_folder, tmp_path):
@@ -279,9 +281,9 @@ def test_a_grown_vocabulary_is_saved_whole(saved, tmp_path):
     adapterkit.extract(base, tmp_path / "tuned", out=tmp_path / "out", rank=2)
     assert config_of(tmp_path / "out")["modules_to_save"] == ["lm_head", "model.embed_tokens"]
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
-    expected, found = oracle.stored(tmp_path / "tuned"), oracle.stored(tmp_path / "back")
-    assert found.keys() == expected.keys() and all(
-        torch.equal(found[key], expected[key]) for key in expected
+    expected, actual = oracle.stored(tmp_path / "tuned"), oracle.stored(tmp_path / "back")
+    assert actual.keys() == expected.keys() and all(
+        torch.equal(actual[key], expected[key]) for key in expected
     )
     with oracle.quiet():
         grown = oracle.load(oracle.llama, base)

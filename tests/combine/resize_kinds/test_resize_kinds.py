@@ -47,9 +47,9 @@ def test_at_full_rank_the_lora_is_the_adapter(case, base, oracle_of, tmp_path):
     """And what PEFT loads of it is: its deltas, the trained head, a plain config."""
     adapter, want = oracle_of(case)
     resized(case, base, adapter, tmp_path / "out", rank=FULL)
-    got = deltas(base, tmp_path / "out")
-    assert {name for name, delta in want.items() if delta.any()} == set(got)
-    for name, delta in got.items():
+    actual = deltas(base, tmp_path / "out")
+    assert {name for name, delta in want.items() if delta.any()} == set(actual)
+    for name, delta in actual.items():
         assert torch.linalg.norm(delta - want[name]) <= 3e-6 * torch.linalg.norm(want[name]), name
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (
@@ -72,8 +72,8 @@ def test_at_a_smaller_rank_it_is_the_best_approximation(case, rank, base, oracle
     """The error is that of the dense decomposition's truncation, and the receipt says it."""
     adapter, want = oracle_of(case)
     metrics = resized(case, base, adapter, tmp_path / "out", rank=rank)
-    got = deltas(base, tmp_path / "out")
-    for name, delta in got.items():
+    actual = deltas(base, tmp_path / "out")
+    for name, delta in actual.items():
         s = torch.linalg.svdvals(flat(name, want[name]))
         size, best = float(torch.linalg.norm(s)), float(torch.linalg.norm(s[rank:]))
         assert int((torch.linalg.svdvals(flat(name, delta)) > 1e-6 * s[0]).sum()) <= rank, name
@@ -111,9 +111,9 @@ def test_the_ranknum_of_old_files_counts(base, tmp_path):
     adapter = trained(case, base, tmp_path / "adapter")
     rewritten(adapter, lambda t: t.update({"base_model.model.fit.ranknum": torch.tensor([7.0])}))
     resized(case, base, adapter, tmp_path / "out", rank=FULL)
-    want, got = deltas(base, adapter), deltas(base, tmp_path / "out")
+    want, actual = deltas(base, adapter), deltas(base, tmp_path / "out")
     assert all(
-        torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-6) for name in ("fit", "tall")
+        torch.allclose(actual[name], want[name], rtol=1e-5, atol=1e-6) for name in ("fit", "tall")
     )
 
 
@@ -154,8 +154,8 @@ def test_dora_without_its_base_stays_dora(base, tmp_path):
     resized(case, base, adapter, tmp_path / "out", rank=4)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["use_dora"]
-    want, got = deltas(base, adapter), deltas(base, tmp_path / "out")
-    assert all(torch.allclose(got[name], want[name], atol=1e-5) for name in want)
+    want, actual = deltas(base, adapter), deltas(base, tmp_path / "out")
+    assert all(torch.allclose(actual[name], want[name], atol=1e-5) for name in want)
 
 
 @pytest.mark.parametrize("what", ["gpt2", "square"])
@@ -199,8 +199,8 @@ def test_a_large_whole_factor_is_not_decomposed_in_full(base, tmp_path, monkeypa
     case = Case("lokr", LINEAR, {"r": 50, "alpha": 4})
     adapter = trained(case, base, tmp_path / "adapter")
     resized(case, base, adapter, tmp_path / "out", rank=2)
-    want, got = deltas(base, adapter), deltas(base, tmp_path / "out")
-    for name, delta in got.items():
+    want, actual = deltas(base, adapter), deltas(base, tmp_path / "out")
+    for name, delta in actual.items():
         best = torch.linalg.norm(torch.linalg.svdvals(want[name])[2:])
         assert float(torch.linalg.norm(delta - want[name])) == pytest.approx(
             float(best), rel=1e-4, abs=1e-5
@@ -225,9 +225,9 @@ def test_rotations_are_pefts(terms, eps):
     )
     module.weight = nn.Parameter(upper.clone(), requires_grad=False)
     want = module.get_weight() - torch.eye(20, dtype=torch.float64)
-    got = torch.block_diag(*less_identity(skew(upper, 5, eps), terms))
+    actual = torch.block_diag(*less_identity(skew(upper, 5, eps), terms))
     # PEFT takes eps / sqrt(blocks) in float32
-    assert torch.allclose(got, want, atol=1e-12, rtol=1e-6)
+    assert torch.allclose(actual, want, atol=1e-12, rtol=1e-6)
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -183,13 +183,13 @@ def test_lies_are_refused(packed, lora: Path, lie: str, tmp_path: Path) -> None:
     jobs: list[Callable] = [adapterkit.dequantize]
     if lie in MERGED:
         jobs.append(lambda base, **how: adapterkit.merge(base, [lora], **how))
-    kind, tensors, said = LIES[lie]
+    kind, tensors, message = LIES[lie]
     source = shutil.copytree(packed("llama-bf16", kind), tmp_path / "base")
     change(source, tensors)
     for job in jobs:
         with pytest.raises(AdapterkitError) as caught:
             job(source, out=tmp_path / "out")
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 

@@ -51,8 +51,8 @@ def test_types_whose_names_in_the_file_are_others(model: str, kind: str, tmp_pat
     """What is quantized is as transformers quantizes it, the rest has the same values, and all of
     it loads. A linear layer that is stored under another name than its `weight` stays a float where
     the loader would not find its scale (nor finds its own)."""
-    made = tiny.model(model).half()
-    made.save_pretrained(tmp_path / "base")
+    result = tiny.model(model).half()
+    result.save_pretrained(tmp_path / "base")
     by_transformers(tmp_path / "base", tmp_path / "theirs", **KINDS[kind][1])
     receipt = quantized(tmp_path / "base", tmp_path / "ours", **KINDS[kind][0])
     left = {name.removesuffix(".weight").rpartition(".")[2] for name in receipt.data["left_out"]}

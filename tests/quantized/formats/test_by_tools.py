@@ -88,10 +88,10 @@ def test_read_as_its_tool_does(tool_tensors, name: str, tmp_path: Path) -> None:
     for expected, more in versions.items():
         folder = one_weight(tmp_path / expected, name, parts, settings | more)
         adapterkit.dequantize(folder, out=tmp_path / f"{expected}-out", dtype="fp32")
-        (found,) = stored(tmp_path / f"{expected}-out").values()
-        found = found.to(dtype)
+        (actual,) = stored(tmp_path / f"{expected}-out").values()
+        actual = actual.to(dtype)
         golden = len(theirs["w"]) == 16
-        assert torch.equal(format_tools.digest(found) if golden else found, parts[expected])
+        assert torch.equal(format_tools.digest(actual) if golden else actual, parts[expected])
 
 
 @pytest.mark.parametrize("kind", ["Float8WeightOnly", "Int8WeightOnly", "IntxWeightOnly"])
@@ -116,10 +116,10 @@ def test_files_of_torchao(kind: str, tmp_path: Path) -> None:
         json.dumps({"dtype": "bfloat16", "quantization_config": {"quant_method": "torchao"}})
     )
     adapterkit.dequantize(folder, out=tmp_path / "out")
-    found = stored(tmp_path / "out")
-    assert set(found) == set(module.state_dict())
+    actual = stored(tmp_path / "out")
+    assert set(actual) == set(module.state_dict())
     for layer in (0, 1):
-        assert same(found[f"{layer}.weight"], module[layer].weight.dequantize())
+        assert same(actual[f"{layer}.weight"], module[layer].weight.dequantize())
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -151,6 +151,6 @@ def test_compressed_tensors_in_transformers(
         model = transformers.LlamaForCausalLM.from_pretrained(
             base(name), dtype="auto", quantization_config=config
         )
-    found, expected = dict(model.named_parameters()), stored(tmp_path / "plain")
+    actual, expected = dict(model.named_parameters()), stored(tmp_path / "plain")
     for key, weight in expected.items():
-        assert same(found[key].detach().to(weight.dtype), weight), key
+        assert same(actual[key].detach().to(weight.dtype), weight), key

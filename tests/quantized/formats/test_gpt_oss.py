@@ -82,8 +82,8 @@ def expert_lora(cached_folder: Callable[..., Path], gpt_oss: Path) -> Path:
 def test_gpt_oss_as_transformers_loads_it(gpt_oss: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     adapterkit.dequantize(gpt_oss, out=tmp_path / "plain")
-    expected, found = loaded(gpt_oss, "GptOssForCausalLM"), stored(tmp_path / "plain")
-    assert set(expected) == set(found) and all(same(found[key], expected[key]) for key in found)
+    expected, actual = loaded(gpt_oss, "GptOssForCausalLM"), stored(tmp_path / "plain")
+    assert set(expected) == set(actual) and all(same(actual[key], expected[key]) for key in actual)
 
 
 def test_gpt_oss_merged(gpt_oss: Path, expert_lora: Path, tmp_path: Path) -> None:
