@@ -5,6 +5,7 @@ python docs/api.py
 
 import dataclasses
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import adapterkit
 from adapterkit import options, registry
 
+WIDTH = 100
 TARGET = Path(__file__).with_name("api.md")
 FAMILIES = {
     "combinations": "Combination methods",
@@ -40,7 +42,7 @@ def document() -> str:
     values = {name: getattr(adapterkit, name) for name in names}
     verbs = [name for name, value in values.items() if inspect.isfunction(value)]
     contents = " · ".join(f"[{name}](#{name})" for name in verbs)
-    parts = [INTRODUCTION, "## Verbs", textwrap.fill(contents, 100, break_on_hyphens=False)]
+    parts = [INTRODUCTION, "## Verbs", textwrap.fill(contents, WIDTH, break_on_hyphens=False)]
     parts += [part for name in verbs for part in function(name, values[name])]
     parts += ["## Errors and records"]
     for name, value in values.items():
@@ -79,26 +81,37 @@ def annotation(value: object) -> str:
 
 
 def prose(docstring: str) -> Iterator[str]:
-    """A docstring as Markdown: its indented lines, but for those that continue a list, are code."""
+    """A docstring as Markdown, wrapped anew, so that a source that is wrapped otherwise gives the
+    same page; its indented lines, but for those that continue a list, are code."""
     for paragraph in inspect.cleandoc(docstring).split("\n\n"):
-        if paragraph.lstrip().startswith("- "):
-            yield paragraph
+        if paragraph.startswith("- "):
+            items = re.split(r"\n(?=- )", paragraph)
+            yield "\n".join(wrapped(item, "  ") for item in items)
             continue
-        lines: list[str] = []
-        for line in paragraph.splitlines():
-            code = line.startswith("  ")
-            if code != (bool(lines) and lines[-1].startswith("  ")):
-                yield from joined(lines)
-                lines = []
-            lines.append(line)
-        yield from joined(lines)
+        for code, lines in itertools.groupby(paragraph.splitlines(), lambda x: x.startswith("  ")):
+            text = "\n".join(lines)
+            yield fenced(text) if code else wrapped(text)
 
 
-def joined(lines: list[str]) -> Iterator[str]:
-    if lines and lines[0].startswith("  "):
-        yield "```text\n" + inspect.cleandoc("\n" + "\n".join(lines)) + "\n```"
-    elif lines:
-        yield "\n".join(lines)
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph in lines of at most WIDTH characters, none broken inside of `code`."""
+    words = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), " ".join(text.split()))
+    lines = textwrap.wrap(
+        words, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines).replace("\0", " ")
+
+
+def fenced(text: str) -> str:
+    """Indented lines as they are; a long one goes on under its second column."""
+    lines = []
+    for line in textwrap.dedent(text).splitlines():
+        column = re.match(r"\S.*?  +(?=\S)", line)
+        lines += textwrap.wrap(
+            line, WIDTH, subsequent_indent=" " * (column.end() if column else 0),
+            break_on_hyphens=False, drop_whitespace=True, replace_whitespace=False,
+        ) or [""]  # fmt: skip
+    return "```text\n" + "\n".join(lines) + "\n```"
 
 
 def table(package: str) -> str:
