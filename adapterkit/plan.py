@@ -7,11 +7,12 @@ knows. Everything that can be refused has been refused when a plan exists.
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -24,13 +25,8 @@ from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.reader import Reader
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-Apply = Callable[
-    [Tensor, int], None
-]  # (block of rows, number of its first row): changes the block in place
+# (block of rows, number of its first row): changes the block in place
+Apply = Callable[[Tensor, int], None]
 
 
 @dataclass
@@ -43,13 +39,24 @@ class Loaded:
     exact: Apply | None = None
 
 
-class Edit(Protocol):
-    """One change to a stored tensor."""
+class Edit(ABC):
+    """One change to a stored tensor; subclasses are frozen, picklable dataclasses."""
+
+    __slots__ = ()
 
     @property
-    def reads(self) -> tuple[TensorSpec, ...]: ...
+    @abstractmethod
+    def reads(self) -> tuple[TensorSpec, ...]:
+        """All that `load` reads, but for the source."""
 
-    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded: ...
+    @property
+    def shared_reads(self) -> tuple[TensorSpec, ...]:
+        """Those of `reads` that are read once for many steps: stacks of experts' factors."""
+        return ()
+
+    @abstractmethod
+    def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
+        """The edit of `source`, as rows and columns of `grid`."""
 
 
 IDENTITY = ("inode", "size", "modified", "changed")
@@ -106,14 +113,14 @@ class Shard:
 
 
 class TaskResult(NamedTuple):
-    """What a task gave: its tensors by key, in the order of writing, and measured metrics for the receipt.
+    """What a task computed: its tensors by key, in the order of writing, and metrics for the receipt.
 
-    A `TensorSpec` in place of a tensor: the bytes that are there, unseen. `aside`: tensors for tasks of later files.
+    A `TensorSpec` in place of a tensor: its stored bytes. `handoff`: tensors for tasks of later files.
     """
 
-    tensors: "Mapping[str, Tensor | TensorSpec]"
+    tensors: Mapping[str, Tensor | TensorSpec]
     metrics: dict[str, Any]
-    handoff: "dict[str, Tensor]" = {}  # noqa: RUF012 (never changed)
+    handoff: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
 
 
 Change = Callable[[TaskResult], TaskResult]
@@ -126,27 +133,46 @@ def unchanged(result: TaskResult) -> TaskResult:
     return result
 
 
-class Task(Protocol):
-    """Tensors that are computed together, such as the factors of one module; a frozen record."""
+@dataclass(frozen=True)
+class Task(ABC):
+    """Output tensors that are computed together, such as the factors of one module.
+
+    Subclasses are frozen, picklable dataclasses. Each is held to what it promises here.
+    """
+
+    name: str  # in the receipt: the module's, or the tensor's key
 
     @property
-    def name(self) -> str:
-        """What the receipt calls it: the module."""
-        ...
+    @abstractmethod
+    def reads(self) -> tuple[TensorSpec, ...]:
+        """All that `compute` reads."""
 
     @property
-    def reads(self) -> tuple[TensorSpec, ...]: ...
+    def shared_reads(self) -> tuple[TensorSpec, ...]:
+        """Those of `reads` that are read once for many tasks: stacks of experts' factors."""
+        return ()
 
     @property
+    @abstractmethod
     def max_outputs(self) -> tuple[Stored, ...]:
-        """Its tensors, as large as they can become."""
-        ...
+        """Its tensors, each as large as it can become."""
 
     @property
-    def memory(self) -> int:
-        """Bytes that making it takes at most."""
-        ...
+    def variable_size(self) -> tuple[str, ...]:
+        """Keys of outputs whose planned size is a guess: JSON texts of a format."""
+        return ()
 
+    @property
+    def copied(self) -> bool:
+        """Whether its outputs are stored bytes, written as they are."""
+        return False
+
+    @property
+    @abstractmethod
+    def memory(self) -> int:
+        """Bytes that `compute` takes at most."""
+
+    @abstractmethod
     def compute(self, inputs: Reader) -> TaskResult: ...
 
 
@@ -154,8 +180,8 @@ class Task(Protocol):
 class Computed:
     """One output file whose tensors are made by tasks, in this order; `size` is the most it can take.
 
-    `by_width`: the tensors are in safetensors' own order instead, as its library writes them. Then sizes are as planned, but for
-    those that a task's `varies` names, small ones whose size is only a good guess (JSON texts of a format).
+    `safetensors_order`: the tensors are in the order in which the safetensors library writes them. Then sizes are as planned,
+    but for those of a task's `variable_size`.
     """
 
     file: str
@@ -173,7 +199,7 @@ class Computed:
 
     @cached_property
     def variable_size(self) -> frozenset[str]:
-        return frozenset(key for task in self.tasks for key in getattr(task, "variable_size", ()))
+        return frozenset(key for task in self.tasks for key in task.variable_size)
 
     @property
     def size(self) -> int:
@@ -261,25 +287,15 @@ class Plan:
             for step, stored in zip(shard.steps, shard.layout.tensors, strict=True)
         ]
         changed = [(step, stored) for step, stored in steps if not step.copied]
-        as_is = [
-            stored
-            for task in tasks
-            if getattr(task, "copied", False)
-            for stored in task.max_outputs
-        ]
-        computed = [
-            stored
-            for task in tasks
-            if not getattr(task, "copied", False)
-            for stored in task.max_outputs
-        ]
+        as_is = [stored for task in tasks if task.copied for stored in task.max_outputs]
+        computed = [stored for task in tasks if not task.copied for stored in task.max_outputs]
         small = sum(self._small(file) for file in self.files.values())
         readers = [*(edit for step, _ in changed for edit in step.edits), *tasks]
-        kept = {spec for reader in readers for spec in kept_by(reader)}  # read once for all
+        shared = {spec for reader in readers for spec in reader.shared_reads}  # read once for all
         factors = sum(
-            spec.nbytes for reader in readers for spec in reader.reads if spec not in kept
+            spec.nbytes for reader in readers for spec in reader.reads if spec not in shared
         )
-        factors += sum(spec.nbytes for spec in kept)
+        factors += sum(spec.nbytes for spec in shared)
         written = sum(shard.layout.size for shard in self.shards) + small
         return {
             "shards": len(self.shards),
@@ -312,7 +328,9 @@ class Plan:
         )[-2 * cores() :]
         stacks = sum(
             spec.nbytes
-            for spec in {spec for step in steps for edit in step.edits for spec in kept_by(edit)}
+            for spec in {
+                spec for step in steps for edit in step.edits for spec in edit.shared_reads
+            }
         )
         return 2 * sum(sizes) + 2 * sum(sizes[-1:]) + min(STACKS, stacks)
 
@@ -336,11 +354,6 @@ class Plan:
         if isinstance(file, CopyFile):
             return self.folders[file.folder].files()[file.name]
         return len(file) if isinstance(file, bytes) else 0
-
-
-def kept_by(reader: Edit | Task) -> tuple[TensorSpec, ...]:
-    """Of what an edit or a task reads, what stays at hand for others: stacks of experts' factors."""
-    return getattr(reader, "kept", ())
 
 
 class Progress(Protocol):

@@ -92,7 +92,7 @@ def write_computed(
         metrics,
         places.grown,
         len(layout.tensors),
-        handoffs.where,
+        handoffs.places,
     )
 
 

@@ -18,7 +18,7 @@ from adapterkit.engines.local import LocalReader
 from adapterkit.errors import Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step
 from adapterkit.receipt import AGAIN, check_files, read_receipt
-from adapterkit.tasks.edited import CopiedTensor, EditedTensor, RequantizedWeight
+from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.rows import arithmetic, rounded
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import ReaderView
@@ -48,7 +48,7 @@ def changed(plan: Plan) -> Iterator["Floats | Codes"]:
                 yield Floats(task.step)
             elif isinstance(task, RequantizedWeight):
                 yield Codes(task.step, task.packed)
-            elif not isinstance(task, CopiedTensor):
+            elif not task.copied:
                 raise TypeError(f"{shown(task.name)}: no check of a {type(task).__name__}")
 
 

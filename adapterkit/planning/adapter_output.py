@@ -11,6 +11,7 @@ from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
 from adapterkit.plan import (
@@ -30,7 +31,7 @@ from adapterkit.planning.folder_files import as_json
 from adapterkit.planning.input_files import headers_of, identities, model_headers
 from adapterkit.planning.sites import Site, levels_of
 from adapterkit.planning.tokenizer_files import tokenizer_files
-from adapterkit.tasks.common import SummedTensor, taken
+from adapterkit.tasks.common import CopiedTensor, SummedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -292,9 +293,15 @@ def beside_factors(adapter: Adapter, dtype: str) -> list[Task]:
                 )
             )
         if lora.magnitude is not None:
-            tasks.append(taken(lora.magnitude))
+            tasks.append(_copy(lora.magnitude))
     whole = [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]
-    return [*tasks, *map(taken, whole)]
+    return [*tasks, *map(_copy, whole)]
+
+
+def _copy(spec: TensorSpec) -> CopiedTensor:
+    """A tensor of an adapter under PEFT's own key for it."""
+    key = canonical(spec.key)
+    return CopiedTensor(key, spec, key, checked=True)
 
 
 def check_refit(rank: int | None, energy: float | None) -> None:

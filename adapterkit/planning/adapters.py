@@ -157,7 +157,7 @@ def value_tasks(
             if several
             else shares == [1.0]
         ):
-            tasks.append(common.AdapterTensor(spec, key))
+            tasks.append(common.CopiedTensor(key, spec, key, checked=True))
             continue
         names = ", ".join(
             f"{adapters[n].name} (weight {w:g})" for n, w in zip(holders, given, strict=True)
@@ -202,7 +202,7 @@ def _copy(
             errors.append(
                 Refused(found, expected="adapters of one base", where="adapters", hint=hint)
             )
-    return [common.AdapterTensor(first[1], key)]
+    return [common.CopiedTensor(key, first[1], key, checked=True)]
 
 
 def inside_wrappers(adapters: Sequence[Adapter], sites: Iterable[Site]) -> list[AdapterkitError]:

@@ -26,7 +26,7 @@ from adapterkit.tasks.difference import (
     factor_keys,
     stored_parameter,
 )
-from adapterkit.tasks.ranked import Cut, finalize_by_size
+from adapterkit.tasks.truncated import Truncation, finalize_by_size
 from adapterkit.weights.bypassed import ATTENTION, classes_of, is_bypassed
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
@@ -47,7 +47,7 @@ PEFT_LAYOUT = (
 class Options:
     """The options of the command; fields have their names."""
 
-    cut: Cut
+    truncation: Truncation
     include: str | None = None
     exclude: str | None = None
     rest: str = "save"
@@ -109,13 +109,13 @@ def _around(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def finalize_cut(cut: Cut, tasks: Sequence[Task]) -> Finalize | None:
+def finalize_extraction(truncation: Truncation, tasks: Sequence[Task]) -> Finalize | None:
     """Give each module its share of the size, and keys that depend on which modules have factors.
 
     A module with factors is wrapped, and what lies in it is `base_layer` to PEFT; a module's parameters are wrapped in its order,
     so the last one is outermost.
     """
-    by_size = finalize_by_size(cut, tasks) if cut.max_size else None
+    by_size = finalize_by_size(truncation, tasks) if truncation.max_size else None
     homes = Counter(task.module for task in tasks if isinstance(task, DifferenceFactors))
     if all(_has_one_place(task, homes) for task in tasks):
         return by_size
@@ -284,10 +284,11 @@ class Extraction:
             self._save_biases()
         wrappers, before = Counter(difference.module for difference in self.factors), Counter()
         for i, difference in enumerate(self.factors):
-            self.factors[i] = difference.inside(wrappers, before[difference.module])
+            self.factors[i] = difference.with_keys(wrappers, before[difference.module])
             before[difference.module] += 1
+        keys = [PREFIX + wrapped(whole.parameter, wrappers) for whole in self.whole]
         self.whole = [
-            replace(whole, key=PREFIX + wrapped(whole.parameter, wrappers)) for whole in self.whole
+            replace(whole, name=key, key=key) for whole, key in zip(self.whole, keys, strict=True)
         ]
 
     def _is_vocabulary(self, old: Parameter, new: Parameter) -> bool:
@@ -431,7 +432,15 @@ class Extraction:
         called = module if name == f"{module}.weight" else name
         self.factors.append(
             DifferenceFactors(
-                called, module, before, after, place, transposed, self.options.cut, dtype, target
+                called,
+                place,
+                dtype,
+                module,
+                before,
+                after,
+                transposed,
+                target,
+                truncation=self.options.truncation,
             )
         )
 
@@ -493,7 +502,7 @@ class Extraction:
         assert parameter is not None
         self.whole.append(
             WholeParameter(
-                name, stored_parameter(parameter, self.sides[1]), "", only_beside_factors
+                name, name, stored_parameter(parameter, self.sides[1]), name, only_beside_factors
             )
         )
 

@@ -12,7 +12,8 @@ from adapterkit.errors import shown
 from adapterkit.plan import Computed, Shard, Step, Task
 from adapterkit.planning.cards import base_card
 from adapterkit.planning.folder_files import Files, model_files
-from adapterkit.tasks.edited import CopiedTensor, EditedTensor, RequantizedWeight
+from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.quantized import EncodedWeight
 from adapterkit.weights.codec import QuantizedWeight
 
@@ -33,10 +34,10 @@ class QuantizedModel:
     def shards(self) -> tuple[Computed, ...]:
         groups: dict[str, list[Task]] = {name: [] for name in self.base.shards}
         for key, spec in self.base.tensors.items():
-            made = self.tasks.get(key) or (
-                EncodedWeight(spec, self.packed[key]) if key in self.packed else CopiedTensor(spec)
-            )
-            groups[spec.file].append(made)
+            task = self.tasks.get(key)
+            if task is None and key in self.packed:
+                task = EncodedWeight(key, spec, self.packed[key])
+            groups[spec.file].append(task or CopiedTensor(key, spec, key))
         return shards_of(
             self.base, groups, self.folder, {CHANGED_BY: self.changed_by} if self.changed_by else {}
         )
@@ -118,7 +119,7 @@ def shard_of(name: str, steps: Sequence[Step], header: Header, keep: bool) -> Sh
         )
         return Shard(layout, tuple(by_key[stored.key] for stored in layout.tensors))
     tasks = sorted(
-        (task for step in steps for task in _bundles(step, keep)),
+        (task for step in steps for task in _tasks_of(step, keep)),
         key=lambda task: task.name,
     )
     metadata = (
@@ -129,7 +130,7 @@ def shard_of(name: str, steps: Sequence[Step], header: Header, keep: bool) -> Sh
 
 def shards_of_size(steps: Sequence[Step], limit: int) -> tuple[Computed, ...]:
     """Files of at most `limit` bytes of these steps, packed weights as floats."""
-    tasks = [task for step in steps for task in _bundles(step, keep=False)]
+    tasks = [task for step in steps for task in _tasks_of(step, keep=False)]
     files = grouped(
         tasks, [sum(stored.nbytes for stored in task.max_outputs) for task in tasks], limit
     )
@@ -144,16 +145,16 @@ def _parts(step: Step) -> list[Step]:
     return [Step(part.key, part.dtype, part.shape, part) for part in step.source.parts]
 
 
-def _bundles(step: Step, keep: bool) -> list[Task]:
+def _tasks_of(step: Step, keep: bool) -> list[Task]:
     packed = step.source
     if not isinstance(packed, QuantizedWeight):
         return (
-            [CopiedTensor(packed)]
+            [CopiedTensor(step.key, packed, step.key)]
             if step.copied and step.key == packed.key
-            else [EditedTensor(step)]
+            else [EditedTensor(step.key, step)]
         )
     if not keep:
-        return [EditedTensor(step)]
+        return [EditedTensor(step.key, step)]
     if step.edits:
-        return [RequantizedWeight(step, packed)]
-    return [CopiedTensor(part) for part in packed.parts]
+        return [RequantizedWeight(step.key, step)]
+    return [CopiedTensor(part.key, part, part.key) for part in packed.parts]

@@ -224,7 +224,7 @@ class QuantizationPlan:
             for slot in parameter.slots:
                 names.setdefault(slot.key, name)
         return {
-            key: EditedTensor(Step(key, "F32", spec.shape, spec))
+            key: EditedTensor(key, Step(key, "F32", spec.shape, spec))
             for key, spec in self.base.tensors.items()
             if key not in self.packed and self._wide(names.get(key, key), spec.dtype)
         }

@@ -10,22 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit import dtypes
-from adapterkit.adapters.factors import Factors, Place
+from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.layout import Stored
 from adapterkit.combinations.common import WeightedSum, add_pruned
 from adapterkit.combinations.protocol import Method
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.kernels.truncated import leading_svd
 from adapterkit.plan import TaskResult
-from adapterkit.tasks import common
-from adapterkit.tasks.common import short
+from adapterkit.tasks.common import FactorsTask, short
 from adapterkit.weights.reader import Reader
 
-BLOCK = 1 << 19  # elements of a dense delta that are made at a time
+BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time
 Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
 
@@ -33,7 +30,7 @@ Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 class Refit:
     """How a result becomes factors: a rank, a share of the energy, the inputs' largest rank, or as it is (exact).
 
-    `clamp`: the factors b = U s and a = Vᵀ are held below this quantile of their elements and their negatives (PEFT's svd_clamp).
+    `clamp`: b = U s and a = Vᵀ are clamped to this quantile of their elements and their negatives (PEFT's svd_clamp).
     """
 
     rank: int | None = None
@@ -70,49 +67,45 @@ class Part:
 
 
 @dataclass(frozen=True)
-class CombinedFactors:
-    """One module's new factors."""
+class CombinedFactors(FactorsTask):
+    """The factors of one module that a method makes of all adapters' deltas, or of their factors (space "factors")."""
 
-    name: str
     parts: tuple[Part, ...]
-    place: Place
     method: Method
-    space: str
     refit: Refit
-    dtype: str
-    seed: int
+    space: str = "delta"
+    seed: int = 0
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         return tuple(dict.fromkeys(spec for part in self.parts for spec in part.reads))
 
     @property
-    def dense(self) -> bool:
+    def is_dense(self) -> bool:
         """Whether the result is dense: the method needs the deltas multiplied out, or one of them is no product."""
         return self.method.acts_on == "elements" or any(part.dora for part in self.parts)
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return common.bounds(self.place, self._largest_rank(), self.dtype)
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of each delta."""
+        return self.parts[0].factors.shape
 
-    def _largest_rank(self) -> int:
+    @property
+    def max_rank(self) -> int:
         ranks = [part.factors.rank for part in self.parts]
         if self.space == "factors":
             return ranks[0]
-        shortest = min(self.parts[0].factors.shape)
-        whole = shortest if self.dense else min(sum(ranks), shortest)
-        return min(whole, max(ranks) if self.refit.largest else self.refit.rank or whole)
+        full = min(self.shape)
+        full = full if self.is_dense else min(sum(ranks), full)
+        return min(full, max(ranks) if self.refit.largest else self.refit.rank or full)
 
     @property
     def memory(self) -> int:
-        found, count = (
-            sum(part.memory for part in self.parts),
-            math.prod(self.parts[0].factors.shape),
-        )
+        parts, size = sum(part.memory for part in self.parts), math.prod(self.shape)
         by_elements = self.method.acts_on == "elements" or isinstance(self.method, WeightedSum)
-        if self.dense and not by_elements:
-            return found + 40 * len(self.parts) * count  # dense deltas as products in float64
-        return found + (12 * count if self.dense else 0)
+        if self.is_dense and not by_elements:
+            return parts + 40 * len(self.parts) * size  # dense deltas as products in float64
+        return parts + (12 * size if self.is_dense else 0)
 
     def compute(self, inputs: Reader) -> TaskResult:
         if self.space == "factors":
@@ -122,49 +115,47 @@ class CombinedFactors:
         for expert, deltas in enumerate(
             zip(*(part.deltas(inputs) for part in self.parts), strict=True)
         ):
-            result, found = self._result(deltas, weights, expert)
+            result, measured = self._combine(deltas, weights, expert)
             results.append(result)
-            metrics.append(found | _cosines(deltas))
+            metrics.append(measured | _cosines(deltas))
             spans.append(None if isinstance(result, Product) else _span(deltas))
-        return self._refitted(results, metrics, spans)
+        return self._refit(results, metrics, spans)
 
-    def _result(
+    def _combine(
         self, deltas: Sequence[Delta], weights: list[float], expert: int
     ) -> tuple[Delta, dict]:
-        """The combined delta, as a product where the method keeps it one, else dense."""
+        """The combined delta, as a product where the method keeps it one, else dense, and the method's metrics."""
         if self.method.acts_on == "elements":
-            return self.method.combine_elements(
-                DenseDeltas(deltas), weights, Seeds(self.seed, f"{self.name}/{expert}")
-            )
-        if self.dense and isinstance(self.method, WeightedSum):
+            seeds = Seeds(self.seed, f"{self.name}/{expert}")
+            return self.method.combine_elements(DenseDeltas(deltas), weights, seeds)
+        if self.is_dense and isinstance(self.method, WeightedSum):
             shares = self.method.shares(weights)
             return add_pruned(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
         return self.method.combine_factors([lowrank.as_product(delta) for delta in deltas], weights)
 
-    def _refitted(
+    def _refit(
         self, results: list[Delta], metrics: list[dict], spans: list[Svd | None]
     ) -> TaskResult:
-        shortest = min(self.parts[0].factors.shape)
+        """`spans`: for each result directions near which those of its singular vectors are."""
         products = [result for result in results if isinstance(result, Product)]
-        if self.refit.exact and products and products[0].rank <= shortest:
+        if self.refit.exact and products and products[0].rank <= min(self.shape):
             pairs = [lowrank.balance(product) for product in products]
             total = sum(lowrank.norm(product) ** 2 for product in products)
-            return self._made(pairs, metrics, total, total)
-        most = self._largest_rank()
-        found = [
-            _decomposed(result, self.refit.energy, most, near)
+            return self._result(pairs, metrics, total, total)
+        most = self.max_rank
+        svds = [
+            _decompose(result, self.refit.energy, most, near)
             for result, near in zip(results, spans, strict=True)
         ]
         if self.refit.energy:
-            rank = max(
-                lowrank.rank_for_energy(svd.s, self.refit.energy, total) for svd, total in found
-            )
-            rank = min(rank, self._largest_rank())
+            share = self.refit.energy
+            rank = max(lowrank.rank_for_energy(svd.s, share, total) for svd, total in svds)
+            rank = min(rank, most)
         else:
-            rank = min(self._largest_rank(), *(len(svd.s) for svd, _ in found))
-        kept = sum(float(svd.s[:rank].double().square().sum()) for svd, _ in found)
-        pairs = [self._factors(svd, rank) for svd, _ in found]
-        return self._made(pairs, metrics, kept, sum(total for _, total in found))
+            rank = min(most, *(len(svd.s) for svd, _ in svds))
+        energy = sum(float(svd.s[:rank].double().square().sum()) for svd, _ in svds)
+        pairs = [self._factors(svd, rank) for svd, _ in svds]
+        return self._result(pairs, metrics, energy, sum(total for _, total in svds))
 
     def _factors(self, svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
         if self.refit.clamp is None:
@@ -183,47 +174,34 @@ class CombinedFactors:
             (math.copysign(abs(c) ** 0.5, c), abs(c) ** 0.5)
             for c in (p.weight * p.factors.scale for p in self.parts)
         ]
-        made = []
+        sides = []
         for side in (0, 1):
             matrices, weights = [pair[side] for pair in pairs], [root[side] for root in roots]
             if self.method.acts_on == "elements":
-                made.append(
-                    self.method.combine_elements(
-                        DenseDeltas(matrices),
-                        weights,
-                        Seeds(self.seed, f"{self.name}/{'ab'[side]}"),
-                    )[0]
-                )
+                seeds = Seeds(self.seed, f"{self.name}/{'ab'[side]}")
+                sides.append(self.method.combine_elements(DenseDeltas(matrices), weights, seeds)[0])
             else:
-                made.append(sum(m * w for m, w in zip(matrices, weights, strict=True)))
+                sides.append(sum(m * w for m, w in zip(matrices, weights, strict=True)))
         rank = self.parts[0].factors.rank
-        dtype = dtypes.torch_dtype(self.dtype)
-        a_shape, b_shape = self.place.shapes(rank)
-        tensors = {
-            self.place.a_key: made[0].reshape(a_shape).to(dtype),
-            self.place.b_key: made[1].reshape(b_shape).to(dtype),
-        }
-        return TaskResult(tensors, {"rank": rank})
+        a, b = sides
+        return TaskResult(self.round_matrices(a, b, rank), {"rank": rank})
 
-    def _made(
-        self, pairs: list[tuple[Tensor, Tensor]], metrics: list[dict], kept: float, total: float
+    def _result(
+        self, pairs: list[tuple[Tensor, Tensor]], metrics: list[dict], energy: float, total: float
     ) -> TaskResult:
-        dtype = dtypes.torch_dtype(self.dtype)
-        tensors = {key: tensor.to(dtype) for key, tensor in self.place.stored(pairs).items()}
-        found: dict[str, Any] = {
+        """`energy`: Σ s² of the factors; `total`: of the delta."""
+        merged: dict[str, Any] = {
             "rank": len(pairs[0][0]),
             "norm": short(total**0.5),
-            "energy": short(kept / total) if total else 1.0,
+            "energy": short(energy / total) if total else 1.0,
         }
         # of a stack of experts: the mean over them
-        for key in metrics[0]:
-            values = [metric[key] for metric in metrics]
-            found[key] = _mean(values)
-        return TaskResult(tensors, found)
+        merged |= {key: _mean([metric[key] for metric in metrics]) for key in metrics[0]}
+        return TaskResult(self.round(self.place.stored(pairs)), merged)
 
 
 class DenseDeltas:
-    """Deltas of one module, rows of a product made from float32 factors whenever they are asked for."""
+    """Deltas of one module; rows of a product are multiplied out in float32 whenever they are asked for."""
 
     def __init__(self, deltas: Sequence[Delta]):
         self.deltas = [
@@ -280,7 +258,7 @@ def quantile(values: Tensor, share: float) -> float:
 
 
 def _span(deltas: Sequence[Delta]) -> Svd | None:
-    """The directions of all factors, near which lie those of whatever is made of their products; None where one is dense."""
+    """The directions of all factors, near which are those of whatever combines their products; None where one is dense."""
     products = [delta for delta in deltas if isinstance(delta, Product)]
     if len(products) < len(deltas):
         return None
@@ -293,7 +271,7 @@ def _span(deltas: Sequence[Delta]) -> Svd | None:
     return Svd(left, left.new_ones(len(right)), right)
 
 
-def _decomposed(
+def _decompose(
     result: Delta, energy: float | None, most: int, near: Svd | None
 ) -> tuple[Svd, float]:
     """The leading singular triplets of a delta, and Σ s² over all of them."""
@@ -318,7 +296,7 @@ def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:
 
 
 def _gram(deltas: DenseDeltas) -> Tensor:
-    """All inner products of dense deltas, summed in float64."""
+    """All inner products of dense deltas, in float64."""
     table = torch.zeros(deltas.count, deltas.count, dtype=torch.float64)
     for first, last in deltas.blocks():
         rows = torch.stack(

@@ -1,30 +1,33 @@
-"""Tasks that every verb uses: a tensor taken over byte for byte, a sum of tensors."""
+"""What the tasks of several verbs share: a stored tensor as it is, a sum of tensors, and the base of tasks that make factors."""
 
 import math
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
-from adapterkit.adapters.keys import canonical
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.plan import TaskResult
+from adapterkit.plan import Task, TaskResult
 from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 20  # elements that are summed at a time
 
 
 @dataclass(frozen=True)
-class AdapterTensor:
-    """One tensor of an input, byte for byte."""
+class CopiedTensor(Task):
+    """One stored tensor, byte for byte, under `key`.
+
+    `checked`: it must be finite, as what a training run has left may not be; else its bytes are copied without a look at them.
+    """
 
     source: TensorSpec
     key: str
-    prefix: str = ""  # of its name in the receipt
-
-    @property
-    def name(self) -> str:
-        return self.prefix + self.key
+    checked: bool = False
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -35,28 +38,25 @@ class AdapterTensor:
         return (Stored(self.key, self.source.dtype, self.source.shape),)
 
     @property
+    def copied(self) -> bool:
+        return not self.checked
+
+    @property
     def memory(self) -> int:
-        return 2 * self.source.nbytes
+        return 2 * self.source.nbytes if self.checked else 0
 
     def compute(self, inputs: Reader) -> TaskResult:
-        import torch
-
+        if not self.checked:
+            return TaskResult({self.key: self.source}, {})
         data, dtype = inputs.bytes(self.source), dtypes.torch_dtype(self.source.dtype)
         tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return TaskResult({self.key: tensor.view(self.source.shape)}, {"taken": True})
 
 
-def taken(source: TensorSpec, prefix: str = "") -> AdapterTensor:
-    """A tensor of an adapter, under PEFT's own key for it."""
-    return AdapterTensor(source, canonical(source.key), prefix)
-
-
 @dataclass(frozen=True)
-class SummedTensor:
-    """One tensor that is a sum of others: Σ scale · value, in float64, rounded once. Biases of b are, and averages of trained
-    values."""
+class SummedTensor(Task):
+    """Σ scale · value in float64, rounded once: biases of b, averages of values that were trained whole."""
 
-    name: str
     key: str
     terms: tuple[tuple[TensorSpec, float], ...]  # none: zeros
     dtype: str
@@ -75,8 +75,6 @@ class SummedTensor:
         return 12 * sum(math.prod(spec.shape) for spec in self.reads)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        import torch
-
         values = [(inputs.tensor(spec).view(-1), scale) for spec, scale in self.terms]
         out = torch.empty(self.shape, dtype=dtypes.torch_dtype(self.dtype))
         for first in range(0, out.numel(), BLOCK):
@@ -85,10 +83,34 @@ class SummedTensor:
         return TaskResult({self.key: out}, {})
 
 
-def bounds(place: Place, rank: int, dtype: str) -> tuple[Stored, ...]:
-    """What a module's factors take at most."""
-    a, b = place.shapes(rank)
-    return Stored(place.a_key, dtype, a), Stored(place.b_key, dtype, b)
+@dataclass(frozen=True)
+class FactorsTask(Task):
+    """The factors a and b of one module, under the keys of `place`; `compute` decides their rank."""
+
+    place: Place
+    dtype: str
+
+    @property
+    @abstractmethod
+    def max_rank(self) -> int:
+        """The largest rank that they can have."""
+
+    @property
+    def max_outputs(self) -> tuple[Stored, ...]:
+        a, b = self.place.shapes(self.max_rank)
+        return Stored(self.place.a_key, self.dtype, a), Stored(self.place.b_key, self.dtype, b)
+
+    def round(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in the dtype of the file."""
+        dtype = dtypes.torch_dtype(self.dtype)
+        return {key: tensor.to(dtype) for key, tensor in tensors.items()}
+
+    def round_matrices(self, a: Tensor, b: Tensor, rank: int) -> dict[str, Tensor]:
+        """The file's tensors of a (rank * experts, in) and b (out, rank * experts)."""
+        a_shape, b_shape = self.place.shapes(rank)
+        return self.round(
+            {self.place.a_key: a.reshape(a_shape), self.place.b_key: b.reshape(b_shape)}
+        )
 
 
 def short(value: float) -> float:

@@ -1,4 +1,4 @@
-"""What layers saw: the covariance of each one's inputs, `<module>.covariance` (in, in) in a safetensors file."""
+"""Statistics of layers' inputs: the covariance of each one's, `<module>.covariance` (in, in) in a safetensors file."""
 
 import math
 from collections.abc import Mapping
@@ -15,63 +15,61 @@ from adapterkit.weights.reader import Reader
 COVARIANCE = ".covariance"
 
 
-def covariances(stats: Checkpoint | None, widths: Mapping[str, int]) -> dict[str, TensorSpec]:
-    """E[x xᵀ] (in, in) of each module, whose width is `in`; none without a file. `Refused` with all that are missing or of another
-    shape."""
+def select_covariances(
+    stats: Checkpoint | None, widths: Mapping[str, int]
+) -> dict[str, TensorSpec]:
+    """E[x xᵀ] (in, in) of each module, whose width is `in`; none without a file.
+
+    Raises `Refused` with all that are missing or of another shape.
+    """
     errors: list[AdapterkitError] = []
-    found: dict[str, TensorSpec] = {}
+    selected: dict[str, TensorSpec] = {}
     if stats is None:
-        return found
+        return selected
     for module, width in widths.items():
         spec = stats.tensors.get(module + COVARIANCE)
         if spec is None:
-            hint = "collect them for this module too, or leave it out with --targets"
             errors.append(
                 Refused(
                     f"no {shown(module + COVARIANCE)}",
                     expected="one for each module",
                     where=stats.name,
-                    hint=hint,
+                    hint="collect them for this module too, or exclude it with --targets",
                 )
             )
         elif spec.shape != (width, width) or spec.dtype not in (*dtypes.FLOATS, "F64"):
-            text, expected = (
-                f"{shown(spec.key)}: {spec.dtype} {spec.shape}",
-                f"floats ({width}, {width})",
-            )
             errors.append(
                 Damaged(
-                    text, expected=expected, where=stats.name, hint="collect them on this model"
+                    f"{shown(spec.key)}: {spec.dtype} {spec.shape}",
+                    expected=f"floats ({width}, {width})",
+                    where=stats.name,
+                    hint="collect them on this model",
                 )
             )
         else:
-            found[module] = spec
+            selected[module] = spec
     refuse_all(errors)
-    return found
+    return selected
 
 
-def root_of(
+def read_root(
     inputs: Reader, covariance: TensorSpec | None
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """`weighted.root` of a stored covariance, if there is one, and what the receipt says of it; `Unrecoverable` where it is none."""
+    """`weighted.root` of a covariance, if there is one, and metrics; `Unrecoverable` where it is no covariance."""
     if covariance is None:
         return None, {}
     try:
         root, damping = weighted.root(inputs.tensor(covariance))
     except ValueError as error:
-        found = f"{shown(covariance.key)}: {error}"
-        hint = "collect it on texts that reach this module, and store it in float32"
         raise Unrecoverable(
-            found, expected="a covariance E[x xᵀ]", where=covariance.file, hint=hint
+            f"{shown(covariance.key)}: {error}",
+            expected="a covariance E[x xᵀ]",
+            where=covariance.file,
+            hint="collect it on texts that reach this module, and store it in float32",
         ) from error
     return root, {"damping": damping}
 
 
-def given(covariance: TensorSpec | None) -> tuple[TensorSpec, ...]:
-    """What a task reads for it."""
-    return () if covariance is None else (covariance,)
-
-
-def room(covariance: TensorSpec | None) -> int:
+def root_memory(covariance: TensorSpec | None) -> int:
     """Bytes for a covariance, its copies in float64 and its root."""
     return 0 if covariance is None else 32 * math.prod(covariance.shape)

@@ -1,16 +1,14 @@
 """The factors of the difference of two parameters, or the new parameter whole."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import PREFIX, wrapped
 from adapterkit.checkpoint.compare import same_bytes
 from adapterkit.checkpoint.header import TensorSpec
@@ -18,21 +16,20 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import leading_svd
-from adapterkit.plan import TaskResult
-from adapterkit.tasks import common
-from adapterkit.tasks.ranked import Cut, ranked
+from adapterkit.plan import Task, TaskResult
+from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.truncated import FittedFactors
 from adapterkit.weights.parameters import Parameter, StoredParameter
 from adapterkit.weights.reader import Reader
 
 PIECE = 4 << 20  # elements compared at a time
-BLOCK = 1 << 20  # elements made float32 at a time
+BLOCK = 1 << 20  # elements converted to float32 at a time
 
 
 def factor_keys(module: str, wrappers: Mapping[str, int]) -> tuple[str, str]:
-    """Keys of a module's factors; its own entry counts the wrappers that lie around these."""
-    return PREFIX + wrapped(f"{module}.lora_A.weight", wrappers), PREFIX + wrapped(
-        f"{module}.lora_B.weight", wrappers
-    )
+    """Keys of a module's a and b; the module's own entry counts the wrappers that are around these factors."""
+    a, b = (PREFIX + wrapped(f"{module}.lora_{side}.weight", wrappers) for side in "AB")
+    return a, b
 
 
 def stored_parameter(parameter: Parameter, side: Checkpoint) -> StoredParameter:
@@ -46,9 +43,11 @@ def equal_parameters(
     if not old.dtypes | new.dtypes <= set(dtypes.FLOATS) and old.dtypes != new.dtypes:
         return False
     if not _is_whole(old) or not _is_whole(new):
-        return _same_values(
-            *(_native(held, _OnDisk(side)) for held, side in zip((old, new), sides, strict=True))
+        values = (
+            _read_native(parameter, partial(_read_stored, side))
+            for parameter, side in zip((old, new), sides, strict=True)
         )
+        return _same_values(*values)
     a, b = old.specs[0], new.specs[0]
     if a.dtype == b.dtype:
         return same_bytes((sides[0].folder, a), (sides[1].folder, b))
@@ -71,50 +70,45 @@ def _rounds_to(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.to(b.dtype), b)
 
 
-def _is_whole(held: StoredParameter) -> bool:
+def _is_whole(parameter: StoredParameter) -> bool:
     """Whether a parameter is a stored tensor as it is."""
-    slots = held.parameter.slots
-    return len(slots) == 1 and slots[0].whole and held.specs[0].shape == held.shape
+    slots = parameter.parameter.slots
+    return len(slots) == 1 and slots[0].whole and parameter.specs[0].shape == parameter.shape
+
+
+def _read_stored(side: Checkpoint, spec: TensorSpec) -> Tensor:
+    """A tensor of a checkpoint in its own dtype."""
+    data = bytearray(side.folder.read(spec.file, spec.start, spec.stop))
+    dtype = dtypes.torch_dtype(spec.dtype)
+    if not data:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(spec.shape)
 
 
 @dataclass(frozen=True)
-class _OnDisk:
-    """Tensors of a checkpoint, in their own dtype."""
+class _NativeReader:
+    """Stored tensors, converted to one dtype."""
 
-    side: Checkpoint
-
-    def stored(self, spec: TensorSpec) -> Tensor:
-        data = bytearray(self.side.folder.read(spec.file, spec.start, spec.stop))
-        dtype = dtypes.torch_dtype(spec.dtype)
-        return (
-            torch.frombuffer(data, dtype=dtype).view(spec.shape)
-            if data
-            else torch.empty(spec.shape, dtype=dtype)
-        )
-
-
-@dataclass(frozen=True)
-class _As:
-    """Reads tensors as one dtype."""
-
-    inputs: Any
+    read: Callable[[TensorSpec], Tensor]
     dtype: torch.dtype
 
     def tensor(self, spec: TensorSpec) -> Tensor:
-        return self.inputs.stored(spec).to(self.dtype)
+        return self.read(spec).to(self.dtype)
 
 
-def _native(held: StoredParameter, inputs: Any) -> Tensor:
-    """A parameter in the widest of the dtypes that it is stored in; `inputs` has `stored`."""
-    return held.read(_As(inputs, _widest(held)))
+def _read_native(parameter: StoredParameter, read: Callable[[TensorSpec], Tensor]) -> Tensor:
+    """A parameter in the widest of the dtypes that it is stored in; `read` gives stored tensors."""
+    return parameter.read(_NativeReader(read, _widest(parameter)))
 
 
-def _widest(held: StoredParameter) -> torch.dtype:
-    return reduce(torch.promote_types, map(dtypes.torch_dtype, sorted(held.dtypes)))
+def _widest(parameter: StoredParameter) -> torch.dtype:
+    return reduce(torch.promote_types, map(dtypes.torch_dtype, sorted(parameter.dtypes)))
 
 
-def _pieces(sides: tuple[Checkpoint, Checkpoint], old: TensorSpec, new: TensorSpec):
-    """The same elements of both, some at a time."""
+def _pieces(
+    sides: tuple[Checkpoint, Checkpoint], old: TensorSpec, new: TensorSpec
+) -> Iterator[tuple[bytes, ...]]:
+    """Bytes of the same elements of both, some at a time."""
     count = math.prod(old.shape)
     widths = [dtypes.BITS[spec.dtype] // 8 for spec in (old, new)]
     for at in range(0, count, PIECE):
@@ -126,22 +120,17 @@ def _pieces(sides: tuple[Checkpoint, Checkpoint], old: TensorSpec, new: TensorSp
 
 
 @dataclass(frozen=True)
-class DifferenceFactors:
+class DifferenceFactors(FittedFactors):
     """Factors of one weight's difference between both sides; of a stack of experts, of each matrix of it."""
 
-    name: str
     module: str
     old: StoredParameter
     new: StoredParameter
-    place: Place
     transposed: bool
-    cut: Cut
-    dtype: str
     target: str  # what PEFT's config calls it
     limit: int | None = None  # of the rank
-    alpha = None  # scale 1
 
-    def inside(self, wrappers: Mapping[str, int], depth: int) -> "DifferenceFactors":
+    def with_keys(self, wrappers: Mapping[str, int], depth: int) -> "DifferenceFactors":
         """The same with keys as deep as they can become, `depth` among those of its module."""
         a_key, b_key = factor_keys(self.module, {**wrappers, self.module: depth})
         return replace(self, place=replace(self.place, a_key=a_key, b_key=b_key))
@@ -152,36 +141,32 @@ class DifferenceFactors:
 
     @property
     def _shape(self) -> tuple[int, int]:
+        """(out, in) of each matrix."""
         return self.place.out, math.prod(self.place.a_tail)
 
     @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return common.bounds(self.place, self._most_rank(), self.dtype)
-
-    def _most_rank(self) -> int:
-        return self.cut.most(min(self.limit or min(self._shape), *self._shape))
+    def max_rank(self) -> int:
+        return self.truncation.max_rank(min(self.limit or min(self._shape), *self._shape))
 
     @property
     def memory(self) -> int:
         """The difference of one matrix, the vectors of its decomposition or a product of its short side, and the factors."""
-        short = min(self._shape)
+        size, short_side = math.prod(self._shape), min(self._shape)
         factors = sum(4 * math.prod(stored.shape) for stored in self.max_outputs)
-        return (
-            8 * math.prod(self._shape)
-            + 32 * min(short * short, math.prod(self._shape))
-            + 2 * factors
-            + 32 * BLOCK
-        )
+        return 8 * size + 32 * min(short_side**2, size) + 2 * factors + 32 * BLOCK
 
     def compute(self, inputs: Reader) -> TaskResult:
-        found = [self._leading(old, new, inputs) for old, new in self._matrices()]
-        zero = (
-            Svd(torch.zeros(self._shape[0], 1), torch.zeros(1), torch.zeros(1, self._shape[1])),
-            0.0,
-        )
-        if all(one is None for one in found):
-            return TaskResult({}, {"unchanged": True})
-        return ranked(self, [one or zero for one in found])
+        svds = self.decompose(inputs)
+        return self.fit(svds) if svds else TaskResult({}, {"unchanged": True})
+
+    def decompose(self, inputs: Reader) -> list[tuple[Svd, float]]:
+        """See `FittedFactors`; empty if both sides are equal."""
+        svds = [self._leading(old, new, inputs) for old, new in self._matrices()]
+        if all(svd is None for svd in svds):
+            return []
+        out, width = self._shape
+        zero = Svd(torch.zeros(out, 1), torch.zeros(1), torch.zeros(1, width)), 0.0
+        return [svd or zero for svd in svds]
 
     def _matrices(self) -> Iterator[tuple[StoredParameter, StoredParameter]]:
         """Both sides of each matrix."""
@@ -197,38 +182,36 @@ class DifferenceFactors:
         if delta is None or not bool(delta.any()):
             return None
         delta = delta.T if self.transposed else delta.reshape(self._shape)
-        return leading_svd(delta, self._most_rank(), self.cut.energy, self.cut.sv_ratio)
+        return leading_svd(delta, self.max_rank, self.truncation.energy, self.truncation.sv_ratio)
 
 
 @dataclass(frozen=True)
-class WholeParameter:
-    """One parameter's value as it is, put together where it is stored in parts or as a part of something else."""
+class WholeParameter(Task):
+    """One parameter's value, put together where it is stored in parts or as a part of something else."""
 
     parameter: str
-    held: StoredParameter
+    value: StoredParameter
     key: str
     only_beside_factors: bool = False  # written if its layer has factors alone
 
     @property
-    def name(self) -> str:
-        return self.key
-
-    @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return self.held.reads
+        return self.value.reads
 
     @property
     def max_outputs(self) -> tuple[Stored, ...]:
-        return (Stored(self.key, dtypes.name_of(_widest(self.held)), self.held.shape),)
+        return (Stored(self.key, dtypes.name_of(_widest(self.value)), self.value.shape),)
 
     @property
     def memory(self) -> int:
         return 2 * sum(spec.nbytes for spec in self.reads)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        if _is_whole(self.held):
-            return common.AdapterTensor(self.held.specs[0], self.key).compute(inputs)
-        return TaskResult({self.key: _native(self.held, inputs).contiguous()}, {"taken": True})
+        if _is_whole(self.value):
+            copy = CopiedTensor(self.name, self.value.specs[0], self.key, checked=True)
+            return copy.compute(inputs)
+        tensor = _read_native(self.value, inputs.stored).contiguous()
+        return TaskResult({self.key: tensor}, {"taken": True})
 
 
 def _difference(old: StoredParameter, new: StoredParameter, inputs: Reader) -> Tensor | None:
@@ -236,7 +219,7 @@ def _difference(old: StoredParameter, new: StoredParameter, inputs: Reader) -> T
     blocks = new.row_ranges(BLOCK)
     blocks = blocks if len(old.row_ranges(BLOCK)) == len(blocks) else [(0, new.shape[0])]
     pieces = [(first, old.rows(first, last), new.rows(first, last)) for first, last in blocks]
-    if _same_bytes(old, new, pieces, inputs) or _rounded(old, new, pieces, inputs):
+    if _same_bytes(old, new, pieces, inputs) or _is_rounding(old, new, pieces, inputs):
         return None
     delta: Tensor | None = None
     for first, before, after in pieces:
@@ -252,7 +235,7 @@ Pieces = list[tuple[int, StoredParameter, StoredParameter]]
 
 
 def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Reader) -> bool:
-    """Whether both sides store the same, seen before anything is made float32."""
+    """Whether both sides store the same, compared before anything is converted."""
     if not old.same_storage(new):
         return False
     pairs = (
@@ -263,7 +246,9 @@ def _same_bytes(old: StoredParameter, new: StoredParameter, pieces: Pieces, inpu
     return all(inputs.bytes(a) == inputs.bytes(b) for a, b in pairs)
 
 
-def _rounded(old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Reader) -> bool:
+def _is_rounding(
+    old: StoredParameter, new: StoredParameter, pieces: Pieces, inputs: Reader
+) -> bool:
     """Whether all of one side is the other's rounding."""
     if old.dtypes == new.dtypes or len(old.dtypes) > 1 or len(new.dtypes) > 1:
         return False

@@ -1,4 +1,4 @@
-"""Tensors of a quantized checkpoint: copied, decoded and edited, or decoded, edited and encoded again."""
+"""Tensors of a quantized checkpoint: decoded and edited, or decoded, edited and encoded again."""
 
 import itertools
 import math
@@ -14,65 +14,35 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.plan import Loaded, Step, TaskResult, kept_by
+from adapterkit.plan import Loaded, Step, Task, TaskResult
+from adapterkit.tasks import rows
 from adapterkit.tasks.common import short
-from adapterkit.tasks.rows import arithmetic, rounded
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader, ReaderView
 
-ROWS = 1 << 18  # elements of a weight that are edited at a time
-SLICE = (
-    1 << 20
-)  # elements of a weight that are decoded and encoded at a time, where its format allows that
+# elements of a weight that are decoded and encoded at a time, where its format allows that
+SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
-class CopiedTensor:
-    """One stored tensor, byte for byte."""
-
-    source: TensorSpec
-    copied = True  # the plan counts it so
-
-    @property
-    def name(self) -> str:
-        return self.source.key
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.source,)
-
-    @property
-    def max_outputs(self) -> tuple[Stored, ...]:
-        return (Stored(self.source.key, self.source.dtype, self.source.shape),)
-
-    @property
-    def memory(self) -> int:
-        return 0
-
-    def compute(self, inputs: Reader) -> TaskResult:
-        return TaskResult({self.source.key: self.source}, {})
-
-
-@dataclass(frozen=True)
-class EditedTensor:
-    """One float tensor: a step's source, decoded if it is packed, through its edits, rounded once."""
+class StepTask(Task):
+    """A step whose source, or whose result, is not stored as it is computed."""
 
     step: Step
 
     @property
-    def name(self) -> str:
-        return self.step.key
-
-    @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (
-            *stored_parts(self.step.source),
-            *(spec for edit in self.step.edits for spec in edit.reads),
-        )
+        edits = (spec for edit in self.step.edits for spec in edit.reads)
+        return (*stored_parts(self.step.source), *edits)
 
     @property
-    def kept(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for edit in self.step.edits for spec in kept_by(edit))
+    def shared_reads(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for edit in self.step.edits for spec in edit.shared_reads)
+
+
+@dataclass(frozen=True)
+class EditedTensor(StepTask):
+    """One float tensor: a step's source, decoded if it is quantized, through its edits, rounded once."""
 
     @property
     def max_outputs(self) -> tuple[Stored, ...]:
@@ -84,39 +54,27 @@ class EditedTensor:
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight = _Weight(self.step, inputs)
-        edits = weight.edits()
+        edits = weight.load_edits()
         out = torch.empty(self.step.shape, dtype=dtypes.torch_dtype(self.step.dtype))
         grid = out.view(weight.rows, weight.columns)
         survival = Survival()
-        for part in weight.changed(edits, compared=bool(edits)):
-            here = grid[part.first : part.last] = rounded(
-                part.after, self.step, part.first * weight.columns
-            )
+        for part in weight.edit(edits, compared=bool(edits)):
+            position = part.first * weight.columns
+            written = grid[part.first : part.last] = rows.rounded(part.after, self.step, position)
             if edits:
-                survival.add(part, here.to(part.after.dtype))
-        return TaskResult(
-            {self.step.key: out}, weight.metrics(edits) | survival.metrics("rounding")
-        )
+                survival.add(part, written.to(part.after.dtype))
+        metrics = weight.metrics(edits) | survival.metrics("rounding")
+        return TaskResult({self.step.key: out}, metrics)
 
 
 @dataclass(frozen=True)
-class RequantizedWeight:
-    """One packed weight with edits: decoded, changed in float32, encoded once, by slices of rows where its format allows that."""
-
-    step: Step
-    packed: QuantizedWeight
+class RequantizedWeight(StepTask):
+    """One quantized weight with edits: decoded, changed in float32, encoded once, by slices of rows where its format allows that."""
 
     @property
-    def name(self) -> str:
-        return self.step.key
-
-    @property
-    def reads(self) -> tuple[TensorSpec, ...]:
-        return (*self.packed.parts, *(spec for edit in self.step.edits for spec in edit.reads))
-
-    @property
-    def kept(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for edit in self.step.edits for spec in kept_by(edit))
+    def packed(self) -> QuantizedWeight:
+        assert isinstance(self.step.source, QuantizedWeight)
+        return self.step.source
 
     @property
     def max_outputs(self) -> tuple[Stored, ...]:
@@ -132,31 +90,27 @@ class RequantizedWeight:
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight = _Weight(self.step, inputs)
-        edits, same, survival = weight.edits(), [], Survival()
-        for part in weight.changed(edits):
+        edits, same, survival = weight.load_edits(), [], Survival()
+        for part in weight.edit(edits):
             if torch.equal(part.before, part.after):
                 same.append((part.first, part.last))
             else:
-                survival.add(part, weight.write(part))
+                survival.add(part, weight.encode(part))
         metrics = weight.metrics(edits)
         if not survival.sums:
-            return TaskResult(
-                {part.key: part for part in self.packed.parts}, metrics | {"survived": 1.0}
-            )
-        for (
-            first,
-            last,
-        ) in same:  # its encoder may write the same values in other bytes: all of the weight goes through it
+            tensors = {part.key: part for part in self.packed.parts}
+            return TaskResult(tensors, metrics | {"survived": 1.0})
+        # the encoder may write equal values in other bytes: all of the weight goes through it
+        for first, last in same:
             value = weight.read(first, last)
             part = Part(first, last, value, value)
-            survival.add(part, weight.write(part))
-        tensors = weight.written()
-        if (
-            weight.nested
-        ):  # the scales that are read back are others than those that the codes were chosen for
-            survival, again = Survival(), _Weight(self.step, inputs, tensors)
-            for part in weight.changed(edits):
-                survival.add(part, again.read(part.first, part.last))
+            survival.add(part, weight.encode(part))
+        tensors = weight.tensors()
+        if weight.nested:
+            # the scales that are read back are others than those that the codes were chosen for
+            survival, written = Survival(), _Weight(self.step, inputs, tensors)
+            for part in weight.edit(edits):
+                survival.add(part, written.read(part.first, part.last))
         return TaskResult(tensors, metrics | survival.metrics())
 
 
@@ -170,24 +124,21 @@ class Part(NamedTuple):
 
 
 class Survival:
-    """What a change comes to once it is stored: `survived` ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if it is all there, 0 if nothing moved;
-    the noise beside it, called `requantization` or `rounding`, ‖stored - after‖ / ‖Δ‖. Δ = after - before."""
+    """How much of a change Δ = after - before is in what is stored.
+
+    `survived`: ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if all of it is there, 0 if nothing moved. Beside it the noise,
+    ‖stored - after‖ / ‖Δ‖, of `requantisation` or `rounding`.
+    """
 
     def __init__(self):
         self.sums: list[tuple[float, float, float]] = []
 
     def add(self, part: Part, stored: Tensor) -> None:
-        for x, y, z in zip(
-            *(t.reshape(-1).split(ROWS) for t in (part.before, part.after, stored)), strict=True
-        ):
+        tensors = (part.before, part.after, stored)
+        for x, y, z in zip(*(t.reshape(-1).split(rows.ELEMENTS) for t in tensors), strict=True):
             delta = y - x
-            self.sums.append(
-                (
-                    float(torch.dot(z - x, delta)),
-                    float(torch.dot(delta, delta)),
-                    float((z - y).square().sum()),
-                )
-            )
+            inner, squares = float(torch.dot(z - x, delta)), float(torch.dot(delta, delta))
+            self.sums.append((inner, squares, float((z - y).square().sum())))
 
     def metrics(self, noise: str = "requantisation") -> dict[str, float]:
         if not self.sums:
@@ -204,168 +155,167 @@ def stored_parts(spec: TensorSpec) -> tuple[TensorSpec, ...]:
 
 
 def _grid(step: Step) -> tuple[int, int]:
-    """Rows and columns of a weight: those that its edits go by."""
+    """Rows and columns of a weight: those of its edits."""
     if step.edits:
         return step.grid
     return math.prod(step.shape[:-1]), step.shape[-1] if step.shape else 1
 
 
 def _slices(step: Step) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that are worked on alone, the first one the largest."""
-    (rows, columns), source = _grid(step), step.source
+    """Ranges of rows that are decoded and encoded alone, the first one the largest."""
+    (count, columns), source = _grid(step), step.source
     if isinstance(source, QuantizedWeight):
-        return source.row_ranges(SLICE) if source.shape[-1] == columns else iter([(0, rows)])
+        return source.row_ranges(SLICE) if source.shape[-1] == columns else iter([(0, count)])
     each = max(1, SLICE // max(columns, 1))
-    return ((first, min(first + each, rows)) for first in range(0, rows, each))
+    return ((first, min(first + each, count)) for first in range(0, count, each))
 
 
 def _memory(step: Step, copies: int, bytes_each: int) -> int:
-    """Bytes that edited rows take at most: copies of what is stored, `bytes_each` for an element of a slice, the factors."""
+    """Bytes of `copies` of what is stored, of `bytes_each` for an element of a slice, and of the edits' factors."""
     stored = copies * step.source.nbytes if isinstance(step.source, QuantizedWeight) else 0
     first, last = next(_slices(step), (0, 0))
-    return (
-        stored
-        + bytes_each * (last - first) * _grid(step)[1]
-        + 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
-    )
+    factors = 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
+    return stored + bytes_each * (last - first) * _grid(step)[1] + factors
 
 
 class _Weight:
-    """One stored weight: read by slices of rows, edited, and written again if it is packed.
+    """One stored weight: read by slices of rows, edited, and encoded again if it is quantized.
 
-    What has one slice only is decoded once. `stored`: its parts, where they are not those of the file."""
+    If there is one slice only, it is decoded once. `stored`: its parts, where they are not those of the file.
+    """
 
     def __init__(self, step: Step, inputs: Reader, stored: dict[str, Tensor] | None = None):
         self.step, self.inputs, self.source = step, inputs, step.source
-        self.dtype = arithmetic(step)
+        self.dtype = rows.arithmetic(step)
         self.rows, self.columns = _grid(step)
-        self.nested, self.squares, self.whole = False, [], None
+        self.nested = False  # whether there are scales of scales, which are encoded anew
+        self.squares: list[float] = []  # Σ w² of each slice, before the edits
+        self.whole: Tensor | None = None
         if isinstance(self.source, QuantizedWeight):
             self.original = stored or {part.key: inputs.stored(part) for part in self.source.parts}
-            # with draws the scales of scales stay
+            # with draws the scales of scales do not change
             self.record, self.parts = (
                 (self.source, self.original)
                 if step.draws
                 else self.source.split_nested(self.original)
             )
             self.nested = self.record is not self.source
-            # without scales of scales the new bytes take the place of the old ones, which are read no more
-            self.new = (
+            # without scales of scales the new bytes replace the old ones, which are not read again
+            self.encoded = (
                 {key: part.clone() for key, part in self.parts.items()}
                 if self.nested
                 else self.parts
             )
         ranges = list(itertools.islice(_slices(step), 2))
         if len(ranges) == 1:
-            self.whole = self._decoded(*ranges[0])
+            self.whole = self._decode(*ranges[0])
 
-    def edits(self) -> list[Loaded]:
-        reader = ReaderView(self.inputs, self.dtype, self._blocks)
-        return [edit.load(reader, self.source, self.step.grid) for edit in self.step.edits]
+    def load_edits(self) -> list[Loaded]:
+        inputs = ReaderView(self.inputs, self.dtype, self._blocks)
+        return [edit.load(inputs, self.source, self.step.grid) for edit in self.step.edits]
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of the chunks of the edits, decoded."""
         slices = ((first, self.read(first, last)) for first, last in _slices(self.step))
-        for first, pieces in _chunked(slices, self.rows, self.columns):
+        for first, pieces in _chunk(slices, self.rows, self.columns):
             yield first, torch.cat(pieces).to(self.dtype)
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows of one slice in float32; not to be changed where there is one slice only."""
-        return self._decoded(first, last) if self.whole is None else self.whole
+        return self._decode(first, last) if self.whole is None else self.whole
 
-    def _decoded(self, first: int, last: int) -> Tensor:
+    def _decode(self, first: int, last: int) -> Tensor:
         source, columns = self.source, self.columns
         if isinstance(source, QuantizedWeight):
-            value = decode_checked(
-                *self._at(self.parts, first, last), hint="download the checkpoint again"
-            )
+            record, parts = self._narrow(self.parts, first, last)
+            value = decode_checked(record, parts, hint="download the checkpoint again")
             return value.view(last - first, columns)
         start, stop = (
             source.start + dtypes.size(source.dtype, row * columns) for row in (first, last)
         )
-        return self.inputs.tensor(
-            replace(source, shape=(last - first, columns), start=start, stop=stop)
-        )
+        shape = (last - first, columns)
+        return self.inputs.tensor(replace(source, shape=shape, start=start, stop=stop))
 
-    def _at(
+    def _narrow(
         self, parts: dict[str, Tensor], first: int, last: int
     ) -> tuple[QuantizedWeight, dict[str, Tensor]]:
-        return (
-            self.record.rows(parts, first, last)
-            if self.record.shape[-1] == self.columns
-            else (self.record, parts)
-        )
+        """A slice as a quantized weight, and its parts."""
+        if self.record.shape[-1] != self.columns:
+            return self.record, parts
+        return self.record.rows(parts, first, last)
 
-    def changed(self, edits: list[Loaded], compared: bool = True) -> Iterator[Part]:
-        """Its slices before and after the edits; the two are one unless they are to be `compared`.
+    def edit(self, edits: list[Loaded], compared: bool = True) -> Iterator[Part]:
+        """The slices before and after the edits; the two are one tensor unless they are to be `compared`.
 
-        Edits work on the same chunks of rows whatever the slices are: a product of another height may differ in its last bit."""
-        self.squares, waiting = [], deque()
+        As in `engines.local` the edits work on chunks of `rows.chunks`, whatever the slices are: a product of another height may
+        differ in its last bit. It is another loop, because chunks are read from a file there, each by itself and by any worker,
+        and here they are cut from slices that a format decodes together.
+        """
+        self.squares, pending = [], deque[Part]()
 
-        def opened() -> Iterator[tuple[int, Tensor]]:
+        def slices() -> Iterator[tuple[int, Tensor]]:
             for first, last in _slices(self.step):
                 before = self.read(first, last)
                 self.squares += [squared_norm(before)] if edits else []
-                waiting.append(Part(first, last, before, before.clone() if compared else before))
-                yield first, waiting[-1].after
+                pending.append(Part(first, last, before, before.clone() if compared else before))
+                yield first, pending[-1].after
 
-        for first, pieces in _chunked(opened(), self.rows, self.columns):
+        for first, pieces in _chunk(slices(), self.rows, self.columns):
             block = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.dtype)
             for edit in edits:
                 edit.apply(block, first)
             if block is not pieces[0]:
-                for piece, value in zip(
-                    pieces, block.split([len(piece) for piece in pieces]), strict=True
-                ):
+                values = block.split([len(piece) for piece in pieces])
+                for piece, value in zip(pieces, values, strict=True):
                     piece.copy_(value)
             done = first + len(block)
             del block, pieces
-            while waiting and waiting[0].last <= done:
-                yield waiting.popleft()
+            while pending and pending[0].last <= done:
+                yield pending.popleft()
 
     def metrics(self, edits: list[Loaded]) -> dict[str, Any]:
-        """What was added to it."""
-        metrics: dict[str, Any] = (
-            {"adapters": list(self.step.adapters)} if self.step.adapters else {}
-        )
-        norms, size = (
-            [edit.delta_norm for edit in edits if edit.delta_norm is not None],
-            math.sqrt(math.fsum(self.squares)),
-        )
+        """The adapters, and `delta`: the norm of what was added to it, relative to its own."""
+        metrics: dict[str, Any] = {}
+        if self.step.adapters:
+            metrics["adapters"] = list(self.step.adapters)
+        norms = [edit.delta_norm for edit in edits if edit.delta_norm is not None]
+        size = math.sqrt(math.fsum(self.squares))
         if norms and size:
             metrics["delta"] = short(math.hypot(*norms) / size)
         return metrics
 
-    def write(self, part: Part) -> Tensor:
+    def encode(self, part: Part) -> Tensor:
         """Encode the rows of a slice; what they decode to."""
-        record, stored = self._at(self.parts, part.first, part.last)
+        record, stored = self._narrow(self.parts, part.first, part.last)
         draws = self.step.draws and self.step.draws.at(part.first * self.columns)
         tensors = record.encode_keeping_scales(stored, part.after.view(record.shape), draws)
         value = decode_checked(record, tensors).view(part.after.shape)
         if stored is self.parts:
-            self.new = tensors
+            self.encoded = tensors
         else:
-            for key, room in self._at(self.new, part.first, part.last)[1].items():
-                if room is not self.new[key]:
+            for key, room in self._narrow(self.encoded, part.first, part.last)[1].items():
+                if room is not self.encoded[key]:
                     room.copy_(tensors[key])
         return value
 
-    def written(self) -> dict[str, Tensor]:
-        """All parts, once each slice has been written."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All parts, once each slice is encoded."""
         assert isinstance(self.source, QuantizedWeight)
-        return self.original | (self.new if self.step.draws else self.source.join_nested(self.new))
+        new = self.encoded if self.step.draws else self.source.join_nested(self.encoded)
+        return self.original | new
 
 
-def _chunked(
-    slices: Iterable[tuple[int, Tensor]], rows: int, columns: int
+def _chunk(
+    slices: Iterable[tuple[int, Tensor]], count: int, columns: int
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Chunks of about ROWS elements, whatever slices they lie in: (first row, its pieces, views of the slices)."""
-    each, pieces = max(1, ROWS // max(columns, 1)), []
+    """The chunks of `count` rows, wherever slices end: (first row, its pieces, views of the slices)."""
+    each, pieces = rows.chunk_height(columns), []
     for first, value in slices:
         at, last = first, first + len(value)
         while at < last:
             stop = min(last, (at // each + 1) * each)
             pieces.append(value[at - first : stop - first])
             at = stop
-            if at % each == 0 or at == rows:
+            if at % each == 0 or at == count:
                 yield at - sum(map(len, pieces)), pieces
                 pieces = []

@@ -137,7 +137,7 @@ def _taken(factor: Tensor, dim: int, at: Positions) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class AddLowRank:
+class AddLowRank(Edit):
     """w += Σ scale * b @ a over the terms: one product per block, the terms' factors stacked along the rank."""
 
     terms: tuple[Term, ...]
@@ -147,7 +147,7 @@ class AddLowRank:
         return tuple(spec for term in self.terms for spec in term.reads)
 
     @property
-    def kept(self) -> tuple[TensorSpec, ...]:
+    def shared_reads(self) -> tuple[TensorSpec, ...]:
         return tuple(term.b for term in self.terms if term.shared)
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
@@ -175,7 +175,7 @@ class AddLowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class AddLikePeft:
+class AddLikePeft(Edit):
     """One adapter's addition with PEFT's roundings: the product is scaled after the matmul; with `delta_first` it is rounded to
     the weight's dtype before it is added; the sum is rounded before the next adapter (`merge_and_unload`, safe_merge=False)."""
 
@@ -188,7 +188,7 @@ class AddLikePeft:
         return self.term.reads
 
     @property
-    def kept(self) -> tuple[TensorSpec, ...]:
+    def shared_reads(self) -> tuple[TensorSpec, ...]:
         return (self.term.b,) if self.term.shared else ()
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
@@ -214,7 +214,7 @@ class AddLikePeft:
 
 
 @dataclass(frozen=True, slots=True)
-class Decompose:
+class Decompose(Edit):
     """DoRA: w = magnitude * w / ‖w‖ per output row of the parameter (arXiv:2402.09353).
 
     `by_columns`: the parameter's outputs are the grid's columns (an embedding's axis, a transposed layer). Then the norms need
@@ -263,7 +263,7 @@ class Decompose:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundTo:
+class RoundTo(Edit):
     """w rounded to the weight's dtype between two adapters, as PEFT does."""
 
     rounded: torch.dtype
@@ -281,7 +281,7 @@ def _round(w: Tensor, dtype: torch.dtype) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class AddVector:
+class AddVector(Edit):
     """w += scale * vector, for biases: the grid is (n, 1). `at`: which of the vector's entries lie on rows [row, row_stop)."""
 
     vector: TensorSpec
@@ -306,7 +306,7 @@ class AddVector:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplaceRows:
+class ReplaceRows(Edit):
     """w[indices] = values: trained token rows. `by_columns`: the tokens are the grid's columns."""
 
     values: TensorSpec
@@ -337,7 +337,7 @@ def _set_columns(w: Tensor, first: int, where: Tensor, values: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Assign:
+class Assign(Edit):
     """w[block] = the parameter's trained value there: replaced parameters that are stored in pieces."""
 
     value: TensorSpec

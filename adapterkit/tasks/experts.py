@@ -13,7 +13,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product
-from adapterkit.plan import TaskResult
+from adapterkit.plan import Task, TaskResult
 from adapterkit.weights.reader import Reader
 
 ITERATIONS = 15  # of PEFT's power iteration
@@ -21,13 +21,12 @@ TINY = 1e-8  # what PEFT adds to a norm that it divides by
 
 
 @dataclass(frozen=True)
-class StackedExperts:
-    """One module's experts."""
+class StackedExperts(Task):
+    """One module's experts: a (E, r, in), b (E, out, r), scale (E), prototype (E, in)."""
 
-    name: str
     parts: tuple[tuple[int, Factors], ...]  # expert's number, factors
-    less: tuple[Factors, ...]  # of the general adapters that have the module
-    generals: int  # how many there are in all
+    general: tuple[Factors, ...]  # of the general adapters that have the module
+    generals: int  # how many general adapters there are
     experts: int
     compat: str | None
     seed: int
@@ -35,12 +34,13 @@ class StackedExperts:
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(spec for f in (*(f for _, f in self.parts), *self.less) for spec in (f.a, f.b))
+        factors = (*(own for _, own in self.parts), *self.general)
+        return tuple(spec for each in factors for spec in (each.a, each.b))
 
     @property
     def rank(self) -> int:
-        """Of the widest expert, the general adapters' factors beside its own."""
-        added = 0 if self.compat else sum(factors.rank for factors in self.less)
+        """Of the expert of the largest rank, the general adapters' factors beside its own."""
+        added = 0 if self.compat else sum(factors.rank for factors in self.general)
         return max(factors.rank for _, factors in self.parts) + added
 
     @property
@@ -52,14 +52,13 @@ class StackedExperts:
             Stored(f"{self.name}.scale", "F32", (count,)),
             Stored(f"{self.name}.prototype", "F32", (count, width)),
         ]
-        return (
-            (*stored, Stored(f"{self.name}.expert", "I32", (count,)))
-            if self._partly
-            else tuple(stored)
-        )
+        if self._is_partial:
+            stored.append(Stored(f"{self.name}.expert", "I32", (count,)))
+        return tuple(stored)
 
     @property
-    def _partly(self) -> bool:
+    def _is_partial(self) -> bool:
+        """Whether some experts lack the module."""
         return len(self.parts) < self.experts
 
     @property
@@ -70,47 +69,41 @@ class StackedExperts:
 
     def compute(self, inputs: Reader) -> TaskResult:
         if self.compat == "peft":
-            factors, scales = self._like_peft(inputs), [f.scale for _, f in self.parts]
-            found = [(power_iteration(a, b, self.seed), None) for a, b in factors]
-        elif self.less:
+            factors, scales = self._like_peft(inputs), [own.scale for _, own in self.parts]
+            prototypes = [(power_iteration(a, b, self.seed), None) for a, b in factors]
+        elif self.general:
             general = [
-                Product(p.left / self.generals, p.right)
-                for f in self.less
-                for p in f.products(inputs)
+                Product(product.left / self.generals, product.right)
+                for factors in self.general
+                for product in factors.products(inputs)
             ]
-            products = [
-                lowrank.stack_products(
-                    [*f.products(inputs), *(Product(-g.left, g.right) for g in general)]
-                )
-                for _, f in self.parts
+            negative = [Product(-product.left, product.right) for product in general]
+            factors = [
+                lowrank.balance(lowrank.stack_products([*own.products(inputs), *negative]))
+                for _, own in self.parts
             ]
-            factors, scales = (
-                [lowrank.balance(product) for product in products],
-                [1.0] * len(products),
-            )
-            found = [prototype(Product(b, a)) for a, b in factors]
+            scales = [1.0] * len(factors)
+            prototypes = [prototype(Product(b, a)) for a, b in factors]
         else:
-            factors, scales = (
-                [f.stored(inputs) for _, f in self.parts],
-                [f.scale for _, f in self.parts],
-            )
-            found = [prototype(Product(b.double(), a.double())) for a, b in factors]
-        return self._made(factors, scales, found)
+            factors = [own.stored(inputs) for _, own in self.parts]
+            scales = [own.scale for _, own in self.parts]
+            prototypes = [prototype(Product(b.double(), a.double())) for a, b in factors]
+        return self._result(factors, scales, prototypes)
 
     def _like_peft(self, inputs: Reader) -> list[tuple[Tensor, Tensor]]:
-        pairs = [factors.stored(inputs) for _, factors in self.parts]
-        if not self.less:
+        pairs = [own.stored(inputs) for _, own in self.parts]
+        if not self.general:
             return pairs
-        others = [factors.stored(inputs) for factors in self.less]
+        others = [factors.stored(inputs) for factors in self.general]
         mean_a = torch.stack([a for a, _ in others]).mean(0)
         mean_b = torch.stack([b for _, b in others]).mean(0)
         return [(a - mean_a, b - mean_b) for a, b in pairs]
 
-    def _made(
+    def _result(
         self,
         factors: Sequence[tuple[Tensor, Tensor]],
         scales: list[float],
-        found: Sequence[tuple[Tensor, Any]],
+        prototypes: Sequence[tuple[Tensor, float | None]],  # with their gaps
     ) -> TaskResult:
         dtype, pad = dtypes.torch_dtype(self.dtype), torch.nn.functional.pad
         a = torch.stack([pad(a, (0, 0, 0, self.rank - len(a))) for a, _ in factors])
@@ -119,16 +112,13 @@ class StackedExperts:
             f"{self.name}.a": a.to(dtype),
             f"{self.name}.b": b.to(dtype),
             f"{self.name}.scale": torch.tensor(scales, dtype=torch.float32),
-            f"{self.name}.prototype": torch.stack([vector for vector, _ in found]).float(),
+            f"{self.name}.prototype": torch.stack([vector for vector, _ in prototypes]).float(),
         }
-        if self._partly:
-            tensors[f"{self.name}.expert"] = torch.tensor(
-                [number for number, _ in self.parts], dtype=torch.int32
-            )
-        gaps = [gap for _, gap in found]
-        metrics: dict[str, Any] = (
-            {} if None in gaps else {"gap": [float(f"{gap:.4g}") for gap in gaps]}
-        )
+        if self._is_partial:
+            numbers = [number for number, _ in self.parts]
+            tensors[f"{self.name}.expert"] = torch.tensor(numbers, dtype=torch.int32)
+        gaps = [float(f"{gap:.4g}") for _, gap in prototypes if gap is not None]
+        metrics: dict[str, Any] = {"gap": gaps} if gaps else {}
         return TaskResult(tensors, metrics | {"rank": self.rank})
 
 
@@ -145,7 +135,7 @@ def prototype(product: Product) -> tuple[Tensor, float]:
 
 
 def power_iteration(a: Tensor, b: Tensor, seed: int) -> Tensor:
-    """PEFT's prototype: v ← aᵀ(bᵀb(a v)), normalised, 15 times in float32 from a random start; the sign is left as it comes."""
+    """PEFT's prototype: v ← aᵀ(bᵀb(a v)) / ‖·‖, 15 times in float32 from a random start, of either sign."""
     a, b = a.float(), b.float()
     core = b.T @ b
     v = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

@@ -1,29 +1,26 @@
 """One weight in a quantized format, with its measured error."""
 
 from dataclasses import dataclass
-from typing import Any
+
+from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.sums import squared_norm
-from adapterkit.plan import TaskResult
+from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 
-PIECE = 1 << 20  # elements compared at a time
+BLOCK = 1 << 20  # elements compared at a time
 
 
 @dataclass(frozen=True)
-class EncodedWeight:
-    """One weight, encoded."""
+class EncodedWeight(Task):
+    """One weight, quantized."""
 
     source: TensorSpec
     packed: QuantizedWeight
-
-    @property
-    def name(self) -> str:
-        return self.packed.key
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -44,14 +41,13 @@ class EncodedWeight:
     def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)
         tensors = self.packed.encode(weight)
-        return TaskResult(
-            tensors, {"error": relative_error(weight, decode_checked(self.packed, tensors))}
-        )
+        error = relative_error(weight, decode_checked(self.packed, tensors))
+        return TaskResult(tensors, {"error": error})
 
 
-def relative_error(weight: Any, other: Any) -> float:
-    """‖other - W‖_F / ‖W‖_F."""
+def relative_error(weight: Tensor, other: Tensor) -> float:
+    """‖other - W‖_F / ‖W‖_F, to six digits."""
     lost = size = 0.0
-    for x, y in zip(weight.reshape(-1).split(PIECE), other.reshape(-1).split(PIECE), strict=True):
+    for x, y in zip(weight.reshape(-1).split(BLOCK), other.reshape(-1).split(BLOCK), strict=True):
         lost, size = lost + squared_norm(y - x), size + squared_norm(x)
     return short((lost / size) ** 0.5) if size else 0.0

@@ -12,27 +12,24 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.sums import norm
-from adapterkit.plan import TaskResult
+from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
+from adapterkit.tasks.handoff import handoff_of
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 
 
 @dataclass(frozen=True)
-class ResidualWeight:
-    """One weight without the part that its factors take, in its own dtype or quantized; the factors are laid aside."""
+class ResidualWeight(Task):
+    """W - scale·b@a in the dtype of W, or quantized; a and b are handed on to the adapter's file."""
 
     source: TensorSpec
     packed: QuantizedWeight | None
     module: str
-    method: Any
+    method: Any  # an init: `part(weight, rank)` is the Svd of scale·b@a
     rank: int
     scale: float
     transposed: bool
-
-    @property
-    def name(self) -> str:
-        return self.source.key
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -40,11 +37,9 @@ class ResidualWeight:
 
     @property
     def max_outputs(self) -> tuple[Stored, ...]:
-        return (
-            self.packed.max_outputs
-            if self.packed
-            else (Stored(self.source.key, self.source.dtype, self.source.shape),)
-        )
+        if self.packed is not None:
+            return self.packed.max_outputs
+        return (Stored(self.source.key, self.source.dtype, self.source.shape),)
 
     @property
     def variable_size(self) -> tuple[str, ...]:
@@ -56,16 +51,14 @@ class ResidualWeight:
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)
-        matrix = weight.T if self.transposed else weight
-        a, b = balanced_factors(
-            self.method.part(matrix.contiguous(), self.rank), self.rank, self.scale
-        )
-        taken = (b * self.scale) @ a
-        taken = taken.T if self.transposed else taken
+        matrix = (weight.T if self.transposed else weight).contiguous()
+        a, b = balanced_factors(self.method.part(matrix, self.rank), self.rank, self.scale)
+        part = (b * self.scale) @ a
+        part = part.T if self.transposed else part
         size = norm(weight) or 1.0
-        metrics: dict[str, Any] = {"taken": short(norm(taken) / size)}
-        handoff = {f"{self.module}.a": a, f"{self.module}.b": b}
-        rest = weight - taken
+        metrics: dict[str, Any] = {"taken": short(norm(part) / size)}
+        handoff = handoff_of(self.module, a, b)
+        rest = weight - part
         if self.packed is None:
             stored = rest.to(dtypes.torch_dtype(self.source.dtype))
             metrics["error"] = short(norm(stored.float() - rest) / size)
@@ -78,6 +71,6 @@ class ResidualWeight:
 
 
 def balanced_factors(svd: Svd, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """a (rank, in) and b (out, rank) with scale·b@a = u s vᵀ, norms balanced."""
+    """a (rank, in) and b (out, rank) of equal norms with scale·b@a = u s vᵀ."""
     a, b = lowrank.refit(Svd(svd.u, svd.s / scale, svd.vh), rank)
     return a.contiguous(), b.contiguous()

@@ -1,4 +1,4 @@
-"""Rows of a step: their arithmetic's dtype, their rounding, the chunks in which they are worked on."""
+"""Rows of a step: the dtype of their arithmetic, their rounding, the chunks in which they are computed."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,8 @@ from adapterkit import dtypes
 from adapterkit.kernels.stochastic import round_to
 from adapterkit.plan import Loaded, Step
 
-ELEMENTS = (
-    1 << 18
-)  # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
+# of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
+ELEMENTS = 1 << 18
 CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
 
 
@@ -20,7 +19,7 @@ def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:
 
 
 def unrounded(w: Tensor, before: Tensor, edits: list[Loaded], first: int) -> Tensor:
-    """What the edits make of these rows without roundings between them (those of `--compat peft`): w where they have none."""
+    """The rows after the edits without roundings between these (of `--compat peft`); w where there are none."""
     if all(edit.exact is None for edit in edits):
         return w
     w = before.clone()
@@ -30,17 +29,21 @@ def unrounded(w: Tensor, before: Tensor, edits: list[Loaded], first: int) -> Ten
 
 
 def arithmetic(step: Step) -> torch.dtype:
-    """What a step is computed in: float32; float64 where the source is, or `wide`."""
+    """The dtype that a step is computed in: float32; float64 where the source is, or `wide`."""
     return torch.promote_types(
         dtypes.torch_dtype(step.source.dtype), torch.float64 if step.wide else torch.float32
     )
 
 
+def chunk_height(columns: int, device: str = "cpu") -> int:
+    """Rows of a chunk: a function of the shape and the kind of device alone."""
+    return max(1, (ELEMENTS if device == "cpu" else CUDA_ELEMENTS) // max(columns, 1))
+
+
 def chunks(grid: tuple[int, int], device: torch.device) -> list[tuple[int, int]]:
-    """Rows [first, last) of each chunk of a grid: a function of the shape and the kind of device alone."""
+    """Rows [first, last) of each chunk of a grid."""
     rows, columns = grid
-    elements = ELEMENTS if device.type == "cpu" else CUDA_ELEMENTS
-    step = max(1, elements // max(columns, 1))
+    step = chunk_height(columns, device.type)
     return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 

@@ -182,12 +182,12 @@ def plan_combine(
         tasks.append(
             CombinedFactors(
                 name,
-                parts,
                 site.place(levels),
-                method,
-                options.space,
-                refit,
                 dtypes.parse(options.dtype),
+                parts,
+                method,
+                refit,
+                options.space,
                 options.seed,
             )
         )

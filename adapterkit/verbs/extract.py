@@ -12,12 +12,12 @@ from adapterkit.options import StrPath
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
-from adapterkit.planning.extract import ExtractedAdapter, Extraction, Options, finalize_cut
+from adapterkit.planning.extract import ExtractedAdapter, Extraction, Options, finalize_extraction
 from adapterkit.planning.merge.job import Options as MergeOptions
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.planning.sources import open_adapter, open_model
 from adapterkit.receipt import Receipt
-from adapterkit.tasks.ranked import SHARES, Cut, check_cut, even_rank
+from adapterkit.tasks.truncated import SHARES, Truncation, check_truncation, even_rank
 from adapterkit.weights.detect import check_not_quantized
 
 
@@ -60,7 +60,7 @@ def extract(
     that no module can stand for (ViT's cls_token, Mamba's A_log and D, a tied embedding) under its own key, its name beside the
     modules of modules_to_save. PEFT loads such a value into the model itself, as it does biases: `disable_adapter` leaves it there.
     """
-    options = Options(Cut(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
+    options = Options(Truncation(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
     source = open_model(base)
     plan = plan_extract(source, open_model(tuned), options)
     check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
@@ -71,7 +71,7 @@ def extract(
 def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets no factors, to see if it
     differs."""
-    check_cut(options.cut)
+    check_truncation(options.truncation)
     sides = open_checkpoint(base, 0), open_checkpoint(tuned, 1)
     for side in sides:
         check_not_quantized(side)
@@ -79,8 +79,8 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     job.sort()
     refuse_all(job.errors)
     factors = job.factors
-    if options.cut.max_size:
-        limit = SHARES * even_rank(options.cut, factors)
+    if options.truncation.max_size:
+        limit = SHARES * even_rank(options.truncation, factors)
         factors = [replace(difference, limit=limit) for difference in factors]
     tasks: list[Task] = [*factors, *job.whole]
     if not tasks:
@@ -105,7 +105,7 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     }
     settings = adapter_config.plain_settings() | job.settings()
     summary = f"the difference of {tuned.name} and {base.name}"
-    finalize = partial(finalize_cut, options.cut)
+    finalize = partial(finalize_extraction, options.truncation)
     more: dict[str, Any] = {
         "kept": kept,
         "parameters": parameters,
@@ -114,8 +114,8 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     output = ExtractedAdapter([], tasks, targets, settings, summary, finalize=finalize, **more)
     receipt_options = {
         k: v
-        for k, v in {**vars(options.cut), **vars(options)}.items()
-        if v is not None and k != "cut"
+        for k, v in {**vars(options.truncation), **vars(options)}.items()
+        if v is not None and k != "truncation"
     }
     headers = {(0, name): header.sha256 for name, header in sides[0].shards.items()}
     headers |= {(1, name): header.sha256 for name, header in sides[1].shards.items()}

@@ -115,6 +115,7 @@ def plan_init(folder: Folder, options: Options) -> Plan:
         weight = chosen.weights[key]
         packed = chosen.packed.get(key)
         tasks[key] = ResidualWeight(
+            key,
             base.tensors[key],
             packed,
             name,
@@ -125,7 +126,7 @@ def plan_init(folder: Folder, options: Options) -> Plan:
         )
         factors.append(
             HandoffFactors(
-                name, place_of_linear(name, weight.shape), options.rank, dtypes.parse(options.dtype)
+                name, place_of_linear(name, weight.shape), dtypes.parse(options.dtype), options.rank
             )
         )
     return _plan(base, chosen, tasks, factors, options)

@@ -26,7 +26,7 @@ from adapterkit.planning.new_adapter import (
 from adapterkit.planning.quantization import QuantizationPlan
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.receipt import Receipt
-from adapterkit.tasks.covariances import covariances
+from adapterkit.tasks.covariances import select_covariances
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.loftq import Accept, LoftQFactors, LoftQWeight, finalize_accepted
 from adapterkit.weights.codec import QuantizedWeight
@@ -222,14 +222,26 @@ def _both(
         )
         modules = {key: name for key, name in modules.items() if name in found}
         chosen.notes += notes
-    seen = covariances(stats, {name: chosen.weights[key].shape[1] for key, name in modules.items()})
+    selected = select_covariances(
+        stats, {name: chosen.weights[key].shape[1] for key, name in modules.items()}
+    )
     tasks = chosen.widened()
     factors: list[Task] = []
     for key, name in modules.items():
-        about = (options.rank, options.scale, options.iterations, seen.get(name))
-        tasks[key] = LoftQWeight(base.tensors[key], chosen.packed[key], name, *about)
-        place = place_of_linear(name, chosen.weights[key].shape)
-        factors.append(HandoffFactors(name, place, options.rank, dtypes.parse(options.dtype)))
+        weight = chosen.weights[key]
+        tasks[key] = LoftQWeight(
+            key,
+            base.tensors[key],
+            chosen.packed[key],
+            name,
+            options.rank,
+            options.scale,
+            options.iterations,
+            weight.transposed,
+            selected.get(name),
+        )
+        place = place_of_linear(name, weight.shape)
+        factors.append(HandoffFactors(name, place, dtypes.parse(options.dtype), options.rank))
     model = QuantizedModel(base, chosen.packed, tasks, chosen.config(), "base", "loftq")
     adapter = adapter_of(
         base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter"
@@ -293,12 +305,12 @@ def _for_kept(
         factors.append(
             LoftQFactors(
                 name,
+                place,
+                dtypes.parse(options.dtype),
                 original,
                 spec,
-                place,
                 options.rank,
                 options.scale,
-                dtypes.parse(options.dtype),
                 transposed,
             )
         )
@@ -310,8 +322,8 @@ def _for_kept(
             where=quantized.name,
             hint="check --targets",
         )
-    seen = covariances(stats, {one.name: one.place.a_tail[0] for one in factors})
-    factors = [replace(one, covariance=seen.get(one.name)) for one in factors]
+    selected = select_covariances(stats, {task.name: task.place.a_tail[0] for task in factors})
+    factors = [replace(task, covariance=selected.get(task.name)) for task in factors]
     scaling = Scaling(options.rank, options.alpha, options.rslora)
     return adapter_of(base, factors, scaling, SUMMARY), {"modules": len(factors)}
 

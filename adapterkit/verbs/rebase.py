@@ -112,9 +112,7 @@ def plan_rebase(
     levels = levels_of(joined.values())
     for name, site in joined.items():
         parts = (Part(0, site.members[0][1], 1.0), Part(1, site.members[1][1], -1.0))
-        tasks.append(
-            CombinedFactors(name, parts, site.place(levels), Linear(), "delta", refit, dtype, 0)
-        )
+        tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, Linear(), refit))
     tasks += adapter_output.beside_factors(_without_changed_base(trained, notes), dtype)
     settings = (
         adapter_config.plain_settings()

@@ -27,12 +27,12 @@ from adapterkit.planning.sites import join, levels_of, names_of, targets_of
 from adapterkit.planning.sources import open_adapter, open_model
 from adapterkit.receipt import Receipt
 from adapterkit.registry import members
-from adapterkit.tasks.ranked import (
+from adapterkit.tasks.truncated import (
     SHARES,
     ConvertedFactors,
-    Cut,
     TruncatedFactors,
-    check_cut,
+    Truncation,
+    check_truncation,
     even_rank,
     finalize_by_size,
 )
@@ -43,7 +43,7 @@ from adapterkit.weights.names import Names
 class Options:
     """The options of the command; fields have their names."""
 
-    cut: Cut
+    truncation: Truncation
     alpha: str = "rank"
     dtype: str = "fp32"
 
@@ -82,7 +82,7 @@ def resize(
     that patterns tell apart for their order. Of a DoRA without `base` the magnitudes stay and scale·b@a is approximated, which a
     note says.
     """
-    options = Options(Cut(rank, energy, sv_ratio, max_size), alpha, dtype)
+    options = Options(Truncation(rank, energy, sv_ratio, max_size), alpha, dtype)
     plan = plan_resize(open_adapter(adapter), options, None if base is None else open_model(base))
     execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
     return execution.run(plan)
@@ -90,7 +90,7 @@ def resize(
 
 def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:
     """Everything a resize will do, or `Refused` with all that cannot be done."""
-    check_cut(options.cut)
+    check_truncation(options.truncation)
     config = (
         read_json(source, CONFIG) if CONFIG in source.files() else {}
     )  # the reader refuses what has none
@@ -171,7 +171,12 @@ class _Job:
             for name, site in sites.items():
                 self.ranked.append(
                     TruncatedFactors(
-                        name, joined[name][1], site.place(levels), self.options.cut, dtype, alpha
+                        name,
+                        site.place(levels),
+                        dtype,
+                        joined[name][1],
+                        truncation=self.options.truncation,
+                        alpha=alpha,
                     )
                 )
             return
@@ -294,11 +299,11 @@ class _Job:
         self.ranked.append(
             ConvertedFactors(
                 name,
-                delta,
                 place,
-                self.options.cut,
                 dtypes.parse(self.options.dtype),
-                self._alpha(),
+                delta,
+                truncation=self.options.truncation,
+                alpha=self._alpha(),
             )
         )
 
@@ -311,13 +316,13 @@ class _Job:
         assert adapter is not None
         ranked, finalize = self.ranked, None
         beside = adapter_output.beside_factors(adapter, dtypes.parse(options.dtype))
-        if options.cut.max_size:
-            limit = SHARES * even_rank(options.cut, ranked)
+        if options.truncation.max_size:
+            limit = SHARES * even_rank(options.truncation, ranked)
             ranked = [
                 replace(task, limit=limit) if isinstance(task, ConvertedFactors) else task
                 for task in ranked
             ]
-            finalize = partial(finalize_by_size, options.cut)
+            finalize = partial(finalize_by_size, options.truncation)
         settings = (
             adapter_config.plain_settings()
             | adapter_config.extras([adapter])
@@ -336,7 +341,7 @@ class _Job:
         receipt_options = {
             k: v
             for k, v in {
-                **vars(options.cut),
+                **vars(options.truncation),
                 "alpha": options.alpha,
                 "dtype": options.dtype,
             }.items()

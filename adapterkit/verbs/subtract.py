@@ -213,21 +213,21 @@ def _output(
             )
             tasks.append(
                 SubtractedFactors(
-                    prefix + name, members[task_adapter.number][1], averaged, place, dtype
+                    prefix + name, place, dtype, members[task_adapter.number][1], averaged
                 )
             )
             continue
         parts = tuple(
             Part(number, factors, weights[number]) for number, (_, factors) in members.items()
         )
-        tasks.append(
-            CombinedFactors(prefix + name, parts, place, Linear(), "delta", refit, dtype, 0)
-        )
+        tasks.append(CombinedFactors(prefix + name, place, dtype, parts, Linear(), refit))
     tasks += adapter_output.added_biases(
         joined, lambda number, module: weights[number], dtype, errors, prefix
     )
     for key, holders in held([task_adapter], levels).items():
-        tasks += [common.AdapterTensor(spec, key, prefix) for spec in holders.values()]
+        tasks += [
+            common.CopiedTensor(prefix + key, spec, key, checked=True) for spec in holders.values()
+        ]
     settings = (
         adapter_config.plain_settings()
         | adapter_config.extras([task_adapter])

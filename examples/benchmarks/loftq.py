@@ -82,7 +82,7 @@ def one(weight):
     spent.parts = defaultdict(float)
     packed = Bnb4.for_encoding("nf4", PlainWeight("w", tuple(weight.shape), "BF16", False), {})
     with torch.inference_mode():
-        return loftq.alternated(weight, Timed(packed), rank, 1).after, spent.parts
+        return loftq.alternate(weight, Timed(packed), rank, 1).after, spent.parts
 
 spent = Spent()
 loftq.nearly_best = timed("low_rank", loftq.nearly_best)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import adapterkit
 from adapterkit.errors import Refused
-from adapterkit.tasks.loftq import alternated
+from adapterkit.tasks.loftq import alternate
 from adapterkit.weights.codec import PlainWeight
 from adapterkit.weights.codecs.bnb4 import Bnb4
 from tests.support import oracle
@@ -208,10 +208,10 @@ def test_of_all_rounds_the_best_is_kept() -> None:
     w = 0.02 * torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
     packed = Bnb4.for_encoding("nf4", PlainWeight("x.weight", tuple(w.shape), "F32"), {})
     assert packed is not None
-    rounds = [alternated(w, packed, 8, iterations) for iterations in range(1, 13)]
+    rounds = [alternate(w, packed, 8, iterations) for iterations in range(1, 13)]
     errors = [actual.after for actual in rounds]
     assert errors == sorted(errors, reverse=True) and errors[0] < rounds[0].before
-    assert any(actual.round < iterations for iterations, actual in enumerate(rounds, start=1))
+    assert any(actual.number < iterations for iterations, actual in enumerate(rounds, start=1))
     for actual in rounds:
         assert actual.svd is not None
         rest = w - packed.decode(actual.stored) - (actual.svd.u * actual.svd.s) @ actual.svd.vh

@@ -22,7 +22,7 @@ from adapterkit.engines.local import LocalReader
 from adapterkit.errors import Refused
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.plan import BUFFERS, Step
-from adapterkit.tasks import edited
+from adapterkit.tasks import edited, rows
 from adapterkit.tasks.edits import AddLowRank, Block, Decompose, Term
 from adapterkit.weights.codec import PlainWeight, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import Bnb4
@@ -113,7 +113,7 @@ def peak() -> int:
 def test_no_more_memory_than_claimed(name: str, tmp_path: Path) -> None:
     case = Case(tmp_path, name)
     step = case.step()
-    for task in (edited.RequantizedWeight(step, case.packed), edited.EditedTensor(step)):
+    for task in (edited.RequantizedWeight(step.key, step), edited.EditedTensor(step.key, step)):
         assert name in WHOLE or task.memory < 10 * math.prod(case.packed.shape), (
             "decoded whole it takes more"
         )
@@ -131,7 +131,7 @@ def test_slices_give_the_bytes_of_the_whole(
     name: str, dora: str | None, seed: int | None, tmp_path: Path, monkeypatch
 ) -> None:
     """Slices and the chunks of the edits end at different rows."""
-    monkeypatch.setattr(edited, "ROWS", 7777)
+    monkeypatch.setattr(rows, "ELEMENTS", 7777)
     case = Case(tmp_path, name, small=True)
     step, whole = (
         case.step(dora, None if seed is None else Draws.of(seed, "x.weight")),
@@ -142,7 +142,7 @@ def test_slices_give_the_bytes_of_the_whole(
         monkeypatch.setattr(edited, "SLICE", size)
         slices = len(list(case.packed.row_ranges(size)))
         assert slices > 1 or size == whole
-        tasks = (edited.RequantizedWeight(step, case.packed), edited.EditedTensor(step))
+        tasks = (edited.RequantizedWeight(step.key, step), edited.EditedTensor(step.key, step))
         result[size] = [tensor for task in tasks for tensor in case.compute(task).tensors.values()]
     for size in (5000, 50_000):
         for ours, right in zip(result[size], result[whole], strict=True):
