@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.adapters.keys import PREFIX, wrapped
-from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.kernels.lowrank import Product
@@ -72,16 +72,6 @@ def rank_and_scale(adapter: Adapter, lora: Lora, leaf: str | None) -> tuple[int,
     return rank, scale
 
 
-def other_rank(adapter: Adapter, lora: Lora, found: int, rank: int) -> Refused:
-    """The refusal of a file that holds another rank than its config says."""
-    return Refused(
-        f"rank {found} in the file for {shown(lora.module)}",
-        expected=f"rank {rank}, as r and rank_pattern say",
-        where=adapter.where,
-        hint="restore the config that was saved with the file (a wrong rank means a wrong scale)",
-    )
-
-
 def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors:
     """The factors on a module, or on its parameter `leaf`, with their scale; `Refused` where rank and config disagree, or a
     convolution has groups."""
@@ -90,7 +80,7 @@ def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors
     if leaf is not None and rows != rank and rows % rank == 0:
         experts = rows // rank
     elif rows != rank:
-        raise other_rank(adapter, lora, rows, rank)
+        raise rank_mismatch(adapter, lora, rows, rank)
     if math.prod(lora.b.shape[1:]) != rows:
         raise Refused(
             f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",

@@ -10,6 +10,7 @@ from adapterkit.adapters.config import CHANGED_BASE, TASK_HEADS
 from adapterkit.adapters.keys import BENEATH, CONFIG
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import Refused, shown
 from adapterkit.patterns import matcher
 
 
@@ -192,6 +193,16 @@ class Adapter:
     @staticmethod
     def _first(patterns: list, name: str, default):
         return next((value for matches, value in patterns if matches(name)), default)
+
+
+def rank_mismatch(adapter: Adapter, lora: Lora, stored: int, rank: int) -> Refused:
+    """The refusal of a file whose factors have another rank than its config says."""
+    return Refused(
+        f"rank {stored} in the file for {shown(lora.module)}",
+        expected=f"rank {rank}, as r and rank_pattern say",
+        where=adapter.where,
+        hint="restore the config that was saved with the file (a wrong rank means a wrong scale)",
+    )
 
 
 def saved_modules(config: dict) -> list[str]:

@@ -17,133 +17,133 @@ from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
 
 VERSION = 1  # of the result's schema
-SHOWN = 6  # names listed in one problem
-HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output|head)\.weight$")
+MAX_NAMES = 6  # listed in one problem
+HEAD_KEY = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output_layer|output|head)\.weight$")
 
 
 def inspect_base(folder: Folder) -> dict[str, Any]:
-    seen = scan_checkpoint(folder)
-    _check_files(seen)
-    quantization = _quantization(seen)
-    check_tensors(seen, mixed=quantization is not None)
-    tied = _tied(seen)
-    classes = seen.config.get("architectures")
+    scan = scan_checkpoint(folder)
+    _check_files(scan)
+    quantization = _quantization(scan)
+    check_tensors(scan, mixed=quantization is not None)
+    tied = _tied(scan)
+    classes = scan.config.get("architectures")
     architecture = {
         "classes": classes if isinstance(classes, list) else [],
-        "model_type": seen.config.get("model_type"),
+        "model_type": scan.config.get("model_type"),
     }
     metrics = {"architecture": printable(architecture), "tied": tied, "quantization": quantization}
-    return new_result("base", seen) | metrics | finish_result(seen)
+    return new_result("base", scan) | metrics | finish_result(scan)
 
 
 def inspect_file(folder: Folder) -> dict[str, Any]:
-    seen, other = Scan(folder), other_lora(folder)
-    seen.header(other[0] if other is not None else next(iter(folder.files())))
-    quantization = _quantization(seen)
-    check_tensors(seen, mixed=quantization is not None)
+    scan, other = Scan(folder), other_lora(folder)
+    scan.header(other[0] if other is not None else next(iter(folder.files())))
+    quantization = _quantization(scan)
+    check_tensors(scan, mixed=quantization is not None)
     if other is not None:
-        seen.add_error(no_model(*other, folder.name))
-    elif any(".lora_" in key for key in seen.tensors):
+        scan.add_error(no_model(*other, folder.name))
+    elif any(".lora_" in key for key in scan.tensors):
         add_problem(
-            seen,
+            scan,
             f"factors of a LoRA without {CONFIG}",
             f"a folder with {CONFIG}",
             "inspect the adapter's folder",
         )
-    return new_result("file", seen) | {"quantization": quantization} | finish_result(seen)
+    return new_result("file", scan) | {"quantization": quantization} | finish_result(scan)
 
 
-def add_problem(seen: Scan, found: str, expected: str, hint: str, where: str = "") -> None:
-    seen.add_error(Damaged(found, expected=expected, where=where or seen.folder.name, hint=hint))
+def add_problem(scan: Scan, problem: str, expected: str, hint: str, where: str = "") -> None:
+    scan.add_error(Damaged(problem, expected=expected, where=where or scan.folder.name, hint=hint))
 
 
-def _check_files(seen: Scan) -> None:
-    """What lies beside the weights and may be taken for them, and an index whose total is another."""
-    files = seen.folder.files()
-    stray = [name for name in weight_files(seen.folder) if name not in seen.shards]
+def _check_files(scan: Scan) -> None:
+    """Files that may be mistaken for the model's weights, a missing config, a wrong total_size."""
+    files = scan.folder.files()
+    stray = [name for name in weight_files(scan.folder) if name not in scan.shards]
     if stray:
         hint = "nothing, if nothing loads them; else move them away"
         add_problem(
-            seen,
+            scan,
             f"weights that are not part of the model: {some_names(stray)}",
             "the model's shards alone",
             hint,
         )
-    check_pickles(seen, "the weights")
+    check_pickles(scan, "the weights")
     if "config.json" not in files:
         add_problem(
-            seen, "no config.json", "the model's config", "copy it from where the weights came from"
+            scan, "no config.json", "the model's config", "copy it from where the weights came from"
         )
-    metadata = (seen.index or {}).get("metadata")
-    said = metadata.get("total_size") if isinstance(metadata, dict) else None
-    stored = sum(spec.nbytes for spec in seen.tensors.values())
-    if said is not None and said != stored and seen.complete:
-        where = f"{seen.folder.name}/{seen.index_name}"
+    metadata = (scan.index or {}).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    stored = sum(spec.nbytes for spec in scan.tensors.values())
+    if total is not None and total != stored and scan.complete:
+        where = f"{scan.folder.name}/{scan.index_name}"
         add_problem(
-            seen,
-            f"total_size {shown(said)}",
+            scan,
+            f"total_size {shown(total)}",
             f"{stored}, the bytes of all tensors",
             "write the index again",
             where,
         )
 
 
-def check_pickles(seen: Scan, beside: str) -> None:
-    pickled = pickles(seen.folder)
-    if pickled and seen.shards:  # where they are all there is, they are refused in other words
+def check_pickles(scan: Scan, beside: str) -> None:
+    pickled = pickles(scan.folder)
+    if pickled and scan.shards:  # without other weights there is a refusal already
         hint = "remove them: loading a pickle runs the code in it"
         add_problem(
-            seen, f"pickles beside {beside}: {some_names(pickled)}", "safetensors files", hint
+            scan, f"pickles beside {beside}: {some_names(pickled)}", "safetensors files", hint
         )
 
 
-def check_tensors(seen: Scan, *, mixed: bool) -> None:
+def check_tensors(scan: Scan, *, mixed: bool) -> None:
     """Empty tensors, and floats of several dtypes unless quantization accounts for them."""
-    tensors = seen.tensors.values()
+    tensors = scan.tensors.values()
     empty = [spec.key for spec in tensors if 0 in spec.shape]
     if empty:
         hint = "gather the shards before saving (ZeRO-3, FSDP)"
         add_problem(
-            seen, f"{len(empty)} empty tensors: {some_names(empty)}", "tensors with elements", hint
+            scan, f"{len(empty)} empty tensors: {some_names(empty)}", "tensors with elements", hint
         )
     floats = {
         name: count["tensors"] for name, count in _dtypes(tensors).items() if name in dtypes.FLOATS
     }
     if len(floats) > 1 and not mixed:
-        found = ", ".join(f"{name} ({count} tensors)" for name, count in floats.items())
+        counts = ", ".join(f"{name} ({count} tensors)" for name, count in floats.items())
         add_problem(
-            seen,
-            f"floats of several dtypes: {found}",
+            scan,
+            f"floats of several dtypes: {counts}",
             "one dtype",
             "nothing, if the model keeps some layers in float32",
         )
 
 
-def _tied(seen: Scan) -> dict[str, Any]:
-    said = _nested(seen.config, "tie_word_embeddings")
-    heads = [key for key in seen.tensors if HEAD.search(key)]
-    if said is True and any(key.endswith("lm_head.weight") for key in heads):
+def _tied(scan: Scan) -> dict[str, Any]:
+    setting = _nested_flag(scan.config, "tie_word_embeddings")
+    heads = [key for key in scan.tensors if HEAD_KEY.search(key)]
+    if setting is True and any(key.endswith("lm_head.weight") for key in heads):
         hint = "set tie_word_embeddings to false if the head was trained apart, else drop it"
         add_problem(
-            seen,
+            scan,
             "lm_head.weight is stored, and tie_word_embeddings is true",
             "one of them: a loader may drop the head",
             hint,
         )
-    classes = seen.config.get("architectures")
+    classes = scan.config.get("architectures")
     causal = isinstance(classes, list) and any(
         str(name).endswith("ForCausalLM") for name in classes
     )
-    if said is False and causal and seen.tensors and not heads and seen.complete:
+    if setting is False and causal and scan.tensors and not heads and scan.complete:
         hint = "set tie_word_embeddings to true if the embedding is the head, else restore the head"
         add_problem(
-            seen, "no head is stored, and tie_word_embeddings is false", "lm_head.weight", hint
+            scan, "no head is stored, and tie_word_embeddings is false", "lm_head.weight", hint
         )
-    return {"config": said, "head_stored": bool(heads)}
+    return {"config": setting, "head_stored": bool(heads)}
 
 
-def _nested(config: dict, key: str) -> bool | None:
-    """A switch of the config, or of the text model's part in it."""
+def _nested_flag(config: dict, key: str) -> bool | None:
+    """A flag of the config, or else of its sub-configs."""
     values = [
         config.get(key),
         *(
@@ -155,38 +155,34 @@ def _nested(config: dict, key: str) -> bool | None:
     return next((value for value in values if isinstance(value, bool)), None)
 
 
-def _quantization(seen: Scan) -> dict[str, Any] | None:
+def _quantization(scan: Scan) -> dict[str, Any] | None:
     try:
-        check_not_quantized(seen.checkpoint())
+        check_not_quantized(scan.checkpoint())
     except Refused as error:
-        config = next(
-            (seen.config[key] for key in CONFIG_KEYS if isinstance(seen.config.get(key), dict)),
-            None,
-        )
-        return {
-            "found": error.problem.removeprefix("a quantized base: "),
-            "config": printable(config),
-        }
+        configs = (scan.config.get(key) for key in CONFIG_KEYS)
+        config = next((config for config in configs if isinstance(config, dict)), None)
+        evidence = error.problem.removeprefix("a quantized base: ")
+        return {"found": evidence, "config": printable(config)}
     return None
 
 
-def new_result(kind: str, seen: Scan) -> dict[str, Any]:
-    """The metrics that every kind has, in the order of the schema."""
-    files = seen.folder.files()
-    tensors = [spec for header in seen.headers for spec in header.tensors]
+def new_result(kind: str, scan: Scan) -> dict[str, Any]:
+    """The keys that all kinds have, in the order of the schema."""
+    files = scan.folder.files()
+    tensors = [spec for header in scan.headers for spec in header.tensors]
     shards = [
         {
             "file": name,
             "bytes": files.get(name, 0),
             "tensors": None if header is None else len(header.tensors),
         }
-        for name, header in seen.shards.items()
+        for name, header in scan.shards.items()
     ]
     return {
         "inspect": VERSION,
         "kind": kind,
-        "name": seen.folder.name,
-        "origin": seen.folder.origin,
+        "name": scan.folder.name,
+        "origin": scan.folder.origin,
         "parameters": sum(math.prod(spec.shape) for spec in tensors),
         "bytes": sum(shard["bytes"] for shard in shards),
         "dtypes": _dtypes(tensors),
@@ -197,25 +193,26 @@ def new_result(kind: str, seen: Scan) -> dict[str, Any]:
     }
 
 
-def finish_result(seen: Scan, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    different = {str(error): error for error in seen.errors}.values()
-    parts = [
+def finish_result(scan: Scan, modules: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """The last keys of all kinds: problems, each once, and modules."""
+    distinct = {str(error): error for error in scan.errors}.values()
+    problems = [
         {"found": e.problem, "expected": e.expected, "where": e.where, "do": e.hint}
-        for e in different
+        for e in distinct
     ]
-    return {"readable": seen.readable, "problems": printable(parts), "modules": modules or []}
+    return {"readable": scan.readable, "problems": printable(problems), "modules": modules or []}
 
 
 def _dtypes(tensors: Iterable[TensorSpec]) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for spec in tensors:
-        count = found.setdefault(spec.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
+        count = counts.setdefault(spec.dtype, {"tensors": 0, "parameters": 0, "bytes": 0})
         count["tensors"] += 1
         count["parameters"] += math.prod(spec.shape)
         count["bytes"] += spec.nbytes
-    return dict(sorted(found.items()))
+    return dict(sorted(counts.items()))
 
 
 def some_names(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(shown, names[:SHOWN])) + more
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(map(shown, names[:MAX_NAMES])) + more

@@ -1,4 +1,4 @@
-"""What a receipt's metrics come to, in a few lines for the terminal."""
+"""A receipt's metrics in a few lines for the terminal."""
 
 from collections.abc import Iterator
 from statistics import median
@@ -8,7 +8,7 @@ from adapterkit.errors import shown
 
 
 def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
-    """Sizes before and after, and in total what was kept, lost or is wrong."""
+    """Bytes read and written, energy kept, survival of the change, relative errors."""
     totals, metrics = receipt["totals"], receipt["parameters"]
     before, after = totals["bytes_read"], totals["bytes_written"]
     if before:
@@ -20,9 +20,11 @@ def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
     total = sum(metric["norm"] ** 2 for metric in refits.values())
     if total:
         share = sum(metric["energy"] * metric["norm"] ** 2 for metric in refits.values()) / total
-        yield f"energy kept: {share:.2%} of all {len(refits)} modules' together; {_least(named('energy'))}"
+        text = f"energy kept: {share:.2%} of all {len(refits)} modules' together"
+        yield f"{text}; {_least(named('energy'))}"
     if survived := named("survived"):
-        yield f"of the change {median(survived.values()):.1%} survives in the median of {len(survived)} tensors; {_least(survived)}"
+        text = f"of the change {median(survived.values()):.1%} survives in the median of"
+        yield f"{text} {len(survived)} tensors; {_least(survived)}"
     errors = {
         key: metric["error"]
         for key, metric in metrics.items()
@@ -32,8 +34,8 @@ def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
         after = named("error_after")
         beside = f", with the factors {median(after.values()):.4f}" if after else ""
         worst = max(errors, key=lambda key: errors[key])
-        text = f"relative error: {median(errors.values()):.4f} in the median of {len(errors)} weights{beside}; "
-        yield text + f"largest: {errors[worst]:.4f} of {shown(worst)}"
+        error = f"{median(errors.values()):.4f} in the median of {len(errors)} weights{beside}"
+        yield f"relative error: {error}; largest: {errors[worst]:.4f} of {shown(worst)}"
 
 
 def _least(shares: dict[str, float]) -> str:

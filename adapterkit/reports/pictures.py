@@ -10,12 +10,12 @@ from adapterkit.reports.tables import module_label
 
 
 def check_plot(path: Path) -> None:
-    """`Refused` before any work where the picture could not be drawn."""
+    """`Refused` if the file's name or folder is invalid, or matplotlib is not installed."""
     if path.suffix != ".png" or not path.parent.is_dir():
         expected = "a file name ending in .png, in a folder that exists"
         raise Refused(shown(path), expected=expected, where="--plot", hint="give another name")
     try:
-        import matplotlib  # noqa: F401, only to see before any work whether it is there
+        import matplotlib  # noqa: F401, before any work: is it installed?
     except ImportError as error:
         hint = "pip install 'adapterkit[plot]'"
         raise Refused(
@@ -27,7 +27,10 @@ def check_plot(path: Path) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A heatmap of the deltas' norms, relative where they are known: a row per layer, a column per kind of module."""
+    """Draw the deltas' norms, relative ones if known: a row per layer, a column per module kind.
+
+    `Refused` where no module has a norm, `Failed` where the file cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -62,7 +65,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def grid(modules: list[dict[str, Any]], key: str) -> tuple[list[str], list[str], list[list[float]]]:
-    """Rows (names up to the layer's number), columns (what follows it), and values, NaN where there is none."""
+    """Rows (names up to the layer's number), columns (their rest), and values (NaN: no module)."""
     places = [_place(module_label(module)) for module in modules]
     rows = list(dict.fromkeys(row for row, _ in places))
     columns = list(dict.fromkeys(column for _, column in places))
@@ -74,11 +77,9 @@ def grid(modules: list[dict[str, Any]], key: str) -> tuple[list[str], list[str],
 
 
 def _place(name: str) -> tuple[str, str]:
-    found = re.match(r"((?:.*?\.)?\d+)\.(.+)$", name)
-    return (found[1], found[2]) if found else ("", name)
+    match = re.match(r"((?:.*?\.)?\d+)\.(.+)$", name)
+    return (match[1], match[2]) if match else ("", name)
 
 
 def _label(name: str) -> str:
-    return shown(name).replace(
-        "$", r"\$"
-    )  # matplotlib takes what stands between two of them for a formula
+    return shown(name).replace("$", r"\$")  # matplotlib reads $...$ as a formula

@@ -1,39 +1,64 @@
-"""The table that inspect prints."""
+"""The tables that inspect and diff print."""
 
 import re
 from typing import Any
 
+from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, shown
 
-MOST = 20  # kinds of problems that are listed; all of them are in the JSON
+MAX_PROBLEMS = 20  # kinds of problems that are listed; all of them are in the JSON
 GROUP = ["modules", "count", "kind", "rank", "alpha", "scale"]
 MODULE = ["module", "rank", "scale", "trained", "norm", "relative", "effective_rank"]
+CHANGED = ["changed", "", "relative", "max abs", "cosine", "differ", "rank"]
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as lines for a terminal."""
+def inspect_table(result: dict[str, Any]) -> str:
+    """inspect's result as lines for a terminal."""
     lines = [f"{result['kind']} {shown(result['name'])}"]
     metrics = _metrics(result) + (_adapter_metrics(result) if result["kind"] == "adapter" else [])
     lines += [f"  {name:16} {shown(text)}" for name, text in metrics if text]
     modules = result["modules"]
     if modules:
-        lines += ["", *_columns(GROUP, result["groups"])]
+        lines += ["", *_inspect_columns(GROUP, result["groups"])]
     if modules and result["statistics"]:
         related = any(module["relative"] is not None for module in modules)
-        lines += [
-            "",
-            *_columns([name for name in MODULE if related or name != "relative"], modules),
-        ]
+        names = [name for name in MODULE if related or name != "relative"]
+        lines += ["", *_inspect_columns(names, modules)]
     elif modules:
         why = "from the Hub without --download" if "repo" in result["origin"] else "with --headers"
         lines += ["", f"norms and effective ranks: not read {why}"]
-    return "\n".join([*lines, "", *_problems(result["problems"])])
+    return "\n".join([*lines, "", *_problem_lines(result["problems"])])
+
+
+def diff_table(document: dict[str, Any]) -> list[str]:
+    """diff's document as lines: a table of the changes, - (only A has it), + (only B has it),
+    settings."""
+    lines = []
+    if document["changed"]:
+        lines = _align([CHANGED, *map(_diff_cells, document["changed"])], left=2)
+    for sign, side in (("-", "removed"), ("+", "added")):
+        lines += [
+            f"{sign} {row['name']}  {_sides(row | {'why': side, 'a': row, 'b': row})}"
+            for row in document[side]
+        ]
+    return lines + [_setting_text(row) for row in document["config"]]
+
+
+def _align(rows: list[list[str]], left: int) -> list[str]:
+    """Rows as lines with aligned columns: the first `left` columns to the left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        padded = [cell.ljust(n) if i < left else cell.rjust(n) for i, (cell, n) in cells]
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def _metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, text) of what every kind has; an empty text is left out."""
+    """(name, text) of all kinds of results; those with an empty text are not printed."""
     count = len(result["shards"])
-    kinds = ", ".join(f"{name} {held['parameters']:,}" for name, held in result["dtypes"].items())
+    kinds = ", ".join(f"{name} {size['parameters']:,}" for name, size in result["dtypes"].items())
     architecture, tied, quantization = (
         result[key] or {} for key in ("architecture", "tied", "quantization")
     )
@@ -45,60 +70,38 @@ def _metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("quantization", quantization.get("found", "none" if result["kind"] == "base" else "")),
     ]
     if tied:
-        said = {True: "yes", False: "no", None: "the config does not say"}[tied["config"]]
-        metrics.append(("tied", f"{said}; a head is {'' if tied['head_stored'] else 'not '}stored"))
+        setting = {True: "yes", False: "no", None: "the config does not say"}[tied["config"]]
+        head = f"a head is {'' if tied['head_stored'] else 'not '}stored"
+        metrics.append(("tied", f"{setting}; {head}"))
     return metrics
 
 
 def _adapter_metrics(result: dict[str, Any]) -> list[tuple[str, str]]:
     saved = result["modules_to_save"]
+    layout = [str(result[key]) for key in ("format", "peft_type", "peft_version") if result[key]]
+    flags = [
+        f"{name} {value}"
+        for name, value in result["flags"].items()
+        if value not in (None, False, "none", [])
+    ]
+    tokens = [f"{entry['module']} ({len(entry['rows'])} rows)" for entry in result["tokens"]]
     return [
-        (
-            "format",
-            " ".join(
-                str(result[key]) for key in ("format", "peft_type", "peft_version") if result[key]
-            ),
-        ),
+        ("format", " ".join(layout)),
         ("base", str(result["base"] or "not said")),
-        (
-            "flags",
-            ", ".join(
-                f"{name} {value}"
-                for name, value in result["flags"].items()
-                if value not in (None, False, "none", [])
-            ),
-        ),
+        ("flags", ", ".join(flags)),
         ("modules_to_save", ", ".join(map(str, saved)) if isinstance(saved, list) else str(saved)),
         ("replaced", ", ".join(result["replaced"])),
-        (
-            "trained tokens",
-            ", ".join(
-                f"{tokens['module']} ({len(tokens['rows'])} rows)" for tokens in result["tokens"]
-            ),
-        ),
+        ("trained tokens", ", ".join(tokens)),
     ]
 
 
-def _columns(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
-    """Rows as aligned columns: the first to the left, the others to the right."""
-    cells = [
-        [name.replace("_", " ") for name in names],
-        *([_cell(row, name) for name in names] for row in rows),
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [
-        [cell.rjust(width) for cell, width in zip(row, widths, strict=True)][1:] for row in cells
-    ]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *others])
-        for row, others in zip(cells, right, strict=True)
-    ]
+def _inspect_columns(names: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    titles = [name.replace("_", " ") for name in names]
+    return _align([titles, *([_inspect_cell(row, name) for name in names] for row in rows)], left=1)
 
 
-def _cell(row: dict[str, Any], name: str) -> str:
-    value = row[name]
-    if name == "module":
-        value = module_label(row)
+def _inspect_cell(row: dict[str, Any], name: str) -> str:
+    value = module_label(row) if name == "module" else row[name]
     if value is None:
         return "?"
     if isinstance(value, bool):
@@ -107,24 +110,75 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def module_label(module: dict[str, Any]) -> str:
-    """A module's name, with its parameter's where that is not plain `weight`, or its wrapper's level."""
+    """A module's name with its parameter's unless that is `weight`, or with its wrapper's level."""
     if module["parameter"] is not None:
         return module["parameter"].removesuffix(".weight")
     return module["module"] + (f" (level {module['depth']})" if module["depth"] else "")
 
 
-def _problems(problems: list[dict[str, str]]) -> list[str]:
-    """Problems in their four parts; those that differ in names with dots and in numbers only are counted."""
+def _problem_lines(problems: list[dict[str, str]]) -> list[str]:
+    """Problems in their four parts; of those that differ in dotted names and numbers only the first
+    is listed, the others are counted."""
     kinds: dict[str, list[dict[str, str]]] = {}
     for problem in problems:
         kinds.setdefault(re.sub(r"\S+\.\S+|\d+", "#", problem["found"]), []).append(problem)
     lines = [f"problems: {len(problems) or 'none'}"]
-    for same in list(kinds.values())[:MOST]:
-        found, expected, where, hint = (
-            same[0][part] for part in ("found", "expected", "where", "do")
+    for first, *others in list(kinds.values())[:MAX_PROBLEMS]:
+        error = AdapterkitError(
+            first["found"], expected=first["expected"], where=first["where"], hint=first["do"]
         )
-        lines.append(f"- {AdapterkitError(found, expected=expected, where=where, hint=hint)}")
-        lines += [f"  and {len(same) - 1} more like it"] * (len(same) > 1)
-    return lines + [f"and {len(kinds) - MOST} more kinds of problems; --json lists all"] * (
-        len(kinds) > MOST
-    )
+        lines.append(f"- {error}")
+        lines += [f"  and {len(others)} more like it"] if others else []
+    more = len(kinds) - MAX_PROBLEMS
+    return lines + ([f"and {more} more kinds of problems; --json lists all"] if more > 0 else [])
+
+
+def _setting_text(row: dict[str, Any]) -> str:
+    a = "not set" if row["change"] == "added" else shown(repr(row["a"]))
+    b = "not set" if row["change"] == "removed" else shown(repr(row["b"]))
+    return f"{shown(row['name'])}: {a} -> {b}" + ("" if row["decides"] else "  (does not count)")
+
+
+def _diff_cells(row: dict[str, Any]) -> list[str]:
+    share = row["differing"]
+    return [
+        row["name"],
+        _sides(row),
+        _error_text(row),
+        "-" if row["max_abs"] is None else f"{row['max_abs']:.2e}",
+        "-" if row["cosine"] is None else f"{row['cosine']:.6f}",
+        "-" if share is None else f"{share:.2%}" if share >= 1e-4 else f"{share:.0e}",
+        _rank_text(row["rank"]),
+    ]
+
+
+def _sides(row: dict[str, Any]) -> str:
+    """Kind, dtype (or rank and scale) and shape of A, then -> and what differs in B."""
+    one, other = _side(row["a"]), _side(row["b"])
+    differing = other if row["a"]["shape"] != row["b"]["shape"] else other[:1]
+    words = [*one, *(["->", *differing] if one != other else [])]
+    if row["why"] == "rows":
+        words.append(f"({row['rows_only_a']} only in A, {row['rows_only_b']} only in B)")
+    return " ".join(words if row["kind"] == "tensor" else [row["kind"], *words])
+
+
+def _side(side: dict[str, Any]) -> list[str]:
+    values = side["dtype"] if "dtype" in side else f"r {side['rank']} scale {side['scale']:g}"
+    return [values, "x".join(map(str, side["shape"])) or "scalar"]
+
+
+def _error_text(row: dict[str, Any]) -> str:
+    if row["relative_error"] is not None:
+        return f"{row['relative_error']:.2e}"
+    floats = row["a"].get("dtype", "F32") in dtypes.FLOATS
+    if row["why"] in ("shape", "dtype") or not floats:
+        return "-"
+    return "inf" if row["norm"] == 0 else "nan"
+
+
+def _rank_text(rank: dict | None) -> str:
+    if rank is None:
+        return "-"
+    if rank["needed"] is None:
+        return f">{rank['above']}"
+    return f"{'~' * rank['estimate']}{rank['needed']}"

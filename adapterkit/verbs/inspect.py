@@ -12,7 +12,7 @@ from adapterkit.options import StrPath, checked
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.reports import pictures
 from adapterkit.reports.adapter import inspect_adapter
-from adapterkit.reports.checkpoint import SHOWN, inspect_base, inspect_file
+from adapterkit.reports.checkpoint import MAX_NAMES, inspect_base, inspect_file
 
 if TYPE_CHECKING:
     from adapterkit.plan import Progress
@@ -128,7 +128,7 @@ def _kind(folder: Folder) -> str:
         "neither a checkpoint nor an adapter",
         expected=f"safetensors files, config.json or {CONFIG}",
         where=folder.name,
-        hint=f"name a subfolder: {', '.join(map(shown, nested[:SHOWN]))}"
+        hint=f"name a subfolder: {', '.join(map(shown, nested[:MAX_NAMES]))}"
         if nested
         else "check the path",
     )

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from adapterkit import diff
 from adapterkit.kernels import compare
-from adapterkit.reports.differences import table
+from adapterkit.reports.tables import diff_table
 from tests.support import oracle
 from tests.support.differences import DTYPES, decaying, normal, only, rank_of
 
@@ -79,7 +79,7 @@ def test_an_estimated_rank_is_never_too_small_and_says_when_it_is_above_128(pair
     full = diff(*pair({"w": a}, {"w": a + normal(700, 800, seed=6)}))
     assert only(full)["rank"] == {"energy": 0.9, "needed": None, "above": 128, "estimate": True}
     assert (
-        table(full)[1].endswith(" >128")
+        diff_table(full)[1].endswith(" >128")
         and only(diff(*pair({"w": a}, {"w": a + flat}), rank_for_energy=0))["rank"] is None
     )
 
@@ -232,7 +232,7 @@ def test_nan_on_one_side_is_a_change_without_a_number(pair):
         row["relative_error"] is row["max_abs"] is row["cosine"] is row["rank"] is None
         and row["differing"] == 2 / 1200
     )
-    assert not document["same"] and table(document)[1].split()[-5:] == [
+    assert not document["same"] and diff_table(document)[1].split()[-5:] == [
         "nan",
         "-",
         "-",
@@ -247,7 +247,7 @@ def test_from_zero_the_error_is_infinite(pair):
     assert (
         only(document)["relative_error"] is None
         and only(document)["norm"] == 0
-        and " inf " in table(document)[1]
+        and " inf " in diff_table(document)[1]
     )
 
 
@@ -264,7 +264,7 @@ def test_integers_differ_whatever_the_tolerance(pair):
     a = torch.arange(6)
     # every byte of two elements
     document = diff(*pair({"w": a}, {"w": a.where(a < 4, -1)}), tolerance=1e9)
-    assert only(document)["differing"] == pytest.approx(2 / 6) and table(document)[1].split()[
+    assert only(document)["differing"] == pytest.approx(2 / 6) and diff_table(document)[1].split()[
         -5:
     ] == ["-", "-", "-", "33.33%", "-"]
 
@@ -292,7 +292,7 @@ def test_other_shapes_dtypes_and_keys_are_shown_as_such(pair):
     assert document["removed"] == [{"name": "gone", "kind": "tensor", "dtype": "F32", "shape": [2]}]
     assert document["added"] == [{"name": "new", "kind": "tensor", "dtype": "F32", "shape": [5]}]
     assert not document["same"] and document["totals"]["identical"] == 2
-    lines = "\n".join(table(document))
+    lines = "\n".join(diff_table(document))
     assert (
         "F32 4x3 -> F32 3x4" in lines
         and "F32 4x3 -> F8_E4M3" in lines

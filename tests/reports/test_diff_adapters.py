@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from adapterkit import diff
 from adapterkit.errors import Refused
-from adapterkit.reports.differences import table
+from adapterkit.reports.tables import diff_table
 from tests.support.differences import factors, normal, only, rank_of, trained, write_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,7 +95,7 @@ def test_factors_that_are_not_finite(value, tmp_path):
     assert (
         only(document)["relative_error"] is None
         and only(document)["rank"] is None
-        and " nan " in table(document)[1]
+        and " nan " in diff_table(document)[1]
     )
     assert diff(other, other)["totals"]["identical"] == 1
 
@@ -208,7 +208,7 @@ def test_token_rows_are_matched_by_their_token(tmp_path):
         only(document)["rows_only_a"],
         only(document)["rows_only_b"],
     ) == ("rows", 0, 2)
-    assert not document["same"] and "(0 only in A, 2 only in B)" in table(document)[1]
+    assert not document["same"] and "(0 only in A, 2 only in B)" in diff_table(document)[1]
 
 
 def test_settings_that_differ_are_listed_and_those_that_change_the_arithmetic_decide(tmp_path):
@@ -228,14 +228,16 @@ def test_settings_that_differ_are_listed_and_those_that_change_the_arithmetic_de
         "base_model_name_or_path",
         "init_lora_weights",
     ]
-    assert "base_model_name_or_path: 'org/one' -> 'org/two'  (does not count)" in table(document)
+    assert "base_model_name_or_path: 'org/one' -> 'org/two'  (does not count)" in diff_table(
+        document
+    )
     deeper = write_lora(
         tmp_path / "c", part, layer_replication=[[0, 2], [1, 2]], base_model_name_or_path="org/two"
     )
     document = diff(named, deeper, tolerance=1e9)
     assert not document["same"] and diff(deeper, deeper)["same"]
     # what counts comes first
-    assert table(document)[0] == "layer_replication: not set -> [[0, 2], [1, 2]]"
+    assert diff_table(document)[0] == "layer_replication: not set -> [[0, 2], [1, 2]]"
     assert not diff(first, write_lora(tmp_path / "tied", part, ensure_weight_tying=True))["same"]
     residual = write_lora(tmp_path / "d", part, init_lora_weights="pissa")
     document = diff(first, residual)
@@ -252,7 +254,7 @@ def test_deltas_of_other_shapes_are_shown_as_such(tmp_path):
         "shape",
         None,
     ) and not document["same"]
-    assert "delta r 4 scale 2 90x70 -> r 4 scale 2 80x70" in table(document)[1]
+    assert "delta r 4 scale 2 90x70 -> r 4 scale 2 80x70" in diff_table(document)[1]
 
 
 def test_a_rank_that_is_not_the_configs_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import save_file
 
 from adapterkit import diff
-from adapterkit.reports.differences import table
+from adapterkit.reports.tables import diff_table
 from tests.support.differences import normal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +53,7 @@ def test_a_setting_that_changes_the_arithmetic_is_a_difference_whatever_the_tole
             and document["totals"]["identical"] == 1
             and not document["same"]
         )
-        assert table(document) == ["text_config.rope_theta: 10000.0 -> 500000"]
+        assert diff_table(document) == ["text_config.rope_theta: 10000.0 -> 500000"]
     assert models(LLAMA | {"rms_norm_eps": 1}, LLAMA | {"rms_norm_eps": 1.0})["config"] == []
 
 
@@ -77,7 +77,9 @@ def test_settings_that_change_no_arithmetic_are_told_or_left_out(models):
         ("dtype", "added", False),
         ("attention_dropout", "added", False),
     ]
-    assert document["same"] and "dtype: not set -> 'bfloat16'  (does not count)" in table(document)
+    assert document["same"] and "dtype: not set -> 'bfloat16'  (does not count)" in diff_table(
+        document
+    )
 
 
 def test_what_a_config_leaves_out_is_the_models_default(models):
@@ -117,7 +119,7 @@ def test_settings_of_a_model_that_transformers_does_not_know_or_refuses_are_comp
         ]
         assert not document["same"] and document["notes"] == []
         document = models(config | {"window": None}, config)
-        assert table(document) == ["window: None -> not set"]
+        assert diff_table(document) == ["window: None -> not set"]
     other = models({"model_type": "llama"}, {"model_type": "mistral", "sliding_window": 8})
     assert [row["name"] for row in other["config"]] == ["model_type", "sliding_window"]
 
@@ -131,7 +133,7 @@ def test_settings_that_json_or_a_terminal_cannot_hold(models):
         "limits": [0.0, None],
         "\\u202ename": None,
     }
-    for text in (*table(document), json.dumps(document, ensure_ascii=False)):
+    for text in (*diff_table(document), json.dumps(document, ensure_ascii=False)):
         assert text.isprintable()
 
 

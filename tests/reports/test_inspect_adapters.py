@@ -172,7 +172,7 @@ def test_no_config_is_a_traceback(one_thread, tmp_path):
             (tmp_path / make.__name__ / "adapter_config.json").write_text(config)
             result = inspect(tmp_path / make.__name__)
             assert len(result["modules"]) == (2 if make is raw_files.everything_else else 1)
-            tables.table(result)
+            tables.inspect_table(result)
 
 
 DAMAGED_ADAPTERS = {

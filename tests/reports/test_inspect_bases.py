@@ -39,7 +39,7 @@ def test_a_damaged_base(name, sharded):
     assert result["kind"] == "base" and any(words in text for text in problems_of(result)), (
         problems_of(result)
     )
-    assert result["parameters"] > 0 and "Traceback" not in tables.table(result)
+    assert result["parameters"] > 0 and "Traceback" not in tables.inspect_table(result)
     if name in ("cut", "html", "empty-file"):
         assert [shard["tensors"] is None for shard in result["shards"]] == [False, True]
     if name in ("stray", "total", "pickle", "no-config", "headless", "tied"):

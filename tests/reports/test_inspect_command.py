@@ -174,7 +174,7 @@ def test_no_name_acts_on_a_terminal(tmp_path):
     }
     files.folder().write(tmp_path / "adapter")
     result = inspect(tmp_path / "adapter")
-    for text in (tables.table(result), json.dumps(result, ensure_ascii=False)):
+    for text in (tables.inspect_table(result), json.dumps(result, ensure_ascii=False)):
         assert all(c.isprintable() or c == "\n" for c in text)
 
 

@@ -83,7 +83,7 @@ def test_an_adapter_on_the_hub_by_its_header_and_config(hub, tmp_path):
     )
     asked = weights_ranges(hub)
     assert len(asked) == 1 and asked[0][0] == (0, 65536)  # of half a megabyte
-    assert "--download" in tables.table(result)
+    assert "--download" in tables.inspect_table(result)
 
 
 def test_weights_on_the_hub_are_read_when_asked_for(hub, tmp_path):
@@ -125,7 +125,7 @@ def test_headers_alone(lora, llama, tmp_path, monkeypatch):
         "adapter_config.json",
         "adapter_model.safetensors",
     } and len(ranges) == 2
-    assert "--headers" in tables.table(result)
+    assert "--headers" in tables.inspect_table(result)
     assert inspect(llama, headers=True) == inspect(llama)
     code = (
         f"import sys, adapterkit; adapterkit.inspect({str(lora)!r}, headers=True); assert 'torch' "

@@ -43,7 +43,7 @@ def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> Non
       adapterkit inspect ./my-adapter --base ./base --plot norms.png
       adapterkit inspect meta-llama/Llama-3.1-8B --json
     """
-    from adapterkit.reports.tables import table
+    from adapterkit.reports.tables import inspect_table
     from adapterkit.verbs.inspect import inspect as verb
 
     with ProgressBar(False) as bar:
@@ -51,7 +51,7 @@ def inspect(ctx: click.Context, path: str, as_json: bool, **options: Any) -> Non
     if as_json:
         print_json(result)
     else:
-        click.echo(table(result))
+        click.echo(inspect_table(result))
     ctx.exit(0 if result["readable"] else 1)
 
 
@@ -94,7 +94,7 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
       adapterkit diff ./base ./tuned
       adapterkit diff ./adapter ./resized --tolerance 1e-3
     """
-    from adapterkit.reports.differences import table
+    from adapterkit.reports.tables import diff_table
     from adapterkit.verbs.diff import diff as verb
 
     if quiet and not as_json:
@@ -104,7 +104,7 @@ def diff(ctx: click.Context, a: str, b: str, as_json: bool, quiet: bool, **optio
     if as_json:
         print_json(result)
     elif not quiet:
-        print_diff(result, table(result))
+        print_diff(result, diff_table(result))
     ctx.exit(0 if result["same"] else 1)
 
 

@@ -3,8 +3,8 @@
 import math
 from dataclasses import replace
 
-from adapterkit.adapters.factors import other_rank, rank_and_scale
-from adapterkit.adapters.record import Adapter, Lora, inside
+from adapterkit.adapters.factors import rank_and_scale
+from adapterkit.adapters.record import Adapter, Lora, inside, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.planning.merge.copies import settle_copies
@@ -189,7 +189,7 @@ def _product(
         _bias(job, adapter, lora, scale * weight)
     product, outputs = oriented(job, adapter, parameter, lora, leaf, scale * weight)
     if product.rank != rank:
-        raise other_rank(adapter, lora, product.rank, rank)
+        raise rank_mismatch(adapter, lora, product.rank, rank)
     if lora.magnitude is not None and product.experts is not None:
         raise Refused(
             f"DoRA on the stack {shown(name)}",

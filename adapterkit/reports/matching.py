@@ -1,0 +1,187 @@
+"""The two sides of a diff: read from headers, and matched by key or by module."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapterkit.adapters.keys import CONFIG, WEIGHTS
+from adapterkit.adapters.peft import read_adapter
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec, read_header
+from adapterkit.checkpoint.shards import NOT_A_MODEL
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.planning.sites import join
+from adapterkit.reports import configs
+from adapterkit.reports.pairs import Bias, Pair, make_pair, stored_specs, summary_of
+from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.decoded import decoded_view
+from adapterkit.weights.detect import quantization_evidence
+
+Parts = dict[tuple[str, str], Any]  # by kind and name: what one side has
+
+
+@dataclass
+class Matches:
+    """Pairs in A's file order, and what only one side has."""
+
+    pairs: list[Pair]
+    added: list[dict]
+    removed: list[dict]
+    config: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def are_adapters(folders: tuple[Folder, Folder]) -> bool:
+    """Whether both sources are adapters; `Refused` where only one of them is."""
+    adapters = [CONFIG in folder.files() for folder in folders]
+    models = [any(_is_model(name) for name in folder.files()) for folder in folders]
+    if all(adapters):
+        return True
+    if any(adapters) and not all(models):
+        which = adapters.index(True)
+        raise Refused(
+            f"{folders[which].name} is an adapter, {folders[1 - which].name} is not",
+            expected="two adapters, two checkpoints or two files",
+            where="A and B",
+            hint=f"merge the adapter first, or name its file {WEIGHTS} to compare bare tensors",
+        )
+    return False
+
+
+def _is_model(name: str) -> bool:
+    return "/" not in name and name.endswith(".safetensors") and not name.startswith(NOT_A_MODEL)
+
+
+@dataclass
+class Side:
+    """Tensors of a checkpoint or of a single file by key; of a checkpoint also its config."""
+
+    tensors: dict[str, TensorSpec]
+    checkpoint: Checkpoint | None = None
+    config: dict | None = None
+
+
+def match_checkpoints(folders: tuple[Folder, Folder]) -> Matches:
+    """Match two checkpoints or files by key; `Refused` or `Damaged` where one cannot be read."""
+    sides: list[Side] = _read_both(_read_side, folders)
+    quantized = [
+        side.checkpoint is not None
+        and quantization_evidence(side.checkpoint.config, side.tensors) is not None
+        for side in sides
+    ]
+    notes = []
+    if quantized[0] != quantized[1]:
+        which = quantized.index(True)
+        sides[which] = _decoded_side(sides[which])
+        notes.append(f"{folders[which].name} is quantized: its weights are compared as they decode")
+    a, b = ({("tensor", key): spec for key, spec in side.tensors.items()} for side in sides)
+    matches = _match(a, b)
+    first, second = (side.config for side in sides)
+    if first is not None and second is not None:
+        matches.config, matches.notes = configs.compare_model_configs(first, second)
+    elif first is not second:
+        without = folders[0 if first is None else 1].name
+        matches.notes.append(f"{without} has no config.json: settings are not compared")
+    matches.notes += notes
+    if a and b and not matches.pairs:
+        matches.notes.append(
+            "no key is in both: the same model may store its parameters under other names "
+            "(a prefix, fused or per-expert weights)"
+        )
+    return matches
+
+
+def _read_both(read: Callable[[Folder, int], Any], folders: tuple[Folder, Folder]) -> list[Any]:
+    """`read` of each folder and its number; the problems of both are raised together."""
+    sides, errors = [], []
+    for number, folder in enumerate(folders):
+        try:
+            sides.append(read(folder, number))
+        except AdapterkitError as error:
+            errors.append(error)
+    refuse_all(errors)
+    return sides
+
+
+def _read_side(folder: Folder, number: int) -> Side:
+    files = folder.files()
+    only = next(iter(files)) if len(files) == 1 else ""
+    if only.endswith(".safetensors"):
+        return Side({spec.key: spec for spec in read_header(folder, only, number).tensors})
+    checkpoint = open_checkpoint(folder, number)
+    config = checkpoint.config if "config.json" in files else None
+    return Side(checkpoint.tensors, checkpoint, config)
+
+
+def _decoded_side(side: Side) -> Side:
+    """A quantized checkpoint as the floats that it decodes to."""
+    assert side.checkpoint is not None
+    plain = decoded_view(side.checkpoint)
+    tensors = {
+        key: replace(spec, dtype="F32") if isinstance(spec, QuantizedWeight) else spec
+        for key, spec in plain.tensors.items()
+    }
+    return Side(tensors, plain, plain.config)
+
+
+def match_adapters(folders: tuple[Folder, Folder]) -> Matches:
+    """Match two adapters by module; `Refused` or `Damaged` where one cannot be read."""
+    (first, a), (second, b) = _read_both(_read_adapter, folders)
+    matches = _match(a, b)
+    matches.config = configs.compare_adapter_configs(first, second)
+    if a and b and not matches.pairs:
+        matches.notes.append("no module is in both adapters")
+    if any(kind == "magnitude" for kind, _ in (*a, *b)):
+        matches.notes.append(
+            "DoRA rescales by norms of the base: deltas and magnitudes are compared apart"
+        )
+    versions = {adapter.config.get("peft_version") for adapter in (first, second)}
+    if len(versions) > 1 and first.config.get("target_parameters"):
+        matches.notes.append(
+            "PEFT 0.19 turned the factors of square experts: two versions' deltas there may be "
+            "each other's transpose"
+        )
+    for adapter in (first, second):
+        if adapter.changed_base():
+            init = shown(adapter.config["init_lora_weights"])
+            matches.notes.append(
+                f"{adapter.name}: init_lora_weights {init} had changed the base: its deltas are "
+                "relative to that one"
+            )
+    return matches
+
+
+def _read_adapter(folder: Folder, number: int) -> tuple[Adapter, Parts]:
+    """An adapter, and its deltas, biases, magnitudes, replaced parameters and token rows in file
+    order."""
+    adapter = read_adapter(folder, number)
+    parts: Parts = {("replaced", name): spec for name, spec in adapter.replaced.items()}
+    errors: list[AdapterkitError] = []
+    for name, site in join([adapter], errors).items():
+        ((lora, factors),) = site.members.values()
+        parts["delta", name] = factors
+        if lora.magnitude is not None:  # (out,) or (1, out, 1, 1), by PEFT's version
+            shape = (math.prod(lora.magnitude.shape),)
+            parts["magnitude", name] = replace(lora.magnitude, shape=shape)
+        if lora.bias is not None:
+            parts["bias", name] = Bias(lora.bias, factors.scale)
+    refuse_all(errors)
+    parts |= {("rows", tokens.module): tokens for tokens in adapter.tokens}
+    return adapter, dict(sorted(parts.items(), key=lambda item: stored_specs(item[1])[0].start))
+
+
+def _match(a: Parts, b: Parts) -> Matches:
+    pairs = [make_pair(*key, part, b[key]) for key, part in a.items() if key in b]
+    return Matches(pairs, added=_rows_without(b, a), removed=_rows_without(a, b))
+
+
+def _rows_without(parts: Parts, others: Parts) -> list[dict[str, Any]]:
+    """Rows of the parts that the other side does not have."""
+    return [
+        {"name": name, "kind": kind, **summary_of(part)}
+        for (kind, name), part in parts.items()
+        if (kind, name) not in others
+    ]
