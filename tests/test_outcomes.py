@@ -76,7 +76,8 @@ def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_pat
     assert notes(tmp_path / "once", f"{lora}=-0.5", out="back") == []
     (note,) = notes(tmp_path / "once", f"{other_lora}=-1", out="other")
     assert (
-        note == f"{other_lora.name} is taken out, but the receipt of once holds {lora.name} instead"
+        note
+        == f"{other_lora.name} is subtracted, but the receipt of once names {lora.name} instead"
     )
     assert notes(llama, f"{lora}=-1", out="no-receipt") == []
     assert notes(tmp_path / "once", other_lora, out="two-steps") == []
@@ -84,7 +85,7 @@ def test_an_adapter_that_is_in_the_base_already(llama, lora, other_lora, tmp_pat
     assert notes(tmp_path / "two-steps", f"{lora}=-0.5", out="one-out") == []
     assert notes(tmp_path / "one-out", f"{other_lora}=-1", out="both-out") == []
     (note,) = notes(tmp_path / "one-out", f"{lora}=-0.5", out="twice-out")
-    assert note.startswith(f"{lora.name} is taken out, but")
+    assert note.startswith(f"{lora.name} is subtracted, but")
 
 
 def test_a_receipt_that_is_none(llama, lora, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.keys import PREFIX, wrapped
+from adapterkit.adapters.keys import factor_keys
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
@@ -129,17 +129,11 @@ class Place:
 
 def place_of(lora: Lora, factors: Factors, levels: Mapping[str, int], depth: int = 0) -> Place:
     """Where such factors go in a file whose modules are wrapped `levels` times, under `depth` wrappers of their own module."""
-    path = PREFIX + wrapped(lora.module, levels) + ".base_layer" * depth
-    a, b = (
-        ("lora_embedding_A", "lora_embedding_B")
-        if lora.kind == "embedding"
-        else ("lora_A.weight", "lora_B.weight")
-    )
-    return Place(
-        f"{path}.{a}",
-        f"{path}.{b}",
-        lora.a.shape[1:],
-        lora.b.shape[2:],
-        lora.b.shape[0],
-        factors.experts,
-    )
+    a_key, b_key = factor_keys(lora.module, levels, depth, lora.kind)
+    return Place(a_key, b_key, lora.a.shape[1:], lora.b.shape[2:], lora.b.shape[0], factors.experts)
+
+
+def place_of_linear(module: str, shape: tuple[int, ...]) -> Place:
+    """Where the factors of a linear layer (out, in) go in a file without wrappers of parameters."""
+    a_key, b_key = factor_keys(module, {})
+    return Place(a_key, b_key, (shape[1],), (), shape[0], None)

@@ -63,6 +63,32 @@ def wrapped(path: str, levels: Mapping[str, int]) -> str:
     return found
 
 
+FACTORS = {
+    "module": ("lora_A.weight", "lora_B.weight"),
+    "embedding": ("lora_embedding_A", "lora_embedding_B"),
+}
+
+
+def factor_keys(
+    module: str, levels: Mapping[str, int], depth: int = 0, kind: str = "module"
+) -> tuple[str, str]:
+    """Keys of a and b in a file whose modules are wrapped so many times, under `depth` wrappers of
+    the module itself; `kind` as in `Lora`."""
+    path = beneath(PREFIX + wrapped(module, levels), depth)
+    a, b = FACTORS[kind]
+    return f"{path}.{a}", f"{path}.{b}"
+
+
+def value_key(parameter: str, levels: Mapping[str, int]) -> str:
+    """Key of a parameter's trained value in a file whose modules are wrapped so many times."""
+    return PREFIX + wrapped(parameter, levels)
+
+
+def beneath(path: str, depth: int) -> str:
+    """The path of what lies under so many wrappers."""
+    return path + ".base_layer" * depth
+
+
 def rewrapped(key: str, levels: Mapping[str, int]) -> str:
     """The canonical key of a value that is no factor in a file whose modules are wrapped so many times."""
     head, inner, tail = canonical(key).removeprefix(PREFIX).partition(".token_adapter.")

@@ -1,16 +1,21 @@
-"""The adapter_config.json of a written adapter: targets, ranks, scales, and what it takes over."""
+"""Settings of a written adapter's adapter_config.json, as PEFT reads them."""
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from adapterkit.adapters.record import Adapter, inside
 from adapterkit.checkpoint.folder import Folder
 
+HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
+# of a config, besides target_modules, what decides which modules a list means
+NARROWING = ("layers_to_transform", "exclude_modules", "ensure_weight_tying")
+CLASSIFIERS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+
 
 def plain_settings() -> dict[str, Any]:
-    """The config of a LoRA of scale 1, as PEFT writes it."""
+    """The settings of a LoRA of scale 1, as PEFT writes them."""
     return {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -27,99 +32,90 @@ def plain_settings() -> dict[str, Any]:
     }
 
 
-def targets(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
-    """target_modules that mean the written modules and no others: the inputs' own list where all have the same modules and list,
-    else their full names. Parameters are named as the inputs name them (`target_parameters`)."""
-    named = {target for a in adapters for target in a.config.get("target_parameters") or []}
-    if named:
-        version = (
-            {"peft_version": adapters[0].config["peft_version"]}
-            if "peft_version" in adapters[0].config
-            else {}
-        )
-        return {
-            "target_modules": modules,
-            "target_parameters": sorted(named),
-            **version,
-        }  # the layout of stacks goes by the version
-    lists = [a.config.get("target_modules") for a in adapters]
-    more = (
-        "layers_to_transform",
-        "exclude_modules",
-        "ensure_weight_tying",
-    )  # what else decides which modules a list means
-    narrowed = any(a.config.get(key) for a in adapters for key in more)
-    same = bool(adapters) and all(
+def target_settings(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:
+    """target_modules that match these modules and no others, target_parameters as the adapters name
+    them.
+
+    Modules have their full names, or the adapters' own list where all have one list that matches
+    these modules."""
+    parameters = {name for a in adapters for name in a.config.get("target_parameters") or []}
+    if parameters:
+        settings = {"target_modules": modules, "target_parameters": sorted(parameters)}
+        version = adapters[0].config.get("peft_version")  # the layout of stacks depends on it
+        has_version = "peft_version" in adapters[0].config
+        return settings | ({"peft_version": version} if has_version else {})
+    if adapters and all(
         {a.attention(lora) or lora.module for lora in a.loras} == set(modules) for a in adapters
-    )
-    if (
-        same
-        and not narrowed
-        and all(isinstance(t, list) and set(t) == set(lists[0] or ()) for t in lists)
     ):
-        return {"target_modules": sorted(lists[0] or ())}
+        lists = [a.config.get("target_modules") for a in adapters]
+        is_narrowed = any(a.config.get(key) for a in adapters for key in NARROWING)
+        sets = {frozenset(one) if isinstance(one, list) else None for one in lists}
+        if len(sets) == 1 and (names := sets.pop()) is not None and not is_narrowed:
+            return {"target_modules": sorted(names)}
     return {"target_modules": modules}
 
 
-def ranks(
-    found: dict[str, int], alpha: float | None = None, unnamed: Collection[str] = ()
+def rank_settings(
+    ranks: Mapping[str, int], alpha: float | None = None, unnamed: Collection[str] = ()
 ) -> dict[str, Any]:
-    """r, lora_alpha and the patterns for each target's rank: the commonest is r, the others are anchored patterns.
+    """r, lora_alpha and their patterns for each target's rank: the commonest is r, the others are
+    anchored patterns. Without `alpha` every scale is 1.
 
-    A pattern is held against a parameter's own name where that is the target; `unnamed` are modules of such parameters."""
-    common = Counter(found.values()).most_common(1)[0][0] if found else 8
-    name = lambda target: f"^{target}" + r"(\.\w+)?" * (target in unnamed)
-    pattern = {name(target): rank for target, rank in found.items() if rank != common}
-    alphas = (
-        {"lora_alpha": common, "alpha_pattern": dict(pattern)}
-        if alpha is None
-        else {"lora_alpha": alpha, "alpha_pattern": {}}
-    )
-    return {"r": common, "rank_pattern": pattern, **alphas}
+    PEFT matches a pattern with a parameter's own name where that is the target; `unnamed` are
+    modules of such parameters."""
+    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
+    rank_pattern = {
+        f"^{target}" + r"(\.\w+)?" * (target in unnamed): rank
+        for target, rank in ranks.items()
+        if rank != common
+    }
+    if alpha is None:
+        alphas = {"lora_alpha": common, "alpha_pattern": dict(rank_pattern)}
+    else:
+        alphas = {"lora_alpha": alpha, "alpha_pattern": {}}
+    return {"r": common, "rank_pattern": rank_pattern, **alphas}
 
 
 def task_type(config: dict, saved: Collection[str] = ()) -> str | None:
-    """PEFT's task type for a model of this config; for classifiers only where the head is among the `saved` modules: by their type
-    PEFT takes it for one, and looks for its weights."""
+    """PEFT's task type for a model of this config.
+
+    For classifiers only where the head is among the `saved` modules: that type makes PEFT look for
+    its weights."""
     names = " ".join(map(str, config.get("architectures") or ()))
     if "ForCausalLM" in names:
         return "CAUSAL_LM"
-    known = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    heads = {"classifier", "score"} & {module.rpartition(".")[2] for module in saved}
-    return next((task for word, task in known.items() if word in names and heads), None)
+    if not {"classifier", "score"} & {module.rpartition(".")[2] for module in saved}:
+        return None
+    return next((task for word, task in CLASSIFIERS.items() if word in names), None)
 
 
 def hub_id(folder: Folder) -> str | None:
-    """The Hub's id of a folder, where it has one."""
-    found = folder.origin.get("repo")
-    return str(found) if found else None
+    """The Hub id of a folder, if it has one."""
+    repo = folder.origin.get("repo")
+    return str(repo) if repo else None
 
 
 def base_id(adapter: Adapter) -> str | None:
-    """The base's id that an adapter's config names; a path of the machine it was trained on is of no use to others."""
+    """The base's id in an adapter's config; a path of the machine of the training is none."""
     base = adapter.config.get("base_model_name_or_path")
-    return (
-        base
-        if isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and base[0] != "."
-        else None
-    )
+    return base if isinstance(base, str) and HUB_ID.fullmatch(base) else None
 
 
-def extras(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """What the config must say of values taken over whole: trained modules, token rows, biases."""
+def value_settings(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Settings for values that the adapters trained whole: modules, token rows, biases."""
     heads = {m for a in adapters for m in a.saved if any(inside(name, m) for name in a.replaced)}
-    saved = sorted(heads.union(*(a.config.get("modules_to_save") or [] for a in adapters)))
-    tokens = next((a.config["trainable_token_indices"] for a in adapters if a.tokens), None)
+    modules = heads.union(*(a.config.get("modules_to_save") or [] for a in adapters))
     biases = {a.config.get("bias", "none") for a in adapters} - {"none", None}
-    found: dict[str, Any] = {
-        "modules_to_save": saved or None,
+    settings: dict[str, Any] = {
+        "modules_to_save": sorted(modules) or None,
         "bias": "all" if len(biases) > 1 else next(iter(biases), "none"),
     }
-    return found | ({"trainable_token_indices": tokens} if tokens else {})
+    tokens = next((a.config["trainable_token_indices"] for a in adapters if a.tokens), None)
+    return settings | ({"trainable_token_indices": tokens} if tokens else {})
 
 
-def flags(adapter: Adapter) -> dict[str, Any]:
-    """The config's flags of what stays as it is beside new factors."""
+def flags(adapter: Adapter) -> dict[str, bool]:
+    """The adapter's flags for what new factors do not change."""
     return {
         key: bool(adapter.config.get(key))
         for key in ("use_dora", "lora_bias", "ensure_weight_tying")

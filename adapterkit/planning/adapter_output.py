@@ -1,7 +1,7 @@
 """The plan of an output that is an adapter: its tasks, config, card and tokenizer."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -10,14 +10,12 @@ from adapterkit import dtypes
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical
 from adapterkit.adapters.record import Adapter
-from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
 from adapterkit.plan import (
     Change,
     Computed,
-    CopyFile,
     Finalize,
     FromMetrics,
     Plan,
@@ -25,10 +23,10 @@ from adapterkit.plan import (
     TaskResult,
     unchanged,
 )
-from adapterkit.planning.adapter_config import base_id, ranks, targets
-from adapterkit.planning.cards import adapter_card, cell
-from adapterkit.planning.folder_files import as_json
-from adapterkit.planning.input_files import headers_of, identities, model_headers
+from adapterkit.planning.adapter_config import base_id, rank_settings, target_settings
+from adapterkit.planning.cards import adapter_card, plain
+from adapterkit.planning.folder_files import Files, adapter_files, as_json
+from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.sites import Site, levels_of
 from adapterkit.planning.tokenizer_files import tokenizer_files
 from adapterkit.tasks.common import CopiedTensor, SummedTensor
@@ -37,8 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# What an adapter that is the sum of others takes over from the first of them
-KEPT = (
+# settings that an adapter made from others has of the first of them
+INHERITED = (
     "base_model_name_or_path",
     "revision",
     "task_type",
@@ -48,37 +46,40 @@ KEPT = (
 )
 
 
-def added_biases(
-    joined: Mapping[str, Site],
+def sum_biases(
+    sites: Mapping[str, Site],
     weight_of: Callable[[int, str], float],  # (adapter's number, module)
     dtype: str,
     errors: list[AdapterkitError],
-    prefix: str = "",
+    prefix: str = "",  # of the tasks' names
 ) -> list[SummedTensor]:
-    """The biases that LoRAs add (lora_bias): Σ weight · scale · bias of each module, zeros where no adapter has one.
+    """The biases that LoRAs add (lora_bias): Σ weight · scale · bias of each module, zeros where no
+    adapter has one; no tasks where no module has one.
 
-    PEFT gives every module a bias then, and refuses embeddings and parameters beside them.
+    PEFT gives every module a bias then, and refuses embeddings and parameters beside them: these
+    join the errors.
     """
     terms = {
         name: tuple(
-            (x.bias, f.scale * weight_of(n, x.module))
-            for n, (x, f) in site.members.items()
-            if x.bias is not None
+            (lora.bias, factors.scale * weight_of(number, lora.module))
+            for number, (lora, factors) in site.members.items()
+            if lora.bias is not None
         )
-        for name, site in joined.items()
+        for name, site in sites.items()
     }
     if not any(terms.values()):
         return []
-    levels = levels_of(joined.values())
-    places = {name: site.place(levels) for name, site in joined.items()}
+    levels = levels_of(sites.values())
+    places = {name: site.place(levels) for name, site in sites.items()}
     errors += [
         Refused(
             f"{shown(name)} beside biases of b (lora_bias)",
-            expected="linear layers and convolutions only: PEFT has no such bias on embeddings and parameters",
+            expected="linear layers and convolutions only: PEFT has no such bias on embeddings and "
+            "parameters",
             where="adapters",
             hint="merge the adapters into their base instead, or leave the one with lora_bias out",
         )
-        for name, site in joined.items()
+        for name, site in sites.items()
         if site.parameter or places[name].is_embedding
     ]
     return [
@@ -89,111 +90,94 @@ def added_biases(
 
 @dataclass(frozen=True)
 class Output:
-    """One adapter that a job writes: `tasks` make its tensors, `settings` go into its config, ranks and scales are filled in once
-    they are known."""
+    """One adapter that a job writes."""
 
-    adapters: Sequence[Adapter]  # what it is made from; the first one's config says what it is for
+    adapters: Sequence[Adapter]  # its sources; the first one's config says what it is for
     tasks: Sequence[Task]
-    modules: dict[
-        str, str
-    ]  # task name -> the target whose factors it makes: a module, or a parameter's full name
-    settings: dict[str, Any]
-    summary: str
+    # name of a task that makes factors -> their target: a module, or a parameter's full name
+    modules: dict[str, str]
+    settings: dict[str, Any]  # of its config, without ranks and scales
+    summary: str  # for the card
     folder: str = ""  # inside the output
     # from the tasks in the file's order to `Computed.finalize`
     finalize: Callable[[Sequence[Task]], Finalize | None] | None = None
     alpha: float | None = (
-        None  # one lora_alpha for all modules; None: each one's rank, so that every scale is 1
+        None  # one lora_alpha for all; None: each one's rank, so that scales are 1
     )
-    kept: dict[str, Any] | None = (
-        None  # where there is no adapter: what the config says of the base
-    )
+    base_settings: dict[str, Any] | None = None  # the INHERITED ones where there is no adapter
     parameters: frozenset[str] = frozenset()  # targets that are parameters
-    unnamed: frozenset[str] = (
-        frozenset()
-    )  # those of them that are modules: which of their parameters it is was not known
+    # those of them that are modules, because it was not known which of their parameters it is
+    unnamed: frozenset[str] = frozenset()
     tokenizer: str | None = None  # "base": none is copied from the adapters
 
     def inside(self, name: str) -> str:
+        """A file's name in the output."""
         return f"{self.folder}/{name}" if self.folder else name
 
     def shard(self) -> Computed:
+        """Its file of weights; `Refused` where the tasks' ranks cannot be finalized."""
         # the wider dtype first, so that no tensor is misaligned
         ordered = sorted(
             self.tasks,
             key=lambda task: -max((dtypes.BITS[s.dtype] for s in task.max_outputs), default=0),
         )
-        pairs = {
-            t for t, count in Counter(self.modules.values()).items() if count > 1
-        } - self.parameters
+        counts = Counter(self.modules.values())
+        pairs = {target for target, count in counts.items() if count > 1} - self.parameters
         if pairs and self.finalize:
-            found, hint = (
-                f"--max-size with MultiheadAttention ({shown(min(pairs))})",
-                "give --rank or --energy",
-            )
             raise Refused(
-                found,
+                f"--max-size with MultiheadAttention ({shown(min(pairs))})",
                 expected="a rank or an energy: both projections have one rank",
                 where="options",
-                hint=hint,
+                hint="give --rank or --energy",
             )
-        finalize = (
-            self.finalize(ordered)
-            if self.finalize
-            else _finalize_pairs(ordered, self.modules, pairs)
-            if pairs
-            else None
-        )
+        finalize = None
+        if self.finalize:
+            finalize = self.finalize(ordered)
+        elif pairs:
+            finalize = _finalize_pairs(ordered, self.modules, pairs)
         return Computed(self.inside(WEIGHTS), tuple(ordered), finalize=finalize)
 
-    def files(self, notes: list[str]) -> dict[str, bytes | CopyFile | FromMetrics]:
-        files: dict[str, bytes | CopyFile | FromMetrics] = {}
-        for name, copy in tokenizer_files(list(self.adapters), self.tokenizer, notes).items():
-            files[self.inside(name)] = copy
-        files[self.inside("README.md")] = adapter_card(
-            self.base(), self.adapters, self.summary
-        ).encode()
-        files[self.inside(CONFIG)] = FromMetrics(self.config)
-        return files
+    def files(self, notes: list[str]) -> Files:
+        """Its other files; a tokenizer among them joins the notes."""
+        tokenizer = tokenizer_files(list(self.adapters), self.tokenizer, notes)
+        card = adapter_card(self.base(), self.adapters, self.summary)
+        return adapter_files(
+            FromMetrics(self.config), card, tokenizer=tokenizer, folder=self.folder
+        )
 
     def base(self) -> str | None:
-        return (
-            base_id(self.adapters[0])
-            if self.adapters
-            else (self.kept or {}).get("base_model_name_or_path")
-        )
+        """The Hub id of its base, if that is known."""
+        if self.adapters:
+            return base_id(self.adapters[0])
+        return (self.base_settings or {}).get("base_model_name_or_path")
 
     def config(self, metrics: dict[str, dict], grown: int = 0) -> bytes:
-        """adapter_config.json for the ranks that came out."""
-        kept = (
-            self.kept
-            if self.kept is not None
-            else {k: v for k, v in self.adapters[0].config.items() if k in KEPT}
-        )
-        found: dict[str, int] = {}
-        for name, module in self.modules.items():
+        """adapter_config.json for the ranks in the metrics; `Unrecoverable` where two parameters of
+        one target have different ones."""
+        inherited = self.base_settings
+        if inherited is None:
+            first = self.adapters[0].config
+            inherited = {key: value for key, value in first.items() if key in INHERITED}
+        by_target: dict[str, int] = {}
+        for name, target in self.modules.items():
             rank = metrics.get(name, {}).get("rank")
-            if rank is not None and found.setdefault(module, rank) != rank:
-                found_ranks = (
-                    f"ranks {found[module]} and {rank} for two parameters of {shown(module)}"
-                )
+            if rank is not None and by_target.setdefault(target, rank) != rank:
                 raise Unrecoverable(
-                    found_ranks,
+                    f"ranks {by_target[target]} and {rank} for two parameters of {shown(target)}",
                     expected="one for both",
                     where=self.inside(CONFIG),
                     hint="give --rank, or --base",
                 )
-        config = kept | self.settings | {"base_model_name_or_path": self.base()}
-        plain = sorted(found.keys() - self.parameters)
-        return as_json(
-            config | targets(self.adapters, plain) | ranks(found, self.alpha, self.unnamed)
-        )
+        config = inherited | self.settings | {"base_model_name_or_path": self.base()}
+        config |= target_settings(self.adapters, sorted(by_target.keys() - self.parameters))
+        return as_json(config | rank_settings(by_target, self.alpha, self.unnamed))
 
 
 def _finalize_pairs(
     tasks: Sequence[Task], modules: dict[str, str], pairs: Collection[str]
 ) -> Finalize:
-    """Bring both projections of a MultiheadAttention to one rank: PEFT has one pattern for them."""
+    """Bring both projections of a MultiheadAttention to one rank: PEFT has one pattern for
+    them."""
     homes = [target if (target := modules.get(task.name)) in pairs else None for task in tasks]
     return partial(_pad_pairs, tasks, homes)
 
@@ -226,7 +210,7 @@ def _pad_factors(task: Any, rank: int, result: TaskResult) -> TaskResult:
     return TaskResult(tensors, result.metrics | {"rank": rank})
 
 
-def adapter_plan(
+def plan_adapters(
     verb: str,
     options: dict[str, Any],
     inputs: Sequence[Adapter],
@@ -235,39 +219,38 @@ def adapter_plan(
     decisions: dict[str, Any],
     base: Checkpoint | None = None,
 ) -> Plan:
-    """A plan that writes adapters, made from the adapters `inputs`, numbered from 0, and a base behind them."""
-    _one_base(inputs, notes)
-    folders, headers, count = tuple(a.folder for a in inputs), headers_of(inputs), len(inputs)
-    if base is None:
-        return output_plan(verb, options, folders, headers, outputs, notes, decisions)
-    headers |= model_headers(base, count)
-    return output_plan(
-        verb, options, (*folders, base.folder), headers, outputs, notes, decisions, (count,)
-    )
+    """The plan of adapters made from the adapters `inputs`, numbered from 0, with a base after
+    them."""
+    bases = sorted({plain(str(base_id(adapter))) for adapter in inputs})
+    if len(bases) > 1:
+        notes.append(f"the adapters name {len(bases)} bases: {', '.join(bases)}")
+    sources: list[Adapter | Checkpoint] = [*inputs, *([] if base is None else [base])]
+    models = () if base is None else (len(inputs),)
+    return plan_outputs(verb, options, sources, outputs, notes, decisions, models)
 
 
-def output_plan(
+def plan_outputs(
     verb: str,
     options: dict[str, Any],
-    folders: tuple[Folder, ...],
-    headers: dict[tuple[int, str], str],
+    inputs: Sequence[Adapter | Checkpoint],
     outputs: Sequence[Output],
     notes: list[str],
     decisions: dict[str, Any],
     models: tuple[int, ...] = (),
 ) -> Plan:
-    """A plan that writes adapters, made from these folders."""
-    files: dict[str, bytes | CopyFile | FromMetrics] = {}
+    """The plan of adapters made from the inputs, numbered from 0; `models`: `Plan.models`."""
+    folders = tuple(source.folder for source in inputs)
+    headers = header_hashes(dict(enumerate(inputs)))
+    files: Files = {}
     for output in outputs:
         files |= output.files(notes)
-    shards = tuple(output.shard() for output in outputs)
     return Plan(
         verb,
         options,
         folders,
         headers,
         identities(folders, headers),
-        shards,
+        tuple(output.shard() for output in outputs),
         files,
         decisions,
         tuple(notes),
@@ -275,27 +258,19 @@ def output_plan(
     )
 
 
-def _one_base(adapters: Iterable[Adapter], notes: list[str]) -> None:
-    bases = {str(base_id(a)) for a in adapters}
-    if len(bases) > 1:
-        notes.append(f"the adapters name {len(bases)} bases: {', '.join(sorted(map(cell, bases)))}")
-
-
-def beside_factors(adapter: Adapter, dtype: str) -> list[Task]:
-    """All that an adapter holds besides its factors: biases of b with the scale folded in, the rest byte for byte."""
+def copy_all_but_factors(adapter: Adapter, dtype: str) -> list[Task]:
+    """Tasks for all that an adapter holds besides its factors: biases of b in `dtype` with the
+    scale folded in, all else byte for byte."""
     tasks: list[Task] = []
     for lora in adapter.loras:
         if lora.bias is not None:
             terms = ((lora.bias, rank_and_scale(adapter, lora, None)[1]),)
-            tasks.append(
-                SummedTensor(
-                    f"{lora.module} bias", canonical(lora.bias.key), terms, dtype, lora.bias.shape
-                )
-            )
+            name, key = f"{lora.module} bias", canonical(lora.bias.key)
+            tasks.append(SummedTensor(name, key, terms, dtype, lora.bias.shape))
         if lora.magnitude is not None:
             tasks.append(_copy(lora.magnitude))
-    whole = [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]
-    return [*tasks, *map(_copy, whole)]
+    values = [*adapter.replaced.values(), *(tokens.values for tokens in adapter.tokens)]
+    return [*tasks, *map(_copy, values)]
 
 
 def _copy(spec: TensorSpec) -> CopiedTensor:

@@ -15,7 +15,7 @@ from adapterkit.combinations.protocol import Method
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Task
-from adapterkit.planning.rows import rows_apart
+from adapterkit.planning.comparison import differing_rows
 from adapterkit.planning.sites import Site
 from adapterkit.tasks import common
 
@@ -194,7 +194,7 @@ def _copy(
     first = (adapters[widest].folder, holders[widest])
     for number, spec in holders.items():
         same = spec.shape == first[1].shape and (
-            number == widest or rows_apart(first, (adapters[number].folder, spec)) == 0
+            number == widest or differing_rows(first, (adapters[number].folder, spec)) == 0
         )
         if not same:
             found = f"{shown(key)}: copies of two bases in {adapters[widest].name} and {adapters[number].name}"

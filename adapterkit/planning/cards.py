@@ -1,4 +1,8 @@
-"""Model cards: the README.md of an output, with the Hub's metadata."""
+"""Model cards: the README.md of an output, with the Hub's metadata.
+
+Texts of inputs are not interpreted: they are quoted as JSON in the metadata, and stripped of markup
+in the body.
+"""
 
 import json
 import re
@@ -10,108 +14,84 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.checkpoint.stage import RECEIPT
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# fields of a base's card that hold for the merged model too
+INHERITED = re.compile(
+    r"^(license|license_name|license_link|pipeline_tag|language): *([\w .:/\-]+)$", re.MULTILINE
+)
+LONGEST = 65536  # bytes of a base's card that are read
+
 
 def merged_card(base: Checkpoint, adapters: list[Adapter], weights: list[float]) -> str:
-    """A README.md with the Hub's metadata for a merged model; nothing from the inputs is interpreted, names are quoted as JSON."""
-    ids = [hub_or_name(base.folder)] + [hub_or_name(a.folder) for a in adapters]
-    header = [
-        "---",
-        "base_model:",
-        *(f"- {json.dumps(i)}" for i in ids),
-        "base_model_relation: merge",
-    ]
-    header += [
-        *_kept(base),
-        "library_name: transformers",
-        "tags:",
-        "- merge",
-        "- lora",
-        "- adapterkit",
-        "---",
-    ]
+    """The card of a merged model."""
+    ids = [hub_id_or_name(base.folder), *(hub_id_or_name(adapter.folder) for adapter in adapters)]
+    metadata = ["base_model:", *(f"- {json.dumps(name)}" for name in ids)]
+    metadata += ["base_model_relation: merge", *_inherited(base), "library_name: transformers"]
     rows = [
-        f"| {cell(hub_or_name(a.folder))} | {w:g} | {len(a.loras)} | {a.config.get('r', '')} |"
+        f"| {plain(hub_id_or_name(a.folder))} | {w:g} | {len(a.loras)} | {a.config.get('r', '')} |"
         for a, w in zip(adapters, weights, strict=True)
     ]
+    names = [plain(name) for name in ids]
     body = [
+        f"Made by adapterkit {__version__} from the files: W' = round(W + Σ weight · scale · b @ a), "
+        "each weight rounded once.",
+        f"The changes of each tensor, and the hash of every file, are in `{RECEIPT}`; "
+        "`adapterkit verify .` checks it.",
         "",
-        f"# {cell(ids[0])} merged with {', '.join(cell(i) for i in ids[1:])}",
-        "",
-        f"Made by adapterkit {__version__} from the files: W' = round(W + Σ weight · scale · b @ a), each weight rounded once.",
-        f"What was done to each tensor, and the hash of every file, stands in `{RECEIPT}`; `adapterkit verify .` checks it.",
-        "",
-        f"Base: {cell(ids[0])}",
+        f"Base: {names[0]}",
         "",
         "| adapter | weight | modules | r |",
         "|---|---|---|---|",
         *rows,
-        "",
     ]
-    return "\n".join(header + body)
+    title = f"{names[0]} merged with {', '.join(names[1:])}"
+    return _card(metadata, ["merge", "lora", "adapterkit"], title, body)
 
 
-def hub_or_name(folder: Folder) -> str:
-    return str(folder.origin.get("repo") or folder.name)
-
-
-def cell(text: str) -> str:
-    return "".join(c if c.isalnum() or c in " ._-/" else " " for c in text)
-
-
-def _kept(base: Checkpoint) -> list[str]:
-    """The licence, language and pipeline of the base's card: they hold for the merged model too."""
-    if "README.md" not in base.files:
-        return []
-    text = base.folder.read("README.md", 0, min(base.files["README.md"], 65536)).decode(
-        "utf-8", "replace"
-    )
-    front = text.split("---")[1] if text.startswith("---") and text.count("---") >= 2 else ""
-    found = re.findall(
-        r"^(license|license_name|license_link|pipeline_tag|language): *([\w .:/\-]+)$",
-        front,
-        re.MULTILINE,
-    )
-    return [f"{key}: {json.dumps(value.strip())}" for key, value in found]
-
-
-def base_card(base: Checkpoint, summary: str) -> str:
-    """A README.md for a model made from this one alone."""
-    name = cell(hub_or_name(base.folder))
-    header = [
-        "---",
-        *([f"base_model: {name}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []),
-        "library_name: transformers",
-    ]
-    return "\n".join(
-        [
-            *header,
-            "tags:",
-            "- adapterkit",
-            "---",
-            "",
-            f"# {name}, {summary}",
-            "",
-            f"Made by adapterkit {__version__}.",
-            "",
-        ]
-    )
+def model_card(base: Checkpoint, summary: str) -> str:
+    """The card of a model made from this one alone."""
+    name = plain(hub_id_or_name(base.folder))
+    metadata = [f"base_model: {name}"] if HUB_ID.fullmatch(name) else []
+    metadata += ["library_name: transformers"]
+    body = [f"Made by adapterkit {__version__}."]
+    return _card(metadata, ["adapterkit"], f"{name}, {summary}", body)
 
 
 def adapter_card(base: str | None, adapters: Sequence[Adapter], summary: str) -> str:
-    """A README.md with the Hub's metadata for an adapter; names of inputs are quoted, nothing of them is interpreted."""
-    header = ["---", *([f"base_model: {json.dumps(base)}"] if base else [])]
-    header += ["library_name: peft", "tags:", "- lora", "- adapterkit", "---", ""]
-    body = [
-        "# Adapter",
-        "",
-        f"Made by adapterkit {__version__} from the files: {cell(summary)}.",
-        "",
-    ]
+    """The card of an adapter for the base of that id, made from these adapters."""
+    metadata = [f"base_model: {json.dumps(base)}"] if base else []
+    metadata += ["library_name: peft"]
+    body = [f"Made by adapterkit {__version__} from the files: {plain(summary)}.", ""]
     body += ["From:", ""] if adapters else []
-    body += [f"- {cell(hub_or_name(a.folder))}" for a in adapters]
+    body += [f"- {plain(hub_id_or_name(adapter.folder))}" for adapter in adapters]
     body += [
         "",
-        f"What was done to each module, and the hash of every file, stands in `{RECEIPT}`.",
-        "",
+        f"The changes of each module, and the hash of every file, are in `{RECEIPT}`.",
     ]
-    return "\n".join(header + body)
+    return _card(metadata, ["lora", "adapterkit"], "Adapter", body)
+
+
+def _card(metadata: list[str], tags: list[str], title: str, body: list[str]) -> str:
+    lines = ["---", *metadata, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    return "\n".join([*lines, f"# {title}", "", *body, ""])
+
+
+def hub_id_or_name(folder: Folder) -> str:
+    """The Hub id of a folder, else its name."""
+    return str(folder.origin.get("repo") or folder.name)
+
+
+def plain(text: str) -> str:
+    """A text without what Markdown or HTML would read as markup."""
+    return "".join(c if c.isalnum() or c in " ._-/" else " " for c in text)
+
+
+def _inherited(base: Checkpoint) -> list[str]:
+    """Licence, language and pipeline of the base's card, as lines of metadata."""
+    size = base.files.get("README.md")
+    if size is None:
+        return []
+    text = base.folder.read("README.md", 0, min(size, LONGEST)).decode("utf-8", "replace")
+    has_metadata = text.startswith("---") and text.count("---") >= 2
+    fields = INHERITED.findall(text.split("---")[1]) if has_metadata else []
+    return [f"{key}: {json.dumps(value.strip())}" for key, value in fields]

@@ -1,7 +1,8 @@
-"""Files of a model folder besides its shards: config, custom code, generation config, index."""
+"""Files of an output folder besides its weights and its receipt, in the order of writing: what
+makes the folder loadable is last."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,18 +38,20 @@ def model_files(
     shards: Sequence[Shard | Computed],
     card: str,
     *,
-    tokenizer: dict[str, CopyFile] | None = None,
+    tokenizer: Mapping[str, CopyFile] | None = None,
     folder: str = "",
+    omit: Collection[str] = (),
 ) -> Files:
-    """Every file of a model's folder besides its shards and its receipt, in the order of writing, what makes it loadable last: the
-    base's own, also those in subfolders, with another config, card and index. `tokenizer`: files that come from an adapter.
-    `folder`: where in the output."""
+    """A model's files: the base's own, also those in subfolders, with this config, card and index.
+
+    `tokenizer`: an adapter's instead of the base's; `folder`: where in the output; `omit`: the
+    base's files that do not hold for the output."""
     prefix = f"{folder}/" if folder else ""
     files: Files = {}
     layers = _layer_folders(base)
     for name in base.files:
-        weights = name.endswith((*WEIGHTS, ".index.json")) and not name.startswith(layers)
-        if not weights and name not in NOT_COPIED:
+        is_weights = name.endswith((*WEIGHTS, ".index.json")) and not name.startswith(layers)
+        if not is_weights and name not in NOT_COPIED:
             files[name] = CopyFile(0, name)
     files |= tokenizer or {}
     files["README.md"] = card.encode()
@@ -59,30 +62,41 @@ def model_files(
         files["config.json"] = (
             CopyFile(0, "config.json") if config == base.config else as_json(config)
         )
+    return {prefix + name: file for name, file in files.items() if name not in omit}
+
+
+def adapter_files(
+    config: FromMetrics,
+    card: str,
+    *,
+    tokenizer: Mapping[str, CopyFile],
+    folder: str = "",
+) -> Files:
+    """An adapter's files, in this folder of the output."""
+    prefix = f"{folder}/" if folder else ""
+    files: Files = {**tokenizer, "README.md": card.encode(), CONFIG: config}
     return {prefix + name: file for name, file in files.items()}
 
 
 def _layer_folders(base: Checkpoint) -> tuple[str, ...]:
-    """Subfolders that hold further layers of the model with weights of their own: those that modules.json of sentence-transformers
-    names (`2_Dense/`)."""
+    """Subfolders with further layers of the model and weights of their own: those that the
+    modules.json of sentence-transformers names (`2_Dense/`)."""
     if "modules.json" not in base.files:
         return ()
     try:
         layers = json.loads(base.folder.read("modules.json", 0, base.files["modules.json"]))
     except ValueError:
         return ()
-    paths = (
-        [layer.get("path") for layer in layers if isinstance(layer, dict)]
-        if isinstance(layers, list)
-        else []
-    )
+    entries = layers if isinstance(layers, list) else []
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
     return tuple(f"{path}/" for path in paths if isinstance(path, str) and path)
 
 
 def _index(
     base: Checkpoint, names: list[str], shards: Sequence[Shard | Computed]
 ) -> bytes | FromMetrics:
-    """Which file holds which key; the sizes of computed files are known once they are written."""
+    """The index: each key's file, and the total size, which is known once computed files are
+    written."""
     content = partial(_index_content, names, shards, base.index)
     is_final = not any(isinstance(shard, Computed) for shard in shards)
     return content({}, 0) if is_final else FromMetrics(content)

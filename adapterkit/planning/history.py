@@ -1,4 +1,4 @@
-"""What the receipt beside a base says of the adapters in it."""
+"""Adapters that were merged into a base before, by the receipt beside it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import shown
 
 
-class Held(NamedTuple):
-    """An adapter in a base."""
+class MergedAdapter(NamedTuple):
+    """An adapter in a base; receipts have these fields."""
 
     name: str
     weight: float
@@ -21,8 +21,10 @@ class Held(NamedTuple):
     sha256: str  # of its file
 
 
-def held_by(base: Folder) -> list[Held]:
-    """The adapters that were merged into a base, as the receipt beside it says: by its merge and by the merges before."""
+def merged_adapters(base: Folder) -> list[MergedAdapter]:
+    """The adapters that were merged into a base, by the last merge and by those before it.
+
+    None where there is no receipt, or one of another verb or version, or one without hashes."""
     receipt = read_json(base, RECEIPT) if RECEIPT in base.files() else {}
     try:
         recipe, sums = receipt["recipe"], receipt["inputs"]
@@ -30,7 +32,7 @@ def held_by(base: Folder) -> list[Held]:
             return []
         rows = zip(recipe["inputs"][1:], recipe["options"]["weights"], strict=True)
         last = [
-            Held(
+            MergedAdapter(
                 str(entry["name"]),
                 float(weight),
                 entry["files"][WEIGHTS]["header"],
@@ -38,41 +40,43 @@ def held_by(base: Folder) -> list[Held]:
             )
             for number, (entry, weight) in enumerate(rows, start=1)
         ]
-        return [*(Held(**one) for one in receipt.get("held", [])), *last]
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ):  # another version's, or without hashes
+        return [*(MergedAdapter(**entry) for entry in receipt.get("held", [])), *last]
+    except (KeyError, TypeError, ValueError, AttributeError):
         return []
 
 
-def notes_on(
-    base: Folder, held: Sequence[Held], adapters: Sequence[Adapter], weights: Sequence[float]
+def history_notes(
+    base: Folder,
+    merged: Sequence[MergedAdapter],
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
 ) -> list[str]:
-    """Adapters that a base holds already and are added again, and such as it does not hold and are taken out.
+    """Notes on adapters that are in the base already and are added again, and on others that are
+    subtracted from a base that does not have them.
 
-    Files are compared by their sha256, and only those whose headers agree are read for it."""
+    Files are compared by their sha256; only those whose headers agree are read for it."""
     notes = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        alike = [one for one in held if one.header == adapter.header_sha256]
-        sha = _sha256(adapter.folder) if alike else ""
-        there = sum(one.weight for one in alike if one.sha256 == sha)
-        if there * weight > 0:
+        candidates = [one for one in merged if one.header == adapter.header_sha256]
+        sha256 = _sha256(adapter.folder) if candidates else ""
+        present = sum(one.weight for one in candidates if one.sha256 == sha256)
+        if present * weight > 0:
             notes.append(
-                f"{adapter.name} is in {base.name} already, with weight {there:g}, as its receipt says: it is added once more"
+                f"{adapter.name} is in {base.name} already, with weight {present:g}, as its "
+                "receipt says: it is added once more"
             )
-        elif held and weight < 0 and there == 0:
-            names = ", ".join(dict.fromkeys(shown(one.name) for one in held))
+        elif merged and weight < 0 and present == 0:
+            names = ", ".join(dict.fromkeys(shown(one.name) for one in merged))
             notes.append(
-                f"{adapter.name} is taken out, but the receipt of {base.name} holds {names} instead"
+                f"{adapter.name} is subtracted, but the receipt of {base.name} names {names} "
+                "instead"
             )
     return notes
 
 
 def _sha256(folder: Folder) -> str:
-    """The hash of an adapter's weights, "" where they are not on this machine and the Hub does not tell."""
+    """The sha256 of an adapter's weights; "" where they are not on this machine and the Hub has no
+    hash of them."""
     known = folder.hashes.get(WEIGHTS)
     if known or not isinstance(folder, LocalFolder):
         return known or ""

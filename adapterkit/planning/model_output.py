@@ -1,7 +1,7 @@
-"""Output files of a model in a quantized format, or decoded to floats."""
+"""Output files of a model: in a quantized format, decoded to floats, or streamed."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,151 +10,151 @@ from adapterkit.checkpoint.layout import Stored, grouped, like_base
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import shown
 from adapterkit.plan import Computed, Shard, Step, Task
-from adapterkit.planning.cards import base_card
+from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import Files, model_files
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.quantized import EncodedWeight
 from adapterkit.weights.codec import QuantizedWeight
 
-CHANGED_BY = "adapterkit_changed_by"  # in the metadata of a base that is not the original's copy, but goes with an adapter
+# in the metadata of a base that is not a copy of the original, but goes with an adapter
+CHANGED_BY = "adapterkit_changed_by"
+# shares of the delta below which a merge warns
+LEAST_SURVIVAL = {"quantized": 0.5, "float": 0.8}
 
 
-@dataclass
+@dataclass(frozen=True)
 class QuantizedModel:
-    """A base in which some weights are quantized, by `tasks` where they say more than `EncodedWeight`."""
+    """A base some of whose weights are encoded, by `tasks` where there is one for the key."""
 
     base: Checkpoint
-    packed: dict[str, QuantizedWeight]
-    tasks: dict[str, Task]
+    quantized: Mapping[str, QuantizedWeight]  # by key
+    tasks: Mapping[str, Task]
     config: dict[str, Any]
     folder: str = ""
-    changed_by: str = ""  # the verb whose adapter goes with it: the files say so
+    changed_by: str = ""  # the verb whose adapter goes with it, for the files' metadata
 
     def shards(self) -> tuple[Computed, ...]:
+        """Its files of weights, named as the base's."""
         groups: dict[str, list[Task]] = {name: [] for name in self.base.shards}
         for key, spec in self.base.tensors.items():
-            task = self.tasks.get(key)
-            if task is None and key in self.packed:
-                task = EncodedWeight(key, spec, self.packed[key])
-            groups[spec.file].append(task or CopiedTensor(key, spec, key))
-        return shards_of(
-            self.base, groups, self.folder, {CHANGED_BY: self.changed_by} if self.changed_by else {}
+            groups[spec.file].append(self._task(key))
+        prefix = f"{self.folder}/" if self.folder else ""
+        changed_by = {CHANGED_BY: self.changed_by} if self.changed_by else {}
+        return tuple(
+            Computed(
+                prefix + name,
+                tuple(sorted(tasks, key=lambda task: task.name)),
+                (self.base.shards[name].metadata or {"format": "pt"}) | changed_by,
+                safetensors_order=True,
+            )
+            for name, tasks in groups.items()
         )
+
+    def _task(self, key: str) -> Task:
+        if key in self.tasks:
+            return self.tasks[key]
+        spec = self.base.tensors[key]
+        if key in self.quantized:
+            return EncodedWeight(key, spec, self.quantized[key])
+        return CopiedTensor(key, spec, key)
 
     def files(self, summary: str) -> Files:
-        return model_files(
-            self.base, self.config, self.shards(), base_card(self.base, summary), folder=self.folder
-        )
+        """Its other files; `summary` is part of the card's title."""
+        card = model_card(self.base, summary)
+        return model_files(self.base, self.config, self.shards(), card, folder=self.folder)
 
 
-def shards_of(
-    base: Checkpoint,
-    groups: dict[str, list[Task]],
-    folder: str = "",
-    said: dict[str, str] | None = None,
-) -> tuple[Computed, ...]:
-    """Output files of these tasks, named as the base's; `said` joins their metadata."""
-    prefix = f"{folder}/" if folder else ""
-    return tuple(
-        Computed(
-            prefix + name,
-            tuple(sorted(tasks, key=lambda task: task.name)),
-            (base.shards[name].metadata or {"format": "pt"}) | (said or {}),
-            safetensors_order=True,
-        )
-        for name, tasks in groups.items()
-    )
+def rounding_warnings(metrics: dict[str, dict], compat: str | None = None) -> list[str]:
+    """Warnings where rounding to nearest lost a part of the delta: in quantized formats, and in
+    floats.
 
-
-LOST = {
-    False: 0.5,
-    True: 0.8,
-}  # shares of the delta below which a merge is warned of: in quantized formats, in floats
-
-
-def lost(metrics: dict[str, dict], compat: str | None = None) -> list[str]:
-    """Warnings where rounding to nearest swallowed a part of what was merged: into quantized formats, and into floats.
-
-    `survived` is the projection of what was stored on the delta. Normal deltas of 2, 1, 1/2, 1/8, 1/32 of bf16's median step
-    survive by 1.00, 0.93, 0.70, 0.22, 0.06, with `rounding` (the error over the delta's norm) 0.27, 0.48, 0.70, 0.92, 0.98. An
-    extracted adapter of median `rounding` 0.75, which goes with about 0.65, kept 0.64 of its gain in loss. Above 1 the error is
-    noise that swallows nothing: of draws, or of a base of more digits.
+    `survived` is the projection of the stored change on the delta. Normal deltas of 2, 1, 1/2, 1/8,
+    1/32 of bf16's median step survive by 1.00, 0.93, 0.70, 0.22, 0.06, with `rounding` (the error
+    over the delta's norm) 0.27, 0.48, 0.70, 0.92, 0.98. An extracted adapter of median `rounding`
+    0.75, which goes with about 0.65, kept 0.64 of its gain in loss. Above 1 the error is noise that
+    loses nothing: of draws, or of a base of more digits.
     """
-    kinds: dict[bool, dict[str, float]] = {False: {}, True: {}}
+    survival: dict[str, dict[str, float]] = {kind: {} for kind in LEAST_SURVIVAL}
     for key, metric in metrics.items():
         if "survived" in metric and metric.get("rounding", 0) <= 1:
-            kinds["rounding" in metric][key] = metric["survived"]
-    ways = {
-        False: "merge with --dequantize, or into the 16-bit original with --base16",
-        True: "write floats with --dtype fp32",
+            kind = "float" if "rounding" in metric else "quantized"
+            survival[kind][key] = metric["survived"]
+    remedies = {
+        "quantized": "merge with --dequantize, or into the 16-bit original with --base16",
+        "float": "write floats with --dtype fp32",
     }
-    notes, first = [], f"leave out --compat {compat}, and " if compat else ""
-    for floats, shares in kinds.items():
-        bad = sorted((share, key) for key, share in shares.items() if share < LOST[floats])
-        if bad:
-            (share, key), median = bad[0], statistics.median(shares.values())
-            what, how, share_kept = (
-                ("tensors", "rounding to their dtype", "80 %")
-                if floats
-                else ("modules", "requantization", "half")
-            )
-            notes.append(
-                f"WARNING: in {len(bad)} of {len(shares)} {what} less than {share_kept} of the change survived {how} (median: "
-                f"{1 - median:.0%} lost; least survived: {share:.0%} of {shown(key)}): {first}give --rounding stochastic, "
-                f"or {ways[floats]}"
-            )
-    return notes
+    texts = {
+        "quantized": ("modules", "half", "requantization"),
+        "float": ("tensors", "80 %", "rounding to their dtype"),
+    }
+    warnings, first = [], f"leave out --compat {compat}, and " if compat else ""
+    for kind, shares in survival.items():
+        low = sorted((s, key) for key, s in shares.items() if s < LEAST_SURVIVAL[kind])
+        if not low:
+            continue
+        (least, key), median = low[0], statistics.median(shares.values())
+        noun, share, cause = texts[kind]
+        warnings.append(
+            f"WARNING: in {len(low)} of {len(shares)} {noun} less than {share} of the change "
+            f"survived {cause} (median: {1 - median:.0%} lost; least survived: {least:.0%} of "
+            f"{shown(key)}): {first}give --rounding stochastic, or {remedies[kind]}"
+        )
+    return warnings
 
 
-def shard_of(name: str, steps: Sequence[Step], header: Header, keep: bool) -> Shard | Computed:
-    """One output file of these steps, packed weights in their format (`keep`) or as floats; streamed where nothing is decoded."""
-    if keep and not any(isinstance(step.source, QuantizedWeight) and step.edits for step in steps):
-        plain = [part for step in steps for part in _parts(step)]
+def plan_shard(
+    name: str, steps: Sequence[Step], header: Header, *, keep_format: bool
+) -> Shard | Computed:
+    """One output file of these steps, quantized weights in their format or as floats; streamed
+    where nothing is decoded. `header`: of the base's file."""
+    if keep_format and not any(
+        isinstance(step.source, QuantizedWeight) and step.edits for step in steps
+    ):
+        plain = [part for step in steps for part in _stored_steps(step)]
         by_key = {step.key: step for step in plain}
         order = {spec.key: spec.start for spec in header.tensors}
         plain.sort(key=lambda step: order.get(step.key, header.tensors[-1].stop))
-        layout = like_base(
-            name, [Stored(step.key, step.dtype, step.shape) for step in plain], header
-        )
-        return Shard(layout, tuple(by_key[stored.key] for stored in layout.tensors))
+        stored = [Stored(step.key, step.dtype, step.shape) for step in plain]
+        layout = like_base(name, stored, header)
+        return Shard(layout, tuple(by_key[tensor.key] for tensor in layout.tensors))
     tasks = sorted(
-        (task for step in steps for task in _tasks_of(step, keep)),
+        (task for step in steps for task in _tasks(step, keep_format=keep_format)),
         key=lambda task: task.name,
     )
-    metadata = (
-        header.metadata if keep else {"format": header.metadata.get("format", "pt")}
-    )  # torchao says there what tensors are
+    # torchao's metadata say how tensors are quantized: not of floats
+    metadata = header.metadata if keep_format else {"format": header.metadata.get("format", "pt")}
     return Computed(name, tuple(tasks), metadata or {"format": "pt"}, safetensors_order=True)
 
 
-def shards_of_size(steps: Sequence[Step], limit: int) -> tuple[Computed, ...]:
-    """Files of at most `limit` bytes of these steps, packed weights as floats."""
-    tasks = [task for step in steps for task in _tasks_of(step, keep=False)]
-    files = grouped(
-        tasks, [sum(stored.nbytes for stored in task.max_outputs) for task in tasks], limit
-    )
+def plan_shards_of_size(steps: Sequence[Step], limit: int) -> tuple[Computed, ...]:
+    """Files of at most `limit` bytes of these steps, quantized weights as floats."""
+    tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
+    sizes = [sum(stored.nbytes for stored in task.max_outputs) for task in tasks]
     return tuple(
-        Computed(name, tuple(group), safetensors_order=True) for name, group in files.items()
+        Computed(name, tuple(group), safetensors_order=True)
+        for name, group in grouped(tasks, sizes, limit).items()
     )
 
 
-def _parts(step: Step) -> list[Step]:
+def _stored_steps(step: Step) -> list[Step]:
+    """The steps of the stored tensors of a step without edits."""
     if not isinstance(step.source, QuantizedWeight):
         return [step]
     return [Step(part.key, part.dtype, part.shape, part) for part in step.source.parts]
 
 
-def _tasks_of(step: Step, keep: bool) -> list[Task]:
-    packed = step.source
-    if not isinstance(packed, QuantizedWeight):
+def _tasks(step: Step, *, keep_format: bool) -> list[Task]:
+    source = step.source
+    if not isinstance(source, QuantizedWeight):
+        is_copy = step.copied and step.key == source.key
         return (
-            [CopiedTensor(step.key, packed, step.key)]
-            if step.copied and step.key == packed.key
+            [CopiedTensor(step.key, source, step.key)]
+            if is_copy
             else [EditedTensor(step.key, step)]
         )
-    if not keep:
+    if not keep_format:
         return [EditedTensor(step.key, step)]
     if step.edits:
         return [RequantizedWeight(step.key, step)]
-    return [CopiedTensor(part.key, part, part.key) for part in packed.parts]
+    return [CopiedTensor(part.key, part, part.key) for part in source.parts]

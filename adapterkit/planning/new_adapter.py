@@ -6,8 +6,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adapterkit.adapters.factors import Place
-from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
@@ -135,28 +133,23 @@ def _heads(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if module is output]
 
 
-def place_of_linear(module: str, shape: tuple[int, ...]) -> Place:
-    """Where the factors of a linear layer (out, in) go."""
-    return Place(
-        f"{PREFIX}{module}.lora_A.weight",
-        f"{PREFIX}{module}.lora_B.weight",
-        (shape[1],),
-        (),
-        shape[0],
-        None,
-    )
-
-
 def adapter_of(
     base: Checkpoint, factors: Sequence[Task], scaling: Scaling, summary: str, folder: str = ""
 ) -> adapter_output.Output:
     """The adapter of these factors, for a base made from this one."""
     modules = {task.name: task.name for task in factors}
     settings = adapter_config.plain_settings() | {"use_rslora": scaling.rslora}
-    kept = {
+    base_settings = {
         "base_model_name_or_path": adapter_config.hub_id(base.folder),
         "task_type": adapter_config.task_type(base.config),
     }
     return adapter_output.Output(
-        [], factors, modules, settings, summary, folder, alpha=scaling.given, kept=kept
+        [],
+        factors,
+        modules,
+        settings,
+        summary,
+        folder,
+        alpha=scaling.given,
+        base_settings=base_settings,
     )

@@ -341,7 +341,7 @@ def _nested(sites: list[Site]) -> list[AdapterkitError]:
     ]
 
 
-def old_layout(adapter: Adapter) -> bool | None:
+def has_old_layout(adapter: Adapter) -> bool | None:
     """Whether PEFT up to 0.18 wrote the file, which took stacks of experts as (in, out); None where it does not say."""
     version = adapter.config.get("peft_version")
     found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
@@ -356,7 +356,7 @@ def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list
         if any(f.experts and f.shape[0] == f.shape[1] for _, f in site.members.values())
     ]
     versions = {
-        adapter.name: old_layout(adapter)
+        adapter.name: has_old_layout(adapter)
         for adapter in adapters
         if adapter.config.get("target_parameters")
     }

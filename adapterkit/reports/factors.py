@@ -21,7 +21,7 @@ from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.sums import all_finite, squared_norm
 from adapterkit.plan import Progress
-from adapterkit.planning.merge.changes import collect
+from adapterkit.planning.merge.changes import collect_changes
 from adapterkit.planning.merge.job import Job, Options
 from adapterkit.reports.reader import StoredReader
 from adapterkit.weights.detect import check_not_quantized
@@ -47,16 +47,16 @@ def join(adapter: Adapter, on: Folder, problems: list[AdapterkitError]) -> Join:
     check_not_quantized(base)
     # a norm is the same in either layout of experts
     job = Job(base, [adapter], [1.0], Options(expert_layout="peft-0.19"))
-    collect(job)
+    collect_changes(job)
     problems += job.errors
     problems += [Refused(note, where=adapter.label) for note in job.notes]
     joined = Join(job.base)
     for change in job.changes.values():
-        for part in change.parts:
-            if part.product is not None:
-                at = part.lora.module, part.lora.depth
+        for addition in change.additions:
+            if addition.product is not None:
+                at = addition.lora.module, addition.lora.depth
                 joined.parameters[at] = change.parameter
-                joined.experts[at] = part.product.experts
+                joined.experts[at] = addition.product.experts
     return joined
 
 

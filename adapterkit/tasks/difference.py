@@ -3,86 +3,30 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.adapters.keys import PREFIX, wrapped
-from adapterkit.checkpoint.compare import same_bytes
+from adapterkit.adapters.keys import factor_keys
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.truncated import leading_svd
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.truncated import FittedFactors
-from adapterkit.weights.parameters import Parameter, StoredParameter
+from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader
 
-PIECE = 4 << 20  # elements compared at a time
 BLOCK = 1 << 20  # elements converted to float32 at a time
 
 
-def factor_keys(module: str, wrappers: Mapping[str, int]) -> tuple[str, str]:
-    """Keys of a module's a and b; the module's own entry counts the wrappers that are around these factors."""
-    a, b = (PREFIX + wrapped(f"{module}.lora_{side}.weight", wrappers) for side in "AB")
-    return a, b
-
-
-def stored_parameter(parameter: Parameter, side: Checkpoint) -> StoredParameter:
-    return StoredParameter.of(parameter, side.tensors)
-
-
-def equal_parameters(
-    sides: tuple[Checkpoint, Checkpoint], old: StoredParameter, new: StoredParameter
-) -> bool:
-    """Whether two parameters hold the same values, or values of which one is the other's rounding."""
-    if not old.dtypes | new.dtypes <= set(dtypes.FLOATS) and old.dtypes != new.dtypes:
-        return False
-    if not _is_whole(old) or not _is_whole(new):
-        values = (
-            _read_native(parameter, partial(_read_stored, side))
-            for parameter, side in zip((old, new), sides, strict=True)
-        )
-        return _same_values(*values)
-    a, b = old.specs[0], new.specs[0]
-    if a.dtype == b.dtype:
-        return same_bytes((sides[0].folder, a), (sides[1].folder, b))
-    types = dtypes.torch_dtype(a.dtype), dtypes.torch_dtype(b.dtype)
-    values = [
-        (
-            torch.frombuffer(bytearray(x), dtype=types[0]),
-            torch.frombuffer(bytearray(y), dtype=types[1]),
-        )
-        for x, y in _pieces(sides, a, b)
-    ]
-    return any(all(_rounds_to(*pair[::step]) for pair in values) for step in (1, -1))
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) if a.dtype == b.dtype else _rounds_to(a, b) or _rounds_to(b, a)
-
-
-def _rounds_to(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.to(b.dtype), b)
-
-
-def _is_whole(parameter: StoredParameter) -> bool:
-    """Whether a parameter is a stored tensor as it is."""
+def is_one_tensor(parameter: StoredParameter) -> bool:
+    """Whether a parameter is one stored tensor, in its own order and shape."""
     slots = parameter.parameter.slots
     return len(slots) == 1 and slots[0].whole and parameter.specs[0].shape == parameter.shape
-
-
-def _read_stored(side: Checkpoint, spec: TensorSpec) -> Tensor:
-    """A tensor of a checkpoint in its own dtype."""
-    data = bytearray(side.folder.read(spec.file, spec.start, spec.stop))
-    dtype = dtypes.torch_dtype(spec.dtype)
-    if not data:
-        return torch.empty(spec.shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(spec.shape)
 
 
 @dataclass(frozen=True)
@@ -96,27 +40,13 @@ class _NativeReader:
         return self.read(spec).to(self.dtype)
 
 
-def _read_native(parameter: StoredParameter, read: Callable[[TensorSpec], Tensor]) -> Tensor:
+def read_native(parameter: StoredParameter, read: Callable[[TensorSpec], Tensor]) -> Tensor:
     """A parameter in the widest of the dtypes that it is stored in; `read` gives stored tensors."""
     return parameter.read(_NativeReader(read, _widest(parameter)))
 
 
 def _widest(parameter: StoredParameter) -> torch.dtype:
     return reduce(torch.promote_types, map(dtypes.torch_dtype, sorted(parameter.dtypes)))
-
-
-def _pieces(
-    sides: tuple[Checkpoint, Checkpoint], old: TensorSpec, new: TensorSpec
-) -> Iterator[tuple[bytes, ...]]:
-    """Bytes of the same elements of both, some at a time."""
-    count = math.prod(old.shape)
-    widths = [dtypes.BITS[spec.dtype] // 8 for spec in (old, new)]
-    for at in range(0, count, PIECE):
-        n = min(PIECE, count - at)
-        yield tuple(
-            side.folder.read(spec.file, spec.start + at * width, spec.start + (at + n) * width)
-            for side, spec, width in zip(sides, (old, new), widths, strict=True)
-        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +62,7 @@ class DifferenceFactors(FittedFactors):
 
     def with_keys(self, wrappers: Mapping[str, int], depth: int) -> "DifferenceFactors":
         """The same with keys as deep as they can become, `depth` among those of its module."""
-        a_key, b_key = factor_keys(self.module, {**wrappers, self.module: depth})
+        a_key, b_key = factor_keys(self.module, wrappers, depth)
         return replace(self, place=replace(self.place, a_key=a_key, b_key=b_key))
 
     @property
@@ -207,10 +137,10 @@ class WholeParameter(Task):
         return 2 * sum(spec.nbytes for spec in self.reads)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        if _is_whole(self.value):
+        if is_one_tensor(self.value):
             copy = CopiedTensor(self.name, self.value.specs[0], self.key, checked=True)
             return copy.compute(inputs)
-        tensor = _read_native(self.value, inputs.stored).contiguous()
+        tensor = read_native(self.value, inputs.stored).contiguous()
         return TaskResult({self.key: tensor}, {"taken": True})
 
 

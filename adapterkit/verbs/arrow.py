@@ -10,11 +10,11 @@ from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Sources, StrPath
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress
-from adapterkit.planning import adapter_config, input_files
+from adapterkit.planning import adapter_config
 from adapterkit.planning.adapters import held, not_linear, read_all
-from adapterkit.planning.cards import hub_or_name
+from adapterkit.planning.cards import hub_id_or_name
 from adapterkit.planning.folder_files import as_json
-from adapterkit.planning.input_files import identities
+from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.sites import join
 from adapterkit.planning.sources import open_all
 from adapterkit.receipt import Receipt
@@ -120,7 +120,7 @@ def plan_arrow(
         "experts": [a.folder.name for a in experts],
         "general": [a.folder.name for a in general],
         "base_model_name_or_path": adapter_config.base_id(experts[0]),
-        "sources": [{"name": hub_or_name(a.folder), "header": a.header_sha256} for a in read],
+        "sources": [{"name": hub_id_or_name(a.folder), "header": a.header_sha256} for a in read],
     }
     if options.compat:
         config |= {"compat": options.compat, "seed": options.seed or 0}
@@ -129,7 +129,7 @@ def plan_arrow(
         "experts": len(experts)
     }
     decisions = {"adapters": [{"name": a.name, "modules": len(a.loras)} for a in experts]}
-    folders, headers = tuple(a.folder for a in read), input_files.headers_of(read)
+    folders, headers = tuple(a.folder for a in read), header_hashes(dict(enumerate(read)))
     shard = Computed(WEIGHTS, tuple(tasks))
     files: dict[str, bytes | CopyFile | FromMetrics] = {CONFIG: as_json(config)}
     return Plan(

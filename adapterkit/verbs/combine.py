@@ -215,7 +215,7 @@ def plan_combine(
     }
     settings = (
         adapter_config.plain_settings()
-        | adapter_config.extras(adapters)
+        | adapter_config.value_settings(adapters)
         | {"lora_bias": bool(biases)}
     )
     summary = (
@@ -230,7 +230,7 @@ def plan_combine(
         tokenizer=options.tokenizer,
         **targets_of(joined),
     )
-    return adapter_output.adapter_plan(
+    return adapter_output.plan_adapters(
         "combine", receipt_options, adapters, [output], notes, decisions, model
     )
 
@@ -332,7 +332,7 @@ def _biases(
     errors: list[AdapterkitError],
 ) -> list[common.SummedTensor]:
     """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of them."""
-    tasks = adapter_output.added_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
+    tasks = adapter_output.sum_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
     if tasks and (
         ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"
     ):

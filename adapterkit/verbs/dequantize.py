@@ -9,11 +9,10 @@ from adapterkit.gguf.header import gguf_file
 from adapterkit.gguf.model import loads_in_float32, open_gguf
 from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan, Progress, Step
-from adapterkit.planning import input_files
-from adapterkit.planning.cards import base_card
+from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import as_json, model_files
-from adapterkit.planning.input_files import base_headers, identities
-from adapterkit.planning.model_output import shard_of, shards_of_size
+from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.model_output import plan_shard, plan_shards_of_size
 from adapterkit.planning.sources import open_model
 from adapterkit.receipt import Receipt
 from adapterkit.weights.codec import QuantizedWeight
@@ -87,22 +86,20 @@ def plan_dequantize(
         config["dtype"] = dtypes.CONFIG_NAME[wanted]
         config.pop("torch_dtype", None)
     if max_shard_size:
-        shards = shards_of_size(
+        shards = plan_shards_of_size(
             [step for group in steps.values() for step in group],
             parse_size("max_shard_size", max_shard_size),
         )
     else:
         shards = [
-            shard_of(name, group, original.shards[name], keep=False)
+            plan_shard(name, group, original.shards[name], keep_format=False)
             for name, group in steps.items()
             if group
         ]
-    headers = base_headers(original)
+    headers = header_hashes({0: original}, configs=(0,))
     decisions = {"dequantised": len(packed)}
-    files = model_files(original, config, shards, base_card(original, "decoded to floats"))
-    files = {
-        name: file for name, file in files.items() if name not in quantization_files(base.tensors)
-    }
+    card, omit = model_card(original, "decoded to floats"), quantization_files(base.tensors)
+    files = model_files(original, config, shards, card, omit=omit)
     receipt_options = {
         key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
     }
@@ -127,14 +124,14 @@ def _plan_gguf(
     base, wanted = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
     width = lambda key: "F32" if loads_in_float32(model.model, key, wanted) else wanted
     steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
-    shards = shards_of_size(steps, parse_size("max_shard_size", max_shard_size or SHARD_SIZE))
+    shards = plan_shards_of_size(steps, parse_size("max_shard_size", max_shard_size or SHARD_SIZE))
     config = base.config | {"dtype": dtypes.CONFIG_NAME[wanted]}
     files = (
-        model_files(base, config, shards, base_card(base, "decoded to floats"))
+        model_files(base, config, shards, model_card(base, "decoded to floats"))
         | model.texts
         | {"config.json": as_json(config)}
     )
-    headers = input_files.model_headers(base, 0)
+    headers = header_hashes({0: base})
     receipt_options = {
         key: value for key, value in (("dtype", dtype), ("max_shard_size", max_shard_size)) if value
     }

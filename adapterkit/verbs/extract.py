@@ -7,12 +7,13 @@ from typing import Any
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.execution import Execution, writes
-from adapterkit.errors import Refused, refuse_all
+from adapterkit.errors import Refused
 from adapterkit.options import StrPath
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
-from adapterkit.planning.extract import ExtractedAdapter, Extraction, Options, finalize_extraction
+from adapterkit.planning.extract import Options, sort_parameters
+from adapterkit.planning.extracted_adapter import ExtractedAdapter, finalize_extraction
 from adapterkit.planning.merge.job import Options as MergeOptions
 from adapterkit.planning.merge.plan import plan_merge
 from adapterkit.planning.sources import open_adapter, open_model
@@ -75,14 +76,12 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     sides = open_checkpoint(base, 0), open_checkpoint(tuned, 1)
     for side in sides:
         check_not_quantized(side)
-    job = Extraction(sides, options)
-    job.sort()
-    refuse_all(job.errors)
-    factors = job.factors
+    extraction = sort_parameters(sides, options)
+    factors = list(extraction.factors)
     if options.truncation.max_size:
         limit = SHARES * even_rank(options.truncation, factors)
         factors = [replace(difference, limit=limit) for difference in factors]
-    tasks: list[Task] = [*factors, *job.whole]
+    tasks: list[Task] = [*factors, *extraction.values]
     if not tasks:
         raise Refused(
             "nothing to extract",
@@ -95,21 +94,21 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     parameters = frozenset(
         difference.target for difference in factors if difference.target != difference.module
     )
-    task_type = adapter_config.task_type(sides[1].config, job.saved)
-    kept = {
+    task_type = adapter_config.task_type(sides[1].config, extraction.saved)
+    base_settings = {
         "base_model_name_or_path": adapter_config.hub_id(base),
         "task_type": task_type,
-        "auto_mapping": None if task_type else job.model_class(),
-        "fan_in_fan_out": job.transposed
-        and not parameters,  # PEFT has no wrapper of parameters for it, and needs it for none
+        "auto_mapping": None if task_type else extraction.targets.auto_mapping,
+        # PEFT has no wrapper of parameters for it, and needs it for none
+        "fan_in_fan_out": extraction.fan_in_fan_out and not parameters,
     }
-    settings = adapter_config.plain_settings() | job.settings()
+    settings = adapter_config.plain_settings() | extraction.settings()
     summary = f"the difference of {tuned.name} and {base.name}"
     finalize = partial(finalize_extraction, options.truncation)
     more: dict[str, Any] = {
-        "kept": kept,
+        "base_settings": base_settings,
         "parameters": parameters,
-        "others": frozenset(job.modules),
+        "all_modules": frozenset(extraction.targets.modules),
     }
     output = ExtractedAdapter([], tasks, targets, settings, summary, finalize=finalize, **more)
     receipt_options = {
@@ -117,16 +116,7 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
         for k, v in {**vars(options.truncation), **vars(options)}.items()
         if v is not None and k != "truncation"
     }
-    headers = {(0, name): header.sha256 for name, header in sides[0].shards.items()}
-    headers |= {(1, name): header.sha256 for name, header in sides[1].shards.items()}
-    decisions = {"left_out": job.left_out, "unchanged": sorted(job.unchanged)}
-    return adapter_output.output_plan(
-        "extract",
-        receipt_options,
-        (base, tuned),
-        headers,
-        [output],
-        job.notes,
-        decisions,
-        models=(0, 1),
+    decisions = {"left_out": extraction.skipped, "unchanged": sorted(extraction.unchanged)}
+    return adapter_output.plan_outputs(
+        "extract", receipt_options, sides, [output], extraction.notes, decisions, models=(0, 1)
     )

@@ -4,18 +4,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterkit import dtypes
+from adapterkit.adapters.factors import place_of_linear
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import Refused, refuse_all
 from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
-from adapterkit.planning.input_files import base_headers, identities
+from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import QuantizedModel
 from adapterkit.planning.new_adapter import (
     Scaling,
     adapter_of,
-    place_of_linear,
     targeted,
     wrappable,
 )
@@ -171,7 +171,7 @@ def _plan(
     said = f"without the part that {options.method} took into the adapter beside it"
     files = model.files(said) | adapter.files(notes)
     receipt_options = {key: value for key, value in vars(options).items() if value}
-    headers = base_headers(base)
+    headers = header_hashes({0: base}, configs=(0,))
     decisions = {"modules": len(factors)} | (
         {"quantised": len(chosen.packed)} if options.quantize else {}
     )

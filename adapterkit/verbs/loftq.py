@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from adapterkit import dtypes
+from adapterkit.adapters.factors import place_of_linear
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
@@ -13,13 +14,12 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Computed, Plan, Progress, Task
-from adapterkit.planning import adapter_output, input_files
-from adapterkit.planning.input_files import base_headers, identities
+from adapterkit.planning import adapter_output
+from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import QuantizedModel
 from adapterkit.planning.new_adapter import (
     Scaling,
     adapter_of,
-    place_of_linear,
     targeted,
     wrappable,
 )
@@ -180,9 +180,8 @@ def plan_loftq(
         shards, files = (output.shard(),), output.files(notes)
     else:
         shards, files, notes, decisions = _both(base, seen, options)
-    headers, inputs = base_headers(base), (base, *others)
-    for number, other in enumerate(others, 1):
-        headers |= input_files.model_headers(other, number)
+    inputs = (base, *others)
+    headers = header_hashes(dict(enumerate(inputs)), configs=(0,))
     folders = tuple(one.folder for one in inputs)
     receipt_options = {key: value for key, value in vars(options).items() if value}
     return Plan(

@@ -6,7 +6,7 @@ from adapterkit.engines.execution import Execution, writes
 from adapterkit.options import Sources, StrPath
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.merge.job import Options
-from adapterkit.planning.merge.plan import plan_merge, plan_on_twin
+from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_original
 from adapterkit.planning.sources import open_model, open_weighted
 from adapterkit.receipt import Receipt
 
@@ -78,7 +78,7 @@ def merge(
     plan = (
         plan_merge(open_model(base), sources, options)
         if base16 is None
-        else plan_on_twin(base, base16, sources, options)
+        else plan_merge_into_original(base, base16, sources, options)
     )
     check, verified = None, {}
     if verify:

@@ -7,7 +7,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress
-from adapterkit.planning.input_files import base_headers, identities
+from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import QuantizedModel
 from adapterkit.planning.quantization import QuantizationPlan, targets
 from adapterkit.planning.sources import open_model
@@ -55,7 +55,7 @@ def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
     chosen = QuantizationPlan(base, options)
     output = QuantizedModel(base, chosen.packed, chosen.widened(), chosen.config())
     receipt_options = {key: value for key, value in options.items() if value}
-    headers = base_headers(base)
+    headers = header_hashes({0: base}, configs=(0,))
     decisions = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
     chosen.notes += chosen.unquantized()
     shards, files = output.shards(), output.files(f"quantized to {options['to']}")

@@ -113,10 +113,10 @@ def plan_rebase(
     for name, site in joined.items():
         parts = (Part(0, site.members[0][1], 1.0), Part(1, site.members[1][1], -1.0))
         tasks.append(CombinedFactors(name, site.place(levels), dtype, parts, Linear(), refit))
-    tasks += adapter_output.beside_factors(_without_changed_base(trained, notes), dtype)
+    tasks += adapter_output.copy_all_but_factors(_without_changed_base(trained, notes), dtype)
     settings = (
         adapter_config.plain_settings()
-        | adapter_config.extras([trained])
+        | adapter_config.value_settings([trained])
         | adapter_config.flags(trained)
     )
     receipt_options = {k: v for k, v in vars(options).items() if v is not None}
@@ -128,7 +128,7 @@ def plan_rebase(
     output = adapter_output.Output(
         [trained], tasks, settings=settings, summary=summary, **targets_of(joined)
     )
-    return adapter_output.adapter_plan(
+    return adapter_output.plan_adapters(
         "rebase", receipt_options, [trained, before], [output], notes, decisions, model
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
-from adapterkit.adapters.keys import CONFIG, PREFIX
+from adapterkit.adapters.keys import CONFIG, factor_keys
 from adapterkit.adapters.kinds.common import Adapted, Delta, Kind, read_kind
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
@@ -289,13 +289,8 @@ class _Job:
                 )
             )
             return
-        a, b = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if embedding
-            else ("lora_A.weight", "lora_B.weight")
-        )
-        key, out = f"{PREFIX}{module}.", delta.shape[0]
-        place = Place(key + a, key + b, tail, (1,) * (len(tail) - 1), out, None)
+        a_key, b_key = factor_keys(module, {}, kind="embedding" if embedding else "module")
+        place = Place(a_key, b_key, tail, (1,) * (len(tail) - 1), delta.shape[0], None)
         self.ranked.append(
             ConvertedFactors(
                 name,
@@ -315,7 +310,7 @@ class _Job:
         adapter, options = self.adapter, self.options
         assert adapter is not None
         ranked, finalize = self.ranked, None
-        beside = adapter_output.beside_factors(adapter, dtypes.parse(options.dtype))
+        beside = adapter_output.copy_all_but_factors(adapter, dtypes.parse(options.dtype))
         if options.truncation.max_size:
             limit = SHARES * even_rank(options.truncation, ranked)
             ranked = [
@@ -325,7 +320,7 @@ class _Job:
             finalize = partial(finalize_by_size, options.truncation)
         settings = (
             adapter_config.plain_settings()
-            | adapter_config.extras([adapter])
+            | adapter_config.value_settings([adapter])
             | adapter_config.flags(adapter)
         )
         settings |= {"init_lora_weights": self.init}
@@ -348,6 +343,6 @@ class _Job:
             if v is not None
         }
         decisions = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
-        return adapter_output.adapter_plan(
+        return adapter_output.plan_adapters(
             "resize", receipt_options, [adapter], [output], self.notes, decisions, self.base
         )

@@ -114,7 +114,7 @@ def plan_subtract(
     receipt_options = {k: v for k, v in vars(options).items() if v is not None} | {
         "tasks": len(task_sources)
     }
-    return adapter_output.adapter_plan(
+    return adapter_output.plan_adapters(
         "subtract", receipt_options, read, outputs, notes, decisions, model
     )
 
@@ -221,7 +221,7 @@ def _output(
             Part(number, factors, weights[number]) for number, (_, factors) in members.items()
         )
         tasks.append(CombinedFactors(prefix + name, place, dtype, parts, Linear(), refit))
-    tasks += adapter_output.added_biases(
+    tasks += adapter_output.sum_biases(
         joined, lambda number, module: weights[number], dtype, errors, prefix
     )
     for key, holders in held([task_adapter], levels).items():
@@ -230,7 +230,7 @@ def _output(
         ]
     settings = (
         adapter_config.plain_settings()
-        | adapter_config.extras([task_adapter])
+        | adapter_config.value_settings([task_adapter])
         | {
             "lora_bias": any(
                 lora.bias is not None

@@ -1,4 +1,4 @@
-"""A merge while it is planned: what was asked, the inputs, and what happens to each parameter of the base."""
+"""A merge while it is planned: options, inputs, and the changes of each parameter of the base."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,16 +7,20 @@ from typing import Any
 
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.compare import same_bytes
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.patterns import matcher
-from adapterkit.planning.history import Held
+from adapterkit.planning.history import MergedAdapter
 from adapterkit.planning.merge.placement import Product
 from adapterkit.planning.merge.replication import replicated
+from adapterkit.planning.model_config import vocabulary_sizes
+from adapterkit.planning.selection import Selection
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
+
+CHECK_BASE = "check that the adapter was trained on this base"
 
 
 @dataclass(frozen=True)
@@ -40,27 +44,28 @@ class Options:
 
 @dataclass
 class Change:
-    """What happens to one parameter: a new value to start from, products and vectors added, rows replaced."""
+    """The change of one parameter: a new value to start from, rows replaced, then additions."""
 
     parameter: Parameter
     value: TensorSpec | None = None
-    parts: list["Part"] = field(default_factory=list)
+    additions: list["Addition"] = field(default_factory=list)
     rows: list[tuple[TensorSpec, tuple[int, ...]]] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
-    number: int = 0  # the adapter that set value, for messages
+    value_from: int = 0  # number of the adapter that has `value`
 
     @property
     def stack(self) -> bool:
-        """Whether the parameter is a stack of matrices (experts); a convolution's kernel may have three axes too."""
-        products = [part.product for part in self.parts if part.product is not None]
+        """Whether the parameter is a stack of matrices (experts); a convolution's kernel may have
+        three axes too."""
+        products = [one.product for one in self.additions if one.product is not None]
         return len(self.parameter.shape) == 3 and all(
             product.experts is not None for product in products
         )
 
 
 @dataclass(frozen=True)
-class Part:
-    """One adapter's addition to one parameter."""
+class Addition:
+    """The addition of one adapter to one parameter."""
 
     adapter: Adapter
     lora: Lora
@@ -68,12 +73,13 @@ class Part:
     vector: TensorSpec | None = None
     scale: float = 1.0
     magnitude: TensorSpec | None = None
-    outputs: int = 0  # the parameter's axis with one magnitude per position
+    output_axis: int = 0  # the parameter's axis with one magnitude per position
     delta_first: bool = False  # PEFT rounds this kind of delta before it adds it
 
 
 class Job:
-    """One merge while it is planned: its inputs, and what the adapters do to the base's parameters."""
+    """One merge while it is planned: its inputs, and the adapters' changes of the base's
+    parameters. Problems are collected in `errors`."""
 
     def __init__(
         self, base: Checkpoint, adapters: list[Adapter], weights: list[float], options: Options
@@ -81,42 +87,37 @@ class Job:
         self.adapters, self.weights, self.options = adapters, weights, options
         self.errors: list[AdapterkitError] = []
         self.notes: list[str] = []
-        self.held: list[Held] = []  # adapters in the base already
-        self.left_out: list[str] = []
+        self.merged_before: list[MergedAdapter] = []
+        self.skipped: list[str] = []
         self.changes: dict[str, Change] = {}
         self.new: dict[str, Change] = {}  # parameters that the base does not store: heads
         self.original = base
         self.base = replicated(decoded_view(base), adapters, self.errors)
         self.config: dict[str, Any] = json.loads(json.dumps(self.base.config))
-        self.included = matcher(options.include, "--include") if options.include else None
-        self.excluded = matcher(options.exclude, "--exclude") if options.exclude else None
+        self.selection = Selection.of(options.include, options.exclude)
         self.names = self._names()
 
     def _names(self) -> Names:
         wanted: dict[str, None] = {}
         build_model = False
-        vocabulary = {v for v in (nested(self.base.config, "vocab_size")) if isinstance(v, int)}
+        vocabulary = vocabulary_sizes(self.base.config)
         for adapter in self.adapters:
+            has_parameters = bool(adapter.config.get("target_parameters"))
             for lora in adapter.loras:
                 if lora.kind == "embedding" or (vocabulary & {lora.b.shape[0], lora.a.shape[-1]}):
                     build_model = True
-                if len(lora.a.shape) > 2 or adapter.config.get("target_parameters"):
+                if len(lora.a.shape) > 2 or has_parameters:
                     build_model = True
-                if self.taken(lora.module) and not adapter.config.get("target_parameters"):
-                    wanted[lora.module + ".weight"] = None
-            build_model = (
-                build_model
-                or bool(adapter.tokens)
-                or any(len(s.shape) > 1 for s in adapter.replaced.values())
-            )
-            wanted |= {name: None for name in adapter.replaced if self.takes(name)}
-            wanted |= {
-                tokens.module + ".weight": None
-                for tokens in adapter.tokens
-                if self.taken(tokens.module)
-            }
+                if self.is_selected(lora.module) and not has_parameters:
+                    wanted[f"{lora.module}.weight"] = None
+            replaced = adapter.replaced
+            if adapter.tokens or any(len(spec.shape) > 1 for spec in replaced.values()):
+                build_model = True
+            wanted |= {name: None for name in replaced if self.is_selected_value(name)}
+            modules = (tokens.module for tokens in adapter.tokens)
+            wanted |= {f"{module}.weight": None for module in modules if self.is_selected(module)}
         config = self.adapters[0].config
-        trained = config.get("auto_mapping") or {}
+        trained = config.get("auto_mapping")
         trained_class = trained.get("base_model_class") if isinstance(trained, dict) else None
         return Names(
             self.base,
@@ -129,67 +130,61 @@ class Job:
 
     @cached_property
     def leaves(self) -> dict[str, list[str]]:
-        """The last names of a module's stored tensors, by module."""
-        found: dict[str, list[str]] = {}
+        """The last parts of the names of a module's stored tensors, by module."""
+        leaves: dict[str, list[str]] = {}
         for key in self.base.tensors:
             module, _, leaf = key.rpartition(".")
-            found.setdefault(module, []).append(leaf)
-        return found
+            leaves.setdefault(module, []).append(leaf)
+        return leaves
 
-    def taken(self, module: str) -> bool:
-        if self.included is not None and not self.included(module):
-            return False
-        return not (self.excluded is not None and self.excluded(module))
+    def is_selected(self, module: str) -> bool:
+        """Whether --include and --exclude select a module."""
+        return self.selection(module)
 
-    def takes(self, parameter: str) -> bool:
-        """Whether a replaced parameter is among those asked for: by its module's name or its own."""
-        names = (parameter.rpartition(".")[0], parameter)
-        if self.included is not None and not any(map(self.included, names)):
-            return False
-        return not (self.excluded is not None and any(map(self.excluded, names)))
+    def is_selected_value(self, parameter: str) -> bool:
+        """Whether they select a replaced parameter, by its module's name or its own."""
+        return self.selection(parameter.rpartition(".")[0], parameter)
 
-    def leave_out(self, adapter: Adapter, name: str) -> None:
-        self.left_out.append(f"{adapter.name}: {name}")
+    def skip(self, adapter: Adapter, name: str) -> None:
+        """Note a module or parameter of the adapter that is not selected."""
+        self.skipped.append(f"{adapter.name}: {name}")
 
     def change(self, parameter: Parameter) -> Change:
+        """The change of this parameter, a new one if it has none."""
         return self.changes.setdefault(parameter.name, Change(parameter))
 
-    def bytes_of(self, spec: TensorSpec) -> bytes:
-        """All bytes of an adapter's tensor."""
-        return self.adapters[spec.folder - 1].folder.read(spec.file, spec.start, spec.stop)
+    def in_folder(self, spec: TensorSpec) -> tuple[Folder, TensorSpec]:
+        """A tensor of an adapter with the adapter's folder."""
+        return self.adapters[spec.folder - 1].folder, spec
 
-    def equal_bytes(self, a: TensorSpec | None, b: TensorSpec | None) -> bool:
-        """Whether two tensors of adapters are the same, bit for bit."""
-        if a is None or b is None or a == b:
-            return a == b
-        return same_bytes(*((self.adapters[spec.folder - 1].folder, spec) for spec in (a, b)))
+    def same_bytes(self, one: TensorSpec | None, other: TensorSpec | None) -> bool:
+        """Whether two tensors of adapters have one dtype, one shape and the same bytes; reads
+        them."""
+        if one is None or other is None or one == other:
+            return one == other
+        return same_bytes(self.in_folder(one), self.in_folder(other))
 
-    def unknown(self, adapter: Adapter, key: str, name: str) -> Refused:
+    def refuse(self, problem: str, expected: str, hint: str, *, where: str = "adapters") -> None:
+        """Add a `Refused` to the errors."""
+        self.errors.append(Refused(problem, expected=expected, where=where, hint=hint))
+
+    def unknown_error(self, adapter: Adapter, key: str, name: str) -> Refused:
+        """The refusal of an adapter's tensor for a parameter that the base does not have."""
+        reason = f" ({self.notes[-1].splitlines()[0]})" if self.notes else ""
         return Refused(
             f"{shown(key)}: the base has no {shown(name)}",
             expected="only parameters of the base",
             where=adapter.label,
-            hint="check that the adapter was trained on this base" + self._hint(),
+            hint=CHECK_BASE + reason,
         )
 
-    def _hint(self) -> str:
-        return f" ({self.notes[-1].splitlines()[0]})" if self.notes else ""
-
-    def misshaped(
-        self, adapter: Adapter, key: str, found: Any, expected: tuple[int, ...]
+    def shape_error(
+        self, adapter: Adapter, key: str, shape: Any, expected: tuple[int, ...]
     ) -> Refused:
+        """The refusal of an adapter's tensor, or tensors, of a shape that does not fit."""
         return Refused(
-            f"{shown(key)}: shape {found}",
+            f"{shown(key)}: shape {shape}",
             expected=f"one that fits the base's {expected}",
             where=adapter.label,
-            hint="check that the adapter was trained on this base",
+            hint=CHECK_BASE,
         )
-
-
-def nested(config: dict, key: str) -> list:
-    """The key's values in the config and in its sub-configs."""
-    found = [config[key]] if key in config else []
-    for value in config.values():
-        if isinstance(value, dict):
-            found += nested(value, key)
-    return found

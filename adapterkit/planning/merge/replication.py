@@ -1,7 +1,9 @@
-"""layer_replication: a deeper model whose layers are copies of the base's, as in SOLAR (arXiv:2312.15166).
+"""layer_replication: a deeper model whose layers are copies of the base's, as in SOLAR
+(arXiv:2312.15166).
 
-`[[0, 4], [2, 5]]` stacks layers 0..3 and 2..4 anew. The adapter's module names count the new layers. Here the base is seen as if
-it had them: each new key points at the bytes of the layer that it copies, so the rest of a merge needs to know nothing of it.
+`[[0, 4], [2, 5]]` stacks layers 0..3, then 2..4. The adapter's module names count the new layers.
+Here the base gets them as keys that point at the bytes of the copied layers, so the rest of a merge
+needs no case for it.
 """
 
 import json
@@ -21,28 +23,28 @@ LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)$")
 def replicated(
     base: Checkpoint, adapters: list[Adapter], errors: list[AdapterkitError]
 ) -> Checkpoint:
-    """The base with its layers stacked anew; the base itself where nothing asks for it."""
-    asked = {json.dumps(a.config.get("layer_replication")) for a in adapters}
-    asked_by = [a for a in adapters if a.config.get("layer_replication")]
-    if not asked_by:
+    """The base with its layers stacked anew; the base itself where no adapter has replicated
+    layers, or where they do not fit, which joins the errors."""
+    replicating = [a for a in adapters if a.config.get("layer_replication")]
+    if not replicating:
         return base
-    where = asked_by[0].where
-    if len(asked) > 1:
+    if len({json.dumps(a.config.get("layer_replication")) for a in adapters}) > 1:
         errors.append(
             Refused(
                 "different layer_replication in the adapters",
                 expected="the same in all",
-                where=where,
+                where=replicating[0].where,
                 hint="merge those that agree",
             )
         )
         return base
-    order = [i for start, end in asked_by[0].config["layer_replication"] for i in range(start, end)]
-    home = _layers_home(base, order)
-    if isinstance(home, AdapterkitError):
-        errors.append(home)
+    ranges = replicating[0].config["layer_replication"]
+    order = [i for start, end in ranges for i in range(start, end)]
+    try:
+        prefix, count = _layer_stack(base, order)
+    except Refused as error:
+        errors.append(error)
         return base
-    prefix, count = home
     tensors: dict[str, TensorSpec] = {}
     copies: dict[int, list[int]] = {}
     for new, old in enumerate(order):
@@ -58,36 +60,39 @@ def replicated(
     return replace(base, tensors=tensors, config=config)
 
 
-def _layers_home(base: Checkpoint, order: list[int]) -> tuple[str, int] | AdapterkitError:
+def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
+    """Prefix and number of the layers that can be replicated; `Refused` where that is no single
+    stack, or where it has no layer of the order."""
     counts = {base.config[c] for c in COUNTS if isinstance(base.config.get(c), int)}
     text = base.config.get("text_config")
     counts |= {text[c] for c in COUNTS if isinstance(text, dict) and isinstance(text.get(c), int)}
-    found: dict[str, set[int]] = {}
+    layers: dict[str, set[int]] = {}
     for key in base.tensors:
         match = LAYER.match(key)
         if match:
-            found.setdefault(match[1], set()).add(int(match[2]))
-    homes = [
-        (prefix, len(at))
-        for prefix, at in found.items()
-        if len(at) in counts and at == set(range(len(at)))
+            layers.setdefault(match[1], set()).add(int(match[2]))
+    stacks = [
+        (prefix, len(numbers))
+        for prefix, numbers in layers.items()
+        if len(numbers) in counts and numbers == set(range(len(numbers)))
     ]
-    if len(homes) != 1:
-        return Refused(
-            f"{len(homes)} stacks of layers that could be replicated: {', '.join(shown(h) for h, _ in homes)}",
+    if len(stacks) != 1:
+        raise Refused(
+            f"{len(stacks)} stacks of layers that could be replicated: "
+            f"{', '.join(shown(prefix) for prefix, _ in stacks)}",
             expected="one stack with the config's number of layers",
             where=base.name,
             hint="this model's layers cannot be replicated",
         )
-    bad = sorted({i for i in order if i >= homes[0][1]})
+    bad = sorted({i for i in order if i >= stacks[0][1]})
     if bad or not order:
-        return Refused(
-            f"layers {bad} of {homes[0][1]}",
+        raise Refused(
+            f"layers {bad} of {stacks[0][1]}",
             expected="layers of the base",
             where="layer_replication",
             hint="use the base that the adapter was trained on",
         )
-    return homes[0]
+    return stacks[0]
 
 
 def _config(config: dict[str, Any], count: int, order: list[int]) -> dict[str, Any]:

@@ -20,36 +20,36 @@ from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.slots import Slot, identity_slot
 
 
-def steps_of(job: Job) -> dict[str, list[Step]]:
-    """Steps per output file, in the base's order; new tensors at the end of the last file."""
-    touched = _touched(job)
+def plan_steps(job: Job) -> dict[str, list[Step]]:
+    """Steps per output file, in the base's order; new tensors at the end of the last file. Changes
+    that cannot be laid on stored tensors join the job's errors."""
+    changed = _changed(job)
     dtype = dtypes.parse(job.options.dtype) if job.options.dtype else None
     groups: dict[str, list[Step]] = {name: [] for name in job.base.shards}
-    dropped = _dropped(job)
+    obsolete = _obsolete(job)
     for key, spec in job.base.tensors.items():
-        if key in dropped:
+        if key in obsolete:
             continue
-        step = touched.pop(key, None) or Step(key, spec.dtype, spec.shape, spec)
-        groups[spec.file].append(_rounded(job, _cast(step, dtype)))
+        step = changed.get(key) or Step(key, spec.dtype, spec.shape, spec)
+        groups[spec.file].append(_with_rounding(job, _cast(step, dtype)))
     last = list(groups)[-1]
     for name, change in job.new.items():
         step = _new_step(job, name, change)
-        groups[last].append(_rounded(job, _cast(step, dtype)))
+        groups[last].append(_with_rounding(job, _cast(step, dtype)))
     return {name: steps for name, steps in groups.items() if steps}
 
 
-def _dropped(job: Job) -> set[str]:
+def _obsolete(job: Job) -> set[str]:
     """Keys that the class with the new head no longer has (the old head)."""
     model = job.names.model
     if model is None or job.config.get("architectures") == job.base.config.get("architectures"):
         return set()
-    used = {slot.key for p in model.parameters.values() for slot in p.slots}
-    dropped = set(job.base.tensors) - used - set(job.changes)
-    if dropped:
-        job.notes.append(
-            f"left out, not part of {job.config['architectures'][0]}: {', '.join(sorted(dropped))}"
-        )
-    return dropped
+    used = {slot.key for parameter in model.parameters.values() for slot in parameter.slots}
+    obsolete = set(job.base.tensors) - used - set(job.changes)
+    if obsolete:
+        class_name = job.config["architectures"][0]
+        job.notes.append(f"dropped, not part of {class_name}: {', '.join(sorted(obsolete))}")
+    return obsolete
 
 
 def _cast(step: Step, dtype: str | None) -> Step:
@@ -58,13 +58,15 @@ def _cast(step: Step, dtype: str | None) -> Step:
     return replace(step, dtype=dtype)
 
 
-def _rounded(job: Job, step: Step) -> Step:
-    """With its arithmetic and the draws of its rounding, if an adapter changes it: what is only cast goes to nearest, which is
-    nearer. Float32 sums are no rounded exact ones in 30 to 60 % of the elements, in 16 bits in 1e-5; PEFT's are in float32."""
+def _with_rounding(job: Job, step: Step) -> Step:
+    """The step with the width of its arithmetic and the draws of its rounding, if it has edits.
+
+    Tensors that are only cast are rounded to nearest, which is nearer. Rounded float32 sums differ
+    from exact ones in 30 to 60 % of the elements, in 16 bits in 1e-5; PEFT's are in float32."""
     if not step.edits:
         return step
-    packed = isinstance(step.source, QuantizedWeight) and not job.options.dequantize
-    narrow = packed or dtypes.BITS[step.dtype] < 32
+    quantized = isinstance(step.source, QuantizedWeight) and not job.options.dequantize
+    narrow = quantized or dtypes.BITS[step.dtype] < 32
     step = replace(step, wide=not narrow and job.options.compat is None)
     if job.options.rounding != "stochastic" or not (
         narrow or dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]
@@ -73,7 +75,8 @@ def _rounded(job: Job, step: Step) -> Step:
     return replace(step, draws=Draws.of(job.options.seed, step.key))
 
 
-def _touched(job: Job) -> dict[str, Step]:
+def _changed(job: Job) -> dict[str, Step]:
+    """The steps of stored tensors that the job changes, by key."""
     steps: dict[str, Step] = {}
     for change in job.changes.values():
         for slot in change.parameter.slots:
@@ -101,7 +104,7 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
             resized = identity_slot(slot.key, value.shape)
         else:
             edits += place_value(parameter, slot, change.value)
-    if spec.dtype not in dtypes.FLOATS and (edits or change.parts or change.rows):
+    if spec.dtype not in dtypes.FLOATS and (edits or change.additions or change.rows):
         raise Refused(
             f"{shown(slot.key)} is {spec.dtype}",
             expected="a float weight",
@@ -112,8 +115,8 @@ def _place(job: Job, steps: dict[str, Step], change: Change, slot: Slot) -> None
 
 
 def _edited(job: Job, step: Step, edits: list[Edit], change: Change, slot: Slot) -> Step:
-    """The step with these edits, then the rows that the change replaces and what it adds to the slot: in PEFT the rows lie inside
-    of a LoRA on the same weight."""
+    """The step with these edits, then the change's rows, then its additions on the slot: in PEFT a
+    LoRA wraps the rows of the same weight."""
     edits = edits + [
         place_rows(change.parameter, slot, values, indices) for values, indices in change.rows
     ]
@@ -124,55 +127,56 @@ def _edited(job: Job, step: Step, edits: list[Edit], change: Change, slot: Slot)
 
 
 def _additions(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: str) -> list[Edit]:
+    """The edits, followed by those of the change's additions."""
     parameter = change.parameter
     if job.options.compat == "peft":
-        return _additions_like_peft(job, edits, change, slot, dtype)
+        return _additions_like_peft(edits, change, slot, dtype)
     terms = [
-        place_product(parameter, slot, part.product)
-        for part in change.parts
-        if part.product is not None
+        place_product(parameter, slot, addition.product)
+        for addition in change.additions
+        if addition.product is not None
     ]
-    for part in change.parts:
-        if part.vector is not None:
-            edits.append(place_vector(parameter, slot, part.vector, part.scale))
+    for addition in change.additions:
+        if addition.vector is not None:
+            edits.append(place_vector(parameter, slot, addition.vector, addition.scale))
     if terms:
-        # neighbours in one stored tensor (q, k, v in a fused projection) share one edit, so one pass
+        # neighbours in one stored tensor (q, k, v in a fused projection) share one edit, so one
+        # pass
         last = edits[-1] if edits else None
         if isinstance(last, AddLowRank):
             edits.pop()
             terms = [*last.terms, *terms]
         edits.append(AddLowRank(tuple(terms)))
-    for part in change.parts:
-        if part.magnitude is not None:
-            edits.append(
-                place_magnitude(parameter, slot, part.magnitude, part.outputs, tuple(edits))
-            )
+    for addition in change.additions:
+        if addition.magnitude is not None:
+            axis, before = addition.output_axis, tuple(edits)
+            edits.append(place_magnitude(parameter, slot, addition.magnitude, axis, before))
     return edits
 
 
-def _additions_like_peft(
-    job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: str
-) -> list[Edit]:
+def _additions_like_peft(edits: list[Edit], change: Change, slot: Slot, dtype: str) -> list[Edit]:
+    """The same in PEFT's order, with its roundings to `dtype` between."""
     parameter = change.parameter
     rounded = dtypes.torch_dtype(dtype)
-    for part in change.parts:
-        if part.product is None:
-            assert part.vector is not None
-            edits.append(place_vector(parameter, slot, part.vector, part.scale))
+    for addition in change.additions:
+        if addition.product is None:
+            assert addition.vector is not None
+            edits.append(place_vector(parameter, slot, addition.vector, addition.scale))
             continue
-        term = place_product(parameter, slot, part.product)
-        if part.magnitude is None:
-            edits.append(AddLikePeft(term, rounded, part.delta_first))
+        term = place_product(parameter, slot, addition.product)
+        if addition.magnitude is None:
+            edits.append(AddLikePeft(term, rounded, addition.delta_first))
             continue
-        # PEFT takes a DoRA norm of the weight before any merge: W' = g ⊙ (W + Δ), rounded before the next adapter
-        delta = AddLowRank((term,))
-        magnitude = place_magnitude(parameter, slot, part.magnitude, part.outputs, (delta,))
+        # PEFT's DoRA norm is that of the weight before any merge: W' = g ⊙ (W + Δ), rounded before
+        # the next adapter
+        delta, axis = AddLowRank((term,)), addition.output_axis
+        magnitude = place_magnitude(parameter, slot, addition.magnitude, axis, (delta,))
         edits += [delta, replace(magnitude, of_stored=True), RoundTo(rounded)]
     return edits
 
 
 def _new_step(job: Job, name: str, change: Change) -> Step:
-    """A tensor that the base does not store: an untied twin, or a head."""
+    """The step of a tensor that the base does not store: an untied weight, or a head."""
     parameter = change.parameter
     if not parameter.slots:
         assert change.value is not None
@@ -191,7 +195,8 @@ def _new_step(job: Job, name: str, change: Change) -> Step:
 
 
 def _usual_dtype(job: Job, fallback: str) -> str:
-    """The dtype that most of the base's bytes have: a head trained in float32 beside a bf16 model is loaded as bf16."""
+    """The dtype of most of the base's bytes, the fallback if none are floats: a head trained in
+    float32 beside a bf16 model is loaded as bf16."""
     sizes: dict[str, int] = {}
     for spec in job.base.tensors.values():
         if spec.dtype in dtypes.FLOATS:

@@ -2,15 +2,16 @@
 
 import re
 
-from adapterkit.errors import Refused, shown
+from adapterkit.errors import shown
 from adapterkit.planning.merge.job import Job
-from adapterkit.planning.merge.tied import set_everywhere
+from adapterkit.planning.model_config import set_nested
 from adapterkit.weights.parameters import Parameter
 from adapterkit.weights.skeleton import tied_names
 
 
-def settle_vocabulary(job: Job) -> None:
-    """A resized embedding changes vocab_size in the config; every stored embedding and head must agree."""
+def resolve_vocab_resize(job: Job) -> None:
+    """Set the config's vocab_size to that of a resized embedding; refuse another size of a stored
+    embedding or head."""
     resized: dict[int, str] = {}
     old = 0
     for name, change in {**job.changes, **job.new}.items():
@@ -21,33 +22,30 @@ def settle_vocabulary(job: Job) -> None:
     if not resized:
         return
     if len(resized) > 1:
-        job.errors.append(
-            Refused(
-                f"vocabularies of {', '.join(f'{n} ({shown(name)})' for n, name in resized.items())} rows",
-                expected="one size",
-                where="adapters",
-                hint="save the adapter with both embeddings (save_embedding_layers=True)",
-            )
+        sizes = ", ".join(f"{size} ({shown(name)})" for size, name in resized.items())
+        job.refuse(
+            f"vocabularies of {sizes} rows",
+            "one size",
+            "save the adapter with both embeddings (save_embedding_layers=True)",
         )
         return
     size, name = next(iter(resized.items()))
-    staying = [
-        p.name for p in _of_vocabulary(job) if p.shape[:1] == (old,) and not _is_replaced(job, p)
+    others = [
+        parameter.name
+        for parameter in _embedding_and_head(job)
+        if parameter.shape[:1] == (old,) and not _is_replaced(job, parameter)
     ]
-    if staying:
-        job.errors.append(
-            Refused(
-                f"{shown(name)} has {size} rows, {shown(staying[0])} stays at {old}",
-                expected="embedding and head of one size",
-                where="adapters",
-                hint="save the adapter with both (save_embedding_layers=True)",
-            )
+    if others:
+        job.refuse(
+            f"{shown(name)} has {size} rows, {shown(others[0])} stays at {old}",
+            "embedding and head of one size",
+            "save the adapter with both (save_embedding_layers=True)",
         )
-    set_everywhere(job.config, "vocab_size", size, old=old)
+    set_nested(job.config, "vocab_size", size, old=old)
     job.notes.append(f"vocab_size: {old} -> {size}")
 
 
-def _of_vocabulary(job: Job) -> list[Parameter]:
+def _embedding_and_head(job: Job) -> list[Parameter]:
     """Parameters of the model's input embedding and of its head."""
     model = job.names.model
     if model is None:
@@ -56,27 +54,26 @@ def _of_vocabulary(job: Job) -> list[Parameter]:
     modules = [
         name for name, module in model.model.named_modules() if any(module is end for end in ends)
     ]
-    found = [
-        job.names.parameter(f"{name}.{leaf}") for name in modules for leaf in ("weight", "bias")
-    ]
-    return [parameter for parameter in found if parameter is not None]
+    names = (f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
+    return [parameter for name in names if (parameter := job.names.parameter(name)) is not None]
 
 
 def _is_replaced(job: Job, parameter: Parameter) -> bool:
-    """Whether an adapter brings a new value for the parameter, or for the one it is tied to and stays tied to."""
+    """Whether an adapter has a new value for the parameter, or for one to which it stays tied."""
     own = job.changes.get(parameter.name) or job.new.get(parameter.name)
     tied = [job.changes[name] for name in parameter.tied if name in job.changes]
     return any(change.value is not None for change in ([own] if own else tied))
 
 
-def settle_head(job: Job) -> None:
-    """A head that the base lacks comes with the config of the class that has it."""
+def resolve_new_head(job: Job) -> None:
+    """Give the config the class and labels of a head that the base lacks; refuse a class of which
+    other parameters have no values."""
     heads = [name for name, change in job.new.items() if not change.parameter.slots]
     model = job.names.model
     if not heads or model is None:
         return
     class_name = type(model.model).__name__
-    _check_whole(job, class_name, heads)
+    _check_complete(job, class_name, heads)
     if class_name not in (job.config.get("architectures") or []):
         job.notes.append(f"architectures: {job.config.get('architectures')} -> {class_name}")
         job.config["architectures"] = [class_name]
@@ -90,28 +87,28 @@ def settle_head(job: Job) -> None:
                 job.config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
 
 
-def _check_whole(job: Job, class_name: str, heads: list[str]) -> None:
-    """Every parameter of the class with the head has a value: transformers would make others up on every load."""
+def _check_complete(job: Job, class_name: str, heads: list[str]) -> None:
+    """Refuse a class with parameters without a value: transformers would draw them on every
+    load."""
     model = job.names.model
     assert model is not None
-    left = getattr(model.model, "_keys_to_ignore_on_load_missing", None) or ()
+    optional = getattr(model.model, "_keys_to_ignore_on_load_missing", None) or ()
     known = model.parameters.keys() | model.unreadable.keys() | job.new.keys()
     ties = tied_names(model.model)
-    lacking = [name for name in model.state if not known & {name, *ties.get(name, ())}]
-    if not (
-        lacking := [
-            name for name in lacking if not any(re.search(pattern, name) for pattern in left)
-        ]
-    ):
+    missing = [
+        name
+        for name in model.state
+        if not known & {name, *ties.get(name, ())}
+        and not any(re.search(pattern, name) for pattern in optional)
+    ]
+    if not missing:
         return
-    bringing = next(a for a in job.adapters if a.number == job.new[heads[0]].number)
-    names = ", ".join(map(shown, lacking[:8])) + ", ..." * (len(lacking) > 8)
-    job.errors.append(
-        Refused(
-            f"{class_name} needs {names}, which neither base nor adapter has",
-            expected="values for all parameters: transformers would make these up at random on every load",
-            where=f"{job.base.name}, {bringing.name}",
-            hint="use the base of the training, saved with these, or train them too (modules_to_save); "
-            f"--exclude '{bringing.pattern_of(heads)}' leaves the head out",
-        )
+    adapter = job.adapters[job.new[heads[0]].value_from - 1]
+    names = ", ".join(map(shown, missing[:8])) + ", ..." * (len(missing) > 8)
+    job.refuse(
+        f"{class_name} needs {names}, which neither base nor adapter has",
+        "values for all parameters: transformers would make these up at random on every load",
+        "use the base of the training, saved with these, or train them too (modules_to_save); "
+        f"--exclude '{adapter.pattern_of(heads)}' leaves the head out",
+        where=f"{job.base.name}, {adapter.name}",
     )

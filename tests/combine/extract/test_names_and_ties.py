@@ -86,18 +86,18 @@ def test_names_that_others_end_with(cached_folder, tmp_path):
 
 def test_targets_that_others_end_with(tmp_path):
     """A list would mean both towers; the regex means one."""
-    from adapterkit.planning.extract import ExtractedAdapter
+    from adapterkit.planning.extracted_adapter import ExtractedAdapter
 
     others = frozenset({"layers.0.q", "encoder.layers.0.q", "layers.0", "encoder"})
-    output = ExtractedAdapter([], [], {}, {}, "", others=others)
-    assert output._modules({"encoder.layers.0.q"}) == ["encoder.layers.0.q"]
+    output = ExtractedAdapter([], [], {}, {}, "", all_modules=others)
+    assert output.target_modules({"encoder.layers.0.q"}) == ["encoder.layers.0.q"]
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])})
     model["encoder"] = nn.ModuleDict(
         {"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])}
     )
     with oracle.quiet():
         wrapped = peft.get_peft_model(
-            model, peft.LoraConfig(target_modules=output._modules({"layers.0.q"}))
+            model, peft.LoraConfig(target_modules=output.target_modules({"layers.0.q"}))
         )
     assert [name for name, _ in wrapped.named_modules() if name.endswith(".lora_A")] == [
         "base_model.model.layers.0.q.lora_A"

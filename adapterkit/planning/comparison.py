@@ -1,0 +1,73 @@
+"""Comparisons of stored values, in blocks, before a plan exists."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.compare import same_bytes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.tasks.difference import is_one_tensor, read_native
+from adapterkit.weights.parameters import StoredParameter
+
+BLOCK = 4 << 20  # elements compared at a time
+
+
+def differing_rows(one: tuple[Folder, TensorSpec], other: tuple[Folder, TensorSpec]) -> int:
+    """In how many rows two stored tensors of one shape differ, the wider one rounded to the other's
+    dtype. A tensor without axes is one row."""
+    shape = one[1].shape
+    rows, width = shape[0] if shape else 1, math.prod(shape[1:])
+    if not width:
+        return 0
+    step = max(1, BLOCK // width)
+    counts = [0, 0]
+    for first in range(0, rows, step):
+        a, b = (
+            _rows(folder, spec, first, min(first + step, rows), width)
+            for folder, spec in (one, other)
+        )
+        for i, unequal in enumerate((a != b.to(a.dtype), b != a.to(b.dtype))):
+            counts[i] += int(unequal.any(1).sum())
+    return min(counts)
+
+
+def _rows(folder: Folder, spec: TensorSpec, first: int, stop: int, width: int) -> Tensor:
+    size = dtypes.size(spec.dtype, width)
+    data = folder.read(spec.file, spec.start + first * size, spec.start + stop * size)
+    flat = torch.frombuffer(bytearray(data), dtype=dtypes.torch_dtype(spec.dtype))
+    return flat.view(stop - first, width)
+
+
+def equal_values(
+    sides: tuple[Checkpoint, Checkpoint], old: StoredParameter, new: StoredParameter
+) -> bool:
+    """Whether two parameters have the same values, or one side's are the other's rounded to its
+    dtype."""
+    if old.shape != new.shape:
+        return False
+    if not old.dtypes | new.dtypes <= set(dtypes.FLOATS) and old.dtypes != new.dtypes:
+        return False
+    if not is_one_tensor(old) or not is_one_tensor(new):
+        a = read_native(old, partial(_read_stored, sides[0]))
+        b = read_native(new, partial(_read_stored, sides[1]))
+        if a.dtype == b.dtype:
+            return torch.equal(a, b)
+        return torch.equal(a.to(b.dtype), b) or torch.equal(b.to(a.dtype), a)
+    tensors = (sides[0].folder, old.specs[0]), (sides[1].folder, new.specs[0])
+    if old.dtypes == new.dtypes:
+        return same_bytes(*tensors)
+    return differing_rows(*tensors) == 0
+
+
+def _read_stored(side: Checkpoint, spec: TensorSpec) -> Tensor:
+    """A tensor of a checkpoint in its own dtype."""
+    data = bytearray(side.folder.read(spec.file, spec.start, spec.stop))
+    dtype = dtypes.torch_dtype(spec.dtype)
+    if not data:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(spec.shape)
