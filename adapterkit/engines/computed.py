@@ -1,6 +1,8 @@
-"""Files of computed tensors: tasks are made by several threads, and written in the plan's order, each as large as it came out.
+"""Files of computed tensors: tasks are made by several threads, and written in the plan's order,
+each as large as it came out.
 
-The header gets the room of the largest file there can be, so the data's place is known before its size; it is written last.
+The header gets the room of the largest file there can be, so the data's place is known before its
+size; it is written last.
 """
 
 from bisect import bisect_left
@@ -20,6 +22,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.writer import ShardFile
+from adapterkit.engines.buffers import POLL_INTERVAL
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import AHEAD, Computed, Progress, Task, TaskResult
@@ -30,7 +33,6 @@ from adapterkit.weights.reader import Reader
 
 T = TypeVar("T")
 R = TypeVar("R")
-PATIENCE = 0.1  # seconds between looks for Ctrl-C
 BLOCK = 4 << 20
 
 
@@ -43,18 +45,18 @@ def write_computed(
     hashed: bool,
     progress: Progress,
 ) -> ShardResult:
-    """Make all tasks of a file and write it, as many at a time as fit into `budget` bytes of memory; `Unrecoverable` where a value is
-    not finite."""
+    """Make all tasks of a file and write it, as many at a time as fit into `budget` bytes of
+    memory; `Unrecoverable` where a value is not finite."""
     shard = ShardFile(stage.path, file.file, file.size)
     try:
         metrics, handoffs = {}, HandoffWriter(stage, file)
-        places = _Sorted(file) if file.safetensors_order else _Growing(file)
-        results = _made(file, stage, inputs, workers, budget, progress)
+        places = _SortedPlaces(file) if file.safetensors_order else _AppendedPlaces(file)
+        results = _results(file, stage, inputs, workers, budget, progress)
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
-            made = next(results)
-            metrics |= {task.name: made.metrics} if made.metrics else {}
-            handoffs.put(made.handoff)
-            for key, tensor in made.tensors.items():
+            result = next(results)
+            metrics |= {task.name: result.metrics} if result.metrics else {}
+            handoffs.put(result.handoff)
+            for key, tensor in result.tensors.items():
                 if isinstance(tensor, TensorSpec):
                     _copy(
                         inputs, tensor, shard, places.next(Stored(key, tensor.dtype, tensor.shape))
@@ -63,7 +65,7 @@ def write_computed(
                     at = places.next(Stored(key, dtypes.name_of(tensor.dtype), tuple(tensor.shape)))
                     shard.write(byte_view(tensor), at)
                     del tensor
-            del made
+            del result
         next(results, None)
         room = len(file.layout.header)
         layout = laid_out(
@@ -96,7 +98,7 @@ def write_computed(
     )
 
 
-class _Growing:
+class _AppendedPlaces:
     """Places of tensors that follow each other as they are made."""
 
     def __init__(self, file: Computed):
@@ -111,18 +113,17 @@ class _Growing:
         return self.tensors
 
 
-class _Sorted:
-    """Places in the order of the plan, whatever order they are made in: each where it was planned, moved by what those before it
-    have turned out larger or smaller than guessed."""
+class _SortedPlaces:
+    """Places in the order of the plan, whatever order they are made in: each where it was planned,
+    moved by what those before it have turned out larger or smaller than guessed."""
 
     def __init__(self, file: Computed):
         self.planned, self.starts = file.layout.tensors, file.layout.starts
         self.number = {stored.key: i for i, stored in enumerate(self.planned)}
         self.variable_size = sorted(self.number[key] for key in file.variable_size)
-        self.moved = [
-            0
-        ]  # bytes by which what follows the first, the second, ... of them lies elsewhere than planned
-        self.made: dict[int, Stored] = {}
+        # bytes by which what follows the first, the second, ... of them lies elsewhere than planned
+        self.moved = [0]
+        self.placed: dict[int, Stored] = {}
 
     def next(self, stored: Stored) -> int:
         number, known = self.number[stored.key], len(self.moved) - 1
@@ -132,13 +133,14 @@ class _Sorted:
             known < len(self.variable_size) and self.variable_size[known] < number
         ):
             raise AssertionError(
-                f"{stored}: planned as {self.planned[number]}, with all that varies before it made before"
+                f"{stored}: planned as {self.planned[number]}, with all that varies before it made "
+                "before"
             )
-        self.made[number] = stored
+        self.placed[number] = stored
         return self.starts[number] + self.moved[bisect_left(self.variable_size, number)]
 
     def stored(self) -> list[Stored]:
-        return [self.made[number] for number in sorted(self.made)]
+        return [self.placed[number] for number in sorted(self.placed)]
 
     @property
     def grown(self) -> int:
@@ -166,34 +168,34 @@ def _copy(inputs: Reader, spec: TensorSpec, shard: ShardFile, at: int) -> None:
         shard.write(memoryview(inputs.bytes(part)), at + first - spec.start)
 
 
-def _made(
+def _results(
     file: Computed, stage: Stage, inputs: Reader, workers: int, budget: int, progress: Progress
 ) -> Iterator[TaskResult]:
     """The tasks' results in order."""
 
-    def make(task: Task) -> TaskResult:
+    def compute(task: Task) -> TaskResult:
         torch.set_num_threads(1)  # this thread's; the workers are the parallelism
         with torch.inference_mode():
-            return _checked(task.compute(inputs))
+            return _finite(task.compute(inputs))
 
-    results = in_order(make, file.tasks, workers, budget, lambda task: task.memory)
+    results = in_order(compute, file.tasks, workers, budget, lambda task: task.memory)
     if file.finalize is None:
         for task in file.tasks:
             yield next(results)
             progress(sum(stored.nbytes for stored in task.max_outputs))
         return
-    # what becomes of each depends on all: they wait on the disk
-    spill, kept = _Spill(stage, file), []
+    # finalize looks at the metrics of all: until then they wait on the disk
+    spill, waiting = _Spill(stage, file), []
     try:
         for task in file.tasks:
-            made = next(results)
-            kept.append((spill.put(cast(dict[str, Tensor], made.tensors)), made.metrics))
-            del made
+            result = next(results)
+            waiting.append((spill.put(cast(dict[str, Tensor], result.tensors)), result.metrics))
+            del result
             progress(sum(stored.nbytes for stored in task.max_outputs))
         for (where, metrics), change in zip(
-            kept, file.finalize([metrics for _, metrics in kept]), strict=True
+            waiting, file.finalize([metrics for _, metrics in waiting]), strict=True
         ):
-            yield _checked(change(TaskResult(spill.get(where), metrics)))
+            yield _finite(change(TaskResult(spill.get(where), metrics)))
     finally:
         spill.close()
 
@@ -205,32 +207,32 @@ def in_order(
     budget: int = 0,
     cost: Callable[[T], int] = lambda item: 0,
 ) -> Iterator[R]:
-    """function(item) for each, by `workers` threads, in the items' order; some are made ahead of the one that is asked for: as many
-    as cost no more than the budget together, the one that was given out last included, until the next is asked for."""
+    """function(item) for each, by `workers` threads, in the items' order; some are made ahead of
+    the one that is asked for: as many as cost no more than the budget together, the one that was
+    given out last included, until the next is asked for."""
     source, waiting = iter(items), deque()
-    ahead, held = next(source, None), 0
+    ahead, in_use = next(source, None), 0
     pool = ThreadPoolExecutor(workers, "compute")
 
     def start() -> None:
-        nonlocal ahead, held
+        nonlocal ahead, in_use
         while (
             ahead is not None
             and len(waiting) < AHEAD * workers
-            and (not held or held + cost(ahead) <= budget)
+            and (not in_use or in_use + cost(ahead) <= budget)
         ):
             waiting.append((pool.submit(function, ahead), cost(ahead)))
-            held += cost(ahead)
+            in_use += cost(ahead)
             ahead = next(source, None)
 
     try:
         start()
         while waiting:
-            future, taken = waiting.popleft()
+            future, cost_of_result = waiting.popleft()
             while True:
                 try:
-                    result = future.result(
-                        PATIENCE
-                    )  # a wait without a limit would hold back Ctrl-C
+                    # a wait without a limit would hold back Ctrl-C
+                    result = future.result(POLL_INTERVAL)
                     break
                 except NotYet:
                     if future.done():
@@ -239,14 +241,14 @@ def in_order(
             start()
             yield result
             del result  # before others start
-            held -= taken
+            in_use -= cost_of_result
             start()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Spill:
-    """A file of the stage that holds tensors until it is settled what becomes of them."""
+    """A file of the stage that holds tensors until `Computed.finalize` has seen all metrics."""
 
     def __init__(self, stage: Stage, file: Computed):
         self.file, self.at = ShardFile(stage.path, file.file + ".spill", file.size), 0
@@ -261,35 +263,36 @@ class _Spill:
         return where
 
     def get(self, where: list[tuple[str, torch.dtype, torch.Size, int]]) -> dict[str, Tensor]:
-        found = {}
+        tensors = {}
         for key, dtype, shape, at in where:
             data = bytearray(shape.numel() * dtype.itemsize)
             self.file.read(memoryview(data), at)
-            found[key] = (
+            tensors[key] = (
                 torch.frombuffer(data, dtype=dtype).view(shape)
                 if data
                 else torch.empty(shape, dtype=dtype)
             )
-        return found
+        return tensors
 
     def close(self) -> None:
         self.file.abandon()
         self.file.path.unlink(missing_ok=True)
 
 
-def _checked(made: TaskResult) -> TaskResult:
+def _finite(result: TaskResult) -> TaskResult:
     """`Unrecoverable` where a tensor holds a value that is not finite."""
-    for key, tensor in made.tensors.items():
+    for key, tensor in result.tensors.items():
         if isinstance(tensor, TensorSpec) or not tensor.is_floating_point() or tensor.itemsize == 1:
             continue
         if not all_finite(tensor):
             raise Unrecoverable(
-                f"values of {shown(key)} that are not finite in {str(tensor.dtype).removeprefix('torch.')}",
+                f"values of {shown(key)} that are not finite in "
+                f"{str(tensor.dtype).removeprefix('torch.')}",
                 expected="finite values",
                 where=shown(key),
                 hint="give --dtype fp32, or smaller weights",
             )
-    return made
+    return result
 
 
 def _hash(shard: ShardFile, layout: ShardLayout) -> tuple[str, dict[str, str]]:

@@ -87,7 +87,8 @@ class Execution:
 
 
 def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:
-    """`Refused` when the output is an input, inside one, around one, or a link to one, or cannot be a folder."""
+    """`Refused` when the output is an input, inside one, around one, or a link to one, or cannot be
+    a folder."""
     check_name(out)
     final = out.resolve()
     if out.is_symlink():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec, read_header
-from adapterkit.engines.local import LocalReader
+from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step
 from adapterkit.receipt import AGAIN, check_files, read_receipt
@@ -24,10 +24,8 @@ from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import ReaderView
 
 CHUNK = 1 << 18  # elements that are float64 at a time
-SLACK = {
-    torch.float32: 2.0**-20,
-    torch.float64: 2.0**-44,
-}  # of a row's largest magnitude: what arithmetic may be wrong by
+# of a row's largest magnitude: what arithmetic may be wrong by
+SLACK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}
 
 
 class Check(NamedTuple):
@@ -37,35 +35,37 @@ class Check(NamedTuple):
     wrong: str | None = None
 
 
-def changed(plan: Plan) -> Iterator["Floats | Codes"]:
+def changed_tensors(plan: Plan) -> Iterator["FloatCheck | CodeCheck"]:
     """A check of every tensor that a plan does not copy."""
     for shard in plan.shards:
         if isinstance(shard, Shard):
-            yield from (Floats(step) for step in shard.steps if not step.copied)
+            yield from (FloatCheck(step) for step in shard.steps if not step.copied)
             continue
         for task in shard.tasks:
             if isinstance(task, EditedTensor):
-                yield Floats(task.step)
+                yield FloatCheck(task.step)
             elif isinstance(task, RequantizedWeight):
-                yield Codes(task.step, task.packed)
+                yield CodeCheck(task.step, task.packed)
             elif not task.copied:
                 raise TypeError(f"{shown(task.name)}: no check of a {type(task).__name__}")
 
 
 @dataclass(frozen=True)
-class Floats:
+class FloatCheck:
     """A tensor of floats: its first row, the last, and one between."""
 
     step: Step
     expected = "W + Σ weight·scale·b@a, rounded"
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]) -> Check:
-        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by key."""
-        step, origin = self.step, _Origin(self.step, inputs)
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by
+        key."""
+        step, origin = self.step, _Source(self.step, inputs)
         for row in origin.sample:
             exact = origin.edited(row, row + 1)
             found = written.rows(specs[step.key], (origin.height, origin.width), row, row + 1)
-            # rounding never swaps two values, whatever it draws: the exact one, summed by a merge, is between these
+            # rounding never swaps two values, whatever it draws: the exact one, summed by a merge,
+            # is between these
             slack, position = exact.abs().amax() * SLACK[arithmetic(step)], row * origin.width
             low, high = (rounded(exact + by, step, position).double() for by in (-slack, slack))
             bad = ~((low <= found) & (found <= high))
@@ -77,17 +77,18 @@ class Floats:
 
 
 @dataclass(frozen=True)
-class Codes:
-    """A weight in a quantized format: the slices that hold its first row, the last, and one between; all of it where scales depend
-    on all of it."""
+class CodeCheck:
+    """A weight in a quantized format: the slices that hold its first row, the last, and one
+    between; all of it where scales depend on all of it."""
 
     step: Step
     packed: QuantizedWeight
     expected = "W + Σ weight·scale·b@a, encoded"
 
     def run(self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]) -> Check:
-        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by key."""
-        origin = _Origin(self.step, inputs)
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by
+        key."""
+        origin = _Source(self.step, inputs)
         after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
         alone = (
             self.step.draws is not None or self.packed.split_nested(origin.parts)[0] is self.packed
@@ -101,7 +102,7 @@ class Codes:
         return Check(sum(last - first for first, last in ranges), next(filter(None, wrong), None))
 
     def _wrong(
-        self, origin: "_Origin", after: dict[str, Tensor], first: int, last: int
+        self, origin: "_Source", after: dict[str, Tensor], first: int, last: int
     ) -> str | None:
         """What is wrong with these rows."""
         record, before = origin.at(origin.parts, first, last)
@@ -120,7 +121,10 @@ class Codes:
         wanted = self._encoded(record, before, exact, first)
         for key, part in wanted.items():
             if part is before[key] and not torch.equal(part, origin.at(after, first, last)[1][key]):
-                return f"{shown(key)} is not the base's, though it does not depend on the weight's values"
+                return (
+                    f"{shown(key)} is not the base's, though it does not depend on the weight's "
+                    "values"
+                )
         value = decode_checked(record, wanted).view(exact.shape)
         low, high = value - slack, value + slack
         bad = ~((low <= found) & (found <= high))
@@ -143,21 +147,23 @@ class Codes:
 def _difference(bad: Tensor, found: Tensor, wanted: Tensor, row: int) -> str:
     """The first of the bad values; `row`: of the first row in the tensor."""
     at, column = divmod(int(bad.flatten().nonzero()[0]), bad.shape[1])
-    return f"row {row + at}, column {column}: {float(found[at, column])!r}, not {float(wanted[at, column])!r}"
+    return (
+        f"row {row + at}, column {column}: {float(found[at, column])!r}, not "
+        f"{float(wanted[at, column])!r}"
+    )
 
 
-class _Origin:
-    """The rows that a step starts from, in float64, and through its edits, which read them while they load."""
+class _Source:
+    """The rows that a step starts from, in float64, and through its edits, which read them while
+    they load."""
 
     def __init__(self, step: Step, inputs: LocalReader):
         self.step, self.inputs, self.source = step, inputs, step.source
         shape = step.shape or (1,)
         self.height, self.width = step.grid if step.edits else (math.prod(shape[:-1]), shape[-1])
         self.chunk = max(1, CHUNK // max(self.width, 1))
-        self.held: tuple[tuple[int, int], Tensor] = (
-            (0, 0),
-            torch.empty(0),
-        )  # the range that was decoded last
+        # the range that was decoded last
+        self.held: tuple[tuple[int, int], Tensor] = ((0, 0), torch.empty(0))
         self.sample = sorted({0, self.height // 2, self.height - 1}) if math.prod(shape) else []
 
     @cached_property
@@ -247,23 +253,24 @@ def verify_against(folder: Path, plan: Plan) -> dict[str, Any]:
 
 
 def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Rows of every changed tensor, recomputed from the inputs in float64 (`recomputed`); `Damaged` listing what is wrong."""
+    """Rows of every changed_tensors tensor, recomputed from the inputs in float64 (`recomputed`);
+    `Damaged` listing what is wrong."""
     import torch
 
     from adapterkit.checkpoint.reader import Sources
     from adapterkit.engines.computed import in_order
-    from adapterkit.engines.local import LocalReader
-    from adapterkit.engines.recompute import Check, Codes, Floats, changed
+    from adapterkit.engines.reader import LocalReader
+    from adapterkit.engines.recompute import Check, CodeCheck, FloatCheck, changed_tensors
 
     out, errors = LocalFolder(folder), []
     specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
-    checks = list(changed(plan))
+    checks = list(changed_tensors(plan))
     with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
         inputs, stored = (
             LocalReader(files, torch.device("cpu"), torch.float64) for files in (sources, written)
         )
 
-        def run(check: Floats | Codes) -> Check:
+        def run(check: FloatCheck | CodeCheck) -> Check:
             torch.set_num_threads(1)  # this thread's
             with torch.inference_mode():
                 return check.run(inputs, stored, specs)

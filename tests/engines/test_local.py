@@ -155,9 +155,9 @@ def test_files_are_written_in_turn(tmp_path, monkeypatch):
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4})
     )
-    order, real = [], local._Job._do
+    order, real = [], local._ShardRun._do
     monkeypatch.setattr(
-        local._Job,
+        local._ShardRun,
         "_do",
         lambda job, piece, *rest: (order.append(piece.shard.shard.file), real(job, piece, *rest)),
     )

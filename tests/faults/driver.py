@@ -185,11 +185,12 @@ class Child:
         from adapterkit.checkpoint import storage
         from adapterkit.cli import main
         from adapterkit.engines import local
+        from adapterkit.engines import pieces
         from adapterkit.tasks import rows
 
         request = self.request
         if request.get("rows"):
-            rows.ELEMENTS, local.RUN = request["rows"], request["rows"] * 4
+            rows.ELEMENTS, pieces.RUN = request["rows"], request["rows"] * 4
         for name, limit in request.get("limits", {}).items():
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
         if request.get("workers"):

@@ -18,7 +18,7 @@ from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.computed import in_order
-from adapterkit.engines.local import LocalReader
+from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import Refused
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.plan import BUFFERS, Step

@@ -20,7 +20,7 @@ import adapterkit
 from adapterkit import plan
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.engines import local
+from adapterkit.engines import reader
 from adapterkit.errors import Refused
 from adapterkit.kernels import fp8
 from tests.support import tiny
@@ -307,9 +307,9 @@ def test_each_expert_reads_its_own_factors(dtype, tmp_path, monkeypatch):
             1
         ],
     )
-    real = local._Stacks.get
+    real = reader.SharedStacks.get
     monkeypatch.setattr(
-        local._Stacks,
+        reader.SharedStacks,
         "get",
         lambda self, spec, make: real(self, spec, lambda: (cut.update({spec.key: 1}), make())[1]),
     )
@@ -341,7 +341,7 @@ def quantized_experts(folder):
 
 
 def test_stacks_are_bounded_but_for_the_last_ones():
-    stacks, result = local._Stacks(), Counter()
+    stacks, result = reader.SharedStacks(), Counter()
     specs = [TensorSpec(str(i), "F32", (1,), "", 0, plan.STACKS) for i in range(5)]
 
     def get(i):
@@ -352,4 +352,4 @@ def test_stacks_are_bounded_but_for_the_last_ones():
     assert result == {0: 1, 1: 1, 2: 1}
     for i in (3, 4, 3, 0):
         get(i)
-    assert result == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1} and len(stacks.held) == local.LEAST_STACKS
+    assert result == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1} and len(stacks.held) == reader.LEAST_STACKS

@@ -170,7 +170,7 @@ SIZES |= {
 
 
 def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
-    from adapterkit.engines.local import LocalReader
+    from adapterkit.engines.reader import LocalReader
 
     base = saved("llama")
     after = tuned(base, oracle.llama, tmp_path / "tuned", low_rank(3, linear))

@@ -1,0 +1,69 @@
+"""Metrics of one changed tensor, measured on sampled chunks while they are written."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adapterkit.plan import Step
+
+
+@dataclass
+class TensorMetrics:
+    """What is measured of one changed tensor."""
+
+    delta: float | None = None
+    squares: list[float] = field(default_factory=list)  # per chunk, Σ of the written values squared
+    sampled: int = 0
+    changed: int = 0  # of the sampled elements, how many differ from the base's
+    lost: list[float] = field(default_factory=list)  # per sampled chunk, Σ (rounded - exact)²
+    moved: list[float] = field(default_factory=list)  # per sampled chunk, Σ (exact - base)²
+    # per sampled chunk, Σ (rounded - base)(exact - base)
+    kept: list[float] = field(default_factory=list)
+
+    def add(self, other: "TensorMetrics") -> None:
+        self.squares += other.squares
+        self.sampled += other.sampled
+        self.changed += other.changed
+        self.lost += other.lost
+        self.moved += other.moved
+        self.kept += other.kept
+
+    def measure(self, before: Tensor, exact: Tensor, written: Tensor) -> None:
+        """Compare a sampled chunk: the base's values, the exact new ones, and those as they were
+        rounded."""
+        rounded = written.to(exact.device, exact.dtype)
+        self.sampled += exact.numel()
+        self.changed += int((rounded != before).sum())
+        self.lost.append(_squares(exact - rounded))
+        delta = exact - before
+        self.moved.append(_squares(delta))
+        self.kept.append(float(torch.dot((rounded - before).view(-1), delta.view(-1))))
+
+    def result(self, step: Step) -> dict:
+        # fsum is exact, so the order in which the workers came does not show
+        norm, lost, moved = (
+            math.sqrt(math.fsum(self.squares)),
+            math.fsum(self.lost),
+            math.fsum(self.moved),
+        )
+        metrics: dict = {"adapters": list(step.adapters)} if step.adapters else {}
+        if self.delta is not None and norm:
+            metrics["delta"] = _short(self.delta / norm)
+        if self.sampled:
+            metrics["changed"] = _short(self.changed / self.sampled)
+        # else the delta lies in other rows than those that were sampled
+        if self.sampled and (moved or not self.delta):
+            metrics["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
+            metrics["survived"] = _short(math.fsum(self.kept) / moved) if moved else 1.0
+        return metrics
+
+
+def _squares(difference: Tensor) -> float:
+    flat = difference.view(-1)
+    return float(torch.dot(flat, flat))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -1,0 +1,194 @@
+"""An output file cut into pieces: runs of untouched bytes, and spans of chunks of changed
+tensors."""
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.stage import Stage
+from adapterkit.checkpoint.writer import ShardFile
+from adapterkit.engines.metrics import TensorMetrics
+from adapterkit.engines.reader import LocalReader
+from adapterkit.plan import Loaded, Shard, Step
+from adapterkit.receipt import ShardResult
+from adapterkit.tasks.rows import arithmetic, chunks
+
+# chunks that a worker takes at a time: what it shares with the others is touched once per span
+SPAN = 4
+CUDA_SPAN = 1
+RUN = 4 << 20  # bytes of one piece of an untouched run
+SAMPLE = 64  # metrics are measured on every 64th chunk of a tensor, the first included
+
+
+@dataclass
+class Piece:
+    """Some bytes of one output file: a run of untouched bytes (no step), header bytes, or some
+    chunks of a step."""
+
+    shard: "OpenShard"
+    number: int  # in file order
+    position: int
+    length: int
+    source: TensorSpec | None = None
+    source_start: int = 0
+    data: bytes | None = None
+    step: "OpenStep | None" = None
+    chunks: "tuple[Chunk, ...]" = ()
+
+
+class Chunk(NamedTuple):
+    first: int  # rows [first, last) of the step's grid
+    last: int
+    sampled: bool
+
+
+@dataclass
+class _Run:
+    """Untouched tensors that follow each other in an input file and in the output: bytes
+    [source.start, stop), to `position`."""
+
+    source: TensorSpec  # the first of them
+    position: int
+    stop: int
+
+    def joins(self, source: TensorSpec, position: int) -> bool:
+        """Whether this tensor goes on where the run ends, in both files."""
+        same = (self.source.folder, self.source.file) == (source.folder, source.file)
+        return (
+            same
+            and self.stop == source.start
+            and self.position + self.stop - self.source.start == position
+        )
+
+
+@dataclass
+class OpenStep:
+    """A step while its chunks are worked on: its edits are loaded by the first worker and freed
+    after the last chunk."""
+
+    step: Step
+    left: int
+    edits: list[Loaded] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    metrics: "TensorMetrics" = field(default_factory=lambda: TensorMetrics())
+
+    def load(self, inputs: LocalReader) -> list[Loaded]:
+        with self.lock:
+            if self.edits is None:
+                inputs = replace(inputs, dtype=arithmetic(self.step))
+                self.edits = [
+                    edit.load(inputs, self.step.source, self.step.grid) for edit in self.step.edits
+                ]
+                norms = [e.delta_norm for e in self.edits if e.delta_norm is not None]
+                self.metrics.delta = math.hypot(*norms) if norms else None
+            return self.edits
+
+    def done(self, metrics: "TensorMetrics") -> None:
+        """One span less to do; the last one frees the edits."""
+        with self.lock:
+            self.metrics.add(metrics)
+            self.left -= 1
+            if self.left == 0:
+                self.edits = None
+
+
+class OpenShard:
+    """An output file in the making: its pieces, its hash in file order, what is left to do."""
+
+    def __init__(self, shard: Shard, stage: Stage, hashed: bool):
+        self.shard = shard
+        self.file = ShardFile(stage.path, shard.file, shard.layout.size)
+        self.digest = RunningHash(tensor_ends(shard.layout)) if hashed else None
+        self.steps: list[OpenStep] = []
+        self.lock = threading.Lock()
+        self.waiting: dict[int, tuple[memoryview, Callable[[], None]]] = {}
+        self.next, self.hashing, self.left = 0, False, 0
+        self.flushed = 0
+
+    def pieces(self, device: torch.device) -> Iterator[Piece]:
+        """The file's pieces in order; neighbouring untouched tensors of one input file are one
+        run."""
+        number = itertools.count()
+        header = self.shard.layout.header
+        yield Piece(self, next(number), 0, len(header), data=header)
+        run: _Run | None = None
+        for step, at in zip(self.shard.steps, self.shard.layout.starts, strict=True):
+            if run is not None and step.copied and run.joins(step.source, at):
+                run.stop = step.source.stop
+                continue
+            yield from self._run(run, number)
+            run = _Run(step.source, at, step.source.stop) if step.copied else None
+            if not step.copied:
+                yield from self._chunks(step, at, number, device)
+        yield from self._run(run, number)
+
+    def _run(self, run: "_Run | None", number) -> Iterator[Piece]:
+        if run is None:
+            return
+        start = run.source.start
+        for offset in range(0, run.stop - start, RUN):
+            length = min(RUN, run.stop - start - offset)
+            yield Piece(
+                self,
+                next(number),
+                run.position + offset,
+                length,
+                source=run.source,
+                source_start=start + offset,
+            )
+
+    def _chunks(self, step: Step, at: int, number, device: torch.device) -> Iterator[Piece]:
+        cut = [
+            Chunk(first, last, i % SAMPLE == 0)
+            for i, (first, last) in enumerate(chunks(step.grid, device))
+        ]
+        span = SPAN if device.type == "cpu" else CUDA_SPAN
+        spans = [tuple(cut[i : i + span]) for i in range(0, len(cut), span)]
+        open_step = OpenStep(step, len(spans))
+        self.steps.append(open_step)
+        width = dtypes.BITS[step.dtype] // 8 * step.grid[1]
+        for some in spans:
+            first, last = some[0].first, some[-1].last
+            yield Piece(
+                self,
+                next(number),
+                at + first * width,
+                (last - first) * width,
+                step=open_step,
+                chunks=some,
+            )
+
+    def hash(self, number: int, view: memoryview, release: Callable[[], None]) -> None:
+        """Feed a piece's bytes to the hash in file order; `release` gives the buffer back once they
+        are through."""
+        if self.digest is None:
+            release()
+            return
+        with self.lock:
+            self.waiting[number] = (view, release)
+            if self.hashing:
+                return
+            self.hashing = True
+        while True:
+            with self.lock:
+                ready = self.waiting.pop(self.next, None)
+                if ready is None:
+                    self.hashing = False
+                    return
+                self.next += 1
+            self.digest.update(ready[0])
+            ready[1]()
+
+    def result(self) -> ShardResult:
+        metrics = {s.step.key: s.metrics.result(s.step) for s in self.steps if s.step.edits}
+        sha = self.digest.hexdigest() if self.digest else None
+        marks = self.digest.marks if self.digest else {}
+        return ShardResult(self.shard.file, self.shard.layout.size, sha, marks, metrics)

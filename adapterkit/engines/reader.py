@@ -1,0 +1,106 @@
+"""What tasks and edits read: whole tensors, rows, shared stacks of experts' factors, handoffs."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.errors import Unrecoverable, shown
+from adapterkit.kernels.sums import all_finite
+from adapterkit.plan import STACKS
+from adapterkit.tasks.handoff import HandoffReader
+from adapterkit.tasks.rows import chunks
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
+
+LEAST_STACKS = 3  # stacks of experts' factors that are kept however large they are
+
+
+@dataclass
+class LocalReader:
+    """The `Reader` of a job on this machine: of its open files, and of what earlier files handed
+    on."""
+
+    sources: Sources
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    handoffs: HandoffReader | None = None
+    stacks: "SharedStacks" = field(default_factory=lambda: SharedStacks())
+
+    def handoff(self, key: str) -> Tensor:
+        assert self.handoffs is not None
+        return self.handoffs.tensor(key).to(self.device)
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        if isinstance(spec, QuantizedWeight):
+            stored = {part.key: self.stored(part) for part in spec.parts}
+            return decode_checked(spec, stored, hint="download the checkpoint again").to(self.dtype)
+        stored = self.stored(spec)
+        return stored.to(self.dtype)
+
+    def stored(self, spec: TensorSpec) -> Tensor:
+        data = self.sources.read(spec)
+        if not data:
+            return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype), device=self.device)
+        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
+        floats = spec.dtype in dtypes.FLOATS
+        if floats and not all_finite(stored):
+            raise Unrecoverable(
+                "values that are not finite (NaN or infinity)",
+                where=f"{self.sources.folders[spec.folder].label}/{spec.file}: {shown(spec.key)}",
+                hint="the training run diverged: use an earlier save",
+            )
+        return stored.to(self.device)
+
+    def bytes(self, spec: TensorSpec) -> bytearray:
+        return self.sources.read(spec)
+
+    def shared(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.stacks.get(spec, lambda: cut(self.stored(spec)))
+
+    def rows(self, spec: TensorSpec, grid: tuple[int, int], first: int, last: int) -> Tensor:
+        width = dtypes.BITS[spec.dtype] // 8 * grid[1]
+        data = bytearray((last - first) * width)
+        self.sources.read_into(spec, first * width, memoryview(data))
+        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype))
+        return stored.view(last - first, grid[1]).to(self.device, self.dtype)
+
+    def blocks(self, spec: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+        for first, last in chunks(grid, self.device):
+            yield first, self.rows(spec, grid, first, last)
+
+
+class SharedStacks:
+    """What was cut of the stacks of experts' factors that were asked for last; thread-safe.
+
+    Steps that follow each other ask for a few in turn: those of gate and up, and of down, of each
+    adapter."""
+
+    def __init__(self):
+        self.lock, self.held = threading.Lock(), OrderedDict[TensorSpec, _Stack]()
+
+    def get(self, spec: TensorSpec, make: Callable[[], Tensor]) -> Tensor:
+        with self.lock:
+            stack = self.held.setdefault(spec, _Stack())
+            self.held.move_to_end(spec)
+        with stack.lock:  # others may read other stacks meanwhile
+            if stack.value is None:
+                stack.value = make()
+                if stack.value.is_cuda:
+                    # other workers have other streams
+                    torch.cuda.current_stream(stack.value.device).synchronize()
+        with self.lock:
+            while len(self.held) > LEAST_STACKS and sum(spec.nbytes for spec in self.held) > STACKS:
+                self.held.popitem(last=False)
+        return stack.value
+
+
+@dataclass
+class _Stack:
+    value: Tensor | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
