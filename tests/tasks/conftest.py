@@ -5,27 +5,82 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from adapterkit.plan import Plan
-from tests.golden import jobs
-from tests.golden.inputs import create_inputs
+from tests.golden import inputs, jobs
+
+SCALE = 8  # by which layers are wider than those of the golden jobs: their memory is then tensors
 
 
 @pytest.fixture(scope="package")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]:
     """{golden job: its plan}, in a folder with the inputs of all of them, which is the current one
     meanwhile."""
-    folder, before = tmp_path_factory.mktemp("jobs"), Path.cwd()
-    needed = {source for job in jobs.WRITING for source in (*job.sources, *job.options.values())
-              if isinstance(source, str)}  # fmt: skip
-    os.chdir(folder)
-    try:
-        create_inputs(Path())
-        actual = {}
-        for job in jobs.WRITING:
-            actual[job.name] = jobs.call(job, out=f"planned-{job.name}", dry_run=True)
-            if job.name in needed:
-                jobs.call(job, out=job.name)
-        yield actual
-    finally:
-        os.chdir(before)
+    with _folder(tmp_path_factory):
+        inputs.create_inputs(Path())
+        yield _plan(jobs.WRITING)
+
+
+@pytest.fixture(scope="package")
+def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]:
+    """The same for wider layers, and with values that were trained whole."""
+    with _folder(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
+        for name in ("HIDDEN", "INTERMEDIATE", "KEYS_VALUES"):
+            patch.setattr(inputs, name, SCALE * getattr(inputs, name))
+        for name in ("ATTENTION", "MLP", "LINEAR", "FEW"):
+            shapes = getattr(inputs, name).items()
+            wide = {key: (SCALE * out, SCALE * width) for key, (out, width) in shapes}
+            patch.setattr(inputs, name, wide)
+        sizes = {"hidden_size": inputs.HIDDEN, "intermediate_size": inputs.INTERMEDIATE}
+        config = inputs.CONFIG | sizes | {"head_dim": SCALE * inputs.CONFIG["head_dim"]}
+        patch.setattr(inputs, "CONFIG", config)
+        patch.setitem(inputs._save_adapter.__kwdefaults__, "modules", inputs.LINEAR)
+        inputs.create_inputs(Path())
+        _save_other_head(Path("head"), Path("other-head"))
+        more = (
+            jobs.job("combine-values", "head=0.25", "other-head=0.75", method="linear"),
+            jobs.job("resize-values", "head", rank=1),
+            jobs.job("resize-by-size", "skill", max_size="64KB"),
+        )
+        yield _plan([*(job for job in jobs.WRITING if job.name != "resize-size"), *more])
+
+
+def _save_other_head(folder: Path, other: Path) -> None:
+    """A copy of an adapter with other values of the head."""
+    other.mkdir()
+    for path in folder.glob("*.json"):
+        (other / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = "base_model.model.lm_head.weight"
+    tensors[key] = 2 * tensors[key]
+    save_file(tensors, other / "adapter_model.safetensors", {"format": "pt"})
+
+
+class _folder:
+    """A new folder as the current one."""
+
+    def __init__(self, factory: pytest.TempPathFactory):
+        self.path, self.before = factory.mktemp("jobs"), Path.cwd()
+
+    def __enter__(self) -> Path:
+        os.chdir(self.path)
+        return self.path
+
+    def __exit__(self, *error: object) -> None:
+        os.chdir(self.before)
+
+
+def _plan(chosen: "list[jobs.Job] | tuple[jobs.Job, ...]") -> dict[str, Plan]:
+    sources = {
+        source
+        for job in chosen
+        for source in (*job.sources, *job.options.values())
+        if isinstance(source, str)
+    }
+    plans = {}
+    for job in chosen:
+        plans[job.name] = jobs.call(job, out=f"planned-{job.name}", dry_run=True)
+        if job.name in sources:
+            jobs.call(job, out=job.name)
+    return plans

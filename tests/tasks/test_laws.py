@@ -1,0 +1,184 @@
+"""Every task class keeps what `Task` promises: bounds, reads, determinism, pickle, memory."""
+
+import dataclasses
+import importlib
+import inspect
+import pickle
+import pkgutil
+import tracemalloc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import adapterkit.tasks
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines.local import LocalReader
+from adapterkit.plan import Computed, Plan, Task, TaskResult
+from adapterkit.tasks.edited import stored_parts
+
+# Bytes beyond a claim: blocks of a constant size, in which most tasks work through a weight, and
+# which are as large as the layers here; LAPACK's workspace; Python's objects.
+SLACK = 1 << 20
+
+
+def task_classes() -> Iterator[type[Task]]:
+    for module in pkgutil.iter_modules(adapterkit.tasks.__path__, "adapterkit.tasks."):
+        for _, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            own = cls.__module__ == module.name and issubclass(cls, Task)
+            if own and not inspect.isabstract(cls):
+                yield cls
+
+
+CLASSES = sorted(task_classes(), key=lambda cls: cls.__name__)
+
+
+class CheckedSources(Sources):
+    """Refuses what a task does not say that it reads."""
+
+    def __init__(self, plan: Plan, allowed: tuple[TensorSpec, ...]):
+        super().__init__(plan.folders, plan.identities)
+        self.allowed = [part for spec in allowed for part in stored_parts(spec)]
+
+    def check(self, spec: TensorSpec) -> None:
+        place = spec.folder, spec.file
+        assert any(
+            place == (other.folder, other.file)
+            and other.start <= spec.start <= spec.stop <= other.stop
+            for other in self.allowed
+        ), f"reads {spec.key}, which is not in its `reads`"
+
+    def read(self, spec: TensorSpec) -> bytearray:
+        self.check(spec)
+        return super().read(spec)
+
+    def read_into(self, spec: TensorSpec, offset: int, view: memoryview) -> None:
+        self.check(spec)
+        super().read_into(spec, offset, view)
+
+
+class Handoffs(dict):
+    def tensor(self, key: str) -> Tensor:
+        return self[key].clone()
+
+
+def compute(plan: Plan, task: Task, handoffs: Handoffs | None = None) -> TaskResult:
+    cpu = torch.device("cpu")
+    with CheckedSources(plan, task.reads) as sources, torch.inference_mode():
+        return task.compute(LocalReader(sources, cpu, handoffs=handoffs))  # type: ignore[arg-type]
+
+
+def stored(result: TaskResult) -> dict[str, bytes | TensorSpec]:
+    return {
+        key: tensor if isinstance(tensor, TensorSpec) else raw(tensor)
+        for key, tensor in (result.tensors | result.handoff).items()
+    }
+
+
+def raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture(scope="module")
+def cases(wide_plans: dict[str, Plan]) -> dict[type[Task], list[tuple[Plan, Task, Handoffs]]]:
+    """For each class one task of each plan that has some, with the handoffs that it reads."""
+    found: dict[type[Task], list[tuple[Plan, Task, Handoffs]]] = {}
+    for plan in wide_plans.values():
+        tasks = [t for shard in plan.shards if isinstance(shard, Computed) for t in shard.tasks]
+        last = {(type(task), getattr(task, "checked", None)): task for task in tasks}
+        for (cls, _), task in last.items():
+            sources = (t for t in tasks if getattr(t, "module", None) == task.name != t.name)
+            handoffs = Handoffs()
+            if not task.reads:
+                for source in sources:
+                    handoffs |= compute(plan, source).handoff
+            found.setdefault(cls, []).append((plan, task, handoffs))
+    return found
+
+
+@pytest.fixture(params=CLASSES, ids=lambda cls: cls.__name__)
+def own_cases(request: pytest.FixtureRequest, cases: dict, one_thread: None) -> list:
+    assert cases.get(request.param), f"no job has a {request.param.__name__}: add one"
+    return cases[request.param]
+
+
+def test_is_a_frozen_dataclass():
+    for cls in CLASSES:
+        assert dataclasses.is_dataclass(cls), cls
+        assert cls.__dataclass_params__.frozen, cls  # type: ignore[attr-defined]
+
+
+def test_outputs_are_within_their_bounds(own_cases: list):
+    """Keys, dtypes and shapes; sizes are as planned, but of what is of variable size."""
+    for plan, task, handoffs in own_cases:
+        bounds = {bound.key: bound for bound in task.max_outputs}
+        assert len(bounds) == len(task.max_outputs)
+        for key, tensor in compute(plan, task, handoffs).tensors.items():
+            bound = bounds[key]
+            is_spec = isinstance(tensor, TensorSpec)
+            assert (tensor.dtype if is_spec else dtypes.name_of(tensor.dtype)) == bound.dtype
+            assert len(tensor.shape) == len(bound.shape)
+            if key not in task.variable_size:
+                assert all(n <= most for n, most in zip(tensor.shape, bound.shape, strict=True))
+
+
+def test_reads_only_what_it_says(own_cases: list):
+    for plan, task, handoffs in own_cases:
+        assert set(task.shared_reads) <= set(task.reads)
+        compute(plan, task, handoffs)
+        if task.reads and not task.copied:
+            with pytest.raises(AssertionError, match="not in its `reads`"):
+                compute(plan, _Without(task), handoffs)
+
+
+class _Without:
+    """A task that does not say what it reads."""
+
+    reads = ()
+
+    def __init__(self, task: Task):
+        self.compute = task.compute
+
+
+def test_computes_the_same_twice_and_after_pickle(own_cases: list):
+    for plan, task, handoffs in own_cases:
+        copy = pickle.loads(pickle.dumps(task))
+        assert copy == task
+        first, *others = (compute(plan, each, handoffs) for each in (task, task, copy))
+        for other in others:
+            assert stored(other) == stored(first)
+            assert other.metrics == first.metrics
+
+
+def test_takes_no_more_memory_than_it_claims(own_cases: list):
+    """The peak of what torch allocates and the peak of Python's own, which are bytes that are read."""
+    for plan, task, handoffs in own_cases:
+        if task.copied:
+            assert task.memory == 0
+            continue
+        compute(plan, task, handoffs)  # what is cached once
+        tracemalloc.start()
+        compute(plan, task, handoffs)
+        python = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            compute(plan, task, handoffs)
+        assert peak(profile) + python <= task.memory + SLACK, f"{plan.verb}: {task.name}"
+
+
+def peak(profile: torch.profiler.profile) -> int:
+    """The most bytes that torch had allocated at a time."""
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in results.events()
+        if event.name() == "[memory]"
+    )
+    most = total = 0
+    for _, size in events:
+        total += size
+        most = max(most, total)
+    return most
