@@ -184,8 +184,7 @@ class Child:
     def _command(self) -> int:
         from adapterkit.checkpoint import storage
         from adapterkit.cli import main
-        from adapterkit.engines import local
-        from adapterkit.engines import pieces
+        from adapterkit.engines import local, pieces
         from adapterkit.tasks import rows
 
         request = self.request
