@@ -1,4 +1,5 @@
-"""Run a plan: journal, resume, the files besides the shards, one rename that publishes the folder."""
+"""Run a plan: journal, resume, the files besides the shards, one rename that publishes the
+folder."""
 
 import json
 import time
@@ -15,18 +16,19 @@ from adapterkit.plan import HANDOFF, Computed, CopyFile, FromMetrics, Plan, Prog
 from adapterkit.receipt import (
     Receipt,
     ShardResult,
+    create_receipt,
     digest,
     input_hashes,
     public_recipe,
-    receipt_data,
-    sealed,
+    seal_receipt,
 )
 
 BLOCK = 16 << 20  # bytes of a copied file at a time
 
 
 class Engine(Protocol):
-    """Where steps run. `finished` is called with each shard's result, once its bytes are durable under its name."""
+    """Where steps run. `finished` is called with each shard's result, once its bytes are durable
+    under its name."""
 
     def __call__(
         self,
@@ -51,11 +53,13 @@ def run(
     check: Callable[[Path], object] | None = None,
     progress: Progress = lambda done: None,
 ) -> Receipt:
-    """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands under a final name.
+    """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands
+    under a final name.
 
-    `check` looks at the finished folder before it gets its name; when it raises, nothing is published. Raises `Refused` before
-    anything is written (output in the way, another plan's unfinished run, too little space) and `Failed` or `Interrupted` after;
-    then `resume=True` goes on with what is done.
+    `check` looks at the finished folder before it gets its name; when it raises, nothing is
+    published. Raises `Refused` before anything is written (output in the way, another plan's
+    unfinished run, too little space) and `Failed` or `Interrupted` after; then `resume=True` goes
+    on with what is done.
     """
     stage = Stage(out)
     recipe = json.loads(json.dumps(plan.recipe()))  # as it is read again
@@ -128,9 +132,8 @@ def _build(
 
     pool = ThreadPoolExecutor(1, "hash")
     try:
-        inputs = (
-            pool.submit(input_hashes, plan) if hash != "none" else None
-        )  # beside the work: it leaves Python's lock alone
+        # beside the work: hashing releases Python's lock
+        inputs = pool.submit(input_hashes, plan) if hash != "none" else None
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
         metrics = {
             key: metric for shard in plan.shards for key, metric in done[shard.file].metrics.items()
@@ -146,10 +149,10 @@ def _build(
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    receipt = receipt_data(
+    receipt = create_receipt(
         plan, recipe, fingerprint, done, sums, hashes, hash, time.monotonic() - began
     )
-    stage.write_file(RECEIPT, [sealed(receipt)])
+    stage.write_file(RECEIPT, [seal_receipt(receipt)])
     stage.ready()
 
 
@@ -157,7 +160,7 @@ def _check(stage: Stage, check: Callable[[Path], object]) -> None:
     try:
         check(stage.path)
     except AdapterkitError:
-        stage.forget()  # nobody can say what else is wrong there
+        stage.forget()  # the folder cannot be trusted
         raise
 
 
@@ -165,7 +168,8 @@ def _finished(out: Path, fingerprint: str, recipe: dict) -> Receipt:
     data = json.loads((out / RECEIPT).read_text())
     if data.get("fingerprint") != fingerprint:
         raise Refused(
-            f"a finished output of another job ({_difference(data.get('recipe', {}), public_recipe(recipe))} differs)",
+            "a finished output of another job "
+            f"({_difference(data.get('recipe', {}), public_recipe(recipe))} differs)",
             expected="the job that --resume goes on with",
             where=str(out),
             hint="choose another --out, or give --overwrite",
@@ -198,7 +202,7 @@ def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
             and path.stat().st_size == entry["shard"].get("size") <= sizes[name]
         ):
             done[name] = ShardResult(**entry["shard"])
-    if len(done) < len(plan.shards):  # what is missing may need what the others laid aside
+    if len(done) < len(plan.shards):  # missing shards may need the handoffs of the others
         done = {
             name: r
             for name, r in done.items()
@@ -251,7 +255,8 @@ def _write_files(
 
 
 def _blocks(plan: Plan, copy: CopyFile) -> Iterator[bytes]:
-    """The bytes of a file of an input folder; `Failed` if they are not as many as when the job was planned."""
+    """The bytes of a file of an input folder; `Failed` if they are not as many as when the job was
+    planned."""
     folder = plan.folders[copy.folder]
     size = folder.files()[copy.name]
     for start in range(0, size, BLOCK):

@@ -1,8 +1,9 @@
 """Records of a plan: what every output tensor is made of, complete before any data is read.
 
-A `Plan` gives each output file's exact layout, and for each tensor its `Step`: the stored tensor its rows start from and the
-edits they go through. A file of factors is `Computed` instead: its `Task`s decide their own ranks, within bounds that the plan
-knows. Everything that can be refused has been refused when a plan exists.
+A `Plan` gives each output file's exact layout, and for each tensor its `Step`: the stored tensor
+its rows start from and the edits they go through. A file of factors is `Computed` instead: its
+`Task`s decide their own ranks, within bounds that the plan knows. Everything that can be refused
+has been refused when a plan exists.
 """
 
 import hashlib
@@ -25,14 +26,26 @@ from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.reader import Reader
 
+IDENTITY = ("inode", "size", "modified", "changed")
+# bytes by which the guess of a text's size may be wrong, its numbers in the header included
+SLACK = 128
+BUFFERS = 32_000_000  # bytes of one worker's buffers
+AHEAD = 2  # tasks for each worker that may wait to be written
+STACKS = 1 << 30  # bytes of shared stacks of experts' factors
+HANDOFF = ".handoff"  # suffix of the file with tensors for later files
+
+
 # (block of rows, number of its first row): changes the block in place
 Apply = Callable[[Tensor, int], None]
 
 
 @dataclass
 class Loaded:
-    """An edit that is ready: its function, the Frobenius norm of what it adds where that is known, and, where it rounds, the
-    function without its roundings, for what is measured of them."""
+    """An edit with its tensors read.
+
+    `apply` changes rows in place; `delta_norm` is the Frobenius norm of what it adds, where known;
+    `exact`, where `apply` rounds, is the same without roundings, to measure them.
+    """
 
     apply: Apply
     delta_norm: float | None = None
@@ -59,18 +72,10 @@ class Edit(ABC):
         """The edit of `source`, as rows and columns of `grid`."""
 
 
-IDENTITY = ("inode", "size", "modified", "changed")
-SLACK = 128  # bytes by which the guess of a text's size may be wrong, its numbers in the header included
-BUFFERS = 32_000_000  # bytes of one worker's
-AHEAD = 2  # tasks for each worker that may wait to be written
-STACKS = 1 << 30  # bytes of stacks of experts' factors that may be kept
-HANDOFF = ".handoff"  # what a shard lays aside for later ones, until all are done
-
-
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One output tensor: its rows start from `source` and go through `edits`, in float32 (`wide`: in float64), rounded once to
-    `dtype`: to nearest, or with `draws` stochastically."""
+    """One output tensor: its rows start from `source` and go through `edits`, in float32 (`wide`:
+    in float64), rounded once to `dtype`: to nearest, or with `draws` stochastically."""
 
     key: str
     dtype: str
@@ -84,9 +89,10 @@ class Step:
 
     @property
     def copied(self) -> bool:
-        """Whether the source's bytes are taken unseen: an adapter's own values are looked at, they may not be finite."""
-        unseen = self.source.folder == 0 or self.dtype not in dtypes.FLOATS
-        return not self.edits and self.dtype == self.source.dtype and unseen
+        """Whether the source's bytes are copied as a range. Values of an adapter are read instead:
+        they may not be finite."""
+        unread = self.source.folder == 0 or self.dtype not in dtypes.FLOATS
+        return not self.edits and self.dtype == self.source.dtype and unread
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -113,9 +119,10 @@ class Shard:
 
 
 class TaskResult(NamedTuple):
-    """What a task computed: its tensors by key, in the order of writing, and metrics for the receipt.
+    """The tensors of a task by key, in the order of writing, and metrics for the receipt.
 
-    A `TensorSpec` in place of a tensor: its stored bytes. `handoff`: tensors for tasks of later files.
+    A `TensorSpec` in place of a tensor: its stored bytes. `handoff`: tensors for tasks of later
+    files.
     """
 
     tensors: Mapping[str, Tensor | TensorSpec]
@@ -178,10 +185,11 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Computed:
-    """One output file whose tensors are made by tasks, in this order; `size` is the most it can take.
+    """One output file whose tensors are made by tasks, in this order; `size` is the most it can
+    take.
 
-    `safetensors_order`: the tensors are in the order in which the safetensors library writes them. Then sizes are as planned,
-    but for those of a task's `variable_size`.
+    `safetensors_order`: the tensors are in the order in which the safetensors library writes them.
+    Then sizes are as planned, but for those of a task's `variable_size`.
     """
 
     file: str
@@ -216,8 +224,8 @@ class CopyFile:
 
 @dataclass(frozen=True)
 class FromMetrics:
-    """A small file whose content depends on what was computed: metrics by task's or tensor's name, and by how many bytes tensors
-    whose size was a guess have grown."""
+    """A small file whose content depends on what was computed: metrics by task's or tensor's name,
+    and by how many bytes tensors whose size was a guess have grown."""
 
     content: Callable[[dict[str, dict], int], bytes]
 
@@ -229,31 +237,24 @@ def no_warnings(metrics: dict[str, dict]) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a verb will do, complete: inputs, output files, and what the receipt will say of it.
+    """A job, complete: inputs, output files, options and decisions for the receipt.
 
-    It pickles: what it holds are records, module-level functions and partials of these.
+    It pickles: its values are records, module-level functions and partials of these.
     """
 
     verb: str
     options: dict[str, Any]
     folders: tuple[Folder, ...]
     headers: dict[tuple[int, str], str]  # (folder, file) -> sha256 of its header
-    identities: dict[
-        tuple[int, str], Identity
-    ]  # of the local ones: what tells a file from an edited one
+    identities: dict[tuple[int, str], Identity]  # of local files: tells an edited file
     shards: tuple[Shard | Computed, ...]
-    files: dict[
-        str, bytes | CopyFile | FromMetrics
-    ]  # index, config, tokenizer, card: written after the shards
+    # index, config, tokenizer, card: written after the shards
+    files: dict[str, bytes | CopyFile | FromMetrics]
     # decided while planning, for the receipt
     decisions: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    models: tuple[int, ...] = (
-        0,
-    )  # the inputs that are too large to be read again for the receipt's hashes
-    memory: int | None = (
-        None  # bytes that tasks may take together; a quarter of the machine's if not given
-    )
+    models: tuple[int, ...] = (0,)  # inputs too large to be read again for the receipt's hashes
+    memory: int | None = None  # bytes for tasks together; None: a quarter of the machine's
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
 
     def recipe(self) -> dict[str, Any]:
@@ -261,9 +262,11 @@ class Plan:
         inputs: list[dict] = [{"name": f.name, **f.origin, "files": {}} for f in self.folders]
         for (folder, name), sha in sorted(self.headers.items()):
             inputs[folder]["files"][name] = {"header": sha}
-        for (folder, name), who in self.identities.items():
+        for (folder, name), identity in self.identities.items():
             # not the device: its number can differ after a restart
-            inputs[folder]["files"][name]["identity"] = dict(zip(IDENTITY, who[1:], strict=True))
+            inputs[folder]["files"][name]["identity"] = dict(
+                zip(IDENTITY, identity[1:], strict=True)
+            )
         layout = hashlib.sha256()
         for shard in self.shards:
             layout.update(shard.file.encode() + shard.layout.header)
@@ -276,7 +279,8 @@ class Plan:
         }
 
     def totals(self) -> dict[str, Any]:
-        """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they are the most it can be."""
+        """Sizes that a dry run prints: tensors and bytes; exact, but for computed files, where they
+        are the most it can be."""
         streamed = [shard for shard in self.shards if isinstance(shard, Shard)]
         tasks = [
             task for shard in self.shards if isinstance(shard, Computed) for task in shard.tasks
@@ -321,7 +325,8 @@ class Plan:
         return quarter_of_memory() if self.memory is None else self.memory
 
     def _streamed_memory(self, changed: Iterable[Step]) -> int:
-        """Factors of the steps that workers are at, the largest ones, one of them while it is read; and stacks that are kept."""
+        """Factors of the steps that workers are at, the largest ones, one of them while it is read;
+        and stacks that are kept."""
         steps = list(changed)
         sizes = sorted(
             sum(s.nbytes << step.wide for edit in step.edits for s in edit.reads) for step in steps
@@ -335,19 +340,20 @@ class Plan:
         return 2 * sum(sizes) + 2 * sum(sizes[-1:]) + min(STACKS, stacks)
 
     def _computed_memory(self) -> int:
-        """The most that tasks take which `in_order` has in memory together: those ahead, and the one that is written."""
+        """The most that tasks take which `in_order` has in memory together: those ahead, and the
+        one that is written."""
         most = 0
         for shard in self.shards:
             if isinstance(shard, Computed):
-                window, held = deque[int](), 0
+                window, in_use = deque[int](), 0
                 for task in shard.tasks:
                     window.append(task.memory)
-                    held += window[-1]
+                    in_use += window[-1]
                     while len(window) > AHEAD * cores() + 1 or (
-                        len(window) > 1 and held > self.budget
+                        len(window) > 1 and in_use > self.budget
                     ):
-                        held -= window.popleft()
-                    most = max(most, held)
+                        in_use -= window.popleft()
+                    most = max(most, in_use)
         return most
 
     def _small(self, file: bytes | CopyFile | FromMetrics) -> int:

@@ -1,11 +1,12 @@
-"""The receipt, adapterkit.json: what was done, with hashes and measured metrics; reading and checking it."""
+"""The receipt, adapterkit.json: what was done, with hashes and measured metrics; reading and
+checking it."""
 
 import hashlib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit.checkpoint.folder import LocalFolder, inside
 from adapterkit.checkpoint.hashes import RunningHash, sha256_of_file
@@ -14,10 +15,6 @@ from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
 from adapterkit.plan import Plan, Progress
-
-if TYPE_CHECKING:
-    pass
-
 
 RECEIPT_VERSION = 1
 SEAL = b',\n  "seal": "'
@@ -30,25 +27,23 @@ def digest(recipe: dict) -> str:
 
 @dataclass
 class ShardResult:
-    """What writing one shard gave: its hash, the hash of its bytes up to each tensor's end, and measured metrics."""
+    """One written shard: its hash, the hash of its bytes up to each tensor's end, and metrics."""
 
     file: str
     size: int
     sha256: str | None
-    marks: dict[
-        str, str
-    ]  # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
+    # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
+    marks: dict[str, str]
     metrics: dict[str, dict]
     grown: int = 0  # bytes by which tensors are larger than planned, all together
-    tensors: int | None = None  # how many there are, where the plan knew the most alone
-    handoffs: dict[str, list] = field(
-        default_factory=dict
-    )  # key -> dtype, shape, position in the file of what was laid aside
+    tensors: int | None = None  # their number, where the plan knows an upper bound only
+    # key -> dtype, shape, position in the handoff's file
+    handoffs: dict[str, list] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a job did; `data` is the content of `adapterkit.json`."""
+    """The receipt of a finished job; `data` is the content of `adapterkit.json`."""
 
     out: Path
     data: dict[str, Any]
@@ -56,8 +51,9 @@ class Receipt:
 
 
 def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
-    """The sha256 of the adapters' files, and of a model's where the Hub has told it: a base is not read again to be hashed."""
-    found: dict[str, dict[str, str]] = {}
+    """The sha256 of the adapters' files, and of a model's where the Hub lists it: a base is not
+    read again to be hashed."""
+    hashes: dict[str, dict[str, str]] = {}
     for number, folder in enumerate(plan.folders):
         known = folder.hashes
         names = [name for where, name in plan.headers if where == number]
@@ -66,8 +62,8 @@ def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
             or (sha256_of_file(folder.path(name)) if number not in plan.models else None)
             for name in names
         }
-        found[f"{number} {folder.name}"] = {name: value for name, value in sums.items() if value}
-    return found
+        hashes[f"{number} {folder.name}"] = {name: value for name, value in sums.items() if value}
+    return hashes
 
 
 def public_recipe(recipe: dict) -> dict:
@@ -79,7 +75,7 @@ def public_recipe(recipe: dict) -> dict:
     return recipe
 
 
-def receipt_data(
+def create_receipt(
     plan: Plan,
     recipe: dict,
     fingerprint: str,
@@ -123,9 +119,9 @@ def receipt_data(
     }
 
 
-def sealed(receipt: dict) -> bytes:
-    """The receipt's file. Its last value is the sha256 of all bytes before it; as it differs between two runs of one job, it stands
-    among the timings."""
+def seal_receipt(receipt: dict) -> bytes:
+    """The receipt's file. Its last value is the sha256 of all bytes before it; as it differs
+    between two runs of one job, it stands among the timings."""
     text = json.dumps(receipt, indent=1, ensure_ascii=False).encode().removesuffix(b"\n }\n}")
     return text + SEAL + hashlib.sha256(text).hexdigest().encode() + b'"\n }\n}\n'
 
@@ -172,22 +168,23 @@ def read_receipt(folder: Path) -> dict[str, Any]:
 def check_files(
     folder: Path, receipt: dict, progress: Progress = lambda done: None
 ) -> dict[str, Any]:
-    """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and no other weights."""
+    """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and
+    no other weights."""
     out = LocalFolder(folder)
     errors: list[AdapterkitError] = []
-    for name, metrics in receipt["files"].items():
+    for name, entry in receipt["files"].items():
         try:
             size = out.files().get(str(inside(name, RECEIPT)))
-            if size != metrics["size"]:
-                found = "no such file" if size is None else f"{size} bytes"
-                raise Damaged(found, expected=f"{metrics['size']} bytes", where=name, hint=AGAIN)
-            _check_file(out, name, metrics["sha256"], receipt["keys"].get(name), progress)
+            if size != entry["size"]:
+                problem = "no such file" if size is None else f"{size} bytes"
+                raise Damaged(problem, expected=f"{entry['size']} bytes", where=name, hint=AGAIN)
+            _check_file(out, name, entry["sha256"], receipt["keys"].get(name), progress)
         except AdapterkitError as error:
             errors.append(error)
-    here = {
+    unlisted = {
         name for name in out.files() if name.endswith(".safetensors") and "/" not in name
     } - set(receipt["files"])
-    for name in sorted(here):
+    for name in sorted(unlisted):
         errors.append(
             Damaged(
                 "weights that the receipt does not list",
@@ -197,14 +194,15 @@ def check_files(
             )
         )
     refuse_all(errors)
-    total = sum(metrics["size"] for metrics in receipt["files"].values())
+    total = sum(entry["size"] for entry in receipt["files"].values())
     return {"files": len(receipt["files"]), "bytes": total, "hash": receipt["hash"]}
 
 
 def _check_file(
     out: LocalFolder, name: str, sha: str | None, marks: dict | None, progress: Progress
 ) -> None:
-    """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of weights only."""
+    """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of
+    weights only."""
     problem: AdapterkitError | None = None
     ends: list[tuple[str, int]] = []
     if marks is not None:
@@ -228,10 +226,10 @@ def _check_file(
 def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:
     """The keys of a weights file, which must be the receipt's, and where their tensors end."""
     tensors = read_header(out, name).tensors
-    odd = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
-    if odd:
+    different = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
+    if different:
         raise Damaged(
-            f"keys {', '.join(map(shown, odd[:4]))}",
+            f"keys {', '.join(map(shown, different[:4]))}",
             expected="the receipt's keys",
             where=name,
             hint=AGAIN,
