@@ -19,7 +19,7 @@ from adapterkit.planning.new_adapter import (
     targeted,
     wrappable,
 )
-from adapterkit.planning.quantization import QuantizationPlan
+from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
 from adapterkit.planning.quantization import targets as formats
 from adapterkit.planning.sources import open_model
 from adapterkit.receipt import Receipt
@@ -107,13 +107,13 @@ def plan_init(folder: Folder, options: Options) -> Plan:
             raise Refused(found, expected="--quantize FORMAT", where="options", hint=hint)
     base = open_checkpoint(folder)
     check_not_quantized(base)
-    chosen = QuantizationPlan(base, {"to": options.quantize, **_chosen_options(options)})
+    quantization = plan_quantization(base, {"to": options.quantize, **_chosen_options(options)})
     tasks: dict[str, Task] = {}
     factors: list[Task] = []
-    for name in _targeted(chosen, options.targets):
-        key = chosen.linear[name]
-        weight = chosen.weights[key]
-        packed = chosen.packed.get(key)
+    for name in _targeted(quantization, options.targets):
+        key = quantization.linear[name]
+        weight = quantization.weights[key]
+        packed = quantization.quantized.get(key)
         tasks[key] = ResidualWeight(
             key,
             base.tensors[key],
@@ -129,36 +129,41 @@ def plan_init(folder: Folder, options: Options) -> Plan:
                 name, place_of_linear(name, weight.shape), dtypes.parse(options.dtype), options.rank
             )
         )
-    return _plan(base, chosen, tasks, factors, options)
+    return _plan(base, quantization, tasks, factors, options)
 
 
-def _targeted(chosen: QuantizationPlan, targets: str | None) -> list[str]:
+def _targeted(quantization: QuantizationPlan, targets: str | None) -> list[str]:
     """The modules that get factors; `Refused` if the weight of one cannot be changed."""
-    usable = wrappable(chosen.names, [*chosen.linear, *chosen.problems], chosen.notes)
+    usable = wrappable(
+        quantization.names, [*quantization.linear, *quantization.problems], quantization.notes
+    )
     if targets is None:
-        found = [name for name in usable if name not in chosen.kept]
+        found = [name for name in usable if name not in quantization.excluded]
     else:
         lacking = "tied, left alone by --skip or passed by in PEFT, or not in the file"
-        found, notes = targeted(targets, usable, chosen.model, lacking)
-        chosen.notes += notes
-    refuse_all([chosen.problems[name] for name in found if name in chosen.problems])
+        found, notes = targeted(targets, usable, quantization.model, lacking)
+        quantization.notes.extend(notes)
+    refuse_all([quantization.problems[name] for name in found if name in quantization.problems])
     if not found:
         raise Refused(
-            "no linear layer", expected="one or more", where=chosen.base.name, hint="check --skip"
+            "no linear layer",
+            expected="one or more",
+            where=quantization.base.name,
+            hint="check --skip",
         )
     return found
 
 
 def _plan(
     base: Checkpoint,
-    chosen: QuantizationPlan,
+    quantization: QuantizationPlan,
     tasks: dict[str, Task],
     factors: list[Task],
     options: Options,
 ) -> Plan:
-    config = chosen.config() if options.quantize else base.config
+    config = quantization.config() if options.quantize else base.config
     model = QuantizedModel(
-        base, chosen.packed if options.quantize else {}, tasks, config, "base", "init"
+        base, quantization.quantized if options.quantize else {}, tasks, config, "base", "init"
     )
     adapter = adapter_of(
         base,
@@ -167,13 +172,13 @@ def _plan(
         f"{options.method}: for the base beside it, not for the original",
         "adapter",
     )
-    notes = list(chosen.notes)
+    notes = list(quantization.notes)
     said = f"without the part that {options.method} took into the adapter beside it"
     files = model.files(said) | adapter.files(notes)
     receipt_options = {key: value for key, value in vars(options).items() if value}
     headers = header_hashes({0: base}, configs=(0,))
     decisions = {"modules": len(factors)} | (
-        {"quantised": len(chosen.packed)} if options.quantize else {}
+        {"quantised": len(quantization.quantized)} if options.quantize else {}
     )
     shards, file_ids = (*model.shards(), adapter.shard()), identities((base.folder,), headers)
     return Plan(

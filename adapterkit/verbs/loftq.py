@@ -23,7 +23,7 @@ from adapterkit.planning.new_adapter import (
     targeted,
     wrappable,
 )
-from adapterkit.planning.quantization import QuantizationPlan
+from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.receipt import Receipt
 from adapterkit.tasks.covariances import select_covariances
@@ -200,38 +200,39 @@ def _both(
         "skip": options.skip,
     }
     to, exceptions = options.formats[options.bits], options.exceptions
-    chosen = QuantizationPlan(base, {"to": to, **said}, exceptions)
+    quantization = plan_quantization(base, {"to": to, **said}, exceptions)
     for (matches, _), text in zip(exceptions, reversed(options.bits_for), strict=True):
-        if not any(map(matches, chosen.modules)):
+        if not any(map(matches, quantization.modules)):
             raise Refused(
                 f"--bits-for {text!r} matches none",
                 expected="a quantized module",
                 where="--bits-for",
-                hint=similar_names(text.rpartition("=")[0], chosen.modules) or "check the regex",
+                hint=similar_names(text.rpartition("=")[0], quantization.modules)
+                or "check the regex",
             )
-    usable = wrappable(chosen.names, chosen.modules, chosen.notes)
+    usable = wrappable(quantization.names, quantization.modules, quantization.notes)
     modules = {
-        chosen.modules[name].key: name
+        quantization.modules[name].key: name
         for name in usable
-        if chosen.modules[name].key in chosen.weights
+        if quantization.modules[name].key in quantization.weights
     }
     if options.targets is not None:
         found, notes = targeted(
-            options.targets, list(modules.values()), chosen.model, NOT_QUANTISED
+            options.targets, list(modules.values()), quantization.model, NOT_QUANTISED
         )
         modules = {key: name for key, name in modules.items() if name in found}
-        chosen.notes += notes
+        quantization.notes.extend(notes)
     selected = select_covariances(
-        stats, {name: chosen.weights[key].shape[1] for key, name in modules.items()}
+        stats, {name: quantization.weights[key].shape[1] for key, name in modules.items()}
     )
-    tasks = chosen.widened()
+    tasks = quantization.upcast_to_fp32()
     factors: list[Task] = []
     for key, name in modules.items():
-        weight = chosen.weights[key]
+        weight = quantization.weights[key]
         tasks[key] = LoftQWeight(
             key,
             base.tensors[key],
-            chosen.packed[key],
+            quantization.quantized[key],
             name,
             options.rank,
             options.scale,
@@ -241,18 +242,20 @@ def _both(
         )
         place = place_of_linear(name, weight.shape)
         factors.append(HandoffFactors(name, place, dtypes.parse(options.dtype), options.rank))
-    model = QuantizedModel(base, chosen.packed, tasks, chosen.config(), "base", "loftq")
+    model = QuantizedModel(
+        base, quantization.quantized, tasks, quantization.config(), "base", "loftq"
+    )
     adapter = adapter_of(
         base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter"
     )
-    notes = list(chosen.notes)
+    notes = list(quantization.notes)
     names = " and ".join(dict.fromkeys((to, *(target for _, target in exceptions))))
     files = model.files(
         f"quantized to {names} by LoftQ: use it with the adapter beside it"
     ) | adapter.files(notes)
     decisions = {
-        "left_out": sorted(chosen.left),
-        "quantised": len(chosen.packed),
+        "left_out": sorted(quantization.skipped),
+        "quantised": len(quantization.quantized),
         "modules": len(factors),
     }
     return (*model.shards(), adapter.shard()), files, notes, decisions

@@ -9,7 +9,7 @@ from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import QuantizedModel
-from adapterkit.planning.quantization import QuantizationPlan, targets
+from adapterkit.planning.quantization import plan_quantization, targets
 from adapterkit.planning.sources import open_model
 from adapterkit.receipt import Receipt
 from adapterkit.weights.detect import check_not_quantized
@@ -52,12 +52,14 @@ def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
     """Everything a quantization will do, or `Refused`."""
     base = open_checkpoint(folder)
     check_not_quantized(base)
-    chosen = QuantizationPlan(base, options)
-    output = QuantizedModel(base, chosen.packed, chosen.widened(), chosen.config())
+    quantization = plan_quantization(base, options)
+    output = QuantizedModel(
+        base, quantization.quantized, quantization.upcast_to_fp32(), quantization.config()
+    )
     receipt_options = {key: value for key, value in options.items() if value}
     headers = header_hashes({0: base}, configs=(0,))
-    decisions = {"left_out": sorted(chosen.left), "quantised": len(chosen.packed)}
-    chosen.notes += chosen.unquantized()
+    decisions = {"left_out": sorted(quantization.skipped), "quantised": len(quantization.quantized)}
+    quantization.notes.extend(quantization.size_notes())
     shards, files = output.shards(), output.files(f"quantized to {options['to']}")
     file_ids = identities((folder,), headers)
     return Plan(
@@ -69,5 +71,5 @@ def plan_quantize(folder: Folder, options: dict[str, Any]) -> Plan:
         shards,
         files,
         decisions,
-        tuple(chosen.notes),
+        tuple(quantization.notes),
     )
