@@ -28,9 +28,11 @@ Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
 @dataclass(frozen=True)
 class Refit:
-    """How a result becomes factors: a rank, a share of the energy, the inputs' largest rank, or as it is (exact).
+    """How a result becomes factors: a rank, a share of the energy, the inputs' largest rank, or as
+    it is (exact).
 
-    `clamp`: b = U s and a = Vᵀ are clamped to this quantile of their elements and their negatives (PEFT's svd_clamp).
+    `clamp`: b = U s and a = Vᵀ are clamped to this quantile of their elements and their negatives
+    (PEFT's svd_clamp).
     """
 
     rank: int | None = None
@@ -68,7 +70,8 @@ class Part:
 
 @dataclass(frozen=True)
 class CombinedFactors(FactorsTask):
-    """The factors of one module that a method makes of all adapters' deltas, or of their factors (space "factors")."""
+    """The factors of one module that a method makes of all adapters' deltas, or of their factors
+    (space "factors")."""
 
     parts: tuple[Part, ...]
     method: Method
@@ -82,7 +85,8 @@ class CombinedFactors(FactorsTask):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the result is dense: the method needs the deltas multiplied out, or one of them is no product."""
+        """Whether the result is dense: the method needs the deltas multiplied out, or one of them
+        is no product."""
         return self.method.acts_on == "elements" or any(part.dora for part in self.parts)
 
     @property
@@ -124,7 +128,8 @@ class CombinedFactors(FactorsTask):
     def _combine(
         self, deltas: Sequence[Delta], weights: list[float], expert: int
     ) -> tuple[Delta, dict]:
-        """The combined delta, as a product where the method keeps it one, else dense, and the method's metrics."""
+        """The combined delta, as a product where the method keeps it one, else dense, and the
+        method's metrics."""
         if self.method.acts_on == "elements":
             seeds = Seeds(self.seed, f"{self.name}/{expert}")
             return self.method.combine_elements(DenseDeltas(deltas), weights, seeds)
@@ -162,13 +167,14 @@ class CombinedFactors(FactorsTask):
             return lowrank.refit(svd, rank)
         a, b = svd.vh[:rank], svd.u[:, :rank] * svd.s[:rank]
         values = torch.cat([b.reshape(-1), a.reshape(-1)])
-        # PEFT's quantile of the signed values depends on the signs that the decomposition happens to give
+        # PEFT's quantile of the signed values depends on the signs that the decomposition happens
+        # to give
         limit = quantile(torch.cat([values, -values]), self.refit.clamp)
         return a.clamp(-limit, limit), b.clamp(-limit, limit)
 
     def _on_factors(self, inputs: Reader) -> TaskResult:
-        """PEFT's way: the method acts on the a's with sign(c)√|c| and on the b's with √|c|, c = weight · scale, whatever that
-        does to their products."""
+        """PEFT's way: the method acts on the a's with sign(c)√|c| and on the b's with √|c|,
+        c = weight · scale, whatever that does to their products."""
         pairs = [part.factors.stored(inputs) for part in self.parts]
         roots = [
             (math.copysign(abs(c) ** 0.5, c), abs(c) ** 0.5)
@@ -201,7 +207,8 @@ class CombinedFactors(FactorsTask):
 
 
 class DenseDeltas:
-    """Deltas of one module; rows of a product are multiplied out in float32 whenever they are asked for."""
+    """Deltas of one module; rows of a product are multiplied out in float32 whenever they are asked
+    for."""
 
     def __init__(self, deltas: Sequence[Delta]):
         self.deltas = [
@@ -249,7 +256,8 @@ class Seeds:
 
 
 def quantile(values: Tensor, share: float) -> float:
-    """The quantile with linear interpolation, of any number of values (torch.quantile stops at 16 million)."""
+    """The quantile with linear interpolation, of any number of values (torch.quantile stops at 16
+    million)."""
     at = share * (len(values) - 1)
     low = math.floor(at)
     first = float(values.kthvalue(low + 1).values)
@@ -258,7 +266,8 @@ def quantile(values: Tensor, share: float) -> float:
 
 
 def _span(deltas: Sequence[Delta]) -> Svd | None:
-    """The directions of all factors, near which are those of whatever combines their products; None where one is dense."""
+    """The directions of all factors, near which are those of whatever combines their products; None
+    where one is dense."""
     products = [delta for delta in deltas if isinstance(delta, Product)]
     if len(products) < len(deltas):
         return None

@@ -1,4 +1,5 @@
-"""What the tasks of several verbs share: a stored tensor as it is, a sum of tensors, and the base of tasks that make factors."""
+"""What the tasks of several verbs share: a stored tensor as it is, a sum of tensors, and the base
+of tasks that make factors."""
 
 import math
 from abc import abstractmethod
@@ -22,7 +23,8 @@ BLOCK = 1 << 20  # elements that are summed at a time
 class CopiedTensor(Task):
     """One stored tensor, byte for byte, under `key`.
 
-    `checked`: it must be finite, as what a training run has left may not be; else its bytes are copied without a look at them.
+    `checked`: it must be finite, as what a training run has left may not be; else its bytes are
+    copied without a look at them.
     """
 
     source: TensorSpec
@@ -55,7 +57,8 @@ class CopiedTensor(Task):
 
 @dataclass(frozen=True)
 class SummedTensor(Task):
-    """Σ scale · value in float64, rounded once: biases of b, averages of values that were trained whole."""
+    """Σ scale · value in float64, rounded once: biases of b, averages of values that were trained
+    whole."""
 
     key: str
     terms: tuple[tuple[TensorSpec, float], ...]  # none: zeros
@@ -85,7 +88,8 @@ class SummedTensor(Task):
 
 @dataclass(frozen=True)
 class FactorsTask(Task):
-    """The factors a and b of one module, under the keys of `place`; `compute` decides their rank."""
+    """The factors a and b of one module, under the keys of `place`; `compute` decides their
+    rank."""
 
     place: Place
     dtype: str

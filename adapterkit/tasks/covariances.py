@@ -1,4 +1,5 @@
-"""Statistics of layers' inputs: the covariance of each one's, `<module>.covariance` (in, in) in a safetensors file."""
+"""Statistics of layers' inputs: the covariance of each one's, `<module>.covariance` (in, in) in a
+safetensors file."""
 
 import math
 from collections.abc import Mapping
@@ -55,7 +56,8 @@ def select_covariances(
 def read_root(
     inputs: Reader, covariance: TensorSpec | None
 ) -> tuple[Tensor | None, dict[str, float]]:
-    """`weighted.root` of a covariance, if there is one, and metrics; `Unrecoverable` where it is no covariance."""
+    """`weighted.root` of a covariance, if there is one, and metrics; `Unrecoverable` where it is no
+    covariance."""
     if covariance is None:
         return None, {}
     try:

@@ -51,7 +51,8 @@ def _widest(parameter: StoredParameter) -> torch.dtype:
 
 @dataclass(frozen=True)
 class DifferenceFactors(FittedFactors):
-    """Factors of one weight's difference between both sides; of a stack of experts, of each matrix of it."""
+    """Factors of one weight's difference between both sides; of a stack of experts, of each matrix
+    of it."""
 
     module: str
     old: StoredParameter
@@ -80,7 +81,8 @@ class DifferenceFactors(FittedFactors):
 
     @property
     def memory(self) -> int:
-        """The difference of one matrix, the vectors of its decomposition or a product of its short side, and the factors."""
+        """The difference of one matrix, the vectors of its decomposition or a product of its short
+        side, and the factors."""
         size, short_side = math.prod(self._shape), min(self._shape)
         factors = sum(4 * math.prod(stored.shape) for stored in self.max_outputs)
         return 8 * size + 32 * min(short_side**2, size) + 2 * factors + 32 * BLOCK
@@ -117,7 +119,8 @@ class DifferenceFactors(FittedFactors):
 
 @dataclass(frozen=True)
 class WholeParameter(Task):
-    """One parameter's value, put together where it is stored in parts or as a part of something else."""
+    """One parameter's value, put together where it is stored in parts or as a part of something
+    else."""
 
     parameter: str
     value: StoredParameter
@@ -145,7 +148,8 @@ class WholeParameter(Task):
 
 
 def _difference(old: StoredParameter, new: StoredParameter, inputs: Reader) -> Tensor | None:
-    """new - old in float32, a block of rows at a time; None where both store the same, or one is the other's rounding."""
+    """new - old in float32, a block of rows at a time; None where both store the same, or one is
+    the other's rounding."""
     blocks = new.row_ranges(BLOCK)
     blocks = blocks if len(old.row_ranges(BLOCK)) == len(blocks) else [(0, new.shape[0])]
     pieces = [(first, old.rows(first, last), new.rows(first, last)) for first, last in blocks]

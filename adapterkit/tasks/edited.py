@@ -42,7 +42,8 @@ class StepTask(Task):
 
 @dataclass(frozen=True)
 class EditedTensor(StepTask):
-    """One float tensor: a step's source, decoded if it is quantized, through its edits, rounded once."""
+    """One float tensor: a step's source, decoded if it is quantized, through its edits, rounded
+    once."""
 
     @property
     def max_outputs(self) -> tuple[Stored, ...]:
@@ -69,7 +70,8 @@ class EditedTensor(StepTask):
 
 @dataclass(frozen=True)
 class RequantizedWeight(StepTask):
-    """One quantized weight with edits: decoded, changed in float32, encoded once, by slices of rows where its format allows that."""
+    """One quantized weight with edits: decoded, changed in float32, encoded once, by slices of rows
+    where its format allows that."""
 
     @property
     def packed(self) -> QuantizedWeight:
@@ -115,7 +117,8 @@ class RequantizedWeight(StepTask):
 
 
 class Part(NamedTuple):
-    """Rows [first, last) of a weight before and after its edits: (last - first, columns) float32."""
+    """Rows [first, last) of a weight before and after its edits: (last - first, columns)
+    float32."""
 
     first: int
     last: int
@@ -126,8 +129,8 @@ class Part(NamedTuple):
 class Survival:
     """How much of a change Δ = after - before is in what is stored.
 
-    `survived`: ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if all of it is there, 0 if nothing moved. Beside it the noise,
-    ‖stored - after‖ / ‖Δ‖, of `requantisation` or `rounding`.
+    `survived`: ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if all of it is there, 0 if nothing moved. Beside it
+    the noise, ‖stored - after‖ / ‖Δ‖, of `requantisation` or `rounding`.
     """
 
     def __init__(self):
@@ -171,7 +174,8 @@ def _slices(step: Step) -> Iterator[tuple[int, int]]:
 
 
 def _memory(step: Step, copies: int, bytes_each: int) -> int:
-    """Bytes of `copies` of what is stored, of `bytes_each` for an element of a slice, and of the edits' factors."""
+    """Bytes of `copies` of what is stored, of `bytes_each` for an element of a slice, and of the
+    edits' factors."""
     stored = copies * step.source.nbytes if isinstance(step.source, QuantizedWeight) else 0
     first, last = next(_slices(step), (0, 0))
     factors = 4 * sum(spec.nbytes for edit in step.edits for spec in edit.reads)
@@ -181,7 +185,8 @@ def _memory(step: Step, copies: int, bytes_each: int) -> int:
 class _Weight:
     """One stored weight: read by slices of rows, edited, and encoded again if it is quantized.
 
-    If there is one slice only, it is decoded once. `stored`: its parts, where they are not those of the file.
+    If there is one slice only, it is decoded once. `stored`: its parts, where they are not those of
+    the file.
     """
 
     def __init__(self, step: Step, inputs: Reader, stored: dict[str, Tensor] | None = None):
@@ -245,11 +250,13 @@ class _Weight:
         return self.record.rows(parts, first, last)
 
     def edit(self, edits: list[Loaded], compared: bool = True) -> Iterator[Part]:
-        """The slices before and after the edits; the two are one tensor unless they are to be `compared`.
+        """The slices before and after the edits; the two are one tensor unless they are to be
+        `compared`.
 
-        As in `engines.local` the edits work on chunks of `rows.chunks`, whatever the slices are: a product of another height may
-        differ in its last bit. It is another loop, because chunks are read from a file there, each by itself and by any worker,
-        and here they are cut from slices that a format decodes together.
+        As in `engines.local` the edits work on chunks of `rows.chunks`, whatever the slices are: a
+        product of another height may differ in its last bit. It is another loop, because chunks are
+        read from a file there, each by itself and by any worker, and here they are cut from slices
+        that a format decodes together.
         """
         self.squares, pending = [], deque[Part]()
 
@@ -308,7 +315,8 @@ class _Weight:
 def _chunk(
     slices: Iterable[tuple[int, Tensor]], count: int, columns: int
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """The chunks of `count` rows, wherever slices end: (first row, its pieces, views of the slices)."""
+    """The chunks of `count` rows, wherever slices end: (first row, its pieces, views of the
+    slices)."""
     each, pieces = rows.chunk_height(columns), []
     for first, value in slices:
         at, last = first, first + len(value)

@@ -15,10 +15,12 @@ from adapterkit.weights.slots import Positions
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where one product left @ right lands on the grid: rows [row, row_stop), columns [col, col_stop).
+    """Where one product left @ right lands on the grid: rows [row, row_stop), columns [col,
+    col_stop).
 
-    `row_at` (and `col_at`): for each row of the range the parameter's row that lies there; None: the same, in order from 0.
-    `row_of` (and `col_of`): the rows of the range that are meant, where they are not all of them (interleaved storage).
+    `row_at` (and `col_at`): for each row of the range the parameter's row that lies there; None:
+    the same, in order from 0. `row_of` (and `col_of`): the rows of the range that are meant, where
+    they are not all of them (interleaved storage).
     """
 
     row: int
@@ -34,10 +36,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One adapter's low-rank addition to one stored tensor: scale * b @ a, cut and turned as the blocks say.
+    """One adapter's low-rank addition to one stored tensor: scale * b @ a, in blocks.
 
-    `flip`: the stored tensor (or the factors' own layout) has the axes swapped, so the addition is (b @ a)ᵀ = aᵀ @ bᵀ.
-    `experts`: a is (experts * r, in) with the expert slowest, b is (out, r * experts) with the expert FASTEST (PEFT's layout).
+    `flip`: the stored tensor (or the factors' own layout) has the axes swapped, so the addition is
+    (b @ a)ᵀ = aᵀ @ bᵀ. `experts`: a is (experts * r, in) with the expert slowest, b is (out,
+    r * experts) with the expert FASTEST (PEFT's layout).
     """
 
     a: TensorSpec
@@ -50,7 +53,8 @@ class Term:
 
     @property
     def shared(self) -> bool:
-        """Whether other steps need other parts of the same factors: experts that are stored one by one."""
+        """Whether other steps need other parts of the same factors: experts that are stored one by
+        one."""
         return self.experts is not None and len(self.blocks) < self.experts
 
     @property
@@ -67,29 +71,30 @@ class Term:
 
     def products(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
-        for block, left, right in self._cut(inputs):
+        for block, left, right in self._factors(inputs):
             if self.flip:
                 left, right = right.T, left.T
-            left = placed(left, 0, block.row_at, block.row_of, block.row, block.row_stop)
-            right = placed(right, 1, block.col_at, block.col_of, block.col, block.col_stop)
+            left = place_factor(left, 0, block.row_at, block.row_of, block.row, block.row_stop)
+            right = place_factor(right, 1, block.col_at, block.col_of, block.col, block.col_stop)
             yield block, left.contiguous(), right.contiguous()
 
-    def _cut(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    def _factors(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, b (out, r) with the scale folded in, a (r, in)): of experts each one's own."""
         if self.experts is None:
             a, b = inputs.tensor(self.a), inputs.tensor(self.b)
-            b = scaled_to(b.reshape(b.shape[0], -1), self.scale)
+            b = scale_factor(b.reshape(b.shape[0], -1), self.scale)
             for block in self.blocks:
                 yield block, b, a.reshape(a.shape[0], -1)
             return
-        cut = lambda b: b.reshape(-1, self.rank, self.experts).permute(2, 0, 1).contiguous()
-        # where each expert is stored alone, its step must not go through the factors of all: that costs the square of their number
-        stack = inputs.shared(self.b, cut) if self.shared else cut(inputs.stored(self.b))
+        split = lambda b: b.reshape(-1, self.rank, self.experts).permute(2, 0, 1).contiguous()
+        # where each expert is stored alone, to go through the factors of all in each step would
+        # cost the square of their number
+        stack = inputs.shared(self.b, split) if self.shared else split(inputs.stored(self.b))
         for block in self.blocks:
             a = inputs.tensor(self._of_expert(block))
             yield (
                 block,
-                scaled_to(stack[block.expert].to(inputs.dtype), self.scale),
+                scale_factor(stack[block.expert].to(inputs.dtype), self.scale),
                 a.reshape(self.rank, -1),
             )
 
@@ -103,23 +108,25 @@ def part_of(spec: TensorSpec, shape: tuple[int, ...], index: int) -> TensorSpec:
 
 
 def overlap(w: Tensor, first: int, row: int, row_stop: int) -> Iterator[tuple[Tensor, slice]]:
-    """The block's rows that lie in [row, row_stop), and which of that range they are; nothing where there are none."""
+    """The block's rows that lie in [row, row_stop), and which of that range they are; nothing where
+    there are none."""
     low, high = max(row, first), min(row_stop, first + w.shape[0])
     if low < high:
         yield w[low - first : high - first], slice(low - row, high - row)
 
 
-def scaled_to(factor: Tensor, scale: float) -> Tensor:
+def scale_factor(factor: Tensor, scale: float) -> Tensor:
     """scale * factor, rounded once (a power of two is exact)."""
     return factor if scale == 1.0 else (factor.double() * scale).to(factor.dtype)
 
 
-def placed(
+def place_factor(
     factor: Tensor, dim: int, at: Positions | None, of: Positions | None, start: int, stop: int
 ) -> Tensor:
-    """The factor's rows (or columns) in stored order over [start, stop), zero where the stored tensor holds something else."""
+    """The factor's rows (or columns) in stored order over [start, stop), zero where the stored
+    tensor holds something else."""
     if at is not None:
-        factor = _taken(factor, dim, at)
+        factor = _select(factor, dim, at)
     if of is None:
         return factor
     shape = list(factor.shape)
@@ -130,7 +137,8 @@ def placed(
     return spread
 
 
-def _taken(factor: Tensor, dim: int, at: Positions) -> Tensor:
+def _select(factor: Tensor, dim: int, at: Positions) -> Tensor:
+    """The factor's rows (or columns) at these positions."""
     if isinstance(at, range) and at.step == 1:
         return factor.narrow(dim, at.start, len(at))
     return factor.index_select(dim, torch.as_tensor(list(at), device=factor.device))
@@ -138,7 +146,8 @@ def _taken(factor: Tensor, dim: int, at: Positions) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class AddLowRank(Edit):
-    """w += Σ scale * b @ a over the terms: one product per block, the terms' factors stacked along the rank."""
+    """w += Σ scale * b @ a over the terms: one product per block, the terms' factors stacked along
+    the rank."""
 
     terms: tuple[Term, ...]
 
@@ -176,8 +185,9 @@ class AddLowRank(Edit):
 
 @dataclass(frozen=True, slots=True)
 class AddLikePeft(Edit):
-    """One adapter's addition with PEFT's roundings: the product is scaled after the matmul; with `delta_first` it is rounded to
-    the weight's dtype before it is added; the sum is rounded before the next adapter (`merge_and_unload`, safe_merge=False)."""
+    """One adapter's addition with PEFT's roundings: the product is scaled after the matmul; with
+    `delta_first` it is rounded to the weight's dtype before it is added; the sum is rounded before
+    the next adapter (`merge_and_unload`, safe_merge=False)."""
 
     term: Term
     rounded: torch.dtype
@@ -217,9 +227,10 @@ class AddLikePeft(Edit):
 class Decompose(Edit):
     """DoRA: w = magnitude * w / ‖w‖ per output row of the parameter (arXiv:2402.09353).
 
-    `by_columns`: the parameter's outputs are the grid's columns (an embedding's axis, a transposed layer). Then the norms need
-    every row, so the rows are read once before: `before` are the edits that come first. `of_stored`: the norm is that of the
-    stored weight after `before` alone, whatever else has been added to w (PEFT with several adapters).
+    `by_columns`: the parameter's outputs are the grid's columns (an embedding's axis, a transposed
+    layer). Then the norms need every row, so the rows are read once before: `before` are the edits
+    that come first. `of_stored`: the norm is that of the stored weight after `before` alone,
+    whatever else has been added to w (PEFT with several adapters).
     """
 
     magnitude: TensorSpec
@@ -282,7 +293,8 @@ def _round(w: Tensor, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AddVector(Edit):
-    """w += scale * vector, for biases: the grid is (n, 1). `at`: which of the vector's entries lie on rows [row, row_stop)."""
+    """w += scale * vector, for biases: the grid is (n, 1). `at`: which of the vector's entries lie
+    on rows [row, row_stop)."""
 
     vector: TensorSpec
     scale: float
@@ -295,8 +307,8 @@ class AddVector(Edit):
         return (self.vector,)
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
-        vector = scaled_to(inputs.tensor(self.vector).reshape(-1, 1), self.scale)
-        vector = placed(vector, 0, self.at, None, self.row, self.row_stop)
+        vector = scale_factor(inputs.tensor(self.vector).reshape(-1, 1), self.scale)
+        vector = place_factor(vector, 0, self.at, None, self.row, self.row_stop)
 
         def apply(w: Tensor, first: int) -> None:
             for part, here in overlap(w, first, self.row, self.row_stop):
@@ -338,7 +350,8 @@ def _set_columns(w: Tensor, first: int, where: Tensor, values: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Assign(Edit):
-    """w[block] = the parameter's trained value there: replaced parameters that are stored in pieces."""
+    """w[block] = the parameter's trained value there: replaced parameters that are stored in
+    pieces."""
 
     value: TensorSpec
     block: Block
@@ -358,8 +371,8 @@ class Assign(Edit):
         value = inputs.tensor(value)
         value = value.reshape(value.shape[0], -1)
         value = value.T if self.flip else value
-        value = value if block.row_at is None else _taken(value, 0, block.row_at)
-        value = value if block.col_at is None else _taken(value, 1, block.col_at)
+        value = value if block.row_at is None else _select(value, 0, block.row_at)
+        value = value if block.col_at is None else _select(value, 1, block.col_at)
         of = torch.as_tensor(
             list(block.row_of if block.row_of is not None else range(block.row, block.row_stop))
         )

@@ -1,4 +1,5 @@
-"""Stacked experts of one module with the prototypes that route tokens to them (Arrow, arXiv:2405.11157)."""
+"""Stacked experts of one module with the prototypes that route tokens to them (Arrow,
+arXiv:2405.11157)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ class StackedExperts(Task):
 
 
 def prototype(product: Product) -> tuple[Tensor, float]:
-    """The top right singular vector of a product, signed, and how much the first singular value stands out: (σ₁ - σ₂) / σ₁.
+    """The top right singular vector of a product, signed, and how much the first singular value
+    stands out: (σ₁ - σ₂) / σ₁.
 
     Zero, with gap 0, where the product is zero: an untrained expert attracts no token.
     """
@@ -135,7 +137,8 @@ def prototype(product: Product) -> tuple[Tensor, float]:
 
 
 def power_iteration(a: Tensor, b: Tensor, seed: int) -> Tensor:
-    """PEFT's prototype: v ← aᵀ(bᵀb(a v)) / ‖·‖, 15 times in float32 from a random start, of either sign."""
+    """PEFT's prototype: v ← aᵀ(bᵀb(a v)) / ‖·‖, 15 times in float32 from a random start, of either
+    sign."""
     a, b = a.float(), b.float()
     core = b.T @ b
     v = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

@@ -1,8 +1,9 @@
-"""The handoff: tensors that one output file computes for a later one, such as factors made with a quantized weight.
+"""The handoff: tensors that one output file computes for a later one, such as factors made with a
+quantized weight.
 
-A task returns them in `TaskResult.handoff`; `HandoffWriter` stores them in a file beside the finished one, the journal records
-where, and a task of a later file, such as `HandoffFactors`, reads them through `Reader.handoff`. Once all files are done they are
-removed.
+A task returns them in `TaskResult.handoff`; `HandoffWriter` stores them in a file beside the
+finished one, the journal records where, and a task of a later file, such as `HandoffFactors`, reads
+them through `Reader.handoff`. Once all files are done they are removed.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""LoftQ (arXiv:2310.08659): one weight quantized together with the factors that make up for its error."""
+"""LoftQ (arXiv:2310.08659): one weight quantized together with the factors that make up for its
+error."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,14 +24,16 @@ from adapterkit.tasks.residual import balanced_factors
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 
-# share of a squared norm below which the rest of it is computed from the matrices: a difference would cancel
+# share of a squared norm below which the rest of it is computed from the matrices: a difference
+# would cancel
 CANCELLATION = 1e-3
 Accept = Callable[[str, Tensor, Tensor], bool]  # (module, a, b) -> whether to keep its factors
 
 
 @dataclass(frozen=True)
 class LoftQWeight(EncodedWeight):
-    """One weight quantized together with the factors that compensate its error; they are handed on to the adapter's file."""
+    """One weight quantized together with the factors that compensate its error; they are handed on
+    to the adapter's file."""
 
     module: str
     rank: int  # padded with zeros where the weight has fewer
@@ -65,8 +68,8 @@ class LoftQWeight(EncodedWeight):
 
 @dataclass
 class Round:
-    """One round of LoftQ: the stored tensors of Q, the triplets of scale·b@a, and the errors before and after, relative to W's
-    norm."""
+    """One round of LoftQ: the stored tensors of Q, the triplets of scale·b@a, and the errors before
+    and after, relative to W's norm."""
 
     number: int
     stored: dict[str, Tensor]
@@ -83,7 +86,8 @@ def alternate(
     transposed: bool = False,
     root: Tensor | None = None,
 ) -> Round:
-    """The best of `iterations` rounds of Q = encode(W - L), L = the best approximation of W - Q of that rank; round 0 is L = 0.
+    """The best of `iterations` rounds of Q = encode(W - L), L = the best approximation of W - Q of
+    that rank; round 0 is L = 0.
 
     Norms are those of W·root (in, in) where it is given. `transposed`: the weight is (in, out).
     """
@@ -125,7 +129,8 @@ def _product(svd: Svd) -> Tensor:
 
 @dataclass(frozen=True)
 class LoftQFactors(FactorsTask):
-    """One module's factors for a quantized weight that is not changed: the best approximation of W - decode(Q), in one step."""
+    """One module's factors for a quantized weight that is not changed: the best approximation of
+    W - decode(Q), in one step."""
 
     original: TensorSpec
     packed: QuantizedWeight

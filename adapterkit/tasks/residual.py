@@ -21,7 +21,8 @@ from adapterkit.weights.reader import Reader
 
 @dataclass(frozen=True)
 class ResidualWeight(Task):
-    """W - scale·b@a in the dtype of W, or quantized; a and b are handed on to the adapter's file."""
+    """W - scale·b@a in the dtype of W, or quantized; a and b are handed on to the adapter's
+    file."""
 
     source: TensorSpec
     packed: QuantizedWeight | None

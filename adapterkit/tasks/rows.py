@@ -1,4 +1,5 @@
-"""Rows of a step: the dtype of their arithmetic, their rounding, the chunks in which they are computed."""
+"""Rows of a step: the dtype of their arithmetic, their rounding, the chunks in which they are
+computed."""
 
 import torch
 from torch import Tensor
@@ -7,7 +8,8 @@ from adapterkit import dtypes
 from adapterkit.kernels.stochastic import round_to
 from adapterkit.plan import Loaded, Step
 
-# of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter lock
+# of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter
+# lock
 ELEMENTS = 1 << 18
 CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
 
@@ -19,7 +21,8 @@ def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:
 
 
 def unrounded(w: Tensor, before: Tensor, edits: list[Loaded], first: int) -> Tensor:
-    """The rows after the edits without roundings between these (of `--compat peft`); w where there are none."""
+    """The rows after the edits without roundings between these (of `--compat peft`); w where there
+    are none."""
     if all(edit.exact is None for edit in edits):
         return w
     w = before.clone()

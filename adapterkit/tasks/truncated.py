@@ -1,4 +1,5 @@
-"""Factors of the best approximation of each module's delta, and the ranks at which they are truncated."""
+"""Factors of the best approximation of each module's delta, and the ranks at which they are
+truncated."""
 
 import math
 from abc import abstractmethod
@@ -23,13 +24,15 @@ from adapterkit.tasks.common import FactorsTask, short
 from adapterkit.weights.reader import Reader
 
 FLOAT_NOISE = 1e-6  # of the largest singular value: below it, float32 factors hold nothing
-# with --max-size no module gets more than this many times the rank that all could have alike: bounds the work
+# with --max-size no module gets more than this many times the rank that all could have alike:
+# bounds the work
 SHARES = 8
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """Which rank: a number, a share of the energy, a ratio to the largest singular value, or a size of the file for all modules."""
+    """Which rank: a number, a share of the energy, a ratio to the largest singular value, or a size
+    of the file for all modules."""
 
     rank: int | None = None
     energy: float | None = None
@@ -72,7 +75,8 @@ def check_truncation(truncation: Truncation) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedFactors(FactorsTask):
-    """Factors of the best approximation of one module's delta of the rank that `truncation` says."""
+    """Factors of the best approximation of one module's delta of the rank that `truncation`
+    says."""
 
     truncation: Truncation
     alpha: float | None = None  # the config's lora_alpha, compensated in b; None: the scale is 1
@@ -103,7 +107,8 @@ class FittedFactors(FactorsTask):
 
 
 def fit_metrics(energy: float, total: float) -> dict[str, float]:
-    """The delta's norm, the share of its energy (Σ s²) that the factors have, and their relative error."""
+    """The delta's norm, the share of its energy (Σ s²) that the factors have, and their relative
+    error."""
     share = min(energy / total, 1.0) if total else 1.0
     return {"norm": short(total**0.5), "energy": short(share), "error": short((1 - share) ** 0.5)}
 
@@ -162,7 +167,8 @@ def even_rank(truncation: Truncation, tasks: Sequence[Task]) -> int:
 
 
 def finalize_by_size(truncation: Truncation, tasks: Sequence[Task]) -> Finalize:
-    """Give each module its rank once all singular values are known: the largest of all modules count while the file has room.
+    """Give each module its rank once all singular values are known: the largest of all modules
+    count while the file has room.
 
     Raises `Refused` where not even rank 1 for each fits.
     """

@@ -13,7 +13,7 @@ from tests.golden import inputs, jobs
 SCALE = 8  # by which layers are wider than those of the golden jobs: their memory is then tensors
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]:
     """{golden job: its plan}, in a folder with the inputs of all of them, which is the current one
     meanwhile."""
@@ -22,7 +22,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]
         yield _plan(jobs.WRITING)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]:
     """The same for wider layers, and with values that were trained whole."""
     with _folder(tmp_path_factory), pytest.MonkeyPatch.context() as patch:

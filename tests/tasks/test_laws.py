@@ -154,7 +154,8 @@ def test_computes_the_same_twice_and_after_pickle(own_cases: list):
 
 
 def test_takes_no_more_memory_than_it_claims(own_cases: list):
-    """The peak of what torch allocates and the peak of Python's own, which are bytes that are read."""
+    """The peak of what torch allocates and the peak of Python's own, which are bytes that are
+    read."""
     for plan, task, handoffs in own_cases:
         if task.copied:
             assert task.memory == 0
