@@ -15,7 +15,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.checkpoint.reader import Sources, read_small
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.computed import _Sorted
+from adapterkit.engines.computed import _SortedPlaces
 from adapterkit.engines.local import local
 from adapterkit.errors import Damaged, Unrecoverable
 from adapterkit.execute import run
@@ -207,7 +207,7 @@ class Texts:
 
 def test_places_after_texts_of_other_sizes():
     file = Computed("x", tuple(Texts(f"w{i:03}") for i in range(50)), safetensors_order=True)
-    places, at, draw = _Sorted(file), len(file.layout.header), random.Random(0)
+    places, at, draw = _SortedPlaces(file), len(file.layout.header), random.Random(0)
     for stored in file.layout.tensors:
         nbytes = stored.nbytes + (draw.randint(-50, 50) if stored.key.endswith(".text") else 0)
         assert places.next(Stored(stored.key, "U8", (nbytes,))) == at
@@ -219,7 +219,7 @@ def test_a_place_before_what_varies_is_known_is_a_bug():
     file = Computed("x", (Texts("w0"), Texts("w1")), safetensors_order=True)
     for number in (2, 3):  # w1 and its text, before w0's text
         with pytest.raises(AssertionError, match="made before"):
-            _Sorted(file).next(file.layout.tensors[number])
+            _SortedPlaces(file).next(file.layout.tensors[number])
 
 
 def test_an_index_shares_the_strings_of_the_headers(tmp_path):
