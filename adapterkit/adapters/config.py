@@ -5,8 +5,9 @@ from collections.abc import Callable, Collection
 
 from adapterkit.errors import AdapterkitError, Refused, shown
 
-# What PEFT 0.21 writes, and what each key means for arithmetic on the weights. A key that is not here changes nothing when it is
-# falsy and is refused when it is not: an unknown flag may mean unknown arithmetic.
+# What PEFT 0.21 writes, and what each key means for arithmetic on the weights. A key that is not
+# here changes nothing when it is falsy and is refused when it is not: an unknown flag may mean
+# unknown arithmetic.
 HARMLESS = {
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
@@ -16,20 +17,17 @@ HARMLESS = {
     "trainable_token_indices", "use_dora", "use_rslora", "velora_config", "runtime_config", "eps", "num_labels",
 }  # fmt: skip
 OTHER_ARITHMETIC = {
-    "alora_invocation_tokens": "an activated LoRA acts on the tokens after its invocation only: no weight equals it",
+    "alora_invocation_tokens": (
+        "an activated LoRA acts on the tokens after its invocation only: no weight equals it"
+    ),
     "arrow_config": "an Arrow router picks experts for each token: no weight equals it",
     "kasa_config": "KaSA truncates the base and has a diagonal of its own",
     "use_qalora": "QALoRA pools the inputs before a",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
     "megatron_config": "Megatron layers are laid out in another way",
 }
-CHANGED_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "lora_ga",
-    "loftq",
-)  # inits that subtract from, or quantize, the base
+# inits that subtract from, or quantize, the base
+CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 UNCHANGED_BASE = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
 FLAGS = ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
 TEXTS = ("task_type", "peft_version", "bias")
@@ -41,16 +39,19 @@ TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-Check = Callable[
-    [dict, str], list[AdapterkitError]
-]  # (config, where it stands) -> what is wrong with it
+# (config, where it stands) -> what is wrong with it
+Check = Callable[[dict, str], list[AdapterkitError]]
 
 
 def check_config(config: dict, where: str) -> list[AdapterkitError]:
-    """Everything in an adapter's config that is out of range, unknown, or means other arithmetic than b @ a."""
+    """Everything in an adapter's config that is out of range, unknown, or means other arithmetic
+    than b @ a."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind.upper() != "LORA":
-        hint = "adapterkit resize makes a plain LoRA of the types that it knows; others cannot be read here"
+        hint = (
+            "adapterkit resize makes a plain LoRA of the types that it knows; others cannot be "
+            "read here"
+        )
         return [Refused(f"peft_type {shown(repr(kind))}", expected="LORA", where=where, hint=hint)]
     errors: list[AdapterkitError] = []
     for key, why in OTHER_ARITHMETIC.items():
@@ -80,10 +81,8 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
                 where,
             )
         )
-    for key in (
-        "r",
-        "lora_alpha",
-    ):  # PEFT always writes both: a default here would be a guess at the scale
+    # PEFT always writes both: a default here would be a guess at the scale
+    for key in ("r", "lora_alpha"):
         if not is_number(config.get(key), whole=key == "r"):
             errors.append(
                 unfit(

@@ -1,4 +1,4 @@
-"""The factors of one adapted module, wherever and however a file stores them: as products for arithmetic, and back again."""
+"""The factors of one adapted module: from a file's layout to products, and back."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.keys import factor_keys
+from adapterkit.adapters.keys import FACTORS, factor_keys
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
@@ -17,10 +17,10 @@ from adapterkit.weights.reader import TensorReader
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One adapter's scale * b @ a on one module; a convolution's kernel axes are flattened, a stack of experts is that many
-    products.
+    """delta = scale * b @ a of one adapter on one module; of a stack, one delta for each expert.
 
-    For `experts`, a is stored (experts * rank, in), the expert slowest, and b (out, rank * experts), the expert fastest.
+    Kernel axes of a convolution are flattened. Of a stack a is stored (experts * rank, in), the
+    expert slowest, and b (out, rank * experts), the expert fastest.
     """
 
     a: TensorSpec
@@ -34,14 +34,14 @@ class Factors:
         """(out, in) of each product."""
         return self.b.shape[0], math.prod(self.a.shape[1:])
 
-    def stored(self, inputs: TensorReader) -> tuple[Tensor, Tensor]:
-        """a (rank * experts, in) and b (out, rank * experts) as matrices, in the inputs' dtype, without the scale."""
-        a, b = inputs.tensor(self.a), inputs.tensor(self.b)
+    def stored(self, reader: TensorReader) -> tuple[Tensor, Tensor]:
+        """a (rank * experts, in) and b (out, rank * experts) in the reader's dtype, unscaled."""
+        a, b = reader.tensor(self.a), reader.tensor(self.b)
         return a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
 
-    def products(self, inputs: TensorReader) -> list[Product]:
-        """scale * b, a in float64: one product, or one for each expert."""
-        a, b = self.stored(inputs)
+    def products(self, reader: TensorReader) -> list[Product]:
+        """(scale * b, a) in float64: one product, or one for each expert."""
+        a, b = self.stored(reader)
         a, b = a.double(), b.double() * self.scale
         if self.experts is None:
             return [Product(b, a)]
@@ -49,23 +49,20 @@ class Factors:
         return [Product(b[:, :, e], a[e]) for e in range(self.experts)]
 
 
-TRUNCATED = (
-    "pissa",
-    "olora",
-    "loftq",
-)  # inits that take the weight's own factors: no more of them than it has
+# inits from a decomposition of the weight: their rank is at most the weight's
+DECOMPOSING_INITS = ("pissa", "olora", "loftq")
 
 
 def rank_and_scale(adapter: Adapter, lora: Lora, leaf: str | None) -> tuple[int, float]:
-    """Rank and scale of a factor pair on a module, or on its parameter `leaf`, as config and patterns say.
+    """Rank and scale by the config for factors of a module, or of its parameter `leaf`.
 
     PiSSA, OLoRA and LoftQ write min(r, in, out) rows; the scale is that of r.
     """
-    rank, scale = adapter.resolved(adapter.pattern_name(lora, leaf))
+    rank, scale = adapter.rank_and_scale(adapter.pattern_name(lora, leaf))
     init = adapter.config.get("init_lora_weights")
     if (
         isinstance(init, str)
-        and init.lower().startswith(TRUNCATED)
+        and init.lower().startswith(DECOMPOSING_INITS)
         and len(lora.a.shape) == len(lora.b.shape) == 2
     ):
         rank = min(rank, lora.a.shape[1], lora.b.shape[0])
@@ -73,8 +70,10 @@ def rank_and_scale(adapter: Adapter, lora: Lora, leaf: str | None) -> tuple[int,
 
 
 def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors:
-    """The factors on a module, or on its parameter `leaf`, with their scale; `Refused` where rank and config disagree, or a
-    convolution has groups."""
+    """The factors of a module, or of its parameter `leaf`.
+
+    `Refused` where their rank is not the config's, or a convolution has groups.
+    """
     rank, scale = rank_and_scale(adapter, lora, leaf)
     rows, experts = lora.a.shape[0], None
     if leaf is not None and rows != rank and rows % rank == 0:
@@ -84,7 +83,8 @@ def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors
     if math.prod(lora.b.shape[1:]) != rows:
         raise Refused(
             f"factors of {shown(lora.module)} with shapes {lora.a.shape} and {lora.b.shape}",
-            expected="b with as many columns as a has rows (a convolution with groups is not supported)",
+            expected="b with as many columns as a has rows "
+            "(a convolution with groups is not supported)",
             where=adapter.label,
             hint="leave the module out",
         )
@@ -93,7 +93,7 @@ def factors_of(adapter: Adapter, lora: Lora, leaf: str | None = None) -> Factors
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a module's factors go in a file of PEFT's layout: keys, and the axes that a kernel or an expert stack has there."""
+    """Keys and stored shapes of a module's factors in a file of PEFT's layout."""
 
     a_key: str
     b_key: str
@@ -102,22 +102,44 @@ class Place:
     out: int
     experts: int | None
 
+    @classmethod
+    def of_weight(
+        cls,
+        module: str,
+        shape: tuple[int, ...],  # of the weight: (out, in, *kernel)
+        kind: str = "module",
+        experts: int | None = None,
+    ) -> "Place":
+        """The place of new factors for a weight, in a file without nested wrappers."""
+        a_tail, b_tail = shape[1:], (1,) * (len(shape) - 2)
+        return cls(*factor_keys(module, kind=kind), a_tail, b_tail, shape[0], experts)
+
+    @classmethod
+    def of_factors(
+        cls, lora: Lora, experts: int | None, levels: Mapping[str, int], depth: int
+    ) -> "Place":
+        """The place of stored factors in a file whose modules are wrapped `levels` times."""
+        a_key, b_key = factor_keys(lora.module, levels, depth, lora.kind)
+        out, _, *b_tail = lora.b.shape
+        return cls(a_key, b_key, lora.a.shape[1:], tuple(b_tail), out, experts)
+
     @property
     def is_embedding(self) -> bool:
-        return self.b_key.endswith("lora_embedding_B")
+        return self.b_key.endswith(FACTORS["embedding"][1])
 
     @property
     def bias_key(self) -> str:
-        """Of the bias that b has with lora_bias."""
+        """The key of b's bias, with lora_bias."""
         return self.b_key.removesuffix("weight") + "bias"
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Stored shapes of a and b at that rank."""
+        """Stored shapes of a and b of this rank."""
         rows = rank * (self.experts or 1)
         return (rows, *self.a_tail), (self.out, rows, *self.b_tail)
 
     def stored(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """The file's two tensors of (a, b), or of those of each expert, all of one rank."""
+        """The two stored tensors by key of one (a, b), or of one for each expert, all of one
+        rank."""
         if self.experts is None:
             a, b = pairs[0]
         else:
@@ -125,15 +147,3 @@ class Place:
             b = torch.stack([b for _, b in pairs], 2).reshape(self.out, -1)
         a_shape, b_shape = self.shapes(len(pairs[0][0]))
         return {self.a_key: a.reshape(a_shape), self.b_key: b.reshape(b_shape)}
-
-
-def place_of(lora: Lora, factors: Factors, levels: Mapping[str, int], depth: int = 0) -> Place:
-    """Where such factors go in a file whose modules are wrapped `levels` times, under `depth` wrappers of their own module."""
-    a_key, b_key = factor_keys(lora.module, levels, depth, lora.kind)
-    return Place(a_key, b_key, lora.a.shape[1:], lora.b.shape[2:], lora.b.shape[0], factors.experts)
-
-
-def place_of_linear(module: str, shape: tuple[int, ...]) -> Place:
-    """Where the factors of a linear layer (out, in) go in a file without wrappers of parameters."""
-    a_key, b_key = factor_keys(module, {})
-    return Place(a_key, b_key, (shape[1],), (), shape[0], None)

@@ -1,4 +1,4 @@
-"""PEFT's layout on disk, read: every key of a file has a role, or the adapter is refused."""
+"""Reading PEFT's layout: every key of a file has a role, or the adapter is refused."""
 
 import re
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from dataclasses import dataclass, field, replace
 
 from adapterkit.adapters.config import HARMLESS, OTHER_ARITHMETIC, TASK_HEADS, Check, check_config
 from adapterkit.adapters.keys import (
-    BENEATH,
+    BASE_LAYER_VALUE,
     CONFIG,
     WEIGHTS,
     module_and_depth,
-    trained_copy,
+    trained_parameter,
     unwrapped,
     without_wrappers,
 )
-from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, Tokens, inside, saved_modules
+from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, Tokens, is_inside, saved_modules
 from adapterkit.checkpoint.folder import Folder, belonging_to, locate
 from adapterkit.checkpoint.foreign import no_model, other_lora
 from adapterkit.checkpoint.header import TensorSpec
@@ -22,96 +22,102 @@ from adapterkit.checkpoint.spec import Scan
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 
-Patterns = list[tuple[re.Pattern[str], str]]  # what a key looks like, and its role
+Patterns = list[tuple[re.Pattern[str], str]]  # of keys, with their role
 Roles = dict[tuple[str, int], dict[str, TensorSpec]]  # (module, depth) -> role -> its tensor
 
 
 def read_adapter(folder: Folder, number: int = 1) -> Adapter:
-    """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be used."""
-    adapter, seen, _ = scan_adapter(folder, number)
-    refuse_all(seen.errors)
+    """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be
+    used."""
+    adapter, scan, _ = scan_adapter(folder, number)
+    refuse_all(scan.errors)
     return adapter
 
 
 def scan_adapter(folder: Folder, number: int = 1) -> tuple[Adapter, Scan, bool]:
-    """As much of an adapter as can be read, with everything for which `read_adapter` refuses it, and whether its config can be
-    asked for ranks and scales."""
-    adapter, parts, seen = _see(folder, number, check_config, ROLES)
-    plain = {k: v for k, v in seen.config.items() if k in HARMLESS and k not in OTHER_ARITHMETIC}
+    """As much of an adapter as can be read, its scan with all errors, and whether its config is
+    valid enough to compute ranks and scales."""
+    adapter, keys, scan = _read(folder, number, check_config, ROLES)
+    plain = {k: v for k, v in scan.config.items() if k in HARMLESS and k not in OTHER_ARITHMETIC}
     typed = not check_config(plain, "")
-    loras = _loras(parts, seen.errors, folder.name)
-    if typed and seen.headers:
-        seen.errors += _promises(parts, seen.config, folder.name)
-    for error in seen.errors:
+    loras = _loras(keys, scan.errors, folder.name)
+    if typed and scan.headers:
+        scan.errors += _check_config_against_file(keys, scan.config, folder.name)
+    for error in scan.errors:
         locate(error, folder)
-    return replace(adapter, loras=loras), seen, typed
+    return replace(adapter, loras=loras), scan, typed
 
 
-def read_other(
+def read_other_type(
     folder: Folder, number: int, check: Check, names: Sequence[str]
 ) -> tuple[Adapter, Roles]:
-    """Read an adapter of another type than LoRA: all but its modules' tensors, and those by module and name.
+    """An adapter of another type than LoRA, and its modules' tensors by module and name.
 
-    `check` says what is wrong with its config, `names` what the type calls its tensors.
+    `check` returns the errors of its config; `names`: the type's names of tensors. Raises `Refused`
+    or `Damaged` with all that is wrong.
     """
     roles = [
         (re.compile(rf"^(.*)\.{re.escape(name)}(?:\.\w+)?(?:\.weight)?$"), name) for name in names
     ]
     with belonging_to(folder):
-        adapter, parts, seen = _see(folder, number, check, roles)
-        refuse_all(seen.errors)
-        refuse_all(_promises(parts, adapter.config, folder.name))
-    return adapter, parts.roles
+        adapter, keys, scan = _read(folder, number, check, roles)
+        refuse_all(scan.errors)
+        refuse_all(_check_config_against_file(keys, adapter.config, folder.name))
+    return adapter, keys.roles
 
 
-def _see(
+def _read(
     folder: Folder, number: int, check: Check, roles: Patterns
-) -> tuple[Adapter, "_Parts", Scan]:
-    """An adapter without its factors, its keys by what they are, and what is wrong with its files, its config and its token
-    rows."""
-    seen, files = Scan(folder, number), folder.files()
-    lacking = [name for name in (CONFIG, WEIGHTS) if name not in files]
-    seen.readable = not lacking
-    other = other_lora(folder) if lacking else None
+) -> tuple[Adapter, "_Keys", Scan]:
+    """An adapter without factors, its classified keys, and its scan with the errors of its files,
+    config and token rows."""
+    scan, files = Scan(folder, number), folder.files()
+    missing = [name for name in (CONFIG, WEIGHTS) if name not in files]
+    scan.readable = not missing
+    other = other_lora(folder) if missing else None
     if other is not None:
-        seen.add_error(no_model(*other, folder.name))
+        scan.add_error(no_model(*other, folder.name))
     else:
-        for name in lacking:
-            seen.add_error(_missing(folder, name, files))
-    config = seen.json(CONFIG)
+        for name in missing:
+            scan.add_error(_missing_file(folder, name, files))
+    config = scan.json(CONFIG)
     if config is not None:
-        seen.config = config
-        seen.errors += check(config, f"{folder.name}/{CONFIG}")
-    header = seen.header(WEIGHTS) if WEIGHTS in files else None
-    tensors = seen.tensors
-    parts = _sorted_out(tensors, seen.errors, f"{folder.name}/{WEIGHTS}", roles)
+        scan.config = config
+        scan.errors += check(config, f"{folder.name}/{CONFIG}")
+    header = scan.header(WEIGHTS) if WEIGHTS in files else None
+    tensors = scan.tensors
+    keys = _classify_keys(tensors, scan.errors, f"{folder.name}/{WEIGHTS}", roles)
     tokens = (
-        () if config is None or header is None else _tokens(parts, config, seen.errors, folder.name)
+        () if config is None or header is None else _tokens(keys, config, scan.errors, folder.name)
     )
     sha256 = "" if header is None else header.sha256
     return (
-        Adapter(folder, number, seen.config, (), parts.replaced, tokens, tensors, sha256),
-        parts,
-        seen,
+        Adapter(folder, number, scan.config, (), keys.replaced, tokens, tensors, sha256),
+        keys,
+        scan,
     )
 
 
-def _missing(folder: Folder, name: str, files: dict[str, int]) -> Refused:
+def _missing_file(folder: Folder, name: str, files: dict[str, int]) -> Refused:
     nested = sorted({f.rsplit("/", 1)[0] for f in files if f.endswith("/" + CONFIG)})
     pickled = any(f in files for f in ("adapter_model.bin", "adapter_model.pt"))
     hint = "check the path"
     if nested:
         hint = f"name the subfolder: {', '.join(shown(n) for n in nested[:5])}"
     elif pickled:
-        hint = "convert the pickle: PeftModel.from_pretrained(...).save_pretrained(OUT) writes safetensors"
+        hint = (
+            "convert the pickle: PeftModel.from_pretrained(...).save_pretrained(OUT) writes "
+            "safetensors"
+        )
     return Refused(
         f"no {name}", expected="an adapter in PEFT's layout", where=folder.name, hint=hint
     )
 
 
 @dataclass
-class _Parts:
-    """An adapter file's keys by what they are: {module: {role: spec}}, the rest by parameter name."""
+class _Keys:
+    """The classified keys of a file: roles by (module, depth), values by parameter, token rows by
+    module."""
 
     roles: dict[tuple[str, int], dict[str, TensorSpec]] = field(default_factory=dict)
     replaced: dict[str, TensorSpec] = field(default_factory=dict)
@@ -127,211 +133,170 @@ ROLES: Patterns = [
     (re.compile(r"^(.*)\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?$"), "magnitude"),
 ]
 TOKENS = re.compile(r"^(.*)\.token_adapter(?:\.\w+)?\.trainable_tokens_delta(?:\.\w+)?$")
+FLOAT_DTYPES = "F32, F16, BF16 or F64"
 NO_ARITHMETIC = re.compile(r"\.lora_velora_embed$")  # a buffer of VeLoRA's backward pass
 NOT_READ = re.compile(
     r"\.(lora_\w+|ranknum|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|vera_\w+|ia3_\w+)(\.|$)"
 )
 
 
-def _sorted_out(
-    tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str, roles: Patterns
-) -> _Parts:
-    parts = _Parts()
+def _classify_keys(
+    tensors: dict[str, TensorSpec], errors: list[AdapterkitError], where: str, patterns: Patterns
+) -> _Keys:
+    keys = _Keys()
     names = {key: unwrapped(key) for key in tensors}
     plain = set(names.values())
     for key, spec in tensors.items():
         name = names[key]
-        role = next(((m[1], what) for pattern, what in roles if (m := pattern.match(name))), None)
-        if role is not None:
-            at = module_and_depth(role[0])
-            slot = parts.roles.setdefault(at, {})
-            if role[1] in slot:
-                errors.append(_two_names(key, slot[role[1]].key, where))
-            slot[role[1]] = spec
+        match = next(((m[1], role) for p, role in patterns if (m := p.match(name))), None)
+        if match is not None:
+            path, role = match
+            roles = keys.roles.setdefault(module_and_depth(path), {})
+            if role in roles:
+                errors.append(_duplicate(key, roles[role].key, where))
+            roles[role] = spec
         elif m := TOKENS.match(name):
-            parts.tokens[m[1].replace(".base_layer", "")] = spec
+            keys.tokens[m[1].replace(".base_layer", "")] = spec
         elif NO_ARITHMETIC.search(name) or ".original_module." in name:
-            continue  # what the base holds already (bias="all" saves it beside the trained copy)
+            continue  # the base's own value (bias="all" saves it beside the trained copy)
         elif NOT_READ.search("." + name):
-            found = f"key {shown(key)}"
-            errors.append(
-                Refused(
-                    found,
-                    expected="keys of its peft_type",
-                    where=where,
-                    hint="it is another kind of adapter",
-                )
-            )
+            hint = "it is another kind of adapter"
+            expected = "keys of its peft_type"
+            errors.append(Refused(f"key {shown(key)}", expected=expected, where=where, hint=hint))
         else:
-            name = without_wrappers(
-                trained_copy(name, plain).replace(".token_adapter.base_layer.", ".")
-            )
-            known = parts.replaced.get(name)
-            if (
-                known is not None
-                and ".modules_to_save." not in key
-                and ".modules_to_save." not in known.key
-            ):
-                errors.append(_two_names(key, known.key, where))
-            if known is None or ".modules_to_save." in known.key:
-                parts.replaced[name] = spec
-    return parts
+            _add_replaced(keys, trained_parameter(name, plain), spec, errors, where)
+    return keys
 
 
-def _two_names(key: str, other: str, where: str) -> Refused:
-    return Refused(
-        f"{shown(key)} and {shown(other)} name one thing",
-        expected="each once",
-        where=where,
-        hint="remove one",
-    )
+def _add_replaced(
+    keys: _Keys, name: str, spec: TensorSpec, errors: list[AdapterkitError], where: str
+) -> None:
+    """Add a value by its parameter; a trained copy takes precedence over the plain name."""
+    name = without_wrappers(name.replace(".token_adapter.base_layer.", "."))
+    other = keys.replaced.get(name)
+    if other is None or ".modules_to_save." in other.key:
+        keys.replaced[name] = spec
+    elif ".modules_to_save." not in spec.key:
+        errors.append(_duplicate(spec.key, other.key, where))
 
 
-def _loras(parts: _Parts, errors: list[AdapterkitError], name: str) -> tuple[Lora, ...]:
+def _duplicate(key: str, other: str, where: str) -> Refused:
+    problem = f"{shown(key)} and {shown(other)} name one thing"
+    return Refused(problem, expected="each once", where=where, hint="remove one")
+
+
+def _loras(keys: _Keys, errors: list[AdapterkitError], name: str) -> tuple[Lora, ...]:
+    def refuse(problem: str, expected: str, hint: str) -> None:
+        errors.append(Refused(problem, expected=expected, where=name, hint=hint))
+
     loras = []
-    for (module, depth), role in sorted(parts.roles.items()):
-        embedding = "embedding_a" in role or "embedding_b" in role
-        a, b = (
-            (role.get("embedding_a"), role.get("embedding_b"))
-            if embedding
-            else (role.get("a"), role.get("b"))
-        )
-        if a is None or b is None or (embedding and ("a" in role or "b" in role)):
-            found = f"{shown(module)} has {', '.join(sorted(role)) or 'nothing'}"
-            errors.append(
-                Refused(
-                    found,
-                    expected="both factors, a and b",
-                    where=name,
-                    hint="save the adapter again",
-                )
-            )
+    for (module, depth), roles in sorted(keys.roles.items()):
+        embedding = "embedding_a" in roles or "embedding_b" in roles
+        a, b = (roles.get(f"embedding_{x}" if embedding else x) for x in "ab")
+        if a is None or b is None or (embedding and ("a" in roles or "b" in roles)):
+            problem = f"{shown(module)} has {', '.join(sorted(roles)) or 'nothing'}"
+            refuse(problem, "both factors, a and b", "save the adapter again")
             continue
         if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
-            found = f"factors of {shown(module)} with shapes {a.shape} and {b.shape}"
-            errors.append(
-                Refused(
-                    found,
-                    expected="matrices",
-                    where=name,
-                    hint="gather the shards before saving (ZeRO-3, FSDP)",
-                )
-            )
+            problem = f"factors of {shown(module)} with shapes {a.shape} and {b.shape}"
+            refuse(problem, "matrices", "gather the shards before saving (ZeRO-3, FSDP)")
             continue
-        for spec in (a, b, role.get("magnitude"), role.get("bias")):
+        magnitude, bias = roles.get("magnitude"), roles.get("bias")
+        for spec in (a, b, magnitude, bias):
             if spec is not None and spec.dtype not in FLOATS:
-                found = f"{shown(spec.key)} is {spec.dtype}"
-                errors.append(
-                    Refused(
-                        found,
-                        expected="F32, F16, BF16 or F64",
-                        where=name,
-                        hint="save it as floats",
-                    )
-                )
+                problem = f"{shown(spec.key)} is {spec.dtype}"
+                refuse(problem, FLOAT_DTYPES, "save it as floats")
         kind = "embedding" if embedding else "module"
-        loras.append(Lora(module, kind, a, b, role.get("magnitude"), role.get("bias"), depth))
+        loras.append(Lora(module, kind, a, b, magnitude, bias, depth))
     return tuple(loras)
 
 
-def _promises(parts: _Parts, config: dict, name: str) -> list[AdapterkitError]:
-    """Where the config promises what the file does not hold, or the file holds what the config does not speak of."""
+def _check_config_against_file(keys: _Keys, config: dict, name: str) -> list[AdapterkitError]:
+    """Tensors that the config declares and the file lacks, and the other way round."""
     errors: list[AdapterkitError] = []
 
-    def wrong(
-        found: str, expected: str, hint: str = "restore the config that was saved with the file"
+    def refuse(
+        problem: str, expected: str, hint: str = "restore the config that was saved with the file"
     ) -> None:
-        errors.append(Refused(found, expected=expected, where=name, hint=hint))
+        errors.append(Refused(problem, expected=expected, where=name, hint=hint))
 
-    for key, role, what in [
+    for key, role, tensors in [
         ("use_dora", "magnitude", "magnitudes"),
         ("lora_bias", "bias", "biases of b"),
     ]:
-        lacking = [module for (module, _), roles in parts.roles.items() if role not in roles]
-        if config.get(key) and lacking:
-            found = f"{key}, but none for {', '.join(map(shown, lacking[:6]))}"
-            wrong(found, f"{what} for every module", "save the adapter again")
-        if not config.get(key) and len(lacking) < len(parts.roles):
-            wrong(
-                f"{what} in the file, {key} = {config.get(key)}", f"{key} true, or no such tensors"
+        missing = [module for (module, _), roles in keys.roles.items() if role not in roles]
+        if config.get(key) and missing:
+            problem = f"{key}, but none for {', '.join(map(shown, missing[:6]))}"
+            refuse(problem, f"{tensors} for every module", "save the adapter again")
+        if not config.get(key) and len(missing) < len(keys.roles):
+            problem = f"{tensors} in the file, {key} = {config.get(key)}"
+            refuse(problem, f"{key} true, or no such tensors")
+    # PEFT adds the heads of a task whether the model has them or not
+    heads = TASK_HEADS.get(config.get("task_type") or "", ())
+    for module in sorted(set(config.get("modules_to_save") or []) - set(heads)):
+        if not any(_is_entry_for(parameter, module) for parameter in keys.replaced):
+            refuse(
+                f"modules_to_save names {shown(module)}, and the file holds nothing of it",
+                "its trained weights",
+                "save the adapter again, or take the name out of the config if the model has no "
+                "such module",
             )
-    # a task's head is looked for in the model: PEFT names those that it lacks too
-    asked = set(config.get("modules_to_save") or []) - set(
-        TASK_HEADS.get(config.get("task_type") or "", ())
-    )
-    for module in sorted(
-        m for m in asked if not any(_names(m, parameter) for parameter in parts.replaced)
-    ):
-        wrong(
-            f"modules_to_save names {shown(module)}, and the file holds nothing of it",
-            "its trained weights",
-            "save the adapter again, or take the name out of the config if the model has no such module",
-        )
-    for parameter, spec in parts.replaced.items():
+    for parameter, spec in keys.replaced.items():
         if spec.dtype not in FLOATS and spec.shape:
-            wrong(
-                f"{shown(spec.key)} is {spec.dtype}", "F32, F16, BF16 or F64", "save it as floats"
-            )
-        if not _spoken_of(parameter, spec.key, config):
-            wrong(
-                f"{shown(spec.key)} would replace {shown(parameter)}, of which the config does not speak",
+            refuse(f"{shown(spec.key)} is {spec.dtype}", FLOAT_DTYPES, "save it as floats")
+        if not _declared_in_config(parameter, spec.key, config):
+            refuse(
+                f"{shown(spec.key)} would replace {shown(parameter)}, of which the config does "
+                "not speak",
                 "factors, or what modules_to_save, bias or a changed vocabulary account for",
-                "name its module in modules_to_save of the config if it was trained, or remove it from the file",
+                "name its module in modules_to_save of the config if it was trained, or remove it "
+                "from the file",
             )
     return errors
 
 
-def _spoken_of(parameter: str, key: str, config: dict) -> bool:
-    if ".modules_to_save." in key or BENEATH.search(key) or EMBEDDINGS.search(parameter):
+def _declared_in_config(parameter: str, key: str, config: dict) -> bool:
+    """Whether PEFT saves such a value with this config."""
+    if ".modules_to_save." in key or BASE_LAYER_VALUE.search(key) or EMBEDDINGS.search(parameter):
         return True
     if "bias" in parameter.rpartition(".")[2] and config.get("bias", "none") != "none":
         return True
-    return any(_names(saved, parameter) for saved in saved_modules(config))
+    return any(_is_entry_for(parameter, saved) for saved in saved_modules(config))
 
 
-def _names(saved: str, parameter: str) -> bool:
-    """Whether an entry of modules_to_save means a parameter: by its module, as in PEFT, or by its own full name. PEFT wraps nothing
-    for the latter, and loads the value into the model itself."""
-    return inside(parameter, saved) or saved == parameter
+def _is_entry_for(parameter: str, entry: str) -> bool:
+    """Whether an entry of modules_to_save is the parameter's module, as in PEFT, or the parameter
+    itself, which PEFT loads into the model without a wrapper."""
+    return is_inside(parameter, entry) or entry == parameter
 
 
 def _tokens(
-    parts: _Parts, config: dict, errors: list[AdapterkitError], name: str
+    keys: _Keys, config: dict, errors: list[AdapterkitError], name: str
 ) -> tuple[Tokens, ...]:
-    where = f"{name}/{CONFIG}"
-    asked = config.get("trainable_token_indices")
-    if not parts.tokens:
-        if asked:
-            errors.append(
-                Refused(
-                    "trainable_token_indices, but no trained rows in the file",
-                    expected="the rows that were trained",
-                    where=where,
-                    hint="save the adapter again",
-                )
-            )
-        return ()
-    found = []
-    for module, spec in sorted(parts.tokens.items()):
-        indices = asked
-        if isinstance(asked, dict):
-            ends = [
-                v for k, v in asked.items() if module.endswith(k)
-            ]  # PEFT asks for no dot before it
-            indices = ends[0] if len(ends) == 1 else None
+    """Trained token rows by module, with their indices from the config."""
+
+    def refuse(problem: str, expected: str, hint: str) -> None:
+        errors.append(Refused(problem, expected=expected, where=f"{name}/{CONFIG}", hint=hint))
+
+    setting = config.get("trainable_token_indices")
+    if setting and not keys.tokens:
+        problem = "trainable_token_indices, but no trained rows in the file"
+        refuse(problem, "the rows that were trained", "save the adapter again")
+    tokens = []
+    for module, spec in sorted(keys.tokens.items()):
+        indices = setting
+        if isinstance(setting, dict):  # by the end of the name; PEFT asks for no dot before it
+            matches = [value for end, value in setting.items() if module.endswith(end)]
+            indices = matches[0] if len(matches) == 1 else None
         rows = tuple(indices) if isinstance(indices, list) else ()
-        good = all(type(i) is int and i >= 0 for i in rows) and len(set(map(str, rows))) == len(
-            rows
-        )
-        if not good or not rows or spec.dtype not in FLOATS or spec.shape[:1] != (len(rows),):
-            errors.append(
-                Refused(
-                    f"trained rows {spec.dtype} {spec.shape} of {shown(module)}, trainable_token_indices {shown(repr(indices))}",
-                    expected="one different row index for each trained row, in order",
-                    where=where,
-                    hint="restore the config that was saved with the file",
-                )
+        valid = all(type(i) is int and i >= 0 for i in rows) and len({*map(str, rows)}) == len(rows)
+        if not valid or not rows or spec.dtype not in FLOATS or spec.shape[:1] != (len(rows),):
+            refuse(
+                f"trained rows {spec.dtype} {spec.shape} of {shown(module)}, "
+                f"trainable_token_indices {shown(repr(indices))}",
+                "one different row index for each trained row, in order",
+                "restore the config that was saved with the file",
             )
             continue
-        found.append(Tokens(module, rows, spec))
-    return tuple(found)
+        tokens.append(Tokens(module, rows, spec))
+    return tuple(tokens)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from adapterkit.adapters.config import CHANGED_BASE, TASK_HEADS
-from adapterkit.adapters.keys import BENEATH, CONFIG
+from adapterkit.adapters.keys import BASE_LAYER_VALUE, CONFIG
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
@@ -16,7 +16,7 @@ from adapterkit.patterns import matcher
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapted module or parameter: delta = scale * b @ a, as the file stores it."""
+    """Stored factors of one module or parameter: delta = scale * b @ a."""
 
     module: str  # dotted path in the loaded model
     kind: str  # "module" or "embedding", by the factors' names
@@ -24,12 +24,13 @@ class Lora:
     b: TensorSpec
     magnitude: TensorSpec | None = None  # DoRA
     bias: TensorSpec | None = None  # lora_B.bias
-    depth: int = 0  # how many wrappers of the module's other parameters lie around this one's
+    depth: int = 0  # wrappers of the module's other parameters around this one's
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows of an embedding that replace the base's: row indices and their values, in the same order."""
+    """Rows of an embedding that replace the base's: row indices and their values, in the same
+    order."""
 
     module: str
     indices: tuple[int, ...]
@@ -38,15 +39,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's config and tensors, every tensor accounted for."""
+    """An adapter's config and tensors; each tensor is a factor, a replaced value or token rows."""
 
     folder: Folder
-    number: int  # its place among the job's inputs
+    number: int  # its position among the job's inputs
     config: dict
     loras: tuple[Lora, ...]
-    replaced: dict[
-        str, TensorSpec
-    ]  # parameter -> trained value: modules_to_save, biases, resized embeddings
+    # parameter -> trained value: modules_to_save, biases, resized embeddings
+    replaced: dict[str, TensorSpec]
     tokens: tuple[Tokens, ...]
     tensors: dict[str, TensorSpec] = field(repr=False)
     header_sha256: str = ""
@@ -65,46 +65,52 @@ class Adapter:
         return f"{self.label}/{CONFIG}"
 
     def changed_base(self) -> str | None:
-        """The init method's name if it changed the base's weights, else None."""
+        """init_lora_weights if that init changed the base's weights, else None."""
         init = self.config.get("init_lora_weights", True)
         return init if isinstance(init, str) and init.lower().startswith(CHANGED_BASE) else None
 
     @property
     def saved(self) -> list[str]:
-        """Modules that are trained whole: modules_to_save, and the heads that PEFT adds to it for the task."""
+        """Modules trained in full: modules_to_save and the heads that PEFT adds for the task."""
         return saved_modules(self.config)
 
     def saves(self, parameter: str) -> bool:
-        """Whether a module that is trained whole holds the parameter."""
-        return any(inside(parameter, module) for module in self.saved)
+        """Whether the parameter is of a module trained in full."""
+        return any(is_inside(parameter, module) for module in self.saved)
 
-    def pattern_of(self, whole: Sequence[str]) -> str:
-        """A regular expression, as short as may be, that is found in these values that were trained whole and in no adapted
+    def pattern_of(self, names: Sequence[str]) -> str:
+        """A short regular expression that matches these replaced parameters, and no adapted
         module."""
-        rest = [name for name in whole if not self.saves(name)]
-        found = {
+        patterns = {
+            "bias$" if name.endswith("bias") else re.escape(name)
+            for name in names
+            if not self.saves(name)
+        }
+        patterns |= {
             re.escape(module)
             for module in self.saved
-            if any(inside(name, module) for name in whole)
+            if any(is_inside(name, module) for name in names)
         }
-        found |= {"bias$" if name.endswith("bias") else re.escape(name) for name in rest}
-        pattern = "|".join(sorted(found))
+        pattern = "|".join(sorted(patterns))
         if any(re.search(pattern, lora.module) for lora in self.loras):
-            pattern = "|".join(f"^{re.escape(name)}$" for name in sorted(whole))
+            pattern = "|".join(f"^{re.escape(name)}$" for name in sorted(names))
         return pattern
 
     @cached_property
     def copies(self) -> dict[str, TensorSpec]:
-        """Of `replaced`, the copies of the base's weights that PEFT saves beside an embedding's or head's factors and rows."""
+        """Of `replaced`, the base's weights that PEFT saves beside an embedding's or head's factors
+        and rows."""
         biases = self.config.get("bias", "none") != "none"
-        beneath = {n: s for n, s in self.replaced.items() if BENEATH.search(s.key)}
+        beneath = {n: s for n, s in self.replaced.items() if BASE_LAYER_VALUE.search(s.key)}
         return {n: s for n, s in beneath.items() if not (biases and n.endswith("bias"))}
 
     def leaves(self, module: str, own: Sequence[str] | None = None) -> list[str]:
-        """The module's own parameters that target_parameters names: PEFT compares the end of the full name.
+        """Names of the module's parameters that are in target_parameters (PEFT: by the end of the
+        full name).
 
-        `own` are all of them in the order of its code. Without it those that the module may have: a name without a dot counts
-        where target_modules does not name the module, of which PEFT takes one or the other.
+        `own`: all parameters of the module, in the order of its code. Without it, those that the
+        module may have: PEFT adapts either a module or its parameters, so names without a dot count
+        only where target_modules does not match the module.
         """
         targets = self.config.get("target_parameters") or []
         if own is not None:
@@ -113,20 +119,21 @@ class Adapter:
                 for leaf in own
                 if any(f".{module}.{leaf}".endswith(f".{target}") for target in targets)
             ]
-        split = [target.rpartition(".") for target in targets]
-        bare = any(not home for home, _, _ in split)
-        named = bare and (
-            self._names(module) or any(x.module == module and self.attention(x) for x in self.loras)
+        parts = [target.rpartition(".") for target in targets]
+        has_bare = any(not parent for parent, _, _ in parts)
+        is_target = has_bare and (
+            self._is_target_module(module)
+            or any(x.module == module and self.attention(x) for x in self.loras)
         )
-        there = [
+        possible = [
             leaf
-            for home, _, leaf in split
-            if (f".{module}".endswith(f".{home}") if home else not named)
+            for parent, _, leaf in parts
+            if (f".{module}".endswith(f".{parent}") if parent else not is_target)
         ]
-        return list(dict.fromkeys(there))
+        return list(dict.fromkeys(possible))
 
-    def _names(self, module: str) -> bool:
-        """Whether target_modules names a module."""
+    def _is_target_module(self, module: str) -> bool:
+        """Whether target_modules matches a module."""
         targets = self.config.get("target_modules")
         if isinstance(targets, str):
             whole = r"\A(?:{})\Z"
@@ -138,36 +145,40 @@ class Adapter:
         )
 
     def attention(self, lora: Lora) -> str | None:
-        """The MultiheadAttention that a factor pair belongs to as its output projection, else None.
+        """The MultiheadAttention whose output projection the factors are for, else None.
 
-        PEFT adapts both projections of such a layer at once; the key of the output's lies inside the layer's wrapper.
+        PEFT adapts both projections of such a layer at once; the key of the output projection is
+        inside the layer's wrapper.
         """
         parent, _, last = lora.module.rpartition(".")
-        inside = f"{parent.rpartition('.')[2]}.base_layer.out_proj.lora_A."  # what is around the attention may be wrapped too
-        if last != "out_proj" or inside not in lora.a.key or self.leaves(parent):
+        # not the whole path: modules around the attention may be wrapped too
+        end_of_key = f"{parent.rpartition('.')[2]}.base_layer.out_proj.lora_A."
+        if last != "out_proj" or end_of_key not in lora.a.key or self.leaves(parent):
             return None
         return parent if any(other.module == parent for other in self.loras) else None
 
     def pattern_name(self, lora: Lora, leaf: str | None = None) -> str:
-        """The name that PEFT holds rank_pattern and alpha_pattern against: a parameter's full name (`leaf` its own), the
-        attention's for a MultiheadAttention's output projection, else the module's."""
+        """The name that PEFT matches with rank_pattern and alpha_pattern: of parameter `leaf` its
+        full name, of a MultiheadAttention's output projection the attention's, else the
+        module's."""
         return f"{lora.module}.{leaf}" if leaf is not None else self.attention(lora) or lora.module
 
-    def resolved(self, name: str) -> tuple[int, float]:
+    def rank_and_scale(self, name: str) -> tuple[int, float]:
         """Rank and scale of a module or parameter.
 
-        The first pattern of rank_pattern, and of alpha_pattern, that matches counts, each on its own
-        (PEFT's `get_pattern_key`: `(.*\\.)?(pattern)$` from the start of the name, a dot matching any character).
+        The first matching pattern counts, of rank_pattern and of alpha_pattern apart (PEFT's
+        `get_pattern_key`: `(.*\\.)?(pattern)$` from the start of the name; a dot is any character).
         """
-        rank, alpha = self.patterned(
-            name, self.config.get("r", 8), self.config.get("lora_alpha", 8)
-        )
+        config = self.config
+        rank, alpha = self.rank_and_alpha(name, config.get("r", 8), config.get("lora_alpha", 8))
         return rank, self.scale(rank, alpha)
 
-    def patterned(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
-        """Rank and alpha of a module: those of the first patterns that match, else the ones given."""
-        return self._first(self._rank_patterns, name, rank), self._first(
-            self._alpha_patterns, name, alpha
+    def rank_and_alpha(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha of the first patterns that match a module or parameter, else `rank` and
+        `alpha`."""
+        return (
+            self._first_match(self._rank_patterns, name, rank),
+            self._first_match(self._alpha_patterns, name, alpha),
         )
 
     def scale(self, rank: int, alpha: float) -> float:
@@ -191,7 +202,7 @@ class Adapter:
         ]
 
     @staticmethod
-    def _first(patterns: list, name: str, default):
+    def _first_match(patterns: list, name: str, default):
         return next((value for matches, value in patterns if matches(name)), default)
 
 
@@ -206,23 +217,18 @@ def rank_mismatch(adapter: Adapter, lora: Lora, stored: int, rank: int) -> Refus
 
 
 def saved_modules(config: dict) -> list[str]:
-    """modules_to_save, and the heads that PEFT adds to it, in memory, by task_type."""
-    return list(
-        dict.fromkeys(
-            [
-                *(config.get("modules_to_save") or []),
-                *TASK_HEADS.get(config.get("task_type") or "", ()),
-            ]
-        )
-    )
+    """modules_to_save, and the heads that PEFT adds to it in memory by task_type."""
+    heads = TASK_HEADS.get(config.get("task_type") or "", ())
+    return list(dict.fromkeys([*(config.get("modules_to_save") or []), *heads]))
 
 
-def inside(parameter: str, module: str) -> bool:
-    """Whether modules_to_save of that name wraps the parameter's module; PEFT goes by the end of a name, without its dot."""
+def is_inside(parameter: str, module: str) -> bool:
+    """Whether an entry `module` of modules_to_save matches the parameter's module (PEFT: by the end
+    of the name, also within a component)."""
     return f"{module}." in parameter
 
 
-# What PEFT saves unasked: the embeddings, when their size changed or they were adapted (save_embedding_layers="auto")
+# PEFT saves embeddings that were resized or adapted (save_embedding_layers="auto")
 EMBEDDINGS = re.compile(
     r"(?:^|\.)(?:\w*embed\w*|wte|\w*lm_head|shared|output|output_layer|decoder|proj_out|vocab_projector|lm_loss)\.(?:weight|bias)$"
 )

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from adapterkit.adapters.record import Adapter, inside
+from adapterkit.adapters.record import Adapter, is_inside
 from adapterkit.checkpoint.folder import Folder
 
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
@@ -103,7 +103,7 @@ def base_id(adapter: Adapter) -> str | None:
 
 def value_settings(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Settings for values that the adapters trained whole: modules, token rows, biases."""
-    heads = {m for a in adapters for m in a.saved if any(inside(name, m) for name in a.replaced)}
+    heads = {m for a in adapters for m in a.saved if any(is_inside(name, m) for name in a.replaced)}
     modules = heads.union(*(a.config.get("modules_to_save") or [] for a in adapters))
     biases = {a.config.get("bias", "none") for a in adapters} - {"none", None}
     settings: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import rank_and_scale
-from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical
+from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
@@ -265,7 +265,7 @@ def copy_all_but_factors(adapter: Adapter, dtype: str) -> list[Task]:
     for lora in adapter.loras:
         if lora.bias is not None:
             terms = ((lora.bias, rank_and_scale(adapter, lora, None)[1]),)
-            name, key = f"{lora.module} bias", canonical(lora.bias.key)
+            name, key = f"{lora.module} bias", canonical_key(lora.bias.key)
             tasks.append(SummedTensor(name, key, terms, dtype, lora.bias.shape))
         if lora.magnitude is not None:
             tasks.append(_copy(lora.magnitude))
@@ -275,7 +275,7 @@ def copy_all_but_factors(adapter: Adapter, dtype: str) -> list[Task]:
 
 def _copy(spec: TensorSpec) -> CopiedTensor:
     """A tensor of an adapter under PEFT's own key for it."""
-    key = canonical(spec.key)
+    key = canonical_key(spec.key)
     return CopiedTensor(key, spec, key, checked=True)
 
 

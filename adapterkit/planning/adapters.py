@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from adapterkit import dtypes
-from adapterkit.adapters.keys import PREFIX, rewrapped
+from adapterkit.adapters.keys import module_of, rewrapped_key
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.compare import same_bytes
@@ -123,7 +123,7 @@ def held(
             spec for name, spec in adapter.replaced.items() if copies or name not in adapter.copies
         ]
         for spec in [*values, *(tokens.values for tokens in adapter.tokens)]:
-            found.setdefault(rewrapped(spec.key, levels), {})[adapter.number] = spec
+            found.setdefault(rewrapped_key(spec.key, levels), {})[adapter.number] = spec
     return found
 
 
@@ -139,7 +139,7 @@ def value_tasks(
     errors += _other_rows(adapters, levels)
     tasks: list[Task] = []
     for key, holders in held(adapters, levels).items():
-        module = rewrapped(key, {}).removeprefix(PREFIX).rpartition(".")[0]
+        module = module_of(key)
         if all(spec in adapters[number].copies.values() for number, spec in holders.items()):
             tasks += _copy(adapters, key, holders, errors)
             continue

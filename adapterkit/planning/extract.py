@@ -214,7 +214,7 @@ class _Sorting:
         else:
             transposed = self.names[1].transposed(module)
         shape = tuple(shape[::-1] if transposed else shape)
-        place = Place("", "", shape[1:], (1,) * (len(shape) - 2), shape[0], experts)
+        place = Place.of_weight(module, shape, experts=experts)
         task_name = module if name == f"{module}.weight" else name
         self.factors.append(
             DifferenceFactors(

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adapterkit.adapters.factors import Factors, Place, factors_of, place_of
+from adapterkit.adapters.factors import Factors, Place, factors_of
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
@@ -48,7 +48,8 @@ class Site:
 
     def place(self, levels: Mapping[str, int]) -> Place:
         """Where its factors go in a file whose modules are wrapped `levels` times."""
-        return place_of(*next(iter(self.members.values())), levels, self.depth)
+        lora, factors = next(iter(self.members.values()))
+        return Place.of_factors(lora, factors.experts, levels, self.depth)
 
 
 def levels_of(sites: Collection[Site]) -> dict[str, int]:

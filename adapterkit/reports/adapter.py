@@ -136,7 +136,7 @@ def _rank_alpha_scale(
     names = [adapter.pattern_name(lora, leaf) for leaf in _leaves(adapter, lora, own) or [None]]
     try:
         r, lora_alpha = adapter.config["r"], adapter.config["lora_alpha"]
-        values = {adapter.patterned(name, r, lora_alpha) for name in names}
+        values = {adapter.rank_and_alpha(name, r, lora_alpha) for name in names}
     except Refused as error:  # a pattern that cannot be used
         scan.add_error(error)
         return None, None, None

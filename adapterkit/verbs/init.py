@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.adapters.factors import place_of_linear
+from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
@@ -126,7 +126,7 @@ def plan_init(folder: Folder, options: Options) -> Plan:
         )
         factors.append(
             HandoffFactors(
-                name, place_of_linear(name, weight.shape), dtypes.parse(options.dtype), options.rank
+                name, Place.of_weight(name, weight.shape), dtypes.parse(options.dtype), options.rank
             )
         )
     return _plan(base, quantization, tasks, factors, options)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.adapters.factors import place_of_linear
+from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
@@ -240,7 +240,7 @@ def _both(
             weight.transposed,
             selected.get(name),
         )
-        place = place_of_linear(name, weight.shape)
+        place = Place.of_weight(name, weight.shape)
         factors.append(HandoffFactors(name, place, dtypes.parse(options.dtype), options.rank))
     model = QuantizedModel(
         base, quantization.quantized, tasks, quantization.config(), "base", "loftq"
@@ -303,7 +303,7 @@ def _for_kept(
             continue
         transposed = names.transposed(name)
         shape = spec.shape[::-1] if transposed else spec.shape
-        place = place_of_linear(name, shape)
+        place = Place.of_weight(name, shape)
         factors.append(
             LoftQFactors(
                 name,

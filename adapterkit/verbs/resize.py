@@ -10,7 +10,7 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
-from adapterkit.adapters.keys import CONFIG, factor_keys
+from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.kinds.common import Adapted, Delta, Kind, read_kind
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
@@ -289,8 +289,8 @@ class _Job:
                 )
             )
             return
-        a_key, b_key = factor_keys(module, {}, kind="embedding" if embedding else "module")
-        place = Place(a_key, b_key, tail, (1,) * (len(tail) - 1), delta.shape[0], None)
+        kind = "embedding" if embedding else "module"
+        place = Place.of_weight(module, (delta.shape[0], *tail), kind)
         self.ranked.append(
             ConvertedFactors(
                 name,

@@ -133,7 +133,7 @@ PIECES = [
 )
 @settings(max_examples=200, deadline=None)
 def test_patterns_match_as_in_peft(patterns):
-    """`resolved` against PEFT's get_pattern_key, over random patterns and names."""
+    """`rank_and_scale` against PEFT's get_pattern_key, over random patterns and names."""
     for pattern in patterns:
         try:
             # `)(` is none, though it becomes one inside PEFT's parentheses: that is refused
@@ -144,7 +144,7 @@ def test_patterns_match_as_in_peft(patterns):
     adapter = _adapter({"r": 8, "lora_alpha": 1, "rank_pattern": table, "alpha_pattern": {}})
     for name in NAMES:
         key = get_pattern_key(table.keys(), name)
-        assert adapter.resolved(name) == (table.get(key, 8), 1 / table.get(key, 8)), (
+        assert adapter.rank_and_scale(name) == (table.get(key, 8), 1 / table.get(key, 8)), (
             patterns,
             name,
         )
@@ -160,7 +160,7 @@ def _adapter(config: dict):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_resolved(r, alpha, rslora):
     adapter = _adapter({"r": r, "lora_alpha": alpha, "use_rslora": rslora})
-    assert adapter.resolved("q_proj") == (r, alpha / (math.sqrt(r) if rslora else r))
+    assert adapter.rank_and_scale("q_proj") == (r, alpha / (math.sqrt(r) if rslora else r))
 
 
 def test_eva_ranks(llama, tmp_path):
@@ -174,7 +174,10 @@ def test_eva_ranks(llama, tmp_path):
     adapter = oracle.edit_config(
         tmp_path / "adapter", tmp_path / "eva", init_lora_weights="eva", eva_config={"rho": 2.0}
     )
-    assert [read_adapter(LocalFolder(adapter)).resolved(n) for n in names] == [(6, 1.5), (2, 1.5)]
+    assert [read_adapter(LocalFolder(adapter)).rank_and_scale(n) for n in names] == [
+        (6, 1.5),
+        (2, 1.5),
+    ]
     oracle.merge(llama, adapter, out=tmp_path / "out")
     expected = exact(peft_model(load(oracle.llama, llama), tmp_path / "adapter"))
     assert_all_rounded(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.adapters.config import check_known, check_types, is_number, unfit
-from adapterkit.adapters.peft import read_other
+from adapterkit.adapters.peft import read_other_type
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
@@ -133,7 +133,7 @@ def read_kind(
     kind: type[Kind], folder: Folder, number: int
 ) -> tuple[Adapter, dict[str, dict[str, TensorSpec]]]:
     """An adapter of that type: what is no delta, and each module's tensors; those of all modules stand under ""."""
-    adapter, roles = read_other(
+    adapter, roles = read_other_type(
         folder,
         number,
         lambda config, where: _check(kind, config, where),

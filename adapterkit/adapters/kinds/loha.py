@@ -49,7 +49,7 @@ class LoHa:
     @staticmethod
     def of(adapted: Adapted) -> "LoHa":
         config = adapted.adapter.config
-        rank, alpha = adapted.adapter.patterned(adapted.module, config["r"], config["alpha"])
+        rank, alpha = adapted.adapter.rank_and_alpha(adapted.module, config["r"], config["alpha"])
         cored = any(name in adapted.parts for name in CORES)
         w1_a, w1_b, w2_a, w2_b, *cores = adapted.part(*PARTS, *(CORES if cored else ()))
         out = w1_a.shape[-1] if cored else w1_a.shape[0]

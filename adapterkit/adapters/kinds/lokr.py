@@ -48,7 +48,7 @@ class LoKr:
     @staticmethod
     def of(adapted: Adapted) -> "LoKr":
         config = adapted.adapter.config
-        rank, alpha = adapted.adapter.patterned(adapted.module, config["r"], config["alpha"])
+        rank, alpha = adapted.adapter.rank_and_alpha(adapted.module, config["r"], config["alpha"])
         first, second = (_side(adapted, f"lokr_w{i}", f"lokr_t{i}", rank) for i in (1, 2))
         if len(second[0].shape) == 3:
             why = "PEFT's product of a whole w2 on a Conv1d is not the Kronecker product: it mixes kernel and outputs"

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 from adapterkit.adapters.factors import rank_and_scale
-from adapterkit.adapters.record import Adapter, Lora, inside, rank_mismatch
+from adapterkit.adapters.record import Adapter, Lora, is_inside, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.planning.merge.copies import remove_base_copies
@@ -93,7 +93,7 @@ def _check_complete(job: Job, adapter: Adapter) -> None:
     for module in adapter.saved:
         by_task = module not in (adapter.config.get("modules_to_save") or [])
         reason = f"modules_to_save {shown(module)}" + " (by task_type)" * by_task
-        within = (name for name in names if inside(name, module) and job.is_selected_value(name))
+        within = (name for name in names if is_inside(name, module) and job.is_selected_value(name))
         expected |= dict.fromkeys(within, reason)
     if adapter.config.get("bias") == "all":
         biases = (name for name in names if name.rpartition(".")[2] == "bias")
