@@ -39,10 +39,22 @@ class HubFolder:
             self.origin["subfolder"] = hub_id.subfolder
         self.hashes = {name: entry.sha256 for name, entry in self._entries.items() if entry.sha256}
         self._pinned = HubId(hub_id.repo, self.commit, hub_id.subfolder)
+        self._set_up_downloads()
+
+    def _set_up_downloads(self) -> None:
         self._lock = threading.Lock()
         self._downloads: dict[str, Future[Path]] = {}  # queued, running or done
         self._queue: list[str] = []
         self._thread: threading.Thread | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """For pickle, without the downloads: a copy does its own."""
+        downloads = ("_lock", "_downloads", "_queue", "_thread")
+        return {name: value for name, value in vars(self).items() if name not in downloads}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._set_up_downloads()
 
     def files(self) -> dict[str, int]:
         return {name: entry.size for name, entry in self._entries.items()}

@@ -38,6 +38,17 @@ def test_a_subfolder_of_a_revision(hub, client):
     )
 
 
+def test_a_copy_by_pickle_reads_the_same(hub, client):
+    """A plan goes to other processes; the copy asks the Hub for no list again."""
+    client(f"import pickle\nfolder = HubFolder(parse('{REPO}'))\nfolder.path('config.json')")
+    before = len(hub.asked())
+    client("copy = pickle.loads(pickle.dumps(folder))")
+    assert len(hub.asked()) == before
+    assert client("copy.files(), copy.origin") == client("folder.files(), folder.origin")
+    assert client("copy.read('model.safetensors', 0, 10)") == WEIGHTS[:10]
+    assert client("copy.path('config.json').read_bytes()") == FILES["config.json"]
+
+
 def test_a_list_too_long_for_the_summary(reading):
     hub, client = reading
     client(
