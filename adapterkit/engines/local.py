@@ -74,9 +74,9 @@ def local(device: str = "auto", workers: int | None = None):
                         write_computed(file, stage, inputs, count, plan.budget, hash, progress)
                     )
             except (MemoryError, torch.OutOfMemoryError) as error:
-                found = f"out of memory: {shown(error)}"
+                problem = f"out of memory: {shown(error)}"
                 raise Failed(
-                    found, hint="free some memory, or give --device cpu, then --resume"
+                    problem, hint="free some memory, or give --device cpu, then --resume"
                 ) from error
             finally:
                 torch.set_num_threads(threads)
@@ -183,7 +183,7 @@ class _ShardRun:
         opened = OpenShard(shard, self.stage, self.hashed)
         self.open.append(opened)
         pieces = list(opened.pieces(self.device))
-        opened.left = len(pieces)
+        opened.remaining = len(pieces)
         return iter(pieces)
 
     def _work(self, pieces: Iterator[Piece]) -> None:
@@ -224,8 +224,8 @@ class _ShardRun:
             self._compute(piece, buffer, scratch)
         self.progress(piece.length)
         with self.lock:
-            shard.left -= 1
-            last = shard.left == 0
+            shard.remaining -= 1
+            last = shard.remaining == 0
             start, shard.flushed = (
                 shard.flushed,
                 max(shard.flushed, piece.position // FLUSH * FLUSH),

@@ -20,7 +20,7 @@ class TensorMetrics:
     lost: list[float] = field(default_factory=list)  # per sampled chunk, Σ (rounded - exact)²
     moved: list[float] = field(default_factory=list)  # per sampled chunk, Σ (exact - base)²
     # per sampled chunk, Σ (rounded - base)(exact - base)
-    kept: list[float] = field(default_factory=list)
+    projection: list[float] = field(default_factory=list)
 
     def add(self, other: "TensorMetrics") -> None:
         self.squares += other.squares
@@ -28,7 +28,7 @@ class TensorMetrics:
         self.changed += other.changed
         self.lost += other.lost
         self.moved += other.moved
-        self.kept += other.kept
+        self.projection += other.projection
 
     def measure(self, before: Tensor, exact: Tensor, written: Tensor) -> None:
         """Compare a sampled chunk: the base's values, the exact new ones, and those as they were
@@ -39,7 +39,7 @@ class TensorMetrics:
         self.lost.append(_squares(exact - rounded))
         delta = exact - before
         self.moved.append(_squares(delta))
-        self.kept.append(float(torch.dot((rounded - before).view(-1), delta.view(-1))))
+        self.projection.append(float(torch.dot((rounded - before).view(-1), delta.view(-1))))
 
     def result(self, step: Step) -> dict:
         # fsum is exact, so the order in which the workers came does not show
@@ -56,7 +56,7 @@ class TensorMetrics:
         # else the delta lies in other rows than those that were sampled
         if self.sampled and (moved or not self.delta):
             metrics["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
-            metrics["survived"] = _short(math.fsum(self.kept) / moved) if moved else 1.0
+            metrics["survived"] = _short(math.fsum(self.projection) / moved) if moved else 1.0
         return metrics
 
 

@@ -75,7 +75,7 @@ class OpenStep:
     after the last chunk."""
 
     step: Step
-    left: int
+    remaining: int
     edits: list[Loaded] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     metrics: "TensorMetrics" = field(default_factory=lambda: TensorMetrics())
@@ -95,8 +95,8 @@ class OpenStep:
         """One span less to do; the last one frees the edits."""
         with self.lock:
             self.metrics.add(metrics)
-            self.left -= 1
-            if self.left == 0:
+            self.remaining -= 1
+            if self.remaining == 0:
                 self.edits = None
 
 
@@ -110,7 +110,7 @@ class OpenShard:
         self.steps: list[OpenStep] = []
         self.lock = threading.Lock()
         self.waiting: dict[int, tuple[memoryview, Callable[[], None]]] = {}
-        self.next, self.hashing, self.left = 0, False, 0
+        self.next, self.hashing, self.remaining = 0, False, 0
         self.flushed = 0
 
     def pieces(self, device: torch.device) -> Iterator[Piece]:

@@ -82,12 +82,12 @@ class SharedStacks:
     adapter."""
 
     def __init__(self):
-        self.lock, self.held = threading.Lock(), OrderedDict[TensorSpec, _Stack]()
+        self.lock, self.stacks = threading.Lock(), OrderedDict[TensorSpec, _Stack]()
 
     def get(self, spec: TensorSpec, make: Callable[[], Tensor]) -> Tensor:
         with self.lock:
-            stack = self.held.setdefault(spec, _Stack())
-            self.held.move_to_end(spec)
+            stack = self.stacks.setdefault(spec, _Stack())
+            self.stacks.move_to_end(spec)
         with stack.lock:  # others may read other stacks meanwhile
             if stack.value is None:
                 stack.value = make()
@@ -95,8 +95,11 @@ class SharedStacks:
                     # other workers have other streams
                     torch.cuda.current_stream(stack.value.device).synchronize()
         with self.lock:
-            while len(self.held) > LEAST_STACKS and sum(spec.nbytes for spec in self.held) > STACKS:
-                self.held.popitem(last=False)
+            while (
+                len(self.stacks) > LEAST_STACKS
+                and sum(spec.nbytes for spec in self.stacks) > STACKS
+            ):
+                self.stacks.popitem(last=False)
         return stack.value
 
 

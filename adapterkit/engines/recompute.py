@@ -63,15 +63,16 @@ class FloatCheck:
         step, origin = self.step, _Source(self.step, inputs)
         for row in origin.sample:
             exact = origin.edited(row, row + 1)
-            found = written.rows(specs[step.key], (origin.height, origin.width), row, row + 1)
+            stored = written.rows(specs[step.key], (origin.height, origin.width), row, row + 1)
             # rounding never swaps two values, whatever it draws: the exact one, summed by a merge,
             # is between these
             slack, position = exact.abs().amax() * SLACK[arithmetic(step)], row * origin.width
             low, high = (rounded(exact + by, step, position).double() for by in (-slack, slack))
-            bad = ~((low <= found) & (found <= high))
+            bad = ~((low <= stored) & (stored <= high))
             if bool(bad.any()):
                 return Check(
-                    len(origin.sample), _difference(bad, found, rounded(exact, step, position), row)
+                    len(origin.sample),
+                    _difference(bad, stored, rounded(exact, step, position), row),
                 )
         return Check(len(origin.sample))
 
@@ -113,29 +114,29 @@ class CodeCheck:
                 block,
                 block.abs().amax(1, keepdim=True) * SLACK[arithmetic(self.step)],
             )
-        found = decode_checked(record, origin.at(after, first, last)[1]).view(exact.shape)
-        if bool(((exact - found).abs() <= slack).all()) and torch.equal(
-            found, decode_checked(record, before).view(exact.shape)
+        stored = decode_checked(record, origin.at(after, first, last)[1]).view(exact.shape)
+        if bool(((exact - stored).abs() <= slack).all()) and torch.equal(
+            stored, decode_checked(record, before).view(exact.shape)
         ):
             return None  # what does not change keeps its bytes
-        wanted = self._encoded(record, before, exact, first)
-        for key, part in wanted.items():
+        expected = self._encoded(record, before, exact, first)
+        for key, part in expected.items():
             if part is before[key] and not torch.equal(part, origin.at(after, first, last)[1][key]):
                 return (
                     f"{shown(key)} is not the base's, though it does not depend on the weight's "
                     "values"
                 )
-        value = decode_checked(record, wanted).view(exact.shape)
+        value = decode_checked(record, expected).view(exact.shape)
         low, high = value - slack, value + slack
-        bad = ~((low <= found) & (found <= high))
+        bad = ~((low <= stored) & (stored <= high))
         if bool(bad.any()):  # of codes near a boundary: an encoder never swaps two values either
             for by in (-slack, slack):
                 beside = decode_checked(
                     record, self._encoded(record, before, exact + by, first)
                 ).view(exact.shape)
                 low, high = torch.minimum(low, beside - slack), torch.maximum(high, beside + slack)
-            bad = ~((low <= found) & (found <= high))
-        return _difference(bad, found, value, first) if bool(bad.any()) else None
+            bad = ~((low <= stored) & (stored <= high))
+        return _difference(bad, stored, value, first) if bool(bad.any()) else None
 
     def _encoded(
         self, record: QuantizedWeight, before: dict[str, Tensor], weight: Tensor, first: int
@@ -144,12 +145,12 @@ class CodeCheck:
         return record.encode_keeping_scales(before, weight.view(record.shape), draws)
 
 
-def _difference(bad: Tensor, found: Tensor, wanted: Tensor, row: int) -> str:
+def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> str:
     """The first of the bad values; `row`: of the first row in the tensor."""
     at, column = divmod(int(bad.flatten().nonzero()[0]), bad.shape[1])
     return (
-        f"row {row + at}, column {column}: {float(found[at, column])!r}, not "
-        f"{float(wanted[at, column])!r}"
+        f"row {row + at}, column {column}: {float(stored[at, column])!r}, not "
+        f"{float(expected[at, column])!r}"
     )
 
 
@@ -163,7 +164,7 @@ class _Source:
         self.height, self.width = step.grid if step.edits else (math.prod(shape[:-1]), shape[-1])
         self.chunk = max(1, CHUNK // max(self.width, 1))
         # the range that was decoded last
-        self.held: tuple[tuple[int, int], Tensor] = ((0, 0), torch.empty(0))
+        self.cached: tuple[tuple[int, int], Tensor] = ((0, 0), torch.empty(0))
         self.sample = sorted({0, self.height // 2, self.height - 1}) if math.prod(shape) else []
 
     @cached_property
@@ -208,12 +209,12 @@ class _Source:
         )
 
     def _decoded(self, first: int, last: int) -> Tensor:  # (last - first, width) float32
-        if self.held[0] != (first, last):
+        if self.cached[0] != (first, last):
             value = decode_checked(
                 *self.at(self.parts, first, last), hint="download the checkpoint again"
             )
-            self.held = (first, last), value.view(last - first, self.width)
-        return self.held[1]
+            self.cached = (first, last), value.view(last - first, self.width)
+        return self.cached[1]
 
     def rows(self, first: int, last: int) -> Tensor:
         if not isinstance(self.source, QuantizedWeight):

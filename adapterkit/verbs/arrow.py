@@ -1,4 +1,5 @@
-"""arrow: experts stacked once, with the prototypes that route tokens to them (Arrow, arXiv:2405.11157), as files."""
+"""arrow: experts stacked once, with the prototypes that route tokens to them (Arrow,
+arXiv:2405.11157), as files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,14 +56,17 @@ def arrow(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Stack adapters as the experts of an Arrow router: per module a (E, r, in), b (E, out, r), scale (E), prototype (E, in).
+    """Stack adapters as the experts of an Arrow router: per module a (E, r, in), b (E, out, r),
+    scale (E), prototype (E, in).
 
-    `out` holds `arrow.safetensors` (`<module>.a`, `.b`, `.scale`, `.prototype`, and `.expert`, the experts' numbers, where some
-    lack the module) and `arrow.json` (format, top_k, temperature, experts, general, sources). A prototype is the top right
-    singular vector of b@a, from the factors' small core in float64, written in float32: its element of largest magnitude is
-    positive; zero for an untrained expert. Smaller ranks are filled with zeros. `general` adapters are subtracted first, exactly
-    (the rank grows); the scale is then 1. `compat="peft"`: PEFT's power iteration (15 steps from `seed`) and its subtraction of
-    factor means. Routing takes the `top_k` largest |x·p| (default: 3, or as many as there are experts) and a softmax at
+    `out` holds `arrow.safetensors` (`<module>.a`, `.b`, `.scale`, `.prototype`, and `.expert`, the
+    experts' numbers, where some lack the module) and `arrow.json` (format, top_k, temperature,
+    experts, general, sources). A prototype is the top right singular vector of b@a, from the
+    factors' small core in float64, written in float32: its element of largest magnitude is
+    positive; zero for an untrained expert. Smaller ranks are filled with zeros. `general` adapters
+    are subtracted first, exactly (the rank grows); the scale is then 1. `compat="peft"`: PEFT's
+    power iteration (15 steps from `seed`) and its subtraction of factor means. Routing takes the
+    `top_k` largest |x·p| (default: 3, or as many as there are experts) and a softmax at
     `temperature`. Raises `Refused` before anything is written.
     """
     options = Options(top_k, temperature, compat, seed, dtype)
@@ -90,18 +94,25 @@ def plan_arrow(
             for number, (_, factors) in site.members.items()
             if number < len(experts)
         )
-        less = tuple(
+        general_factors = tuple(
             factors for number, (_, factors) in site.members.items() if number >= len(experts)
         )
         if not parts:
             continue
         if options.compat == "peft":
-            errors += _alike(name, parts, less, read)
+            errors += _check_ranks(name, parts, general_factors, read)
         dtype = dtypes.parse(options.dtype)
         seed = options.seed or 0
         tasks.append(
             StackedExperts(
-                name, parts, less, len(general), len(experts), options.compat, seed, dtype
+                name,
+                parts,
+                general_factors,
+                len(general),
+                len(experts),
+                options.compat,
+                seed,
+                dtype,
             )
         )
     refuse_all(errors)
@@ -175,23 +186,24 @@ def _check(options: Options, count: int) -> None:
 
 def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
     """What a router over linear layers cannot hold."""
-    odd = [
+    not_linear_modules = [
         lora.module
         for lora in adapter.loras
         if lora.kind != "module" or len(lora.a.shape) > 2 or lora.bias is not None
     ]
-    odd += [adapter.name] * bool(adapter.config.get("target_parameters")) + [
+    not_linear_modules += [adapter.name] * bool(adapter.config.get("target_parameters")) + [
         *held([adapter], {}, copies=False)
     ]
-    if not odd:
+    if not not_linear_modules:
         return []
-    found = (
-        f"{adapter.name} has more than factors of linear layers: {', '.join(map(shown, odd[:6]))}"
+    problem = (
+        f"{adapter.name} has more than factors of linear layers: "
+        f"{', '.join(map(shown, not_linear_modules[:6]))}"
     )
     hint = "train experts on linear layers alone"
     return [
         Refused(
-            found,
+            problem,
             expected="embeddings, convolutions, biases, stacks and trained values not among them",
             where="arrow",
             hint=hint,
@@ -199,14 +211,16 @@ def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
     ]
 
 
-def _alike(name: str, parts: tuple, less: tuple, read: Sequence[Adapter]) -> list[AdapterkitError]:
-    found = {factors.rank for _, factors in parts} | {factors.rank for factors in less}
-    if len(found) == 1:
+def _check_ranks(
+    name: str, parts: tuple, general_factors: tuple, read: Sequence[Adapter]
+) -> list[AdapterkitError]:
+    ranks = {factors.rank for _, factors in parts} | {factors.rank for factors in general_factors}
+    if len(ranks) == 1:
         return []
     expected = "one rank, as PEFT demands"
     return [
         Refused(
-            f"{shown(name)}: ranks {sorted(found)}",
+            f"{shown(name)}: ranks {sorted(ranks)}",
             expected=expected,
             where="--compat peft",
             hint="leave --compat out",

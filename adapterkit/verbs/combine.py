@@ -1,5 +1,6 @@
-"""combine: several adapters into one. How the deltas are put together (method), on what it acts (space: the deltas, or PEFT's
-factors) and how the result becomes factors again (refit: exact, a rank, a share of the energy) are three choices."""
+"""combine: several adapters into one. How the deltas are put together (method), on what it acts
+(space: the deltas, or PEFT's factors) and how the result becomes factors again (refit: exact, a
+rank, a share of the energy) are three choices."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,27 +86,34 @@ def combine(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), Δᵢ = scaleᵢ·bᵢ@aᵢ, written as factors of scale 1.
+    """Combine adapters into one: Δ' = method(w₁Δ₁, w₂Δ₂, ...), Δᵢ = scaleᵢ·bᵢ@aᵢ, written as
+    factors of scale 1.
 
-    Each adapter is a folder or a Hub id and may carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of a mapping
-    `{path: 0.7}`. `space="delta"`: the method acts on the deltas;
-    `"factors"`: on a and b apart, as PEFT's `add_weighted_adapter` does (sign and root of each weight on both, cross terms and
-    all). Refit: `rank`, or `energy` (the smallest rank of each module that keeps this share of the squared singular values); with
-    neither, methods on factors are exact (the ranks add up) and methods on elements keep the inputs' largest rank. `base` tells
-    parameters of `target_parameters` apart where the files, which name their nesting only, do not. Factors are
-    computed in float64 (dense deltas in float32), written in `dtype`. Raises `Refused` before anything is written.
+    Each adapter is a folder or a Hub id and may carry a weight: `PATH=0.7`, a pair `(path, 0.7)`,
+    or an item of a mapping `{path: 0.7}`. `space="delta"`: the method acts on the deltas;
+    `"factors"`: on a and b apart, as PEFT's `add_weighted_adapter` does (sign and root of each
+    weight on both, cross terms and all). Refit: `rank`, or `energy` (the smallest rank of each
+    module that keeps this share of the squared singular values); with neither, methods on factors
+    are exact (the ranks add up) and methods on elements keep the inputs' largest rank. `base` tells
+    parameters of `target_parameters` apart where the files, which name their nesting only, do not.
+    Factors are computed in float64 (dense deltas in float32), written in `dtype`. Raises `Refused`
+    before anything is written.
 
-    A DoRA's delta depends on the weights that it was trained on: with `base` it is m·(W + scale·b@a)/‖W + scale·b@a‖ - W, dense, so
-    that the result is a plain LoRA of a rank that has to be given; without, DoRA is refused. Values that were trained whole
-    (modules_to_save, token rows, biases) are taken from the one adapter of weight 1 that has them; several adapters' are averaged
-    where the method is a weighted sum (linear, mean, ema) whose shares among them add up to 1, else refused unless they are equal.
+    A DoRA's delta depends on the weights that it was trained on: with `base` it is
+    m·(W + scale·b@a)/‖W + scale·b@a‖ - W, dense, so that the result is a plain LoRA of a rank that
+    has to be given; without, DoRA is refused. Values that were trained whole (modules_to_save,
+    token rows, biases) are taken from the one adapter of weight 1 that has them; several adapters'
+    are averaged where the method is a weighted sum (linear, mean, ema) whose shares among them add
+    up to 1, else refused unless they are equal.
 
-    An adapter of weight 0 takes no part in delta space: weights (1, 0) give the first one's delta by every method. Of slerp the
-    weights say where on the arc the result lies, and how long it is.
+    An adapter of weight 0 takes no part in delta space: weights (1, 0) give the first one's delta
+    by every method. Of slerp the weights say where on the arc the result lies, and how long it is.
 
-    A tokenizer beside the adapters is copied, and refused where they differ in what makes tokens; `tokenizer="base"` copies none.
+    A tokenizer beside the adapters is copied, and refused where they differ in what makes tokens;
+    `tokenizer="base"` copies none.
 
-    Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack are right.
+    Unlike PEFT: rsLoRA scales, differing ranks and patterns, and modules that some adapters lack
+    are right.
     """
     rules, more = tuple(weight_for), tuple((settings or {}).items())
     options = Options(
@@ -133,7 +141,7 @@ def plan_combine(
     sources: list[tuple[Folder, float]], options: Options, base: Folder | None = None
 ) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
-    method, refit = _settled(options)
+    method, refit = _resolve_method(options)
     if len(sources) < 2 and not (sources and (options.rank or options.energy)):
         raise Refused(
             f"{len(sources)} adapters",
@@ -142,8 +150,8 @@ def plan_combine(
             hint="name the adapters",
         )
     adapters = read_all([folder for folder, _ in sources])
-    given = [weight for _, weight in sources]
-    equal = [1.0] * len(given)
+    given_weights = [weight for _, weight in sources]
+    equal = [1.0] * len(given_weights)
     if options.weight_for and method.resolve_weights(equal) != equal:
         raise Refused(
             "--weight-for and an option that says the weights",
@@ -151,8 +159,8 @@ def plan_combine(
             where="options",
             hint="leave out one of them",
         )
-    given = method.resolve_weights(given)
-    weights = AdapterWeights(given, options.weight_for)
+    given_weights = method.resolve_weights(given_weights)
+    weights = AdapterWeights(given_weights, options.weight_for)
     doras, notes = [adapter for adapter in adapters if adapter.config.get("use_dora")], []
     if base is not None and doras:
         model = open_checkpoint(base, len(adapters))
@@ -170,8 +178,8 @@ def plan_combine(
     for name, site in joined.items():
         try:
             parts = tuple(
-                _part(number, *found, weights, decomposed.get(number))
-                for number, found in site.members.items()
+                _part(number, *member, weights, decomposed.get(number))
+                for number, member in site.members.items()
             )
             parts = _with_a_share(parts, options.space)
             method.check_weights([part.weight for part in parts])
@@ -205,12 +213,12 @@ def plan_combine(
             hint="check the adapters",
         )
     receipt_options = {k: v for k, v in vars(options).items() if v not in (None, (), False)} | {
-        "weights": given
+        "weights": given_weights
     }
     decisions = {
         "adapters": [
             {"name": a.name, "weight": w, "modules": len(a.loras)}
-            for a, w in zip(adapters, given, strict=True)
+            for a, w in zip(adapters, given_weights, strict=True)
         ]
     }
     settings = (
@@ -219,7 +227,8 @@ def plan_combine(
         | {"lora_bias": bool(biases)}
     )
     summary = (
-        f"{options.method} in {options.space} space, weights {', '.join(f'{w:g}' for w in given)}"
+        f"{options.method} in {options.space} space, weights "
+        f"{', '.join(f'{w:g}' for w in given_weights)}"
     )
     everything = [*tasks, *biases, *whole]
     output = adapter_output.Output(
@@ -236,9 +245,11 @@ def plan_combine(
 
 
 def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:
-    """Those whose weight is not 0, if there are any: weights (1, 0) give the first adapter's delta by every method.
+    """Those whose weight is not 0, if there are any: weights (1, 0) give the first adapter's delta
+    by every method.
 
-    Not in factor space, where all is as PEFT does it: there the signs of such an adapter have their say.
+    Not in factor space, where all is as PEFT does it: there the signs of such an adapter have their
+    say.
     """
     used = tuple(part for part in parts if part.weight)
     return used if used and space == "delta" else parts
@@ -265,24 +276,27 @@ def _part(
     )
 
 
-def _settled(options: Options) -> tuple[Method, Refit]:
+def _resolve_method(options: Options) -> tuple[Method, Refit]:
     """The method's record and the refit; `Refused` for options that do not fit."""
     adapter_output.check_refit(options.rank, options.energy)
     method, default = ALIASES.get(options.method, (options.method, None))
-    given = {"density": options.density, "majority": options.majority} | dict(options.settings)
-    record = cast(Method, create("combinations", method, given))
+    given_weights = {"density": options.density, "majority": options.majority} | dict(
+        options.settings
+    )
+    record = cast(Method, create("combinations", method, given_weights))
     dense = record.acts_on == "elements"
     if options.space == "factors" and (options.rank or options.energy or options.method in ALIASES):
         raise Refused(
-            f"--space factors with {options.method if options.method in ALIASES else '--rank or --energy'}",
+            "--space factors with "
+            f"{options.method if options.method in ALIASES else '--rank or --energy'}",
             expected="a method alone: there the ranks stay as they are",
             where="options",
             hint="leave out --space factors",
         )
     if options.space == "factors" and not dense and method != "linear":
-        found = f"--space factors with {method}, which is not defined on a and b apart"
+        problem = f"--space factors with {method}, which is not defined on a and b apart"
         raise Refused(
-            found,
+            problem,
             expected="linear, or a method on elements",
             where="options",
             hint="leave out --space factors",
@@ -295,7 +309,7 @@ def _settled(options: Options) -> tuple[Method, Refit]:
 def _fit(
     name: str, parts: tuple[Part, ...], adapters: Sequence[Adapter], options: Options, refit: Refit
 ) -> list[AdapterkitError]:
-    found = {part.factors.rank for part in parts}
+    ranks = {part.factors.rank for part in parts}
     doras = [adapters[part.number].name for part in parts if part.dora]
     if doras and (options.space == "factors" or refit.exact):
         how = "--space factors" if options.space == "factors" else "an exact result"
@@ -311,12 +325,12 @@ def _fit(
                 hint=hint,
             )
         ]
-    if options.space == "factors" and len(found) > 1:
-        ranks = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
+    if options.space == "factors" and len(ranks) > 1:
+        listing = ", ".join(f"{adapters[p.number].name} {p.factors.rank}" for p in parts)
         hint = "use --space delta"
         return [
             Refused(
-                f"{shown(name)}: ranks {ranks}",
+                f"{shown(name)}: ranks {listing}",
                 expected="one rank in --space factors",
                 where="adapters",
                 hint=hint,
@@ -331,7 +345,8 @@ def _biases(
     options: Options,
     errors: list[AdapterkitError],
 ) -> list[common.SummedTensor]:
-    """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of them."""
+    """The biases that LoRAs add; they follow the weights, so only `linear` says what becomes of
+    them."""
     tasks = adapter_output.sum_biases(joined, weights.of, dtypes.parse(options.dtype), errors)
     if tasks and (
         ALIASES.get(options.method, (options.method,))[0] != "linear" or options.space != "delta"

@@ -70,20 +70,20 @@ def plan_dequantize(
             where=folder.name,
             hint="use it as it is",
         )
-    wanted = dtypes.parse(dtype) if dtype else None
+    target_dtype = dtypes.parse(dtype) if dtype else None
     steps: dict[str, list[Step]] = {name: [] for name in original.shards}
     for key, spec in base.tensors.items():
         steps[spec.file].append(
             Step(
                 key,
-                (wanted or spec.dtype) if isinstance(spec, QuantizedWeight) else spec.dtype,
+                (target_dtype or spec.dtype) if isinstance(spec, QuantizedWeight) else spec.dtype,
                 spec.shape,
                 spec,
             )
         )
     config = dict(base.config)
-    if wanted and "config.json" in original.files:
-        config["dtype"] = dtypes.CONFIG_NAME[wanted]
+    if target_dtype and "config.json" in original.files:
+        config["dtype"] = dtypes.CONFIG_NAME[target_dtype]
         config.pop("torch_dtype", None)
     if max_shard_size:
         shards = plan_shards_of_size(
@@ -121,11 +121,11 @@ def _plan_gguf(
     """Everything that is done to a GGUF file: every parameter decoded, put into its layout, rounded
     once."""
     model = open_gguf(folder, name)
-    base, wanted = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
-    width = lambda key: "F32" if loads_in_float32(model.model, key, wanted) else wanted
+    base, target_dtype = model.checkpoint, dtypes.parse(dtype) if dtype else model.dtype
+    width = lambda key: "F32" if loads_in_float32(model.model, key, target_dtype) else target_dtype
     steps = [Step(key, width(key), spec.shape, spec) for key, spec in base.tensors.items()]
     shards = plan_shards_of_size(steps, parse_size("max_shard_size", max_shard_size or SHARD_SIZE))
-    config = base.config | {"dtype": dtypes.CONFIG_NAME[wanted]}
+    config = base.config | {"dtype": dtypes.CONFIG_NAME[target_dtype]}
     files = (
         model_files(base, config, shards, model_card(base, "decoded to floats"))
         | model.texts

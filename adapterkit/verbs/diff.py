@@ -62,10 +62,10 @@ def diff(
     """
     folders = (open_source(a), open_source(b))
     adapters = are_adapters(folders)
-    found = match_adapters(folders) if adapters else match_checkpoints(folders)
+    matches = match_adapters(folders) if adapters else match_checkpoints(folders)
     default = ADAPTER_ENERGY if adapters else ENERGY
     results = measure(
-        found, folders, default if rank_for_energy is None else rank_for_energy, progress
+        matches, folders, default if rank_for_energy is None else rank_for_energy, progress
     )
     for result in results:
         error = result.row.get("relative_error")
@@ -80,9 +80,9 @@ def diff(
     totals = {"compared": len(results)} | {state: states.count(state) for state in STATES}
     differs = (
         states.count("changed")
-        or found.added
-        or found.removed
-        or any(row["decides"] for row in found.config)
+        or matches.added
+        or matches.removed
+        or any(row["decides"] for row in matches.config)
     )
     return {
         "diff": VERSION,
@@ -91,13 +91,13 @@ def diff(
         "b": folders[1].origin,
         "tolerance": tolerance,
         "same": not differs,
-        "totals": totals | {"added": len(found.added), "removed": len(found.removed)},
+        "totals": totals | {"added": len(matches.added), "removed": len(matches.removed)},
         "change": _whole_change(results),
         "changed": [result.row for result in results if result.state == "changed"],
-        "added": found.added,
-        "removed": found.removed,
-        "config": found.config,
-        "notes": found.notes,
+        "added": matches.added,
+        "removed": matches.removed,
+        "config": matches.config,
+        "notes": matches.notes,
     }
 
 

@@ -1,4 +1,5 @@
-"""extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints' difference."""
+"""extract: the adapter that leads from a base to a fine-tune of it, from the two checkpoints'
+difference."""
 
 from dataclasses import replace
 from functools import partial
@@ -45,21 +46,26 @@ def extract(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Extract the adapter between two checkpoints: b@a is the best approximation of W_tuned - W_base of its rank, weight by weight.
+    """Extract the adapter between two checkpoints: b@a is the best approximation of
+    W_tuned - W_base of its rank, weight by weight.
 
-    Linear layers, convolutions, routers and stacks of experts get factors (one of `rank`, `energy`, `sv_ratio`, `max_size`, as in
-    `resize`; with `max_size` none gets more than 8 times the even rank), by a truncated SVD in float32. A stack has one rank, the
-    largest that one of its experts needs; stacks, routers and other matrices that are no layer's stand in the config as
-    target_parameters. What has no low rank and differs (embeddings, norms, biases, heads of one side) is saved whole
-    (`rest="save"`), left out (`"drop"`), or a reason to refuse (`"refuse"`). A weight whose two values differ by the rounding of
-    one side's dtype alone is unchanged. `include`, `exclude`: regexes on modules. Both sides may be sharded and stored differently;
-    names are those of the loaded model. The receipt has each weight's relative error. Raises `Refused` before anything is written:
-    also for shapes that differ, the vocabulary's apart. What was written is read back, and a merge of it planned, before it gets
-    its name.
+    Linear layers, convolutions, routers and stacks of experts get factors (one of `rank`, `energy`,
+    `sv_ratio`, `max_size`, as in `resize`; with `max_size` none gets more than 8 times the even
+    rank), by a truncated SVD in float32. A stack has one rank, the largest that one of its experts
+    needs; stacks, routers and other matrices that are no layer's stand in the config as
+    target_parameters. What has no low rank and differs (embeddings, norms, biases, heads of one
+    side) is saved whole (`rest="save"`), left out (`"drop"`), or a reason to refuse (`"refuse"`). A
+    weight whose two values differ by the rounding of one side's dtype alone is unchanged.
+    `include`, `exclude`: regexes on modules. Both sides may be sharded and stored differently;
+    names are those of the loaded model. The receipt has each weight's relative error. Raises
+    `Refused` before anything is written: also for shapes that differ, the vocabulary's apart. What
+    was written is read back, and a merge of it planned, before it gets its name.
 
-    Saved whole means: a module without children in modules_to_save; a layer's bias with `bias="lora_only"`; and a single parameter
-    that no module can stand for (ViT's cls_token, Mamba's A_log and D, a tied embedding) under its own key, its name beside the
-    modules of modules_to_save. PEFT loads such a value into the model itself, as it does biases: `disable_adapter` leaves it there.
+    Saved whole means: a module without children in modules_to_save; a layer's bias with
+    `bias="lora_only"`; and a single parameter that no module can stand for (ViT's cls_token,
+    Mamba's A_log and D, a tied embedding) under its own key, its name beside the modules of
+    modules_to_save. PEFT loads such a value into the model itself, as it does biases:
+    `disable_adapter` leaves it there.
     """
     options = Options(Truncation(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
     source = open_model(base)
@@ -70,8 +76,8 @@ def extract(
 
 
 def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
-    """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets no factors, to see if it
-    differs."""
+    """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets
+    no factors, to see if it differs."""
     check_truncation(options.truncation)
     sides = open_checkpoint(base, 0), open_checkpoint(tuned, 1)
     for side in sides:

@@ -1,4 +1,5 @@
-"""init: an adapter that starts from its base's weights, and the base that is left without that part."""
+"""init: an adapter that starts from its base's weights, and the base that is left without that
+part."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -73,16 +74,20 @@ def init(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Initialise an adapter from its base's weights: `OUT/adapter` holds scale·b@a, `OUT/base` the rest, W - scale·b@a.
+    """Initialise an adapter from its base's weights: `OUT/adapter` holds scale·b@a, `OUT/base` the
+    rest, W - scale·b@a.
 
-    `method`: pissa (the principal part of each weight, arXiv:2404.02948). `targets`: which modules, `all-linear`, ends of their
-    names with commas between, or a regex (default: all linear layers but the output). scale is alpha / rank (alpha / √rank with
-    `rslora`); alpha is the rank by default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written quantized
-    (QPiSSA), and the receipt has each weight's relative error beside that of plain quantization; weights without factors are
-    quantized plainly, those that `skip` matches not at all. Load the adapter on `OUT/base`; to have it on the original afterwards:
-    `adapterkit rebase TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
+    `method`: pissa (the principal part of each weight, arXiv:2404.02948). `targets`: which modules,
+    `all-linear`, ends of their names with commas between, or a regex (default: all linear layers
+    but the output). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
+    default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written quantized
+    (QPiSSA), and the receipt has each weight's relative error beside that of plain quantization;
+    weights without factors are quantized plainly, those that `skip` matches not at all. Load the
+    adapter on `OUT/base`; to have it on the original afterwards: `adapterkit rebase TRAINED
+    --initial OUT/adapter`. Raises `Refused` before anything is written.
 
-    Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes PEFT change a base again.
+    Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes
+    PEFT change a base again.
     """
     options = Options(
         method, rank, alpha, rslora, targets, skip, quantize, block_size, double_quant, dtype
@@ -96,21 +101,25 @@ def plan_init(folder: Folder, options: Options) -> Plan:
     """Everything an initialisation will do, or `Refused`."""
     method: Any = create("inits", options.method, {})
     if not options.quantize:
-        given = [
-            f"--{key.replace('_', '-')}" for key, value in _chosen_options(options).items() if value
+        extra_options = [
+            f"--{key.replace('_', '-')}"
+            for key, value in _quantization_options(options).items()
+            if value
         ]
-        if given:
-            found, hint = (
-                f"{', '.join(given)} without --quantize",
+        if extra_options:
+            problem, hint = (
+                f"{', '.join(extra_options)} without --quantize",
                 "choose modules with --targets, or give --quantize nf4",
             )
-            raise Refused(found, expected="--quantize FORMAT", where="options", hint=hint)
+            raise Refused(problem, expected="--quantize FORMAT", where="options", hint=hint)
     base = open_checkpoint(folder)
     check_not_quantized(base)
-    quantization = plan_quantization(base, {"to": options.quantize, **_chosen_options(options)})
+    quantization = plan_quantization(
+        base, {"to": options.quantize, **_quantization_options(options)}
+    )
     tasks: dict[str, Task] = {}
     factors: list[Task] = []
-    for name in _targeted(quantization, options.targets):
+    for name in _target_modules(quantization, options.targets):
         key = quantization.linear[name]
         weight = quantization.weights[key]
         packed = quantization.quantized.get(key)
@@ -132,26 +141,26 @@ def plan_init(folder: Folder, options: Options) -> Plan:
     return _plan(base, quantization, tasks, factors, options)
 
 
-def _targeted(quantization: QuantizationPlan, targets: str | None) -> list[str]:
+def _target_modules(quantization: QuantizationPlan, targets: str | None) -> list[str]:
     """The modules that get factors; `Refused` if the weight of one cannot be changed."""
     usable = wrappable(
         quantization.names, [*quantization.linear, *quantization.problems], quantization.notes
     )
     if targets is None:
-        found = [name for name in usable if name not in quantization.excluded]
+        modules = [name for name in usable if name not in quantization.excluded]
     else:
-        lacking = "tied, left alone by --skip or passed by in PEFT, or not in the file"
-        found, notes = targeted(targets, usable, quantization.model, lacking)
+        missing_because = "tied, left alone by --skip or passed by in PEFT, or not in the file"
+        modules, notes = targeted(targets, usable, quantization.model, missing_because)
         quantization.notes.extend(notes)
-    refuse_all([quantization.problems[name] for name in found if name in quantization.problems])
-    if not found:
+    refuse_all([quantization.problems[name] for name in modules if name in quantization.problems])
+    if not modules:
         raise Refused(
             "no linear layer",
             expected="one or more",
             where=quantization.base.name,
             hint="check --skip",
         )
-    return found
+    return modules
 
 
 def _plan(
@@ -173,8 +182,8 @@ def _plan(
         "adapter",
     )
     notes = list(quantization.notes)
-    said = f"without the part that {options.method} took into the adapter beside it"
-    files = model.files(said) | adapter.files(notes)
+    summary = f"without the part that {options.method} took into the adapter beside it"
+    files = model.files(summary) | adapter.files(notes)
     receipt_options = {key: value for key, value in vars(options).items() if value}
     headers = header_hashes({0: base}, configs=(0,))
     decisions = {"modules": len(factors)} | (
@@ -194,7 +203,7 @@ def _plan(
     )
 
 
-def _chosen_options(options: Options) -> dict[str, Any]:
+def _quantization_options(options: Options) -> dict[str, Any]:
     return {
         "block_size": options.block_size,
         "double_quant": options.double_quant,

@@ -1,4 +1,5 @@
-"""inspect: what a checkpoint or an adapter holds, from headers and JSON, and on request from the factors."""
+"""inspect: what a checkpoint or an adapter holds, from headers and JSON, and on request from the
+factors."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ def inspect(
     plot: StrPath | None = None,
     progress: "Progress" = lambda done: None,
 ) -> dict[str, Any]:
-    """What a base, an adapter or a .safetensors file holds, and what is wrong with it; a dict that `--json` prints as it is.
+    """What a base, an adapter or a .safetensors file holds, and what is wrong with it; a dict that
+    `--json` prints as it is.
 
     Of every kind:
       inspect       1, the version of this schema
@@ -39,25 +41,32 @@ def inspect(
       dtypes        {dtype: {tensors, parameters, bytes}}
       shards        [{file, bytes, tensors}]; tensors null where the header cannot be read
       architecture  {classes, model_type} from config.json, or null
-      tied          {config, head_stored}: tie_word_embeddings (null: not said) and whether a head is stored; null unless a base
+      tied          {config, head_stored}: tie_word_embeddings (null: not said) and whether a head
+                    is stored; null unless a base
       quantization  {found, config}, or null
       readable      whether all files are there and could be read
       problems      [{found, expected, where, do}]
-      modules       a LoRA's modules, else [] (of other types of adapters the config and the header are told)
+      modules       a LoRA's modules, else [] (of other types of adapters the config and the header
+                    are told)
     Of an adapter:
       format, peft_type, base, revision, task_type, peft_version
-      flags         {rslora, dora, lora_bias, bias, init, ensure_weight_tying, layer_replication, target_parameters}
+      flags         {rslora, dora, lora_bias, bias, init, ensure_weight_tying, layer_replication,
+                    target_parameters}
       modules_to_save, replaced (parameters that are replaced as a whole), tokens [{module, rows}]
-      groups        [{modules, count, kind, rank, alpha, scale}], modules by their last component and equal values
+      groups        [{modules, count, kind, rank, alpha, scale}], modules by their last component
+                    and equal values
       statistics    whether the factors were read
-    Of a module: module, kind ("module" or "embedding"), depth (wrapper levels inside it), parameter (known with `base`), experts,
-    rank, alpha, scale, trained (b is not zero), norm (Frobenius, of scale * b @ a; of a stack over all experts; without DoRA's
-    rescaling), effective_rank (exp of the entropy of the normalised squared singular values of b @ a, 0 for zero; of a stack the
-    mean over experts that are not zero), relative (norm by the base weight's norm, with `base`). What is not known is null.
+    Of a module: module, kind ("module" or "embedding"), depth (wrapper levels inside it), parameter
+    (known with `base`), experts, rank, alpha, scale, trained (b is not zero), norm (Frobenius, of
+    scale * b @ a; of a stack over all experts; without DoRA's rescaling), effective_rank (exp of
+    the entropy of the normalised squared singular values of b @ a, 0 for zero; of a stack the mean
+    over experts that are not zero), relative (norm by the base weight's norm, with `base`). What is
+    not known is null.
 
-    Weights on the Hub are not read unless `download` is given, and with `headers` no factors are read anywhere: of an adapter with
-    tens of thousands of modules they take minutes. `plot` draws the norms, relative ones with `base`, into a PNG file.
-    Raises `Refused` where there is nothing to inspect or an option does not apply.
+    Weights on the Hub are not read unless `download` is given, and with `headers` no factors are
+    read anywhere: of an adapter with tens of thousands of modules they take minutes. `plot` draws
+    the norms, relative ones with `base`, into a PNG file. Raises `Refused` where there is nothing
+    to inspect or an option does not apply.
     """
     if plot is not None:
         pictures.check_plot(Path(plot))
@@ -85,16 +94,16 @@ def inspect(
 
 
 def _refuse_options(
-    folder: Folder, found: str, base: object, plot: object, download: bool = False
+    folder: Folder, problem: str, base: object, plot: object, download: bool = False
 ) -> None:
     """`Refused` where factors are asked about that there are not, or that are not read."""
     options = {"--base": base, "--plot": plot, "--download": download or None}
-    given = " and ".join(name for name, value in options.items() if value is not None)
-    if given:
-        hint = f"leave {given} out" + (", or give --download" if "download" in found else "")
+    names = " and ".join(name for name, value in options.items() if value is not None)
+    if names:
+        hint = f"leave {names} out" + (", or give --download" if "download" in problem else "")
         raise Refused(
-            found,
-            expected=f"an adapter whose factors are read, for {given}",
+            problem,
+            expected=f"an adapter whose factors are read, for {names}",
             where=folder.name,
             hint=hint,
         )

@@ -1,4 +1,5 @@
-"""loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ, arXiv:2310.08659)."""
+"""loftq: a quantized base and the adapter that makes up for what quantization loses (LoftQ,
+arXiv:2310.08659)."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +66,7 @@ class Options:
     @property
     def exceptions(self) -> list[tuple[Callable[[str], bool], str]]:
         """Which modules have other bits, the last that says so first: `RE=BITS`."""
-        found = []
+        rules = []
         for text in reversed(self.bits_for):
             regex, _, bits = text.rpartition("=")
             if not regex or bits not in map(str, MIXED):
@@ -75,8 +76,8 @@ class Options:
                     where="options",
                     hint="give a regex and bits",
                 )
-            found.append((matcher(regex, "--bits-for"), MIXED[int(bits)]))
-        return found
+            rules.append((matcher(regex, "--bits-for"), MIXED[int(bits)]))
+        return rules
 
     @property
     def scale(self) -> float:
@@ -113,25 +114,29 @@ def loftq(
 ) -> Receipt | Plan:
     """Initialise a quantized base and an adapter together: W ≈ Q + scale·b@a, weight by weight.
 
-    Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all rounds, plain quantization
-    included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept. `OUT/base` is the packed base (`bits` 4: nf4, with
-    `double_quant`; 8: int8), which transformers loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `RE=BITS`,
-    other bits for some modules, of several that match the last; bitsandbytes has one width for a model, so the base is then
-    compressed-tensors' (w4a16, w8a16). `targets`: which modules get factors, `all-linear`, ends of their
-    names with commas between, or a regex (default: all that are quantized). scale is
-    alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. The receipt has each module's relative error before
-    and after. Raises `Refused` before anything is written.
+    Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all
+    rounds, plain quantization included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept.
+    `OUT/base` is the packed base (`bits` 4: nf4, with `double_quant`; 8: int8), which transformers
+    loads as it is, `OUT/adapter` the adapter for it. `bits_for`: texts `RE=BITS`, other bits for
+    some modules, of several that match the last; bitsandbytes has one width for a model, so the
+    base is then compressed-tensors' (w4a16, w8a16). `targets`: which modules get factors,
+    `all-linear`, ends of their names with commas between, or a regex (default: all that are
+    quantized). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default.
+    The receipt has each module's relative error before and after. Raises `Refused` before anything
+    is written.
 
-    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each module that gets factors saw (CorDA's, unscaled or
-    scaled); then errors are those of its outputs, ‖(W - Q - scale·b@a) C^½‖_F, in the choice of the factors, of the round and in
-    the receipt; `damping` is what was added to C, relative to its diagonal's mean.
+    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each module that gets
+    factors saw (CorDA's, unscaled or scaled); then errors are those of its outputs,
+    ‖(W - Q - scale·b@a) C^½‖_F, in the choice of the factors, of the round and in the receipt;
+    `damping` is what was added to C, relative to its diagonal's mean.
 
-    With `quantized`, a quantized checkpoint of the same base, that one is kept, and `OUT` is the adapter alone, from one step on
-    W - decode(Q). There `accept(module, a, b)` is asked of each module in turn, in the order of the file, whether its factors are
-    kept; where not, b becomes zero.
+    With `quantized`, a quantized checkpoint of the same base, that one is kept, and `OUT` is the
+    adapter alone, from one step on W - decode(Q). There `accept(module, a, b)` is asked of each
+    module in turn, in the order of the file, whether its factors are kept; where not, b becomes
+    zero.
 
-    Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the base is written packed, and the
-    best round is kept, not the last.
+    Unlike PEFT: the scale is respected (PEFT leaves it out, so that only scale 1 is right), the
+    base is written packed, and the best round is kept, not the last.
     """
     options = Options(
         rank,
@@ -168,10 +173,10 @@ def plan_loftq(
         open_checkpoint(other, number)
         for number, other in enumerate((o for o in (quantized, stats) if o is not None), 1)
     ]
-    seen = others[-1] if stats is not None else None
+    stats_checkpoint = others[-1] if stats is not None else None
     if quantized is not None:
         notes: list[str] = []
-        output, decisions = _for_kept(base, others[0], seen, options, notes)
+        output, decisions = _plan_fixed_base(base, others[0], stats_checkpoint, options, notes)
         output = (
             output
             if accept is None
@@ -179,7 +184,7 @@ def plan_loftq(
         )
         shards, files = (output.shard(),), output.files(notes)
     else:
-        shards, files, notes, decisions = _both(base, seen, options)
+        shards, files, notes, decisions = _plan_base_and_adapter(base, stats_checkpoint, options)
     inputs = (base, *others)
     headers = header_hashes(dict(enumerate(inputs)), configs=(0,))
     folders = tuple(one.folder for one in inputs)
@@ -190,17 +195,18 @@ def plan_loftq(
     )  # fmt: skip
 
 
-def _both(
+def _plan_base_and_adapter(
     base: Checkpoint, stats: Checkpoint | None, options: Options
 ) -> tuple[tuple[Computed, ...], dict[str, Any], list[str], dict[str, Any]]:
-    """The files of the packed base and of the adapter beside it: computed ones, others, notes, and metrics of the plan."""
-    said = {
+    """The files of the packed base and of the adapter beside it: computed ones, others, notes, and
+    metrics of the plan."""
+    format_options = {
         "block_size": options.block_size,
         "double_quant": options.double_quant,
         "skip": options.skip,
     }
     to, exceptions = options.formats[options.bits], options.exceptions
-    quantization = plan_quantization(base, {"to": to, **said}, exceptions)
+    quantization = plan_quantization(base, {"to": to, **format_options}, exceptions)
     for (matches, _), text in zip(exceptions, reversed(options.bits_for), strict=True):
         if not any(map(matches, quantization.modules)):
             raise Refused(
@@ -217,10 +223,10 @@ def _both(
         if quantization.modules[name].key in quantization.weights
     }
     if options.targets is not None:
-        found, notes = targeted(
+        matching, notes = targeted(
             options.targets, list(modules.values()), quantization.model, NOT_QUANTISED
         )
-        modules = {key: name for key, name in modules.items() if name in found}
+        modules = {key: name for key, name in modules.items() if name in matching}
         quantization.notes.extend(notes)
     selected = select_covariances(
         stats, {name: quantization.weights[key].shape[1] for key, name in modules.items()}
@@ -264,13 +270,13 @@ def _both(
 def _modules(names: Names, packed: Collection[str]) -> dict[str, str]:
     """The modules of the loaded model whose weights are stored under these keys."""
     known = {} if names.model is None else names.model.parameters
-    found = {
+    module_of = {
         p.slots[0].key: name for name, p in known.items() if len(p.slots) == 1 and not p.is_alias
     }
-    return {key: found.get(key, key).removesuffix(".weight") for key in packed}
+    return {key: module_of.get(key, key).removesuffix(".weight") for key in packed}
 
 
-def _for_kept(
+def _plan_fixed_base(
     base: Checkpoint,
     quantized: Checkpoint,
     stats: Checkpoint | None,
@@ -288,17 +294,20 @@ def _for_kept(
     modules = {key: name for key, name in modules.items() if name in usable}
     if options.targets is not None:
         model = names.model.model if names.model is not None else None
-        found, more = targeted(options.targets, list(modules.values()), model, NOT_QUANTISED)
-        modules = {key: name for key, name in modules.items() if name in found}
+        matching, more = targeted(options.targets, list(modules.values()), model, NOT_QUANTISED)
+        modules = {key: name for key, name in modules.items() if name in matching}
         notes += more
     for key, name in modules.items():
         spec = packed[key]
         original = base.tensors.get(key)
         if original is None or original.shape != spec.shape or original.dtype not in dtypes.FLOATS:
-            found = f"{shown(key)}: {spec.shape} quantized, {original.shape if original else 'nothing'} in {base.name}"
+            found = (
+                f"{shown(key)}: {spec.shape} quantized, "
+                f"{original.shape if original else 'nothing'} in {base.name}"
+            )
             hint = "give the original that it was quantized from"
             errors.append(
-                Refused(found, expected="the same weights", where=quantized.name, hint=hint)
+                Refused(problem, expected="the same weights", where=quantized.name, hint=hint)
             )
             continue
         transposed = names.transposed(name)
@@ -330,15 +339,15 @@ def _for_kept(
     return adapter_of(base, factors, scaling, SUMMARY), {"modules": len(factors)}
 
 
-def _check(options: Options, kept: bool, asked: bool) -> None:
-    if asked and not kept:
+def _check(options: Options, fixed_base: bool, has_callback: bool) -> None:
+    if has_callback and not fixed_base:
         raise Refused(
             "accept without quantized",
             expected="both",
             where="options",
             hint="give quantized, or remove accept",
         )
-    if options.bits_for and kept:
+    if options.bits_for and fixed_base:
         raise Refused(
             "--bits-for with --quantized",
             expected="one of them",
@@ -346,8 +355,8 @@ def _check(options: Options, kept: bool, asked: bool) -> None:
             hint="leave one out",
         )
     if options.bits == 8 and not options.bits_for and (options.double_quant or options.block_size):
-        found = "--double-quant or --block-size with --bits 8"
-        raise Refused(found, expected="--bits 4", where="options", hint="leave it out")
+        problem = "--double-quant or --block-size with --bits 8"
+        raise Refused(problem, expected="--bits 4", where="options", hint="leave it out")
 
 
 def _warnings(metrics: dict[str, dict]) -> list[str]:
@@ -363,5 +372,8 @@ def _warnings(metrics: dict[str, dict]) -> list[str]:
     if not worse:
         return []
     return [
-        f"WARNING: no round of {len(worse)} modules was better than plain quantization, e.g. {', '.join(worse[:3])}"
+        (
+            f"WARNING: no round of {len(worse)} modules was better than plain quantization, e.g. "
+            f"{', '.join(worse[:3])}"
+        )
     ]

@@ -42,22 +42,27 @@ def merge(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a), each weight rounded once.
+    """Merge adapters into a base checkpoint: W' = round(W + Σ weight·scale·b@a), each weight
+    rounded once.
 
-    `base` and each adapter are a folder or a Hub id; an adapter may carry a weight: `PATH=0.7`, a pair `(path, 0.7)`, or an item of
-    a mapping `{path: 0.7}`. Writes the folder `out`: a complete checkpoint in the base's own layout with a receipt
-    (`adapterkit.json`). Arithmetic is float32, float64 for weights that are written in float32. Returns the receipt, or with
-    `dry_run` the plan. Raises `Refused` before anything is written and `Failed` after; see the errors' texts for the way out.
+    `base` and each adapter are a folder or a Hub id; an adapter may carry a weight: `PATH=0.7`, a
+    pair `(path, 0.7)`, or an item of a mapping `{path: 0.7}`. Writes the folder `out`: a complete
+    checkpoint in the base's own layout with a receipt (`adapterkit.json`). Arithmetic is float32,
+    float64 for weights that are written in float32. Returns the receipt, or with `dry_run` the
+    plan. Raises `Refused` before anything is written and `Failed` after; see the errors' texts for
+    the way out.
 
-    `rounding="stochastic"` rounds changed weights up or down at random, so that on average the whole delta stays, where nearest
-    swallows what is below half a step; the draws depend on `seed`, the tensor and the element alone.
+    `rounding="stochastic"` rounds changed weights up or down at random, so that on average the
+    whole delta stays, where nearest swallows what is below half a step; the draws depend on `seed`,
+    the tensor and the element alone.
 
-    The copies of the base's embeddings that PEFT stores beside their factors are compared with the base: equal ones change nothing,
-    others are refused unless `base_copies` says which counts, "ignore" (the base's own weight) or "adapter" (the copy, as in PEFT).
+    The copies of the base's embeddings that PEFT stores beside their factors are compared with the
+    base: equal ones change nothing, others are refused unless `base_copies` says which counts,
+    "ignore" (the base's own weight) or "adapter" (the copy, as in PEFT).
 
-    Unlike PEFT's `merge_and_unload` several adapters are added before the one rounding, tied embeddings that only one side changes
-    are untied, attention's `out_proj` gets its delta once, and anything unknown is an error; `compat="peft"` keeps PEFT's roundings
-    and order.
+    Unlike PEFT's `merge_and_unload` several adapters are added before the one rounding, tied
+    embeddings that only one side changes are untied, attention's `out_proj` gets its delta once,
+    and anything unknown is an error; `compat="peft"` keeps PEFT's roundings and order.
     """
     options = Options(
         dtype=dtype,

@@ -35,12 +35,14 @@ def quantize(
 ) -> Receipt | Plan:
     """Quantize a checkpoint's linear layers, weight by weight: Q = encode(W).
 
-    `to`: nf4, fp4 (bitsandbytes 4-bit, `block_size` values with one scale, `double_quant`: the scales quantized too), int8
-    (bitsandbytes), fp8 (blocks of 128 x 128), w4a16 and w8a16 (compressed-tensors' int4 in groups of `block_size`, 128 where that
-    divides the width, and int8 in rows), mxfp4 (GPT-OSS: its experts, as OpenAI stores them; else compressed-tensors'). What
-    transformers' `from_pretrained(quantization_config=...)` leaves alone is left alone: the output layer, what is tied to it,
-    embeddings, norms; `skip`: a regex on modules that are too. The files are those that transformers saves, bit for bit where
-    bitsandbytes defines them. The receipt has each weight's relative error. Raises `Refused` before anything is written.
+    `to`: nf4, fp4 (bitsandbytes 4-bit, `block_size` values with one scale, `double_quant`: the
+    scales quantized too), int8 (bitsandbytes), fp8 (blocks of 128 x 128), w4a16 and w8a16
+    (compressed-tensors' int4 in groups of `block_size`, 128 where that divides the width, and int8
+    in rows), mxfp4 (GPT-OSS: its experts, as OpenAI stores them; else compressed-tensors'). What
+    transformers' `from_pretrained(quantization_config=...)` leaves alone is left alone: the output
+    layer, what is tied to it, embeddings, norms; `skip`: a regex on modules that are too. The files
+    are those that transformers saves, bit for bit where bitsandbytes defines them. The receipt has
+    each weight's relative error. Raises `Refused` before anything is written.
     """
     options = {"to": to, "block_size": block_size, "double_quant": double_quant, "skip": skip}
     plan = plan_quantize(open_model(base), options)

@@ -1,4 +1,5 @@
-"""rebase: an adapter whose initialisation changed the base becomes plain LoRA on the original base: Δ' = s·b@a - s₀·b₀@a₀."""
+"""rebase: an adapter whose initialisation changed the base becomes plain LoRA on the original base:
+Δ' = s·b@a - s₀·b₀@a₀."""
 
 from dataclasses import dataclass, replace
 
@@ -26,9 +27,8 @@ from adapterkit.receipt import Receipt
 from adapterkit.tasks.combined import CombinedFactors, Part, Refit
 from adapterkit.weights.names import Names
 
-QUANTISED = (
-    "loftq",
-)  # inits whose base is quantized, not a residual: no difference of factors leads back to the original
+# inits whose base is quantized, not a residual: no difference of factors leads back to the original
+QUANTISED = ("loftq",)
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,15 @@ def rebase(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Turn an adapter that was initialised by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the original base.
+    """Turn an adapter that was initialised by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the
+    original base.
 
-    Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training), so on W the delta is s·b@a -
-    s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it. Unlike PEFT's `path_initial_model_for_weight_conversion` it
-    keeps embeddings, biases, magnitudes, trained modules and token rows, and works with patterns and rsLoRA. `base` tells
-    parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything is written.
+    Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training), so
+    on W the delta is s·b@a - s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it.
+    Unlike PEFT's `path_initial_model_for_weight_conversion` it keeps embeddings, biases,
+    magnitudes, trained modules and token rows, and works with patterns and rsLoRA. `base` tells
+    parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything
+    is written.
     """
     folder = None if base is None else open_model(base)
     plan = plan_rebase(
@@ -85,14 +88,15 @@ def plan_rebase(
     init = trained.changed_base()
     if init is None:
         notes.append(
-            f"{trained.name} does not say that its init changed the base (init_lora_weights): taken at the caller's word"
+            f"{trained.name} does not say that its init changed the base (init_lora_weights): "
+            "taken at the caller's word"
         )
     elif init.lower().startswith(QUANTISED):
-        found = f"{trained.name} was initialised by {init}: its base is quantized, not a residual"
+        problem = f"{trained.name} was initialised by {init}: its base is quantized, not a residual"
         hint = "merge it into its quantized base, or extract the difference"
         errors.append(
             Refused(
-                found,
+                problem,
                 expected="an init that subtracts from the base",
                 where=trained.where,
                 hint=hint,
@@ -136,14 +140,16 @@ def plan_rebase(
 def _check_ties(
     trained: Adapter, base: Folder | None, errors: list[AdapterkitError], notes: list[str]
 ) -> None:
-    """An init on one side of a tied weight has changed the other side too, which no factors here make up for."""
+    """An init on one side of a tied weight has changed the other side too, which no factors here
+    make up for."""
     modules = [lora.module for lora in trained.loras if EMBEDDINGS.search(f"{lora.module}.weight")]
     if trained.changed_base() is None or not modules or trained.config.get("ensure_weight_tying"):
         return
     if base is None:
-        said = ", ".join(map(shown, modules))
+        names = ", ".join(map(shown, modules))
         notes.append(
-            f"right if the model does not tie {said} to another weight, which the init would have changed too: --base tells"
+            f"right if the model does not tie {names} to another weight, which the init would have "
+            "changed too: --base tells"
         )
         return
     names = Names(
@@ -155,16 +161,20 @@ def _check_ties(
     for module in modules:
         parameter = names.parameter(f"{module}.weight")
         if parameter is not None and parameter.tied:
-            found = f"{shown(module)} is tied to {', '.join(map(shown, parameter.tied))}, which the init has changed too"
+            problem = (
+                f"{shown(module)} is tied to {', '.join(map(shown, parameter.tied))}, which the "
+                "init has changed too"
+            )
             expected, hint = (
                 "factors on weights of their own",
                 "merge it into the base it was trained on (--base-is-residual)",
             )
-            errors.append(Refused(found, expected=expected, where=trained.name, hint=hint))
+            errors.append(Refused(problem, expected=expected, where=trained.name, hint=hint))
 
 
 def _without_changed_base(trained: Adapter, notes: list[str]) -> Adapter:
-    """The adapter without its copies of the weights that the init changed: PEFT would put them in place of the base's."""
+    """The adapter without its copies of the weights that the init changed: PEFT would put them in
+    place of the base's."""
     modules = {lora.module for lora in trained.loras}
     changed = {name for name in trained.copies if name.rpartition(".")[0] in modules}
     if changed:
@@ -184,10 +194,13 @@ def _same_modules(
     for number, adapter in ((0, trained), (1, before)):
         lacking = [name for name, site in joined.items() if number not in site.members]
         if lacking:
-            found = f"{adapter.name} lacks {len(lacking)} modules of the other: {', '.join(map(shown, lacking[:4]))}"
+            problem = (
+                f"{adapter.name} lacks {len(lacking)} modules of the other: "
+                f"{', '.join(map(shown, lacking[:4]))}"
+            )
             errors.append(
                 Refused(
-                    found,
+                    problem,
                     expected="the same modules in both",
                     where="--initial",
                     hint="give the adapter saved before training",

@@ -1,5 +1,5 @@
-"""resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best approximation of each delta, by its
-singular values."""
+"""resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best
+approximation of each delta, by its singular values."""
 
 import math
 from collections.abc import Iterator
@@ -69,17 +69,21 @@ def resize(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Change an adapter's rank: b'@a' is the best approximation of scale·b@a of its rank, from QR of both factors.
+    """Change an adapter's rank: b'@a' is the best approximation of scale·b@a of its rank, from QR
+    of both factors.
 
-    One of `rank`, `energy` (the smallest rank of each module that keeps this share of the squared singular values), `sv_ratio`
-    (singular values of at least the largest one divided by this) and `max_size` (a file of at most this size; the ranks go to the
-    largest singular values of all modules). The factors' norms are balanced. `alpha="rank"` gives every module scale 1, `"keep"`
-    keeps lora_alpha and folds the difference into b. Ranks are exact: no rank above the one asked for. Everything that is no
-    factor (biases, magnitudes, trained modules, token rows) is kept. Raises `Refused` before anything is written.
+    One of `rank`, `energy` (the smallest rank of each module that keeps this share of the squared
+    singular values), `sv_ratio` (singular values of at least the largest one divided by this) and
+    `max_size` (a file of at most this size; the ranks go to the largest singular values of all
+    modules). The factors' norms are balanced. `alpha="rank"` gives every module scale 1, `"keep"`
+    keeps lora_alpha and folds the difference into b. Ranks are exact: no rank above the one asked
+    for. Everything that is no factor (biases, magnitudes, trained modules, token rows) is kept.
+    Raises `Refused` before anything is written.
 
-    LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does too. OFT needs it for the
-    weights that it rotates, VeRA for the widths of its layers, convolutions of the others for their kernels, `target_parameters`
-    that patterns tell apart for their order. Of a DoRA without `base` the magnitudes stay and scale·b@a is approximated, which a
+    LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does
+    too. OFT needs it for the weights that it rotates, VeRA for the widths of its layers,
+    convolutions of the others for their kernels, `target_parameters` that patterns tell apart for
+    their order. Of a DoRA without `base` the magnitudes stay and scale·b@a is approximated, which a
     note says.
     """
     options = Options(Truncation(rank, energy, sv_ratio, max_size), alpha, dtype)
@@ -91,9 +95,8 @@ def resize(
 def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:
     """Everything a resize will do, or `Refused` with all that cannot be done."""
     check_truncation(options.truncation)
-    config = (
-        read_json(source, CONFIG) if CONFIG in source.files() else {}
-    )  # the reader refuses what has none
+    # the reader refuses what has none
+    config = read_json(source, CONFIG) if CONFIG in source.files() else {}
     kind, notes = _kind(source, config), []
     if (
         base is not None
@@ -121,18 +124,22 @@ def plan_resize(source: Folder, options: Options, base: Folder | None = None) ->
 
 def _kind(source: Folder, config: dict) -> type[Kind] | None:
     """The type of an adapter; None for LoRA, and for what is no adapter."""
-    said, known = config.get("peft_type", "LORA"), members("adapters.kinds")
-    name = said.lower() if isinstance(said, str) else ""
+    peft_type, known = config.get("peft_type", "LORA"), members("adapters.kinds")
+    name = peft_type.lower() if isinstance(peft_type, str) else ""
     if name in known or name == "lora":
         return known.get(name)
-    found, expected = f"peft_type {shown(repr(said))}", ", ".join(["LORA", *map(str.upper, known)])
+    problem, expected = (
+        f"peft_type {shown(repr(peft_type))}",
+        ", ".join(["LORA", *map(str.upper, known)]),
+    )
     hint = "if it can be merged, merge it with PEFT and use adapterkit extract BASE MERGED"
-    raise Refused(found, expected=expected, where=f"{source.name}/{CONFIG}", hint=hint)
+    raise Refused(problem, expected=expected, where=f"{source.name}/{CONFIG}", hint=hint)
 
 
 @dataclass
 class _Job:
-    """A resize while it is planned: what gets factors, and the adapter as the output's config sees it."""
+    """A resize while it is planned: what gets factors, and the adapter as the output's config sees
+    it."""
 
     options: Options
     base: Checkpoint | None
@@ -147,12 +154,12 @@ class _Job:
         """A LoRA from its factors; a DoRA whose base is given from its weights."""
         self.adapter, self.init = adapter, adapter.config.get("init_lora_weights", True)
         if self.options.alpha == "keep" and adapter.config.get("lora_bias"):
-            found, expected = (
+            problem, expected = (
                 "--alpha keep with lora_bias",
                 "--alpha rank: PEFT scales biases of b by alpha / rank too",
             )
             self.errors.append(
-                Refused(found, expected=expected, where="options", hint="leave --alpha out")
+                Refused(problem, expected=expected, where="options", hint="leave --alpha out")
             )
         sites = join([adapter], self.errors, self._names(adapter))
         self.targets = targets_of(sites)
@@ -160,8 +167,9 @@ class _Job:
         if self.base is None or not adapter.config.get("use_dora"):
             if adapter.config.get("use_dora"):
                 self.notes.append(
-                    "DoRA without --base: the magnitudes stay, and the approximation is of scale·b@a, not of the delta that they "
-                    "and the norms of W + scale·b@a make of it (with --base the delta itself is fitted, as plain LoRA)"
+                    "DoRA without --base: the magnitudes stay, and the approximation is of "
+                    "scale·b@a, not of the delta that they and the norms of W + scale·b@a make of "
+                    "it (with --base the delta itself is fitted, as plain LoRA)"
                 )
             dtype, alpha, levels = (
                 dtypes.parse(self.options.dtype),
@@ -199,17 +207,17 @@ class _Job:
     def convert(self, kind: type[Kind], source: Folder) -> None:
         """An adapter of another type, as a LoRA."""
         if self.options.alpha == "keep":
-            found = f"--alpha keep with an adapter of type {kind.name}"
+            problem = f"--alpha keep with an adapter of type {kind.name}"
             raise Refused(
-                found,
+                problem,
                 expected="--alpha rank: the adapter has no lora_alpha",
                 where="options",
                 hint="leave --alpha out",
             )
         if kind.base and self.base is None:
-            found = f"a {kind.name.upper()} adapter without its base: {kind.base}"
+            problem = f"a {kind.name.upper()} adapter without its base: {kind.base}"
             raise Refused(
-                found,
+                problem,
                 expected="--base BASE",
                 where=source.name,
                 hint="give --base, the model it was trained on",
@@ -217,7 +225,8 @@ class _Job:
         adapter, modules = read_kind(kind, source, 0)
         if self.base is None and kind.name in ("loha", "lokr"):
             self.notes.append(
-                "convolutions with flattened kernels look like linear layers here: give --base if the model has any"
+                "convolutions with flattened kernels look like linear layers here: give --base if "
+                "the model has any"
             )
         bias = adapter.config.get("bias") or "none"
         self.adapter = replace(
@@ -269,20 +278,23 @@ class _Job:
             weight = weights.of(module, embedding)
             tail = weight.weight_shape[1:]
             if delta.shape != (weight.weight_shape[0], math.prod(tail)):
-                found = f"{shown(module)}: a delta of {delta.shape}"
+                problem = f"{shown(module)}: a delta of {delta.shape}"
                 self.errors.append(
                     Refused(
-                        found,
+                        problem,
                         expected=f"one for the base's {weight.weight_shape}",
                         where=weights.where,
                         hint=CHECK_BASE,
                     )
                 )
         if tail is None:
-            found = f"{shown(module)}: a kernel of which the file does not say if it is a Conv1d's or a Conv2d's"
+            problem = (
+                f"{shown(module)}: a kernel of which the file does not say if it is a Conv1d's or "
+                "a Conv2d's"
+            )
             self.errors.append(
                 Refused(
-                    found,
+                    problem,
                     expected="--base BASE",
                     where="options",
                     hint="give the model it was trained on",

@@ -1,5 +1,5 @@
-"""subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54): Δ' = Δ - mean of the general
-Δ."""
+"""subtract: what general adapters know, taken out of task adapters (GenKnowSub, ACL 2025 short 54):
+Δ' = Δ - mean of the general Δ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,14 +58,17 @@ def subtract(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Subtract the mean of general adapters from each task adapter: Δ' = scale·b@a - (1/G) Σ scale_g·b_g@a_g.
+    """Subtract the mean of general adapters from each task adapter: Δ' = scale·b@a - (1/G) Σ
+    scale_g·b_g@a_g.
 
-    One task adapter is written to `out`, several to `out/<folder name>`. In delta space the result is exact, of rank r·(1+G) unless
-    `rank` or `energy` refits it; a module that a general adapter lacks counts as zero there, and one that the task lacks is added.
-    `space="factors"` subtracts the means of a and b apart, as PEFT does (cross terms; scales of the general adapters ignored), and
-    keeps the rank. Where `exclude` is found in a module's name nothing is subtracted and the task's values stay, of a head that a
-    general adapter trained whole for one. Factors are written in `dtype`, scale 1. `base` tells parameters of `target_parameters`
-    apart where the files do not. Raises `Refused` before anything is written.
+    One task adapter is written to `out`, several to `out/<folder name>`. In delta space the result
+    is exact, of rank r·(1+G) unless `rank` or `energy` refits it; a module that a general adapter
+    lacks counts as zero there, and one that the task lacks is added. `space="factors"` subtracts
+    the means of a and b apart, as PEFT does (cross terms; scales of the general adapters ignored),
+    and keeps the rank. Where `exclude` is found in a module's name nothing is subtracted and the
+    task's values stay, of a head that a general adapter trained whole for one. Factors are written
+    in `dtype`, scale 1. `base` tells parameters of `target_parameters` apart where the files do
+    not. Raises `Refused` before anything is written.
     """
     options = Options(space, rank, energy, dtype, exclude, tokenizer)
     task_sources, generals = open_all(adapters=adapters, general=general)
@@ -85,14 +88,14 @@ def plan_subtract(
     """Everything a subtraction will do, or `Refused` with all that cannot be done."""
     adapter_output.check_refit(options.rank, options.energy)
     if not task_sources or not generals:
-        found = f"{len(task_sources)} task adapters, {len(generals)} general ones"
+        problem = f"{len(task_sources)} task adapters, {len(generals)} general ones"
         raise Refused(
-            found, expected="one or more of each", where="subtract", hint="give --general ADAPTER"
+            problem, expected="one or more of each", where="subtract", hint="give --general ADAPTER"
         )
     if options.space == "factors" and (options.rank or options.energy):
-        found = "--space factors with --rank or --energy"
+        problem = "--space factors with --rank or --energy"
         raise Refused(
-            found, expected="the ranks as they are", where="options", hint="leave one of them out"
+            problem, expected="the ranks as they are", where="options", hint="leave one of them out"
         )
     read = read_all([*task_sources, *generals])
     task_adapters, general_adapters = (
@@ -138,7 +141,8 @@ def _same_names(task_sources: Sequence[Adapter]) -> list[AdapterkitError]:
 def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
     return [
         Refused(
-            f"{shown(key)} was trained whole by {', '.join(a.name for a in generals if a.number in holders)}",
+            f"{shown(key)} was trained whole by "
+            f"{', '.join(a.name for a in generals if a.number in holders)}",
             expected="general adapters of factors alone: what is no delta cannot be subtracted",
             where="--general",
             hint=f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
@@ -159,16 +163,16 @@ def _without(general: Adapter, exclude: str | None) -> Adapter:
     """The adapter without what is not to be subtracted."""
     if exclude is None:
         return general
-    found = matcher(exclude, "--exclude")
+    excluded = matcher(exclude, "--exclude")
     return replace(
         general,
-        loras=tuple(lora for lora in general.loras if not found(lora.module)),
+        loras=tuple(lora for lora in general.loras if not excluded(lora.module)),
         replaced={
             name: spec
             for name, spec in general.replaced.items()
-            if not (found(name) or found(name.rpartition(".")[0]))
+            if not (excluded(name) or excluded(name.rpartition(".")[0]))
         },
-        tokens=tuple(tokens for tokens in general.tokens if not found(tokens.module)),
+        tokens=tuple(tokens for tokens in general.tokens if not excluded(tokens.module)),
     )
 
 
@@ -185,18 +189,18 @@ def _output(
     refit = Refit(options.rank, options.energy)
     dtype = dtypes.parse(options.dtype)
     tasks: list[Task] = []
-    kept = None if options.exclude is None else matcher(options.exclude, "--exclude")
+    keeps = None if options.exclude is None else matcher(options.exclude, "--exclude")
     alone = {
         name
         for name, site in joined.items()
-        if kept and site.members.keys() == {task_adapter.number} and kept(site.module)
+        if keeps and site.members.keys() == {task_adapter.number} and keeps(site.module)
     }
     if options.space == "factors":
         errors += [
             e
             for name, site in joined.items()
             if name not in alone
-            for e in _alike(name, site.members, task_adapter, generals)
+            for e in _check_ranks(name, site.members, task_adapter, generals)
         ]
         joined = {
             name: site for name, site in joined.items() if task_adapter.number in site.members
@@ -250,18 +254,20 @@ def _output(
     )
 
 
-def _alike(
+def _check_ranks(
     name: str, members: dict, task_adapter: Adapter, generals: Sequence[Adapter]
 ) -> list[AdapterkitError]:
     """Factors can be averaged only where all have the module, at one rank."""
     ranks = {number: factors.rank for number, (_, factors) in members.items()}
     if len(ranks) == 1 + len(generals) and len(set(ranks.values())) == 1:
         return []
-    found = ", ".join(f"{a.name} {ranks.get(a.number, 'none')}" for a in [task_adapter, *generals])
+    ranks_of_all = ", ".join(
+        f"{a.name} {ranks.get(a.number, 'none')}" for a in [task_adapter, *generals]
+    )
     hint = "use --space delta"
     return [
         Refused(
-            f"{shown(name)}: ranks {found}",
+            f"{shown(name)}: ranks {ranks_of_all}",
             expected="one rank, in all of them",
             where="--space factors",
             hint=hint,

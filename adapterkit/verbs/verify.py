@@ -1,4 +1,5 @@
-"""verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled rows are recomputed in float64."""
+"""verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
+rows are recomputed in float64."""
 
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ def verify(
     adapters: Sources = (),
     progress: Progress = lambda done: None,
 ) -> dict[str, Any]:
-    """Check the folder's files against its receipt; with `base` and `adapters`, rows of a merge against its inputs too.
+    """Check the folder's files against its receipt; with `base` and `adapters`, rows of a merge
+    against its inputs too.
 
-    Returns counts of what was checked; `rows` is 0 without the inputs. Raises `Damaged` naming each file, and in it the first
-    tensor, whose bytes are not what was written, and `Refused` where there is no receipt or the inputs are not those of the
-    receipt.
+    Returns counts of what was checked; `rows` is 0 without the inputs. Raises `Damaged` naming each
+    file, and in it the first tensor, whose bytes are not what was written, and `Refused` where
+    there is no receipt or the inputs are not those of the receipt.
     """
     path = Path(folder)
     receipt = read_receipt(path)
@@ -70,12 +72,14 @@ def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder,
     plan = plan_merge(open_model(base), pairs, Options(**options))
     errors: list[AdapterkitError] = []
     for number, entry in enumerate(receipt["recipe"]["inputs"]):
-        for name, said in entry["files"].items():
-            if plan.headers.get((number, name)) != said["header"]:
-                found = f"{shown(name)} of {plan.folders[number].name} is not the file of the merge"
+        for name, recorded in entry["files"].items():
+            if plan.headers.get((number, name)) != recorded["header"]:
+                problem = (
+                    f"{shown(name)} of {plan.folders[number].name} is not the file of the merge"
+                )
                 errors.append(
                     Refused(
-                        found,
+                        problem,
                         expected="the same inputs",
                         where=RECEIPT,
                         hint="give the inputs of the merge",

@@ -352,4 +352,4 @@ def test_stacks_are_bounded_but_for_the_last_ones():
     assert result == {0: 1, 1: 1, 2: 1}
     for i in (3, 4, 3, 0):
         get(i)
-    assert result == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1} and len(stacks.held) == reader.LEAST_STACKS
+    assert result == {0: 2, 1: 1, 2: 1, 3: 1, 4: 1} and len(stacks.stacks) == reader.LEAST_STACKS
