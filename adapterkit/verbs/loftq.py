@@ -301,7 +301,7 @@ def _plan_fixed_base(
         spec = packed[key]
         original = base.tensors.get(key)
         if original is None or original.shape != spec.shape or original.dtype not in dtypes.FLOATS:
-            found = (
+            problem = (
                 f"{shown(key)}: {spec.shape} quantized, "
                 f"{original.shape if original else 'nothing'} in {base.name}"
             )
