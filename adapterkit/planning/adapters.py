@@ -1,7 +1,7 @@
-"""Several adapters read together: what they hold besides factors, and whether it can be combined."""
+"""Several adapters together: their weights, and their trained values that are no factors."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from adapterkit import dtypes
 from adapterkit.adapters.keys import module_of, rewrapped_key
@@ -17,7 +17,7 @@ from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Task
 from adapterkit.planning.comparison import differing_rows
 from adapterkit.planning.sites import Site
-from adapterkit.tasks import common
+from adapterkit.tasks.common import CopiedTensor, SummedTensor
 
 
 def read_all(folders: Sequence[Folder]) -> list[Adapter]:
@@ -32,36 +32,48 @@ def read_all(folders: Sequence[Folder]) -> list[Adapter]:
     return adapters
 
 
-def not_linear(
+def delta_problems(
     adapter: Adapter,
     dora: str = "make it plain first: adapterkit resize ADAPTER --base BASE --rank R",
-):
-    """Why an adapter's delta is not scale * b @ a on the base that it names; `dora`: what to do if it is one."""
+) -> list[AdapterkitError]:
+    """Reasons why an adapter's delta is not scale * b @ a on the base that it names; `dora`: the
+    hint for a DoRA."""
     errors: list[AdapterkitError] = []
     init = adapter.changed_base()
     if init:
-        found = f"{adapter.name} was initialised by {init}, which changed its base's weights"
-        hint = "make it plain first: adapterkit rebase ADAPTER --initial INIT"
         errors.append(
             Refused(
-                found, expected="adapters on one unchanged base", where=adapter.where, hint=hint
+                f"{adapter.name} was initialised by {init}, which changed its base's weights",
+                expected="adapters on one unchanged base",
+                where=adapter.where,
+                hint="make it plain first: adapterkit rebase ADAPTER --initial INIT",
             )
         )
     if adapter.config.get("use_dora"):
-        found = f"{adapter.name} is a DoRA of {len(adapter.loras)} modules: its delta depends on the base's weights"
-        errors.append(Refused(found, expected="plain LoRA", where=adapter.where, hint=dora))
-    if adapter.config.get("layer_replication"):
-        found = f"{adapter.name} replicates layers: its modules are not the base's"
         errors.append(
             Refused(
-                found, expected="adapters of one base", where=adapter.where, hint="leave it out"
+                f"{adapter.name} is a DoRA of {len(adapter.loras)} modules: its delta depends on "
+                "the base's weights",
+                expected="plain LoRA",
+                where=adapter.where,
+                hint=dora,
+            )
+        )
+    if adapter.config.get("layer_replication"):
+        errors.append(
+            Refused(
+                f"{adapter.name} replicates layers: its modules are not the base's",
+                expected="adapters of one base",
+                where=adapter.where,
+                hint="leave it out",
             )
         )
     return errors
 
 
 class AdapterWeights:
-    """Each adapter's weight on each module: its own, unless the last --weight-for that matches says another."""
+    """Each adapter's weight on each module: its own, or that of the last --weight-for that
+    matches."""
 
     def __init__(self, weights: list[float], rules: Iterable[str]):
         self.weights = weights
@@ -70,6 +82,7 @@ class AdapterWeights:
         self.modules: set[str] = set()
 
     def of(self, number: int, module: str) -> float:
+        """The weight of an adapter on a module."""
         weight = self.weights[number]
         self.modules.add(module)
         for text, adapter, matches, value in self.rules:
@@ -79,6 +92,7 @@ class AdapterWeights:
         return weight
 
     def unused(self) -> list[AdapterkitError]:
+        """Refusals of the rules that no module matched so far."""
         return [
             Refused(
                 f"{shown(text)} matches no module",
@@ -90,7 +104,9 @@ class AdapterWeights:
             if text not in self.used
         ]
 
-    def _rule(self, text: str):
+    def _rule(self, text: str) -> tuple[int | None, Callable[[str], bool], float]:
+        """Adapter (None: all), predicate on modules, and weight; `Refused` where the text has
+        none."""
         pattern, _, number = text.rpartition("=")
         head, colon, rest = pattern.partition(":")
         which = int(head) - 1 if colon and head.isdigit() else None
@@ -112,19 +128,19 @@ class AdapterWeights:
         return which, matcher(pattern if which is None else rest, "--weight-for"), value
 
 
-def held(
+def trained_values(
     adapters: Sequence[Adapter], levels: Mapping[str, int], *, copies: bool = True
 ) -> dict[str, dict[int, TensorSpec]]:
-    """Key, in a file whose modules are wrapped `levels` times -> adapter number -> the trained value: what is no factor; without
-    `copies` no weight of the base."""
-    found: dict[str, dict[int, TensorSpec]] = {}
+    """The trained values that are no factors, by key and adapter number; keys are those in a file
+    whose modules are wrapped `levels` times. Without `copies` no copies of the base's weights."""
+    values: dict[str, dict[int, TensorSpec]] = {}
     for adapter in adapters:
-        values = [
+        specs = [
             spec for name, spec in adapter.replaced.items() if copies or name not in adapter.copies
         ]
-        for spec in [*values, *(tokens.values for tokens in adapter.tokens)]:
-            found.setdefault(rewrapped_key(spec.key, levels), {})[adapter.number] = spec
-    return found
+        for spec in [*specs, *(tokens.values for tokens in adapter.tokens)]:
+            values.setdefault(rewrapped_key(spec.key, levels), {})[adapter.number] = spec
+    return values
 
 
 def value_tasks(
@@ -134,96 +150,102 @@ def value_tasks(
     levels: Mapping[str, int],
     errors: list[AdapterkitError],
 ) -> list[Task]:
-    """Values that were trained whole: taken as they are from the one adapter of weight 1 that has them or from several that agree,
-    or averaged."""
-    errors += _other_rows(adapters, levels)
+    """Tasks for values that were trained whole: copied from the one adapter of weight 1 that has
+    them or from several whose values are equal, else averaged. Others join the errors."""
+    errors += _row_problems(adapters, levels)
     tasks: list[Task] = []
-    for key, holders in held(adapters, levels).items():
+    for key, specs in trained_values(adapters, levels).items():
         module = module_of(key)
-        if all(spec in adapters[number].copies.values() for number, spec in holders.items()):
-            tasks += _copy(adapters, key, holders, errors)
+        if all(spec in adapters[number].copies.values() for number, spec in specs.items()):
+            tasks.append(_copy_of_base(adapters, key, specs, errors))
             continue
-        given = [weights.of(number, module) for number in holders]
-        spec, several = next(iter(holders.values())), len(holders) > 1
-        shares = (
-            method.shares(given)
-            if isinstance(method, WeightedSum)
-            else given[:1]
-            if not several
-            else []
-        )
-        if (
-            same_bytes(*((adapters[n].folder, spec) for n, spec in holders.items()))
-            if several
-            else shares == [1.0]
-        ):
-            tasks.append(common.CopiedTensor(key, spec, key, checked=True))
+        own_weights = [weights.of(number, module) for number in specs]
+        spec, several = next(iter(specs.values())), len(specs) > 1
+        if several:
+            is_copy = same_bytes(*((adapters[n].folder, spec) for n, spec in specs.items()))
+        else:
+            is_copy = _shares(method, own_weights) == [1.0]
+        if is_copy:
+            tasks.append(CopiedTensor(key, spec, key, checked=True))
             continue
+        shares = _shares(method, own_weights)
+        same_shape = len({spec.shape for spec in specs.values()}) == 1
+        are_floats = all(spec.dtype in dtypes.FLOATS for spec in specs.values())
+        if several and same_shape and are_floats and abs(math.fsum(shares) - 1) < 1e-9:
+            terms = tuple(zip(specs.values(), shares, strict=True))
+            tasks.append(SummedTensor(key, key, terms, spec.dtype, spec.shape))
+            continue
+        shapes = "/".join(sorted({str(spec.shape) for spec in specs.values()}))
         names = ", ".join(
-            f"{adapters[n].name} (weight {w:g})" for n, w in zip(holders, given, strict=True)
+            f"{adapters[number].name} (weight {weight:g})"
+            for number, weight in zip(specs, own_weights, strict=True)
         )
-        alike = len({s.shape for s in holders.values()}) == 1 and all(
-            s.dtype in dtypes.FLOATS for s in holders.values()
-        )
-        if several and alike and abs(math.fsum(shares) - 1) < 1e-9:
-            tasks.append(
-                common.SummedTensor(
-                    key,
-                    key,
-                    tuple(zip(holders.values(), shares, strict=True)),
-                    spec.dtype,
-                    spec.shape,
-                )
+        errors.append(
+            Refused(
+                f"{shown(key)} {shapes}, trained whole by {names}",
+                expected="one adapter of weight 1 that has it, equal values, or weights that add "
+                "up to 1 with linear, mean or ema",
+                where="adapters",
+                hint="give other weights (--weight-for MODULE=W for this module), or leave an "
+                "adapter out",
             )
-            continue
-        found = f"{shown(key)} {'/'.join(sorted({str(s.shape) for s in holders.values()}))}, trained whole by {names}"
-        expected = "one adapter of weight 1 that has it, equal values, or weights that add up to 1 with linear, mean or ema"
-        hint = "give other weights (--weight-for MODULE=W for this module), or leave an adapter out"
-        errors.append(Refused(found, expected=expected, where="adapters", hint=hint))
+        )
     return tasks
 
 
-def _copy(
+def _shares(method: Method, weights: list[float]) -> list[float]:
+    """The factors of a sum of values by the method; none where it is no weighted sum of several."""
+    if isinstance(method, WeightedSum):
+        return list(method.shares(weights))
+    return weights if len(weights) == 1 else []
+
+
+def _copy_of_base(
     adapters: Sequence[Adapter],
     key: str,
-    holders: dict[int, TensorSpec],
+    specs: dict[int, TensorSpec],
     errors: list[AdapterkitError],
-) -> list[Task]:
-    """The copy of the base's weight that all holders have: no weight scales it, and of two bases there is no sum."""
-    widest = max(holders, key=lambda number: dtypes.BITS[holders[number].dtype])
-    first = (adapters[widest].folder, holders[widest])
-    for number, spec in holders.items():
-        same = spec.shape == first[1].shape and (
+) -> Task:
+    """A task for the copy of the base's weight that these adapters have, in the widest dtype. No
+    weight scales it; copies of two bases join the errors."""
+    widest = max(specs, key=lambda number: dtypes.BITS[specs[number].dtype])
+    first = (adapters[widest].folder, specs[widest])
+    for number, spec in specs.items():
+        is_same = spec.shape == first[1].shape and (
             number == widest or differing_rows(first, (adapters[number].folder, spec)) == 0
         )
-        if not same:
-            found = f"{shown(key)}: copies of two bases in {adapters[widest].name} and {adapters[number].name}"
-            hint = "merge them one after the other, with --base-copies"
+        if not is_same:
             errors.append(
-                Refused(found, expected="adapters of one base", where="adapters", hint=hint)
+                Refused(
+                    f"{shown(key)}: copies of two bases in {adapters[widest].name} and "
+                    f"{adapters[number].name}",
+                    expected="adapters of one base",
+                    where="adapters",
+                    hint="merge them one after the other, with --base-copies",
+                )
             )
-    return [common.CopiedTensor(key, first[1], key, checked=True)]
+    return CopiedTensor(key, first[1], key, checked=True)
 
 
-def inside_wrappers(adapters: Sequence[Adapter], sites: Iterable[Site]) -> list[AdapterkitError]:
+def wrapper_problems(adapters: Sequence[Adapter], sites: Iterable[Site]) -> list[AdapterkitError]:
     """PEFT refuses modules_to_save right inside a module whose parameters are targets."""
     homes = {site.module for site in sites if site.parameter}
-    names = {
+    saved = {
         name.rpartition(".")[0]: adapter.name
         for adapter in adapters
         for name in adapter.replaced
         if adapter.saves(name)
     }
-    inside = {name: holder for name, holder in names.items() if name.rpartition(".")[0] in homes}
+    inside = [(name, a) for name, a in saved.items() if name.rpartition(".")[0] in homes]
     if not inside:
         return []
-    found = "; ".join(
-        f"{shown(name)} ({who}) inside {shown(name.rpartition('.')[0])}"
-        for name, who in list(inside.items())[:4]
+    some = "; ".join(
+        f"{shown(name)} ({adapter}) inside {shown(name.rpartition('.')[0])}"
+        for name, adapter in inside[:4]
     )
     return [
         Refused(
-            f"modules_to_save {found}, of which parameters are targets",
+            f"modules_to_save {some}, of which parameters are targets",
             expected="one of both: PEFT cannot load them together",
             where="adapters",
             hint="merge one adapter after the other instead",
@@ -231,31 +253,30 @@ def inside_wrappers(adapters: Sequence[Adapter], sites: Iterable[Site]) -> list[
     ]
 
 
-def _other_rows(adapters: Sequence[Adapter], levels: Mapping[str, int]) -> list[AdapterkitError]:
-    """Trained token rows can be joined only where they are the same rows, and of an embedding without factors."""
+def _row_problems(adapters: Sequence[Adapter], levels: Mapping[str, int]) -> list[AdapterkitError]:
+    """Trained token rows can be joined only where they are the same rows, and of an embedding
+    without factors."""
     both = {
         tokens.module: a.name for a in adapters for tokens in a.tokens if levels.get(tokens.module)
     }
     if both:
-        found = f"trained token rows of {', '.join(map(shown, both))} ({', '.join(both.values())}) beside factors of the same module"
-        hint = "merge one adapter after the other instead"
         return [
             Refused(
-                found,
+                f"trained token rows of {', '.join(map(shown, both))} "
+                f"({', '.join(both.values())}) beside factors of the same module",
                 expected="one of both: PEFT cannot load them together",
                 where="adapters",
-                hint=hint,
+                hint="merge one adapter after the other instead",
             )
         ]
-    found = {a.name: a.config["trainable_token_indices"] for a in adapters if a.tokens}
-    if all(rows == next(iter(found.values())) for rows in found.values()):
+    rows = {a.name: a.config["trainable_token_indices"] for a in adapters if a.tokens}
+    if all(its == next(iter(rows.values())) for its in rows.values()):
         return []
-    names, hint = ", ".join(found), "combine adapters that trained the same rows"
     return [
         Refused(
-            f"other token rows trained by each of {names}",
+            f"other token rows trained by each of {', '.join(rows)}",
             expected="the same rows",
             where="adapters",
-            hint=hint,
+            hint="combine adapters that trained the same rows",
         )
     ]

@@ -1,7 +1,8 @@
-"""DoRA on the base it was trained on: the weights of its modules, and the deltas that come of them."""
+"""DoRA on the base it was trained on: the weights of its modules, and its deltas."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
@@ -16,24 +17,24 @@ from adapterkit.weights.parameters import StoredParameter
 CHECK_BASE = "check that the adapter was trained on this base"
 
 
-def not_decomposed(adapter: Adapter) -> list[AdapterkitError]:
-    """Why a DoRA is not a decomposition of the base's weights alone."""
+def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
+    """Reasons why a DoRA's delta does not depend on its factors and the base's weights alone."""
     errors: list[AdapterkitError] = []
     init = adapter.changed_base()
     if init:
-        found, hint = (
-            f"a DoRA initialised by {init}, which changed its base",
-            "merge it: adapterkit merge --base-is-residual",
-        )
         errors.append(
-            Refused(found, expected="a DoRA of the base as it is", where=adapter.where, hint=hint)
+            Refused(
+                f"a DoRA initialised by {init}, which changed its base",
+                expected="a DoRA of the base as it is",
+                where=adapter.where,
+                hint="merge it: adapterkit merge --base-is-residual",
+            )
         )
-    for key, what in [("lora_bias", "biases of b"), ("layer_replication", "replicated layers")]:
+    for key, meaning in [("lora_bias", "biases of b"), ("layer_replication", "replicated layers")]:
         if adapter.config.get(key):
-            found = f"a DoRA with {what} ({key})"
             errors.append(
                 Refused(
-                    found,
+                    f"a DoRA with {meaning} ({key})",
                     expected="a DoRA without",
                     where=adapter.where,
                     hint="leave --base out, or merge it",
@@ -43,19 +44,16 @@ def not_decomposed(adapter: Adapter) -> list[AdapterkitError]:
 
 
 class BaseWeights:
-    """The base's weights of adapted modules."""
+    """The base's weights of an adapter's modules."""
 
     def __init__(
         self, base: Checkpoint, adapter: Adapter, modules: Sequence[str], notes: list[str]
     ):
+        """`Refused` for a quantized base."""
         check_not_quantized(base)
-        self.base, self.where, self.fan_in_fan_out = (
-            base,
-            adapter.name,
-            bool(adapter.config.get("fan_in_fan_out")),
-        )
+        self.base, self.adapter = base, adapter
         wanted = tuple(f"{module}.weight" for module in modules)
-        # a convolution may have groups: the model's classes tell
+        # a convolution may have groups, which its class has
         build_model = any(
             len(base.tensors[name].shape) > 2 for name in wanted if name in base.tensors
         )
@@ -64,62 +62,53 @@ class BaseWeights:
         )
 
     def of(self, module: str, embedding: bool) -> StoredParameter:
+        """A module's weight as (out, in), or (out, in, *kernel); `Refused` where the base has none
+        that a LoRA can be on."""
         parameter = self.names.parameter(f"{module}.weight")
         if parameter is None or 0 in parameter.shape or len(parameter.shape) < 2:
-            found = f"the base has no matrix {shown(module)}.weight"
             raise Refused(
-                found,
+                f"the base has no matrix {shown(module)}.weight",
                 expected="every module of the adapter in the base",
                 where=self.base.name,
                 hint=CHECK_BASE,
             )
         if self.names.groups(module) > 1:
-            found = f"a grouped convolution: {shown(module)} has {self.names.groups(module)} groups"
             raise Refused(
-                found,
+                f"a grouped convolution: {shown(module)} has {self.names.groups(module)} groups",
                 expected="groups 1 (a LoRA cannot be put there)",
                 where=self.base.name,
                 hint="leave it out",
             )
-        tensors = {slot.key: self.base.tensors[slot.key] for slot in parameter.slots}
-        if any(spec.dtype not in dtypes.FLOATS for spec in tensors.values()):
-            found = f"{shown(module)}.weight is {', '.join(sorted({spec.dtype for spec in tensors.values()}))}"
+        weight = StoredParameter.of(parameter, self.base.tensors)
+        if not weight.dtypes <= set(dtypes.FLOATS):
             raise Refused(
-                found,
+                f"{shown(module)}.weight is {', '.join(sorted(weight.dtypes))}",
                 expected=" ".join(dtypes.FLOATS),
                 where=self.base.name,
                 hint="dequantize it first",
             )
-        return StoredParameter(
-            parameter,
-            tensors,
-            embedding or (len(parameter.shape) == 2 and self._transposed(module, parameter.shape)),
+        transposed = embedding or (
+            len(weight.shape) == 2
+            and self.names.transposed(
+                module,
+                fan_in_fan_out=bool(self.adapter.config.get("fan_in_fan_out")),
+                square=weight.shape[0] == weight.shape[1],
+                where=self.base.name,
+            )
         )
+        return replace(weight, transposed=transposed)
 
     def dora(self, lora: Lora, factors: Factors) -> DoRA:
         """A module's delta; `Refused` where its factors do not fit the base."""
         weight = self.of(lora.module, lora.kind == "embedding")
         assert lora.magnitude is not None
         shape = weight.weight_shape[0], math.prod(weight.weight_shape[1:])
-        if (
-            lora.depth
-            or factors.experts is not None
-            or factors.shape != shape
-            or math.prod(lora.magnitude.shape) != shape[0]
-        ):
-            found = (
-                f"DoRA of {shown(lora.module)} {factors.shape}, magnitudes {lora.magnitude.shape}"
-            )
+        fits = factors.shape == shape and math.prod(lora.magnitude.shape) == shape[0]
+        if lora.depth or factors.experts is not None or not fits:
             raise Refused(
-                found,
+                f"DoRA of {shown(lora.module)} {factors.shape}, magnitudes {lora.magnitude.shape}",
                 expected=f"one that fits the base's {weight.weight_shape}",
-                where=self.where,
+                where=self.adapter.name,
                 hint=CHECK_BASE,
             )
         return DoRA(lora.module, factors, lora.magnitude, weight)
-
-    def _transposed(self, module: str, shape: tuple[int, ...]) -> bool:
-        """Whether a layer's weight is stored (in, out), as GPT-2's are."""
-        square, where = shape[0] == shape[1], self.base.name
-        flag = self.fan_in_fan_out
-        return self.names.transposed(module, fan_in_fan_out=flag, square=square, where=where)

@@ -12,7 +12,7 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Sources, StrPath
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress
 from adapterkit.planning import adapter_config
-from adapterkit.planning.adapters import held, not_linear, read_all
+from adapterkit.planning.adapters import delta_problems, read_all, trained_values
 from adapterkit.planning.cards import hub_id_or_name
 from adapterkit.planning.folder_files import as_json
 from adapterkit.planning.input_files import header_hashes, identities
@@ -84,7 +84,7 @@ def plan_arrow(
     read = read_all([*expert_folders, *generals])
     experts, general = read[: len(expert_folders)], read[len(expert_folders) :]
     errors = [
-        error for adapter in read for error in (*not_linear(adapter), *_not_routable(adapter))
+        error for adapter in read for error in (*delta_problems(adapter), *_not_routable(adapter))
     ]
     joined = join(read, errors)
     tasks: list[StackedExperts] = []
@@ -192,7 +192,7 @@ def _not_routable(adapter: Adapter) -> list[AdapterkitError]:
         if lora.kind != "module" or len(lora.a.shape) > 2 or lora.bias is not None
     ]
     not_linear_modules += [adapter.name] * bool(adapter.config.get("target_parameters")) + [
-        *held([adapter], {}, copies=False)
+        *trained_values([adapter], {}, copies=False)
     ]
     if not not_linear_modules:
         return []

@@ -20,12 +20,12 @@ from adapterkit.plan import Plan, Progress
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.adapters import (
     AdapterWeights,
-    inside_wrappers,
-    not_linear,
+    delta_problems,
     read_all,
     value_tasks,
+    wrapper_problems,
 )
-from adapterkit.planning.base_weights import BaseWeights, not_decomposed
+from adapterkit.planning.base_weights import BaseWeights, dora_problems
 from adapterkit.planning.sites import (
     Site,
     base_with_parameters,
@@ -203,7 +203,7 @@ def plan_combine(
         _biases(joined, weights, options, errors),
         value_tasks(adapters, weights, method, levels, errors),
     )
-    errors += weights.unused() + inside_wrappers(adapters, joined.values())
+    errors += weights.unused() + wrapper_problems(adapters, joined.values())
     refuse_all(errors)
     if not tasks:
         raise Refused(
@@ -257,8 +257,8 @@ def _with_a_share(parts: tuple[Part, ...], space: str) -> tuple[Part, ...]:
 
 def _not_summable(adapter: Adapter, base: Checkpoint | None) -> list[AdapterkitError]:
     if base is not None and adapter.config.get("use_dora"):
-        return not_decomposed(adapter)
-    return not_linear(adapter, "give --base BASE, the model it was trained on, and --rank R")
+        return dora_problems(adapter)
+    return delta_problems(adapter, "give --base BASE, the model it was trained on, and --rank R")
 
 
 def _part(

@@ -22,7 +22,7 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
-from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, not_decomposed
+from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, dora_problems
 from adapterkit.planning.sites import join, levels_of, names_of, targets_of
 from adapterkit.planning.sources import open_adapter, open_model
 from adapterkit.receipt import Receipt
@@ -188,7 +188,7 @@ class _Job:
                     )
                 )
             return
-        self.errors += not_decomposed(adapter)
+        self.errors += dora_problems(adapter)
         weights = BaseWeights(
             self.base, adapter, [lora.module for lora in adapter.loras], self.notes
         )
@@ -283,7 +283,7 @@ class _Job:
                     Refused(
                         problem,
                         expected=f"one for the base's {weight.weight_shape}",
-                        where=weights.where,
+                        where=weights.adapter.name,
                         hint=CHECK_BASE,
                     )
                 )

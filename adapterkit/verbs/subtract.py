@@ -14,7 +14,7 @@ from adapterkit.options import Sources, StrPath
 from adapterkit.patterns import matcher
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
-from adapterkit.planning.adapters import held, not_linear, read_all
+from adapterkit.planning.adapters import delta_problems, read_all, trained_values
 from adapterkit.planning.sites import base_with_parameters, join, levels_of, names_of, targets_of
 from adapterkit.planning.sources import open_all, open_model
 from adapterkit.receipt import Receipt
@@ -102,7 +102,7 @@ def plan_subtract(
         read[: len(task_sources)],
         [_without(a, options.exclude) for a in read[len(task_sources) :]],
     )
-    errors = [error for adapter in read for error in not_linear(adapter)]
+    errors = [error for adapter in read for error in delta_problems(adapter)]
     errors += _same_names(task_adapters) + _whole_values(general_adapters)
     notes: list[str] = []
     model = base_with_parameters(base, read, notes)
@@ -147,7 +147,7 @@ def _whole_values(generals: Sequence[Adapter]) -> list[AdapterkitError]:
             where="--general",
             hint=f"give --exclude '{_pattern(generals)}' to keep the task's own, or none",
         )
-        for key, holders in held(generals, {}, copies=False).items()
+        for key, holders in trained_values(generals, {}, copies=False).items()
     ]
 
 
@@ -228,7 +228,7 @@ def _output(
     tasks += adapter_output.sum_biases(
         joined, lambda number, module: weights[number], dtype, errors, prefix
     )
-    for key, holders in held([task_adapter], levels).items():
+    for key, holders in trained_values([task_adapter], levels).items():
         tasks += [
             common.CopiedTensor(prefix + key, spec, key, checked=True) for spec in holders.values()
         ]
