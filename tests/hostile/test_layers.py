@@ -14,7 +14,7 @@ pytestmark = pytest.mark.quick
 
 PACKAGE = Path(adapterkit.__file__).parent
 
-# DESIGN.md section 2, top to bottom. A part may import parts of its own level and of those below it.
+# docs/architecture.md, top to bottom. A part imports parts of its own level and of those below it.
 LEVELS = [
     "cli __main__",
     "verbs runtime",
@@ -34,22 +34,25 @@ PLAIN = {"__version__"}
 
 
 def imports(source: str) -> set[str]:
-    """The adapterkit parts that a source imports, anywhere in it, as top-level names; "" for the package itself."""
-    found = set()
+    """The parts that a source imports, anywhere in it; "" for the package itself."""
+    return {name.split(".")[1] if "." in name else "" for name in imported_modules(source)}
+
+
+def imported_modules(source: str) -> set[str]:
+    """The modules of the package that a source imports, in functions too. `from a.b import c` is
+    both a.b and a.b.c, of which one may be no module."""
+    modules = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {
-                alias.name for alias in node.names if alias.name.split(".")[0] == "adapterkit"
-            }
+            modules |= {a.name for a in node.names if a.name.split(".")[0] == "adapterkit"}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
+            names = {alias.name for alias in node.names} - PLAIN
             if node.module == "adapterkit":
-                found |= {
-                    f"adapterkit.{alias.name}" for alias in node.names if alias.name not in PLAIN
-                }
+                modules |= {f"adapterkit.{name}" for name in names}
             elif (node.module or "").startswith("adapterkit."):
-                found.add(node.module)
-    return {name.split(".")[1] if "." in name else "" for name in found}
+                modules |= {node.module, *(f"{node.module}.{name}" for name in names)}
+    return modules
 
 
 def part_of(path: Path) -> str:
@@ -65,7 +68,9 @@ def upwards(part: str, source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_imports_go_downwards(path):
-    assert part_of(path) in LEVEL, "a new part: give it a level in LEVELS and in DESIGN.md"
+    assert part_of(path) in LEVEL, (
+        "a new part: give it a level in LEVELS and in docs/architecture.md"
+    )
     assert not upwards(part_of(path), path.read_text())
 
 
@@ -78,30 +83,55 @@ def test_the_check_sees_an_import_upwards(part, source):
     assert upwards(part, source)
 
 
-def test_no_two_files_import_each_other():
-    """Within a level too: an order in which the files could be read exists."""
-    names = {
-        ".".join(("adapterkit", *p.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
-            ".__init__"
-        ): p
-        for p in FILES
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(("adapterkit", *parts)).removesuffix(".__init__")
+
+
+def ring(sources: dict[str, str]) -> list[str]:
+    """Modules (name -> source) that import each other, in functions too; none where an order exists
+    in which they can be read. A package needs its submodules only where it imports them."""
+    needs = {
+        name: {module for module in imported_modules(source) if module in sources} - {name}
+        for name, source in sources.items()
     }
-    needs = {}
-    for name, path in names.items():
-        needs[name] = set()
-        for node in ast.parse(
-            path.read_text()
-        ).body:  # those at the top: the others wait for a call
-            if isinstance(node, ast.ImportFrom) and node.module in names:
-                below = {f"{node.module}.{alias.name}" for alias in node.names}
-                needs[name] |= (below & set(names)) or {node.module}
-            elif isinstance(node, ast.ImportFrom) and node.module == "adapterkit":
-                needs[name] |= {f"adapterkit.{alias.name}" for alias in node.names} & set(names)
+    for name, modules in needs.items():  # `from a.b import c`: b itself only if c is not its module
+        inner = {m for m in modules if any(other.startswith(f"{m}.") for other in modules)}
+        modules -= {m for m in inner if name.startswith(f"{m}.") or not sources[m].strip("\n")}
     while needs:
         free = [name for name, others in needs.items() if not others & set(needs)]
-        assert free, f"a ring among {sorted(needs)}"
+        if not free:
+            return sorted(needs)
         for name in free:
             del needs[name]
+    return []
+
+
+def test_no_files_import_each_other():
+    """Within a level too, function-level imports included."""
+    assert not ring({module_of(path): path.read_text() for path in FILES})
+
+
+def test_the_check_sees_a_ring():
+    first = "def f():\n    from adapterkit.verbs import verify"
+    second = "from adapterkit.verbs.merge import plan"
+    assert ring({"adapterkit.verbs.merge": first, "adapterkit.verbs.verify": second})
+    assert not ring({"adapterkit.verbs.merge": "", "adapterkit.verbs.verify": second})
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "verbs").glob("*.py")), ids=lambda p: p.stem)
+def test_no_verb_imports_another(path):
+    others = imported_modules(path.read_text()) - {"adapterkit.verbs"}
+    assert not [name for name in others if name.startswith("adapterkit.verbs.")]
+
+
+def test_files_and_folders_are_of_a_size_to_read():
+    lines = {path: len(path.read_text().splitlines()) for path in FILES}
+    assert not [(path.name, count) for path, count in lines.items() if count > 500]
+    folders = dict.fromkeys(map(part_of, FILES), 0)
+    for path, count in lines.items():
+        folders[part_of(path)] += count
+    assert max(folders.values()) <= 0.2 * sum(lines.values()), folders
 
 
 HEAVY = [
