@@ -4,7 +4,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from adapterkit.adapters.config import HARMLESS, OTHER_ARITHMETIC, TASK_HEADS, Check, check_config
+from adapterkit.adapters.config import (
+    KNOWN_SETTINGS,
+    OTHER_ARITHMETIC,
+    TASK_HEADS,
+    ConfigCheck,
+    check_config,
+)
 from adapterkit.adapters.keys import (
     BASE_LAYER_VALUE,
     CONFIG,
@@ -38,7 +44,9 @@ def scan_adapter(folder: Folder, number: int = 1) -> tuple[Adapter, Scan, bool]:
     """As much of an adapter as can be read, its scan with all errors, and whether its config is
     valid enough to compute ranks and scales."""
     adapter, keys, scan = _read(folder, number, check_config, ROLES)
-    plain = {k: v for k, v in scan.config.items() if k in HARMLESS and k not in OTHER_ARITHMETIC}
+    plain = {
+        k: v for k, v in scan.config.items() if k in KNOWN_SETTINGS and k not in OTHER_ARITHMETIC
+    }
     typed = not check_config(plain, "")
     loras = _loras(keys, scan.errors, folder.name)
     if typed and scan.headers:
@@ -49,7 +57,7 @@ def scan_adapter(folder: Folder, number: int = 1) -> tuple[Adapter, Scan, bool]:
 
 
 def read_other_type(
-    folder: Folder, number: int, check: Check, names: Sequence[str]
+    folder: Folder, number: int, check: ConfigCheck, names: Sequence[str]
 ) -> tuple[Adapter, Roles]:
     """An adapter of another type than LoRA, and its modules' tensors by module and name.
 
@@ -67,7 +75,7 @@ def read_other_type(
 
 
 def _read(
-    folder: Folder, number: int, check: Check, roles: Patterns
+    folder: Folder, number: int, check: ConfigCheck, roles: Patterns
 ) -> tuple[Adapter, "_Keys", Scan]:
     """An adapter without factors, its classified keys, and its scan with the errors of its files,
     config and token rows."""

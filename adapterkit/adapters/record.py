@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from adapterkit.adapters.config import CHANGED_BASE, TASK_HEADS
+from adapterkit.adapters.config import BASE_CHANGING_INITS, TASK_HEADS
 from adapterkit.adapters.keys import BASE_LAYER_VALUE, CONFIG
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
@@ -67,7 +67,9 @@ class Adapter:
     def changed_base(self) -> str | None:
         """init_lora_weights if that init changed the base's weights, else None."""
         init = self.config.get("init_lora_weights", True)
-        return init if isinstance(init, str) and init.lower().startswith(CHANGED_BASE) else None
+        return (
+            init if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS) else None
+        )
 
     @property
     def saved(self) -> list[str]:
@@ -230,5 +232,6 @@ def is_inside(parameter: str, module: str) -> bool:
 
 # PEFT saves embeddings that were resized or adapted (save_embedding_layers="auto")
 EMBEDDINGS = re.compile(
-    r"(?:^|\.)(?:\w*embed\w*|wte|\w*lm_head|shared|output|output_layer|decoder|proj_out|vocab_projector|lm_loss)\.(?:weight|bias)$"
+    r"(?:^|\.)(?:\w*embed\w*|wte|\w*lm_head|shared|output|output_layer|decoder|proj_out|"
+    r"vocab_projector|lm_loss)\.(?:weight|bias)$"
 )

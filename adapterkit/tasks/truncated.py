@@ -157,7 +157,7 @@ class ConvertedFactors(FittedFactors):
         return self.delta.memory
 
     def decompose(self, inputs: Reader) -> list[tuple[Svd, float]]:
-        return [self.delta.leading(inputs, self.max_rank, self.truncation.energy)]
+        return [self.delta.leading_triplets(inputs, self.max_rank, self.truncation.energy)]
 
 
 def even_rank(truncation: Truncation, tasks: Sequence[Task]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import CONFIG
-from adapterkit.adapters.kinds.common import Adapted, Delta, Kind, read_kind
+from adapterkit.adapters.kinds.common import AdaptedModule, Delta, Kind, read_kind
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
@@ -214,8 +214,8 @@ class _Job:
                 where="options",
                 hint="leave --alpha out",
             )
-        if kind.base and self.base is None:
-            problem = f"a {kind.name.upper()} adapter without its base: {kind.base}"
+        if kind.needs_base and self.base is None:
+            problem = f"a {kind.name.upper()} adapter without its base: {kind.needs_base}"
             raise Refused(
                 problem,
                 expected="--base BASE",
@@ -245,7 +245,7 @@ class _Job:
                 weight = None if weights is None else weights.of(module, embedding)
                 self._add(
                     module,
-                    kind.of(Adapted(adapter, module, parts, shared, weight)),
+                    kind.from_module(AdaptedModule(adapter, module, parts, shared, weight)),
                     embedding,
                     module,
                     weights,

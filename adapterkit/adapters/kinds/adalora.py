@@ -3,14 +3,20 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.config import HARMLESS, OTHER_ARITHMETIC, unfit
-from adapterkit.adapters.kinds.common import NUMBER, WHOLE, Adapted, doubles, of_product
+from adapterkit.adapters.config import KNOWN_SETTINGS, OTHER_ARITHMETIC, invalid_setting
+from adapterkit.adapters.kinds.common import (
+    FINITE,
+    POSITIVE_INT,
+    AdaptedModule,
+    product_svd,
+    read_float64,
+)
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.weights.reader import TensorReader
 
-# what AdaLoRA's layers do not look at (PEFT 0.21): ranks and alphas by pattern, rsLoRA, inits of LoRA
+# settings that AdaLoRA's layers ignore (PEFT 0.21)
 UNUSED = {
     "alpha_pattern",
     "use_rslora",
@@ -23,14 +29,15 @@ UNUSED = {
     "tinit",
     "total_step",
 }
-NOT_HERE = ("use_dora", "lora_bias", "layer_replication", "target_parameters")
+UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters")
 
 
 @dataclass(frozen=True)
 class AdaLora:
-    """delta = scaling / (ranknum + 1e-5) * b @ (e * a): scaling is lora_alpha, or the module's rank where that is not above 0.
+    """delta = scaling / (ranknum + 1e-5) * b @ (e * a).
 
-    ranknum is the rank before the pruning: PEFT keeps it when it drops the rows of rank_pattern.
+    scaling is lora_alpha if that is above 0, else the module's rank. ranknum is the rank before
+    pruning: PEFT keeps it when it drops the rows of rank_pattern.
     """
 
     a: TensorSpec  # (rank, in)
@@ -38,14 +45,16 @@ class AdaLora:
     e: TensorSpec  # (rank, 1)
     scaling: float
     ranknum: float
-    stored_ranknum: TensorSpec | None = None  # old files hold it
+    stored_ranknum: TensorSpec | None = None  # in old files
 
     name = "adalora"
     keys = ("lora_A", "lora_B", "lora_E", "ranknum")
     shared = ()
-    settings: ClassVar = {"init_r": WHOLE, "lora_alpha": NUMBER}
-    harmless = frozenset((HARMLESS | UNUSED) - set(OTHER_ARITHMETIC) - set(NOT_HERE))
-    base = ""
+    settings: ClassVar = {"init_r": POSITIVE_INT, "lora_alpha": FINITE}
+    unused_settings = frozenset(
+        (KNOWN_SETTINGS | UNUSED) - set(OTHER_ARITHMETIC) - set(UNSUPPORTED)
+    )
+    needs_base = ""
 
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
@@ -53,12 +62,16 @@ class AdaLora:
         masks = list(pattern.values()) if isinstance(pattern, dict) else [None]
         if all(isinstance(mask, list) and all(type(x) is bool for x in mask) for mask in masks):
             return []
-        return [unfit(config, "rank_pattern", "a map of names to lists of true and false", where)]
+        return [
+            invalid_setting(
+                config, "rank_pattern", "a map of names to lists of true and false", where
+            )
+        ]
 
     @staticmethod
-    def of(adapted: Adapted) -> "AdaLora":
+    def from_module(adapted: AdaptedModule) -> "AdaLora":
         config = adapted.adapter.config
-        a, b, e = adapted.part("lora_A", "lora_B", "lora_E")
+        a, b, e = adapted.require("lora_A", "lora_B", "lora_E")
         mask = (config.get("rank_pattern") or {}).get(f"{adapted.module}.lora_E")
         rank = config["init_r"] if mask is None else sum(mask)
         fits = (
@@ -104,10 +117,12 @@ class AdaLora:
     def memory(self) -> int:
         return 12 * (self.a.nbytes + self.b.nbytes)
 
-    def product(self, inputs: TensorReader) -> Product:
-        a, b, e, *stored = doubles(inputs, *self.reads)
+    def product(self, reader: TensorReader) -> Product:
+        a, b, e, *stored = read_float64(reader, *self.reads)
         ranknum = float(stored[0].reshape(())) if stored else self.ranknum
         return Product(b * (self.scaling / (ranknum + 1e-5)), e * a)
 
-    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
-        return of_product(self.product(inputs))
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
+        return product_svd(self.product(reader))

@@ -1,5 +1,4 @@
-"""What the types of adapters share: a module as file and base show it, checks of configs, and the ways from a delta to its singular
-values."""
+"""What the types of adapters share: records, config checks, and singular values of deltas."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +8,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.config import check_known, check_types, is_number, unfit
+from adapterkit.adapters.config import (
+    check_types,
+    check_unknown_settings,
+    invalid_setting,
+    is_number,
+)
 from adapterkit.adapters.peft import read_other_type
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
@@ -21,22 +25,26 @@ from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 
-ROWS = 1 << 20  # elements of a weight computed in float64 at a time
-Test = tuple[str, Callable[[Any], bool]]  # what a setting must be, in words and as a test
-WHOLE: Test = ("a whole number above 0", lambda value: is_number(value, whole=True))
-COUNT: Test = ("a whole number", lambda value: value == 0 or is_number(value, whole=True))
-NUMBER: Test = ("a finite number", lambda value: is_number(value, whole=False))
-FLAG: Test = ("true or false", lambda value: type(value) is bool)
-# Settings of every type that change nothing of a delta
-HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights",
-    "layers_pattern", "layers_to_transform", "module_dropout", "modules_to_save", "peft_type", "peft_version", "rank_dropout",
-    "revision", "runtime_config", "target_modules", "task_type",
+BLOCK = 1 << 20  # elements of a weight converted to float64 at a time
+Requirement = tuple[str, Callable[[Any], bool]]  # of a setting: its text for messages, and a test
+POSITIVE_INT: Requirement = ("a whole number above 0", lambda value: is_number(value, whole=True))
+NON_NEGATIVE_INT: Requirement = (
+    "a whole number",
+    lambda value: value == 0 or is_number(value, whole=True),
+)
+FINITE: Requirement = ("a finite number", lambda value: is_number(value, whole=False))
+FLAG: Requirement = ("true or false", lambda value: type(value) is bool)
+# Settings of all types that do not affect a delta
+UNUSED_SETTINGS = {
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "module_dropout",
+    "modules_to_save", "peft_type", "peft_version", "rank_dropout", "revision", "runtime_config",
+    "target_modules", "task_type",
 }  # fmt: skip
 
 
 class Delta(Protocol):
-    """What one adapted module adds to its weight; a frozen record."""
+    """The delta of one adapted module; a frozen record."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,12 +53,12 @@ class Delta(Protocol):
 
     @property
     def tail(self) -> tuple[int, ...] | None:
-        """The axes behind out that a LoRA of it has, as far as the file tells; None where it leaves open which they are."""
+        """The axes after `out` of a LoRA of it; None where the file does not determine them."""
         ...
 
     @property
     def rank(self) -> int:
-        """At most; 0 where the module was pruned away."""
+        """Upper bound of the rank; 0 where the module was pruned."""
         ...
 
     @property
@@ -58,40 +66,44 @@ class Delta(Protocol):
 
     @property
     def memory(self) -> int:
-        """Bytes that its singular values take at most."""
+        """Bytes that `leading_triplets` uses at most."""
         ...
 
-    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
-        """Its leading triplets, at least as many as asked for, and Σ s² of all: `most`, or with `energy` those that keep that
-        share and are no more than `most`."""
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
+        """Leading singular triplets, and Σ s² of all.
+
+        At least `most`, or with `energy` those that keep this share of Σ s², at most `most`.
+        """
         ...
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """One adapted module, as the file and the base show it."""
+class AdaptedModule:
+    """One adapted module: its tensors in the file, and its weight in the base."""
 
     adapter: Adapter
     module: str
-    parts: dict[str, TensorSpec]  # by the type's name for it
-    shared: dict[str, TensorSpec]  # what belongs to all modules
+    parts: dict[str, TensorSpec]  # by the names in `Kind.keys`
+    shared: dict[str, TensorSpec]  # by the names in `Kind.shared`
     weight: StoredParameter | None
 
-    def part(self, *names: str) -> list[TensorSpec]:
+    def require(self, *names: str) -> list[TensorSpec]:
         """The tensors of these names; `Refused` where one is missing."""
-        lacking = [name for name in names if name not in self.parts]
-        if lacking:
+        missing = [name for name in names if name not in self.parts]
+        if missing:
             found = f"{shown(self.module)} has {', '.join(sorted(self.parts))}"
             raise Refused(
                 found,
-                expected=f"also {', '.join(lacking)}",
+                expected=f"also {', '.join(missing)}",
                 where=self.adapter.label,
                 hint="save the adapter again, with its config",
             )
         return [self.parts[name] for name in names]
 
     def check(self, fits: bool, expected: str) -> None:
-        """`Refused` with the shapes of all parts unless they fit."""
+        """Raise `Refused` with the shapes of all parts unless `fits`."""
         if not fits:
             found = ", ".join(f"{name} {spec.shape}" for name, spec in sorted(self.parts.items()))
             hint = "restore the config that was saved with the file, and check the base"
@@ -102,41 +114,42 @@ class Adapted:
                 hint=hint,
             )
 
-    def refused(self, why: str, expected: str, hint: str) -> Refused:
+    def refusal(self, why: str, expected: str, hint: str) -> Refused:
         return Refused(
             f"{shown(self.module)}: {why}", expected=expected, where=self.adapter.label, hint=hint
         )
 
 
 class Kind(Protocol):
-    """A type of adapters: the record of one module's delta. Its class says what the type's files and configs hold."""
+    """A type of adapters: the class of its deltas, with the keys and settings of the type."""
 
     name: ClassVar[str]  # PEFT's peft_type, in lower case
-    keys: ClassVar[tuple[str, ...]]  # its tensors
-    shared: ClassVar[tuple[str, ...]]  # those that belong to all modules
-    settings: ClassVar[dict[str, Test]]  # what its arithmetic depends on
-    harmless: ClassVar[frozenset[str]]  # what it does not depend on, besides HARMLESS
-    base: ClassVar[str]  # why it needs the base, if it does
+    keys: ClassVar[tuple[str, ...]]  # tensors of a module
+    shared: ClassVar[tuple[str, ...]]  # tensors that belong to all modules
+    settings: ClassVar[dict[str, Requirement]]  # settings that its arithmetic depends on
+    unused_settings: ClassVar[frozenset[str]]  # others, besides UNUSED_SETTINGS
+    needs_base: ClassVar[str]  # the reason, or "" if it does not
 
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
-        """What else is wrong with the config."""
+        """Errors of a config whose settings are valid each on its own."""
         ...
 
     @staticmethod
-    def of(adapted: Adapted) -> Delta:
-        """The module's delta; `Refused` where the file's shapes do not fit."""
+    def from_module(adapted: AdaptedModule) -> Delta:
+        """The module's delta; `Refused` where the shapes do not fit."""
         ...
 
 
 def read_kind(
     kind: type[Kind], folder: Folder, number: int
 ) -> tuple[Adapter, dict[str, dict[str, TensorSpec]]]:
-    """An adapter of that type: what is no delta, and each module's tensors; those of all modules stand under ""."""
+    """An adapter of that type, and the tensors of each module; those of all modules are under
+    ""."""
     adapter, roles = read_other_type(
         folder,
         number,
-        lambda config, where: _check(kind, config, where),
+        lambda config, where: _check_settings(kind, config, where),
         (*kind.keys, *kind.shared),
     )
     errors: list[AdapterkitError] = []
@@ -161,18 +174,18 @@ def read_kind(
     return adapter, modules
 
 
-def _check(kind: type[Kind], config: dict, where: str) -> list[AdapterkitError]:
-    errors = check_known(
-        config, HARMLESS | kind.harmless | set(kind.settings), where
+def _check_settings(kind: type[Kind], config: dict, where: str) -> list[AdapterkitError]:
+    errors = check_unknown_settings(
+        config, UNUSED_SETTINGS | kind.unused_settings | set(kind.settings), where
     ) + check_types(config, where)
-    for key, (expected, good) in kind.settings.items():
-        if not good(config.get(key)):
-            errors.append(unfit(config, key, expected, where))
+    for key, (expected, is_valid) in kind.settings.items():
+        if not is_valid(config.get(key)):
+            errors.append(invalid_setting(config, key, expected, where))
     return errors or kind.check(config, where)
 
 
-class OnWeight:
-    """What records share whose delta depends on the base's weight: dense, of any rank."""
+class WeightDelta:
+    """Base of deltas that depend on the base's weight: dense, of any rank."""
 
     weight: StoredParameter
 
@@ -193,16 +206,16 @@ class OnWeight:
         return 28 * math.prod(self.shape)
 
 
-def of_product(product: Product) -> tuple[Svd, float]:
-    """All singular values of left @ right, from its factors."""
+def product_svd(product: Product) -> tuple[Svd, float]:
+    """All singular triplets of left @ right from its factors, and Σ s²."""
     svd = lowrank.svd(product)
     return svd, float(svd.s.square().sum())
 
 
-def of_weight(weight: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """change(rows, which) for all rows of a weight, some at a time in float64, as float32."""
+def map_rows(weight: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """change(rows in float64, their slice) of all rows of a weight by blocks, as float32."""
     delta = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    step = max(ROWS // max(weight.shape[1], 1), 1)
+    step = max(BLOCK // max(weight.shape[1], 1), 1)
     for first in range(0, len(weight), step):
         here = slice(first, first + step)
         delta[here] = change(weight[here].double(), here)
@@ -210,12 +223,12 @@ def of_weight(weight: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tens
 
 
 def kernel_tail(inputs: int, kernel: Sequence[int]) -> tuple[int, ...] | None:
-    """Axes of a convolution's input; PEFT stores a kernel of one axis as (k, 1), so that one may be either."""
+    """Axes after `out`; None for a kernel (k, 1): PEFT stores the one axis of a Conv1d so too."""
     if not kernel:
         return (inputs,)
     return None if kernel[-1] == 1 else (inputs, *kernel)
 
 
-def doubles(inputs: TensorReader, *specs: TensorSpec) -> Iterator[Tensor]:
+def read_float64(reader: TensorReader, *specs: TensorSpec) -> Iterator[Tensor]:
     """Tensors in float64."""
-    return (inputs.tensor(spec).double() for spec in specs)
+    return (reader.tensor(spec).double() for spec in specs)

@@ -1,11 +1,12 @@
-"""DoRA with its base at hand: no type of its own, but LoRAs whose delta depends on the weight (arXiv:2402.09353)."""
+"""DoRA with its base: not a type, but LoRAs whose delta depends on the weight
+(arXiv:2402.09353)."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from adapterkit.adapters.factors import Factors
-from adapterkit.adapters.kinds.common import OnWeight, of_weight
+from adapterkit.adapters.kinds.common import WeightDelta, map_rows
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.lowrank import Svd
@@ -17,7 +18,7 @@ from adapterkit.weights.reader import TensorReader
 
 
 @dataclass(frozen=True)
-class DoRA(OnWeight):
+class DoRA(WeightDelta):
     """delta = m * (W + s·b@a) / ‖W + s·b@a‖ - W, the norms those of output rows."""
 
     module: str
@@ -29,20 +30,22 @@ class DoRA(OnWeight):
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.factors.a, self.factors.b, self.magnitude, *self.weight.reads)
 
-    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
-        return leading_svd(self.dense(inputs), most, energy)
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
+        return leading_svd(self.dense(reader), most, energy)
 
-    def dense(self, inputs: TensorReader) -> Tensor:  # (out, in) float32
-        """(m / norm - 1) * W + m / norm * s·b@a, so that nothing of W's size cancels."""
-        (product,) = self.factors.products(inputs)
-        magnitude = inputs.tensor(self.magnitude).double().reshape(-1)
+    def dense(self, reader: TensorReader) -> Tensor:  # (out, in) float32
+        """(m / norm - 1) * W + m / norm * s·b@a, where no terms of the size of W cancel."""
+        (product,) = self.factors.products(reader)
+        magnitude = reader.tensor(self.magnitude).double().reshape(-1)
 
         def change(rows: Tensor, here: slice) -> Tensor:
             added = product.left[here] @ product.right
             ratio = (magnitude[here] / row_norms(rows + added))[:, None]
             return rows.mul_(ratio - 1).add_(added.mul_(ratio))
 
-        delta = of_weight(self.weight.matrix(inputs), change)
+        delta = map_rows(self.weight.matrix(reader), change)
         if not all_finite(delta):
             found, hint = (
                 f"the delta of {shown(self.module)} is not finite",

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from adapterkit.adapters.config import check_patterns
 from adapterkit.adapters.kinds.common import (
-    NUMBER,
-    WHOLE,
-    Adapted,
-    doubles,
+    FINITE,
+    POSITIVE_INT,
+    AdaptedModule,
     kernel_tail,
-    of_product,
+    product_svd,
+    read_float64,
 )
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels.lowrank import Product, Svd
@@ -29,29 +29,29 @@ CORES = ("hada_t1", "hada_t2")
 class LoHa:
     """delta = alpha / r * (w1_a @ w1_b) * (w2_a @ w2_b), of rank r² at most.
 
-    A convolution's matrices may have cores: Σ_ij t[i, j] w_a[i] w_b[j], the kernel's positions beside the inputs.
+    Of a convolution w_a @ w_b may have a core: Σ_ij t[i, j] w_a[i] w_b[j], with the kernel's axes
+    after the inputs.
     """
 
-    first: tuple[
-        TensorSpec, ...
-    ]  # w_a (out, r), w_b (r, in); with a core w_a (r, out), w_b (r, in), t (r, r, *kernel)
+    # w_a (out, r), w_b (r, in); with a core w_a (r, out), w_b (r, in), t (r, r, *kernel)
+    first: tuple[TensorSpec, ...]
     second: tuple[TensorSpec, ...]
     scale: float
 
     name = "loha"
     keys = (*PARTS, *CORES)
     shared = ()
-    settings: ClassVar = {"r": WHOLE, "alpha": NUMBER}
-    harmless = frozenset({"rank_pattern", "alpha_pattern", "use_effective_conv2d"})
-    base = ""
+    settings: ClassVar = {"r": POSITIVE_INT, "alpha": FINITE}
+    unused_settings = frozenset({"rank_pattern", "alpha_pattern", "use_effective_conv2d"})
+    needs_base = ""
     check = staticmethod(check_patterns)
 
     @staticmethod
-    def of(adapted: Adapted) -> "LoHa":
+    def from_module(adapted: AdaptedModule) -> "LoHa":
         config = adapted.adapter.config
         rank, alpha = adapted.adapter.rank_and_alpha(adapted.module, config["r"], config["alpha"])
         cored = any(name in adapted.parts for name in CORES)
-        w1_a, w1_b, w2_a, w2_b, *cores = adapted.part(*PARTS, *(CORES if cored else ()))
+        w1_a, w1_b, w2_a, w2_b, *cores = adapted.require(*PARTS, *(CORES if cored else ()))
         out = w1_a.shape[-1] if cored else w1_a.shape[0]
         tall, wide = ((rank, out) if cored else (out, rank)), (rank, w1_b.shape[-1])
         fits = (w1_a.shape, w2_a.shape, w1_b.shape, w2_b.shape) == (tall, tall, wide, wide)
@@ -85,25 +85,27 @@ class LoHa:
     def memory(self) -> int:
         return 40 * min(math.prod(self.shape), sum(self.shape) * self.rank)
 
-    def product(self, inputs: TensorReader) -> Product:
-        """(A B) * (C D) = (A ∘ C) (B • D): Kronecker products of rows on the left, of columns on the right (Khatri-Rao)."""
-        (a, b), (c, d) = _pair(inputs, self.first), _pair(inputs, self.second)
+    def product(self, reader: TensorReader) -> Product:
+        """(A B) * (C D) = (A ∘ C) (B • D): row-wise and column-wise Khatri-Rao products."""
+        (a, b), (c, d) = _pair(reader, self.first), _pair(reader, self.second)
         left = torch.einsum("or,os->ors", a, c).reshape(len(a), -1) * self.scale
         return Product(left, torch.einsum("ri,si->rsi", b, d).reshape(left.shape[1], -1))
 
-    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
         if self.rank < min(self.shape):
-            return of_product(self.product(inputs))
-        (a, b), (c, d) = _pair(inputs, self.first), _pair(inputs, self.second)
+            return product_svd(self.product(reader))
+        (a, b), (c, d) = _pair(reader, self.first), _pair(reader, self.second)
         return leading_svd(((a @ b).mul_(c @ d) * self.scale).float(), most, energy)
 
 
-def _pair(inputs: TensorReader, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, Tensor]:
+def _pair(reader: TensorReader, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, Tensor]:
     """a (out, r), b (r, in), float64."""
-    a, b, *core = doubles(inputs, *parts)
+    a, b, *core = read_float64(reader, *parts)
     return with_core(a, b, core[0]) if core else (a, b)
 
 
 def with_core(a: Tensor, b: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_ij core[i, j, k, l] a[i, o] b[j, n] as aᵀ (out, r) @ b' (r, in * kernel)."""
+    """Σ_ij core[i, j, k, l] a[i, o] b[j, n] as factors aᵀ (out, r) and (r, in * kernel)."""
     return a.T, torch.einsum("ijkl,jn->inkl", core, b).reshape(len(a), -1)

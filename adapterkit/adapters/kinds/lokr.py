@@ -1,4 +1,5 @@
-"""LoKr: the Kronecker product of two matrices, each of them whole or of low rank (LyCORIS, arXiv:2309.14859)."""
+"""LoKr: the Kronecker product of two matrices, each full or of low rank (LyCORIS,
+arXiv:2309.14859)."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +9,13 @@ import torch
 from torch import Tensor
 
 from adapterkit.adapters.config import check_patterns
-from adapterkit.adapters.kinds.common import NUMBER, WHOLE, Adapted, doubles, kernel_tail
+from adapterkit.adapters.kinds.common import (
+    FINITE,
+    POSITIVE_INT,
+    AdaptedModule,
+    kernel_tail,
+    read_float64,
+)
 from adapterkit.adapters.kinds.loha import with_core
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import lowrank
@@ -17,22 +24,24 @@ from adapterkit.kernels.truncated import truncated_svd
 from adapterkit.weights.reader import TensorReader
 
 Side = tuple[TensorSpec, ...]
-SMALL = 256  # a shorter side up to this is decomposed in full
+SMALL = 256  # matrices with a dimension up to this are decomposed in full
 
 
 @dataclass(frozen=True)
 class LoKr:
-    """delta = alpha / r * (w1 ⊗ w2): its singular values are the products of theirs, its vectors the Kronecker products."""
+    """delta = alpha / r * (w1 ⊗ w2): its singular values are the products of those of w1 and w2,
+    its vectors their Kronecker products."""
 
     first: Side  # w1 (out1, in1), or w1_a, w1_b
-    second: Side  # w2 (out2, in2, *kernel), or w2_a, w2_b, or w2_a (r, out2), w2_b (r, in2), t2 (r, r, *kernel)
+    # w2 (out2, in2, *kernel), or w2_a, w2_b, or w2_a (r, out2), w2_b (r, in2), t2 (r, r, *kernel)
+    second: Side
     scale: float
 
     name = "lokr"
     keys = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     shared = ()
-    settings: ClassVar = {"r": WHOLE, "alpha": NUMBER}
-    harmless = frozenset(
+    settings: ClassVar = {"r": POSITIVE_INT, "alpha": FINITE}
+    unused_settings = frozenset(
         {
             "rank_pattern",
             "alpha_pattern",
@@ -42,17 +51,20 @@ class LoKr:
             "rank_dropout_scale",
         }
     )
-    base = ""
+    needs_base = ""
     check = staticmethod(check_patterns)
 
     @staticmethod
-    def of(adapted: Adapted) -> "LoKr":
+    def from_module(adapted: AdaptedModule) -> "LoKr":
         config = adapted.adapter.config
         rank, alpha = adapted.adapter.rank_and_alpha(adapted.module, config["r"], config["alpha"])
         first, second = (_side(adapted, f"lokr_w{i}", f"lokr_t{i}", rank) for i in (1, 2))
         if len(second[0].shape) == 3:
-            why = "PEFT's product of a whole w2 on a Conv1d is not the Kronecker product: it mixes kernel and outputs"
-            raise adapted.refused(
+            why = (
+                "PEFT's product of a whole w2 on a Conv1d is not the Kronecker product: it mixes "
+                "kernel and outputs"
+            )
+            raise adapted.refusal(
                 why,
                 "linear layers, Conv2d, or a w2 of low rank",
                 "merge it with PEFT, then adapterkit extract",
@@ -71,7 +83,8 @@ class LoKr:
 
     @property
     def tail(self) -> tuple[int, ...] | None:
-        """A whole w2 of four axes is a Conv2d's; one of low rank without core has its kernel flattened."""
+        """A full w2 of four axes is a Conv2d's; of low rank without a core its kernel is
+        flattened."""
         kernel = self.second[-1].shape[2:]
         if len(self.second) == 1:
             return (self.shape[1] // math.prod(kernel), *kernel)
@@ -86,10 +99,12 @@ class LoKr:
         small = math.prod(_shape(self.first)) + math.prod(_shape(self.second))
         return 40 * small + 24 * sum(self.shape) * min(self.rank, *self.shape)
 
-    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
-        """A value of the product's first `most` is a product of one of the first `most` of each side."""
-        one, norm1 = _svd(inputs, self.first, most)
-        two, norm2 = _svd(inputs, self.second, most)
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
+        """The first `most` values of the product are products of the first `most` of each side."""
+        one, norm1 = _svd(reader, self.first, most)
+        two, norm2 = _svd(reader, self.second, most)
         total = norm1 * norm2 * self.scale**2
         values = torch.outer(one.s, two.s).reshape(-1) * abs(self.scale)
         order = values.argsort(descending=True, stable=True)
@@ -101,17 +116,17 @@ class LoKr:
         return Svd(u if self.scale >= 0 else -u, s, vh), total
 
 
-def _side(adapted: Adapted, whole: str, core: str, rank: int) -> Side:
-    if whole in adapted.parts:
-        beside = [name for name in (f"{whole}_a", f"{whole}_b", core) if name in adapted.parts]
-        (matrix,) = adapted.part(whole)
+def _side(adapted: AdaptedModule, full: str, core: str, rank: int) -> Side:
+    if full in adapted.parts:
+        others = [name for name in (f"{full}_a", f"{full}_b", core) if name in adapted.parts]
+        (matrix,) = adapted.require(full)
         adapted.check(
-            not beside and len(matrix.shape) in (2, 3, 4),
-            f"{whole} alone, or {whole}_a and {whole}_b",
+            not others and len(matrix.shape) in (2, 3, 4),
+            f"{full} alone, or {full}_a and {full}_b",
         )
         return (matrix,)
-    a, b, *cores = adapted.part(
-        f"{whole}_a", f"{whole}_b", *([core] if core in adapted.parts else [])
+    a, b, *cores = adapted.require(
+        f"{full}_a", f"{full}_b", *([core] if core in adapted.parts else [])
     )
     fits = (
         len(a.shape) == len(b.shape) == 2
@@ -119,7 +134,7 @@ def _side(adapted: Adapted, whole: str, core: str, rank: int) -> Side:
         and a.shape[0 if cores else 1] == rank
     )
     fits = fits and all(len(t.shape) == 4 and t.shape[:2] == (rank, rank) for t in cores)
-    adapted.check(fits, f"{whole}_a and {whole}_b of rank {rank}, as r and rank_pattern say")
+    adapted.check(fits, f"{full}_a and {full}_b of rank {rank}, as r and rank_pattern say")
     return (a, b, *cores)
 
 
@@ -136,9 +151,9 @@ def _rank(side: Side) -> int:
     return min(*_shape(side), *(side[1].shape[:1] if len(side) > 1 else ()))
 
 
-def _svd(inputs: TensorReader, side: Side, most: int) -> tuple[Svd, float]:
-    """The leading triplets of one side, float64, and its ‖·‖²."""
-    parts: list[Tensor] = list(doubles(inputs, *side))
+def _svd(reader: TensorReader, side: Side, most: int) -> tuple[Svd, float]:
+    """Leading triplets of one side in float64, and Σ s² of all."""
+    parts: list[Tensor] = list(read_float64(reader, *side))
     if len(parts) > 1:
         a, b = with_core(*parts) if len(parts) > 2 else parts
         svd = lowrank.svd(Product(a, b))

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from adapterkit.adapters.kinds.common import (
-    COUNT,
+    FINITE,
     FLAG,
-    NUMBER,
-    WHOLE,
-    Adapted,
-    OnWeight,
-    of_weight,
+    NON_NEGATIVE_INT,
+    POSITIVE_INT,
+    AdaptedModule,
+    WeightDelta,
+    map_rows,
 )
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
@@ -28,14 +28,16 @@ ROTATION, EMBEDDING = "oft_R", "oft_embedding_R"
 
 
 @dataclass(frozen=True)
-class Oft(OnWeight):
-    """delta = W (Rᵀ - I) for a layer, (Rᵀ - I) W for an embedding, whose weight stands transposed here.
+class Oft(WeightDelta):
+    """delta = W (Rᵀ - I) for a layer, (Rᵀ - I) W for an embedding, whose weight is transposed here.
 
-    R is block-diagonal; a block is the Cayley transform of a skew matrix Q, (I - Q) (I + Q)⁻¹, or some terms of a Neumann series.
-    With `coft`, Q is first brought within eps / sqrt(blocks) of zero.
+    R is block-diagonal; a block is the Cayley transform (I - Q) (I + Q)⁻¹ of a skew-symmetric
+    matrix Q, or some terms of its Neumann series. With `coft`, Q is first projected to within
+    eps / sqrt(blocks) of zero.
     """
 
-    rotation: TensorSpec  # (blocks, size * (size - 1) / 2), the upper triangles; one row where the blocks are shared
+    # (blocks, size * (size - 1) / 2), upper triangles; one row where all blocks share it
+    rotation: TensorSpec
     weight: StoredParameter
     size: int
     terms: int | None  # of the Neumann series; None: the exact inverse
@@ -46,11 +48,11 @@ class Oft(OnWeight):
     keys = (ROTATION, EMBEDDING)
     shared = ()
     settings: ClassVar = {
-        "r": COUNT, "oft_block_size": COUNT, "coft": FLAG, "eps": NUMBER, "block_share": FLAG, "use_cayley_neumann": FLAG,
-        "num_cayley_neumann_terms": WHOLE,
+        "r": NON_NEGATIVE_INT, "oft_block_size": NON_NEGATIVE_INT, "coft": FLAG, "eps": FINITE,
+        "block_share": FLAG, "use_cayley_neumann": FLAG, "num_cayley_neumann_terms": POSITIVE_INT,
     }  # fmt: skip
-    harmless = frozenset()
-    base = "it rotates the base's weights"
+    unused_settings = frozenset()
+    needs_base = "it rotates the base's weights"
 
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
@@ -71,14 +73,14 @@ class Oft(OnWeight):
         ]
 
     @staticmethod
-    def of(adapted: Adapted) -> "Oft":
+    def from_module(adapted: AdaptedModule) -> "Oft":
         assert adapted.weight is not None
         config, shape = adapted.adapter.config, adapted.weight.weight_shape
         embedding = EMBEDDING in adapted.parts
-        (rotation,) = adapted.part(EMBEDDING if embedding else ROTATION)
+        (rotation,) = adapted.require(EMBEDDING if embedding else ROTATION)
         if math.prod(shape[2:]) != 1:
             why = "OFT of a kernel larger than 1: what PEFT computes with it is no convolution"
-            raise adapted.refused(
+            raise adapted.refusal(
                 why,
                 "linear layers, embeddings, kernels of size 1",
                 "leave the module out of the adapter",
@@ -89,7 +91,8 @@ class Oft(OnWeight):
         fits = size > 0 and width % size == 0 and rotation.shape[0] == rows
         adapted.check(
             fits,
-            f"the upper triangles of {'one block' if config['block_share'] else 'blocks'} that tile {width} inputs",
+            f"the upper triangles of {'one block' if config['block_share'] else 'blocks'} that "
+            f"tile {width} inputs",
         )
         terms = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else None
         return Oft(
@@ -105,18 +108,20 @@ class Oft(OnWeight):
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.rotation, *self.weight.reads)
 
-    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
         turn = less_identity(
-            skew(inputs.tensor(self.rotation).double(), self.size, self.eps), self.terms
+            skew(reader.tensor(self.rotation).double(), self.size, self.eps), self.terms
         )
         turn = turn if self.embedding else turn.mT
-        stored = self.weight.read(inputs).flatten(1)
-        delta = of_weight(stored, lambda rows, here: _turned(rows, turn))
+        stored = self.weight.read(reader).flatten(1)
+        delta = map_rows(stored, lambda rows, here: _rotate(rows, turn))
         return leading_svd(delta.T if self.weight.transposed else delta, most, energy)
 
 
 def _size(rotation: TensorSpec) -> int:
-    """The size of blocks with that many elements above their diagonals; 0 where there is none."""
+    """The size of blocks from the count of elements above their diagonals; 0 where none fits."""
     count = rotation.shape[1] if len(rotation.shape) == 2 else -1
     size = (1 + math.isqrt(1 + 8 * count)) // 2 if count > 0 else 0
     return size if size * (size - 1) // 2 == count else 0
@@ -127,7 +132,8 @@ def skew(
     size: int,
     eps: float | None,
 ) -> Tensor:  # (blocks, size, size)
-    """Q with these elements above its diagonal and -Q = Qᵀ; with eps none is longer than eps / sqrt(blocks)."""
+    """Q = -Qᵀ with these elements above its diagonal; with eps of norm at most
+    eps / sqrt(blocks)."""
     q = upper.new_zeros(len(upper), size, size)
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
     q[:, rows, columns] = upper
@@ -143,9 +149,10 @@ def less_identity(
     q: Tensor,  # (blocks, size, size), skew
     terms: int | None,
 ) -> Tensor:
-    """R - I: (I - Q) (I + Q)⁻¹ - I = -2 Q (I + Q)⁻¹, or PEFT's series 2 Q + 2 Q² + ... + Qⁿ⁻¹, whose last term counts once.
+    """R - I = (I - Q) (I + Q)⁻¹ - I = -2 Q (I + Q)⁻¹.
 
-    PEFT's Neumann series has the sign of Q turned; of one term nothing is left, of two 2 Q, and three give what four give.
+    With `terms` PEFT's series 2 Q + 2 Q² + ... + Qⁿ⁻¹, whose last term counts once; it has the sign
+    of Q turned. One term gives 0, two give 2 Q, and three the same as four.
     """
     if terms is None:
         eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
@@ -161,9 +168,9 @@ def less_identity(
     return total
 
 
-def _turned(rows: Tensor, turn: Tensor) -> Tensor:
-    """Each row's blocks times theirs; one block may serve all."""
-    blocks = rows.view(len(rows), -1, turn.shape[-1])
-    return torch.einsum("nbk,bkc->nbc", blocks, turn.expand(blocks.shape[1], -1, -1)).reshape(
+def _rotate(rows: Tensor, rotation: Tensor) -> Tensor:
+    """Each block of the rows times its R - I; a single one is shared by all."""
+    blocks = rows.view(len(rows), -1, rotation.shape[-1])
+    return torch.einsum("nbk,bkc->nbc", blocks, rotation.expand(blocks.shape[1], -1, -1)).reshape(
         rows.shape
     )

@@ -1,9 +1,15 @@
-"""VeRA: random projections that all modules share, and two trained vectors for each (arXiv:2310.11454)."""
+"""VeRA: shared random projections, and two trained vectors per module (arXiv:2310.11454)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adapterkit.adapters.kinds.common import FLAG, WHOLE, Adapted, doubles, of_product
+from adapterkit.adapters.kinds.common import (
+    FLAG,
+    POSITIVE_INT,
+    AdaptedModule,
+    product_svd,
+    read_float64,
+)
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.kernels.lowrank import Product, Svd
@@ -12,7 +18,8 @@ from adapterkit.weights.reader import TensorReader
 
 @dataclass(frozen=True)
 class Vera:
-    """delta = diag(lambda_b) B[:out] @ diag(lambda_d) A[:, :in]; only the base knows the module's inputs."""
+    """delta = diag(lambda_b) B[:out] @ diag(lambda_d) A[:, :in]; `in` is known from the base
+    only."""
 
     a: TensorSpec  # (r, in of the widest module)
     b: TensorSpec  # (out of the tallest, r)
@@ -23,15 +30,18 @@ class Vera:
     name = "vera"
     keys = ("vera_lambda_b", "vera_lambda_d")
     shared = ("vera_A", "vera_B")
-    settings: ClassVar = {"r": WHOLE, "save_projection": FLAG}
-    harmless = frozenset({"d_initial", "projection_prng_key", "vera_dropout"})
-    base = "its file does not say how many inputs a module has"
+    settings: ClassVar = {"r": POSITIVE_INT, "save_projection": FLAG}
+    unused_settings = frozenset({"d_initial", "projection_prng_key", "vera_dropout"})
+    needs_base = "its file does not say how many inputs a module has"
 
     @staticmethod
     def check(config: dict, where: str) -> list[AdapterkitError]:
         if config["save_projection"]:
             return []
-        hint = "train with save_projection=True, or merge it with PEFT and use adapterkit extract BASE MERGED"
+        hint = (
+            "train with save_projection=True, or merge it with PEFT and use adapterkit extract "
+            "BASE MERGED"
+        )
         return [
             Refused(
                 "VeRA without its projections (save_projection false)",
@@ -42,18 +52,18 @@ class Vera:
         ]
 
     @staticmethod
-    def of(adapted: Adapted) -> "Vera":
+    def from_module(adapted: AdaptedModule) -> "Vera":
         assert adapted.weight is not None
-        lacking = [name for name in Vera.shared if name not in adapted.shared]
-        if lacking:
+        missing = [name for name in Vera.shared if name not in adapted.shared]
+        if missing:
             raise Refused(
-                f"no {' and no '.join(lacking)}",
+                f"no {' and no '.join(missing)}",
                 expected="the shared projections",
                 where=adapted.adapter.label,
                 hint="save it again",
             )
         a, b = (adapted.shared[name] for name in Vera.shared)
-        lambda_b, lambda_d = adapted.part(*Vera.keys)
+        lambda_b, lambda_d = adapted.require(*Vera.keys)
         out, inputs, rank = (
             lambda_b.shape[0],
             adapted.weight.weight_shape[-1],
@@ -71,7 +81,7 @@ class Vera:
         )
         if not fits:
             expected = f"at least ({rank}, {inputs}) and ({out}, {rank})"
-            raise adapted.refused(
+            raise adapted.refusal(
                 f"vera_A {a.shape}, vera_B {b.shape}", expected, "check the base and the config"
             )
         return Vera(a, b, lambda_b, lambda_d, (out, inputs))
@@ -92,11 +102,13 @@ class Vera:
     def memory(self) -> int:
         return 12 * (self.a.nbytes + self.b.nbytes)
 
-    def product(self, inputs: TensorReader) -> Product:
-        a, b, lambda_b, lambda_d = doubles(inputs, *self.reads)
+    def product(self, reader: TensorReader) -> Product:
+        a, b, lambda_b, lambda_d = read_float64(reader, *self.reads)
         return Product(
             lambda_b[:, None] * b[: self.shape[0]], lambda_d[:, None] * a[:, : self.shape[1]]
         )
 
-    def leading(self, inputs: TensorReader, most: int, energy: float | None) -> tuple[Svd, float]:
-        return of_product(self.product(inputs))
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
+        return product_svd(self.product(reader))
