@@ -101,9 +101,8 @@ class Output:
     folder: str = ""  # inside the output
     # from the tasks in the file's order to `Computed.finalize`
     finalize: Callable[[Sequence[Task]], Finalize | None] | None = None
-    alpha: float | None = (
-        None  # one lora_alpha for all; None: each one's rank, so that scales are 1
-    )
+    # one lora_alpha for all; None: each one's rank, so that scales are 1
+    alpha: float | None = None
     base_settings: dict[str, Any] | None = None  # the INHERITED ones where there is no adapter
     parameters: frozenset[str] = frozenset()  # targets that are parameters
     # those of them that are modules, because it was not known which of their parameters it is

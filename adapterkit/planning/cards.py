@@ -33,8 +33,10 @@ def merged_card(base: Checkpoint, adapters: list[Adapter], weights: list[float])
     ]
     names = [plain(name) for name in ids]
     body = [
-        f"Made by adapterkit {__version__} from the files: W' = round(W + Σ weight · scale · b @ a), "
-        "each weight rounded once.",
+        (
+            f"Made by adapterkit {__version__} from the files: W' = round(W + Σ weight · scale · b "
+            "@ a), each weight rounded once."
+        ),
         f"The changes of each tensor, and the hash of every file, are in `{RECEIPT}`; "
         "`adapterkit verify .` checks it.",
         "",

@@ -21,98 +21,97 @@ HEADS = ("score", "classifier")  # what PEFT takes for a classifier's head
 
 @dataclass(frozen=True)
 class Scaling:
-    """What the factors' product is multiplied by: alpha / rank, or alpha / √rank; alpha is the rank unless it is given."""
+    """The scale of b @ a: alpha / rank, or alpha / √rank; alpha is the rank if it is None."""
 
     rank: int
     alpha: float | None
     rslora: bool
 
     @property
-    def given(self) -> float:
+    def lora_alpha(self) -> float:
         return self.rank if self.alpha is None else self.alpha
 
     @property
     def scale(self) -> float:
-        return self.given / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self.lora_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def targeted(
+def select_targets(
     targets: str, usable: Collection[str], model: Any, lacking: str
 ) -> tuple[list[str], list[str]]:
-    """Of the modules that can get factors those that `--targets` means, and a note; `Refused` with all names that mean none.
+    """The usable modules that `--targets` selects, and notes; `Refused` with all names that match
+    none.
 
-    `all-linear`, as in PEFT: all linear layers but the output head, also that of a classifier; ends of modules' names, with commas
-    between; or, where it holds other characters, a regex that is found in a name. `lacking`: what a layer is that cannot."""
-    classes = (
-        {name: type(module).__name__ for name, module in model.named_modules()}
-        if model is not None
-        else {}
-    )
-    linear = (
-        [name for name, module in model.named_modules() if is_linear(module)]
-        if model is not None
-        else list(usable)
-    )
+    `all-linear`, as in PEFT: all linear layers but the output head, also that of a classifier; ends
+    of modules' names, with commas between; or, where it has other characters, a regex that is
+    searched in the names. `lacking`: what the other layers are, for messages."""
+    layers = [] if model is None else list(model.named_modules())
+    linear = [name for name, module in layers if is_linear(module)] if layers else list(usable)
     if targets.lower() == "all-linear":
-        wanted = [name for name in linear if name not in _heads(model)]
-        found, left = (
-            [name for name in wanted if name in usable],
-            [name for name in wanted if name not in usable],
-        )
-        named = ", ".join(map(shown, left[:3])) + (
-            f" and {len(left) - 3} more" if len(left) > 3 else ""
-        )
-        notes = [f"--targets all-linear: no factors for {named}: {lacking}"] if left else []
-        if not found:
-            raise Refused(
-                "--targets all-linear matches none",
-                expected="a linear layer",
-                where="--targets",
-                hint="check the model",
-            )
-        return found, notes
+        return _all_linear(linear, usable, _heads(model), lacking)
     if not NAMES.fullmatch(targets):
-        wanted = matcher(targets, "--targets")
-        found = [name for name in usable if wanted(name)]
-        if not found:
+        matches = matcher(targets, "--targets")
+        modules = [name for name in usable if matches(name)]
+        if not modules:
             raise Refused(
                 f"--targets {targets!r} matches none",
                 expected="a linear layer that can get factors",
                 where="--targets",
                 hint=similar_names(targets, usable) or "check the regex",
             )
-        return found, []
-    ends = {end: _ending(end, usable) for end in targets.replace(" ", "").split(",")}
+        return modules, []
+    classes = {name: type(module).__name__ for name, module in layers}
+    by_end = {end: _ending(end, usable) for end in targets.replace(" ", "").split(",")}
     errors: list[AdapterkitError] = []
-    for end in (end for end, found in ends.items() if not found):
+    for end in (end for end, modules in by_end.items() if not modules):
         other = next(iter(_ending(end, linear) or _ending(end, classes)), None)
-        why = (
-            ""
-            if other is None
-            else f": {shown(other)} is {lacking if other in linear else f'a {classes[other]}'}"
-        )
+        reason, hint = "", similar_names(end, usable)
+        if other is not None:
+            kind = lacking if other in linear else f"a {classes[other]}"
+            reason, hint = f": {shown(other)} is {kind}", ""
         errors.append(
             Refused(
-                f"--targets {end!r} matches none{why}",
+                f"--targets {end!r} matches none{reason}",
                 expected="the end of the name of a linear layer that can get factors",
                 where="--targets",
-                hint=(similar_names(end, usable) if other is None else "") or "check the names",
+                hint=hint or "check the names",
             )
         )
     refuse_all(errors)
-    return [name for name in usable if any(name in found for found in ends.values())], []
+    return [name for name in usable if any(name in its for its in by_end.values())], []
+
+
+def _all_linear(
+    linear: list[str], usable: Collection[str], heads: list[str], lacking: str
+) -> tuple[list[str], list[str]]:
+    candidates = [name for name in linear if name not in heads]
+    modules = [name for name in candidates if name in usable]
+    others = [name for name in candidates if name not in usable]
+    if not modules:
+        raise Refused(
+            "--targets all-linear matches none",
+            expected="a linear layer",
+            where="--targets",
+            hint="check the model",
+        )
+    note = f"--targets all-linear: no factors for {_some(others)}: {lacking}"
+    return modules, [note] if others else []
+
+
+def _some(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(shown, names[:3])) + more
 
 
 def wrappable(names: Names, modules: Iterable[str], notes: list[str]) -> list[str]:
-    """Of linear layers those on which PEFT's factors act; the others go to the notes."""
+    """Those linear layers on which PEFT's factors act; the others join the notes."""
     modules = list(modules)
     bypassed = [module for module in modules if is_bypassed(names, module)]
     if bypassed:
-        said = ", ".join(map(shown, bypassed[:3])) + (
-            f" and {len(bypassed) - 3} more" if len(bypassed) > 3 else ""
-        )
         notes.append(
-            f"no factors for {said}: PEFT refuses them, or the model's code reads the weight itself"
+            f"no factors for {_some(bypassed)}: PEFT refuses them, or the model's code reads the "
+            "weight itself"
         )
     return [module for module in modules if module not in bypassed]
 
@@ -127,16 +126,15 @@ def _heads(model: Any) -> list[str]:
         return []
     output = model.get_output_embeddings()
     if output is None and type(model).__name__.endswith("ForSequenceClassification"):
-        output = next(
-            (getattr(model, name) for name in HEADS if getattr(model, name, None) is not None), None
-        )
+        heads = (getattr(model, name, None) for name in HEADS)
+        output = next((head for head in heads if head is not None), None)
     return [name for name, module in model.named_modules() if module is output]
 
 
-def adapter_of(
+def new_adapter(
     base: Checkpoint, factors: Sequence[Task], scaling: Scaling, summary: str, folder: str = ""
 ) -> adapter_output.Output:
-    """The adapter of these factors, for a base made from this one."""
+    """The output of these factors: an adapter for a base made from this one."""
     modules = {task.name: task.name for task in factors}
     settings = adapter_config.plain_settings() | {"use_rslora": scaling.rslora}
     base_settings = {
@@ -150,6 +148,6 @@ def adapter_of(
         settings,
         summary,
         folder,
-        alpha=scaling.given,
+        alpha=scaling.lora_alpha,
         base_settings=base_settings,
     )

@@ -1,8 +1,10 @@
-"""Where adapters act: the modules, and the single parameters, that their factors are on, joined over several adapters.
+"""Where adapters act: the modules, and the single parameters, that their factors are on, joined
+over several adapters.
 
-A file of PEFT's layout does not name the parameters of `target_parameters`: their wrappers lie inside one another in the order in
-which the module's code makes the parameters, the first one innermost. So the names come from the config, and the order from the
-model; without a model every order that the files allow has to lead to the same result.
+A file of PEFT's layout does not name the parameters of `target_parameters`: their wrappers lie
+inside one another in the order in which the module's code makes the parameters, the first one
+innermost. So the names come from the config, and the order from the model; without a model every
+order that the files allow has to lead to the same result.
 """
 
 import itertools
@@ -31,9 +33,9 @@ class Site:
     name: str
     module: str
     parameter: bool
-    leaf: (
-        str | None
-    )  # the parameter's own name; None for a module, and where the order does not matter and is not known
+    # the parameter's own name; None for a module, and where the order does not matter and is not
+    # known
+    leaf: str | None
     depth: int  # how many wrappers of the module's other parameters lie around this one's
     members: dict[int, tuple[Lora, Factors]]  # adapter's number -> its factors
     attention: str | None = None  # the MultiheadAttention whose output projection it is
@@ -58,7 +60,8 @@ def levels_of(sites: Collection[Site]) -> dict[str, int]:
 
 
 def targets_of(sites: Mapping[str, Site], prefix: str = "") -> dict[str, Any]:
-    """What `produced.Output` has to know of its targets; `prefix` stands before the tasks' names."""
+    """What `produced.Output` has to know of its targets; `prefix` stands before the tasks'
+    names."""
     return {
         "modules": {prefix + name: site.target for name, site in sites.items()},
         "parameters": frozenset(site.target for site in sites.values() if site.parameter),
@@ -71,7 +74,8 @@ def targets_of(sites: Mapping[str, Site], prefix: str = "") -> dict[str, Any]:
 def base_with_parameters(
     base: Folder | None, adapters: Sequence[Adapter], notes: list[str]
 ) -> Checkpoint | None:
-    """The base, numbered after the adapters, where its order of parameters can matter; else a note that it was not needed."""
+    """The base, numbered after the adapters, where its order of parameters can matter; else a note
+    that it was not needed."""
     if base is None:
         return None
     if any(adapter.config.get("target_parameters") for adapter in adapters):
@@ -98,7 +102,8 @@ def names_of(base: Checkpoint, adapters: Sequence[Adapter], notes: list[str]) ->
 def join(
     adapters: Sequence[Adapter], errors: list[AdapterkitError], names: Names | None = None
 ) -> dict[str, Site]:
-    """Name -> site, of all adapters; `names`: the model's, where it is at hand. What cannot be joined goes to the errors."""
+    """Name -> site, of all adapters; `names`: the model's, where it is at hand. What cannot be
+    joined goes to the errors."""
     of, by_module = {adapter.number: adapter for adapter in adapters}, {}
     for adapter in adapters:
         for lora in adapter.loras:
@@ -159,7 +164,8 @@ def _other_shapes(
 def _check_parameters(
     module: str, loras: dict, leaves: dict[int, list[str]], of: dict[int, Adapter]
 ) -> None:
-    """`Refused` where adapters take a module in different ways, or one as a nest of parameters that its config does not name."""
+    """`Refused` where adapters take a module in different ways, or one as a nest of parameters that
+    its config does not name."""
     lacking = [
         of[n].name for n, its in loras.items() if not leaves[n] and any(lora.depth for lora in its)
     ]
@@ -177,7 +183,8 @@ def _check_parameters(
     ]
     if plain:
         raise Refused(
-            f"{shown(module)} is a target itself in {', '.join(plain)}, and a home of target_parameters in the others",
+            f"{shown(module)} is a target itself in {', '.join(plain)}, and a home of "
+            "target_parameters in the others",
             expected="one way for all: PEFT cannot load both",
             where="adapters",
             hint="merge one after the other instead",
@@ -192,7 +199,8 @@ def sites_of(
     own: list[str] | None,
     names: Names | None,
 ) -> list[Site]:
-    """The parameters of one module, the innermost first; `Refused` where neither files nor model say which is which."""
+    """The parameters of one module, the innermost first; `Refused` where neither files nor model
+    say which is which."""
     holders = [
         (leaves[number], 1 + max(lora.depth for lora in its)) for number, its in loras.items()
     ]
@@ -211,7 +219,8 @@ def sites_of(
     if not results:
         depth = max(levels for _, levels in holders)
         raise failure or Refused(
-            f"{shown(module)}: {depth} wrappers of parameters, {len(union)} names for them ({', '.join(map(shown, union))})",
+            f"{shown(module)}: {depth} wrappers of parameters, {len(union)} names for them "
+            f"({', '.join(map(shown, union))})",
             expected="a name in target_parameters for each",
             where=", ".join(of[number].where for number in loras),
             hint="restore the config that was saved with the file",
@@ -253,8 +262,9 @@ def _signature(sites: list[Site]) -> tuple:
 def _arrangements(
     holders: list[tuple[list[str], int]], union: list[str], own: list[str] | None
 ) -> Iterator[tuple[str, ...]]:
-    """What the wrapped parameters of a module may be, the innermost first: those that the model has, in its order; without a
-    model those among the named ones that make each adapter's number of wrappers, in any order."""
+    """What the wrapped parameters of a module may be, the innermost first: those that the model
+    has, in its order; without a model those among the named ones that make each adapter's number of
+    wrappers, in any order."""
     if own is not None:
         yield tuple(leaf for leaf in own if leaf in union)
         return
@@ -272,14 +282,16 @@ def _arranged(
     of: dict[int, Adapter],
     names: Names | None,
 ) -> list[Site]:
-    """The sites if these are the parameters, in this order; `Refused` where the files cannot be so."""
+    """The sites if these are the parameters, in this order; `Refused` where the files cannot be
+    so."""
     members: dict[str, dict[int, tuple[Lora, Factors]]] = {leaf: {} for leaf in chosen}
     for number, its in loras.items():
         mine = [leaf for leaf in chosen if leaf in leaves[number]]
         for lora in its:
             if lora.depth >= len(mine):
                 raise Refused(
-                    f"{shown(lora.a.key)} lies inside {lora.depth + 1} wrappers, {len(mine)} parameters of its module are targets",
+                    f"{shown(lora.a.key)} lies inside {lora.depth + 1} wrappers, {len(mine)} "
+                    "parameters of its module are targets",
                     expected="a wrapper for each",
                     where=of[number].where,
                     hint="restore the config that was saved with the file",
@@ -318,7 +330,10 @@ def _check_shape(
         ):
             raise Refused(
                 f"{shown(lora.a.key)}: factors of {factors.shape}",
-                expected=f"ones that fit {shown(module)}.{shown(leaf)} {shape or 'of the base, which has none'}",
+                expected=(
+                    f"ones that fit {shown(module)}.{shown(leaf)} "
+                    f"{shape or 'of the base, which has none'}"
+                ),
                 where=names.base.name,
                 hint="check that the adapter was trained on this base",
             )
@@ -343,14 +358,16 @@ def _nested(sites: list[Site]) -> list[AdapterkitError]:
 
 
 def has_old_layout(adapter: Adapter) -> bool | None:
-    """Whether PEFT up to 0.18 wrote the file, which took stacks of experts as (in, out); None where it does not say."""
+    """Whether PEFT up to 0.18 wrote the file, which took stacks of experts as (in, out); None where
+    it does not say."""
     version = adapter.config.get("peft_version")
     found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
     return None if found is None else (int(found[1]), int(found[2])) < (0, 19)
 
 
 def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list[AdapterkitError]:
-    """Square stacks of two versions of PEFT may be each other's transpose: their shapes do not tell."""
+    """Square stacks of two versions of PEFT may be each other's transpose: their shapes do not
+    tell."""
     square = [
         site.name
         for site in sites

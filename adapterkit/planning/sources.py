@@ -1,4 +1,4 @@
-"""What people type for a base or an adapter, and the folder it means."""
+"""The folders of the bases and adapters that a caller names."""
 
 import os
 import re
@@ -22,7 +22,8 @@ class _File(Folder, Protocol):
 
 
 def open_source(text: StrPath) -> Folder:
-    """The folder that a path, or a Hub id `org/name[@revision][:subfolder]`, means; a path that exists is taken whole."""
+    """The folder that a path, or a Hub id `org/name[@revision][:subfolder]`, stands for; a path
+    that exists is read as it is. `Refused` for a text that is neither."""
     if os.path.exists(text):
         return LocalFolder(text)
     from adapterkit.hub.folder import HubFolder
@@ -32,15 +33,18 @@ def open_source(text: StrPath) -> Folder:
     if hub_id is None:
         raise Refused(
             f"no such path: {shown(os.fspath(text))}",
-            expected="a folder, a .safetensors or .gguf file, or a Hub id org/name[@revision][:subfolder]",
+            expected=(
+                "a folder, a .safetensors or .gguf file, or a Hub id "
+                "org/name[@revision][:subfolder]"
+            ),
             hint="check the path",
         )
     return HubFolder(hub_id)
 
 
 def open_model(text: StrPath) -> Folder:
-    """The folder of a model. A `.safetensors` file stands for the checkpoint that it is part of, or is it, with the config and the
-    tokenizer beside it."""
+    """The folder of a model. A `.safetensors` file stands for the checkpoint that it is part of, or
+    is it, with the config and the tokenizer beside it."""
     folder = open_source(text)
     if not _is_weights(folder) or folder.single.startswith(NOT_A_MODEL):
         return folder
@@ -62,8 +66,8 @@ def open_model(text: StrPath) -> Folder:
 
 
 def open_adapter(text: StrPath) -> Folder:
-    """The folder of an adapter. A `.safetensors` file, whatever its name, is one where its adapter_config.json lies beside it;
-    `Refused` where that belongs to another file."""
+    """The folder of an adapter. A `.safetensors` file, whatever its name, is one where its
+    adapter_config.json lies beside it; `Refused` where that belongs to another file."""
     folder = open_source(text)
     if not _is_weights(folder) or not (folder.root / CONFIG).is_file():
         return folder
@@ -83,13 +87,15 @@ def _is_weights(folder: Folder) -> TypeGuard[_File]:
 
 
 def open_weighted(adapters: Any, name: str = "adapters") -> list[tuple[Folder, float]]:
-    """The folders of adapters, with their weights, in whatever form they are given; `Refused` with all that cannot be opened."""
+    """The folders of adapters, with their weights, in whatever form they are given; `Refused` with
+    all that cannot be opened."""
     opened: list[tuple[Folder, float]] = []
     errors: list[AdapterkitError] = []
     for source, weight in weighted(adapters, name):
         try:
-            text, said = (os.fspath(source), weight) if weight is not None else weight_of(source)
-            opened.append((open_adapter(text), said))
+            if weight is None:
+                source, weight = weight_of(source)
+            opened.append((open_adapter(source), weight))
         except AdapterkitError as error:
             errors.append(error)
     refuse_all(errors)
@@ -97,7 +103,8 @@ def open_weighted(adapters: Any, name: str = "adapters") -> list[tuple[Folder, f
 
 
 def open_all(**lists: Any) -> list[list[Folder]]:
-    """The folders of several lists of sources without weights, by the options' names; `Refused` with all that cannot be opened."""
+    """The folders of several lists of sources without weights, by the options' names; `Refused`
+    with all that cannot be opened."""
     opened: list[list[Folder]] = []
     errors: list[AdapterkitError] = []
     for name, sources in lists.items():
@@ -117,7 +124,8 @@ def open_all(**lists: Any) -> list[list[Folder]]:
 
 
 def weight_of(source: StrPath) -> tuple[str, float]:
-    """A source and its weight: `PATH=0.7` unless the whole text exists as a path; 1 where none is given."""
+    """A source and its weight: `PATH=0.7` unless the whole text exists as a path; 1 where none is
+    given."""
     text = os.fspath(source)
     if os.path.exists(text) or "=" not in text:
         return text, 1.0

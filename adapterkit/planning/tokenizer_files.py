@@ -17,34 +17,35 @@ TOKENIZER = re.compile(
 def tokenizer_files(
     adapters: list[Adapter], choice: str | None, notes: list[str]
 ) -> dict[str, CopyFile]:
-    """The tokenizer saved beside an adapter, if there is one: training may have added tokens to it."""
+    """The tokenizer saved beside an adapter, if there is one: training may have added tokens to
+    it."""
     if choice == "base":
         return {}
-    found = {
+    files_of = {
         a.number: {n for n in a.folder.files() if "/" not in n and TOKENIZER.fullmatch(n)}
         for a in adapters
     }
-    found = {number: names for number, names in found.items() if names}
-    if choice == "adapter" and not found:
+    files_of = {number: names for number, names in files_of.items() if names}
+    if choice == "adapter" and not files_of:
         raise Refused(
             "no tokenizer beside any adapter",
             expected="tokenizer files in an adapter's folder",
             where="--tokenizer adapter",
             hint="leave --tokenizer out",
         )
-    if not found:
+    if not files_of:
         return {}
     by_number = {a.number: a for a in adapters}
-    first = next(iter(found))
-    one, apart = _tokenizer(by_number[first], found[first]), set()
-    for number, files in found.items():
+    first = next(iter(files_of))
+    one, noted = _tokenizer(by_number[first], files_of[first]), set()
+    for number, files in files_of.items():
         other = _tokenizer(by_number[number], files)
         fast = "tokenizer.json" in one and "tokenizer.json" in other
-        there = (one.keys() | other.keys()) - (
+        names = (one.keys() | other.keys()) - (
             {*REPEATED} - (one.keys() & other.keys()) if fast else set()
         )
-        differing = sorted(name for name in there if one.get(name) != other.get(name))
-        apart |= {name for name in differing if name in SIDES}
+        differing = sorted(name for name in names if one.get(name) != other.get(name))
+        noted |= {name for name in differing if name in SIDES}
         if set(differing) - SIDES:
             names = f"{by_number[first].name} and {by_number[number].name}"
             raise Refused(
@@ -55,12 +56,13 @@ def tokenizer_files(
             )
     notes.append(
         f"tokenizer: from {by_number[first].name}"
-        + (f" (they differ in {', '.join(sorted(apart))})" if apart else "")
+        + (f" (they differ in {', '.join(sorted(noted))})" if noted else "")
     )
-    return {name: CopyFile(first, name) for name in sorted(found[first])}
+    return {name: CopyFile(first, name) for name in sorted(files_of[first])}
 
 
-# Settings of a saved tokenizer that change no token: where it came from, and what the training's calls had set
+# Settings of a saved tokenizer that change no token: where it came from, and what the training's
+# calls had set
 CALLS = ("model_max_length", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 PLACES = (
     "name_or_path",
@@ -70,41 +72,40 @@ PLACES = (
     "is_local",
     "local_files_only",
 )
-SIDES = {
-    "padding_side",
-    "truncation_side",
-}  # of batches and long texts: what training set is no other tokenizer, but is noted
-REPEATED = (
-    "special_tokens_map.json",
-    "added_tokens.json",
-)  # repeat what a fast tokenizer's other files say
+# of batches and long texts: what training set is no other tokenizer, but is noted
+SIDES = {"padding_side", "truncation_side"}
+# repeat what a fast tokenizer's other files say
+REPEATED = ("special_tokens_map.json", "added_tokens.json")
 
 
 def _tokenizer(adapter: Adapter, names: set[str]) -> dict[str, Any]:
-    """What a tokenizer's files say that makes its tokens: by file, and by setting where the file is JSON."""
-    found: dict[str, Any] = {}
+    """The contents of a tokenizer's files that decide its tokens: by file, and by setting where the
+    file is JSON."""
+    contents: dict[str, Any] = {}
     for name in names:
         if name not in ("tokenizer.json", "tokenizer_config.json"):
-            found[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])
+            contents[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])
             continue
         try:
-            said = read_json(adapter.folder, name)
+            settings = read_json(adapter.folder, name)
         except AdapterkitError:  # not ours to judge: it is compared as it stands
-            found[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])
+            contents[name] = adapter.folder.read(name, 0, adapter.folder.files()[name])
             continue
         if name == "tokenizer.json":
-            found[name] = {
-                key: value for key, value in said.items() if key not in ("truncation", "padding")
+            contents[name] = {
+                key: value
+                for key, value in settings.items()
+                if key not in ("truncation", "padding")
             }
         else:
-            found |= {
+            contents |= {
                 key: value
-                for key, value in said.items()
+                for key, value in settings.items()
                 if key not in (*CALLS, *PLACES, "chat_template")
             }
-            template = said.get("chat_template")
+            template = settings.get("chat_template")
             if isinstance(template, str) and "chat_template.jinja" not in names:
-                found["chat_template.jinja"] = template.encode()
+                contents["chat_template.jinja"] = template.encode()
             elif not isinstance(template, str | None):
-                found["chat_template"] = template
-    return found
+                contents["chat_template"] = template
+    return contents

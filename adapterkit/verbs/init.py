@@ -16,8 +16,8 @@ from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import QuantizedModel
 from adapterkit.planning.new_adapter import (
     Scaling,
-    adapter_of,
-    targeted,
+    new_adapter,
+    select_targets,
     wrappable,
 )
 from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
@@ -150,7 +150,7 @@ def _target_modules(quantization: QuantizationPlan, targets: str | None) -> list
         modules = [name for name in usable if name not in quantization.excluded]
     else:
         missing_because = "tied, left alone by --skip or passed by in PEFT, or not in the file"
-        modules, notes = targeted(targets, usable, quantization.model, missing_because)
+        modules, notes = select_targets(targets, usable, quantization.model, missing_because)
         quantization.notes.extend(notes)
     refuse_all([quantization.problems[name] for name in modules if name in quantization.problems])
     if not modules:
@@ -174,7 +174,7 @@ def _plan(
     model = QuantizedModel(
         base, quantization.quantized if options.quantize else {}, tasks, config, "base", "init"
     )
-    adapter = adapter_of(
+    adapter = new_adapter(
         base,
         factors,
         options.scaling,

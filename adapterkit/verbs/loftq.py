@@ -20,8 +20,8 @@ from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import QuantizedModel
 from adapterkit.planning.new_adapter import (
     Scaling,
-    adapter_of,
-    targeted,
+    new_adapter,
+    select_targets,
     wrappable,
 )
 from adapterkit.planning.quantization import plan_quantization
@@ -223,7 +223,7 @@ def _plan_base_and_adapter(
         if quantization.modules[name].key in quantization.weights
     }
     if options.targets is not None:
-        matching, notes = targeted(
+        matching, notes = select_targets(
             options.targets, list(modules.values()), quantization.model, NOT_QUANTISED
         )
         modules = {key: name for key, name in modules.items() if name in matching}
@@ -251,7 +251,7 @@ def _plan_base_and_adapter(
     model = QuantizedModel(
         base, quantization.quantized, tasks, quantization.config(), "base", "loftq"
     )
-    adapter = adapter_of(
+    adapter = new_adapter(
         base, factors, Scaling(options.rank, options.alpha, options.rslora), SUMMARY, "adapter"
     )
     notes = list(quantization.notes)
@@ -294,7 +294,9 @@ def _plan_fixed_base(
     modules = {key: name for key, name in modules.items() if name in usable}
     if options.targets is not None:
         model = names.model.model if names.model is not None else None
-        matching, more = targeted(options.targets, list(modules.values()), model, NOT_QUANTISED)
+        matching, more = select_targets(
+            options.targets, list(modules.values()), model, NOT_QUANTISED
+        )
         modules = {key: name for key, name in modules.items() if name in matching}
         notes += more
     for key, name in modules.items():
@@ -336,7 +338,7 @@ def _plan_fixed_base(
     selected = select_covariances(stats, {task.name: task.place.a_tail[0] for task in factors})
     factors = [replace(task, covariance=selected.get(task.name)) for task in factors]
     scaling = Scaling(options.rank, options.alpha, options.rslora)
-    return adapter_of(base, factors, scaling, SUMMARY), {"modules": len(factors)}
+    return new_adapter(base, factors, scaling, SUMMARY), {"modules": len(factors)}
 
 
 def _check(options: Options, fixed_base: bool, has_callback: bool) -> None:

@@ -17,7 +17,8 @@ from adapterkit.weights.slots import Axis, Positions, Slot
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """scale * b @ a as it lies on a parameter: `flip` where the parameter's rows are the module's inputs."""
+    """scale * b @ a as it lies on a parameter: `flip` where the parameter's rows are the module's
+    inputs."""
 
     a: TensorSpec
     b: TensorSpec
@@ -28,7 +29,8 @@ class Product:
 
 
 def grid_rows(slot: Slot, stack: bool) -> int:
-    """Rows of the slot's stored tensor as a grid; `stack` when the parameter is a stack of matrices."""
+    """Rows of the slot's stored tensor as a grid; `stack` when the parameter is a stack of
+    matrices."""
     if stack and slot.axes[0].axis is not None:
         return slot.shape[0] * slot.shape[1]
     return slot.shape[0] if slot.shape else 1

@@ -96,7 +96,8 @@ def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
 
 
 def _config(config: dict[str, Any], count: int, order: list[int]) -> dict[str, Any]:
-    """The config with the new number of layers, and every per-layer list stacked as the layers are."""
+    """The config with the new number of layers, and every per-layer list stacked as the layers
+    are."""
 
     def stacked(key: str, value: Any) -> Any:
         if key in COUNTS and value == count:

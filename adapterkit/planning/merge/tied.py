@@ -152,8 +152,8 @@ def _is_input(job: Job, name: str) -> bool:
 
 
 def _is_saved(job: Job, name: str) -> bool:
-    """Whether the new value is a module of its own in the trained model (modules_to_save), no longer
-    the shared one."""
+    """Whether the new value is a module of its own in the trained model (modules_to_save), no
+    longer the shared one."""
     change = job.changes[name]
     return change.value is not None and job.adapters[change.value_from - 1].saves(name)
 
@@ -181,8 +181,8 @@ def _equal_changes(job: Job, one: Change, other: Change) -> bool:
 
 
 def _equal_additions(job: Job, one: Addition, other: Addition) -> bool:
-    """Whether two additions are the same: equal scales and, element by element, factors; those of an
-    embedding are stored transposed."""
+    """Whether two additions are the same: equal scales and, element by element, factors; those of
+    an embedding are stored transposed."""
     if one is other:
         return True
     if (one.adapter.number, one.scale, one.product is None) != (
