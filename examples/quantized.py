@@ -452,10 +452,9 @@ def show_roundings(table: dict[str, dict[str, dict[str, Any]]]) -> None:
     )
     for name, found in table.items():
         for row, metric in found.items():
-            share = f"{metric['survived']:>10.3f}" if "survived" in metric else ""
-            say(
-                f"{f'{name}, {row}':42}{math.exp(metric['task']):>12.3f}{math.exp(metric['other']):>12.3f}{share}"
-            )
+            task, other = math.exp(metric["task"]), math.exp(metric["other"])
+            survived = f"{metric['survived']:>10.3f}" if "survived" in metric else ""
+            say(f"{f'{name}, {row}':42}{task:>12.3f}{other:>12.3f}{survived}")
     say()
 
 

@@ -1,4 +1,5 @@
-"""The documents say what is true: the commands, options, files and links that they name exist, and their tables are complete."""
+"""The documents say what is true: the commands, options, files and links that they name exist, and
+their tables are complete."""
 
 import importlib.util
 import inspect

@@ -1,7 +1,8 @@
-"""What the documents say to type runs, one command after another, each document's in a folder of its own.
+"""What the documents say to type runs, one command after another, each document's in a folder of
+its own.
 
-The folder holds a tiny Llama, BASE, whose adapter goes by the names in CAST. The package is a copy with the files that
-CONTRIBUTING.md adds to it.
+The folder holds a tiny Llama, BASE, whose adapter goes by the names in CAST. The package is a copy
+with the files that CONTRIBUTING.md adds to it.
 """
 
 import itertools
@@ -35,7 +36,8 @@ PACKAGE = Path(adapterkit.__file__).parent
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for all commands
 CAST = (
-    "ADAPTER style skill english french german law medicine code a b c high-rank older newer other-depth"
+    "ADAPTER style skill english french german law medicine code a b c high-rank older newer "
+    "other-depth"
 ).split()
 PREPARATION = [
     "merge BASE ADAPTER=0.5 --out TUNED",

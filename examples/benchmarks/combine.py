@@ -43,9 +43,17 @@ PEFT = """
 import sys, time, torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
-hidden, inner, heads, kind, density = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5])
-config = LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4),
-                     head_dim=128, num_hidden_layers=1, vocab_size=1000)
+hidden, inner, heads = map(int, sys.argv[1:4])
+kind, density = sys.argv[4], float(sys.argv[5])
+config = LlamaConfig(
+    hidden_size=hidden,
+    intermediate_size=inner,
+    num_attention_heads=heads,
+    num_key_value_heads=max(1, heads // 4),
+    head_dim=128,
+    num_hidden_layers=1,
+    vocab_size=1000,
+)
 lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 model = get_peft_model(LlamaForCausalLM(config), lora, adapter_name="0")
 for name in ("1", "2"):
@@ -56,7 +64,8 @@ for name, parameter in model.named_parameters():
 more = {} if kind == "svd" else {"density": density}
 start = time.perf_counter()
 with torch.no_grad():
-    model.add_weighted_adapter(["0", "1", "2"], [1.0, 0.5, 0.7], "new", combination_type=kind, **more)
+    weights = [1.0, 0.5, 0.7]
+    model.add_weighted_adapter(["0", "1", "2"], weights, "new", combination_type=kind, **more)
 print(f"seconds={time.perf_counter() - start}")
 """
 

@@ -50,7 +50,8 @@ shapes, rank, std, cores = json.loads(sys.argv[1])
 
 def weights(shape, count):
     generator = torch.Generator().manual_seed(sum(shape))
-    return [(torch.randn(shape, generator=generator) * std).bfloat16().float() for _ in range(count)]
+    drawn = (torch.randn(shape, generator=generator) * std for _ in range(count))
+    return [weight.bfloat16().float() for weight in drawn]
 
 def timed(part, function):
     def run(*args, **named):
@@ -93,7 +94,8 @@ for name, shape in shapes.items():
     start = time.perf_counter()
     results = list(pool.map(one, many))
     seconds = (time.perf_counter() - start) / len(many)
-    parts = {part: sum(each[part] for _, each in results) / cores / len(many) for part in results[0][1]}
+    runs = cores * len(many)
+    parts = {part: sum(each[part] for _, each in results) / runs for part in results[0][1]}
     found[name] = {"seconds": seconds, **parts, "error": results[0][0]}
 print(json.dumps(found))
 """
@@ -106,7 +108,9 @@ def decompose(matrix):
     return u @ torch.sqrt(torch.diag(s)[:, :rank]), torch.sqrt(torch.diag(s)[:rank]) @ vh
 
 def one(weight):
-    packed, state = timed("quantize", quantize_4bit)(weight, blocksize=64, compress_statistics=False, quant_type="nf4")
+    packed, state = timed("quantize", quantize_4bit)(
+        weight, blocksize=64, compress_statistics=False, quant_type="nf4"
+    )
     rest = weight - timed("decode", dequantize_4bit)(packed, state)
     b, a = timed("low_rank", decompose)(rest)
     return rest, b, a
@@ -129,8 +133,12 @@ TRANSFORMERS = """
 import sys, torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 base, out = sys.argv[1:]
-config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16, device_map="cpu")
+config = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+)
+model = AutoModelForCausalLM.from_pretrained(
+    base, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+)
 model.save_pretrained(out)
 """
 

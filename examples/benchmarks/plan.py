@@ -68,7 +68,9 @@ plan = plan_merge(folder, [(LocalFolder(adapter), 1.0)], Options())
 totals = plan.totals()
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-print(json.dumps({"cpu": cpu, "wall": wall, "peak": peak, "requests": getattr(folder, "requests", None), "totals": totals}))
+requests = getattr(folder, "requests", None)
+times = {"cpu": cpu, "wall": wall, "peak": peak}
+print(json.dumps({**times, "requests": requests, "totals": totals}))
 """
 
 MERGE = """
@@ -78,7 +80,8 @@ base, adapter, out, workers = sys.argv[1:]
 merge(base, [adapter], out=out, dry_run=True)
 wall, cpu = time.perf_counter(), time.process_time()
 receipt = merge(base, [adapter], out=out)
-print(json.dumps({"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "totals": receipt.data["totals"]}))
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+print(json.dumps({"cpu": cpu, "wall": wall, "totals": receipt.data["totals"]}))
 """
 
 

@@ -335,7 +335,8 @@ def test_a_transposed_layer_s_weight_as_a_parameter(targets, tmp_path):
 
 @pytest.mark.parametrize("build, config", [
     (mamba, {"target_modules": ["in_proj", "x_proj"], "target_parameters": ["mixer.A_log"]}),
-    (conformer, {"target_modules": ["linear_q", "linear_out"], "target_parameters": ["pos_bias_u", "pos_bias_v"]}),
+    (conformer, {"target_modules": ["linear_q", "linear_out"],
+                 "target_parameters": ["pos_bias_u", "pos_bias_v"]}),
     (conformer, {"target_parameters": ["depthwise_conv.weight"], "target_modules": ["linear_out"]}),
 ])  # fmt: skip
 def test_merge_reads_keys_inside_wrappers(build, config, tmp_path):

@@ -151,7 +151,7 @@ def test_what_stands_in_the_way_of_a_dora(sources, base, tmp_path):
     oracle.save_base(oracle.llama(), other)
     with pytest.raises(Refused) as caught:
         adapterkit.combine(sources, out=tmp_path / "out", method="svd", base=other)
-    actual = [error.problem for error in caught.value.errors]  # pyright: ignore[reportAttributeAccessIssue]
+    actual = [error.problem for error in caught.value.errors]
     # every module of the DoRAs, each once
     assert len(set(actual)) == len(actual) == 5 and all("no matrix" in text for text in actual)
     note = adapterkit.combine(sources[2:] * 2, out=tmp_path / "plain", method="svd", base=base)

@@ -175,8 +175,8 @@ def test_merge(trained):
 def test_combine(trained, tmp_path):
     options: dict[str, Any] = {"base": trained.base} if trained.config.get("use_dora") else {}
     options |= {"rank": 1000} if options else {}
-    adapterkit.combine([f"{adapter}={w}" for adapter, w in zip(trained.adapters, (0.25, 0.75), strict=True)],
-                       method="linear", out=tmp_path / "out", **options)  # fmt: skip
+    sources = [f"{a}={w}" for a, w in zip(trained.adapters, (0.25, 0.75), strict=True)]
+    adapterkit.combine(sources, method="linear", out=tmp_path / "out", **options)
     mean = lambda before, after: {
         key: 0.25 * after[0][key] + 0.75 * after[1][key] for key in before
     }

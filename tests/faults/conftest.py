@@ -1,6 +1,7 @@
 """A three-shard job that costs milliseconds, and a bench on which it runs while things go wrong.
 
-The files are made with numpy and safetensors alone: Llama's names, a PEFT adapter. Runs happen in children of `driver.py`.
+The files are made with numpy and safetensors alone: Llama's names, a PEFT adapter. Runs happen in
+children of `driver.py`.
 """
 
 import hashlib
@@ -57,9 +58,10 @@ def make_base(folder: Path, shards: int = 3, layers: int = LAYERS) -> None:
     total = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in cut.items()}}
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "vocab_size": VOCABULARY,
-        "intermediate_size": 3 * WIDTH, "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "tie_word_embeddings": False, "torch_dtype": "float16",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH,
+        "vocab_size": VOCABULARY, "intermediate_size": 3 * WIDTH, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": False,
+        "torch_dtype": "float16",
     }  # fmt: skip
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
@@ -81,8 +83,9 @@ def make_adapter(folder: Path, layers: int = LAYERS, modules: tuple[str, ...] = 
                 np.float32
             )
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "bias": "none",
-        "target_modules": [f"{m}_proj" for m in modules], "base_model_name_or_path": "tiny",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK,
+        "bias": "none", "target_modules": [f"{m}_proj" for m in modules],
+        "base_model_name_or_path": "tiny",
     }  # fmt: skip
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -90,7 +93,8 @@ def make_adapter(folder: Path, layers: int = LAYERS, modules: tuple[str, ...] = 
 
 @dataclass
 class Ended:
-    """What a run left: its exit status (negative: the signal that ended it), texts, and how many calls were counted."""
+    """What a run left: its exit status (negative: the signal that ended it), texts, and how many
+    calls were counted."""
 
     status: int
     stdout: str
@@ -153,7 +157,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def check_values(bench: "Bench", weight: float) -> None:
-    """Every tensor of an output is the base's, or the float16 nearest to W + weight·b@a (alpha is r here)."""
+    """Every tensor of an output is the base's, or the float16 nearest to W + weight·b@a (alpha is r
+    here)."""
     base, made = (
         {k: t for p in d.glob("*.safetensors") for k, t in load_file(p).items()}
         for d in (bench.base, bench.out)
@@ -231,7 +236,8 @@ class Bench:
         shutil.rmtree(self.control, ignore_errors=True)
 
     def check_stage(self, whole: dict[str, str], control: Path | None = None) -> None:
-        """Whatever bears a shard's final name in the stage is whole, and so is every shard that the journal calls done."""
+        """Whatever bears a shard's final name in the stage is whole, and so is every shard that the
+        journal calls done."""
         stage = (control or self.control) / "out"
         for path in stage.glob("*.safetensors"):
             assert hashlib.sha256(path.read_bytes()).hexdigest() == whole[path.name], path
@@ -245,7 +251,8 @@ class Bench:
 
 @dataclass
 class AdapterBench(Bench):
-    """A bench that runs another verb, on adapters alone: `words` are its arguments, names of folders among them."""
+    """A bench that runs another verb, on adapters alone: `words` are its arguments, names of
+    folders among them."""
 
     words: list[str] = field(default_factory=list)
 
@@ -295,7 +302,8 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def disk_of_tests(request, tmp_path_factory):
-    """Where benches stand: in memory, where an fsync costs nothing; for the slow tests on the disk."""
+    """Where benches stand: in memory, where an fsync costs nothing; for the slow tests on the
+    disk."""
     memory = Path("/dev/shm")
     if request.config.getoption("markexpr") != "not slow" or not os.access(memory, os.W_OK):
         yield tmp_path_factory.getbasetemp()

@@ -1,8 +1,9 @@
 """Runs adapterkit's command line in forked children, with faults put into their system calls.
 
-A merge of a tiny model costs a hundredth of what importing torch does, so this process imports once and forks for each run. It
-reads one request a line on stdin and answers each with one line of JSON. In a child, the functions of `os` and libc that the
-writer and the reader use are wrapped: each call counts, and the N-th one dies, fails, is cut short, or is lost.
+A merge of a tiny model costs a hundredth of what importing torch does, so this process imports once
+and forks for each run. It reads one request a line on stdin and answers each with one line of JSON.
+In a child, the functions of `os` and libc that the writer and the reader use are wrapped: each call
+counts, and the N-th one dies, fails, is cut short, or is lost.
 """
 
 import ctypes
@@ -21,17 +22,19 @@ import time
 import traceback
 
 WRITES = [
-    "open", "pwrite", "write", "copy_file_range", "ftruncate", "fallocate", "fsync", "close", "rename", "renameat2",
-    "link", "unlink", "rmdir", "mkdir",
+    "open", "pwrite", "write", "copy_file_range", "ftruncate", "fallocate", "fsync", "close",
+    "rename", "renameat2", "link", "unlink", "rmdir", "mkdir",
 ]  # fmt: skip
 SHUTDOWN = 0x8004587D  # _IOR('X', 125, uint32): ext4 and XFS stop at once, as in a power cut
 
 
 class Faults:
-    """Wraps the system's functions and does what the specification says at the N-th call that it is about.
+    """Wraps the system's functions and does what the specification says at the N-th call that it is
+    about.
 
-    spec: calls (names), match (part of the path), when (N, or 0 for every call; `sticky`: from N on), and one of kill, torn,
-    error=NAME, short, zero, lost, delay=SECONDS, act=[[what, ...]]; `also`: a second specification.
+    spec: calls (names), match (part of the path), when (N, or 0 for every call; `sticky`: from N
+    on), and one of kill, torn, error=NAME, short, zero, lost, delay=SECONDS, act=[[what, ...]];
+    `also`: a second specification.
     """
 
     def __init__(self, spec: dict, shared: mmap.mmap):
@@ -41,8 +44,10 @@ class Faults:
     def install(self) -> None:
         from adapterkit.checkpoint import system
 
-        for name in ("open", "pwrite", "write", "copy_file_range", "ftruncate", "fsync", "close", "rename", "link",
-                     "unlink", "rmdir", "mkdir", "preadv", "pread"):  # fmt: skip
+        for name in (
+            "open", "pwrite", "write", "copy_file_range", "ftruncate", "fsync", "close", "rename",
+            "link", "unlink", "rmdir", "mkdir", "preadv", "pread",
+        ):  # fmt: skip
             setattr(os, name, self._wrapped(name, getattr(os, name)))
         libc, faults = system._libc, self
 
@@ -224,8 +229,9 @@ class Child:
         ]
         os.close(self.out), os.close(self.err)
         return {
-            "status": os.waitstatus_to_exitcode(found[1]), "stdout": texts[0], "stderr": texts[1], "calls": count,
-            "last": label.rstrip(b"\0").decode("utf-8", "replace"), "memory": found[2].ru_maxrss << 10, "seconds": seconds,
+            "status": os.waitstatus_to_exitcode(found[1]), "stdout": texts[0], "stderr": texts[1],
+            "calls": count, "last": label.rstrip(b"\0").decode("utf-8", "replace"),
+            "memory": found[2].ru_maxrss << 10, "seconds": seconds,
         }  # fmt: skip
 
 

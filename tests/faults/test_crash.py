@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 SYSTEM_CALLS = [
-    "pwrite64", "copy_file_range", "ftruncate", "fallocate", "fsync", "rename|renameat|renameat2", "unlink|unlinkat|rmdir",
-    "mkdir|mkdirat", "link|linkat", "write",
+    "pwrite64", "copy_file_range", "ftruncate", "fallocate", "fsync", "rename|renameat|renameat2",
+    "unlink|unlinkat|rmdir", "mkdir|mkdirat", "link|linkat", "write",
 ]  # fmt: skip
 PLACES = [
     "tokenizer",

@@ -14,9 +14,10 @@ from tests.support.oracle import quiet
 
 KINDS = tuple(sorted(CONFIG_MAPPING_NAMES))
 AUTO_CLASSES = (
-    "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "AutoModelForImageTextToText",
-    "AutoModelForSpeechSeq2Seq", "AutoModelForImageClassification", "AutoModelForAudioClassification", "AutoModelForCTC",
+    "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering", "AutoModelForImageTextToText", "AutoModelForSpeechSeq2Seq",
+    "AutoModelForImageClassification", "AutoModelForAudioClassification", "AutoModelForCTC",
     "AutoModelForPreTraining", "AutoModelForMaskGeneration",
 )  # fmt: skip
 TASKS = {

@@ -11,8 +11,9 @@ from . import jobs, models
 # one type for each way in which models differ: ties, experts, transposed layers, fused projections,
 # convolutions, torch's attention, bare parameters, renames
 SOME = (
-    "llama", "gpt2", "bert", "roberta", "t5", "mixtral", "gpt_oss", "vit", "clip", "siglip", "mamba", "whisper",
-    "qwen3_moe", "gemma3", "opt", "phimoe", "wav2vec2", "blip", "qwen2_vl", "distilbert",
+    "llama", "gpt2", "bert", "roberta", "t5", "mixtral", "gpt_oss", "vit", "clip", "siglip",
+    "mamba", "whisper", "qwen3_moe", "gemma3", "opt", "phimoe", "wav2vec2", "blip", "qwen2_vl",
+    "distilbert",
     "bert-generation",
 )  # fmt: skip
 USUAL = [(kind, seed) for kind in SOME for seed in range(5)]

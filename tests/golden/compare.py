@@ -1,6 +1,7 @@
 """The strong comparison: every job with two source trees on this machine, all bytes equal.
 
-  python -m tests.golden.compare OLD_TREE NEW_TREE     prints every difference; exit status 1 if there is one
+  python -m tests.golden.compare OLD_TREE NEW_TREE     prints every difference; exit status 1 if
+                                                       there is one
   python -m tests.golden.compare --write TREE          writes golden.json, of the package in TREE
 
 Changes of prose (notes, problems, model cards) are printed, and are no difference.
@@ -25,7 +26,8 @@ sys.path.append(sys.argv[1])
 import adapterkit
 from golden import jobs
 tree = Path(sys.argv[2]).resolve()
-assert tree in Path(adapterkit.__file__).resolve().parents, f"{adapterkit.__file__} is not of {tree}"
+imported = Path(adapterkit.__file__).resolve()
+assert tree in imported.parents, f"{imported} is not of {tree}"
 records = jobs.run_all(Path(sys.argv[3]))
 exact = [job.name for job in (*jobs.WRITING, *jobs.READING) if job.exact]
 Path(sys.argv[4]).write_text(json.dumps({"records": records, "exact": exact}))
@@ -33,7 +35,8 @@ Path(sys.argv[4]).write_text(json.dumps({"records": records, "exact": exact}))
 
 
 def run_tree(tree: str) -> dict[str, Any]:
-    """{"records", "exact"} of this folder's jobs with the package in `tree`, in a process of its own."""
+    """{"records", "exact"} of this folder's jobs with the package in `tree`, in a process of its
+    own."""
     with tempfile.TemporaryDirectory() as folder:
         jobs, result = Path(folder) / "jobs", Path(folder) / "records.json"
         jobs.mkdir()

@@ -1,6 +1,7 @@
 """Tiny bases and adapters for the golden jobs: a two-layer Llama, adapters in PEFT's layout.
 
-Every value is an integer times a power of two, drawn by a formula, so that the files have the same bytes on every machine.
+Every value is an integer times a power of two, drawn by a formula, so that the files have the same
+bytes on every machine.
 """
 
 import json
@@ -84,11 +85,8 @@ def create_inputs(root: Path) -> None:
     _save_adapter(root / "dora", seed=12, rank=2, alpha=2, modules=MLP, use_dora=True)
     _save_adapter(root / "rslora", seed=13, rank=4, alpha=4, modules=ATTENTION, use_rslora=True)
     _save_adapter(root / "head", seed=14, rank=2, alpha=2, modules_to_save=["lm_head"])
-    fine = {
-        "modules": FEW,
-        "most": 3000,
-        "exponent": -14,
-    }  # no two elements of a delta have one magnitude
+    # no two elements of a delta have one magnitude
+    fine = {"modules": FEW, "most": 3000, "exponent": -14}
     for number, name in enumerate(("law", "medicine", "english")):
         _save_adapter(root / name, seed=20 + number, rank=4, alpha=4, **fine)
     pissa = {"modules": FEW, "rank": 4, "alpha": 4, "init_lora_weights": "pissa"}

@@ -1,4 +1,5 @@
-"""The golden jobs: small jobs of each verb, run through Python and the command line, and what they give as JSON.
+"""The golden jobs: small jobs of each verb, run through Python and the command line, and what they
+give as JSON.
 
 Only public names of the package are used, so that records can be made with any commit.
 """
@@ -26,8 +27,9 @@ RECEIPT = "adapterkit.json"
 class Job:
     """A call of a verb; a source that names another job reads that job's output.
 
-    `exact`: all output bytes are the same on every processor; else the output comes from LAPACK, or from sums whose order
-    depends on the processor, and golden numbers of it are kept instead of hashes.
+    `exact`: all output bytes are the same on every processor; else the output comes from LAPACK, or
+    from sums whose order depends on the processor, and golden numbers of it are kept instead of
+    hashes.
     """
 
     name: str
@@ -109,8 +111,9 @@ def run(task: Job) -> dict[str, Any]:
     """The record of a job, run in the current folder.
 
     Of a writing verb: `plan`, what `--dry-run --json` prints; `receipt`; `returned`, what the
-    receipt in Python has besides; `files`, name -> [bytes, sha256]; `cards`, the texts of
-    the model cards; `summary` where the job is not exact. Of a reading verb: `exit`, its exit status, and `result`.
+    receipt in Python has besides; `files`, name -> [bytes, sha256]; `cards`, the texts of the model
+    cards; `summary` where the job is not exact. Of a reading verb: `exit`, its exit status, and
+    `result`.
     """
     if task in READING:
         result = call(task)
@@ -144,8 +147,9 @@ def run(task: Job) -> dict[str, Any]:
 
 
 def summary(path: Path) -> dict[str, list[float]]:
-    """Numbers of a file of weights that do not depend on the signs of singular vectors: [sum of squares, first element, last
-    element] of b@a for each pair of factors and of each other floating tensor, in float64."""
+    """Numbers of a file of weights that do not depend on the signs of singular vectors: [sum of
+    squares, first element, last element] of b@a for each pair of factors and of each other floating
+    tensor, in float64."""
     tensors = {key: w for key, w in load_file(path).items() if w.is_floating_point()}
     for key in list(tensors):
         for a, b in (("lora_A.weight", "lora_B.weight"), (".a", ".b")):

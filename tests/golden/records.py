@@ -13,7 +13,8 @@ SMALL = 1e-6  # absolute, beside it: sums that cancel
 
 
 def comparable(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what differs between two runs of one job: version, inodes, timings; texts by their number."""
+    """A record without what differs between two runs of one job: version, inodes, timings; texts by
+    their number."""
     record = json.loads(json.dumps(record))
     cards = record.get("cards", {})
     plan, receipt, result = (record.get(k) for k in ("plan", "receipt", "result"))
@@ -50,10 +51,11 @@ def texts(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def golden(record: dict[str, Any], exact: bool) -> dict[str, Any]:
-    """What is kept in golden.json of a record: nothing that depends on the machine, long lists of keys as one
-    hash, hashes by their first digits.
+    """What is kept in golden.json of a record: nothing that depends on the machine, long lists of
+    keys as one hash, hashes by their first digits.
 
-    Unless a job is `exact`, the hashes of its weights, and what follows from them, are left to the summary.
+    Unless a job is `exact`, the hashes of its weights, and what follows from them, are left to the
+    summary.
     """
     record = _shortened(comparable(record))
     plan, receipt = record.get("plan"), record.get("receipt")
@@ -87,7 +89,8 @@ def _shortened(record: dict[str, Any]) -> dict[str, Any]:
 def differences(
     old: Any, new: Any, *, tolerance: float = 0.0, small: float = 0.0, path: str = ""
 ) -> list[str]:
-    """Where two JSON values differ, a line each: keys and their order, lengths, values; floats beyond the tolerances."""
+    """Where two JSON values differ, a line each: keys and their order, lengths, values; floats
+    beyond the tolerances."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = [f"{path}.{key}: is gone" for key in old if key not in new]
         lines += [f"{path}.{key}: is new" for key in new if key not in old]

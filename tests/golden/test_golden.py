@@ -1,4 +1,5 @@
-"""One small job of each verb gives the plan, the receipt and the bytes that it gave when golden.json was written.
+"""One small job of each verb gives the plan, the receipt and the bytes that it gave when
+golden.json was written.
 
 What is exact is compared exactly, what was measured or comes from LAPACK within `records.TOLERANCE`
 or `records.CLOSE`. After a change that is meant:

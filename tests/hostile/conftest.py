@@ -1,4 +1,5 @@
-"""What the hostile suites share: their folder on the path (for `forge`), and a watch on time and memory."""
+"""What the hostile suites share: their folder on the path (for `forge`), and a watch on time and
+memory."""
 
 import resource
 import time
@@ -16,14 +17,11 @@ def frugal() -> Callable:
     @contextmanager
     def watch(seconds: float = 1.0, megabytes: int = 100) -> Iterator[None]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, began = (
-            _status("VmHWM"),
-            time.process_time(),
-        )  # of this process alone: other tests run beside it
+        # of this process alone: other tests run beside it
+        before, began = (_status("VmHWM"), time.process_time())
         limits = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(
-            resource.RLIMIT_AS, (_status("VmSize") * 1024 + (2 << 30), limits[1])
-        )  # no harm to others
+        # no harm to others
+        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") * 1024 + (2 << 30), limits[1]))
         try:
             yield
         finally:

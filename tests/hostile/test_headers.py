@@ -1,4 +1,5 @@
-"""Headers that lie, burst or confuse: refused in a second and little memory; and never laxer than safetensors."""
+"""Headers that lie, burst or confuse: refused in a second and little memory; and never laxer than
+safetensors."""
 
 import json
 import random
@@ -132,8 +133,8 @@ SHAPES = {
 A = text()[1:-1]
 JSONS = {
     "duplicate key": b"{" + A + b"," + A + b"}",
-    "duplicate through an escape": b'{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},"\\u0061":'
-    b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+    "duplicate through an escape": b'{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},'
+    b'"\\u0061":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
     "duplicate field": b'{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}',
     "duplicate metadata": b'{"__metadata__":{},"__metadata__":{},' + A + b"}",
     "duplicate metadata key": b'{"__metadata__":{"k":"1","\\u006b":"2"},' + A + b"}",
@@ -306,7 +307,7 @@ def test_safetensors_reads_what_we_write():
     assert len(raw) % 8 == 0
 
 
-# -- mutations, differential -----------------------------------------------------------------------------------------
+# -- mutations, differential -----------------------------------------------------------------------
 
 VALUES = [
     "-0",
@@ -361,7 +362,8 @@ def tokens(header: bytes) -> list[bytes]:
 
 @st.composite
 def mutated(draw) -> bytes:
-    """A sound file of up to four tensors with a few changes to its header's tokens, its length or its data."""
+    """A sound file of up to four tensors with a few changes to its header's tokens, its length or
+    its data."""
     names = draw(
         st.lists(st.sampled_from(["a", "b", "c", "d.weight", "é"]), unique=True, max_size=4)
     )
@@ -395,7 +397,8 @@ def mutated(draw) -> bytes:
 
 
 def reason_to_be_stricter(data: bytes) -> str | None:
-    """Why this reader may refuse what safetensors takes. The written list: anything else is a fault of ours."""
+    """Why this reader may refuse what safetensors takes. The written list: anything else is a fault
+    of ours."""
     body = data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
     if body[:1] != b"{":
         return "a space before the header"
@@ -448,7 +451,8 @@ def test_never_laxer_than_safetensors(data):
 
 
 def test_never_laxer_than_safetensors_on_flipped_bytes():
-    """Single bytes of a header and its length changed to every interesting value: cheap, so thousands of them."""
+    """Single bytes of a header and its length changed to every interesting value: cheap, so
+    thousands of them."""
     good = save({"a": np.zeros((2, 3), np.float32), "b": np.zeros((), np.int64)}, {"format": "pt"})
     generator = random.Random(0)
     size = 8 + struct.unpack("<Q", good[:8])[0]

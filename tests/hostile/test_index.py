@@ -1,4 +1,5 @@
-"""Folders that lie about their files: names that lead elsewhere, indexes that do not match, what is no file."""
+"""Folders that lie about their files: names that lead elsewhere, indexes that do not match, what is
+no file."""
 
 import json
 import os
@@ -28,7 +29,8 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 
 def sharded(**changes) -> MemoryFolder:
-    """A base in two shards with an index; `changes` are made to the index, a value of None takes its key out."""
+    """A base in two shards with an index; `changes` are made to the index, a value of None takes
+    its key out."""
     tensors = list(base_tensors().items())
     half = len(tensors) // 2
     parts = {FIRST: dict(tensors[:half]), SECOND: dict(tensors[half:])}
@@ -73,10 +75,12 @@ def merged(folder: MemoryFolder, tmp_path: Path) -> Path:
 
 
 OUTSIDE = [
-    "../x", "../model.safetensors", "..", ".", "", "/etc/passwd", "/dev/zero", "C:\\x", "C:x.safetensors",
+    "../x", "../model.safetensors", "..", ".", "", "/etc/passwd", "/dev/zero", "C:\\x",
+    "C:x.safetensors",
     "\\\\host\\share\\x",
-    "a\\b.safetensors", "a/b.safetensors", "./model-00001-of-00002.safetensors", "a//b", "a/../b.safetensors", "nul",
-    "NUL.safetensors", "aux.safetensors", "com1.safetensors", "model.safetensors.", "model.safetensors ",
+    "a\\b.safetensors", "a/b.safetensors", "./model-00001-of-00002.safetensors", "a//b",
+    "a/../b.safetensors", "nul", "NUL.safetensors", "aux.safetensors", "com1.safetensors",
+    "model.safetensors.", "model.safetensors ",
     "model.safetensors:x",
     "x\x00.safetensors", "x\x1b[2J.safetensors", "x\u202e.safetensors", "x" * 1001 + ".safetensors",
     "file:///etc/passwd",
@@ -169,8 +173,9 @@ def test_an_index_or_config_that_is_no_json_object_is_refused(text, frugal):
 
 
 @pytest.mark.parametrize("config", [
-    {"architectures": 5}, {"architectures": "LlamaForCausalLM"}, {"architectures": [5]}, {"model_type": ["llama"]},
-    {"num_hidden_layers": 10**7}, {"n_layer": 10**15}, {"text_config": {"num_hidden_layers": 10**7}},
+    {"architectures": 5}, {"architectures": "LlamaForCausalLM"}, {"architectures": [5]},
+    {"model_type": ["llama"]}, {"num_hidden_layers": 10**7}, {"n_layer": 10**15},
+    {"text_config": {"num_hidden_layers": 10**7}},
 ])  # fmt: skip
 def test_a_config_that_no_model_has_is_refused(config):
     """Before transformers is asked to build ten million layers."""
@@ -213,7 +218,8 @@ def test_stale_shards_are_left_out(tmp_path):
 
 
 def test_a_single_file_beside_an_index_that_does_not_name_it_is_refused():
-    """transformers loads model.safetensors, the index says otherwise: a merge of either would be wrong for someone."""
+    """transformers loads model.safetensors, the index says otherwise: a merge of either would be
+    wrong for someone."""
     folder = sharded()
     folder.content["model.safetensors"] = tensors_file(base_tensors())
     assert "model.safetensors beside an index" in refusal(folder)
@@ -279,7 +285,7 @@ def test_an_adapter_beside_the_model_is_not_part_of_it(tmp_path):
     assert set(open_checkpoint(folder).tensors) == set(base_tensors())
 
 
-# -- what is no ordinary file ----------------------------------------------------------------------------------------
+# -- what is no ordinary file ----------------------------------------------------------------------
 
 
 def on_disk(tmp_path: Path) -> Path:
@@ -432,7 +438,8 @@ def test_a_shard_that_shrinks_between_plan_and_run_is_found(tmp_path):
 
 
 def test_bytes_of_any_kind_pass_untouched(tmp_path):
-    """A stored tensor that no adapter speaks of is a byte range: BOOL bytes beyond 1, NaN and odd dtypes included."""
+    """A stored tensor that no adapter speaks of is a byte range: BOOL bytes beyond 1, NaN and odd
+    dtypes included."""
     odd = {
         "flags": Stored("BOOL", (4,), b"\0\1\2\xff"),
         "nan": Stored("F32", (2,), b"\xff\xff\xff\x7f\1\0\x80\x7f"),

@@ -75,9 +75,12 @@ def test_imports_go_downwards(path):
 
 
 @pytest.mark.parametrize("part, source", [
-    ("checkpoint", "from adapterkit.adapters.record import Adapter"), ("errors", "import adapterkit.dtypes, adapterkit.plan"),
-    ("kernels", "def f():\n    from adapterkit import plan"), ("plan", "from adapterkit.verbs.merge import merge"),
-    ("verbs", "from adapterkit import cli"), ("weights", "import adapterkit"),
+    ("checkpoint", "from adapterkit.adapters.record import Adapter"),
+    ("errors", "import adapterkit.dtypes, adapterkit.plan"),
+    ("kernels", "def f():\n    from adapterkit import plan"),
+    ("plan", "from adapterkit.verbs.merge import merge"),
+    ("verbs", "from adapterkit import cli"),
+    ("weights", "import adapterkit"),
 ])  # fmt: skip
 def test_the_check_sees_an_import_upwards(part, source):
     assert upwards(part, source)
@@ -151,8 +154,8 @@ print("loaded:", *[name for name in {heavy} if name in sys.modules])
 """
 HELP = """
 from adapterkit.cli import main
-for words in (["--help"], ["--version"], ["merge", "--help"], ["verify", "--help"], ["merge"], ["nonsense"]):
-    main(words, standalone_mode=False) if words[-1] == "--help" else None
+for words in (["--help"], ["merge", "--help"], ["verify", "--help"]):
+    main(words, standalone_mode=False)
 """
 
 

@@ -37,14 +37,15 @@ def names_like(key: str, adapter: AdapterFiles) -> Iterator[str]:
         key + ".weight",
     )
     for old, new in [
-        ("lora_A", "lora_B"), ("lora_B", "lora_A"), ("lora_A.weight", "lora_A.default.weight"), ("lora_A", "lora_C"),
-        ("lora_A", "lora_a"), ("lora_", "vera_"), (".weight", ".bias"), (".bias", ".weight"), ("layers.0", "layers.1"),
-        ("layers.1", "layers.0"), ("layers.0", "layers.7"), ("q_proj", "up_proj"), ("up_proj", "down_proj"),
-        ("up_proj", "q_proj"),
-        ("embedding_A", "embedding_B"), ("score", "model.norm"), ("score", "model.layers.0.q_proj"), ("model.embed",
-        "score"),
-        (".lora", ".base_layer.lora"), ("lora_magnitude_vector", "lora_magnitude"), ("conv", "norm"),
-        ("token_adapter.trainable_tokens_delta", "trainable_tokens"), (".up_proj.bias", ".up_proj.base_layer.bias"),
+        ("lora_A", "lora_B"), ("lora_B", "lora_A"), ("lora_A.weight", "lora_A.default.weight"),
+        ("lora_A", "lora_C"), ("lora_A", "lora_a"), ("lora_", "vera_"), (".weight", ".bias"),
+        (".bias", ".weight"), ("layers.0", "layers.1"), ("layers.1", "layers.0"),
+        ("layers.0", "layers.7"), ("q_proj", "up_proj"), ("up_proj", "down_proj"),
+        ("up_proj", "q_proj"), ("embedding_A", "embedding_B"), ("score", "model.norm"),
+        ("score", "model.layers.0.q_proj"), ("model.embed", "score"),
+        (".lora", ".base_layer.lora"), ("lora_magnitude_vector", "lora_magnitude"),
+        ("conv", "norm"), ("token_adapter.trainable_tokens_delta", "trainable_tokens"),
+        (".up_proj.bias", ".up_proj.base_layer.bias"),
     ]:  # fmt: skip
         if old in key:
             yield key.replace(old, new)

@@ -29,11 +29,11 @@ SAID = {
 LAYER = "model.layers.0.q_proj"
 SIBLINGS = {
     "bitsandbytes 4-bit": (".weight.absmax", "F32"), "bitsandbytes int8": (".SCB", "F32"),
-    "block fp8": (".weight_scale_inv", "F32"),
-    "fp8": (".weight_scale", "F32"), "compressed-tensors packed": (".weight_packed", "I32"), "GPTQ": (".qweight",
-    "I32"),
-    "AWQ": (".qzeros", "I32"), "HQQ": (".W_q", "U8"), "AQLM": (".codebooks", "F16"), "Quanto": (".weight._data", "I8"),
-    "torchao": (":qdata", "I8"), "EETQ": (".weight_scales", "F16"),
+    "block fp8": (".weight_scale_inv", "F32"), "fp8": (".weight_scale", "F32"),
+    "compressed-tensors packed": (".weight_packed", "I32"), "GPTQ": (".qweight", "I32"),
+    "AWQ": (".qzeros", "I32"), "HQQ": (".W_q", "U8"), "AQLM": (".codebooks", "F16"),
+    "Quanto": (".weight._data", "I8"), "torchao": (":qdata", "I8"),
+    "EETQ": (".weight_scales", "F16"),
 }  # fmt: skip
 
 

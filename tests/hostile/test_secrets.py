@@ -1,4 +1,5 @@
-"""Nothing of the machine or its user gets out, and no name from a file acts on a terminal, in JSON or in a card."""
+"""Nothing of the machine or its user gets out, and no name from a file acts on a terminal, in JSON
+or in a card."""
 
 import json
 import os
@@ -20,8 +21,9 @@ from tests.support.raw_files import PREFIX, AdapterFiles, MemoryFolder, base, pl
 TOKEN = "hf_PlantedTokenOfTheEnvironment123"
 USER, HOST = "alicejones", "secrethost77"
 PLANTED = {
-    "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN + "b", "AWS_SECRET_ACCESS_KEY": "PlantedAwsSecret", "USER": USER,
-    "LOGNAME": USER, "USERNAME": USER, "HOSTNAME": HOST, "HTTPS_PROXY": "http://proxyuser:proxypass@127.0.0.1:9",
+    "HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN + "b",
+    "AWS_SECRET_ACCESS_KEY": "PlantedAwsSecret", "USER": USER, "LOGNAME": USER, "USERNAME": USER,
+    "HOSTNAME": HOST, "HTTPS_PROXY": "http://proxyuser:proxypass@127.0.0.1:9",
     "HF_ENDPOINT": "http://enduser:endpass@127.0.0.1:9", "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 SECRETS = [TOKEN, "PlantedAwsSecret", "proxypass", "endpass", HOST]
@@ -46,12 +48,17 @@ for words in json.loads(sys.argv[1]):
 
 
 class Desk:
-    """A home folder with a base and an adapter, and a shell in it whose environment is full of secrets."""
+    """A home folder with a base and an adapter, and a shell in it whose environment is full of
+    secrets."""
 
     def __init__(self, root: Path):
         self.home = root / "home" / USER
         self.home.mkdir(parents=True)
-        card = f"---\nlicense: mit\nmodel-index: {self.home}/runs\n---\ntrained with {TOKEN} on {HOST}\n".encode()
+        card = (
+            "---\nlicense: mit\n"
+            f"model-index: {self.home}/runs\n"
+            f"---\ntrained with {TOKEN} on {HOST}\n"
+        ).encode()
         on, adapter = base(_name_or_path=f"{self.home}/checkpoints"), plain()
         on.content["README.md"] = card
         on.write(self.home / "base")
@@ -95,7 +102,8 @@ def readable(folder: Path) -> str:
 
 
 def test_nothing_of_the_machine_gets_out(tmp_path):
-    """A job, its dry run and its checks, done and failing, with absolute paths: the home appears in no result."""
+    """A job, its dry run and its checks, done and failing, with absolute paths: the home appears in
+    no result."""
     desk = Desk(tmp_path)
     here = str(desk.home)
     results = desk.run(
@@ -147,12 +155,13 @@ def test_a_spoiled_run_leaves_no_journal(tmp_path):
     assert not list(desk.home.rglob("journal*"))
 
 
-# -- names that act --------------------------------------------------------------------------------------------------
+# -- names that act --------------------------------------------------------------------------------
 
 EVIL = [
     "\x1b[2Jwiped", "\x1b]0;title\x07", "a\rb", "a\nb", "a\x08b", "\u202egnp.exe", "\u2066x\u2069",
     "<script>alert(1)</script>", "]]>",
-    "---\nlicense: evil", "{{ config }}", "{% include %}", "| a | b |", "[x](javascript:y)", "`rm -rf`", "a'\"b",
+    "---\nlicense: evil", "{{ config }}", "{% include %}", "| a | b |", "[x](javascript:y)",
+    "`rm -rf`", "a'\"b",
     "x" * 10_000, "\x9b2J",
 ]  # fmt: skip
 
@@ -212,10 +221,12 @@ def test_names_in_the_card_are_inert(name):
 
 
 CARDS = [
-    b"---\nlicense: mit\nevil: &a [*a]\n---\n", b"---\nlicense: 'a\n  b'\n---\n", b"---\nlicense: mit\n", b"---",
+    b"---\nlicense: mit\nevil: &a [*a]\n---\n", b"---\nlicense: 'a\n  b'\n---\n",
+    b"---\nlicense: mit\n", b"---",
     b"\xff\xfe---\n",
-    b"---\nlicense: !!python/object/apply:os.system ['id']\n---\n", b"---\nlicense: mit # \x1b[2J\n---\n", b"",
-    b"---\r\nlicense: mit\r\n---\r\n", b"---\nlicense: mit\nlicense: gpl\n---\n",
+    b"---\nlicense: !!python/object/apply:os.system ['id']\n---\n",
+    b"---\nlicense: mit # \x1b[2J\n---\n", b"", b"---\r\nlicense: mit\r\n---\r\n",
+    b"---\nlicense: mit\nlicense: gpl\n---\n",
     b"---\n" + b"license: a\n" * 10_000 + b"---\n",
 ]  # fmt: skip
 
@@ -254,9 +265,8 @@ def test_folders_of_such_names(name, tmp_path, capsys):
         "up_proj",
     ]
     for more in ([], ["--json", "--dry-run"], ["--dry-run"], ["--json", "--overwrite"]):
-        main(
-            [*command, *more], standalone_mode=False, color=True
-        )  # as on a terminal: nothing is stripped
+        # as on a terminal: nothing is stripped
+        main([*command, *more], standalone_mode=False, color=True)
         out, err = capsys.readouterr()
         assert out + err
         assert (out + err).replace("\n", "").isprintable(), more

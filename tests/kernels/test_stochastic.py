@@ -15,8 +15,13 @@ from adapterkit.tasks import rows
 
 pytestmark = pytest.mark.quick
 
-FLOATS = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float64, torch.float32),
-          (torch.float64, torch.bfloat16), (torch.float64, torch.float16)]  # fmt: skip
+FLOATS = [
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float32),
+    (torch.float64, torch.bfloat16),
+    (torch.float64, torch.float16),
+]
 SEEDS = 400
 
 
@@ -199,8 +204,11 @@ def test_verify_draws_again_and_sees_another_seed(tmp_path):
 
 def test_options_that_contradict_are_refused(tmp_path):
     job(tmp_path)
-    for options, text in [({"seed": 3}, "--rounding stochastic"), ({"rounding": "up"}, "nearest or stochastic"),
-                          ({"rounding": "stochastic", "compat": "peft"}, "--compat")]:  # fmt: skip
+    for options, text in [
+        ({"seed": 3}, "--rounding stochastic"),
+        ({"rounding": "up"}, "nearest or stochastic"),
+        ({"rounding": "stochastic", "compat": "peft"}, "--compat"),
+    ]:
         with pytest.raises(Refused, match=text):
             merge(tmp_path, "out", **options)
 

@@ -44,27 +44,39 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
     "noise of nf4": lambda: lost(normal(160, 256) * 0.02),
     "noise of nf4, tall": lambda: lost(normal(384, 96) * 0.02),
     "noise of nf4, wide": lambda: lost(normal(64, 512) * 0.02),
-    "noise of nf4, with structure": lambda: lost(spectrum(192, 256, 0.97 ** torch.arange(192)) + 0.01 * normal(192, 256)),
+    "noise of nf4, with structure": lambda: lost(
+        spectrum(192, 256, 0.97 ** torch.arange(192)) + 0.01 * normal(192, 256)
+    ),
     "noise of nf4, outliers": lambda: lost(outliers(128, 192)),
-    "noise of int8": lambda: (w := normal(128, 160)) - vectorwise.decode_int8(*vectorwise.quantize_int8(w)),
+    "noise of int8": lambda: (
+        (w := normal(128, 160)) - vectorwise.decode_int8(*vectorwise.quantize_int8(w))
+    ),
     "noise of mxfp4": lambda: (w := normal(128, 160)) - fp4.decode_mxfp4(*fp4.encode_mxfp4(w)),
     "normal": lambda: normal(200, 200),
     "one column stands out": lambda: torch.cat([1e4 * normal(256, 1), normal(256, 255, seed=1)], 1),
-    "a few columns stand out": lambda: torch.cat([1e4 * normal(256, 7), normal(256, 249, seed=1)], 1),
-    "uniform, all above 0": lambda: torch.rand(120, 150, generator=torch.Generator().manual_seed(1)),
+    "a few columns stand out": lambda: torch.cat(
+        [1e4 * normal(256, 7), normal(256, 249, seed=1)], 1
+    ),
+    "uniform, all above 0": lambda: torch.rand(
+        120, 150, generator=torch.Generator().manual_seed(1)
+    ),
     "signs": lambda: normal(120, 150).sign(),
     "decaying fast": lambda: spectrum(150, 200, 0.5 ** torch.arange(150)),
     "decaying": lambda: spectrum(150, 200, 0.9 ** torch.arange(150)),
     "decaying slowly": lambda: spectrum(200, 150, 1 / torch.arange(1, 151).double().sqrt()),
     "harmonic": lambda: spectrum(150, 200, 1 / torch.arange(1, 151).double()),
     "a cliff": lambda: spectrum(150, 200, torch.cat([torch.ones(6), torch.full((144,), 1e-3)])),
-    "a late cliff": lambda: spectrum(150, 200, torch.cat([torch.ones(40), torch.full((110,), 1e-2)])),
+    "a late cliff": lambda: spectrum(
+        150, 200, torch.cat([torch.ones(40), torch.full((110,), 1e-2)])
+    ),
     "rank 3": lambda: normal(90, 3) @ normal(3, 120, seed=1),
     "equal values": lambda: spectrum(100, 140, torch.ones(100)),
     "the identity": lambda: torch.eye(100),
     "equal rows": lambda: normal(1, 130).expand(70, 130).contiguous(),
     "a few rows": lambda: torch.cat([normal(3, 150), torch.zeros(97, 150)]),
-    "one element": lambda: torch.zeros(60, 80).index_put_((torch.tensor(5), torch.tensor(7)), torch.tensor(2.0)),
+    "one element": lambda: torch.zeros(60, 80).index_put_(
+        (torch.tensor(5), torch.tensor(7)), torch.tensor(2.0)
+    ),
     "diagonal": lambda: torch.diag(torch.linspace(1, 2, 120)),
     "one row": lambda: normal(1, 200),
     "one column": lambda: normal(200, 1),
@@ -72,7 +84,7 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
     "three by three": lambda: normal(3, 3),
     "one by one": lambda: normal(1, 1),
     "zeros": lambda: torch.zeros(40, 60),
-}  # fmt: skip
+}
 
 
 def error(w: Tensor, svd: Svd) -> float:

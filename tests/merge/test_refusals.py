@@ -1,29 +1,15 @@
-"""What is refused, in which words, and that nothing is written then."""
+"""Adapters that cannot be merged: the text of each refusal, and that nothing is written then."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import adapterkit
-from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused
+from adapterkit.errors import AdapterkitError
 from tests.support import oracle
 from tests.support.oracle import assert_all_rounded, exact, load, merged, peft_model, stored
-
-
-def refused(base, *adapters, out, match, kind=Refused, **options):
-    """The refusal's text; its four parts are there, and nothing was written."""
-    with pytest.raises(kind, match=match) as caught:
-        oracle.merge(base, *adapters, out=out, **options)
-    assert not out.exists() and not [
-        f for f in out.parent.iterdir() if out.name in f.name and f != out
-    ]
-    text = str(caught.value)
-    assert "expected: " in text or isinstance(caught.value, Failed), text
-    return text
-
+from tests.support.refusals import refused
 
 # -- what an adapter's config says -----------------------------------------------------------------
 
@@ -55,6 +41,21 @@ def test_an_init_that_did_not(init, llama, lora, tmp_path):
     oracle.merge(llama, adapter, out=tmp_path / "out")
     oracle.merge(llama, lora, out=tmp_path / "plain")
     oracle.assert_same(stored(tmp_path / "out"), stored(tmp_path / "plain"))
+
+
+def test_mica(llama, tmp_path):
+    """mica's base is unchanged: it merges."""
+    oracle.train(
+        load(oracle.llama, llama),
+        tmp_path / "adapter",
+        target_modules=["q_proj"],
+        init_lora_weights="mica",
+    )
+    oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
+    expected = exact(peft_model(load(oracle.llama, llama), tmp_path / "adapter"))
+    assert_all_rounded(
+        merged(tmp_path / "out", oracle.llama), expected, load(oracle.llama, llama).state_dict()
+    )
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -293,296 +294,3 @@ def test_a_pickled_adapter(llama, lora, tmp_path):
     assert "save_pretrained" in refused(
         llama, odd, out=tmp_path / "out", match="no adapter_model.safetensors"
     )
-
-
-# -- modules ---------------------------------------------------------------------------------------
-
-
-def test_grouped_convolutions(tmp_path):
-    """PEFT cannot merge these either (peft.md 1.21)."""
-    model = torch.nn.Sequential()
-    model.conv, model.fit = torch.nn.Conv2d(8, 8, 3, groups=2), torch.nn.Linear(8, 8)
-    (tmp_path / "base").mkdir()
-    oracle.save_base(model, tmp_path / "base", "fp32")
-    oracle.train(model, tmp_path / "adapter", target_modules=["conv", "fit"])
-    text = refused(
-        tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", match="a grouped convolution"
-    )
-    assert "--exclude" in text and "conv" in text
-    oracle.merge(tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", exclude="conv")
-
-
-@pytest.mark.parametrize("groups", [2, 8])
-def test_depthwise_convolutions_of_a_known_model(groups, tmp_path):
-    model = torch.nn.Sequential()
-    model.conv = torch.nn.Conv1d(8, 8, 3, groups=groups)
-    (tmp_path / "base").mkdir()
-    oracle.save_base(model, tmp_path / "base", "fp32")
-    oracle.train(model, tmp_path / "adapter", target_modules=["conv"], r=8)
-    refused(
-        tmp_path / "base", tmp_path / "adapter", out=tmp_path / "out", match="a grouped convolution"
-    )
-
-
-def test_lora_bias_on_a_module_without_bias(llama, tmp_path):
-    """PEFT raises in the merge; here nothing is read before."""
-    oracle.train(
-        load(oracle.llama, llama), tmp_path / "adapter", target_modules=["q_proj"], lora_bias=True
-    )
-    refused(
-        llama,
-        tmp_path / "adapter",
-        out=tmp_path / "out",
-        match=r"a bias for .*q_proj, which has none",
-    )
-
-
-# -- bases -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt", "consolidated.00.pth"])
-def test_pickled_bases(name, llama, lora, tmp_path):
-    base = oracle.edit_config(llama, tmp_path / "base")
-    (base / "model.safetensors").rename(base / name)
-    text = refused(base, lora, out=tmp_path / "out", match="weights as pickles")
-    assert name in text and "save_pretrained" in text
-
-
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
-def test_bases_whose_config_says_quantized(method, llama, lora, tmp_path):
-    base = oracle.edit_config(
-        llama, tmp_path / "base", quantization_config={"quant_method": method}
-    )
-    assert method in refused(base, lora, out=tmp_path / "out", match="a quantized base")
-
-
-@pytest.mark.parametrize(
-    "suffix", ["weight.absmax", "weight_scale_inv", "qweight", "weight_packed"]
-)
-def test_bases_with_scales_beside_the_weights(suffix, llama, lora, tmp_path):
-    base = oracle.edit_config(llama, tmp_path / "base")
-    extra = {f"model.layers.0.self_attn.q_proj.{suffix}": torch.ones(4)}
-    save_file(stored(llama) | extra, base / "model.safetensors")
-    refused(base, lora, out=tmp_path / "out", match="a quantized base")
-
-
-def test_a_scale_beside_floats(llama, lora, tmp_path):
-    base = oracle.edit_config(llama, tmp_path / "base")
-    save_file(
-        stored(llama) | {"model.layers.0.self_attn.q_proj.SCB": torch.ones(4)},
-        base / "model.safetensors",
-    )
-    with pytest.raises(Damaged, match="I8 rows"):
-        oracle.merge(base, lora, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_float8_bases(llama, lora, tmp_path):
-    base = oracle.edit_config(llama, tmp_path / "base")
-    key = "model.layers.0.self_attn.q_proj.weight"
-    tensors = stored(llama)
-    save_file(tensors | {key: tensors[key].to(torch.float8_e4m3fn)}, base / "model.safetensors")
-    refused(base, lora, out=tmp_path / "out", match="F8_E4M3")
-
-
-def test_integer_weights(llama, lora, tmp_path):
-    base = oracle.edit_config(llama, tmp_path / "base")
-    key = "model.layers.0.self_attn.q_proj.weight"
-    tensors = stored(llama)
-    save_file(tensors | {key: tensors[key].to(torch.int8)}, base / "model.safetensors")
-    refused(base, lora, out=tmp_path / "out", match="a float weight")
-
-
-@pytest.mark.parametrize("dtype", [None, "fp16"])
-def test_overflow(dtype, tmp_path):
-    """A merged value beyond the dtype's range is an error that names the tensor, with and without
-    --dtype."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    for folder in (base, adapter):
-        folder.mkdir()
-    model = torch.nn.Sequential()
-    model.fit, model.other = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
-    model.fit.weight.data.fill_(6e4)
-    oracle.save_base(model, base, "fp32" if dtype else "fp16")
-    oracle.train(model.float(), adapter, target_modules=["fit"], size=40)
-    with pytest.raises(Failed, match=r"fit\.weight.*overflows in F16") as caught:
-        oracle.merge(base, adapter, out=tmp_path / "out", dtype=dtype)
-    assert "--dtype" in str(caught.value) and not (tmp_path / "out").exists()
-    oracle.merge(base, adapter, out=tmp_path / "wide", dtype="bf16")
-
-
-def test_overflow_of_an_untouched_tensor_in_a_cast(llama, lora, tmp_path):
-    base = oracle.edit_config(llama, tmp_path / "base")
-    tensors = stored(llama)
-    tensors["model.norm.weight"][3] = 1e6
-    save_file(tensors, base / "model.safetensors")
-    with pytest.raises(Failed, match=r"model\.norm\.weight"):
-        oracle.merge(base, lora, out=tmp_path / "out", dtype="fp16")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-def test_factors_that_are_not_finite(value, part, llama, lora, tmp_path):
-    odd = oracle.edit_config(lora, tmp_path / "odd")
-    tensors, key = stored(lora), f"base_model.model.model.layers.1.mlp.up_proj.{part}.weight"
-    tensors[key][0, 0] = value
-    save_file(tensors, odd / "adapter_model.safetensors")
-    with pytest.raises(AdapterkitError, match=r"not finite") as caught:
-        oracle.merge(llama, odd, out=tmp_path / "out")
-    assert "layers.1.mlp.up_proj" in str(caught.value) and not (tmp_path / "out").exists()
-
-
-# -- options and outputs ---------------------------------------------------------------------------
-
-OPTIONS = {
-    "tied": {"tied": "loose"},
-    "compat": {"compat": "mergekit"},
-    "dtype": {"dtype": "float8"},
-    "include": {"include": "(q_proj"},
-    "exclude": {"exclude": "*"},
-    "max_shard_size": {"max_shard_size": "5 potatoes"},
-    "tokenizer": {"tokenizer": "adapter"},
-    "engine": {"engine": "abacus"},
-    "device": {"device": "abacus"},
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options(name, llama, lora, tmp_path):
-    text = refused(llama, lora, out=tmp_path / "out", match=None, **OPTIONS[name])
-    assert OPTIONS[name][name] in text and "--" + name.replace("_", "-") in text
-
-
-def test_no_adapter(llama, tmp_path):
-    refused(llama, out=tmp_path / "out", match="no adapter")
-
-
-@pytest.mark.parametrize("weight", ["nan", "inf", "heavy", ""])
-def test_weights_that_are_no_numbers(weight, llama, lora, tmp_path):
-    refused(llama, f"{lora}={weight}", out=tmp_path / "out", match="is no weight")
-
-
-def test_a_path_that_is_not_there(llama, lora, tmp_path):
-    refused(tmp_path / "nowhere", lora, out=tmp_path / "out", match="no such path")
-    refused(llama, tmp_path / "nowhere", out=tmp_path / "out", match="no such path")
-
-
-def test_output_in_the_way(llama, lora, tmp_path):
-    """A folder that holds something is left alone; --overwrite replaces an older output of
-    adapterkit only."""
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "diary.txt").write_text("mine")
-    with pytest.raises(Refused):
-        oracle.merge(llama, lora, out=out)
-    with pytest.raises(Refused):
-        oracle.merge(llama, lora, out=out, overwrite=True)
-    assert [f.name for f in out.iterdir()] == ["diary.txt"] and (
-        out / "diary.txt"
-    ).read_text() == "mine"
-
-
-@pytest.mark.parametrize("where", ["base", "adapter", "inside", "around"])
-def test_output_that_is_an_input(where, llama, lora, tmp_path):
-    base, adapter = (
-        oracle.edit_config(llama, tmp_path / "all/base"),
-        oracle.edit_config(lora, tmp_path / "all/adapter"),
-    )
-    out = {"base": base, "adapter": adapter, "inside": base / "new", "around": tmp_path / "all"}[
-        where
-    ]
-    before = stored(base) | stored(adapter)
-    for overwrite in (False, True):
-        with pytest.raises(Refused):
-            oracle.merge(base, adapter, out=out, overwrite=overwrite)
-    oracle.assert_same(stored(base) | stored(adapter), before)
-
-
-def test_base_model_name_is_neither_followed_nor_copied(llama, lora, tmp_path):
-    adapter = oracle.edit_config(
-        lora, tmp_path / "adapter", base_model_name_or_path="/home/somebody/secret/model"
-    )
-    oracle.merge(llama, adapter, out=tmp_path / "out")
-    assert all(b"somebody" not in f.read_bytes() for f in (tmp_path / "out").iterdir())
-
-
-def test_the_verbs_are_importable():
-    from adapterkit import merge, verify
-
-    assert merge is adapterkit.merge and verify.__name__ == "verify"
-
-
-def test_mica(llama, tmp_path):
-    """mica's base is unchanged: it merges."""
-    oracle.train(
-        load(oracle.llama, llama),
-        tmp_path / "adapter",
-        target_modules=["q_proj"],
-        init_lora_weights="mica",
-    )
-    oracle.merge(llama, tmp_path / "adapter", out=tmp_path / "out")
-    expected = exact(peft_model(load(oracle.llama, llama), tmp_path / "adapter"))
-    assert_all_rounded(
-        merged(tmp_path / "out", oracle.llama), expected, load(oracle.llama, llama).state_dict()
-    )
-
-
-# -- whose file it is ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def runs(llama, lora, tmp_path, monkeypatch):
-    """Adapters in folders of one name, each with another thing wrong with its files."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("cut", "json", "unknown", "key", "nan", "good", "other"):
-        oracle.edit_config(lora, tmp_path / name / "ckpt")
-    weights = lambda name: tmp_path / name / "ckpt/adapter_model.safetensors"
-    weights("cut").write_bytes(weights("good").read_bytes()[:-8])
-    (tmp_path / "json/ckpt/adapter_config.json").write_text("{")
-    oracle.edit_config(lora, tmp_path / "new", brand_new=5)
-    (tmp_path / "new/adapter_config.json").replace(tmp_path / "unknown/ckpt/adapter_config.json")
-    tensors = stored(lora)
-    save_file(tensors | {"x.lora_Q": torch.ones(1)}, weights("key"))
-    save_file(
-        {key: torch.full_like(value, float("nan")) for key, value in tensors.items()},
-        weights("nan"),
-    )
-    odd = {key.replace("layers.1", "layers.7"): value for key, value in tensors.items()}
-    save_file(odd, weights("other"))
-    return ["cut", "json", "unknown", "key"]
-
-
-@pytest.mark.parametrize(
-    "how", [lambda text: text, lambda text: f"./{text}", lambda text: str(Path(text).absolute())]
-)
-def test_a_bad_file_s_message_says_whose_it_is_as_its_user_calls_it(how, runs, llama):
-    sources = [how(f"{name}/ckpt") for name in ["good", *runs]]
-    for verb, options in (("merge", {}), ("combine", {"method": "linear"}), ("arrow", {})):
-        arguments = [llama, sources] if verb == "merge" else [sources]
-        with pytest.raises(AdapterkitError) as caught:
-            getattr(adapterkit, verb)(*arguments, out="out", **options)
-        lines = [
-            line.removeprefix("- ") for line in str(caught.value).splitlines() if "ckpt" in line
-        ]
-        files = (
-            "adapter_model.safetensors",
-            "adapter_config.json",
-            "adapter_config.json",
-            "adapter_model.safetensors",
-        )
-        assert len(lines) == 4, lines
-        for line, source, file in zip(lines, sources[1:], files, strict=True):
-            assert line.startswith(f"{source}/{file}: "), line
-    for name, where in (("nan", "/adapter_model.safetensors: "), ("other", ": ")):
-        with pytest.raises(AdapterkitError) as caught:
-            adapterkit.merge(llama, [how("good/ckpt"), how(f"{name}/ckpt")], out="out2")
-        assert how(f"{name}/ckpt") + where in str(caught.value) and how("good/ckpt") not in str(
-            caught.value
-        )
-
-
-def test_a_path_stands_in_messages_only(llama, lora, tmp_path):
-    oracle.merge(llama, lora, out=tmp_path / "out")
-    assert all(str(tmp_path).encode() not in f.read_bytes() and str(lora).encode() not in f.read_bytes()
-               for f in (tmp_path / "out").iterdir())  # fmt: skip

@@ -191,7 +191,7 @@ def test_a_rank_that_the_config_does_not_say_is_refused(llama, lora, tmp_path):
         oracle.merge(llama, wrong, out=tmp_path / "out")
     text = str(refusal.value)
     assert "rank 4 in the file" in text and "rank 8" in text and not (tmp_path / "out").exists()
-    assert sum("q_proj" in error.problem for error in refusal.value.errors) == 2  # pyright: ignore[reportAttributeAccessIssue]
+    assert sum("q_proj" in error.problem for error in refusal.value.errors) == 2
 
 
 def test_weight_scales_the_delta(llama, lora, tmp_path):

@@ -60,8 +60,9 @@ def test_every_choice_is_an_option_of_a_verb_and_of_its_command():
 
 
 @pytest.mark.parametrize("how", [
-    lambda a, b: {a: 0.5, b: -2}, lambda a, b: {str(a): np.float32(0.5), str(b): "-2"}, lambda a, b: [(a, 0.5), (str(b), -2)],
-    lambda a, b: ((a, 0.5), [b, -2]), lambda a, b: iter([f"{a}=0.5", (b, torch.tensor(-2))]),
+    lambda a, b: {a: 0.5, b: -2}, lambda a, b: {str(a): np.float32(0.5), str(b): "-2"}, lambda a,
+    b: [(a, 0.5), (str(b), -2)], lambda a, b: ((a, 0.5), [b, -2]), lambda a,
+    b: iter([f"{a}=0.5", (b, torch.tensor(-2))]),
 ], ids=["mapping", "texts", "pairs", "tuples", "mixed"])  # fmt: skip
 def test_weights_however_they_are_given(how, calls, tmp_path):
     (base, one), (_, two) = calls["merge"][0], calls["combine"][0][0]
@@ -116,9 +117,12 @@ def test_hash_is_what_is_asked_for(calls, tmp_path):
     ("init", {"rank": np.int64(2), "dtype": "float16"}, {"rank": 2, "dtype": "fp16"}),
     ("init", {"targets": ["q_proj", "k_proj"]}, {"targets": "q_proj,k_proj"}),
     ("loftq", {"bits": "8", "block_size": None}, {"bits": 8, "block_size": None}),
-    ("quantize", {"to": "nf4", "block_size": "128", "double_quant": 1}, {"to": "nf4", "block_size": 128, "double_quant": True}),
-    ("merge", {"dtype": torch.float32, "max_shard_size": 20_000}, {"dtype": "fp32", "max_shard_size": "20KB"}),
-    ("resize", {"rank": None, "energy": np.float32(0.5), "dtype": "bfloat16"}, {"rank": None, "energy": 0.5, "dtype": "bf16"}),
+    ("quantize", {"to": "nf4", "block_size": "128", "double_quant": 1},
+     {"to": "nf4", "block_size": 128, "double_quant": True}),
+    ("merge", {"dtype": torch.float32, "max_shard_size": 20_000},
+     {"dtype": "fp32", "max_shard_size": "20KB"}),
+    ("resize", {"rank": None, "energy": np.float32(0.5), "dtype": "bfloat16"},
+     {"rank": None, "energy": 0.5, "dtype": "bf16"}),
     ("resize", {"rank": None, "max_size": 2e6}, {"rank": None, "max_size": "2MB"}),
     ("combine", {"density": "0.5", "seed": np.uint8(3)}, {"density": 0.5, "seed": 3}),
     ("extract", {"include": re.compile("q_proj")}, {"include": "q_proj"}),
@@ -160,8 +164,9 @@ def test_sizes_are_bytes():
 
 @pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize("out, words", [
-    ("file", "a file of that name"), ("file/sub", "file is a file"), ("file/sub/deeper", "file is a file"), ("link", "is a link"),
-    (".", "holds, or lies inside"), ("/dev/null/x", "null is a file"),
+    ("file", "a file of that name"), ("file/sub", "file is a file"),
+    ("file/sub/deeper", "file is a file"), ("link", "is a link"), (".", "holds, or lies inside"),
+    ("/dev/null/x", "null is a file"),
 ])  # fmt: skip
 def test_outputs_that_cannot_be(out, words, dry, calls, tmp_path, monkeypatch):
     base, one = calls["merge"][0]

@@ -15,12 +15,13 @@ from tests.support.calls import VERBS, arguments
 
 HUGE = 10**30
 VALUES = [
-    None, True, False, 0, -1, 1, 2, 8.0, 1.5, 0.5, math.nan, math.inf, -math.inf, HUGE, -HUGE, 2**63, float(HUGE), 1j,
-    Decimal("0.5"), "", " ", "x", "4", "8.0", "0", "-3", "(", "*", "a\0b", "ü\n", "none", "SHA256", "cuda:99", "cpu:7",
-    "cuda:99999999999", "1GB", "x=1", "1" * 300, "x" * 200, b"x", [], {}, (), [1], [None], ["x"], ["x", "y"], {"x": 1},
-    {"x": None}, {1: 2}, ("x", 0.5), {"x"}, object(), Path("x"), re.compile("x"), re.compile("x", re.IGNORECASE), int, range(3),
-    np.int64(3), np.float32(0.25), np.float64("nan"), np.bool_(True), np.array([1, 2]), np.array([]), np.str_("x"),
-    torch.tensor(2), torch.tensor([1.5, 2]), torch.bfloat16, torch.int8,
+    None, True, False, 0, -1, 1, 2, 8.0, 1.5, 0.5, math.nan, math.inf, -math.inf, HUGE, -HUGE,
+    2**63, float(HUGE), 1j, Decimal("0.5"), "", " ", "x", "4", "8.0", "0", "-3", "(", "*", "a\0b",
+    "ü\n", "none", "SHA256", "cuda:99", "cpu:7", "cuda:99999999999", "1GB", "x=1", "1" * 300,
+    "x" * 200, b"x", [], {}, (), [1], [None], ["x"], ["x", "y"], {"x": 1}, {"x": None}, {1: 2},
+    ("x", 0.5), {"x"}, object(), Path("x"), re.compile("x"), re.compile("x", re.IGNORECASE), int,
+    range(3), np.int64(3), np.float32(0.25), np.float64("nan"), np.bool_(True), np.array([1, 2]),
+    np.array([]), np.str_("x"), torch.tensor(2), torch.tensor([1.5, 2]), torch.bfloat16, torch.int8,
 ]  # fmt: skip
 
 

@@ -381,7 +381,7 @@ def test_models_that_are_refused(base, tmp_path: Path) -> None:
         adapterkit.loftq(base("llama"), out=tmp_path / "out", rank=4, quantized=base("llama"))
     with pytest.raises(Refused, match="the same weights") as caught:
         adapterkit.loftq(base("bert"), out=tmp_path / "out", rank=4, quantized=tmp_path / "q")
-    actual = " ".join(error.problem for error in caught.value.errors)  # pyright: ignore[reportAttributeAccessIssue]
+    actual = " ".join(error.problem for error in caught.value.errors)
     assert all(f"layers.0.{name}" in actual for name in ("self_attn.q_proj", "mlp.down_proj"))
     other = oracle.llama(num_hidden_layers=1, hidden_size=128, intermediate_size=256)
     oracle.save_base(other, tmp_path / "wider", "bf16")

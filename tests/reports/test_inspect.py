@@ -138,12 +138,18 @@ def test_a_lora_of_a_real_base(smollm2, tmp_path):
 
 ALPHAS = {"k_proj": 7, r"layers\.1\..*_proj": 9}
 KINDS = {
-    "patterns": (oracle.llama, {"target_modules": oracle.LINEAR, "rank_pattern": {"q_proj": 2}, "alpha_pattern": ALPHAS}),
+    "patterns": (
+        oracle.llama,
+        {"target_modules": oracle.LINEAR, "rank_pattern": {"q_proj": 2}, "alpha_pattern": ALPHAS},
+    ),
     "dora": (oracle.llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
     "embedding": (oracle.llama, {"target_modules": ["embed_tokens", "v_proj"]}),
     "conv1d": (oracle.gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "layers": (oracle.net, {"target_modules": "line image tall point volume attention embed fit narrow".split()}),
-}  # fmt: skip
+    "layers": (
+        oracle.net,
+        {"target_modules": "line image tall point volume attention embed fit narrow".split()},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", KINDS)

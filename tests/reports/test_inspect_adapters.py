@@ -177,14 +177,26 @@ def test_no_config_is_a_traceback(one_thread, tmp_path):
 
 DAMAGED_ADAPTERS = {
     "cut": (cut, "cut off"),
-    "no-weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+    "no-weights": (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        "no adapter_model.safetensors",
+    ),
     "no-config": (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json"),
     "bad-config": (lambda f: (f / "adapter_config.json").write_text("{"), "not JSON"),
     "list-config": (lambda f: (f / "adapter_config.json").write_text("[]"), "a JSON list"),
-    "pickle": (lambda f: (f / "adapter_model.bin").write_bytes(pickle.dumps(1)), "pickles beside the adapter: adapter_model"),
-    "model": (lambda f: shutil.copy(f / "adapter_model.safetensors", f / "model.safetensors"), "other weights beside"),
-    "lfs": (lambda f: (f / "adapter_model.safetensors").write_text("version https://git-lfs.g"), "a Git LFS pointer"),
-}  # fmt: skip
+    "pickle": (
+        lambda f: (f / "adapter_model.bin").write_bytes(pickle.dumps(1)),
+        "pickles beside the adapter: adapter_model",
+    ),
+    "model": (
+        lambda f: shutil.copy(f / "adapter_model.safetensors", f / "model.safetensors"),
+        "other weights beside",
+    ),
+    "lfs": (
+        lambda f: (f / "adapter_model.safetensors").write_text("version https://git-lfs.g"),
+        "a Git LFS pointer",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", DAMAGED_ADAPTERS)

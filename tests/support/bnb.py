@@ -1,4 +1,5 @@
-"""What the suites of bitsandbytes' formats share: models, transformers' own files and their comparison."""
+"""What the suites of bitsandbytes' formats share: models, transformers' own files and their
+comparison."""
 
 import json
 from collections.abc import Callable
@@ -69,8 +70,10 @@ def wide_t5() -> nn.Module:
 
 def slanext() -> nn.Module:
     """Its head's linear layers become float32 before they are quantized."""
-    vision = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
-              "mlp_dim": 64, "global_attn_indexes": [1], "window_size": 2}  # fmt: skip
+    vision = {
+        "hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 64, "mlp_dim": 64, "global_attn_indexes": [1], "window_size": 2,
+    }  # fmt: skip
     sizes = {
         "post_conv_in_channels": 16,
         "post_conv_out_channels": 32,

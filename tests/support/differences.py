@@ -1,4 +1,5 @@
-"""What the suites of diff share: weights of known changes, adapters written by hand, the command."""
+"""What the suites of diff share: weights of known changes, adapters written by hand, the
+command."""
 
 import json
 import subprocess

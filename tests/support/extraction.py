@@ -1,4 +1,5 @@
-"""What the suites of extract share: fine-tunes made by a change, and the ways back from an adapter."""
+"""What the suites of extract share: fine-tunes made by a change, and the ways back from an
+adapter."""
 
 import json
 import warnings

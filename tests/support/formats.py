@@ -1,4 +1,5 @@
-"""What the suites of quantized formats share: a folder's packed weights, tensors, bits and hashes."""
+"""What the suites of quantized formats share: a folder's packed weights, tensors, bits and
+hashes."""
 
 import hashlib
 import json

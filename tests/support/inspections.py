@@ -18,15 +18,17 @@ from tests.support import oracle
 
 ROOT = Path(__file__).parents[2]
 EVERY = {
-    "inspect", "kind", "name", "origin", "parameters", "bytes", "dtypes", "shards", "architecture", "tied", "quantization",
-    "readable", "problems", "modules",
+    "inspect", "kind", "name", "origin", "parameters", "bytes", "dtypes", "shards", "architecture",
+    "tied", "quantization", "readable", "problems", "modules",
 }  # fmt: skip
 ADAPTER = EVERY | {
-    "format", "peft_type", "base", "revision", "task_type", "peft_version", "flags", "modules_to_save", "replaced", "tokens",
+    "format", "peft_type", "base", "revision", "task_type", "peft_version", "flags",
+    "modules_to_save", "replaced", "tokens",
     "groups", "statistics",
 }  # fmt: skip
 MODULE = {
-    "module", "kind", "depth", "parameter", "experts", "rank", "alpha", "scale", "trained", "norm", "effective_rank", "relative",
+    "module", "kind", "depth", "parameter", "experts", "rank", "alpha", "scale", "trained", "norm",
+    "effective_rank", "relative",
 }  # fmt: skip
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -83,25 +85,58 @@ def restored(folder, norm):
 
 
 DAMAGED = {
-    "cut": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-2]), "the data is cut off"),
+    "cut": (
+        lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-2]),
+        "the data is cut off",
+    ),
     "missing": (lambda f: (f / SHARD).unlink(), f"no file {SHARD}"),
     "html": (lambda f: (f / SHARD).write_text("<!doctype html>" + " " * 100), "an HTML page"),
     "empty-file": (lambda f: (f / SHARD).write_bytes(b""), "a file of 0 bytes"),
-    "no-weight-map": (lambda f: rewritten(f, INDEX, lambda i: i.pop("weight_map")), "no weight_map"),
-    "index-key": (lambda f: rewritten(f, INDEX, lambda i: i["weight_map"].update(ghost=SHARD)), f"ghost is not in {SHARD}"),
-    "unlisted-key": (lambda f: rewritten(f, INDEX, lambda i: i["weight_map"].pop(NORM)), f"{NORM} in"),
+    "no-weight-map": (
+        lambda f: rewritten(f, INDEX, lambda i: i.pop("weight_map")),
+        "no weight_map",
+    ),
+    "index-key": (
+        lambda f: rewritten(f, INDEX, lambda i: i["weight_map"].update(ghost=SHARD)),
+        f"ghost is not in {SHARD}",
+    ),
+    "unlisted-key": (
+        lambda f: rewritten(f, INDEX, lambda i: i["weight_map"].pop(NORM)),
+        f"{NORM} in",
+    ),
     "bad-index": (lambda f: (f / INDEX).write_text("{"), "not JSON"),
-    "total": (lambda f: rewritten(f, INDEX, lambda i: i["metadata"].update(total_size=5)), "total_size 5"),
-    "stray": (lambda f: shutil.copy(f / SHARD, f / "old.safetensors"), "weights that are not part of the model: old.safetensors"),
-    "pickle": (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(1)), "pickles beside the weights: pytorch_model.bin"),
+    "total": (
+        lambda f: rewritten(f, INDEX, lambda i: i["metadata"].update(total_size=5)),
+        "total_size 5",
+    ),
+    "stray": (
+        lambda f: shutil.copy(f / SHARD, f / "old.safetensors"),
+        "weights that are not part of the model: old.safetensors",
+    ),
+    "pickle": (
+        lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(1)),
+        "pickles beside the weights: pytorch_model.bin",
+    ),
     "no-config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "bad-config": (lambda f: (f / "config.json").write_text("{]"), "not JSON"),
-    "layers": (lambda f: rewritten(f, "config.json", lambda c: c.update(num_hidden_layers=10**6)), "num_hidden_layers = 1000000"),
+    "layers": (
+        lambda f: rewritten(f, "config.json", lambda c: c.update(num_hidden_layers=10**6)),
+        "num_hidden_layers = 1000000",
+    ),
     "empty-tensor": (lambda f: restored(f, torch.empty(0)), f"1 empty tensors: {NORM}"),
-    "dtypes": (lambda f: restored(f, torch.ones(32)), "floats of several dtypes: BF16 (20 tensors), F32 (1 tensors)"),
-    "headless": (lambda f: rewritten_without(f, "lm_head.weight"), "no head is stored, and tie_word_embeddings is false"),
-    "tied": (lambda f: rewritten(f, "config.json", lambda c: c.update(tie_word_embeddings=True)), "lm_head.weight is stored, and"),
-}  # fmt: skip
+    "dtypes": (
+        lambda f: restored(f, torch.ones(32)),
+        "floats of several dtypes: BF16 (20 tensors), F32 (1 tensors)",
+    ),
+    "headless": (
+        lambda f: rewritten_without(f, "lm_head.weight"),
+        "no head is stored, and tie_word_embeddings is false",
+    ),
+    "tied": (
+        lambda f: rewritten(f, "config.json", lambda c: c.update(tie_word_embeddings=True)),
+        "lm_head.weight is stored, and",
+    ),
+}
 
 
 def rewritten_without(folder, name):

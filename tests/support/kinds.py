@@ -10,8 +10,8 @@ from torch import nn
 from adapterkit import resize
 
 CONFIGS = {
-    "adalora": peft.AdaLoraConfig, "dora": peft.LoraConfig, "loha": peft.LoHaConfig, "lokr": peft.LoKrConfig,
-    "oft": peft.OFTConfig, "vera": peft.VeraConfig,
+    "adalora": peft.AdaLoraConfig, "dora": peft.LoraConfig, "loha": peft.LoHaConfig,
+    "lokr": peft.LoKrConfig, "oft": peft.OFTConfig, "vera": peft.VeraConfig,
 }  # fmt: skip
 FULL = 10_000  # a rank above all
 
@@ -48,7 +48,8 @@ class Case:
 
     def __str__(self):
         options = "-".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.kind}-{options}-{'+'.join(self.targets)}{'-base' * self.base}{'-pruned' * bool(self.pruned)}"
+        rest = "-base" * self.base + "-pruned" * bool(self.pruned)
+        return f"{self.kind}-{options}-{'+'.join(self.targets)}{rest}"
 
 
 PRUNED = {

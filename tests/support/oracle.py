@@ -243,6 +243,10 @@ def perturb(model: nn.Module, seed: int, size: float = 0.1) -> None:
             parameter.add_(size * noise)
 
 
+def read_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
 def edit_config(source: Path, out: Path, **changes) -> Path:
     """A copy of an adapter (or base) with keys of its config changed; None removes one."""
     shutil.copytree(source, out)

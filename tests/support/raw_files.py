@@ -133,8 +133,9 @@ def llama() -> MemoryFolder:
     shapes |= {f"{layer}mlp.down_proj.weight": (WIDTH, HIDDEN)}
     shapes |= {f"{layer}{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "vocab_size": ROWS,
-        "intermediate_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH,
+        "vocab_size": ROWS, "intermediate_size": HIDDEN, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "tie_word_embeddings": False,
     }  # fmt: skip
     tensors = tensors_file({key: normal(*shape) for key, shape in shapes.items()})
     return MemoryFolder(
@@ -162,10 +163,12 @@ class AdapterFiles:
 
 def adapter_config(**changes) -> dict:
     config = {
-        "peft_type": "LORA", "r": RANK, "lora_alpha": 8, "bias": "none", "use_dora": False, "use_rslora": False,
-        "lora_bias": False, "lora_dropout": 0.0, "target_modules": ["q_proj", "up_proj", "down_proj"],
-        "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "base_model_name_or_path": "org/base",
-        "init_lora_weights": True, "task_type": None, "megatron_core": "megatron.core", "fan_in_fan_out": False,
+        "peft_type": "LORA", "r": RANK, "lora_alpha": 8, "bias": "none", "use_dora": False,
+        "use_rslora": False, "lora_bias": False, "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "up_proj", "down_proj"], "modules_to_save": None,
+        "rank_pattern": {}, "alpha_pattern": {}, "base_model_name_or_path": "org/base",
+        "init_lora_weights": True, "task_type": None, "megatron_core": "megatron.core",
+        "fan_in_fan_out": False,
     }  # fmt: skip
     return config | changes
 

@@ -24,8 +24,9 @@ TABLES = sorted(
 # one model for each kind of conversion: experts stored singly, fused, interleaved, chunked,
 # concatenated, renamed, nested
 SOME = [
-    "mixtral", "qwen3_moe", "inkling_mm_model", "hrm_text", "kimi_k25", "nomic_bert", "gte", "sarvam_moe", "deepseek_v4",
-    "bailing_hybrid", "llava", "qwen2_vl", "gemma3", "gpt_oss", "vit", "bert-generation",
+    "mixtral", "qwen3_moe", "inkling_mm_model", "hrm_text", "kimi_k25", "nomic_bert", "gte",
+    "sarvam_moe", "deepseek_v4", "bailing_hybrid", "llava", "qwen2_vl", "gemma3", "gpt_oss", "vit",
+    "bert-generation",
 ]  # fmt: skip
 
 

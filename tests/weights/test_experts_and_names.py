@@ -76,9 +76,10 @@ def keys(folder):
 
 
 KINDS = [
-    "nomic_bert", "gte", "jina_embeddings_v3", "hrm_text", "inkling_mm_model", "kimi_k25", "bailing_hybrid", "sarvam_moe",
-    "deepseek_v4", "longcat_flash", "phimoe", "minimax", "llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "internvl", "smolvlm",
-    "blip-2", "gpt_neox", "t5", "clip", "vit", "opt", "bloom", "whisper", "falcon", "phi3", "llama4_text",
+    "nomic_bert", "gte", "jina_embeddings_v3", "hrm_text", "inkling_mm_model", "kimi_k25",
+    "bailing_hybrid", "sarvam_moe", "deepseek_v4", "longcat_flash", "phimoe", "minimax", "llava",
+    "qwen2_vl", "qwen2_5_vl", "gemma3", "internvl", "smolvlm", "blip-2", "gpt_neox", "t5", "clip",
+    "vit", "opt", "bloom", "whisper", "falcon", "phi3", "llama4_text",
 ]  # fmt: skip
 
 

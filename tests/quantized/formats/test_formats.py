@@ -241,7 +241,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
         {"format": "pt"},
     )
     change(tmp_path, {}, settings)
-    kinds = {key: (spec.kind, spec.bits) for key, spec in packed_of(tmp_path).items()}  # pyright: ignore[reportAttributeAccessIssue]
+    kinds = {key: (spec.kind, spec.bits) for key, spec in packed_of(tmp_path).items()}
     assert kinds[Q + "weight"] == ("int8", 8) and kinds["model.layers.1.mlp.down_proj.weight"] == (
         "fp8",
         8,

@@ -1,0 +1,276 @@
+"""GGUF files of tiny models in llama.cpp's layouts, and what transformers reads of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from tests.support import oracle
+
+gguf = pytest.importorskip("gguf")
+
+VOCAB = 96
+TOKENS = (
+    [chr(33 + i) for i in range(80)]
+    + ["ab", "<s>", "</s>"]
+    + [f"<unused{i}>" for i in range(VOCAB - 83)]
+)
+SIZES = {kind.value: size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+ROPE = 10000.0
+
+
+def decoded_kinds() -> list[Any]:
+    """Types of blocks that the package decodes."""
+    actual = []
+    for kind, (_, width) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.dequantize(np.zeros((1, width), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        actual.append(kind)
+    return [kind for kind in actual if kind.name not in ("F32", "F16", "BF16")]
+
+
+def blocks(kind: Any, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Random blocks of a type whose values are finite."""
+    values, width = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(seed)
+    actual = random.integers(0, 256, (int(np.prod(shape)) // values, width), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        while not (
+            fine := (np.abs(np.nan_to_num(gguf.dequantize(actual, kind), nan=1e9)) < 1e4).all(
+                axis=-1
+            )
+        ).all():
+            actual[~fine] = random.integers(0, 256, ((~fine).sum(), width), dtype=np.uint8)
+    return actual.reshape(*shape[:-1], shape[-1] // values * width)
+
+
+def write(
+    path: Path,
+    arch: str,
+    settings: dict[str, Any],
+    tensors: dict[str, Any],
+    tokens: list[str] | None = TOKENS,
+) -> Path:
+    """A GGUF file by the package's own writer; a tensor is an array of floats, or (type,
+    blocks)."""
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in settings.items():
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
+        add.get(type(value), writer.add_array)(
+            key.removeprefix("/") if key[0] == "/" else f"{arch}.{key}", value
+        )
+    if tokens is not None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token.startswith("<") else 1 for token in tokens])
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(81)
+        writer.add_eos_token_id(82)
+    for name, value in tensors.items():
+        if isinstance(value, tuple):
+            writer.add_tensor(name, value[1], raw_dtype=value[0])
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# --- models in llama.cpp's layouts, as its converter writes them ----------------------------------
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of a head's rows: pairs that rotate together stand side by side."""
+    out, width = weight.shape
+    return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
+
+
+def names(arch: str, model: nn.Module) -> dict[str, np.ndarray]:
+    """The model's weights under llama.cpp's names, by its converter's own table."""
+    number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
+    table = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
+    actual = {}
+    for key, value in model.state_dict().items():
+        if key == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        stem, _, ending = (
+            key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "weight")
+        )
+        actual[f"{table.get_name(stem) or stem}.{ending}"] = value.float().numpy()
+    return actual
+
+
+def attention(config: Any, **more: Any) -> dict[str, Any]:
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    return {
+        "block_count": config.num_hidden_layers,
+        "context_length": 64,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": float(rope["rope_theta"]),
+    } | more
+
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+COMMON |= {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def llama(**how: Any) -> tuple[nn.Module, dict, dict]:
+    model = oracle._model(
+        "LlamaForCausalLM",
+        transformers.LlamaConfig(**COMMON | {"tie_word_embeddings": False} | how),
+    )
+    actual = names("llama", model)
+    for name in actual:
+        if ".attn_q." in name or ".attn_k." in name:
+            actual[name] = permuted(actual[name], 4 if ".attn_q." in name else 2)
+    return (
+        model,
+        attention(
+            model.config, **{"rope.dimension_count": model.config.head_dim, "vocab_size": VOCAB}
+        ),
+        actual,
+    )
+
+
+def gemma3() -> tuple[nn.Module, dict, dict]:
+    model = oracle._model("Gemma3ForCausalLM", transformers.Gemma3TextConfig(**COMMON))
+    actual = {
+        name: value + 1 if name.endswith("norm.weight") else value
+        for name, value in names("gemma3", model).items()
+    }
+    return (
+        model,
+        attention(model.config, **{"attention.key_length": 16, "attention.sliding_window": 32}),
+        actual,
+    )
+
+
+def qwen3moe(width: int = 768, head: int = 16) -> tuple[nn.Module, dict, dict]:
+    how = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": width,
+        "head_dim": head,
+    }
+    how |= {"tie_word_embeddings": False, "norm_topk_prob": True}
+    model = oracle._model("Qwen3MoeForCausalLM", transformers.Qwen3MoeConfig(**COMMON | how))
+    actual: dict[str, np.ndarray] = {}
+    for name, value in names("qwen3moe", model).items():
+        if "gate_up" in name:
+            layer = name.split(".")[2] if name.startswith("model") else name.split(".")[1]
+            gate, up = np.split(value, 2, axis=1)
+            actual |= {
+                f"blk.{layer}.ffn_gate_exps.weight": gate,
+                f"blk.{layer}.ffn_up_exps.weight": up,
+            }
+        else:
+            actual[name] = value
+    more = {
+        "expert_count": 4,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": width,
+        "attention.key_length": head,
+    }
+    return model, attention(model.config, **more), actual
+
+
+def lfm2() -> tuple[nn.Module, dict, dict]:
+    how = {
+        "layer_types": ["conv", "full_attention"],
+        "conv_L_cache": 3,
+        "block_auto_adjust_ff_dim": False,
+    }
+    config = {key: value for key, value in COMMON.items() if key != "head_dim"} | how
+    model = oracle._model("Lfm2ForCausalLM", transformers.Lfm2Config(**config))
+    actual = {
+        name: value.squeeze(1) if ".conv.weight" in name else value
+        for name, value in names("lfm2", model).items()
+    }
+    return (
+        model,
+        attention(model.config, **{"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3}),
+        actual,
+    )
+
+
+def gpt2() -> tuple[nn.Module, dict, dict]:
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4)
+    model = oracle._model("GPT2LMHeadModel", config)
+    turned = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
+    actual = {
+        name: value.T if name.endswith(turned) else value
+        for name, value in names("gpt2", model).items()
+    }
+    message = {
+        "block_count": 2,
+        "context_length": 1024,
+        "embedding_length": 48,
+        "feed_forward_length": 192,
+    }
+    return (
+        model,
+        message | {"attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5},
+        actual,
+    )
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict, dict]]] = {
+    "llama": llama,
+    "gemma3": gemma3,
+    "qwen3moe": qwen3moe,
+    "lfm2": lfm2,
+    "gpt2": gpt2,
+}
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {
+        key: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for key, value in load_file(file).items()
+    }
+
+
+def theirs(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    with oracle.quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype
+        ).state_dict()
+
+
+def same(ours: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    left = {key: value for key, value in other.items() if key not in ours}
+    assert all(key == "lm_head.weight" for key in left)
+    for key, value in ours.items():
+        assert value.dtype == other[key].dtype and torch.equal(value, other[key]), key
