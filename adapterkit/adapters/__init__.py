@@ -1,1 +1,1 @@
-"""The neutral adapter, PEFT's layout on disk, factors, and the kinds besides LoRA."""
+"""The neutral adapter, PEFT's layout on disk, factors, and the types besides LoRA."""

@@ -138,9 +138,9 @@ class Adapter:
         """Whether target_modules matches a module."""
         targets = self.config.get("target_modules")
         if isinstance(targets, str):
-            whole = r"\A(?:{})\Z"
+            full_match = r"\A(?:{})\Z"
             return targets == "all-linear" or matcher(
-                targets, f"{self.where}: target_modules", whole
+                targets, f"{self.where}: target_modules", full_match
             )(module)
         return isinstance(targets, list) and any(
             f".{module}".endswith(f".{target}") for target in targets

@@ -1,1 +1,1 @@
-"""What the read-only verbs measure, as plain dicts, and how it is shown."""
+"""Measurements of the read-only verbs as plain dicts, and their tables and pictures."""

@@ -1,1 +1,1 @@
-"""Kinds of adapters besides LoRA: one file each."""
+"""Types of adapters besides LoRA: one file each."""

@@ -1,4 +1,4 @@
-"""What the types of adapters share: records, config checks, and singular values of deltas."""
+"""Shared by all types of adapters: records, config checks, singular values of deltas."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -93,9 +93,9 @@ class AdaptedModule:
         """The tensors of these names; `Refused` where one is missing."""
         missing = [name for name in names if name not in self.parts]
         if missing:
-            found = f"{shown(self.module)} has {', '.join(sorted(self.parts))}"
+            problem = f"{shown(self.module)} has {', '.join(sorted(self.parts))}"
             raise Refused(
-                found,
+                problem,
                 expected=f"also {', '.join(missing)}",
                 where=self.adapter.label,
                 hint="save the adapter again, with its config",
@@ -105,10 +105,10 @@ class AdaptedModule:
     def check(self, fits: bool, expected: str) -> None:
         """Raise `Refused` with the shapes of all parts unless `fits`."""
         if not fits:
-            found = ", ".join(f"{name} {spec.shape}" for name, spec in sorted(self.parts.items()))
+            shapes = ", ".join(f"{name} {spec.shape}" for name, spec in sorted(self.parts.items()))
             hint = "restore the config that was saved with the file, and check the base"
             raise Refused(
-                f"{shown(self.module)}: {found}",
+                f"{shown(self.module)}: {shapes}",
                 expected=expected,
                 where=self.adapter.label,
                 hint=hint,
@@ -157,13 +157,13 @@ def read_kind(
     for (module, depth), parts in sorted(roles.items()):
         for key, spec in parts.items():
             if spec.dtype not in FLOATS or depth:
-                found = f"{shown(spec.key)} is {spec.dtype}" + (
+                problem = f"{shown(spec.key)} is {spec.dtype}" + (
                     " and lies inside another adapter's layer" if depth else ""
                 )
                 hint = "save the adapter again, alone and as floats"
                 errors.append(
                     Refused(
-                        found,
+                        problem,
                         expected="F32, F16, BF16 or F64 on the model's own layer",
                         where=folder.name,
                         hint=hint,

@@ -47,11 +47,11 @@ class DoRA(WeightDelta):
 
         delta = map_rows(self.weight.matrix(reader), change)
         if not all_finite(delta):
-            found, hint = (
+            problem, hint = (
                 f"the delta of {shown(self.module)} is not finite",
                 "check the adapter and its base",
             )
             raise Unrecoverable(
-                found, expected="no row whose norm is 0", where=shown(self.module), hint=hint
+                problem, expected="no row whose norm is 0", where=shown(self.module), hint=hint
             )
         return delta

@@ -61,11 +61,11 @@ class Oft(WeightDelta):
             version and (int(version[1]), int(version[2])) >= (0, 18)
         ):
             return []
-        found = f"use_cayley_neumann, and peft_version {shown(config.get('peft_version'))}"
+        problem = f"use_cayley_neumann, and peft_version {shown(config.get('peft_version'))}"
         hint = "merge it with the PEFT that trained it, then adapterkit extract BASE MERGED"
         return [
             Refused(
-                found,
+                problem,
                 expected="0.18 or later: the series was another before",
                 where=where,
                 hint=hint,
