@@ -1,6 +1,7 @@
 """adapterkit: surgery on adapter and model checkpoints, done on the files.
 
-The verbs are imported on first use, so `import adapterkit` loads neither torch nor transformers. Their errors are here too.
+The verbs are imported on first use, so `import adapterkit` loads neither torch nor transformers.
+Their errors are here too.
 """
 
 from typing import TYPE_CHECKING

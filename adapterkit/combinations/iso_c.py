@@ -12,9 +12,9 @@ from adapterkit.kernels.lowrank import Product, norm, stack_products, svd
 class IsoC(OnFactors):
     """Δ' = s̄ U Vᵀ, U S Vᵀ the singular value decomposition of Σᵢ wᵢ Δᵢ, s̄ the mean of S.
 
-    R values are in it, the rank of the sum (singular values above 1e-12 of the deltas' norms), at most Σ rᵢ. The
-    paper has min(out, in) values, of full matrices: of a sum of lower rank the further directions
-    would be arbitrary, so they are skipped, also in the mean.
+    R values are in it, the rank of the sum (singular values above 1e-12 of the deltas' norms), at
+    most Σ rᵢ. The paper has min(out, in) values, of full matrices: of a sum of lower rank the
+    further directions would be arbitrary, so they are skipped, also in the mean.
     """
 
     name = "iso_c"

@@ -19,9 +19,9 @@ ROUNDS = 1000
 class Karcher(OnFactors):
     """Δ' = Σᵢ pᵢ‖Δᵢ‖ · argmin_‖u‖=1 Σᵢ pᵢ θ(u, Δᵢ / ‖Δᵢ‖)², pᵢ = wᵢ / Σⱼ wⱼ, θ the angle.
 
-    Its rank is Σ rᵢ. u ← exp_u(Σᵢ pᵢ log_u(Δᵢ / ‖Δᵢ‖)), in coefficients of the deltas, from their normalized mean,
-    until a step is at most 1e-10; refused after 1000 steps. (mergekit: ten steps in float32, or
-    until 1e-5.)
+    Its rank is Σ rᵢ. u ← exp_u(Σᵢ pᵢ log_u(Δᵢ / ‖Δᵢ‖)), in coefficients of the deltas, from their
+    normalized mean, until a step is at most 1e-10; refused after 1000 steps. (mergekit: ten steps
+    in float32, or until 1e-5.)
 
     Deltas of 0 have no direction and count in the mean length only. Raises `Refused` for negative
     weights, and for deltas in opposite directions (1 + cos < 1e-12), or balanced around 0, which

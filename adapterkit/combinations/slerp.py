@@ -14,9 +14,9 @@ from adapterkit.kernels.lowrank import Product, gram, stack_products
 class Slerp(OnFactors):
     """Δ' = (|w₁|+|w₂|) · (sin((1-t)θ)/sin θ · Δ₁ + sin(tθ)/sin θ · Δ₂), t = |w₂| / (|w₁|+|w₂|).
 
-    Its rank is r₁ + r₂. The weights give the position on the arc, their sum the length; a negative one negates its
-    delta. The option t is the same as weights (1-t, t), and replaces weights. θ is the angle
-    between the deltas as vectors; they are not normalized, as in mergekit.
+    Its rank is r₁ + r₂. The weights give the position on the arc, their sum the length; a negative
+    one negates its delta. The option t is the same as weights (1-t, t), and replaces weights. θ is
+    the angle between the deltas as vectors; they are not normalized, as in mergekit.
 
     Parallel ones, and a delta of 0, which has no direction (what only one of the adapters has),
     give the straight line w₁Δ₁ + w₂Δ₂ (mergekit: also where |cos θ| > 0.9995, and θ = 90° for a

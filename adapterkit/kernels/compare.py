@@ -1,5 +1,5 @@
-"""Measures of the difference of two tensors: sums over blocks of both, and the singular values of their
-difference from a sketch.
+"""Measures of the difference of two tensors: sums over blocks of both, and the singular values of
+their difference from a sketch.
 
 A difference D (n, m) is never held whole. Up to 512 columns its Gram matrix DᵀD is summed, which is
 exact. Above, two passes over its rows (Halko, Martinsson, Tropp 2011, arXiv:0909.4061, on the row

@@ -9,8 +9,8 @@ from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.plan import CopyFile
 
 TOKENIZER = re.compile(
-    r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.(spm|tiktoken)"
-    r"|spiece\.model|sentencepiece.*\.model|chat_template.*)"
+    r"(tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"|merges\.txt|.*\.(spm|tiktoken)|spiece\.model|sentencepiece.*\.model|chat_template.*)"
 )
 
 

@@ -190,9 +190,18 @@ def plan_loftq(
     folders = tuple(one.folder for one in inputs)
     receipt_options = {key: value for key, value in vars(options).items() if value}
     return Plan(
-        "loftq", receipt_options, folders, headers, identities(folders, headers), shards, files, decisions, tuple(notes),
-        models=tuple(range(len(folders))), warn=_warnings,
-    )  # fmt: skip
+        "loftq",
+        receipt_options,
+        folders,
+        headers,
+        identities(folders, headers),
+        shards,
+        files,
+        decisions,
+        tuple(notes),
+        models=tuple(range(len(folders))),
+        warn=_warnings,
+    )
 
 
 def _plan_base_and_adapter(
