@@ -60,8 +60,7 @@ def levels_of(sites: Collection[Site]) -> dict[str, int]:
 
 
 def targets_of(sites: Mapping[str, Site], prefix: str = "") -> dict[str, Any]:
-    """What `produced.Output` has to know of its targets; `prefix` stands before the tasks'
-    names."""
+    """The fields of `Output` for its targets; `prefix`: of the tasks' names."""
     return {
         "modules": {prefix + name: site.target for name, site in sites.items()},
         "parameters": frozenset(site.target for site in sites.values() if site.parameter),
@@ -102,8 +101,8 @@ def names_of(base: Checkpoint, adapters: Sequence[Adapter], notes: list[str]) ->
 def join(
     adapters: Sequence[Adapter], errors: list[AdapterkitError], names: Names | None = None
 ) -> dict[str, Site]:
-    """Name -> site, of all adapters; `names`: the model's, where it is at hand. What cannot be
-    joined goes to the errors."""
+    """The sites of all adapters by name; `names`: the model's, if there is a base. What cannot be
+    joined is added to the errors."""
     of, by_module = {adapter.number: adapter for adapter in adapters}, {}
     for adapter in adapters:
         for lora in adapter.loras:
@@ -121,8 +120,8 @@ def join(
                 )
             else:
                 _check_parameters(module, loras, leaves, of)
-                found = sites_of(module, loras, leaves, of, own, names)
-                sites |= {site.name: site for site in found}
+                parameter_sites = sites_of(module, loras, leaves, of, own, names)
+                sites |= {site.name: site for site in parameter_sites}
         except _Several as several:
             errors += several.errors
         except AdapterkitError as error:
@@ -147,25 +146,25 @@ def _module(module: str, loras: dict[int, Lora], of: dict[int, Adapter]) -> Site
         raise _Several(errors)
     if len({(lora.kind, f.shape, lora.a.shape[1:]) for lora, f in members.values()}) > 1:
         raise _other_shapes(module, members, of)
-    attention = next((found for n, lora in loras.items() if (found := of[n].attention(lora))), None)
+    attention = next((path for n, lora in loras.items() if (path := of[n].attention(lora))), None)
     return Site(module, module, False, None, 0, members, attention)
 
 
 def _other_shapes(
     name: str, members: dict[int, tuple[Lora, Factors]], of: dict[int, Adapter]
 ) -> Refused:
-    found = [f"{of[n].name}: {lora.kind} {f.shape}" for n, (lora, f) in members.items()]
+    shapes = [f"{of[n].name}: {lora.kind} {f.shape}" for n, (lora, f) in members.items()]
     hint = "combine adapters of one base"
     return Refused(
-        f"{shown(name)}: {'; '.join(found)}", expected="one shape", where="adapters", hint=hint
+        f"{shown(name)}: {'; '.join(shapes)}", expected="one shape", where="adapters", hint=hint
     )
 
 
 def _check_parameters(
     module: str, loras: dict, leaves: dict[int, list[str]], of: dict[int, Adapter]
 ) -> None:
-    """`Refused` where adapters take a module in different ways, or one as a nest of parameters that
-    its config does not name."""
+    """`Refused` where adapters target a module in different ways, or one has wrappers of parameters
+    that its config does not name."""
     lacking = [
         of[n].name for n, its in loras.items() if not leaves[n] and any(lora.depth for lora in its)
     ]
@@ -211,11 +210,11 @@ def sites_of(
         raise _undecided(module, loras, union, of)
     for chosen in _arrangements(holders, union, own):
         try:
-            found = _arranged(module, chosen, loras, leaves, of, names)
+            sites = _arranged(module, chosen, loras, leaves, of, names)
         except AdapterkitError as error:
             failure = failure or error
             continue
-        results.setdefault(_signature(found), []).append(found)
+        results.setdefault(_signature(sites), []).append(sites)
     if not results:
         depth = max(levels for _, levels in holders)
         raise failure or Refused(
@@ -262,9 +261,9 @@ def _signature(sites: list[Site]) -> tuple:
 def _arrangements(
     holders: list[tuple[list[str], int]], union: list[str], own: list[str] | None
 ) -> Iterator[tuple[str, ...]]:
-    """What the wrapped parameters of a module may be, the innermost first: those that the model
-    has, in its order; without a model those among the named ones that make each adapter's number of
-    wrappers, in any order."""
+    """The possible lists of a module's wrapped parameters, the innermost first: those that the
+    model has, in its order; without a model every choice and order of names that gives each adapter
+    its number of wrappers."""
     if own is not None:
         yield tuple(leaf for leaf in own if leaf in union)
         return
@@ -282,8 +281,8 @@ def _arranged(
     of: dict[int, Adapter],
     names: Names | None,
 ) -> list[Site]:
-    """The sites if these are the parameters, in this order; `Refused` where the files cannot be
-    so."""
+    """The sites if these are the parameters, in this order; `Refused` where the files contradict
+    it."""
     members: dict[str, dict[int, tuple[Lora, Factors]]] = {leaf: {} for leaf in chosen}
     for number, its in loras.items():
         mine = [leaf for leaf in chosen if leaf in leaves[number]]
@@ -345,14 +344,14 @@ def _nested(sites: list[Site]) -> list[AdapterkitError]:
     inner = [(home, other) for home in homes for other in homes if home.startswith(f"{other}.")]
     if not inner:
         return []
-    found = "; ".join(f"{shown(home)} inside {shown(other)}" for home, other in sorted(inner)[:4])
+    nests = "; ".join(f"{shown(home)} inside {shown(other)}" for home, other in sorted(inner)[:4])
     expected, hint = (
         "no such nest: PEFT cannot load it",
         "merge one adapter after the other instead",
     )
     return [
         Refused(
-            f"parameters of {found} are targets", expected=expected, where="adapters", hint=hint
+            f"parameters of {nests} are targets", expected=expected, where="adapters", hint=hint
         )
     ]
 
@@ -361,8 +360,8 @@ def has_old_layout(adapter: Adapter) -> bool | None:
     """Whether PEFT up to 0.18 wrote the file, which took stacks of experts as (in, out); None where
     it does not say."""
     version = adapter.config.get("peft_version")
-    found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
-    return None if found is None else (int(found[1]), int(found[2])) < (0, 19)
+    match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return None if match is None else (int(match[1]), int(match[2])) < (0, 19)
 
 
 def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list[AdapterkitError]:
@@ -380,12 +379,12 @@ def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list
     }
     if not square or len(set(versions.values())) < 2:
         return []
-    found = f"{shown(square[0])} holds square experts, and PEFT turned them in 0.19"
+    problem = f"{shown(square[0])} holds square experts, and PEFT transposed them in 0.19"
     hint = "train or convert the adapters with one version of PEFT"
     where = ", ".join(versions)
     return [
         Refused(
-            found,
+            problem,
             expected="adapters of PEFT below 0.19 alone, or none of them",
             where=where,
             hint=hint,

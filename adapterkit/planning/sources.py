@@ -72,9 +72,11 @@ def open_adapter(text: StrPath) -> Folder:
     if not _is_weights(folder) or not (folder.root / CONFIG).is_file():
         return folder
     if folder.single != WEIGHTS and (folder.root / WEIGHTS).exists():
-        found = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
+        problem = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
         hint = "give each a folder of its own with its config"
-        raise Refused(found, expected="one adapter in a folder", where=str(folder.root), hint=hint)
+        raise Refused(
+            problem, expected="one adapter in a folder", where=str(folder.root), hint=hint
+        )
     return WeightsFile(text, WEIGHTS)
 
 

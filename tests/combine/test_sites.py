@@ -372,7 +372,7 @@ def test_square_stacks_of_two_versions_are_not_added(tmp_path):
         save_file(
             {k: t.contiguous() for k, t in square.items()}, folder / "adapter_model.safetensors"
         )
-    with pytest.raises(AdapterkitError, match="turned them in 0.19"):
+    with pytest.raises(AdapterkitError, match="transposed them in 0.19"):
         combine([sources[0], old], tmp_path / "out", (1.0, 1.0))
 
 
