@@ -189,7 +189,7 @@ def _config(metrics: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": metrics["llama.attention.head_count"],
         "num_hidden_layers": metrics["llama.block_count"],
         "num_key_value_heads": metrics["llama.attention.head_count_kv"],
-        "rms_norm_eps": 1e-5,  # the GGUF holds its float32 neighbour
+        "rms_norm_eps": 1e-5,  # the GGUF holds its float32 neighbor
         "rope_theta": metrics["llama.rope.freq_base"],
         "tie_word_embeddings": True,
         "vocab_size": metrics["llama.vocab_size"],

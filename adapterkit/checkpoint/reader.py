@@ -173,7 +173,7 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
 def read_small(
     folder: Folder, specs: Iterable[TensorSpec]
 ) -> Iterator[tuple[TensorSpec, memoryview]]:
-    """The bytes of small tensors, in the order of files and positions; one read for neighbours.
+    """The bytes of small tensors, in the order of files and positions; one read for neighbors.
 
     Raises `Damaged` where a file ends before one of them.
     """
@@ -181,7 +181,7 @@ def read_small(
     ordered = sorted(specs, key=lambda spec: (spec.file, spec.start, spec.stop))
     for name, group in itertools.groupby(ordered, lambda spec: spec.file):
         with _opened(folder.path(name)) if local else contextlib.nullcontext() as descriptor:
-            for first, stop, together in _neighbours(group, NEAR if local else FAR):
+            for first, stop, together in _neighbors(group, NEAR if local else FAR):
                 data = (
                     folder.read(name, first, stop)
                     if descriptor is None
@@ -200,7 +200,7 @@ def read_small(
                 )
 
 
-def _neighbours(
+def _neighbors(
     ordered: Iterable[TensorSpec], gap: int
 ) -> Iterator[tuple[int, int, list[TensorSpec]]]:
     """(start, stop, tensors) of each range to read: at most `gap` bytes between two tensors, at

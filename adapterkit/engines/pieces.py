@@ -114,7 +114,7 @@ class OpenShard:
         self.flushed = 0
 
     def pieces(self, device: torch.device) -> Iterator[Piece]:
-        """The file's pieces in order; neighbouring untouched tensors of one input file are one
+        """The file's pieces in order; neighboring untouched tensors of one input file are one
         run."""
         number = itertools.count()
         header = self.shard.layout.header

@@ -74,7 +74,7 @@ def _target(repo: str) -> HubId:
             f"{shown(repo)!r}",
             expected="a repository, `org/name`, without revision or folder",
             where="the place to push to",
-            hint="give your account's or organisation's name and the repository's",
+            hint="give your account's or organization's name and the repository's",
         )
     if offline():
         raise Refused(

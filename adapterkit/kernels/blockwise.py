@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterkit.kernels.stochastic import Draws, Neighbours, neighbours
+from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
 from adapterkit.kernels.sums import all_finite
 
 Kind = Literal["nf4", "fp4"]
@@ -106,7 +106,7 @@ def encode_4bit(
     draws: Draws | None = None,
 ) -> Tensor:  # (ceil(n/2), 1) uint8
     """The codes of quantize_4bit for these scales; with draws stochastically one of the two
-    neighbours.
+    neighbors.
 
     fp4's -0 has code 8, so that all codes come back that were decoded with a scale of 1e-38 or
     more; with 0 none can. Raises ValueError for a wrong number of scales.
@@ -123,7 +123,7 @@ def encode_4bit(
             raise ValueError("the matrix holds values that are not finite")
         ranks = _ranks(scaled, kind)
         if draws is not None:
-            near = _neighbours(x, ranks, scale, kind)
+            near = _neighbors(x, ranks, scale, kind)
             ranks = near.draw(draws.at(first)).to(torch.uint8).view(-1)
         codes = _codes(ranks, kind)
         if kind == "fp4":
@@ -212,15 +212,15 @@ def _codes(ranks: Tensor, kind: Kind) -> Tensor:  # (m,) uint8
     return torch.frombuffer(bytearray(codes), dtype=torch.uint8)
 
 
-def _neighbours(
+def _neighbors(
     x: Tensor,  # (blocks, m) float32
     ranks: Tensor,  # (blocks · m,) uint8
     absmax: Tensor,  # (blocks,) float32
     kind: Kind,
-) -> Neighbours:
+) -> Neighbors:
     table, scale = quant_map(kind)[list(ORDER[kind])].to(x.device), absmax[:, None]
     value = lambda level: table[level] * scale
-    return neighbours(x, ranks.view(x.shape), value, (0, 15), scale < 0)
+    return neighbors(x, ranks.view(x.shape), value, (0, 15), scale < 0)
 
 
 def amax_and_overflow(
@@ -243,7 +243,7 @@ def expected_errors(
     w, step, errors = _padded(weight, blocksize), PIECE // blocksize, []
     for first in range(0, len(w), step):
         x, scale = w[first : first + step], absmax[first : first + step]
-        near = _neighbours(x, _ranks(_scaled(x, scale, False), kind), scale, kind)
+        near = _neighbors(x, _ranks(_scaled(x, scale, False), kind), scale, kind)
         errors.append(near.expected_error().sum(1))
     return torch.cat(errors) if errors else absmax
 

@@ -24,7 +24,7 @@ from adapterkit.kernels.common import (
     scale_as_float,
 )
 from adapterkit.kernels.fp8 import FP8_MAX
-from adapterkit.kernels.stochastic import Draws, Neighbours, neighbours
+from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0 to 7; 8 to 15 are their negatives
 FP4_MAX = 6.0
@@ -241,7 +241,7 @@ def _encode(
     for rows in pieces(*w.shape):
         codes = _nearest(w[rows], scale[rows])
         if draws is not None:
-            near = _neighbours(w[rows], codes, scale[rows])
+            near = _neighbors(w[rows], codes, scale[rows])
             codes = near.draw(draws.at(rows.start * w.shape[1])).bitwise_or_(codes & 8)
         packed[rows] = pack_nibbles(codes)
     return packed.view(*groups.shape[:-1], -1)
@@ -251,10 +251,10 @@ def _nearest(w: Tensor, scale: Tensor) -> Tensor:
     return _e2m1(w / torch.where(scale == 0, 1.0, scale))
 
 
-def _neighbours(w: Tensor, codes: Tensor, scale: Tensor) -> Neighbours:
+def _neighbors(w: Tensor, codes: Tensor, scale: Tensor) -> Neighbors:
     """Of magnitudes."""
     table, size = torch.tensor(E2M1, device=w.device), scale.abs()
-    return neighbours(w.abs(), codes & 7, lambda level: table[level] * size, (0, 7))
+    return neighbors(w.abs(), codes & 7, lambda level: table[level] * size, (0, 7))
 
 
 def _better(groups: Tensor, scale: Tensor, new: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def _expected_errors(groups: Tensor, scale: Tensor) -> Tensor:
     w, each = groups.reshape(-1, groups.shape[-1]), scale.reshape(-1, 1)
     total = torch.empty(len(w), device=w.device)
     for rows in pieces(*w.shape):
-        near = _neighbours(w[rows], _nearest(w[rows], each[rows]), each[rows])
+        near = _neighbors(w[rows], _nearest(w[rows], each[rows]), each[rows])
         total[rows] = near.expected_error().sum(1)
     return total.view(scale.shape)
 

@@ -25,7 +25,7 @@ from adapterkit.kernels.common import (
     pieces,
     scale_as_float,
 )
-from adapterkit.kernels.stochastic import Draws, Neighbours, neighbours
+from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
 
 FP8_MAX = 448.0
 
@@ -87,7 +87,7 @@ def encode_fp8(
             nearest = _nearest(x[rows], grid[number], each, rows, block)
             if draws is not None:
                 position = (number * len(x) + rows.start) * x.shape[1]
-                near = _neighbours(x[rows], nearest, grid[number], rows, block)
+                near = _neighbors(x[rows], nearest, grid[number], rows, block)
                 magnitude = near.draw(draws.at(position)).to(torch.uint8)
                 nearest = (nearest.view(torch.uint8) & 0x80 | magnitude).view(codes.dtype)
             code[rows] = nearest
@@ -129,13 +129,13 @@ def _nearest(
     return scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
-def _neighbours(
+def _neighbors(
     x: Tensor, codes: Tensor, grid: Tensor, rows: slice, block: tuple[int, int]
-) -> Neighbours:
+) -> Neighbors:
     """Of magnitudes: 0x7E is the largest, 0x7F NaN."""
     table, size = _values(codes.dtype, x.device), grid.abs()
     value = lambda level: _by_block(torch.mul, table[level], size, rows, block)
-    return neighbours(x.abs(), codes.view(torch.uint8) & 0x7F, value, (0, 0x7E))
+    return neighbors(x.abs(), codes.view(torch.uint8) & 0x7F, value, (0, 0x7E))
 
 
 def _expected_errors(w: Tensor, block: tuple[int, int], grid: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _expected_errors(w: Tensor, block: tuple[int, int], grid: Tensor) -> Tensor:
     for x, each, out in matrices(w.contiguous(), grid, total):
         for rows in pieces(*x.shape):
             codes = _nearest(x[rows], each, None, rows, block)
-            error = _neighbours(x[rows], codes, each, rows, block).expected_error()
+            error = _neighbors(x[rows], codes, each, rows, block).expected_error()
             error = pad(error, (0, -error.shape[1] % block[1])).view(len(error), -1, block[1])
             index = torch.arange(rows.start, rows.stop, device=w.device) // block[0]
             out.index_add_(0, index, error.sum(2))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adapterkit.kernels.common import expand_nibbles, nibble_pairs, pack_nibbles, pieces
-from adapterkit.kernels.stochastic import Draws, Neighbours, neighbours
+from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
 from adapterkit.kernels.sums import all_finite
 
 WORD = 32
@@ -142,7 +142,7 @@ def encode_integers(
     draws: Draws | None = None,
 ) -> Integers:
     """code = w / scale + zero, to nearest, ties to even, within [-2^(bits-1), 2^(bits-1));
-    with draws stochastically to one of the two neighbours.
+    with draws stochastically to one of the two neighbors.
 
     Computed scales: 2 · amax / (2^bits - 1); asymmetric, (max - min) / (2^bits - 1), the two
     widened to include 0, with zero = -2^(bits-1) - min / scale. For zeros it is the eps of
@@ -165,7 +165,7 @@ def encode_integers(
         level = scaled.round_().clamp_(low, high)
         if draws is not None:
             position = part.start * w.shape[1]
-            level = _neighbours(w[part], level, groups, part, bits).draw(draws.at(position))
+            level = _neighbors(w[part], level, groups, part, bits).draw(draws.at(position))
         codes[part] = level
     return Integers(codes, scale, zero)
 
@@ -183,7 +183,7 @@ def expected_errors(
     beyond = torch.empty(total.shape, dtype=torch.bool, device=w.device)
     for part in pieces(*w.shape):
         level = groups.undo(w[part], part).round_().clamp_(*_bounds(bits))
-        codes = _neighbours(w[part], level, groups, part, bits)
+        codes = _neighbors(w[part], level, groups, part, bits)
         total[part] = codes.expected_error().unflatten(1, (scale.shape[1], -1)).sum(2)
         clipped = (codes.gap == 0) & (codes.distance > 0)
         beyond[part] = clipped.unflatten(1, (scale.shape[1], -1)).any(2)
@@ -246,7 +246,7 @@ def _bounds(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def _neighbours(w: Tensor, level: Tensor, groups: "_Groups", rows: slice, bits: int) -> Neighbours:
+def _neighbors(w: Tensor, level: Tensor, groups: "_Groups", rows: slice, bits: int) -> Neighbors:
     def value(level: Tensor) -> Tensor:
         x = level.float()
         groups.apply(x, rows)
@@ -255,7 +255,7 @@ def _neighbours(w: Tensor, level: Tensor, groups: "_Groups", rows: slice, bits: 
     falling = None
     if bool((groups.scale < 0).any()):
         falling = value(torch.ones_like(w)) < value(torch.zeros_like(w))
-    return neighbours(w, level, value, _bounds(bits), falling)
+    return neighbors(w, level, value, _bounds(bits), falling)
 
 
 def _integer_scale(

@@ -107,7 +107,7 @@ def round_to(
     dtype: torch.dtype,  # bfloat16, float16 or float32
     draws: Draws,
 ) -> Tensor:
-    """Of the two neighbours of x in `dtype` the one that is farther from 0, with probability
+    """Of the two neighbors of x in `dtype` the one that is farther from 0, with probability
     (|x| - lower) / (upper - lower), else the other.
 
     What `dtype` holds stays, zeros with their sign. Beyond its largest number x is rounded to
@@ -147,13 +147,13 @@ def last_place(
     size: Tensor,  # magnitudes, float32 or float64
     dtype: torch.dtype,
 ) -> Tensor:
-    """The distance between the two neighbours of each magnitude in `dtype`."""
+    """The distance between the two neighbors of each magnitude in `dtype`."""
     integer, mask = EXPONENT[size.dtype]
     powers = size.view(integer).bitwise_and(mask).view(size.dtype)
     return powers.clamp_(min=torch.finfo(dtype).tiny).mul_(2.0 ** -MANTISSA[dtype])
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """Of each value the nearest code and the next one on the value's side."""
 
     level: Tensor  # integers: codes in the order of their values
@@ -173,17 +173,17 @@ class Neighbours(NamedTuple):
         return torch.where(self.gap > 0, between, self.distance.square())
 
 
-def neighbours(
+def neighbors(
     w: Tensor,
     level: Tensor,  # integers: the nearest codes
     value: Callable[[Tensor], Tensor],  # of codes: bit for bit as decoding, so decoded values stay
     ends: tuple[int, int],  # the lowest and the highest code
     falling: Tensor | None = None,  # bool: where values fall as codes rise
-) -> Neighbours:
+) -> Neighbors:
     """The codes on both sides of each element of w."""
     level = level.int()
     near = value(level)
     distance = w - near
     step = (distance if falling is None else torch.where(falling, -distance, distance)).sign()
     other = step.int().add_(level).clamp_(*ends)
-    return Neighbours(level, other, distance.abs_(), (value(other) - near).abs_())
+    return Neighbors(level, other, distance.abs_(), (value(other) - near).abs_())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels.blockwise import PIECE, check_scales
-from adapterkit.kernels.stochastic import Draws, Neighbours, neighbours
+from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
 
 
 class Int8Rows(NamedTuple):
@@ -46,7 +46,7 @@ def quantize_int8(
         if draws is None:
             codes[rows] = _nearest(x, scales[rows], saturate=scale is not None)
         else:
-            near = _neighbours(x, scales[rows])
+            near = _neighbors(x, scales[rows])
             codes[rows] = near.draw(draws.at(rows.start * w.shape[1]))
     return Int8Rows(codes, scales)
 
@@ -64,7 +64,7 @@ def requantize_int8(
     amax = weight.abs().amax(1)
     for row in (amax > scale.abs()).nonzero().flatten().tolist():
         x, both = weight[row].expand(2, -1), torch.stack([scale[row], amax[row]])
-        old, new = _neighbours(x, both).expected_error().sum(1)
+        old, new = _neighbors(x, both).expected_error().sum(1)
         if bool(new < old):
             index = torch.tensor([row], device=scale.device)
             scale = scale.index_fill(0, index, float(amax[row]))
@@ -99,7 +99,7 @@ def _nearest(
     return x.clamp_(-127, 127) if saturate else x
 
 
-def _neighbours(x: Tensor, scale: Tensor) -> Neighbours:
+def _neighbors(x: Tensor, scale: Tensor) -> Neighbors:
     value = lambda level: level.float().mul_(scale[:, None]).mul_(1 / 127)
     level = _nearest(x.clone(), scale, saturate=True)
-    return neighbours(x, level, value, (-127, 127), (scale < 0)[:, None])
+    return neighbors(x, level, value, (-127, 127), (scale < 0)[:, None])

@@ -43,7 +43,7 @@ def delta_problems(
     if init:
         errors.append(
             Refused(
-                f"{adapter.name} was initialised by {init}, which changed its base's weights",
+                f"{adapter.name} was initialized by {init}, which changed its base's weights",
                 expected="adapters on one unchanged base",
                 where=adapter.where,
                 hint="make it plain first: adapterkit rebase ADAPTER --initial INIT",

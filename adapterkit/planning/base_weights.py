@@ -24,7 +24,7 @@ def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
     if init:
         errors.append(
             Refused(
-                f"a DoRA initialised by {init}, which changed its base",
+                f"a DoRA initialized by {init}, which changed its base",
                 expected="a DoRA of the base as it is",
                 where=adapter.where,
                 hint="merge it: adapterkit merge --base-is-residual",

@@ -49,7 +49,7 @@ def diff(
     - `config`: the settings of config.json, or of adapter_config.json, that differ: `name` (dotted
       inside sub-configs), `change` ("added", "removed", "changed"), `a`, `b` (null too where there
       is none) and `decides`: whether it counts as a difference, whatever the tolerance. Of models
-      all count but dtypes (rounded copies are the same), dropouts, initialisers and labels; who
+      all count but dtypes (rounded copies are the same), dropouts, initializers and labels; who
       saved the file, and caches and outputs of a run, are not compared. Where transformers knows
       the model, its defaults stand for what one file leaves out. Of adapters those count whose
       effect is not in the deltas (`target_parameters`, `layer_replication`, `ensure_weight_tying`,

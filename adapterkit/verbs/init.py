@@ -74,7 +74,7 @@ def init(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Initialise an adapter from its base's weights: `OUT/adapter` holds scale·b@a, `OUT/base` the
+    """Initialize an adapter from its base's weights: `OUT/adapter` holds scale·b@a, `OUT/base` the
     rest, W - scale·b@a.
 
     `method`: pissa (the principal part of each weight, arXiv:2404.02948). `targets`: which modules,
@@ -98,7 +98,7 @@ def init(
 
 
 def plan_init(folder: Folder, options: Options) -> Plan:
-    """Everything an initialisation will do, or `Refused`."""
+    """Everything an initialization will do, or `Refused`."""
     method: Any = create("inits", options.method, {})
     if not options.quantize:
         extra_options = [

@@ -59,7 +59,7 @@ def inspect(
     Of a module: module, kind ("module" or "embedding"), depth (wrapper levels inside it), parameter
     (known with `base`), experts, rank, alpha, scale, trained (b is not zero), norm (Frobenius, of
     scale * b @ a; of a stack over all experts; without DoRA's rescaling), effective_rank (exp of
-    the entropy of the normalised squared singular values of b @ a, 0 for zero; of a stack the mean
+    the entropy of the normalized squared singular values of b @ a, 0 for zero; of a stack the mean
     over experts that are not zero), relative (norm by the base weight's norm, with `base`). What is
     not known is null.
 

@@ -37,7 +37,7 @@ from adapterkit.weights.names import Names
 
 BITS = {4: "nf4", 8: "int8"}
 OPEN = {"quantized": open_model, "stats": open_source}
-NOT_QUANTISED = "not quantized"
+NOT_QUANTIZED = "not quantized"
 MIXED = {4: "w4a16", 8: "w8a16"}  # bitsandbytes knows one width for a model
 SUMMARY = "LoftQ: for its quantized base alone, not for the original"
 
@@ -112,7 +112,7 @@ def loftq(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Initialise a quantized base and an adapter together: W ≈ Q + scale·b@a, weight by weight.
+    """Initialize a quantized base and an adapter together: W ≈ Q + scale·b@a, weight by weight.
 
     Alternates Q = encode(W - scale·b@a) and the best scale·b@a of W - Q, `iterations` times; of all
     rounds, plain quantization included, the one with the smallest ‖W - Q - scale·b@a‖_F is kept.
@@ -233,7 +233,7 @@ def _plan_base_and_adapter(
     }
     if options.targets is not None:
         matching, notes = select_targets(
-            options.targets, list(modules.values()), quantization.model, NOT_QUANTISED
+            options.targets, list(modules.values()), quantization.model, NOT_QUANTIZED
         )
         modules = {key: name for key, name in modules.items() if name in matching}
         quantization.notes.extend(notes)
@@ -304,7 +304,7 @@ def _plan_fixed_base(
     if options.targets is not None:
         model = names.model.model if names.model is not None else None
         matching, more = select_targets(
-            options.targets, list(modules.values()), model, NOT_QUANTISED
+            options.targets, list(modules.values()), model, NOT_QUANTIZED
         )
         modules = {key: name for key, name in modules.items() if name in matching}
         notes += more

@@ -1,4 +1,4 @@
-"""rebase: an adapter whose initialisation changed the base becomes plain LoRA on the original base:
+"""rebase: an adapter whose initialization changed the base becomes plain LoRA on the original base:
 Δ' = s·b@a - s₀·b₀@a₀."""
 
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from adapterkit.tasks.combined import CombinedFactors, Part, Refit
 from adapterkit.weights.names import Names
 
 # inits whose base is quantized, not a residual: no difference of factors leads back to the original
-QUANTISED = ("loftq",)
+QUANTIZED = ("loftq",)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def rebase(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Turn an adapter that was initialised by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the
+    """Turn an adapter that was initialized by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the
     original base.
 
     Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training), so
@@ -91,8 +91,8 @@ def plan_rebase(
             f"{trained.name} does not say that its init changed the base (init_lora_weights): "
             "taken at the caller's word"
         )
-    elif init.lower().startswith(QUANTISED):
-        problem = f"{trained.name} was initialised by {init}: its base is quantized, not a residual"
+    elif init.lower().startswith(QUANTIZED):
+        problem = f"{trained.name} was initialized by {init}: its base is quantized, not a residual"
         hint = "merge it into its quantized base, or extract the difference"
         errors.append(
             Refused(

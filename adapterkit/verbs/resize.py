@@ -106,7 +106,7 @@ def plan_resize(source: Folder, options: Options, base: Folder | None = None) ->
     ):
         notes.append(f"{base.name} was not needed: the adapter's deltas are in its factors")
         base = None
-    job = _Job(options, None if base is None else open_checkpoint(base, 1), notes)
+    job = _ResizePlanner(options, None if base is None else open_checkpoint(base, 1), notes)
     if kind is not None:
         job.convert(kind, source)
     else:
@@ -137,7 +137,7 @@ def _kind(source: Folder, config: dict) -> type[Kind] | None:
 
 
 @dataclass
-class _Job:
+class _ResizePlanner:
     """A resize while it is planned: what gets factors, and the adapter as the output's config sees
     it."""
 

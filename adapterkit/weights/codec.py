@@ -110,7 +110,7 @@ class QuantizedWeight(TensorSpec):
         such as the scale of a layer's inputs; a format may keep more.
 
         With draws every format keeps its scales, except of blocks that lose less with new ones, and
-        codes are drawn from the two neighbours: a value that does not change keeps its bytes. A
+        codes are drawn from the two neighbors: a value that does not change keeps its bytes. A
         draw belongs to an element of the weight ((out, in); of stacks as they are), so rows may be
         encoded alone, with draws that begin at them.
         """

@@ -34,7 +34,7 @@ def differences(
     float64; and whether the whole models' outputs could be compared.
 
     Both are PEFT models or plain ones, `plain` the model without adapters. `step`: the error
-    allowed, relative to each value: half the distance of two neighbours of the written dtype.
+    allowed, relative to each value: half the distance of two neighbors of the written dtype.
     """
     expected, actual, plain = expected.double(), actual.double(), plain.double()
     roots = [m.base_model.model if isinstance(m, peft.PeftModel) else m for m in (expected, actual)]

@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def neighbours(x: Tensor, steps: int = 2) -> Tensor:
+def neighbors(x: Tensor, steps: int = 2) -> Tensor:
     """x and the floats next to it."""
     actual = [x]
     for end in (-math.inf, math.inf):
@@ -46,7 +46,7 @@ def neighbours(x: Tensor, steps: int = 2) -> Tensor:
 def hard(kind: blockwise.Kind, blocksize: int, dtype: torch.dtype) -> Tensor:
     """Whole blocks of this size that hurt, in a row; without what the dtype cannot hold."""
     values = quant_map(kind).sort().values
-    near = neighbours(
+    near = neighbors(
         torch.cat([(values[1:] + values[:-1]) / 2, values, torch.tensor([1e-40, -1e-40])])
     ).clamp(-1, 1)
     blocks = [
@@ -141,7 +141,7 @@ def test_what_hurts(kind: blockwise.Kind, blocksize: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("scale", [1.0, 0.37, 1e-4, 1e30, 3e38, 1e-38, 1e-39, 1e-44])
 def test_thresholds_in_a_short_block(kind: blockwise.Kind, size: int, scale: float) -> None:
     values = quant_map(kind).sort().values
-    for part in neighbours((values[1:] + values[:-1]) / 2).split(size - 1):
+    for part in neighbors((values[1:] + values[:-1]) / 2).split(size - 1):
         encodes(torch.cat([torch.tensor([scale]), part * scale]), kind, 64)
 
 
@@ -253,7 +253,7 @@ def test_double_quantization(size: int, spread: float) -> None:
 def test_double_quantization_of_what_hurts() -> None:
     edges = ((torch.arange(65536, dtype=torch.float64) - 0.5) / 65535 * 2 - 1).float()
     middles = (dynamic_map()[1:] + dynamic_map()[:-1]) / 2
-    x = neighbours(torch.cat([edges, middles, dynamic_map()])).clamp(-1, 1)
+    x = neighbors(torch.cat([edges, middles, dynamic_map()])).clamp(-1, 1)
     x = torch.nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
     x = torch.cat([torch.ones(len(x), 1), x], 1).flatten()
     tiny = [

@@ -34,7 +34,7 @@ def numbers(source: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("source", "dtype"), FLOATS)
-def test_the_mean_over_seeds_is_the_value_and_each_is_a_neighbour(source, dtype):
+def test_the_mean_over_seeds_is_the_value_and_each_is_a_neighbor(source, dtype):
     x = numbers(source, dtype)
     step = last_place(x.abs(), dtype).double()
     total = torch.zeros(len(x), dtype=torch.float64)

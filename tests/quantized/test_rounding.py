@@ -129,7 +129,7 @@ def test_scales_and_what_does_not_move_stay(case):
     assert not torch.equal(bits(first[codes]), bits(second[codes]))  # seeds differ
 
 
-def test_the_mean_over_seeds_is_the_value_between_two_neighbouring_codes(case):
+def test_the_mean_over_seeds_is_the_value_between_two_neighboring_codes(case):
     weight, _ = shrunk(case.value)
     low, high, total, squares = (
         weight + torch.inf,

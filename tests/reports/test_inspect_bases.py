@@ -116,7 +116,7 @@ def test_weights_as_pickles_alone(lora, tmp_path):
     )
 
 
-QUANTISED = {
+QUANTIZED = {
     "config": (
         {"quantization_config": {"quant_method": "fp8", "bits": 8}},
         "model.norm.extra",
@@ -130,9 +130,9 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantized_base(name, tmp_path):
-    config, extra, words = QUANTISED[name]
+    config, extra, words = QUANTIZED[name]
     files = raw_files.base(**config)
     tensors = (
         raw_files.base_tensors()

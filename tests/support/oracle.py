@@ -368,7 +368,7 @@ def _decomposed(module, name: str, before: Tensor, value: Tensor) -> Tensor:
 
 
 def assert_rounded(actual: Tensor, expected: Exact, name: str = "") -> None:
-    """Each element is the correctly rounded value; its neighbour only where float32 arithmetic
+    """Each element is the correctly rounded value; its neighbor only where float32 arithmetic
     cannot tell the two apart."""
     assert actual.shape == expected.value.shape, name
     slack = (expected.inputs + 8) * 2.0**-24 * (expected.size + expected.value.abs())

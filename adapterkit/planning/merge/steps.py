@@ -140,7 +140,7 @@ def _additions(job: Job, edits: list[Edit], change: Change, slot: Slot, dtype: s
         if addition.vector is not None:
             edits.append(place_vector(parameter, slot, addition.vector, addition.scale))
     if terms:
-        # neighbours in one stored tensor (q, k, v in a fused projection) share one edit, so one
+        # neighbors in one stored tensor (q, k, v in a fused projection) share one edit, so one
         # pass
         last = edits[-1] if edits else None
         if isinstance(last, AddLowRank):

@@ -237,7 +237,7 @@ def test_an_adapter_pruned_to_nothing_is_refused(base, tmp_path):
 def test_dora_of_a_changed_base_is_refused(base, tmp_path):
     case = Case("dora", ["fit"], base=True)
     adapter = edited(trained(case, base, tmp_path / "adapter"), init_lora_weights="pissa")
-    refused(case, base, adapter, tmp_path, "initialised by pissa")
+    refused(case, base, adapter, tmp_path, "initialized by pissa")
 
 
 def test_dora_of_a_row_of_zeros_has_no_value(base, tmp_path):
