@@ -150,7 +150,7 @@ def test_many_modules_do_not_each_wait_for_a_slow_pattern(frugal):
 def test_many_nearly_slow_names_are_refused_together(monkeypatch):
     from adapterkit import patterns
 
-    monkeypatch.setattr(patterns, "IN_ALL", 0.0)
+    monkeypatch.setattr(patterns, "TOTAL_TIMEOUT", 0.0)
     matches = matcher("a.*b", "here")
     matches("x" * 100_000)
     with pytest.raises(Refused, match="takes seconds"):
