@@ -68,9 +68,12 @@ SIZES = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
 }
-
-
 FOUR = {"num_local_experts": 4}
 MOES = {
     "mixtral": FOUR,

@@ -16,7 +16,6 @@ from tests.support.deltas import truncated
 from tests.support.extraction import (
     BUILDS,
     MODEL,
-    SIZES,
     check_both_ways,
     config_of,
     everything,
@@ -158,15 +157,6 @@ def test_biases_go_with_their_layers(saved, tmp_path):
     adapterkit.merge(base, [tmp_path / "out"], out=tmp_path / "back")
     expected, actual = oracle.stored(after), oracle.stored(tmp_path / "back")
     assert all(torch.allclose(actual[key], tensor, atol=2e-6) for key, tensor in expected.items())
-
-
-SIZES |= {
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-}
 
 
 def test_large_weights_are_read_in_blocks(saved, tmp_path, monkeypatch):
