@@ -1,1 +1,1 @@
-"""Measurements of the read-only verbs as plain dicts, and their tables and pictures."""
+"""Measurements of the read-only verbs as plain dicts; tables and pictures of them."""

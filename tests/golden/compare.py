@@ -37,11 +37,12 @@ Path(sys.argv[4]).write_text(json.dumps({"records": records, "exact": exact}))
 def run_tree(tree: str) -> dict[str, Any]:
     """{"records", "exact"} of this folder's jobs with the package in `tree`, in a process of its
     own."""
+    tree = str(Path(tree).resolve())
     with tempfile.TemporaryDirectory() as folder:
         jobs, result = Path(folder) / "jobs", Path(folder) / "records.json"
         jobs.mkdir()
         words = [sys.executable, "-c", CHILD, str(HERE.parent), tree, str(jobs), str(result)]
-        env = os.environ | {"PYTHONPATH": str(Path(tree).resolve()), "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"PYTHONPATH": tree, "OMP_NUM_THREADS": "1"}
         subprocess.run(words, env=env, cwd=folder, check=True)
         return json.loads(result.read_bytes())
 
