@@ -9,6 +9,7 @@ FACTORS = {  # by the kind of the module, a and b
     "module": ("lora_A.weight", "lora_B.weight"),
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
+BASE_LAYER = ".base_layer"  # in a path: the layer inside a wrapper
 BASE_LAYER_VALUE = re.compile(r"\.base_layer\.\w+$")  # a value of the layer right inside a wrapper
 NO_WRAPPERS: Mapping[str, int] = {}
 
@@ -20,7 +21,7 @@ def factor_keys(
     kind: str = "module",
 ) -> tuple[str, str]:
     """Keys of a module's a and b in a file whose modules are wrapped `levels` times."""
-    path = value_key(module, levels) + ".base_layer" * depth
+    path = value_key(module, levels) + BASE_LAYER * depth
     a, b = FACTORS[kind]
     return f"{path}.{a}", f"{path}.{b}"
 
@@ -30,7 +31,7 @@ def value_key(name: str, levels: Mapping[str, int] = NO_WRAPPERS) -> str:
     path, module = "", ""
     for part in name.split("."):
         if module:
-            path += ".base_layer" * levels.get(module, 0) + "."
+            path += BASE_LAYER * levels.get(module, 0) + "."
             module += "."
         path += part
         module += part
@@ -70,8 +71,8 @@ def module_and_depth(path: str) -> tuple[str, int]:
     """A module's path without wrappers, and the number of those at its end (nested parameter
     wrappers)."""
     depth = 0
-    while path.endswith(".base_layer"):
-        path, depth = path.removesuffix(".base_layer"), depth + 1
+    while path.endswith(BASE_LAYER):
+        path, depth = path.removesuffix(BASE_LAYER), depth + 1
     return without_wrappers(path), depth
 
 

@@ -1,7 +1,7 @@
 """Requests that are repeated while the server is busy, unreachable or answers something else.
 
-huggingface_hub's own `http_backoff` and `http_stream_backoff` do not serve here (tried: 1.0 and
-2.4). They wrap one request, not the API methods that send most of ours, and they look at the status
+huggingface_hub's own `http_backoff` and `http_stream_backoff` do not serve here (tried with
+2.4): they wrap one request, not the API methods that send most of ours, and they look at the status
 only: a body that breaks off ends in "RuntimeError: generator didn't stop after throw()", a range
 other than the one requested is a success, and a server's `Retry-After` has no upper limit.
 """

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adapterkit.adapters.factors import Factors, Place, factors_of
+from adapterkit.adapters.keys import BASE_LAYER
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
@@ -230,9 +231,7 @@ def sites_of(
     if len(orders) == 1:
         return orders[0]
     several = f"{module}[{','.join(sorted(union))}]"
-    return [
-        replace(site, name=several + ".base_layer" * site.depth, leaf=None) for site in orders[0]
-    ]
+    return [replace(site, name=several + BASE_LAYER * site.depth, leaf=None) for site in orders[0]]
 
 
 def _undecided(module: str, loras: dict, union: list[str], of: dict[int, Adapter]) -> Refused:
