@@ -3,14 +3,13 @@
 import atexit
 import gc
 import os
-import signal
 
 import click
 
 from adapterkit import __version__
+from adapterkit.cli import signals
 from adapterkit.cli.commands import SECTIONS
 from adapterkit.cli.group import Group
-from adapterkit.cli.signals import set_handlers
 
 
 def process() -> None:
@@ -25,11 +24,11 @@ def process() -> None:
 
         storage.DURABLE = False
     atexit.register(gc.freeze)
+    signals.own_process = True
     try:
         main()
     finally:
-        # the work is done: an exception raised while Python shuts down would end in an abort
-        set_handlers(signal.SIG_IGN)
+        signals.ignore_after_work()
 
 
 @click.group(

@@ -38,7 +38,9 @@ class Group(click.Group):
         2; all else is a bug and keeps its traceback."""
         signals.install()
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            signals.ignore_after_work()
+            return result
         except AdapterkitError as error:
             fail(error, error_status(ctx))
         except KeyboardInterrupt:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli import signals
+
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
     from adapterkit.receipt import Receipt
@@ -18,6 +20,7 @@ def run_verb(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **option
 
     with ProgressBar(quiet or options["dry_run"]) as bar:
         result = verb(*sources, progress=bar, **options)
+        signals.ignore_after_work()  # the output is published: printing goes on
     if isinstance(result, Plan):
         print_plan(result, as_json)
     elif as_json:

@@ -12,11 +12,19 @@ from adapterkit.cli.exits import error_status, fail
 from adapterkit.errors import Interrupted
 
 received: list[int] = []  # signal numbers, in order
+own_process = False  # set by `cli.process`; elsewhere the handlers after the work are the caller's
 
 
 def install() -> None:
     """Handle signals from here on."""
     set_handlers(_on_first_signal)
+
+
+def ignore_after_work() -> None:
+    """Ignore signals from here on, in a process of our own: a published output stays, and an
+    exception raised while Python shuts down would end in an abort."""
+    if own_process:
+        set_handlers(signal.SIG_IGN)
 
 
 def set_handlers(handler: Callable | signal.Handlers) -> None:

@@ -188,7 +188,7 @@ class Child:
 
     def _command(self) -> int:
         from adapterkit.checkpoint import storage
-        from adapterkit.cli import main
+        from adapterkit.cli import main, signals
         from adapterkit.engines import local, pieces
         from adapterkit.tasks import rows
 
@@ -212,6 +212,7 @@ class Child:
             Faults(fault["also"], mmap.mmap(-1, 4096)).install()
         Faults(fault, self.shared).install()
         sys.argv = ["adapterkit", *request["argv"]]
+        signals.own_process = True  # as `process` does
         main(args=request["argv"], prog_name="adapterkit")
         return 0
 

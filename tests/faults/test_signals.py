@@ -176,3 +176,27 @@ def test_a_real_process_while_it_imports(bench, delay: float):
         assert process.returncode == 1, text
         assert text.startswith("Error: stopped") and "Traceback" not in text
         assert not bench.out.exists()
+
+
+WHILE_PRINTING = """
+import os, signal, sys
+from adapterkit.cli import output, process
+
+print_receipt = output.print_receipt
+
+def interrupted(receipt):
+    os.kill(os.getpid(), signal.SIGINT)
+    print_receipt(receipt)
+
+output.print_receipt = interrupted
+process()
+"""
+
+
+def test_a_signal_after_publishing_changes_nothing(llama, lora, tmp_path):
+    words = ["merge", str(llama), str(lora), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(
+        [sys.executable, "-c", WHILE_PRINTING, *words], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0 and "tensors changed" in ended.stderr, ended
+    assert (tmp_path / "out" / "adapterkit.json").is_file()
