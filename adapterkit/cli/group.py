@@ -49,7 +49,7 @@ class Group(click.Group):
             os._exit(error_status(ctx))
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except Exception:
+        except Exception:  # a bug: its traceback is printed, with the status of an error
             # a library that was being imported swallowed the interrupt: it cannot be imported again
             if signals.received:
                 fail(NOTHING_WRITTEN, error_status(ctx))

@@ -120,7 +120,7 @@ def explained_errors(hub_id: HubId) -> Iterator[None]:
         yield
     except AdapterkitError:
         raise
-    except Exception as error:
+    except Exception as error:  # the library raises errors of many others; `explain` names each
         raise explain(error, hub_id) from None
 
 

@@ -32,7 +32,7 @@ def retry(request: Callable[[], T], hub_id: HubId, file: str = "") -> T:
             return request()
         except AdapterkitError:
             raise
-        except Exception as error:
+        except Exception as error:  # of any library below; what is not transient is raised
             wait = seconds_to_wait(error, attempt)
             if wait is None or attempt == TRIES:
                 raise explain(error, hub_id, file) from None

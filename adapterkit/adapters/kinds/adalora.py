@@ -8,12 +8,12 @@ from adapterkit.adapters.kinds.common import (
     FINITE,
     POSITIVE_INT,
     AdaptedModule,
-    product_svd,
+    ProductDelta,
     read_float64,
 )
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.kernels.lowrank import Product, Svd
+from adapterkit.kernels.lowrank import Product
 from adapterkit.weights.reader import TensorReader
 
 # settings that AdaLoRA's layers ignore (PEFT 0.21)
@@ -33,7 +33,7 @@ UNSUPPORTED = ("use_dora", "lora_bias", "layer_replication", "target_parameters"
 
 
 @dataclass(frozen=True)
-class AdaLora:
+class AdaLora(ProductDelta):
     """delta = scaling / (ranknum + 1e-5) * b @ (e * a).
 
     scaling is lora_alpha if that is above 0, else the module's rank. ranknum is the rank before
@@ -109,20 +109,7 @@ class AdaLora:
     def tail(self) -> tuple[int, ...]:
         return self.shape[1:]
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def memory(self) -> int:
-        return 12 * (self.a.nbytes + self.b.nbytes)
-
     def product(self, reader: TensorReader) -> Product:
         a, b, e, *stored = read_float64(reader, *self.reads)
         ranknum = float(stored[0].reshape(())) if stored else self.ranknum
         return Product(b * (self.scaling / (ranknum + 1e-5)), e * a)
-
-    def leading_triplets(
-        self, reader: TensorReader, most: int, energy: float | None
-    ) -> tuple[Svd, float]:
-        return product_svd(self.product(reader))

@@ -1,6 +1,7 @@
 """Shared by all types of adapters: records, config checks, singular values of deltas."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -204,6 +205,31 @@ class WeightDelta:
     @property
     def memory(self) -> int:
         return 28 * math.prod(self.shape)
+
+
+class ProductDelta(ABC):
+    """Base of the deltas of linear layers that are a product of two matrices, made from stored
+    factors a (rank, in) and b (out, rank)."""
+
+    a: TensorSpec
+    b: TensorSpec
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def memory(self) -> int:
+        return 12 * (self.a.nbytes + self.b.nbytes)
+
+    @abstractmethod
+    def product(self, reader: TensorReader) -> Product:
+        """left (out, rank) and right (rank, in) in float64, the scale folded in."""
+
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
+        return product_svd(self.product(reader))
 
 
 def product_svd(product: Product) -> tuple[Svd, float]:

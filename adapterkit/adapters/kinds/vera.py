@@ -7,17 +7,17 @@ from adapterkit.adapters.kinds.common import (
     FLAG,
     POSITIVE_INT,
     AdaptedModule,
-    product_svd,
+    ProductDelta,
     read_float64,
 )
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.kernels.lowrank import Product, Svd
+from adapterkit.kernels.lowrank import Product
 from adapterkit.weights.reader import TensorReader
 
 
 @dataclass(frozen=True)
-class Vera:
+class Vera(ProductDelta):
     """delta = diag(lambda_b) B[:out] @ diag(lambda_d) A[:, :in]; `in` is known from the base
     only."""
 
@@ -94,21 +94,8 @@ class Vera:
     def tail(self) -> tuple[int, ...]:
         return self.shape[1:]
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def memory(self) -> int:
-        return 12 * (self.a.nbytes + self.b.nbytes)
-
     def product(self, reader: TensorReader) -> Product:
         a, b, lambda_b, lambda_d = read_float64(reader, *self.reads)
         return Product(
             lambda_b[:, None] * b[: self.shape[0]], lambda_d[:, None] * a[:, : self.shape[1]]
         )
-
-    def leading_triplets(
-        self, reader: TensorReader, most: int, energy: float | None
-    ) -> tuple[Svd, float]:
-        return product_svd(self.product(reader))
