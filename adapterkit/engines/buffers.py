@@ -6,7 +6,7 @@ import threading
 import torch
 from torch import Tensor
 
-POLL_INTERVAL = 0.1  # seconds between looks at the stop sign
+from adapterkit.engines.waiting import POLL_INTERVAL
 
 
 class Buffer:

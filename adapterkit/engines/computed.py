@@ -9,7 +9,6 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -22,7 +21,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.writer import ShardFile
-from adapterkit.engines.buffers import POLL_INTERVAL
+from adapterkit.engines.waiting import result_of, signals_deferred
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import AHEAD, Computed, Progress, Task, TaskResult
@@ -221,7 +220,8 @@ def in_order(
             and len(waiting) < AHEAD * workers
             and (not in_use or in_use + cost(ahead) <= budget)
         ):
-            waiting.append((pool.submit(function, ahead), cost(ahead)))
+            with signals_deferred():
+                waiting.append((pool.submit(function, ahead), cost(ahead)))
             in_use += cost(ahead)
             ahead = next(source, None)
 
@@ -229,14 +229,7 @@ def in_order(
         start()
         while waiting:
             future, cost_of_result = waiting.popleft()
-            while True:
-                try:
-                    # a wait without a limit would hold back Ctrl-C
-                    result = future.result(POLL_INTERVAL)
-                    break
-                except NotYet:
-                    if future.done():
-                        raise
+            result = result_of(future)
             del future
             start()
             yield result

@@ -12,7 +12,7 @@ its own stream, so copies to and from the card and the arithmetic of different w
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
@@ -23,11 +23,12 @@ from adapterkit.checkpoint.reader import Sources, read_exactly
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.system import cores
 from adapterkit.checkpoint.writer import FLUSH
-from adapterkit.engines.buffers import POLL_INTERVAL, Buffer, BufferPool, Scratch
+from adapterkit.engines.buffers import Buffer, BufferPool, Scratch
 from adapterkit.engines.computed import write_computed
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.pieces import OpenShard, Piece
 from adapterkit.engines.reader import LocalReader
+from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import Failed, Refused, Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import Computed, Plan, Progress, Shard, Step
@@ -125,40 +126,46 @@ class _ShardRun:
         # to take the next piece; waits for files to be finished, so not the lock for counting
         self.turn = threading.Lock()
         self.room = threading.Semaphore(OPEN_SHARDS)
-        # not Thread.join: interrupted, it takes a thread that runs for one that has ended (CPython
-        # 3.11)
-        self.idle, self.working = threading.Event(), 0
+        self.running = Running(workers)  # workers, and files whose last piece is written
         self.finisher = ThreadPoolExecutor(1, "finish")
-        self.finishing: list[Future] = []
 
     def run(self) -> None:
         pieces = self._pieces()
         try:
-            for _ in range(self.workers):
-                with self.lock:
-                    self.working += 1
-                threading.Thread(target=self._work, args=(pieces,), daemon=True).start()
-            # a wait without a limit would hold back Ctrl-C
-            while not self.idle.wait(POLL_INTERVAL):
+            self._start(pieces)
+            while not self.running.wait(POLL_INTERVAL):
                 pass
-            for future in self.finishing:
-                future.result()
         except BaseException as error:
             self.problem = self.problem or error
         finally:
             self.stop.set()
-            self._wait()
-        for shard in self.open if self.idle.is_set() else ():
+            ended = self._wait()
+        for shard in self.open if ended else ():
             shard.file.abandon()
         if self.problem is not None:
             raise self.problem
 
-    def _wait(self) -> None:
-        """Wait for the threads to see the stop sign. Who interrupts does not wait long for what
-        waits for the disk: it is lost anyway, as a later run begins those files anew."""
+    def _start(self, pieces: Iterator[Piece]) -> None:
+        with signals_deferred():
+            for number in range(self.workers):
+                try:
+                    threading.Thread(target=self._work, args=(pieces,), daemon=True).start()
+                except RuntimeError:  # the system allows no more threads
+                    for _ in range(number, self.workers):
+                        self.running.finish()
+                    raise
+
+    def _wait(self) -> bool:
+        """Wait for the threads to see the stop sign; whether they did. Who interrupts does not wait
+        long for what waits for the disk: it is lost anyway, as a later run begins those files
+        anew."""
         interrupted = isinstance(self.problem, KeyboardInterrupt)
-        self.idle.wait(SHUTDOWN_TIMEOUT if interrupted else None)
-        self.finisher.shutdown(wait=not interrupted, cancel_futures=True)
+        ended = self.running.wait(SHUTDOWN_TIMEOUT)
+        while not ended and not interrupted:
+            ended = self.running.wait(POLL_INTERVAL)
+        with signals_deferred():
+            self.finisher.shutdown(wait=False)
+        return ended
 
     def _pieces(self) -> Iterator[Piece]:
         """The pieces of a few files in turn: each file has one hash, in file order, and one core
@@ -208,10 +215,7 @@ class _ShardRun:
                 self.problem = self.problem or error
             self.stop.set()
         finally:
-            with self.lock:
-                self.working -= 1
-                if self.working == 0:
-                    self.idle.set()
+            self.running.finish()
 
     def _do(self, piece: Piece, buffer: Buffer, scratch: Scratch) -> None:
         shard = piece.shard
@@ -231,7 +235,8 @@ class _ShardRun:
                 max(shard.flushed, piece.position // FLUSH * FLUSH),
             )
             if last:
-                self.finishing.append(self.finisher.submit(self._finish, shard))
+                self.running.start()
+                self.finisher.submit(self._finish, shard)
         if not last and shard.flushed > start:
             shard.file.start_writeback(start, shard.flushed - start)
 
@@ -303,9 +308,9 @@ class _ShardRun:
         )
 
     def _finish(self, shard: OpenShard) -> None:
-        if self.stop.is_set():
-            return
         try:
+            if self.stop.is_set():
+                return
             shard.file.sync()
             if self.stop.is_set():
                 return  # a later run may be at work on that name already
@@ -316,4 +321,5 @@ class _ShardRun:
         except BaseException as error:
             self.problem = self.problem or error
             self.stop.set()
-            raise
+        finally:
+            self.running.finish()

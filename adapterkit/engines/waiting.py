@@ -1,0 +1,67 @@
+"""Waits of the main thread that Ctrl-C ends at once and leaves whole.
+
+A signal's handler raises KeyboardInterrupt wherever the main thread is. Inside the Python code of
+`threading` and `concurrent.futures` that leaves a lock held for ever, or ends in RuntimeError. So
+signals wait while that code runs, and the main thread itself waits in a call that is written in C.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TypeVar
+
+POLL_INTERVAL = 0.1  # seconds between looks at the stop sign
+T = TypeVar("T")
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """SIGINT and SIGTERM wait for the end of the block; threads started in it never get them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Running:
+    """How many threads and tasks still run; the main thread waits for none.
+
+    All are counted before the first one starts, or by one that runs: the count reaches zero once.
+    """
+
+    def __init__(self, count: int):
+        self._lock, self._none, self._count = threading.Lock(), threading.Lock(), count
+        self._none.acquire()  # released by the last one
+
+    def start(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def finish(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self._none.release()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether nothing runs any more, after that many seconds at most."""
+        if self._count and self._none.acquire(timeout=seconds):
+            self._none.release()
+        return not self._count
+
+
+def result_of(future: "Future[T]") -> T:
+    """The future's result; the wait ends with an interrupt."""
+    done = threading.Lock()
+    done.acquire()
+    with signals_deferred():
+        future.add_done_callback(lambda _: done.release())
+    while not done.acquire(timeout=POLL_INTERVAL):
+        pass
+    with signals_deferred():
+        return future.result()
