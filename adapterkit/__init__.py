@@ -1,7 +1,7 @@
 """adapterkit: surgery on adapter and model checkpoints, done on the files.
 
-The verbs are imported on first use, so `import adapterkit` loads neither torch nor transformers.
-Their errors are here too.
+The verbs and LoraConfig are imported on first use, so `import adapterkit` loads neither torch nor
+transformers. Their errors are here too.
 """
 
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from adapterkit.errors import (
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from adapterkit.adapters.lora_config import LoraConfig
     from adapterkit.verbs.arrow import arrow
     from adapterkit.verbs.combine import combine
     from adapterkit.verbs.dequantize import dequantize
@@ -39,6 +40,7 @@ __all__ = [
     "Damaged",
     "Failed",
     "Interrupted",
+    "LoraConfig",
     "MultipleErrors",
     "Refused",
     "Unrecoverable",
@@ -64,7 +66,8 @@ def __getattr__(name: str):
     if name in __all__:
         from importlib import import_module
 
-        return getattr(import_module(f"adapterkit.verbs.{name}"), name)
+        home = "adapters.lora_config" if name == "LoraConfig" else f"verbs.{name}"
+        return getattr(import_module(f"adapterkit.{home}"), name)
     raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
 
 

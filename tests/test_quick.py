@@ -14,6 +14,7 @@ SUITES = {
     *(f"combine/{name}.py" for name in ("test_methods", "test_single_methods", "test_trimming")),
     "hostile/test_layers.py",
     "options/test_options.py",
+    "runtime/test_config.py",
     "test_errors.py",
     "test_quick.py",
     "weights/test_slots.py",

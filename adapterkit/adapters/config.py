@@ -81,12 +81,12 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     if not is_number(config.get("lora_alpha"), whole=False):
         refuse("lora_alpha", "a finite number")
     errors += check_types(config, where) + check_patterns(config, where)
-    if not _is_replication(config.get("layer_replication")):
+    if not is_replication(config.get("layer_replication")):
         refuse("layer_replication", f"pairs [start, end) of at most {MAX_LAYERS:,} layers")
     return errors
 
 
-def _is_replication(value: object) -> bool:
+def is_replication(value: object) -> bool:
     """Whether a layer_replication is None, or pairs of whole numbers of not too many layers."""
     if value is None:
         return True

@@ -5,10 +5,16 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from adapterkit.adapters.lora_config import PEFT_DEFAULTS
 from adapterkit.adapters.record import Adapter, is_inside
 from adapterkit.checkpoint.folder import Folder
 
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
+PLAIN = (
+    "peft_type", "inference_mode", "init_lora_weights", "lora_dropout", "bias", "use_rslora",
+    "use_dora", "lora_bias", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "exclude_modules",
+)  # fmt: skip
 # of a config, besides target_modules, what decides which modules a list means
 NARROWING = ("layers_to_transform", "exclude_modules", "ensure_weight_tying")
 CLASSIFIERS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
@@ -16,20 +22,7 @@ CLASSIFIERS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification":
 
 def plain_settings() -> dict[str, Any]:
     """The settings of a LoRA of scale 1, as PEFT writes them."""
-    return {
-        "peft_type": "LORA",
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_bias": False,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
-    }
+    return {key: PEFT_DEFAULTS[key] for key in PLAIN}
 
 
 def target_settings(adapters: Sequence[Adapter], modules: list[str]) -> dict[str, Any]:

@@ -1,0 +1,387 @@
+"""LoraConfig: the settings of a LoRA that is attached to a model, and its adapter_config.json."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any
+
+from adapterkit.adapters.config import (
+    BASE_CHANGING_INITS,
+    OTHER_INITS,
+    check_config,
+    invalid_setting,
+    is_number,
+    is_replication,
+)
+from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.patterns import matcher
+from adapterkit.registry import declarations
+
+ALL_LINEAR = "all-linear"
+EMPTY = "dummy-target-modules"  # PEFT's target_modules for an adapter of no module
+# what PEFT 0.21 writes for a plain LoRA
+PEFT_DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+    "auto_mapping": None, "base_model_name_or_path": None, "bias": "none", "corda_config": None,
+    "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None,
+    "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+    "kasa_config": None, "layer_replication": None, "layers_pattern": None,
+    "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 8, "lora_bias": False,
+    "lora_dropout": 0.0, "lora_ga_config": None, "megatron_config": None,
+    "megatron_core": "megatron.core", "modules_to_save": None, "monteclora_config": None,
+    "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16, "r": 8,
+    "rank_pattern": {}, "revision": None, "target_modules": None, "target_parameters": None,
+    "task_type": None, "trainable_token_indices": None, "use_bdlora": None, "use_dora": False,
+    "use_qalora": False, "use_rslora": False, "velora_config": None,
+}  # fmt: skip
+# field -> PEFT's name, where it is another
+PEFT_NAMES = {
+    "rank": "r", "alpha": "lora_alpha", "targets": "target_modules", "rslora": "use_rslora",
+    "dora": "use_dora", "dropout": "lora_dropout", "init": "init_lora_weights",
+    "exclude": "exclude_modules", "layers": "layers_to_transform",
+    "parameters": "target_parameters", "trainable_tokens": "trainable_token_indices",
+    "tie": "ensure_weight_tying", "invocation_tokens": "alora_invocation_tokens",
+}  # fmt: skip
+OUR_NAMES = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
+INIT_OPTIONS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
+TASK_TYPES = (
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
+)  # fmt: skip
+BIASES = ("none", "all", "lora_only")
+PEFT_INITS = tuple(
+    name for name in BASE_CHANGING_INITS + OTHER_INITS if name not in ("true", "false")
+)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """delta = scale * b @ a on each target; scale = alpha / rank, with `rslora` alpha / √rank.
+
+    `targets`: "all-linear", ends of modules' names, a regular expression for the whole name, or
+    None, what is usual for the model's type; `parameters`: ends of parameters' names. `init`: a
+    method's name, or False, both factors random. Lists become tuples. `Refused` with all that is
+    invalid, and with the new names of PEFT's settings.
+
+    The settings are PEFT 0.21's (LoRA: arXiv:2106.09685)."""
+
+    rank: int = 8
+    alpha: float = 8
+    targets: str | Sequence[str] | None = None
+    _: KW_ONLY
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    bias: str = "none"
+    lora_bias: bool = False
+    init: str | bool = "default"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude: str | Sequence[str] | None = None
+    layers: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    parameters: Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    tie: bool = False
+    layer_replication: Sequence[Sequence[int]] | None = None
+    invocation_tokens: Sequence[int] | None = None
+    task_type: str | None = None
+
+    # before __init__, which knows no other names
+    def __new__(cls, *args: Any, **kwargs: Any):
+        known = [f.name for f in fields(cls)]
+        refuse_all([_unknown(name, known) for name in kwargs if name not in known])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in _checked(settings, "LoraConfig").items():
+            object.__setattr__(self, name, value)
+
+    def to_peft(self, base_model_name_or_path: str | None = None) -> dict[str, Any]:
+        """The adapter_config.json. Inits that PEFT does not know, or cannot repeat when it loads
+        (loftq), are written as its default: the factors are in the file."""
+        own = {
+            PEFT_NAMES.get(f.name, f.name): _as_json(getattr(self, f.name)) for f in fields(self)
+        }
+        if isinstance(self.init, str) and not _is_repeatable(self.init):
+            own["init_lora_weights"] = True
+        if self.targets == () and not self.parameters:
+            own["target_modules"] = EMPTY
+        base = {"base_model_name_or_path": base_model_name_or_path}
+        return copy.deepcopy(PEFT_DEFAULTS) | own | base
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], where: str) -> "LoraConfig":
+        """The settings in an adapter_config.json, whose path is `where`; `Refused` with all that is
+        unknown or invalid. Options of an init are left out: the factors exist."""
+        config = dict(config)
+        errors = check_config(config | {"alora_invocation_tokens": None}, where)
+        settings = {}
+        for f in fields(cls):
+            value = config.get(PEFT_NAMES.get(f.name, f.name))
+            is_empty = value is None or (isinstance(value, str | list | dict) and not value)
+            if not is_empty or (f.name == "targets" and value == []):
+                settings[f.name] = value
+        if settings.get("targets") == EMPTY:
+            settings["targets"] = []
+        if "init" in settings:
+            settings["init"] = _init_of_peft(settings["init"])
+        try:
+            settings = _checked(settings, where, PEFT_NAMES)
+        except AdapterkitError as error:
+            errors += getattr(error, "errors", (error,))
+        refuse_all(errors)
+        return cls(**settings)
+
+
+def _unknown(name: str, known: Sequence[str]) -> Refused:
+    """The refusal of an argument that LoraConfig does not have."""
+    where, problem = "LoraConfig", f"PEFT's setting {shown(name)}"
+    if name in OUR_NAMES:
+        ours = OUR_NAMES[name]
+        return Refused(problem, expected=ours, where=where, hint=f"write {ours} for {name}")
+    hint = "remove it"
+    if name == "fan_in_fan_out":
+        hint = "remove it: a layer's class tells how its weight is stored"
+    elif name in INIT_OPTIONS:
+        hint = "`adapterkit init` and `adapterkit loftq` take the options of inits"
+    elif name not in PEFT_DEFAULTS:
+        hint = did_you_mean([name], known) or hint
+        problem = f"unknown setting {shown(name)}"
+    return Refused(problem, expected=", ".join(known), where=where, hint=hint)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _as_json(item) for key, item in value.items()}
+    return value
+
+
+def _is_of_peft(init: str) -> bool:
+    return init in PEFT_INITS or re.fullmatch(r"pissa_niter_\d+", init) is not None
+
+
+def _is_repeatable(init: str) -> bool:
+    return _is_of_peft(init) and init not in ("default", "loftq")
+
+
+def _init_of_peft(init: object) -> object:
+    """An init_lora_weights as `init`."""
+    text = init.lower() if isinstance(init, str) else init
+    return {"true": "default", True: "default", "false": False}.get(text, text)
+
+
+# A check takes a setting's value and the place of its patterns, for messages, and returns what the
+# field holds; ValueError for an invalid value, Refused for an invalid pattern.
+Check = Callable[[Any, str], Any]
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _items(value: Any) -> tuple:
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)
+    _require(isinstance(value, Sequence) and not isinstance(value, str | bytes))
+    return tuple(value)
+
+
+def _rank(value: Any, where: str) -> int:
+    _require(is_number(value, whole=True))
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    _require(is_number(value, whole=False))
+    return value
+
+
+def _dropout(value: Any, where: str) -> float:
+    _require(is_number(value, whole=False) and 0 <= value < 1)
+    return value
+
+
+def _flag(value: Any, where: str) -> bool:
+    _require(isinstance(value, bool))
+    return value
+
+
+def _names(value: Any, where: str) -> tuple[str, ...]:
+    names = _items(value)
+    _require(all(isinstance(name, str) and name for name in names))
+    return tuple(dict.fromkeys(names))
+
+
+def _names_or_regex(value: Any, where: str) -> str | tuple[str, ...]:
+    if not isinstance(value, str):
+        return _names(value, where)
+    _require(value != "")
+    matcher(value, where)
+    return ALL_LINEAR if value.lower() == ALL_LINEAR else value
+
+
+def _patterns(value: Any, where: str) -> tuple[str, ...]:
+    patterns = _names([value] if isinstance(value, str) else value, where)
+    for pattern in patterns:
+        matcher(pattern, where)
+    return patterns
+
+
+def _numbers(value: Any, where: str) -> tuple[int, ...]:
+    numbers = _items(value)
+    _require(len(numbers) > 0 and all(type(n) is int and 0 <= n < 2**31 for n in numbers))
+    return numbers
+
+
+def _layers(value: Any, where: str) -> tuple[int, ...]:
+    return _numbers([value] if type(value) is int else value, where)
+
+
+def _indices(value: Any, where: str) -> tuple[int, ...]:
+    indices = _numbers(value, where)
+    _require(len(set(indices)) == len(indices))
+    return indices
+
+
+def _tokens(value: Any, where: str) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    if not isinstance(value, Mapping):
+        return _indices(value, where)
+    _require(len(value) > 0 and all(isinstance(name, str) and name for name in value))
+    return {name: _indices(indices, where) for name, indices in value.items()}
+
+
+def _pattern_table(check: Check) -> Check:
+    def check_table(value: Any, where: str) -> dict[str, Any]:
+        _require(isinstance(value, Mapping) and all(isinstance(key, str) for key in value))
+        for pattern in value:
+            matcher(pattern, where)
+        return {pattern: check(number, where) for pattern, number in value.items()}
+
+    return check_table
+
+
+def _replication(value: Any, where: str) -> tuple[tuple[int, int], ...]:
+    pairs = [list(_items(pair)) for pair in _items(value)]
+    _require(is_replication(pairs) and all(start < end for start, end in pairs))
+    return tuple((start, end) for start, end in pairs)
+
+
+def _init(value: Any, where: str) -> str | bool:
+    if value is False:
+        return False
+    _require(isinstance(value, str))
+    name = value.lower()
+    _require(_is_of_peft(name) or name in declarations("inits"))
+    return name
+
+
+def _one_of(choices: Sequence[str]) -> Check:
+    def check(value: Any, where: str) -> str:
+        _require(value in choices)
+        return next(choice for choice in choices if choice == value)  # of an enum its text
+
+    return check
+
+
+NAMES_OR_REGEX = "a list of names, or a regular expression"
+# field -> its check, and what is expected
+CHECKS: dict[str, tuple[Check, str]] = {
+    "rank": (_rank, "a whole number above 0"),
+    "alpha": (_number, "a finite number"),
+    "targets": (_names_or_regex, f"{ALL_LINEAR}, {NAMES_OR_REGEX}"),
+    "rslora": (_flag, "true or false"),
+    "dora": (_flag, "true or false"),
+    "dropout": (_dropout, "a number from 0, below 1"),
+    "bias": (_one_of(BIASES), ", ".join(BIASES)),
+    "lora_bias": (_flag, "true or false"),
+    "init": (_init, f"false, or one of {', '.join(PEFT_INITS)}"),
+    "rank_pattern": (_pattern_table(_rank), "a map of patterns to whole numbers above 0"),
+    "alpha_pattern": (_pattern_table(_number), "a map of patterns to finite numbers"),
+    "exclude": (_names_or_regex, NAMES_OR_REGEX),
+    "layers": (_layers, "whole numbers of layers"),
+    "layers_pattern": (_patterns, "names of lists of layers"),
+    "parameters": (_names, "a list of names"),
+    "modules_to_save": (_names, "a list of names"),
+    "trainable_tokens": (_tokens, "different token ids, or a map of embeddings to them"),
+    "tie": (_flag, "true or false"),
+    "layer_replication": (_replication, "pairs (start, end) of whole numbers, start < end"),
+    "invocation_tokens": (_numbers, "token ids"),
+    "task_type": (_one_of(TASK_TYPES), ", ".join(TASK_TYPES)),
+}
+OPTIONAL = {
+    "targets", "exclude", "layers", "layers_pattern", "parameters", "modules_to_save",
+    "trainable_tokens", "layer_replication", "invocation_tokens", "task_type",
+}  # fmt: skip
+# empty lists of these mean none
+LISTS = ("exclude", "layers", "layers_pattern", "parameters", "modules_to_save")
+
+
+def _checked(
+    settings: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The settings as the fields hold them; `Refused` with all that are invalid, by their `names`
+    in the file `where`."""
+    names, checked = names or {}, {}
+    errors: list[AdapterkitError] = []
+    for key, value in settings.items():
+        check, expected = CHECKS[key]
+        name = names.get(key, key)
+        is_empty = key in LISTS and isinstance(value, str | list | tuple | set) and not value
+        if (value is None and key in OPTIONAL) or is_empty:
+            checked[key] = None
+            continue
+        try:
+            checked[key] = check(value, f"{where}: {name}")
+        except ValueError:
+            errors.append(invalid_setting({name: value}, name, expected, where))
+        except Refused as error:
+            errors.append(error)
+    errors += _conflicts(checked, names, where)
+    refuse_all(errors)
+    return checked
+
+
+# settings that exclude each other, and why
+EXCLUSIVE = (
+    ("parameters", "dora", "DoRA scales the rows of a linear layer, embedding or convolution"),
+    ("parameters", "lora_bias", "b of a parameter has no output to add a bias to"),
+    ("parameters", "dropout", "a parameter has no input to drop"),
+    ("parameters", "invocation_tokens", "a parameter is the same for all tokens"),
+    ("dora", "lora_bias", "leave lora_bias out"),
+    ("dora", "invocation_tokens", "DoRA scales the base's output, which stays as it is before"),
+)
+
+
+def _conflicts(
+    settings: Mapping[str, Any], names: Mapping[str, str], where: str
+) -> Iterator[Refused]:
+    """Refusals of settings that mean nothing together."""
+
+    def conflict(*keys: str, expected: str, hint: str) -> Refused:
+        problem = " and ".join(f"{names.get(k, k)} = {shown(repr(settings[k]))}" for k in keys)
+        return Refused(problem, expected=expected, where=where, hint=hint)
+
+    get = settings.get
+    for first, second, why in EXCLUSIVE:
+        if get(first) and get(second):
+            yield conflict(first, second, expected="one of them", hint=why)
+    for key in ("layers", "layers_pattern"):
+        if get(key) and isinstance(get("targets"), str):
+            hint = "name the layers in the regular expression, or give a list of names"
+            yield conflict("targets", key, expected="a list of names as targets", hint=hint)
+    if get("layers_pattern") and "layers" in settings and get("layers") is None:
+        expected, hint = "layers with layers_pattern", "say which layers, or remove it"
+        yield conflict("layers_pattern", "layers", expected=expected, hint=hint)
+    if get("lora_bias") and get("init", "default") not in ("default", False):
+        hint = "no other init sets the bias"
+        yield conflict("lora_bias", "init", expected="the default init", hint=hint)
+    others = ("parameters", "modules_to_save", "trainable_tokens")
+    if get("targets") == () and not any(map(get, others)) and get("bias", "none") == "none":
+        hint = "give targets"
+        yield conflict("targets", expected="something to train", hint=hint)
