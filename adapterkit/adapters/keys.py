@@ -26,6 +26,16 @@ def factor_keys(
     return f"{path}.{a}", f"{path}.{b}"
 
 
+def part_keys(
+    module: str, kind: str = "module", levels: Mapping[str, int] = NO_WRAPPERS, depth: int = 0
+) -> dict[str, str]:
+    """Keys of what an adapter has on a module: a, b, the bias of b, and DoRA's magnitude."""
+    a, b = factor_keys(module, levels, depth, kind)
+    path = value_key(module, levels) + BASE_LAYER * depth
+    bias = b.removesuffix("weight") + "bias"
+    return {"a": a, "b": b, "bias": bias, "magnitude": f"{path}.lora_magnitude_vector"}
+
+
 def value_key(name: str, levels: Mapping[str, int] = NO_WRAPPERS) -> str:
     """The key of a parameter of the model: `base_layer` once for each wrapper on its path."""
     path, module = "", ""

@@ -1,0 +1,32 @@
+"""Combinations on a live model: by way of the files that `adapterkit.combine` takes and writes, so
+that there is one algebra."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapterkit.runtime import reading, writing
+from adapterkit.runtime.state import State, weights
+from adapterkit.verbs.combine import combine as combine_files
+
+
+def combine(
+    state: State,
+    adapters: Mapping[str, float],
+    name: str,
+    method: str,
+    options: Mapping[str, Any],
+) -> None:
+    """Add a combination of adapters; the temporary files take as much room as the adapters."""
+    state.unused(name)
+    table = weights(state, adapters)
+    with tempfile.TemporaryDirectory(prefix="adapterkit-") as folder:
+        sources = {}
+        for number, (adapter, weight) in enumerate(table.items()):
+            source = Path(folder, str(number))
+            writing.save(state, source, adapter)
+            sources[source] = weight
+        out = Path(folder, "combined")
+        combine_files(sources, out=out, method=method, hash="none", **options)
+        reading.load(state, out, name, trainable=False, dtype=None)

@@ -1,0 +1,58 @@
+"""New adapters on a live model."""
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.runtime.layers import KINDS
+from adapterkit.runtime.starts import start
+from adapterkit.runtime.state import Attached, State
+from adapterkit.runtime.targets import resolve
+
+
+def attach(
+    state: State,
+    config: LoraConfig,
+    name: str,
+    seed: int | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Add a new, trainable adapter; `Refused` before anything changes."""
+    state.unused(name)
+    targets = resolve(state.model, config)
+    generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+    adapter = Attached(name, config, trainable=True, base=base_name(state.model))
+    parts = []
+    for target in targets:
+        kind = KINDS[target.kind]
+        host = state.modules[target.path]
+        a_shape, b_shape = kind.shapes(host, target.rank)
+        a, b = start(config.init, kind, a_shape, b_shape, generator)
+        where = home(host)
+        part = kind(
+            name,
+            a.to(where, dtype),
+            b.to(where, dtype),
+            target.scale,
+            dropout=config.dropout,
+            bias=torch.zeros(b_shape[0], device=where) if config.lora_bias else None,
+        )
+        parts.append((target.path, part))
+    for path, part in parts:
+        state.add(adapter, path, part)
+    state.adapters[name] = adapter
+
+
+def home(host: nn.Module) -> torch.device:
+    """Where a host's factors live: beside its weight; on the CPU while that is on meta."""
+    tensor: Tensor | None = next(host.parameters(), None)
+    if tensor is None:
+        tensor = next(host.buffers(), None)
+    return torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The id of a transformers model, for the adapter's config."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(
+        model, "name_or_path", None
+    )

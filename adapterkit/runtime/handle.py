@@ -1,0 +1,233 @@
+"""The handle on a model's adapters: train, run, combine and save them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.errors import Refused, shown
+from adapterkit.options import StrPath
+from adapterkit.runtime import combining, creation, merging, reading, writing
+from adapterkit.runtime.report import Report, report
+from adapterkit.runtime.state import State, weights
+
+ATTRIBUTE = "_adapterkit"  # of a model that has a handle
+
+Names = str | Iterable[str] | Mapping[str, float] | None
+
+
+class Adapters:
+    """The adapters of one model; see `attach` and `load`.
+
+    The model itself keeps its class, its modules' names and its state dict. The adapters'
+    parameters are in `model.parameters()`, so optimizers, DDP and FSDP find them, and never in
+    `model.state_dict()`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.state = State(model)
+        self.model = model
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that are loaded, in the order in which they came."""
+        return list(self.state.adapters)
+
+    @property
+    def active(self) -> dict[str, float]:
+        """The adapters that act, with their weights."""
+        return dict(self.state.active)
+
+    @property
+    def merged(self) -> dict[str, float]:
+        """The adapters that are in the base's weights, with their weights."""
+        return dict(self.state.merged)
+
+    def attach(
+        self,
+        config: LoraConfig,
+        *,
+        name: str,
+        seed: int | None = None,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> None:
+        """Add a new, trainable adapter; what is active stays."""
+        creation.attach(self.state, config, name, seed, dtype)
+
+    def load(
+        self,
+        source: StrPath,
+        *,
+        name: str,
+        trainable: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Add an adapter from a folder, a file or the Hub; what is active stays."""
+        reading.load(self.state, source, name, trainable=trainable, dtype=dtype)
+
+    def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
+        """The trainable parameters of an adapter, or of all."""
+        names = self.names if name is None else [name]
+        self.state.known(names)
+        for adapter in (self.state.adapters[n] for n in names):
+            if adapter.trainable:
+                for _, part in adapter.parts():
+                    yield from part.parameters()
+
+    def activate(self, names: Names) -> None:
+        """Let these adapters act, with weights where a map is given; None: the base alone.
+
+        The trainable ones among them are trained from here on."""
+        self.state.select(weights(self.state, names))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base alone, bit for bit."""
+        active = self.active
+        self.state.select({})
+        try:
+            with merging.without_merge(self.state):
+                yield
+        finally:
+            self.state.select(active)
+
+    def merge(self, names: Names = None) -> None:
+        """Put adapters (None: what is active) into the base's weights: W + Σ weight·scale·b·a,
+        computed in float32 and rounded once.
+
+        Tied weights are untied. `Refused` for what no weight equals (aLoRA, Arrow) and for a second
+        merge, before anything changes."""
+        merging.merge(self.state, self.active if names is None else weights(self.state, names))
+
+    def unmerge(self) -> None:
+        """Give the base its weights back, bit for bit; what was active before is again."""
+        merging.unmerge(self.state)
+
+    def combine(
+        self,
+        adapters: Mapping[str, float],
+        *,
+        name: str,
+        method: str = "linear",
+        **options: Any,
+    ) -> None:
+        """Add a combination of adapters, not active: the methods and options of
+        `adapterkit.combine`."""
+        combining.combine(self.state, adapters, name, method, options)
+
+    def rescale(self, factor: float, *, name: str) -> None:
+        """Multiply an adapter's scale; `save` writes it so."""
+        self.state.known([name])
+        for _, part in self.state.adapters[name].parts():
+            part.rescale(factor)
+
+    def report(self) -> Report:
+        """A row for each module with adapters; prints as a table."""
+        return report(self.state)
+
+    def delete(self, name: str) -> None:
+        """Take an adapter off the model; `Refused` while it is active or merged."""
+        self.state.known([name])
+        for table, word, hint in (
+            (self.state.active, "active", "activate another one, or None, first"),
+            (self.state.merged, "merged", "unmerge first"),
+        ):
+            if name in table:
+                raise Refused(
+                    f"{shown(name)} is {word}",
+                    expected=f"an adapter that is not {word}",
+                    where="delete",
+                    hint=hint,
+                )
+        self.state.remove(name)
+
+    def detach(self) -> None:
+        """Take all adapters off; the model is bit for bit what it was before."""
+        if self.state.merge is not None:
+            self.unmerge()
+        self.state.select({})
+        for name in self.names:
+            self.state.remove(name)
+        self.state.release()
+        delattr(self.model, ATTRIBUTE)
+
+    def save(self, folder: StrPath, *, name: str | None = None) -> None:
+        """Write an adapter in PEFT's layout; PEFT, vLLM and `adapterkit merge` read it.
+
+        `name`: may be left out where one adapter is active, or there is one only."""
+        writing.save(self.state, folder, name or self._only_name("save"))
+
+    def _only_name(self, where: str) -> str:
+        candidates = list(self.state.active) or self.names
+        if len(candidates) != 1:
+            raise Refused(
+                f"{len(candidates)} adapters: {', '.join(map(shown, candidates))}",
+                expected="one active adapter, or a name",
+                where=where,
+                hint="give name=",
+            )
+        return candidates[0]
+
+
+def attach(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    name: str = "default",
+    seed: int | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> Adapters:
+    """Attach a new, trainable adapter to a model, active; the base is frozen.
+
+    y = x·Wᵀ + scale·(x·aᵀ)·bᵀ at each target. `dtype`: of the factors, None for that of the base's
+    weight. `Refused` for a model that has adapters (use `adapters.attach`), before anything
+    changes. Unlike PEFT, the model is not wrapped and none of its names change.
+    """
+    adapters = _handle(model)
+    try:
+        adapters.attach(config, name=name, seed=seed, dtype=dtype)
+    except BaseException:
+        adapters.detach()
+        raise
+    adapters.activate(name)
+    return adapters
+
+
+def load(
+    model: nn.Module,
+    source: StrPath,
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    pad_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Adapters:
+    """Load an adapter (a folder, a file, a Hub id) onto a model, active; the base is frozen.
+
+    `dtype`: of the factors, None for the stored one, at least float32. `Refused` with all that does
+    not fit the model, before anything changes.
+    """
+    adapters = _handle(model)
+    try:
+        adapters.load(source, name=name, trainable=trainable, dtype=dtype)
+    except BaseException:
+        adapters.detach()
+        raise
+    adapters.activate(name)
+    return adapters
+
+
+def _handle(model: nn.Module) -> Adapters:
+    if hasattr(model, ATTRIBUTE):
+        raise Refused(
+            f"{type(model).__name__} has adapters already",
+            expected="a model without adapters",
+            where="model",
+            hint="use the handle's attach and load, or its detach first",
+        )
+    adapters = Adapters(model)
+    object.__setattr__(model, ATTRIBUTE, adapters)
+    return adapters

@@ -1,0 +1,17 @@
+"""The kinds of layers that take factors, by name; each is one file."""
+
+from torch import nn
+
+from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
+
+KINDS: dict[str, type[FactorsPart]] = {"linear": LinearPart, "conv1d": Conv1DPart}
+
+
+def kind_of(host: nn.Module) -> str | None:
+    """The kind of layer that a module is, None for one that takes no factors."""
+    if type(host).__name__ == "Conv1D" and hasattr(host, "nf"):
+        return "conv1d"
+    if hasattr(host, "in_features") and hasattr(host, "out_features"):
+        return "linear"
+    return None

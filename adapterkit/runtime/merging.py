@@ -1,0 +1,154 @@
+"""Merging on a live model: W + Σ weight·scale·b·a in float32, rounded once; the old weights are
+kept, so that unmerging is exact."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.runtime.site import Site
+from adapterkit.runtime.state import State
+
+
+@dataclass
+class Merge:
+    """Weights of a model that were replaced, and what they were."""
+
+    active: dict[str, float]  # what acted before
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+    tied: bool | None = None  # the config's tie_word_embeddings, where a tie was broken
+
+    def swap(self) -> None:
+        """Exchange the merged and the original weights."""
+        for i, (host, leaf, parameter) in enumerate(self.replaced):
+            current = host._parameters[leaf]
+            assert current is not None
+            host._parameters[leaf] = parameter
+            self.replaced[i] = host, leaf, current
+
+
+class HostWeights(dict[str, Tensor]):
+    """A host's parameters by name, read in float32 when they are first asked for; parts change
+    them."""
+
+    def __init__(self, host: nn.Module):
+        super().__init__()
+        self.host = host
+
+    def __missing__(self, leaf: str) -> Tensor:
+        parameter = self.host._parameters.get(leaf)
+        if parameter is None:
+            raise KeyError(leaf)
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        self[leaf] = parameter.detach().to(wide, copy=True)
+        return self[leaf]
+
+
+@torch.no_grad()
+def merge(state: State, table: Mapping[str, float]) -> None:
+    """Put adapters into the base's weights; `Refused` for what cannot be merged, before anything
+    changes."""
+    check(state, table)
+    done = Merge(dict(state.active))
+    for site in _sites(state, table):
+        values = HostWeights(site.host)
+        for name, weight in table.items():
+            for part in site.parts.get(name, {}).values():
+                part.merge(values, weight)
+        for leaf, value in values.items():
+            original = site.host._parameters[leaf]
+            assert original is not None
+            merged = nn.Parameter(value.to(original.dtype), requires_grad=False)
+            site.host._parameters[leaf] = merged
+            done.replaced.append((site.host, leaf, original))
+    _release_ties(state, done)
+    state.merge = done
+    state.merged = dict(table)
+    state.select({name: w for name, w in state.active.items() if name not in table})
+
+
+def unmerge(state: State) -> None:
+    """Give the base its own weights back, bit for bit; what acted before the merge acts again."""
+    if state.merge is None:
+        raise Refused(
+            "nothing is merged",
+            expected="merged adapters",
+            where="unmerge",
+            hint="merge first",
+        )
+    done = state.merge
+    done.swap()
+    if done.tied is not None:
+        state.model.config.tie_word_embeddings = done.tied  # type: ignore[union-attr]
+    state.merge, state.merged = None, {}
+    state.select({**state.active, **done.active})
+
+
+@contextmanager
+def without_merge(state: State) -> Iterator[None]:
+    """The base's own weights while the block runs."""
+    if state.merge is None:
+        yield
+        return
+    state.merge.swap()
+    try:
+        yield
+    finally:
+        state.merge.swap()
+
+
+def check(state: State, table: Mapping[str, float]) -> None:
+    """`Refused` for adapters that are merged, or have parts that no weight equals."""
+    errors: list[AdapterkitError] = []
+    if not table:
+        errors.append(
+            Refused("no adapter", expected="one or more", where="merge", hint="name the adapters")
+        )
+    if state.merge is not None:
+        errors.append(
+            Refused(
+                f"{', '.join(map(shown, state.merged))} already merged",
+                expected="one merge at a time",
+                where="merge",
+                hint="unmerge first, then merge all of them together",
+            )
+        )
+    for name, weight in table.items():
+        reasons: dict[str, list[str]] = {}
+        for site, part in state.adapters[name].parts():
+            reason = part.unmergeable(site, weight)
+            if reason:
+                reasons.setdefault(reason, []).append(site.path)
+        errors += [
+            Refused(
+                f"{shown(name)} cannot be merged into {', '.join(map(shown, paths[:3]))}"
+                + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+                + f": {reason}",
+                expected="low-rank factors on plain weights",
+                where="merge",
+                hint="run it unmerged",
+            )
+            for reason, paths in reasons.items()
+        ]
+    refuse_all(errors)
+
+
+def _sites(state: State, table: Mapping[str, float]) -> Iterator[Site]:
+    seen: dict[str, Site] = {}
+    for name in table:
+        seen |= state.adapters[name].sites
+    yield from seen.values()
+
+
+def _release_ties(state: State, done: Merge) -> None:
+    """Where a merged weight is another module's too, the model is tied no longer: its config says
+    so, or a save and a load would put one weight in both places."""
+    replaced = {id(parameter) for _, _, parameter in done.replaced}
+    if not any(id(parameter) in replaced for parameter in state.model.parameters()):
+        return
+    config = getattr(state.model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        done.tied, config.tie_word_embeddings = config.tie_word_embeddings, False

@@ -1,0 +1,133 @@
+"""Adapters from disk onto a live model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkit.adapters.factors import rank_and_scale
+from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.peft import read_adapter
+from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines.reader import LocalReader
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import StrPath
+from adapterkit.patterns import similar_names
+from adapterkit.planning.adapter_config import base_id
+from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.sources import open_adapter
+from adapterkit.runtime.creation import home
+from adapterkit.runtime.layers import KINDS, kind_of
+from adapterkit.runtime.site import Part
+from adapterkit.runtime.state import Attached, State
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter's files, joined with the model: for each part its module, kind and tensors."""
+
+    adapter: Adapter
+    config: LoraConfig
+    factors: tuple[tuple[str, str, Lora, float], ...]  # path, kind, factors, scale
+
+
+def load(
+    state: State,
+    source: StrPath,
+    name: str,
+    *,
+    trainable: bool,
+    dtype: torch.dtype | None,
+) -> None:
+    """Add an adapter from disk; `Refused` with all that does not fit, before anything changes."""
+    state.unused(name)
+    stored = join(state, source)
+    parts = read_parts(state, stored, name, dtype)
+    adapter = Attached(name, stored.config, trainable, base_id(stored.adapter))
+    for path, part in parts:
+        state.add(adapter, path, part)
+    state.adapters[name] = adapter
+
+
+def join(state: State, source: StrPath) -> Stored:
+    """Read an adapter's headers and find the module of each of its tensors."""
+    adapter = read_adapter(open_adapter(source), 0)
+    config = LoraConfig.from_peft(adapter.config, adapter.where)
+    errors: list[AdapterkitError] = []
+    factors = []
+    for lora in adapter.loras:
+        host = state.modules.get(lora.module)
+        kind = None if host is None else kind_of(host)
+        if host is None or kind is None:
+            errors.append(_no_module(state, adapter, lora, host))
+            continue
+        rank, scale = rank_and_scale(adapter, lora, None)
+        if lora.a.shape[0] != rank:
+            errors.append(rank_mismatch(adapter, lora, lora.a.shape[0], rank))
+            continue
+        expected = KINDS[kind].shapes(host, rank)
+        if (lora.a.shape, lora.b.shape) != expected:
+            errors.append(
+                Refused(
+                    f"factors of {shown(lora.module)} with shapes {lora.a.shape}, {lora.b.shape}",
+                    expected=f"{expected[0]}, {expected[1]} for this model",
+                    where=adapter.label,
+                    hint="the adapter was trained on another model",
+                )
+            )
+            continue
+        factors.append((lora.module, kind, lora, scale))
+    refuse_all(errors)
+    return Stored(adapter, config, tuple(factors))
+
+
+def read_parts(
+    state: State, stored: Stored, name: str, dtype: torch.dtype | None
+) -> list[tuple[str, Part]]:
+    """The parts of an adapter with their values."""
+    adapter = stored.adapter
+    folders = (adapter.folder,)
+    parts: list[tuple[str, Part]] = []
+    with Sources(folders, identities(folders, header_hashes({0: adapter}))) as sources:
+        reader = LocalReader(sources, torch.device("cpu"))
+
+        def read(spec: TensorSpec | None, where: torch.device) -> Tensor | None:
+            if spec is None:
+                return None
+            tensor = reader.stored(spec)
+            return tensor.to(where, dtype or torch.promote_types(tensor.dtype, torch.float32))
+
+        for path, kind, lora, scale in stored.factors:
+            where = home(state.modules[path])
+            a, b = read(lora.a, where), read(lora.b, where)
+            assert a is not None and b is not None
+            part = KINDS[kind](
+                name,
+                a,
+                b,
+                scale,
+                dropout=stored.config.dropout,
+                bias=read(lora.bias, where),
+                magnitude=read(lora.magnitude, where),
+            )
+            parts.append((path, part))
+    return parts
+
+
+def _no_module(state: State, adapter: Adapter, lora: Lora, host: object) -> Refused:
+    if host is None:
+        return Refused(
+            f"factors of {shown(lora.module)}, which the model has not",
+            expected="modules of the model",
+            where=adapter.label,
+            hint=similar_names(lora.module, list(state.modules))
+            or "the adapter was trained on another model",
+        )
+    return Refused(
+        f"factors of {shown(lora.module)}, a {type(host).__name__}",
+        expected="a layer that takes factors",
+        where=adapter.label,
+        hint="the adapter was trained on another model",
+    )

@@ -1,0 +1,69 @@
+"""What adapters a model has, module by module."""
+
+from dataclasses import dataclass
+
+import torch
+
+from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.state import State
+
+
+@dataclass(frozen=True)
+class Share:
+    """One adapter on one module; `norm`: of its delta, ‖scale·b·a‖ (Frobenius)."""
+
+    name: str
+    rank: int
+    scale: float
+    norm: float
+    active: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module with adapters."""
+
+    module: str
+    kind: str
+    adapters: tuple[Share, ...]
+
+
+class Report(list[Row]):
+    """Rows in the order of the modules; prints as a table."""
+
+    def __str__(self) -> str:
+        cells = [("module", "kind", "adapter", "rank", "scale", "norm", "active")]
+        cells += [
+            (
+                row.module,
+                row.kind,
+                share.name,
+                str(share.rank),
+                f"{share.scale:g}",
+                f"{share.norm:.4g}",
+                "yes" if share.active else "",
+            )
+            for row in self
+            for share in row.adapters
+        ]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@torch.no_grad()
+def report(state: State) -> Report:
+    """Every module with adapters: its class, and each one's rank, scale and norm."""
+    rows = Report()
+    for path in state.modules:
+        site = state.sites.get(path)
+        if site is None:
+            continue
+        shares = tuple(
+            Share(name, part.rank, part.scale, part.norm(), name in state.active)
+            for name, parts in site.parts.items()
+            for part in parts.values()
+            if isinstance(part, FactorsPart)
+        )
+        rows.append(Row(path, type(site.host).__name__, shares))
+    return rows

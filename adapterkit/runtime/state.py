@@ -1,0 +1,144 @@
+"""The adapters of a model: which there are, on which modules, and which of them act."""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import nn
+
+from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.runtime.site import CHILD, Part, Site
+
+
+class Merge(Protocol):
+    """Weights that a merge replaced; see `merging`."""
+
+    active: dict[str, float]
+    tied: bool | None
+
+    def swap(self) -> None: ...
+
+
+@dataclass
+class Attached:
+    """One adapter on the model."""
+
+    name: str
+    config: LoraConfig
+    trainable: bool
+    base: str | None = None  # the base's id, as its config says
+    sites: dict[str, Site] = field(default_factory=dict)  # by path
+
+    def parts(self) -> Iterator[tuple[Site, Part]]:
+        for site in self.sites.values():
+            for part in site.parts[self.name].values():
+                yield site, part
+
+
+class State:
+    """A model with its sites and adapters; the functions of the runtime change it.
+
+    From here on the base's parameters are frozen; `release` sets their flags as they were.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.sites: dict[str, Site] = {}
+        self.adapters: dict[str, Attached] = {}
+        self.active: dict[str, float] = {}
+        self.merged: dict[str, float] = {}
+        self.merge: Merge | None = None  # what `merged` replaced
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        for parameter, _ in self._flags:
+            parameter.requires_grad_(False)
+
+    def site(self, path: str) -> Site:
+        """The site of a module, made if it has none."""
+        host = self.modules[path]
+        site = host._modules.get(CHILD)
+        if site is None:
+            site = Site(host, path)
+            site.train(host.training)
+            self.sites[path] = site
+        assert isinstance(site, Site)
+        return site
+
+    def add(self, adapter: Attached, path: str, part: Part) -> None:
+        site = self.site(path)
+        part.train(site.training)
+        site.add(part)
+        adapter.sites[site.path] = site
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off all its modules; sites without parts go."""
+        for site in self.adapters.pop(name).sites.values():
+            site.remove(name)
+            if not site.parts:
+                site.leave()
+                del self.sites[site.path]
+
+    def select(self, active: Mapping[str, float]) -> None:
+        """Let these adapters act; the trainable ones among them are trained."""
+        before, self.active = self.active, dict(active)
+        for name in {**before, **self.active}:
+            adapter = self.adapters.get(name)
+            if adapter is None:
+                continue
+            trained = adapter.trainable and name in self.active
+            for site, part in adapter.parts():
+                site.select(self.active)
+                part.requires_grad_(trained)
+
+    def known(self, names: Collection[str]) -> None:
+        """`Refused` for names that are no adapter's."""
+        unknown = [name for name in names if name not in self.adapters]
+        if unknown:
+            raise Refused(
+                f"no adapter {', '.join(map(shown, unknown))}",
+                expected=", ".join(map(shown, self.adapters)) or "an adapter; there is none",
+                where="the model's adapters",
+                hint=did_you_mean(unknown, self.adapters) or "load or attach it first",
+            )
+
+    def unused(self, name: str) -> None:
+        """`Refused` for the name of an adapter that is there."""
+        errors: list[AdapterkitError] = []
+        if not isinstance(name, str) or not name:
+            errors.append(Refused(f"name {name!r}", expected="a text", where="name"))
+        elif name in self.adapters:
+            errors.append(
+                Refused(
+                    f"an adapter {shown(name)} is there already",
+                    expected="a new name",
+                    where="name",
+                    hint="give another name=, or delete it first",
+                )
+            )
+        refuse_all(errors)
+
+    def release(self) -> None:
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+
+
+def weights(state: State, names: object) -> dict[str, float]:
+    """Names of adapters with their weights, from a name, a list of names, a map or None;
+    `Refused` for unknown ones and for weights that are not finite."""
+    if names is None:
+        return {}
+    if isinstance(names, str):
+        names = [names]
+    table = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)  # type: ignore[call-overload]
+    state.known(table)
+    wrong = {
+        name: value
+        for name, value in table.items()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    }
+    if wrong:
+        problem = ", ".join(f"weight {value!r} of {shown(name)}" for name, value in wrong.items())
+        raise Refused(problem, expected="finite numbers", where="weights", hint="give numbers")
+    return {name: float(value) for name, value in table.items()}

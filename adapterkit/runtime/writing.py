@@ -1,0 +1,121 @@
+"""An adapter of a live model as files in PEFT's layout."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapterkit.adapters.keys import CONFIG, WEIGHTS
+from adapterkit.checkpoint.storage import storage_errors
+from adapterkit.errors import Refused, shown
+from adapterkit.options import StrPath
+from adapterkit.planning.cards import adapter_card
+from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.state import Attached, State
+
+CARD = "README.md"
+
+
+def save(state: State, folder: StrPath, name: str) -> None:
+    """Write an adapter: adapter_model.safetensors, adapter_config.json and a card; each file
+    replaces an older one of its name in one step. `Refused` while it is merged."""
+    state.known([name])
+    if name in state.merged:
+        raise Refused(
+            f"{shown(name)} is merged",
+            expected="an adapter beside its base",
+            where="save",
+            hint="unmerge first",
+        )
+    adapter = state.adapters[name]
+    tensors, config = contents(state, adapter)
+    if not _writes():
+        return
+    root = Path(folder)
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        _replace(root / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        _replace(root / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        card = adapter_card(adapter.base, [], "trained with adapterkit")
+        _replace(root / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+
+
+def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config of an adapter as its files hold them."""
+    tensors: dict[str, Tensor] = {}
+    scales: dict[str, tuple[int, float]] = {}
+    for site, part in adapter.parts():
+        for key, value in part.stored(site.path).items():
+            tensors[key] = _whole(value)
+        if isinstance(part, FactorsPart):
+            scales[site.path] = (part.stored_rank, part.scale)
+    config = adapter.config.to_peft(adapter.base)
+    config |= scale_settings(scales, config)
+    if not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
+        config["target_modules"] = target_list(list(scales), state.modules)
+    return tensors, config
+
+
+def scale_settings(
+    scales: Mapping[str, tuple[int, float]], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """r, lora_alpha and their patterns for each module's rank and scale; the commonest ones have no
+    pattern, the others anchored ones."""
+
+    def alpha(rank: int, scale: float) -> float:
+        value = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value
+
+    alphas = {path: alpha(*both) for path, both in scales.items()}
+    ranks = {path: rank for path, (rank, _) in scales.items()}
+    if not scales:
+        return {}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": {f"^{path}": x for path, x in ranks.items() if x != r},
+        "alpha_pattern": {f"^{path}": x for path, x in alphas.items() if x != lora_alpha},
+    }
+
+
+def target_list(paths: list[str], modules: Collection[str]) -> list[str]:
+    """The last parts of the paths, where they match these modules alone; else the paths."""
+    ends = sorted({path.rpartition(".")[2] for path in paths})
+    matching = {name for name in modules if name.rpartition(".")[2] in ends}
+    return ends if matching == set(paths) else sorted(paths)
+
+
+def _is_shorthand(config: Mapping[str, Any]) -> bool:
+    return str(config["target_modules"]).lower() == "all-linear"
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor as the file holds it: gathered where it is sharded, dense and of its own memory."""
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()  # type: ignore[operator]
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _writes() -> bool:
+    """Whether this process writes: the first one of a distributed job."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or (
+        distributed.get_rank() == 0
+    )
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write a file under another name and rename it."""
+    other = path.with_name(f".{path.name}.part")
+    write(other)
+    os.replace(other, path)
