@@ -5,7 +5,7 @@ The module keeps its name, class, parameters and state dict. The site replaces t
 like any child, and adds nothing to `state_dict()`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -76,6 +76,7 @@ class Site(Unsaved):
         self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
         self.replacing: Part | None = None
         self.adding: tuple[tuple[Part, float], ...] = ()
+        self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
         self._own_forward = host.__dict__.get("forward")
         host.add_module(CHILD, self)
         host.forward = self.forward
@@ -94,6 +95,8 @@ class Site(Unsaved):
         return type(host).forward(host, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.router is not None:
+            return self.router(self, args, kwargs)
         if self.replacing is None:
             y = self.base(*args, **kwargs)
         else:
