@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.runtime.site import Site
+from adapterkit.runtime.site import Site, owner
 from adapterkit.runtime.state import State
 
 
@@ -38,13 +38,14 @@ class HostWeights(dict[str, Tensor]):
         super().__init__()
         self.host = host
 
-    def __missing__(self, leaf: str) -> Tensor:
-        parameter = self.host._parameters.get(leaf)
+    def __missing__(self, name: str) -> Tensor:
+        module, leaf = owner(self.host, name)
+        parameter = module._parameters.get(leaf)
         if parameter is None:
-            raise KeyError(leaf)
+            raise KeyError(name)
         wide = torch.promote_types(parameter.dtype, torch.float32)
-        self[leaf] = parameter.detach().to(wide, copy=True)
-        return self[leaf]
+        self[name] = parameter.detach().to(wide, copy=True)
+        return self[name]
 
 
 @torch.no_grad()
@@ -58,12 +59,13 @@ def merge(state: State, table: Mapping[str, float]) -> None:
         for name, weight in table.items():
             for part in site.parts.get(name, {}).values():
                 part.merge(values, weight)
-        for leaf, value in values.items():
-            original = site.host._parameters[leaf]
+        for name, value in values.items():
+            module, leaf = owner(site.host, name)
+            original = module._parameters[leaf]
             assert original is not None
             merged = nn.Parameter(value.to(original.dtype), requires_grad=False)
-            site.host._parameters[leaf] = merged
-            done.replaced.append((site.host, leaf, original))
+            module._parameters[leaf] = merged
+            done.replaced.append((module, leaf, original))
     _release_ties(state, done)
     state.merge = done
     state.merged = dict(table)

@@ -5,6 +5,7 @@ The module keeps its name, class, parameters and state dict. The site replaces t
 like any child, and adds nothing to `state_dict()`.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -12,6 +13,17 @@ import torch
 from torch import Tensor, nn
 
 CHILD = "adapterkit"  # the name of the child
+ESCAPED = str.maketrans({"%": "%25", ".": "%2E", ":": "%3A"})  # in children's names
+RESERVED = {
+    "parts",
+    "path",
+    "router",
+    "replacing",
+    "changing",
+    "adding",
+    "training",
+}  # the site's attributes
+_exchange = threading.RLock()  # two threads must not exchange one module's parameters at a time
 
 
 class Unsaved(nn.Module):
@@ -36,12 +48,23 @@ class Unsaved(nn.Module):
 class Part(Unsaved):
     """One adapter's share of one module.
 
-    A delta part changes the output y so far: `forward(y, weight, x, ...) -> y`. A replacing part
-    runs in place of the module: `run(site, x, ...) -> y`.
+    A delta part changes the output y so far: `forward(y, weight, x, ...) -> y`. A weight part
+    changes the module's parameters while its forward runs: `change(values, weight)`. A replacing
+    part runs in place of the module: `run(site, x, ...) -> y`.
     """
 
-    role: ClassVar[str] = "delta"
+    role: ClassVar[str] = "delta"  # how it begins tells which: delta, weight, or another word
     adapter: str  # its name
+    _host: tuple[nn.Module]
+
+    @property
+    def host(self) -> nn.Module:
+        """The module that it is on."""
+        return self._host[0]
+
+    def change(self, values: "Values", weight: float) -> None:
+        """Change parameters of the host, for one call of its forward."""
+        raise NotImplementedError
 
     def run(self, site: "Site", *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -63,10 +86,31 @@ class Part(Unsaved):
         raise NotImplementedError
 
 
+class Values(dict[str, Any]):
+    """Parameters of a module by name, as one call of its forward finds them."""
+
+    def __init__(self, host: nn.Module):
+        super().__init__()
+        self.host = host
+
+    def __missing__(self, name: str) -> Any:
+        module, leaf = owner(self.host, name)
+        return module._parameters[leaf]
+
+
+def owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter of the host, and the name there."""
+    path, _, leaf = name.rpartition(".")
+    return host.get_submodule(path), leaf
+
+
 class Site(Unsaved):
     """The adapters of one module, the host: which parts it has, and which of them act."""
 
     _host: tuple[nn.Module]
+    replacing: Part | None  # what acts
+    changing: tuple[tuple[Part, float], ...]
+    adding: tuple[tuple[Part, float], ...]
 
     def __init__(self, host: nn.Module, path: str):
         super().__init__()
@@ -74,14 +118,11 @@ class Site(Unsaved):
         object.__setattr__(self, "_host", (host,))
         self.path = path
         self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
-        self.replacing: Part | None = None
-        self.adding: tuple[tuple[Part, float], ...] = ()
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
+        self.select({})
         self._own_forward = host.__dict__.get("forward")
         host.add_module(CHILD, self)
         host.forward = self.forward
-        # torch's fused layers read the weights of their parts unless one of these has hooks
-        self.register_forward_pre_hook(_nothing)
 
     @property
     def host(self) -> nn.Module:
@@ -97,10 +138,12 @@ class Site(Unsaved):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.router is not None:
             return self.router(self, args, kwargs)
-        if self.replacing is None:
-            y = self.base(*args, **kwargs)
-        else:
+        if self.replacing is not None:
             y = self.replacing.run(self, *args, **kwargs)
+        elif self.changing:
+            y = self._changed(*args, **kwargs)
+        else:
+            y = self.base(*args, **kwargs)
         if not self.adding:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
@@ -109,10 +152,34 @@ class Site(Unsaved):
             y = part(y, weight, x)
         return y if y.dtype == dtype else y.to(dtype)
 
+    def _changed(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's own forward with the parameters that the weight parts give it."""
+        values = Values(self.host)
+        for part, weight in self.changing:
+            part.change(values, weight)
+        if torch.compiler.is_compiling():  # traced by one thread
+            return self._base_with(values, *args, **kwargs)
+        with _exchange:
+            return self._base_with(values, *args, **kwargs)
+
+    def _base_with(self, values: Values, *args: Any, **kwargs: Any) -> Any:
+        places = [owner(self.host, name) for name in values]
+        own = [module._parameters[leaf] for module, leaf in places]
+        try:
+            for (module, leaf), parameter, value in zip(places, own, values.values(), strict=True):
+                if parameter is not None and value.dtype != parameter.dtype:
+                    value = value.to(parameter.dtype)  # rounded once, after the last part
+                module._parameters[leaf] = value
+            return self.base(*args, **kwargs)
+        finally:
+            for (module, leaf), parameter in zip(places, own, strict=True):
+                module._parameters[leaf] = parameter
+
     def add(self, part: Part) -> None:
         """Add a part of an adapter; it does not act yet."""
+        object.__setattr__(part, "_host", self._host)
         self.parts.setdefault(part.adapter, {})[part.role] = part
-        self.add_module(_child_name(part), part)
+        self._modules[_child_name(part)] = part
 
     def remove(self, adapter: str) -> None:
         for part in self.parts.pop(adapter, {}).values():
@@ -120,14 +187,21 @@ class Site(Unsaved):
 
     def select(self, active: Mapping[str, float]) -> None:
         """Let the parts of these adapters act, each with its weight, in this order."""
-        adding, replacing = [], None
+        adding, changing, replacing = [], [], None
         for adapter, weight in active.items():
             for part in self.parts.get(adapter, {}).values():
                 if part.role.startswith("delta"):
                     adding.append((part, weight))
+                elif part.role.startswith("weight"):
+                    changing.append((part, weight))
                 else:
                     replacing = part
-        self.replacing, self.adding = replacing, tuple(adding)
+        # not by self.replacing = ..., which would make it a second child
+        self.__dict__.update(replacing=replacing, changing=tuple(changing), adding=tuple(adding))
+        self._forward_pre_hooks.clear()
+        if adding or changing or replacing is not None:
+            # torch's fused layers read the weights of their parts unless one of these has hooks
+            self.register_forward_pre_hook(_nothing)
 
     def leave(self) -> None:
         """Give the host its own forward back."""
@@ -140,9 +214,12 @@ class Site(Unsaved):
 
 
 def _child_name(part: Part) -> str:
-    """A child's name has no dots; the adapter's may."""
-    name = part.adapter.replace(".", "_")
-    return name if part.role == "delta" else f"{name}:{part.role.replace('.', '_')}"
+    """The adapter's name, where it can be a child's: no dots, no attribute of the site; each role
+    but the plain one is appended."""
+    name = part.adapter.translate(ESCAPED)
+    if part.role != "delta":
+        return f"{name}:{part.role.translate(ESCAPED)}"
+    return f"{name}%" if hasattr(Site, name) or name in RESERVED else name
 
 
 def _nothing(*args: Any) -> None:
