@@ -54,6 +54,11 @@ PEFT_INITS = tuple(
 )
 
 
+def check_live_config(config: dict, where: str) -> list[AdapterkitError]:
+    """Errors of the config of an adapter for a live model: an activated LoRA acts there."""
+    return check_config(config | {"alora_invocation_tokens": None}, where)
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """delta = scale * b @ a on each target; scale = alpha / rank, with `rslora` alpha / √rank.
@@ -117,7 +122,7 @@ class LoraConfig:
         """The settings in an adapter_config.json, whose path is `where`; `Refused` with all that is
         unknown or invalid. Options of an init are left out: the factors exist."""
         config = dict(config)
-        errors = check_config(config | {"alora_invocation_tokens": None}, where)
+        errors = check_live_config(config, where)
         settings = {}
         for f in fields(cls):
             value = config.get(PEFT_NAMES.get(f.name, f.name))

@@ -32,18 +32,20 @@ Patterns = list[tuple[re.Pattern[str], str]]  # of keys, with their role
 Roles = dict[tuple[str, int], dict[str, TensorSpec]]  # (module, depth) -> role -> its tensor
 
 
-def read_adapter(folder: Folder, number: int = 1) -> Adapter:
+def read_adapter(folder: Folder, number: int = 1, check: ConfigCheck = check_config) -> Adapter:
     """Read an adapter's config and headers; `Refused` listing every key and flag that cannot be
-    used."""
-    adapter, scan, _ = scan_adapter(folder, number)
+    used. `check` returns the errors of its config."""
+    adapter, scan, _ = scan_adapter(folder, number, check)
     refuse_all(scan.errors)
     return adapter
 
 
-def scan_adapter(folder: Folder, number: int = 1) -> tuple[Adapter, Scan, bool]:
+def scan_adapter(
+    folder: Folder, number: int = 1, check: ConfigCheck = check_config
+) -> tuple[Adapter, Scan, bool]:
     """As much of an adapter as can be read, its scan with all errors, and whether its config is
     valid enough to compute ranks and scales."""
-    adapter, keys, scan = _read(folder, number, check_config, ROLES)
+    adapter, keys, scan = _read(folder, number, check, ROLES)
     plain = {
         k: v for k, v in scan.config.items() if k in KNOWN_SETTINGS and k not in OTHER_ARITHMETIC
     }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.runtime.layers import KINDS
+from adapterkit.runtime.layers import part_class
 from adapterkit.runtime.starts import start
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import resolve
@@ -24,7 +24,7 @@ def attach(
     adapter = Attached(name, config, trainable=True, base=base_name(state.model))
     parts = []
     for target in targets:
-        kind = KINDS[target.kind]
+        kind = part_class(target.kind, config)
         host = state.modules[target.path]
         a_shape, b_shape = kind.shapes(host, target.rank)
         a, b = start(config.init, kind, a_shape, b_shape, generator)

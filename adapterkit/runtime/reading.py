@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.adapters.factors import rank_and_scale
-from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.lora_config import LoraConfig, check_live_config
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
@@ -19,7 +19,7 @@ from adapterkit.planning.adapter_config import base_id
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.sources import open_adapter
 from adapterkit.runtime.creation import home
-from adapterkit.runtime.layers import KINDS, kind_of
+from adapterkit.runtime.layers import KINDS, kind_of, part_class
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
 
@@ -53,7 +53,7 @@ def load(
 
 def join(state: State, source: StrPath) -> Stored:
     """Read an adapter's headers and find the module of each of its tensors."""
-    adapter = read_adapter(open_adapter(source), 0)
+    adapter = read_adapter(open_adapter(source), 0, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
     errors: list[AdapterkitError] = []
     factors = []
@@ -103,7 +103,7 @@ def read_parts(
             where = home(state.modules[path])
             a, b = read(lora.a, where), read(lora.b, where)
             assert a is not None and b is not None
-            part = KINDS[kind](
+            part = part_class(kind, stored.config)(
                 name,
                 a,
                 b,

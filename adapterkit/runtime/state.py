@@ -9,6 +9,8 @@ from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.runtime.invocation import Invocations
+from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.site import CHILD, Part, Site
 
 
@@ -50,6 +52,7 @@ class State:
         self.active: dict[str, float] = {}
         self.merged: dict[str, float] = {}
         self.merge: Merge | None = None  # what `merged` replaced
+        self.invocations: Invocations | None = None  # while there is an aLoRA
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in self._flags:
@@ -66,9 +69,16 @@ class State:
         assert isinstance(site, Site)
         return site
 
+    def acting(self) -> Collection[str]:
+        """The adapters that act in the next call of the model."""
+        return self.active
+
     def add(self, adapter: Attached, path: str, part: Part) -> None:
         site = self.site(path)
         part.train(site.training)
+        if isinstance(part, InvokedPart):
+            part.invocations = self._invocations()
+            part.invocations.tokens[adapter.name] = tuple(adapter.config.invocation_tokens or ())
         site.add(part)
         adapter.sites[site.path] = site
 
@@ -79,6 +89,16 @@ class State:
             if not site.parts:
                 site.leave()
                 del self.sites[site.path]
+        if self.invocations is not None:
+            self.invocations.tokens.pop(name, None)
+            if not self.invocations.tokens:
+                self.invocations.release()
+                self.invocations = None
+
+    def _invocations(self) -> Invocations:
+        if self.invocations is None:
+            self.invocations = Invocations(self.model, self.acting)
+        return self.invocations
 
     def select(self, active: Mapping[str, float]) -> None:
         """Let these adapters act; the trainable ones among them are trained."""

@@ -2,7 +2,10 @@
 
 from torch import nn
 
+from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.errors import Refused
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
 
 KINDS: dict[str, type[FactorsPart]] = {"linear": LinearPart, "conv1d": Conv1DPart}
@@ -15,3 +18,17 @@ def kind_of(host: nn.Module) -> str | None:
     if hasattr(host, "in_features") and hasattr(host, "out_features"):
         return "linear"
     return None
+
+
+def part_class(kind: str, config: LoraConfig) -> type[FactorsPart]:
+    """The class of an adapter's parts on layers of a kind; `Refused` where an aLoRA cannot act."""
+    if not config.invocation_tokens:
+        return KINDS[kind]
+    if not issubclass(KINDS[kind], LinearPart):
+        raise Refused(
+            f"an activated LoRA on {kind} layers",
+            expected="linear layers",
+            where="targets",
+            hint="leave them out of the targets",
+        )
+    return InvokedPart

@@ -1,0 +1,143 @@
+"""aLoRA (arXiv:2504.12397): factors that act from an invocation sequence on.
+
+The tokens before it, and so their keys and values in a cache, are the base's, bit for bit.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import Refused
+
+MEMORY = "_adapterkit_invocations"  # of a cache
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a cache knows of its tokens."""
+
+    starts: dict[str, Tensor]  # where each aLoRA began to act; (rows,), -1 where it did not
+    tail: Tensor  # the last tokens, fewer than the longest sequence has
+    length: int  # tokens in the cache
+
+
+class Invocations:
+    """Where each aLoRA of a model starts to act, found in the tokens of every call of the model.
+
+    A start is the position, counted with the cached tokens, at which the sequence occurs last in
+    the tokens of a call. It stays with the cache: later calls without the sequence act on all their
+    tokens. A cache that is copied keeps it; one that is cut before it, or reset, does not.
+    """
+
+    def __init__(self, model: nn.Module, acting: Callable[[], Collection[str]]):
+        self.tokens: dict[str, tuple[int, ...]] = {}
+        self.acting = acting
+        self.shape = (0, 0)  # rows and tokens of the call
+        self._counts: dict[str, Tensor] = {}  # acting tokens of each row, from the end
+        self._recorded: dict[str, Tensor] = {}  # those of the last call that records gradients
+        self._recomputed = self._ambiguous = False
+        self._memory: Memory | None = None
+        self._hooks = (
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        )
+
+    def release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def count(self, adapter: str) -> Tensor:
+        """How many tokens of each row, from the end, an adapter acts on; (rows,) int64.
+
+        While gradients are computed, a checkpointed layer runs again: the call is then the one that
+        recorded them. `Refused` where there were several with different starts."""
+        if torch._C._current_graph_task_id() == -1:
+            return self._counts[adapter]
+        self._recomputed = True
+        if self._ambiguous:
+            raise Refused(
+                "several calls before one backward pass, with different invocations",
+                expected="one call, or no gradient checkpointing",
+                where="aLoRA",
+                hint="call backward after each, or switch gradient checkpointing off",
+            )
+        return self._recorded[adapter]
+
+    def _before(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        acting = [name for name in self.tokens if name in self.acting()]
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2:
+            self._memory = None
+            if not acting:
+                return
+            raise Refused(
+                "no input_ids (rows, tokens) in the call",
+                expected="token ids: an aLoRA looks for its invocation sequence in them",
+                where="aLoRA",
+                hint="give input_ids, or deactivate the adapter",
+            )
+        cache = _cache([*args, *kwargs.values()])
+        length = 0 if cache is None else int(cache.get_seq_length())
+        memory = _memory(cache, length, ids)
+        text = ids if memory is None else torch.cat([memory.tail.to(ids.device), ids], 1)
+        first = length - (text.shape[1] - ids.shape[1])  # position of the text's first token
+        self.shape = (ids.shape[0], ids.shape[1])
+        end, starts, counts = length + ids.shape[1], {}, {}
+        for adapter in acting:
+            start = last_start(text, self.tokens[adapter])
+            start = torch.where(start >= 0, start + first, start)
+            if memory is not None and adapter in memory.starts:
+                before = memory.starts[adapter].to(start.device)
+                start = torch.where((start < 0) & (before < length), before, start)
+            starts[adapter] = start
+            counts[adapter] = torch.where(start >= 0, (end - start).clamp(max=ids.shape[1]), 0)
+        self._record(counts)
+        longest = max(map(len, self.tokens.values()))
+        self._memory = Memory(starts, text[:, max(0, text.shape[1] - longest + 1) :].clone(), end)
+        if cache is not None:
+            setattr(cache, MEMORY, self._memory)
+
+    def _record(self, counts: dict[str, Tensor]) -> None:
+        if torch.is_grad_enabled():
+            same = self._recorded.keys() == counts.keys() and all(
+                torch.equal(self._recorded[name], count) for name, count in counts.items()
+            )
+            self._ambiguous = bool(self._recorded) and not self._recomputed and not same
+            self._recorded, self._recomputed = counts, False
+        self._counts = counts
+
+    def _after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        values = output.values() if isinstance(output, Mapping) else ()
+        cache = _cache(values)
+        if cache is not None and self._memory is not None:
+            setattr(cache, MEMORY, self._memory)  # also of a cache that the call made
+
+
+def _cache(values: Iterable[Any]) -> Any:
+    """The cache of keys and values among these; its argument's name differs between versions of
+    transformers."""
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)
+
+
+def _memory(cache: Any, length: int, ids: Tensor) -> Memory | None:
+    """What a cache of this length knows of these rows."""
+    memory: Memory | None = getattr(cache, MEMORY, None)
+    if memory is None or not length or memory.tail.shape[0] != ids.shape[0]:
+        return None
+    if memory.length != length:  # cut: its last tokens are not known
+        return replace(memory, tail=memory.tail[:, :0])
+    return memory
+
+
+def last_start(ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """The position at which the sequence occurs last in each row, -1 where it does not."""
+    rows, length = ids.shape
+    if length < len(tokens):
+        return torch.full((rows,), -1, device=ids.device)
+    windows = ids.unfold(1, len(tokens), 1)
+    equal = (windows == torch.tensor(tokens, device=ids.device)).all(-1)
+    positions = torch.arange(equal.shape[1], device=ids.device)
+    return torch.where(equal, positions, -1).amax(1)
