@@ -1,5 +1,6 @@
 """The runtime: train and run PyTorch models with adapters, beside the base and never inside it."""
 
 from adapterkit.runtime.handle import Adapters, attach, load
+from adapterkit.runtime.optimizers import LoraFA, Riemannian, loraplus
 
-__all__ = ["Adapters", "attach", "load"]
+__all__ = ["Adapters", "LoraFA", "Riemannian", "attach", "load", "loraplus"]

@@ -75,7 +75,7 @@ class Adapters:
         for adapter in (self.state.adapters[n] for n in names):
             if adapter.trainable:
                 for _, part in adapter.parts():
-                    yield from part.parameters()
+                    yield from (parameter for _, parameter in part.trained())
 
     def activate(self, names: Names) -> None:
         """Let these adapters act, with weights where a map is given; None: the base alone.

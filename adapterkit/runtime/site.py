@@ -6,7 +6,7 @@ like any child, and adds nothing to `state_dict()`.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +55,7 @@ class Part(Unsaved):
 
     role: ClassVar[str] = "delta"  # how it begins tells which: delta, weight, or another word
     adapter: str  # its name
+    fixed: frozenset[str] = frozenset()  # parameters that are never trained
     _host: tuple[nn.Module]
 
     @property
@@ -65,6 +66,25 @@ class Part(Unsaved):
     def change(self, values: "Values", weight: float) -> None:
         """Change parameters of the host, for one call of its forward."""
         raise NotImplementedError
+
+    def fix(self, *names: str) -> None:
+        """Train these parameters no longer."""
+        self.fixed |= set(names)
+        for name in names:
+            parameter = self.get_parameter(name)
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its parameters that are not fixed."""
+        for name, parameter in self.named_parameters():
+            if name not in self.fixed:
+                yield name, parameter
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Part":
+        for _, parameter in self.trained():
+            parameter.requires_grad_(requires_grad)
+        return self
 
     def run(self, site: "Site", *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError

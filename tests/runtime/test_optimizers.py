@@ -1,0 +1,245 @@
+"""Optimizers that know factors: equal to PEFT's step by step, to the formulas where PEFT's fail."""
+
+import io
+import math
+
+import pytest
+import torch
+
+from adapterkit import LoraConfig
+from adapterkit.errors import AdapterkitError
+from adapterkit.runtime import LoraFA, Riemannian, attach, load, loraplus
+from tests.support.live import llama, peft_of, tokens
+
+TARGETS = ["q_proj", "v_proj", "up_proj"]
+
+
+def losses(model, optimizer, steps=5, scheduler=None):
+    x, values = tokens(4, 8), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        values.append(loss.item())
+    return values
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An adapter with both factors random, rank 4, scale 2."""
+    attach(llama(), LoraConfig(4, 8, TARGETS, init=False), seed=1).save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def ours(name, h):
+    if name == "lora+":
+        return loraplus(h, torch.optim.AdamW, lr=1e-3, ratio=16, weight_decay=0.1)
+    if name == "lora-fa":
+        return LoraFA(h, lr=1e-2, weight_decay=0.1)
+    return Riemannian(h, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+
+
+def theirs(name, model):
+    from peft import optimizers as peft
+
+    if name == "lora+":
+        settings = dict(lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)
+        return peft.create_loraplus_optimizer(model, torch.optim.AdamW, **settings)
+    if name == "lora-fa":
+        return peft.create_lorafa_optimizer(model, 4, 8, lr=1e-2, weight_decay=0.1)
+    return peft.create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+
+
+NAMES = ["lora+", "lora-fa", "riemannian"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_to_peft_step_by_step(name, folder, monkeypatch):
+    """Losses and factors, with a schedule. PEFT's LoRA-FA multiplies in bfloat16 where it can; its
+    float32 path is the formula."""
+    monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)
+    h = load(model := llama(), folder, trainable=True)
+    peft = peft_of(folder, llama())
+    pairs = []
+    for target, optimizer in ((model, ours(name, h)), (peft, theirs(name, peft))):
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i))
+        pairs.append(losses(target, optimizer, scheduler=schedule))
+    assert pairs[0] == pytest.approx(pairs[1], rel=1e-5)
+    assert pairs[0][-1] < pairs[0][0] - 1e-3
+    trained = dict(peft.named_parameters())
+    for _, part in h.state.adapters["default"].parts():
+        path = next(path for path, site in h.state.sites.items() if part in site.children())
+        for role, factor in (("a", "lora_A"), ("b", "lora_B")):
+            other = trained[f"base_model.model.{path}.{factor}.default.weight"]
+            torch.testing.assert_close(getattr(part, role), other, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_goes_through_a_file(name, folder):
+    """Three steps, a file, three steps: as six steps, bit for bit."""
+    h = load(model := llama(), folder, trainable=True)
+    optimizer = ours(name, h)
+    first = losses(model, optimizer, 3)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    h.save(folder.parent / "later")
+    rest = losses(model, optimizer, 3)
+
+    again = load(model := llama(), folder.parent / "later", trainable=True)
+    optimizer = ours(name, again)
+    optimizer.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
+    assert losses(model, optimizer, 3) == rest
+    assert losses(model, ours(name, again), 3) != first
+
+
+def adamw_of_paper(gradients, b, lr, betas=(0.9, 0.999), eps=1e-6):
+    """AdamW's steps with these gradients, in float64."""
+    m = v = torch.zeros_like(b)
+    for t, gradient in enumerate(gradients, 1):
+        m = betas[0] * m + (1 - betas[0]) * gradient
+        v = betas[1] * v + (1 - betas[1]) * gradient**2
+        rate = lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        b = b - rate * m / (v.sqrt() + eps)
+    return b
+
+
+def projected(part):
+    a = part.a.double().flatten(1)
+    gram = a @ a.T + 1e-8 * torch.eye(len(a), dtype=torch.double)
+    gradient = part.b.grad.double().flatten(1)
+    return (gradient @ torch.linalg.pinv(gram) / part.scale**2).reshape(part.b.shape)
+
+
+def check_lorafa(model, h, **options):
+    """LoRA-FA's b's against the formula in float64, where a stays bit for bit."""
+    parts = [part for adapter in h.state.adapters.values() for _, part in adapter.parts()]
+    optimizer = LoraFA(h, lr=1e-2, **options)
+    before = [(part.a.clone(), part.b.double()) for part in parts]
+    gradients = [[] for _ in parts]
+    x = tokens(4, 8)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=x, labels=x).loss.backward()
+        for part, row in zip(parts, gradients, strict=True):
+            assert part.a.grad is None
+            row.append(projected(part))
+        optimizer.step()
+    for part, (a, b), row in zip(parts, before, gradients, strict=True):
+        assert torch.equal(part.a, a)
+        torch.testing.assert_close(
+            part.b.double(), adamw_of_paper(row, b, 1e-2), rtol=1e-4, atol=1e-5
+        )
+    return optimizer
+
+
+def test_lorafa_of_two_adapters_with_their_own_scales(folder):
+    """PEFT pairs parameters that follow each other and fails."""
+    h = load(model := llama(), folder, trainable=True)
+    h.attach(LoraConfig(2, 1, ["q_proj", "down_proj"], init=False), name="second", seed=2)
+    h.activate({"default": 1.0, "second": 0.5})
+    h.rescale(3.0, name="default")
+    check_lorafa(model, h)
+
+
+def test_lorafa_trains_what_is_no_factor(folder):
+    """Biases of b by plain AdamW; PEFT fails."""
+    h = attach(model := llama(), LoraConfig(4, 8, TARGETS, init=False, lora_bias=True), seed=1)
+    check_lorafa(model, h)
+    biases = [part.bias for _, part in h.state.adapters["default"].parts()]
+    assert all(bias.abs().max() > 1e-3 for bias in biases)
+
+
+def test_lorafa_leaves_a_frozen_when_the_adapter_is_activated_again(folder):
+    h = load(llama(), folder, trainable=True)
+    optimizer = LoraFA(h, lr=1e-2)
+    h.activate(None)
+    h.activate("default")
+    trained = [name for name, p in h.model.named_parameters() if p.requires_grad]
+    assert trained and all(name.endswith(".b") for name in trained)
+    assert {*h.parameters()} == {*optimizer.param_groups[0]["params"]}
+
+
+def test_lorafa_of_one_of_two_adapters(folder):
+    h = load(model := llama(), folder, trainable=True)
+    h.attach(LoraConfig(2, 4, ["q_proj"], init=False), name="second", seed=2)
+    h.activate(["default", "second"])
+    optimizer = LoraFA(h, lr=1e-2, names="second")
+    assert {*optimizer.param_groups[0]["params"]} == {*h.parameters("second")}
+    before = [p.clone() for p in h.parameters("default")]
+    losses(model, optimizer, 1)
+    assert all(map(torch.equal, before, h.parameters("default")))
+
+
+def test_lorafa_takes_a_as_it_is_now(folder):
+    """The product of a with itself is kept from step to step, and computed again for a new a."""
+    h = load(model := llama(), folder, trainable=True)
+    optimizer = LoraFA(h, lr=1e-2)
+    losses(model, optimizer, 1)
+    part = next(part for _, part in h.state.adapters["default"].parts())
+    with torch.no_grad():
+        part.a.mul_(2)
+    optimizer.zero_grad()
+    x = tokens(4, 8)
+    model(input_ids=x, labels=x).loss.backward()
+    expected = optimizer._projected(part.b.grad, part.b, part).double()
+    torch.testing.assert_close(expected, projected(part), rtol=1e-4, atol=1e-7)
+
+
+def test_loraplus_groups(folder):
+    h = attach(llama(), LoraConfig(4, 8, TARGETS, lora_bias=True), seed=1)
+    h.model.lm_head.requires_grad_(True)  # a part of the base that is trained too
+    optimizer = loraplus(h, torch.optim.SGD, lr=0.5, ratio=8, weight_decay=0.25)
+    groups = {(g["lr"], g["weight_decay"]): {*g["params"]} for g in optimizer.param_groups}
+    parts = [part for _, part in h.state.adapters["default"].parts()]
+    assert groups == {
+        (0.5, 0.25): {*(part.a for part in parts), h.model.lm_head.weight},
+        (4.0, 0.25): {part.b for part in parts},
+        (4.0, 0.0): {part.bias for part in parts},
+    }
+
+
+def test_riemannian_of_two_adapters(folder):
+    """Each pair by the formula; a step of SGD shows the gradient."""
+    h = load(model := llama(), folder, trainable=True)
+    h.attach(LoraConfig(2, 4, ["q_proj"], init=False), name="second", seed=2)
+    h.activate(["default", "second"])
+    parts = [part for adapter in h.state.adapters.values() for _, part in adapter.parts()]
+    optimizer = Riemannian(h, torch.optim.SGD, lr=0.5, reg=0.1)
+    x = tokens(4, 8)
+    model(input_ids=x, labels=x).loss.backward()
+    expected = []
+    for part in parts:
+        a, b, one = part.a.double(), part.b.double(), torch.eye(part.rank, dtype=torch.double)
+        a_step = torch.linalg.solve(b.T @ b + 0.1 * one, part.a.grad.double())
+        b_step = torch.linalg.solve(a @ a.T + 0.1 * one, part.b.grad.double(), left=False)
+        expected.append((a - 0.5 * a_step, b - 0.5 * b_step))
+    optimizer.step()
+    for part, (a, b) in zip(parts, expected, strict=True):
+        torch.testing.assert_close(part.a.double(), a, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(part.b.double(), b, rtol=1e-5, atol=1e-6)
+
+
+MISUSE = {
+    "nothing trained": lambda h: (h.delete("default"), LoraFA(h, lr=1e-2)),
+    "unknown adapter": lambda h: LoraFA(h, lr=1e-2, names="other"),
+    "negative rate": lambda h: LoraFA(h, lr=-1.0),
+    "betas": lambda h: LoraFA(h, lr=1e-2, betas=(0.9, 1.0)),
+    "ratio": lambda h: loraplus(h, torch.optim.AdamW, lr=1e-2, ratio=0),
+    "closure": lambda h: Riemannian(h, torch.optim.LBFGS, lr=1e-2),
+    "closure at a step": lambda h: Riemannian(h, torch.optim.SGD, lr=1e-2).step(lambda: 0.0),
+    "damping": lambda h: Riemannian(h, torch.optim.SGD, lr=1e-2, reg=-1.0),
+}
+
+
+@pytest.mark.parametrize("case", MISUSE)
+def test_misuse(case, folder):
+    h = load(llama(), folder, trainable=True)
+    if case == "nothing trained":
+        h.activate(None)
+    flags = [p.requires_grad for p in h.parameters()]
+    with pytest.raises(AdapterkitError):
+        MISUSE[case](h)
+    assert [p.requires_grad for p in h.parameters()] == flags[: len([*h.parameters()])]
