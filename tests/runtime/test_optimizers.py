@@ -46,7 +46,7 @@ def theirs(name, model):
     from peft import optimizers as peft
 
     if name == "lora+":
-        settings = dict(lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1)
+        settings = {"lr": 1e-3, "loraplus_lr_ratio": 16, "loraplus_weight_decay": 0.1}
         return peft.create_loraplus_optimizer(model, torch.optim.AdamW, **settings)
     if name == "lora-fa":
         return peft.create_lorafa_optimizer(model, 4, 8, lr=1e-2, weight_decay=0.1)
