@@ -6,7 +6,8 @@ like any child, and adds nothing to `state_dict()`.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -50,7 +51,7 @@ class Part(Unsaved):
 
     A delta part changes the output y so far: `forward(y, weight, x, ...) -> y`. A weight part
     changes the module's parameters while its forward runs: `change(values, weight)`. A replacing
-    part runs in place of the module: `run(site, x, ...) -> y`.
+    part runs in place of the module: `run(site, x, ...) -> y`, where `site.base` is the module.
     """
 
     role: ClassVar[str] = "delta"  # how it begins tells which: delta, weight, or another word
@@ -86,8 +87,12 @@ class Part(Unsaved):
             parameter.requires_grad_(requires_grad)
         return self
 
-    def run(self, site: "Site", *args: Any, **kwargs: Any) -> Any:
+    def run(self, site: "Site | Inside", *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+    def clash(self, other: "Part") -> str | None:
+        """Why it cannot act together with another adapter's part of the same module."""
+        return None
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
         """Change the host's parameters, float32 or wider by name, as this part changes the
@@ -124,12 +129,16 @@ def owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
     return host.get_submodule(path), leaf
 
 
+Replacing = tuple[Part, ...]
+Changing = tuple[tuple[Part, float], ...]
+
+
 class Site(Unsaved):
     """The adapters of one module, the host: which parts it has, and which of them act."""
 
     _host: tuple[nn.Module]
-    replacing: Part | None  # what acts
-    changing: tuple[tuple[Part, float], ...]
+    replacing: Replacing  # what acts; each of these around those before it
+    changing: Changing
     adding: tuple[tuple[Part, float], ...]
 
     def __init__(self, host: nn.Module, path: str):
@@ -155,15 +164,21 @@ class Site(Unsaved):
         host = self._host[0]
         return type(host).forward(host, *args, **kwargs)
 
+    def run(self, replacing: Replacing, changing: Changing, *args: Any, **kwargs: Any) -> Any:
+        """The last of the replacing parts around the others, and these around the host's own
+        forward with what the weight parts change."""
+        if replacing:
+            *others, outer = replacing
+            inside = Inside(self, tuple(others), changing) if others or changing else self
+            return outer.run(inside, *args, **kwargs)
+        if changing:
+            return self._changed(changing, *args, **kwargs)
+        return self.base(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.router is not None:
             return self.router(self, args, kwargs)
-        if self.replacing is not None:
-            y = self.replacing.run(self, *args, **kwargs)
-        elif self.changing:
-            y = self._changed(*args, **kwargs)
-        else:
-            y = self.base(*args, **kwargs)
+        y = self.run(self.replacing, self.changing, *args, **kwargs)
         if not self.adding:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
@@ -172,10 +187,10 @@ class Site(Unsaved):
             y = part(y, weight, x)
         return y if y.dtype == dtype else y.to(dtype)
 
-    def _changed(self, *args: Any, **kwargs: Any) -> Any:
+    def _changed(self, changing: Changing, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward with the parameters that the weight parts give it."""
         values = Values(self.host)
-        for part, weight in self.changing:
+        for part, weight in changing:
             part.change(values, weight)
         if torch.compiler.is_compiling():  # traced by one thread
             return self._base_with(values, *args, **kwargs)
@@ -207,7 +222,7 @@ class Site(Unsaved):
 
     def select(self, active: Mapping[str, float]) -> None:
         """Let the parts of these adapters act, each with its weight, in this order."""
-        adding, changing, replacing = [], [], None
+        adding, changing, replacing = [], [], []
         for adapter, weight in active.items():
             for part in self.parts.get(adapter, {}).values():
                 if part.role.startswith("delta"):
@@ -215,11 +230,11 @@ class Site(Unsaved):
                 elif part.role.startswith("weight"):
                     changing.append((part, weight))
                 else:
-                    replacing = part
-        # not by self.replacing = ..., which would make it a second child
-        self.__dict__.update(replacing=replacing, changing=tuple(changing), adding=tuple(adding))
+                    replacing.append(part)
+        self.replacing, self.changing = nested(replacing), tuple(changing)
+        self.adding = tuple(adding)
         self._forward_pre_hooks.clear()
-        if adding or changing or replacing is not None:
+        if adding or changing or replacing:
             # torch's fused layers read the weights of their parts unless one of these has hooks
             self.register_forward_pre_hook(_nothing)
 
@@ -231,6 +246,28 @@ class Site(Unsaved):
             del host.forward
         else:
             host.forward = self._own_forward
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A site as the outer one of its replacing parts finds it."""
+
+    site: Site
+    replacing: Replacing
+    changing: Changing
+
+    @property
+    def host(self) -> nn.Module:
+        return self.site.host
+
+    def base(self, *args: Any, **kwargs: Any) -> Any:
+        """What the outer part replaces."""
+        return self.site.run(self.replacing, self.changing, *args, **kwargs)
+
+
+def nested(parts: Iterable[Part]) -> Replacing:
+    """Replacing parts in the order of `Site.run`: copies of the module inside token rows."""
+    return tuple(sorted(parts, key=lambda part: part.role != "copy"))
 
 
 def _child_name(part: Part) -> str:
