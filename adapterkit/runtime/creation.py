@@ -1,13 +1,18 @@
 """New adapters on a live model."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.runtime.layers import part_class
+from adapterkit.errors import Refused, refuse_all
+from adapterkit.runtime import dora
+from adapterkit.runtime.layers import KINDS, part_class
+from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.starts import start
-from adapterkit.runtime.state import Attached, State
-from adapterkit.runtime.targets import resolve
+from adapterkit.runtime.state import Attached, State, listed
+from adapterkit.runtime.targets import Target, resolve
 
 
 def attach(
@@ -16,10 +21,14 @@ def attach(
     name: str,
     seed: int | None,
     dtype: torch.dtype | None,
+    *,
+    ephemeral_gpu_offload: bool = False,
 ) -> None:
     """Add a new, trainable adapter; `Refused` before anything changes."""
     state.unused(name)
     targets = resolve(state.model, config)
+    if config.dora:
+        _check_dora(state, targets)
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     adapter = Attached(name, config, trainable=True, base=base_name(state.model))
     parts = []
@@ -36,11 +45,37 @@ def attach(
             target.scale,
             dropout=config.dropout,
             bias=torch.zeros(b_shape[0], device=where) if config.lora_bias else None,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
         )
+        if config.dora:
+            part.decompose(host, dtype)
         parts.append((target.path, part))
     for path, part in parts:
         state.add(adapter, path, part)
     state.adapters[name] = adapter
+
+
+def _check_dora(state: State, targets: Sequence[Target]) -> None:
+    """`Refused` for layers without a DoRA, and for weights that cannot be read yet, or at all."""
+    reasons: dict[str, list[str]] = {}
+    for target in targets:
+        host = state.modules[target.path]
+        reason = dora.problem(host, KINDS[target.kind].axis)
+        if reason is None and any(tensor.is_meta for tensor in stored(host)):
+            reason = "magnitudes are norms of the weight, which is on the meta device"
+        if reason is not None:
+            reasons.setdefault(reason, []).append(target.path)
+    refuse_all(
+        [
+            Refused(
+                f"DoRA on {listed(paths)}: {reason}",
+                expected="linear layers, embeddings or convolutions with values",
+                where="attach",
+                hint="leave these layers out, or attach without dora",
+            )
+            for reason, paths in reasons.items()
+        ]
+    )
 
 
 def home(host: nn.Module) -> torch.device:

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.adapters.keys import part_keys
+from adapterkit.runtime import dora
+from adapterkit.runtime.memo import Memo
+from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.site import Part, Site
 
 
@@ -15,10 +18,12 @@ class FactorsPart(Part):
 
     a (r, in) and b (out, r) as in the file, float32 unless the caller says otherwise. Subclasses
     say what b·a means for their layer. `initial`: factors that the base lacks (PiSSA and the like):
-    their product is subtracted, so the base itself never changes.
+    their product is subtracted, so the base itself never changes. `magnitude`: DoRA, see `dora`;
+    with a weight w it gives y + w·(DoRA's output - y).
     """
 
     stored_as: ClassVar[str] = "module"  # the layout of its keys
+    axis: ClassVar[int | None] = None  # of the outputs in the host's weight; None: no DoRA
     initial_a: Tensor | None
     initial_b: Tensor | None
 
@@ -33,6 +38,7 @@ class FactorsPart(Part):
         bias: Tensor | None = None,
         magnitude: Tensor | None = None,
         initial: tuple[Tensor, Tensor] | None = None,
+        ephemeral_gpu_offload: bool = False,
     ):
         super().__init__()
         self.adapter, self.scale, self.dropout = adapter, scale, dropout
@@ -41,6 +47,8 @@ class FactorsPart(Part):
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude, requires_grad=False)
         for name, value in zip(("initial_a", "initial_b"), initial or (None, None), strict=True):
             self.register_buffer(name, value)
+        self.norms = dora.RowNorms(offload=ephemeral_gpu_offload)
+        self._folded: Memo[tuple[Tensor, Tensor, Tensor]] = Memo()
 
     @property
     def stored_rank(self) -> int:
@@ -65,15 +73,77 @@ class FactorsPart(Part):
         raise NotImplementedError
 
     def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
-        x = self.input(x)
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        update = self.product(x, self.a, self.b)
+        whole = self.input(x)
+        dropped = self.drop(whole)
+        if self.magnitude is not None:
+            return self._rescaled(y, weight, x, whole, dropped)
+        update = self.product(dropped, self.a, self.b)
         if self.initial_a is not None and self.initial_b is not None:
-            update = update - self.product(x, self.initial_a, self.initial_b)
+            # the base that lacks them drops nothing
+            update = update - self.product(whole, self.initial_a, self.initial_b)
         if self.bias is not None:
             update = update + self.bias
         return y + update * (self.scale * weight)
+
+    def _rescaled(
+        self, y: Tensor, weight: float, x: Tensor, whole: Tensor, dropped: Tensor
+    ) -> Tensor:
+        """As PEFT: g·(y - bias) + bias + g·s·b·a·x; with dropout g - 1 scales W·dropout(x), without
+        what other adapters added."""
+        f, a, b = self.folded(weight)
+        assert f is not None
+        behind = self.a.ndim - 2  # axes of y behind that of the outputs
+        f = dora.on_outputs(f, behind)
+        bias = self.site.unmerged.get("bias", self.host._parameters.get("bias"))
+        bias = None if bias is None else dora.on_outputs(bias, behind)
+        update = self.product(dropped, a, b)
+        if dropped is whole:
+            y = torch.addcmul(update, y, f)
+            return y if bias is None else y + (1 - f) * bias
+        base = self.site.base(dropped.to(x.dtype))
+        y = torch.addcmul(y + update, base if bias is None else base - bias, f - 1)
+        if self.initial_a is None or self.initial_b is None:
+            return y
+        change = self.product(whole - dropped, self.initial_a, self.initial_b)
+        return y - change * (self.scale * weight)
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """a and b with the initial ones: b·a - b0·a0 = [b, -b0]·[a; a0]."""
+        if self.initial_a is None or self.initial_b is None:
+            return self.a, self.b
+        return torch.cat([self.a, self.initial_a]), torch.cat([self.b, -self.initial_b], 1)
+
+    def folded(self, weight: float = 1.0) -> tuple[Tensor | None, Tensor, Tensor]:
+        """f (out,), a and b, with the scales and DoRA's factor in f and b:
+        y' = f·(y - bias) + bias + b·a·x. f is None for 1, without a magnitude."""
+        a, b = self.joined()
+        if self.magnitude is None:
+            return None, a, b * (self.scale * weight)
+        own = (self.a, self.b, self.magnitude, self.initial_a, self.initial_b)
+        tensors = [*stored(self.host), *(value for value in own if value is not None)]
+        return self._folded(lambda: self._fold(weight), tensors, weight, self.scale)
+
+    def _fold(self, weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.magnitude is not None
+        a, b = self.joined()
+        g = dora.ratio(self.magnitude, self.row_norms(self.host))
+        factor = g if weight == 1 else 1 + weight * (g - 1)
+        scales = dora.on_outputs(g * (self.scale * weight), b.ndim - 1)
+        return factor, a, (b * scales).to(b.dtype)
+
+    def row_norms(self, host: nn.Module) -> Tensor:
+        """‖W + delta‖ of each output (out,), float32; constant for autograd."""
+        assert self.axis is not None
+        a, b = self.joined()
+        return self.norms(host, self.axis, a, b, self.scale)
+
+    def decompose(self, host: nn.Module, dtype: torch.dtype | None) -> None:
+        """Make it a DoRA whose output is, so far, that of the factors alone."""
+        norms = self.row_norms(host).view(dora.magnitude_shape(self.b.shape))
+        self.magnitude = nn.Parameter(norms.to(dtype), requires_grad=False)
 
     def input(self, x: Tensor) -> Tensor:
         """The host's input in the factors' dtype."""
@@ -96,8 +166,17 @@ class FactorsPart(Part):
         values["weight"].add_(self.delta(), alpha=weight)
         if self.bias is not None:
             values["bias"].add_(self.bias, alpha=weight * self.scale)
+        if self.magnitude is not None and self.axis is not None:
+            g = dora.ratio(self.magnitude, self.row_norms(self.host))
+            values["weight"].mul_(dora.on_outputs(g, values["weight"].ndim - 1 - self.axis))
+            if "bias" in values:  # that of the host stays as it is
+                bias = self.host._parameters["bias"]
+                assert bias is not None
+                values["bias"].sub_(bias).mul_(g).add_(bias)
 
     def unmergeable(self, site: Site, weight: float) -> str | None:
+        if self.magnitude is not None and weight != 1:
+            return f"DoRA with weight {weight:g}: its magnitudes are values, not additions"
         if self.bias is not None and site.host._parameters.get("bias") is None:
             return "it adds a bias (lora_bias) and the layer has none"
         return None
@@ -106,11 +185,8 @@ class FactorsPart(Part):
         self.scale *= factor
 
     def stored(self, path: str) -> dict[str, Tensor]:
-        """Initial factors join the trained ones: b·a - b0·a0 = [b, -b0]·[a; a0], right on the
-        original base."""
-        a, b = self.a, self.b
-        if self.initial_a is not None and self.initial_b is not None:
-            a, b = torch.cat([a, self.initial_a]), torch.cat([b, -self.initial_b], 1)
+        """Initial factors join the trained ones, which is right on the original base."""
+        a, b = self.joined()
         values = {"a": a, "b": b, "bias": self.bias, "magnitude": self.magnitude}
         keys = part_keys(path, self.stored_as)
         return {keys[role]: value for role, value in values.items() if value is not None}

@@ -53,9 +53,12 @@ class Adapters:
         name: str,
         seed: int | None = None,
         dtype: torch.dtype | None = torch.float32,
+        ephemeral_gpu_offload: bool = False,
     ) -> None:
         """Add a new, trainable adapter; what is active stays."""
-        creation.attach(self.state, config, name, seed, dtype)
+        creation.attach(
+            self.state, config, name, seed, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload
+        )
 
     def load(
         self,
@@ -64,9 +67,17 @@ class Adapters:
         name: str,
         trainable: bool = False,
         dtype: torch.dtype | None = None,
+        ephemeral_gpu_offload: bool = False,
     ) -> None:
         """Add an adapter from a folder, a file or the Hub; what is active stays."""
-        reading.load(self.state, source, name, trainable=trainable, dtype=dtype)
+        reading.load(
+            self.state,
+            source,
+            name,
+            trainable=trainable,
+            dtype=dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+        )
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
         """The trainable parameters of an adapter, or of all."""
@@ -179,16 +190,21 @@ def attach(
     name: str = "default",
     seed: int | None = None,
     dtype: torch.dtype | None = torch.float32,
+    ephemeral_gpu_offload: bool = False,
 ) -> Adapters:
     """Attach a new, trainable adapter to a model, active; the base is frozen.
 
     y = x·Wᵀ + scale·(x·aᵀ)·bᵀ at each target. `dtype`: of the factors, None for that of the base's
-    weight. `Refused` for a model that has adapters (use `adapters.attach`), before anything
-    changes. Unlike PEFT, the model is not wrapped and none of its names change.
+    weight. `ephemeral_gpu_offload`: norms of DoRA are computed on the accelerator, where there is
+    one, while the model is on the CPU. `Refused` for a model that has adapters (use
+    `adapters.attach`), before anything changes. Unlike PEFT, the model is not wrapped and none of
+    its names change.
     """
     adapters = _handle(model)
     try:
-        adapters.attach(config, name=name, seed=seed, dtype=dtype)
+        adapters.attach(
+            config, name=name, seed=seed, dtype=dtype, ephemeral_gpu_offload=ephemeral_gpu_offload
+        )
     except BaseException:
         adapters.detach()
         raise
@@ -204,6 +220,7 @@ def load(
     trainable: bool = False,
     pad_rank: int | None = None,
     dtype: torch.dtype | None = None,
+    ephemeral_gpu_offload: bool = False,
 ) -> Adapters:
     """Load an adapter (a folder, a file, a Hub id) onto a model, active; the base is frozen.
 
@@ -212,7 +229,13 @@ def load(
     """
     adapters = _handle(model)
     try:
-        adapters.load(source, name=name, trainable=trainable, dtype=dtype)
+        adapters.load(
+            source,
+            name=name,
+            trainable=trainable,
+            dtype=dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+        )
     except BaseException:
         adapters.detach()
         raise

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.runtime.site import Site, owner
-from adapterkit.runtime.state import State
+from adapterkit.runtime.state import State, listed
 
 
 @dataclass
@@ -66,6 +66,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
             merged = nn.Parameter(value.to(original.dtype), requires_grad=False)
             module._parameters[leaf] = merged
             done.replaced.append((module, leaf, original))
+            site.unmerged[name] = original
     _release_ties(state, done)
     state.merge = done
     state.merged = dict(table)
@@ -83,6 +84,8 @@ def unmerge(state: State) -> None:
         )
     done = state.merge
     done.swap()
+    for site in state.sites.values():
+        site.unmerged.clear()
     if done.tied is not None:
         state.model.config.tie_word_embeddings = done.tied  # type: ignore[union-attr]
     state.merge, state.merged = None, {}
@@ -126,9 +129,7 @@ def check(state: State, table: Mapping[str, float]) -> None:
                 reasons.setdefault(reason, []).append(site.path)
         errors += [
             Refused(
-                f"{shown(name)} cannot be merged into {', '.join(map(shown, paths[:3]))}"
-                + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-                + f": {reason}",
+                f"{shown(name)} cannot be merged into {listed(paths)}: {reason}",
                 expected="low-rank factors on plain weights",
                 where="merge",
                 hint="run it unmerged",

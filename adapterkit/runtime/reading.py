@@ -1,9 +1,10 @@
 """Adapters from disk onto a live model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.lora_config import LoraConfig, check_live_config
@@ -18,6 +19,7 @@ from adapterkit.patterns import similar_names
 from adapterkit.planning.adapter_config import base_id
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.sources import open_adapter
+from adapterkit.runtime import dora
 from adapterkit.runtime.creation import home
 from adapterkit.runtime.layers import KINDS, kind_of, part_class
 from adapterkit.runtime.site import Part
@@ -40,11 +42,12 @@ def load(
     *,
     trainable: bool,
     dtype: torch.dtype | None,
+    ephemeral_gpu_offload: bool = False,
 ) -> None:
     """Add an adapter from disk; `Refused` with all that does not fit, before anything changes."""
     state.unused(name)
     stored = join(state, source)
-    parts = read_parts(state, stored, name, dtype)
+    parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
     adapter = Attached(name, stored.config, trainable, base_id(stored.adapter))
     for path, part in parts:
         state.add(adapter, path, part)
@@ -78,13 +81,20 @@ def join(state: State, source: StrPath) -> Stored:
                 )
             )
             continue
+        if lora.magnitude is not None:
+            errors += _magnitude_errors(adapter, lora, host, kind)
         factors.append((lora.module, kind, lora, scale))
     refuse_all(errors)
     return Stored(adapter, config, tuple(factors))
 
 
 def read_parts(
-    state: State, stored: Stored, name: str, dtype: torch.dtype | None
+    state: State,
+    stored: Stored,
+    name: str,
+    dtype: torch.dtype | None,
+    *,
+    ephemeral_gpu_offload: bool = False,
 ) -> list[tuple[str, Part]]:
     """The parts of an adapter with their values."""
     adapter = stored.adapter
@@ -111,9 +121,31 @@ def read_parts(
                 dropout=stored.config.dropout,
                 bias=read(lora.bias, where),
                 magnitude=read(lora.magnitude, where),
+                ephemeral_gpu_offload=ephemeral_gpu_offload,
             )
             parts.append((path, part))
     return parts
+
+
+def _magnitude_errors(
+    adapter: Adapter, lora: Lora, host: nn.Module, kind: str
+) -> Iterator[AdapterkitError]:
+    problem = dora.problem(host, KINDS[kind].axis)
+    if problem is not None:
+        yield Refused(
+            f"magnitudes of {shown(lora.module)}: {problem}",
+            expected="a layer that takes magnitudes",
+            where=adapter.label,
+            hint="the adapter was trained on another model",
+        )
+    expected = dora.magnitude_shape(lora.b.shape)
+    if lora.magnitude is not None and lora.magnitude.shape != expected:
+        yield Refused(
+            f"magnitudes of {shown(lora.module)} with shape {lora.magnitude.shape}",
+            expected=f"{expected}",
+            where=adapter.label,
+            hint="save the adapter again",
+        )
 
 
 def _no_module(state: State, adapter: Adapter, lora: Lora, host: object) -> Refused:

@@ -18,6 +18,7 @@ ESCAPED = str.maketrans({"%": "%25", ".": "%2E", ":": "%3A"})  # in children's n
 RESERVED = {
     "parts",
     "path",
+    "unmerged",
     "router",
     "replacing",
     "changing",
@@ -63,6 +64,12 @@ class Part(Unsaved):
     def host(self) -> nn.Module:
         """The module that it is on."""
         return self._host[0]
+
+    @property
+    def site(self) -> "Site":
+        site = self._host[0]._modules[CHILD]
+        assert isinstance(site, Site)
+        return site
 
     def change(self, values: "Values", weight: float) -> None:
         """Change parameters of the host, for one call of its forward."""
@@ -147,6 +154,7 @@ class Site(Unsaved):
         object.__setattr__(self, "_host", (host,))
         self.path = path
         self.parts: dict[str, dict[str, Part]] = {}  # adapter -> role -> part
+        self.unmerged: dict[str, nn.Parameter] = {}  # the host's own, which merged ones replaced
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
         self.select({})
         self._own_forward = host.__dict__.get("forward")

@@ -1,7 +1,7 @@
 """The adapters of a model: which there are, on which modules, and which of them act."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -142,6 +142,12 @@ class State:
     def release(self) -> None:
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
+
+
+def listed(paths: Sequence[str]) -> str:
+    """The first of them, and how many more."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(map(shown, paths[:3])) + more
 
 
 def weights(state: State, names: object) -> dict[str, float]:

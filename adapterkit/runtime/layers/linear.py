@@ -11,6 +11,8 @@ from adapterkit.runtime.factors import FactorsPart
 class LinearPart(FactorsPart):
     """a (r, in), b (out, r); delta (out, in)."""
 
+    axis = 0
+
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, host.in_features), (host.out_features, rank)
@@ -24,6 +26,8 @@ class LinearPart(FactorsPart):
 
 class Conv1DPart(LinearPart):
     """GPT-2's Conv1D stores its weight as (in, out); delta is (b·a)ᵀ."""
+
+    axis = 1
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
