@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from adapterkit.adapters.factors import Factors, Place, factors_of
 from adapterkit.adapters.keys import BASE_LAYER
@@ -25,6 +25,20 @@ MOST = 5  # parameters of one module whose orders are tried
 GIVE_BASE = (
     "give --base BASE, the model they were trained on: its code has the order of the parameters"
 )
+
+
+class Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Parameters(Protocol):
+    """The parameters of a model, on disk or live."""
+
+    @property
+    def label(self) -> str: ...
+
+    def parameter(self, name: str) -> Shaped | None: ...
 
 
 @dataclass(frozen=True)
@@ -197,7 +211,7 @@ def sites_of(
     leaves: dict[int, list[str]],
     of: dict[int, Adapter],
     own: list[str] | None,
-    names: Names | None,
+    names: Parameters | None,
 ) -> list[Site]:
     """The parameters of one module, the innermost first; `Refused` where neither files nor model
     say which is which."""
@@ -278,7 +292,7 @@ def _arranged(
     loras: dict[int, list[Lora]],
     leaves: dict[int, list[str]],
     of: dict[int, Adapter],
-    names: Names | None,
+    names: Parameters | None,
 ) -> list[Site]:
     """The sites if these are the parameters, in this order; `Refused` where the files contradict
     it."""
@@ -310,10 +324,10 @@ def _arranged(
 
 
 def _check_shape(
-    module: str, leaf: str, members: dict[int, tuple[Lora, Factors]], names: Names
+    module: str, leaf: str, members: dict[int, tuple[Lora, Factors]], names: Parameters
 ) -> None:
     parameter = names.parameter(f"{module}.{leaf}")
-    shape = None if parameter is None else parameter.shape
+    shape = None if parameter is None else tuple(parameter.shape)
     for lora, factors in members.values():
         stack = (
             (factors.experts,)
@@ -332,7 +346,7 @@ def _check_shape(
                     f"ones that fit {shown(module)}.{shown(leaf)} "
                     f"{shape or 'of the base, which has none'}"
                 ),
-                where=names.base.name,
+                where=names.label,
                 hint="check that the adapter was trained on this base",
             )
 
@@ -361,6 +375,27 @@ def has_old_layout(adapter: Adapter) -> bool | None:
     version = adapter.config.get("peft_version")
     match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
     return None if match is None else (int(match[1]), int(match[2])) < (0, 19)
+
+
+def flips_square_experts(
+    adapter: Adapter, name: str, transposed: bool, layout: str | None, hint: str
+) -> bool:
+    """Whether b @ a lies transposed on square experts, whose shapes do not tell: PEFT up to 0.18
+    read all of them as (in, out); later versions go by the module, `transposed`.
+
+    `layout`: "peft-0.18" or "peft-0.19", None to go by the version. `Refused` where that is not
+    known."""
+    old = has_old_layout(adapter)
+    if layout is None and old is not None:
+        layout = "peft-0.18" if old else "peft-0.19"
+    if layout is None:
+        raise Refused(
+            f"{shown(name)} holds square experts and the adapter has no peft_version",
+            expected="the layout in which PEFT wrote it: it changed in 0.19",
+            where=adapter.where,
+            hint=hint,
+        )
+    return layout == "peft-0.18" or transposed
 
 
 def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list[AdapterkitError]:

@@ -22,6 +22,7 @@ from adapterkit.planning.sources import open_adapter
 from adapterkit.runtime import dora
 from adapterkit.runtime.creation import home
 from adapterkit.runtime.layers import KINDS, kind_of, part_class
+from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
 
@@ -33,6 +34,7 @@ class Stored:
     adapter: Adapter
     config: LoraConfig
     factors: tuple[tuple[str, str, Lora, float], ...]  # path, kind, factors, scale
+    parameters: tuple[StoredParameter, ...]
 
 
 def load(
@@ -59,8 +61,9 @@ def join(state: State, source: StrPath) -> Stored:
     adapter = read_adapter(open_adapter(source), 0, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
     errors: list[AdapterkitError] = []
-    factors = []
-    for lora in adapter.loras:
+    factors: list[tuple[str, str, Lora, float]] = []
+    loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
+    for lora in loras:
         host = state.modules.get(lora.module)
         kind = None if host is None else kind_of(host)
         if host is None or kind is None:
@@ -85,7 +88,7 @@ def join(state: State, source: StrPath) -> Stored:
             errors += _magnitude_errors(adapter, lora, host, kind)
         factors.append((lora.module, kind, lora, scale))
     refuse_all(errors)
-    return Stored(adapter, config, tuple(factors))
+    return Stored(adapter, config, tuple(factors), tuple(parameters))
 
 
 def read_parts(
@@ -124,6 +127,13 @@ def read_parts(
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
             )
             parts.append((path, part))
+        for stored_parameter in stored.parameters:
+            path = stored_parameter.lora.module
+            host = state.modules[path]
+            where = home(host)
+            a, b = read(stored_parameter.lora.a, where), read(stored_parameter.lora.b, where)
+            assert a is not None and b is not None
+            parts.append((path, stored_parameter.part(name, host, a, b)))
     return parts
 
 

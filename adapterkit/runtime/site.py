@@ -8,7 +8,7 @@ like any child, and adds nothing to `state_dict()`.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Part(Unsaved):
     part runs in place of the module: `run(site, x, ...) -> y`, where `site.base` is the module.
     """
 
-    role: ClassVar[str] = "delta"  # how it begins tells which: delta, weight, or another word
+    role: str = "delta"  # how it begins tells which: delta, weight, or another word
     adapter: str  # its name
     fixed: frozenset[str] = frozenset()  # parameters that are never trained
     _host: tuple[nn.Module]
@@ -74,6 +74,9 @@ class Part(Unsaved):
     def change(self, values: "Values", weight: float) -> None:
         """Change parameters of the host, for one call of its forward."""
         raise NotImplementedError
+
+    def check(self, values: "Values") -> None:
+        """Look at the parameters that it changed, after the call."""
 
     def fix(self, *names: str) -> None:
         """Train these parameters no longer."""
@@ -203,7 +206,10 @@ class Site(Unsaved):
         if torch.compiler.is_compiling():  # traced by one thread
             return self._base_with(values, *args, **kwargs)
         with _exchange:
-            return self._base_with(values, *args, **kwargs)
+            y = self._base_with(values, *args, **kwargs)
+        for part, _ in changing:
+            part.check(values)
+        return y
 
     def _base_with(self, values: Values, *args: Any, **kwargs: Any) -> Any:
         places = [owner(self.host, name) for name in values]

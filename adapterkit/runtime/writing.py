@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapterkit.adapters.keys import CONFIG, WEIGHTS
+from adapterkit.adapters.keys import CONFIG, WEIGHTS, value_key
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.state import Attached, State
 
 CARD = "README.md"
@@ -52,15 +53,25 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     """Tensors and config of an adapter as its files hold them."""
     tensors: dict[str, Tensor] = {}
     scales: dict[str, tuple[int, float]] = {}
+    modules, parameters = [], []
+    levels = {
+        path: sum(isinstance(part, FactorsPart) for part in site.parts[adapter.name].values())
+        for path, site in adapter.sites.items()
+    }
     for site, part in adapter.parts():
+        plain, nested = value_key(site.path), value_key(site.path, levels)
         for key, value in part.stored(site.path).items():
-            tensors[key] = _whole(value)
-        if isinstance(part, FactorsPart):
+            tensors[nested + key.removeprefix(plain)] = _whole(value)
+        if isinstance(part, ParameterPart):
+            parameters.append(f"{site.path}.{part.leaf}")
+            scales[parameters[-1]] = (part.stored_rank, part.scale)
+        elif isinstance(part, FactorsPart):
+            modules.append(site.path)
             scales[site.path] = (part.stored_rank, part.scale)
     config = adapter.config.to_peft(adapter.base)
     config |= scale_settings(scales, config)
     if not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
-        config["target_modules"] = target_list(list(scales), state.modules)
+        config["target_modules"] = target_list(modules, state.modules)
     return tensors, config
 
 

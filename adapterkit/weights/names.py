@@ -82,6 +82,11 @@ class Names:
     build_model: bool = False  # even if all names match directly: for ties, classes, orientations
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """The base's name, for messages."""
+        return self.base.name
+
     @cached_property
     def plain(self) -> bool:
         """Whether transformers' sources prove that keys are names and no layer is transposed."""

@@ -5,7 +5,7 @@ from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.errors import Refused, shown
 from adapterkit.planning.merge.job import Job
 from adapterkit.planning.merge.placement import Product
-from adapterkit.planning.sites import has_old_layout, sites_of
+from adapterkit.planning.sites import flips_square_experts, sites_of
 from adapterkit.weights.parameters import Parameter
 
 
@@ -106,19 +106,9 @@ def _on_experts(
 
 
 def _flips_square_experts(job: Job, adapter: Adapter, parameter: Parameter) -> bool:
-    """Whether square experts, whose shapes do not tell, are (in, out) to the adapter: so PEFT up to
-    0.18 read all of them; later versions go by the module. `Refused` where the version is not
-    known."""
-    layout, old = job.options.expert_layout, has_old_layout(adapter)
-    if layout is None and old is not None:
-        layout = "peft-0.18" if old else "peft-0.19"
-    if layout is None:
-        raise Refused(
-            f"{shown(parameter.name)} holds square experts {parameter.shape} and the adapter has "
-            "no peft_version",
-            expected="the layout in which PEFT wrote it: it changed in 0.19",
-            where=adapter.where,
-            hint="give --expert-layout peft-0.18 or --expert-layout peft-0.19",
-        )
-    module = parameter.name.rpartition(".")[0]
-    return layout == "peft-0.18" or job.names.transposed_experts(module)
+    """Whether square experts are (in, out) to the adapter."""
+    transposed = job.names.transposed_experts(parameter.name.rpartition(".")[0])
+    hint = "give --expert-layout peft-0.18 or --expert-layout peft-0.19"
+    return flips_square_experts(
+        adapter, parameter.name, transposed, job.options.expert_layout, hint
+    )

@@ -1,0 +1,229 @@
+"""Factors of a parameter: a matrix of any module, or a stack of experts' matrices."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.adapters.keys import part_keys
+from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.planning.sites import Site, flips_square_experts, sites_of
+from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.low_rank_sum import LowRankSum, Term, summed
+from adapterkit.runtime.site import Site as LiveSite
+from adapterkit.runtime.site import Values
+from adapterkit.runtime.starts import start
+
+# transformers' implementations of experts in plain torch; others are kernels, which need tensors
+PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
+FACTORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HINT = "write the peft_version that trained it into adapter_config.json"
+
+
+class ParameterPart(FactorsPart):
+    """W + weight·scale·b·a in place of one parameter W of a module while that runs.
+
+    W (out, in): a (r, in), b (out, r). Experts W (E, out, in): a (E, r, in), b (E, out, r), each
+    expert's factors together for their products; with `is_transposed` experts are (E, in, out) and
+    the delta is (b·a)ᵀ. A file has a (E·r, in), the expert slowest, and b (out, r·E), the expert
+    fastest (PEFT 0.19). Unlike PEFT the sum is not computed where the module multiplies with its
+    parameter, and factors keep their dtype.
+    """
+
+    def __init__(
+        self,
+        adapter: str,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        *,
+        leaf: str,  # the parameter's own name
+        transposed: bool = False,
+        depth: int = 0,  # how many further parameters of the module the adapter has after this one
+    ):
+        super().__init__(adapter, a, b, scale)
+        self.leaf, self.transposed, self.depth = leaf, transposed, depth
+        self.role, self.is_read = f"weight:{leaf}", False
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-2]
+
+    def term(self, weight: float) -> Term:
+        """weight·scale·b·a in the parameter's layout, as a product."""
+        left, right = (self.a.mT, self.b.mT) if self.transposed else (self.b, self.a)
+        return Term(left, right, self.scale * weight)
+
+    def change(self, values: Values, weight: float) -> None:
+        value, term = values[self.leaf], self.term(weight)
+        if _multiplies(self.host) and value.dtype in FACTORED:
+            sums = isinstance(value, LowRankSum)
+            terms = (*value.terms, term) if sums else (term,)
+            values[self.leaf] = LowRankSum(value.weight if sums else value, terms)
+        else:
+            values[self.leaf] = summed(value, [term])
+
+    def check(self, values: Values) -> None:
+        """`Refused` where the host never read its parameter: others that do get it unchanged."""
+        self.is_read = self.is_read or getattr(values[self.leaf], "is_read", True)
+        if not self.is_read:
+            name = type(self.host).__name__
+            raise Refused(
+                f"{name} does not read {shown(self.leaf)} in its forward",
+                expected="parameters that their own module multiplies with",
+                where="parameters",
+                hint="leave it out: the module that reads it gets it without the adapter",
+            )
+
+    def dense(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).mT if self.transposed else b @ a
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """‖scale·b·a‖, Frobenius: Σ <bᵀb, a·aᵀ>, without the product."""
+        a, b = self.a.double(), self.b.double()
+        return abs(self.scale) * math.sqrt(max(float((b.mT @ b * (a @ a.mT)).sum()), 0.0))
+
+    def merge(self, values: dict[str, Tensor], weight: float) -> None:
+        value, (left, right, scale) = values[self.leaf], self.term(weight)
+        left, right = left.to(value.dtype), right.to(value.dtype)
+        (value.baddbmm_ if value.ndim == 3 else value.addmm_)(left, right, alpha=scale)
+
+    def unmergeable(self, site: LiveSite, weight: float) -> str | None:
+        return None
+
+    def stored(self, path: str) -> dict[str, Tensor]:
+        keys = part_keys(path, depth=self.depth)
+        a, b = self.a, self.b
+        if a.ndim == 3:
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+        return {keys["a"]: a, keys["b"]: b}
+
+
+def _multiplies(host: nn.Module) -> bool:
+    """Whether a module's code is operations of torch."""
+    implementation = getattr(getattr(host, "config", None), "_experts_implementation", None)
+    return implementation in PLAIN_EXPERTS
+
+
+def new_parameter_part(
+    adapter: str,
+    host: nn.Module,
+    leaf: str,
+    rank: int,
+    scale: float,
+    depth: int,
+    init: str | bool,
+    generator: torch.Generator,
+    place: tuple[torch.device, torch.dtype | None],
+) -> ParameterPart:
+    """Initial factors of a parameter; of a stack those of a linear layer for each expert."""
+    parameter, transposed = host._parameters[leaf], is_transposed(host, leaf)
+    assert parameter is not None
+    out, columns = parameter.shape[-2:]
+    if transposed:
+        out, columns = columns, out
+    shapes = (rank, columns), (out, rank)
+    count = parameter.shape[0] if parameter.ndim == 3 else 1
+    pairs = [start(init, ParameterPart, *shapes, generator) for _ in range(count)]
+    if parameter.ndim == 3:
+        a, b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+    else:
+        a, b = pairs[0]
+    a, b = a.to(*place), b.to(*place)
+    return ParameterPart(adapter, a, b, scale, leaf=leaf, transposed=transposed, depth=depth)
+
+
+def is_transposed(host: nn.Module, leaf: str) -> bool:
+    """Whether the matrices of a parameter are (in, out): of a stack the module's class says it."""
+    parameter = host._parameters[leaf]
+    assert parameter is not None
+    return parameter.ndim == 3 and bool(getattr(host, "is_transposed", False))
+
+
+class ModelParameters:
+    """A live model's parameters by name."""
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]):
+        self.label, self.modules = type(model).__name__, modules
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        module, _, leaf = name.rpartition(".")
+        return self.modules[module]._parameters.get(leaf)
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """A file's factors of one parameter; see `ParameterPart`."""
+
+    lora: Lora
+    scale: float
+    leaf: str
+    depth: int
+    flip: bool  # to exchange in and out: PEFT up to 0.18 had them so
+
+    def part(
+        self,
+        adapter: str,
+        host: nn.Module,
+        a: Tensor,  # (r, in), of experts (E * r, in)
+        b: Tensor,  # (out, r), of experts (out, r * E)
+    ) -> ParameterPart:
+        parameter, transposed = host._parameters[self.leaf], is_transposed(host, self.leaf)
+        assert parameter is not None
+        if parameter.ndim == 3:
+            experts = len(parameter)
+            a = a.unflatten(0, (experts, -1))
+            b = b.unflatten(1, (-1, experts)).permute(2, 0, 1).contiguous()
+        if self.flip:
+            a, b = b.mT.contiguous(), a.mT.contiguous()
+        return ParameterPart(
+            adapter, a, b, self.scale, leaf=self.leaf, transposed=transposed, depth=self.depth
+        )
+
+
+def split_parameters(
+    adapter: Adapter,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    errors: list[AdapterkitError],
+) -> tuple[list[Lora], list[StoredParameter]]:
+    """An adapter's factors of modules, and those of parameters; those that do not fit the model's
+    parameters are added to the errors."""
+    of_modules: list[Lora] = []
+    of_parameters: list[StoredParameter] = []
+    parameters = ModelParameters(model, modules)
+    by_module: dict[str, list[Lora]] = {}
+    for lora in adapter.loras:
+        by_module.setdefault(lora.module, []).append(lora)
+    for module, loras in by_module.items():
+        host = modules.get(module)
+        own = [] if host is None else list(host._parameters)
+        leaves = adapter.leaves(module, own)
+        if host is None or not (leaves or any(lora.depth for lora in loras)):
+            of_modules += loras
+            continue
+        try:
+            sites = sites_of(module, {0: loras}, {0: leaves}, {0: adapter}, own, parameters)
+            of_parameters += [_stored(adapter, site, host) for site in sites]
+        except AdapterkitError as error:
+            errors.append(error)
+    return of_modules, of_parameters
+
+
+def _stored(adapter: Adapter, site: Site, host: nn.Module) -> StoredParameter:
+    lora, factors = site.members[0]
+    assert site.leaf is not None
+    parameter, transposed = host._parameters[site.leaf], is_transposed(host, site.leaf)
+    assert parameter is not None
+    out, columns = factors.shape
+    if parameter.ndim == 2:
+        flip = False
+    elif out == columns:
+        flip = flips_square_experts(adapter, site.name, transposed, None, HINT) != transposed
+    else:
+        flip = (parameter.shape[1:] == (columns, out)) != transposed
+    return StoredParameter(lora, factors.scale, site.leaf, site.depth, flip)
