@@ -1,7 +1,7 @@
 """Checks of an adapter_config.json: types, unknown settings, patterns."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from adapterkit.errors import AdapterkitError, Refused, shown
 
@@ -40,6 +40,18 @@ TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+def with_heads(modules: Iterable[str] | None, task_type: str | None) -> list[str]:
+    """modules_to_save, and the heads that PEFT adds to it in memory by task_type."""
+    return list(dict.fromkeys([*(modules or ()), *TASK_HEADS.get(task_type or "", ())]))
+
+
+def saved_modules(config: dict) -> list[str]:
+    """Modules trained in full, as an adapter_config.json says."""
+    return with_heads(config.get("modules_to_save"), config.get("task_type"))
+
+
 # (config, its file for messages) -> its errors
 ConfigCheck = Callable[[dict, str], list[AdapterkitError]]
 

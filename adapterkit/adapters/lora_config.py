@@ -13,12 +13,13 @@ from adapterkit.adapters.config import (
     invalid_setting,
     is_number,
     is_replication,
+    with_heads,
 )
+from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.patterns import matcher
 from adapterkit.registry import declarations
 
-ALL_LINEAR = "all-linear"
 EMPTY = "dummy-target-modules"  # PEFT's target_modules for an adapter of no module
 # what PEFT 0.21 writes for a plain LoRA
 PEFT_DEFAULTS: dict[str, Any] = {
@@ -103,6 +104,11 @@ class LoraConfig:
         settings = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in _checked(settings, "LoraConfig").items():
             object.__setattr__(self, name, value)
+
+    @property
+    def saved(self) -> list[str]:
+        """Modules trained in full: modules_to_save and the heads that the task adds."""
+        return with_heads(self.modules_to_save, self.task_type)
 
     def to_peft(self, base_model_name_or_path: str | None = None) -> dict[str, Any]:
         """The adapter_config.json. Inits that PEFT does not know, or cannot repeat when it loads

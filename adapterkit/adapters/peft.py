@@ -10,6 +10,7 @@ from adapterkit.adapters.config import (
     TASK_HEADS,
     ConfigCheck,
     check_config,
+    saved_modules,
 )
 from adapterkit.adapters.keys import (
     BASE_LAYER_VALUE,
@@ -20,7 +21,7 @@ from adapterkit.adapters.keys import (
     unwrapped,
     without_wrappers,
 )
-from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, Tokens, is_inside, saved_modules
+from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, Tokens, is_inside
 from adapterkit.checkpoint.folder import Folder, belonging_to, locate
 from adapterkit.checkpoint.foreign import no_model, other_lora
 from adapterkit.checkpoint.header import TensorSpec

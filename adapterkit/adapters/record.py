@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from adapterkit.adapters.config import BASE_CHANGING_INITS, TASK_HEADS
+from adapterkit.adapters.config import BASE_CHANGING_INITS, saved_modules
 from adapterkit.adapters.keys import BASE_LAYER_VALUE, CONFIG
+from adapterkit.adapters.targets import ALL_LINEAR, WHOLE, Patterns, has_end
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
@@ -119,7 +120,7 @@ class Adapter:
             return [
                 leaf
                 for leaf in own
-                if any(f".{module}.{leaf}".endswith(f".{target}") for target in targets)
+                if any(has_end(f"{module}.{leaf}", target) for target in targets)
             ]
         parts = [target.rpartition(".") for target in targets]
         has_bare = any(not parent for parent, _, _ in parts)
@@ -130,7 +131,7 @@ class Adapter:
         possible = [
             leaf
             for parent, _, leaf in parts
-            if (f".{module}".endswith(f".{parent}") if parent else not is_target)
+            if (has_end(module, parent) if parent else not is_target)
         ]
         return list(dict.fromkeys(possible))
 
@@ -138,13 +139,9 @@ class Adapter:
         """Whether target_modules matches a module."""
         targets = self.config.get("target_modules")
         if isinstance(targets, str):
-            full_match = r"\A(?:{})\Z"
-            return targets == "all-linear" or matcher(
-                targets, f"{self.where}: target_modules", full_match
-            )(module)
-        return isinstance(targets, list) and any(
-            f".{module}".endswith(f".{target}") for target in targets
-        )
+            where = f"{self.where}: target_modules"
+            return targets == ALL_LINEAR or matcher(targets, where, WHOLE)(module)
+        return isinstance(targets, list) and any(has_end(module, target) for target in targets)
 
     def attention(self, lora: Lora) -> str | None:
         """The MultiheadAttention whose output projection the factors are for, else None.
@@ -166,11 +163,7 @@ class Adapter:
         return f"{lora.module}.{leaf}" if leaf is not None else self.attention(lora) or lora.module
 
     def rank_and_scale(self, name: str) -> tuple[int, float]:
-        """Rank and scale of a module or parameter.
-
-        The first matching pattern counts, of rank_pattern and of alpha_pattern apart (PEFT's
-        `get_pattern_key`: `(.*\\.)?(pattern)$` from the start of the name; a dot is any character).
-        """
+        """Rank and scale of a module or parameter, by rank_pattern and alpha_pattern apart."""
         config = self.config
         rank, alpha = self.rank_and_alpha(name, config.get("r", 8), config.get("lora_alpha", 8))
         return rank, self.scale(rank, alpha)
@@ -178,34 +171,22 @@ class Adapter:
     def rank_and_alpha(self, name: str, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of the first patterns that match a module or parameter, else `rank` and
         `alpha`."""
-        return (
-            self._first_match(self._rank_patterns, name, rank),
-            self._first_match(self._alpha_patterns, name, alpha),
-        )
+        return self._ranks.value(name, rank), self._alphas.value(name, alpha)
 
     def scale(self, rank: int, alpha: float) -> float:
         """alpha / r, or alpha / sqrt(r) with use_rslora."""
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @cached_property
-    def _rank_patterns(self) -> list:
+    def _ranks(self) -> Patterns[int]:
         return self._patterns("rank_pattern")
 
     @cached_property
-    def _alpha_patterns(self) -> list:
+    def _alphas(self) -> Patterns[float]:
         return self._patterns("alpha_pattern")
 
-    def _patterns(self, key: str) -> list:
-        table = self.config.get(key) or {}
-        where = f"{self.where}: {key}"
-        return [
-            (matcher(str(pattern), where, r"\A(?:.*\.)?(?:{})\Z"), value)
-            for pattern, value in table.items()
-        ]
-
-    @staticmethod
-    def _first_match(patterns: list, name: str, default):
-        return next((value for matches, value in patterns if matches(name)), default)
+    def _patterns(self, key: str) -> Patterns:
+        return Patterns(self.config.get(key) or {}, f"{self.where}: {key}")
 
 
 def rank_mismatch(adapter: Adapter, lora: Lora, stored: int, rank: int) -> Refused:
@@ -216,12 +197,6 @@ def rank_mismatch(adapter: Adapter, lora: Lora, stored: int, rank: int) -> Refus
         where=adapter.where,
         hint="restore the config that was saved with the file (a wrong rank means a wrong scale)",
     )
-
-
-def saved_modules(config: dict) -> list[str]:
-    """modules_to_save, and the heads that PEFT adds to it in memory by task_type."""
-    heads = TASK_HEADS.get(config.get("task_type") or "", ())
-    return list(dict.fromkeys([*(config.get("modules_to_save") or []), *heads]))
 
 
 def is_inside(parameter: str, module: str) -> bool:

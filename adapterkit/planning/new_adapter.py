@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapterkit.adapters.targets import ALL_LINEAR, has_end, output_head
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
@@ -16,7 +17,6 @@ from adapterkit.weights.bypassed import is_bypassed
 from adapterkit.weights.names import Names
 
 NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
-HEADS = ("score", "classifier")  # what PEFT takes for a classifier's head
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ def select_targets(
     searched in the names. `lacking`: what the other layers are, for messages."""
     layers = [] if model is None else list(model.named_modules())
     linear = [name for name, module in layers if is_linear(module)] if layers else list(usable)
-    if targets.lower() == "all-linear":
-        return _all_linear(linear, usable, _heads(model), lacking)
+    if targets.lower() == ALL_LINEAR:
+        is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+        return _all_linear(linear, usable, output_head(model, is_classifier), lacking)
     if not NAMES.fullmatch(targets):
         matches = matcher(targets, "--targets")
         modules = [name for name in usable if matches(name)]
@@ -82,9 +83,9 @@ def select_targets(
 
 
 def _all_linear(
-    linear: list[str], usable: Collection[str], heads: list[str], lacking: str
+    linear: list[str], usable: Collection[str], head: str | None, lacking: str
 ) -> tuple[list[str], list[str]]:
-    candidates = [name for name in linear if name not in heads]
+    candidates = [name for name in linear if name != head]
     modules = [name for name in candidates if name in usable]
     others = [name for name in candidates if name not in usable]
     if not modules:
@@ -117,18 +118,7 @@ def wrappable(names: Names, modules: Iterable[str], notes: list[str]) -> list[st
 
 
 def _ending(end: str, modules: Iterable[str]) -> list[str]:
-    return [name for name in modules if f".{name}".endswith(f".{end}")]
-
-
-def _heads(model: Any) -> list[str]:
-    """The output layer; where there is none, a classifier's."""
-    if model is None:
-        return []
-    output = model.get_output_embeddings()
-    if output is None and type(model).__name__.endswith("ForSequenceClassification"):
-        heads = (getattr(model, name, None) for name in HEADS)
-        output = next((head for head in heads if head is not None), None)
-    return [name for name, module in model.named_modules() if module is output]
+    return [name for name in modules if has_end(name, end)]
 
 
 def new_adapter(

@@ -1,28 +1,467 @@
-"""Which modules of a live model a config targets."""
+"""What a config means on a live model: the modules and parameters that get factors, those trained
+in full, and the rows of tokens."""
 
 import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
+from adapterkit.adapters.targets import (
+    ALL_LINEAR,
+    USUAL_TARGETS,
+    WHOLE,
+    Patterns,
+    has_end,
+    is_within,
+    output_head,
+)
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.patterns import matcher, similar_names
 from adapterkit.runtime.layers import kind_of
+from adapterkit.runtime.site import CHILD
+from adapterkit.weights.bypassed import MAMBAS, MAMBAS_REFUSED, reads_weight
+
+PARAMETER = "parameter"
+WHERE = "LoraConfig"
+LISTS_OF_MODULES = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 @dataclass(frozen=True)
 class Target:
+    """A module that gets factors, or its parameter `leaf`; scale = alpha / rank, or alpha / √rank.
+
+    `tied`: the embedding whose factors a head shares, transposed."""
+
     path: str
+    module: nn.Module
     kind: str
     rank: int
     scale: float
+    leaf: str | None = None
+    tied: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the module or parameter: what patterns match."""
+        return self.path if self.leaf is None else f"{self.path}.{self.leaf}"
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
-    ends = config.targets or ()
-    scale = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
-    return [
-        Target(path, kind, config.rank, scale)
-        for path, module in model.named_modules()
-        if (kind := kind_of(module))
-        and (ends == "all-linear" or any(f".{path}".endswith(f".{end}") for end in ends))
+    """The targets in the order of the model, modules before parameters; parameters of one module in
+    the order of its code, the first one innermost (PEFT nests wrappers in that order).
+
+    PEFT 0.21's rules, with these deviations: each name and pattern must match something;
+    modules_to_save match at dots; `layers` finds a list of layers that starts the name as well;
+    "all-linear" has quantized linears of all classes, leaves out weights that the code around them
+    reads itself, and does not turn Mixtral's router and experts into parameters.
+
+    `Refused` with all names that match nothing, and all modules that take no factors."""
+    modules = own_modules(model)
+    errors: list[AdapterkitError] = []
+    paths = _selected(model, modules, config, errors)
+    leaves = _leaves(model, modules, config, errors)
+    errors += [
+        Refused(
+            f"{shown(path)} is a target, and so is a parameter of it",
+            expected="one of them",
+            where=WHERE,
+            hint="leave the module out of targets, or targets=[]",
+        )
+        for path in dict.fromkeys(path for path, _ in leaves)
+        if path in paths
     ]
+    ranks = Patterns(config.rank_pattern, f"{WHERE}: rank_pattern")
+    alphas = Patterns(config.alpha_pattern, f"{WHERE}: alpha_pattern")
+
+    def target(path: str, leaf: str | None, kind: str, tied: str | None = None) -> Target:
+        name = tied or (path if leaf is None else f"{path}.{leaf}")
+        rank, alpha = ranks.value(name, config.rank), alphas.value(name, config.alpha)
+        scale = alpha / (math.sqrt(rank) if config.rslora else rank)
+        return Target(path, modules[path], kind, rank, scale, leaf, tied)
+
+    tied = _tied(model, modules, config, paths, errors)
+    targets = [
+        target(path, None, kind, tied.get(path))
+        for path in paths
+        if (kind := kind_of(modules[path]))
+    ]
+    targets += [target(path, leaf, PARAMETER) for path, leaf in leaves]
+    for path in paths:
+        errors += _unfit(model, modules, path)
+    for one in targets:
+        errors += _unfit_settings(one, config)
+    names = [one.name for one in targets]
+    for key, patterns in ("rank_pattern", ranks), ("alpha_pattern", alphas):
+        errors += [_no_match(key, one, "a target", names) for one in patterns.unmatched(names)]
+    refuse_all(errors)
+    return targets
+
+
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules below itself, without the adapters; a shared one by its first name."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if path and CHILD not in path.split(".")
+    }
+
+
+def _selected(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    errors: list[AdapterkitError],
+) -> list[str]:
+    """Paths of the modules that targets, exclude, layers and modules_to_save select."""
+    targets = config.targets
+    if targets is None:
+        kind = model_type(model)
+        targets = USUAL_TARGETS.get(kind or "", ())
+        if not targets and not config.parameters:
+            name = type(model).__name__ if kind is None else f"model type {shown(kind)}"
+            errors.append(_no_targets(f"no usual targets of {name}", "give targets"))
+        names = ()
+    else:
+        names = () if isinstance(targets, str) else targets
+    if targets == ALL_LINEAR:
+        head = output_head(model, config.task_type == "SEQ_CLS")
+        paths = [path for path in modules if path != head and _is_linear(model, modules, path)]
+    elif isinstance(targets, str):
+        paths = list(filter(matcher(targets, f"{WHERE}: targets", WHOLE), modules))
+    else:
+        paths = [path for path in modules if _ends(path) & set(targets)]
+    selected = {end for path in paths for end in _ends(path)}
+    unknown = [name for name in names if name not in selected]
+    errors += [
+        _no_match("targets", name, "the end of a module's name", modules) for name in unknown
+    ]
+    if not isinstance(targets, str):
+        paths = _in_layers(paths, targets, config, errors)
+    # an attention's factors are for both of its projections
+    attentions = {path for path in paths if kind_of(modules[path]) == "attention"}
+    paths = [path for path in paths if path.rpartition(".")[0] not in attentions]
+    is_excluded = _exclusion(modules, config, errors)
+    left = [path for path in paths if not is_excluded(path)]
+    if targets and not left and not unknown:
+        hint = "check exclude and modules_to_save" if paths else "check targets and layers"
+        errors.append(_no_targets("no module is a target", hint))
+    return left
+
+
+def model_type(model: nn.Module) -> str | None:
+    """The type of a transformers model."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _no_targets(problem: str, hint: str) -> Refused:
+    return Refused(problem, expected="at least one target", where=WHERE, hint=hint)
+
+
+def _ends(name: str) -> set[str]:
+    """A dotted name and its ends."""
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _is_linear(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether all-linear has a module: no container, and nothing whose weight others read."""
+    module = modules[path]
+    children = [name for name, _ in module.named_children() if name != CHILD]
+    is_linear = kind_of(module) in ("linear", "conv1d") and (
+        isinstance(module, nn.Linear) or not children
+    )
+    return is_linear and _reader(model, modules, path) is None
+
+
+def _in_layers(
+    paths: list[str],
+    targets: Sequence[str],
+    config: LoraConfig,
+    errors: list[AdapterkitError],
+) -> list[str]:
+    """Those of the paths that are in `config.layers`; whole names count in any layer."""
+    layers = config.layers
+    if layers is None:
+        return paths
+    assert not isinstance(layers, int)
+    where = f"{WHERE}: layers_pattern"
+    lists = [matcher(one, where, r"\A(?:.*\.)?(?:{})\Z") for one in config.layers_pattern or ()]
+    layer_of = {path: _layer(path, lists) for path in paths if path not in targets}
+    errors += [
+        Refused(
+            f"layers: no target in layer {layer}",
+            expected="layers with targets",
+            where=WHERE,
+            hint="check layers and layers_pattern",
+        )
+        for layer in layers
+        if layer not in layer_of.values()
+    ]
+    return [path for path in paths if path in targets or layer_of[path] in layers]
+
+
+def _layer(path: str, lists: Sequence[Callable[[str], bool]]) -> int | None:
+    """The number after a list of layers in a path: after the first of `lists` that is in it, or
+    without them the first number that is no part's own name.
+
+    PEFT passes over a list without a module around it, unless layers_pattern names it."""
+    parts = path.split(".")
+    numbers = [i for i in range(1, len(parts) - 1) if parts[i].isdecimal()]
+    if lists:
+        numbers = [i for is_list in lists for i in numbers if is_list(".".join(parts[:i]))]
+    else:
+        numbers = [i for i in numbers if i > 1] or numbers
+    return int(parts[numbers[0]]) if numbers else None
+
+
+def _exclusion(
+    modules: Mapping[str, nn.Module], config: LoraConfig, errors: list[AdapterkitError]
+) -> Callable[[str], bool]:
+    """Whether a path is excluded, by exclude or as a part of a module that is trained in full."""
+    exclude = config.exclude or ()
+    if isinstance(exclude, str):
+        is_named = matcher(exclude, f"{WHERE}: exclude", WHOLE)
+        unknown = [] if any(map(is_named, modules)) else [exclude]
+    else:
+        names = set(exclude)
+        is_named = lambda path: not names.isdisjoint(_ends(path))
+        unknown = sorted(names.difference(*map(_ends, modules)))
+    errors += [_no_match("exclude", name, "a module", modules) for name in unknown]
+    return lambda path: is_named(path) or any(is_within(path, entry) for entry in config.saved)
+
+
+def _leaves(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    errors: list[AdapterkitError],
+) -> list[tuple[str, str]]:
+    """Paths and names of the parameters that `config.parameters` names."""
+    names = set(config.parameters or ())
+    if not names:
+        return []
+    leaves, matching, known = [], set(), []
+    for path, module in [("", model), *modules.items()]:
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}".removeprefix(".")
+            known.append(name)
+            if names.isdisjoint(ends := _ends(name)):
+                continue
+            matching |= names & ends
+            problem = _unfit_parameter(path, name, parameter, config)
+            if problem is None:
+                leaves.append((path, leaf))
+            else:
+                errors.append(problem)
+    errors += [
+        _no_match("parameters", name, "the end of a parameter's name", known)
+        for name in sorted(names - matching)
+    ]
+    return leaves
+
+
+def _unfit_parameter(
+    path: str, name: str, parameter: nn.Parameter, config: LoraConfig
+) -> Refused | None:
+    """Why a parameter takes no factors; None if it does."""
+    problem, hint = f"parameter {shown(name)}", "leave it out"
+    shape = tuple(parameter.shape)
+    if path == "":
+        problem, hint = f"{problem} of the model itself", "put the model into another module"
+    elif len(shape) not in (2, 3):
+        problem = f"{problem} with shape {shape}"
+    elif entry := next((one for one in config.saved if is_within(path, one)), None):
+        problem = f"{problem} inside {shown(entry)}, which is trained in full"
+    else:
+        return None
+    return Refused(problem, expected="2 or 3 dimensions, in a module", where=WHERE, hint=hint)
+
+
+def _tied(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: LoraConfig,
+    paths: list[str],
+    errors: list[AdapterkitError],
+) -> dict[str, str]:
+    """With `config.tie`: head -> the embedding that it shares its weight with. Where one of them is
+    among the `paths`, all of them are added."""
+    if not config.tie:
+        return {}
+    embedding = input_embedding(model, modules)
+    heads = [] if embedding is None else tied_modules(modules, embedding)
+    if embedding is None or not heads:
+        hint = "leave tie out"
+        errors.append(Refused("tie = True", expected="tied weights", where=WHERE, hint=hint))
+        return {}
+    if not {embedding, *heads} & set(paths):
+        return {}
+    paths[:] = [path for path in modules if path in {embedding, *heads, *paths}]
+    return dict.fromkeys(heads, embedding)
+
+
+def input_embedding(model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
+    """The path of a transformers model's input embedding."""
+    ask = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = None if ask is None else ask()
+    except NotImplementedError:  # a model without one
+        return None
+    return next((path for path, module in modules.items() if module is embedding), None)
+
+
+def tied_modules(modules: Mapping[str, nn.Module], embedding: str) -> list[str]:
+    """The other modules with the embedding's weight."""
+    weight = modules[embedding].weight
+    return [
+        path
+        for path, module in modules.items()
+        if path != embedding and getattr(module, "weight", None) is weight
+    ]
+
+
+def _unfit(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> list[AdapterkitError]:
+    """Why a module takes no factors; nothing if it does."""
+    module = modules[path]
+    problem = f"target {shown(path)} is a {type(module).__name__}"
+    leaves = [leaf for leaf, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)]
+    expected = "a linear layer, an embedding, a convolution or torch's MultiheadAttention"
+    hint = "leave it out"
+    if kind_of(module) is None:
+        if leaves:
+            name = f"{path.rpartition('.')[2]}.{leaves[0]}"
+            hint = f"parameters={[name]!r} adapts the parameter itself"
+        elif any(kind_of(child) for child in module.modules()):
+            hint = "target the layers inside it"
+    elif reader := _reader(model, modules, path):
+        problem = f"the weight of target {shown(path)} is read by {reader}, not by its forward"
+        expected = "layers that are called"
+        if kind_of(modules.get(path.rpartition(".")[0], model)) == "attention":
+            hint = "target the attention: both projections get factors"
+    else:
+        return []
+    return [Refused(problem, expected=expected, where=WHERE, hint=hint)]
+
+
+def _reader(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """The class around a module that multiplies by the module's weight itself; None if it calls the
+    module."""
+    parent, _, leaf = path.rpartition(".")
+    around = type(modules.get(parent, model))
+    is_mamba = model_type(model) in MAMBAS and leaf in MAMBAS_REFUSED
+    return around.__name__ if is_mamba or reads_weight(around.__mro__, leaf) else None
+
+
+def _unfit_settings(target: Target, config: LoraConfig) -> Iterator[Refused]:
+    """Settings that a target's kind does not take."""
+    kind, module = target.kind, target.module
+
+    def unfit(setting: str, expected: str) -> Refused:
+        problem = f"{setting} on {shown(target.name)}, a {type(module).__name__}"
+        hint = "exclude the module, or leave the setting out"
+        return Refused(problem, expected=expected, where=WHERE, hint=hint)
+
+    if config.dora and kind == "attention":
+        yield unfit("dora", "a linear layer, an embedding or a convolution")
+    if config.invocation_tokens and kind not in ("linear", "conv1d"):
+        yield unfit("invocation_tokens", "linear layers")
+    if config.lora_bias and kind in ("embedding", "attention"):
+        yield unfit("lora_bias", "a linear layer or a convolution")
+    groups = getattr(module, "groups", 1) if kind == "conv" else 1
+    if target.rank % groups:
+        yield unfit(f"rank {target.rank}", f"a multiple of the {groups} groups")
+    if kind == "attention" and not getattr(module, "_qkv_same_embed_dim", True):
+        yield unfit("factors", "one width of queries, keys and values")
+
+
+def resolve_saved(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Paths of the modules that are trained in full.
+
+    An entry matches a whole name or its end after a dot (PEFT: any end, so that `head` also means
+    lm_head). `Refused` with all entries that match nothing or cannot be copied."""
+    modules = {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if path and CHILD not in path.split(".")
+    }
+    entries = config.saved
+    paths = [path for path in modules if any(has_end(path, entry) for entry in entries)]
+    errors: list[AdapterkitError] = [
+        _no_match("modules_to_save", entry, "the end of a module's name", modules)
+        for entry in config.modules_to_save or ()
+        if not any(has_end(path, entry) for path in paths)
+    ]
+    if config.tie and (embedding := input_embedding(model, modules)):
+        shared = {embedding, *tied_modules(modules, embedding)}
+        if shared & set(paths):
+            paths = [path for path in modules if path in shared.union(paths)]
+    different = {modules[path]: path for path in reversed(paths)}  # the first name of each
+    outer = [
+        path
+        for path in reversed(different.values())
+        if not any(path.startswith(f"{other}.") for other in different.values())
+    ]
+    errors += [
+        Refused(
+            f"modules_to_save: {shown(path)} is a {type(modules[path]).__name__}",
+            expected="modules that are called",
+            where=WHERE,
+            hint="name the modules inside it",
+        )
+        for path in outer
+        if isinstance(modules[path], LISTS_OF_MODULES)
+    ]
+    refuse_all(errors)
+    return outer
+
+
+def resolve_tokens(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Embedding (or head) -> the rows that are trained. Without a name it is the model's input
+    embedding.
+
+    `Refused` with all names that match no embedding or head, or one that is trained in full, and
+    all rows that they have not."""
+    tokens, modules = config.trainable_tokens, own_modules(model)
+    if tokens is None:
+        return {}
+    if not isinstance(tokens, Mapping):
+        tokens = {input_embedding(model, modules) or "embed_tokens": tokens}
+    saved = config.saved
+    rows: dict[str, tuple[int, ...]] = {}
+    errors: list[AdapterkitError] = []
+
+    def refuse(problem: str, expected: str, hint: str = "") -> None:
+        problem = f"trainable_tokens: {problem}"
+        errors.append(Refused(problem, expected=expected, where=WHERE, hint=hint))
+
+    for name, indices in tokens.items():
+        paths = [path for path in modules if has_end(path, name)]
+        if not paths:
+            errors.append(_no_match("trainable_tokens", name, "an embedding", modules))
+        for path in paths:
+            module = modules[path]
+            if kind_of(module) not in ("embedding", "linear"):
+                refuse(f"{shown(path)} is a {type(module).__name__}", "an embedding or a head")
+                continue
+            if any(is_within(path, entry) for entry in saved):
+                refuse(f"{shown(path)} is trained in full", "one of both", "leave one out")
+            if path in rows:
+                refuse(f"{shown(path)} has two lists", "one list", "give each its whole name")
+            size = len(module.get_parameter("weight"))
+            if outside := [index for index in indices if index >= size]:
+                hint = "resize the embedding first (resize_token_embeddings)"
+                refuse(f"{shown(path)} has no rows {outside}", f"rows below {size}", hint)
+            rows[path] = tuple(indices)
+    refuse_all(errors)
+    return rows
+
+
+def _no_match(setting: str, name: str, expected: str, known: Collection[str]) -> Refused:
+    return Refused(
+        f"{setting}: {shown(name)!r} matches none",
+        expected=expected,
+        where=WHERE,
+        hint=similar_names(name, known) or "check the names",
+    )

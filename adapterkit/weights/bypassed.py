@@ -8,9 +8,10 @@ from functools import cache
 from adapterkit.weights.names import Names
 
 ATTENTION = "MultiheadAttention"  # torch's: multiplies by its projections' weights itself
-# Of these PEFT refuses factors on the first two layers; the third a fused kernel's path passes by
+# PEFT refuses factors on two layers of these; a third one a fused kernel's path passes by
 MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-MAMBAS_SPARED = ("out_proj", "conv1d", "x_proj")
+MAMBAS_REFUSED = ("out_proj", "conv1d")
+MAMBAS_SPARED = (*MAMBAS_REFUSED, "x_proj")
 
 
 def classes_of(names: Names, module: str) -> tuple[type, ...]:
@@ -32,18 +33,51 @@ def is_bypassed(names: Names, module: str) -> bool:
 @cache
 def _is_read(around: tuple[type, ...], leaf: str, convolution: bool) -> bool:
     """Whether the code of these classes uses more of a child of that name than its forward."""
-    if any(cls.__name__ == ATTENTION for cls in around):
+    if reads_weight(around, leaf):
         return True
-    code = "\n".join(
-        inspect.getsource(cls) for cls in around if cls.__module__.startswith("transformers.")
-    )
-    leaf = re.escape(leaf)
+    code, leaf = _code(around), re.escape(leaf)
     asked = re.search(
         rf"\.{leaf}\.(stride|kernel_size|padding|dilation|in_channels|out_channels)\b", code
     )
     # by a function that is given it
     asked = asked or (convolution and re.search(rf"[(,]\s*self\.{leaf}\s*[,)]", code))
+    return bool(asked)
+
+
+@cache
+def reads_weight(around: tuple[type, ...], leaf: str) -> bool:
+    """Whether the code of these classes multiplies by the weight of a child of that name itself."""
+    if any(cls.__name__ == ATTENTION for cls in around):
+        return True
+    # to read the source of a model's classes takes half a second
+    if not any({leaf, "weight"} <= _attributes(cls) for cls in _of_transformers(around)):
+        return False
+    code, leaf = _code(around), re.escape(leaf)
     read = re.search(rf"\.{leaf}\.weight\b(?!\.(dtype|device|shape|data)\b)", code)
     # even where another path calls the layer
     factor = re.search(rf"\.{leaf}\.weight\s*@|@\s*self\.{leaf}\.weight\b", code)
-    return bool(asked or factor or (read and not re.search(rf"\.{leaf}\(", code)))
+    return bool(factor or (read and not re.search(rf"\.{leaf}\(", code)))
+
+
+def _of_transformers(classes: tuple[type, ...]) -> list[type]:
+    return [cls for cls in classes if cls.__module__.startswith("transformers.")]
+
+
+@cache
+def _code(classes: tuple[type, ...]) -> str:
+    """The source of those of these classes that transformers defines."""
+    return "\n".join(map(inspect.getsource, _of_transformers(classes)))
+
+
+@cache
+def _attributes(cls: type) -> frozenset[str]:
+    """The names of attributes in the code of a class's own methods."""
+    values = [getattr(value, "fget", value) for value in vars(cls).values()]
+    functions = [inspect.unwrap(getattr(value, "__func__", value)) for value in values if value]
+    codes = [value.__code__ for value in functions if inspect.isfunction(value)]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [inner for inner in code.co_consts if inspect.iscode(inner)]
+    return frozenset(names)

@@ -15,6 +15,12 @@ def kind_of(host: nn.Module) -> str | None:
     """The kind of layer that a module is, None for one that takes no factors."""
     if type(host).__name__ == "Conv1D" and hasattr(host, "nf"):
         return "conv1d"
+    if isinstance(host, nn.Embedding):
+        return "embedding"
+    if isinstance(host, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "conv"
+    if isinstance(host, nn.MultiheadAttention):
+        return "attention"
     if hasattr(host, "in_features") and hasattr(host, "out_features"):
         return "linear"
     return None
