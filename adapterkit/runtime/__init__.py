@@ -1,6 +1,7 @@
 """The runtime: train and run PyTorch models with adapters, beside the base and never inside it."""
 
+from adapterkit.runtime.collection import collect
 from adapterkit.runtime.handle import Adapters, attach, load
 from adapterkit.runtime.optimizers import LoraFA, Riemannian, loraplus
 
-__all__ = ["Adapters", "LoraFA", "Riemannian", "attach", "load", "loraplus"]
+__all__ = ["Adapters", "LoraFA", "Riemannian", "attach", "collect", "load", "loraplus"]
