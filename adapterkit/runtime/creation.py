@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused, refuse_all
 from adapterkit.runtime import dora
-from adapterkit.runtime.layers import KINDS, part_class
+from adapterkit.runtime.layers import KINDS, members, part_class
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.starts import start
 from adapterkit.runtime.state import Attached, State, listed
@@ -32,9 +32,12 @@ def attach(
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     adapter = Attached(name, config, trainable=True, base=base_name(state.model))
     parts = []
-    for target in targets:
-        kind = part_class(target.kind, config)
-        host = state.modules[target.path]
+    places = [
+        (target, *member) for target in targets for member in members(target.path, target.kind)
+    ]
+    for target, path, kind_name in places:
+        kind = part_class(kind_name, config)
+        host = state.modules[path]
         a_shape, b_shape = kind.shapes(host, target.rank)
         a, b = start(config.init, kind, a_shape, b_shape, generator)
         where = home(host)
@@ -49,7 +52,7 @@ def attach(
         )
         if config.dora:
             part.decompose(host, dtype)
-        parts.append((target.path, part))
+        parts.append((path, part))
     for path, part in parts:
         state.add(adapter, path, part)
     state.adapters[name] = adapter

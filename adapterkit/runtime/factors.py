@@ -10,7 +10,7 @@ from adapterkit.adapters.keys import part_keys
 from adapterkit.runtime import dora
 from adapterkit.runtime.memo import Memo
 from adapterkit.runtime.quantized import stored
-from adapterkit.runtime.site import Part, Site
+from adapterkit.runtime.site import Part, Site, Values
 
 
 class FactorsPart(Part):
@@ -24,6 +24,8 @@ class FactorsPart(Part):
 
     stored_as: ClassVar[str] = "module"  # the layout of its keys
     axis: ClassVar[int | None] = None  # of the outputs in the host's weight; None: no DoRA
+    parameter: ClassVar[str] = "weight"  # of the host, to which it adds
+    host_bias: ClassVar[str] = "bias"
     initial_a: Tensor | None
     initial_b: Tensor | None
 
@@ -64,8 +66,8 @@ class FactorsPart(Part):
         """Shapes of a and b for a host."""
         raise NotImplementedError
 
-    def product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """b·a applied to the host's input."""
+    def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """b·a applied to the host's input, plus a bias."""
         raise NotImplementedError
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:
@@ -77,12 +79,10 @@ class FactorsPart(Part):
         dropped = self.drop(whole)
         if self.magnitude is not None:
             return self._rescaled(y, weight, x, whole, dropped)
-        update = self.product(dropped, self.a, self.b)
+        update = self.product(dropped, self.a, self.b, self.bias)
         if self.initial_a is not None and self.initial_b is not None:
             # the base that lacks them drops nothing
             update = update - self.product(whole, self.initial_a, self.initial_b)
-        if self.bias is not None:
-            update = update + self.bias
         return y + update * (self.scale * weight)
 
     def _rescaled(
@@ -163,9 +163,9 @@ class FactorsPart(Part):
         return float(self.delta().norm())
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
-        values["weight"].add_(self.delta(), alpha=weight)
+        values[self.parameter].add_(self.delta(), alpha=weight)
         if self.bias is not None:
-            values["bias"].add_(self.bias, alpha=weight * self.scale)
+            values[self.host_bias].add_(self.bias, alpha=weight * self.scale)
         if self.magnitude is not None and self.axis is not None:
             g = dora.ratio(self.magnitude, self.row_norms(self.host))
             values["weight"].mul_(dora.on_outputs(g, values["weight"].ndim - 1 - self.axis))
@@ -177,12 +177,16 @@ class FactorsPart(Part):
     def unmergeable(self, site: Site, weight: float) -> str | None:
         if self.magnitude is not None and weight != 1:
             return f"DoRA with weight {weight:g}: its magnitudes are values, not additions"
-        if self.bias is not None and site.host._parameters.get("bias") is None:
+        if self.bias is not None and Values(site.host)[self.host_bias] is None:
             return "it adds a bias (lora_bias) and the layer has none"
         return None
 
     def rescale(self, factor: float) -> None:
         self.scale *= factor
+
+    def target(self, path: str) -> str:
+        """The module that targets and patterns name; `path`: the site's."""
+        return path
 
     def stored(self, path: str) -> dict[str, Tensor]:
         """Initial factors join the trained ones, which is right on the original base."""

@@ -60,6 +60,11 @@ class Part(Unsaved):
     fixed: frozenset[str] = frozenset()  # parameters that are never trained
     _host: tuple[nn.Module]
 
+    @classmethod
+    def place(cls, path: str) -> str:
+        """The path of the site for such a part of the module `path`."""
+        return path
+
     @property
     def host(self) -> nn.Module:
         """The module that it is on."""
@@ -130,7 +135,7 @@ class Values(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         module, leaf = owner(self.host, name)
-        return module._parameters[leaf]
+        return module._parameters.get(leaf)
 
 
 def owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -289,7 +294,7 @@ def _child_name(part: Part) -> str:
     but the plain one is appended."""
     name = part.adapter.translate(ESCAPED)
     if part.role != "delta":
-        return f"{name}:{part.role.translate(ESCAPED)}"
+        return f"{name}:{part.role.replace('.', '%2E')}"
     return f"{name}%" if hasattr(Site, name) or name in RESERVED else name
 
 

@@ -74,7 +74,7 @@ class State:
         return self.active
 
     def add(self, adapter: Attached, path: str, part: Part) -> None:
-        site = self.site(path)
+        site = self.site(part.place(path))
         part.train(site.training)
         if isinstance(part, InvokedPart):
             part.invocations = self._invocations()

@@ -66,12 +66,12 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
             parameters.append(f"{site.path}.{part.leaf}")
             scales[parameters[-1]] = (part.stored_rank, part.scale)
         elif isinstance(part, FactorsPart):
-            modules.append(site.path)
-            scales[site.path] = (part.stored_rank, part.scale)
+            modules.append(part.target(site.path))
+            scales[modules[-1]] = (part.stored_rank, part.scale)
     config = adapter.config.to_peft(adapter.base)
     config |= scale_settings(scales, config)
     if not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
-        config["target_modules"] = target_list(modules, state.modules)
+        config["target_modules"] = target_list(list(dict.fromkeys(modules)), state.modules)
     return tensors, config
 
 

@@ -1,14 +1,25 @@
 """The kinds of layers that take factors, by name; each is one file."""
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.layers.attention import OUTPUT, AttentionOutputPart, AttentionPart
+from adapterkit.runtime.layers.conv import ConvPart
+from adapterkit.runtime.layers.embedding import EmbeddingPart
 from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
 
-KINDS: dict[str, type[FactorsPart]] = {"linear": LinearPart, "conv1d": Conv1DPart}
+KINDS: dict[str, type[FactorsPart]] = {
+    "linear": LinearPart,
+    "conv1d": Conv1DPart,
+    "embedding": EmbeddingPart,
+    "conv": ConvPart,
+    "attention": AttentionPart,
+    "attention_output": AttentionOutputPart,
+}
 
 
 def kind_of(host: nn.Module) -> str | None:
@@ -21,9 +32,18 @@ def kind_of(host: nn.Module) -> str | None:
         return "conv"
     if isinstance(host, nn.MultiheadAttention):
         return "attention"
+    if isinstance(host, NonDynamicallyQuantizableLinear):
+        return "attention_output"
     if hasattr(host, "in_features") and hasattr(host, "out_features"):
         return "linear"
     return None
+
+
+def members(path: str, kind: str) -> list[tuple[str, str]]:
+    """The modules, with their kinds, that have factors where `path` is a target."""
+    if kind == "attention":
+        return [(path, kind), (f"{path}.{OUTPUT}", "attention_output")]
+    return [(path, kind)]
 
 
 def part_class(kind: str, config: LoraConfig) -> type[FactorsPart]:

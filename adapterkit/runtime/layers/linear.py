@@ -17,8 +17,8 @@ class LinearPart(FactorsPart):
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, host.in_features), (host.out_features, rank)
 
-    def product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear(F.linear(x, a), b)
+    def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(F.linear(x, a), b, bias)
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a

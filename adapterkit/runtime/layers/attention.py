@@ -1,0 +1,71 @@
+"""Factors of nn.MultiheadAttention, whose projections are no modules that it calls."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adapterkit.adapters.keys import part_keys
+from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.site import CHILD, Values
+
+OUTPUT = "out_proj"  # the child that the attention reads and does not call
+
+
+class AttentionPart(FactorsPart):
+    """in_proj_weight (3·E, E) + weight·scale·b·a while the attention runs: a (r, E), b (3·E, r).
+
+    The sum is taken in float32 or wider and rounded once. As in PEFT dropout, which acts on the
+    input of factors, does nothing."""
+
+    role: ClassVar[str] = "weight"
+    parameter = "in_proj_weight"
+    host_bias = "in_proj_bias"
+
+    @classmethod
+    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, host.embed_dim), (3 * host.embed_dim, rank)
+
+    def change(self, values: Values, weight: float) -> None:
+        scale = self.scale * weight
+        with torch.autocast(self.a.device.type, enabled=False):
+            own = values[self.parameter]
+            wide = torch.promote_types(own.dtype, self.a.dtype)
+            a, b = (x.to(wide) for x in self.joined())
+            values[self.parameter] = torch.addmm(own.to(wide), b, a, alpha=scale)
+
+    def dense(self, a: Tensor, b: Tensor) -> Tensor:
+        return b @ a
+
+
+class AttentionOutputPart(AttentionPart):
+    """out_proj.weight (E, E) + weight·scale·b·a while the attention runs, at the attention's site.
+
+    PEFT adapts both projections, or neither, and adds this delta twice."""
+
+    role: ClassVar[str] = f"weight:{OUTPUT}"
+    parameter = f"{OUTPUT}.weight"
+    host_bias = f"{OUTPUT}.bias"
+
+    @classmethod
+    def place(cls, path: str) -> str:
+        return path.rpartition(".")[0]
+
+    @classmethod
+    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, host.in_features), (host.out_features, rank)
+
+    def target(self, path: str) -> str:
+        return path if self._is_inside() else f"{path}.{OUTPUT}"
+
+    def stored(self, path: str) -> dict[str, Tensor]:
+        """PEFT's keys of it are inside the wrapper of the attention."""
+        levels = {path: 1} if self._is_inside() else {}
+        keys = part_keys(f"{path}.{OUTPUT}", self.stored_as, levels)
+        a, b = self.joined()
+        return {keys["a"]: a, keys["b"]: b}
+
+    def _is_inside(self) -> bool:
+        """Whether the adapter has the other projection too."""
+        site: Any = self.host._modules[CHILD]
+        return AttentionPart.role in site.parts[self.adapter]

@@ -1,0 +1,47 @@
+"""Factors of embeddings."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.site import Site
+
+
+class EmbeddingPart(FactorsPart):
+    """y + weight·scale·aᵀ[x]·bᵀ: a (r, V), b (D, r), delta (V, D) = (b·a)ᵀ.
+
+    Times the host's own factor where it has one (Gemma's `embed_scale`). Dropout of ids means
+    nothing, here as in PEFT. Unlike PEFT, a host's `max_norm` does not rescale a's columns in
+    place."""
+
+    stored_as = "embedding"
+
+    @classmethod
+    def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        rows, columns = host.weight.shape
+        return (rank, rows), (columns, rank)
+
+    def input(self, x: Tensor) -> Tensor:
+        return x
+
+    def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        host: Any = self.host
+        # not `sparse`: a lies the other way round, and its gradient is dense
+        rows = F.embedding(
+            x, a.T, padding_idx=host.padding_idx, scale_grad_by_freq=host.scale_grad_by_freq
+        )
+        update = F.linear(rows, b, bias)
+        factor = getattr(host, "embed_scale", None)
+        if factor is None:
+            return update
+        return update * (factor.to(update.dtype) if isinstance(factor, Tensor) else factor)
+
+    def dense(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).T
+
+    def unmergeable(self, site: Site, weight: float) -> str | None:
+        if getattr(site.host, "max_norm", None) is not None:
+            return "the layer limits the norm of its rows (max_norm)"
+        return super().unmergeable(site, weight)
