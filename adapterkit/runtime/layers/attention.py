@@ -1,6 +1,6 @@
 """Factors of nn.MultiheadAttention, whose projections are no modules that it calls."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class AttentionPart(FactorsPart):
     The sum is taken in float32 or wider and rounded once. As in PEFT dropout, which acts on the
     input of factors, does nothing."""
 
-    role: ClassVar[str] = "weight"
+    role = "weight"
     parameter = "in_proj_weight"
     host_bias = "in_proj_bias"
 
@@ -43,7 +43,7 @@ class AttentionOutputPart(AttentionPart):
 
     PEFT adapts both projections, or neither, and adds this delta twice."""
 
-    role: ClassVar[str] = f"weight:{OUTPUT}"
+    role = f"weight:{OUTPUT}"
     parameter = f"{OUTPUT}.weight"
     host_bias = f"{OUTPUT}.bias"
 

@@ -46,6 +46,6 @@ class ConvPart(FactorsPart):
         return (left @ right).reshape(b.shape[0], *a.shape[1:])
 
     def unmergeable(self, site: Site, weight: float) -> str | None:
-        if site.host.groups != 1:  # type: ignore[union-attr]
+        if site.host.groups != 1:
             return "its factors join the inputs of all groups"
         return super().unmergeable(site, weight)
