@@ -1,7 +1,7 @@
 """The handle on a model's adapters: train, run, combine and save them."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
-from adapterkit.runtime import combining, creation, merging, reading, writing
+from adapterkit.runtime import combining, creation, merging, reading, rows, writing
 from adapterkit.runtime.report import Report, report
 from adapterkit.runtime.state import State, weights
 
@@ -92,18 +92,29 @@ class Adapters:
         """Let these adapters act, with weights where a map is given; None: the base alone.
 
         The trainable ones among them are trained from here on."""
+        self.state.outside_rows("activate")
         self.state.select(weights(self.state, names))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base alone, bit for bit."""
-        active = self.active
-        self.state.select({})
-        try:
-            with merging.without_merge(self.state):
+        with rows.without_rows(self.state), merging.without_merge(self.state):
+            active = self.active
+            self.state.select({})
+            try:
                 yield
-        finally:
-            self.state.select(active)
+            finally:
+                self.state.select(active)
+
+    def rows(self, names: Iterable[str | None]) -> AbstractContextManager[None]:
+        """Row i of each batch gets the adapter names[i], None: the base; one pass for all rows.
+
+        `Refused` for unknown names, inside other rows and while merged; in the call, for a batch of
+        another size (`generate` repeats the names for beams), for modules that get no rows (one
+        expert's, an image encoder's in a language model), and for training. Unlike PEFT's
+        adapter_names: DoRA too, and adapters with copies of modules that others lack.
+        """
+        return rows.rows(self.state, names)
 
     def merge(self, names: Names = None) -> None:
         """Put adapters (None: what is active) into the base's weights: W + Σ weight·scale·b·a,
@@ -111,10 +122,12 @@ class Adapters:
 
         Tied weights are untied. `Refused` for what no weight equals (aLoRA, Arrow) and for a second
         merge, before anything changes."""
+        self.state.outside_rows("merge")
         merging.merge(self.state, self.active if names is None else weights(self.state, names))
 
     def unmerge(self) -> None:
         """Give the base its weights back, bit for bit; what was active before is again."""
+        self.state.outside_rows("unmerge")
         merging.unmerge(self.state)
 
     def combine(
@@ -131,6 +144,7 @@ class Adapters:
 
     def rescale(self, factor: float, *, name: str) -> None:
         """Multiply an adapter's scale; `save` writes it so."""
+        self.state.outside_rows("rescale")
         self.state.known([name])
         for _, part in self.state.adapters[name].parts():
             part.rescale(factor)
@@ -141,6 +155,7 @@ class Adapters:
 
     def delete(self, name: str) -> None:
         """Take an adapter off the model; `Refused` while it is active or merged."""
+        self.state.outside_rows("delete")
         self.state.known([name])
         for table, word, hint in (
             (self.state.active, "active", "activate another one, or None, first"),
@@ -157,6 +172,7 @@ class Adapters:
 
     def detach(self) -> None:
         """Take all adapters off; the model is bit for bit what it was before."""
+        self.state.outside_rows("detach")
         if self.state.merge is not None:
             self.unmerge()
         self.state.select({})

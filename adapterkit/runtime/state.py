@@ -52,6 +52,7 @@ class State:
         self.active: dict[str, float] = {}
         self.merged: dict[str, float] = {}
         self.merge: Merge | None = None  # what `merged` replaced
+        self.rows: object | None = None  # the mixed batch in progress; see `rows`
         self.invocations: Invocations | None = None  # while there is an aLoRA
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -121,6 +122,16 @@ class State:
                 expected=", ".join(map(shown, self.adapters)) or "an adapter; there is none",
                 where="the model's adapters",
                 hint=did_you_mean(unknown, self.adapters) or "load or attach it first",
+            )
+
+    def outside_rows(self, where: str) -> None:
+        """`Refused` inside a mixed batch, for what would change it."""
+        if self.rows is not None:
+            raise Refused(
+                f"{where} inside rows",
+                expected="adapters that stay as they are",
+                where=where,
+                hint="leave the rows first",
             )
 
     def unused(self, name: str) -> None:

@@ -1,0 +1,517 @@
+"""Mixed batches: each row of a batch with its own adapter, one pass of the model for all rows.
+
+At a module where the rows differ, the site gets a router. Linear layers with plain factors add all
+rows' products at once (`kernels.mixed`); every other kind of part runs on the rows of one adapter
+at a time. Modules where the rows do not differ run as they do with `activate`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.kernels import mixed
+from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
+from adapterkit.runtime.site import Part, Site
+from adapterkit.runtime.state import State
+
+# The arguments of a model, or of its generate, whose first axis is the batch, in this order.
+INPUTS = (
+    "inputs input_ids inputs_embeds decoder_input_ids decoder_inputs_embeds pixel_values "
+    "input_features input_values"
+).split()
+UNBATCHED = ("cache_position", "position_ids")  # whose first axis may be another
+REGROUPED = re.compile(r"(^|\.)experts?[._]\d+(\.|$)")  # one expert's modules get the tokens routed
+TABLES = re.compile(r"(^|\.)relative_attention_bias$")  # looked up by distance, not by row
+SEQUENCE_FIRST = ("xlnet",)  # model types whose hidden states are (tokens, rows, ...)
+
+
+@contextmanager
+def rows(state: State, names: Iterable[str | None]) -> Iterator[None]:
+    """Let row i of each batch have the adapter names[i], None: the base alone."""
+    batch = Rows(state, _checked(state, names))
+    batch.enter()
+    try:
+        yield
+    finally:
+        batch.leave()
+
+
+@contextmanager
+def without_rows(state: State) -> Iterator[None]:
+    """The routers of a mixed batch, where there is one, do nothing while the block runs."""
+    batch: Rows | None = state.rows  # type: ignore[assignment]
+    if batch is None:
+        yield
+        return
+    batch.route(on=False)
+    try:
+        yield
+    finally:
+        batch.route(on=True)
+
+
+class Rows:
+    """A mixed batch: which adapter each row has, and how many rows the call in progress has."""
+
+    def __init__(self, state: State, names: tuple[str | None, ...]):
+        self.state, self.names = state, names
+        self.batch: int | None = None  # rows of the call in progress, once they are checked
+        self.generating = self.on = False
+        self.routes = {site: self._row_names(site) for site in state.sites.values()}
+        mixed_sites = [site for site, own in self.routes.items() if len(set(own)) > 1]
+        _check_sites(state, mixed_sites)
+        self.routers = {site: Router(self, site, self.routes[site]) for site in mixed_sites}
+
+    def _row_names(self, site: Site) -> tuple[str | None, ...]:
+        return tuple(name if name in site.parts else None for name in self.names)
+
+    def enter(self) -> None:
+        model = self.state.model
+        axis = 0 if _batch_first(model) else 1
+        self._generate = model.__dict__.get("generate")
+        self._hooks = (
+            model.register_forward_pre_hook(
+                lambda module, args, kwargs: self._before(args, kwargs, axis), with_kwargs=True
+            ),
+            model.register_forward_hook(lambda *args: self._after(), always_call=True),
+        )
+        if callable(getattr(model, "generate", None)):
+            model.__dict__["generate"] = self._generator(model.generate)  # type: ignore[operator]
+        self.state.rows = self
+        self.route(on=True)
+
+    def leave(self) -> None:
+        model = self.state.model
+        self.route(on=False)
+        for site in self.routes:
+            site.select(self.state.active)
+        self.state.rows = None
+        for hook in self._hooks:
+            hook.remove()
+        if "generate" in model.__dict__:
+            del model.__dict__["generate"]
+        if self._generate is not None:
+            model.__dict__["generate"] = self._generate
+
+    def route(self, *, on: bool) -> None:
+        """Let each site act as its rows ask, or as the base."""
+        self.on = on
+        for site, names in self.routes.items():
+            router = self.routers.get(site) if on else None
+            uniform = names[0] if on and router is None else None
+            site.select({} if uniform is None else {uniform: 1.0})
+            site.router = router
+            if router is not None:
+                keep_unfused(site)
+
+    def _generator(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            """The model's own generate, for as many rows as there are names."""
+            if not self.on:
+                return generate(*args, **kwargs)
+            size = _batch_size(args, kwargs, 0)
+            if size is not None:
+                self._fits(size, multiples=False)
+            before = self.generating, self.batch
+            self.generating, self.batch = True, len(self.names)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.generating, self.batch = before
+
+        return run
+
+    def _before(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
+        if not self.on:
+            return
+        self._not_training()
+        size = _batch_size(args, kwargs, axis)
+        if size is None:
+            return
+        self._fits(size, multiples=self.generating)
+        self.batch = size
+
+    def _after(self) -> None:
+        self.batch = len(self.names) if self.generating else None
+
+    def _fits(self, size: int, *, multiples: bool) -> None:
+        count = len(self.names)
+        if size != count and not (multiples and size and size % count == 0):
+            raise Refused(
+                f"{count} names for a batch of {size} rows",
+                expected="one name for each row, None for the base",
+                where="rows",
+                hint="give as many names as the batch has rows; generate repeats them for beams",
+            )
+
+    def _not_training(self) -> None:
+        if not torch.is_grad_enabled():
+            return
+        trained = [
+            name
+            for name in dict.fromkeys(self.names)
+            if name in self.state.active and self.state.adapters[name].trainable
+        ]
+        if self.state.model.training or trained:
+            raise Refused(
+                "the model is in training mode"
+                if self.state.model.training
+                else f"{', '.join(map(shown, trained))} active and trainable, with gradients",
+                expected="inference: rows have no gradients of their adapters",
+                where="rows",
+                hint="call model.eval() and use torch.no_grad(), or train with activate",
+            )
+
+    def check(self, site: Site, x: Tensor, axis: int) -> None:
+        """`Refused` where this input of a module does not consist of the batch's rows, in their
+        order."""
+        size, batch = x.shape[axis], self.batch or len(self.names)
+        # (rows * tokens, hidden), as routers of experts get it, or (rows * windows, tokens, hidden)
+        flat = self.batch is not None and size and size % batch == 0 and axis == 0
+        sequence_first = x.ndim > 2 and x.shape[1] == batch
+        table = isinstance(site.host, nn.Embedding)
+        if (size != batch and (not flat or sequence_first or table)) or (table and x.ndim < 2):
+            raise Refused(
+                f"input {tuple(x.shape)} of {shown(site.path)} in a batch of {batch} rows",
+                expected=f"{batch} rows on axis {axis}",
+                where="rows",
+                hint="leave this module out of the adapters, or run them one at a time",
+            )
+
+
+class Router:
+    """What a site does for the rows of a mixed batch."""
+
+    def __init__(self, batch: Rows, site: Site, names: tuple[str | None, ...]):
+        self.batch, self.names = batch, names
+        self.axis = _axis(batch.state, site.path)
+        self._linear: LinearRows | None = None
+        self._is_linear: bool | None = None
+
+    def __call__(self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self._is_linear is None:
+            self._linear = linear_rows(site, self.names)
+            self._is_linear = self._linear is not None
+        x = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(site.host, nn.Embedding) and x.ndim == 2 and x.shape[0] == 1:
+            # positions that all rows share
+            x = x.expand(self.batch.batch or len(self.names), -1)
+            args = (x, *args[1:])
+        self.batch.check(site, x, self.axis)
+        if self._linear is None:
+            return run_groups(site, self.names, self.axis, args, kwargs)
+        y = site.base(*args, **kwargs)
+        if self.axis == 0:
+            return self._linear(y, x)
+        return self._linear(y.transpose(0, 1), x.transpose(0, 1)).transpose(0, 1)
+
+
+# --- linear layers --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """One adapter at a linear layer: y·stretch + offset + scale·(x·aᵀ)·bᵀ."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scale: float
+    offset: Tensor | None = None  # (out,)
+    stretch: Tensor | None = None  # (out,)
+
+
+def share_of(site: Site, parts: Mapping[str, Part]) -> Share | None:
+    """The share of an adapter whose only part is plain factors, else None."""
+    part = parts.get("delta")
+    if len(parts) != 1 or type(part) not in (LinearPart, Conv1DPart):
+        return None
+    assert isinstance(part, FactorsPart)
+    if part.magnitude is not None:
+        return None
+    a, b, scale = part.a.detach(), part.b.detach(), float(part.scale)
+    if part.initial_a is not None and part.initial_b is not None:
+        a, b = torch.cat([a, part.initial_a]), torch.cat([b, -part.initial_b], 1)
+    return Share(a, b, scale, None if part.bias is None else part.bias.detach() * scale)
+
+
+class LinearRows:
+    """The products of all rows at one linear layer; factors are stacked at the first call."""
+
+    def __init__(self, shares: Sequence[Share], index: Sequence[int], *, in_place: bool):
+        dtypes = [tensor.dtype for share in shares for tensor in (share.a, share.b)]
+        self.dtype = dtypes[0]
+        for dtype in dtypes:
+            self.dtype = torch.promote_types(self.dtype, dtype)
+        self.factors = [(s.a.to(self.dtype), s.b.to(self.dtype), s.scale) for s in shares]
+        self.index, self.in_place = index, in_place
+        self.stretch = self._rows([s.stretch for s in shares], 1.0)
+        self.offset = self._rows([s.offset for s in shares], 0.0)
+        self._dense: tuple[Tensor, Tensor, Tensor] | None = None
+        self._gathered: tuple[Tensor, Tensor] | None = None
+
+    def _rows(self, values: Sequence[Tensor | None], default: float) -> Tensor | None:
+        """(rows, 1, out), the default for rows without a value; None where no row has one."""
+        given = next((value for value in values if value is not None), None)
+        if given is None:
+            return None
+        plain = torch.full_like(given, default)
+        own = [plain if value is None else value for value in values]
+        return torch.stack([own[i] if i >= 0 else plain for i in self.index])[:, None].to(
+            self.dtype
+        )
+
+    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
+        """y, the base's output, changed for each row; x: its input."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._add(y, x)
+        return self._add(y, x)
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        rows = len(self.index)
+        x = x.reshape(rows, -1, x.shape[-1])
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
+        owned = self.in_place and y.dtype == self.dtype and not y.requires_grad
+        out = y if owned and y.is_contiguous() else y.to(self.dtype, copy=True).contiguous()
+        total = out.view(rows, -1, y.shape[-1])
+        if self.stretch is not None:
+            total.mul_(self.stretch)
+        if self.offset is not None:
+            total.add_(self.offset)
+        if mixed.dense_is_faster(rows, len(self.factors), x.shape[1]):
+            if self._dense is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._dense = mixed.dense_factors(self.factors, self.index)
+            mixed.add_dense_(total, x, *self._dense)
+        else:
+            if self._gathered is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._gathered = mixed.gathered_factors(self.factors, self.index)
+            mixed.add_gathered_(total, x, *self._gathered)
+        return out if out.dtype == y.dtype else out.to(y.dtype)
+
+
+def linear_rows(site: Site, names: Sequence[str | None]) -> LinearRows | None:
+    """All rows at once, where each adapter of the site has plain factors of a linear layer."""
+    adapters = [name for name in dict.fromkeys(names) if name is not None]
+    shares = []
+    for name in adapters:
+        share = share_of(site, site.parts[name])
+        if share is None:
+            return None
+        shares.append(share)
+    index = [-1 if name is None else adapters.index(name) for name in names]
+    # the output of another class may be a view, or not writable (8-bit layers)
+    return LinearRows(shares, index, in_place=type(site.host) is nn.Linear)
+
+
+# --- other modules --------------------------------------------------------------------------------
+
+
+def run_groups(
+    site: Site,
+    names: Sequence[str | None],
+    axis: int,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run the site on the rows of one adapter at a time, and put the outputs together."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    size = x.shape[axis]
+    repeat = size // len(names)
+    groups: dict[str | None, list[int]] = {}
+    for row, name in enumerate(names):
+        groups.setdefault(name, []).extend(range(row * repeat, (row + 1) * repeat))
+    indices, outputs = [], []
+    for name, members in groups.items():
+        index = torch.tensor(members, device=x.device)
+        own_args = [select(value, index, size, axis) for value in args]
+        own_kwargs = {key: select(value, index, size, axis) for key, value in kwargs.items()}
+        outputs.append(run_alone(site, name, own_args, own_kwargs))
+        indices.append(index)
+    return join(outputs, indices, axis, site.path)
+
+
+def run_alone(site: Site, name: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The site's output with one adapter, or with none."""
+    router, site.router = site.router, None
+    site.select({} if name is None else {name: 1.0})
+    try:
+        return site.forward(*args, **kwargs)
+    finally:
+        site.select({})
+        site.router = router
+        keep_unfused(site)
+
+
+def select(value: Any, index: Tensor, size: int, axis: int) -> Any:
+    """The rows of every tensor with that many rows, in lists and maps too."""
+    if isinstance(value, Tensor):
+        if value.ndim <= axis or value.shape[axis] != size:
+            return value
+        return value.index_select(axis, index.to(value.device))
+    if isinstance(value, tuple | list):
+        return type(value)(select(item, index, size, axis) for item in value)
+    if isinstance(value, dict):
+        return {key: select(item, index, size, axis) for key, item in value.items()}
+    return value
+
+
+def join(outputs: Sequence[Any], indices: Sequence[Tensor], axis: int, path: str) -> Any:
+    """The outputs of all groups as one: tensors row by row, in tuples and maps too."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        sizes = [output.shape[axis] if output.ndim > axis else 0 for output in outputs]
+        if sizes != [len(index) for index in indices]:
+            raise Refused(
+                f"an output {tuple(first.shape)} of {shown(path)} that is not one for each row",
+                expected="outputs whose rows are those of the batch",
+                where="rows",
+                hint="leave this module out of the adapters, or run them one at a time",
+            )
+        order = torch.cat(list(indices)).argsort()
+        return torch.cat(list(outputs), axis).index_select(axis, order)
+    if isinstance(first, tuple | list):
+        joined = [join(items, indices, axis, path) for items in zip(*outputs, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+    if isinstance(first, dict):
+        return type(first)(
+            **{key: join([o[key] for o in outputs], indices, axis, path) for key in first}
+        )
+    return first
+
+
+def keep_unfused(site: Site) -> None:
+    """Torch's fused layers read the weights of their modules unless one of these has hooks."""
+    if not site._forward_pre_hooks:
+        site.register_forward_pre_hook(lambda *args: None)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...]:
+    """The names of the rows; `Refused` for what is no list of them, and where rows cannot be."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise Refused(
+            f"names {names!r}", expected="a list: one name for each row, or None", where="rows"
+        )
+    table = tuple(names)
+    errors: list[AdapterkitError] = []
+    if not table:
+        errors.append(Refused("no names", expected="one name for each row", where="rows"))
+    if state.rows is not None:
+        errors.append(
+            Refused(
+                "rows inside rows",
+                expected="one mixed batch at a time",
+                where="rows",
+                hint="leave the other one first",
+            )
+        )
+    if state.merge is not None:
+        errors.append(
+            Refused(
+                f"{', '.join(map(shown, state.merged))} merged",
+                expected="the base's own weights",
+                where="rows",
+                hint="unmerge first",
+            )
+        )
+    refuse_all(errors)
+    adapters = [name for name in dict.fromkeys(table) if name is not None]
+    state.known(adapters)
+    invoked = [name for name in adapters if state.adapters[name].config.invocation_tokens]
+    if invoked:
+        raise Refused(
+            f"{', '.join(map(shown, invoked))} with invocation tokens (aLoRA)",
+            expected="adapters that act on all tokens",
+            where="rows",
+            hint="run it alone with activate",
+        )
+    return table
+
+
+def _check_sites(state: State, sites: Iterable[Site]) -> None:
+    """`Refused` for modules whose inputs are not the batch's rows in their order."""
+    wrong: dict[str, list[str]] = {}
+    model_type = getattr(getattr(state.model, "config", None), "model_type", None)
+    text = _text_paths(state)
+    for site in sites:
+        if REGROUPED.search(site.path):
+            reason = "get the tokens that are routed to them, not the batch's rows"
+        elif TABLES.search(site.path):
+            reason = "are looked up by distance, not by row"
+        elif model_type in SEQUENCE_FIRST:
+            reason = "have their rows on another axis"
+        elif text is not None and not _below(site.path, text):
+            reason = "get images or sounds, of which a row may have none or several"
+        else:
+            continue
+        wrong.setdefault(reason, []).append(site.path)
+    refuse_all(
+        [
+            Refused(
+                f"modules that {reason}: {', '.join(map(shown, paths))}",
+                expected="modules that each row passes",
+                where="rows",
+                hint="run these adapters one at a time with activate",
+            )
+            for reason, paths in wrong.items()
+        ]
+    )
+
+
+def _text_paths(state: State) -> list[str] | None:
+    """The language model and its head in a model that puts images or sounds among the tokens;
+    None for another model."""
+    model, config = state.model, getattr(state.model, "config", None)
+    kinds = (
+        f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index")
+    )
+    if config is None or not any(getattr(config, name, None) is not None for name in kinds):
+        return None
+    inner = [model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()]  # type: ignore[operator]
+    names = {id(module): path for path, module in state.modules.items()}
+    return [names[id(module)] for module in inner if module is not None and id(module) in names]
+
+
+def _below(path: str, roots: Iterable[str]) -> bool:
+    return any(not root or path == root or path.startswith(root + ".") for root in roots)
+
+
+def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> int | None:
+    """Rows of the first tensor among a call's arguments."""
+    named = [kwargs.get(name) for name in INPUTS]
+    others = [value for key, value in kwargs.items() if key not in (*INPUTS, *UNBATCHED)]
+    for value in (*args, *named, *others):
+        if isinstance(value, Tensor) and value.ndim > axis:
+            return value.shape[axis]
+    return None
+
+
+def _batch_first(module: nn.Module) -> bool:
+    """False for torch's own transformers whose inputs are (tokens, rows, ...)."""
+    inner = getattr(module, "self_attn", module)
+    layers = getattr(module, "layers", None)
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder) and layers:
+        inner = layers[0].self_attn
+    if not isinstance(module, nn.Transformer) and not isinstance(inner, nn.MultiheadAttention):
+        return True
+    return bool(inner.batch_first)
+
+
+def _axis(state: State, path: str) -> int:
+    """The axis of a module's inputs on which the rows are."""
+    while path:
+        if not _batch_first(state.modules[path]):
+            return 1
+        path = path.rpartition(".")[0]
+    return 0 if _batch_first(state.model) else 1
