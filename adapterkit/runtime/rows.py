@@ -1,24 +1,21 @@
 """Mixed batches: each row of a batch with its own adapter, one pass of the model for all rows.
 
-At a module where the rows differ, the site gets a router. Linear layers with plain factors add all
-rows' products at once (`kernels.mixed`); every other kind of part runs on the rows of one adapter
-at a time. Modules where the rows do not differ run as they do with `activate`.
+At a module where the rows differ, the site gets a router: `row_products` for linear layers,
+`row_groups` for every other kind of part. Where they do not differ, it runs as with `activate`.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.kernels import mixed
-from adapterkit.runtime.factors import FactorsPart
-from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
-from adapterkit.runtime.site import Part, Site
+from adapterkit.runtime.row_groups import keep_unfused, run_groups
+from adapterkit.runtime.row_products import LinearRows, linear_rows
+from adapterkit.runtime.site import Site
 from adapterkit.runtime.state import State
 
 # The arguments of a model, or of its generate, whose first axis is the batch, in this order.
@@ -211,190 +208,6 @@ class Router:
         if self.axis == 0:
             return self._linear(y, x)
         return self._linear(y.transpose(0, 1), x.transpose(0, 1)).transpose(0, 1)
-
-
-# --- linear layers --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Share:
-    """One adapter at a linear layer: y·stretch + offset + scale·(x·aᵀ)·bᵀ."""
-
-    a: Tensor  # (r, in)
-    b: Tensor  # (out, r)
-    scale: float
-    offset: Tensor | None = None  # (out,)
-    stretch: Tensor | None = None  # (out,)
-
-
-def share_of(site: Site, parts: Mapping[str, Part]) -> Share | None:
-    """The share of an adapter whose only part is plain factors, else None."""
-    part = parts.get("delta")
-    if len(parts) != 1 or type(part) not in (LinearPart, Conv1DPart):
-        return None
-    assert isinstance(part, FactorsPart)
-    if part.magnitude is not None:
-        return None
-    a, b, scale = part.a.detach(), part.b.detach(), float(part.scale)
-    if part.initial_a is not None and part.initial_b is not None:
-        a, b = torch.cat([a, part.initial_a]), torch.cat([b, -part.initial_b], 1)
-    return Share(a, b, scale, None if part.bias is None else part.bias.detach() * scale)
-
-
-class LinearRows:
-    """The products of all rows at one linear layer; factors are stacked at the first call."""
-
-    def __init__(self, shares: Sequence[Share], index: Sequence[int], *, in_place: bool):
-        dtypes = [tensor.dtype for share in shares for tensor in (share.a, share.b)]
-        self.dtype = dtypes[0]
-        for dtype in dtypes:
-            self.dtype = torch.promote_types(self.dtype, dtype)
-        self.factors = [(s.a.to(self.dtype), s.b.to(self.dtype), s.scale) for s in shares]
-        self.index, self.in_place = index, in_place
-        self.stretch = self._rows([s.stretch for s in shares], 1.0)
-        self.offset = self._rows([s.offset for s in shares], 0.0)
-        self._dense: tuple[Tensor, Tensor, Tensor] | None = None
-        self._gathered: tuple[Tensor, Tensor] | None = None
-
-    def _rows(self, values: Sequence[Tensor | None], default: float) -> Tensor | None:
-        """(rows, 1, out), the default for rows without a value; None where no row has one."""
-        given = next((value for value in values if value is not None), None)
-        if given is None:
-            return None
-        plain = torch.full_like(given, default)
-        own = [plain if value is None else value for value in values]
-        return torch.stack([own[i] if i >= 0 else plain for i in self.index])[:, None].to(
-            self.dtype
-        )
-
-    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
-        """y, the base's output, changed for each row; x: its input."""
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self._add(y, x)
-        return self._add(y, x)
-
-    def _add(self, y: Tensor, x: Tensor) -> Tensor:
-        rows = len(self.index)
-        x = x.reshape(rows, -1, x.shape[-1])
-        x = x if x.dtype == self.dtype else x.to(self.dtype)
-        owned = self.in_place and y.dtype == self.dtype and not y.requires_grad
-        out = y if owned and y.is_contiguous() else y.to(self.dtype, copy=True).contiguous()
-        total = out.view(rows, -1, y.shape[-1])
-        if self.stretch is not None:
-            total.mul_(self.stretch)
-        if self.offset is not None:
-            total.add_(self.offset)
-        if mixed.dense_is_faster(rows, len(self.factors), x.shape[1]):
-            if self._dense is None:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._dense = mixed.dense_factors(self.factors, self.index)
-            mixed.add_dense_(total, x, *self._dense)
-        else:
-            if self._gathered is None:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._gathered = mixed.gathered_factors(self.factors, self.index)
-            mixed.add_gathered_(total, x, *self._gathered)
-        return out if out.dtype == y.dtype else out.to(y.dtype)
-
-
-def linear_rows(site: Site, names: Sequence[str | None]) -> LinearRows | None:
-    """All rows at once, where each adapter of the site has plain factors of a linear layer."""
-    adapters = [name for name in dict.fromkeys(names) if name is not None]
-    shares = []
-    for name in adapters:
-        share = share_of(site, site.parts[name])
-        if share is None:
-            return None
-        shares.append(share)
-    index = [-1 if name is None else adapters.index(name) for name in names]
-    # the output of another class may be a view, or not writable (8-bit layers)
-    return LinearRows(shares, index, in_place=type(site.host) is nn.Linear)
-
-
-# --- other modules --------------------------------------------------------------------------------
-
-
-def run_groups(
-    site: Site,
-    names: Sequence[str | None],
-    axis: int,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """Run the site on the rows of one adapter at a time, and put the outputs together."""
-    x = args[0] if args else next(iter(kwargs.values()))
-    size = x.shape[axis]
-    repeat = size // len(names)
-    groups: dict[str | None, list[int]] = {}
-    for row, name in enumerate(names):
-        groups.setdefault(name, []).extend(range(row * repeat, (row + 1) * repeat))
-    indices, outputs = [], []
-    for name, members in groups.items():
-        index = torch.tensor(members, device=x.device)
-        own_args = [select(value, index, size, axis) for value in args]
-        own_kwargs = {key: select(value, index, size, axis) for key, value in kwargs.items()}
-        outputs.append(run_alone(site, name, own_args, own_kwargs))
-        indices.append(index)
-    return join(outputs, indices, axis, site.path)
-
-
-def run_alone(site: Site, name: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The site's output with one adapter, or with none."""
-    router, site.router = site.router, None
-    site.select({} if name is None else {name: 1.0})
-    try:
-        return site.forward(*args, **kwargs)
-    finally:
-        site.select({})
-        site.router = router
-        keep_unfused(site)
-
-
-def select(value: Any, index: Tensor, size: int, axis: int) -> Any:
-    """The rows of every tensor with that many rows, in lists and maps too."""
-    if isinstance(value, Tensor):
-        if value.ndim <= axis or value.shape[axis] != size:
-            return value
-        return value.index_select(axis, index.to(value.device))
-    if isinstance(value, tuple | list):
-        return type(value)(select(item, index, size, axis) for item in value)
-    if isinstance(value, dict):
-        return {key: select(item, index, size, axis) for key, item in value.items()}
-    return value
-
-
-def join(outputs: Sequence[Any], indices: Sequence[Tensor], axis: int, path: str) -> Any:
-    """The outputs of all groups as one: tensors row by row, in tuples and maps too."""
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        sizes = [output.shape[axis] if output.ndim > axis else 0 for output in outputs]
-        if sizes != [len(index) for index in indices]:
-            raise Refused(
-                f"an output {tuple(first.shape)} of {shown(path)} that is not one for each row",
-                expected="outputs whose rows are those of the batch",
-                where="rows",
-                hint="leave this module out of the adapters, or run them one at a time",
-            )
-        order = torch.cat(list(indices)).argsort()
-        return torch.cat(list(outputs), axis).index_select(axis, order)
-    if isinstance(first, tuple | list):
-        joined = [join(items, indices, axis, path) for items in zip(*outputs, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-    if isinstance(first, dict):
-        return type(first)(
-            **{key: join([o[key] for o in outputs], indices, axis, path) for key in first}
-        )
-    return first
-
-
-def keep_unfused(site: Site) -> None:
-    """Torch's fused layers read the weights of their modules unless one of these has hooks."""
-    if not site._forward_pre_hooks:
-        site.register_forward_pre_hook(lambda *args: None)
-
-
-# --- checks ---------------------------------------------------------------------------------------
 
 
 def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...]:

@@ -176,7 +176,7 @@ def test_generate_repeats_the_names(name, options):
 @pytest.mark.parametrize("count", [2, 3, 16])
 @pytest.mark.parametrize("dense", [True, False])
 def test_both_kernels(count, tokens, dense, monkeypatch):
-    monkeypatch.setattr(mixed, "dense_is_faster", lambda *sizes: dense)
+    monkeypatch.setattr(mixed, "dense_is_better", lambda *sizes: dense)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6, bias=False))
     names = [f"a{i}" for i in range(count)]
@@ -217,17 +217,24 @@ def test_images_of_any_shape_and_routers_get_their_rows():
     torch.testing.assert_close(y, torch.cat(alone(adapters, model, values)), **CLOSE)
 
 
-def test_biases_of_factors_in_rows():
-    model = nn.Sequential(nn.Linear(6, 8))
+@pytest.mark.parametrize("bias", [True, False])
+def test_biases_of_factors_and_magnitudes(bias):
+    """DoRA scales the base's output of its own rows; PEFT refuses it in a mixed batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=bias))
     adapters = attach(model, LoraConfig(2, 4, ["0"], init=False), name="fr")
     adapters.attach(LoraConfig(3, 9, ["0"], lora_bias=True), name="de")
-    for parameter in adapters.parameters("de"):
-        parameter.normal_()
-    x = torch.randn(4, 5, 6)
-    with adapters.rows(NAMES):
-        y = model(x)
-    expected = alone(adapters, lambda x: model(x), {"x": x})
+    adapters.attach(LoraConfig(3, 9, ["0"], dora=True), name="it")
+    for name in ("de", "it"):
+        for parameter in adapters.parameters(name):
+            parameter.normal_()
+    names, values = ["fr", None, "de", "it"], {"x": torch.randn(4, 5, 6)}
+    with adapters.rows(names):
+        y = model(values["x"])
+        router = adapters.state.sites["0"].router
+    expected = alone(adapters, lambda x: model(x), values, names)
     torch.testing.assert_close(y, torch.cat(expected), **CLOSE)
+    assert router._linear is not None, "one pass"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
