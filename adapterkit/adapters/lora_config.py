@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
@@ -353,7 +353,7 @@ def _checked(
             errors.append(invalid_setting({name: value}, name, expected, where))
         except Refused as error:
             errors.append(error)
-    errors += _conflicts(checked, names, where)
+    errors += _conflicts(checked, settings.keys() - checked.keys(), names, where)
     refuse_all(errors)
     return checked
 
@@ -370,15 +370,16 @@ EXCLUSIVE = (
 
 
 def _conflicts(
-    settings: Mapping[str, Any], names: Mapping[str, str], where: str
+    settings: Mapping[str, Any], invalid: Collection[str], names: Mapping[str, str], where: str
 ) -> Iterator[Refused]:
-    """Refusals of settings that mean nothing together."""
-
-    def conflict(*keys: str, expected: str, hint: str) -> Refused:
-        problem = " and ".join(f"{names.get(k, k)} = {shown(repr(settings[k]))}" for k in keys)
-        return Refused(problem, expected=expected, where=where, hint=hint)
+    """Refusals of valid settings that mean nothing together."""
 
     get = settings.get
+
+    def conflict(*keys: str, expected: str, hint: str) -> Refused:
+        problem = " and ".join(f"{names.get(k, k)} = {shown(repr(get(k)))}" for k in keys)
+        return Refused(problem, expected=expected, where=where, hint=hint)
+
     for first, second, why in EXCLUSIVE:
         if get(first) and get(second):
             yield conflict(first, second, expected="one of them", hint=why)
@@ -386,7 +387,7 @@ def _conflicts(
         if get(key) and isinstance(get("targets"), str):
             hint = "name the layers in the regular expression, or give a list of names"
             yield conflict("targets", key, expected="a list of names as targets", hint=hint)
-    if get("layers_pattern") and "layers" in settings and get("layers") is None:
+    if get("layers_pattern") and not get("layers") and "layers" not in invalid:
         expected, hint = "layers with layers_pattern", "say which layers, or remove it"
         yield conflict("layers_pattern", "layers", expected=expected, hint=hint)
     if get("lora_bias") and get("init", "default") not in ("default", False):

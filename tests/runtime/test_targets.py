@@ -2,17 +2,21 @@
 
 import copy
 import functools
+import json
+import warnings
 
 import peft
 import pytest
 import transformers
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from adapterkit import LoraConfig
+from adapterkit.adapters.lora_config import PEFT_DEFAULTS
 from adapterkit.adapters.targets import USUAL_TARGETS
-from adapterkit.runtime.targets import resolve
+from adapterkit.runtime.targets import resolve, resolve_saved, resolve_tokens
 from tests.support import architectures, oracle
 
 SIZES = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -221,3 +225,84 @@ def test_usual_targets_are_those_of_peft():
         kind: targets if isinstance(targets, str) else list(targets)
         for kind, targets in USUAL_TARGETS.items()
     } == theirs
+
+
+ROUND_TRIPS = [
+    LoraConfig(),
+    LoraConfig(16, 0.5, "all-linear", rslora=True, dropout=0.1, bias="lora_only"),
+    LoraConfig(targets=[], trainable_tokens=[3, 1], task_type="CAUSAL_LM"),
+    LoraConfig(targets=["q"], trainable_tokens={"wte": [3, 1]}, layers=2, layers_pattern="h"),
+    LoraConfig(targets=["q", "v"], rank_pattern={"^a.q": 3}, alpha_pattern={"v": 7}, tie=True),
+    LoraConfig(targets=r".*q", exclude=["a", "b"], init="pissa_niter_4", dora=True),
+    LoraConfig(targets=[], parameters=["up", "down"], exclude=r"a.*", init="gaussian"),
+    LoraConfig(targets=["q"], layer_replication=[(0, 2), (1, 3)], lora_bias=True, init=False),
+    LoraConfig(
+        targets=["q"],
+        invocation_tokens=[5, 6],
+        modules_to_save=["head"],
+        init="eva",
+        task_type="CAUSAL_LM",
+    ),
+    LoraConfig(targets=["q"], init="orthogonal", bias="all", task_type="SEQ_CLS"),
+]
+
+
+@pytest.mark.parametrize("config", ROUND_TRIPS)
+def test_peft_reads_and_writes_the_same_config(config, tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    (ours / "adapter_config.json").write_text(json.dumps(config.to_peft("org/base")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of unknown settings
+        warnings.filterwarnings("ignore", message="`init_lora_weights` is 'eva' but")
+        read = peft.LoraConfig.from_pretrained(str(ours))
+    read.save_pretrained(theirs)
+    stored = json.loads((theirs / "adapter_config.json").read_text())
+    for key in ("target_modules", "exclude_modules"):  # sets in PEFT
+        if isinstance(stored[key], list):
+            stored[key].sort(key=config.to_peft()[key].index)
+    assert LoraConfig.from_peft(stored, "x") == config
+    assert set(stored) == set(config.to_peft())
+
+
+def test_the_settings_of_a_plain_lora_are_those_of_peft():
+    stored = peft.LoraConfig().to_dict()
+    assert stored | {"inference_mode": True, "peft_version": None} == PEFT_DEFAULTS | {
+        "peft_version": None
+    }
+
+
+def wrappers(model: nn.Module, config: LoraConfig, kind: type) -> dict[str, nn.Module]:
+    with oracle.quiet():
+        theirs = peft.get_peft_model(
+            copy.deepcopy(model), peft.LoraConfig.from_peft_type(**config.to_peft())
+        ).base_model.model
+    return {path: module for path, module in theirs.named_modules() if isinstance(module, kind)}
+
+
+@pytest.mark.parametrize("name, config", [
+    ("llama", LoraConfig(targets=["q_proj"], modules_to_save=["lm_head", "1.input_layernorm"])),
+    ("bert-cls", LoraConfig(task_type="SEQ_CLS", modules_to_save=["pooler"])),
+    ("roberta", LoraConfig(task_type="TOKEN_CLS")),
+    ("llama", LoraConfig(targets=[], modules_to_save=["norm"])),
+])  # fmt: skip
+def test_modules_trained_in_full_are_those_of_peft(name, config):
+    model = built(name)
+    theirs = wrappers(model, config, ModulesToSaveWrapper)
+    assert sorted(resolve_saved(model, config)) == sorted(
+        path for path in theirs if any(f".{path}".endswith(f".{x}") for x in config.saved)
+    )
+
+
+@pytest.mark.parametrize("name, tokens", [
+    ("llama", [3, 1]), ("gpt2", [7]), ("llama", {"embed_tokens": [2], "lm_head": [1, 5]}),
+])  # fmt: skip
+def test_rows_of_tokens_are_those_of_peft(name, tokens):
+    model = built(name)
+    config = LoraConfig(targets="all-linear", trainable_tokens=tokens)
+    theirs = wrappers(model, config, TrainableTokensWrapper)
+    rows = resolve_tokens(model, config)
+    for path, indices in rows.items():
+        assert tuple(theirs[path].token_adapter.token_indices["default"]) == indices
+    head = {"lm_head"} if name == "gpt2" else set()  # tied: not named, and wrapped
+    assert set(theirs) == set(rows) | head
