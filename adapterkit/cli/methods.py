@@ -45,7 +45,13 @@ def combinations() -> dict[str, Rows]:
 
 
 def initializations() -> dict[str, Rows]:
-    return {"Methods": [(name, init.summary) for name, init in declarations("inits").items()]}
+    return {"Methods": [(name, init.summary) for name, init in _inits().items()]}
+
+
+def _inits() -> dict[str, Declaration]:
+    """The inits that take a part out of the base."""
+    known = declarations("inits")
+    return {name: init for name, init in known.items() if init.constants["changes_base"]}
 
 
 def formats() -> dict[str, Rows]:
@@ -60,7 +66,7 @@ def written(codec: Declaration) -> tuple[str, ...]:
 
 
 combine_names = Name(lambda: (*declarations("combinations"), *ALIASES))
-init_names = Name(lambda: declarations("inits"))
+init_names = Name(_inits)
 format_names = Name(
     lambda: dict.fromkeys(
         name for codec in declarations("weights.codecs").values() for name in written(codec)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.lowrank import balanced_factors
 from adapterkit.kernels.truncated import truncated_svd
 
 
@@ -20,7 +20,9 @@ class Pissa:
 
     name = "pissa"
     source = "arXiv:2404.02948"
+    needs = "weight"
+    changes_base = True
 
-    def part(self, weight: Tensor, rank: int) -> Svd:
-        """The triplets of scale·b@a, at most `rank`; weight (out, in) float32."""
-        return truncated_svd(weight, rank)
+    def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+        """a (rank, in) and b (out, rank); weight (out, in) float32."""
+        return balanced_factors(truncated_svd(weight, rank), rank, scale)

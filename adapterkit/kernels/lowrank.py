@@ -142,6 +142,12 @@ def refit(svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def balanced_factors(svd: Svd, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """a (rank, in) and b (out, rank) of equal norms with scale·b@a = u s vᵀ."""
+    a, b = refit(Svd(svd.u, svd.s / scale, svd.vh), rank)
+    return a.contiguous(), b.contiguous()
+
+
 def balance(product: Product) -> tuple[Tensor, Tensor]:
     """Factors a, b of the same product, each rank-one part's norms made equal: exact but for
     rounding."""

@@ -10,7 +10,7 @@ from adapterkit.errors import Refused, refuse_all
 from adapterkit.runtime import dora
 from adapterkit.runtime.layers import KINDS, members, part_class
 from adapterkit.runtime.quantized import stored
-from adapterkit.runtime.starts import start
+from adapterkit.runtime.starts import method_of, start
 from adapterkit.runtime.state import Attached, State, listed
 from adapterkit.runtime.targets import Target, resolve
 
@@ -29,6 +29,7 @@ def attach(
     targets = resolve(state.model, config)
     if config.dora:
         _check_dora(state, targets)
+    method = method_of(config, targets)
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     adapter = Attached(name, config, trainable=True, base=base_name(state.model))
     parts = []
@@ -38,8 +39,7 @@ def attach(
     for target, path, kind_name in places:
         kind = part_class(kind_name, config)
         host = state.modules[path]
-        a_shape, b_shape = kind.shapes(host, target.rank)
-        a, b = start(config.init, kind, a_shape, b_shape, generator)
+        a, b = start(method, target, kind, host, generator)
         where = home(host)
         part = kind(
             name,
@@ -47,9 +47,13 @@ def attach(
             b.to(where, dtype),
             target.scale,
             dropout=config.dropout,
-            bias=torch.zeros(b_shape[0], device=where) if config.lora_bias else None,
+            bias=torch.zeros(b.shape[0], device=where) if config.lora_bias else None,
+            initial=(a.clone().to(where, dtype), b.clone().to(where, dtype))
+            if method.changes_base
+            else None,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
         )
+        part.fix(*getattr(method, "fixed", ()))
         if config.dora:
             part.decompose(host, dtype)
         parts.append((path, part))

@@ -66,6 +66,11 @@ class FactorsPart(Part):
         """Shapes of a and b for a host."""
         raise NotImplementedError
 
+    @classmethod
+    def matrix(cls, host: Any) -> Tensor:
+        """The host's weight (out, in) in float32, for inits that decompose it."""
+        raise NotImplementedError
+
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """b·a applied to the host's input, plus a bias."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ from adapterkit.patterns import similar_names
 from adapterkit.planning.adapter_config import base_id
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.sources import open_adapter
+from adapterkit.registry import members
 from adapterkit.runtime import dora
 from adapterkit.runtime.creation import home
 from adapterkit.runtime.layers import KINDS, kind_of, part_class
+from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
@@ -50,6 +53,7 @@ def load(
     state.unused(name)
     stored = join(state, source)
     parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
+    subtract_initial(state, stored, parts)
     adapter = Attached(name, stored.config, trainable, base_id(stored.adapter))
     for path, part in parts:
         state.add(adapter, path, part)
@@ -156,6 +160,26 @@ def _magnitude_errors(
             where=adapter.label,
             hint="save the adapter again",
         )
+
+
+def subtract_initial(state: State, stored: Stored, parts: list[tuple[str, Part]]) -> None:
+    """Give parts trained on a changed base the factors that it lacks; `Refused` where these cannot
+    be made again from the model."""
+    init = stored.adapter.changed_base()
+    if init is None:
+        return
+    method: Any = members("inits").get(init.lower(), None)
+    if method is None or not all(isinstance(part, LinearPart) for _, part in parts):
+        raise Refused(
+            f"init_lora_weights {shown(init)}: the factors are relative to a changed base",
+            expected="an adapter for the original base",
+            where=stored.adapter.where,
+            hint="adapterkit rebase it first, with the adapter as it was before training",
+        )
+    for path, part in parts:
+        assert isinstance(part, LinearPart)
+        a, b = method().factors(part.matrix(state.modules[path]), part.rank, part.scale)
+        part.initial_a, part.initial_b = a.to(part.a), b.to(part.b)
 
 
 def _no_module(state: State, adapter: Adapter, lora: Lora, host: object) -> Refused:

@@ -69,6 +69,7 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
             modules.append(part.target(site.path))
             scales[modules[-1]] = (part.stored_rank, part.scale)
     config = adapter.config.to_peft(adapter.base)
+    config["init_lora_weights"] = True  # the factors are for the original base
     config |= scale_settings(scales, config)
     if not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
         config["target_modules"] = target_list(list(dict.fromkeys(modules)), state.modules)

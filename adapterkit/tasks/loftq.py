@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.lowrank import Svd, balanced_factors
 from adapterkit.kernels.subspace import near_optimal_svd
 from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import project
@@ -20,7 +20,6 @@ from adapterkit.tasks.common import FactorsTask, short
 from adapterkit.tasks.covariances import read_root, root_memory
 from adapterkit.tasks.handoff import handoff_of
 from adapterkit.tasks.quantized import EncodedWeight
-from adapterkit.tasks.residual import balanced_factors
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 

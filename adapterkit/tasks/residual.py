@@ -4,13 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
@@ -27,7 +23,7 @@ class ResidualWeight(Task):
     source: TensorSpec
     packed: QuantizedWeight | None
     module: str
-    method: Any  # an init: `part(weight, rank)` is the Svd of scale·b@a
+    method: Any  # an init that changes the base
     rank: int
     scale: float
     transposed: bool
@@ -53,7 +49,7 @@ class ResidualWeight(Task):
     def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)
         matrix = (weight.T if self.transposed else weight).contiguous()
-        a, b = balanced_factors(self.method.part(matrix, self.rank), self.rank, self.scale)
+        a, b = self.method.factors(matrix, self.rank, self.scale)
         part = (b * self.scale) @ a
         part = part.T if self.transposed else part
         size = norm(weight) or 1.0
@@ -69,9 +65,3 @@ class ResidualWeight(Task):
         tensors = self.packed.encode(rest)
         metrics["error"] = short(norm(decode_checked(self.packed, tensors).sub_(rest)) / size)
         return TaskResult(tensors, metrics, handoff)
-
-
-def balanced_factors(svd: Svd, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """a (rank, in) and b (out, rank) of equal norms with scale·b@a = u s vᵀ."""
-    a, b = lowrank.refit(Svd(svd.u, svd.s / scale, svd.vh), rank)
-    return a.contiguous(), b.contiguous()

@@ -50,7 +50,12 @@ class Options:
         return Scaling(self.rank, self.alpha, self.rslora)
 
 
-@writes(method=choice(lambda: members("inits")), quantize=choice(lambda: formats()))
+def methods() -> list[str]:
+    """The inits that take a part out of the base."""
+    return [name for name, record in members("inits").items() if record.changes_base]
+
+
+@writes(method=choice(methods), quantize=choice(lambda: formats()))
 def init(
     base: StrPath,
     *,
@@ -77,7 +82,8 @@ def init(
     """Initialize an adapter from its base's weights: `OUT/adapter` holds scale·b@a, `OUT/base` the
     rest, W - scale·b@a.
 
-    `method`: pissa (the principal part of each weight, arXiv:2404.02948). `targets`: which modules,
+    `method`: pissa (the principal part of each weight, arXiv:2404.02948), olora (its QR
+    decomposition, arXiv:2406.01775). `targets`: which modules,
     `all-linear`, ends of their names with commas between, or a regex (default: all linear layers
     but the output). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
     default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written quantized

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.quantized import weight_of
 
 
 class LinearPart(FactorsPart):
@@ -16,6 +17,10 @@ class LinearPart(FactorsPart):
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, host.in_features), (host.out_features, rank)
+
+    @classmethod
+    def matrix(cls, host: Any) -> Tensor:
+        return weight_of(host).detach().float()
 
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(F.linear(x, a), b, bias)
@@ -33,6 +38,10 @@ class Conv1DPart(LinearPart):
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         columns, rows = host.weight.shape
         return (rank, columns), (rows, rank)
+
+    @classmethod
+    def matrix(cls, host: Any) -> Tensor:
+        return weight_of(host).detach().float().T
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).T

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.low_rank_sum import LowRankSum, Term, summed
 from adapterkit.runtime.site import Site as LiveSite
 from adapterkit.runtime.site import Values
-from adapterkit.runtime.starts import start
 
 # transformers' implementations of experts in plain torch; others are kernels, which need tensors
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
@@ -116,7 +116,7 @@ def new_parameter_part(
     rank: int,
     scale: float,
     depth: int,
-    init: str | bool,
+    method: Any,  # an init that needs no weight
     generator: torch.Generator,
     place: tuple[torch.device, torch.dtype | None],
 ) -> ParameterPart:
@@ -128,7 +128,7 @@ def new_parameter_part(
         out, columns = columns, out
     shapes = (rank, columns), (out, rank)
     count = parameter.shape[0] if parameter.ndim == 3 else 1
-    pairs = [start(init, ParameterPart, *shapes, generator) for _ in range(count)]
+    pairs = [method.draw(*shapes, generator) for _ in range(count)]
     if parameter.ndim == 3:
         a, b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
     else:

@@ -1,0 +1,25 @@
+"""default: a uniform as torch starts a linear layer, b zero."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Default:
+    """a ~ U(-1/√in, 1/√in), b = 0: the delta is zero (Kaiming-uniform, as in LoRA's own code)."""
+
+    name = "default"
+    source = "arXiv:2106.09685"
+    needs = "nothing"
+    changes_base = False
+
+    def draw(
+        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """a and b in float32; in counts the kernel's elements too."""
+        bound = 1 / math.sqrt(math.prod(a_shape[1:]))
+        a = torch.empty(a_shape).uniform_(-bound, bound, generator=generator)
+        return a, torch.zeros(b_shape)

@@ -1,0 +1,23 @@
+"""gaussian: a normal, b zero."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """a ~ N(0, 1/r²), b = 0: the delta is zero (as in diffusers)."""
+
+    name = "gaussian"
+    source = "diffusers"
+    needs = "nothing"
+    changes_base = False
+
+    def draw(
+        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """a and b in float32; r is a's first axis."""
+        a = torch.empty(a_shape).normal_(0, 1 / a_shape[0], generator=generator)
+        return a, torch.zeros(b_shape)

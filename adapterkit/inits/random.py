@@ -1,0 +1,28 @@
+"""random: both factors uniform, for tests: the delta is not zero."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Random:
+    """a ~ U(-1/√in, 1/√in), b ~ U(-1/√r, 1/√r): a delta from the start (PEFT's False)."""
+
+    name = "random"
+    source = "PEFT"
+    needs = "nothing"
+    changes_base = False
+
+    def draw(
+        self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """a and b in float32."""
+
+        def uniform(shape: tuple[int, ...]) -> Tensor:
+            bound = 1 / math.sqrt(math.prod(shape[1:]))
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+        return uniform(a_shape), uniform(b_shape)
