@@ -1,7 +1,7 @@
 """PEFT's names of files and keys; they are in this folder and nowhere else."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -11,6 +11,7 @@ FACTORS = {  # by the kind of the module, a and b
 }
 BASE_LAYER = ".base_layer"  # in a path: the layer inside a wrapper
 BASE_LAYER_VALUE = re.compile(r"\.base_layer\.\w+$")  # a value of the layer right inside a wrapper
+TOKENS = ".token_adapter"  # in a path: the wrapper for trained rows
 NO_WRAPPERS: Mapping[str, int] = {}
 
 
@@ -46,6 +47,19 @@ def value_key(name: str, levels: Mapping[str, int] = NO_WRAPPERS) -> str:
         path += part
         module += part
     return PREFIX + path
+
+
+def token_key(module: str) -> str:
+    """The key of the trained rows of an embedding or head."""
+    return f"{PREFIX}{module}{TOKENS}.trainable_tokens_delta"
+
+
+def replaced_key(name: str, levels: Mapping[str, int], with_rows: Collection[str]) -> str:
+    """The key of a value in place of a parameter, where modules are wrapped `levels` times, and
+    some once more, for their trained rows."""
+    module = name.rpartition(".")[0]
+    key, leaf = value_key(name, levels).rsplit(".", 1)
+    return f"{key}{TOKENS}{BASE_LAYER}.{leaf}" if module in with_rows else f"{key}.{leaf}"
 
 
 def unwrapped(key: str) -> str:

@@ -9,6 +9,7 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused, refuse_all
 from adapterkit.runtime import dora
 from adapterkit.runtime.layers import KINDS, members, part_class
+from adapterkit.runtime.new_values import new_values
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.starts import method_of, start
 from adapterkit.runtime.state import Attached, State, listed
@@ -57,6 +58,8 @@ def attach(
         if config.dora:
             part.decompose(host, dtype)
         parts.append((path, part))
+    modules = [target.path for target in targets if target.leaf is None]
+    parts += new_values(state, config, name, modules, dtype)
     for path, part in parts:
         state.add(adapter, path, part)
     state.adapters[name] = adapter

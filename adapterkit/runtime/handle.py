@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.errors import Refused, shown
+from adapterkit.errors import Refused, refuse_all, shown
 from adapterkit.options import StrPath
 from adapterkit.runtime import combining, creation, merging, reading, rows, writing
+from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.report import Report, report
 from adapterkit.runtime.state import State, weights
 
@@ -83,17 +84,19 @@ class Adapters:
         """The trainable parameters of an adapter, or of all."""
         names = self.names if name is None else [name]
         self.state.known(names)
-        for adapter in (self.state.adapters[n] for n in names):
-            if adapter.trainable:
-                for _, part in adapter.parts():
-                    yield from (parameter for _, parameter in part.trained())
+        adapters = [self.state.adapters[n] for n in names if self.state.adapters[n].trainable]
+        parts = [part for adapter in adapters for _, part in adapter.parts()]
+        # tied parts share parameters
+        yield from dict.fromkeys(parameter for part in parts for _, parameter in part.trained())
 
     def activate(self, names: Names) -> None:
         """Let these adapters act, with weights where a map is given; None: the base alone.
 
         The trainable ones among them are trained from here on."""
         self.state.outside_rows("activate")
-        self.state.select(weights(self.state, names))
+        table = weights(self.state, names)
+        refuse_all(conflicts(self.state, [*self.state.merged, *table], "activate"))
+        self.state.select(table)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -4,11 +4,13 @@ kept, so that unmerging is exact."""
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.site import Site, owner
 from adapterkit.runtime.state import State, listed
 
@@ -18,16 +20,20 @@ class Merge:
     """Weights of a model that were replaced, and what they were."""
 
     active: dict[str, float]  # what acted before
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+    replaced: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
     tied: bool | None = None  # the config's tie_word_embeddings, where a tie was broken
 
     def swap(self) -> None:
         """Exchange the merged and the original weights."""
-        for i, (host, leaf, parameter) in enumerate(self.replaced):
-            current = host._parameters[leaf]
-            assert current is not None
-            host._parameters[leaf] = parameter
-            self.replaced[i] = host, leaf, current
+        for i, (host, leaf, value) in enumerate(self.replaced):
+            values = _values(host, leaf)
+            self.replaced[i] = host, leaf, values[leaf]
+            values[leaf] = value
+
+
+def _values(host: nn.Module, leaf: str) -> dict[str, Any]:
+    """The parameters of a module, or the buffers, if these have that name."""
+    return host._buffers if leaf in host._buffers else host._parameters
 
 
 class HostWeights(dict[str, Tensor]):
@@ -54,20 +60,26 @@ def merge(state: State, table: Mapping[str, float]) -> None:
     changes."""
     check(state, table)
     done = Merge(dict(state.active))
+    merged: dict[int, list[nn.Parameter]] = {}  # by the original's id
     for site in _sites(state, table):
         values = HostWeights(site.host)
-        for name, weight in table.items():
-            for part in site.parts.get(name, {}).values():
-                part.merge(values, weight)
+        parts = [(p, w) for name, w in table.items() for p in site.parts.get(name, {}).values()]
+        for part, weight in sorted(parts, key=lambda pair: not pair[0].replaces):
+            part.merge(values, weight)
         for name, value in values.items():
             module, leaf = owner(site.host, name)
-            original = module._parameters[leaf]
-            assert original is not None
-            merged = nn.Parameter(value.to(original.dtype), requires_grad=False)
-            module._parameters[leaf] = merged
+            original = _values(module, leaf)[leaf]
+            value = value.to(original.dtype)
+            if isinstance(original, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=False)
+                # what was tied stays so where the values are the same
+                others = merged.setdefault(id(original), [])
+                value = next((other for other in others if torch.equal(other, value)), value)
+                others.append(value)
+                site.unmerged[name] = original
+            _values(module, leaf)[leaf] = value
             done.replaced.append((module, leaf, original))
-            site.unmerged[name] = original
-    _release_ties(state, done)
+    _release_ties(state, done, merged)
     state.merge = done
     state.merged = dict(table)
     state.select({name: w for name, w in state.active.items() if name not in table})
@@ -83,13 +95,15 @@ def unmerge(state: State) -> None:
             hint="merge first",
         )
     done = state.merge
+    active = {**state.active, **done.active}
+    refuse_all(conflicts(state, active, "unmerge"))
     done.swap()
     for site in state.sites.values():
         site.unmerged.clear()
     if done.tied is not None:
         state.model.config.tie_word_embeddings = done.tied  # type: ignore[union-attr]
     state.merge, state.merged = None, {}
-    state.select({**state.active, **done.active})
+    state.select(active)
 
 
 @contextmanager
@@ -121,6 +135,7 @@ def check(state: State, table: Mapping[str, float]) -> None:
                 hint="unmerge first, then merge all of them together",
             )
         )
+    errors += conflicts(state, [*table, *state.active], "merge")
     for name, weight in table.items():
         reasons: dict[str, list[str]] = {}
         for site, part in state.adapters[name].parts():
@@ -146,11 +161,12 @@ def _sites(state: State, table: Mapping[str, float]) -> Iterator[Site]:
     yield from seen.values()
 
 
-def _release_ties(state: State, done: Merge) -> None:
+def _release_ties(state: State, done: Merge, merged: Mapping[int, list[nn.Parameter]]) -> None:
     """Where a merged weight is another module's too, the model is tied no longer: its config says
     so, or a save and a load would put one weight in both places."""
-    replaced = {id(parameter) for _, _, parameter in done.replaced}
-    if not any(id(parameter) in replaced for parameter in state.model.parameters()):
+    replaced = {id(value) for _, _, value in done.replaced}
+    left = any(id(parameter) in replaced for parameter in state.model.parameters())
+    if not left and all(len(set(map(id, values))) == 1 for values in merged.values()):
         return
     config = getattr(state.model, "config", None)
     if config is not None and getattr(config, "tie_word_embeddings", False):

@@ -28,6 +28,7 @@ from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
+from adapterkit.runtime.stored_values import StoredValues, join_values, read_values
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Stored:
     config: LoraConfig
     factors: tuple[tuple[str, str, Lora, float], ...]  # path, kind, factors, scale
     parameters: tuple[StoredParameter, ...]
+    values: StoredValues
 
 
 def load(
@@ -91,8 +93,9 @@ def join(state: State, source: StrPath) -> Stored:
         if lora.magnitude is not None:
             errors += _magnitude_errors(adapter, lora, host, kind)
         factors.append((lora.module, kind, lora, scale))
+    values = join_values(state, adapter, config, errors)
     refuse_all(errors)
-    return Stored(adapter, config, tuple(factors), tuple(parameters))
+    return Stored(adapter, config, tuple(factors), tuple(parameters), values)
 
 
 def read_parts(
@@ -138,6 +141,7 @@ def read_parts(
             a, b = read(stored_parameter.lora.a, where), read(stored_parameter.lora.b, where)
             assert a is not None and b is not None
             parts.append((path, stored_parameter.part(name, host, a, b)))
+        parts += read_values(state, stored.values, name, stored.config, reader.stored, dtype)
     return parts
 
 

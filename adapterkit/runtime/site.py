@@ -57,6 +57,7 @@ class Part(Unsaved):
 
     role: str = "delta"  # how it begins tells which: delta, weight, or another word
     adapter: str  # its name
+    replaces: bool = False  # whether its values take the place of the host's own
     fixed: frozenset[str] = frozenset()  # parameters that are never trained
     _host: tuple[nn.Module]
 
@@ -165,7 +166,7 @@ class Site(Unsaved):
         self.unmerged: dict[str, nn.Parameter] = {}  # the host's own, which merged ones replaced
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
         self.select({})
-        self._own_forward = host.__dict__.get("forward")
+        self.own_forward = host.__dict__.get("forward")
         host.add_module(CHILD, self)
         host.forward = self.forward
 
@@ -173,10 +174,14 @@ class Site(Unsaved):
     def host(self) -> nn.Module:
         return self._host[0]
 
+    def value(self, name: str) -> Tensor | None:
+        """A parameter of the host."""
+        return Values(self.host)[name]
+
     def base(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward."""
-        if self._own_forward is not None:
-            return self._own_forward(*args, **kwargs)
+        if self.own_forward is not None:
+            return self.own_forward(*args, **kwargs)
         host = self._host[0]
         return type(host).forward(host, *args, **kwargs)
 
@@ -250,6 +255,7 @@ class Site(Unsaved):
                     changing.append((part, weight))
                 else:
                     replacing.append(part)
+        changing.sort(key=lambda pair: not pair[0].replaces)
         self.replacing, self.changing = nested(replacing), tuple(changing)
         self.adding = tuple(adding)
         self._forward_pre_hooks.clear()
@@ -261,10 +267,10 @@ class Site(Unsaved):
         """Give the host its own forward back."""
         host = self.host
         del host._modules[CHILD]
-        if self._own_forward is None:
+        if self.own_forward is None:
             del host.forward
         else:
-            host.forward = self._own_forward
+            host.forward = self.own_forward
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,13 @@ class Inside:
     @property
     def host(self) -> nn.Module:
         return self.site.host
+
+    def value(self, name: str) -> Tensor | None:
+        """A parameter of the host as its forward finds it."""
+        values = Values(self.host)
+        for part, weight in self.changing:
+            part.change(values, weight)
+        return values[name]
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
         """What the outer part replaces."""

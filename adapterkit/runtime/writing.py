@@ -12,14 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapterkit.adapters.keys import CONFIG, WEIGHTS, value_key
+from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
+from adapterkit.runtime.copies import CopyPart, ValuePart
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.state import Attached, State
+from adapterkit.runtime.tokens import TokensPart
 
 CARD = "README.md"
 
@@ -58,10 +60,15 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
         path: sum(isinstance(part, FactorsPart) for part in site.parts[adapter.name].values())
         for path, site in adapter.sites.items()
     }
+    with_rows = {site.path for site, part in adapter.parts() if isinstance(part, TokensPart)}
     for site, part in adapter.parts():
         plain, nested = value_key(site.path), value_key(site.path, levels)
         for key, value in part.stored(site.path).items():
-            tensors[nested + key.removeprefix(plain)] = _whole(value)
+            if isinstance(part, CopyPart | ValuePart):
+                key = replaced_key(key.removeprefix(PREFIX), levels, with_rows)
+            else:
+                key = nested + key.removeprefix(plain)
+            tensors[key] = _whole(value)
         if isinstance(part, ParameterPart):
             parameters.append(f"{site.path}.{part.leaf}")
             scales[parameters[-1]] = (part.stored_rank, part.scale)

@@ -1,0 +1,206 @@
+"""Values trained in full: copies of modules (modules_to_save), biases, and weights that a file has
+in place of the base's. They act beside the base, whose own values never change."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.adapters.keys import PREFIX
+from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values
+
+OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
+
+
+class CopyPart(Part):
+    """A trained copy of a module, which runs in its place (modules_to_save).
+
+    Its values have the dtypes of the module's own. Copies of tied modules are not tied, unless
+    `tie` is set."""
+
+    role, replaces = "copy", True
+
+    def __init__(self, adapter: str, module: nn.Module):
+        super().__init__()
+        self.adapter, self.module = adapter, module
+
+    def run(self, site: Site | Inside, *args: Any, **kwargs: Any) -> Any:
+        # not by a call: the hooks of the module itself run around its site
+        return self.module.forward(*args, **kwargs)
+
+    def clash(self, other: Part) -> str | None:
+        return None if other.role.startswith("delta") else "a trained copy of the module"
+
+    def merge(self, values: dict[str, Tensor], weight: float) -> None:
+        for name, value in self.values():
+            values[name] = widened(value)
+
+    def unmergeable(self, site: Site, weight: float) -> str | None:
+        host = site.host
+        plain = {name for name, _ in host.named_parameters(remove_duplicate=False)}
+        plain |= {name for name, _ in host.named_buffers(remove_duplicate=False)}
+        if all(name in plain for name, _ in self.values()):
+            return None
+        return "its values are packed"
+
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Its parameters and buffers by name, as the module's state dict has them."""
+        yield from self.module.state_dict(keep_vars=True).items()
+
+    def stored(self, path: str) -> dict[str, Tensor]:
+        return {f"{PREFIX}{path}.{name}": value for name, value in self.values()}
+
+
+class ValuePart(Part):
+    """A value that acts in place of one parameter of the host: a trained bias, or the weight that
+    the adapter's base had.
+
+    `leaf`: the parameter's name in the host. PEFT trains the base's own biases, so its
+    `disable_adapter` does not restore them."""
+
+    replaces = True
+
+    def __init__(
+        self,
+        adapter: str,
+        leaf: str,
+        value: nn.Parameter,
+        *,
+        trained: bool = True,
+        saved: bool = True,  # False: another part of the adapter with this value is
+    ):
+        super().__init__()
+        self.adapter, self.leaf, self.saved = adapter, leaf, saved
+        self.role = f"weight.{leaf}"
+        self.value = value
+        if not trained:
+            self.fix("value")
+
+    def change(self, values: Values, weight: float) -> None:
+        values[self.leaf] = self.value
+
+    def clash(self, other: Part) -> str | None:
+        if not isinstance(other, ValuePart) or other.leaf != self.leaf:
+            return None
+        # weights of one base are in the files of all adapters that were trained on it
+        same = self.value.shape == other.value.shape and torch.equal(self.value, other.value)
+        return None if same else f"a {self.leaf} of their own"
+
+    def merge(self, values: dict[str, Tensor], weight: float) -> None:
+        values[self.leaf] = widened(self.value)
+
+    def stored(self, path: str) -> dict[str, Tensor]:
+        name = f"{path}.{self.leaf}" if path else self.leaf
+        return {f"{PREFIX}{name}": self.value} if self.saved else {}
+
+
+def widened(value: Tensor) -> Tensor:
+    """A new tensor; of floats in float32 or wider."""
+    if not value.is_floating_point():
+        return value.clone()
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
+
+
+def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a module, without the adapters on it and inside it.
+
+    What the memo holds is shared. Hooks inside it stay the same objects."""
+    hosts = [host for host in module.modules() if isinstance(host._modules.get(CHILD), Site)]
+    for host in hosts:
+        memo[id(host._modules[CHILD])] = memo[id(host.__dict__["forward"])] = None
+    for each in module.modules():
+        for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks):
+            memo.update((id(hook), hook) for hook in hooks.values())
+    twin = copy.deepcopy(module, memo)
+    for host in hosts:
+        site, its_twin = host._modules[CHILD], memo[id(host)]
+        assert isinstance(site, Site)
+        del its_twin._modules[CHILD], its_twin.__dict__["forward"]
+        if site.own_forward is not None:
+            its_twin.forward = copy.deepcopy(site.own_forward, memo)
+    return twin
+
+
+def copies(
+    modules: Mapping[str, nn.Module], paths: Iterable[str], adapter: str, tie: bool
+) -> list[tuple[str, CopyPart]]:
+    """Copies of modules with their present values; `tie`: weights that they share stay shared."""
+    shared: dict[int, Any] = {}
+    return [
+        (path, CopyPart(adapter, bare_copy(modules[path], shared if tie else {}))) for path in paths
+    ]
+
+
+def outermost(name: str, entries: Iterable[str]) -> str | None:
+    """The outermost module around a parameter that an entry of modules_to_save means, as PEFT reads
+    them: by the end of the name, also within a component."""
+    parts = name.split(".")
+    paths = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return next((path for path in paths if any(map(path.endswith, entries))), None)
+
+
+def reader(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
+    """The module whose forward reads a parameter, and the parameter's name in it."""
+    path, _, leaf = name.rpartition(".")
+    parent, _, child = path.rpartition(".")
+    if child == OUT_PROJ and isinstance(modules.get(parent), nn.MultiheadAttention):
+        return parent, f"{child}.{leaf}"
+    return path, leaf
+
+
+def value_parts(
+    modules: Mapping[str, nn.Module],
+    adapter: str,
+    values: Mapping[str, Tensor],  # by the parameters' names; of a shared one the last counts
+    *,
+    trained: bool,
+    copied: Iterable[str] = (),  # modules that copies run in place of
+) -> list[tuple[str, ValuePart]]:
+    """Parts for values in place of parameters: one for each use of a shared parameter."""
+    by_id: dict[int, nn.Parameter] = {}
+    by_name: dict[str, nn.Parameter] = {}
+    for name, value in values.items():
+        key = id(parameter_of(modules, name))
+        other = by_id.get(key)
+        if other is None or not torch.equal(other, value):
+            other = nn.Parameter(value, requires_grad=False)
+        by_id.setdefault(key, other)
+        by_name[name] = other
+    parts = []
+    first = {id(module): path for path, module in reversed(list(modules.items()))}
+    for path, module in modules.items():
+        if first[id(module)] != path:
+            continue  # another name of the same module
+        for leaf, parameter in module._parameters.items():
+            name = f"{path}.{leaf}".removeprefix(".")
+            value = by_name.get(name, by_id.get(id(parameter)))
+            if value is None or any(name.startswith(f"{copy}.") for copy in copied):
+                continue
+            host, leaf = reader(modules, name)
+            part = ValuePart(adapter, leaf, value, trained=trained, saved=name in values)
+            parts.append((host, part))
+    return parts
+
+
+def parameter_of(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter | None:
+    """The model's parameter of that name, None if it has none."""
+    path, _, leaf = name.rpartition(".")
+    return modules[path]._parameters.get(leaf) if path in modules else None
+
+
+def biases(modules: Mapping[str, nn.Module], paths: Iterable[str] | None) -> list[str]:
+    """Names of the biases of all modules, or of those at the paths."""
+    names = [
+        f"{path}.bias".removeprefix(".")
+        for path, module in modules.items()
+        if module._parameters.get("bias") is not None
+    ]
+    if paths is None:
+        return names
+    chosen = set(paths)
+    for path in list(chosen):
+        if isinstance(modules[path], nn.MultiheadAttention):
+            chosen.add(f"{path}.{OUT_PROJ}")
+    return [name for name in names if name.rpartition(".")[0] in chosen]
