@@ -200,6 +200,21 @@ class FactorsPart(Part):
         keys = part_keys(path, self.stored_as)
         return {keys[role]: value for role, value in values.items() if value is not None}
 
+    def values_in(self, other: Part) -> dict[str, Tensor]:
+        """A file has the initial factors behind the trained ones; see `joined`."""
+        values = super().values_in(other)
+        if self.initial_a is not None and {"a", "b"} <= values.keys():
+            a, b, rank = values["a"].detach(), values["b"].detach(), self.rank
+            values |= {"a": a[:rank], "b": b[:, :rank]}
+            values |= {"initial_a": a[rank:], "initial_b": -b[:, rank:]}
+        return values
+
+    def take(self, other: Part) -> None:
+        """Take another part's values and scale, as it was read."""
+        assert isinstance(other, FactorsPart)
+        super().take(other)
+        self.scale = other.scale
+
     def extra_repr(self) -> str:
         shapes = f"a {tuple(self.a.shape)}, b {tuple(self.b.shape)}"
         return f"{shapes}, scale={self.scale:g}, dropout={self.dropout:g}"

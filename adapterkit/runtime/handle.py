@@ -10,7 +10,7 @@ from torch import nn
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused, refuse_all, shown
 from adapterkit.options import StrPath
-from adapterkit.runtime import combining, creation, merging, reading, rows, writing
+from adapterkit.runtime import combining, creation, merging, reading, rows, trainer, writing
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.report import Report, report
 from adapterkit.runtime.state import State, weights
@@ -189,6 +189,17 @@ class Adapters:
 
         `name`: may be left out where one adapter is active, or there is one only."""
         writing.save(self.state, folder, name or self._only_name("save"))
+
+    def trainer(self, cls: type) -> type:
+        """A subclass of a transformers Trainer (also Seq2SeqTrainer, TRL's SFTTrainer) for this
+        model.
+
+        Checkpoints and `save_model` hold the active trainable adapters as `save` writes them, in
+        the folder itself, or several in folders of their names; never the base. Resuming and
+        `load_best_model_at_end` read them; everything else is the Trainer's. Quantized bases are
+        accepted (the stock Trainer refuses them). `Refused` without an active trainable
+        adapter."""
+        return trainer.trainer(self.state, cls)
 
     def _only_name(self, where: str) -> str:
         candidates = list(self.state.active) or self.names

@@ -6,7 +6,7 @@ Each takes all trainable adapters of a handle, active or not, and what else of t
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 from adapterkit.errors import Refused, refuse_all
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.handle import Adapters
+from adapterkit.runtime.layers.parameter import ParameterPart
+from adapterkit.runtime.sharding import spread, whole
 from adapterkit.runtime.site import Part, Site
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 
 def loraplus(
@@ -151,18 +150,18 @@ class LoraFA(Optimizer):
 
     def _projected(self, gradient: Tensor, b: nn.Parameter, part: FactorsPart) -> Tensor:
         """g_b·(a aᵀ + 1e-8·I)⁺ / scale²; where the scale is 0, so is the gradient."""
-        a = part.a
-        version = (id(a), a._version, a.device)
+        version = (id(part.a), part.a._version, part.a.device)
         if self._projections.get(b, (None,))[0] != version:  # a is frozen: once, as a rule
-            self._projections[b] = version, damped_inverse(rows(a), 1e-8)
-        product = times(gradient, self._projections[b][1])
-        return product.div_(part.scale**2 or 1.0).to(gradient.dtype)
+            self._projections[b] = version, damped_inverse(matrices(part, part.a), 1e-8)
+        product = matrices(part, gradient) @ self._projections[b][1]
+        return shaped_as(product.div_(part.scale**2 or 1.0), gradient)
 
 
 def Riemannian(
     h: Adapters, optimizer_class: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
 ) -> Optimizer:
-    """An optimizer whose steps first precondition the gradients of linear layers' factors:
+    """An optimizer whose steps first precondition the gradients of linear layers' factors, and of
+    parameters':
 
     g_a ← (bᵀb + reg·I)⁺·g_a,  g_b ← g_b·(a aᵀ + reg·I)⁺,  a (r, in), b (out, r),
 
@@ -181,9 +180,10 @@ def Riemannian(
     parameters, factors = [], {}
     for site, part, name, parameter in trained(h):
         parameters.append(parameter)
-        is_linear = isinstance(part, FactorsPart) and not isinstance(site.host, nn.Embedding)
-        if is_linear and name == "b" and part.a.ndim == part.b.ndim == 2 and not part.fixed:
-            factors[parameter] = part
+        if isinstance(part, FactorsPart) and name == "b" and not part.fixed:
+            is_linear = part.b.ndim == 2 and not isinstance(site.host, nn.Embedding)
+            if is_linear or isinstance(part, ParameterPart):
+                factors[parameter] = part
     if not factors:
         raise Refused(
             "no adapter trains both factors of a linear layer",
@@ -210,45 +210,36 @@ def Riemannian(
 
 
 def _precondition(part: FactorsPart, reg: float) -> None:
-    a, b = part.a, part.b
-    a_gradient, b_gradient = a.grad, b.grad
+    a, b = matrices(part, part.a), matrices(part, part.b)
+    a_gradient, b_gradient = part.a.grad, part.b.grad
     if a_gradient is not None:
-        inverse = damped_inverse(rows(b.T), reg)
-        a_gradient.copy_(times(a_gradient.T, inverse).T)
+        product = damped_inverse(b.mT, reg) @ matrices(part, a_gradient)
+        a_gradient.copy_(shaped_as(product, a_gradient))
     if b_gradient is not None:
-        b_gradient.copy_(times(b_gradient, damped_inverse(rows(a), reg)))
+        product = matrices(part, b_gradient) @ damped_inverse(a, reg)
+        b_gradient.copy_(shaped_as(product, b_gradient))
 
 
-def rows(factor: Tensor) -> Tensor:
-    """A factor as a matrix (r, rest), gathered where it is sharded, float32 or wider."""
-    if is_sharded(factor):
-        factor = factor.full_tensor()
-    return factor.detach().flatten(1).to(torch.promote_types(factor.dtype, torch.float32))
+def matrices(part: FactorsPart, value: Tensor) -> Tensor:
+    """a as (n, r, in) or b as (n, out, r), or their gradients, float32 or wider: one matrix, of
+    experts one each, of a convolution one a group; gathered where it is sharded."""
+    value = whole(value.detach()).to(torch.promote_types(value.dtype, torch.float32))
+    if isinstance(part, ParameterPart) and value.ndim == 3:
+        return value
+    groups = part.a.shape[0] // part.b.shape[1]
+    return value.flatten(1).unflatten(0, (groups, -1))
 
 
-def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor is spread over processes (FSDP2)."""
-    return hasattr(tensor, "device_mesh")
+def damped_inverse(factors: Tensor, damping: float) -> Tensor:
+    """(f fᵀ + damping·I)⁺ of each f (r, in)."""
+    grams = factors @ factors.mT
+    grams.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return torch.linalg.pinv(grams, hermitian=True)
 
 
-def damped_inverse(factor: Tensor, damping: float) -> Tensor:
-    """(f fᵀ + damping·I)⁺ of f (r, rest)."""
-    gram = factor @ factor.T
-    gram.diagonal().add_(damping)
-    return torch.linalg.pinv(gram, hermitian=True)
-
-
-def times(gradient: Tensor, matrix: Tensor) -> Tensor:
-    """gradient (out, r, ...)·matrix (r, r) along the second axis, in the matrix's dtype; sharded as
-    the gradient is."""
-    wide = gradient.to(matrix.dtype)
-    if is_sharded(gradient):
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh = gradient.device_mesh
-        product = wide @ DTensor.from_local(matrix, mesh, [Replicate()] * mesh.ndim)
-        return product.redistribute(mesh, gradient.placements)  # type: ignore[attr-defined]
-    return (wide.flatten(2).mT @ matrix).mT.reshape(wide.shape) if wide.ndim > 2 else wide @ matrix
+def shaped_as(value: Tensor, other: Tensor) -> Tensor:
+    """A value with another's shape and dtype, sharded as it is."""
+    return spread(value.reshape(other.shape).to(other.dtype), other)
 
 
 def trained(

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkit.runtime.sharding import spread
+
 CHILD = "adapterkit"  # the name of the child
 ESCAPED = str.maketrans({"%": "%25", ".": "%2E", ":": "%3A"})  # in children's names
 RESERVED = {
@@ -109,6 +111,25 @@ class Part(Unsaved):
     def clash(self, other: "Part") -> str | None:
         """Why it cannot act together with another adapter's part of the same module."""
         return None
+
+    def values_in(self, other: "Part") -> dict[str, Tensor]:
+        """What its parameters and buffers would be as in another part, as it was read."""
+        return dict(other.named_parameters())
+
+    def fits(self, other: "Part") -> bool:
+        """Whether `take` can take another part's values."""
+        own = dict(self.named_parameters())
+        buffers, values = dict(self.named_buffers()), self.values_in(other)
+        return own.keys() <= values.keys() <= own.keys() | buffers.keys() and all(
+            value.shape == (own | buffers)[name].shape for name, value in values.items()
+        )
+
+    @torch.no_grad()
+    def take(self, other: "Part") -> None:
+        """Take the values of another part, as it was read."""
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        for name, value in self.values_in(other).items():
+            own[name].copy_(spread(value.to(own[name]), own[name]))
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
         """Change the host's parameters, float32 or wider by name, as this part changes the

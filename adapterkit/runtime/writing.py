@@ -20,6 +20,7 @@ from adapterkit.planning.cards import adapter_card
 from adapterkit.runtime.copies import CopyPart, ValuePart
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.parameter import ParameterPart
+from adapterkit.runtime.sharding import whole
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.tokens import TokensPart
 
@@ -120,9 +121,7 @@ def _is_shorthand(config: Mapping[str, Any]) -> bool:
 
 def _whole(value: Tensor) -> Tensor:
     """A tensor as the file holds it: gathered where it is sharded, dense and of its own memory."""
-    if hasattr(value, "full_tensor"):
-        value = value.full_tensor()  # type: ignore[operator]
-    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return whole(value).detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _writes() -> bool:
