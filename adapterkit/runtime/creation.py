@@ -1,5 +1,6 @@
 """New adapters on a live model."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused, refuse_all
 from adapterkit.runtime import dora
 from adapterkit.runtime.layers import KINDS, members, part_class
+from adapterkit.runtime.layers.parameter import new_parameter_part
 from adapterkit.runtime.new_values import new_values
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.starts import method_of, start
@@ -34,12 +36,19 @@ def attach(
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     adapter = Attached(name, config, trainable=True, base=base_name(state.model))
     parts = []
+    further = Counter(target.path for target in targets)  # parameters of a module, after this one
     places = [
         (target, *member) for target in targets for member in members(target.path, target.kind)
     ]
     for target, path, kind_name in places:
-        kind = part_class(kind_name, config)
         host = state.modules[path]
+        if target.leaf is not None:
+            further[path] -= 1
+            place = home(host), dtype
+            part = new_parameter_part(name, target, method, generator, place, further[path])
+            parts.append((path, part))
+            continue
+        kind = part_class(kind_name, config)
         a, b = start(method, target, kind, host, generator)
         where = home(host)
         part = kind(

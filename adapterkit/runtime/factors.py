@@ -190,7 +190,7 @@ class FactorsPart(Part):
         self.scale *= factor
 
     def target(self, path: str) -> str:
-        """The module that targets and patterns name; `path`: the site's."""
+        """The module or parameter that targets and patterns name; `path`: the site's."""
         return path
 
     def stored(self, path: str) -> dict[str, Tensor]:

@@ -88,6 +88,8 @@ class LowRankSum:
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         args, kwargs = tuple(args), dict(kwargs or {})
+        if func in METADATA and isinstance(args[0], LowRankSum):
+            return func(args[0].weight, *args[1:], **kwargs)
         tree_map_only(LowRankSum, _mark, (args, kwargs))
         handler = HANDLERS.get(func)
         if handler is None and str(func) == FALLBACK:
@@ -309,22 +311,22 @@ def _item(total: Any, index: Any) -> Any:
     )
 
 
-def _of_weight(func: Callable, total: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the sum has in common with its weight."""
-    return func(total.weight, *args, **kwargs)
-
-
 HANDLERS: dict[Callable, Callable] = {}
 
 
-def _register(handler: Callable, names: str, *, passes: bool = False) -> None:
-    """The handler of functions of torch and methods of tensors; `passes`: it takes the function
-    itself first."""
+def _functions(names: str) -> Iterator[Callable]:
+    """Functions of torch, and methods and getters of tensors."""
     for name in names.split():
         method = getattr(Tensor, name)
         for func in (getattr(torch, name, None), method if callable(method) else method.__get__):
             if callable(func):  # torch.half is a dtype
-                HANDLERS[func] = partial(handler, func) if passes else handler
+                yield func
+
+
+def _register(handler: Callable, names: str, *, passes: bool = False) -> None:
+    """The handler of functions; `passes`: it takes the function itself first."""
+    for func in _functions(names):
+        HANDLERS[func] = partial(handler, func) if passes else handler
 
 
 HANDLERS[F.linear] = _linear
@@ -342,10 +344,11 @@ _register(
     _cast, "to type type_as float half bfloat16 double cpu cuda contiguous clone", passes=True
 )
 _register(_item, "__getitem__")
-_register(
-    _of_weight,
-    "shape dtype device ndim layout itemsize nbytes is_cuda is_cpu is_meta is_quantized is_sparse "
-    "is_nested size dim numel nelement element_size stride is_contiguous is_floating_point "
-    "is_complex get_device __len__",
-    passes=True,
+# what the sum has in common with its weight
+METADATA = frozenset(
+    _functions(
+        "shape dtype device ndim layout itemsize nbytes is_cuda is_cpu is_meta is_quantized "
+        "is_sparse is_nested size dim numel nelement element_size stride is_contiguous "
+        "is_floating_point is_complex get_device __len__"
+    )
 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.state import State
 
 
@@ -21,7 +22,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Row:
-    """One module with adapters."""
+    """One module, or parameter of a module, with adapters; `kind`: the module's class."""
 
     module: str
     kind: str
@@ -59,11 +60,12 @@ def report(state: State) -> Report:
         site = state.sites.get(path)
         if site is None:
             continue
-        shares = tuple(
-            Share(name, part.rank, part.scale, part.norm(), name in state.active)
-            for name, parts in site.parts.items()
-            for part in parts.values()
-            if isinstance(part, FactorsPart)
-        )
-        rows.append(Row(path, type(site.host).__name__, shares))
+        shares: dict[str, list[Share]] = {}  # by the name of the module or parameter
+        for name, parts in site.parts.items():
+            for part in parts.values():
+                if isinstance(part, FactorsPart):
+                    share = Share(name, part.rank, part.scale, part.norm(), name in state.active)
+                    target = part.target(path) if isinstance(part, ParameterPart) else path
+                    shares.setdefault(target, []).append(share)
+        rows += [Row(target, type(site.host).__name__, tuple(s)) for target, s in shares.items()]
     return rows

@@ -259,6 +259,18 @@ def _leaves(
         _no_match("parameters", name, "the end of a parameter's name", known)
         for name in sorted(names - matching)
     ]
+    homes = dict.fromkeys(path for path, _ in leaves)
+    errors += [
+        Refused(
+            f"parameters of {shown(path)} and of {shown(other)} inside it",
+            expected="modules beside each other: PEFT's layout has no such nest",
+            where=WHERE,
+            hint="leave those of one of them out",
+        )
+        for path in homes
+        for other in homes
+        if other.startswith(f"{path}.")
+    ]
     return leaves
 
 
@@ -270,13 +282,15 @@ def _unfit_parameter(
     shape = tuple(parameter.shape)
     if path == "":
         problem, hint = f"{problem} of the model itself", "put the model into another module"
-    elif len(shape) not in (2, 3):
-        problem = f"{problem} with shape {shape}"
+    elif len(shape) not in (2, 3) or not parameter.is_floating_point():
+        problem = f"{problem} with shape {shape}, {parameter.dtype}"
     elif entry := next((one for one in config.saved if is_within(path, one)), None):
         problem = f"{problem} inside {shown(entry)}, which is trained in full"
     else:
         return None
-    return Refused(problem, expected="2 or 3 dimensions, in a module", where=WHERE, hint=hint)
+    return Refused(
+        problem, expected="2 or 3 dimensions of floats, in a module", where=WHERE, hint=hint
+    )
 
 
 def _tied(

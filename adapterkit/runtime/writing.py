@@ -56,7 +56,7 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     """Tensors and config of an adapter as its files hold them."""
     tensors: dict[str, Tensor] = {}
     scales: dict[str, tuple[int, float]] = {}
-    modules, parameters = [], []
+    modules = []
     levels = {
         path: sum(isinstance(part, FactorsPart) for part in site.parts[adapter.name].values())
         for path, site in adapter.sites.items()
@@ -70,12 +70,11 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
             else:
                 key = nested + key.removeprefix(plain)
             tensors[key] = _whole(value)
-        if isinstance(part, ParameterPart):
-            parameters.append(f"{site.path}.{part.leaf}")
-            scales[parameters[-1]] = (part.stored_rank, part.scale)
-        elif isinstance(part, FactorsPart):
-            modules.append(part.target(site.path))
-            scales[modules[-1]] = (part.stored_rank, part.scale)
+        if isinstance(part, FactorsPart):
+            target = part.target(site.path)
+            scales[target] = (part.stored_rank, part.scale)
+            if not isinstance(part, ParameterPart):
+                modules.append(target)
     config = adapter.config.to_peft(adapter.base)
     config["init_lora_weights"] = True  # the factors are for the original base
     config |= scale_settings(scales, config)

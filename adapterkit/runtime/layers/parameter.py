@@ -16,6 +16,7 @@ from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.low_rank_sum import LowRankSum, Term, summed
 from adapterkit.runtime.site import Site as LiveSite
 from adapterkit.runtime.site import Values
+from adapterkit.runtime.targets import Target
 
 # transformers' implementations of experts in plain torch; others are kernels, which need tensors
 PLAIN_EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
@@ -51,6 +52,9 @@ class ParameterPart(FactorsPart):
     @property
     def rank(self) -> int:
         return self.a.shape[-2]
+
+    def target(self, path: str) -> str:
+        return f"{path}.{self.leaf}"
 
     def term(self, weight: float) -> Term:
         """weight·scale·b·a in the parameter's layout, as a product."""
@@ -111,30 +115,31 @@ def _multiplies(host: nn.Module) -> bool:
 
 def new_parameter_part(
     adapter: str,
-    host: nn.Module,
-    leaf: str,
-    rank: int,
-    scale: float,
-    depth: int,
-    method: Any,  # an init that needs no weight
+    target: Target,
+    method: Any,  # the record of an init that draws
     generator: torch.Generator,
     place: tuple[torch.device, torch.dtype | None],
+    depth: int,
 ) -> ParameterPart:
     """Initial factors of a parameter; of a stack those of a linear layer for each expert."""
+    leaf, host = target.leaf, target.module
+    assert leaf is not None
     parameter, transposed = host._parameters[leaf], is_transposed(host, leaf)
     assert parameter is not None
     out, columns = parameter.shape[-2:]
     if transposed:
         out, columns = columns, out
-    shapes = (rank, columns), (out, rank)
-    count = parameter.shape[0] if parameter.ndim == 3 else 1
+    shapes = (target.rank, columns), (out, target.rank)
+    count = len(parameter) if parameter.ndim == 3 else 1
     pairs = [method.draw(*shapes, generator) for _ in range(count)]
     if parameter.ndim == 3:
         a, b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
     else:
         a, b = pairs[0]
     a, b = a.to(*place), b.to(*place)
-    return ParameterPart(adapter, a, b, scale, leaf=leaf, transposed=transposed, depth=depth)
+    part = ParameterPart(adapter, a, b, target.scale, leaf=leaf, transposed=transposed, depth=depth)
+    part.fix(*getattr(method, "fixed", ()))
+    return part
 
 
 def is_transposed(host: nn.Module, leaf: str) -> bool:
