@@ -115,39 +115,53 @@ def _selected(
     errors: list[AdapterkitError],
 ) -> list[str]:
     """Paths of the modules that targets, exclude, layers and modules_to_save select."""
-    targets = config.targets
-    if targets is None:
-        kind = model_type(model)
-        targets = USUAL_TARGETS.get(kind or "", ())
-        if not targets and not config.parameters:
-            name = type(model).__name__ if kind is None else f"model type {shown(kind)}"
-            errors.append(_no_targets(f"no usual targets of {name}", "give targets"))
-        names = ()
-    else:
-        names = () if isinstance(targets, str) else targets
+    targets = _usual(model, config, errors) if config.targets is None else config.targets
     if targets == ALL_LINEAR:
         head = output_head(model, config.task_type == "SEQ_CLS")
         paths = [path for path in modules if path != head and _is_linear(model, modules, path)]
     elif isinstance(targets, str):
         paths = list(filter(matcher(targets, f"{WHERE}: targets", WHOLE), modules))
     else:
-        paths = [path for path in modules if _ends(path) & set(targets)]
-    selected = {end for path in paths for end in _ends(path)}
-    unknown = [name for name in names if name not in selected]
-    errors += [
-        _no_match("targets", name, "the end of a module's name", modules) for name in unknown
-    ]
-    if not isinstance(targets, str):
-        paths = _in_layers(paths, targets, config, errors)
+        paths = _ending(modules, targets, errors if config.targets else [])
+    paths = _in_layers(paths, () if isinstance(targets, str) else targets, config, errors)
     # an attention's factors are for both of its projections
     attentions = {path for path in paths if kind_of(modules[path]) == "attention"}
     paths = [path for path in paths if path.rpartition(".")[0] not in attentions]
     is_excluded = _exclusion(modules, config, errors)
     left = [path for path in paths if not is_excluded(path)]
-    if targets and not left and not unknown:
-        hint = "check exclude and modules_to_save" if paths else "check targets and layers"
+    if targets and not left and not errors:
+        hint = "check exclude and modules_to_save" if paths else "check targets"
         errors.append(_no_targets("no module is a target", hint))
     return left
+
+
+def _usual(
+    model: nn.Module, config: LoraConfig, errors: list[AdapterkitError]
+) -> Sequence[str] | str:
+    """What is usual for the model's type."""
+    kind = model_type(model)
+    targets = USUAL_TARGETS.get(kind or "", ())
+    if not targets and not config.parameters:
+        name = type(model).__name__ if kind is None else f"model type {shown(kind)}"
+        errors.append(_no_targets(f"no usual targets of {name}", "give targets"))
+    return targets
+
+
+def _ending(
+    modules: Mapping[str, nn.Module], names: Sequence[str], errors: list[AdapterkitError]
+) -> list[str]:
+    """Paths that are one of the names or end with it."""
+    known, matching, paths = set(names), set(), []
+    for path in modules:
+        if ends := known & _ends(path):
+            matching |= ends
+            paths.append(path)
+    errors += [
+        _no_match("targets", name, "the end of a module's name", modules)
+        for name in names
+        if name not in matching
+    ]
+    return paths
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -169,9 +183,8 @@ def _is_linear(model: nn.Module, modules: Mapping[str, nn.Module], path: str) ->
     """Whether all-linear has a module: no container, and nothing whose weight others read."""
     module = modules[path]
     children = [name for name, _ in module.named_children() if name != CHILD]
-    is_linear = kind_of(module) in ("linear", "conv1d") and (
-        isinstance(module, nn.Linear) or not children
-    )
+    is_whole = isinstance(module, nn.Linear) or not children
+    is_linear = kind_of(module) in ("linear", "conv1d") and is_whole
     return is_linear and _reader(model, modules, path) is None
 
 
@@ -340,10 +353,10 @@ def _unfit(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> lis
     """Why a module takes no factors; nothing if it does."""
     module = modules[path]
     problem = f"target {shown(path)} is a {type(module).__name__}"
-    leaves = [leaf for leaf, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)]
     expected = "a linear layer, an embedding, a convolution or torch's MultiheadAttention"
     hint = "leave it out"
     if kind_of(module) is None:
+        leaves = [leaf for leaf, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)]
         if leaves:
             name = f"{path.rpartition('.')[2]}.{leaves[0]}"
             hint = f"parameters={[name]!r} adapts the parameter itself"

@@ -111,6 +111,18 @@ def test_all_invalid_values_at_once():
     assert len(caught.value.errors) == 7
 
 
+def test_what_is_invalid_is_in_no_conflict():
+    with pytest.raises(Refused) as caught:
+        LoraConfig(targets=["q"], layers=-1, layers_pattern="h")
+    assert not isinstance(caught.value, MultipleErrors)
+
+
+def test_a_config_without_modules_as_peft_writes_it():
+    stored = LoraConfig(targets=[], modules_to_save=["head"]).to_peft()
+    assert stored["target_modules"] == "dummy-target-modules"
+    assert LoraConfig(targets=[], parameters=["up"]).to_peft()["target_modules"] == []
+
+
 CONFLICTS = [
     ({"parameters": ["p"], "dora": True}, "parameters.* and dora"),
     ({"parameters": ["p"], "dropout": 0.1}, "parameters.* and dropout"),

@@ -1,6 +1,7 @@
 """Targets on plain trees of modules: which are meant, and what is refused."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,7 +116,9 @@ def test_ends_whole_names_and_regular_expressions():
         "layers.0.q", "layers.1.q", "encoder.layers.0", "encoder.layers.1", "encoder.layers.2",
         "head",
     ]  # fmt: skip
-    assert names(LoraConfig(targets=["attention"])) == ["layers.0.attention", "layers.1.attention"]
+    attentions = ["layers.0.attention", "layers.1.attention"]
+    assert names(LoraConfig(targets=["attention"])) == attentions
+    assert names(LoraConfig(targets=["attention", "out_proj"])) == attentions  # both projections
 
 
 def test_layers_of_a_model_that_starts_with_its_list_of_layers():
@@ -124,6 +127,17 @@ def test_layers_of_a_model_that_starts_with_its_list_of_layers():
     assert names(LoraConfig(targets=["q"], layers=[1], layers_pattern="layers")) == ["layers.1.q"]
     config = LoraConfig(targets=["layers.0.q", "q"], layers=1)
     assert names(config) == ["layers.0.q", "layers.1.q"]  # a whole name in any layer
+
+
+def test_layers_of_usual_targets():
+    """Of gemma4 they are a regular expression, with which PEFT forgets the layers."""
+    layers = [nn.ModuleDict({"q_proj": linear(), "o_proj": linear()}) for _ in range(2)]
+    tower = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+    model = nn.ModuleDict({"language_model": tower, "vision": copy.deepcopy(tower)})
+    model.config = SimpleNamespace(model_type="gemma4")
+    paths = [f"language_model.layers.{i}.q_proj" for i in range(2)]
+    assert names(LoraConfig(), model) == paths
+    assert names(LoraConfig(layers=1), model) == paths[1:]
 
 
 def test_what_is_excluded():
