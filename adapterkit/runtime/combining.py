@@ -25,7 +25,7 @@ def combine(
         sources = {}
         for number, (adapter, weight) in enumerate(table.items()):
             source = Path(folder, str(number))
-            writing.save(state, source, adapter)
+            writing.save(state, source, adapter, every_process=True)
             sources[source] = weight
         out = Path(folder, "combined")
         combine_files(sources, out=out, method=method, hash="none", **options)

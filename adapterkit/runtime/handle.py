@@ -9,7 +9,8 @@ from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused, refuse_all, shown
-from adapterkit.options import StrPath
+from adapterkit.options import Sources, StrPath
+from adapterkit.runtime import arrow as arrows
 from adapterkit.runtime import combining, creation, merging, reading, rows, trainer, writing
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.report import Report, report
@@ -145,6 +146,27 @@ class Adapters:
         `adapterkit.combine`."""
         combining.combine(self.state, adapters, name, method, options)
 
+    def experts(self, arrow: str = "arrow") -> list[str]:
+        """The names of a router's experts."""
+        return list(arrows.find(self.state, arrow).experts)
+
+    def add_expert(
+        self, source: StrPath, *, name: str, arrow: str = "arrow", general: Sources | None = None
+    ) -> None:
+        """Add an expert to a router, as `adapterkit arrow` over all experts would; `source`: a
+        folder, a Hub id, or the name of a loaded adapter.
+
+        `general`: where the general adapters are that the router subtracts; None where
+        `create_arrow_model` was told. `Refused` before anything changes."""
+        self.state.outside_rows("add_expert")
+        arrows.add_expert(self.state, source, name=name, arrow=arrow, general=general)
+
+    def remove_expert(self, name: str, *, arrow: str = "arrow") -> None:
+        """Take an expert out of a router; `top_k` becomes the number of those left where that is
+        smaller. `Refused` for the only one."""
+        self.state.outside_rows("remove_expert")
+        arrows.remove_expert(self.state, name, arrow=arrow)
+
     def rescale(self, factor: float, *, name: str) -> None:
         """Multiply an adapter's scale; `save` writes it so."""
         self.state.outside_rows("rescale")
@@ -185,10 +207,15 @@ class Adapters:
         delattr(self.model, ATTRIBUTE)
 
     def save(self, folder: StrPath, *, name: str | None = None) -> None:
-        """Write an adapter in PEFT's layout; PEFT, vLLM and `adapterkit merge` read it.
+        """Write an adapter in PEFT's layout; PEFT, vLLM and `adapterkit merge` read it. A router is
+        written as `adapterkit arrow` does.
 
         `name`: may be left out where one adapter is active, or there is one only."""
-        writing.save(self.state, folder, name or self._only_name("save"))
+        name = name or self._only_name("save")
+        if isinstance(self.state.adapters.get(name), arrows.Arrow):
+            arrows.save(self.state, folder, name)
+        else:
+            writing.save(self.state, folder, name)
 
     def trainer(self, cls: type) -> type:
         """A subclass of a transformers Trainer (also Seq2SeqTrainer, TRL's SFTTrainer) for this

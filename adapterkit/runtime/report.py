@@ -1,17 +1,21 @@
 """What adapters a model has, module by module."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.parameter import ParameterPart
+from adapterkit.runtime.layers.routed import RoutedPart
+from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import State
 
 
 @dataclass(frozen=True)
 class Share:
-    """One adapter on one module; `norm`: of its delta, ‖scale·b·a‖ (Frobenius)."""
+    """One adapter, or expert of a router, on one module; `norm`: of its delta, ‖scale·b·a‖
+    (Frobenius)."""
 
     name: str
     rank: int
@@ -63,9 +67,16 @@ def report(state: State) -> Report:
         shares: dict[str, list[Share]] = {}  # by the name of the module or parameter
         for name, parts in site.parts.items():
             for part in parts.values():
-                if isinstance(part, FactorsPart):
-                    share = Share(name, part.rank, part.scale, part.norm(), name in state.active)
-                    target = part.target(path) if isinstance(part, ParameterPart) else path
+                target = part.target(path) if isinstance(part, ParameterPart) else path
+                for share in _shares(name, part, name in state.active):
                     shares.setdefault(target, []).append(share)
         rows += [Row(target, type(site.host).__name__, tuple(s)) for target, s in shares.items()]
     return rows
+
+
+def _shares(name: str, part: Part, active: bool) -> Iterator[Share]:
+    if isinstance(part, FactorsPart):
+        yield Share(name, part.rank, part.scale, part.norm(), active)
+    elif isinstance(part, RoutedPart):
+        for expert, scale, norm in zip(part.names, part.scales, part.norms(), strict=True):
+            yield Share(f"{name}: {expert}", part.rank, scale, norm, active)

@@ -85,16 +85,24 @@ class State:
 
     def remove(self, name: str) -> None:
         """Take an adapter off all its modules; sites without parts go."""
-        for site in self.adapters.pop(name).sites.values():
-            site.remove(name)
-            if not site.parts:
-                site.leave()
-                del self.sites[site.path]
+        adapter = self.adapters.pop(name)
+        for path in list(adapter.sites):
+            self.take(adapter, path)
         if self.invocations is not None:
             self.invocations.tokens.pop(name, None)
             if not self.invocations.tokens:
                 self.invocations.release()
                 self.invocations = None
+
+    def take(self, adapter: Attached, path: str) -> None:
+        """Take an adapter off one module."""
+        site = adapter.sites.pop(path)
+        site.remove(adapter.name)
+        if site.parts:
+            site.select(self.active)
+        else:
+            site.leave()
+            del self.sites[site.path]
 
     def _invocations(self) -> Invocations:
         if self.invocations is None:

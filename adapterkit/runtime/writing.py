@@ -27,9 +27,11 @@ from adapterkit.runtime.tokens import TokensPart
 CARD = "README.md"
 
 
-def save(state: State, folder: StrPath, name: str) -> None:
+def save(state: State, folder: StrPath, name: str, *, every_process: bool = False) -> None:
     """Write an adapter: adapter_model.safetensors, adapter_config.json and a card; each file
-    replaces an older one of its name in one step. `Refused` while it is merged."""
+    replaces an older one of its name in one step. `Refused` while it is merged.
+
+    Of a distributed job only the first process writes, with `every_process` each one."""
     state.known([name])
     if name in state.merged:
         raise Refused(
@@ -40,16 +42,16 @@ def save(state: State, folder: StrPath, name: str) -> None:
         )
     adapter = state.adapters[name]
     tensors, config = contents(state, adapter)
-    if not _writes():
+    if not writes() and not every_process:
         return
     root = Path(folder)
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        _replace(root / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+        replace(root / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-        _replace(root / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        replace(root / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
         card = adapter_card(adapter.base, [], "trained with adapterkit")
-        _replace(root / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+        replace(root / CARD, lambda path: path.write_text(card, encoding="utf-8"))
 
 
 def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -69,7 +71,7 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
                 key = replaced_key(key.removeprefix(PREFIX), levels, with_rows)
             else:
                 key = nested + key.removeprefix(plain)
-            tensors[key] = _whole(value)
+            tensors[key] = stored_value(value)
         if isinstance(part, FactorsPart):
             target = part.target(site.path)
             scales[target] = (part.stored_rank, part.scale)
@@ -118,12 +120,12 @@ def _is_shorthand(config: Mapping[str, Any]) -> bool:
     return str(config["target_modules"]).lower() == "all-linear"
 
 
-def _whole(value: Tensor) -> Tensor:
+def stored_value(value: Tensor) -> Tensor:
     """A tensor as the file holds it: gathered where it is sharded, dense and of its own memory."""
     return whole(value).detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _writes() -> bool:
+def writes() -> bool:
     """Whether this process writes: the first one of a distributed job."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or (
@@ -131,7 +133,7 @@ def _writes() -> bool:
     )
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace(path: Path, write: Any) -> None:
     """Write a file under another name and rename it."""
     other = path.with_name(f".{path.name}.part")
     write(other)

@@ -1,0 +1,153 @@
+"""Experts of a linear layer between which tokens are routed (Arrow, arXiv:2405.11157)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.errors import Refused, shown
+from adapterkit.kernels import lowrank
+from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.routing import add_routed
+from adapterkit.runtime.site import Part, Site
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one module as `adapterkit arrow` stores them; smaller ranks are filled with
+    zeros."""
+
+    names: tuple[str, ...]
+    a: Tensor  # (E, r, in)
+    b: Tensor  # (E, out, r)
+    scales: tuple[float, ...]
+    prototypes: Tensor  # (E, in)
+
+    def to(self, where: torch.device) -> "Experts":
+        """On a device, factors and prototypes of one dtype, at least float32."""
+        dtype = torch.promote_types(self.a.dtype, torch.float32)
+        return self.like(torch.empty(0, device=where, dtype=dtype))
+
+    def like(self, tensor: Tensor) -> "Experts":
+        """On the device and in the dtype of a tensor."""
+        a, b, prototypes = (t.to(tensor) for t in (self.a, self.b, self.prototypes))
+        return Experts(self.names, a, b, self.scales, prototypes)
+
+    def followed_by(self, others: "Experts") -> "Experts":
+        """These experts and then others, of the larger rank."""
+        rank = max(self.a.shape[1], others.a.shape[1])
+        a, b = zip(*(padded(each.a, each.b, rank) for each in (self, others)), strict=True)
+        return Experts(
+            self.names + others.names,
+            torch.cat(a),
+            torch.cat(b),
+            self.scales + others.scales,
+            torch.cat([self.prototypes, others.prototypes]),
+        )
+
+    def without(self, name: str) -> "Experts | None":
+        """These experts but one, None where none is left; ranks that only it had are gone."""
+        rest = [i for i, other in enumerate(self.names) if other != name]
+        if not rest:
+            return None
+        a, b = self.a[rest], self.b[rest]
+        used = (a.ne(0).any(2) | b.ne(0).any(1)).any(0).nonzero()  # rows of a, columns of b
+        rank = int(used.max()) + 1 if len(used) else 1
+        return Experts(
+            tuple(self.names[i] for i in rest),
+            a[:, :rank],
+            b[:, :, :rank],
+            tuple(self.scales[i] for i in rest),
+            self.prototypes[rest],
+        )
+
+
+def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Stacked factors (E, r, in), (E, out, r) with zeros up to a rank."""
+    more = rank - a.shape[1]
+    return nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
+
+
+class RoutedPart(Part):
+    """y + weight·Σ_e coefficient_e·scale_e·b_e·a_e·x, e the `top_k` experts with the largest
+    |x·prototype_e| and the coefficients their softmax at `temperature`, for each token.
+
+    x in the factors' dtype, not normalized. Modules that fewer experts have route between these.
+    """
+
+    scale_of_each: Tensor
+
+    def __init__(self, adapter: str, experts: Experts, top_k: int, temperature: float):
+        super().__init__()
+        self.adapter, self.top_k, self.temperature = adapter, top_k, temperature
+        self.hold(experts)
+
+    def hold(self, experts: Experts) -> None:
+        """Have these experts, in place of others."""
+        down = torch.cat([experts.a.flatten(0, 1), experts.prototypes])
+        up = experts.b.transpose(1, 2).flatten(0, 1).contiguous()
+        self.names, self.scales = experts.names, experts.scales
+        self.down = nn.Parameter(down, requires_grad=False)
+        self.up = nn.Parameter(up, requires_grad=False)
+        self.register_buffer("scale_of_each", torch.tensor(self.scales).to(down))
+
+    @property
+    def experts(self) -> Experts:
+        count, width = len(self.names), self.up.shape[0]
+        down, up = self.down.detach(), self.up.detach()
+        a = down[:width].view(count, -1, down.shape[1])
+        b = up.view(count, -1, up.shape[1]).transpose(1, 2)
+        return Experts(self.names, a, b, self.scales, down[width:])
+
+    def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # what is near each other stays in order
+            with torch.autocast(x.device.type, enabled=False):
+                return self._add(y, weight, x)
+        return self._add(y, weight, x)
+
+    def _add(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
+        dtype = self.down.dtype
+        gradient = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+        # the output of another class may be a view, or not writable
+        own = type(self.host) is nn.Linear or y.dtype != dtype
+        total = add_routed(
+            y.to(dtype).reshape(-1, y.shape[-1]),
+            x.to(dtype).reshape(-1, x.shape[-1]),
+            self.down,
+            self.up,
+            self.scale_of_each,
+            top_k=min(self.top_k, len(self.names)),
+            temperature=self.temperature,
+            weight=weight,
+            in_place=own and not gradient,
+        )
+        return total.view(y.shape)
+
+    def unmergeable(self, site: Site, weight: float) -> str | None:
+        return "which experts act depends on the token (Arrow)"
+
+    def rescale(self, factor: float) -> None:
+        self.scales = tuple(scale * factor for scale in self.scales)
+        self.scale_of_each.mul_(factor)
+
+    def stored(self, path: str) -> dict[str, Tensor]:
+        raise Refused(
+            f"{shown(self.adapter)} routes between experts (Arrow)",
+            expected="an adapter of low-rank factors",
+            where=shown(path),
+            hint="save writes a router by itself; combine the experts' adapters",
+        )
+
+    @property
+    def rank(self) -> int:
+        """Of the expert of the largest rank."""
+        return self.up.shape[0] // len(self.names)
+
+    def norms(self) -> Sequence[float]:
+        """‖scale·b·a‖ of each expert, Frobenius."""
+        both = zip(self.experts.a, self.experts.b, self.scales, strict=True)
+        return [abs(s) * lowrank.norm(Product(b.double(), a.double())) for a, b, s in both]
+
+    def extra_repr(self) -> str:
+        return f"{len(self.names)} experts of rank {self.rank}, top_k={self.top_k}"
