@@ -13,6 +13,8 @@ from adapterkit.runtime.layers import KINDS, members, part_class
 from adapterkit.runtime.layers.parameter import new_parameter_part
 from adapterkit.runtime.new_values import new_values
 from adapterkit.runtime.quantized import stored
+from adapterkit.runtime.replication import replicate, replicating
+from adapterkit.runtime.site import Part
 from adapterkit.runtime.starts import method_of, start
 from adapterkit.runtime.state import Attached, State, listed
 from adapterkit.runtime.targets import Target, resolve
@@ -29,13 +31,29 @@ def attach(
 ) -> None:
     """Add a new, trainable adapter; `Refused` before anything changes."""
     state.unused(name)
+    with replicating(state):
+        replicate(state, config.layer_replication, "LoraConfig: layer_replication")
+        parts = _new_parts(state, config, name, seed, dtype, ephemeral_gpu_offload)
+    adapter = Attached(name, config, trainable=True, base=base_name(state.model))
+    for path, part in parts:
+        state.add(adapter, path, part)
+    state.adapters[name] = adapter
+
+
+def _new_parts(
+    state: State,
+    config: LoraConfig,
+    name: str,
+    seed: int | None,
+    dtype: torch.dtype | None,
+    ephemeral_gpu_offload: bool,
+) -> list[tuple[str, Part]]:
     targets = resolve(state.model, config)
     if config.dora:
         _check_dora(state, targets)
     method = method_of(config, targets)
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
-    adapter = Attached(name, config, trainable=True, base=base_name(state.model))
-    parts = []
+    parts: list[tuple[str, Part]] = []
     further = Counter(target.path for target in targets)  # parameters of a module, after this one
     places = [
         (target, *member) for target in targets for member in members(target.path, target.kind)
@@ -68,10 +86,7 @@ def attach(
             part.decompose(host, dtype)
         parts.append((path, part))
     modules = [target.path for target in targets if target.leaf is None]
-    parts += new_values(state, config, name, modules, dtype)
-    for path, part in parts:
-        state.add(adapter, path, part)
-    state.adapters[name] = adapter
+    return parts + new_values(state, config, name, modules, dtype)
 
 
 def _check_dora(state: State, targets: Sequence[Target]) -> None:

@@ -135,6 +135,15 @@ def check(state: State, table: Mapping[str, float]) -> None:
                 hint="unmerge first, then merge all of them together",
             )
         )
+    if state.replication is not None:
+        errors.append(
+            Refused(
+                "replicated layers, whose copies share weights",
+                expected="layers with weights of their own",
+                where="merge",
+                hint="`adapterkit merge` writes the deeper model; or run it unmerged",
+            )
+        )
     errors += conflicts(state, [*table, *state.active], "merge")
     for name, weight in table.items():
         reasons: dict[str, list[str]] = {}

@@ -26,6 +26,7 @@ from adapterkit.runtime.creation import home
 from adapterkit.runtime.layers import KINDS, kind_of, part_class
 from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
+from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.stored_values import StoredValues, join_values, read_values
@@ -53,9 +54,10 @@ def load(
 ) -> None:
     """Add an adapter from disk; `Refused` with all that does not fit, before anything changes."""
     state.unused(name)
-    stored = join(state, source)
-    parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
-    subtract_initial(state, stored, parts)
+    with replicating(state):
+        stored = join(state, source)
+        parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
+        subtract_initial(state, stored, parts)
     adapter = Attached(name, stored.config, trainable, base_id(stored.adapter))
     for path, part in parts:
         state.add(adapter, path, part)
@@ -66,6 +68,7 @@ def join(state: State, source: StrPath) -> Stored:
     """Read an adapter's headers and find the module of each of its tensors."""
     adapter = read_adapter(open_adapter(source), 0, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
+    replicate(state, config.layer_replication, adapter.where)
     errors: list[AdapterkitError] = []
     factors: list[tuple[str, str, Lora, float]] = []
     loras, parameters = split_parameters(adapter, state.model, state.modules, errors)

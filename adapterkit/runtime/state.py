@@ -23,6 +23,12 @@ class Merge(Protocol):
     def swap(self) -> None: ...
 
 
+class Replicated(Protocol):
+    """Layers that are stacked anew; see `replication`."""
+
+    def undo(self) -> None: ...
+
+
 @dataclass
 class Attached:
     """One adapter on the model."""
@@ -54,10 +60,21 @@ class State:
         self.merge: Merge | None = None  # what `merged` replaced
         self.rows: object | None = None  # the mixed batch in progress; see `rows`
         self.invocations: Invocations | None = None  # while there is an aLoRA
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.replication: Replicated | None = None  # of layers
+        self.find_modules()
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
+
+    def find_modules(self) -> None:
+        """Find the model's modules by path, while it has no sites."""
+        self.modules = dict(self.model.named_modules(remove_duplicate=False))
+
+    def unreplicate(self) -> None:
+        """Give the model its own layers back."""
+        if self.replication is not None:
+            self.replication.undo()
+            self.replication = None
 
     def site(self, path: str) -> Site:
         """The site of a module, made if it has none."""
@@ -93,6 +110,8 @@ class State:
             if not self.invocations.tokens:
                 self.invocations.release()
                 self.invocations = None
+        if not self.adapters:
+            self.unreplicate()
 
     def take(self, adapter: Attached, path: str) -> None:
         """Take an adapter off one module."""

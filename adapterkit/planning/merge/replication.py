@@ -56,7 +56,7 @@ def replicated(
             continue
         for new in copies.get(int(match[2]), ()):
             tensors[f"{prefix}{new}{match[3]}"] = spec
-    config = _config(base.config, count, order)
+    config = stacked(base.config, count, order)
     return replace(base, tensors=tensors, config=config)
 
 
@@ -95,17 +95,17 @@ def _layer_stack(base: Checkpoint, order: list[int]) -> tuple[str, int]:
     return stacks[0]
 
 
-def _config(config: dict[str, Any], count: int, order: list[int]) -> dict[str, Any]:
-    """The config with the new number of layers, and every per-layer list stacked as the layers
+def stacked(config: dict[str, Any], count: int, order: list[int]) -> dict[str, Any]:
+    """A config with the new number of layers, and every per-layer list stacked as the layers
     are."""
 
-    def stacked(key: str, value: Any) -> Any:
+    def setting(key: str, value: Any) -> Any:
         if key in COUNTS and value == count:
             return len(order)
         if isinstance(value, list) and len(value) == count and key not in ("architectures",):
             return [value[i] for i in order]
         if isinstance(value, dict) and key.endswith("_config"):
-            return {k: stacked(k, v) for k, v in value.items()}
+            return {k: setting(k, v) for k, v in value.items()}
         return value
 
-    return {k: stacked(k, v) for k, v in config.items()}
+    return {k: setting(k, v) for k, v in config.items()}
