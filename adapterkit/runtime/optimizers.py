@@ -79,7 +79,8 @@ class LoraFA(Optimizer):
 
     whose step of scale·b·a is the closest one to that of the whole weight; on what is no b plain
     AdamW. Weight decay is decoupled, after the step. `names`: adapters, None for all trainable
-    ones. `Refused` without trainable adapters, before a is frozen.
+    ones. Make it before DDP wraps the model, and after FSDP2 shards it. `Refused` without trainable
+    adapters, before a is frozen.
 
     PEFT multiplies under bfloat16 autocast, off by 2.5e-3, and fails with several adapters, DoRA,
     lora_bias and embeddings."""

@@ -1,0 +1,182 @@
+"""Two processes that train together: DDP, FSDP2 and a Trainer give what one process gives."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapterkit import LoraConfig
+from adapterkit.runtime import LoraFA, Riemannian, attach
+from tests.support.live import llama, tokens
+
+WORLD, STEPS = 2, 3
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+CONFIGS = {
+    "lora": LoraConfig(4, 8, TARGETS, init=False),
+    "dora": LoraConfig(4, 8, TARGETS, init=False, dora=True),
+}
+OPTIMIZERS = {
+    "adamw": lambda h: torch.optim.AdamW(h.parameters(), lr=1e-2),
+    "lora-fa": lambda h: LoraFA(h, lr=1e-2),
+    "riemannian": lambda h: Riemannian(h, torch.optim.SGD, lr=1e-1),
+}
+CASES = [("lora", "adamw"), ("dora", "adamw"), ("lora", "lora-fa"), ("lora", "riemannian")]
+
+
+def make(config):
+    return attach(llama(), CONFIGS[config], seed=1)
+
+
+def batch(step, rank=None):
+    """Rows of a step: all of them, or a process's share."""
+    rows = tokens(4, 8, seed=step)
+    return rows if rank is None else rows.chunk(WORLD)[rank]
+
+
+def steps(model, optimizer, rank=None):
+    """Losses; of several processes their mean."""
+    values = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x = batch(step, rank)
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        loss = loss.detach()
+        if rank is not None:
+            torch.distributed.all_reduce(loss)
+            loss /= WORLD
+        values.append(loss.item())
+    return values
+
+
+def ddp(h):
+    return torch.nn.parallel.DistributedDataParallel(h.model)
+
+
+def fsdp2(h):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in h.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(h.model)
+
+
+WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2}
+
+
+def work(rank, port, folder):
+    """What each process does: all cases, one after the other."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+    }
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
+    results = {}
+    for kind, wrap in WRAPPERS.items():
+        for config, optimizer in CASES:
+            name = f"{kind}-{config}-{optimizer}"
+            h = make(config)
+            if kind == "ddp":  # which counts what is trained when it is made; LoRA-FA freezes a
+                update = OPTIMIZERS[optimizer](h)
+                model = wrap(h)
+            else:
+                model = wrap(h)
+                update = OPTIMIZERS[optimizer](h)
+            sharded = [type(p).__name__ for p in h.parameters()]
+            losses = steps(model, update, rank)
+            h.save(folder / name)
+            results[name] = {"losses": losses, "sharded": sorted({*sharded})}
+    results["restored"] = restored(folder, rank)
+    results["trainer"] = trained(folder)
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def restored(folder, rank):
+    """Losses with sharded parameters that took a checkpoint's values."""
+    from adapterkit.runtime.trainer import restore
+
+    h = make("lora")
+    model = fsdp2(h)
+    torch.distributed.barrier()
+    restore(h.state, folder / "fsdp2-lora-adamw")
+    return steps(model, OPTIMIZERS["adamw"](h), rank)
+
+
+def trained(folder):
+    """Losses of a Trainer, and of one that resumes."""
+    from transformers import Trainer, TrainingArguments
+
+    table = []
+    for out, resume in (("whole", None), ("again", "whole/checkpoint-2")):
+        h = make("lora")
+        arguments = TrainingArguments(
+            output_dir=str(folder / out), per_device_train_batch_size=2, max_steps=4, save_steps=2,
+            logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, ddp_backend="gloo",
+        )  # fmt: skip
+        rows = tokens(16, 8)
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        trainer = h.trainer(Trainer)(model=h.model, args=arguments, train_dataset=data)
+        assert trainer.args.world_size == WORLD
+        trainer.train(resume_from_checkpoint=str(folder / resume) if resume else None)
+        table.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        torch.distributed.barrier()
+    return table
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The results of two processes, and the folder with what they saved."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, folder), nprocs=WORLD)
+    return json.loads((folder / "results.json").read_text()), folder
+
+
+@pytest.mark.parametrize("config, optimizer", CASES)
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_as_one_process(kind, config, optimizer, two, tmp_path):
+    """Losses and the saved adapter, to rounding."""
+    results, folder = two
+    name = f"{kind}-{config}-{optimizer}"
+    h = make(config)
+    expected = steps(h.model, OPTIMIZERS[optimizer](h))
+    assert results[name]["losses"] == pytest.approx(expected, rel=1e-6)
+    assert expected[0] != pytest.approx(expected[-1], rel=1e-3)
+    assert results[name]["sharded"] == [{"ddp": "Parameter", "fsdp2": "DTensor"}[kind]]
+    h.save(tmp_path / "one")
+    ours = load_file(folder / name / "adapter_model.safetensors")
+    one = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert ours.keys() == one.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, one[key], rtol=1e-4, atol=2e-5)
+
+
+def test_sharded_parameters_take_a_checkpoint(two):
+    results, folder = two
+    from adapterkit.runtime import load
+
+    h = load(llama(), folder / "fsdp2-lora-adamw", trainable=True)
+    assert results["restored"] == pytest.approx(steps(h.model, OPTIMIZERS["adamw"](h)), rel=1e-6)
+
+
+def test_trainer_of_two_processes_resumes(two):
+    results, folder = two
+    whole, again = results["trainer"]
+    assert len(whole) == 4 and whole == again
+    names = {path.name for path in Path(folder, "whole", "checkpoint-2").iterdir()}
+    assert {"adapter_model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
+    assert "model.safetensors" not in names
