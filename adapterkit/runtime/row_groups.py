@@ -64,7 +64,9 @@ def join(outputs: Sequence[Any], indices: Sequence[Tensor], axis: int, path: str
     first = outputs[0]
     if isinstance(first, Tensor):
         sizes = [output.shape[axis] if output.ndim > axis else 0 for output in outputs]
-        if sizes != [len(index) for index in indices]:
+        # (rows * tokens, ...), as some routers of experts give (rows, tokens, ...) back
+        tokens = max(sizes[0] // len(indices[0]), 1) if axis == 0 else 1
+        if sizes != [tokens * len(index) for index in indices]:
             raise Refused(
                 f"an output {tuple(first.shape)} of {shown(path)} that is not one for each row",
                 expected="outputs whose rows are those of the batch",
@@ -72,6 +74,8 @@ def join(outputs: Sequence[Any], indices: Sequence[Tensor], axis: int, path: str
                 hint="leave this module out of the adapters, or run them one at a time",
             )
         order = torch.cat(list(indices)).argsort()
+        if tokens > 1:
+            order = (order[:, None] * tokens + torch.arange(tokens, device=order.device)).flatten()
         return torch.cat(list(outputs), axis).index_select(axis, order)
     if isinstance(first, tuple | list):
         joined = [join(items, indices, axis, path) for items in zip(*outputs, strict=True)]

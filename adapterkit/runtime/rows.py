@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.runtime.layers.parameter import is_stack, takes_indices
 from adapterkit.runtime.row_groups import keep_unfused, run_groups
 from adapterkit.runtime.row_products import LinearRows, linear_rows
 from adapterkit.runtime.site import Site
@@ -258,7 +259,8 @@ def _check_sites(state: State, sites: Iterable[Site]) -> None:
     model_type = getattr(getattr(state.model, "config", None), "model_type", None)
     text = _text_paths(state)
     for site in sites:
-        if REGROUPED.search(site.path):
+        stacks = [p for parts in site.parts.values() for p in parts.values() if is_stack(p)]
+        if REGROUPED.search(site.path) or (stacks and not takes_indices(site.host)):
             reason = "get the tokens that are routed to them, not the batch's rows"
         elif TABLES.search(site.path):
             reason = "are looked up by distance, not by row"

@@ -458,3 +458,45 @@ def test_settings_that_are_refused(settings, match):
     layer.o_proj.whole_numbers = nn.Parameter(torch.ones(2, 2, dtype=torch.int64), False)
     settings = {"targets": [], **settings}
     refused(match, lambda: attach(model, LoraConfig(**settings)), model)
+
+
+@pytest.mark.parametrize("parameters", [EXPERTS, ["mlp.gate.weight", "down_proj"]])
+@pytest.mark.parametrize("kind, implementation", [
+    *(("mixtral", implementation) for implementation in IMPLEMENTATIONS),
+    ("qwen3_moe", "grouped_mm"), ("deepseek_v3", "eager"), ("gpt_oss", "eager"),
+])  # fmt: skip
+@torch.no_grad()
+def test_mixed_rows(kind, implementation, parameters):
+    """Experts run on the tokens of one adapter at a time; PEFT has no mixed batches here."""
+    base = tiny(kind, implementation)
+    if kind == "gpt_oss":
+        parameters = [name.replace("mlp.gate.", "mlp.router.") for name in parameters]
+    handle = two_adapters(base, parameters)
+    for name in handle.names:
+        for parameter in handle.state.adapters[name].parts():
+            parameter[1].requires_grad_(False)
+    names = ["second", None, "first", "second", "first"]
+    tokens = torch.cat([TOKENS, TOKENS.flip(0), TOKENS[:1] + 3])
+    want = []
+    for name, row in zip(names, tokens, strict=True):
+        handle.activate(name)
+        want.append(base(row[None]).logits)
+    handle.activate("first")
+    with handle.rows(names):
+        got = base(tokens).logits
+    close(got, torch.cat(want))
+    with handle.rows(["first", "second"]):
+        mixed = base.generate(TOKENS, max_new_tokens=4, num_beams=2, do_sample=False)
+    for name, row, generated in zip(["first", "second"], TOKENS, mixed, strict=True):
+        handle.activate(name)
+        alone = base.generate(row[None], max_new_tokens=4, num_beams=2, do_sample=False)[0]
+        assert torch.equal(generated[: len(alone)], alone)
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "jetmoe"])
+def test_mixed_rows_of_regrouped_tokens_are_refused(kind):
+    """These experts get the tokens by expert: nothing says which row one belongs to."""
+    handle = attach(tiny(kind), LoraConfig(2, 3, [], parameters=parameters_of(kind)))
+    with pytest.raises(AdapterkitError, match="routed to them"), handle.rows(["default", None]):
+        raise AssertionError
+    assert list(handle.active) == ["default"]

@@ -1,5 +1,6 @@
 """Factors of a parameter: a matrix of any module, or a stack of experts' matrices."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.planning.sites import Site, flips_square_experts, sites_of
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.low_rank_sum import LowRankSum, Term, summed
+from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
-from adapterkit.runtime.site import Values
 from adapterkit.runtime.targets import Target
 
 # transformers' implementations of experts in plain torch; others are kernels, which need tensors
@@ -105,6 +106,18 @@ class ParameterPart(FactorsPart):
         if a.ndim == 3:
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         return {keys["a"]: a, keys["b"]: b}
+
+
+def is_stack(part: Part) -> bool:
+    """Whether a part is on experts' matrices."""
+    return isinstance(part, ParameterPart) and part.a.ndim == 3
+
+
+def takes_indices(host: nn.Module) -> bool:
+    """Whether experts get all tokens in their order, and an index of experts for each; others get
+    the tokens sorted by expert, or once for each expert."""
+    names = list(inspect.signature(type(host).forward).parameters)
+    return any(name.endswith(("_index", "_indices")) for name in names[2:])
 
 
 def _multiplies(host: nn.Module) -> bool:
