@@ -36,66 +36,60 @@ class RowNorms:
         host: nn.Module,
         axis: int,  # of the outputs in the host's weight
         a: Tensor,  # (r, in, ...)
-        b: Tensor,  # (out, r / groups, ...)
+        b: Tensor,  # (out, r, ...)
         scale: float,
     ) -> Tensor:  # (out,) float32
-        groups = a.shape[0] // b.shape[1]  # of a convolution
         where = (torch.accelerator.current_accelerator() if self.offload else None) or a.device
-        rows = _Rows(host, axis, groups, where)
+        rows = _Rows(host, axis, where)
         source = [] if torch.compiler.is_compiling() else stored(host)
         squares = self.squares(rows.squares, source, where)
         projected = self.projected(lambda: rows.project(a), [*source, a], where)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(where.type, enabled=False):
             wide = torch.float32 if where.type == "mps" else torch.float64
-            core = _by_group(a.to(where, wide), groups)
-            outer = _by_group(b.to(where, wide), groups)
-            own = scale**2 * (outer @ (core @ core.mT) * outer).sum(-1)
+            right, left = a.flatten(1).to(where, wide), b.flatten(1).to(where, wide)
+            own = scale**2 * (left @ (right @ right.T) * left).sum(-1)
             squares = squares.to(wide)
-            total = squares + 2 * scale * (projected * outer).sum(-1) + own
+            total = squares + 2 * scale * (projected * left).sum(-1) + own
             norms = total.maximum(SMALLEST * (squares + own)).sqrt()
-            return norms.flatten().to(a.device, torch.float32)
+            return norms.to(a.device, torch.float32)
 
 
 class _Rows:
     """A host's weight as float32 rows, one for each output, read when they are needed."""
 
-    def __init__(self, host: nn.Module, axis: int, groups: int, where: torch.device):
-        self.host, self.axis, self.groups, self.where = host, axis, groups, where
+    def __init__(self, host: nn.Module, axis: int, where: torch.device):
+        self.host, self.axis, self.where = host, axis, where
 
     def blocks(self) -> Iterator[Tensor]:
-        """Rows (n, in), or (groups, n / groups, in)."""
+        """Rows (n, in)"""
         weight = weight_of(self.host)
-        rows = _by_group(weight.movedim(self.axis, 0), self.groups)
-        size = rows.shape[-2]
+        rows = weight.movedim(self.axis, 0).flatten(1)
+        size = len(rows)
         if weight.dtype != torch.float32 or weight.device != self.where:
-            size = max(1, BLOCK * size // max(1, rows.numel()))
-        for block in rows.split(size, -2):
+            size = max(1, BLOCK // max(1, rows.shape[1]))
+        for block in rows.split(size):
             yield block.to(self.where, torch.float32)
 
     @torch.no_grad()
     def squares(self) -> Tensor:
         """‖W‖²"""
-        norms = [torch.linalg.vector_norm(block, dim=-1) for block in self.blocks()]
-        return torch.cat(norms, -1).square()
+        norms = [torch.linalg.vector_norm(block, dim=1) for block in self.blocks()]
+        return torch.cat(norms).square()
 
     @torch.no_grad()
     def project(self, a: Tensor) -> Tensor:
         """W·aᵀ"""
-        columns = _by_group(a.to(self.where, torch.float32), self.groups).mT
+        columns = a.flatten(1).to(self.where, torch.float32).T
         with torch.autocast(self.where.type, enabled=False):
-            return torch.cat([block @ columns for block in self.blocks()], -2)
-
-
-def _by_group(tensor: Tensor, groups: int) -> Tensor:
-    """(n, ...) as (n, m), or as (groups, n / groups, m)."""
-    rows = tensor.flatten(1)
-    return rows if groups == 1 else rows.unflatten(0, (groups, -1))
+            return torch.cat([block @ columns for block in self.blocks()])
 
 
 def problem(host: nn.Module, axis: int | None) -> str | None:
     """Why a layer cannot have magnitudes; None if it can."""
     if axis is None:
         return f"a {type(host).__name__} has no DoRA"
+    if getattr(host, "groups", 1) != 1:
+        return f"a {type(host).__name__} with groups has no DoRA"
     if not is_readable(host):
         return f"the weight of a {type(host).__name__} cannot be read (see register_quantized)"
     return None

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from adapterkit.adapters.keys import part_keys
 from adapterkit.runtime import dora
 from adapterkit.runtime.memo import Memo
-from adapterkit.runtime.quantized import stored
+from adapterkit.runtime.quantized import stored, unmergeable
 from adapterkit.runtime.site import Part, Site, Values
 
 
@@ -97,20 +97,24 @@ class FactorsPart(Part):
         what other adapters added."""
         f, a, b = self.folded(weight)
         assert f is not None
-        behind = self.a.ndim - 2  # axes of y behind that of the outputs
-        f = dora.on_outputs(f, behind)
-        bias = self.site.unmerged.get("bias", self.host._parameters.get("bias"))
-        bias = None if bias is None else dora.on_outputs(bias, behind)
-        update = self.product(dropped, a, b)
+        bias = self._own_bias()
+        # (1 - f)·bias by way of the product: no further pass over the output
+        update = self.product(dropped, a, b, None if bias is None else (1 - f) * bias)
+        f = dora.on_outputs(f, self.a.ndim - 2)
         if dropped is whole:
-            y = torch.addcmul(update, y, f)
-            return y if bias is None else y + (1 - f) * bias
-        base = self.site.base(dropped.to(x.dtype))
-        y = torch.addcmul(y + update, base if bias is None else base - bias, f - 1)
+            return torch.addcmul(update, y, f)
+        y = y + torch.addcmul(update, self.site.base(dropped.to(x.dtype)), f - 1)
         if self.initial_a is None or self.initial_b is None:
             return y
         change = self.product(whole - dropped, self.initial_a, self.initial_b)
         return y - change * (self.scale * weight)
+
+    def _own_bias(self) -> Tensor | None:
+        """The host's bias, or the trained one in its place."""
+        trained = self.site.parts[self.adapter].get("weight.bias")
+        if trained is not None:
+            return trained.get_parameter("value")
+        return self.site.unmerged.get("bias", self.host._parameters.get("bias"))
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
@@ -174,9 +178,8 @@ class FactorsPart(Part):
         if self.magnitude is not None and self.axis is not None:
             g = dora.ratio(self.magnitude, self.row_norms(self.host))
             values["weight"].mul_(dora.on_outputs(g, values["weight"].ndim - 1 - self.axis))
-            if "bias" in values:  # that of the host stays as it is
-                bias = self.host._parameters["bias"]
-                assert bias is not None
+            bias = self._own_bias()
+            if "bias" in values and bias is not None:  # what others added to it is rescaled
                 values["bias"].sub_(bias).mul_(g).add_(bias)
 
     def unmergeable(self, site: Site, weight: float) -> str | None:
@@ -184,7 +187,7 @@ class FactorsPart(Part):
             return f"DoRA with weight {weight:g}: its magnitudes are values, not additions"
         if self.bias is not None and Values(site.host)[self.host_bias] is None:
             return "it adds a bias (lora_bias) and the layer has none"
-        return None
+        return None if self.parameter != "weight" else unmergeable(self.host)
 
     def rescale(self, factor: float) -> None:
         self.scale *= factor

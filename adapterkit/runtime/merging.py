@@ -4,13 +4,19 @@ kept, so that unmerging is exact."""
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.runtime.conflicts import conflicts
+from adapterkit.runtime.quantized import (
+    exchange,
+    quantization_of,
+    rounded,
+    tensors_of,
+    weight_of,
+)
 from adapterkit.runtime.site import Site, owner
 from adapterkit.runtime.state import State, listed
 
@@ -25,15 +31,9 @@ class Merge:
 
     def swap(self) -> None:
         """Exchange the merged and the original weights."""
-        for i, (host, leaf, value) in enumerate(self.replaced):
-            values = _values(host, leaf)
-            self.replaced[i] = host, leaf, values[leaf]
-            values[leaf] = value
-
-
-def _values(host: nn.Module, leaf: str) -> dict[str, Any]:
-    """The parameters of a module, or the buffers, if these have that name."""
-    return host._buffers if leaf in host._buffers else host._parameters
+        self.replaced = [
+            (host, leaf, exchange(host, leaf, value)) for host, leaf, value in self.replaced
+        ]
 
 
 class HostWeights(dict[str, Tensor]):
@@ -46,6 +46,9 @@ class HostWeights(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         module, leaf = owner(self.host, name)
+        if leaf == "weight" and quantization_of(module) is not None:
+            self[name] = weight_of(module)
+            return self[name]
         parameter = module._parameters.get(leaf)
         if parameter is None:
             raise KeyError(name)
@@ -61,6 +64,7 @@ def merge(state: State, table: Mapping[str, float]) -> None:
     check(state, table)
     done = Merge(dict(state.active))
     merged: dict[int, list[nn.Parameter]] = {}  # by the original's id
+    own: list[tuple[Site, str, nn.Parameter]] = []
     for site in _sites(state, table):
         values = HostWeights(site.host)
         parts = [(p, w) for name, w in table.items() for p in site.parts.get(name, {}).values()]
@@ -68,17 +72,19 @@ def merge(state: State, table: Mapping[str, float]) -> None:
             part.merge(values, weight)
         for name, value in values.items():
             module, leaf = owner(site.host, name)
-            original = _values(module, leaf)[leaf]
-            value = value.to(original.dtype)
-            if isinstance(original, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=False)
-                # what was tied stays so where the values are the same
-                others = merged.setdefault(id(original), [])
-                value = next((other for other in others if torch.equal(other, value)), value)
-                others.append(value)
-                site.unmerged[name] = original
-            _values(module, leaf)[leaf] = value
-            done.replaced.append((module, leaf, original))
+            for other, new in rounded(module, leaf, value).items():
+                original = tensors_of(module, other)[other]
+                if type(original) is nn.Parameter and isinstance(new, nn.Parameter):
+                    # what was tied stays so where the values are the same
+                    others = merged.setdefault(id(original), [])
+                    new = next((tied for tied in others if torch.equal(tied, new)), new)
+                    others.append(new)
+                if isinstance(original, nn.Parameter):
+                    own.append((site, f"{name.removesuffix(leaf)}{other}", original))
+                done.replaced.append((module, other, new))
+    for site, name, original in own:
+        site.unmerged[name] = original
+    done.swap()
     _release_ties(state, done, merged)
     state.merge = done
     state.merged = dict(table)

@@ -4,6 +4,7 @@ Any layer with in_features and out_features takes factors. DoRA's norms, and mer
 weight too; `register_quantized` says how, for classes that are not here.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def weight_of(host: nn.Module) -> Tensor:
     with _unmerged(host):
         known = quantization_of(host)
         if known is not None:
-            return known.dequantize(host).detach().to(torch.float32)
+            return known.dequantize(host).detach().to(torch.float32, copy=True)
         weight = _plain(host)
     if weight is None:
         raise Refused(
@@ -76,6 +77,81 @@ def weight_of(host: nn.Module) -> Tensor:
 def is_readable(host: nn.Module) -> bool:
     """Whether `weight_of` has an answer."""
     return quantization_of(host) is not None or _plain(host) is not None
+
+
+def unmergeable(host: nn.Module) -> str | None:
+    """Why nothing can be merged into a layer's weight; None if something can."""
+    known = quantization_of(host)
+    if known is None and _plain(host) is None:
+        return f"the weight of a {type(host).__name__} cannot be read (see register_quantized)"
+    if known is not None and known.requantize is None:
+        name = type(host).__name__
+        return f"the weight of this {name} cannot be quantized again (see register_quantized)"
+    return None
+
+
+def tensors_of(module: nn.Module, leaf: str) -> dict[str, Any]:
+    """The parameters of a module, or the buffers, if these have that name."""
+    return module._buffers if leaf in module._buffers else module._parameters
+
+
+def rounded(module: nn.Module, leaf: str, value: Tensor) -> Mapping[str, Tensor]:
+    """New tensors by name that give a module this value, rounded or quantized as its own are."""
+    known = quantization_of(module) if leaf == "weight" else None
+    if known is not None:
+        assert known.requantize is not None
+        return known.requantize(module, value)
+    own = tensors_of(module, leaf)[leaf]
+    value = value.to(own.dtype)
+    is_parameter = isinstance(own, nn.Parameter)
+    return {leaf: nn.Parameter(value, requires_grad=False) if is_parameter else value}
+
+
+def exchange(module: nn.Module, leaf: str, value: Tensor) -> Any:
+    """Put a parameter or buffer in the place of another one, which is returned."""
+    tensors = tensors_of(module, leaf)
+    own, state = tensors[leaf], getattr(module, "state", None)
+    if hasattr(own, "CB") and state is not None and state.CB is not None:
+        # the first forward of a Linear8bitLt moves these from the weight to the layer
+        own.CB, own.SCB, state.CB, state.SCB = state.CB, state.SCB, None, None
+    if hasattr(value, "quant_state"):
+        module.quant_state = value.quant_state  # type: ignore[attr-defined]
+    if type(tensors) is not dict:
+        del tensors[leaf]  # or compressed-tensors copies into the one that is there
+    tensors[leaf] = value
+    return own
+
+
+def decompress(model: nn.Module) -> None:
+    """Decompress the layers of compressed-tensors in memory now: the first forward of the model
+    would do it, and take the forwards of its layers for functions of the layers."""
+    handle: Any = getattr(model, "ct_decompress_hook", None)
+    if handle is not None:
+        model._forward_pre_hooks[handle.id](model, ())
+
+
+PACKS = "support_avx512bf16_for_cpu"  # of a Linear4bit, whether it may pack its weight
+
+
+def keep_unpacked(model: nn.Module) -> list[nn.Module]:
+    """Let no 4-bit layer be packed, and unpack those that are; returns these layers.
+
+    On a CPU with AVX-512 BF16 the first forward of a Linear4bit in evaluation packs its weight,
+    with scales rounded to bfloat16; from then on no gradient goes through it (bitsandbytes 0.50).
+    """
+    layers = [module for module in model.modules() if getattr(module, PACKS, False)]
+    for layer in layers:
+        setattr(layer, PACKS, False)
+        weight: Any = layer._parameters["weight"]
+        if _is_packed(weight.quant_state):
+            weight.data, weight.quant_state = _unpacked(weight.data, weight.quant_state)
+    return layers
+
+
+def allow_packed(layers: list[nn.Module]) -> None:
+    """The end of `keep_unpacked`."""
+    for layer in layers:
+        setattr(layer, PACKS, True)
 
 
 def stored(host: nn.Module) -> list[Tensor]:
@@ -99,12 +175,83 @@ def _unmerged(host: nn.Module) -> Iterator[None]:
     if not isinstance(site, Site) or not site.unmerged:
         yield
         return
-    places = [(*owner(host, name), own) for name, own in site.unmerged.items()]
-    merged = [module._parameters[leaf] for module, leaf, _ in places]
+    own = [(*owner(host, name), parameter) for name, parameter in site.unmerged.items()]
+    merged = [(module, leaf, exchange(module, leaf, p)) for module, leaf, p in own]
     try:
-        for module, leaf, own in places:
-            module._parameters[leaf] = own
         yield
     finally:
-        for (module, leaf, _), parameter in zip(places, merged, strict=True):
-            module._parameters[leaf] = parameter
+        for module, leaf, parameter in merged:
+            exchange(module, leaf, parameter)
+
+
+def _bnb() -> Any:
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
+
+
+def _bnb4_weight(module: Any) -> Tensor:
+    functional = _bnb()
+
+    values, state = module.weight.data, module.weight.quant_state or module.quant_state
+    if _is_packed(state):
+        values, state = _unpacked(values, state)
+    return functional.dequantize_4bit(values, state)
+
+
+def _is_packed(state: Any) -> bool:
+    return getattr(state, "packing_format_for_cpu", False)
+
+
+def _unpacked(values: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """What a Linear4bit held before the first forward without gradients on a CPU with AVX-512 BF16
+    packed it, except that its scales were rounded to bfloat16 then."""
+    functional = _bnb()
+
+    scales = state.absmax.T.reshape(-1).float()
+    state = copy.copy(state)
+    state.original_nested = False
+    values, state = functional._convert_weight_packed_for_cpu_inverse(values, state)
+    state.absmax, state.nested = scales, False
+    return values, state
+
+
+def _bnb4_parameters(module: Any, weight: Tensor) -> dict[str, nn.Parameter]:
+    own = module.weight
+    new = type(own)(
+        weight.cpu(),
+        blocksize=own.blocksize,
+        compress_statistics=own.compress_statistics,
+        quant_type=own.quant_type,
+        quant_storage=own.quant_storage,
+    ).to(own.device)
+    new.module = own.module
+    return {"weight": new}
+
+
+def _bnb8_weight(module: Any) -> Tensor:
+    functional = _bnb()
+
+    own = module.weight
+    if own.dtype != torch.int8:  # has_fp16_weights: quantized at each forward
+        return own
+    scales = own.SCB if own.SCB is not None else module.state.SCB
+    return functional.int8_vectorwise_dequant(own.data, scales.to(own.device))
+
+
+def _bnb8_parameters(module: Any, weight: Tensor) -> dict[str, nn.Parameter]:
+    own = module.weight
+    new = type(own)(weight.cpu(), requires_grad=False, has_fp16_weights=own.has_fp16_weights)
+    return {"weight": new.to(own.device)}
+
+
+def _is_torchao(module: nn.Module) -> bool:
+    return type(module._parameters.get("weight")).__module__.startswith("torchao.")
+
+
+REGISTERED += [
+    Quantization("Linear4bit", _bnb4_weight, _bnb4_parameters),
+    Quantization("Linear8bitLt", _bnb8_weight, _bnb8_parameters),
+    Quantization(_is_torchao, lambda module: module.weight.dequantize()),
+    Quantization("HQQLinear", lambda module: module.dequantize()),
+]

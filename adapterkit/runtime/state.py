@@ -11,6 +11,7 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.runtime.invocation import Invocations
 from adapterkit.runtime.layers.invoked import InvokedPart
+from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
 from adapterkit.runtime.site import CHILD, Part, Site
 
 
@@ -52,6 +53,7 @@ class State:
     """
 
     def __init__(self, model: nn.Module):
+        decompress(model)
         self.model = model
         self.sites: dict[str, Site] = {}
         self.adapters: dict[str, Attached] = {}
@@ -62,6 +64,7 @@ class State:
         self.invocations: Invocations | None = None  # while there is an aLoRA
         self.replication: Replicated | None = None  # of layers
         self.find_modules()
+        self._unpacked: list[nn.Module] = []  # 4-bit layers, while adapters are trained
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in self._flags:
             parameter.requires_grad_(False)
@@ -136,6 +139,8 @@ class State:
             if adapter is None:
                 continue
             trained = adapter.trainable and name in self.active
+            if trained:
+                self._unpacked += keep_unpacked(self.model)
             for site, part in adapter.parts():
                 site.select(self.active)
                 part.requires_grad_(trained)
@@ -178,6 +183,7 @@ class State:
         refuse_all(errors)
 
     def release(self) -> None:
+        allow_packed(self._unpacked)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 

@@ -20,6 +20,8 @@ class ConvPart(FactorsPart):
     (out, r / groups, 1, ...) has groups, and no weight of the host equals it.
     """
 
+    axis = 0
+
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         kernel = host.kernel_size

@@ -16,7 +16,7 @@ class EmbeddingPart(FactorsPart):
     nothing, here as in PEFT. Unlike PEFT, a host's `max_norm` does not rescale a's columns in
     place."""
 
-    stored_as = "embedding"
+    stored_as, axis = "embedding", 1
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
