@@ -11,6 +11,7 @@ from adapterkit.errors import Refused, refuse_all
 from adapterkit.runtime import dora
 from adapterkit.runtime.layers import KINDS, members, part_class
 from adapterkit.runtime.layers.parameter import new_parameter_part
+from adapterkit.runtime.layers.tied import share
 from adapterkit.runtime.new_values import new_values
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.replication import replicate, replicating
@@ -85,6 +86,8 @@ def _new_parts(
         if config.dora:
             part.decompose(host, dtype)
         parts.append((path, part))
+    heads = {target.path: target.tied for target in targets if target.tied is not None}
+    parts = share(parts, heads, config.dropout)
     modules = [target.path for target in targets if target.leaf is None]
     return parts + new_values(state, config, name, modules, dtype)
 

@@ -26,6 +26,7 @@ from adapterkit.runtime.creation import home
 from adapterkit.runtime.layers import KINDS, kind_of, part_class
 from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
+from adapterkit.runtime.layers.tied import share, shared_heads
 from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.state import Attached, State
@@ -137,6 +138,8 @@ def read_parts(
                 ephemeral_gpu_offload=ephemeral_gpu_offload,
             )
             parts.append((path, part))
+        if stored.config.tie:
+            parts = share(parts, shared_heads(parts, state.modules), stored.config.dropout)
         for stored_parameter in stored.parameters:
             path = stored_parameter.lora.module
             host = state.modules[path]

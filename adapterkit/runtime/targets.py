@@ -392,6 +392,8 @@ def _unfit_settings(target: Target, config: LoraConfig) -> Iterator[Refused]:
 
     if config.dora and kind == "attention":
         yield unfit("dora", "a linear layer, an embedding or a convolution")
+    if target.tied is not None and (config.dora or kind != "linear"):
+        yield unfit("dora with tie" if config.dora else "tie", "a linear head without dora")
     if config.invocation_tokens and kind not in ("linear", "conv1d"):
         yield unfit("invocation_tokens", "linear layers")
     if config.lora_bias and kind in ("embedding", "attention"):

@@ -1,0 +1,71 @@
+"""Factors that a tied head shares with the embedding (PEFT's ensure_weight_tying)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterkit.runtime.layers.embedding import EmbeddingPart
+from adapterkit.runtime.layers.linear import LinearPart
+from adapterkit.runtime.memo import Memo
+from adapterkit.runtime.site import Part
+
+
+class TiedHeadPart(LinearPart):
+    """The embedding's delta (V, D) on the head's output: a is its bᵀ (r, D), b its aᵀ (V, r).
+
+    It has no parameters of its own, so both stay one while they are trained, in any dtype (PEFT's
+    become two where it casts bf16 and fp16 to float32), and merging adds the delta once to each."""
+
+    _source: tuple[EmbeddingPart]
+
+    def __init__(self, source: EmbeddingPart, dropout: float):
+        nn.Module.__init__(self)
+        # in a tuple: no child of this part, whose parameters they would be
+        self._source = (source,)
+        self.adapter, self.dropout = source.adapter, dropout
+        self.bias = self.magnitude = self.initial_a = self.initial_b = None
+        self._folded = Memo()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("a", "b", "scale"):
+            source = self._source[0]
+            return source.scale if name == "scale" else (source.b if name == "a" else source.a).T
+        return super().__getattr__(name)
+
+    def rescale(self, factor: float) -> None:
+        """The embedding's part does."""
+
+    def take(self, other: Part) -> None:
+        """The embedding's part does."""
+
+
+def share(
+    parts: Sequence[tuple[str, Part]], heads: Mapping[str, str], dropout: float
+) -> list[tuple[str, Part]]:
+    """The parts by path, in which those of `heads` share the factors of their embeddings."""
+    sources = {path: part for path, part in parts if isinstance(part, EmbeddingPart)}
+    return [
+        (path, TiedHeadPart(sources[heads[path]], dropout))
+        if path in heads and isinstance(part, LinearPart)
+        else (path, part)
+        for path, part in parts
+    ]
+
+
+def shared_heads(
+    parts: Sequence[tuple[str, Part]], modules: Mapping[str, nn.Module]
+) -> dict[str, str]:
+    """Head -> the embedding that it shares its weight with, where the values of their factors are
+    the same."""
+    weights = {path: modules[path]._parameters.get("weight") for path, _ in parts}
+    return {
+        head: embedding
+        for embedding, source in parts
+        if isinstance(source, EmbeddingPart)
+        for head, part in parts
+        if isinstance(part, LinearPart) and weights[head] is weights[embedding]
+        if part.scale == source.scale
+        if torch.equal(part.a, source.b.T) and torch.equal(part.b, source.a.T)
+    }
