@@ -44,7 +44,7 @@ def parameters_of_peft(theirs) -> dict[str, Tensor]:
 
 def parameters_of(adapters: Adapters, name: str = "default") -> dict[str, Tensor]:
     """By the keys of the file."""
-    with mock.patch.object(writing, "_whole", lambda value: value):
+    with mock.patch.object(writing, "stored_value", lambda value: value):
         return writing.contents(adapters.state, adapters.state.adapters[name])[0]
 
 
