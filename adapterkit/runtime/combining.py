@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapterkit.errors import Refused, did_you_mean, shown
 from adapterkit.runtime import reading, writing
-from adapterkit.runtime.state import State, weights
+from adapterkit.runtime.state import State, refuse_merged, weights
 from adapterkit.verbs.combine import combine as combine_files
+
+OPTIONS = (
+    "space", "rank", "energy", "density", "majority", "svd_clamp", "weight_for", "settings",
+    "dtype", "seed",
+)  # fmt: skip
 
 
 def combine(
@@ -21,6 +27,15 @@ def combine(
     """Add a combination of adapters; the temporary files take as much room as the adapters."""
     state.unused(name)
     table = weights(state, adapters)
+    refuse_merged(state, table, "combine")
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise Refused(
+            f"options {', '.join(map(shown, unknown))}",
+            expected=", ".join(OPTIONS),
+            where="combine",
+            hint=did_you_mean(unknown, OPTIONS) or "leave them out",
+        )
     with tempfile.TemporaryDirectory(prefix="adapterkit-") as folder:
         sources = {}
         for number, (adapter, weight) in enumerate(table.items()):

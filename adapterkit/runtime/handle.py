@@ -9,12 +9,12 @@ from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused, refuse_all, shown
-from adapterkit.options import Sources, StrPath
+from adapterkit.options import Sources, StrPath, finite
 from adapterkit.runtime import arrow as arrows
 from adapterkit.runtime import combining, creation, merging, reading, rows, trainer, writing
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.report import Report, report
-from adapterkit.runtime.state import State, weights
+from adapterkit.runtime.state import State, refuse_merged, weights
 
 ATTRIBUTE = "_adapterkit"  # of a model that has a handle
 
@@ -96,6 +96,7 @@ class Adapters:
         The trainable ones among them are trained from here on."""
         self.state.outside_rows("activate")
         table = weights(self.state, names)
+        refuse_merged(self.state, table, "activate")
         refuse_all(conflicts(self.state, [*self.state.merged, *table], "activate"))
         self.state.select(table)
 
@@ -171,6 +172,11 @@ class Adapters:
         """Multiply an adapter's scale; `save` writes it so."""
         self.state.outside_rows("rescale")
         self.state.known([name])
+        if finite(factor) is None:
+            raise Refused(
+                f"factor {factor!r}", expected="a finite number", where="rescale", hint="give one"
+            )
+        refuse_merged(self.state, [name], "rescale")
         for _, part in self.state.adapters[name].parts():
             part.rescale(factor)
 

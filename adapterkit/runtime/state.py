@@ -194,6 +194,18 @@ def listed(paths: Sequence[str]) -> str:
     return ", ".join(map(shown, paths[:3])) + more
 
 
+def refuse_merged(state: State, names: Collection[str], where: str) -> None:
+    """`Refused` for adapters that are in the base's weights."""
+    merged = [name for name in names if name in state.merged]
+    if merged:
+        raise Refused(
+            f"{listed(merged)} {'are' if len(merged) > 1 else 'is'} merged",
+            expected="adapters beside their base",
+            where=where,
+            hint="unmerge first",
+        )
+
+
 def weights(state: State, names: object) -> dict[str, float]:
     """Names of adapters with their weights, from a name, a list of names, a map or None;
     `Refused` for unknown ones and for weights that are not finite."""

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.checkpoint.storage import storage_errors
-from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
 from adapterkit.runtime.copies import CopyPart, ValuePart
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.sharding import whole
-from adapterkit.runtime.state import Attached, State
+from adapterkit.runtime.state import Attached, State, refuse_merged
 from adapterkit.runtime.tokens import TokensPart
 
 CARD = "README.md"
@@ -33,13 +32,7 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
 
     Of a distributed job only the first process writes, with `every_process` each one."""
     state.known([name])
-    if name in state.merged:
-        raise Refused(
-            f"{shown(name)} is merged",
-            expected="an adapter beside its base",
-            where="save",
-            hint="unmerge first",
-        )
+    refuse_merged(state, [name], "save")
     adapter = state.adapters[name]
     tensors, config = contents(state, adapter)
     if not writes() and not every_process:
