@@ -29,7 +29,6 @@ from adapterkit.planning.sources import open_source
 from adapterkit.runtime import writing
 from adapterkit.runtime.creation import home
 from adapterkit.runtime.layers import KINDS, kind_of
-from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
 from adapterkit.runtime.state import Attached, State, listed
 from adapterkit.verbs.arrow import CONFIG, FORMAT, WEIGHTS
@@ -465,7 +464,7 @@ def check_modules(state: State, modules: Mapping[str, Experts]) -> None:
                     hint=similar_names(path, list(state.modules)) or hint,
                 )
             )
-        elif kind is None or kind not in KINDS or not issubclass(KINDS[kind], LinearPart):
+        elif kind not in ("linear", "conv1d"):
             problem = f"{shown(path)} is a {type(host).__name__}"
             errors.append(Refused(problem, expected="a linear layer", where=where, hint=hint))
         else:

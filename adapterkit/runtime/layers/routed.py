@@ -10,6 +10,7 @@ from adapterkit.errors import Refused, shown
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product
 from adapterkit.kernels.routing import add_routed
+from adapterkit.runtime.sharding import spread, whole
 from adapterkit.runtime.site import Part, Site
 
 
@@ -31,7 +32,8 @@ class Experts:
 
     def like(self, tensor: Tensor) -> "Experts":
         """On the device and in the dtype of a tensor."""
-        a, b, prototypes = (t.to(tensor) for t in (self.a, self.b, self.prototypes))
+        device, dtype = tensor.device, tensor.dtype
+        a, b, prototypes = (t.to(device, dtype) for t in (self.a, self.b, self.prototypes))
         return Experts(self.names, a, b, self.scales, prototypes)
 
     def followed_by(self, others: "Experts") -> "Experts":
@@ -76,7 +78,9 @@ class RoutedPart(Part):
     x in the factors' dtype, not normalized. Modules that fewer experts have route between these.
     """
 
-    scale_of_each: Tensor
+    down: nn.Parameter  # (E·r + E, in): every a, then the prototypes
+    up: nn.Parameter  # (E·r, out): every bᵀ
+    scale_of_each: Tensor  # (E,)
 
     def __init__(self, adapter: str, experts: Experts, top_k: int, temperature: float):
         super().__init__()
@@ -88,14 +92,16 @@ class RoutedPart(Part):
         down = torch.cat([experts.a.flatten(0, 1), experts.prototypes])
         up = experts.b.transpose(1, 2).flatten(0, 1).contiguous()
         self.names, self.scales = experts.names, experts.scales
-        self.down = nn.Parameter(down, requires_grad=False)
-        self.up = nn.Parameter(up, requires_grad=False)
+        for name, value in (("down", down), ("up", up)):
+            before = self._parameters.get(name)
+            value = value if before is None else spread(value, before)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self.register_buffer("scale_of_each", torch.tensor(self.scales).to(down))
 
     @property
     def experts(self) -> Experts:
         count, width = len(self.names), self.up.shape[0]
-        down, up = self.down.detach(), self.up.detach()
+        down, up = whole(self.down.detach()), whole(self.up.detach())
         a = down[:width].view(count, -1, down.shape[1])
         b = up.view(count, -1, up.shape[1]).transpose(1, 2)
         return Experts(self.names, a, b, self.scales, down[width:])
