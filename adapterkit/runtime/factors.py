@@ -88,7 +88,7 @@ class FactorsPart(Part):
         if self.initial_a is not None and self.initial_b is not None:
             # the base that lacks them drops nothing
             update = update - self.product(whole, self.initial_a, self.initial_b)
-        return y + update * (self.scale * weight)
+        return torch.add(y, update, alpha=self.scale * weight)
 
     def _rescaled(
         self, y: Tensor, weight: float, x: Tensor, whole: Tensor, dropped: Tensor

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +22,26 @@ class LinearPart(FactorsPart):
     @classmethod
     def matrix(cls, host: Any) -> Tensor:
         return weight_of(host).detach().float()
+
+    def forward(self, y: Tensor, weight: float, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_plain():
+            return super().forward(y, weight, x)
+        a, b = self.a, self.b
+        if not (x.dtype == y.dtype == a.dtype == b.dtype and y.is_contiguous()):
+            return super().forward(y, weight, x)
+        # y is fresh; with autograd the gradient would be copied
+        u = F.linear(x, a)  # (..., r)
+        rows = y.view(-1, y.shape[-1])
+        rows.addmm_(u.view(-1, u.shape[-1]), b.T, alpha=self.scale * weight)
+        return y
+
+    def _is_plain(self) -> bool:
+        """Whether the output so far is that of nn.Linear's own forward, and b·a is all to add."""
+        return (
+            self.magnitude is self.bias is self._buffers["initial_a"] is None
+            and not (self.dropout and self.training)
+            and self.site.is_plain
+        )
 
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(F.linear(x, a), b, bias)
