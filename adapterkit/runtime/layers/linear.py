@@ -27,7 +27,8 @@ class LinearPart(FactorsPart):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_plain():
             return super().forward(y, weight, x)
         a, b = self.a, self.b
-        if not (x.dtype == y.dtype == a.dtype == b.dtype and y.is_contiguous()):
+        is_dense = not y.is_nested and y.is_contiguous()
+        if not (is_dense and x.dtype == y.dtype == a.dtype == b.dtype):
             return super().forward(y, weight, x)
         # y is fresh; with autograd the gradient would be copied
         u = F.linear(x, a)  # (..., r)
