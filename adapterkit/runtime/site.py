@@ -210,7 +210,7 @@ class Site(Unsaved):
     def is_plain(self) -> bool:
         """Whether the output so far is that of nn.Linear's forward, of which nobody has another
         reference."""
-        return type(self._host[0]) is nn.Linear and self._own_forward is None and not self.replacing
+        return type(self._host[0]) is nn.Linear and self.own_forward is None and not self.replacing
 
     def run(self, replacing: Replacing, changing: Changing, *args: Any, **kwargs: Any) -> Any:
         """The last of the replacing parts around the others, and these around the host's own

@@ -26,6 +26,9 @@ class EmbeddingPart(FactorsPart):
     def input(self, x: Tensor) -> Tensor:
         return x
 
+    def drop(self, x: Tensor) -> Tensor:
+        return x
+
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         host: Any = self.host
         # not `sparse`: a lies the other way round, and its gradient is dense
