@@ -237,18 +237,15 @@ class Site(Unsaved):
 
     def _changed(self, changing: Changing, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward with the parameters that the weight parts give it."""
+        if torch.compiler.is_compiling():  # traced by one thread
+            return self._exchanged(changing, *args, **kwargs)
+        with _exchange:
+            return self._exchanged(changing, *args, **kwargs)
+
+    def _exchanged(self, changing: Changing, *args: Any, **kwargs: Any) -> Any:
         values = Values(self.host)
         for part, weight in changing:
             part.change(values, weight)
-        if torch.compiler.is_compiling():  # traced by one thread
-            return self._base_with(values, *args, **kwargs)
-        with _exchange:
-            y = self._base_with(values, *args, **kwargs)
-        for part, _ in changing:
-            part.check(values)
-        return y
-
-    def _base_with(self, values: Values, *args: Any, **kwargs: Any) -> Any:
         places = [owner(self.host, name) for name in values]
         own = [module._parameters[leaf] for module, leaf in places]
         try:
@@ -256,10 +253,14 @@ class Site(Unsaved):
                 if parameter is not None and value.dtype != parameter.dtype:
                     value = value.to(parameter.dtype)  # rounded once, after the last part
                 module._parameters[leaf] = value
-            return self.base(*args, **kwargs)
+            y = self.base(*args, **kwargs)
         finally:
             for (module, leaf), parameter in zip(places, own, strict=True):
                 module._parameters[leaf] = parameter
+        if not torch.compiler.is_compiling():
+            for part, _ in changing:
+                part.check(values)
+        return y
 
     def add(self, part: Part) -> None:
         """Add a part of an adapter; it does not act yet."""

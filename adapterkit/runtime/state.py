@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
@@ -97,6 +98,8 @@ class State:
     def add(self, adapter: Attached, path: str, part: Part) -> None:
         site = self.site(part.place(path))
         part.train(site.training)
+        if torch.float64 in {p.dtype for p in site.host._parameters.values() if p is not None}:
+            part.double()  # as in PEFT: narrower factors would round the layer's input
         if isinstance(part, InvokedPart):
             part.invocations = self._invocations()
             part.invocations.tokens[adapter.name] = tuple(adapter.config.invocation_tokens or ())

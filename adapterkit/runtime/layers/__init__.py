@@ -10,7 +10,7 @@ from adapterkit.runtime.layers.attention import OUTPUT, AttentionOutputPart, Att
 from adapterkit.runtime.layers.conv import ConvPart
 from adapterkit.runtime.layers.embedding import EmbeddingPart
 from adapterkit.runtime.layers.invoked import InvokedPart
-from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
+from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart, is_conv1d
 
 KINDS: dict[str, type[FactorsPart]] = {
     "linear": LinearPart,
@@ -24,7 +24,7 @@ KINDS: dict[str, type[FactorsPart]] = {
 
 def kind_of(host: nn.Module) -> str | None:
     """The kind of layer that a module is, None for one that takes no factors."""
-    if type(host).__name__ == "Conv1D" and hasattr(host, "nf"):
+    if is_conv1d(host):
         return "conv1d"
     if isinstance(host, nn.Embedding):
         return "embedding"

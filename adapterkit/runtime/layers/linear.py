@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterkit.runtime.factors import FactorsPart
-from adapterkit.runtime.quantized import weight_of
+from adapterkit.runtime.quantized import quantization_of, weight_of
+from adapterkit.runtime.site import Site
 
 
 class LinearPart(FactorsPart):
@@ -44,6 +45,12 @@ class LinearPart(FactorsPart):
             and self.site.is_plain
         )
 
+    def unmergeable(self, site: Site, weight: float) -> str | None:
+        host = site.host
+        if not (isinstance(host, nn.Linear) or is_conv1d(host) or quantization_of(host)):
+            return f"how a {type(host).__name__} uses its weight is not known"
+        return super().unmergeable(site, weight)
+
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(F.linear(x, a), b, bias)
 
@@ -67,3 +74,8 @@ class Conv1DPart(LinearPart):
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).T
+
+
+def is_conv1d(host: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D."""
+    return type(host).__name__ == "Conv1D" and hasattr(host, "nf")
