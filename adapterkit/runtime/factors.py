@@ -192,6 +192,10 @@ class FactorsPart(Part):
     def rescale(self, factor: float) -> None:
         self.scale *= factor
 
+    def module(self, path: str) -> str:
+        """The module that it is for; `path`: the site's."""
+        return path
+
     def target(self, path: str) -> str:
         """The module or parameter that targets and patterns name; `path`: the site's."""
         return path
@@ -200,7 +204,7 @@ class FactorsPart(Part):
         """Initial factors join the trained ones, which is right on the original base."""
         a, b = self.joined()
         values = {"a": a, "b": b, "bias": self.bias, "magnitude": self.magnitude}
-        keys = part_keys(path, self.stored_as)
+        keys = part_keys(self.module(path), self.stored_as)
         return {keys[role]: value for role, value in values.items() if value is not None}
 
     def values_in(self, other: Part) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
 from adapterkit.runtime.copies import CopyPart, ValuePart
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.layers.linear import Conv1DPart
 from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.sharding import whole
 from adapterkit.runtime.state import Attached, State, refuse_merged
@@ -52,13 +53,13 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     tensors: dict[str, Tensor] = {}
     scales: dict[str, tuple[int, float]] = {}
     modules = []
-    levels = {
-        path: sum(isinstance(part, FactorsPart) for part in site.parts[adapter.name].values())
-        for path, site in adapter.sites.items()
-    }
+    levels = Counter(
+        part.module(site.path) for site, part in adapter.parts() if isinstance(part, FactorsPart)
+    )
     with_rows = {site.path for site, part in adapter.parts() if isinstance(part, TokensPart)}
     for site, part in adapter.parts():
-        plain, nested = value_key(site.path), value_key(site.path, levels)
+        path = part.module(site.path) if isinstance(part, FactorsPart) else site.path
+        plain, nested = value_key(path), value_key(path, levels)
         for key, value in part.stored(site.path).items():
             if isinstance(part, CopyPart | ValuePart):
                 key = replaced_key(key.removeprefix(PREFIX), levels, with_rows)
@@ -71,6 +72,8 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
             if not isinstance(part, ParameterPart):
                 modules.append(target)
     config = adapter.config.to_peft(adapter.base)
+    # PEFT asks for it, though the layer's class tells
+    config["fan_in_fan_out"] = any(isinstance(part, Conv1DPart) for _, part in adapter.parts())
     config["init_lora_weights"] = True  # the factors are for the original base
     config |= scale_settings(scales, config)
     if not isinstance(config.get("target_modules"), str) or _is_shorthand(config):

@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from unittest import mock
 
 import peft
@@ -29,7 +30,7 @@ from tests.support.oracle import save_base
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
 ]
@@ -294,6 +295,14 @@ def test_peft_adds_the_second_delta_of_an_attention_twice():
     assert not torch.allclose(y, once)
 
 
+def test_trained_biases_of_an_attention(tmp_path):
+    case = CASES["attention to more"]
+    settings = {"r": 2, "target_modules": TARGETS, "bias": "all"}
+    with case.repaired():
+        _, adapters = compare(case.frozen, case.run, tmp_path, **settings)
+    check_merging(adapters, case.run)
+
+
 @pytest.mark.parametrize("case", MERGEABLE.values(), ids=MERGEABLE)
 def test_merging_the_files_gives_what_the_runtime_gives(case, tmp_path):
     net, adapters = adapted(case)
@@ -307,7 +316,7 @@ def test_merging_the_files_gives_what_the_runtime_gives(case, tmp_path):
     torch.testing.assert_close(dict(net.state_dict()), dict(merged.state_dict()))
 
 
-def _new(folder):
+def _new(folder: Path) -> Path:
     folder.mkdir()
     return folder
 

@@ -94,7 +94,7 @@ def compare(
                 assert torch.equal(run(ours), run(make().eval()))
             assert not torch.allclose(run(ours), y)
     assert replicated or ours.state_dict().keys() == state.keys()
-    other = load(make().eval(), folder / "ours")
+    other = load(make().eval(), folder / "ours", trainable=True)
     with torch.no_grad():
         torch.testing.assert_close(run(other.model), y, rtol=0, atol=0)
     return theirs, adapters

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit.adapters.keys import part_keys
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.site import CHILD, Values
 
@@ -55,17 +54,12 @@ class AttentionOutputPart(AttentionPart):
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, host.in_features), (host.out_features, rank)
 
+    def module(self, path: str) -> str:
+        return f"{path}.{OUTPUT}"
+
     def target(self, path: str) -> str:
-        return path if self._is_inside() else f"{path}.{OUTPUT}"
-
-    def stored(self, path: str) -> dict[str, Tensor]:
-        """PEFT's keys of it are inside the wrapper of the attention."""
-        levels = {path: 1} if self._is_inside() else {}
-        keys = part_keys(f"{path}.{OUTPUT}", self.stored_as, levels)
-        a, b = self.joined()
-        return {keys["a"]: a, keys["b"]: b}
-
-    def _is_inside(self) -> bool:
-        """Whether the adapter has the other projection too."""
+        """The attention, whose projections PEFT adapts together; alone itself, as all-linear has
+        it."""
         site: Any = self.host._modules[CHILD]
-        return AttentionPart.role in site.parts[self.adapter]
+        has_other = AttentionPart.role in site.parts[self.adapter]
+        return path if has_other else self.module(path)
