@@ -18,7 +18,8 @@ from adapterkit.runtime.memo import Memo
 from adapterkit.runtime.quantized import is_readable, stored, weight_of
 
 BLOCK = 2**24  # values that are widened to float32 at a time
-SMALLEST = 2.0**-40  # of ‖W‖² + ‖delta‖²: what cancels to less is rounding
+SHARE = 2.0**-40  # of ‖W‖² + ‖delta‖²: what cancels to less is rounding
+SMALLEST = 2.0**-100  # the norm of a row of zeros, so that there is a ratio
 
 
 class RowNorms:
@@ -50,7 +51,7 @@ class RowNorms:
             own = scale**2 * (left @ (right @ right.T) * left).sum(-1)
             squares = squares.to(wide)
             total = squares + 2 * scale * (projected * left).sum(-1) + own
-            norms = total.maximum(SMALLEST * (squares + own)).sqrt()
+            norms = total.maximum(SHARE * (squares + own)).sqrt().clamp_min(SMALLEST)
             return norms.to(a.device, torch.float32)
 
 
@@ -70,17 +71,16 @@ class _Rows:
         for block in rows.split(size):
             yield block.to(self.where, torch.float32)
 
-    @torch.no_grad()
     def squares(self) -> Tensor:
         """‖W‖²"""
-        norms = [torch.linalg.vector_norm(block, dim=1) for block in self.blocks()]
-        return torch.cat(norms).square()
+        with torch.no_grad():
+            norms = [torch.linalg.vector_norm(block, dim=1) for block in self.blocks()]
+            return torch.cat(norms).square()
 
-    @torch.no_grad()
     def project(self, a: Tensor) -> Tensor:
         """W·aᵀ"""
-        columns = a.flatten(1).to(self.where, torch.float32).T
-        with torch.autocast(self.where.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.where.type, enabled=False):
+            columns = a.flatten(1).to(self.where, torch.float32).T
             return torch.cat([block @ columns for block in self.blocks()])
 
 

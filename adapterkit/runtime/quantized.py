@@ -246,7 +246,9 @@ def _bnb8_parameters(module: Any, weight: Tensor) -> dict[str, nn.Parameter]:
 
 
 def _is_torchao(module: nn.Module) -> bool:
-    return type(module._parameters.get("weight")).__module__.startswith("torchao.")
+    kind = type(module._parameters.get("weight"))
+    # torch.compile knows no modules of classes
+    return kind is not nn.Parameter and kind.__module__.startswith("torchao.")
 
 
 REGISTERED += [
