@@ -17,6 +17,7 @@ from transformers.integrations.moe import ExpertsInterface
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
+from adapterkit.runtime.optimizers import LoraFA, Riemannian, loraplus
 
 COMMON = {
     "vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -500,3 +501,70 @@ def test_mixed_rows_of_regrouped_tokens_are_refused(kind):
     with pytest.raises(AdapterkitError, match="routed to them"), handle.rows(["default", None]):
         raise AssertionError
     assert list(handle.active) == ["default"]
+
+
+class Two(nn.Module):
+    """Two linear layers: a stack of experts, or a module each."""
+
+    def __init__(self, stacked):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(2, 6, 5, generator=generator)
+        self.stacked = stacked
+        if stacked:
+            self.inner = nn.Module()
+            self.inner.forward = self.run
+            self.inner.weight = nn.Parameter(weight)
+        else:
+            self.inner = nn.ModuleList([nn.Linear(5, 6, bias=False) for _ in range(2)])
+            for layer, matrix in zip(self.inner, weight, strict=True):
+                layer.weight.data = matrix
+
+    def run(self, x):
+        return torch.stack([nn.functional.linear(x, self.inner.weight[e]) for e in range(2)])
+
+    def forward(self, x):
+        return self.inner(x) if self.stacked else torch.stack([layer(x) for layer in self.inner])
+
+
+@pytest.mark.parametrize("optimizer", [
+    lambda h: LoraFA(h, lr=0.1),
+    lambda h: Riemannian(h, torch.optim.SGD, lr=0.1),
+    lambda h: loraplus(h, torch.optim.AdamW, lr=0.1, ratio=4),
+])  # fmt: skip
+def test_optimizers_take_each_expert_as_a_layer(optimizer):
+    """PEFT's LoRA-FA multiplies across experts."""
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1))
+    factors = []
+    for stacked in (True, False):
+        model = Two(stacked)
+        settings = {"targets": [], "parameters": ["weight"]} if stacked else {"targets": ["0", "1"]}
+        handle = attach(model, LoraConfig(2, 3, **settings), seed=0)
+        parts = [part for _, part in handle.state.adapters["default"].parts()]
+        steps = optimizer(handle)
+        generator = torch.Generator().manual_seed(2)
+        starts = (
+            torch.randn(2, 2, 5, generator=generator),
+            torch.randn(2, 6, 2, generator=generator),
+        )
+        with torch.no_grad():
+            for name, start in zip("ab", starts, strict=True):
+                for part, value in zip(parts, [start] if stacked else start, strict=True):
+                    getattr(part, name).copy_(value)
+        for _ in range(3):
+            model(x).square().sum().backward()
+            steps.step()
+            steps.zero_grad()
+        values = [torch.stack([getattr(part, n) for part in parts]).detach() for n in "ab"]
+        factors.append([value[0] if stacked else value for value in values])
+    for got, want in zip(*factors, strict=True):
+        close(got, want)
+
+
+def test_one_graph():
+    """Nothing breaks the graph that does not in the base: its eager experts do."""
+    base = tiny("mixtral", "grouped_mm")
+    handle = attach(base, LoraConfig(3, 5, [], parameters=[*EXPERTS, "q_proj.weight"]))
+    randomize(handle.parameters())
+    compiled = torch.compile(base, fullgraph=True, backend="aot_eager")
+    close(compiled(TOKENS).logits, base(TOKENS).logits)
