@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.adapters.keys import PREFIX
-from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values
+from adapterkit.runtime.site import CHILD, Inside, Part, Site, Values, give_forward
 
 OUT_PROJ = "out_proj"  # torch's MultiheadAttention reads this child's values itself
 
@@ -109,7 +109,10 @@ def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     What the memo holds is shared. Hooks inside it stay the same objects."""
     hosts = [host for host in module.modules() if isinstance(host._modules.get(CHILD), Site)]
     for host in hosts:
-        memo[id(host._modules[CHILD])] = memo[id(host.__dict__["forward"])] = None
+        site = host._modules[CHILD]
+        assert isinstance(site, Site)
+        memo[id(site)] = None
+        memo.update((id(vars(host)[slot]), None) for slot in site.slots())
     for each in module.modules():
         for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks):
             memo.update((id(hook), hook) for hook in hooks.values())
@@ -117,9 +120,8 @@ def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for host in hosts:
         site, its_twin = host._modules[CHILD], memo[id(host)]
         assert isinstance(site, Site)
-        del its_twin._modules[CHILD], its_twin.__dict__["forward"]
-        if site.own_forward is not None:
-            its_twin.forward = copy.deepcopy(site.own_forward, memo)
+        del its_twin._modules[CHILD]
+        give_forward(its_twin, site.slots(), copy.deepcopy(site.own_forward, memo))
     return twin
 
 

@@ -116,11 +116,16 @@ def _check_dora(state: State, targets: Sequence[Target]) -> None:
 
 
 def home(host: nn.Module) -> torch.device:
-    """Where a host's factors live: beside its weight; on the CPU while that is on meta."""
+    """Where a host's factors live: beside its weight; where it runs if accelerate offloads it; on
+    the CPU while it is on meta."""
     tensor: Tensor | None = next(host.parameters(), None)
     if tensor is None:
         tensor = next(host.buffers(), None)
-    return torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
+    if tensor is not None and not tensor.is_meta:
+        return tensor.device
+    hook = vars(host).get("_hf_hook")
+    devices = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", [hook])]
+    return torch.device(next((device for device in devices if device is not None), "cpu"))
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -155,6 +155,8 @@ def check(state: State, table: Mapping[str, float]) -> None:
         reasons: dict[str, list[str]] = {}
         for site, part in state.adapters[name].parts():
             reason = part.unmergeable(site, weight)
+            if any(parameter.is_meta for parameter in site.host.parameters()):
+                reason = "the weights are offloaded, or on the meta device"
             if reason:
                 reasons.setdefault(reason, []).append(site.path)
         errors += [

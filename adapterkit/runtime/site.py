@@ -5,6 +5,7 @@ The module keeps its name, class, parameters and state dict. The site replaces t
 like any child, and adds nothing to `state_dict()`.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from adapterkit.runtime.sharding import spread
 
 CHILD = "adapterkit"  # the name of the child
+OLD_FORWARD = "_old_forward"  # what accelerate's hooks call
 ESCAPED = str.maketrans({"%": "%25", ".": "%2E", ":": "%3A"})  # in children's names
 RESERVED = {
     "parts",
@@ -28,6 +30,8 @@ RESERVED = {
     "training",
 }  # the site's attributes
 _exchange = threading.RLock()  # two threads must not exchange one module's parameters at a time
+
+_probes = itertools.count()
 
 
 class Unsaved(nn.Module):
@@ -42,7 +46,9 @@ class Unsaved(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As `nn.Module`'s, but `to_empty`, with which a base arrives from the meta device, leaves
         the adapters' values as they are."""
-        probe = torch.arange(1.0, 65.0)  # whole numbers that every float dtype holds
+        # numbers that every float dtype holds, others each time: new memory may hold older ones
+        count = next(_probes)
+        probe = torch.tensor([1.0 + (count >> i & 1) for i in range(64)])
         moved = fn(probe)
         if moved.is_meta or torch.equal(moved.cpu().float(), probe):
             return super()._apply(fn, recurse)
@@ -187,9 +193,11 @@ class Site(Unsaved):
         self.unmerged: dict[str, nn.Parameter] = {}  # the host's own, which merged ones replaced
         self.router: Callable[..., Any] | None = None  # decides per batch row; see `rows`
         self.select({})
-        self.own_forward = host.__dict__.get("forward")
+        # inside accelerate's hooks, which bring weights and inputs to one device and may be removed
+        slot = OLD_FORWARD if {"_hf_hook", OLD_FORWARD} <= vars(host).keys() else "forward"
+        self.own_forward = vars(host).get(slot)
         host.add_module(CHILD, self)
-        host.forward = self.forward
+        setattr(host, slot, self.forward)
 
     @property
     def host(self) -> nn.Module:
@@ -291,14 +299,24 @@ class Site(Unsaved):
             # torch's fused layers read the weights of their parts unless one of these has hooks
             self.register_forward_pre_hook(_nothing)
 
+    def slots(self) -> list[str]:
+        """The host's attributes that are this site's forward; none where another wrapped it."""
+        own = vars(self.host)
+        return [slot for slot in ("forward", OLD_FORWARD) if own.get(slot) == self.forward]
+
     def leave(self) -> None:
         """Give the host its own forward back."""
-        host = self.host
-        del host._modules[CHILD]
-        if self.own_forward is None:
+        del self.host._modules[CHILD]
+        give_forward(self.host, self.slots(), self.own_forward)
+
+
+def give_forward(host: nn.Module, slots: Iterable[str], forward: Callable[..., Any] | None) -> None:
+    """Set a module's forward where a site's was; None: that of its class."""
+    for slot in slots:
+        if forward is None and slot == "forward":
             del host.forward
         else:
-            host.forward = self.own_forward
+            setattr(host, slot, forward or type(host).forward.__get__(host))
 
 
 @dataclass(frozen=True)

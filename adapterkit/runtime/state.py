@@ -66,8 +66,14 @@ class State:
         self.replication: Replicated | None = None  # of layers
         self.find_modules()
         self._unpacked: list[nn.Module] = []  # 4-bit layers, while adapters are trained
-        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        for parameter, _ in self._flags:
+        # by place: a base that arrives from the meta device, or is sharded, has other parameters
+        self._flags = [
+            (module, leaf, parameter.requires_grad)
+            for module in model.modules()
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
 
     def find_modules(self) -> None:
@@ -187,8 +193,10 @@ class State:
 
     def release(self) -> None:
         allow_packed(self._unpacked)
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
+        for module, leaf, flag in self._flags:
+            parameter = module._parameters.get(leaf)
+            if parameter is not None:
+                parameter.requires_grad_(flag)
 
 
 def listed(paths: Sequence[str]) -> str:
