@@ -2,8 +2,7 @@
 in full, and the rows of tokens."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -19,33 +18,20 @@ from adapterkit.adapters.targets import (
 )
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
+from adapterkit.runtime.fitness import (
+    WHERE,
+    Target,
+    model_type,
+    unfit_module,
+    unfit_parameter,
+    unfit_settings,
+    weight_reader,
+)
 from adapterkit.runtime.layers import kind_of
 from adapterkit.runtime.site import CHILD
-from adapterkit.weights.bypassed import MAMBAS, MAMBAS_REFUSED, reads_weight
 
 PARAMETER = "parameter"
-WHERE = "LoraConfig"
 LISTS_OF_MODULES = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A module that gets factors, or its parameter `leaf`; scale = alpha / rank, or alpha / √rank.
-
-    `tied`: the embedding whose factors a head shares, transposed."""
-
-    path: str
-    module: nn.Module
-    kind: str
-    rank: int
-    scale: float
-    leaf: str | None = None
-    tied: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Of the module or parameter: what patterns match."""
-        return self.path if self.leaf is None else f"{self.path}.{self.leaf}"
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
@@ -88,10 +74,9 @@ def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
         if (kind := kind_of(modules[path]))
     ]
     targets += [target(path, leaf, PARAMETER) for path, leaf in leaves]
-    for path in paths:
-        errors += _unfit(model, modules, path)
+    errors += filter(None, (unfit_module(model, modules, path) for path in paths))
     for one in targets:
-        errors += _unfit_settings(one, config)
+        errors += unfit_settings(one, config)
     names = [one.name for one in targets]
     for key, patterns in ("rank_pattern", ranks), ("alpha_pattern", alphas):
         errors += [_no_match(key, one, "a target", names) for one in patterns.unmatched(names)]
@@ -164,11 +149,6 @@ def _ending(
     return paths
 
 
-def model_type(model: nn.Module) -> str | None:
-    """The type of a transformers model."""
-    return getattr(getattr(model, "config", None), "model_type", None)
-
-
 def _no_targets(problem: str, hint: str) -> Refused:
     return Refused(problem, expected="at least one target", where=WHERE, hint=hint)
 
@@ -185,7 +165,7 @@ def _is_linear(model: nn.Module, modules: Mapping[str, nn.Module], path: str) ->
     children = [name for name, _ in module.named_children() if name != CHILD]
     is_whole = isinstance(module, nn.Linear) or not children
     is_linear = kind_of(module) in ("linear", "conv1d") and is_whole
-    return is_linear and _reader(model, modules, path) is None
+    return is_linear and weight_reader(model, modules, path) is None
 
 
 def _in_layers(
@@ -263,7 +243,7 @@ def _leaves(
             if names.isdisjoint(ends := _ends(name)):
                 continue
             matching |= names & ends
-            problem = _unfit_parameter(path, name, parameter, config)
+            problem = unfit_parameter(path, name, parameter, config)
             if problem is None:
                 leaves.append((path, leaf))
             else:
@@ -285,25 +265,6 @@ def _leaves(
         if other.startswith(f"{path}.")
     ]
     return leaves
-
-
-def _unfit_parameter(
-    path: str, name: str, parameter: nn.Parameter, config: LoraConfig
-) -> Refused | None:
-    """Why a parameter takes no factors; None if it does."""
-    problem, hint = f"parameter {shown(name)}", "leave it out"
-    shape = tuple(parameter.shape)
-    if path == "":
-        problem, hint = f"{problem} of the model itself", "put the model into another module"
-    elif len(shape) not in (2, 3) or not parameter.is_floating_point():
-        problem = f"{problem} with shape {shape}, {parameter.dtype}"
-    elif entry := next((one for one in config.saved if is_within(path, one)), None):
-        problem = f"{problem} inside {shown(entry)}, which is trained in full"
-    else:
-        return None
-    return Refused(
-        problem, expected="2 or 3 dimensions of floats, in a module", where=WHERE, hint=hint
-    )
 
 
 def _tied(
@@ -347,62 +308,6 @@ def tied_modules(modules: Mapping[str, nn.Module], embedding: str) -> list[str]:
         for path, module in modules.items()
         if path != embedding and getattr(module, "weight", None) is weight
     ]
-
-
-def _unfit(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> list[AdapterkitError]:
-    """Why a module takes no factors; nothing if it does."""
-    module = modules[path]
-    problem = f"target {shown(path)} is a {type(module).__name__}"
-    expected = "a linear layer, an embedding, a convolution or torch's MultiheadAttention"
-    hint = "leave it out"
-    if kind_of(module) is None:
-        leaves = [leaf for leaf, p in module.named_parameters(recurse=False) if p.dim() in (2, 3)]
-        if leaves:
-            name = f"{path.rpartition('.')[2]}.{leaves[0]}"
-            hint = f"parameters={[name]!r} adapts the parameter itself"
-        elif any(kind_of(child) for child in module.modules()):
-            hint = "target the layers inside it"
-    elif reader := _reader(model, modules, path):
-        problem = f"the weight of target {shown(path)} is read by {reader}, not by its forward"
-        expected = "layers that are called"
-        if kind_of(modules.get(path.rpartition(".")[0], model)) == "attention":
-            hint = "target the attention: both projections get factors"
-    else:
-        return []
-    return [Refused(problem, expected=expected, where=WHERE, hint=hint)]
-
-
-def _reader(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> str | None:
-    """The class around a module that multiplies by the module's weight itself; None if it calls the
-    module."""
-    parent, _, leaf = path.rpartition(".")
-    around = type(modules.get(parent, model))
-    is_mamba = model_type(model) in MAMBAS and leaf in MAMBAS_REFUSED
-    return around.__name__ if is_mamba or reads_weight(around.__mro__, leaf) else None
-
-
-def _unfit_settings(target: Target, config: LoraConfig) -> Iterator[Refused]:
-    """Settings that a target's kind does not take."""
-    kind, module = target.kind, target.module
-
-    def unfit(setting: str, expected: str) -> Refused:
-        problem = f"{setting} on {shown(target.name)}, a {type(module).__name__}"
-        hint = "exclude the module, or leave the setting out"
-        return Refused(problem, expected=expected, where=WHERE, hint=hint)
-
-    if config.dora and kind == "attention":
-        yield unfit("dora", "a linear layer, an embedding or a convolution")
-    if target.tied is not None and (config.dora or kind != "linear"):
-        yield unfit("dora with tie" if config.dora else "tie", "a linear head without dora")
-    if config.invocation_tokens and kind not in ("linear", "conv1d"):
-        yield unfit("invocation_tokens", "linear layers")
-    if config.lora_bias and kind in ("embedding", "attention"):
-        yield unfit("lora_bias", "a linear layer or a convolution")
-    groups = getattr(module, "groups", 1) if kind == "conv" else 1
-    if target.rank % groups:
-        yield unfit(f"rank {target.rank}", f"a multiple of the {groups} groups")
-    if kind == "attention" and not getattr(module, "_qkv_same_embed_dim", True):
-        yield unfit("factors", "one width of queries, keys and values")
 
 
 def resolve_saved(model: nn.Module, config: LoraConfig) -> list[str]:
