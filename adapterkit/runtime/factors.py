@@ -28,6 +28,8 @@ class FactorsPart(Part):
     host_bias: ClassVar[str] = "bias"
     initial_a: Tensor | None
     initial_b: Tensor | None
+    scale: Any  # a float, or a tensor (): see `pad`
+    padded: tuple[int, float] | None = None  # rank and scale, where a and b have more rows
 
     def __init__(
         self,
@@ -54,12 +56,22 @@ class FactorsPart(Part):
 
     @property
     def stored_rank(self) -> int:
-        """The rank of the file: with the initial factors."""
-        return self.rank + (0 if self.initial_a is None else self.initial_a.shape[0])
+        """The rank of the file: with the initial factors, without padding."""
+        return self._used_rank() + (0 if self.initial_a is None else self.initial_a.shape[0])
+
+    def _used_rank(self) -> int:
+        """The rank, or all rows where training has reached the padding."""
+        rank = self.rank
+        reached = self.padded is not None and bool(self.a[rank:].any() or self.b[:, rank:].any())
+        return self.a.shape[0] if reached else rank
+
+    @property
+    def stored_scale(self) -> float:
+        return self.scale if self.padded is None else self.padded[1]
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] if self.padded is None else self.padded[0]
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -121,9 +133,52 @@ class FactorsPart(Part):
 
     def joined(self) -> tuple[Tensor, Tensor]:
         """a and b with the initial ones: b·a - b0·a0 = [b, -b0]·[a; a0]."""
+        return self._with_initial(self.a, self.b)
+
+    def _with_initial(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if self.initial_a is None or self.initial_b is None:
-            return self.a, self.b
-        return torch.cat([self.a, self.initial_a]), torch.cat([self.b, -self.initial_b], 1)
+            return a, b
+        return torch.cat([a, self.initial_a]), torch.cat([b, -self.initial_b], 1)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a and b may have more rows than the adapter; grouped convolutions have not."""
+        return self.a.shape[0] == self.b.shape[1]
+
+    def pad(self, rank: int) -> None:
+        """Give a and b room for a rank, zeros behind their own rows, and make the scale a tensor:
+        compiled code reads other factors and another scale without a new compilation."""
+        own = self.rank, self.stored_scale
+        for name, axis in (("a", 0), ("b", 1)):
+            old = getattr(self, name).detach()
+            shape = list(old.shape)
+            shape[axis] = rank
+            room = old.new_zeros(shape)
+            room.narrow(axis, 0, old.shape[axis]).copy_(old)
+            setattr(self, name, nn.Parameter(room, requires_grad=False))
+        del self.scale
+        self.register_buffer("scale", _scalar(own[1], self.a.device))
+        self.set_own(*own)
+
+    def set_own(self, rank: int, scale: float) -> None:
+        """Say what the rank and the scale are; rows of a and b behind the rank are zeros."""
+        self.padded = (rank, scale) if rank < self.a.shape[0] else None
+        if isinstance(self.scale, Tensor):
+            self.padded = rank, scale
+            self.scale.fill_(scale)
+        else:
+            self.scale = scale
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        module = super()._apply(fn, recurse)
+        if self.padded is not None and isinstance(self.scale, Tensor):  # never in half precision
+            self.scale = _scalar(self.padded[1], self.scale.device)
+        return module
+
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        """a and b as a file has them: with the initial ones, without padding."""
+        rank = self._used_rank()
+        return self._with_initial(self.a[:rank], self.b[:, :rank])
 
     def folded(self, weight: float = 1.0) -> tuple[Tensor | None, Tensor, Tensor]:
         """f (out,), a and b, with the scales and DoRA's factor in f and b:
@@ -131,9 +186,10 @@ class FactorsPart(Part):
         a, b = self.joined()
         if self.magnitude is None:
             return None, a, b * (self.scale * weight)
-        own = (self.a, self.b, self.magnitude, self.initial_a, self.initial_b)
-        tensors = [*stored(self.host), *(value for value in own if value is not None)]
-        return self._folded(lambda: self._fold(weight), tensors, weight, self.scale)
+        own = (self.a, self.b, self.magnitude, self.initial_a, self.initial_b, self.scale)
+        tensors = [*stored(self.host), *(value for value in own if isinstance(value, Tensor))]
+        scale = None if isinstance(self.scale, Tensor) else self.scale
+        return self._folded(lambda: self._fold(weight), tensors, weight, scale)
 
     def _fold(self, weight: float) -> tuple[Tensor, Tensor, Tensor]:
         assert self.magnitude is not None
@@ -190,7 +246,7 @@ class FactorsPart(Part):
         return None if self.parameter != "weight" else unmergeable(self.host)
 
     def rescale(self, factor: float) -> None:
-        self.scale *= factor
+        self.set_own(self.rank, self.stored_scale * factor)
 
     def module(self, path: str) -> str:
         """The module that it is for; `path`: the site's."""
@@ -202,8 +258,10 @@ class FactorsPart(Part):
 
     def stored(self, path: str) -> dict[str, Tensor]:
         """Initial factors join the trained ones, which is right on the original base."""
-        a, b = self.joined()
+        a, b = self.stored_factors()
         values = {"a": a, "b": b, "bias": self.bias, "magnitude": self.magnitude}
+        if not a.shape[0]:
+            return {}
         keys = part_keys(self.module(path), self.stored_as)
         return {keys[role]: value for role, value in values.items() if value is not None}
 
@@ -224,4 +282,8 @@ class FactorsPart(Part):
 
     def extra_repr(self) -> str:
         shapes = f"a {tuple(self.a.shape)}, b {tuple(self.b.shape)}"
-        return f"{shapes}, scale={self.scale:g}, dropout={self.dropout:g}"
+        return f"{shapes}, scale={self.stored_scale:g}, dropout={self.dropout:g}"
+
+
+def _scalar(value: float, where: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=where)

@@ -11,7 +11,16 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Refused, refuse_all, shown
 from adapterkit.options import Sources, StrPath, finite
 from adapterkit.runtime import arrow as arrows
-from adapterkit.runtime import combining, creation, merging, reading, rows, trainer, writing
+from adapterkit.runtime import (
+    combining,
+    creation,
+    merging,
+    reading,
+    rows,
+    swapping,
+    trainer,
+    writing,
+)
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.report import Report, report
 from adapterkit.runtime.state import State, refuse_merged, weights
@@ -70,8 +79,10 @@ class Adapters:
         trainable: bool = False,
         dtype: torch.dtype | None = None,
         ephemeral_gpu_offload: bool = False,
+        pad_rank: int | None = None,
     ) -> None:
-        """Add an adapter from a folder, a file or the Hub; what is active stays."""
+        """Add an adapter from a folder, a file or the Hub; what is active stays. `pad_rank`: the
+        highest rank that `swap` is to bring."""
         reading.load(
             self.state,
             source,
@@ -79,7 +90,17 @@ class Adapters:
             trainable=trainable,
             dtype=dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
+            pad_rank=pad_rank,
         )
+
+    def swap(self, name: str, source: StrPath) -> None:
+        """Give an adapter the weights, ranks and scales of another one from disk, in place.
+
+        Loaded with `pad_rank`, compiled code needs no new compilation, and optimizers keep their
+        parameters. Modules that the new adapter lacks do nothing. `Refused`, before anything
+        changes, for further modules, other kinds (DoRA, biases) and ranks above `pad_rank`. PEFT's
+        hotswap takes one rank and one alpha for all modules, whatever the patterns say."""
+        swapping.swap(self.state, name, source)
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
         """The trainable parameters of an adapter, or of all."""
@@ -287,8 +308,9 @@ def load(
 ) -> Adapters:
     """Load an adapter (a folder, a file, a Hub id) onto a model, active; the base is frozen.
 
-    `dtype`: of the factors, None for the stored one, at least float32. `Refused` with all that does
-    not fit the model, before anything changes.
+    `dtype`: of the factors, None for the stored one, at least float32. `pad_rank`: the highest rank
+    that `swap` is to bring. `Refused` with all that does not fit the model, before anything
+    changes.
     """
     adapters = _handle(model)
     try:
@@ -298,6 +320,7 @@ def load(
             trainable=trainable,
             dtype=dtype,
             ephemeral_gpu_offload=ephemeral_gpu_offload,
+            pad_rank=pad_rank,
         )
     except BaseException:
         adapters.detach()

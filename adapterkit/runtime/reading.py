@@ -1,6 +1,6 @@
 """Adapters from disk onto a live model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from adapterkit.planning.sources import open_adapter
 from adapterkit.registry import members
 from adapterkit.runtime import dora
 from adapterkit.runtime.creation import home
+from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers import KINDS, kind_of, part_class
 from adapterkit.runtime.layers.linear import LinearPart
 from adapterkit.runtime.layers.parameter import StoredParameter, split_parameters
@@ -52,6 +53,7 @@ def load(
     trainable: bool,
     dtype: torch.dtype | None,
     ephemeral_gpu_offload: bool = False,
+    pad_rank: int | None = None,
 ) -> None:
     """Add an adapter from disk; `Refused` with all that does not fit, before anything changes."""
     state.unused(name)
@@ -59,6 +61,8 @@ def load(
         stored = join(state, source)
         parts = read_parts(state, stored, name, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload)
         subtract_initial(state, stored, parts)
+        if pad_rank is not None:
+            _pad([(path, part) for path, part in parts if isinstance(part, FactorsPart)], pad_rank)
     adapter = Attached(name, stored.config, trainable, base_id(stored.adapter))
     for path, part in parts:
         state.add(adapter, path, part)
@@ -149,6 +153,25 @@ def read_parts(
             parts.append((path, stored_parameter.part(name, host, a, b)))
         parts += read_values(state, stored.values, name, stored.config, reader.stored, dtype)
     return parts
+
+
+def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
+    """Give factors room for a rank; `Refused` for higher ones, and for layers without room."""
+    errors: list[AdapterkitError] = []
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise Refused(f"pad_rank {rank!r}", expected="a positive whole number", where="pad_rank")
+    for path, part in parts:
+        if not part.has_room:
+            problem, expected = f"{type(part).__name__} at {shown(path)}", "factors of layers"
+        elif part.rank > rank:
+            problem, expected = f"rank {part.rank} at {shown(path)}", f"at most {rank}"
+        else:
+            continue
+        hint = "pad_rank: the highest rank that is to come, of factors of whole layers"
+        errors.append(Refused(problem, expected=expected, where="pad_rank", hint=hint))
+    refuse_all(errors)
+    for _, part in parts:
+        part.pad(rank)
 
 
 def _magnitude_errors(

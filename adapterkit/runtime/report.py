@@ -76,7 +76,7 @@ def report(state: State) -> Report:
 
 def _shares(name: str, part: Part, active: bool) -> Iterator[Share]:
     if isinstance(part, FactorsPart):
-        yield Share(name, part.rank, part.scale, part.norm(), active)
+        yield Share(name, part.rank, part.stored_scale, part.norm(), active)
     elif isinstance(part, RoutedPart):
         for expert, scale, norm in zip(part.names, part.scales, part.norms(), strict=True):
             yield Share(f"{name}: {expert}", part.rank, scale, norm, active)

@@ -31,7 +31,7 @@ def share_of(site: Site, parts: Mapping[str, Part]) -> Share | None:
     assert isinstance(part, FactorsPart)
     if part.magnitude is None:
         a, b = part.joined()
-        scale = float(part.scale)
+        scale = part.stored_scale
         return Share(a, b, scale, None, None if part.bias is None else part.bias * scale)
     stretch, a, b = part.folded()
     bias = site.host._parameters.get("bias")

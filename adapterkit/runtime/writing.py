@@ -66,9 +66,9 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
             else:
                 key = nested + key.removeprefix(plain)
             tensors[key] = stored_value(value)
-        if isinstance(part, FactorsPart):
+        if isinstance(part, FactorsPart) and part.stored_rank:
             target = part.target(site.path)
-            scales[target] = (part.stored_rank, part.scale)
+            scales[target] = (part.stored_rank, part.stored_scale)
             if not isinstance(part, ParameterPart):
                 modules.append(target)
     config = adapter.config.to_peft(adapter.base)

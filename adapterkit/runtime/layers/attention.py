@@ -31,7 +31,7 @@ class AttentionPart(FactorsPart):
             own = values[self.parameter]
             wide = torch.promote_types(own.dtype, self.a.dtype)
             a, b = (x.to(wide) for x in self.joined())
-            values[self.parameter] = torch.addmm(own.to(wide), b, a, alpha=scale)
+            values[self.parameter] = torch.addmm(own.to(wide), b * scale, a)
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a

@@ -57,6 +57,10 @@ class ParameterPart(FactorsPart):
     def target(self, path: str) -> str:
         return f"{path}.{self.leaf}"
 
+    @property
+    def has_room(self) -> bool:
+        return False
+
     def term(self, weight: float) -> Term:
         """weight·scale·b·a in the parameter's layout, as a product."""
         left, right = (self.a.mT, self.b.mT) if self.transposed else (self.b, self.a)

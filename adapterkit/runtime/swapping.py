@@ -1,0 +1,161 @@
+"""New weights under an old name: values change in place, so that compiled code goes on as it is."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.options import StrPath
+from adapterkit.planning.adapter_config import base_id
+from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.layers.invoked import InvokedPart
+from adapterkit.runtime.reading import join, read_parts, subtract_initial
+from adapterkit.runtime.replication import replicating
+from adapterkit.runtime.site import Part
+from adapterkit.runtime.state import State
+
+Parts = dict[tuple[int, str], tuple[str, Part]]  # by host and role, with the module's path
+VALUES = ("bias", "magnitude", "initial_a", "initial_b")  # what factors have or have not
+
+
+@torch.no_grad()
+def swap(state: State, name: str, source: StrPath) -> None:
+    """Give an adapter the weights, ranks and scales of another one from disk; `Refused` with all
+    that does not fit, before anything changes. Modules that the new one lacks get zeros."""
+    state.known([name])
+    state.outside_rows("swap")
+    if name in state.merged:
+        raise Refused(
+            f"{shown(name)} is merged",
+            expected="an adapter beside its base",
+            where="swap",
+            hint="unmerge first",
+        )
+    adapter = state.adapters[name]
+    with replicating(state):
+        stored = join(state, source)
+        parts = read_parts(state, stored, name, None)
+        subtract_initial(state, stored, parts)
+    new: Parts = {
+        (id(state.modules[part.place(path)]), part.role): (path, part) for path, part in parts
+    }
+    old: Parts = {(id(site.host), part.role): (site.path, part) for site, part in adapter.parts()}
+    _check(old, new, stored.adapter.label)
+    for key, (_, part) in old.items():
+        other = new.get(key)
+        if isinstance(part, FactorsPart):
+            _copy_factors(part, None if other is None else other[1])
+        elif other is not None:
+            _copy(dict(part.named_parameters()), dict(other[1].named_parameters()))
+            _copy(dict(part.named_buffers()), dict(other[1].named_buffers()))
+        if isinstance(part, InvokedPart):
+            part.invocations.tokens[name] = tuple(stored.config.invocation_tokens or ())
+    adapter.config, adapter.base = stored.config, base_id(stored.adapter)
+
+
+def _copy_factors(part: FactorsPart, new: Part | None) -> None:
+    if new is None:
+        part.a.zero_()
+        part.b.zero_()
+        part.set_own(0, 0.0)
+        if part.bias is not None:
+            part.bias.zero_()
+        if part.magnitude is not None:
+            part.magnitude.copy_(part.row_norms(part.host).view_as(part.magnitude))
+        return
+    assert isinstance(new, FactorsPart)
+    part.dropout = new.dropout
+    if new.a.shape == part.a.shape:
+        part.a.copy_(new.a)
+        part.b.copy_(new.b)
+    else:
+        for leaf, axis in (("a", 0), ("b", 1)):
+            value = getattr(part, leaf)
+            value.zero_()
+            value.narrow(axis, 0, new.rank).copy_(getattr(new, leaf))
+    part.set_own(new.rank, new.stored_scale)
+    for leaf in VALUES:
+        value, other = getattr(part, leaf), getattr(new, leaf)
+        if value is not None:
+            value.copy_(other)
+
+
+def _copy(values: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    for leaf, value in values.items():
+        value.copy_(new[leaf])
+
+
+def _check(old: Parts, new: Parts, where: str) -> None:
+    """`Refused` for modules that the old adapter lacks, kinds that differ, and ranks without
+    room."""
+    errors: list[AdapterkitError] = []
+    for key, (path, part) in new.items():
+        if key in old:
+            errors += _differences(path, old[key][1], part, where)
+        else:
+            errors.append(
+                Refused(
+                    f"{shown(path)}, where the old adapter has nothing of this kind",
+                    expected="modules of the old adapter, all or some",
+                    where=where,
+                    hint="load it under a name of its own",
+                )
+            )
+    errors += [
+        Refused(
+            f"{shown(path)} has {part.role} values and the new adapter none",
+            expected="the same kinds of values",
+            where=where,
+            hint="load it under a name of its own",
+        )
+        for key, (path, part) in old.items()
+        if key not in new and not isinstance(part, FactorsPart)
+    ]
+    refuse_all(errors)
+
+
+def _differences(path: str, old: Part, new: Part, where: str) -> Iterator[AdapterkitError]:
+    if not isinstance(old, FactorsPart) or not isinstance(new, FactorsPart):
+        before, after = _shapes(old), _shapes(new)
+        if type(old) is not type(new) or before != after:
+            yield _other_kind(path, f"{after}", f"{before}", where)
+        elif any(
+            not value.is_floating_point() and not torch.equal(value, other)
+            for value, other in zip(old.buffers(), new.buffers(), strict=True)
+        ):
+            yield _other_kind(path, "other rows", "rows of the same tokens", where)
+        return
+    kinds = [
+        [type(p).__name__, *(leaf for leaf in VALUES if getattr(p, leaf) is not None)]
+        for p in (old, new)
+    ]
+    if kinds[0] != kinds[1]:
+        before, after = (" with ".join(kind) for kind in kinds)
+        yield _other_kind(path, after, before, where)
+    elif old.initial_a is not None and new.initial_a is not None:
+        before, after = tuple(old.initial_a.shape), tuple(new.initial_a.shape)
+        if before != after:
+            yield _other_kind(path, f"initial factors {after}", f"{before}", where)
+    room = old.a.shape[0] if old.has_room else old.rank
+    if new.rank > room or (new.rank < room and not old.has_room):
+        yield Refused(
+            f"rank {new.rank} at {shown(path)}",
+            expected=f"at most {room}" if old.has_room else f"{room}",
+            where=where,
+            hint="load the first one with pad_rank=, the highest rank that is to come",
+        )
+
+
+def _shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    values = (*part.named_parameters(), *part.named_buffers())
+    return {leaf: tuple(value.shape) for leaf, value in values}
+
+
+def _other_kind(path: str, problem: str, expected: str, where: str) -> Refused:
+    return Refused(
+        f"{problem} at {shown(path)}",
+        expected=expected,
+        where=where,
+        hint="load it under a name of its own",
+    )
