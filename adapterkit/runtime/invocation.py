@@ -3,7 +3,8 @@
 The tokens before it, and so their keys and values in a cache, are the base's, bit for bit.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +41,7 @@ class Invocations:
         self._recorded: dict[str, Tensor] = {}  # those of the last call that records gradients
         self._recomputed = self._ambiguous = False
         self._memory: Memory | None = None
+        self._rows: Tensor | None = None  # those that are meant, of a mixed batch
         self._hooks = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -49,13 +51,25 @@ class Invocations:
         for hook in self._hooks:
             hook.remove()
 
+    @contextmanager
+    def narrowed(self, index: Tensor, size: int) -> Iterator[None]:
+        """Count for some of `size` inputs of a layer: rows, or tokens of rows one after another."""
+        before, length = (self.shape, self._rows), self.shape[1]
+        self._rows = index if size == self.shape[0] else index.view(-1, length)[:, 0] // length
+        self.shape = len(self._rows), length
+        try:
+            yield
+        finally:
+            self.shape, self._rows = before
+
     def count(self, adapter: str) -> Tensor:
         """How many tokens of each row, from the end, an adapter acts on; (rows,) int64.
 
         While gradients are computed, a checkpointed layer runs again: the call is then the one that
         recorded them. `Refused` where there were several with different starts."""
         if torch._C._current_graph_task_id() == -1:
-            return self._counts[adapter]
+            counts = self._counts[adapter]
+            return counts if self._rows is None else counts[self._rows.to(counts.device)]
         self._recomputed = True
         if self._ambiguous:
             raise Refused(

@@ -1,12 +1,14 @@
 """Any module in a mixed batch: the site runs on the rows of one adapter at a time."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapterkit.errors import Refused, shown
+from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.site import Site
 
 
@@ -29,9 +31,19 @@ def run_groups(
         index = torch.tensor(members, device=x.device)
         own_args = [select(value, index, size, axis) for value in args]
         own_kwargs = {key: select(value, index, size, axis) for key, value in kwargs.items()}
-        outputs.append(run_alone(site, name, own_args, own_kwargs))
+        with narrowed(site, name, index, size):
+            outputs.append(run_alone(site, name, own_args, own_kwargs))
         indices.append(index)
     return join(outputs, indices, axis, site.path)
+
+
+def narrowed(
+    site: Site, name: str | None, index: Tensor, size: int
+) -> AbstractContextManager[None]:
+    """An aLoRA's view of the rows of one group."""
+    parts = () if name is None else site.parts.get(name, {}).values()
+    invoked = next((part for part in parts if isinstance(part, InvokedPart)), None)
+    return nullcontext() if invoked is None else invoked.invocations.narrowed(index, size)
 
 
 def run_alone(site: Site, name: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

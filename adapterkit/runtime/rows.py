@@ -5,7 +5,7 @@ At a module where the rows differ, the site gets a router: `row_products` for li
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,6 +69,11 @@ class Rows:
 
     def _row_names(self, site: Site) -> tuple[str | None, ...]:
         return tuple(name if name in site.parts else None for name in self.names)
+
+    @property
+    def acting(self) -> Collection[str]:
+        """The adapters that act in the next call of the model."""
+        return {name for name in self.names if name is not None} if self.on else ()
 
     def enter(self) -> None:
         model = self.state.model
@@ -242,14 +247,6 @@ def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...
     refuse_all(errors)
     adapters = [name for name in dict.fromkeys(table) if name is not None]
     state.known(adapters)
-    invoked = [name for name in adapters if state.adapters[name].config.invocation_tokens]
-    if invoked:
-        raise Refused(
-            f"{', '.join(map(shown, invoked))} with invocation tokens (aLoRA)",
-            expected="adapters that act on all tokens",
-            where="rows",
-            hint="run it alone with activate",
-        )
     return table
 
 

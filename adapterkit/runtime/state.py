@@ -31,6 +31,13 @@ class Replicated(Protocol):
     def undo(self) -> None: ...
 
 
+class Batch(Protocol):
+    """A mixed batch; see `rows`."""
+
+    @property
+    def acting(self) -> Collection[str]: ...
+
+
 @dataclass
 class Attached:
     """One adapter on the model."""
@@ -61,7 +68,7 @@ class State:
         self.active: dict[str, float] = {}
         self.merged: dict[str, float] = {}
         self.merge: Merge | None = None  # what `merged` replaced
-        self.rows: object | None = None  # the mixed batch in progress; see `rows`
+        self.rows: Batch | None = None  # the mixed batch in progress; see `rows`
         self.invocations: Invocations | None = None  # while there is an aLoRA
         self.replication: Replicated | None = None  # of layers
         self.find_modules()
@@ -99,7 +106,7 @@ class State:
 
     def acting(self) -> Collection[str]:
         """The adapters that act in the next call of the model."""
-        return self.active
+        return self.active if self.rows is None else self.rows.acting
 
     def add(self, adapter: Attached, path: str, part: Part) -> None:
         site = self.site(part.place(path))

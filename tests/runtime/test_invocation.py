@@ -195,6 +195,28 @@ def test_beside_a_plain_adapter(adapters, prompts):
     assert torch.equal(both[3], plain[3]) and not torch.equal(both[0], plain[0])
 
 
+@torch.no_grad()
+def test_rows_of_alora_lora_and_base(adapters, prompts):
+    """Each row is what it is alone; also while text is generated, with beams."""
+    adapters.attach(LoraConfig(2, 4, ["v_proj"], init=False), name="plain", seed=2)
+    adapters.attach(settings(targets=["q_proj", "o_proj"]), name="other", seed=3)
+    names = ["default", "plain", "other", None]
+    order = [0, 3, 1, 2]
+    for beams in (1, 2):
+        options = GREEDY | {"num_beams": beams}
+        with adapters.rows(names):
+            together = adapters.model.generate(prompts[order], **options)
+            logits = adapters.model(prompts[order]).logits
+        for row, name in enumerate(names):
+            adapters.activate(name)
+            alone = prompts[order[row : row + 1]]
+            torch.testing.assert_close(
+                adapters.model(alone).logits[0], logits[row], rtol=1e-4, atol=1e-5
+            )
+            text = adapters.model.generate(alone, **options)[0]
+            assert torch.equal(text, together[row, : len(text)])
+
+
 def test_mixture_of_experts(prompts):
     torch.manual_seed(0)
     config = MixtralConfig(
@@ -224,6 +246,10 @@ def test_read_back(adapters, prompts, tmp_path):
     [
         (lambda h, ids: h.merge(), "after its invocation only"),
         (lambda h, ids: h.model(inputs_embeds=torch.zeros(1, 3, 32)), "no input_ids"),
+        (
+            lambda h, ids: h.attach(settings(targets=["embed_tokens"]), name="other"),
+            "invocation_tokens on model.embed_tokens",
+        ),
     ],
 )
 def test_refusals(adapters, prompts, misuse, message: str):
