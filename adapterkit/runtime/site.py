@@ -120,7 +120,7 @@ class Part(Unsaved):
 
     def values_in(self, other: "Part") -> dict[str, Tensor]:
         """What its parameters and buffers would be as in another part, as it was read."""
-        return dict(other.named_parameters())
+        return dict(other.named_parameters()) | dict(other.named_buffers())
 
     def fits(self, other: "Part") -> bool:
         """Whether `take` can take another part's values."""

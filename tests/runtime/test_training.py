@@ -122,6 +122,39 @@ def test_resumed_as_if_never_interrupted(name, tmp_path):
     assert len(set(whole[0])) == 8
 
 
+KINDS = {
+    "dora": {"dora": True},
+    "bias": {"lora_bias": True, "bias": "all"},
+    "copies": {"modules_to_save": ["lm_head", "norm"]},
+    "tokens": {"trainable_tokens": [3, 5, 7]},
+    "embedding": {"targets": ["q_proj", "embed_tokens"]},
+    "pissa": {"init": "pissa"},
+    "aLoRA": {"invocation_tokens": [9]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_part_is_resumed(kind, tmp_path):
+    """All that an adapter trains is in the checkpoint and comes back, bit for bit."""
+    config = LoraConfig(4, 8, **{"targets": ["q_proj", "down_proj"], **KINDS[kind]})
+    rows = tokens(40, 8)
+    rows[:, 2], rows[:, 4] = 9, 5
+    data = [{"input_ids": row, "labels": row} for row in rows]
+
+    def run(folder, resume=None):
+        h = attach(llama(attention_bias=True), config, seed=1)
+        trainer = trainer_of(h, tmp_path / folder, data=data)
+        start = values(h)
+        table = losses(trainer, resume), values(h)
+        assert not any(map(torch.equal, start, table[1]))
+        return table
+
+    whole = run("whole")
+    assert files(tmp_path / "whole" / "checkpoint-4") == ADAPTER | STATE
+    resumed = run("resumed", tmp_path / "whole" / "checkpoint-4")
+    assert whole[0] == resumed[0] and equal(whole[1], resumed[1])
+
+
 def test_checkpointing_changes_nothing(tmp_path):
     """Gradients with either kind of gradient checkpointing are those without."""
     table = {}
@@ -259,14 +292,15 @@ class Plain(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.first, self.norm, self.second = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
 
     def forward(self, x, labels):
-        y = self.second(self.first(x).relu())
+        y = self.second(self.norm(self.first(x)).relu())
         return {"loss": nn.functional.mse_loss(y, labels), "logits": y}
 
 
 def test_plain_module(tmp_path):
+    """Means and variances of a trained BatchNorm are resumed too."""
     generator = torch.Generator().manual_seed(0)
     data = [
         {"x": torch.randn(8, generator=generator), "labels": torch.randn(4, generator=generator)}
@@ -274,9 +308,10 @@ def test_plain_module(tmp_path):
     ]
 
     def run(folder, resume=None):
-        h = attach(Plain(), LoraConfig(2, 4, ["first", "second"]), seed=1)
+        config = LoraConfig(2, 4, ["first", "second"], modules_to_save=["norm"])
+        h = attach(Plain(), config, seed=1)
         trainer = trainer_of(h, tmp_path / folder, data=data, remove_unused_columns=False)
-        return losses(trainer, resume)
+        return losses(trainer, resume), trainer.evaluate()["eval_loss"]
 
     whole = run("whole")
     assert files(tmp_path / "whole" / "checkpoint-4") == ADAPTER | STATE
