@@ -15,6 +15,7 @@ SUITES = {
     "hostile/test_layers.py",
     "options/test_options.py",
     "runtime/test_config.py",
+    "runtime/test_misuse.py",
     "runtime/test_target_rules.py",
     "test_errors.py",
     "test_quick.py",

@@ -18,8 +18,6 @@ from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 
-pytestmark = pytest.mark.quick
-
 INVOCATION = [7, 9]
 # the argument's name differs between versions of transformers
 CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"

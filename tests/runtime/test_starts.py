@@ -12,8 +12,6 @@ from adapterkit.registry import members
 from adapterkit.runtime import attach, load
 from tests.support.live import llama, peft_of, tokens
 
-pytestmark = pytest.mark.quick
-
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 INITS = {name: name for name in members("inits")} | {"random": False}
 
