@@ -2,7 +2,7 @@
 in place of the base's. They act beside the base, whose own values never change."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ class CopyPart(Part):
     def __init__(self, adapter: str, module: nn.Module):
         super().__init__()
         self.adapter, self.module = adapter, module
+        for each in module.modules():
+            # a state dict of the base has nothing for them
+            vars(each)["_load_from_state_dict"] = _nothing
 
     def run(self, site: Site | Inside, *args: Any, **kwargs: Any) -> Any:
         # not by a call: the hooks of the module itself run around its site
@@ -120,7 +123,7 @@ def bare_copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for host in hosts:
         site, its_twin = host._modules[CHILD], memo[id(host)]
         assert isinstance(site, Site)
-        del its_twin._modules[CHILD]
+        its_twin._modules = {name: m for name, m in its_twin._modules.items() if name != CHILD}
         give_forward(its_twin, site.slots(), copy.deepcopy(site.own_forward, memo))
     return twin
 
@@ -141,6 +144,16 @@ def outermost(name: str, entries: Iterable[str]) -> str | None:
     parts = name.split(".")
     paths = (".".join(parts[:i]) for i in range(1, len(parts)))
     return next((path for path in paths if any(map(path.endswith, entries))), None)
+
+
+def entries_for_peft(
+    entries: Iterable[str], paths: Collection[str], modules: Iterable[str]
+) -> list[str]:
+    """Names that mean these modules alone to PEFT, which matches any end of a name: the entries
+    where they do, else the paths."""
+    entries = list(entries)
+    meant = {path for path in modules if any(map(path.endswith, entries))}
+    return entries if meant == set(paths) else sorted(paths)
 
 
 def reader(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
@@ -206,3 +219,7 @@ def biases(modules: Mapping[str, nn.Module], paths: Iterable[str] | None) -> lis
         if isinstance(modules[path], nn.MultiheadAttention):
             chosen.add(f"{path}.{OUT_PROJ}")
     return [name for name in names if name.rpartition(".")[0] in chosen]
+
+
+def _nothing(*args: Any) -> None:
+    return

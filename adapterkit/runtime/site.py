@@ -176,6 +176,16 @@ Replacing = tuple[Part, ...]
 Changing = tuple[tuple[Part, float], ...]
 
 
+class Steps(dict[str, nn.Module]):
+    """The children of a Sequential: the site is one of them, and no step that it runs."""
+
+    def values(self) -> Any:
+        return [module for name, module in self.items() if name != CHILD]
+
+    def __len__(self) -> int:
+        return super().__len__() - (CHILD in self)
+
+
 class Site(Unsaved):
     """The adapters of one module, the host: which parts it has, and which of them act."""
 
@@ -196,6 +206,8 @@ class Site(Unsaved):
         # inside accelerate's hooks, which bring weights and inputs to one device and may be removed
         slot = OLD_FORWARD if {"_hf_hook", OLD_FORWARD} <= vars(host).keys() else "forward"
         self.own_forward = vars(host).get(slot)
+        if isinstance(host, nn.Sequential):
+            host._modules = Steps(host._modules)
         host.add_module(CHILD, self)
         setattr(host, slot, self.forward)
 
@@ -306,8 +318,11 @@ class Site(Unsaved):
 
     def leave(self) -> None:
         """Give the host its own forward back."""
-        del self.host._modules[CHILD]
-        give_forward(self.host, self.slots(), self.own_forward)
+        host = self.host
+        del host._modules[CHILD]
+        if isinstance(host._modules, Steps):
+            host._modules = dict(host._modules)
+        give_forward(host, self.slots(), self.own_forward)
 
 
 def give_forward(host: nn.Module, slots: Iterable[str], forward: Callable[..., Any] | None) -> None:

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
+from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
-from adapterkit.runtime.copies import CopyPart, ValuePart
+from adapterkit.runtime.copies import CopyPart, ValuePart, entries_for_peft
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.linear import Conv1DPart
 from adapterkit.runtime.layers.parameter import ParameterPart
@@ -74,11 +75,28 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
     config = adapter.config.to_peft(adapter.base)
     # PEFT asks for it, though the layer's class tells
     config["fan_in_fan_out"] = any(isinstance(part, Conv1DPart) for _, part in adapter.parts())
+    config |= _names_for_peft(state, adapter)
     config["init_lora_weights"] = True  # the factors are for the original base
     config |= scale_settings(scales, config)
     if not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
         config["target_modules"] = target_list(list(dict.fromkeys(modules)), state.modules)
     return tensors, config
+
+
+def _names_for_peft(state: State, adapter: Attached) -> dict[str, Any]:
+    """The names of modules trained in full, and of those with rows, so that PEFT reads them
+    alike."""
+    config, names = adapter.config, {}
+    if config.modules_to_save:
+        saved = [site.path for site, part in adapter.parts() if isinstance(part, CopyPart)]
+        names["modules_to_save"] = entries_for_peft(config.modules_to_save, saved, state.modules)
+    if isinstance(config.trainable_tokens, Mapping):
+        table = names["trainable_token_indices"] = {}
+        for name, indices in config.trainable_tokens.items():
+            paths = [path for path in state.modules if has_end(path, name)]
+            for entry in entries_for_peft([name], paths, state.modules):
+                table[entry] = list(indices)
+    return names
 
 
 def scale_settings(

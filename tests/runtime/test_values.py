@@ -1,5 +1,6 @@
 """Values trained in full on live models: modules_to_save and biases, beside the base."""
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,17 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from tests.support.beside_peft import check_merging, compare
+from adapterkit import LoraConfig
+from adapterkit.errors import AdapterkitError
+from adapterkit.runtime import attach, load
+from tests.support.beside_peft import (
+    check_merging,
+    compare,
+    gradients,
+    in_peft,
+    shake,
+    trained,
+)
 
 LLAMA = {
     "vocab_size": 20,
@@ -98,3 +109,272 @@ def test_it_is_pefts(case, tmp_path):
     model, settings = CASES[case]
     _, adapters = compare(MODELS[model], logits, tmp_path, r=4, **settings)
     check_merging(adapters, logits)
+
+
+class Small(nn.Module):
+    """Layers of several kinds, in no model of transformers."""
+
+    def __init__(self, momentum=0.0):
+        super().__init__()
+        self.conv = nn.Conv1d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm1d(8, momentum=momentum)
+        self.mix = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.tail = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+
+    def forward(self, x):
+        return self.tail(self.mix(self.bn(self.conv(x)).mT))
+
+
+def rows_of_small(model: nn.Module) -> torch.Tensor:
+    return model(torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("settings", [
+    {"modules_to_save": ["bn", "tail"]},
+    {"modules_to_save": ["bn"], "bias": "all"},
+    {"bias": "all"},
+    {"bias": "lora_only"},
+], ids=str)  # fmt: skip
+def test_layers_of_all_kinds(settings, tmp_path, monkeypatch):
+    """The running statistics of a batch norm are the copy's; torch's attention reads the bias of
+    its output projection itself."""
+    make = seeded(lambda: Small(0.1 if "modules_to_save" in settings else 0.0))
+    # PEFT's adapters do not act in torch's fused layers
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
+    theirs, adapters = compare(
+        make, rows_of_small, tmp_path, target_modules=["linear1"], **settings
+    )
+    model = adapters.model
+    with torch.no_grad():
+        y = rows_of_small(model)
+        monkeypatch.undo()
+        torch.testing.assert_close(rows_of_small(model), y)
+    if "modules_to_save" in settings:
+        copies = adapters.state.sites["bn"].parts["default"]["copy"]
+        statistics = copies.module.running_mean
+        assert torch.equal(model.bn.running_mean, torch.zeros(8))
+        assert statistics.abs().max() > 0
+        torch.testing.assert_close(
+            statistics, theirs.base_model.model.bn.modules_to_save["default"].running_mean
+        )
+    check_merging(adapters, rows_of_small)
+
+
+def attached(make, config: LoraConfig, run, folder, **settings) -> None:
+    """Assert that an adapter of the runtime starts as the base and trains as in PEFT."""
+    ours = make().train()
+    y = run(ours).detach()
+    adapters = attach(ours, config, seed=3)
+    assert torch.equal(run(ours), y)
+    adapters.save(folder)
+    theirs = peft.PeftModel.from_pretrained(make(), folder, is_trainable=True).train()
+    optimizers = [torch.optim.AdamW(trained(model), lr=0.01) for model in (theirs, ours)]
+    for _ in range(4):
+        torch.testing.assert_close(gradients(ours, run), gradients(theirs, run))
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(run(ours), run(theirs))
+    assert not torch.allclose(run(ours), y)
+
+
+@pytest.mark.parametrize("model, config", [
+    ("llama", LoraConfig(targets=QV, modules_to_save=["lm_head", "norm"])),
+    ("tied", LoraConfig(targets=QV, modules_to_save=["embed_tokens"], tie=True)),
+    ("bert_cls", LoraConfig(targets=["query"], task_type="SEQ_CLS")),
+    ("llama", LoraConfig(targets=QV, bias="all")),
+    ("bert", LoraConfig(targets=["query", "dense"], bias="lora_only")),
+], ids=str)  # fmt: skip
+def test_a_new_adapter_trains_as_in_peft(model, config, tmp_path):
+    attached(MODELS[model], config, logits, tmp_path)
+
+
+def test_tied_copies_are_one_parameter(tmp_path):
+    h = attach(MODELS["tied"](), LoraConfig(targets=QV, modules_to_save=["lm_head"], tie=True))
+    sites = [h.state.sites[path] for path in ("model.embed_tokens", "lm_head")]
+    parts = [site.parts["default"]["copy"] for site in sites]
+    assert parts[0].module.weight is parts[1].module.weight
+    assert len(list(h.parameters())) == len(set(h.parameters())) == 4 * 2 + 1
+
+
+def test_peft_keeps_trained_biases_when_disabled(tmp_path):
+    model, settings = CASES["all biases"]
+    theirs = in_peft(MODELS[model](), **settings).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = MODELS[model]().eval()
+    expected = logits(ours)
+    h = load(ours, tmp_path)
+    with h.disabled():
+        assert torch.equal(logits(ours), expected)
+    with theirs.disable_adapter():
+        assert not torch.allclose(logits(theirs), expected)
+
+
+@pytest.mark.parametrize("first, second, word", [
+    ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"]}, "trained copy"),
+    ({"modules_to_save": ["mlp"]}, {"targets": ["up_proj"]}, "adapts"),
+    ({"modules_to_save": ["embed_tokens"]}, {"trainable_tokens": [1]}, "trained copy"),
+    ({"modules_to_save": ["v_proj"]}, {"bias": "all"}, "trained copy"),
+    ({"bias": "all"}, {"bias": "lora_only"}, "trained biases"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("merged", [False, True])
+def test_two_adapters_with_one_value_do_not_act_together(first, second, word, merged):
+    model = MODELS["llama"]().eval()
+    h = attach(model, LoraConfig(**{"targets": ["q_proj"], **first}), name="a", seed=1)
+    h.attach(LoraConfig(**{"targets": ["q_proj"], **second}), name="b", seed=2)
+    shake(h.parameters())
+    results = []
+    for name in "ab":
+        h.activate(name)
+        results.append(logits(model))
+    h.activate("a")
+    if merged:
+        h.merge("a")
+        expected = logits(model)
+        calls = [lambda: h.activate("b")]
+    else:
+        expected = results[0]
+        calls = [lambda: h.activate(["a", "b"]), lambda: h.merge({"a": 0.5, "b": 0.5})]
+    for call in calls:
+        with pytest.raises(AdapterkitError, match=word):
+            call()
+        assert torch.equal(logits(model), expected)
+        assert h.active == ({} if merged else {"a": 1.0})
+    if merged:
+        h.unmerge()
+        assert torch.equal(logits(model), results[0])
+    assert not torch.equal(*results)
+
+
+def test_a_copy_and_another_adapters_factors_act_together():
+    """On one module the factors add to the copy's output; merged as well."""
+    model = MODELS["llama"]().eval()
+    h = attach(model, LoraConfig(targets=QV, modules_to_save=["lm_head"]), name="a", seed=1)
+    h.attach(LoraConfig(targets=["lm_head"]), name="b", seed=2)
+    shake(h.parameters())
+    h.activate({"a": 1, "b": 0.5})
+    part = h.state.sites["lm_head"].parts["b"]["delta"]
+    weight = h.state.sites["lm_head"].parts["a"]["copy"].module.weight + 0.5 * part.delta()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
+    logits(model)
+    torch.testing.assert_close(seen[0][1], seen[0][0] @ weight.T)
+    check_merging(h, logits)
+
+
+def test_copies_hold_no_other_adapters():
+    model = MODELS["llama"]().eval()
+    expected = logits(model)
+    h = attach(model, LoraConfig(targets=["up_proj", "q_proj"]), name="a", seed=1)
+    shake(h.parameters())
+    h.attach(LoraConfig(targets=["q_proj"], modules_to_save=["mlp"]), name="b", seed=1)
+    h.activate("b")
+    assert torch.equal(logits(model), expected)
+    names = [name for name, _ in h.state.sites["model.layers.0.mlp"].named_parameters()]
+    assert names == [f"b:copy.module.{x}_proj.weight" for x in ("gate", "up", "down")]
+
+
+def test_merging_a_copy_of_a_tied_head_unties(tmp_path):
+    model = MODELS["tied"]().eval()
+    h = attach(model, LoraConfig(targets=QV, modules_to_save=["lm_head"]), seed=1)
+    shake(h.parameters())
+    expected, before = logits(model), model.lm_head.weight
+    h.merge()
+    assert not model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected)
+    h.unmerge()
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is before is model.model.embed_tokens.weight
+
+
+def test_a_merged_tie_stays_one(tmp_path):
+    model = MODELS["tied"]().eval()
+    h = attach(model, LoraConfig(targets=QV, modules_to_save=["lm_head"], tie=True), seed=1)
+    shake(h.parameters())
+    expected = logits(model)
+    h.merge()
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected)
+
+
+def test_values_are_the_adapters_in_rows():
+    model = MODELS["llama"]().eval()
+    h = attach(model, LoraConfig(targets=QV, modules_to_save=["lm_head"]), name="a", seed=1)
+    h.attach(LoraConfig(targets=QV, bias="all"), name="b", seed=2)
+    shake(h.parameters())
+    names, alone = ["a", None, "b", "a"], []
+    ids = torch.arange(24).reshape(4, 6) % 20
+    with torch.no_grad():
+        for i, name in enumerate(names):
+            h.activate(name)
+            alone.append(model(input_ids=ids[i : i + 1]).logits)
+        h.activate(None)
+        with h.rows(names):
+            torch.testing.assert_close(model(input_ids=ids).logits, torch.cat(alone))
+
+
+def test_a_base_on_meta():
+    config = LoraConfig(targets=QV, modules_to_save=["lm_head"])
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    with pytest.raises(AdapterkitError, match="lm_head.* on the meta device"):
+        attach(model, config)
+    assert not [name for name, _ in model.named_modules() if "adapterkit" in name]
+
+
+def test_files_arrive_before_their_base(tmp_path):
+    make = MODELS["llama"]
+    settings = {"modules_to_save": ["lm_head"], "bias": "all", "trainable_token_indices": [1]}
+    theirs = in_peft(make(), target_modules=QV, **settings).eval()
+    theirs.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True)).eval()
+    load(model, tmp_path)
+    model.to_empty(device="cpu")
+    base = make()
+    model.load_state_dict(base.state_dict())
+    model.model.rotary_emb = base.model.rotary_emb
+    torch.testing.assert_close(logits(model), logits(theirs))
+
+
+def test_copies_are_trained_through_checkpointing():
+    grads = []
+    for checkpointing in (False, True):
+        model = MODELS["llama"]().train()
+        settings = {"modules_to_save": ["0.mlp", "lm_head"], "bias": "all"}
+        h = attach(model, LoraConfig(targets=QV, trainable_tokens=[1, 2], **settings), seed=1)
+        shake(h.parameters())
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        gradients(model, logits)
+        grads.append([parameter.grad for parameter in h.parameters()])
+        assert all(grad is not None for grad in grads[-1])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_it_compiles():
+    model = MODELS["llama"]().eval()
+    settings = {"modules_to_save": ["lm_head"], "bias": "all", "trainable_tokens": [1, 2]}
+    h = attach(model, LoraConfig(targets=QV, **settings), seed=1)
+    shake(h.parameters())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(compiled), logits(model))
+
+
+def test_a_sequence_keeps_its_steps():
+    model = seeded(Small)().eval().requires_grad_(False)  # so that torch's layers are fused
+    steps, y = list(model.tail), rows_of_small(model)
+    h = attach(model, LoraConfig(targets=["linear1"], modules_to_save=["tail"]), seed=1)
+    assert list(model.tail) == steps and len(model.tail) == 3 and model.tail[-1] is steps[-1]
+    assert len(list(h.parameters())) == 2 + 6
+    assert set(h.parameters()) <= set(model.tail.parameters()) | set(model.mix.parameters())
+    shake(h.parameters())
+    assert not torch.allclose(rows_of_small(model), y)
+    with h.disabled():
+        assert torch.equal(rows_of_small(model), y)
+    check_merging(h, rows_of_small)
+    h.detach()
+    assert torch.equal(rows_of_small(model), y) and list(model.tail.named_children())[2][0] == "2"
