@@ -232,6 +232,8 @@ def _grouped(func: Callable, x: Any, weight: Any, offs: Any = None, **options: A
     for left, right, scale in weight.terms:
         # not narrower than the weight: narrower rows may not be aligned
         dtype = torch.promote_types(left.dtype, weight.dtype)
+        if torch.is_autocast_enabled(x.device.type):  # as products that autocast knows
+            dtype = weight.dtype
         padding = -left.shape[-1] % (ALIGNMENT // dtype.itemsize)
         left = F.pad(left.to(dtype), (0, padding))
         right = F.pad(right.to(dtype), (0, 0, 0, padding))

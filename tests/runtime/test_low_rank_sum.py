@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  # registers an operator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterkit.errors import Refused
@@ -103,12 +104,15 @@ def test_values_and_gradients_are_those_of_the_sum(name):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_products(dtype, factors, transposed):
+@pytest.mark.parametrize("function", [
+    F.grouped_mm, lambda x, w, offs: torch.ops.transformers.grouped_mm_fallback(x, w, offs),
+])  # fmt: skip
+def test_grouped_products(function, dtype, factors, transposed):
     """Ranks 3 and 2 have to be padded: strides are multiples of 16 bytes."""
     total = low_rank_sum(3, dtype, factors)
     x = torch.randn(8, M if transposed else N).to(dtype).requires_grad_()
     w, sum_ = (t.transpose(-2, -1) if transposed else t for t in (total, plain_sum(total)))
-    y = F.grouped_mm(x, w, offs=ENDS)
+    y = function(x, w, offs=ENDS)
     starts = [0, *ENDS.tolist()]
     expected = torch.cat([
         x[start:end].double() @ sum_[expert].double()
@@ -159,6 +163,17 @@ def test_autocast():
     assert y.dtype == torch.bfloat16 and value.dtype == torch.float32
     torch.testing.assert_close(value, plain_sum(total), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(y.float(), x @ plain_sum(total), rtol=0.05, atol=0.2)
+
+
+def test_grouped_products_under_autocast_are_of_the_weights_dtype():
+    total = low_rank_sum(3, torch.bfloat16, torch.float32)
+    x = torch.randn(8, N).bfloat16()
+    plain = F.grouped_mm(x, total, offs=ENDS)
+    halves = [t._replace(left=t.left.bfloat16(), right=t.right.bfloat16()) for t in total.terms]
+    want = F.grouped_mm(x, LowRankSum(total.weight, halves), offs=ENDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = F.grouped_mm(x, total, offs=ENDS)
+    assert torch.equal(got, want) and not torch.equal(got, plain)
 
 
 class Sizes(TorchDispatchMode):
