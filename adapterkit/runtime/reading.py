@@ -77,6 +77,7 @@ def join(state: State, source: StrPath) -> Stored:
     errors: list[AdapterkitError] = []
     factors: list[tuple[str, str, Lora, float]] = []
     loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
+    hosts: dict[int, str] = {}
     for lora in loras:
         host = state.modules.get(lora.module)
         kind = None if host is None else kind_of(host)
@@ -87,17 +88,20 @@ def join(state: State, source: StrPath) -> Stored:
         if lora.a.shape[0] != rank:
             errors.append(rank_mismatch(adapter, lora, lora.a.shape[0], rank))
             continue
-        expected = KINDS[kind].shapes(host, rank)
-        if (lora.a.shape, lora.b.shape) != expected:
+        wrong = _shape_errors(adapter, lora, host, kind)
+        if wrong:
+            errors += wrong
+            continue
+        other = hosts.setdefault(id(host), lora.module)
+        if other != lora.module:
             errors.append(
                 Refused(
-                    f"factors of {shown(lora.module)} with shapes {lora.a.shape}, {lora.b.shape}",
-                    expected=f"{expected[0]}, {expected[1]} for this model",
+                    f"factors of {shown(other)} and {shown(lora.module)}: the same module",
+                    expected="factors by one of the names",
                     where=adapter.label,
-                    hint="the adapter was trained on another model",
+                    hint="remove those by the other name",
                 )
             )
-            continue
         if lora.magnitude is not None:
             errors += _magnitude_errors(adapter, lora, host, kind)
         factors.append((lora.module, kind, lora, scale))
@@ -172,6 +176,27 @@ def _pad(parts: Sequence[tuple[str, FactorsPart]], rank: int) -> None:
     refuse_all(errors)
     for _, part in parts:
         part.pad(rank)
+
+
+def _shape_errors(
+    adapter: Adapter, lora: Lora, host: nn.Module, kind: str
+) -> list[AdapterkitError]:
+    """Why factors do not fit a module: their names and shapes."""
+
+    def wrong(problem: str, expected: str) -> list[AdapterkitError]:
+        hint = "the adapter was trained on another model"
+        return [Refused(problem, expected=expected, where=adapter.label, hint=hint)]
+
+    if lora.kind != KINDS[kind].stored_as:
+        return wrong(f"{shown(lora.a.key)} for a {type(host).__name__}", "the keys of such a layer")
+    shapes = KINDS[kind].shapes(host, lora.a.shape[0])
+    if (lora.a.shape, lora.b.shape) != shapes:
+        problem = f"factors of {shown(lora.module)} with shapes {lora.a.shape}, {lora.b.shape}"
+        return wrong(problem, f"{shapes[0]}, {shapes[1]} for this model")
+    if lora.bias is not None and lora.bias.shape != lora.b.shape[:1]:
+        problem = f"{shown(lora.bias.key)} with shape {lora.bias.shape}"
+        return wrong(problem, f"{lora.b.shape[:1]}, one value for each output")
+    return []
 
 
 def _magnitude_errors(

@@ -9,7 +9,7 @@ from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.attention import OUTPUT, AttentionOutputPart, AttentionPart
 from adapterkit.runtime.layers.conv import ConvPart
 from adapterkit.runtime.layers.embedding import EmbeddingPart
-from adapterkit.runtime.layers.invoked import InvokedPart
+from adapterkit.runtime.layers.invoked import InvokedConv1DPart, InvokedPart
 from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart, is_conv1d
 
 KINDS: dict[str, type[FactorsPart]] = {
@@ -57,4 +57,4 @@ def part_class(kind: str, config: LoraConfig) -> type[FactorsPart]:
             where="targets",
             hint="leave them out of the targets",
         )
-    return InvokedPart
+    return InvokedConv1DPart if kind == "conv1d" else InvokedPart

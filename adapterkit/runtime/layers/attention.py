@@ -32,6 +32,10 @@ class AttentionPart(FactorsPart):
             wide = torch.promote_types(own.dtype, self.a.dtype)
             a, b = (x.to(wide) for x in self.joined())
             values[self.parameter] = torch.addmm(own.to(wide), b * scale, a)
+            if self.bias is not None:
+                own = values[self.host_bias]
+                bias = self.bias * scale
+                values[self.host_bias] = bias if own is None else own + bias
 
     def dense(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a

@@ -14,7 +14,8 @@ class EmbeddingPart(FactorsPart):
 
     Times the host's own factor where it has one (Gemma's `embed_scale`). Dropout of ids means
     nothing, here as in PEFT. Unlike PEFT, a host's `max_norm` does not rescale a's columns in
-    place."""
+    place, and files have no copy of the host's weight: rows that were added to it are the base's,
+    and are trained and saved with modules_to_save or trainable_tokens."""
 
     stored_as, axis = "embedding", 1
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from adapterkit.errors import Refused
 from adapterkit.runtime.invocation import Invocations
-from adapterkit.runtime.layers.linear import LinearPart
+from adapterkit.runtime.layers.linear import Conv1DPart, LinearPart
 from adapterkit.runtime.site import Site
 
 
@@ -45,3 +45,7 @@ class InvokedPart(LinearPart):
 
     def unmergeable(self, site: Site, weight: float) -> str | None:
         return "an activated LoRA acts on the tokens after its invocation only"
+
+
+class InvokedConv1DPart(InvokedPart, Conv1DPart):
+    """The same on GPT-2's Conv1D."""
