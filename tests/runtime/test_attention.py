@@ -68,6 +68,20 @@ def test_biases_of_its_factors(tmp_path):
     check_merging(adapters, case.run)
 
 
+def test_its_weights_are_summed_in_float32():
+    """Also where products are not."""
+    case = CASES["attention"]
+    net, _ = adapted(case)
+    expected = with_deltas(case, net, {"default": 1.0}).layer
+    read = mock.patch.object(
+        nn.MultiheadAttention, "forward", lambda self: (self.in_proj_weight, self.out_proj.weight)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16), read:
+        first, second = net.layer()
+    torch.testing.assert_close(first, expected.in_proj_weight.float())
+    torch.testing.assert_close(second, expected.out_proj.weight.float())
+
+
 def encoder(**options) -> tuple[nn.TransformerEncoder, Tensor]:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, **options)

@@ -110,11 +110,13 @@ def test_dropout_is_peft_s(name, tmp_path):
     shake([p for p in theirs.parameters() if p.requires_grad])
     theirs.save_pretrained(tmp_path)
     ours = load(case.net(), tmp_path, trainable=True).model
-    outputs = []
-    for model in (theirs, ours):
-        torch.manual_seed(7)
-        outputs.append(case.run(model.train()))
-    torch.testing.assert_close(*outputs)
+    for mode in (torch.enable_grad, torch.no_grad):
+        outputs = []
+        for model in (theirs, ours):
+            torch.manual_seed(7)
+            with mode():
+                outputs.append(case.run(model.train()))
+        torch.testing.assert_close(*outputs)
     assert not torch.allclose(case.run(ours), outputs[1])
     torch.testing.assert_close(case.run(ours.eval()), case.run(theirs.eval()))
 
@@ -173,6 +175,21 @@ def test_one_module_under_two_names(tmp_path):
     adapters.detach()
     assert torch.equal(model(x), base)
     assert torch.equal(load(model, tmp_path / "one").model(x), y)
+
+
+def test_parameters_are_found_by_any_adapter_s_name():
+    """Names with dots and colons, and those of the site's own attributes, are apart."""
+    net = CASES["linear"].net()
+    adapters = attach(net, CONFIG, name="base")
+    names = ["a.b", "a_b", "a:b", "a%2Eb", "parts", "train", "forward", "weight:x", "adapterkit"]
+    for name in names:
+        adapters.attach(CONFIG, name=name)
+    parameters = {name: p for name, p in net.named_parameters() if ".adapterkit." in name}
+    assert len(parameters) == 4 * len(adapters.names)
+    assert all(net.get_parameter(name) is p for name, p in parameters.items())
+    assert net.get_parameter("layer.adapterkit.adapterkit.a").shape == (2, 6)
+    adapters.delete("a.b")
+    assert net.get_parameter("layer.adapterkit.a_b.a") is parameters["layer.adapterkit.a_b.a"]
 
 
 # --- files --------------------------------------------------------------------------------------
