@@ -100,6 +100,8 @@ class FactorsPart(Part):
         if self.initial_a is not None and self.initial_b is not None:
             # the base that lacks them drops nothing
             update = update - self.product(whole, self.initial_a, self.initial_b)
+        if isinstance(self.scale, Tensor):  # `alpha` would wait for its value
+            return y + update * (self.scale * weight)
         return torch.add(y, update, alpha=self.scale * weight)
 
     def _rescaled(
@@ -177,6 +179,8 @@ class FactorsPart(Part):
 
     def stored_factors(self) -> tuple[Tensor, Tensor]:
         """a and b as a file has them: with the initial ones, without padding."""
+        if self.padded is None:
+            return self.joined()
         rank = self._used_rank()
         return self._with_initial(self.a[:rank], self.b[:, :rank])
 

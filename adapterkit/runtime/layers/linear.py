@@ -40,7 +40,7 @@ class LinearPart(FactorsPart):
     def _is_plain(self) -> bool:
         """Whether the output so far is that of nn.Linear's own forward, and b·a is all to add."""
         return (
-            self.magnitude is self.bias is self._buffers["initial_a"] is None
+            self.magnitude is self.bias is self.padded is self._buffers["initial_a"] is None
             and not (self.dropout and self.training)
             and self.site.is_plain
         )
