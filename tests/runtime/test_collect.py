@@ -11,8 +11,6 @@ from adapterkit.errors import AdapterkitError, Failed
 from adapterkit.runtime import attach, collect
 from tests.support.live import llama, tokens
 
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 def texts(model, rows=3):
     def run():
@@ -53,7 +51,7 @@ def test_of_a_llama():
     """As by hand, the model as before."""
     model = llama()
     before = state(model)
-    stats = collect(model, texts(model), targets=LAYERS)
+    stats = collect(model, texts(model))
     after = state(model)
     assert before[1:] == after[1:]
     assert all(torch.equal(before[0][key], value) for key, value in after[0].items())
@@ -69,7 +67,7 @@ def test_loftq_takes_it(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     llama(**sizes).save_pretrained(tmp_path / "base")
     model = llama(**sizes)
-    save_file(collect(model, texts(model), targets=LAYERS), tmp_path / "stats.safetensors")
+    save_file(collect(model, texts(model)), tmp_path / "stats.safetensors")
     for out, options in {
         "with": ["--stats", str(tmp_path / "stats.safetensors")],
         "without": [],
@@ -155,7 +153,7 @@ def test_layers_that_share_an_input_have_one_sum():
     original = collection.Sums.settle
     collection.Sums.settle = lambda self: (kept.append(self), original(self))[1]
     try:
-        collect(model, texts(model), targets=LAYERS)
+        collect(model, texts(model))
     finally:
         collection.Sums.settle = original
     assert len({id(total) for total in kept[0].by_module.values()}) == 2 * 4

@@ -77,6 +77,18 @@ def test_equal_to_peft_step_by_step(name, folder, monkeypatch):
             torch.testing.assert_close(getattr(part, role), other, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["lora+", "riemannian"])
+@pytest.mark.parametrize("settings", [{"dora": True}, {"targets": ["q_proj", "embed_tokens"]}])
+def test_magnitudes_and_embeddings_as_peft(name, settings, tmp_path):
+    """PEFT's Riemannian leaves factors of embeddings as they are. Its LoRA-FA fails with both."""
+    config = LoraConfig(4, 8, init=False, **{"targets": TARGETS, **settings})
+    attach(llama(), config, seed=1).save(tmp_path)
+    h = load(model := llama(), tmp_path, trainable=True)
+    peft = peft_of(tmp_path, llama())
+    expected = losses(peft, theirs(name, peft))
+    assert losses(model, ours(name, h)) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_state_goes_through_a_file(name, folder):
     """Three steps, a file, three steps: as six steps, bit for bit."""
@@ -107,22 +119,31 @@ def adamw_of_paper(gradients, b, lr, betas=(0.9, 0.999), eps=1e-6):
 
 
 def projected(part):
-    a = part.a.double().flatten(1)
-    gram = a @ a.T + 1e-8 * torch.eye(len(a), dtype=torch.double)
-    gradient = part.b.grad.double().flatten(1)
-    return (gradient @ torch.linalg.pinv(gram) / part.scale**2).reshape(part.b.shape)
+    """ĝ in float64, group by group of a convolution."""
+    groups = len(part.a) // part.b.shape[1]
+    a = part.a.double().flatten(1).chunk(groups)
+    gradients = part.b.grad.double().flatten(1).chunk(groups)
+    products = []
+    for one, gradient in zip(a, gradients, strict=True):
+        gram = one @ one.T + 1e-8 * torch.eye(len(one), dtype=torch.double)
+        products.append(gradient @ torch.linalg.pinv(gram) / part.scale**2)
+    return torch.cat(products).reshape(part.b.shape)
 
 
-def check_lorafa(model, h, **options):
+def language_loss(model):
+    x = tokens(4, 8)
+    return model(input_ids=x, labels=x).loss
+
+
+def check_lorafa(model, h, loss=language_loss, **options):
     """LoRA-FA's b's against the formula in float64, where a stays bit for bit."""
     parts = [part for adapter in h.state.adapters.values() for _, part in adapter.parts()]
     optimizer = LoraFA(h, lr=1e-2, **options)
     before = [(part.a.clone(), part.b.double()) for part in parts]
     gradients = [[] for _ in parts]
-    x = tokens(4, 8)
     for _ in range(3):
         optimizer.zero_grad()
-        model(input_ids=x, labels=x).loss.backward()
+        loss(model).backward()
         for part, row in zip(parts, gradients, strict=True):
             assert part.a.grad is None
             row.append(projected(part))
@@ -150,6 +171,44 @@ def test_lorafa_trains_what_is_no_factor(folder):
     check_lorafa(model, h)
     biases = [part.bias for _, part in h.state.adapters["default"].parts()]
     assert all(bias.abs().max() > 1e-3 for bias in biases)
+
+
+@pytest.mark.parametrize("settings", [{"dora": True}, {"targets": ["q_proj", "embed_tokens"]}])
+def test_lorafa_of_magnitudes_and_embeddings(settings):
+    """PEFT fails with both."""
+    config = LoraConfig(4, 8, init=False, **{"targets": TARGETS, **settings})
+    h = attach(model := llama(), config, seed=1)
+    magnitudes = [part.magnitude for _, part in h.state.adapters["default"].parts()]
+    before = [value.clone() for value in magnitudes if value is not None]
+    check_lorafa(model, h)
+    assert not any(map(torch.equal, before, magnitudes))
+
+
+def test_lorafa_of_convolutions():
+    """Also in groups, each with its own factors."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=2))
+    h = attach(model, LoraConfig(4, 8, ["0", "1"], init=False), seed=1)
+    x = torch.randn(2, 4, 8, 8)
+    check_lorafa(model, h, lambda model: model(x).square().mean())
+
+
+def test_loraplus_of_embeddings_in_8_bits():
+    """bitsandbytes' 8-bit Adam has 32-bit states for factors of embeddings, as for no others."""
+    from bitsandbytes.optim import Adam8bit
+
+    config = LoraConfig(64, 8, ["q_proj", "embed_tokens"], init=False)
+    h = attach(model := llama(hidden_size=64), config, seed=1)
+    optimizer = loraplus(h, Adam8bit, lr=1e-3, ratio=4, embedding_lr=1e-2)
+    losses(model, optimizer, 2)
+    dtypes = {"q_proj": set(), "embed_tokens": set()}
+    for site, part in h.state.adapters["default"].parts():
+        for parameter in (part.a, part.b):
+            assert parameter.numel() >= 4096  # smaller ones have 32 bits anyway
+            dtypes[site.path.split(".")[-1]].add(optimizer.state[parameter]["state1"].dtype)
+    assert dtypes == {"q_proj": {torch.uint8}, "embed_tokens": {torch.float32}}
+    rates = {group["lr"]: len(group["params"]) for group in optimizer.param_groups}
+    assert rates == {1e-3: 2, 4e-3: 2, 1e-2: 2}
 
 
 def test_lorafa_leaves_a_frozen_when_the_adapter_is_activated_again(folder):
