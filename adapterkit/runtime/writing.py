@@ -15,6 +15,7 @@ from torch import Tensor
 from adapterkit.adapters.keys import CONFIG, PREFIX, WEIGHTS, replaced_key, value_key
 from adapterkit.adapters.targets import has_end
 from adapterkit.checkpoint.storage import storage_errors
+from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.planning.cards import adapter_card
 from adapterkit.runtime.copies import CopyPart, ValuePart, entries_for_peft
@@ -36,6 +37,14 @@ def save(state: State, folder: StrPath, name: str, *, every_process: bool = Fals
     state.known([name])
     refuse_merged(state, [name], "save")
     adapter = state.adapters[name]
+    factors = [part for _, part in adapter.parts() if isinstance(part, FactorsPart)]
+    if any(part.a.ndim < 2 or part.b.ndim < 2 for part in factors):
+        raise Refused(
+            f"factors of {shown(name)} as flat shards",
+            expected="whole parameters, or FSDP2's",
+            where="save",
+            hint="save it inside FullyShardedDataParallel.summon_full_params(model)",
+        )
     tensors, config = contents(state, adapter)
     if not writes() and not every_process:
         return

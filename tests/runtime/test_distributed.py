@@ -1,8 +1,9 @@
-"""Two processes that train together: DDP, FSDP2 and a Trainer give what one process gives."""
+"""Two processes that train together: DDP, FSDP and a Trainer give what one process gives."""
 
 import json
 import os
 import socket
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from adapterkit import LoraConfig
+from adapterkit.errors import Refused
 from adapterkit.runtime import LoraFA, Riemannian, attach
-from tests.support.live import llama, tokens
+from tests.support.live import llama, on_meta, tokens
 
 WORLD, STEPS = 2, 3
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -24,7 +26,9 @@ OPTIMIZERS = {
     "lora-fa": lambda h: LoraFA(h, lr=1e-2),
     "riemannian": lambda h: Riemannian(h, torch.optim.SGD, lr=1e-1),
 }
-CASES = [("lora", "adamw"), ("dora", "adamw"), ("lora", "lora-fa"), ("lora", "riemannian")]
+PAIRS = [("lora", "adamw"), ("dora", "adamw"), ("lora", "lora-fa"), ("lora", "riemannian")]
+CASES = [(kind, *pair) for kind in ("ddp", "fsdp2") for pair in PAIRS]
+CASES += [("fsdp1", "lora", "adamw"), ("from meta", "lora", "adamw")]
 
 
 def make(config):
@@ -66,7 +70,48 @@ def fsdp2(h):
     return fully_shard(h.model)
 
 
-WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2}
+def fsdp1(h):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    with warnings.catch_warnings():  # that frozen and trained parameters share a wrapper
+        warnings.simplefilter("ignore", UserWarning)
+        return FullyShardedDataParallel(
+            h.model,
+            auto_wrap_policy=ModuleWrapPolicy({type(h.model.model.layers[0])}),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+
+
+def from_meta(h):
+    """Sharded before the base has values: an adapter on a model of the meta device."""
+    from torch.distributed.tensor import distribute_tensor
+
+    model = fsdp2(h).to_empty(device="cpu")
+    shards = {
+        key: distribute_tensor(value, own.device_mesh, own.placements)
+        for (key, value), own in zip(
+            llama().state_dict().items(), model.state_dict().values(), strict=True
+        )
+    }
+    model.load_state_dict(shards, assign=True)
+    model.model.rotary_emb = llama().model.rotary_emb  # has buffers that no state dict has
+    return model
+
+
+WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1, "from meta": from_meta}
+
+
+def save(h, model, kind, folder):
+    """h.save on all processes; FSDP1's parameters are whole only where it says so."""
+    if kind != "fsdp1":
+        h.save(folder)
+        return
+    with pytest.raises(Refused, match="summon_full_params"):
+        h.save(folder)
+    with model.summon_full_params(model):
+        h.save(folder)
 
 
 def work(rank, port, folder):
@@ -81,20 +126,19 @@ def work(rank, port, folder):
     }
     torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
     results = {}
-    for kind, wrap in WRAPPERS.items():
-        for config, optimizer in CASES:
-            name = f"{kind}-{config}-{optimizer}"
-            h = make(config)
-            if kind == "ddp":  # which counts what is trained when it is made; LoRA-FA freezes a
-                update = OPTIMIZERS[optimizer](h)
-                model = wrap(h)
-            else:
-                model = wrap(h)
-                update = OPTIMIZERS[optimizer](h)
-            sharded = [type(p).__name__ for p in h.parameters()]
-            losses = steps(model, update, rank)
-            h.save(folder / name)
-            results[name] = {"losses": losses, "sharded": sorted({*sharded})}
+    for kind, config, optimizer in CASES:
+        name = f"{kind}-{config}-{optimizer}"
+        h = attach(on_meta(), CONFIGS[config], seed=1) if kind == "from meta" else make(config)
+        if kind == "ddp":  # which counts what is trained when it is made; LoRA-FA freezes a
+            update = OPTIMIZERS[optimizer](h)
+            model = ddp(h)
+        else:
+            model = WRAPPERS[kind](h)
+            update = OPTIMIZERS[optimizer](h)
+        sharded = {type(p).__name__ for p in h.parameters()}
+        losses = steps(model, update, rank)
+        save(h, model, kind, folder / name)
+        results[name] = {"losses": losses, "sharded": sorted(sharded)}
     results["restored"] = restored(folder, rank)
     results["trainer"] = trained(folder)
     if rank == 0:
@@ -146,8 +190,7 @@ def two(tmp_path_factory):
     return json.loads((folder / "results.json").read_text()), folder
 
 
-@pytest.mark.parametrize("config, optimizer", CASES)
-@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("kind, config, optimizer", CASES)
 def test_as_one_process(kind, config, optimizer, two, tmp_path):
     """Losses and the saved adapter, to rounding."""
     results, folder = two
@@ -156,7 +199,8 @@ def test_as_one_process(kind, config, optimizer, two, tmp_path):
     expected = steps(h.model, OPTIMIZERS[optimizer](h))
     assert results[name]["losses"] == pytest.approx(expected, rel=1e-6)
     assert expected[0] != pytest.approx(expected[-1], rel=1e-3)
-    assert results[name]["sharded"] == [{"ddp": "Parameter", "fsdp2": "DTensor"}[kind]]
+    plain = kind in ("ddp", "fsdp1")
+    assert results[name]["sharded"] == ["Parameter" if plain else "DTensor"]
     h.save(tmp_path / "one")
     ours = load_file(folder / name / "adapter_model.safetensors")
     one = load_file(tmp_path / "one" / "adapter_model.safetensors")

@@ -13,7 +13,7 @@ from adapterkit import LoraConfig
 from adapterkit.errors import Refused
 from adapterkit.runtime import attach, load
 from adapterkit.runtime.creation import home
-from tests.support.live import SIZES, llama, peft_of, tokens
+from tests.support.live import llama, on_meta, peft_of, tokens
 
 CONFIG = LoraConfig(4, 8, ["q_proj", "v_proj", "down_proj"], init=False)
 X = tokens(2, 6)
@@ -230,13 +230,6 @@ def test_prepared_by_accelerate(reference):
 
 
 # ------------------------------------------------------------------------ meta device
-
-
-def on_meta(**sizes):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).eval()
 
 
 @pytest.mark.parametrize("arrival", ["to_empty", "assign", "assign parameters"])

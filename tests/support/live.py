@@ -25,6 +25,14 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float32, **sizes) -> nn.Modu
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).to(dtype).eval()
 
 
+def on_meta(**sizes) -> nn.Module:
+    """A llama without values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).eval()
+
+
 def tokens(rows: int = 2, length: int = 6, seed: int = 0) -> torch.Tensor:
     return torch.randint(
         0, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed)
