@@ -25,6 +25,7 @@ from adapterkit.runtime.layers.parameter import ParameterPart
 from adapterkit.runtime.sharding import whole
 from adapterkit.runtime.state import Attached, State, refuse_merged
 from adapterkit.runtime.tokens import TokensPart
+from adapterkit.runtime.vocabulary import resized_embeddings
 
 CARD = "README.md"
 
@@ -81,6 +82,10 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
             scales[target] = (part.stored_rank, part.stored_scale)
             if not isinstance(part, ParameterPart):
                 modules.append(target)
+    for name, value in resized_embeddings(state, adapter.base).items():
+        key = replaced_key(name, levels, with_rows)
+        if key not in tensors:
+            tensors[key] = stored_value(value)
     config = adapter.config.to_peft(adapter.base)
     # PEFT asks for it, though the layer's class tells
     config["fan_in_fan_out"] = any(isinstance(part, Conv1DPart) for _, part in adapter.parts())
