@@ -29,7 +29,7 @@ def resized_embeddings(state: State, base: str | None) -> dict[str, Tensor]:
 
 
 def _stored_config(base: str) -> dict:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(
         base,
