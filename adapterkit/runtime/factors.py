@@ -26,6 +26,7 @@ class FactorsPart(Part):
     axis: ClassVar[int | None] = None  # of the outputs in the host's weight; None: no DoRA
     parameter: ClassVar[str] = "weight"  # of the host, to which it adds
     host_bias: ClassVar[str] = "bias"
+    rank_axes: ClassVar[tuple[int, int]] = (0, 1)  # of a and b
     initial_a: Tensor | None
     initial_b: Tensor | None
     scale: Any  # a float, or a tensor (): see `pad`
@@ -62,8 +63,13 @@ class FactorsPart(Part):
     def _used_rank(self) -> int:
         """The rank, or all rows where training has reached the padding."""
         rank = self.rank
-        reached = self.padded is not None and bool(self.a[rank:].any() or self.b[:, rank:].any())
-        return self.a.shape[0] if reached else rank
+        room = self.a.shape[self.rank_axes[0]]
+        rest = [
+            factor.narrow(axis, rank, room - rank)
+            for factor, axis in zip((self.a, self.b), self.rank_axes, strict=True)
+        ]
+        reached = self.padded is not None and any(bool(values.any()) for values in rest)
+        return room if reached else rank
 
     @property
     def stored_scale(self) -> float:
@@ -71,7 +77,7 @@ class FactorsPart(Part):
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0] if self.padded is None else self.padded[0]
+        return self.a.shape[self.rank_axes[0]] if self.padded is None else self.padded[0]
 
     @classmethod
     def shapes(cls, host: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -145,13 +151,14 @@ class FactorsPart(Part):
     @property
     def has_room(self) -> bool:
         """Whether a and b may have more rows than the adapter; grouped convolutions have not."""
-        return self.a.shape[0] == self.b.shape[1]
+        a_axis, b_axis = self.rank_axes
+        return self.a.shape[a_axis] == self.b.shape[b_axis]
 
     def pad(self, rank: int) -> None:
         """Give a and b room for a rank, zeros behind their own rows, and make the scale a tensor:
         compiled code reads other factors and another scale without a new compilation."""
         own = self.rank, self.stored_scale
-        for name, axis in (("a", 0), ("b", 1)):
+        for name, axis in zip("ab", self.rank_axes, strict=True):
             old = getattr(self, name).detach()
             shape = list(old.shape)
             shape[axis] = rank
@@ -164,7 +171,7 @@ class FactorsPart(Part):
 
     def set_own(self, rank: int, scale: float) -> None:
         """Say what the rank and the scale are; rows of a and b behind the rank are zeros."""
-        self.padded = (rank, scale) if rank < self.a.shape[0] else None
+        self.padded = (rank, scale) if rank < self.a.shape[self.rank_axes[0]] else None
         if isinstance(self.scale, Tensor):
             self.padded = rank, scale
             self.scale.fill_(scale)
@@ -182,7 +189,8 @@ class FactorsPart(Part):
         if self.padded is None:
             return self.joined()
         rank = self._used_rank()
-        return self._with_initial(self.a[:rank], self.b[:, :rank])
+        a_axis, b_axis = self.rank_axes
+        return self._with_initial(self.a.narrow(a_axis, 0, rank), self.b.narrow(b_axis, 0, rank))
 
     def folded(self, weight: float = 1.0) -> tuple[Tensor | None, Tensor, Tensor]:
         """f (out,), a and b, with the scales and DoRA's factor in f and b:

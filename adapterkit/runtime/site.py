@@ -277,7 +277,8 @@ class Site(Unsaved):
         finally:
             for (module, leaf), parameter in zip(places, own, strict=True):
                 module._parameters[leaf] = parameter
-        if not torch.compiler.is_compiling():
+        is_empty = isinstance(y, Tensor) and y.numel() == 0  # no tokens: nothing was computed
+        if not torch.compiler.is_compiling() and not is_empty:
             for part, _ in changing:
                 part.check(values)
         return y

@@ -70,7 +70,7 @@ def _copy_factors(part: FactorsPart, new: Part | None) -> None:
         part.a.copy_(new.a)
         part.b.copy_(new.b)
     else:
-        for leaf, axis in (("a", 0), ("b", 1)):
+        for leaf, axis in zip("ab", part.rank_axes, strict=True):
             value = getattr(part, leaf)
             value.zero_()
             value.narrow(axis, 0, new.rank).copy_(getattr(new, leaf))
@@ -137,7 +137,7 @@ def _differences(path: str, old: Part, new: Part, where: str) -> Iterator[Adapte
         before, after = tuple(old.initial_a.shape), tuple(new.initial_a.shape)
         if before != after:
             yield _other_kind(path, f"initial factors {after}", f"{before}", where)
-    room = old.a.shape[0] if old.has_room else old.rank
+    room = old.a.shape[old.rank_axes[0]] if old.has_room else old.rank
     if new.rank > room or (new.rank < room and not old.has_room):
         yield Refused(
             f"rank {new.rank} at {shown(path)}",

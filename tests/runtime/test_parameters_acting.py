@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -11,7 +12,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
-from adapterkit.runtime import attach
+from adapterkit.runtime import attach, load
 from adapterkit.runtime.optimizers import LoraFA, Riemannian, loraplus
 from tests.support.experts import (
     CASES,
@@ -327,3 +328,37 @@ def test_combine(kind):
     handle.combine(table, name="both")
     handle.activate("both")
     close(base(TOKENS).logits, want)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_swap_within_padded_ranks(kind, tmp_path):
+    """Compiled code goes on as it is."""
+    base = tiny(kind, "grouped_mm")
+    want = {}
+    for name, settings in {"low": (2, 7), "high": (4, 3)}.items():
+        handle = attach(copy.deepcopy(base), LoraConfig(*settings, [], parameters=EXPERTS))
+        randomize(handle.parameters())
+        handle.save(tmp_path / name)
+        want[name] = handle.model(TOKENS).logits
+    handle = load(base, tmp_path / "low", name="it", pad_rank=4)
+    close(base(TOKENS).logits, want["low"])
+    compiled = torch.compile(base, fullgraph=True, backend="aot_eager")
+    close(compiled(TOKENS).logits, want["low"])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for name in ("high", "low"):
+            handle.swap("it", tmp_path / name)
+            close(compiled(TOKENS).logits, want[name])
+    handle.save(tmp_path / "again", name="it")
+    before, after = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("low", "again")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_no_tokens(kind):
+    base = tiny(kind)
+    attach(base, LoraConfig(2, 7, [], parameters=EXPERTS))
+    nothing = torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)
+    assert base.model.layers[0].mlp.experts(*nothing).shape == (0, 32)

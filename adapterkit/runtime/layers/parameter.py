@@ -35,6 +35,8 @@ class ParameterPart(FactorsPart):
     parameter, and factors keep their dtype.
     """
 
+    rank_axes = (-2, -1)
+
     def __init__(
         self,
         adapter: str,
@@ -50,21 +52,16 @@ class ParameterPart(FactorsPart):
         self.leaf, self.transposed, self.depth = leaf, transposed, depth
         self.role, self.is_read = f"weight:{leaf}", False
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-2]
-
     def target(self, path: str) -> str:
         return f"{path}.{self.leaf}"
 
-    @property
-    def has_room(self) -> bool:
-        return False
-
     def term(self, weight: float) -> Term:
         """weight·scale·b·a in the parameter's layout, as a product."""
-        left, right = (self.a.mT, self.b.mT) if self.transposed else (self.b, self.a)
-        return Term(left, right, self.scale * weight)
+        b, scale = self.b, self.scale
+        if isinstance(scale, Tensor):
+            b, scale = b * scale, 1.0
+        left, right = (self.a.mT, b.mT) if self.transposed else (b, self.a)
+        return Term(left, right, scale * weight)
 
     def change(self, values: Values, weight: float) -> None:
         value, term = values[self.leaf], self.term(weight)
@@ -94,7 +91,7 @@ class ParameterPart(FactorsPart):
     def norm(self) -> float:
         """‖scale·b·a‖, Frobenius: Σ <bᵀb, a·aᵀ>, without the product."""
         a, b = self.a.double(), self.b.double()
-        return abs(self.scale) * math.sqrt(max(float((b.mT @ b * (a @ a.mT)).sum()), 0.0))
+        return abs(float(self.scale)) * math.sqrt(max(float((b.mT @ b * (a @ a.mT)).sum()), 0.0))
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
         value, (left, right, scale) = values[self.leaf], self.term(weight)
@@ -106,7 +103,7 @@ class ParameterPart(FactorsPart):
 
     def stored(self, path: str) -> dict[str, Tensor]:
         keys = part_keys(path, depth=self.depth)
-        a, b = self.a, self.b
+        a, b = self.stored_factors()
         if a.ndim == 3:
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         return {keys["a"]: a, keys["b"]: b}
