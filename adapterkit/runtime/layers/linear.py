@@ -48,7 +48,9 @@ class LinearPart(FactorsPart):
     def unmergeable(self, site: Site, weight: float) -> str | None:
         host = site.host
         if not (isinstance(host, nn.Linear) or is_conv1d(host) or quantization_of(host)):
-            return f"how a {type(host).__name__} uses its weight is not known"
+            return (
+                f"how a {type(host).__name__} uses its weight is not known (see register_quantized)"
+            )
         return super().unmergeable(site, weight)
 
     def product(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
