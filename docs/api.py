@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import adapterkit
-from adapterkit import options, registry
+from adapterkit import options, registry, runtime
 
 WIDTH = 100
 TARGET = Path(__file__).with_name("api.md")
@@ -49,16 +49,34 @@ def document() -> str:
         if inspect.isclass(value):
             bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
             parts += [f"### {name}" + f" ({bases})" * bool(bases), *prose(value.__doc__ or "")]
+    parts += ["## Runtime", "`adapterkit.runtime`; see [training and running](runtime.md)."]
+    for name in runtime.__all__:
+        parts += live(name, getattr(runtime, name))
     for package, title in FAMILIES.items():
         parts += [f"## {title}", table(package)]
     return "\n\n".join(parts) + "\n"
+
+
+def live(name: str, value: Callable) -> Iterator[str]:
+    """A function or class of the runtime, with the class's public methods."""
+    if not inspect.isclass(value):
+        yield from function(name, value)
+        return
+    bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
+    yield f"### {name}" + f" ({bases})" * bool(bases)
+    yield from prose(value.__doc__ or "")
+    if value is not runtime.Adapters:
+        return
+    for method, member in vars(value).items():
+        if inspect.isfunction(member) and not method.startswith("_"):
+            yield from function(f"adapters.{method}", member)
 
 
 def function(name: str, verb: Callable) -> Iterator[str]:
     yield f"### {name}"
     signature = inspect.signature(verb)
     lines, positional = [], True
-    for parameter in signature.parameters.values():
+    for parameter in (p for p in signature.parameters.values() if p.name != "self"):
         if parameter.kind is parameter.KEYWORD_ONLY and positional:
             positional = False
             lines.append("*")

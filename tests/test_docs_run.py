@@ -111,17 +111,22 @@ def run(tasks: list[Task], path: Path) -> list[tuple[int, str, str]]:
 
 
 def tasks_of(document: Path, folder: Path) -> Iterator[Task]:
-    """What a document's blocks say to do, in order."""
+    """What a document's blocks say to do, in order; neighboring programs are one."""
+    program = ""
     for block in blocks(document, "sh", "console", "python"):
         if block.language == "python":
-            if not block.text.startswith("# "):
-                yield Task(folder, [], block.text)
+            program += "" if block.text.startswith("# ") else block.text
             continue
+        if program:
+            yield Task(folder, [], program)
+            program = ""
         shell = block.language == "sh"
         pairs = ((w, None) for w in commands(block.text)) if shell else sessions(block.text)
         for words, output in pairs:
             if words[0] == "adapterkit" and not any(map(PARSED_ONLY.search, words)):
                 yield Task(folder, words[1:], "", output)
+    if program:
+        yield Task(folder, [], program)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,114 @@
+"""docs/from-peft.md: each row's two sides, run one after the other, give the same."""
+
+import contextlib
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import peft
+import peft.helpers
+import peft.optimizers
+import peft.utils.hotswap
+import pytest
+import torch
+
+import adapterkit
+from adapterkit import LoraConfig
+from adapterkit.errors import AdapterkitError
+from adapterkit.runtime import LoraFA, attach, load, loraplus
+from tests.support.live import llama, tokens
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "from-peft.md"
+CODE = re.compile(r"`([^`]+)`")
+
+
+def table(title: str) -> list[tuple[str, str]]:
+    """The rows of a section's table, without the backticks."""
+    section = DOCUMENT.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    return [tuple(CODE.findall(cell)[0] for cell in row) for row in rows]
+
+
+@pytest.mark.quick
+def test_settings_have_the_names_of_the_table():
+    ours = {field.name for field in fields(LoraConfig)}
+    for theirs, name in table("Settings"):
+        assert theirs in peft.LoraConfig.__dataclass_fields__ and name in ours
+        with pytest.raises(AdapterkitError, match=rf"\b{name}\b"):
+            LoraConfig(**{theirs: None})
+    text = DOCUMENT.read_text().split("`bias`", 1)[1].split("keep their names")[0]
+    same = {"bias", *CODE.findall("`" + text.split("`", 1)[1])}
+    for name in same:
+        assert name in peft.LoraConfig.__dataclass_fields__ and name in ours
+    assert ours == {name for _, name in table("Settings")} | same
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Adapters to load, made with PEFT."""
+    for seed, name in enumerate(("french", "german"), 1):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=8 * seed, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        peft.get_peft_model(llama(), config).save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def side(name: str) -> dict:
+    """The names that a side's code sees."""
+    ids = tokens()
+    common = {"model": llama(), "ids": ids, "AdamW": torch.optim.AdamW}
+    if name == "ours":
+        return common | {
+            "adapterkit": adapterkit, "attach": attach, "load": load, "loraplus": loraplus,
+            "LoraFA": LoraFA,
+        }  # fmt: skip
+    return (
+        common
+        | vars(peft)
+        | vars(peft.optimizers)
+        | {
+            "peft": peft,
+            "hotswap_adapter": peft.utils.hotswap.hotswap_adapter,
+            "rescale_adapter_scale": peft.helpers.rescale_adapter_scale,
+        }
+    )
+
+
+def run(code: str, names: dict, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    with contextlib.chdir(folder), contextlib.redirect_stdout(None):
+        exec(code, names)
+
+
+def test_each_row_on_both_sides(folders):
+    theirs, ours = side("theirs"), side("ours")
+    for name in ("theirs", "ours"):
+        (folders / name).mkdir()
+        for adapter in ("french", "german"):
+            os.symlink(folders / adapter, folders / name / adapter)
+    rows = table("Calls")
+    assert len(rows) >= 25
+    for left, right in rows:
+        run(left, theirs, folders / "theirs")
+        run(right, ours, folders / "ours")
+        with torch.no_grad():
+            expected, actual = (
+                names["model"].eval()(input_ids=names["ids"]).logits for names in (theirs, ours)
+            )
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=right)
+        for name in ("logits", "text"):
+            if name in theirs:
+                torch.testing.assert_close(
+                    ours.pop(name), theirs.pop(name), rtol=1e-4, atol=1e-5, msg=right
+                )
+    new = peft.PeftModel.from_pretrained(llama(), folders / "ours" / "new")
+    assert load(llama(), folders / "theirs" / "new").names and new.active_adapters
+    stored = [
+        type(llama()).from_pretrained(folders / name / "merged") for name in ("theirs", "ours")
+    ]
+    one, other = (model(tokens()).logits for model in stored)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
