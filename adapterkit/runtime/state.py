@@ -10,6 +10,7 @@ from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.runtime.encoders import Encoders
 from adapterkit.runtime.invocation import Invocations
 from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.quantized import allow_packed, decompress, keep_unpacked
@@ -72,6 +73,7 @@ class State:
         self.invocations: Invocations | None = None  # while there is an aLoRA
         self.replication: Replicated | None = None  # of layers
         self.find_modules()
+        self.encoders = Encoders(model)
         self._unpacked: list[nn.Module] = []  # 4-bit layers, while adapters are trained
         # by place: a base that arrives from the meta device, or is sharded, has other parameters
         self._flags = [
@@ -150,6 +152,7 @@ class State:
     def select(self, active: Mapping[str, float]) -> None:
         """Let these adapters act; the trainable ones among them are trained."""
         before, self.active = self.active, dict(active)
+        hosts = []
         for name in {**before, **self.active}:
             adapter = self.adapters.get(name)
             if adapter is None:
@@ -160,6 +163,8 @@ class State:
             for site, part in adapter.parts():
                 site.select(self.active)
                 part.requires_grad_(trained)
+                hosts += [site.host] if trained else []
+        self.encoders.keep_padded(hosts)
 
     def known(self, names: Collection[str]) -> None:
         """`Refused` for names that are no adapter's."""

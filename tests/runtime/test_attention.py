@@ -1,5 +1,6 @@
 """nn.MultiheadAttention: both projections, torch's fused layers, threads."""
 
+import pickle
 import threading
 from unittest import mock
 
@@ -125,6 +126,28 @@ def test_encoders_of_padded_rows(targets):
     torch.testing.assert_close(model(x, src_key_padding_mask=padding), y)
     with adapters.disabled():
         assert torch.equal(model(x, src_key_padding_mask=padding), base)
+
+
+@pytest.mark.parametrize("targets", ENCODER_TARGETS, ids=str)
+def test_encoders_of_padded_rows_are_trained_in_eval_mode(targets):
+    """As with trained parameters of its own, torch makes no nested tensors then."""
+    model, x = encoder()
+    padding = torch.tensor([[0, 0, 0, 1, 1], [0] * 5, [0, 1, 1, 1, 1]]).bool()
+    with torch.no_grad():
+        base = model(x, src_key_padding_mask=padding)
+    adapters = attach(model, LoraConfig(2, 2, targets, init=False), seed=1)
+    y = model(x, src_key_padding_mask=padding)[~padding]
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapters.parameters())
+    twin = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(twin(x, src_key_padding_mask=padding)[~padding], y)
+    with torch.no_grad():
+        nested = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(nested[~padding], y)
+        assert not nested[padding].any()
+        adapters.detach()
+        assert torch.equal(model(x, src_key_padding_mask=padding), base)
+    assert not model._forward_hooks and not model._forward_pre_hooks
 
 
 def test_an_attention_s_output_projection_alone(tmp_path):
