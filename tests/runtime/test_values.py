@@ -1,8 +1,11 @@
 """Values trained in full on live models: modules_to_save and biases, beside the base."""
 
+import json
+
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -14,8 +17,10 @@ from transformers import (
 )
 
 from adapterkit import LoraConfig
+from adapterkit.adapters.keys import CONFIG, WEIGHTS
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
+from adapterkit.runtime.trainer import restore
 from tests.support.beside_peft import (
     check_merging,
     compare,
@@ -378,3 +383,95 @@ def test_a_sequence_keeps_its_steps():
     check_merging(h, rows_of_small)
     h.detach()
     assert torch.equal(rows_of_small(model), y) and list(model.tail.named_children())[2][0] == "2"
+
+
+def edited(folder, change) -> None:
+    """Change an adapter's tensors and config."""
+    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    change(tensors, config)
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+HEAD = "base_model.model.classifier.weight"
+
+
+def without_head(tensors, config):
+    del tensors[HEAD]
+
+
+def without_any_head(tensors, config):
+    del tensors[HEAD], tensors["base_model.model.classifier.bias"]
+    config["modules_to_save"] = None
+
+
+def with_another_size(tensors, config):
+    tensors[HEAD] = torch.zeros(3, 16)
+
+
+def with_more(tensors, config):
+    tensors["base_model.model.classifier.extra"] = torch.zeros(3)
+
+
+def with_another_bias(tensors, config):
+    config["bias"] = "all"
+    tensors["base_model.model.bert.pooler.activation.bias"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize("change, word", [
+    (without_head, "no values of classifier.weight"),
+    (without_any_head, "no values of classifier, the head of a SEQ_CLS model"),
+    (with_another_size, r"classifier.weight with shape \(3, 16\)"),
+    (with_more, "values of classifier.extra"),
+    (with_another_bias, "values of bert.pooler.activation.bias"),
+], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
+def test_files_that_do_not_fit(change, word, tmp_path):
+    settings = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    in_peft(MODELS["bert_cls"](), **settings).save_pretrained(tmp_path)
+    edited(tmp_path, change)
+    model = MODELS["bert_cls"]().eval()
+    y = logits(model)
+    with pytest.raises(AdapterkitError, match=word):
+        load(model, tmp_path)
+    assert torch.equal(logits(model), y)
+    assert not [name for name, _ in model.named_modules() if "adapterkit" in name]
+
+
+def test_a_head_that_the_model_lacks(tmp_path):
+    settings = {"target_modules": QV, "task_type": "SEQ_CLS"}
+    in_peft(MODELS["llama_cls"](), **settings).save_pretrained(tmp_path)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    with pytest.raises(AdapterkitError, match="class with this head"):
+        load(model, tmp_path)
+
+
+def test_trained_values_come_back_in_a_new_process_and_under_new_names(tmp_path):
+    """What two adapters on one model save is what each of them has."""
+    model = MODELS["llama"]().eval()
+    h = attach(model, LoraConfig(targets=QV, modules_to_save=["norm"]), name="a.b", seed=1)
+    h.attach(LoraConfig(targets=QV, bias="all", trainable_tokens=[3]), name="c", seed=2)
+    shake(h.parameters())
+    results = []
+    for name in ("a.b", "c"):
+        h.activate(name)
+        results.append(logits(model))
+        h.save(tmp_path / name)
+    h.detach()
+    for name, y in zip(("a.b", "c"), results, strict=True):
+        h = load(model, tmp_path / name, name="x")
+        assert torch.equal(logits(model), y)
+        theirs = peft.PeftModel.from_pretrained(MODELS["llama"](), tmp_path / name).eval()
+        torch.testing.assert_close(logits(theirs), y)
+        h.detach()
+
+
+def test_a_checkpoint_gives_all_values_back(tmp_path):
+    config = LoraConfig(targets=QV, modules_to_save=["norm"], bias="all", trainable_tokens=[3, 1])
+    h = attach(MODELS["llama"]().eval(), config, seed=1)
+    shake(h.parameters())
+    h.save(tmp_path)
+    other = attach(MODELS["llama"]().eval(), config, seed=2)
+    parameters = list(other.parameters())
+    restore(other.state, tmp_path)
+    assert torch.equal(logits(other.model), logits(h.model))
+    assert list(other.parameters()) == parameters

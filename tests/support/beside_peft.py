@@ -80,7 +80,8 @@ def compare(
         assert all(JUNK.search(key) for key in set(expected) - set(actual))
         for key, parameter in actual.items():
             if parameter.requires_grad:
-                torch.testing.assert_close(parameter.grad, expected[key].grad, msg=key)
+                say = f"gradient of {key}"
+                torch.testing.assert_close(parameter.grad, expected[key].grad, msg=say)
         for optimizer in optimizers:
             optimizer.step()
     adapters.save(folder / "ours")
