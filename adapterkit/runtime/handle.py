@@ -24,6 +24,7 @@ from adapterkit.runtime import (
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.report import Report, report
 from adapterkit.runtime.state import State, refuse_merged, weights
+from adapterkit.runtime.store import Store
 
 ATTRIBUTE = "_adapterkit"  # of a model that has a handle
 
@@ -116,10 +117,18 @@ class Adapters:
 
         The trainable ones among them are trained from here on."""
         self.state.outside_rows("activate")
-        table = weights(self.state, names)
-        refuse_merged(self.state, table, "activate")
-        refuse_all(conflicts(self.state, [*self.state.merged, *table], "activate"))
-        self.state.select(table)
+        try:
+            if self.state.store is not None:
+                names = names if names is None or isinstance(names, str | Mapping) else [*names]
+                wanted = [names] if isinstance(names, str) else [*(names or ())]
+                self.state.provide(wanted, beside_active=False)
+            table = weights(self.state, names)
+            refuse_merged(self.state, table, "activate")
+            refuse_all(conflicts(self.state, [*self.state.merged, *table], "activate"))
+            self.state.select(table)
+        finally:
+            if self.state.store is not None:
+                self.state.store.trim()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -141,6 +150,12 @@ class Adapters:
         adapter_names: DoRA too, and adapters with copies of modules that others lack.
         """
         return rows.rows(self.state, names)
+
+    def store(self, folder: StrPath, *, max_loaded: int) -> Store:
+        """Let `activate` and `rows` load adapters that are not there from a folder, by the names of
+        its subfolders; at most `max_loaded` of them stay loaded."""
+        self.state.store = store = Store(self.state, folder, max_loaded)
+        return store
 
     def merge(self, names: Names = None) -> None:
         """Put adapters (None: what is active) into the base's weights: W + Σ weight·scale·b·a,

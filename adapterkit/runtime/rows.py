@@ -246,7 +246,7 @@ def _checked(state: State, names: Iterable[str | None]) -> tuple[str | None, ...
         )
     refuse_all(errors)
     adapters = [name for name in dict.fromkeys(table) if name is not None]
-    state.known(adapters)
+    state.provide(adapters, beside_active=True)
     return table
 
 

@@ -39,6 +39,13 @@ class Batch(Protocol):
     def acting(self) -> Collection[str]: ...
 
 
+class Provider(Protocol):
+    """Adapters that are loaded when they are asked for; see `store`."""
+
+    def provide(self, names: Collection[str], *, beside_active: bool) -> None: ...
+    def trim(self) -> None: ...
+
+
 @dataclass
 class Attached:
     """One adapter on the model."""
@@ -70,6 +77,7 @@ class State:
         self.merged: dict[str, float] = {}
         self.merge: Merge | None = None  # what `merged` replaced
         self.rows: Batch | None = None  # the mixed batch in progress; see `rows`
+        self.store: Provider | None = None  # of adapters that are not loaded
         self.invocations: Invocations | None = None  # while there is an aLoRA
         self.replication: Replicated | None = None  # of layers
         self.find_modules()
@@ -176,6 +184,12 @@ class State:
                 where="the model's adapters",
                 hint=did_you_mean(unknown, self.adapters) or "load or attach it first",
             )
+
+    def provide(self, names: Collection[str], *, beside_active: bool) -> None:
+        """Load what a store has of these names; `Refused` for those that are no adapter's."""
+        if self.store is not None:
+            self.store.provide(names, beside_active=beside_active)
+        self.known(names)
 
     def outside_rows(self, where: str) -> None:
         """`Refused` inside a mixed batch, for what would change it."""
