@@ -55,8 +55,9 @@ class Invocations:
     def narrowed(self, index: Tensor, size: int) -> Iterator[None]:
         """Count for some of `size` inputs of a layer: rows, or tokens of rows one after another."""
         before, length = (self.shape, self._rows), self.shape[1]
-        self._rows = index if size == self.shape[0] else index.view(-1, length)[:, 0] // length
-        self.shape = len(self._rows), length
+        rows = index if size == self.shape[0] else index.view(-1, length)[:, 0] // length
+        self._rows = rows if self._rows is None else self._rows[rows]
+        self.shape = len(rows), length
         try:
             yield
         finally:

@@ -1,15 +1,21 @@
 """Any module in a mixed batch: the site runs on the rows of one adapter at a time."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.errors import Refused, shown
-from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.site import Site
+
+Narrowed = Callable[[Sequence[int], Tensor, int], AbstractContextManager[None]]
+
+# nn.MultiheadAttention's arguments, in order
+ATTENTION = (
+    "query key value key_padding_mask need_weights attn_mask average_attn_weights is_causal".split()
+)
 
 
 def run_groups(
@@ -18,32 +24,42 @@ def run_groups(
     axis: int,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    narrowed: Narrowed,  # around the run of some of the rows
 ) -> Any:
     """Run the site on the rows of one adapter at a time, and put the outputs together."""
+    if isinstance(site.host, nn.MultiheadAttention):
+        args, kwargs = (), {**dict(zip(ATTENTION, args, strict=False)), **kwargs}
     x = args[0] if args else next(iter(kwargs.values()))
     size = x.shape[axis]
     repeat = size // len(names)
     groups: dict[str | None, list[int]] = {}
     for row, name in enumerate(names):
-        groups.setdefault(name, []).extend(range(row * repeat, (row + 1) * repeat))
+        groups.setdefault(name, []).append(row)
     indices, outputs = [], []
-    for name, members in groups.items():
-        index = torch.tensor(members, device=x.device)
+    for name, rows in groups.items():
+        index = torch.tensor(rows, device=x.device)[:, None] * repeat
+        index = (index + torch.arange(repeat, device=x.device)).flatten()
         own_args = [select(value, index, size, axis) for value in args]
-        own_kwargs = {key: select(value, index, size, axis) for key, value in kwargs.items()}
-        with narrowed(site, name, index, size):
+        own_kwargs = {
+            key: _argument(site.host, key, value, index, size, axis)
+            for key, value in kwargs.items()
+        }
+        with narrowed(rows, index, size):
             outputs.append(run_alone(site, name, own_args, own_kwargs))
         indices.append(index)
+    if isinstance(site.host, nn.MultiheadAttention):
+        first, weights = zip(*outputs, strict=True)  # weights have the rows first
+        return join(first, indices, axis, site.path), join(weights, indices, 0, site.path)
     return join(outputs, indices, axis, site.path)
 
 
-def narrowed(
-    site: Site, name: str | None, index: Tensor, size: int
-) -> AbstractContextManager[None]:
-    """An aLoRA's view of the rows of one group."""
-    parts = () if name is None else site.parts.get(name, {}).values()
-    invoked = next((part for part in parts if isinstance(part, InvokedPart)), None)
-    return nullcontext() if invoked is None else invoked.invocations.narrowed(index, size)
+def _argument(host: nn.Module, key: str, value: Any, index: Tensor, size: int, axis: int) -> Any:
+    """The rows of an argument; an attention's masks have them first, 3-D ones for each head."""
+    if isinstance(host, nn.MultiheadAttention) and key.endswith("_mask"):
+        if key == "attn_mask" and isinstance(value, Tensor) and value.ndim == 3:
+            return select(value.unflatten(0, (size, -1)), index, size, 0).flatten(0, 1)
+        return value if key == "attn_mask" else select(value, index, size, 0)
+    return select(value, index, size, axis)
 
 
 def run_alone(site: Site, name: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

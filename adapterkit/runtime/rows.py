@@ -6,7 +6,7 @@ At a module where the rows differ, the site gets a router: `row_products` for li
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Rows:
     def __init__(self, state: State, names: tuple[str | None, ...]):
         self.state, self.names = state, names
         self.batch: int | None = None  # rows of the call in progress, once they are checked
+        self.group: tuple[int, ...] = tuple(range(len(names)))  # the rows that run now
         self.generating = self.on = False
         self.routes = {site: self._row_names(site) for site in state.sites.values()}
         mixed_sites = [site for site, own in self.routes.items() if len(set(own)) > 1]
@@ -172,10 +173,25 @@ class Rows:
                 hint="call model.eval() and use torch.no_grad(), or train with activate",
             )
 
+    @contextmanager
+    def narrowed(self, rows: Sequence[int], index: Tensor, size: int) -> Iterator[None]:
+        """Some of the rows run: these of the group, at `index` of a module's `size` inputs."""
+        before, invocations = (self.group, self.batch), self.state.invocations
+        if self.batch is not None:
+            self.batch = self.batch // len(self.group) * len(rows)
+        self.group = tuple(self.group[row] for row in rows)
+        shape = (0, 0) if invocations is None else invocations.shape
+        fits = size in (shape[0], shape[0] * shape[1])
+        try:
+            with invocations.narrowed(index, size) if invocations and fits else nullcontext():
+                yield
+        finally:
+            self.group, self.batch = before
+
     def check(self, site: Site, x: Tensor, axis: int) -> None:
         """`Refused` where this input of a module does not consist of the batch's rows, in their
         order."""
-        size, batch = x.shape[axis], self.batch or len(self.names)
+        size, batch = x.shape[axis], self.batch or len(self.group)
         # (rows * tokens, hidden), as routers of experts get it, or (rows * windows, tokens, hidden)
         flat = self.batch is not None and size and size % batch == 0 and axis == 0
         sequence_first = x.ndim > 2 and x.shape[1] == batch
@@ -205,11 +221,12 @@ class Router:
         x = args[0] if args else next(iter(kwargs.values()))
         if isinstance(site.host, nn.Embedding) and x.ndim == 2 and x.shape[0] == 1:
             # positions that all rows share
-            x = x.expand(self.batch.batch or len(self.names), -1)
+            x = x.expand(self.batch.batch or len(self.batch.group), -1)
             args = (x, *args[1:])
         self.batch.check(site, x, self.axis)
-        if self._linear is None:
-            return run_groups(site, self.names, self.axis, args, kwargs)
+        if self._linear is None or len(self.batch.group) < len(self.names):
+            names = [self.names[row] for row in self.batch.group]
+            return run_groups(site, names, self.axis, args, kwargs, self.batch.narrowed)
         y = site.base(*args, **kwargs)
         if self.axis == 0:
             return self._linear(y, x)
