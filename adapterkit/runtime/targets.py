@@ -2,7 +2,7 @@
 in full, and the rows of tokens."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -86,11 +86,16 @@ def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's modules below itself, without the adapters; a shared one by its first name."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if path and CHILD not in path.split(".")
-    }
+    return dict(_below(model, "", {model}))
+
+
+def _below(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, whose walk through all adapters would make each load dearer."""
+    for name, child in module._modules.items():
+        if child is not None and name != CHILD and child not in seen:
+            seen.add(child)
+            yield prefix + name, child
+            yield from _below(child, f"{prefix}{name}.", seen)
 
 
 def _selected(
