@@ -63,13 +63,14 @@ class FactorsPart(Part):
     def _used_rank(self) -> int:
         """The rank, or all rows where training has reached the padding."""
         rank = self.rank
+        if self.padded is None:
+            return rank
         room = self.a.shape[self.rank_axes[0]]
         rest = [
             factor.narrow(axis, rank, room - rank)
             for factor, axis in zip((self.a, self.b), self.rank_axes, strict=True)
         ]
-        reached = self.padded is not None and any(bool(values.any()) for values in rest)
-        return room if reached else rank
+        return room if any(bool(values.any()) for values in rest) else rank
 
     @property
     def stored_scale(self) -> float:
