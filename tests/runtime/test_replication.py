@@ -21,7 +21,9 @@ from transformers import (
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
-from tests.support.beside_peft import assert_same, compare, shake
+from tests.support.beside_peft import WARNINGS, assert_same, compare, shake
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 
 SIZES = {
     "vocab_size": 20,

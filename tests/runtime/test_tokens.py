@@ -24,6 +24,7 @@ from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from tests.support.beside_peft import (
+    WARNINGS,
     check_merging,
     compare,
     gradients,
@@ -31,6 +32,8 @@ from tests.support.beside_peft import (
     shake,
     trained,
 )
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 
 SIZES = {
     "vocab_size": 20,

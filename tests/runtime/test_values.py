@@ -22,6 +22,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from adapterkit.runtime.trainer import restore
 from tests.support.beside_peft import (
+    WARNINGS,
     check_merging,
     compare,
     gradients,
@@ -29,6 +30,8 @@ from tests.support.beside_peft import (
     shake,
     trained,
 )
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 
 LLAMA = {
     "vocab_size": 20,

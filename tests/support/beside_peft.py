@@ -11,6 +11,15 @@ from torch import Tensor, nn
 
 from adapterkit.runtime import Adapters, load, writing
 
+# What PEFT and transformers say about adapters that mean what they say
+WARNINGS = [
+    "ignore:You have requested `ensure_weight_tying`:UserWarning",
+    "ignore:Careful, disabling adapter layers with bias:UserWarning",
+    "ignore:Model has `tie_word_embeddings=True` and:UserWarning",
+    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
+    "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning",
+    "ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning",
+]
 # PEFT saves the base's own values too, and names trained ones twice
 JUNK = re.compile(r"original_module|modules_to_save\.|base_layer\.weight$")
 Run = Callable[[nn.Module], Tensor]
