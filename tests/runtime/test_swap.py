@@ -66,7 +66,7 @@ def test_as_pefts_load_of_the_second(first, second):
     torch.testing.assert_close(adapters.model(tokens()).logits, theirs, **CLOSE)
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"lora_bias": True}], ids=str)
 def test_no_new_compilation(tmp_path, options):
     """Other values, ranks and scales, modules left out, another factor: one compilation."""
     model = lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
