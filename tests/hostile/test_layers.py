@@ -159,9 +159,18 @@ for words in (["--help"], ["merge", "--help"], ["verify", "--help"]):
 """
 
 
+CONFIG = "from adapterkit import LoraConfig\nLoraConfig(4, 8, ['q_proj'])"
+
+
 @pytest.mark.parametrize(
     "code",
-    ["import adapterkit", "import adapterkit; dir(adapterkit)", "import adapterkit.cli", HELP],
+    [
+        "import adapterkit",
+        "import adapterkit; dir(adapterkit)",
+        "import adapterkit.cli",
+        HELP,
+        CONFIG,
+    ],
 )
 def test_nothing_heavy_is_loaded_to_say_hello(code):
     script = WATCH.format(code=code, heavy=HEAVY)
