@@ -30,7 +30,6 @@ def table(title: str) -> list[tuple[str, str]]:
     return [tuple(CODE.findall(cell)[0] for cell in row) for row in rows]
 
 
-@pytest.mark.quick
 def test_settings_have_the_names_of_the_table():
     ours = {field.name for field in fields(LoraConfig)}
     for theirs, name in table("Settings"):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.kernels.low_rank_sum import LowRankSum, Term, summed
 from adapterkit.planning.sites import Site, flips_square_experts, sites_of
 from adapterkit.runtime.factors import FactorsPart
-from adapterkit.runtime.low_rank_sum import LowRankSum, Term, summed
 from adapterkit.runtime.site import Part, Values
 from adapterkit.runtime.site import Site as LiveSite
 from adapterkit.runtime.targets import Target

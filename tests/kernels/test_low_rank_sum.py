@@ -9,7 +9,9 @@ import transformers.integrations.moe  # noqa: F401  # registers an operator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterkit.errors import Refused
-from adapterkit.runtime.low_rank_sum import LowRankSum, Term
+from adapterkit.kernels.low_rank_sum import LowRankSum, Term
+
+pytestmark = pytest.mark.quick
 
 E, N, M = 4, 16, 8
 INDEX = torch.tensor([0, 3, 3, 1, 2, 0, 1])
