@@ -39,6 +39,7 @@ def check(model: nn.Module, first: LoraConfig, second: LoraConfig, **inputs: tor
 
     with adapters.rows(NAMES):
         mixed = call(**inputs)
+        assert torch.equal(call(**inputs), mixed)  # what ran for one group is undone
     for i, name in enumerate(NAMES):
         row = {key: value[i : i + 1] for key, value in inputs.items()}
         adapters.activate(name)

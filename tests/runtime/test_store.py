@@ -75,6 +75,14 @@ def test_rows_load(adapters, folder):
         torch.testing.assert_close(y[i], logits(folder, name)[i])
 
 
+def test_what_is_active_stays_beside_rows(adapters, folder):
+    adapters.activate("fr")
+    for name in ("de", "it"):
+        with adapters.rows([name, None]):
+            assert adapters.model.store.loaded == ["fr", name]
+    torch.testing.assert_close(adapters.model(tokens()).logits, logits(folder, "fr"))
+
+
 def test_one_slot_is_enough_to_change(folder):
     adapters = load(llama(), folder.parent / "resident", name="resident")
     store = adapters.store(folder, max_loaded=1)
