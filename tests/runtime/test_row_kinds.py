@@ -167,6 +167,8 @@ def test_torchs_encoder(batch_first, length):
     for targets in (["self_attn", "linear1"], ["linear1"]):
         first = LoraConfig(4, 8, targets)
         check(Encoder(batch_first), first, second, x=torch.randn(4, length, 8))
+    attention = LoraConfig(4, 8, ["self_attn"])
+    check(Encoder(batch_first), attention, attention, x=torch.randn(4, length, 8))
 
 
 def test_outputs_that_are_not_one_for_each_row():
