@@ -301,7 +301,9 @@ def memory(arguments: argparse.Namespace) -> dict:
         for name, word in (("loaded", "load"), ("loaded and attached", "attach")):
             timing = common.time_process([sys.executable, "-c", LOAD, str(base), word])
             peaks[name].append(timing.peak)
-    return medians(peaks) | {"ratio": ratio(peaks, "loaded and attached", "loaded")}
+    figures = medians(peaks)  # the weights themselves are mapped files, and no part of it
+    added = figures["loaded and attached"] - figures["loaded"]
+    return figures | {"added / the model's size": added / common.GB}
 
 
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict]] = {
