@@ -10,6 +10,7 @@ import transformers
 
 import adapterkit
 from adapterkit.errors import Refused
+from adapterkit.planning.merge.replication import stacked
 from tests.support import oracle
 from tests.support.oracle import LINEAR, assert_rounded, exact, load, peft_model, stored
 
@@ -95,3 +96,15 @@ def test_two_adapters_with_different_stacks_are_refused(pair, tmp_path):
     oracle.edit_config(adapter, tmp_path / "other", layer_replication=[[0, 3], [2, 3]])
     with pytest.raises(Refused, match="different layer_replication"):
         adapterkit.merge(base, [adapter, tmp_path / "other"], out=tmp_path / "out")
+
+
+def test_lists_of_the_config():
+    """One value for each layer is stacked as the layers are; ids of tokens are as many by chance."""
+    config = {
+        "num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "eos_token_id": [7, 8, 9],
+        "text_config": {"bad_token_ids": [1, 2, 3], "num_hidden_layers": 3},
+    }  # fmt: skip
+    assert stacked(config, 3, ORDER) == {
+        "num_hidden_layers": 4, "layer_types": ["a", "b", "b", "c"], "eos_token_id": [7, 8, 9],
+        "text_config": {"bad_token_ids": [1, 2, 3], "num_hidden_layers": 4},
+    }  # fmt: skip

@@ -16,6 +16,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
 
+OTHER_LISTS = re.compile(r"^architectures$|_token_ids?$")  # not one value for each layer
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LAYER = re.compile(r"^((?:.*\.)?(?:layers|layer|h|blocks)\.)(\d+)(\..*)$")
 
@@ -102,7 +103,7 @@ def stacked(config: dict[str, Any], count: int, order: list[int]) -> dict[str, A
     def setting(key: str, value: Any) -> Any:
         if key in COUNTS and value == count:
             return len(order)
-        if isinstance(value, list) and len(value) == count and key not in ("architectures",):
+        if isinstance(value, list) and len(value) == count and not OTHER_LISTS.search(key):
             return [value[i] for i in order]
         if isinstance(value, dict) and key.endswith("_config"):
             return {k: setting(k, v) for k, v in value.items()}
