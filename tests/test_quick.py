@@ -16,6 +16,7 @@ SUITES = {
     "options/test_options.py",
     "runtime/test_config.py",
     "runtime/test_misuse.py",
+    "runtime/test_report.py",
     "runtime/test_signatures.py",
     "runtime/test_target_rules.py",
     "test_errors.py",

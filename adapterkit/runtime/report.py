@@ -14,14 +14,23 @@ from adapterkit.runtime.state import State
 
 @dataclass(frozen=True)
 class Share:
-    """One adapter, or expert of a router, on one module; `norm`: of its delta, ‖scale·b·a‖
-    (Frobenius)."""
+    """One adapter, or expert of a router, on one module. `part`: factors, copy, tokens or the
+    parameter's name; `norm`: of the delta, ‖scale·b·a‖ (Frobenius). Only factors have a rank, a
+    scale and a norm."""
 
     name: str
-    rank: int
-    scale: float
-    norm: float
+    rank: int | None
+    scale: float | None
+    norm: float | None
     active: bool
+    part: str = "factors"
+
+    def cells(self) -> tuple[str, ...]:
+        numbers = (
+            "" if value is None else text.format(value)
+            for value, text in ((self.rank, "{}"), (self.scale, "{:g}"), (self.norm, "{:.4g}"))
+        )
+        return (self.name, self.part, *numbers, "yes" if self.active else "")
 
 
 @dataclass(frozen=True)
@@ -37,20 +46,10 @@ class Report(list[Row]):
     """Rows in the order of the modules; prints as a table."""
 
     def __str__(self) -> str:
-        cells = [("module", "kind", "adapter", "rank", "scale", "norm", "active")]
-        cells += [
-            (
-                row.module,
-                row.kind,
-                share.name,
-                str(share.rank),
-                f"{share.scale:g}",
-                f"{share.norm:.4g}",
-                "yes" if share.active else "",
-            )
-            for row in self
-            for share in row.adapters
+        cells: list[tuple[str, ...]] = [
+            ("module", "kind", "adapter", "part", "rank", "scale", "norm", "active")
         ]
+        cells += [(row.module, row.kind, *share.cells()) for row in self for share in row.adapters]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
         return "\n".join(line.rstrip() for line in lines)
@@ -80,3 +79,5 @@ def _shares(name: str, part: Part, active: bool) -> Iterator[Share]:
     elif isinstance(part, RoutedPart):
         for expert, scale, norm in zip(part.names, part.scales, part.norms(), strict=True):
             yield Share(f"{name}: {expert}", part.rank, scale, norm, active)
+    else:
+        yield Share(name, None, None, None, active, part.role.removeprefix("weight."))

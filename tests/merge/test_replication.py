@@ -99,7 +99,7 @@ def test_two_adapters_with_different_stacks_are_refused(pair, tmp_path):
 
 
 def test_lists_of_the_config():
-    """One value for each layer is stacked as the layers are; ids of tokens are as many by chance."""
+    """What has a value for each layer is stacked as the layers are, not ids of tokens."""
     config = {
         "num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "eos_token_id": [7, 8, 9],
         "text_config": {"bad_token_ids": [1, 2, 3], "num_hidden_layers": 3},
