@@ -12,6 +12,7 @@ of 1 GB, sampled every 20 ms.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -221,15 +222,16 @@ def decode(arguments: argparse.Namespace) -> dict:
 
 
 def training(arguments: argparse.Namespace) -> dict:
-    """Forward, backward and a step of AdamW on 2 x 128 tokens; milliseconds."""
-    ids = torch.randint(0, WIDTH["vocab_size"], (2, TOKENS))
+    """Forward, backward and a step of AdamW on 2 x 128 and 1 x 128 tokens; milliseconds."""
     figures: dict[str, float] = {}
-    for title, dora in (("LoRA", False), ("DoRA", True)):
+    for rows, (method, dora) in itertools.product((2, 1), (("LoRA", False), ("DoRA", True))):
+        ids = torch.randint(0, WIDTH["vocab_size"], (rows, TOKENS))
         mine = attach(llama(), LoraConfig(RANK, 32, "all-linear", dora=dora), seed=0).model
         config = peft.LoraConfig(
             r=RANK, lora_alpha=32, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM"
         )
         other = peft.get_peft_model(llama(), config)
+        title = f"{method}, {rows} x {TOKENS}"
         seconds = timed(
             {title: step_of(mine, ids), f"{title} in PEFT": step_of(other, ids)}, arguments.repeat
         )
