@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from adapterkit.kernels.lowrank import balanced_factors
+from adapterkit.kernels.lowrank import Svd, balanced_factors
 from adapterkit.kernels.truncated import truncated_svd
+
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -14,9 +17,11 @@ class Pissa:
     W - scale·b@a.
 
     Singular values to 1e-6 of the largest one, by block Krylov where that is faster; PEFT
-    decomposes in full (`pissa`) or by a randomized method of a few rounds (`pissa_niter_4`), whose
-    error is larger.
+    decomposes in full. `niter`: a randomized method of so many rounds, from a seed of its own; as
+    fast and less exact, for comparisons with PEFT's `pissa_niter_4`.
     """
+
+    niter: int | None = None
 
     name = "pissa"
     source = "arXiv:2404.02948"
@@ -25,4 +30,9 @@ class Pissa:
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
-        return balanced_factors(truncated_svd(weight, rank), rank, scale)
+        if self.niter is None:
+            return balanced_factors(truncated_svd(weight, rank), rank, scale)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            u, s, v = torch.svd_lowrank(weight, min(rank, *weight.shape), self.niter)
+        return balanced_factors(Svd(u, s, v.T), rank, scale)

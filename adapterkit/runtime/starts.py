@@ -15,6 +15,7 @@ from adapterkit.runtime.targets import Target
 def method_of(config: LoraConfig, targets: list[Target]) -> Any:
     """The record of a config's init; `Refused` for one that cannot start these adapters."""
     name = "random" if config.init is False else str(config.init)
+    name, _, niter = name.partition("_niter_")  # PEFT's pissa_niter_4
     errors: list[AdapterkitError] = []
     if name not in members("inits"):
         raise Refused(
@@ -23,7 +24,7 @@ def method_of(config: LoraConfig, targets: list[Target]) -> Any:
             where="LoraConfig",
             hint="start it from the files with adapterkit init or loftq, then load it",
         )
-    method: Any = create("inits", name, {})
+    method: Any = create("inits", name, {"niter": int(niter)} if niter else {})
     if method.needs == "weight":
         others = [target.path for target in targets if target.kind not in ("linear", "conv1d")]
         if others:

@@ -83,14 +83,14 @@ def init(
     rest, W - scale·b@a.
 
     `method`: pissa (the principal part of each weight, arXiv:2404.02948), olora (its QR
-    decomposition, arXiv:2406.01775). `targets`: which modules,
-    `all-linear`, ends of their names with commas between, or a regex (default: all linear layers
-    but the output). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by
-    default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written quantized
-    (QPiSSA), and the receipt has each weight's relative error beside that of plain quantization;
-    weights without factors are quantized plainly, those that `skip` matches not at all. Load the
-    adapter on `OUT/base`; to have it on the original afterwards: `adapterkit rebase TRAINED
-    --initial OUT/adapter`. Raises `Refused` before anything is written.
+    decomposition, arXiv:2406.01775), milora (the minor part, arXiv:2406.09044). `targets`: which
+    modules, `all-linear`, ends of their names with commas between, or a regex (default: all linear
+    layers but the output). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank
+    by default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written
+    quantized (QPiSSA), and the receipt has each weight's relative error beside that of plain
+    quantization; weights without factors are quantized plainly, those that `skip` matches not at
+    all. Load the adapter on `OUT/base`; to have it on the original afterwards: `adapterkit rebase
+    TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
 
     Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes
     PEFT change a base again.

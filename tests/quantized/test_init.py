@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import Refused
+from adapterkit.registry import members
 from tests.support import oracle, tiny
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -79,10 +80,31 @@ def test_pissa_is_the_principal_part_and_the_rest(options, base, tmp_path):
     )
 
 
-def test_pissa_agrees_with_peft(base, tmp_path):
-    adapterkit.init(base, method="pissa", rank=8, alpha=12, out=tmp_path / "out")
+CHANGING = [name for name, init in members("inits").items() if init.changes_base]
+
+
+@pytest.mark.parametrize("method", CHANGING)
+def test_base_and_adapter_are_the_original(method, base, tmp_path):
+    """W' + scale·b@a = W, of every init that changes the base; PEFT loads both."""
+    receipt = adapterkit.init(base, method=method, rank=6, alpha=9, out=tmp_path / "out")
+    before = load_file(base / "model.safetensors")
+    rest = load_file(tmp_path / "out" / "base" / "model.safetensors")
+    products = factors(tmp_path / "out" / "adapter")
+    assert len(products) == 14 and receipt.data["parameters"]
+    for name, product in products.items():
+        weight = before[f"{name}.weight"].double()
+        error = rest[f"{name}.weight"].double() + 1.5 * product - weight
+        assert float(error.norm()) <= 1e-6 * float(weight.norm()), name
+        assert float(product.norm()) > 1e-3 * float(weight.norm()), name
+    whole = logits(tmp_path / "out" / "base", tmp_path / "out" / "adapter")
+    assert torch.allclose(whole, logits(base), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_inits_agree_with_peft(method, base, tmp_path):
+    adapterkit.init(base, method=method, rank=8, alpha=12, out=tmp_path / "out")
     config = peft.LoraConfig(
-        r=8, lora_alpha=12, target_modules="all-linear", init_lora_weights="pissa"
+        r=8, lora_alpha=12, target_modules="all-linear", init_lora_weights=method
     )
     with oracle.quiet():
         theirs = peft.get_peft_model(model(base), config)

@@ -13,7 +13,10 @@ from adapterkit.runtime import attach, load
 from tests.support.live import llama, peft_of, tokens
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-INITS = {name: name for name in members("inits")} | {"random": False}
+INITS = {name: name for name in members("inits")} | {
+    "random": False,
+    "pissa_niter_4": "pissa_niter_4",
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,26 @@
+"""milora: the factors are the minor part of the weight, the base keeps the rest."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkit.kernels.lowrank import Svd, balanced_factors
+
+
+@dataclass(frozen=True)
+class Milora:
+    """scale·b@a = U S Vᵀ of the smallest singular values of W; the base becomes W - scale·b@a.
+
+    A rank above min(out, in) is filled with zeros.
+    """
+
+    name = "milora"
+    source = "arXiv:2406.09044"
+    needs = "weight"
+    changes_base = True
+
+    def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+        """a (rank, in) and b (out, rank); weight (out, in) float32."""
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return balanced_factors(Svd(u[:, -rank:], s[-rank:], vh[-rank:]), rank, scale)
