@@ -20,12 +20,24 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 @contextmanager
 def signals_deferred() -> Iterator[None]:
     """SIGINT and SIGTERM wait for the end of the block; threads started in it never get them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main one
+        yield
+        return
+    # a mask is not enough: another thread may get the signal, and the handler runs here then
+    pending: list[int] = []
+    handlers = {int(n): h for n in _SIGNALS if callable(h := signal.getsignal(n))}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: pending.append(number))
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in pending:
+            handlers[number](number, None)
 
 
 class Running:
