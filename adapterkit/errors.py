@@ -5,7 +5,7 @@ a traceback and exits 1. Any other exception is a bug and keeps its traceback.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXAMPLES = 3  # errors of one cause that are printed
 # a shape, or a word with a dot, an underscore or a digit, as names of tensors and files have
@@ -111,6 +111,12 @@ def shown(name: object) -> str:
     characters."""
     text = _printable(str(name)[:201])
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def listed(names: Sequence[object]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(shown, names[:3])) + more
 
 
 def _printable(text: str) -> str:

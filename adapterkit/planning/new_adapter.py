@@ -8,7 +8,7 @@ from typing import Any
 
 from adapterkit.adapters.targets import ALL_LINEAR, has_end, output_head
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Task
 from adapterkit.planning import adapter_config, adapter_output
@@ -95,14 +95,8 @@ def _all_linear(
             where="--targets",
             hint="check the model",
         )
-    note = f"--targets all-linear: no factors for {_some(others)}: {lacking}"
+    note = f"--targets all-linear: no factors for {listed(others)}: {lacking}"
     return modules, [note] if others else []
-
-
-def _some(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(shown, names[:3])) + more
 
 
 def wrappable(names: Names, modules: Iterable[str], notes: list[str]) -> list[str]:
@@ -111,7 +105,7 @@ def wrappable(names: Names, modules: Iterable[str], notes: list[str]) -> list[st
     bypassed = [module for module in modules if is_bypassed(names, module)]
     if bypassed:
         notes.append(
-            f"no factors for {_some(bypassed)}: PEFT refuses them, or the model's code reads the "
+            f"no factors for {listed(bypassed)}: PEFT refuses them, or the model's code reads the "
             "weight itself"
         )
     return [module for module in modules if module not in bypassed]

@@ -21,7 +21,15 @@ from adapterkit.checkpoint.reader import Sources as SourceFiles
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.reader import LocalReader
-from adapterkit.errors import AdapterkitError, Damaged, Refused, did_you_mean, refuse_all, shown
+from adapterkit.errors import (
+    AdapterkitError,
+    Damaged,
+    Refused,
+    did_you_mean,
+    listed,
+    refuse_all,
+    shown,
+)
 from adapterkit.options import CHECKS, StrPath, unweighted
 from adapterkit.patterns import similar_names
 from adapterkit.planning.folder_files import as_json
@@ -30,7 +38,7 @@ from adapterkit.runtime import writing
 from adapterkit.runtime.creation import home
 from adapterkit.runtime.layers import KINDS, kind_of
 from adapterkit.runtime.layers.routed import Experts, RoutedPart
-from adapterkit.runtime.state import Attached, State, listed
+from adapterkit.runtime.state import Attached, State
 from adapterkit.verbs.arrow import CONFIG, FORMAT, WEIGHTS
 from adapterkit.verbs.arrow import arrow as write_arrow
 

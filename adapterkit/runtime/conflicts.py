@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from itertools import combinations
 
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Refused, listed, shown
 from adapterkit.runtime.site import Part
-from adapterkit.runtime.state import State, listed
+from adapterkit.runtime.state import State
 
 
 def conflicts(state: State, names: Iterable[str], where: str) -> list[AdapterkitError]:

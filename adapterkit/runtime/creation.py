@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.errors import Refused, refuse_all
+from adapterkit.errors import Refused, listed, refuse_all
 from adapterkit.runtime import dora
 from adapterkit.runtime.layers import KINDS, members, part_class
 from adapterkit.runtime.layers.parameter import new_parameter_part
@@ -17,7 +17,7 @@ from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
 from adapterkit.runtime.starts import method_of, start
-from adapterkit.runtime.state import Attached, State, listed
+from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import Target, resolve
 
 

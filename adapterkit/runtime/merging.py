@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.quantized import (
     exchange,
@@ -18,7 +18,7 @@ from adapterkit.runtime.quantized import (
     weight_of,
 )
 from adapterkit.runtime.site import Site, owner
-from adapterkit.runtime.state import State, listed
+from adapterkit.runtime.state import State
 
 
 @dataclass
@@ -107,6 +107,7 @@ def unmerge(state: State) -> None:
     for site in state.sites.values():
         site.unmerged.clear()
     if done.tied is not None:
+        # nn.Module types every attribute as Tensor or Module
         state.model.config.tie_word_embeddings = done.tied  # type: ignore[union-attr]
     state.merge, state.merged = None, {}
     state.select(active)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, listed
 from adapterkit.runtime.copies import biases, copies, parameter_of, value_parts
 from adapterkit.runtime.site import Part
-from adapterkit.runtime.state import State, listed
+from adapterkit.runtime.state import State
 from adapterkit.runtime.targets import (
     input_embedding,
     own_modules,

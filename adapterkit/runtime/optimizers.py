@@ -53,6 +53,7 @@ def loraplus(
         for k, params in kinds.items()
         if params
     ]
+    # the base class takes no lr; every optimizer does
     optimizer = optimizer_class(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
     embeddings = kinds["embedding"]
     if embeddings and optimizer_class.__module__.startswith("bitsandbytes."):
@@ -118,6 +119,7 @@ class LoraFA(Optimizer):
         super().__init__(parameters, defaults)
 
     @torch.no_grad()
+    # torch overloads step; one signature serves both
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
@@ -205,6 +207,7 @@ def Riemannian(
             for part in factors.values():
                 _precondition(part, reg)
 
+    # as in `loraplus`: every optimizer takes lr
     optimizer = optimizer_class([*parameters, *unfrozen(h)], lr=lr, **kwargs)  # type: ignore[call-arg]
     optimizer.register_step_pre_hook(precondition)
     return optimizer

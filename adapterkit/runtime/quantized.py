@@ -115,6 +115,7 @@ def exchange(module: nn.Module, leaf: str, value: Tensor) -> Any:
         # the first forward of a Linear8bitLt moves these from the weight to the layer
         own.CB, own.SCB, state.CB, state.SCB = state.CB, state.SCB, None, None
     if hasattr(value, "quant_state"):
+        # an attribute that bitsandbytes adds
         module.quant_state = value.quant_state  # type: ignore[attr-defined]
     if type(tensors) is not dict:
         del tensors[leaf]  # or compressed-tensors copies into the one that is there

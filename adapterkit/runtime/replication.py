@@ -70,6 +70,7 @@ class Replication:
 def replicate(state: State, ranges: Ranges | None, where: str) -> None:
     """Stack the layers as an adapter needs them; `Refused` where the model's adapters need
     another order."""
+    # `State` knows it by its protocol only
     replication: Replication | None = state.replication  # type: ignore[assignment]
     wanted = tuple(map(tuple, ranges or ()))
     present = () if replication is None else replication.ranges
@@ -127,6 +128,7 @@ def _configs(state: State, path: str) -> list[Any]:
     for i in range(len(parts)):
         config = getattr(state.modules[".".join(parts[:i])], "config", None)
         settings = vars(config) if hasattr(config, "__dict__") else {}
+        # nn.Module types its attributes as Tensor or Module
         if any(settings.get(key) == len(state.modules[path]) for key in COUNTS):  # type: ignore[arg-type]
             found[id(config)] = config
     return list(found.values())

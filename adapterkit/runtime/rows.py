@@ -44,6 +44,7 @@ def rows(state: State, names: Iterable[str | None]) -> Iterator[None]:
 @contextmanager
 def without_rows(state: State) -> Iterator[None]:
     """The routers of a mixed batch, where there is one, do nothing while the block runs."""
+    # `State` knows it by its protocol only
     batch: Rows | None = state.rows  # type: ignore[assignment]
     if batch is None:
         yield
@@ -87,6 +88,7 @@ class Rows:
             model.register_forward_hook(lambda *args: self._after(), always_call=True),
         )
         if callable(getattr(model, "generate", None)):
+            # nn.Module types its attributes as Tensor or Module
             model.__dict__["generate"] = self._generator(model.generate)  # type: ignore[operator]
         self.state.rows = self
         self.route(on=True)
@@ -307,6 +309,7 @@ def _text_paths(state: State) -> list[str] | None:
     )
     if config is None or not any(getattr(config, name, None) is not None for name in kinds):
         return None
+    # nn.Module types its attributes as Tensor or Module
     inner = [model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()]  # type: ignore[operator]
     names = {id(module): path for path, module in state.modules.items()}
     return [names[id(module)] for module in inner if module is not None and id(module) in names]

@@ -1,7 +1,7 @@
 """The adapters of a model: which there are, on which modules, and which of them act."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, did_you_mean, listed, refuse_all, shown
 from adapterkit.runtime.encoders import Encoders
 from adapterkit.runtime.invocation import Invocations
 from adapterkit.runtime.layers.invoked import InvokedPart
@@ -223,12 +223,6 @@ class State:
             parameter = module._parameters.get(leaf)
             if parameter is not None:
                 parameter.requires_grad_(flag)
-
-
-def listed(paths: Sequence[str]) -> str:
-    """The first of them, and how many more."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(map(shown, paths[:3])) + more
 
 
 def refuse_merged(state: State, names: Collection[str], where: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, shown
+from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, listed, shown
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
 
@@ -197,10 +197,8 @@ def check_writable(weights: list[QuantizedWeight], where: str) -> list[Adapterki
     errors: list[AdapterkitError] = []
     for reason in dict.fromkeys(weight.read_only for weight in weights if weight.read_only):
         keys = [weight.key for weight in weights if weight.read_only == reason]
-        names = ", ".join(map(shown, keys[:3]))
-        names += f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         error = Refused(
-            f"{names} cannot be written again: {reason}",
+            f"{listed(keys)} cannot be written again: {reason}",
             expected="a format that can be written",
             where=where,
             hint="give --dequantize",

@@ -21,19 +21,11 @@ from transformers import (
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
-from tests.support.beside_peft import WARNINGS, assert_same, compare, shake
+from tests.support.beside_peft import SIZES, WARNINGS, assert_same, compare, shake
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 
-SIZES = {
-    "vocab_size": 20,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
+DEEP = SIZES | {"num_hidden_layers": 5}
 RANGES = [[0, 4], [2, 5]]
 IDS = torch.tensor([[1, 2, 3, 4, 7], [5, 3, 1, 3, 2]])
 
@@ -50,11 +42,11 @@ def seeded(make):
     return made
 
 
-llama = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)))
+llama = seeded(lambda: LlamaForCausalLM(LlamaConfig(**DEEP, attention_bias=True)))
 gemma = seeded(
     lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **SIZES,
+            **DEEP,
             head_dim=8,
             sliding_window=3,
             layer_types=[
@@ -70,7 +62,7 @@ gemma = seeded(
 bert = seeded(
     lambda: BertForMaskedLM(
         BertConfig(
-            **{k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+            **{k: v for k, v in DEEP.items() if k != "num_key_value_heads"},
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )

@@ -24,6 +24,7 @@ from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from tests.support.beside_peft import (
+    SIZES,
     WARNINGS,
     check_merging,
     compare,
@@ -35,15 +36,6 @@ from tests.support.beside_peft import (
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 
-SIZES = {
-    "vocab_size": 20,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 IDS = torch.tensor([[1, 2, 3, 4, 0], [5, 3, 1, 3, 2]])
 
 

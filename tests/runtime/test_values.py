@@ -22,6 +22,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.runtime import attach, load
 from adapterkit.runtime.trainer import restore
 from tests.support.beside_peft import (
+    SIZES,
     WARNINGS,
     check_merging,
     compare,
@@ -33,15 +34,6 @@ from tests.support.beside_peft import (
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in WARNINGS]
 
-LLAMA = {
-    "vocab_size": 20,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 BERT = {
     "vocab_size": 20,
     "hidden_size": 16,
@@ -71,9 +63,9 @@ def seeded(make):
 
 
 MODELS = {
-    "llama": seeded(lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True))),
-    "tied": seeded(lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))),
-    "llama_cls": seeded(lambda: LlamaForSequenceClassification(LlamaConfig(**LLAMA))),
+    "llama": seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True))),
+    "tied": seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))),
+    "llama_cls": seeded(lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES))),
     "bert_cls": seeded(lambda: BertForSequenceClassification(BertConfig(**BERT))),
     "bert": seeded(lambda: BertForMaskedLM(BertConfig(**BERT))),
 }
@@ -326,7 +318,7 @@ def test_values_are_the_adapters_in_rows():
 def test_a_base_on_meta():
     config = LoraConfig(targets=QV, modules_to_save=["lm_head"])
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
     with pytest.raises(AdapterkitError, match="lm_head.* on the meta device"):
         attach(model, config)
     assert not [name for name, _ in model.named_modules() if "adapterkit" in name]
@@ -338,7 +330,7 @@ def test_files_arrive_before_their_base(tmp_path):
     theirs = in_peft(make(), target_modules=QV, **settings).eval()
     theirs.save_pretrained(tmp_path)
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True)).eval()
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)).eval()
     load(model, tmp_path)
     model.to_empty(device="cpu")
     base = make()
@@ -443,7 +435,7 @@ def test_files_that_do_not_fit(change, word, tmp_path):
 def test_a_head_that_the_model_lacks(tmp_path):
     settings = {"target_modules": QV, "task_type": "SEQ_CLS"}
     in_peft(MODELS["llama_cls"](), **settings).save_pretrained(tmp_path)
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
     with pytest.raises(AdapterkitError, match="class with this head"):
         load(model, tmp_path)
 

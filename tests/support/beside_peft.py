@@ -11,6 +11,16 @@ from torch import Tensor, nn
 
 from adapterkit.runtime import Adapters, load, writing
 
+SIZES = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
 # What PEFT and transformers say about adapters that mean what they say
 WARNINGS = [
     "ignore:You have requested `ensure_weight_tying`:UserWarning",
