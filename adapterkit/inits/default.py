@@ -13,7 +13,7 @@ class Default:
 
     name = "default"
     source = "arXiv:2106.09685"
-    needs = "nothing"
+    needs = ()
     changes_base = False
 
     def draw(

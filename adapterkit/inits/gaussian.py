@@ -12,7 +12,7 @@ class Gaussian:
 
     name = "gaussian"
     source = "diffusers"
-    needs = "nothing"
+    needs = ()
     changes_base = False
 
     def draw(

@@ -13,7 +13,7 @@ class Mica:
 
     name = "mica"
     source = "PEFT"
-    needs = "weight"
+    needs = ("weight",)
     changes_base = False
     fixed = ("b",)
 

@@ -17,7 +17,7 @@ class Milora:
 
     name = "milora"
     source = "arXiv:2406.09044"
-    needs = "weight"
+    needs = ("weight",)
     changes_base = True
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ class Olora:
 
     name = "olora"
     source = "arXiv:2406.01775"
-    needs = "weight"
+    needs = ("weight",)
     changes_base = True
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

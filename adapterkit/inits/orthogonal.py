@@ -15,7 +15,7 @@ class Orthogonal:
 
     name = "orthogonal"
     source = "PEFT"
-    needs = "nothing"
+    needs = ()
     changes_base = False
 
     def draw(

@@ -25,7 +25,7 @@ class Pissa:
 
     name = "pissa"
     source = "arXiv:2404.02948"
-    needs = "weight"
+    needs = ("weight",)
     changes_base = True
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ class Random:
 
     name = "random"
     source = "PEFT"
-    needs = "nothing"
+    needs = ()
     changes_base = False
 
     def draw(

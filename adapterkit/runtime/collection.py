@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import Failed, Refused, did_you_mean, shown
 from adapterkit.runtime.targets import resolve
-from adapterkit.tasks.covariances import COVARIANCE
+from adapterkit.tasks.statistics import key_of
 
 KINDS = ("linear", "conv1d")  # layers whose inputs are vectors
 
@@ -58,7 +58,9 @@ def collect(
             where="collect",
             hint="call the model itself in run_model",
         )
-    return {f"{path}{COVARIANCE}": sums.mean(path) for path in modules if path in sums.by_module}
+    return {
+        key_of(path, "covariance"): sums.mean(path) for path in modules if path in sums.by_module
+    }
 
 
 def _modules(model: nn.Module, targets: str | Sequence[str] | None) -> dict[str, nn.Module]:

@@ -25,7 +25,7 @@ def method_of(config: LoraConfig, targets: list[Target]) -> Any:
             hint="start it from the files with adapterkit init or loftq, then load it",
         )
     method: Any = create("inits", name, {"niter": int(niter)} if niter else {})
-    if method.needs == "weight":
+    if "weight" in method.needs:
         others = [target.path for target in targets if target.kind not in ("linear", "conv1d")]
         if others:
             errors.append(
@@ -59,7 +59,7 @@ def start(
 ) -> tuple[Tensor, Tensor]:
     """a and b of a new adapter on a module, float32."""
     a_shape, b_shape = kind.shapes(host, target.rank)
-    if method.needs == "weight":
+    if "weight" in method.needs:
         matrix = kind.matrix(host)
         if matrix.is_meta or target.rank > min(matrix.shape):
             raise Refused(

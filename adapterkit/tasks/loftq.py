@@ -17,7 +17,7 @@ from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import project
 from adapterkit.plan import Change, Finalize, Task, TaskResult
 from adapterkit.tasks.common import FactorsTask, short
-from adapterkit.tasks.covariances import read_root, root_memory
+from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.tasks.handoff import handoff_of
 from adapterkit.tasks.quantized import EncodedWeight
 from adapterkit.weights.codec import QuantizedWeight, decode_checked

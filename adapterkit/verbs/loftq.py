@@ -27,7 +27,7 @@ from adapterkit.planning.new_adapter import (
 from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.receipt import Receipt
-from adapterkit.tasks.covariances import select_covariances
+from adapterkit.tasks.statistics import select_covariances
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.loftq import Accept, LoftQFactors, LoftQWeight, finalize_accepted
 from adapterkit.weights.codec import QuantizedWeight

@@ -1,0 +1,124 @@
+"""Statistics of layers' inputs and gradients: tensors `<module>.<kind>` of a safetensors file."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, refuse_all, shown
+from adapterkit.kernels import weighted
+from adapterkit.weights.reader import Reader
+
+# of a module's inputs x (in,): equal for all modules that see the same ones
+INPUT_KINDS = ("covariance", "mean", "components", "variances", "variance")
+KINDS = (*INPUT_KINDS, "gradient")
+METADATA = "adapterkit_statistics"  # key of the header's metadata
+Shape = tuple[int | None, ...]  # None: any length
+
+
+def key_of(module: str, kind: str) -> str:
+    return f"{module}.{kind}"
+
+
+def metadata_of(stats: Checkpoint) -> dict[str, Any]:
+    """What the file says of its statistics; nothing where it was not written by adapterkit."""
+    texts = [header.metadata.get(METADATA) for header in stats.shards.values()]
+    values = [_parsed(text, stats) for text in texts if text is not None]
+    return values[0] if values else {}
+
+
+def _parsed(text: str, stats: Checkpoint) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not isinstance(value.get("shared", {}), dict):
+        raise Damaged(
+            f"metadata {METADATA} {shown(text)}",
+            expected="an object, with the modules that share statistics",
+            where=stats.name,
+            hint="collect them again",
+        )
+    return value
+
+
+def select_statistics(
+    stats: Checkpoint | None, kind: str, shapes: Mapping[str, Shape]
+) -> dict[str, TensorSpec]:
+    """The tensor of a kind of each module, whose shape is given; none without a file.
+
+    Raises `Refused` with all that are missing or of another shape.
+    """
+    errors: list[AdapterkitError] = []
+    selected: dict[str, TensorSpec] = {}
+    if stats is None:
+        return selected
+    shared = metadata_of(stats).get("shared", {}) if kind in INPUT_KINDS else {}
+    for module, shape in shapes.items():
+        spec = stats.tensors.get(key_of(module, kind))
+        if spec is None:
+            spec = stats.tensors.get(key_of(str(shared.get(module)), kind))
+        if spec is None:
+            errors.append(
+                Refused(
+                    f"no {shown(key_of(module, kind))}",
+                    expected="one for each module",
+                    where=stats.name,
+                    hint="collect them for this module too, or exclude it with --targets",
+                )
+            )
+        elif not _fits(spec.shape, shape) or spec.dtype not in (*dtypes.FLOATS, "F64"):
+            errors.append(
+                Damaged(
+                    f"{shown(spec.key)}: {spec.dtype} {spec.shape}",
+                    expected=f"floats ({', '.join(str(n or 'any') for n in shape)})",
+                    where=stats.name,
+                    hint="collect them on this model",
+                )
+            )
+        else:
+            selected[module] = spec
+    refuse_all(errors)
+    return selected
+
+
+def _fits(actual: tuple[int, ...], expected: Shape) -> bool:
+    return len(actual) == len(expected) and all(
+        n is None or n == m for m, n in zip(actual, expected, strict=True)
+    )
+
+
+def select_covariances(
+    stats: Checkpoint | None, widths: Mapping[str, int]
+) -> dict[str, TensorSpec]:
+    """E[x xᵀ] (in, in) of each module, whose width is `in`; see `select_statistics`."""
+    return select_statistics(stats, "covariance", {m: (n, n) for m, n in widths.items()})
+
+
+def read_root(
+    inputs: Reader, covariance: TensorSpec | None
+) -> tuple[Tensor | None, dict[str, float]]:
+    """`weighted.root` of a covariance, if there is one, and metrics; `Unrecoverable` where it is no
+    covariance."""
+    if covariance is None:
+        return None, {}
+    try:
+        root, damping = weighted.root(inputs.tensor(covariance))
+    except ValueError as error:
+        raise Unrecoverable(
+            f"{shown(covariance.key)}: {error}",
+            expected="a covariance E[x xᵀ]",
+            where=covariance.file,
+            hint="collect it on texts that reach this module, and store it in float32",
+        ) from error
+    return root, {"damping": damping}
+
+
+def root_memory(covariance: TensorSpec | None) -> int:
+    """Bytes for a covariance, its copies in float64 and its root."""
+    return 0 if covariance is None else 32 * math.prod(covariance.shape)
