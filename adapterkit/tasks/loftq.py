@@ -17,9 +17,9 @@ from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import project
 from adapterkit.plan import Change, Finalize, Task, TaskResult
 from adapterkit.tasks.common import FactorsTask, short
-from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.tasks.handoff import handoff_of
 from adapterkit.tasks.quantized import EncodedWeight
+from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 

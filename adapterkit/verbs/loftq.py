@@ -27,9 +27,9 @@ from adapterkit.planning.new_adapter import (
 from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.receipt import Receipt
-from adapterkit.tasks.statistics import select_covariances
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.loftq import Accept, LoftQFactors, LoftQWeight, finalize_accepted
+from adapterkit.tasks.statistics import select_covariances
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized
