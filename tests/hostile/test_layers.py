@@ -18,7 +18,7 @@ PACKAGE = Path(adapterkit.__file__).parent
 LEVELS = [
     "cli __main__",
     "verbs runtime",
-    "planning reports engines",
+    "planning reports engines statistics",
     "tasks",
     "execute receipt plan",
     "formats adapters inits combinations hub",

@@ -1,0 +1,250 @@
+"""Sums over the inputs of layers, from which their statistics are made."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adapterkit.errors import Failed, shown
+from adapterkit.kernels.principal import principal_components
+from adapterkit.tasks.statistics import key_of
+
+# what can be collected of a layer's inputs, and the kinds of statistics that it gives
+INPUTS = {
+    "covariance": ("covariance",),
+    "mean": ("mean",),
+    "pca": ("components", "variances", "variance"),
+}
+COMPONENTS = 256  # principal components that are stored of a layer, unless asked otherwise
+BLOCK = 2048  # vectors whose products are summed in their own dtype, before they join float64
+PANEL = 256  # least rows of a panel
+PANELS = 8  # of a covariance: 9/16 of the products of a full one
+
+
+@dataclass
+class Sum:
+    """Σ x xᵀ and Σ x of layers that saw the same inputs so far.
+
+    The products are summed in the inputs' dtype (at least float32) over about BLOCK vectors, then
+    in float64: rounding does not grow with their number. Only panels of rows on and right of the
+    diagonal are computed and kept.
+    """
+
+    width: int
+    squares: bool  # whether Σ x xᵀ is summed
+    normalize: bool  # PEFT's CorDA: each call's inputs are divided by |max|, and counted as one
+    vectors: int = 0
+    calls: int = 0
+    modules: dict[str, None] = field(default_factory=dict)  # in the order in which they were called
+    vector: Tensor | None = None  # (in,) float64
+    block: list[Tensor] = field(default_factory=list)
+    total: list[Tensor] = field(default_factory=list)
+    in_block: int = 0
+
+    @property
+    def owner(self) -> str:
+        """The module whose name the statistics have."""
+        return next(iter(self.modules))
+
+    @property
+    def starts(self) -> range:
+        """The first row of each panel."""
+        return range(0, self.width, max(PANEL, -(-self.width // PANELS)))
+
+    def add(self, rows: Tensor) -> None:
+        """Add vectors, rows of (vectors, in) in float32 or float64."""
+        self.vectors += len(rows)
+        self.calls += 1
+        vector = rows.sum(0, dtype=torch.float64)
+        self.vector = vector if self.vector is None else self.vector.add_(vector)
+        if not self.squares or not len(rows):
+            return
+        if self.normalize:
+            rows = rows / rows.max().abs()
+        starts = self.starts
+        if not self.block:
+            self.block = [
+                rows.new_zeros(min(starts.step, self.width - at), self.width - at) for at in starts
+            ]
+        for part in rows.split(BLOCK):
+            for at, panel in zip(starts, self.block, strict=True):
+                panel.addmm_(part[:, at : at + starts.step].T, part[:, at:])
+            self.in_block += len(part)
+            if self.in_block >= BLOCK:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        if not self.total:
+            self.total = [panel.to(torch.float64, copy=True) for panel in self.block]
+        else:
+            for total, panel in zip(self.total, self.block, strict=True):
+                total += panel
+        for panel in self.block:
+            panel.zero_()
+        self.in_block = 0
+
+    def copy(self) -> "Sum":
+        """The same sums of no module."""
+        return Sum(
+            self.width, self.squares, self.normalize, self.vectors, self.calls, {},
+            None if self.vector is None else self.vector.clone(),
+            [panel.clone() for panel in self.block], [panel.clone() for panel in self.total],
+            self.in_block,
+        )  # fmt: skip
+
+    def covariance(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """E[x xᵀ] (in, in) on the CPU, exactly symmetric."""
+        self._close_block()
+        result = torch.empty(self.width, self.width, dtype=dtype)
+        count = self.calls if self.normalize else self.vectors
+        for at, panel in zip(self.starts, self.total, strict=True):
+            stop = at + len(panel)
+            result[at:stop, at:] = panel / count
+            square = result[at:stop, at:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+            result[stop:, at:stop] = result[at:stop, stop:].T
+        return result
+
+    def mean(self) -> Tensor:
+        """E[x] (in,) float64 on the CPU."""
+        assert self.vector is not None
+        return (self.vector / self.vectors).cpu()
+
+
+@dataclass
+class Latest:
+    """The input x that was seen last, and the layers that saw it."""
+
+    x: Tensor
+    mask: Tensor | None
+    version: int | Tensor  # of its values; a copy of them in inference mode, which counts none
+    rows: Tensor  # its vectors that count; memory of their own
+    modules: dict[str, None]
+
+    def is_input(self, x: Tensor, mask: Tensor | None) -> bool:
+        """Whether x is the same memory, seen the same way, unchanged."""
+        return (
+            self.x.data_ptr() == x.data_ptr()
+            and self.x.shape == x.shape
+            and self.x.stride() == x.stride()
+            and self.x.dtype == x.dtype
+            and self.x.device == x.device
+            and self.mask is mask
+            and (
+                torch.equal(self.version, x)
+                if isinstance(self.version, Tensor)
+                else self.version == x._version
+            )
+        )
+
+
+class Sums:
+    """Sums of layers: those that always see the same inputs, as q, k and v do, have one sum and one
+    product between them.
+
+    `what`: names of INPUTS. `components`: how many principal components "pca" gives.
+    `normalize`: PEFT's CorDA, whose "covariance" is the mean over calls of x xᵀ / max(x)², of all
+    vectors of a call.
+    """
+
+    def __init__(
+        self,
+        what: Collection[str] = ("covariance",),
+        components: int = COMPONENTS,
+        normalize: bool = False,
+    ) -> None:
+        self.what, self.components, self.normalize = tuple(what), components, normalize
+        self.by_module: dict[str, Sum] = {}
+        self.latest: Latest | None = None
+
+    @torch.inference_mode(False)  # tensors of inference mode could not be changed outside of it
+    @torch.no_grad()
+    def add(self, module: str, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add an input (..., in) of a layer.
+
+        `mask` (...): which of its vectors count, all where it is None; one object for all layers
+        that share an input.
+        """
+        latest = self.latest
+        if latest is not None and module not in latest.modules and latest.is_input(x, mask):
+            latest.modules[module] = None
+            return
+        self.settle()
+        version = x.clone() if x.is_inference() else x._version
+        rows = x.detach() if mask is None else x.detach()[mask.to(x.device, torch.bool)]
+        rows = rows.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+        if rows.data_ptr() == x.data_ptr():
+            rows = rows.clone()  # the model may change x before its layers are known
+        self.latest = Latest(x, mask, version, rows, {module: None})
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Add the last input to the sums of the layers that saw it; a sum whose layers did not all
+        see it is split. To be called before the sums are read."""
+        if self.latest is None:
+            return
+        rows, modules = self.latest.rows, self.latest.modules
+        self.latest = None
+        while modules:
+            old = self.by_module.get(next(iter(modules)))
+            if old is None:
+                group = {m: None for m in modules if m not in self.by_module}
+                total = Sum(rows.shape[-1], self._squares, self.normalize)
+            else:
+                group = {m: None for m in old.modules if m in modules}
+                total = old if len(group) == len(old.modules) else old.copy()
+                if total is not old:
+                    old.modules = {m: None for m in old.modules if m not in group}
+            total.add(rows)
+            total.modules = group
+            self.by_module |= dict.fromkeys(group, total)
+            modules = {m: None for m in modules if m not in group}
+
+    @property
+    def _squares(self) -> bool:
+        return "covariance" in self.what or "pca" in self.what
+
+    @property
+    def groups(self) -> list[Sum]:
+        """Each sum once."""
+        return list({id(total): total for total in self.by_module.values()}.values())
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Modules whose statistics have another's name, and that name."""
+        return {
+            module: total.owner for module, total in self.by_module.items() if total.owner != module
+        }
+
+    def statistics(self) -> Iterator[tuple[str, Tensor]]:
+        """(`<owner>.<kind>`, float32 on the CPU) of each sum, one after the other; `Failed` for
+        inputs that are not finite."""
+        self.settle()
+        for total in self.groups:
+            for kind, value in self.of(total).items():
+                yield key_of(total.owner, kind), value
+
+    def of(self, total: Sum) -> dict[str, Tensor]:
+        """The statistics of one sum by kind; none where no vector counts."""
+        if not total.vectors:
+            return {}
+        mean, result = total.mean(), {}
+        finite = bool(mean.isfinite().all())
+        if finite and "covariance" in self.what:
+            result["covariance"] = total.covariance()
+            finite = bool(result["covariance"].isfinite().all())
+        if not finite:
+            raise Failed(
+                f"inputs of {shown(total.owner)} that are not finite",
+                expected="numbers",
+                where="collect",
+                hint="run the model in float32 or bfloat16",
+            )
+        if "mean" in self.what:
+            result["mean"] = mean.float()
+        if "pca" in self.what:
+            values = principal_components(total.covariance(torch.float64), mean, self.components)
+            result |= dict(zip(INPUTS["pca"], values, strict=True))
+        return result

@@ -1,0 +1,124 @@
+"""Sums over inputs against float64, and principal components against numpy's."""
+
+import pytest
+import torch
+
+from adapterkit.errors import Failed
+from adapterkit.kernels.principal import principal_components
+from adapterkit.statistics.sums import Sums
+
+ALL = ("covariance", "mean", "pca")
+
+
+def draws(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference(x, mask=None):
+    rows = (x if mask is None else x[mask]).reshape(-1, x.shape[-1]).double()
+    return rows.T @ rows / len(rows), rows.mean(0)
+
+
+@pytest.mark.parametrize("width", [1, 5, 300, 700])
+def test_panels_make_the_whole_covariance(width):
+    """Widths of one panel, and of several of which the last is short; blocks in between."""
+    x = draws(40, 7, width) + 1
+    sums = Sums(ALL, components=3)
+    for batch in x:
+        sums.add("a", batch)
+    stats = dict(sums.statistics())
+    covariance, mean = reference(x)
+    torch.testing.assert_close(stats["a.covariance"].double(), covariance, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(stats["a.mean"].double(), mean, rtol=1e-6, atol=1e-6)
+    assert torch.equal(stats["a.covariance"], stats["a.covariance"].T)
+    values, vectors = torch.linalg.eigh(covariance - mean.outer(mean))
+    k = min(3, width)
+    torch.testing.assert_close(
+        stats["a.variances"].double(), values.flip(0)[:k], rtol=1e-5, atol=1e-6
+    )
+    aligned = (stats["a.components"].double() * vectors.T.flip(0)[:k]).sum(1).abs()
+    torch.testing.assert_close(aligned, torch.ones(k).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(stats["a.variance"][0].double(), values.sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_rounding_does_not_grow():
+    """A million vectors with a large mean: as exact as a few."""
+    x = draws(4096, 4) * 1e-2 + 100
+    sums = Sums(ALL, components=4)
+    for _ in range(256):
+        sums.add("a", x)
+    stats = dict(sums.statistics())
+    covariance, mean = reference(x)
+    torch.testing.assert_close(stats["a.covariance"].double(), covariance, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats["a.mean"].double(), mean, rtol=1e-7, atol=0)
+
+
+def test_a_mask_leaves_vectors_out():
+    x, mask = draws(3, 5, 8), torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0] * 5]).bool()
+    sums = Sums(ALL, components=8)
+    sums.add("a", x, mask)
+    sums.add("b", x, mask)
+    sums.add("c", x)
+    stats = dict(sums.statistics())
+    assert sums.shared == {"b": "a"}
+    for name, count in (("a", mask), ("c", None)):
+        covariance, mean = reference(x, count)
+        torch.testing.assert_close(stats[f"{name}.covariance"].double(), covariance)
+        torch.testing.assert_close(stats[f"{name}.mean"].double(), mean)
+    assert sums.by_module["a"].vectors == 7
+
+
+def test_nothing_counts():
+    sums = Sums()
+    sums.add("a", draws(2, 3, 4), torch.zeros(2, 3))
+    assert not dict(sums.statistics())
+
+
+def test_an_input_that_changes_in_place_is_another():
+    sums, x = Sums(("mean",)), draws(2, 4)
+    first = x.clone()
+    sums.add("a", x)
+    x.mul_(3)
+    sums.add("b", x)
+    stats = dict(sums.statistics())
+    torch.testing.assert_close(stats["a.mean"], first.mean(0))
+    torch.testing.assert_close(stats["b.mean"], 3 * first.mean(0))
+
+
+def test_layers_part():
+    """Two that shared their inputs at first: each has its own sum from then on."""
+    sums, x = Sums(("mean", "covariance")), draws(4, 6, 5)
+    for i, batch in enumerate(x):
+        sums.add("a", batch)
+        sums.add("b", batch + 1 if i > 1 else batch)
+    stats = dict(sums.statistics())
+    assert not sums.shared
+    later = torch.cat([x[:2], x[2:] + 1])
+    for name, value in (("a", x), ("b", later)):
+        torch.testing.assert_close(stats[f"{name}.covariance"].double(), reference(value)[0])
+
+
+def test_calls_are_normalized_as_corda_does():
+    x = draws(3, 1, 6, 5)
+    sums = Sums(normalize=True)
+    for batch in x:
+        sums.add("a", batch)
+    expected = sum((b[0] / b.max().abs()).T @ (b[0] / b.max().abs()) for b in x) / 3
+    torch.testing.assert_close(dict(sums.statistics())["a.covariance"], expected)
+
+
+def test_not_finite():
+    sums = Sums(("mean",))
+    sums.add("a", torch.full((2, 4), torch.inf))
+    with pytest.raises(Failed, match="finite"):
+        dict(sums.statistics())
+
+
+def test_few_components_are_those_of_a_full_decomposition():
+    scales = torch.linspace(3, 0.1, 300)[:, None]
+    x = (draws(300, 300) * scales).double()
+    covariance, mean = x.T @ x / 300, x.mean(0)
+    few = principal_components(covariance, mean, 10)
+    full = principal_components(covariance, mean, 300)
+    torch.testing.assert_close(few[1], full[1][:10], rtol=1e-5, atol=0)
+    torch.testing.assert_close(few[0], full[0][:10], rtol=0, atol=1e-4)
