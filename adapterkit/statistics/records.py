@@ -1,0 +1,376 @@
+"""Samples as data files hold them: texts, pairs, conversations, token ids. A file is read line by
+line, and what is not used is not kept."""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.strict import strict_json
+from adapterkit.errors import AdapterkitError, Damaged, Refused, did_you_mean, refuse_all, shown
+from adapterkit.options import StrPath
+
+LONGEST = 64 << 20  # bytes of a line or a paragraph
+FIELDS = {
+    "text": ("text",),
+    "pair": ("prompt", "completion"),
+    "messages": ("messages",),
+    "tokens": ("input_ids",),
+}
+OPTIONAL = ("labels", "attention_mask", "tools")
+KNOWN = tuple(name for names in FIELDS.values() for name in names)
+LINES = "text, messages, prompt and completion, or input_ids"
+SUFFIXES = ".txt, .jsonl, .parquet, or a folder of datasets"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample as a file holds it: its kind (a key of `FIELDS`), its fields by name, where it
+    is."""
+
+    kind: str
+    fields: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Records in the order of the files; how many each file has, and notes for the user."""
+
+    records: list[Record]
+    files: dict[str, dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+
+def draw_records(paths: Sequence[StrPath], count: int, seed: int) -> Drawn:
+    """`count` records of all files together, drawn without replacement, all if there are fewer.
+
+    Every file is read to its end, and every line checked: `Refused` or `Damaged` with the first
+    problem of each file.
+    """
+    drawn: list[tuple[int, Record]] = []
+    files: dict[str, dict[str, Any]] = {}
+    errors: list[AdapterkitError] = []
+    generator, total, empty = random.Random(seed), 0, 0
+    for number, path in enumerate(map(Path, paths)):
+        usable = 0
+        try:
+            unit, records = _open(path)
+            for record in records:
+                if record is None:
+                    empty += 1
+                    continue
+                # algorithm R: of the records so far each is among the drawn ones with the same odds
+                place = generator.randrange(total + 1) if total >= count else total
+                if place < count:
+                    drawn[place : place + 1] = [(total, record)]
+                usable, total = usable + 1, total + 1
+            if not usable:
+                raise Refused(
+                    "no usable line" if path.is_file() else "no usable row",
+                    expected=f"samples: {LINES}",
+                    where=_label(path),
+                    hint="give a file with text in it",
+                )
+            files[f"{number} {shown(path.name)}"] = {"samples": usable, "unit": unit}
+        except AdapterkitError as error:
+            errors.append(error)
+    refuse_all(errors)
+    notes = [f"{total} samples, fewer than --samples {count}: all are used"] * (total < count)
+    notes += [f"{empty} empty samples left out"] * bool(empty)
+    return Drawn([record for _, record in sorted(drawn, key=lambda pair: pair[0])], files, notes)
+
+
+def _open(path: Path) -> tuple[str, Iterable[Record | None]]:
+    """What one sample of a file is, and its records; None for an empty one."""
+    if path.is_dir():
+        return "row", _rows(_folder_rows(path), path)
+    if not path.is_file():
+        raise Refused(
+            "not a regular file" if path.exists() else "no such file",
+            expected=SUFFIXES,
+            where=_label(path),
+            hint="check the path",
+        )
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        if _has_paragraphs(path):
+            return "paragraph", _paragraphs(path)
+        return "line", _text_lines(path)
+    if suffix == ".jsonl":
+        return "line", _json_lines(path)
+    if suffix == ".parquet":
+        return "row", _rows(_parquet_rows(path), path)
+    raise Refused(
+        f"a file of type {shown(path.suffix) or 'unknown'}",
+        expected=SUFFIXES,
+        where=_label(path),
+        hint="convert it to .jsonl: one JSON object on each line",
+    )
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, without their ends; `Refused` where one is not UTF-8."""
+    with _readable(path).open("rb") as file:
+        number = 0
+        while data := file.readline(LONGEST + 1):
+            number += 1
+            if len(data) > LONGEST:
+                raise _too_long(path, number)
+            try:
+                line = data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise Refused(
+                    f"not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}",
+                    expected="text in UTF-8",
+                    where=_line(path, number),
+                    hint="convert it: iconv -f ENCODING -t UTF-8",
+                ) from error
+            yield number, line.removeprefix("\ufeff" if number == 1 else "").rstrip("\r\n")
+
+
+def _readable(path: Path) -> Path:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise Refused(
+            f"cannot read: {error.strerror}",
+            expected="a file to read",
+            where=_label(path),
+            hint="check its permissions",
+        ) from error
+    return path
+
+
+def _too_long(path: Path, number: int) -> Refused:
+    return Refused(
+        f"more than {LONGEST:,} bytes without an end",
+        expected="samples apart from each other: one a line, or with blank lines between",
+        where=_line(path, number),
+        hint="break the text into samples",
+    )
+
+
+def _has_paragraphs(path: Path) -> bool:
+    """Whether a blank line stands between two others."""
+    text = blank = False
+    for _, line in _lines(path):
+        if not line.strip():
+            blank = text
+        elif blank:
+            return True
+        else:
+            text = True
+    return False
+
+
+def _paragraphs(path: Path) -> Iterator[Record]:
+    lines: list[str] = []
+    size = number = 0
+    for number, line in _lines(path):
+        if line.strip():
+            lines.append(line)
+            size += len(line)
+            if size > LONGEST:
+                raise _too_long(path, number)
+        elif lines:
+            yield Record("text", {"text": "\n".join(lines)}, _line(path, number - 1))
+            lines, size = [], 0
+    if lines:
+        yield Record("text", {"text": "\n".join(lines)}, _line(path, number))
+
+
+def _text_lines(path: Path) -> Iterator[Record]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield Record("text", {"text": line}, _line(path, number))
+
+
+# -- JSON and tables -------------------------------------------------------------------------------
+
+
+def _json_lines(path: Path) -> Iterator[Record | None]:
+    for number, line in _lines(path):
+        where = _line(path, number)
+        if not line.strip():
+            continue
+        try:
+            row = strict_json(line.encode())
+        except ValueError as error:
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg} at column {error.colno}"  # its own line number is always 1
+            raise Damaged(
+                f"not JSON: {shown(reason)}",
+                expected="one JSON object on each line",
+                where=where,
+                hint="fix the line",
+            ) from error
+        yield _record(row, where)
+
+
+def _rows(rows: Iterable[dict[str, Any]], path: Path) -> Iterator[Record | None]:
+    for number, row in enumerate(rows, 1):
+        yield _record(row, f"{_label(path)}, row {number}")
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise _missing(path, "pyarrow") from error
+    try:
+        file = parquet.ParquetFile(_readable(path))
+        columns = _columns(file.schema_arrow.names, path)
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _folder_rows(path: Path) -> Iterator[dict[str, Any]]:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(each.name for each in path.iterdir() if each.is_dir())
+        raise Refused(
+            f"a dataset of several splits: {', '.join(map(shown, splits[:6]))}",
+            expected="one split",
+            where=_label(path),
+            hint=f"give {shown(path.name)}/SPLIT",
+        )
+    if not (path / "dataset_info.json").is_file():
+        raise Refused(
+            "a folder without dataset_info.json",
+            expected="a folder that save_to_disk of datasets wrote, or files",
+            where=_label(path),
+            hint="give the files themselves, each with --data",
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise _missing(path, "datasets") from error
+    try:
+        table: Any = datasets.load_from_disk(str(path))
+        yield from table.select_columns(_columns(table.column_names, path))
+    except AdapterkitError:
+        raise
+    except Exception as error:  # a damaged folder: the library raises what it meets
+        raise _unreadable(path, error) from error
+
+
+def _columns(names: Sequence[str], path: Path) -> list[str]:
+    """The columns to read; `Refused` where there is no sample in any."""
+    known = [name for name in names if name in (*KNOWN, *OPTIONAL)]
+    if not set(known) & {*KNOWN}:
+        raise _unknown_fields(list(names), _label(path))
+    return known
+
+
+def _missing(path: Path, library: str) -> Refused:
+    return Refused(
+        f"{library} is not installed",
+        expected=f"{library}, to read it",
+        where=_label(path),
+        hint=f"pip install {library}, or convert the data to .jsonl",
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> Damaged:
+    return Damaged(
+        f"cannot be read: {shown(error)}",
+        expected=SUFFIXES,
+        where=_label(path),
+        hint="write it again, or convert it to .jsonl",
+    )
+
+
+# -- one record ------------------------------------------------------------------------------------
+
+
+def _record(row: Any, where: str) -> Record | None:
+    """The record of a row; None for an empty one."""
+    if not isinstance(row, dict):
+        raise _wrong(f"a JSON {type(row).__name__}", f"an object with {LINES}", where)
+    row = {name: value for name, value in row.items() if value is not None}
+    kinds = [kind for kind, names in FIELDS.items() if all(name in row for name in names)]
+    if not kinds:
+        raise _unknown_fields(list(row), where)
+    if len(kinds) > 1:
+        both = " and ".join(name for kind in kinds for name in FIELDS[kind])
+        raise _wrong(f"{both} on one line", f"one of {LINES}", where, "leave all but one out")
+    kind = kinds[0]
+    values = {name: row[name] for name in (*FIELDS[kind], *OPTIONAL) if name in row}
+    _CHECKS[kind](values, where)
+    first = values[FIELDS[kind][-1]]
+    return Record(kind, values, where) if (first.strip() if kind == "text" else first) else None
+
+
+def _unknown_fields(names: list[Any], where: str) -> Refused:
+    half = {"prompt": "completion", "completion": "prompt"}
+    lone = next((name for name in half if name in names), None)
+    hint = f"give {half[lone]} too" if lone else did_you_mean(map(str, names), KNOWN)
+    fields = ", ".join(map(shown, names[:6])) or "none"
+    hint = hint or "rename the field that holds the text to text"
+    return _wrong(f"fields {fields}", LINES, where, hint)
+
+
+def _wrong(problem: str, expected: str, where: str, hint: str = "fix the data") -> Refused:
+    return Refused(problem, expected=expected, where=where, hint=hint)
+
+
+def _check_text(fields: dict[str, Any], where: str) -> None:
+    if not isinstance(fields["text"], str):
+        raise _wrong(f"text is a {type(fields['text']).__name__}", "a string", where)
+
+
+def _check_pair(fields: dict[str, Any], where: str) -> None:
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return
+    if not (_is_conversation(prompt) and _is_conversation(completion)):
+        raise _wrong(
+            f"prompt is a {type(prompt).__name__}, completion a {type(completion).__name__}",
+            "two strings, or two lists of messages",
+            where,
+        )
+
+
+def _check_messages(fields: dict[str, Any], where: str) -> None:
+    if not _is_conversation(fields["messages"]):
+        raise _wrong("messages without roles", "a list of objects with role and content", where)
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
+    )
+
+
+def _check_tokens(fields: dict[str, Any], where: str) -> None:
+    count = len(fields["input_ids"]) if isinstance(fields["input_ids"], list) else 0
+    for name in ("input_ids", "labels", "attention_mask"):
+        values = fields.get(name, [])
+        integers = isinstance(values, list) and all(type(value) is int for value in values)
+        if not integers or (name in fields and len(values) != count):
+            raise _wrong(f"{name} is no list of {count or 'the'} ids", "integers", where)
+
+
+_CHECKS = {
+    "text": _check_text,
+    "pair": _check_pair,
+    "messages": _check_messages,
+    "tokens": _check_tokens,
+}
+
+
+def _label(path: Path) -> str:
+    return shown(path)
+
+
+def _line(path: Path, number: int) -> str:
+    return f"{_label(path)}, line {number}"
