@@ -45,13 +45,17 @@ def combinations() -> dict[str, Rows]:
 
 
 def initializations() -> dict[str, Rows]:
-    return {"Methods": [(name, init.summary) for name, init in _inits().items()]}
-
-
-def _inits() -> dict[str, Declaration]:
-    """The inits that take a part out of the base."""
-    known = declarations("inits")
-    return {name: init for name, init in known.items() if init.constants["changes_base"]}
+    """Inits by what they do to the base."""
+    titles = {
+        False: "Methods that leave the base as it is",
+        True: "Methods that take a part of each weight",
+    }
+    groups: dict[str, Rows] = {title: [] for title in titles.values()}
+    for name, init in declarations("inits").items():
+        flags = ", ".join(f"--set {option}" for option in init.options)
+        text = f"{init.summary.rstrip('.')} ({flags})." if flags else init.summary
+        groups[titles[init.constants["changes_base"]]].append((name, text))
+    return groups
 
 
 def formats() -> dict[str, Rows]:
@@ -66,7 +70,7 @@ def written(codec: Declaration) -> tuple[str, ...]:
 
 
 combine_names = Name(lambda: (*declarations("combinations"), *ALIASES))
-init_names = Name(_inits)
+init_names = Name(lambda: declarations("inits"))
 format_names = Name(
     lambda: dict.fromkeys(
         name for codec in declarations("weights.codecs").values() for name in written(codec)

@@ -65,15 +65,16 @@ def local(device: str = "auto", workers: int | None = None):
                 plan.folders[folder].prefetch(list(dict.fromkeys(names)))
             threads = torch.get_num_threads()  # the workers' own setting reaches the whole process
             try:
-                if streamed:
-                    _ShardRun(
-                        streamed, stage, sources, where, count, hash, finished, progress
-                    ).run()
+                # first: steps may need what tasks hand on
                 for file in computed:
                     inputs = LocalReader(sources, where, handoffs=HandoffReader(stage))
                     finished(
                         write_computed(file, stage, inputs, count, plan.budget, hash, progress)
                     )
+                if streamed:
+                    _ShardRun(
+                        streamed, stage, sources, where, count, hash, finished, progress
+                    ).run()
             except (MemoryError, torch.OutOfMemoryError) as error:
                 problem = f"out of memory: {shown(error)}"
                 raise Failed(
@@ -117,7 +118,7 @@ class _ShardRun:
             finished,
             progress,
         )
-        self.inputs = LocalReader(sources, device)
+        self.inputs = LocalReader(sources, device, handoffs=HandoffReader(stage))
         self.buffers = BufferPool(4 * workers, pinned=device.type == "cuda")
         self.stop = threading.Event()
         self.problem: BaseException | None = None

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import STACKS
-from adapterkit.tasks.handoff import HandoffReader
+from adapterkit.tasks.handoff import HANDED_ON, HandoffReader
 from adapterkit.tasks.rows import chunks
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 
@@ -44,6 +44,8 @@ class LocalReader:
         return stored.to(self.dtype)
 
     def stored(self, spec: TensorSpec) -> Tensor:
+        if spec.folder == HANDED_ON:
+            return self._handed_on(spec)
         data = self.sources.read(spec)
         if not data:
             return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype), device=self.device)
@@ -56,6 +58,11 @@ class LocalReader:
                 hint="the training run diverged: use an earlier save",
             )
         return stored.to(self.device)
+
+    def _handed_on(self, spec: TensorSpec) -> Tensor:
+        assert self.handoffs is not None
+        data = self.handoffs.read(spec.key, spec.start, spec.stop)
+        return torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
 
     def bytes(self, spec: TensorSpec) -> bytearray:
         return self.sources.read(spec)

@@ -15,6 +15,7 @@ class Default:
     source = "arXiv:2106.09685"
     needs = ()
     changes_base = False
+    zero_b = True
 
     def draw(
         self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator

@@ -14,6 +14,7 @@ class Gaussian:
     source = "diffusers"
     needs = ()
     changes_base = False
+    zero_b = True
 
     def draw(
         self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator

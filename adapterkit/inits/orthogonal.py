@@ -17,6 +17,8 @@ class Orthogonal:
     source = "PEFT"
     needs = ()
     changes_base = False
+    zero_b = False
+    kinds = ("linear", "embedding", "experts")
 
     def draw(
         self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator

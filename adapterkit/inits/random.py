@@ -15,6 +15,7 @@ class Random:
     source = "PEFT"
     needs = ()
     changes_base = False
+    zero_b = False
 
     def draw(
         self, a_shape: tuple[int, ...], b_shape: tuple[int, ...], generator: Generator

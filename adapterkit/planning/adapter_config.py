@@ -49,24 +49,39 @@ def target_settings(adapters: Sequence[Adapter], modules: list[str]) -> dict[str
 
 
 def rank_settings(
-    ranks: Mapping[str, int], alpha: float | None = None, unnamed: Collection[str] = ()
+    ranks: Mapping[str, int],
+    alpha: float | Mapping[str, float] | None = None,
+    unnamed: Collection[str] = (),
 ) -> dict[str, Any]:
     """r, lora_alpha and their patterns for each target's rank: the commonest is r, the others are
-    anchored patterns. Without `alpha` every scale is 1.
+    anchored patterns. `alpha`: one for all, or by target; without it every scale is 1.
 
     PEFT matches a pattern with a parameter's own name where that is the target; `unnamed` are
     modules of such parameters."""
-    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
-    rank_pattern = {
-        f"^{target}" + r"(\.\w+)?" * (target in unnamed): rank
-        for target, rank in ranks.items()
-        if rank != common
-    }
-    if alpha is None:
-        alphas = {"lora_alpha": common, "alpha_pattern": dict(rank_pattern)}
+    r, rank_pattern = _common_and_others(ranks, unnamed)
+    if isinstance(alpha, float | int):
+        lora_alpha, alpha_pattern = alpha, {}
     else:
-        alphas = {"lora_alpha": alpha, "alpha_pattern": {}}
-    return {"r": common, "rank_pattern": rank_pattern, **alphas}
+        lora_alpha, alpha_pattern = _common_and_others(ranks if alpha is None else alpha, unnamed)
+    return {
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "lora_alpha": lora_alpha,
+        "alpha_pattern": alpha_pattern,
+    }
+
+
+def _common_and_others(
+    values: Mapping[str, Any], unnamed: Collection[str]
+) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and patterns for the targets that have others."""
+    common = Counter(values.values()).most_common(1)[0][0] if values else 8
+    others = {
+        f"^{target}" + r"(\.\w+)?" * (target in unnamed): value
+        for target, value in values.items()
+        if value != common
+    }
+    return common, others
 
 
 def task_type(config: dict, saved: Collection[str] = ()) -> str | None:

@@ -101,8 +101,8 @@ class Output:
     folder: str = ""  # inside the output
     # from the tasks in the file's order to `Computed.finalize`
     finalize: Callable[[Sequence[Task]], Finalize | None] | None = None
-    # one lora_alpha for all; None: each one's rank, so that scales are 1
-    alpha: float | None = None
+    # one lora_alpha for all, or by target; None: each one's rank, so that scales are 1
+    alpha: float | Mapping[str, float] | None = None
     base_settings: dict[str, Any] | None = None  # the INHERITED ones where there is no adapter
     parameters: frozenset[str] = frozenset()  # targets that are parameters
     # those of them that are modules, because it was not known which of their parameters it is
@@ -158,8 +158,11 @@ class Output:
             first = self.adapters[0].config
             inherited = {key: value for key, value in first.items() if key in INHERITED}
         by_target: dict[str, int] = {}
+        alphas: dict[str, float] = {}  # of those tasks that say one
         for name, target in self.modules.items():
             rank = metrics.get(name, {}).get("rank")
+            if "alpha" in metrics.get(name, {}):
+                alphas[target] = metrics[name]["alpha"]
             if rank is not None and by_target.setdefault(target, rank) != rank:
                 raise Unrecoverable(
                     f"ranks {by_target[target]} and {rank} for two parameters of {shown(target)}",
@@ -169,7 +172,7 @@ class Output:
                 )
         config = inherited | self.settings | {"base_model_name_or_path": self.base()}
         config |= target_settings(self.adapters, sorted(by_target.keys() - self.parameters))
-        return as_json(config | rank_settings(by_target, self.alpha, self.unnamed))
+        return as_json(config | rank_settings(by_target, alphas or self.alpha, self.unnamed))
 
 
 def _finalize_pairs(

@@ -21,11 +21,16 @@ NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the n
 
 @dataclass(frozen=True)
 class Scaling:
-    """The scale of b @ a: alpha / rank, or alpha / √rank; alpha is the rank if it is None."""
+    """The scale of b @ a: alpha / rank, or alpha / √rank; alpha is the rank if it is None.
+
+    `rank_for` and `alpha_for`: `RE=N`, others for some modules; of several that match the last one
+    counts."""
 
     rank: int
-    alpha: float | None
-    rslora: bool
+    alpha: float | None = None
+    rslora: bool = False
+    rank_for: tuple[str, ...] = ()
+    alpha_for: tuple[str, ...] = ()
 
     @property
     def lora_alpha(self) -> float:
@@ -33,7 +38,10 @@ class Scaling:
 
     @property
     def scale(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self.scale_of(self.rank, self.lora_alpha)
+
+    def scale_of(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 def select_targets(

@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 
 from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.inits.common import draw
 from adapterkit.registry import create, members
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.targets import Target
@@ -70,7 +71,4 @@ def start(
                 hint="load the base first" if matrix.is_meta else "give a smaller rank",
             )
         return method.factors(matrix, target.rank, target.scale)
-    if kind.stored_as == "embedding" and method.name != "random":
-        # as in LoRA's own code: the lookup's factor is the one that is zero
-        return torch.zeros(a_shape), torch.randn(b_shape, generator=generator)
-    return method.draw(a_shape, b_shape, generator)
+    return draw(method, a_shape, b_shape, generator, kind.stored_as == "embedding")

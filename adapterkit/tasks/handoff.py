@@ -2,8 +2,9 @@
 quantized weight.
 
 A task returns them in `TaskResult.handoff`; `HandoffWriter` stores them in a file beside the
-finished one, the journal records where, and a task of a later file, such as `HandoffFactors`, reads
-them through `Reader.handoff`. Once all files are done they are removed.
+finished one, the journal records where, and tasks of later files, such as `HandoffFactors`, read
+them through `Reader.handoff`; steps of streamed files, which are written last, as tensors of the
+folder `HANDED_ON`. Once all files are done they are removed.
 """
 
 import math
@@ -23,17 +24,33 @@ from adapterkit.tasks.common import FactorsTask
 from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader
 
+HANDED_ON = -1  # the folder of tensors that are handed on
 
-def handoff_of(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """The handoff of a module's factors, as `HandoffFactors` reads it."""
-    return {f"{module}.a": a, f"{module}.b": b}
+
+def handoff_of(name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """The handoff of a task's factors, as `HandoffFactors` reads it."""
+    return {f"{name}.a": a, f"{name}.b": b}
+
+
+def handed_on(
+    name: str, dtype: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> tuple[TensorSpec, TensorSpec]:
+    """a and b of `handoff_of`, as inputs of steps."""
+    a, b = (
+        TensorSpec(
+            f"{name}.{side}", dtype, shape, "", 0, dtypes.size(dtype, math.prod(shape)), HANDED_ON
+        )
+        for side, shape in zip("ab", shapes, strict=True)
+    )
+    return a, b
 
 
 @dataclass(frozen=True)
 class HandoffFactors(FactorsTask):
-    """One module's factors, computed with the weight of an earlier file."""
+    """One module's factors, computed with a weight or a module of an earlier file."""
 
     rank: int
+    source: str | None = None  # the task that handed them on; None: one of the same name
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -48,7 +65,7 @@ class HandoffFactors(FactorsTask):
         return 3 * sum(stored.nbytes for stored in self.max_outputs)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        a, b = (inputs.handoff(f"{self.name}.{side}") for side in "ab")
+        a, b = (inputs.handoff(f"{self.source or self.name}.{side}") for side in "ab")
         return TaskResult(self.round_matrices(a, b, self.rank), {"rank": self.rank})
 
 
@@ -91,19 +108,24 @@ class HandoffReader:
         }
 
     def tensor(self, key: str) -> Tensor:
-        name, (dtype, shape, position) = self.places[key]
-        size = dtypes.size(dtype, math.prod(shape))
+        _, (dtype, shape, _) = self.places[key]
+        data = self.read(key, 0, dtypes.size(dtype, math.prod(shape)))
+        torch_dtype = dtypes.torch_dtype(dtype)
+        if not data:
+            return torch.empty(shape, dtype=torch_dtype)
+        return torch.frombuffer(data, dtype=torch_dtype).view(shape)
+
+    def read(self, key: str, start: int, stop: int) -> bytearray:
+        """Bytes [start, stop) of a tensor."""
+        name, (_, _, position) = self.places[key]
         with (self.stage.path / (name + HANDOFF)).open("rb") as file:
-            file.seek(position)
-            data = bytearray(file.read(size))
-        if len(data) != size:
+            file.seek(position + start)
+            data = bytearray(file.read(stop - start))
+        if len(data) != stop - start:
             raise Unrecoverable(
                 f"the handoff of {shown(key)} is cut short",
                 expected="the file as it was written",
                 where=name + HANDOFF,
                 hint="run the same command again",
             )
-        torch_dtype = dtypes.torch_dtype(dtype)
-        if not data:
-            return torch.empty(shape, dtype=torch_dtype)
-        return torch.frombuffer(data, dtype=torch_dtype).view(shape)
+        return data

@@ -1,4 +1,4 @@
-"""One weight without the part that its initial factors take."""
+"""One weight without the part that its initial factors take, quantized."""
 
 import math
 from dataclasses import dataclass
@@ -10,21 +10,18 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
-from adapterkit.tasks.handoff import handoff_of
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 
 
 @dataclass(frozen=True)
 class ResidualWeight(Task):
-    """W - scale·b@a in the dtype of W, or quantized; a and b are handed on to the adapter's
-    file."""
+    """W - scale·b@a, quantized, or in the dtype of W where it is not to be; a and b were handed
+    on by the task of their module."""
 
     source: TensorSpec
     packed: QuantizedWeight | None
     module: str
-    method: Any  # an init that changes the base
-    rank: int
     scale: float
     transposed: bool
 
@@ -48,20 +45,17 @@ class ResidualWeight(Task):
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)
-        matrix = (weight.T if self.transposed else weight).contiguous()
-        a, b = self.method.factors(matrix, self.rank, self.scale)
+        a, b = (inputs.handoff(f"{self.module}.{side}").float() for side in "ab")
         part = (b * self.scale) @ a
         part = part.T if self.transposed else part
         size = norm(weight) or 1.0
-        metrics: dict[str, Any] = {"taken": short(norm(part) / size)}
-        handoff = handoff_of(self.module, a, b)
-        rest = weight - part
+        rest, metrics = weight - part, dict[str, Any]()
         if self.packed is None:
             stored = rest.to(dtypes.torch_dtype(self.source.dtype))
             metrics["error"] = short(norm(stored.float() - rest) / size)
-            return TaskResult({self.source.key: stored}, metrics, handoff)
+            return TaskResult({self.source.key: stored}, metrics)
         plain = decode_checked(self.packed, self.packed.encode(weight))
         metrics["error_plain"] = short(norm(plain.sub_(weight)) / size)
         tensors = self.packed.encode(rest)
         metrics["error"] = short(norm(decode_checked(self.packed, tensors).sub_(rest)) / size)
-        return TaskResult(tensors, metrics, handoff)
+        return TaskResult(tensors, metrics)

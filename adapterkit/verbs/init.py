@@ -1,33 +1,40 @@
-"""init: an adapter that starts from its base's weights, and the base that is left without that
-part."""
+"""init: an adapter that starts by any method, and for some the base that is left without the part
+that the adapter takes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
-from adapterkit.errors import Refused, refuse_all
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
+from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning.initial_targets import Selection, Target, find_targets
 from adapterkit.planning.input_files import header_hashes, identities
-from adapterkit.planning.model_output import QuantizedModel
-from adapterkit.planning.new_adapter import (
-    Scaling,
-    new_adapter,
-    select_targets,
-    wrappable,
-)
-from adapterkit.planning.quantization import QuantizationPlan, plan_quantization
+from adapterkit.planning.new_adapter import Scaling
+from adapterkit.planning.quantization import plan_quantization
 from adapterkit.planning.quantization import targets as formats
-from adapterkit.planning.sources import open_model
+from adapterkit.planning.residual import (
+    plan_quantized_residual,
+    plan_residual,
+    planned_adapter,
+)
+from adapterkit.planning.sources import open_model, open_source
 from adapterkit.receipt import Receipt
 from adapterkit.registry import create, members
 from adapterkit.tasks.handoff import HandoffFactors
-from adapterkit.tasks.residual import ResidualWeight
+from adapterkit.tasks.initial import InitialFactors
+from adapterkit.tasks.statistics import select_statistics
+from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized
+
+ADAPTER, INITIAL = "adapter", "adapter/initial"  # folders in the output
+PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts as they are written here
 
 
 @dataclass(frozen=True)
@@ -38,24 +45,38 @@ class Options:
     rank: int
     alpha: float | None = None
     rslora: bool = False
+    rank_for: tuple[str, ...] = ()
+    alpha_for: tuple[str, ...] = ()
     targets: str | None = None
-    skip: str | None = None
+    exclude: str | None = None
+    layers: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    residual: str = "write"
     quantize: str | None = None
+    skip: str | None = None
     block_size: int | None = None
     double_quant: bool = False
     dtype: str = "fp32"
 
     @property
     def scaling(self) -> Scaling:
-        return Scaling(self.rank, self.alpha, self.rslora)
+        return Scaling(self.rank, self.alpha, self.rslora, self.rank_for, self.alpha_for)
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.targets, self.exclude, self.layers)
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        return {
+            "block_size": self.block_size,
+            "double_quant": self.double_quant,
+            "skip": self.skip,
+        }
 
 
-def methods() -> list[str]:
-    """The inits that take a part out of the base."""
-    return [name for name, record in members("inits").items() if record.changes_base]
-
-
-@writes(method=choice(methods), quantize=choice(lambda: formats()))
+@writes(method=choice(lambda: members("inits")), quantize=choice(lambda: formats()))
 def init(
     base: StrPath,
     *,
@@ -64,9 +85,17 @@ def init(
     rank: int,
     alpha: float | None = None,
     rslora: bool = False,
+    rank_for: Sequence[str] = (),
+    alpha_for: Sequence[str] = (),
     targets: str | None = None,
-    skip: str | None = None,
+    exclude: str | None = None,
+    layers: str | None = None,
+    stats: StrPath | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    residual: str = "write",
     quantize: str | None = None,
+    skip: str | None = None,
     block_size: int | None = None,
     double_quant: bool = False,
     dtype: str = "fp32",
@@ -79,139 +108,239 @@ def init(
     dry_run: bool = False,
     progress: Progress = lambda done: None,
 ) -> Receipt | Plan:
-    """Initialize an adapter from its base's weights: `OUT/adapter` holds scale·b@a, `OUT/base` the
-    rest, W - scale·b@a.
+    """Initialize an adapter on a base: `OUT/adapter`, and for methods that take a part of each
+    weight `OUT/base`, the rest, W' = W - scale·b@a.
 
-    `method`: pissa (the principal part of each weight, arXiv:2404.02948), olora (its QR
-    decomposition, arXiv:2406.01775), milora (the minor part, arXiv:2406.09044). `targets`: which
-    modules, `all-linear`, ends of their names with commas between, or a regex (default: all linear
-    layers but the output). scale is alpha / rank (alpha / √rank with `rslora`); alpha is the rank
-    by default. `quantize`, a format as `adapterkit.quantize` knows it: the rest is written
-    quantized (QPiSSA), and the receipt has each weight's relative error beside that of plain
-    quantization; weights without factors are quantized plainly, those that `skip` matches not at
-    all. Load the adapter on `OUT/base`; to have it on the original afterwards: `adapterkit rebase
-    TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
+    `method`: zero deltas (default, gaussian, orthogonal, mica), random factors (random), parts of
+    the weights (pissa, arXiv:2404.02948; olora, arXiv:2406.01775; milora, arXiv:2406.09044), or
+    from statistics (corda, arXiv:2406.05223; eva, arXiv:2410.07170; lora_ga, arXiv:2407.05000).
+    `stats`: the file of `adapterkit.stats`. `settings`: the method's own options, by PEFT's names.
 
-    Unlike PEFT: the base is never loaded, and the adapter that is saved says nothing that makes
-    PEFT change a base again.
+    `targets`: `all-linear`, ends of modules' names with commas between, or a regex; without it
+    PEFT's for the model's type. `exclude`: a regex; `layers`: numbers and ranges, `0-11,20`. scale
+    is alpha / rank (alpha / √rank with `rslora`); alpha is the rank by default. `rank_for`,
+    `alpha_for`: texts `RE=N`, others for some modules, of several that match the last.
+
+    `residual`: `write` the base that is left, or `implicit`: no base is written, the initial
+    factors lie in `OUT/adapter/initial`, and `adapterkit.merge` onto the original takes them out.
+    The factors as they are written define the rest. `quantize`, a format as `adapterkit.quantize`
+    knows it: the rest is written quantized (QPiSSA), and the receipt has each weight's relative
+    error beside that of plain quantization; weights without factors are quantized plainly, those
+    that `skip` matches not at all. To have a trained adapter on the original afterwards:
+    `adapterkit rebase TRAINED --initial OUT/adapter`. Raises `Refused` before anything is written.
+
+    Unlike PEFT: the base is never loaded, layers on which a method is not defined are refused, and
+    the adapter that is saved says nothing that makes PEFT change a base again.
     """
     options = Options(
-        method, rank, alpha, rslora, targets, skip, quantize, block_size, double_quant, dtype
+        method,
+        rank,
+        alpha,
+        rslora,
+        tuple(rank_for),
+        tuple(alpha_for),
+        targets,
+        exclude,
+        layers,
+        dict(settings or {}),
+        seed,
+        residual,
+        quantize,
+        skip,
+        block_size,
+        double_quant,
+        dtype,
     )
-    plan = plan_init(open_model(base), options)
+    plan = plan_init(open_model(base), options, None if stats is None else open_source(stats))
     execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
     return execution.run(plan)
 
 
-def plan_init(folder: Folder, options: Options) -> Plan:
+def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> Plan:
     """Everything an initialization will do, or `Refused`."""
-    method: Any = create("inits", options.method, {})
-    if not options.quantize:
-        extra_options = [
-            f"--{key.replace('_', '-')}"
-            for key, value in _quantization_options(options).items()
-            if value
-        ]
-        if extra_options:
-            problem, hint = (
-                f"{', '.join(extra_options)} without --quantize",
-                "choose modules with --targets, or give --quantize nf4",
-            )
-            raise Refused(problem, expected="--quantize FORMAT", where="options", hint=hint)
+    method: Any = create("inits", options.method, options.settings)
+    _check(options, method, stats is not None)
+    notes: list[str] = []
     base = open_checkpoint(folder)
-    check_not_quantized(base)
-    quantization = plan_quantization(
-        base, {"to": options.quantize, **_quantization_options(options)}
-    )
-    tasks: dict[str, Task] = {}
-    factors: list[Task] = []
-    for name in _target_modules(quantization, options.targets):
-        key = quantization.linear[name]
-        weight = quantization.weights[key]
-        packed = quantization.quantized.get(key)
-        tasks[key] = ResidualWeight(
-            key,
-            base.tensors[key],
-            packed,
-            name,
+    if options.quantize:
+        check_not_quantized(base)
+    statistics = None if stats is None else open_checkpoint(stats, 1)
+    targets = find_targets(decoded_view(base), options.selection, options.scaling, notes)
+    _check_targets(base, method, targets)
+    specs = _statistics(statistics, method, targets)
+    tasks = [
+        InitialFactors(
+            target.name,
+            target.place,
+            dtypes.parse(options.dtype),
             method,
-            options.rank,
-            options.scaling.scale,
-            weight.transposed,
+            target.rank,
+            target.alpha,
+            target.scale,
+            options.seed,
+            target.weight if "weight" in method.needs else None,
+            tuple((kind, by_module[target.name]) for kind, by_module in specs.items()),
+            method.changes_base,
         )
-        factors.append(
-            HandoffFactors(
-                name, Place.of_weight(name, weight.shape), dtypes.parse(options.dtype), options.rank
-            )
-        )
-    return _plan(base, quantization, tasks, factors, options)
-
-
-def _target_modules(quantization: QuantizationPlan, targets: str | None) -> list[str]:
-    """The modules that get factors; `Refused` if the weight of one cannot be changed."""
-    usable = wrappable(
-        quantization.names, [*quantization.linear, *quantization.problems], quantization.notes
-    )
-    if targets is None:
-        modules = [name for name in usable if name not in quantization.excluded]
-    else:
-        missing_because = "tied, left alone by --skip or passed by in PEFT, or not in the file"
-        modules, notes = select_targets(targets, usable, quantization.model, missing_because)
-        quantization.notes.extend(notes)
-    refuse_all([quantization.problems[name] for name in modules if name in quantization.problems])
-    if not modules:
-        raise Refused(
-            "no linear layer",
-            expected="one or more",
-            where=quantization.base.name,
-            hint="check --skip",
-        )
-    return modules
-
-
-def _plan(
-    base: Checkpoint,
-    quantization: QuantizationPlan,
-    tasks: dict[str, Task],
-    factors: list[Task],
-    options: Options,
-) -> Plan:
-    config = quantization.config() if options.quantize else base.config
-    model = QuantizedModel(
-        base, quantization.quantized if options.quantize else {}, tasks, config, "base", "init"
-    )
-    adapter = new_adapter(
-        base,
-        factors,
-        options.scaling,
-        f"{options.method}: for the base beside it, not for the original",
-        "adapter",
-    )
-    notes = list(quantization.notes)
-    summary = f"without the part that {options.method} took into the adapter beside it"
-    files = model.files(summary) | adapter.files(notes)
-    receipt_options = {key: value for key, value in vars(options).items() if value}
-    headers = header_hashes({0: base}, configs=(0,))
-    decisions = {"modules": len(factors)} | (
-        {"quantised": len(quantization.quantized)} if options.quantize else {}
-    )
-    shards, file_ids = (*model.shards(), adapter.shard()), identities((base.folder,), headers)
+        for target in targets
+    ]
+    implicit = method.changes_base and options.residual == "implicit"
+    adapter = _adapter(base, tasks, targets, options, method, ADAPTER, implicit)
+    shards, files = [adapter.shard()], adapter.files(notes)
+    if implicit:
+        initial = [
+            HandoffFactors(f"{INITIAL} {t.name}", t.place, t.dtype, t.rank, t.name) for t in tasks
+        ]
+        copy = _adapter(base, initial, targets, options, method, INITIAL)
+        shards, files = [*shards, copy.shard()], files | copy.files(notes)
+    elif method.changes_base:
+        more = _residual(base, targets, options, adapter, notes)
+        shards, files = [*shards, *more[0]], more[1] | files
+    inputs = {number: one for number, one in enumerate((base, statistics)) if one is not None}
+    headers = header_hashes(inputs, configs=(0,))
+    folders = tuple(one.folder for one in inputs.values())
     return Plan(
         "init",
-        receipt_options,
-        (base.folder,),
+        {key: value for key, value in vars(options).items() if value},
+        folders,
         headers,
-        file_ids,
-        shards,
+        identities(folders, headers),
+        tuple(shards),
         files,
-        decisions,
+        {"modules": len(targets)},
         tuple(notes),
+        models=tuple(inputs),
     )
 
 
-def _quantization_options(options: Options) -> dict[str, Any]:
-    return {
-        "block_size": options.block_size,
-        "double_quant": options.double_quant,
-        "skip": options.skip,
+def _residual(
+    base: Checkpoint,
+    targets: list[Target],
+    options: Options,
+    adapter: adapter_output.Output,
+    notes: list[str],
+) -> tuple[Any, Any]:
+    """The files of the base that is left."""
+    if options.quantize:
+        quantization = plan_quantization(base, {"to": options.quantize, **options.quantization})
+        notes += quantization.notes
+        return plan_quantized_residual(base, quantization, targets, options.method)
+    config = adapter.config({t.name: {"rank": t.rank, "alpha": t.alpha} for t in targets})
+    planned = planned_adapter(config, targets, options.dtype)
+    return plan_residual(base, planned, options.method, notes)
+
+
+def _adapter(
+    base: Checkpoint,
+    tasks: Sequence[Task],
+    targets: Sequence[Target],
+    options: Options,
+    method: Any,
+    folder: str,
+    implicit: bool = False,
+) -> adapter_output.Output:
+    """An adapter of the output; its config has no init that PEFT would repeat."""
+    parameters = [target.name for target in targets if target.is_parameter]
+    settings = adapter_config.plain_settings() | {"use_rslora": options.rslora}
+    if parameters:
+        settings |= {"target_parameters": parameters, "peft_version": PEFT_LAYOUT}
+    if implicit:
+        settings["init_lora_weights"] = f"implicit_{options.method}"
+    where = (
+        "for the original base"
+        if implicit or not method.changes_base
+        else ("for the base beside it, not for the original")
+    )
+    return adapter_output.Output(
+        [],
+        tasks,
+        {task.name: target.name for task, target in zip(tasks, targets, strict=True)},
+        settings,
+        f"{options.method}: {where}",
+        folder,
+        base_settings={
+            "base_model_name_or_path": adapter_config.hub_id(base.folder),
+            "task_type": adapter_config.task_type(base.config),
+        },
+        alpha={target.name: target.alpha for target in targets},
+        parameters=frozenset(parameters),
+    )
+
+
+def _statistics(
+    stats: Checkpoint | None, method: Any, targets: Sequence[Target]
+) -> dict[str, dict[str, TensorSpec]]:
+    """The tensors of each kind that the method needs, by target."""
+    shapes: dict[str, Any] = {
+        "covariance": lambda out, width: (width, width),
+        "mean": lambda out, width: (width,),
+        "components": lambda out, width: (None, width),
+        "variances": lambda out, width: (None,),
+        "variance": lambda out, width: (1,),
+        "gradient": lambda out, width: (out, width),
     }
+    return {
+        kind: select_statistics(
+            stats, kind, {target.name: shapes[kind](*target.shape) for target in targets}
+        )
+        for kind in method.needs
+        if kind != "weight"
+    }
+
+
+def _check(options: Options, method: Any, has_stats: bool) -> None:
+    """Refuse options that do not go together."""
+    errors: list[AdapterkitError] = []
+
+    def refuse(problem: str, expected: str, hint: str) -> None:
+        errors.append(Refused(problem, expected=expected, where="options", hint=hint))
+
+    needs = [kind for kind in method.needs if kind != "weight"]
+    if needs and not has_stats:
+        refuse(
+            f"--method {options.method} without --stats",
+            f"statistics: {', '.join(needs)}",
+            f"collect them: adapterkit stats BASE --data FILE --what {','.join(needs)}",
+        )
+    if has_stats and not needs:
+        refuse(f"--stats with --method {options.method}", "a method that uses them", "leave it out")
+    if options.quantize and (not method.changes_base or options.residual == "implicit"):
+        refuse(
+            f"--quantize with --method {options.method} and no base to write",
+            "a method that takes a part of each weight, and --residual write",
+            "leave --quantize out, or quantize the base: adapterkit quantize",
+        )
+    extra = [f"--{key.replace('_', '-')}" for key, value in options.quantization.items() if value]
+    if extra and not options.quantize:
+        refuse(
+            f"{', '.join(extra)} without --quantize",
+            "--quantize FORMAT",
+            "choose modules with --targets, or give --quantize nf4",
+        )
+    refuse_all(errors)
+
+
+def _check_targets(base: Checkpoint, method: Any, targets: Sequence[Target]) -> None:
+    """Refuse layers on which a method is not defined, and ranks above those of the weights."""
+    errors: list[AdapterkitError] = []
+    kinds = getattr(method, "kinds", None)
+    for target in targets:
+        if kinds is not None and target.kind not in kinds:
+            errors.append(
+                Refused(
+                    f"{method.name} on {shown(target.name)}, of kind {target.kind}",
+                    expected=" or ".join(kinds),
+                    where=base.name,
+                    hint="leave it out of --targets (PEFT starts it in another way, silently)",
+                )
+            )
+        if method.needs and target.rank > min(target.shape):
+            errors.append(
+                Refused(
+                    f"rank {target.rank} for {shown(target.name)} {target.shape}",
+                    expected=f"at most {min(target.shape)}",
+                    where="--rank",
+                    hint=f"give --rank-for '{target.name}={min(target.shape)}'",
+                )
+            )
+    refuse_all(errors)

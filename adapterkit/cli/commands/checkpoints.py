@@ -15,6 +15,7 @@ from adapterkit.cli.options import (
     init_options,
     module_filters,
     output_options,
+    parse_settings,
     rank_options,
     shard_size_option,
     targets_option,
@@ -142,23 +143,51 @@ def extract(base: str, tuned: str, **options: Any) -> None:
     "--method", required=True, type=init_names, help="Initialization; see the list below."
 )
 @init_options
-@targets_option("all linear layers but the output layer")
+@click.option("--rank-for", multiple=True, metavar="RE=N", help="Another rank for some modules.")
+@click.option(
+    "--alpha-for", multiple=True, metavar="RE=A", help="Another lora_alpha for some modules."
+)
+@targets_option("PEFT's for the model's type")
+@click.option(
+    "--exclude", metavar="RE", help="No factors on modules whose name matches this regex."
+)
+@click.option("--layers", metavar="N-M,N", help="Only targets in these layers, e.g. 0-11,20.")
+@click.option(
+    "--stats",
+    type=Source(),
+    metavar="FILE",
+    help="Statistics from adapterkit stats (corda, eva, lora_ga).",
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the method."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of methods that draw.")
+@choice_option(
+    "--residual",
+    default="write",
+    show_default=True,
+    help="Write the base that is left, or keep the original and the initial factors (implicit).",
+)
 @click.option(
     "--quantize", type=format_names, help="Quantize the residual base, e.g. nf4 (QPiSSA)."
 )
 @click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
 @block_options
 @factor_options
-def init(base: str, **options: Any) -> None:
-    """Initialize an adapter from its base's weights.
+def init(base: str, settings: tuple[str, ...], **options: Any) -> None:
+    """Initialize an adapter on a base.
 
-    DIR/adapter gets a part of each weight, DIR/base keeps the residual.
+    DIR/adapter gets the factors. Methods that take a part of each weight leave the residual in
+    DIR/base.
 
     \b
     Example:
+      adapterkit init ./model --method gaussian --rank 16 --targets all-linear --out start
       adapterkit init ./model --method pissa --rank 16 --out pissa
+      adapterkit init ./model --method olora --rank 16 --residual implicit --out olora
       adapterkit init ./model --method pissa --rank 16 --quantize nf4 --double-quant --out qpissa
+      adapterkit init ./model --method eva --rank 16 --stats stats.safetensors --out eva
     """
     from adapterkit.verbs.init import init as verb
 
-    run_verb(verb, base, **options)
+    run_verb(verb, base, settings=parse_settings(settings), **options)

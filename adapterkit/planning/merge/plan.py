@@ -1,6 +1,6 @@
 """merge, planned from the headers: adapters into a base, W' = round(W + Σ weight·scale·b@a)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -57,6 +57,11 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     job = Job(checkpoint, adapters, [weight for _, weight in sources], options)
     job.merged_before = merged_adapters(base)
     job.notes += history_notes(base, job.merged_before, adapters, job.weights)
+    return _plan(job, changed_steps(job, errors))
+
+
+def changed_steps(job: Job, errors: Sequence[AdapterkitError] = ()) -> Steps:
+    """The steps of all output files; `Refused` with these errors and all that the job runs into."""
     collect_changes(job)
     refuse_all([*errors, *job.errors])
     resolve_tied_weights(job)
@@ -68,7 +73,7 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     _refuse_nothing(job, steps)
     check_quantized_output(job, steps)
     refuse_all(job.errors)
-    return _plan(job, steps)
+    return steps
 
 
 def _scan_adapters(
