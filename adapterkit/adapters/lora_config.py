@@ -15,6 +15,13 @@ from adapterkit.adapters.config import (
     is_replication,
     with_heads,
 )
+from adapterkit.adapters.init_options import (
+    PEFT_CONFIGS,
+    is_option_map,
+    option_errors,
+    options_of_peft,
+    options_to_peft,
+)
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.patterns import matcher
@@ -45,7 +52,7 @@ PEFT_NAMES = {
     "tie": "ensure_weight_tying", "invocation_tokens": "alora_invocation_tokens",
 }  # fmt: skip
 OUR_NAMES = {theirs: ours for ours, theirs in PEFT_NAMES.items()}
-INIT_OPTIONS = ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
+OUR_NAMES |= dict.fromkeys(PEFT_CONFIGS.values(), "init_options")
 TASK_TYPES = (
     "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
 )  # fmt: skip
@@ -66,8 +73,9 @@ class LoraConfig:
 
     `targets`: "all-linear", ends of modules' names, a regular expression for the whole name, or
     None, what is usual for the model's type; `parameters`: ends of parameters' names. `init`: a
-    method's name, or False, both factors random. Lists become tuples. `Refused` with all that is
-    invalid, and with the new names of PEFT's settings.
+    method's name, or False, both factors random; `init_options`: the method's options by PEFT's
+    names, as {"rho": 2.0} of eva. Lists become tuples. `Refused` with all that is invalid, and with
+    the new names of PEFT's settings.
 
     The settings are PEFT 0.21's (LoRA: arXiv:2106.09685)."""
 
@@ -81,6 +89,7 @@ class LoraConfig:
     bias: str = "none"
     lora_bias: bool = False
     init: str | bool = "default"
+    init_options: Mapping[str, Any] = field(default_factory=dict)
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude: str | Sequence[str] | None = None
@@ -114,8 +123,11 @@ class LoraConfig:
         """The adapter_config.json. Inits that PEFT does not know, or cannot repeat when it loads
         (loftq), are written as its default: the factors are in the file."""
         own = {
-            PEFT_NAMES.get(f.name, f.name): _as_json(getattr(self, f.name)) for f in fields(self)
+            PEFT_NAMES.get(f.name, f.name): _as_json(getattr(self, f.name))
+            for f in fields(self)
+            if f.name != "init_options"
         }
+        own |= options_to_peft(self.init, self.init_options)
         if isinstance(self.init, str) and not _is_repeatable(self.init):
             own["init_lora_weights"] = True
         if self.targets == () and not self.parameters:
@@ -126,7 +138,7 @@ class LoraConfig:
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], where: str) -> "LoraConfig":
         """The settings in an adapter_config.json, whose path is `where`; `Refused` with all that is
-        unknown or invalid. Options of an init are left out: the factors exist."""
+        unknown or invalid."""
         config = dict(config)
         errors = check_live_config(config, where)
         settings = {}
@@ -139,6 +151,7 @@ class LoraConfig:
             settings["targets"] = []
         if "init" in settings:
             settings["init"] = _init_of_peft(settings["init"])
+            settings["init_options"] = options_of_peft(settings["init"], config)
         try:
             settings = _checked(settings, where, PEFT_NAMES)
         except AdapterkitError as error:
@@ -156,8 +169,8 @@ def _unknown(name: str, known: Sequence[str]) -> Refused:
     hint = "remove it"
     if name == "fan_in_fan_out":
         hint = "remove it: a layer's class tells how its weight is stored"
-    elif name in INIT_OPTIONS:
-        hint = "`adapterkit init` and `adapterkit loftq` take the options of inits"
+    elif name == "loftq_config":
+        hint = "`adapterkit loftq` takes these options"
     elif name not in PEFT_DEFAULTS:
         hint = did_you_mean([name], known) or hint
         problem = f"unknown setting {shown(name)}"
@@ -292,6 +305,11 @@ def _init(value: Any, where: str) -> str | bool:
     return name
 
 
+def _init_options(value: Any, where: str) -> dict[str, Any]:
+    _require(is_option_map(value))
+    return dict(value)
+
+
 def _one_of(choices: Sequence[str]) -> Check:
     def check(value: Any, where: str) -> str:
         _require(value in choices)
@@ -312,6 +330,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "bias": (_one_of(BIASES), ", ".join(BIASES)),
     "lora_bias": (_flag, "true or false"),
     "init": (_init, f"false, or one of {', '.join(PEFT_INITS)}"),
+    "init_options": (_init_options, "a map of options to texts, numbers, true or false"),
     "rank_pattern": (_pattern_table(_rank), "a map of patterns to whole numbers above 0"),
     "alpha_pattern": (_pattern_table(_number), "a map of patterns to finite numbers"),
     "exclude": (_names_or_regex, NAMES_OR_REGEX),
@@ -393,6 +412,8 @@ def _conflicts(
     if get("lora_bias") and get("init", "default") not in ("default", False):
         hint = "no other init sets the bias"
         yield conflict("lora_bias", "init", expected="the default init", hint=hint)
+    if "init" not in invalid:
+        yield from option_errors(get("init", "default"), get("init_options") or {}, where)
     others = ("parameters", "modules_to_save", "trainable_tokens")
     if get("targets") == () and not any(map(get, others)) and get("bias", "none") == "none":
         hint = "give targets"

@@ -3,12 +3,12 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.header import Header, TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, refuse_all, shown
 from adapterkit.kernels import weighted
@@ -21,18 +21,42 @@ METADATA = "adapterkit_statistics"  # key of the header's metadata
 Shape = tuple[int | None, ...]  # None: any length
 
 
+class Statistics(Protocol):
+    """What holds statistics: a file's headers, or what stands for them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]: ...
+    @property
+    def shards(self) -> Mapping[str, Header]: ...
+
+
+def shape_of(kind: str, out: int, width: int) -> Shape:
+    """The shape of a kind of statistics of a module with a weight (out, in)."""
+    shapes: dict[str, Shape] = {
+        "covariance": (width, width),
+        "mean": (width,),
+        "components": (None, width),
+        "variances": (None,),
+        "variance": (1,),
+        "gradient": (out, width),
+    }
+    return shapes[kind]
+
+
 def key_of(module: str, kind: str) -> str:
     return f"{module}.{kind}"
 
 
-def metadata_of(stats: Checkpoint) -> dict[str, Any]:
+def metadata_of(stats: Statistics) -> dict[str, Any]:
     """What the file says of its statistics; nothing where it was not written by adapterkit."""
     texts = [header.metadata.get(METADATA) for header in stats.shards.values()]
     values = [_parsed(text, stats) for text in texts if text is not None]
     return values[0] if values else {}
 
 
-def _parsed(text: str, stats: Checkpoint) -> dict[str, Any]:
+def _parsed(text: str, stats: Statistics) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError:
@@ -48,7 +72,7 @@ def _parsed(text: str, stats: Checkpoint) -> dict[str, Any]:
 
 
 def select_statistics(
-    stats: Checkpoint | None, kind: str, shapes: Mapping[str, Shape]
+    stats: Statistics | None, kind: str, shapes: Mapping[str, Shape]
 ) -> dict[str, TensorSpec]:
     """The tensor of a kind of each module, whose shape is given; none without a file.
 

@@ -74,6 +74,7 @@ INVALID = {
     "bias": ["lora", True, None, ["none"]],
     "lora_bias": [1],
     "init": ["unknown", True, None, 0, "pissa_niter", "pissa_niter_x"],
+    "init_options": [["niter"], {"niter": None}, {"niter": float("nan")}, {1: 2}, None],
     "rank_pattern": [{"a": 0}, {"a": 1.5}, {"(": 2}, {1: 2}, ["a"], None],
     "alpha_pattern": [{"a": "1"}, {"a": float("nan")}, {"(": 2}, None],
     "exclude": ["[", [3], {"a": 1}],
@@ -123,6 +124,18 @@ def test_a_config_without_modules_as_peft_writes_it():
     assert LoraConfig(targets=[], parameters=["up"]).to_peft()["target_modules"] == []
 
 
+def test_options_of_an_init():
+    with pytest.raises(Refused, match=r"init default: unknown options niter\n.*no options"):
+        LoraConfig(init_options={"niter": 2})
+    with pytest.raises(Refused, match=r"init pissa: unknown options nitre"):
+        LoraConfig(init="pissa", init_options={"nitre": 2})
+    config = LoraConfig(init="pissa", init_options={"niter": 2})
+    assert config.to_peft()["init_lora_weights"] == "pissa_niter_2"
+    assert LoraConfig(init="pissa").to_peft()["init_lora_weights"] == "pissa"
+    with pytest.raises(Refused, match="init_options for eva_config"):
+        LoraConfig(init="eva", eva_config={"rho": 2.0})
+
+
 CONFLICTS = [
     ({"parameters": ["p"], "dora": True}, "parameters.* and dora"),
     ({"parameters": ["p"], "dropout": 0.1}, "parameters.* and dropout"),
@@ -163,7 +176,7 @@ def test_all_unknown_names_at_once():
     with pytest.raises(MultipleErrors) as caught:
         LoraConfig(8, r=4, rnk=4, fan_in_fan_out=True, eva_config={}, dropot=0.1)
     text = str(caught.value)
-    for words in ("write rank for r", "'rank'", "layer's class", "adapterkit init", "'dropout'"):
+    for words in ("write rank for r", "'rank'", "layer's class", "write init_options", "'dropout'"):
         assert words in text
     assert len(caught.value.errors) == 5
     with pytest.raises(Refused, match="did you mean 'rank'"):

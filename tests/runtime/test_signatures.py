@@ -56,7 +56,7 @@ METHODS: dict[str, tuple[list[str], dict[str, object]]] = {
 }
 SETTINGS = {
     "rank": 8, "alpha": 8, "targets": None, "rslora": False, "dora": False, "dropout": 0.0,
-    "bias": "none", "lora_bias": False, "init": "default", "rank_pattern": {}, "alpha_pattern": {},
+    "bias": "none", "lora_bias": False, "init": "default", "init_options": {}, "rank_pattern": {}, "alpha_pattern": {},
     "exclude": None, "layers": None, "layers_pattern": None, "parameters": None,
     "modules_to_save": None, "trainable_tokens": None, "tie": False, "layer_replication": None,
     "invocation_tokens": None, "task_type": None,

@@ -1,0 +1,79 @@
+"""Statistics for inits: those of a file, or of a mapping as `runtime.collect` returns it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import Header, TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines.reader import LocalReader
+from adapterkit.errors import Refused, Unrecoverable, listed, shown
+from adapterkit.options import StrPath
+from adapterkit.planning.input_files import header_hashes, identities
+from adapterkit.planning.sources import open_source
+from adapterkit.tasks.statistics import Statistics
+
+Stats = StrPath | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A mapping's tensors, as the headers of a file would have them."""
+
+    name: str
+    tensors: dict[str, TensorSpec]
+    shards: dict[str, Header] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Statistics, and how their values are read: float32 on the CPU."""
+
+    statistics: Statistics
+    tensor: Callable[[TensorSpec], Tensor]
+
+
+@contextmanager
+def open_statistics(stats: Stats) -> Iterator[Source]:
+    """The statistics of a safetensors file, or of a mapping; `Refused` for what is neither."""
+    if isinstance(stats, Mapping):
+        yield Source(_mapped(stats), lambda spec: _value(stats[spec.key], spec))
+        return
+    checkpoint = open_checkpoint(open_source(stats))
+    folders = (checkpoint.folder,)
+    expected = identities(folders, header_hashes({0: checkpoint}))
+    with Sources(folders, expected) as sources:
+        yield Source(checkpoint, LocalReader(sources, torch.device("cpu")).tensor)
+
+
+def _mapped(stats: Mapping[str, Tensor]) -> Mapped:
+    wrong = [k for k, v in stats.items() if not (isinstance(v, Tensor) and v.is_floating_point())]
+    if wrong:
+        raise Refused(
+            f"{listed(wrong)}: no tensors of floats",
+            expected="tensors, as runtime.collect returns them",
+            where="stats",
+            hint="give a file of statistics, or what collect returned",
+        )
+    return Mapped(
+        "stats",
+        {
+            key: TensorSpec(key, dtypes.name_of(value.dtype), tuple(value.shape), "", 0, 0)
+            for key, value in stats.items()
+        },
+    )
+
+
+def _value(value: Tensor, spec: TensorSpec) -> Tensor:
+    if not bool(value.isfinite().all()):
+        raise Unrecoverable(
+            f"{shown(spec.key)}: values that are not finite",
+            where="stats",
+            hint="collect them again, in float32 or bfloat16",
+        )
+    return value.detach().to("cpu", torch.float32)
