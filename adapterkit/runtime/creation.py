@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from adapterkit.runtime.new_values import new_values
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
-from adapterkit.runtime.starts import method_of, start
+from adapterkit.runtime.starts import ModuleStatistics, method_of, start, statistics_for
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import Target, resolve
+from adapterkit.statistics.source import Stats
 
 
 def attach(
@@ -29,12 +31,13 @@ def attach(
     dtype: torch.dtype | None,
     *,
     ephemeral_gpu_offload: bool = False,
+    stats: Stats | None = None,
 ) -> None:
     """Add a new, trainable adapter; `Refused` before anything changes."""
     state.unused(name)
     with replicating(state):
         replicate(state, config.layer_replication, "LoraConfig: layer_replication")
-        parts = _new_parts(state, config, name, seed, dtype, ephemeral_gpu_offload)
+        parts = _new_parts(state, config, name, seed, dtype, ephemeral_gpu_offload, stats)
     adapter = Attached(name, config, trainable=True, base=base_name(state.model))
     for path, part in parts:
         state.add(adapter, path, part)
@@ -48,11 +51,33 @@ def _new_parts(
     seed: int | None,
     dtype: torch.dtype | None,
     ephemeral_gpu_offload: bool,
+    stats: Stats | None,
 ) -> list[tuple[str, Part]]:
     targets = resolve(state.model, config)
     if config.dora:
         _check_dora(state, targets)
     method = method_of(config, targets)
+    with statistics_for(method, targets, stats) as statistics:
+        parts = _factors(
+            state, config, name, targets, method, statistics, seed, dtype, ephemeral_gpu_offload
+        )
+    heads = {target.path: target.tied for target in targets if target.tied is not None}
+    parts = share(parts, heads, config.dropout)
+    modules = [target.path for target in targets if target.leaf is None]
+    return parts + new_values(state, config, name, modules, dtype)
+
+
+def _factors(
+    state: State,
+    config: LoraConfig,
+    name: str,
+    targets: Sequence[Target],
+    method: Any,
+    statistics: ModuleStatistics,
+    seed: int | None,
+    dtype: torch.dtype | None,
+    ephemeral_gpu_offload: bool,
+) -> list[tuple[str, Part]]:
     generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
     parts: list[tuple[str, Part]] = []
     further = Counter(target.path for target in targets)  # parameters of a module, after this one
@@ -68,7 +93,7 @@ def _new_parts(
             parts.append((path, part))
             continue
         kind = part_class(kind_name, config)
-        a, b = start(method, target, kind, host, generator)
+        a, b = start(method, target, kind, host, generator, statistics.of(path))
         where = home(host)
         part = kind(
             name,
@@ -86,10 +111,7 @@ def _new_parts(
         if config.dora:
             part.decompose(host, dtype)
         parts.append((path, part))
-    heads = {target.path: target.tied for target in targets if target.tied is not None}
-    parts = share(parts, heads, config.dropout)
-    modules = [target.path for target in targets if target.leaf is None]
-    return parts + new_values(state, config, name, modules, dtype)
+    return parts
 
 
 def _check_dora(state: State, targets: Sequence[Target]) -> None:

@@ -25,6 +25,7 @@ from adapterkit.runtime.conflicts import conflicts
 from adapterkit.runtime.report import Report, report
 from adapterkit.runtime.state import State, refuse_merged, weights
 from adapterkit.runtime.store import Store
+from adapterkit.statistics.source import Stats
 
 ATTRIBUTE = "_adapterkit"  # of a model that has a handle
 
@@ -66,10 +67,17 @@ class Adapters:
         seed: int | None = None,
         dtype: torch.dtype | None = torch.float32,
         ephemeral_gpu_offload: bool = False,
+        stats: Stats | None = None,
     ) -> None:
         """Add a new, trainable adapter; what is active stays."""
         creation.attach(
-            self.state, config, name, seed, dtype, ephemeral_gpu_offload=ephemeral_gpu_offload
+            self.state,
+            config,
+            name,
+            seed,
+            dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            stats=stats,
         )
 
     def load(
@@ -290,19 +298,26 @@ def attach(
     seed: int | None = None,
     dtype: torch.dtype | None = torch.float32,
     ephemeral_gpu_offload: bool = False,
+    stats: Stats | None = None,
 ) -> Adapters:
     """Attach a new, trainable adapter to a model, active; the base is frozen.
 
     y = x·Wᵀ + scale·(x·aᵀ)·bᵀ at each target. `dtype`: of the factors, None for that of the base's
-    weight. `ephemeral_gpu_offload`: norms of DoRA are computed on the accelerator, where there is
-    one, while the model is on the CPU. `Refused` for a model that has adapters (use
+    weight. `stats`: what the inits `corda`, `eva` and `lora_ga` start from, as `collect` returns
+    it, or its file. `ephemeral_gpu_offload`: norms of DoRA are computed on the accelerator, where
+    there is one, while the model is on the CPU. `Refused` for a model that has adapters (use
     `adapters.attach`), before anything changes. Unlike PEFT, the model is not wrapped and none of
     its names change.
     """
     adapters = _handle(model)
     try:
         adapters.attach(
-            config, name=name, seed=seed, dtype=dtype, ephemeral_gpu_offload=ephemeral_gpu_offload
+            config,
+            name=name,
+            seed=seed,
+            dtype=dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            stats=stats,
         )
     except BaseException:
         adapters.detach()

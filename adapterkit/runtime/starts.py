@@ -1,19 +1,28 @@
 """Initial factors of new adapters, by the records of `adapterkit.inits`."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from adapterkit.adapters.lora_config import LoraConfig
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, refuse_all, shown
 from adapterkit.inits.common import draw
 from adapterkit.registry import create, members
 from adapterkit.runtime.factors import FactorsPart
+from adapterkit.runtime.layers import KINDS
 from adapterkit.runtime.targets import Target
+from adapterkit.statistics.source import Source, Stats, open_statistics
+from adapterkit.tasks.statistics import select_statistics, shape_of
+
+WHERE = "LoraConfig"
 
 
-def method_of(config: LoraConfig, targets: list[Target]) -> Any:
+def method_of(config: LoraConfig, targets: Sequence[Target]) -> Any:
     """The record of a config's init; `Refused` for one that cannot start these adapters."""
     name = "random" if config.init is False else str(config.init)
     name, _, niter = name.partition("_niter_")  # PEFT's pissa_niter_4
@@ -22,18 +31,19 @@ def method_of(config: LoraConfig, targets: list[Target]) -> Any:
         raise Refused(
             f"init {shown(name)}",
             expected=", ".join(members("inits")),
-            where="LoraConfig",
+            where=WHERE,
             hint="start it from the files with adapterkit init or loftq, then load it",
         )
-    method: Any = create("inits", name, {"niter": int(niter)} if niter else {})
-    if "weight" in method.needs:
+    options = {"niter": int(niter)} if niter else config.init_options
+    method: Any = create("inits", name, dict(options))
+    if method.needs:
         others = [target.path for target in targets if target.kind not in ("linear", "conv1d")]
         if others:
             errors.append(
                 Refused(
                     f"init {name} on {', '.join(map(shown, others[:6]))}",
                     expected="linear layers (PEFT starts other layers in another way, silently)",
-                    where="LoraConfig",
+                    where=WHERE,
                     hint="leave them out, or give another init",
                 )
             )
@@ -42,12 +52,55 @@ def method_of(config: LoraConfig, targets: list[Target]) -> Any:
             Refused(
                 f"init {name} of an activated LoRA",
                 expected="an init that leaves the base as it is before the invocation",
-                where="LoraConfig",
+                where=WHERE,
                 hint="give another init",
             )
         )
     refuse_all(errors)
     return method
+
+
+@dataclass(frozen=True)
+class ModuleStatistics:
+    """The statistics that an init needs, module by module."""
+
+    source: Source | None
+    specs: Mapping[str, Mapping[str, TensorSpec]]  # module -> kind -> where it is
+
+    def of(self, module: str) -> dict[str, Tensor]:
+        """The statistics of a module by kind, float32 on the CPU."""
+        if self.source is None:
+            return {}
+        return {kind: self.source.tensor(spec) for kind, spec in self.specs[module].items()}
+
+
+@contextmanager
+def statistics_for(
+    method: Any, targets: Sequence[Target], stats: Stats | None
+) -> Iterator[ModuleStatistics]:
+    """The statistics that an init needs of its targets; `Refused` with all that are missing."""
+    kinds = [kind for kind in method.needs if kind != "weight"]
+    if bool(kinds) != (stats is not None):
+        what = "covariance" if not kinds else "pca" if "components" in kinds else kinds[0]
+        raise Refused(
+            f"init {method.name} {'without' if kinds else 'with'} statistics",
+            expected=f"stats= with {', '.join(kinds)} of each target" if kinds else "no stats=",
+            where="attach",
+            hint=f'stats=collect(model, run_model, what="{what}")' if kinds else "leave it out",
+        )
+    if stats is None:
+        yield ModuleStatistics(None, {})
+        return
+    with open_statistics(stats) as source:
+        specs: dict[str, dict[str, TensorSpec]] = {target.path: {} for target in targets}
+        for kind in kinds:
+            shapes = {}
+            for target in targets:
+                (_, width), (out, _) = KINDS[target.kind].shapes(target.module, target.rank)
+                shapes[target.path] = shape_of(kind, out, width)
+            for path, spec in select_statistics(source.statistics, kind, shapes).items():
+                specs[path][kind] = spec
+        yield ModuleStatistics(source, specs)
 
 
 @torch.no_grad()
@@ -57,18 +110,40 @@ def start(
     kind: type[FactorsPart],
     host: Any,
     generator: Generator,
+    statistics: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """a and b of a new adapter on a module, float32."""
     a_shape, b_shape = kind.shapes(host, target.rank)
-    if "weight" in method.needs:
-        matrix = kind.matrix(host)
-        if matrix.is_meta or target.rank > min(matrix.shape):
-            raise Refused(
-                f"rank {target.rank} for {shown(target.path)} of shape {tuple(matrix.shape)}"
-                + (" on the meta device" if matrix.is_meta else ""),
-                expected="a weight with values, and a rank of at most its smaller side",
-                where=f"init {method.name}",
-                hint="load the base first" if matrix.is_meta else "give a smaller rank",
-            )
-        return method.factors(matrix, target.rank, target.scale)
+    if method.needs:
+        weight = _matrix(method, target, kind, host)
+        where = "cpu" if weight.is_meta else weight.device
+        others: dict[str, Any] = {key: value.to(where) for key, value in statistics.items()}
+        if getattr(method, "draws", False):
+            others["generator"] = generator
+        try:
+            return method.factors(weight, target.rank, target.scale, **others)
+        except ValueError as error:
+            raise Unrecoverable(
+                f"statistics of {shown(target.path)}: {error}",
+                expected=f"what init {method.name} takes",
+                where="stats",
+                hint="collect them on texts that reach this module, in float32",
+            ) from error
     return draw(method, a_shape, b_shape, generator, kind.stored_as == "embedding")
+
+
+def _matrix(method: Any, target: Target, kind: type[FactorsPart], host: Any) -> Tensor:
+    """The weight (out, in); without values where the method needs none."""
+    if "weight" not in method.needs:
+        (_, width), (out, _) = kind.shapes(host, target.rank)
+        return torch.empty(out, width, device="meta")
+    matrix = kind.matrix(host)
+    if matrix.is_meta or target.rank > min(matrix.shape):
+        raise Refused(
+            f"rank {target.rank} for {shown(target.path)} of shape {tuple(matrix.shape)}"
+            + (" on the meta device" if matrix.is_meta else ""),
+            expected="a weight with values, and a rank of at most its smaller side",
+            where=f"init {method.name}",
+            hint="load the base first" if matrix.is_meta else "give a smaller rank",
+        )
+    return matrix

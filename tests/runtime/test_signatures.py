@@ -13,7 +13,7 @@ pytestmark = pytest.mark.quick
 REQUIRED = inspect.Parameter.empty
 # positional arguments, then keyword ones with their defaults
 FUNCTIONS: dict[str, tuple[list[str], dict[str, object]]] = {
-    "attach": (["model", "config"], {"name": "default", "seed": None}),
+    "attach": (["model", "config"], {"name": "default", "seed": None, "stats": None}),
     "load": (["model", "source"], {"name": "default", "trainable": False, "pad_rank": None}),
     "load_arrow": (["model", "folder"], {"name": "arrow", "top_k": None, "temperature": None}),
     "create_arrow_model": (
@@ -31,10 +31,13 @@ FUNCTIONS: dict[str, tuple[list[str], dict[str, object]]] = {
     ),
     "Riemannian": (["h", "optimizer_class"], {"lr": REQUIRED, "reg": 1e-2}),
     "prepare_for_kbit_training": (["model"], {}),
-    "collect": (["model", "run_model"], {"what": "covariance", "targets": None}),
+    "collect": (
+        ["model", "run_model"],
+        {"what": "covariance", "targets": None, "compat": None, "mask": None, "out": None},
+    ),
 }  # fmt: skip
 METHODS: dict[str, tuple[list[str], dict[str, object]]] = {
-    "attach": (["config"], {"name": REQUIRED, "seed": None}),
+    "attach": (["config"], {"name": REQUIRED, "seed": None, "stats": None}),
     "load": (["source"], {"name": REQUIRED, "trainable": False}),
     "parameters": (["name"], {}),
     "activate": (["names"], {}),
@@ -56,8 +59,9 @@ METHODS: dict[str, tuple[list[str], dict[str, object]]] = {
 }
 SETTINGS = {
     "rank": 8, "alpha": 8, "targets": None, "rslora": False, "dora": False, "dropout": 0.0,
-    "bias": "none", "lora_bias": False, "init": "default", "init_options": {}, "rank_pattern": {}, "alpha_pattern": {},
-    "exclude": None, "layers": None, "layers_pattern": None, "parameters": None,
+    "bias": "none", "lora_bias": False, "init": "default", "init_options": {},
+    "rank_pattern": {}, "alpha_pattern": {}, "exclude": None, "layers": None,
+    "layers_pattern": None, "parameters": None,
     "modules_to_save": None, "trainable_tokens": None, "tie": False, "layer_replication": None,
     "invocation_tokens": None, "task_type": None,
 }  # fmt: skip
