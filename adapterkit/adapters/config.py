@@ -29,6 +29,8 @@ OTHER_ARITHMETIC = {
 }
 # inits that subtract from, or quantize, the base
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# of an init whose part is still in the base: the initial factors beside the adapter say which part
+IMPLICIT = "implicit_"
 OTHER_INITS = ("gaussian", "eva", "mica", "orthogonal", "default", "true", "false")
 FLAGS = ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
 TEXTS = ("task_type", "peft_version", "bias")
@@ -83,7 +85,7 @@ def check_config(config: dict, where: str) -> list[AdapterkitError]:
     errors += check_unknown_settings(config, KNOWN_SETTINGS | set(OTHER_ARITHMETIC), where)
     init = config.get("init_lora_weights")
     name = init.lower() if isinstance(init, str) else ""
-    is_known = name in OTHER_INITS or name.startswith(BASE_CHANGING_INITS)
+    is_known = name in OTHER_INITS or name.startswith((*BASE_CHANGING_INITS, IMPLICIT))
     if init is not None and type(init) is not bool and not is_known:
         inits = ", ".join(BASE_CHANGING_INITS + OTHER_INITS)
         refuse("init_lora_weights", f"true, false, or one of {inits}")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+INITIAL = "initial"  # subfolder of an adapter: the adapter before its training
 PREFIX = "base_model.model."
 FACTORS = {  # by the kind of the module, a and b
     "module": ("lora_A.weight", "lora_B.weight"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from adapterkit.adapters.config import BASE_CHANGING_INITS, saved_modules
+from adapterkit.adapters.config import BASE_CHANGING_INITS, IMPLICIT, saved_modules
 from adapterkit.adapters.keys import BASE_LAYER_VALUE, CONFIG
 from adapterkit.adapters.targets import ALL_LINEAR, WHOLE, Patterns, has_end
 from adapterkit.checkpoint.folder import Folder
@@ -66,11 +66,15 @@ class Adapter:
         return f"{self.label}/{CONFIG}"
 
     def changed_base(self) -> str | None:
-        """init_lora_weights if that init changed the base's weights, else None."""
+        """init_lora_weights if that init changed the base's weights, or would, else None."""
         init = self.config.get("init_lora_weights", True)
-        return (
-            init if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS) else None
-        )
+        inits = (*BASE_CHANGING_INITS, IMPLICIT)
+        return init if isinstance(init, str) and init.lower().startswith(inits) else None
+
+    @property
+    def is_implicit(self) -> bool:
+        """Whether its base is the original without the initial factors in the folder INITIAL."""
+        return (self.changed_base() or "").lower().startswith(IMPLICIT)
 
     @property
     def saved(self) -> list[str]:

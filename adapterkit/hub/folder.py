@@ -41,6 +41,11 @@ class HubFolder:
         self._pinned = HubId(hub_id.repo, self.commit, hub_id.subfolder)
         self._set_up_downloads()
 
+    def subfolder(self, name: str) -> "HubFolder":
+        """A folder inside this one, of the same commit."""
+        repo, path = self.hub_id.repo, self.hub_id.path(name)
+        return HubFolder(HubId(repo, self.commit, path))
+
     def _set_up_downloads(self) -> None:
         self._lock = threading.Lock()
         self._downloads: dict[str, Future[Path]] = {}  # queued, running or done

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
-from adapterkit.adapters.keys import CONFIG, WEIGHTS
+from adapterkit.adapters.config import IMPLICIT
+from adapterkit.adapters.keys import CONFIG, INITIAL, WEIGHTS
 from adapterkit.checkpoint.folder import Folder, LocalFolder, WeightsFile
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.strict import read_json
@@ -85,6 +86,31 @@ def _is_weights(folder: Folder) -> TypeGuard[_File]:
         isinstance(folder, LocalFolder)
         and folder.single is not None
         and folder.single.endswith(".safetensors")
+    )
+
+
+def initial_of(adapter: Folder) -> Folder | None:
+    """The folder of the initial factors beside an adapter that is relative to the original base
+    without them; None for other adapters. `Refused` where it is missing."""
+    if CONFIG not in adapter.files():
+        return None  # refused where the adapter is read
+    init = read_json(adapter, CONFIG).get("init_lora_weights")
+    if not isinstance(init, str) or not init.lower().startswith(IMPLICIT):
+        return None
+    if isinstance(adapter, LocalFolder):
+        path = adapter.root / INITIAL
+        if path.is_dir():
+            return LocalFolder(path)
+    elif f"{INITIAL}/{CONFIG}" in adapter.files():
+        from adapterkit.hub.folder import HubFolder
+
+        assert isinstance(adapter, HubFolder)
+        return adapter.subfolder(INITIAL)
+    raise Refused(
+        f"init_lora_weights {shown(init)} without the folder {INITIAL}/",
+        expected="the initial factors, which the base is to be without",
+        where=f"{adapter.label}/{CONFIG}",
+        hint="keep the folder that adapterkit init wrote together",
     )
 
 

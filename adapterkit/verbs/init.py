@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterkit import dtypes
+from adapterkit.adapters.keys import INITIAL
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
@@ -33,7 +34,7 @@ from adapterkit.tasks.statistics import select_statistics
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized
 
-ADAPTER, INITIAL = "adapter", "adapter/initial"  # folders in the output
+ADAPTER = "adapter"  # folder in the output
 PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts as they are written here
 
 
@@ -191,7 +192,7 @@ def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> 
         initial = [
             HandoffFactors(f"{INITIAL} {t.name}", t.place, t.dtype, t.rank, t.name) for t in tasks
         ]
-        copy = _adapter(base, initial, targets, options, method, INITIAL)
+        copy = _adapter(base, initial, targets, options, method, f"{ADAPTER}/{INITIAL}")
         shards, files = [*shards, copy.shard()], files | copy.files(notes)
     elif method.changes_base:
         more = _residual(base, targets, options, adapter, notes)

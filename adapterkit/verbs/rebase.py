@@ -22,7 +22,7 @@ from adapterkit.planning.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.sources import open_adapter, open_model
+from adapterkit.planning.sources import initial_of, open_adapter, open_model
 from adapterkit.receipt import Receipt
 from adapterkit.tasks.combined import CombinedFactors, Part, Refit
 from adapterkit.weights.names import Names
@@ -44,7 +44,7 @@ class Options:
 def rebase(
     adapter: StrPath,
     *,
-    initial: StrPath,
+    initial: StrPath | None = None,
     out: StrPath,
     base: StrPath | None = None,
     rank: int | None = None,
@@ -62,17 +62,25 @@ def rebase(
     """Turn an adapter that was initialized by PiSSA, OLoRA, CorDA or LoRA-GA into plain LoRA on the
     original base.
 
-    Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training), so
-    on W the delta is s·b@a - s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it.
+    Its base was W - s₀·b₀@a₀, `initial` holds a₀ and b₀ (the adapter as saved before training; by
+    default those beside an adapter of `init` with `residual="implicit"`), so on W the delta is
+    s·b@a - s₀·b₀@a₀: exact at twice the rank; `rank` or `energy` refits it.
     Unlike PEFT's `path_initial_model_for_weight_conversion` it keeps embeddings, biases,
     magnitudes, trained modules and token rows, and works with patterns and rsLoRA. `base` tells
     parameters of `target_parameters` apart where the files do not. Raises `Refused` before anything
     is written.
     """
     folder = None if base is None else open_model(base)
-    plan = plan_rebase(
-        open_adapter(adapter), open_adapter(initial), Options(rank, energy, dtype), folder
-    )
+    source = open_adapter(adapter)
+    before = initial_of(source) if initial is None else open_adapter(initial)
+    if before is None:
+        raise Refused(
+            f"no --initial for {source.name}",
+            expected="the adapter as saved before training",
+            where="--initial",
+            hint="give its folder",
+        )
+    plan = plan_rebase(source, before, Options(rank, energy, dtype), folder)
     execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
     return execution.run(plan)
 

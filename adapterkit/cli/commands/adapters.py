@@ -198,10 +198,10 @@ def resize(adapter: str, **options: Any) -> None:
 @click.argument("adapter", type=Source())
 @click.option(
     "--initial",
-    required=True,
     type=Source(),
     metavar="ADAPTER",
-    help="The same adapter as saved before training.",
+    help="The same adapter as saved before training (default: ADAPTER/initial, of init "
+    "--residual implicit).",
 )
 @output_options
 @base_option(FOR_AMBIGUOUS_PARAMETERS)

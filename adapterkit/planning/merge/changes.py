@@ -7,7 +7,7 @@ from dataclasses import replace
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.record import Adapter, Lora, is_inside, rank_mismatch
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Refused, listed, shown
 from adapterkit.planning.merge.copies import remove_base_copies
 from adapterkit.planning.merge.job import Addition, Change, Job
 from adapterkit.planning.merge.orientation import orient, resolve_targets
@@ -31,7 +31,9 @@ def collect_changes(job: Job) -> None:
 def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
     _compare_base_names(job, adapter)
     init = adapter.changed_base()
-    if init is not None and not job.options.base_is_residual:
+    if adapter.number in job.with_initial:
+        _check_initial(job, adapter)
+    elif init is not None and not job.options.base_is_residual:
         job.refuse(
             f"init_lora_weights {init!r}: this adapter was trained on a base that the init had "
             "changed",
@@ -43,6 +45,23 @@ def _check_adapter(job: Job, adapter: Adapter, weight: float) -> None:
         )
     if weight != 1.0:
         _check_weighted(job, adapter, weight)
+
+
+def _check_initial(job: Job, adapter: Adapter) -> None:
+    """Refuse initial factors on other modules than the adapter's."""
+    initial = next((one for one in job.adapters if one.number == adapter.number + 1), None)
+    if initial is None:
+        return  # it cannot be read, which is refused already
+    modules, others = (
+        {(lora.module, lora.depth) for lora in one.loras} for one in (adapter, initial)
+    )
+    if different := sorted(module for module, _ in modules ^ others):
+        job.refuse(
+            f"only one of the adapter and its initial factors has {listed(different)}",
+            "the same modules in both",
+            "keep the folder that adapterkit init wrote together",
+            where=adapter.label,
+        )
 
 
 def _check_weighted(job: Job, adapter: Adapter, weight: float) -> None:

@@ -87,6 +87,8 @@ class Job:
         self.adapters, self.weights, self.options = adapters, weights, options
         self.errors: list[AdapterkitError] = []
         self.notes: list[str] = []
+        # numbers of adapters that the next one, their initial factors, is to be taken from
+        self.with_initial: frozenset[int] = frozenset()
         self.merged_before: list[MergedAdapter] = []
         self.skipped: list[str] = []
         self.changes: dict[str, Change] = {}

@@ -31,7 +31,7 @@ from adapterkit.planning.model_output import (
     plan_shards_of_size,
     rounding_warnings,
 )
-from adapterkit.planning.sources import open_model
+from adapterkit.planning.sources import initial_of, open_model
 from adapterkit.planning.tokenizer_files import tokenizer_files
 from adapterkit.weights.codec import QuantizedWeight, check_writable
 from adapterkit.weights.decoded import decoded_view, quantization_files, quantized_weights
@@ -46,6 +46,7 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     _check_options(options)
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
+    sources, with_initial = _with_initial(sources, options)
     adapters, errors = _scan_adapters(sources)
     try:
         checkpoint = open_checkpoint(base)
@@ -55,6 +56,7 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     if errors and len(adapters) < len(sources):
         refuse_all(errors)
     job = Job(checkpoint, adapters, [weight for _, weight in sources], options)
+    job.with_initial = with_initial
     job.merged_before = merged_adapters(base)
     job.notes += history_notes(base, job.merged_before, adapters, job.weights)
     return _plan(job, changed_steps(job, errors))
@@ -74,6 +76,23 @@ def changed_steps(job: Job, errors: Sequence[AdapterkitError] = ()) -> Steps:
     check_quantized_output(job, steps)
     refuse_all(job.errors)
     return steps
+
+
+def _with_initial(
+    sources: list[tuple[Folder, float]], options: Options
+) -> tuple[list[tuple[Folder, float]], frozenset[int]]:
+    """The adapters, those that lack their initial factors followed by these with the opposite
+    weight; and the numbers of such."""
+    if options.base_is_residual:
+        return sources, frozenset()
+    expanded: list[tuple[Folder, float]] = []
+    numbers: set[int] = set()
+    for folder, weight in sources:
+        expanded.append((folder, weight))
+        if (initial := initial_of(folder)) is not None:
+            numbers.add(len(expanded))
+            expanded.append((initial, -weight))
+    return expanded, frozenset(numbers)
 
 
 def _scan_adapters(
