@@ -80,14 +80,14 @@ class Masks:
     def watching(self) -> Iterator[None]:
         """Follow the model's calls."""
         hooks = [
-            self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.model.register_forward_pre_hook(self.enter, with_kwargs=True),
             self.model.register_forward_hook(lambda *_: self._forget(), always_call=True),
         ]
-        encoder = _encoder(self.model)
+        encoder = encoder_of(self.model)
         if encoder is not None:
             hooks += [
-                encoder.register_forward_pre_hook(self._enter_encoder),
-                encoder.register_forward_hook(self._leave_encoder),
+                encoder.register_forward_pre_hook(self.enter_encoder),
+                encoder.register_forward_hook(self.leave_encoder),
             ]
         try:
             yield
@@ -95,10 +95,11 @@ class Masks:
             for hook in hooks:
                 hook.remove()
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The model is called."""
         self._forget()
         inputs = _arguments(module, args, kwargs)
-        if _encoder(module) is not None:
+        if encoder_of(module) is not None:
             self.has_two = True
             outputs, labels = inputs.get("encoder_outputs"), inputs.get("labels")
             self.encoded = None if outputs is None else outputs[0]
@@ -108,10 +109,12 @@ class Masks:
         first, second = masks if isinstance(masks, tuple) else (masks, None)
         self.first, self.second = _partial(first), _partial(second)
 
-    def _enter_encoder(self, *_: Any) -> None:
+    def enter_encoder(self, *_: Any) -> None:
+        """The model's encoder is called."""
         self.in_encoder = True
 
-    def _leave_encoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def leave_encoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """The model's encoder returns."""
         self.in_encoder = False
         self.encoded = output if isinstance(output, Tensor) else output[0]
 
@@ -151,7 +154,7 @@ def _partial(mask: Tensor | None) -> Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.bool()
 
 
-def _encoder(model: nn.Module) -> nn.Module | None:
+def encoder_of(model: nn.Module) -> nn.Module | None:
     """The encoder of a transformers model that has a decoder as well."""
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):

@@ -1,7 +1,8 @@
 """Sums over the inputs of layers, from which their statistics are made."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ INPUTS = {
     "pca": ("components", "variances", "variance"),
 }
 COMPONENTS = 256  # principal components that are stored of a layer, unless asked otherwise
-BLOCK = 2048  # vectors whose products are summed in their own dtype, before they join float64
+BLOCK = 1024  # vectors whose products are summed in their own dtype, before they join float64
 PANEL = 256  # least rows of a panel
 PANELS = 8  # of a covariance: 9/16 of the products of a full one
 
@@ -75,6 +76,8 @@ class Sum:
                 self._close_block()
 
     def _close_block(self) -> None:
+        if not self.in_block:
+            return
         if not self.total:
             self.total = [panel.to(torch.float64, copy=True) for panel in self.block]
         else:
@@ -83,6 +86,31 @@ class Sum:
         for panel in self.block:
             panel.zero_()
         self.in_block = 0
+
+    def record(self) -> dict[str, Any]:
+        """All but the tensors, as JSON has it."""
+        return {
+            "width": self.width,
+            "squares": self.squares,
+            "normalize": self.normalize,
+            "vectors": self.vectors,
+            "calls": self.calls,
+            "modules": list(self.modules),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums in float64, by name."""
+        self._close_block()
+        vectors = {} if self.vector is None else {"vector": self.vector}
+        return vectors | {f"panel.{i}": panel for i, panel in enumerate(self.total)}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Sum":
+        """The inverse of `record` and `tensors`."""
+        fields = {**record, "modules": dict.fromkeys(record["modules"])}
+        count = sum(name.startswith("panel.") for name in tensors)
+        total = [tensors[f"panel.{i}"] for i in range(count)]
+        return cls(**fields, vector=tensors.get("vector"), total=total)
 
     def copy(self) -> "Sum":
         """The same sums of no module."""

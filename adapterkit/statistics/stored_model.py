@@ -1,0 +1,193 @@
+"""A model of transformers whose buffers are real and whose parameters are on the meta device, until
+they are read from the shards."""
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.engines.reader import LocalReader
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.decoded import decoded_view
+from adapterkit.weights.names import Names
+from adapterkit.weights.parameters import StoredParameter
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Tensors in the dtype that they are stored in; quantized ones in float32."""
+
+    reader: LocalReader
+
+    def tensor(self, spec: TensorSpec) -> Tensor:
+        is_quantized = isinstance(spec, QuantizedWeight)
+        return self.reader.tensor(spec) if is_quantized else self.reader.stored(spec)
+
+
+class StoredModel:
+    """The model of a checkpoint, as transformers builds it: in its config's dtype, or that of its
+    first stored floats; in eval mode, without a cache.
+
+    `Refused` for a model that transformers does not know or cannot build, and for parameters of
+    layers that are not stored.
+    """
+
+    def __init__(self, base: Checkpoint, sources: Sources, device: torch.device):
+        self.base, self.device, self.notes = decoded_view(base), device, []
+        self.names = Names(self.base, build_model=True, notes=self.notes)
+        skeleton = self.names.model
+        if skeleton is None:
+            raise Refused(
+                f"no model of type {shown(base.config.get('model_type'))}",
+                expected="a model that transformers can build",
+                where=base.name,
+                hint="; ".join(self.notes) or "update transformers",
+            )
+        config = copy.deepcopy(skeleton.model.config)
+        self.dtype = self._dtype(config)
+        self.model = _without_data(type(skeleton.model), config, self.dtype)
+        self.model.requires_grad_(False)
+        self._reader = _Reader(LocalReader(sources, device))
+        self._meta = dict(self.model.named_parameters(remove_duplicate=False))
+        self._stored, self._absent = self._find_parameters()
+        self._load_buffers()
+
+    def _dtype(self, config: Any) -> torch.dtype:
+        if isinstance(config.dtype, torch.dtype):
+            return config.dtype
+        stored = (spec.dtype for spec in self.base.tensors.values())
+        return dtypes.torch_dtype(next((d for d in stored if d in dtypes.FLOATS), "F32"))
+
+    def _find_parameters(self) -> tuple[dict[str, StoredParameter], set[str]]:
+        stored, absent = {}, set()
+        errors: list[AdapterkitError] = []
+        for name, value in self._meta.items():
+            try:
+                parameter = self.names.parameter(name)
+            except AdapterkitError as error:
+                errors.append(error)
+                continue
+            if parameter is None:
+                absent.add(name)
+                continue
+            if parameter.shape != tuple(value.shape):
+                error = Refused(
+                    f"{shown(name)} {parameter.shape}",
+                    expected=str(tuple(value.shape)),
+                    where=self.base.name,
+                    hint="fix the config",
+                )
+                errors.append(error)
+            stored[name] = StoredParameter.of(parameter, self.base.tensors)
+        refuse_all(errors)
+        return stored, absent
+
+    def _load_buffers(self) -> None:
+        """Read the buffers that are stored, such as those of batch norms."""
+        for name, buffer in self.model.named_buffers():
+            parameter = self.names.parameter(name)
+            if parameter is not None and parameter.shape == tuple(buffer.shape):
+                stored = StoredParameter.of(parameter, self.base.tensors)
+                buffer.copy_(stored.read(self._reader))
+
+    def absent(self, module: str) -> list[str]:
+        """Parameters of a module that are not stored."""
+        return [name for name in self.parameters(module) if name in self._absent]
+
+    def parameters(self, module: str = "") -> list[str]:
+        """Names of a module's parameters."""
+        prefix = f"{module}." if module else ""
+        return [name for name in self._meta if name.startswith(prefix)]
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Bytes of parameters in memory."""
+        return sum(self._meta[name].numel() * self._meta[name].element_size() for name in names)
+
+    def load(self, names: Iterable[str]) -> None:
+        """Read parameters from the shards; tied ones are one. `Refused` if one is not stored."""
+        names = list(names)
+        missing = [name for name in names if name in self._absent]
+        if missing:
+            raise Refused(
+                f"no {listed(missing)}",
+                expected="every parameter that the model computes with",
+                where=self.base.name,
+                hint="save the model with this part, or name fewer --targets",
+            )
+        loaded: dict[int, nn.Parameter] = {}
+        for name in names:
+            meta = self._meta[name]
+            if id(meta) not in loaded:
+                value = self._stored[name].read(self._reader).to(meta.dtype)
+                loaded[id(meta)] = nn.Parameter(value, requires_grad=False)
+            self._set(name, loaded[id(meta)])
+
+    def free(self, names: Iterable[str]) -> None:
+        """Forget the values of parameters."""
+        for name in names:
+            self._set(name, self._meta[name])
+
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        parent, _, leaf = name.rpartition(".")
+        self.model.get_submodule(parent)._parameters[leaf] = parameter
+
+
+def _without_data(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of transformers in eval mode whose parameters are on the meta device."""
+    from transformers.initialization import no_init_weights
+
+    _disable_cache(config)
+    with no_init_weights(), _parameters_on_meta():
+        model: Any = cls._from_config(config, dtype=dtype)
+        model.tie_weights(recompute_mapping=False)
+    _keep_wide(model, model._get_dtype_plan(dtype))
+    return model.eval()
+
+
+def _disable_cache(config: Any) -> None:
+    parts: list[Any] = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    for part in parts:
+        if getattr(part, "use_cache", False):
+            part.use_cache = False
+
+
+def _keep_wide(model: nn.Module, plan: dict[str, torch.dtype]) -> None:
+    """Parameters that transformers keeps in float32 in a model of 16 bits."""
+    patterns = {re.compile(key.replace("*", ".*")): dtype for key, dtype in plan.items()}
+    for name, parameter in list(model.named_parameters()):
+        dtype = next((d for pattern, d in patterns.items() if pattern.search(name)), None)
+        if dtype is not None:
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that are built meanwhile keep their buffers and lose their parameters' values.
+
+    (Under `torch.device("meta")` buffers that the code computes would have no values either.)"""
+    original = nn.Module.register_parameter
+    moved: Any = WeakIdKeyDictionary()  # tied ones stay one
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            if param not in moved:
+                moved[param] = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+            param = moved[param]
+        original(self, name, param)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original

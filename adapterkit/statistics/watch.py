@@ -1,0 +1,59 @@
+"""Hooks on the layers whose inputs are summed, while batches take turns in the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapterkit.statistics.masks import Masks, encoder_of
+from adapterkit.statistics.sums import Sums
+
+
+class Watch:
+    """Adds what layers see to sums, as a context.
+
+    `masks` is to be set to those of the batch that runs; None: all vectors count.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]):
+        self.model, self.modules = model, modules
+        self.sums: Sums | None = None  # nothing is added without
+        self.masks: Masks | None = None
+        self._hooks: list[Any] = []
+
+    def masks_of(self, batch: Mapping[str, Tensor]) -> Masks:
+        """The masks of a batch."""
+        masks = Masks(self.model)
+        masks.enter(self.model, (), dict(batch))
+        return masks
+
+    def __enter__(self) -> "Watch":
+        for name, module in self.modules.items():
+            hook = module.register_forward_pre_hook(self._see(name), with_kwargs=True)
+            self._hooks.append(hook)
+        encoder = encoder_of(self.model) if self.modules else None
+        if encoder is not None:
+            self._hooks.append(encoder.register_forward_pre_hook(self._enter_encoder))
+            self._hooks.append(encoder.register_forward_hook(self._leave_encoder))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _see(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if self.sums is not None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                mask = None if self.masks is None else self.masks.of(name, x)
+                self.sums.add(name, x, mask)
+
+        return hook
+
+    def _enter_encoder(self, module: nn.Module, args: tuple) -> None:
+        if self.masks is not None:
+            self.masks.enter_encoder()
+
+    def _leave_encoder(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.masks is not None:
+            self.masks.leave_encoder(module, args, output)
