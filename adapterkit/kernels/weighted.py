@@ -15,6 +15,24 @@ from adapterkit.kernels.lowrank import Svd
 # of the mean of C's diagonal: added to it until it is positive definite
 DAMPING = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 SYMMETRIC = 1e-3  # of the largest element
+NOT_POSITIVE = "not positive semidefinite"
+
+
+def normalized(
+    c: Tensor,  # (n, n) float32
+) -> Tensor:  # (n, n) float64
+    """C / mean(diag C). Raises ValueError for what is no covariance: not symmetric, all zeros, or a
+    negative mean."""
+    largest = float(c.abs().amax())
+    if not largest or not math.isfinite(largest):
+        raise ValueError("zeros" if not largest else "values that are not finite")
+    if float((c - c.T).abs().amax()) > SYMMETRIC * largest:
+        raise ValueError("not symmetric")
+    wide = c.double()
+    mean = float(wide.diagonal().mean())
+    if mean <= 0:
+        raise ValueError(NOT_POSITIVE)
+    return wide / mean
 
 
 def root(
@@ -23,23 +41,17 @@ def root(
     """s with s sᵀ = C / mean(diag C) + d·1, and d, the least of DAMPING with which Cholesky's
     decomposition succeeds: float64, n³/3 operations.
 
-    Raises ValueError for what is no covariance: not symmetric, all zeros, or not positive
-    semidefinite, as one may be that was rounded to 16 bits.
+    Raises ValueError for what is no covariance: as `normalized`, or not positive semidefinite, as
+    one may be that was rounded to 16 bits.
     """
-    largest = float(c.abs().amax())
-    if not largest or not math.isfinite(largest):
-        raise ValueError("zeros" if not largest else "values that are not finite")
-    if float((c - c.T).abs().amax()) > SYMMETRIC * largest:
-        raise ValueError("not symmetric")
-    wide = c.double()
-    mean = float(wide.diagonal().mean())
-    for damping in DAMPING if mean > 0 else ():
-        damped = wide / mean
+    unit = normalized(c)
+    for damping in DAMPING:
+        damped = unit.clone()
         damped.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             return factor.float(), damping
-    raise ValueError("not positive semidefinite")
+    raise ValueError(NOT_POSITIVE)
 
 
 def project(

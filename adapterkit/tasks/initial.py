@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import Unrecoverable, shown
 from adapterkit.inits.common import draw
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import TaskResult
@@ -77,12 +78,33 @@ class InitialFactors(FactorsTask):
         self, matrix: Tensor | None, statistics: dict[str, Tensor], expert: int
     ) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank), a kernel's axes flattened."""
-        if self.method.needs:
-            return self.method.factors(matrix, self.rank, self.scale, **statistics)
-        a_shape, b_shape = (self.rank, *self.place.a_tail), (self.place.out, self.rank)
         generator = generator_of(self.seed, f"{self.name} {expert}")
+        if self.method.needs:
+            return self._computed(matrix, statistics, generator)
+        a_shape, b_shape = (self.rank, *self.place.a_tail), (self.place.out, self.rank)
         a, b = draw(self.method, a_shape, b_shape, generator, self.place.is_embedding)
         return a.reshape(self.rank, -1), b
+
+    def _computed(
+        self, matrix: Tensor | None, statistics: dict[str, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Those of a method that needs something; `Unrecoverable` for statistics that it cannot
+        use."""
+        if matrix is None:
+            matrix = torch.empty(self.place.out, math.prod(self.place.a_tail), device="meta")
+        drawn = {"generator": generator} if getattr(self.method, "draws", False) else {}
+        try:
+            return self.method.factors(matrix, self.max_rank, self.scale, **statistics, **drawn)
+        except ValueError as error:
+            if not self.statistics:
+                raise
+            keys = ", ".join(shown(spec.key) for _, spec in self.statistics)
+            raise Unrecoverable(
+                f"{keys}: {error}",
+                expected="statistics of this module's inputs and gradients",
+                where=self.statistics[0][1].file,
+                hint="collect them on texts that reach this module, and store them in float32",
+            ) from error
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

@@ -2,7 +2,7 @@
 that the adapter takes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapterkit import dtypes
@@ -13,7 +13,7 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, choice
-from adapterkit.plan import Plan, Progress, Task
+from adapterkit.plan import Plan, Progress, Task, no_warnings
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.initial_targets import Selection, Target, find_targets
 from adapterkit.planning.input_files import header_hashes, identities
@@ -30,6 +30,7 @@ from adapterkit.receipt import Receipt
 from adapterkit.registry import create, members
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.initial import InitialFactors
+from adapterkit.tasks.redistribution import finalize_by_ratios, warn_of_dropped, with_candidates
 from adapterkit.tasks.statistics import select_statistics
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized
@@ -186,7 +187,12 @@ def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> 
         for target in targets
     ]
     implicit = method.changes_base and options.residual == "implicit"
+    redistributes = getattr(method, "redistributes", False)
+    if redistributes:
+        tasks = with_candidates(tasks)
     adapter = _adapter(base, tasks, targets, options, method, ADAPTER, implicit)
+    if redistributes:
+        adapter = replace(adapter, finalize=finalize_by_ratios)
     shards, files = [adapter.shard()], adapter.files(notes)
     if implicit:
         initial = [
@@ -211,6 +217,7 @@ def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> 
         {"modules": len(targets)},
         tuple(notes),
         models=tuple(inputs),
+        warn=warn_of_dropped if redistributes else no_warnings,
     )
 
 
@@ -335,13 +342,14 @@ def _check_targets(base: Checkpoint, method: Any, targets: Sequence[Target]) -> 
                     hint="leave it out of --targets (PEFT starts it in another way, silently)",
                 )
             )
-        if method.needs and target.rank > min(target.shape):
+        most = min(target.shape) // getattr(method, "triplets_per_rank", 1)
+        if method.needs and target.rank > most:
             errors.append(
                 Refused(
                     f"rank {target.rank} for {shown(target.name)} {target.shape}",
-                    expected=f"at most {min(target.shape)}",
+                    expected=f"at most {most}",
                     where="--rank",
-                    hint=f"give --rank-for '{target.name}={min(target.shape)}'",
+                    hint=f"give --rank-for '{target.name}={most}'",
                 )
             )
     refuse_all(errors)

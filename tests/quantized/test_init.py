@@ -17,6 +17,7 @@ from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.registry import members
 from tests.support import oracle, tiny
+from tests.support.input_statistics import linear_modules, save_statistics
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 IDS = torch.arange(12)[None]
@@ -83,10 +84,23 @@ def test_pissa_is_the_principal_part_and_the_rest(options, base, tmp_path):
 CHANGING = [name for name, init in members("inits").items() if init.changes_base]
 
 
+@pytest.fixture(scope="module")
+def stats(base, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("stats") / "stats.safetensors"
+    llama, ids = model(base), torch.arange(60).view(3, 20)
+    modules = linear_modules(llama, ("_proj",))
+    return save_statistics(llama, modules, [{"input_ids": ids, "labels": ids}], file)
+
+
 @pytest.mark.parametrize("method", CHANGING)
-def test_base_and_adapter_are_the_original(method, base, tmp_path):
+def test_base_and_adapter_are_the_original(method, base, stats, tmp_path):
     """W' + scale·b@a = W, of every init that changes the base; PEFT loads both."""
-    receipt = adapterkit.init(base, method=method, rank=6, alpha=9, out=tmp_path / "out")
+    options: dict = {}
+    if set(members("inits")[method].needs) - {"weight"}:
+        options = {"stats": stats}
+    receipt = adapterkit.init(
+        base, method=method, rank=6, alpha=9, targets="all-linear", out=tmp_path / "out", **options
+    )
     before = load_file(base / "model.safetensors")
     rest = load_file(tmp_path / "out" / "base" / "model.safetensors")
     products = factors(tmp_path / "out" / "adapter")
