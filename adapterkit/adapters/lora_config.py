@@ -8,6 +8,7 @@ from typing import Any
 
 from adapterkit.adapters.config import (
     BASE_CHANGING_INITS,
+    IMPLICIT,
     OTHER_INITS,
     check_config,
     invalid_setting,
@@ -195,7 +196,7 @@ def _is_repeatable(init: str) -> bool:
 
 def _init_of_peft(init: object) -> object:
     """An init_lora_weights as `init`."""
-    text = init.lower() if isinstance(init, str) else init
+    text = init.lower().removeprefix(IMPLICIT) if isinstance(init, str) else init
     return {"true": "default", True: "default", "false": False}.get(text, text)
 
 

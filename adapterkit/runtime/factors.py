@@ -58,7 +58,8 @@ class FactorsPart(Part):
     @property
     def stored_rank(self) -> int:
         """The rank of the file: with the initial factors, without padding."""
-        return self._used_rank() + (0 if self.initial_a is None else self.initial_a.shape[0])
+        initial = 0 if self.initial_a is None else self.initial_a.shape[self.rank_axes[0]]
+        return self._used_rank() + initial
 
     def _used_rank(self) -> int:
         """The rank, or all rows where training has reached the padding."""
@@ -147,7 +148,8 @@ class FactorsPart(Part):
     def _with_initial(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if self.initial_a is None or self.initial_b is None:
             return a, b
-        return torch.cat([a, self.initial_a]), torch.cat([b, -self.initial_b], 1)
+        a_axis, b_axis = self.rank_axes
+        return torch.cat([a, self.initial_a], a_axis), torch.cat([b, -self.initial_b], b_axis)
 
     @property
     def has_room(self) -> bool:
@@ -282,9 +284,9 @@ class FactorsPart(Part):
         """A file has the initial factors behind the trained ones; see `joined`."""
         values = super().values_in(other)
         if self.initial_a is not None and {"a", "b"} <= values.keys():
-            a, b, rank = values["a"].detach(), values["b"].detach(), self.rank
-            values |= {"a": a[:rank], "b": b[:, :rank]}
-            values |= {"initial_a": a[rank:], "initial_b": -b[:, rank:]}
+            for name, axis, sign in zip("ab", self.rank_axes, (1, -1), strict=True):
+                own, initial = values[name].detach().tensor_split([self.rank], axis)
+                values |= {name: own, f"initial_{name}": sign * initial}
         return values
 
     def take(self, other: Part) -> None:

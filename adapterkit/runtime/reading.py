@@ -11,15 +11,16 @@ from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.lora_config import LoraConfig, check_live_config
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora, rank_mismatch
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.reader import LocalReader
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.options import StrPath
 from adapterkit.patterns import similar_names
 from adapterkit.planning.adapter_config import base_id
 from adapterkit.planning.input_files import header_hashes, identities
-from adapterkit.planning.sources import open_adapter
+from adapterkit.planning.sources import initial_of, open_adapter
 from adapterkit.registry import members
 from adapterkit.runtime import dora
 from adapterkit.runtime.creation import home
@@ -71,9 +72,15 @@ def load(
 
 def join(state: State, source: StrPath) -> Stored:
     """Read an adapter's headers and find the module of each of its tensors."""
-    adapter = read_adapter(open_adapter(source), 0, check_live_config)
+    return _join(state, open_adapter(source))
+
+
+def _join(state: State, folder: Folder, *, beside: bool = False) -> Stored:
+    """`beside`: of initial factors, for the layers as their adapter has them."""
+    adapter = read_adapter(folder, 0, check_live_config)
     config = LoraConfig.from_peft(adapter.config, adapter.where)
-    replicate(state, config.layer_replication, adapter.where)
+    if not beside:
+        replicate(state, config.layer_replication, adapter.where)
     errors: list[AdapterkitError] = []
     factors: list[tuple[str, str, Lora, float]] = []
     loras, parameters = split_parameters(adapter, state.model, state.modules, errors)
@@ -221,10 +228,13 @@ def _magnitude_errors(
 
 
 def subtract_initial(state: State, stored: Stored, parts: list[tuple[str, Part]]) -> None:
-    """Give parts trained on a changed base the factors that it lacks; `Refused` where these cannot
-    be made again from the model."""
+    """Give parts trained on a changed base the factors that it lacks: those beside the adapter, or
+    the same as before by the method; `Refused` where there are neither."""
     init = stored.adapter.changed_base()
     if init is None:
+        return
+    if (folder := initial_of(stored.adapter.folder)) is not None:
+        _subtract_stored(state, stored.adapter, folder, parts)
         return
     method: Any = members("inits").get(init.lower(), None)
     if method is None or not all(isinstance(part, LinearPart) for _, part in parts):
@@ -238,6 +248,28 @@ def subtract_initial(state: State, stored: Stored, parts: list[tuple[str, Part]]
         assert isinstance(part, LinearPart)
         a, b = method().factors(part.matrix(state.modules[path]), part.rank, part.scale)
         part.initial_a, part.initial_b = a.to(part.a), b.to(part.b)
+
+
+def _subtract_stored(
+    state: State, adapter: Adapter, folder: Folder, parts: list[tuple[str, Part]]
+) -> None:
+    """Give parts the initial factors of the folder beside their adapter."""
+    initial = read_parts(state, _join(state, folder, beside=True), "initial", None)
+    own, others = (
+        {(path, part.role): part for path, part in each if isinstance(part, FactorsPart)}
+        for each in (parts, initial)
+    )
+    if different := sorted({path for path, _ in own.keys() ^ others.keys()}):
+        raise Refused(
+            f"only one of the adapter and its initial factors has {listed(different)}",
+            expected="the same modules in both",
+            where=adapter.label,
+            hint="keep the folder that adapterkit init wrote together",
+        )
+    for key, part in own.items():
+        other = others[key]
+        part.initial_a = other.a.detach().to(part.a)
+        part.initial_b = (other.b.detach() * (other.scale / part.scale)).to(part.b)
 
 
 def _no_module(state: State, adapter: Adapter, lora: Lora, host: object) -> Refused:

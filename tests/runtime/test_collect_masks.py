@@ -59,7 +59,9 @@ def test_padding_does_not_count(positional: bool):
     seen = inputs_of(model, one_by_one)
     expected = {p: covariance(torch.cat([x[0] for x in xs])) for p, xs in seen.items()}
     check(collect(model, call), expected)
-    whole = {p: covariance(x.reshape(-1, x.shape[-1])) for p, (x,) in inputs_of(model, call).items()}
+    whole = {
+        p: covariance(x.reshape(-1, x.shape[-1])) for p, (x,) in inputs_of(model, call).items()
+    }
     check(collect(model, call, mask=lambda arguments: None), whole)
 
 

@@ -57,10 +57,10 @@ class ParameterPart(FactorsPart):
 
     def term(self, weight: float) -> Term:
         """weight·scale·b·a in the parameter's layout, as a product."""
-        b, scale = self.b, self.scale
+        (a, b), scale = self.joined(), self.scale
         if isinstance(scale, Tensor):
             b, scale = b * scale, 1.0
-        left, right = (self.a.mT, b.mT) if self.transposed else (b, self.a)
+        left, right = (a.mT, b.mT) if self.transposed else (b, a)
         return Term(left, right, scale * weight)
 
     def change(self, values: Values, weight: float) -> None:
@@ -90,7 +90,7 @@ class ParameterPart(FactorsPart):
     @torch.no_grad()
     def norm(self) -> float:
         """‖scale·b·a‖, Frobenius: Σ <bᵀb, a·aᵀ>, without the product."""
-        a, b = self.a.double(), self.b.double()
+        a, b = (factor.double() for factor in self.joined())
         return abs(float(self.scale)) * math.sqrt(max(float((b.mT @ b * (a @ a.mT)).sum()), 0.0))
 
     def merge(self, values: dict[str, Tensor], weight: float) -> None:
