@@ -125,7 +125,7 @@ def test_initial_factors_have_a_scale_of_their_own(started):
 
 
 def test_rows_and_swap(started):
-    build, folder, tmp_path = started
+    build, folder, _ = started
     expected = logits(build())
     adapters = load(build(), folder, name="one", trainable=True)
     train(adapters)
@@ -150,7 +150,7 @@ def test_without_the_initial_factors(started):
 
 
 def test_initial_factors_of_other_modules_and_shapes(started):
-    build, folder, tmp_path = started
+    build, folder, _ = started
     file, config = folder / "initial" / WEIGHTS, folder / "initial" / CONFIG
     tensors, settings = load_file(file), json.loads(config.read_text())
     module = "self_attn.q_proj" if any("q_proj" in key for key in tensors) else "attn.c_attn"
