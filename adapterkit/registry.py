@@ -85,7 +85,7 @@ def _fields(record: ast.ClassDef) -> Iterator[str]:
 def create(package: str, name: str, settings: dict[str, object]) -> object:
     """The record of the method `name` with the settings that are not None.
 
-    `Refused` for an unknown name or option, a missing one, or a value that is no number.
+    `Refused` for an unknown name or option, a missing one, or a value of another type.
     """
     known = members(package)
     if name not in known:
@@ -113,17 +113,34 @@ def create(package: str, name: str, settings: dict[str, object]) -> object:
             hint=did_you_mean(unknown, fields)
             or "remove what the method does not take, and give what it needs",
         )
-    wrong = [
-        f"--{key} {value!r}"
-        for key, value in settings.items()
-        if "float" in str(fields[key].type)
-        and (not isinstance(value, float | int) or isinstance(value, bool))
-    ]
+    typed = {key: _typed(fields[key], value) for key, value in settings.items()}
+    wrong = [key for key, value in typed.items() if value is None]
     if wrong:
         raise Refused(
-            f"method {name}: {', '.join(wrong)}",
-            expected="numbers",
+            f"method {name}: {', '.join(f'--{key} {settings[key]!r}' for key in wrong)}",
+            expected=" and ".join(EXPECTED[_declared(fields[key])] for key in wrong),
             where="options",
-            hint="give numbers",
+            hint="give other values",
         )
-    return known[name](**settings)
+    return known[name](**typed)
+
+
+EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+
+
+def _declared(field: dataclasses.Field) -> str:
+    """The name of a field's type, without None."""
+    return str(getattr(field.type, "__name__", field.type)).removesuffix(" | None")
+
+
+def _typed(field: dataclasses.Field, value: Any) -> Any:
+    """The value in the field's own type, of a whole number 4.0 as 4; None where it is none."""
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    match _declared(field):
+        case "float":
+            return value if is_number else None
+        case "int":
+            return int(value) if is_number and float(value).is_integer() else None
+        case "bool":
+            return value if isinstance(value, bool) else None
+    return value

@@ -44,7 +44,9 @@ def _inverted(triangle: Tensor, k: int) -> Svd | None:
     svd = truncated_svd(inverse, k, tolerance=1e-7)
     if not float(svd.s[-1]) > SPREAD * float(svd.s[0]):
         return None
-    return Svd(svd.vh.T.flip(1), 1 / svd.s.flip(0), svd.u.T.flip(0))
+    # once more: what the iteration left of large values in v counts beside the small ones
+    v, s, xh = torch.linalg.svd(inverse @ svd.vh.T, full_matrices=False)
+    return Svd((svd.vh.T @ xh.T).flip(1), 1 / s.flip(0), v.T.flip(0))
 
 
 def _decomposed(triangle: Tensor, k: int) -> Svd:

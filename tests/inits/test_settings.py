@@ -1,0 +1,28 @@
+"""Options of methods: each in the type of its field."""
+
+import pytest
+
+from adapterkit.errors import Refused
+from adapterkit.registry import create
+
+
+def test_numbers_as_they_come_from_the_command_line():
+    gamma = create("inits", "lora_ga", {"stable_gamma": 9.0}).stable_gamma
+    niter = create("inits", "pissa", {"niter": 4.0}).niter
+    assert (gamma, niter) == (9, 4) and type(gamma) is type(niter) is int
+    assert create("inits", "eva", {"whiten": True, "rho": 3}).whiten is True
+
+
+@pytest.mark.parametrize("method, settings, problem, expected", [
+    ("pissa", {"niter": 2.5}, "--niter 2.5", "a whole number"),
+    ("pissa", {"niter": float("inf")}, "--niter inf", "a whole number"),
+    ("lora_ga", {"stable_gamma": "many"}, "--stable_gamma 'many'", "a whole number"),
+    ("eva", {"whiten": "no", "rho": "x"}, "--whiten 'no', --rho 'x'", "true or false and a number"),
+    ("eva", {"rho": True}, "--rho True", "a number"),
+    ("eva", {"tau": 0.9}, "--tau given", "--rho, --whiten, --adjust_scaling_factors"),
+    ("corda", {"method": "kpm"}, "--method given", "--corda_method"),
+])  # fmt: skip
+def test_wrong(method, settings, problem, expected):
+    with pytest.raises(Refused) as refusal:
+        create("inits", method, settings)
+    assert problem in str(refusal.value) and expected in str(refusal.value)
