@@ -1,11 +1,13 @@
 """One weight in a quantized format, with its measured error."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
+from adapterkit.kernels.blockwise import PIECE
 from adapterkit.kernels.sums import squared_norm
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
@@ -36,7 +38,7 @@ class EncodedWeight(Task):
 
     @property
     def memory(self) -> int:
-        return 6 * self.source.nbytes
+        return 6 * self.source.nbytes + 24 * min(math.prod(self.source.shape), PIECE)
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)

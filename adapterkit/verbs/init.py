@@ -13,8 +13,9 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, choice
-from adapterkit.plan import Plan, Progress, Task, no_warnings
+from adapterkit.plan import Computed, Plan, Progress, Shard, Task, no_warnings
 from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning.folder_files import Files
 from adapterkit.planning.initial_targets import Selection, Target, find_targets
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.new_adapter import Scaling
@@ -186,6 +187,7 @@ def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> 
         )
         for target in targets
     ]
+    decisions: dict[str, Any] = {"modules": len(targets)}
     implicit = method.changes_base and options.residual == "implicit"
     redistributes = getattr(method, "redistributes", False)
     if redistributes:
@@ -201,8 +203,8 @@ def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> 
         copy = _adapter(base, initial, targets, options, method, f"{ADAPTER}/{INITIAL}")
         shards, files = [*shards, copy.shard()], files | copy.files(notes)
     elif method.changes_base:
-        more = _residual(base, targets, options, adapter, notes)
-        shards, files = [*shards, *more[0]], more[1] | files
+        more, base_files = _residual(base, targets, options, adapter, notes, decisions)
+        shards, files = [*shards, *more], base_files | files
     inputs = {number: one for number, one in enumerate((base, statistics)) if one is not None}
     headers = header_hashes(inputs, configs=(0,))
     folders = tuple(one.folder for one in inputs.values())
@@ -214,7 +216,7 @@ def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> 
         identities(folders, headers),
         tuple(shards),
         files,
-        {"modules": len(targets)},
+        decisions,
         tuple(notes),
         models=tuple(inputs),
         warn=warn_of_dropped if redistributes else no_warnings,
@@ -227,11 +229,13 @@ def _residual(
     options: Options,
     adapter: adapter_output.Output,
     notes: list[str],
-) -> tuple[Any, Any]:
+    decisions: dict[str, Any],
+) -> tuple[tuple[Shard | Computed, ...], Files]:
     """The files of the base that is left."""
     if options.quantize:
         quantization = plan_quantization(base, {"to": options.quantize, **options.quantization})
         notes += quantization.notes
+        decisions["quantised"] = len(quantization.quantized)
         return plan_quantized_residual(base, quantization, targets, options.method)
     config = adapter.config({t.name: {"rank": t.rank, "alpha": t.alpha} for t in targets})
     planned = planned_adapter(config, targets, options.dtype)

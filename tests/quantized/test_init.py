@@ -133,7 +133,14 @@ def test_inits_agree_with_peft(method, base, tmp_path):
 
 @pytest.mark.parametrize("target", ["nf4", "int8"])
 def test_qpissa_quantizes_the_rest(target, base, tmp_path):
-    receipt = adapterkit.init(base, method="pissa", rank=16, quantize=target, out=tmp_path / "out")
+    receipt = adapterkit.init(
+        base,
+        method="pissa",
+        rank=16,
+        targets="all-linear",
+        quantize=target,
+        out=tmp_path / "out",
+    )
     metrics = {
         key: metric for key, metric in receipt.data["parameters"].items() if "error_plain" in metric
     }
@@ -318,7 +325,9 @@ def test_one_grammar_of_targets(verb, base, packed, tmp_path):
 
     layer = "model.layers.1.self_attn."
     everything = targets_of("all-linear", "all")
-    assert len(everything) == 14 and targets_of(None, "default") == everything
+    usual = ("q_proj", "v_proj") if verb == "init" else ("",)  # PEFT's for llama
+    assert len(everything) == 14
+    assert targets_of(None, "default") == {name for name in everything if name.endswith(usual)}
     assert targets_of("q_proj, 1.self_attn.k_proj", "names") == {
         "model.layers.0.self_attn.q_proj",
         layer + "q_proj",
@@ -331,13 +340,17 @@ def test_one_grammar_of_targets(verb, base, packed, tmp_path):
     for wrong, words in [
         ("q_proj,nowhere,v", ["'nowhere'", "'v'"]),
         ("attn.q_proj", ["'attn.q_proj'"]),
-        ("embed_tokens", ["a Embedding"]),
         (
             "self_attn,q_proj",
             ["'self_attn' matches none: model.layers.0.self_attn is a LlamaAttention"],
         ),
         ("(nowhere|v)$", ["matches none"]),
-        *([("lm_head", ["lm_head is not quantized"])] if verb != "init" else []),
+        ("norm", ["'norm' matches none: model.norm is a LlamaRMSNorm"]),
+        *(
+            [("lm_head", ["lm_head is not quantized"]), ("embed_tokens", ["a Embedding"])]
+            if verb != "init"
+            else []
+        ),
     ]:
         with pytest.raises(Refused) as caught:
             targets_of(wrong, "no")
@@ -345,28 +358,46 @@ def test_one_grammar_of_targets(verb, base, packed, tmp_path):
         assert not (tmp_path / "no").exists()
 
 
-def test_a_head_by_its_name_and_not_where_it_is_tied(base, tmp_path):
+def test_a_head_by_its_name(base, tmp_path):
     adapterkit.init(base, method="pissa", rank=2, targets="lm_head", out=tmp_path / "out")
     assert _targeted(tmp_path / "out/adapter") == {"lm_head"}
     one, two = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out/base"))
     assert [key for key in one if not torch.equal(one[key], two[key])] == ["lm_head.weight"]
-    oracle.save_base(oracle.llama(tie=True), tmp_path / "tied", "bf16")
-    with pytest.raises(Refused, match="'lm_head' matches none: lm_head is tied"):
-        adapterkit.init(
-            tmp_path / "tied", method="pissa", rank=2, targets="lm_head", out=tmp_path / "no"
-        )
 
 
-def test_layers_stored_fused_matter_where_they_are_targets(tmp_path):
+@pytest.mark.parametrize("targets", ["lm_head", "embed_tokens", "lm_head,embed_tokens"])
+def test_a_tied_weight_is_untied(targets, tmp_path):
+    """Only the sides with factors lose a part: the others keep W."""
+    oracle.save_base(oracle.llama(tie=True), tmp_path / "tied", "fp32")
+    out = tmp_path / "out"
+    receipt = adapterkit.init(tmp_path / "tied", method="pissa", rank=2, targets=targets, out=out)
+    assert "untied: lm_head.weight, model.embed_tokens.weight" in receipt.data["notes"][0]
+    before, rest = (load_file(f / "model.safetensors") for f in (tmp_path / "tied", out / "base"))
+    for name in ("lm_head", "model.embed_tokens"):
+        same = torch.equal(rest[f"{name}.weight"], before["model.embed_tokens.weight"])
+        assert same != (name.rpartition(".")[2] in targets)
+    whole = logits(out / "base", out / "adapter")
+    assert torch.allclose(whole, logits(tmp_path / "tied"), atol=1e-5)
+
+
+def test_layers_stored_fused(tmp_path):
+    """Those without factors stay as they are in the tensor that holds all three."""
     tiny.model("nomic_bert").save_pretrained(tmp_path / "base")
     adapterkit.init(
-        tmp_path / "base", method="pissa", rank=2, targets="o_proj", out=tmp_path / "out"
+        tmp_path / "base", method="pissa", rank=2, targets="q_proj,o_proj", out=tmp_path / "out"
     )
-    assert {name.rpartition(".")[2] for name in _targeted(tmp_path / "out/adapter")} == {"o_proj"}
-    with pytest.raises(Refused, match=r"q_proj\.weight is stored in another layout"):
-        adapterkit.init(
-            tmp_path / "base", method="pissa", rank=2, targets="q_proj,o_proj", out=tmp_path / "no"
-        )
+    products = factors(tmp_path / "out/adapter")
+    assert {name.rpartition(".")[2] for name in products} == {"q_proj", "o_proj"}
+    before, rest = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("base", "out/base")
+    )
+    for number in range(2):
+        key = f"encoder.layers.{number}.attn.Wqkv.weight"
+        product = products[f"layers.{number}.self_attn.q_proj"]
+        q, others = before[key].tensor_split([len(product)])
+        part, same = rest[key].tensor_split([len(product)])
+        assert torch.equal(same, others)
+        assert torch.allclose(part + product, q.double(), atol=1e-6)
 
 
 @pytest.mark.parametrize(

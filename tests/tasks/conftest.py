@@ -42,6 +42,9 @@ def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
             jobs.job("combine-values", "head=0.25", "other-head=0.75", method="linear"),
             jobs.job("resize-values", "head", rank=1),
             jobs.job("resize-by-size", "skill", max_size="64KB"),
+            jobs.job("init-implicit", "base", method="olora", rank=4, residual="implicit"),
+            jobs.job("init-drawn", "base", method="default", rank=4, targets="all-linear"),
+            jobs.job("init-dense", "base", method="mica", rank=4, rslora=True),
         )
         yield _plan([*(job for job in jobs.WRITING if job.name != "resize-size"), *more])
 

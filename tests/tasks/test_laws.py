@@ -19,6 +19,8 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local import LocalReader
 from adapterkit.plan import Computed, Plan, Task, TaskResult
 from adapterkit.tasks.edited import stored_parts
+from adapterkit.tasks.handoff import HandoffFactors
+from adapterkit.tasks.residual import ResidualWeight
 
 # Bytes beyond a claim: blocks of a constant size, in which most tasks work through a weight, and
 # which are as large as the layers here; LAPACK's workspace; Python's objects.
@@ -60,12 +62,26 @@ class CheckedSources(Sources):
         super().read_into(spec, offset, view)
 
 
-class Handoffs(dict):
+class Handoffs(dict[str, Tensor]):
+    """What the tasks of a plan hand on, by the tasks that are asked for it."""
+
+    def __init__(self, plan: Plan, tasks: list[Task]):
+        super().__init__()
+        self.plan, self.tasks = plan, tasks
+
     def tensor(self, key: str) -> Tensor:
         return self[key].clone()
 
+    def __missing__(self, key: str) -> Tensor:
+        name = key.rpartition(".")[0]
+        for task in self.tasks:
+            owns = name in (task.name, getattr(task, "module", None))
+            if owns and not isinstance(task, (HandoffFactors, ResidualWeight)):
+                self.update(compute(self.plan, task, self).handoff)
+        return dict(self)[key]
 
-def compute(plan: Plan, task: Task, handoffs: Handoffs | None = None) -> TaskResult:
+
+def compute(plan: Plan, task: Task, handoffs: "Handoffs | None" = None) -> TaskResult:
     cpu = torch.device("cpu")
     with CheckedSources(plan, task.reads) as sources, torch.inference_mode():
         return task.compute(LocalReader(sources, cpu, handoffs=handoffs))  # type: ignore[arg-type]
@@ -90,12 +106,7 @@ def cases(wide_plans: dict[str, Plan]) -> dict[type[Task], list[tuple[Plan, Task
         tasks = [t for shard in plan.shards if isinstance(shard, Computed) for t in shard.tasks]
         last = {(type(task), getattr(task, "checked", None)): task for task in tasks}
         for (cls, _), task in last.items():
-            sources = (t for t in tasks if getattr(t, "module", None) == task.name != t.name)
-            handoffs = Handoffs()
-            if not task.reads:
-                for source in sources:
-                    handoffs |= compute(plan, source).handoff
-            found.setdefault(cls, []).append((plan, task, handoffs))
+            found.setdefault(cls, []).append((plan, task, Handoffs(plan, tasks)))
     return found
 
 

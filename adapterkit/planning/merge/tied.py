@@ -13,6 +13,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.planning.merge.job import Addition, Change, Job
 from adapterkit.planning.model_config import nested_values, sub_configs, vocabulary_sizes
+from adapterkit.tasks.handoff import HANDED_ON
 from adapterkit.weights.skeleton import tied_names
 
 Sides = dict[str, Change]  # the effective change under each name of one tied parameter
@@ -185,6 +186,8 @@ def _equal_additions(job: Job, one: Addition, other: Addition) -> bool:
     an embedding are stored transposed."""
     if one is other:
         return True
+    if HANDED_ON in (one.lora.a.folder, other.lora.a.folder):
+        return False  # factors of the same plan: there are no bytes yet
     if (one.adapter.number, one.scale, one.product is None) != (
         other.adapter.number,
         other.scale,
