@@ -128,6 +128,11 @@ class Place:
         return self.b_key.endswith(FACTORS["embedding"][1])
 
     @property
+    def is_linear(self) -> bool:
+        """Whether they may be a linear layer's: no embedding's, convolution's or stack's."""
+        return not self.is_embedding and self.experts is None and len(self.a_tail) == 1
+
+    @property
     def bias_key(self) -> str:
         """The key of b's bias, with lora_bias."""
         return self.b_key.removesuffix("weight") + "bias"

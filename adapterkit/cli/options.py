@@ -138,6 +138,12 @@ rank_options = option_group(
         help="Largest file, e.g. 50MB: ranks go to the largest singular values.",
     ),
 )
+stats_option = click.option(
+    "--stats",
+    type=Source(),
+    metavar="FILE",
+    help="Input covariances: minimize output error instead of weight error.",
+)
 module_filters = option_group(
     click.option("--include", metavar="RE", help="Only modules whose name matches this regex."),
     click.option("--exclude", metavar="RE", help="No modules whose name matches this regex."),

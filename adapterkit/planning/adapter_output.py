@@ -219,15 +219,15 @@ def plan_adapters(
     outputs: Sequence[Output],
     notes: list[str],
     decisions: dict[str, Any],
-    base: Checkpoint | None = None,
+    *others: Checkpoint | None,
 ) -> Plan:
-    """The plan of adapters made from the adapters `inputs`, numbered from 0, with a base after
-    them."""
+    """The plan of adapters made from the adapters `inputs`, numbered from 0, with the others that
+    are given after them: a base, statistics."""
     bases = sorted({plain(str(base_id(adapter))) for adapter in inputs})
     if len(bases) > 1:
         notes.append(f"the adapters name {len(bases)} bases: {', '.join(bases)}")
-    sources: list[Adapter | Checkpoint] = [*inputs, *([] if base is None else [base])]
-    models = () if base is None else (len(inputs),)
+    sources: list[Adapter | Checkpoint] = [*inputs, *(one for one in others if one is not None)]
+    models = tuple(range(len(inputs), len(sources)))
     return plan_outputs(verb, options, sources, outputs, notes, decisions, models)
 
 

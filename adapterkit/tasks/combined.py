@@ -65,7 +65,7 @@ class Part:
 
     def deltas(self, inputs: Reader) -> list[Delta]:
         """Its delta, or one for each expert."""
-        return [self.dora.dense(inputs)] if self.dora else list(self.factors.products(inputs))
+        return [self.dora.value(inputs)] if self.dora else list(self.factors.products(inputs))
 
 
 @dataclass(frozen=True)

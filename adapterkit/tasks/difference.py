@@ -13,9 +13,10 @@ from adapterkit.adapters.keys import factor_keys
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.truncated import leading_svd
+from adapterkit.kernels.weighted import Decomposition, decompose_dense
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.tasks.truncated import FittedFactors
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader
@@ -68,7 +69,7 @@ class DifferenceFactors(FittedFactors):
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (*self.old.tensors.values(), *self.new.tensors.values())
+        return (*self.old.tensors.values(), *self.new.tensors.values(), *self.statistics)
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -82,23 +83,29 @@ class DifferenceFactors(FittedFactors):
     @property
     def memory(self) -> int:
         """The difference of one matrix, the vectors of its decomposition or a product of its short
-        side, and the factors."""
+        side, and the factors; with statistics also what it does to the inputs, and its root."""
         size, short_side = math.prod(self._shape), min(self._shape)
         factors = sum(4 * math.prod(stored.shape) for stored in self.max_outputs)
-        return 8 * size + 32 * min(short_side**2, size) + 2 * factors + 32 * BLOCK
+        plain = 8 * size + 32 * min(short_side**2, size) + 2 * factors + 32 * BLOCK
+        if self.covariance is None:
+            return plain
+        return plain + 8 * size + 3 * factors + root_memory(self.covariance)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        svds = self.decompose(inputs)
-        return self.fit(svds) if svds else TaskResult({}, {"unchanged": True})
-
-    def decompose(self, inputs: Reader) -> list[tuple[Svd, float]]:
-        """See `FittedFactors`; empty if both sides are equal."""
-        svds = [self._leading(old, new, inputs) for old, new in self._matrices()]
-        if all(svd is None for svd in svds):
-            return []
+        differences = (_difference(old, new, inputs) for old, new in self._matrices())
+        damping: dict[str, float] = {}
+        decompositions: list[Decomposition | None] = []
+        for delta in differences:
+            if delta is None or not bool(delta.any()):
+                decompositions.append(None)
+                continue
+            root, damping = read_root(inputs, self.covariance)
+            decompositions.append(self._decompose(delta, root))
+        if all(one is None for one in decompositions):
+            return TaskResult({}, {"unchanged": True})
         out, width = self._shape
-        zero = Svd(torch.zeros(out, 1), torch.zeros(1), torch.zeros(1, width)), 0.0
-        return [svd or zero for svd in svds]
+        zero = Svd(torch.zeros(out, 1), torch.zeros(1), torch.zeros(1, width))
+        return self.fit([one or Decomposition(zero, 0.0) for one in decompositions], damping)
 
     def _matrices(self) -> Iterator[tuple[StoredParameter, StoredParameter]]:
         """Both sides of each matrix."""
@@ -107,14 +114,10 @@ class DifferenceFactors(FittedFactors):
         for i in range(self.place.experts or 0):
             yield self.old.expert(i), self.new.expert(i)
 
-    def _leading(
-        self, old: StoredParameter, new: StoredParameter, inputs: Reader
-    ) -> tuple[Svd, float] | None:
-        delta = _difference(old, new, inputs)
-        if delta is None or not bool(delta.any()):
-            return None
+    def _decompose(self, delta: Tensor, root: Tensor | None) -> Decomposition:
         delta = delta.T if self.transposed else delta.reshape(self._shape)
-        return leading_svd(delta, self.max_rank, self.truncation.energy, self.truncation.sv_ratio)
+        energy, ratio = self.truncation.energy, self.truncation.sv_ratio
+        return decompose_dense(delta, self.max_rank, energy, ratio, root=root)
 
 
 @dataclass(frozen=True)

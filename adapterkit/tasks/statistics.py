@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -129,10 +130,28 @@ def read_root(
 ) -> tuple[Tensor | None, dict[str, float]]:
     """`weighted.root` of a covariance, if there is one, and metrics; `Unrecoverable` where it is no
     covariance."""
-    if covariance is None:
+    return read_mean_root(inputs, () if covariance is None else (covariance,))
+
+
+def read_mean_root(
+    inputs: Reader, covariances: Sequence[TensorSpec]
+) -> tuple[Tensor | None, dict[str, float]]:
+    """`read_root` of the mean of several covariances; None of none."""
+    if not covariances:
         return None, {}
+    mean = inputs.tensor(covariances[0])
+    for number, covariance in enumerate(covariances[1:], 1):
+        mean.add_(inputs.tensor(covariance).sub_(mean), alpha=1 / (number + 1))
+    with covariance_errors(covariances[0]):
+        root, damping = weighted.root(mean)
+    return root, {"damping": damping}
+
+
+@contextmanager
+def covariance_errors(covariance: TensorSpec) -> Iterator[None]:
+    """A ValueError inside is one of this covariance: `Unrecoverable`."""
     try:
-        root, damping = weighted.root(inputs.tensor(covariance))
+        yield
     except ValueError as error:
         raise Unrecoverable(
             f"{shown(covariance.key)}: {error}",
@@ -140,9 +159,9 @@ def read_root(
             where=covariance.file,
             hint="collect it on texts that reach this module, and store it in float32",
         ) from error
-    return root, {"damping": damping}
 
 
-def root_memory(covariance: TensorSpec | None) -> int:
-    """Bytes for a covariance, its copies in float64 and its root."""
-    return 0 if covariance is None else 32 * math.prod(covariance.shape)
+def root_memory(*covariances: TensorSpec | None) -> int:
+    """Bytes for covariances, the copies in float64 of one, and a root."""
+    sizes = [math.prod(covariance.shape) for covariance in covariances if covariance is not None]
+    return 4 * sum(sizes) + 28 * max(sizes, default=0)

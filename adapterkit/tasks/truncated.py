@@ -2,8 +2,7 @@
 truncated."""
 
 import math
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -17,10 +16,12 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import laid_out
 from adapterkit.errors import Refused
 from adapterkit.kernels import lowrank
-from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.weighted import Decomposition, Energies, decompose_dense, decompose_product
 from adapterkit.options import parse_size
 from adapterkit.plan import Change, Finalize, Task, TaskResult, unchanged
 from adapterkit.tasks.common import FactorsTask, short
+from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.reader import Reader
 
 FLOAT_NOISE = 1e-6  # of the largest singular value: below it, float32 factors hold nothing
@@ -75,42 +76,58 @@ def check_truncation(truncation: Truncation) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedFactors(FactorsTask):
-    """Factors of the best approximation of one module's delta of the rank that `truncation`
-    says."""
+    """Factors of the best approximation of one module's delta of the rank that `truncation` says,
+    in the norm of the module's outputs where the covariance of the inputs is known."""
 
     truncation: Truncation
     alpha: float | None = None  # the config's lora_alpha, compensated in b; None: the scale is 1
+    covariance: TensorSpec | None = None  # of a module with one delta
 
-    @abstractmethod
-    def decompose(self, inputs: Reader) -> list[tuple[Svd, float]]:
-        """The leading singular triplets, and Σ s² of all, of the delta, or of each expert's."""
+    @property
+    def statistics(self) -> tuple[TensorSpec, ...]:
+        return () if self.covariance is None else (self.covariance,)
 
-    def compute(self, inputs: Reader) -> TaskResult:
-        return self.fit(self.decompose(inputs))
-
-    def fit(self, svds: Sequence[tuple[Svd, float]]) -> TaskResult:
-        """The factors, of several experts at the largest of their ranks, and what they lose."""
-        rank = max(self.truncation.rank_for(svd.s, total) for svd, total in svds)
-        tensors = self.place.stored([lowrank.refit(svd, rank) for svd, _ in svds])
+    def fit(self, decompositions: Sequence[Decomposition], more: Mapping[str, float]) -> TaskResult:
+        """The factors for the decomposition of the delta, of several experts at the largest of
+        their ranks, what they lose, and `more` metrics."""
+        rank = max(self.truncation.rank_for(one.svd.s, one.total) for one in decompositions)
+        tensors = self.place.stored([one.factors(rank) for one in decompositions])
         if self.alpha is not None:
             tensors[self.place.b_key] = tensors[self.place.b_key] * (rank / self.alpha)
-        energy = math.fsum(float(svd.s[:rank].double().square().sum()) for svd, _ in svds)
-        total = math.fsum(total for _, total in svds)
-        metrics: dict[str, Any] = {"rank": rank, **fit_metrics(energy, total)}
+        energies = energies_of(decompositions, rank)
+        metrics: dict[str, Any] = {"rank": rank, **fit_metrics(energies, rank), **more}
         if self.truncation.max_size is not None:
-            metrics["spectrum"] = [
-                math.fsum(float(svd.s[i]) ** 2 for svd, _ in svds if i < len(svd.s)) ** 0.5
-                for i in range(rank)
-            ]
-            metrics["total"] = total
+            metrics["energies"] = energies
         return TaskResult(self.round(tensors), metrics)
 
 
-def fit_metrics(energy: float, total: float) -> dict[str, float]:
-    """The delta's norm, the share of its energy (Σ s²) that the factors have, and their relative
-    error."""
-    share = min(energy / total, 1.0) if total else 1.0
-    return {"norm": short(total**0.5), "energy": short(share), "error": short((1 - share) ** 0.5)}
+# by the error's name: the squared norms of the rank-one parts, and that of the whole
+Squares = dict[str, tuple[list[float], float]]
+
+
+def energies_of(decompositions: Sequence[Decomposition], rank: int) -> Squares:
+    """The energies of all together, up to that rank; first those of the norm of the fit."""
+    tables = [one.energies for one in decompositions]
+    return {name: _sum([table[name] for table in tables], rank) for name in tables[0]}
+
+
+def _sum(energies: Sequence[Energies], rank: int) -> tuple[list[float], float]:
+    rows = [one.parts[:rank].tolist() for one in energies]
+    parts = [math.fsum(row[i] for row in rows if i < len(row)) for i in range(rank)]
+    return parts, math.fsum(one.total for one in energies)
+
+
+def fit_metrics(energies: Squares, rank: int) -> dict[str, float]:
+    """The delta's norm, the share of the energy that the factors of that rank have, and relative
+    errors: ‖Δ - b·a‖ / ‖Δ‖, with statistics also ‖(Δ - b·a) C^½‖ / ‖Δ C^½‖ (`output_error`, whose
+    energy it is then) and both of the factors that are the best without them."""
+    shares = {
+        name: min(math.fsum(parts[:rank]) / total, 1.0) if total else 1.0
+        for name, (parts, total) in energies.items()
+    }
+    metrics = {"norm": short(energies["error"][1] ** 0.5), "energy": next(iter(shares.values()))}
+    metrics["energy"] = short(metrics["energy"])
+    return metrics | {name: short((1 - share) ** 0.5) for name, share in shares.items()}
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,7 @@ class TruncatedFactors(FittedFactors):
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return (self.factors.a, self.factors.b)
+        return (self.factors.a, self.factors.b, *self.statistics)
 
     @property
     def max_rank(self) -> int:
@@ -129,11 +146,13 @@ class TruncatedFactors(FittedFactors):
 
     @property
     def memory(self) -> int:
-        return 12 * sum(spec.nbytes for spec in self.reads)
+        factors = self.factors.a.nbytes + self.factors.b.nbytes
+        return (12 if self.covariance is None else 30) * factors + root_memory(self.covariance)
 
-    def decompose(self, inputs: Reader) -> list[tuple[Svd, float]]:
-        svds = [lowrank.svd(product) for product in self.factors.products(inputs)]
-        return [(svd, float(svd.s.square().sum())) for svd in svds]
+    def compute(self, inputs: Reader) -> TaskResult:
+        root, damping = read_root(inputs, self.covariance)
+        products = self.factors.products(inputs)
+        return self.fit([decompose_product(product, root) for product in products], damping)
 
 
 @dataclass(frozen=True)
@@ -145,7 +164,7 @@ class ConvertedFactors(FittedFactors):
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return self.delta.reads
+        return (*self.delta.reads, *self.statistics)
 
     @property
     def max_rank(self) -> int:
@@ -154,10 +173,22 @@ class ConvertedFactors(FittedFactors):
 
     @property
     def memory(self) -> int:
-        return self.delta.memory
+        if self.covariance is None:
+            return self.delta.memory
+        return 2 * self.delta.memory + root_memory(self.covariance)
 
-    def decompose(self, inputs: Reader) -> list[tuple[Svd, float]]:
-        return [self.delta.leading_triplets(inputs, self.max_rank, self.truncation.energy)]
+    def compute(self, inputs: Reader) -> TaskResult:
+        root, damping = read_root(inputs, self.covariance)
+        return self.fit([self._decompose(inputs, root)], damping)
+
+    def _decompose(self, inputs: Reader, root: Tensor | None) -> Decomposition:
+        most, energy = self.max_rank, self.truncation.energy
+        if root is None:
+            return Decomposition(*self.delta.leading_triplets(inputs, most, energy))
+        delta = self.delta.value(inputs)
+        if isinstance(delta, Product):
+            return decompose_product(delta, root)
+        return decompose_dense(delta, most, energy, root=root)
 
 
 def even_rank(truncation: Truncation, tasks: Sequence[Task]) -> int:
@@ -199,12 +230,15 @@ def _spend(
     """Ranks for `budget` bytes beyond rank 1; `costs`: bytes of one rank of each task."""
     # an unchanged weight has no factors, and leaves its room to the others
     has_rank = [
-        cost > 0 and "spectrum" in metric for cost, metric in zip(costs, metrics, strict=True)
+        cost > 0 and "energies" in metric for cost, metric in zip(costs, metrics, strict=True)
     ]
     ranks = [1] * len(tasks)
     budget += sum(cost for cost, has in zip(costs, has_rank, strict=True) if not has)
     values = [
-        (s, i) for i, metric in enumerate(metrics) if has_rank[i] for s in metric["spectrum"][1:]
+        (square, i)
+        for i, metric in enumerate(metrics)
+        if has_rank[i]
+        for square in next(iter(metric["energies"].values()))[0][1:]
     ]
     for value, i in sorted(values, key=lambda pair: -pair[0]):
         if value > 0 and costs[i] <= budget:
@@ -227,8 +261,7 @@ def _rank_nbytes(task: Task) -> int:
 def _truncate(task: FittedFactors, rank: int, result: TaskResult) -> TaskResult:
     """The first `rank` of the rank-one parts, which come in the order of their singular values."""
     metrics = dict(result.metrics)
-    before, spectrum, total = metrics["rank"], metrics.pop("spectrum"), metrics.pop("total")
-    energy = math.fsum(value**2 for value in spectrum[:rank])
+    before, energies = metrics["rank"], metrics.pop("energies")
     place = task.place
     a, b = (cast(Tensor, result.tensors[key]) for key in (place.a_key, place.b_key))
     experts = place.experts or 1
@@ -238,5 +271,5 @@ def _truncate(task: FittedFactors, rank: int, result: TaskResult) -> TaskResult:
     if task.alpha is not None:
         b = (b.float() * (rank / before)).to(b.dtype)
     return TaskResult(
-        {place.a_key: a, place.b_key: b}, metrics | {"rank": rank} | fit_metrics(energy, total)
+        {place.a_key: a, place.b_key: b}, metrics | {"rank": rank} | fit_metrics(energies, rank)
     )

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import Refused
 from adapterkit.options import StrPath
@@ -17,8 +17,10 @@ from adapterkit.planning.extract import Options, sort_parameters
 from adapterkit.planning.extracted_adapter import ExtractedAdapter, finalize_extraction
 from adapterkit.planning.merge.job import Options as MergeOptions
 from adapterkit.planning.merge.plan import plan_merge
-from adapterkit.planning.sources import open_adapter, open_model
+from adapterkit.planning.norms import select_norms
+from adapterkit.planning.sources import open_adapter, open_model, open_source
 from adapterkit.receipt import Receipt
+from adapterkit.tasks.difference import DifferenceFactors
 from adapterkit.tasks.truncated import SHARES, Truncation, check_truncation, even_rank
 from adapterkit.weights.detect import check_not_quantized
 
@@ -33,6 +35,7 @@ def extract(
     energy: float | None = None,
     sv_ratio: float | None = None,
     max_size: str | int | None = None,
+    stats: StrPath | None = None,
     include: str | None = None,
     exclude: str | None = None,
     rest: str = "save",
@@ -61,6 +64,9 @@ def extract(
     `Refused` before anything is written: also for shapes that differ, the vocabulary's apart. What
     was written is read back, and a merge of it planned, before it gets its name.
 
+    `stats`: as in `resize`: factors of linear layers are the best in the norm of their outputs, and
+    the receipt has the errors in both norms, also of the plain fit, which costs a second SVD.
+
     Saved whole means: a module without children in modules_to_save; a layer's bias with
     `bias="lora_only"`; and a single parameter that no module can stand for (ViT's cls_token,
     Mamba's A_log and D, a tied embedding) under its own key, its name beside the modules of
@@ -69,13 +75,16 @@ def extract(
     """
     options = Options(Truncation(rank, energy, sv_ratio, max_size), include, exclude, rest, dtype)
     source = open_model(base)
-    plan = plan_extract(source, open_model(tuned), options)
+    statistics = None if stats is None else open_source(stats)
+    plan = plan_extract(source, open_model(tuned), options, statistics)
     check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
     execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
     return execution.run(plan, check)
 
 
-def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
+def plan_extract(
+    base: Folder, tuned: Folder, options: Options, stats: Folder | None = None
+) -> Plan:
     """Everything an extraction will do, or `Refused` with all that cannot be done. Reads what gets
     no factors, to see if it differs."""
     check_truncation(options.truncation)
@@ -87,6 +96,8 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
     if options.truncation.max_size:
         limit = SHARES * even_rank(options.truncation, factors)
         factors = [replace(difference, limit=limit) for difference in factors]
+    statistics = None if stats is None else open_checkpoint(stats, 2)
+    factors = _weighted(factors, statistics, extraction.notes)
     tasks: list[Task] = [*factors, *extraction.values]
     if not tasks:
         raise Refused(
@@ -123,6 +134,18 @@ def plan_extract(base: Folder, tuned: Folder, options: Options) -> Plan:
         if v is not None and k != "truncation"
     }
     decisions = {"left_out": extraction.skipped, "unchanged": sorted(extraction.unchanged)}
+    inputs = (*sides, *(() if statistics is None else (statistics,)))
+    models = tuple(range(len(inputs)))
     return adapter_output.plan_outputs(
-        "extract", receipt_options, sides, [output], extraction.notes, decisions, models=(0, 1)
+        "extract", receipt_options, inputs, [output], extraction.notes, decisions, models
     )
+
+
+def _weighted(
+    factors: list[DifferenceFactors], stats: Checkpoint | None, notes: list[str]
+) -> list[DifferenceFactors]:
+    """Fitted in the norm of the outputs, by these statistics."""
+    places = {difference.name: difference.place for difference in factors}
+    parameters = {one.name for one in factors if one.target != one.module}
+    selected = select_norms(stats, places, parameters, notes)
+    return [replace(one, covariance=selected.get(one.name)) for one in factors]

@@ -23,8 +23,9 @@ from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, dora_problems
+from adapterkit.planning.norms import select_norms
 from adapterkit.planning.sites import join, levels_of, names_of, targets_of
-from adapterkit.planning.sources import open_adapter, open_model
+from adapterkit.planning.sources import open_adapter, open_model, open_source
 from adapterkit.receipt import Receipt
 from adapterkit.registry import members
 from adapterkit.tasks.truncated import (
@@ -58,6 +59,7 @@ def resize(
     energy: float | None = None,
     sv_ratio: float | None = None,
     max_size: str | int | None = None,
+    stats: StrPath | None = None,
     alpha: str = "rank",
     dtype: str = "fp32",
     hash: str = "sha256",
@@ -80,6 +82,13 @@ def resize(
     for. Everything that is no factor (biases, magnitudes, trained modules, token rows) is kept.
     Raises `Refused` before anything is written.
 
+    `stats`: a safetensors file with `<module>.covariance`, E[x xᵀ] of what each linear layer with
+    factors saw; then b'@a' is the best in the norm of the layer's outputs, ‖(Δ - b'@a') C^½‖_F, by
+    which `energy`, `sv_ratio` and `max_size` count too (C scaled to a mean diagonal of 1, between
+    modules). The receipt has both relative errors of these factors (`error`, `output_error`) and of
+    those without statistics (`plain_error`, `plain_output_error`). Embeddings, convolutions and
+    parameters are fitted in the norm of their weights, which a note says.
+
     LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does
     too. OFT needs it for the weights that it rotates, VeRA for the widths of its layers,
     convolutions of the others for their kernels, `target_parameters` that patterns tell apart for
@@ -87,12 +96,19 @@ def resize(
     note says.
     """
     options = Options(Truncation(rank, energy, sv_ratio, max_size), alpha, dtype)
-    plan = plan_resize(open_adapter(adapter), options, None if base is None else open_model(base))
+    plan = plan_resize(
+        open_adapter(adapter),
+        options,
+        None if base is None else open_model(base),
+        None if stats is None else open_source(stats),
+    )
     execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
     return execution.run(plan)
 
 
-def plan_resize(source: Folder, options: Options, base: Folder | None = None) -> Plan:
+def plan_resize(
+    source: Folder, options: Options, base: Folder | None = None, stats: Folder | None = None
+) -> Plan:
     """Everything a resize will do, or `Refused` with all that cannot be done."""
     check_truncation(options.truncation)
     # the reader refuses what has none
@@ -119,7 +135,9 @@ def plan_resize(source: Folder, options: Options, base: Folder | None = None) ->
             where=source.name,
             hint="check it",
         )
-    return job.plan()
+    statistics = None if stats is None else open_checkpoint(stats, 1 if base is None else 2)
+    job.weight(statistics)
+    return job.plan(statistics)
 
 
 def _kind(source: Folder, config: dict) -> type[Kind] | None:
@@ -314,11 +332,19 @@ class _ResizePlanner:
             )
         )
 
+    def weight(self, stats: Checkpoint | None) -> None:
+        """Fit in the norm of the outputs, by these statistics; `Refused` where some are missing."""
+        places = {task.name: task.place for task in self.ranked}
+        parameters = self.targets.get("parameters", frozenset())
+        names = [name for name, target in self.targets["modules"].items() if target in parameters]
+        selected = select_norms(stats, places, names, self.notes)
+        self.ranked = [replace(task, covariance=selected.get(task.name)) for task in self.ranked]
+
     def _alpha(self) -> float | None:
         assert self.adapter is not None
         return self.adapter.config["lora_alpha"] if self.options.alpha == "keep" else None
 
-    def plan(self) -> Plan:
+    def plan(self, stats: Checkpoint | None) -> Plan:
         adapter, options = self.adapter, self.options
         assert adapter is not None
         ranked, finalize = self.ranked, None
@@ -356,5 +382,5 @@ class _ResizePlanner:
         }
         decisions = {"adapters": [{"name": adapter.name, "modules": len(ranked)}]}
         return adapter_output.plan_adapters(
-            "resize", receipt_options, [adapter], [output], self.notes, decisions, self.base
+            "resize", receipt_options, [adapter], [output], self.notes, decisions, self.base, stats
         )

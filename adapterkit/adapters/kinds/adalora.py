@@ -109,7 +109,7 @@ class AdaLora(ProductDelta):
     def tail(self) -> tuple[int, ...]:
         return self.shape[1:]
 
-    def product(self, reader: TensorReader) -> Product:
+    def value(self, reader: TensorReader) -> Product:
         a, b, e, *stored = read_float64(reader, *self.reads)
         ranknum = float(stored[0].reshape(())) if stored else self.ranknum
         return Product(b * (self.scaling / (ranknum + 1e-5)), e * a)

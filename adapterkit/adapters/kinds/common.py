@@ -23,6 +23,7 @@ from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
+from adapterkit.kernels.truncated import leading_svd
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 
@@ -68,6 +69,10 @@ class Delta(Protocol):
     @property
     def memory(self) -> int:
         """Bytes that `leading_triplets` uses at most."""
+        ...
+
+    def value(self, reader: TensorReader) -> Product | Tensor:
+        """The delta: a product in float64 where it is one of low rank, else (out, in) float32."""
         ...
 
     def leading_triplets(
@@ -185,7 +190,7 @@ def _check_settings(kind: type[Kind], config: dict, where: str) -> list[Adapterk
     return errors or kind.check(config, where)
 
 
-class WeightDelta:
+class WeightDelta(ABC):
     """Base of deltas that depend on the base's weight: dense, of any rank."""
 
     weight: StoredParameter
@@ -206,6 +211,15 @@ class WeightDelta:
     def memory(self) -> int:
         return 28 * math.prod(self.shape)
 
+    @abstractmethod
+    def value(self, reader: TensorReader) -> Tensor:
+        """The delta, (out, in) float32."""
+
+    def leading_triplets(
+        self, reader: TensorReader, most: int, energy: float | None
+    ) -> tuple[Svd, float]:
+        return leading_svd(self.value(reader), most, energy)
+
 
 class ProductDelta(ABC):
     """Base of the deltas of linear layers that are a product of two matrices, made from stored
@@ -223,13 +237,13 @@ class ProductDelta(ABC):
         return 12 * (self.a.nbytes + self.b.nbytes)
 
     @abstractmethod
-    def product(self, reader: TensorReader) -> Product:
+    def value(self, reader: TensorReader) -> Product:
         """left (out, rank) and right (rank, in) in float64, the scale folded in."""
 
     def leading_triplets(
         self, reader: TensorReader, most: int, energy: float | None
     ) -> tuple[Svd, float]:
-        return product_svd(self.product(reader))
+        return product_svd(self.value(reader))
 
 
 def product_svd(product: Product) -> tuple[Svd, float]:

@@ -9,10 +9,8 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.common import WeightDelta, map_rows
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.rows import row_norms
 from adapterkit.kernels.sums import all_finite
-from adapterkit.kernels.truncated import leading_svd
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 
@@ -30,12 +28,7 @@ class DoRA(WeightDelta):
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.factors.a, self.factors.b, self.magnitude, *self.weight.reads)
 
-    def leading_triplets(
-        self, reader: TensorReader, most: int, energy: float | None
-    ) -> tuple[Svd, float]:
-        return leading_svd(self.dense(reader), most, energy)
-
-    def dense(self, reader: TensorReader) -> Tensor:  # (out, in) float32
+    def value(self, reader: TensorReader) -> Tensor:  # (out, in) float32
         """(m / norm - 1) * W + m / norm * s·b@a, where no terms of the size of W cancel."""
         (product,) = self.factors.products(reader)
         magnitude = reader.tensor(self.magnitude).double().reshape(-1)

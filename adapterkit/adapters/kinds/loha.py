@@ -85,19 +85,22 @@ class LoHa:
     def memory(self) -> int:
         return 40 * min(math.prod(self.shape), sum(self.shape) * self.rank)
 
-    def product(self, reader: TensorReader) -> Product:
-        """(A B) * (C D) = (A ∘ C) (B • D): row-wise and column-wise Khatri-Rao products."""
+    def value(self, reader: TensorReader) -> Product | Tensor:
+        """Where the rank is low (A B) * (C D) = (A ∘ C) (B • D): row-wise and column-wise
+        Khatri-Rao products."""
         (a, b), (c, d) = _pair(reader, self.first), _pair(reader, self.second)
+        if self.rank >= min(self.shape):
+            return ((a @ b).mul_(c @ d) * self.scale).float()
         left = torch.einsum("or,os->ors", a, c).reshape(len(a), -1) * self.scale
         return Product(left, torch.einsum("ri,si->rsi", b, d).reshape(left.shape[1], -1))
 
     def leading_triplets(
         self, reader: TensorReader, most: int, energy: float | None
     ) -> tuple[Svd, float]:
-        if self.rank < min(self.shape):
-            return product_svd(self.product(reader))
-        (a, b), (c, d) = _pair(reader, self.first), _pair(reader, self.second)
-        return leading_svd(((a @ b).mul_(c @ d) * self.scale).float(), most, energy)
+        delta = self.value(reader)
+        if isinstance(delta, Product):
+            return product_svd(delta)
+        return leading_svd(delta, most, energy)
 
 
 def _pair(reader: TensorReader, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, Tensor]:

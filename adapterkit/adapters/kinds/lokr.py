@@ -99,6 +99,11 @@ class LoKr:
         small = math.prod(_shape(self.first)) + math.prod(_shape(self.second))
         return 40 * small + 24 * sum(self.shape) * min(self.rank, *self.shape)
 
+    def value(self, reader: TensorReader) -> Product:
+        """U s Vᵀ of all triplets."""
+        svd, _ = self.leading_triplets(reader, min(self.rank, *self.shape), None)
+        return Product(svd.u * svd.s, svd.vh)
+
     def leading_triplets(
         self, reader: TensorReader, most: int, energy: float | None
     ) -> tuple[Svd, float]:

@@ -19,8 +19,6 @@ from adapterkit.adapters.kinds.common import (
 )
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.kernels.lowrank import Svd
-from adapterkit.kernels.truncated import leading_svd
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import TensorReader
 
@@ -108,16 +106,14 @@ class Oft(WeightDelta):
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.rotation, *self.weight.reads)
 
-    def leading_triplets(
-        self, reader: TensorReader, most: int, energy: float | None
-    ) -> tuple[Svd, float]:
+    def value(self, reader: TensorReader) -> Tensor:
         turn = less_identity(
             skew(reader.tensor(self.rotation).double(), self.size, self.eps), self.terms
         )
         turn = turn if self.embedding else turn.mT
         stored = self.weight.read(reader).flatten(1)
         delta = map_rows(stored, lambda rows, here: _rotate(rows, turn))
-        return leading_svd(delta.T if self.weight.transposed else delta, most, energy)
+        return delta.T if self.weight.transposed else delta
 
 
 def _size(rotation: TensorSpec) -> int:

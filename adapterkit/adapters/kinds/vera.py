@@ -94,7 +94,7 @@ class Vera(ProductDelta):
     def tail(self) -> tuple[int, ...]:
         return self.shape[1:]
 
-    def product(self, reader: TensorReader) -> Product:
+    def value(self, reader: TensorReader) -> Product:
         a, b, lambda_b, lambda_d = read_float64(reader, *self.reads)
         return Product(
             lambda_b[:, None] * b[: self.shape[0]], lambda_d[:, None] * a[:, : self.shape[1]]

@@ -15,6 +15,7 @@ from adapterkit.cli.options import (
     parse_settings,
     rank_options,
     refit_options,
+    stats_option,
     tokenizer_option,
 )
 from adapterkit.cli.output import run_verb
@@ -169,6 +170,7 @@ def arrow(adapters: tuple[str, ...], **options: Any) -> None:
     "LoRA."
 )
 @rank_options
+@stats_option
 @click.option(
     "--alpha",
     type=click.Choice(["rank", "keep"]),

@@ -18,6 +18,7 @@ from adapterkit.cli.options import (
     parse_settings,
     rank_options,
     shard_size_option,
+    stats_option,
     targets_option,
 )
 from adapterkit.cli.output import run_verb
@@ -109,6 +110,7 @@ def merge(base: str, adapters: tuple[str, ...], **options: Any) -> None:
 @click.argument("tuned", type=Source())
 @output_options
 @rank_options
+@stats_option
 @module_filters
 @choice_option(
     "--rest",

@@ -14,6 +14,7 @@ from adapterkit.cli.options import (
     init_options,
     output_options,
     shard_size_option,
+    stats_option,
     targets_option,
 )
 from adapterkit.cli.output import run_verb
@@ -89,12 +90,7 @@ def dequantize(base: str, **options: Any) -> None:
     metavar="QBASE",
     help="Keep this quantized version of BASE, and write only the adapter for it.",
 )
-@click.option(
-    "--stats",
-    type=Source(),
-    metavar="FILE",
-    help="Input covariances: minimize output error instead of weight error.",
-)
+@stats_option
 @factor_options
 def loftq(base: str, **options: Any) -> None:
     """Quantize a base and fit an adapter to the error (LoftQ).
