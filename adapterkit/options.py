@@ -198,6 +198,11 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(text(name, item) for item in _items(name, value))
 
 
+def paths(name: str, value: Any) -> tuple[StrPath, ...]:
+    """Several paths, or one."""
+    return tuple(path(name, item) for item in _items(name, value))
+
+
 def targets(name: str, value: Any) -> str:
     """Which modules: a text, or a list of names as PEFT takes it."""
     if isinstance(value, str | re.Pattern):

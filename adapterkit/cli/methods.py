@@ -34,7 +34,7 @@ def combinations() -> dict[str, Rows]:
     for name, method in declarations("combinations").items():
         flags = ", ".join(f"--{o}" if o in LIFTED else f"--set {o}" for o in method.options)
         text = f"{method.summary.rstrip('.')} ({flags})." if flags else method.summary
-        rows = on_factors if method.constants["acts_on"] == "factors" else on_elements
+        rows = on_elements if method.constants["acts_on"] == "elements" else on_factors
         rows.append((name, text))
     rank = {"exact": "exact", "largest": "refitted to the largest rank of the inputs"}
     return {

@@ -1,12 +1,12 @@
 """What a combination method is: a frozen record that acts on factors, and never needs a dense
-delta, or on elements, by blocks of rows.
+delta, on factors and the covariances of the layers' inputs, or on elements, by blocks of rows.
 
 Deltas are scale · b @ a, the scale included; weights are the user's, apart. A delta of weight 0
 takes no part: the planner skips it.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Generator, Tensor
@@ -14,6 +14,9 @@ from torch import Generator, Tensor
 from adapterkit.kernels.lowrank import Product
 
 Metrics = dict[str, float]  # for the receipt
+# E[x xᵀ] (in, in) float32 of the inputs that adapter `which` saw, read when it is asked for; the
+# caller may change it
+Covariances = Callable[[int], Tensor]
 
 
 class Deltas(Protocol):
@@ -70,6 +73,20 @@ class OnFactors(_Weighted, Protocol):
         """One product of all."""
 
 
+class OnCovariances(_Weighted, Protocol):
+    """A method on factors and on the covariances of what the layer saw with each adapter,
+    float64."""
+
+    acts_on: ClassVar[Literal["covariances"]]
+
+    @abstractmethod
+    def combine_covariances(
+        self, products: Sequence[Product], weights: Sequence[float], covariances: Covariances
+    ) -> tuple[Product, Tensor, Metrics]:
+        """One product of all, and the root (in, in) float32 of the norm in which its refit is the
+        best; see `kernels/weighted.py`. Raises ValueError for what are no covariances."""
+
+
 class OnElements(_Weighted, Protocol):
     """A method on the elements of dense deltas, float32."""
 
@@ -82,4 +99,4 @@ class OnElements(_Weighted, Protocol):
         """One dense delta of all."""
 
 
-Method = OnFactors | OnElements
+Method = OnFactors | OnCovariances | OnElements

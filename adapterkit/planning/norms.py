@@ -1,41 +1,18 @@
 """Which factors are fitted in the norm of their module's outputs, by statistics of its inputs."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import Refused, listed
+from adapterkit.combinations.mean import Mean
+from adapterkit.combinations.protocol import Method
+from adapterkit.errors import AdapterkitError, Refused, listed
+from adapterkit.tasks.combined import CombinedFactors, Refit
 from adapterkit.tasks.statistics import select_covariances
 
-
-def linear_modules(
-    places: Mapping[str, Place], parameters: Collection[str], notes: list[str], otherwise: str
-) -> dict[str, int]:
-    """The widths (in) of the modules that are linear layers, of factors by name.
-
-    `parameters`: names that are those of single parameters. A note lists what is none, and what
-    holds there `otherwise`; `Refused` where none is one.
-    """
-    widths = {
-        name: place.a_tail[0]
-        for name, place in places.items()
-        if name not in parameters and place.is_linear
-    }
-    others = [name for name in places if name not in widths]
-    if not widths:
-        raise Refused(
-            "no linear layers with factors",
-            expected="some: statistics are of their inputs",
-            where="--stats",
-            hint="leave --stats out",
-        )
-    if others:
-        notes.append(
-            f"{len(others)} of {len(places)} modules are no linear layers (embeddings, "
-            f"convolutions, parameters): {otherwise}, without statistics ({listed(others)})"
-        )
-    return widths
+BY_WEIGHTS = "fitted in the norm of their weights"
 
 
 def select_norms(
@@ -44,9 +21,116 @@ def select_norms(
     parameters: Collection[str],
     notes: list[str],
 ) -> dict[str, TensorSpec]:
-    """The covariance of the inputs of each linear layer among factors by name, none without a
-    file; see `linear_modules`. `Refused` with all that are missing or of another shape."""
+    """The covariance of the inputs of each linear layer, by the name of its factors; none without
+    a file.
+
+    `parameters`: names of factors of single parameters. What is no linear layer joins the notes.
+    `Refused` with all covariances that are missing or of another shape.
+    """
     if stats is None:
         return {}
-    otherwise = "fitted in the norm of their weights"
-    return select_covariances(stats, linear_modules(places, parameters, notes, otherwise))
+    return select_covariances(stats, _widths(places, parameters, notes, BY_WEIGHTS))
+
+
+def _widths(
+    places: Mapping[str, Place], parameters: Collection[str], notes: list[str], otherwise: str
+) -> dict[str, int]:
+    """The widths of the inputs of linear layers; a note says what happens to others."""
+    widths = {
+        name: place.a_tail[0]
+        for name, place in places.items()
+        if name not in parameters and place.is_linear
+    }
+    if not widths:
+        raise Refused(
+            "no linear layers with factors",
+            expected="some: statistics are of their inputs",
+            where="--stats",
+            hint="leave --stats out",
+        )
+    others = [name for name in places if name not in widths]
+    if others:
+        notes.append(
+            f"{len(others)} of {len(places)} modules are no linear layers (embeddings, "
+            f"convolutions, parameters), and {otherwise}: {listed(others)}"
+        )
+    return widths
+
+
+def check_statistics(method: Method, refit: Refit, space: str, adapters: int, files: int) -> None:
+    """`Refused` for a combination that lacks statistics, or does nothing with them."""
+    if method.acts_on == "covariances":
+        if files != adapters:
+            raise Refused(
+                f"{files} statistics for {adapters} adapters",
+                expected=f"one for each with {method.name}",
+                where="--stats",
+                hint="give --stats FILE as often as there are adapters, in their order",
+            )
+        return
+    if not files:
+        return
+    unused = "an exact result" if refit.exact else "--svd-clamp" if refit.clamp else ""
+    unused = "--space factors" if space == "factors" else unused
+    if unused:
+        raise Refused(
+            f"--stats with {unused}",
+            expected="a refit in --space delta: statistics say what it may lose",
+            where="options",
+            hint="give --rank R or --energy E alone, or leave --stats out",
+        )
+    if files not in (1, adapters):
+        raise Refused(
+            f"{files} statistics for {adapters} adapters",
+            expected="one for all, or one for each",
+            where="--stats",
+            hint="give --stats FILE once, or as often as there are adapters, in their order",
+        )
+
+
+def without_inputs(method: Method) -> Method:
+    """What takes a method's place where the covariances of inputs are not defined."""
+    return Mean() if method.acts_on == "covariances" else method
+
+
+def with_statistics(
+    tasks: list[CombinedFactors],
+    stats: Sequence[Checkpoint],  # one for all adapters, or one for each
+    parameters: Collection[str],
+    notes: list[str],
+    errors: list[AdapterkitError],
+) -> list[CombinedFactors]:
+    """The tasks, those of linear layers with the covariances of their inputs; see `select_norms`.
+    What is missing joins the errors."""
+    if not stats or not tasks:
+        return tasks
+    replaced = without_inputs(tasks[0].method)
+    otherwise = BY_WEIGHTS if replaced is tasks[0].method else f"combined by {replaced.name}"
+    try:
+        places = {task.name: task.place for task in tasks}
+        widths = _widths(places, parameters, notes, otherwise)
+    except AdapterkitError as error:
+        errors.append(error)
+        return tasks
+    selected: list[Mapping[str, TensorSpec]] = []
+    for number, checkpoint in enumerate(stats):
+        own = {
+            task.name: widths[task.name]
+            for task in tasks
+            if task.name in widths
+            and (len(stats) == 1 or any(part.number == number for part in task.parts))
+        }
+        try:
+            selected.append(select_covariances(checkpoint, own))
+        except AdapterkitError as error:
+            errors.append(error)
+            selected.append({})
+    weighted = []
+    for task in tasks:
+        if task.name not in widths:
+            weighted.append(replace(task, method=replaced))
+            continue
+        files = selected if len(stats) == 1 else [selected[part.number] for part in task.parts]
+        specs = tuple(file[task.name] for file in files if task.name in file)
+        weighted.append(replace(task, covariances=specs))
+    return weighted

@@ -13,7 +13,7 @@ from adapterkit.verbs.combine import combine as combine_files
 
 OPTIONS = (
     "space", "rank", "energy", "density", "majority", "svd_clamp", "weight_for", "settings",
-    "dtype", "seed",
+    "dtype", "seed", "stats",
 )  # fmt: skip
 
 

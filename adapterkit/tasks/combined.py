@@ -14,12 +14,19 @@ from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.kinds.dora import DoRA
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.combinations.common import WeightedSum, add_pruned
-from adapterkit.combinations.protocol import Method
+from adapterkit.combinations.protocol import Method, Metrics
 from adapterkit.kernels import lowrank
 from adapterkit.kernels.lowrank import Product, Svd
-from adapterkit.kernels.truncated import leading_svd
+from adapterkit.kernels.weighted import Decomposition, decompose_dense, decompose_product
 from adapterkit.plan import TaskResult
 from adapterkit.tasks.common import FactorsTask, short
+from adapterkit.tasks.statistics import (
+    covariance_errors,
+    read_covariance,
+    read_mean_root,
+    root_memory,
+)
+from adapterkit.tasks.truncated import energies_of, fit_metrics
 from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time
@@ -78,10 +85,14 @@ class CombinedFactors(FactorsTask):
     refit: Refit
     space: str = "delta"
     seed: int = 0
+    # of the module's inputs: of each part's, or one for all; with them the refit is in the norm of
+    # the outputs
+    covariances: tuple[TensorSpec, ...] = ()
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
-        return tuple(dict.fromkeys(spec for part in self.parts for spec in part.reads))
+        parts = dict.fromkeys(spec for part in self.parts for spec in part.reads)
+        return (*parts, *dict.fromkeys(self.covariances))
 
     @property
     def is_dense(self) -> bool:
@@ -106,6 +117,9 @@ class CombinedFactors(FactorsTask):
     @property
     def memory(self) -> int:
         parts, size = sum(part.memory for part in self.parts), math.prod(self.shape)
+        if self.covariances:
+            dense = 8 * size if self.is_dense else 0
+            parts += parts + dense + root_memory(*self.covariances)
         by_elements = self.method.acts_on == "elements" or isinstance(self.method, WeightedSum)
         if self.is_dense and not by_elements:
             return parts + 40 * len(self.parts) * size  # dense deltas as products in float64
@@ -116,14 +130,29 @@ class CombinedFactors(FactorsTask):
             return self._on_factors(inputs)
         weights = [part.weight for part in self.parts]
         results, metrics, spans = [], [], []
+        root, damping = None, {}
+        if self.method.acts_on != "covariances":
+            root, damping = read_mean_root(inputs, self.covariances)
         for expert, deltas in enumerate(
             zip(*(part.deltas(inputs) for part in self.parts), strict=True)
         ):
-            result, measured = self._combine(deltas, weights, expert)
+            if self.method.acts_on == "covariances":
+                result, root, measured = self._regress(deltas, weights, inputs)
+            else:
+                result, measured = self._combine(deltas, weights, expert)
             results.append(result)
-            metrics.append(measured | _cosines(deltas))
+            metrics.append(measured | damping | _cosines(deltas))
             spans.append(None if isinstance(result, Product) else _span(deltas))
-        return self._refit(results, metrics, spans)
+        return self._refit(results, metrics, spans, root)
+
+    def _regress(
+        self, deltas: Sequence[Delta], weights: list[float], inputs: Reader
+    ) -> tuple[Product, Tensor, Metrics]:
+        assert self.method.acts_on == "covariances"
+        products = [lowrank.as_product(delta) for delta in deltas]
+        covariances = lambda which: read_covariance(inputs, self.covariances[which])
+        with covariance_errors(self.covariances[0]):
+            return self.method.combine_covariances(products, weights, covariances)
 
     def _combine(
         self, deltas: Sequence[Delta], weights: list[float], expert: int
@@ -133,38 +162,48 @@ class CombinedFactors(FactorsTask):
         if self.method.acts_on == "elements":
             seeds = Seeds(self.seed, f"{self.name}/{expert}")
             return self.method.combine_elements(DenseDeltas(deltas), weights, seeds)
+        assert self.method.acts_on == "factors"
         if self.is_dense and isinstance(self.method, WeightedSum):
             shares = self.method.shares(weights)
             return add_pruned(DenseDeltas(deltas), shares, [lambda block: None] * len(shares))
         return self.method.combine_factors([lowrank.as_product(delta) for delta in deltas], weights)
 
     def _refit(
-        self, results: list[Delta], metrics: list[dict], spans: list[Svd | None]
+        self,
+        results: list[Delta],
+        metrics: list[dict],
+        spans: list[Svd | None],
+        root: Tensor | None,
     ) -> TaskResult:
-        """`spans`: for each result directions near which those of its singular vectors are."""
+        """`spans`: for each result directions near which those of its singular vectors are;
+        `root`: of the norm of the refit."""
         products = [result for result in results if isinstance(result, Product)]
         if self.refit.exact and products and products[0].rank <= min(self.shape):
             pairs = [lowrank.balance(product) for product in products]
             total = sum(lowrank.norm(product) ** 2 for product in products)
-            return self._result(pairs, metrics, total, total)
-        most = self.max_rank
-        svds = [
-            _decompose(result, self.refit.energy, most, near)
+            fit = {"norm": short(total**0.5), "energy": 1.0, "error": 0.0}
+            return self._result(pairs, metrics, fit)
+        most, share = self.max_rank, self.refit.energy
+        decompositions = [
+            decompose_product(result, root)
+            if isinstance(result, Product)
+            else decompose_dense(result, most, share, start=near, root=root)
             for result, near in zip(results, spans, strict=True)
         ]
-        if self.refit.energy:
-            share = self.refit.energy
-            rank = max(lowrank.rank_for_energy(svd.s, share, total) for svd, total in svds)
+        if share:
+            rank = max(
+                lowrank.rank_for_energy(one.svd.s, share, one.total) for one in decompositions
+            )
             rank = min(rank, most)
         else:
-            rank = min(most, *(len(svd.s) for svd, _ in svds))
-        energy = sum(float(svd.s[:rank].double().square().sum()) for svd, _ in svds)
-        pairs = [self._factors(svd, rank) for svd, _ in svds]
-        return self._result(pairs, metrics, energy, sum(total for _, total in svds))
+            rank = min(most, *(len(one.svd.s) for one in decompositions))
+        fit = fit_metrics(energies_of(decompositions, rank), rank)
+        return self._result([self._factors(one, rank) for one in decompositions], metrics, fit)
 
-    def _factors(self, svd: Svd, rank: int) -> tuple[Tensor, Tensor]:
+    def _factors(self, decomposition: Decomposition, rank: int) -> tuple[Tensor, Tensor]:
         if self.refit.clamp is None:
-            return lowrank.refit(svd, rank)
+            return decomposition.factors(rank)
+        svd = decomposition.svd
         a, b = svd.vh[:rank], svd.u[:, :rank] * svd.s[:rank]
         values = torch.cat([b.reshape(-1), a.reshape(-1)])
         # PEFT's quantile of the signed values depends on the signs that the decomposition happens
@@ -193,14 +232,10 @@ class CombinedFactors(FactorsTask):
         return TaskResult(self.round_matrices(a, b, rank), {"rank": rank})
 
     def _result(
-        self, pairs: list[tuple[Tensor, Tensor]], metrics: list[dict], energy: float, total: float
+        self, pairs: list[tuple[Tensor, Tensor]], metrics: list[dict], fit: dict[str, float]
     ) -> TaskResult:
-        """`energy`: Σ s² of the factors; `total`: of the delta."""
-        merged: dict[str, Any] = {
-            "rank": len(pairs[0][0]),
-            "norm": short(total**0.5),
-            "energy": short(energy / total) if total else 1.0,
-        }
+        """`fit`: metrics of what the factors lose of the delta."""
+        merged: dict[str, Any] = {"rank": len(pairs[0][0]), **fit}
         # of a stack of experts: the mean over them
         merged |= {key: _mean([metric[key] for metric in metrics]) for key in metrics[0]}
         return TaskResult(self.round(self.place.stored(pairs)), merged)
@@ -278,16 +313,6 @@ def _span(deltas: Sequence[Delta]) -> Svd | None:
         return None
     left, right = (left / sizes[0])[:, used], (right / sizes[1][:, None])[used]
     return Svd(left, left.new_ones(len(right)), right)
-
-
-def _decompose(
-    result: Delta, energy: float | None, most: int, near: Svd | None
-) -> tuple[Svd, float]:
-    """The leading singular triplets of a delta, and Σ s² over all of them."""
-    if isinstance(result, Product):
-        svd = lowrank.svd(result)
-        return svd, float(svd.s.square().sum())
-    return leading_svd(result, most, energy, start=near)
 
 
 def _cosines(deltas: Sequence[Delta]) -> dict[str, list[float]]:

@@ -147,6 +147,14 @@ def read_mean_root(
     return root, {"damping": damping}
 
 
+def read_covariance(inputs: Reader, covariance: TensorSpec) -> Tensor:
+    """E[x xᵀ] in float32; `Unrecoverable` where it is none, for all that is seen at once."""
+    value = inputs.tensor(covariance)
+    with covariance_errors(covariance):
+        weighted.check(value)
+    return value
+
+
 @contextmanager
 def covariance_errors(covariance: TensorSpec) -> Iterator[None]:
     """A ValueError inside is one of this covariance: `Unrecoverable`."""

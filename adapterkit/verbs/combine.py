@@ -15,7 +15,7 @@ from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import Sources, StrPath, choice
+from adapterkit.options import Sources, StrPath, choice, paths
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.adapters import (
@@ -26,6 +26,7 @@ from adapterkit.planning.adapters import (
     wrapper_problems,
 )
 from adapterkit.planning.base_weights import BaseWeights, dora_problems
+from adapterkit.planning.norms import check_statistics, with_statistics, without_inputs
 from adapterkit.planning.sites import (
     Site,
     base_with_parameters,
@@ -34,7 +35,7 @@ from adapterkit.planning.sites import (
     names_of,
     targets_of,
 )
-from adapterkit.planning.sources import open_model, open_weighted
+from adapterkit.planning.sources import open_model, open_source, open_weighted
 from adapterkit.receipt import Receipt
 from adapterkit.registry import create
 from adapterkit.tasks import common
@@ -59,7 +60,7 @@ class Options:
     tokenizer: str | None = None
 
 
-@writes(method=choice(lambda: (*registry.members("combinations"), *ALIASES)))
+@writes(method=choice(lambda: (*registry.members("combinations"), *ALIASES)), stats=paths)
 def combine(
     adapters: Sources,
     *,
@@ -72,6 +73,7 @@ def combine(
     density: float | None = None,
     majority: str | None = None,
     svd_clamp: float | None = None,
+    stats: Iterable[StrPath] = (),
     weight_for: Iterable[str] = (),
     settings: dict[str, Any] | None = None,
     dtype: str = "fp32",
@@ -98,6 +100,12 @@ def combine(
     parameters of `target_parameters` apart where the files, which name their nesting only, do not.
     Factors are computed in float64 (dense deltas in float32), written in `dtype`. Raises `Refused`
     before anything is written.
+
+    `stats`: safetensors files with `<module>.covariance`, E[x xᵀ] of what each linear layer with
+    factors saw; one for all adapters, or one for each in their order. Then the refit is the best in
+    the norm of the layers' outputs, by the mean of the covariances, as in `resize`; `regmean` needs
+    one for each. Embeddings, convolutions and parameters are fitted in the norm of their weights,
+    by `regmean` combined as by `mean`, which a note says.
 
     A DoRA's delta depends on the weights that it was trained on: with `base` it is
     m·(W + scale·b@a)/‖W + scale·b@a‖ - W, dense, so that the result is a plain LoRA of a rank that
@@ -131,17 +139,24 @@ def combine(
         tokenizer,
     )
     plan = plan_combine(
-        open_weighted(adapters), options, None if base is None else open_model(base)
+        open_weighted(adapters),
+        options,
+        None if base is None else open_model(base),
+        [open_source(path) for path in stats],
     )
     execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
     return execution.run(plan)
 
 
 def plan_combine(
-    sources: list[tuple[Folder, float]], options: Options, base: Folder | None = None
+    sources: list[tuple[Folder, float]],
+    options: Options,
+    base: Folder | None = None,
+    stats: Sequence[Folder] = (),
 ) -> Plan:
     """Everything a combination will do, or `Refused` with all that cannot be done."""
     method, refit = _resolve_method(options)
+    check_statistics(method, refit, options.space, len(sources), len(stats))
     if len(sources) < 2 and not (sources and (options.rank or options.energy)):
         raise Refused(
             f"{len(sources)} adapters",
@@ -199,9 +214,13 @@ def plan_combine(
                 options.seed,
             )
         )
+    first = len(adapters) + (model is not None)
+    statistics = [open_checkpoint(folder, number) for number, folder in enumerate(stats, first)]
+    parameters = {name for name, site in joined.items() if site.parameter}
+    tasks = with_statistics(tasks, statistics, parameters, notes, errors)
     biases, whole = (
         _biases(joined, weights, options, errors),
-        value_tasks(adapters, weights, method, levels, errors),
+        value_tasks(adapters, weights, without_inputs(method), levels, errors),
     )
     errors += weights.unused() + wrapper_problems(adapters, joined.values())
     refuse_all(errors)
@@ -240,7 +259,7 @@ def plan_combine(
         **targets_of(joined),
     )
     return adapter_output.plan_adapters(
-        "combine", receipt_options, adapters, [output], notes, decisions, model
+        "combine", receipt_options, adapters, [output], notes, decisions, model, *statistics
     )
 
 

@@ -26,6 +26,7 @@ from tests.support.methods import (
     ON_ELEMENTS,
     WEIGHTS,
     Dense,
+    applied,
     case,
     combined,
     product,
@@ -35,7 +36,7 @@ from tests.support.methods import (
 
 # What a method does not promise. Everything else is held to every law.
 ORDERED = {"ema", "slerp"}  # the order of the adapters is part of the question
-SHARES = {"mean", "karcher"}  # all weights times two: the same result
+SHARES = {"mean", "karcher", "regmean"}  # all weights times two: the same result
 NOT_ITSELF = {"iso_c"}  # one adapter alone is not given back
 # at density 1, Σ shareᵢ Δᵢ
 LINEAR = {"linear", "mean", "magnitude_prune", "dare_linear", "breadcrumbs"}
@@ -90,7 +91,11 @@ def test_what_a_method_acts_on(name: str) -> None:
     """It is declared beside the name, and the method has the function for it, and that one
     alone."""
     kind = METHODS[name]
-    functions = {"factors": "combine_factors", "elements": "combine_elements"}
+    functions = {
+        "factors": "combine_factors",
+        "covariances": "combine_covariances",
+        "elements": "combine_elements",
+    }
     assert {"name", "source", "acts_on"} <= vars(kind).keys()
     assert [key for key, value in functions.items() if hasattr(kind, value)] == [kind.acts_on]
     assert not getattr(kind, "__abstractmethods__", None)
@@ -127,15 +132,9 @@ def test_same_inputs_same_bytes_and_inputs_untouched(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_facts_are_finite_numbers(name: str) -> None:
     for products in (HARD["pair"], case(4, 5, (2, "zero"), (2, "zero"))):
-        method = record(name)
-        if name in ON_ELEMENTS:
-            result, metrics = method.combine_elements(
-                Dense([p.dense() for p in products]), [1.0, 1.0], seeds
-            )
-        else:
-            result, metrics = method.combine_factors(products, [1.0, 1.0])
+        result, metrics = applied(record(name), products, [1.0, 1.0])
         assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
-        if name in ON_ELEMENTS:
+        if not isinstance(result, Product):
             assert result.dtype == torch.float32 and result.shape == products[0].dense().shape
         else:
             assert result.left.dtype == torch.float64 and result.rank <= sum(
@@ -201,7 +200,7 @@ def test_one_adapter_is_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(LINEAR & set(METHODS) | {"slerp", "karcher"})
+    "name", sorted(LINEAR & set(METHODS) | {"slerp", "karcher", "regmean"})
 )  # of all: see test_combine
 def test_weights_one_and_zero(name: str) -> None:
     products = HARD["pair"]

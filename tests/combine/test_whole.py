@@ -16,6 +16,7 @@ from adapterkit.cli import main
 from adapterkit.errors import Refused
 from adapterkit.registry import members, options
 from tests.support import oracle
+from tests.support.combining import statistics_for
 from tests.support.deltas import LAYERS, assert_close, deltas, net, trained, truncated
 
 WEIGHTS = (1.0, 0.6, -0.5)
@@ -69,6 +70,7 @@ def plain(sources, base, tmp_path_factory) -> list[Path]:
 
 def combined(sources, out, weights=WEIGHTS, **how) -> dict[str, Tensor]:
     named = [f"{source}={weight}" for source, weight in zip(sources, weights, strict=True)]
+    how = statistics_for(how["method"], sources, out) | how
     metrics = adapterkit.combine(named, out=out, **how).data["parameters"]
     assert all(len(metrics[name].get("cosines", ())) in (0, 1, 3) for name in metrics)
     return deltas(out)
@@ -107,7 +109,7 @@ def test_linear_of_doras_is_the_sum_of_what_peft_merges(sources, base, tmp_path)
 def test_every_method_gives_what_it_gives_on_plain_loras_of_the_same_deltas(
     method, sources, plain, base, tmp_path
 ):
-    weights = (1.0, 0.6, 0.5) if method in ("slerp", "karcher") else WEIGHTS
+    weights = (1.0, 0.6, 0.5) if method in ("slerp", "karcher", "regmean") else WEIGHTS
     pick = slice(2) if method == "slerp" else slice(3)
     how = METHODS[method]
     settings = {k: v for k, v in how.items() if k != "density"} or None

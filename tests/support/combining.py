@@ -2,6 +2,7 @@
 
 import re
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ WEIGHTS = (1.0, -0.4, 0.7)
 
 def combined(sources: list[Path], out: Path, weights=WEIGHTS, **options) -> dict:
     """The receipt's metrics by module."""
+    options = statistics_for(options["method"], sources, out) | options
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         named = [f"{source}={weight}" for source, weight in zip(sources, weights, strict=True)]
@@ -58,6 +60,34 @@ def narrowed(source: Path, folder: Path) -> Path:
 
 
 NEEDS = {"density": 0.5, "decay": 0.9}
+
+
+def statistics_of(source: Path, out: Path, seed: int) -> Path:
+    """A file of covariances of what each linear layer saw with an adapter."""
+    tensors = load_file(source / "adapter_model.safetensors")
+    covariances = {}
+    for key, a in tensors.items():
+        if (match := re.match(r"base_model\.model\.(.*)\.lora_A\.weight$", key)) and a.dim() == 2:
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(match[1].encode()))
+            x = torch.randn(50, a.shape[1], generator=generator)
+            x = x * torch.linspace(0.2, 2, a.shape[1]) + x[:, :1]
+            covariances[f"{match[1]}.covariance"] = x.T @ x / len(x)
+    save_file(covariances, out)
+    return out
+
+
+def statistics_for(method: str, sources: list[Path], out: Path) -> dict:
+    """The option of a method that needs statistics, with a file for each source beside `out`."""
+    record = registry.members("combinations").get(method)
+    if record is None or record.acts_on != "covariances":
+        return {}
+    folder = out.with_name(f"{out.name}-statistics")
+    folder.mkdir(exist_ok=True)
+    files = [
+        statistics_of(source, folder / f"{number}.safetensors", number)
+        for number, source in enumerate(sources)
+    ]
+    return {"stats": files}
 
 
 def options_of(method: str) -> dict:

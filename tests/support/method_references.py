@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapterkit.errors import Refused
 from adapterkit.kernels.lowrank import Product
-from tests.support.methods import METHODS, combined, record, seeds
+from tests.support.methods import METHODS, combined, covariance_of, record, seeds
 
 
 def trimmed(x: Tensor, keep: int) -> Tensor:
@@ -183,6 +183,19 @@ def iso_c(deltas, weights, options):
     u, s, vh = torch.linalg.svd(linear(deltas, weights, options), full_matrices=False)
     kept = s > 1e-10
     return s[kept].sum() / max(int(kept.sum()), 1) * u[:, kept] @ vh[kept]
+
+
+def regmean(deltas, weights, options):
+    if min(weights) < 0:
+        return None
+    covariances = []
+    for d in deltas:
+        c = covariance_of(d).double()
+        covariances.append(options.alpha * c + (1 - options.alpha) * c.diagonal().diag())
+    ridge = 1e-6 * linear(covariances, weights, options).diagonal().mean() / sum(weights)
+    covariances = [c + ridge * torch.eye(len(c), dtype=c.dtype) for c in covariances]
+    outputs = [d @ c for d, c in zip(deltas, covariances, strict=True)]
+    return linear(outputs, weights, options) @ linear(covariances, weights, options).inverse()
 
 
 REFERENCES = {name: globals()[name] for name in METHODS if name in globals()}

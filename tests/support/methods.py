@@ -41,14 +41,29 @@ def record(name: str, **given):
     return METHODS[name](**needed | {key: value for key, value in given.items() if key in fields})
 
 
+def covariance_of(delta: Tensor) -> Tensor:
+    """What the layer saw with the adapter of this delta, (in, in) float32: different for each
+    delta, and correlated."""
+    return (torch.eye(delta.shape[1]) + delta.T @ delta).float()
+
+
+def applied(
+    method, products: list[Product], weights, seeds=seeds, height=3
+) -> tuple[Product | Tensor, dict[str, float]]:
+    """What a method gives, as factors or dense, and its metrics."""
+    if method.acts_on == "factors":
+        return method.combine_factors(products, weights)
+    if method.acts_on == "covariances":
+        covariances = lambda which: covariance_of(products[which].dense())
+        result, _, metrics = method.combine_covariances(products, weights, covariances)
+        return result, metrics
+    return method.combine_elements(Dense([p.dense() for p in products], height), weights, seeds)
+
+
 def combined(method, products: list[Product], weights, seeds=seeds, height=3) -> Tensor:
     """The delta that a method gives, in float64."""
-    weights = method.resolve_weights(weights)
-    if method.acts_on == "factors":
-        return method.combine_factors(products, weights)[0].dense()
-    return method.combine_elements(
-        Dense([p.dense() for p in products], height), weights, seeds
-    ).delta.double()
+    result, _ = applied(method, products, method.resolve_weights(weights), seeds, height)
+    return result.dense() if isinstance(result, Product) else result.double()
 
 
 def product(out: int, inside: int, rank: int, seed: int, kind: str = "normal") -> Product:

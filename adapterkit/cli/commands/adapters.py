@@ -55,6 +55,14 @@ FOR_AMBIGUOUS_PARAMETERS = "The adapters' model, needed where target_parameters 
     help="Clamp the factors at this quantile of their elements, as PEFT does.",
 )
 @click.option(
+    "--stats",
+    multiple=True,
+    type=Source(),
+    metavar="FILE",
+    help="Input covariances: minimize output error in the refit; one for all adapters, or one "
+    "for each, in their order (regmean).",
+)
+@click.option(
     "--weight-for",
     multiple=True,
     metavar="[N:]REGEX=W",
@@ -78,6 +86,7 @@ def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any
     Example:
       adapterkit combine ./english ./french=0.5 --method linear --out both
       adapterkit combine ./a ./b ./c --method ties --density 0.2 --rank 32 --out merged
+      adapterkit combine ./a ./b --method regmean --stats a.stats --stats b.stats --out both
     """
     from adapterkit.verbs.combine import combine as verb
 

@@ -143,7 +143,7 @@ def test_every_method_and_refit(method, refit, mixed, tmp_path):
     """The refit is the best approximation of what the method gives at full rank, and the bytes are
     the same every time."""
     sources, weights = (
-        (mixed[:2], (1.0, 0.6)) if method in ("slerp", "karcher") else (mixed, WEIGHTS)
+        (mixed[:2], (1.0, 0.6)) if method in ("slerp", "karcher", "regmean") else (mixed, WEIGHTS)
     )
     options = options_of(method)
     combined(sources, tmp_path / "whole", weights, method=method, energy=1.0, **options)
@@ -151,6 +151,9 @@ def test_every_method_and_refit(method, refit, mixed, tmp_path):
     whole, actual = deltas(tmp_path / "whole"), deltas(tmp_path / "out")
     for name, delta in whole.items():
         best = truncated(delta, metrics[name]["rank"])
+        if "output_error" in metrics[name]:  # the best in another norm: see test_lossy
+            assert metrics[name]["output_error"] <= metrics[name]["plain_output_error"]
+            continue
         lost, least = (
             float((actual[name] - delta).norm()),
             float((best - delta).norm()),
