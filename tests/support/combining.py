@@ -68,7 +68,9 @@ def statistics_of(source: Path, out: Path, seed: int) -> Path:
     covariances = {}
     for key, a in tensors.items():
         if (match := re.match(r"base_model\.model\.(.*)\.lora_A\.weight$", key)) and a.dim() == 2:
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(match[1].encode()))
+            generator = torch.Generator().manual_seed(
+                zlib.crc32(f"{source.name} {match[1]}".encode())
+            )
             x = torch.randn(50, a.shape[1], generator=generator)
             x = x * torch.linspace(0.2, 2, a.shape[1]) + x[:, :1]
             covariances[f"{match[1]}.covariance"] = x.T @ x / len(x)
