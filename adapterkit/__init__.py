@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.quantize import quantize
     from adapterkit.verbs.rebase import rebase
     from adapterkit.verbs.resize import resize
+    from adapterkit.verbs.stats import stats
     from adapterkit.verbs.subtract import subtract
     from adapterkit.verbs.verify import verify
 
@@ -57,6 +58,7 @@ __all__ = [
     "quantize",
     "rebase",
     "resize",
+    "stats",
     "subtract",
     "verify",
 ]

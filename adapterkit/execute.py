@@ -75,7 +75,7 @@ def run(
                     check(out)
                 return receipt
             if state != "fresh":
-                _check_same_job(stage, recipe)
+                check_same_job(stage, recipe)
             if state != "publish":
                 _build(
                     plan,
@@ -177,7 +177,7 @@ def _finished(out: Path, fingerprint: str, recipe: dict) -> Receipt:
     return Receipt(out, data, finished_before=True)
 
 
-def _check_same_job(stage: Stage, recipe: dict) -> None:
+def check_same_job(stage: Stage, recipe: dict) -> None:
     """`Refused` when the interrupted run was of other inputs, options or another version."""
     before = stage.journal()[0].get("recipe", {})
     if before != recipe:

@@ -203,6 +203,25 @@ def paths(name: str, value: Any) -> tuple[StrPath, ...]:
     return tuple(path(name, item) for item in _items(name, value))
 
 
+def files(name: str, value: Any) -> tuple[StrPath, ...]:
+    """One path or more."""
+    items = paths(name, value)
+    if not items:
+        raise invalid(name, value, "one path or more", "give a file")
+    return items
+
+
+def kinds(allowed: Sequence[str]) -> Check:
+    """Several of these words: a list of them, or one text with commas between."""
+
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        words = [word for text in texts(name, value) for word in text.replace(" ", "").split(",")]
+        one = choice(allowed)
+        return tuple(dict.fromkeys(one(name, word) for word in words or [""]))
+
+    return check
+
+
 def targets(name: str, value: Any) -> str:
     """Which modules: a text, or a list of names as PEFT takes it."""
     if isinstance(value, str | re.Pattern):
@@ -357,17 +376,18 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(
         (
             "rslora double_quant base_is_residual dequantize verify download headers resume "
-            "overwrite dry_run"
+            "overwrite dry_run whole"
         ).split(),
         flag,
     ),
     **dict.fromkeys("include exclude skip".split(), regex),
     **dict.fromkeys("max_shard_size max_size memory".split(), parse_size),
     **dict.fromkeys("bits_for weight_for rank_for alpha_for".split(), texts),
-    **dict.fromkeys("rank block_size iterations top_k".split(), whole()),
+    **dict.fromkeys("rank block_size iterations top_k samples length batch".split(), whole()),
     "accept": function,
     "alpha": _above_0,
     "bits": whole_of(4, 8),
+    "data": files,
     "density": number("a share, 0 to 1", lambda value: 0 <= value <= 1),
     "device": _device,
     "dtype": dtype,

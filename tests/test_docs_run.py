@@ -31,6 +31,7 @@ from tests.support.documents import (
     name_of,
     sessions,
 )
+from tests.support.texts import save_tokenizer, write_rows
 
 PACKAGE = Path(adapterkit.__file__).parent
 
@@ -156,6 +157,10 @@ def stage(
     stage = tmp_path_factory.mktemp("stage")
     for name in ("BASE", "ORIGINAL"):
         shutil.copytree(base, stage / name)
+    save_tokenizer(stage / "BASE")
+    (stage / "notes.txt").write_text("some words\n\nand more of them\n")
+    write_rows(stage / "texts.jsonl", *({"text": f"text {n * 'words '}"} for n in range(20)))
+    write_rows(stage / "pairs.jsonl", *({"prompt": "who? ", "completion": "we"} for _ in range(9)))
     for name in CAST:
         shutil.copytree(cached_folder("lora", train), stage / name)
     for status, _, errors in run([Task(stage, line.split()) for line in PREPARATION], package):

@@ -221,6 +221,8 @@ class Stage:
             (self.control / JOURNAL).unlink(missing_ok=True)
             sync_folder(self.control)
             self.clear()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def begin(self) -> None:
         """Create the stage and open the journal, without a last line that a crash tore."""

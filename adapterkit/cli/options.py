@@ -50,12 +50,12 @@ def refit_options(default: str = "") -> Callable:
 EXACT_BY_DEFAULT = " (default: exact; ranks add up)"
 
 
-def targets_option(default: str) -> Callable:
+def targets_option(default: str, modules: str = "Modules that get factors") -> Callable:
     return click.option(
         "--targets",
         type=Targets(),
         metavar="NAMES|RE",
-        help="Modules that get factors: all-linear, comma-separated name suffixes "
+        help=f"{modules}: all-linear, comma-separated name suffixes "
         f"(q_proj,v_proj), or a regex (default: {default}).",
     )
 
@@ -63,6 +63,31 @@ def targets_option(default: str) -> Callable:
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document to stdout."
 )
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:i]",
+    help="Where to compute.",
+)
+
+
+def memory_option(use: str) -> Callable:
+    return click.option(
+        "--memory",
+        metavar="SIZE",
+        help=f"Memory for {use}, e.g. 8GB (default: a quarter of RAM).",
+    )
+
+
+def resume_options(older: str) -> Callable:
+    return option_group(
+        click.option("--resume", is_flag=True, help="Continue an interrupted run of the same job."),
+        click.option("--overwrite", is_flag=True, help=f"Replace {older}."),
+        click.option("--quiet", is_flag=True, help="Show no progress and no summary."),
+    )
+
+
 output_options = option_group(
     click.option(
         "--out",
@@ -75,29 +100,15 @@ output_options = option_group(
         "--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."
     ),
     json_option,
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="auto|cpu|cuda[:i]",
-        help="Where to compute.",
-    ),
-    click.option(
-        "--memory",
-        metavar="SIZE",
-        help="Memory for weights computed at the same time, e.g. 8GB (default: a quarter of RAM).",
-    ),
+    device_option,
+    memory_option("weights computed at the same time"),
     choice_option(
         "--engine",
         default="local",
         show_default=True,
         help="What runs the plan: this machine, the only choice so far.",
     ),
-    click.option("--resume", is_flag=True, help="Continue an interrupted run of the same job."),
-    click.option(
-        "--overwrite", is_flag=True, help="Replace an earlier output of adapterkit in DIR."
-    ),
-    click.option("--quiet", is_flag=True, help="Show no progress and no summary."),
+    resume_options("an earlier output of adapterkit in DIR"),
 )
 hash_option = choice_option(
     "--hash", default="sha256", show_default=True, help="Hash of each output file in the receipt."

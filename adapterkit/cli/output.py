@@ -12,16 +12,19 @@ from adapterkit.cli import signals
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
     from adapterkit.receipt import Receipt
+    from adapterkit.verbs.stats import StatisticsPlan
 
 
-def run_verb(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+def run_verb(
+    verb: Callable, *sources: Any, as_json: bool, quiet: bool, unit: str = "B", **options: Any
+) -> None:
     """Call a verb that writes, with progress, and print its plan or receipt."""
-    from adapterkit.plan import Plan
+    from adapterkit.receipt import Receipt
 
-    with ProgressBar(quiet or options["dry_run"]) as bar:
+    with ProgressBar(quiet or options["dry_run"], unit) as bar:
         result = verb(*sources, progress=bar, **options)
         signals.ignore_after_work()  # the output is published: printing goes on
-    if isinstance(result, Plan):
+    if not isinstance(result, Receipt):
         print_plan(result, as_json)
     elif as_json:
         print_json(result.data)
@@ -32,11 +35,11 @@ def run_verb(verb: Callable, *sources: Any, as_json: bool, quiet: bool, **option
 class ProgressBar:
     """Bytes done with an ETA, on a terminal only; called from several threads."""
 
-    def __init__(self, quiet: bool):
+    def __init__(self, quiet: bool, unit: str = "B"):
         from tqdm import tqdm
 
         # disable=None: silent off a terminal
-        self.bar = tqdm(unit="B", unit_scale=True, leave=False, disable=quiet or None)
+        self.bar = tqdm(unit=unit, unit_scale=unit == "B", leave=False, disable=quiet or None)
         self.lock = threading.Lock()
 
     def __enter__(self) -> "ProgressBar":
@@ -58,7 +61,7 @@ def print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=1, ensure_ascii=False))
 
 
-def print_plan(plan: "Plan", as_json: bool) -> None:
+def print_plan(plan: "Plan | StatisticsPlan", as_json: bool) -> None:
     if as_json:
         print_json(_document(plan))
         return
@@ -70,7 +73,7 @@ def print_plan(plan: "Plan", as_json: bool) -> None:
         click.echo(f"skipped: {name}")
 
 
-def _document(plan: "Plan") -> dict[str, Any]:
+def _document(plan: "Plan | StatisticsPlan") -> dict[str, Any]:
     from adapterkit.plan import Computed, Shard
 
     changed = [
@@ -117,11 +120,14 @@ def print_receipt(receipt: "Receipt") -> None:
             print_verified(data["verified"])
         return
     totals = data["totals"]
-    click.echo(
-        f"{receipt.out}: {totals['tensors_changed']} of {totals['tensors']} tensors changed, "
-        f"{totals['bytes_written']:,} bytes in {data['timings']['seconds']:.1f} s",
-        err=True,
-    )
+    what = f"{totals.get('tensors_changed')} of {totals['tensors']} tensors changed"
+    if "tokens_counted" in totals:
+        what = (
+            f"{totals['tensors']} statistics of {totals['modules']} modules from "
+            f"{totals['tokens_counted']:,} tokens of {totals['samples']} samples"
+        )
+    size, seconds = totals["bytes_written"], data["timings"]["seconds"]
+    click.echo(f"{receipt.out}: {what}, {size:,} bytes in {seconds:.1f} s", err=True)
     for line in outcomes(data):
         click.echo(line, err=True)
     if "verified" in data:

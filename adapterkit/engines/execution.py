@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Protocol, cast, overload
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.stage import check_name
@@ -15,27 +15,30 @@ from adapterkit.plan import Plan, Progress
 from adapterkit.receipt import Receipt
 
 P = ParamSpec("P")
+Planned = TypeVar("Planned", covariant=True)  # a `Plan`, or what a verb has in its place
 
 
-class WritingVerb(Protocol[P]):
-    """A verb that writes: a `Receipt`, or with `dry_run=True` the `Plan`. A type checker compares
+class WritingVerb(Protocol[P, Planned]):
+    """A verb that writes: a `Receipt`, or with `dry_run=True` the plan. A type checker compares
     the other options with the verb's only in calls without `dry_run`."""
 
     @overload
-    def __call__(self, *args: Any, dry_run: Literal[True], **options: Any) -> Plan: ...
+    def __call__(self, *args: Any, dry_run: Literal[True], **options: Any) -> Planned: ...
     @overload
     def __call__(self, *args: Any, dry_run: Literal[False], **options: Any) -> Receipt: ...
     @overload
-    def __call__(self, *args: Any, dry_run: bool, **options: Any) -> Receipt | Plan: ...
+    def __call__(self, *args: Any, dry_run: bool, **options: Any) -> Receipt | Planned: ...
     @overload
     def __call__(self, *args: P.args, **options: P.kwargs) -> Receipt: ...
 
 
-def writes(**own: Check) -> Callable[[Callable[P, Receipt | Plan]], WritingVerb[P]]:
+def writes(
+    **own: Check,
+) -> Callable[[Callable[P, Receipt | Planned]], WritingVerb[P, Planned]]:
     """A verb that writes, its options checked as in `options.checked`."""
 
-    def wrap(verb: Callable[P, Receipt | Plan]) -> WritingVerb[P]:
-        return cast(WritingVerb[P], checked(**own)(verb))
+    def wrap(verb: Callable[P, Receipt | Planned]) -> WritingVerb[P, Planned]:
+        return cast(WritingVerb[P, Planned], checked(**own)(verb))
 
     return wrap
 

@@ -10,7 +10,7 @@ from adapterkit.errors import shown
 def outcomes(receipt: dict[str, Any]) -> Iterator[str]:
     """Bytes read and written, energy kept, survival of the change, relative errors."""
     totals, metrics = receipt["totals"], receipt["parameters"]
-    before, after = totals["bytes_read"], totals["bytes_written"]
+    before, after = totals.get("bytes_read", 0), totals["bytes_written"]
     if before:
         yield f"sizes: {before:,} bytes read, {after:,} written ({after / before:.2f} of them)"
     named = lambda name: {key: metric[name] for key, metric in metrics.items() if name in metric}

@@ -92,6 +92,9 @@ def create_inputs(root: Path) -> None:
     pissa = {"modules": FEW, "rank": 4, "alpha": 4, "init_lora_weights": "pissa"}
     _save_adapter(root / "pissa-initial", seed=30, **pissa)
     _save_adapter(root / "pissa-trained", seed=31, **pissa)
+    rows = [{"input_ids": [(7 * n + i) % VOCABULARY for i in range(3 + n)]} for n in range(5)]
+    rows[1]["labels"] = [-100, *rows[1]["input_ids"][1:]]
+    (root / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     covariances = {}
     for number, (name, (_, width)) in enumerate(_linear()):
         factor = dyadic(40 + number, width, width, least=-8, most=8, exponent=-4)

@@ -102,6 +102,15 @@ WRITING = (
     job("resize-dora", "dora", base="base", rank=4, exact=False),
     job("rebase-exact", "pissa-trained", initial="pissa-initial"),
     job("rebase-rank", "pissa-trained", initial="pissa-initial", rank=4, exact=False),
+    job(
+        "stats-all",
+        "base32",
+        data="ids.jsonl",
+        what="covariance,mean,gradient",
+        batch=2,
+        targets="q_proj,v_proj,down_proj",
+        exact=False,
+    ),
 )
 READING = (
     job("inspect-base", "base"),
@@ -130,18 +139,20 @@ def run(task: Job) -> dict[str, Any]:
         document = json.loads(printed)
         assert document == json.loads(json.dumps(result)), f"{task.name}: --json is another result"
         return {"exit": status, "result": document}
-    receipt = call(task, out=task.name)  # first: a command that is refused ends the process
-    status, printed = _command(task, out=f"planned-{task.name}", dry_run=True)
-    assert status == 0 and not Path(f"planned-{task.name}").exists(), printed
-    out = Path(task.name)
+    out = Path(f"{task.name}.safetensors" if task.verb == "stats" else task.name)
+    receipt = call(task, out=out)  # first: a command that is refused ends the process
+    status, printed = _command(task, out=f"planned-{out}", dry_run=True)
+    assert status == 0 and not Path(f"planned-{out}").exists(), printed
     files, cards = {}, {}
-    for path in sorted(path for path in out.rglob("*") if path.is_file()):
-        name, data = path.relative_to(out).as_posix(), path.read_bytes()
+    is_file = out.is_file()
+    root = out.parent if is_file else out
+    for path in sorted(p for p in ([out] if is_file else out.rglob("*")) if p.is_file()):
+        name, data = path.relative_to(root).as_posix(), path.read_bytes()
         if path.suffix == ".md":
             cards[name] = data.decode()
         elif name != RECEIPT:
             files[name] = [len(data), hashlib.sha256(data).hexdigest()]
-    stored = json.loads((out / RECEIPT).read_bytes())
+    stored = json.loads(json.dumps(receipt.data) if is_file else (out / RECEIPT).read_bytes())
     record = {
         "plan": json.loads(printed),
         "receipt": stored,
@@ -151,7 +162,7 @@ def run(task: Job) -> dict[str, Any]:
     }
     if not task.exact:
         weights = [name for name in files if name.endswith(".safetensors")]
-        record["summary"] = {name: summary(out / name) for name in weights}
+        record["summary"] = {name: summary(root / name) for name in weights}
     return record
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 import adapterkit
+from tests.support.texts import write_rows
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +21,7 @@ def calls(cached_folder, tmp_path_factory):
     one, two = root / "a1", root / "a2"
     adapterkit.quantize(base, to="nf4", out=root / "nf4")
     adapterkit.merge(base, one, out=root / "tuned")
+    ids = write_rows(root / "ids.jsonl", {"input_ids": [4, 5, 6]}, {"input_ids": [7]})
     return {
         "arrow": ([[one, two]], {}),
         "combine": ([[one, two]], {"method": "ties", "density": 0.5, "rank": 2}),
@@ -33,6 +35,7 @@ def calls(cached_folder, tmp_path_factory):
         "quantize": ([base], {"to": "nf4"}),
         "rebase": ([one], {"initial": two}),
         "resize": ([one], {"rank": 2}),
+        "stats": ([base], {"data": ids, "targets": "q_proj"}),
         "subtract": ([one], {"general": two}),
         "verify": ([root / "tuned"], {}),
     }

@@ -29,6 +29,7 @@ def save_tokenizer(folder: Path, template: str | None = TEMPLATE, pad: str | Non
         eos_token="<eos>",
         pad_token=pad,
     )
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
     fast.chat_template = template
     fast.save_pretrained(folder)
     return folder

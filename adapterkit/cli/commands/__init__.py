@@ -4,10 +4,11 @@ from adapterkit.cli.commands.adapters import arrow, combine, rebase, resize, sub
 from adapterkit.cli.commands.checkpoints import extract, init, merge
 from adapterkit.cli.commands.look import diff, inspect, verify
 from adapterkit.cli.commands.quantized import dequantize, loftq, quantize
+from adapterkit.cli.commands.statistics import stats
 from adapterkit.cli.completion import completion
 
 SECTIONS = {
-    "Checkpoints": (merge, extract, init),
+    "Checkpoints": (merge, extract, init, stats),
     "Adapters": (combine, subtract, arrow, resize, rebase),
     "Quantized": (quantize, dequantize, loftq),
     "Look": (inspect, diff, verify),

@@ -1,0 +1,79 @@
+"""Commands on statistics of layers: stats."""
+
+from typing import Any
+
+import click
+
+from adapterkit.cli.completion import Source
+from adapterkit.cli.options import (
+    choice_option,
+    device_option,
+    json_option,
+    memory_option,
+    resume_options,
+    targets_option,
+)
+from adapterkit.cli.output import run_verb
+
+
+@click.command()
+@click.argument("base", type=Source())
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="Samples: .txt, .jsonl, .parquet, or a folder of datasets; repeat for several.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(),
+    metavar="FILE.safetensors",
+    help="Output file (published atomically).",
+)
+@click.option(
+    "--what",
+    multiple=True,
+    default=("covariance",),
+    show_default=True,
+    metavar="KINDS",
+    help="Comma-separated: covariance, mean, pca, gradient.",
+)
+@click.option(
+    "--samples", type=int, default=256, show_default=True, help="How many samples are drawn."
+)
+@click.option(
+    "--length",
+    type=int,
+    help="Tokens of a sample, the rest is cut (default: 512, or the model's positions).",
+)
+@targets_option("all-linear", "Modules that are watched")
+@click.option(
+    "--batch", type=int, default=8, show_default=True, help="Samples that run at the same time."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draw.")
+@click.option(
+    "--whole", is_flag=True, help="Hold the whole model in memory instead of one layer at a time."
+)
+@choice_option("--compat", help="PEFT's covariance of CorDA: inputs divided by their largest.")
+@click.option("--dry-run", is_flag=True, help="Print the samples, modules and sizes, and stop.")
+@json_option
+@device_option
+@memory_option("activations, which go to disk beyond it")
+@resume_options("older statistics")
+def stats(base: str, **options: Any) -> None:
+    """Collect what a model's layers see of some texts.
+
+    The input covariances, means, principal components and gradients that loftq --stats,
+    data-driven inits and the like read. The model runs one layer at a time.
+
+    \b
+    Example:
+      adapterkit stats ./model --data texts.jsonl --out stats.safetensors
+      adapterkit stats ./model --data chats.jsonl --what pca,gradient --out stats.safetensors
+    """
+    from adapterkit.verbs.stats import stats as verb
+
+    run_verb(verb, base, unit=" layers", **options)

@@ -1,0 +1,39 @@
+"""Tiny bases with tokenizers, and data for them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import oracle
+from tests.support.texts import save_tokenizer, write_rows
+
+TEXTS = ["who is that?", "me", "the others are there.", "no, they were", "h", "is this it?"]
+
+
+@pytest.fixture
+def base(cached_folder: Callable[..., Path]) -> Callable[[str], Path]:
+    """The folder of an oracle's model in float32, with a tokenizer."""
+
+    def make(name: str = "llama") -> Path:
+        def build(folder: Path) -> None:
+            model = getattr(oracle, name)()
+            if model.config.is_encoder_decoder:
+                model.config.decoder_start_token_id = 1
+            oracle.save_base(model, folder, "fp32")
+            save_tokenizer(folder)
+
+        return cached_folder(f"with-tokenizer-{name}", build)
+
+    return make
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "texts.jsonl", *({"text": text} for text in TEXTS))
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    rows = [{"prompt": text, "completion": f" {text[::-1]}"} for text in TEXTS]
+    return write_rows(tmp_path / "pairs.jsonl", *rows)
