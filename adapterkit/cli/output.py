@@ -12,7 +12,7 @@ from adapterkit.cli import signals
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
     from adapterkit.receipt import Receipt
-    from adapterkit.verbs.stats import StatisticsPlan
+    from adapterkit.statistics.plan import StatisticsPlan
 
 
 def run_verb(

@@ -16,9 +16,9 @@ from torch import Tensor
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.planning.tokenizer_files import TOKENIZER
+from adapterkit.statistics.masks import IGNORED
 from adapterkit.statistics.records import Record
 
-IGNORED = -100  # label of a token that does not count, as in transformers
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what an assistant says in a template
 
 

@@ -10,8 +10,9 @@ import torch
 
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import Damaged, Refused
+from adapterkit.statistics.masks import IGNORED
 from adapterkit.statistics.records import draw_records
-from adapterkit.statistics.samples import IGNORED, Sample, Samples, load_tokenizer, tokenize
+from adapterkit.statistics.samples import Sample, Samples, load_tokenizer, tokenize
 from tests.support.texts import MARKED, WORDS, ids, save_tokenizer, write_rows
 
 USER, REPLY = {"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}
@@ -394,3 +395,30 @@ def test_messages_that_the_template_refuses(tmp_path: Path) -> None:
         fast = load_tokenizer(LocalFolder(save_tokenizer(tmp_path, template)))
         with pytest.raises(Refused, match=words):
             tokenize(records, fast, 9, len(WORDS))
+
+
+class Remote:
+    """A folder whose files lie under other names."""
+
+    label = "org/name"
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder, self.cache = folder, cache
+
+    def files(self) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in self.folder.iterdir()}
+
+    def path(self, name: str) -> Path:
+        target = self.cache / name[::-1]
+        target.write_bytes((self.folder / name).read_bytes())
+        return target
+
+
+def test_a_tokenizer_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    save_tokenizer(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"not to be fetched")
+    remote: Any = Remote(tmp_path / "a", tmp_path / "b")
+    assert tuple(load_tokenizer(remote)("who")["input_ids"]) == ids("who")
+    assert not (tmp_path / "b" / "model.safetensors"[::-1]).exists()

@@ -2,6 +2,7 @@
 there."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.errors import Failed, Interrupted, Refused
+from adapterkit.errors import Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.tasks.statistics import METADATA
 from tests.support import oracle
 from tests.support.texts import WORDS
@@ -359,3 +360,14 @@ def test_inputs_that_are_not_finite_leave_nothing(base, texts, tmp_path) -> None
     with pytest.raises(Failed, match="not finite"):
         adapterkit.stats(broken, data=texts, out=tmp_path / "s.safetensors")
     assert "s.safetensors" not in left(tmp_path)
+
+
+def test_a_model_that_changes_meanwhile_is_noticed(base, texts, tmp_path) -> None:
+    folder = shutil.copytree(base(), tmp_path / "base")
+
+    def touch(done: int) -> None:
+        os.utime(folder / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(Unrecoverable, match="changed between plan and end"):
+        adapterkit.stats(folder, data=texts, out=tmp_path / "s.safetensors", progress=touch)
+    assert left(tmp_path) == ["base"]

@@ -6,7 +6,7 @@ from typing import assert_type
 import adapterkit
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
-from adapterkit.verbs.stats import StatisticsPlan
+from adapterkit.statistics.plan import StatisticsPlan
 
 
 def returned(flag: bool) -> None:
