@@ -67,12 +67,15 @@ def cholesky(
 def check(
     c: Tensor,  # (n, n)
 ) -> None:
-    """Raises ValueError for what is not finite, all zeros, or not symmetric."""
+    """Raises ValueError for what is not finite, all zeros, not symmetric, or has a negative
+    diagonal."""
     largest = float(c.abs().amax())
     if not largest or not math.isfinite(largest):
         raise ValueError("zeros" if not largest else "values that are not finite")
     if float((c - c.T).abs().amax()) > SYMMETRIC * largest:
         raise ValueError("not symmetric")
+    if float(c.diagonal().amin()) < 0:
+        raise ValueError(NOT_POSITIVE)
 
 
 def project(

@@ -151,7 +151,7 @@ class CombinedFactors(FactorsTask):
         assert self.method.acts_on == "covariances"
         products = [lowrank.as_product(delta) for delta in deltas]
         covariances = lambda which: read_covariance(inputs, self.covariances[which])
-        with covariance_errors(self.covariances[0]):
+        with covariance_errors(*self.covariances):
             return self.method.combine_covariances(products, weights, covariances)
 
     def _combine(
@@ -181,8 +181,7 @@ class CombinedFactors(FactorsTask):
         if self.refit.exact and products and products[0].rank <= min(self.shape):
             pairs = [lowrank.balance(product) for product in products]
             total = sum(lowrank.norm(product) ** 2 for product in products)
-            fit = {"norm": short(total**0.5), "energy": 1.0, "error": 0.0}
-            return self._result(pairs, metrics, fit)
+            return self._result(pairs, metrics, {"norm": short(total**0.5), "energy": 1.0})
         most, share = self.max_rank, self.refit.energy
         decompositions = [
             decompose_product(result, root)
@@ -198,6 +197,8 @@ class CombinedFactors(FactorsTask):
         else:
             rank = min(most, *(len(one.svd.s) for one in decompositions))
         fit = fit_metrics(energies_of(decompositions, rank), rank)
+        if root is None:
+            del fit["error"]  # the root of what the energy lacks to 1
         return self._result([self._factors(one, rank) for one in decompositions], metrics, fit)
 
     def _factors(self, decomposition: Decomposition, rank: int) -> tuple[Tensor, Tensor]:

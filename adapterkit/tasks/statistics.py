@@ -94,7 +94,7 @@ def select_statistics(
                     f"no {shown(key_of(module, kind))}",
                     expected="one for each module",
                     where=stats.name,
-                    hint="collect them for this module too, or exclude it with --targets",
+                    hint="collect them for this module too, or leave it out (--targets, --exclude)",
                 )
             )
         elif not _fits(spec.shape, shape) or spec.dtype not in (*dtypes.FLOATS, "F64"):
@@ -142,7 +142,7 @@ def read_mean_root(
     mean = inputs.tensor(covariances[0])
     for number, covariance in enumerate(covariances[1:], 1):
         mean.add_(inputs.tensor(covariance).sub_(mean), alpha=1 / (number + 1))
-    with covariance_errors(covariances[0]):
+    with covariance_errors(*covariances):
         root, damping = weighted.root(mean)
     return root, {"damping": damping}
 
@@ -156,15 +156,15 @@ def read_covariance(inputs: Reader, covariance: TensorSpec) -> Tensor:
 
 
 @contextmanager
-def covariance_errors(covariance: TensorSpec) -> Iterator[None]:
-    """A ValueError inside is one of this covariance: `Unrecoverable`."""
+def covariance_errors(*covariances: TensorSpec) -> Iterator[None]:
+    """A ValueError inside is one of these covariances of one module: `Unrecoverable`."""
     try:
         yield
     except ValueError as error:
         raise Unrecoverable(
-            f"{shown(covariance.key)}: {error}",
+            f"{shown(covariances[0].key)}: {error}",
             expected="a covariance E[x xᵀ]",
-            where=covariance.file,
+            where=", ".join(dict.fromkeys(one.file for one in covariances)),
             hint="collect it on texts that reach this module, and store it in float32",
         ) from error
 

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from adapterkit.plan import Plan
 from tests.golden import inputs, jobs
 
+STATS = "covariances.safetensors"
+TIES = {"method": "ties", "density": 0.5}
 SCALE = 8  # by which layers are wider than those of the golden jobs: their memory is then tensors
 
 
@@ -42,6 +44,14 @@ def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
             jobs.job("combine-values", "head=0.25", "other-head=0.75", method="linear"),
             jobs.job("resize-values", "head", rank=1),
             jobs.job("resize-by-size", "skill", max_size="64KB"),
+            jobs.job("resize-stats", "style", rank=2, stats=STATS),
+            jobs.job("resize-dora-stats", "dora", base="base", rank=2, stats=STATS),
+            jobs.job("extract-stats", "base32", "tuned", rank=3, exclude="head", stats=STATS),
+            jobs.job("combine-stats", "law", "medicine", method="linear", rank=3, stats=STATS),
+            jobs.job("combine-ties-stats", "law", "medicine", **TIES, stats=STATS),
+            jobs.job(
+                "combine-regmean", "law", "medicine", method="regmean", rank=3, stats=[STATS] * 2
+            ),
             jobs.job("init-implicit", "base", method="olora", rank=4, residual="implicit"),
             jobs.job("init-drawn", "base", method="default", rank=4, targets="all-linear"),
             jobs.job("init-dense", "base", method="mica", rank=4, rslora=True),
