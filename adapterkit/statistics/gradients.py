@@ -40,7 +40,7 @@ class Gradients:
             if self.per_call:
                 for path in self.paths:
                     module = self.model.get_submodule(path)
-                    hooks.append(module.register_full_backward_hook(self._counter(path)))
+                    hooks.append(module.register_forward_hook(self._counter(path)))
             with torch.enable_grad():
                 yield
         finally:
@@ -66,10 +66,16 @@ class Gradients:
             total += grad
 
     def _counter(self, path: str) -> Any:
-        def count(*_: Any) -> None:
+        """A hook that counts the calls of a module whose outputs get gradients."""
+
+        def count(gradient: Tensor) -> None:
             self.calls[path] += 1
 
-        return count
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(count)
+
+        return hook
 
     def means(self) -> Iterator[tuple[str, Tensor]]:
         """(module, (out, in) float32) of those that got gradients, each of its own memory; `Failed`
