@@ -17,7 +17,13 @@ from adapterkit.runtime.new_values import new_values
 from adapterkit.runtime.quantized import stored
 from adapterkit.runtime.replication import replicate, replicating
 from adapterkit.runtime.site import Part
-from adapterkit.runtime.starts import ModuleStatistics, method_of, start, statistics_for
+from adapterkit.runtime.starts import (
+    ModuleStatistics,
+    method_of,
+    redistributed,
+    start,
+    statistics_for,
+)
 from adapterkit.runtime.state import Attached, State
 from adapterkit.runtime.targets import Target, resolve
 from adapterkit.statistics.source import Stats
@@ -37,7 +43,7 @@ def attach(
     state.unused(name)
     with replicating(state):
         replicate(state, config.layer_replication, "LoraConfig: layer_replication")
-        parts = _new_parts(state, config, name, seed, dtype, ephemeral_gpu_offload, stats)
+        config, parts = _new_parts(state, config, name, seed, dtype, ephemeral_gpu_offload, stats)
     adapter = Attached(name, config, trainable=True, base=base_name(state.model))
     for path, part in parts:
         state.add(adapter, path, part)
@@ -52,19 +58,20 @@ def _new_parts(
     dtype: torch.dtype | None,
     ephemeral_gpu_offload: bool,
     stats: Stats | None,
-) -> list[tuple[str, Part]]:
-    targets = resolve(state.model, config)
+) -> tuple[LoraConfig, list[tuple[str, Part]]]:
+    targets: Sequence[Target] = resolve(state.model, config)
     if config.dora:
         _check_dora(state, targets)
     method = method_of(config, targets)
     with statistics_for(method, targets, stats) as statistics:
+        config, targets = redistributed(method, config, targets, statistics)
         parts = _factors(
             state, config, name, targets, method, statistics, seed, dtype, ephemeral_gpu_offload
         )
     heads = {target.path: target.tied for target in targets if target.tied is not None}
     parts = share(parts, heads, config.dropout)
     modules = [target.path for target in targets if target.leaf is None]
-    return parts + new_values(state, config, name, modules, dtype)
+    return config, parts + new_values(state, config, name, modules, dtype)
 
 
 def _factors(

@@ -1,8 +1,9 @@
 """Initial factors of new adapters, by the records of `adapterkit.inits`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from adapterkit.adapters.lora_config import LoraConfig
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, refuse_all, shown
 from adapterkit.inits.common import draw
+from adapterkit.inits.eva import distribute
 from adapterkit.registry import create, members
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers import KINDS
@@ -67,11 +69,15 @@ class ModuleStatistics:
     source: Source | None
     specs: Mapping[str, Mapping[str, TensorSpec]]  # module -> kind -> where it is
 
-    def of(self, module: str) -> dict[str, Tensor]:
-        """The statistics of a module by kind, float32 on the CPU."""
+    def of(self, module: str, kinds: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The statistics of a module by kind, all or some, float32 on the CPU."""
         if self.source is None:
             return {}
-        return {kind: self.source.tensor(spec) for kind, spec in self.specs[module].items()}
+        return {
+            kind: self.source.tensor(spec)
+            for kind, spec in self.specs[module].items()
+            if kinds is None or kind in kinds
+        }
 
 
 @contextmanager
@@ -101,6 +107,63 @@ def statistics_for(
             for path, spec in select_statistics(source.statistics, kind, shapes).items():
                 specs[path][kind] = spec
         yield ModuleStatistics(source, specs)
+
+
+def redistributed(
+    method: Any, config: LoraConfig, targets: Sequence[Target], statistics: ModuleStatistics
+) -> tuple[LoraConfig, Sequence[Target]]:
+    """The targets with the ranks that the statistics give them, without those of rank 0, and the
+    config that names these; `Refused` with all of which there are not enough components."""
+    if not getattr(method, "redistributes", False):
+        return config, targets
+    spectra = [statistics.of(target.path, ("variances", "variance")) for target in targets]
+    # modules that see the same inputs have as many candidates
+    groups = [tuple(spectrum["variances"].tolist()) for spectrum in spectra]
+    most: dict[tuple[float, ...], int] = {}
+    for target, group in zip(targets, groups, strict=True):
+        width = KINDS[target.kind].shapes(target.module, target.rank)[0][1]
+        most[group] = max(most.get(group, 0), method.candidates(target.rank, width))
+    refuse_all(
+        [
+            Refused(
+                f"{len(group)} components of {shown(target.path)}",
+                expected=f"at least {most[group]}: rank {target.rank} times rho {method.rho:g}",
+                where="stats",
+                hint="collect more components, or give a smaller rank or rho",
+            )
+            for target, group in zip(targets, groups, strict=True)
+            if len(group) < most[group]
+        ]
+    )
+    ratios = [
+        method.ratios(most[group], **spectrum)
+        for group, spectrum in zip(groups, spectra, strict=True)
+    ]
+    ranks = distribute(ratios, sum(target.rank for target in targets))
+    if not any(ranks):
+        raise Unrecoverable(
+            "no variance in any module's inputs",
+            expected="inputs that differ",
+            where="stats",
+            hint="collect the statistics on more texts",
+        )
+    left = [
+        _with_rank(method, config, target, rank)
+        for target, rank in zip(targets, ranks, strict=True)
+        if rank
+    ]
+    names = replace(
+        config, targets=[target.path for target in left], exclude=None, layers=None,
+        layers_pattern=None, rank_pattern={}, alpha_pattern={},
+    )  # fmt: skip
+    return names, left
+
+
+def _with_rank(method: Any, config: LoraConfig, target: Target, rank: int) -> Target:
+    """The target with another rank, and the alpha that the method gives it for that."""
+    divisor = math.sqrt if config.rslora else float
+    alpha = method.new_alpha(target.scale * divisor(target.rank), target.rank, rank)
+    return replace(target, rank=rank, scale=alpha / divisor(rank))
 
 
 @torch.no_grad()
@@ -138,11 +201,13 @@ def _matrix(method: Any, target: Target, kind: type[FactorsPart], host: Any) -> 
         (_, width), (out, _) = kind.shapes(host, target.rank)
         return torch.empty(out, width, device="meta")
     matrix = kind.matrix(host)
-    if matrix.is_meta or target.rank > min(matrix.shape):
+    each = getattr(method, "triplets_per_rank", 1)
+    if matrix.is_meta or target.rank * each > min(matrix.shape):
         raise Refused(
             f"rank {target.rank} for {shown(target.path)} of shape {tuple(matrix.shape)}"
             + (" on the meta device" if matrix.is_meta else ""),
-            expected="a weight with values, and a rank of at most its smaller side",
+            expected="a weight with values, and a rank of at most "
+            + ("its smaller side" if each == 1 else f"1/{each} of its smaller side"),
             where=f"init {method.name}",
             hint="load the base first" if matrix.is_meta else "give a smaller rank",
         )

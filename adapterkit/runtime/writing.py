@@ -1,5 +1,6 @@
 """An adapter of a live model as files in PEFT's layout."""
 
+import dataclasses
 import json
 import math
 import os
@@ -86,11 +87,12 @@ def contents(state: State, adapter: Attached) -> tuple[dict[str, Tensor], dict[s
         key = replaced_key(name, levels, with_rows)
         if key not in tensors:
             tensors[key] = stored_value(value)
-    config = adapter.config.to_peft(adapter.base)
+    # whatever the init was, the factors are for the original base
+    plain = dataclasses.replace(adapter.config, init="default", init_options={})
+    config = plain.to_peft(adapter.base)
     # PEFT asks for it, though the layer's class tells
     config["fan_in_fan_out"] = any(isinstance(part, Conv1DPart) for _, part in adapter.parts())
     config |= _names_for_peft(state, adapter)
-    config["init_lora_weights"] = True  # the factors are for the original base
     config |= scale_settings(scales, config)
     if not isinstance(config.get("target_modules"), str) or _is_shorthand(config):
         config["target_modules"] = target_list(list(dict.fromkeys(modules)), state.modules)

@@ -32,7 +32,7 @@ from adapterkit.registry import create, members
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.initial import InitialFactors
 from adapterkit.tasks.redistribution import finalize_by_ratios, warn_of_dropped, with_candidates
-from adapterkit.tasks.statistics import select_statistics
+from adapterkit.tasks.statistics import select_statistics, shape_of
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized
 
@@ -283,17 +283,9 @@ def _statistics(
     stats: Checkpoint | None, method: Any, targets: Sequence[Target]
 ) -> dict[str, dict[str, TensorSpec]]:
     """The tensors of each kind that the method needs, by target."""
-    shapes: dict[str, Any] = {
-        "covariance": lambda out, width: (width, width),
-        "mean": lambda out, width: (width,),
-        "components": lambda out, width: (None, width),
-        "variances": lambda out, width: (None,),
-        "variance": lambda out, width: (1,),
-        "gradient": lambda out, width: (out, width),
-    }
     return {
         kind: select_statistics(
-            stats, kind, {target.name: shapes[kind](*target.shape) for target in targets}
+            stats, kind, {target.name: shape_of(kind, *target.shape) for target in targets}
         )
         for kind in method.needs
         if kind != "weight"
