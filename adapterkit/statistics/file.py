@@ -77,7 +77,7 @@ class Results:
                 values = sums.of(one)
                 yield from ((key_of(one.owner, kind), value) for kind, value in values.items())
             for module in file.gradients:
-                yield key_of(module, "gradient"), file.gradient(module)
+                yield key_of(module, "gradient"), file.mean_gradient(module)
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -16,12 +16,13 @@ from adapterkit.errors import Refused, listed, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.input_files import header_hashes, identities
-from adapterkit.statistics.collect import Collection, Request
+from adapterkit.statistics.job import Job, Request
 from adapterkit.statistics.masks import IGNORED
 from adapterkit.statistics.records import Record, draw_records
 from adapterkit.statistics.samples import Samples, load_tokenizer, tokenize
 from adapterkit.statistics.stored_model import StoredModel
 from adapterkit.statistics.sums import COMPONENTS
+from adapterkit.statistics.units import Units
 
 # bytes of an element of a covariance in sums, of which 9/16 are kept: in float64; beside it while
 # they are summed in float32
@@ -138,8 +139,8 @@ def plan_statistics(
             batches = [_without_labels(batch, model) for batch in batches]
         request = Request(options.what, options.targets, options.compat, COMPONENTS)
         request.check()
-        collection = Collection(stored, request, batches)
-    shapes = {name: _shape(collection, name) for name in collection.targets}
+        job = Job(stored, request, batches)
+    shapes = {name: _shape(job, name) for name in job.targets}
     headers = header_hashes({0: base}, configs=(0,))
     return StatisticsPlan(
         base,
@@ -153,7 +154,7 @@ def plan_statistics(
         quarter_of_memory() if memory is None else memory,
         headers,
         identities((folder,), headers),
-        tuple(dict.fromkeys([*drawn.notes, *samples.notes, *collection.notes])),
+        tuple(dict.fromkeys([*drawn.notes, *samples.notes, *job.notes])),
     )
 
 
@@ -201,10 +202,10 @@ def _samples(folder: Folder, model: Any, records: list[Record], options: Options
     )
 
 
-def _shape(collection: Collection, module: str) -> tuple[int, int]:
+def _shape(job: Job, module: str) -> tuple[int, int]:
     """(out, in) of a layer's weight."""
-    rows, width = collection.model.get_submodule(module).weight.shape
-    return (width, rows) if collection.is_transposed(module) else (rows, width)
+    rows, width = job.model.get_submodule(module).weight.shape
+    return (width, rows) if job.is_transposed(module) else (rows, width)
 
 
 def _sizes(
@@ -214,7 +215,7 @@ def _sizes(
     options: Options,
 ) -> Sizes:
     """What the job takes, by its layers' shapes."""
-    layers = _layers(stored.model)
+    layers = _layers(stored)
     parts = [""] if options.whole or not layers else layers
     within = lambda name, part: not part or name.startswith(f"{part}.")
     sums = [
@@ -234,19 +235,15 @@ def _sizes(
     )
 
 
-def _layers(model: Any) -> list[str]:
+def _layers(stored: StoredModel) -> list[str]:
     """The layers of a model: the members of its outermost lists of modules."""
-    names: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and not name.startswith(tuple(names)):
-            names += [f"{name}.{number}." for number in range(len(module))]
-    return [name.removesuffix(".") for name in names]
+    return [unit.name for unit in Units.of(stored).outer if unit.is_layer]
 
 
 def _check_layers(stored: StoredModel) -> None:
     """`Refused` where parameters of layers are not stored."""
-    prefixes = tuple(f"{name}." for name in _layers(stored.model))
-    missing = [name for name in stored.absent("") if name.startswith(prefixes)]
+    prefixes = tuple(f"{name}." for name in _layers(stored))
+    missing = [name for name in stored.absent() if name.startswith(prefixes)]
     if missing:
         raise Refused(
             f"no {listed(missing)}",

@@ -17,7 +17,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.engines.reader import LocalReader
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.names import Names
@@ -40,7 +40,7 @@ class StoredModel:
     first stored floats; in eval mode, without a cache.
 
     `Refused` for a model that transformers does not know or cannot build, and for parameters of
-    layers that are not stored.
+    another shape.
     """
 
     def __init__(self, base: Checkpoint, sources: Sources, device: torch.device):
@@ -101,9 +101,9 @@ class StoredModel:
                 stored = StoredParameter.of(parameter, self.base.tensors)
                 buffer.copy_(stored.read(self._reader))
 
-    def absent(self, module: str) -> list[str]:
-        """Parameters of a module that are not stored."""
-        return [name for name in self.parameters(module) if name in self._absent]
+    def absent(self) -> list[str]:
+        """Parameters that are not stored."""
+        return [name for name in self._meta if name in self._absent]
 
     def parameters(self, module: str = "") -> list[str]:
         """Names of a module's parameters."""
@@ -114,22 +114,17 @@ class StoredModel:
         """Bytes of parameters in memory."""
         return sum(self._meta[name].numel() * self._meta[name].element_size() for name in names)
 
-    def load(self, names: Iterable[str]) -> None:
-        """Read parameters from the shards; tied ones are one. `Refused` if one is not stored."""
-        names = list(names)
-        missing = [name for name in names if name in self._absent]
-        if missing:
-            raise Refused(
-                f"no {listed(missing)}",
-                expected="every parameter that the model computes with",
-                where=self.base.name,
-                hint="save the model with this part, or name fewer --targets",
-            )
+    def load(self, names: Iterable[str], device: torch.device) -> None:
+        """Read parameters from the shards; tied ones are one, those not stored are zero."""
         loaded: dict[int, nn.Parameter] = {}
         for name in names:
             meta = self._meta[name]
             if id(meta) not in loaded:
-                value = self._stored[name].read(self._reader).to(meta.dtype)
+                stored = self._stored.get(name)
+                if stored is None:
+                    value = torch.zeros_like(meta, device=device)
+                else:
+                    value = stored.read(self._reader).to(device, meta.dtype)
                 loaded[id(meta)] = nn.Parameter(value, requires_grad=False)
             self._set(name, loaded[id(meta)])
 
@@ -137,6 +132,23 @@ class StoredModel:
         """Forget the values of parameters."""
         for name in names:
             self._set(name, self._meta[name])
+
+    @contextlib.contextmanager
+    def buffers_on_device(self, module: nn.Module) -> Iterator[None]:
+        """A module's buffers are on the model's device meanwhile."""
+        before = [
+            (part, name, buffer)
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None and buffer.device != self.device
+        ]
+        for part, name, buffer in before:
+            part._buffers[name] = buffer.to(self.device)
+        try:
+            yield
+        finally:
+            for part, name, buffer in before:
+                part._buffers[name] = buffer
 
     def _set(self, name: str, parameter: nn.Parameter) -> None:
         parent, _, leaf = name.rpartition(".")

@@ -1,6 +1,6 @@
 """Sums over the inputs of layers, from which their statistics are made."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,16 @@ class Sum:
         for panel in self.block:
             panel.zero_()
         self.in_block = 0
+
+    def check(self) -> None:
+        """`Failed` for inputs that are not finite."""
+        if self.vector is not None and not bool(self.vector.isfinite().all()):
+            raise Failed(
+                f"inputs of {shown(self.owner)} that are not finite",
+                expected="numbers",
+                where="collect",
+                hint="run the model in float32 or bfloat16",
+            )
 
     def record(self) -> dict[str, Any]:
         """All but the tensors, as JSON has it."""
@@ -230,6 +240,11 @@ class Sums:
             self.by_module |= dict.fromkeys(group, total)
             modules = {m: None for m in modules if m not in group}
 
+    def restore(self, sums: Iterable[Sum]) -> None:
+        """Go on from sums that were there before."""
+        for one in sums:
+            self.by_module |= dict.fromkeys(one.modules, one)
+
     @property
     def _squares(self) -> bool:
         return "covariance" in self.what or "pca" in self.what
@@ -258,18 +273,10 @@ class Sums:
         """The statistics of one sum by kind; none where no vector counts."""
         if not total.vectors:
             return {}
+        total.check()
         mean, result = total.mean(), {}
-        finite = bool(mean.isfinite().all())
-        if finite and "covariance" in self.what:
+        if "covariance" in self.what:
             result["covariance"] = total.covariance()
-            finite = bool(result["covariance"].isfinite().all())
-        if not finite:
-            raise Failed(
-                f"inputs of {shown(total.owner)} that are not finite",
-                expected="numbers",
-                where="collect",
-                hint="run the model in float32 or bfloat16",
-            )
         if "mean" in self.what:
             result["mean"] = mean.float()
         if "pca" in self.what:

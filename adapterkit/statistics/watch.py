@@ -6,19 +6,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from adapterkit.statistics.masks import Masks, encoder_of
+from adapterkit.statistics.passages import Passage
 from adapterkit.statistics.sums import Sums
 
 
 class Watch:
     """Adds what layers see to sums, as a context.
 
-    `masks` is to be set to those of the batch that runs; None: all vectors count.
+    `masks` is to be set to those of the batch that runs; None: all vectors count. `stops`: modules
+    whose forward, called by a pass, runs elsewhere: what they see is told by `see`.
     """
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]):
         self.model, self.modules = model, modules
         self.sums: Sums | None = None  # nothing is added without
         self.masks: Masks | None = None
+        self.stops: set[nn.Module] = set()
         self._hooks: list[Any] = []
 
     def masks_of(self, batch: Mapping[str, Tensor]) -> Masks:
@@ -43,12 +46,16 @@ class Watch:
 
     def _see(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if self.sums is not None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                mask = None if self.masks is None else self.masks.of(name, x)
-                self.sums.add(name, x, mask)
+            if module not in self.stops or Passage.current() is None:
+                self.see(name, args, kwargs)
 
         return hook
+
+    def see(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Add the input of a layer that is called."""
+        if self.sums is not None and name in self.modules:
+            x = args[0] if args else next(iter(kwargs.values()))
+            self.sums.add(name, x, None if self.masks is None else self.masks.of(name, x))
 
     def _enter_encoder(self, module: nn.Module, args: tuple) -> None:
         if self.masks is not None:

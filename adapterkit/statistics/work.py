@@ -20,6 +20,8 @@ from adapterkit.statistics.sums import Sum
 from adapterkit.tasks.rows import byte_view
 
 SUMS = "sums"  # metadata of a file of sums: what each of them is of
+VISITS = "visits"  # how many times the batches had gone through the part when it was written
+PASSES = "passes"  # backward passes whose gradients are summed
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,16 @@ class SumsFile:
 
     @classmethod
     def write(
-        cls, folder: Path, name: str, sums: list[Sum], gradients: Mapping[str, Tensor]
+        cls,
+        folder: Path,
+        name: str,
+        sums: list[Sum],
+        gradients: Mapping[str, Tensor],
+        visits: int = 1,
+        passes: int = 1,
     ) -> "SumsFile":
-        """Sums in float64, gradients (out, in) in float32; the file appears whole or not at all."""
+        """Sums in float64, sums of gradients (out, in) in float32; the file appears whole or not at
+        all."""
         tensors: dict[str, Tensor] = {}
         records = []
         for number, one in enumerate(sums):
@@ -45,7 +54,8 @@ class SumsFile:
             Stored(key, dtypes.name_of(value.dtype), tuple(value.shape))
             for key, value in tensors.items()
         ]
-        layout = laid_out(name, stored, {SUMS: json.dumps(records)})
+        about = {SUMS: json.dumps(records), VISITS: str(visits), PASSES: str(passes)}
+        layout = laid_out(name, stored, about)
         write_file(folder, layout, ((key, tensors[key]) for key in (t.key for t in layout.tensors)))
         return cls.read(folder, name)
 
@@ -65,6 +75,10 @@ class SumsFile:
             yield Sum.of(record, tensors)
 
     @property
+    def visits(self) -> int:
+        return int(self.header.metadata[VISITS])
+
+    @property
     def records(self) -> list[dict[str, Any]]:
         return json.loads(self.header.metadata[SUMS])
 
@@ -78,7 +92,11 @@ class SumsFile:
         }
 
     def gradient(self, module: str) -> Tensor:
+        """The sum over the backward passes."""
         return self._tensor(f"gradient.{module}")
+
+    def mean_gradient(self, module: str) -> Tensor:
+        return self.gradient(module).div_(int(self.header.metadata[PASSES]))
 
     def _tensor(self, key: str) -> Tensor:
         spec = next(spec for spec in self.header.tensors if spec.key == key)

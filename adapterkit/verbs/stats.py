@@ -20,8 +20,9 @@ from adapterkit.planning.input_files import identities
 from adapterkit.planning.sources import open_model
 from adapterkit.receipt import RECEIPT_VERSION, Receipt, public_recipe
 from adapterkit.statistics import output
-from adapterkit.statistics.collect import WHAT, collect_statistics
+from adapterkit.statistics.collect import collect_statistics
 from adapterkit.statistics.file import Results, write_statistics
+from adapterkit.statistics.job import WHAT
 from adapterkit.statistics.plan import Options, StatisticsPlan, plan_statistics
 from adapterkit.tasks.statistics import metadata_of
 

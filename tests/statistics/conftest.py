@@ -1,10 +1,11 @@
-"""Tiny bases with tokenizers, and data for them."""
+"""Tiny bases with tokenizers, and data for them; sizes at which they are run as large ones are."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from adapterkit.statistics import activations, units
 from tests.support import oracle
 from tests.support.texts import save_tokenizer, write_rows
 
@@ -37,3 +38,10 @@ def texts(tmp_path: Path) -> Path:
 def pairs(tmp_path: Path) -> Path:
     rows = [{"prompt": text, "completion": f" {text[::-1]}"} for text in TEXTS]
     return write_rows(tmp_path / "pairs.jsonl", *rows)
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings and heads are units, and activations go to the file."""
+    monkeypatch.setattr(units, "LARGE", 1)
+    monkeypatch.setattr(activations, "SMALL", 1)

@@ -1,0 +1,214 @@
+"""Activations that wait: in memory as far as there is room for them, else in a file."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+from adapterkit.checkpoint.storage import storage_errors, write_all
+from adapterkit.errors import Failed
+
+SMALL = 1 << 16  # bytes of a tensor that is left where it is
+
+
+class Room:
+    """Memory for activations that wait, and a file for those that it does not hold.
+
+    The file has no name, so that nothing is left of it however the process ends.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        self.path, self.limit, self.used = folder / "activations", limit, 0
+        self._free: dict[int, list[int]] = {}  # places by size
+        self._end = 0
+        with storage_errors(self.path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self.path, flags, 0o600)
+            os.unlink(self.path)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def take(self, nbytes: int) -> bool:
+        """Whether so many bytes fit in memory; they are taken then."""
+        fits = self.used + nbytes <= self.limit
+        self.used += nbytes * fits
+        return fits
+
+    def write(self, data: memoryview) -> int:
+        """Write to a place of the file."""
+        places = self._free.get(len(data))
+        at = places.pop() if places else self._end
+        self._end = max(self._end, at + len(data))
+        with storage_errors(self.path):
+            write_all(data, lambda rest, done: os.pwrite(self._descriptor, rest, at + done))
+        return at
+
+    def read(self, data: memoryview, at: int) -> None:
+        done = 0
+        while done < len(data):
+            count = os.preadv(self._descriptor, [data[done:]], at + done)
+            if not count:
+                raise Failed("activations that were written are gone", where=str(self.path))
+            done += count
+
+    def free(self, nbytes: int, at: int) -> None:
+        self._free.setdefault(nbytes, []).append(at)
+
+
+class Copy:
+    """The bytes of a storage, in memory or in the file, for as long as this object lives."""
+
+    def __init__(self, room: Room, storage: UntypedStorage, in_file: bool = False):
+        self.room, self.nbytes = room, storage.nbytes()
+        self.memory = self.at = None
+        if not in_file and room.take(self.nbytes):
+            self.memory = storage.clone()
+        else:
+            self.at = room.write(_bytes(storage))
+
+    def fill(self, storage: UntypedStorage) -> None:
+        """Give a storage these bytes."""
+        storage.resize_(self.nbytes)
+        if self.memory is not None:
+            storage.copy_(self.memory)
+        elif self.at is not None:
+            self.room.read(_bytes(storage), self.at)
+
+    def __del__(self) -> None:
+        if self.memory is not None:
+            self.room.used -= self.nbytes
+        elif self.at is not None:
+            self.room.free(self.nbytes, self.at)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that can be had again."""
+
+    copy: Copy
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+    def tensor(self) -> Tensor:
+        storage = UntypedStorage(0)
+        self.copy.fill(storage)
+        empty = torch.empty(0, dtype=self.dtype)
+        return empty.set_(storage, self.offset, self.size, self.stride)
+
+
+@dataclass
+class _Tracked:
+    """A storage that is taken out of memory while its batch waits."""
+
+    storage: StorageWeakRef
+    nbytes: int
+    tensor: ReferenceType[Tensor]
+    version: int | None = None  # of the tensor when the copy was made
+    copy: Copy | None = None
+    is_out: bool = False
+    taken: int = 0  # bytes of the room
+
+
+@dataclass
+class Activations:
+    """The large tensors of one batch's pass through the model.
+
+    While it waits (`park`) their storages are emptied, and filled again (`restore`) before it goes
+    on: all views see their values again. Tensors are known from the arguments of the model's
+    parts and from what autograd saves between them. `fixed`: storages that are left alone, those of
+    parameters, of buffers, and of the data.
+    """
+
+    room: Room
+    fixed: set[int]
+    _tracked: dict[int, _Tracked] = field(default_factory=dict)
+
+    def track(self, tree: Any) -> None:
+        """Know the tensors in these arguments."""
+        for tensor in tree_leaves(tree):
+            if not isinstance(tensor, Tensor) or not self._is_movable(tensor):
+                continue
+            storage = tensor.untyped_storage()
+            known = self._tracked.get(storage._cdata)
+            if known is None or known.storage.expired():
+                record = _Tracked(StorageWeakRef(storage), storage.nbytes(), ref(tensor))
+                self._tracked[storage._cdata] = record
+            elif known.tensor() is not tensor:
+                known.tensor, known.copy = ref(tensor), None
+
+    def _is_movable(self, tensor: Tensor) -> bool:
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return False
+        storage = tensor.untyped_storage()
+        is_large = storage.nbytes() >= SMALL and storage.resizable()
+        return is_large and storage.data_ptr() not in self.fixed
+
+    def save(self, tensor: Tensor) -> Saved | Tensor:
+        """A tensor for later, as it is now: a copy; itself where it is small or fixed."""
+        if not self._is_movable(tensor):
+            return tensor.detach()
+        self.track(tensor)
+        storage = tensor.untyped_storage()
+        copy = self._copy(self._tracked[storage._cdata], storage)
+        return Saved(copy, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def _copy(self, known: _Tracked, storage: UntypedStorage, in_file: bool = False) -> Copy:
+        """A copy of a storage: the one that there is if nothing has changed since."""
+        tensor = known.tensor()
+        version = None if tensor is None or tensor.is_inference() else tensor._version
+        is_same = known.copy is not None and version is not None and version == known.version
+        if not is_same or (in_file and known.copy is not None and known.copy.at is None):
+            known.copy, known.version = Copy(self.room, storage, in_file), version
+        assert known.copy is not None
+        return known.copy
+
+    def _alive(self) -> Iterator[tuple[_Tracked, UntypedStorage]]:
+        for key, known in list(self._tracked.items()):
+            storage = UntypedStorage._new_with_weak_ptr(known.storage.cdata)
+            if storage is None:
+                self.room.used -= known.taken
+                del self._tracked[key]
+            else:
+                yield known, storage
+
+    def park(self) -> None:
+        """The batch waits."""
+        for known, storage in self._alive():
+            if self.room.take(known.nbytes):
+                known.taken = known.nbytes
+            else:
+                self._copy(known, storage, in_file=True)
+                storage.resize_(0)
+                known.is_out = True
+
+    def restore(self) -> None:
+        """The batch goes on."""
+        for known, storage in self._alive():
+            self.room.used -= known.taken
+            known.taken = 0
+            if known.is_out and known.copy is not None:
+                known.copy.fill(storage)
+                known.is_out = False
+
+    def forget(self) -> None:
+        """The batch has ended."""
+        for known in self._tracked.values():
+            self.room.used -= known.taken
+        self._tracked.clear()
+
+
+def _bytes(storage: UntypedStorage) -> memoryview:
+    """A view of a storage's memory. (One by numpy would keep it from being emptied.)"""
+    array = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    return memoryview(array).cast("B")

@@ -1,0 +1,70 @@
+"""A model run one layer at a time, from its shards."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapterkit.statistics.activations import Room
+from adapterkit.statistics.job import Batch, Job
+from adapterkit.statistics.ledger import Ledger
+from adapterkit.statistics.lockstep import Lockstep, Stage
+from adapterkit.statistics.units import Unit
+from adapterkit.statistics.work import SumsFile
+
+
+def run_layerwise(
+    job: Job, work: Path, memory: int, progress: Callable[[int, int], None]
+) -> list[SumsFile]:
+    """All batches through one layer, then the next. `memory`: bytes of activations that wait in
+    memory, before they go to a file in `work`."""
+    stored, units = job.stored, job.units
+    ledger = Ledger(work, job.sums, len(job.batches), job.is_transposed)
+    inside = {unit: [m for m in job.targets if units.unit_of(m) is unit] for unit in units.outer}
+    outer = {module: unit for unit in units.outer for module in inside[unit]}
+    steps = len(job.batches) * len(units.outer) * (2 if job.gradients else 1)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(min(done, steps - 1), steps)
+
+    def begin(unit: Unit) -> Stage:
+        has_targets = any(f"{m}.".startswith(f"{unit.name}.") for m in outer)
+        has_sums = has_targets and bool(job.inputs)
+        return ledger.stage(unit, has_sums, has_targets and job.gradients)
+
+    is_outside = len(outer) < len(job.targets)
+    outside = Stage(
+        lambda: job.sums() if is_outside and job.inputs else None,
+        lambda: {} if job.gradients else None,
+    )
+    room = Room(work, memory)
+    stored.load(units.outside, torch.device("cpu"))
+    try:
+        with job.watch() as watch:
+            lockstep = Lockstep(
+                stored, units, watch, job.targets, room, job.head, outside, begin, ledger.finish,
+                step,
+            )  # fmt: skip
+            losses = [_loss(job, batch) for batch in job.batches]
+            lockstep.run(losses, [job.masks(watch, batch) for batch in job.batches])
+    finally:
+        stored.free(units.outside)
+        room.close()
+    ledger.write_outside(outside)
+    progress(steps, steps)
+    return [ledger.files[name] for name in sorted(ledger.files)]
+
+
+def _loss(job: Job, batch: Batch) -> Callable[[], Tensor | None]:
+    """What a batch's pass computes."""
+
+    def run() -> Tensor | None:
+        with torch.set_grad_enabled(job.gradients):
+            output = job.model(**job.arguments(batch))
+            return job.loss(output) if job.gradients else None
+
+    return run

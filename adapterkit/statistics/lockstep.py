@@ -1,0 +1,346 @@
+"""A model run one part at a time: all batches go through a part before the next one is read.
+
+Each batch's pass is the model's own code on a thread of its own, which stops at each unit until all
+batches are there. Then the unit's parameters are read from the shards, the batches go through it
+one after the other, and the parameters are forgotten. The backward pass stops in the same way, in
+the other order: autograd runs the code between the units, and the units run again to get gradients.
+"""
+
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map
+
+from adapterkit.errors import Refused, shown
+from adapterkit.statistics.activations import Activations, Room
+from adapterkit.statistics.masks import Masks
+from adapterkit.statistics.passages import Passage
+from adapterkit.statistics.recompute import Call, apply, is_differentiable
+from adapterkit.statistics.stored_model import StoredModel
+from adapterkit.statistics.sums import Sums
+from adapterkit.statistics.units import Unit, Units
+from adapterkit.statistics.watch import Watch
+
+Gradients = dict[str, Tensor]  # Σ dLoss/dW by module, as the model has W, float32 on the CPU
+
+
+@dataclass
+class Stop:
+    """What a pass waits for: a unit's output, or the gradients of its inputs."""
+
+    unit: Unit
+    is_backward: bool
+    run: Callable[["Lockstep", "Pass", "Stage"], Any]
+    tensors: Any  # that wait
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+
+class Pass(Passage):
+    """One batch's pass through the model."""
+
+    def __init__(self, run: Callable[[], object], activations: Activations, masks: Masks | None):
+        super().__init__(run)
+        self.activations, self.masks = activations, masks
+
+
+class Stage:
+    """What is collected of a unit while batches go through it: `sums` in the forward pass,
+    `gradients` in the backward pass, made when they are first asked for; nothing where they are
+    None."""
+
+    def __init__(self, sums: Callable[[], Sums | None], gradients: Callable[[], Gradients | None]):
+        self._sums, self._gradients = sums, gradients
+
+    @cached_property
+    def sums(self) -> Sums | None:
+        return self._sums()
+
+    @cached_property
+    def gradients(self) -> Gradients | None:
+        return self._gradients()
+
+
+@dataclass
+class Lockstep:
+    """The passes of all batches.
+
+    `targets`: the layers whose statistics are collected. `stop_at`: a unit from which on nothing is
+    of interest; a pass that comes to it ends. `begin(unit)` gives the stage of a unit,
+    `end(unit, stage)` takes it when all batches have gone through.
+    """
+
+    stored: StoredModel
+    units: Units
+    watch: Watch
+    targets: Sequence[str]
+    room: Room
+    stop_at: Unit | None
+    outside: Stage  # of layers outside the units
+    begin: Callable[[Unit], Stage]
+    end: Callable[[Unit, Stage], None]
+    step: Callable[[], None]  # one batch has gone through one unit
+
+    def run(
+        self, losses: Sequence[Callable[[], Tensor | None]], masks: Sequence[Masks | None]
+    ) -> None:
+        """Run passes: each computes a loss, whose gradients are computed too, or None."""
+        fixed = self._fixed()
+        passes: list[Pass] = []
+        for loss, mask in zip(losses, masks, strict=True):
+            activations = Activations(self.room, fixed)
+            passes.append(Pass(functools.partial(_run, loss, activations), activations, mask))
+        threads = torch.get_num_threads()
+        with ExitStack() as stack:
+            stack.enter_context(self._stops())
+            stack.callback(_close, passes)
+            stack.callback(torch.set_num_threads, threads)
+            for weight in self.weights("").values() if self._takes_gradients else ():
+                weight.requires_grad_()
+                stack.callback(weight.requires_grad_, False)
+            for one in passes:
+                self._go_on(one, None)
+                torch.set_num_threads(threads)  # the pass has changed the default of new threads
+            while waiting := [one for one in passes if one.request is not None]:
+                self._stage(_next(waiting), waiting)
+
+    @property
+    def _takes_gradients(self) -> bool:
+        return self.outside.gradients is not None
+
+    def _fixed(self) -> set[int]:
+        """Storages of the model that are never emptied."""
+        tensors = (*self.stored.model.parameters(), *self.stored.model.buffers())
+        return {t.untyped_storage().data_ptr() for t in tensors if not t.is_meta}
+
+    def weights(self, unit: str) -> dict[str, nn.Parameter]:
+        """Weights of the targets in a unit, or of those outside all units."""
+        modules = [
+            name
+            for name in self.targets
+            if (f"{name}.".startswith(f"{unit}.") if unit else self.units.unit_of(name) is None)
+        ]
+        return {name: self.stored.model.get_submodule(name).weight for name in modules}
+
+    def _stage(self, unit: Unit, waiting: Sequence[Pass]) -> None:
+        """All passes that wait for a unit go through it."""
+        stage = self.begin(unit)
+        self.stored.load(unit.parameters, self.stored.device)
+        try:
+            with self.stored.buffers_on_device(unit.module):
+                for one in waiting:
+                    # where the backward pass follows at once, at the end of the model, it does here
+                    while one.request is not None and one.request.unit is unit:
+                        self._through(one, stage)
+        finally:
+            self.stored.free(unit.parameters)
+        self.end(unit, stage)
+
+    def _through(self, one: Pass, stage: Stage) -> None:
+        stop: Stop = one.request
+        one.activations.restore()
+        sums = None if stop.is_backward else stage.sums
+        self.watch.masks, self.watch.sums = one.masks, sums
+        answer = stop.context.run(stop.run, self, one, stage)
+        if sums is not None:
+            sums.settle()
+        del stop
+        self.step()
+        self._go_on(one, answer)
+
+    def _go_on(self, one: Pass, answer: Any) -> None:
+        """The code between two units."""
+        self.watch.masks, self.watch.sums = one.masks, self.outside.sums
+        try:
+            one.resume(answer)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            raise Refused(
+                f"code around the layers of {type(self.stored.model).__name__} reads their weights",
+                expected="layers that are called",
+                where=self.stored.base.name,
+                hint="run the model whole: --whole",
+            ) from error
+        if self.outside.sums is not None:
+            self.outside.sums.settle()
+        if self.outside.gradients is not None:
+            for name, weight in self.weights("").items():
+                if weight.grad is not None:
+                    _add(self.outside.gradients, name, weight.grad)
+                    weight.grad = None
+        if one.request is not None and one.request.unit is self.stop_at:
+            one.close()
+        if one.request is None:
+            one.activations.forget()
+        else:
+            one.activations.track(one.request.tensors)
+            one.activations.park()
+
+    @contextmanager
+    def _stops(self) -> Iterator[None]:
+        """Passes stop where a unit is called."""
+        units = [*self.units.outer, *self.units.inner]
+        self.watch.stops = {unit.module for unit in units}
+        for unit in units:
+            forward = unit.module.forward
+            wrapper = functools.partial(self._call, unit, forward)
+            unit.module.forward = functools.update_wrapper(wrapper, forward)
+        try:
+            yield
+        finally:
+            for unit in units:
+                del unit.module.forward
+
+    def _call(self, unit: Unit, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a unit's forward is meanwhile."""
+        one = Passage.current()
+        if not isinstance(one, Pass):
+            return forward(*args, **kwargs)  # within a unit
+
+        def compute(lockstep: Lockstep, one: Pass, stage: Stage) -> Any:
+            with torch.no_grad():
+                return lockstep.computed(unit, forward, (args, kwargs), one.masks)
+
+        def recompute(call: Call, grads: tuple[Tensor | None, ...]) -> Any:
+            run = functools.partial(_backward, unit, forward, call, grads)
+            return one.stop(Stop(unit, True, run, grads))
+
+        stop = Stop(unit, False, compute, (args, kwargs))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        needs = any(t.requires_grad for t in tensors) or bool(self.weights(unit.name))
+        if torch.is_grad_enabled() and needs:
+            return apply((args, kwargs), one.activations, lambda: one.stop(stop), recompute)
+        return one.stop(stop)
+
+    def computed(
+        self, unit: Unit, forward: Callable[..., Any], arguments: Any, masks: Masks | None
+    ) -> Any:
+        """A unit's output on the CPU, of arguments there; the unit is on its device."""
+        before = tree_leaves(arguments)
+        moved: dict[int, Tensor] = {}
+        args, kwargs = arguments
+        if self.stored.device.type != "cpu":
+            args, kwargs = tree_map(lambda leaf: _moved(leaf, self.stored.device, moved), arguments)
+        with _states_on_device(masks, before, moved):
+            self.watch.see(unit.name, args, kwargs)  # no hook has, if it is a layer itself
+            output = forward(*args, **kwargs)
+        after = tree_leaves((args, kwargs))
+        expected = [moved.get(id(leaf), leaf) for leaf in before]
+        hands_on = len(after) != len(before) or any(
+            a is not b for a, b in zip(after, expected, strict=True)
+        )
+        if hands_on and (moved or self._takes_gradients):
+            raise Refused(
+                f"{shown(unit.name)} changes its arguments to hand something on",
+                expected="layers that hand on what they return",
+                where=self.stored.base.name,
+                hint="run the model whole: --whole",
+            )
+        return tree_map(lambda leaf: _moved(leaf, torch.device("cpu"), {}), output)
+
+
+def _run(loss: Callable[[], Tensor | None], activations: Activations) -> None:
+    """The code of a pass."""
+    torch.set_num_threads(1)  # else each pass has a set of threads for the little it does itself
+
+    def pack(tensor: Tensor) -> Tensor:
+        activations.track(tensor)
+        return tensor.detach()
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss()
+    if value is not None:
+        value.backward()
+
+
+def _backward(
+    unit: Unit,
+    forward: Callable[..., Any],
+    call: Call,
+    grads: tuple[Tensor | None, ...],
+    lockstep: Lockstep,
+    one: Pass,
+    stage: Stage,
+) -> list[Tensor | None]:
+    """Run a unit again to get the gradients of its inputs, and of its targets' weights."""
+    weights = lockstep.weights(unit.name) if stage.gradients is not None else {}
+    for weight in weights.values():
+        weight.requires_grad_()
+    arguments, inputs = call.arguments()
+    with torch.enable_grad():
+        output = lockstep.computed(unit, forward, arguments, None)
+    outputs = [leaf for leaf in tree_leaves(output) if is_differentiable(leaf)]
+    pairs = [
+        (value, grad)
+        for value, grad in zip(outputs, grads, strict=True)
+        if grad is not None and value.requires_grad
+    ]
+    wanted = [*inputs, *weights.values()]
+    if not pairs or not wanted:
+        return [None] * len(inputs)
+    values = torch.autograd.grad(
+        [value for value, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
+    )
+    for name, value in zip(weights, values[len(inputs) :], strict=True):
+        if value is not None and stage.gradients is not None:
+            _add(stage.gradients, name, value)
+    return list(values[: len(inputs)])
+
+
+def _add(gradients: Gradients, name: str, value: Tensor) -> None:
+    value = value.detach().float().cpu()
+    if name in gradients:
+        gradients[name] += value
+    else:
+        gradients[name] = value.clone()
+
+
+def _next(waiting: Sequence[Pass]) -> Unit:
+    """The unit to run next: the first of the model in the forward pass, then the last one in the
+    backward pass."""
+    stops: list[Stop] = [one.request for one in waiting]
+    forward = [stop.unit for stop in stops if not stop.is_backward]
+    if forward:
+        return min(forward, key=lambda unit: unit.order)
+    return max((stop.unit for stop in stops), key=lambda unit: unit.order)
+
+
+def _close(passes: Sequence[Pass]) -> None:
+    for one in passes:
+        if not one.is_done:
+            one.close()
+
+
+def _moved(leaf: Any, device: torch.device, moved: dict[int, Tensor]) -> Any:
+    """A tensor on another device, each one once."""
+    if not isinstance(leaf, Tensor) or leaf.device == device:
+        return leaf
+    if id(leaf) not in moved:
+        moved[id(leaf)] = leaf.to(device)
+    return moved[id(leaf)]
+
+
+@contextmanager
+def _states_on_device(
+    masks: Masks | None, leaves: Sequence[Any], moved: Mapping[int, Tensor]
+) -> Iterator[None]:
+    """An encoder's states are known where they were moved to, too."""
+    states = None if masks is None else masks.encoded
+    if masks is None or states is None or not moved:
+        yield
+        return
+    same = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape == states.shape]
+    same = [leaf for leaf in same if leaf.data_ptr() == states.data_ptr()]
+    masks.encoded = moved[id(same[0])] if same else states
+    try:
+        yield
+    finally:
+        masks.encoded = states

@@ -1,0 +1,78 @@
+"""Functions that stop in the middle and go on later, each on a thread of its own; exactly one runs
+at a time."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+_local = threading.local()
+
+
+class Abandoned(BaseException):
+    """Ends the thread of a passage that will not go on."""
+
+
+class Passage:
+    """A function that runs until it stops to ask for something, and goes on with the answer.
+
+    (A generator would need every function in between to be one; here they are a model's own code
+    and autograd's.)
+    """
+
+    def __init__(self, run: Callable[[], object]):
+        self._run, self._turn, self._stopped = run, threading.Semaphore(0), threading.Semaphore(0)
+        self._answer: Any = None
+        self._error: BaseException | None = None
+        self._is_abandoned = False
+        self.request: Any = None  # what it waits for; None where it has ended
+        self.is_done = False
+        self._thread: threading.Thread | None = None
+
+    @staticmethod
+    def current() -> "Passage | None":
+        """The passage whose thread this is."""
+        return getattr(_local, "passage", None)
+
+    def resume(self, answer: Any = None) -> None:
+        """Let it run, with the answer to its request, until it stops again or ends; raises what it
+        raises."""
+        self._answer, self.request = answer, None
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._main, daemon=True)
+            self._thread.start()
+        else:
+            self._turn.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def stop(self, request: Any) -> Any:
+        """Wait for the answer to a request; to be called in the passage's own thread."""
+        self.request = request
+        self._stopped.release()
+        self._turn.acquire()
+        if self._is_abandoned:
+            raise Abandoned
+        answer, self._answer = self._answer, None
+        return answer
+
+    def close(self) -> None:
+        """End it, wherever it is."""
+        self._is_abandoned = True
+        if self._thread is not None:
+            self._turn.release()
+            self._thread.join()
+        self.request, self.is_done = None, True
+
+    def _main(self) -> None:
+        _local.passage = self
+        try:
+            self._run()
+        except Abandoned:
+            pass
+        except BaseException as error:  # handed to the thread that resumed it
+            self._error = error
+        self.is_done = True
+        del self._run
+        self._stopped.release()

@@ -1,0 +1,39 @@
+"""A model run as a whole, in memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from adapterkit.statistics.gradients import Gradients
+from adapterkit.statistics.job import Job
+from adapterkit.statistics.work import SumsFile
+
+
+def run_whole(job: Job, work: Path, progress: Callable[[int, int], None]) -> list[SumsFile]:
+    """Batch by batch."""
+    stored, model, sums = job.stored, job.model, job.sums()
+    names = stored.parameters()
+    stored.load(names, stored.device)
+    transposed = {module: job.is_transposed(module) for module in job.targets}
+    gradients = Gradients(model, transposed if job.gradients else {})
+    try:
+        with (
+            stored.buffers_on_device(model),
+            job.watch() as watch,
+            gradients.watching(),
+            torch.set_grad_enabled(job.gradients),
+        ):
+            watch.sums = sums
+            for number, batch in enumerate(job.batches):
+                on_device = {key: value.to(stored.device) for key, value in batch.items()}
+                watch.masks = job.masks(watch, on_device)
+                output = model(**job.arguments(on_device))
+                if job.gradients:
+                    job.loss(output).backward()
+                del output
+                progress(number + 1, len(job.batches))
+        sums.settle()
+        return [SumsFile.write(work, "whole.safetensors", sums.groups, dict(gradients.means()))]
+    finally:
+        stored.free(names)
