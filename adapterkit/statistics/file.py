@@ -56,7 +56,7 @@ class Results:
                     "variances": (k,),
                     "variance": (1,),
                 }
-                kinds = [kind for name in self.what for kind in INPUTS.get(name, ())]
+                kinds = [kind for name in INPUTS if name in self.what for kind in INPUTS[name]]
                 result += [
                     Stored(key_of(record["modules"][0], kind), "F32", shapes[kind])
                     for kind in kinds
