@@ -19,6 +19,7 @@ from adapterkit.receipt import (
     create_receipt,
     digest,
     input_hashes,
+    joined_metrics,
     public_recipe,
     seal_receipt,
 )
@@ -135,9 +136,7 @@ def _build(
         # beside the work: hashing releases Python's lock
         inputs = pool.submit(input_hashes, plan) if hash != "none" else None
         engine(plan, todo, stage, hash=hash == "sha256", finished=finished, progress=progress)
-        metrics = {
-            key: metric for shard in plan.shards for key, metric in done[shard.file].metrics.items()
-        }
+        metrics = joined_metrics(done[shard.file] for shard in plan.shards)
         for shard in plan.shards:
             (stage.path / (shard.file + HANDOFF)).unlink(missing_ok=True)
         sums = _write_files(

@@ -86,6 +86,7 @@ class Step:
     adapters: tuple[str, ...] = ()  # whose parts go in
     draws: Draws | None = None
     wide: bool = False
+    measures_error: bool = False  # of what is written, relative to the source's norm
 
     @property
     def copied(self) -> bool:

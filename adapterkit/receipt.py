@@ -4,6 +4,7 @@ checking it."""
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ class ShardResult:
     tensors: int | None = None  # their number, where the plan knows an upper bound only
     # key -> dtype, shape, position in the handoff's file
     handoffs: dict[str, list] = field(default_factory=dict)
+
+
+def joined_metrics(shards: Iterable[ShardResult]) -> dict[str, dict]:
+    """The metrics of all files by name; those of a stack of experts are of its factors and of the
+    stored tensor of that name."""
+    metrics: dict[str, dict] = {}
+    for shard in shards:
+        for name, metric in shard.metrics.items():
+            metrics[name] = metrics.get(name, {}) | metric
+    return metrics
 
 
 @dataclass(frozen=True)
@@ -107,11 +118,8 @@ def create_receipt(
         "keys": {s.file: s.marks for s in shards},
         "totals": totals,
         **plan.decisions,
-        "parameters": {key: metric for s in shards for key, metric in s.metrics.items()},
-        "notes": [
-            *plan.notes,
-            *plan.warn({key: metric for s in shards for key, metric in s.metrics.items()}),
-        ],
+        "parameters": (metrics := joined_metrics(shards)),
+        "notes": [*plan.notes, *plan.warn(metrics)],
         "timings": {
             "seconds": round(seconds, 3),
             "bytes_per_second": round(size / seconds) if seconds else None,

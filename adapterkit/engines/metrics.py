@@ -17,6 +17,7 @@ class TensorMetrics:
     squares: list[float] = field(default_factory=list)  # per chunk, Σ of the written values squared
     sampled: int = 0
     changed: int = 0  # of the sampled elements, how many differ from the base's
+    before: list[float] = field(default_factory=list)  # per sampled chunk, Σ base²
     lost: list[float] = field(default_factory=list)  # per sampled chunk, Σ (rounded - exact)²
     moved: list[float] = field(default_factory=list)  # per sampled chunk, Σ (exact - base)²
     # per sampled chunk, Σ (rounded - base)(exact - base)
@@ -26,6 +27,7 @@ class TensorMetrics:
         self.squares += other.squares
         self.sampled += other.sampled
         self.changed += other.changed
+        self.before += other.before
         self.lost += other.lost
         self.moved += other.moved
         self.projection += other.projection
@@ -36,6 +38,7 @@ class TensorMetrics:
         rounded = written.to(exact.device, exact.dtype)
         self.sampled += exact.numel()
         self.changed += int((rounded != before).sum())
+        self.before.append(_squares(before))
         self.lost.append(_squares(exact - rounded))
         delta = exact - before
         self.moved.append(_squares(delta))
@@ -57,6 +60,9 @@ class TensorMetrics:
         if self.sampled and (moved or not self.delta):
             metrics["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
             metrics["survived"] = _short(math.fsum(self.projection) / moved) if moved else 1.0
+        if step.measures_error:
+            size = math.fsum(self.before)
+            metrics["error"] = _short(math.sqrt(lost / size)) if size else 0.0
         return metrics
 
 

@@ -1,5 +1,4 @@
-"""eva: a is the principal directions of a layer's inputs, b zero; ranks go where they explain
-most."""
+"""eva: a is the principal directions of the inputs, b zero; ranks go where they explain most."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

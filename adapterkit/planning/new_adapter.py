@@ -113,8 +113,8 @@ def wrappable(names: Names, modules: Iterable[str], notes: list[str]) -> list[st
     bypassed = [module for module in modules if is_bypassed(names, module)]
     if bypassed:
         notes.append(
-            f"no factors for {listed(bypassed)}: PEFT refuses them, or the model's code reads the "
-            "weight itself"
+            f"no factors for {listed(bypassed)}: PEFT refuses them or takes them for experts, or "
+            "the model's code reads the weight itself"
         )
     return [module for module in modules if module not in bypassed]
 

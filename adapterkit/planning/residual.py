@@ -71,6 +71,7 @@ def plan_residual(
     notes += job.notes
     shards = []
     for name, group in steps.items():
+        group = [replace(step, measures_error=bool(step.edits)) for step in group]
         header = base.shards[name]
         metadata = (header.metadata or {"format": "pt"}) | {CHANGED_BY: "init"}
         header = replace(header, metadata=metadata)

@@ -64,7 +64,7 @@ class EditedTensor(StepTask):
             written = grid[part.first : part.last] = rows.rounded(part.after, self.step, position)
             if edits:
                 survival.add(part, written.to(part.after.dtype))
-        metrics = weight.metrics(edits) | survival.metrics("rounding")
+        metrics = weight.metrics(edits) | survival.metrics(self.step, "rounding")
         return TaskResult({self.step.key: out}, metrics)
 
 
@@ -113,7 +113,7 @@ class RequantizedWeight(StepTask):
             survival, written = Survival(), _Weight(self.step, inputs, tensors)
             for part in weight.edit(edits):
                 survival.add(part, written.read(part.first, part.last))
-        return TaskResult(tensors, metrics | survival.metrics())
+        return TaskResult(tensors, metrics | survival.metrics(self.step))
 
 
 class Part(NamedTuple):
@@ -130,26 +130,30 @@ class Survival:
     """How much of a change Δ = after - before is in what is stored.
 
     `survived`: ⟨stored - before, Δ⟩ / ‖Δ‖², 1 if all of it is there, 0 if nothing moved. Beside it
-    the noise, ‖stored - after‖ / ‖Δ‖, of `requantisation` or `rounding`.
+    the noise, ‖stored - after‖ / ‖Δ‖, of `requantisation` or `rounding`;
+    where a step asks for it ‖stored - after‖ / ‖before‖, the `error`.
     """
 
     def __init__(self):
-        self.sums: list[tuple[float, float, float]] = []
+        self.sums: list[tuple[float, float, float, float]] = []
 
     def add(self, part: Part, stored: Tensor) -> None:
         tensors = (part.before, part.after, stored)
         for x, y, z in zip(*(t.reshape(-1).split(rows.ELEMENTS) for t in tensors), strict=True):
             delta = y - x
             inner, squares = float(torch.dot(z - x, delta)), float(torch.dot(delta, delta))
-            self.sums.append((inner, squares, float((z - y).square().sum())))
+            self.sums.append((inner, squares, float((z - y).square().sum()), squared_norm(x)))
 
-    def metrics(self, noise: str = "requantisation") -> dict[str, float]:
+    def metrics(self, step: Step, noise: str = "requantisation") -> dict[str, float]:
         if not self.sums:
             return {}
-        inner, squares, error = (math.fsum(column) for column in zip(*self.sums, strict=True))
-        if not squares:
-            return {"survived": 1.0}
-        return {"survived": short(inner / squares), noise: short((error / squares) ** 0.5)}
+        inner, squares, lost, size = (math.fsum(column) for column in zip(*self.sums, strict=True))
+        metrics = {"survived": 1.0}
+        if squares:
+            metrics = {"survived": short(inner / squares), noise: short((lost / squares) ** 0.5)}
+        if step.measures_error:
+            metrics["error"] = short((lost / size) ** 0.5) if size else 0.0
+        return metrics
 
 
 def stored_parts(spec: TensorSpec) -> tuple[TensorSpec, ...]:

@@ -166,7 +166,7 @@ def plan_init(folder: Folder, options: Options, stats: Folder | None = None) -> 
     notes: list[str] = []
     base = open_checkpoint(folder)
     if options.quantize:
-        check_not_quantized(base)
+        check_not_quantized(base, "leave --quantize out: the rest keeps the base's format")
     statistics = None if stats is None else open_checkpoint(stats, 1)
     targets = find_targets(decoded_view(base), options.selection, options.scaling, notes)
     _check_targets(base, method, targets)

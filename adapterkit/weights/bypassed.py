@@ -12,6 +12,12 @@ ATTENTION = "MultiheadAttention"  # torch's: multiplies by its projections' weig
 MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBAS_REFUSED = ("out_proj", "conv1d")
 MAMBAS_SPARED = (*MAMBAS_REFUSED, "x_proj")
+# transformers' groups of conversions -> ends of names that PEFT takes for their stacks of experts,
+# wherever a module of that name is
+PEFT_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
 
 
 def classes_of(names: Names, module: str) -> tuple[type, ...]:
@@ -20,14 +26,25 @@ def classes_of(names: Names, module: str) -> tuple[type, ...]:
 
 
 def is_bypassed(names: Names, module: str) -> bool:
-    """Whether PEFT refuses factors on a layer, or the code around it multiplies by its weight
-    itself, past any factors, or asks a convolution for its stride or sizes, which PEFT's wrapper
-    does not have."""
+    """Whether PEFT refuses factors on a layer or takes it for experts, or the code around it
+    multiplies by its weight itself, past any factors, or asks a convolution for its stride or
+    sizes, which PEFT's wrapper does not have."""
     parent, _, leaf = module.rpartition(".")
-    if names.base.config.get("model_type") in MAMBAS and leaf in MAMBAS_SPARED:
+    kind = names.base.config.get("model_type")
+    if (kind in MAMBAS and leaf in MAMBAS_SPARED) or leaf in _names_of_experts(kind):
         return True
     convolution = names.layer(module) in ("Conv1d", "Conv2d", "Conv3d")
     return _is_read(classes_of(names, parent), leaf, convolution)
+
+
+@cache
+def _names_of_experts(model_type: str | None) -> tuple[str, ...]:
+    """Ends of names that PEFT 0.21 turns into those of experts' parameters, shared experts and
+    dense layers included, whose factors it then leaves out silently."""
+    from transformers import conversion_mapping
+
+    groups = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return PEFT_EXPERTS.get(groups.get(model_type, ""), ())
 
 
 @cache

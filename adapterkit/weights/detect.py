@@ -29,7 +29,10 @@ PAIRS = {"_blocks": ("_scales", "MXFP4")}  # a common ending, a sign only beside
 PACKED = {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
 
 
-def check_not_quantized(base: Checkpoint) -> None:
+def check_not_quantized(
+    base: Checkpoint,
+    hint: str = "merge into the 16-bit model it was made from, or dequantize it first",
+) -> None:
     """`Refused` if weights are quantized in a way that was not decoded: a delta added to their
     bytes would be silently wrong."""
     evidence = quantization_evidence(base.config, base.tensors)
@@ -38,7 +41,7 @@ def check_not_quantized(base: Checkpoint) -> None:
             f"a quantized base: {evidence}",
             expected="bf16, fp16 or fp32 weights",
             where=base.name,
-            hint="merge into the 16-bit model it was made from, or dequantize it first",
+            hint=hint,
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkit.plan import Plan
@@ -40,6 +41,7 @@ def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
         patch.setitem(inputs._save_adapter.__kwdefaults__, "modules", inputs.LINEAR)
         inputs.create_inputs(Path())
         _save_other_head(Path("head"), Path("other-head"))
+        _save_components(Path("pca.safetensors"))
         more = (
             jobs.job("combine-values", "head=0.25", "other-head=0.75", method="linear"),
             jobs.job("resize-values", "head", rank=1),
@@ -55,6 +57,7 @@ def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
             jobs.job("init-implicit", "base", method="olora", rank=4, residual="implicit"),
             jobs.job("init-drawn", "base", method="default", rank=4, targets="all-linear"),
             jobs.job("init-dense", "base", method="mica", rank=4, rslora=True),
+            jobs.job("init-redistributed", "base", method="eva", rank=4, stats="pca.safetensors"),
         )
         yield _plan([*(job for job in jobs.WRITING if job.name != "resize-size"), *more])
 
@@ -68,6 +71,19 @@ def _save_other_head(folder: Path, other: Path) -> None:
     key = "base_model.model.lm_head.weight"
     tensors[key] = 2 * tensors[key]
     save_file(tensors, other / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _save_components(file: Path) -> None:
+    """Principal components of the inputs of all linear layers, as many as their rank and more."""
+    tensors = {}
+    for number, (name, (_, width)) in enumerate(inputs._linear()):
+        variances = torch.arange(8, 0, -1) / (number + 1)
+        tensors |= {
+            f"{name}.components": torch.eye(8, width),
+            f"{name}.variances": variances,
+            f"{name}.variance": variances.sum().view(1),
+        }
+    save_file(tensors, file)
 
 
 class _folder:
