@@ -21,13 +21,14 @@ class LoraGa:
 
     `direction`: `ArB2r` (a the first r, b the second), `A2rBr` (the other way around), `ArBr` (b
     the 1st, 3rd, ..., a the 2nd, 4th, ...), `random` (r of them, the same in both). `scale` of b:
-    `stable` (out^¼ / √stable_gamma), `weight_svd` (the largest singular value of W over b's first),
+    `stable` (out^¼ / √stable_gamma), `weight_svd` (W's largest singular value over b's largest),
     `gd_scale` (a and b over the adapter's scale), `unit` (none).
 
     As PEFT, which unlike the paper's code keeps S in b and leaves a as it is. Unlike PEFT: the
-    decomposition is exact, and `out` is the layer's also where the weight is stored as (in, out).
-    Each row of Vᵀ has its largest element positive. Where the gradient has fewer than 2r
-    triplets, zeros take their places.
+    decomposition is exact; `out` is the layer's also where the weight is stored as (in, out);
+    `random` with `weight_svd` goes by b's largest value, not by whichever was drawn first, beside
+    which the others may be large. Each row of Vᵀ has its largest element positive. Where the
+    gradient has fewer than 2r triplets, zeros take their places.
     """
 
     direction: str = "ArB2r"
@@ -66,9 +67,9 @@ class LoraGa:
         if self.scale == "stable":
             b = b * (len(weight) ** 0.25 / self.stable_gamma**0.5)
         elif self.scale == "weight_svd":
-            first = float(s[in_b[0]])
-            if first > 0:
-                b = b * (float(truncated_svd(weight, 1).s[0]) / first)
+            largest = float(s[in_b].max())
+            if largest > 0:
+                b = b * (float(truncated_svd(weight, 1).s[0]) / largest)
         elif self.scale == "gd_scale":
             a, b = a / scale, b / scale
         return a.contiguous(), b.contiguous()
