@@ -371,3 +371,12 @@ def test_a_model_that_changes_meanwhile_is_noticed(base, texts, tmp_path) -> Non
     with pytest.raises(Unrecoverable, match="changed between plan and end"):
         adapterkit.stats(folder, data=texts, out=tmp_path / "s.safetensors", progress=touch)
     assert left(tmp_path) == ["base"]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_sample_is_cut_to_the_model_s_positions(name, base, tmp_path) -> None:
+    """Which it has learned: it could not run on more."""
+    data = tmp_path / "long.txt"
+    data.write_text("a" * 70)
+    adapterkit.stats(base(name), data=data, out=tmp_path / "s.safetensors", what="mean")
+    assert metadata(tmp_path / "s.safetensors")["tokens"] == 64
