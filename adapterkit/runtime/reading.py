@@ -237,8 +237,11 @@ def subtract_initial(state: State, stored: Stored, parts: list[tuple[str, Part]]
         _subtract_stored(state, stored.adapter, folder, parts)
         return
     method: Any = members("inits").get(init.lower(), None)
-    again = getattr(method, "needs", ()) == ("weight",)
-    if method is None or not again or not all(isinstance(part, LinearPart) for _, part in parts):
+    if (
+        method is None
+        or getattr(method, "needs", ()) != ("weight",)
+        or not all(isinstance(part, LinearPart) for _, part in parts)
+    ):
         raise Refused(
             f"init_lora_weights {shown(init)}: the factors are relative to a changed base",
             expected="an adapter for the original base",

@@ -14,7 +14,7 @@ IGNORED = -100  # of labels, as in torch's cross entropy
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 # of the arguments of a model's forward: (batch, length) of its tokens, None for all; of an
 # encoder-decoder a pair, the encoder's and the decoder's
-Rule = Callable[[Mapping[str, Any]], Tensor | tuple[Tensor | None, Tensor | None] | None]
+Rule = Callable[[Mapping[str, Any]], Tensor | tuple | None]
 
 
 def token_masks(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:

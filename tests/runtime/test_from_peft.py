@@ -12,11 +12,14 @@ import peft.optimizers
 import peft.utils.hotswap
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 
 import adapterkit
 from adapterkit import LoraConfig
 from adapterkit.errors import AdapterkitError
-from adapterkit.runtime import LoraFA, attach, load, loraplus
+from adapterkit.runtime import LoraFA, attach, collect, load, loraplus
 from tests.support.live import llama, tokens
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "from-peft.md"
@@ -62,8 +65,8 @@ def side(name: str) -> dict:
     common = {"model": llama(), "ids": ids, "AdamW": torch.optim.AdamW}
     if name == "ours":
         return common | {
-            "adapterkit": adapterkit, "attach": attach, "load": load, "loraplus": loraplus,
-            "LoraFA": LoraFA,
+            "adapterkit": adapterkit, "attach": attach, "collect": collect, "load": load,
+            "loraplus": loraplus, "LoraFA": LoraFA,
         }  # fmt: skip
     return (
         common
@@ -71,6 +74,8 @@ def side(name: str) -> dict:
         | vars(peft.optimizers)
         | {
             "peft": peft,
+            "preprocess_corda": preprocess_corda,
+            "preprocess_loraga": preprocess_loraga,
             "hotswap_adapter": peft.utils.hotswap.hotswap_adapter,
             "rescale_adapter_scale": peft.helpers.rescale_adapter_scale,
         }
@@ -111,3 +116,57 @@ def test_each_row_on_both_sides(folders):
     ]
     one, other = (model(tokens()).logits for model in stored)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+INITS = {
+    "corda": (CordaConfig(corda_method="kpm"), {"corda_method": "kpm"}),
+    "eva": (EvaConfig(rho=2.0), {"rho": 2.0}),
+    "lora_ga": (LoraGAConfig(direction="ArBr"), {"direction": "ArBr"}),
+}
+
+
+# PEFT's
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:lora with eva init")
+@pytest.mark.parametrize("number, init", [*enumerate(INITS)])
+def test_each_init_from_data_on_both_sides(number: int, init: str, tmp_path):
+    """The directions of the factors, whose signs and lengths are free, and CorDA's product."""
+    theirs, ours = side("theirs"), side("ours")
+    batches = [{"input_ids": tokens(1, 40)}]
+    for names in (theirs, ours):
+        model = names["model"]
+        names["batches"] = batches
+        names["run_model"] = lambda model=model: model(**batches[0])
+        names["train_step"] = lambda model=model: model(
+            **batches[0], labels=batches[0]["input_ids"]
+        ).loss.backward()
+    peft_options, options = INITS[init]
+    theirs["config"] = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=init,
+        **{f"{init}_config": peft_options},
+    )  # fmt: skip
+    targets = ["q_proj", "down_proj"]
+    ours["config"] = LoraConfig(8, 16, targets, init=init, init_options=options)
+    left, right = table("Inits from data")[number]
+    assert init.replace("_", "") in left
+    run(left, theirs, tmp_path)
+    run(right, ours, tmp_path)
+    layers = {
+        path.removeprefix("base_model.model."): module
+        for path, module in theirs["model"].named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    parts = {site.path: part for site, part in ours["adapters"].state.adapters["default"].parts()}
+    assert parts.keys() == layers.keys()
+    for path, part in parts.items():
+        a, b = (layers[path].get_submodule(f"lora_{x}.default").weight.detach() for x in "AB")
+        assert part.scale == layers[path].scaling["default"]
+        actual, expected = (part.b @ part.a, b @ a) if init == "corda" else (part.a, a)
+        if init != "corda":
+            actual, expected = actual.T @ actual, expected.T @ expected
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(actual.detach(), expected, rtol=1e-2, atol=5e-3 * largest)
+    with torch.no_grad():
+        expected, actual = (
+            names["model"].eval()(input_ids=names["ids"]).logits for names in (theirs, ours)
+        )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
