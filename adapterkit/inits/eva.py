@@ -1,6 +1,6 @@
 """eva: a is the principal directions of the inputs, b zero; ranks go where they explain most."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adapterkit import options
+from adapterkit.errors import Refused, Unrecoverable, shown
 
 NOISE = 1e-12  # of the largest variance
 
@@ -43,9 +44,25 @@ class Eva:
         options.flag("whiten", self.whiten)
         options.flag("adjust_scaling_factors", self.adjust_scaling_factors)
 
-    def candidates(self, rank: int, width: int) -> int:
-        """How many components of a module of that rank take part in the redistribution."""
-        return min(round(rank * self.rho), width)
+    def candidates(self, modules: Iterable[tuple[Hashable, int, int]]) -> dict[Hashable, int]:
+        """How many components take part in the redistribution, by what modules have them in common:
+        as many as the one of them with the largest rank asks for.
+
+        `modules`: (what has the components, rank, in) of each.
+        """
+        most: dict[Hashable, int] = {}
+        for components, rank, width in modules:
+            most[components] = max(most.get(components, 0), min(round(rank * self.rho), width))
+        return most
+
+    def too_few(self, module: str, rank: int, stored: int, needed: int, where: str) -> Refused:
+        """The refusal of a file without as many components as take part."""
+        return Refused(
+            f"{stored} components of {shown(module)}",
+            expected=f"at least {needed}: rank {rank} times rho {self.rho:g}",
+            where=where,
+            hint="collect more components, or give a smaller rank or rho",
+        )
 
     def new_alpha(self, alpha: float, rank: int, new_rank: int) -> float:
         """alpha after the redistribution."""
@@ -81,9 +98,19 @@ class Eva:
 
 def distribute(ratios: Sequence[Sequence[float]], budget: int) -> list[int]:
     """Ranks of modules from the ratios that their components explain, falling: how many of each are
-    among the `budget` largest of all; fewer in total where there are not as many."""
+    among the `budget` largest of all; fewer in total where there are not as many.
+
+    Raises `Unrecoverable` where there are none.
+    """
     pool = [(ratio, module) for module, its in enumerate(ratios) for ratio in its]
     pool.sort(key=lambda pair: -pair[0])
+    if not pool:
+        raise Unrecoverable(
+            "no variance in any module's inputs",
+            expected="inputs that differ",
+            where="statistics",
+            hint="collect the statistics on more texts",
+        )
     ranks = [0] * len(ratios)
     for _, module in pool[:budget]:
         ranks[module] += 1

@@ -119,18 +119,11 @@ def redistributed(
     spectra = [statistics.of(target.path, ("variances", "variance")) for target in targets]
     # modules that see the same inputs have as many candidates
     groups = [tuple(spectrum["variances"].tolist()) for spectrum in spectra]
-    most: dict[tuple[float, ...], int] = {}
-    for target, group in zip(targets, groups, strict=True):
-        width = KINDS[target.kind].shapes(target.module, target.rank)[0][1]
-        most[group] = max(most.get(group, 0), method.candidates(target.rank, width))
+    widths = [KINDS[t.kind].shapes(t.module, t.rank)[0][1] for t in targets]
+    most = method.candidates(zip(groups, (t.rank for t in targets), widths, strict=True))
     refuse_all(
         [
-            Refused(
-                f"{len(group)} components of {shown(target.path)}",
-                expected=f"at least {most[group]}: rank {target.rank} times rho {method.rho:g}",
-                where="stats",
-                hint="collect more components, or give a smaller rank or rho",
-            )
+            method.too_few(target.path, target.rank, len(group), most[group], "stats")
             for target, group in zip(targets, groups, strict=True)
             if len(group) < most[group]
         ]
@@ -140,13 +133,6 @@ def redistributed(
         for group, spectrum in zip(groups, spectra, strict=True)
     ]
     ranks = distribute(ratios, sum(target.rank for target in targets))
-    if not any(ranks):
-        raise Unrecoverable(
-            "no variance in any module's inputs",
-            expected="inputs that differ",
-            where="stats",
-            hint="collect the statistics on more texts",
-        )
     left = [
         _with_rank(method, config, target, rank)
         for target, rank in zip(targets, ranks, strict=True)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import AdapterkitError, Damaged, Refused, Unrecoverable, listed, refuse_all
+from adapterkit.errors import AdapterkitError, Damaged, listed, refuse_all
 from adapterkit.inits.eva import distribute
 from adapterkit.plan import Change, Finalize, Task, TaskResult
 from adapterkit.tasks.common import short
@@ -45,16 +45,14 @@ def with_candidates(tasks: Sequence[InitialFactors]) -> list[CandidateFactors]:
 
     `Refused` or `Damaged` with all modules of which there are not enough components.
     """
-    most: dict[str, int] = {}  # key of components -> of the modules that have them
-    for task in tasks:
-        key = dict(task.statistics)["components"].key
-        count = task.method.candidates(task.rank, task.place.a_tail[0])
-        most[key] = max(most.get(key, 0), count)
+    keys = [dict(task.statistics)["components"].key for task in tasks]
+    most = tasks[0].method.candidates(
+        (key, task.rank, task.place.a_tail[0]) for key, task in zip(keys, tasks, strict=True)
+    )
     errors: list[AdapterkitError] = []
     result = []
-    for task in tasks:
-        specs = dict(task.statistics)
-        count = most[specs["components"].key]
+    for key, task in zip(keys, tasks, strict=True):
+        specs, count = dict(task.statistics), most[key]
         errors += _problems(specs["components"], specs["variances"], count, task)
         own: dict[str, Any] = {field.name: getattr(task, field.name) for field in fields(task)}
         result.append(CandidateFactors(**own, candidates=count))
@@ -76,14 +74,8 @@ def _problems(
             )
         )
     if stored < count:
-        problems.append(
-            Refused(
-                f"{components.key}: {stored} components",
-                expected=f"at least {count}: rank {task.rank} times rho {task.method.rho:g}",
-                where=components.file,
-                hint="collect more components, or give a smaller rank or rho",
-            )
-        )
+        where = components.file
+        problems.append(task.method.too_few(task.name, task.rank, stored, count, where))
     return problems
 
 
@@ -95,13 +87,6 @@ def finalize_by_ratios(tasks: Sequence[Task]) -> Finalize:
 def _redistribute(tasks: Sequence[CandidateFactors], metrics: list[dict[str, Any]]) -> list[Change]:
     budget = sum(task.rank for task in tasks)
     ranks = distribute([metric["ratios"] for metric in metrics], budget)
-    if not any(ranks):
-        raise Unrecoverable(
-            "no variance in any module's inputs",
-            expected="inputs that differ",
-            where=tasks[0].specs["components"].file,
-            hint="collect the statistics on more texts",
-        )
     return [partial(_cut, task, rank) for task, rank in zip(tasks, ranks, strict=True)]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, Unrecoverable
 from adapterkit.inits.eva import Eva, distribute
 from tests.support import oracle
 from tests.support.input_statistics import (
@@ -115,11 +115,20 @@ def test_whitening_leaves_directions_without_variance_finite():
     ([[0.5, 0.45], [0.4, 0.1]], 2, [2, 0]),
     ([[0.5, 0.3], [0.5, 0.3], [0.5, 0.3]], 4, [2, 1, 1]),  # equal: the first has the largest
     ([[0.5], []], 4, [1, 0]),  # fewer components than ranks
-    ([[], []], 4, [0, 0]),
-    ([], 0, []),
 ])  # fmt: skip
 def test_distribution(ratios, budget, ranks):
     assert distribute(ratios, budget) == ranks
+
+
+def test_nothing_to_distribute():
+    with pytest.raises(Unrecoverable, match="no variance in any module"):
+        distribute([[], []], 4)
+
+
+def test_modules_with_the_same_inputs_have_as_many_candidates():
+    modules = [("qkv", 8, 32), ("qkv", 2, 32), ("o", 3, 32), ("down", 20, 32)]
+    assert Eva(rho=1.5).candidates(modules) == {"qkv": 12, "o": 4, "down": 30}
+    assert Eva(rho=2.0).candidates(modules[3:]) == {"down": 32}
 
 
 def test_ratios_are_shares_of_all_variance():
