@@ -13,7 +13,8 @@ import adapterkit
 from adapterkit.combinations.regmean import RegMean
 from adapterkit.errors import Refused, Unrecoverable
 from adapterkit.kernels.lowrank import Product
-from tests.support.deltas import deltas, trained, weighted
+from adapterkit.runtime import load
+from tests.support.deltas import deltas, net, trained, weighted
 from tests.support.inputs import LINEAR, draws, statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,6 +226,18 @@ def test_values_trained_whole_are_averaged(files, tmp_path) -> None:
     )
     key = "base_model.model.tall.weight"
     torch.testing.assert_close(both[key], (one[key] + two[key]) / 2)
+
+
+def test_on_a_live_model(sources, files, tmp_path) -> None:
+    paths, _ = files
+    adapters = load(net(), sources[0], name="one")
+    adapters.load(sources[1], name="two")
+    adapters.combine({"one": 1, "two": 1}, name="both", method="regmean", stats=paths)
+    adapters.save(tmp_path / "live", name="both")
+    adapterkit.combine(sources, method="regmean", stats=paths, out=tmp_path / "out")
+    live = deltas(tmp_path / "live")
+    for name, delta in deltas(tmp_path / "out").items():
+        torch.testing.assert_close(live[name], delta, rtol=1e-5, atol=1e-7)
 
 
 # -- refusals --------------------------------------------------------------------------------------
