@@ -58,8 +58,8 @@ def main() -> int:
     resized = {"base": losses(model, held_out), "rank 8": own_losses(model, folder, "", held_out)}
     for rank in RANKS:
         for how in ("plain", "stats"):
-            found = own_losses(model, folder, f"-{rank}-{how}", held_out)
-            resized[f"rank {rank}, {how}"] = found
+            row = own_losses(model, folder, f"-{rank}-{how}", held_out)
+            resized[f"rank {rank}, {how}"] = row
     combined = {
         name: losses(model, held_out, folder / path, scale)
         for name, (path, scale) in COMBINED.items()
@@ -178,10 +178,10 @@ def losses(model: Any, held_out: Blocks, adapter: Path | None = None, scale: flo
     if adapter is not None:
         handle = load(model, adapter, name="it")
         handle.activate({"it": scale})
-    found = {name: languages.loss_of(model, tokens).item() for name, tokens in held_out.items()}
+    row = {name: languages.loss_of(model, tokens).item() for name, tokens in held_out.items()}
     if handle is not None:
         handle.detach()
-    return found
+    return row
 
 
 def table(title: str, rows: dict[str, dict[str, float]]) -> None:
