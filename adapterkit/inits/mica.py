@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from adapterkit.kernels.trailing import trailing_svd
 
 
 @dataclass(frozen=True)
@@ -19,5 +20,5 @@ class Mica:
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
-        u, _, _ = torch.linalg.svd(weight, full_matrices=False)
-        return weight.new_zeros(rank, weight.shape[1]), u[:, -rank:].contiguous()
+        u = trailing_svd(weight, rank).u
+        return weight.new_zeros(rank, weight.shape[1]), u.to(weight.dtype).contiguous()

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from adapterkit.kernels.lowrank import Svd, balanced_factors
+from adapterkit.kernels.trailing import trailing_svd
 
 
 @dataclass(frozen=True)
@@ -22,5 +22,5 @@ class Milora:
 
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        return balanced_factors(Svd(u[:, -rank:], s[-rank:], vh[-rank:]), rank, scale)
+        u, s, vh = (part.to(weight.dtype) for part in trailing_svd(weight, rank))
+        return balanced_factors(Svd(u, s, vh), rank, scale)

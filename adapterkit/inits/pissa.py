@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapterkit.kernels.leading import leading_triplets
 from adapterkit.kernels.lowrank import Svd, balanced_factors
-from adapterkit.kernels.truncated import truncated_svd
 
 SEED = 0
 
@@ -16,7 +16,7 @@ class Pissa:
     """scale·b@a = U_r S_r V_rᵀ, the leading triplets of W, split evenly; the base becomes
     W - scale·b@a.
 
-    Singular values to 1e-6 of the largest one, by block Krylov where that is faster; PEFT
+    Singular values to 1e-5 of the largest one, by block Krylov where that is faster; PEFT
     decomposes in full. `niter`: a randomized method of so many rounds, from a seed of its own; as
     fast and less exact, for comparisons with PEFT's `pissa_niter_4`.
     """
@@ -31,7 +31,7 @@ class Pissa:
     def factors(self, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         """a (rank, in) and b (out, rank); weight (out, in) float32."""
         if self.niter is None:
-            return balanced_factors(truncated_svd(weight, rank), rank, scale)
+            return balanced_factors(leading_triplets(weight, rank), rank, scale)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             u, s, v = torch.svd_lowrank(weight, min(rank, *weight.shape), self.niter)

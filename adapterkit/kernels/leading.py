@@ -1,0 +1,157 @@
+"""The leading singular triplets of a weight, their values to a tolerance: as fast for flat spectra,
+whose leading values nearly touch, as for decaying ones.
+
+Randomized block Krylov on the short side (Musco and Musco, arXiv:1504.05477): blocks u₁ = w g,
+uᵢ₊₁ = w wᵀ uᵢ, triplets from Rayleigh-Ritz. It ends when the values no longer grow: a bound by
+residuals, as in `truncated`, asks for half as much again where the spectrum is flat. Where many
+blocks are needed those in the middle are multiplied in bfloat16 (twice as fast, or more, where the
+processor has instructions for it): a Krylov space bears inexact products, and what they add to it
+is orthogonalized and tested in float32.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapterkit.kernels import krylov
+from adapterkit.kernels.krylov import OVERSAMPLING, Matrix
+from adapterkit.kernels.lowrank import Svd
+from adapterkit.kernels.truncated import SMALL_SIDE, triplets, truncated_svd
+
+EXACT_BLOCKS = 3  # before it is asked whether many more are needed
+MANY_BLOCKS = 6  # more: bfloat16
+CHECK_EVERY = 2  # blocks; the eigenvalues of the projection cost as much as half a block
+MAX_SHARE = 0.5  # of the short side that the blocks may fill
+SMALL = 1e-2  # of the largest value: what is below is as exact as a value of that size
+MAX_RATIO = 0.9  # of two gains: more would say nothing of how much is still to come
+MULTIPLE = 16  # of a block's width: others are multiplied at half the speed in bfloat16
+
+
+class _Space(NamedTuple):
+    """Orthonormal columns q (n, K), b = qᵀ w (K, m), gram = b bᵀ in float64."""
+
+    q: Tensor
+    b: Tensor
+    gram: Tensor
+
+    def add(self, matrix: Matrix, u: Tensor) -> "_Space":
+        new = matrix.left(u)
+        b = torch.cat([self.b, new])
+        cross = b.double() @ new.T.double()
+        size = len(self.gram)
+        gram = torch.cat([torch.cat([self.gram, cross[:size]], 1), cross.T])
+        return _Space(torch.cat([self.q, u], 1), b, gram)
+
+
+class _Growth:
+    """What the k largest squared values still lack, by their last two gains."""
+
+    def __init__(self, k: int, tolerance: float) -> None:
+        self.k, self.tolerance = k, tolerance
+        self.squares: Tensor | None = None
+        self.ratio, self.gain = 0.5, math.inf  # the gain as a multiple of the tolerance
+
+    def lack(self, squares: Tensor) -> float:
+        """As a multiple of the tolerance; squares (K,) falling."""
+        squares = squares[: self.k].clamp(min=0)
+        before, self.squares = self.squares, squares
+        if before is None or len(before) < self.k:
+            return math.inf
+        unit = torch.maximum(squares, (SMALL**2) * squares[0]).sqrt()
+        allowed, last = self.tolerance * unit * 2 * squares.sqrt(), self.gain
+        self.gain = float(((squares - before) / allowed.clamp(min=1e-300)).max())
+        if 0 < last < math.inf:
+            self.ratio = min(max(self.gain / last, 0.0), MAX_RATIO)
+        return self.gain * self.ratio / (1 - self.ratio)
+
+
+def leading_triplets(
+    w: Tensor,  # (n, m), float32 or float64
+    rank: int,
+    tolerance: float = 1e-5,  # of the singular values, relative to each, or to SMALL · s₁
+) -> Svd:
+    """The leading min(rank, n, m) triplets of w, in w's dtype.
+
+    Raises ValueError for a rank below 1, and for matrices as `krylov.wide` does.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    matrix, transposed = krylov.wide(w)
+    n = min(w.shape)
+    block = math.ceil((rank + OVERSAMPLING) / MULTIPLE) * MULTIPLE
+    if n <= SMALL_SIDE or (EXACT_BLOCKS + 1) * block > MAX_SHARE * n:
+        return truncated_svd(w, rank)
+    svd = _search(matrix, rank, block, tolerance)
+    return truncated_svd(w, rank) if svd is None else krylov.restore(matrix, svd, transposed)
+
+
+def _search(matrix: Matrix, k: int, block: int, tolerance: float) -> Svd | None:
+    """None where half of the short side is not enough."""
+    n, m = matrix.w.shape
+    first = matrix.right(krylov.gaussian(matrix, block, m, krylov.generator(matrix)))
+    space, lack = _expand(matrix, k, first, tolerance, int(MAX_SHARE * n) // block, EXACT_BLOCKS)
+    if lack > 1:
+        near = _inexact(matrix, k, space, block, tolerance)
+        if near is None:
+            return None
+        space, lack = _expand(matrix, k, near, tolerance, int(MAX_SHARE * n) // block, math.inf)
+    if lack > 1:
+        return None
+    vectors = torch.linalg.eigh(space.gram).eigenvectors[:, -k:].flip(1)
+    return triplets(matrix, (space.q.double() @ vectors).T, k)
+
+
+def _expand(
+    matrix: Matrix, k: int, panel: Tensor, tolerance: float, most: int, patience: float
+) -> tuple[_Space, float]:
+    """The space, and what its values lack as a multiple of the tolerance: at most 1, or more after
+    `most` blocks, or where from block `patience` on many more are needed."""
+    n, m = matrix.w.shape
+    empty = matrix.w.new_zeros
+    gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.w.device)
+    space, growth = _Space(empty(n, 0), empty(0, m), gram), _Growth(k, tolerance)
+    for count in range(1, most + 1):
+        u = krylov.new_directions(space.q, panel)
+        if not u.shape[1]:
+            return space, 0.0  # nothing beyond
+        space = space.add(matrix, u)
+        lack = growth.lack(torch.linalg.eigvalsh(space.gram).flip(0))
+        if lack <= 1:
+            return space, lack
+        full = u.shape[1] == panel.shape[1]
+        if count >= patience and full and lack * growth.ratio**MANY_BLOCKS > 1:
+            break
+        panel = matrix.right(space.b[-u.shape[1] :])
+    return space, lack
+
+
+def _inexact(matrix: Matrix, k: int, space: _Space, block: int, tolerance: float) -> Tensor | None:
+    """Block Lanczos on bfloat16 products from the space on: the `block` leading Ritz vectors
+    (n, block); None where half of the short side is not enough."""
+    n, size = space.q.shape
+    rough = Matrix(matrix.w.bfloat16(), matrix.half)
+    most = int(MAX_SHARE * n)
+    basis = space.q.new_empty(n, most)
+    basis[:, :size] = space.q
+    projection = space.q.new_zeros(most, most)  # basisᵀ w wᵀ basis, its upper triangle
+    projection[:size, :size] = space.gram
+    growth = _Growth(k, tolerance)
+    panel = matrix.right(space.b[-block:])
+    for count in range(1, (most - size) // block):
+        known = basis[:, :size]
+        panel = torch.addmm(panel, known, known.T @ panel, alpha=-1)
+        panel = torch.addmm(panel, known, known.T @ panel, alpha=-1)
+        u, beyond = torch.linalg.qr(panel)
+        basis[:, size : size + block] = u
+        projection[size - block : size, size : size + block] = beyond.T
+        size += block
+        panel = rough.right(rough.left(u.bfloat16())).to(u.dtype)
+        projection[size - block : size, size - block : size] = u.T @ panel
+        if count % CHECK_EVERY == 0:
+            square = projection[:size, :size].triu()
+            square += square.triu(1).T
+            if growth.lack(torch.linalg.eigvalsh(square).flip(0)) <= 1:
+                return basis[:, :size] @ torch.linalg.eigh(square).eigenvectors[:, -block:].flip(1)
+    return None
