@@ -112,6 +112,7 @@ def _expand(
     empty = matrix.w.new_zeros
     gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.w.device)
     space, growth = _Space(empty(n, 0), empty(0, m), gram), _Growth(k, tolerance)
+    lack = math.inf
     for count in range(1, most + 1):
         u = krylov.new_directions(space.q, panel)
         if not u.shape[1]:
