@@ -116,6 +116,7 @@ class _Tracked:
     tensor: ReferenceType[Tensor]
     version: int | None = None  # of the tensor when the copy was made
     copy: Copy | None = None
+    parks: bool = False
     is_out: bool = False
     taken: int = 0  # bytes of the room
 
@@ -125,27 +126,37 @@ class Activations:
     """The large tensors of one batch's pass through the model.
 
     While it waits (`park`) their storages are emptied, and filled again (`restore`) before it goes
-    on: all views see their values again. Tensors are known from the arguments of the model's
-    parts and from what autograd saves between them. `fixed`: storages that are left alone, those of
-    parameters, of buffers, and of the data.
+    on: all views see their values again. These are outputs of units, and what looks like a hidden
+    state or a mask in their arguments and in what autograd saves between them: a table that the
+    model keeps for several batches must stay. `rows`: of the batch; `fixed`: storages that are left
+    alone, those of parameters, of buffers, and of the data.
     """
 
     room: Room
+    rows: int
     fixed: set[int]
     _tracked: dict[int, _Tracked] = field(default_factory=dict)
 
-    def track(self, tree: Any) -> None:
-        """Know the tensors in these arguments."""
+    def track(self, tree: Any, is_output: bool = False) -> None:
+        """Know the tensors in these arguments, or in this output."""
         for tensor in tree_leaves(tree):
-            if not isinstance(tensor, Tensor) or not self._is_movable(tensor):
-                continue
-            storage = tensor.untyped_storage()
-            known = self._tracked.get(storage._cdata)
-            if known is None or known.storage.expired():
-                record = _Tracked(StorageWeakRef(storage), storage.nbytes(), ref(tensor))
-                self._tracked[storage._cdata] = record
-            elif known.tensor() is not tensor:
-                known.tensor, known.copy = ref(tensor), None
+            if isinstance(tensor, Tensor) and self._is_movable(tensor):
+                known = self._known(tensor)
+                known.parks = known.parks or is_output or self._is_state(tensor)
+
+    def _known(self, tensor: Tensor) -> _Tracked:
+        storage = tensor.untyped_storage()
+        known = self._tracked.get(storage._cdata)
+        if known is None or known.storage.expired():
+            known = _Tracked(StorageWeakRef(storage), storage.nbytes(), ref(tensor))
+            self._tracked[storage._cdata] = known
+        elif known.tensor() is not tensor:
+            known.tensor, known.copy = ref(tensor), None
+        return known
+
+    def _is_state(self, tensor: Tensor) -> bool:
+        is_batch = tensor.dim() > 1 and len(tensor) == self.rows
+        return is_batch and (tensor.is_floating_point() or tensor.dtype == torch.bool)
 
     def _is_movable(self, tensor: Tensor) -> bool:
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
@@ -158,9 +169,7 @@ class Activations:
         """A tensor for later, as it is now: a copy; itself where it is small or fixed."""
         if not self._is_movable(tensor):
             return tensor.detach()
-        self.track(tensor)
-        storage = tensor.untyped_storage()
-        copy = self._copy(self._tracked[storage._cdata], storage)
+        copy = self._copy(self._known(tensor), tensor.untyped_storage())
         return Saved(copy, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def _copy(self, known: _Tracked, storage: UntypedStorage, in_file: bool = False) -> Copy:
@@ -185,6 +194,8 @@ class Activations:
     def park(self) -> None:
         """The batch waits."""
         for known, storage in self._alive():
+            if not known.parks:
+                continue
             if self.room.take(known.nbytes):
                 known.taken = known.nbytes
             else:

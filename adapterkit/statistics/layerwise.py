@@ -1,6 +1,7 @@
 """A model run one layer at a time, from its shards."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,8 +50,8 @@ def run_layerwise(
                 stored, units, watch, job.targets, room, job.head, outside, begin, ledger.finish,
                 step,
             )  # fmt: skip
-            losses = [_loss(job, batch) for batch in job.batches]
-            lockstep.run(losses, [job.masks(watch, batch) for batch in job.batches])
+            masks = [job.masks(watch, batch) for batch in job.batches]
+            lockstep.run(job.batches, partial(_loss, job), masks)
     finally:
         stored.free(units.outside)
         room.close()
@@ -59,12 +60,8 @@ def run_layerwise(
     return [ledger.files[name] for name in sorted(ledger.files)]
 
 
-def _loss(job: Job, batch: Batch) -> Callable[[], Tensor | None]:
+def _loss(job: Job, batch: Batch) -> Tensor | None:
     """What a batch's pass computes."""
-
-    def run() -> Tensor | None:
-        with torch.set_grad_enabled(job.gradients):
-            output = job.model(**job.arguments(batch))
-            return job.loss(output) if job.gradients else None
-
-    return run
+    with torch.set_grad_enabled(job.gradients):
+        output = job.model(**job.arguments(batch))
+        return job.loss(output) if job.gradients else None

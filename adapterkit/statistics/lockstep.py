@@ -8,7 +8,7 @@ the other order: autograd runs the code between the units, and the units run aga
 
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,16 +87,23 @@ class Lockstep:
     begin: Callable[[Unit], Stage]
     end: Callable[[Unit, Stage], None]
     step: Callable[[], None]  # one batch has gone through one unit
+    fixed: set[int] = field(default_factory=set)  # storages that are never emptied
 
     def run(
-        self, losses: Sequence[Callable[[], Tensor | None]], masks: Sequence[Masks | None]
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        loss: Callable[[Mapping[str, Tensor]], Tensor | None],
+        masks: Sequence[Masks | None],
     ) -> None:
-        """Run passes: each computes a loss, whose gradients are computed too, or None."""
-        fixed = self._fixed()
+        """Run the passes of batches; `loss` gives a batch's, whose gradients are computed too, or
+        None."""
+        self._fix(tensor for batch in batches for tensor in batch.values())
         passes: list[Pass] = []
-        for loss, mask in zip(losses, masks, strict=True):
-            activations = Activations(self.room, fixed)
-            passes.append(Pass(functools.partial(_run, loss, activations), activations, mask))
+        for batch, mask in zip(batches, masks, strict=True):
+            rows = len(next(iter(batch.values())))
+            activations = Activations(self.room, rows, self.fixed)
+            run = functools.partial(_run, functools.partial(loss, batch), activations)
+            passes.append(Pass(run, activations, mask))
         threads = torch.get_num_threads()
         with ExitStack() as stack:
             stack.enter_context(self._stops())
@@ -105,6 +112,7 @@ class Lockstep:
             for weight in self.weights("").values() if self._takes_gradients else ():
                 weight.requires_grad_()
                 stack.callback(weight.requires_grad_, False)
+            stack.enter_context(self._refusals())
             for one in passes:
                 self._go_on(one, None)
                 torch.set_num_threads(threads)  # the pass has changed the default of new threads
@@ -115,10 +123,14 @@ class Lockstep:
     def _takes_gradients(self) -> bool:
         return self.outside.gradients is not None
 
-    def _fixed(self) -> set[int]:
-        """Storages of the model that are never emptied."""
-        tensors = (*self.stored.model.parameters(), *self.stored.model.buffers())
-        return {t.untyped_storage().data_ptr() for t in tensors if not t.is_meta}
+    def _fix(self, others: Iterable[Tensor] = ()) -> None:
+        """Never empty the model's own tensors: parameters, buffers, tables in its attributes."""
+        model = self.stored.model
+        attributes = (value for module in model.modules() for value in vars(module).values())
+        kept = (value for value in attributes if isinstance(value, Tensor))
+        for tensor in (*model.parameters(), *model.buffers(), *kept, *others):
+            if not tensor.is_meta:
+                self.fixed.add(tensor.untyped_storage().data_ptr())
 
     def weights(self, unit: str) -> dict[str, nn.Parameter]:
         """Weights of the targets in a unit, or of those outside all units."""
@@ -133,6 +145,8 @@ class Lockstep:
         """All passes that wait for a unit go through it."""
         stage = self.begin(unit)
         self.stored.load(unit.parameters, self.stored.device)
+        before = set(self.fixed)
+        self._fix()
         try:
             with self.stored.buffers_on_device(unit.module):
                 for one in waiting:
@@ -140,6 +154,7 @@ class Lockstep:
                     while one.request is not None and one.request.unit is unit:
                         self._through(one, stage)
         finally:
+            self.fixed &= before
             self.stored.free(unit.parameters)
         self.end(unit, stage)
 
@@ -149,6 +164,7 @@ class Lockstep:
         sums = None if stop.is_backward else stage.sums
         self.watch.masks, self.watch.sums = one.masks, sums
         answer = stop.context.run(stop.run, self, one, stage)
+        one.activations.track(answer, is_output=True)
         if sums is not None:
             sums.settle()
         del stop
@@ -158,17 +174,7 @@ class Lockstep:
     def _go_on(self, one: Pass, answer: Any) -> None:
         """The code between two units."""
         self.watch.masks, self.watch.sums = one.masks, self.outside.sums
-        try:
-            one.resume(answer)
-        except (RuntimeError, NotImplementedError) as error:
-            if "meta" not in str(error):
-                raise
-            raise Refused(
-                f"code around the layers of {type(self.stored.model).__name__} reads their weights",
-                expected="layers that are called",
-                where=self.stored.base.name,
-                hint="run the model whole: --whole",
-            ) from error
+        one.resume(answer)
         if self.outside.sums is not None:
             self.outside.sums.settle()
         if self.outside.gradients is not None:
@@ -181,8 +187,28 @@ class Lockstep:
         if one.request is None:
             one.activations.forget()
         else:
-            one.activations.track(one.request.tensors)
+            one.activations.track(one.request.tensors, one.request.is_backward)
             one.activations.park()
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """`Refused` for models whose code reads what is not in memory."""
+        try:
+            yield
+        except (RuntimeError, NotImplementedError) as error:
+            name = type(self.stored.model).__name__
+            if "meta" in str(error):
+                problem = f"code around the layers of {name} reads their weights"
+            elif "not allocated yet" in str(error):
+                problem = f"code of {name} keeps activations of one batch for others"
+            else:
+                raise
+            raise Refused(
+                problem,
+                expected="layers that are called, and hand on what they return",
+                where=self.stored.base.name,
+                hint="run the model whole: --whole",
+            ) from error
 
     @contextmanager
     def _stops(self) -> Iterator[None]:
