@@ -116,7 +116,12 @@ class Job:
         ]
         last = max((unit.order for unit in self.units.outer if unit.is_layer), default=0)
         order = {name: number for number, (name, _) in enumerate(self.model.named_modules())}
-        behind = [name for name in absent if order[name.rpartition(".")[0]] > last]
+        in_layers = {n for unit in self.units.outer if unit.is_layer for n in unit.parameters}
+        behind = [
+            name
+            for name in absent
+            if order[name.rpartition(".")[0]] > last and name not in in_layers
+        ]
         if len(behind) < len(absent) or (absent and self.gradients):
             raise Refused(
                 f"no {listed(absent)}",

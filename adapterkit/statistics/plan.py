@@ -1,6 +1,7 @@
 """What `stats` will do, complete before any weight is read: samples, batches, modules, sizes."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +13,15 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.reader import Identity, Sources
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.system import quarter_of_memory
-from adapterkit.errors import Refused, listed, shown
+from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.statistics.job import Job, Request
-from adapterkit.statistics.masks import IGNORED
 from adapterkit.statistics.records import Record, draw_records
 from adapterkit.statistics.samples import Samples, load_tokenizer, tokenize
 from adapterkit.statistics.stored_model import StoredModel
 from adapterkit.statistics.sums import COMPONENTS
-from adapterkit.statistics.units import Units
 
 # bytes of an element of a covariance in sums, of which 9/16 are kept: in float64; beside it while
 # they are summed in float32
@@ -50,7 +49,7 @@ class Sizes:
 
     layers: int
     model: int  # the stored tensors
-    weights: int  # of what is in memory together: the largest layer, or the model
+    weights: int  # of what is in memory together, with what a batch makes of it
     sums: int  # of a layer's, or of all
     activations: int
 
@@ -131,12 +130,8 @@ def plan_statistics(
     drawn = draw_records(data, options.samples, options.seed)
     with Sources((folder,), {}) as sources:
         stored = StoredModel(base, sources, device)
-        _check_layers(stored)
-        model = stored.model
-        samples = _samples(folder, model, drawn.records, options)
+        samples = _samples(folder, stored.model, drawn.records, options)
         batches = samples.batches(options.batch)
-        if not _predicts_tokens(model):
-            batches = [_without_labels(batch, model) for batch in batches]
         request = Request(options.what, options.targets, options.compat, COMPONENTS)
         request.check()
         job = Job(stored, request, batches)
@@ -149,7 +144,7 @@ def plan_statistics(
         samples,
         batches,
         shapes,
-        _sizes(stored, batches, shapes, options),
+        _sizes(job, shapes, options),
         device,
         quarter_of_memory() if memory is None else memory,
         headers,
@@ -185,13 +180,8 @@ def _samples(folder: Folder, model: Any, records: list[Record], options: Options
             hint="give a smaller --length",
         )
     needs_tokenizer = any(record.kind != "tokens" for record in records)
-    if needs_tokenizer and "gradient" in options.what and name.endswith("ForMaskedLM"):
-        raise Refused(
-            f"gradients of {name} on plain text",
-            expected="input_ids with masked tokens, and labels",
-            where="--data",
-            hint="mask the tokens yourself, or leave gradient out of --what",
-        )
+    if "gradient" in options.what:
+        _check_loss(model, needs_tokenizer)
     return tokenize(
         records,
         load_tokenizer(folder) if needs_tokenizer else None,
@@ -208,53 +198,31 @@ def _shape(job: Job, module: str) -> tuple[int, int]:
     return (width, rows) if job.is_transposed(module) else (rows, width)
 
 
-def _sizes(
-    stored: StoredModel,
-    batches: Sequence[dict[str, Tensor]],
-    shapes: dict[str, tuple[int, int]],
-    options: Options,
-) -> Sizes:
+def _sizes(job: Job, shapes: dict[str, tuple[int, int]], options: Options) -> Sizes:
     """What the job takes, by its layers' shapes."""
-    layers = _layers(stored)
-    parts = [""] if options.whole or not layers else layers
-    within = lambda name, part: not part or name.startswith(f"{part}.")
-    sums = [
-        sum(width**2 for name, (_, width) in shapes.items() if within(name, part)) for part in parts
-    ]
+    stored, units = job.stored, job.units
+    layers = [unit for unit in units.outer if unit.is_layer]
+    is_whole = options.whole or not layers
+    weights = stored.nbytes(stored.parameters())
+    if not is_whole:
+        weights = stored.nbytes(units.outside)
+        weights += max(stored.nbytes(unit.parameters) for unit in units.outer)
+    squares, widths = Counter[Any](), Counter[Any]()  # of a unit's modules together
+    for name, (rows, width) in shapes.items():
+        unit = None if is_whole else units.unit_of(name)
+        squares[unit] += width**2
+        widths[unit] += rows + width
     needs_sums = {"covariance", "pca"} & {*options.what}
-    vectors = sum(batch["input_ids"].numel() for batch in batches)
-    width = getattr(stored.model.config.get_text_config(), "hidden_size", 0)
-    kept = len(layers) + 1 if "gradient" in options.what else 1
-    others = [*parts, *(name for name, module in stored.model.named_modules() if _is_table(module))]
+    hidden = getattr(stored.model.config.get_text_config(), "hidden_size", 0)
+    states = len(layers) + 1 if "gradient" in options.what else 1
+    sizes = [batch["input_ids"].numel() for batch in job.batches]
     return Sizes(
         len(layers),
         sum(spec.nbytes for spec in stored.base.tensors.values()),
-        max(stored.nbytes(stored.parameters(part)) for part in others),
-        int(max(sums) * (SUMS + SUMMING)) if needs_sums else 0,
-        vectors * width * stored.dtype.itemsize * kept,
+        weights + max(sizes) * max(widths.values()) * stored.dtype.itemsize,
+        int(max(squares.values()) * (SUMS + SUMMING)) if needs_sums else 0,
+        sum(sizes) * hidden * stored.dtype.itemsize * states,
     )
-
-
-def _layers(stored: StoredModel) -> list[str]:
-    """The layers of a model: the members of its outermost lists of modules."""
-    return [unit.name for unit in Units.of(stored).outer if unit.is_layer]
-
-
-def _check_layers(stored: StoredModel) -> None:
-    """`Refused` where parameters of layers are not stored."""
-    prefixes = tuple(f"{name}." for name in _layers(stored))
-    missing = [name for name in stored.absent() if name.startswith(prefixes)]
-    if missing:
-        raise Refused(
-            f"no {listed(missing)}",
-            expected="every parameter of the model's layers",
-            where=stored.base.name,
-            hint="fix the number of layers in the config, or restore the file",
-        )
-
-
-def _is_table(module: Any) -> bool:
-    return isinstance(module, torch.nn.Embedding)
 
 
 def _positions(model: Any) -> int:
@@ -270,19 +238,20 @@ def _positions(model: Any) -> int:
     return positions - max(first, default=0) if isinstance(positions, int) else 2**31 - 1
 
 
-def _predicts_tokens(model: Any) -> bool:
-    """Whether a model's labels are tokens."""
-    return model.get_output_embeddings() is not None
-
-
-def _without_labels(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """A batch for a model that predicts no tokens; `Refused` where some tokens do not count."""
-    mask = batch["attention_mask"].bool()
-    if not torch.equal(batch["labels"] != IGNORED, mask):
+def _check_loss(model: Any, is_text: bool) -> None:
+    """`Refused` where labels are no tokens, or tokens that the model sees."""
+    name = type(model).__name__
+    if model.get_output_embeddings() is None:
         raise Refused(
-            f"completions, or labels, for {type(model).__name__}, which predicts no tokens",
-            expected="texts of which all tokens count",
-            where="--data",
-            hint="give the whole as text",
+            f"gradients of {name}, which predicts no tokens",
+            expected="a model with a loss of its tokens, such as a causal LM",
+            where="--what",
+            hint="collect them in Python: adapterkit.runtime.collect(model, run_model)",
         )
-    return {name: value for name, value in batch.items() if name != "labels"}
+    if is_text and name.endswith("ForMaskedLM"):
+        raise Refused(
+            f"gradients of {name} on plain text",
+            expected="input_ids with masked tokens, and labels",
+            where="--data",
+            hint="mask the tokens yourself, or leave gradient out of --what",
+        )

@@ -10,6 +10,7 @@ from tests.support import oracle
 from tests.support.texts import save_tokenizer, write_rows
 
 TEXTS = ["who is that?", "me", "the others are there.", "no, they were", "h", "is this it?"]
+MODELS = {"masked_bert": lambda: oracle.bert("BertForMaskedLM")}
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def base(cached_folder: Callable[..., Path]) -> Callable[[str], Path]:
 
     def make(name: str = "llama") -> Path:
         def build(folder: Path) -> None:
-            model = getattr(oracle, name)()
+            model = MODELS[name]() if name in MODELS else getattr(oracle, name)()
             if model.config.is_encoder_decoder:
                 model.config.decoder_start_token_id = 1
             oracle.save_base(model, folder, "fp32")

@@ -101,8 +101,13 @@ CASES = {
     "no start": Case(
         "no decoder_start_token_id", PAIR, config(decoder_start_token_id=None), model="t5"
     ),
-    "completions for an encoder": Case("predicts no tokens", PAIR, model="bert"),
-    "gradients of an encoder": Case("without labels", model="bert", options={"what": "gradient"}),
+    "gradients of an encoder": Case(
+        "predicts no tokens", PAIR, model="bert", options={"what": "gradient"}
+    ),
+    "gradients of tokens that are seen": Case(
+        "gradients of BertForMaskedLM on plain text", model="masked_bert",
+        options={"what": "gradient"},
+    ),
     "an adapter": Case("adapter", change=lambda base: as_adapter(base)),
     "no model at all": Case("no such path", options={"base": "./nowhere/at/all"}),
 }  # fmt: skip

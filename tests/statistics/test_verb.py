@@ -98,9 +98,12 @@ def test_all_tokens_of_texts_count_and_no_padding(name, options, base, texts, tm
     assert metadata(out)["tokens"] == sum(len(ids_of(text)) for text in TEXTS)
 
 
-def test_of_pairs_the_completion_s_tokens_count(base, pairs, tmp_path) -> None:
+@pytest.mark.parametrize("name, module", [
+    ("llama", "model.layers.1.mlp.down_proj"), ("bert", "encoder.layer.1.output.dense"),
+])  # fmt: skip
+def test_of_pairs_the_completion_s_tokens_count(name, module, base, pairs, tmp_path) -> None:
     out = tmp_path / "s.safetensors"
-    receipt = adapterkit.stats(base(), data=pairs, out=out)
+    receipt = adapterkit.stats(base(name), data=pairs, out=out)
     runs = []
     for text in TEXTS:
         whole = ids_of(f"{text} {text[::-1]}")
@@ -108,9 +111,8 @@ def test_of_pairs_the_completion_s_tokens_count(base, pairs, tmp_path) -> None:
         same = common(prompt, whole)
         tokens = torch.tensor([whole])
         runs.append(({"input_ids": tokens}, torch.arange(len(whole)) >= same))
-    xs = inputs_of(oracle.load(oracle.llama, base()), runs)
-    x = xs["model.layers.1.mlp.down_proj"]
-    actual = tensor_of(out, "model.layers.1.mlp.down_proj", "covariance").double()
+    xs = inputs_of(oracle.load(getattr(oracle, name), base(name)), runs)
+    x, actual = xs[module], tensor_of(out, module, "covariance").double()
     assert torch.allclose(actual, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
     totals = receipt.data["totals"]
     assert totals["tokens_counted"] == len(x) == metadata(out)["tokens"] < totals["tokens"]
