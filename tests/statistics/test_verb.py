@@ -1,6 +1,7 @@
 """`adapterkit stats`: the numbers are those of the model on the data, the file is whole or not
 there."""
 
+import errno
 import json
 import os
 import shutil
@@ -382,3 +383,32 @@ def test_a_sample_is_cut_to_the_model_s_positions(name, base, tmp_path) -> None:
     data.write_text("a" * 70)
     adapterkit.stats(base(name), data=data, out=tmp_path / "s.safetensors", what="mean")
     assert metadata(tmp_path / "s.safetensors")["tokens"] == 64
+
+
+@pytest.mark.parametrize("where", ["write", "publish"])
+def test_a_disk_that_fails_at_the_end(where, base, pairs, tmp_path, monkeypatch) -> None:
+    """Nothing has the name, and a resumed run sums no layer again."""
+    from adapterkit.checkpoint.writer import ShardFile
+    from adapterkit.statistics import output
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "s.safetensors"
+    adapterkit.stats(base(), data=pairs, out=tmp_path / "whole.safetensors")
+    with monkeypatch.context() as patch:
+        if where == "publish":
+            patch.setattr(output.os, "replace", fail)
+        else:
+            sync = ShardFile.sync
+            patch.setattr(
+                ShardFile, "sync", lambda self: fail() if self.name == out.name else sync(self)
+            )
+        with pytest.raises((Failed, OSError), match="No space|cannot write") as caught:
+            adapterkit.stats(base(), data=pairs, out=out)
+    if where == "publish":
+        assert isinstance(caught.value, Failed) and "--resume" in caught.value.hint
+    assert left(tmp_path) == [".s.safetensors.adapterkit", "whole.safetensors"]
+    adapterkit.stats(base(), data=pairs, out=out, resume=True)
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert left(tmp_path) == ["s.safetensors", "whole.safetensors"]
