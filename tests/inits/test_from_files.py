@@ -226,6 +226,23 @@ def test_ranks_of_which_there_are_too_few_triplets(start, tmp_path):
         init(start, tmp_path / "out", method="lora_ga", rank=17)
 
 
+@pytest.mark.parametrize("method", FROM_STATISTICS)
+def test_layers_on_which_it_is_not_defined(method, start, tmp_path):
+    name = "wte" if start[0] is oracle.gpt2 else "embed_tokens"
+    with pytest.raises(Refused, match=f"{method} on .*{name}, of kind embedding"):
+        init(start, tmp_path / "out", method=method, rank=4, targets=f"{name},{start[3]}")
+
+
+@pytest.mark.parametrize("method", CHANGING)
+def test_the_rest_quantized(method, start, tmp_path):
+    """The base that is left is quantized; its error stands beside that of plain quantization."""
+    receipt = init(start, tmp_path / "out", method=method, rank=4, quantize="int8")
+    metrics = [m for m in receipt.data["parameters"].values() if "error_plain" in m]
+    assert len(metrics) == 8 and all(0 < m["error"] < 0.02 for m in metrics)
+    config = json.loads((tmp_path / "out" / "base" / "config.json").read_text())
+    assert config["quantization_config"]["load_in_8bit"]
+
+
 def test_with_and_without_statistics(start, tmp_path):
     for method in FROM_STATISTICS:
         with pytest.raises(Refused, match=f"{method} without --stats"):
