@@ -72,7 +72,7 @@ def write(
                 return False
             if state == "fresh":
                 stage.forget()
-            check_space(out, needed)
+            check_space(out, needed - _size(stage.path))  # of which some is there already
             stage.begin()
             if state == "fresh":
                 stage.note(
@@ -91,6 +91,11 @@ def write(
             where=str(out),
             hint="run the same command with --resume",
         ) from None
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def fingerprint(recipe: dict[str, Any]) -> str:

@@ -414,3 +414,14 @@ def test_a_disk_that_is_full_at_the_end(where, base, pairs, tmp_path, monkeypatc
     adapterkit.stats(base(), data=pairs, out=out, resume=True)
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert left(tmp_path) == ["s.safetensors", "whole.safetensors"]
+
+
+def test_what_is_done_takes_no_space_again(base, pairs, tmp_path, monkeypatch) -> None:
+    out, job = tmp_path / "s.safetensors", {"data": pairs, "batch": 2, "seed": 1}
+    with pytest.raises(Interrupted):
+        adapterkit.stats(base(), out=out, progress=stop_after(2), **job)
+    needed = adapterkit.stats(base(), out=out, dry_run=True, **job).totals()["disk_needed"]
+    monkeypatch.setattr(output, "free_bytes", lambda path: needed - 1)
+    adapterkit.stats(base(), out=out, resume=True, **job)
+    with pytest.raises(Refused, match="bytes free"):
+        adapterkit.stats(base(), out=tmp_path / "t.safetensors", **job)
