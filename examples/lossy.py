@@ -159,7 +159,7 @@ def combine_all(folder: Path, stats: dict[str, Path]) -> dict[str, dict[str, flo
 def output_errors(receipts: list[Any]) -> dict[str, float]:
     """Means over modules of the relative errors of the outputs."""
     metrics = [metric for receipt in receipts for metric in receipt.data["parameters"].values()]
-    keys = {"with": "output_error", "without": "plain_output_error"}
+    keys = {"with": "output_error", "without": "unweighted_output_error"}
     return {name: statistics.fmean(m[key] for m in metrics) for name, key in keys.items()}
 
 

@@ -101,8 +101,8 @@ class Comparison(NamedTuple):
 
     right: Tensor  # (k, in): uᵀ Δ
     error: Energies  # of Δ
-    plain_error: Energies  # of Δ, by the plain fit
-    plain_output_error: Energies  # of Δ·root, by the plain fit
+    unweighted_error: Energies  # of Δ, by the plain fit
+    unweighted_output_error: Energies  # of Δ·root, by the plain fit
 
 
 class Decomposition(NamedTuple):
@@ -118,12 +118,12 @@ class Decomposition(NamedTuple):
         own = Energies(self.svd.s.double().square(), self.total)
         if self.comparison is None:
             return {"error": own}
-        _, error, plain_error, plain_output_error = self.comparison
+        _, error, unweighted_error, unweighted_output_error = self.comparison
         return {
             "output_error": own,
             "error": error,
-            "plain_error": plain_error,
-            "plain_output_error": plain_output_error,
+            "unweighted_error": unweighted_error,
+            "unweighted_output_error": unweighted_output_error,
         }
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:

@@ -86,8 +86,8 @@ def resize(
     factors saw; then b'@a' is the best in the norm of the layer's outputs, ‖(Δ - b'@a') C^½‖_F, by
     which `energy`, `sv_ratio` and `max_size` count too (C scaled to a mean diagonal of 1, between
     modules). The receipt has both relative errors of these factors (`error`, `output_error`) and of
-    those without statistics (`plain_error`, `plain_output_error`). Embeddings, convolutions and
-    parameters are fitted in the norm of their weights, which a note says.
+    those without statistics (`unweighted_error`, `unweighted_output_error`). Embeddings,
+    convolutions and parameters are fitted in the norm of their weights, which a note says.
 
     LoHa, LoKr, VeRA, AdaLoRA and OFT become plain LoRA of scale 1. With `base`, a model, DoRA does
     too. OFT needs it for the weights that it rotates, VeRA for the widths of its layers,

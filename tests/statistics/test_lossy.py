@@ -72,17 +72,17 @@ def check(decomposition: Decomposition, delta: Tensor, s: Tensor, most: int, clo
         torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), rtol=1e-3, atol=1e-5)
         error, output_error = errors_of(delta, b.double() @ a.double(), s)
         assert output_error == pytest.approx(best_output_error(delta, s, rank), abs=close), rank
-        plain_error, plain_output_error = errors_of(delta, plain_fit(delta, rank), s)
+        unweighted_error, unweighted_output_error = errors_of(delta, plain_fit(delta, rank), s)
         expected = {
             "error": error,
             "output_error": output_error,
-            "plain_error": plain_error,
-            "plain_output_error": plain_output_error,
+            "unweighted_error": unweighted_error,
+            "unweighted_output_error": unweighted_output_error,
         }
         assert decomposition.energies.keys() == expected.keys()
         for name, value in expected.items():
             assert left_over(decomposition, name, rank) == pytest.approx(value, abs=close), name
-        assert output_error <= plain_output_error + close and plain_error <= error + close
+        assert output_error <= unweighted_output_error + close and unweighted_error <= error + close
 
 
 @pytest.mark.quick
@@ -124,7 +124,7 @@ def test_a_covariance_of_ones_is_the_plain_fit() -> None:
         a, b = fit.factors(rank)
         torch.testing.assert_close(b @ a, plain_fit(product.dense(), rank), rtol=0, atol=1e-9)
         assert left_over(fit, "output_error", rank) == pytest.approx(
-            left_over(fit, "plain_error", rank), abs=1e-9
+            left_over(fit, "unweighted_error", rank), abs=1e-9
         )
 
 
@@ -189,9 +189,9 @@ def test_resize(adapter, stats, rank, tmp_path) -> None:
         s = root_of(path, name)
         error, output_error = errors_of(delta, after[name], s)
         assert output_error == pytest.approx(best_output_error(delta, s, rank), abs=1e-6)
-        plain_error, plain_output_error = errors_of(delta, plain_fit(delta, rank), s)
-        names = ("error", "output_error", "plain_error", "plain_output_error")
-        expected = (error, output_error, plain_error, plain_output_error)
+        unweighted_error, unweighted_output_error = errors_of(delta, plain_fit(delta, rank), s)
+        names = ("error", "output_error", "unweighted_error", "unweighted_output_error")
+        expected = (error, output_error, unweighted_error, unweighted_output_error)
         for key, value in zip(names, expected, strict=True):
             assert metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
         x = xs[name]
@@ -324,10 +324,10 @@ def test_extract(name, cached_folder, tmp_path) -> None:
         assert output_error == pytest.approx(best_output_error(delta, s, 3), rel=1e-4, abs=1e-5)
         assert metrics["output_error"] == pytest.approx(output_error, rel=1e-3)
         assert metrics["error"] == pytest.approx(error, rel=1e-3)
-        plain_error, plain_output_error = errors_of(delta, plain_fit(delta, 3), s)
-        assert metrics["plain_error"] == pytest.approx(plain_error, rel=1e-3)
-        assert metrics["plain_output_error"] == pytest.approx(plain_output_error, rel=1e-3)
-        assert output_error < plain_output_error
+        plain, plain_output = errors_of(delta, plain_fit(delta, 3), s)
+        assert metrics["unweighted_error"] == pytest.approx(plain, rel=1e-3)
+        assert metrics["unweighted_output_error"] == pytest.approx(plain_output, rel=1e-3)
+        assert output_error < plain_output
 
 
 def test_extract_of_experts_is_plain_and_says_so(cached_folder, tmp_path) -> None:
@@ -377,7 +377,7 @@ def test_combine(method, files, two, tmp_path) -> None:
         assert metrics["output_error"] == pytest.approx(output_error, rel=1e-3, abs=1e-4)
         assert metrics["error"] == pytest.approx(error, rel=1e-3, abs=1e-4)
         assert metrics["energy"] == pytest.approx(1 - output_error**2, abs=1e-4)
-        assert metrics["output_error"] <= metrics["plain_output_error"] + 1e-6
+        assert metrics["output_error"] <= metrics["unweighted_output_error"] + 1e-6
 
 
 def test_a_share_of_the_energy_is_one_of_the_outputs(two, stats, tmp_path) -> None:

@@ -86,7 +86,7 @@ def combine(adapters: tuple[str, ...], settings: tuple[str, ...], **options: Any
     Example:
       adapterkit combine ./english ./french=0.5 --method linear --out both
       adapterkit combine ./a ./b ./c --method ties --density 0.2 --rank 32 --out merged
-      adapterkit combine ./a ./b --method regmean --stats a.stats --stats b.stats --out both
+      adapterkit combine ./a ./b --method regmean --stats a.safetensors --stats b.safetensors
     """
     from adapterkit.verbs.combine import combine as verb
 

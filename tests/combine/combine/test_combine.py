@@ -152,7 +152,7 @@ def test_every_method_and_refit(method, refit, mixed, tmp_path):
     for name, delta in whole.items():
         best = truncated(delta, metrics[name]["rank"])
         if "output_error" in metrics[name]:  # the best in another norm: see test_lossy
-            plain = metrics[name]["plain_output_error"]
+            plain = metrics[name]["unweighted_output_error"]
             assert metrics[name]["output_error"] <= plain + 1e-6
             continue
         lost, least = (
