@@ -9,7 +9,9 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True)
 class Random:
-    """a ~ U(-1/√in, 1/√in), b ~ U(-1/√r, 1/√r): a delta from the start (PEFT's False)."""
+    """a ~ U(-1/√in, 1/√in), b ~ U(-1/√r, 1/√r): a delta from the start (PEFT's False).
+
+    On an embedding too, where PEFT draws both from N(0, 1)."""
 
     name = "random"
     source = "PEFT"

@@ -6,11 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import factor_keys
-from adapterkit.adapters.targets import ALL_LINEAR, USUAL_TARGETS, WHOLE
+from adapterkit.adapters.targets import ALL_LINEAR, USUAL_TARGETS, WHOLE, has_end
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
@@ -20,6 +21,7 @@ from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter, StoredParameter
 
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
+LINEAR = ("FalconLinear",)  # with a forward of its own
 OTHERS = ("embedding", "experts")  # kinds that no code passes by
 RANGE = re.compile(r"\d+(-\d+)?")
 
@@ -138,8 +140,8 @@ def find_targets(
     kinds = _kinds(names)
     layers = [name for name, kind in kinds.items() if kind in ("linear", "conv")]
     usable = set(wrappable(names, layers, notes))
-    kinds = {name: kind for name, kind in kinds.items() if kind in OTHERS or name in usable}
-    chosen = _selected(names, kinds, selection, notes)
+    fit = {name: kind for name, kind in kinds.items() if kind in OTHERS or name in usable}
+    chosen = _selected(names, kinds, fit, selection, notes)
     rules, errors = _rules_of(scaling), list[AdapterkitError]()
     targets: list[Target] = []
     for name in chosen:
@@ -158,7 +160,7 @@ def _kinds(names: Names) -> dict[str, str]:
     assert names.model is not None
     kinds: dict[str, str] = {}
     for name, module in names.model.model.named_modules():
-        if is_linear(module):
+        if is_linear(module) or _computes_as_linear(module):
             kinds[name] = "linear"
         elif isinstance(module, nn.Embedding):
             kinds[name] = "embedding"
@@ -170,23 +172,36 @@ def _kinds(names: Names) -> dict[str, str]:
     return kinds
 
 
+def _computes_as_linear(module: Any) -> bool:
+    """Whether a subclass of Linear gives x @ Wᵀ + bias: a router, say, may not."""
+    from torch import nn
+
+    cls = type(module)
+    own = cls.forward is not nn.Linear.forward
+    return isinstance(module, nn.Linear) and (not own or cls.__name__ in LINEAR)
+
+
 def _selected(
-    names: Names, kinds: dict[str, str], selection: Selection, notes: list[str]
+    names: Names,
+    kinds: dict[str, str],
+    fit: dict[str, str],
+    selection: Selection,
+    notes: list[str],
 ) -> list[str]:
-    """The names that the options select, in the model's order."""
+    """The names of those of all layers that are `fit` and that the options select, in the model's
+    order."""
     model = names.model.model if names.model is not None else None
-    text = selection.targets
-    if text is None:
-        text = _usual(names)
+    text = _usual(names, fit) if selection.targets is None else selection.targets
     without_factors = "passed by in PEFT, or its weight is read by others"
     if text.lower() == ALL_LINEAR:
-        linear = [name for name, kind in kinds.items() if kind == "linear"]
-        chosen, more = select_targets(text, linear, model, without_factors)
-    else:
-        chosen, more = select_targets(text, list(kinds), model, without_factors)
+        kinds, fit = (
+            {name: kind for name, kind in table.items() if kind == "linear"}
+            for table in (kinds, fit)
+        )
+    chosen, more = select_targets(text, list(fit), model, without_factors, list(kinds))
     notes += more
     if selection.exclude is not None:
-        chosen = _excluded(chosen, kinds, selection.exclude)
+        chosen = _excluded(chosen, fit, selection.exclude)
     if selection.layers is not None:
         chosen = _in_layers(chosen, selection.layers)
     if not chosen:
@@ -196,14 +211,16 @@ def _selected(
             where="--targets",
             hint="check --exclude and --layers",
         )
-    order = {name: number for number, name in enumerate(kinds)}
+    order = {name: number for number, name in enumerate(fit)}
     return sorted(chosen, key=order.__getitem__)
 
 
-def _usual(names: Names) -> str:
-    """PEFT's targets for the model's type, as `--targets`."""
+def _usual(names: Names, fit: Collection[str]) -> str:
+    """PEFT's targets for the model's type, as `--targets`: those of several that match."""
     kind = names.base.config.get("model_type")
     usual = USUAL_TARGETS.get(str(kind))
+    if isinstance(usual, tuple):
+        usual = tuple(end for end in usual if any(has_end(name, end) for name in fit)) or usual
     if usual is None:
         raise Refused(
             f"no usual targets of model type {shown(str(kind))}",

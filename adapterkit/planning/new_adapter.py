@@ -45,38 +45,44 @@ class Scaling:
 
 
 def select_targets(
-    targets: str, usable: Collection[str], model: Any, lacking: str
+    targets: str,
+    usable: Collection[str],
+    model: Any,
+    lacking: str,
+    layers: Collection[str] | None = None,
 ) -> tuple[list[str], list[str]]:
     """The usable modules that `--targets` selects, and notes; `Refused` with all names that match
     none.
 
     `all-linear`, as in PEFT: all linear layers but the output head, also that of a classifier; ends
     of modules' names, with commas between; or, where it has other characters, a regex that is
-    searched in the names. `lacking`: what the other layers are, for messages."""
-    layers = [] if model is None else list(model.named_modules())
-    linear = [name for name, module in layers if is_linear(module)] if layers else list(usable)
+    searched in the names. `lacking`: what the other ones of `layers` are, for messages; these are
+    by default the linear layers of the model."""
+    modules = [] if model is None else list(model.named_modules())
+    if layers is None:
+        layers = [name for name, module in modules if is_linear(module)] if modules else usable
     if targets.lower() == ALL_LINEAR:
         is_classifier = type(model).__name__.endswith("ForSequenceClassification")
-        return _all_linear(linear, usable, output_head(model, is_classifier), lacking)
+        return _all_linear(layers, usable, output_head(model, is_classifier), lacking)
     if not NAMES.fullmatch(targets):
         matches = matcher(targets, "--targets")
-        modules = [name for name in usable if matches(name)]
-        if not modules:
+        chosen = [name for name in usable if matches(name)]
+        if not chosen:
             raise Refused(
                 f"--targets {targets!r} matches none",
                 expected="a linear layer that can get factors",
                 where="--targets",
                 hint=similar_names(targets, usable) or "check the regex",
             )
-        return modules, []
-    classes = {name: type(module).__name__ for name, module in layers}
+        return chosen, []
+    classes = {name: type(module).__name__ for name, module in modules}
     by_end = {end: _ending(end, usable) for end in targets.replace(" ", "").split(",")}
     errors: list[AdapterkitError] = []
-    for end in (end for end, modules in by_end.items() if not modules):
-        other = next(iter(_ending(end, linear) or _ending(end, classes)), None)
+    for end in (end for end, names in by_end.items() if not names):
+        other = next(iter(_ending(end, layers) or _ending(end, classes)), None)
         reason, hint = "", similar_names(end, usable)
         if other is not None:
-            kind = lacking if other in linear else f"a {classes[other]}"
+            kind = lacking if other in layers else f"a {classes[other]}"
             reason, hint = f": {shown(other)} is {kind}", ""
         errors.append(
             Refused(
@@ -91,9 +97,10 @@ def select_targets(
 
 
 def _all_linear(
-    linear: list[str], usable: Collection[str], head: str | None, lacking: str
+    linear: Collection[str], usable: Collection[str], head: str | None, lacking: str
 ) -> tuple[list[str], list[str]]:
-    candidates = [name for name in linear if name != head]
+    inside = f"{head}."
+    candidates = [name for name in linear if name != head and not name.startswith(inside)]
     modules = [name for name in candidates if name in usable]
     others = [name for name in candidates if name not in usable]
     if not modules:

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from adapterkit.registry import members
-from tests.support import experts, oracle, tiny
+from tests.support import architectures, experts, oracle, tiny
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ KINDS = {
     "tied": Kind(oracle.tied_llama, "embed_tokens,q_proj", 3),
     "tied-head": Kind(oracle.tied_llama, "lm_head", 1),
     "transposed": Kind(oracle.gpt2, "c_attn,c_proj,c_fc", 8),
-    "conv1d": Kind(lambda: tiny.model("whisper"), "conv1|conv2|q_proj", 4, linear=False),
+    "conv1d": Kind(architectures.BUILDS["wav2vec2"], r"layers\.\d\.conv$|q_proj", 4, linear=False),
     "conv2d": Kind(_resnet, "convolution", 9, linear=False),  # kernels of 7, 3 and 1
     "conv3d": Kind(lambda: tiny.model("videomae"), "projection", 1, linear=False),
+    "subclass": Kind(lambda: tiny.model("falcon"), "query_key_value,dense", 4),
     "fused": Kind(lambda: tiny.model("phi3"), "qkv_proj,gate_up_proj", 4),
     "stored-fused": Kind(lambda: tiny.model("nomic_bert"), "[qk]_proj$", 4),
     "mixtral": _experts("mixtral", 6),

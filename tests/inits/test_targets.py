@@ -1,0 +1,134 @@
+"""The targets of `init`, from headers and the config, against PEFT's on the model itself."""
+
+import functools
+import json
+
+import pytest
+import transformers
+from torch import nn
+
+from adapterkit import LoraConfig
+from adapterkit.adapters.targets import USUAL_TARGETS
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.errors import AdapterkitError
+from adapterkit.planning.initial_targets import Selection, find_targets
+from adapterkit.planning.new_adapter import Scaling
+from tests.runtime.test_targets import BUILDS, wrapped
+from tests.support import oracle, tiny
+
+SHRUNK = (
+    "bart", "bloom", "codegen", "electra", "falcon", "gemma2", "gpt_neo", "gptj", "mistral", "mpt",
+    "phi", "qwen2", "qwen3", "stablelm", "xlm-roberta",
+)  # fmt: skip
+MODELS = {name: build for name, build in BUILDS.items() if name != "mixed"} | {
+    name: functools.partial(tiny.model, name) for name in SHRUNK
+}
+TASKS = {"bert-cls": "SEQ_CLS", "roberta": "SEQ_CLS"}
+# PEFT 0.21 loses Mixtral's usual targets, and has its router and experts among all linear layers
+OTHERS = {("mixtral", None), ("mixtral", "all-linear")}
+ENDS = {
+    "llama": "q_proj,mlp.down_proj,lm_head,embed_tokens",
+    "gpt2": "c_attn,mlp.c_proj,wte",
+    "bert": "query,output.dense",
+    "t5": "q,wo,shared",
+    "vit": "projection,q_proj,classifier",
+    "whisper": "q_proj,fc1,proj_out",
+    "neox": "dense,query_key_value",
+    "opt": "fc1,project_in",
+    "mixtral": "q_proj,v_proj",
+    "falcon": "dense,query_key_value",
+    "bart": "q_proj,fc2",
+}
+
+
+@functools.cache
+def built(name: str) -> nn.Module:
+    with oracle.quiet():
+        return MODELS[name]()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The checkpoint of a model."""
+    root = tmp_path_factory.mktemp("targets")
+
+    @functools.cache
+    def stored(name: str):
+        with oracle.quiet():
+            built(name).save_pretrained(root / name)
+        return open_checkpoint(LocalFolder(root / name))
+
+    return stored
+
+
+def ours(base, targets, scaling=Scaling(4, 6)):  # noqa: B008, frozen
+    found = find_targets(base, Selection(targets), scaling, [])
+    return sorted((target.name, target.rank, target.scale) for target in found)
+
+
+def theirs(name, **config):
+    settings = {"rank": 4, "alpha": 6, "task_type": TASKS.get(name)} | config
+    return sorted(wrapped(built(name), LoraConfig(**settings)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_linear_is_that_of_peft(name, stored):
+    if (name, "all-linear") not in OTHERS:
+        assert ours(stored(name), "all-linear") == theirs(name, targets="all-linear")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_usual_targets_are_those_of_peft(name, stored):
+    base = stored(name)
+    if base.config["model_type"] not in USUAL_TARGETS:
+        with pytest.raises(AdapterkitError, match="no usual targets of model type"):
+            ours(base, None)
+    elif (name, None) not in OTHERS:
+        assert ours(base, None) == theirs(name)
+
+
+def test_usual_targets_of_mixtral(stored):
+    names = [name for name, _, _ in ours(stored("mixtral"), None)]
+    assert len(names) == 4 and all(name.endswith(("q_proj", "v_proj")) for name in names)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_ends_of_names_are_those_of_peft(name, stored):
+    expected = theirs(name, targets=ENDS[name].split(","))
+    assert ours(stored(name), ENDS[name]) == expected and expected
+
+
+def test_a_layer_that_is_asked_for_its_stride_is_refused(stored):
+    """Whisper's code asks its convolutions, and PEFT's wrapper has no stride."""
+    with pytest.raises(AdapterkitError, match=r"conv1 is passed by in PEFT"):
+        ours(stored("whisper"), "conv1")
+
+
+def test_a_regex_is_searched_in_the_names(stored):
+    """PEFT's must match whole names."""
+    expected = theirs("llama", targets=r".*layers\.[02]\..*(q|up)_proj.*")
+    assert ours(stored("llama"), r"layers\.[02]\..*(q|up)_proj") == expected
+    assert ours(stored("llama"), r"^model\.layers\.[02]\..*(q|up)_proj$") == expected
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_parameters(name, stored):
+    expected = theirs(name, targets=["q_proj"], parameters=["gate_up_proj", "experts.down_proj"])
+    assert ours(stored(name), "q_proj,gate_up_proj,experts.down_proj") == expected
+
+
+def test_ranks_and_scales_are_those_of_peft(stored):
+    scaling = Scaling(4, 6, True, ("v_proj=2", r"layers\.1\.=3"), ("layers.0.self_attn.q_proj=5",))
+    patterns = {
+        "rank_pattern": {r"layers\.1\..*": 3, "v_proj": 2},
+        "alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 5},
+    }
+    expected = theirs("llama", targets=["q_proj", "v_proj"], rslora=True, **patterns)
+    assert ours(stored("llama"), "q_proj,v_proj", scaling) == expected
+
+
+def test_the_table_of_models_covers_most_types():
+    types = {json.loads(built(name).config.to_json_string())["model_type"] for name in MODELS}
+    assert len(types) >= 25 and transformers.__version__ >= "5"
+    assert len(types & USUAL_TARGETS.keys()) >= 18
