@@ -86,7 +86,9 @@ def collect(
     tensors |= {key_of(path, GRADIENT): value for path, value in gradients.means()}
     if out is not None and writes():
         vectors = max((total.vectors for total in sums.groups), default=0)
-        _write(out, tensors, {"shared": sums.shared, "tokens": vectors})
+        about = {"shared": sums.shared, "tokens": vectors, "what": kinds}
+        about |= {"model": type(model).__name__} | ({"compat": compat} if compat else {})
+        _write(out, tensors, about)
     for module, owner in sums.shared.items():
         for kind in INPUT_KINDS:
             if (value := tensors.get(key_of(owner, kind))) is not None:

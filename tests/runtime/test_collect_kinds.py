@@ -10,8 +10,10 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import calib_cov_distribution
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
+import adapterkit
 from adapterkit import LoraConfig
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
@@ -200,7 +202,8 @@ def test_the_file_has_shared_statistics_once(tmp_path):
     assert Counter(key.rpartition(".")[2] for key in keys) == {
         "covariance": 8, "mean": 8, "gradient": 14
     }  # fmt: skip
-    assert about["tokens"] == 3 * 2 * 9
+    assert about["tokens"] == 3 * 2 * 9 and about["model"] == "LlamaForCausalLM"
+    assert about["what"] == ["covariance", "mean", "gradient"] and "compat" not in about
     assert about["shared"]["model.layers.0.self_attn.v_proj"] == "model.layers.0.self_attn.q_proj"
     checkpoint = open_checkpoint(LocalFolder(out))
     assert len(stats) == 3 * 14
@@ -209,6 +212,34 @@ def test_the_file_has_shared_statistics_once(tmp_path):
         spec = select_statistics(checkpoint, kind, {path: tuple(value.shape)})[path]
         assert torch.equal(stored[spec.key], value)
     assert len({value.data_ptr() for value in stats.values()}) == len(stats)
+
+
+def test_as_adapterkit_stats(tmp_path):
+    """The verb, which runs one layer at a time, writes the same tensors of the same texts."""
+    what = "covariance,mean,pca,gradient"
+    model, rows = llama(), [tokens(1, 5 + 3 * i, seed=i) for i in range(5)]
+    model.save_pretrained(tmp_path / "base")
+    lines = [json.dumps({"input_ids": row[0].tolist()}) for row in rows]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    adapterkit.stats(
+        tmp_path / "base", data=tmp_path / "texts.jsonl", what=what, batch=1,
+        out=tmp_path / "verb.safetensors",
+    )  # fmt: skip
+
+    def run():
+        for ids in rows:
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    collect(model, run, what=what, out=tmp_path / "live.safetensors")
+    verb, live = (load_file(tmp_path / f"{name}.safetensors") for name in ("verb", "live"))
+    assert verb.keys() == live.keys() and len(verb) == 8 * 5 + 14
+    for key, value in live.items():
+        expected = verb[key]
+        if key.endswith("components"):  # those far apart
+            value = (value * expected).sum(1)[:4].abs()
+            expected = torch.ones_like(value)
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4 * largest)
 
 
 def test_gradients_beside_adapters():
