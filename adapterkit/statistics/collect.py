@@ -31,6 +31,7 @@ def collect_statistics(
     whole: bool = False,
     compat: str | None = None,
     components: int = COMPONENTS,
+    experts: bool = False,
     resume: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Results:
@@ -47,7 +48,8 @@ def collect_statistics(
     `whole`: all of it in memory, with the same results up to rounding. `resume`: layers whose sums
     are in `work` are not summed again; `Refused` if they are of another job.
     `compat="peft"`: the covariance of PEFT's `preprocess_corda`, the mean over the calls of a layer
-    of x xᵀ / max(x)², summed over all vectors of the call.
+    of x xᵀ / max(x)², summed over all vectors of the call. `experts`: of the inputs of modules that
+    hold stacks of experts too, under the module's name.
 
     The model is in eval mode (PEFT collects gradients in training mode, whose dropout makes them
     random), in its checkpoint's dtype, without a cache. Sums as `statistics.sums` says.
@@ -56,7 +58,7 @@ def collect_statistics(
     are no linear layers, batches that the gradient cannot be computed of; `Failed` for inputs
     that are not finite.
     """
-    request = Request(tuple(dict.fromkeys(what)), targets, compat, components)
+    request = Request(tuple(dict.fromkeys(what)), targets, compat, components, experts)
     request.check()
     with Sources((base.folder,), {}) as sources:
         stored = StoredModel(base, sources, torch.device(device))

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterkit.adapters.targets import ALL_LINEAR
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, listed, refuse_all, shown
+from adapterkit.planning.factor_targets import EXPERTS
 from adapterkit.planning.new_adapter import select_targets, wrappable
 from adapterkit.planning.quantization import is_linear
 from adapterkit.statistics.file import Results
@@ -33,6 +34,7 @@ class Request:
     targets: str | None
     compat: str | None
     components: int
+    experts: bool = False
 
     def check(self) -> None:
         """`Refused` for what cannot be collected, or not together."""
@@ -81,6 +83,7 @@ class Job:
         self.notes += notes
         self.gradients = "gradient" in request.what
         self.inputs = tuple(name for name in request.what if name in INPUTS)
+        self.watched = [*self.targets, *(_experts(self.model) if request.experts else ())]
         self.units = Units.of(stored)
         if not batches:
             raise Refused("no data", expected="one batch or more", where="data")
@@ -149,7 +152,7 @@ class Job:
 
     def watch(self) -> Watch:
         """Hooks on the layers; none where no statistics of inputs are asked for."""
-        layers = {name: self.model.get_submodule(name) for name in self.targets if self.inputs}
+        layers = {name: self.model.get_submodule(name) for name in self.watched if self.inputs}
         return Watch(self.model, layers)
 
     def masks(self, watch: Watch, batch: Batch) -> Masks | None:
@@ -177,6 +180,16 @@ class Job:
             sum(map(_tokens, self.batches)), sum(map(_samples, self.batches)), settings,
             tuple(self.notes),
         )  # fmt: skip
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """Modules that hold stacks of experts' matrices."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(value.dim() == 3 for value in module.parameters(recurse=False))
+        and EXPERTS.search(f"{name} {type(module).__name__}")
+    ]
 
 
 def _tokens(batch: Batch) -> int:

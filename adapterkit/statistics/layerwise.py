@@ -11,7 +11,7 @@ from adapterkit.statistics.activations import Room
 from adapterkit.statistics.job import Batch, Job
 from adapterkit.statistics.ledger import Ledger
 from adapterkit.statistics.lockstep import Lockstep, Stage
-from adapterkit.statistics.units import Unit
+from adapterkit.statistics.units import Unit, is_within
 from adapterkit.statistics.work import SumsFile
 
 
@@ -22,8 +22,6 @@ def run_layerwise(
     memory, before they go to a file in `work`."""
     stored, units = job.stored, job.units
     ledger = Ledger(work, job.sums, len(job.batches), job.is_transposed)
-    inside = {unit: [m for m in job.targets if units.unit_of(m) is unit] for unit in units.outer}
-    outer = {module: unit for unit in units.outer for module in inside[unit]}
     steps = len(job.batches) * len(units.outer) * (2 if job.gradients else 1)
     done = 0
 
@@ -33,11 +31,11 @@ def run_layerwise(
         progress(min(done, steps - 1), steps)
 
     def begin(unit: Unit) -> Stage:
-        has_targets = any(f"{m}.".startswith(f"{unit.name}.") for m in outer)
-        has_sums = has_targets and bool(job.inputs)
-        return ledger.stage(unit, has_sums, has_targets and job.gradients)
+        has_sums = any(is_within(name, [unit.name]) for name in job.watched)
+        has_gradients = any(is_within(name, [unit.name]) for name in job.targets)
+        return ledger.stage(unit, has_sums and bool(job.inputs), has_gradients and job.gradients)
 
-    is_outside = len(outer) < len(job.targets)
+    is_outside = any(units.unit_of(name) is None for name in job.watched)
     outside = Stage(
         lambda: job.sums() if is_outside and job.inputs else None,
         lambda: {} if job.gradients else None,

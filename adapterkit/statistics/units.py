@@ -45,7 +45,7 @@ class Units:
             name
             for name, module in names.items()
             if isinstance(module, nn.Linear | nn.Embedding)
-            and not _is_within(name, elements)
+            and not is_within(name, elements)
             and stored.nbytes(stored.parameters(name)) >= LARGE
             and not _is_read(model, name)
         ]
@@ -58,7 +58,7 @@ class Units:
         inner = [
             unit(name)
             for name, module in names.items()
-            if module._parameters and _is_within(name, elements) and name not in elements
+            if module._parameters and is_within(name, elements) and name not in elements
         ]
         inside = {name for unit in outer for name in unit.parameters}
         outside = [name for name in stored.parameters() if name not in inside]
@@ -70,7 +70,7 @@ class Units:
 
     def unit_of(self, module: str) -> Unit | None:
         """The unit that a module is in, None where it is outside."""
-        return next((unit for unit in self.outer if _is_within(module, [unit.name])), None)
+        return next((unit for unit in self.outer if is_within(module, [unit.name])), None)
 
 
 def _elements(module: nn.Module, prefix: str = "") -> Iterator[str]:
@@ -83,7 +83,8 @@ def _elements(module: nn.Module, prefix: str = "") -> Iterator[str]:
             yield from _elements(child, f"{path}.")
 
 
-def _is_within(name: str, around: list[str]) -> bool:
+def is_within(name: str, around: list[str]) -> bool:
+    """Whether a module is one of these, or in one."""
     return any(f"{name}.".startswith(f"{other}.") for other in around)
 
 

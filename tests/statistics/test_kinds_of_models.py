@@ -1,0 +1,162 @@
+"""Quantized bases, 16 bits, experts, masks, CorDA's own covariance, models without layers."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import adapterkit
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.errors import Refused
+from adapterkit.statistics import units
+from adapterkit.statistics.collect import collect_statistics
+from adapterkit.statistics.stored_model import StoredModel
+from tests.statistics.test_layerwise import MODELS, pairs, texts
+from tests.support.live import llama
+from tests.support.stored import checkpoint, collected
+
+WHAT = ("covariance", "gradient")
+
+
+def inputs_of(model, data, names):
+    """The vectors that layers see, by batch."""
+    seen = {name: [] for name in names}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen[name].append(
+                (args[0] if args else next(iter(kwargs.values()))).detach()
+            ),
+            with_kwargs=True,
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def covariance(vectors):
+    rows = torch.cat([x.reshape(-1, x.shape[-1]).double() for x in vectors])
+    return rows.T @ rows / len(rows)
+
+
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_a_quantized_base_is_what_it_decodes_to(tmp_path, large, to):
+    checkpoint(llama(hidden_size=64, intermediate_size=128), tmp_path / "base")
+    adapterkit.quantize(tmp_path / "base", out=tmp_path / "packed", to=to)
+    adapterkit.dequantize(tmp_path / "packed", out=tmp_path / "plain")
+    packed, plain = (open_checkpoint(LocalFolder(tmp_path / name)) for name in ("packed", "plain"))
+    expected = collected(plain, texts(), tmp_path, what=WHAT, whole=True)
+    stats = collected(packed, texts(), tmp_path, what=WHAT, memory=0)
+    assert stats.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(stats[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(tmp_path, large, dtype):
+    """The model computes in its own dtype, as transformers loads it; sums and files are float32."""
+    base = checkpoint(llama(dtype=dtype), tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert model.dtype == dtype
+    name = "model.layers.1.mlp.down_proj"
+    expected = covariance(inputs_of(model, texts(masked=False), [name])[name])
+    stats = collected(base, texts(masked=False), tmp_path, what=WHAT, memory=0)
+    assert all(value.dtype == torch.float32 for value in stats.values())
+    torch.testing.assert_close(stats[f"{name}.covariance"].double(), expected, rtol=1e-4, atol=1e-6)
+    whole = collected(base, texts(masked=False), tmp_path, what=WHAT, whole=True)
+    for key, value in whole.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(stats[key], value, rtol=0.02, atol=0.01 * scale, msg=key)
+
+
+def test_buffers_are_the_loaded_models(tmp_path):
+    """And parameters once they are read; tied ones are one."""
+    from adapterkit.checkpoint.reader import Sources
+
+    for name in ("tied llama", "t5", "swin", "whisper", "gemma2"):
+        model = MODELS[name][0]()
+        base = checkpoint(model, tmp_path / name)
+        with Sources((base.folder,), {}) as sources:
+            stored = StoredModel(base, sources, torch.device("cpu"))
+            assert all(value.is_meta for value in stored.model.parameters())
+            stored.load(stored.parameters(), stored.device)
+        expected = type(model).from_pretrained(tmp_path / name)
+        for kind in ("named_parameters", "named_buffers"):
+            ours, theirs = (dict(getattr(m, kind)()) for m in (stored.model, expected))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(value, theirs[key]) for key, value in ours.items()), (name, kind)
+
+
+def test_experts(tmp_path, large):
+    """Of the inputs of a module of stacks, for those that ask."""
+    make, data, _ = MODELS["mixtral"]
+    model, name = make(), "model.layers.1.mlp.experts"
+    base = checkpoint(model, tmp_path / "base")
+    assert f"{name}.covariance" not in collected(base, data(masked=False), tmp_path)
+    expected = covariance(inputs_of(model, data(masked=False), [name])[name])
+    for whole in (True, False):
+        stats = collected(
+            base, data(masked=False), tmp_path, experts=True, what=WHAT, whole=whole, memory=0
+        )
+        assert f"{name}.gradient" not in stats
+        torch.testing.assert_close(stats[f"{name}.covariance"].double(), expected)
+
+
+def test_masks_of_an_encoder_and_a_decoder(tmp_path, large):
+    """Texts as long as each other: cross-attention sees the encoder's tokens, q the decoder's."""
+    model, data = MODELS["t5"][0](), pairs()[:1]
+    base = checkpoint(model, tmp_path / "base")
+    cross = "decoder.block.1.layer.1.EncDecAttention"
+    names = {f"{cross}.k": "attention_mask", f"{cross}.q": "labels"}
+    seen = inputs_of(model, data, names)
+    stats = collected(base, data, tmp_path, memory=0)
+    for name, of in names.items():
+        mask = data[0][of].bool() if of == "attention_mask" else data[0][of] != -100
+        assert 0 < mask.sum() < mask.numel()
+        expected = covariance([seen[name][0][mask]])
+        actual = stats[f"{name}.covariance"].double()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cordas_own_covariance(tmp_path, large):
+    """The mean over calls of x xᵀ / max(x)², of all tokens."""
+    model, data, name = llama(), texts(), "model.layers.1.self_attn.o_proj"
+    base = checkpoint(model, tmp_path / "base")
+    seen = inputs_of(model, data, [name])[name]
+    rows = [(x / x.max().abs()).reshape(-1, x.shape[-1]) for x in seen]
+    expected = sum(x.T @ x for x in rows) / len(rows)
+    for whole in (True, False):
+        stats = collected(base, data, tmp_path, compat="peft", whole=whole, memory=0)
+        torch.testing.assert_close(stats[f"{name}.covariance"], expected)
+
+
+def test_a_model_without_layers_runs_whole(tmp_path, large, monkeypatch):
+    """With a note, and the same statistics."""
+    base = checkpoint(llama(), tmp_path / "base")
+    expected = collected(base, texts(), tmp_path, whole=True)
+    monkeypatch.setattr(units, "_elements", lambda model: iter(()))
+    results = collect_statistics(base, texts(), work=tmp_path / "other")
+    assert any("run whole" in note for note in results.notes)
+    for key, value in results:
+        assert torch.equal(value, expected[key])
+
+
+def test_parameters_that_are_not_stored(tmp_path):
+    """A layer's are refused; a pooler behind all layers is zero, with a note."""
+    model, data = MODELS["bert alone"][0](), texts(label=False)
+    state = model.state_dict()
+    without = {key: value for key, value in state.items() if "pooler" not in key}
+    base = checkpoint(model, tmp_path / "pooler", state_dict=without)
+    results = collect_statistics(base, data, work=tmp_path / "work", what=("mean",))
+    assert any("pooler" in note for note in results.notes)
+    without = {key: value for key, value in state.items() if "layer.1.output.dense" not in key}
+    base = checkpoint(copy.deepcopy(model), tmp_path / "layer", state_dict=without)
+    with pytest.raises(Refused, match="every parameter"):
+        collect_statistics(base, data, work=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
