@@ -383,7 +383,9 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys("include exclude skip".split(), regex),
     **dict.fromkeys("max_shard_size max_size memory".split(), parse_size),
     **dict.fromkeys("bits_for weight_for rank_for alpha_for".split(), texts),
-    **dict.fromkeys("rank block_size iterations top_k samples length batch".split(), whole()),
+    **dict.fromkeys(
+        "rank block_size iterations top_k samples length batch components".split(), whole()
+    ),
     "accept": function,
     "alpha": _above_0,
     "bits": whole_of(4, 8),

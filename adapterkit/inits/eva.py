@@ -61,7 +61,7 @@ class Eva:
             f"{stored} components of {shown(module)}",
             expected=f"at least {needed}: rank {rank} times rho {self.rho:g}",
             where=where,
-            hint="collect more components, or give a smaller rank or rho",
+            hint=f"collect them with components {needed}, or give a smaller rank or rho",
         )
 
     def new_alpha(self, alpha: float, rank: int, new_rank: int) -> float:

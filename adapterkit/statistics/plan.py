@@ -21,7 +21,6 @@ from adapterkit.statistics.job import Job, Request
 from adapterkit.statistics.records import Record, draw_records
 from adapterkit.statistics.samples import Samples, load_tokenizer, tokenize
 from adapterkit.statistics.stored_model import StoredModel
-from adapterkit.statistics.sums import COMPONENTS
 
 # bytes of an element of a covariance in sums, of which 9/16 are kept: in float64; beside it while
 # they are summed in float32
@@ -41,6 +40,7 @@ class Options:
     seed: int
     whole: bool
     compat: str | None
+    components: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class StatisticsPlan:
         """Sizes that a dry run prints. Those of the file and the disk are the most that it can be:
         layers that see the same inputs share their statistics."""
         what, shapes = self.options.what, self.shapes.values()
-        size = 4 * sum(_elements(what, *shape) for shape in shapes)
+        size = 4 * sum(_elements(what, self.options.components, *shape) for shape in shapes)
         work = sum(4 * rows * width for rows, width in shapes if "gradient" in what)
         if self.sizes.sums:
             work += int(SUMS * sum(width**2 for _, width in shapes))
@@ -105,9 +105,9 @@ class StatisticsPlan:
         }
 
 
-def _elements(what: Sequence[str], rows: int, width: int) -> int:
+def _elements(what: Sequence[str], components: int, rows: int, width: int) -> int:
     """Elements of a module's statistics."""
-    k = min(COMPONENTS, width)
+    k = min(components, width)
     sizes = {
         "covariance": width * width,
         "mean": width,
@@ -132,7 +132,7 @@ def plan_statistics(
         stored = StoredModel(base, sources, device)
         samples = _samples(folder, stored.model, drawn.records, options)
         batches = samples.batches(options.batch)
-        request = Request(options.what, options.targets, options.compat, COMPONENTS)
+        request = Request(options.what, options.targets, options.compat, options.components)
         request.check()
         job = Job(stored, request, batches)
     shapes = {name: _shape(job, name) for name in job.targets}

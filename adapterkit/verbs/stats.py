@@ -24,6 +24,7 @@ from adapterkit.statistics.collect import collect_statistics
 from adapterkit.statistics.file import Results, write_statistics
 from adapterkit.statistics.job import WHAT
 from adapterkit.statistics.plan import Options, StatisticsPlan, plan_statistics
+from adapterkit.statistics.sums import COMPONENTS
 from adapterkit.tasks.statistics import metadata_of
 
 
@@ -41,6 +42,7 @@ def stats(
     seed: int = 0,
     whole: bool = False,
     compat: str | None = None,
+    components: int = COMPONENTS,
     device: str = "auto",
     memory: str | int | None = None,
     resume: bool = False,
@@ -60,19 +62,20 @@ def stats(
     `length` tokens (default: 512, or the model's positions), to which none is added but the
     tokenizer's own.
 
-    `what`, texts or one with commas: covariance E[x xᵀ], mean E[x], pca (the leading principal
-    components of the centered inputs, with their variances), gradient (dLoss/dW of the model's
-    loss, the mean over the batches of `batch` samples). `targets`: `all-linear` (the default: all
-    linear layers but the output), ends of modules' names with commas between, or a regex. `whole`:
-    run the whole model in memory, to the same numbers within rounding. `compat="peft"`: the
-    covariance as PEFT's CorDA computes it, of inputs divided by their largest. `memory`: bytes of
-    activations in memory, beyond which they go to disk (default: a quarter of the machine's).
+    `what`, texts or one with commas: covariance E[x xᵀ], mean E[x], pca (the leading `components`
+    principal directions of the centered inputs, with their variances), gradient (dLoss/dW of the
+    model's loss, the mean over the batches of `batch` samples). `targets`: `all-linear` (the
+    default: all linear layers but the output), ends of modules' names with commas between, or a
+    regex. `whole`: run the whole model in memory, to the same numbers within rounding.
+    `compat="peft"`: the covariance as PEFT's CorDA computes it, of inputs divided by their largest.
+    `memory`: bytes of activations in memory, beyond which they go to disk (default: a quarter of
+    the machine's).
 
     `out` is one safetensors file that appears whole or not at all; its metadata say what the job
     was, and so does the receipt's `data`. `progress` is called with the layers just done. Raises
     `Refused` before anything is written; `Failed` for inputs that are not finite.
     """
-    options = Options(tuple(what), samples, length, targets, batch, seed, whole, compat)
+    options = Options(tuple(what), samples, length, targets, batch, seed, whole, compat, components)
     path, folder = Path(out), open_model(base)
     output.check_output(path, folder)
     budget = parse_size("memory", memory) if memory else None
@@ -126,6 +129,7 @@ class _Job:
             device=plan.device,
             whole=options.whole,
             compat=options.compat,
+            components=options.components,
             resume=goes_on,
             progress=_Layers(self.progress),
         )

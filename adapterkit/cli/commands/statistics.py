@@ -57,6 +57,13 @@ from adapterkit.cli.output import run_verb
 @click.option(
     "--whole", is_flag=True, help="Hold the whole model in memory instead of one layer at a time."
 )
+@click.option(
+    "--components",
+    type=int,
+    default=256,
+    show_default=True,
+    help="Principal components of each module with pca.",
+)
 @choice_option("--compat", help="PEFT's covariance of CorDA: inputs divided by their largest.")
 @click.option("--dry-run", is_flag=True, help="Print the samples, modules and sizes, and stop.")
 @json_option
