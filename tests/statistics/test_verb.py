@@ -209,6 +209,7 @@ def test_the_file_says_what_the_job_was(base, texts, tmp_path) -> None:
         "batch": 8,
         "seed": 3,
         "whole": False,
+        "components": 256,
     }
     assert about["recipe"]["options"] == options and about["recipe"]["verb"] == "stats"
     assert about["recipe"]["data"]["files"] == {"0 texts.jsonl": {"samples": 6, "unit": "line"}}
