@@ -2,6 +2,7 @@
 there."""
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -368,14 +369,24 @@ def test_inputs_that_are_not_finite_leave_nothing(base, texts, tmp_path) -> None
     assert "s.safetensors" not in left(tmp_path)
 
 
-def test_a_model_that_changes_meanwhile_is_noticed(base, texts, tmp_path) -> None:
+@pytest.mark.parametrize("when", ["before it is read", "while it is read"])
+def test_a_model_that_changes_is_noticed(when, base, texts, tmp_path, monkeypatch) -> None:
     folder = shutil.copytree(base(), tmp_path / "base")
+    verb = importlib.import_module("adapterkit.verbs.stats")
+    collect = verb.collect_statistics
 
-    def touch(done: int) -> None:
+    def touch(*_: Any) -> None:
         os.utime(folder / "model.safetensors", ns=(1, 1))
 
+    def touch_and_collect(*args: Any, **options: Any) -> Any:
+        touch()
+        return collect(*args, **options)
+
+    if when == "before it is read":
+        monkeypatch.setattr(verb, "collect_statistics", touch_and_collect)
+    progress = touch if when == "while it is read" else lambda done: None
     with pytest.raises(Unrecoverable, match="changed between plan and end"):
-        adapterkit.stats(folder, data=texts, out=tmp_path / "s.safetensors", progress=touch)
+        adapterkit.stats(folder, data=texts, out=tmp_path / "s.safetensors", progress=progress)
     assert left(tmp_path) == ["base"]
 
 
