@@ -139,7 +139,7 @@ def run(task: Job) -> dict[str, Any]:
         document = json.loads(printed)
         assert document == json.loads(json.dumps(result)), f"{task.name}: --json is another result"
         return {"exit": status, "result": document}
-    out = Path(f"{task.name}.safetensors" if task.verb == "stats" else task.name)
+    out = output_of(task)
     receipt = call(task, out=out)  # first: a command that is refused ends the process
     status, printed = _command(task, out=f"planned-{out}", dry_run=True)
     assert status == 0 and not Path(f"planned-{out}").exists(), printed
@@ -181,6 +181,11 @@ def summary(path: Path) -> dict[str, list[float]]:
         key: [float(f"{x:.8g}") for x in (float(v @ v), float(v[0]), float(v[-1]))]
         for key, v in sorted(values.items())
     }
+
+
+def output_of(task: Job) -> Path:
+    """What a job writes: a folder, or a file of statistics."""
+    return Path(f"{task.name}.safetensors" if task.verb == "stats" else task.name)
 
 
 def call(task: Job, **more: Any) -> Any:

@@ -109,7 +109,8 @@ def _plan(chosen: "list[jobs.Job] | tuple[jobs.Job, ...]") -> dict[str, Plan]:
     }
     plans = {}
     for job in chosen:
-        plans[job.name] = jobs.call(job, out=f"planned-{job.name}", dry_run=True)
+        out = jobs.output_of(job)
+        plans[job.name] = jobs.call(job, out=f"planned-{out}", dry_run=True)
         if job.name in sources:
-            jobs.call(job, out=job.name)
+            jobs.call(job, out=out)
     return plans
