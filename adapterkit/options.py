@@ -44,7 +44,7 @@ CHOICES = {
     "majority": ("total", "frequency"),
     "residual": ("write", "implicit"),
     "rest": ("save", "drop", "refuse"),
-    "rounding": ("nearest", "stochastic"),
+    "rounding": ("nearest", "stochastic", "compensated"),
     "space": ("delta", "factors"),
     "tied": ("untie", "fold", "refuse"),
     "tokenizer": ("base", "adapter"),
@@ -270,6 +270,16 @@ def _integer(value: Any, *, flags: bool = False) -> int | None:
 
 def _is_name(text: str | bytes) -> bool:
     return isinstance(text, str) and bool(text) and "\0" not in text
+
+
+def check_stats(rounding: str, stats: object) -> list[AdapterkitError]:
+    """What is wrong with --rounding and --stats together."""
+    if (rounding == "compensated") == (stats is not None):
+        return []
+    expected = "--stats FILE beside it" if stats is None else "--rounding compensated"
+    hint = "collect statistics first" if stats is None else "leave --stats out"
+    problem = "--rounding compensated" if stats is None else f"--stats with --rounding {rounding}"
+    return [Refused(problem, expected=expected, where="options", hint=hint)]
 
 
 # -- several values --------------------------------------------------------------------------------

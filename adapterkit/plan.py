@@ -25,6 +25,7 @@ from adapterkit.checkpoint.reader import Identity
 from adapterkit.checkpoint.system import cores, quarter_of_memory
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.reader import Reader
+from adapterkit.weights.slots import Positions
 
 IDENTITY = ("inode", "size", "modified", "changed")
 # bytes by which the guess of a text's size may be wrong, its numbers in the header included
@@ -73,9 +74,27 @@ class Edit(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """The outputs of one module on a stored tensor, and the covariance (in, in) of its inputs."""
+
+    outputs: Positions
+    covariance: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """How rounding errors of a tensor are carried from input to input of its modules; outputs
+    beyond the spans are rounded to nearest."""
+
+    spans: tuple[Span, ...]
+    by_columns: bool = False  # the outputs are the grid's columns, the inputs its rows
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One output tensor: its rows start from `source` and go through `edits`, in float32 (`wide`:
-    in float64), rounded once to `dtype`: to nearest, or with `draws` stochastically."""
+    in float64), rounded once to `dtype`: to nearest, with `draws` stochastically, or with
+    `compensation`."""
 
     key: str
     dtype: str
@@ -87,6 +106,7 @@ class Step:
     draws: Draws | None = None
     wide: bool = False
     measures_error: bool = False  # of what is written, relative to the source's norm
+    compensation: Compensation | None = None
 
     @property
     def copied(self) -> bool:

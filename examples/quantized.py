@@ -14,7 +14,8 @@ Three tables of perplexity on the held-out passages:
   one and four iterations and with the covariances of what its layers see, QPiSSA;
 - an adapter that is trained on the nf4 model: as trained, and merged into nf4, into decoded
   weights, into the 16-bit original;
-- the same adapter merged into six formats, rounded to nearest and stochastically, on some of the
+- the same adapter merged into six formats, rounded to nearest, stochastically and with
+  compensation (`--stats`), and plain quantization with compensation, on some of the
   passages and on other text (the descriptions of the packages that are used here); in bf16 also
   what `extract` finds of a short full fine-tune, on the text that it learnt. `--only rounding`
   makes this table alone.
@@ -57,6 +58,7 @@ from training import SOME, covariances, finetune, loss, measured, other, passage
 FEW = 2  # passages on which the packed model is asked too
 RANK, ITERATIONS = 16, (1, 4)
 SHORT = "bf16, short fine-tune"
+PLAIN = "no adapter, compensated"
 FORMATS: dict[str, tuple[str, ...]] = {
     "bf16": (),
     "nf4": ("--to", "nf4", "--double-quant"),
@@ -97,10 +99,9 @@ def main() -> int:
         "rank": RANK,
     }
     statements: list[tuple[str, bool]] = []
+    stats = covariances(base, training, args.folder / "stats.safetensors")
     if args.only is None:
-        made = quantized(
-            base, args.folder, covariances(base, training, args.folder / "stats.safetensors")
-        )
+        made = quantized(base, args.folder, stats)
         table = {"base": measured(base, held_out)} | {
             name: measured(floats, held_out) for name, (_, floats) in made.items()
         }
@@ -121,12 +122,15 @@ def main() -> int:
         train(in_nf4(base, args.folder)[1], training, held_out, args.folder)
     trained, texts = args.folder / "trained", [held_out[::SOME], other(tokenizer)]
     roundings = {
-        name: rounded(in_format(name, base, args.folder), trained, args.folder, texts)
+        name: rounded(in_format(name, base, args.folder), trained, args.folder, texts, stats)
         for name in FORMATS
     }
+    for name in [name for name, options in FORMATS.items() if options]:
+        found = compensated(name, base, args.folder, texts, stats)
+        roundings[name] = {PLAIN: found} | roundings[name]
     learnt = training[:2].view(4, -1)
     extracted = extract(base, learnt, args.folder)
-    roundings[SHORT] = rounded(base, extracted, args.folder, [learnt, texts[1]], SHORT_SEEDS)
+    roundings[SHORT] = rounded(base, extracted, args.folder, [learnt, texts[1]], stats, SHORT_SEEDS)
     show_roundings(roundings)
     held = [check(*statement) for statement in [*statements, *kept(roundings)]]
     if args.json:
@@ -225,8 +229,25 @@ def in_format(name: str, base: Path, folder: Path) -> Path:
     return packed
 
 
+def compensated(
+    name: str, base: Path, folder: Path, texts: list[Tensor], stats: Path
+) -> dict[str, Any]:
+    """The base quantized with compensated rounding: nats per token of the two texts."""
+    packed, floats = folder / "compensated", folder / "rounding-floats"
+    options = ("--rounding", "compensated", "--stats", stats)
+    adapterkit("quantize", base, *FORMATS[name], *options, "--out", packed)
+    adapterkit("dequantize", packed, "--dtype", "fp32", "--out", floats)
+    losses = [measured(floats, text) for text in texts]
+    return dict(zip(("task", "other"), losses, strict=True))
+
+
 def rounded(
-    base: Path, adapter: Path, folder: Path, texts: list[Tensor], seeds: Iterable[int] = SEEDS
+    base: Path,
+    adapter: Path,
+    folder: Path,
+    texts: list[Tensor],
+    stats: Path,
+    seeds: Iterable[int] = SEEDS,
 ) -> dict[str, dict[str, Any]]:
     """The adapter merged into a base: row -> nats per token of the two texts, and how much of the
     delta is in the result (the median over the modules)."""
@@ -236,6 +257,7 @@ def rounded(
         "no adapter": None,
         "exact": (*(("--dequantize",) if packed else ()), "--dtype", "fp32"),
         "nearest": (),
+        "compensated": ("--rounding", "compensated", "--stats", stats),
     }
     runs |= {
         f"stochastic, seed {seed}": ("--rounding", "stochastic", "--seed", seed) for seed in seeds

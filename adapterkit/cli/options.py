@@ -31,6 +31,10 @@ def base_option(text: str) -> Callable:
     return click.option("--base", type=Source(), metavar="BASE", help=text)
 
 
+def statistics_option(text: str) -> Callable:
+    return click.option("--stats", type=Source(), metavar="FILE", help=text)
+
+
 def dtype_option(text: str) -> Callable:
     return choice_option("--dtype", help=text)
 

@@ -18,6 +18,7 @@ from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step
 from adapterkit.receipt import AGAIN, check_files, read_receipt
+from adapterkit.tasks.compensated import CompensatedStep, before_rounding
 from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.rows import arithmetic, rounded
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
@@ -26,6 +27,7 @@ from adapterkit.weights.reader import ReaderView
 CHUNK = 1 << 18  # elements that are float64 at a time
 # of a row's largest magnitude: what arithmetic may be wrong by
 SLACK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}
+SLACK_OF_SUMS = 2.0**-16  # the same of a tensor's, where errors of all columns are summed
 
 
 class Check(NamedTuple):
@@ -35,7 +37,7 @@ class Check(NamedTuple):
     wrong: str | None = None
 
 
-def changed_tensors(plan: Plan) -> Iterator["FloatCheck | CodeCheck"]:
+def changed_tensors(plan: Plan) -> Iterator["FloatCheck | CodeCheck | CompensatedCheck"]:
     """A check of every tensor that a plan does not copy."""
     for shard in plan.shards:
         if isinstance(shard, Shard):
@@ -46,6 +48,8 @@ def changed_tensors(plan: Plan) -> Iterator["FloatCheck | CodeCheck"]:
                 yield FloatCheck(task.step)
             elif isinstance(task, RequantizedWeight):
                 yield CodeCheck(task.step, task.packed)
+            elif isinstance(task, CompensatedStep):
+                yield CompensatedCheck(task.step, task.format)
             elif not task.copied:
                 raise TypeError(f"{shown(task.name)}: no check of a {type(task).__name__}")
 
@@ -143,6 +147,61 @@ class CodeCheck:
     ) -> dict[str, Tensor]:
         draws = self.step.draws and self.step.draws.at(first * weight.shape[1])
         return record.encode_keeping_scales(before, weight.view(record.shape), draws)
+
+
+@dataclass(frozen=True)
+class CompensatedCheck:
+    """A tensor rounded with compensation, all of it: what each element was when it was rounded
+    follows from the exact weight and from what is stored."""
+
+    step: Step
+    packed: QuantizedWeight | None  # the format, if it is written in one
+    expected = "W + Σ weight·scale·b@a, rounded with compensation"
+
+    def run(self, inputs: LocalReader, written: LocalReader, specs: dict[str, TensorSpec]) -> Check:
+        """`inputs`: the plan's, in float64; `written`: the output's; `specs`: its tensors by
+        key."""
+        origin, compensation = _Source(self.step, inputs), self.step.compensation
+        assert compensation is not None
+        exact = torch.cat([origin.edited(*piece) for piece in origin.pieces(0, origin.height)])
+        stored = self._stored(written, specs).view(exact.shape).double()
+        slack, count = float(exact.abs().amax()) * SLACK_OF_SUMS, origin.height
+        original = origin.rows(0, origin.height)
+        same = self.packed is not None and torch.equal(stored, original)
+        if same and float((exact - original).abs().amax()) <= slack:
+            return Check(count)  # what does not change keeps its bytes
+        turn = (lambda m: m.T) if self.by_columns else (lambda m: m)
+        before = turn(before_rounding(inputs, compensation, turn(exact), turn(stored)))
+        low = high = value = self._rounded(origin, exact, before).double()
+        bad = (stored - value).abs() > slack
+        if bool(bad.any()):  # of values near a boundary, or with a scale near one
+            for by in (-slack, slack):
+                for beside in (before + by, before - by):
+                    other = self._rounded(origin, exact + by, beside).double()
+                    low, high = torch.minimum(low, other), torch.maximum(high, other)
+            bad = ~((low - slack <= stored) & (stored <= high + slack))
+        return Check(count, _difference(bad, stored, value, 0) if bool(bad.any()) else None)
+
+    @property
+    def by_columns(self) -> bool:
+        return self.step.compensation is not None and self.step.compensation.by_columns
+
+    def _stored(self, written: LocalReader, specs: dict[str, TensorSpec]) -> Tensor:
+        if self.packed is None:
+            return written.tensor(specs[self.step.key])
+        after = {part.key: written.stored(specs[part.key]) for part in self.packed.parts}
+        return decode_checked(self.packed, after)
+
+    def _rounded(self, origin: "_Source", exact: Tensor, before: Tensor) -> Tensor:
+        """`before` rounded to nearest, in a format with the scales of the exact weight."""
+        if self.packed is None:
+            return rounded(before, self.step)
+        shape = self.packed.shape
+        plain = self.packed.encode_keeping_scales(origin.parts, exact.float().view(shape))
+        rounder, turned = self.packed.column_rounder(plain), self.by_columns
+        columns = (before.T if turned else before).float().T.contiguous()
+        values = torch.stack([rounder(w, number) for number, w in enumerate(columns)])
+        return values if turned else values.T
 
 
 def _difference(bad: Tensor, stored: Tensor, expected: Tensor, row: int) -> str:
@@ -271,7 +330,7 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
             LocalReader(files, torch.device("cpu"), torch.float64) for files in (sources, written)
         )
 
-        def run(check: FloatCheck | CodeCheck) -> Check:
+        def run(check: FloatCheck | CodeCheck | CompensatedCheck) -> Check:
             torch.set_num_threads(1)  # this thread's
             with torch.inference_mode():
                 return check.run(inputs, stored, specs)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from adapterkit.kernels.common import RoundColumn
 from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
 from adapterkit.kernels.sums import all_finite
 
@@ -130,6 +131,23 @@ def encode_4bit(
             codes.add_(((x == 0) & scaled.signbit()).view(-1).to(torch.uint8), alpha=8)
         _pack(codes, kind, packed[first // 2 : (last + 1) // 2])
     return packed[:, None]
+
+
+def column_rounder(
+    absmax: Tensor,  # (blocks,) float32, as stored or decoded
+    kind: Kind,
+    blocksize: int,
+    shape: tuple[int, int],  # (out, in)
+) -> RoundColumn:
+    """To nearest with these scales, as `encode_4bit`."""
+    starts = torch.arange(shape[0], device=absmax.device) * shape[1]
+    table = quant_map(kind)[list(ORDER[kind])].to(absmax.device)
+
+    def round_column(w: Tensor, column: int) -> Tensor:
+        scale = absmax[(starts + column) // blocksize]
+        return table[_ranks(_scaled(w[:, None], scale, False), kind).int()].mul_(scale)
+
+    return round_column
 
 
 def decode_4bit(

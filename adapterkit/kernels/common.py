@@ -2,13 +2,15 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# (float32 values (out,) of a column of a weight, its number) -> the nearest that can be stored
+RoundColumn = Callable[[Tensor, int], Tensor]
 PIECE = 1 << 16  # elements worked on at once, so that a few temporaries of them stay in cache
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels.common import (
+    RoundColumn,
     Scaled,
     block_amax,
     check_finite,
@@ -76,6 +77,13 @@ def requantize_mxfp4(w: Tensor, scales: Tensor, rule: MxRule, draws: Draws) -> S
     new = _mx_scale(_group_amax(groups), rule)
     better = _better(groups, scale_as_float(scales), scale_as_float(new))
     return encode_mxfp4(w, torch.where(better, new, scales), draws=draws)
+
+
+def mxfp4_rounder(
+    scales: Tensor,  # (out, groups) uint8
+) -> RoundColumn:
+    """To nearest with these scales, as `encode_mxfp4`."""
+    return _rounder(scale_as_float(scales), MX_GROUP)
 
 
 def _mx_scale(amax: Tensor, rule: MxRule) -> Tensor:
@@ -175,6 +183,16 @@ def requantize_nvfp4(
     return NvFp4(codes, scale, chosen)
 
 
+def nvfp4_rounder(
+    scale: Tensor,  # (out, in/16) float8_e4m3fn
+    *,
+    divisor: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> RoundColumn:
+    """To nearest with these scales, as `encode_nvfp4`."""
+    return _rounder(_group_scale(scale, divisor, factor), NV_GROUP)
+
+
 def nvfp4_divisor(amax: Tensor) -> Tensor:  # (1,) float32
     """448 · 6 / amax of a weight, so that the scale of its largest group is 448; 1 where that
     overflows."""
@@ -245,6 +263,19 @@ def _encode(
             codes = near.draw(draws.at(rows.start * w.shape[1])).bitwise_or_(codes & 8)
         packed[rows] = pack_nibbles(codes)
     return packed.view(*groups.shape[:-1], -1)
+
+
+def _rounder(
+    scale: Tensor,  # (out, groups) float32
+    size: int,
+) -> RoundColumn:
+    table = torch.tensor((*E2M1, *(-x for x in E2M1)), device=scale.device)
+
+    def round_column(w: Tensor, column: int) -> Tensor:
+        each = scale[:, column // size]
+        return table[_nearest(w, each)].mul_(each)
+
+    return round_column
 
 
 def _nearest(w: Tensor, scale: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from adapterkit.kernels.common import (
+    RoundColumn,
     Scaled,
     block_amax,
     check_finite,
@@ -92,6 +93,27 @@ def encode_fp8(
                 nearest = (nearest.view(torch.uint8) & 0x80 | magnitude).view(codes.dtype)
             code[rows] = nearest
     return Scaled(codes, scale)
+
+
+def column_rounder(
+    scale: Tensor,  # as for decode_fp8
+    block: tuple[int, int],
+    shape: tuple[int, int],  # (out, in)
+    rule: Fp8Rule = "divide",
+) -> RoundColumn:
+    """To nearest with these scales, as `encode_fp8`."""
+    grid = _grid(scale_as_float(scale), torch.Size(shape), block)[0]
+    numbers = torch.arange(shape[0], device=grid.device) // block[0]
+    table = _values(torch.float8_e4m3fn, grid.device)
+
+    def round_column(w: Tensor, column: int) -> Tensor:
+        each = grid[numbers, column // block[1]]
+        factor = torch.where(each == 0, 1.0, each)
+        scaled = w * factor.reciprocal() if rule == "multiply" else w / factor
+        codes = scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return table[codes.view(torch.uint8).int()].mul_(each)
+
+    return round_column
 
 
 def requantize_fp8(

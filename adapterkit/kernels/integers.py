@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapterkit.kernels.common import expand_nibbles, nibble_pairs, pack_nibbles, pieces
+from adapterkit.kernels.common import (
+    RoundColumn,
+    expand_nibbles,
+    nibble_pairs,
+    pack_nibbles,
+    pieces,
+)
 from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
 from adapterkit.kernels.sums import all_finite
 
@@ -188,6 +194,28 @@ def expected_errors(
         clipped = (codes.gap == 0) & (codes.distance > 0)
         beyond[part] = clipped.unflatten(1, (scale.shape[1], -1)).any(2)
     return total, beyond
+
+
+def column_rounder(
+    bits: int,
+    scale: Tensor,  # (out, groups), (out, 1) or one value
+    size: int,  # in
+    zero: Tensor | None = None,  # as scale, int8
+    group: Tensor | None = None,  # (in,) int32, the group of each column; None: equal parts
+) -> RoundColumn:
+    """To nearest with these scales and zeros, as `encode_integers`."""
+    scales, zeros = _by_rows(scale).float(), None if zero is None else _by_rows(zero).float()
+    count = scales.shape[1]
+    index = None if group is None or count == 1 else group.tolist()
+
+    def round_column(w: Tensor, column: int) -> Tensor:
+        at = index[column] if index else column * count // size
+        each, middle = scales[:, at], None if zeros is None else zeros[:, at % zeros.shape[1]]
+        x = w / torch.where(each == 0, 1.0, each)
+        x = (x if middle is None else x.add_(middle)).round_().clamp_(*_bounds(bits))
+        return (x if middle is None else x.sub_(middle)).mul_(each)
+
+    return round_column
 
 
 def requantize_integers(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.kernels.blockwise import PIECE, check_scales
+from adapterkit.kernels.common import RoundColumn
 from adapterkit.kernels.stochastic import Draws, Neighbors, neighbors
 
 
@@ -69,6 +70,19 @@ def requantize_int8(
             index = torch.tensor([row], device=scale.device)
             scale = scale.index_fill(0, index, float(amax[row]))
     return quantize_int8(weight, scale, draws)
+
+
+def column_rounder(
+    scale: Tensor,  # (out,) float32: SCB
+) -> RoundColumn:
+    """To nearest with these scales, by way of float16 as `quantize_int8`."""
+    largest = torch.finfo(torch.float16).max
+
+    def round_column(w: Tensor, column: int) -> Tensor:
+        x = w.clamp(-largest, largest).half().float()[:, None]
+        return _nearest(x, scale, saturate=True)[:, 0].mul_(scale).mul_(1 / 127)
+
+    return round_column
 
 
 def decode_int8(

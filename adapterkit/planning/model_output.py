@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterkit.checkpoint.header import Header
-from adapterkit.checkpoint.layout import Stored, grouped, like_base
+from adapterkit.checkpoint.layout import ShardLayout, Stored, grouped, like_base
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import shown
 from adapterkit.plan import Computed, Shard, Step, Task
 from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import Files, model_files
 from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.compensated import CompensatedStep
 from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.quantized import EncodedWeight
 from adapterkit.weights.codec import QuantizedWeight
@@ -73,11 +74,13 @@ def rounding_warnings(metrics: dict[str, dict], compat: str | None = None) -> li
     1/32 of bf16's median step survive by 1.00, 0.93, 0.70, 0.22, 0.06, with `rounding` (the error
     over the delta's norm) 0.27, 0.48, 0.70, 0.92, 0.98. An extracted adapter of median `rounding`
     0.75, which goes with about 0.65, kept 0.64 of its gain in loss. Above 1 the error is noise that
-    loses nothing: of draws, or of a base of more digits.
+    loses nothing: of draws, or of a base of more digits. What compensated rounding keeps is in the
+    outputs, whatever is left of each element.
     """
     survival: dict[str, dict[str, float]] = {kind: {} for kind in LEAST_SURVIVAL}
     for key, metric in metrics.items():
-        if "survived" in metric and metric.get("rounding", 0) <= 1:
+        elementwise = "survived" in metric and "output_error" not in metric
+        if elementwise and metric.get("rounding", 0) <= 1:
             kind = "float" if "rounding" in metric else "quantized"
             survival[kind][key] = metric["survived"]
     remedies = {
@@ -109,7 +112,8 @@ def plan_shard(
     """One output file of these steps, quantized weights in their format or as floats; streamed
     where nothing is decoded. `header`: of the base's file."""
     if keep_format and not any(
-        isinstance(step.source, QuantizedWeight) and step.edits for step in steps
+        (isinstance(step.source, QuantizedWeight) and step.edits) or step.compensation
+        for step in steps
     ):
         plain = [part for step in steps for part in _stored_steps(step)]
         by_key = {step.key: step for step in plain}
@@ -125,6 +129,17 @@ def plan_shard(
     # torchao's metadata say how tensors are quantized: not of floats
     metadata = header.metadata if keep_format else {"format": header.metadata.get("format", "pt")}
     return Computed(name, tuple(tasks), metadata or {"format": "pt"}, safetensors_order=True)
+
+
+def plan_laid_out(
+    layout: ShardLayout, steps: Sequence[Step], metadata: dict[str, str]
+) -> Shard | Computed:
+    """One output file of these steps of floats, in this order; streamed where none is rounded with
+    compensation."""
+    if not any(step.compensation for step in steps):
+        return Shard(layout, tuple(steps))
+    tasks = [task for step in steps for task in _tasks(step, keep_format=False)]
+    return Computed(layout.file, tuple(tasks), metadata)
 
 
 def plan_shards_of_size(steps: Sequence[Step], limit: int) -> tuple[Computed, ...]:
@@ -146,6 +161,8 @@ def _stored_steps(step: Step) -> list[Step]:
 
 def _tasks(step: Step, *, keep_format: bool) -> list[Task]:
     source = step.source
+    if step.compensation is not None:
+        return [CompensatedStep(step.key, step, packed=keep_format)]
     if not isinstance(source, QuantizedWeight):
         is_copy = step.copied and step.key == source.key
         return (

@@ -51,10 +51,12 @@ class EditedTensor(StepTask):
 
     @property
     def memory(self) -> int:
-        return dtypes.size(self.step.dtype, math.prod(self.step.shape)) + _memory(self.step, 2, 20)
+        return dtypes.size(self.step.dtype, math.prod(self.step.shape)) + step_memory(
+            self.step, 2, 20
+        )
 
     def compute(self, inputs: Reader) -> TaskResult:
-        weight = _Weight(self.step, inputs)
+        weight = StoredWeight(self.step, inputs)
         edits = weight.load_edits()
         out = torch.empty(self.step.shape, dtype=dtypes.torch_dtype(self.step.dtype))
         grid = out.view(weight.rows, weight.columns)
@@ -88,10 +90,10 @@ class RequantizedWeight(StepTask):
 
     @property
     def memory(self) -> int:
-        return _memory(self.step, 3, 24)
+        return step_memory(self.step, 3, 24)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        weight = _Weight(self.step, inputs)
+        weight = StoredWeight(self.step, inputs)
         edits, same, survival = weight.load_edits(), [], Survival()
         for part in weight.edit(edits):
             if torch.equal(part.before, part.after):
@@ -110,7 +112,7 @@ class RequantizedWeight(StepTask):
         tensors = weight.tensors()
         if weight.nested:
             # the scales that are read back are others than those that the codes were chosen for
-            survival, written = Survival(), _Weight(self.step, inputs, tensors)
+            survival, written = Survival(), StoredWeight(self.step, inputs, tensors)
             for part in weight.edit(edits):
                 survival.add(part, written.read(part.first, part.last))
         return TaskResult(tensors, metrics | survival.metrics(self.step))
@@ -177,7 +179,7 @@ def _slices(step: Step) -> Iterator[tuple[int, int]]:
     return ((first, min(first + each, count)) for first in range(0, count, each))
 
 
-def _memory(step: Step, copies: int, bytes_each: int) -> int:
+def step_memory(step: Step, copies: int, bytes_each: int) -> int:
     """Bytes of `copies` of what is stored, of `bytes_each` for an element of a slice, and of the
     edits' factors."""
     stored = copies * step.source.nbytes if isinstance(step.source, QuantizedWeight) else 0
@@ -186,7 +188,7 @@ def _memory(step: Step, copies: int, bytes_each: int) -> int:
     return stored + bytes_each * (last - first) * _grid(step)[1] + factors
 
 
-class _Weight:
+class StoredWeight:
     """One stored weight: read by slices of rows, edited, and encoded again if it is quantized.
 
     If there is one slice only, it is decoded once. `stored`: its parts, where they are not those of

@@ -7,7 +7,7 @@ from adapterkit.options import Sources, StrPath
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.merge.job import Options
 from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_original
-from adapterkit.planning.sources import open_model, open_weighted
+from adapterkit.planning.sources import open_model, open_source, open_weighted
 from adapterkit.receipt import Receipt
 
 
@@ -30,6 +30,7 @@ def merge(
     base16: StrPath | None = None,
     rounding: str = "nearest",
     seed: int = 0,
+    stats: StrPath | None = None,
     base_copies: str | None = None,
     hash: str = "sha256",
     verify: bool = False,
@@ -54,7 +55,10 @@ def merge(
 
     `rounding="stochastic"` rounds changed weights up or down at random, so that on average the
     whole delta stays, where nearest swallows what is below half a step; the draws depend on `seed`,
-    the tensor and the element alone.
+    the tensor and the element alone. `rounding="compensated"` carries the rounding error of each
+    input of a changed linear layer into the inputs that follow, so that ‖(W' - Q) C^½‖_F is small
+    (GPTQ, arXiv:2210.17323); `stats` is the file with `<module>.covariance`, C = E[x xᵀ], of these
+    layers. Scales are those of rounding to nearest, and what is no linear layer is rounded so.
 
     The copies of the base's embeddings that PEFT stores beside their factors are compared with the
     base: equal ones change nothing, others are refused unless `base_copies` says which counts,
@@ -80,10 +84,11 @@ def merge(
         base_copies=base_copies,
     )
     sources = open_weighted(adapters)
+    statistics = None if stats is None else open_source(stats)
     plan = (
-        plan_merge(open_model(base), sources, options)
+        plan_merge(open_model(base), sources, options, statistics)
         if base16 is None
-        else plan_merge_into_original(base, base16, sources, options)
+        else plan_merge_into_original(base, base16, sources, options, statistics)
     )
     check, verified = None, {}
     if verify:

@@ -10,7 +10,7 @@ from adapterkit.engines.recompute import check_rows
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import Plan, Progress
-from adapterkit.planning.sources import open_model, open_weighted
+from adapterkit.planning.sources import open_model, open_source, open_weighted
 from adapterkit.receipt import check_files, read_receipt
 
 
@@ -20,10 +20,11 @@ def verify(
     *,
     base: StrPath | None = None,
     adapters: Sources = (),
+    stats: StrPath | None = None,
     progress: Progress = lambda done: None,
 ) -> dict[str, Any]:
     """Check the folder's files against its receipt; with `base` and `adapters`, rows of a merge
-    against its inputs too.
+    against its inputs too; `stats`: the file of a merge with compensated rounding.
 
     Returns counts of what was checked; `rows` is 0 without the inputs. Raises `Damaged` naming each
     file, and in it the first tensor, whose bytes are not what was written, and `Refused` where
@@ -40,16 +41,20 @@ def verify(
             hint="give both",
         )
     result = check_files(path, receipt, progress)
-    plan = _plan_again(receipt, base, sources) if base else None
+    plan = _plan_again(receipt, base, sources, stats) if base else None
     return result | (check_rows(path, plan) if plan else {"rows": 0, "tensors": 0})
 
 
-def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder, float]]) -> Plan:
+def _plan_again(
+    receipt: dict,
+    base: StrPath,
+    sources: list[tuple[Folder, float]],
+    stats: StrPath | None,
+) -> Plan:
     """The plan that made the output, from the receipt's options and inputs that are the same."""
     from adapterkit.planning.merge.job import Options
     from adapterkit.planning.merge.plan import plan_merge
 
-    assert base is not None
     verb = receipt["recipe"]["verb"]
     if verb != "merge":
         hint = "leave --base and --adapter out: every hash and key is checked without them"
@@ -69,7 +74,8 @@ def _plan_again(receipt: dict, base: StrPath | None, sources: list[tuple[Folder,
             hint="give all, in order",
         )
     pairs = [(folder, weight) for (folder, _), weight in zip(sources, weights, strict=True)]
-    plan = plan_merge(open_model(base), pairs, Options(**options))
+    statistics = None if stats is None else open_source(stats)
+    plan = plan_merge(open_model(base), pairs, Options(**options), statistics)
     errors: list[AdapterkitError] = []
     for number, entry in enumerate(receipt["recipe"]["inputs"]):
         for name, recorded in entry["files"].items():

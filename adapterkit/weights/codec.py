@@ -12,6 +12,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import AdapterkitError, Refused, Unrecoverable, listed, shown
+from adapterkit.kernels.common import RoundColumn
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.kernels.sums import all_finite
 
@@ -123,6 +124,16 @@ class QuantizedWeight(TensorSpec):
     ) -> dict[str, Tensor]:
         """The parts that change when codes are drawn."""
         raise NotImplementedError
+
+    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+        """Rounds columns of a matrix, seen as (out, in), to nearest with the scales of its parts.
+
+        `encode_rounded` encodes what it gave."""
+        raise NotImplementedError
+
+    def encode_rounded(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """All parts of values that can be stored with the scales that are there."""
+        return self.encode_keeping_scales(stored, weight, Draws(0))  # they are never drawn
 
     @property
     def rows_per_block(self) -> int | None:

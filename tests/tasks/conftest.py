@@ -15,6 +15,13 @@ STATS = "covariances.safetensors"
 TIES = {"method": "ties", "density": 0.5}
 SCALE = 8  # by which layers are wider than those of the golden jobs: their memory is then tensors
 
+COMPENSATED = {"rounding": "compensated", "stats": STATS}
+ROUNDED = (
+    (("quantize-compensated", "base"), {"to": "w4a16"}),
+    (("merge-compensated", "base", "style"), {}),
+    (("merge-nf4-compensated", "quantize-nf4-double", "style"), {"exclude": "layers.0[.]mlp"}),
+)
+
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]:
@@ -58,6 +65,7 @@ def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
             jobs.job("init-drawn", "base", method="default", rank=4, targets="all-linear"),
             jobs.job("init-dense", "base", method="mica", rank=4, rslora=True),
             jobs.job("init-redistributed", "base", method="eva", rank=4, stats="pca.safetensors"),
+            *(jobs.job(*names, **options, **COMPENSATED) for names, options in ROUNDED),
         )
         yield _plan([*(job for job in jobs.WRITING if job.name != "resize-size"), *more])
 

@@ -18,6 +18,7 @@ from adapterkit.cli.options import (
     parse_settings,
     rank_options,
     shard_size_option,
+    statistics_option,
     stats_option,
     targets_option,
 )
@@ -71,8 +72,10 @@ from adapterkit.cli.output import run_verb
     "--rounding",
     default="nearest",
     show_default=True,
-    help="Rounding of changed weights; stochastic: unbiased, so that small deltas survive.",
+    help="Rounding of changed weights; stochastic: unbiased, so that small deltas survive; "
+    "compensated: errors carried on, so that outputs change least.",
 )
+@statistics_option("Covariances of the layers' inputs, for --rounding compensated.")
 @click.option(
     "--seed",
     type=int,
@@ -154,12 +157,7 @@ def extract(base: str, tuned: str, **options: Any) -> None:
     "--exclude", metavar="RE", help="No factors on modules whose name matches this regex."
 )
 @click.option("--layers", metavar="N-M,N", help="Only targets in these layers, e.g. 0-11,20.")
-@click.option(
-    "--stats",
-    type=Source(),
-    metavar="FILE",
-    help="Statistics from adapterkit stats (corda, eva, lora_ga).",
-)
+@statistics_option("Statistics from adapterkit stats (corda, eva, lora_ga).")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the method."
 )

@@ -14,6 +14,7 @@ from adapterkit.cli.options import (
     init_options,
     output_options,
     shard_size_option,
+    statistics_option,
     stats_option,
     targets_option,
 )
@@ -26,6 +27,14 @@ from adapterkit.cli.output import run_verb
 @click.option("--to", required=True, type=format_names, help="Format to write; see the list below.")
 @block_options
 @click.option("--skip", metavar="RE", help="Do not quantize modules whose name matches this regex.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "compensated"]),
+    default="nearest",
+    show_default=True,
+    help="compensated: errors carried from input to input, so that outputs change least.",
+)
+@statistics_option("Covariances of the layers' inputs, for --rounding compensated.")
 @hash_option
 def quantize(base: str, **options: Any) -> None:
     """Quantize a checkpoint's linear layers.

@@ -10,9 +10,9 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint import layout
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import StrPath, parse_size
+from adapterkit.options import StrPath, check_stats, parse_size
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Computed, Plan, Shard, Step
 from adapterkit.planning.cards import merged_card
@@ -20,6 +20,7 @@ from adapterkit.planning.folder_files import model_files
 from adapterkit.planning.history import history_notes, merged_adapters
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.merge.changes import collect_changes
+from adapterkit.planning.merge.compensation import with_compensation
 from adapterkit.planning.merge.job import Job, Options
 from adapterkit.planning.merge.steps import plan_steps
 from adapterkit.planning.merge.tied import resolve_tied_weights
@@ -27,6 +28,7 @@ from adapterkit.planning.merge.vocabulary import resolve_new_head, resolve_vocab
 from adapterkit.planning.model_config import set_nested
 from adapterkit.planning.model_output import (
     CHANGED_BY,
+    plan_laid_out,
     plan_shard,
     plan_shards_of_size,
     rounding_warnings,
@@ -40,10 +42,15 @@ from adapterkit.weights.detect import check_not_quantized
 Steps = dict[str, list[Step]]  # by output file
 
 
-def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Options) -> Plan:
+def plan_merge(
+    base: Folder,
+    sources: list[tuple[Folder, float]],
+    options: Options,
+    stats: Folder | None = None,
+) -> Plan:
     """The plan of a merge of these adapters with these weights; `Refused` or `Damaged` with all
-    problems."""
-    _check_options(options)
+    problems. `stats`: the covariances that compensated rounding needs."""
+    _check_options(options, stats)
     if not sources:
         raise Refused("no adapter", expected="one or more", hint="name the adapters after the base")
     sources, with_initial = _with_initial(sources, options)
@@ -59,7 +66,11 @@ def plan_merge(base: Folder, sources: list[tuple[Folder, float]], options: Optio
     job.with_initial = with_initial
     job.merged_before = merged_adapters(base)
     job.notes += history_notes(base, job.merged_before, adapters, job.weights)
-    return _plan(job, changed_steps(job, errors))
+    steps, statistics = changed_steps(job, errors), None
+    if stats is not None:
+        statistics = open_checkpoint(stats, len(sources) + 1)
+        steps = with_compensation(job, steps, statistics)
+    return _plan(job, steps, statistics)
 
 
 def changed_steps(job: Job, errors: Sequence[AdapterkitError] = ()) -> Steps:
@@ -110,7 +121,11 @@ def _scan_adapters(
 
 
 def plan_merge_into_original(
-    base: StrPath, base16: StrPath, sources: list[tuple[Folder, float]], options: Options
+    base: StrPath,
+    base16: StrPath,
+    sources: list[tuple[Folder, float]],
+    options: Options,
+    stats: Folder | None = None,
 ) -> Plan:
     """The plan of a merge into the 16-bit original `base16` of the quantized base that the adapters
     were trained on; `Refused` if it is not its original."""
@@ -154,7 +169,7 @@ def plan_merge_into_original(
                 )
             )
     refuse_all(errors)
-    plan = plan_merge(original.folder, sources, options)
+    plan = plan_merge(original.folder, sources, options, stats)
     note = f"merged into {original.name}; the adapters were trained on {quantized.name}"
     return replace(plan, notes=(*plan.notes, note))
 
@@ -235,9 +250,9 @@ def _refuse_nothing(job: Job, steps: Steps) -> None:
     )
 
 
-def _check_options(options: Options) -> None:
-    errors: list[AdapterkitError] = []
-    if options.rounding == "nearest" and options.seed:
+def _check_options(options: Options, stats: Folder | None) -> None:
+    errors = check_stats(options.rounding, stats)
+    if options.rounding != "stochastic" and options.seed:
         errors.append(
             Refused(
                 f"--seed {options.seed} without draws",
@@ -246,10 +261,10 @@ def _check_options(options: Options) -> None:
                 hint="give --rounding stochastic, or leave --seed out",
             )
         )
-    if options.rounding == "stochastic" and options.compat:
+    if options.rounding != "nearest" and options.compat:
         errors.append(
             Refused(
-                f"--rounding stochastic with --compat {options.compat}",
+                f"--rounding {options.rounding} with --compat {options.compat}",
                 expected="one way to round",
                 where="options",
                 hint="leave one of them out",
@@ -258,10 +273,12 @@ def _check_options(options: Options) -> None:
     refuse_all(errors)
 
 
-def _plan(job: Job, steps: Steps) -> Plan:
+def _plan(job: Job, steps: Steps, stats: Checkpoint | None) -> Plan:
     shards = _shards(job, steps)
-    folders = (job.original.folder, *(adapter.folder for adapter in job.adapters))
-    inputs = {0: job.original} | {adapter.number: adapter for adapter in job.adapters}
+    inputs: dict[int, Checkpoint | Adapter] = {0: job.original}
+    inputs |= {adapter.number: adapter for adapter in job.adapters}
+    inputs |= {} if stats is None else {len(inputs): stats}
+    folders = tuple(source.folder for source in inputs.values())
     headers = header_hashes(inputs, configs=(0,))
     if job.options.dtype:
         name = dtypes.CONFIG_NAME[dtypes.parse(job.options.dtype)]
@@ -293,6 +310,7 @@ def _plan(job: Job, steps: Steps) -> Plan:
         files,
         decisions,
         tuple(job.notes),
+        models=(0,) if stats is None else (0, len(folders) - 1),
         warn=partial(rounding_warnings, compat=job.options.compat),
     )
 
@@ -310,16 +328,22 @@ def _shards(job: Job, steps: Steps) -> tuple[Shard | Computed, ...]:
             for name, group in steps.items()
         )
     by_key = {step.key: step for step in _all_steps(steps)}
+    headers = job.original.shards
     if limit:
         stored = [_stored(step) for step in _all_steps(steps)]
-        metadata = next(iter(job.original.shards.values())).metadata or {"format": "pt"}
-        layouts = layout.resharded(stored, limit, metadata)
+        metadata = next(iter(headers.values())).metadata or {"format": "pt"}
+        layouts = dict.fromkeys(layout.resharded(stored, limit, metadata), metadata)
     else:
-        layouts = [
-            layout.like_base(name, [_stored(step) for step in group], job.original.shards[name])
+        layouts = {
+            layout.like_base(name, [_stored(step) for step in group], headers[name]): (
+                headers[name].metadata or {"format": "pt"}
+            )
             for name, group in steps.items()
-        ]
-    return tuple(Shard(one, tuple(by_key[tensor.key] for tensor in one.tensors)) for one in layouts)
+        }
+    return tuple(
+        plan_laid_out(one, [by_key[tensor.key] for tensor in one.tensors], metadata)
+        for one, metadata in layouts.items()
+    )
 
 
 def _stored(step: Step) -> Stored:

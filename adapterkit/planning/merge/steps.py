@@ -65,14 +65,22 @@ def _with_rounding(job: Job, step: Step) -> Step:
     from exact ones in 30 to 60 % of the elements, in 16 bits in 1e-5; PEFT's are in float32."""
     if not step.edits:
         return step
-    quantized = isinstance(step.source, QuantizedWeight) and not job.options.dequantize
-    narrow = quantized or dtypes.BITS[step.dtype] < 32
-    step = replace(step, wide=not narrow and job.options.compat is None)
-    if job.options.rounding != "stochastic" or not (
-        narrow or dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]
-    ):
+    step = replace(step, wide=not _is_narrow(job, step) and job.options.compat is None)
+    if job.options.rounding != "stochastic" or not is_rounded(job, step):
         return step
     return replace(step, draws=Draws.of(job.options.seed, step.key))
+
+
+def is_rounded(job: Job, step: Step) -> bool:
+    """Whether a step's edits are written with fewer digits than they are computed with."""
+    narrower = dtypes.BITS[step.dtype] < dtypes.BITS[step.source.dtype]
+    return bool(step.edits) and (_is_narrow(job, step) or narrower)
+
+
+def _is_narrow(job: Job, step: Step) -> bool:
+    """Whether it is written in less than 32 bits."""
+    quantized = isinstance(step.source, QuantizedWeight) and not job.options.dequantize
+    return quantized or dtypes.BITS[step.dtype] < 32
 
 
 def _changed(job: Job) -> dict[str, Step]:

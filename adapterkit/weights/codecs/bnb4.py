@@ -18,6 +18,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.errors import Refused, Unrecoverable, shown
 from adapterkit.kernels import blockwise
+from adapterkit.kernels.common import RoundColumn
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
@@ -276,6 +277,11 @@ class Bnb4(QuantizedWeight):
         with naming(self.key):
             codes = blockwise.encode_4bit(weight, absmax, self.kind, self.block, draws)
         return scales | {self.key: codes}
+
+    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+        rows, columns = self.shape
+        shape = (columns, rows) if self.transposed else (rows, columns)
+        return blockwise.column_rounder(self._scales(stored), self.kind, self.block, shape)
 
     def _widened_scales(self, stored: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
         """New scales for blocks with a value beyond their largest code, if that makes the expected

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.kernels import vectorwise
+from adapterkit.kernels.common import RoundColumn
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.codecs.bnb4 import bitsandbytes_config, naming
@@ -90,6 +91,9 @@ class Bnb8(QuantizedWeight):
         with naming(self.key):
             result = vectorwise.requantize_int8(self._rows(weight), stored[scale], draws)
         return {codes: result.codes, scale: result.scale}
+
+    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+        return vectorwise.column_rounder(stored[self.parts[1].key].float())
 
     def _rows(self, weight: Tensor) -> Tensor:  # (out, in)
         return (weight.T if self.transposed else weight).contiguous()

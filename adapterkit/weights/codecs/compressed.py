@@ -11,8 +11,8 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused
-from adapterkit.kernels import fp4, fp8
-from adapterkit.kernels.common import Scaled, block_amax
+from adapterkit.kernels import fp4, fp8, integers
+from adapterkit.kernels.common import RoundColumn, Scaled, block_amax
 from adapterkit.kernels.integers import (
     Integers,
     decode_int8,
@@ -195,6 +195,18 @@ class Compressed(QuantizedWeight):
         zero, group = self._zero(stored), self._group(stored)
         result = requantize_integers(lines, self.bits, scale, zero, group, self.symmetric, draws)
         return stored | self._integer_parts(result)
+
+    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+        (out, width), scale = self.shape, stored[self.parts[1].key]
+        if self._is_integer:
+            zero, group = self._zero(stored), self._group(stored)
+            return integers.column_rounder(self.bits, scale, width, zero, group)
+        if self.kind == "nvfp4":
+            return fp4.nvfp4_rounder(scale, divisor=self._sibling(stored, GLOBAL_SCALE))
+        if self.kind == "mxfp4":
+            return fp4.mxfp4_rounder(scale)
+        grid = [math.ceil(n / size) for n, size in zip(self.shape, self.block, strict=True)]
+        return fp8.column_rounder(scale.view(grid), self.block, (out, width))
 
     @property
     def rows_per_block(self) -> int | None:

@@ -12,6 +12,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels import fp8
+from adapterkit.kernels.common import RoundColumn
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.codec import PlainWeight, QuantizedModules, QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
@@ -110,6 +111,10 @@ class Fp8(QuantizedWeight):
         codes, scale = (part.key for part in self.parts[:2])
         result = fp8.requantize_fp8(weight, self.block, stored[scale], draws, self._rule)
         return {codes: result.codes, scale: result.scale}
+
+    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+        out, width = self.shape
+        return fp8.column_rounder(stored[self.parts[1].key], self.block, (out, width), self._rule)
 
     @property
     def _rule(self) -> fp8.Fp8Rule:

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import shown
 from adapterkit.kernels import fp4, fp8
-from adapterkit.kernels.common import block_amax
+from adapterkit.kernels.common import RoundColumn, block_amax
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
@@ -74,6 +74,12 @@ class Modelopt(QuantizedWeight):
         """The whole weight's factor, which fused layers share, stays as long as the largest value
         allows."""
         return stored | self._encode(weight, stored, draws)
+
+    def column_rounder(self, stored: dict[str, Tensor]) -> RoundColumn:
+        scale = stored[self.parts[1].key]
+        if self._is_nvfp4:
+            return fp4.nvfp4_rounder(scale, factor=stored[self.parts[2].key])
+        return fp8.column_rounder(scale, self._block, self._block)
 
     @property
     def _is_nvfp4(self) -> bool:

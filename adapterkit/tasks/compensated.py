@@ -1,0 +1,236 @@
+"""Weights rounded with compensation: quantized, or edited and written as floats or encoded again.
+All of a weight is in memory, as its columns need each other."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored
+from adapterkit.errors import Unrecoverable, shown
+from adapterkit.kernels import compensated as kernel
+from adapterkit.kernels.common import RoundColumn
+from adapterkit.plan import Compensation, Loaded, Span, TaskResult
+from adapterkit.tasks.common import short
+from adapterkit.tasks.edited import StepTask, StoredWeight, Survival, step_memory
+from adapterkit.tasks.quantized import EncodedWeight, relative_error
+from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.reader import Reader
+
+
+@dataclass(frozen=True)
+class CompensatedWeight(EncodedWeight):
+    """One weight, quantized with the scales of plain encoding."""
+
+    compensation: Compensation
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.source, *covariances(self.compensation))
+
+    @property
+    def memory(self) -> int:
+        return 36 * math.prod(self.source.shape) + compensation_memory(self.compensation)
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        weight = inputs.tensor(self.source)
+        plain = self.packed.encode(weight)
+        nearest = decode_checked(self.packed, plain)
+        value, metrics = compensate(
+            inputs, self.compensation, weight, nearest, self.packed.column_rounder(plain)
+        )
+        tensors = self.packed.encode_rounded(plain, value)
+        error = relative_error(weight, decode_checked(self.packed, tensors))
+        return TaskResult(tensors, {"error": error, **metrics})
+
+
+@dataclass(frozen=True)
+class CompensatedStep(StepTask):
+    """A step with compensation; `packed`: the result is encoded as its source is, with the scales
+    of plain encoding, else it is of floats."""
+
+    packed: bool
+
+    @property
+    def compensation(self) -> Compensation:
+        assert self.step.compensation is not None
+        return self.step.compensation
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (*super().reads, *covariances(self.compensation))
+
+    @property
+    def format(self) -> QuantizedWeight | None:
+        """That of the result, if it is quantized."""
+        source = self.step.source
+        return source if self.packed and isinstance(source, QuantizedWeight) else None
+
+    @property
+    def max_outputs(self) -> tuple[Stored, ...]:
+        if self.format is not None:
+            return self.format.max_outputs
+        return (Stored(self.step.key, self.step.dtype, self.step.shape),)
+
+    @property
+    def variable_size(self) -> tuple[str, ...]:
+        return () if self.format is None else self.format.variable_size
+
+    @property
+    def memory(self) -> int:
+        return (
+            step_memory(self.step, 3, 24)
+            + 36 * math.prod(self.step.shape)
+            + compensation_memory(self.compensation)
+        )
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        weight = StoredWeight(self.step, inputs)
+        edits = weight.load_edits()
+        exact, changed = _edited(weight, edits)
+        metrics = weight.metrics(edits)
+        if self.format is None:
+            return self._floats(inputs, weight, edits, exact, metrics)
+        if not changed:
+            tensors = {part.key: part for part in self.format.parts}
+            return TaskResult(tensors, metrics | {"survived": 1.0})
+        packed, shape = self.format, self.format.shape
+        plain = packed.encode_keeping_scales(weight.original, exact.view(shape))
+        nearest = decode_checked(packed, plain).view(exact.shape)
+        value, errors = compensate(
+            inputs, self.compensation, exact, nearest, packed.column_rounder(plain)
+        )
+        tensors = packed.encode_rounded(plain, value.view(shape))
+        written = decode_checked(packed, tensors).view(exact.shape)
+        survival = _survival(weight, edits, written)
+        return TaskResult(tensors, metrics | survival.metrics(self.step) | errors)
+
+    def _floats(
+        self,
+        inputs: Reader,
+        weight: StoredWeight,
+        edits: list[Loaded],
+        exact: Tensor,
+        metrics: dict,
+    ) -> TaskResult:
+        dtype = dtypes.torch_dtype(self.step.dtype)
+        value, errors = compensate(
+            inputs, self.compensation, exact, exact.to(dtype).float(), kernel.float_rounder(dtype)
+        )
+        survival = _survival(weight, edits, value)
+        tensor = value.to(dtype).view(self.step.shape)
+        return TaskResult(
+            {self.step.key: tensor}, metrics | survival.metrics(self.step, "rounding") | errors
+        )
+
+
+def compensate(
+    inputs: Reader,
+    compensation: Compensation,
+    weight: Tensor,  # float32, a grid
+    nearest: Tensor,  # the same rounded to nearest
+    round_column: RoundColumn,  # of all outputs
+) -> tuple[Tensor, dict[str, float]]:
+    """What is to be stored, and its error and that of `nearest`, ‖(Q - W) C^½‖ / ‖W C^½‖; of
+    several modules the squares are summed. `Unrecoverable` for what is no covariance."""
+    if compensation.by_columns:
+        weight, nearest = weight.T, nearest.T
+    value, squares = nearest.clone(), {"size": 0.0, "nearest": 0.0, "compensated": 0.0}
+    for span in compensation.spans:
+        c = inputs.tensor(span.covariance).float()
+        factor = read_factor(c, span.covariance)
+        w, at = _rows(weight, span)
+        rounder = round_column if at is None else _of_rows(round_column, at, weight)
+        q = kernel.round_weight(w, factor, rounder)
+        squares["size"] += kernel.output_norm(w, c) ** 2
+        squares["compensated"] += kernel.output_norm(q - w, c) ** 2
+        squares["nearest"] += kernel.output_norm(_rows(nearest, span)[0] - w, c) ** 2
+        value = q if at is None else value.index_copy_(0, at, q)
+    size = squares.pop("size") or 1.0
+    errors = {name: short(math.sqrt(square / size)) for name, square in squares.items()}
+    value = value.T if compensation.by_columns else value
+    return value.contiguous(), {
+        "output_error": errors["compensated"],
+        "unweighted_output_error": errors["nearest"],
+    }
+
+
+def before_rounding(
+    inputs: Reader,
+    compensation: Compensation,
+    weight: Tensor,  # (out, in) float64
+    q: Tensor,  # (out, in) float64: what it was rounded to
+) -> Tensor:  # (out, in) float64
+    """What each element was when it was rounded to q; see `compensated.unrounded`."""
+    before = weight.clone()
+    for span in compensation.spans:
+        factor = read_factor(inputs.tensor(span.covariance).float(), span.covariance)
+        (w, at), part = _rows(weight, span), _rows(q, span)[0]
+        value = kernel.unrounded(w, part, factor)
+        before = value if at is None else before.index_copy_(0, at, value)
+    return before
+
+
+def read_factor(c: Tensor, spec: TensorSpec) -> kernel.Factor:
+    """The factor of a covariance; `Unrecoverable` where it is none."""
+    try:
+        return kernel.factorize(c)
+    except ValueError as error:
+        raise Unrecoverable(
+            f"{shown(spec.key)}: {error}",
+            expected="a covariance E[x xᵀ]",
+            where=spec.file,
+            hint="collect it on texts that reach this module, and store it in float32",
+        ) from error
+
+
+def covariances(compensation: Compensation) -> Iterable[TensorSpec]:
+    """Each covariance once."""
+    return dict.fromkeys(span.covariance for span in compensation.spans)
+
+
+def compensation_memory(compensation: Compensation) -> int:
+    """Bytes for a covariance, its factor and the inverse of that, in float64."""
+    return max(36 * math.prod(span.covariance.shape) for span in compensation.spans)
+
+
+def positions(span: Span) -> Tensor:
+    """The numbers of the span's outputs."""
+    return torch.as_tensor(list(span.outputs))
+
+
+def _rows(m: Tensor, span: Span) -> tuple[Tensor, Tensor | None]:
+    """The span's outputs, and their numbers if they are not all."""
+    if span.outputs == range(len(m)):
+        return m, None
+    at = positions(span).to(m.device)
+    return m[at], at
+
+
+def _of_rows(round_column: RoundColumn, at: Tensor, weight: Tensor) -> RoundColumn:
+    """The rounding of some outputs only."""
+
+    def round_some(w: Tensor, column: int) -> Tensor:
+        return round_column(weight[:, column].index_copy(0, at, w), column)[at]
+
+    return round_some
+
+
+def _edited(weight: StoredWeight, edits: list[Loaded]) -> tuple[Tensor, bool]:
+    """The weight after its edits, (rows, columns) float32, and whether it is another one."""
+    exact, changed = torch.empty(weight.rows, weight.columns), False
+    for part in weight.edit(edits):
+        exact[part.first : part.last] = part.after
+        changed = changed or not torch.equal(part.before, part.after)
+    return exact, changed
+
+
+def _survival(weight: StoredWeight, edits: list[Loaded], written: Tensor) -> Survival:
+    survival = Survival()
+    for part in weight.edit(edits):
+        survival.add(part, written[part.first : part.last])
+    return survival
