@@ -49,7 +49,8 @@ class InitialFactors(FactorsTask):
             matrix = math.prod(self.weight.shape) // (self.place.experts or 1)
         statistics = sum(math.prod(spec.shape) for _, spec in self.statistics)
         factors = sum(math.prod(stored.shape) for stored in self.max_outputs)
-        return 24 * matrix + 32 * statistics + 12 * factors
+        # the trailing triplets are of an inverse, in float64
+        return 56 * matrix + 32 * statistics + 12 * factors
 
     def compute(self, inputs: Reader) -> TaskResult:
         statistics = {kind: inputs.tensor(spec) for kind, spec in self.statistics}

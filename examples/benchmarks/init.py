@@ -37,10 +37,12 @@ SAMPLES, LENGTH, BATCH = 16, 512, 4  # of stats
 
 OURS = """
 import json, sys, time
-import adapterkit, adapterkit.verbs.init, torch
+import adapterkit
 base, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+job = lambda **more: adapterkit.init(base, out=out, targets="all-linear", **options, **more)
+job(dry_run=True)  # imports
 start = time.perf_counter()
-adapterkit.init(base, out=out, targets="all-linear", **options)
+job()
 print(f"seconds={time.perf_counter() - start}")
 """
 
@@ -63,12 +65,13 @@ print(f"seconds={seconds}")
 
 STATS = """
 import sys, time
-import adapterkit, adapterkit.verbs.stats, torch, transformers
-base, data, out, samples, length, batch = sys.argv[1:]
+import adapterkit
+base, data, out, *sizes = sys.argv[1:]
+sizes = dict(zip(("samples", "length", "batch"), map(int, sizes)))
+job = lambda **more: adapterkit.stats(base, data=data, out=out, **sizes, **more)
+job(dry_run=True)  # imports
 start = time.perf_counter()
-adapterkit.stats(
-    base, data=data, out=out, samples=int(samples), length=int(length), batch=int(batch)
-)
+job()
 print(f"seconds={time.perf_counter() - start}")
 """
 
@@ -150,7 +153,7 @@ def true_values(base: Path) -> dict:
         values = {}
         first = next(path for path in sorted(base.glob("*.safetensors")))
         with safe_open(first, "pt") as stored:
-            for key in stored.keys():  # noqa: SIM118
+            for key in stored.keys():
                 weight = stored.get_tensor(key).double()
                 if weight.ndim == 2 and ".layers.0." in key:
                     gram = (
