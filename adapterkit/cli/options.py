@@ -134,7 +134,15 @@ block_options = option_group(
     click.option("--double-quant", is_flag=True, help="Quantize the scales too (nf4, fp4)."),
 )
 factor_options = option_group(
-    choice_option("--dtype", default="fp32", show_default=True, help="Dtype of the LoRA factors."),
+    click.option(
+        "--dtype",
+        "--factor-dtype",
+        "dtype",
+        type=click.Choice(CHOICES["dtype"]),
+        default="fp32",
+        show_default=True,
+        help="Dtype of the LoRA factors.",
+    ),
     hash_option,
 )
 rank_options = option_group(

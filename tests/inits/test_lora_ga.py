@@ -49,7 +49,9 @@ def in_peft(model, samples, ends, transposed: bool, **settings):
     return peft.get_peft_model(model, config)
 
 
-@pytest.fixture(scope="module", params=[(oracle.llama, LLAMA), (oracle.gpt2, GPT2)], ids=str)
+@pytest.fixture(
+    scope="module", params=[(oracle.llama, LLAMA), (oracle.gpt2, GPT2)], ids=["llama", "gpt2"]
+)
 def graded(request):
     """A model, the ends of its linear layers' names, batches, and gradients."""
     build, ends = request.param

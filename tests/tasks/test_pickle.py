@@ -11,7 +11,7 @@ from adapterkit.execute import run
 from adapterkit.plan import Plan
 from tests.golden import jobs
 
-NAMES = [job.name for job in jobs.WRITING]
+NAMES = [job.name for job in jobs.WRITING if job.verb != "stats"]  # which has no tasks
 RUN = (
     "quantize-nf4-double", "dequantize-w8a16", "merge-several", "merge-nf4", "combine-ties",
     "subtract-several", "arrow-plain", "init-quantized", "loftq-mixed", "extract-energy",
