@@ -13,7 +13,7 @@ from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Task
 from adapterkit.planning import adapter_config, adapter_output
 from adapterkit.planning.quantization import is_linear
-from adapterkit.weights.bypassed import is_bypassed
+from adapterkit.weights.bypassed import is_bypassed, is_taken_for_experts
 from adapterkit.weights.names import Names
 
 NAMES = re.compile(r"[\w.-]+( *, *[\w.-]+)*")  # no regex: a dot is one of the names'
@@ -117,7 +117,11 @@ def _all_linear(
 def wrappable(names: Names, modules: Iterable[str], notes: list[str]) -> list[str]:
     """Those linear layers on which PEFT's factors act; the others join the notes."""
     modules = list(modules)
-    bypassed = [module for module in modules if is_bypassed(names, module)]
+    bypassed = [
+        module
+        for module in modules
+        if is_bypassed(names, module) or is_taken_for_experts(names, module)
+    ]
     if bypassed:
         notes.append(
             f"no factors for {listed(bypassed)}: PEFT refuses them or takes them for experts, or "

@@ -94,7 +94,10 @@ def initial_of(adapter: Folder) -> Folder | None:
     without them; None for other adapters. `Refused` where it is missing."""
     if CONFIG not in adapter.files():
         return None  # refused where the adapter is read
-    init = read_json(adapter, CONFIG).get("init_lora_weights")
+    try:
+        init = read_json(adapter, CONFIG).get("init_lora_weights")
+    except AdapterkitError:
+        return None  # likewise
     if not isinstance(init, str) or not init.lower().startswith(IMPLICIT):
         return None
     if isinstance(adapter, LocalFolder):

@@ -26,15 +26,21 @@ def classes_of(names: Names, module: str) -> tuple[type, ...]:
 
 
 def is_bypassed(names: Names, module: str) -> bool:
-    """Whether PEFT refuses factors on a layer or takes it for experts, or the code around it
-    multiplies by its weight itself, past any factors, or asks a convolution for its stride or
-    sizes, which PEFT's wrapper does not have."""
+    """Whether PEFT refuses factors on a layer, or the code around it multiplies by its weight
+    itself, past any factors, or asks a convolution for its stride or sizes, which PEFT's wrapper
+    does not have."""
     parent, _, leaf = module.rpartition(".")
-    kind = names.base.config.get("model_type")
-    if (kind in MAMBAS and leaf in MAMBAS_SPARED) or leaf in _names_of_experts(kind):
+    if names.base.config.get("model_type") in MAMBAS and leaf in MAMBAS_SPARED:
         return True
     convolution = names.layer(module) in ("Conv1d", "Conv2d", "Conv3d")
     return _is_read(classes_of(names, parent), leaf, convolution)
+
+
+def is_taken_for_experts(names: Names, module: str) -> bool:
+    """Whether PEFT, where a layer of that name is among the target modules, targets stacks of
+    experts instead."""
+    leaf = module.rpartition(".")[2]
+    return leaf in _names_of_experts(names.base.config.get("model_type"))
 
 
 @cache

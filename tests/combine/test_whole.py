@@ -61,11 +61,11 @@ def sources(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def plain(sources, base, tmp_path_factory) -> list[Path]:
-    """The same adapters as plain LoRAs of full rank."""
+    """The same adapters, of the same names, as plain LoRAs of full rank."""
     root = tmp_path_factory.mktemp("plain")
-    for number, source in enumerate(sources[:2]):
-        adapterkit.resize(source, base=base, rank=99, out=root / f"{number}")
-    return [root / "0", root / "1", sources[2]]
+    for source in sources[:2]:
+        adapterkit.resize(source, base=base, rank=99, out=root / source.name)
+    return [*(root / source.name for source in sources[:2]), sources[2]]
 
 
 def combined(sources, out, weights=WEIGHTS, **how) -> dict[str, Tensor]:

@@ -85,7 +85,6 @@ def check(decomposition: Decomposition, delta: Tensor, s: Tensor, most: int, clo
         assert output_error <= unweighted_output_error + close and unweighted_error <= error + close
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", SIZES)
 def test_from_factors(name: str) -> None:
     product, s = case(name)
@@ -93,7 +92,6 @@ def test_from_factors(name: str) -> None:
     check(decompose_product(product, s), delta, s.double(), min(product.rank, *delta.shape), 1e-6)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", SIZES)
 def test_from_a_dense_delta(name: str) -> None:
     product, s = case(name)
@@ -102,7 +100,6 @@ def test_from_a_dense_delta(name: str) -> None:
     check(decompose_dense(delta, most, root=s), delta.double(), s.double(), most, 2e-3)
 
 
-@pytest.mark.quick
 def test_from_a_dense_delta_that_is_searched() -> None:
     """Above the sizes that are decomposed in full."""
     x = draws(900, 600, seed=5, spread=20)
@@ -116,7 +113,6 @@ def test_from_a_dense_delta_that_is_searched() -> None:
     assert error == pytest.approx(best_output_error(delta, s.double(), 8), rel=1e-4)
 
 
-@pytest.mark.quick
 def test_a_covariance_of_ones_is_the_plain_fit() -> None:
     product, _ = case("square")
     fit = decompose_product(product, torch.eye(16))
@@ -128,7 +124,6 @@ def test_a_covariance_of_ones_is_the_plain_fit() -> None:
         )
 
 
-@pytest.mark.quick
 def test_a_delta_of_zeros() -> None:
     product, s = case("square")
     fit = decompose_product(Product(product.left * 0, product.right), s)
@@ -149,7 +144,6 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.quick
 def test_factors_are_never_multiplied_out() -> None:
     product, s = Product(draws(900, 4, seed=1), draws(4, 60, seed=2)), torch.eye(60)
     with Largest() as largest:

@@ -58,7 +58,6 @@ def regression(
     return torch.linalg.solve(total, outputs, left=False), total
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("alpha", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("name", SIZES)
 def test_is_the_regression(name: str, alpha: float) -> None:
@@ -73,7 +72,6 @@ def test_is_the_regression(name: str, alpha: float) -> None:
     )
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", SIZES)
 def test_no_other_delta_is_nearer(name: str) -> None:
     """And the distance in the metrics is that of the outputs."""
@@ -95,7 +93,6 @@ def test_no_other_delta_is_nearer(name: str) -> None:
             assert lost(moved) > least
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", SIZES)
 def test_laws(name: str) -> None:
     """Equal covariances: the weighted mean, whatever they are. One adapter, also by its weight:
@@ -119,7 +116,6 @@ def test_laws(name: str) -> None:
     )
 
 
-@pytest.mark.quick
 def test_where_inputs_do_not_vary_it_is_the_mean() -> None:
     """Inputs that are 0 with both adapters; another one is with one of them alone."""
     products, xs = case("square")

@@ -62,8 +62,8 @@ def narrowed(source: Path, folder: Path) -> Path:
 NEEDS = {"density": 0.5, "decay": 0.9}
 
 
-def statistics_of(source: Path, out: Path, seed: int) -> Path:
-    """A file of covariances of what each linear layer saw with an adapter."""
+def statistics_of(source: Path, out: Path) -> Path:
+    """A file of covariances of what each linear layer saw with an adapter, by its name."""
     tensors = load_file(source / "adapter_model.safetensors")
     covariances = {}
     for key, a in tensors.items():
@@ -86,7 +86,7 @@ def statistics_for(method: str, sources: list[Path], out: Path) -> dict:
     folder = out.with_name(f"{out.name}-statistics")
     folder.mkdir(exist_ok=True)
     files = [
-        statistics_of(source, folder / f"{number}.safetensors", number)
+        statistics_of(source, folder / f"{number}.safetensors")
         for number, source in enumerate(sources)
     ]
     return {"stats": files}
