@@ -29,6 +29,7 @@ from adapterkit.planning.residual import (
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.receipt import Receipt
 from adapterkit.registry import create, members
+from adapterkit.statistics.sums import INPUTS
 from adapterkit.tasks.handoff import HandoffFactors
 from adapterkit.tasks.initial import InitialFactors
 from adapterkit.tasks.redistribution import finalize_by_ratios, warn_of_dropped, with_candidates
@@ -36,6 +37,7 @@ from adapterkit.tasks.statistics import select_statistics, shape_of
 from adapterkit.weights.decoded import decoded_view
 from adapterkit.weights.detect import check_not_quantized
 
+COLLECTED = INPUTS | {"gradient": ("gradient",)}  # what `stats` collects: kinds
 ADAPTER = "adapter"  # folder in the output
 PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts as they are written here
 
@@ -301,10 +303,11 @@ def _check(options: Options, method: Any, has_stats: bool) -> None:
 
     needs = [kind for kind in method.needs if kind != "weight"]
     if needs and not has_stats:
+        what = [name for name, kinds in COLLECTED.items() if {*kinds} & {*needs}]
         refuse(
             f"--method {options.method} without --stats",
             f"statistics: {', '.join(needs)}",
-            f"collect them: adapterkit stats BASE --data FILE --what {','.join(needs)}",
+            f"collect them: adapterkit stats BASE --data FILE --what {','.join(what)} --out STATS",
         )
     if has_stats and not needs:
         refuse(f"--stats with --method {options.method}", "a method that uses them", "leave it out")

@@ -245,8 +245,10 @@ def test_the_rest_quantized(method, start, tmp_path):
 
 def test_with_and_without_statistics(start, tmp_path):
     for method in FROM_STATISTICS:
-        with pytest.raises(Refused, match=f"{method} without --stats"):
+        with pytest.raises(Refused, match=f"{method} without --stats") as refused:
             init(start, tmp_path / "out", method=method, rank=4, stats=None)
+        what = refused.value.hint.partition("--what ")[2].split()[0]
+        assert what == {"corda": "covariance", "eva": "pca", "lora_ga": "gradient"}[method]
     with pytest.raises(Refused, match="--stats with --method pissa"):
         init(start, tmp_path / "out", method="pissa", rank=4)
 
