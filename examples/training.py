@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from adapterkit.runtime import collect
 
 BLOCK = 256  # tokens of a passage
 HELD_OUT, EVERY = 24, 17  # passages, one of so many
@@ -46,23 +47,10 @@ def other(tokenizer) -> Tensor:
 @torch.no_grad()
 def covariances(base: Path, training: Tensor, out: Path) -> Path:
     """E[x xᵀ] of what each linear layer sees of some passages, as `loftq --stats` reads it."""
-    model, sums = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), {}
-
-    def watch(module: str):
-        def add(_, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2)
-            sums[module] = sums.get(module, 0) + x.T @ x
-
-        return add
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.register_forward_pre_hook(watch(name))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     passages = training[:: len(training) // SEEN]
-    for block in passages:
-        model(block[None])
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({f"{name}.covariance": total / passages.numel() for name, total in sums.items()}, out)
+    collect(model, lambda: [model(block[None]) for block in passages], out=out)
     return out
 
 
