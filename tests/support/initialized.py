@@ -84,7 +84,7 @@ def base_of(out: Path, base: Path) -> Path:
 def load(cls: type, folder: Path, adapter: Path | None = None) -> nn.Module:
     """A model in float32, with an adapter by PEFT."""
     with oracle.quiet():
-        model = cls.from_pretrained(folder, dtype=torch.float32)  # type: ignore[attr-defined]
+        model = cls.from_pretrained(folder, dtype=torch.float32)
         return model if adapter is None else peft.PeftModel.from_pretrained(model, adapter)
 
 
