@@ -27,9 +27,9 @@ def trailing_svd(
         raise ValueError(f"rank must be at least 1, not {rank}")
     tall = w.shape[0] >= w.shape[1]
     matrix = w.double()
-    q, l = torch.linalg.qr(matrix if tall else matrix.T)  # noqa: E741
-    k = min(rank, len(l))
-    u, s, vh = _inverted(l, k) or _decomposed(l, k)
+    q, triangle = torch.linalg.qr(matrix if tall else matrix.T)
+    k = min(rank, len(triangle))
+    u, s, vh = _inverted(triangle, k) or _decomposed(triangle, k)
     return Svd(q @ u, s, vh) if tall else Svd(vh.T, s, (q @ u).T)
 
 

@@ -9,6 +9,7 @@ from adapterkit.adapters.lora_config import PEFT_DEFAULTS
 from adapterkit.adapters.record import Adapter, is_inside
 from adapterkit.checkpoint.folder import Folder
 
+PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts as they are written here
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 PLAIN = (
     "peft_type", "inference_mode", "init_lora_weights", "lora_dropout", "bias", "use_rslora",

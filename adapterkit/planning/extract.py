@@ -9,6 +9,7 @@ from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import value_key
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.planning import adapter_config
 from adapterkit.planning.comparison import equal_values
 from adapterkit.planning.extracted_adapter import prefixes
 from adapterkit.planning.factor_targets import FactorTargets
@@ -18,8 +19,6 @@ from adapterkit.tasks.difference import DifferenceFactors, WholeParameter
 from adapterkit.tasks.truncated import Truncation
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter, StoredParameter
-
-PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts as they are written here
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Extraction:
             "modules_to_save": sorted(self.saved) or None,
             "bias": "lora_only" if self.has_biases else "none",
         }
-        return settings | ({"peft_version": PEFT_LAYOUT} if stacks else {})
+        return settings | ({"peft_version": adapter_config.PEFT_LAYOUT} if stacks else {})
 
 
 def sort_parameters(sides: tuple[Checkpoint, Checkpoint], options: Options) -> Extraction:

@@ -16,7 +16,7 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.planning.new_adapter import Scaling, select_targets, wrappable
-from adapterkit.planning.quantization import is_linear, is_stack
+from adapterkit.planning.quantization import is_linear, is_stack, known_model
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter, StoredParameter
 
@@ -129,14 +129,7 @@ def find_targets(
     whose weights cannot be read.
 
     `base` as it decodes. Without `targets`, PEFT's for the model's type."""
-    names = Names(base, build_model=True, notes=notes)
-    if names.model is None:
-        raise Refused(
-            f"a model that transformers does not know{': ' + notes[-1] if notes else ''}",
-            expected="config.json of a known model",
-            where=base.name,
-            hint="update transformers",
-        )
+    names = known_model(base, notes)
     kinds = _kinds(names)
     layers = [name for name, kind in kinds.items() if kind in ("linear", "conv")]
     usable = set(wrappable(names, layers, notes))

@@ -130,14 +130,8 @@ def plan_quantization(
     `Refused` with all problems of weights that are to be quantized."""
     to, notes = options["to"], []
     _check_options(options, exceptions)
-    names = Names(base, build_model=True, notes=notes)
-    if names.model is None:
-        raise Refused(
-            f"a model that transformers does not know{': ' + notes[-1] if notes else ''}",
-            expected="config.json of a known model",
-            where=base.name,
-            hint="update transformers",
-        )
+    names = known_model(base, notes)
+    assert names.model is not None
     model = names.model.model
     formats = targets().get(str(to), [])
     classes = {*LINEAR, *(name for record in formats for name in record.modules)}
@@ -172,6 +166,19 @@ def plan_quantization(
             hint="check --skip, or use another format",
         )
     return plan
+
+
+def known_model(base: Checkpoint, notes: list[str]) -> Names:
+    """The names of a model that transformers builds; `Refused` where it does not know it."""
+    names = Names(base, build_model=True, notes=notes)
+    if names.model is None:
+        raise Refused(
+            f"a model that transformers does not know{': ' + notes[-1] if notes else ''}",
+            expected="config.json of a known model",
+            where=base.name,
+            hint="update transformers",
+        )
+    return names
 
 
 def _check_options(options: dict[str, Any], exceptions: Exceptions) -> None:

@@ -1,6 +1,5 @@
 """The initial factors of a new adapter."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,9 @@ from torch import Tensor
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.inits.common import draw
+from adapterkit.kernels import lowrank
+from adapterkit.kernels.lowrank import Product
+from adapterkit.kernels.stochastic import Draws
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import TaskResult
 from adapterkit.tasks.common import FactorsTask, short
@@ -60,7 +62,8 @@ class InitialFactors(FactorsTask):
             a, b = self._factors(matrix, statistics, expert)
             pairs.append((a, b))
             if matrix is not None:
-                taken += product_norm(a, b * self.scale) ** 2
+                product = Product(b.double() * self.scale, a.double())
+                taken += lowrank.norm(product) ** 2
                 size += norm(matrix) ** 2
         tensors = self.round(self.place.stored(pairs))
         metrics: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha}
@@ -110,11 +113,4 @@ class InitialFactors(FactorsTask):
 
 def generator_of(seed: int, name: str) -> torch.Generator:
     """Random numbers of one module: those of others, and their order, do not matter."""
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def product_norm(a: Tensor, b: Tensor) -> float:
-    """‖b @ a‖_F, without the product."""
-    a, b = a.double(), b.double()
-    return math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
+    return torch.Generator().manual_seed(Draws.of(seed, name).key >> 1)

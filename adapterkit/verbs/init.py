@@ -39,7 +39,6 @@ from adapterkit.weights.detect import check_not_quantized
 
 COLLECTED = INPUTS | {"gradient": ("gradient",)}  # what `stats` collects: kinds
 ADAPTER = "adapter"  # folder in the output
-PEFT_LAYOUT = "0.19.0"  # the first PEFT that reads square experts as they are written here
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def _adapter(
     parameters = [target.name for target in targets if target.is_parameter]
     settings = adapter_config.plain_settings() | {"use_rslora": options.rslora}
     if parameters:
-        settings |= {"target_parameters": parameters, "peft_version": PEFT_LAYOUT}
+        settings |= {"target_parameters": parameters, "peft_version": adapter_config.PEFT_LAYOUT}
     if implicit:
         settings["init_lora_weights"] = f"implicit_{options.method}"
     where = (
