@@ -42,6 +42,14 @@ CHOICES = {
     "expert_layout": ("peft-0.18", "peft-0.19"),
     "hash": ("sha256", "none"),
     "majority": ("total", "frequency"),
+    "prefix_only": (
+        "unet",
+        "transformer",
+        "transformer_2",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+    ),
     "residual": ("write", "implicit"),
     "rest": ("save", "drop", "refuse"),
     "rounding": ("nearest", "stochastic", "compensated"),
@@ -380,13 +388,14 @@ _above_0 = number("a number above 0", lambda value: value > 0)
 CHECKS: dict[str, Check] = {
     **{name: choice(words) for name, words in CHOICES.items()},
     **dict.fromkeys(
-        "base tuned adapter initial folder path a b base16 quantized stats out plot".split(), path
+        "src base tuned adapter initial folder path a b base16 quantized stats out plot".split(),
+        path,
     ),
     **dict.fromkeys("adapters general".split(), _unchecked),
     **dict.fromkeys(
         (
             "rslora double_quant base_is_residual dequantize verify download headers resume "
-            "overwrite dry_run whole"
+            "overwrite dry_run whole lossy allow_pickle"
         ).split(),
         flag,
     ),
@@ -398,6 +407,7 @@ CHECKS: dict[str, Check] = {
     ),
     "accept": function,
     "alpha": _above_0,
+    "architecture": text,
     "bits": whole_of(4, 8),
     "data": files,
     "density": number("a share, 0 to 1", lambda value: 0 <= value <= 1),
