@@ -122,7 +122,9 @@ def parse_header(raw: bytes, file_size: int, file: str, folder: int = 0) -> Head
         raise damaged(
             f"a header that is not strict JSON: {shown(error)}", "UTF-8 JSON, each key once"
         ) from error
-    metadata = table.pop("__metadata__", {})
+    metadata = table.pop("__metadata__", None)
+    if metadata is None:  # as mlx and the reference reader have it: null says that there is none
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged("__metadata__ that is not text to text", "a map of strings")
     base = len(raw)
