@@ -55,6 +55,11 @@ def name_of(dtype) -> str:
     return next(name for name, word in _TORCH.items() if word == short)
 
 
+def has_name(dtype) -> bool:
+    """Whether a torch dtype has a header name."""
+    return str(dtype).removeprefix("torch.") in _TORCH.values()
+
+
 def torch_dtype(dtype: str):
     """torch's dtype for a header name."""
     import torch

@@ -1,0 +1,92 @@
+"""Orders of the rows of a weight: where a file has the rows of the model.
+
+An order is an index `i (out,)` with `model[j] = file[i[j]]`; its inverse is for writing. It acts on
+whatever has the weight's rows: b, bias, magnitude, diff.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit.errors import Refused
+
+ORDERS = ("swap_halves", "interleave", "rotary_q", "rotary_k", "groups")
+PER_HEAD = ("rotary_q", "rotary_k", "groups")
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How many heads of queries, and how many of keys and values, attention has."""
+
+    query: int
+    key: int
+
+
+def order(
+    name: str,  # one of ORDERS
+    size: int,  # rows of the weight
+    heads: Heads | None,
+    where: str,  # the module, for messages
+) -> Tensor:  # (size,) int64
+    """The row of the file that each row of the model is.
+
+    swap_halves: [second, first]. interleave: [a0, b0, a1, b1, ...] -> [a..., b...]. rotary_q,
+    rotary_k: the same in each head, from the pairs (2i, 2i + 1) that Meta and GGUF rotate to
+    transformers' (i, i + d/2). groups: [q of group 0, k 0, v 0, q of group 1, ...] -> [q, k, v].
+    Raises `Refused` where heads are needed and unknown, or rows do not divide evenly.
+    """
+    if name == "swap_halves":
+        return _divided((2, -1), size, where).flip(0).reshape(-1)
+    if name == "interleave":
+        return _divided((-1, 2), size, where).T.reshape(-1)
+    if heads is None:
+        raise Refused(
+            f"rows in the order {name!r}, and the number of heads is unknown",
+            expected="a config with num_attention_heads and num_key_value_heads",
+            where=where,
+            hint="--base MODEL",
+        )
+    if name == "groups":
+        per_group = heads.query // heads.key
+        groups = _divided((heads.key, per_group + 2, -1), size, where)
+        parts = groups.split([per_group, 1, 1], dim=1)
+        return torch.cat([part.reshape(-1) for part in parts])
+    count = {"rotary_q": heads.query, "rotary_k": heads.key}[name]
+    return _divided((count, -1, 2), size, where).transpose(1, 2).reshape(-1)
+
+
+def inverse(
+    index: Tensor,  # (size,) int64
+) -> Tensor:  # (size,) int64
+    """The order that undoes `index`."""
+    return torch.argsort(index)
+
+
+def model_heads(config: Mapping[str, Any]) -> Heads | None:
+    """The heads that a model's config names (transformers' words, or litgpt's); None without."""
+    for table in (config, config.get("text_config")):
+        if not isinstance(table, Mapping):
+            continue
+        query = table.get("num_attention_heads", table.get("n_head"))
+        key = table.get("num_key_value_heads", table.get("n_query_groups")) or query
+        if all(type(n) is int and n > 0 for n in (query, key)) and query % key == 0:
+            return Heads(query, key)
+    return None
+
+
+def _divided(shape: tuple[int, ...], size: int, where: str) -> Tensor:
+    """The rows' numbers in this shape, -1 the rest; `Refused` where they do not fill it."""
+    known = 1
+    for n in shape:
+        known *= abs(n)
+    if size % known:
+        raise Refused(
+            f"{size} rows",
+            expected=f"a multiple of {known}",
+            where=where,
+            hint="give the base that the adapter was trained on",
+        )
+    return torch.arange(size).reshape(shape)
