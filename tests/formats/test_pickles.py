@@ -158,7 +158,9 @@ def test_damaged_files_are_refused(save, archive):
     assert taken < 300
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"\x80", pickle.dumps({"a": 1}), b"PK\3\4" + b"\0" * 30])
+@pytest.mark.parametrize(
+    "data", [b"", b"x", b"\x80", pickle.dumps({"a": 1}), b"PK\3\4" + b"\0" * 30]
+)
 def test_other_files_are_refused(tmp_path, data):
     path = tmp_path / "adapter.pt"
     path.write_bytes(data)
@@ -170,7 +172,7 @@ def test_the_refusal_holds_a_command_that_rewrites_the_file(save):
     path = save({"a": torch.arange(3.0)})
     error = unsafe(path.name, str(path.parent))
     assert "--allow-pickle" in error.hint
-    code = re.search(r'python -c "(.*)" rewrites it', error.hint)[1]
+    [code] = re.findall(r'python -c "(.*)" rewrites it', error.hint)
     subprocess.run([sys.executable, "-c", code], cwd=path.parent, check=True)
     assert load_file(path.with_suffix(".safetensors"))["a"].tolist() == [0, 1, 2]
 

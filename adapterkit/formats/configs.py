@@ -1,0 +1,164 @@
+"""The config beside an adapter's weights: fields read from JSON or YAML, and written as either.
+
+A format names its fields by words (WORDS); which of them stand where is data in its TOML file.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.strict import read_json
+from adapterkit.errors import Damaged, Refused, refuse_all, shown
+
+MAX_YAML = 1_000_000  # bytes; PyYAML takes seconds for one
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _table_of(check):
+    return lambda value: isinstance(value, Mapping) and all(map(check, value.values()))
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+# what a field may say, and the values that it can have
+WORDS = {
+    "rank": ("a whole number above 0", _positive),
+    "alpha": ("a number", _number),
+    "scale": ("a number", _number),
+    "rank_pattern": ("whole numbers above 0 by module", _table_of(_positive)),
+    "alpha_pattern": ("numbers by module", _table_of(_number)),
+    "modules": ("a list of names", _texts),
+    "suffixes": ("a list of names", _texts),
+    "layers": ("a whole number", lambda value: type(value) is int),
+    "base": ("a name", _text),
+    "dora": ("true or false", lambda value: type(value) is bool),
+    "kind": ("a word", _text),
+    "q": ("true or false", lambda value: type(value) is bool),  # which parts of a fused module
+    "k": ("true or false", lambda value: type(value) is bool),
+    "v": ("true or false", lambda value: type(value) is bool),
+}
+
+
+def read_config(folder: Folder, name: str) -> dict[str, Any]:
+    """The table in a JSON or YAML file of the folder; `Damaged` if it holds none."""
+    if not name.endswith((".yaml", ".yml")):
+        return read_json(folder, name)
+    size = folder.files()[name]
+    try:
+        if size > MAX_YAML:
+            raise ValueError(f"{size} bytes, more than {MAX_YAML}")
+        value = _yaml(folder.read(name, 0, size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else shown(error)
+        raise Damaged(
+            f"not YAML: {reason}", expected="a table", where=name, hint="fix the file"
+        ) from error
+    if not isinstance(value, dict):
+        problem = f"a YAML {type(value).__name__}"
+        raise Damaged(problem, expected="a table", where=name, hint="fix the file")
+    return value
+
+
+def fields(
+    config: Mapping[str, Any],
+    paths: Mapping[str, str | list[str]],  # word -> dotted path, or several of which one is there
+    where: str,
+) -> dict[str, Any]:
+    """What the config says, by word; words that it does not have are missing.
+
+    Raises `Refused` for values that the words cannot have, all at once.
+    """
+    values, errors = {}, []
+    for word, options in paths.items():
+        for path in [options] if isinstance(options, str) else options:
+            value = _at(config, path)
+            if value is None:
+                continue
+            expected, check = WORDS[word]
+            if not check(value):
+                problem = f"{path} is {shown(json.dumps(value, default=str))}"
+                hint = "fix the file"
+                errors.append(Refused(problem, expected=expected, where=where, hint=hint))
+            values[word] = value
+            break
+    refuse_all(errors)
+    return values
+
+
+def filled(template: Any, values: Mapping[str, Any]) -> Any:
+    """The template with each text "{word}" replaced by the value of the word; a field without a
+    value is left out."""
+    if isinstance(template, Mapping):
+        pairs = ((key, filled(inner, values)) for key, inner in template.items())
+        return {key: inner for key, inner in pairs if inner is not None}
+    if isinstance(template, list):
+        return [filled(inner, values) for inner in template]
+    if isinstance(template, str) and template[:1] == "{":
+        return values.get(template[1:-1])
+    return template
+
+
+def unknown_words(template: Any) -> list[str]:
+    """The texts in braces of a template that are no word."""
+    if isinstance(template, Mapping):
+        return [word for inner in template.values() for word in unknown_words(inner)]
+    if isinstance(template, list):
+        return [word for inner in template for word in unknown_words(inner)]
+    braces = isinstance(template, str) and template[:1] == "{"
+    return [template] if braces and template not in {f"{{{word}}}" for word in WORDS} else []
+
+
+def config_bytes(name: str, config: Mapping[str, Any]) -> bytes:
+    """The file's bytes: JSON, or YAML where the name says so; equal configs give equal bytes."""
+    if name.endswith((".yaml", ".yml")):
+        return yaml.safe_dump(dict(config), sort_keys=False).encode()
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _at(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path; None where there is none."""
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+class _Strict(yaml.SafeLoader):
+    """Plain values only, each key once; no aliases, which can unfold without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None:
+            raise ValueError("an alias (*name) or a tag (!name)")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        table = super().construct_mapping(node, deep=deep)
+        if len(table) != len(node.value):
+            raise ValueError("a key twice")
+        return table
+
+
+def _yaml(text: str) -> Any:
+    """The value of YAML text; `ValueError` with the reason when it is none."""
+    try:
+        return yaml.load(text, _Strict)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
