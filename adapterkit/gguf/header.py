@@ -26,6 +26,7 @@ MAX_HEADER = 512 << 20
 MAX_KEYS, MAX_TENSORS = 1 << 16, 1 << 20
 MAX_RANK = 4  # ggml's
 MAX_ERRORS = 20  # reported at once
+MAX_ITEMS = 1 << 16  # of an array whose numbers are kept
 # struct codes of the scalar types of metadata, by their id
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY, UINT32 = 8, 9, 4
@@ -49,6 +50,7 @@ class GgufHeader:
     raw: bytes = field(repr=False)
     metadata: dict[str, Any]  # an array: its length
     tensors: tuple[Entry, ...]
+    arrays: dict[str, tuple] = field(default_factory=dict)  # those of at most MAX_ITEMS numbers
 
     @property
     def architecture(self) -> str:
@@ -89,16 +91,21 @@ def gguf_file(folder: Folder) -> str | None:
     return files[0]
 
 
-def read_gguf(folder: Folder, name: str, block_sizes: Mapping[int, tuple[int, int]]) -> GgufHeader:
+def read_gguf(
+    folder: Folder,
+    name: str,
+    block_sizes: Mapping[int, tuple[int, int]],
+    hint: str = "update the gguf package: pip install -U gguf",
+) -> GgufHeader:
     """Parse the header of a GGUF file; `Damaged` or `Refused` unless it and the data are complete.
 
-    `block_sizes`: (values, bytes) of a block of each type id.
+    `block_sizes`: (values, bytes) of a block of each type id; `hint`: for a type without one.
     """
     size = folder.files()[name]
     raw = folder.read(name, 0, min(FIRST_READ, size))
     while True:
         try:
-            return _Parser(raw, size, name, block_sizes).header()
+            return _Parser(raw, size, name, block_sizes, hint).header()
         except _Incomplete as incomplete:
             if len(raw) >= min(size, MAX_HEADER):
                 problem = f"the file ends inside its header: {incomplete}"
@@ -116,10 +123,16 @@ def _damaged(name: str, problem: str, expected: str) -> Damaged:
 
 class _Parser:
     def __init__(
-        self, raw: bytes, size: int, name: str, block_sizes: Mapping[int, tuple[int, int]]
+        self,
+        raw: bytes,
+        size: int,
+        name: str,
+        block_sizes: Mapping[int, tuple[int, int]],
+        hint: str,
     ):
         self.raw, self.size, self.name, self.at = raw, size, name, 0
-        self.block_sizes = block_sizes
+        self.block_sizes, self.hint = block_sizes, hint
+        self.arrays: dict[str, tuple] = {}
 
     def header(self) -> GgufHeader:
         if self.raw[:4] != MAGIC:
@@ -144,7 +157,8 @@ class _Parser:
         if not valid or alignment & (alignment - 1):
             raise self.damaged(f"general.alignment {shown(alignment)}", "a power of 2 from 8 on")
         raw, data_start = self.raw[: self.at], -(-self.at // alignment) * alignment
-        return GgufHeader(raw, metadata, self.entries(infos, data_start, alignment))
+        entries = self.entries(infos, data_start, alignment)
+        return GgufHeader(raw, metadata, entries, self.arrays)
 
     def damaged(self, problem: str, expected: str) -> Damaged:
         return _damaged(self.name, problem, expected)
@@ -182,7 +196,7 @@ class _Parser:
             if not key.isprintable() or not key or key in metadata:
                 raise self.damaged(f"the key {shown(key)!r}", "printable keys, each once")
             (kind,) = self.unpack("I")
-            metadata[key] = self.value(kind)
+            metadata[key] = self.array(key) if kind == ARRAY else self.value(kind)
             if key == "general.alignment" and kind != UINT32:
                 raise self.damaged(f"general.alignment of type {kind}", "a 32-bit number")
         name = metadata.get("general.architecture")
@@ -192,16 +206,21 @@ class _Parser:
         return metadata
 
     def value(self, kind: int) -> Any:
-        """A value of metadata; of an array its length, its items are skipped."""
+        """A value of metadata that is no array."""
         if kind in SCALARS:
             return self.unpack(SCALARS[kind])[0]
         if kind == STRING:
             return self.text()
-        if kind != ARRAY:
-            raise self.damaged(f"a value of type {kind}", "one of 13 types")
+        raise self.damaged(f"a value of type {kind}", "one of 13 types")
+
+    def array(self, key: str) -> int:
+        """The length of an array; its items are skipped, but for a few numbers."""
         inner, count = self.unpack("IQ")
         if inner in SCALARS:
-            self.read(count * struct.calcsize("<" + SCALARS[inner]))
+            code = SCALARS[inner]
+            data = self.read(count * struct.calcsize("<" + code))
+            if count <= MAX_ITEMS:
+                self.arrays[key] = struct.unpack(f"<{count}{code}", data)
         elif inner == STRING:
             if 8 * count > self.size - self.at:
                 raise self.damaged(f"an array of {count} texts", self.capacity)
@@ -240,7 +259,7 @@ class _Parser:
                     f"{shown(name)} of type {kind}",
                     expected="types it knows",
                     where=self.name,
-                    hint="update the gguf package: pip install -U gguf",
+                    hint=self.hint,
                 )
                 errors.append(error)
             elif not shape or not 0 < count < 2**62 or shape[-1] % values:

@@ -1,0 +1,137 @@
+"""Files of LoRA adapters as llama.cpp reads and writes them: metadata and tensors.
+
+Sources: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-adapter.cpp and
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import ShardLayout, Stored
+from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.gguf.header import (
+    ALIGNMENT,
+    ARRAY,
+    MAGIC,
+    MAX_RANK,
+    STRING,
+    UINT32,
+    VERSIONS,
+    GgufHeader,
+    read_gguf,
+)
+
+FLOAT32 = 6  # ggml's id of that type of metadata
+KINDS = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's type ids of floats
+Q8_0 = 8
+BLOCK, BLOCK_BYTES = 32, 34  # of Q8_0: 32 integers of 8 bits behind a scale of 16 bits
+SIZES = {0: (1, 4), 1: (1, 2), 30: (1, 2), Q8_0: (BLOCK, BLOCK_BYTES)}
+MAX_NAME = 63  # bytes of a tensor's name in ggml
+EXPECTED = {"general.type": "adapter", "adapter.type": "lora"}
+
+Value = str | float | int | tuple[int, ...]  # of metadata: texts, f32, u32, arrays of u32
+
+
+class AdapterFile(NamedTuple):
+    """A parsed file. Its tensors are in torch's order of dimensions; one in blocks of Q8_0 is a
+    `U8` spec of its bytes, and its shape is in `blocks`."""
+
+    header: GgufHeader
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorSpec]
+    blocks: dict[str, tuple[int, ...]]
+
+
+def is_gguf(folder: Folder, name: str) -> bool:
+    """Whether a file begins as GGUF does."""
+    return folder.read(name, 0, len(MAGIC)) == MAGIC
+
+
+def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
+    """Parse the header of a LoRA adapter; `Damaged` or `Refused` unless file and types are as
+    llama.cpp takes them. `number`: which input of the job the folder is."""
+    hint = "give an adapter of f32, f16, bf16 or q8_0"
+    header = read_gguf(folder, name, SIZES, hint)
+    errors: list[AdapterkitError] = [
+        Refused(
+            f"{key} {shown(repr(header.metadata.get(key)))}",
+            expected=repr(value),
+            where=name,
+            hint="give a LoRA adapter; a model goes where a base is expected",
+        )
+        for key, value in EXPECTED.items()
+        if header.metadata.get(key) != value
+    ]
+    refuse_all(errors)
+    names = {kind: dtype for dtype, kind in KINDS.items()}
+    tensors, blocks = {}, {}
+    for entry in header.tensors:
+        dtype, shape = names.get(entry.kind), entry.shape
+        if dtype is None:
+            blocks[entry.name] = shape
+            dtype, shape = "U8", (entry.stop - entry.start,)
+        tensors[entry.name] = TensorSpec(
+            entry.name, dtype, shape, name, entry.start, entry.stop, number
+        )
+    return AdapterFile(header, header.metadata | header.arrays, tensors, blocks)
+
+
+def gguf_layout(file: str, tensors: Sequence[Stored], metadata: Mapping[str, Value]) -> ShardLayout:
+    """A file with these tensors in this order; the same bytes for equal arguments. `Refused` for
+    what ggml cannot hold."""
+    refuse_all(_errors(file, tensors))
+    infos, offset, offsets = bytearray(), 0, []
+    for tensor in tensors:
+        offsets.append(offset)
+        infos += _text(tensor.key) + struct.pack("<I", len(tensor.shape))
+        infos += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+        infos += struct.pack("<IQ", KINDS[tensor.dtype], offset)
+        offset = _aligned(offset + tensor.nbytes)
+    raw = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(metadata))
+    for key, value in metadata.items():
+        raw += _text(key) + _value(value)
+    raw += infos
+    raw += bytes(_aligned(len(raw)) - len(raw))
+    return ShardLayout(file, raw, tuple(tensors), tuple(len(raw) + at for at in offsets))
+
+
+def _errors(file: str, tensors: Sequence[Stored]) -> list[AdapterkitError]:
+    """Tensors that ggml cannot hold."""
+    errors: list[AdapterkitError] = []
+    for tensor in tensors:
+        problem = f"{shown(tensor.key)} {tensor.dtype} {tensor.shape}"
+        hint = "leave that module out, or convert to another format"
+        if len(tensor.key.encode()) > MAX_NAME:
+            expected = f"a name of at most {MAX_NAME} bytes"
+        elif not 0 < len(tensor.shape) <= MAX_RANK or not math.prod(tensor.shape):
+            expected = f"1 to {MAX_RANK} dimensions, none of them 0"
+        elif tensor.dtype not in KINDS:
+            expected, hint = f"one of {', '.join(KINDS)}", "give --dtype fp32, fp16 or bf16"
+        else:
+            continue
+        errors.append(Refused(problem, expected=expected, where=file, hint=hint))
+    return errors
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Value) -> bytes:
+    """A value of metadata behind its type."""
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _text(value)
+    if isinstance(value, float):
+        return struct.pack("<If", FLOAT32, value)
+    if isinstance(value, int):
+        return struct.pack("<II", UINT32, value)
+    return struct.pack(f"<IIQ{len(value)}I", ARRAY, UINT32, len(value), *value)
