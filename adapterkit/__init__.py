@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.lora_config import LoraConfig
     from adapterkit.verbs.arrow import arrow
     from adapterkit.verbs.combine import combine
+    from adapterkit.verbs.convert import convert
     from adapterkit.verbs.dequantize import dequantize
     from adapterkit.verbs.diff import diff
     from adapterkit.verbs.extract import extract
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "arrow",
     "combine",
+    "convert",
     "dequantize",
     "diff",
     "extract",

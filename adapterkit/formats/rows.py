@@ -4,7 +4,7 @@ An order is an index `i (out,)` with `model[j] = file[i[j]]`; its inverse is for
 whatever has the weight's rows: b, bias, magnitude, diff.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.errors import Refused
+from adapterkit.formats.tensors import Rows, compact
 
 ORDERS = ("swap_halves", "interleave", "rotary_q", "rotary_k", "groups")
 PER_HEAD = ("rotary_q", "rotary_k", "groups")
@@ -63,6 +64,33 @@ def inverse(
 ) -> Tensor:  # (size,) int64
     """The order that undoes `index`."""
     return torch.argsort(index)
+
+
+def model_order(
+    steps: Sequence[str],
+    size: int,  # rows of the file's weight
+    heads: Heads | None,
+    where: str,
+) -> Rows:
+    """For each row of the model its row in the file; `Refused` as `order` says."""
+    rows = torch.arange(size)
+    for step in steps:
+        rows = rows[order(step, size, heads, where)]
+    return compact(rows.tolist())
+
+
+def shares_of(size: int, shares: Sequence[int], where: str) -> list[range]:
+    """Consecutive rows in these shares; `Refused` where they do not divide `size`."""
+    total = sum(shares)
+    if size % total:
+        raise Refused(
+            f"{size} rows",
+            expected=f"a multiple of {total}, for parts of {':'.join(map(str, shares))}",
+            where=where,
+            hint="check the architecture (--architecture)",
+        )
+    ends = [size * sum(shares[: i + 1]) // total for i in range(len(shares))]
+    return [range(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
 
 def model_heads(config: Mapping[str, Any]) -> Heads | None:

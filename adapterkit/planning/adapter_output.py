@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit import dtypes
+from adapterkit.adapters.adapter_config import base_id, rank_settings, target_settings
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key
 from adapterkit.adapters.record import Adapter
@@ -23,7 +24,6 @@ from adapterkit.plan import (
     TaskResult,
     unchanged,
 )
-from adapterkit.planning.adapter_config import base_id, rank_settings, target_settings
 from adapterkit.planning.cards import adapter_card, plain
 from adapterkit.planning.folder_files import Files, adapter_files, as_json
 from adapterkit.planning.input_files import header_hashes, identities

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapterkit import dtypes
+from adapterkit.adapters import adapter_config
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import value_key
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.planning import adapter_config
 from adapterkit.planning.comparison import equal_values
 from adapterkit.planning.extracted_adapter import prefixes
 from adapterkit.planning.factor_targets import FactorTargets

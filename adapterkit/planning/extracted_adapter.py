@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from adapterkit.adapters.adapter_config import rank_settings
 from adapterkit.adapters.keys import CONFIG, factor_keys, value_key
 from adapterkit.errors import Unrecoverable
 from adapterkit.plan import Change, Finalize, Task, TaskResult, unchanged
-from adapterkit.planning.adapter_config import rank_settings
 from adapterkit.planning.adapter_output import Output
 from adapterkit.planning.folder_files import as_json
 from adapterkit.tasks.difference import DifferenceFactors, WholeParameter

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adapterkit.adapters import adapter_config
 from adapterkit.adapters.targets import ALL_LINEAR, has_end, output_head
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Task
-from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning import adapter_output
 from adapterkit.planning.quantization import is_linear
 from adapterkit.weights.bypassed import is_bypassed, is_taken_for_experts
 from adapterkit.weights.names import Names

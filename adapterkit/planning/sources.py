@@ -12,6 +12,7 @@ from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, finite, unweighted, weighted
+from adapterkit.planning.converted import in_adapter_layout
 
 INDEX = ".safetensors.index.json"
 NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
@@ -67,8 +68,15 @@ def open_model(text: StrPath) -> Folder:
 
 
 def open_adapter(text: StrPath) -> Folder:
-    """The folder of an adapter. A `.safetensors` file, whatever its name, is one where its
-    adapter_config.json lies beside it; `Refused` where that belongs to another file."""
+    """The folder of an adapter in PEFT's layout, or one that stands for an adapter in another
+    format."""
+    return in_adapter_layout(open_unconverted(text))
+
+
+def open_unconverted(text: StrPath) -> Folder:
+    """The folder of an adapter in any format. A `.safetensors` file, whatever its name, is one of
+    PEFT's where its adapter_config.json lies beside it; `Refused` where that belongs to another
+    file."""
     folder = open_source(text)
     if not _is_weights(folder) or not (folder.root / CONFIG).is_file():
         return folder

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapterkit.adapters.adapter_config import base_id
 from adapterkit.adapters.factors import rank_and_scale
 from adapterkit.adapters.lora_config import LoraConfig, check_live_config
 from adapterkit.adapters.peft import read_adapter
@@ -18,7 +19,6 @@ from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.options import StrPath
 from adapterkit.patterns import similar_names
-from adapterkit.planning.adapter_config import base_id
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.sources import initial_of, open_adapter
 from adapterkit.registry import members

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from adapterkit.adapters.adapter_config import base_id
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath
-from adapterkit.planning.adapter_config import base_id
 from adapterkit.runtime.factors import FactorsPart
 from adapterkit.runtime.layers.invoked import InvokedPart
 from adapterkit.runtime.reading import join, read_parts, subtract_initial

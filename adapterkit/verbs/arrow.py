@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterkit import __version__, dtypes
+from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Sources, StrPath
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress
-from adapterkit.planning import adapter_config
 from adapterkit.planning.adapters import delta_problems, read_all, trained_values
 from adapterkit.planning.cards import hub_id_or_name
 from adapterkit.planning.folder_files import as_json

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from adapterkit import dtypes, registry
+from adapterkit.adapters import adapter_config
 from adapterkit.adapters.factors import Factors
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
@@ -17,7 +18,7 @@ from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Sources, StrPath, choice, paths
 from adapterkit.plan import Plan, Progress
-from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning import adapter_output
 from adapterkit.planning.adapters import (
     AdapterWeights,
     delta_problems,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from adapterkit.adapters import adapter_config
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
@@ -12,7 +13,7 @@ from adapterkit.errors import Refused
 from adapterkit.options import StrPath
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan, Progress, Task
-from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning import adapter_output
 from adapterkit.planning.extract import Options, sort_parameters
 from adapterkit.planning.extracted_adapter import ExtractedAdapter, finalize_extraction
 from adapterkit.planning.merge.job import Options as MergeOptions

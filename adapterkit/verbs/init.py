@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapterkit import dtypes
+from adapterkit.adapters import adapter_config
 from adapterkit.adapters.keys import INITIAL
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
@@ -14,7 +15,7 @@ from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, choice
 from adapterkit.plan import Computed, Plan, Progress, Shard, Task, no_warnings
-from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning import adapter_output
 from adapterkit.planning.folder_files import Files
 from adapterkit.planning.initial_targets import Selection, Target, find_targets
 from adapterkit.planning.input_files import header_hashes, identities

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, replace
 
 from adapterkit import dtypes
+from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import EMBEDDINGS, Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
@@ -12,7 +13,7 @@ from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath
 from adapterkit.plan import Plan, Progress, Task
-from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning import adapter_output
 from adapterkit.planning.adapters import read_all
 from adapterkit.planning.sites import (
     Site,

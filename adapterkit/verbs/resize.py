@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from adapterkit import dtypes
+from adapterkit.adapters import adapter_config
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.adapters.kinds.common import AdaptedModule, Delta, Kind, read_kind
@@ -21,7 +22,7 @@ from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
-from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning import adapter_output
 from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, dora_problems
 from adapterkit.planning.norms import select_norms
 from adapterkit.planning.sites import join, levels_of, names_of, targets_of

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from adapterkit import dtypes
+from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.combinations.linear import Linear
@@ -13,7 +14,7 @@ from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Sources, StrPath
 from adapterkit.patterns import matcher
 from adapterkit.plan import Plan, Progress, Task
-from adapterkit.planning import adapter_config, adapter_output
+from adapterkit.planning import adapter_output
 from adapterkit.planning.adapters import delta_problems, read_all, trained_values
 from adapterkit.planning.sites import base_with_parameters, join, levels_of, names_of, targets_of
 from adapterkit.planning.sources import open_all, open_model

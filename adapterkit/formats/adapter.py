@@ -1,0 +1,148 @@
+"""PEFT's layout as neutral contents, and back: names and settings by the package `adapters`."""
+
+from collections import Counter
+from typing import Any
+
+from adapterkit import dtypes
+from adapterkit.adapters.adapter_config import plain_settings, rank_settings
+from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys
+from adapterkit.adapters.peft import read_adapter
+from adapterkit.adapters.record import Adapter, Lora
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.hashes import sha256_of_small_file
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all
+from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module
+from adapterkit.formats.schema import Format
+from adapterkit.formats.tensors import Constant, Expression, Stored, reshaped
+from adapterkit.formats.write import File, Written
+
+VALUE, COPY, TOKENS = "value", "copy", "tokens"
+# of a source's settings, what a file of other factors keeps
+KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping")
+
+
+def read_layout(form: Format, folder: Folder, number: int = 0) -> Contents:
+    """The contents of an adapter in PEFT's layout. `Refused` with every key and setting that
+    cannot be used."""
+    adapter = read_adapter(folder, number)
+    modules = [_module(adapter, lora) for lora in adapter.loras]
+    copies = adapter.copies
+    for name, spec in adapter.replaced.items():
+        home, _, leaf = name.rpartition(".")
+        kind = COPY if name in copies else VALUE
+        modules.append(Module(LANGUAGE, home, kind, {leaf: Stored(spec)}, 1.0, 1))
+    for tokens in adapter.tokens:
+        modules.append(
+            Module(LANGUAGE, tokens.module, TOKENS, {"rows": Stored(tokens.values)}, 1.0, 1)
+        )
+    headers = {
+        (number, WEIGHTS): adapter.header_sha256,
+        (number, CONFIG): sha256_of_small_file(folder, CONFIG),
+    }
+    return Contents(form.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
+
+
+def _module(adapter: Adapter, lora: Lora) -> Module:
+    name, config = adapter.pattern_name(lora), adapter.config
+    rank, alpha = adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
+    if config.get("use_rslora"):
+        alpha = adapter.scale(rank, alpha) * rank
+    parts: dict[str, Expression] = {"a": Stored(lora.a), "b": Stored(lora.b)}
+    if lora.magnitude is not None:
+        magnitude = Stored(lora.magnitude)
+        parts["magnitude"] = reshaped(magnitude, (max(magnitude.shape),))
+    if lora.bias is not None:
+        parts["bias"] = Stored(lora.bias)
+    embedding = lora.kind == "embedding"
+    return Module(LANGUAGE, lora.module, FACTORS, parts, float(alpha), rank, embedding, lora.depth)
+
+
+def write_layout(contents: Contents, form: Format, *, dtype: str | None = None) -> File:
+    """The adapter of these contents in PEFT's layout. `Refused` with all that it cannot hold."""
+    refuse_all(_problems(contents, form))
+    is_own = bool(contents.config.get("peft_type"))
+    loras = [m for m in contents.modules if m.kind == FACTORS]
+    levels = Counter(m.name for m in loras)
+    has_bias = any("bias" in m.parts for m in loras)
+    tensors: list[Written] = []
+    for module in contents.modules:
+        if module.kind != FACTORS:
+            for part in module.parts.values():
+                assert isinstance(part, Stored)
+                tensors.append(Written(canonical_key(part.spec.key), part, part.dtype, module.path))
+            continue
+        kind = "embedding" if module.embedding else "module"
+        keys = part_keys(module.name, kind, levels, module.depth)
+        parts = dict(module.parts)
+        if has_bias and "bias" not in parts:
+            parts["bias"] = Constant((module.out,), 0.0, parts["b"].dtype)
+        tail = len(parts["a"].shape) - 2
+        if "magnitude" in parts and tail > 0:  # of a convolution
+            parts["magnitude"] = reshaped(parts["magnitude"], (1, module.out, *(1,) * tail))
+        tensors += [
+            Written(keys[role], part, dtype or part.dtype, module.path)
+            for role, part in parts.items()
+        ]
+    tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
+    settings = _settings(contents, loras, is_own)
+    return File(form, tensors, {"format": "pt"}, contents.modules, settings=settings)
+
+
+def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
+    """Refusals of what the layout cannot hold."""
+    errors: list[AdapterkitError] = []
+    where = contents.folders[0].label
+    known = (FACTORS, VALUE, COPY, TOKENS)
+    others = [m.path for m in contents.modules if m.kind not in known or "mid" in m.parts]
+    if others:
+        errors.append(
+            Refused(
+                f"{len(others)} modules of other kinds: {listed(others)}",
+                expected="low-rank factors",
+                where=where,
+                hint="give --rank N to make factors of them",
+            )
+        )
+    loras = [m for m in contents.modules if m.kind == FACTORS]
+    plain = [m.path for m in loras if "magnitude" not in m.parts]
+    if plain and len(plain) < len(loras):
+        errors.append(
+            Refused(
+                f"magnitudes, but none for {listed(plain)}",
+                expected="magnitudes of all modules or none (use_dora)",
+                where=where,
+                hint="give --base and --rank N to make plain factors of them",
+            )
+        )
+    components = contents.components
+    if len(components) > 1:
+        errors.append(
+            Refused(
+                f"components {', '.join(components)}",
+                expected=f"one: {form.title} is for a single model",
+                where=where,
+                hint="give --prefix-only COMPONENT, one after the other",
+            )
+        )
+    return errors
+
+
+def _settings(contents: Contents, loras: list[Module], is_own: bool) -> dict[str, Any]:
+    """adapter_config.json: a source's own where it has one, with the ranks and scales."""
+    ranks = {m.name: m.rank for m in loras}
+    alphas = {m.name: _number(m.alpha) for m in loras}
+    if is_own:
+        return dict(contents.config)
+    settings: dict[str, Any] = {k: contents.config[k] for k in KEPT if k in contents.config}
+    settings = {"base_model_name_or_path": None, "task_type": None} | settings | plain_settings()
+    settings |= {
+        "target_modules": sorted(ranks),
+        "use_dora": any("magnitude" in m.parts for m in loras),
+        "lora_bias": any("bias" in m.parts for m in loras),
+    }
+    return settings | rank_settings(ranks, alphas)
+
+
+def _number(value: float) -> float | int:
+    """A whole number as an int, as configs have them."""
+    return int(value) if value.is_integer() else value

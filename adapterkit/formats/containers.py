@@ -1,0 +1,63 @@
+"""The file of a format: its stored tensors and metadata, whatever its container."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder, belonging_to
+from adapterkit.checkpoint.header import TensorSpec, read_header
+from adapterkit.errors import Damaged, Unrecoverable, shown
+
+
+@dataclass(frozen=True)
+class Container:
+    """A file's tensors by key, its metadata, and the hash of what was read of it."""
+
+    file: str
+    tensors: Mapping[str, TensorSpec]
+    metadata: Mapping[str, str]
+    header_sha256: str
+
+
+def open_container(folder: Folder, file: str, number: int) -> Container:
+    """The tensors of a safetensors file. Raises `Damaged`."""
+    with belonging_to(folder):
+        header = read_header(folder, file, number)
+    tensors = {spec.key: spec for spec in header.tensors}
+    return Container(file, tensors, header.metadata, header.sha256)
+
+
+@dataclass(frozen=True)
+class PlanReader:
+    """Reads stored tensors while a conversion is planned: alphas, and factors where the shapes of
+    the output depend on their values."""
+
+    folders: Sequence[Folder]
+
+    def stored(self, spec: TensorSpec) -> Tensor:
+        """The tensor in its own dtype. `Damaged` at the end of the file, `Unrecoverable` if it is
+        not finite."""
+        folder = self.folders[spec.folder]
+        data = folder.read(spec.file, spec.start, spec.stop)
+        if len(data) != spec.nbytes:
+            raise Damaged(
+                f"{len(data)} bytes of {shown(spec.key)}",
+                expected=f"{spec.nbytes}",
+                where=f"{folder.label}/{spec.file}",
+                hint="copy the file again",
+            )
+        dtype = dtypes.torch_dtype(spec.dtype)
+        if not data:
+            return torch.empty(spec.shape, dtype=dtype)
+        value = torch.frombuffer(bytearray(data), dtype=dtype).view(spec.shape)
+        if spec.dtype in dtypes.FLOATS and not value.isfinite().all():
+            raise Unrecoverable(
+                f"{shown(spec.key)} is not finite",
+                expected="finite values",
+                where=f"{folder.label}/{spec.file}",
+                hint="the training went wrong: take an earlier checkpoint",
+            )
+        return value

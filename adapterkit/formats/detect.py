@@ -1,0 +1,92 @@
+"""Which format a source is in, by its keys, metadata and settings."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.strict import read_json
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.formats.containers import Container, open_container
+from adapterkit.formats.library import formats
+from adapterkit.formats.schema import Format
+
+CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf"}
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A source's format, its file, and what was read of it."""
+
+    form: Format
+    container: Container
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def detect(folder: Folder, number: int = 0) -> Detection:
+    """The format of a source. Raises `Refused` where it is in none that is known, `Damaged` where
+    its file cannot be read."""
+    containers: dict[str, Container] = {}
+    damage: AdapterkitError | None = None
+    matches: list[Detection] = []
+    for form in formats().values():
+        for file in _files(folder, form):
+            if file not in containers:
+                try:
+                    containers[file] = open_container(folder, file, number)
+                except AdapterkitError as error:
+                    damage = error
+                    continue
+            config = _config(folder, form)
+            if _is_of(form, containers[file], config):
+                matches.append(Detection(form, containers[file], config))
+    if matches:
+        return max(matches, key=lambda match: match.form.detect.priority)
+    if damage is not None:
+        raise damage
+    keys = [key for container in containers.values() for key in container.tensors]
+    pickled = [name for name in folder.files() if name.endswith(PICKLES)]
+    some = f"keys such as {', '.join(map(shown, keys[:3]))}" if keys else "no safetensors file"
+    raise Refused(
+        f"no adapter of a known format: {some}",
+        expected=", ".join(formats()),
+        where=folder.label,
+        hint=f"{shown(pickled[0])} is a pickle: --allow-pickle reads it with torch's weights_only "
+        "loader"
+        if pickled and not keys
+        else "adapterkit convert --list tells what each format looks like",
+    )
+
+
+def _files(folder: Folder, form: Format) -> Iterator[str]:
+    """The files of a source that may hold an adapter of this format."""
+    files = [name for name in folder.files() if "/" not in name]
+    fits = [
+        name for name in files if CONTAINERS.get(PurePosixPath(name).suffix) == form.file.container
+    ]
+    if form.file.name in fits:
+        yield form.file.name
+    elif len(fits) == 1:
+        yield fits[0]
+
+
+def _config(folder: Folder, form: Format) -> Mapping[str, Any]:
+    name = form.file.config
+    return read_json(folder, name) if name and name in folder.files() else {}
+
+
+def _is_of(form: Format, container: Container, config: Mapping[str, Any]) -> bool:
+    words, keys = form.detect, container.tensors
+    if not (words.keys or words.config or words.metadata):
+        return False
+    return (
+        all(any(pattern.search(key) for key in keys) for pattern in words.keys)
+        and not any(pattern.search(key) for pattern in words.no_keys for key in keys)
+        and all(name in config for name in words.config)
+        and all(
+            pattern.search(container.metadata.get(key, ""))
+            for key, pattern in words.metadata.items()
+        )
+    )

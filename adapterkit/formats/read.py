@@ -1,0 +1,477 @@
+"""A file in a format of the TOML files, as neutral contents: every key has a role, or the file is
+refused with the whole list."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.formats.containers import Container, PlanReader
+from adapterkit.formats.fusing import Fusion, split
+from adapterkit.formats.kinds import is_complete, rank_of
+from adapterkit.formats.library import architectures, formats
+from adapterkit.formats.names import names_of
+from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module
+from adapterkit.formats.rows import Heads
+from adapterkit.formats.schema import KINDS, MODEL, Architecture, Format
+from adapterkit.formats.steps import STEPS
+from adapterkit.formats.tensors import Expression, Stored, reshaped
+
+ALPHA = "alpha"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a caller says of a source."""
+
+    alpha: float | None = None  # of all modules, where the format leaves it to the reader
+    architecture: str | None = None
+    modules: Sequence[str] = ()  # of the base, by which underscored names are told
+    heads: Heads | None = None  # of the base, or of the source's config
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The tensors of one module of a file, by role, before its name is understood."""
+
+    prefix: str  # of its keys
+    head: str  # the key without prefix and suffix
+    kind: str
+    roles: Mapping[str, TensorSpec]
+
+    @property
+    def key(self) -> str:
+        return next(iter(self.roles.values())).key
+
+
+def read(
+    form: Format,
+    folder: Folder,
+    container: Container,
+    config: Mapping,
+    reading: Reading,
+    number: int = 0,
+) -> Contents:
+    """The contents of a file. `Refused` with every key that has no role, every module that is not
+    whole, and every name that is unknown or ambiguous."""
+    errors: list[AdapterkitError] = []
+    where = f"{folder.label}/{container.file}"
+    reader = PlanReader((folder,) * (number + 1))
+    candidates = _candidates(form, reading)
+    raws = _raws(form, container, candidates, errors, where)
+    refuse_all(errors)
+    chosen, resolved = _resolve(form, raws, candidates, container, reading, where)
+    scales = _Scales(form, container, config, reading, reader, where)
+    modules: list[Module] = []
+    for raw, component, names, fusion in resolved:
+        module = scales.module(raw, component, errors)
+        if module is None:
+            continue
+        try:
+            if fusion is None:
+                modules.append(replace(module, name=names[0]))
+            else:
+                modules += split(module, names, fusion, reader)
+        except AdapterkitError as error:
+            errors.append(error)
+    errors += _twice(modules, where)
+    refuse_all(errors)
+    return Contents(
+        form.name,
+        (folder,),
+        tuple(modules),
+        tuple(chosen),
+        container.metadata,
+        dict(config),
+        {(number, container.file): container.header_sha256},
+    )
+
+
+def _candidates(form: Format, reading: Reading) -> list[str]:
+    """The architectures that the names may be of."""
+    known = [name for name in form.names.architectures if name in architectures()]
+    if reading.architecture is None:
+        return known
+    if reading.architecture not in architectures():
+        raise Refused(
+            f"architecture {shown(reading.architecture)}",
+            expected=", ".join(architectures()),
+            where="--architecture",
+            hint="leave it out to have it found by the names",
+        )
+    return [reading.architecture]
+
+
+def _raws(
+    form: Format,
+    container: Container,
+    candidates: Sequence[str],
+    errors: list[AdapterkitError],
+    where: str,
+) -> list[Raw]:
+    """The tensors of the file by module and kind; keys without a role join the errors."""
+    prefixes = _prefixes(form, candidates)
+    heads: dict[tuple[str, str], dict[str, tuple[TensorSpec, dict[str, str]]]] = {}
+    unknown, twice = [], []
+    for key, spec in container.tensors.items():
+        place = _place(form, key, prefixes)
+        if place is None:
+            unknown.append(key)
+            continue
+        prefix, head, suffix, roles = place
+        home = heads.setdefault((prefix, head), {})
+        if suffix in home:
+            twice.append(key)
+        home[suffix] = (spec, roles)
+    if unknown:
+        errors.append(
+            Refused(
+                f"{len(unknown)} keys that are no part of {form.title}: {listed(sorted(unknown))}",
+                expected="keys with a role, each of them",
+                where=where,
+                hint="adapterkit convert --list tells what each format holds",
+            )
+        )
+    if twice:
+        errors.append(
+            Refused(
+                f"{listed(twice)}, and other keys of the same role",
+                expected="each once",
+                where=where,
+                hint="remove one of them",
+            )
+        )
+    raws = []
+    for (prefix, head), tensors in heads.items():
+        raws += _kinds(prefix, head, tensors, errors, where)
+    return raws
+
+
+def _prefixes(form: Format, candidates: Sequence[str]) -> list[str]:
+    """The prefixes of all keys, the longest first."""
+    tables = [form.names.components, *(form.components(name) for name in candidates)]
+    prefixes = {prefix for table in tables for own in table.values() for prefix in own}
+    return sorted(prefixes or {""}, key=lambda prefix: (-len(prefix), prefix))
+
+
+def _component(form: Format, architecture: str | None, prefix: str) -> str | None:
+    """The component whose keys have this prefix; None where there is none."""
+    components = form.components(architecture) or {LANGUAGE: ("",)}
+    return next((name for name, own in components.items() if prefix in own), None)
+
+
+@lru_cache(maxsize=64)
+def _suffixes(form_name: str) -> list[tuple[re.Pattern[str], dict[str, str]]]:
+    """(pattern of a key, kind -> role), the longest suffix first."""
+    suffixes: dict[str, dict[str, str]] = {}
+    for kind, roles in formats()[form_name].kinds.items():
+        for role, texts in roles.items():
+            for text in texts:
+                suffixes.setdefault(text, {})[kind] = role
+    ordered = sorted(suffixes.items(), key=lambda item: (-len(item[0]), item[0]))
+    return [(_pattern(text), roles) for text, roles in ordered]
+
+
+def _pattern(suffix: str) -> re.Pattern[str]:
+    """The keys that end so; `{adapter}` may be an adapter's name."""
+    end = re.escape(suffix).replace(r"\{adapter\}", r"(?:\.\w+)?")
+    return re.compile(f"(.*?){end}")
+
+
+def _place(
+    form: Format, key: str, prefixes: Sequence[str]
+) -> tuple[str, str, str, dict[str, str]] | None:
+    """Prefix, name, suffix and roles of a key; None where it has none."""
+    for pattern, roles in _suffixes(form.name):
+        match = pattern.fullmatch(key)
+        if match is None:
+            continue
+        for prefix in prefixes:
+            if match[1].startswith(prefix) and len(match[1]) > len(prefix):
+                name = match[1].removeprefix(prefix)
+                return prefix, name, "/".join(sorted(set(roles.values()))), roles
+    return None
+
+
+def _kinds(
+    prefix: str,
+    head: str,
+    tensors: Mapping[str, tuple[TensorSpec, dict[str, str]]],
+    errors: list[AdapterkitError],
+    where: str,
+) -> list[Raw]:
+    """The deltas of one module; a key that several kinds have goes to the one that others tell."""
+    kinds = {kind for _, roles in tensors.values() for kind in roles}
+    sets = {
+        kind: {roles[kind]: spec for spec, roles in tensors.values() if kind in roles}
+        for kind in KINDS
+        if kind in kinds
+    }
+    complete = {kind: roles for kind, roles in sets.items() if is_complete(kind, roles)}
+    used: set[str] = set()
+    raws = []
+    for kind, roles in complete.items():
+        own = {role: spec for role, spec in roles.items() if spec.key not in used}
+        if is_complete(kind, own):
+            raws.append(Raw(prefix, head, kind, own))
+            used |= {spec.key for spec in own.values()}
+    missing = sorted(spec.key for spec, _ in tensors.values() if spec.key not in used)
+    if missing:
+        errors.append(
+            Refused(
+                f"{shown(head)} has {listed(missing)} alone",
+                expected="all tensors of a module: both factors",
+                where=where,
+                hint="save the adapter again",
+            )
+        )
+    for raw in raws:
+        for spec in raw.roles.values():
+            if spec.dtype not in dtypes.FLOATS or 0 in spec.shape:
+                errors.append(
+                    Refused(
+                        f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
+                        expected="F32, F16, BF16 or F64, and not empty",
+                        where=where,
+                        hint="save it as floats, gathered from all shards",
+                    )
+                )
+    return raws
+
+
+# (module of the file, component, modules of the model, how they share its rows)
+Resolved = list[tuple[Raw, str, list[str], Fusion | None]]
+
+
+def _resolve(
+    form: Format,
+    raws: Sequence[Raw],
+    candidates: Sequence[str],
+    container: Container,
+    reading: Reading,
+    where: str,
+) -> tuple[list[str], Resolved]:
+    """The architectures whose names these are, and each module's in the model."""
+    if not candidates:
+        return [], _without_rules(form, raws, reading, where)
+    attempts = {name: _attempt(form, name, raws, reading.heads) for name in candidates}
+    fits = [name for name, (_, unknown) in attempts.items() if not unknown]
+    if not fits and form.names.naming == MODEL and (form.names.style == "dots" or reading.modules):
+        return [], _without_rules(form, raws, reading, where)
+    if not fits:
+        name, (_, unknown) = min(attempts.items(), key=lambda item: len(item[1][1]))
+        raise Refused(
+            f"{len(unknown)} of {len(raws)} modules are not in {name}, whose names fit best: "
+            f"{listed(unknown)}",
+            expected=f"modules of {', '.join(candidates)}",
+            where=where,
+            hint="give --base, the model it was trained on, or --architecture",
+        )
+    likely = [name for name in fits if _is_likely(architectures()[name], raws, container)]
+    fits = likely or fits
+    results = [
+        [(raw.key, component, names) for raw, component, names, _ in attempts[name][0]]
+        for name in fits
+    ]
+    if any(result != results[0] for result in results):
+        raise Refused(
+            f"names that {' and '.join(fits)} have, for other modules",
+            expected="names of one architecture",
+            where=where,
+            hint="give --architecture",
+        )
+    return fits, attempts[fits[0]][0]
+
+
+def _attempt(
+    form: Format, name: str, raws: Sequence[Raw], heads: Heads | None
+) -> tuple[Resolved, list[str]]:
+    """The modules by the names of one architecture, and the keys that it does not have."""
+    naming, style = form.naming(name), form.names.style
+    resolved: Resolved = []
+    unknown: list[str] = []
+    for raw in raws:
+        component = _component(form, name, raw.prefix)
+        names = None if component is None else names_of(name, component, naming, style)
+        matches = [] if names is None else names.find(raw.head)
+        if names is None or component is None or len(matches) != 1:
+            unknown.append(raw.key)
+            continue
+        fusion = None if naming == MODEL else Fusion(matches[0].rule, naming, heads)
+        resolved.append((raw, component, names.models(matches[0]), fusion))
+    return resolved, unknown
+
+
+def _without_rules(form: Format, raws: Sequence[Raw], reading: Reading, where: str) -> Resolved:
+    """Modules whose names are the model's, with dots or, by the base's modules, underscores."""
+    resolved: Resolved = []
+    errors: list[AdapterkitError] = []
+    for raw in raws:
+        component = _component(form, None, raw.prefix)
+        try:
+            resolved.append((raw, component or "", [_from_base(form, raw, reading, where)], None))
+        except AdapterkitError as error:
+            errors.append(error)
+    refuse_all(errors)
+    return resolved
+
+
+def _is_likely(architecture: Architecture, raws: Iterable[Raw], container: Container) -> bool:
+    """Whether metadata or shapes say that it is this architecture, or nothing speaks of any."""
+    hints = architecture.detect
+    told = [
+        pattern.search(container.metadata[key]) is not None
+        for key, pattern in hints.metadata.items()
+        if key in container.metadata
+    ]
+    told += [
+        raw.roles["a"].shape[1] == size
+        for pattern, size in hints.shapes.items()
+        for raw in raws
+        if raw.kind == FACTORS and re.search(pattern, raw.head)
+    ]
+    return all(told)
+
+
+def _from_base(form: Format, raw: Raw, reading: Reading, where: str) -> str:
+    """The module of an underscored name among the base's; dotted names are the model's."""
+    if form.names.style == "dots":
+        return raw.head
+    fits = [name for name in reading.modules if name.replace(".", "_") == raw.head]
+    if len(fits) != 1:
+        raise Refused(
+            f"{shown(raw.head)}: {listed(fits) if fits else 'no module of that name'}",
+            expected="one module of the base",
+            where=where,
+            hint="give --base, the model it was trained on",
+        )
+    return fits[0]
+
+
+class _Scales:
+    """Alphas of a file's modules, from where the format has them."""
+
+    def __init__(
+        self,
+        form: Format,
+        container: Container,
+        config: Mapping,
+        reading: Reading,
+        reader: PlanReader,
+        where: str,
+    ):
+        self.form, self.reading, self.reader, self.where = form, reading, reader, where
+        self.config, self.container = config, container
+
+    def module(self, raw: Raw, component: str, errors: list[AdapterkitError]) -> Module | None:
+        """The module of a file, still under the file's name; None where something is wrong."""
+        parts = {
+            role: self._neutral(raw.kind, role, Stored(spec))
+            for role, spec in raw.roles.items()
+            if role != ALPHA
+        }
+        kind, embedding = raw.kind, raw.kind == "embedding"
+        rank = rank_of(kind, parts)
+        stored = Stored(raw.roles[ALPHA]) if ALPHA in raw.roles else None
+        if kind == FACTORS or embedding:
+            problem = _shape_problem(parts)
+            if problem:
+                errors.append(
+                    Refused(
+                        f"{shown(raw.head)}: {problem}",
+                        expected="a (r, in) and b (out, r)",
+                        where=self.where,
+                        hint="save the adapter again",
+                    )
+                )
+                return None
+        try:
+            alpha = float(rank or 1) if rank is None else self._alpha(raw, rank, stored)
+        except AdapterkitError as error:
+            errors.append(error)
+            return None
+        return Module(
+            component,
+            raw.head,
+            FACTORS if embedding else kind,
+            parts,
+            alpha,
+            rank or 1,
+            embedding,
+            stored_alpha=stored,
+        )
+
+    def _neutral(self, kind: str, role: str, value: Expression) -> Expression:
+        """A stored tensor as the neutral form has it."""
+        steps = self.form.steps
+        for step in steps.get(f"{kind}.{role}", steps.get(role, ())):
+            value = STEPS[step].read(value)
+        if role == "magnitude":
+            value = reshaped(value, (max(value.shape),))
+        return value
+
+    def _alpha(self, raw: Raw, rank: int, stored: Stored | None) -> float:
+        words = self.form.scale
+        number: float | None = None
+        if stored is not None:
+            if stored.spec.shape not in ((), (1,)):
+                raise Refused(
+                    f"{shown(stored.spec.key)} has shape {stored.spec.shape}",
+                    expected="one number",
+                    where=self.where,
+                    hint="save the adapter again",
+                )
+            number = float(self.reader.stored(stored.spec).double().reshape(()))
+        elif words.place in ("config", "metadata"):
+            number = self._declared(raw)
+        if number is None:
+            number = self.reading.alpha
+        if number is None:
+            if words.default == "ask":
+                raise Refused(
+                    f"{self.form.title} does not say alpha",
+                    expected="--alpha A, as in training (the scale is alpha / rank)",
+                    where=self.where,
+                    hint="give --alpha",
+                )
+            number = float(rank) if words.default == "rank" else float(words.default)
+        return number * rank if words.means == "scale" and stored is None else number
+
+    def _declared(self, raw: Raw) -> float | None:
+        """Alpha, or the scale, as the config or the metadata says."""
+        key = self.form.config.read.get(self.form.scale.means)
+        value: object = self.config
+        for word in (key or "").split("."):
+            value = value.get(word) if isinstance(value, Mapping) else None
+        return float(value) if isinstance(value, int | float) else None
+
+
+def _shape_problem(parts: Mapping[str, Expression]) -> str:
+    a, b = parts["a"].shape, parts["b"].shape
+    mid = parts.get("mid")
+    inner = mid.shape[:2] if mid is not None else (a[0], a[0])
+    fits = len(a) >= 2 and len(b) >= 2 and inner[1] == a[0] and inner[0] == b[1]
+    return "" if fits and set(b[2:]) <= {1} else f"factors of shapes {a} and {b}"
+
+
+def _twice(modules: Sequence[Module], where: str) -> list[AdapterkitError]:
+    """Modules of the model that two modules of the file stand for."""
+    seen: set[tuple[str, str, str]] = set()
+    errors: list[AdapterkitError] = []
+    for module in modules:
+        key = (module.component, module.name, module.kind)
+        if key in seen:
+            errors.append(
+                Refused(
+                    f"{shown(module.path)} twice, under two names",
+                    expected="each module once",
+                    where=where,
+                    hint="remove one of them",
+                )
+            )
+        seen.add(key)
+    return errors

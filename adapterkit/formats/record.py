@@ -1,0 +1,63 @@
+"""The neutral form of an adapter between two formats: its modules, in the names of the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.formats.tensors import Expression
+
+FACTORS = "lora"  # the kind of plain low-rank factors
+LANGUAGE = ""  # the component of an adapter for a single model
+
+
+@dataclass(frozen=True)
+class Module:
+    """What an adapter does to one module: the expressions of its kind by role.
+
+    kind lora: delta = scale · b @ a, with a (r, in, *kernel), b (out, r, *1), mid (r, r, *kernel),
+    magnitude (out,) of DoRA and bias (out,), times scale; of an embedding (b @ a)ᵀ.
+    """
+
+    component: str  # of a pipeline: unet, transformer, text_encoder, ...; "" of a single model
+    name: str  # dotted path in the model as transformers or diffusers loads it
+    kind: str
+    parts: Mapping[str, Expression]
+    alpha: float
+    rank: int
+    embedding: bool = False
+    depth: int = 0  # wrappers of the module's other parameters around this one's factors
+    stored_alpha: Expression | None = None  # as the source has it
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def path(self) -> str:
+        """The name with the component in front, for messages and receipts."""
+        return f"{self.component}.{self.name}" if self.component else self.name
+
+    @property
+    def out(self) -> int:
+        """Rows of the delta."""
+        return self.parts["b"].shape[0]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a source holds; its tensors are expressions over the job's inputs."""
+
+    format: str
+    folders: tuple[Folder, ...]  # the inputs, by the numbers in the specs
+    modules: Sequence[Module]
+    architectures: tuple[str, ...] = ()  # those whose names fit; none: not looked for
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the source, by component or plain
+    headers: Mapping[tuple[int, str], str] = field(default_factory=dict)  # sha256 of the inputs'
+    notes: Sequence[str] = ()
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(module.component for module in self.modules))

@@ -1,0 +1,253 @@
+"""The words of the TOML files, each with its type; a word that is not here is an error.
+
+A format says how files hold an adapter; an architecture says how modules are named. Nothing of
+theirs is evaluated.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+R = TypeVar("R")
+MODEL = "model"  # the naming of the loaded model
+# rules' words that are no namings
+RULE_WORDS = ("rows", "steps")
+# roles of each kind of delta
+KINDS: dict[str, tuple[str, ...]] = {
+    "lora": ("a", "b", "mid", "magnitude", "bias", "alpha"),
+    "embedding": ("a", "b", "alpha"),
+    "loha": ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "magnitude", "alpha"),
+    "lokr": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude", "alpha"),
+    "oft": ("blocks", "rescale", "alpha"),
+    "full": ("diff", "diff_b"),
+    "value": ("weight", "bias"),
+}
+
+
+@dataclass(frozen=True)
+class FileWords:
+    """Which files hold the adapter."""
+
+    container: str = "safetensors"  # or gguf, pickle
+    name: str = "adapter_model.safetensors"  # in a folder
+    config: str = ""  # the file of settings beside it
+    carry: tuple[str, ...] = ()  # other files that go along: patterns of names
+
+
+@dataclass(frozen=True)
+class DetectWords:
+    """What a file of the format looks like."""
+
+    priority: int = 0
+    keys: tuple[re.Pattern[str], ...] = ()  # each matches some key
+    no_keys: tuple[re.Pattern[str], ...] = ()  # none matches any
+    config: tuple[str, ...] = ()  # settings that are there
+    metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InWords:
+    """Names in one architecture, where they differ from the format's others."""
+
+    naming: str | None = None
+    components: Mapping[str, tuple[str, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class NameWords:
+    """How a key names its module."""
+
+    style: str = "dots"  # or underscores: every dot written as _
+    naming: str = MODEL  # the column of the architectures' rules
+    architectures: tuple[str, ...] = ()  # none: names are the model's, of any architecture
+    components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # -> prefixes of keys
+    inside: Mapping[str, InWords] = field(default_factory=dict)  # "in" in the file
+
+
+@dataclass(frozen=True)
+class ScaleWords:
+    """Where the scale is."""
+
+    place: str = "none"  # tensor, config, metadata, none
+    default: str | float = "rank"  # alpha where there is none: rank (scale 1), a number, ask
+    means: str = "alpha"  # or scale: the stored number is alpha / rank
+    uniform: bool = False  # one rank and one scale for all modules
+    key: str = ""  # of the metadata
+
+
+@dataclass(frozen=True)
+class MetadataWords:
+    """Metadata of the file."""
+
+    carry: tuple[re.Pattern[str], ...] = ()  # keys that stay within the format
+    write: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ConfigWords:
+    """The file of settings: a tree with places to fill in, and where to read each value."""
+
+    write: Mapping[str, Any] = field(default_factory=dict)
+    read: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of adapters."""
+
+    name: str
+    title: str
+    summary: str
+    sources: tuple[str, ...]
+    writes: bool = True
+    layout: str = "keys"  # or adapter: PEFT's, read and written by the package `adapters`
+    clients: tuple[str, ...] = ()
+    file: FileWords = field(default_factory=FileWords)
+    detect: DetectWords = field(default_factory=DetectWords)
+    names: NameWords = field(default_factory=NameWords)
+    kinds: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scale: ScaleWords = field(default_factory=ScaleWords)
+    metadata: MetadataWords = field(default_factory=MetadataWords)
+    config: ConfigWords = field(default_factory=ConfigWords)
+
+    def naming(self, architecture: str | None) -> str:
+        """The column of an architecture's rules in which it writes names."""
+        own = self.names.inside.get(architecture or "")
+        return own.naming if own is not None and own.naming is not None else self.names.naming
+
+    def components(self, architecture: str | None) -> Mapping[str, tuple[str, ...]]:
+        """The prefixes of each component's keys in an architecture."""
+        own = self.names.inside.get(architecture or "")
+        if own is not None and own.components is not None:
+            return own.components
+        return self.names.components
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One module in each naming, or modules of the model that one of another naming fuses."""
+
+    model: tuple[str, ...]
+    namings: Mapping[str, str]
+    rows: tuple[int, ...] = ()  # shares of the fused rows; none: equal
+    steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by naming, to the model
+
+
+@dataclass(frozen=True)
+class ComponentWords:
+    """The modules of one component."""
+
+    include: tuple[str, ...] = ()  # architectures whose rules hold here too
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True)
+class ArchitectureHints:
+    """What tells architectures apart whose names are alike."""
+
+    metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+    shapes: Mapping[str, int] = field(default_factory=dict)  # regex of a module -> size of its `in`
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module names of a family of models."""
+
+    name: str
+    title: str
+    sources: tuple[str, ...]
+    components: Mapping[str, ComponentWords]
+    detect: ArchitectureHints = field(default_factory=ArchitectureHints)
+    tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def format_from(name: str, table: dict[str, Any]) -> Format:
+    """The format of a parsed TOML file; `ValueError` with what is wrong in it."""
+    table = {"name": name, **table}
+    if "in" in table.get("names", {}):
+        names = dict(table["names"])
+        inside = names.pop("in")
+        table["names"] = names | {"inside": inside}
+    one = _record(Format, table, name)
+    for kind, roles in one.kinds.items():
+        unknown = set(roles) - set(KINDS.get(kind, ()))
+        if kind not in KINDS or unknown:
+            raise ValueError(f"{name}: kind {kind!r} with roles {sorted(unknown)}")
+    choices = [
+        ("layout", one.layout, ("keys", "adapter")),
+        ("container", one.file.container, ("safetensors", "gguf", "pickle")),
+        ("style", one.names.style, ("dots", "underscores")),
+        ("place", one.scale.place, ("tensor", "config", "metadata", "none")),
+        ("means", one.scale.means, ("alpha", "scale")),
+    ]
+    for word, value, known in choices:
+        if value not in known:
+            raise ValueError(f"{name}: {word} = {value!r}, expected one of {', '.join(known)}")
+    return one
+
+
+def architecture_from(name: str, table: dict[str, Any]) -> Architecture:
+    """The architecture of a parsed TOML file; `ValueError` with what is wrong in it."""
+    table = {"name": name, **table}
+    components = {}
+    for component, words in table.get("components", {}).items():
+        rules = [_rule(rule, f"{name}.{component}") for rule in words.get("rules", [])]
+        components[component] = words | {"rules": rules}
+    return _record(Architecture, table | {"components": components}, name)
+
+
+def _rule(table: dict[str, Any], where: str) -> Rule:
+    model = table.get("model", [])
+    namings = {k: v for k, v in table.items() if k not in (*RULE_WORDS, MODEL)}
+    if not all(isinstance(text, str) for text in namings.values()):
+        raise ValueError(f"{where}: a naming that is no text in {table}")
+    rule = Rule(
+        (model,) if isinstance(model, str) else tuple(model),
+        namings,
+        tuple(table.get("rows", ())),
+        {naming: tuple(steps) for naming, steps in table.get("steps", {}).items()},
+    )
+    if not rule.model or (rule.rows and len(rule.rows) != len(rule.model)):
+        raise ValueError(f"{where}: model and rows of {table}")
+    return rule
+
+
+def _record(kind: type[R], table: Any, where: str) -> R:
+    """A record of a table; every word is a field of it."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: {table!r} is no table")
+    hints = get_type_hints(kind)
+    names = {one.name for one in fields(kind)}  # pyright: ignore[reportArgumentType]
+    unknown = set(table) - names
+    if unknown:
+        raise ValueError(f"{where}: unknown words {sorted(unknown)}")
+    values = {k: _value(hints[k], v, f"{where}.{k}") for k, v in table.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """A value of the TOML file as the field's type has it."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        options = [one for one in arguments if one is not type(None)]
+        simple = [one for one in options if isinstance(one, type) and isinstance(value, one)]
+        return value if simple else _value(options[0], value, where)
+    if isinstance(value, hint if isinstance(hint, type) else ()) or hint is Any:
+        return value
+    if hint is re.Pattern or origin is re.Pattern:
+        return re.compile(value)
+    if origin is tuple:
+        values = [value] if isinstance(value, str) else value
+        if isinstance(values, list):
+            return tuple(_value(arguments[0], one, where) for one in values)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
+        return {key: _value(arguments[1], one, f"{where}.{key}") for key, one in value.items()}
+    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+        return _record(hint, value, where)
+    raise ValueError(f"{where}: {value!r}")

@@ -1,0 +1,300 @@
+"""Neutral contents as the tensors, metadata and settings of a file in a format."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapterkit import dtypes
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.formats.containers import PlanReader
+from adapterkit.formats.fusing import Fusion, fuse
+from adapterkit.formats.library import architectures
+from adapterkit.formats.names import fitting, names_of
+from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module
+from adapterkit.formats.rows import Heads
+from adapterkit.formats.schema import MODEL, Format
+from adapterkit.formats.steps import STEPS
+from adapterkit.formats.tensors import Constant, Expression, Stored, reshaped, scaled
+
+ALPHA = "alpha"
+
+
+@dataclass(frozen=True)
+class Written:
+    """One output tensor."""
+
+    key: str
+    expression: Expression
+    dtype: str
+    module: str  # for the receipt
+
+
+@dataclass(frozen=True)
+class File:
+    """A file in a format: its tensors, metadata, and the settings beside it."""
+
+    form: Format
+    tensors: Sequence[Written]
+    metadata: Mapping[str, str]
+    modules: Sequence[Module]  # as they are written: fused, scales folded
+    architecture: str | None = None
+    folded: Mapping[str, float] = field(default_factory=dict)  # module -> scale folded into b
+    notes: Sequence[str] = ()
+    settings: Mapping[str, Any] | None = None
+
+
+def write(
+    contents: Contents,
+    form: Format,
+    *,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    heads: Heads | None = None,
+) -> File:
+    """The file of these contents. `Refused` with all that the format cannot hold."""
+    if not form.writes:
+        raise Refused(
+            f"{form.title} is read only",
+            expected="a format that is written",
+            where="--to",
+            hint="adapterkit convert --list tells which are",
+        )
+    refuse_all(_unsupported(contents, form))
+    name, modules = _placed(contents, form, architecture)
+    refuse_all(_homeless(modules, form, name))
+    reader = PlanReader(contents.folders)
+    whole = _fused(modules, form, name, heads, reader)
+    own, folded = _scales(whole, form)
+    tensors = [tensor for module, key in own for tensor in _tensors(module, key, form, dtype)]
+    metadata = dict(form.metadata.write)
+    if contents.format == form.name:
+        metadata |= {
+            key: value
+            for key, value in contents.metadata.items()
+            if any(pattern.search(key) for pattern in form.metadata.carry)
+        }
+    tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
+    return File(form, tensors, metadata, [module for module, _ in own], name, folded)
+
+
+def _unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
+    """Refusals of kinds and roles that the format has no keys for."""
+    errors: list[AdapterkitError] = []
+    lacking: dict[str, list[str]] = {}
+    for module in contents.modules:
+        kind = "embedding" if module.embedding else module.kind
+        roles = form.kinds.get(kind)
+        if roles is None:
+            lacking.setdefault(kind, []).append(module.path)
+            continue
+        for role in module.parts:
+            if role not in roles:
+                lacking.setdefault(f"{role} of {kind}", []).append(module.path)
+    for what, paths in lacking.items():
+        errors.append(
+            Refused(
+                f"{what}, in {len(paths)} modules: {listed(paths)}",
+                expected=f"what {form.title} holds: {', '.join(form.kinds)}",
+                where=contents.folders[0].label if contents.folders else "",
+                hint="give --rank N (and --base for DoRA) to make plain factors of them, or "
+                "another format",
+            )
+        )
+    return errors
+
+
+def _placed(
+    contents: Contents, form: Format, architecture: str | None
+) -> tuple[str | None, list[Module]]:
+    """The architecture in whose names the file is written, None where names are the model's; the
+    modules with their components."""
+    needed = bool(form.names.architectures)
+    modules = list(contents.modules)
+    bare = [m for m in modules if m.component == LANGUAGE]
+    components = form.names.components
+    if not needed and (not components or not bare):
+        return None, modules
+    among = [architecture] if architecture else list(contents.architectures)
+    if not among:
+        among = list(form.names.architectures) if needed else list(architectures())
+    if needed:
+        among = [name for name in among if name in form.names.architectures]
+    among = [name for name in among if name in architectures()]
+    options = [(name, placed) for name in among for placed in _components(modules, name)]
+    results = {tuple((m.component, m.name) for m in placed) for _, placed in options}
+    keys = {name: _keys(form, name, placed) for name, placed in options}
+    if not options or len(results) > 1 or len({tuple(k) for k in keys.values()}) > 1:
+        fits = ", ".join(dict.fromkeys(name for name, _ in options))
+        raise Refused(
+            f"modules of {fits}"
+            if fits
+            else f"no architecture has modules such as {listed([m.path for m in modules])}",
+            expected="one of " + ", ".join(form.names.architectures or sorted(architectures())),
+            where=contents.folders[0].label,
+            hint="give --architecture" + (", or --prefix-only" if bare else ""),
+        )
+    return (options[0][0] if needed else None), options[0][1]
+
+
+def _components(modules: Sequence[Module], architecture: str) -> list[list[Module]]:
+    """The modules with the components of an architecture: one way, or several, or none."""
+    bare = [m for m in modules if m.component == LANGUAGE]
+    others = [(m.component, m.name) for m in modules if m.component != LANGUAGE]
+    if not fitting(others, [architecture]):
+        return []
+    if not bare:
+        return [list(modules)]
+    ways = [
+        component
+        for component in architectures()[architecture].components
+        if fitting([(component, m.name) for m in bare], [architecture])
+    ]
+    return [
+        [replace(m, component=way) if m.component == LANGUAGE else m for m in modules]
+        for way in ways
+    ]
+
+
+def _keys(form: Format, architecture: str, modules: Sequence[Module]) -> list[str | None]:
+    """The names that modules would have in the file."""
+    keys = []
+    for module in modules:
+        prefixes = form.components(architecture).get(module.component, ("",))
+        names = names_of(
+            architecture, module.component, form.naming(architecture), form.names.style
+        )
+        texts = [names.text(match) for match in names.find_model(module.name)]
+        keys += [None if text is None else prefixes[0] + text for text in texts]
+    return keys
+
+
+def _homeless(
+    modules: Sequence[Module], form: Format, architecture: str | None
+) -> list[AdapterkitError]:
+    """Refusals of components that the format has no keys for."""
+    components = form.components(architecture)
+    if not components:
+        several = {m.component for m in modules}
+        if len(several) <= 1:
+            return []
+        return [
+            Refused(
+                f"components {listed(sorted(several))}",
+                expected=f"one: {form.title} is for a single model",
+                where="--to",
+                hint="give --prefix-only COMPONENT, one after the other",
+            )
+        ]
+    lacking = sorted({m.component for m in modules} - set(components))
+    return [
+        Refused(
+            f"component {shown(name) or 'of a single model'}",
+            expected=f"{', '.join(components)}, which {form.title} holds",
+            where="--to",
+            hint="give --prefix-only to leave it out",
+        )
+        for name in lacking
+    ]
+
+
+def _fused(
+    modules: Sequence[Module],
+    form: Format,
+    architecture: str | None,
+    heads: Heads | None,
+    reader: PlanReader,
+) -> list[tuple[Module, str]]:
+    """The file's modules with their keys without suffix."""
+    components = form.components(architecture)
+    prefix = lambda module: components.get(module.component, ("",))[0]
+    styled = lambda name: name.replace(".", "_") if form.names.style == "underscores" else name
+    if architecture is None:
+        return [(m, prefix(m) + styled(m.name)) for m in modules]
+    naming = form.naming(architecture)
+    groups: dict[tuple[str, str, str], dict[int, Module]] = {}
+    fusions: dict[tuple[str, str, str], Fusion] = {}
+    errors: list[AdapterkitError] = []
+    lacking = []
+    for module in modules:
+        names = names_of(architecture, module.component, naming, form.names.style)
+        match, text = None, None
+        for match in names.find_model(module.name):
+            text = names.text(match)
+            if text is not None:
+                break
+        if match is None or text is None:
+            lacking.append(module.path)
+            continue
+        part = 0 if naming == MODEL else match.part
+        key = (module.component, text, module.kind)
+        groups.setdefault(key, {})[part] = module
+        rule = (
+            replace(match.rule, model=(match.rule.model[match.part],), rows=())
+            if (naming == MODEL)
+            else match.rule
+        )
+        fusions[key] = Fusion(rule, naming, heads)
+    if lacking:
+        errors.append(
+            Refused(
+                f"{len(lacking)} modules without a name there: {listed(lacking)}",
+                expected=f"modules that {form.title} names for {architecture}",
+                where="--to",
+                hint="choose another format",
+            )
+        )
+    whole = []
+    for (component, text, kind), members in groups.items():
+        try:
+            module = fuse(members, text, fusions[component, text, kind], reader)
+        except AdapterkitError as error:
+            errors.append(error)
+            continue
+        whole.append((replace(module, name=text), prefix(module) + text))
+    refuse_all(errors)
+    return whole
+
+
+def _scales(
+    modules: Sequence[tuple[Module, str]], form: Format
+) -> tuple[list[tuple[Module, str]], dict[str, float]]:
+    """The modules with their scales where the format can say them; others have them in b."""
+    if form.scale.place != "none":
+        return list(modules), {}
+    folded: dict[str, float] = {}
+    own = []
+    for module, key in modules:
+        if module.kind == FACTORS and module.scale != 1:
+            folded[module.path] = module.scale
+            parts = dict(module.parts)
+            for role in ("b", "bias"):
+                if role in parts:
+                    parts[role] = scaled(parts[role], module.scale)
+            module = replace(module, parts=parts, alpha=float(module.rank), stored_alpha=None)
+        own.append((module, key))
+    return own, folded
+
+
+def _tensors(module: Module, key: str, form: Format, dtype: str | None) -> list[Written]:
+    """The tensors of a module under their keys."""
+    kind = "embedding" if module.embedding else module.kind
+    suffixes = form.kinds[kind]
+    written = []
+    for role, part in module.parts.items():
+        value = part
+        for step in reversed(form.steps.get(f"{kind}.{role}", form.steps.get(role, ()))):
+            value = STEPS[step].write(value)
+        suffix = suffixes[role][0].replace("{adapter}", "")
+        written.append(Written(key + suffix, value, dtype or value.dtype, module.path))
+    if form.scale.place == "tensor" and ALPHA in suffixes:
+        value = _alpha(module, dtype)
+        written.append(Written(key + suffixes[ALPHA][0], value, value.dtype, module.path))
+    return written
+
+
+def _alpha(module: Module, dtype: str | None) -> Expression:
+    """The tensor of a module's alpha: as the source has it, else a float32."""
+    stored = module.stored_alpha
+    if isinstance(stored, Stored):
+        return stored if stored.shape == () else reshaped(stored, ())
+    return Constant((), module.alpha)

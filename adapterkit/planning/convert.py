@@ -1,0 +1,170 @@
+"""The plan of a conversion: a source in any format that is read, a file in any that is written."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import Refused, listed
+from adapterkit.formats.adapter import read_layout, write_layout
+from adapterkit.formats.detect import Detection, detect
+from adapterkit.formats.library import format_named
+from adapterkit.formats.read import Reading, read
+from adapterkit.formats.record import LANGUAGE, Contents
+from adapterkit.formats.rows import Heads, model_heads
+from adapterkit.formats.schema import Format
+from adapterkit.formats.tensors import Stored
+from adapterkit.formats.write import File, Written, write
+from adapterkit.plan import Computed, Plan, Task
+from adapterkit.planning.cards import adapter_card
+from adapterkit.planning.folder_files import Files, as_json
+from adapterkit.planning.input_files import identities
+from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.converted import ConvertedTensor
+
+ADAPTER_LAYOUT = "adapter"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command; fields have their names."""
+
+    to: str
+    alpha: float | None = None
+    rank: int | None = None
+    dtype: str | None = None
+    lossy: bool = False
+    prefix_only: str | None = None
+    architecture: str | None = None
+
+
+def plan_convert(
+    source: Folder, options: Options, base: Checkpoint | None = None, file: str | None = None
+) -> Plan:
+    """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
+    of the one file that is wanted; without it, a folder as the format has it."""
+    form = format_named(options.to)
+    detection = detect(source)
+    contents = read_contents(source, detection, options, base)
+    written = written_file(contents, form, options, base)
+    name = file or form.file.name
+    folders = contents.folders if base is None else (*contents.folders, base.folder)
+    tasks = tuple(_task(tensor) for tensor in written.tensors)
+    shard = Computed(name, tasks, dict(written.metadata), safetensors_order=True)
+    files: Files = {}
+    if file is None:
+        files = _files(contents, written)
+    decisions = {
+        "from": contents.format,
+        "to": form.name,
+        "architecture": written.architecture or (contents.architectures or (None,))[0],
+        "modules": len(written.modules),
+        "folded": dict(written.folded),
+    }
+    receipt_options = {k: v for k, v in vars(options).items() if v not in (None, False)}
+    notes = (*contents.notes, *written.notes, *_folded_note(form, written))
+    return Plan(
+        "convert",
+        receipt_options,
+        folders,
+        dict(contents.headers),
+        identities(folders, contents.headers),
+        (shard,),
+        files,
+        decisions,
+        notes,
+        models=() if base is None else (len(folders) - 1,),
+    )
+
+
+def read_contents(
+    source: Folder, detection: Detection, options: Options, base: Checkpoint | None
+) -> Contents:
+    """The source's contents, of the components that are asked for."""
+    form = detection.form
+    if form.layout == ADAPTER_LAYOUT:
+        contents = read_layout(form, source)
+    else:
+        reading = Reading(
+            options.alpha, options.architecture, modules_of(base), heads_of(base, detection.config)
+        )
+        contents = read(form, source, detection.container, detection.config, reading)
+    return _selected(contents, options.prefix_only)
+
+
+def modules_of(base: Checkpoint | None) -> list[str]:
+    """The modules of a base by its keys."""
+    return [] if base is None else sorted({key.rpartition(".")[0] for key in base.tensors})
+
+
+def heads_of(base: Checkpoint | None, config: Mapping[str, Any]) -> Heads | None:
+    """Numbers of heads, by the base's config or the source's."""
+    return model_heads(config if base is None else base.config)
+
+
+def _selected(contents: Contents, component: str | None) -> Contents:
+    """The contents of one component; bare modules are taken for it."""
+    if component is None:
+        return contents
+    pattern = re.compile(re.escape(component))
+    if contents.components == (LANGUAGE,):
+        modules = [replace(m, component=component) for m in contents.modules]
+    else:
+        modules = [m for m in contents.modules if pattern.fullmatch(m.component)]
+    if not modules:
+        raise Refused(
+            f"no component {component}",
+            expected=f"one of {listed(contents.components)}",
+            where="--prefix-only",
+            hint="choose one of them",
+        )
+    return replace(contents, modules=tuple(modules))
+
+
+def written_file(
+    contents: Contents, form: Format, options: Options, base: Checkpoint | None
+) -> File:
+    """The file of these contents in a format."""
+    dtype = dtypes.parse(options.dtype) if options.dtype else None
+    if form.layout == ADAPTER_LAYOUT:
+        return write_layout(contents, form, dtype=dtype)
+    return write(
+        contents,
+        form,
+        architecture=options.architecture,
+        dtype=dtype,
+        heads=heads_of(base, contents.config),
+    )
+
+
+def _task(tensor: Written) -> Task:
+    """A copy of bytes where nothing is computed."""
+    if isinstance(tensor.expression, Stored) and tensor.dtype == tensor.expression.dtype:
+        return CopiedTensor(tensor.key, tensor.expression.spec, tensor.key, checked=True)
+    return ConvertedTensor(tensor.key, tensor.key, tensor.expression, tensor.dtype)
+
+
+def _files(contents: Contents, written: File) -> Files:
+    """The files of a folder besides its weights."""
+    files: Files = {}
+    form = written.form
+    if form.layout == ADAPTER_LAYOUT:
+        base = contents.config.get("base_model_name_or_path")
+        card = adapter_card(base, [], f"converted from {contents.format}")
+        files["README.md"] = card.encode()
+    if written.settings is not None:
+        files[form.file.config] = as_json(dict(written.settings))
+    return files
+
+
+def _folded_note(form: Format, written: File) -> list[str]:
+    if not written.folded:
+        return []
+    scales = sorted(set(written.folded.values()))
+    return [
+        f"{form.title} stores no scale: that of {len(written.folded)} modules is in b now "
+        f"({listed(scales)})"
+    ]

@@ -1,0 +1,90 @@
+"""convert: an adapter from the layout of one tool into that of another."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.checkpoint.storage import storage_errors, sync_folder
+from adapterkit.engines.execution import Execution, writes
+from adapterkit.errors import Refused
+from adapterkit.options import StrPath, text
+from adapterkit.plan import Plan, Progress
+from adapterkit.planning.convert import Options, plan_convert
+from adapterkit.planning.sources import open_model, open_unconverted
+from adapterkit.receipt import Receipt
+
+FILES = (".safetensors", ".gguf")
+
+
+@writes(to=text)
+def convert(
+    src: StrPath,
+    *,
+    to: str,
+    out: StrPath,
+    base: StrPath | None = None,
+    alpha: float | None = None,
+    rank: int | None = None,
+    dtype: str | None = None,
+    lossy: bool = False,
+    prefix_only: str | None = None,
+    architecture: str | None = None,
+    allow_pickle: bool = False,
+    hash: str = "sha256",
+    device: str = "auto",
+    memory: str | int | None = None,
+    engine: str = "local",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done: None,
+) -> Receipt | Plan:
+    """Write an adapter in the layout of another tool: the same delta, scale · b @ a, of every
+    module.
+
+    The source's format is told by its keys and settings. Every key has a role, or the source is
+    refused with the whole list. Fused modules are split with a shared a, and fused again without a
+    larger rank. A format that stores no scale has it in b, rounded once, which a note says.
+    `base`, a model, tells underscored names and numbers of heads; `architecture` the names of its
+    family, where names alone are ambiguous; `alpha` what the source leaves to the reader;
+    `prefix_only` takes one component of a pipeline (unet, transformer, text_encoder, ...), and says
+    which one the modules of a single model are. `rank` makes plain factors of other kinds of
+    deltas, which loses what the receipt measures and needs `lossy`. An `out` that ends in
+    .safetensors or .gguf is a file, else a folder as the format has it. Raises `Refused` before
+    anything is written.
+    """
+    options = Options(to, alpha, rank, dtype, lossy, prefix_only, architecture)
+    folder = open_unconverted(src)
+    checkpoint = None if base is None else open_checkpoint(open_model(base), 1)
+    target = Path(out)
+    is_file = target.suffix in FILES
+    plan = plan_convert(folder, options, checkpoint, target.name if is_file else None)
+    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    return _run_to_file(execution, plan, folder) if is_file else execution.run(plan)
+
+
+def _run_to_file(execution: Execution, plan: Plan, source: Folder) -> Receipt | Plan:
+    """Run a plan of one file in a folder beside it, and give the file its name; the receipt is
+    NAME.adapterkit.json."""
+    out = Path(execution.out)
+    if out.is_symlink() or out.is_dir() or (out.exists() and not execution.overwrite):
+        raise Refused(
+            "a link or a folder of that name" if not out.is_file() else "a file of that name",
+            expected="a new file",
+            where=str(out),
+            hint="choose another --out, or give --overwrite",
+        )
+    work = out.with_name(f".{out.name}.converted")
+    receipt = replace(execution, out=work, overwrite=True).run(plan)
+    if isinstance(receipt, Plan):
+        return receipt
+    beside = out.with_name(f"{out.stem}.adapterkit.json")
+    with storage_errors(out):
+        os.replace(work / RECEIPT, beside)
+        os.replace(work / out.name, out)
+        work.rmdir()
+        sync_folder(out.resolve().parent)
+    return Receipt(out, receipt.data)
