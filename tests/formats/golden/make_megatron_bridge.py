@@ -1,0 +1,115 @@
+"""Make the golden adapters of Megatron-Bridge: `python make_megatron_bridge.py REPO FOLDER`.
+
+REPO: a clone of NVIDIA-NeMo/Megatron-Bridge at 067f987. The functions of its `peft_bridge.py` that
+turn exported factors into PEFT's files run here by themselves, as `AutoBridge.save_hf_adapter`
+calls them; the factors are random, under the names that the exporter gives them. torch 2.13.0.
+
+`truth.safetensors` has what Megatron multiplies, by the names of the exporter: a (E, r, in) and b
+(E, out, r) of a stack.
+"""
+
+import ast
+import json
+import sys
+import types
+from collections import defaultdict, namedtuple
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+SOURCE = "src/megatron/bridge/models/conversion/peft_bridge.py"
+HFWeightTuple = namedtuple("HFWeightTuple", ["param_name", "weight"])
+HIDDEN, INNER, EXPERTS, RANK = 8, 6, 3, 2
+
+
+def functions(repo: Path) -> Any:
+    """The functions of the module, without its imports and classes."""
+    tree = ast.parse((repo / SOURCE).read_text())
+    kept = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    kept += [n for n in tree.body if isinstance(n, ast.Assign) and "_HF_LORA" in ast.unparse(n)]
+    module = types.ModuleType("peft_bridge")
+    module.__dict__.update(torch=torch, defaultdict=defaultdict, PEFT=object, Iterable=Iterable)
+    module.__dict__.update(Dict=dict, List=list, Optional=Any, Union=Any)
+    code = "from __future__ import annotations\n" + "\n".join(map(ast.unparse, kept))
+    dora = types.ModuleType("megatron.bridge.peft.dora")
+    dora.DoRA = type("DoRA", (), {})  # type: ignore[attr-defined]
+    for name in ("megatron", "megatron.bridge", "megatron.bridge.peft"):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules[dora.__name__] = dora
+    exec(code, module.__dict__)
+    return module
+
+
+def factors(out: int, width: int, rank: int = RANK, experts: int | None = None) -> Any:
+    lead = () if experts is None else (experts,)
+    return torch.randn(*lead, rank, width), torch.randn(*lead, out, rank)
+
+
+def dense() -> dict[str, Any]:
+    """q, k, v of one fused adapter (one a), a projection, gate and up of one fused adapter."""
+    pairs = {}
+    layer = "model.layers.0."
+    a = factors(HIDDEN, HIDDEN)[0]
+    for name, out in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4)):
+        pairs[f"{layer}self_attn.{name}"] = (a, factors(out, HIDDEN)[1])
+    pairs[f"{layer}self_attn.o_proj"] = factors(HIDDEN, HIDDEN, 3)
+    return pairs
+
+
+def stacked() -> dict[str, Any]:
+    home = "model.language_model.layers.0.mlp.experts."
+    return {
+        f"{home}gate_up_proj": factors(2 * INNER, HIDDEN, experts=EXPERTS),
+        f"{home}down_proj": factors(HIDDEN, INNER, experts=EXPERTS),
+        "model.language_model.layers.0.self_attn.o_proj": factors(HIDDEN, HIDDEN),
+    }
+
+
+def each() -> dict[str, Any]:
+    """Fused gate and up of each expert, split by the exporter: they have one a."""
+    pairs = {}
+    for expert in range(EXPERTS):
+        home = f"model.layers.0.mlp.experts.{expert}."
+        a, b = factors(2 * INNER, HIDDEN)
+        pairs |= {
+            f"{home}gate_proj": (a, b[:INNER].clone()),
+            f"{home}up_proj": (a, b[INNER:].clone()),
+        }
+        pairs[f"{home}down_proj"] = factors(HIDDEN, INNER)
+    return pairs
+
+
+def write(bridge: Any, folder: Path, pairs: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = [
+        HFWeightTuple(f"{name}.lora_{letter}.weight", tensor)
+        for name, pair in pairs.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    ]
+    state, modules, parameters = bridge.convert_adapter_weights_to_peft_state(weights)
+    config = bridge.build_adapter_config_dict(
+        types.SimpleNamespace(dim=RANK, alpha=3, dropout=0.1),
+        target_modules=bridge.infer_target_modules_from_adapter_weights(modules),
+        target_parameters=parameters,
+        base_model_name_or_path="base",
+        rank_pattern=bridge.infer_rank_pattern_from_adapter_weights(weights, default_rank=RANK),
+    )
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    state = {key: tensor.clone() for key, tensor in state.items()}
+    save_file(state, folder / "adapter_model.safetensors")
+    truth = {name: tensor.clone().contiguous() for name, tensor in weights}
+    save_file(truth, folder / "truth.safetensors")
+
+
+def main(repo: Path, out: Path) -> None:
+    torch.manual_seed(0)
+    bridge = functions(repo)
+    for make in (dense, stacked, each):
+        write(bridge, out / "megatron-bridge" / make.__name__, make())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,131 @@
+"""Make the golden adapters of PEFT: `python make_peft.py FOLDER`.
+
+With PEFT 0.21.2 and transformers 5.24.0: `peft/`, the experts as stacks whose matrices are (out,
+in). With PEFT 0.18.1 and transformers 4.57.1: `peft-per-expert/`, where each expert is a module;
+with PEFT 0.18.1 and both versions of transformers: `peft-0.18/`, stacks in its layout; torch
+2.13.0.
+
+Each adapter is beside the model that it was made on (`base/`) and the logits of both
+(`logits.safetensors`: tokens, base, adapted).
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+SIZES = {
+    "vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts_per_tok": 2,
+    "head_dim": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+MODELS = {
+    "mixtral": {"num_local_experts": 3},
+    "qwen2_moe": {
+        "num_experts": 3, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 4,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+    "qwen3_moe": {
+        "num_experts": 3, "moe_intermediate_size": 6, "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "gpt_oss": {"num_local_experts": 3, "layer_types": ["full_attention"]},
+}  # fmt: skip
+STACKS = ["gate_up_proj", "down_proj"]
+EACH = {
+    "mixtral": ["w1", "w2", "w3"],
+    "qwen2_moe": ["gate_proj", "up_proj", "down_proj"],
+    "qwen3_moe": ["gate_proj", "up_proj", "down_proj"],
+}
+TOKENS = torch.tensor([[5, 9, 3, 17, 4, 20, 8, 11]])
+
+
+def tiny(kind: str) -> Any:
+    """A tiny model with random weights in float32."""
+    config = transformers.AutoConfig.for_model(kind, **SIZES | MODELS[kind])
+    torch.manual_seed(0)
+    options = {"attn_implementation": "eager"}
+    if not transformers.__version__.startswith("4."):
+        options["experts_implementation"] = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits[0]
+
+
+def make(folder: Path, kind: str, with_base: bool = True, **settings: Any) -> None:
+    """An adapter with random factors, saved by PEFT beside its model and logits."""
+    model = tiny(kind)
+    values = {"tokens": TOKENS[0], "base": logits(model)}
+    if with_base:
+        model.save_pretrained(folder / "base")
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 3, **settings}
+    config = peft.LoraConfig(**options)
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.3, generator=generator)
+    values["adapted"] = logits(wrapped.eval())
+    wrapped.save_pretrained(str(folder))
+    (folder / "README.md").unlink()
+    finish(folder)
+    save_file(values, folder / "logits.safetensors")
+
+
+def finish(folder: Path) -> None:
+    """One order of lists and tensors from run to run, and the name of the base as a relative
+    path."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for key in ("target_modules", "target_parameters"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    config["base_model_name_or_path"] = "base"
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def main(out: Path) -> None:
+    old_peft = peft.__version__.startswith("0.18")
+    old_models = transformers.__version__.startswith("4.")
+    if not old_peft:
+        for kind in MODELS:
+            make(out / "peft" / kind, kind, target_modules=["q_proj"], target_parameters=STACKS)
+        make(
+            out / "peft" / "gpt_oss_patterns", "gpt_oss", target_modules=["q_proj"],
+            target_parameters=STACKS, rank_pattern={"gate_up_proj": 3},
+            alpha_pattern={"down_proj": 5, "q_proj": 7}, use_rslora=True,
+        )  # fmt: skip
+    elif old_models:
+        for kind, leaves in EACH.items():
+            make(out / "peft-per-expert" / kind, kind, target_modules=["q_proj", *leaves])
+        make(
+            out / "peft-0.18" / "gpt_oss", "gpt_oss", target_modules=["q_proj"],
+            target_parameters=STACKS,
+        )  # fmt: skip
+    else:
+        for kind in ("mixtral", "qwen3_moe"):
+            make(
+                out / "peft-0.18" / kind, kind, target_modules=["q_proj"],
+                target_parameters=STACKS,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]))

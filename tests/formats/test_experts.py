@@ -1,0 +1,252 @@
+"""Layouts of experts: PEFT's stacks of two versions, and each expert's own modules."""
+
+import json
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.errors import Refused
+from adapterkit.formats.experts import (
+    EXPERTS,
+    Stack,
+    is_transposed,
+    neutral_factors,
+    split_experts,
+    stack_experts,
+    stacks_of,
+    stored_factors,
+)
+from adapterkit.formats.record import Module
+from adapterkit.formats.tensors import Expression, StoredReader
+from adapterkit.weights.names import Names
+
+GOLDEN = Path(__file__).parent / "golden"
+EACH = sorted(path.name for path in (GOLDEN / "peft-per-expert").iterdir())
+FACTOR = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Value(Expression):
+    """A tensor as an expression."""
+
+    tensor: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        return dtypes.name_of(self.tensor.dtype)
+
+    def value(self, reader: StoredReader) -> Tensor:
+        return self.tensor
+
+
+READER: Any = None  # nothing is stored
+
+
+def values(module: Module) -> tuple[Tensor, Tensor]:
+    return module.parts["a"].value(READER).double(), module.parts["b"].value(READER).double()
+
+
+def delta(module: Module) -> Tensor:
+    a, b = values(module)
+    return module.scale * b @ a
+
+
+def stacks_at(base: Path) -> dict[str, Stack]:
+    checkpoint = open_checkpoint(LocalFolder(base), 0)
+    return stacks_of(Names(checkpoint, task="CAUSAL_LM", build_model=True))
+
+
+def modules_at(folder: Path) -> list[Module]:
+    """The modules of an adapter without patterns, one for each pair of factors."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    parts: dict[str, dict[str, Expression]] = {}
+    for key, tensor in sorted(load_file(folder / "adapter_model.safetensors").items()):
+        match = FACTOR.fullmatch(key)
+        assert match
+        parts.setdefault(match[1], {})[match[2].lower()] = Value(tensor)
+    return [
+        Module("", name, "lora", own, config["lora_alpha"], own["a"].shape[0])
+        for name, own in parts.items()
+    ]
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_layout_of_stacks(transpose: bool) -> None:
+    """a counts (expert, rank) and b (rank, expert): PEFT's einsum of both versions."""
+    torch.manual_seed(0)
+    experts, rank, x, y = 3, 2, 5, 4
+    a, b = torch.randn(experts * rank, x), torch.randn(y, rank * experts)
+    parts = neutral_factors(Value(a), Value(b), experts, transpose=transpose)
+    module = Module("", "stack", EXPERTS, parts, 3.0, rank)
+    stored = torch.einsum(
+        "ore,eri->eoi", b.view(y, rank, experts), a.view(experts, rank, x)
+    ).double()
+    expected = stored.transpose(1, 2) if transpose else stored
+    torch.testing.assert_close(delta(module), 1.5 * expected)
+    again = stored_factors(parts, transpose=transpose)
+    assert again == {"a": Value(a), "b": Value(b)} or (
+        torch.equal(again["a"].value(READER), a) and torch.equal(again["b"].value(READER), b)
+    )
+    assert type(again["a"]) is type(again["b"]) is Value  # bytes are copied
+
+
+def test_shapes_of_a_gated_pair_tell() -> None:
+    hidden, inner = 8, 6
+    pair = {"gate_up_proj": (3, hidden, 2 * inner), "down_proj": (3, inner, hidden)}
+    assert is_transposed(pair) is False
+    assert is_transposed({name: (e, y, x) for name, (e, x, y) in pair.items()}) is True
+    square = {"gate_up_proj": (3, 8, 8), "down_proj": (3, 4, 8)}
+    assert is_transposed(square) is False
+    assert is_transposed({"gate_up_proj": (3, 8, 8)}) is None
+
+
+# PEFT 0.21.2 leaves out the experts of qwen2_moe without a word: its table has heirs of that alone
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_stacked_as_peft_converts_them(kind: str) -> None:
+    """The factors that PEFT makes of per-expert ones while it loads them, and their ranks."""
+    folder = GOLDEN / "peft-per-expert" / kind
+    stacks = stacks_at(folder / "base")
+    modules = stack_experts(modules_at(folder), stacks.values(), READER)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(model, folder)
+    expected = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    ours = {m.name: m for m in modules if m.kind == EXPERTS}
+    assert len(ours) == 2
+    (home,) = {name.rpartition(".")[0] for name in ours}
+    for leaf, key in (("gate_up_proj", f"{home}.base_layer"), ("down_proj", home)):
+        own = stored_factors(ours[f"{home}.{leaf}"].parts, transpose=False)
+        for role, name in (("a", "lora_A"), ("b", "lora_B")):
+            theirs = expected[f"base_model.model.{key}.{name}.weight"]
+            assert torch.equal(own[role].value(READER), theirs), (leaf, role)
+        assert ours[f"{home}.{leaf}"].scale == 1.5
+    assert ours[f"{home}.gate_up_proj"].rank == 4
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_back_from_a_stack(kind: str) -> None:
+    """The same modules, of the same ranks and bytes."""
+    folder = GOLDEN / "peft-per-expert" / kind
+    stacks, source = stacks_at(folder / "base"), modules_at(folder)
+    stacked = stack_experts(source, stacks.values(), READER)
+    again = {m.name: m for m in split_experts(stacked, stacks, READER)}
+    assert again.keys() == {m.name for m in source}
+    for module in source:
+        own = again[module.name]
+        assert (own.rank, own.scale) == (module.rank, module.scale)
+        assert all(map(torch.equal, values(own), values(module)))
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_shared_a_stays_one(kind: str) -> None:
+    """A stack that was trained as one keeps its rank: apart, gate and up share a, and together they
+    are one again."""
+    stacks = stacks_at(GOLDEN / "peft-per-expert" / kind / "base")
+    torch.manual_seed(0)
+    stacked = []
+    for stack in stacks.values():
+        experts, out, width = stack.shape
+        parts: dict[str, Expression] = {
+            "a": Value(torch.randn(experts, 2, width)), "b": Value(torch.randn(experts, out, 2)),
+        }  # fmt: skip
+        stacked.append(Module("", stack.name, EXPERTS, parts, 3.0, 2))
+    apart = split_experts(stacked, stacks, READER)
+    assert {m.rank for m in apart} == {2}
+    for stack, module in zip(stacks.values(), stacked, strict=True):
+        whole = delta(module)
+        own = {m.name: m for m in apart}
+        for piece in stack.pieces:
+            expected = whole[piece.expert, piece.rows.start : piece.rows.stop]
+            torch.testing.assert_close(delta(own[piece.module]), expected)
+    again = {m.name: m for m in stack_experts(apart, stacks.values(), READER)}
+    for module in stacked:
+        assert again[module.name].rank == 2
+        assert all(map(torch.equal, values(again[module.name]), values(module)))
+
+
+def test_ranks_and_scales_of_single_experts() -> None:
+    """Experts of other ranks and scales: the largest rank, the delta unchanged."""
+    folder = GOLDEN / "peft-per-expert" / "mixtral"
+    stacks = stacks_at(folder / "base")
+    source = []
+    for number, module in enumerate(modules_at(folder)):
+        a, b = values(module)
+        rank = 1 + number % 2
+        parts: dict[str, Expression] = {"a": Value(a[:rank]), "b": Value(b[:, :rank])}
+        source.append(Module("", module.name, "lora", parts, 3.0 + number % 3, rank))
+    expected = {m.name: delta(m) for m in source}
+    stacked = stack_experts(source, stacks.values(), READER)
+    for stack in stacks.values():
+        module = next(m for m in stacked if m.name == stack.name)
+        whole = delta(module)
+        for piece in stack.pieces:
+            own = whole[piece.expert, piece.rows.start : piece.rows.stop]
+            torch.testing.assert_close(own, expected[piece.module])
+
+
+def test_missing_experts_are_zeros() -> None:
+    folder = GOLDEN / "peft-per-expert" / "qwen3_moe"
+    stacks = stacks_at(folder / "base")
+    source = [m for m in modules_at(folder) if ".1." not in m.name and "up_proj" not in m.name]
+    stacked = stack_experts(source, stacks.values(), READER)
+    down, gate = (
+        next(m for m in stacked if m.name.endswith(end)) for end in ("down_proj", "up_proj")
+    )
+    assert not delta(down)[1].any() and delta(down)[0].any()
+    assert not delta(gate)[:, 6:].any() and delta(gate)[0, :6].any()
+    assert gate.rank == 2
+    whole = split_experts(stacked, stacks, READER, complete=True)
+    names = {p.module for stack in stacks.values() for p in stack.pieces}
+    assert {m.name for m in whole if ".experts." in m.name} == names
+    assert math.isclose(
+        sum(float(delta(m).square().sum()) for m in whole),
+        sum(float(delta(m).square().sum()) for m in source),
+    )
+
+
+def test_refused() -> None:
+    """More than factors on an expert, and stacks that the base's file has as stacks."""
+    folder = GOLDEN / "peft-per-expert" / "mixtral"
+    stacks = stacks_at(folder / "base")
+    source = modules_at(folder)
+    for number in (0, 1):
+        module = source[number]
+        source[number] = Module(
+            "", module.name, "lora", {**module.parts, "magnitude": Value(torch.ones(8))}, 3.0, 2
+        )
+    with pytest.raises(Refused) as refused:
+        stack_experts(source, stacks.values(), READER)
+    assert "magnitude" in str(refused.value) and source[1].name in str(refused.value)
+    oss = stacks_at(GOLDEN / "peft" / "gpt_oss" / "base")
+    assert all(stack.transposed and not stack.pieces for stack in oss.values())
+    parts: dict[str, Expression] = {
+        "a": Value(torch.ones(3, 2, 8)),
+        "b": Value(torch.ones(3, 24, 2)),
+    }
+    module = Module("", "model.layers.0.mlp.experts.gate_up_proj", EXPERTS, parts, 3.0, 2)
+    with pytest.raises(Refused, match="one stack in the base's file"):
+        split_experts([module], oss, READER)
