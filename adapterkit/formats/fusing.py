@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from adapterkit.errors import Refused, shown
 from adapterkit.formats.record import FACTORS, Module
@@ -62,7 +63,7 @@ def split(
     sets = fusion.rows(out, module.path)
     blocks = None
     if module.kind == FACTORS and len(sets) > 1:
-        blocks = _blocks(module.parts["b"], sets, reader)
+        blocks = blocks_of(module.parts["b"].value(reader).flatten(1), sets)
     parts = []
     for index, (name, rows) in enumerate(zip(names, sets, strict=True)):
         own = {
@@ -109,7 +110,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     rank, alpha, stored = first.rank, first.alpha, first.stored_alpha
     if first.kind == FACTORS:
         bs = {i: scaled(m.parts["b"], m.scale / scale) for i, m in members.items()}
-        if _are_equal([m.parts["a"] for m in members.values()], reader):
+        if are_equal([m.parts["a"] for m in members.values()], reader):
             parts["a"] = first.parts["a"]
             parts["b"] = _placed(bs, sets, out)
         else:
@@ -125,7 +126,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
             if role == "bias":
                 values = {i: scaled(v, members[i].scale / scale) for i, v in values.items()}
             parts[role] = _placed(values, sets, out)
-        elif _are_equal(list(values.values()), reader):
+        elif are_equal(list(values.values()), reader):
             parts[role] = first.parts[role]
         else:
             raise Refused(
@@ -177,7 +178,7 @@ def _placed(values: Mapping[int, Expression], sets: Sequence[Rows], out: int) ->
     return gathered(whole, compact([position[row] for row in range(out)]))
 
 
-def _are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:
+def are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:
     """Whether tensors have the same values; read while planning, as the shape depends on it."""
     first = parts[0]
     if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
@@ -189,10 +190,8 @@ def _are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:
     return all(torch.equal(value, part.value(reader)) for part in others)
 
 
-def _blocks(b: Expression, sets: Sequence[Rows], reader: StoredReader) -> list[range] | None:
-    """The columns of each part where b is block-diagonal, else None; read while planning, as the
-    shapes depend on it."""
-    value = b.value(reader).flatten(1)
+def blocks_of(value: Tensor, sets: Sequence[Rows]) -> list[range] | None:
+    """The columns of each part where b (out, r) is block-diagonal, else None."""
     is_used = torch.stack([(value[list(rows)] != 0).any(0) for rows in sets])
     if (is_used.sum(0) > 1).any() or is_used.any(1).sum() < 2:
         return None

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping
 
-from adapterkit.formats.record import FACTORS
+from adapterkit.formats.record import EXPERTS, FACTORS, RANK_AXES
 from adapterkit.formats.tensors import Expression
 
 # sets of roles of which each kind has one, each role a tensor
 REQUIRED: dict[str, tuple[frozenset[str], ...]] = {
     FACTORS: (frozenset(("a", "b")),),
     "embedding": (frozenset(("a", "b")),),
+    EXPERTS: (frozenset(("a", "b")),),
     "loha": (frozenset(("w1_a", "w1_b", "w2_a", "w2_b")),),
     "lokr": tuple(
         frozenset((*one, *two))
@@ -19,10 +20,11 @@ REQUIRED: dict[str, tuple[frozenset[str], ...]] = {
     "full": (frozenset(("diff",)), frozenset(("diff_b",))),
     "value": (frozenset(("weight",)), frozenset(("bias",))),
 }
-# the role whose first axis is the rank; without it the scale is 1
+# the role with the rank, on its first axis but for experts; without it the scale is 1
 RANK = {
     FACTORS: ("a",),
     "embedding": ("a",),
+    EXPERTS: ("a",),
     "loha": ("w1_b",),
     "lokr": ("w1_b", "w2_b"),
     "oft": (),
@@ -38,4 +40,5 @@ def is_complete(kind: str, roles: Collection[str]) -> bool:
 
 def rank_of(kind: str, parts: Mapping[str, Expression]) -> int | None:
     """The rank by which alpha is divided; None where the delta has no scale."""
-    return next((parts[role].shape[0] for role in RANK[kind] if role in parts), None)
+    axis = RANK_AXES.get(kind, {}).get("a", 0)
+    return next((parts[role].shape[axis] for role in RANK[kind] if role in parts), None)

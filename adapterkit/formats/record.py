@@ -8,6 +8,9 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.formats.tensors import Expression
 
 FACTORS = "lora"  # the kind of plain low-rank factors
+EXPERTS = "experts"  # the kind of factors for each matrix of a stack
+# the axis of the rank, by kind and role
+RANK_AXES = {FACTORS: {"a": 0, "b": 1}, EXPERTS: {"a": 1, "b": 2}}
 LANGUAGE = ""  # the component of an adapter for a single model
 
 
@@ -17,6 +20,7 @@ class Module:
 
     kind lora: delta = scale · b @ a, with a (r, in, *kernel), b (out, r, *1), mid (r, r, *kernel),
     magnitude (out,) of DoRA and bias (out,), times scale; of an embedding (b @ a)ᵀ.
+    kind experts: delta[e] = scale · b[e] @ a[e] of a stack, with a (E, r, in), b (E, out, r).
     """
 
     component: str  # of a pipeline: unet, transformer, text_encoder, ...; "" of a single model
@@ -42,7 +46,7 @@ class Module:
     @property
     def out(self) -> int:
         """Rows of the delta."""
-        return self.parts["b"].shape[0]
+        return self.parts["b"].shape[RANK_AXES[self.kind]["b"] - 1]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ RULE_WORDS = ("rows", "steps")
 KINDS: dict[str, tuple[str, ...]] = {
     "lora": ("a", "b", "mid", "magnitude", "bias", "alpha"),
     "embedding": ("a", "b", "alpha"),
+    "experts": ("a", "b", "alpha"),
     "loha": ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "magnitude", "alpha"),
     "lokr": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude", "alpha"),
     "oft": ("blocks", "rescale", "alpha"),

@@ -10,7 +10,7 @@ from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse
 from adapterkit.formats.library import architectures
 from adapterkit.formats.names import fitting, names_of
-from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module
+from adapterkit.formats.record import LANGUAGE, RANK_AXES, Contents, Module
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.schema import MODEL, Format
 from adapterkit.formats.steps import STEPS
@@ -264,7 +264,7 @@ def _scales(
     folded: dict[str, float] = {}
     own = []
     for module, key in modules:
-        if module.kind == FACTORS and module.scale != 1:
+        if module.kind in RANK_AXES and module.scale != 1:
             folded[module.path] = module.scale
             parts = dict(module.parts)
             for role in ("b", "bias"):

@@ -20,7 +20,6 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
 from adapterkit.formats.experts import (
-    EXPERTS,
     Stack,
     is_transposed,
     neutral_factors,
@@ -29,7 +28,7 @@ from adapterkit.formats.experts import (
     stacks_of,
     stored_factors,
 )
-from adapterkit.formats.record import Module
+from adapterkit.formats.record import EXPERTS, Module
 from adapterkit.formats.tensors import Expression, StoredReader
 from adapterkit.weights.names import Names
 

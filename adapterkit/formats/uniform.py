@@ -1,0 +1,55 @@
+"""One rank and one scale for all modules, for formats and servers that know no others."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from adapterkit.formats.record import RANK_AXES, Module
+from adapterkit.formats.tensors import Expression, padded, scaled
+
+
+def uniform(modules: Sequence[Module], rank: int | None = None) -> list[Module]:
+    """The modules with one rank and one scale: zeros up to `rank` (default the largest), and the
+    ratio of scales folded into b.
+
+    The scale is the commonest one, so that most factors stay as they are; of equally many the
+    largest. The delta scale · b @ a does not change. Modules without a rank stay.
+    """
+    ranked = [module for module in modules if module.kind in RANK_AXES]
+    if not ranked:
+        return list(modules)
+    rank = max(rank or 0, *(module.rank for module in ranked))
+    scale = common_scale(ranked)
+    return [
+        padded_to(with_scale(module, scale), rank) if module.kind in RANK_AXES else module
+        for module in modules
+    ]
+
+
+def common_scale(modules: Iterable[Module]) -> float:
+    """The scale that most modules have; 1 where all are 0."""
+    counts = Counter(module.scale for module in modules if module.scale)
+    return max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
+
+
+def with_scale(module: Module, scale: float) -> Module:
+    """The same delta at another scale: the ratio is folded into b, and into the bias of b."""
+    ratio = module.scale / scale
+    if math.isclose(ratio, 1, rel_tol=1e-12):  # alpha / rank of different ranks
+        return module
+    parts = {
+        role: scaled(part, ratio) if role in ("b", "bias") else part
+        for role, part in module.parts.items()
+    }
+    return replace(module, parts=parts, alpha=scale * module.rank, stored_alpha=None)
+
+
+def padded_to(module: Module, rank: int) -> Module:
+    """The same delta at a larger rank: zero rows of a and zero columns of b."""
+    if module.rank == rank:
+        return module
+    parts: dict[str, Expression] = dict(module.parts)
+    for role, axis in RANK_AXES[module.kind].items():
+        parts[role] = padded(parts[role], rank, axis)
+    return replace(module, parts=parts, rank=rank, alpha=module.scale * rank, stored_alpha=None)
