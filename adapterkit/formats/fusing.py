@@ -1,9 +1,12 @@
 """Splitting one module of a file into modules of the model, and fusing them again.
 
-Split: rows of b, a shared (the rank stays); a block-diagonal b gives each part its own columns and
-rows of a. Fuse: equal a's stay one, others are stacked over a block-diagonal b.
+Split: rows of b, a shared (the rank stays); where parts use different columns of b, as when it is
+block-diagonal, each gets back its own columns and rows of a. Fuse: equal a's stay one, others are
+stacked over a block-diagonal b. A fused module that is split and fused again is what it was.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +22,7 @@ from adapterkit.formats.tensors import (
     Constant,
     Expression,
     Rows,
+    Stored,
     StoredReader,
     compact,
     gathered,
@@ -26,8 +30,19 @@ from adapterkit.formats.tensors import (
     scaled,
 )
 
-# roles whose first axis is the module's output rows
-BY_ROWS = ("b", "magnitude", "bias", "diff", "diff_b", "weight")
+# roles whose first axis is the module's output rows; LoKr's depend on its sizes
+BY_ROWS = {
+    FACTORS: ("b", "magnitude", "bias"),
+    "loha": ("w1_a", "w2_a", "magnitude"),
+    "full": ("diff", "diff_b"),
+    "value": ("weight", "bias"),
+}
+# products of which a delta is made: the columns of one role are the rows of the other
+PRODUCTS = {FACTORS: (("b", "a"),), "loha": (("w1_a", "w1_b"), ("w2_a", "w2_b"))}
+# what a rank lies inside of: its columns cannot be told apart
+CORES = ("mid", "t1", "t2")
+UNKNOWN = ("magnitude", "weight")  # roles that zeros do not stand for where a part is missing
+HINT = "give --rank N to make plain factors of them, or another format"
 
 
 @dataclass(frozen=True)
@@ -53,129 +68,311 @@ class Fusion:
 def split(
     module: Module, names: Sequence[str], fusion: Fusion, reader: StoredReader
 ) -> list[Module]:
-    """The modules of the model that a file's module holds.
-
-    `Refused` for a kind whose rows cannot be told apart.
+    """The modules of the model that a file's module holds; parts that it does nothing to are left
+    out. `Refused` for a delta whose rows cannot be told apart.
     """
     if fusion.is_plain:
         return [replace(module, name=names[0])]
-    out = _rows_of(module)
-    sets = fusion.rows(out, module.path)
-    blocks = None
-    if module.kind == FACTORS and len(sets) > 1:
-        blocks = blocks_of(module.parts["b"].value(reader).flatten(1), sets)
+    units = _units(module)
+    sets = fusion.rows(_out(module), module.path)
+    columns = _columns(module, sets, reader)
     parts = []
-    for index, (name, rows) in enumerate(zip(names, sets, strict=True)):
+    for name, rows, own_columns in zip(names, sets, columns, strict=True):
         own = {
-            role: gathered(part, rows) if role in BY_ROWS else part
+            role: gathered(part, _of_unit(rows, units[role], module)) if role in units else part
             for role, part in module.parts.items()
         }
         alpha, rank = module.alpha, module.rank
-        if blocks is not None:
-            columns = blocks[index]
-            if not len(columns):
-                continue  # a part of zeros
-            own |= {"a": gathered(own["a"], columns), "b": gathered(own["b"], columns, 1)}
-            alpha, rank = module.scale * len(columns), len(columns)
-        stored = module.stored_alpha if rank == module.rank else None
-        parts.append(
-            replace(module, name=name, parts=own, alpha=alpha, rank=rank, stored_alpha=stored)
-        )
+        if own_columns is not None:
+            rank = len(own_columns)
+            if not rank:
+                continue
+            for left, right in PRODUCTS[module.kind]:
+                own[left] = gathered(own[left], own_columns, 1)
+                own[right] = gathered(own[right], own_columns)
+            alpha = alpha if rank == module.rank else module.scale * rank
+        parts.append(replace(module, name=name, parts=own, alpha=alpha, rank=rank))
     return parts
 
 
 def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: StoredReader) -> Module:
     """The file's module for modules of the model, by their places in the rule; `name` for messages.
 
-    Modules that are missing get zero rows. `Refused` where they cannot be one.
+    Missing modules get zero rows; where scales differ, b takes the ratio. `Refused` where they
+    cannot be one.
     """
-    first = next(iter(modules.values()))
+    members = [modules[place] for place in sorted(modules)]
+    first = members[0]
     if fusion.is_plain:
         return first
-    members = dict(sorted(modules.items()))
-    out = _fused_rows(members, fusion.rule, first)
-    sets = fusion.rows(out, first.path)
-    kinds = {module.kind for module in members.values()}
-    roles = {tuple(sorted(module.parts)) for module in members.values()}
-    if len(kinds) > 1 or len(roles) > 1:
-        raise Refused(
-            f"{', '.join(shown(m.path) for m in members.values())} with "
-            f"{' and '.join(sorted({role for some in roles for role in some}))}",
-            expected=f"the same of all, for the one module {shown(name)} of the file",
-            where=first.path,
-            hint="give --rank and --lossy, or another format",
-        )
-    scale = first.scale
+    shares = fusion.rule.rows or (1,) * len(fusion.rule.model)
+    sets = fusion.rows(_fused_rows(modules, shares), first.path)
+    places = [sets[place] for place in sorted(modules)]
+    _same_roles(members, name)
+    scales = Counter(member.scale for member in members).most_common()
+    usual = next(m for m in members if m.scale == scales[0][0])
+    ratios = [member.scale / usual.scale for member in members]
+    units = _units(first)
+    products = dict(PRODUCTS.get(first.kind, ()))
+    groups = _groups(members, list(products.values()), reader)
+    out = sum(map(len, sets))
     parts: dict[str, Expression] = {}
-    rank, alpha, stored = first.rank, first.alpha, first.stored_alpha
-    if first.kind == FACTORS:
-        bs = {i: scaled(m.parts["b"], m.scale / scale) for i, m in members.items()}
-        if are_equal([m.parts["a"] for m in members.values()], reader):
-            parts["a"] = first.parts["a"]
-            parts["b"] = _placed(bs, sets, out)
-        else:
-            parts["a"] = joined([m.parts["a"] for m in members.values()])
-            parts["b"] = BlockDiagonal(tuple(bs.values()), tuple(sets[i] for i in bs), out)
-            rank = parts["a"].shape[0]
-            alpha, stored = scale * rank, None
     for role in first.parts:
-        if role in parts:
-            continue
-        values = {i: m.parts[role] for i, m in members.items()}
-        if role in BY_ROWS and (len(values) == len(sets) or role not in ("magnitude", "weight")):
-            if role == "bias":
-                values = {i: scaled(v, members[i].scale / scale) for i, v in values.items()}
-            parts[role] = _placed(values, sets, out)
-        elif are_equal(list(values.values()), reader):
-            parts[role] = first.parts[role]
+        values = [member.parts[role] for member in members]
+        if role == scaled_role(first):
+            values = [scaled(v, ratio) for v, ratio in zip(values, ratios, strict=True)]
+        if role == "bias" and first.kind == FACTORS:
+            values = [scaled(v, ratio) for v, ratio in zip(values, ratios, strict=True)]
+        if role in products.values():
+            parts[role] = joined([values[group[0]] for group in groups])
+        elif role in units and len(members) < len(sets) and role in UNKNOWN:
+            raise _missing(role, members, name)
+        elif role in products and len(groups) > 1:
+            parts[role] = _diagonal(values, places, groups, out)
+        elif role in units:
+            own = [_of_unit(rows, units[role], first) for rows in places]
+            parts[role] = _placed(values, own, out // units[role])
+        elif not are_equal(values, reader):
+            raise _different(role, members, name)
         else:
-            raise Refused(
-                f"{role} of {len(values)} of {len(sets)} modules",
-                expected=f"of all, for the one module {shown(name)} of the file",
-                where=first.path,
-                hint="give --rank and --lossy, or another format",
-            )
-    return replace(first, parts=parts, alpha=alpha, rank=rank, stored_alpha=stored)
+            parts[role] = values[0]
+    rank = sum(members[group[0]].rank for group in groups)
+    alpha = usual.alpha if rank == usual.rank else _whole_alpha(usual, rank)
+    return replace(usual, parts=parts, alpha=alpha, rank=rank)
 
 
-def _rows_of(module: Module) -> int:
-    sizes = {part.shape[0] for role, part in module.parts.items() if role in BY_ROWS}
+def _whole_alpha(part: Module, rank: int) -> float:
+    """Alpha of a fused module: the source's own where this is its rounding."""
+    alpha = part.scale * rank
+    stored = part.stored_alpha
+    return stored.number if stored and math.isclose(alpha, stored.number) else alpha
+
+
+def scaled_role(module: Module) -> str:
+    """The role that takes a factor of the delta."""
+    if module.kind == FACTORS:
+        return "b"
+    known = ("w1_a", "w1", "diff") if module.kind in ("loha", "lokr") else ()
+    return next((role for role in known if role in module.parts), "")
+
+
+def _units(module: Module) -> dict[str, int]:
+    """The roles by rows, each with how many of the delta's rows one of theirs stands for.
+
+    `Refused` for a delta whose rows are mixed.
+    """
+    roles = BY_ROWS.get(module.kind, ())
+    parts = module.parts
+    units = {role: 1 for role in roles if role in parts}
+    if module.kind == "lokr":  # rows of kron(w1, w2): w2's for each of w1's
+        ones, twos = (next(r for r in (w, f"{w}_a") if r in parts) for w in ("w1", "w2"))
+        of_one = parts[ones].shape[0] == 1
+        units = {twos: 1} if of_one else {ones: parts[twos].shape[0]}
+        units |= {"magnitude": 1} if "magnitude" in parts else {}
+    if not units or any(core in parts for core in CORES):
+        raise Refused(
+            f"{shown(module.path)}: {module.kind} with {', '.join(sorted(parts))}",
+            expected="low-rank factors, whose rows can be told apart: the model has other modules",
+            where=module.path,
+            hint=HINT,
+        )
+    return units
+
+
+def _out(module: Module) -> int:
+    """Rows of the delta."""
+    sizes = {module.parts[role].shape[0] * unit for role, unit in _units(module).items()}
     if len(sizes) != 1:
         raise Refused(
-            f"a {module.kind} of a fused module",
-            expected="low-rank factors, whose rows can be told apart",
+            f"{shown(module.path)} has rows {' and '.join(map(str, sorted(sizes)))}",
+            expected="as many of all its tensors",
             where=module.path,
-            hint="give --rank N to make factors of it",
+            hint="save the adapter again",
         )
     return sizes.pop()
 
 
-def _fused_rows(members: Mapping[int, Module], rule: Rule, first: Module) -> int:
-    """Rows of the whole from those of its parts; `Refused` where they contradict each other."""
-    shares = rule.rows or (1,) * len(rule.model)
-    totals = {_rows_of(m) * sum(shares) / shares[i] for i, m in members.items()}
-    if len(totals) != 1 or not next(iter(totals)).is_integer():
-        rows = ", ".join(f"{shown(m.path)} {_rows_of(m)}" for m in members.values())
+def _of_unit(rows: Rows, unit: int, module: Module) -> Rows:
+    """The rows of a factor, of which each stands for `unit` consecutive ones of the delta."""
+    blocks = [rows[at : at + unit] for at in range(0, len(rows), unit)]
+    starts = [block[0] for block in blocks]
+    if any(
+        start % unit or list(block) != list(range(start, start + unit))
+        for start, block in zip(starts, blocks, strict=True)
+    ):
         raise Refused(
-            f"rows of the parts: {rows}",
+            f"{shown(module.path)}: {module.kind} whose rows come {unit} at a time",
+            expected=f"parts of the module in whole steps of {unit} rows",
+            where=module.path,
+            hint=HINT,
+        )
+    return compact([start // unit for start in starts])
+
+
+def _columns(module: Module, sets: Sequence[Rows], reader: StoredReader) -> list[range | None]:
+    """For each part the columns of its rank that it uses; None: all, shared. Read while planning,
+    as the shapes depend on it."""
+    shared: list[range | None] = [None] * len(sets)
+    products = PRODUCTS.get(module.kind, ())
+    if len(sets) < 2 or not products:
+        return shared
+    found = [_used(module.parts[left], sets, reader) for left, _ in products]
+    if any(columns != found[0] for columns in found[1:]):
+        return shared
+    columns = found[0]
+    if columns is None:
+        return shared
+    has_more = len(module.parts) > 2 * len(products)
+    return [columns[0] if has_more and not len(own) else own for own in columns]
+
+
+def _used(b: Expression, sets: Sequence[Rows], reader: StoredReader) -> list[range] | None:
+    """The columns of each part; None where the first rows tell already that they share them."""
+    first = torch.stack([_row(b, rows[0], reader) for rows in sets]) != 0
+    return None if first.all() else blocks_of(b.value(reader).flatten(1), sets)
+
+
+def blocks_of(
+    value: Tensor,  # (out, r)
+    sets: Sequence[Rows],
+) -> list[range] | None:
+    """Consecutive columns for each set of rows such that it uses no others, empty for rows of
+    zeros; None where there is one set of columns for all.
+    """
+    is_used = torch.stack([(value[list(rows)] != 0).any(0) for rows in sets])
+    if not is_used.any():
+        return None
+    equal = _equal_blocks(is_used)
+    if equal is not None:
+        return equal
+    used = {i: own.nonzero().flatten().tolist() for i, own in enumerate(is_used) if own.any()}
+    spans = {i: (columns[0], columns[-1] + 1) for i, columns in used.items()}
+    groups: list[list[int]] = []  # parts whose columns overlap, in the order of the columns
+    stop = 0
+    for i in sorted(spans, key=lambda i: (spans[i][0], i)):
+        if spans[i][0] < stop:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+        stop = max(stop, spans[i][1])
+    leaders = [min(group) for group in groups]
+    if leaders != sorted(leaders) or (len(groups) == 1 and len(spans) == len(sets)):
+        return None
+    starts = [0, *(spans[group[0]][0] for group in groups[1:]), value.shape[1]]
+    blocks = [range(0)] * len(sets)
+    for at, group in enumerate(groups):
+        for i in group:
+            blocks[i] = range(starts[at], starts[at + 1])
+    return blocks
+
+
+def _equal_blocks(is_used: Tensor) -> list[range] | None:
+    """As many columns for each part, as trainers of fused modules have them."""
+    parts, count = is_used.shape
+    if count % parts:
+        return None
+    size = count // parts
+    elsewhere = is_used.view(parts, parts, size).any(2) & ~torch.eye(parts, dtype=torch.bool)
+    if elsewhere.any():
+        return None
+    return [range(i * size, (i + 1) * size) for i in range(parts)]
+
+
+def _row(b: Expression, row: int, reader: StoredReader) -> Tensor:
+    """One row, read alone where it is stored."""
+    if not isinstance(b, Stored) or len(b.shape) != 2:
+        return b.value(reader)[row].flatten()
+    spec = b.spec
+    size = spec.nbytes // spec.shape[0]
+    start = spec.start + row * size
+    one = replace(spec, shape=(1, spec.shape[1]), start=start, stop=start + size)
+    return reader.stored(one).flatten()
+
+
+def _same_roles(members: Sequence[Module], name: str) -> None:
+    kinds = {(module.kind, *sorted(module.parts)) for module in members}
+    if len(kinds) > 1:
+        raise Refused(
+            "; ".join(f"{shown(m.path)}: {m.kind} {'/'.join(sorted(m.parts))}" for m in members),
+            expected=f"the same of all, for the one module {shown(name)} of the file",
+            where=members[0].path,
+            hint=HINT,
+        )
+
+
+def _missing(role: str, members: Sequence[Module], name: str) -> Refused:
+    return Refused(
+        f"{role} of {', '.join(shown(m.path) for m in members)} alone",
+        expected=f"of all modules that {shown(name)} is in the file",
+        where=members[0].path,
+        hint=HINT,
+    )
+
+
+def _different(role: str, members: Sequence[Module], name: str) -> Refused:
+    return Refused(
+        f"{role} is not the same in {', '.join(shown(m.path) for m in members)}",
+        expected=f"one for all, as {shown(name)} is one module of the file",
+        where=members[0].path,
+        hint=HINT,
+    )
+
+
+def _fused_rows(members: Mapping[int, Module], shares: Sequence[int]) -> int:
+    """Rows of the whole from those of its parts; `Refused` where they contradict each other."""
+    rows = {place: _out(module) for place, module in members.items()}
+    totals = {rows[i] * sum(shares) / shares[i] for i in members}
+    if len(totals) != 1 or not next(iter(totals)).is_integer():
+        listing = ", ".join(f"{shown(m.path)} {rows[i]}" for i, m in members.items())
+        raise Refused(
+            f"rows of the parts: {listing}",
             expected=f"rows in the proportion {':'.join(map(str, shares))}",
-            where=first.path,
+            where=next(iter(members.values())).path,
             hint="check the architecture (--architecture)",
         )
     return int(totals.pop())
 
 
-def _placed(values: Mapping[int, Expression], sets: Sequence[Rows], out: int) -> Expression:
+def _groups(
+    members: Sequence[Module], shared: Sequence[str], reader: StoredReader
+) -> list[list[int]]:
+    """Members that have the same a, in the order of their first; one group where a kind has none
+    that could be stacked."""
+    if not shared:
+        return [list(range(len(members)))]
+    groups: list[list[int]] = []
+    for i, member in enumerate(members):
+        for group in groups:
+            other = members[group[0]]
+            if all(are_equal([other.parts[r], member.parts[r]], reader) for r in shared):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
+
+
+def _diagonal(
+    values: Sequence[Expression],
+    places: Sequence[Rows],
+    groups: Sequence[Sequence[int]],
+    out: int,
+) -> Expression:
+    """Each group's rows in columns of its own."""
+    blocks = [joined([values[i] for i in group]) for group in groups]
+    rows = [compact([row for i in group for row in places[i]]) for group in groups]
+    return BlockDiagonal(tuple(blocks), tuple(rows), out)
+
+
+def _placed(values: Sequence[Expression], places: Sequence[Rows], out: int) -> Expression:
     """Rows of each part at their places among `out` rows, zeros where there is no part."""
-    first = next(iter(values.values()))
-    pieces, rows = [], []
-    for index, places in enumerate(sets):
-        zeros = Constant((len(places), *first.shape[1:]), 0.0, first.dtype)
-        pieces.append(values.get(index, zeros))
-        rows += places
-    whole = joined(pieces)
-    position = {row: at for at, row in enumerate(rows)}
-    return gathered(whole, compact([position[row] for row in range(out)]))
+    rows = [row for own in places for row in own]
+    lacking = sorted(set(range(out)) - set(rows))
+    pieces = list(values)
+    if lacking:
+        pieces.append(Constant((len(lacking), *values[0].shape[1:]), 0.0, values[0].dtype))
+    position = {row: at for at, row in enumerate([*rows, *lacking])}
+    return gathered(joined(pieces), compact([position[row] for row in range(out)]))
 
 
 def are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:
@@ -188,20 +385,3 @@ def are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:
         return True
     value = first.value(reader)
     return all(torch.equal(value, part.value(reader)) for part in others)
-
-
-def blocks_of(value: Tensor, sets: Sequence[Rows]) -> list[range] | None:
-    """The columns of each part where b (out, r) is block-diagonal, else None."""
-    is_used = torch.stack([(value[list(rows)] != 0).any(0) for rows in sets])
-    if (is_used.sum(0) > 1).any() or is_used.any(1).sum() < 2:
-        return None
-    owners: list[int] = []
-    for column in range(value.shape[1]):
-        owner = is_used[:, column].nonzero()
-        owners.append(int(owner) if len(owner) else (owners[-1] if owners else -1))
-    first = next(owner for owner in owners if owner >= 0)
-    owners = [first if owner < 0 else owner for owner in owners]
-    if owners != sorted(owners):
-        return None
-    starts = [owners.index(i) if i in owners else 0 for i in range(len(sets))]
-    return [range(start, start + owners.count(i)) for i, start in enumerate(starts)]

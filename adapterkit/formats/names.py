@@ -11,6 +11,7 @@ from adapterkit.formats.schema import MODEL, Architecture, Rule
 PLACE = re.compile(r"\{(\w+)\}")
 NUMBER = re.compile(r"[A-Z]")  # the places that stand for a number; others name tables
 Values = Mapping[str, str]  # of the places of a pattern
+Tables = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,15 @@ class Names:
     """The names of one architecture's component in one naming and style."""
 
     def __init__(self, architecture: Architecture, component: str, naming: str, style: str):
-        self.tables, self.naming, self.style = tables_of(architecture), naming, style
+        self.naming, self.style = naming, style
         self.rules = rules_of(architecture, component)
         self._named = [
-            (re.compile(self._regex(text, own=True)), rule, part)
+            (re.compile(self._regex(text, rule.tables, own=True)), rule, part)
             for rule in self.rules
             for part, text in enumerate(self._texts(rule))
         ]
         self._model = [
-            (re.compile(self._regex(text, own=False)), rule, part)
+            (re.compile(self._regex(text, rule.tables, own=False)), rule, part)
             for rule in self.rules
             for part, text in enumerate(rule.model)
         ]
@@ -47,28 +48,34 @@ class Names:
 
     def find(self, name: str) -> list[Match]:
         """The rules that a name of a file fits."""
-        found = ((pattern.fullmatch(name), rule, part) for pattern, rule, part in self._named)
         own = self.naming != MODEL
-        return [
-            Match(rule, self._keys(match.groupdict(), own=own), part)
-            for match, rule, part in found
-            if match
+        matches = [
+            Match(rule, self._keys(m.groupdict(), rule.tables, own=own), part)
+            for pattern, rule, part in self._named
+            if (m := pattern.fullmatch(name))
         ]
+        # a module of the model may be in several rules, each for other namings
+        return matches[:1] if not own else matches
 
     def find_model(self, name: str) -> list[Match]:
         """The rules that a module of the model fits, written with dots."""
         return [
-            Match(rule, self._keys(m.groupdict(), own=False), part)
+            Match(rule, self._keys(m.groupdict(), rule.tables, own=False), part)
             for pattern, rule, part in self._model
             if (m := pattern.fullmatch(name))
         ]
 
+    def named(self, module: str) -> tuple[Match, str] | None:
+        """The rule by which a module of the model has a name in a file, and the name."""
+        texts = ((match, self.text(match)) for match in self.find_model(module))
+        return next(((match, text) for match, text in texts if text is not None), None)
+
     def text(self, match: Match) -> str | None:
         """The name in a file; None where this naming has none for it."""
         if self.naming == MODEL:
-            name = self._filled(match.rule.model[match.part], dict(match.values), own=False)
+            name = _filled(match.rule.model[match.part], match, own=False)
         elif self.naming in match.rule.namings:
-            name = self._filled(match.rule.namings[self.naming], dict(match.values), own=True)
+            name = _filled(match.rule.namings[self.naming], match, own=True)
         else:
             return None
         return name.replace(".", "_") if self.style == "underscores" else name
@@ -76,31 +83,23 @@ class Names:
     def models(self, match: Match) -> list[str]:
         """The modules of the model that a name of a file stands for."""
         parts = (match.rule.model[match.part],) if self.naming == MODEL else match.rule.model
-        return [self._filled(text, dict(match.values), own=False) for text in parts]
+        return [_filled(text, match, own=False) for text in parts]
 
-    def _keys(self, values: Values, *, own: bool) -> tuple[tuple[str, str], ...]:
+    def _keys(self, values: Values, tables: Tables, *, own: bool) -> tuple[tuple[str, str], ...]:
         """Values of places, of tables their keys; `own`: as a name in this naming has them."""
-        return tuple((place, self._key(place, value, own)) for place, value in values.items())
-
-    def _key(self, place: str, value: str, own: bool) -> str:
-        """The key of a table's text in a name; a number as it is."""
-        if NUMBER.fullmatch(place):
-            return value
-        for key, text in self.tables[place].items():
-            if value == _in_style(key if own else text, self.style if own else "dots"):
-                return key
-        return next(
-            key for key, text in self.tables[place].items() if value == _in_style(text, self.style)
+        return tuple(
+            (place, value if NUMBER.fullmatch(place) else self._key(tables[place], value, own))
+            for place, value in values.items()
         )
 
-    def _filled(self, text: str, values: Values, *, own: bool) -> str:
-        def fill(place: re.Match) -> str:
-            value = values[place[1]]
-            return value if own or NUMBER.fullmatch(place[1]) else self.tables[place[1]][value]
+    def _key(self, table: Mapping[str, str], value: str, own: bool) -> str:
+        """The key of a table's text in a name."""
+        for key, text in table.items():
+            if value == _in_style(key if own else text, self.style if own else "dots"):
+                return key
+        return next(key for key, text in table.items() if value == _in_style(text, self.style))
 
-        return PLACE.sub(fill, text)
-
-    def _regex(self, text: str, *, own: bool) -> str:
+    def _regex(self, text: str, tables: Tables, *, own: bool) -> str:
         """The pattern of a rule's text; `own`: in this naming and style, else the model's."""
         style = self.style if own else "dots"
         own = own and self.naming != MODEL
@@ -113,14 +112,27 @@ class Names:
                 parts.append(f"(?P={piece})")
             else:
                 seen.add(piece)
-                parts.append(f"(?P<{piece}>{self._values(piece, style, own)})")
+                parts.append(f"(?P<{piece}>{_values(piece, tables, style, own)})")
         return "".join(parts)
 
-    def _values(self, place: str, style: str, own: bool) -> str:
-        if NUMBER.fullmatch(place):
-            return r"\d+"
-        table = self.tables[place]
-        return "|".join(_styled(text, style) for text in (table if own else table.values()))
+
+def _values(place: str, tables: Tables, style: str, own: bool) -> str:
+    if NUMBER.fullmatch(place):
+        return r"\d+"
+    table = tables[place]
+    return "|".join(_styled(text, style) for text in (table if own else table.values()))
+
+
+def _filled(text: str, match: Match, *, own: bool) -> str:
+    """A pattern with the places of a match filled in."""
+    values = dict(match.values)
+
+    def fill(place: re.Match) -> str:
+        value = values[place[1]]
+        is_own = own or NUMBER.fullmatch(place[1])
+        return value if is_own else match.rule.tables[place[1]][value]
+
+    return PLACE.sub(fill, text)
 
 
 def _styled(text: str, style: str) -> str:
@@ -129,15 +141,6 @@ def _styled(text: str, style: str) -> str:
 
 def _in_style(text: str, style: str) -> str:
     return text.replace(".", "_") if style == "underscores" else text
-
-
-def tables_of(architecture: Architecture) -> dict[str, Mapping[str, str]]:
-    """The tables of an architecture and of those that it includes."""
-    included = {name for words in architecture.components.values() for name in words.include}
-    tables: dict[str, Mapping[str, str]] = {}
-    for name in sorted(included):
-        tables |= tables_of(architectures()[name])
-    return tables | dict(architecture.tables)
 
 
 def rules_of(architecture: Architecture, component: str) -> list[Rule]:

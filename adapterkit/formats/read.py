@@ -15,7 +15,7 @@ from adapterkit.formats.fusing import Fusion, split
 from adapterkit.formats.kinds import is_complete, rank_of
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.names import names_of
-from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module
+from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.schema import KINDS, MODEL, Architecture, Format
 from adapterkit.formats.steps import STEPS
@@ -402,7 +402,7 @@ class _Scales:
             alpha,
             rank or 1,
             embedding,
-            stored_alpha=stored,
+            stored_alpha=None if stored is None else StoredAlpha(stored, alpha),
         )
 
     def _neutral(self, kind: str, role: str, value: Expression) -> Expression:

@@ -15,6 +15,14 @@ LANGUAGE = ""  # the component of an adapter for a single model
 
 
 @dataclass(frozen=True)
+class StoredAlpha:
+    """An alpha as a source has it; it is written again where the number is the same."""
+
+    expression: Expression
+    number: float
+
+
+@dataclass(frozen=True)
 class Module:
     """What an adapter does to one module: the expressions of its kind by role.
 
@@ -31,7 +39,7 @@ class Module:
     rank: int
     embedding: bool = False
     depth: int = 0  # wrappers of the module's other parameters around this one's factors
-    stored_alpha: Expression | None = None  # as the source has it
+    stored_alpha: StoredAlpha | None = None  # of the source's module
 
     @property
     def scale(self) -> float:

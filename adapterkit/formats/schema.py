@@ -135,6 +135,7 @@ class Rule:
     namings: Mapping[str, str]
     rows: tuple[int, ...] = ()  # shares of the fused rows; none: equal
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by naming, to the model
+    tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the architecture's
 
 
 @dataclass(frozen=True)
@@ -195,12 +196,13 @@ def architecture_from(name: str, table: dict[str, Any]) -> Architecture:
     table = {"name": name, **table}
     components = {}
     for component, words in table.get("components", {}).items():
-        rules = [_rule(rule, f"{name}.{component}") for rule in words.get("rules", [])]
+        tables = table.get("tables", {})
+        rules = [_rule(rule, tables, f"{name}.{component}") for rule in words.get("rules", [])]
         components[component] = words | {"rules": rules}
     return _record(Architecture, table | {"components": components}, name)
 
 
-def _rule(table: dict[str, Any], where: str) -> Rule:
+def _rule(table: dict[str, Any], tables: dict[str, dict[str, str]], where: str) -> Rule:
     model = table.get("model", [])
     namings = {k: v for k, v in table.items() if k not in (*RULE_WORDS, MODEL)}
     if not all(isinstance(text, str) for text in namings.values()):
@@ -210,6 +212,7 @@ def _rule(table: dict[str, Any], where: str) -> Rule:
         namings,
         tuple(table.get("rows", ())),
         {naming: tuple(steps) for naming, steps in table.get("steps", {}).items()},
+        tables,
     )
     if not rule.model or (rule.rows and len(rule.rows) != len(rule.model)):
         raise ValueError(f"{where}: model and rows of {table}")

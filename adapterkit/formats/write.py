@@ -14,7 +14,7 @@ from adapterkit.formats.record import LANGUAGE, RANK_AXES, Contents, Module
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.schema import MODEL, Format
 from adapterkit.formats.steps import STEPS
-from adapterkit.formats.tensors import Constant, Expression, Stored, reshaped, scaled
+from adapterkit.formats.tensors import Constant, Expression, reshaped, scaled
 
 ALPHA = "alpha"
 
@@ -157,14 +157,14 @@ def _components(modules: Sequence[Module], architecture: str) -> list[list[Modul
 
 def _keys(form: Format, architecture: str, modules: Sequence[Module]) -> list[str | None]:
     """The names that modules would have in the file."""
-    keys = []
+    keys: list[str | None] = []
     for module in modules:
         prefixes = form.components(architecture).get(module.component, ("",))
         names = names_of(
             architecture, module.component, form.naming(architecture), form.names.style
         )
-        texts = [names.text(match) for match in names.find_model(module.name)]
-        keys += [None if text is None else prefixes[0] + text for text in texts]
+        named = names.named(module.name)
+        keys.append(None if named is None else prefixes[0] + named[1])
     return keys
 
 
@@ -217,14 +217,11 @@ def _fused(
     lacking = []
     for module in modules:
         names = names_of(architecture, module.component, naming, form.names.style)
-        match, text = None, None
-        for match in names.find_model(module.name):
-            text = names.text(match)
-            if text is not None:
-                break
-        if match is None or text is None:
+        named = names.named(module.name)
+        if named is None:
             lacking.append(module.path)
             continue
+        match, text = named
         part = 0 if naming == MODEL else match.part
         key = (module.component, text, module.kind)
         groups.setdefault(key, {})[part] = module
@@ -295,6 +292,6 @@ def _tensors(module: Module, key: str, form: Format, dtype: str | None) -> list[
 def _alpha(module: Module, dtype: str | None) -> Expression:
     """The tensor of a module's alpha: as the source has it, else a float32."""
     stored = module.stored_alpha
-    if isinstance(stored, Stored):
-        return stored if stored.shape == () else reshaped(stored, ())
+    if stored is not None and stored.number == module.alpha:
+        return reshaped(stored.expression, ())
     return Constant((), module.alpha)
