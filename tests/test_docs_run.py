@@ -2,7 +2,7 @@
 its own.
 
 The folder holds a tiny Llama, BASE, whose adapter goes by the names in CAST. The package is a copy
-with the files that CONTRIBUTING.md adds to it.
+with the files that CONTRIBUTING.md and formats.md add to it.
 """
 
 import itertools
@@ -134,9 +134,12 @@ def tasks_of(document: Path, folder: Path) -> Iterator[Task]:
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the package, to which the documents' files are added."""
     path = tmp_path_factory.mktemp("package")
-    shutil.copytree(PACKAGE, path / "adapterkit", ignore=shutil.ignore_patterns("__pycache__"))
-    for block in itertools.chain.from_iterable(blocks(d, "python") for d in DOCUMENTS):
-        if block.text.startswith("# adapterkit/"):
+    shutil.copytree(
+        PACKAGE, path / "adapterkit", ignore=shutil.ignore_patterns("__pycache__", "_formats")
+    )
+    shutil.copytree(ROOT / "formats", path / "formats")
+    for block in itertools.chain.from_iterable(blocks(d, "python", "toml") for d in DOCUMENTS):
+        if block.text.startswith(("# adapterkit/", "# formats/")):
             file = path / block.text.partition("\n")[0].removeprefix("# ")
             assert file.parent.is_dir() and not file.exists(), file
             file.write_text(block.text)
@@ -172,6 +175,9 @@ def stage(
     save_file({renamed(key): value for key, value in load_file(weights).items()}, weights)
     train_hra(oracle.load(oracle.llama, base), stage / "hra")
     save_fbgemm(base, stage / "fbgemm")
+    golden = ROOT / "tests" / "formats" / "golden"
+    shutil.copy(golden / "kohya" / "sdxl.safetensors", stage / "kohya.safetensors")
+    (stage / "sources.txt").write_text("# one a line\nenglish\nfrench\n")
     for name in ("pissa", "pissa-init"):
         shutil.copytree(stage / "residual" / "adapter", stage / name)
     shutil.copytree(stage / "residual" / "base", stage / "pissa-base")

@@ -7,6 +7,7 @@ import click
 
 from adapterkit.cli.completion import Name
 from adapterkit.combinations import ALIASES
+from adapterkit.formats import library
 from adapterkit.registry import Declaration, declarations
 
 LIFTED = ("density", "majority")  # options of methods that are options of `combine`
@@ -22,7 +23,7 @@ class ListingCommand(click.Command):
         self.lists = lists
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, rows in self.lists().items():
+        for title, rows in ((title, rows) for title, rows in self.lists().items() if rows):
             with formatter.section(title):
                 formatter.write_dl(rows)
 
@@ -65,6 +66,15 @@ def formats() -> dict[str, Rows]:
     return {"Formats": rows}
 
 
+def adapter_formats() -> dict[str, Rows]:
+    """The formats of adapters, by whether they are written."""
+    groups: dict[str, Rows] = {"Formats": [], "Formats that are only read": []}
+    for name, one in library.formats().items():
+        title = "Formats" if one.writes else "Formats that are only read"
+        groups[title].append((name, one.summary))
+    return groups
+
+
 def written(codec: Declaration) -> tuple[str, ...]:
     return codec.constants.get("targets", ())
 
@@ -76,3 +86,4 @@ format_names = Name(
         name for codec in declarations("weights.codecs").values() for name in written(codec)
     )
 )
+adapter_format_names = Name(lambda: (n for n, one in library.formats().items() if one.writes))

@@ -92,14 +92,7 @@ def resume_options(older: str) -> Callable:
     )
 
 
-output_options = option_group(
-    click.option(
-        "--out",
-        required=True,
-        type=click.Path(),
-        metavar="DIR",
-        help="Output folder (published atomically).",
-    ),
+running_options = option_group(
     click.option(
         "--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."
     ),
@@ -112,7 +105,17 @@ output_options = option_group(
         show_default=True,
         help="What runs the plan: this machine, the only choice so far.",
     ),
-    resume_options("an earlier output of adapterkit in DIR"),
+    resume_options("an earlier output of adapterkit in its place"),
+)
+output_options = option_group(
+    click.option(
+        "--out",
+        required=True,
+        type=click.Path(),
+        metavar="DIR",
+        help="Output folder (published atomically).",
+    ),
+    running_options,
 )
 hash_option = choice_option(
     "--hash", default="sha256", show_default=True, help="Hash of each output file in the receipt."

@@ -25,6 +25,7 @@ def calls(cached_folder, tmp_path_factory):
     return {
         "arrow": ([[one, two]], {}),
         "combine": ([[one, two]], {"method": "ties", "density": 0.5, "rank": 2}),
+        "convert": ([one], {"to": "peft"}),
         "dequantize": ([root / "nf4"], {}),
         "diff": ([one, two], {}),
         "extract": ([base, root / "tuned"], {"rank": 2}),

@@ -2,6 +2,7 @@
 
 from adapterkit.cli.commands.adapters import arrow, combine, rebase, resize, subtract
 from adapterkit.cli.commands.checkpoints import extract, init, merge
+from adapterkit.cli.commands.convert import convert
 from adapterkit.cli.commands.look import diff, inspect, verify
 from adapterkit.cli.commands.quantized import dequantize, loftq, quantize
 from adapterkit.cli.commands.statistics import stats
@@ -9,7 +10,7 @@ from adapterkit.cli.completion import completion
 
 SECTIONS = {
     "Checkpoints": (merge, extract, init, stats),
-    "Adapters": (combine, subtract, arrow, resize, rebase),
+    "Adapters": (convert, combine, subtract, arrow, resize, rebase),
     "Quantized": (quantize, dequantize, loftq),
     "Look": (inspect, diff, verify),
     "Shell": (completion,),

@@ -1,0 +1,148 @@
+"""What each format of adapters can hold, and which one a source is in, as plain dicts and as
+tables."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.errors import AdapterkitError, MultipleErrors, shown
+from adapterkit.formats.detect import detect
+from adapterkit.formats.library import architectures, formats
+from adapterkit.formats.record import Contents
+from adapterkit.formats.schema import MODEL, Architecture, Format
+from adapterkit.planning.convert import Options, read_contents
+
+RANKED = ("lora", "loha", "lokr")  # kinds whose modules have a rank
+PLACES = {"tensor": "a tensor", "config": "the config", "metadata": "the metadata"}
+
+
+def list_formats() -> dict[str, Any]:
+    """Every format with what it can hold, and every architecture; see `verbs.formats`."""
+    return {
+        "formats": {name: _format(one) for name, one in formats().items()},
+        "architectures": {name: _architecture(one) for name, one in architectures().items()},
+    }
+
+
+def _format(one: Format) -> dict[str, Any]:
+    inside = one.names.inside
+    components = [one.names.components, *(words.components or {} for words in inside.values())]
+    return {
+        "title": one.title,
+        "summary": one.summary,
+        "reads": True,
+        "writes": one.writes,
+        "kinds": {kind: list(roles) for kind, roles in one.kinds.items()},
+        "scale": {
+            "place": one.scale.place,
+            "means": one.scale.means,
+            "default": one.scale.default,
+            "uniform": one.scale.uniform,
+        },
+        "container": one.file.container,
+        "config": one.file.config or None,
+        "architectures": list(one.names.architectures),
+        "components": list(dict.fromkeys(name for table in components for name in table)),
+        "clients": list(one.clients),
+        "sources": list(one.sources),
+    }
+
+
+def _architecture(one: Architecture) -> dict[str, Any]:
+    rules = [rule for words in one.components.values() for rule in words.rules]
+    return {
+        "title": one.title,
+        "components": list(one.components),
+        "namings": [MODEL, *dict.fromkeys(name for rule in rules for name in rule.namings)],
+        "sources": list(one.sources),
+    }
+
+
+def detect_format(source: Folder) -> dict[str, Any]:
+    """The format of a source and what it holds; see `verbs.formats`."""
+    detection, errors = detect(source), []
+    contents = Contents(detection.form.name, (source,), ())
+    try:
+        contents = read_contents(source, detection, Options(detection.form.name), None)
+    except MultipleErrors as error:
+        errors += error.errors
+    except AdapterkitError as error:
+        errors.append(error)
+    names = contents.architectures
+    modules = contents.modules
+    ranks = Counter(module.rank for module in modules if module.kind in RANKED)
+    return {
+        "format": detection.form.name,
+        "title": detection.form.title,
+        "architecture": names[0] if len(names) == 1 else None,
+        "architectures": list(names),
+        "modules": len(modules),
+        "kinds": dict(Counter(module.kind for module in modules)),
+        "components": [name for name in contents.components if name],
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "problems": [
+            {
+                "found": error.problem,
+                "expected": error.expected,
+                "where": error.where,
+                "do": error.hint,
+            }
+            for error in errors
+        ],
+    }
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def formats_table(document: Mapping[str, Any]) -> str:
+    """`list_formats()` as lines for a terminal."""
+    lines = []
+    for name, one in document["formats"].items():
+        lines.append(f"{name}{'' if one['writes'] else ' (read only)'}: {one['title']}")
+        facts = {
+            "kinds": ", ".join(one["kinds"]),
+            "scale": scale_text(one["scale"]),
+            "file": one["container"] + (f" and {one['config']}" if one["config"] else ""),
+            "models": ", ".join(one["architectures"]) or "any",
+            "read by": ", ".join(one["clients"]),
+        }
+        lines += [f"  {fact:8} {shown(text)}" for fact, text in facts.items() if text]
+    lines.append("")
+    for name, one in document["architectures"].items():
+        lines.append(f"--architecture {name}: {one['title']}")
+    return "\n".join(lines)
+
+
+def scale_text(scale: Mapping[str, Any]) -> str:
+    """Where the scale is, and what it is where nothing says it."""
+    if scale["place"] == "none":
+        place = "none: in b"
+    else:
+        place = f"{scale['means']} in {PLACES[scale['place']]}"
+    defaults = {"rank": "", "ask": "; without it --alpha is needed"}
+    default = defaults.get(str(scale["default"]), f"; without it {scale['default']}")
+    return place + default + ("; one for all modules" if scale["uniform"] else "")
+
+
+def detection_table(document: Mapping[str, Any]) -> str:
+    """`detect_format()` as lines for a terminal."""
+    counts = lambda table: ", ".join(f"{name} {count}" for name, count in table.items())
+    facts = {
+        "format": f"{document['format']} ({document['title']})",
+        "architecture": " or ".join(document["architectures"]),
+        "modules": str(document["modules"]),
+        "kinds": counts(document["kinds"]),
+        "components": ", ".join(document["components"]),
+        "ranks": counts(document["ranks"]),
+    }
+    lines = [f"{fact:14} {shown(text)}" for fact, text in facts.items() if text]
+    return "\n".join([*lines, *_problems(document["problems"])])
+
+
+def _problems(problems: Sequence[Mapping[str, str]]) -> list[str]:
+    return [
+        f"problem: {shown(one['where'])}: {shown(one['found'])}; expected: {shown(one['expected'])}"
+        for one in problems
+    ]
