@@ -16,10 +16,8 @@ PLACES = ("{name}", "{parent}")
 STATES = ("done", "done before", "planned", "refused")
 
 
-def convert_all(
-    lines: Iterable[str], pattern: str, *, as_json: bool, quiet: bool, **options: Any
-) -> int:
-    """Convert each source in the lines; the exit status: 0 if all are done, else 1.
+def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **options: Any) -> int:
+    """Convert each source in the file's lines; the exit status: 0 if all are done, else 1.
 
     Empty lines and those that start with # say nothing. Raises `Refused` before the first
     conversion where two outputs would be one, `Interrupted` on a signal.
@@ -27,7 +25,7 @@ def convert_all(
     from adapterkit.verbs.convert import convert
 
     del options["out"]
-    jobs, results = plan_outputs(lines, pattern), []
+    jobs, results = plan_outputs(read_lines(file), pattern), []
     for source, out in jobs:
         try:
             result = _convert(convert, source, out, quiet, options)
@@ -46,6 +44,20 @@ def convert_all(
         counts = [f"{count} {state}" for state, count in totals.items() if count]
         click.echo(", ".join(counts), err=True)
     return 1 if totals["refused"] else 0
+
+
+def read_lines(file: str) -> list[str]:
+    """The lines of a text file, of standard input for -; `Refused` where it cannot be read."""
+    try:
+        with click.open_file(file, encoding="utf-8") as stream:
+            return stream.readlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(
+            f"{shown(file)} cannot be read: {error}",
+            expected="a text file with one source a line",
+            where="--from-list",
+            hint="check the path",
+        ) from error
 
 
 def plan_outputs(lines: Iterable[str], pattern: str) -> list[tuple[str, str]]:

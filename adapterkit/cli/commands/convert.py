@@ -58,7 +58,7 @@ from adapterkit.cli.output import print_json, run_verb
 @click.option("--list", "listing", is_flag=True, help="Print what each format can hold, and stop.")
 @click.option(
     "--from-list",
-    type=click.File(encoding="utf-8"),
+    type=click.Path(allow_dash=True),
     metavar="FILE",
     help="Convert each source of this file, one a line (-: standard input).",
 )
@@ -73,7 +73,7 @@ def convert(
     src: str | None,
     detect: bool,
     listing: bool,
-    from_list: Any,
+    from_list: str | None,
     out_pattern: str | None,
     **options: Any,
 ) -> None:
@@ -104,6 +104,7 @@ def convert(
         from adapterkit.reports.formats import detection_table
         from adapterkit.verbs.formats import detect_format
 
+        assert src is not None
         document = detect_format(src, allow_pickle=options["allow_pickle"])
         _print(document, detection_table(document), as_json)
     elif from_list is not None:
@@ -118,7 +119,7 @@ def _check_usage(
     src: str | None,
     detect: bool,
     listing: bool,
-    from_list: object,
+    from_list: str | None,
     out_pattern: str | None,
     options: dict[str, Any],
 ) -> None:
