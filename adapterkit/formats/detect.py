@@ -10,10 +10,11 @@ from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.formats.containers import Container, open_container
 from adapterkit.formats.library import formats
+from adapterkit.formats.pickles import pickles_of, rewritten_name, unsafe
 from adapterkit.formats.schema import Format
 
+PICKLE = "pickle"
 CONTAINERS = {".safetensors": "safetensors", ".gguf": "gguf"}
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,27 @@ def detect(folder: Folder, number: int = 0) -> Detection:
     if damage is not None:
         raise damage
     keys = [key for container in containers.values() for key in container.tensors]
-    pickled = [name for name in folder.files() if name.endswith(PICKLES)]
+    pickled = pickles_of(folder)
+    if pickled:
+        raise unsafe(pickled[0], folder.label)
     some = f"keys such as {', '.join(map(shown, keys[:3]))}" if keys else "no safetensors file"
     raise Refused(
         f"no adapter of a known format: {some}",
         expected=", ".join(formats()),
         where=folder.label,
-        hint=f"{shown(pickled[0])} is a pickle: --allow-pickle reads it with torch's weights_only "
-        "loader"
-        if pickled and not keys
-        else "adapterkit convert --list tells what each format looks like",
+        hint="adapterkit convert --list tells what each format looks like",
     )
 
 
 def _files(folder: Folder, form: Format) -> Iterator[str]:
-    """The files of a source that may hold an adapter of this format."""
+    """The files of a source that may hold an adapter of this format; pickles are rewritten."""
     files = [name for name in folder.files() if "/" not in name]
-    fits = [
-        name for name in files if CONTAINERS.get(PurePosixPath(name).suffix) == form.file.container
-    ]
-    if form.file.name in fits:
-        yield form.file.name
+    container, own = form.file.container, form.file.name
+    if container == PICKLE:
+        container, own = "safetensors", rewritten_name(own)
+    fits = [name for name in files if CONTAINERS.get(PurePosixPath(name).suffix) == container]
+    if own in fits:
+        yield own
     elif len(fits) == 1:
         yield fits[0]
 

@@ -5,6 +5,7 @@ loader, which runs none of its functions; what it holds is checked before it is 
 """
 
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -16,13 +17,16 @@ import torch
 from torch import Tensor
 
 from adapterkit import dtypes
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import build_header
-from adapterkit.checkpoint.shards import PICKLES
+from adapterkit.checkpoint.shards import PICKLES, TRAINER
 from adapterkit.checkpoint.storage import storage_errors
 from adapterkit.errors import Damaged, Refused, listed, refuse_all, shown
 
 # under which trainers put the weights beside the state of the optimizer, counters and the like
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter")
+# litgpt adds .lora
+_NAME = re.compile(rf"(.+?)({'|'.join(map(re.escape, PICKLES))})(\.lora)?", re.IGNORECASE)
 MAX_DEPTH = 4  # of wrappers inside each other
 MAX_GROWTH = 16  # times the file's size: tensors may share a storage, but not without end
 # torch's loader has no error of its own: what damaged files were seen to raise
@@ -33,14 +37,27 @@ LOADER_ERRORS = (
 )  # fmt: skip
 
 
+def pickles_of(folder: Folder) -> list[str]:
+    """The folder's own pickles that may hold an adapter; none where it has a safetensors file."""
+    names = [name for name in folder.files() if "/" not in name]
+    if any(name.endswith(".safetensors") for name in names):
+        return []
+    return sorted(name for name in names if is_pickle(name) and not name.startswith(TRAINER))
+
+
 def is_pickle(name: str) -> bool:
     """Whether a file of this name holds weights as a pickle."""
-    return name.lower().endswith(PICKLES)
+    return _NAME.fullmatch(name) is not None
+
+
+def rewritten_name(name: str) -> str:
+    """The name of a pickle's tensors as a safetensors file."""
+    match = _NAME.fullmatch(name)
+    return f"{match[1] if match else name}.safetensors"
 
 
 def unsafe(name: str, where: str) -> Refused:
     """The refusal of a pickle that the user has not allowed."""
-    stem = Path(name).stem
     return Refused(
         f"{shown(name)} is a pickle: loading it may run the code in it",
         expected="a safetensors file",
@@ -49,7 +66,7 @@ def unsafe(name: str, where: str) -> Refused:
             "where you trust it, --allow-pickle reads it with torch's loader of plain weights, or "
             'python -c "import torch; from safetensors.torch import save_file; '
             f"save_file(torch.load('{shown(name)}', weights_only=True), "
-            f"'{shown(stem)}.safetensors')\" rewrites it"
+            f"'{shown(rewritten_name(name))}')\" rewrites it"
         ),
     )
 

@@ -22,6 +22,7 @@ from adapterkit.plan import Computed, Plan, Task
 from adapterkit.planning.cards import adapter_card
 from adapterkit.planning.folder_files import Files, as_json
 from adapterkit.planning.input_files import identities
+from adapterkit.planning.unpickled import UnpickledFolder
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.converted import ConvertedTensor
 
@@ -65,7 +66,12 @@ def plan_convert(
         "folded": dict(written.folded),
     }
     receipt_options = {k: v for k, v in vars(options).items() if v not in (None, False)}
-    notes = (*contents.notes, *written.notes, *_folded_note(form, written))
+    notes = (
+        *_pickle_note(source),
+        *contents.notes,
+        *written.notes,
+        *_folded_note(form, written),
+    )
     return Plan(
         "convert",
         receipt_options,
@@ -158,6 +164,12 @@ def _files(contents: Contents, written: File) -> Files:
     if written.settings is not None:
         files[form.file.config] = as_json(dict(written.settings))
     return files
+
+
+def _pickle_note(source: Folder) -> list[str]:
+    if not isinstance(source, UnpickledFolder) or not source.left_out:
+        return []
+    return [f"beside the adapter {source.pickle} holds {listed(source.left_out)}: left out"]
 
 
 def _folded_note(form: Format, written: File) -> list[str]:

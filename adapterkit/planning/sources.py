@@ -13,6 +13,7 @@ from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, finite, unweighted, weighted
 from adapterkit.planning.converted import in_adapter_layout
+from adapterkit.planning.unpickled import without_pickles
 
 INDEX = ".safetensors.index.json"
 NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
@@ -73,13 +74,13 @@ def open_adapter(text: StrPath) -> Folder:
     return in_adapter_layout(open_unconverted(text))
 
 
-def open_unconverted(text: StrPath) -> Folder:
-    """The folder of an adapter in any format. A `.safetensors` file, whatever its name, is one of
-    PEFT's where its adapter_config.json lies beside it; `Refused` where that belongs to another
-    file."""
+def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
+    """The folder of an adapter in any format; with `allow_pickle` that of a pickle, too. A
+    `.safetensors` file, whatever its name, is one of PEFT's where its adapter_config.json lies
+    beside it; `Refused` where that belongs to another file."""
     folder = open_source(text)
     if not _is_weights(folder) or not (folder.root / CONFIG).is_file():
-        return folder
+        return without_pickles(folder) if allow_pickle else folder
     if folder.single != WEIGHTS and (folder.root / WEIGHTS).exists():
         problem = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
         hint = "give each a folder of its own with its config"

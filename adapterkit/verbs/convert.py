@@ -57,7 +57,7 @@ def convert(
     anything is written.
     """
     options = Options(to, alpha, rank, dtype, lossy, prefix_only, architecture)
-    folder = open_unconverted(src)
+    folder = open_unconverted(src, allow_pickle)
     checkpoint = None if base is None else open_checkpoint(open_model(base), 1)
     target = Path(out)
     is_file = target.suffix in FILES

@@ -14,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import AdapterkitError, Damaged, Refused
-from adapterkit.formats.pickles import is_pickle, rewrite, unsafe
+from adapterkit.formats.pickles import is_pickle, pickles_of, rewrite, rewritten_name, unsafe
+from adapterkit.planning.sources import open_unconverted
+from adapterkit.planning.unpickled import UnpickledFolder
 
 pytestmark = pytest.mark.quick
 
@@ -177,6 +180,56 @@ def test_the_refusal_holds_a_command_that_rewrites_the_file(save):
     assert load_file(path.with_suffix(".safetensors"))["a"].tolist() == [0, 1, 2]
 
 
-def test_names_of_pickles():
-    assert all(map(is_pickle, ["a.pt", "a.PTH", "adapter_model.bin", "x.ckpt"]))
-    assert not any(map(is_pickle, ["a.safetensors", "a.gguf", "pt"]))
+@pytest.mark.parametrize("name, rewritten", [
+    ("a.pt", "a.safetensors"),
+    ("a.PTH", "a.safetensors"),
+    ("adapter_model.bin", "adapter_model.safetensors"),
+    ("lit_model.pth.lora", "lit_model.safetensors"),
+    ("a.b.ckpt", "a.b.safetensors"),
+])  # fmt: skip
+def test_names_of_pickles(name, rewritten):
+    assert is_pickle(name)
+    assert rewritten_name(name) == rewritten
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.gguf", "pt", ".pt", "a.lora", "a.pt.x"])
+def test_names_of_others(name):
+    assert not is_pickle(name)
+
+
+def test_a_folder_has_a_safetensors_file_in_place_of_its_pickle(save):
+    path = save({"model": STATE, "epoch": 3})
+    (path.parent / "adapter_config.json").write_text("{}")
+    (path.parent / "training_args.bin").write_bytes(b"x")
+    for source in (path, path.parent):
+        folder = open_unconverted(source, allow_pickle=True)
+        assert isinstance(folder, UnpickledFolder)
+        assert {"adapter.safetensors", "adapter_config.json"} <= folder.files().keys()
+        assert path.name not in folder.files()
+        check(load_file(folder.path("adapter.safetensors")))
+        size = folder.files()["adapter.safetensors"]
+        data = folder.path("adapter.safetensors").read_bytes()
+        assert len(data) == size
+        assert folder.read("adapter.safetensors", 8, 20) == data[8:20]
+        assert folder.read("adapter_config.json", 0, 9) == b"{}"
+        assert folder.left_out == ["epoch"]
+        assert pickle.loads(pickle.dumps(folder)).files() == folder.files()
+
+
+def test_without_permission_a_pickle_stays_one(save):
+    path = save(STATE)
+    assert isinstance(open_unconverted(path), LocalFolder)
+    assert pickles_of(LocalFolder(path.parent)) == [path.name]
+
+
+def test_beside_a_safetensors_file_a_pickle_is_left_alone(save):
+    path = save(STATE)
+    (path.parent / "adapter_model.safetensors").write_bytes(b"x")
+    assert isinstance(open_unconverted(path.parent, allow_pickle=True), LocalFolder)
+
+
+def test_several_pickles_are_refused(save):
+    path = save(STATE)
+    path.with_name("b.pth").write_bytes(path.read_bytes())
+    with pytest.raises(Refused, match=r"2 pickles: adapter\.pt, b\.pth"):
+        open_unconverted(path.parent, allow_pickle=True)
