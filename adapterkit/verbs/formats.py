@@ -30,4 +30,4 @@ def detect_format(src: StrPath, *, allow_pickle: bool = False) -> dict[str, Any]
 
     Raises `Refused` where the source is in no format that is known.
     """
-    return reports.detect_format(open_unconverted(src))
+    return reports.detect_format(open_unconverted(src, allow_pickle))
