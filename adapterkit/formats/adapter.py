@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.adapters.adapter_config import plain_settings, rank_settings
+from adapterkit.adapters.declared import declared_settings
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora
@@ -130,19 +130,13 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
 def _settings(contents: Contents, loras: list[Module], is_own: bool) -> dict[str, Any]:
     """adapter_config.json: a source's own where it has one, with the ranks and scales."""
     ranks = {m.name: m.rank for m in loras}
-    alphas = {m.name: _number(m.alpha) for m in loras}
+    alphas = {m.name: m.alpha for m in loras}
     if is_own:
         return dict(contents.config)
-    settings: dict[str, Any] = {k: contents.config[k] for k in KEPT if k in contents.config}
-    settings = {"base_model_name_or_path": None, "task_type": None} | settings | plain_settings()
-    settings |= {
-        "target_modules": sorted(ranks),
+    kept = {k: contents.config[k] for k in KEPT if k in contents.config}
+    flags = {
         "use_dora": any("magnitude" in m.parts for m in loras),
         "lora_bias": any("bias" in m.parts for m in loras),
     }
-    return settings | rank_settings(ranks, alphas)
-
-
-def _number(value: float) -> float | int:
-    """A whole number as an int, as configs have them."""
-    return int(value) if value.is_integer() else value
+    defaults = {"base_model_name_or_path": None, "task_type": None}
+    return defaults | declared_settings(ranks, alphas, **kept, **flags)

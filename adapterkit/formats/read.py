@@ -17,11 +17,10 @@ from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.names import names_of
 from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
+from adapterkit.formats.scales import ALPHA, Scales
 from adapterkit.formats.schema import KINDS, MODEL, Architecture, Format
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.tensors import Expression, Stored, reshaped
-
-ALPHA = "alpha"
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,10 @@ def read(
     raws = _raws(form, container, candidates, errors, where)
     refuse_all(errors)
     chosen, resolved = _resolve(form, raws, candidates, container, reading, where)
-    scales = _Scales(form, container, config, reading, reader, where)
+    scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
     modules: list[Module] = []
     for raw, component, names, fusion in resolved:
-        module = scales.module(raw, component, errors)
+        module = _module(form, raw, component, scales, errors, where)
         if module is None:
             continue
         try:
@@ -352,102 +351,49 @@ def _from_base(form: Format, raw: Raw, reading: Reading, where: str) -> str:
     return fits[0]
 
 
-class _Scales:
-    """Alphas of a file's modules, from where the format has them."""
-
-    def __init__(
-        self,
-        form: Format,
-        container: Container,
-        config: Mapping,
-        reading: Reading,
-        reader: PlanReader,
-        where: str,
-    ):
-        self.form, self.reading, self.reader, self.where = form, reading, reader, where
-        self.config, self.container = config, container
-
-    def module(self, raw: Raw, component: str, errors: list[AdapterkitError]) -> Module | None:
-        """The module of a file, still under the file's name; None where something is wrong."""
-        parts = {
-            role: self._neutral(raw.kind, role, Stored(spec))
-            for role, spec in raw.roles.items()
-            if role != ALPHA
-        }
-        kind, embedding = raw.kind, raw.kind == "embedding"
-        rank = rank_of(kind, parts)
-        stored = Stored(raw.roles[ALPHA]) if ALPHA in raw.roles else None
-        if kind == FACTORS or embedding:
-            problem = _shape_problem(parts)
-            if problem:
-                errors.append(
-                    Refused(
-                        f"{shown(raw.head)}: {problem}",
-                        expected="a (r, in) and b (out, r)",
-                        where=self.where,
-                        hint="save the adapter again",
-                    )
-                )
-                return None
-        try:
-            alpha = float(rank or 1) if rank is None else self._alpha(raw, rank, stored)
-        except AdapterkitError as error:
-            errors.append(error)
-            return None
-        return Module(
-            component,
-            raw.head,
-            FACTORS if embedding else kind,
-            parts,
-            alpha,
-            rank or 1,
-            embedding,
-            stored_alpha=None if stored is None else StoredAlpha(stored, alpha),
+def _module(
+    form: Format,
+    raw: Raw,
+    component: str,
+    scales: Scales,
+    errors: list[AdapterkitError],
+    where: str,
+) -> Module | None:
+    """The module of a file, still under the file's name; None where something is wrong."""
+    parts = {
+        role: _neutral(form, raw.kind, role, Stored(spec))
+        for role, spec in raw.roles.items()
+        if role != ALPHA
+    }
+    embedding = raw.kind == "embedding"
+    kind = FACTORS if embedding else raw.kind
+    problem = _shape_problem(parts) if kind == FACTORS else ""
+    if problem:
+        errors.append(
+            Refused(
+                f"{shown(raw.head)}: {problem}",
+                expected="a (r, in) and b (out, r)",
+                where=where,
+                hint="save the adapter again",
+            )
         )
+        return None
+    rank = rank_of(kind, parts)
+    stored = Stored(raw.roles[ALPHA]) if ALPHA in raw.roles else None
+    try:
+        alpha = 1.0 if rank is None else scales.alpha(component, raw.head, rank, stored)
+    except AdapterkitError as error:
+        errors.append(error)
+        return None
+    held = None if stored is None else StoredAlpha(stored, alpha)
+    return Module(component, raw.head, kind, parts, alpha, rank or 1, embedding, stored_alpha=held)
 
-    def _neutral(self, kind: str, role: str, value: Expression) -> Expression:
-        """A stored tensor as the neutral form has it."""
-        steps = self.form.steps
-        for step in steps.get(f"{kind}.{role}", steps.get(role, ())):
-            value = STEPS[step].read(value)
-        if role == "magnitude":
-            value = reshaped(value, (max(value.shape),))
-        return value
 
-    def _alpha(self, raw: Raw, rank: int, stored: Stored | None) -> float:
-        words = self.form.scale
-        number: float | None = None
-        if stored is not None:
-            if stored.spec.shape not in ((), (1,)):
-                raise Refused(
-                    f"{shown(stored.spec.key)} has shape {stored.spec.shape}",
-                    expected="one number",
-                    where=self.where,
-                    hint="save the adapter again",
-                )
-            number = float(self.reader.stored(stored.spec).double().reshape(()))
-        elif words.place in ("config", "metadata"):
-            number = self._declared(raw)
-        if number is None:
-            number = self.reading.alpha
-        if number is None:
-            if words.default == "ask":
-                raise Refused(
-                    f"{self.form.title} does not say alpha",
-                    expected="--alpha A, as in training (the scale is alpha / rank)",
-                    where=self.where,
-                    hint="give --alpha",
-                )
-            number = float(rank) if words.default == "rank" else float(words.default)
-        return number * rank if words.means == "scale" and stored is None else number
-
-    def _declared(self, raw: Raw) -> float | None:
-        """Alpha, or the scale, as the config or the metadata says."""
-        key = self.form.config.read.get(self.form.scale.means)
-        value: object = self.config
-        for word in (key or "").split("."):
-            value = value.get(word) if isinstance(value, Mapping) else None
-        return float(value) if isinstance(value, int | float) else None
+def _neutral(form: Format, kind: str, role: str, value: Expression) -> Expression:
+    """A stored tensor as the neutral form has it."""
+    for step in form.steps.get(f"{kind}.{role}", form.steps.get(role, ())):
+        value = STEPS[step].read(value)
+    return reshaped(value, (max(value.shape),)) if role == "magnitude" else value
 
 
 def _shape_problem(parts: Mapping[str, Expression]) -> str:

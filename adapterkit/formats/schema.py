@@ -75,7 +75,8 @@ class ScaleWords:
     default: str | float = "rank"  # alpha where there is none: rank (scale 1), a number, ask
     means: str = "alpha"  # or scale: the stored number is alpha / rank
     uniform: bool = False  # one rank and one scale for all modules
-    key: str = ""  # of the metadata
+    key: str = ""  # of the metadata: PEFT's settings in JSON, by component
+    fold_beside: tuple[str, ...] = ()  # components beside which no file declares scales
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ def common_scale(modules: Iterable[Module]) -> float:
 
 def with_scale(module: Module, scale: float) -> Module:
     """The same delta at another scale: the ratio is folded into b, and into the bias of b."""
+    if module.kind not in RANK_AXES:
+        return module
     ratio = module.scale / scale
     if math.isclose(ratio, 1, rel_tol=1e-12):  # alpha / rank of different ranks
         return module

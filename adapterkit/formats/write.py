@@ -10,13 +10,12 @@ from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse
 from adapterkit.formats.library import architectures
 from adapterkit.formats.names import fitting, names_of
-from adapterkit.formats.record import LANGUAGE, RANK_AXES, Contents, Module
+from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.rows import Heads
+from adapterkit.formats.scales import ALPHA, place_scales
 from adapterkit.formats.schema import MODEL, Format
 from adapterkit.formats.steps import STEPS
-from adapterkit.formats.tensors import Constant, Expression, reshaped, scaled
-
-ALPHA = "alpha"
+from adapterkit.formats.tensors import Constant, Expression, reshaped
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def write(
     refuse_all(_homeless(modules, form, name))
     reader = PlanReader(contents.folders)
     whole = _fused(modules, form, name, heads, reader)
-    own, folded = _scales(whole, form)
+    own, folded, declared = place_scales(whole, form)
     tensors = [tensor for module, key in own for tensor in _tensors(module, key, form, dtype)]
     metadata = dict(form.metadata.write)
     if contents.format == form.name:
@@ -73,6 +72,7 @@ def write(
             for key, value in contents.metadata.items()
             if any(pattern.search(key) for pattern in form.metadata.carry)
         }
+    metadata |= declared
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     return File(form, tensors, metadata, [module for module, _ in own], name, folded)
 
@@ -250,26 +250,6 @@ def _fused(
         whole.append((replace(module, name=text), prefix(module) + text))
     refuse_all(errors)
     return whole
-
-
-def _scales(
-    modules: Sequence[tuple[Module, str]], form: Format
-) -> tuple[list[tuple[Module, str]], dict[str, float]]:
-    """The modules with their scales where the format can say them; others have them in b."""
-    if form.scale.place != "none":
-        return list(modules), {}
-    folded: dict[str, float] = {}
-    own = []
-    for module, key in modules:
-        if module.kind in RANK_AXES and module.scale != 1:
-            folded[module.path] = module.scale
-            parts = dict(module.parts)
-            for role in ("b", "bias"):
-                if role in parts:
-                    parts[role] = scaled(parts[role], module.scale)
-            module = replace(module, parts=parts, alpha=float(module.rank), stored_alpha=None)
-        own.append((module, key))
-    return own, folded
 
 
 def _tensors(module: Module, key: str, form: Format, dtype: str | None) -> list[Written]:

@@ -1,0 +1,139 @@
+"""Where a file's scales are: read from tensors, settings or metadata, and written there, or folded
+into b."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from adapterkit.adapters.declared import DeclaredScales, declared_settings
+from adapterkit.checkpoint.strict import strict_json
+from adapterkit.errors import Damaged, Refused, shown
+from adapterkit.formats.configs import fields
+from adapterkit.formats.record import FACTORS, RANK_AXES, Module
+from adapterkit.formats.schema import Format
+from adapterkit.formats.tensors import Stored, StoredReader
+from adapterkit.formats.uniform import with_scale
+
+ALPHA = "alpha"
+
+
+class Scales:
+    """The alphas of a file's modules; scale = alpha / rank."""
+
+    def __init__(
+        self,
+        form: Format,
+        metadata: Mapping[str, str],
+        config: Mapping[str, Any],
+        alpha: float | None,  # where the format leaves it to the reader
+        reader: StoredReader,
+        where: str,
+    ):
+        self.form, self.asked, self.reader, self.where = form, alpha, reader, where
+        self.metadata, self.config = metadata, config
+
+    def alpha(self, component: str, name: str, rank: int, stored: Stored | None) -> float:
+        """A module's alpha. `Refused` where the file does not say it and no default holds, or says
+        another rank than the tensors have."""
+        words = self.form.scale
+        if stored is not None:
+            return self._number(stored)
+        if words.place == "metadata" and component in self._declared:
+            declared, alpha = self._declared[component].alpha_of(name)
+            if declared != rank:
+                raise Refused(
+                    f"rank {rank} in the file for {shown(name)}",
+                    expected=f"rank {declared}, as {words.key} says",
+                    where=self.where,
+                    hint="take the file as it was saved",
+                )
+            return alpha
+        if words.place == "config":
+            value = self._fields.get(words.means)
+            if value is not None:
+                return float(value) * rank if words.means == "scale" else float(value)
+        if self.asked is not None:
+            return self.asked
+        if words.default == "ask":
+            raise Refused(
+                f"{self.form.title} does not say alpha",
+                expected="--alpha A, as in training (the scale is alpha / rank)",
+                where=self.where,
+                hint="give --alpha",
+            )
+        if words.default == "rank":
+            return float(rank)
+        return float(words.default) * (rank if words.means == "scale" else 1)
+
+    def _number(self, stored: Stored) -> float:
+        if stored.spec.shape not in ((), (1,)):
+            raise Refused(
+                f"{shown(stored.spec.key)} has shape {stored.spec.shape}",
+                expected="one number",
+                where=self.where,
+                hint="save the adapter again",
+            )
+        return float(self.reader.stored(stored.spec).double().reshape(()))
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        return fields(self.config, dict(self.form.config.read), self.where)
+
+    @cached_property
+    def _declared(self) -> dict[str, DeclaredScales]:
+        """The settings in the metadata, by component."""
+        key = self.form.scale.key
+        if key not in self.metadata:
+            return {}
+        try:
+            settings = strict_json(self.metadata[key].encode())
+            if not isinstance(settings, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise Damaged(
+                f"{key} in the metadata is not JSON: {shown(error)}",
+                expected="settings by component",
+                where=self.where,
+                hint="take the file as it was saved",
+            ) from error
+        tables: dict[str, dict[str, Any]] = {}
+        for path, value in settings.items():
+            component, _, name = path.partition(".")
+            tables.setdefault(component, {})[name] = value
+        return {
+            component: DeclaredScales(table, f"{self.where}: {key}")
+            for component, table in tables.items()
+        }
+
+
+def place_scales(
+    modules: Sequence[tuple[Module, str]], form: Format
+) -> tuple[list[tuple[Module, str]], dict[str, float], dict[str, str]]:
+    """The modules as they are written, those whose scale is folded into b now, and the metadata
+    that declare the others'."""
+    words = form.scale
+    components = {module.component for module, _ in modules}
+    if words.place == "metadata" and not components & set(words.fold_beside):
+        loras = [module for module, _ in modules if module.kind == FACTORS]
+        if any(module.scale != 1 for module in loras):
+            return list(modules), {}, {words.key: _declaration(loras)}
+    if words.place not in ("none", "metadata"):
+        return list(modules), {}, {}
+    folded = {m.path: m.scale for m, _ in modules if m.kind in RANK_AXES and m.scale != 1}
+    return [(with_scale(module, 1.0), key) for module, key in modules], folded, {}
+
+
+def _declaration(modules: Sequence[Module]) -> str:
+    """The settings of each component, in JSON."""
+    settings: dict[str, Any] = {}
+    for component in sorted({module.component for module in modules}):
+        own = [module for module in modules if module.component == component]
+        table = declared_settings(
+            {m.name: m.rank for m in own},
+            {m.name: m.alpha for m in own},
+            use_dora=any("magnitude" in m.parts for m in own),
+            lora_bias=any("bias" in m.parts for m in own),
+        )
+        settings |= {f"{component}.{name}": value for name, value in table.items()}
+    return json.dumps(settings, indent=2, sort_keys=True)
