@@ -41,6 +41,8 @@ BY_ROWS = {
 PRODUCTS = {FACTORS: (("b", "a"),), "loha": (("w1_a", "w1_b"), ("w2_a", "w2_b"))}
 # what a rank lies inside of: its columns cannot be told apart
 CORES = ("mid", "t1", "t2")
+# roles whose second axis is the module's inputs
+MATRICES = ("a", "diff", "weight")
 UNKNOWN = ("magnitude", "weight")  # roles that zeros do not stand for where a part is missing
 HINT = "give --rank N to make plain factors of them, or another format"
 
@@ -58,11 +60,13 @@ class Fusion:
         """Whether the module is the same on both sides."""
         return len(self.rule.model) == 1 and not self.rule.steps.get(self.naming)
 
-    def rows(self, out: int, where: str) -> list[Rows]:
-        """For each module of the model its rows in the file's."""
-        order = model_order(self.rule.steps.get(self.naming, ()), out, self.heads, where)
+    def rows(self, out: int, module: Module) -> list[Rows]:
+        """For each module of the model its rows in the file's, `out` in all; the module is one of
+        them, or the file's."""
+        steps = self.rule.steps.get(self.naming, ())
+        order = model_order(steps, out, self.heads, module.path, inputs_of(module))
         shares = self.rule.rows or (1,) * len(self.rule.model)
-        return [compact([order[i] for i in part]) for part in shares_of(out, shares, where)]
+        return [compact([order[i] for i in part]) for part in shares_of(out, shares, module.path)]
 
 
 def split(
@@ -74,7 +78,7 @@ def split(
     if fusion.is_plain:
         return [replace(module, name=names[0])]
     units = _units(module)
-    sets = fusion.rows(_out(module), module.path)
+    sets = fusion.rows(_out(module), module)
     columns = _columns(module, sets, reader)
     parts = []
     for name, rows, own_columns in zip(names, sets, columns, strict=True):
@@ -106,7 +110,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     if fusion.is_plain:
         return first
     shares = fusion.rule.rows or (1,) * len(fusion.rule.model)
-    sets = fusion.rows(_fused_rows(modules, shares), first.path)
+    sets = fusion.rows(_fused_rows(modules, shares), first)
     places = [sets[place] for place in sorted(modules)]
     _same_roles(members, name)
     scales = Counter(member.scale for member in members).most_common()
@@ -154,6 +158,12 @@ def scaled_role(module: Module) -> str:
         return "b"
     known = ("w1_a", "w1", "diff") if module.kind in ("loha", "lokr") else ()
     return next((role for role in known if role in module.parts), "")
+
+
+def inputs_of(module: Module) -> int | None:
+    """Columns of the weight; None where no part tells."""
+    shapes = (module.parts[role].shape for role in MATRICES if role in module.parts)
+    return next((shape[1] for shape in shapes if len(shape) > 1), None)
 
 
 def _units(module: Module) -> dict[str, int]:

@@ -144,23 +144,43 @@ def _in_style(text: str, style: str) -> str:
 
 
 def rules_of(architecture: Architecture, component: str) -> list[Rule]:
-    """A component's rules, those of included architectures too."""
+    """A component's rules, and those of included architectures: of the component of that name, or
+    of all where there is none."""
     words = architecture.components.get(component)
     if words is None:
         return []
-    included = [
-        rule
-        for name in words.include
-        for part in architectures()[name].components
-        for rule in rules_of(architectures()[name], part)
-    ]
-    return [*words.rules, *included]
+    rules = list(words.rules)
+    for name in words.include:
+        own = architectures()[name].components
+        for part in [component] if component in own else own:
+            rules += rules_of(architectures()[name], part)
+    return rules
 
 
 @cache
 def names_of(architecture: str, component: str, naming: str, style: str = "dots") -> Names:
     """The names of an architecture's component; made once."""
     return Names(architectures()[architecture], component, naming, style)
+
+
+def is_likely(
+    architecture: str, metadata: Mapping[str, str], inputs: Iterable[tuple[str, int]]
+) -> bool:
+    """Whether metadata and sizes say that it is this architecture, or nothing speaks of any.
+    `inputs`: (module of the model, its inputs)."""
+    hints = architectures()[architecture].detect
+    told = [
+        pattern.search(metadata[key]) is not None
+        for key, pattern in hints.metadata.items()
+        if key in metadata
+    ]
+    told += [
+        size == expected
+        for pattern, expected in hints.shapes.items()
+        for module, size in inputs
+        if re.search(pattern, module)
+    ]
+    return all(told)
 
 
 def fitting(modules: Iterable[tuple[str, str]], among: Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 refused with the whole list."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -14,13 +14,15 @@ from adapterkit.formats.containers import Container, PlanReader
 from adapterkit.formats.fusing import Fusion, split
 from adapterkit.formats.kinds import is_complete, rank_of
 from adapterkit.formats.library import architectures, formats
-from adapterkit.formats.names import names_of
+from adapterkit.formats.names import is_likely, names_of
 from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import ALPHA, Scales
-from adapterkit.formats.schema import KINDS, MODEL, Architecture, Format
+from adapterkit.formats.schema import KINDS, MODEL, Format
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.tensors import Expression, Stored, reshaped
+
+INTEGERS = ("I64", "I32")  # as diffusers writes alphas for kohya's names
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _raws(
     heads: dict[tuple[str, str], dict[str, tuple[TensorSpec, dict[str, str]]]] = {}
     unknown, twice = [], []
     for key, spec in container.tensors.items():
-        place = _place(form, key, prefixes)
+        place = _place(form, _respelled(form, key), prefixes)
         if place is None:
             unknown.append(key)
             continue
@@ -181,6 +183,13 @@ def _pattern(suffix: str) -> re.Pattern[str]:
     return re.compile(f"(.*?){end}")
 
 
+def _respelled(form: Format, key: str) -> str:
+    """The key in the format's own spelling."""
+    for pattern, replacement in form.names.renames.items():
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
 def _place(
     form: Format, key: str, prefixes: Sequence[str]
 ) -> tuple[str, str, str, dict[str, str]] | None:
@@ -229,8 +238,9 @@ def _kinds(
             )
         )
     for raw in raws:
-        for spec in raw.roles.values():
-            if spec.dtype not in dtypes.FLOATS or 0 in spec.shape:
+        for role, spec in raw.roles.items():
+            numbers = dtypes.FLOATS + INTEGERS if role == ALPHA else dtypes.FLOATS
+            if spec.dtype not in numbers or 0 in spec.shape:
                 errors.append(
                     Refused(
                         f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
@@ -259,7 +269,8 @@ def _resolve(
         return [], _without_rules(form, raws, reading, where)
     attempts = {name: _attempt(form, name, raws, reading.heads) for name in candidates}
     fits = [name for name, (_, unknown) in attempts.items() if not unknown]
-    if not fits and form.names.naming == MODEL and (form.names.style == "dots" or reading.modules):
+    is_plain = MODEL in form.names.naming
+    if not fits and is_plain and (form.names.style == "dots" or reading.modules):
         return [], _without_rules(form, raws, reading, where)
     if not fits:
         name, (_, unknown) = min(attempts.items(), key=lambda item: len(item[1][1]))
@@ -270,8 +281,16 @@ def _resolve(
             where=where,
             hint="give --base, the model it was trained on, or --architecture",
         )
-    likely = [name for name in fits if _is_likely(architectures()[name], raws, container)]
-    fits = likely or fits
+    inputs = {
+        name: [
+            (module, raw.roles["a"].shape[1])
+            for raw, _, modules, _ in attempts[name][0]
+            for module in modules
+            if raw.kind == FACTORS
+        ]
+        for name in fits
+    }
+    fits = [n for n in fits if is_likely(n, container.metadata, inputs[n])] or fits
     results = [
         [(raw.key, component, names) for raw, component, names, _ in attempts[name][0]]
         for name in fits
@@ -289,8 +308,17 @@ def _resolve(
 def _attempt(
     form: Format, name: str, raws: Sequence[Raw], heads: Heads | None
 ) -> tuple[Resolved, list[str]]:
-    """The modules by the names of one architecture, and the keys that it does not have."""
-    naming, style = form.naming(name), form.names.style
+    """The modules by the names of one architecture in the naming that fits best, and the keys that
+    it does not have."""
+    ways = [_named(form, name, naming, raws, heads) for naming in form.namings(name)]
+    return min(ways, key=lambda way: len(way[1]))
+
+
+def _named(
+    form: Format, name: str, naming: str, raws: Sequence[Raw], heads: Heads | None
+) -> tuple[Resolved, list[str]]:
+    """The modules by an architecture's names in one naming, and the keys that are none."""
+    style = form.names.style
     resolved: Resolved = []
     unknown: list[str] = []
     for raw in raws:
@@ -317,23 +345,6 @@ def _without_rules(form: Format, raws: Sequence[Raw], reading: Reading, where: s
             errors.append(error)
     refuse_all(errors)
     return resolved
-
-
-def _is_likely(architecture: Architecture, raws: Iterable[Raw], container: Container) -> bool:
-    """Whether metadata or shapes say that it is this architecture, or nothing speaks of any."""
-    hints = architecture.detect
-    told = [
-        pattern.search(container.metadata[key]) is not None
-        for key, pattern in hints.metadata.items()
-        if key in container.metadata
-    ]
-    told += [
-        raw.roles["a"].shape[1] == size
-        for pattern, size in hints.shapes.items()
-        for raw in raws
-        if raw.kind == FACTORS and re.search(pattern, raw.head)
-    ]
-    return all(told)
 
 
 def _from_base(form: Format, raw: Raw, reading: Reading, where: str) -> str:

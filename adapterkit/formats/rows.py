@@ -14,7 +14,7 @@ from torch import Tensor
 from adapterkit.errors import Refused
 from adapterkit.formats.tensors import Rows, compact
 
-ORDERS = ("swap_halves", "interleave", "rotary_q", "rotary_k", "groups")
+ORDERS = ("swap_halves", "swap_pair", "interleave", "rotary_q", "rotary_k", "groups")
 PER_HEAD = ("rotary_q", "rotary_k", "groups")
 
 
@@ -31,16 +31,30 @@ def order(
     size: int,  # rows of the weight
     heads: Heads | None,
     where: str,  # the module, for messages
+    inputs: int | None = None,  # columns of the weight
 ) -> Tensor:  # (size,) int64
     """The row of the file that each row of the model is.
 
-    swap_halves: [second, first]. interleave: [a0, b0, a1, b1, ...] -> [a..., b...]. rotary_q,
-    rotary_k: the same in each head, from the pairs (2i, 2i + 1) that Meta and GGUF rotate to
-    transformers' (i, i + d/2). groups: [q of group 0, k 0, v 0, q of group 1, ...] -> [q, k, v].
-    Raises `Refused` where heads are needed and unknown, or rows do not divide evenly.
+    swap_halves: [second, first]. swap_pair: the same where there are two rows for each input, as
+    shift and scale alone have; none where there are more. interleave: [a0, b0, a1, b1, ...] ->
+    [a..., b...]. rotary_q, rotary_k: the same in each head, from the pairs (2i, 2i + 1) that Meta
+    and GGUF rotate to transformers' (i, i + d/2). groups: [q of group 0, k 0, v 0, q of group 1,
+    ...] -> [q, k, v].
+    Raises `Refused` where heads or inputs are needed and unknown, or rows do not divide evenly.
     """
     if name == "swap_halves":
         return _divided((2, -1), size, where).flip(0).reshape(-1)
+    if name == "swap_pair":
+        if inputs is None:
+            raise Refused(
+                f"{size} rows, whose order depends on the inputs of the module",
+                expected="a weight, or factors of one",
+                where=where,
+                hint="leave this bias out",
+            )
+        return (
+            order("swap_halves", size, heads, where) if size == 2 * inputs else torch.arange(size)
+        )
     if name == "interleave":
         return _divided((-1, 2), size, where).T.reshape(-1)
     if heads is None:
@@ -71,11 +85,12 @@ def model_order(
     size: int,  # rows of the file's weight
     heads: Heads | None,
     where: str,
+    inputs: int | None = None,
 ) -> Rows:
     """For each row of the model its row in the file; `Refused` as `order` says."""
     rows = torch.arange(size)
     for step in steps:
-        rows = rows[order(step, size, heads, where)]
+        rows = rows[order(step, size, heads, where, inputs)]
     return compact(rows.tolist())
 
 

@@ -52,7 +52,7 @@ class DetectWords:
 class InWords:
     """Names in one architecture, where they differ from the format's others."""
 
-    naming: str | None = None
+    naming: tuple[str, ...] | None = None
     components: Mapping[str, tuple[str, ...]] | None = None
 
 
@@ -61,7 +61,10 @@ class NameWords:
     """How a key names its module."""
 
     style: str = "dots"  # or underscores: every dot written as _
-    naming: str = MODEL  # the column of the architectures' rules
+    # columns of the architectures' rules: the first is written, all are read
+    naming: tuple[str, ...] = (MODEL,)
+    # regex -> replacement, in order: spellings of keys that are read like others, never written
+    renames: Mapping[str, str] = field(default_factory=dict)
     architectures: tuple[str, ...] = ()  # none: names are the model's, of any architecture
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # -> prefixes of keys
     inside: Mapping[str, InWords] = field(default_factory=dict)  # "in" in the file
@@ -115,8 +118,8 @@ class Format:
     metadata: MetadataWords = field(default_factory=MetadataWords)
     config: ConfigWords = field(default_factory=ConfigWords)
 
-    def naming(self, architecture: str | None) -> str:
-        """The column of an architecture's rules in which it writes names."""
+    def namings(self, architecture: str | None) -> tuple[str, ...]:
+        """The columns of an architecture's rules in which names are; the first is written."""
         own = self.names.inside.get(architecture or "")
         return own.naming if own is not None and own.naming is not None else self.names.naming
 

@@ -7,9 +7,9 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats.containers import PlanReader
-from adapterkit.formats.fusing import Fusion, fuse
+from adapterkit.formats.fusing import Fusion, fuse, inputs_of
 from adapterkit.formats.library import architectures
-from adapterkit.formats.names import fitting, names_of
+from adapterkit.formats.names import fitting, is_likely, names_of
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import ALPHA, place_scales
@@ -121,6 +121,9 @@ def _placed(
         among = [name for name in among if name in form.names.architectures]
     among = [name for name in among if name in architectures()]
     options = [(name, placed) for name in among for placed in _components(modules, name)]
+    inputs = [(m.name, size) for m in modules if (size := inputs_of(m)) is not None]
+    likely = [option for option in options if is_likely(option[0], contents.metadata, inputs)]
+    options = likely or options
     results = {tuple((m.component, m.name) for m in placed) for _, placed in options}
     keys = {name: _keys(form, name, placed) for name, placed in options}
     if not options or len(results) > 1 or len({tuple(k) for k in keys.values()}) > 1:
@@ -160,9 +163,8 @@ def _keys(form: Format, architecture: str, modules: Sequence[Module]) -> list[st
     keys: list[str | None] = []
     for module in modules:
         prefixes = form.components(architecture).get(module.component, ("",))
-        names = names_of(
-            architecture, module.component, form.naming(architecture), form.names.style
-        )
+        naming = form.namings(architecture)[0]
+        names = names_of(architecture, module.component, naming, form.names.style)
         named = names.named(module.name)
         keys.append(None if named is None else prefixes[0] + named[1])
     return keys
@@ -210,7 +212,7 @@ def _fused(
     styled = lambda name: name.replace(".", "_") if form.names.style == "underscores" else name
     if architecture is None:
         return [(m, prefix(m) + styled(m.name)) for m in modules]
-    naming = form.naming(architecture)
+    naming = form.namings(architecture)[0]
     groups: dict[tuple[str, str, str], dict[int, Module]] = {}
     fusions: dict[tuple[str, str, str], Fusion] = {}
     errors: list[AdapterkitError] = []

@@ -41,6 +41,8 @@ def test_orders_that_need_heads(heads):
 
 def test_orders_that_need_none():
     assert order("swap_halves", 6, None, "m").tolist() == [3, 4, 5, 0, 1, 2]
+    assert order("swap_pair", 6, None, "m", 3).tolist() == [3, 4, 5, 0, 1, 2]
+    assert order("swap_pair", 6, None, "m", 1).tolist() == [0, 1, 2, 3, 4, 5]
     assert order("interleave", 6, None, "m").tolist() == [0, 2, 4, 1, 3, 5]
 
 
@@ -49,7 +51,7 @@ def test_orders_that_need_none():
 def test_the_inverse_brings_rows_back(name, heads):
     size = (heads.query + 2 * heads.key) * heads.query * heads.key * WIDTH
     rows = torch.randn(size, 3)
-    index = order(name, size, heads, "m")
+    index = order(name, size, heads, "m", size // 2)
     assert torch.equal(rows[index][inverse(index)], rows)
 
 

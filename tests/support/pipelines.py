@@ -1,0 +1,140 @@
+"""Tiny models of diffusers' pipelines: the block types and depths of the real ones, sizes of a
+few units."""
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+
+
+def unet_sd15() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8, 16, 16),
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=12,
+    )
+
+
+def unet_sdxl() -> UNet2DConditionModel:
+    cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8, 16),
+        norm_num_groups=2,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        down_block_types=(plain, cross, cross),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=4 * 6 + 8,
+    )
+
+
+def transformer_sd3() -> SD3Transformer2DModel:
+    """Its first block has a second attention, as in SD3.5 medium."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=3,
+        in_channels=4,
+        out_channels=4,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=8,
+        pooled_projection_dim=16,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+
+
+def clip(kind: type = CLIPTextModel, size: int = 8) -> Any:
+    return kind(
+        CLIPTextConfig(
+            hidden_size=size,
+            intermediate_size=2 * size,
+            projection_dim=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=32,
+            max_position_embeddings=8,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def t5() -> T5EncoderModel:
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1}
+    return T5EncoderModel(T5Config(**sizes, num_heads=2, feed_forward_proj="gated-gelu"))
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+
+
+def sd15() -> StableDiffusionPipeline:
+    """The seed decides the weights; the tokenizer and the image encoder play no part."""
+    torch.manual_seed(0)
+    return StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=clip(size=12),
+        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        unet=unet_sd15(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    torch.manual_seed(0)
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip(),
+        text_encoder_2=clip(CLIPTextModelWithProjection),
+        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        tokenizer_2=None,  # pyright: ignore[reportArgumentType]
+        unet=unet_sdxl(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+    )
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    return StableDiffusion3Pipeline(
+        transformer=transformer_sd3(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=clip(CLIPTextModelWithProjection),
+        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        text_encoder_2=clip(CLIPTextModelWithProjection),
+        tokenizer_2=None,  # pyright: ignore[reportArgumentType]
+        text_encoder_3=t5(),
+        tokenizer_3=None,  # pyright: ignore[reportArgumentType]
+    )
+
+
+PIPELINES = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3}
