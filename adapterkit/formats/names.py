@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from adapterkit.formats.library import architectures
@@ -145,7 +145,7 @@ def _in_style(text: str, style: str) -> str:
 
 def rules_of(architecture: Architecture, component: str) -> list[Rule]:
     """A component's rules, and those of included architectures: of the component of that name, or
-    of all where there is none."""
+    of all where there is none. Tables that it has too take the place of the included ones."""
     words = architecture.components.get(component)
     if words is None:
         return []
@@ -153,7 +153,10 @@ def rules_of(architecture: Architecture, component: str) -> list[Rule]:
     for name in words.include:
         own = architectures()[name].components
         for part in [component] if component in own else own:
-            rules += rules_of(architectures()[name], part)
+            rules += [
+                replace(rule, tables={**rule.tables, **architecture.tables})
+                for rule in rules_of(architectures()[name], part)
+            ]
     return rules
 
 
