@@ -10,10 +10,10 @@ from adapterkit.adapters.declared import DeclaredScales, declared_settings
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.formats.configs import fields
-from adapterkit.formats.record import FACTORS, RANK_AXES, Module
+from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Stored, StoredReader
-from adapterkit.formats.uniform import with_scale
+from adapterkit.formats.uniform import SCALED_BY, with_scale
 
 ALPHA = "alpha"
 
@@ -118,10 +118,17 @@ def place_scales(
         loras = [module for module, _ in modules if module.kind == FACTORS]
         if any(module.scale != 1 for module in loras):
             return list(modules), {}, {words.key: _declaration(loras)}
-    if words.place not in ("none", "metadata"):
+    if words.place == "config":
         return list(modules), {}, {}
-    folded = {m.path: m.scale for m, _ in modules if m.kind in RANK_AXES and m.scale != 1}
-    return [(with_scale(module, 1.0), key) for module, key in modules], folded, {}
+    homeless = [module for module, _ in modules if not _has_alpha(module, form)]
+    folded = {m.path: m.scale for m in homeless if m.kind in SCALED_BY and m.scale != 1}
+    return [(with_scale(m, 1.0) if m.path in folded else m, key) for m, key in modules], folded, {}
+
+
+def _has_alpha(module: Module, form: Format) -> bool:
+    """Whether the format has a tensor for the alpha of such a module."""
+    roles = form.kinds["embedding" if module.embedding else module.kind]
+    return form.scale.place == "tensor" and ALPHA in roles
 
 
 def _declaration(modules: Sequence[Module]) -> str:

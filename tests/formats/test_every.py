@@ -1,0 +1,206 @@
+"""The laws of formats, for every file in formats/ and every golden file of theirs."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from adapterkit.checkpoint import storage
+from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.formats.library import formats
+from adapterkit.formats.names import names_of
+from adapterkit.formats.record import FACTORS, LANGUAGE, Contents
+from adapterkit.formats.schema import Format
+from adapterkit.verbs.formats import detect_format
+from tests.support.adapter_samples import (
+    GOLDEN,
+    Sample,
+    all_samples,
+    contents_of,
+    deltas,
+    samples,
+)
+
+SAMPLES = all_samples()
+WRITTEN = [name for name, form in formats().items() if form.writes]
+# relative error of a scale that is rounded into factors, by their dtype
+ROUNDING = {"F64": 2.0**-50, "F32": 2.0**-22, "F16": 2.0**-9, "BF16": 2.0**-6}
+# Why a format may refuse what another one holds. Every refusal of a pair must be one of these.
+JUDGED = (
+    r"in \d+ modules: .*\n.*what .* holds",  # a kind or a role without keys
+    r"modules of other kinds",
+    r"magnitudes, but none for",
+    r"\bcomponents? ",
+    r"modules without a name there",
+    r"no architecture has modules such as",
+)
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for the disk: what is written is read at once."""
+    monkeypatch.setattr(storage, "DURABLE", False)
+
+
+def convert(sample: Sample, to: str, out: Path, **more: Any) -> Path:
+    """The sample in another format; a file where the format has no settings beside it."""
+    form = formats()[to]
+    if not form.file.config:
+        out = out.with_name(f"{out.name}{Path(form.file.name).suffix}")
+    adapterkit.convert(sample.path, to=to, out=out, hash="none", **(sample.options | more))
+    return out
+
+
+def weights(path: Path, form: Format) -> Path:
+    return path / form.file.name if path.is_dir() else path
+
+
+def ids(sample: Sample) -> str:
+    return sample.id
+
+
+def test_every_format_has_a_golden_file_and_every_golden_file_a_format():
+    assert not [name for name in formats() if not samples(name)]
+    folders = {path.name for path in GOLDEN.iterdir() if any(path.glob("*"))}
+    assert {name for name in folders if (GOLDEN / name).is_dir()} <= set(formats())
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=ids)
+def test_a_golden_file_is_recognized_and_read_whole(sample: Sample):
+    """Every key is read by a module."""
+    pickled = sample.options.get("allow_pickle", False)
+    assert detect_format(sample.path, allow_pickle=pickled)["format"] == sample.form
+    contents = contents_of(sample.path, **sample.options)
+    values = deltas(contents)
+    assert values and all(value.difference(value) < 1e-12 for value in values.values())
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.form in WRITTEN], ids=ids)
+def test_written_again_it_is_the_file(sample: Sample, tmp_path: Path):
+    """Every tensor by name, dtype and bytes, and the metadata that the format carries along."""
+    form = formats()[sample.form]
+    out = convert(sample, sample.form, tmp_path / "again")
+    old, new = weights(sample.path, form), weights(out, form)
+    if form.file.container != "safetensors":
+        assert old.read_bytes() == new.read_bytes()
+        return
+    before, after = load_file(old), load_file(new)
+    assert set(before) == set(after)
+    for key, tensor in before.items():
+        assert (tensor.dtype, tensor.shape) == (after[key].dtype, after[key].shape), key
+        assert tensor.equal(after[key]), key
+    with safe_open(old, "pt") as one, safe_open(new, "pt") as two:
+        carried = {
+            key: value
+            for key, value in (one.metadata() or {}).items()
+            if any(pattern.search(key) for pattern in form.metadata.carry)
+        }
+        assert carried.items() <= (two.metadata() or {}).items()
+    again = convert(Sample(sample.form, out, sample.options), sample.form, tmp_path / "third")
+    assert weights(again, form).read_bytes() == new.read_bytes()
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=ids)
+def test_every_pair_keeps_every_delta(sample: Sample, tmp_path: Path):
+    """Or is refused for a reason that is right, and then nothing is written."""
+    whole = contents_of(sample.path, **sample.options)
+    kept = 0
+    for to in WRITTEN:
+        for more in parts(whole, formats()[to]):
+            source = contents_of(sample.path, **(sample.options | more))
+            place = tmp_path / to / more.get("prefix_only", "whole")
+            place.mkdir(parents=True)
+            try:
+                out = convert(sample, to, place / "out", **more)
+            except AdapterkitError as error:
+                assert not holds(formats()[to], source), f"{to} {more}: {error}"
+                assert any(re.search(pattern, str(error)) for pattern in JUDGED), str(error)
+                assert not list(place.iterdir())
+                continue
+            assert_same(source, read_back(out, to, source, sample), f"{sample.id} -> {to} {more}")
+            kept += 1
+    assert kept
+
+
+def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
+    """What was written; its few names may be those of several families of models."""
+    family = {}
+    if formats()[to].names.architectures and len(source.architectures) == 1:
+        family = {"architecture": source.architectures[0]}
+    return contents_of(out, **(sample.options | family))
+
+
+def parts(contents: Contents, form: Format) -> Iterator[dict[str, Any]]:
+    """What of the contents a format of a single model takes at once: one component."""
+    several = len(contents.components) > 1
+    if several and (form.layout == "adapter" or not (form.names.components or form.names.inside)):
+        yield from ({"prefix_only": name} for name in contents.components)
+    else:
+        yield {}
+
+
+def holds(form: Format, contents: Contents) -> bool:
+    """Whether the file of a format says that it has a place for everything; plain factors alone,
+    of other kinds it may hold some."""
+    roles = set(form.kinds.get(FACTORS, {})) or {"a", "b"}
+    if any(m.kind != FACTORS or m.embedding or set(m.parts) - roles for m in contents.modules):
+        return False
+    if form.layout == "adapter":
+        return form.name == "peft" and len(contents.components) == 1
+    if not form.names.architectures:
+        known = form.names.components
+        return set(contents.components) <= set(known) if known else len(contents.components) == 1
+    return any(
+        all(
+            m.component in form.components(name) and _named(form, name, m.component, m.name)
+            for m in contents.modules
+        )
+        for name in contents.architectures
+        if name in form.names.architectures
+    )
+
+
+def _named(form: Format, architecture: str, component: str, module: str) -> bool:
+    """Whether a module has a name in the format."""
+    if component == LANGUAGE:
+        return False
+    names = names_of(architecture, component, form.naming(architecture), form.names.style)
+    return any(names.text(match) is not None for match in names.find_model(module))
+
+
+def assert_same(source: Contents, target: Contents, what: str) -> None:
+    before, after = deltas(source), deltas(target)
+    assert set(before) == set(after), what
+    dtypes = {part.dtype for m in source.modules for part in m.parts.values()}
+    tolerance = max(ROUNDING[dtype] for dtype in dtypes)
+    far = {name: value.difference(after[name]) for name, value in before.items()}
+    assert max(far.values()) <= tolerance, (what, max(far.values()))
+
+
+@pytest.mark.parametrize("name", [n for n, f in formats().items() if f.layout == "keys"])
+def test_a_refusal_tells_every_key_without_a_role(name: str, tmp_path: Path):
+    form = formats()[name]
+    if form.file.container != "safetensors":
+        pytest.skip("other containers are mutated in tests/fuzz")
+    sample = next(iter(samples(name)))
+    path = weights(sample.path, form)
+    tensors = load_file(path)
+    foreign = {f"optimizer.state.{n}": next(iter(tensors.values())).clone() for n in range(3)}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    (tmp_path / "in").mkdir()
+    save_file(tensors | foreign, tmp_path / "in" / path.name, metadata)
+    source = tmp_path / "in" / path.name
+    if sample.path.is_dir():
+        settings = (sample.path / form.file.config).read_bytes()
+        (tmp_path / "in" / form.file.config).write_bytes(settings)
+        source = tmp_path / "in"
+    with pytest.raises(Refused) as caught:
+        adapterkit.convert(source, to="peft", out=tmp_path / "out", **sample.options)
+    assert all(key in str(caught.value) for key in foreign)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

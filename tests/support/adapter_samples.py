@@ -1,0 +1,133 @@
+"""The golden files of the formats, found by their folders, and what they hold in float64."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.formats.containers import PlanReader
+from adapterkit.formats.detect import detect
+from adapterkit.formats.library import formats
+from adapterkit.formats.record import Contents, Module
+from adapterkit.formats.schema import Format
+from adapterkit.planning.convert import Options, read_contents
+from adapterkit.planning.sources import open_unconverted
+
+GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
+ENDINGS = {
+    "safetensors": (".safetensors",),
+    "gguf": (".gguf",),
+    "pickle": (".pt", ".pth", ".bin", ".ckpt", ".lora"),
+}
+# folders beside a sample: the model it is for, the adapter that its tool converted
+BESIDE = ("base", "adapter")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A file or folder that a format's own tool wrote."""
+
+    form: str
+    path: Path
+    options: dict[str, Any] = field(default_factory=dict)  # that reading it needs
+
+    @property
+    def id(self) -> str:
+        return self.path.relative_to(GOLDEN).as_posix()
+
+
+@cache
+def samples(name: str) -> tuple[Sample, ...]:
+    """The samples of a format: each file of its container, or the folder with its settings."""
+    return tuple({sample.path: sample for sample in _samples(formats()[name])}.values())
+
+
+def all_samples() -> list[Sample]:
+    return [sample for name in formats() for sample in samples(name)]
+
+
+def _samples(form: Format) -> Iterator[Sample]:
+    root = GOLDEN / form.name
+    for path in sorted(p for p in root.rglob("*") if p.suffix in ENDINGS[form.file.container]):
+        if any(part in BESIDE for part in path.relative_to(root).parts[:-1]):
+            continue
+        options: dict[str, Any] = {}
+        if (path.parent / "base").is_dir():
+            options["base"] = path.parent / "base"
+        if form.file.container == "pickle":
+            options["allow_pickle"] = True
+        if form.scale.default == "ask":
+            options["alpha"] = 6.0
+        settings = form.file.config
+        is_folder = settings and (path.parent / settings).is_file()
+        yield Sample(form.name, path.parent if is_folder else path, options)
+
+
+def contents_of(path: Path, **options: Any) -> Contents:
+    """What a source holds."""
+    base, allow_pickle = options.pop("base", None), options.pop("allow_pickle", False)
+    folder = open_unconverted(path, allow_pickle)
+    detection = detect(folder)
+    checkpoint = None if base is None else open_checkpoint(LocalFolder(base), 1)
+    return read_contents(folder, detection, Options(detection.form.name, **options), checkpoint)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What an adapter does to a module: low-rank factors, and tensors that go with them."""
+
+    a: Tensor | None  # (r, in · kernel) float64, with the scale
+    b: Tensor | None  # (out, r) float64
+    others: dict[str, Tensor]  # role -> float64
+
+    def difference(self, other: "Delta") -> float:
+        """The relative distance of two deltas in the Frobenius norm, from QR of the factors; of
+        other tensors the largest."""
+        errors = [0.0]
+        if self.a is not None and self.b is not None:
+            assert other.a is not None and other.b is not None
+            assert self.b.shape[0] == other.b.shape[0] and self.a.shape[1] == other.a.shape[1]
+            apart = norm(torch.cat([self.b, -other.b], 1), torch.cat([self.a, other.a]))
+            errors.append(apart / max(norm(self.b, self.a), 1e-300))
+        assert set(self.others) == set(other.others)
+        for role, value in self.others.items():
+            assert value.shape == other.others[role].shape, role
+            apart = float((value - other.others[role]).norm())
+            errors.append(apart / max(float(value.norm()), 1e-300))
+        return max(errors)
+
+
+def norm(b: Tensor, a: Tensor) -> float:
+    """‖b@a‖ without b@a."""
+    return float((torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T).norm())
+
+
+def deltas(contents: Contents) -> dict[str, Delta]:
+    """The deltas of all modules by name, kind and, where there are several, component."""
+    reader = PlanReader(contents.folders)
+    several = len(contents.components) > 1
+    return {
+        f"{m.component if several else ''}:{m.name}:{m.kind}:{m.depth}": delta(m, reader)
+        for m in contents.modules
+    }
+
+
+def delta(module: Module, reader: PlanReader) -> Delta:
+    """A module's delta in float64."""
+    parts = {role: part.value(reader).double() for role, part in module.parts.items()}
+    if module.kind == "lora":
+        a, b = parts.pop("a"), parts.pop("b")
+        if "mid" in parts:
+            a = torch.einsum("mn...,ni->mi...", parts.pop("mid"), a.flatten(1))
+        if "bias" in parts:
+            parts["bias"] = parts["bias"] * module.scale
+        return Delta(a.flatten(1) * module.scale, b.flatten(1), parts)
+    if module.kind in ("loha", "lokr"):
+        parts["alpha by rank"] = torch.tensor(module.scale, dtype=torch.float64)
+    return Delta(None, None, parts)

@@ -1,0 +1,85 @@
+"""The wheel and the source distribution hold the formats, and install one package."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import pytest
+
+import adapterkit
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(adapterkit.__file__).parent
+LIST = "from adapterkit.cli import main; main(['convert', '--list', '--json'])"
+
+
+def build(source: Path, kind: str, target: Path) -> Path:
+    """What hatchling builds of a source tree."""
+    words = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(target)]
+    done = subprocess.run(words, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = target.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The source distribution, unpacked, and the wheel that is built from it, unpacked as an
+    installer does it. The package is the one under test, wherever it is installed."""
+    tree, root = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("built")
+    ignored = shutil.ignore_patterns("__pycache__", "_formats")
+    shutil.copytree(PACKAGE, tree / "adapterkit", ignore=ignored)
+    for name in ("formats", "docs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    with tarfile.open(build(tree, "sdist", root / "sdist")) as archive:
+        archive.extractall(root / "source", filter="data")
+    (source,) = (root / "source").iterdir()
+    with zipfile.ZipFile(build(source, "wheel", root / "wheel")) as archive:
+        archive.extractall(root / "installed")
+    return source, root / "installed"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.toml")
+    }
+
+
+def test_both_hold_every_format_and_architecture(built: tuple[Path, Path]):
+    source, installed = built
+    wanted = files(ROOT / "formats")
+    assert any("/" in name for name in wanted) and any("/" not in name for name in wanted)
+    assert files(source / "formats") == wanted
+    assert files(installed / "adapterkit" / "_formats") == wanted
+
+
+def test_only_the_package_is_installed(built: tuple[Path, Path]):
+    names = {path.name.partition("-")[0] for path in built[1].iterdir()}
+    assert names == {"adapterkit"}
+    assert PathFinder.find_spec("formats", [str(built[1])]) is None
+
+
+def test_the_installed_package_lists_its_own_formats(built: tuple[Path, Path]):
+    """Away from the repository, whose formats/ it must not need."""
+    environment = os.environ | {"PYTHONPATH": str(built[1])}
+    results = [
+        subprocess.run(
+            [sys.executable, "-P", "-c", code], cwd=built[1].parent, env=environment,
+            capture_output=True, text=True,
+        )
+        for code in (LIST, "import adapterkit; print(adapterkit.__file__)")
+    ]  # fmt: skip
+    listed, where = results
+    assert where.stdout.startswith(str(built[1])), where.stdout
+    assert listed.returncode == 0, listed.stderr
+    here = subprocess.run(
+        [sys.executable, "-c", LIST], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert listed.stdout == here.stdout and len(listed.stdout) > 1000
