@@ -5,7 +5,7 @@ A format names its fields by words (WORDS); which of them stand where is data in
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -48,6 +48,7 @@ WORDS = {
     "suffixes": ("a list of names", _texts),
     "layers": ("a whole number", lambda value: type(value) is int),
     "base": ("a name", _text),
+    "rslora": ("true or false", lambda value: type(value) is bool),  # scale = alpha / √rank
     "dora": ("true or false", lambda value: type(value) is bool),
     "kind": ("a word", _text),
     "q": ("true or false", lambda value: type(value) is bool),  # which parts of a fused module
@@ -78,7 +79,7 @@ def read_config(folder: Folder, name: str) -> dict[str, Any]:
 
 def fields(
     config: Mapping[str, Any],
-    paths: Mapping[str, str | list[str]],  # word -> dotted path, or several of which one is there
+    paths: Mapping[str, Sequence[str]],  # word -> dotted paths, of which the first that is there
     where: str,
 ) -> dict[str, Any]:
     """What the config says, by word; words that it does not have are missing.
@@ -87,7 +88,7 @@ def fields(
     """
     values, errors = {}, []
     for word, options in paths.items():
-        for path in [options] if isinstance(options, str) else options:
+        for path in options:
             value = _at(config, path)
             if value is None:
                 continue
@@ -129,7 +130,7 @@ def config_bytes(name: str, config: Mapping[str, Any]) -> bytes:
     """The file's bytes: JSON, or YAML where the name says so; equal configs give equal bytes."""
     if name.endswith((".yaml", ".yml")):
         return yaml.safe_dump(dict(config), sort_keys=False).encode()
-    return (json.dumps(config, indent=2) + "\n").encode()
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _at(config: Mapping[str, Any], path: str) -> Any:

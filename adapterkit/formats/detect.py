@@ -6,8 +6,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.formats.configs import read_config
 from adapterkit.formats.containers import Container, open_container
 from adapterkit.formats.library import formats
 from adapterkit.formats.pickles import pickles_of, rewritten_name, unsafe
@@ -74,8 +74,12 @@ def _files(folder: Folder, form: Format) -> Iterator[str]:
 
 
 def _config(folder: Folder, form: Format) -> Mapping[str, Any]:
-    name = form.file.config
-    return read_json(folder, name) if name and name in folder.files() else {}
+    """The settings beside a file, of all its configs."""
+    config: dict[str, Any] = {}
+    for name in form.file.config:
+        if name in folder.files():
+            config = read_config(folder, name) | config
+    return config
 
 
 def _is_of(form: Format, container: Container, config: Mapping[str, Any]) -> bool:

@@ -16,6 +16,10 @@ from adapterkit.formats.tensors import Stored, StoredReader
 from adapterkit.formats.uniform import SCALED_BY, with_scale
 
 ALPHA = "alpha"
+SETTINGS = {  # PEFT's words for what a config says
+    "rank": "r", "alpha": "lora_alpha", "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern", "rslora": "use_rslora",
+}  # fmt: skip
 
 
 class Scales:
@@ -40,19 +44,9 @@ class Scales:
         if stored is not None:
             return self._number(stored)
         if words.place == "metadata" and component in self._declared:
-            declared, alpha = self._declared[component].alpha_of(name)
-            if declared != rank:
-                raise Refused(
-                    f"rank {rank} in the file for {shown(name)}",
-                    expected=f"rank {declared}, as {words.key} says",
-                    where=self.where,
-                    hint="take the file as it was saved",
-                )
-            return alpha
-        if words.place == "config":
-            value = self._fields.get(words.means)
-            if value is not None:
-                return float(value) * rank if words.means == "scale" else float(value)
+            return self._declared_alpha(self._declared[component], rank, name, words.key)
+        if words.place == "config" and words.means in self._fields:
+            return self._declared_alpha(self._configured, rank, name, "the config")
         if self.asked is not None:
             return self.asked
         if words.default == "ask":
@@ -65,6 +59,18 @@ class Scales:
         if words.default == "rank":
             return float(rank)
         return float(words.default) * (rank if words.means == "scale" else 1)
+
+    def _declared_alpha(self, scales: DeclaredScales, rank: int, name: str, place: str) -> float:
+        """The alpha of a module; `Refused` where its tensors have another rank than declared."""
+        declared, alpha = scales.alpha_of(name)
+        if declared != rank:
+            raise Refused(
+                f"rank {rank} in the file for {shown(name)}",
+                expected=f"rank {declared}, as {place} says",
+                where=self.where,
+                hint="take the file as it was saved",
+            )
+        return alpha
 
     def _number(self, stored: Stored) -> float:
         if stored.spec.shape not in ((), (1,)):
@@ -79,6 +85,14 @@ class Scales:
     @cached_property
     def _fields(self) -> dict[str, Any]:
         return fields(self.config, dict(self.form.config.read), self.where)
+
+    @cached_property
+    def _configured(self) -> DeclaredScales:
+        """The settings beside the file."""
+        values = {SETTINGS[word]: value for word, value in self._fields.items() if word in SETTINGS}
+        if self.form.scale.means == "scale":
+            values["lora_alpha"] = self._fields["scale"] * values.get("r", 1)
+        return DeclaredScales(values, self.where)
 
     @cached_property
     def _declared(self) -> dict[str, DeclaredScales]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from adapterkit.formats.configs import WORDS, unknown_words
+
 R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
 # rules' words that are no namings
@@ -33,7 +35,8 @@ class FileWords:
 
     container: str = "safetensors"  # or gguf, pickle
     name: str = "adapter_model.safetensors"  # in a folder
-    config: str = ""  # the file of settings beside it
+    # files of settings beside it: the first is written, all are read, earlier ones first
+    config: tuple[str, ...] = ()
     carry: tuple[str, ...] = ()  # other files that go along: patterns of names
 
 
@@ -95,7 +98,7 @@ class ConfigWords:
     """The file of settings: a tree with places to fill in, and where to read each value."""
 
     write: Mapping[str, Any] = field(default_factory=dict)
-    read: Mapping[str, str] = field(default_factory=dict)
+    read: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # dotted paths, any of them
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,9 @@ def format_from(name: str, table: dict[str, Any]) -> Format:
         inside = names.pop("in")
         table["names"] = names | {"inside": inside}
     one = _record(Format, table, name)
+    unknown = unknown_words(dict(one.config.write)) + sorted(set(one.config.read) - set(WORDS))
+    if unknown or (one.config.write and not one.file.config):
+        raise ValueError(f"{name}: settings {unknown or 'without a file'}")
     for kind, roles in one.kinds.items():
         unknown = set(roles) - set(KINDS.get(kind, ()))
         if kind not in KINDS or unknown:
@@ -246,7 +252,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         options = [one for one in arguments if one is not type(None)]
         simple = [one for one in options if isinstance(one, type) and isinstance(value, one)]
         return value if simple else _value(options[0], value, where)
-    if isinstance(value, hint if isinstance(hint, type) else ()) or hint is Any:
+    if hint is Any or isinstance(value, hint if isinstance(hint, type) else ()):
         return value
     if hint is re.Pattern or origin is re.Pattern:
         return re.compile(value)

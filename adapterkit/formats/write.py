@@ -14,8 +14,10 @@ from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import ALPHA, place_scales
 from adapterkit.formats.schema import MODEL, Format
+from adapterkit.formats.settings import settings_of
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.tensors import Constant, Expression, reshaped
+from adapterkit.formats.uniform import uniform
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ def write(
     refuse_all(_homeless(modules, form, name))
     reader = PlanReader(contents.folders)
     whole = _fused(modules, form, name, heads, reader)
+    if form.scale.uniform:
+        same = uniform([module for module, _ in whole])
+        whole = [(module, key) for module, (_, key) in zip(same, whole, strict=True)]
     own, folded, declared = place_scales(whole, form)
+    settings = settings_of(form, [module for module, _ in own], contents.config)
     tensors = [tensor for module, key in own for tensor in _tensors(module, key, form, dtype)]
     metadata = dict(form.metadata.write)
     if contents.format == form.name:
@@ -74,7 +80,8 @@ def write(
         }
     metadata |= declared
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
-    return File(form, tensors, metadata, [module for module, _ in own], name, folded)
+    final = [module for module, _ in own]
+    return File(form, tensors, metadata, final, name, folded, settings=settings)
 
 
 def _unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:

@@ -10,6 +10,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.adapter import read_layout, write_layout
+from adapterkit.formats.configs import config_bytes
 from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.library import format_named
 from adapterkit.formats.read import Reading, read
@@ -20,7 +21,7 @@ from adapterkit.formats.tensors import Stored
 from adapterkit.formats.write import File, Written, write
 from adapterkit.plan import Computed, Plan, Task
 from adapterkit.planning.cards import adapter_card
-from adapterkit.planning.folder_files import Files, as_json
+from adapterkit.planning.folder_files import Files
 from adapterkit.planning.input_files import identities
 from adapterkit.planning.unpickled import UnpickledFolder
 from adapterkit.tasks.common import CopiedTensor
@@ -58,6 +59,13 @@ def plan_convert(
     files: Files = {}
     if file is None:
         files = _files(contents, written)
+    elif written.settings is not None:
+        raise Refused(
+            f"one file, and {form.title} has ranks and scales in {form.file.config[0]}",
+            expected="a folder for both",
+            where="--out",
+            hint="give a name without .safetensors",
+        )
     decisions = {
         "from": contents.format,
         "to": form.name,
@@ -162,7 +170,8 @@ def _files(contents: Contents, written: File) -> Files:
         card = adapter_card(base, [], f"converted from {contents.format}")
         files["README.md"] = card.encode()
     if written.settings is not None:
-        files[form.file.config] = as_json(dict(written.settings))
+        name = form.file.config[0]
+        files[name] = config_bytes(name, written.settings)
     return files
 
 

@@ -41,7 +41,7 @@ def _format(one: Format) -> dict[str, Any]:
             "uniform": one.scale.uniform,
         },
         "container": one.file.container,
-        "config": one.file.config or None,
+        "config": next(iter(one.file.config), None),
         "architectures": list(one.names.architectures),
         "components": list(dict.fromkeys(name for table in components for name in table)),
         "clients": list(one.clients),

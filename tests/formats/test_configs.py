@@ -73,16 +73,16 @@ def test_damaged_yaml_is_refused(read):
 def test_fields_by_word():
     paths = {
         "rank": ["r", "lora_parameters.rank"],
-        "scale": "lora_parameters.scale",
-        "alpha": "lora_parameters.alpha",
-        "base": "nothing",
-        "modules": "lora_parameters.keys",
-        "q": "lora_query",
+        "scale": ["lora_parameters.scale"],
+        "alpha": ["lora_parameters.alpha"],
+        "base": ["nothing"],
+        "modules": ["lora_parameters.keys"],
+        "q": ["lora_query"],
     }
     assert fields(CONFIG, paths, "x") == {
         "rank": 8, "scale": 20.0, "modules": ["self_attn.q_proj"], "q": True,
     }  # fmt: skip
-    assert fields(CONFIG, {"rank": "fine_tune_type.rank"}, "x") == {}
+    assert fields(CONFIG, {"rank": ["fine_tune_type.rank"]}, "x") == {}
 
 
 @pytest.mark.parametrize("word, value", [
@@ -93,12 +93,12 @@ def test_fields_by_word():
 ])  # fmt: skip
 def test_values_that_a_word_cannot_have(word, value):
     with pytest.raises(Refused, match="x: field is"):
-        fields({"field": value}, {word: "field"}, "x")
+        fields({"field": value}, {word: ["field"]}, "x")
 
 
 def test_all_offenders_at_once():
     with pytest.raises(Refused, match="2 problems"):
-        fields({"a": 0, "b": "x"}, {"rank": "a", "alpha": "b"}, "x")
+        fields({"a": 0, "b": "x"}, {"rank": ["a"], "alpha": ["b"]}, "x")
 
 
 def test_templates():
@@ -117,9 +117,9 @@ def test_templates():
 def test_every_word_has_a_value_that_it_takes():
     good = {
         "rank": 4, "alpha": 4, "scale": 0.5, "rank_pattern": {"a": 4}, "alpha_pattern": {"a": 0.5},
-        "modules": ["a"], "suffixes": [], "layers": -1, "base": "a", "dora": False, "kind": "lora",
-        "q": True, "k": False, "v": True,
+        "modules": ["a"], "suffixes": [], "layers": -1, "base": "a", "rslora": True,
+        "dora": False, "kind": "lora", "q": True, "k": False, "v": True,
     }  # fmt: skip
     assert good.keys() == WORDS.keys()
-    assert fields(good, {word: word for word in WORDS}, "x") == good
+    assert fields(good, {word: [word] for word in WORDS}, "x") == good
     assert json.loads(config_bytes("a.json", good)) == good
