@@ -121,7 +121,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
                 f"components {', '.join(components)}",
                 expected=f"one: {form.title} is for a single model",
                 where=where,
-                hint="give --prefix-only COMPONENT, one after the other",
+                hint="adapterkit convert --prefix-only COMPONENT takes one of them",
             )
         )
     return errors

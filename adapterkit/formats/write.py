@@ -191,7 +191,7 @@ def _homeless(
                 f"components {listed(sorted(several))}",
                 expected=f"one: {form.title} is for a single model",
                 where="--to",
-                hint="give --prefix-only COMPONENT, one after the other",
+                hint="adapterkit convert --prefix-only COMPONENT takes one of them",
             )
         ]
     lacking = sorted({m.component for m in modules} - set(components))

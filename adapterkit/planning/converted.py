@@ -1,24 +1,31 @@
 """An adapter of another format as a folder in PEFT's layout, for every verb that takes one."""
 
-import os
+import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapters.keys import CONFIG, WEIGHTS
-from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError
 from adapterkit.formats.detect import detect
 from adapterkit.formats.library import formats
+from adapterkit.plan import Plan
 from adapterkit.planning.convert import ADAPTER_LAYOUT, Options, plan_convert
 
+FILES = (".safetensors", ".gguf")
 
-def in_adapter_layout(folder: Folder) -> Folder:
-    """The folder itself where it is in PEFT's layout, or in no format that is known (its reader
-    refuses it); else one that stands for it."""
-    if CONFIG in folder.files() or not any(name.endswith(FILES) for name in folder.files()):
+
+def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
+    """The folder itself where it is in PEFT's layout, a model's, or in no format that is known (its
+    reader refuses it); else one that stands for it. `Refused` for contents that PEFT's layout
+    cannot hold."""
+    files = folder.files()
+    if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
     try:
         detection = detect(folder)
@@ -26,19 +33,34 @@ def in_adapter_layout(folder: Folder) -> Folder:
         return folder
     if detection.form.layout == ADAPTER_LAYOUT:
         return folder
-    return ConvertedFolder(folder, detection.form.name)
+    checkpoint = None if base is None else open_checkpoint(base, 1)
+    plan = plan_convert(folder, Options(_layout()), checkpoint)
+    return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
 
 
-FILES = (".safetensors", ".gguf")
+def adapter_or_file(folder: Folder) -> Folder:
+    """What `in_adapter_layout` gives; the folder itself where that is refused (a pipeline of
+    several components, alphas that nothing says), for verbs that tell of bare tensors too."""
+    try:
+        return in_adapter_layout(folder)
+    except AdapterkitError:
+        return folder
 
 
-@dataclass
+def _layout() -> str:
+    """The name of PEFT's layout among the formats."""
+    return next(form.name for form in formats().values() if form.layout == ADAPTER_LAYOUT)
+
+
+@dataclass(eq=False)
 class ConvertedFolder:
-    """A conversion into PEFT's layout, carried out in a temporary folder when its weights are first
+    """A conversion into PEFT's layout, carried out in a temporary folder when its files are first
     asked for."""
 
     source: Folder
     form: str
+    file: str  # the source's
+    plan: Plan
     name: str = field(init=False)
     label: str = field(init=False)
     origin: dict[str, Any] = field(init=False)  # the source's, with the format that it was in
@@ -46,39 +68,29 @@ class ConvertedFolder:
 
     def __post_init__(self) -> None:
         self.name, self.label = self.source.name, self.source.label
-        self.origin = {**self.source.origin, "format": self.form}
+        self.origin = {**self.source.origin, "format": self.form, "file": self.file}
 
     def __reduce__(self) -> tuple:
-        return ConvertedFolder, (self.source, self.form)
+        return ConvertedFolder, (self.source, self.form, self.file, self.plan)
 
     @cached_property
-    def _folder(self) -> "_Temporary":
+    def _folder(self) -> LocalFolder:
         from adapterkit.engines.local import local
         from adapterkit.execute import run
 
-        layout = next(f.name for f in formats().values() if f.layout == ADAPTER_LAYOUT)
-        place = _Temporary()
-        run(plan_convert(self.source, Options(layout)), place.path, local("cpu"), hash="none")
-        return place
+        home = tempfile.mkdtemp(prefix="adapterkit-")
+        weakref.finalize(self, shutil.rmtree, home, ignore_errors=True)
+        run(self.plan, Path(home, "adapter"), local("cpu"), hash="none")
+        return LocalFolder(Path(home, "adapter"))
 
     def files(self) -> dict[str, int]:
-        return {name: os.stat(self.path(name)).st_size for name in (CONFIG, WEIGHTS)}
+        return {name: size for name, size in self._folder.files().items() if name != RECEIPT}
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        with self.path(name).open("rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
+        return self._folder.read(name, start, stop)
 
     def path(self, name: str) -> Path:
-        return self._folder.path / name
+        return self._folder.path(name)
 
     def prefetch(self, names: list[str]) -> None:
         pass
-
-
-class _Temporary:
-    """A folder that is removed with its owner."""
-
-    def __init__(self) -> None:
-        self._home = tempfile.TemporaryDirectory(prefix="adapterkit-")
-        self.path = Path(self._home.name, "adapter")

@@ -68,10 +68,10 @@ def open_model(text: StrPath) -> Folder:
     )
 
 
-def open_adapter(text: StrPath) -> Folder:
+def open_adapter(text: StrPath, base: Folder | None = None) -> Folder:
     """The folder of an adapter in PEFT's layout, or one that stands for an adapter in another
-    format."""
-    return in_adapter_layout(open_unconverted(text))
+    format; `base` tells the names of formats that have others than the model."""
+    return in_adapter_layout(open_unconverted(text), base)
 
 
 def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
@@ -126,16 +126,18 @@ def initial_of(adapter: Folder) -> Folder | None:
     )
 
 
-def open_weighted(adapters: Any, name: str = "adapters") -> list[tuple[Folder, float]]:
-    """The folders of adapters, with their weights, in whatever form they are given; `Refused` with
-    all that cannot be opened."""
+def open_weighted(
+    adapters: Any, name: str = "adapters", base: Folder | None = None
+) -> list[tuple[Folder, float]]:
+    """The folders of adapters for a base, with their weights, in whatever form they are given;
+    `Refused` with all that cannot be opened."""
     opened: list[tuple[Folder, float]] = []
     errors: list[AdapterkitError] = []
     for source, weight in weighted(adapters, name):
         try:
             if weight is None:
                 source, weight = weight_of(source)
-            opened.append((open_adapter(source), weight))
+            opened.append((open_adapter(source, base), weight))
         except AdapterkitError as error:
             errors.append(error)
     refuse_all(errors)

@@ -86,7 +86,7 @@ def _adapter_keys(adapter: Adapter) -> dict[str, Any]:
         **{key: setting(key) for key in FLAGS},
     }
     keys = {
-        "format": "peft",
+        "format": adapter.folder.origin.get("format", "peft"),
         "base": setting("base_model_name_or_path"),
         **{key: setting(key) for key in ("peft_type", "revision", "task_type", "peft_version")},
         "flags": flags,

@@ -6,6 +6,7 @@ from typing import Any
 
 from adapterkit.options import StrPath, checked
 from adapterkit.plan import Progress
+from adapterkit.planning.converted import adapter_or_file
 from adapterkit.planning.sources import open_source
 from adapterkit.reports.compare import ADAPTER_ENERGY, ENERGY, measure
 from adapterkit.reports.matching import are_adapters, match_adapters, match_checkpoints
@@ -60,7 +61,7 @@ def diff(
     two things that cannot be compared, and for adapters of other types than LoRA: resize makes LoRA
     of them (with their base: without it the flattened kernel of a LoHa or LoKr looks linear).
     """
-    folders = (open_source(a), open_source(b))
+    folders = (adapter_or_file(open_source(a)), adapter_or_file(open_source(b)))
     adapters = are_adapters(folders)
     matches = match_adapters(folders) if adapters else match_checkpoints(folders)
     default = ADAPTER_ENERGY if adapters else ENERGY

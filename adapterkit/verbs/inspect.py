@@ -10,6 +10,7 @@ from adapterkit.checkpoint.foreign import other_lora
 from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath, checked
+from adapterkit.planning.converted import adapter_or_file
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.reports import pictures
 from adapterkit.reports.adapter import inspect_adapter
@@ -70,7 +71,7 @@ def inspect(
     """
     if plot is not None:
         pictures.check_plot(Path(plot))
-    folder = open_source(path)
+    folder = adapter_or_file(open_source(path))
     kind = _kind(folder)
     if kind != "adapter":
         _refuse_options(folder, f"a {kind}, no adapter", base, plot)

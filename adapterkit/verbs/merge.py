@@ -83,10 +83,11 @@ def merge(
         seed=seed,
         base_copies=base_copies,
     )
-    sources = open_weighted(adapters)
+    folder = open_model(base)
+    sources = open_weighted(adapters, base=folder)
     statistics = None if stats is None else open_source(stats)
     plan = (
-        plan_merge(open_model(base), sources, options, statistics)
+        plan_merge(folder, sources, options, statistics)
         if base16 is None
         else plan_merge_into_original(base, base16, sources, options, statistics)
     )

@@ -32,7 +32,7 @@ def verify(
     """
     path = Path(folder)
     receipt = read_receipt(path)
-    sources = open_weighted(adapters)
+    sources = open_weighted(adapters, base=open_model(base) if base else None)
     if bool(base) != bool(sources):
         raise Refused(
             "base or adapters alone",
