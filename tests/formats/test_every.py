@@ -197,8 +197,8 @@ def test_a_refusal_tells_every_key_without_a_role(name: str, tmp_path: Path):
     save_file(tensors | foreign, tmp_path / "in" / path.name, metadata)
     source = tmp_path / "in" / path.name
     if sample.path.is_dir():
-        settings = (sample.path / form.file.config).read_bytes()
-        (tmp_path / "in" / form.file.config).write_bytes(settings)
+        for settings in form.file.config:
+            (tmp_path / "in" / settings).write_bytes((sample.path / settings).read_bytes())
         source = tmp_path / "in"
     with pytest.raises(Refused) as caught:
         adapterkit.convert(source, to="peft", out=tmp_path / "out", **sample.options)

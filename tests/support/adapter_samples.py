@@ -64,8 +64,7 @@ def _samples(form: Format) -> Iterator[Sample]:
             options["allow_pickle"] = True
         if form.scale.default == "ask":
             options["alpha"] = 6.0
-        settings = form.file.config
-        is_folder = settings and (path.parent / settings).is_file()
+        is_folder = any((path.parent / settings).is_file() for settings in form.file.config)
         yield Sample(form.name, path.parent if is_folder else path, options)
 
 

@@ -55,7 +55,7 @@ def make(name: str, targets: tuple[str, ...]) -> None:
     after = weights(model, config)
     deltas = {key: after[key] - before[key] for key in before}
     deltas = {key: delta.contiguous() for key, delta in deltas.items() if delta.any()}
-    save_file(deltas, HERE / f"deltas/litgpt_{name}.safetensors")
+    save_file(deltas, HERE.parent / f"deltas/litgpt_{name}.safetensors")
 
 
 def weights(model: GPT, config: Config) -> dict[str, torch.Tensor]:

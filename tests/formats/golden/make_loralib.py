@@ -65,7 +65,7 @@ def make(name: str, model: nn.Module) -> None:
     before = {k: w.detach().clone() for k, w in weights.items()}
     model.eval()  # merges
     deltas = {f"{k}.weight": w.detach() - before[k] for k, w in weights.items()}
-    save_file(deltas, HERE / f"deltas/loralib_{name}.safetensors")
+    save_file(deltas, HERE.parent / f"deltas/loralib_{name}.safetensors")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def make(name, config, kind, layers, keys):
     fused = [(k, m.fuse()) for k, m in model.named_modules() if hasattr(m, "fuse")]
     model.update_modules(tree_unflatten(fused))
     merged = dict(tree_flatten(model.parameters()))
-    deltas = HERE / f"deltas/mlx_{name}.safetensors"
+    deltas = HERE.parent / f"deltas/mlx_{name}.safetensors"
     deltas.parent.mkdir(exist_ok=True)
     names = [f"{k}.weight" for k, _ in fused]
     mx.save_safetensors(str(deltas), {k: merged[k] - base[k] for k in names}, {"format": "pt"})

@@ -49,7 +49,7 @@ def make(name: str, config, *, tied: bool = False) -> None:
         for part, (out, width) in MLP.items():
             pair(state, f"{layer}.{part}", (R, width), (out, R))
     pair(state, "model.unembed_tokens", (R, 16), (20, R))
-    home, base, made = (HERE / p for p in (f"tinker/{name}", "base", f"deltas/tinker_{name}"))
+    home, base, made = (HERE / p for p in (f"tinker/{name}", "base", f"../deltas/tinker_{name}"))
     for folder in (home, base, made):
         shutil.rmtree(folder, ignore_errors=True)
     home.mkdir(parents=True)

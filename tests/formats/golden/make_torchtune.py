@@ -56,9 +56,9 @@ def make(name: str, options: dict) -> None:
     keys = [key for key in before if not torch.equal(before[key], after[key])]
     if "use_dora" in options:  # its delta is of the base too
         base = {key: before[key].contiguous() for key in keys}
-        save_file(base, HERE / f"deltas/torchtune_{name}_base.safetensors")
+        save_file(base, HERE.parent / f"deltas/torchtune_{name}_base.safetensors")
     deltas = {key: (after[key] - before[key]).contiguous() for key in keys}
-    save_file(deltas, HERE / f"deltas/torchtune_{name}.safetensors")
+    save_file(deltas, HERE.parent / f"deltas/torchtune_{name}.safetensors")
 
 
 if __name__ == "__main__":
