@@ -80,6 +80,15 @@ def read(
         except AdapterkitError as error:
             errors.append(error)
     errors += _twice(modules, where)
+    if reading.alpha is not None and scales.declares:
+        errors.append(
+            Refused(
+                f"--alpha {reading.alpha:g}",
+                expected="the alphas that the file says itself",
+                where=where,
+                hint="leave --alpha out",
+            )
+        )
     refuse_all(errors)
     return Contents(
         form.name,

@@ -36,16 +36,20 @@ class Scales:
     ):
         self.form, self.asked, self.reader, self.where = form, alpha, reader, where
         self.metadata, self.config = metadata, config
+        self.declares = False  # whether the file says an alpha itself
 
     def alpha(self, component: str, name: str, rank: int, stored: Stored | None) -> float:
         """A module's alpha. `Refused` where the file does not say it and no default holds, or says
         another rank than the tensors have."""
         words = self.form.scale
         if stored is not None:
+            self.declares = True
             return self._number(stored)
         if words.place == "metadata" and component in self._declared:
+            self.declares = True
             return self._declared_alpha(self._declared[component], rank, name, words.key)
         if words.place == "config" and words.means in self._fields:
+            self.declares = True
             return self._declared_alpha(self._configured, rank, name, "the config")
         if self.asked is not None:
             return self.asked

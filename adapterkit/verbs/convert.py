@@ -1,15 +1,10 @@
 """convert: an adapter from the layout of one tool into that of another."""
 
-import os
-from dataclasses import replace
 from pathlib import Path
 
-from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.checkpoint.stage import RECEIPT
-from adapterkit.checkpoint.storage import storage_errors, sync_folder
 from adapterkit.engines.execution import Execution, writes
-from adapterkit.errors import Refused
+from adapterkit.engines.one_file import run_to_file
 from adapterkit.options import StrPath, text
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.convert import Options, plan_convert
@@ -63,28 +58,4 @@ def convert(
     is_file = target.suffix in FILES
     plan = plan_convert(folder, options, checkpoint, target.name if is_file else None)
     execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
-    return _run_to_file(execution, plan, folder) if is_file else execution.run(plan)
-
-
-def _run_to_file(execution: Execution, plan: Plan, source: Folder) -> Receipt | Plan:
-    """Run a plan of one file in a folder beside it, and give the file its name; the receipt is
-    NAME.adapterkit.json."""
-    out = Path(execution.out)
-    if out.is_symlink() or out.is_dir() or (out.exists() and not execution.overwrite):
-        raise Refused(
-            "a link or a folder of that name" if not out.is_file() else "a file of that name",
-            expected="a new file",
-            where=str(out),
-            hint="choose another --out, or give --overwrite",
-        )
-    work = out.with_name(f".{out.name}.converted")
-    receipt = replace(execution, out=work, overwrite=True).run(plan)
-    if isinstance(receipt, Plan):
-        return receipt
-    beside = out.with_name(f"{out.stem}.adapterkit.json")
-    with storage_errors(out):
-        os.replace(work / RECEIPT, beside)
-        os.replace(work / out.name, out)
-        work.rmdir()
-        sync_folder(out.resolve().parent)
-    return Receipt(out, receipt.data)
+    return run_to_file(execution, plan) if is_file else execution.run(plan)

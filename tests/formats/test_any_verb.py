@@ -138,3 +138,26 @@ def test_a_plan_pickles_and_a_temporary_folder_does_not_stay(files):
     assert place.read_bytes() == (files / "a" / "adapter_model.safetensors").read_bytes()
     del again
     assert not place.exists()
+
+
+def test_a_file_is_finished_refused_and_resumed_like_a_folder(files, tmp_path):
+    source, out = files / "a.safetensors", tmp_path / "b.safetensors"
+    adapterkit.convert(source, to="diffusers", out=out)
+    first = out.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "b.safetensors",
+        "b.safetensors.adapterkit.json",
+    ]
+    with pytest.raises(Refused, match="a file of that name"):
+        adapterkit.convert(source, to="diffusers", out=out)
+    assert adapterkit.convert(source, to="diffusers", out=out, resume=True).finished_before
+    adapterkit.convert(source, to="diffusers", out=out, overwrite=True)
+    assert out.read_bytes() == first
+    with pytest.raises(Refused, match="the output is the input"):
+        adapterkit.convert(out, to="kohya", out=out, overwrite=True)
+    assert out.read_bytes() == first
+
+
+def test_an_alpha_beside_the_file_s_own_is_refused(files, tmp_path):
+    with pytest.raises(Refused, match="--alpha 8"):
+        adapterkit.convert(files / "a.safetensors", to="peft", out=tmp_path / "out", alpha=8)
