@@ -6,7 +6,6 @@ stacked over a block-diagonal b. A fused module that is split and fused again is
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +28,7 @@ from adapterkit.formats.tensors import (
     joined,
     scaled,
 )
+from adapterkit.formats.uniform import common_scale
 
 # roles whose first axis is the module's output rows; LoKr's depend on its sizes
 BY_ROWS = {
@@ -113,9 +113,9 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     sets = fusion.rows(_fused_rows(modules, shares), first)
     places = [sets[place] for place in sorted(modules)]
     _same_roles(members, name)
-    scales = Counter(member.scale for member in members).most_common()
-    usual = next(m for m in members if m.scale == scales[0][0])
-    ratios = [member.scale / usual.scale for member in members]
+    scale = common_scale(members)
+    usual = next((m for m in members if m.scale == scale), first)
+    ratios = [_ratio(member.scale, scale) for member in members]
     units = _units(first)
     products = dict(PRODUCTS.get(first.kind, ()))
     groups = _groups(members, list(products.values()), reader)
@@ -123,9 +123,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     parts: dict[str, Expression] = {}
     for role in first.parts:
         values = [member.parts[role] for member in members]
-        if role == scaled_role(first):
-            values = [scaled(v, ratio) for v, ratio in zip(values, ratios, strict=True)]
-        if role == "bias" and first.kind == FACTORS:
+        if role == scaled_role(first) or (role == "bias" and first.kind == FACTORS):
             values = [scaled(v, ratio) for v, ratio in zip(values, ratios, strict=True)]
         if role in products.values():
             parts[role] = joined([values[group[0]] for group in groups])
@@ -141,13 +139,18 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
         else:
             parts[role] = values[0]
     rank = sum(members[group[0]].rank for group in groups)
-    alpha = usual.alpha if rank == usual.rank else _whole_alpha(usual, rank)
+    alpha = usual.alpha if (rank, scale) == (usual.rank, usual.scale) else scale * rank
+    alpha = _as_stored(alpha, usual)
     return replace(usual, parts=parts, alpha=alpha, rank=rank)
 
 
-def _whole_alpha(part: Module, rank: int) -> float:
+def _ratio(scale: float, common: float) -> float:
+    """What a part's factor takes; 1 where alpha / rank of different ranks is the same."""
+    return 1.0 if math.isclose(scale, common, rel_tol=1e-12) else scale / common
+
+
+def _as_stored(alpha: float, part: Module) -> float:
     """Alpha of a fused module: the source's own where this is its rounding."""
-    alpha = part.scale * rank
     stored = part.stored_alpha
     return stored.number if stored and math.isclose(alpha, stored.number) else alpha
 

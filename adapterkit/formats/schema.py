@@ -116,6 +116,8 @@ class Format:
     detect: DetectWords = field(default_factory=DetectWords)
     names: NameWords = field(default_factory=NameWords)
     kinds: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    # kind -> the modules that clients take it of
+    only: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scale: ScaleWords = field(default_factory=ScaleWords)
     metadata: MetadataWords = field(default_factory=MetadataWords)

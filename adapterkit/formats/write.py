@@ -6,6 +6,7 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.formats.biases import as_the_format_has_them
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of
 from adapterkit.formats.library import architectures
@@ -60,6 +61,7 @@ def write(
             where="--to",
             hint="adapterkit convert --list tells which are",
         )
+    contents = replace(contents, modules=as_the_format_has_them(contents.modules, form))
     refuse_all(_unsupported(contents, form))
     name, modules = _placed(contents, form, architecture)
     refuse_all(_homeless(modules, form, name))
@@ -94,6 +96,9 @@ def _unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
         if roles is None:
             lacking.setdefault(kind, []).append(module.path)
             continue
+        only = form.only.get(kind)
+        if only is not None and not only.search(module.name):
+            lacking.setdefault(f"{kind} outside of {only.pattern}", []).append(module.path)
         for role in module.parts:
             if role not in roles:
                 lacking.setdefault(f"{role} of {kind}", []).append(module.path)
