@@ -187,13 +187,16 @@ def in_new_names(key: str) -> str:
     return key if key.startswith(("transformer.", "text_encoder.")) else f"transformer.{key}"
 
 
-@pytest.mark.parametrize("name", ["kohya/flux", "kohya/flux_split_qkv"])
-def test_kohya_as_diffusers_converts_it(name: str, tmp_path: Path) -> None:
-    """But for T5, which it does not load. It keeps scales in a, in float16."""
+@pytest.mark.parametrize(
+    ("name", "to"), [("kohya/flux", "diffusers"), ("kohya/flux_split_qkv", "ai-toolkit")]
+)
+def test_kohya_as_diffusers_converts_it(name: str, to: str, tmp_path: Path) -> None:
+    """But for T5, which it does not load. Scales are in the factors: beside a text encoder's, and
+    where a format has no place for them."""
     tensors = {key: v.float() for key, v in golden(name).items() if "lora_te3" not in key}
     theirs = small(loras._convert_kohya_flux_lora_to_diffusers)(dict(tensors))
     theirs = {in_new_names(key): value for key, value in theirs.items()}
-    ours = convert(name, "diffusers", tmp_path / "ours.safetensors", dtype="fp32")
+    ours = convert(name, to, tmp_path / "ours.safetensors", dtype="fp32")
     ours = {key: value for key, value in ours.items() if "text_encoder_2" not in key}
     assert_same(ours, theirs, 1e-6)
     ranks = {ours[key].shape[0] for key in ours if key.endswith("lora_A.weight")}
@@ -270,23 +273,22 @@ def test_output_is_the_sources_after_two_conversions(
     name: str, through: str, tmp_path: Path
 ) -> None:
     """Both are loaded by diffusers."""
-    source = convert(name, "diffusers", tmp_path / "source.safetensors", dtype="fp32")
-    other = tmp_path / "other.safetensors"
-    convert(name, through, other, dtype="fp32")
-    back = convert(other, "diffusers", tmp_path / "back.safetensors", architecture="flux")
+    source, other, back = (tmp_path / f"{n}.safetensors" for n in ("source", "other", "back"))
+    convert(name, "diffusers", source, prefix_only="transformer", dtype="fp32")
+    convert(name, through, other, prefix_only="transformer", dtype="fp32")
+    convert(other, "diffusers", back, architecture="flux")
     expected = output(source)
     assert (expected - output(None)).abs().max() > 0.1
-    assert torch.allclose(output(back), expected, rtol=1e-9)
+    assert torch.allclose(output(back), expected, rtol=1e-5)
 
 
-def output(tensors: Tensors | None) -> Tensor:
+def output(path: Path | None) -> Tensor:
     """The tiny Flux.1's, with an adapter that diffusers loads."""
     model = tiny("flux")
     assert isinstance(model, FluxTransformer2DModel)
     pipeline = FluxPipeline(None, None, None, None, None, None, model)
-    if tensors is not None:
-        tensors = {k: v.double() for k, v in tensors.items() if k.startswith("transformer.")}
-        pipeline.load_lora_weights(tensors)
+    if path is not None:
+        pipeline.load_lora_weights(path.parent, weight_name=path.name)
     torch.manual_seed(0)
     with torch.no_grad():
         result = model(
@@ -299,6 +301,6 @@ def output(tensors: Tensors | None) -> Tensor:
             txt_ids=torch.zeros(3, 3),
             return_dict=False,
         )[0]
-    if tensors is not None:
+    if path is not None:
         pipeline.unload_lora_weights()
     return result
