@@ -116,6 +116,7 @@ class Format:
     detect: DetectWords = field(default_factory=DetectWords)
     names: NameWords = field(default_factory=NameWords)
     kinds: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    widens: bool = False  # clients widen a weight of the base that has fewer inputs
     # kind -> the modules that clients take it of
     only: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -153,6 +154,7 @@ class ComponentWords:
 
     include: tuple[str, ...] = ()  # architectures whose rules hold here too
     rules: tuple[Rule, ...] = ()
+    inputs: Mapping[str, int] = field(default_factory=dict)  # of modules that adapters may widen
 
 
 @dataclass(frozen=True)

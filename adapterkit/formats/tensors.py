@@ -108,6 +108,24 @@ class Constant(Expression):
 
 
 @dataclass(frozen=True)
+class Numbers(Expression):
+    """A few whole numbers: the shape of a weight."""
+
+    numbers: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.numbers),)
+
+    @property
+    def dtype(self) -> str:
+        return "I64"
+
+    def value(self, reader: StoredReader) -> Tensor:
+        return torch.tensor(self.numbers)
+
+
+@dataclass(frozen=True)
 class OfOne(Expression):
     """Base of expressions over one other."""
 
