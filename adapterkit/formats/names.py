@@ -178,7 +178,7 @@ def is_likely(
         if key in metadata
     ]
     told += [
-        size == expected
+        size in expected
         for pattern, expected in hints.shapes.items()
         for module, size in inputs
         if re.search(pattern, module)

@@ -21,6 +21,7 @@ from adapterkit.formats.scales import ALPHA, Scales
 from adapterkit.formats.schema import KINDS, MODEL, Format
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.tensors import Expression, Stored, reshaped
+from adapterkit.formats.widths import SHAPE
 
 INTEGERS = ("I64", "I32")  # as diffusers writes alphas for kohya's names
 
@@ -248,7 +249,7 @@ def _kinds(
         )
     for raw in raws:
         for role, spec in raw.roles.items():
-            numbers = dtypes.FLOATS + INTEGERS if role == ALPHA else dtypes.FLOATS
+            numbers = dtypes.FLOATS + INTEGERS if role in (ALPHA, SHAPE) else dtypes.FLOATS
             if spec.dtype not in numbers or 0 in spec.shape:
                 errors.append(
                     Refused(

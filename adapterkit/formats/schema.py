@@ -18,7 +18,7 @@ MODEL = "model"  # the naming of the loaded model
 RULE_WORDS = ("rows", "steps")
 # roles of each kind of delta
 KINDS: dict[str, tuple[str, ...]] = {
-    "lora": ("a", "b", "mid", "magnitude", "bias", "alpha"),
+    "lora": ("a", "b", "mid", "magnitude", "bias", "shape", "alpha"),
     "embedding": ("a", "b", "alpha"),
     "experts": ("a", "b", "alpha"),
     "loha": ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "magnitude", "alpha"),
@@ -162,7 +162,8 @@ class ArchitectureHints:
     """What tells architectures apart whose names are alike."""
 
     metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
-    shapes: Mapping[str, int] = field(default_factory=dict)  # regex of a module -> size of its `in`
+    # regex of a module -> its inputs, or what they may be
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint is re.Pattern or origin is re.Pattern:
         return re.compile(value)
     if origin is tuple:
-        values = [value] if isinstance(value, str) else value
+        values = [value] if isinstance(value, str | int) else value
         if isinstance(values, list):
             return tuple(_value(arguments[0], one, where) for one in values)
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):

@@ -1,12 +1,12 @@
 """Adapters for a base with more inputs: control images beside the latents widen its first layer.
 
-A client that widens the base's weight, with zeros, takes them; others refuse the shapes, or worse.
+A client that widens the base's weight, with zeros, takes them; others fail on the shapes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from adapterkit.errors import AdapterkitError, Refused, listed
+from adapterkit.errors import Refused, listed
 from adapterkit.formats.library import architectures
 from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.schema import Format
@@ -15,45 +15,49 @@ from adapterkit.formats.tensors import Numbers
 SHAPE = "shape"  # the role of the widened weight's shape
 
 
-def wider(modules: Iterable[Module], names: Sequence[str]) -> list[Module]:
-    """The modules whose a has more columns than the base's weight in these architectures."""
-    return [m for m in modules if m.kind == FACTORS and m.parts["a"].shape[1] > _inputs(m, names)]
+def with_widths(modules: Sequence[Module], form: Format, names: Sequence[str]) -> list[Module]:
+    """The modules, with the shape of each widened weight where files in the format say it.
+
+    `names`: the architectures that tell the base's inputs. `Refused` where clients of the format
+    do not widen the base.
+    """
+    wide = [module.path for module in modules if _is_wide(module, names)]
+    if wide and not form.widens:
+        raise Refused(
+            f"more inputs than the base has, in {listed(wide)}",
+            expected=f"the base's shapes: clients of {form.title} do not widen its weights",
+            where="--to",
+            hint="choose diffusers, bfl or comfyui, whose clients do",
+        )
+    has_shape = SHAPE in form.kinds.get(FACTORS, ())
+    return [
+        _with_shape(module) if has_shape and module.path in wide else without_shape(module)
+        for module in modules
+    ]
 
 
-def _inputs(module: Module, names: Sequence[str]) -> float:
-    """Columns of the base's weight; infinite where none are known."""
+def without_shape(module: Module) -> Module:
+    """The module without the shape of its weight."""
+    if SHAPE not in module.parts:
+        return module
+    return replace(module, parts={role: p for role, p in module.parts.items() if role != SHAPE})
+
+
+def _is_wide(module: Module, names: Sequence[str]) -> bool:
+    """Whether the source says so, or a has more columns than the weight in these architectures."""
+    if module.kind != FACTORS:
+        return False
     known = [
         words.inputs[module.name]
         for name in names
         if (words := architectures()[name].components.get(module.component)) is not None
         and module.name in words.inputs
     ]
-    return max(known, default=float("inf"))
-
-
-def too_wide(modules: Iterable[Module], form: Format, names: Sequence[str]) -> list[AdapterkitError]:
-    """The refusal of a wider base by a format whose clients do not widen it."""
-    paths = [module.path for module in wider(modules, names)] if not form.widens else []
-    if not paths:
-        return []
-    return [
-        Refused(
-            f"more inputs than {' or '.join(names)} has, in {listed(paths)}",
-            expected=f"the base's shapes: clients of {form.title} do not widen its weights",
-            where="--to",
-            hint="choose a format that does: diffusers, bfl, comfyui",
-        )
-    ]
-
-
-def with_shapes(modules: Sequence[Module], form: Format, names: Sequence[str]) -> list[Module]:
-    """The modules, the wide ones with their weight's shape where files in the format say it."""
-    if SHAPE not in form.kinds.get(FACTORS, ()):
-        return list(modules)
-    wide = {id(module) for module in wider(modules, names)}
-    return [_with_shape(module) if id(module) in wide else module for module in modules]
+    return SHAPE in module.parts or (bool(known) and module.parts["a"].shape[1] > max(known))
 
 
 def _with_shape(module: Module) -> Module:
+    if SHAPE in module.parts:
+        return module
     shape = Numbers((module.parts["b"].shape[0], module.parts["a"].shape[1]))
     return replace(module, parts={**module.parts, SHAPE: shape})

@@ -19,6 +19,7 @@ from adapterkit.formats.settings import settings_of
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.tensors import Constant, Expression, reshaped
 from adapterkit.formats.uniform import uniform
+from adapterkit.formats.widths import SHAPE, with_widths
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def write(
     refuse_all(_unsupported(contents, form))
     name, modules = _placed(contents, form, architecture)
     refuse_all(_homeless(modules, form, name))
+    modules = with_widths(modules, form, [name] if name else contents.architectures)
     reader = PlanReader(contents.folders)
     whole = _fused(modules, form, name, heads, reader)
     if form.scale.uniform:
@@ -100,7 +102,7 @@ def _unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
         if only is not None and not only.search(module.name):
             lacking.setdefault(f"{kind} outside of {only.pattern}", []).append(module.path)
         for role in module.parts:
-            if role not in roles:
+            if role not in roles and role != SHAPE:
                 lacking.setdefault(f"{role} of {kind}", []).append(module.path)
     for what, paths in lacking.items():
         errors.append(
@@ -276,7 +278,8 @@ def _tensors(module: Module, key: str, form: Format, dtype: str | None) -> list[
         for step in reversed(form.steps.get(f"{kind}.{role}", form.steps.get(role, ()))):
             value = STEPS[step].write(value)
         suffix = suffixes[role][0].replace("{adapter}", "")
-        written.append(Written(key + suffix, value, dtype or value.dtype, module.path))
+        own = dtype if dtype and value.dtype in dtypes.FLOATS else value.dtype
+        written.append(Written(key + suffix, value, own, module.path))
     if form.scale.place == "tensor" and ALPHA in suffixes:
         value = _alpha(module, dtype)
         written.append(Written(key + suffixes[ALPHA][0], value, value.dtype, module.path))
