@@ -111,10 +111,15 @@ def deltas(contents: Contents) -> dict[str, Delta]:
     """The deltas of all modules by name, kind and, where there are several, component."""
     reader = PlanReader(contents.folders)
     several = len(contents.components) > 1
-    return {
+    result = {
         f"{m.component if several else ''}:{m.name}:{m.kind}:{m.depth}": delta(m, reader)
         for m in contents.modules
     }
+    for key, one in list(result.items()):  # a bias of factors is a difference of its own elsewhere
+        bias = one.others.pop("bias", None)
+        if bias is not None:
+            result[key.replace(":lora:", ":full:")] = Delta(None, None, {"diff_b": bias})
+    return result
 
 
 def delta(module: Module, reader: PlanReader) -> Delta:
