@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
@@ -66,7 +67,7 @@ def read(
     candidates = _candidates(form, reading)
     raws = _raws(form, container, candidates, errors, where)
     refuse_all(errors)
-    chosen, resolved = _resolve(form, raws, candidates, container, reading, where)
+    chosen, (resolved, _, naming) = _resolve(form, raws, candidates, container, reading, where)
     scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
     modules: list[Module] = []
     for raw, component, names, fusion in resolved:
@@ -96,6 +97,7 @@ def read(
         (folder,),
         tuple(modules),
         tuple(chosen),
+        naming,
         container.metadata,
         dict(config),
         {(number, container.file): container.header_sha256},
@@ -266,6 +268,14 @@ def _kinds(
 Resolved = list[tuple[Raw, str, list[str], Fusion | None]]
 
 
+class Attempt(NamedTuple):
+    """The modules of a file by the names of one architecture."""
+
+    resolved: Resolved
+    unknown: Sequence[str] = ()  # keys that it does not have
+    naming: str | None = None  # the column of its rules that they are in
+
+
 def _resolve(
     form: Format,
     raws: Sequence[Raw],
@@ -273,17 +283,17 @@ def _resolve(
     container: Container,
     reading: Reading,
     where: str,
-) -> tuple[list[str], Resolved]:
+) -> tuple[list[str], Attempt]:
     """The architectures whose names these are, and each module's in the model."""
     if not candidates:
-        return [], _without_rules(form, raws, reading, where)
+        return [], Attempt(_without_rules(form, raws, reading, where))
     attempts = {name: _attempt(form, name, raws, reading.heads) for name in candidates}
-    fits = [name for name, (_, unknown) in attempts.items() if not unknown]
+    fits = [name for name, attempt in attempts.items() if not attempt.unknown]
     is_plain = MODEL in form.names.naming
     if not fits and is_plain and (form.names.style == "dots" or reading.modules):
-        return [], _without_rules(form, raws, reading, where)
+        return [], Attempt(_without_rules(form, raws, reading, where))
     if not fits:
-        name, (_, unknown) = min(attempts.items(), key=lambda item: len(item[1][1]))
+        name, (_, unknown, _) = min(attempts.items(), key=lambda item: len(item[1].unknown))
         raise Refused(
             f"{len(unknown)} of {len(raws)} modules are not in {name}, whose names fit best: "
             f"{listed(unknown)}",
@@ -294,7 +304,7 @@ def _resolve(
     inputs = {
         name: [
             (module, raw.roles["a"].shape[1])
-            for raw, _, modules, _ in attempts[name][0]
+            for raw, _, modules, _ in attempts[name].resolved
             for module in modules
             if raw.kind == FACTORS
         ]
@@ -302,7 +312,7 @@ def _resolve(
     }
     fits = [n for n in fits if is_likely(n, container.metadata, inputs[n])] or fits
     results = [
-        [(raw.key, component, names) for raw, component, names, _ in attempts[name][0]]
+        [(raw.key, component, names) for raw, component, names, _ in attempts[name].resolved]
         for name in fits
     ]
     if any(result != results[0] for result in results):
@@ -312,22 +322,19 @@ def _resolve(
             where=where,
             hint="give --architecture",
         )
-    return fits, attempts[fits[0]][0]
+    return fits, attempts[fits[0]]
 
 
-def _attempt(
-    form: Format, name: str, raws: Sequence[Raw], heads: Heads | None
-) -> tuple[Resolved, list[str]]:
-    """The modules by the names of one architecture in the naming that fits best, and the keys that
-    it does not have."""
+def _attempt(form: Format, name: str, raws: Sequence[Raw], heads: Heads | None) -> Attempt:
+    """The modules by the names of one architecture in the naming that fits best."""
     ways = [_named(form, name, naming, raws, heads) for naming in form.namings(name)]
-    return min(ways, key=lambda way: len(way[1]))
+    return min(ways, key=lambda way: len(way.unknown))
 
 
 def _named(
     form: Format, name: str, naming: str, raws: Sequence[Raw], heads: Heads | None
-) -> tuple[Resolved, list[str]]:
-    """The modules by an architecture's names in one naming, and the keys that are none."""
+) -> Attempt:
+    """The modules by an architecture's names in one naming."""
     style = form.names.style
     resolved: Resolved = []
     unknown: list[str] = []
@@ -340,7 +347,7 @@ def _named(
             continue
         fusion = None if naming == MODEL else Fusion(matches[0].rule, naming, heads)
         resolved.append((raw, component, names.models(matches[0]), fusion))
-    return resolved, unknown
+    return Attempt(resolved, unknown, naming)
 
 
 def _without_rules(form: Format, raws: Sequence[Raw], reading: Reading, where: str) -> Resolved:

@@ -65,6 +65,7 @@ class Contents:
     folders: tuple[Folder, ...]  # the inputs, by the numbers in the specs
     modules: Sequence[Module]
     architectures: tuple[str, ...] = ()  # those whose names fit; none: not looked for
+    naming: str | None = None  # the column of their rules that has all names of the source
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # of the source, by component or plain
     headers: Mapping[tuple[int, str], str] = field(default_factory=dict)  # sha256 of the inputs'

@@ -68,7 +68,7 @@ def write(
     refuse_all(_homeless(modules, form, name))
     modules = with_widths(modules, form, [name] if name else contents.architectures)
     reader = PlanReader(contents.folders)
-    whole = _fused(modules, form, name, heads, reader)
+    whole = _fused(modules, form, name, _naming(contents, form, name), heads, reader)
     if form.scale.uniform:
         same = uniform([module for module, _ in whole])
         whole = [(module, key) for module, (_, key) in zip(same, whole, strict=True)]
@@ -138,9 +138,10 @@ def _placed(
     inputs = [(m.name, size) for m in modules if (size := inputs_of(m)) is not None]
     likely = [option for option in options if is_likely(option[0], contents.metadata, inputs)]
     options = likely or options
-    results = {tuple((m.component, m.name) for m in placed) for _, placed in options}
-    keys = {name: _keys(form, name, placed) for name, placed in options}
-    if not options or len(results) > 1 or len({tuple(k) for k in keys.values()}) > 1:
+    keys = {
+        tuple(_keys(form, name, _naming(contents, form, name), placed)) for name, placed in options
+    }
+    if len(keys) != 1:
         fits = ", ".join(dict.fromkeys(name for name, _ in options))
         raise Refused(
             f"modules of {fits}"
@@ -172,12 +173,20 @@ def _components(modules: Sequence[Module], architecture: str) -> list[list[Modul
     ]
 
 
-def _keys(form: Format, architecture: str, modules: Sequence[Module]) -> list[str | None]:
+def _naming(contents: Contents, form: Format, architecture: str | None) -> str:
+    """The column of the rules in which names are written: a source's own within a format."""
+    namings = form.namings(architecture)
+    is_own = contents.format == form.name and contents.naming in namings
+    return contents.naming if is_own and contents.naming else namings[0]
+
+
+def _keys(
+    form: Format, architecture: str, naming: str, modules: Sequence[Module]
+) -> list[str | None]:
     """The names that modules would have in the file."""
     keys: list[str | None] = []
     for module in modules:
         prefixes = form.components(architecture).get(module.component, ("",))
-        naming = form.namings(architecture)[0]
         names = names_of(architecture, module.component, naming, form.names.style)
         named = names.named(module.name)
         keys.append(None if named is None else prefixes[0] + named[1])
@@ -201,22 +210,39 @@ def _homeless(
                 hint="adapterkit convert --prefix-only COMPONENT takes one of them",
             )
         ]
-    lacking = sorted({m.component for m in modules} - set(components))
-    return [
+    used = sorted({m.component for m in modules})
+    errors: list[AdapterkitError] = [
         Refused(
             f"component {shown(name) or 'of a single model'}",
             expected=f"{', '.join(components)}, which {form.title} holds",
             where="--to",
             hint="give --prefix-only to leave it out",
         )
-        for name in lacking
+        for name in used
+        if name not in components
     ]
+    homes: dict[str, list[str]] = {}
+    for name in used:
+        if name in components:
+            homes.setdefault(components[name][0], []).append(name)
+    errors += [
+        Refused(
+            f"components {listed(names)}",
+            expected=f"one of them: {form.title} names their modules alike",
+            where="--to",
+            hint="give --prefix-only COMPONENT, one after the other",
+        )
+        for names in homes.values()
+        if len(names) > 1
+    ]
+    return errors
 
 
 def _fused(
     modules: Sequence[Module],
     form: Format,
     architecture: str | None,
+    naming: str,
     heads: Heads | None,
     reader: PlanReader,
 ) -> list[tuple[Module, str]]:
@@ -226,7 +252,6 @@ def _fused(
     styled = lambda name: name.replace(".", "_") if form.names.style == "underscores" else name
     if architecture is None:
         return [(m, prefix(m) + styled(m.name)) for m in modules]
-    naming = form.namings(architecture)[0]
     groups: dict[tuple[str, str, str], dict[int, Module]] = {}
     fusions: dict[tuple[str, str, str], Fusion] = {}
     errors: list[AdapterkitError] = []
