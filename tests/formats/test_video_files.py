@@ -7,13 +7,12 @@ import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as readers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import adapterkit
 from adapterkit import AdapterkitError
-from tests.formats import video_models
 from tests.formats.test_video import with_sizes
-from tests.formats.video_models import WIDTH, drawn
+from tests.formats.video_models import WIDTH
 
 GOLDEN = Path(__file__).parent / "golden"
 Tensors = dict[str, Tensor]
@@ -72,3 +71,86 @@ def test_the_delta_is_that_of_diffusers_reader(name, tmp_path):
     source = GOLDEN / f"{name}.safetensors"
     own = converted(source, "diffusers", tmp_path)
     assert_same_deltas(deltas(own), deltas(READERS[name](load_file(source))))
+
+
+# files whose scales are where their format writes them
+EXACT = sorted(
+    f"{path.parent.name}/{path.stem}"
+    for path in GOLDEN.glob("*/*.safetensors")
+    if path.stem.startswith(("musubi", "onetrainer", "wan22"))
+    and not (path.parent.name == "comfyui" and path.stem.startswith("onetrainer"))
+    and path.parent.name != "lycoris"
+)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_written_again_a_file_is_the_same(name, tmp_path):
+    source = GOLDEN / f"{name}.safetensors"
+    tensors, own = load_file(source), converted(source, Path(name).parent.name, tmp_path)
+    assert own.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert own[key].dtype == tensor.dtype and torch.equal(own[key], tensor)
+
+
+def test_onetrainers_formats_hold_the_same_adapter(tmp_path):
+    """One state of training, saved by OneTrainer in each of its formats."""
+    fused = [f"{one}/onetrainer_hunyuan_video" for one in ("onetrainer-original", "comfyui")]
+    split = [f"{one}/onetrainer_hunyuan_video" for one in ("diffusers", "onetrainer-legacy")]
+    plain = [
+        f"{one}/onetrainer_z_image"
+        for one in ("onetrainer", "onetrainer-original", "kohya", "comfyui")
+    ]
+    for names in (fused, split, plain):
+        same = [
+            deltas(converted(GOLDEN / f"{name}.safetensors", "diffusers", tmp_path))
+            for name in names
+        ]
+        for some in same[1:]:
+            shared = {module: same[0][module] for module in some if module in same[0]}
+            assert shared.keys() >= same[0].keys() - TEXT
+            assert_same_deltas(shared, {module: some[module] for module in shared})
+
+
+TEXT = {"text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"}
+
+
+def test_the_last_layer_of_hunyuan_video_has_scale_and_shift_swapped(tmp_path):
+    source = GOLDEN / "onetrainer-original/onetrainer_hunyuan_video.safetensors"
+    own = converted(source, "diffusers", tmp_path)["transformer.norm_out.linear.lora_B.weight"]
+    stored = load_file(source)["final_layer.adaLN_modulation.1.lora_B.weight"]
+    shift, scale = stored.chunk(2)
+    assert torch.equal(own * 2, torch.cat([scale, shift]))  # alpha 1 of rank 2 is folded
+
+
+def test_fused_attention_of_z_image_is_split_at_the_rank_that_it_was_trained_with(tmp_path):
+    fused = converted(GOLDEN / "kohya/musubi_z_image_fused.safetensors", "diffusers", tmp_path)
+    split = converted(GOLDEN / "kohya/musubi_z_image.safetensors", "diffusers", tmp_path)
+    assert {key: value.shape for key, value in fused.items()} == {
+        key: value.shape for key, value in split.items()
+    }
+    assert_same_deltas(deltas(fused), deltas(split))
+
+
+def test_blocks_are_told_by_their_numbers_not_by_how_many_there_are(tmp_path):
+    """diffusers' reader of musubi-tuner's Wan files counts them, and fails on some blocks alone."""
+    tensors = {
+        key.replace("blocks_0_", "blocks_7_"): value
+        for key, value in load_file(GOLDEN / "kohya/musubi_wan_t2v.safetensors").items()
+    }
+    with pytest.raises(KeyError):
+        readers._convert_musubi_wan_lora_to_diffusers(dict(tensors))
+    own = converted(saved(tensors, tmp_path), "diffusers", tmp_path)
+    assert all(key.startswith("transformer.blocks.7.") for key in own)
+    assert len(own) == 2 * len(tensors) // 3
+
+
+def test_both_transformers_of_wan_22(tmp_path):
+    source = GOLDEN / "diffusers/wan22.safetensors"
+    with pytest.raises(AdapterkitError, match="transformer, transformer_2"):
+        converted(source, "comfyui", tmp_path)
+    tensors = load_file(source)
+    for name, alpha in (("transformer", 2.0), ("transformer_2", 1.0)):
+        own = converted(source, "comfyui", tmp_path, prefix_only=name)
+        a, b = (own[f"diffusion_model.blocks.0.self_attn.q.lora_{x}.weight"] for x in "AB")
+        stored = [tensors[f"{name}.blocks.0.attn1.to_q.lora_{x}.weight"] for x in "AB"]
+        torch.testing.assert_close(b @ a, alpha * stored[1] @ stored[0])

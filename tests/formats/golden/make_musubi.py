@@ -123,9 +123,9 @@ def write(path: Path, network_module, model: torch.nn.Module, version: str, **ar
 
 
 def main(folder: Path) -> None:
-    kohya, comfyui = folder / "kohya", folder / "comfyui"
-    kohya.mkdir(exist_ok=True)
-    comfyui.mkdir(exist_ok=True)
+    kohya, comfyui, lycoris = (folder / name for name in ("kohya", "comfyui", "lycoris"))
+    for place in (kohya, comfyui, lycoris):
+        place.mkdir(parents=True, exist_ok=True)
     write(kohya / "musubi_wan_t2v.safetensors", lora_wan, wan("t2v"), "wan")
     write(kohya / "musubi_wan_i2v.safetensors", lora_wan, wan("i2v"), "wan")
     write(kohya / "musubi_qwen_image.safetensors", lora_qwen_image, qwen_image(), "qwen_image")
