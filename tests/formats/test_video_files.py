@@ -1,11 +1,14 @@
 """Files of the trainers of video models and newer image models: the same deltas as diffusers' own
 readers make of them, the same bytes when written again, and what diffusers' models make of them."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as readers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,10 +21,11 @@ GOLDEN = Path(__file__).parent / "golden"
 Tensors = dict[str, Tensor]
 
 
-def converted(source: Path, to: str, folder: Path, **options) -> Tensors:
+def converted(source: Path, to: str, folder: Path, **options) -> Path:
+    folder.mkdir(exist_ok=True)
     out = folder / f"{to}.safetensors"
     adapterkit.convert(source, to=to, out=out, overwrite=True, hash="none", **options)
-    return load_file(out)
+    return out
 
 
 def saved(tensors: Tensors, folder: Path, **metadata: str) -> Path:
@@ -30,17 +34,32 @@ def saved(tensors: Tensors, folder: Path, **metadata: str) -> Path:
     return path
 
 
-def deltas(tensors: Tensors) -> Tensors:
-    """scale · b @ a of every module of a file with dotted names, in float64."""
+def deltas(path: Path) -> Tensors:
+    """scale · b @ a of every module of a file of diffusers, in float64; scales as PEFT takes them
+    from the metadata."""
+    with safe_open(path, "pt") as file:
+        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     found = {}
-    for key, a in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        module = key.removesuffix(".lora_A.weight")
-        b = tensors[f"{module}.lora_B.weight"].double()
-        scale = tensors.get(f"{module}.alpha", torch.tensor(len(a))).double() / len(a)
-        found[module.removeprefix("transformer.")] = scale * b @ a.double()
+    for module, (a, b) in factors(load_file(path)).items():
+        component, _, name = module.partition(".")
+        own = {key.partition(".")[2]: v for key, v in settings.items() if key.startswith(component)}
+        alpha = own.get("lora_alpha", len(a))
+        for pattern, value in own.get("alpha_pattern", {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", name):
+                alpha = value
+        found[module] = alpha / len(a) * b @ a
     return found
+
+
+def factors(tensors: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
+    ends = (".lora_A.weight", ".lora_B.weight")
+    modules = [key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]
+    return {m: (tensors[m + ends[0]].double(), tensors[m + ends[1]].double()) for m in modules}
+
+
+def products(tensors: Tensors) -> Tensors:
+    """b @ a of every module."""
+    return {module: b @ a for module, (a, b) in factors(tensors).items()}
 
 
 def assert_same_deltas(some: Tensors, others: Tensors) -> None:
@@ -70,7 +89,7 @@ READERS = {
 def test_the_delta_is_that_of_diffusers_reader(name, tmp_path):
     source = GOLDEN / f"{name}.safetensors"
     own = converted(source, "diffusers", tmp_path)
-    assert_same_deltas(deltas(own), deltas(READERS[name](load_file(source))))
+    assert_same_deltas(deltas(own), products(READERS[name](load_file(source))))
 
 
 # files whose scales are where their format writes them
@@ -86,7 +105,8 @@ EXACT = sorted(
 @pytest.mark.parametrize("name", EXACT)
 def test_written_again_a_file_is_the_same(name, tmp_path):
     source = GOLDEN / f"{name}.safetensors"
-    tensors, own = load_file(source), converted(source, Path(name).parent.name, tmp_path)
+    tensors = load_file(source)
+    own = load_file(converted(source, Path(name).parent.name, tmp_path))
     assert own.keys() == tensors.keys()
     for key, tensor in tensors.items():
         assert own[key].dtype == tensor.dtype and torch.equal(own[key], tensor)
@@ -116,18 +136,19 @@ TEXT = {"text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"}
 
 def test_the_last_layer_of_hunyuan_video_has_scale_and_shift_swapped(tmp_path):
     source = GOLDEN / "onetrainer-original/onetrainer_hunyuan_video.safetensors"
-    own = converted(source, "diffusers", tmp_path)["transformer.norm_out.linear.lora_B.weight"]
+    own = load_file(converted(source, "diffusers", tmp_path))
     stored = load_file(source)["final_layer.adaLN_modulation.1.lora_B.weight"]
     shift, scale = stored.chunk(2)
-    assert torch.equal(own * 2, torch.cat([scale, shift]))  # alpha 1 of rank 2 is folded
+    assert torch.equal(own["transformer.norm_out.linear.lora_B.weight"], torch.cat([scale, shift]))
 
 
 def test_fused_attention_of_z_image_is_split_at_the_rank_that_it_was_trained_with(tmp_path):
-    fused = converted(GOLDEN / "kohya/musubi_z_image_fused.safetensors", "diffusers", tmp_path)
-    split = converted(GOLDEN / "kohya/musubi_z_image.safetensors", "diffusers", tmp_path)
-    assert {key: value.shape for key, value in fused.items()} == {
-        key: value.shape for key, value in split.items()
-    }
+    fused, split = (
+        converted(GOLDEN / f"kohya/musubi_z_image{end}.safetensors", "diffusers", tmp_path / end)
+        for end in ("_fused", "")
+    )
+    shapes = [{k: v.shape for k, v in load_file(path).items()} for path in (fused, split)]
+    assert shapes[0] == shapes[1]
     assert_same_deltas(deltas(fused), deltas(split))
 
 
@@ -139,7 +160,7 @@ def test_blocks_are_told_by_their_numbers_not_by_how_many_there_are(tmp_path):
     }
     with pytest.raises(KeyError):
         readers._convert_musubi_wan_lora_to_diffusers(dict(tensors))
-    own = converted(saved(tensors, tmp_path), "diffusers", tmp_path)
+    own = load_file(converted(saved(tensors, tmp_path), "diffusers", tmp_path))
     assert all(key.startswith("transformer.blocks.7.") for key in own)
     assert len(own) == 2 * len(tensors) // 3
 
@@ -150,7 +171,7 @@ def test_both_transformers_of_wan_22(tmp_path):
         converted(source, "comfyui", tmp_path)
     tensors = load_file(source)
     for name, alpha in (("transformer", 2.0), ("transformer_2", 1.0)):
-        own = converted(source, "comfyui", tmp_path, prefix_only=name)
+        own = load_file(converted(source, "comfyui", tmp_path, prefix_only=name))
         a, b = (own[f"diffusion_model.blocks.0.self_attn.q.lora_{x}.weight"] for x in "AB")
         stored = [tensors[f"{name}.blocks.0.attn1.to_q.lora_{x}.weight"] for x in "AB"]
         torch.testing.assert_close(b @ a, alpha * stored[1] @ stored[0])
