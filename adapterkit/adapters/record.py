@@ -72,6 +72,14 @@ class Adapter:
         return init if isinstance(init, str) and init.lower().startswith(inits) else None
 
     @property
+    def has_old_stacks(self) -> bool | None:
+        """Whether PEFT up to 0.18 wrote the file, which took stacks of experts as (in, out); None
+        where it does not say."""
+        version = self.config.get("peft_version")
+        match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+        return None if match is None else (int(match[1]), int(match[2])) < (0, 19)
+
+    @property
     def is_implicit(self) -> bool:
         """Whether its base is the original without the initial factors in the folder INITIAL."""
         return (self.changed_base() or "").lower().startswith(IMPLICIT)

@@ -1,9 +1,11 @@
 """PEFT's layout as neutral contents, and back: names and settings by the package `adapters`."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapterkit import dtypes
+from adapterkit.adapters.adapter_config import PEFT_LAYOUT
 from adapterkit.adapters.declared import declared_settings
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys
 from adapterkit.adapters.peft import read_adapter
@@ -11,21 +13,48 @@ from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all
-from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module
+from adapterkit.formats.experts import Stack
+from adapterkit.formats.record import EXPERTS, FACTORS, LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
+from adapterkit.formats.stacks import homes_of, read_stacks, stacked_keys, stacked_parts
 from adapterkit.formats.tensors import Constant, Expression, Stored, reshaped
 from adapterkit.formats.write import File, Written
+from adapterkit.weights.names import Names
 
-VALUE, COPY, TOKENS = "value", "copy", "tokens"
+# kinds that only this layout has: trained values, copies of the base's, rows of embeddings, and
+# factors of parameters of which the file does not tell which parameters they are
+VALUE, COPY, TOKENS, PARAMETER = "value", "copy", "tokens", "parameter"
 # of a source's settings, what a file of other factors keeps
 KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping")
+# what says which modules have factors of which rank and scale
+TARGETS = (
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "layer_replication", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
+    "use_rslora",
+)  # fmt: skip
 
 
-def read_layout(form: Format, folder: Folder, number: int = 0) -> Contents:
-    """The contents of an adapter in PEFT's layout. `Refused` with every key and setting that
-    cannot be used."""
+def read_layout(
+    form: Format,
+    folder: Folder,
+    number: int = 0,
+    names: Names | None = None,
+    stacks: Mapping[str, Stack] | None = None,
+) -> Contents:
+    """The contents of an adapter in PEFT's layout; `names` and `stacks` of its base, if known.
+    `Refused` with every key and setting that cannot be used."""
     adapter = read_adapter(folder, number)
-    modules = [_module(adapter, lora) for lora in adapter.loras]
+    modules: list[Module] = []
+    homes = homes_of(adapter)
+    for lora in adapter.loras:
+        if lora.module not in homes:
+            modules.append(_module(adapter, lora, FACTORS))
+        elif lora is homes[lora.module][0]:
+            own = homes[lora.module]
+            known = read_stacks(adapter, lora.module, own, form.adapter, names, stacks or {})
+            if known is None:
+                known = [_module(adapter, one, PARAMETER) for one in own]
+            modules += known
     copies = adapter.copies
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
@@ -42,7 +71,7 @@ def read_layout(form: Format, folder: Folder, number: int = 0) -> Contents:
     return Contents(form.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
 
 
-def _module(adapter: Adapter, lora: Lora) -> Module:
+def _module(adapter: Adapter, lora: Lora, kind: str) -> Module:
     name, config = adapter.pattern_name(lora), adapter.config
     rank, alpha = adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
     if config.get("use_rslora"):
@@ -54,37 +83,51 @@ def _module(adapter: Adapter, lora: Lora) -> Module:
     if lora.bias is not None:
         parts["bias"] = Stored(lora.bias)
     embedding = lora.kind == "embedding"
-    return Module(LANGUAGE, lora.module, FACTORS, parts, float(alpha), rank, embedding, lora.depth)
+    return Module(LANGUAGE, lora.module, kind, parts, float(alpha), rank, embedding, lora.depth)
 
 
-def write_layout(contents: Contents, form: Format, *, dtype: str | None = None) -> File:
-    """The adapter of these contents in PEFT's layout. `Refused` with all that it cannot hold."""
+def write_layout(
+    contents: Contents,
+    form: Format,
+    *,
+    dtype: str | None = None,
+    stacks: Mapping[str, Stack] | None = None,
+    rebuilt: bool = False,
+) -> File:
+    """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
+    its modules are not the source's. `Refused` with all that it cannot hold."""
     refuse_all(_problems(contents, form))
-    is_own = bool(contents.config.get("peft_type"))
-    loras = [m for m in contents.modules if m.kind == FACTORS]
-    levels = Counter(m.name for m in loras)
+    loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER)]
+    experts = [m for m in contents.modules if m.kind == EXPERTS]
+    homes = Counter(m.name.rpartition(".")[0] for m in experts)
+    levels = Counter(m.name for m in loras) | homes
+    stack_keys = stacked_keys(experts, homes)
     has_bias = any("bias" in m.parts for m in loras)
     tensors: list[Written] = []
     for module in contents.modules:
-        if module.kind != FACTORS:
+        if module.kind == EXPERTS:
+            keys = stack_keys[module.name]
+            parts = stacked_parts(module, form.adapter, stacks or {})
+        elif module.kind not in (FACTORS, PARAMETER):
             for part in module.parts.values():
                 assert isinstance(part, Stored)
                 tensors.append(Written(canonical_key(part.spec.key), part, part.dtype, module.path))
             continue
-        kind = "embedding" if module.embedding else "module"
-        keys = part_keys(module.name, kind, levels, module.depth)
-        parts = dict(module.parts)
-        if has_bias and "bias" not in parts:
-            parts["bias"] = Constant((module.out,), 0.0, parts["b"].dtype)
-        tail = len(parts["a"].shape) - 2
-        if "magnitude" in parts and tail > 0:  # of a convolution
-            parts["magnitude"] = reshaped(parts["magnitude"], (1, module.out, *(1,) * tail))
+        else:
+            kind = "embedding" if module.embedding else "module"
+            keys = part_keys(module.name, kind, levels, module.depth)
+            parts = dict(module.parts)
+            if has_bias and "bias" not in parts:
+                parts["bias"] = Constant((module.out,), 0.0, parts["b"].dtype)
+            tail = len(parts["a"].shape) - 2
+            if "magnitude" in parts and tail > 0:  # of a convolution
+                parts["magnitude"] = reshaped(parts["magnitude"], (1, module.out, *(1,) * tail))
         tensors += [
             Written(keys[role], part, dtype or part.dtype, module.path)
             for role, part in parts.items()
         ]
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
-    settings = _settings(contents, loras, is_own)
+    settings = _settings(contents, form, loras, experts, rebuilt)
     return File(form, tensors, {"format": "pt"}, contents.modules, settings=settings)
 
 
@@ -92,7 +135,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     """Refusals of what the layout cannot hold."""
     errors: list[AdapterkitError] = []
     where = contents.folders[0].label
-    known = (FACTORS, VALUE, COPY, TOKENS)
+    known = (FACTORS, EXPERTS, PARAMETER, VALUE, COPY, TOKENS)
     others = [m.path for m in contents.modules if m.kind not in known or "mid" in m.parts]
     if others:
         errors.append(
@@ -103,7 +146,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
                 hint="give --rank N to make factors of them",
             )
         )
-    loras = [m for m in contents.modules if m.kind == FACTORS]
+    loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER, EXPERTS)]
     plain = [m.path for m in loras if "magnitude" not in m.parts]
     if plain and len(plain) < len(loras):
         errors.append(
@@ -127,16 +170,32 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     return errors
 
 
-def _settings(contents: Contents, loras: list[Module], is_own: bool) -> dict[str, Any]:
+def _settings(
+    contents: Contents,
+    form: Format,
+    loras: Sequence[Module],
+    experts: Sequence[Module],
+    rebuilt: bool,
+) -> dict[str, Any]:
     """adapter_config.json: a source's own where it has one, with the ranks and scales."""
-    ranks = {m.name: m.rank for m in loras}
-    alphas = {m.name: m.alpha for m in loras}
-    if is_own:
-        return dict(contents.config)
+    own = contents.config if contents.config.get("peft_type") else {}
+    if own and not rebuilt:
+        return dict(own)
+    ranked = [*loras, *experts]
     kept = {k: contents.config[k] for k in KEPT if k in contents.config}
-    flags = {
+    kept |= {k: v for k, v in own.items() if k not in TARGETS}
+    names = sorted({m.name for m in loras})
+    if form.adapter.targets == "ends":
+        names = sorted({name.rpartition(".")[2] for name in names})
+    settings: dict[str, Any] = {
+        "target_modules": names,
         "use_dora": any("magnitude" in m.parts for m in loras),
         "lora_bias": any("bias" in m.parts for m in loras),
     }
+    if experts:
+        settings |= {"target_parameters": sorted(m.name for m in experts), "lora_dropout": 0.0}
+        settings |= {"peft_version": PEFT_LAYOUT}
+    settings |= form.adapter.settings
+    ranks, alphas = {m.name: m.rank for m in ranked}, {m.name: m.alpha for m in ranked}
     defaults = {"base_model_name_or_path": None, "task_type": None}
-    return defaults | declared_settings(ranks, alphas, **kept, **flags)
+    return defaults | declared_settings(ranks, alphas, **kept | settings)

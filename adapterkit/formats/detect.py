@@ -1,5 +1,6 @@
 """Which format a source is in, by its keys, metadata and settings."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -90,6 +91,10 @@ def _is_of(form: Format, container: Container, config: Mapping[str, Any]) -> boo
         all(any(pattern.search(key) for key in keys) for pattern in words.keys)
         and not any(pattern.search(key) for pattern in words.no_keys for key in keys)
         and all(name in config for name in words.config)
+        and not any(name in config for name in words.no_config)
+        and all(
+            pattern.search(json.dumps(config.get(name))) for name, pattern in words.settings.items()
+        )
         and all(
             pattern.search(container.metadata.get(key, ""))
             for key, pattern in words.metadata.items()

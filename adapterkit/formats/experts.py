@@ -107,6 +107,13 @@ class Stack:
         return self.name.rpartition(".")[0]
 
     @property
+    def modules(self) -> dict[str, int]:
+        """What a file has in its place, with the rows of each: modules, or the stack itself."""
+        if not self.pieces:
+            return {self.name: self.shape[1]}
+        return {piece.module: len(piece.rows) for piece in self.pieces}
+
+    @property
     def row_sets(self) -> list[range]:
         """The rows of an expert's modules, in order."""
         return sorted({piece.rows for piece in self.pieces}, key=lambda rows: rows.start)
@@ -163,7 +170,6 @@ def stack_experts(
                 Refused(
                     f"{shown(module.path)} has {listed(more) if more else module.kind}",
                     expected="a and b alone: a stack of experts has no more",
-                    where=module.path,
                     hint="merge the adapter into its base",
                 )
             )
@@ -235,32 +241,34 @@ def split_experts(
     modules: Sequence[Module],
     stacks: Mapping[str, Stack],
     reader: StoredReader,
+    *,
+    all_of_them: bool = True,
     complete: bool = False,
 ) -> list[Module]:
     """Factors of stacks as modules of single experts, named as the base's file names them; all
     others as they are.
 
-    Where b is block-diagonal each module gets back its own columns and rows of a. `complete`: an
-    expert's other modules get zeros. `Refused` for stacks that the file does not keep one by one.
+    Where b is block-diagonal each module gets back its own columns and rows of a. `complete`: what
+    else is beside an expert's modules, or a stack, gets zeros. `all_of_them`: stacks that the file
+    does not keep one by one are `Refused`; otherwise they stay.
     """
     errors: list[AdapterkitError] = []
     for module in modules:
         stack = stacks.get(module.name)
-        if module.kind == EXPERTS and (stack is None or not stack.pieces):
+        if module.kind == EXPERTS and (stack is None or (all_of_them and not stack.pieces)):
             errors.append(
                 Refused(
                     f"{shown(module.path)} is one stack in the base's file too"
                     if stack is not None
                     else f"{shown(module.path)} is no stack of experts of the base",
                     expected="a base whose file keeps each expert's weights by themselves",
-                    where=module.path,
                     hint="convert to a format that takes stacks, or check --base",
                 )
             )
     refuse_all(errors)
     result: list[Module] = []
     for module in modules:
-        if module.kind == EXPERTS:
+        if module.kind == EXPERTS and stacks[module.name].pieces:
             result += _split(module, stacks[module.name], reader)
         else:
             result.append(module)
@@ -292,28 +300,29 @@ def _split(module: Module, stack: Stack, reader: StoredReader) -> list[Module]:
 
 
 def _zeros(modules: Sequence[Module], stacks: Iterable[Stack]) -> list[Module]:
-    """Modules of zeros for those that experts lack of which others are there."""
+    """Zeros for the modules, and the stacks, that are beside others of the same experts."""
     known = {module.name: module for module in modules}
     homes: dict[str, list[Stack]] = {}
     for stack in stacks:
         homes.setdefault(stack.home, []).append(stack)
     zeros = []
     for own in homes.values():
-        like = next(
-            (known[p.module] for stack in own for p in stack.pieces if p.module in known), None
-        )
-        if like is None:
+        names = [name for stack in own for name in stack.modules if name in known]
+        if not names:
             continue
-        dtype = like.parts["a"].dtype
+        like = known[names[0]]
+        dtype, rank = like.parts["a"].dtype, like.rank
         for stack in own:
-            for piece in stack.pieces:
-                if piece.module not in known:
-                    a = Constant((like.rank, stack.shape[2]), 0.0, dtype)
-                    b = Constant((len(piece.rows), like.rank), 0.0, dtype)
-                    parts: dict[str, Expression] = {"a": a, "b": b}
-                    zeros.append(
-                        Module(like.component, piece.module, FACTORS, parts, like.alpha, like.rank)
-                    )
+            for name, rows in stack.modules.items():
+                if name in known:
+                    continue
+                lead = () if stack.pieces else stack.shape[:1]
+                parts: dict[str, Expression] = {
+                    "a": Constant((*lead, rank, stack.shape[2]), 0.0, dtype),
+                    "b": Constant((*lead, rows, rank), 0.0, dtype),
+                }
+                kind = FACTORS if stack.pieces else EXPERTS
+                zeros.append(Module(like.component, name, kind, parts, like.alpha, rank))
     return zeros
 
 
@@ -324,6 +333,5 @@ def _check_shape(module: Module, expected: tuple[int, ...]) -> None:
         raise Refused(
             f"{shown(module.path)}: factors of {shape}",
             expected=f"ones that fit the base's {tuple(expected)}",
-            where=module.path,
             hint="check that the adapter was trained on this base",
         )

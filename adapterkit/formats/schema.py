@@ -48,6 +48,8 @@ class DetectWords:
     keys: tuple[re.Pattern[str], ...] = ()  # each matches some key
     no_keys: tuple[re.Pattern[str], ...] = ()  # none matches any
     config: tuple[str, ...] = ()  # settings that are there
+    no_config: tuple[str, ...] = ()  # settings that are not
+    settings: Mapping[str, re.Pattern[str]] = field(default_factory=dict)  # their values, as JSON
     metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
 
 
@@ -102,6 +104,36 @@ class ConfigWords:
 
 
 @dataclass(frozen=True)
+class RefusedWords:
+    """A setting that the readers of a dialect do not take."""
+
+    value: re.Pattern[str]  # as JSON
+    why: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class AdapterWords:
+    """A dialect of PEFT's layout."""
+
+    experts: str = "stacks"  # or each: one module for each; base: as the base's file has them
+    # the side that a stack's a is over: inputs; first axis, of the matrices as the model keeps
+    # them; outputs
+    a_over: str = "inputs"
+    slowest: str = "rank"  # or expert: what counts slowest in the columns of a stack's b
+    names: str = "model"  # or base: as the base's file has them
+    targets: str = "names"  # or ends: target_modules are the last words of names
+    saved: tuple[str, ...] = ()  # modules trained in full that are read; none: all
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that are written
+    refuse: Mapping[str, RefusedWords] = field(default_factory=dict)  # by the setting
+
+    @property
+    def is_read_by_peft(self) -> bool:
+        """Whether PEFT of some version reads it as it is meant."""
+        return self.a_over != "outputs" and self.slowest == "rank"
+
+
+@dataclass(frozen=True)
 class Format:
     """A layout of adapters."""
 
@@ -123,6 +155,7 @@ class Format:
     scale: ScaleWords = field(default_factory=ScaleWords)
     metadata: MetadataWords = field(default_factory=MetadataWords)
     config: ConfigWords = field(default_factory=ConfigWords)
+    adapter: AdapterWords = field(default_factory=AdapterWords)
 
     def namings(self, architecture: str | None) -> tuple[str, ...]:
         """The columns of an architecture's rules in which names are; the first is written."""
@@ -199,6 +232,11 @@ def format_from(name: str, table: dict[str, Any]) -> Format:
         ("style", one.names.style, ("dots", "underscores")),
         ("place", one.scale.place, ("tensor", "config", "metadata", "none")),
         ("means", one.scale.means, ("alpha", "scale")),
+        ("experts", one.adapter.experts, ("stacks", "each", "base")),
+        ("a_over", one.adapter.a_over, ("inputs", "first axis", "outputs")),
+        ("slowest", one.adapter.slowest, ("rank", "expert")),
+        ("names", one.adapter.names, ("model", "base")),
+        ("targets", one.adapter.targets, ("names", "ends")),
     ]
     for word, value, known in choices:
         if value not in known:

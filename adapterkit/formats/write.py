@@ -63,7 +63,7 @@ def write(
             hint="adapterkit convert --list tells which are",
         )
     contents = replace(contents, modules=as_the_format_has_them(contents.modules, form))
-    refuse_all(_unsupported(contents, form))
+    refuse_all(unsupported(contents, form))
     name, modules = _placed(contents, form, architecture)
     refuse_all(_homeless(modules, form, name))
     modules = with_widths(modules, form, [name] if name else contents.architectures)
@@ -88,7 +88,7 @@ def write(
     return File(form, tensors, metadata, final, name, folded, settings=settings)
 
 
-def _unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
+def unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
     """Refusals of kinds and roles that the format has no keys for."""
     errors: list[AdapterkitError] = []
     lacking: dict[str, list[str]] = {}

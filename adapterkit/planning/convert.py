@@ -11,7 +11,10 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.adapter import read_layout, write_layout
 from adapterkit.formats.configs import config_bytes
+from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import Detection, detect
+from adapterkit.formats.dialects import Model, arranged
+from adapterkit.formats.experts import stacks_of
 from adapterkit.formats.library import format_named
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.record import LANGUAGE, Contents
@@ -26,6 +29,7 @@ from adapterkit.planning.input_files import identities
 from adapterkit.planning.unpickled import UnpickledFolder
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.converted import ConvertedTensor
+from adapterkit.weights.names import Names
 
 ADAPTER_LAYOUT = "adapter"
 
@@ -50,8 +54,9 @@ def plan_convert(
     of the one file that is wanted; without it, a folder as the format has it."""
     form = format_named(options.to)
     detection = detect(source)
-    contents = read_contents(source, detection, options, base)
-    written = written_file(contents, form, options, base)
+    model = model_of(base, detection, form)
+    contents = read_contents(source, detection, options, base, model)
+    written = written_file(contents, form, options, base, model)
     name = file or form.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
     tasks = tuple(_task(tensor) for tensor in written.tensors)
@@ -94,13 +99,26 @@ def plan_convert(
     )
 
 
+def model_of(base: Checkpoint | None, detection: Detection, form: Format) -> Model | None:
+    """The model of a base where a conversion from or to PEFT's layout can need it."""
+    if base is None or ADAPTER_LAYOUT not in (detection.form.layout, form.layout):
+        return None
+    names = Names(base, task=detection.config.get("task_type"), build_model=True)
+    return Model(base, names, stacks_of(names))
+
+
 def read_contents(
-    source: Folder, detection: Detection, options: Options, base: Checkpoint | None
+    source: Folder,
+    detection: Detection,
+    options: Options,
+    base: Checkpoint | None,
+    model: Model | None = None,
 ) -> Contents:
     """The source's contents, of the components that are asked for."""
     form = detection.form
     if form.layout == ADAPTER_LAYOUT:
-        contents = read_layout(form, source)
+        names, stacks = (model.names, model.stacks) if model is not None else (None, None)
+        contents = read_layout(form, source, names=names, stacks=stacks)
     else:
         reading = Reading(
             options.alpha, options.architecture, modules_of(base), heads_of(base, detection.config)
@@ -139,12 +157,20 @@ def _selected(contents: Contents, component: str | None) -> Contents:
 
 
 def written_file(
-    contents: Contents, form: Format, options: Options, base: Checkpoint | None
+    contents: Contents,
+    form: Format,
+    options: Options,
+    base: Checkpoint | None,
+    model: Model | None = None,
 ) -> File:
     """The file of these contents in a format."""
     dtype = dtypes.parse(options.dtype) if options.dtype else None
     if form.layout == ADAPTER_LAYOUT:
-        return write_layout(contents, form, dtype=dtype)
+        is_own = contents.format == form.name
+        if not is_own or form.scale.uniform:
+            contents = arranged(contents, form, model, PlanReader(contents.folders))
+        stacks = model.stacks if model is not None else None
+        return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=not is_own)
     return write(
         contents,
         form,

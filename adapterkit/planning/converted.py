@@ -14,6 +14,7 @@ from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError
 from adapterkit.formats.detect import detect
 from adapterkit.formats.library import formats
+from adapterkit.formats.schema import AdapterWords
 from adapterkit.plan import Plan
 from adapterkit.planning.convert import ADAPTER_LAYOUT, Options, plan_convert
 
@@ -31,7 +32,7 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
         detection = detect(folder)
     except AdapterkitError:
         return folder
-    if detection.form.layout == ADAPTER_LAYOUT:
+    if detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft:
         return folder
     checkpoint = None if base is None else open_checkpoint(base, 1)
     plan = plan_convert(folder, Options(_layout()), checkpoint)
@@ -48,8 +49,13 @@ def adapter_or_file(folder: Folder) -> Folder:
 
 
 def _layout() -> str:
-    """The name of PEFT's layout among the formats."""
-    return next(form.name for form in formats().values() if form.layout == ADAPTER_LAYOUT)
+    """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
+    plain = AdapterWords()
+    return next(
+        form.name
+        for form in formats().values()
+        if form.layout == ADAPTER_LAYOUT and form.writes and form.adapter == plain
+    )
 
 
 @dataclass(eq=False)

@@ -8,7 +8,6 @@ order that the files allow has to lead to the same result.
 """
 
 import itertools
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -369,14 +368,6 @@ def _nested(sites: list[Site]) -> list[AdapterkitError]:
     ]
 
 
-def has_old_layout(adapter: Adapter) -> bool | None:
-    """Whether PEFT up to 0.18 wrote the file, which took stacks of experts as (in, out); None where
-    it does not say."""
-    version = adapter.config.get("peft_version")
-    match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
-    return None if match is None else (int(match[1]), int(match[2])) < (0, 19)
-
-
 def flips_square_experts(
     adapter: Adapter, name: str, transposed: bool, layout: str | None, hint: str
 ) -> bool:
@@ -385,7 +376,7 @@ def flips_square_experts(
 
     `layout`: "peft-0.18" or "peft-0.19", None to go by the version. `Refused` where that is not
     known."""
-    old = has_old_layout(adapter)
+    old = adapter.has_old_stacks
     if layout is None and old is not None:
         layout = "peft-0.18" if old else "peft-0.19"
     if layout is None:
@@ -407,7 +398,7 @@ def _other_layouts(sites: Collection[Site], adapters: Sequence[Adapter]) -> list
         if any(f.experts and f.shape[0] == f.shape[1] for _, f in site.members.values())
     ]
     versions = {
-        adapter.name: has_old_layout(adapter)
+        adapter.name: adapter.has_old_stacks
         for adapter in adapters
         if adapter.config.get("target_parameters")
     }

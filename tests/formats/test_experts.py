@@ -12,13 +12,15 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit import dtypes
+from adapterkit import convert, dtypes
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
+from adapterkit.formats.detect import detect
 from adapterkit.formats.experts import (
     Stack,
     is_transposed,
@@ -33,7 +35,12 @@ from adapterkit.formats.tensors import Expression, StoredReader
 from adapterkit.weights.names import Names
 
 GOLDEN = Path(__file__).parent / "golden"
-EACH = sorted(path.name for path in (GOLDEN / "peft-per-expert").iterdir())
+LAYOUTS = ("peft", "peft-0.18", "peft-per-expert")
+# adapters beside the model that they were made on, and its logits
+FOLDERS = sorted(
+    path.parent for name in LAYOUTS for path in (GOLDEN / name).glob("*/logits.safetensors")
+)
+EACH = [path.name for path in FOLDERS if path.parent.name == "peft-per-expert"]
 FACTOR = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
 
 
@@ -249,3 +256,126 @@ def test_refused() -> None:
     module = Module("", "model.layers.0.mlp.experts.gate_up_proj", EXPERTS, parts, 3.0, 2)
     with pytest.raises(Refused, match="one stack in the base's file"):
         split_experts([module], oss, READER)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+SINGLE = ("mixtral", "qwen2_moe", "qwen3_moe")  # whose files keep each expert by itself
+
+
+def case_of(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=case_of)
+def test_detected(folder: Path) -> None:
+    assert detect(LocalFolder(folder)).form.name == folder.parent.name
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=case_of)
+def test_peft_multiplies_as_the_source(folder: Path, tmp_path: Path) -> None:
+    """PEFT 0.21 on the converted file gives the logits that the source's own versions gave."""
+    convert(folder, to="peft", out=tmp_path / "out", base=folder / "base")
+    expected = load_file(folder / "logits.safetensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "base", experts_implementation="eager", attn_implementation="eager"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", ".*(missing|unexpected)")
+        loaded = peft.PeftModel.from_pretrained(model, tmp_path / "out").eval()
+    with torch.no_grad():
+        logits = loaded(expected["tokens"][None]).logits[0]
+    torch.testing.assert_close(logits, expected["adapted"], rtol=0, atol=2e-7)
+    assert not torch.allclose(logits, expected["base"], atol=1e-3)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=case_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_there_and_back(folder: Path, layout: str, tmp_path: Path) -> None:
+    """Through every layout that the base has, and back: the same bytes, so no rank has grown."""
+    if layout == "peft-per-expert" and not folder.name.startswith(SINGLE):
+        with pytest.raises(Refused, match="one stack in the base's file"):
+            convert(folder, to=layout, out=tmp_path / "there", base=folder / "base")
+        return
+    convert(folder, to=layout, out=tmp_path / "there", base=folder / "base")
+    assert detect(LocalFolder(tmp_path / "there")).form.name == layout
+    own = folder.parent.name
+    convert(tmp_path / "there", to=own, out=tmp_path / "back", base=folder / "base")
+    expected, actual = tensors_of(folder), tensors_of(tmp_path / "back")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+    one, other = settings_of(folder), settings_of(tmp_path / "back")
+    names = {key.rpartition(".lora_")[0] for key in expected}
+    for name in names:
+        scales = [scale_of(settings, name) for settings in (one, other)]
+        assert math.isclose(*scales, rel_tol=1e-12), name
+
+
+def scale_of(settings: dict[str, Any], key: str) -> float:
+    """The scale of factors by PEFT's own rule for patterns."""
+    name = key.removeprefix("base_model.model.")
+    if name.endswith("experts.base_layer"):
+        name = name.removesuffix("base_layer") + "gate_up_proj"
+    elif name.endswith("experts"):
+        name += ".down_proj"
+    pattern = get_pattern_key
+    rank = settings["rank_pattern"]
+    alpha = settings["alpha_pattern"]
+    r = rank.get(pattern(rank.keys(), name), settings["r"])
+    a = alpha.get(pattern(alpha.keys(), name), settings["lora_alpha"])
+    return a / (math.sqrt(r) if settings["use_rslora"] else r)
+
+
+def test_without_a_base(tmp_path: Path) -> None:
+    """What only the model can tell is refused; what the file tells is not."""
+    stacks, old, each = (GOLDEN / name / "mixtral" for name in LAYOUTS)
+    for folder, to in ((each, "peft"), (stacks, "peft-per-expert"), (stacks, "peft-0.18")):
+        with pytest.raises(Refused, match="give --base"):
+            convert(folder, to=to, out=tmp_path / "refused")
+    convert(old, to="peft", out=tmp_path / "new")  # its shapes tell
+    convert(tmp_path / "new", to="peft-0.18", out=tmp_path / "old", base=old / "base")
+    assert all(
+        torch.equal(tensor, tensors_of(tmp_path / "old")[key])
+        for key, tensor in tensors_of(old).items()
+    )
+
+
+def test_a_square_stack_alone(tmp_path: Path) -> None:
+    """Shapes do not tell: the version does, with the model; without both it is refused."""
+    torch.manual_seed(0)
+    folder = tmp_path / "square"
+    folder.mkdir()
+    key = "base_model.model.model.layers.0.mlp.experts.lora_{}.weight"
+    a, b = torch.randn(6, 8), torch.randn(8, 6)
+    save_file({key.format("A"): a, key.format("B"): b}, folder / "adapter_model.safetensors")
+    settings = settings_of(GOLDEN / "peft-0.18" / "qwen3_moe") | {
+        "target_modules": [], "target_parameters": ["experts.gate_up_proj"],
+    }  # fmt: skip
+    config = transformers.AutoConfig.from_pretrained(GOLDEN / "peft" / "qwen3_moe" / "base")
+    config.moe_intermediate_size = 4
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+
+    def converted(version: str | None, base: Path | None) -> dict[str, Tensor]:
+        (folder / "adapter_config.json").write_text(
+            json.dumps(settings | {"peft_version": version})
+        )
+        out = tmp_path / f"{version}-{base is None}"
+        convert(folder, to="peft-per-expert" if base else "peft", out=out, base=base)
+        return tensors_of(out)
+
+    new, old = converted("0.21.0", tmp_path / "base"), converted("0.18.1", tmp_path / "base")
+    name = "base_model.model.model.layers.0.mlp.experts.1.gate_proj.lora_{}.weight"
+    assert torch.equal(new[name.format("A")], a[2:4])
+    assert torch.equal(old[name.format("A")], b.view(8, 2, 3)[:, :, 1].T)
+    assert torch.equal(old[name.format("B")], a[2:4].T[:4])
+    with pytest.raises(Refused, match="which way round"):
+        converted("0.18.1", None)

@@ -132,6 +132,8 @@ def delta(module: Module, reader: PlanReader) -> Delta:
         if "bias" in parts:
             parts["bias"] = parts["bias"] * module.scale
         return Delta(a.flatten(1) * module.scale, b.flatten(1), parts)
+    if module.kind == "experts":
+        return Delta(None, None, {"delta": module.scale * parts["b"] @ parts["a"]})
     if module.kind in ("loha", "lokr"):
         parts["alpha by rank"] = torch.tensor(module.scale, dtype=torch.float64)
     return Delta(None, None, parts)

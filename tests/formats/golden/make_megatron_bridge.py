@@ -4,12 +4,13 @@ REPO: a clone of NVIDIA-NeMo/Megatron-Bridge at 067f987. The functions of its `p
 turn exported factors into PEFT's files run here by themselves, as `AutoBridge.save_hf_adapter`
 calls them; the factors are random, under the names that the exporter gives them. torch 2.13.0.
 
-`truth.safetensors` has what Megatron multiplies, by the names of the exporter: a (E, r, in) and b
-(E, out, r) of a stack.
+Exports without stacks are PEFT's files, and are among them. `truth.safetensors` has what Megatron
+multiplies, by the names of the exporter: a (E, r, in) and b (E, out, r) of a stack.
 """
 
 import ast
 import json
+import shutil
 import sys
 import types
 from collections import defaultdict, namedtuple
@@ -107,8 +108,11 @@ def write(bridge: Any, folder: Path, pairs: dict[str, Any]) -> None:
 def main(repo: Path, out: Path) -> None:
     torch.manual_seed(0)
     bridge = functions(repo)
-    for make in (dense, stacked, each):
-        write(bridge, out / "megatron-bridge" / make.__name__, make())
+    write(bridge, out / "peft" / "megatron-bridge", dense())
+    write(bridge, out / "megatron-bridge" / "stacked", stacked())
+    write(bridge, out / "peft-per-expert" / "megatron-bridge", each())
+    model = out / "peft-per-expert" / "qwen3_moe" / "base"  # of the same sizes
+    shutil.copytree(model, out / "peft-per-expert" / "megatron-bridge" / "base", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
