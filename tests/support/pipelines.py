@@ -138,3 +138,31 @@ def sd3() -> StableDiffusion3Pipeline:
 
 
 PIPELINES = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3}
+
+
+def outputs(pipe: Any) -> dict[str, torch.Tensor]:
+    """What each model of a pipeline gives for fixed inputs, in float64."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    results = {}
+    with torch.no_grad():
+        if "unet" in pipe.components:
+            unet = pipe.unet.double()
+            width = unet.config.cross_attention_dim
+            added = {"text_embeds": random(1, 8), "time_ids": random(1, 6)}
+            kept = added if unet.config.addition_embed_type else None
+            results["unet"] = unet(
+                random(1, 4, 8, 8), 3, random(1, 3, width), added_cond_kwargs=kept
+            ).sample
+        else:
+            results["transformer"] = pipe.transformer.double()(
+                random(1, 4, 8, 8), random(1, 3, 16), random(1, 16), torch.tensor([3])
+            ).sample
+        for name in ("text_encoder", "text_encoder_2"):
+            if name in pipe.components:
+                encoder = pipe.components[name].double()
+                results[name] = encoder(torch.arange(2, 8)[None]).last_hidden_state
+    return results

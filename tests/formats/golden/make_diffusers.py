@@ -97,7 +97,9 @@ def sd3() -> None:
     pipe = pipelines.sd3()
     transformer = trained(pipe.transformer, config(SD3, alpha=1))
     encoder = trained(pipe.text_encoder, config(r".*layers\.0\.self_attn\.(q|out)_proj"))
-    metadata = _collate_lora_metadata({"transformer": pipe.transformer})
+    metadata = _collate_lora_metadata(
+        {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
+    )
     pipe.save_lora_weights(FOLDER / "diffusers", transformer, encoder, **metadata)
     moved("diffusers", "sd3_metadata")
 

@@ -56,7 +56,7 @@ if __name__ == "__main__":
     # bare names, as `save_attn_procs` of the whole model writes them
     LoraLoaderMixin.write_lora_layers(layers(model), FOLDER, True, "bare.safetensors", None, True)
     config = CLIPTextConfig(
-        hidden_size=CROSS, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        hidden_size=CROSS, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         vocab_size=16,
     )  # fmt: skip
     encoder = CLIPTextModel(config)
