@@ -131,11 +131,10 @@ def place_scales(
     """The modules as they are written, those whose scale is folded into b now, and the metadata
     that declare the others'."""
     words = form.scale
-    components = {module.component for module, _ in modules}
-    if words.place == "metadata" and not components & set(words.fold_beside):
+    if words.place == "metadata":
         loras = [module for module, _ in modules if module.kind == FACTORS]
         if any(module.scale != 1 for module in loras):
-            return list(modules), {}, {words.key: _declaration(loras)}
+            return list(modules), {}, {words.key: _declaration(loras, words.without)}
     if words.place == "config":
         return list(modules), {}, {}
     homeless = [module for module, _ in modules if not _has_alpha(module, form)]
@@ -149,16 +148,19 @@ def _has_alpha(module: Module, form: Format) -> bool:
     return form.scale.place == "tensor" and ALPHA in roles
 
 
-def _declaration(modules: Sequence[Module]) -> str:
-    """The settings of each component, in JSON."""
+def _declaration(modules: Sequence[Module], without: str) -> str:
+    """The settings of each component, in JSON; names that begin with `without` by their ends."""
     settings: dict[str, Any] = {}
     for component in sorted({module.component for module in modules}):
         own = [module for module in modules if module.component == component]
         table = declared_settings(
-            {m.name: m.rank for m in own},
-            {m.name: m.alpha for m in own},
+            {m.name.removeprefix(without): m.rank for m in own},
+            {m.name.removeprefix(without): m.alpha for m in own},
             use_dora=any("magnitude" in m.parts for m in own),
             lora_bias=any("bias" in m.parts for m in own),
         )
+        if any(without and m.name.startswith(without) for m in own):
+            for patterns in ("rank_pattern", "alpha_pattern"):
+                table[patterns] = {k.removeprefix("^"): v for k, v in table[patterns].items()}
         settings |= {f"{component}.{name}": value for name, value in table.items()}
     return json.dumps(settings, indent=2, sort_keys=True)

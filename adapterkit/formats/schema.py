@@ -84,7 +84,7 @@ class ScaleWords:
     means: str = "alpha"  # or scale: the stored number is alpha / rank
     uniform: bool = False  # one rank and one scale for all modules
     key: str = ""  # of the metadata: PEFT's settings in JSON, by component
-    fold_beside: tuple[str, ...] = ()  # components beside which no file declares scales
+    without: str = ""  # what the names of modules that it declares do not begin with
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import (
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
@@ -25,6 +25,7 @@ from adapterkit.formats.names import names_of
 from tests.support import pipelines
 
 GOLDEN = Path(__file__).parent / "golden"
+RESPELLED = GOLDEN / "diffusers" / "respelled"
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 # rows in another order; and by the last diffusers tells which keys a text encoder has
 ALWAYS = ("qkv", "adaLN", "out_proj")
@@ -229,12 +230,10 @@ def test_a_file_of_kohya_that_came_from_diffusers_is_loaded(architecture, part, 
     assert_same(loaded(architecture, target), expected(architecture, factors))
 
 
-@pytest.mark.parametrize(
-    "name", ["sd15", "sd15_metadata", "sdxl_dora", "sd3_metadata"], ids=lambda name: name
-)
+@pytest.mark.parametrize("name", ["respelled/sd15", "sd15_metadata", "sdxl_dora", "sd3_metadata"])
 def test_a_golden_file_is_loaded_after_a_round_trip(name, tmp_path):
     """diffusers -> kohya -> diffusers, as diffusers loads its own file."""
-    architecture = name.split("_")[0]
+    architecture = name.split("/")[-1].split("_")[0]
     source = GOLDEN / "diffusers" / f"{name}.safetensors"
     middle, target = tmp_path / "kohya.safetensors", tmp_path / "diffusers.safetensors"
     adapterkit.convert(source, to="kohya", out=middle)
@@ -242,6 +241,16 @@ def test_a_golden_file_is_loaded_after_a_round_trip(name, tmp_path):
     results = loaded(architecture, target)
     assert_same(results, loaded(architecture, source))
     assert changed(architecture, results)
+
+
+def test_names_of_diffusers_under_kohyas_keys_are_written_as_kohyas(tmp_path):
+    source = GOLDEN / "kohya" / "respelled" / "sdxl.safetensors"
+    target = tmp_path / "kohya.safetensors"
+    adapterkit.convert(source, to="kohya", out=target)
+    assert {key.split(".")[0] for key in load_file(target)} == {
+        "lora_unet_input_blocks_7_1_transformer_blocks_9_attn1_to_q"
+    }
+    assert_same(loaded("sdxl", target), loaded("sdxl", source))
 
 
 def loaded_bare(path: Path) -> dict[str, Tensor]:
@@ -261,7 +270,7 @@ def test_an_older_file_is_loaded_as_a_new_one(name, tmp_path):
     old = {
         "bare": lambda: loaded_bare(source),
         "prefixed": lambda: loaded("sd15", source),
-        "sd15_training": lambda: loaded("sd15", GOLDEN / "diffusers" / "sd15.safetensors"),
+        "sd15_training": lambda: loaded("sd15", RESPELLED / "sd15.safetensors"),
     }
     assert_same(results, old[name]())
     assert "unet" in changed("sd15", results)

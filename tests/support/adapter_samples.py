@@ -25,8 +25,9 @@ ENDINGS = {
     "gguf": (".gguf",),
     "pickle": (".pt", ".pth", ".bin", ".ckpt", ".lora"),
 }
-# folders beside a sample: the model it is for, the adapter that its tool converted
-BESIDE = ("base", "adapter")
+# folders beside a sample: the model it is for, the adapter that its tool converted, files with
+# spellings of keys that are read, never written
+BESIDE = ("base", "adapter", "respelled")
 
 
 @dataclass(frozen=True)

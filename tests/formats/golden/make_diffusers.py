@@ -55,8 +55,9 @@ def sd15() -> None:
     pipe = pipelines.sd15()
     unet = trained(pipe.unet, config(SD15))
     encoder = trained(pipe.text_encoder, config(r".*layers\.1\.(self_attn\.v_proj|mlp\.fc1)"))
-    pipe.save_lora_weights(FOLDER / "diffusers", unet, encoder)
-    moved("diffusers", "sd15")
+    # transformers 5 names its modules without text_model
+    pipe.save_lora_weights(FOLDER / "diffusers" / "respelled", unet, encoder)
+    moved("diffusers/respelled", "sd15")
     # the form of training scripts: attention by diffusers' own names, the rest by PEFT's
     pipe.save_lora_weights(
         FOLDER / "diffusers-old",
@@ -78,9 +79,8 @@ def sd15_metadata() -> None:
 def sdxl() -> None:
     pipe = pipelines.sdxl()
     unet = trained(pipe.unet, config(SDXL, use_dora=True))
-    encoder = trained(pipe.text_encoder, config(r".*layers\.0\.self_attn\.(q|out)_proj"))
-    second = trained(pipe.text_encoder_2, config(r".*layers\.0\.self_attn\.k_proj"))
-    pipe.save_lora_weights(FOLDER / "diffusers", unet, encoder, second)
+    encoder = trained(pipe.text_encoder_2, config(r".*layers\.0\.self_attn\.k_proj"))
+    pipe.save_lora_weights(FOLDER / "diffusers", unet, text_encoder_2_lora_layers=encoder)
     moved("diffusers", "sdxl_dora")
 
 
@@ -90,7 +90,7 @@ def sdxl_kohya() -> None:
     tensors = trained(pipe.unet, config(r".*2\.attentions\.0\.transformer_blocks\.9\.attn1\.to_q"))
     tensors = {f"unet.{key}": tensor for key, tensor in tensors.items()}
     kohya = convert_state_dict_to_kohya(tensors)
-    save_file(kohya, FOLDER / "kohya" / "sdxl_diffusers.safetensors", {"format": "pt"})
+    save_file(kohya, FOLDER / "kohya" / "respelled" / "sdxl.safetensors", {"format": "pt"})
 
 
 def sd3() -> None:
@@ -105,8 +105,8 @@ def sd3() -> None:
 
 
 if __name__ == "__main__":
-    for folder in ("diffusers", "diffusers-old", "kohya"):
-        (FOLDER / folder).mkdir(exist_ok=True)
+    for folder in ("diffusers/respelled", "diffusers-old", "kohya/respelled"):
+        (FOLDER / folder).mkdir(parents=True, exist_ok=True)
     sd15()
     sd15_metadata()
     sdxl()
