@@ -169,7 +169,7 @@ def _named(form: Format, architecture: str, component: str, module: str) -> bool
     """Whether a module has a name in the format."""
     if component == LANGUAGE:
         return False
-    names = names_of(architecture, component, form.naming(architecture), form.names.style)
+    names = names_of(architecture, component, form.namings(architecture)[0], form.names.style)
     return any(names.text(match) is not None for match in names.find_model(module))
 
 

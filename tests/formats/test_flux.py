@@ -2,6 +2,7 @@
 own loaders."""
 
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from diffusers import (
 )
 from diffusers.loaders import lora_conversion_utils as loras
 from diffusers.loaders import single_file_utils as checkpoints
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -187,17 +189,31 @@ def in_new_names(key: str) -> str:
     return key if key.startswith(("transformer.", "text_encoder.")) else f"transformer.{key}"
 
 
+def declared(path: Path) -> dict[str, float]:
+    """The one scale of each component that the file's metadata declare."""
+    with safe_open(path, "pt") as file:
+        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    ranks = {key.split(".")[0]: value for key, value in settings.items() if key.endswith(".r")}
+    assert not any(value for key, value in settings.items() if key.endswith("_pattern"))
+    return {name: settings[f"{name}.lora_alpha"] / rank for name, rank in ranks.items()}
+
+
 @pytest.mark.parametrize(
     ("name", "to"), [("kohya/flux", "diffusers"), ("kohya/flux_split_qkv", "ai-toolkit")]
 )
 def test_kohya_as_diffusers_converts_it(name: str, to: str, tmp_path: Path) -> None:
-    """But for T5, which it does not load. Scales are in the factors: beside a text encoder's, and
-    where a format has no place for them."""
+    """But for T5, which it does not load. It has scales in the factors, as we have where a format
+    has no place for them."""
     tensors = {key: v.float() for key, v in golden(name).items() if "lora_te3" not in key}
     theirs = small(loras._convert_kohya_flux_lora_to_diffusers)(dict(tensors))
     theirs = {in_new_names(key): value for key, value in theirs.items()}
     ours = convert(name, to, tmp_path / "ours.safetensors", dtype="fp32")
-    ours = {key: value for key, value in ours.items() if "text_encoder_2" not in key}
+    scales = declared(tmp_path / "ours.safetensors")
+    ours = {
+        key: value * scales.get(key.split(".")[0], 1) if ".lora_B." in key else value
+        for key, value in ours.items()
+        if "text_encoder_2" not in key
+    }
     assert_same(ours, theirs, 1e-6)
     ranks = {ours[key].shape[0] for key in ours if key.endswith("lora_A.weight")}
     assert ranks == {2}

@@ -19,8 +19,8 @@ from tests.support import pipelines
 FOLDER = Path(__file__).parent
 SD15 = r"down_blocks\.0\.attentions\.1\..*(attn1\.to_q|attn2\.to_k|to_out\.0|proj_in|ff\.net\.2)"
 SDXL = (
-    r"conv_in|add_embedding\.linear_1|mid_block\.resnets\.0\.(conv1|time_emb_proj)|"
-    r"down_blocks\.2\.attentions\.1\.transformer_blocks\.9\.attn2\.to_v|up_blocks\.0\.upsamplers\.0\.conv"
+    r"add_embedding\.linear_1|mid_block\.resnets\.0\.time_emb_proj|"
+    r"down_blocks\.2\.attentions\.1\.transformer_blocks\.9\.attn2\.to_v"
 )
 SD3 = (
     r"transformer_blocks\.0\.attn\.(to_q|to_v|add_k_proj|to_add_out)|transformer_blocks\.0\.attn2"
