@@ -12,8 +12,12 @@ from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
+from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all
+from adapterkit.formats.capabilities import kind_of
 from adapterkit.formats.experts import Stack
+from adapterkit.formats.kind_adapter import KINDS, read_kinds, write_kinds
+from adapterkit.formats.kinds import magnitude_in_file
 from adapterkit.formats.record import EXPERTS, FACTORS, LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.stacks import homes_of, read_stacks, stacked_keys, stacked_parts
@@ -43,6 +47,9 @@ def read_layout(
 ) -> Contents:
     """The contents of an adapter in PEFT's layout; `names` and `stacks` of its base, if known.
     `Refused` with every key and setting that cannot be used."""
+    peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
+    if peft_type in KINDS:
+        return read_kinds(form, folder, peft_type, number)
     adapter = read_adapter(folder, number)
     modules: list[Module] = []
     homes = homes_of(adapter)
@@ -96,6 +103,9 @@ def write_layout(
 ) -> File:
     """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
     its modules are not the source's. `Refused` with all that it cannot hold."""
+    kind = kind_of(contents)
+    if kind is not None:
+        return write_kinds(contents, form, kind, dtype=dtype)
     refuse_all(_problems(contents, form))
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER)]
     experts = [m for m in contents.modules if m.kind == EXPERTS]
@@ -119,9 +129,8 @@ def write_layout(
             parts = dict(module.parts)
             if has_bias and "bias" not in parts:
                 parts["bias"] = Constant((module.out,), 0.0, parts["b"].dtype)
-            tail = len(parts["a"].shape) - 2
-            if "magnitude" in parts and tail > 0:  # of a convolution
-                parts["magnitude"] = reshaped(parts["magnitude"], (1, module.out, *(1,) * tail))
+            if "magnitude" in parts:
+                parts["magnitude"] = magnitude_in_file(module, "magnitude", column=False)
         tensors += [
             Written(keys[role], part, dtype or part.dtype, module.path)
             for role, part in parts.items()
@@ -136,7 +145,12 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     errors: list[AdapterkitError] = []
     where = contents.folders[0].label
     known = (FACTORS, EXPERTS, PARAMETER, VALUE, COPY, TOKENS)
-    others = [m.path for m in contents.modules if m.kind not in known or "mid" in m.parts]
+    roles = ("mid", "input_magnitude")
+    others = [
+        m.path
+        for m in contents.modules
+        if m.kind not in known or any(role in m.parts for role in roles)
+    ]
     if others:
         errors.append(
             Refused(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.errors import Refused, shown
+from adapterkit.formats.kinds import scaled_role
 from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.rows import Heads, model_order, shares_of
 from adapterkit.formats.schema import Rule
@@ -153,14 +154,6 @@ def _as_stored(alpha: float, part: Module) -> float:
     """Alpha of a fused module: the source's own where this is its rounding."""
     stored = part.stored_alpha
     return stored.number if stored and math.isclose(alpha, stored.number) else alpha
-
-
-def scaled_role(module: Module) -> str:
-    """The role that takes a factor of the delta."""
-    if module.kind == FACTORS:
-        return "b"
-    known = ("w1_a", "w1", "diff") if module.kind in ("loha", "lokr") else ()
-    return next((role for role in known if role in module.parts), "")
 
 
 def inputs_of(module: Module) -> int | None:
@@ -396,5 +389,7 @@ def are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:
     others = [part for part in parts if part != first]
     if not others:
         return True
+    if not all(part.known_early for part in parts):
+        return False
     value = first.value(reader)
     return all(torch.equal(value, part.value(reader)) for part in others)

@@ -1,7 +1,7 @@
 """Module names in the naming of a format and in that of the model, by an architecture's rules."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -158,6 +158,16 @@ def rules_of(architecture: Architecture, component: str) -> list[Rule]:
                 for rule in rules_of(architectures()[name], part)
             ]
     return rules
+
+
+def kernel_of(among: Sequence[str], component: str, module: str) -> tuple[int, ...] | None:
+    """The kernel of a module's convolution, () of a linear layer; None without architectures."""
+    for name in among:
+        words = architectures()[name].components.get(component)
+        for pattern, kernel in () if words is None else words.kernels.items():
+            if re.search(pattern, module):
+                return kernel
+    return () if among else None
 
 
 @cache

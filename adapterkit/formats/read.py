@@ -11,9 +11,16 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.formats.capabilities import refused_by_name
 from adapterkit.formats.containers import Container, PlanReader
 from adapterkit.formats.fusing import Fusion, split
-from adapterkit.formats.kinds import is_complete, rank_of
+from adapterkit.formats.kinds import (
+    LIMITED,
+    is_complete,
+    rank_of,
+    shape_problem,
+    with_magnitudes,
+)
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.names import is_likely, names_of
 from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module, StoredAlpha
@@ -21,7 +28,7 @@ from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import ALPHA, Scales
 from adapterkit.formats.schema import KINDS, MODEL, Format
 from adapterkit.formats.steps import STEPS
-from adapterkit.formats.tensors import Expression, Stored, reshaped
+from adapterkit.formats.tensors import Expression, Stored
 from adapterkit.formats.widths import SHAPE
 
 INTEGERS = ("I64", "I32")  # as diffusers writes alphas for kohya's names
@@ -65,6 +72,7 @@ def read(
     where = f"{folder.label}/{container.file}"
     reader = PlanReader((folder,) * (number + 1))
     candidates = _candidates(form, reading)
+    refuse_all(refused_by_name(form, container.tensors, where))
     raws = _raws(form, container, candidates, errors, where)
     refuse_all(errors)
     chosen, (resolved, _, naming) = _resolve(form, raws, candidates, container, reading, where)
@@ -393,14 +401,16 @@ def _module(
         for role, spec in raw.roles.items()
         if role != ALPHA
     }
+    parts = with_magnitudes(parts, form.kinds[raw.kind])
     embedding = raw.kind == "embedding"
-    kind = FACTORS if embedding else raw.kind
-    problem = _shape_problem(parts) if kind == FACTORS else ""
-    if problem:
+    kind = {"embedding": FACTORS, "norm": "full"}.get(raw.kind, raw.kind)
+    expected = shape_problem(kind, parts)
+    if expected:
+        shapes = ", ".join(f"{role} {part.shape}" for role, part in sorted(parts.items()))
         errors.append(
             Refused(
-                f"{shown(raw.head)}: {problem}",
-                expected="a (r, in) and b (out, r)",
+                f"{shown(raw.head)}: {shapes}",
+                expected=expected,
                 where=where,
                 hint="save the adapter again",
             )
@@ -409,7 +419,10 @@ def _module(
     rank = rank_of(kind, parts)
     stored = Stored(raw.roles[ALPHA]) if ALPHA in raw.roles else None
     try:
-        alpha = 1.0 if rank is None else scales.alpha(component, raw.head, rank, stored)
+        if kind == LIMITED:
+            alpha = 0.0 if stored is None else scales.number(stored)
+        else:
+            alpha = 1.0 if rank is None else scales.alpha(component, raw.head, rank, stored)
     except AdapterkitError as error:
         errors.append(error)
         return None
@@ -421,15 +434,7 @@ def _neutral(form: Format, kind: str, role: str, value: Expression) -> Expressio
     """A stored tensor as the neutral form has it."""
     for step in form.steps.get(f"{kind}.{role}", form.steps.get(role, ())):
         value = STEPS[step].read(value)
-    return reshaped(value, (max(value.shape),)) if role == "magnitude" else value
-
-
-def _shape_problem(parts: Mapping[str, Expression]) -> str:
-    a, b = parts["a"].shape, parts["b"].shape
-    mid = parts.get("mid")
-    inner = mid.shape[:2] if mid is not None else (a[0], a[0])
-    fits = len(a) >= 2 and len(b) >= 2 and inner[1] == a[0] and inner[0] == b[1]
-    return "" if fits and set(b[2:]) <= {1} else f"factors of shapes {a} and {b}"
+    return value
 
 
 def _twice(modules: Sequence[Module], where: str) -> list[AdapterkitError]:

@@ -10,10 +10,11 @@ from adapterkit.adapters.declared import DeclaredScales, declared_settings
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.formats.configs import fields
+from adapterkit.formats.kinds import is_scaled
 from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Stored, StoredReader
-from adapterkit.formats.uniform import SCALED_BY, with_scale
+from adapterkit.formats.uniform import with_scale
 
 ALPHA = "alpha"
 SETTINGS = {  # PEFT's words for what a config says
@@ -44,7 +45,15 @@ class Scales:
         words = self.form.scale
         if stored is not None:
             self.declares = True
-            return self._number(stored)
+            number = self.number(stored)
+            if number == 0 and words.place == "tensor":
+                raise Refused(
+                    f"{shown(stored.spec.key)} is 0",
+                    expected="another number: the trainers take the rank for it, ComfyUI takes 0",
+                    where=self.where,
+                    hint="write the alpha that was meant into the file",
+                )
+            return number
         if words.place == "metadata" and component in self._declared:
             self.declares = True
             return self._declared_alpha(self._declared[component], rank, name, words.key)
@@ -76,7 +85,8 @@ class Scales:
             )
         return alpha
 
-    def _number(self, stored: Stored) -> float:
+    def number(self, stored: Stored) -> float:
+        """The one number of a tensor; `Refused` for another shape."""
         if stored.spec.shape not in ((), (1,)):
             raise Refused(
                 f"{shown(stored.spec.key)} has shape {stored.spec.shape}",
@@ -137,15 +147,9 @@ def place_scales(
             return list(modules), {}, {words.key: _declaration(loras, words.without)}
     if words.place == "config":
         return list(modules), {}, {}
-    homeless = [module for module, _ in modules if not _has_alpha(module, form)]
-    folded = {m.path: m.scale for m in homeless if m.kind in SCALED_BY and m.scale != 1}
-    return [(with_scale(m, 1.0) if m.path in folded else m, key) for m, key in modules], folded, {}
-
-
-def _has_alpha(module: Module, form: Format) -> bool:
-    """Whether the format has a tensor for the alpha of such a module."""
-    roles = form.kinds["embedding" if module.embedding else module.kind]
-    return form.scale.place == "tensor" and ALPHA in roles
+    folded = {m.path: m.scale for m, _ in modules if not is_scaled(m, form)}
+    placed = [(with_scale(m, 1.0) if m.path in folded else m, key) for m, key in modules]
+    return placed, folded, {}
 
 
 def _declaration(modules: Sequence[Module], without: str) -> str:

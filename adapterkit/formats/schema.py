@@ -18,15 +18,20 @@ MODEL = "model"  # the naming of the loaded model
 RULE_WORDS = ("rows", "steps")
 # roles of each kind of delta
 KINDS: dict[str, tuple[str, ...]] = {
-    "lora": ("a", "b", "mid", "magnitude", "bias", "shape", "alpha"),
+    "lora": ("a", "b", "mid", "magnitude", "input_magnitude", "bias", "shape", "alpha"),
     "embedding": ("a", "b", "alpha"),
     "experts": ("a", "b", "alpha"),
-    "loha": ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "magnitude", "alpha"),
-    "lokr": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude", "alpha"),
-    "oft": ("blocks", "rescale", "alpha"),
+    "loha": (
+        "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "magnitude", "input_magnitude", "alpha",
+    ),
+    "lokr": (
+        "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude", "input_magnitude", "alpha",
+    ),
+    "oft": ("blocks", "rescale", "alpha"),  # alpha is the limit of the blocks' norm
     "full": ("diff", "diff_b"),
+    "norm": ("diff", "diff_b"),  # the word for a full difference of a vector
     "value": ("weight", "bias"),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ class Format:
     widens: bool = False  # clients widen a weight of the base that has fewer inputs
     # kind -> the modules that clients take it of
     only: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+    # what no format holds, by name -> keys
+    refused: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scale: ScaleWords = field(default_factory=ScaleWords)
     metadata: MetadataWords = field(default_factory=MetadataWords)
@@ -188,6 +195,8 @@ class ComponentWords:
     include: tuple[str, ...] = ()  # architectures whose rules hold here too
     rules: tuple[Rule, ...] = ()
     inputs: Mapping[str, int] = field(default_factory=dict)  # of modules that adapters may widen
+    # regex of a module -> the kernel of its convolution; others are linear layers
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from adapterkit.formats.tensors import Expression, transposed
 
+COLUMN = "column"  # of magnitudes: (out, 1, ...), where PEFT has vectors
+
 
 class Step(NamedTuple):
     """A step of a format, in both directions."""
@@ -13,4 +15,8 @@ class Step(NamedTuple):
     write: Callable[[Expression], Expression]  # into the file
 
 
-STEPS = {"transpose": Step(transposed, transposed)}
+def _same(value: Expression) -> Expression:
+    return value
+
+
+STEPS = {"transpose": Step(transposed, transposed), COLUMN: Step(_same, _same)}

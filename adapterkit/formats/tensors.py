@@ -58,6 +58,11 @@ class Expression(ABC):
         """Whether its values are rounded when they are written in `dtype`."""
         return any(part.rounds for part in self.inputs)
 
+    @property
+    def known_early(self) -> bool:
+        """Whether its value can be had while planning: it is no result of a computation."""
+        return all(part.known_early for part in self.inputs)
+
     def __iter__(self) -> Iterator["Expression"]:
         """Itself and all that it is made of."""
         yield self
@@ -287,6 +292,25 @@ class BlockDiagonal(OfSeveral):
             fused[list(rows), columns] = value
             at += value.shape[1]
         return fused
+
+
+@dataclass(frozen=True)
+class Contracted(OfSeveral):
+    """a of a plain convolution from a core and its a: Σ_n mid[m, n, kernel] a[n, i], in float64
+    until it is written."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        mid, a = self.parts
+        return (mid.shape[0], a.shape[1], *mid.shape[2:])
+
+    @property
+    def rounds(self) -> bool:
+        return True
+
+    def value(self, reader: StoredReader) -> Tensor:
+        mid, a = (value.double() for value in self.values(reader))
+        return torch.einsum("mn...,ni->mi...", mid, a.flatten(1))
 
 
 def widest(names: Sequence[str]) -> str:

@@ -5,16 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from adapterkit.formats.record import EXPERTS, FACTORS, RANK_AXES, Module
+from adapterkit.formats.kinds import scaled_role
+from adapterkit.formats.record import RANK_AXES, Module
 from adapterkit.formats.tensors import Expression, padded, scaled
-
-# roles that a factor of the delta is multiplied into, by kind: of several those that are there
-SCALED_BY = {
-    FACTORS: ("b", "bias"),
-    EXPERTS: ("b", "bias"),
-    "loha": ("w1_a",),
-    "lokr": ("w1", "w1_a"),
-}
 
 
 def uniform(modules: Sequence[Module], rank: int | None = None) -> list[Module]:
@@ -42,15 +35,16 @@ def common_scale(modules: Iterable[Module]) -> float:
 
 
 def with_scale(module: Module, scale: float) -> Module:
-    """The same delta at another scale: the ratio is folded into b and the bias of b, of LoHa and
-    LoKr into the first factor."""
-    if module.kind not in SCALED_BY:
+    """The same delta at another scale: the ratio is folded into b and its bias, or the first of
+    another kind's factors."""
+    own = scaled_role(module)
+    if not own:
         return module
     ratio = module.scale / scale
     if math.isclose(ratio, 1, rel_tol=1e-12):  # alpha / rank of different ranks
         return module
     parts = {
-        role: scaled(part, ratio) if role in SCALED_BY[module.kind] else part
+        role: scaled(part, ratio) if role in (own, "bias") else part
         for role, part in module.parts.items()
     }
     return replace(module, parts=parts, alpha=scale * module.rank, stored_alpha=None)

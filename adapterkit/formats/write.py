@@ -7,8 +7,10 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats.biases import as_the_format_has_them
+from adapterkit.formats.capabilities import lacking
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of
+from adapterkit.formats.kinds import MAGNITUDES, magnitude_in_file, word_of
 from adapterkit.formats.library import architectures
 from adapterkit.formats.names import fitting, is_likely, names_of
 from adapterkit.formats.record import LANGUAGE, Contents, Module
@@ -16,10 +18,10 @@ from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import ALPHA, place_scales
 from adapterkit.formats.schema import MODEL, Format
 from adapterkit.formats.settings import settings_of
-from adapterkit.formats.steps import STEPS
+from adapterkit.formats.steps import COLUMN, STEPS
 from adapterkit.formats.tensors import Constant, Expression, reshaped
 from adapterkit.formats.uniform import uniform
-from adapterkit.formats.widths import SHAPE, with_widths
+from adapterkit.formats.widths import with_widths
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,13 @@ def write(
 def unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
     """Refusals of kinds and roles that the format has no keys for."""
     errors: list[AdapterkitError] = []
-    lacking: dict[str, list[str]] = {}
+    absent: dict[str, list[str]] = {}
     for module in contents.modules:
-        kind = "embedding" if module.embedding else module.kind
-        roles = form.kinds.get(kind)
-        if roles is None:
-            lacking.setdefault(kind, []).append(module.path)
-            continue
-        only = form.only.get(kind)
-        if only is not None and not only.search(module.name):
-            lacking.setdefault(f"{kind} outside of {only.pattern}", []).append(module.path)
-        for role in module.parts:
-            if role not in roles and role != SHAPE:
-                lacking.setdefault(f"{role} of {kind}", []).append(module.path)
-    for what, paths in lacking.items():
+        kind = word_of(module, form)
+        for what in lacking(module, form, contents):
+            name = f"{what} of {kind}" if what in module.parts else what
+            absent.setdefault(name, []).append(module.path)
+    for what, paths in absent.items():
         errors.append(
             Refused(
                 f"{what}, in {len(paths)} modules: {listed(paths)}",
@@ -295,12 +290,14 @@ def _fused(
 
 def _tensors(module: Module, key: str, form: Format, dtype: str | None) -> list[Written]:
     """The tensors of a module under their keys."""
-    kind = "embedding" if module.embedding else module.kind
+    kind = word_of(module, form)
     suffixes = form.kinds[kind]
     written = []
     for role, part in module.parts.items():
-        value = part
-        for step in reversed(form.steps.get(f"{kind}.{role}", form.steps.get(role, ()))):
+        value, steps = part, form.steps.get(f"{kind}.{role}", form.steps.get(role, ()))
+        if role in MAGNITUDES:
+            value = magnitude_in_file(module, role, column=COLUMN in steps)
+        for step in reversed(steps):
             value = STEPS[step].write(value)
         suffix = suffixes[role][0].replace("{adapter}", "")
         own = dtype if dtype and value.dtype in dtypes.FLOATS else value.dtype

@@ -1,7 +1,7 @@
 """The plan of a conversion: a source in any format that is read, a file in any that is written."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.dialects import Model, arranged
 from adapterkit.formats.experts import stacks_of
+from adapterkit.formats.fitted import Fit, fits_of
 from adapterkit.formats.library import format_named
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.record import LANGUAGE, Contents
@@ -26,9 +27,11 @@ from adapterkit.plan import Computed, Plan, Task
 from adapterkit.planning.cards import adapter_card
 from adapterkit.planning.folder_files import Files
 from adapterkit.planning.input_files import identities
+from adapterkit.planning.lossy import lowered
 from adapterkit.planning.unpickled import UnpickledFolder
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.converted import ConvertedTensor
+from adapterkit.tasks.fitted import FittedTensors
 from adapterkit.weights.names import Names
 
 ADAPTER_LAYOUT = "adapter"
@@ -56,10 +59,11 @@ def plan_convert(
     detection = detect(source)
     model = model_of(base, detection, form)
     contents = read_contents(source, detection, options, base, model)
+    contents = lowered(contents, form, rank=options.rank, base=base)
     written = written_file(contents, form, options, base, model)
     name = file or form.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
-    tasks = tuple(_task(tensor) for tensor in written.tensors)
+    tasks = _tasks(written.tensors)
     shard = Computed(name, tasks, dict(written.metadata), safetensors_order=True)
     files: Files = {}
     if file is None:
@@ -178,6 +182,29 @@ def written_file(
         dtype=dtype,
         heads=heads_of(base, contents.config),
     )
+
+
+def _tasks(tensors: Sequence[Written]) -> tuple[Task, ...]:
+    """One task for each tensor, or for all that share fits."""
+    groups: dict[int, list[Written]] = {}  # by the fits, which tensors of fused modules join
+    owner: dict[int, int] = {}
+    fits: dict[int, Fit] = {}
+    tasks: list[Task] = []
+    for tensor in tensors:
+        own = fits_of(tensor.expression)
+        if not own:
+            tasks.append(_task(tensor))
+            continue
+        fits |= {id(fit): fit for fit in own}
+        joined = {owner.setdefault(id(fit), id(fit)) for fit in own}
+        home = min(joined)
+        groups[home] = [one for old in sorted(joined) for one in groups.pop(old, [])] + [tensor]
+        owner = {fit: home if old in joined else old for fit, old in owner.items()}
+    for home, members in groups.items():
+        own = tuple(fits[fit] for fit, place in owner.items() if place == home)
+        outputs = tuple((one.key, one.expression, one.dtype) for one in members)
+        tasks.append(FittedTensors(members[0].module, outputs, own))
+    return tuple(tasks)
 
 
 def _task(tensor: Written) -> Task:

@@ -86,13 +86,9 @@ class LoHa:
         return 40 * min(math.prod(self.shape), sum(self.shape) * self.rank)
 
     def value(self, reader: TensorReader) -> Product | Tensor:
-        """Where the rank is low (A B) * (C D) = (A ∘ C) (B • D): row-wise and column-wise
-        Khatri-Rao products."""
-        (a, b), (c, d) = _pair(reader, self.first), _pair(reader, self.second)
-        if self.rank >= min(self.shape):
-            return ((a @ b).mul_(c @ d) * self.scale).float()
-        left = torch.einsum("or,os->ors", a, c).reshape(len(a), -1) * self.scale
-        return Product(left, torch.einsum("ri,si->rsi", b, d).reshape(left.shape[1], -1))
+        """A product where the rank is low."""
+        delta = hadamard(_pair(reader, self.first), _pair(reader, self.second), self.scale)
+        return delta if isinstance(delta, Product) else delta.float()
 
     def leading_triplets(
         self, reader: TensorReader, most: int, energy: float | None
@@ -103,6 +99,21 @@ class LoHa:
         return leading_svd(delta, most, energy)
 
 
+def hadamard(
+    first: tuple[Tensor, Tensor],  # (out, r), (r, in)
+    second: tuple[Tensor, Tensor],  # (out, s), (s, in)
+    scale: float,
+) -> Product | Tensor:
+    """scale · (A B) * (C D); where r·s is below both sides as a product of the row-wise and the
+    column-wise Khatri-Rao products, (A ∘ C) (B • D)."""
+    (a, b), (c, d) = first, second
+    rank = len(b) * len(d)
+    if rank >= min(len(a), b.shape[1]):
+        return (a @ b).mul_(c @ d) * scale
+    left = torch.einsum("or,os->ors", a, c).reshape(len(a), rank) * scale
+    return Product(left, torch.einsum("ri,si->rsi", b, d).reshape(rank, -1))
+
+
 def _pair(reader: TensorReader, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, Tensor]:
     """a (out, r), b (r, in), float64."""
     a, b, *core = read_float64(reader, *parts)
@@ -110,5 +121,5 @@ def _pair(reader: TensorReader, parts: tuple[TensorSpec, ...]) -> tuple[Tensor, 
 
 
 def with_core(a: Tensor, b: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_ij core[i, j, k, l] a[i, o] b[j, n] as factors aᵀ (out, r) and (r, in * kernel)."""
-    return a.T, torch.einsum("ijkl,jn->inkl", core, b).reshape(len(a), -1)
+    """Σ_ij core[i, j, kernel] a[i, o] b[j, n] as factors aᵀ (out, r) and (r, in * kernel)."""
+    return a.T, torch.einsum("ij...,jn->in...", core, b).reshape(len(a), -1)

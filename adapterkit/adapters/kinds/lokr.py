@@ -2,6 +2,7 @@
 arXiv:2309.14859)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -107,18 +108,29 @@ class LoKr:
     def leading_triplets(
         self, reader: TensorReader, most: int, energy: float | None
     ) -> tuple[Svd, float]:
-        """The first `most` values of the product are products of the first `most` of each side."""
-        one, norm1 = _svd(reader, self.first, most)
-        two, norm2 = _svd(reader, self.second, most)
-        total = norm1 * norm2 * self.scale**2
-        values = torch.outer(one.s, two.s).reshape(-1) * abs(self.scale)
-        order = values.argsort(descending=True, stable=True)
-        s = values[order[:most]]
-        s = s if energy is None else s[: rank_for_energy(s, energy, total)]
-        i, j = (order // max(len(two.s), 1))[: len(s)], (order % max(len(two.s), 1))[: len(s)]
-        u = torch.einsum("ok,pk->opk", one.u[:, i], two.u[:, j]).reshape(-1, len(s))
-        vh = torch.einsum("kn,km->knm", one.vh[i], two.vh[j]).reshape(len(s), -1)
-        return Svd(u if self.scale >= 0 else -u, s, vh), total
+        first, second = (list(read_float64(reader, *side)) for side in (self.first, self.second))
+        return kronecker_svd(first, second, self.scale, most, energy)
+
+
+def kronecker_svd(
+    first: Sequence[Tensor],  # of w1 and w2: the matrix, or a and b, or those and their core
+    second: Sequence[Tensor],
+    scale: float,
+    most: int,
+    energy: float | None,
+) -> tuple[Svd, float]:
+    """Leading triplets of scale · (w1 ⊗ w2), and Σ s² of all: the first `most` values are products
+    of the first `most` of each side."""
+    (one, norm1), (two, norm2) = _svd(first, most), _svd(second, most)
+    total = norm1 * norm2 * scale**2
+    values = torch.outer(one.s, two.s).reshape(-1) * abs(scale)
+    order = values.argsort(descending=True, stable=True)
+    s = values[order[:most]]
+    s = s if energy is None else s[: rank_for_energy(s, energy, total)]
+    i, j = (order // max(len(two.s), 1))[: len(s)], (order % max(len(two.s), 1))[: len(s)]
+    u = torch.einsum("ok,pk->opk", one.u[:, i], two.u[:, j]).reshape(-1, len(s))
+    vh = torch.einsum("kn,km->knm", one.vh[i], two.vh[j]).reshape(len(s), -1)
+    return Svd(u if scale >= 0 else -u, s, vh), total
 
 
 def _side(adapted: AdaptedModule, full: str, core: str, rank: int) -> Side:
@@ -156,9 +168,8 @@ def _rank(side: Side) -> int:
     return min(*_shape(side), *(side[1].shape[:1] if len(side) > 1 else ()))
 
 
-def _svd(reader: TensorReader, side: Side, most: int) -> tuple[Svd, float]:
-    """Leading triplets of one side in float64, and Σ s² of all."""
-    parts: list[Tensor] = list(read_float64(reader, *side))
+def _svd(parts: Sequence[Tensor], most: int) -> tuple[Svd, float]:
+    """Leading triplets of one side, float64, and Σ s² of all."""
     if len(parts) > 1:
         a, b = with_core(*parts) if len(parts) > 2 else parts
         svd = lowrank.svd(Product(a, b))

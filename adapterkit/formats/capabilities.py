@@ -1,0 +1,62 @@
+"""What a format can hold of a module."""
+
+from collections.abc import Iterable
+
+from adapterkit.errors import AdapterkitError, Refused, listed
+from adapterkit.formats.kinds import magnitudes, word_of
+from adapterkit.formats.record import FACTORS, Contents, Module
+from adapterkit.formats.schema import Format
+from adapterkit.formats.widths import SHAPE
+
+ADAPTER_LAYOUT = "adapter"
+OF_ONE_TYPE = ("loha", "lokr")  # kinds that are types of adapters in PEFT
+
+
+def kind_of(contents: Contents) -> str | None:
+    """The kind of all modules, where it is a type of adapters in PEFT; None for others."""
+    kinds = {m.kind for m in contents.modules if m.kind != "value"}
+    kind = next(iter(kinds), None)
+    return kind if len(kinds) == 1 and kind in OF_ONE_TYPE else None
+
+
+def lacking(module: Module, form: Format, contents: Contents) -> list[str]:
+    """The roles of a module that the format has no keys for; its kind where it lacks that."""
+    if form.layout == ADAPTER_LAYOUT:
+        return _lacking_in_adapter(module, contents)
+    kind = word_of(module, form)
+    roles, only = form.kinds.get(kind), form.only.get(kind)
+    if roles is None:
+        return [kind]
+    absent = [role for role in module.parts if role not in roles and role != SHAPE]
+    if only is not None and not only.search(module.name):
+        absent.append(f"{kind} outside of {only.pattern}")
+    return absent
+
+
+def _lacking_in_adapter(module: Module, contents: Contents) -> list[str]:
+    """PEFT: one type for all modules, DoRA of all or of none, no cores."""
+    if module.kind in OF_ONE_TYPE:
+        return magnitudes(module.parts) if kind_of(contents) == module.kind else [module.kind]
+    if module.kind != FACTORS:
+        return [module.kind] if module.kind in ("oft", "full") else []
+    roles = [role for role in ("mid", "input_magnitude") if role in module.parts]
+    loras = [m for m in contents.modules if m.kind == FACTORS]
+    if "magnitude" in module.parts and any("magnitude" not in m.parts for m in loras):
+        roles.append("magnitude")
+    return roles
+
+
+def refused_by_name(form: Format, keys: Iterable[str], where: str) -> list[AdapterkitError]:
+    """Refusals of kinds of deltas that no format holds, with their names."""
+    keys = list(keys)
+    matches = {name: [k for k in keys if regex.search(k)] for name, regex in form.refused.items()}
+    return [
+        Refused(
+            f"{name}: {listed(some)}",
+            expected=f"kinds of deltas that can be converted: {', '.join(form.kinds)}",
+            where=where,
+            hint="merge it with its own tool, then adapterkit extract BASE MERGED",
+        )
+        for name, some in matches.items()
+        if some
+    ]
