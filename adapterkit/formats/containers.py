@@ -1,6 +1,6 @@
 """The file of a format: its stored tensors and metadata, whatever its container."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder, belonging_to
 from adapterkit.checkpoint.header import TensorSpec, read_header
+from adapterkit.checkpoint.reader import read_small
 from adapterkit.errors import Damaged, Unrecoverable, shown
 
 
@@ -30,18 +31,35 @@ def open_container(folder: Folder, file: str, number: int) -> Container:
     return Container(file, tensors, header.metadata, header.sha256)
 
 
-@dataclass(frozen=True)
 class PlanReader:
     """Reads stored tensors while a conversion is planned: alphas, and factors where the shapes of
     the output depend on their values."""
 
-    folders: Sequence[Folder]
+    def __init__(self, folders: Sequence[Folder]):
+        self.folders = folders
+        self._data: dict[TensorSpec, bytes] = {}
+
+    def prefetch(self, specs: Iterable[TensorSpec]) -> None:
+        """Read small tensors of one folder together."""
+        ordered = list(specs)
+        if ordered:
+            folder = self._local(ordered[0])
+            with belonging_to(folder):
+                self._data |= {spec: bytes(data) for spec, data in read_small(folder, ordered)}
+
+    def _local(self, spec: TensorSpec) -> Folder:
+        """The folder of a tensor, with its file on disk: the conversion reads every byte of it, so
+        that no range is worth a request of its own."""
+        folder = self.folders[spec.folder]
+        folder.path(spec.file)
+        return folder
 
     def stored(self, spec: TensorSpec) -> Tensor:
         """The tensor in its own dtype. `Damaged` at the end of the file, `Unrecoverable` if it is
         not finite."""
-        folder = self.folders[spec.folder]
-        data = folder.read(spec.file, spec.start, spec.stop)
+        folder, data = self.folders[spec.folder], self._data.get(spec)
+        if data is None:
+            data = self._local(spec).read(spec.file, spec.start, spec.stop)
         if len(data) != spec.nbytes:
             raise Damaged(
                 f"{len(data)} bytes of {shown(spec.key)}",

@@ -76,6 +76,7 @@ def read(
     raws = _raws(form, container, candidates, errors, where)
     refuse_all(errors)
     chosen, (resolved, _, naming) = _resolve(form, raws, candidates, container, reading, where)
+    reader.prefetch(raw.roles[ALPHA] for raw in raws if ALPHA in raw.roles)
     scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
     modules: list[Module] = []
     for raw, component, names, fusion in resolved:
