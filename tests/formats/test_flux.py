@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterkit
+from adapterkit.adapters.declared import DeclaredScales
 from adapterkit.formats.names import names_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
@@ -189,13 +190,21 @@ def in_new_names(key: str) -> str:
     return key if key.startswith(("transformer.", "text_encoder.")) else f"transformer.{key}"
 
 
-def declared(path: Path) -> dict[str, float]:
-    """The one scale of each component that the file's metadata declare."""
+def with_scales(tensors: Tensors, path: Path) -> Tensors:
+    """The file's tensors with the scales that its metadata declare in b."""
     with safe_open(path, "pt") as file:
         settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    ranks = {key.split(".")[0]: value for key, value in settings.items() if key.endswith(".r")}
-    assert not any(value for key, value in settings.items() if key.endswith("_pattern"))
-    return {name: settings[f"{name}.lora_alpha"] / rank for name, rank in ranks.items()}
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        tables.setdefault(key.split(".")[0], {})[key.split(".")[1]] = value
+    scales = {component: DeclaredScales(table, "") for component, table in tables.items()}
+    result = dict(tensors)
+    for key in tensors:
+        component, _, name = key.removesuffix(".lora_B.weight").partition(".")
+        if key.endswith(".lora_B.weight") and component in scales:
+            rank, alpha = scales[component].alpha_of(name)
+            result[key] = tensors[key] * alpha / rank
+    return result
 
 
 @pytest.mark.parametrize(
@@ -208,12 +217,8 @@ def test_kohya_as_diffusers_converts_it(name: str, to: str, tmp_path: Path) -> N
     theirs = small(loras._convert_kohya_flux_lora_to_diffusers)(dict(tensors))
     theirs = {in_new_names(key): value for key, value in theirs.items()}
     ours = convert(name, to, tmp_path / "ours.safetensors", dtype="fp32")
-    scales = declared(tmp_path / "ours.safetensors")
-    ours = {
-        key: value * scales.get(key.split(".")[0], 1) if ".lora_B." in key else value
-        for key, value in ours.items()
-        if "text_encoder_2" not in key
-    }
+    ours = with_scales(ours, tmp_path / "ours.safetensors")
+    ours = {key: value for key, value in ours.items() if "text_encoder_2" not in key}
     assert_same(ours, theirs, 1e-6)
     ranks = {ours[key].shape[0] for key in ours if key.endswith("lora_A.weight")}
     assert ranks == {2}
