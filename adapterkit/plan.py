@@ -10,7 +10,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -151,6 +151,8 @@ class TaskResult(NamedTuple):
     handoff: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
 
 
+# (file, tensors in order, metadata) -> a file in another container than safetensors
+LayOut = Callable[[str, Sequence[Stored], Mapping[str, Any]], ShardLayout]
 Change = Callable[[TaskResult], TaskResult]
 # the metrics of all tasks of a file -> what to do to the result of each
 Finalize = Callable[[list[dict[str, Any]]], list[Change]]
@@ -210,20 +212,24 @@ class Computed:
     take.
 
     `safetensors_order`: the tensors are in the order in which the safetensors library writes them.
-    Then sizes are as planned, but for those of a task's `variable_size`.
+    Then sizes are as planned, but for those of a task's `variable_size`. `lay_out`: of a container
+    in which no size varies.
     """
 
     file: str
     tasks: tuple[Task, ...]
-    metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
+    metadata: dict[str, Any] = field(default_factory=lambda: {"format": "pt"})
     finalize: Finalize | None = None
     safetensors_order: bool = False
+    lay_out: LayOut | None = None
 
     @cached_property
     def layout(self) -> ShardLayout:
         tensors = [stored for task in self.tasks for stored in task.max_outputs]
         if self.safetensors_order:
             tensors.sort(key=lambda stored: (dtypes.SERIAL.index(stored.dtype), stored.key))
+        if self.lay_out is not None:
+            return self.lay_out(self.file, tensors, self.metadata)
         return laid_out(self.file, tensors, self.metadata, ordered=True)
 
     @cached_property

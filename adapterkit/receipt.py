@@ -15,6 +15,8 @@ from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
+from adapterkit.gguf.adapter import read_adapter
+from adapterkit.gguf.header import ENDING
 from adapterkit.plan import Plan, Progress
 
 RECEIPT_VERSION = 1
@@ -233,7 +235,9 @@ def _check_file(
 
 def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:
     """The keys of a weights file, which must be the receipt's, and where their tensors end."""
-    tensors = read_header(out, name).tensors
+    is_gguf = name.endswith(ENDING)
+    specs = read_adapter(out, name).tensors.values() if is_gguf else read_header(out, name).tensors
+    tensors = list(specs)
     different = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
     if different:
         raise Damaged(

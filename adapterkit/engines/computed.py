@@ -49,7 +49,8 @@ def write_computed(
     shard = ShardFile(stage.path, file.file, file.size)
     try:
         metrics, handoffs = {}, HandoffWriter(stage, file)
-        places = _SortedPlaces(file) if file.safetensors_order else _AppendedPlaces(file)
+        is_planned = file.safetensors_order or file.lay_out is not None
+        places = _SortedPlaces(file) if is_planned else _AppendedPlaces(file)
         results = _results(file, stage, inputs, workers, budget, progress)
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
             result = next(results)
@@ -67,13 +68,16 @@ def write_computed(
             del result
         next(results, None)
         room = len(file.layout.header)
-        layout = laid_out(
-            file.file,
-            places.stored(),
-            file.metadata,
-            ordered=True,
-            header_size=0 if file.safetensors_order else room,
-        )
+        if file.lay_out is not None:
+            layout = file.lay_out(file.file, places.stored(), file.metadata)
+        else:
+            layout = laid_out(
+                file.file,
+                places.stored(),
+                file.metadata,
+                ordered=True,
+                header_size=0 if file.safetensors_order else room,
+            )
         if len(layout.header) != room:
             _shift(shard, room, len(layout.header), layout.size - len(layout.header))
         shard.write(layout.header, 0)

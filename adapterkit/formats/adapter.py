@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapterkit import dtypes
-from adapterkit.adapters.adapter_config import PEFT_LAYOUT
+from adapterkit.adapters.adapter_config import PEFT_LAYOUT, base_id
 from adapterkit.adapters.declared import declared_settings
 from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys
+from adapterkit.adapters.lora_config import check_live_config
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
@@ -36,6 +37,8 @@ TARGETS = (
     "layers_pattern", "layer_replication", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
     "use_rslora",
 )  # fmt: skip
+# what formats say in words of their own -> PEFT's settings
+FACTS = {"base": "base_model_name_or_path", "invocation": "alora_invocation_tokens"}
 
 
 def read_layout(
@@ -50,7 +53,7 @@ def read_layout(
     peft_type = read_json(folder, CONFIG).get("peft_type") if CONFIG in folder.files() else None
     if peft_type in KINDS:
         return read_kinds(form, folder, peft_type, number)
-    adapter = read_adapter(folder, number)
+    adapter = read_adapter(folder, number, check_live_config)
     modules: list[Module] = []
     homes = homes_of(adapter)
     for lora in adapter.loras:
@@ -75,7 +78,17 @@ def read_layout(
         (number, WEIGHTS): adapter.header_sha256,
         (number, CONFIG): sha256_of_small_file(folder, CONFIG),
     }
-    return Contents(form.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
+    return Contents(
+        form.name,
+        (folder,),
+        tuple(modules),
+        config=adapter.config,
+        facts={
+            "base": base_id(adapter),
+            "invocation": adapter.config.get("alora_invocation_tokens"),
+        },
+        headers=headers,
+    )
 
 
 def _module(adapter: Adapter, lora: Lora, kind: str) -> Module:
@@ -197,6 +210,8 @@ def _settings(
         return dict(own)
     ranked = [*loras, *experts]
     kept = {k: contents.config[k] for k in KEPT if k in contents.config}
+    facts = contents.facts
+    kept |= {key: facts[word] for word, key in FACTS.items() if facts.get(word) is not None}
     kept |= {k: v for k, v in own.items() if k not in TARGETS}
     names = sorted({m.name for m in loras})
     if form.adapter.targets == "ends":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from adapterkit.checkpoint.folder import Folder, belonging_to
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.reader import read_small
 from adapterkit.errors import Damaged, Unrecoverable, shown
+from adapterkit.gguf.adapter import read_adapter
+from adapterkit.gguf.header import ENDING
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,16 @@ class Container:
 
     file: str
     tensors: Mapping[str, TensorSpec]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     header_sha256: str
 
 
 def open_container(folder: Folder, file: str, number: int) -> Container:
-    """The tensors of a safetensors file. Raises `Damaged`."""
+    """The tensors of a safetensors or GGUF file. Raises `Damaged` or `Refused`."""
     with belonging_to(folder):
+        if file.endswith(ENDING):
+            adapter = read_adapter(folder, file, number)
+            return Container(file, adapter.tensors, adapter.metadata, adapter.header.sha256)
         header = read_header(folder, file, number)
     tensors = {spec.key: spec for spec in header.tensors}
     return Container(file, tensors, header.metadata, header.sha256)

@@ -80,6 +80,13 @@ class Names:
             return None
         return name.replace(".", "_") if self.style == "underscores" else name
 
+    def stacked(self, rule: Rule) -> str | None:
+        """The number that a rule's name in this naming lacks: one tensor holds all its modules."""
+        if self.naming == MODEL or self.naming not in rule.namings:
+            return None
+        own = set(PLACE.findall(rule.namings[self.naming]))
+        return next((place for place in PLACE.findall(rule.model[0]) if place not in own), None)
+
     def models(self, match: Match) -> list[str]:
         """The modules of the model that a name of a file stands for."""
         parts = (match.rule.model[match.part],) if self.naming == MODEL else match.rule.model

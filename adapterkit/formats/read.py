@@ -22,13 +22,15 @@ from adapterkit.formats.kinds import (
     with_magnitudes,
 )
 from adapterkit.formats.library import architectures, formats
+from adapterkit.formats.metadata import words_of
 from adapterkit.formats.names import is_likely, names_of
+from adapterkit.formats.numbered import unstacked
 from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import ALPHA, Scales
 from adapterkit.formats.schema import KINDS, MODEL, Format
 from adapterkit.formats.steps import STEPS
-from adapterkit.formats.tensors import Expression, Stored
+from adapterkit.formats.tensors import Expression, Stored, from_spec
 from adapterkit.formats.widths import SHAPE
 
 INTEGERS = ("I64", "I32")  # as diffusers writes alphas for kohya's names
@@ -71,7 +73,7 @@ def read(
     errors: list[AdapterkitError] = []
     where = f"{folder.label}/{container.file}"
     reader = PlanReader((folder,) * (number + 1))
-    candidates = _candidates(form, reading)
+    candidates = _candidates(form, reading, container)
     refuse_all(refused_by_name(form, container.tensors, where))
     raws = _raws(form, container, candidates, errors, where)
     refuse_all(errors)
@@ -109,13 +111,24 @@ def read(
         naming,
         container.metadata,
         dict(config),
+        words_of(form.metadata.write, container.metadata),
         {(number, container.file): container.header_sha256},
     )
 
 
-def _candidates(form: Format, reading: Reading) -> list[str]:
+def _candidates(form: Format, reading: Reading, container: Container) -> list[str]:
     """The architectures that the names may be of."""
     known = [name for name in form.names.architectures if name in architectures()]
+    key = form.names.architecture_key
+    if key:
+        if container.metadata.get(key) not in known:
+            raise Refused(
+                f"{key} {shown(repr(container.metadata.get(key)))}",
+                expected=", ".join(known),
+                where=container.file,
+                hint="convert the adapter that it was made from",
+            )
+        return [container.metadata[key]]
     if reading.architecture is None:
         return known
     if reading.architecture not in architectures():
@@ -354,8 +367,20 @@ def _named(
         if names is None or component is None or len(matches) != 1:
             unknown.append(raw.key)
             continue
-        fusion = None if naming == MODEL else Fusion(matches[0].rule, naming, heads)
-        resolved.append((raw, component, names.models(matches[0]), fusion))
+        match = matches[0]
+        if match.rule.embedding and raw.kind == FACTORS:
+            raw = replace(raw, kind="embedding")
+        fusion = None if naming == MODEL else Fusion(match.rule, naming, heads)
+        place = names.stacked(match.rule)
+        if place is None:
+            resolved.append((raw, component, names.models(match), fusion))
+            continue
+        members = unstacked(raw.roles)
+        if members is None:
+            unknown.append(raw.key)
+        for number, roles in enumerate(members or ()):
+            own = replace(match, values=(*match.values, (place, str(number))))
+            resolved.append((replace(raw, roles=roles), component, names.models(own), fusion))
     return Attempt(resolved, unknown, naming)
 
 
@@ -398,7 +423,7 @@ def _module(
 ) -> Module | None:
     """The module of a file, still under the file's name; None where something is wrong."""
     parts = {
-        role: _neutral(form, raw.kind, role, Stored(spec))
+        role: _neutral(form, raw.kind, role, from_spec(spec))
         for role, spec in raw.roles.items()
         if role != ALPHA
     }

@@ -69,6 +69,7 @@ class Contents:
     naming: str | None = None  # the column of their rules that has all names of the source
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # of the source, by component or plain
+    facts: Mapping[str, Any] = field(default_factory=dict)  # base (a Hub id), invocation (tokens)
     headers: Mapping[tuple[int, str], str] = field(default_factory=dict)  # sha256 of the inputs'
     notes: Sequence[str] = ()
 

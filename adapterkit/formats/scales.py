@@ -11,10 +11,11 @@ from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.formats.configs import fields
 from adapterkit.formats.kinds import is_scaled
+from adapterkit.formats.metadata import words_of
 from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Stored, StoredReader
-from adapterkit.formats.uniform import with_scale
+from adapterkit.formats.uniform import shared_number, with_scale
 
 ALPHA = "alpha"
 SETTINGS = {  # PEFT's words for what a config says
@@ -29,7 +30,7 @@ class Scales:
     def __init__(
         self,
         form: Format,
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, Any],
         config: Mapping[str, Any],
         alpha: float | None,  # where the format leaves it to the reader
         reader: StoredReader,
@@ -57,6 +58,10 @@ class Scales:
         if words.place == "metadata" and component in self._declared:
             self.declares = True
             return self._declared_alpha(self._declared[component], rank, name, words.key)
+        if words.place == "shared":
+            value = words_of(self.form.metadata.write, self.metadata).get(words.means)
+            if value:  # 0 counts as missing
+                return float(value) * (rank if words.means == "scale" else 1)
         if words.place == "config" and words.means in self._fields:
             self.declares = True
             return self._declared_alpha(self._configured, rank, name, "the config")
@@ -137,14 +142,23 @@ class Scales:
 
 def place_scales(
     modules: Sequence[tuple[Module, str]], form: Format
-) -> tuple[list[tuple[Module, str]], dict[str, float], dict[str, str]]:
+) -> tuple[list[tuple[Module, str]], dict[str, float], dict[str, Any]]:
     """The modules as they are written, those whose scale is folded into b now, and the metadata
-    that declare the others'."""
+    that declare the others', or the word for it."""
     words = form.scale
     if words.place == "metadata":
         loras = [module for module, _ in modules if module.kind == FACTORS]
         if any(module.scale != 1 for module in loras):
             return list(modules), {}, {words.key: _declaration(loras, words.without)}
+    if words.place == "shared":
+        number, own = shared_number([module for module, _ in modules], words.means)
+        placed = [(same, key) for same, (_, key) in zip(own, modules, strict=True)]
+        ratios = {
+            module.path: module.scale / same.scale
+            for same, (module, _) in zip(own, modules, strict=True)
+            if same is not module
+        }
+        return placed, ratios, {words.means: number}
     if words.place == "config":
         return list(modules), {}, {}
     folded = {m.path: m.scale for m, _ in modules if not is_scaled(m, form)}

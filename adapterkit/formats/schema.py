@@ -15,7 +15,7 @@ from adapterkit.formats.configs import WORDS, unknown_words
 R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
 # rules' words that are no namings
-RULE_WORDS = ("rows", "steps")
+RULE_WORDS = ("rows", "steps", "embedding", "untied")
 # roles of each kind of delta
 KINDS: dict[str, tuple[str, ...]] = {
     "lora": ("a", "b", "mid", "magnitude", "input_magnitude", "bias", "shape", "alpha"),
@@ -77,6 +77,7 @@ class NameWords:
     renames: Mapping[str, str] = field(default_factory=dict)
     architectures: tuple[str, ...] = ()  # none: names are the model's, of any architecture
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # -> prefixes of keys
+    architecture_key: str = ""  # of the metadata: the architecture's name, which names do not tell
     inside: Mapping[str, InWords] = field(default_factory=dict)  # "in" in the file
 
 
@@ -84,7 +85,7 @@ class NameWords:
 class ScaleWords:
     """Where the scale is."""
 
-    place: str = "none"  # tensor, config, metadata, none
+    place: str = "none"  # tensor, config, metadata, shared (a word of the metadata), none
     default: str | float = "rank"  # alpha where there is none: rank (scale 1), a number, ask
     means: str = "alpha"  # or scale: the stored number is alpha / rank
     uniform: bool = False  # one rank and one scale for all modules
@@ -97,7 +98,7 @@ class MetadataWords:
     """Metadata of the file."""
 
     carry: tuple[re.Pattern[str], ...] = ()  # keys that stay within the format
-    write: Mapping[str, str] = field(default_factory=dict)
+    write: Mapping[str, str] = field(default_factory=dict)  # key -> template
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class Format:
     writes: bool = True
     layout: str = "keys"  # or adapter: PEFT's, read and written by the package `adapters`
     clients: tuple[str, ...] = ()
+    note: str = ""  # what to do with the file, of which {file} is the name
     file: FileWords = field(default_factory=FileWords)
     detect: DetectWords = field(default_factory=DetectWords)
     names: NameWords = field(default_factory=NameWords)
@@ -186,6 +188,8 @@ class Rule:
     rows: tuple[int, ...] = ()  # shares of the fused rows; none: equal
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by naming, to the model
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the architecture's
+    embedding: bool = False  # its factors are an embedding's
+    untied: bool = False  # adapted only where the base does not tie embeddings and head
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,7 @@ class ArchitectureHints:
     metadata: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     # regex of a module -> its inputs, or what they may be
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    models: tuple[str, ...] = ()  # model_type in config.json of the base
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,7 @@ def format_from(name: str, table: dict[str, Any]) -> Format:
         ("layout", one.layout, ("keys", "adapter")),
         ("container", one.file.container, ("safetensors", "gguf", "pickle")),
         ("style", one.names.style, ("dots", "underscores")),
-        ("place", one.scale.place, ("tensor", "config", "metadata", "none")),
+        ("place", one.scale.place, ("tensor", "config", "metadata", "shared", "none")),
         ("means", one.scale.means, ("alpha", "scale")),
         ("experts", one.adapter.experts, ("stacks", "each", "base")),
         ("a_over", one.adapter.a_over, ("inputs", "first axis", "outputs")),
@@ -275,6 +280,8 @@ def _rule(table: dict[str, Any], tables: dict[str, dict[str, str]], where: str) 
         tuple(table.get("rows", ())),
         {naming: tuple(steps) for naming, steps in table.get("steps", {}).items()},
         tables,
+        table.get("embedding") is True,
+        table.get("untied") is True,
     )
     if not rule.model or (rule.rows and len(rule.rows) != len(rule.model)):
         raise ValueError(f"{where}: model and rows of {table}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.gguf.adapter import BlockSpec
 
 Rows = range | tuple[int, ...]  # indices along an axis; a tuple where they are not consecutive
 
@@ -90,6 +91,28 @@ class Stored(Expression):
 
     def value(self, reader: StoredReader) -> Tensor:
         return reader.stored(self.spec)
+
+
+@dataclass(frozen=True)
+class Decoded(Expression):
+    """A tensor stored in blocks, in the dtype that holds it exactly."""
+
+    spec: BlockSpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.spec.dtype
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return (self.spec.stored,)
+
+    def value(self, reader: StoredReader) -> Tensor:
+        return self.spec.decode(reader.stored(self.spec.stored))
 
 
 @dataclass(frozen=True)
@@ -311,6 +334,11 @@ class Contracted(OfSeveral):
     def value(self, reader: StoredReader) -> Tensor:
         mid, a = (value.double() for value in self.values(reader))
         return torch.einsum("mn...,ni->mi...", mid, a.flatten(1))
+
+
+def from_spec(spec: TensorSpec) -> Expression:
+    """A stored tensor's values."""
+    return Decoded(spec) if isinstance(spec, BlockSpec) else Stored(spec)
 
 
 def widest(names: Sequence[str]) -> str:

@@ -34,6 +34,17 @@ def common_scale(modules: Iterable[Module]) -> float:
     return max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
 
 
+def shared_number(modules: Sequence[Module], means: str) -> tuple[float, list[Module]]:
+    """The commonest alpha, or scale, of the modules, and they with it: the ratio of others is folded
+    into b."""
+    if means == "scale":
+        number = common_scale(modules)
+        return number, [with_scale(module, number) for module in modules]
+    counts = Counter(module.alpha for module in modules if module.alpha)
+    number = max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
+    return number, [with_scale(module, number / module.rank) for module in modules]
+
+
 def with_scale(module: Module, scale: float) -> Module:
     """The same delta at another scale: the ratio is folded into b and its bias, or the first of
     another kind's factors."""

@@ -12,7 +12,10 @@ from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of
 from adapterkit.formats.kinds import MAGNITUDES, magnitude_in_file, word_of
 from adapterkit.formats.library import architectures
+from adapterkit.formats.metadata import base_words, filled
+from adapterkit.formats.models import Base, architecture_of
 from adapterkit.formats.names import fitting, is_likely, names_of
+from adapterkit.formats.numbered import stack
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import ALPHA, place_scales
@@ -55,6 +58,7 @@ def write(
     architecture: str | None = None,
     dtype: str | None = None,
     heads: Heads | None = None,
+    base: Base | None = None,
 ) -> File:
     """The file of these contents. `Refused` with all that the format cannot hold."""
     if not form.writes:
@@ -65,19 +69,30 @@ def write(
             hint="adapterkit convert --list tells which are",
         )
     contents = replace(contents, modules=as_the_format_has_them(contents.modules, form))
-    refuse_all(unsupported(contents, form))
+    refuse_all([*unsupported(contents, form), *_activated(contents, form)])
+    if form.names.architecture_key and not architecture:
+        is_own = contents.format == form.name
+        architecture = (
+            contents.architectures[0]
+            if is_own
+            else architecture_of(base, form.names.architectures, form.title)
+        )
     name, modules = _placed(contents, form, architecture)
     refuse_all(_homeless(modules, form, name))
     modules = with_widths(modules, form, [name] if name else contents.architectures)
     reader = PlanReader(contents.folders)
-    whole = _fused(modules, form, name, _naming(contents, form, name), heads, reader)
+    whole = _fused(modules, form, name, _naming(contents, form, name), heads, base, reader)
     if form.scale.uniform:
         same = uniform([module for module, _ in whole])
         whole = [(module, key) for module, (_, key) in zip(same, whole, strict=True)]
     own, folded, declared = place_scales(whole, form)
     settings = settings_of(form, [module for module, _ in own], contents.config)
     tensors = [tensor for module, key in own for tensor in _tensors(module, key, form, dtype)]
-    metadata = dict(form.metadata.write)
+    values = base_words(contents.facts.get("base"))
+    values |= {**contents.facts, "architecture": name}
+    if form.scale.place == "shared":
+        values, declared = values | declared, {}
+    metadata = filled(form.metadata.write, values)
     if contents.format == form.name:
         metadata |= {
             key: value
@@ -86,8 +101,22 @@ def write(
         }
     metadata |= declared
     tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
-    final = [module for module, _ in own]
-    return File(form, tensors, metadata, final, name, folded, settings=settings)
+    final, notes = [module for module, _ in own], [form.note] if form.note else []
+    return File(form, tensors, metadata, final, name, folded, notes, settings)
+
+
+def _activated(contents: Contents, form: Format) -> list[AdapterkitError]:
+    """The refusal of an activated LoRA where the format holds no invocation."""
+    if not contents.facts.get("invocation") or "{invocation}" in form.metadata.write.values():
+        return []
+    return [
+        Refused(
+            "an activated LoRA, which acts on the tokens after its invocation only",
+            expected=f"one that acts on all: {form.title} holds no invocation",
+            where=contents.folders[0].label,
+            hint="choose another format",
+        )
+    ]
 
 
 def unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
@@ -239,6 +268,7 @@ def _fused(
     architecture: str | None,
     naming: str,
     heads: Heads | None,
+    base: Base | None,
     reader: PlanReader,
 ) -> list[tuple[Module, str]]:
     """The file's modules with their keys without suffix."""
@@ -249,8 +279,9 @@ def _fused(
         return [(m, prefix(m) + styled(m.name)) for m in modules]
     groups: dict[tuple[str, str, str], dict[int, Module]] = {}
     fusions: dict[tuple[str, str, str], Fusion] = {}
+    stacks: set[tuple[str, str, str]] = set()
     errors: list[AdapterkitError] = []
-    lacking = []
+    lacking, tied = [], []
     for module in modules:
         names = names_of(architecture, module.component, naming, form.names.style)
         named = names.named(module.name)
@@ -260,6 +291,10 @@ def _fused(
         match, text = named
         part = 0 if naming == MODEL else match.part
         key = (module.component, text, module.kind)
+        place = names.stacked(match.rule)
+        if place is not None:
+            part = int(dict(match.values)[place])
+            stacks.add(key)
         groups.setdefault(key, {})[part] = module
         rule = (
             replace(match.rule, model=(match.rule.model[match.part],), rows=())
@@ -267,6 +302,17 @@ def _fused(
             else match.rule
         )
         fusions[key] = Fusion(rule, naming, heads)
+        if match.rule.untied and base is not None and base.tied:
+            tied.append(module.path)
+    if tied:
+        errors.append(
+            Refused(
+                f"{listed(tied)}, and the base has one weight for embeddings and head",
+                expected=f"other modules: what reads {form.title} would apply it to both, or fails",
+                where="--base",
+                hint="merge the adapter into its base instead",
+            )
+        )
     if lacking:
         errors.append(
             Refused(
@@ -279,7 +325,11 @@ def _fused(
     whole = []
     for (component, text, kind), members in groups.items():
         try:
-            module = fuse(members, text, fusions[component, text, kind], reader)
+            if (component, text, kind) in stacks:
+                height = base.experts if base is not None and base.experts else max(members) + 1
+                module = stack(members, height, text)
+            else:
+                module = fuse(members, text, fusions[component, text, kind], reader)
         except AdapterkitError as error:
             errors.append(error)
             continue

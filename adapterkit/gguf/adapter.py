@@ -7,7 +7,8 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
@@ -25,6 +26,9 @@ from adapterkit.gguf.header import (
     read_gguf,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FLOAT32 = 6  # ggml's id of that type of metadata
 KINDS = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's type ids of floats
 Q8_0 = 8
@@ -36,14 +40,34 @@ EXPECTED = {"general.type": "adapter", "adapter.type": "lora"}
 Value = str | float | int | tuple[int, ...]  # of metadata: texts, f32, u32, arrays of u32
 
 
+@dataclass(frozen=True, slots=True)
+class BlockSpec(TensorSpec):
+    """A tensor in blocks of Q8_0: its shape, and the `F32` that decodes it exactly."""
+
+    @property
+    def stored(self) -> TensorSpec:
+        """Its bytes: (blocks, bytes of one)."""
+        shape = (self.nbytes // BLOCK_BYTES, BLOCK_BYTES)
+        return TensorSpec(self.key, "U8", shape, self.file, self.start, self.stop, self.folder)
+
+    def decode(
+        self,
+        stored: "Tensor",  # (blocks, 34) uint8
+    ) -> "Tensor":
+        """scale · integer, in float32: 11 and 8 bits, so exact."""
+        import torch
+
+        scales = stored[:, :2].contiguous().view(torch.float16).float()
+        integers = stored[:, 2:].contiguous().view(torch.int8).float()
+        return (scales * integers).view(self.shape)
+
+
 class AdapterFile(NamedTuple):
-    """A parsed file. Its tensors are in torch's order of dimensions; one in blocks of Q8_0 is a
-    `U8` spec of its bytes, and its shape is in `blocks`."""
+    """A parsed file; its tensors are in torch's order of dimensions."""
 
     header: GgufHeader
     metadata: dict[str, Any]
     tensors: dict[str, TensorSpec]
-    blocks: dict[str, tuple[int, ...]]
 
 
 def is_gguf(folder: Folder, name: str) -> bool:
@@ -68,16 +92,14 @@ def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
     ]
     refuse_all(errors)
     names = {kind: dtype for dtype, kind in KINDS.items()}
-    tensors, blocks = {}, {}
+    tensors = {}
     for entry in header.tensors:
-        dtype, shape = names.get(entry.kind), entry.shape
-        if dtype is None:
-            blocks[entry.name] = shape
-            dtype, shape = "U8", (entry.stop - entry.start,)
-        tensors[entry.name] = TensorSpec(
-            entry.name, dtype, shape, name, entry.start, entry.stop, number
+        spec = BlockSpec if entry.kind == Q8_0 else TensorSpec
+        dtype = names.get(entry.kind, "F32")
+        tensors[entry.name] = spec(
+            entry.name, dtype, entry.shape, name, entry.start, entry.stop, number
         )
-    return AdapterFile(header, header.metadata | header.arrays, tensors, blocks)
+    return AdapterFile(header, header.metadata | header.arrays, tensors)
 
 
 def gguf_layout(file: str, tensors: Sequence[Stored], metadata: Mapping[str, Value]) -> ShardLayout:

@@ -17,12 +17,14 @@ from adapterkit.formats.dialects import Model, arranged
 from adapterkit.formats.experts import stacks_of
 from adapterkit.formats.fitted import Fit, fits_of
 from adapterkit.formats.library import format_named
+from adapterkit.formats.models import base_of
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.record import LANGUAGE, Contents
 from adapterkit.formats.rows import Heads, model_heads
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Stored
 from adapterkit.formats.write import File, Written, write
+from adapterkit.gguf.adapter import gguf_layout
 from adapterkit.plan import Computed, Plan, Task
 from adapterkit.planning.cards import adapter_card
 from adapterkit.planning.folder_files import Files
@@ -35,6 +37,7 @@ from adapterkit.tasks.fitted import FittedTensors
 from adapterkit.weights.names import Names
 
 ADAPTER_LAYOUT = "adapter"
+LAYOUTS = {"gguf": gguf_layout}  # of containers that are not safetensors
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,13 @@ def plan_convert(
     name = file or form.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
     tasks = _tasks(written.tensors)
-    shard = Computed(name, tasks, dict(written.metadata), safetensors_order=True)
+    shard = Computed(
+        name,
+        tasks,
+        dict(written.metadata),
+        safetensors_order=True,
+        lay_out=LAYOUTS.get(form.file.container),
+    )
     files: Files = {}
     if file is None:
         files = _files(contents, written)
@@ -86,7 +95,7 @@ def plan_convert(
     notes = (
         *_pickle_note(source),
         *contents.notes,
-        *written.notes,
+        *(note.replace("{file}", name) for note in written.notes),
         *_folded_note(form, written),
     )
     return Plan(
@@ -181,6 +190,7 @@ def written_file(
         architecture=options.architecture,
         dtype=dtype,
         heads=heads_of(base, contents.config),
+        base=None if base is None else base_of(base.config, base.tensors),
     )
 
 

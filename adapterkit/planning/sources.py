@@ -9,6 +9,7 @@ from adapterkit.adapters.config import IMPLICIT
 from adapterkit.adapters.keys import CONFIG, INITIAL, WEIGHTS
 from adapterkit.checkpoint.folder import Folder, LocalFolder, WeightsFile
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
+from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, finite, unweighted, weighted
@@ -16,6 +17,8 @@ from adapterkit.planning.converted import in_adapter_layout
 from adapterkit.planning.unpickled import without_pickles
 
 INDEX = ".safetensors.index.json"
+MODEL_CONFIG = "config.json"
+MODEL_WEIGHTS = re.compile(r"\.(safetensors|bin|gguf|index\.json)$")
 NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -66,6 +69,16 @@ def open_model(text: StrPath) -> Folder:
         if "config.json" in here
         else folder
     )
+
+
+def open_base(text: StrPath) -> Checkpoint:
+    """The model that an adapter is for; a folder without weights will do where its config is all
+    that is asked."""
+    folder = open_model(text)
+    if MODEL_CONFIG in folder.files() and not any(map(MODEL_WEIGHTS.search, folder.files())):
+        config = read_json(folder, MODEL_CONFIG)
+        return Checkpoint(folder, {}, {}, None, None, config, folder.files())
+    return open_checkpoint(folder, 1)
 
 
 def open_adapter(text: StrPath, base: Folder | None = None) -> Folder:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.engines.one_file import run_to_file
 from adapterkit.options import StrPath, text
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.convert import Options, plan_convert
-from adapterkit.planning.sources import open_model, open_unconverted
+from adapterkit.planning.sources import open_base, open_unconverted
 from adapterkit.receipt import Receipt
 
 FILES = (".safetensors", ".gguf")
@@ -53,7 +52,7 @@ def convert(
     """
     options = Options(to, alpha, rank, dtype, lossy, prefix_only, architecture)
     folder = open_unconverted(src, allow_pickle)
-    checkpoint = None if base is None else open_checkpoint(open_model(base), 1)
+    checkpoint = None if base is None else open_base(base)
     target = Path(out)
     is_file = target.suffix in FILES
     plan = plan_convert(folder, options, checkpoint, target.name if is_file else None)
