@@ -35,7 +35,7 @@ def common_scale(modules: Iterable[Module]) -> float:
 
 
 def shared_number(modules: Sequence[Module], means: str) -> tuple[float, list[Module]]:
-    """The commonest alpha, or scale, of the modules, and they with it: the ratio of others is folded
+    """The commonest alpha, or scale, of the modules, and they with it: others have the ratio folded
     into b."""
     if means == "scale":
         number = common_scale(modules)
