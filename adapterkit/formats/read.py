@@ -2,7 +2,7 @@
 refused with the whole list."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -333,6 +333,10 @@ def _resolve(
         for name in fits
     }
     fits = [n for n in fits if is_likely(n, container.metadata, inputs[n])] or fits
+    if reading.modules:
+        known = set(reading.modules)
+        counts = {n: _known(attempts[n].resolved, known) for n in fits}
+        fits = [n for n in fits if counts[n] == max(counts.values())]
     results = [
         [(raw.key, component, names) for raw, component, names, _ in attempts[name].resolved]
         for name in fits
@@ -345,6 +349,11 @@ def _resolve(
             hint="give --architecture",
         )
     return fits, attempts[fits[0]]
+
+
+def _known(resolved: Resolved, modules: Collection[str]) -> int:
+    """How many of the names are modules of the base."""
+    return sum(name in modules for _, _, names, _ in resolved for name in names)
 
 
 def _attempt(form: Format, name: str, raws: Sequence[Raw], heads: Heads | None) -> Attempt:

@@ -28,13 +28,13 @@ PARAMETERS = {  # of the model: shape
 }
 
 
-def write_kohya(path, seed, prefix="lora_unet_", more=()):
-    """A file of kohya's for two blocks of Flux."""
+def write_kohya(path, seed, more=(), version="flux1"):
+    """A file of kohya's for two blocks of Flux, of which its metadata tells."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     names = {name.format(n): size for name, size in MODULES.items() for n in range(2)}
     for module, (inputs, outputs) in names.items():
-        key = prefix + module
+        key = f"lora_unet_{module}"
         tensors[f"{key}.lora_down.weight"] = torch.randn(RANK, inputs, generator=generator)
         tensors[f"{key}.lora_up.weight"] = torch.randn(outputs, RANK, generator=generator)
         tensors[f"{key}.alpha"] = torch.tensor(3.0)
@@ -42,7 +42,10 @@ def write_kohya(path, seed, prefix="lora_unet_", more=()):
         tensors[f"{key}.lora_down.weight"] = torch.randn(RANK, WIDTH, generator=generator)
         tensors[f"{key}.lora_up.weight"] = torch.randn(WIDTH, RANK, generator=generator)
         tensors[f"{key}.alpha"] = torch.tensor(3.0)
-    save_file(tensors, path, metadata={"ss_network_dim": str(RANK)})
+    metadata = {"ss_network_dim": str(RANK)} | (
+        {"ss_base_model_version": version} if version else {}
+    )
+    save_file(tensors, path, metadata=metadata)
     return path
 
 
@@ -105,6 +108,16 @@ def test_a_merge_adds_the_file_s_deltas(files, tmp_path):
     for part, own in rows.items():
         weight = f"transformer_blocks.1.attn.{part}.weight"
         assert torch.equal(merged[weight], (base[weight].double() + delta[own]).float())
+
+
+def test_the_base_tells_whose_names_they_are(files, tmp_path):
+    path = write_kohya(tmp_path / "untold.safetensors", 0, version=None)
+    with pytest.raises(Refused, match="flux and flux2"):  # both have such names
+        adapterkit.convert(path, to="peft", out=tmp_path / "out")
+    adapterkit.merge(files / "base", path, out=tmp_path / "merged")
+    adapterkit.merge(files / "base", files / "a.safetensors", out=tmp_path / "told")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "told" / name).read_bytes()
 
 
 def test_inspect_and_diff_tell_of_the_adapter(files):
