@@ -170,11 +170,19 @@ def rules_of(architecture: Architecture, component: str) -> list[Rule]:
 def kernel_of(among: Sequence[str], component: str, module: str) -> tuple[int, ...] | None:
     """The kernel of a module's convolution, () of a linear layer; None without architectures."""
     for name in among:
-        words = architectures()[name].components.get(component)
-        for pattern, kernel in () if words is None else words.kernels.items():
+        for pattern, kernel in _kernels(architectures()[name], component):
             if re.search(pattern, module):
                 return kernel
     return () if among else None
+
+
+def _kernels(architecture: Architecture, component: str) -> list[tuple[str, tuple[int, ...]]]:
+    """A component's table, its own entries before those of included architectures."""
+    words = architecture.components.get(component)
+    if words is None:
+        return []
+    included = (pair for n in words.include for pair in _kernels(architectures()[n], component))
+    return [*words.kernels.items(), *included]
 
 
 @cache

@@ -38,6 +38,7 @@ JUDGED = (
     r"\bcomponents? ",
     r"modules without a name there",
     r"no architecture has modules such as",
+    r"LoKr (of|with) ",  # PEFT decomposes all modules in one way
 )
 
 

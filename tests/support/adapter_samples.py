@@ -13,6 +13,7 @@ from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import detect
+from adapterkit.formats.kinds import scaled_role
 from adapterkit.formats.library import formats
 from adapterkit.formats.record import Contents, Module
 from adapterkit.formats.schema import Format
@@ -136,5 +137,5 @@ def delta(module: Module, reader: PlanReader) -> Delta:
     if module.kind == "experts":
         return Delta(None, None, {"delta": module.scale * parts["b"] @ parts["a"]})
     if module.kind in ("loha", "lokr"):
-        parts["alpha by rank"] = torch.tensor(module.scale, dtype=torch.float64)
+        parts[scaled_role(module)] = module.scale * parts[scaled_role(module)]
     return Delta(None, None, parts)
