@@ -7,22 +7,22 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import PEFT_LAYOUT, base_id
 from adapterkit.adapters.declared import declared_settings
-from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys
+from adapterkit.adapters.keys import CONFIG, WEIGHTS, canonical_key, part_keys, value_key
 from adapterkit.adapters.lora_config import check_live_config
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all
+from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats.capabilities import kind_of
 from adapterkit.formats.experts import Stack
 from adapterkit.formats.kind_adapter import KINDS, read_kinds, write_kinds
-from adapterkit.formats.kinds import magnitude_in_file
+from adapterkit.formats.kinds import magnitude_in_file, shape_problem
 from adapterkit.formats.record import EXPERTS, FACTORS, LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.stacks import homes_of, read_stacks, stacked_keys, stacked_parts
-from adapterkit.formats.tensors import Constant, Expression, Stored, reshaped
+from adapterkit.formats.tensors import Constant, Expression, Stored, flat
 from adapterkit.formats.write import File, Written
 from adapterkit.weights.names import Names
 
@@ -65,6 +65,7 @@ def read_layout(
             if known is None:
                 known = [_module(adapter, one, PARAMETER) for one in own]
             modules += known
+    refuse_all(_misfits(modules, folder.label))
     copies = adapter.copies
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
@@ -91,6 +92,22 @@ def read_layout(
     )
 
 
+def _misfits(modules: Sequence[Module], where: str) -> list[AdapterkitError]:
+    """Refusals of factors whose shapes do not fit together."""
+    kind = lambda module: FACTORS if module.kind == PARAMETER else module.kind
+    expected = ((module, shape_problem(kind(module), module.parts)) for module in modules)
+    return [
+        Refused(
+            f"{shown(module.path)}: {', '.join(f'{r} {p.shape}' for r, p in module.parts.items())}",
+            expected=text,
+            where=where,
+            hint="save the adapter again",
+        )
+        for module, text in expected
+        if text
+    ]
+
+
 def _module(adapter: Adapter, lora: Lora, kind: str) -> Module:
     name, config = adapter.pattern_name(lora), adapter.config
     rank, alpha = adapter.rank_and_alpha(name, config["r"], config["lora_alpha"])
@@ -99,7 +116,7 @@ def _module(adapter: Adapter, lora: Lora, kind: str) -> Module:
     parts: dict[str, Expression] = {"a": Stored(lora.a), "b": Stored(lora.b)}
     if lora.magnitude is not None:
         magnitude = Stored(lora.magnitude)
-        parts["magnitude"] = reshaped(magnitude, (max(magnitude.shape),))
+        parts["magnitude"] = flat(magnitude)
     if lora.bias is not None:
         parts["bias"] = Stored(lora.bias)
     embedding = lora.kind == "embedding"
@@ -132,9 +149,11 @@ def write_layout(
             keys = stack_keys[module.name]
             parts = stacked_parts(module, form.adapter, stacks or {})
         elif module.kind not in (FACTORS, PARAMETER):
-            for part in module.parts.values():
-                assert isinstance(part, Stored)
-                tensors.append(Written(canonical_key(part.spec.key), part, part.dtype, module.path))
+            for role, part in module.parts.items():
+                key = value_key(f"{module.name}.{role}")
+                if contents.config.get("peft_type") and isinstance(part, Stored):
+                    key = canonical_key(part.spec.key)
+                tensors.append(Written(key, part, part.dtype, module.path))
             continue
         else:
             kind = "embedding" if module.embedding else "module"
@@ -224,6 +243,9 @@ def _settings(
     if experts:
         settings |= {"target_parameters": sorted(m.name for m in experts), "lora_dropout": 0.0}
         settings |= {"peft_version": PEFT_LAYOUT}
+    saved = sorted({m.name for m in contents.modules if m.kind == VALUE})
+    if saved and not own:
+        settings["modules_to_save"] = saved
     settings |= form.adapter.settings
     ranks, alphas = {m.name: m.rank for m in ranked}, {m.name: m.alpha for m in ranked}
     defaults = {"base_model_name_or_path": None, "task_type": None}

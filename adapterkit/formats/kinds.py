@@ -8,6 +8,7 @@ from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import (
     Expression,
     Reshaped,
+    flat,
     reshaped,
 )
 
@@ -44,6 +45,13 @@ RANK = {
     "norm": (),
     "value": (),
 }
+# roles that may be vectors or numbers
+VECTORS = (*MAGNITUDES, "alpha", "shape", "bias", "rescale", "diff", "diff_b", "weight")
+
+
+def axes_at_least(role: str) -> int:
+    """How many axes a role's tensor has at least."""
+    return 0 if role in VECTORS else 2
 
 
 def is_complete(kind: str, roles: Collection[str]) -> bool:
@@ -74,7 +82,7 @@ def with_magnitudes(parts: Parts, roles: Collection[str]) -> dict[str, Expressio
     for role in magnitudes(parts):
         shape = parts[role].shape
         is_row = len(shape) > 1 and shape[0] == 1 < shape[1] and "input_magnitude" in roles
-        own[MAGNITUDES[is_row]] = reshaped(parts[role], (max(shape, default=1),))
+        own[MAGNITUDES[is_row]] = flat(parts[role])
     return own
 
 
@@ -116,13 +124,20 @@ def magnitudes(parts: Parts) -> list[str]:
 def shape_problem(kind: str, parts: Parts) -> str:
     """What the parts of a module should be, where their shapes do not fit each other; else ""."""
     shapes = {role: part.shape for role, part in parts.items()}
-    checks = {FACTORS: _lora, "loha": _loha, "lokr": _lokr, "oft": _oft, "full": _full}
+    checks = {
+        FACTORS: _lora,
+        EXPERTS: _experts,
+        "loha": _loha,
+        "lokr": _lokr,
+        "oft": _oft,
+        "full": _full,
+    }
     expected = checks.get(kind)
     problem = "" if expected is None else expected(shapes)
     if problem or kind not in (FACTORS, "loha", "lokr"):
         return problem
     for role in magnitudes(parts):
-        size = math.prod(shapes[role])
+        size = math.prod(shapes[role]) if len(shapes[role]) == 1 else -1
         inputs = _inputs(kind, parts)
         fits = (
             size == matrix_shape(kind, parts)[0]
@@ -141,7 +156,15 @@ def _lora(shapes: Shapes) -> str:
     a, b = shapes["a"], shapes["b"]
     inner = shapes["mid"][:2] if "mid" in shapes else (a[0], a[0])
     fits = len(a) >= 2 and len(b) >= 2 and inner == (b[1], a[0]) and set(b[2:]) <= {1}
+    if "bias" in shapes and shapes["bias"] != b[:1]:
+        return "a bias for each output"
     return "" if fits else "a (r, in) and b (out, r)"
+
+
+def _experts(shapes: Shapes) -> str:
+    a, b = shapes["a"], shapes["b"]
+    fits = len(a) == len(b) == 3 and (a[0], a[1]) == (b[0], b[2])
+    return "" if fits else "a (experts, r, in) and b (experts, out, r)"
 
 
 def _loha(shapes: Shapes) -> str:

@@ -16,6 +16,7 @@ from adapterkit.formats.containers import Container, PlanReader
 from adapterkit.formats.fusing import Fusion, split
 from adapterkit.formats.kinds import (
     LIMITED,
+    axes_at_least,
     is_complete,
     rank_of,
     shape_problem,
@@ -274,11 +275,12 @@ def _kinds(
     for raw in raws:
         for role, spec in raw.roles.items():
             numbers = dtypes.FLOATS + INTEGERS if role in (ALPHA, SHAPE) else dtypes.FLOATS
-            if spec.dtype not in numbers or 0 in spec.shape:
+            too_few = len(spec.shape) < axes_at_least(role)
+            if spec.dtype not in numbers or 0 in spec.shape or too_few:
                 errors.append(
                     Refused(
                         f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
-                        expected="F32, F16, BF16 or F64, and not empty",
+                        expected="F32, F16, BF16 or F64, with axes, and not empty",
                         where=where,
                         hint="save it as floats, gathered from all shards",
                     )

@@ -364,6 +364,12 @@ def reshaped(source: Expression, shape: tuple[int, ...]) -> Expression:
     return Reshaped(source, shape)
 
 
+def flat(source: Expression) -> Expression:
+    """A vector that lies along one of several axes, as a vector; others as they are."""
+    size = math.prod(source.shape)
+    return reshaped(source, (size,)) if size in source.shape else source
+
+
 def scaled(source: Expression, factor: float) -> Expression:
     """factor · source."""
     if isinstance(source, Scaled):

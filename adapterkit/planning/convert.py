@@ -59,6 +59,13 @@ def plan_convert(
     """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
     of the one file that is wanted; without it, a folder as the format has it."""
     form = format_named(options.to)
+    if file is not None and form.file.config:
+        raise Refused(
+            f"{form.title} in one file",
+            expected=f"a folder, with {form.file.config} beside the weights",
+            where="--out",
+            hint="give --out without an ending",
+        )
     detection = detect(source)
     model = model_of(base, detection, form)
     contents = read_contents(source, detection, options, base, model)

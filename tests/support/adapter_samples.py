@@ -79,6 +79,14 @@ def contents_of(path: Path, **options: Any) -> Contents:
     return read_contents(folder, detection, Options(detection.form.name, **options), checkpoint)
 
 
+def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
+    """What was written; its few names may be those of several families of models."""
+    family = {}
+    if formats()[to].names.architectures and len(source.architectures) == 1:
+        family = {"architecture": source.architectures[0]}
+    return contents_of(out, **(sample.options | family))
+
+
 @dataclass(frozen=True)
 class Delta:
     """What an adapter does to a module: low-rank factors, and tensors that go with them."""
