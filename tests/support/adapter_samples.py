@@ -64,7 +64,7 @@ def _samples(form: Format) -> Iterator[Sample]:
             options["base"] = path.parent / "base"
         if form.file.container == "pickle":
             options["allow_pickle"] = True
-        if form.scale.default == "ask":
+        if form.scale.default == "ask" and form.scale.place == "none":
             options["alpha"] = 6.0
         is_folder = any((path.parent / settings).is_file() for settings in form.file.config)
         yield Sample(form.name, path.parent if is_folder else path, options)
