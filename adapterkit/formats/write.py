@@ -43,7 +43,7 @@ class File:
 
     form: Format
     tensors: Sequence[Written]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     modules: Sequence[Module]  # as they are written: fused, scales folded
     architecture: str | None = None
     folded: Mapping[str, float] = field(default_factory=dict)  # module -> scale folded into b
@@ -99,8 +99,10 @@ def write(
             for key, value in contents.metadata.items()
             if any(pattern.search(key) for pattern in form.metadata.carry)
         }
+        metadata = {k: metadata[k] for k in [*contents.metadata, *metadata] if k in metadata}
     metadata |= declared
-    tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
+    if form.file.container == "safetensors":
+        tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     final, notes = [module for module, _ in own], [form.note] if form.note else []
     return File(form, tensors, metadata, final, name, folded, notes, settings)
 

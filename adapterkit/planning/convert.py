@@ -74,12 +74,13 @@ def plan_convert(
     name = file or form.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
     tasks = _tasks(written.tensors)
+    lay_out = LAYOUTS.get(form.file.container)
     shard = Computed(
         name,
         tasks,
         dict(written.metadata),
-        safetensors_order=True,
-        lay_out=LAYOUTS.get(form.file.container),
+        safetensors_order=lay_out is None,
+        lay_out=lay_out,
     )
     files: Files = {}
     if file is None:
@@ -121,7 +122,8 @@ def plan_convert(
 
 def model_of(base: Checkpoint | None, detection: Detection, form: Format) -> Model | None:
     """The model of a base where a conversion from or to PEFT's layout can need it."""
-    if base is None or ADAPTER_LAYOUT not in (detection.form.layout, form.layout):
+    needs_none = ADAPTER_LAYOUT not in (detection.form.layout, form.layout)
+    if base is None or not base.tensors or needs_none:  # of a config alone no names are known
         return None
     names = Names(base, task=detection.config.get("task_type"), build_model=True)
     return Model(base, names, stacks_of(names))

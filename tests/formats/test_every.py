@@ -32,6 +32,7 @@ SAMPLES = all_samples()
 WRITTEN = [name for name, form in formats().items() if form.writes]
 # relative error of a scale that is rounded into factors, by their dtype
 ROUNDING = {"F64": 2.0**-50, "F32": 2.0**-22, "F16": 2.0**-9, "BF16": 2.0**-6}
+DECODED = ("gguf/llama/q8_0.gguf",)  # in blocks, which are written as the floats that they are
 # Why a format may refuse what another one holds. Every refusal of a pair must be one of these.
 JUDGED = (
     r"in \d+ modules: .*\n.*what .* holds",  # a kind or a role without keys
@@ -91,7 +92,9 @@ def test_written_again_it_is_the_file(sample: Sample, tmp_path: Path):
     out = convert(sample, sample.form, tmp_path / "again")
     old, new = weights(sample.path, form), weights(out, form)
     if form.file.container != "safetensors":
-        assert old.read_bytes() == new.read_bytes()
+        assert sample.id in DECODED or old.read_bytes() == new.read_bytes()
+        again = convert(Sample(sample.form, out, sample.options), sample.form, tmp_path / "third")
+        assert weights(again, form).read_bytes() == new.read_bytes()
         return
     before, after = load_file(old), load_file(new)
     source = contents_of(sample.path, **sample.options)

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import detect
 from adapterkit.formats.kinds import scaled_role
@@ -18,7 +16,7 @@ from adapterkit.formats.library import formats
 from adapterkit.formats.record import Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.planning.convert import Options, read_contents
-from adapterkit.planning.sources import open_unconverted
+from adapterkit.planning.sources import open_base, open_unconverted
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
 ENDINGS = {
@@ -75,7 +73,7 @@ def contents_of(path: Path, **options: Any) -> Contents:
     base, allow_pickle = options.pop("base", None), options.pop("allow_pickle", False)
     folder = open_unconverted(path, allow_pickle)
     detection = detect(folder)
-    checkpoint = None if base is None else open_checkpoint(LocalFolder(base), 1)
+    checkpoint = None if base is None else open_base(base)
     return read_contents(folder, detection, Options(detection.form.name, **options), checkpoint)
 
 
