@@ -69,7 +69,7 @@ def write(
             hint="adapterkit convert --list tells which are",
         )
     contents = replace(contents, modules=as_the_format_has_them(contents.modules, form))
-    refuse_all([*unsupported(contents, form), *_activated(contents, form)])
+    refuse_all(unsupported(contents, form))
     if form.names.architecture_key and not architecture:
         is_own = contents.format == form.name
         architecture = (
@@ -123,7 +123,7 @@ def _activated(contents: Contents, form: Format) -> list[AdapterkitError]:
 
 def unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
     """Refusals of kinds and roles that the format has no keys for."""
-    errors: list[AdapterkitError] = []
+    errors = _activated(contents, form)
     absent: dict[str, list[str]] = {}
     for module in contents.modules:
         kind = word_of(module, form)

@@ -14,12 +14,12 @@ from adapterkit.formats.configs import config_bytes
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.dialects import Model, arranged
-from adapterkit.formats.experts import stacks_of
+from adapterkit.formats.experts import split_experts, stacks_of
 from adapterkit.formats.fitted import Fit, fits_of
 from adapterkit.formats.library import format_named
 from adapterkit.formats.models import base_of
 from adapterkit.formats.read import Reading, read
-from adapterkit.formats.record import LANGUAGE, Contents
+from adapterkit.formats.record import EXPERTS, LANGUAGE, Contents
 from adapterkit.formats.rows import Heads, model_heads
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Stored
@@ -194,13 +194,30 @@ def written_file(
         stacks = model.stacks if model is not None else None
         return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=not is_own)
     return write(
-        contents,
+        _single_experts(contents, form, model),
         form,
         architecture=options.architecture,
         dtype=dtype,
         heads=heads_of(base, contents.config),
         base=None if base is None else base_of(base.config, base.tensors),
     )
+
+
+def _single_experts(contents: Contents, form: Format, model: Model | None) -> Contents:
+    """Stacks of experts as modules of single experts, where a format names those."""
+    stacks = [m.path for m in contents.modules if m.kind == EXPERTS]
+    if not stacks or not form.names.architectures:
+        return contents
+    if model is None:
+        raise Refused(
+            f"{len(stacks)} stacks of experts: {listed(stacks)}",
+            expected="the model, whose file tells which module of an expert is which part of a "
+            "stack",
+            where=contents.folders[0].label,
+            hint="give --base MODEL, with its weights",
+        )
+    modules = split_experts(contents.modules, model.stacks, PlanReader(contents.folders))
+    return replace(contents, modules=tuple(modules))
 
 
 def _tasks(tensors: Sequence[Written]) -> tuple[Task, ...]:

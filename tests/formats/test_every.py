@@ -13,6 +13,7 @@ from torch import Tensor
 import adapterkit
 from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.formats.dialects import SINGLE
 from adapterkit.formats.library import formats
 from adapterkit.formats.names import names_of
 from adapterkit.formats.record import FACTORS, LANGUAGE, Contents
@@ -42,6 +43,8 @@ JUDGED = (
     r"modules without a name there",
     r"no architecture has modules such as",
     r"LoKr (of|with) ",  # PEFT decomposes all modules in one way
+    r"experts in another layout",
+    r"an activated LoRA",
 )
 
 
@@ -156,7 +159,10 @@ def holds(form: Format, contents: Contents) -> bool:
     if any(m.kind != FACTORS or m.embedding or set(m.parts) - roles for m in contents.modules):
         return False
     if form.layout == "adapter":
-        return form.name == "peft" and len(contents.components) == 1
+        one_by_one = any(SINGLE.search(m.name) for m in contents.modules)
+        return form.name == "peft" and len(contents.components) == 1 and not one_by_one
+    if contents.facts.get("invocation"):
+        return "{invocation}" in form.metadata.write.values()
     if not form.names.architectures:
         known = form.names.components
         return set(contents.components) <= set(known) if known else len(contents.components) == 1
