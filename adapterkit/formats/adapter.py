@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from adapterkit import dtypes
@@ -15,6 +16,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.formats.biases import together
 from adapterkit.formats.capabilities import kind_of
 from adapterkit.formats.experts import Stack
 from adapterkit.formats.kind_adapter import KINDS, read_kinds, write_kinds
@@ -23,6 +25,7 @@ from adapterkit.formats.record import EXPERTS, FACTORS, LANGUAGE, Contents, Modu
 from adapterkit.formats.schema import Format
 from adapterkit.formats.stacks import homes_of, read_stacks, stacked_keys, stacked_parts
 from adapterkit.formats.tensors import Constant, Expression, Stored, flat
+from adapterkit.formats.widths import with_widths
 from adapterkit.formats.write import File, Written
 from adapterkit.weights.names import Names
 
@@ -133,6 +136,8 @@ def write_layout(
 ) -> File:
     """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
     its modules are not the source's. `Refused` with all that it cannot hold."""
+    modules = with_widths(together(contents.modules), form, contents.architectures)
+    contents = replace(contents, modules=modules)
     kind = kind_of(contents)
     if kind is not None:
         return write_kinds(contents, form, kind, dtype=dtype)
@@ -176,7 +181,8 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     """Refusals of what the layout cannot hold."""
     errors: list[AdapterkitError] = []
     where = contents.folders[0].label
-    known = (FACTORS, EXPERTS, PARAMETER, VALUE, COPY, TOKENS)
+    is_own = bool(contents.config.get("peft_type"))
+    known = (FACTORS, EXPERTS, *((PARAMETER, VALUE, COPY, TOKENS) if is_own else ()))
     roles = ("mid", "input_magnitude")
     others = [
         m.path

@@ -20,7 +20,7 @@ def as_the_format_has_them(modules: Sequence[Module], form: Format) -> list[Modu
     if has_difference and not has_role:
         return _apart(modules)
     if has_role and not has_difference:
-        return _together(modules)
+        return together(modules)
     return list(modules)
 
 
@@ -39,7 +39,7 @@ def _apart(modules: Sequence[Module]) -> list[Module]:
     return result
 
 
-def _together(modules: Sequence[Module]) -> list[Module]:
+def together(modules: Sequence[Module]) -> list[Module]:
     """bias = diff_b / scale among the factors, where a module has both."""
     factors = {
         (m.component, m.name): m

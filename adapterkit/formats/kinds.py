@@ -107,13 +107,21 @@ def scaled_role(module: Module) -> str:
     return next((role for role in SCALED.get(module.kind, ()) if role in module.parts), "")
 
 
-def is_scaled(module: Module, form: Format) -> bool:
+def has_alpha(module: Module, form: Format, is_own: bool) -> bool:
+    """Whether a file in the format has a tensor for the module's alpha. `is_own`: the source is in
+    the format, too, and keeps its alphas where others' are folded."""
+    is_kept = is_own and form.scale.place == "none" and module.stored_alpha is not None
+    is_written = form.scale.place == "tensor" or is_kept
+    return is_written and "alpha" in form.kinds[word_of(module, form)]
+
+
+def is_scaled(module: Module, form: Format, is_own: bool) -> bool:
     """Whether a file in the format says this module's scale; else it is folded."""
     if module.kind not in SCALED or module.scale == 1:
         return True
-    if rank_of(module.kind, module.parts) is None or form.scale.place in ("none", "metadata"):
+    if rank_of(module.kind, module.parts) is None:
         return False
-    return form.scale.place != "tensor" or "alpha" in form.kinds[word_of(module, form)]
+    return form.scale.place == "config" or has_alpha(module, form, is_own)
 
 
 def magnitudes(parts: Parts) -> list[str]:

@@ -191,24 +191,46 @@ def names_of(architecture: str, component: str, naming: str, style: str = "dots"
     return Names(architectures()[architecture], component, naming, style)
 
 
-def is_likely(
-    architecture: str, metadata: Mapping[str, str], inputs: Iterable[tuple[str, int]]
-) -> bool:
-    """Whether metadata and sizes say that it is this architecture, or nothing speaks of any.
-    `inputs`: (module of the model, its inputs)."""
-    hints = architectures()[architecture].detect
-    told = [
+def likely(
+    inputs: Mapping[str, Sequence[tuple[str, int]]], metadata: Mapping[str, str]
+) -> list[str]:
+    """The architectures for which metadata, sizes or numbers of blocks speak most, and nothing
+    against; all where nothing speaks for any. `inputs`: of each (module of the model, its inputs).
+    """
+    evidence = {name: _evidence(name, own, metadata) for name, own in inputs.items()}
+    best = max((one for one in evidence.values() if one is not None), default=None)
+    if best is None or not any(best):
+        return list(inputs)
+    return [name for name, one in evidence.items() if one == best]
+
+
+def _evidence(
+    name: str, inputs: Sequence[tuple[str, int]], metadata: Mapping[str, str]
+) -> tuple[bool, bool, bool] | None:
+    """Whether metadata, sizes and numbers of blocks speak for an architecture; None where one
+    speaks against it."""
+    hints = architectures()[name].detect
+    by_metadata = [
         pattern.search(metadata[key]) is not None
         for key, pattern in hints.metadata.items()
         if key in metadata
     ]
-    told += [
+    by_size = [
         size in expected
         for pattern, expected in hints.shapes.items()
         for module, size in inputs
         if re.search(pattern, module)
     ]
-    return all(told)
+    by_blocks = []
+    for stack, expected in hints.blocks.items():
+        pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
+        numbers = [int(m[1]) for module, _ in inputs if (m := pattern.match(module))]
+        if numbers and max(numbers) >= max(expected):
+            return None
+        by_blocks.append(bool(numbers) and max(numbers) + 1 in expected)
+    if not all(by_metadata) or not all(by_size):
+        return None
+    return bool(by_metadata), bool(by_size), any(by_blocks)
 
 
 def fitting(modules: Iterable[tuple[str, str]], among: Iterable[str]) -> list[str]:

@@ -24,7 +24,7 @@ from adapterkit.formats.kinds import (
 )
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.metadata import words_of
-from adapterkit.formats.names import is_likely, names_of
+from adapterkit.formats.names import likely, names_of
 from adapterkit.formats.numbered import unstacked
 from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
@@ -32,7 +32,7 @@ from adapterkit.formats.scales import ALPHA, Scales
 from adapterkit.formats.schema import KINDS, MODEL, Format
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.tensors import Expression, Stored, from_spec
-from adapterkit.formats.widths import SHAPE
+from adapterkit.formats.widths import SHAPE, check_shape
 
 INTEGERS = ("I64", "I32")  # as diffusers writes alphas for kohya's names
 
@@ -334,7 +334,7 @@ def _resolve(
         ]
         for name in fits
     }
-    fits = [n for n in fits if is_likely(n, container.metadata, inputs[n])] or fits
+    fits = likely(inputs, container.metadata)
     if reading.modules:
         known = set(reading.modules)
         counts = {n: _known(attempts[n].resolved, known) for n in fits}
@@ -456,6 +456,7 @@ def _module(
     rank = rank_of(kind, parts)
     stored = Stored(raw.roles[ALPHA]) if ALPHA in raw.roles else None
     try:
+        check_shape(parts, scales.reader, where)
         if kind == LIMITED:
             alpha = 0.0 if stored is None else scales.number(stored)
         else:

@@ -141,10 +141,10 @@ class Scales:
 
 
 def place_scales(
-    modules: Sequence[tuple[Module, str]], form: Format
+    modules: Sequence[tuple[Module, str]], form: Format, *, is_own: bool
 ) -> tuple[list[tuple[Module, str]], dict[str, float], dict[str, Any]]:
     """The modules as they are written, those whose scale is folded into b now, and the metadata
-    that declare the others', or the word for it."""
+    that declare the others', or the word for it. `is_own`: the source is in the format, too."""
     words = form.scale
     if words.place == "metadata":
         loras = [module for module, _ in modules if module.kind == FACTORS]
@@ -161,7 +161,7 @@ def place_scales(
         return placed, ratios, {words.means: number}
     if words.place == "config":
         return list(modules), {}, {}
-    folded = {m.path: m.scale for m, _ in modules if not is_scaled(m, form)}
+    folded = {m.path: m.scale for m, _ in modules if not is_scaled(m, form, is_own)}
     placed = [(with_scale(m, 1.0) if m.path in folded else m, key) for m, key in modules]
     return placed, folded, {}
 

@@ -211,6 +211,8 @@ class ArchitectureHints:
     # regex of a module -> its inputs, or what they may be
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     models: tuple[str, ...] = ()  # model_type in config.json of the base
+    # path of a stack of blocks -> how many there are, or may be
+    blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

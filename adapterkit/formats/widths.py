@@ -3,14 +3,14 @@
 A client that widens the base's weight, with zeros, takes them; others fail on the shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from adapterkit.errors import Refused, listed
+from adapterkit.errors import Refused, listed, shown
 from adapterkit.formats.library import architectures
 from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.schema import Format
-from adapterkit.formats.tensors import Numbers
+from adapterkit.formats.tensors import Expression, Numbers, StoredReader
 
 SHAPE = "shape"  # the role of the widened weight's shape
 
@@ -34,6 +34,22 @@ def with_widths(modules: Sequence[Module], form: Format, names: Sequence[str]) -
         _with_shape(module) if has_shape and module.path in wide else without_shape(module)
         for module in modules
     ]
+
+
+def check_shape(parts: Mapping[str, Expression], reader: StoredReader, where: str) -> None:
+    """`Refused` where the shape of the weight is not that of its factors' product."""
+    if SHAPE not in parts:
+        return
+    shape = parts[SHAPE].value(reader).tolist()
+    expected = [parts["b"].shape[0], *parts["a"].shape[1:]]
+    if shape != expected:
+        keys = ", ".join(shown(spec.key) for spec in parts[SHAPE].reads)
+        raise Refused(
+            f"{keys} is {shape}",
+            expected=f"the shape of its factors' product, {expected}",
+            where=where,
+            hint="save the adapter again",
+        )
 
 
 def without_shape(module: Module) -> Module:

@@ -10,11 +10,11 @@ from adapterkit.formats.biases import as_the_format_has_them
 from adapterkit.formats.capabilities import lacking
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of
-from adapterkit.formats.kinds import MAGNITUDES, magnitude_in_file, word_of
+from adapterkit.formats.kinds import MAGNITUDES, has_alpha, magnitude_in_file, word_of
 from adapterkit.formats.library import architectures
 from adapterkit.formats.metadata import base_words, filled
 from adapterkit.formats.models import Base, architecture_of
-from adapterkit.formats.names import fitting, is_likely, names_of
+from adapterkit.formats.names import fitting, likely, names_of
 from adapterkit.formats.numbered import stack
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.rows import Heads
@@ -80,20 +80,20 @@ def write(
     name, modules = _placed(contents, form, architecture)
     refuse_all(_homeless(modules, form, name))
     modules = with_widths(modules, form, [name] if name else contents.architectures)
-    reader = PlanReader(contents.folders)
+    reader, is_own = PlanReader(contents.folders), contents.format == form.name
     whole = _fused(modules, form, name, _naming(contents, form, name), heads, base, reader)
     if form.scale.uniform:
         same = uniform([module for module, _ in whole])
         whole = [(module, key) for module, (_, key) in zip(same, whole, strict=True)]
-    own, folded, declared = place_scales(whole, form)
+    own, folded, declared = place_scales(whole, form, is_own=is_own)
     settings = settings_of(form, [module for module, _ in own], contents.config)
-    tensors = [tensor for module, key in own for tensor in _tensors(module, key, form, dtype)]
+    tensors = [t for module, key in own for t in _tensors(module, key, form, dtype, is_own)]
     values = base_words(contents.facts.get("base"))
     values |= {**contents.facts, "architecture": name}
     if form.scale.place == "shared":
         values, declared = values | declared, {}
     metadata = filled(form.metadata.write, values)
-    if contents.format == form.name:
+    if is_own:
         metadata |= {
             key: value
             for key, value in contents.metadata.items()
@@ -162,15 +162,14 @@ def _placed(
     among = [name for name in among if name in architectures()]
     options = [(name, placed) for name in among for placed in _components(modules, name)]
     inputs = [(m.name, size) for m in modules if (size := inputs_of(m)) is not None]
-    likely = [option for option in options if is_likely(option[0], contents.metadata, inputs)]
-    options = likely or options
+    fits = likely({name: inputs for name, _ in options}, contents.metadata)
+    options = [option for option in options if option[0] in fits]
     keys = {
         tuple(_keys(form, name, _naming(contents, form, name), placed)) for name, placed in options
     }
     if len(keys) != 1:
-        fits = ", ".join(dict.fromkeys(name for name, _ in options))
         raise Refused(
-            f"modules of {fits}"
+            f"modules of {', '.join(fits)}"
             if fits
             else f"no architecture has modules such as {listed([m.path for m in modules])}",
             expected="one of " + ", ".join(form.names.architectures or sorted(architectures())),
@@ -340,7 +339,9 @@ def _fused(
     return whole
 
 
-def _tensors(module: Module, key: str, form: Format, dtype: str | None) -> list[Written]:
+def _tensors(
+    module: Module, key: str, form: Format, dtype: str | None, is_own: bool
+) -> list[Written]:
     """The tensors of a module under their keys."""
     kind = word_of(module, form)
     suffixes = form.kinds[kind]
@@ -354,7 +355,7 @@ def _tensors(module: Module, key: str, form: Format, dtype: str | None) -> list[
         suffix = suffixes[role][0].replace("{adapter}", "")
         own = dtype if dtype and value.dtype in dtypes.FLOATS else value.dtype
         written.append(Written(key + suffix, value, own, module.path))
-    if form.scale.place == "tensor" and ALPHA in suffixes:
+    if has_alpha(module, form, is_own):
         value = _alpha(module, dtype)
         written.append(Written(key + suffixes[ALPHA][0], value, value.dtype, module.path))
     return written

@@ -39,6 +39,8 @@ JUDGED = (
     r"in \d+ modules: .*\n.*what .* holds",  # a kind or a role without keys
     r"modules of other kinds",
     r"magnitudes, but none for",
+    r"values trained in place of the base's",
+    r"LoKr of \d+ modules whose matrices no one factor makes",
     r"\bcomponents? ",
     r"modules without a name there",
     r"no architecture has modules such as",

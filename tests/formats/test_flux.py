@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import adapterkit
 from adapterkit.adapters.declared import DeclaredScales
+from adapterkit.errors import Refused
 from adapterkit.formats.names import names_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
@@ -230,7 +231,7 @@ def test_kohya_that_is_written_is_read_by_diffusers(name: str, tmp_path: Path) -
     tensors = {key: value for key, value in golden(name).items() if ".attn.to_k." not in key}
     path = tmp_path / "source.safetensors"
     save_file(tensors, path)
-    kohya = convert(path, "kohya", tmp_path / "kohya.safetensors", dtype="fp32")
+    kohya = convert(path, "kohya", tmp_path / "k.safetensors", architecture="flux", dtype="fp32")
     kohya = {key: value.float() for key, value in kohya.items()}
     theirs = small(loras._convert_kohya_flux_lora_to_diffusers)(kohya)
     there = deltas({in_new_names(key): value for key, value in theirs.items()})
@@ -265,7 +266,9 @@ def test_control_as_diffusers_converts_it(tmp_path: Path) -> None:
     theirs[key] = theirs[key].roll(1, 0)
     assert_same(ours, theirs)
     assert ours["transformer.x_embedder.lora_A.weight"].shape == (2, 8)
-    back = convert(tmp_path / "ours.safetensors", "bfl", tmp_path / "back.safetensors")
+    back = convert(
+        tmp_path / "ours.safetensors", "bfl", tmp_path / "back.safetensors", architecture="flux"
+    )
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], value) for key, value in tensors.items())
 
@@ -278,6 +281,71 @@ def test_flux2_as_diffusers_converts_it(tmp_path: Path) -> None:
     key = "transformer.norm_out.linear.lora_B.weight"
     theirs[key] = theirs[key].roll(HIDDEN, 0)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("to", ["kohya", "ai-toolkit", "peft"])
+def test_control_is_refused_where_it_cannot_be_held(to: str, tmp_path: Path) -> None:
+    """Norms in place of the base's, and where no bias is held, biases."""
+    with pytest.raises(Refused) as caught:
+        convert("bfl/control", to, tmp_path / "out.safetensors")
+    message = str(caught.value)
+    assert "6 modules" in message and "transformer_blocks.0.attn.norm_k" in message
+    assert ("bias of lora, in 30 modules" in message) == (to == "kohya")
+    assert not list(tmp_path.iterdir())
+
+
+def test_control_in_comfyui(tmp_path: Path) -> None:
+    """Its loader adds diff_b to the bias, and sets the norms."""
+    tensors = golden("bfl/control")
+    ours = convert("bfl/control", "comfyui", tmp_path / "ours.safetensors")
+    for key, value in tensors.items():
+        own = key.replace(".lora_B.bias", ".diff_b").replace("_norm.scale", "_norm.set_weight")
+        assert torch.equal(ours.pop(f"diffusion_model.{own}"), value), key
+    assert not ours
+    back = convert(
+        tmp_path / "ours.safetensors", "bfl", tmp_path / "back.safetensors", architecture="flux"
+    )
+    assert_same(back, tensors)
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A first layer with a control image beside the latents."""
+    tensors = {"diffusion_model.img_in.lora_A.weight": torch.randn(2, 128)}
+    tensors["diffusion_model.img_in.lora_B.weight"] = torch.randn(8, 2)
+    tensors |= {f"diffusion_model.{k}": v for k, v in golden("bfl/control").items() if "_mod" in k}
+    tensors = {key: value for key, value in tensors.items() if not key.endswith("bias")}
+    path = tmp_path / "wide.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def test_widened_layer_says_its_shape(wide: Path, tmp_path: Path) -> None:
+    """In ComfyUI's files, whatever the dtype of the factors."""
+    key = "diffusion_model.img_in.reshape_weight"
+    ours = convert(wide, "comfyui", tmp_path / "ours.safetensors", dtype="bf16")
+    assert ours[key].tolist() == [8, 128] and ours[key].dtype == torch.int64
+    again = convert(tmp_path / "ours.safetensors", "comfyui", tmp_path / "again.safetensors")
+    assert torch.equal(again[key], ours[key])
+    theirs = convert(tmp_path / "ours.safetensors", "diffusers", tmp_path / "d.safetensors")
+    assert theirs["transformer.x_embedder.lora_A.weight"].shape == (2, 128)
+    assert not [name for name in theirs if "lora" not in name]
+
+
+@pytest.mark.parametrize("to", ["kohya", "ai-toolkit", "peft"])
+def test_widened_layer_is_refused_where_no_client_widens(
+    to: str, wide: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match=r"more inputs than the base has, in transformer\.x_embedder"):
+        convert(wide, to, tmp_path / "out.safetensors")
+
+
+def test_shape_that_is_not_the_factors_is_refused(wide: Path, tmp_path: Path) -> None:
+    tensors = load_file(wide)
+    tensors["diffusion_model.img_in.reshape_weight"] = torch.tensor([8, 64])
+    save_file(tensors, wide)
+    with pytest.raises(Refused, match=r"reshape_weight.* \[8, 64\]"):
+        convert(wide, "diffusers", tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +364,7 @@ def test_output_is_the_sources_after_two_conversions(
     """Both are loaded by diffusers."""
     source, other, back = (tmp_path / f"{n}.safetensors" for n in ("source", "other", "back"))
     convert(name, "diffusers", source, prefix_only="transformer", dtype="fp32")
-    convert(name, through, other, prefix_only="transformer", dtype="fp32")
+    convert(name, through, other, prefix_only="transformer", architecture="flux", dtype="fp32")
     convert(other, "diffusers", back, architecture="flux")
     expected = output(source)
     assert (expected - output(None)).abs().max() > 0.1

@@ -12,7 +12,7 @@ from torch import Tensor
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import detect
 from adapterkit.formats.kinds import scaled_role
-from adapterkit.formats.library import formats
+from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.record import Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.planning.convert import Options, read_contents
@@ -64,6 +64,9 @@ def _samples(form: Format) -> Iterator[Sample]:
             options["allow_pickle"] = True
         if form.scale.default == "ask" and form.scale.place == "none":
             options["alpha"] = 6.0
+        family = path.stem.partition("_")[0]
+        if not form.names.architectures and family in architectures():
+            options["architecture"] = family  # which the file does not tell
         is_folder = any((path.parent / settings).is_file() for settings in form.file.config)
         yield Sample(form.name, path.parent if is_folder else path, options)
 
