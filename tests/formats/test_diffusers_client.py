@@ -243,10 +243,11 @@ def test_a_golden_file_is_loaded_after_a_round_trip(name, tmp_path):
     assert changed(architecture, results)
 
 
-def test_names_of_diffusers_under_kohyas_keys_are_written_as_kohyas(tmp_path):
-    source = GOLDEN / "kohya" / "respelled" / "sdxl.safetensors"
-    target = tmp_path / "kohya.safetensors"
-    adapterkit.convert(source, to="kohya", out=target)
+def test_names_of_diffusers_under_kohyas_keys_become_kohyas(tmp_path):
+    source = GOLDEN / "kohya" / "sdxl_diffusers.safetensors"
+    middle, target = tmp_path / "diffusers.safetensors", tmp_path / "kohya.safetensors"
+    adapterkit.convert(source, to="diffusers", out=middle)
+    adapterkit.convert(middle, to="kohya", out=target)
     assert {key.split(".")[0] for key in load_file(target)} == {
         "lora_unet_input_blocks_7_1_transformer_blocks_9_attn1_to_q"
     }

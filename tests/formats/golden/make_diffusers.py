@@ -19,8 +19,9 @@ from tests.support import pipelines
 FOLDER = Path(__file__).parent
 SD15 = r"down_blocks\.0\.attentions\.1\..*(attn1\.to_q|attn2\.to_k|to_out\.0|proj_in|ff\.net\.2)"
 SDXL = (
-    r"add_embedding\.linear_1|mid_block\.resnets\.0\.time_emb_proj|"
-    r"down_blocks\.2\.attentions\.1\.transformer_blocks\.9\.attn2\.to_v"
+    r"conv_in|add_embedding\.linear_1|mid_block\.resnets\.0\.(conv1|time_emb_proj)|"
+    r"down_blocks\.2\.attentions\.1\.transformer_blocks\.9\.attn2\.to_v|"
+    r"up_blocks\.0\.upsamplers\.0\.conv"
 )
 SD3 = (
     r"transformer_blocks\.0\.attn\.(to_q|to_v|add_k_proj|to_add_out)|transformer_blocks\.0\.attn2"
@@ -90,7 +91,7 @@ def sdxl_kohya() -> None:
     tensors = trained(pipe.unet, config(r".*2\.attentions\.0\.transformer_blocks\.9\.attn1\.to_q"))
     tensors = {f"unet.{key}": tensor for key, tensor in tensors.items()}
     kohya = convert_state_dict_to_kohya(tensors)
-    save_file(kohya, FOLDER / "kohya" / "respelled" / "sdxl.safetensors", {"format": "pt"})
+    save_file(kohya, FOLDER / "kohya" / "sdxl_diffusers.safetensors", {"format": "pt"})
 
 
 def sd3() -> None:
@@ -105,7 +106,7 @@ def sd3() -> None:
 
 
 if __name__ == "__main__":
-    for folder in ("diffusers/respelled", "diffusers-old", "kohya/respelled"):
+    for folder in ("diffusers/respelled", "diffusers-old", "kohya"):
         (FOLDER / folder).mkdir(parents=True, exist_ok=True)
     sd15()
     sd15_metadata()
