@@ -36,7 +36,7 @@ def formats(rows: list[tuple[str, dict[str, Any]]]) -> str:
                 ", ".join(f"`{name}`" for name in one["architectures"]) or "any",
                 "; ".join(kind_text(kind, roles) for kind, roles in one["kinds"].items()),
                 scale_text(one["scale"]),
-                one["container"] + (f", `{one['config']}`" if one["config"] else ""),
+                one["container"] + "".join(f", `{name}`" for name in one["config"][:1]),
                 ", ".join(one["clients"]),
             ]
             for name, one in rows
@@ -46,7 +46,15 @@ def formats(rows: list[tuple[str, dict[str, Any]]]) -> str:
 
 def kind_text(kind: str, roles: list[str]) -> str:
     """A kind with what it may have besides its factors."""
-    names = {"magnitude": "DoRA", "mid": "Tucker", "t1": "Tucker", "t2": "Tucker", "bias": "bias"}
+    names = {
+        "magnitude": "DoRA",
+        "input_magnitude": "DoRA of inputs",
+        "mid": "Tucker",
+        "t1": "Tucker",
+        "t2": "Tucker",
+    }
+    if kind in ("lora", "full"):
+        names |= {"bias": "bias", "diff_b": "bias"}
     more = dict.fromkeys(names[role] for role in roles if role in names)
     return kind + (f" ({', '.join(more)})" if more else "")
 

@@ -151,7 +151,7 @@ def test_verbs_of_python_and_of_the_command_line_have_the_same_names_and_options
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_files_exist(document: Path):
     text = document.read_text()
-    for block in blocks(document, "python"):
+    for block in blocks(document, "python", "toml"):
         text = text.replace(block.text, "")
     for name in set(FILE.findall(text)):
         inside = PACKAGE.parent if name.startswith("adapterkit/") else ROOT

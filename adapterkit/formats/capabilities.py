@@ -9,7 +9,23 @@ from adapterkit.formats.schema import Format
 from adapterkit.formats.widths import SHAPE
 
 ADAPTER_LAYOUT = "adapter"
+# what PEFT's layout holds, in dialects that say nothing else
+IN_ADAPTER: dict[str, tuple[str, ...]] = {
+    FACTORS: ("a", "b", "magnitude", "bias"),
+    "embedding": ("a", "b"),
+    "experts": ("a", "b"),
+    "loha": ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"),
+    "lokr": ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"),
+    "value": ("weight", "bias"),
+}
 OF_ONE_TYPE = ("loha", "lokr")  # kinds that are types of adapters in PEFT
+
+
+def roles_by_kind(form: Format) -> dict[str, tuple[str, ...]]:
+    """What a format holds: kinds of deltas, and the tensors of each."""
+    if form.layout == ADAPTER_LAYOUT and not form.kinds:
+        return IN_ADAPTER
+    return {kind: tuple(roles) for kind, roles in form.kinds.items()}
 
 
 def kind_of(contents: Contents) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import AdapterkitError, MultipleErrors, shown
+from adapterkit.formats.capabilities import ADAPTER_LAYOUT, roles_by_kind
 from adapterkit.formats.detect import detect
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.record import Contents
@@ -14,7 +15,12 @@ from adapterkit.formats.schema import MODEL, Architecture, Format
 from adapterkit.planning.convert import Options, read_contents
 
 RANKED = ("lora", "loha", "lokr")  # kinds whose modules have a rank
-PLACES = {"tensor": "a tensor", "config": "the config", "metadata": "the metadata"}
+PLACES = {
+    "tensor": "a tensor",
+    "config": "the config",
+    "metadata": "the metadata",
+    "shared": "the metadata, one for all modules",
+}
 
 
 def list_formats() -> dict[str, Any]:
@@ -33,18 +39,19 @@ def _format(one: Format) -> dict[str, Any]:
         "summary": one.summary,
         "reads": True,
         "writes": one.writes,
-        "kinds": {kind: list(roles) for kind, roles in one.kinds.items()},
+        "kinds": {kind: list(roles) for kind, roles in roles_by_kind(one).items()},
         "scale": {
-            "place": one.scale.place,
+            "place": "config" if one.layout == ADAPTER_LAYOUT else one.scale.place,
             "means": one.scale.means,
             "default": one.scale.default,
             "uniform": one.scale.uniform,
         },
         "container": one.file.container,
-        "config": next(iter(one.file.config), None),
+        "config": list(one.file.config),
         "architectures": list(one.names.architectures),
         "components": list(dict.fromkeys(name for table in components for name in table)),
         "clients": list(one.clients),
+        "note": one.note,
         "sources": list(one.sources),
     }
 
@@ -104,7 +111,7 @@ def formats_table(document: Mapping[str, Any]) -> str:
         facts = {
             "kinds": ", ".join(one["kinds"]),
             "scale": scale_text(one["scale"]),
-            "file": one["container"] + (f" and {one['config']}" if one["config"] else ""),
+            "file": one["container"] + "".join(f" and {name}" for name in one["config"][:1]),
             "models": ", ".join(one["architectures"]) or "any",
             "read by": ", ".join(one["clients"]),
         }

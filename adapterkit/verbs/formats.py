@@ -14,9 +14,9 @@ def list_formats() -> dict[str, Any]:
       architectures  name -> {title, components, namings, sources}
 
     Of a format: title, summary, reads, writes, kinds {kind: its roles}, scale {place (tensor,
-    config, metadata, none), means (alpha or scale), default, uniform}, container, config (the file
-    beside the weights, or null), architectures (empty: any), components, clients (who reads it),
-    sources (links).
+    config, metadata, shared, none), means (alpha or scale), default, uniform}, container, config
+    (files beside the weights, the first is written), architectures (empty: any), components,
+    clients (who reads it), note (what to do with the file), sources (links).
     """
     return reports.list_formats()
 
