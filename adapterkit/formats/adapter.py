@@ -21,6 +21,7 @@ from adapterkit.formats.capabilities import kind_of
 from adapterkit.formats.experts import Stack
 from adapterkit.formats.kind_adapter import KINDS, read_kinds, write_kinds
 from adapterkit.formats.kinds import magnitude_in_file, shape_problem
+from adapterkit.formats.library import formats
 from adapterkit.formats.record import EXPERTS, FACTORS, LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.stacks import homes_of, read_stacks, stacked_keys, stacked_parts
@@ -230,7 +231,7 @@ def _settings(
     rebuilt: bool,
 ) -> dict[str, Any]:
     """adapter_config.json: a source's own where it has one, with the ranks and scales."""
-    own = contents.config if contents.config.get("peft_type") else {}
+    own = contents.config if formats()[contents.format].layout == form.layout else {}
     if own and not rebuilt:
         return dict(own)
     ranked = [*loras, *experts]

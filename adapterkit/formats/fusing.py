@@ -15,8 +15,8 @@ from torch import Tensor
 from adapterkit.errors import Refused, shown
 from adapterkit.formats.kinds import scaled_role
 from adapterkit.formats.record import FACTORS, Module
-from adapterkit.formats.rows import Heads, model_order, shares_of
-from adapterkit.formats.schema import Rule
+from adapterkit.formats.rows import Heads, model_order, shares_of, unknown_heads
+from adapterkit.formats.schema import HEADS, Rule
 from adapterkit.formats.tensors import (
     BlockDiagonal,
     Constant,
@@ -66,8 +66,19 @@ class Fusion:
         them, or the file's."""
         steps = self.rule.steps.get(self.naming, ())
         order = model_order(steps, out, self.heads, module.path, inputs_of(module))
-        shares = self.rule.rows or (1,) * len(self.rule.model)
+        shares = self.shares(module.path)
         return [compact([order[i] for i in part]) for part in shares_of(out, shares, module.path)]
+
+    def shares(self, where: str) -> tuple[int, ...]:
+        """The parts' shares of the file's rows; `Refused` where a config is missing that tells."""
+        counts: dict[str, int] = {}
+        if self.heads is not None:
+            counts = dict(zip(HEADS, (self.heads.query, self.heads.key), strict=True))
+        rows = [counts.get(one) if isinstance(one, str) else one for one in self.rule.rows]
+        known = tuple(one for one in rows if one is not None)
+        if len(known) < len(rows):
+            raise unknown_heads("rows of fused modules", where)
+        return known or (1,) * len(self.rule.model)
 
 
 def split(
@@ -110,7 +121,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     first = members[0]
     if fusion.is_plain:
         return first
-    shares = fusion.rule.rows or (1,) * len(fusion.rule.model)
+    shares = fusion.shares(first.path)
     sets = fusion.rows(_fused_rows(modules, shares), first)
     places = [sets[place] for place in sorted(modules)]
     _same_roles(members, name)

@@ -21,12 +21,14 @@ def slices(spec: TensorSpec) -> list[TensorSpec]:
 
 
 def unstacked(roles: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]] | None:
-    """The tensors of each module of a stack; None where they are no stacks of one height."""
+    """The tensors of each module of a stack, of which all may share one; None where they are no
+    stacks of one height."""
     heights = {spec.shape[0] for spec in roles.values()}
-    if len(heights) != 1 or any(len(spec.shape) < 3 for spec in roles.values()):
+    height = max(heights)
+    if heights - {1, height} or any(len(spec.shape) < 3 for spec in roles.values()):
         return None
     parts = {role: slices(spec) for role, spec in roles.items()}
-    return [{role: own[i] for role, own in parts.items()} for i in range(heights.pop())]
+    return [{role: own[i % len(own)] for role, own in parts.items()} for i in range(height)]
 
 
 def stack(

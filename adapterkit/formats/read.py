@@ -1,40 +1,32 @@
 """A file in a format of the TOML files, as neutral contents: every key has a role, or the file is
 refused with the whole list."""
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from adapterkit import dtypes
+from adapterkit.adapters.adapter_config import HUB_ID
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats.capabilities import refused_by_name
 from adapterkit.formats.containers import Container, PlanReader
 from adapterkit.formats.fusing import Fusion, split
-from adapterkit.formats.kinds import (
-    LIMITED,
-    axes_at_least,
-    is_complete,
-    rank_of,
-    shape_problem,
-    with_magnitudes,
-)
-from adapterkit.formats.library import architectures, formats
+from adapterkit.formats.grouped import GROUPED, groups_in, trained, ungrouped
+from adapterkit.formats.keys import Raw, raws_of
+from adapterkit.formats.kinds import LIMITED, rank_of, shape_problem, with_magnitudes
+from adapterkit.formats.library import architectures
 from adapterkit.formats.metadata import words_of
 from adapterkit.formats.names import likely, names_of
 from adapterkit.formats.numbered import unstacked
-from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module, StoredAlpha
+from adapterkit.formats.record import EXPERTS, FACTORS, LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import ALPHA, Scales
-from adapterkit.formats.schema import KINDS, MODEL, Format
+from adapterkit.formats.schema import MODEL, Format
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.tensors import Expression, Stored, from_spec
-from adapterkit.formats.widths import SHAPE, check_shape
+from adapterkit.formats.widths import check_shape
 
-INTEGERS = ("I64", "I32")  # as diffusers writes alphas for kohya's names
+BASE = "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -45,20 +37,7 @@ class Reading:
     architecture: str | None = None
     modules: Sequence[str] = ()  # of the base, by which underscored names are told
     heads: Heads | None = None  # of the base, or of the source's config
-
-
-@dataclass(frozen=True)
-class Raw:
-    """The tensors of one module of a file, by role, before its name is understood."""
-
-    prefix: str  # of its keys
-    head: str  # the key without prefix and suffix
-    kind: str
-    roles: Mapping[str, TensorSpec]
-
-    @property
-    def key(self) -> str:
-        return next(iter(self.roles.values())).key
+    model_type: str | None = None  # likewise
 
 
 def read(
@@ -76,17 +55,15 @@ def read(
     reader = PlanReader((folder,) * (number + 1))
     candidates = _candidates(form, reading, container)
     refuse_all(refused_by_name(form, container.tensors, where))
-    raws = _raws(form, container, candidates, errors, where)
+    raws = raws_of(form, container, candidates, errors, where)
     refuse_all(errors)
     chosen, (resolved, _, naming) = _resolve(form, raws, candidates, container, reading, where)
     reader.prefetch(raw.roles[ALPHA] for raw in raws if ALPHA in raw.roles)
     scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
     modules: list[Module] = []
     for raw, component, names, fusion in resolved:
-        module = _module(form, raw, component, scales, errors, where)
-        if module is None:
-            continue
         try:
+            module, fusion, names = _module(form, raw, component, names, fusion, scales, where)
             if fusion is None:
                 modules.append(replace(module, name=names[0]))
             else:
@@ -111,7 +88,7 @@ def read(
         tuple(chosen),
         naming,
         container.metadata,
-        dict(config),
+        {**config, **_base(scales.settings)},
         words_of(form.metadata.write, container.metadata),
         {(number, container.file): container.header_sha256},
     )
@@ -131,7 +108,7 @@ def _candidates(form: Format, reading: Reading, container: Container) -> list[st
             )
         return [container.metadata[key]]
     if reading.architecture is None:
-        return known
+        return _of_type(known, reading.model_type, form.title)
     if reading.architecture not in architectures():
         raise Refused(
             f"architecture {shown(reading.architecture)}",
@@ -142,150 +119,33 @@ def _candidates(form: Format, reading: Reading, container: Container) -> list[st
     return [reading.architecture]
 
 
-def _raws(
-    form: Format,
-    container: Container,
-    candidates: Sequence[str],
-    errors: list[AdapterkitError],
-    where: str,
-) -> list[Raw]:
-    """The tensors of the file by module and kind; keys without a role join the errors."""
-    prefixes = _prefixes(form, candidates)
-    heads: dict[tuple[str, str], dict[str, tuple[TensorSpec, dict[str, str]]]] = {}
-    unknown, twice = [], []
-    for key, spec in container.tensors.items():
-        place = _place(form, _respelled(form, key), prefixes)
-        if place is None:
-            unknown.append(key)
-            continue
-        prefix, head, suffix, roles = place
-        home = heads.setdefault((prefix, head), {})
-        if suffix in home:
-            twice.append(key)
-        home[suffix] = (spec, roles)
-    if unknown:
-        errors.append(
-            Refused(
-                f"{len(unknown)} keys that are no part of {form.title}: {listed(sorted(unknown))}",
-                expected="keys with a role, each of them",
-                where=where,
-                hint="adapterkit convert --list tells what each format holds",
-            )
+def _of_type(known: list[str], model_type: str | None, title: str) -> list[str]:
+    """The architectures that a model of this type may have. `Refused` where each of them says
+    whose they are, and none that it is this one's."""
+    models = {name: architectures()[name].detect.models for name in known}
+    if model_type is None or not known or not all(models.values()):
+        return known
+    fits = [name for name, own in models.items() if model_type in own]
+    if not fits:
+        raise Refused(
+            f"an adapter for a model of type {shown(model_type)}",
+            expected=", ".join(sorted({one for own in models.values() for one in own})),
+            where="config.json",
+            hint=f"other models' names in {title} are not known",
         )
-    if twice:
-        errors.append(
-            Refused(
-                f"{listed(twice)}, and other keys of the same role",
-                expected="each once",
-                where=where,
-                hint="remove one of them",
-            )
-        )
-    raws = []
-    for (prefix, head), tensors in heads.items():
-        raws += _kinds(prefix, head, tensors, errors, where)
-    return raws
+    return fits
 
 
-def _prefixes(form: Format, candidates: Sequence[str]) -> list[str]:
-    """The prefixes of all keys, the longest first."""
-    tables = [form.names.components, *(form.components(name) for name in candidates)]
-    prefixes = {prefix for table in tables for own in table.values() for prefix in own}
-    return sorted(prefixes or {""}, key=lambda prefix: (-len(prefix), prefix))
+def _base(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The base that the settings name, as a PEFT config has it; a path on some machine is none."""
+    base = settings.get("base")
+    return {BASE: base} if base is not None and HUB_ID.fullmatch(base) else {}
 
 
 def _component(form: Format, architecture: str | None, prefix: str) -> str | None:
     """The component whose keys have this prefix; None where there is none."""
     components = form.components(architecture) or {LANGUAGE: ("",)}
     return next((name for name, own in components.items() if prefix in own), None)
-
-
-@lru_cache(maxsize=64)
-def _suffixes(form_name: str) -> list[tuple[re.Pattern[str], dict[str, str]]]:
-    """(pattern of a key, kind -> role), the longest suffix first."""
-    suffixes: dict[str, dict[str, str]] = {}
-    for kind, roles in formats()[form_name].kinds.items():
-        for role, texts in roles.items():
-            for text in texts:
-                suffixes.setdefault(text, {})[kind] = role
-    ordered = sorted(suffixes.items(), key=lambda item: (-len(item[0]), item[0]))
-    return [(_pattern(text), roles) for text, roles in ordered]
-
-
-def _pattern(suffix: str) -> re.Pattern[str]:
-    """The keys that end so; `{adapter}` may be an adapter's name."""
-    end = re.escape(suffix).replace(r"\{adapter\}", r"(?:\.\w+)?")
-    return re.compile(f"(.*?){end}")
-
-
-def _respelled(form: Format, key: str) -> str:
-    """The key in the format's own spelling."""
-    for pattern, replacement in form.names.renames.items():
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _place(
-    form: Format, key: str, prefixes: Sequence[str]
-) -> tuple[str, str, str, dict[str, str]] | None:
-    """Prefix, name, suffix and roles of a key; None where it has none."""
-    for pattern, roles in _suffixes(form.name):
-        match = pattern.fullmatch(key)
-        if match is None:
-            continue
-        for prefix in prefixes:
-            if match[1].startswith(prefix) and len(match[1]) > len(prefix):
-                name = match[1].removeprefix(prefix)
-                return prefix, name, "/".join(sorted(set(roles.values()))), roles
-    return None
-
-
-def _kinds(
-    prefix: str,
-    head: str,
-    tensors: Mapping[str, tuple[TensorSpec, dict[str, str]]],
-    errors: list[AdapterkitError],
-    where: str,
-) -> list[Raw]:
-    """The deltas of one module; a key that several kinds have goes to the one that others tell."""
-    kinds = {kind for _, roles in tensors.values() for kind in roles}
-    sets = {
-        kind: {roles[kind]: spec for spec, roles in tensors.values() if kind in roles}
-        for kind in KINDS
-        if kind in kinds
-    }
-    complete = {kind: roles for kind, roles in sets.items() if is_complete(kind, roles)}
-    used: set[str] = set()
-    raws = []
-    for kind, roles in complete.items():
-        own = {role: spec for role, spec in roles.items() if spec.key not in used}
-        if is_complete(kind, own):
-            raws.append(Raw(prefix, head, kind, own))
-            used |= {spec.key for spec in own.values()}
-    missing = sorted(spec.key for spec, _ in tensors.values() if spec.key not in used)
-    if missing:
-        errors.append(
-            Refused(
-                f"{shown(head)} has {listed(missing)} alone",
-                expected="all tensors of a module: both factors",
-                where=where,
-                hint="save the adapter again",
-            )
-        )
-    for raw in raws:
-        for role, spec in raw.roles.items():
-            numbers = dtypes.FLOATS + INTEGERS if role in (ALPHA, SHAPE) else dtypes.FLOATS
-            too_few = len(spec.shape) < axes_at_least(role)
-            if spec.dtype not in numbers or 0 in spec.shape or too_few:
-                errors.append(
-                    Refused(
-                        f"{shown(spec.key)} is {spec.dtype} {spec.shape}",
-                        expected="F32, F16, BF16 or F64, with axes, and not empty",
-                        where=where,
-                        hint="save it as floats, gathered from all shards",
-                    )
-                )
-    return raws
 
 
 # (module of the file, component, modules of the model, how they share its rows)
@@ -311,6 +171,8 @@ def _resolve(
     """The architectures whose names these are, and each module's in the model."""
     if not candidates:
         return [], Attempt(_without_rules(form, raws, reading, where))
+    if form.names.unlisted:
+        return [], _named(form, candidates[0], form.namings(None)[0], raws, reading.heads)
     attempts = {name: _attempt(form, name, raws, reading.heads) for name in candidates}
     fits = [name for name, attempt in attempts.items() if not attempt.unknown]
     is_plain = MODEL in form.names.naming
@@ -340,7 +202,10 @@ def _resolve(
         counts = {n: _known(attempts[n].resolved, known) for n in fits}
         fits = [n for n in fits if counts[n] == max(counts.values())]
     results = [
-        [(raw.key, component, names) for raw, component, names, _ in attempts[name].resolved]
+        [
+            (raw.key, component, names, fusion and fusion.rule.steps.get(fusion.naming))
+            for raw, component, names, fusion in attempts[name].resolved
+        ]
         for name in fits
     ]
     if any(result != results[0] for result in results):
@@ -348,7 +213,7 @@ def _resolve(
             f"names that {' and '.join(fits)} have, for other modules",
             expected="names of one architecture",
             where=where,
-            hint="give --architecture",
+            hint="give --base, the model it was trained on, or --architecture",
         )
     return fits, attempts[fits[0]]
 
@@ -375,6 +240,9 @@ def _named(
         component = _component(form, name, raw.prefix)
         names = None if component is None else names_of(name, component, naming, style)
         matches = [] if names is None else names.find(raw.head)
+        if form.names.unlisted and not matches:
+            resolved.append((raw, component or LANGUAGE, [raw.head], None))
+            continue
         if names is None or component is None or len(matches) != 1:
             unknown.append(raw.key)
             continue
@@ -428,11 +296,13 @@ def _module(
     form: Format,
     raw: Raw,
     component: str,
+    names: list[str],
+    fusion: Fusion | None,
     scales: Scales,
-    errors: list[AdapterkitError],
     where: str,
-) -> Module | None:
-    """The module of a file, still under the file's name; None where something is wrong."""
+) -> tuple[Module, Fusion | None, list[str]]:
+    """The module of a file, still under the file's name, and the modules of the model that it is.
+    `Refused` where shapes or the alpha are not right."""
     parts = {
         role: _neutral(form, raw.kind, role, from_spec(spec))
         for role, spec in raw.roles.items()
@@ -441,31 +311,39 @@ def _module(
     parts = with_magnitudes(parts, form.kinds[raw.kind])
     embedding = raw.kind == "embedding"
     kind = {"embedding": FACTORS, "norm": "full"}.get(raw.kind, raw.kind)
+    if kind == EXPERTS and len(parts["a"].shape) == 2:  # one of a stack
+        kind = FACTORS
+    groups = 1
+    if kind == FACTORS and form.steps.get(kind) == (GROUPED,):
+        groups = groups_in(parts)
+        if fusion is not None and fusion.rule.parts:
+            fusion, names = trained(fusion, names, scales.settings, groups, where)
+        if groups > 1:
+            own = (1,) * groups if fusion is None else fusion.shares(where)
+            parts = dict(ungrouped(parts, own, where))
     expected = shape_problem(kind, parts)
     if expected:
         shapes = ", ".join(f"{role} {part.shape}" for role, part in sorted(parts.items()))
-        errors.append(
-            Refused(
-                f"{shown(raw.head)}: {shapes}",
-                expected=expected,
-                where=where,
-                hint="save the adapter again",
-            )
+        raise Refused(
+            f"{shown(raw.head)}: {shapes}",
+            expected=expected,
+            where=where,
+            hint="save the adapter again",
         )
-        return None
     rank = rank_of(kind, parts)
     stored = Stored(raw.roles[ALPHA]) if ALPHA in raw.roles else None
-    try:
-        check_shape(parts, scales.reader, where)
-        if kind == LIMITED:
-            alpha = 0.0 if stored is None else scales.number(stored)
-        else:
-            alpha = 1.0 if rank is None else scales.alpha(component, raw.head, rank, stored)
-    except AdapterkitError as error:
-        errors.append(error)
-        return None
+    check_shape(parts, scales.reader, where)
+    if kind == LIMITED:
+        alpha = 0.0 if stored is None else scales.number(stored)
+    elif rank is None:
+        alpha = 1.0
+    else:
+        alpha = scales.alpha(component, raw.head, rank // groups, stored) * groups
     held = None if stored is None else StoredAlpha(stored, alpha)
-    return Module(component, raw.head, kind, parts, alpha, rank or 1, embedding, stored_alpha=held)
+    module = Module(
+        component, raw.head, kind, parts, alpha, rank or 1, embedding, stored_alpha=held
+    )
+    return module, fusion, names
 
 
 def _neutral(form: Format, kind: str, role: str, value: Expression) -> Expression:

@@ -58,12 +58,7 @@ def order(
     if name == "interleave":
         return _divided((-1, 2), size, where).T.reshape(-1)
     if heads is None:
-        raise Refused(
-            f"rows in the order {name!r}, and the number of heads is unknown",
-            expected="a config with num_attention_heads and num_key_value_heads",
-            where=where,
-            hint="--base MODEL",
-        )
+        raise unknown_heads(f"rows in the order {name!r}", where)
     if name == "groups":
         per_group = heads.query // heads.key
         groups = _divided((heads.key, per_group + 2, -1), size, where)
@@ -71,6 +66,16 @@ def order(
         return torch.cat([part.reshape(-1) for part in parts])
     count = {"rotary_q": heads.query, "rotary_k": heads.key}[name]
     return _divided((count, -1, 2), size, where).transpose(1, 2).reshape(-1)
+
+
+def unknown_heads(problem: str, where: str) -> Refused:
+    """The refusal of rows that a count of heads would tell."""
+    return Refused(
+        f"{problem}, and the number of heads is unknown",
+        expected="a config with num_attention_heads and num_key_value_heads",
+        where=where,
+        hint="--base MODEL",
+    )
 
 
 def inverse(

@@ -62,7 +62,7 @@ class Scales:
             value = words_of(self.form.metadata.write, self.metadata).get(words.means)
             if value:  # 0 counts as missing
                 return float(value) * (rank if words.means == "scale" else 1)
-        if words.place == "config" and words.means in self._fields:
+        if words.place == "config" and words.means in self.settings:
             self.declares = True
             return self._declared_alpha(self._configured, rank, name, "the config")
         if self.asked is not None:
@@ -102,15 +102,17 @@ class Scales:
         return float(self.reader.stored(stored.spec).double().reshape(()))
 
     @cached_property
-    def _fields(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return fields(self.config, dict(self.form.config.read), self.where)
 
     @cached_property
     def _configured(self) -> DeclaredScales:
         """The settings beside the file."""
-        values = {SETTINGS[word]: value for word, value in self._fields.items() if word in SETTINGS}
+        values = {
+            SETTINGS[word]: value for word, value in self.settings.items() if word in SETTINGS
+        }
         if self.form.scale.means == "scale":
-            values["lora_alpha"] = self._fields["scale"] * values.get("r", 1)
+            values["lora_alpha"] = self.settings["scale"] * values.get("r", 1)
         return DeclaredScales(values, self.where)
 
     @cached_property

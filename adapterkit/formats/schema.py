@@ -15,7 +15,8 @@ from adapterkit.formats.configs import WORDS, unknown_words
 R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
 # rules' words that are no namings
-RULE_WORDS = ("rows", "steps", "embedding", "untied")
+RULE_WORDS = ("rows", "parts", "steps", "embedding", "untied")
+HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
 # roles of each kind of delta
 KINDS: dict[str, tuple[str, ...]] = {
     "lora": ("a", "b", "mid", "magnitude", "input_magnitude", "bias", "shape", "alpha"),
@@ -76,6 +77,7 @@ class NameWords:
     # regex -> replacement, in order: spellings of keys that are read like others, never written
     renames: Mapping[str, str] = field(default_factory=dict)
     architectures: tuple[str, ...] = ()  # none: names are the model's, of any architecture
+    unlisted: bool = False  # names that the rules do not list are the model's
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # -> prefixes of keys
     architecture_key: str = ""  # of the metadata: the architecture's name, which names do not tell
     inside: Mapping[str, InWords] = field(default_factory=dict)  # "in" in the file
@@ -185,11 +187,12 @@ class Rule:
 
     model: tuple[str, ...]
     namings: Mapping[str, str]
-    rows: tuple[int, ...] = ()  # shares of the fused rows; none: equal
+    rows: tuple[int | str, ...] = ()  # shares of the fused rows, or of HEADS; none: equal
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by naming, to the model
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the architecture's
     embedding: bool = False  # its factors are an embedding's
     untied: bool = False  # adapted only where the base does not tie embeddings and head
+    parts: tuple[str, ...] = ()  # words of the config: whether each of the modules is in the file
 
 
 @dataclass(frozen=True)
@@ -284,9 +287,14 @@ def _rule(table: dict[str, Any], tables: dict[str, dict[str, str]], where: str) 
         tables,
         table.get("embedding") is True,
         table.get("untied") is True,
+        tuple(table.get("parts", ())),
     )
-    if not rule.model or (rule.rows and len(rule.rows) != len(rule.model)):
-        raise ValueError(f"{where}: model and rows of {table}")
+    sizes = {len(own) for own in (rule.rows, rule.parts) if own}
+    if not rule.model or sizes - {len(rule.model)}:
+        raise ValueError(f"{where}: model, rows and parts of {table}")
+    unknown = {share for share in rule.rows if share not in HEADS and not isinstance(share, int)}
+    if unknown or set(rule.parts) - set(WORDS):
+        raise ValueError(f"{where}: rows or parts of {table}")
     return rule
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from adapterkit.formats.tensors import Expression, transposed
+from adapterkit.formats.tensors import Expression, Joined, transposed
 
 COLUMN = "column"  # of magnitudes: (out, 1, ...), where PEFT has vectors
 
@@ -19,4 +19,15 @@ def _same(value: Expression) -> Expression:
     return value
 
 
-STEPS = {"transpose": Step(transposed, transposed), COLUMN: Step(_same, _same)}
+def shared(source: Expression) -> Expression:
+    """One of a stack's matrices where it holds the same one for all, as (1, ...)."""
+    if isinstance(source, Joined) and len(set(source.parts)) == 1:
+        return source.parts[0]
+    return source
+
+
+STEPS = {
+    "transpose": Step(transposed, transposed),
+    "shared": Step(_same, shared),  # a file may have one matrix for all
+    COLUMN: Step(_same, _same),
+}

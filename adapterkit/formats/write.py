@@ -152,8 +152,10 @@ def _placed(
     modules = list(contents.modules)
     bare = [m for m in modules if m.component == LANGUAGE]
     components = form.names.components
-    if not needed and (not components or not bare):
+    if not needed and (not components or not bare or LANGUAGE in components):
         return None, modules
+    if form.names.unlisted:
+        return architecture or form.names.architectures[0], modules
     among = [architecture] if architecture else list(contents.architectures)
     if not among:
         among = list(form.names.architectures) if needed else list(architectures())
@@ -283,9 +285,13 @@ def _fused(
     stacks: set[tuple[str, str, str]] = set()
     errors: list[AdapterkitError] = []
     lacking, tied = [], []
+    plain: list[tuple[Module, str]] = []
     for module in modules:
         names = names_of(architecture, module.component, naming, form.names.style)
         named = names.named(module.name)
+        if named is None and form.names.unlisted:
+            plain.append((module, prefix(module) + module.name))
+            continue
         if named is None:
             lacking.append(module.path)
             continue
@@ -336,7 +342,7 @@ def _fused(
             continue
         whole.append((replace(module, name=text), prefix(module) + text))
     refuse_all(errors)
-    return whole
+    return whole + plain
 
 
 def _tensors(

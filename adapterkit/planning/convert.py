@@ -143,7 +143,11 @@ def read_contents(
         contents = read_layout(form, source, names=names, stacks=stacks)
     else:
         reading = Reading(
-            options.alpha, options.architecture, modules_of(base), heads_of(base, detection.config)
+            options.alpha,
+            options.architecture,
+            modules_of(base),
+            heads_of(base, detection.config),
+            model_type_of(base, detection.config),
         )
         contents = read(form, source, detection.container, detection.config, reading)
     return _selected(contents, options.prefix_only)
@@ -157,6 +161,12 @@ def modules_of(base: Checkpoint | None) -> list[str]:
 def heads_of(base: Checkpoint | None, config: Mapping[str, Any]) -> Heads | None:
     """Numbers of heads, by the base's config or the source's."""
     return model_heads(config if base is None else base.config)
+
+
+def model_type_of(base: Checkpoint | None, config: Mapping[str, Any]) -> str | None:
+    """The type of the model, by the base's config or the source's."""
+    model_type = (config if base is None else base.config).get("model_type")
+    return model_type if isinstance(model_type, str) else None
 
 
 def _selected(contents: Contents, component: str | None) -> Contents:

@@ -47,6 +47,7 @@ JUDGED = (
     r"LoKr (of|with) ",  # PEFT decomposes all modules in one way
     r"experts in another layout",
     r"an activated LoRA",
+    r"is written for one architecture, which the adapter does not tell",
 )
 
 
@@ -165,6 +166,8 @@ def holds(form: Format, contents: Contents) -> bool:
         return form.name == "peft" and len(contents.components) == 1 and not one_by_one
     if contents.facts.get("invocation"):
         return "{invocation}" in form.metadata.write.values()
+    if form.names.architecture_key and contents.format != form.name:
+        return False  # --base tells it
     if not form.names.architectures:
         known = form.names.components
         return set(contents.components) <= set(known) if known else len(contents.components) == 1

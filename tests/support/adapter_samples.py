@@ -62,12 +62,12 @@ def _samples(form: Format) -> Iterator[Sample]:
             options["base"] = path.parent / "base"
         if form.file.container == "pickle":
             options["allow_pickle"] = True
-        if form.scale.default == "ask" and form.scale.place == "none":
-            options["alpha"] = 6.0
         family = path.stem.partition("_")[0]
         if not form.names.architectures and family in architectures():
             options["architecture"] = family  # which the file does not tell
         is_folder = any((path.parent / settings).is_file() for settings in form.file.config)
+        if form.scale.default == "ask" and not is_folder:
+            options["alpha"] = 6.0
         yield Sample(form.name, path.parent if is_folder else path, options)
 
 
@@ -85,7 +85,8 @@ def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
     family = {}
     if formats()[to].names.architectures and len(source.architectures) == 1:
         family = {"architecture": source.architectures[0]}
-    return contents_of(out, **(sample.options | family))
+    options = {name: value for name, value in sample.options.items() if name == "base"}
+    return contents_of(out, **(options | family))
 
 
 @dataclass(frozen=True)
