@@ -40,6 +40,8 @@ JUDGED = (
     r"modules of other kinds",
     r"magnitudes, but none for",
     r"values trained in place of the base's",
+    r"\w+ is not the same in ",  # parts of a fused module
+    r"whose rows come \d+ at a time",
     r"LoKr of \d+ modules whose matrices no one factor makes",
     r"\bcomponents? ",
     r"modules without a name there",

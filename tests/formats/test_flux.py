@@ -1,6 +1,7 @@
 """Flux.1, Flux.2 and Chroma: names and rows against diffusers' own converters, files against its
 own loaders."""
 
+import copy
 import inspect
 import json
 import re
@@ -27,7 +28,10 @@ from torch import Tensor, nn
 import adapterkit
 from adapterkit.adapters.declared import DeclaredScales
 from adapterkit.errors import Refused
+from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.names import names_of
+from adapterkit.formats.record import Contents
+from tests.support.adapter_samples import contents_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
 GOLDEN = Path(__file__).parent / "golden"
@@ -287,7 +291,7 @@ def test_flux2_as_diffusers_converts_it(tmp_path: Path) -> None:
 def test_control_is_refused_where_it_cannot_be_held(to: str, tmp_path: Path) -> None:
     """Norms in place of the base's, and where no bias is held, biases."""
     with pytest.raises(Refused) as caught:
-        convert("bfl/control", to, tmp_path / "out.safetensors")
+        adapterkit.convert(GOLDEN / "bfl/control.safetensors", to=to, out=tmp_path / "out")
     message = str(caught.value)
     assert "6 modules" in message and "transformer_blocks.0.attn.norm_k" in message
     assert ("bias of lora, in 30 modules" in message) == (to == "kohya")
@@ -337,7 +341,7 @@ def test_widened_layer_is_refused_where_no_client_widens(
     to: str, wide: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Refused, match=r"more inputs than the base has, in transformer\.x_embedder"):
-        convert(wide, to, tmp_path / "out.safetensors")
+        adapterkit.convert(wide, to=to, out=tmp_path / "out")
 
 
 def test_shape_that_is_not_the_factors_is_refused(wide: Path, tmp_path: Path) -> None:
@@ -373,23 +377,130 @@ def test_output_is_the_sources_after_two_conversions(
 
 def output(path: Path | None) -> Tensor:
     """The tiny Flux.1's, with an adapter that diffusers loads."""
-    model = tiny("flux")
-    assert isinstance(model, FluxTransformer2DModel)
+    model = copy.deepcopy(tiny("flux"))
+    if path is not None:
+        load(model, "flux", path)
+    return run(model, "flux")
+
+
+def load(model: nn.Module, family: str, path: Path) -> None:
+    """diffusers' own loading of a file."""
+    if family == "flux2":
+        model.load_lora_adapter(load_file(path), prefix="transformer")
+        return
     pipeline = FluxPipeline(None, None, None, None, None, None, model)
-    if path is not None:
-        pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
+
+
+def run(model: nn.Module, family: str) -> Tensor:
+    """A model's output for fixed inputs, as wide as its first layer."""
     torch.manual_seed(0)
+    width = model.x_embedder.in_features
+    axes = 4 if family == "flux2" else 3
+    inputs = {
+        "hidden_states": torch.randn(1, 4, width).double(),
+        "encoder_hidden_states": torch.randn(1, 3, 8).double(),
+        "timestep": torch.tensor([0.5]).double(),
+        "img_ids": torch.zeros(4, axes),
+        "txt_ids": torch.zeros(3, axes),
+    }
+    if family == "flux":
+        inputs["pooled_projections"] = torch.randn(1, 8).double()
+    if family != "chroma":
+        inputs["guidance"] = torch.tensor([3.0]).double()
     with torch.no_grad():
-        result = model(
-            hidden_states=torch.randn(1, 4, 4).double(),
-            encoder_hidden_states=torch.randn(1, 3, 8).double(),
-            pooled_projections=torch.randn(1, 8).double(),
-            timestep=torch.tensor([0.5]).double(),
-            guidance=torch.tensor([3.0]).double(),
-            img_ids=torch.zeros(4, 3),
-            txt_ids=torch.zeros(3, 3),
-            return_dict=False,
-        )[0]
-    if path is not None:
-        pipeline.unload_lora_weights()
-    return result
+        return model(**inputs, return_dict=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("bfl/control", "flux"),
+        ("fal-kontext/flux", "flux"),
+        ("diffusers-old/flux_hybrid", "flux"),
+        ("ai-toolkit/flux2", "flux2"),
+        ("ai-toolkit/chroma", "chroma"),
+    ],
+)
+def test_diffusers_adds_what_the_source_holds(name: str, family: str, tmp_path: Path) -> None:
+    """Its output with the converted file is that of a model whose weights took the deltas."""
+    path = tmp_path / "ours.safetensors"
+    convert(name, "diffusers", path, architecture=family)
+    loaded, merged = copy.deepcopy(tiny(family)), copy.deepcopy(tiny(family))
+    load(loaded, family, path)
+    add(merged, contents_of(GOLDEN / f"{name}.safetensors", architecture=family))
+    difference = (run(merged, family) - run(tiny_of(merged, family), family)).abs().max()
+    assert difference > 0.1
+    assert torch.allclose(run(loaded, family), run(merged, family), rtol=1e-4, atol=1e-4)
+
+
+def tiny_of(model: nn.Module, family: str) -> nn.Module:
+    """The tiny model, its first layer as wide as the given one's."""
+    plain = copy.deepcopy(tiny(family))
+    widen(plain.x_embedder, model.x_embedder.in_features)
+    return plain
+
+
+def widen(layer: nn.Linear, width: int) -> None:
+    """Columns of zeros after a layer's own."""
+    weight = layer.weight.data
+    layer.weight.data = nn.functional.pad(weight, (0, width - weight.shape[1]))
+    layer.in_features = width
+
+
+def add(model: nn.Module, contents: Contents) -> None:
+    """The deltas of an adapter added to a model's weights, its values in their place."""
+    reader = PlanReader(contents.folders)
+    for module in contents.modules:
+        layer = model.get_submodule(module.name)
+        value = {role: part.value(reader).double() for role, part in module.parts.items()}
+        if module.kind == "value":
+            layer.weight.data = value["weight"]
+            continue
+        if value["a"].shape[1] > layer.in_features:
+            widen(layer, value["a"].shape[1])
+        layer.weight.data += module.scale * value["b"] @ value["a"]
+        if "bias" in value:
+            layer.bias.data += module.scale * value["bias"]
+
+
+def blocks(double: int, single: int, prefix: str = "transformer.") -> Tensors:
+    """Factors of one module of each block, as wide as Flux.1 and HunyuanVideo are."""
+    sizes = {f"transformer_blocks.{n}.ff.net.0.proj": (12288, 3072) for n in range(double)}
+    sizes |= {f"single_transformer_blocks.{n}.proj_out": (3072, 15360) for n in range(single)}
+    tensors = {}
+    for name, (rows, columns) in sizes.items():
+        tensors[f"{prefix}{name}.lora_A.weight"] = torch.zeros(1, columns).half()
+        tensors[f"{prefix}{name}.lora_B.weight"] = torch.zeros(rows, 1).half()
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("double", "single", "family"), [(19, 38, "flux"), (20, 40, "hunyuan_video"), (18, 38, "flux")]
+)
+def test_numbers_of_blocks_tell_architectures(
+    double: int, single: int, family: str, tmp_path: Path
+) -> None:
+    """Flux.1 and HunyuanVideo have the same names and sizes in diffusers; no files of 20 blocks are
+    Flux.1's."""
+    path = tmp_path / "source.safetensors"
+    save_file(blocks(double, single), path)
+    plan = adapterkit.convert(path, to="kohya", out=tmp_path / "out.safetensors", dry_run=True)
+    assert plan.decisions["architecture"] == family
+
+
+def test_few_blocks_do_not_tell_architectures(tmp_path: Path) -> None:
+    path = tmp_path / "source.safetensors"
+    save_file(blocks(3, 3), path)
+    with pytest.raises(Refused, match="modules of flux, .*hunyuan_video") as caught:
+        adapterkit.convert(path, to="kohya", out=tmp_path / "out.safetensors")
+    assert "--architecture" in str(caught.value)
+
+
+def test_norms_that_no_client_takes_are_refused(tmp_path: Path) -> None:
+    """diffusers loads those of attention alone."""
+    name = "distilled_guidance_layer.norms.0"
+    path = tmp_path / "comfyui.safetensors"
+    save_file({f"diffusion_model.{name}.set_weight": torch.ones(8)}, path)
+    with pytest.raises(Refused, match=f"value outside of .*{name}"):
+        adapterkit.convert(path, to="diffusers", out=tmp_path / "out")

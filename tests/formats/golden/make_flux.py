@@ -1,9 +1,10 @@
 """Makes the golden files of the Flux family; run it from the repository's root.
 
-`diffusers/flux.safetensors` is written by diffusers 0.42.1 (PEFT 0.21.2): `save_lora_weights` of
-tiny Flux transformer and text encoder. The other tools do not install (sd-scripts and ai-toolkit
-are no packages, XLabs' and BFL's trainers are not public), so their files are written here with
-the key names that their sources show:
+`diffusers` is written by diffusers 0.42.1 (PEFT 0.21.2): `save_lora_weights` of a tiny Flux
+transformer; `lycoris-native` by lycoris-lora 4.1.3: `create_lycoris` on it, as SimpleTuner does,
+and ai-toolkit for its older LoKr. The other tools do not install (sd-scripts and ai-toolkit are no
+packages, XLabs' and BFL's trainers are not public), so their files are written here with the key
+names that their sources show:
 
 kohya        sd-scripts 48d368fa, networks/lora_flux.py: fused qkv and linear1, alpha; and the
              files of `split_qkv=True`, whose b is block-diagonal and whose alpha is one part's
@@ -13,6 +14,7 @@ xlabs        networks/convert_flux_lora.py of sd-scripts lists the keys
 bfl          flux1-canny-dev-lora: diffusers' converter lists the keys; biases, replaced norms, a
              wider img_in
 fal-kontext  diffusers' converter lists the keys
+diffusers-old  diffusers' converter of kohya files: its names with kohya's suffixes and alphas
 comfyui      comfy/lora.py: `diffusion_model.` with BFL's names, dora_scale, diff_b, set_weight
 """
 
@@ -105,6 +107,17 @@ def underscored(prefix: str, sizes: Sizes, alpha: float | None = None) -> Tensor
         tensors[f"{key}.lora_down.weight"] = normal(RANK, size)
         tensors[f"{key}.lora_up.weight"] = normal(out, RANK)
         tensors[f"{key}.alpha"] = torch.tensor(RANK if alpha is None else alpha).half()
+    return tensors
+
+
+def hybrid() -> Tensors:
+    """diffusers' names, sd-scripts' suffixes and alphas."""
+    tensors = {}
+    for name, (out, size) in diffusers_names().items():
+        key = f"transformer.{name}"
+        tensors[f"{key}.lora_down.weight"] = normal(RANK, size)
+        tensors[f"{key}.lora_up.weight"] = normal(out, RANK)
+        tensors[f"{key}.alpha"] = torch.tensor(1.0).half()
     return tensors
 
 
@@ -220,13 +233,11 @@ def comfyui() -> Tensors:
     return tensors
 
 
-def diffusers_flux(path: Path) -> None:
-    """What diffusers' own saver writes."""
-    from diffusers import FluxPipeline, FluxTransformer2DModel
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
+def tiny_flux() -> torch.nn.Module:
+    """A Flux.1 of one block of each kind."""
+    from diffusers import FluxTransformer2DModel
 
-    transformer = FluxTransformer2DModel(
+    return FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
         num_layers=1,
@@ -238,6 +249,15 @@ def diffusers_flux(path: Path) -> None:
         guidance_embeds=True,
         axes_dims_rope=(2, 2, 4),
     ).half()
+
+
+def diffusers_flux(path: Path) -> None:
+    """What diffusers' own saver writes."""
+    from diffusers import FluxPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    transformer = tiny_flux()
     config = LoraConfig(
         r=RANK,
         lora_alpha=1,
@@ -254,6 +274,20 @@ def diffusers_flux(path: Path) -> None:
         weight_name=path.name,
         transformer_lora_adapter_metadata=settings,
     )
+
+
+def lycoris_flux(path: Path) -> None:
+    """What LyCORIS' own saver writes."""
+    from lycoris import LycorisNetwork, create_lycoris
+
+    LycorisNetwork.apply_preset({"target_module": ["FluxAttention", "FeedForward"]})
+    network = create_lycoris(
+        tiny_flux(), 1.0, linear_dim=1, linear_alpha=0.5, algo="lokr", factor=2
+    )
+    network.apply_to()
+    for parameter in network.parameters():
+        parameter.data = normal(*parameter.shape)
+    network.save_weights(str(path), torch.float16, {})
 
 
 def main() -> None:
@@ -280,13 +314,15 @@ def main() -> None:
         "bfl/control": (bfl(), None),
         "fal-kontext/flux": (dotted("base_model.model.", FLUX_BLOCKS), None),
         "comfyui/flux": (comfyui(), None),
+        "diffusers-old/flux_hybrid": (hybrid(), None),
     }
     for name, (tensors, metadata) in files.items():
         path = HERE / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         save_file(tensors, path, metadata)
-    (HERE / "diffusers").mkdir(exist_ok=True)
-    diffusers_flux(HERE / "diffusers/flux.safetensors")
+    for name, make in {"diffusers": diffusers_flux, "lycoris-native": lycoris_flux}.items():
+        (HERE / name).mkdir(exist_ok=True)
+        make(HERE / name / "flux.safetensors")
 
 
 if __name__ == "__main__":
