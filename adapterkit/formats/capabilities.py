@@ -37,7 +37,7 @@ def kind_of(contents: Contents) -> str | None:
 
 def lacking(module: Module, form: Format, contents: Contents) -> list[str]:
     """The roles of a module that the format has no keys for; its kind where it lacks that."""
-    if form.layout == ADAPTER_LAYOUT:
+    if form.layout == ADAPTER_LAYOUT and not form.kinds:  # else a dialect that lists its own
         return _lacking_in_adapter(module, contents)
     kind = word_of(module, form)
     roles, only = form.kinds.get(kind), form.only.get(kind)

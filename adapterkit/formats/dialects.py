@@ -2,19 +2,21 @@
 file has them, one rank and scale; and what it does not read."""
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.formats.adapter import COPY, PARAMETER, VALUE
+from adapterkit.formats.adapter import COPY, PARAMETER, TOKENS, VALUE
 from adapterkit.formats.experts import Stack, split_experts, stack_experts
-from adapterkit.formats.record import EXPERTS, FACTORS, Contents, Module
+from adapterkit.formats.record import EXPERTS, FACTORS, RANK_AXES, Contents, Module
 from adapterkit.formats.schema import Format
-from adapterkit.formats.tensors import StoredReader
+from adapterkit.formats.tensors import Constant, Expression, StoredReader
 from adapterkit.formats.uniform import uniform
-from adapterkit.formats.write import unsupported
+from adapterkit.formats.write import REFIT, unsupported
 from adapterkit.weights.names import Names
 
 SINGLE = re.compile(r"\.experts\.\d+\.")  # in the name of a module of one expert
@@ -30,6 +32,12 @@ class Model:
     names: Names
     stacks: Mapping[str, Stack]
 
+    @cached_property
+    def by_key(self) -> dict[str, str]:
+        """The parameter that each stored tensor is, where it is a whole one."""
+        parameters = [self.names.parameter(name) for name in self.names.all()]
+        return {one.slots[0].key: one.name for one in parameters if one is not None and one.whole}
+
 
 def arranged(
     contents: Contents, form: Format, model: Model | None, reader: StoredReader
@@ -40,19 +48,35 @@ def arranged(
     modules, notes = _without_copies(contents.modules, form)
     contents = replace(contents, modules=tuple(modules), notes=(*contents.notes, *notes))
     refuse_all([*_undecided(contents, model), *refusals(contents, form)])
+    if model is not None:
+        modules = _renamed(modules, model, in_file=False)
     modules = _experts(modules, words.experts, model, reader, contents.folders[0].label)
-    if words.names == "base":
-        if model is None:
-            notes = ["names of modules were not compared with a base: --base does so"]
-        else:
-            modules, notes = _stored_names(modules, model), []
-        contents = replace(contents, notes=(*contents.notes, *notes))
+    modules += _zeros_beside(modules, words.together, model, contents.folders[0].label)
+    if words.names == "base" and model is not None:
+        modules = _renamed(modules, model, in_file=True)
+    elif words.names == "base":
+        note = "names of modules were not compared with a base: --base does so"
+        contents = replace(contents, notes=(*contents.notes, note))
     if form.scale.uniform:
-        modules = uniform(modules)
+        before, modules = modules, uniform(modules)
+        contents = replace(contents, notes=(*contents.notes, *_uniform_notes(before, modules)))
     if model is not None:  # the order in which PEFT nests them
         order = {name: at for at, name in enumerate(model.stacks)}
         modules = sorted(modules, key=lambda m: order.get(m.name, -1) if m.kind == EXPERTS else -1)
     return replace(contents, modules=tuple(modules))
+
+
+def _uniform_notes(before: Sequence[Module], after: Sequence[Module]) -> list[str]:
+    """How many modules were padded, and into how many b's a scale was folded."""
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if b.kind in RANK_AXES]
+    padded = sum(a.rank != b.rank for a, b in pairs)
+    folded = sum(not math.isclose(a.scale, b.scale, rel_tol=1e-12) for a, b in pairs)
+    notes = []
+    if padded:
+        notes.append(f"one rank, {pairs[0][1].rank}: {padded} modules have zeros up to it")
+    if folded:
+        notes.append(f"one scale, {pairs[0][1].scale:g}: that of {folded} modules is in b now")
+    return notes
 
 
 def _without_copies(modules: Sequence[Module], form: Format) -> tuple[list[Module], list[str]]:
@@ -95,23 +119,28 @@ def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
         for name, one in form.adapter.refuse.items()
         if name in contents.config and one.value.search(json.dumps(contents.config[name]))
     ]
-    if form.kinds:
-        errors += unsupported(contents, form)
+    if not form.kinds:
+        return errors
     saved = form.adapter.saved
     values = [
-        m.path for m in contents.modules if m.kind == VALUE and m.name.split(".")[-1] not in saved
+        m.path
+        for m in contents.modules
+        if m.kind == TOKENS or (m.kind == VALUE and m.name.rpartition(".")[2] not in saved)
     ]
-    if saved and values:
+    if values:
         errors.append(
             Refused(
                 f"values trained in place of the base's, in {len(values)} modules: "
                 f"{listed(values)}",
-                expected=f"those of {' or '.join(saved)} alone, which {form.title} reads",
+                expected=f"low-rank factors{''.join(f', {name}' for name in saved)}: {form.title} "
+                "reads no others",
                 where=where,
                 hint=MERGE,
             )
         )
-    return errors
+    others = (VALUE, TOKENS, PARAMETER, EXPERTS)  # experts: once they are in the dialect's layout
+    own = tuple(m for m in contents.modules if m.kind not in others)
+    return errors + unsupported(replace(contents, modules=own), form, f"{MERGE}; {REFIT}")
 
 
 def _experts(
@@ -146,23 +175,67 @@ def _experts(
     )
 
 
-def _stored_names(modules: Sequence[Module], model: Model) -> list[Module]:
-    """The modules under the names that the base's file has for them. `Refused` with all that have
-    none there, or several."""
+def _zeros_beside(
+    modules: Sequence[Module],
+    together: Sequence[Sequence[str]],
+    model: Model | None,
+    where: str,
+) -> list[Module]:
+    """Zeros for modules that readers want beside others: k and v beside q. `Refused` with all that
+    are missing where no base tells their shapes."""
+    known = {m.name: m for m in modules if m.kind == FACTORS}
+    zeros: list[Module] = []
+    lacking: list[str] = []
+    for module in known.values():
+        home, _, leaf = module.name.rpartition(".")
+        group = next((group for group in together if leaf in group), ())
+        present = [name for name in group if f"{home}.{name}" in known]
+        if not present or present[0] != leaf:
+            continue  # once for each group
+        for name in (f"{home}.{other}" for other in group if other not in present):
+            parameter = None if model is None else model.names.parameter(f"{name}.weight")
+            if model is None:
+                lacking.append(name)
+            elif parameter is not None:  # else the model has no such module
+                out, width = parameter.shape
+                dtype = module.parts["a"].dtype
+                parts: dict[str, Expression] = {
+                    "a": Constant((module.rank, width), 0.0, dtype),
+                    "b": Constant((out, module.rank), 0.0, dtype),
+                }
+                zeros.append(replace(module, name=name, parts=parts, stored_alpha=None))
+    if lacking:
+        raise Refused(
+            f"{len(lacking)} modules are missing beside others: {listed(lacking)}",
+            expected="them too, of zeros if need be: the server reads them together",
+            where=where,
+            hint=GIVE_BASE,
+        )
+    return zeros
+
+
+def _renamed(modules: Sequence[Module], model: Model, *, in_file: bool) -> list[Module]:
+    """The modules under the base's names: its file's, or those of the model that is loaded.
+    `Refused` with all that have none in the file, or several that fit."""
+    names = model.base.tensors if in_file else model.names.all()
+    ends: dict[str, dict[str, None]] = {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        ends.setdefault(module.rpartition(".")[2], {})[module] = None
     errors: list[AdapterkitError] = []
-    ends: dict[str, list[str]] = {}
-    for key in model.base.tensors:
-        module = key.rpartition(".")[0]
-        ends.setdefault(module.rpartition(".")[2], []).append(module)
     result = []
     for module in modules:
-        names = _names_in_file(module, model, ends)
-        if len(names) == 1:
-            result.append(replace(module, name=names[0]))
+        own = _names_of(module, model, names, in_file)
+        if not own:
+            own = _longest_end(module.name, list(ends.get(module.name.rpartition(".")[2], ())))
+        if not own and not in_file:  # a layer without a weight of its own
+            own = [module.name]
+        if len(own) == 1:
+            result.append(replace(module, name=own[0]))
             continue
         errors.append(
             Refused(
-                f"{shown(module.path)}: {listed(names) if names else 'no module of that name'}",
+                f"{shown(module.path)}: {listed(own) if own else 'no module of that name'}",
                 expected="one module of the base",
                 where=model.base.folder.label,
                 hint="check --base: it is not the model that the adapter was trained on",
@@ -172,19 +245,23 @@ def _stored_names(modules: Sequence[Module], model: Model) -> list[Module]:
     return result
 
 
-def _names_in_file(module: Module, model: Model, ends: Mapping[str, Sequence[str]]) -> list[str]:
-    """The modules of the base's file that a module may be."""
+def _names_of(module: Module, model: Model, names: Collection[str], in_file: bool) -> list[str]:
+    """The base's module that this one is, by its own name or by one that it had before."""
     name = module.name
     if module.kind == EXPERTS:  # a parameter
         return [name] if name in model.stacks else []
-    if module.kind != FACTORS or f"{name}.weight" in model.base.tensors:
+    if module.kind != FACTORS or f"{name}.weight" in names:
         return [name]
+    if not in_file and f"{name}.weight" in model.by_key:
+        return [model.by_key[f"{name}.weight"].removesuffix(".weight")]
     parameter = model.names.parameter(f"{name}.weight")
-    if parameter is not None:
-        if parameter.is_alias or not parameter.whole:
-            return [name]  # a tied head, or part of a fused weight: both go by the model's names
-        return [parameter.slots[0].key.removesuffix(".weight")]
-    return _longest_end(name, list(dict.fromkeys(ends.get(name.rpartition(".")[2], []))))
+    if parameter is None:
+        return []
+    if not in_file:
+        return [parameter.name.removesuffix(".weight")]
+    if parameter.is_alias or not parameter.whole:
+        return [name]  # a tied head, or part of a fused weight: both go by the model's names
+    return [parameter.slots[0].key.removesuffix(".weight")]
 
 
 def _longest_end(name: str, candidates: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ class FileWords:
     name: str = "adapter_model.safetensors"  # in a folder
     # files of settings beside it: the first is written, all are read, earlier ones first
     config: tuple[str, ...] = ()
-    carry: tuple[str, ...] = ()  # other files that go along: patterns of names
+    carry: tuple[re.Pattern[str], ...] = ()  # other files that go along within a layout
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class AdapterWords:
     names: str = "model"  # or base: as the base's file has them
     targets: str = "names"  # or ends: target_modules are the last words of names
     saved: tuple[str, ...] = ()  # modules trained in full that are read; none: all
+    together: tuple[tuple[str, ...], ...] = ()  # modules that are there with all others of theirs
     settings: Mapping[str, Any] = field(default_factory=dict)  # that are written
     refuse: Mapping[str, RefusedWords] = field(default_factory=dict)  # by the setting
 

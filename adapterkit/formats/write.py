@@ -26,6 +26,8 @@ from adapterkit.formats.tensors import Constant, Expression, reshaped
 from adapterkit.formats.uniform import uniform
 from adapterkit.formats.widths import with_widths
 
+REFIT = "give --rank N (and --base for DoRA) to make plain factors of them, or another format"
+
 
 @dataclass(frozen=True)
 class Written:
@@ -121,7 +123,7 @@ def _activated(contents: Contents, form: Format) -> list[AdapterkitError]:
     ]
 
 
-def unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
+def unsupported(contents: Contents, form: Format, hint: str = REFIT) -> list[AdapterkitError]:
     """Refusals of kinds and roles that the format has no keys for."""
     errors = _activated(contents, form)
     absent: dict[str, list[str]] = {}
@@ -136,8 +138,7 @@ def unsupported(contents: Contents, form: Format) -> list[AdapterkitError]:
                 f"{what}, in {len(paths)} modules: {listed(paths)}",
                 expected=f"what {form.title} holds: {', '.join(form.kinds)}",
                 where=contents.folders[0].label if contents.folders else "",
-                hint="give --rank N (and --base for DoRA) to make plain factors of them, or "
-                "another format",
+                hint=hint,
             )
         )
     return errors

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adapterkit import dtypes
+from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed
@@ -27,6 +28,7 @@ from adapterkit.formats.write import File, Written, write
 from adapterkit.gguf.adapter import gguf_layout
 from adapterkit.plan import Computed, Plan, Task
 from adapterkit.planning.cards import adapter_card
+from adapterkit.planning.carried import carried_files
 from adapterkit.planning.folder_files import Files
 from adapterkit.planning.input_files import identities
 from adapterkit.planning.lossy import lowered
@@ -69,8 +71,12 @@ def plan_convert(
     detection = detect(source)
     model = model_of(base, detection, form)
     contents = read_contents(source, detection, options, base, model)
+    source_modules = _shapes(contents)
     contents = lowered(contents, form, rank=options.rank, base=base)
-    written = written_file(contents, form, options, base, model)
+    contents = _in_dialect(contents, form, model)
+    rebuilt = contents.format != form.name or source_modules != _shapes(contents)
+    written = written_file(contents, form, options, base, model, rebuilt)
+    notes: list[str] = []
     name = file or form.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
     tasks = _tasks(written.tensors)
@@ -84,7 +90,8 @@ def plan_convert(
     )
     files: Files = {}
     if file is None:
-        files = _files(contents, written)
+        within = detection.form.layout == ADAPTER_LAYOUT
+        files = _files(contents, written, within=within, notes=notes)
     elif written.settings is not None:
         raise Refused(
             f"one file, and {form.title} has ranks and scales in {form.file.config[0]}",
@@ -100,12 +107,13 @@ def plan_convert(
         "folded": dict(written.folded),
     }
     receipt_options = {k: v for k, v in vars(options).items() if v not in (None, False)}
-    notes = (
+    notes = [
         *_pickle_note(source),
         *contents.notes,
         *(note.replace("{file}", name) for note in written.notes),
         *_folded_note(form, written),
-    )
+        *notes,
+    ]
     return Plan(
         "convert",
         receipt_options,
@@ -115,9 +123,14 @@ def plan_convert(
         (shard,),
         files,
         decisions,
-        notes,
+        tuple(notes),
         models=() if base is None else (len(folders) - 1,),
     )
+
+
+def _shapes(contents: Contents) -> list[tuple]:
+    """What a config says of each module."""
+    return [(m.name, m.kind, m.rank, m.alpha, tuple(m.parts)) for m in contents.modules]
 
 
 def model_of(base: Checkpoint | None, detection: Detection, form: Format) -> Model | None:
@@ -188,21 +201,31 @@ def _selected(contents: Contents, component: str | None) -> Contents:
     return replace(contents, modules=tuple(modules))
 
 
+def _in_dialect(contents: Contents, form: Format, model: Model | None) -> Contents:
+    """The contents as a dialect of PEFT's layout has them, for the base that is given."""
+    if form.layout != ADAPTER_LAYOUT:
+        return contents
+    name = hub_id(model.base.folder) if model is not None else None
+    if name is not None:
+        contents = replace(contents, config={**contents.config, "base_model_name_or_path": name})
+    if contents.format == form.name and model is None:
+        return contents
+    return arranged(contents, form, model, PlanReader(contents.folders))
+
+
 def written_file(
     contents: Contents,
     form: Format,
     options: Options,
     base: Checkpoint | None,
     model: Model | None = None,
+    rebuilt: bool = True,
 ) -> File:
-    """The file of these contents in a format."""
+    """The file of these contents in a format; `rebuilt`: its modules are not the source's."""
     dtype = dtypes.parse(options.dtype) if options.dtype else None
     if form.layout == ADAPTER_LAYOUT:
-        is_own = contents.format == form.name
-        if not is_own or form.scale.uniform:
-            contents = arranged(contents, form, model, PlanReader(contents.folders))
         stacks = model.stacks if model is not None else None
-        return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=not is_own)
+        return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=rebuilt)
     return write(
         _single_experts(contents, form, model),
         form,
@@ -260,17 +283,23 @@ def _task(tensor: Written) -> Task:
     return ConvertedTensor(tensor.key, tensor.key, tensor.expression, tensor.dtype)
 
 
-def _files(contents: Contents, written: File) -> Files:
-    """The files of a folder besides its weights."""
+def _files(contents: Contents, written: File, *, within: bool, notes: list[str]) -> Files:
+    """The files of a folder besides its weights; `within`: from one dialect of PEFT's layout to
+    another, where a trainer's other files go along."""
     files: Files = {}
     form = written.form
-    if form.layout == ADAPTER_LAYOUT:
-        base = contents.config.get("base_model_name_or_path")
-        card = adapter_card(base, [], f"converted from {contents.format}")
-        files["README.md"] = card.encode()
     if written.settings is not None:
         name = form.file.config[0]
         files[name] = config_bytes(name, written.settings)
+    if form.layout != ADAPTER_LAYOUT:
+        return files
+    if within:
+        known = {*files, *(file for _, file in contents.headers), form.file.name}
+        files = {**carried_files(contents.folders[0], form, known, notes), **files}
+    if "README.md" not in files:
+        base = (written.settings or {}).get("base_model_name_or_path")
+        card = adapter_card(base, [], f"converted from {contents.format}")
+        files["README.md"] = card.encode()
     return files
 
 

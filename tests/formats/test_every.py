@@ -17,7 +17,7 @@ from adapterkit.formats.dialects import SINGLE
 from adapterkit.formats.library import formats
 from adapterkit.formats.names import names_of
 from adapterkit.formats.record import FACTORS, LANGUAGE, Contents
-from adapterkit.formats.schema import Format
+from adapterkit.formats.schema import DetectWords, Format
 from adapterkit.verbs.formats import detect_format
 from tests.support.adapter_samples import (
     GOLDEN,
@@ -51,6 +51,13 @@ JUDGED = (
     r"experts in another layout",
     r"an activated LoRA",
     r"is written for one architecture, which the adapter does not tell",
+    # what a dialect of PEFT's layout does not read, or only the model can tell
+    r"values trained in place of the base's",
+    r"is one stack in the base's file too",
+    r"whether the model keeps its experts as",
+    r"modules are missing beside others",
+    r"stacks of experts",
+    r"a base of model_type",
 )
 
 
@@ -87,7 +94,11 @@ def test_every_format_has_a_golden_file_and_every_golden_file_a_format():
 def test_a_golden_file_is_recognized_and_read_whole(sample: Sample):
     """Every key is read by a module."""
     pickled = sample.options.get("allow_pickle", False)
-    assert detect_format(sample.path, allow_pickle=pickled)["format"] == sample.form
+    told, form = detect_format(sample.path, allow_pickle=pickled)["format"], formats()[sample.form]
+    if form.detect == DetectWords():  # nothing tells it from the layout that it is a dialect of
+        assert formats()[told].layout == form.layout
+    else:
+        assert told == sample.form
     contents = contents_of(sample.path, **sample.options)
     values = deltas(contents)
     assert values and all(value.difference(value) < 1e-12 for value in values.values())
@@ -106,7 +117,8 @@ def test_written_again_it_is_the_file(sample: Sample, tmp_path: Path):
         assert weights(again, form).read_bytes() == new.read_bytes()
         return
     before, after = load_file(old), load_file(new)
-    source = contents_of(sample.path, **sample.options)
+    stacked = sample.is_in_peft_layout
+    source = contents_of(sample.path, stacked=stacked, **sample.options)
     written = read_back(out, sample.form, source, sample)
     alike = {key for key in before if key in after and same_tensor(before[key], after[key])}
     if not alike == set(before) == set(after):
@@ -134,7 +146,8 @@ def test_every_pair_keeps_every_delta(sample: Sample, tmp_path: Path):
     kept = 0
     for to in WRITTEN:
         for more in parts(whole, formats()[to]):
-            source = contents_of(sample.path, **(sample.options | more))
+            stacked = sample.is_in_peft_layout
+            source = contents_of(sample.path, stacked=stacked, **(sample.options | more))
             place = tmp_path / to / more.get("prefix_only", "whole")
             place.mkdir(parents=True)
             try:
@@ -194,7 +207,11 @@ def _named(form: Format, architecture: str, component: str, module: str) -> bool
 
 def assert_same(source: Contents, target: Contents, what: str) -> None:
     before, after = deltas(source), deltas(target)
-    assert set(before) == set(after), what
+    for values in (before, after):
+        for name in [name for name in values if ":copy:" in name]:  # the base's own weights
+            del values[name]
+    assert set(before) <= set(after), what
+    assert all(after[name].is_zero for name in after.keys() - before.keys()), what
     dtypes = {part.dtype for m in source.modules for part in m.parts.values()}
     tolerance = max(ROUNDING[dtype] for dtype in dtypes)
     far = {name: value.difference(after[name]) for name, value in before.items()}

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit import convert, dtypes
+from adapterkit import combine, convert, dtypes
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.errors import Refused
@@ -38,7 +38,10 @@ GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = ("peft", "peft-0.18", "peft-per-expert")
 # adapters beside the model that they were made on, and its logits
 FOLDERS = sorted(
-    path.parent for name in LAYOUTS for path in (GOLDEN / name).glob("*/logits.safetensors")
+    path.parent
+    for name in LAYOUTS
+    for path in (GOLDEN / name).glob("*/logits.safetensors")
+    if path.parent.name.startswith(("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"))
 )
 EACH = [path.name for path in FOLDERS if path.parent.name == "peft-per-expert"]
 FACTOR = re.compile(r"base_model\.model\.(.*)\.lora_([AB])\.weight")
@@ -379,3 +382,45 @@ def test_a_square_stack_alone(tmp_path: Path) -> None:
     assert torch.equal(old[name.format("B")], a[2:4].T[:4])
     with pytest.raises(Refused, match="which way round"):
         converted("0.18.1", None)
+
+
+# -- Megatron-Bridge -------------------------------------------------------------------------------
+
+
+def test_stacks_of_megatron_bridge(tmp_path: Path) -> None:
+    """a and b are in each other's place, and the columns of an expert are together: PEFT, which
+    takes them otherwise, would mix the experts."""
+    source = GOLDEN / "megatron-bridge" / "stacked"
+    convert(source, to="peft", out=tmp_path / "out")
+    truth = load_file(source / "truth.safetensors")
+    tensors, settings = tensors_of(tmp_path / "out"), settings_of(tmp_path / "out")
+    home = "model.language_model.layers.0.mlp.experts"
+    for leaf, key in (("gate_up_proj", f"{home}.base_layer"), ("down_proj", home)):
+        a, b = (truth[f"{home}.{leaf}.lora_{letter}.weight"] for letter in "AB")
+        stored = (tensors[f"base_model.model.{key}.lora_{letter}.weight"] for letter in "AB")
+        own_a, own_b = stored
+        product = torch.einsum(
+            "ore,eri->eoi", own_b.view(len(own_b), -1, 3), own_a.view(3, -1, a.shape[2])
+        )
+        torch.testing.assert_close(product, b @ a)
+        assert scale_of(settings, f"base_model.model.{key}") == 1.5
+    plain = "base_model.model.model.language_model.layers.0.self_attn.o_proj.lora_A.weight"
+    assert torch.equal(tensors[plain], tensors_of(source)[plain])
+
+
+def test_other_verbs_read_megatron_bridge_as_it_is_meant(tmp_path: Path) -> None:
+    """Without a conversion: the same factors as with one."""
+    source = GOLDEN / "megatron-bridge" / "stacked"
+    convert(source, to="peft", out=tmp_path / "peft")
+    for name, adapter in (("one", source), ("two", tmp_path / "peft")):
+        combine([adapter, adapter], out=tmp_path / name, method="linear")
+    one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", ["peft", "peft-per-expert"])
+def test_other_exports_of_megatron_bridge_are_pefts(name: str) -> None:
+    folder = GOLDEN / name / "megatron-bridge"
+    truth = load_file(folder / "truth.safetensors")
+    for key, tensor in tensors_of(folder).items():
+        assert torch.equal(tensor, truth[key.removeprefix("base_model.model.")])

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import detect
+from adapterkit.formats.dialects import arranged
 from adapterkit.formats.kinds import scaled_role
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.record import Contents, Module
 from adapterkit.formats.schema import Format
-from adapterkit.planning.convert import Options, read_contents
+from adapterkit.planning.convert import Options, model_of, read_contents
 from adapterkit.planning.sources import open_base, open_unconverted
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
@@ -36,6 +37,10 @@ class Sample:
     form: str
     path: Path
     options: dict[str, Any] = field(default_factory=dict)  # that reading it needs
+
+    @property
+    def is_in_peft_layout(self) -> bool:
+        return formats()[self.form].layout == "adapter"
 
     @property
     def id(self) -> str:
@@ -71,13 +76,18 @@ def _samples(form: Format) -> Iterator[Sample]:
         yield Sample(form.name, path.parent if is_folder else path, options)
 
 
-def contents_of(path: Path, **options: Any) -> Contents:
-    """What a source holds."""
+def contents_of(path: Path, *, stacked: bool = False, **options: Any) -> Contents:
+    """What a source holds; `stacked`: in the names of the model of the base, experts as stacks."""
     base, allow_pickle = options.pop("base", None), options.pop("allow_pickle", False)
     folder = open_unconverted(path, allow_pickle)
     detection = detect(folder)
     checkpoint = None if base is None else open_base(base)
-    return read_contents(folder, detection, Options(detection.form.name, **options), checkpoint)
+    model = model_of(checkpoint, detection, formats()["peft"])
+    asked = Options(detection.form.name, **options)
+    contents = read_contents(folder, detection, asked, checkpoint, model)
+    if model is None or not stacked:
+        return contents
+    return arranged(contents, formats()["peft"], model, PlanReader(contents.folders))
 
 
 def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
@@ -86,7 +96,7 @@ def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
     if formats()[to].names.architectures and len(source.architectures) == 1:
         family = {"architecture": source.architectures[0]}
     options = {name: value for name, value in sample.options.items() if name == "base"}
-    return contents_of(out, **(options | family))
+    return contents_of(out, stacked=sample.is_in_peft_layout, **(options | family))
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,11 @@ class Delta:
     a: Tensor | None  # (r, in · kernel) float64, with the scale
     b: Tensor | None  # (out, r) float64
     others: dict[str, Tensor]  # role -> float64
+
+    @property
+    def is_zero(self) -> bool:
+        factors = [] if self.a is None or self.b is None else [norm(self.b, self.a)]
+        return not any([*factors, *(float(value.norm()) for value in self.others.values())])
 
     def difference(self, other: "Delta") -> float:
         """The relative distance of two deltas in the Frobenius norm, from QR of the factors; of

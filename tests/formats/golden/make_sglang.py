@@ -1,0 +1,83 @@
+"""What SGLang makes of adapters that are converted for it: `python -m
+tests.formats.golden.make_sglang WHEEL FOLDER`.
+
+SGLang's own loader, of the wheel `sglang` 0.5.23 (`pip download sglang --no-deps`): `LoRAConfig`
+and `LoRAAdapter` read the files and put q, k and v, and gate and up, together. Everything else of
+the package is replaced by empty classes.
+
+`sglang/<case>` is the conversion of a golden adapter of PEFT, and `sglang.safetensors` beside it
+what SGLang has of it: its own keys, and the scale.
+"""
+
+import importlib
+import json
+import shutil
+import sys
+import tempfile
+import types
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from tests.formats.golden.make_vllm import Empty, Finder
+
+REAL = {
+    "sglang.srt.layers.utils.common",
+    "sglang.srt.lora.lora",
+    "sglang.srt.lora.lora_config",
+    "sglang.srt.lora.utils",
+}
+CASES = {
+    "llama_embeddings": "peft/llama_embeddings",
+    "llama_patterns": "peft/llama_patterns",
+    "mixtral": "peft/mixtral",
+    "qwen3_moe": "peft-per-expert/qwen3_moe",
+}
+
+
+class Sglang:
+    """The loader of one wheel."""
+
+    def __init__(self, wheel: Path, place: Path):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(place, [n for n in archive.namelist() if n.endswith(".py")])
+        sys.meta_path.insert(0, Finder(place, "sglang", REAL))
+        common: Any = importlib.import_module("sglang.srt.layers.utils.common")
+        utils: Any = Empty("sglang.srt.layers.utils")
+        utils.get_layer_id = common.get_layer_id
+        sys.modules["sglang.srt.layers.utils"] = utils
+        self.config = importlib.import_module("sglang.srt.lora.lora_config").LoRAConfig
+        self.adapter = importlib.import_module("sglang.srt.lora.lora").LoRAAdapter
+
+    def read(self, folder: Path, base: Path) -> dict[str, torch.Tensor]:
+        """The tensors of an adapter on a base, as SGLang has them."""
+        settings = types.SimpleNamespace(**json.loads((base / "config.json").read_text()))
+        config = self.config(str(folder), base_vocab_size=settings.vocab_size)
+        assert config.lora_added_tokens_size == 0 and not config.use_dora
+        adapter = self.adapter("", config, settings, None, None)
+        adapter.initialize_weights_from_tensors(load_file(folder / "adapter_model.safetensors"))
+        tensors = {"scale": torch.tensor(adapter.scaling)} | dict(adapter.embedding_layers)
+        for layer in adapter.layers:
+            tensors |= layer.weights
+        return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+
+
+def main(wheel: Path, golden: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        sglang = Sglang(wheel, Path(place))
+        for case, source in CASES.items():
+            folder, base = golden / "sglang" / case, golden / source / "base"
+            shutil.rmtree(folder, ignore_errors=True)
+            adapterkit.convert(golden / source, to="sglang", out=folder, base=base)
+            for name in ("README.md", "adapterkit.json"):
+                (folder / name).unlink()
+            shutil.copytree(base, folder / "base")
+            save_file(sglang.read(folder, base), folder / "sglang.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
