@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from litgpt.config import Config as BaseConfig
 from litgpt.lora import GPT, Config, lora_filter, merge_lora_weights
 from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
 from litgpt.utils import save_config
@@ -46,7 +47,7 @@ def make(name: str, targets: tuple[str, ...]) -> None:
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     torch.save({"model": state}, home / "lit_model.pth.lora")
-    save_config(config, home)
+    save_config(BaseConfig.from_name("Llama-3-8B", **SHAPE), home)  # the base's, as it copies it
     run = {"checkpoint_dir": "checkpoints/tiny", "out_dir": "out", "precision": "32-true", **lora}
     (home / "hyperparameters.yaml").write_text(yaml.dump(run, sort_keys=False))
 
