@@ -4,8 +4,11 @@ A template is a number, or a text with words in braces; `{word}` alone is the va
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from adapterkit.formats.kinds import rank_of
+from adapterkit.formats.record import Module
 
 WORD = re.compile(r"\{(\w+)\}")
 
@@ -41,6 +44,16 @@ def words_of(templates: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[
         match = re.fullmatch(pattern, str(metadata[key]))
         values |= match.groupdict() if match else {}
     return values
+
+
+def numbers(modules: Iterable[Module]) -> dict[str, str | None]:
+    """The one rank and the one alpha of all modules as texts; None where they differ."""
+    own = [m for m in modules if rank_of(m.kind, m.parts) is not None]
+    ranks, alphas = {m.rank for m in own}, {m.alpha for m in own}
+    return {
+        "rank": str(ranks.pop()) if len(ranks) == 1 else None,
+        "alpha": str(alphas.pop()) if len(alphas) == 1 else None,
+    }
 
 
 def base_words(base: str | None) -> dict[str, Any]:

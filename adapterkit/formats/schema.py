@@ -228,6 +228,7 @@ class Architecture:
     sources: tuple[str, ...]
     components: Mapping[str, ComponentWords]
     detect: ArchitectureHints = field(default_factory=ArchitectureHints)
+    words: Mapping[str, str] = field(default_factory=dict)  # for formats' templates of metadata
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 

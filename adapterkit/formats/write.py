@@ -12,7 +12,7 @@ from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of
 from adapterkit.formats.kinds import MAGNITUDES, has_alpha, magnitude_in_file, word_of
 from adapterkit.formats.library import architectures
-from adapterkit.formats.metadata import base_words, filled
+from adapterkit.formats.metadata import base_words, filled, numbers
 from adapterkit.formats.models import Base, architecture_of
 from adapterkit.formats.names import fitting, likely, names_of
 from adapterkit.formats.numbered import stack
@@ -79,7 +79,7 @@ def write(
             if is_own
             else architecture_of(base, form.names.architectures, form.title)
         )
-    name, modules = _placed(contents, form, architecture)
+    name, modules, words = _placed(contents, form, architecture)
     refuse_all(_homeless(modules, form, name))
     modules = with_widths(modules, form, [name] if name else contents.architectures)
     reader, is_own = PlanReader(contents.folders), contents.format == form.name
@@ -91,7 +91,8 @@ def write(
     settings = settings_of(form, [module for module, _ in own], contents.config)
     tensors = [t for module, key in own for t in _tensors(module, key, form, dtype, is_own)]
     values = base_words(contents.facts.get("base"))
-    values |= {**contents.facts, "architecture": name}
+    values |= {**contents.facts, "architecture": name, **numbers([module for module, _ in own])}
+    values |= words
     if form.scale.place == "shared":
         values, declared = values | declared, {}
     metadata = filled(form.metadata.write, values)
@@ -146,17 +147,17 @@ def unsupported(contents: Contents, form: Format, hint: str = REFIT) -> list[Ada
 
 def _placed(
     contents: Contents, form: Format, architecture: str | None
-) -> tuple[str | None, list[Module]]:
+) -> tuple[str | None, list[Module], dict[str, str]]:
     """The architecture in whose names the file is written, None where names are the model's; the
-    modules with their components."""
+    modules with their components; the words of all architectures that it may be."""
     needed = bool(form.names.architectures)
     modules = list(contents.modules)
     bare = [m for m in modules if m.component == LANGUAGE]
     components = form.names.components
     if not needed and (not components or not bare or LANGUAGE in components):
-        return None, modules
+        return None, modules, {}
     if form.names.unlisted:
-        return architecture or form.names.architectures[0], modules
+        return architecture or form.names.architectures[0], modules, {}
     among = [architecture] if architecture else list(contents.architectures)
     if not among:
         among = list(form.names.architectures) if needed else list(architectures())
@@ -179,7 +180,9 @@ def _placed(
             where=contents.folders[0].label,
             hint="give --architecture" + (", or --prefix-only" if bare else ""),
         )
-    return (options[0][0] if needed else None), options[0][1]
+    words = [architectures()[name].words.items() for name, _ in options]
+    common = {key: text for key, text in words[0] if all((key, text) in own for own in words)}
+    return (options[0][0] if needed else None), options[0][1], common
 
 
 def _components(modules: Sequence[Module], architecture: str) -> list[list[Module]]:

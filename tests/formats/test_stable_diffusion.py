@@ -1,7 +1,8 @@
 """Module names of Stable Diffusion 1.x, XL and 3 in every naming, against the models' own modules
 and against diffusers' converters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,14 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
 )
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
+import adapterkit
+from adapterkit.errors import Refused
 from adapterkit.formats.names import names_of
+from adapterkit.verbs.formats import detect_format
 from tests.support import pipelines
 
 MODELS = {
@@ -98,3 +104,89 @@ def test_original_names_are_those_of_checkpoints(architecture):
     converted = convert_ldm_unet_checkpoint(checkpoint, dict(unet.config))
     weights = {key: value for key, value in converted.items() if key.endswith(".weight")}
     assert weights == {f"{module}.weight": number for module, number in numbers.items()}
+
+
+def kohya(path: Path, modules: Mapping[str, tuple[int, int]], **metadata: str) -> Path:
+    """A file of kohya's for modules of these sizes (out, in)."""
+    tensors = {}
+    for name, (out, inputs) in modules.items():
+        tensors[f"{name}.lora_down.weight"] = torch.ones(2, inputs)
+        tensors[f"{name}.lora_up.weight"] = torch.ones(out, 2)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, path, metadata)
+    return path
+
+
+ATTENTION = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn"
+TEXT = "text_model_encoder_layers_0_self_attn_q_proj"
+
+
+@pytest.mark.parametrize(
+    ("modules", "metadata", "architectures"),
+    [
+        ({f"{ATTENTION}2_to_k": (1280, 768)}, {}, ["sd15"]),
+        ({f"{ATTENTION}2_to_k": (1280, 1024)}, {}, ["sd2"]),
+        ({f"{ATTENTION}2_to_k": (1280, 2048)}, {}, ["sdxl"]),
+        ({f"{ATTENTION}1_to_k": (1280, 1280)}, {}, ["sd15", "sd2", "sdxl"]),
+        ({f"{ATTENTION}1_to_k": (8, 8)}, {"ss_base_model_version": "sd_v1"}, ["sd15"]),
+        ({f"{ATTENTION}1_to_k": (8, 8)}, {"ss_base_model_version": "sd_v2_v"}, ["sd2"]),
+        ({f"{ATTENTION}1_to_k": (8, 8)}, {"ss_base_model_version": "sdxl_base_v1-0"}, ["sdxl"]),
+        ({f"lora_te_{TEXT}": (768, 768)}, {}, ["sd15"]),
+        ({f"lora_te_{TEXT}": (1024, 1024)}, {}, ["sd2"]),
+        ({"lora_te_encoder_layers_0_mlp_fc1": (8, 8)}, {}, ["sd15", "sd2"]),
+        ({f"{ATTENTION.replace('blocks_0', 'blocks_9')}1_to_q": (8, 8)}, {}, ["sdxl"]),
+        ({"lora_unet_down_blocks_0_attentions_0_proj_in": (8, 8)}, {}, ["sd15", "sd2"]),
+        ({"lora_unet_input_blocks_4_1_proj_in": (8, 8)}, {}, ["sdxl"]),
+        ({f"lora_te2_{TEXT}": (8, 8), f"{ATTENTION}1_to_k": (8, 8)}, {}, ["sdxl"]),
+        ({"lora_unet_joint_blocks_0_x_block_attn_qkv": (24, 8)}, {}, ["sd3"]),
+    ],
+)
+def test_the_architecture_is_told(modules, metadata, architectures, tmp_path):
+    """By names, else by sizes and metadata; several where the names are the same in all."""
+    told = detect_format(kohya(tmp_path / "a.safetensors", modules, **metadata))
+    assert (told["format"], told["architectures"]) == ("kohya", architectures)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def test_metadata_say_what_is_in_the_file(tmp_path):
+    """What was said of the training is carried along, the base's hash too; ranks are counted again,
+    hashes of the file are gone."""
+    modules = {f"{ATTENTION}2_to_k": (8, 2048), f"lora_te1_{TEXT}": (8, 8)}
+    said = {"ss_base_model_version": "sdxl_base_v1-0", "ss_sd_model_hash": "a"}
+    wrong = {"ss_network_dim": "64", "ss_network_alpha": "32", "sshs_model_hash": "c"}
+    hashes = {"sshs_legacy_hash": "d", "modelspec.hash_sha256": "e"}
+    source = kohya(tmp_path / "a.safetensors", modules, **said, **wrong, **hashes, note="b")
+    again, other = tmp_path / "b.safetensors", tmp_path / "c.safetensors"
+    adapterkit.convert(source, to="kohya", out=again)
+    adapterkit.convert(source, to="diffusers", out=other)
+    sizes = {"ss_network_dim": "2", "ss_network_alpha": "1.0"}
+    words = {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
+    words |= {"ss_network_module": "networks.lora"}
+    assert metadata_of(again) == words | said | sizes
+    assert metadata_of(other).keys() == {"format", "lora_adapter_metadata"}
+    back = tmp_path / "d.safetensors"
+    adapterkit.convert(other, to="kohya", out=back)
+    assert metadata_of(back) == words | sizes
+
+
+def test_metadata_are_silent_where_architectures_differ(tmp_path):
+    source = kohya(tmp_path / "a.safetensors", {"lora_te_encoder_layers_0_mlp_fc1": (8, 8)})
+    adapterkit.convert(source, to="kohya", out=tmp_path / "b.safetensors")
+    metadata = metadata_of(tmp_path / "b.safetensors")
+    assert metadata.keys() == {"ss_network_module", "ss_network_dim", "ss_network_alpha"}
+
+
+def test_ambiguous_names_are_refused(tmp_path):
+    """Names that SD 1.x and SDXL have are written apart by kohya."""
+    source = kohya(tmp_path / "a.safetensors", {f"{ATTENTION}1_to_k": (8, 8)})
+    middle = tmp_path / "b.safetensors"
+    adapterkit.convert(source, to="diffusers", out=middle)
+    with pytest.raises(Refused, match="modules of sd15, sd2, sdxl") as refusal:
+        adapterkit.convert(middle, to="kohya", out=tmp_path / "c.safetensors")
+    assert "--architecture" in str(refusal.value)
+    adapterkit.convert(middle, to="kohya", out=tmp_path / "c.safetensors", architecture="sdxl")
+    assert all("middle_block_1" in key for key in load_file(tmp_path / "c.safetensors"))
