@@ -26,6 +26,7 @@ from adapterkit.formats.tensors import (
     StoredReader,
     compact,
     gathered,
+    index_of,
     joined,
     scaled,
 )
@@ -67,7 +68,8 @@ class Fusion:
         steps = self.rule.steps.get(self.naming, ())
         order = model_order(steps, out, self.heads, module.path, inputs_of(module))
         shares = self.shares(module.path)
-        return [compact([order[i] for i in part]) for part in shares_of(out, shares, module.path)]
+        parts = shares_of(out, shares, module.path)
+        return [compact(order[part.start : part.stop]) for part in parts]
 
     def shares(self, where: str) -> tuple[int, ...]:
         """The parts' shares of the file's rows; `Refused` where a config is missing that tells."""
@@ -211,6 +213,8 @@ def _out(module: Module) -> int:
 
 def _of_unit(rows: Rows, unit: int, module: Module) -> Rows:
     """The rows of a factor, of which each stands for `unit` consecutive ones of the delta."""
+    if unit == 1:
+        return rows
     blocks = [rows[at : at + unit] for at in range(0, len(rows), unit)]
     starts = [block[0] for block in blocks]
     if any(
@@ -256,7 +260,7 @@ def blocks_of(
     """Consecutive columns for each set of rows such that it uses no others, empty for rows of
     zeros; None where there is one set of columns for all.
     """
-    is_used = torch.stack([(value[list(rows)] != 0).any(0) for rows in sets])
+    is_used = torch.stack([(value[index_of(rows)] != 0).any(0) for rows in sets])
     if not is_used.any():
         return None
     equal = _equal_blocks(is_used)
@@ -383,6 +387,8 @@ def _diagonal(
 
 def _placed(values: Sequence[Expression], places: Sequence[Rows], out: int) -> Expression:
     """Rows of each part at their places among `out` rows, zeros where there is no part."""
+    if all(isinstance(own, range) for own in places):
+        return _in_order(values, [own for own in places if isinstance(own, range)], out)
     rows = [row for own in places for row in own]
     lacking = sorted(set(range(out)) - set(rows))
     pieces = list(values)
@@ -390,6 +396,20 @@ def _placed(values: Sequence[Expression], places: Sequence[Rows], out: int) -> E
         pieces.append(Constant((len(lacking), *values[0].shape[1:]), 0.0, values[0].dtype))
     position = {row: at for at, row in enumerate([*rows, *lacking])}
     return gathered(joined(pieces), compact([position[row] for row in range(out)]))
+
+
+def _in_order(values: Sequence[Expression], places: Sequence[range], out: int) -> Expression:
+    """The same for consecutive rows: parts one after the other, zeros in the gaps."""
+    pieces: list[Expression] = []
+    at = 0
+    for value, own in sorted(zip(values, places, strict=True), key=lambda pair: pair[1].start):
+        if at < own.start:
+            pieces.append(Constant((own.start - at, *value.shape[1:]), 0.0, value.dtype))
+        pieces.append(value)
+        at = own.stop
+    if at < out:
+        pieces.append(Constant((out - at, *values[0].shape[1:]), 0.0, values[0].dtype))
+    return joined(pieces)
 
 
 def are_equal(parts: Sequence[Expression], reader: StoredReader) -> bool:

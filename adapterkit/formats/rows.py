@@ -93,6 +93,8 @@ def model_order(
     inputs: int | None = None,
 ) -> Rows:
     """For each row of the model its row in the file; `Refused` as `order` says."""
+    if not steps:
+        return range(size)
     rows = torch.arange(size)
     for step in steps:
         rows = rows[order(step, size, heads, where, inputs)]

@@ -312,7 +312,7 @@ class BlockDiagonal(OfSeveral):
         at = 0
         for value, rows in zip(values, self.rows, strict=True):
             columns = slice(at, at + value.shape[1])
-            fused[list(rows), columns] = value
+            fused[index_of(rows), columns] = value
             at += value.shape[1]
         return fused
 
@@ -409,8 +409,15 @@ def joined(parts: Sequence[Expression], axis: int = 0) -> Expression:
     return Joined(tuple(parts), axis)
 
 
+def index_of(rows: Rows) -> slice | list[int]:
+    """What selects these entries of a tensor; a view where they are consecutive."""
+    return slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)
+
+
 def compact(rows: Sequence[int]) -> Rows:
     """Indices as a range where they are consecutive."""
+    if isinstance(rows, range) and rows.step == 1:
+        return rows
     if len(rows) and list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return range(rows[0], rows[0] + len(rows))
     return tuple(rows)
