@@ -2,8 +2,8 @@
 refused with the whole list."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from adapterkit.adapters.adapter_config import HUB_ID
 from adapterkit.checkpoint.folder import Folder
@@ -57,11 +57,11 @@ def read(
     refuse_all(refused_by_name(form, container.tensors, where))
     raws = raws_of(form, container, candidates, errors, where)
     refuse_all(errors)
-    chosen, (resolved, _, naming) = _resolve(form, raws, candidates, container, reading, where)
+    chosen, attempt = _resolve(form, raws, candidates, container, reading, where)
     reader.prefetch(raw.roles[ALPHA] for raw in raws if ALPHA in raw.roles)
     scales = Scales(form, container.metadata, config, reading.alpha, reader, where)
     modules: list[Module] = []
-    for raw, component, names, fusion in resolved:
+    for raw, component, names, fusion in attempt.resolved:
         try:
             module, fusion, names = _module(form, raw, component, names, fusion, scales, where)
             if fusion is None:
@@ -86,7 +86,7 @@ def read(
         (folder,),
         tuple(modules),
         tuple(chosen),
-        naming,
+        attempt.namings,
         container.metadata,
         {**config, **_base(scales.settings)},
         words_of(form.metadata.write, container.metadata),
@@ -152,12 +152,14 @@ def _component(form: Format, architecture: str | None, prefix: str) -> str | Non
 Resolved = list[tuple[Raw, str, list[str], Fusion | None]]
 
 
-class Attempt(NamedTuple):
+@dataclass(frozen=True)
+class Attempt:
     """The modules of a file by the names of one architecture."""
 
     resolved: Resolved
     unknown: Sequence[str] = ()  # keys that it does not have
-    naming: str | None = None  # the column of its rules that they are in
+    # component -> the column of the rules that its names are in
+    namings: Mapping[str, str] = field(default_factory=dict)
 
 
 def _resolve(
@@ -179,7 +181,8 @@ def _resolve(
     if not fits and is_plain and (form.names.style == "dots" or reading.modules):
         return [], Attempt(_without_rules(form, raws, reading, where))
     if not fits:
-        name, (_, unknown, _) = min(attempts.items(), key=lambda item: len(item[1].unknown))
+        name = min(attempts, key=lambda name: len(attempts[name].unknown))
+        unknown = attempts[name].unknown
         raise Refused(
             f"{len(unknown)} of {len(raws)} modules are not in {name}, whose names fit best: "
             f"{listed(unknown)}",
@@ -202,10 +205,10 @@ def _resolve(
         counts = {n: _known(attempts[n].resolved, known) for n in fits}
         fits = [n for n in fits if counts[n] == max(counts.values())]
     results = [
-        [
-            (raw.key, component, names, fusion and fusion.rule.steps.get(fusion.naming))
+        {
+            (raw.key, component, *names): fusion and fusion.rule.steps.get(fusion.naming)
             for raw, component, names, fusion in attempts[name].resolved
-        ]
+        }
         for name in fits
     ]
     if any(result != results[0] for result in results):
@@ -224,9 +227,23 @@ def _known(resolved: Resolved, modules: Collection[str]) -> int:
 
 
 def _attempt(form: Format, name: str, raws: Sequence[Raw], heads: Heads | None) -> Attempt:
-    """The modules by the names of one architecture in the naming that fits best."""
-    ways = [_named(form, name, naming, raws, heads) for naming in form.namings(name)]
-    return min(ways, key=lambda way: len(way.unknown))
+    """The modules by the names of one architecture, each component's in the naming that fits
+    best."""
+    parts: dict[str | None, list[Raw]] = {}
+    for raw in raws:
+        parts.setdefault(_component(form, name, raw.prefix), []).append(raw)
+    best = [
+        min(
+            (_named(form, name, naming, part, heads) for naming in form.namings(name)),
+            key=lambda way: len(way.unknown),
+        )
+        for part in parts.values()
+    ]
+    return Attempt(
+        [one for way in best for one in way.resolved],
+        [key for way in best for key in way.unknown],
+        {component: naming for way in best for component, naming in way.namings.items()},
+    )
 
 
 def _named(
@@ -260,7 +277,7 @@ def _named(
         for number, roles in enumerate(members or ()):
             own = replace(match, values=(*match.values, (place, str(number))))
             resolved.append((replace(raw, roles=roles), component, names.models(own), fusion))
-    return Attempt(resolved, unknown, naming)
+    return Attempt(resolved, unknown, {component: naming for _, component, _, _ in resolved})
 
 
 def _without_rules(form: Format, raws: Sequence[Raw], reading: Reading, where: str) -> Resolved:

@@ -83,7 +83,8 @@ def write(
     refuse_all(_homeless(modules, form, name))
     modules = with_widths(modules, form, [name] if name else contents.architectures)
     reader, is_own = PlanReader(contents.folders), contents.format == form.name
-    whole = _fused(modules, form, name, _naming(contents, form, name), heads, base, reader)
+    namings = _namings(contents, form, name, modules)
+    whole = _fused(modules, form, name, namings, heads, base, reader)
     if form.scale.uniform:
         same = uniform([module for module, _ in whole])
         whole = [(module, key) for module, (_, key) in zip(same, whole, strict=True)]
@@ -169,7 +170,8 @@ def _placed(
     fits = likely({name: inputs for name, _ in options}, contents.metadata)
     options = [option for option in options if option[0] in fits]
     keys = {
-        tuple(_keys(form, name, _naming(contents, form, name), placed)) for name, placed in options
+        tuple(_keys(form, name, _namings(contents, form, name, placed), placed))
+        for name, placed in options
     }
     if len(keys) != 1:
         raise Refused(
@@ -204,20 +206,37 @@ def _components(modules: Sequence[Module], architecture: str) -> list[list[Modul
     ]
 
 
-def _naming(contents: Contents, form: Format, architecture: str | None) -> str:
-    """The column of the rules in which names are written: a source's own within a format."""
-    namings = form.namings(architecture)
-    is_own = contents.format == form.name and contents.naming in namings
-    return contents.naming if is_own and contents.naming else namings[0]
+def _namings(
+    contents: Contents, form: Format, architecture: str | None, modules: Sequence[Module]
+) -> dict[str, str]:
+    """The column of the rules in which each component's names are written: the source's own within
+    a format, else the first that has them all."""
+    if architecture is None:
+        return {}
+    own = contents.namings if contents.format == form.name else {}
+    columns = {}
+    for component in {module.component for module in modules}:
+        names = [module.name for module in modules if module.component == component]
+        known = sorted(form.namings(architecture), key=lambda n: n != own.get(component))
+        columns[component] = next(
+            (
+                naming
+                for naming in known
+                if all(map(names_of(architecture, component, naming).named, names))
+            ),
+            known[0],
+        )
+    return columns
 
 
 def _keys(
-    form: Format, architecture: str, naming: str, modules: Sequence[Module]
+    form: Format, architecture: str, namings: Mapping[str, str], modules: Sequence[Module]
 ) -> list[str | None]:
     """The names that modules would have in the file."""
     keys: list[str | None] = []
     for module in modules:
         prefixes = form.components(architecture).get(module.component, ("",))
+        naming = namings[module.component]
         names = names_of(architecture, module.component, naming, form.names.style)
         named = names.named(module.name)
         keys.append(None if named is None else prefixes[0] + named[1])
@@ -273,7 +292,7 @@ def _fused(
     modules: Sequence[Module],
     form: Format,
     architecture: str | None,
-    naming: str,
+    namings: Mapping[str, str],
     heads: Heads | None,
     base: Base | None,
     reader: PlanReader,
@@ -291,6 +310,7 @@ def _fused(
     lacking, tied = [], []
     plain: list[tuple[Module, str]] = []
     for module in modules:
+        naming = namings[module.component]
         names = names_of(architecture, module.component, naming, form.names.style)
         named = names.named(module.name)
         if named is None and form.names.unlisted:
