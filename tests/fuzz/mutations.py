@@ -11,10 +11,11 @@ import math
 import random
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import yaml
 
 from tests.support.raw_files import SIZES, Stored, file_of
 
@@ -39,6 +40,7 @@ class Files:
     weights: bytes
     config: str = ""  # the name of the settings
     settings: bytes = b""
+    others: dict[str, bytes] = field(default_factory=dict)  # further settings, as they are
 
     @property
     def container(self) -> str:
@@ -58,6 +60,7 @@ def parse(files: Files) -> Parts:
     """The parts of a file of weights."""
     if files.container == "pickle":
         loaded = torch.load(io.BytesIO(files.weights), weights_only=True)
+        loaded = loaded.get("model", loaded)  # as litgpt wraps it
         tensors = {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
         metadata = {key: value for key, value in loaded.items() if key not in tensors}
         return Parts({key: stored(value) for key, value in tensors.items()}, metadata)
@@ -356,7 +359,7 @@ def config(files: Files, draw: Random) -> Files:
         return replace(files, config="", settings=b"")
     if draw.random() < 0.15:
         return replace(files, settings=_bytes(files.settings, draw))
-    tree = json.loads(files.settings)
+    tree = yaml.safe_load(files.settings)  # JSON is YAML
     return replace(files, settings=json.dumps(_setting(tree, draw)).encode())
 
 

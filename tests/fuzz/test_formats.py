@@ -39,17 +39,21 @@ def files_of(sample: Sample) -> Files:
     form = formats()[sample.form]
     if sample.path.is_file():
         return Files(sample.path.name, sample.path.read_bytes())
-    name = form.file.name
-    settings = (sample.path / form.file.config).read_bytes()
-    return Files(name, (sample.path / name).read_bytes(), form.file.config, settings)
+    name, (config, *others) = form.file.name, form.file.config
+    settings = (sample.path / config).read_bytes()
+    more = {other: (sample.path / other).read_bytes() for other in others}
+    return Files(name, (sample.path / name).read_bytes(), config, settings, more)
 
 
 def save(files: Files, folder: Path) -> Path:
     """The files in a folder; what a caller names."""
     folder.mkdir()
     (folder / files.name).write_bytes(files.weights)
+    for name, data in files.others.items():
+        (folder / name).write_bytes(data)
     if files.config:
         (folder / files.config).write_bytes(files.settings)
+    if files.config or files.others:
         return folder
     return folder / files.name
 
