@@ -64,7 +64,7 @@ def plan_convert(
     if file is not None and form.file.config:
         raise Refused(
             f"{form.title} in one file",
-            expected=f"a folder, with {form.file.config} beside the weights",
+            expected=f"a folder, with {form.file.config[0]} beside the weights",
             where="--out",
             hint="give --out without an ending",
         )
@@ -92,13 +92,6 @@ def plan_convert(
     if file is None:
         within = detection.form.layout == ADAPTER_LAYOUT
         files = _files(contents, written, within=within, notes=notes)
-    elif written.settings is not None:
-        raise Refused(
-            f"one file, and {form.title} has ranks and scales in {form.file.config[0]}",
-            expected="a folder for both",
-            where="--out",
-            hint="give a name without .safetensors",
-        )
     decisions = {
         "from": contents.format,
         "to": form.name,

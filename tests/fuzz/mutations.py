@@ -85,9 +85,7 @@ def written(files: Files, parts: Parts) -> Files:
     """The files with other parts."""
     if files.container == "pickle":
         tensors = {
-            key: torch.frombuffer(bytearray(t.data or b"\0"), dtype=torch.uint8)[: len(t.data)]
-            .view(TORCH[t.dtype])
-            .reshape(t.shape)
+            key: torch.tensor(list(t.data), dtype=torch.uint8).view(TORCH[t.dtype]).reshape(t.shape)
             for key, t in parts.tensors.items()
             if t.dtype in TORCH and len(t.data) == SIZES[t.dtype] * math.prod(t.shape)
         }
@@ -359,7 +357,12 @@ def config(files: Files, draw: Random) -> Files:
         return replace(files, config="", settings=b"")
     if draw.random() < 0.15:
         return replace(files, settings=_bytes(files.settings, draw))
-    tree = yaml.safe_load(files.settings)  # JSON is YAML
+    try:
+        tree = yaml.safe_load(files.settings)  # JSON is YAML
+    except (yaml.YAMLError, ValueError):  # of an earlier mutation
+        return files
+    if not isinstance(tree, dict) or not tree:
+        return files
     return replace(files, settings=json.dumps(_setting(tree, draw)).encode())
 
 
@@ -389,7 +392,10 @@ def mutant(files: Files, seed: str) -> Files:
         if kind < 0.3 and files.config:
             files = config(files, draw)
         else:
-            files = written(files, draw.choice(EDITS)(parse(files), draw))
+            parts = parse(files)
+            if not parts.tensors:  # an earlier mutation
+                break
+            files = written(files, draw.choice(EDITS)(parts, draw))
     return files
 
 

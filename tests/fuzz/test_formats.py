@@ -124,7 +124,7 @@ def check_output(before: dict[str, Delta], after: dict[str, Delta], files: Files
     """The output says what the source says."""
     assert set(before) == set(after)
     dtypes = {tensor.dtype for tensor in mutations.parse(files).tensors.values()}
-    tolerance = max(ROUNDING.get(dtype, 2.0**-5) for dtype in dtypes)
+    tolerance = max((ROUNDING.get(dtype, 2.0**-5) for dtype in dtypes), default=0.0)
     for name, value in before.items():
         difference = value.difference(after[name])
         assert math.isfinite(difference) and difference <= tolerance, (name, difference)
