@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Refused, refuse_all, shown
 from adapterkit.gguf.header import (
     ALIGNMENT,
     ARRAY,
@@ -90,6 +90,16 @@ def read_adapter(folder: Folder, name: str, number: int = 0) -> AdapterFile:
         for key, value in EXPECTED.items()
         if header.metadata.get(key) != value
     ]
+    end, size = max((entry.stop for entry in header.tensors), default=0), folder.files()[name]
+    if size not in (end, _aligned(end)):
+        errors.append(
+            Damaged(
+                f"{size} bytes: the data is followed by other bytes",
+                expected=f"{end} bytes, as the header says",
+                where=name,
+                hint="download or copy the file again",
+            )
+        )
     refuse_all(errors)
     names = {kind: dtype for dtype, kind in KINDS.items()}
     tensors = {}

@@ -111,6 +111,7 @@ ATTACKS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another kind": (lambda d: d.replace(b"\0lora", b"\0loha"), "'loha'"),
     "no kind": (lambda d: d.replace(b"adapter.type", b"adapter.typo"), "adapter.type None"),
     "a type of blocks": (lambda d: at(d, b"blk.0.ffn_up.weight.lora_a", 20, "I", 2), "q8_0"),
+    "too long": (lambda d: d + b"x", "other bytes"),
     "cut off": (lambda d: d[:-1], "in a file of"),
     "cut in the header": (lambda d: d[:300], "fits into"),
     "cut in an array": (lambda d: at(d, b"invocation_tokens", 8, "Q", 1 << 40), "fits into"),

@@ -45,7 +45,6 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "head": ("llama", {"target_modules": ["lm_head", "k_proj"]}, True),
     "qwen2": ("qwen2", {"target_modules": LINEAR}, True),
     "gemma": ("gemma", {"target_modules": LINEAR}, True),
-    "phi3": ("phi3", {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}, True),
     "experts": ("mixtral", {"target_modules": ATTENTION, "target_parameters": STACKS}, False),
 }
 
@@ -78,7 +77,6 @@ def write_bases(root: Path, llama_cpp: Path) -> dict[str, Path]:
         "llama": transformers.LlamaConfig(**sizes),
         "qwen2": transformers.Qwen2Config(**sizes),
         "gemma": transformers.GemmaConfig(**sizes | {"tie_word_embeddings": True}),
-        "phi3": transformers.Phi3Config(**sizes),
         "mixtral": transformers.MixtralConfig(**sizes, num_local_experts=4),
     }
     folders = {}
