@@ -39,12 +39,14 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
 
 
-def adapter_or_file(folder: Folder) -> Folder:
+def adapter_or_file(folder: Folder, base: Folder | None = None) -> Folder:
     """What `in_adapter_layout` gives; the folder itself where that is refused (a pipeline of
     several components, alphas that nothing says), for verbs that tell of bare tensors too."""
     try:
-        return in_adapter_layout(folder)
+        return in_adapter_layout(folder, base)
     except AdapterkitError:
+        if not any(name.endswith(".safetensors") for name in folder.files()):
+            raise
         return folder
 
 

@@ -10,7 +10,7 @@ from adapterkit.checkpoint.foreign import other_lora
 from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.errors import Refused, shown
 from adapterkit.options import StrPath, checked
-from adapterkit.planning.converted import adapter_or_file
+from adapterkit.planning.converted import ConvertedFolder, adapter_or_file
 from adapterkit.planning.sources import open_model, open_source
 from adapterkit.reports import pictures
 from adapterkit.reports.adapter import inspect_adapter
@@ -71,18 +71,18 @@ def inspect(
     """
     if plot is not None:
         pictures.check_plot(Path(plot))
-    folder = adapter_or_file(open_source(path))
+    on = open_model(base) if base is not None else None
+    folder = adapter_or_file(open_source(path), on)
     kind = _kind(folder)
     if kind != "adapter":
         _refuse_options(folder, f"a {kind}, no adapter", base, plot)
         return inspect_base(folder) if kind == "base" else inspect_file(folder)
     if headers:
         _refuse_options(folder, "headers alone (--headers)", base, plot, download)
-    on = open_model(base) if base is not None else None
     far = [
         source
         for source in (folder, on)
-        if source is not None and not isinstance(source, LocalFolder)
+        if source is not None and not isinstance(_original(source), LocalFolder)
     ]
     if far and not download:
         _refuse_options(
@@ -92,6 +92,11 @@ def inspect(
     if plot is not None:
         pictures.draw(result, Path(plot))
     return result
+
+
+def _original(folder: Folder) -> Folder:
+    """The folder that was given."""
+    return folder.source if isinstance(folder, ConvertedFolder) else folder
 
 
 def _refuse_options(

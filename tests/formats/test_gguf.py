@@ -256,6 +256,16 @@ def test_a_merge_takes_the_file(tmp_path: Path):
         assert torch.equal(value, merged[1][key]), key
 
 
+def test_inspect_tells_of_the_file(tmp_path: Path):
+    home = GOLDEN / "llama"
+    with pytest.raises(Refused, match="number of heads"):
+        adapterkit.inspect(home / "f32.gguf")
+    base = save_model(home / "base", tmp_path / "base")
+    report = adapterkit.inspect(home / "f32.gguf", base=base)
+    assert report["format"].startswith("gguf") and len(report["modules"]) == 14
+    assert not report["problems"]
+
+
 def test_the_base_is_told_by_its_id(tmp_path: Path):
     folder = write_adapter(
         tmp_path / "in", pair(V, 2, 16, 32), base_model_name_or_path="org/Some-Model"

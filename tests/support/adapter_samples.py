@@ -93,7 +93,8 @@ def contents_of(path: Path, *, stacked: bool = False, **options: Any) -> Content
 def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
     """What was written; its few names may be those of several families of models."""
     family = {}
-    if formats()[to].names.architectures and len(source.architectures) == 1:
+    known = set(source.architectures) & set(formats()[to].names.architectures)
+    if known and len(source.architectures) == 1:
         family = {"architecture": source.architectures[0]}
     options = {name: value for name, value in sample.options.items() if name == "base"}
     return contents_of(out, stacked=sample.is_in_peft_layout, **(options | family))
