@@ -7,7 +7,7 @@ simplify: a transpose of a transpose is the tensor itself, and rows of a joined 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
 
@@ -388,6 +388,9 @@ def gathered(source: Expression, rows: Rows, axis: int = 0) -> Expression:
         source, rows = source.source, compact([source.rows[i] for i in rows])
     if rows == range(source.shape[axis]):
         return source
+    inner = source.source if isinstance(source, Reshaped) else None
+    if isinstance(inner, Stored) and axis == 0 and isinstance(rows, range):
+        return _stored_rows(inner.spec, source.shape, rows)  # of a stack: they lie together
     if isinstance(source, Joined) and source.axis == axis and isinstance(rows, range):
         at = 0
         for part in source.parts:
@@ -395,6 +398,13 @@ def gathered(source: Expression, rows: Rows, axis: int = 0) -> Expression:
                 return part
             at += part.shape[axis]
     return Gathered(source, rows, axis)
+
+
+def _stored_rows(spec: TensorSpec, shape: tuple[int, ...], rows: range) -> Stored:
+    """Consecutive rows of a stored tensor that is seen in this shape."""
+    width = spec.nbytes // shape[0]
+    start, stop = spec.start + rows.start * width, spec.start + rows.stop * width
+    return Stored(replace(spec, shape=(len(rows), *shape[1:]), start=start, stop=stop))
 
 
 def joined(parts: Sequence[Expression], axis: int = 0) -> Expression:

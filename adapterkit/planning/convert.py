@@ -1,6 +1,7 @@
 """The plan of a conversion: a source in any format that is read, a file in any that is written."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.adapter import read_layout, write_layout
@@ -34,7 +36,7 @@ from adapterkit.planning.input_files import identities
 from adapterkit.planning.lossy import lowered
 from adapterkit.planning.unpickled import UnpickledFolder
 from adapterkit.tasks.common import CopiedTensor
-from adapterkit.tasks.converted import ConvertedTensor
+from adapterkit.tasks.converted import ConvertedTensor, ConvertedTensors
 from adapterkit.tasks.fitted import FittedTensors
 from adapterkit.weights.names import Names
 
@@ -79,7 +81,7 @@ def plan_convert(
     notes: list[str] = []
     name = file or form.file.name
     folders = contents.folders if base is None else (*contents.folders, base.folder)
-    tasks = _tasks(written.tensors)
+    tasks = _together(_tasks(written.tensors))
     lay_out = LAYOUTS.get(form.file.container)
     shard = Computed(
         name,
@@ -267,6 +269,24 @@ def _tasks(tensors: Sequence[Written]) -> tuple[Task, ...]:
         outputs = tuple((one.key, one.expression, one.dtype) for one in members)
         tasks.append(FittedTensors(members[0].module, outputs, own))
     return tuple(tasks)
+
+
+MANY = 8  # outputs of one stored tensor that are made together
+
+
+def _together(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """Tensors that are made of the same stored ones, such as experts of their stack, in one task:
+    otherwise each of them would read the whole stack."""
+    readers = Counter(spec for task in tasks for spec in task.reads)
+    groups: dict[TensorSpec, list[ConvertedTensor]] = {}
+    result: list[Task] = []
+    for task in tasks:
+        shared = next((spec for spec in task.reads if readers[spec] > MANY), None)
+        if shared is None or not isinstance(task, ConvertedTensor):
+            result.append(task)
+        else:
+            groups.setdefault(shared, []).append(task)
+    return (*result, *(ConvertedTensors(own[0].name, tuple(own)) for own in groups.values()))
 
 
 def _task(tensor: Written) -> Task:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from adapterkit.formats.experts import (
 )
 from adapterkit.formats.record import EXPERTS, Module
 from adapterkit.formats.tensors import Expression, StoredReader
+from adapterkit.plan import Computed, Plan
 from adapterkit.weights.names import Names
+from tests.support import oracle
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = ("peft", "peft-0.18", "peft-per-expert")
@@ -382,6 +385,32 @@ def test_a_square_stack_alone(tmp_path: Path) -> None:
     assert torch.equal(old[name.format("B")], a[2:4].T[:4])
     with pytest.raises(Refused, match="which way round"):
         converted("0.18.1", None)
+
+
+def test_many_experts_read_their_stack_once(tmp_path: Path) -> None:
+    """A stack of 12 as 12 modules, and back."""
+    config = transformers.AutoConfig.from_pretrained(GOLDEN / "peft" / "qwen3_moe" / "base")
+    config.num_experts = 12
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    oracle.train(
+        model, tmp_path / "in", target_modules=[], target_parameters=["gate_up_proj", "down_proj"]
+    )
+    plan = convert(
+        tmp_path / "in", to="peft-per-expert", out=tmp_path / "out", base=tmp_path / "base",
+        dry_run=True,
+    )  # fmt: skip
+    assert isinstance(plan, Plan)
+    tasks = [task for shard in plan.shards if isinstance(shard, Computed) for task in shard.tasks]
+    reads = Counter(spec for task in tasks for spec in task.reads)
+    assert max(reads.values()) == 2  # gate and up share their a
+    sizes = sum(spec.nbytes for spec in reads.elements())
+    assert sizes <= 2 * (tmp_path / "in" / "adapter_model.safetensors").stat().st_size
+    convert(tmp_path / "in", to="peft-per-expert", out=tmp_path / "out", base=tmp_path / "base")
+    convert(tmp_path / "out", to="peft", out=tmp_path / "back", base=tmp_path / "base")
+    expected, actual = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "back")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
 
 
 # -- Megatron-Bridge -------------------------------------------------------------------------------
