@@ -142,9 +142,25 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("sample", SAMPLES, ids=ids)
 def test_every_pair_keeps_every_delta(sample: Sample, tmp_path: Path):
     """Or is refused for a reason that is right, and then nothing is written."""
+    check_pairs(sample, usual_targets(sample), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", SAMPLES, ids=ids)
+def test_every_pair_of_all(sample: Sample, tmp_path: Path):
+    check_pairs(sample, WRITTEN, tmp_path)
+
+
+def usual_targets(sample: Sample) -> list[str]:
+    """All formats for the first sample of a format, those of its neighbors for others."""
+    first = sample == samples(sample.form)[0]
+    return WRITTEN if first else [n for n in WRITTEN if n in (sample.form, "peft", "diffusers")]
+
+
+def check_pairs(sample: Sample, targets: list[str], tmp_path: Path) -> None:
     whole = contents_of(sample.path, **sample.options)
     kept = 0
-    for to in WRITTEN:
+    for to in targets:
         for more in parts(whole, formats()[to]):
             stacked = sample.is_in_peft_layout
             source = contents_of(sample.path, stacked=stacked, **(sample.options | more))
