@@ -34,7 +34,10 @@ from adapterkit.weights.names import Names
 # factors of parameters of which the file does not tell which parameters they are
 VALUE, COPY, TOKENS, PARAMETER = "value", "copy", "tokens", "parameter"
 # of a source's settings, what a file of other factors keeps
-KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping")
+KEPT = (
+    "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping", "bias",
+    "modules_to_save",
+)  # fmt: skip
 # what says which modules have factors of which rank and scale
 TARGETS = (
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",

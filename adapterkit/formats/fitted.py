@@ -26,8 +26,11 @@ class Fit:
         """a (rank, *tail) and b (out, rank, *1) in float64, ‖delta‖ and ‖delta - b @ a‖."""
         decomposition = Decomposition(*self.delta.leading_triplets(reader, self.rank, None))
         a, b = decomposition.factors(self.rank)
-        total = decomposition.total
-        lost = total - float(decomposition.svd.s[: self.rank].double().square().sum())
+        total, lost = decomposition.total, 0.0
+        if self.rank < min(
+            self.delta.rank, *self.delta.shape
+        ):  # else all singular values are there
+            lost = total - float(decomposition.svd.s[: self.rank].double().square().sum())
         a, b = a.reshape(self.shape("a")), b.reshape(self.shape("b"))
         return Factors({"a": a, "b": b}, total**0.5, max(lost, 0.0) ** 0.5)
 

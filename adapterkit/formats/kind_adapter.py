@@ -9,6 +9,7 @@ from adapterkit.adapters.kind_layout import TENSORS, kind_key, kind_settings
 from adapterkit.adapters.kinds.common import AdaptedModule, read_kind
 from adapterkit.adapters.kinds.loha import LoHa
 from adapterkit.adapters.kinds.lokr import LoKr
+from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all
@@ -44,14 +45,26 @@ def read_kinds(form: Format, folder: Folder, peft_type: str, number: int = 0) ->
         own: dict[str, Expression] = {roles[key]: Stored(spec) for key, spec in parts.items()}
         modules.append(Module(LANGUAGE, name, kind.name, own, float(alpha), rank))
     refuse_all(errors)
+    modules += replaced_values(adapter)
+    headers = headers_of(adapter, folder, number)
+    return Contents(form.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
+
+
+def replaced_values(adapter: Adapter) -> list[Module]:
+    """The parameters that were trained whole."""
+    modules = []
     for name, spec in adapter.replaced.items():
         home, _, leaf = name.rpartition(".")
         modules.append(Module(LANGUAGE, home, "value", {leaf: Stored(spec)}, 1.0, 1))
-    headers = {
+    return modules
+
+
+def headers_of(adapter: Adapter, folder: Folder, number: int) -> dict[tuple[int, str], str]:
+    """The hashes of what was read of its files."""
+    return {
         (number, WEIGHTS): adapter.header_sha256,
         (number, CONFIG): sha256_of_small_file(folder, CONFIG),
     }
-    return Contents(form.name, (folder,), tuple(modules), config=adapter.config, headers=headers)
 
 
 def write_kinds(contents: Contents, form: Format, kind: str, *, dtype: str | None = None) -> File:

@@ -124,6 +124,11 @@ def is_scaled(module: Module, form: Format, is_own: bool) -> bool:
     return form.scale.place == "config" or has_alpha(module, form, is_own)
 
 
+def cores(parts: Parts) -> list[str]:
+    """The roles that lie between two factors."""
+    return [role for role in ("mid", "t1", "t2") if role in parts]
+
+
 def magnitudes(parts: Parts) -> list[str]:
     """The roles of norms: of the weight's outputs, or of its inputs."""
     return [role for role in MAGNITUDES if role in parts]
@@ -261,7 +266,8 @@ def _side_shape(shapes: Shapes, a: str, b: str, core: str) -> tuple[int, int]:
 
 
 def tail_of(kind: str, parts: Parts) -> tuple[int, ...] | None:
-    """The axes after `out` of the weight; None where a flattened kernel looks like inputs."""
+    """The axes after `out` of the weight; None where a flattened kernel looks like inputs, or a
+    core has the kernel (k, 1), as PEFT has it of a Conv1d too."""
     shapes = {role: part.shape for role, part in parts.items()}
     if kind == FACTORS:
         return (shapes["a"][1], *shapes["mid"][2:]) if "mid" in shapes else shapes["a"][1:]
@@ -269,7 +275,7 @@ def tail_of(kind: str, parts: Parts) -> tuple[int, ...] | None:
         return shapes["diff"][1:]
     core = shapes.get({"loha": "t1", "lokr": "t2"}.get(kind, ""))
     kernel = core[2:] if core else shapes["w2"][2:] if kind == "lokr" and "w2" in shapes else None
-    if kernel is None:
+    if kernel is None or (core and kernel[1:] == (1,)):
         return None
     return (matrix_shape(kind, parts)[1] // math.prod(kernel), *kernel)
 

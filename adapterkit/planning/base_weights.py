@@ -1,9 +1,8 @@
 """DoRA on the base it was trained on: the weights of its modules, and its deltas."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 from adapterkit import dtypes
 from adapterkit.adapters.factors import Factors
@@ -44,21 +43,11 @@ def dora_problems(adapter: Adapter) -> list[AdapterkitError]:
     return errors
 
 
-class Trained(Protocol):
-    """What was trained on a base: its settings, and its name for messages."""
-
-    @property
-    def config(self) -> Mapping[str, Any]: ...
-
-    @property
-    def name(self) -> str: ...
-
-
 class BaseWeights:
     """The base's weights of an adapter's modules."""
 
     def __init__(
-        self, base: Checkpoint, adapter: Trained, modules: Sequence[str], notes: list[str]
+        self, base: Checkpoint, adapter: Adapter, modules: Sequence[str], notes: list[str]
     ):
         """`Refused` for a quantized base."""
         check_not_quantized(base)

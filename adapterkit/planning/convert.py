@@ -19,6 +19,7 @@ from adapterkit.formats.detect import Detection, detect
 from adapterkit.formats.dialects import Model, arranged
 from adapterkit.formats.experts import split_experts, stacks_of
 from adapterkit.formats.fitted import Fit, fits_of
+from adapterkit.formats.kind_adapter import KINDS
 from adapterkit.formats.library import format_named
 from adapterkit.formats.models import base_of
 from adapterkit.formats.read import Reading, read
@@ -33,7 +34,8 @@ from adapterkit.planning.cards import adapter_card
 from adapterkit.planning.carried import carried_files
 from adapterkit.planning.folder_files import Files
 from adapterkit.planning.input_files import identities
-from adapterkit.planning.lossy import lowered
+from adapterkit.planning.kind_deltas import kind_of
+from adapterkit.planning.lossy import lowered, read_fitted
 from adapterkit.planning.unpickled import UnpickledFolder
 from adapterkit.tasks.common import CopiedTensor
 from adapterkit.tasks.converted import ConvertedTensor, ConvertedTensors
@@ -147,8 +149,12 @@ def read_contents(
     """The source's contents, of the components that are asked for."""
     form = detection.form
     if form.layout == ADAPTER_LAYOUT:
-        names, stacks = (model.names, model.stacks) if model is not None else (None, None)
-        contents = read_layout(form, source, names=names, stacks=stacks)
+        kind = kind_of(source, detection.config)
+        if kind is not None and kind.name.upper() not in KINDS:
+            contents = read_fitted(form, source, kind, rank=options.rank, base=base)
+        else:
+            names, stacks = (model.names, model.stacks) if model is not None else (None, None)
+            contents = read_layout(form, source, names=names, stacks=stacks)
     else:
         reading = Reading(
             options.alpha,
@@ -220,6 +226,7 @@ def written_file(
     dtype = dtypes.parse(options.dtype) if options.dtype else None
     if form.layout == ADAPTER_LAYOUT:
         stacks = model.stacks if model is not None else None
+        rebuilt = rebuilt or "r" not in contents.config  # without the source's ranks
         return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=rebuilt)
     return write(
         _single_experts(contents, form, model),

@@ -7,28 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from adapterkit.adapters.kinds.common import Kind
+from adapterkit.adapters.record import Adapter
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats import kinds
+from adapterkit.formats.adapter import KEPT
 from adapterkit.formats.capabilities import lacking
 from adapterkit.formats.deltas import ModuleDelta
 from adapterkit.formats.fitted import Fit, Fitted
+from adapterkit.formats.kind_adapter import headers_of, replaced_values
 from adapterkit.formats.names import kernel_of
-from adapterkit.formats.record import FACTORS, Contents, Module
+from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Contracted, scaled
-from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights
+from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, dora_problems
+from adapterkit.planning.kind_deltas import FLATTENED, read_deltas
 from adapterkit.weights.parameters import StoredParameter
 
 OTHERS = ("loha", "lokr", "oft", "full")
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What `BaseWeights` asks of an adapter."""
-
-    config: Mapping[str, Any]
-    name: str
 
 
 def lowered(
@@ -51,7 +49,11 @@ def lowered(
     fitted = {id(m): one for m in chosen if (one := job.fitted(m)) is not None}
     refuse_all(job.errors)
     own = [part for m in modules for part in fitted.get(id(m), [m])]
-    return replace(contents, modules=tuple(own), notes=(*contents.notes, *job.all_notes()))
+    config = contents.config
+    if "peft_type" in config:
+        config = _plain_config(config)
+    notes = (*contents.notes, *job.all_notes())
+    return replace(contents, modules=tuple(own), config=config, notes=notes)
 
 
 def _lacks_core_only(module: Module, form: Format, contents: Contents) -> bool:
@@ -71,6 +73,54 @@ def _is_to_fit(module: Module, form: Format, contents: Contents) -> bool:
     if module.kind in OTHERS:
         return module.kind != "full" or len(module.parts.get("diff", _NOTHING).shape) > 1
     return module.kind == FACTORS and bool(lacking(module, form, contents))
+
+
+def read_fitted(
+    form: Format, folder: Folder, kind: type[Kind], *, rank: int | None, base: Checkpoint | None
+) -> Contents:
+    """An adapter in PEFT's layout, of a type that no format holds, as plain factors. `Refused`
+    without a rank."""
+    if rank is None:
+        raise Refused(
+            f"an adapter of type {kind.name.upper()}",
+            expected="--rank N, for plain factors of it",
+            where=folder.label,
+            hint="give --rank; the receipt has the error",
+        )
+    notes: list[str] = []
+    errors: list[AdapterkitError] = []
+    adapter, deltas = read_deltas(kind, folder, base, notes, errors)
+    refuse_all(errors)
+    modules = []
+    for one in deltas:
+        fit = Fit(one.module, one.delta, one.tail, min(rank, one.delta.rank, *one.delta.shape))
+        parts = {"a": Fitted(fit, "a"), "b": Fitted(fit, "b")}
+        modules.append(
+            Module(LANGUAGE, one.module, FACTORS, parts, float(fit.rank), fit.rank, one.embedding)
+        )
+    notes.append(_note({kind.name.upper(): len(deltas)}, rank))
+    return Contents(
+        form.name,
+        (folder,),
+        (*modules, *replaced_values(adapter)),
+        config=_plain_config(adapter.config),
+        headers=headers_of(adapter, folder, 0),
+        notes=notes,
+    )
+
+
+def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an adapter's settings those that hold for plain factors in its place, without ranks."""
+    if config["peft_type"] == "LORA":
+        return {key: value for key, value in config.items() if key not in ("r", "use_dora")}
+    bias = config.get("bias") or "none"
+    own = {key: config[key] for key in KEPT if key in config}
+    return own | {"peft_type": "LORA", "bias": "lora_only" if bias.endswith("_only") else bias}
+
+
+def _note(counts: Mapping[str, int], rank: int) -> str:
+    what = ", ".join(f"{count} modules of {kind}" for kind, count in sorted(counts.items()))
+    return f"{what} are plain factors of rank {rank} at most: the receipt has the error"
 
 
 @dataclass
@@ -110,9 +160,11 @@ class _Fitting:
                 )
             )
         elif self.base is not None:
-            source = _Source(self.contents.config, where)
+            folder, config = self.contents.folders[0], dict(self.contents.config)
+            adapter = Adapter(folder, 0, config, (), {}, (), {})
+            self.errors += dora_problems(adapter) if needy else []
             names = [m.name for m in self.modules]
-            self.weights = BaseWeights(self.base, source, names, self.notes)
+            self.weights = BaseWeights(self.base, adapter, names, self.notes)
 
     @staticmethod
     def _needs_base(module: Module) -> bool:
@@ -127,12 +179,12 @@ class _Fitting:
             return None
 
     def _fitted(self, module: Module) -> list[Module] | None:
-        if module.embedding or module.depth:
+        if module.depth:
             return None
         needs = self._needs_base(module)
         weight = None
-        if self.weights is not None and (needs or self._is_unknown(module)):
-            weight = self.weights.of(module.name, False)
+        if self.weights is not None and (needs or self._is_in_base(module)):
+            weight = self.weights.of(module.name, module.embedding)
         elif needs:
             return None  # refused already
         self._check(module, weight)
@@ -164,8 +216,10 @@ class _Fitting:
                 hint=CHECK_BASE,
             )
 
-    def _is_unknown(self, module: Module) -> bool:
-        return module.kind == "oft" or kinds.tail_of(module.kind, module.parts) is None
+    def _is_in_base(self, module: Module) -> bool:
+        """Whether the base, which may be one component of several, has the module's weight."""
+        assert self.weights is not None
+        return self.weights.names.parameter(f"{module.name}.weight") is not None
 
     def _tail(self, module: Module, weight: StoredParameter | None) -> tuple[int, ...]:
         """The axes after `out`: of the file, of the base, of the architecture."""
@@ -176,6 +230,14 @@ class _Fitting:
             return tail
         inputs = kinds.matrix_shape(module.kind, module.parts)[1]
         kernel = kernel_of(self.contents.architectures, module.component, module.name)
+        if kernel is None and kinds.cores(module.parts):
+            raise Refused(
+                f"{shown(module.path)}: a kernel of which the file does not say if it is a "
+                "Conv1d's or a Conv2d's",
+                expected="--base BASE",
+                where="options",
+                hint="give the model it was trained on",
+            )
         if kernel is None:
             self.guessed.append(module.path)
             return (inputs,)
@@ -190,14 +252,7 @@ class _Fitting:
 
     def all_notes(self) -> list[str]:
         counts = Counter("DoRA" if m.kind == FACTORS else m.kind for m in self.modules)
-        what = ", ".join(f"{count} modules of {kind}" for kind, count in sorted(counts.items()))
-        notes = [f"{what} are plain factors of rank {self.rank} at most: the receipt has the error"]
-        if self.guessed:
-            notes.append(
-                "convolutions with flattened kernels look like linear layers here: give --base if "
-                "the model has any"
-            )
-        return [*self.notes, *notes]
+        return [*self.notes, _note(counts, self.rank), *([FLATTENED] if self.guessed else [])]
 
 
 class _Nothing:

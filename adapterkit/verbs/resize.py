@@ -1,9 +1,6 @@
 """resize: an adapter at another rank, and as a plain LoRA whatever its type was: the best
 approximation of each delta, by its singular values."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,23 +9,23 @@ from adapterkit import dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.factors import Place
 from adapterkit.adapters.keys import CONFIG
-from adapterkit.adapters.kinds.common import AdaptedModule, Delta, Kind, read_kind
+from adapterkit.adapters.kinds.common import Delta, Kind
 from adapterkit.adapters.peft import read_adapter
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.execution import Execution, writes
-from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Refused, refuse_all
 from adapterkit.options import StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_output
-from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, dora_problems
+from adapterkit.planning.base_weights import BaseWeights, dora_problems
+from adapterkit.planning.kind_deltas import kind_of, read_deltas
 from adapterkit.planning.norms import select_norms
 from adapterkit.planning.sites import join, levels_of, names_of, targets_of
 from adapterkit.planning.sources import open_adapter, open_model, open_source
 from adapterkit.receipt import Receipt
-from adapterkit.registry import members
 from adapterkit.tasks.truncated import (
     SHARES,
     ConvertedFactors,
@@ -114,7 +111,7 @@ def plan_resize(
     check_truncation(options.truncation)
     # the reader refuses what has none
     config = read_json(source, CONFIG) if CONFIG in source.files() else {}
-    kind, notes = _kind(source, config), []
+    kind, notes = kind_of(source, config), []
     if (
         base is not None
         and kind is None
@@ -139,20 +136,6 @@ def plan_resize(
     statistics = None if stats is None else open_checkpoint(stats, 1 if base is None else 2)
     job.weight(statistics)
     return job.plan(statistics)
-
-
-def _kind(source: Folder, config: dict) -> type[Kind] | None:
-    """The type of an adapter; None for LoRA, and for what is no adapter."""
-    peft_type, known = config.get("peft_type", "LORA"), members("adapters.kinds")
-    name = peft_type.lower() if isinstance(peft_type, str) else ""
-    if name in known or name == "lora":
-        return known.get(name)
-    problem, expected = (
-        f"peft_type {shown(repr(peft_type))}",
-        ", ".join(["LORA", *map(str.upper, known)]),
-    )
-    hint = "if it can be merged, merge it with PEFT and use adapterkit extract BASE MERGED"
-    raise Refused(problem, expected=expected, where=f"{source.name}/{CONFIG}", hint=hint)
 
 
 @dataclass
@@ -212,14 +195,13 @@ class _ResizePlanner:
             self.base, adapter, [lora.module for lora in adapter.loras], self.notes
         )
         for name, (lora, factors) in joined.items():
-            with self._collected():
-                self._add(
-                    name,
-                    weights.dora(lora, factors),
-                    lora.kind == "embedding",
-                    lora.module,
-                    weights,
-                )
+            try:
+                delta = weights.dora(lora, factors)
+            except AdapterkitError as error:
+                self.errors.append(error)
+                continue
+            tail = weights.of(lora.module, lora.kind == "embedding").weight_shape[1:]
+            self._add(name, delta, tail, lora.kind == "embedding", lora.module)
         plain = tuple(replace(lora, magnitude=None) for lora in adapter.loras)
         self.adapter = replace(adapter, loras=plain, config=adapter.config | {"use_dora": False})
 
@@ -233,43 +215,10 @@ class _ResizePlanner:
                 where="options",
                 hint="leave --alpha out",
             )
-        if kind.needs_base and self.base is None:
-            problem = f"a {kind.name.upper()} adapter without its base: {kind.needs_base}"
-            raise Refused(
-                problem,
-                expected="--base BASE",
-                where=source.name,
-                hint="give --base, the model it was trained on",
-            )
-        adapter, modules = read_kind(kind, source, 0)
-        if self.base is None and kind.name in ("loha", "lokr"):
-            self.notes.append(
-                "convolutions with flattened kernels look like linear layers here: give --base if "
-                "the model has any"
-            )
-        bias = adapter.config.get("bias") or "none"
-        self.adapter = replace(
-            adapter,
-            config=adapter.config | {"bias": "lora_only" if bias.endswith("_only") else bias},
-        )
-        shared = modules.pop("")
-        weights = (
-            None
-            if self.base is None
-            else BaseWeights(self.base, adapter, list(modules), self.notes)
-        )
-        for module, parts in modules.items():
-            embedding = any("embedding" in part for part in parts)
-            with self._collected():
-                weight = None if weights is None else weights.of(module, embedding)
-                self._add(
-                    module,
-                    kind.from_module(AdaptedModule(adapter, module, parts, shared, weight)),
-                    embedding,
-                    module,
-                    weights,
-                )
-        self.targets = {"modules": {module: module for module in modules}}
+        self.adapter, modules = read_deltas(kind, source, self.base, self.notes, self.errors)
+        for one in modules:
+            self._add(one.module, one.delta, one.tail, one.embedding, one.module)
+        self.targets = {"modules": {one.module: one.module for one in modules}}
 
     def _names(self, adapter: Adapter) -> Names | None:
         """The base's names where they tell the adapter's parameters apart."""
@@ -278,48 +227,9 @@ class _ResizePlanner:
             names_of(self.base, [adapter], self.notes) if self.base is not None and named else None
         )
 
-    @contextmanager
-    def _collected(self) -> Iterator[None]:
-        """What is refused inside joins the other errors."""
-        try:
-            yield
-        except AdapterkitError as error:
-            self.errors.append(error)
-
     def _add(
-        self, name: str, delta: Delta, embedding: bool, module: str, weights: "BaseWeights | None"
+        self, name: str, delta: Delta, tail: tuple[int, ...], embedding: bool, module: str
     ) -> None:
-        if not delta.rank:
-            self.notes.append(f"{shown(module)} has rank 0: left out")
-            return
-        tail = delta.tail
-        if weights is not None:
-            weight = weights.of(module, embedding)
-            tail = weight.weight_shape[1:]
-            if delta.shape != (weight.weight_shape[0], math.prod(tail)):
-                problem = f"{shown(module)}: a delta of {delta.shape}"
-                self.errors.append(
-                    Refused(
-                        problem,
-                        expected=f"one for the base's {weight.weight_shape}",
-                        where=weights.adapter.name,
-                        hint=CHECK_BASE,
-                    )
-                )
-        if tail is None:
-            problem = (
-                f"{shown(module)}: a kernel of which the file does not say if it is a Conv1d's or "
-                "a Conv2d's"
-            )
-            self.errors.append(
-                Refused(
-                    problem,
-                    expected="--base BASE",
-                    where="options",
-                    hint="give the model it was trained on",
-                )
-            )
-            return
         kind = "embedding" if embedding else "module"
         place = Place.of_weight(module, (delta.shape[0], *tail), kind)
         self.ranked.append(

@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 FOLDER = Path(__file__).parent / "lycoris"
+WRAPPER = Path(__file__).parent / "lycoris-wrapper"
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 LINEAR = (f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k")
 POINT, CONV = "down_blocks.0.attentions.0.proj_in", "down_blocks.0.resnets.0.conv1"
@@ -21,7 +22,6 @@ NORMS = (f"{BLOCK}.norm1", "down_blocks.0.resnets.0.norm1")
 ALL = (*LINEAR, POINT, CONV)
 # file -> options of the network, modules
 NETWORKS = {
-    "locon": ({"algo": "locon"}, ALL),
     "locon_tucker": ({"algo": "locon", "use_tucker": True}, ALL),
     "dora": ({"algo": "locon", "dora_wd": True}, ALL),
     "dora_in": ({"algo": "locon", "dora_wd": True, "wd_on_output": False}, LINEAR),
@@ -34,6 +34,11 @@ NETWORKS = {
     "oft": ({"algo": "diag-oft", "constraint": 0.01, "rescaled": True, "network_dim": 4}, ALL),
     "boft": ({"algo": "boft", "network_dim": 4}, ALL),
     "full": ({"algo": "full", "train_norm": True}, (*ALL, *NORMS)),
+}
+# of the wrapper: file -> options, modules
+WRAPPED = {
+    "locon": ({"algo": "locon"}, ALL),
+    "loha": ({"algo": "loha", "train_norm": True}, (*ALL, *NORMS)),
 }
 
 
@@ -71,11 +76,20 @@ def kohya_network(unet: nn.Module, options: dict, modules: tuple[str, ...]) -> n
     return randomized(network)
 
 
-def wrapper_network(model: nn.Module, options: dict) -> nn.Module:
-    """lycoris' network of its own wrapper for all modules of a model, all its parameters random."""
-    from lycoris import create_lycoris
+def wrapper_network(model: nn.Module, options: dict, modules: tuple[str, ...]) -> nn.Module:
+    """The network of lycoris' own wrapper for these modules, all its parameters random."""
+    from lycoris import LycorisNetwork, create_lycoris
 
-    network = create_lycoris(model, 1.0, **options)
+    options = {"linear_dim": 3, "linear_alpha": 2.0, **options}
+    preset = LycorisNetwork.apply_preset
+    LycorisNetwork.apply_preset(
+        {"enable_conv": True, "target_module": [], "target_name": list(modules)}
+    )
+    LycorisNetwork.apply_preset = classmethod(lambda cls, preset: cls)  # "full" by default
+    try:
+        network = create_lycoris(model, 1.0, **options)
+    finally:
+        LycorisNetwork.apply_preset = preset
     network.apply_to()
     return randomized(network)
 
@@ -114,6 +128,10 @@ def main() -> None:
     for name, (options, modules) in NETWORKS.items():
         network = kohya_network(tiny_unet(), options, modules)
         network.save_weights(str(FOLDER / f"{name}.safetensors"), torch.float32, metadata(options))
+    WRAPPER.mkdir(exist_ok=True)
+    for name, (options, modules) in WRAPPED.items():
+        network = wrapper_network(tiny_unet(), options, modules)
+        network.save_weights(str(WRAPPER / f"{name}.safetensors"), torch.float16, None)
 
 
 if __name__ == "__main__":
