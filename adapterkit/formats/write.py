@@ -108,6 +108,11 @@ def write(
     if form.file.container == "safetensors":
         tensors.sort(key=lambda one: (dtypes.SERIAL.index(one.dtype), one.key))
     final, notes = [module for module, _ in own], [form.note] if form.note else []
+    if declared:
+        notes.append(
+            f"{form.scale.key} in the metadata declares the scales: a client that does not read it "
+            "takes 1 for all"
+        )
     return File(form, tensors, metadata, final, name, folded, notes, settings)
 
 

@@ -33,6 +33,7 @@ MODELS = {
     ("sdxl", "text_encoder_2"): lambda: pipelines.clip(CLIPTextModelWithProjection),
     ("sd3", "text_encoder_3"): pipelines.t5,
 }
+GOLDEN = Path(__file__).parent / "golden"
 # of a text encoder nobody trains the tables of embeddings
 EMBEDDINGS = (torch.nn.Embedding,)
 
@@ -162,12 +163,13 @@ def test_metadata_say_what_is_in_the_file(tmp_path):
     source = kohya(tmp_path / "a.safetensors", modules, **said, **wrong, **hashes, note="b")
     again, other = tmp_path / "b.safetensors", tmp_path / "c.safetensors"
     adapterkit.convert(source, to="kohya", out=again)
-    adapterkit.convert(source, to="diffusers", out=other)
+    receipt = adapterkit.convert(source, to="diffusers", out=other)
     sizes = {"ss_network_dim": "2", "ss_network_alpha": "1.0"}
     words = {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}
     words |= {"ss_network_module": "networks.lora"}
     assert metadata_of(again) == words | said | sizes
     assert metadata_of(other).keys() == {"format", "lora_adapter_metadata"}
+    assert any("lora_adapter_metadata" in note for note in receipt.data["notes"])
     back = tmp_path / "d.safetensors"
     adapterkit.convert(other, to="kohya", out=back)
     assert metadata_of(back) == words | sizes
@@ -176,6 +178,8 @@ def test_metadata_say_what_is_in_the_file(tmp_path):
 def test_metadata_are_silent_where_architectures_differ(tmp_path):
     source = kohya(tmp_path / "a.safetensors", {"lora_te_encoder_layers_0_mlp_fc1": (8, 8)})
     adapterkit.convert(source, to="kohya", out=tmp_path / "b.safetensors")
+    key = "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha"
+    assert key in load_file(tmp_path / "b.safetensors")
     metadata = metadata_of(tmp_path / "b.safetensors")
     assert metadata.keys() == {"ss_network_module", "ss_network_dim", "ss_network_alpha"}
 
@@ -190,3 +194,15 @@ def test_ambiguous_names_are_refused(tmp_path):
     assert "--architecture" in str(refusal.value)
     adapterkit.convert(middle, to="kohya", out=tmp_path / "c.safetensors", architecture="sdxl")
     assert all("middle_block_1" in key for key in load_file(tmp_path / "c.safetensors"))
+
+
+def test_an_older_file_of_diffusers_may_be_a_pickle(tmp_path):
+    path = GOLDEN / "diffusers-old" / "bare.safetensors"
+    torch.save(load_file(path), tmp_path / "pytorch_lora_weights.bin")
+    out, same = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    adapterkit.convert(
+        tmp_path / "pytorch_lora_weights.bin", to="diffusers", out=out, allow_pickle=True
+    )
+    adapterkit.convert(path, to="diffusers", out=same)
+    assert out.read_bytes() == same.read_bytes()
+    assert len(load_file(out)) == len(load_file(path))
