@@ -417,7 +417,7 @@ def run(model: nn.Module, family: str) -> Tensor:
     [
         ("bfl/control", "flux"),
         ("fal-kontext/flux", "flux"),
-        ("diffusers-old/flux_hybrid", "flux"),
+        ("onetrainer/flux_hybrid", "flux"),
         ("ai-toolkit/flux2", "flux2"),
         ("ai-toolkit/chroma", "chroma"),
     ],

@@ -314,7 +314,7 @@ def main() -> None:
         "bfl/control": (bfl(), None),
         "fal-kontext/flux": (dotted("base_model.model.", FLUX_BLOCKS), None),
         "comfyui/flux": (comfyui(), None),
-        "diffusers-old/flux_hybrid": (hybrid(), None),
+        "onetrainer/flux_hybrid": (hybrid(), None),
     }
     for name, (tensors, metadata) in files.items():
         path = HERE / f"{name}.safetensors"
