@@ -476,7 +476,13 @@ def blocks(double: int, single: int, prefix: str = "transformer.") -> Tensors:
 
 
 @pytest.mark.parametrize(
-    ("double", "single", "family"), [(19, 38, "flux"), (20, 40, "hunyuan_video"), (18, 38, "flux")]
+    ("double", "single", "family"),
+    [
+        (19, 38, "flux"),
+        (20, 40, "hunyuan_video"),
+        (18, 38, "flux"),
+        (3, 39, "hunyuan_video"),
+    ],
 )
 def test_numbers_of_blocks_tell_architectures(
     double: int, single: int, family: str, tmp_path: Path

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused
+from adapterkit.formats.biases import as_the_format_has_them
 from adapterkit.formats.fusing import Fusion, fuse, split
+from adapterkit.formats.library import formats
 from adapterkit.formats.record import Module
 from adapterkit.formats.schema import Rule
 from adapterkit.formats.tensors import Expression, Stored
@@ -201,6 +203,47 @@ def test_block_diagonal_of_a_trainer() -> None:
     assert [(p.rank, p.alpha) for p in parts.values()] == [(2, 0.5)] * 3
     again = Case((1, 1, 1), parts, memory).fused()
     assert torch.equal(again.parts["b"].value(memory), b) and again.alpha == 1.5
+
+
+def test_blocks_in_another_order_are_shared() -> None:
+    """So that they are written again as they were."""
+    memory = Memory()
+    b = torch.zeros(2 * UNIT, 3).double()
+    b[:UNIT, 1:] = b[UNIT:, :1] = 1
+    whole = module(memory, "lora", "qkv", 1, 3, a=torch.randn(3, IN).double(), b=b)
+    case = Case((1, 1), {}, memory)
+    parts = case.split(whole)
+    assert [part.rank for part in parts.values()] == [3, 3]
+    assert torch.equal(Case((1, 1), parts, memory).fused().parts["b"].value(memory), b)
+
+
+def test_scales_of_nothing() -> None:
+    """A part that was switched off by its alpha."""
+    case = qkv(Memory(), [torch.randn(1, IN).double() for _ in range(3)], alphas=(0, 2, 0))
+    whole = case.fused()
+    assert whole.scale == 2 and torch.equal(case.memory.delta(whole), case.delta(case.parts))
+    nothing = qkv(Memory(), [torch.randn(1, IN).double() for _ in range(3)], alphas=(0, 0, 0))
+    assert not nothing.memory.delta(nothing.fused()).any()
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_biases_are_apart_or_together(scale: float) -> None:
+    """scale · bias beside b is the difference diff_b of the layer's bias."""
+    memory = Memory()
+    bias, other = torch.randn(UNIT).double(), torch.randn(UNIT).double()
+    factors = {"a": torch.randn(2, IN).double(), "b": torch.randn(UNIT, 2).double()}
+    lora = module(memory, "lora", "to_q", 2 * scale, 2, **factors, bias=bias)
+    lone = module(memory, "full", "to_k", 1, 1, diff_b=other)
+    apart = as_the_format_has_them([lora, lone], formats()["comfyui"])
+    assert [(m.name, m.kind) for m in apart] == [
+        ("to_q", "lora"),
+        ("to_q", "full"),
+        ("to_k", "full"),
+    ]
+    assert torch.equal(apart[1].parts["diff_b"].value(memory), scale * bias)
+    back = as_the_format_has_them(apart, formats()["bfl"])
+    assert [(m.name, m.kind) for m in back] == [("to_q", "lora"), ("to_k", "full")]
+    assert torch.allclose(back[0].parts["bias"].value(memory), bias, rtol=1e-15)
 
 
 def test_untrained_factors_are_shared() -> None:
