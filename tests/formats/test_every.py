@@ -46,7 +46,7 @@ JUDGED = (
     r"\bcomponents? ",
     r"modules without a name there",
     r"no architecture has modules such as",
-    r": modules of \w+, \w+\n",  # names that two architectures have, which the format writes apart
+    r": modules of (\w+, )+\w+\n",  # names of several architectures, which the format writes apart
     r"LoKr (of|with) ",  # PEFT decomposes all modules in one way
     r"experts in another layout",
     r"an activated LoRA",

@@ -1,7 +1,7 @@
 """Makes the golden files of the Flux family; run it from the repository's root.
 
 `diffusers` is written by diffusers 0.42.1 (PEFT 0.21.2): `save_lora_weights` of a tiny Flux
-transformer; `lycoris-native` by lycoris-lora 4.1.3: `create_lycoris` on it, as SimpleTuner does,
+transformer; `lycoris-wrapper` by lycoris-lora 4.1.3: `create_lycoris` on it, as SimpleTuner does,
 and ai-toolkit for its older LoKr. The other tools do not install (sd-scripts and ai-toolkit are no
 packages, XLabs' and BFL's trainers are not public), so their files are written here with the key
 names that their sources show:
@@ -320,7 +320,7 @@ def main() -> None:
         path = HERE / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         save_file(tensors, path, metadata)
-    for name, make in {"diffusers": diffusers_flux, "lycoris-native": lycoris_flux}.items():
+    for name, make in {"diffusers": diffusers_flux, "lycoris-wrapper": lycoris_flux}.items():
         (HERE / name).mkdir(exist_ok=True)
         make(HERE / name / "flux.safetensors")
 
