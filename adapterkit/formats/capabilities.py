@@ -54,7 +54,7 @@ def _lacking_in_adapter(module: Module, contents: Contents) -> list[str]:
     if module.kind in OF_ONE_TYPE:
         return magnitudes(module.parts) if kind_of(contents) == module.kind else [module.kind]
     if module.kind != FACTORS:
-        return [module.kind] if module.kind in ("oft", "full") else []
+        return [module.kind] if module.kind in ("oft", "full", "modulation") else []
     roles = [role for role in ("mid", "input_magnitude") if role in module.parts]
     loras = [m for m in contents.modules if m.kind == FACTORS]
     if "magnitude" in module.parts and any("magnitude" not in m.parts for m in loras):

@@ -31,6 +31,7 @@ REQUIRED: dict[str, tuple[frozenset[str], ...]] = {
     "oft": (frozenset(("blocks",)),),
     "full": (frozenset(("diff",)), frozenset(("diff_b",))),
     "norm": (frozenset(("diff",)),),
+    "modulation": (frozenset(("table",)),),
     "value": (frozenset(("weight",)), frozenset(("bias",))),
 }
 # the role with the rank, on its first axis but for experts; without it the scale is 1
@@ -43,6 +44,7 @@ RANK = {
     "oft": (),
     "full": (),
     "norm": (),
+    "modulation": (),
     "value": (),
 }
 # roles that may be vectors or numbers

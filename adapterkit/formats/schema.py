@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "oft": ("blocks", "rescale", "alpha"),  # alpha is the limit of the blocks' norm
     "full": ("diff", "diff_b"),
     "norm": ("diff", "diff_b"),  # the word for a full difference of a vector
+    "modulation": ("table",),  # added to a block's own table of shifts and scales
     "value": ("weight", "bias"),
 }  # fmt: skip
 
