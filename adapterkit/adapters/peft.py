@@ -23,7 +23,6 @@ from adapterkit.adapters.keys import (
 )
 from adapterkit.adapters.record import EMBEDDINGS, Adapter, Lora, Tokens, is_inside
 from adapterkit.checkpoint.folder import Folder, belonging_to, locate
-from adapterkit.checkpoint.foreign import no_model, other_lora
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Scan
 from adapterkit.dtypes import FLOATS
@@ -85,12 +84,8 @@ def _read(
     scan, files = Scan(folder, number), folder.files()
     missing = [name for name in (CONFIG, WEIGHTS) if name not in files]
     scan.readable = not missing
-    other = other_lora(folder) if missing else None
-    if other is not None:
-        scan.add_error(no_model(*other, folder.name))
-    else:
-        for name in missing:
-            scan.add_error(_missing_file(folder, name, files))
+    for name in missing:
+        scan.add_error(_missing_file(folder, name, files))
     config = scan.json(CONFIG)
     if config is not None:
         scan.config = config

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from adapterkit.checkpoint.folder import Folder, belonging_to
-from adapterkit.checkpoint.foreign import no_model, other_layout
 from adapterkit.checkpoint.header import Header, TensorSpec, read_header
 from adapterkit.checkpoint.shards import find_shards, likely_shards
 from adapterkit.checkpoint.strict import read_json
@@ -117,9 +116,6 @@ def scan_checkpoint(folder: Folder, number: int = 0) -> Scan:
         _share_strings(scan)
     scan.config = scan.json("config.json") or {}
     scan.readable = scan.readable and scan.complete
-    layout = other_layout(scan.tensors) if "config.json" not in folder.files() else None
-    if layout is not None:
-        scan.add_error(no_model(next(iter(scan.shards)), layout, folder.name))
     scan.errors += _config_errors(scan.config, len(scan.tensors), f"{folder.name}/config.json")
     return scan
 

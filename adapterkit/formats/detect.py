@@ -61,6 +61,29 @@ def detect(folder: Folder, number: int = 0) -> Detection:
     )
 
 
+def in_another_layout(folder: Folder) -> Detection | None:
+    """The format of an adapter that is not in PEFT's layout; None for all else."""
+    if "config.json" in folder.files():
+        return None
+    try:
+        detection = detect(folder)
+    except AdapterkitError:
+        return None
+    return detection if detection.form.layout == "keys" else None
+
+
+def no_model(detection: Detection, where: str) -> Refused:
+    """The refusal of an adapter where a model is expected."""
+    name, form = shown(detection.container.file), detection.form
+    return Refused(
+        f"{name} is an adapter in the format {form.name}",
+        expected="a model, or an adapter of one model",
+        where=where,
+        hint="give it as the adapter: adapterkit merge BASE ADAPTER --out DIR; of a pipeline's "
+        "adapter adapterkit convert --to peft --prefix-only PART takes one part",
+    )
+
+
 def _files(folder: Folder, form: Format) -> Iterator[str]:
     """The files of a source that may hold an adapter of this format; pickles are rewritten."""
     files = [name for name in folder.files() if "/" not in name]

@@ -12,6 +12,7 @@ from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.formats.detect import in_another_layout, no_model
 from adapterkit.options import StrPath, finite, unweighted, weighted
 from adapterkit.planning.converted import in_adapter_layout
 from adapterkit.planning.unpickled import without_pickles
@@ -50,7 +51,15 @@ def open_source(text: StrPath) -> Folder:
 
 def open_model(text: StrPath) -> Folder:
     """The folder of a model. A `.safetensors` file stands for the checkpoint that it is part of, or
-    is it, with the config and the tokenizer beside it."""
+    is it, with the config and the tokenizer beside it. `Refused` for an adapter."""
+    folder = _open_model(text)
+    adapter = in_another_layout(folder)
+    if adapter is not None:
+        raise no_model(adapter, folder.name)
+    return folder
+
+
+def _open_model(text: StrPath) -> Folder:
     folder = open_source(text)
     if not _is_weights(folder) or folder.single.startswith(NOT_A_MODEL):
         return folder

@@ -8,11 +8,11 @@ from typing import Any
 from adapterkit import dtypes
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.checkpoint.foreign import no_model, other_lora
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Scan, scan_checkpoint
 from adapterkit.errors import Damaged, Refused, shown
+from adapterkit.formats.detect import in_another_layout, no_model
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
 
@@ -37,12 +37,12 @@ def inspect_base(folder: Folder) -> dict[str, Any]:
 
 
 def inspect_file(folder: Folder) -> dict[str, Any]:
-    scan, other = Scan(folder), other_lora(folder)
-    scan.header(other[0] if other is not None else next(iter(folder.files())))
+    scan, other = Scan(folder), in_another_layout(folder)
+    scan.header(other.container.file if other is not None else next(iter(folder.files())))
     quantization = _quantization(scan)
     check_tensors(scan, mixed=quantization is not None)
     if other is not None:
-        scan.add_error(no_model(*other, folder.name))
+        scan.add_error(no_model(other, folder.name))
     elif any(".lora_" in key for key in scan.tensors):
         add_problem(
             scan,

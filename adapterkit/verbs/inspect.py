@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
-from adapterkit.checkpoint.foreign import other_lora
 from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.errors import Refused, shown
+from adapterkit.formats.detect import in_another_layout
 from adapterkit.options import StrPath, checked
 from adapterkit.planning.converted import ConvertedFolder, adapter_or_file
 from adapterkit.planning.sources import open_model, open_source
@@ -128,7 +128,7 @@ def _kind(folder: Folder) -> str:
     here = [name for name in folder.files() if "/" not in name]
     if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
         return "adapter"
-    if other_lora(folder) is not None:
+    if in_another_layout(folder) is not None:
         return "file"
     if pickles(folder) or any(
         name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))

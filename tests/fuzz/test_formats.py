@@ -81,8 +81,9 @@ def check(seed: int, sample: Sample, files: Files, folder: Path) -> bool:
         assert [path.name for path in folder.iterdir()] == ["source"], "something is left"
         return False
     left = {path.name for path in folder.iterdir()} - {"source", out.name}
-    assert left <= {f"{out.stem}.adapterkit.json"}, left
-    contents = contents_of(source, **sample.options)
+    assert left <= {f"{out.name}.adapterkit.json"}, left
+    stacked = sample.is_in_peft_layout
+    contents = contents_of(source, stacked=stacked, **sample.options)
     before = deltas(contents)
     check_keys_are_used(files, contents)
     check_unchanged_modules(sample, files, contents, before)
@@ -109,7 +110,8 @@ def check_unchanged_modules(
     if settings != (files.settings, changed.metadata):
         return  # a plain statement, perhaps of another scale
     same = {key for key, t in original.tensors.items() if changed.tensors.get(key) == t}
-    reference = deltas(contents_of(sample.path, **sample.options))
+    stacked = sample.is_in_peft_layout
+    reference = deltas(contents_of(sample.path, stacked=stacked, **sample.options))
     for module in contents.modules:
         specs = {spec.key for part in module.parts.values() for spec in part.reads}
         if module.stored_alpha:

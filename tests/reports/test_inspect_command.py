@@ -6,12 +6,11 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import click.testing
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit.cli import main
@@ -92,46 +91,24 @@ def test_what_a_trainer_leaves_is_no_problem(sharded, lora, tmp_path):
         assert problems_of(inspect(folder)) == []
 
 
-OTHERS = {
-    "diffusers": [
-        "unet.down_blocks.0.attentions.0.to_q.lora.down.weight",
-        "unet.mid_block.to_k.lora_A.weight",
-    ],
-    "kohya": [
-        "lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight",
-        "lora_te1_text_model_q_proj.alpha",
-    ],
-}
-
-
-@pytest.mark.parametrize("layout", OTHERS)
-def test_a_lora_of_another_layout_is_called_so(layout, lora, llama, tmp_path):
-    for i, key in enumerate(
-        [
-            *OTHERS[layout],
-            *(["transformer.blocks.0.attn.to_q.lora_A.weight"] * (layout == "diffusers")),
-        ]
+def test_an_adapter_of_a_pipeline_is_called_so(llama, lora, tmp_path):
+    """In a format that PEFT's layout cannot hold at once: what works is said."""
+    golden = Path(__file__).parents[1] / "formats" / "golden"
+    path = golden / "kohya" / "sdxl.safetensors"
+    words = "sdxl.safetensors is an adapter in the format kohya"
+    result = inspect(path)
+    assert (result["kind"], problems_of(result)) == ("file", [words])
+    with pytest.raises(Refused, match=words) as caught:
+        adapterkit.merge(path, [lora], out=tmp_path / "out")
+    assert "adapterkit merge BASE ADAPTER" in caught.value.hint
+    for verb in (
+        lambda: adapterkit.merge(llama, [path], out=tmp_path / "out"),
+        lambda: adapterkit.combine([lora, path], method="linear", out=tmp_path / "out"),
     ):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        save_file({key: torch.ones(2, 3)}, folder / "pytorch_lora_weights.safetensors")
-        words = f"pytorch_lora_weights.safetensors is a LoRA in the layout of {layout}"
-        for path in (folder, folder / "pytorch_lora_weights.safetensors"):
-            result = inspect(path)
-            assert (result["kind"], problems_of(result)) == ("file", [words])
-        for verb in (
-            lambda folder=folder: adapterkit.merge(llama, [folder], out=tmp_path / "out"),
-            lambda folder=folder: adapterkit.merge(folder, [lora], out=tmp_path / "out"),
-            lambda folder=folder: adapterkit.combine(
-                [lora, folder], method="linear", out=tmp_path / "out"
-            ),
-        ):
-            with pytest.raises(Refused, match=words) as caught:
-                verb()
-            assert "config.json" not in caught.value.problem and "load_lora_weights" in str(
-                caught.value
-            )
-    assert called(folder)[0] == 0
+        with pytest.raises(Refused, match="components") as caught:
+            verb()
+        assert "--prefix-only" in caught.value.hint
+    assert called(path)[0] == 0 and not list(tmp_path.iterdir())
 
 
 def test_problems_are_printed_and_the_status_is_0(lora, tmp_path):
