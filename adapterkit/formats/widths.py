@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from adapterkit.errors import Refused, listed, shown
-from adapterkit.formats.library import architectures
+from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Expression, Numbers, StoredReader
@@ -23,11 +23,12 @@ def with_widths(modules: Sequence[Module], form: Format, names: Sequence[str]) -
     """
     wide = [module.path for module in modules if _is_wide(module, names)]
     if wide and not form.widens:
+        others = [one.name for one in formats().values() if one.widens and one.writes]
         raise Refused(
             f"more inputs than the base has, in {listed(wide)}",
             expected=f"the base's shapes: clients of {form.title} do not widen its weights",
             where="--to",
-            hint="choose diffusers, bfl or comfyui, whose clients do",
+            hint=f"choose one of {', '.join(others)}, whose clients do",
         )
     has_shape = SHAPE in form.kinds.get(FACTORS, ())
     return [
