@@ -45,7 +45,7 @@ def arranged(
     """The contents as the dialect has them; `Refused` with all that its readers do not take, and
     where it depends on a base that is not given."""
     words = form.adapter
-    modules, notes = _without_copies(contents.modules, form)
+    modules, notes = without_copies(contents.modules, form)
     contents = replace(contents, modules=tuple(modules), notes=(*contents.notes, *notes))
     refuse_all([*_undecided(contents, model), *refusals(contents, form)])
     if model is not None:
@@ -79,7 +79,7 @@ def _uniform_notes(before: Sequence[Module], after: Sequence[Module]) -> list[st
     return notes
 
 
-def _without_copies(modules: Sequence[Module], form: Format) -> tuple[list[Module], list[str]]:
+def without_copies(modules: Sequence[Module], form: Format) -> tuple[list[Module], list[str]]:
     """Without the base's own weights that PEFT saves beside an embedding's factors, where the
     dialect has none."""
     copies = [m.path for m in modules if m.kind == COPY]

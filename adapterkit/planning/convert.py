@@ -16,7 +16,7 @@ from adapterkit.formats.adapter import read_layout, write_layout
 from adapterkit.formats.configs import config_bytes
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import Detection, detect
-from adapterkit.formats.dialects import Model, arranged
+from adapterkit.formats.dialects import Model, arranged, without_copies
 from adapterkit.formats.experts import split_experts, stacks_of
 from adapterkit.formats.fitted import Fit, fits_of
 from adapterkit.formats.kind_adapter import KINDS
@@ -228,14 +228,16 @@ def written_file(
         stacks = model.stacks if model is not None else None
         rebuilt = rebuilt or "r" not in contents.config  # without the source's ranks
         return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=rebuilt)
-    return write(
-        _single_experts(contents, form, model),
+    modules, notes = without_copies(contents.modules, form)
+    file = write(
+        _single_experts(replace(contents, modules=tuple(modules)), form, model),
         form,
         architecture=options.architecture,
         dtype=dtype,
         heads=heads_of(base, contents.config),
         base=None if base is None else base_of(base.config, base.tensors),
     )
+    return replace(file, notes=[*notes, *file.notes])
 
 
 def _single_experts(contents: Contents, form: Format, model: Model | None) -> Contents:

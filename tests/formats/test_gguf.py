@@ -1,6 +1,7 @@
 """GGUF adapters against those that llama.cpp's converter makes of the same PEFT adapters."""
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -254,6 +255,35 @@ def test_a_merge_takes_the_file(tmp_path: Path):
     assert merged[0].keys() == merged[1].keys()
     for key, value in merged[0].items():
         assert torch.equal(value, merged[1][key]), key
+
+
+def test_copies_of_the_base_are_left_out(tmp_path: Path):
+    """PEFT saves the weights of embeddings beside their factors."""
+    home = GOLDEN / "llama_embeddings"
+    folder = tmp_path / "in"
+    shutil.copytree(home / "adapter", folder)
+    copies = {
+        f"base_model.model.{name}.base_layer.weight": torch.ones(40, 32)
+        for name in ("model.embed_tokens", "lm_head")
+    }
+    save_file(peft_tensors(folder) | copies, folder / "adapter_model.safetensors")
+    out = tmp_path / "a.gguf"
+    receipt: Any = adapterkit.convert(folder, to="gguf", base=home / "base", out=out)
+    assert any("left out, as the base has them" in note for note in receipt.data["notes"])
+    assert tensors(out).keys() == tensors(home / "f32.gguf").keys()
+
+
+def test_language_models_of_models_that_see(tmp_path: Path):
+    """Under the names that they have there, with the heads of their text_config."""
+    text = json.loads((GOLDEN / "qwen2" / "base" / "config.json").read_text())
+    base = base_with(tmp_path / "base", model_type="qwen2_5_vl", text_config=text)
+    module = "model.language_model.layers.0.self_attn.v_proj"
+    folder = write_adapter(tmp_path / "in", pair(module, 2, 16, 32))
+    adapterkit.convert(folder, to="gguf", base=base, out=tmp_path / "a.gguf")
+    assert metadata(tmp_path / "a.gguf")["general.architecture"] == "qwen2vl"
+    assert [*deltas(tmp_path / "a.gguf")] == ["blk.0.attn_v"]
+    adapterkit.convert(tmp_path / "a.gguf", to="peft", out=tmp_path / "back")
+    assert peft_tensors(tmp_path / "back").keys() == peft_tensors(folder).keys()
 
 
 def test_inspect_tells_of_the_file(tmp_path: Path):
