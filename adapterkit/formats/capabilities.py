@@ -46,6 +46,8 @@ def lacking(module: Module, form: Format, contents: Contents) -> list[str]:
     absent = [role for role in module.parts if role not in roles and role != SHAPE]
     if only is not None and not only.search(module.name):
         absent.append(f"{kind} outside of {only.pattern}")
+    everywhere = contents.common_roles[module.component, module.kind]
+    absent += [role for role in form.alike if role in module.parts and role not in everywhere]
     return absent
 
 

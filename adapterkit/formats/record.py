@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
@@ -73,6 +74,16 @@ class Contents:
     facts: Mapping[str, Any] = field(default_factory=dict)  # base (a Hub id), invocation (tokens)
     headers: Mapping[tuple[int, str], str] = field(default_factory=dict)  # sha256 of the inputs'
     notes: Sequence[str] = ()
+
+    @cached_property
+    def common_roles(self) -> dict[tuple[str, str], set[str]]:
+        """By component and kind, the roles that all such modules have."""
+        roles: dict[tuple[str, str], set[str]] = {}
+        for module in self.modules:
+            roles.setdefault(
+                (module.component, module.kind), set(module.parts)
+            ).intersection_update(module.parts)
+        return roles
 
     @property
     def components(self) -> tuple[str, ...]:

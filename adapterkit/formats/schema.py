@@ -162,6 +162,7 @@ class Format:
     widens: bool = False  # clients widen a weight of the base that has fewer inputs
     # kind -> the modules that clients take it of
     only: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+    alike: tuple[str, ...] = ()  # roles that all modules of a component have, or none
     # what no format holds, by name -> keys
     refused: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     steps: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adapterkit
+from adapterkit.errors import Refused
 from adapterkit.formats.names import names_of
 from tests.support import pipelines
 
@@ -252,6 +253,22 @@ def test_names_of_diffusers_under_kohyas_keys_become_kohyas(tmp_path):
         "lora_unet_input_blocks_7_1_transformer_blocks_9_attn1_to_q"
     }
     assert_same(loaded("sdxl", target), loaded("sdxl", source))
+
+
+def test_dora_of_some_modules_is_refused(tmp_path):
+    """PEFT would take it for all of the model, with the base's norms as the others' magnitudes."""
+    factors = trained("sd15", pipelines.sd15(), 29)
+    path = kohya_file(tmp_path / "kohya.safetensors", "sd15", factors)
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.startswith("lora_unet"))
+    name = key.split(".")[0]
+    up = tensors[f"{name}.lora_up.weight"]
+    tensors[f"{name}.dora_scale"] = torch.ones(len(up), *(1,) * (up.dim() - 1))
+    save_file(tensors, path)
+    target = tmp_path / "diffusers.safetensors"
+    with pytest.raises(Refused, match="magnitude of lora, in 1 modules"):
+        adapterkit.convert(path, to="diffusers", out=target)
+    assert not target.exists()
 
 
 def loaded_bare(path: Path) -> dict[str, Tensor]:
