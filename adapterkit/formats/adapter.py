@@ -199,7 +199,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
                 f"{len(others)} modules of other kinds: {listed(others)}",
                 expected="low-rank factors",
                 where=where,
-                hint="give --rank N to make factors of them",
+                hint="give --rank N to make factors of matrices, --lossy to leave out vectors",
             )
         )
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER, EXPERTS)]

@@ -26,7 +26,10 @@ from adapterkit.formats.tensors import Constant, Expression, reshaped
 from adapterkit.formats.uniform import uniform
 from adapterkit.formats.widths import with_widths
 
-REFIT = "give --rank N (and --base for DoRA) to make plain factors of them, or another format"
+REFIT = (
+    "give --rank N (and --base for DoRA) to make plain factors of matrices, --lossy to leave out "
+    "vectors, or another format"
+)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def plan_convert(
     model = model_of(base, detection, form)
     contents = read_contents(source, detection, options, base, model)
     source_modules = _shapes(contents)
-    contents = lowered(contents, form, rank=options.rank, base=base)
+    contents = lowered(contents, form, rank=options.rank, lossy=options.lossy, base=base)
     contents = _in_dialect(contents, form, model)
     rebuilt = contents.format != form.name or source_modules != _shapes(contents)
     written = written_file(contents, form, options, base, model, rebuilt)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from adapterkit.adapters.kinds.common import Kind
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
@@ -14,7 +16,8 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats import kinds
 from adapterkit.formats.adapter import KEPT
-from adapterkit.formats.capabilities import lacking
+from adapterkit.formats.capabilities import lacking, roles_by_kind
+from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.deltas import ModuleDelta
 from adapterkit.formats.fitted import Fit, Fitted
 from adapterkit.formats.kind_adapter import headers_of, replaced_values
@@ -24,24 +27,64 @@ from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Contracted, scaled
 from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, dora_problems
 from adapterkit.planning.kind_deltas import FLATTENED, read_deltas
+from adapterkit.tasks.common import short
 from adapterkit.weights.parameters import StoredParameter
 
 OTHERS = ("loha", "lokr", "oft", "full")
 
 
 def lowered(
-    contents: Contents, form: Format, *, rank: int | None, base: Checkpoint | None
+    contents: Contents,
+    form: Format,
+    *,
+    rank: int | None,
+    lossy: bool = False,
+    base: Checkpoint | None = None,
 ) -> Contents:
     """The contents with plain factors for what the format cannot hold, and with `rank` for all
-    other kinds of deltas; what cannot be made into them stays, for the writer to refuse.
+    other kinds of deltas; with `lossy` without differences of vectors that it has no place for.
+    The rest stays, for the writer to refuse.
 
     `Refused` where the base is needed and not given, or does not fit.
     """
     modules = [_without_core(m) if _lacks_core_only(m, form, contents) else m
                for m in contents.modules]  # fmt: skip
     contents = replace(contents, modules=tuple(modules))
-    if rank is None:
+    if rank is not None:
+        contents = _fitted(contents, form, rank, base)
+    return _without_vectors(contents, form) if lossy else contents
+
+
+def _without_vectors(contents: Contents, form: Format) -> Contents:
+    """Without differences of norms and biases that the format has no place for; a note tells
+    which and how large they were."""
+    loras = {(m.component, m.name) for m in contents.modules if m.kind == FACTORS}
+    has_bias = "bias" in roles_by_kind(form).get(FACTORS, ())
+    dropped = [
+        m
+        for m in contents.modules
+        if m.kind == "full"
+        and lacking(m, form, contents)
+        and all(len(part.shape) == 1 for part in m.parts.values())
+        and not (has_bias and set(m.parts) == {"diff_b"} and (m.component, m.name) in loras)
+    ]
+    if not dropped:
         return contents
+    reader = PlanReader(contents.folders)
+    parts = [part.value(reader).double() for m in dropped for part in m.parts.values()]
+    largest = max(float(torch.linalg.vector_norm(part)) for part in parts)
+    note = (
+        f"left out, as {form.title} has no place for them: differences of {len(dropped)} vectors "
+        f"(norms and biases), of norm {short(largest)} at most: {listed([m.path for m in dropped])}"
+    )
+    ids = {id(m) for m in dropped}
+    kept = tuple(m for m in contents.modules if id(m) not in ids)
+    return replace(contents, modules=kept, notes=(*contents.notes, note))
+
+
+def _fitted(contents: Contents, form: Format, rank: int, base: Checkpoint | None) -> Contents:
+    """The contents with plain factors of that rank."""
+    modules = contents.modules
     chosen = [m for m in modules if _is_to_fit(m, form, contents)]
     if not chosen:
         return contents

@@ -45,8 +45,10 @@ def convert(
     `base`, a model, tells underscored names and numbers of heads; `architecture` the names of its
     family, where names alone are ambiguous; `alpha` what the source leaves to the reader;
     `prefix_only` takes one component of a pipeline (unet, transformer, text_encoder, ...), and says
-    which one the modules of a single model are. `rank` makes plain factors of other kinds of
-    deltas, which loses what the receipt measures and needs `lossy`. An `out` that ends in
+    which one the modules of a single model are. `rank` makes plain factors of LoHa,
+    LoKr, OFT, VeRA, AdaLoRA and differences of weights, and of DoRA where the format has none (with
+    `base`, like OFT): the best ones of that rank, whose error the receipt has. `lossy` leaves out
+    differences of norms and biases that the format has no place for. An `out` that ends in
     .safetensors or .gguf is a file, else a folder as the format has it. Raises `Refused` before
     anything is written.
     """

@@ -2,6 +2,7 @@
 and lycoris loads what is written for it."""
 
 import logging
+import re
 import warnings
 from pathlib import Path
 
@@ -198,6 +199,32 @@ def test_norms_and_rotations_need_the_base(name, tmp_path):
     with pytest.raises(Refused, match=r"modules whose delta depends on the weight.*\n.*--base"):
         convert(FOLDER / f"{name}.safetensors", tmp_path / "out", to="diffusers", rank=2)
     assert not list(tmp_path.iterdir())
+
+
+def test_differences_become_factors_and_the_rest_is_left_out_if_asked(tmp_path):
+    """Norms have no place in diffusers' files; biases have, beside factors."""
+    source = FOLDER / "full.safetensors"
+    with pytest.raises(AdapterkitError, match="full, in 2 modules: .*norm1"):
+        convert(source, tmp_path / "out", to="diffusers", rank=FULL)
+    receipt = adapterkit.convert(
+        source, to="diffusers", out=tmp_path / "out", rank=FULL, lossy=True, hash="none"
+    ).data
+    norms = [
+        float(v.norm())
+        for key, v in load_file(source).items()
+        if key.endswith(("w_norm", "b_norm"))
+    ]
+    (note,) = (note for note in receipt["notes"] if note.startswith("left out"))
+    largest = re.search(r"differences of 2 vectors .* of norm ([\d.]+) at most", note)
+    assert largest and float(largest[1]) == pytest.approx(max(norms), rel=1e-5)
+    model, by_tool = tiny_unet(), by_lycoris("full")
+    model.load_lora_adapter(
+        tmp_path / "out", prefix="unet", weight_name="pytorch_lora_weights.safetensors"
+    )
+    for module in by_tool.modules():
+        if type(module).__name__ in ("GroupNorm", "LayerNorm"):
+            vars(module).pop("forward", None)
+    assert_same_output(model.eval(), by_tool)
 
 
 def rewritten(name: str, path: Path, change) -> Path:

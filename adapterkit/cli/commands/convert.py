@@ -31,13 +31,13 @@ from adapterkit.cli.output import print_json, run_verb
 @base_option("The adapter's model, where its names or shapes are needed to read or write it.")
 @click.option("--alpha", type=float, help="Alpha of a source that has none.")
 @click.option(
-    "--rank", type=int, help="Refit each module to this rank where it has none (with an error)."
+    "--rank", type=int, help="Make plain factors of this rank of LoHa, LoKr, OFT and the like."
 )
 @dtype_option("Dtype of the tensors (default: the source's).")
 @click.option(
     "--lossy",
     is_flag=True,
-    help="Write what the format cannot hold exactly, with the error in the receipt.",
+    help="Leave out norms and biases that the format has no place for.",
 )
 @choice_option(
     "--prefix-only",
