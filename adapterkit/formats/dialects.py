@@ -47,7 +47,8 @@ def arranged(
     words = form.adapter
     modules, notes = without_copies(contents.modules, form)
     contents = replace(contents, modules=tuple(modules), notes=(*contents.notes, *notes))
-    refuse_all([*_undecided(contents, model), *refusals(contents, form)])
+    undecided = _undecided(contents, model) if contents.format != form.name else []
+    refuse_all([*undecided, *refusals(contents, form)])
     if model is not None:
         modules = _renamed(modules, model, in_file=False)
     modules = _experts(modules, words.experts, model, reader, contents.folders[0].label)
@@ -218,24 +219,30 @@ def _renamed(modules: Sequence[Module], model: Model, *, in_file: bool) -> list[
     """The modules under the base's names: its file's, or those of the model that is loaded.
     `Refused` with all that have none in the file, or several that fit."""
     names = model.base.tensors if in_file else model.names.all()
-    ends: dict[str, dict[str, None]] = {}
-    for name in names:
-        module = name.rpartition(".")[0]
-        ends.setdefault(module.rpartition(".")[2], {})[module] = None
     errors: list[AdapterkitError] = []
     result = []
+    taken: set[tuple[str, str, int]] = set()
+    # single experts are modules of the file alone
+    places = (names,) if in_file else (names, model.base.tensors)
+    tables = [_by_last_word(place) for place in places]
     for module in modules:
         own = _names_of(module, model, names, in_file)
-        if not own:
-            own = _longest_end(module.name, list(ends.get(module.name.rpartition(".")[2], ())))
+        for table in tables:
+            last = module.name.rpartition(".")[2]
+            own = own or _longest_end(module.name, table.get(last, []))
         if not own and not in_file:  # a layer without a weight of its own
             own = [module.name]
-        if len(own) == 1:
+        key = (own[0] if own else "", module.kind, module.depth)
+        if len(own) == 1 and key not in taken:
+            taken.add(key)
             result.append(replace(module, name=own[0]))
             continue
+        problem = listed(own) if own else "no module of that name"
+        if len(own) == 1:
+            problem += ", and another module of the adapter is it too"
         errors.append(
             Refused(
-                f"{shown(module.path)}: {listed(own) if own else 'no module of that name'}",
+                f"{shown(module.path)}: {problem}",
                 expected="one module of the base",
                 where=model.base.folder.label,
                 hint="check --base: it is not the model that the adapter was trained on",
@@ -243,6 +250,14 @@ def _renamed(modules: Sequence[Module], model: Model, *, in_file: bool) -> list[
         )
     refuse_all(errors)
     return result
+
+
+def _by_last_word(names: Collection[str]) -> dict[str, list[str]]:
+    """The modules of parameters by the last words of their names."""
+    modules: dict[str, list[str]] = {}
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        modules.setdefault(module.rpartition(".")[2], []).append(module)
+    return modules
 
 
 def _names_of(module: Module, model: Model, names: Collection[str], in_file: bool) -> list[str]:

@@ -313,9 +313,10 @@ def test_ambiguous_and_unknown_names_are_refused(tmp_path: Path) -> None:
         "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False,
     }))  # fmt: skip
 
-    def converted(name: str) -> set[str]:
-        key = f"base_model.model.{name}.lora_"
-        tensors = {f"{key}A.weight": torch.ones(2, 8), f"{key}B.weight": torch.ones(8, 2)}
+    def converted(*names: str) -> set[str]:
+        tensors = {}
+        for key in (f"base_model.model.{name}.lora_" for name in names):
+            tensors |= {f"{key}A.weight": torch.ones(2, 8), f"{key}B.weight": torch.ones(8, 2)}
         save_file(tensors, source / WEIGHTS)
         convert(source, to="vllm", out=tmp_path / "out", base=base, overwrite=True)
         return set(load_file(tmp_path / "out" / WEIGHTS))
@@ -326,6 +327,21 @@ def test_ambiguous_and_unknown_names_are_refused(tmp_path: Path) -> None:
     for name in ("model.layers.7.o_proj", "model.layers.1.k_proj"):
         with pytest.raises(Refused, match="no module of that name"):
             converted(name)
+    with pytest.raises(Refused, match="another module of the adapter is it too"):
+        converted("text.layers.1.o_proj", "model.layers.1.o_proj")
+
+
+def test_targets_that_are_single_matrices(tmp_path: Path) -> None:
+    """Of target_parameters: PEFT's own format keeps them, servers do not read them."""
+    model = oracle.llama()
+    model.save_pretrained(tmp_path / "base")
+    oracle.train(model, tmp_path / "in", target_modules=[], target_parameters=["q_proj.weight"])
+    for base in (None, tmp_path / "base"):
+        out = tmp_path / f"peft-{base is None}"
+        convert(tmp_path / "in", to="peft", out=out, base=base)
+        assert (out / WEIGHTS).read_bytes() == (tmp_path / "in" / WEIGHTS).read_bytes()
+        with pytest.raises(Refused, match="q_proj"):
+            convert(tmp_path / "in", to="vllm", out=tmp_path / "out", base=base)
 
 
 def test_names_of_a_training_state(tmp_path: Path) -> None:

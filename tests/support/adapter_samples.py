@@ -150,6 +150,17 @@ def deltas(contents: Contents) -> dict[str, Delta]:
     return result
 
 
+def comparable(before: dict[str, Delta], after: dict[str, Delta]) -> bool:
+    """Whether all that was there is there again, and what is new is zero; in place: without the
+    base's own weights."""
+    for values in (before, after):
+        for name in [name for name in values if ":copy:" in name]:
+            del values[name]
+    return set(before) <= set(after) and all(
+        after[name].is_zero for name in after.keys() - before.keys()
+    )
+
+
 def delta(module: Module, reader: PlanReader) -> Delta:
     """A module's delta in float64."""
     parts = {role: part.value(reader).double() for role, part in module.parts.items()}
