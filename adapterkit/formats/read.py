@@ -88,7 +88,7 @@ def read(
         tuple(chosen),
         attempt.namings,
         container.metadata,
-        {**config, **_base(scales.settings)},
+        _base(scales.settings),
         words_of(form.metadata.write, container.metadata),
         {(number, container.file): container.header_sha256},
     )

@@ -165,10 +165,10 @@ def _placed(
     components = form.names.components
     if not needed and (not components or not bare or LANGUAGE in components):
         return None, modules, {}
-    if LANGUAGE in components and len(bare) == len(modules) and architecture is None:
-        return None, modules, {}
     if form.names.unlisted:
         return architecture or form.names.architectures[0], modules, {}
+    if LANGUAGE in components and len(bare) == len(modules) and architecture is None:
+        return None, modules, {}
     among = [architecture] if architecture else list(contents.architectures)
     if not among:
         among = list(form.names.architectures) if needed else list(architectures())

@@ -75,6 +75,13 @@ def plan_convert(
     detection = detect(source)
     model = model_of(base, detection, form)
     contents = read_contents(source, detection, options, base, model)
+    if not contents.modules:
+        raise Refused(
+            "an adapter of no module",
+            expected="tensors of at least one",
+            where=source.label,
+            hint="save the adapter again",
+        )
     source_modules = _shapes(contents)
     contents = lowered(contents, form, rank=options.rank, lossy=options.lossy, base=base)
     contents = _in_dialect(contents, form, model)

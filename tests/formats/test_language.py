@@ -116,6 +116,13 @@ def test_without_its_config_an_adapter_is_refused(what, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_nothing_is_refused(tmp_path):
+    shutil.copytree(GOLDEN / "tinker/tied", tmp_path / "in")
+    save_file({}, tmp_path / "in/adapter_model.safetensors")
+    with pytest.raises(Refused, match="an adapter of no module"):
+        adapterkit.convert(tmp_path / "in", to="mlx", out=tmp_path / "out")
+
+
 def test_a_pickle_is_refused_without_permission(tmp_path):
     with pytest.raises(Refused, match="loading it may run the code in it"):
         adapterkit.convert(GOLDEN / "litgpt/all", to="peft", out=tmp_path / "out")

@@ -14,7 +14,8 @@ from adapterkit.formats.detect import detect
 from adapterkit.formats.dialects import arranged
 from adapterkit.formats.kinds import scaled_role
 from adapterkit.formats.library import architectures, formats
-from adapterkit.formats.record import Contents, Module
+from adapterkit.formats.read import Reading, read
+from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.planning.convert import Options, model_of, read_contents
 from adapterkit.planning.sources import open_base, open_unconverted
@@ -97,6 +98,12 @@ def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
     if known and len(source.architectures) == 1:
         family = {"architecture": source.architectures[0]}
     options = {name: value for name, value in sample.options.items() if name == "base"}
+    underscores = formats()[to].names.style == "underscores"
+    if underscores and source.components == (LANGUAGE,) and not options:
+        folder = open_unconverted(out)
+        found = detect(folder)
+        names = Reading(modules=[module.name for module in source.modules])  # as a base has them
+        return read(found.form, folder, found.container, found.config, names)
     return contents_of(out, stacked=sample.is_in_peft_layout, **(options | family))
 
 
