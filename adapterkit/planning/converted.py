@@ -6,17 +6,17 @@ import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError
-from adapterkit.formats.detect import detect
 from adapterkit.formats.library import formats
 from adapterkit.formats.schema import AdapterWords
-from adapterkit.plan import Plan
-from adapterkit.planning.convert import ADAPTER_LAYOUT, Options, plan_convert
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Plan
 
 FILES = (".safetensors", ".gguf")
 
@@ -28,6 +28,11 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     files = folder.files()
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
+    # here, so that headers of models are read without torch
+    from adapterkit.formats.capabilities import ADAPTER_LAYOUT
+    from adapterkit.formats.detect import detect
+    from adapterkit.planning.convert import Options, plan_convert
+
     try:
         detection = detect(folder)
     except AdapterkitError:
@@ -52,6 +57,8 @@ def adapter_or_file(folder: Folder, base: Folder | None = None) -> Folder:
 
 def _layout() -> str:
     """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
+    from adapterkit.formats.capabilities import ADAPTER_LAYOUT
+
     plain = AdapterWords()
     return next(
         form.name
@@ -68,7 +75,7 @@ class ConvertedFolder:
     source: Folder
     form: str
     file: str  # the source's
-    plan: Plan
+    plan: "Plan"
     name: str = field(init=False)
     label: str = field(init=False)
     origin: dict[str, Any] = field(init=False)  # the source's, with the format that it was in

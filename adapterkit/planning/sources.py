@@ -12,10 +12,8 @@ from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.formats.detect import in_another_layout, no_model
 from adapterkit.options import StrPath, finite, unweighted, weighted
 from adapterkit.planning.converted import in_adapter_layout
-from adapterkit.planning.unpickled import without_pickles
 
 INDEX = ".safetensors.index.json"
 MODEL_CONFIG = "config.json"
@@ -53,6 +51,11 @@ def open_model(text: StrPath) -> Folder:
     """The folder of a model. A `.safetensors` file stands for the checkpoint that it is part of, or
     is it, with the config and the tokenizer beside it. `Refused` for an adapter."""
     folder = _open_model(text)
+    if MODEL_CONFIG in folder.files():
+        return folder
+    # here, so that headers of models are read without torch
+    from adapterkit.formats.detect import in_another_layout, no_model
+
     adapter = in_another_layout(folder)
     if adapter is not None:
         raise no_model(adapter, folder.name)
@@ -102,7 +105,11 @@ def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
     beside it; `Refused` where that belongs to another file."""
     folder = open_source(text)
     if not _is_weights(folder) or not (folder.root / CONFIG).is_file():
-        return without_pickles(folder) if allow_pickle else folder
+        if not allow_pickle:
+            return folder
+        from adapterkit.planning.unpickled import without_pickles
+
+        return without_pickles(folder)
     if folder.single != WEIGHTS and (folder.root / WEIGHTS).exists():
         problem = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
         hint = "give each a folder of its own with its config"

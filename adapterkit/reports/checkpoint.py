@@ -12,7 +12,6 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.shards import pickles, weight_files
 from adapterkit.checkpoint.spec import Scan, scan_checkpoint
 from adapterkit.errors import Damaged, Refused, shown
-from adapterkit.formats.detect import in_another_layout, no_model
 from adapterkit.reports.configs import printable
 from adapterkit.weights.detect import CONFIG_KEYS, check_not_quantized
 
@@ -37,6 +36,8 @@ def inspect_base(folder: Folder) -> dict[str, Any]:
 
 
 def inspect_file(folder: Folder) -> dict[str, Any]:
+    from adapterkit.formats.detect import in_another_layout, no_model
+
     scan, other = Scan(folder), in_another_layout(folder)
     scan.header(other.container.file if other is not None else next(iter(folder.files())))
     quantization = _quantization(scan)

@@ -8,7 +8,6 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.errors import Refused, shown
-from adapterkit.formats.detect import in_another_layout
 from adapterkit.options import StrPath, checked
 from adapterkit.planning.converted import ConvertedFolder, adapter_or_file
 from adapterkit.planning.sources import open_model, open_source
@@ -115,6 +114,12 @@ def _refuse_options(
         )
 
 
+def _in_another_layout(folder: Folder) -> bool:
+    from adapterkit.formats.detect import in_another_layout
+
+    return in_another_layout(folder) is not None
+
+
 def _kind(folder: Folder) -> str:
     if isinstance(folder, LocalFolder) and folder.single:
         if folder.single.endswith(".safetensors"):
@@ -128,7 +133,7 @@ def _kind(folder: Folder) -> str:
     here = [name for name in folder.files() if "/" not in name]
     if CONFIG in here or any(name.startswith(NOT_A_MODEL) for name in here):
         return "adapter"
-    if in_another_layout(folder) is not None:
+    if "config.json" not in here and _in_another_layout(folder):
         return "file"
     if pickles(folder) or any(
         name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json"))
