@@ -28,6 +28,7 @@ from adapterkit.formats.rows import Heads, model_heads
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Stored
 from adapterkit.formats.write import File, Written, write
+from adapterkit.formats.zeros import without_zeros
 from adapterkit.gguf.adapter import gguf_layout
 from adapterkit.plan import Computed, Plan, Task
 from adapterkit.planning.cards import adapter_card
@@ -83,6 +84,7 @@ def plan_convert(
             hint="save the adapter again",
         )
     source_modules = _shapes(contents)
+    contents = without_zeros(contents, form)
     contents = lowered(contents, form, rank=options.rank, lossy=options.lossy, base=base)
     contents = _in_dialect(contents, form, model)
     rebuilt = contents.format != form.name or source_modules != _shapes(contents)

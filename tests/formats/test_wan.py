@@ -89,3 +89,18 @@ def test_norms_stay_where_the_format_has_them(tmp_path):
     )
     with pytest.raises(AdapterkitError, match=r"blocks\.0\.norm2"):
         converted(source, "diffusers", tmp_path)
+
+
+def test_differences_of_zero_are_left_out_where_the_format_has_no_place_for_them(tmp_path):
+    keys = [f"diffusion_model.{name}.diff" for name in NORMS] + [MODULATION]
+    zeros = {key: torch.zeros(WIDTH) for key in keys[:-1]} | {MODULATION: torch.zeros(1, 6, WIDTH)}
+    source, out = saved(factors() | zeros, tmp_path), tmp_path / "out.safetensors"
+    receipt = adapterkit.convert(source, to="diffusers", out=out)
+    plain = converted(saved(factors(), tmp_path), "diffusers", tmp_path)
+    assert load_file(out).keys() == load_file(plain).keys()
+    assert any("4 differences of zero are left out" in note for note in receipt.data["notes"])
+    source = saved(factors() | zeros | {keys[0]: torch.eye(WIDTH)[3]}, tmp_path)
+    with pytest.raises(AdapterkitError, match=r"1 modules: transformer\.blocks\.0\.norm2"):
+        converted(source, "diffusers", tmp_path)
+    own = load_file(converted(source, "comfyui", tmp_path))
+    assert set(keys) <= own.keys()
