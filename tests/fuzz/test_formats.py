@@ -93,7 +93,7 @@ def check(seed: int, sample: Sample, files: Files, folder: Path) -> bool:
     stacked = sample.is_in_peft_layout
     contents = contents_of(source, stacked=stacked, **sample.options)
     before = deltas(contents)
-    check_keys_are_used(files, contents)
+    check_keys_are_used(files, contents_of(source, **sample.options))
     check_unchanged_modules(sample, files, contents, before)
     if sample.is_in_peft_layout:
         before = deltas(contents_of(source, stacked=True, **sample.options))
