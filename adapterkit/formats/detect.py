@@ -45,7 +45,17 @@ def detect(folder: Folder, number: int = 0) -> Detection:
             if _is_of(form, containers[file], config):
                 matches.append(Detection(form, containers[file], config))
     if matches:
-        return max(matches, key=lambda match: match.form.detect.priority)
+        highest = max(match.form.detect.priority for match in matches)
+        first, *others = [match for match in matches if match.form.detect.priority == highest]
+        if others:
+            names = ", ".join(match.form.name for match in (first, *others))
+            raise Refused(
+                f"keys of {names}",
+                expected="those of one format",
+                where=folder.label,
+                hint="take the file as its tool saved it",
+            )
+        return first
     if damage is not None:
         raise damage
     keys = [key for container in containers.values() for key in container.tensors]

@@ -11,7 +11,7 @@ from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import Refused, listed
+from adapterkit.errors import Refused, listed, refuse_all
 from adapterkit.formats.adapter import read_layout, write_layout
 from adapterkit.formats.configs import config_bytes
 from adapterkit.formats.containers import PlanReader
@@ -31,6 +31,7 @@ from adapterkit.formats.write import File, Written, write
 from adapterkit.formats.zeros import without_zeros
 from adapterkit.gguf.adapter import gguf_layout
 from adapterkit.plan import Computed, Plan, Task
+from adapterkit.planning.base_shapes import shape_problems
 from adapterkit.planning.cards import adapter_card
 from adapterkit.planning.carried import carried_files
 from adapterkit.planning.folder_files import Files
@@ -76,6 +77,7 @@ def plan_convert(
     detection = detect(source)
     model = model_of(base, detection, form)
     contents = read_contents(source, detection, options, base, model)
+    refuse_all(shape_problems(contents, base))
     if not contents.modules:
         raise Refused(
             "an adapter of no module",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import RECEIPT
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.library import formats
 from adapterkit.formats.schema import AdapterWords
 
@@ -35,7 +35,7 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
 
     try:
         detection = detect(folder)
-    except AdapterkitError:
+    except Refused:
         return folder
     if detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft:
         return folder

@@ -99,7 +99,8 @@ def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
         family = {"architecture": source.architectures[0]}
     options = {name: value for name, value in sample.options.items() if name == "base"}
     underscores = formats()[to].names.style == "underscores"
-    if underscores and source.components == (LANGUAGE,) and not options:
+    is_known = bool(options) and bool(open_base(options["base"]).tensors)
+    if underscores and source.components == (LANGUAGE,) and not is_known:
         folder = open_unconverted(out)
         found = detect(folder)
         names = Reading(modules=[module.name for module in source.modules])  # as a base has them

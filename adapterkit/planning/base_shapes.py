@@ -1,0 +1,53 @@
+"""Factors of a source against the weights of the base that it is said to be for."""
+
+import math
+from collections.abc import Iterator
+
+from adapterkit import dtypes
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.formats.library import architectures
+from adapterkit.formats.record import FACTORS, Contents, Module
+
+
+def shape_problems(contents: Contents, base: Checkpoint | None) -> list[AdapterkitError]:
+    """Refusals of factors whose product has another shape than the base's weight of that name.
+
+    Quantized weights are not compared, nor layers that control adapters widen.
+    """
+    if base is None:
+        return []
+    wide = set(_widened(contents))
+    errors: list[AdapterkitError] = []
+    for module in contents.modules:
+        spec = base.tensors.get(f"{module.name}.weight")
+        if module.kind != FACTORS or spec is None or module.name in wide:
+            continue
+        if spec.dtype in dtypes.FLOATS and not _fits(module, spec.shape):
+            a, b = module.parts["a"].shape, module.parts["b"].shape
+            errors.append(
+                Refused(
+                    f"{shown(module.path)}: factors of shapes {a} and {b}",
+                    expected=f"those of the base's weight {spec.shape}",
+                    where=base.folder.label,
+                    hint="give the base that it was trained on, with layers of the same kinds",
+                )
+            )
+    return errors
+
+
+def _fits(module: Module, shape: tuple[int, ...]) -> bool:
+    """Whether a (r, in, *kernel) and b (out, r) make a weight of that shape, or of its transpose:
+    GPT-2 stores linear layers so, and embeddings are."""
+    rows, columns = module.parts["b"].shape[0], module.parts["a"].shape[1:]
+    if shape == (rows, *columns):
+        return True
+    is_flat = len(shape) == 2 and len(columns) >= 1
+    return is_flat and shape == (math.prod(columns), rows)
+
+
+def _widened(contents: Contents) -> Iterator[str]:
+    """Modules that have more inputs where the adapter is for control images."""
+    for name in contents.architectures:
+        for words in architectures()[name].components.values():
+            yield from words.inputs
