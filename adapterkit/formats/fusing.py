@@ -127,6 +127,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     sets = fusion.rows(_fused_rows(modules, shares), first)
     places = [sets[place] for place in sorted(modules)]
     _same_roles(members, name)
+    _same_inputs(members, name)
     scale = common_scale(members)
     usual = next((m for m in members if m.scale == scale), first)
     ratios = [_ratio(member.scale, scale) for member in members]
@@ -318,6 +319,19 @@ def _same_roles(members: Sequence[Module], name: str) -> None:
             expected=f"the same of all, for the one module {shown(name)} of the file",
             where=members[0].path,
             hint=HINT,
+        )
+
+
+def _same_inputs(members: Sequence[Module], name: str) -> None:
+    """`Refused` where parts have other inputs, of which one module cannot be."""
+    shapes = {member.path: member.parts["a"].shape[1:] for member in members if "a" in member.parts}
+    if len(set(shapes.values())) > 1:
+        sizes = ", ".join(f"{shown(path)} {shape}" for path, shape in shapes.items())
+        raise Refused(
+            f"inputs of {sizes}",
+            expected=f"the same of all, for the one module {shown(name)} of the file",
+            where=members[0].path,
+            hint="save the adapter again",
         )
 
 

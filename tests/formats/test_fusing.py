@@ -373,6 +373,7 @@ def test_what_cannot_be_one_is_refused() -> None:
     memory = Memory()
     factors = {"a": torch.randn(1, IN).double(), "b": torch.randn(UNIT, 1).double()}
     lora = module(memory, "lora", "to_q", 1, 1, **factors)
+    wide = module(memory, "lora", "to_k", 1, 1, a=torch.randn(1, IN + 1).double(), b=factors["b"])
     long = module(memory, "lora", "to_k", 1, 1, a=factors["a"], b=torch.randn(3, 1).double())
     other = module(memory, "full", "to_k", 1, 1, diff=torch.randn(UNIT, IN).double())
     kron = [
@@ -387,6 +388,10 @@ def test_what_cannot_be_one_is_refused() -> None:
         fuse({0: lora, 1: other}, "qkv", three, memory)
     with pytest.raises(Refused, match="rows of the parts: transformer.to_q 2, transformer.to_k 3"):
         fuse({0: lora, 1: long}, "qkv", three, memory)
+    with pytest.raises(
+        Refused, match=r"inputs of transformer.to_q \(5,\), transformer.to_k \(6,\)"
+    ):
+        fuse({0: lora, 1: wide}, "qkv", three, memory)
     with pytest.raises(Refused, match="w2 is not the same"):
         fuse(dict(enumerate(kron)), "qkv", three, memory)
     with pytest.raises(Refused, match="oft with blocks"):
