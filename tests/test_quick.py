@@ -12,6 +12,10 @@ TESTS = Path(__file__).parent
 SUITES = {
     *(path.relative_to(TESTS).as_posix() for path in (TESTS / "kernels").glob("test_*.py")),
     *(f"combine/{name}.py" for name in ("test_methods", "test_single_methods", "test_trimming")),
+    *(
+        f"formats/{name}.py"
+        for name in ("test_configs", "test_fusing", "test_pickles", "test_rows")
+    ),
     "hostile/test_layers.py",
     "options/test_options.py",
     "runtime/test_config.py",

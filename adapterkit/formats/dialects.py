@@ -221,7 +221,7 @@ def _renamed(modules: Sequence[Module], model: Model, *, in_file: bool) -> list[
     names = model.base.tensors if in_file else model.names.all()
     errors: list[AdapterkitError] = []
     result = []
-    taken: set[tuple[str, str, int]] = set()
+    taken: dict[tuple[str, str, int], str] = {}  # -> the module's name in the adapter
     # single experts are modules of the file alone
     places = (names,) if in_file else (names, model.base.tensors)
     tables = [_by_last_word(place) for place in places]
@@ -233,8 +233,7 @@ def _renamed(modules: Sequence[Module], model: Model, *, in_file: bool) -> list[
         if not own and not in_file:  # a layer without a weight of its own
             own = [module.name]
         key = (own[0] if own else "", module.kind, module.depth)
-        if len(own) == 1 and key not in taken:
-            taken.add(key)
+        if len(own) == 1 and taken.setdefault(key, module.name) == module.name:
             result.append(replace(module, name=own[0]))
             continue
         problem = listed(own) if own else "no module of that name"

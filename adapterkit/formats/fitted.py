@@ -13,7 +13,7 @@ from adapterkit.kernels.weighted import Decomposition
 from adapterkit.weights.reader import Reader
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Fit:
     """b @ a, the best approximation of a delta of that rank, the norms of both alike."""
 

@@ -40,6 +40,8 @@ def _fits(module: Module, shape: tuple[int, ...]) -> bool:
     """Whether a (r, in, *kernel) and b (out, r) make a weight of that shape, or of its transpose:
     GPT-2 stores linear layers so, and embeddings are."""
     rows, columns = module.parts["b"].shape[0], module.parts["a"].shape[1:]
+    if "mid" in module.parts:  # which has the kernel
+        columns = (columns[0], *module.parts["mid"].shape[2:])
     if shape == (rows, *columns):
         return True
     is_flat = len(shape) == 2 and len(columns) >= 1

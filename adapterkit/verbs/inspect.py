@@ -71,7 +71,9 @@ def inspect(
     if plot is not None:
         pictures.check_plot(Path(plot))
     on = open_model(base) if base is not None else None
-    folder = adapter_or_file(open_source(path), on)
+    folder = open_source(path)
+    if CONFIG not in folder.files():
+        folder = adapter_or_file(folder, on)
     kind = _kind(folder)
     if kind != "adapter":
         _refuse_options(folder, f"a {kind}, no adapter", base, plot)
@@ -87,7 +89,10 @@ def inspect(
         _refuse_options(
             far[0], "weights on the Hub, which are read with --download only", base, plot
         )
-    result = inspect_adapter(folder, on, not headers and (download or not far), progress)
+    with_factors = not headers and (download or not far)
+    if with_factors:  # in a dialect of PEFT's layout they may be other ones than PEFT would read
+        folder = adapter_or_file(folder, on)
+    result = inspect_adapter(folder, on, with_factors, progress)
     if plot is not None:
         pictures.draw(result, Path(plot))
     return result

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkit.plan import Plan
+from adapterkit.planning import convert
 from tests.golden import inputs, jobs
 
 STATS = "covariances.safetensors"
 TIES = {"method": "ties", "density": 0.5}
+EXPERTS = str(Path(__file__).parents[1] / "formats/golden/peft/mixtral")
 SCALE = 8  # by which layers are wider than those of the golden jobs: their memory is then tensors
 
 COMPENSATED = {"rounding": "compensated", "stats": STATS}
@@ -36,6 +38,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]
 def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]:
     """The same for wider layers, and with values that were trained whole."""
     with _folder(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "MANY", 2)  # so that tensors of few experts are made together
         for name in ("HIDDEN", "INTERMEDIATE", "KEYS_VALUES"):
             patch.setattr(inputs, name, SCALE * getattr(inputs, name))
         for name in ("ATTENTION", "MLP", "LINEAR", "FEW"):
@@ -65,6 +68,9 @@ def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, P
             jobs.job("init-drawn", "base", method="default", rank=4, targets="all-linear"),
             jobs.job("init-dense", "base", method="mica", rank=4, rslora=True),
             jobs.job("init-redistributed", "base", method="eva", rank=4, stats="pca.safetensors"),
+            jobs.job("convert-transposed", "style", to="mlx"),
+            jobs.job("convert-fitted", "dora", to="vllm", base="base", rank=3),
+            jobs.job("convert-experts", EXPERTS, to="peft-per-expert", base=f"{EXPERTS}/base"),
             *(jobs.job(*names, **options, **COMPENSATED) for names, options in ROUNDED),
         )
         yield _plan([*(job for job in jobs.WRITING if job.name != "resize-size"), *more])
