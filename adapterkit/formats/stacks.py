@@ -84,14 +84,15 @@ def _orders(
 
 
 def _factors(adapter: Adapter, loras: Sequence[Lora], order: Sequence[str]) -> dict[str, Factors]:
-    """The factors of each parameter. `Refused` where a rank is not the config's."""
+    """The factors of each parameter. `Refused` where they are not a stack's: one of another rank
+    than the config's, of a single matrix, of a convolution."""
     last = len(order) - 1
     factors = {}
     for lora in sorted(loras, key=lambda one: -one.depth):
         leaf = order[last - lora.depth]
         one = factors_of(adapter, lora, leaf)
-        if one.experts is None:
-            raise Refused(f"{shown(lora.a.key)} is of a single matrix", where=adapter.label)
+        if one.experts is None or not len(one.a.shape) == len(one.b.shape) == 2:
+            raise Refused(f"{shown(lora.a.key)} is not of a stack", where=adapter.label)
         factors[leaf] = one
     return factors
 

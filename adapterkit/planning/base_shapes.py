@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from adapterkit import dtypes
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.formats.adapter import PARAMETER
+from adapterkit.formats.dialects import Model
 from adapterkit.formats.library import architectures
 from adapterkit.formats.record import FACTORS, Contents, Module
 
@@ -30,6 +32,33 @@ def shape_problems(contents: Contents, base: Checkpoint | None) -> list[Adapterk
                     f"{shown(module.path)}: factors of shapes {a} and {b}",
                     expected=f"those of the base's weight {spec.shape}",
                     where=base.folder.label,
+                    hint="give the base that it was trained on, with layers of the same kinds",
+                )
+            )
+    return errors
+
+
+def parameter_problems(contents: Contents, model: Model | None) -> list[AdapterkitError]:
+    """Refusals of factors that are of no parameter of the model that target_parameters names."""
+    if model is None:
+        return []
+    targets = tuple(contents.config.get("target_parameters") or ())
+    errors: list[AdapterkitError] = []
+    for module in contents.modules:
+        if module.kind != PARAMETER:
+            continue
+        names = (f"{module.name}.{leaf}" for leaf in model.names.children(module.name) or ())
+        parameters = [model.names.parameter(name) for name in names if name.endswith(targets)]
+        shapes = [one.shape for one in parameters if one is not None]
+        a, b = module.parts["a"].shape, module.parts["b"].shape
+        matrix = sorted((*a[1:], *b[:1], *b[2:]))  # either way round
+        if not any(sorted(shape[-2:]) == matrix for shape in shapes):
+            known = f"those of {' or '.join(map(str, shapes))}" if shapes else "no such factors"
+            errors.append(
+                Refused(
+                    f"{shown(module.path)}: factors of shapes {a} and {b} for a parameter",
+                    expected=f"{known}: the base's parameters that target_parameters names",
+                    where=model.base.folder.label,
                     hint="give the base that it was trained on, with layers of the same kinds",
                 )
             )

@@ -11,7 +11,7 @@ from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint
-from adapterkit.errors import Refused, listed, refuse_all
+from adapterkit.errors import Refused, listed, refuse_all, shown
 from adapterkit.formats.adapter import read_layout, write_layout
 from adapterkit.formats.configs import config_bytes
 from adapterkit.formats.containers import PlanReader
@@ -31,7 +31,7 @@ from adapterkit.formats.write import File, Written, write
 from adapterkit.formats.zeros import without_zeros
 from adapterkit.gguf.adapter import gguf_layout
 from adapterkit.plan import Computed, Plan, Task
-from adapterkit.planning.base_shapes import shape_problems
+from adapterkit.planning.base_shapes import parameter_problems, shape_problems
 from adapterkit.planning.cards import adapter_card
 from adapterkit.planning.carried import carried_files
 from adapterkit.planning.folder_files import Files
@@ -77,7 +77,7 @@ def plan_convert(
     detection = detect(source)
     model = model_of(base, detection, form)
     contents = read_contents(source, detection, options, base, model)
-    refuse_all(shape_problems(contents, base))
+    refuse_all([*shape_problems(contents, base), *parameter_problems(contents, model)])
     if not contents.modules:
         raise Refused(
             "an adapter of no module",
@@ -146,7 +146,15 @@ def model_of(base: Checkpoint | None, detection: Detection, form: Format) -> Mod
     needs_none = ADAPTER_LAYOUT not in (detection.form.layout, form.layout)
     if base is None or not base.tensors or needs_none:  # of a config alone no names are known
         return None
-    names = Names(base, task=detection.config.get("task_type"), build_model=True)
+    task = detection.config.get("task_type")
+    if not isinstance(task, str | None):
+        raise Refused(
+            f"task_type {shown(repr(task))}",
+            expected="a text",
+            where=detection.container.file,
+            hint="keep the config that was saved with the file beside it",
+        )
+    names = Names(base, task=task, build_model=True)
     return Model(base, names, stacks_of(names))
 
 
@@ -170,7 +178,7 @@ def read_contents(
         reading = Reading(
             options.alpha,
             options.architecture,
-            modules_of(base),
+            modules_of(base, model),
             heads_of(base, detection.config),
             model_type_of(base, detection.config),
         )
@@ -178,9 +186,12 @@ def read_contents(
     return _selected(contents, options.prefix_only)
 
 
-def modules_of(base: Checkpoint | None) -> list[str]:
-    """The modules of a base by its keys."""
-    return [] if base is None else sorted({key.rpartition(".")[0] for key in base.tensors})
+def modules_of(base: Checkpoint | None, model: Model | None = None) -> list[str]:
+    """The modules of a base by its keys, and by the names of its model where that is known."""
+    names = set() if base is None else set(base.tensors)
+    if model is not None:
+        names |= set(model.names.all())
+    return sorted({name.rpartition(".")[0] for name in names})
 
 
 def heads_of(base: Checkpoint | None, config: Mapping[str, Any]) -> Heads | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkit.formats.adapter import COPY
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import detect
 from adapterkit.formats.dialects import arranged
@@ -144,12 +145,14 @@ def norm(b: Tensor, a: Tensor) -> float:
 
 
 def deltas(contents: Contents) -> dict[str, Delta]:
-    """The deltas of all modules by name, kind and, where there are several, component."""
+    """The deltas of all modules by name, kind and, where there are several, component; a copy of
+    the base's own weights is none."""
     reader = PlanReader(contents.folders)
     several = len(contents.components) > 1
     result = {
         f"{m.component if several else ''}:{m.name}:{m.kind}:{m.depth}": delta(m, reader)
         for m in contents.modules
+        if m.kind != COPY
     }
     for key, one in list(result.items()):  # a bias of factors is a difference of its own elsewhere
         bias = one.others.pop("bias", None)
@@ -159,11 +162,7 @@ def deltas(contents: Contents) -> dict[str, Delta]:
 
 
 def comparable(before: dict[str, Delta], after: dict[str, Delta]) -> bool:
-    """Whether all that was there is there again, and what is new is zero; in place: without the
-    base's own weights."""
-    for values in (before, after):
-        for name in [name for name in values if ":copy:" in name]:
-            del values[name]
+    """Whether all that was there is there again, and what is new is zero."""
     return set(before) <= set(after) and all(
         after[name].is_zero for name in after.keys() - before.keys()
     )
