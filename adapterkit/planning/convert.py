@@ -259,6 +259,16 @@ def written_file(
         heads=heads_of(base, contents.config),
         base=None if base is None else base_of(base.config, base.tensors),
     )
+    if form.names.style == "underscores" and file.architecture is None and model is not None:
+        known = set(modules_of(base, model))
+        unknown = [m.path for m in file.modules if m.name not in known]
+        if unknown:
+            raise Refused(
+                f"{len(unknown)} modules that the base does not have: {listed(unknown)}",
+                expected="modules of the base, by which names with underscores are read again",
+                where=contents.folders[0].label,
+                hint="give the base that it was trained on",
+            )
     return replace(file, notes=[*notes, *file.notes])
 
 

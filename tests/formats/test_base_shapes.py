@@ -115,3 +115,15 @@ def test_underscored_names_of_a_model_are_found_in_a_base_with_other_keys(tmp_pa
     before, after = (load_file(path / "adapter_model.safetensors") for path in (VISION, again))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_underscored_names_that_the_base_does_not_have_are_not_written(tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(VISION, adapter, ignore=shutil.ignore_patterns("base"))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({key.replace("q_proj", "qkv_proj"): tensor for key, tensor in tensors.items()}, file)
+    with pytest.raises(Refused, match="does not have: .*self_attn.qkv_proj"):
+        adapterkit.convert(
+            adapter, to="lycoris-wrapper", base=VISION / "base", out=tmp_path / "a.safetensors"
+        )
