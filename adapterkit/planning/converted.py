@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import RECEIPT
@@ -35,8 +36,10 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
 
     try:
         detection = detect(folder)
-    except Refused:
-        return folder
+    except AdapterkitError as error:
+        if CONFIG in files or isinstance(error, Refused):
+            return folder
+        raise
     if detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft:
         return folder
     checkpoint = None if base is None else open_checkpoint(base, 1)

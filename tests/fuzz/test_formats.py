@@ -31,7 +31,7 @@ from . import mutations
 from .mutations import Files
 
 WRITTEN = sorted(name for name, form in formats().items() if form.writes)
-USUAL, MANY = 12, 1000  # mutants of each format
+USUAL, MANY = 6, 1000  # mutants of each format
 # relative error of a scale that is folded into factors, by their dtype
 ROUNDING = {"F64": 1e-9, "F32": 1e-6, "F16": 2.0**-8, "BF16": 2.0**-5}
 
