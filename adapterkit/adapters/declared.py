@@ -38,5 +38,5 @@ def declared_settings(
 
 
 def whole(value: float) -> float | int:
-    """A whole number as an int, as configs have them."""
-    return int(value) if float(value).is_integer() else value
+    """A whole number as an int, as configs have them; beyond 2^53 a float has no unit."""
+    return int(value) if float(value).is_integer() and abs(value) < 2**53 else value

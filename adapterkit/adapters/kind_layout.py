@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from adapterkit.adapters.adapter_config import rank_settings
+from adapterkit.adapters.declared import whole
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.kinds.loha import LoHa
 from adapterkit.adapters.kinds.lokr import LoKr
@@ -46,7 +47,7 @@ def kind_settings(
     if kind == "lokr":
         settings |= _decomposition(modules, kernels)
     ranks = {name: _rank(shapes) for name, shapes in modules.items()}
-    alphas = {name: _number(ranks[name] * scales[name]) for name in modules}
+    alphas = {name: whole(ranks[name] * scales[name]) for name in modules}
     numbers = rank_settings(ranks, alphas)
     return settings | {"alpha" if k == "lora_alpha" else k: v for k, v in numbers.items()}
 
@@ -154,7 +155,3 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
         if size % number == 0:
             first, second = number, size // number
     return first, second
-
-
-def _number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value

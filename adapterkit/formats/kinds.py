@@ -123,6 +123,8 @@ def is_scaled(module: Module, form: Format, is_own: bool) -> bool:
         return True
     if rank_of(module.kind, module.parts) is None:
         return False
+    if module.scale == 0 and form.scale.place == "tensor":
+        return False  # trainers take an alpha of 0 for the rank
     return form.scale.place == "config" or has_alpha(module, form, is_own)
 
 

@@ -16,6 +16,7 @@ from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Stored, StoredReader
 from adapterkit.formats.uniform import shared_number, with_scale
+from adapterkit.options import finite
 
 ALPHA = "alpha"
 SETTINGS = {  # PEFT's words for what a config says
@@ -61,7 +62,15 @@ class Scales:
         if words.place == "shared":
             value = words_of(self.form.metadata.write, self.metadata).get(words.means)
             if value:  # 0 counts as missing
-                return float(value) * (rank if words.means == "scale" else 1)
+                number = finite(value)
+                if number is None:
+                    raise Refused(
+                        f"{words.means} {shown(repr(value))} in the metadata",
+                        expected="a finite number",
+                        where=self.where,
+                        hint="take the file as it was saved",
+                    )
+                return number * (rank if words.means == "scale" else 1)
         if words.place == "config" and words.means in self.settings:
             self.declares = True
             return self._declared_alpha(self._configured, rank, name, "the config")
