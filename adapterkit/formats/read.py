@@ -96,7 +96,7 @@ def read(
 
 def _candidates(form: Format, reading: Reading, container: Container) -> list[str]:
     """The architectures that the names may be of."""
-    known = [name for name in form.names.architectures if name in architectures()]
+    known = list(form.names.architectures)
     key = form.names.architecture_key
     if key:
         if container.metadata.get(key) not in known:

@@ -1,6 +1,5 @@
 """The plan of a conversion: a source in any format that is read, a file in any that is written."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,7 +61,11 @@ class Options:
 
 
 def plan_convert(
-    source: Folder, options: Options, base: Checkpoint | None = None, file: str | None = None
+    source: Folder,
+    options: Options,
+    base: Checkpoint | None = None,
+    file: str | None = None,
+    detection: Detection | None = None,  # of the source, where it is known
 ) -> Plan:
     """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
     of the one file that is wanted; without it, a folder as the format has it."""
@@ -74,7 +77,7 @@ def plan_convert(
             where="--out",
             hint="give --out without an ending",
         )
-    detection = detect(source)
+    detection = detection or detect(source)
     model = model_of(base, detection, form)
     contents = read_contents(source, detection, options, base, model)
     refuse_all([*shape_problems(contents, base), *parameter_problems(contents, model)])
@@ -209,11 +212,10 @@ def _selected(contents: Contents, component: str | None) -> Contents:
     """The contents of one component; bare modules are taken for it."""
     if component is None:
         return contents
-    pattern = re.compile(re.escape(component))
     if contents.components == (LANGUAGE,):
         modules = [replace(m, component=component) for m in contents.modules]
     else:
-        modules = [m for m in contents.modules if pattern.fullmatch(m.component)]
+        modules = [m for m in contents.modules if m.component == component]
     if not modules:
         raise Refused(
             f"no component {component}",

@@ -1,8 +1,5 @@
 """An adapter of another format as a folder in PEFT's layout, for every verb that takes one."""
 
-import shutil
-import tempfile
-import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +12,7 @@ from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.library import formats
 from adapterkit.formats.schema import AdapterWords
+from adapterkit.planning.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from adapterkit.plan import Plan
@@ -43,7 +41,7 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     if detection.form.layout == ADAPTER_LAYOUT and detection.form.adapter.is_read_by_peft:
         return folder
     checkpoint = None if base is None else open_checkpoint(base, 1)
-    plan = plan_convert(folder, Options(_layout()), checkpoint)
+    plan = plan_convert(folder, Options(_layout()), checkpoint, detection=detection)
     return ConvertedFolder(folder, detection.form.name, detection.container.file, plan)
 
 
@@ -96,10 +94,9 @@ class ConvertedFolder:
         from adapterkit.engines.local import local
         from adapterkit.execute import run
 
-        home = tempfile.mkdtemp(prefix="adapterkit-")
-        weakref.finalize(self, shutil.rmtree, home, ignore_errors=True)
-        run(self.plan, Path(home, "adapter"), local("cpu"), hash="none")
-        return LocalFolder(Path(home, "adapter"))
+        place = temporary_folder(self) / "adapter"
+        run(self.plan, place, local("cpu"), hash="none")
+        return LocalFolder(place)
 
     def files(self) -> dict[str, int]:
         return {name: size for name, size in self._folder.files().items() if name != RECEIPT}

@@ -1,8 +1,5 @@
 """A folder whose weights are a pickle, as one with a safetensors file."""
 
-import shutil
-import tempfile
-import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 from adapterkit.checkpoint.folder import Folder, LocalFolder, WeightsFile
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.pickles import pickles_of, rewrite, rewritten_name
+from adapterkit.planning.temporary import temporary_folder
 
 
 def without_pickles(folder: Folder) -> Folder:
@@ -45,9 +43,7 @@ class UnpickledFolder:
 
     @cached_property
     def _rewritten(self) -> tuple[LocalFolder, list[str]]:
-        home = tempfile.mkdtemp(prefix="adapterkit-")
-        weakref.finalize(self, shutil.rmtree, home, ignore_errors=True)
-        place = Path(home, self.weights)
+        place = temporary_folder(self) / self.weights
         left_out = rewrite(self.source.path(self.pickle), place)
         return LocalFolder(place), left_out
 

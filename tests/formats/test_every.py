@@ -14,7 +14,7 @@ import adapterkit
 from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.dialects import SINGLE
-from adapterkit.formats.library import formats
+from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.names import names_of
 from adapterkit.formats.record import FACTORS, LANGUAGE, Contents
 from adapterkit.formats.schema import DetectWords, Format
@@ -83,6 +83,11 @@ def weights(path: Path, form: Format) -> Path:
 
 def ids(sample: Sample) -> str:
     return sample.id
+
+
+def test_architectures_of_formats_are_there():
+    named = {name for form in formats().values() for name in form.names.architectures}
+    assert named <= set(architectures())
 
 
 def test_every_format_has_a_golden_file_and_every_golden_file_a_format():
@@ -231,11 +236,16 @@ def assert_same(source: Contents, target: Contents, what: str) -> None:
     assert max(far.values()) <= tolerance, (what, max(far.values()))
 
 
-@pytest.mark.parametrize("name", [n for n, f in formats().items() if f.layout == "keys"])
+KEYED = [
+    name
+    for name, form in formats().items()
+    if form.layout == "keys" and form.file.container == "safetensors"
+]  # other containers are mutated in tests/fuzz
+
+
+@pytest.mark.parametrize("name", KEYED)
 def test_a_refusal_tells_every_key_without_a_role(name: str, tmp_path: Path):
     form = formats()[name]
-    if form.file.container != "safetensors":
-        pytest.skip("other containers are mutated in tests/fuzz")
     sample = next(iter(samples(name)))
     path = weights(sample.path, form)
     tensors = load_file(path)

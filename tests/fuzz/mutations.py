@@ -144,6 +144,7 @@ def _parse_gguf(data: bytes) -> Parts:
         key, axes = take(number("Q")).decode(), number("I")
         shape = tuple(number("Q") for _ in range(axes))[::-1]
         infos.append((key, shape, number("I"), number("Q")))
+    # every value here is a pair, which a checker does not see
     _, raw = metadata.get("general.alignment", (4, struct.pack("<I", 32)))  # type: ignore[misc]
     align = struct.unpack("<I", raw)[0]
     at += -at % align

@@ -156,7 +156,7 @@ def run(name: str, first: int, count: int, folder: Path) -> tuple[int, int]:
         place.mkdir()
         try:
             converted += check(seed, sample, files, place)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the seed belongs to it
             raise AssertionError(f"{name}: seed {seed}, {sample.id}") from error
         shutil.rmtree(place)
     return converted, count - converted

@@ -15,6 +15,8 @@ import torch
 
 torch.cuda.current_device = lambda: 0  # default arguments of modules that are not used here
 
+# E402: what follows is imported after that line, without which it asks for a GPU
+
 from diffusers import HunyuanVideoTransformer3DModel  # noqa: E402
 from musubi_tuner import convert_lora  # noqa: E402
 from musubi_tuner.hunyuan_model.models import HYVideoDiffusionTransformer  # noqa: E402

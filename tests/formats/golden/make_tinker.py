@@ -60,6 +60,8 @@ def make(name: str, config, *, tied: bool = False) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     build_lora_adapter(base_model=str(base), adapter_path=str(home), output_path=str(made))
     shutil.rmtree(base)
+    written = made / "adapter_config.json"  # names the base by its path on this machine
+    written.write_text(written.read_text().replace(str(base), "tiny/model"))
 
 
 if __name__ == "__main__":

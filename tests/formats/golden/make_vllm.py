@@ -133,6 +133,7 @@ class Vllm:
         log: Any = logging.getLogger("vllm")
         for name in ("info_once", "warning_once", "debug_once"):
             setattr(log, name, lambda *_, **__: None)
+        # attributes that a checker does not expect of modules made by hand
         sys.modules["vllm.logger"] = Empty("vllm.logger")
         sys.modules["vllm.logger"].init_logger = lambda _: log  # type: ignore[attr-defined]
         sys.modules["vllm.utils.torch_utils"] = Empty("vllm.utils.torch_utils")
