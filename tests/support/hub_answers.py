@@ -20,6 +20,9 @@ class Answer:
     ROUTES: tuple[tuple[str, str, str], ...] = (
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/auth-check(?P<write>/write)?", "auth_check"),
+        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/lfs-files/duplicate", "duplicate"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>.+)", "info"),
         (
@@ -79,6 +82,33 @@ class Answer:
 
     def validate(self):
         return {"errors": [], "warnings": []}
+
+    def whoami(self):
+        if not self.asked.token or (self.hub.token and self.asked.token not in self.hub.tokens):
+            raise Refusal(401, message="Invalid credentials in Authorization header")
+        reads = bool(self.hub.token) and self.asked.token != self.hub.token
+        token = {"displayName": "test", "role": "read" if reads else "write"}
+        return {"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": token}}
+
+    def auth_check(self, repo, write=""):
+        found = self._readable(repo)
+        if write:
+            self._may_write()
+            if found.read_only:
+                raise Refusal(403, message=f"You may not write to {repo}")
+        return {}
+
+    def duplicate(self, repo):
+        """Large files of this repository that another one holds from now on, too."""
+        self._may_write()
+        wanted = self._json()
+        source, target = self._readable(repo), self._readable(wanted["target"]["name"])
+        if source.region != target.region:
+            raise Refusal(403, message="Cross-region copy is not supported")
+        missing = [file for file in wanted["files"] if file["sha256"] not in source.objects]
+        target.objects |= {f["sha256"] for f in wanted["files"] if f not in missing}
+        failed = [{"sha256": file["sha256"], "error": "no such object"} for file in missing]
+        return {"failed": failed}
 
     def info(self, repo, revision="main"):
         commit, tree = self._tree(repo, revision)
@@ -214,10 +244,11 @@ class Answer:
 
     def batch(self, repo):
         self._may_write()
-        self._readable(repo)
+        found, wanted = self._readable(repo), self._json()["objects"]
+        found.objects |= {o["oid"] for o in wanted}  # once they are there
         return {
             "transfer": "basic",
-            "objects": [self._actions(o["oid"], o["size"]) for o in self._json()["objects"]],
+            "objects": [self._actions(o["oid"], o["size"]) for o in wanted],
         }
 
     def _actions(self, oid: str, size: int) -> dict:
@@ -275,7 +306,8 @@ class Answer:
             if entry["key"] == "file":
                 tree[value["path"]] = File.of(value["path"], base64.b64decode(value["content"]))
             elif entry["key"] == "lfsFile":
-                if value["oid"] not in self.hub.blobs:
+                held = self.hub.repos[repo].objects
+                if value["oid"] not in self.hub.blobs or value["oid"] not in held:
                     raise Refusal(
                         400,
                         message=(
@@ -299,6 +331,8 @@ class Answer:
         return json.loads(self.asked.body)
 
     def _may_write(self) -> None:
+        if self.asked.token in self.hub.tokens and self.asked.token != self.hub.token:
+            raise Refusal(403, message="This token may only read")
         if self.hub.token and self.asked.token != self.hub.token:
             known = (
                 f"Invalid token {self.asked.token}"
@@ -309,7 +343,7 @@ class Answer:
 
     def _readable(self, name: str) -> Repo:
         repo = self.hub.repos.get(name)
-        known = not self.hub.token or self.asked.token == self.hub.token
+        known = not self.hub.token or self.asked.token in self.hub.tokens
         if self.asked.token and not known:
             raise Refusal(401, message="Invalid credentials in Authorization header")
         if repo is None or (repo.private and not known):

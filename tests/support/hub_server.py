@@ -29,9 +29,16 @@ class Hub:
     """The server and its state; `faults` may be set at any time to a function from a request to a
     `Fault` or None."""
 
-    def __init__(self, token: str = "", redirect: bool = False, part_size: int = 64 << 20):
+    def __init__(
+        self,
+        token: str = "",
+        redirect: bool = False,
+        part_size: int = 64 << 20,
+        read_token: str = "",
+    ):
         # the one token that may write and sees private repositories; empty: anybody may
         self.token = token
+        self.tokens = {token, read_token} - {""}  # those that see private repositories
         # send readers of large files to another port, as the real Hub does to its CDN
         self.redirect = redirect
         self.part_size = part_size  # larger files are uploaded in several parts
@@ -95,6 +102,7 @@ class Hub:
                 if data is not None:
                     tree[path] = File.of(path, data)
                     self.blobs[tree[path].sha256] = data
+                    repo.objects.add(tree[path].sha256)
             return repo.add(tree, branch)
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:

@@ -72,7 +72,8 @@ class File:
 
     def described(self) -> dict:
         lfs = {"oid": self.sha256, "size": len(self.data), "pointerSize": 134}
-        return {"size": len(self.data), "oid": self.oid} | ({"lfs": lfs} if self.large else {})
+        large = {"lfs": lfs, "xetHash": self.sha256[::-1]} if self.large else {}
+        return {"size": len(self.data), "oid": self.oid} | large
 
 
 Tree = dict[str, File]
@@ -83,6 +84,9 @@ class Repo:
     private: bool = False
     gated: bool = False
     disabled: bool = False
+    read_only: bool = False  # for whoever asks
+    region: str = "us"
+    objects: set[str] = field(default_factory=set)  # sha256 of the large files that it holds
     trees: dict[str, Tree] = field(default_factory=dict)  # by commit, oldest first
     refs: dict[str, str] = field(default_factory=dict)  # branches and tags
 
