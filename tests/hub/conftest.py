@@ -15,6 +15,15 @@ def hub():
         yield hub
 
 
+@pytest.fixture(params=["lfs", "xet"])
+def each_hub(request):
+    """A Hub that keeps large files as Git-LFS does, and one with Xet."""
+    if request.param == "xet":
+        pytest.importorskip("hf_xet")
+    with Hub(xet=request.param == "xet") as hub:
+        yield hub
+
+
 @pytest.fixture
 def connect(tmp_path):
     """Start a client of a hub; a folder of the test holds its cache."""

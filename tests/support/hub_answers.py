@@ -1,16 +1,42 @@
 """The answers of the Hub on 127.0.0.1, route by route."""
 
 import base64
-import hashlib
 import json
 import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
-from tests.support.hub_state import LARGE, Asked, Fault, File, Refusal, Repo, Tree
+from tests.support.hub_state import LARGE, Account, Asked, Fault, File, Refusal, Repo, Tree
+from tests.support.hub_store import Blob
 
 if TYPE_CHECKING:
     from tests.support.hub_server import Hub
+
+
+@dataclass(frozen=True)
+class Body:
+    """The bytes [start, stop) of a blob, as the body of an answer."""
+
+    blob: Blob
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, data: bytes) -> "Body":
+        return cls(Blob(len(data), "", data), 0, len(data))
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def first(self, count: int) -> "Body":
+        return Body(self.blob, self.start, min(self.stop, self.start + count))
+
+    def pieces(self) -> Iterator[bytes]:
+        return self.blob.pieces(self.start, self.stop)
 
 
 class Answer:
@@ -18,11 +44,10 @@ class Answer:
     match."""
 
     ROUTES: tuple[tuple[str, str, str], ...] = (
-        ("POST", r"/api/repos/create", "create"),
-        ("POST", r"/api/validate-yaml", "validate"),
         ("GET", r"/api/whoami-v2", "whoami"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/auth-check(?P<write>/write)?", "auth_check"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/lfs-files/duplicate", "duplicate"),
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>.+)", "info"),
         (
@@ -40,18 +65,24 @@ class Answer:
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "paths_info"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
+        (
+            "GET",
+            r"/api/models/(?P<repo>[^/]+/[^/]+)/xet-(?P<kind>read|write)-token/(?P<revision>.+)",
+            "xet_token",
+        ),
+        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/lfs-files/duplicate", "duplicate"),
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
         ("GET HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
         ("GET HEAD", r"/cdn/(?P<oid>[0-9a-f]{64})", "from_cdn"),
-        ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})(/(?P<part>\d+))?", "put"),
-        ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})/complete", "complete"),
-        ("POST", r"/lfs/verify", "verify"),
+        ("PUT", r"/lfs/(?P<repo>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})(/(?P<part>\d+))?", "put"),
+        ("POST", r"/lfs/(?P<repo>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})/complete", "complete"),
+        ("POST", r"/lfs/(?P<repo>[^/]+/[^/]+)/verify", "verify"),
     )
 
     def __init__(self, hub: "Hub", asked: Asked, fault: Fault):
         self.hub, self.asked, self.fault = hub, asked, fault
 
-    def find(self) -> tuple[int, dict[str, str], bytes]:
+    def find(self) -> tuple[int, dict[str, str], bytes | Body]:
         for methods, pattern, name in self.ROUTES:
             match = re.fullmatch(pattern, self.asked.raw)
             if match and self.asked.method in methods.split():
@@ -64,12 +95,25 @@ class Answer:
                 )
         raise Refusal(404, message="no such route")
 
-    # Repositories
+    # Accounts and repositories
+
+    def whoami(self):
+        account = self._account()
+        if account is None:
+            raise Refusal(401, message="Invalid username or password.")
+        return account.described()
+
+    def auth_check(self, repo, write=""):
+        self._readable(repo)
+        if write:
+            self._may_write(repo)
+        return {}
 
     def create(self):
         wanted = self._json()
-        name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
-        self._may_write()
+        account = self._account()
+        name = f"{wanted.get('organization') or (account or Account()).name}/{wanted['name']}"
+        self._may_write(name, "You don't have the rights to create a model under the namespace")
         url = {"url": f"{self.hub.url}/{name}"}
         if name in self.hub.repos:
             return (
@@ -82,33 +126,6 @@ class Answer:
 
     def validate(self):
         return {"errors": [], "warnings": []}
-
-    def whoami(self):
-        if not self.asked.token or (self.hub.token and self.asked.token not in self.hub.tokens):
-            raise Refusal(401, message="Invalid credentials in Authorization header")
-        reads = bool(self.hub.token) and self.asked.token != self.hub.token
-        token = {"displayName": "test", "role": "read" if reads else "write"}
-        return {"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": token}}
-
-    def auth_check(self, repo, write=""):
-        found = self._readable(repo)
-        if write:
-            self._may_write()
-            if found.read_only:
-                raise Refusal(403, message=f"You may not write to {repo}")
-        return {}
-
-    def duplicate(self, repo):
-        """Large files of this repository that another one holds from now on, too."""
-        self._may_write()
-        wanted = self._json()
-        source, target = self._readable(repo), self._readable(wanted["target"]["name"])
-        if source.region != target.region:
-            raise Refusal(403, message="Cross-region copy is not supported")
-        missing = [file for file in wanted["files"] if file["sha256"] not in source.objects]
-        target.objects |= {f["sha256"] for f in wanted["files"] if f not in missing}
-        failed = [{"sha256": file["sha256"], "error": "no such object"} for file in missing]
-        return {"failed": failed}
 
     def info(self, repo, revision="main"):
         commit, tree = self._tree(repo, revision)
@@ -123,11 +140,11 @@ class Answer:
 
     def _sibling(self, file: File) -> dict:
         lfs = (
-            {"lfs": {"sha256": file.sha256, "size": len(file.data), "pointerSize": 134}}
+            {"lfs": {"sha256": file.sha256, "size": file.size, "pointerSize": 134}}
             if file.large
             else {}
         )
-        return {"size": len(file.data), "blobId": file.oid} | lfs
+        return {"size": file.size, "blobId": file.oid} | lfs
 
     def tree(self, repo, revision, path=""):
         _, tree = self._tree(repo, revision)
@@ -165,7 +182,7 @@ class Answer:
 
     def point(self, repo, kind, revision):
         """A branch at `startingPoint`, or a tag on the revision in the path."""
-        self._may_write()
+        self._may_write(repo)
         wanted = self._json()
         name, at = (
             (revision, wanted.get("startingPoint", "main"))
@@ -177,7 +194,8 @@ class Answer:
 
     def paths_info(self, repo, revision):
         _, tree = self._tree(repo, revision)
-        paths = [path for path in self._json()["paths"] if path in tree]
+        asked = parse_qs(self.asked.body.decode()).get("paths", [])  # a form, not JSON
+        paths = [path for path in asked if path in tree]
         return [{"type": "file", "path": path} | tree[path].described() for path in paths]
 
     # Reading
@@ -186,47 +204,62 @@ class Answer:
         commit, tree = self._tree(repo, revision)
         found = self.hub.repos[repo]
         at = {"X-Repo-Commit": commit}
-        if found.gated and not (self.hub.token and self.asked.token == self.hub.token):
+        if found.gated and self.asked.token not in self.hub.accounts:
             raise Refusal(403, "GatedRepo", f"Access to model {repo} is restricted.")
         if path not in tree:
             raise Refusal(404, "EntryNotFound", "Entry not found", at)
         file = tree[path]
-        linked = (
-            {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
-            if file.large
-            else {}
-        )
+        linked = self._links(repo, commit, file) if file.large else {}
         if file.large and self.hub.redirect:
             address = f"{self.hub.cdn}/cdn/{file.sha256}?Signature=secret"
             return 302, at | linked | {"Location": address}, b""
-        status, headers, body = self._bytes(file.data)
+        status, headers, body = self._bytes(file.blob)
         return (
             status,
             headers | at | linked | {"ETag": f'"{file.sha256 if file.large else file.oid}"'},
             body,
         )
 
-    def from_cdn(self, oid):
-        return self._bytes(self.hub.blobs[oid])
+    def _links(self, repo: str, commit: str, file: File) -> dict[str, str]:
+        links = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+        if self.hub.xet is None or not file.size:
+            return links
+        route = f"{self.hub.url}/api/models/{repo}/xet-read-token/{commit}"
+        return links | {"X-Xet-Hash": file.xet_hash or "", "Link": f'<{route}>; rel="xet-auth"'}
 
-    def _bytes(self, data: bytes) -> tuple[int, dict[str, str], bytes]:
+    def from_cdn(self, oid):
+        return self._bytes(self.hub.store.blobs[oid])
+
+    def _bytes(self, blob: Blob) -> tuple[int, dict[str, str], Body]:
         kind = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
-        wanted = self.asked.range
+        wanted, size = self.asked.range, blob.size
         if wanted is None or self.fault.ignore_range:
-            return 200, kind, data
-        start, stop = wanted[0], min(wanted[1], len(data))
-        if start >= len(data):
-            raise Refusal(416, headers={"Content-Range": f"bytes */{len(data)}"})
-        return (
-            206,
-            kind | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"},
-            data[start:stop],
-        )
+            return 200, kind, Body(blob, 0, size)
+        start, stop = wanted[0], min(wanted[1], size)
+        if start >= size:
+            raise Refusal(416, headers={"Content-Range": f"bytes */{size}"})
+        headers = kind | {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
+        return 206, headers, Body(blob, start, stop)
+
+    def xet_token(self, repo, kind, revision):
+        """Where Xet's store is, in headers for one half of the client, as JSON for the other."""
+        if kind == "write":
+            self._may_write(repo)
+        self._readable(repo)
+        if self.hub.xet is None:
+            raise Refusal(404, message="no such route")
+        about = {"casUrl": self.hub.xet.url, "accessToken": "xet", "exp": int(time.time()) + 3600}
+        headers = {
+            "X-Xet-Cas-Url": about["casUrl"],
+            "X-Xet-Access-Token": about["accessToken"],
+            "X-Xet-Token-Expiration": str(about["exp"]),
+        }
+        return 200, JSON | headers, json.dumps(about).encode()
 
     # Writing
 
     def preupload(self, repo, revision):
-        self._may_write()
+        self._may_write(repo)
         _, tree = self._tree(repo, revision)
         return {"files": [self._mode(file, tree) for file in self._json()["files"]]}
 
@@ -243,19 +276,19 @@ class Answer:
         } | oid
 
     def batch(self, repo):
-        self._may_write()
-        found, wanted = self._readable(repo), self._json()["objects"]
-        found.objects |= {o["oid"] for o in wanted}  # once they are there
+        self._may_write(repo)
+        self._readable(repo)
+        wanted = self._json()["objects"]
         return {
             "transfer": "basic",
-            "objects": [self._actions(o["oid"], o["size"]) for o in wanted],
+            "objects": [self._actions(repo, o["oid"], o["size"]) for o in wanted],
         }
 
-    def _actions(self, oid: str, size: int) -> dict:
-        if oid in self.hub.blobs:
+    def _actions(self, repo: str, oid: str, size: int) -> dict:
+        if oid in self.hub.repos[repo].objects:
             return {"oid": oid, "size": size}
-        address = f"{self.hub.url}/lfs/{oid}"
-        upload = {"href": f"{address}?X-Amz-Signature=signed"}
+        address = f"{self.hub.url}/lfs/{repo}/{oid}"
+        upload: dict = {"href": f"{address}?X-Amz-Signature=signed"}
         if size > self.hub.part_size:
             count = -(-size // self.hub.part_size)
             urls = {f"{part:05d}": f"{address}/{part}" for part in range(1, count + 1)}
@@ -263,37 +296,55 @@ class Answer:
                 "href": f"{address}/complete",
                 "header": {"chunk_size": str(self.hub.part_size)} | urls,
             }
-        return {
-            "oid": oid,
-            "size": size,
-            "actions": {"upload": upload, "verify": {"href": f"{self.hub.url}/lfs/verify"}},
-        }
+        verify = {"href": f"{self.hub.url}/lfs/{repo}/verify"}
+        return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}}
 
-    def put(self, oid, part=""):
+    def put(self, repo, oid, part=""):
+        blob = self.asked.upload or Body.of(b"").blob
         if part:
-            self.hub.parts[oid, int(part)] = self.asked.body
+            self.hub.parts[oid, int(part)] = blob
         else:
-            self._keep(oid, self.asked.body)
-        return 200, {"ETag": f'"{hashlib.md5(self.asked.body).hexdigest()}"'}, b""
+            self._keep(repo, oid, blob)
+        return 200, {"ETag": f'"{blob.sha256[:32]}"'}, b""
 
-    def complete(self, oid):
-        parts = sorted(p["partNumber"] for p in self._json()["parts"])
-        self._keep(oid, b"".join(self.hub.parts[oid, part] for part in parts))
+    def complete(self, repo, oid):
+        numbers = sorted(p["partNumber"] for p in self._json()["parts"])
+        parts = [self.hub.parts.pop((oid, number)) for number in numbers]
+        receiver = self.hub.store.receiver(sum(part.size for part in parts))
+        for part in parts:
+            for piece in part.pieces():
+                receiver.take(piece)
+        self._keep(repo, oid, receiver.blob())
         return {}
 
-    def _keep(self, oid: str, data: bytes) -> None:
-        if hashlib.sha256(data).hexdigest() != oid:
+    def _keep(self, repo: str, oid: str, blob: Blob) -> None:
+        if blob.sha256 != oid:
             raise Refusal(400, message="the upload does not have the promised sha256")
-        self.hub.blobs[oid] = data
+        self.hub.store.blobs[oid] = blob
+        self.hub.repos[repo].objects.add(oid)
 
-    def verify(self):
+    def verify(self, repo):
         wanted = self._json()
-        if len(self.hub.blobs.get(wanted["oid"], b"")) != wanted["size"]:
+        blob = self.hub.store.blobs.get(wanted["oid"])
+        if blob is None or blob.size != wanted["size"]:
             raise Refusal(404, message="object not found")
         return {}
 
+    def duplicate(self, repo):
+        """Large files of one repository become objects of another, of the same region."""
+        wanted = self._json()
+        source, target = self._readable(repo), wanted["target"]["name"]
+        self._may_write(target)
+        into = self._readable(target)
+        if source.region != into.region:
+            raise Refusal(403, message="Cross-region copy is not supported")
+        there = {(f.sha256, f.xet_hash) for tree in source.trees.values() for f in tree.values()}
+        asked = {(file["sha256"], file["xetHash"]) for file in wanted["files"]}
+        into.objects |= {sha256 for sha256, _ in asked & there}
+        return {"failed": [{"sha256": s, "error": "no such object"} for s, _ in asked - there]}
+
     def commit(self, repo, revision):
-        self._may_write()
+        self._may_write(repo)
         head, tree = self._tree(repo, revision)
         tree = dict(tree)
         for line in self.asked.body.splitlines():
@@ -304,17 +355,11 @@ class Answer:
                     412, message="A commit has happened since. Please refresh and try again."
                 )
             if entry["key"] == "file":
-                tree[value["path"]] = File.of(value["path"], base64.b64decode(value["content"]))
+                blob = self.hub.store.keep(base64.b64decode(value["content"]))
+                tree[value["path"]] = self.hub.file(value["path"], blob)
             elif entry["key"] == "lfsFile":
-                held = self.hub.repos[repo].objects
-                if value["oid"] not in self.hub.blobs or value["oid"] not in held:
-                    raise Refusal(
-                        400,
-                        message=(
-                            f"LFS pointer pointed to a file that does not exist: {value['path']}"
-                        ),
-                    )
-                tree[value["path"]] = File.of(value["path"], self.hub.blobs[value["oid"]])
+                blob = self._object(repo, value["path"], value["oid"])
+                tree[value["path"]] = self.hub.file(value["path"], blob)
             elif entry["key"].startswith("deleted"):
                 gone = value["path"].rstrip("/")
                 tree = {n: f for n, f in tree.items() if n != gone and not n.startswith(gone + "/")}
@@ -325,29 +370,57 @@ class Answer:
             "commitUrl": f"{self.hub.url}/{repo}/commit/{commit}",
         }
 
+    def _object(self, repo: str, path: str, oid: str) -> Blob:
+        """The large file that a commit names; the repository must hold it, or Xet's store."""
+        found, xet = self.hub.repos[repo], self.hub.xet
+        if oid in found.objects:
+            return self.hub.store.blobs[oid]
+        if xet is None or oid not in (hashes := xet.hashes()):
+            problem = f"LFS pointer pointed to a file that does not exist: {path}"
+            raise Refusal(400, message=problem)
+        if oid not in self.hub.store.blobs:
+            copy = self.hub.store.folder / oid
+            xet.download(*hashes[oid], copy)
+            assert self.hub.store.keep(copy).sha256 == oid
+        found.objects.add(oid)
+        return self.hub.store.blobs[oid]
+
     # What all share
 
     def _json(self) -> dict:
         return json.loads(self.asked.body)
 
-    def _may_write(self) -> None:
-        if self.asked.token in self.hub.tokens and self.asked.token != self.hub.token:
-            raise Refusal(403, message="This token may only read")
-        if self.hub.token and self.asked.token != self.hub.token:
-            known = (
-                f"Invalid token {self.asked.token}"
-                if self.asked.token
-                else "Invalid username or password."
-            )
-            raise Refusal(401, message=known)
+    def _account(self) -> Account | None:
+        """Whose the token of the request is; None without one. 401 for an unknown one."""
+        if not self.hub.accounts:
+            return Account() if self.asked.token else None
+        if self.asked.token and self.asked.token not in self.hub.accounts:
+            raise Refusal(401, message="Invalid credentials in Authorization header")
+        return self.hub.accounts.get(self.asked.token)
+
+    def _may_write(self, repo: str, problem: str = "") -> None:
+        """401 without a token; for a private repository of others 404; 403 for a token that may
+        only read."""
+        if repo in self.hub.repos and self.hub.repos[repo].read_only:
+            raise Refusal(403, message=f"You may not write to {repo}")
+        if not self.hub.accounts:
+            return
+        account = self._account()
+        if account is None:
+            raise Refusal(401, message="Invalid username or password.")
+        if repo in self.hub.repos:
+            self._readable(repo)
+        if not account.may_write(repo):
+            namespace = f' "{repo.partition("/")[0]}"'
+            message = "Forbidden: you must use a write token to upload to a repository."
+            raise Refusal(403, message=problem + namespace if problem else message)
 
     def _readable(self, name: str) -> Repo:
-        repo = self.hub.repos.get(name)
-        known = not self.hub.token or self.asked.token in self.hub.tokens
-        if self.asked.token and not known:
-            raise Refusal(401, message="Invalid credentials in Authorization header")
-        if repo is None or (repo.private and not known):
-            raise Refusal(404 if known else 401, "RepoNotFound", "Repository not found")
+        repo, account = self.hub.repos.get(name), self._account()
+        hides = repo is None or (repo.private and not (account and account.owns(name)))
+        if repo is None or (hides and self.hub.accounts):
+            unknown = self.hub.accounts and account is None
+            raise Refusal(401 if unknown else 404, "RepoNotFound", "Repository not found")
         if repo.disabled:
             raise Refusal(403, message="Access to this resource is disabled.")
         return repo

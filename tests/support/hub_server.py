@@ -1,8 +1,8 @@
-"""A Hub on 127.0.0.1, good enough for huggingface_hub: repositories in memory, every request
-logged, faults on demand.
+"""A Hub on 127.0.0.1, good enough for huggingface_hub: repositories, accounts, every request
+logged with the bytes each way, faults on demand, a line of limited speed.
 
-It speaks Git-LFS, not Xet: clients set HF_HUB_DISABLE_XET=1. HF_ENDPOINT is read when
-huggingface_hub is imported, so a client is best a process of its own:
+It speaks Git-LFS, or with `xet` also Xet, through hf_xet's store in a local folder. HF_ENDPOINT is
+read when huggingface_hub is imported, so a client is best a process of its own:
 
     with Hub() as hub:
         commit = hub.commit("org/name", {"config.json": b"{}"})
@@ -14,15 +14,18 @@ huggingface_hub is imported, so a client is best a process of its own:
 import json
 import socket
 import struct
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from tests.support.hub_answers import Answer
-from tests.support.hub_state import Asked, Fault, File, Refusal, Repo
+from tests.support.hub_answers import Answer, Body
+from tests.support.hub_state import Account, Asked, Fault, File, Refusal, Repo
+from tests.support.hub_store import PIECE, Blob, Line, Store
+from tests.support.hub_xet import Xet, stand_in
 
 
 class Hub:
@@ -32,22 +35,27 @@ class Hub:
     def __init__(
         self,
         token: str = "",
+        read_token: str = "",
         redirect: bool = False,
         part_size: int = 64 << 20,
-        read_token: str = "",
+        xet: bool = False,
+        folder: Path | None = None,
     ):
-        # the one token that may write and sees private repositories; empty: anybody may
-        self.token = token
-        self.tokens = {token, read_token} - {""}  # those that see private repositories
+        # who has which token; with none of them everybody may do everything
+        self.accounts: dict[str, Account] = {token: Account()} if token else {}
+        if read_token:
+            self.accounts[read_token] = Account(role="read")
         # send readers of large files to another port, as the real Hub does to its CDN
         self.redirect = redirect
         self.part_size = part_size  # larger files are uploaded in several parts
         self.repos: dict[str, Repo] = {}
-        self.blobs: dict[str, bytes] = {}  # uploaded large files by sha256
-        self.parts: dict[tuple[str, int], bytes] = {}
+        self.store = Store(folder)
+        self.xet = Xet(self.store.folder / "cas") if xet else None
+        self.parts: dict[tuple[str, int], Blob] = {}
         self.ignored: set[str] = set()  # names that the repositories' .gitignore leaves out
         self.log: list[Asked] = []
         self.faults: Callable[[Asked], Fault | None] = lambda asked: None
+        self.down, self.up = Line(), Line()  # what clients get and what they send
         self.lock = threading.RLock()
         self.servers = [self._serve() for _ in range(1 + redirect)]
         self.url, self.cdn = (
@@ -67,6 +75,7 @@ class Hub:
         for server in self.servers:
             server.shutdown()
             server.server_close()
+        self.store.close()
 
     def environment(self, home: Path) -> dict[str, str]:
         """Variables for a client, with its cache and login in a folder of the test."""
@@ -75,7 +84,8 @@ class Hub:
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_CACHE": str(home / "hub"),
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_XET_CACHE": str(home / "xet"),
+            "HF_HUB_DISABLE_XET": "" if self.xet else "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": "",
             "TRANSFORMERS_OFFLINE": "",
@@ -87,23 +97,32 @@ class Hub:
         with self.lock:
             if name not in self.repos:
                 self.repos[name] = Repo(**how)
-                self.repos[name].add(
-                    {".gitattributes": File.of(".gitattributes", b"*.safetensors filter=lfs\n")}
-                )
+                first = self.store.keep(b"*.safetensors filter=lfs\n")
+                self.repos[name].add({".gitattributes": self.file(".gitattributes", first)})
             return self.repos[name]
 
-    def commit(self, name: str, files: dict[str, bytes | None], branch: str = "main") -> str:
-        """Commit files (None deletes) on a branch; the new commit."""
+    def commit(
+        self, name: str, files: Mapping[str, bytes | Path | None], branch: str = "main"
+    ) -> str:
+        """Commit files (None deletes; a path is read from there, and stays) on a branch; the new
+        commit."""
         with self.lock:
             repo = self.repo(name)
             tree = dict(repo.trees[repo.refs.get(branch, repo.refs["main"])])
-            for path, data in files.items():
+            for path, content in files.items():
                 tree.pop(path, None)
-                if data is not None:
-                    tree[path] = File.of(path, data)
-                    self.blobs[tree[path].sha256] = data
-                    repo.objects.add(tree[path].sha256)
+                if content is not None:
+                    tree[path] = self.file(path, self.store.keep(content))
             return repo.add(tree, branch)
+
+    def file(self, path: str, blob: Blob) -> File:
+        """A file of a tree, in Xet's store if that is in use and the file large."""
+        file = File.of(path, blob, stand_in(blob.sha256))
+        if self.xet is None or not file.large or not blob.size:
+            return file
+        if blob.sha256 not in self.xet.hashes():
+            self.xet.upload(blob)
+        return File.of(path, blob, self.xet.hashes()[blob.sha256][0])
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         repo = self.repos[name]
@@ -121,7 +140,7 @@ class Hub:
 
     def uploaded(self) -> list[int]:
         """Sizes of the bodies of large files that clients sent."""
-        return [len(a.body) for a in self.asked("PUT")]
+        return [a.received for a in self.asked("PUT")]
 
 
 class Server(ThreadingHTTPServer):
@@ -129,7 +148,8 @@ class Server(ThreadingHTTPServer):
     hub: Hub
 
     def handle_error(self, request, client_address) -> None:
-        pass  # a client that hangs up is no news
+        if not isinstance(sys.exception(), OSError):  # a client that hangs up is no news
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -145,13 +165,16 @@ class Handler(BaseHTTPRequestHandler):
         hub, parts = self.server.hub, urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
-        asked = Asked(
-            self.command, parts.path, query, headers, self._body(), self.server.server_port
-        )
+        asked = Asked(self.command, parts.path, query, headers, self.server.server_port)
+        is_upload = self.command == "PUT"
+        if not is_upload:
+            self._receive(asked, None)
         hub.log.append(asked)
         fault = hub.faults(asked) or Fault()
+        if is_upload:
+            self._receive(asked, fault.take)
         time.sleep(fault.delay)
-        if fault.reset:
+        if fault.reset or fault.take is not None:
             return self._reset()
         if fault.status:
             return self._answer(asked, fault, fault.status, {}, fault.body)
@@ -170,34 +193,57 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        pieces = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            pieces.append(self.rfile.read(size))
+    def _receive(self, asked: Asked, limit: int | None) -> None:
+        """Read the body at the speed of the line, at most so many bytes of it."""
+        hub, size = self.server.hub, self.headers.get("Content-Length")
+        if limit is None and not size and "Transfer-Encoding" not in self.headers:
+            return
+        receiver = hub.store.receiver(int(size) if size else None)
+        for piece in self._pieces(int(size) if size else None):
+            piece = piece if limit is None else piece[: limit - asked.received]
+            hub.up.carry(len(piece))
+            receiver.take(piece)
+            asked.received += len(piece)
+            if limit is not None and asked.received >= limit:
+                return receiver.drop()
+        asked.upload = receiver.blob()
+
+    def _pieces(self, size: int | None) -> Iterator[bytes]:
+        while size:
+            piece = self.rfile.read(min(PIECE, size))
+            if not piece:
+                raise ConnectionError("the client hung up")
+            size -= len(piece)
+            yield piece
+        if size is None:
+            while length := int(self.rfile.readline().split(b";")[0], 16):
+                yield self.rfile.read(length)
+                self.rfile.readline()
             self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(pieces)
 
     def _answer(
-        self, asked: Asked, fault: Fault, status: int, headers: dict[str, str], body: bytes
+        self, asked: Asked, fault: Fault, status: int, headers: dict[str, str], body: bytes | Body
     ) -> None:
+        body = body if isinstance(body, Body) else Body.of(body)
         asked.status = status
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers | fault.headers).items():
+        for name, value in ({"Content-Length": str(body.size)} | headers | fault.headers).items():
             self.send_header(name, value)
         self.end_headers()
         if asked.method != "HEAD":
-            part = body if fault.cut is None else body[: fault.cut]
-            asked.sent = len(part)  # before: a client that has it all may look at once
-            try:
-                self.wfile.write(part)
-            except OSError:
-                asked.sent = 0
-                raise
+            self._send(asked, body if fault.cut is None else body.first(fault.cut))
         if fault.cut is not None:
             self.close_connection = True
+
+    def _send(self, asked: Asked, body: Body) -> None:
+        for piece in body.pieces():
+            self.server.hub.down.carry(len(piece))
+            asked.sent += len(piece)  # before: a client that has it all may look at once
+            try:
+                self.wfile.write(piece)
+            except OSError:
+                asked.sent -= len(piece)
+                raise
 
     def _reset(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
