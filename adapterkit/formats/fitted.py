@@ -83,10 +83,6 @@ class Fitted(Expression):
         return self.fit.delta.reads
 
     @property
-    def rounds(self) -> bool:
-        return True
-
-    @property
     def known_early(self) -> bool:
         return False
 

@@ -13,6 +13,7 @@ from adapterkit.formats.tensors import (
 )
 
 Parts = Mapping[str, Expression]
+FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest at full precision
 LIMITED = "oft"  # the kind whose alpha is no scale, but the limit of a norm
 MAGNITUDES = ("magnitude", "input_magnitude")
 # the roles that a scale can be folded into: the first that there is
@@ -123,9 +124,23 @@ def is_scaled(module: Module, form: Format, is_own: bool) -> bool:
         return True
     if rank_of(module.kind, module.parts) is None:
         return False
-    if module.scale == 0 and form.scale.place == "tensor":
-        return False  # trainers take an alpha of 0 for the rank
+    if form.scale.place == "tensor" and not _is_storable(module):
+        return False
     return form.scale.place == "config" or has_alpha(module, form, is_own)
+
+
+def _is_storable(module: Module) -> bool:
+    """Whether a tensor can say the module's alpha: one of the source, or a float32 but 0, for which
+    trainers take the rank."""
+    stored = module.stored_alpha
+    is_stored = stored is not None and stored.number == module.alpha != 0
+    return is_stored or is_float32(module.alpha)
+
+
+def is_float32(number: float) -> bool:
+    """Whether a float32 holds a number but 0 to its full precision."""
+    smallest, largest = FLOAT32
+    return smallest <= abs(number) <= largest
 
 
 def cores(parts: Parts) -> list[str]:

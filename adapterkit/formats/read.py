@@ -174,7 +174,9 @@ def _resolve(
     if not candidates:
         return [], Attempt(_without_rules(form, raws, reading, where))
     if form.names.unlisted:
-        return [], _named(form, candidates[0], form.namings(None)[0], raws, reading.heads)
+        attempt = _named(form, candidates[0], form.namings(None)[0], raws, reading.heads)
+        refuse_all(_unstackable(attempt, where))
+        return [], attempt
     attempts = {name: _attempt(form, name, raws, reading.heads) for name in candidates}
     fits = [name for name, attempt in attempts.items() if not attempt.unknown]
     is_plain = MODEL in form.names.naming
@@ -219,6 +221,21 @@ def _resolve(
             hint="give --base, the model it was trained on, or --architecture",
         )
     return fits, attempts[fits[0]]
+
+
+def _unstackable(attempt: Attempt, where: str) -> list[AdapterkitError]:
+    """The refusal of what is unknown where names besides the rules' are the model's: stacks."""
+    if not attempt.unknown:
+        return []
+    return [
+        Refused(
+            f"{len(attempt.unknown)} stacks whose tensors have not one height: "
+            f"{listed(attempt.unknown)}",
+            expected="in each, a matrix for every expert, or one for all",
+            where=where,
+            hint="save the adapter again",
+        )
+    ]
 
 
 def _known(resolved: Resolved, modules: Collection[str]) -> int:

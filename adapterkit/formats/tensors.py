@@ -55,9 +55,9 @@ class Expression(ABC):
         return tuple(dict.fromkeys(spec for part in self.inputs for spec in part.reads))
 
     @property
-    def rounds(self) -> bool:
-        """Whether its values are rounded when they are written in `dtype`."""
-        return any(part.rounds for part in self.inputs)
+    def pieces(self) -> tuple["Expression", ...]:
+        """What it is put together from, each piece of one source or computation."""
+        return (self,)
 
     @property
     def known_early(self) -> bool:
@@ -167,6 +167,11 @@ class OfOne(Expression):
     def inputs(self) -> tuple[Expression, ...]:
         return (self.source,)
 
+    @property
+    def pieces(self) -> tuple[Expression, ...]:
+        own = self.source.pieces
+        return own if len(own) > 1 else (self,)
+
 
 @dataclass(frozen=True)
 class Transposed(OfOne):
@@ -229,8 +234,8 @@ class Scaled(OfOne):
         return self.source.shape
 
     @property
-    def rounds(self) -> bool:
-        return True
+    def pieces(self) -> tuple[Expression, ...]:
+        return (self,)
 
     def value(self, reader: StoredReader) -> Tensor:
         return self.source.value(reader).double() * self.factor
@@ -269,6 +274,10 @@ class OfSeveral(Expression):
     @property
     def inputs(self) -> tuple[Expression, ...]:
         return self.parts
+
+    @property
+    def pieces(self) -> tuple[Expression, ...]:
+        return tuple(piece for part in self.parts for piece in part.pieces)
 
     def values(self, reader: StoredReader) -> list[Tensor]:
         """The parts in one dtype."""
@@ -328,8 +337,8 @@ class Contracted(OfSeveral):
         return (mid.shape[0], a.shape[1], *mid.shape[2:])
 
     @property
-    def rounds(self) -> bool:
-        return True
+    def pieces(self) -> tuple[Expression, ...]:
+        return (self,)
 
     def value(self, reader: StoredReader) -> Tensor:
         mid, a = (value.double() for value in self.values(reader))

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from adapterkit.formats.kinds import scaled_role
+from adapterkit.formats.kinds import is_float32, scaled_role
 from adapterkit.formats.record import RANK_AXES, Module
 from adapterkit.formats.tensors import Expression, padded, scaled
 
@@ -29,18 +29,18 @@ def uniform(modules: Sequence[Module], rank: int | None = None) -> list[Module]:
 
 
 def common_scale(modules: Iterable[Module]) -> float:
-    """The scale that most modules have; 1 where all are 0."""
+    """The scale that most modules have; 1 where none has one but 0."""
     counts = Counter(module.scale for module in modules if module.scale)
     return max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
 
 
 def shared_number(modules: Sequence[Module], means: str) -> tuple[float, list[Module]]:
-    """The commonest alpha, or scale, of the modules, and they with it: others have the ratio folded
-    into b."""
+    """The commonest alpha, or scale, of the modules that a float32 holds, and they with it: others
+    have the ratio folded into b."""
     if means == "scale":
-        number = common_scale(modules)
+        number = common_scale(module for module in modules if is_float32(module.scale))
         return number, [with_scale(module, number) for module in modules]
-    counts = Counter(module.alpha for module in modules if module.alpha)
+    counts = Counter(module.alpha for module in modules if is_float32(module.alpha))
     number = max(counts, key=lambda one: (counts[one], one)) if counts else 1.0
     return number, [with_scale(module, number / module.rank) for module in modules]
 

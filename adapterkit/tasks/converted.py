@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
-from adapterkit.formats.tensors import Expression
+from adapterkit.errors import Unrecoverable, shown
+from adapterkit.formats.tensors import Expression, StoredReader
 from adapterkit.plan import Task, TaskResult
 from adapterkit.weights.reader import Reader
+
+LOSS = 2.0**-8  # of a tensor's norm that rounding may lose: bfloat16's largest relative error
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,45 @@ class ConvertedTensor(Task):
         return inner + 16 * math.prod(self.expression.shape)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        value = self.expression.value(inputs)
-        rounded = value.to(dtypes.torch_dtype(self.dtype)).contiguous()
-        metrics = {}
-        if value.dtype != rounded.dtype:
-            wide = value.double()
-            lost = torch.linalg.vector_norm(rounded.double() - wide)
-            norm = torch.linalg.vector_norm(wide)
-            metrics = {"rounding": float(lost / norm) if norm else 0.0}
-        return TaskResult({self.key: rounded}, metrics)
+        tensor, lost = rounded(self.key, self.expression, self.dtype, inputs)
+        return TaskResult({self.key: tensor}, {} if lost is None else {"rounding": lost})
+
+
+def rounded(
+    key: str, expression: Expression, dtype: str, reader: StoredReader
+) -> tuple[Tensor, float | None]:
+    """The tensor in its dtype, and ‖value - rounded‖ / ‖value‖, None where nothing is rounded.
+
+    `Unrecoverable` where values are too small for the dtype: in any piece, as beside larger ones
+    the loss of a small one does not show.
+    """
+    value, own = expression.value(reader), dtypes.torch_dtype(dtype)
+    tensor = value.to(own).contiguous()
+    if value.dtype == own:
+        return tensor, None
+    lost = worst = loss(value, tensor)
+    pieces = expression.pieces
+    if len(pieces) > 1:
+        del value
+        worst = max(loss(one, one.to(own)) for one in (piece.value(reader) for piece in pieces))
+    # what overflows is infinite, which the engine refuses
+    if own.is_floating_point and max(LOSS, torch.finfo(own).eps) < worst < math.inf:
+        raise Unrecoverable(
+            f"values of {shown(key)} too small for {str(own).removeprefix('torch.')}, which loses "
+            f"{worst:.2g} of their norm",
+            expected=f"at most {LOSS:.2g}, as bfloat16 loses",
+            where=shown(key),
+            hint="give --dtype fp32, or choose a format that stores the scale of each module",
+        )
+    return tensor, lost
+
+
+def loss(value: Tensor, tensor: Tensor) -> float:
+    """‖value - tensor‖ / ‖value‖ of a rounded tensor; 1 where the squares of its values are 0."""
+    wide = value.double()
+    lost = torch.linalg.vector_norm(tensor.double() - wide)
+    norm = torch.linalg.vector_norm(wide)
+    return float(lost / norm) if norm else float(wide.any())
 
 
 @dataclass(frozen=True)

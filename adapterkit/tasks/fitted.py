@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass
 
-from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import Stored
 from adapterkit.formats.fitted import Fit, FitReader
 from adapterkit.formats.tensors import Expression
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
+from adapterkit.tasks.converted import rounded
 from adapterkit.weights.reader import Reader
 
 
@@ -37,10 +37,7 @@ class FittedTensors(Task):
 
     def compute(self, inputs: Reader) -> TaskResult:
         reader = FitReader(inputs)
-        tensors = {
-            key: one.value(reader).to(dtypes.torch_dtype(dtype)).contiguous()
-            for key, one, dtype in self.outputs
-        }
+        tensors = {key: rounded(key, one, dtype, reader)[0] for key, one, dtype in self.outputs}
         factors = [reader.factors(fit) for fit in self.fits]
         norm = math.hypot(*(one.norm for one in factors))
         lost = math.hypot(*(one.lost for one in factors))

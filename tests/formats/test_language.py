@@ -116,6 +116,20 @@ def test_without_its_config_an_adapter_is_refused(what, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("height", [0, 2])
+def test_a_stack_of_another_number_of_experts_is_refused(height, tmp_path):
+    """One matrix for every expert, or one for all; else which expert's they are is unknown."""
+    shutil.copytree(GOLDEN / "tinker/experts", tmp_path / "in")
+    file = tmp_path / "in/adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.0.mlp.experts.w3.lora_A.weight"
+    tensors[key] = tensors[key].repeat(height, 1, 1)
+    save_file(tensors, file)
+    with pytest.raises(AdapterkitError, match=r"w3"):
+        adapterkit.convert(tmp_path / "in", to="tinker", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_of_nothing_is_refused(tmp_path):
     shutil.copytree(GOLDEN / "tinker/tied", tmp_path / "in")
     save_file({}, tmp_path / "in/adapter_model.safetensors")

@@ -8,17 +8,26 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.adapters.declared import whole
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.dtypes import name_of
+from adapterkit.errors import Unrecoverable
+from adapterkit.formats.tensors import Gathered, Joined, Scaled, Stored
+from adapterkit.tasks.converted import ConvertedTensor
+from tests.support.adapter_samples import contents_of, deltas
+
+FLUX = "transformer_blocks.0.attn.to_out.0"
+LLAMA = "model.layers.0.self_attn.v_proj"
 
 
-def write_peft(folder, alpha):
+def write_peft(folder, alpha, module=FLUX, dtype=torch.float32):
     folder.mkdir()
-    prefix = "base_model.model.transformer_blocks.0.attn.to_out.0"
+    prefix = f"base_model.model.{module}"
     factors = {
-        f"{prefix}.lora_A.weight": torch.ones(2, 4),
-        f"{prefix}.lora_B.weight": torch.ones(4, 2),
+        f"{prefix}.lora_A.weight": torch.ones(2, 32, dtype=dtype),
+        f"{prefix}.lora_B.weight": torch.ones(32, 2, dtype=dtype),
     }
     save_file(factors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["to_out.0"]}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": [module]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -39,3 +48,80 @@ def test_a_scale_of_zero_is_in_b(tmp_path):
 def test_numbers_of_a_config(alpha, kind):
     """An integer of 300 digits is none that a strict reader takes."""
     assert type(whole(alpha)) is kind and whole(alpha) == alpha
+
+
+@pytest.mark.parametrize("alpha", [1e-60, 1e60])
+@pytest.mark.parametrize("to, module", [("kohya", FLUX), ("bfl", FLUX), ("gguf", LLAMA)])
+def test_a_scale_that_no_float32_holds_is_refused(to, module, alpha, tmp_path):
+    """As an alpha of 0 readers would take the rank for it, or 1; in b it is 0, or infinite."""
+    source = write_peft(tmp_path / "source", alpha, module)
+    architecture = "flux" if module == FLUX else "llama"
+    with pytest.raises(Unrecoverable, match="too small for float32|not finite in float32"):
+        adapterkit.convert(source, to=to, architecture=architecture, out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_config_holds_any_scale(tmp_path):
+    source = write_peft(tmp_path / "source", 1e-60, LLAMA)
+    adapterkit.convert(source, to="mlx", out=tmp_path / "out")
+    (before,), (after,) = (deltas(contents_of(tmp_path / n)).values() for n in ("source", "out"))
+    assert before.difference(after) < 1e-12
+
+
+def test_a_subnormal_alpha_is_in_b(tmp_path):
+    """Its few bits would change the delta by 1e-4; what is in b is as small, and kept as well."""
+    source, out = write_peft(tmp_path / "source", 3e-38 / 8), tmp_path / "out.safetensors"
+    adapterkit.convert(source, to="kohya", architecture="flux", out=out)
+    written = load_file(out)
+    (alpha,) = (value for key, value in written.items() if key.endswith(".alpha"))
+    (b,) = (value for key, value in written.items() if key.endswith(".lora_up.weight"))
+    assert alpha == 2 and torch.allclose(b.double(), torch.tensor(3e-38 / 16).double(), rtol=1e-5)
+
+
+def test_a_scale_in_b_that_float16_loses_is_refused(tmp_path):
+    source = write_peft(tmp_path / "source", 1e-6, dtype=torch.float16)
+    with pytest.raises(Unrecoverable, match="too small for float16") as caught:
+        adapterkit.convert(source, to="bfl", architecture="flux", out=tmp_path / "out")
+    assert "--dtype fp32" in caught.value.hint
+    adapterkit.convert(source, to="bfl", architecture="flux", out=tmp_path / "out", dtype="fp32")
+    (before,), (after,) = (
+        deltas(contents_of(tmp_path / name, **more)).values()
+        for name, more in (("source", {}), ("out", {"architecture": "flux"}))
+    )
+    assert before.difference(after) < 1e-6
+
+
+class Values:
+    """A reader of tensors by their specs."""
+
+    def __init__(self, **tensors):
+        self.tensors = tensors
+
+    def spec(self, key):
+        tensor = self.tensors[key]
+        return TensorSpec(key, name_of(tensor.dtype), tuple(tensor.shape), "file", 0, 0)
+
+    def stored(self, spec):
+        return self.tensors[spec.key]
+
+
+def test_a_part_that_vanishes_beside_large_ones_is_refused():
+    """The loss of the whole, 1e-9, does not show it."""
+    reader = Values(q=torch.ones(4, 2).half(), v=torch.ones(4, 2).half())
+    q, v = Stored(reader.spec("q")), Scaled(Stored(reader.spec("v")), 1e-9)
+    task = ConvertedTensor("qv", "qv", Joined((q, v)), "F16")
+    with pytest.raises(Unrecoverable, match="too small for float16"):
+        task.compute(reader)
+    result = ConvertedTensor("qv", "qv", Joined((q, v)), "F32").compute(reader)
+    assert torch.equal(result.tensors["qv"][4:].double(), torch.full((4, 2), 1e-9).float().double())
+
+
+def test_rows_that_are_taken_are_those_that_count():
+    """Others of the same stored tensor may be too small."""
+    b = torch.cat([torch.ones(2, 2), torch.full((2, 2), 1e-9)])
+    reader = Values(b=b)
+    scaled = Scaled(Stored(reader.spec("b")), 0.5)
+    rows = ConvertedTensor("b", "b", Gathered(scaled, range(2)), "F16")
+    assert torch.equal(rows.compute(reader).tensors["b"], torch.full((2, 2), 0.5).half())
+    with pytest.raises(Unrecoverable):
+        ConvertedTensor("b", "b", Gathered(scaled, range(2, 4)), "F16").compute(reader)

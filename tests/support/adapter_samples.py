@@ -1,5 +1,6 @@
 """The golden files of the formats, found by their folders, and what they hold in float64."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterkit.engines.one_file import SUFFIX
 from adapterkit.formats.adapter import COPY
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import detect
@@ -20,6 +22,7 @@ from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.planning.convert import Options, model_of, read_contents
 from adapterkit.planning.sources import open_base, open_unconverted
+from adapterkit.receipt import RECEIPT
 
 GOLDEN = Path(__file__).parents[1] / "formats" / "golden"
 ENDINGS = {
@@ -95,9 +98,9 @@ def contents_of(path: Path, *, stacked: bool = False, **options: Any) -> Content
 def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
     """What was written; its few names may be those of several families of models."""
     family = {}
-    known = set(source.architectures) & set(formats()[to].names.architectures)
-    if known and len(source.architectures) == 1:
-        family = {"architecture": source.architectures[0]}
+    names = source.architectures or (_written_architecture(out),)
+    if len(names) == 1 and names[0] in formats()[to].names.architectures:
+        family = {"architecture": names[0]}
     options = {name: value for name, value in sample.options.items() if name == "base"}
     underscores = formats()[to].names.style == "underscores"
     is_known = bool(options) and bool(open_base(options["base"]).tensors)
@@ -107,6 +110,12 @@ def read_back(out: Path, to: str, source: Contents, sample: Sample) -> Contents:
         names = Reading(modules=[module.name for module in source.modules])  # as a base has them
         return read(found.form, folder, found.container, found.config, names)
     return contents_of(out, stacked=sample.is_in_peft_layout, **(options | family))
+
+
+def _written_architecture(out: Path) -> str | None:
+    """The architecture in whose names a file was written, by its receipt."""
+    receipt = out / RECEIPT if out.is_dir() else out.with_name(out.name + SUFFIX)
+    return json.loads(receipt.read_text())["architecture"]
 
 
 @dataclass(frozen=True)
