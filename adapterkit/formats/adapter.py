@@ -16,8 +16,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.formats.biases import together
-from adapterkit.formats.capabilities import kind_of
+from adapterkit.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
 from adapterkit.formats.experts import Stack
 from adapterkit.formats.kind_adapter import KINDS, read_kinds, write_kinds
 from adapterkit.formats.kinds import magnitude_in_file, shape_problem
@@ -140,7 +139,7 @@ def write_layout(
 ) -> File:
     """The adapter of these contents in PEFT's layout; `stacks` of its base, if known. `rebuilt`:
     its modules are not the source's. `Refused` with all that it cannot hold."""
-    modules = with_widths(together(contents.modules), form, contents.architectures)
+    modules = with_widths(contents.modules, form, contents.architectures)
     contents = replace(contents, modules=modules)
     kind = kind_of(contents)
     if kind is not None:
@@ -189,17 +188,15 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
     known = (FACTORS, EXPERTS, *((PARAMETER, VALUE, COPY, TOKENS) if is_own else ()))
     roles = ("mid", "input_magnitude")
     others = [
-        m.path
-        for m in contents.modules
-        if m.kind not in known or any(role in m.parts for role in roles)
+        m for m in contents.modules if m.kind not in known or any(role in m.parts for role in roles)
     ]
     if others:
         errors.append(
             Refused(
-                f"{len(others)} modules of other kinds: {listed(others)}",
+                f"{len(others)} modules of other kinds: {listed([m.path for m in others])}",
                 expected="low-rank factors",
                 where=where,
-                hint="give --rank N to make factors of matrices, --lossy to leave out vectors",
+                hint=ways_out(others, form, contents),
             )
         )
     loras = [m for m in contents.modules if m.kind in (FACTORS, PARAMETER, EXPERTS)]
@@ -210,7 +207,7 @@ def _problems(contents: Contents, form: Format) -> list[AdapterkitError]:
                 f"magnitudes, but none for {listed(plain)}",
                 expected="magnitudes of all modules or none (use_dora)",
                 where=where,
-                hint="give --base and --rank N to make plain factors of them",
+                hint=FIT_ON_BASE,
             )
         )
     components = contents.components

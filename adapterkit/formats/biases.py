@@ -6,6 +6,7 @@ PEFT adds scale · bias beside b; other tools keep what is added to the layer's 
 from collections.abc import Sequence
 from dataclasses import replace
 
+from adapterkit.formats.capabilities import roles_by_kind
 from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import scaled
@@ -15,12 +16,13 @@ BIAS, DIFFERENCE, FULL = "bias", "diff_b", "full"
 
 def as_the_format_has_them(modules: Sequence[Module], form: Format) -> list[Module]:
     """The modules with their biases where the format's files have them."""
-    has_role = BIAS in form.kinds.get(FACTORS, ())
-    has_difference = DIFFERENCE in form.kinds.get(FULL, ())
+    kinds = roles_by_kind(form)
+    has_role = BIAS in kinds.get(FACTORS, ())
+    has_difference = DIFFERENCE in kinds.get(FULL, ())
     if has_difference and not has_role:
         return _apart(modules)
     if has_role and not has_difference:
-        return together(modules)
+        return _together(modules)
     return list(modules)
 
 
@@ -39,7 +41,7 @@ def _apart(modules: Sequence[Module]) -> list[Module]:
     return result
 
 
-def together(modules: Sequence[Module]) -> list[Module]:
+def _together(modules: Sequence[Module]) -> list[Module]:
     """bias = diff_b / scale among the factors, where a module has both."""
     factors = {
         (m.component, m.name): m

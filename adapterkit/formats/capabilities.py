@@ -1,9 +1,9 @@
-"""What a format can hold of a module."""
+"""What a format can hold of a module, and what options make of the rest."""
 
 from collections.abc import Iterable
 
 from adapterkit.errors import AdapterkitError, Refused, listed
-from adapterkit.formats.kinds import magnitudes, word_of
+from adapterkit.formats.kinds import MAGNITUDES, magnitudes, word_of
 from adapterkit.formats.record import FACTORS, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.widths import SHAPE
@@ -19,6 +19,12 @@ IN_ADAPTER: dict[str, tuple[str, ...]] = {
     "value": ("weight", "bias"),
 }
 OF_ONE_TYPE = ("loha", "lokr")  # kinds that are types of adapters in PEFT
+# hints: what helps
+FIT = "give --rank N to make plain factors of them"
+FIT_ON_BASE = "give --base and --rank N to make plain factors of them"
+LEAVE_OUT = "give --lossy to leave them out"
+OTHER_FORMAT = "choose another format"
+EXTRACT = "merge it with its own tool, then adapterkit extract BASE MERGED"
 
 
 def roles_by_kind(form: Format) -> dict[str, tuple[str, ...]]:
@@ -64,6 +70,44 @@ def _lacking_in_adapter(module: Module, contents: Contents) -> list[str]:
     return roles
 
 
+def can_be_plain(module: Module) -> bool:
+    """Whether plain factors of a rank that is asked for can take the place of its kind."""
+    if module.kind == "full":
+        return "diff" in module.parts and len(module.parts["diff"].shape) > 1
+    return module.kind in (*OF_ONE_TYPE, "oft")
+
+
+def is_fitted(module: Module, form: Format, contents: Contents) -> bool:
+    """Whether `--rank` makes plain factors of a module, and the format holds them."""
+    absent = set(lacking(module, form, contents)) if module.kind == FACTORS else set()
+    return can_be_plain(module) or (bool(absent) and absent <= {"mid", *MAGNITUDES})
+
+
+def depends_on_base(module: Module) -> bool:
+    """Whether the delta is one of the base's weight."""
+    return module.kind == "oft" or bool(magnitudes(module.parts))
+
+
+def is_vector(module: Module) -> bool:
+    """Whether it is a difference of a norm or a bias, which `--lossy` can leave out."""
+    return module.kind == "full" and all(len(part.shape) == 1 for part in module.parts.values())
+
+
+def ways_out(
+    modules: Iterable[Module], form: Format, contents: Contents, otherwise: str = OTHER_FORMAT
+) -> str:
+    """The hint for modules that the format does not hold: the options that help."""
+    ways: dict[str, None] = {}
+    for module in modules:
+        if is_fitted(module, form, contents):
+            ways[FIT_ON_BASE if depends_on_base(module) else FIT] = None
+        else:
+            ways[LEAVE_OUT if is_vector(module) else otherwise] = None
+    if FIT_ON_BASE in ways:  # which is more
+        ways.pop(FIT, None)
+    return "; ".join(ways)
+
+
 def refused_by_name(form: Format, keys: Iterable[str], where: str) -> list[AdapterkitError]:
     """Refusals of kinds of deltas that no format holds, with their names."""
     keys = list(keys)
@@ -73,7 +117,7 @@ def refused_by_name(form: Format, keys: Iterable[str], where: str) -> list[Adapt
             f"{name}: {listed(some)}",
             expected=f"kinds of deltas that can be converted: {', '.join(form.kinds)}",
             where=where,
-            hint="merge it with its own tool, then adapterkit extract BASE MERGED",
+            hint=EXTRACT,
         )
         for name, some in matches.items()
         if some

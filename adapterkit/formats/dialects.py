@@ -16,7 +16,7 @@ from adapterkit.formats.record import EXPERTS, FACTORS, RANK_AXES, Contents, Mod
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Constant, Expression, StoredReader
 from adapterkit.formats.uniform import uniform
-from adapterkit.formats.write import REFIT, unsupported
+from adapterkit.formats.write import unsupported
 from adapterkit.weights.names import Names
 
 SINGLE = re.compile(r"\.experts\.\d+\.")  # in the name of a module of one expert
@@ -141,7 +141,7 @@ def refusals(contents: Contents, form: Format) -> list[AdapterkitError]:
         )
     others = (VALUE, TOKENS, PARAMETER, EXPERTS)  # experts: once they are in the dialect's layout
     own = tuple(m for m in contents.modules if m.kind not in others)
-    return errors + unsupported(replace(contents, modules=own), form, f"{MERGE}; {REFIT}")
+    return errors + unsupported(replace(contents, modules=own), form, MERGE)
 
 
 def _experts(

@@ -13,6 +13,14 @@ import torch
 from torch import Tensor
 
 from adapterkit.errors import Refused, shown
+from adapterkit.formats.capabilities import (
+    EXTRACT,
+    FIT,
+    FIT_ON_BASE,
+    OTHER_FORMAT,
+    can_be_plain,
+    depends_on_base,
+)
 from adapterkit.formats.kinds import scaled_role
 from adapterkit.formats.record import FACTORS, Module
 from adapterkit.formats.rows import Heads, model_order, shares_of, unknown_heads
@@ -46,7 +54,6 @@ CORES = ("mid", "t1", "t2")
 # roles whose second axis is the module's inputs
 MATRICES = ("a", "diff", "weight")
 UNKNOWN = ("magnitude", "weight")  # roles that zeros do not stand for where a part is missing
-HINT = "give --rank N to make plain factors of them, or another format"
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,14 @@ def split(
     """
     if fusion.is_plain:
         return [replace(module, name=names[0])]
-    units = _units(module)
-    sets = fusion.rows(_out(module), module)
+    units = _units(module, EXTRACT)
+    sets = fusion.rows(_out(module, units), module)
     columns = _columns(module, sets, reader)
     parts = []
     for name, rows, own_columns in zip(names, sets, columns, strict=True):
-        own = {
-            role: gathered(part, _of_unit(rows, units[role], module)) if role in units else part
-            for role, part in module.parts.items()
-        }
+        own = dict(module.parts)
+        for role, unit in units.items():
+            own[role] = gathered(own[role], _of_unit(rows, unit, module, EXTRACT))
         alpha, rank = module.alpha, module.rank
         if own_columns is not None:
             rank = len(own_columns)
@@ -124,14 +130,15 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     if fusion.is_plain:
         return first
     shares = fusion.shares(first.path)
-    sets = fusion.rows(_fused_rows(modules, shares), first)
+    hint = _way_out(members)
+    sets = fusion.rows(_fused_rows(modules, shares, hint), first)
     places = [sets[place] for place in sorted(modules)]
-    _same_roles(members, name)
+    _same_roles(members, name, hint)
     _same_inputs(members, name)
     scale = common_scale(members)
     usual = next((m for m in members if m.scale == scale), first)
     ratios = [_ratio(member.scale, scale) for member in members]
-    units = _units(first)
+    units = _units(first, hint)
     products = dict(PRODUCTS.get(first.kind, ()))
     groups = _groups(members, list(products.values()), reader)
     out = sum(map(len, sets))
@@ -143,14 +150,14 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
         if role in products.values():
             parts[role] = joined([values[group[0]] for group in groups])
         elif role in units and len(members) < len(sets) and role in UNKNOWN:
-            raise _missing(role, members, name)
+            raise _missing(role, members, name, hint)
         elif role in products and len(groups) > 1:
             parts[role] = _diagonal(values, places, groups, out)
         elif role in units:
-            own = [_of_unit(rows, units[role], first) for rows in places]
+            own = [_of_unit(rows, units[role], first, hint) for rows in places]
             parts[role] = _placed(values, own, out // units[role])
         elif not are_equal(values, reader):
-            raise _different(role, members, name)
+            raise _different(role, members, name, hint)
         else:
             parts[role] = values[0]
     rank = sum(members[group[0]].rank for group in groups)
@@ -176,10 +183,19 @@ def inputs_of(module: Module) -> int | None:
     return next((shape[1] for shape in shapes if len(shape) > 1), None)
 
 
-def _units(module: Module) -> dict[str, int]:
+def _way_out(members: Sequence[Module]) -> str:
+    """The hint for parts that cannot be one as they are: `--rank` makes them plain factors first,
+    where all can be."""
+    others = [m for m in members if m.kind != FACTORS or set(m.parts) - {"a", "b"}]
+    if not others or not all(map(can_be_plain, others)):
+        return OTHER_FORMAT
+    return FIT_ON_BASE if any(map(depends_on_base, others)) else FIT
+
+
+def _units(module: Module, hint: str) -> dict[str, int]:
     """The roles by rows, each with how many of the delta's rows one of theirs stands for.
 
-    `Refused` for a delta whose rows are mixed.
+    `Refused`, with the hint, for a delta whose rows are mixed.
     """
     roles = BY_ROWS.get(module.kind, ())
     parts = module.parts
@@ -194,14 +210,14 @@ def _units(module: Module) -> dict[str, int]:
             f"{shown(module.path)}: {module.kind} with {', '.join(sorted(parts))}",
             expected="low-rank factors, whose rows can be told apart: the model has other modules",
             where=module.path,
-            hint=HINT,
+            hint=hint,
         )
     return units
 
 
-def _out(module: Module) -> int:
+def _out(module: Module, units: Mapping[str, int]) -> int:
     """Rows of the delta."""
-    sizes = {module.parts[role].shape[0] * unit for role, unit in _units(module).items()}
+    sizes = {module.parts[role].shape[0] * unit for role, unit in units.items()}
     if len(sizes) != 1:
         raise Refused(
             f"{shown(module.path)} has rows {' and '.join(map(str, sorted(sizes)))}",
@@ -212,7 +228,7 @@ def _out(module: Module) -> int:
     return sizes.pop()
 
 
-def _of_unit(rows: Rows, unit: int, module: Module) -> Rows:
+def _of_unit(rows: Rows, unit: int, module: Module, hint: str) -> Rows:
     """The rows of a factor, of which each stands for `unit` consecutive ones of the delta."""
     if unit == 1:
         return rows
@@ -226,7 +242,7 @@ def _of_unit(rows: Rows, unit: int, module: Module) -> Rows:
             f"{shown(module.path)}: {module.kind} whose rows come {unit} at a time",
             expected=f"parts of the module in whole steps of {unit} rows",
             where=module.path,
-            hint=HINT,
+            hint=hint,
         )
     return compact([start // unit for start in starts])
 
@@ -311,14 +327,14 @@ def _row(b: Expression, row: int, reader: StoredReader) -> Tensor:
     return reader.stored(one).flatten()
 
 
-def _same_roles(members: Sequence[Module], name: str) -> None:
+def _same_roles(members: Sequence[Module], name: str, hint: str) -> None:
     kinds = {(module.kind, *sorted(module.parts)) for module in members}
     if len(kinds) > 1:
         raise Refused(
             "; ".join(f"{shown(m.path)}: {m.kind} {'/'.join(sorted(m.parts))}" for m in members),
             expected=f"the same of all, for the one module {shown(name)} of the file",
             where=members[0].path,
-            hint=HINT,
+            hint=hint,
         )
 
 
@@ -335,27 +351,27 @@ def _same_inputs(members: Sequence[Module], name: str) -> None:
         )
 
 
-def _missing(role: str, members: Sequence[Module], name: str) -> Refused:
+def _missing(role: str, members: Sequence[Module], name: str, hint: str) -> Refused:
     return Refused(
         f"{role} of {', '.join(shown(m.path) for m in members)} alone",
         expected=f"of all modules that {shown(name)} is in the file",
         where=members[0].path,
-        hint=HINT,
+        hint=hint,
     )
 
 
-def _different(role: str, members: Sequence[Module], name: str) -> Refused:
+def _different(role: str, members: Sequence[Module], name: str, hint: str) -> Refused:
     return Refused(
         f"{role} is not the same in {', '.join(shown(m.path) for m in members)}",
         expected=f"one for all, as {shown(name)} is one module of the file",
         where=members[0].path,
-        hint=HINT,
+        hint=hint,
     )
 
 
-def _fused_rows(members: Mapping[int, Module], shares: Sequence[int]) -> int:
+def _fused_rows(members: Mapping[int, Module], shares: Sequence[int], hint: str) -> int:
     """Rows of the whole from those of its parts; `Refused` where they contradict each other."""
-    rows = {place: _out(module) for place, module in members.items()}
+    rows = {place: _out(module, _units(module, hint)) for place, module in members.items()}
     totals = {rows[i] * sum(shares) / shares[i] for i in members}
     if len(totals) != 1 or not next(iter(totals)).is_integer():
         listing = ", ".join(f"{shown(m.path)} {rows[i]}" for i, m in members.items())

@@ -13,6 +13,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all
+from adapterkit.formats.capabilities import FIT_ON_BASE
 from adapterkit.formats.kinds import magnitudes, tail_of
 from adapterkit.formats.names import kernel_of
 from adapterkit.formats.record import LANGUAGE, Contents, Module
@@ -78,7 +79,7 @@ def write_kinds(contents: Contents, form: Format, kind: str, *, dtype: str | Non
                 f"magnitudes of {kind}, in {len(decomposed)} modules: {listed(decomposed)}",
                 expected=f"none: PEFT has no DoRA of {kind}",
                 where=contents.folders[0].label,
-                hint="give --base and --rank N to make plain factors of them",
+                hint=FIT_ON_BASE,
             )
         )
     if len(contents.components) > 1:

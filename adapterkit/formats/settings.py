@@ -6,6 +6,7 @@ from typing import Any
 
 from adapterkit.adapters.declared import declared_settings, whole
 from adapterkit.errors import Refused, listed
+from adapterkit.formats.capabilities import OTHER_FORMAT
 from adapterkit.formats.configs import filled
 from adapterkit.formats.record import RANK_AXES, Module
 from adapterkit.formats.schema import Format
@@ -31,7 +32,7 @@ def settings_of(
             f"magnitudes, but none for {listed(plain)}",
             expected=f"magnitudes of all modules or none: {form.title} says it once",
             where="--to",
-            hint="give --base and --rank N to make plain factors of them",
+            hint=OTHER_FORMAT,
         )
     names = sorted({module.name for module in modules})
     settings = declared_settings(

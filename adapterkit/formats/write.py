@@ -6,8 +6,7 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.formats.biases import as_the_format_has_them
-from adapterkit.formats.capabilities import lacking
+from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of
 from adapterkit.formats.kinds import MAGNITUDES, has_alpha, magnitude_in_file, word_of
@@ -25,11 +24,6 @@ from adapterkit.formats.steps import COLUMN, STEPS
 from adapterkit.formats.tensors import Constant, Expression, reshaped
 from adapterkit.formats.uniform import uniform
 from adapterkit.formats.widths import with_widths
-
-REFIT = (
-    "give --rank N (and --base for DoRA) to make plain factors of matrices, --lossy to leave out "
-    "vectors, or another format"
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,6 @@ def write(
             where="--to",
             hint="adapterkit convert --list tells which are",
         )
-    contents = replace(contents, modules=as_the_format_has_them(contents.modules, form))
     refuse_all(unsupported(contents, form))
     if form.names.architecture_key and not architecture:
         is_own = contents.format == form.name
@@ -128,27 +121,30 @@ def _activated(contents: Contents, form: Format) -> list[AdapterkitError]:
             "an activated LoRA, which acts on the tokens after its invocation only",
             expected=f"one that acts on all: {form.title} holds no invocation",
             where=contents.folders[0].label,
-            hint="choose another format",
+            hint=OTHER_FORMAT,
         )
     ]
 
 
-def unsupported(contents: Contents, form: Format, hint: str = REFIT) -> list[AdapterkitError]:
-    """Refusals of kinds and roles that the format has no keys for."""
+def unsupported(
+    contents: Contents, form: Format, otherwise: str = OTHER_FORMAT
+) -> list[AdapterkitError]:
+    """Refusals of kinds and roles that the format has no keys for; `otherwise`: the hint where no
+    option helps."""
     errors = _activated(contents, form)
-    absent: dict[str, list[str]] = {}
+    absent: dict[str, list[Module]] = {}
     for module in contents.modules:
         kind = word_of(module, form)
         for what in lacking(module, form, contents):
             name = f"{what} of {kind}" if what in module.parts else what
-            absent.setdefault(name, []).append(module.path)
-    for what, paths in absent.items():
+            absent.setdefault(name, []).append(module)
+    for what, modules in absent.items():
         errors.append(
             Refused(
-                f"{what}, in {len(paths)} modules: {listed(paths)}",
+                f"{what}, in {len(modules)} modules: {listed([m.path for m in modules])}",
                 expected=f"what {form.title} holds: {', '.join(form.kinds)}",
                 where=contents.folders[0].label if contents.folders else "",
-                hint=hint,
+                hint=ways_out(modules, form, contents, otherwise),
             )
         )
     return errors
@@ -360,7 +356,7 @@ def _fused(
                 f"{len(lacking)} modules without a name there: {listed(lacking)}",
                 expected=f"modules that {form.title} names for {architecture}",
                 where="--to",
-                hint="choose another format",
+                hint=OTHER_FORMAT,
             )
         )
     whole = []

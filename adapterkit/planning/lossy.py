@@ -16,7 +16,13 @@ from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats import kinds
 from adapterkit.formats.adapter import KEPT
-from adapterkit.formats.capabilities import lacking, roles_by_kind
+from adapterkit.formats.biases import as_the_format_has_them
+from adapterkit.formats.capabilities import (
+    depends_on_base,
+    is_fitted,
+    is_vector,
+    lacking,
+)
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.deltas import ModuleDelta
 from adapterkit.formats.fitted import Fit, Fitted
@@ -30,8 +36,6 @@ from adapterkit.planning.kind_deltas import FLATTENED, read_deltas
 from adapterkit.tasks.common import short
 from adapterkit.weights.parameters import StoredParameter
 
-OTHERS = ("loha", "lokr", "oft", "full")
-
 
 def lowered(
     contents: Contents,
@@ -41,33 +45,30 @@ def lowered(
     lossy: bool = False,
     base: Checkpoint | None = None,
 ) -> Contents:
-    """The contents with plain factors for what the format cannot hold, and with `rank` for all
-    other kinds of deltas; with `lossy` without differences of vectors that it has no place for.
-    The rest stays, for the writer to refuse.
+    """The contents with biases where the format has them, plain factors for what it cannot hold,
+    and with `rank` for all other kinds of deltas; with `lossy` without differences of vectors that
+    it has no place for. The rest stays, for the writer to refuse.
 
     `Refused` where the base is needed and not given, or does not fit.
     """
+    contents = _with_biases(contents, form)  # first: what the format lacks depends on it
     modules = [_without_core(m) if _lacks_core_only(m, form, contents) else m
                for m in contents.modules]  # fmt: skip
     contents = replace(contents, modules=tuple(modules))
     if rank is not None:
-        contents = _fitted(contents, form, rank, base)
+        contents = _with_biases(_fitted(contents, form, rank, base), form)
     return _without_vectors(contents, form) if lossy else contents
+
+
+def _with_biases(contents: Contents, form: Format) -> Contents:
+    modules = as_the_format_has_them(contents.modules, form)
+    return replace(contents, modules=tuple(modules))
 
 
 def _without_vectors(contents: Contents, form: Format) -> Contents:
     """Without differences of norms and biases that the format has no place for; a note tells
     which and how large they were."""
-    loras = {(m.component, m.name) for m in contents.modules if m.kind == FACTORS}
-    has_bias = "bias" in roles_by_kind(form).get(FACTORS, ())
-    dropped = [
-        m
-        for m in contents.modules
-        if m.kind == "full"
-        and lacking(m, form, contents)
-        and all(len(part.shape) == 1 for part in m.parts.values())
-        and not (has_bias and set(m.parts) == {"diff_b"} and (m.component, m.name) in loras)
-    ]
+    dropped = [m for m in contents.modules if is_vector(m) and lacking(m, form, contents)]
     if not dropped:
         return contents
     reader = PlanReader(contents.folders)
@@ -85,7 +86,7 @@ def _without_vectors(contents: Contents, form: Format) -> Contents:
 def _fitted(contents: Contents, form: Format, rank: int, base: Checkpoint | None) -> Contents:
     """The contents with plain factors of that rank."""
     modules = contents.modules
-    chosen = [m for m in modules if _is_to_fit(m, form, contents)]
+    chosen = [m for m in modules if is_fitted(m, form, contents)]
     if not chosen:
         return contents
     job = _Fitting(contents, rank, base, chosen)
@@ -109,13 +110,6 @@ def _without_core(module: Module) -> Module:
     parts["a"] = Contracted((parts.pop("mid"), parts["a"]))
     rank = parts["a"].shape[0]
     return replace(module, parts=parts, alpha=module.scale * rank, rank=rank)
-
-
-def _is_to_fit(module: Module, form: Format, contents: Contents) -> bool:
-    """Whether plain factors take a delta's place."""
-    if module.kind in OTHERS:
-        return module.kind != "full" or len(module.parts.get("diff", _NOTHING).shape) > 1
-    return module.kind == FACTORS and bool(lacking(module, form, contents))
 
 
 def read_fitted(
@@ -180,8 +174,8 @@ class _Fitting:
 
     def __post_init__(self) -> None:
         where = self.contents.folders[0].label
-        needy = [m.path for m in self.modules if self._needs_base(m)]
-        components = {m.component for m in self.modules if self._needs_base(m)}
+        needy = [m.path for m in self.modules if depends_on_base(m)]
+        components = {m.component for m in self.modules if depends_on_base(m)}
         self.weights: BaseWeights | None = None
         if needy and self.base is None:
             self.errors.append(
@@ -209,10 +203,6 @@ class _Fitting:
             names = [m.name for m in self.modules]
             self.weights = BaseWeights(self.base, adapter, names, self.notes)
 
-    @staticmethod
-    def _needs_base(module: Module) -> bool:
-        return module.kind == "oft" or bool(kinds.magnitudes(module.parts))
-
     def fitted(self, module: Module) -> list[Module] | None:
         """The module as plain factors, and what else it holds; None where it stays as it is."""
         try:
@@ -224,7 +214,7 @@ class _Fitting:
     def _fitted(self, module: Module) -> list[Module] | None:
         if module.depth:
             return None
-        needs = self._needs_base(module)
+        needs = depends_on_base(module)
         weight = None
         if self.weights is not None and (needs or self._is_in_base(module)):
             weight = self.weights.of(module.name, module.embedding)
@@ -296,10 +286,3 @@ class _Fitting:
     def all_notes(self) -> list[str]:
         counts = Counter("DoRA" if m.kind == FACTORS else m.kind for m in self.modules)
         return [*self.notes, _note(counts, self.rank), *([FLATTENED] if self.guessed else [])]
-
-
-class _Nothing:
-    shape = ()
-
-
-_NOTHING = _Nothing()

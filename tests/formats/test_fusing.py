@@ -278,8 +278,9 @@ def test_magnitude_and_bias_are_rows() -> None:
     assert torch.equal(whole.parts["bias"].value(memory), torch.cat(biases))
     assert torch.equal(case.split(whole)[2].parts["magnitude"].value(memory), rows[2])
     del parts[1]
-    with pytest.raises(Refused, match="magnitude of .*to_q.*to_v"):
+    with pytest.raises(Refused, match="magnitude of .*to_q.*to_v") as caught:
         case.fused()
+    assert caught.value.hint == "choose another format"  # this one has a place for DoRA
 
 
 def test_part_of_zeros_with_a_magnitude_stays() -> None:
@@ -350,7 +351,7 @@ def test_kronecker_product_across_parts_is_refused() -> None:
     )
     with pytest.raises(Refused, match="come 3 at a time") as caught:
         Case((1, 1, 1), {}, memory).split(whole)
-    assert "--rank" in str(caught.value)
+    assert "extract BASE MERGED" in caught.value.hint  # a rank is for whole modules of the model
 
 
 def test_full_difference_with_a_missing_part() -> None:
@@ -365,8 +366,9 @@ def test_full_difference_with_a_missing_part() -> None:
 def test_value_with_a_missing_part_is_refused() -> None:
     memory = Memory()
     parts = {1: module(memory, "value", "to_k", 1, 1, weight=torch.randn(UNIT, IN).double())}
-    with pytest.raises(Refused, match="weight of .*to_k.* alone"):
+    with pytest.raises(Refused, match="weight of .*to_k.* alone") as caught:
         fuse(parts, "qkv", fusion((1, 1, 1)), memory)
+    assert caught.value.hint == "choose another format"
 
 
 def test_what_cannot_be_one_is_refused() -> None:
@@ -384,8 +386,9 @@ def test_what_cannot_be_one_is_refused() -> None:
     ]
     oft = module(memory, "oft", "qkv", 1, 1, blocks=torch.randn(2, 3, 3).double())
     three = fusion((1, 1, 1))
-    with pytest.raises(Refused, match="to_q.*lora.*to_k.*full"):
+    with pytest.raises(Refused, match="to_q.*lora.*to_k.*full") as caught:
         fuse({0: lora, 1: other}, "qkv", three, memory)
+    assert caught.value.hint == "give --rank N to make plain factors of them"
     with pytest.raises(Refused, match="rows of the parts: transformer.to_q 2, transformer.to_k 3"):
         fuse({0: lora, 1: long}, "qkv", three, memory)
     with pytest.raises(
@@ -394,5 +397,9 @@ def test_what_cannot_be_one_is_refused() -> None:
         fuse({0: lora, 1: wide}, "qkv", three, memory)
     with pytest.raises(Refused, match="w2 is not the same"):
         fuse(dict(enumerate(kron)), "qkv", three, memory)
-    with pytest.raises(Refused, match="oft with blocks"):
+    with pytest.raises(Refused, match="oft with blocks") as caught:
         split(oft, NAMES[:3], three, memory)
+    assert "extract BASE MERGED" in caught.value.hint
+    with pytest.raises(Refused, match="oft with blocks") as caught:
+        fuse({0: oft}, "qkv", three, memory)
+    assert caught.value.hint == "give --base and --rank N to make plain factors of them"

@@ -1,6 +1,7 @@
 """Plain factors in place of other kinds of deltas: of full rank they are the delta, of a smaller
 one the best approximation, with the error in the receipt."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -112,6 +113,41 @@ def test_at_a_smaller_rank_they_are_the_best_and_the_receipt_has_the_error(kind,
         assert metrics[name]["rank"] == min(2, int((s > 1e-9 * s[0]).sum()))
         error = torch.linalg.norm(actual[name] - delta) / torch.linalg.norm(delta)
         assert float(error) == pytest.approx(best, abs=2e-6)
+
+
+LOKR, VALUES = "ai-toolkit/flux2_lokr", "bfl/control"
+FIT, FIT_OR_LEAVE_OUT = (
+    "give --rank N to make plain factors of them",
+    "give --rank N to make plain factors of them; give --lossy to leave them out",
+)
+
+
+@pytest.mark.parametrize("source, to, hint", [
+    (LOKR, "kohya", FIT),
+    (LOKR, "vllm", FIT),
+    (VALUES, "ai-toolkit", "choose another format"),
+    ("lycoris/oft", "diffusers", "give --base and --rank N to make plain factors of them"),
+    ("lycoris/full", "diffusers", FIT_OR_LEAVE_OUT),
+    ("lycoris/full", "peft", FIT_OR_LEAVE_OUT),
+])  # fmt: skip
+def test_a_refusal_hints_at_what_helps(source, to, hint, tmp_path):
+    with pytest.raises(AdapterkitError) as caught:
+        convert(GOLDEN / f"{source}.safetensors", tmp_path / "out", to=to)
+    assert hint in re.findall(r"hint: (.*)", str(caught.value))
+    assert ("--rank" in str(caught.value)) == ("--rank" in hint)
+
+
+def test_dora_of_some_modules_becomes_plain_where_a_file_says_it_once(tmp_path):
+    trained, source = GOLDEN / "peft" / "llama_dora", tmp_path / "source"
+    convert(trained, source, to="mlx")
+    file = source / "adapters.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(key for key in tensors if key.endswith(".m")))
+    save_file(tensors, file)
+    with pytest.raises(AdapterkitError, match="give --base and --rank N"):
+        convert(source, tmp_path / "out", to="mlx")
+    convert(source, tmp_path / "out", to="mlx", base=trained / "base", rank=FULL)
+    assert not [key for key in load_file(tmp_path / "out" / file.name) if key.endswith(".m")]
 
 
 def test_a_loha_of_rank_2_is_a_lora_of_rank_4(base, tmp_path):
