@@ -12,6 +12,7 @@ import math
 import operator
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, ParamSpec, TypeVar
@@ -31,6 +32,18 @@ Sources = (
     | tuple[StrPath, float]
     | Iterable[StrPath | tuple[StrPath, float]]
 )
+
+
+class Executor(ABC):
+    """What carries out a verb's plan in place of an engine: a rank's part of it, or its end.
+
+    `options` are the `engines.run_options.RunOptions` of the call. Gives the receipt, or the plan
+    where the verb is to stop there, as after a dry run.
+    """
+
+    @abstractmethod
+    def __call__(self, plan: Any, options: Any, check: Any, /) -> Any: ...
+
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
@@ -60,29 +73,40 @@ CHOICES = {
 
 
 def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator of verbs that checks their arguments: by `own` where an option differs from the
-    others of that name. Defaults are not checked. `Refused` with all that are invalid."""
+    """A decorator of verbs that checks their arguments, as `binder` does."""
 
     def wrap(verb: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(verb)
-        checks = {name: own.get(name) or CHECKS[name] for name in signature.parameters}
+        bind = binder(verb, own)
 
         @functools.wraps(verb)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound, errors = signature.bind(*args, **kwargs), []
-            for name, value in bound.arguments.items():
-                if value is signature.parameters[name].default:
-                    continue
-                try:
-                    bound.arguments[name] = checks[name](name, value)
-                except AdapterkitError as error:
-                    errors.append(error)
-            refuse_all(errors)
+            bound = bind(*args, **kwargs)
             return verb(*bound.args, **bound.kwargs)
 
         return call
 
     return wrap
+
+
+def binder(verb: Callable[P, Any], own: Mapping[str, Check]) -> Callable[P, inspect.BoundArguments]:
+    """A function that gives a verb's arguments by name, checked: by `own` where an option differs
+    from the others of that name. Defaults are not checked. `Refused` with all that are invalid."""
+    signature = inspect.signature(verb)
+    checks = {name: own.get(name) or CHECKS[name] for name in signature.parameters}
+
+    def bind(*args: P.args, **kwargs: P.kwargs) -> inspect.BoundArguments:
+        bound, errors = signature.bind(*args, **kwargs), []
+        for name, value in bound.arguments.items():
+            if value is signature.parameters[name].default:
+                continue
+            try:
+                bound.arguments[name] = checks[name](name, value)
+            except AdapterkitError as error:
+                errors.append(error)
+        refuse_all(errors)
+        return bound
+
+    return bind
 
 
 def invalid(name: str, value: Any, expected: str, hint: str = "give another value") -> Refused:
@@ -371,6 +395,10 @@ def _device(name: str, value: Any) -> str:
     return word
 
 
+def _engine(name: str, value: Any) -> Any:
+    return value if isinstance(value, Executor) else choice(CHOICES["engine"])(name, value)
+
+
 def _repository(name: str, value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
         raise invalid(
@@ -400,7 +428,7 @@ CHECKS: dict[str, Check] = {
         flag,
     ),
     **dict.fromkeys("include exclude skip".split(), regex),
-    **dict.fromkeys("max_shard_size max_size memory".split(), parse_size),
+    **dict.fromkeys("max_shard_size max_size memory disk_limit".split(), parse_size),
     **dict.fromkeys("bits_for weight_for rank_for alpha_for".split(), texts),
     **dict.fromkeys(
         "rank block_size iterations top_k samples length batch components".split(), whole()
@@ -414,6 +442,7 @@ CHECKS: dict[str, Check] = {
     "device": _device,
     "dtype": dtype,
     "energy": _share,
+    "engine": _engine,
     "progress": _progress,
     "push": _repository,
     "layers": text,

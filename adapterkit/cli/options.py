@@ -105,6 +105,11 @@ running_options = option_group(
         show_default=True,
         help="What runs the plan: this machine, the only choice so far.",
     ),
+    click.option(
+        "--disk-limit",
+        metavar="SIZE",
+        help="Most that an output on the Hub takes of this machine's disk, e.g. 20GB.",
+    ),
     resume_options("an earlier output of adapterkit in its place"),
 )
 output_options = option_group(
@@ -112,8 +117,8 @@ output_options = option_group(
         "--out",
         required=True,
         type=click.Path(),
-        metavar="DIR",
-        help="Output folder (published atomically).",
+        metavar="DIR|hf://ORG/NAME",
+        help="Output folder (published atomically), or a repository of the Hub (one commit).",
     ),
     running_options,
 )

@@ -1,17 +1,20 @@
 """How a verb is carried out: the engine by its name, the output folder, resume, dry run."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.stage import check_name
+from adapterkit.engines.call import Call
+from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
 from adapterkit.execute import run
-from adapterkit.options import Check, StrPath, checked, parse_size
-from adapterkit.plan import Plan, Progress
+from adapterkit.options import Check, StrPath, binder, parse_size
+from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 
 P = ParamSpec("P")
@@ -31,6 +34,10 @@ class WritingVerb(Protocol[P, Planned]):
     @overload
     def __call__(self, *args: P.args, **options: P.kwargs) -> Receipt: ...
 
+    def call(self, *args: Any, **options: Any) -> Call:
+        """The call with these arguments, as data; `Refused` with all that are invalid."""
+        ...
+
 
 def writes(
     **own: Check,
@@ -38,43 +45,45 @@ def writes(
     """A verb that writes, its options checked as in `options.checked`."""
 
     def wrap(verb: Callable[P, Receipt | Planned]) -> WritingVerb[P, Planned]:
-        return cast(WritingVerb[P, Planned], checked(**own)(verb))
+        bind = binder(verb, own)
+
+        @functools.wraps(verb)
+        def written(*args: P.args, **options: P.kwargs) -> Receipt | Planned:
+            bound = bind(*args, **options)
+            return verb(*bound.args, **bound.kwargs)
+
+        as_data = lambda *args, **options: Call(written, bind(*args, **options).arguments)
+        written.call = as_data  # type: ignore[attr-defined] # of a function, as the protocol says
+        return cast(WritingVerb[P, Planned], written)
 
     return wrap
 
 
-@dataclass(frozen=True)
-class Execution:
-    """The keywords that every writing verb has: where and how its plan runs.
-
-    `hash` sha256 or none; `memory` bytes for tasks (5GB, 500MB, or a number; None: a quarter of the
-    machine's); `progress` is called with the bytes just done.
-    """
-
-    out: StrPath
-    hash: str
-    device: str
-    memory: str | int | None
-    engine: str
-    resume: bool
-    overwrite: bool
-    dry_run: bool
-    progress: Progress
+class Execution(RunOptions):
+    """Where and how a verb's plan runs."""
 
     def run(self, plan: Plan, check: Callable[[Path], object] | None = None) -> Receipt | Plan:
         """Run a plan, or with `dry_run` return it. `check` looks at the finished folder before it
         gets its name. Raises `Refused` before anything is written, `Failed` after."""
-        check_output_apart(Path(self.out), plan.folders)
+        on_hub = is_on_hub(self.out)
+        if not on_hub:
+            check_output_apart(Path(self.out), plan.folders)
+        if self.disk_limit is not None and not on_hub:
+            raise Refused(
+                "--disk-limit with an output on this machine",
+                expected="an output on the Hub: --out hf://org/name",
+                where="options",
+                hint="leave --disk-limit out",
+            )
         plan = replace(plan, memory=parse_size("memory", self.memory) if self.memory else None)
+        if on_hub:
+            from adapterkit.engines.hub_output import run_to_hub
+
+            return run_to_hub(plan, self, check)
         if self.dry_run:
             return plan
-        if self.engine != "local":
-            raise Refused(
-                f"engine {self.engine!r}",
-                expected="local",
-                where="--engine",
-                hint="leave --engine out",
-            )
+        if not isinstance(self.engine, str):
+            return self.engine(plan, self, check)
         from adapterkit.engines.local import local
 
         return run(
@@ -87,6 +96,11 @@ class Execution:
             check=check,
             progress=self.progress,
         )
+
+
+def is_on_hub(out: StrPath) -> bool:
+    """Whether an output is a repository of the Hub, `hf://org/name[@branch][:folder]`."""
+    return isinstance(out, str) and out.startswith("hf://")
 
 
 def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:

@@ -10,7 +10,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import Sources, StrPath
+from adapterkit.options import Executor, Sources, StrPath
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress
 from adapterkit.planning.adapters import delta_problems, read_all, trained_values
 from adapterkit.planning.cards import hub_id_or_name
@@ -50,7 +50,8 @@ def arrow(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -72,7 +73,9 @@ def arrow(
     options = Options(top_k, temperature, compat, seed, dtype)
     experts, generals = open_all(adapters=adapters, general=general)
     plan = plan_arrow(experts, generals, options)
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan)
 
 

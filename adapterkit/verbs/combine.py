@@ -16,7 +16,7 @@ from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import Sources, StrPath, choice, paths
+from adapterkit.options import Executor, Sources, StrPath, choice, paths
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning import adapter_output
 from adapterkit.planning.adapters import (
@@ -83,7 +83,8 @@ def combine(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -145,7 +146,9 @@ def combine(
         None if base is None else open_model(base),
         [open_source(path) for path in stats],
     )
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan)
 
 

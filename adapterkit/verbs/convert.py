@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, is_on_hub, writes
 from adapterkit.engines.one_file import run_to_file
-from adapterkit.options import StrPath, text
+from adapterkit.options import Executor, StrPath, text
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.convert import Options, plan_convert
 from adapterkit.planning.sources import open_base, open_unconverted
@@ -30,7 +30,8 @@ def convert(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -56,7 +57,9 @@ def convert(
     folder = open_unconverted(src, allow_pickle)
     checkpoint = None if base is None else open_base(base)
     target = Path(out)
-    is_file = target.suffix in FILES
+    is_file = target.suffix in FILES and not is_on_hub(out)
     plan = plan_convert(folder, options, checkpoint, target.name if is_file else None)
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return run_to_file(execution, plan) if is_file else execution.run(plan)

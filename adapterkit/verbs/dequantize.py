@@ -7,7 +7,7 @@ from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import Refused
 from adapterkit.gguf.header import gguf_file
 from adapterkit.gguf.model import loads_in_float32, open_gguf
-from adapterkit.options import StrPath, parse_size
+from adapterkit.options import Executor, StrPath, parse_size
 from adapterkit.plan import Plan, Progress, Step
 from adapterkit.planning.cards import model_card
 from adapterkit.planning.folder_files import as_json, model_files
@@ -31,7 +31,8 @@ def dequantize(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -50,7 +51,9 @@ def dequantize(
     plain floats keeps its dtype.
     """
     plan = plan_dequantize(open_model(base), dtype, max_shard_size)
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan)
 
 

@@ -10,7 +10,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import Refused
-from adapterkit.options import StrPath
+from adapterkit.options import Executor, StrPath
 from adapterkit.patterns import similar_names
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_output
@@ -44,7 +44,8 @@ def extract(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -79,7 +80,9 @@ def extract(
     statistics = None if stats is None else open_source(stats)
     plan = plan_extract(source, open_model(tuned), options, statistics)
     check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan, check)
 
 

@@ -13,7 +13,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import StrPath, choice
+from adapterkit.options import Executor, StrPath, choice
 from adapterkit.plan import Computed, Plan, Progress, Shard, Task, no_warnings
 from adapterkit.planning import adapter_output
 from adapterkit.planning.folder_files import Files
@@ -107,7 +107,8 @@ def init(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -157,7 +158,9 @@ def init(
         dtype,
     )
     plan = plan_init(open_model(base), options, None if stats is None else open_source(stats))
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan)
 
 

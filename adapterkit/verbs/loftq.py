@@ -12,7 +12,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import StrPath
+from adapterkit.options import Executor, StrPath
 from adapterkit.patterns import matcher, similar_names
 from adapterkit.plan import Computed, Plan, Progress, Task
 from adapterkit.planning import adapter_output
@@ -106,7 +106,8 @@ def loftq(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -154,7 +155,9 @@ def loftq(
     others = {"quantized": quantized, "stats": stats}
     sources = {name: OPEN[name](source) for name, source in others.items() if source is not None}
     plan = plan_loftq(open_model(base), options, accept=accept, **sources)
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan)
 
 

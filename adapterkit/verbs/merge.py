@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from adapterkit.engines.execution import Execution, writes
-from adapterkit.options import Sources, StrPath
+from adapterkit.options import Executor, Sources, StrPath
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.merge.job import Options
 from adapterkit.planning.merge.plan import plan_merge, plan_merge_into_original
@@ -37,7 +37,8 @@ def merge(
     push: str | None = None,
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -96,7 +97,9 @@ def merge(
         from adapterkit.engines.recompute import verify_against
 
         check = lambda folder: verified.update(verify_against(folder, plan))
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     receipt = execution.run(plan, check)
     if verified and isinstance(receipt, Receipt):
         receipt.data["verified"] = verified

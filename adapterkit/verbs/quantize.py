@@ -6,7 +6,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import listed, refuse_all
-from adapterkit.options import StrPath, check_stats, choice
+from adapterkit.options import Executor, StrPath, check_stats, choice
 from adapterkit.plan import Compensation, Plan, Progress, Span, Task
 from adapterkit.planning.input_files import header_hashes, identities
 from adapterkit.planning.model_output import QuantizedModel
@@ -32,7 +32,8 @@ def quantize(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -58,7 +59,9 @@ def quantize(
     options |= {"rounding": rounding}
     refuse_all(check_stats(rounding, stats))
     plan = plan_quantize(open_model(base), options, None if stats is None else open_source(stats))
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan)
 
 

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.combinations.linear import Linear
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import StrPath
+from adapterkit.options import Executor, StrPath
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_output
 from adapterkit.planning.adapters import read_all
@@ -54,7 +54,8 @@ def rebase(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -82,7 +83,9 @@ def rebase(
             hint="give its folder",
         )
     plan = plan_rebase(source, before, Options(rank, energy, dtype), folder)
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan)
 
 

@@ -17,7 +17,7 @@ from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all
-from adapterkit.options import StrPath, choice
+from adapterkit.options import Executor, StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_output
 from adapterkit.planning.base_weights import BaseWeights, dora_problems
@@ -63,7 +63,8 @@ def resize(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -100,7 +101,9 @@ def resize(
         None if base is None else open_model(base),
         None if stats is None else open_source(stats),
     )
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan)
 
 

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.combinations.linear import Linear
 from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
-from adapterkit.options import Sources, StrPath
+from adapterkit.options import Executor, Sources, StrPath
 from adapterkit.patterns import matcher
 from adapterkit.plan import Plan, Progress, Task
 from adapterkit.planning import adapter_output
@@ -53,7 +53,8 @@ def subtract(
     hash: str = "sha256",
     device: str = "auto",
     memory: str | int | None = None,
-    engine: str = "local",
+    disk_limit: str | int | None = None,
+    engine: str | Executor = "local",
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -76,7 +77,9 @@ def subtract(
     plan = plan_subtract(
         task_sources, generals, options, None if base is None else open_model(base)
     )
-    execution = Execution(out, hash, device, memory, engine, resume, overwrite, dry_run, progress)
+    execution = Execution(
+        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+    )
     return execution.run(plan)
 
 
