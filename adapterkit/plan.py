@@ -369,16 +369,14 @@ class Plan:
     def _computed_memory(self) -> int:
         """The most that tasks take which `in_order` has in memory together: those ahead, and the
         one that is written."""
-        most = 0
+        most, ahead, budget = 0, AHEAD * cores() + 1, self.budget
         for shard in self.shards:
             if isinstance(shard, Computed):
                 window, in_use = deque[int](), 0
                 for task in shard.tasks:
                     window.append(task.memory)
                     in_use += window[-1]
-                    while len(window) > AHEAD * cores() + 1 or (
-                        len(window) > 1 and in_use > self.budget
-                    ):
+                    while len(window) > ahead or (len(window) > 1 and in_use > budget):
                         in_use -= window.popleft()
                     most = max(most, in_use)
         return most

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -58,7 +59,11 @@ class ProgressBar:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    parts = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(document)
+    # not as one text: that of a large plan takes more memory than the plan
+    while text := "".join(islice(parts, 100_000)):
+        click.echo(text, nl=False)
+    click.echo()
 
 
 def print_plan(plan: "Plan | StatisticsPlan", as_json: bool) -> None:

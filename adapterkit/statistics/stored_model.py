@@ -108,7 +108,8 @@ class StoredModel:
     def parameters(self, module: str = "") -> list[str]:
         """Names of a module's parameters."""
         prefix = f"{module}." if module else ""
-        return [name for name in self._meta if name.startswith(prefix)]
+        within = self.model.get_submodule(module).named_parameters(remove_duplicate=False)
+        return [f"{prefix}{name}" for name, _ in within]
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes of parameters in memory."""

@@ -1,7 +1,9 @@
 """The parts of a model that are run one at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -40,7 +42,7 @@ class Units:
     def of(cls, stored: StoredModel) -> "Units":
         model = stored.model
         names = {name: module for name, module in model.named_modules() if name}
-        elements = list(_elements(model))
+        elements = dict.fromkeys(_elements(model))
         large = [
             name
             for name, module in names.items()
@@ -70,7 +72,11 @@ class Units:
 
     def unit_of(self, module: str) -> Unit | None:
         """The unit that a module is in, None where it is outside."""
-        return next((unit for unit in self.outer if is_within(module, [unit.name])), None)
+        return next((self._by_name[n] for n in _around(module) if n in self._by_name), None)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Unit]:
+        return {unit.name: unit for unit in self.outer}
 
 
 def _elements(module: nn.Module, prefix: str = "") -> Iterator[str]:
@@ -83,9 +89,14 @@ def _elements(module: nn.Module, prefix: str = "") -> Iterator[str]:
             yield from _elements(child, f"{path}.")
 
 
-def is_within(name: str, around: list[str]) -> bool:
+def is_within(name: str, others: Collection[str]) -> bool:
     """Whether a module is one of these, or in one."""
-    return any(f"{name}.".startswith(f"{other}.") for other in around)
+    return any(around in others for around in _around(name))
+
+
+def _around(name: str) -> Iterator[str]:
+    """Names of the modules around one, the outermost first, and its own."""
+    return accumulate(name.split("."), "{}.{}".format)
 
 
 def _is_read(model: nn.Module, name: str) -> bool:
