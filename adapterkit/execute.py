@@ -55,14 +55,38 @@ def run(
     progress: Progress = lambda done: None,
 ) -> Receipt:
     """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands
-    under a final name.
+    under a final name. See `run_in`."""
+    return run_in(
+        Stage(out),
+        plan,
+        engine,
+        hash=hash,
+        resume=resume,
+        overwrite=overwrite,
+        check=check,
+        progress=progress,
+    )
+
+
+def run_in(
+    stage: Stage,
+    plan: Plan,
+    engine: Engine,
+    *,
+    hash: str = "sha256",
+    resume: bool = False,
+    overwrite: bool = False,
+    check: Callable[[Path], object] | None = None,
+    progress: Progress = lambda done: None,
+) -> Receipt:
+    """Carry the plan out in a stage, and publish it.
 
     `check` looks at the finished folder before it gets its name; when it raises, nothing is
     published. Raises `Refused` before anything is written (output in the way, another plan's
     unfinished run, too little space) and `Failed` or `Interrupted` after; then `resume=True` goes
     on with what is done.
     """
-    stage = Stage(out)
+    out = stage.out
     recipe = json.loads(json.dumps(plan.recipe()))  # as it is read again
     fingerprint = digest(public_recipe(recipe))
     stage.state(fingerprint, resume=resume, overwrite=overwrite)  # refuses before anything is made
@@ -70,7 +94,7 @@ def run(
         with stage:
             state = stage.state(fingerprint, resume=resume, overwrite=overwrite)
             if state == "finished":
-                receipt = _finished(out, fingerprint, recipe)
+                receipt = _finished(stage, fingerprint, recipe)
                 stage.discard()
                 if check is not None:
                     check(out)
@@ -121,7 +145,8 @@ def _build(
     _check_space(plan, todo, stage)
     stage.begin()
     if fresh:
-        stage.note({"fingerprint": fingerprint, "recipe": recipe, "overwrite": stage.replaces})
+        head = {"fingerprint": fingerprint, "recipe": recipe, "overwrite": stage.replaces}
+        stage.note(head | stage.head())
     getattr(progress, "expect", lambda total: None)(sum(shard.layout.size for shard in plan.shards))
     for shard in plan.shards:
         if shard.file in done:
@@ -163,8 +188,8 @@ def _check(stage: Stage, check: Callable[[Path], object]) -> None:
         raise
 
 
-def _finished(out: Path, fingerprint: str, recipe: dict) -> Receipt:
-    data = json.loads((out / RECEIPT).read_text())
+def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
+    data, out = stage.published(), stage.out
     if data.get("fingerprint") != fingerprint:
         raise Refused(
             "a finished output of another job "
@@ -194,12 +219,8 @@ def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
     done = {}
     for entry in stage.journal()[1:]:
         name = entry.get("shard", {}).get("file")
-        path = stage.path / str(name)
-        if (
-            name in sizes
-            and path.is_file()
-            and path.stat().st_size == entry["shard"].get("size") <= sizes[name]
-        ):
+        size = entry.get("shard", {}).get("size")
+        if name in sizes and stage.holds(name, size) and size <= sizes[name]:
             done[name] = ShardResult(**entry["shard"])
     if len(done) < len(plan.shards):  # missing shards may need the handoffs of the others
         done = {
@@ -228,7 +249,7 @@ def _difference(before: dict, now: dict, path: str = "") -> str:
 
 def _check_space(plan: Plan, todo: list[Shard | Computed], stage: Stage) -> None:
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
-    needed = sum(shard.layout.size for shard in todo) + small + (1 << 20)
+    needed = stage.disk(sum(shard.layout.size for shard in todo) + small + (1 << 20))
     free = free_bytes(stage.path)
     if needed > free:
         raise Refused(

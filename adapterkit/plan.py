@@ -283,6 +283,7 @@ class Plan:
     models: tuple[int, ...] = (0,)  # inputs too large to be read again for the receipt's hashes
     memory: int | None = None  # bytes for tasks together; None: a quarter of the machine's
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
+    transfers: dict[str, int] = field(default_factory=dict)  # totals of an output on the Hub
 
     def recipe(self) -> dict[str, Any]:
         """What makes two plans the same: version, verb, options, inputs and output layout."""
@@ -344,6 +345,7 @@ class Plan:
             "disk_needed": written,
             "memory_peak": BUFFERS * cores()
             + max(self._streamed_memory(step for step, _ in changed), self._computed_memory()),
+            **self.transfers,
         }
 
     @property

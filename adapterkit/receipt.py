@@ -35,8 +35,9 @@ class ShardResult:
     file: str
     size: int
     sha256: str | None
-    # key -> first 16 hex digits of the sha256 of the file up to that tensor's end
-    marks: dict[str, str]
+    # key -> first 16 hex digits of the sha256 of the file up to that tensor's end; None of a file
+    # whose bytes never came here
+    marks: dict[str, str] | None
     metrics: dict[str, dict]
     grown: int = 0  # bytes by which tensors are larger than planned, all together
     tensors: int | None = None  # their number, where the plan knows an upper bound only
@@ -56,9 +57,10 @@ def joined_metrics(shards: Iterable[ShardResult]) -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The receipt of a finished job; `data` is the content of `adapterkit.json`."""
+    """The receipt of a finished job; `data` is the content of `adapterkit.json`, `out` the folder,
+    the file or the place on the Hub that it is of."""
 
-    out: Path
+    out: Path | str
     data: dict[str, Any]
     finished_before: bool = False
 
@@ -117,7 +119,7 @@ def create_receipt(
         "inputs": inputs,
         "hash": hash,
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
-        "keys": {s.file: s.marks for s in shards},
+        "keys": {s.file: s.marks for s in shards if s.marks is not None},
         "totals": totals,
         **plan.decisions,
         "parameters": (metrics := joined_metrics(shards)),
@@ -188,7 +190,7 @@ def check_files(
             if size != entry["size"]:
                 problem = "no such file" if size is None else f"{size} bytes"
                 raise Damaged(problem, expected=f"{entry['size']} bytes", where=name, hint=AGAIN)
-            _check_file(out, name, entry["sha256"], receipt["keys"].get(name), progress)
+            check_file(out, name, entry["sha256"], receipt["keys"].get(name), progress)
         except AdapterkitError as error:
             errors.append(error)
     unlisted = {
@@ -208,7 +210,7 @@ def check_files(
     return {"files": len(receipt["files"]), "bytes": total, "hash": receipt["hash"]}
 
 
-def _check_file(
+def check_file(
     out: LocalFolder, name: str, sha: str | None, marks: dict | None, progress: Progress
 ) -> None:
     """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of

@@ -128,7 +128,7 @@ class Stage:
             )
         entries = self.journal()
         head = entries[0] if entries else None
-        published = _read_receipt(self.out).get("fingerprint")
+        published = self.published().get("fingerprint")
         is_this_output = published is not None and (published == fingerprint or not overwrite)
         if resume and head is None and is_this_output:
             return "finished"
@@ -149,6 +149,23 @@ class Stage:
         if head is None or not resume:
             return "fresh"
         return "publish" if complete and head.get("fingerprint") == fingerprint else "resume"
+
+    def published(self) -> dict:
+        """The receipt of the output that is there; empty without one."""
+        return _read_receipt(self.out)
+
+    def head(self) -> dict:
+        """What the journal's first entry holds besides the job."""
+        return {}
+
+    def holds(self, name: str, size: int) -> bool:
+        """Whether a finished shard of that size is there."""
+        path = self.path / name
+        return path.is_file() and path.stat().st_size == size
+
+    def disk(self, size: int) -> int:
+        """Bytes of disk that files of that size take, all together."""
+        return size
 
     def _output_entries(self) -> list[Path]:
         """What the output folder holds, without our control folder."""

@@ -2,7 +2,8 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
@@ -50,13 +51,23 @@ def writes(
         @functools.wraps(verb)
         def written(*args: P.args, **options: P.kwargs) -> Receipt | Planned:
             bound = bind(*args, **options)
-            return verb(*bound.args, **bound.kwargs)
+            with _pinned_inputs(bound.arguments):
+                return verb(*bound.args, **bound.kwargs)
 
         as_data = lambda *args, **options: Call(written, bind(*args, **options).arguments)
         written.call = as_data  # type: ignore[attr-defined] # of a function, as the protocol says
         return cast(WritingVerb[P, Planned], written)
 
     return wrap
+
+
+def _pinned_inputs(arguments: Mapping[str, Any]) -> AbstractContextManager[object]:
+    """Inputs of a job that ends on the Hub stay at the commits of its first run."""
+    if not is_on_hub(arguments["out"]):
+        return nullcontext()
+    from adapterkit.engines.hub_output import pinned_inputs
+
+    return pinned_inputs(arguments["out"], resume=bool(arguments.get("resume")))
 
 
 class Execution(RunOptions):

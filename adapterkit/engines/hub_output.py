@@ -1,33 +1,89 @@
-"""Outputs on the Hub: a plan runs in a folder of this machine, and what it gives is uploaded as one
-commit."""
+"""An output that goes to the Hub, on bounded disk: `--out hf://org/name[@branch][:folder]`."""
 
-import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
-from adapterkit.engines.local import local
+from adapterkit.checkpoint.stage import RECEIPT, check_name
+from adapterkit.engines.hub_pipeline import HubEngine
+from adapterkit.engines.hub_stage import HubStage, pins_before, work_folder
+from adapterkit.engines.hub_transfers import plan_transfers
 from adapterkit.engines.run_options import RunOptions
-from adapterkit.execute import run
-from adapterkit.hub.push import push
+from adapterkit.errors import Refused
+from adapterkit.execute import run_in
+from adapterkit.hub.destination import Destination, parse_output
+from adapterkit.hub.errors import quiet_library
+from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.pins import pinned
+from adapterkit.hub.scratch import ScratchFolder
+from adapterkit.options import parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 
 
+def pinned_inputs(out: str, *, resume: bool) -> AbstractContextManager[object]:
+    """Revisions of inputs are read at the commits of the run that is resumed; those of a new run
+    are noted."""
+    return pinned(pins_before(parse_output(out)) if resume else {})
+
+
 def run_to_hub(
-    plan: Plan, options: RunOptions, check: Callable[[Path], object] | None
+    plan: Plan, execution: RunOptions, check: Callable[[Path], object] | None = None
 ) -> Receipt | Plan:
-    """Run a plan whose output is the repository `options.out`, hf://org/name."""
-    if options.dry_run:
-        return plan
-    repo = str(options.out).removeprefix("hf://")
-    with tempfile.TemporaryDirectory() as work:
-        receipt = run(
-            plan,
-            Path(work, "out"),
-            local(options.device),
-            hash=options.hash,
-            check=check,
-            progress=options.progress,
+    """Run a plan whose output is a place on the Hub, or with `dry_run` return it.
+
+    Weights are downloaded file by file and sent as they are made; files that are the Hub's own
+    already are copied there. Raises `Refused` before any weights move, `Failed` after: then nothing
+    is committed, and `resume` goes on with what is done.
+    """
+    from adapterkit.engines.local import local
+    from adapterkit.engines.recompute import RowCheck
+
+    hub_id = parse_output(str(execution.out))
+    limit = parse_size("disk_limit", execution.disk_limit) if execution.disk_limit else None
+    if execution.engine != "local":
+        raise Refused(
+            "an output on the Hub from several machines",
+            expected="one machine",
+            where="--out",
+            hint="write a folder, then `adapterkit finish FILE --push org/name`",
         )
-        receipt.data["pushed"] = push(receipt.out, repo)
-        return receipt
+    work = work_folder(hub_id)
+    check_name(work)
+    rows = check if isinstance(check, RowCheck) else None
+    held = check is not None and rows is None
+    plan = _in_scratch(plan, work.with_name(f".{work.name}.adapterkit") / "inputs")
+    transfers = plan_transfers(plan, held=held)
+    transfers.check(limit)
+    plan = replace(plan, transfers=transfers.totals(limit))
+    if execution.dry_run:
+        return plan
+    engine = HubEngine(local(execution.device), limit, held, rows.check_file if rows else None)
+    with quiet_library():
+        destination = Destination(hub_id)
+        destination.check_account()
+        destination.check_files([*(shard.file for shard in plan.shards), *plan.files, RECEIPT])
+        stage = HubStage(destination, transfers.disk(limit))
+        receipt = run_in(
+            stage,
+            plan,
+            engine,
+            hash=execution.hash,
+            resume=execution.resume,
+            overwrite=execution.overwrite,
+            check=None if rows else check,
+            progress=execution.progress,
+        )
+    if stage.pushed:
+        receipt.data["pushed"] = stage.pushed
+    return replace(receipt, out=str(execution.out))
+
+
+def _in_scratch(plan: Plan, place: Path) -> Plan:
+    """The plan with the large files of its inputs on the Hub in a folder of the job."""
+    folders = [
+        ScratchFolder(folder, place / str(number)) if isinstance(folder, HubFolder) else folder
+        for number, folder in enumerate(plan.folders)
+    ]
+    return replace(plan, folders=tuple(folders))

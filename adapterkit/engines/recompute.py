@@ -17,7 +17,7 @@ from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step
-from adapterkit.receipt import AGAIN, check_files, read_receipt
+from adapterkit.receipt import AGAIN, ShardResult, check_file, check_files, read_receipt
 from adapterkit.tasks.compensated import CompensatedStep, before_rounding
 from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.rows import arithmetic, rounded
@@ -310,6 +310,25 @@ THREADS = 4  # that recompute; each holds a whole weight where its format needs 
 def verify_against(folder: Path, plan: Plan) -> dict[str, Any]:
     """What `merge --verify` does at its end: hashes, keys, and rows."""
     return check_files(folder, read_receipt(folder)) | check_rows(folder, plan)
+
+
+class RowCheck:
+    """What `merge --verify` looks at, and the sum of what it saw: the finished folder, or each file
+    before it leaves for the Hub."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.result: dict[str, Any] = {}
+
+    def __call__(self, folder: Path) -> None:
+        self.result = verify_against(folder, self.plan)
+
+    def check_file(self, folder: Path, plan: Plan, result: ShardResult) -> None:
+        """Look at the one file of this plan."""
+        check_file(LocalFolder(folder), result.file, result.sha256, result.marks, lambda done: None)
+        seen = {"files": 1, "bytes": result.size, **check_rows(folder, plan)}
+        sums = {name: self.result.get(name, 0) + count for name, count in seen.items()}
+        self.result = sums | {"hash": "sha256" if result.sha256 else "none"}
 
 
 def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:

@@ -209,8 +209,9 @@ def quiet_library() -> Iterator[None]:
         disable_progress_bars,
         enable_progress_bars,
     )
+    from huggingface_hub.utils.logging import get_logger
 
-    for handler in logging.getLogger("huggingface_hub").handlers:
+    for handler in get_logger("huggingface_hub").handlers:  # which that import adds
         handler.addFilter(redact_record)  # the same function again is no second filter
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
         yield

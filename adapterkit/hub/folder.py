@@ -7,6 +7,7 @@ files go through huggingface_hub's own.
 
 import logging
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from adapterkit.errors import Damaged, Failed, Refused, shown
 from adapterkit.hub.errors import UnusableAnswer, location, quiet_library
 from adapterkit.hub.ids import HubId
 from adapterkit.hub.listing import cache_folder, list_files, offline
+from adapterkit.hub.pins import note, pinned_id
 from adapterkit.hub.retry import retry
 
 # bytes; the Hub keeps files beyond 10 MB apart from git, and binary ones of any size
@@ -32,13 +34,16 @@ class HubFolder:
 
     def __init__(self, hub_id: HubId):
         self.hub_id = hub_id
-        self.commit, self._entries = list_files(hub_id)
+        asked = pinned_id(hub_id)
+        self.commit, self._entries = list_files(asked)
+        note(hub_id, self.commit)
+        self._is_head = asked is hub_id and hub_id.revision != self.commit
         self.name, self.label = hub_id.repo, str(hub_id)
         self.origin = {"repo": hub_id.repo, "revision": self.commit}
         if hub_id.subfolder:
             self.origin["subfolder"] = hub_id.subfolder
         self.hashes = {name: entry.sha256 for name, entry in self._entries.items() if entry.sha256}
-        self._pinned = HubId(hub_id.repo, self.commit, hub_id.subfolder)
+        self.pinned = HubId(hub_id.repo, self.commit, hub_id.subfolder)
         self._set_up_downloads()
 
     def subfolder(self, name: str) -> "HubFolder":
@@ -73,7 +78,7 @@ class HubFolder:
         stop = min(stop, size)
         if start >= stop:
             return b""
-        cached = self._cached(name)
+        cached = self.cached(name)
         if cached is None and size <= SMALL_FILE and name not in self.hashes:
             # the Hub may answer a range of a file that is plain git with all of it
             cached = self.path(name)
@@ -81,7 +86,8 @@ class HubFolder:
             return _read_local(cached, start, stop)
         if offline():
             raise self._not_cached(name)
-        return retry(lambda: self._range(name, start, stop, size), self._pinned, name)
+        request = lambda: b"".join(self.pieces(name, start, stop))
+        return retry(request, self.pinned, name)
 
     def path(self, name: str) -> Path:
         """The whole file in huggingface_hub's cache; waits for its download, or does it.
@@ -142,7 +148,7 @@ class HubFolder:
         from huggingface_hub import hf_hub_download
 
         size = self._size(name)
-        cached = self._cached(name)
+        cached = self.cached(name)
         if cached:
             return cached
         if offline():
@@ -150,12 +156,16 @@ class HubFolder:
         repo, path = self.hub_id.repo, self.hub_id.path(name)
         with quiet_library():
             request = lambda: hf_hub_download(repo, path, revision=self.commit)
-            download = Path(retry(request, self._pinned, name))
+            download = Path(retry(request, self.pinned, name))
         _check_size(download, size)
         self._cache_revision()
         return download
 
-    def _range(self, name: str, start: int, stop: int, size: int) -> bytes:
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes [start, stop) of one file as they come, by one request.
+
+        Raises the library's errors, and `UnusableAnswer` for any other bytes or number of them.
+        """
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -171,17 +181,18 @@ class HubFolder:
         ) as response:
             if response.status_code >= 400 and response.status_code != 416:
                 hf_raise_for_status(response)
-            _check_range(response.status_code, response.headers, start, stop, size)
-            data = bytearray()
+            _check_range(response.status_code, response.headers, start, stop, self._size(name))
+            left = stop - start
             for piece in response.iter_raw():
-                data += piece
-                if len(data) > stop - start:
+                left -= len(piece)
+                if left < 0:
                     break
-        if len(data) != stop - start:
-            raise UnusableAnswer(f"a body of {len(data):,} bytes for {stop - start:,}")
-        return bytes(data)
+                yield piece
+        if left:
+            raise UnusableAnswer(f"a body of {stop - start - left:,} bytes for {stop - start:,}")
 
-    def _cached(self, name: str) -> Path | None:
+    def cached(self, name: str) -> Path | None:
+        """The file in huggingface_hub's cache, if it is there."""
         from huggingface_hub import try_to_load_from_cache
 
         repo, path = self.hub_id.repo, self.hub_id.path(name)
@@ -194,7 +205,7 @@ class HubFolder:
     def _cache_revision(self) -> None:
         """Note the commit of the branch or tag in the cache, so that it resolves offline as
         well."""
-        if self.hub_id.revision == self.commit:
+        if not self._is_head:
             return
         revision = inside(self.hub_id.revision or "main", str(self.hub_id))
         ref = cache_folder(self.hub_id) / "refs" / revision
@@ -205,12 +216,12 @@ class HubFolder:
             log.debug("cannot write %s", ref)
 
     def _size(self, name: str) -> int:
-        inside(name, str(self._pinned))
+        inside(name, str(self.pinned))
         if name not in self._entries:
             raise Damaged(
                 "no such file in this commit",
                 expected="one of " + shown(", ".join(self._entries)),
-                where=location(self._pinned, name),
+                where=location(self.pinned, name),
                 hint="check the file name, and whether the repository is complete",
             )
         return self._entries[name].size
@@ -221,7 +232,7 @@ class HubFolder:
         return Refused(
             "not in the local Hub cache, and HF_HUB_OFFLINE is set",
             expected="a cached copy, or a network",
-            where=location(self._pinned, name),
+            where=location(self.pinned, name),
             hint=f"run `{command}` where there is a network, or unset HF_HUB_OFFLINE",
         )
 

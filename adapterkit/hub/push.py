@@ -1,21 +1,14 @@
 """Uploading a folder to a model repository, as one commit."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import LocalFolder
-from adapterkit.errors import Failed, Refused, shown
-from adapterkit.hub.errors import explained_errors, quiet_library, redact
+from adapterkit.errors import Refused, shown
+from adapterkit.hub.destination import Destination
+from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.ids import HubId, parse
-from adapterkit.hub.listing import list_remote, offline
-from adapterkit.hub.retry import retry
-
-UPLOAD_GROUP = 256 << 20  # bytes between two reports of progress
-# Weights that a loader picks by their name alone: old ones beside new ones are silently wrong.
-LOADABLE = re.compile(
-    r"((diffusion_)?pytorch_model|adapter_model|model)[^/]*\.(safetensors|bin)(\.index\.json)?"
-)
+from adapterkit.hub.upload import LocalFile, Uploaded, commit, groups, upload
 
 
 def push(folder: Path, repo: str, *, progress: Callable[[int, int], None] | None = None) -> dict:
@@ -26,27 +19,21 @@ def push(folder: Path, repo: str, *, progress: Callable[[int, int], None] | None
     upload broke or the repository changed meanwhile: nothing is committed then, and a second run
     uploads only what is missing.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    files, target = _finished_files(folder), _target(repo)
-    api = HfApi()
+    sizes, destination = _finished_files(folder), Destination(_target(repo))
+    files = [LocalFile(name, Path(folder, name), size) for name, size in sizes.items()]
+    done, total, sent = 0, sum(sizes.values()), list[Uploaded]()
     with quiet_library():
-        retry(lambda: api.create_repo(repo, exist_ok=True), target)
-        parent, before = list_remote(target, hidden=True)
-        _refuse_old_weights(
-            set(before) - set(files), {str(Path(name).parent) for name in files}, target
-        )
-        additions = [CommitOperationAdd(name, str(Path(folder, name))) for name in files]
-        with explained_errors(target):
-            _upload(api, repo, additions, progress or (lambda done, total: None))
-        message = f"Upload {len(files)} files with adapterkit"
-        request = lambda: api.create_commit(
-            repo, additions, commit_message=message, parent_commit=parent
-        )
-        commit = retry(request, target)
-    uploads = {addition.path_in_repo: addition.upload_info for addition in additions}
-    _check_commit(HubId(repo, commit.oid), uploads)
-    return {"repo": repo, "revision": commit.oid, "url": redact(commit.commit_url)}
+        destination.check_files(sizes)
+        destination.create()
+        for group in groups(files):
+            sent += upload(destination.hub_id, group)
+            done += sum(file.size for file in group)
+            if progress is not None:
+                progress(done, total)
+        there = {file.file for file in sent}
+        rest = [file for file in files if file.name not in there]
+        made = commit(destination, sent, [], rest)
+    return {"repo": repo, "revision": made.oid, "url": made.url}
 
 
 def _finished_files(folder: Path) -> dict[str, int]:
@@ -76,64 +63,4 @@ def _target(repo: str) -> HubId:
             where="the place to push to",
             hint="give your account's or organization's name and the repository's",
         )
-    if offline():
-        raise Refused(
-            "HF_HUB_OFFLINE is set",
-            expected="a network to push over",
-            where=repo,
-            hint="unset HF_HUB_OFFLINE, or push the folder later with `hf upload`",
-        )
     return target
-
-
-def _refuse_old_weights(others: set[str], folders: set[str], target: HubId) -> None:
-    """`Refused` where weights that this upload does not replace lie beside those that it writes."""
-    old = sorted(
-        name
-        for name in others
-        if str(Path(name).parent) in folders and LOADABLE.fullmatch(Path(name).name)
-    )
-    if old:
-        command = f"hf repos delete-files {target.repo} {shown(' '.join(old))}"
-        raise Refused(
-            f"other weights are there already: {shown(', '.join(old))}",
-            expected="a repository all of whose weights this upload replaces; "
-            "a loader might pick the old ones",
-            where=str(target),
-            hint=f"push to another repository, or run `{command}` first",
-        )
-
-
-def _upload(api, repo: str, additions: list, progress: Callable[[int, int], None]) -> None:
-    """Upload the large files, in groups, without a commit."""
-    total = sum(addition.upload_info.size for addition in additions)
-    group, reported, done = [], 0, 0
-    for addition in additions:
-        group.append(addition)
-        done += addition.upload_info.size
-        if done - reported >= UPLOAD_GROUP or addition is additions[-1]:
-            # free_memory would drop the paths, which create_commit looks at again
-            api.preupload_lfs_files(repo, group, free_memory=False)
-            group, reported = [], done
-            progress(done, total)
-
-
-def _check_commit(commit: HubId, uploads: dict) -> None:
-    """`Failed` where the commit lacks a file: a server's .gitignore drops files silently."""
-    _, entries = list_remote(commit, hidden=True)
-    wrong = []
-    for name, upload in uploads.items():
-        entry = entries.get(name)
-        if (
-            entry is None
-            or entry.size != upload.size
-            or (entry.sha256 and entry.sha256 != upload.sha256.hex())
-        ):
-            wrong.append(name)
-    if wrong:
-        raise Failed(
-            f"files missing from the commit, or different in it: {shown(', '.join(wrong))}",
-            expected="all files of the folder, byte for byte",
-            where=str(commit),
-            hint="check whether the repository's .gitignore excludes them, then push again",
-        )

@@ -50,6 +50,8 @@ def retry(request: Callable[[], T], hub_id: HubId, file: str = "") -> T:
 
 def seconds_to_wait(error: Exception, attempt: int) -> float | None:
     """Seconds until the next try; None where it would fail in the same way."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # of an upload in a thread of the library
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", 0)
     # the second: another thread met an error and closed the session that all threads share

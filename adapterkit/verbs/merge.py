@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, is_on_hub, writes
+from adapterkit.errors import Refused
 from adapterkit.options import Executor, Sources, StrPath
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.merge.job import Options
@@ -84,6 +85,13 @@ def merge(
         seed=seed,
         base_copies=base_copies,
     )
+    if push is not None and is_on_hub(out):
+        raise Refused(
+            "--push with an output on the Hub",
+            expected="one place",
+            where="--push",
+            hint="leave --push out",
+        )
     folder = open_model(base)
     sources = open_weighted(adapters, base=folder)
     statistics = None if stats is None else open_source(stats)
@@ -92,17 +100,17 @@ def merge(
         if base16 is None
         else plan_merge_into_original(base, base16, sources, options, statistics)
     )
-    check, verified = None, {}
+    check = None
     if verify:
-        from adapterkit.engines.recompute import verify_against
+        from adapterkit.engines.recompute import RowCheck
 
-        check = lambda folder: verified.update(verify_against(folder, plan))
+        check = RowCheck(plan)
     execution = Execution(
         out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
     )
     receipt = execution.run(plan, check)
-    if verified and isinstance(receipt, Receipt):
-        receipt.data["verified"] = verified
+    if check is not None and check.result and isinstance(receipt, Receipt):
+        receipt.data["verified"] = check.result
     if push is not None and isinstance(receipt, Receipt):
         from adapterkit.hub import push as upload
 

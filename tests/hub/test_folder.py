@@ -288,7 +288,7 @@ def test_no_network(client, connect):
         and "hf download other/repo" in error.parts["hint"]
     )
     error = cut.refusal(
-        f"retry.retry(lambda: folder._range('config.json', 0, 4, 9), parse('{REPO}'))",
+        f"retry.retry(lambda: list(folder.pieces('config.json', 0, 4)), parse('{REPO}'))",
         "Unreachable",
     )
     assert "HF_HUB_OFFLINE=1" in error.parts["hint"]

@@ -25,7 +25,7 @@ def test_push_is_one_commit(hub, connect, output):
 
 def test_push_again_uploads_what_changed(hub, connect, output):
     client = connect(hub)
-    client("pushing.UPLOAD_GROUP = 4000")  # several groups
+    client("uploading.GROUP_BYTES = 4000")  # several groups
     first = client(f"push(Path('{output}'), '{REPO}')")
     hub.log.clear()
     assert client(f"push(Path('{output}'), '{REPO}')") == first
@@ -80,7 +80,7 @@ def test_push_whose_answer_is_lost(hub, connect, output):
 @pytest.mark.parametrize("status, kind", [(401, "Refused"), (403, "Refused"), (400, "Failed")])
 def test_push_that_breaks_commits_nothing(hub, connect, output, status, kind):
     client = connect(hub)
-    client("pushing.UPLOAD_GROUP = 1")  # one file after the other
+    client("uploading.GROUP_FILES = 1")  # one file after the other
     hub.faults = lambda asked: (
         Fault(status=status) if asked.method == "PUT" and hub.uploaded()[1:] else None
     )

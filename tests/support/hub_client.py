@@ -45,7 +45,7 @@ for line in sys.stdin:
     print(json.dumps(answer), file=answers, flush=True)
 """
 PRELUDE = """
-from adapterkit.hub import folder as folders, listing, push as pushing, retry
+from adapterkit.hub import folder as folders, listing, retry, upload as uploading
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.ids import HubId, parse
 from adapterkit.hub.push import push

@@ -1,0 +1,126 @@
+"""The stage of an output that goes to the Hub: files leave it as they are finished, and one commit
+publishes them."""
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+
+from adapterkit.checkpoint.stage import RECEIPT, Stage
+from adapterkit.hub.destination import Destination
+from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.ids import HubId
+from adapterkit.hub.pins import Pins, current_pins
+from adapterkit.hub.upload import CopiedFile, LocalFile, Uploaded, commit, groups, upload
+
+
+def work_folder(hub_id: HubId) -> Path:
+    """Where the work for a place on the Hub is kept until it is there: in a hidden folder beside
+    this name, `HF_HOME/adapterkit/.org--name[@branch][:folder].adapterkit`."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME).expanduser() / "adapterkit" / str(hub_id).replace("/", "--")
+
+
+def pins_before(hub_id: HubId) -> Pins:
+    """The commits of the inputs of an interrupted run; none where there is none."""
+    journal = Stage(work_folder(hub_id)).journal()
+    return dict(journal[0].get("pins", {})) if journal else {}
+
+
+class HubStage(Stage):
+    """A `Stage` whose output is a place on the Hub.
+
+    The journal has, besides the finished shards, `{"uploaded": ...}` for files that the Hub's
+    storage has, and `{"copied": ...}` for those that it has taken from another repository. `limit`:
+    bytes of disk that the job takes at most.
+    """
+
+    def __init__(self, destination: Destination, limit: int):
+        super().__init__(work_folder(destination.hub_id))
+        self.destination, self.limit = destination, limit
+        self.inputs = self.control / "inputs"  # what is downloaded
+        self.pushed: dict[str, str] = {}
+        self._noting = threading.Lock()
+
+    def state(self, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
+        """As of a folder; what another job left on the Hub is replaced by the commit."""
+        entries = self.journal()
+        receipt = entries[-1].get("publish") if entries else None
+        there = self._published()
+        if resume and receipt is not None and hashlib.sha256(there).hexdigest() == receipt:
+            return "finished"  # the answer to its commit was lost
+        is_same = self.published().get("fingerprint") == fingerprint
+        return super().state(
+            fingerprint, resume=resume and bool(entries or is_same), overwrite=overwrite
+        )
+
+    def published(self) -> dict:
+        try:
+            data = json.loads(self._published())
+        except ValueError:
+            return {}
+        return data if isinstance(data, dict) else {}
+
+    def _published(self) -> bytes:
+        entry, hub_id = self.destination.before.get(RECEIPT), self.destination.hub_id
+        if entry is None:
+            return b""
+        there = HubFolder(HubId(hub_id.repo, self.destination.parent, hub_id.subfolder))
+        return there.read(RECEIPT, 0, entry.size)
+
+    def head(self) -> dict:
+        return {"pins": current_pins()}
+
+    def holds(self, name: str, size: int) -> bool:
+        return name in self.uploaded() or name in self.copied() or super().holds(name, size)
+
+    def disk(self, size: int) -> int:
+        return min(size, self.limit)
+
+    def begin(self) -> None:
+        super().begin()
+        self.destination.create()
+
+    def note(self, entry: dict) -> None:
+        with self._noting:  # of several threads
+            super().note(entry)
+
+    def uploaded(self) -> dict[str, Uploaded]:
+        """The files that the Hub's storage has, by name."""
+        entries = [Uploaded(**e["uploaded"]) for e in self.journal() if "uploaded" in e]
+        return {entry.file: entry for entry in entries}
+
+    def copied(self) -> dict[str, CopiedFile]:
+        """The files that it has taken from other repositories, by name."""
+        entries = [CopiedFile(**e["copied"]) for e in self.journal() if "copied" in e]
+        return {entry.file: entry for entry in entries}
+
+    def upload(self, files: list[LocalFile]) -> list[str]:
+        """Send files together, and note those that the Hub keeps apart from git; their names."""
+        sent = upload(self.destination.hub_id, files)
+        for file in sent:
+            self.note({"uploaded": file._asdict()})
+        return [file.file for file in sent]
+
+    def publish(self) -> None:
+        """Send what is still here, and commit everything."""
+        self.destination.create()
+        receipt = json.loads((self.path / RECEIPT).read_bytes())
+        sums = {name: entry["sha256"] for name, entry in receipt["files"].items()}
+        gone = self.uploaded().keys() | self.copied().keys()
+        here = [
+            LocalFile(name, self.path / name, (self.path / name).stat().st_size, sums.get(name))
+            for name in (*sums, RECEIPT)
+            if name not in gone
+        ]
+        sent = {name for group in groups(here) for name in self.upload(group)}
+        made = commit(
+            self.destination,
+            self.uploaded().values(),
+            self.copied().values(),
+            [file for file in here if file.name not in sent],
+        )
+        repo = self.destination.hub_id.repo
+        self.pushed = {"repo": repo, "revision": made.oid, "url": made.url}
+        self.discard()

@@ -1,0 +1,125 @@
+"""Where an output goes on the Hub: a repository, a branch of it, a folder there; what is refused
+before a byte is sent, and what is created."""
+
+import re
+from collections.abc import Collection
+from pathlib import PurePosixPath
+
+from adapterkit.errors import Refused, shown
+from adapterkit.hub.errors import explained_errors
+from adapterkit.hub.ids import COMMIT, HubId, parse
+from adapterkit.hub.listing import Entry, list_remote, offline
+from adapterkit.hub.retry import retry
+
+SCHEME = "hf://"
+# Weights that a loader picks by their name alone: old ones beside new ones are silently wrong.
+LOADABLE = re.compile(
+    r"((diffusion_)?pytorch_model|adapter_model|model)[^/]*\.(safetensors|bin)(\.index\.json)?"
+)
+
+
+def parse_output(out: str) -> HubId:
+    """The place that `hf://org/name[@branch][:folder]` is; `Refused` for another text."""
+    hub_id = parse(out.removeprefix(SCHEME))
+    if hub_id is None or COMMIT.fullmatch(hub_id.revision or ""):
+        raise Refused(
+            f"{shown(out)}: {'a commit' if hub_id else 'no such name'}",
+            expected="hf://org/name[@branch][:folder]",
+            where="--out",
+            hint="give your account's or organization's name, the repository's, and a branch of it",
+        )
+    if PurePosixPath(hub_id.subfolder).suffix in (".safetensors", ".gguf"):
+        raise Refused(
+            f"{shown(out)}: the name of a file",
+            expected="hf://org/name[@branch][:folder]",
+            where="--out",
+            hint="give its folder: the file is named as its format has it",
+        )
+    return hub_id
+
+
+class Destination:
+    """A place on the Hub that files are written to. `exists`: the repository and the branch.
+
+    `Refused` where HF_HUB_OFFLINE is set.
+    """
+
+    def __init__(self, hub_id: HubId):
+        if offline():
+            raise Refused(
+                "HF_HUB_OFFLINE is set",
+                expected="a network to push over",
+                where=hub_id.repo,
+                hint="unset HF_HUB_OFFLINE, or write a folder and push it later with `hf upload`",
+            )
+        self.hub_id = hub_id
+        self.exists = False
+        self.parent = ""  # the commit that the next one is made upon; "" before `create`
+        self.before: dict[str, Entry] = {}  # the files of that commit in the folder
+
+    def check_account(self) -> None:
+        """`Refused` unless there is a token that may write there, as far as the Hub says before
+        anything is created."""
+        from huggingface_hub import HfApi, get_token
+
+        expected = "a token that may write"
+        hint = "create one at https://huggingface.co/settings/tokens, then `hf auth login`"
+        if not get_token():
+            raise Refused("no token", expected=expected, where=str(self.hub_id), hint=hint)
+        account = retry(HfApi().whoami, self.hub_id)
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise Refused(
+                "a token that may only read", expected=expected, where=str(self.hub_id), hint=hint
+            )
+        if retry(lambda: HfApi().repo_exists(self.hub_id.repo), self.hub_id):
+            retry(lambda: HfApi().auth_check(self.hub_id.repo, write=True), self.hub_id)
+
+    def check_files(self, names: Collection[str]) -> None:
+        """List what is there; `Refused` where weights that these files do not replace lie beside
+        them."""
+        from huggingface_hub import HfApi
+
+        repo, branch, api = self.hub_id.repo, self.hub_id.revision, HfApi()
+        if not retry(lambda: api.repo_exists(repo), self.hub_id):
+            return
+        self.exists = branch is None or retry(
+            lambda: api.revision_exists(repo, branch), self.hub_id
+        )
+        there = self.hub_id if self.exists else HubId(repo, None, self.hub_id.subfolder)
+        self.parent, self.before = list_remote(there, hidden=True)
+        self._refuse_old_weights(names)
+
+    def create(self) -> None:
+        """The repository and the branch, where they are missing; `Refused` where this account may
+        not."""
+        from huggingface_hub import HfApi
+
+        repo, branch, api = self.hub_id.repo, self.hub_id.revision, HfApi()
+        if self.exists:
+            return
+        with explained_errors(self.hub_id):
+            retry(lambda: api.create_repo(repo, exist_ok=True), self.hub_id)
+            if branch is not None:
+                retry(lambda: api.create_branch(repo, branch=branch, exist_ok=True), self.hub_id)
+        self.parent, self.before = list_remote(self.hub_id, hidden=True)
+        self.exists = True
+
+    def _refuse_old_weights(self, names: Collection[str]) -> None:
+        folders = {str(PurePosixPath(name).parent) for name in names}
+        old = sorted(
+            name
+            for name in set(self.before) - set(names)
+            if str(PurePosixPath(name).parent) in folders
+            and LOADABLE.fullmatch(PurePosixPath(name).name)
+        )
+        if old:
+            paths = " ".join(self.hub_id.path(name) for name in old)
+            branch = f" --revision {self.hub_id.revision}" if self.hub_id.revision else ""
+            command = f"hf repos delete-files {self.hub_id.repo} {shown(paths)}{branch}"
+            raise Refused(
+                f"other weights are there already: {shown(', '.join(old))}",
+                expected="a repository all of whose weights this upload replaces; "
+                "a loader might pick the old ones",
+                where=str(self.hub_id),
+                hint=f"push to another repository, or run `{command}` first",
+            )

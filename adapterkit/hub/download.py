@@ -1,0 +1,103 @@
+"""A large file of a folder on the Hub, downloaded into a folder of a job by ranges of it, several
+at a time, and checked against the Hub's sha256 as it comes."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from adapterkit.checkpoint.storage import storage_errors, write_all
+from adapterkit.errors import Failed
+from adapterkit.hub.errors import location
+from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.retry import retry
+
+PIECE = 64 << 20  # bytes of one request; the Hub counts them
+STREAMS = 4  # requests at a time
+BLOCK = 4 << 20  # bytes that are hashed at a time
+PART = ".part"
+
+
+class Stopped(Failed):
+    """The job has ended, and does not want the file any more."""
+
+    def __init__(self):
+        super().__init__("the job has ended")
+
+
+def download(
+    folder: HubFolder, name: str, file: Path, stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Download one large file; under its name it is whole and has the Hub's sha256.
+
+    Raises `Failed` without right bytes, and `Stopped`.
+    """
+    size, part = folder.files()[name], file.with_name(file.name + PART)
+    with storage_errors(file):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(part, flags, 0o600)
+    try:
+        if _fetched(folder, name, descriptor, size, stopped) != folder.hashes[name]:
+            raise Failed(
+                "a download whose sha256 is not the one that the Hub lists",
+                expected=folder.hashes[name],
+                where=location(folder.pinned, name),
+                hint="run again with --resume; check proxies on the way",
+            )
+        with storage_errors(file):
+            os.rename(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _fetched(
+    folder: HubFolder, name: str, descriptor: int, size: int, stopped: Callable[[], bool]
+) -> str:
+    """Fetch the file's pieces; the sha256 of the bytes, taken in their order while later ones
+    come."""
+    digest, pool = hashlib.sha256(), ThreadPoolExecutor(STREAMS, "download")
+    try:
+        pieces = [
+            pool.submit(_fetch, folder, name, descriptor, at, min(at + PIECE, size), stopped)
+            for at in range(0, size, PIECE)
+        ]
+        for piece, at in zip(pieces, range(0, size, PIECE), strict=True):
+            piece.result()
+            for start in range(at, min(at + PIECE, size), BLOCK):
+                digest.update(os.pread(descriptor, min(BLOCK, at + PIECE - start), start))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return digest.hexdigest()
+
+
+def _fetch(
+    folder: HubFolder,
+    name: str,
+    descriptor: int,
+    start: int,
+    stop: int,
+    stopped: Callable[[], bool],
+) -> None:
+    """Write bytes [start, stop); a try goes on where the one before it broke off."""
+    at = start
+
+    def request() -> None:
+        nonlocal at
+        if at < stop:
+            for data in folder.pieces(name, at, stop):
+                if stopped():
+                    raise Stopped
+                _write(name, descriptor, data, at)
+                at += len(data)
+
+    retry(request, folder.pinned, name)
+
+
+def _write(name: str, descriptor: int, data: bytes, at: int) -> None:
+    with storage_errors(Path(name)):
+        write_all(data, lambda rest, done: os.pwrite(descriptor, rest, at + done))

@@ -1,0 +1,51 @@
+"""A folder on the Hub whose large files come into a folder of the job, and go when the job is
+through with them; the cache that programs share is read, and gets nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from adapterkit.hub.download import download
+from adapterkit.hub.folder import HubFolder
+
+
+class ScratchFolder:
+    """A `Folder` of the Hub for a job on little disk; `download` before `path`, `drop` after.
+
+    Small files that the Hub keeps in git are read through the shared cache.
+    """
+
+    def __init__(self, source: HubFolder, place: Path):
+        self.source, self.place = source, place
+        self.name, self.label = source.name, source.label
+        self.origin, self.hashes = source.origin, source.hashes
+
+    def files(self) -> dict[str, int]:
+        return self.source.files()
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        return self.source.read(name, start, stop)
+
+    def prefetch(self, names: list[str]) -> None:
+        pass
+
+    def disk(self, name: str) -> int:
+        """Bytes that the file takes here once it is downloaded: none where it is cached, or git's
+        own."""
+        if name not in self.hashes or self.source.cached(name) is not None:
+            return 0
+        return self.files()[name]
+
+    def download(self, name: str, stopped: Callable[[], bool]) -> None:
+        """Fetch the file; raises what `hub.download.download` does."""
+        download(self.source, name, self.place / name, stopped)
+
+    def path(self, name: str) -> Path:
+        """The file, downloaded before; of one that takes no disk here, the one in the cache."""
+        here = self.place / name
+        if not here.is_file() and self.disk(name):
+            raise AssertionError(f"{self.label}/{name} is read, and was not asked for")
+        return here if here.is_file() else self.source.path(name)
+
+    def drop(self, name: str) -> None:
+        """Remove a file that was downloaded."""
+        (self.place / name).unlink(missing_ok=True)

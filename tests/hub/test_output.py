@@ -1,0 +1,279 @@
+"""Outputs on the Hub: the bytes of a local run in one commit, on little disk."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+import adapterkit
+from tests.support.hub_client import TOKEN, Client
+from tests.support.hub_server import Hub
+from tests.support.hub_state import Fault
+
+LAYERS, WIDTH, RANK = 6, 128, 4
+SHARDS = [f"model-{i + 1:05d}-of-{LAYERS:05d}.safetensors" for i in range(LAYERS)]
+# what a first run and a local one are asked for
+WEIGHTS = "adapter_model.safetensors"
+CALLS = "import adapterkit\nfrom adapterkit.hub import retry, download\nretry.WAIT = 0.01"
+
+
+def base_files() -> dict[str, bytes]:
+    """A checkpoint in Llama's names, one layer in each shard."""
+    generator, files, places = np.random.default_rng(0), {}, {}
+    for i, name in enumerate(SHARDS):
+        keys = [f"model.layers.{i}.self_attn.{leaf}_proj.weight" for leaf in "qkv"]
+        shape = (WIDTH, WIDTH)
+        weights = {key: generator.standard_normal(shape).astype(np.float32) for key in keys}
+        files[name] = save(weights, {"format": "pt"})
+        places |= dict.fromkeys(keys, name)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 8,
+    }
+    files["config.json"] = json.dumps(config).encode()
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    return files
+
+
+def adapter_files(seed: int = 1, layers=range(LAYERS)) -> dict[str, bytes]:
+    generator, factors = np.random.default_rng(seed), {}
+    for i in layers:
+        prefix = f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_"
+        factors[prefix + "A.weight"] = generator.standard_normal((RANK, WIDTH)).astype(np.float32)
+        factors[prefix + "B.weight"] = generator.standard_normal((WIDTH, RANK)).astype(np.float32)
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "org/base",
+    }
+    return {
+        "adapter_model.safetensors": save(factors),
+        "adapter_config.json": json.dumps(config).encode(),
+    }
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A hub, a client that may write to it, and the inputs on this machine."""
+    home = tmp_path_factory.mktemp("hub")
+    with Hub(token=TOKEN) as hub:
+        hub.commit("org/base", base_files())
+        hub.commit("org/adapter", adapter_files())
+        hub.commit("org/first", adapter_files(layers=range(2)))
+        hub.commit("org/other", adapter_files(seed=2))
+        variables = os.environ | hub.environment(home) | {"HF_TOKEN": TOKEN}
+        client = Client(variables, home / "stderr")
+        client(CALLS)
+        # runs that end on this machine fill the cache, which a run to the Hub reads
+        beside = Client(variables | {"HF_HUB_CACHE": str(home / "other")}, home / "stderr2")
+        beside(CALLS)
+        yield hub, client, beside, home
+        client.close()
+        beside.close()
+
+
+@pytest.fixture(autouse=True)
+def quiet(place):
+    hub = place[0]
+    hub.faults = lambda asked: None
+    hub.log.clear()
+
+
+def receipt_of(files: dict[str, bytes]) -> dict:
+    return json.loads(files["adapterkit.json"])
+
+
+def differing(there: dict[str, bytes], here: Path) -> list[str]:
+    """The files that differ, but for the receipts."""
+    local = {p.relative_to(here).as_posix(): p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    names = (set(there) | set(local)) - {".gitattributes", "adapterkit.json"}
+    return [name for name in sorted(names) if there.get(name) != local.get(name)]
+
+
+def uploads(hub: Hub) -> list[int]:
+    return sorted(hub.uploaded())
+
+
+METHOD = "method='ties_svd', density=0.5"
+JOBS = {
+    "merge": "adapterkit.merge('{base}', ['{adapter}'], {more})",
+    "init": "adapterkit.init('{base}', method='pissa', rank=2, targets='q_proj', {more})",
+    "combine": f"adapterkit.combine(['{{adapter}}', '{{other}}=0.5'], {METHOD}, {{more}})",
+    "convert": "adapterkit.convert('{adapter}', to='mlx', {more})",
+}
+
+
+@pytest.mark.parametrize("verb", JOBS)
+def test_the_bytes_are_those_of_a_local_run(place, verb):
+    hub, client, beside, home = place
+    names = ("base", "adapter", "other")
+    on_hub = {name: f"org/{name}" for name in names} | {"more": f"out='hf://org/{verb}'"}
+    local = {name: f"org/{name}" for name in names} | {"more": f"out='{home / verb}'"}
+    done = client(f"{JOBS[verb].format(**on_hub)}.data")
+    assert done["pushed"]["revision"] == hub.repos[f"org/{verb}"].refs["main"]
+    beside(f"{JOBS[verb].format(**local)}.data")
+    files = hub.files(f"org/{verb}")
+    assert differing(files, home / verb) == []
+    assert len(hub.repos[f"org/{verb}"].trees) == 2  # the Hub's first commit and ours
+    receipt, local = receipt_of(files), json.loads((home / verb / "adapterkit.json").read_text())
+    for name in ("files", "keys", "fingerprint"):
+        assert receipt[name] == local[name]
+    assert not list((home / "adapterkit").iterdir())
+    assert TOKEN not in json.dumps(done) and "ignature" not in json.dumps(done)
+
+
+def test_the_card_names_its_base(place):
+    hub, client, *_ = place
+    client("adapterkit.merge('org/base', ['org/adapter'], out='hf://org/card').data")
+    card = hub.files("org/card")["README.md"].decode()
+    assert '- "org/base"' in card and "base_model_relation: merge" in card
+
+
+def test_shards_that_stay_are_copied_on_the_hub(place):
+    hub, client, beside, home = place
+    done = client("adapterkit.merge('org/base', ['org/first'], out='hf://org/copied').data")
+    files = hub.files("org/copied")
+    size = len(files[SHARDS[0]])
+    assert uploads(hub) == [size, size]
+    for name in SHARDS[2:]:
+        assert hub.moved(name) == 64 << 10  # its header
+        assert name not in receipt_of(files)["keys"]
+    beside(f"adapterkit.merge('org/base', ['org/first'], out='{home / 'copied'}').data")
+    assert differing(files, home / "copied") == []
+    assert done["totals"]["bytes_copied_on_hub"] == 4 * size
+    assert done["files"] == receipt_of(files)["files"]
+    write(home / "downloaded", {n: d for n, d in files.items() if n != ".gitattributes"})
+    assert adapterkit.verify(home / "downloaded")["files"] == len(files) - 2
+    damaged = bytearray(files[SHARDS[5]])
+    damaged[-1] ^= 1
+    (home / "downloaded" / SHARDS[5]).write_bytes(damaged)
+    with pytest.raises(adapterkit.errors.Damaged, match=SHARDS[5]):
+        adapterkit.verify(home / "downloaded")
+
+
+def test_into_another_region_they_are_sent(place):
+    hub, client, _, home = place
+    hub.repo("org/far", region="eu")
+    client("adapterkit.merge('org/base', ['org/first'], out='hf://org/far').data")
+    files = hub.files("org/far")
+    assert differing(files, home / "copied") == []
+    assert len(uploads(hub)) == LAYERS and len(receipt_of(files)["keys"]) == LAYERS
+
+
+def test_a_branch_of_the_same_repository(place):
+    hub, client, *_ = place
+    base = hub.repos["org/base"].refs["main"]
+    client("adapterkit.merge('org/base', ['org/first'], out='hf://org/base@merged:v1').data")
+    assert hub.repos["org/base"].refs["main"] == base
+    files = hub.files("org/base", "merged")
+    assert files[f"v1/{SHARDS[5]}"] == files[SHARDS[5]] and len(uploads(hub)) == 2
+    assert files[f"v1/{SHARDS[0]}"] != files[SHARDS[0]]
+    assert not hub.asked("POST", "/lfs-files/duplicate")
+
+
+class Sampled:
+    """The most bytes that the files of a folder had together while this thread looked."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.most, self.over = folder, 0, threading.Event()
+        self.thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self.over.is_set():
+            size = 0
+            for parent, _, names in os.walk(self.folder):
+                for name in names:
+                    try:
+                        size += os.stat(os.path.join(parent, name)).st_size
+                    except FileNotFoundError:
+                        continue
+            self.most = max(self.most, size)
+            time.sleep(0.001)
+
+    def __enter__(self) -> "Sampled":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+def test_the_disk_limit_is_kept_to(place):
+    hub, client, _, home = place
+    total = sum(len(data) for data in base_files().values())
+    limit = 1_000_000
+    hub.faults = lambda asked: Fault(delay=0.02) if asked.method in ("GET", "PUT") else None
+    plan = client(
+        "adapterkit.merge('org/base', ['org/adapter'], out='hf://org/small', disk_limit='1MB', "
+        "dry_run=True).totals()"
+    )
+    assert plan["disk_needed"] == limit < total
+    with Sampled(home / "adapterkit") as disk:
+        client(
+            "adapterkit.merge('org/base', ['org/adapter'], out='hf://org/small', "
+            "disk_limit=1000000).data"
+        )
+    assert 2 * len(base_files()[SHARDS[0]]) < disk.most <= limit
+    assert differing(hub.files("org/small"), home / "merge") == []
+    assert list((home / "hub").rglob("*.safetensors")) == []
+
+
+def test_a_limit_below_the_largest_file_is_refused(place):
+    hub, client, *_ = place
+    call = "adapterkit.merge('org/base', ['org/adapter'], out='hf://org/tiny', disk_limit='{}')"
+    error = client.refusal(call.format("400KB"))
+    assert SHARDS[0] in error.parts["problem"] and "400,000" in error.parts["problem"]
+    assert "org/tiny" not in hub.repos and not hub.asked("POST")
+    enough = error.parts["hint"].split()[2]
+    client(call.format(enough) + ".data")
+    assert "org/tiny" in hub.repos
+
+
+def test_a_dry_run_counts_bytes(place):
+    hub, client, *_ = place
+    totals = client(
+        "adapterkit.merge('org/base', ['org/first'], out='hf://org/dry', dry_run=True).totals()"
+    )
+    size, adapter = len(base_files()[SHARDS[0]]), len(adapter_files(layers=range(2))[WEIGHTS])
+    assert totals["bytes_down"] == 2 * size + adapter
+    assert totals["bytes_copied_on_hub"] == 4 * size
+    assert 2 * size < totals["bytes_up"] < 3 * size
+    assert "org/dry" not in hub.repos and not hub.asked("POST")
+
+
+def test_verify_looks_at_each_file_before_it_goes(place):
+    _, client, *_ = place
+    done = client(
+        "adapterkit.merge('org/base', ['org/first'], out='hf://org/verified', verify=True).data"
+    )
+    assert done["verified"]["files"] == 2 and done["verified"]["rows"] == 6
+
+
+def test_what_is_looked_at_whole_stays_until_then(place):
+    hub, client, beside, home = place
+    call = "adapterkit.extract('org/base', 'org/merge', rank=4, out='{}').data"
+    client(call.format("hf://org/extracted"))
+    beside(call.format(home / "extracted"))
+    assert differing(hub.files("org/extracted"), home / "extracted") == []
