@@ -46,6 +46,9 @@ class Executor(ABC):
 
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# Arguments of the writing verbs that name an input, and those that name several
+SOURCE = tuple("src base tuned adapter initial base16 quantized stats".split())
+WEIGHTED = ("adapters", "general")
 MOST_WHOLE, MOST_SEED = 2**31 - 1, 2**63 - 1
 CHOICES = {
     "base_copies": ("ignore", "adapter"),
@@ -416,10 +419,10 @@ _above_0 = number("a number above 0", lambda value: value > 0)
 CHECKS: dict[str, Check] = {
     **{name: choice(words) for name, words in CHOICES.items()},
     **dict.fromkeys(
-        "src base tuned adapter initial folder path a b base16 quantized stats out plot".split(),
+        (*SOURCE, *"folder path a b out plot".split()),
         path,
     ),
-    **dict.fromkeys("adapters general".split(), _unchecked),
+    **dict.fromkeys(WEIGHTED, _unchecked),
     **dict.fromkeys(
         (
             "rslora double_quant base_is_residual dequantize verify download headers resume "

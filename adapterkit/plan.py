@@ -193,6 +193,12 @@ class Task(ABC):
         return ()
 
     @property
+    def foreseen(self) -> dict[str, Any] | None:
+        """Those of its metrics that small files need, where it is known before any value is read
+        that its outputs are `max_outputs`; None where values decide."""
+        return None
+
+    @property
     def copied(self) -> bool:
         """Whether its outputs are stored bytes, written as they are."""
         return False

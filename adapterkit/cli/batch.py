@@ -1,4 +1,5 @@
-"""Many conversions from a list: each is done or refused on its own, and all are reported."""
+"""Many jobs in one command, conversions of a list or steps of a pipeline: each is done or refused
+on its own, and all are reported."""
 
 import os
 import re
@@ -13,7 +14,6 @@ from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all,
 from adapterkit.hub.ids import parse
 
 PLACES = ("{name}", "{parent}")
-STATES = ("done", "done before", "planned", "refused")
 
 
 def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **options: Any) -> int:
@@ -22,6 +22,7 @@ def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **option
     Empty lines and those that start with # say nothing. Raises `Refused` before the first
     conversion where two outputs would be one, `Interrupted` on a signal.
     """
+    from adapterkit.jobs.report import report
     from adapterkit.verbs.convert import convert
 
     del options["out"]
@@ -36,10 +37,28 @@ def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **option
             ) from None
         results.append(result)
         if not quiet and not as_json:
-            click.echo(_line(result), err=True)
-    totals = {state: sum(result["state"] == state for result in results) for state in STATES}
+            _print_row(result)
+    return _finish(report("conversions", results), as_json, quiet)
+
+
+def run_steps(file: str, *, as_json: bool, quiet: bool, dry_run: bool, **options: Any) -> int:
+    """Carry out the steps of a pipeline's file; the exit status: 0 if all are done, else 1.
+
+    Raises as `run_pipeline` does.
+    """
+    from adapterkit.jobs.pipeline import run_pipeline
+
+    tell = (lambda row: None) if quiet or as_json else _print_row
+    with ProgressBar(quiet or dry_run) as bar:
+        result = run_pipeline(file, dry_run=dry_run, progress=bar, tell=tell, **options)
+    return _finish(result, as_json, quiet)
+
+
+def _finish(report: dict[str, Any], as_json: bool, quiet: bool) -> int:
+    """Print what is left to print of a report; the exit status."""
+    totals = report["totals"]
     if as_json:
-        print_json({"totals": totals, "conversions": results})
+        print_json(report)
     elif not quiet:
         counts = [f"{count} {state}" for state, count in totals.items() if count]
         click.echo(", ".join(counts), err=True)
@@ -108,26 +127,25 @@ def _convert(
     convert: Callable[..., Any], source: str, out: str, quiet: bool, options: dict[str, Any]
 ) -> dict[str, Any]:
     """One conversion as a row of the report."""
-    from adapterkit.receipt import Receipt
+    from adapterkit.jobs.report import outcome, refusal
 
     row: dict[str, Any] = {"source": source, "out": out}
     try:
         with ProgressBar(quiet or options["dry_run"]) as bar:
-            result = convert(source, out=out, progress=bar, **options)
+            return row | outcome(convert(source, out=out, progress=bar, **options))
     except Interrupted:
         raise
     except AdapterkitError as error:
-        return row | {"state": "refused", "message": str(error)}
-    if not isinstance(result, Receipt):
-        return row | {"state": "planned", "totals": result.totals()}
-    state = "done before" if result.finished_before else "done"
-    return row | {"state": state, "notes": result.data["notes"]}
+        return row | refusal(error)
 
 
-def _line(row: dict[str, Any]) -> str:
-    """A row for the terminal."""
-    text = f"{row['state']}: {shown(row['source'])}"
+def _print_row(row: dict[str, Any]) -> None:
+    """A job for the terminal."""
+    job = shown(row["source"]) if "source" in row else f"step {row['step']}, {row['verb']}"
+    lines = [f"{row['state']}: {job} -> {shown(row['out'])}"]
     if "message" in row:
-        return f"{text}\n  {row['message'].replace(chr(10), chr(10) + '  ')}"
-    notes = "".join(f"\n  note: {note}" for note in row.get("notes", []))
-    return f"{text} -> {shown(row['out'])}{notes}"
+        lines += row["message"].splitlines()
+    if "totals" in row:
+        lines.append(f"{row['totals']['bytes_written']:,} bytes to write")
+    lines += [f"note: {note}" for note in row.get("notes", [])]
+    click.echo("\n  ".join(lines), err=True)

@@ -47,8 +47,7 @@ class ProgressBar:
         return self
 
     def expect(self, total: int) -> None:
-        self.bar.total = total
-        self.bar.refresh()
+        self.bar.reset(total)  # of the next one, where there are several jobs
 
     def __call__(self, done: int) -> None:
         with self.lock:

@@ -29,6 +29,8 @@ class WeightedSum(OnFactors):
     """Δ' = Σ shareᵢ Δᵢ: the factors side by side. The one kind of method on factors that is also
     defined for what has no factors: values that were trained whole."""
 
+    stacks = True
+
     @abstractmethod
     def shares(self, weights: Sequence[float]) -> list[float]:
         """What each delta is multiplied by."""

@@ -31,6 +31,7 @@ class Karcher(OnFactors):
     name = "karcher"
     source = "Karcher 1977, doi:10.1002/cpa.3160300502"
     acts_on = "factors"
+    stacks = True
 
     def check_weights(self, weights: Sequence[float]) -> None:
         if min(weights) < 0 or sum(weights) == 0:

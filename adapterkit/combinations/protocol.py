@@ -65,6 +65,8 @@ class OnFactors(_Weighted, Protocol):
     """A method on factors, float64, exact but for rounding."""
 
     acts_on: ClassVar[Literal["factors"]]
+    # whether the factors of all stand side by side: the rank is the sum, whatever the values
+    stacks: ClassVar[bool] = False
 
     @abstractmethod
     def combine_factors(

@@ -28,6 +28,7 @@ class Slerp(OnFactors):
     name = "slerp"
     source = "Shoemake 1985, doi:10.1145/325334.325242"
     acts_on = "factors"
+    stacks = True
 
     def __post_init__(self):
         if self.t is not None:

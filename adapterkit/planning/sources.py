@@ -14,6 +14,7 @@ from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import StrPath, finite, unweighted, weighted
 from adapterkit.planning.converted import in_adapter_layout
+from adapterkit.planning.planned_folder import PlannedFolder
 
 INDEX = ".safetensors.index.json"
 MODEL_CONFIG = "config.json"
@@ -28,7 +29,10 @@ class _File(Folder, Protocol):
 
 def open_source(text: StrPath) -> Folder:
     """The folder that a path, or a Hub id `org/name[@revision][:subfolder]`, stands for; a path
-    that exists is read as it is. `Refused` for a text that is neither."""
+    that exists is read as it is, a folder that is planned stands for itself. `Refused` for a text
+    that is neither."""
+    if isinstance(text, PlannedFolder):
+        return text
     if os.path.exists(text):
         return LocalFolder(text)
     from adapterkit.hub.folder import HubFolder
@@ -145,7 +149,7 @@ def initial_of(adapter: Folder) -> Folder | None:
     elif f"{INITIAL}/{CONFIG}" in adapter.files():
         from adapterkit.hub.folder import HubFolder
 
-        assert isinstance(adapter, HubFolder)
+        assert isinstance(adapter, HubFolder | PlannedFolder)
         return adapter.subfolder(INITIAL)
     raise Refused(
         f"init_lora_weights {shown(init)} without the folder {INITIAL}/",

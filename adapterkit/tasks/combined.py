@@ -115,6 +115,12 @@ class CombinedFactors(FactorsTask):
         return min(full, max(ranks) if self.refit.largest else self.refit.rank or full)
 
     @property
+    def foreseen(self) -> dict[str, Any] | None:
+        known = self.space == "factors" or self.method.acts_on == "elements"
+        known = known or (self.method.acts_on == "factors" and self.method.stacks)
+        return {"rank": self.max_rank} if known and not self.refit.energy else None
+
+    @property
     def memory(self) -> int:
         parts, size = sum(part.memory for part in self.parts), math.prod(self.shape)
         if self.covariances:

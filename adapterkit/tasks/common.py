@@ -5,6 +5,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class CopiedTensor(Task):
         return (Stored(self.key, self.source.dtype, self.source.shape),)
 
     @property
+    def foreseen(self) -> dict[str, Any]:
+        return {}
+
+    @property
     def copied(self) -> bool:
         return not self.checked
 
@@ -72,6 +77,10 @@ class SummedTensor(Task):
     @property
     def max_outputs(self) -> tuple[Stored, ...]:
         return (Stored(self.key, self.dtype, self.shape),)
+
+    @property
+    def foreseen(self) -> dict[str, Any]:
+        return {}
 
     @property
     def memory(self) -> int:

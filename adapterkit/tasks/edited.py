@@ -39,6 +39,10 @@ class StepTask(Task):
     def shared_reads(self) -> tuple[TensorSpec, ...]:
         return tuple(spec for edit in self.step.edits for spec in edit.shared_reads)
 
+    @property
+    def foreseen(self) -> dict[str, Any] | None:
+        return None if self.variable_size else {}
+
 
 @dataclass(frozen=True)
 class EditedTensor(StepTask):

@@ -10,6 +10,7 @@ folder `HANDED_ON`. Once all files are done they are removed.
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,10 @@ class HandoffFactors(FactorsTask):
     @property
     def max_rank(self) -> int:
         return self.rank
+
+    @property
+    def foreseen(self) -> dict[str, Any]:
+        return {"rank": self.max_rank}
 
     @property
     def memory(self) -> int:

@@ -45,6 +45,10 @@ class InitialFactors(FactorsTask):
         return self.rank
 
     @property
+    def foreseen(self) -> dict[str, Any]:
+        return {"rank": self.rank, "alpha": self.alpha}
+
+    @property
     def memory(self) -> int:
         matrix = 0
         if self.weight is not None:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -146,6 +146,10 @@ class LoftQFactors(FactorsTask):
     @property
     def max_rank(self) -> int:
         return self.rank
+
+    @property
+    def foreseen(self) -> dict[str, Any]:
+        return {"rank": self.max_rank}
 
     @property
     def memory(self) -> int:

@@ -1,6 +1,7 @@
 """Factors of one module minus the mean of other adapters' factors (GenKnowSub)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from adapterkit.adapters.factors import Factors
 from adapterkit.checkpoint.header import TensorSpec
@@ -23,6 +24,10 @@ class SubtractedFactors(FactorsTask):
     @property
     def max_rank(self) -> int:
         return self.task_adapter.rank
+
+    @property
+    def foreseen(self) -> dict[str, Any]:
+        return {"rank": self.max_rank}
 
     @property
     def memory(self) -> int:

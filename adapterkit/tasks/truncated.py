@@ -145,6 +145,10 @@ class TruncatedFactors(FittedFactors):
         return self.truncation.max_rank(min(self.factors.rank, *self.factors.shape))
 
     @property
+    def foreseen(self) -> dict[str, Any] | None:
+        return None if self.truncation.rank is None else {"rank": self.max_rank}
+
+    @property
     def memory(self) -> int:
         factors = self.factors.a.nbytes + self.factors.b.nbytes
         return (12 if self.covariance is None else 30) * factors + root_memory(self.covariance)

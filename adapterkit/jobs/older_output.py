@@ -1,0 +1,149 @@
+"""What is at an output's place already: the job it is of, and whether its inputs are the same."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder, LocalFolder
+from adapterkit.checkpoint.reader import identity
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.checkpoint.stage import RECEIPT, Stage
+from adapterkit.engines.one_file import SUFFIX
+from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.execute import check_same_job
+from adapterkit.jobs.pipeline_file import Place
+from adapterkit.plan import CopyFile, Plan
+from adapterkit.planning.converted import ConvertedFolder
+from adapterkit.planning.unpickled import UnpickledFolder
+from adapterkit.receipt import digest, public_recipe
+from adapterkit.statistics.plan import StatisticsPlan
+from adapterkit.tasks.statistics import metadata_of
+
+AnyPlan = Plan | StatisticsPlan
+
+
+@dataclass(frozen=True)
+class Older:
+    """An older output of adapterkit."""
+
+    receipt: dict[str, Any]
+    folder: Path  # in which its files are
+    written: int  # when, in nanoseconds
+
+    @property
+    def pipeline(self) -> dict[str, Any]:
+        """What the receipt says of the pipeline that wrote it."""
+        entry = self.receipt.get("pipeline")
+        return entry if isinstance(entry, dict) else {}
+
+    def is_of(self, plan: AnyPlan) -> bool:
+        """Whether it is, whole, what the plan would write of the inputs as they are now."""
+        if self.receipt.get("fingerprint") != fingerprint(plan) or not self._is_whole():
+            return False
+        if "inputs" in self.pipeline:
+            return self.pipeline["inputs"] == inputs_digest(plan)
+        return all(os.stat(path).st_mtime_ns <= self.written for path in _local_inputs(plan))
+
+    def _is_whole(self) -> bool:
+        files = self.receipt.get("files", {})
+        return all(
+            (self.folder / name).is_file()
+            and (self.folder / name).stat().st_size == entry.get("size")
+            for name, entry in files.items()
+        )
+
+
+def older_output(place: Place) -> Older | None:
+    """The older output at a place; None where there is none that adapterkit wrote."""
+    if place.repository:
+        return None
+    path = Path(place.path)
+    beside = path.with_name(path.name + SUFFIX)
+    for receipt in (path / RECEIPT, beside):
+        try:
+            data = json.loads(receipt.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(data, dict) and (receipt != beside or path.is_file()):
+            return Older(data, receipt.parent, receipt.stat().st_mtime_ns)
+    if path.is_file():
+        try:
+            return Older(metadata_of(open_checkpoint(LocalFolder(path))), path.parent, _mtime(path))
+        except AdapterkitError:
+            return None
+    return None
+
+
+def _mtime(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def can_go_on(place: Place, plan: AnyPlan, overwrite: bool) -> bool:
+    """Whether an interrupted run of this plan can be continued. `Refused` for one of another plan,
+    unless it is to be overwritten."""
+    for stage in _stages(place):
+        entries = stage.journal()
+        if entries:
+            recipe = json.loads(json.dumps(plan.recipe()))
+            if entries[0].get("recipe") == recipe:
+                return True
+            if not overwrite:
+                check_same_job(stage, recipe)
+    return False
+
+
+def check_room(place: Place, plan: AnyPlan, overwrite: bool) -> None:
+    """`Refused` where the output cannot be written anew at its place."""
+    out = Path(place.path)
+    if place.repository:
+        return
+    if out.is_file() and not overwrite:
+        raise Refused(
+            "a file of that name",
+            expected="a new file",
+            where=place.path,
+            hint="choose another out, or give --overwrite",
+        )
+    if not out.is_file():
+        Stage(out).state(fingerprint(plan), resume=False, overwrite=overwrite)
+
+
+def _stages(place: Place) -> list[Stage]:
+    """Where an output may be in the making: beside its place, a single file in a folder first."""
+    out = Path(place.path)
+    return [] if place.repository else [Stage(out), Stage(out.with_name(f".{out.name}.converted"))]
+
+
+def fingerprint(plan: AnyPlan) -> str:
+    return digest(public_recipe(json.loads(json.dumps(plan.recipe()))))
+
+
+def inputs_digest(plan: AnyPlan) -> str:
+    """A short hash of the identities of all local files that a plan reads: it changes when one is
+    written again, whatever is in it."""
+    rows = [identity(os.stat(path))[1:] for path in _local_inputs(plan)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _local_inputs(plan: AnyPlan) -> Iterator[Path]:
+    """The files on this machine that a plan reads."""
+    folders = plan.folders if isinstance(plan, Plan) else (plan.base.folder,)
+    copied = plan.files.values() if isinstance(plan, Plan) else ()
+    names = dict.fromkeys(plan.headers)
+    names |= dict.fromkeys((c.folder, c.name) for c in copied if isinstance(c, CopyFile))
+    for number, name in names:
+        yield from _paths(folders[number], name)
+
+
+def _paths(folder: Folder, name: str) -> Iterator[Path]:
+    """Where a file of a folder comes from on this machine; nothing for one of the Hub."""
+    if isinstance(folder, ConvertedFolder):
+        yield from _local_inputs(folder.plan)
+    elif isinstance(folder, UnpickledFolder):
+        yield from _paths(folder.source, folder.pickle if name == folder.weights else name)
+    elif isinstance(folder, LocalFolder):
+        yield folder.path(name)

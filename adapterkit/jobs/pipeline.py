@@ -1,0 +1,237 @@
+"""A pipeline: steps of a file, all planned before the first is carried out, each done once.
+
+A step that reads what an earlier one is still to write is planned from that one's plan, where its
+headers are known. The receipt of each output says which pipeline wrote it and from which files, so
+that a step is left as it is while neither it nor its inputs have changed.
+"""
+
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.engines.call import Call
+from adapterkit.engines.execution import Execution
+from adapterkit.errors import AdapterkitError, Interrupted, Refused, shown
+from adapterkit.jobs.older_output import (
+    AnyPlan,
+    Older,
+    can_go_on,
+    check_room,
+    inputs_digest,
+    older_output,
+)
+from adapterkit.jobs.pipeline_file import PipelineStep, Source, read_pipeline
+from adapterkit.jobs.report import Row, outcome, refusal, report
+from adapterkit.options import Executor
+from adapterkit.plan import Plan, Progress
+from adapterkit.planning.planned_folder import PlannedFolder, planned_folder
+from adapterkit.receipt import Receipt
+
+FINISHED: Row = {"state": "done before", "notes": []}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How an output is written: `finished`: it is there."""
+
+    finished: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class Work:
+    """What is known of a step."""
+
+    step: PipelineStep
+    mode: Mode | None = None  # None: known when its inputs are there
+    plan: AnyPlan | None = None
+    outcome: Row = field(default_factory=dict)
+
+    @property
+    def row(self) -> Row:
+        step = self.step
+        names = {"step": step.number, "verb": step.name, "inputs": list(step.inputs)}
+        return names | {"out": step.out} | self.outcome
+
+    @property
+    def is_refused(self) -> bool:
+        return self.outcome["state"] == "refused"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.mode is not None and self.mode.finished
+
+
+def run_pipeline(
+    file: str | os.PathLike,
+    *,
+    dry_run: bool = False,
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda done: None,
+    tell: Callable[[Row], object] = lambda row: None,
+) -> dict[str, Any]:
+    """Carry out the steps of a TOML file, in order; the report: `totals`, the number of steps in
+    each state, and `steps`.
+
+    States: done, done before, planned, refused. Nothing is carried out where a step is refused in
+    planning; none after one that is refused or fails later. An output is replaced where this
+    pipeline wrote it, any older output of adapterkit with `overwrite`. `device`: of steps that
+    name none. `tell` is called with each step's part of the report. Raises `Refused` for a file
+    that is no pipeline, and `Interrupted`; then the same call goes on.
+    """
+    path = Path(file)
+    pipeline = _Pipeline(path, device, overwrite, progress)
+    works = pipeline.plan(read_pipeline(path))
+    stopped = dry_run or any(work.is_refused for work in works)
+    for number, work in enumerate(works, 1):
+        work.plan = None  # what is carried out is planned again
+        if not stopped and not work.is_finished:
+            try:
+                work.outcome = pipeline.carry_out(work)
+            except (KeyboardInterrupt, Interrupted):
+                raise Interrupted(
+                    f"stopped in step {number} of {len(works)}; those before it are done",
+                    where=path.name,
+                    hint="run the same command again",
+                ) from None
+            except AdapterkitError as error:
+                work.outcome, stopped = refusal(error), True
+        tell(work.row)
+    return report("steps", [work.row for work in works])
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    file: Path
+    device: str | None
+    overwrite: bool
+    progress: Progress
+
+    @property
+    def id(self) -> str:
+        """Tells this file from others of its name."""
+        return hashlib.sha256(os.fsencode(self.file.resolve())).hexdigest()[:16]
+
+    def plan(self, steps: list[PipelineStep]) -> list[Work]:
+        """All steps, planned as far as that is possible without data; refused ones say why."""
+        works: list[Work] = []
+        for step in steps:
+            work = Work(step)
+            works.append(work)
+            try:
+                self._plan(work, works)
+            except AdapterkitError as error:
+                work.outcome = refusal(error)
+        return works
+
+    def _plan(self, work: Work, works: list[Work]) -> None:
+        step = work.step
+        pending = {
+            source: works[number - 1]
+            for source, number in step.needs.items()
+            if not works[number - 1].is_finished
+        }
+        planned = {source: _planned(source, other) for source, other in pending.items()}
+        unknown = [source for source, folder in planned.items() if folder is None]
+        folders = {source: folder for source, folder in planned.items() if folder is not None}
+        call = self._call(step, folders)
+        try:
+            work.plan = None if unknown else call.plan()
+        except AdapterkitError:
+            if not any(folder.asked_for_values for folder in folders.values()):
+                raise
+        if any(folder.asked_for_values for folder in folders.values()):
+            work.plan = None
+        if work.plan is None:
+            numbers = sorted({other.step.number for other in pending.values()})
+            steps = " and ".join(f"step {number}" for number in numbers)
+            work.outcome = {"state": "planned", "notes": [f"planned when {steps} is done"]}
+            return
+        work.mode = self._mode(step, work.plan, changes=bool(pending))
+        work.outcome = FINISHED if work.mode.finished else outcome(work.plan)
+
+    def _call(self, step: PipelineStep, planned: Mapping[Source, PlannedFolder]) -> Call:
+        """The step's call, its arguments checked; some of its sources are planned."""
+
+        def value(source: Source) -> Any:
+            there = planned.get(source, source.place.text)
+            return there if source.weight is None else (there, source.weight)
+
+        arguments = step.with_sources(value) | {"out": step.place.out}
+        if self.device is not None:
+            arguments = {"device": self.device} | arguments
+        # an older output is looked at here
+        return step.verb.call(**arguments, overwrite=True)
+
+    def _mode(self, step: PipelineStep, plan: AnyPlan, *, changes: bool) -> Mode:
+        """How to write the output; `Refused` where something is in the way that this pipeline did
+        not write. `changes`: inputs will be other ones than now."""
+        older = older_output(step.place)
+        resume = can_go_on(step.place, plan, self.overwrite)
+        if older is not None and not changes and not resume and older.is_of(plan):
+            return Mode(finished=True)
+        if older is not None and not self.overwrite and not self._wrote(older):
+            raise Refused(
+                "an output that this pipeline did not write, of another job or of other inputs",
+                expected="a new output, or an older one of this pipeline",
+                where=step.place.out,
+                hint="choose another out, or give --overwrite",
+            )
+        overwrite = older is not None or self.overwrite
+        if not resume:
+            check_room(step.place, plan, overwrite)
+        return Mode(False, resume, overwrite)
+
+    def _wrote(self, older: Older) -> bool:
+        return older.pipeline.get("id") == self.id
+
+    def carry_out(self, work: Work) -> Row:
+        """Write the step's output, unless it turns out to be there."""
+        step = work.step
+        call = self._call(step, {})
+        mode = work.mode
+        if mode is None or step.needs:
+            mode = self._mode(step, call.plan(), changes=False)
+        if mode.finished:
+            return FINISHED
+        how: dict[str, Any] = {
+            "resume": mode.resume,
+            "overwrite": mode.overwrite,
+            "progress": self.progress,
+        }
+        if "engine" in inspect.signature(step.verb).parameters:
+            how["engine"] = _Marked(self, step.arguments.get("engine", "local"))
+        return outcome(call.run(**how))
+
+
+@dataclass(frozen=True)
+class _Marked(Executor):
+    """The executor that notes in the receipt which pipeline writes it, and from which files."""
+
+    pipeline: _Pipeline
+    engine: str
+
+    def __call__(
+        self, plan: Plan, execution: Execution, check: Callable[[Path], object] | None
+    ) -> Receipt | Plan:
+        entry = {
+            "file": shown(self.pipeline.file.name),
+            "id": self.pipeline.id,
+            "inputs": inputs_digest(plan),
+        }
+        marked = replace(plan, decisions=plan.decisions | {"pipeline": entry})
+        return replace(execution, engine=self.engine).run(marked, check)
+
+
+def _planned(source: Source, other: Work) -> PlannedFolder | None:
+    """What an earlier step will write where a source is; None where that is not known. `Refused`
+    where it will write nothing there."""
+    if not isinstance(other.plan, Plan):
+        return None
+    return planned_folder(other.step.place.text, other.plan, source.place.text)

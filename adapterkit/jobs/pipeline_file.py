@@ -1,0 +1,320 @@
+"""The file of a pipeline: steps, each a verb with its sources, output and options, all checked
+without a look at any source."""
+
+import functools
+import inspect
+import os
+import pkgutil
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from adapterkit import verbs
+from adapterkit.engines.execution import WritingVerb, is_on_hub
+from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
+from adapterkit.hub import ids
+from adapterkit.options import SOURCE, WEIGHTED, finite
+
+KEYS = ("verb", "inputs", "out", "options")
+# what the pipeline decides, and what no file can hold
+RESERVED = ("out", "accept", "dry_run", "overwrite", "progress", "resume")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder or a file, on this machine or on the Hub."""
+
+    path: str  # absolute; in a repository the folder, "" for all of it
+    repository: str = ""  # org/name[@revision]; "" on this machine
+
+    @property
+    def text(self) -> str:
+        """As verbs take it as a source."""
+        if not self.repository:
+            return self.path
+        return f"{self.repository}:{self.path}" if self.path else self.repository
+
+    @property
+    def out(self) -> str:
+        """As verbs take it as an output."""
+        return f"hf://{self.text}" if self.repository else self.path
+
+    def within(self, other: "Place") -> bool:
+        """Whether it is the other place, or lies in it."""
+        if self.repository != other.repository:
+            return False
+        return not other.path or f"{self.path}/".startswith(f"{other.path}/")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of a verb; `weight`: as it is given behind it, PATH=0.7."""
+
+    place: Place
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class PipelineStep:
+    """One step: a call of a verb. In its arguments `Source` stands for what the verb reads."""
+
+    number: int  # from 1
+    name: str  # the verb's
+    verb: WritingVerb[..., Any]
+    inputs: tuple[str, ...]  # as they are written
+    out: str
+    place: Place  # of the output
+    arguments: Mapping[str, Any]
+    needs: Mapping[Source, int]  # the step whose output a source is
+
+    def with_sources(self, value: Callable[[Source], Any]) -> dict[str, Any]:
+        """The arguments with something in the place of each source."""
+
+        def put(argument: Any) -> Any:
+            if isinstance(argument, list):
+                return [put(item) for item in argument]
+            return value(argument) if isinstance(argument, Source) else argument
+
+        return {name: put(argument) for name, argument in self.arguments.items()}
+
+
+def read_pipeline(file: Path) -> list[PipelineStep]:
+    """The steps of a pipeline; `Refused` with all that is wrong in any of them."""
+    entries, folder = _entries(file), file.absolute().parent
+    errors: list[AdapterkitError] = []
+    texts = [entry.get("out") for entry in entries]
+    outs = {
+        number: _output(text, folder)
+        for number, text in enumerate(texts, 1)
+        if isinstance(text, str) and text
+    }
+    steps = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            steps.append(_step(number, entry, outs, folder))
+        except AdapterkitError as error:
+            errors.append(error)
+    errors += _overlaps(outs)
+    refuse_all(errors)
+    return steps
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    """The tables of the file; `Refused` where it is none of a pipeline."""
+    where = file.name
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise Refused(
+            f"no TOML: {error}", expected="[[step]] tables", where=where, hint="check the file"
+        ) from error
+    unknown = [key for key in document if key != "step"]
+    if unknown:
+        hint = did_you_mean(unknown, ["step"]) or "leave it out"
+        problem = f"{', '.join(map(shown, unknown))} at the top"
+        raise Refused(problem, expected="[[step]] tables alone", where=where, hint=hint)
+    entries = document.get("step")
+    tables = entries if isinstance(entries, list) else []
+    if not tables or not all(isinstance(table, dict) for table in tables):
+        raise Refused("no step", expected="[[step]] tables", where=where, hint="add some")
+    return tables
+
+
+def _step(
+    number: int, entry: dict[str, Any], outs: Mapping[int, Place], folder: Path
+) -> PipelineStep:
+    errors: list[AdapterkitError] = []
+    verb = _verb(entry.get("verb"), number, errors)
+    where = _where(number, entry.get("verb"))
+    errors += _unknown(entry, KEYS, where, "a key of a step")
+    inputs, options = entry.get("inputs"), entry.get("options", {})
+    inputs = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(inputs, list) or not all(isinstance(i, str) and i for i in inputs):
+        errors.append(_wrong("inputs", inputs, "a list of texts", where))
+    if number not in outs:
+        errors.append(_wrong("out", entry.get("out"), "a path, or hf://org/name", where))
+    if not isinstance(options, dict):
+        errors.append(_wrong("options", options, "a table of the verb's options", where))
+    refuse_all(errors)
+    assert verb is not None and isinstance(inputs, list)
+    names = inspect.signature(verb).parameters
+    errors += _wrong_options(names, options, where)
+    source = functools.partial(_source, folder=folder, outs=tuple(outs.values()))
+    arguments = _sources(names, inputs, source, where, errors)
+    for name, value in options.items():
+        is_source = name in (*SOURCE, *WEIGHTED, "data")
+        arguments[name] = _located(name, value, source) if is_source else value
+    needs: dict[Source, int] = {}
+    for one in _all_sources(arguments):
+        errors += _needed(one, number, outs, where, needs)
+    refuse_all(errors)
+    name, out = entry["verb"], entry["out"]
+    return PipelineStep(number, name, verb, tuple(inputs), out, outs[number], arguments, needs)
+
+
+def _where(number: int, verb: object) -> str:
+    return f"step {number} ({shown(verb)})" if isinstance(verb, str) else f"step {number}"
+
+
+def _verb(name: Any, number: int, errors: list[AdapterkitError]) -> WritingVerb[..., Any] | None:
+    names = [info.name for info in pkgutil.iter_modules(verbs.__path__)]
+    verb = _writing_verb(name) if name in names else None
+    if verb is None:
+        known = [each for each in names if _writing_verb(each)]
+        hint = did_you_mean([name], known) if isinstance(name, str) else ""
+        errors.append(
+            Refused(
+                f"verb {shown(repr(name))}",
+                expected=f"a verb that writes: {', '.join(known)}",
+                where=f"step {number}",
+                hint=hint or "use one of these",
+            )
+        )
+    return verb
+
+
+def _writing_verb(name: str) -> WritingVerb[..., Any] | None:
+    verb = getattr(import_module(f"adapterkit.verbs.{name}"), name, None)
+    return verb if verb is not None and "dry_run" in inspect.signature(verb).parameters else None
+
+
+def _unknown(given: Sequence[str] | dict, known: Sequence[str], where: str, what: str):
+    names = [name for name in given if name not in known]
+    return [
+        Refused(
+            f"{shown(name)}, which is not {what}",
+            expected=", ".join(known),
+            where=where,
+            hint=did_you_mean([name], known) or "leave it out",
+        )
+        for name in names
+    ]
+
+
+def _wrong(key: str, value: Any, expected: str, where: str) -> Refused:
+    problem = f"no {key}" if value is None else f"{key} {shown(repr(value))}"
+    return Refused(problem, expected=expected, where=where, hint="see docs/scale.md")
+
+
+def _wrong_options(
+    names: Mapping[str, inspect.Parameter], options: dict[str, Any], where: str
+) -> Iterator[AdapterkitError]:
+    own = {n: p for n, p in names.items() if p.kind is p.KEYWORD_ONLY and n not in RESERVED}
+    yield from _unknown(options, list(own), where, "an option of this verb")
+    for name, parameter in own.items():
+        if parameter.default is parameter.empty and name not in options:
+            yield _wrong(name, None, f"the option {name}", where)
+
+
+def _sources(
+    names: Mapping[str, inspect.Parameter],
+    inputs: list[str],
+    source: Callable[[str, str], Source],
+    where: str,
+    errors: list[AdapterkitError],
+) -> dict[str, Any]:
+    """The verb's sources by name, in its order; the last name has all that are left where it may
+    be several."""
+    order = [n for n, p in names.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    several = order[-1] in WEIGHTED
+    if len(inputs) < len(order) or (len(inputs) > len(order) and not several):
+        expected = " ".join(order).upper().replace("ADAPTERS", "ADAPTER...")
+        errors.append(
+            Refused(f"{len(inputs)} inputs", expected=expected, where=where, hint="check inputs")
+        )
+        return {}
+    single = order[:-1] if several else order
+    arguments: dict[str, Any] = {
+        n: source(n, text) for n, text in zip(single, inputs, strict=False)
+    }
+    if several:
+        arguments[order[-1]] = [source(order[-1], text) for text in inputs[len(single) :]]
+    return arguments
+
+
+def _located(name: str, value: Any, source: Callable[[str, str], Source]) -> Any:
+    """The option's value with sources in the place of texts; what is none is left to its check."""
+    if isinstance(value, list):
+        return [_located(name, item, source) for item in value]
+    return source(name, value) if isinstance(value, str) and value else value
+
+
+def _source(name: str, text: str, *, folder: Path, outs: Sequence[Place]) -> Source:
+    if name not in WEIGHTED:
+        return Source(_place(text, folder, outs))
+    whole = _place(text, folder, outs)
+    path, _, number = text.rpartition("=")
+    weight = finite(number)
+    known = os.path.exists(whole.text) or any(whole.within(out) for out in outs)
+    if known or not path or weight is None:
+        return Source(whole, 1.0)
+    return Source(_place(path, folder, outs), weight)
+
+
+def _output(text: str, folder: Path) -> Place:
+    """hf://org/name, or else a path in the file's folder."""
+    return (_on_hub(text.removeprefix("hf://")) if is_on_hub(text) else None) or _here(text, folder)
+
+
+def _place(text: str, folder: Path, outs: Sequence[Place]) -> Place:
+    """Where a source is: a path in the file's folder that exists or that a step writes, a Hub id,
+    or else a path."""
+    here = _here(text, folder)
+    if os.path.exists(here.path) or any(here.within(out) for out in outs):
+        return here
+    return _on_hub(text.removeprefix("hf://")) or here
+
+
+def _here(text: str, folder: Path) -> Place:
+    return Place(os.path.normpath(folder / text))
+
+
+def _on_hub(text: str) -> Place | None:
+    hub_id = ids.parse(text)
+    if hub_id is None:
+        return None
+    revision = f"@{hub_id.revision}" if hub_id.revision else ""
+    return Place(hub_id.subfolder, hub_id.repo + revision)
+
+
+def _all_sources(arguments: Mapping[str, Any]) -> Iterator[Source]:
+    for argument in arguments.values():
+        for item in argument if isinstance(argument, list) else [argument]:
+            if isinstance(item, Source):
+                yield item
+
+
+def _needed(
+    source: Source, number: int, outs: Mapping[int, Place], where: str, needs: dict[Source, int]
+) -> Iterator[AdapterkitError]:
+    """Note which step a source comes from; errors where that is not an earlier one."""
+    for other, out in outs.items():
+        inside, around = source.place.within(out), out.within(source.place)
+        if inside and other < number:
+            needs[source] = other
+        elif inside or around:
+            which = "this step" if other == number else f"step {other}"
+            how = "is" if inside else "holds"
+            yield Refused(
+                f"{shown(source.place.text)} {how} the output of {which}",
+                expected="inputs that no step writes, or an earlier one",
+                where=where,
+                hint="put the steps in order, or choose another out",
+            )
+
+
+def _overlaps(outs: Mapping[int, Place]) -> list[AdapterkitError]:
+    return [
+        Refused(
+            f"the outputs of steps {first} and {second} are one, or one holds the other",
+            expected="outputs apart",
+            where=f"step {second}",
+            hint="choose another out",
+        )
+        for second, two in outs.items()
+        for first, one in outs.items()
+        if first < second and (one.within(two) or two.within(one))
+    ]
