@@ -185,12 +185,20 @@ def check_pairs(sample: Sample, targets: list[str], tmp_path: Path) -> None:
 
 
 def parts(contents: Contents, form: Format) -> Iterator[dict[str, Any]]:
-    """What of the contents a format of a single model takes at once: one component."""
-    several = len(contents.components) > 1
-    if several and (form.layout == "adapter" or not (form.names.components or form.names.inside)):
+    """What of the contents a file takes at once: one component, where the format is for a single
+    model or names the modules of several alike."""
+    single = form.layout == "adapter" or not (form.names.components or form.names.inside)
+    if len(contents.components) > 1 and (single or _named_alike(form, contents)):
         yield from ({"prefix_only": name} for name in contents.components)
     else:
         yield {}
+
+
+def _named_alike(form: Format, contents: Contents) -> bool:
+    """Whether components have the same keys, as the two transformers of Wan 2.2 in two files."""
+    known = (form.components(name) for name in contents.architectures)
+    homes = [[own[c][0] for c in contents.components if c in own] for own in known]
+    return any(len(set(prefixes)) < len(prefixes) for prefixes in homes)
 
 
 def holds(form: Format, contents: Contents) -> bool:
