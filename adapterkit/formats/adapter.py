@@ -19,9 +19,10 @@ from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, show
 from adapterkit.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
 from adapterkit.formats.experts import Stack
 from adapterkit.formats.kind_adapter import KINDS, read_kinds, write_kinds
-from adapterkit.formats.kinds import magnitude_in_file, shape_problem
+from adapterkit.formats.kinds import COPY, EXPERTS, FACTORS, PARAMETER, TOKENS, VALUE
 from adapterkit.formats.library import formats
-from adapterkit.formats.record import EXPERTS, FACTORS, LANGUAGE, Contents, Module
+from adapterkit.formats.parts import magnitude_in_file, shape_problem
+from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.stacks import homes_of, read_stacks, stacked_keys, stacked_parts
 from adapterkit.formats.tensors import Constant, Expression, Stored, flat
@@ -29,9 +30,6 @@ from adapterkit.formats.widths import with_widths
 from adapterkit.formats.write import File, Written
 from adapterkit.weights.names import Names
 
-# kinds that only this layout has: trained values, copies of the base's, rows of embeddings, and
-# factors of parameters of which the file does not tell which parameters they are
-VALUE, COPY, TOKENS, PARAMETER = "value", "copy", "tokens", "parameter"
 # of a source's settings, what a file of other factors keeps
 KEPT = (
     "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "auto_mapping", "bias",

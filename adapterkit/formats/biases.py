@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adapterkit.formats.capabilities import roles_by_kind
-from adapterkit.formats.record import FACTORS, Module
+from adapterkit.formats.kinds import FACTORS
+from adapterkit.formats.record import Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import scaled
 

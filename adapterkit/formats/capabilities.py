@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from adapterkit.errors import AdapterkitError, Refused, listed
-from adapterkit.formats.kinds import MAGNITUDES, magnitudes, word_of
-from adapterkit.formats.record import FACTORS, Contents, Module
+from adapterkit.formats.kinds import FACTORS, MAGNITUDES, SHAPE
+from adapterkit.formats.parts import magnitudes
+from adapterkit.formats.record import Contents, Module
 from adapterkit.formats.schema import Format
-from adapterkit.formats.widths import SHAPE
 
 ADAPTER_LAYOUT = "adapter"
 # what PEFT's layout holds, in dialects that say nothing else
@@ -39,6 +39,15 @@ def kind_of(contents: Contents) -> str | None:
     kinds = {m.kind for m in contents.modules if m.kind != "value"}
     kind = next(iter(kinds), None)
     return kind if len(kinds) == 1 and kind in OF_ONE_TYPE else None
+
+
+def word_of(module: Module, form: Format) -> str:
+    """The format's word for a module's kind: those for embeddings and norms are apart."""
+    if module.embedding:
+        return "embedding"
+    diff = module.parts.get("diff")
+    is_vector = module.kind == "full" and diff is not None and len(diff.shape) == 1
+    return "norm" if is_vector and "norm" in form.kinds else module.kind
 
 
 def lacking(module: Module, form: Format, contents: Contents) -> list[str]:

@@ -16,7 +16,7 @@ from adapterkit.adapters.kinds.loha import hadamard, with_core
 from adapterkit.adapters.kinds.lokr import kronecker_svd
 from adapterkit.adapters.kinds.oft import less_identity
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.formats import kinds
+from adapterkit.formats.parts import magnitudes, matrix_shape, product_rank, tail_of
 from adapterkit.formats.record import Module
 from adapterkit.kernels.lowrank import Product, Svd
 from adapterkit.kernels.truncated import leading_svd
@@ -38,14 +38,14 @@ class ModuleDelta:
         if self.weight is not None:
             out, *tail = self.weight.weight_shape
             return out, math.prod(tail)
-        return kinds.matrix_shape(self.module.kind, self.module.parts)
+        return matrix_shape(self.module.kind, self.module.parts)
 
     @property
     def tail(self) -> tuple[int, ...] | None:
         """The axes after `out`; None where the parts do not determine them."""
         if self.weight is not None:
             return self.weight.weight_shape[1:]
-        return kinds.tail_of(self.module.kind, self.module.parts)
+        return tail_of(self.module.kind, self.module.parts)
 
     @property
     def rank(self) -> int:
@@ -53,12 +53,12 @@ class ModuleDelta:
         most = min(self.shape)
         if self.is_dense:
             return most
-        return min(most, kinds.product_rank(self.module.kind, self.module.parts))
+        return min(most, product_rank(self.module.kind, self.module.parts))
 
     @property
     def is_dense(self) -> bool:
         """Whether it is no product of few columns."""
-        return self.module.kind in ("oft", "full") or bool(kinds.magnitudes(self.module.parts))
+        return self.module.kind in ("oft", "full") or bool(magnitudes(self.module.parts))
 
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
@@ -81,7 +81,7 @@ class ModuleDelta:
         parts = self._parts(reader)
         base = None if self.weight is None else _kernel(self.weight, reader)
         delta = BY_KIND[self.module.kind](parts, self.module.scale, base)
-        axes = kinds.magnitudes(self.module.parts)
+        axes = magnitudes(self.module.parts)
         return decomposed(delta, parts[axes[0]], axes[0], base) if axes else delta
 
     def leading_triplets(

@@ -10,9 +10,9 @@ from functools import cached_property
 
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.formats.adapter import COPY, PARAMETER, TOKENS, VALUE
 from adapterkit.formats.experts import Stack, split_experts, stack_experts
-from adapterkit.formats.record import EXPERTS, FACTORS, RANK_AXES, Contents, Module
+from adapterkit.formats.kinds import COPY, EXPERTS, FACTORS, PARAMETER, PLAIN, TOKENS, VALUE
+from adapterkit.formats.record import Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Constant, Expression, StoredReader
 from adapterkit.formats.uniform import uniform
@@ -69,7 +69,7 @@ def arranged(
 
 def _uniform_notes(before: Sequence[Module], after: Sequence[Module]) -> list[str]:
     """How many modules were padded, and into how many b's a scale was folded."""
-    pairs = [(a, b) for a, b in zip(before, after, strict=True) if b.kind in RANK_AXES]
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if b.kind in PLAIN]
     padded = sum(a.rank != b.rank for a, b in pairs)
     folded = sum(not math.isclose(a.scale, b.scale, rel_tol=1e-12) for a, b in pairs)
     notes = []

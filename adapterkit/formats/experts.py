@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
 from adapterkit.formats.fusing import are_equal, blocks_of
-from adapterkit.formats.record import EXPERTS, FACTORS, Module
+from adapterkit.formats.kinds import EXPERTS, FACTORS
+from adapterkit.formats.record import Module
 from adapterkit.formats.tensors import (
     Constant,
     Expression,

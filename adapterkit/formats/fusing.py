@@ -21,8 +21,9 @@ from adapterkit.formats.capabilities import (
     can_be_plain,
     depends_on_base,
 )
-from adapterkit.formats.kinds import scaled_role
-from adapterkit.formats.record import FACTORS, Module
+from adapterkit.formats.kinds import CORES, FACTORS, KINDS
+from adapterkit.formats.parts import scaled_role
+from adapterkit.formats.record import Module
 from adapterkit.formats.rows import Heads, model_order, shares_of, unknown_heads
 from adapterkit.formats.schema import HEADS, Rule
 from adapterkit.formats.tensors import (
@@ -40,17 +41,6 @@ from adapterkit.formats.tensors import (
 )
 from adapterkit.formats.uniform import common_scale
 
-# roles whose first axis is the module's output rows; LoKr's depend on its sizes
-BY_ROWS = {
-    FACTORS: ("b", "magnitude", "bias"),
-    "loha": ("w1_a", "w2_a", "magnitude"),
-    "full": ("diff", "diff_b"),
-    "value": ("weight", "bias"),
-}
-# products of which a delta is made: the columns of one role are the rows of the other
-PRODUCTS = {FACTORS: (("b", "a"),), "loha": (("w1_a", "w1_b"), ("w2_a", "w2_b"))}
-# what a rank lies inside of: its columns cannot be told apart
-CORES = ("mid", "t1", "t2")
 # roles whose second axis is the module's inputs
 MATRICES = ("a", "diff", "weight")
 UNKNOWN = ("magnitude", "weight")  # roles that zeros do not stand for where a part is missing
@@ -111,7 +101,7 @@ def split(
             rank = len(own_columns)
             if not rank:
                 continue
-            for left, right in PRODUCTS[module.kind]:
+            for left, right in KINDS[module.kind].products:
                 own[left] = gathered(own[left], own_columns, 1)
                 own[right] = gathered(own[right], own_columns)
             alpha = alpha if rank == module.rank else module.scale * rank
@@ -139,7 +129,7 @@ def fuse(modules: Mapping[int, Module], name: str, fusion: Fusion, reader: Store
     usual = next((m for m in members if m.scale == scale), first)
     ratios = [_ratio(member.scale, scale) for member in members]
     units = _units(first, hint)
-    products = dict(PRODUCTS.get(first.kind, ()))
+    products = dict(KINDS[first.kind].products)
     groups = _groups(members, list(products.values()), reader)
     out = sum(map(len, sets))
     parts: dict[str, Expression] = {}
@@ -197,7 +187,7 @@ def _units(module: Module, hint: str) -> dict[str, int]:
 
     `Refused`, with the hint, for a delta whose rows are mixed.
     """
-    roles = BY_ROWS.get(module.kind, ())
+    roles = KINDS[module.kind].rows
     parts = module.parts
     units = {role: 1 for role in roles if role in parts}
     if module.kind == "lokr":  # rows of kron(w1, w2): w2's for each of w1's
@@ -251,7 +241,7 @@ def _columns(module: Module, sets: Sequence[Rows], reader: StoredReader) -> list
     """For each part the columns of its rank that it uses; None: all, shared. Read while planning,
     as the shapes depend on it."""
     shared: list[range | None] = [None] * len(sets)
-    products = PRODUCTS.get(module.kind, ())
+    products = KINDS[module.kind].products
     if len(sets) < 2 or not products:
         return shared
     found = [_used(module.parts[left], sets, reader) for left, _ in products]

@@ -9,12 +9,9 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import AdapterkitError, Refused, listed, shown
 from adapterkit.formats.containers import Container
-from adapterkit.formats.kinds import axes_at_least, is_complete
+from adapterkit.formats.kinds import ALPHA, EXPERTS, KINDS, SHAPE, axes_at_least, is_complete
 from adapterkit.formats.library import formats
-from adapterkit.formats.record import EXPERTS
-from adapterkit.formats.scales import ALPHA
-from adapterkit.formats.schema import KINDS, Format
-from adapterkit.formats.widths import SHAPE
+from adapterkit.formats.schema import Format
 
 INTEGERS = ("I64", "I32")  # as diffusers writes alphas for kohya's names
 

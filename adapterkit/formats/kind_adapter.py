@@ -14,8 +14,8 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all
 from adapterkit.formats.capabilities import FIT_ON_BASE
-from adapterkit.formats.kinds import magnitudes, tail_of
 from adapterkit.formats.names import kernel_of
+from adapterkit.formats.parts import magnitudes, tail_of
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Expression, Stored, reshaped

@@ -1,55 +1,80 @@
-"""What each kind of delta needs: its roles, the shapes that fit, its rank and scale."""
+"""The kinds of deltas: the tensors that each is made of, by their roles."""
 
-import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
-from adapterkit.formats.record import EXPERTS, FACTORS, RANK_AXES, Module
-from adapterkit.formats.schema import Format
-from adapterkit.formats.tensors import (
-    Expression,
-    Reshaped,
-    flat,
-    reshaped,
-)
-
-Parts = Mapping[str, Expression]
-FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest at full precision
-LIMITED = "oft"  # the kind whose alpha is no scale, but the limit of a norm
+FACTORS = "lora"  # plain low-rank factors
+EXPERTS = "experts"  # factors for each matrix of a stack
+PLAIN = (FACTORS, EXPERTS)
+# in PEFT's layout: parameters trained whole, copies of the base's, rows of embeddings, and factors
+# of parameters of which the file does not tell which parameters they are
+VALUE, COPY, TOKENS, PARAMETER = "value", "copy", "tokens", "parameter"
+LIMITED = "oft"  # its alpha is no scale, but the limit of a norm
+ALPHA = "alpha"  # a role that no part of a module has: the scale times the rank
+SHAPE = "shape"  # of a weight that an adapter widens
 MAGNITUDES = ("magnitude", "input_magnitude")
-# the roles that a scale can be folded into: the first that there is
-SCALED = {FACTORS: ("b",), EXPERTS: ("b",), "loha": ("w1_a",), "lokr": ("w1", "w1_a")}
-# sets of roles of which each kind has one, each role a tensor
-REQUIRED: dict[str, tuple[frozenset[str], ...]] = {
-    FACTORS: (frozenset(("a", "b")),),
-    "embedding": (frozenset(("a", "b")),),
-    EXPERTS: (frozenset(("a", "b")),),
-    "loha": (frozenset(("w1_a", "w1_b", "w2_a", "w2_b")),),
-    "lokr": tuple(
-        frozenset((*one, *two))
-        for one in (("w1",), ("w1_a", "w1_b"))
-        for two in (("w2",), ("w2_a", "w2_b"))
-    ),
-    "oft": (frozenset(("blocks",)),),
-    "full": (frozenset(("diff",)), frozenset(("diff_b",))),
-    "norm": (frozenset(("diff",)),),
-    "modulation": (frozenset(("table",)),),
-    "value": (frozenset(("weight",)), frozenset(("bias",))),
-}
-# the role with the rank, on its first axis but for experts; without it the scale is 1
-RANK = {
-    FACTORS: ("a",),
-    "embedding": ("a",),
-    EXPERTS: ("a",),
-    "loha": ("w1_b",),
-    "lokr": ("w1_b", "w2_b"),
-    "oft": (),
-    "full": (),
-    "norm": (),
-    "modulation": (),
-    "value": (),
-}
+CORES = ("mid", "t1", "t2")  # between two factors: nobody can tell what is whose of the rank
 # roles that may be vectors or numbers
-VECTORS = (*MAGNITUDES, "alpha", "shape", "bias", "rescale", "diff", "diff_b", "weight")
+VECTORS = (*MAGNITUDES, ALPHA, SHAPE, "bias", "rescale", "diff", "diff_b", "weight")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The roles of one kind."""
+
+    required: tuple[tuple[str, ...], ...]  # sets of roles, one of which is there
+    optional: tuple[str, ...] = ()
+    # roles with the rank by which alpha is divided, and its axis; none: the delta has no scale
+    rank: Mapping[str, int] = field(default_factory=dict)
+    scaled: tuple[str, ...] = ()  # can take a factor of the delta: the first that there is
+    rows: tuple[str, ...] = ()  # have the module's outputs on the first axis; LoKr's by its sizes
+    products: tuple[tuple[str, str], ...] = ()  # the columns of one are the rows of the other
+
+    @property
+    def roles(self) -> set[str]:
+        """All of them."""
+        return {role for roles in (*self.required, self.optional) for role in roles}
+
+
+KINDS = {
+    FACTORS: Kind(
+        (("a", "b"),),
+        ("mid", *MAGNITUDES, "bias", SHAPE, ALPHA),
+        rank={"a": 0, "b": 1},
+        scaled=("b",),
+        rows=("b", "magnitude", "bias"),
+        products=(("b", "a"),),
+    ),
+    "embedding": Kind((("a", "b"),), (ALPHA,)),  # a format's word for such factors
+    EXPERTS: Kind((("a", "b"),), (ALPHA,), rank={"a": 1, "b": 2}, scaled=("b",)),
+    "loha": Kind(
+        (("w1_a", "w1_b", "w2_a", "w2_b"),),
+        ("t1", "t2", *MAGNITUDES, ALPHA),
+        rank={"w1_b": 0},
+        scaled=("w1_a",),
+        rows=("w1_a", "w2_a", "magnitude"),
+        products=(("w1_a", "w1_b"), ("w2_a", "w2_b")),
+    ),
+    "lokr": Kind(
+        (
+            ("w1", "w2"),
+            ("w1", "w2_a", "w2_b"),
+            ("w1_a", "w1_b", "w2"),
+            ("w1_a", "w1_b", "w2_a", "w2_b"),
+        ),
+        ("t2", *MAGNITUDES, ALPHA),
+        rank={"w1_b": 0, "w2_b": 0},
+        scaled=("w1", "w1_a"),
+    ),
+    "oft": Kind((("blocks",),), ("rescale", ALPHA)),
+    "full": Kind((("diff",), ("diff_b",)), rows=("diff", "diff_b")),
+    "norm": Kind((("diff",),), ("diff_b",)),  # a format's word for the difference of a vector
+    "modulation": Kind((("table",),)),  # added to a block's own table of shifts and scales
+    VALUE: Kind((("weight",), ("bias",)), rows=("weight", "bias")),
+    COPY: Kind((("weight",),)),
+    TOKENS: Kind((("rows",),)),
+    PARAMETER: Kind((("a", "b"),), ("magnitude", "bias")),
+}
 
 
 def axes_at_least(role: str) -> int:
@@ -59,265 +84,4 @@ def axes_at_least(role: str) -> int:
 
 def is_complete(kind: str, roles: Collection[str]) -> bool:
     """Whether these roles make a delta of the kind."""
-    return any(needed <= set(roles) for needed in REQUIRED[kind])
-
-
-def rank_of(kind: str, parts: Parts) -> int | None:
-    """The rank by which alpha is divided; None where the delta has no scale: a LoKr of two whole
-    matrices (LyCORIS: alpha is ignored then), OFT, differences."""
-    axis = RANK_AXES.get(kind, {}).get("a", 0)
-    return next((parts[role].shape[axis] for role in RANK[kind] if role in parts), None)
-
-
-def word_of(module: Module, form: Format) -> str:
-    """The format's word for a module's kind: those for embeddings and norms are apart."""
-    if module.embedding:
-        return "embedding"
-    diff = module.parts.get("diff")
-    is_vector = module.kind == "full" and diff is not None and len(diff.shape) == 1
-    return "norm" if is_vector and "norm" in form.kinds else module.kind
-
-
-def with_magnitudes(parts: Parts, roles: Collection[str]) -> dict[str, Expression]:
-    """The parts with norms as vectors; a row (1, in, ...) is that of the inputs where the format
-    has such."""
-    own = {role: part for role, part in parts.items() if role not in MAGNITUDES}
-    for role in magnitudes(parts):
-        shape = parts[role].shape
-        is_row = len(shape) > 1 and shape[0] == 1 < shape[1] and "input_magnitude" in roles
-        own[MAGNITUDES[is_row]] = flat(parts[role])
-    return own
-
-
-def magnitude_in_file(module: Module, role: str, *, column: bool) -> Expression:
-    """Norms as a file has them: as a column (out, 1, ...), or as PEFT does, a vector, of a
-    convolution (1, out, 1, ...); those of inputs as a row (1, in, ...)."""
-    value = module.parts[role]
-    tail = tail_of(module.kind, module.parts)
-    axes = 2 if tail is None else 1 + len(tail)
-    size = max(value.shape)
-    if not column:
-        return reshaped(value, (1, size, *(1,) * (axes - 2)) if axes > 2 else (size,))
-    own = value.source if isinstance(value, Reshaped) else value
-    is_row = role == "input_magnitude"
-    if tail is None and len(own.shape) > 1 and own.shape[is_row] == size:
-        return own  # of a flattened kernel: as the source has it
-    return reshaped(value, (1, size, *(1,) * (axes - 2)) if is_row else (size, *(1,) * (axes - 1)))
-
-
-def scaled_role(module: Module) -> str:
-    """The role that takes a factor of the delta; "" where the kind has no scale."""
-    return next((role for role in SCALED.get(module.kind, ()) if role in module.parts), "")
-
-
-def has_alpha(module: Module, form: Format, is_own: bool) -> bool:
-    """Whether a file in the format has a tensor for the module's alpha. `is_own`: the source is in
-    the format, too, and keeps its alphas where others' are folded."""
-    is_kept = is_own and form.scale.place == "none" and module.stored_alpha is not None
-    is_written = form.scale.place == "tensor" or is_kept
-    return is_written and "alpha" in form.kinds[word_of(module, form)]
-
-
-def is_scaled(module: Module, form: Format, is_own: bool) -> bool:
-    """Whether a file in the format says this module's scale; else it is folded."""
-    if module.kind not in SCALED or module.scale == 1:
-        return True
-    if rank_of(module.kind, module.parts) is None:
-        return False
-    if form.scale.place == "tensor" and not _is_storable(module):
-        return False
-    return form.scale.place == "config" or has_alpha(module, form, is_own)
-
-
-def _is_storable(module: Module) -> bool:
-    """Whether a tensor can say the module's alpha: one of the source, or a float32 but 0, for which
-    trainers take the rank."""
-    stored = module.stored_alpha
-    is_stored = stored is not None and stored.number == module.alpha != 0
-    return is_stored or is_float32(module.alpha)
-
-
-def is_float32(number: float) -> bool:
-    """Whether a float32 holds a number but 0 to its full precision."""
-    smallest, largest = FLOAT32
-    return smallest <= abs(number) <= largest
-
-
-def cores(parts: Parts) -> list[str]:
-    """The roles that lie between two factors."""
-    return [role for role in ("mid", "t1", "t2") if role in parts]
-
-
-def magnitudes(parts: Parts) -> list[str]:
-    """The roles of norms: of the weight's outputs, or of its inputs."""
-    return [role for role in MAGNITUDES if role in parts]
-
-
-def shape_problem(kind: str, parts: Parts) -> str:
-    """What the parts of a module should be, where their shapes do not fit each other; else ""."""
-    shapes = {role: part.shape for role, part in parts.items()}
-    checks = {
-        FACTORS: _lora,
-        EXPERTS: _experts,
-        "loha": _loha,
-        "lokr": _lokr,
-        "oft": _oft,
-        "full": _full,
-    }
-    expected = checks.get(kind)
-    problem = "" if expected is None else expected(shapes)
-    if problem or kind not in (FACTORS, "loha", "lokr"):
-        return problem
-    for role in magnitudes(parts):
-        size = math.prod(shapes[role]) if len(shapes[role]) == 1 else -1
-        inputs = _inputs(kind, parts)
-        fits = (
-            size == matrix_shape(kind, parts)[0]
-            if role == "magnitude"
-            else (inputs is None or size == inputs)
-        )
-        if not fits:
-            return f"one norm for each {'output' if role == 'magnitude' else 'input'}"
-    return ""
-
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def _lora(shapes: Shapes) -> str:
-    a, b = shapes["a"], shapes["b"]
-    inner = shapes["mid"][:2] if "mid" in shapes else (a[0], a[0])
-    fits = len(a) >= 2 and len(b) >= 2 and inner == (b[1], a[0]) and set(b[2:]) <= {1}
-    if "bias" in shapes and shapes["bias"] != b[:1]:
-        return "a bias for each output"
-    return "" if fits else "a (r, in) and b (out, r)"
-
-
-def _experts(shapes: Shapes) -> str:
-    a, b = shapes["a"], shapes["b"]
-    fits = len(a) == len(b) == 3 and (a[0], a[1]) == (b[0], b[2])
-    return "" if fits else "a (experts, r, in) and b (experts, out, r)"
-
-
-def _loha(shapes: Shapes) -> str:
-    if ("t1" in shapes) != ("t2" in shapes):
-        return "both cores, t1 and t2"
-    for one, two in (("w1_a", "w2_a"), ("w1_b", "w2_b"), ("t1", "t2")):
-        if len(shapes.get(one, (1, 1))) < 2 or len(shapes.get(two, (1, 1))) < 2:
-            return f"{one} and {two} matrices"
-    out = {shapes[role][1 if "t1" in shapes else 0] for role in ("w1_a", "w2_a")}
-    inputs = {shapes[role][1:] for role in ("w1_b", "w2_b")}
-    if len(out) > 1 or len(inputs) > 1:
-        return "w1 and w2 of one shape"
-    if shapes.get("t1", (0, 0))[2:] != shapes.get("t2", (0, 0))[2:]:
-        return "t1 and t2 with one kernel"
-    return _pair(shapes, "w1_a", "w1_b", "t1") or _pair(shapes, "w2_a", "w2_b", "t2")
-
-
-def _pair(shapes: Shapes, a: str, b: str, core: str) -> str:
-    """Two factors of one rank, or with a core between them."""
-    if core not in shapes:
-        fits = shapes[a][1:] == (shapes[b][0],)
-    else:
-        fits = (
-            len(shapes[a]) == len(shapes[b]) == 2
-            and len(shapes[core]) > 2
-            and shapes[core][:2] == (shapes[a][0], shapes[b][0])
-        )
-    return "" if fits else f"{a} and {b} of one rank"
-
-
-def _lokr(shapes: Shapes) -> str:
-    for side, core in (("w1", "t1"), ("w2", "t2")):
-        factors = [role for role in (f"{side}_a", f"{side}_b", core) if role in shapes]
-        if side in shapes:
-            if factors or len(shapes[side]) < 2:
-                return f"{side} alone and a matrix, or {side}_a and {side}_b"
-        else:
-            problem = _pair(shapes, f"{side}_a", f"{side}_b", core)
-            if problem:
-                return problem
-    return "" if len(shapes.get("w1", (1, 1))) == 2 else "w1 a matrix"
-
-
-def _oft(shapes: Shapes) -> str:
-    blocks = shapes["blocks"]
-    if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
-        return "square blocks, (n, b, b) or in stages (m, n, b, b)"
-    if len(blocks) == 4 and blocks[-1] % 2:
-        return "stages with blocks of an even size"
-    out = blocks[-3] * blocks[-1]
-    return "" if math.prod(shapes.get("rescale", (out,))) == out else "one rescale for each output"
-
-
-def _full(shapes: Shapes) -> str:
-    fits = len(shapes.get("diff_b", (0,))) == 1 and len(shapes.get("diff", (0,))) > 0
-    if fits and "diff" in shapes and "diff_b" in shapes:
-        fits = shapes["diff"][0] == shapes["diff_b"][0]
-    return "" if fits else "a difference of the weight, and one of its bias"
-
-
-def matrix_shape(kind: str, parts: Parts) -> tuple[int, int]:
-    """(out, in) of the delta, a kernel's axes flattened; for OFT in = 0, which is not known."""
-    shapes = {role: part.shape for role, part in parts.items()}
-    if kind == FACTORS:
-        kernel = math.prod(shapes["mid"][2:]) if "mid" in shapes else 1
-        return shapes["b"][0], math.prod(shapes["a"][1:]) * kernel
-    if kind == "loha":
-        return _side_shape(shapes, "w1_a", "w1_b", "t1")
-    if kind == "lokr":
-        (out1, in1), (out2, in2) = (
-            (shapes[side][0], math.prod(shapes[side][1:]))
-            if side in shapes
-            else _side_shape(shapes, f"{side}_a", f"{side}_b", core)
-            for side, core in (("w1", "t1"), ("w2", "t2"))
-        )
-        return out1 * out2, in1 * in2
-    if kind == "oft":
-        return shapes["blocks"][-3] * shapes["blocks"][-1], 0
-    diff = shapes["diff"]
-    return diff[0], math.prod(diff[1:])
-
-
-def _side_shape(shapes: Shapes, a: str, b: str, core: str) -> tuple[int, int]:
-    kernel = math.prod(shapes[core][2:]) if core in shapes else 1
-    return shapes[a][1 if core in shapes else 0], math.prod(shapes[b][1:]) * kernel
-
-
-def tail_of(kind: str, parts: Parts) -> tuple[int, ...] | None:
-    """The axes after `out` of the weight; None where a flattened kernel looks like inputs, or a
-    core has the kernel (k, 1), as PEFT has it of a Conv1d too."""
-    shapes = {role: part.shape for role, part in parts.items()}
-    if kind == FACTORS:
-        return (shapes["a"][1], *shapes["mid"][2:]) if "mid" in shapes else shapes["a"][1:]
-    if kind == "full":
-        return shapes["diff"][1:]
-    core = shapes.get({"loha": "t1", "lokr": "t2"}.get(kind, ""))
-    kernel = core[2:] if core else shapes["w2"][2:] if kind == "lokr" and "w2" in shapes else None
-    if kernel is None or (core and kernel[1:] == (1,)):
-        return None
-    return (matrix_shape(kind, parts)[1] // math.prod(kernel), *kernel)
-
-
-def _inputs(kind: str, parts: Parts) -> int | None:
-    tail = tail_of(kind, parts)
-    return None if tail is None else tail[0]
-
-
-def product_rank(kind: str, parts: Parts) -> int:
-    """Upper bound of the rank of a delta that is a product: r, r² of LoHa, r1 · r2 of LoKr."""
-    if kind == FACTORS:
-        return parts["a"].shape[0]
-    if kind == "loha":
-        return parts["w1_b"].shape[0] * parts["w2_b"].shape[0]
-    if kind == "lokr":
-        ranks = []
-        for side in ("w1", "w2"):
-            whole = parts.get(side)
-            if whole is not None:
-                ranks.append(min(whole.shape[0], math.prod(whole.shape[1:])))
-            else:
-                ranks.append(parts[f"{side}_b"].shape[0])
-        return math.prod(ranks)
-    out, inputs = matrix_shape(kind, parts)
-    return min(out, inputs) if inputs else out
+    return any(set(needed) <= set(roles) for needed in KINDS[kind].required)

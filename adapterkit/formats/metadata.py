@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adapterkit.formats.kinds import rank_of
+from adapterkit.formats.parts import rank_of
 from adapterkit.formats.record import Module
 
 WORD = re.compile(r"\{(\w+)\}")

@@ -84,7 +84,7 @@ class Names:
             name = _filled(match.rule.namings[self.naming], match, own=True)
         else:
             return None
-        return name.replace(".", "_") if self.style == "underscores" else name
+        return in_style(name, self.style)
 
     def stacked(self, rule: Rule) -> str | None:
         """The number that a rule's name in this naming lacks: one tensor holds all its modules."""
@@ -108,9 +108,9 @@ class Names:
     def _key(self, table: Mapping[str, str], value: str, own: bool) -> str:
         """The key of a table's text in a name."""
         for key, text in table.items():
-            if value == _in_style(key if own else text, self.style if own else "dots"):
+            if value == in_style(key if own else text, self.style if own else "dots"):
                 return key
-        return next(key for key, text in table.items() if value == _in_style(text, self.style))
+        return next(key for key, text in table.items() if value == in_style(text, self.style))
 
     def _regex(self, text: str, tables: Tables, *, own: bool) -> str:
         """The pattern of a rule's text; `own`: in this naming and style, else the model's."""
@@ -156,10 +156,11 @@ def _filled(text: str, match: Match, *, own: bool) -> str:
 
 
 def _styled(text: str, style: str) -> str:
-    return re.escape(_in_style(text, style))
+    return re.escape(in_style(text, style))
 
 
-def _in_style(text: str, style: str) -> str:
+def in_style(text: str, style: str) -> str:
+    """A name with dots as a format's style has it."""
     return text.replace(".", "_") if style == "underscores" else text
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
-from adapterkit.formats.record import EXPERTS, FACTORS, Module
+from adapterkit.formats.kinds import EXPERTS, FACTORS
+from adapterkit.formats.record import Module
 from adapterkit.formats.tensors import Constant, Expression, joined, reshaped
 from adapterkit.formats.uniform import common_scale, padded_to, with_scale
 

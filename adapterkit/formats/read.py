@@ -13,14 +13,15 @@ from adapterkit.formats.containers import Container, PlanReader
 from adapterkit.formats.fusing import Fusion, split
 from adapterkit.formats.grouped import GROUPED, groups_in, trained, ungrouped
 from adapterkit.formats.keys import Raw, raws_of
-from adapterkit.formats.kinds import LIMITED, rank_of, shape_problem, with_magnitudes
+from adapterkit.formats.kinds import ALPHA, EXPERTS, FACTORS, LIMITED
 from adapterkit.formats.library import architectures
 from adapterkit.formats.metadata import words_of
-from adapterkit.formats.names import likely, names_of
+from adapterkit.formats.names import in_style, likely, names_of
 from adapterkit.formats.numbered import unstacked
-from adapterkit.formats.record import EXPERTS, FACTORS, LANGUAGE, Contents, Module, StoredAlpha
+from adapterkit.formats.parts import rank_of, shape_problem, with_magnitudes
+from adapterkit.formats.record import LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
-from adapterkit.formats.scales import ALPHA, Scales
+from adapterkit.formats.scales import Scales
 from adapterkit.formats.schema import MODEL, Format
 from adapterkit.formats.steps import STEPS
 from adapterkit.formats.tensors import Expression, Stored, from_spec
@@ -315,7 +316,7 @@ def _from_base(form: Format, raw: Raw, reading: Reading, where: str) -> str:
     """The module of an underscored name among the base's; dotted names are the model's."""
     if form.names.style == "dots":
         return raw.head
-    fits = [name for name in reading.modules if name.replace(".", "_") == raw.head]
+    fits = [name for name in reading.modules if in_style(name, form.names.style) == raw.head]
     if len(fits) != 1:
         raise Refused(
             f"{shown(raw.head)}: {listed(fits) if fits else 'no module of that name'}",

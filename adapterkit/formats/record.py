@@ -6,12 +6,9 @@ from functools import cached_property
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
+from adapterkit.formats.kinds import KINDS
 from adapterkit.formats.tensors import Expression
 
-FACTORS = "lora"  # the kind of plain low-rank factors
-EXPERTS = "experts"  # the kind of factors for each matrix of a stack
-# the axis of the rank, by kind and role
-RANK_AXES = {FACTORS: {"a": 0, "b": 1}, EXPERTS: {"a": 1, "b": 2}}
 LANGUAGE = ""  # the component of an adapter for a single model
 
 
@@ -56,7 +53,7 @@ class Module:
     @property
     def out(self) -> int:
         """Rows of the delta."""
-        return self.parts["b"].shape[RANK_AXES[self.kind]["b"] - 1]
+        return self.parts["b"].shape[KINDS[self.kind].rank["b"] - 1]
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ from typing import Any
 from adapterkit.adapters.declared import DeclaredScales, declared_settings
 from adapterkit.checkpoint.strict import strict_json
 from adapterkit.errors import Damaged, Refused, shown
+from adapterkit.formats.capabilities import word_of
 from adapterkit.formats.configs import fields
-from adapterkit.formats.kinds import is_scaled
+from adapterkit.formats.kinds import FACTORS, KINDS
 from adapterkit.formats.metadata import words_of
-from adapterkit.formats.record import FACTORS, Module
+from adapterkit.formats.parts import rank_of
+from adapterkit.formats.record import Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Stored, StoredReader
-from adapterkit.formats.uniform import shared_number, with_scale
+from adapterkit.formats.uniform import is_float32, shared_number, with_scale
 from adapterkit.options import finite
 
-ALPHA = "alpha"
 SETTINGS = {  # PEFT's words for what a config says
     "rank": "r", "alpha": "lora_alpha", "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern", "rslora": "use_rslora",
@@ -193,3 +194,30 @@ def _declaration(modules: Sequence[Module], without: str) -> str:
                 table[patterns] = {k.removeprefix("^"): v for k, v in table[patterns].items()}
         settings |= {f"{component}.{name}": value for name, value in table.items()}
     return json.dumps(settings, indent=2, sort_keys=True)
+
+
+def has_alpha(module: Module, form: Format, is_own: bool) -> bool:
+    """Whether a file in the format has a tensor for the module's alpha. `is_own`: the source is in
+    the format, too, and keeps its alphas where others' are folded."""
+    is_kept = is_own and form.scale.place == "none" and module.stored_alpha is not None
+    is_written = form.scale.place == "tensor" or is_kept
+    return is_written and "alpha" in form.kinds[word_of(module, form)]
+
+
+def is_scaled(module: Module, form: Format, is_own: bool) -> bool:
+    """Whether a file in the format says this module's scale; else it is folded."""
+    if not KINDS[module.kind].scaled or module.scale == 1:
+        return True
+    if rank_of(module.kind, module.parts) is None:
+        return False
+    if form.scale.place == "tensor" and not _is_storable(module):
+        return False
+    return form.scale.place == "config" or has_alpha(module, form, is_own)
+
+
+def _is_storable(module: Module) -> bool:
+    """Whether a tensor can say the module's alpha: one of the source, or a float32 but 0, for which
+    trainers take the rank."""
+    stored = module.stored_alpha
+    is_stored = stored is not None and stored.number == module.alpha != 0
+    return is_stored or is_float32(module.alpha)

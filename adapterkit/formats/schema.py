@@ -11,29 +11,13 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from adapterkit.formats.configs import WORDS, unknown_words
+from adapterkit.formats.kinds import KINDS
 
 R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
 # rules' words that are no namings
 RULE_WORDS = ("rows", "parts", "steps", "embedding", "untied")
 HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
-# roles of each kind of delta
-KINDS: dict[str, tuple[str, ...]] = {
-    "lora": ("a", "b", "mid", "magnitude", "input_magnitude", "bias", "shape", "alpha"),
-    "embedding": ("a", "b", "alpha"),
-    "experts": ("a", "b", "alpha"),
-    "loha": (
-        "w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2", "magnitude", "input_magnitude", "alpha",
-    ),
-    "lokr": (
-        "w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "magnitude", "input_magnitude", "alpha",
-    ),
-    "oft": ("blocks", "rescale", "alpha"),  # alpha is the limit of the blocks' norm
-    "full": ("diff", "diff_b"),
-    "norm": ("diff", "diff_b"),  # the word for a full difference of a vector
-    "modulation": ("table",),  # added to a block's own table of shifts and scales
-    "value": ("weight", "bias"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -246,9 +230,8 @@ def format_from(name: str, table: dict[str, Any]) -> Format:
     if unknown or (one.config.write and not one.file.config):
         raise ValueError(f"{name}: settings {unknown or 'without a file'}")
     for kind, roles in one.kinds.items():
-        unknown = set(roles) - set(KINDS.get(kind, ()))
-        if kind not in KINDS or unknown:
-            raise ValueError(f"{name}: kind {kind!r} with roles {sorted(unknown)}")
+        if kind not in KINDS or set(roles) - KINDS[kind].roles:
+            raise ValueError(f"{name}: kind {kind!r} with roles {sorted(roles)}")
     choices = [
         ("layout", one.layout, ("keys", "adapter")),
         ("container", one.file.container, ("safetensors", "gguf", "pickle")),

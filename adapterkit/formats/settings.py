@@ -8,7 +8,8 @@ from adapterkit.adapters.declared import declared_settings, whole
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.capabilities import OTHER_FORMAT
 from adapterkit.formats.configs import filled
-from adapterkit.formats.record import RANK_AXES, Module
+from adapterkit.formats.kinds import PLAIN
+from adapterkit.formats.record import Module
 from adapterkit.formats.schema import Format
 
 LAYERS = ".layers."
@@ -24,7 +25,7 @@ def settings_of(
     template = form.config.write
     if not template:
         return None
-    ranked = [module for module in modules if module.kind in RANK_AXES]
+    ranked = [module for module in modules if module.kind in PLAIN]
     plain = [module.path for module in ranked if "magnitude" not in module.parts]
     dora = len(plain) < len(ranked)
     if dora and plain:

@@ -10,7 +10,8 @@ from adapterkit.adapters.keys import part_keys
 from adapterkit.adapters.record import Adapter, Lora
 from adapterkit.errors import AdapterkitError, Refused, shown
 from adapterkit.formats.experts import Stack, is_transposed, neutral_factors, stored_factors
-from adapterkit.formats.record import EXPERTS, LANGUAGE, Module
+from adapterkit.formats.kinds import EXPERTS
+from adapterkit.formats.record import LANGUAGE, Module
 from adapterkit.formats.schema import AdapterWords
 from adapterkit.formats.tensors import Expression, Stored
 from adapterkit.weights.names import Names

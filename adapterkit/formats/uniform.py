@@ -5,9 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from adapterkit.formats.kinds import is_float32, scaled_role
-from adapterkit.formats.record import RANK_AXES, Module
+from adapterkit.formats.kinds import KINDS, PLAIN
+from adapterkit.formats.parts import scaled_role
+from adapterkit.formats.record import Module
 from adapterkit.formats.tensors import Expression, padded, scaled
+
+FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest at full precision
 
 
 def uniform(modules: Sequence[Module], rank: int | None = None) -> list[Module]:
@@ -17,13 +20,13 @@ def uniform(modules: Sequence[Module], rank: int | None = None) -> list[Module]:
     The scale is the commonest one, so that most factors stay as they are; of equally many the
     largest. The delta scale · b @ a does not change. Modules without a rank stay.
     """
-    ranked = [module for module in modules if module.kind in RANK_AXES]
+    ranked = [module for module in modules if module.kind in PLAIN]
     if not ranked:
         return list(modules)
     rank = max(rank or 0, *(module.rank for module in ranked))
     scale = common_scale(ranked)
     return [
-        padded_to(with_scale(module, scale), rank) if module.kind in RANK_AXES else module
+        padded_to(with_scale(module, scale), rank) if module.kind in PLAIN else module
         for module in modules
     ]
 
@@ -66,6 +69,12 @@ def padded_to(module: Module, rank: int) -> Module:
     if module.rank == rank:
         return module
     parts: dict[str, Expression] = dict(module.parts)
-    for role, axis in RANK_AXES[module.kind].items():
+    for role, axis in KINDS[module.kind].rank.items():
         parts[role] = padded(parts[role], rank, axis)
     return replace(module, parts=parts, rank=rank, alpha=module.scale * rank, stored_alpha=None)
+
+
+def is_float32(number: float) -> bool:
+    """Whether a float32 holds a number but 0 to its full precision."""
+    smallest, largest = FLOAT32
+    return smallest <= abs(number) <= largest

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from adapterkit.errors import Refused, listed, shown
+from adapterkit.formats.kinds import FACTORS, SHAPE
 from adapterkit.formats.library import architectures, formats
-from adapterkit.formats.record import FACTORS, Module
+from adapterkit.formats.record import Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Expression, Numbers, StoredReader
-
-SHAPE = "shape"  # the role of the widened weight's shape
 
 
 def with_widths(modules: Sequence[Module], form: Format, names: Sequence[str]) -> list[Module]:

@@ -6,18 +6,19 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out
+from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of
-from adapterkit.formats.kinds import MAGNITUDES, has_alpha, magnitude_in_file, word_of
+from adapterkit.formats.kinds import ALPHA, MAGNITUDES
 from adapterkit.formats.library import architectures
 from adapterkit.formats.metadata import base_words, filled, numbers
 from adapterkit.formats.models import Base, architecture_of
-from adapterkit.formats.names import fitting, likely, names_of
+from adapterkit.formats.names import fitting, in_style, likely, names_of
 from adapterkit.formats.numbered import stack
+from adapterkit.formats.parts import magnitude_in_file
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.rows import Heads
-from adapterkit.formats.scales import ALPHA, place_scales
+from adapterkit.formats.scales import has_alpha, place_scales
 from adapterkit.formats.schema import MODEL, Format
 from adapterkit.formats.settings import settings_of
 from adapterkit.formats.steps import COLUMN, STEPS
@@ -306,9 +307,8 @@ def _fused(
     """The file's modules with their keys without suffix."""
     components = form.components(architecture)
     prefix = lambda module: components.get(module.component, ("",))[0]
-    styled = lambda name: name.replace(".", "_") if form.names.style == "underscores" else name
     if architecture is None:
-        return [(m, prefix(m) + styled(m.name)) for m in modules]
+        return [(m, prefix(m) + in_style(m.name, form.names.style)) for m in modules]
     groups: dict[tuple[str, str, str], dict[int, Module]] = {}
     fusions: dict[tuple[str, str, str], Fusion] = {}
     stacks: set[tuple[str, str, str]] = set()

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from adapterkit import dtypes
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.formats.adapter import PARAMETER
 from adapterkit.formats.dialects import Model
+from adapterkit.formats.kinds import FACTORS, PARAMETER
 from adapterkit.formats.library import architectures
-from adapterkit.formats.record import FACTORS, Contents, Module
+from adapterkit.formats.record import Contents, Module
 
 
 def shape_problems(contents: Contents, base: Checkpoint | None) -> list[AdapterkitError]:

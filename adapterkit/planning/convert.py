@@ -19,10 +19,11 @@ from adapterkit.formats.dialects import Model, arranged, without_copies
 from adapterkit.formats.experts import split_experts, stacks_of
 from adapterkit.formats.fitted import Fit, fits_of
 from adapterkit.formats.kind_adapter import KINDS
+from adapterkit.formats.kinds import EXPERTS
 from adapterkit.formats.library import format_named
 from adapterkit.formats.models import base_of
 from adapterkit.formats.read import Reading, read
-from adapterkit.formats.record import EXPERTS, LANGUAGE, Contents
+from adapterkit.formats.record import LANGUAGE, Contents
 from adapterkit.formats.rows import Heads, model_heads
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Stored

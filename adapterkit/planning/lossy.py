@@ -14,7 +14,6 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.formats import kinds
 from adapterkit.formats.adapter import KEPT
 from adapterkit.formats.biases import as_the_format_has_them
 from adapterkit.formats.capabilities import (
@@ -27,8 +26,10 @@ from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.deltas import ModuleDelta
 from adapterkit.formats.fitted import Fit, Fitted
 from adapterkit.formats.kind_adapter import headers_of, replaced_values
+from adapterkit.formats.kinds import FACTORS
 from adapterkit.formats.names import kernel_of
-from adapterkit.formats.record import FACTORS, LANGUAGE, Contents, Module
+from adapterkit.formats.parts import cores, matrix_shape, tail_of
+from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Contracted, scaled
 from adapterkit.planning.base_weights import CHECK_BASE, BaseWeights, dora_problems
@@ -239,7 +240,7 @@ class _Fitting:
     def _check(self, module: Module, weight: StoredParameter | None) -> None:
         if weight is None:
             return
-        out, inputs = kinds.matrix_shape(module.kind, module.parts)
+        out, inputs = matrix_shape(module.kind, module.parts)
         shape = weight.weight_shape[0], math.prod(weight.weight_shape[1:])
         if out != shape[0] or inputs not in (0, shape[1]):
             raise Refused(
@@ -258,12 +259,12 @@ class _Fitting:
         """The axes after `out`: of the file, of the base, of the architecture."""
         if weight is not None:
             return weight.weight_shape[1:]
-        tail = kinds.tail_of(module.kind, module.parts)
+        tail = tail_of(module.kind, module.parts)
         if tail is not None:
             return tail
-        inputs = kinds.matrix_shape(module.kind, module.parts)[1]
+        inputs = matrix_shape(module.kind, module.parts)[1]
         kernel = kernel_of(self.contents.architectures, module.component, module.name)
-        if kernel is None and kinds.cores(module.parts):
+        if kernel is None and cores(module.parts):
             raise Refused(
                 f"{shown(module.path)}: a kernel of which the file does not say if it is a "
                 "Conv1d's or a Conv2d's",

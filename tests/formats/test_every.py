@@ -14,9 +14,10 @@ import adapterkit
 from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.dialects import SINGLE
+from adapterkit.formats.kinds import FACTORS
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.names import names_of
-from adapterkit.formats.record import FACTORS, LANGUAGE, Contents
+from adapterkit.formats.record import LANGUAGE, Contents
 from adapterkit.formats.schema import DetectWords, Format
 from adapterkit.verbs.formats import detect_format
 from tests.support.adapter_samples import (

