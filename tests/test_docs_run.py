@@ -30,10 +30,14 @@ from tests.support.documents import (
     commands,
     name_of,
     sessions,
+    typed,
 )
+from tests.support.hub_client import TOKEN
+from tests.support.hub_server import Hub
 from tests.support.texts import save_tokenizer, write_rows
 
 PACKAGE = Path(adapterkit.__file__).parent
+SCALE = ROOT / "docs" / "scale.md"
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for all commands
 CAST = (
@@ -91,7 +95,7 @@ class Task(NamedTuple):
     output: str | None = None
 
 
-def run(tasks: list[Task], path: Path) -> list[tuple[int, str, str]]:
+def run(tasks: list[Task], path: Path, **variables: str) -> list[tuple[int, str, str]]:
     """Status, output and messages of each, by the package in the folder `path`."""
     request = json.dumps([(str(t.folder), t.words, t.program) for t in tasks])
     environment = os.environ | {
@@ -100,6 +104,7 @@ def run(tasks: list[Task], path: Path) -> list[tuple[int, str, str]]:
         "COLUMNS": "100",
         "PYTHONPATH": str(path),
     }
+    environment |= variables
     done = subprocess.run(
         [sys.executable, "-P", "-c", RUN],
         input=request,
@@ -261,3 +266,36 @@ def test_schema_versions_are_those_of_the_code(documents, package):
     assert written == {k: str(v) for k, v in now.items()} | {
         "receipt": str(json.loads(receipt)["adapterkit"])
     }
+
+
+def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
+    """What scale.md says to type of repositories, with the tests' Hub in place of the real one."""
+    base, adapter = (
+        {path.name: path.read_bytes() for path in (stage / name).iterdir()}
+        for name in ("BASE", "ADAPTER")
+    )
+    with Hub(token=TOKEN) as hub:
+        hub.repo("org/base").refs["v1.0"] = hub.commit("org/base", base)
+        hub.commit("org/adapter", adapter)
+        hub.commit(
+            "org/adapter", {f"checkpoint-500/{name}": data for name, data in adapter.items()}
+        )
+        tasks = [
+            Task(tmp_path, words[1:])
+            for words in typed(SCALE)
+            if any(word.startswith("org/") for word in words)
+        ]
+        variables = hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN}
+        results = run(tasks, package, **variables)
+        assert len(results) > 3
+        for task, (status, output, errors) in zip(tasks, results, strict=True):
+            assert status == 0 and TOKEN not in output + errors, f"{task.words}\n{output}{errors}"
+        written = {
+            (repo, branch): hub.files(repo, branch)
+            for repo in ("me/merged", "me/converted")
+            for branch in hub.repos[repo].refs
+        }
+    merged = written["me/merged", "main"]["model.safetensors"]
+    assert merged == written["me/merged", "trial"]["bf16/model.safetensors"]
+    assert merged != base["model.safetensors"] and "me/w8a16" not in hub.repos
+    assert any(name.endswith(".safetensors") for name in written["me/converted", "main"])
