@@ -11,7 +11,7 @@ from adapterkit.engines.waiting import POLL_INTERVAL
 
 class Buffer:
     """Reusable memory that grows to the largest piece it has held; pinned where a GPU copies from
-    and to it."""
+    and to it, if there is memory to pin."""
 
     def __init__(self, pinned: bool):
         self.pinned, self.memory = pinned, torch.empty(0, dtype=torch.uint8)
@@ -19,8 +19,16 @@ class Buffer:
     def sized(self, size: int) -> memoryview:
         """The first `size` bytes."""
         if len(self.memory) < size:
-            self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+            self.memory = self._allocated(size)
         return self.memory.numpy().data[:size]
+
+    def _allocated(self, size: int) -> Tensor:
+        if self.pinned:
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:  # of CUDA: copies of pageable memory are slower, and as right
+                self.pinned = False
+        return torch.empty(size, dtype=torch.uint8)
 
     def tensor(self, size: int, dtype: torch.dtype) -> Tensor:
         """The first `size` bytes as numbers."""
@@ -28,20 +36,29 @@ class Buffer:
 
 
 class Scratch:
-    """A worker's own memory for one chunk: its bytes as stored, and its numbers in float32 or
-    float64 on the device."""
+    """A worker's own memory: chunks' bytes as stored and, on the CPU, the numbers of one in float32
+    or float64.
+
+    A card's worker reads the next chunk while one is on the card, so there it has two rooms for
+    bytes. One is read into again when the chunk that it held has come back from the card.
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self.stored = device, Buffer(pinned=device.type == "cuda")
+        on_card = device.type != "cpu"
+        self.device, self.ahead = device, int(on_card)  # chunks that may be on the card meanwhile
+        self.stored = [Buffer(pinned=on_card) for _ in range(1 + self.ahead)]
         self.numbers: dict[torch.dtype, Tensor] = {}
 
     def floats(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The chunk's numbers, on the device; its own memory on a card."""
+        if self.ahead:
+            # in this worker's stream, where all that follows waits for it; converted there
+            return stored.to(self.device, non_blocking=True).to(dtype)
         count = stored.numel()
         room = self.numbers.get(dtype)
         if room is None or room.numel() < count:
-            room = self.numbers[dtype] = torch.empty(count, dtype=dtype, device=self.device)
-        # in this worker's stream, where all that follows waits for it
-        return room[:count].view(stored.shape).copy_(stored, non_blocking=True)
+            room = self.numbers[dtype] = torch.empty(count, dtype=dtype)
+        return room[:count].view(stored.shape).copy_(stored)
 
 
 class BufferPool:

@@ -21,6 +21,7 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.writer import ShardFile
+from adapterkit.engines.device import Streams
 from adapterkit.engines.waiting import result_of, signals_deferred
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
@@ -174,12 +175,13 @@ def _copy(inputs: Reader, spec: TensorSpec, shard: ShardFile, at: int) -> None:
 def _results(
     file: Computed, stage: Stage, inputs: Reader, workers: int, budget: int, progress: Progress
 ) -> Iterator[TaskResult]:
-    """The tasks' results in order."""
+    """The tasks' results in order, in the host's memory."""
+    streams = Streams(inputs.device)
 
     def compute(task: Task) -> TaskResult:
         torch.set_num_threads(1)  # this thread's; the workers are the parallelism
-        with torch.inference_mode():
-            return _finite(task.compute(inputs))
+        with streams.use(), torch.inference_mode():
+            return _on_host(_finite(task.compute(inputs)))
 
     results = in_order(compute, file.tasks, workers, budget, lambda task: task.memory)
     if file.finalize is None:
@@ -274,6 +276,14 @@ class _Spill:
     def close(self) -> None:
         self.file.abandon()
         self.file.path.unlink(missing_ok=True)
+
+
+def _on_host(result: TaskResult) -> TaskResult:
+    """The result with all tensors in the host's memory: other threads take them, which have other
+    streams."""
+    tensors = {k: t.cpu() if isinstance(t, Tensor) else t for k, t in result.tensors.items()}
+    handoff = {key: tensor.cpu() for key, tensor in result.handoff.items()}
+    return TaskResult(tensors, result.metrics, handoff)
 
 
 def _finite(result: TaskResult) -> TaskResult:

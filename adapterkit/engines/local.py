@@ -13,28 +13,27 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 from adapterkit import dtypes
-from adapterkit.checkpoint.reader import Sources, read_exactly
+from adapterkit.checkpoint.reader import Sources
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.system import cores
 from adapterkit.checkpoint.writer import FLUSH
 from adapterkit.engines.buffers import Buffer, BufferPool, Scratch
+from adapterkit.engines.chunks import ComputedChunk, compute_chunk, read_chunk
 from adapterkit.engines.computed import write_computed
+from adapterkit.engines.device import Streams, exact_arithmetic, pick_device
 from adapterkit.engines.metrics import TensorMetrics
-from adapterkit.engines.pieces import OpenShard, Piece
+from adapterkit.engines.pieces import Chunk, OpenShard, Piece
 from adapterkit.engines.reader import LocalReader
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
-from adapterkit.errors import Failed, Refused, Unrecoverable, shown
-from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import Computed, Plan, Progress, Shard, Step
+from adapterkit.errors import Failed, shown
+from adapterkit.plan import Computed, Plan, Progress, Shard
 from adapterkit.receipt import ShardResult
 from adapterkit.tasks.handoff import HandoffReader
-from adapterkit.tasks.rows import arithmetic, rounded, unrounded
+from adapterkit.tasks.rows import arithmetic
 
 SHUTDOWN_TIMEOUT = 1.0  # seconds that an interrupted job gives its threads
 OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
@@ -59,7 +58,7 @@ def local(device: str = "auto", workers: int | None = None):
         computed = [shard for shard in shards if isinstance(shard, Computed)]
         reads = [step.source for shard in streamed for step in shard.steps]
         reads += [spec for file in computed for task in file.tasks for spec in task.reads]
-        with Sources(plan.folders, plan.identities) as sources:
+        with exact_arithmetic(where), Sources(plan.folders, plan.identities) as sources:
             for folder in range(len(plan.folders)):
                 names = [spec.file for spec in reads if spec.folder == folder]
                 plan.folders[folder].prefetch(list(dict.fromkeys(names)))
@@ -86,26 +85,6 @@ def local(device: str = "auto", workers: int | None = None):
     return engine
 
 
-def pick_device(name: str) -> torch.device:
-    """torch's device for `auto` (CPU: a merge waits for the disk, not for arithmetic), `cpu`,
-    `cuda` or `cuda:i`."""
-    if name in ("auto", "cpu"):
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type != "cuda" or count <= (device.index or 0):
-        raise Refused(
-            f"device {name!r}; {count} CUDA devices here",
-            expected="auto, cpu, cuda or cuda:i",
-            where="--device",
-            hint="use cpu",
-        )
-    return device
-
-
 class _ShardRun:
     """One run over some shards: the pieces in order, workers that take them, files finished behind
     them."""
@@ -119,7 +98,9 @@ class _ShardRun:
             progress,
         )
         self.inputs = LocalReader(sources, device, handoffs=HandoffReader(stage))
-        self.buffers = BufferPool(4 * workers, pinned=device.type == "cuda")
+        self.streams = Streams(device)
+        on_card = device.type != "cpu"
+        self.buffers = BufferPool((2 if on_card else 4) * workers, pinned=on_card)
         self.stop = threading.Event()
         self.problem: BaseException | None = None
         self.open: list[OpenShard] = []
@@ -198,12 +179,7 @@ class _ShardRun:
         try:
             scratch = Scratch(self.device)
             torch.set_num_threads(1)  # this thread's; the workers are the parallelism
-            stream = (
-                torch.cuda.stream(torch.cuda.Stream(self.device))
-                if self.device.type == "cuda"
-                else nullcontext()
-            )
-            with stream, torch.inference_mode():
+            with self.streams.use(), torch.inference_mode():
                 while (buffer := self.buffers.take(self.stop)) is not None:
                     with self.turn:
                         piece = next(pieces, None)
@@ -259,54 +235,34 @@ class _ShardRun:
         shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
 
     def _compute(self, piece: Piece, buffer: Buffer, scratch: Scratch) -> None:
-        open_step, metrics, position = piece.step, TensorMetrics(), 0
+        open_step, metrics, waiting = piece.step, TensorMetrics(), deque[ComputedChunk]()
         assert open_step is not None
-        step, source, columns = open_step.step, open_step.step.source, open_step.step.grid[1]
-        edits, dtype = open_step.load(self.inputs), arithmetic(step)
+        step, columns = open_step.step, open_step.step.grid[1]
+        edits = open_step.load(self.inputs)
         view = buffer.sized(piece.length)
         written = buffer.tensor(piece.length, dtypes.torch_dtype(step.dtype)).view(-1, columns)
-        width = dtypes.BITS[source.dtype] // 8 * columns
-        with self.sources.file(source.folder, source.file) as descriptor:
-            for first, last, sampled in piece.chunks:
-                size = (last - first) * width
-                read_exactly(
-                    descriptor, scratch.stored.sized(size), source.start + first * width, source
-                )
-                stored = scratch.stored.tensor(size, dtypes.torch_dtype(source.dtype)).view(
-                    -1, columns
-                )
-                w = scratch.floats(stored, dtype)
-                before = w.clone() if sampled and edits else None
-                for edit in edits:
-                    edit.apply(w, first)
-                flat = w.view(-1)
-                metrics.squares.append(float(torch.dot(flat, flat)))
-                outgoing = written[first - piece.chunks[0].first : last - piece.chunks[0].first]
-                outgoing.copy_(rounded(w, step, first * columns))
-                self._check_finite(metrics.squares[-1], outgoing, step, w)
-                if before is not None:
-                    metrics.measure(before, unrounded(w, before, edits, first), outgoing)
-                end = position + dtypes.size(step.dtype, w.numel())
-                piece.shard.file.write(view[position:end], piece.position + position)
-                position = end
+        width = dtypes.BITS[step.dtype] // 8 * columns
+
+        def rows(chunk: Chunk) -> slice:
+            first = piece.chunks[0].first
+            return slice(chunk.first - first, chunk.last - first)
+
+        def write(done: ComputedChunk) -> None:
+            metrics.count(done.landed(step), done.outgoing.numel())
+            start, stop = rows(done.chunk).start * width, rows(done.chunk).stop * width
+            piece.shard.file.write(view[start:stop], piece.position + start)
+
+        with self.sources.file(step.source.folder, step.source.file) as descriptor:
+            for number, chunk in enumerate(piece.chunks):
+                room = scratch.stored[number % len(scratch.stored)]
+                w = scratch.floats(read_chunk(descriptor, step, chunk, room), arithmetic(step))
+                waiting.append(compute_chunk(w, edits, step, chunk, written[rows(chunk)]))
+                if len(waiting) > scratch.ahead:
+                    write(waiting.popleft())
+            while waiting:
+                write(waiting.popleft())
         open_step.done(metrics)
         piece.shard.hash(piece.number, view, lambda: self.buffers.give(buffer))
-
-    def _check_finite(self, squares: float, outgoing: Tensor, step: Step, w: Tensor) -> None:
-        limit = torch.finfo(outgoing.dtype).max
-        if squares <= limit * limit:  # then no element is above the limit; false for NaN
-            return
-        if all_finite(outgoing):
-            return
-        what = "overflows" if all_finite(w) else "is not finite (NaN or infinity)"
-        raise Unrecoverable(
-            f"the merged value of {shown(step.key)} {what} in {step.dtype}",
-            expected="finite values",
-            where=f"{step.source.file}: {shown(step.key)}",
-            hint="give --dtype bf16 or fp32, or a smaller weight"
-            if what == "overflows"
-            else "check the base and the adapters",
-        )
 
     def _finish(self, shard: OpenShard) -> None:
         try:

@@ -32,17 +32,18 @@ class TensorMetrics:
         self.moved += other.moved
         self.projection += other.projection
 
-    def measure(self, before: Tensor, exact: Tensor, written: Tensor) -> None:
-        """Compare a sampled chunk: the base's values, the exact new ones, and those as they were
-        rounded."""
-        rounded = written.to(exact.device, exact.dtype)
-        self.sampled += exact.numel()
-        self.changed += int((rounded != before).sum())
-        self.before.append(_squares(before))
-        self.lost.append(_squares(exact - rounded))
-        delta = exact - before
-        self.moved.append(_squares(delta))
-        self.projection.append(float(torch.dot((rounded - before).view(-1), delta.view(-1))))
+    def count(self, sums: list[float], elements: int) -> None:
+        """One chunk's `chunk_sums`."""
+        squares, *sampled = sums
+        self.squares.append(squares)
+        if sampled:
+            changed, before, lost, moved, projection = sampled
+            self.sampled += elements
+            self.changed += int(changed)
+            self.before.append(before)
+            self.lost.append(lost)
+            self.moved.append(moved)
+            self.projection.append(projection)
 
     def result(self, step: Step) -> dict:
         # fsum is exact, so the order in which the workers came does not show
@@ -66,9 +67,32 @@ class TensorMetrics:
         return metrics
 
 
-def _squares(difference: Tensor) -> float:
-    flat = difference.view(-1)
-    return float(torch.dot(flat, flat))
+def chunk_sums(
+    w: Tensor,  # the new values
+    written: Tensor,  # as they were rounded
+    compared: tuple[Tensor, Tensor]
+    | None,  # a sampled chunk: the base's values, the exact new ones
+) -> list[Tensor]:
+    """The sums of one chunk, each a tensor of its device without dimensions: none is waited for."""
+    sums = [_squares(w)]
+    if compared is None:
+        return sums
+    before, exact = compared
+    rounded = written.to(exact.dtype)
+    delta = exact - before
+    return [
+        *sums,
+        (rounded != before).sum(),
+        _squares(before),
+        _squares(exact - rounded),
+        _squares(delta),
+        torch.dot((rounded - before).view(-1), delta.view(-1)),
+    ]
+
+
+def _squares(values: Tensor) -> Tensor:
+    flat = values.view(-1)
+    return torch.dot(flat, flat)
 
 
 def _short(value: float) -> float:

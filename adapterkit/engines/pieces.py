@@ -15,6 +15,7 @@ from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.writer import ShardFile
+from adapterkit.engines.device import Mark
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.reader import LocalReader
 from adapterkit.plan import Loaded, Shard, Step
@@ -23,7 +24,6 @@ from adapterkit.tasks.rows import arithmetic, chunks
 
 # chunks that a worker takes at a time: what it shares with the others is touched once per span
 SPAN = 4
-CUDA_SPAN = 1
 RUN = 4 << 20  # bytes of one piece of an untouched run
 SAMPLE = 64  # metrics are measured on every 64th chunk of a tensor, the first included
 
@@ -72,11 +72,12 @@ class _Run:
 @dataclass
 class OpenStep:
     """A step while its chunks are worked on: its edits are loaded by the first worker and freed
-    after the last chunk."""
+    after the last chunk, when each worker has waited for what it had a card do with them."""
 
     step: Step
     remaining: int
     edits: list[Loaded] | None = None
+    loaded: Mark | None = None  # in the stream of the worker that loaded them
     lock: threading.Lock = field(default_factory=threading.Lock)
     metrics: "TensorMetrics" = field(default_factory=lambda: TensorMetrics())
 
@@ -89,6 +90,9 @@ class OpenStep:
                 ]
                 norms = [e.delta_norm for e in self.edits if e.delta_norm is not None]
                 self.metrics.delta = math.hypot(*norms) if norms else None
+                self.loaded = Mark(inputs.device)
+            assert self.loaded is not None
+            self.loaded.precede()
             return self.edits
 
     def done(self, metrics: "TensorMetrics") -> None:
@@ -150,8 +154,7 @@ class OpenShard:
             Chunk(first, last, i % SAMPLE == 0)
             for i, (first, last) in enumerate(chunks(step.grid, device))
         ]
-        span = SPAN if device.type == "cpu" else CUDA_SPAN
-        spans = [tuple(cut[i : i + span]) for i in range(0, len(cut), span)]
+        spans = [tuple(cut[i : i + SPAN]) for i in range(0, len(cut), SPAN)]
         open_step = OpenStep(step, len(spans))
         self.steps.append(open_step)
         width = dtypes.BITS[step.dtype] // 8 * step.grid[1]

@@ -11,6 +11,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
+from adapterkit.engines.device import used_here
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import STACKS
@@ -62,20 +63,22 @@ class LocalReader:
     def _handed_on(self, spec: TensorSpec) -> Tensor:
         assert self.handoffs is not None
         data = self.handoffs.read(spec.key, spec.start, spec.stop)
-        return torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
+        stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
+        return stored.to(self.device)
 
     def bytes(self, spec: TensorSpec) -> bytearray:
         return self.sources.read(spec)
 
     def shared(self, spec: TensorSpec, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.stacks.get(spec, lambda: cut(self.stored(spec)))
+        return used_here(self.stacks.get(spec, lambda: cut(self.stored(spec))))
 
     def rows(self, spec: TensorSpec, grid: tuple[int, int], first: int, last: int) -> Tensor:
         width = dtypes.BITS[spec.dtype] // 8 * grid[1]
         data = bytearray((last - first) * width)
         self.sources.read_into(spec, first * width, memoryview(data))
         stored = torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype))
-        return stored.view(last - first, grid[1]).to(self.device, self.dtype)
+        # converted on the device: fewer bytes go to a card
+        return stored.view(last - first, grid[1]).to(self.device).to(self.dtype)
 
     def blocks(self, spec: TensorSpec, grid: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
         for first, last in chunks(grid, self.device):

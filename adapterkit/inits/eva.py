@@ -3,7 +3,6 @@
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -86,7 +85,7 @@ class Eva:
             least = variances[0] * NOISE
             a = a / variances[:rank, None].clamp(min=least).sqrt().sqrt()
         a = pad(a, (0, 0, 0, rank - len(a)))
-        return a.contiguous(), torch.zeros(len(weight), rank)
+        return a.contiguous(), a.new_zeros(len(weight), rank)
 
     def ratios(self, rank: int, variances: Tensor, variance: Tensor) -> list[float]:
         """The shares of a layer's variance that its first components explain, falling; none for

@@ -88,7 +88,8 @@ class SummedTensor(Task):
 
     def compute(self, inputs: Reader) -> TaskResult:
         values = [(inputs.tensor(spec).view(-1), scale) for spec, scale in self.terms]
-        out = torch.empty(self.shape, dtype=dtypes.torch_dtype(self.dtype))
+        dtype = dtypes.torch_dtype(self.dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=inputs.device)
         for first in range(0, out.numel(), BLOCK):
             here = slice(first, first + BLOCK)
             out.view(-1)[here] = sum(value[here].double() * scale for value, scale in values)

@@ -222,7 +222,8 @@ def _of_rows(round_column: RoundColumn, at: Tensor, weight: Tensor) -> RoundColu
 
 def _edited(weight: StoredWeight, edits: list[Loaded]) -> tuple[Tensor, bool]:
     """The weight after its edits, (rows, columns) float32, and whether it is another one."""
-    exact, changed = torch.empty(weight.rows, weight.columns), False
+    exact = torch.empty(weight.rows, weight.columns, device=weight.inputs.device)
+    changed = False
     for part in weight.edit(edits):
         exact[part.first : part.last] = part.after
         changed = changed or not torch.equal(part.before, part.after)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -104,7 +104,8 @@ class DifferenceFactors(FittedFactors):
         if all(one is None for one in decompositions):
             return TaskResult({}, {"unchanged": True})
         out, width = self._shape
-        zero = Svd(torch.zeros(out, 1), torch.zeros(1), torch.zeros(1, width))
+        zeros = partial(torch.zeros, device=inputs.device)
+        zero = Svd(zeros(out, 1), zeros(1), zeros(1, width))
         return self.fit([one or Decomposition(zero, 0.0) for one in decompositions], damping)
 
     def _matrices(self) -> Iterator[tuple[StoredParameter, StoredParameter]]:

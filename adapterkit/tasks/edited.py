@@ -62,7 +62,8 @@ class EditedTensor(StepTask):
     def compute(self, inputs: Reader) -> TaskResult:
         weight = StoredWeight(self.step, inputs)
         edits = weight.load_edits()
-        out = torch.empty(self.step.shape, dtype=dtypes.torch_dtype(self.step.dtype))
+        dtype = dtypes.torch_dtype(self.step.dtype)
+        out = torch.empty(self.step.shape, dtype=dtype, device=inputs.device)
         grid = out.view(weight.rows, weight.columns)
         survival = Survival()
         for part in weight.edit(edits, compared=bool(edits)):
@@ -232,7 +233,7 @@ class StoredWeight:
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of the chunks of the edits, decoded."""
         slices = ((first, self.read(first, last)) for first, last in _slices(self.step))
-        for first, pieces in _chunk(slices, self.rows, self.columns):
+        for first, pieces in _chunk(slices, self.rows, self.columns, self.inputs.device):
             yield first, torch.cat(pieces).to(self.dtype)
 
     def read(self, first: int, last: int) -> Tensor:
@@ -277,7 +278,7 @@ class StoredWeight:
                 pending.append(Part(first, last, before, before.clone() if compared else before))
                 yield first, pending[-1].after
 
-        for first, pieces in _chunk(slices(), self.rows, self.columns):
+        for first, pieces in _chunk(slices(), self.rows, self.columns, self.inputs.device):
             block = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.dtype)
             for edit in edits:
                 edit.apply(block, first)
@@ -323,11 +324,11 @@ class StoredWeight:
 
 
 def _chunk(
-    slices: Iterable[tuple[int, Tensor]], count: int, columns: int
+    slices: Iterable[tuple[int, Tensor]], count: int, columns: int, device: torch.device
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """The chunks of `count` rows, wherever slices end: (first row, its pieces, views of the
     slices)."""
-    each, pieces = rows.chunk_height(columns), []
+    each, pieces = rows.chunk_height(columns, device.type), []
     for first, value in slices:
         at, last = first, first + len(value)
         while at < last:

@@ -142,6 +142,7 @@ def power_iteration(a: Tensor, b: Tensor, seed: int) -> Tensor:
     a, b = a.float(), b.float()
     core = b.T @ b
     v = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    v = v.to(a.device)
     v = v / (v.norm() + TINY)
     for _ in range(ITERATIONS):
         v = a.T @ (core @ (a @ v))

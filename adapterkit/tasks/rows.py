@@ -11,7 +11,8 @@ from adapterkit.plan import Loaded, Step
 # of one chunk: near a core's cache, and large enough that threads seldom meet at the interpreter
 # lock
 ELEMENTS = 1 << 18
-CUDA_ELEMENTS = 1 << 24  # fewer, larger copies over the bus
+# enough for a copy over the bus to be worth its start; several are under way at a time
+CUDA_ELEMENTS = 1 << 22
 
 
 def rounded(w: Tensor, step: Step, position: int = 0) -> Tensor:

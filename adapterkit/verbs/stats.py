@@ -11,8 +11,8 @@ import torch
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.reader import changed
 from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines.device import pick_device
 from adapterkit.engines.execution import writes
-from adapterkit.engines.local import pick_device
 from adapterkit.errors import Failed, listed
 from adapterkit.options import StrPath, files, kinds, parse_size
 from adapterkit.plan import Progress

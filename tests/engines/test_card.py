@@ -1,0 +1,135 @@
+"""The local engine on a pretended card: the same bytes as on the CPU, and no races."""
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapterkit.engines import buffers, chunks, local, pieces
+from adapterkit.execute import run
+from adapterkit.tasks import rows
+from tests.golden import inputs, jobs
+from tests.support.card import Card, installed
+
+SMALL = 256  # elements of a chunk, so that steps have many
+RECEIPT = "adapterkit.json"
+# statistics run a model's own code, which takes more than tensors that are pretended
+JOBS = [job for job in jobs.WRITING if job.verb != "stats"]
+QUICK = ("merge-several", "merge-nf4", "loftq-nf4", "init-quantized", "extract-rank")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the inputs of the golden jobs, the current one meanwhile."""
+    path = tmp_path_factory.mktemp("card")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        inputs.create_inputs(Path())
+        yield path
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Equal ones on both devices: then products have the same bits."""
+    monkeypatch.setattr(rows, "ELEMENTS", SMALL)
+    monkeypatch.setattr(rows, "CUDA_ELEMENTS", SMALL)
+
+
+def make(name: str) -> jobs.Job:
+    """The job of that name; the outputs that it reads are there."""
+    found = next(job for job in jobs.WRITING if job.name == name)
+    for source in (*found.sources, *found.options.values()):
+        if any(source == job.name for job in jobs.WRITING) and not Path(source).exists():
+            jobs.call(make(source), out=source)
+    return found
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != RECEIPT]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def assert_same_there(name: str, folder: Path, card: Card, **options) -> None:
+    job, there = make(name), folder / "there"
+    here = folder / f"{name}-here"
+    if not here.exists():
+        jobs.call(job, out=str(here))
+    try:
+        with installed(card):
+            jobs.call(job, out=str(there), device="cuda", **options)
+        assert not card.races, card.races[:3]
+        assert bytes_of(there) == bytes_of(here)
+    finally:
+        shutil.rmtree(there, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(job.name, marks=() if job.name in QUICK else pytest.mark.slow) for job in JOBS],
+)
+def test_a_job_gives_the_bytes_of_the_cpu(name: str, folder: Path):
+    """Each is computed there, in streams that are not the default one."""
+    card = Card()
+    assert_same_there(name, folder, card)
+    if name != "convert-same":  # stored bytes
+        assert card.streams_used - {card.default.number}
+
+
+def run_together(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> Card:
+    """A job by two workers, which use what one of them has just loaded before either waits."""
+    both, load, landed = threading.Barrier(2), pieces.OpenStep.load, chunks.ComputedChunk.landed
+
+    def load_together(*arguments) -> list:
+        edits = load(*arguments)
+        with contextlib.suppress(threading.BrokenBarrierError):  # the other has no more to do
+            both.wait(0.1)
+        both.reset()
+        return edits
+
+    def land_later(*arguments) -> list:
+        time.sleep(0.01)
+        return landed(*arguments)
+
+    monkeypatch.setattr(pieces.OpenStep, "load", load_together)
+    monkeypatch.setattr(chunks.ComputedChunk, "landed", land_later)
+    monkeypatch.setattr(rows, "CUDA_ELEMENTS", SMALL // 4)
+    job, out, card = make(name), folder / "together", Card()
+    with installed(card):
+        plan = jobs.call(job, out=str(out), dry_run=True)
+        run(plan, out, local.local("cuda", workers=2))
+    shutil.rmtree(out)
+    return card
+
+
+@pytest.mark.parametrize("name", ["merge-several", "merge-head", "merge-peft"])
+def test_workers_wait_for_the_factors_that_another_loads(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert not run_together(monkeypatch, name, folder).races
+
+
+def test_the_pretended_card_sees_factors_that_are_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pieces.Mark, "precede", lambda mark: None)
+    races = run_together(monkeypatch, "merge-several", folder).races
+    assert any("does not wait for" in race for race in races)
+
+
+def test_the_pretended_card_sees_memory_that_is_read_into_too_early(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = buffers.Scratch.__init__
+
+    def one_room(scratch: buffers.Scratch, device: torch.device) -> None:
+        made(scratch, device)
+        del scratch.stored[1:]
+
+    monkeypatch.setattr(buffers.Scratch, "__init__", one_room)
+    card = run_together(monkeypatch, "merge-several", folder)
+    assert any("written during the copy" in race for race in card.races)
