@@ -25,7 +25,8 @@ from adapterkit.receipt import Receipt
 def pinned_inputs(out: str, *, resume: bool) -> AbstractContextManager[object]:
     """Revisions of inputs are read at the commits of the run that is resumed; those of a new run
     are noted."""
-    return pinned(pins_before(parse_output(out)) if resume else {})
+    hub_id = parse_output(out)
+    return pinned(pins_before(hub_id) if resume else {})
 
 
 def run_to_hub(

@@ -6,71 +6,23 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save
 
 import adapterkit
 from tests.support.hub_client import TOKEN, Client
+from tests.support.hub_models import (
+    CALLS,
+    LAYERS,
+    SHARDS,
+    WEIGHTS,
+    adapter_files,
+    base_files,
+    differing,
+    receipt_of,
+    write,
+)
 from tests.support.hub_server import Hub
 from tests.support.hub_state import Fault
-
-LAYERS, WIDTH, RANK = 6, 128, 4
-SHARDS = [f"model-{i + 1:05d}-of-{LAYERS:05d}.safetensors" for i in range(LAYERS)]
-# what a first run and a local one are asked for
-WEIGHTS = "adapter_model.safetensors"
-CALLS = "import adapterkit\nfrom adapterkit.hub import retry, download\nretry.WAIT = 0.01"
-
-
-def base_files() -> dict[str, bytes]:
-    """A checkpoint in Llama's names, one layer in each shard."""
-    generator, files, places = np.random.default_rng(0), {}, {}
-    for i, name in enumerate(SHARDS):
-        keys = [f"model.layers.{i}.self_attn.{leaf}_proj.weight" for leaf in "qkv"]
-        shape = (WIDTH, WIDTH)
-        weights = {key: generator.standard_normal(shape).astype(np.float32) for key in keys}
-        files[name] = save(weights, {"format": "pt"})
-        places |= dict.fromkeys(keys, name)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 8,
-    }
-    files["config.json"] = json.dumps(config).encode()
-    index = {"metadata": {"total_size": 1}, "weight_map": places}
-    files["model.safetensors.index.json"] = json.dumps(index).encode()
-    return files
-
-
-def adapter_files(seed: int = 1, layers=range(LAYERS)) -> dict[str, bytes]:
-    generator, factors = np.random.default_rng(seed), {}
-    for i in layers:
-        prefix = f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_"
-        factors[prefix + "A.weight"] = generator.standard_normal((RANK, WIDTH)).astype(np.float32)
-        factors[prefix + "B.weight"] = generator.standard_normal((WIDTH, RANK)).astype(np.float32)
-    config = {
-        "peft_type": "LORA",
-        "r": RANK,
-        "lora_alpha": RANK,
-        "target_modules": ["q_proj"],
-        "base_model_name_or_path": "org/base",
-    }
-    return {
-        "adapter_model.safetensors": save(factors),
-        "adapter_config.json": json.dumps(config).encode(),
-    }
-
-
-def write(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -98,17 +50,6 @@ def quiet(place):
     hub = place[0]
     hub.faults = lambda asked: None
     hub.log.clear()
-
-
-def receipt_of(files: dict[str, bytes]) -> dict:
-    return json.loads(files["adapterkit.json"])
-
-
-def differing(there: dict[str, bytes], here: Path) -> list[str]:
-    """The files that differ, but for the receipts."""
-    local = {p.relative_to(here).as_posix(): p.read_bytes() for p in here.rglob("*") if p.is_file()}
-    names = (set(there) | set(local)) - {".gitattributes", "adapterkit.json"}
-    return [name for name in sorted(names) if there.get(name) != local.get(name)]
 
 
 def uploads(hub: Hub) -> list[int]:
