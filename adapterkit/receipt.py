@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapterkit.checkpoint.folder import LocalFolder, inside
+from adapterkit.checkpoint.folder import Folder, inside
 from adapterkit.checkpoint.hashes import RunningHash, sha256_of_file
 from adapterkit.checkpoint.header import read_header
 from adapterkit.checkpoint.stage import RECEIPT
@@ -152,17 +152,16 @@ CHANGED = "bytes that are not those that were written"
 AGAIN = "run the merge again"
 
 
-def read_receipt(folder: Path) -> dict[str, Any]:
+def read_receipt(folder: Folder) -> dict[str, Any]:
     """The receipt of an output folder."""
-    if not os.path.isfile(folder / RECEIPT):
+    if RECEIPT not in folder.files():
         raise Refused(
             f"no {RECEIPT}",
             expected="an output of adapterkit, finished",
-            where=str(folder),
+            where=folder.label,
             hint="run the job again (with --resume if it was interrupted)",
         )
-    local = LocalFolder(folder)
-    receipt = read_json(local, RECEIPT)
+    receipt = read_json(folder, RECEIPT)
     if receipt.get("adapterkit") != RECEIPT_VERSION:
         raise Refused(
             f"a receipt of version {shown(receipt.get('adapterkit'))}",
@@ -170,7 +169,7 @@ def read_receipt(folder: Path) -> dict[str, Any]:
             where=RECEIPT,
             hint="verify with the adapterkit that wrote it",
         )
-    if not is_sealed(local.read(RECEIPT, 0, local.files()[RECEIPT])):
+    if not is_sealed(folder.read(RECEIPT, 0, folder.files()[RECEIPT])):
         raise Damaged(
             CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, hint=AGAIN
         )
@@ -178,11 +177,10 @@ def read_receipt(folder: Path) -> dict[str, Any]:
 
 
 def check_files(
-    folder: Path, receipt: dict, progress: Progress = lambda done: None
+    out: Folder, receipt: dict, progress: Progress = lambda done: None
 ) -> dict[str, Any]:
     """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and
-    no other weights."""
-    out = LocalFolder(folder)
+    no other weights. Of what the Hub keeps as large files, the hash is the one that it lists."""
     errors: list[AdapterkitError] = []
     for name, entry in receipt["files"].items():
         try:
@@ -211,7 +209,7 @@ def check_files(
 
 
 def check_file(
-    out: LocalFolder, name: str, sha: str | None, marks: dict | None, progress: Progress
+    out: Folder, name: str, sha: str | None, marks: dict | None, progress: Progress
 ) -> None:
     """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of
     weights only."""
@@ -222,7 +220,11 @@ def check_file(
             ends = _ends(out, name, marks, hashed=sha is not None)
         except AdapterkitError as error:
             problem = error
-    if sha is not None:
+    if sha is not None and name in out.hashes:
+        progress(out.files()[name])
+        if out.hashes[name] != sha and problem is None:
+            problem = Damaged(CHANGED, expected="the receipt's sha256", where=name, hint=AGAIN)
+    elif sha is not None:
         actual = _hash(out, name, ends, progress)
         if actual.hexdigest() != sha and problem is None:
             keys = list(actual.marks)
@@ -235,7 +237,7 @@ def check_file(
         raise problem
 
 
-def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:
+def _ends(out: Folder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:
     """The keys of a weights file, which must be the receipt's, and where their tensors end."""
     is_gguf = name.endswith(ENDING)
     specs = read_adapter(out, name).tensors.values() if is_gguf else read_header(out, name).tensors
@@ -251,9 +253,7 @@ def _ends(out: LocalFolder, name: str, marks: dict, *, hashed: bool) -> list[tup
     return [(spec.key, spec.stop) for spec in tensors]
 
 
-def _hash(
-    out: LocalFolder, name: str, ends: list[tuple[str, int]], progress: Progress
-) -> RunningHash:
+def _hash(out: Folder, name: str, ends: list[tuple[str, int]], progress: Progress) -> RunningHash:
     """A file's hash and marks, read from the disk and not from the system's cache of it."""
     running, size, at = RunningHash(ends), out.files()[name], 0
     try:

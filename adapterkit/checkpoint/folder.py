@@ -81,6 +81,19 @@ class LocalFolder:
                 sizes[relative] = path.stat().st_size
         return sizes
 
+    def whole(self) -> "LocalFolder":
+        """The folder that holds the file."""
+        return LocalFolder(self.root)
+
+    def beside(self) -> set[str]:
+        """The names of the files in the file's folder, its own too."""
+        return {name for name in os.listdir(self.root) if os.path.isfile(self.root / name)}
+
+    def as_weights(self, name: str) -> "LocalFolder":
+        """The file under this name, and the files beside it."""
+        assert self.single is not None
+        return WeightsFile(self.root / self.single, name)
+
     def read(self, name: str, start: int, stop: int) -> bytes:
         path = self.path(name)
         try:

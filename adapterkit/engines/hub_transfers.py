@@ -143,7 +143,7 @@ def _copied_file(plan: Plan, shard: Shard | Computed) -> CopiedFile | None:
         folder.hashes[name],
         source.hub_id.repo,
         source.commit,
-        source.hub_id.path(name),
+        source.path_in_repo(name),
     )
 
 

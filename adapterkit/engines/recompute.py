@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.engines.reader import LocalReader
-from adapterkit.errors import Damaged, Failed, refuse_all, shown
+from adapterkit.errors import AdapterkitError, Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step
 from adapterkit.receipt import AGAIN, ShardResult, check_file, check_files, read_receipt
 from adapterkit.tasks.compensated import CompensatedStep, before_rounding
@@ -309,7 +309,8 @@ THREADS = 4  # that recompute; each holds a whole weight where its format needs 
 
 def verify_against(folder: Path, plan: Plan) -> dict[str, Any]:
     """What `merge --verify` does at its end: hashes, keys, and rows."""
-    return check_files(folder, read_receipt(folder)) | check_rows(folder, plan)
+    out = LocalFolder(folder)
+    return check_files(out, read_receipt(out)) | check_rows(out, plan)
 
 
 class RowCheck:
@@ -325,13 +326,14 @@ class RowCheck:
 
     def check_file(self, folder: Path, plan: Plan, result: ShardResult) -> None:
         """Look at the one file of this plan."""
-        check_file(LocalFolder(folder), result.file, result.sha256, result.marks, lambda done: None)
-        seen = {"files": 1, "bytes": result.size, **check_rows(folder, plan)}
+        out = LocalFolder(folder)
+        check_file(out, result.file, result.sha256, result.marks, lambda done: None)
+        seen = {"files": 1, "bytes": result.size, **check_rows(out, plan)}
         sums = {name: self.result.get(name, 0) + count for name, count in seen.items()}
         self.result = sums | {"hash": "sha256" if result.sha256 else "none"}
 
 
-def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
+def check_rows(out: Folder, plan: Plan) -> dict[str, Any]:
     """Rows of every changed_tensors tensor, recomputed from the inputs in float64 (`recomputed`);
     `Damaged` listing what is wrong."""
     import torch
@@ -341,7 +343,7 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
     from adapterkit.engines.reader import LocalReader
     from adapterkit.engines.recompute import Check, CodeCheck, FloatCheck, changed_tensors
 
-    out, errors = LocalFolder(folder), []
+    errors: list[AdapterkitError] = []
     specs = {s.key: s for shard in plan.shards for s in read_header(out, shard.file).tensors}
     checks = list(changed_tensors(plan))
     with Sources(plan.folders, dict(plan.identities)) as sources, Sources((out,), {}) as written:
@@ -371,7 +373,7 @@ def check_rows(folder: Path, plan: Plan) -> dict[str, Any]:
     if checks and not rows:
         raise Failed(
             "no row was recomputed: every changed tensor is empty",
-            where=str(folder),
+            where=out.label,
             hint="check the base and the adapters",
         )
     return {"rows": rows, "tensors": len(checks)}

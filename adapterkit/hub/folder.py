@@ -9,9 +9,10 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
-from adapterkit.checkpoint.folder import inside
+from adapterkit.checkpoint.folder import OTHER_WEIGHTS, inside
 from adapterkit.errors import Damaged, Failed, Refused, shown
 from adapterkit.hub.errors import UnusableAnswer, location, quiet_library
 from adapterkit.hub.ids import HubId
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 
 
 class HubFolder:
-    """A folder of a model repository, pinned to one commit; see `Folder`.
+    """A folder of a model repository, or one file of it as a folder that holds nothing else, pinned
+    to one commit; see `Folder`.
 
     Raises `Refused` when the repository, revision or folder is not there for this account, and
     `Failed` when the Hub is in trouble. Without a network the local cache stands in for it.
@@ -40,16 +42,37 @@ class HubFolder:
         self._is_head = asked is hub_id and hub_id.revision != self.commit
         self.name, self.label = hub_id.repo, str(hub_id)
         self.origin = {"repo": hub_id.repo, "revision": self.commit}
-        if hub_id.subfolder:
-            self.origin["subfolder"] = hub_id.subfolder
-        self.hashes = {name: entry.sha256 for name, entry in self._entries.items() if entry.sha256}
         self.pinned = HubId(hub_id.repo, self.commit, hub_id.subfolder)
+        self.single = None
+        if "" in self._entries:
+            self.single = hub_id.subfolder.rpartition("/")[2]
+            self.origin["file"] = self.single
+            self._entries = {self.single: self._entries[""]}
+            self.pinned = self.pinned.parent
+        if self.pinned.subfolder:
+            self.origin["subfolder"] = self.pinned.subfolder
+        self.hashes = {name: entry.sha256 for name, entry in self._entries.items() if entry.sha256}
         self._set_up_downloads()
 
     def subfolder(self, name: str) -> "HubFolder":
         """A folder inside this one, of the same commit."""
-        repo, path = self.hub_id.repo, self.hub_id.path(name)
-        return HubFolder(HubId(repo, self.commit, path))
+        return HubFolder(replace(self.pinned, subfolder=self.pinned.path(name)))
+
+    def whole(self) -> "HubFolder":
+        """The folder that holds the file."""
+        return HubFolder(self.pinned)
+
+    def beside(self) -> set[str]:
+        """The names of the files in the file's folder, its own too."""
+        return {name for name in self.whole().files() if "/" not in name}
+
+    def as_weights(self, name: str) -> "HubFolder":
+        """The file under this name, and the files beside it."""
+        return HubWeightsFile(self, name)
+
+    def path_in_repo(self, name: str) -> str:
+        """A file's path in the repository."""
+        return self.pinned.path(name)
 
     def _set_up_downloads(self) -> None:
         self._lock = threading.Lock()
@@ -153,7 +176,7 @@ class HubFolder:
             return cached
         if offline():
             raise self._not_cached(name)
-        repo, path = self.hub_id.repo, self.hub_id.path(name)
+        repo, path = self.hub_id.repo, self.path_in_repo(name)
         with quiet_library():
             request = lambda: hf_hub_download(repo, path, revision=self.commit)
             download = Path(retry(request, self.pinned, name))
@@ -169,7 +192,7 @@ class HubFolder:
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        url = hf_hub_url(self.hub_id.repo, self.hub_id.path(name), revision=self.commit)
+        url = hf_hub_url(self.hub_id.repo, self.path_in_repo(name), revision=self.commit)
         # identity: a compressed range is a range of other bytes
         headers = build_hf_headers() | {
             "Range": f"bytes={start}-{stop - 1}",
@@ -195,7 +218,7 @@ class HubFolder:
         """The file in huggingface_hub's cache, if it is there."""
         from huggingface_hub import try_to_load_from_cache
 
-        repo, path = self.hub_id.repo, self.hub_id.path(name)
+        repo, path = self.hub_id.repo, self.path_in_repo(name)
         cached = try_to_load_from_cache(repo, path, revision=self.commit)
         if not isinstance(cached, str):
             return None
@@ -227,7 +250,7 @@ class HubFolder:
         return self._entries[name].size
 
     def _not_cached(self, name: str) -> Refused:
-        path = shown(self.hub_id.path(name))
+        path = shown(self.path_in_repo(name))
         command = f"hf download {self.hub_id.repo} {path} --revision {self.commit}"
         return Refused(
             "not in the local Hub cache, and HF_HUB_OFFLINE is set",
@@ -235,6 +258,28 @@ class HubFolder:
             where=location(self.pinned, name),
             hint=f"run `{command}` where there is a network, or unset HF_HUB_OFFLINE",
         )
+
+
+class HubWeightsFile(HubFolder):
+    """As `WeightsFile`: one file of weights under the name `weights`, and the other files beside
+    it."""
+
+    def __init__(self, file: HubFolder, weights: str):
+        assert file.single is not None
+        super().__init__(file.pinned)
+        self.stored, self.weights = file.single, weights
+        entry = self._entries[file.single]
+        self._entries = {
+            name: other
+            for name, other in self._entries.items()
+            if "/" not in name and not name.endswith(OTHER_WEIGHTS)
+        } | {weights: entry}
+        self.hashes = {name: e.sha256 for name, e in self._entries.items() if e.sha256}
+        if file.single != weights:
+            self.origin, self.label = file.origin, file.label
+
+    def path_in_repo(self, name: str) -> str:
+        return super().path_in_repo(self.stored if name == self.weights else name)
 
 
 def _check_range(status: int, headers, start: int, stop: int, size: int) -> None:

@@ -1,7 +1,7 @@
-"""Hub ids: `org/name[@revision][:subfolder]`, a folder of a model repository."""
+"""Hub ids: `org/name[@revision][:path]`, a folder of a model repository, or one file of it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
@@ -13,7 +13,8 @@ GRAMMAR = re.compile(
 
 @dataclass(frozen=True)
 class HubId:
-    """A folder of a model repository: `org/name[@revision][:subfolder]`."""
+    """A folder of a model repository, `org/name[@revision][:subfolder]`; or one file, whose path
+    stands in the place of the subfolder's."""
 
     repo: str
     revision: str | None = None  # a branch, a tag or a commit; None: the default branch
@@ -26,6 +27,11 @@ class HubId:
     def path(self, name: str) -> str:
         """A file's path in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    @property
+    def parent(self) -> "HubId":
+        """The folder that holds this one, or this file."""
+        return replace(self, subfolder=self.subfolder.rpartition("/")[0])
 
 
 def parse(source: str) -> HubId | None:

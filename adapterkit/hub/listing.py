@@ -12,6 +12,7 @@ from adapterkit.hub.ids import COMMIT, HubId
 from adapterkit.hub.retry import retry
 
 TIMEOUT = 30.0  # seconds without a byte before a request counts as lost
+WEIGHTS = (".safetensors", ".gguf")  # how names end that are files' where nothing else tells it
 MAX_SUMMARY = 10_000  # files; the summary of a larger repository may be incomplete, its tree is not
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,10 @@ class Entry(NamedTuple):
 
 
 def list_files(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
-    """The commit of a Hub id and its files; from the local cache when there is no network."""
+    """The commit of a Hub id and its files; from the local cache when there is no network.
+
+    Of an id that names a file, that one alone, under the name "".
+    """
     if offline():
         return _list_cache(hub_id, "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
     try:
@@ -38,8 +42,8 @@ def list_files(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
         return commit, entries
     if not entries:
         raise Refused(
-            "no files there" if not hub_id.subfolder else "no such folder, or nothing in it",
-            expected="a folder with a checkpoint",
+            "no files there" if not hub_id.subfolder else "no such file or folder",
+            expected="a folder with a checkpoint, or a file of weights",
             where=str(hub_id),
             hint=f"see {page(hub_id)}/tree/{commit}",
         )
@@ -47,7 +51,8 @@ def list_files(hub_id: HubId) -> tuple[str, dict[str, Entry]]:
 
 
 def list_remote(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str, Entry]]:
-    """The commit of a Hub id and its files, those with a dot in front only if `hidden`.
+    """The commit of a Hub id and its files, as `list_files` names them; those with a dot in front
+    only if `hidden`.
 
     Raises `Refused` for a repository or revision that is not there, `Failed` for a failing server.
     """
@@ -81,6 +86,8 @@ def _entry(file) -> Entry:
 
 
 def _in_subfolder(subfolder: str, entries: dict[str, Entry], hidden: bool) -> dict[str, Entry]:
+    if subfolder in entries:
+        return {"": entries[subfolder]}
     prefix = f"{subfolder}/" if subfolder else ""
     below = {
         path.removeprefix(prefix): entry
@@ -99,11 +106,15 @@ def _list_cache(hub_id: HubId, why: str, way_out: str) -> tuple[str, dict[str, E
     if not COMMIT.fullmatch(commit) and ref.is_file():
         commit = ref.read_text().strip()
     snapshot = folder / "snapshots" / commit / hub_id.subfolder
-    files = LocalFolder(snapshot).files() if COMMIT.fullmatch(commit) and snapshot.is_dir() else {}
-    if files:
-        return commit, {name: Entry(size) for name, size in files.items()}
+    if COMMIT.fullmatch(commit) and snapshot.exists():
+        files = (
+            LocalFolder(snapshot).files() if snapshot.is_dir() else {"": snapshot.stat().st_size}
+        )
+        if files:
+            return commit, {name: Entry(size) for name, size in files.items()}
     revision = f" --revision {hub_id.revision}" if hub_id.revision else ""
-    only = f" --include '{hub_id.subfolder}/*'" if hub_id.subfolder else ""
+    inside_it = "" if hub_id.subfolder.endswith(WEIGHTS) else "/*"
+    only = f" --include '{hub_id.subfolder}{inside_it}'" if hub_id.subfolder else ""
     command = f"hf download {hub_id.repo}{revision}{only}"
     raise Refused(
         f"not in the local Hub cache, and {why}",

@@ -2,16 +2,17 @@
 
 import os
 import re
-from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
 from adapterkit.adapters.config import IMPLICIT
 from adapterkit.adapters.keys import CONFIG, INITIAL, WEIGHTS
-from adapterkit.checkpoint.folder import Folder, LocalFolder, WeightsFile
+from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.shards import NOT_A_MODEL, SINGLE
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
+from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.ids import parse
 from adapterkit.options import StrPath, finite, unweighted, weighted
 from adapterkit.planning.converted import in_adapter_layout
 from adapterkit.planning.planned_folder import PlannedFolder
@@ -23,28 +24,30 @@ NUMBERED = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 
 
 class _File(Folder, Protocol):
-    root: Path
+    """One file, as a folder that holds nothing else."""
+
     single: str
+
+    def whole(self) -> Folder: ...
+    def beside(self) -> set[str]: ...
+    def as_weights(self, name: str) -> Folder: ...
 
 
 def open_source(text: StrPath) -> Folder:
-    """The folder that a path, or a Hub id `org/name[@revision][:subfolder]`, stands for; a path
-    that exists is read as it is, a folder that is planned stands for itself. `Refused` for a text
-    that is neither."""
+    """The folder, or the one file, that a path or a Hub id `org/name[@revision][:path]` stands for;
+    a path that exists is read as it is, a folder that is planned stands for itself. `Refused` for a
+    text that is neither."""
     if isinstance(text, PlannedFolder):
         return text
     if os.path.exists(text):
         return LocalFolder(text)
-    from adapterkit.hub.folder import HubFolder
-    from adapterkit.hub.ids import parse
-
     hub_id = parse(os.fspath(text))
     if hub_id is None:
         raise Refused(
             f"no such path: {shown(os.fspath(text))}",
             expected=(
                 "a folder, a .safetensors or .gguf file, or a Hub id "
-                "org/name[@revision][:subfolder]"
+                "org/name[@revision][:folder or file]"
             ),
             hint="check the path",
         )
@@ -70,8 +73,7 @@ def _open_model(text: StrPath) -> Folder:
     folder = open_source(text)
     if not _is_weights(folder) or folder.single.startswith(NOT_A_MODEL):
         return folder
-    whole = LocalFolder(folder.root)
-    here = [name for name in os.listdir(folder.root) if os.path.isfile(folder.root / name)]
+    whole, here = folder.whole(), folder.beside()
     indexes = [read_json(whole, name) for name in here if name.endswith(INDEX)]
     named = [
         index["weight_map"].values()
@@ -80,11 +82,8 @@ def _open_model(text: StrPath) -> Folder:
     ]
     if NUMBERED.fullmatch(folder.single) or any(folder.single in files for files in named):
         return whole
-    return (
-        WeightsFile(text, folder.single if folder.single in SINGLE else SINGLE[0])
-        if "config.json" in here
-        else folder
-    )
+    name = folder.single if folder.single in SINGLE else SINGLE[0]
+    return folder.as_weights(name) if MODEL_CONFIG in here else folder
 
 
 def open_base(text: StrPath) -> Checkpoint:
@@ -108,24 +107,23 @@ def open_unconverted(text: StrPath, allow_pickle: bool = False) -> Folder:
     `.safetensors` file, whatever its name, is one of PEFT's where its adapter_config.json lies
     beside it; `Refused` where that belongs to another file."""
     folder = open_source(text)
-    if not _is_weights(folder) or not (folder.root / CONFIG).is_file():
+    beside = folder.beside() if _is_weights(folder) else ()
+    if not _is_weights(folder) or CONFIG not in beside:
         if not allow_pickle:
             return folder
         from adapterkit.planning.unpickled import without_pickles
 
         return without_pickles(folder)
-    if folder.single != WEIGHTS and (folder.root / WEIGHTS).exists():
+    if folder.single != WEIGHTS and WEIGHTS in beside:
         problem = f"{shown(folder.single)} beside {WEIGHTS}: whose is {CONFIG}?"
         hint = "give each a folder of its own with its config"
-        raise Refused(
-            problem, expected="one adapter in a folder", where=str(folder.root), hint=hint
-        )
-    return WeightsFile(text, WEIGHTS)
+        raise Refused(problem, expected="one adapter in a folder", where=folder.label, hint=hint)
+    return folder.as_weights(WEIGHTS)
 
 
 def _is_weights(folder: Folder) -> TypeGuard[_File]:
     return (
-        isinstance(folder, LocalFolder)
+        isinstance(folder, LocalFolder | HubFolder)
         and folder.single is not None
         and folder.single.endswith(".safetensors")
     )
@@ -147,8 +145,6 @@ def initial_of(adapter: Folder) -> Folder | None:
         if path.is_dir():
             return LocalFolder(path)
     elif f"{INITIAL}/{CONFIG}" in adapter.files():
-        from adapterkit.hub.folder import HubFolder
-
         assert isinstance(adapter, HubFolder | PlannedFolder)
         return adapter.subfolder(INITIAL)
     raise Refused(

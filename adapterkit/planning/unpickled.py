@@ -4,9 +4,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adapterkit.checkpoint.folder import Folder, LocalFolder, WeightsFile
+from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.errors import Refused, listed
 from adapterkit.formats.pickles import pickles_of, rewrite, rewritten_name
+from adapterkit.hub.folder import HubFolder
 from adapterkit.planning.temporary import temporary_folder
 
 
@@ -16,8 +17,8 @@ def without_pickles(folder: Folder) -> Folder:
     names = pickles_of(folder)
     if not names:
         return folder
-    if isinstance(folder, LocalFolder) and folder.single:
-        folder = WeightsFile(folder.root / folder.single, folder.single)
+    if isinstance(folder, LocalFolder | HubFolder) and folder.single:
+        folder = folder.as_weights(folder.single)
     if len(names) > 1:
         raise Refused(
             f"{len(names)} pickles: {listed(names)}",

@@ -8,6 +8,7 @@ from adapterkit.adapters.keys import CONFIG
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.shards import NOT_A_MODEL, pickles
 from adapterkit.errors import Refused, shown
+from adapterkit.hub.folder import HubFolder
 from adapterkit.options import StrPath, checked
 from adapterkit.planning.converted import ConvertedFolder, adapter_or_file
 from adapterkit.planning.sources import open_model, open_source
@@ -126,7 +127,7 @@ def _in_another_layout(folder: Folder) -> bool:
 
 
 def _kind(folder: Folder) -> str:
-    if isinstance(folder, LocalFolder) and folder.single:
+    if isinstance(folder, LocalFolder | HubFolder) and folder.single:
         if folder.single.endswith(".safetensors"):
             return "file"
         raise Refused(

@@ -126,8 +126,14 @@ def plan_subtract(
     )
 
 
+def _folder_name(adapter: Adapter) -> str:
+    """The last part of the folder's path, or of its repository's name."""
+    path = str(adapter.folder.origin.get("subfolder") or adapter.folder.name)
+    return path.rpartition("/")[2]
+
+
 def _same_names(task_sources: Sequence[Adapter]) -> list[AdapterkitError]:
-    names = [adapter.folder.name for adapter in task_sources]
+    names = [_folder_name(adapter) for adapter in task_sources]
     twice = (
         sorted({name for name in names if names.count(name) > 1}) if len(task_sources) > 1 else []
     )
@@ -189,7 +195,7 @@ def _output(
     errors: list[AdapterkitError],
 ) -> adapter_output.Output:
     joined = join([task_adapter, *generals], errors, names)
-    prefix = f"{task_adapter.folder.name}: " if several else ""
+    prefix = f"{_folder_name(task_adapter)}: " if several else ""
     refit = Refit(options.rank, options.energy)
     dtype = dtypes.parse(options.dtype)
     tasks: list[Task] = []
@@ -254,7 +260,10 @@ def _output(
         "tokenizer": options.tokenizer,
     }
     return adapter_output.Output(
-        [task_adapter, *generals], tasks, folder=task_adapter.folder.name if several else "", **how
+        [task_adapter, *generals],
+        tasks,
+        folder=_folder_name(task_adapter) if several else "",
+        **how,
     )
 
 

@@ -1,7 +1,6 @@
 """verify: an output against its receipt. Every byte is hashed; with the inputs at hand, sampled
 rows are recomputed in float64."""
 
-from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
@@ -24,14 +23,16 @@ def verify(
     progress: Progress = lambda done: None,
 ) -> dict[str, Any]:
     """Check the folder's files against its receipt; with `base` and `adapters`, rows of a merge
-    against its inputs too; `stats`: the file of a merge with compensated rounding.
+    against its inputs too; `stats`: the file of a merge with compensated rounding. Of a folder on
+    the Hub the hashes of large files are those that the Hub lists; only to recompute rows are they
+    downloaded.
 
     Returns counts of what was checked; `rows` is 0 without the inputs. Raises `Damaged` naming each
     file, and in it the first tensor, whose bytes are not what was written, and `Refused` where
     there is no receipt or the inputs are not those of the receipt.
     """
-    path = Path(folder)
-    receipt = read_receipt(path)
+    out = open_source(folder)
+    receipt = read_receipt(out)
     sources = open_weighted(adapters, base=open_model(base) if base else None)
     if bool(base) != bool(sources):
         raise Refused(
@@ -40,9 +41,9 @@ def verify(
             where="--base, --adapter",
             hint="give both",
         )
-    result = check_files(path, receipt, progress)
+    result = check_files(out, receipt, progress)
     plan = _plan_again(receipt, base, sources, stats) if base else None
-    return result | (check_rows(path, plan) if plan else {"rows": 0, "tensors": 0})
+    return result | (check_rows(out, plan) if plan else {"rows": 0, "tensors": 0})
 
 
 def _plan_again(

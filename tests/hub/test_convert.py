@@ -16,11 +16,11 @@ BLOCKS, WIDTH, RANK = 40, 64, 16
 NAME = "trained.safetensors"
 
 
-def kohya_file():
+def kohya_file(blocks=BLOCKS):
     """A LoRA of Flux's projections with an alpha for each module, far apart in the file."""
     generator = np.random.default_rng(0)
     tensors = {}
-    for n in range(BLOCKS):
+    for n in range(blocks):
         key = f"lora_unet_double_blocks_{n}_img_attn_proj"
         tensors[f"{key}.alpha"] = np.array(n + 1, np.float32)
         for side, shape in (("down", (RANK, WIDTH)), ("up", (WIDTH, RANK))):

@@ -17,7 +17,7 @@ from tests.support.hub_server import Fault
         ("HubFolder(parse('org/nothing'))", "Refused", "no such repository hf auth login"),
         (f"HubFolder(parse('{REPO}@v9'))", "Refused", "no such revision v9 tree/main"),
         (f"HubFolder(parse('{REPO}@{'0' * 40}'))", "Refused", "no such revision"),
-        (f"HubFolder(parse('{REPO}:nowhere'))", "Refused", "no such folder nowhere"),
+        (f"HubFolder(parse('{REPO}:nowhere'))", "Refused", "no such file nowhere"),
         (
             f"HubFolder(parse('{REPO}')).read('nothing', 0, 8)",
             "Damaged",

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.engines.recompute import check_rows
 from adapterkit.errors import Damaged, Failed, Refused
 from adapterkit.kernels.stochastic import last_place
@@ -371,7 +372,7 @@ def test_modules_that_are_replaced_and_cast_are_recomputed_too(llama, tmp_path):
     (tmp_path / "out/model.safetensors").write_bytes(data)
     plan = adapterkit.merge(llama, [adapter], out=tmp_path / "dry", dry_run=True)
     with pytest.raises(Damaged, match="lm_head.weight: row 0, column 0"):
-        check_rows(tmp_path / "out", plan)
+        check_rows(LocalFolder(tmp_path / "out"), plan)
 
 
 @pytest.mark.parametrize("length", [244, 300, 5000])
