@@ -11,7 +11,7 @@ import click
 
 from adapterkit.cli.output import ProgressBar, print_json
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all, shown
-from adapterkit.hub.ids import parse
+from adapterkit.hub.ids import is_on_hub, parse
 
 PLACES = ("{name}", "{parent}")
 
@@ -100,7 +100,8 @@ def plan_outputs(lines: Iterable[str], pattern: str) -> list[tuple[str, str]]:
     errors: list[AdapterkitError] = []
     for source in sources:
         name, parent = name_and_parent(source)
-        out = os.path.normpath(pattern.replace("{name}", name).replace("{parent}", parent))
+        out = pattern.replace("{name}", name).replace("{parent}", parent)
+        out = out if is_on_hub(out) else os.path.normpath(out)
         if out in jobs:
             problem = f"{shown(source)} and {shown(jobs[out])} would both be {shown(out)}"
             hint = "use {parent} in the pattern too, or convert them apart"

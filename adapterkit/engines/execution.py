@@ -14,7 +14,8 @@ from adapterkit.engines.call import Call
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
 from adapterkit.execute import run
-from adapterkit.options import Check, StrPath, binder, parse_size
+from adapterkit.hub.ids import is_on_hub
+from adapterkit.options import Check, binder, parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 
@@ -107,11 +108,6 @@ class Execution(RunOptions):
             check=check,
             progress=self.progress,
         )
-
-
-def is_on_hub(out: StrPath) -> bool:
-    """Whether an output is a repository of the Hub, `hf://org/name[@branch][:folder]`."""
-    return isinstance(out, str) and out.startswith("hf://")
 
 
 def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:

@@ -1,5 +1,6 @@
 """An output that goes to the Hub, on bounded disk: `--out hf://org/name[@branch][:folder]`."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,15 +18,15 @@ from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.pins import pinned
 from adapterkit.hub.scratch import ScratchFolder
-from adapterkit.options import parse_size
+from adapterkit.options import StrPath, parse_size
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 
 
-def pinned_inputs(out: str, *, resume: bool) -> AbstractContextManager[object]:
+def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[object]:
     """Revisions of inputs are read at the commits of the run that is resumed; those of a new run
     are noted."""
-    hub_id = parse_output(out)
+    hub_id = parse_output(os.fspath(out))
     return pinned(pins_before(hub_id) if resume else {})
 
 
@@ -41,7 +42,7 @@ def run_to_hub(
     from adapterkit.engines.local import local
     from adapterkit.engines.recompute import RowCheck
 
-    hub_id = parse_output(str(execution.out))
+    hub_id = parse_output(os.fspath(execution.out))
     limit = parse_size("disk_limit", execution.disk_limit) if execution.disk_limit else None
     if execution.engine != "local":
         raise Refused(
@@ -62,7 +63,8 @@ def run_to_hub(
         return plan
     engine = HubEngine(local(execution.device), limit, held, rows.check_file if rows else None)
     with quiet_library():
-        destination = Destination(hub_id)
+        sources = {folder.origin["repo"] for folder in plan.folders if "repo" in folder.origin}
+        destination = Destination(hub_id, sorted(sources))
         destination.check_account()
         destination.check_files([*(shard.file for shard in plan.shards), *plan.files, RECEIPT])
         stage = HubStage(destination, transfers.disk(limit))
@@ -78,7 +80,7 @@ def run_to_hub(
         )
     if stage.pushed:
         receipt.data["pushed"] = stage.pushed
-    return replace(receipt, out=str(execution.out))
+    return replace(receipt, out=f"hf://{hub_id}")
 
 
 def _in_scratch(plan: Plan, place: Path) -> Plan:

@@ -11,7 +11,6 @@ from adapterkit.hub.ids import COMMIT, HubId, parse
 from adapterkit.hub.listing import Entry, list_remote, offline
 from adapterkit.hub.retry import retry
 
-SCHEME = "hf://"
 # Weights that a loader picks by their name alone: old ones beside new ones are silently wrong.
 LOADABLE = re.compile(
     r"((diffusion_)?pytorch_model|adapter_model|model)[^/]*\.(safetensors|bin)(\.index\.json)?"
@@ -20,7 +19,7 @@ LOADABLE = re.compile(
 
 def parse_output(out: str) -> HubId:
     """The place that `hf://org/name[@branch][:folder]` is; `Refused` for another text."""
-    hub_id = parse(out.removeprefix(SCHEME))
+    hub_id = parse(re.sub("^hf:/+", "", out))
     if hub_id is None or COMMIT.fullmatch(hub_id.revision or ""):
         raise Refused(
             f"{shown(out)}: {'a commit' if hub_id else 'no such name'}",
@@ -41,10 +40,11 @@ def parse_output(out: str) -> HubId:
 class Destination:
     """A place on the Hub that files are written to. `exists`: the repository and the branch.
 
+    `sources`: repositories whose weights go into it; a new one is private where one of them is.
     `Refused` where HF_HUB_OFFLINE is set.
     """
 
-    def __init__(self, hub_id: HubId):
+    def __init__(self, hub_id: HubId, sources: Collection[str] = ()):
         if offline():
             raise Refused(
                 "HF_HUB_OFFLINE is set",
@@ -52,7 +52,7 @@ class Destination:
                 where=hub_id.repo,
                 hint="unset HF_HUB_OFFLINE, or write a folder and push it later with `hf upload`",
             )
-        self.hub_id = hub_id
+        self.hub_id, self.sources = hub_id, sources
         self.exists = False
         self.parent = ""  # the commit that the next one is made upon; "" before `create`
         self.before: dict[str, Entry] = {}  # the files of that commit in the folder
@@ -98,7 +98,12 @@ class Destination:
         if self.exists:
             return
         with explained_errors(self.hub_id):
-            retry(lambda: api.create_repo(repo, exist_ok=True), self.hub_id)
+            private = any(
+                retry(lambda source=source: api.model_info(source), self.hub_id).private
+                for source in self.sources
+            )
+            create = lambda: api.create_repo(repo, private=private or None, exist_ok=True)
+            retry(create, self.hub_id)
             if branch is not None:
                 retry(lambda: api.create_branch(repo, branch=branch, exist_ok=True), self.hub_id)
         self.parent, self.before = list_remote(self.hub_id, hidden=True)

@@ -88,6 +88,8 @@ def _fetch(
 
     def request() -> None:
         nonlocal at
+        if stopped():
+            raise Stopped
         if at < stop:
             for data in folder.pieces(name, at, stop):
                 if stopped():

@@ -1,5 +1,6 @@
 """Hub ids: `org/name[@revision][:path]`, a folder of a model repository, or one file of it."""
 
+import os
 import re
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,11 @@ class HubId:
     def parent(self) -> "HubId":
         """The folder that holds this one, or this file."""
         return replace(self, subfolder=self.subfolder.rpartition("/")[0])
+
+
+def is_on_hub(out: str | os.PathLike) -> bool:
+    """Whether an output is a place on the Hub, `hf://org/name[@branch][:folder]`."""
+    return os.fspath(out).startswith("hf:/")  # all that a Path keeps of hf://
 
 
 def parse(source: str) -> HubId | None:

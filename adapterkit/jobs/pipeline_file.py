@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import verbs
-from adapterkit.engines.execution import WritingVerb, is_on_hub
+from adapterkit.engines.execution import WritingVerb
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.hub import ids
 from adapterkit.options import SOURCE, WEIGHTED, finite
@@ -256,7 +256,9 @@ def _source(name: str, text: str, *, folder: Path, outs: Sequence[Place]) -> Sou
 
 def _output(text: str, folder: Path) -> Place:
     """hf://org/name, or else a path in the file's folder."""
-    return (_on_hub(text.removeprefix("hf://")) if is_on_hub(text) else None) or _here(text, folder)
+    return (_on_hub(text.removeprefix("hf://")) if ids.is_on_hub(text) else None) or _here(
+        text, folder
+    )
 
 
 def _place(text: str, folder: Path, outs: Sequence[Place]) -> Place:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from adapterkit.engines.execution import Execution, is_on_hub, writes
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.engines.one_file import run_to_file
+from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import Executor, StrPath, text
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.convert import Options, plan_convert

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from adapterkit.engines.execution import Execution, is_on_hub, writes
+from adapterkit.engines.execution import Execution, writes
 from adapterkit.errors import Refused
+from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import Executor, Sources, StrPath
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.merge.job import Options

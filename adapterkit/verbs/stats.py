@@ -14,7 +14,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.device import pick_device
 from adapterkit.engines.execution import writes
 from adapterkit.errors import Failed, listed
-from adapterkit.options import StrPath, files, kinds, parse_size
+from adapterkit.options import StrPath, files, kinds, local_path, parse_size
 from adapterkit.plan import Progress
 from adapterkit.planning.input_files import identities
 from adapterkit.planning.sources import open_model
@@ -28,7 +28,7 @@ from adapterkit.statistics.sums import COMPONENTS
 from adapterkit.tasks.statistics import metadata_of
 
 
-@writes(what=kinds(WHAT))
+@writes(what=kinds(WHAT), out=local_path)
 def stats(
     base: StrPath,
     *,

@@ -58,22 +58,31 @@ def uploads(hub: Hub) -> list[int]:
 
 METHOD = "method='ties_svd', density=0.5"
 JOBS = {
-    "merge": "adapterkit.merge('{base}', ['{adapter}'], {more})",
-    "init": "adapterkit.init('{base}', method='pissa', rank=2, targets='q_proj', {more})",
-    "combine": f"adapterkit.combine(['{{adapter}}', '{{other}}=0.5'], {METHOD}, {{more}})",
-    "convert": "adapterkit.convert('{adapter}', to='mlx', {more})",
+    "merge": "adapterkit.merge('org/base', ['org/adapter'], {more})",
+    "init": "adapterkit.init('org/base', method='pissa', rank=2, targets='q_proj', {more})",
+    "combine": f"adapterkit.combine(['org/adapter', 'org/other=0.5'], {METHOD}, {{more}})",
+    "convert": "adapterkit.convert('org/adapter', to='mlx', {more})",
+}
+MORE_JOBS = {
+    "loftq": "adapterkit.loftq('org/base', rank=2, targets='q_proj', {more})",
+    "quantize": "adapterkit.quantize('org/base', to='w8a16', {more})",
+    "dequantize": "adapterkit.dequantize('org/quantize', {more})",
+    "resize": "adapterkit.resize('org/adapter', max_size='20KB', {more})",
+    "subtract": "adapterkit.subtract('org/adapter', general='org/other', {more})",
+    "arrow": "adapterkit.arrow(['org/adapter', 'org/other'], {more})",
+    "rebase": "adapterkit.rebase('org/adapter', initial='org/other', {more})",
 }
 
 
-@pytest.mark.parametrize("verb", JOBS)
+@pytest.mark.parametrize(
+    "verb", [*JOBS, *(pytest.param(verb, marks=pytest.mark.slow) for verb in MORE_JOBS)]
+)
 def test_the_bytes_are_those_of_a_local_run(place, verb):
     hub, client, beside, home = place
-    names = ("base", "adapter", "other")
-    on_hub = {name: f"org/{name}" for name in names} | {"more": f"out='hf://org/{verb}'"}
-    local = {name: f"org/{name}" for name in names} | {"more": f"out='{home / verb}'"}
-    done = client(f"{JOBS[verb].format(**on_hub)}.data")
+    job = (JOBS | MORE_JOBS)[verb]
+    done = client(job.format(more=f"out='hf://org/{verb}'") + ".data")
     assert done["pushed"]["revision"] == hub.repos[f"org/{verb}"].refs["main"]
-    beside(f"{JOBS[verb].format(**local)}.data")
+    beside(job.format(more=f"out='{home / verb}'") + ".data")
     files = hub.files(f"org/{verb}")
     assert differing(files, home / verb) == []
     assert len(hub.repos[f"org/{verb}"].trees) == 2  # the Hub's first commit and ours

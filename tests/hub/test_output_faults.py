@@ -112,6 +112,25 @@ def test_a_place_that_is_none_is_refused(place, out):
     assert not hub.log
 
 
+def test_what_comes_of_a_private_repository_is_private(place):
+    hub, client, out = place
+    hub.repo("org/secret", private=True)
+    hub.commit("org/secret", base_files())
+    client(merge(out, base="org/secret"))
+    assert hub.repos[out].private
+    client(merge(f"{out}b"))
+    assert not hub.repos[f"{out}b"].private
+
+
+def test_a_path_object_is_a_place_too(place, tmp_path):
+    hub, client, out = place
+    call = merge(out).replace(f"'hf://{out}'", f"Path('hf://{out}')").replace(".data", ".out")
+    assert client(f"from pathlib import Path\n{call}") == f"hf://{out}"
+    assert out in hub.repos
+    error = client.refusal("adapterkit.stats('org/base', data=['x.txt'], out='hf://org/s')")
+    assert "on this machine" in error.parts["expected"]
+
+
 def test_old_weights_beside_are_refused(place):
     hub, client, out = place
     hub.commit(out, {"model.safetensors": b"\0old"})
@@ -212,7 +231,7 @@ def test_a_killed_run_is_resumed(standing, place, expected, method, path, number
     assert not sent & set(again) and len(down) <= LAYERS - len(sent)
     if method == "POST":
         assert not down and not again
-    assert not list(Path(standing[2], "adapterkit").iterdir())
+    assert not list(Path(standing[2], "adapterkit").glob(f".{out.replace('/', '--')}.*"))
 
 
 def test_a_resumed_run_reads_the_commits_of_the_first(standing, place, expected):
