@@ -24,7 +24,7 @@ class Blob:
     held: bytes | Path
 
     def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        stop = self.size if stop is None else stop
+        stop = self.size if stop is None else min(stop, self.size)
         if isinstance(self.held, bytes):
             yield self.held[start:stop]
             return
