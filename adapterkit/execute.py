@@ -101,6 +101,7 @@ def run_in(
                 return receipt
             if state != "fresh":
                 check_same_job(stage, recipe)
+                _check_same_device(stage, plan)
             if state != "publish":
                 _build(
                     plan,
@@ -146,7 +147,9 @@ def _build(
     stage.begin()
     if fresh:
         head = {"fingerprint": fingerprint, "recipe": recipe, "overwrite": stage.replaces}
-        stage.note(head | stage.head())
+        # not on the CPU, whose bits are the same on each
+        device = {} if plan.device == "cpu" else {"device": plan.device}
+        stage.note(head | device | stage.head())
     getattr(progress, "expect", lambda total: None)(sum(shard.layout.size for shard in plan.shards))
     for shard in plan.shards:
         if shard.file in done:
@@ -210,6 +213,19 @@ def check_same_job(stage: Stage, recipe: dict) -> None:
             expected="the same inputs, options and version",
             where=str(stage.control),
             hint="give the options of that run, or --overwrite to begin again",
+        )
+
+
+def _check_same_device(stage: Stage, plan: Plan) -> None:
+    """`Refused` when the interrupted run was on another kind of device: its sums have another
+    order."""
+    before = stage.journal()[0].get("device", "cpu")
+    if before != plan.device:
+        raise Refused(
+            f"an interrupted run on another device: {before}",
+            expected=f"that one, not {plan.device}",
+            where=str(stage.control),
+            hint="resume on that device (--device), or give --overwrite to begin again",
         )
 
 

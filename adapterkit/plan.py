@@ -68,6 +68,11 @@ class Edit(ABC):
         """Those of `reads` that are read once for many steps: stacks of experts' factors."""
         return ()
 
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of its products, over all rows."""
+        return 0
+
     @abstractmethod
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         """The edit of `source`, as rows and columns of `grid`."""
@@ -204,6 +209,11 @@ class Task(ABC):
         return False
 
     @property
+    def prefers_card(self) -> bool:
+        """Whether it is so much arithmetic that a card is worth starting."""
+        return False
+
+    @property
     @abstractmethod
     def memory(self) -> int:
         """Bytes that `compute` takes at most."""
@@ -290,6 +300,8 @@ class Plan:
     memory: int | None = None  # bytes for tasks together; None: a quarter of the machine's
     warn: Callable[[dict[str, dict]], list[str]] = no_warnings  # from the measured metrics
     transfers: dict[str, int] = field(default_factory=dict)  # totals of an output on the Hub
+    device: str = "cpu"  # the kind that its bits are of
+    on_device: dict[str, int] = field(default_factory=dict)  # totals of another kind than the CPU
 
     def recipe(self) -> dict[str, Any]:
         """What makes two plans the same: version, verb, options, inputs and output layout."""
@@ -350,7 +362,8 @@ class Plan:
             "bytes_written": written,
             "disk_needed": written,
             "memory_peak": BUFFERS * cores()
-            + max(self._streamed_memory(step for step, _ in changed), self._computed_memory()),
+            + max(self.factors_memory(step for step, _ in changed), self.tasks_memory()),
+            **self.on_device,
             **self.transfers,
         }
 
@@ -359,7 +372,7 @@ class Plan:
         """Bytes that tasks may take together; one that takes more is made by itself."""
         return quarter_of_memory() if self.memory is None else self.memory
 
-    def _streamed_memory(self, changed: Iterable[Step]) -> int:
+    def factors_memory(self, changed: Iterable[Step]) -> int:
         """Factors of the steps that workers are at, the largest ones, one of them while it is read;
         and stacks that are kept."""
         steps = list(changed)
@@ -374,7 +387,7 @@ class Plan:
         )
         return 2 * sum(sizes) + 2 * sum(sizes[-1:]) + min(STACKS, stacks)
 
-    def _computed_memory(self) -> int:
+    def tasks_memory(self) -> int:
         """The most that tasks take which `in_order` has in memory together: those ahead, and the
         one that is written."""
         most, ahead, budget = 0, AHEAD * cores() + 1, self.budget

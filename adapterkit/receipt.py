@@ -118,6 +118,7 @@ def create_receipt(
         "recipe": public_recipe(recipe),
         "inputs": inputs,
         "hash": hash,
+        **({} if plan.device == "cpu" else {"device": plan.device}),
         "files": {s.file: {"size": s.size, "sha256": s.sha256} for s in shards} | sums,
         "keys": {s.file: s.marks for s in shards if s.marks is not None},
         "totals": totals,

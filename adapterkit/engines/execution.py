@@ -88,20 +88,23 @@ class Execution(RunOptions):
                 hint="leave --disk-limit out",
             )
         plan = replace(plan, memory=parse_size("memory", self.memory) if self.memory else None)
+        if not isinstance(self.engine, str) and not self.dry_run and not on_hub:
+            return self.engine(plan, self, check)
+        from adapterkit.engines.placement import place
+
+        plan, device = place(plan, self.device)
         if on_hub:
             from adapterkit.engines.hub_output import run_to_hub
 
-            return run_to_hub(plan, self, check)
+            return run_to_hub(plan, replace(self, device=device), check)
         if self.dry_run:
             return plan
-        if not isinstance(self.engine, str):
-            return self.engine(plan, self, check)
         from adapterkit.engines.local import local
 
         return run(
             plan,
             Path(self.out),
-            local(self.device),
+            local(device),
             hash=self.hash,
             resume=self.resume,
             overwrite=self.overwrite,

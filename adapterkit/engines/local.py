@@ -27,6 +27,7 @@ from adapterkit.engines.computed import write_computed
 from adapterkit.engines.device import Streams, exact_arithmetic, pick_device
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.pieces import Chunk, OpenShard, Piece
+from adapterkit.engines.placement import fitting
 from adapterkit.engines.reader import LocalReader
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import Failed, shown
@@ -36,6 +37,11 @@ from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.rows import arithmetic
 
 SHUTDOWN_TIMEOUT = 1.0  # seconds that an interrupted job gives its threads
+OUT_OF_MEMORY = {  # hints
+    "cpu": "free some memory, then --resume",
+    "cuda": "free some of the card's memory and give --resume, "
+    "or begin again with --device cpu --overwrite",
+}
 OPEN_SHARDS = 8  # output files in the making: small ones would outrun the fsyncs behind them
 
 
@@ -53,7 +59,9 @@ def local(device: str = "auto", workers: int | None = None):
         finished: Callable[[ShardResult], None],
         progress: Progress,
     ) -> None:
-        count = workers or cores()
+        count, budget = workers or cores(), plan.budget
+        if where.type != "cpu":
+            count, budget = fitting(plan, count, torch.cuda.mem_get_info(where)[0])
         streamed = [shard for shard in shards if isinstance(shard, Shard)]
         computed = [shard for shard in shards if isinstance(shard, Computed)]
         reads = [step.source for shard in streamed for step in shard.steps]
@@ -67,22 +75,27 @@ def local(device: str = "auto", workers: int | None = None):
                 # first: steps may need what tasks hand on
                 for file in computed:
                     inputs = LocalReader(sources, where, handoffs=HandoffReader(stage))
-                    finished(
-                        write_computed(file, stage, inputs, count, plan.budget, hash, progress)
-                    )
+                    finished(write_computed(file, stage, inputs, count, budget, hash, progress))
                 if streamed:
                     _ShardRun(
                         streamed, stage, sources, where, count, hash, finished, progress
                     ).run()
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                problem = f"out of memory: {shown(error)}"
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 raise Failed(
-                    problem, hint="free some memory, or give --device cpu, then --resume"
+                    f"out of memory: {shown(error)}", hint=OUT_OF_MEMORY[where.type]
                 ) from error
             finally:
                 torch.set_num_threads(threads)
 
     return engine
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether it is one of the errors of torch, CUDA and Python for that."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "CUDA error: out of memory" in str(error)
 
 
 class _ShardRun:

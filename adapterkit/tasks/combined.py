@@ -30,6 +30,7 @@ from adapterkit.tasks.truncated import energies_of, fit_metrics
 from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 19  # elements of a dense delta that are multiplied out at a time
+MANY = 4  # dense deltas, of which elections wait for the memory
 Delta = Product | Tensor  # Δ as left @ right in float64, or (out, in) float32
 
 
@@ -119,6 +120,10 @@ class CombinedFactors(FactorsTask):
         known = self.space == "factors" or self.method.acts_on == "elements"
         known = known or (self.method.acts_on == "factors" and self.method.stacks)
         return {"rank": self.max_rank} if known and not self.refit.energy else None
+
+    @property
+    def prefers_card(self) -> bool:
+        return self.method.acts_on == "elements" and len(self.parts) >= MANY
 
     @property
     def memory(self) -> int:

@@ -18,6 +18,7 @@ from adapterkit.plan import Task, TaskResult
 from adapterkit.weights.reader import Reader
 
 BLOCK = 1 << 20  # elements that are summed at a time
+LARGE = 1024  # the shorter side of a matrix whose decomposition is worth a card
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,10 @@ class CompensatedStep(StepTask):
         return () if self.format is None else self.format.variable_size
 
     @property
+    def prefers_card(self) -> bool:
+        return True
+
+    @property
     def memory(self) -> int:
         return (
             step_memory(self.step, 3, 24)

@@ -15,7 +15,7 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.lowrank import Svd
 from adapterkit.kernels.weighted import Decomposition, decompose_dense
 from adapterkit.plan import Task, TaskResult
-from adapterkit.tasks.common import CopiedTensor
+from adapterkit.tasks.common import LARGE, CopiedTensor
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.tasks.truncated import FittedFactors
 from adapterkit.weights.parameters import StoredParameter
@@ -79,6 +79,10 @@ class DifferenceFactors(FittedFactors):
     @property
     def max_rank(self) -> int:
         return self.truncation.max_rank(min(self.limit or min(self._shape), *self._shape))
+
+    @property
+    def prefers_card(self) -> bool:
+        return min(self._shape) >= LARGE
 
     @property
     def memory(self) -> int:

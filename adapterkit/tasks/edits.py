@@ -69,6 +69,11 @@ class Term:
         assert self.experts is not None and block.expert is not None
         return part_of(self.a, (self.experts, self.rank, *self.a.shape[1:]), block.expert)
 
+    @property
+    def flops(self) -> int:
+        areas = ((b.row_stop - b.row) * (b.col_stop - b.col) for b in self.blocks)
+        return 2 * self.rank * sum(areas)
+
     def products(self, inputs: Reader) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """(block, left (n, r) with the scale folded in, right (r, m)) for each block."""
         for block, left, right in self._factors(inputs):
@@ -159,6 +164,10 @@ class AddLowRank(Edit):
     def shared_reads(self) -> tuple[TensorSpec, ...]:
         return tuple(term.b for term in self.terms if term.shared)
 
+    @property
+    def flops(self) -> int:
+        return sum(term.flops for term in self.terms)
+
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         stacks: dict[tuple[int, int, int, int], list] = {}
         for term in self.terms:
@@ -200,6 +209,10 @@ class AddLikePeft(Edit):
     @property
     def shared_reads(self) -> tuple[TensorSpec, ...]:
         return (self.term.b,) if self.term.shared else ()
+
+    @property
+    def flops(self) -> int:
+        return self.term.flops
 
     def load(self, inputs: Reader, source: TensorSpec, grid: tuple[int, int]) -> Loaded:
         scale = self.term.scale

@@ -15,7 +15,7 @@ from adapterkit.kernels.lowrank import Product
 from adapterkit.kernels.stochastic import Draws
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import TaskResult
-from adapterkit.tasks.common import FactorsTask, short
+from adapterkit.tasks.common import LARGE, FactorsTask, short
 from adapterkit.tasks.handoff import handoff_of
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader
@@ -47,6 +47,11 @@ class InitialFactors(FactorsTask):
     @property
     def foreseen(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha}
+
+    @property
+    def prefers_card(self) -> bool:
+        decomposed = {"weight", "gradient"}.intersection(self.method.needs)
+        return bool(decomposed) and min(self.place.out, math.prod(self.place.a_tail)) >= LARGE
 
     @property
     def memory(self) -> int:

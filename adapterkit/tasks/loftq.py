@@ -152,6 +152,10 @@ class LoftQFactors(FactorsTask):
         return {"rank": self.max_rank}
 
     @property
+    def prefers_card(self) -> bool:
+        return True
+
+    @property
     def memory(self) -> int:
         return 16 * math.prod(self.packed.shape) + root_memory(self.covariance)
 

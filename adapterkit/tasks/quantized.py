@@ -37,6 +37,10 @@ class EncodedWeight(Task):
         return self.packed.variable_size
 
     @property
+    def prefers_card(self) -> bool:
+        return True
+
+    @property
     def memory(self) -> int:
         return 6 * self.source.nbytes + 24 * min(math.prod(self.source.shape), PIECE)
 

@@ -40,6 +40,10 @@ class ResidualWeight(Task):
         return self.packed.variable_size if self.packed else ()
 
     @property
+    def prefers_card(self) -> bool:
+        return self.packed is not None
+
+    @property
     def memory(self) -> int:
         return 24 * math.prod(self.source.shape)
 
