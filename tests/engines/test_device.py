@@ -1,0 +1,164 @@
+"""What a run on a card sets, refuses, notes and falls back to, on a pretended card."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import adapterkit
+from adapterkit.engines import chunks, device, local
+from adapterkit.errors import Failed, Refused
+from adapterkit.execute import run
+from tests.golden import inputs
+from tests.support.card import DEVICE, Card, installed
+
+CPU = torch.device("cpu")
+KIND = f"cuda pretended card, torch {torch.__version__}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a base and an adapter, the current one meanwhile."""
+    path = tmp_path_factory.mktemp("device")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        inputs.create_inputs(Path())
+        yield path
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    with installed(Card()) as card:
+        yield card
+
+
+def merge(out: Path, **options) -> Any:
+    return adapterkit.merge("base", ["style"], out=out, **options)
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("where", [CPU, DEVICE])
+def test_products_are_of_float32_whatever_the_caller_has_set(where: torch.device):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with device.exact_arithmetic(where):
+            assert torch.get_float32_matmul_precision() == "highest" or all(
+                part.fp32_precision == "ieee" for part in device.PRECISIONS
+            )
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_engine_computes_in_float32(folder: Path, tmp_path: Path, monkeypatch):
+    seen, real = [], chunks.compute_chunk
+
+    def compute(*arguments):
+        seen.append([part.fp32_precision for part in device.PRECISIONS])
+        return real(*arguments)
+
+    monkeypatch.setattr(local, "compute_chunk", compute)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        merge(tmp_path / "out")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen and all(set(one) <= {"ieee"} for one in seen)
+
+
+def test_sums_on_a_card_are_the_same_every_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with device.exact_arithmetic(DEVICE):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    with device.exact_arithmetic(CPU):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_environment_that_shortens_floats_is_refused(
+    card: Card, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(Refused, match="NVIDIA_TF32_OVERRIDE"):
+        merge(tmp_path / "out", device="cuda")
+    assert not any(tmp_path.iterdir())
+    merge(tmp_path / "out")  # not the CPU's concern
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(card: Card, folder: Path, tmp_path: Path):
+    merge(tmp_path / "pinned", device="cuda")
+    assert card.pinned_buffers
+    card.fails_to_pin, card.pinned_buffers = True, 0
+    merge(tmp_path / "pageable", device="cuda")
+    assert not card.pinned_buffers and not card.races
+    assert weights(tmp_path / "pageable") == weights(tmp_path / "pinned")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")],
+)
+def test_a_card_that_is_full_ends_cleanly_and_resumes(
+    error: Exception, card: Card, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "compute_chunk", fail)
+        with pytest.raises(Failed, match="out of memory") as raised:
+            merge(tmp_path / "out", device="cuda")
+    assert "--resume" in str(raised.value) and "--device cpu --overwrite" in str(raised.value)
+    with pytest.raises(Refused, match="another device") as refused:
+        merge(tmp_path / "out", resume=True)
+    assert KIND in str(refused.value)
+    receipt = merge(tmp_path / "out", device="cuda", resume=True)
+    assert receipt.data["device"] == KIND
+
+
+def test_a_run_of_the_cpu_is_not_resumed_on_a_card(
+    card: Card, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "compute_chunk", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge(tmp_path / "out")
+    with pytest.raises(Refused, match="another device: cpu"):
+        merge(tmp_path / "out", device="cuda", resume=True)
+    assert "device" not in merge(tmp_path / "out", resume=True).data
+
+
+def test_totals_say_what_a_card_takes(card: Card, folder: Path, tmp_path: Path):
+    here, there = (
+        merge(tmp_path / "out", dry_run=True, device=name).totals() for name in ("cpu", "cuda")
+    )
+    assert there["device_memory"] > 0 and there["pinned_memory"] > 0
+    assert here == {k: n for k, n in there.items() if k not in ("device_memory", "pinned_memory")}
+
+
+def test_a_small_card_has_fewer_workers(
+    card: Card, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made, real = [], local._ShardRun.__init__
+
+    def init(job, shards, stage, sources, device, workers, *rest):
+        made.append(workers)
+        real(job, shards, stage, sources, device, workers, *rest)
+
+    monkeypatch.setattr(local._ShardRun, "__init__", init)
+    plan = merge(tmp_path / "out", dry_run=True, device="cuda")
+    card.memory = plan.totals()["device_memory"] // 4
+    run(plan, tmp_path / "out", local.local("cuda", workers=64))
+    assert made == [1]
+    card.memory = 80 << 30
+    run(plan, tmp_path / "out", local.local("cuda", workers=3), overwrite=True)
+    assert made == [1, 3]

@@ -1,0 +1,133 @@
+"""When `--device auto` takes a card, decided from a plan and what a machine has."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import adapterkit
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.layout import Stored, laid_out
+from adapterkit.engines.placement import Capacity, fitting, place, prefers_card
+from adapterkit.plan import Computed, Plan, Shard, Step, Task, TaskResult
+from adapterkit.tasks.edits import AddLowRank, Block, Term
+from adapterkit.weights.reader import Reader
+from tests.golden import inputs
+from tests.support.card import Card, installed
+
+CARD = 80 << 30
+ROWS = COLUMNS = 16384
+
+
+def spec(key: str, dtype: str, *shape: int) -> TensorSpec:
+    return TensorSpec(key, dtype, shape, "model.safetensors", 0, Stored(key, dtype, shape).nbytes)
+
+
+def step(number: int, rank: int) -> Step:
+    block = Block(0, ROWS, 0, COLUMNS)
+    a, b = spec("a", "F32", rank, COLUMNS), spec("b", "F32", ROWS, rank)
+    edit = AddLowRank((Term(a, b, 1.0, rank, (block,)),))
+    source = spec(f"{number}.weight", "BF16", ROWS, COLUMNS)
+    return Step(source.key, "BF16", source.shape, source, (edit,), ROWS)
+
+
+def merge_of(count: int, rank: int) -> Plan:
+    """A merge of so many weights of 268 million elements."""
+    steps = tuple(step(number, rank) for number in range(count))
+    stored = [Stored(one.key, one.dtype, one.shape) for one in steps]
+    return plan_of(Shard(laid_out("model.safetensors", stored, {}), steps))
+
+
+def plan_of(*shards: Shard | Computed) -> Plan:
+    return Plan("merge", {}, (), {}, {}, shards, {})
+
+
+@dataclass(frozen=True)
+class Worth(Task):
+    """A task that says whether it is worth a card, and how much memory it takes."""
+
+    prefers: bool
+    claim: int
+
+    @property
+    def reads(self) -> tuple[TensorSpec, ...]:
+        return ()
+
+    @property
+    def max_outputs(self) -> tuple[Stored, ...]:
+        return (Stored("x", "F32", (4, 4)),)
+
+    @property
+    def prefers_card(self) -> bool:
+        return self.prefers
+
+    @property
+    def memory(self) -> int:
+        return self.claim
+
+    def compute(self, inputs: Reader) -> TaskResult:
+        raise AssertionError("only planned")
+
+
+@pytest.mark.parametrize(
+    ("count", "rank", "cores", "disk", "card"),
+    [
+        (1500, 16, 16, 2e9, False),  # 405B: the disk takes 800 s, the cores 100
+        (1500, 800, 16, 2e9, False),  # 1,090 s of cores: less than half as long again
+        (1500, 800, 4, 2e9, True),
+        (1500, 800, 16, 20e9, True),  # a disk that is ten times as fast
+        (1500, 16, 16, 20e9, False),
+        (4, 800, 1, 20e9, True),
+        (1, 256, 1, 20e9, False),  # not worth ten seconds
+    ],
+)
+def test_a_merge_takes_a_card_where_arithmetic_is_longer_than_the_disk(
+    count: int, rank: int, cores: int, disk: float, card: bool
+):
+    plan = merge_of(count, rank)
+    assert prefers_card(plan, Capacity(cores, CARD, disk)) is card
+    assert not prefers_card(plan, Capacity(cores, 0, disk))
+
+
+def test_tasks_take_a_card_with_room():
+    light, heavy = Worth("light", False, 1 << 20), Worth("heavy", True, 1 << 30)
+    assert not prefers_card(plan_of(Computed("a", (light,))), Capacity(1, CARD))
+    plan = plan_of(Computed("a", (light, heavy)))
+    assert prefers_card(plan, Capacity(64, CARD))
+    assert not prefers_card(plan, Capacity(64, (8 << 30) - 1))
+    assert not prefers_card(
+        plan_of(Computed("a", (Worth("huge", True, CARD),))), Capacity(64, CARD)
+    )
+
+
+def test_workers_and_tasks_share_the_free_memory():
+    plan = merge_of(2, 16)
+    assert fitting(plan, 16, CARD)[0] == 16
+    assert 1 <= fitting(plan, 16, 2 << 30)[0] < 16
+    assert fitting(plan, 16, 1 << 20)[0] == 1
+    assert fitting(plan, 16, 1 << 30)[1] <= 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("verb", "kind"), [("merge", "cpu"), ("combine", "cpu"), ("quantize", "cuda")]
+)
+def test_auto_decides_by_the_plan(verb: str, kind: str, tmp_path: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        inputs.create_inputs(Path())
+        arguments = {
+            "merge": ("base", ["style"]),
+            "combine": (["law", "medicine", "english"],),
+            "quantize": ("base",),
+        }[verb]
+        options = {
+            "merge": {}, "combine": {"method": "ties", "density": 0.5}, "quantize": {"to": "nf4"}
+        }[verb]  # fmt: skip
+        plan = getattr(adapterkit, verb)(*arguments, out="out", dry_run=True, **options)
+        assert plan.device == "cpu"  # there is no card
+        with installed(Card()) as card:
+            placed, device = place(plan, "auto")
+            assert device == kind
+            assert placed.device.split()[0] == kind
+            card.memory = 1 << 30  # too little
+            assert place(plan, "auto")[1] == "cpu"
