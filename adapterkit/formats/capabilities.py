@@ -6,9 +6,8 @@ from adapterkit.errors import AdapterkitError, Refused, listed
 from adapterkit.formats.kinds import FACTORS, MAGNITUDES, SHAPE
 from adapterkit.formats.parts import magnitudes
 from adapterkit.formats.record import Contents, Module
-from adapterkit.formats.schema import Format
+from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 
-ADAPTER_LAYOUT = "adapter"
 # what PEFT's layout holds, in dialects that say nothing else
 IN_ADAPTER: dict[str, tuple[str, ...]] = {
     FACTORS: ("a", "b", "magnitude", "bias"),

@@ -15,6 +15,7 @@ from adapterkit.formats.kinds import KINDS
 
 R = TypeVar("R")
 MODEL = "model"  # the naming of the loaded model
+ADAPTER_LAYOUT = "adapter"  # PEFT's: read and written by the package `adapters`
 # rules' words that are no namings
 RULE_WORDS = ("rows", "parts", "steps", "embedding", "untied")
 HEADS = ("heads", "kv_heads")  # shares of rows that a model's config tells
@@ -136,7 +137,7 @@ class Format:
     summary: str
     sources: tuple[str, ...]
     writes: bool = True
-    layout: str = "keys"  # or adapter: PEFT's, read and written by the package `adapters`
+    layout: str = "keys"  # or ADAPTER_LAYOUT
     clients: tuple[str, ...] = ()
     note: str = ""  # what to do with the file, of which {file} is the name
     file: FileWords = field(default_factory=FileWords)
@@ -233,7 +234,7 @@ def format_from(name: str, table: dict[str, Any]) -> Format:
         if kind not in KINDS or set(roles) - KINDS[kind].roles:
             raise ValueError(f"{name}: kind {kind!r} with roles {sorted(roles)}")
     choices = [
-        ("layout", one.layout, ("keys", "adapter")),
+        ("layout", one.layout, ("keys", ADAPTER_LAYOUT)),
         ("container", one.file.container, ("safetensors", "gguf", "pickle")),
         ("style", one.names.style, ("dots", "underscores")),
         ("place", one.scale.place, ("tensor", "config", "metadata", "shared", "none")),

@@ -11,7 +11,7 @@ from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.library import formats
-from adapterkit.formats.schema import AdapterWords
+from adapterkit.formats.schema import ADAPTER_LAYOUT, AdapterWords
 from adapterkit.planning.temporary import temporary_folder
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ def in_adapter_layout(folder: Folder, base: Folder | None = None) -> Folder:
     if "config.json" in files or not any(name.endswith(FILES) for name in files):
         return folder
     # here, so that headers of models are read without torch
-    from adapterkit.formats.capabilities import ADAPTER_LAYOUT
     from adapterkit.formats.detect import detect
-    from adapterkit.planning.convert import Options, plan_convert
+    from adapterkit.planning.convert.plan import plan_convert
+    from adapterkit.planning.convert.source import Options
 
     try:
         detection = detect(folder)
@@ -58,8 +58,6 @@ def adapter_or_file(folder: Folder, base: Folder | None = None) -> Folder:
 
 def _layout() -> str:
     """The name of PEFT's layout among the formats, of its dialects that of PEFT itself."""
-    from adapterkit.formats.capabilities import ADAPTER_LAYOUT
-
     plain = AdapterWords()
     return next(
         form.name

@@ -7,12 +7,12 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import AdapterkitError, MultipleErrors, shown
-from adapterkit.formats.capabilities import ADAPTER_LAYOUT, roles_by_kind
+from adapterkit.formats.capabilities import roles_by_kind
 from adapterkit.formats.detect import detect
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.record import Contents
-from adapterkit.formats.schema import MODEL, Architecture, Format
-from adapterkit.planning.convert import Options, read_contents
+from adapterkit.formats.schema import ADAPTER_LAYOUT, MODEL, Architecture, Format
+from adapterkit.planning.convert.source import Options, read_contents
 
 RANKED = ("lora", "loha", "lokr")  # kinds whose modules have a rank
 PLACES = {

@@ -7,7 +7,8 @@ from adapterkit.engines.one_file import run_to_file
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import Executor, StrPath, text
 from adapterkit.plan import Plan, Progress
-from adapterkit.planning.convert import Options, plan_convert
+from adapterkit.planning.convert.plan import plan_convert
+from adapterkit.planning.convert.source import Options
 from adapterkit.planning.sources import open_base, open_unconverted
 from adapterkit.receipt import Receipt
 

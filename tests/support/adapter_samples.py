@@ -20,7 +20,7 @@ from adapterkit.formats.parts import scaled_role
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
-from adapterkit.planning.convert import Options, model_of, read_contents
+from adapterkit.planning.convert.source import Options, model_of, read_contents
 from adapterkit.planning.sources import open_base, open_unconverted
 from adapterkit.receipt import RECEIPT
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkit.plan import Plan
-from adapterkit.planning import convert
+from adapterkit.planning.convert import tasks
 from tests.golden import inputs, jobs
 
 STATS = "covariances.safetensors"
@@ -38,7 +38,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]
 def wide_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Plan]]:
     """The same for wider layers, and with values that were trained whole."""
     with _folder(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "MANY", 2)  # so that tensors of few experts are made together
+        patch.setattr(tasks, "MANY", 2)  # so that tensors of few experts are made together
         for name in ("HIDDEN", "INTERMEDIATE", "KEYS_VALUES"):
             patch.setattr(inputs, name, SCALE * getattr(inputs, name))
         for name in ("ATTENTION", "MLP", "LINEAR", "FEW"):

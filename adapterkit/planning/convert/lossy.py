@@ -1,5 +1,5 @@
 """What a format cannot hold as plain factors of a rank that is asked for: other kinds of deltas,
-DoRA; and convolutions with a core as plain ones, which loses nothing."""
+DoRA; convolutions with a core as plain ones, which loses nothing; vectors and zeros left out."""
 
 import math
 from collections import Counter
@@ -37,6 +37,8 @@ from adapterkit.planning.kind_deltas import FLATTENED, read_deltas
 from adapterkit.tasks.common import short
 from adapterkit.weights.parameters import StoredParameter
 
+DIFFERENCES = ("full", "modulation")
+
 
 def lowered(
     contents: Contents,
@@ -64,6 +66,24 @@ def lowered(
 def _with_biases(contents: Contents, form: Format) -> Contents:
     modules = as_the_format_has_them(contents.modules, form)
     return replace(contents, modules=tuple(modules))
+
+
+def without_zeros(contents: Contents, form: Format) -> Contents:
+    """The contents without modules of zeros that the format has no keys for; read while planning,
+    as what is written depends on them."""
+    reader = PlanReader(contents.folders)
+    homeless = [m for m in contents.modules if m.kind in DIFFERENCES and lacking(m, form, contents)]
+    empty = {
+        id(module)
+        for module in homeless
+        if not any(part.value(reader).any() for part in module.parts.values())
+    }
+    if not empty:
+        return contents
+    names = [module.path for module in homeless if id(module) in empty]
+    note = f"{len(names)} differences of zero are left out: {listed(names)}"
+    modules = tuple(module for module in contents.modules if id(module) not in empty)
+    return replace(contents, modules=modules, notes=(*contents.notes, note))
 
 
 def _without_vectors(contents: Contents, form: Format) -> Contents:

@@ -1,0 +1,58 @@
+"""The files of a converted adapter's folder besides its weights: settings, card, and what trainers
+save beside an adapter, where PEFT's layout stays."""
+
+from collections.abc import Collection
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.errors import listed
+from adapterkit.formats.configs import config_bytes
+from adapterkit.formats.library import formats
+from adapterkit.formats.record import Contents
+from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
+from adapterkit.formats.write import File
+from adapterkit.plan import CopyFile
+from adapterkit.planning.cards import adapter_card
+from adapterkit.planning.folder_files import Files
+
+MOST = 100_000_000  # bytes of one file
+
+
+def files_of(contents: Contents, written: File, notes: list[str]) -> Files:
+    """The files of a folder besides its weights; notes tell what goes along or stays behind."""
+    files: Files = {}
+    form = written.form
+    if written.settings is not None:
+        name = form.file.config[0]
+        files[name] = config_bytes(name, written.settings)
+    if form.layout != ADAPTER_LAYOUT:
+        return files
+    if formats()[contents.format].layout == form.layout:
+        known = {*files, *(file for _, file in contents.headers), form.file.name}
+        files = {**_carried(contents.folders[0], form, known, notes), **files}
+    if "README.md" not in files:
+        base = (written.settings or {}).get("base_model_name_or_path")
+        card = adapter_card(base, [], f"converted from {contents.format}")
+        files["README.md"] = card.encode()
+    return files
+
+
+def _carried(
+    source: Folder, form: Format, written: Collection[str], notes: list[str]
+) -> dict[str, CopyFile]:
+    """The source's files that the target's format takes along; all others join the notes.
+
+    `written`: the files that the conversion writes itself, and the source's of those names."""
+    files, left = {}, []
+    for name, size in sorted(source.files().items()):
+        if name in written or name == RECEIPT:
+            continue
+        if size <= MOST and any(pattern.fullmatch(name) for pattern in form.file.carry):
+            files[name] = CopyFile(0, name)
+        else:
+            left.append(name)
+    if files:
+        notes.append(f"taken along: {listed(list(files))}")
+    if left:
+        notes.append(f"left behind: {listed(left)}")
+    return files

@@ -1,0 +1,219 @@
+"""The plan of a conversion: a source in any format that is read, a file in any that is written."""
+
+from dataclasses import replace
+
+from adapterkit import dtypes
+from adapterkit.adapters.adapter_config import hub_id
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import Refused, listed, refuse_all
+from adapterkit.formats.adapter import write_layout
+from adapterkit.formats.containers import PlanReader
+from adapterkit.formats.detect import Detection, detect
+from adapterkit.formats.dialects import Model, arranged, without_copies
+from adapterkit.formats.experts import split_experts
+from adapterkit.formats.kinds import EXPERTS
+from adapterkit.formats.library import format_named
+from adapterkit.formats.models import base_of
+from adapterkit.formats.record import Contents
+from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
+from adapterkit.formats.write import File, write
+from adapterkit.gguf.adapter import gguf_layout
+from adapterkit.plan import Computed, Plan
+from adapterkit.planning.convert.base_shapes import parameter_problems, shape_problems
+from adapterkit.planning.convert.folder import files_of
+from adapterkit.planning.convert.lossy import lowered, without_zeros
+from adapterkit.planning.convert.source import (
+    Options,
+    heads_of,
+    model_of,
+    modules_of,
+    read_contents,
+)
+from adapterkit.planning.convert.tasks import tasks_of
+from adapterkit.planning.input_files import identities
+from adapterkit.planning.unpickled import UnpickledFolder
+
+LAYOUTS = {"gguf": gguf_layout}  # of containers that are not safetensors
+
+
+def plan_convert(
+    source: Folder,
+    options: Options,
+    base: Checkpoint | None = None,
+    file: str | None = None,
+    detection: Detection | None = None,  # of the source, where it is known
+) -> Plan:
+    """Everything a conversion will do, or `Refused` with all that cannot be done. `file`: the name
+    of the one file that is wanted; without it, a folder as the format has it."""
+    form = format_named(options.to)
+    detection = detection or detect(source)
+    model = model_of(base, detection, form)
+    _check_target(form, file)
+    contents = read_contents(source, detection, options, base, model)
+    _check_source(contents, base, model)
+    adapted = without_zeros(contents, form)
+    adapted = lowered(adapted, form, rank=options.rank, lossy=options.lossy, base=base)
+    adapted = _in_dialect(adapted, form, model)
+    is_rebuilt = contents.format != form.name or _shapes(contents) != _shapes(adapted)
+    written = _written(adapted, form, options, base, model, is_rebuilt)
+    return _plan(source, adapted, written, options, base, file)
+
+
+def _check_target(form: Format, file: str | None) -> None:
+    """`Refused` for one file of a format that has settings beside its weights."""
+    if file is not None and form.file.config:
+        raise Refused(
+            f"{form.title} in one file",
+            expected=f"a folder, with {form.file.config[0]} beside the weights",
+            where="--out",
+            hint="give --out without an ending",
+        )
+
+
+def _check_source(contents: Contents, base: Checkpoint | None, model: Model | None) -> None:
+    """`Refused` for factors that do not fit the base, and for no modules at all."""
+    refuse_all([*shape_problems(contents, base), *parameter_problems(contents, model)])
+    if not contents.modules:
+        raise Refused(
+            "an adapter of no module",
+            expected="tensors of at least one",
+            where=contents.folders[0].label,
+            hint="save the adapter again",
+        )
+
+
+def _shapes(contents: Contents) -> list[tuple]:
+    """What a config says of each module."""
+    return [(m.name, m.kind, m.rank, m.alpha, tuple(m.parts)) for m in contents.modules]
+
+
+def _in_dialect(contents: Contents, form: Format, model: Model | None) -> Contents:
+    """The contents as a dialect of PEFT's layout has them, for the base that is given."""
+    if form.layout != ADAPTER_LAYOUT:
+        return contents
+    name = hub_id(model.base.folder) if model is not None else None
+    if name is not None:
+        contents = replace(contents, config={**contents.config, "base_model_name_or_path": name})
+    if contents.format == form.name and model is None:
+        return contents
+    return arranged(contents, form, model, PlanReader(contents.folders))
+
+
+def _written(
+    contents: Contents,
+    form: Format,
+    options: Options,
+    base: Checkpoint | None,
+    model: Model | None,
+    is_rebuilt: bool,
+) -> File:
+    """The file of these contents in a format; `is_rebuilt`: its modules are not the source's."""
+    dtype = dtypes.parse(options.dtype) if options.dtype else None
+    if form.layout == ADAPTER_LAYOUT:
+        stacks = model.stacks if model is not None else None
+        is_rebuilt = is_rebuilt or "r" not in contents.config  # without the source's ranks
+        return write_layout(contents, form, dtype=dtype, stacks=stacks, rebuilt=is_rebuilt)
+    modules, notes = without_copies(contents.modules, form)
+    file = write(
+        _single_experts(replace(contents, modules=tuple(modules)), form, model),
+        form,
+        architecture=options.architecture,
+        dtype=dtype,
+        heads=heads_of(base, contents.config),
+        base=None if base is None else base_of(base.config, base.tensors),
+    )
+    if form.names.style == "underscores" and file.architecture is None and model is not None:
+        known = set(modules_of(base, model))
+        unknown = [m.path for m in file.modules if m.name not in known]
+        if unknown:
+            raise Refused(
+                f"{len(unknown)} modules that the base does not have: {listed(unknown)}",
+                expected="modules of the base, by which names with underscores are read again",
+                where=contents.folders[0].label,
+                hint="give the base that it was trained on",
+            )
+    return replace(file, notes=[*notes, *file.notes])
+
+
+def _single_experts(contents: Contents, form: Format, model: Model | None) -> Contents:
+    """Stacks of experts as modules of single experts, where a format names those."""
+    stacks = [m.path for m in contents.modules if m.kind == EXPERTS]
+    if not stacks or not form.names.architectures:
+        return contents
+    if model is None:
+        raise Refused(
+            f"{len(stacks)} stacks of experts: {listed(stacks)}",
+            expected="the model, whose file tells which module of an expert is which part of a "
+            "stack",
+            where=contents.folders[0].label,
+            hint="give --base MODEL, with its weights",
+        )
+    modules = split_experts(contents.modules, model.stacks, PlanReader(contents.folders))
+    return replace(contents, modules=tuple(modules))
+
+
+def _plan(
+    source: Folder,
+    contents: Contents,
+    written: File,
+    options: Options,
+    base: Checkpoint | None,
+    file: str | None,
+) -> Plan:
+    """The plan that writes a file of these contents, alone or in a folder."""
+    form = written.form
+    name = file or form.file.name
+    folders = contents.folders if base is None else (*contents.folders, base.folder)
+    lay_out = LAYOUTS.get(form.file.container)
+    shard = Computed(
+        name,
+        tasks_of(written.tensors),
+        dict(written.metadata),
+        safetensors_order=lay_out is None,
+        lay_out=lay_out,
+    )
+    beside: list[str] = []
+    files = files_of(contents, written, beside) if file is None else {}
+    notes = (
+        *_pickle_note(source),
+        *contents.notes,
+        *(note.replace("{file}", name) for note in written.notes),
+        *_folded_note(written),
+        *beside,
+    )
+    decisions = {
+        "from": contents.format,
+        "to": form.name,
+        "architecture": written.architecture or (contents.architectures or (None,))[0],
+        "modules": len(written.modules),
+        "folded": dict(written.folded),
+    }
+    return Plan(
+        "convert",
+        {name: value for name, value in vars(options).items() if value not in (None, False)},
+        folders,
+        dict(contents.headers),
+        identities(folders, contents.headers),
+        (shard,),
+        files,
+        decisions,
+        notes,
+        models=() if base is None else (len(folders) - 1,),
+    )
+
+
+def _pickle_note(source: Folder) -> list[str]:
+    if not isinstance(source, UnpickledFolder) or not source.left_out:
+        return []
+    return [f"beside the adapter {source.pickle} holds {listed(source.left_out)}: left out"]
+
+
+def _folded_note(written: File) -> list[str]:
+    if not written.folded:
+        return []
+    scales = sorted(set(written.folded.values()))
+    return [
+        f"{written.form.title} stores no scale: that of {len(written.folded)} modules is in b now "
+        f"({listed(scales)})"
+    ]

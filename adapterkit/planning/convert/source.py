@@ -1,0 +1,116 @@
+"""What the source of a conversion holds, with what its base tells of modules, heads and experts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.spec import Checkpoint
+from adapterkit.errors import Refused, listed, shown
+from adapterkit.formats.adapter import read_layout
+from adapterkit.formats.detect import Detection
+from adapterkit.formats.dialects import Model
+from adapterkit.formats.experts import stacks_of
+from adapterkit.formats.kind_adapter import KINDS
+from adapterkit.formats.read import Reading, read
+from adapterkit.formats.record import LANGUAGE, Contents
+from adapterkit.formats.rows import Heads, model_heads
+from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
+from adapterkit.planning.convert.lossy import read_fitted
+from adapterkit.planning.kind_deltas import kind_of
+from adapterkit.weights.names import Names
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command; fields have their names."""
+
+    to: str
+    alpha: float | None = None
+    rank: int | None = None
+    dtype: str | None = None
+    lossy: bool = False
+    prefix_only: str | None = None
+    architecture: str | None = None
+
+
+def read_contents(
+    source: Folder,
+    detection: Detection,
+    options: Options,
+    base: Checkpoint | None,
+    model: Model | None = None,
+) -> Contents:
+    """The source's contents, of the components that are asked for."""
+    form = detection.form
+    if form.layout == ADAPTER_LAYOUT:
+        kind = kind_of(source, detection.config)
+        if kind is not None and kind.name.upper() not in KINDS:
+            contents = read_fitted(form, source, kind, rank=options.rank, base=base)
+        else:
+            names, stacks = (model.names, model.stacks) if model is not None else (None, None)
+            contents = read_layout(form, source, names=names, stacks=stacks)
+    else:
+        reading = Reading(
+            options.alpha,
+            options.architecture,
+            modules_of(base, model),
+            heads_of(base, detection.config),
+            model_type_of(base, detection.config),
+        )
+        contents = read(form, source, detection.container, detection.config, reading)
+    return _selected(contents, options.prefix_only)
+
+
+def _selected(contents: Contents, component: str | None) -> Contents:
+    """The contents of one component; bare modules are taken for it."""
+    if component is None:
+        return contents
+    if contents.components == (LANGUAGE,):
+        modules = [replace(m, component=component) for m in contents.modules]
+    else:
+        modules = [m for m in contents.modules if m.component == component]
+    if not modules:
+        raise Refused(
+            f"no component {component}",
+            expected=f"one of {listed(contents.components)}",
+            where="--prefix-only",
+            hint="choose one of them",
+        )
+    return replace(contents, modules=tuple(modules))
+
+
+def model_of(base: Checkpoint | None, detection: Detection, form: Format) -> Model | None:
+    """The model of a base where a conversion from or to PEFT's layout can need it."""
+    needs_none = ADAPTER_LAYOUT not in (detection.form.layout, form.layout)
+    if base is None or not base.tensors or needs_none:  # of a config alone no names are known
+        return None
+    task = detection.config.get("task_type")
+    if not isinstance(task, str | None):
+        raise Refused(
+            f"task_type {shown(repr(task))}",
+            expected="a text",
+            where=detection.container.file,
+            hint="keep the config that was saved with the file beside it",
+        )
+    names = Names(base, task=task, build_model=True)
+    return Model(base, names, stacks_of(names))
+
+
+def modules_of(base: Checkpoint | None, model: Model | None = None) -> list[str]:
+    """The modules of a base by its keys, and by the names of its model where that is known."""
+    names = set() if base is None else set(base.tensors)
+    if model is not None:
+        names |= set(model.names.all())
+    return sorted({name.rpartition(".")[0] for name in names})
+
+
+def heads_of(base: Checkpoint | None, config: Mapping[str, Any]) -> Heads | None:
+    """Numbers of heads, by the base's config or the source's."""
+    return model_heads(config if base is None else base.config)
+
+
+def model_type_of(base: Checkpoint | None, config: Mapping[str, Any]) -> str | None:
+    """The type of the model, by the base's config or the source's."""
+    model_type = (config if base is None else base.config).get("model_type")
+    return model_type if isinstance(model_type, str) else None
