@@ -130,6 +130,17 @@ def test_a_stack_of_another_number_of_experts_is_refused(height, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_training_state_with_tinkers_names_is_refused(tmp_path):
+    """As PEFT's it would name a module that no model has, and be Tinker's once it is written."""
+    shutil.copytree(GOLDEN / "tinker/tied", tmp_path / "in")
+    file = tmp_path / "in/adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({k.replace(".weight", ".default.weight"): v for k, v in tensors.items()}, file)
+    with pytest.raises(Refused, match="no part of Tinker"):
+        adapterkit.convert(tmp_path / "in", to="peft", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_of_nothing_is_refused(tmp_path):
     shutil.copytree(GOLDEN / "tinker/tied", tmp_path / "in")
     save_file({}, tmp_path / "in/adapter_model.safetensors")
