@@ -134,6 +134,8 @@ def print_receipt(receipt: "Receipt") -> None:
     click.echo(f"{receipt.out}: {what}, {size:,} bytes in {seconds:.1f} s", err=True)
     for line in outcomes(data):
         click.echo(line, err=True)
+    if "pushed" in data:
+        click.echo(f"on the Hub: {data['pushed']['url']}", err=True)
     if "verified" in data:
         print_verified(data["verified"])
     for note in data["notes"]:

@@ -27,6 +27,9 @@ from adapterkit.hub.upload import LocalFile, copy_storage
 from adapterkit.plan import Computed, Plan, Progress, Shard
 from adapterkit.receipt import ShardResult
 
+SENDERS = (
+    2  # threads that send: what is made is sent at once, while another file is still on its way
+)
 # (the output folder, the plan of the one file, its result): looks at a file before it goes
 CheckFile = Callable[[Path, Plan, ShardResult], None]
 
@@ -92,7 +95,7 @@ class Room:
 
 
 class _Run:
-    """One run: this thread makes the files, one downloads for it, one sends what is made."""
+    """One run: this thread makes the files, one downloads for it, some send what is made."""
 
     def __init__(self, engine, plan, transfers, stage, hashed, finished, progress):
         self.engine: HubEngine = engine
@@ -110,21 +113,22 @@ class _Run:
     def run(self) -> None:
         self._send_what_is_left()
         with signals_deferred():
-            threads = [self._start(self._download_all), self._start(self._upload_all)]
-        downloads, uploads = threads
+            downloads = self._start(self._download_all)
+            uploads = [self._start(self._upload_all) for _ in range(SENDERS)]
         try:
             for number, work in enumerate(self.transfers.works):
                 result_of(self.ready[work.shard.file])
                 self._make(number, work)
             self.outgoing.put(None)
-            result_of(uploads)
+            for sender in uploads:
+                result_of(sender)
         except KeyboardInterrupt:
             self.stop.set()  # who interrupts does not wait for the network
             raise
         except BaseException:
-            self._end(downloads, uploads)
-            if uploads.exception() is not None:
-                uploads.result()
+            self._end(downloads, *uploads)
+            for sender in uploads:  # why the others have ended, where one of them broke
+                sender.result()
             raise
 
     def _start(self, target: Callable[[], None]) -> "Future[None]":

@@ -87,6 +87,13 @@ class Destination:
         )
         there = self.hub_id if self.exists else HubId(repo, None, self.hub_id.subfolder)
         self.parent, self.before = list_remote(there, hidden=True)
+        if "" in self.before:
+            raise Refused(
+                "a file of that name",
+                expected="a folder, there or not",
+                where=str(self.hub_id),
+                hint="choose another folder",
+            )
         self._refuse_old_weights(names)
 
     def create(self) -> None:

@@ -13,7 +13,7 @@ from adapterkit.hub.errors import location
 from adapterkit.hub.folder import HubFolder
 from adapterkit.hub.retry import retry
 
-PIECE = 64 << 20  # bytes of one request; the Hub counts them
+PIECES = (8 << 20, 64 << 20)  # bytes of one request, at least and at most: the Hub counts them
 STREAMS = 4  # requests at a time
 BLOCK = 4 << 20  # bytes that are hashed at a time
 PART = ".part"
@@ -61,15 +61,17 @@ def _fetched(
     """Fetch the file's pieces; the sha256 of the bytes, taken in their order while later ones
     come."""
     digest, pool = hashlib.sha256(), ThreadPoolExecutor(STREAMS, "download")
+    length = min(max(PIECES[0], -(-size // STREAMS)), PIECES[1])
+    ranges = [(at, min(at + length, size)) for at in range(0, size, length)]
     try:
         pieces = [
-            pool.submit(_fetch, folder, name, descriptor, at, min(at + PIECE, size), stopped)
-            for at in range(0, size, PIECE)
+            pool.submit(_fetch, folder, name, descriptor, start, stop, stopped)
+            for start, stop in ranges
         ]
-        for piece, at in zip(pieces, range(0, size, PIECE), strict=True):
+        for piece, (start, stop) in zip(pieces, ranges, strict=True):
             piece.result()
-            for start in range(at, min(at + PIECE, size), BLOCK):
-                digest.update(os.pread(descriptor, min(BLOCK, at + PIECE - start), start))
+            for at in range(start, stop, BLOCK):
+                digest.update(os.pread(descriptor, min(BLOCK, stop - at), at))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return digest.hexdigest()

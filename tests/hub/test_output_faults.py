@@ -3,6 +3,8 @@ what a run that was killed leaves to the next one."""
 
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -232,6 +234,34 @@ def test_a_killed_run_is_resumed(standing, place, expected, method, path, number
     if method == "POST":
         assert not down and not again
     assert not list(Path(standing[2], "adapterkit").glob(f".{out.replace('/', '--')}.*"))
+
+
+def test_an_interrupted_command_says_how_to_go_on(standing, place, expected):
+    (hub, _, out), home, signals = place, standing[2], [signal.SIGINT]
+    words = ["merge", "org/base", "org/adapter", "--out", f"hf://{out}", "--disk-limit", "1MB"]
+    variables = os.environ | hub.environment(home) | {"HF_TOKEN": TOKEN}
+
+    def command(*more: str) -> subprocess.Popen:
+        line, pipe = [sys.executable, "-m", "adapterkit", *words, *more], subprocess.PIPE
+        return subprocess.Popen(line, stderr=pipe, text=True, env=variables, cwd=home)
+
+    first = command()
+
+    def faults(asked):
+        if asked.method == "PUT" and signals:
+            first.send_signal(signals.pop())
+            return Fault(delay=0.5)
+        return None
+
+    hub.faults = faults
+    _, text = first.communicate()
+    assert first.returncode == 1 and "Traceback" not in text and TOKEN not in text
+    assert "stopped" in text and f"--out hf://{out} --disk-limit 1MB --resume" in text
+    assert len(hub.repos[out].trees) == 1
+    again = command("--resume")
+    _, text = again.communicate()
+    assert again.returncode == 0, text
+    assert f"on the Hub: {hub.url}/{out}/commit/" in text and changed(hub, expected, out) == []
 
 
 def test_a_resumed_run_reads_the_commits_of_the_first(standing, place, expected):
