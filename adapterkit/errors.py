@@ -39,6 +39,10 @@ class Unrecoverable(Failed):
     """A failure that --resume cannot continue: an input changed, or a value does not fit."""
 
 
+class Waiting(Failed):
+    """A rank whose last files need one that no rank has made yet."""
+
+
 class Interrupted(AdapterkitError):
     """A job stopped by a signal; finished files stay for --resume."""
 

@@ -3,16 +3,16 @@ folder."""
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 from adapterkit.checkpoint.reader import changed
-from adapterkit.checkpoint.stage import RECEIPT, Stage
+from adapterkit.checkpoint.stage import HANDOFF, RECEIPT, Stage, Workspace
 from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, Unrecoverable
-from adapterkit.plan import HANDOFF, Computed, CopyFile, FromMetrics, Plan, Progress, Shard
+from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress, Shard
 from adapterkit.receipt import (
     Receipt,
     ShardResult,
@@ -35,7 +35,7 @@ class Engine(Protocol):
         self,
         plan: Plan,
         shards: list[Shard | Computed],
-        stage: Stage,
+        stage: Workspace,
         *,
         hash: bool,
         finished: Callable[[ShardResult], None],
@@ -53,6 +53,7 @@ def run(
     overwrite: bool = False,
     check: Callable[[Path], object] | None = None,
     progress: Progress = lambda done: None,
+    began: float | None = None,
 ) -> Receipt:
     """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands
     under a final name. See `run_in`."""
@@ -82,7 +83,8 @@ def run_in(
     """Carry the plan out in a stage, and publish it.
 
     `check` looks at the finished folder before it gets its name; when it raises, nothing is
-    published. Raises `Refused` before anything is written (output in the way, another plan's
+    published. `began`: the time of `time.monotonic` at which the work began, if not now. Raises
+    `Refused` before anything is written (output in the way, another plan's
     unfinished run, too little space) and `Failed` or `Interrupted` after; then `resume=True` goes
     on with what is done.
     """
@@ -101,6 +103,7 @@ def run_in(
                 return receipt
             if state != "fresh":
                 check_same_job(stage, recipe)
+                _check_alone(stage)
                 _check_same_device(stage, plan)
             if state != "publish":
                 _build(
@@ -111,6 +114,7 @@ def run_in(
                     fresh=state == "fresh",
                     hash=hash,
                     progress=progress,
+                    began=time.monotonic() if began is None else began,
                 )
             data = json.loads((stage.path / RECEIPT).read_bytes())
             if check is not None:
@@ -134,16 +138,16 @@ def _build(
     fresh: bool,
     hash: str,
     progress: Progress,
+    began: float,
 ) -> None:
     """Fill the stage: the shards that are not done, the small files, the receipt."""
-    began = time.monotonic()
     fingerprint = digest(public_recipe(recipe))
     if fresh:
         stage.forget()
     done = _done_before(stage, plan)
     stage.clear(keep=[*done, *(name + HANDOFF for name in done)])
     todo = [shard for shard in plan.shards if shard.file not in done]
-    _check_space(plan, todo, stage)
+    check_space(plan, todo, stage)
     stage.begin()
     if fresh:
         head = {"fingerprint": fingerprint, "recipe": recipe, "overwrite": stage.replaces}
@@ -196,7 +200,7 @@ def _finished(stage: Stage, fingerprint: str, recipe: dict) -> Receipt:
     if data.get("fingerprint") != fingerprint:
         raise Refused(
             "a finished output of another job "
-            f"({_difference(data.get('recipe', {}), public_recipe(recipe))} differs)",
+            f"({difference(data.get('recipe', {}), public_recipe(recipe))} differs)",
             expected="the job that --resume goes on with",
             where=str(out),
             hint="choose another --out, or give --overwrite",
@@ -209,7 +213,7 @@ def check_same_job(stage: Stage, recipe: dict) -> None:
     before = stage.journal()[0].get("recipe", {})
     if before != recipe:
         raise Refused(
-            f"an interrupted run of another job: {_difference(before, recipe)} differs",
+            f"an interrupted run of another job: {difference(before, recipe)} differs",
             expected="the same inputs, options and version",
             where=str(stage.control),
             hint="give the options of that run, or --overwrite to begin again",
@@ -226,6 +230,17 @@ def _check_same_device(stage: Stage, plan: Plan) -> None:
             expected=f"that one, not {plan.device}",
             where=str(stage.control),
             hint="resume on that device (--device), or give --overwrite to begin again",
+        )
+
+
+def _check_alone(stage: Stage) -> None:
+    """`Refused` while several processes write the output's files."""
+    if stage.journal()[0].get("ranks"):
+        raise Refused(
+            "the output of a plan file, which `adapterkit run` writes",
+            expected="one way of making it",
+            where=str(stage.control),
+            hint="end it with `adapterkit finish`, or give --overwrite to begin again",
         )
 
 
@@ -247,7 +262,7 @@ def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
     return done
 
 
-def _difference(before: dict, now: dict, path: str = "") -> str:
+def difference(before: dict, now: dict, path: str = "") -> str:
     """The first place where two recipes differ, as a dotted path."""
     for key in dict.fromkeys([*now, *before]):
         old, new = before.get(key), now.get(key)
@@ -255,15 +270,16 @@ def _difference(before: dict, now: dict, path: str = "") -> str:
             continue
         here = f"{path}.{key}" if path else str(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            return _difference(old, new, here)
+            return difference(old, new, here)
         if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
             pairs = [(dict(enumerate(old)), dict(enumerate(new)))]
-            return _difference(*pairs[0], here)
+            return difference(*pairs[0], here)
         return here
     return "something"
 
 
-def _check_space(plan: Plan, todo: list[Shard | Computed], stage: Stage) -> None:
+def check_space(plan: Plan, todo: Sequence[Shard | Computed], stage: Stage) -> None:
+    """`Refused` where the disk has no room for these files and the small ones."""
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
     needed = stage.disk(sum(shard.layout.size for shard in todo) + small + (1 << 20))
     free = free_bytes(stage.path)

@@ -33,7 +33,7 @@ SLACK = 128
 BUFFERS = 32_000_000  # bytes of one worker's buffers
 AHEAD = 2  # tasks for each worker that may wait to be written
 STACKS = 1 << 30  # bytes of shared stacks of experts' factors
-HANDOFF = ".handoff"  # suffix of the file with tensors for later files
+HANDED_ON = -1  # the folder of tensors that are handed on
 
 
 # (block of rows, number of its first row): changes the block in place
@@ -143,6 +143,11 @@ class Shard:
     def size(self) -> int:
         return self.layout.size
 
+    @property
+    def handoff_reads(self) -> tuple[str, ...]:
+        """Keys of handed-on tensors that its edits load."""
+        return _handed_on(spec for step in self.steps for edit in step.edits for spec in edit.reads)
+
 
 class TaskResult(NamedTuple):
     """The tensors of a task by key, in the order of writing, and metrics for the receipt.
@@ -204,6 +209,16 @@ class Task(ABC):
         return None
 
     @property
+    def handoff_reads(self) -> tuple[str, ...]:
+        """Keys of handed-on tensors that `compute` reads."""
+        return _handed_on(self.reads)
+
+    @property
+    def handoff_writes(self) -> tuple[str, ...]:
+        """Keys of what `compute` hands on."""
+        return ()
+
+    @property
     def copied(self) -> bool:
         """Whether its outputs are stored bytes, written as they are."""
         return False
@@ -248,6 +263,11 @@ class Computed:
             return self.lay_out(self.file, tensors, self.metadata)
         return laid_out(self.file, tensors, self.metadata, ordered=True)
 
+    @property
+    def handoff_reads(self) -> tuple[str, ...]:
+        """Keys of handed-on tensors that its tasks read."""
+        return tuple(key for task in self.tasks for key in task.handoff_reads)
+
     @cached_property
     def variable_size(self) -> frozenset[str]:
         return frozenset(key for task in self.tasks for key in task.variable_size)
@@ -255,6 +275,10 @@ class Computed:
     @property
     def size(self) -> int:
         return self.layout.size + SLACK * len(self.variable_size)
+
+
+def _handed_on(reads: Iterable[TensorSpec]) -> tuple[str, ...]:
+    return tuple(spec.key for spec in reads if spec.folder == HANDED_ON)
 
 
 @dataclass(frozen=True)
@@ -309,10 +333,7 @@ class Plan:
         for (folder, name), sha in sorted(self.headers.items()):
             inputs[folder]["files"][name] = {"header": sha}
         for (folder, name), identity in self.identities.items():
-            # not the device: its number can differ after a restart
-            inputs[folder]["files"][name]["identity"] = dict(
-                zip(IDENTITY, identity[1:], strict=True)
-            )
+            inputs[folder]["files"][name]["identity"] = dict(zip(IDENTITY, identity, strict=True))
         layout = hashlib.sha256()
         for shard in self.shards:
             layout.update(shard.file.encode() + shard.layout.header)
@@ -322,6 +343,20 @@ class Plan:
             "options": self.options,
             "inputs": inputs,
             "layout": layout.hexdigest(),
+        }
+
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """The files whose handoffs each output file reads: they are made before it."""
+        written = {
+            key: shard.file
+            for shard in self.shards
+            if isinstance(shard, Computed)
+            for task in shard.tasks
+            for key in task.handoff_writes
+        }
+        return {
+            shard.file: tuple(dict.fromkeys(written[key] for key in shard.handoff_reads))
+            for shard in self.shards
         }
 
     def totals(self) -> dict[str, Any]:

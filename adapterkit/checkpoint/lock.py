@@ -39,7 +39,7 @@ class Lock:
         own.unlink(missing_ok=True)
         descriptor = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            os.write(descriptor, _own_record().encode())
+            os.write(descriptor, process_record().encode())
             _flock(descriptor)
             while not self._publish(own):
                 self._remove_stale()
@@ -71,7 +71,7 @@ class Lock:
             return
         try:
             holder = os.read(descriptor, 1000).decode("utf-8", "replace")
-            if not _flock(descriptor) or _is_running(holder):
+            if not _flock(descriptor) or may_run(holder):
                 raise Refused(
                     f"another process is at work there ({holder.rpartition(' ')[0]})",
                     expected="one process for each output",
@@ -109,13 +109,14 @@ def _flock(descriptor: int) -> bool:
     return True
 
 
-def _own_record() -> str:
+def process_record() -> str:
+    """This process: its host, number and start."""
     return f"{socket.gethostname()} {os.getpid()} {_start_time(os.getpid())}"
 
 
-def _is_running(holder: str) -> bool:
-    """Whether the process that a lock names may be running; after a restart its number may be
-    another's."""
+def may_run(holder: str) -> bool:
+    """Whether the process of a record may be running, one on another host always; after a restart
+    its number may be another's."""
     host, _, rest = holder.partition(" ")
     pid, _, start = rest.partition(" ")
     if not pid.isdigit() or not start:

@@ -18,12 +18,13 @@ from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 # bytes between two tensors that are read along rather than skipped; of a remote file
 NEAR, FAR = (4 << 10, 1 << 20)
 RANGE = 8 << 20  # bytes of one read of small tensors
-Identity = tuple[int, int, int, int, int]
+Identity = tuple[int, int, int, int]
 
 
 def identity(status: os.stat_result) -> Identity:
-    """Device, inode, size and both times in ns: different for an edited or replaced file."""
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    """Inode, size and both times in ns: different for an edited or replaced file. Not the device:
+    its number differs after a restart, and on other machines that mount the same file system."""
+    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Sources:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from adapterkit.checkpoint import storage, system
 from adapterkit.checkpoint.lock import LOCK, Lock
@@ -26,7 +27,9 @@ from adapterkit.checkpoint.storage import (
 from adapterkit.errors import Refused
 
 JOURNAL = "journal.jsonl"
+RANKS = "ranks"  # the folder of `rank_stage.py`
 RECEIPT = "adapterkit.json"
+HANDOFF = ".handoff"  # suffix of the file with tensors for later files
 NAME_MAX = 255  # bytes
 PATH_MAX = 4000  # bytes, of 4096: room for the files in the folder
 
@@ -57,6 +60,21 @@ def check_name(out: Path) -> None:
         )
 
 
+class Workspace(Protocol):
+    """Where an engine puts files: a `Stage`, or one process's share of it (`rank_stage.py`)."""
+
+    path: Path  # the folder
+    attempt: str  # what tells files in the making from those of other processes
+
+    def journal(self) -> list[dict]:
+        """Entries, `shard` in those of finished files."""
+        ...
+
+    def wanted(self, name: str) -> bool:
+        """Whether a file is still to be made."""
+        ...
+
+
 class Stage:
     """The hidden folder in which an output is built; a context that holds its lock.
 
@@ -69,6 +87,8 @@ class Stage:
     `{"publish": sha256 of the receipt}`: from then on only the names are missing, and whether the
     stage or `out` has that receipt tells how far publishing got.
     """
+
+    attempt = ""  # one process writes here
 
     def __init__(self, out: Path):
         self.out = out
@@ -238,6 +258,7 @@ class Stage:
             (self.control / JOURNAL).unlink(missing_ok=True)
             sync_folder(self.control)
             self.clear()
+            shutil.rmtree(self.control / RANKS, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
@@ -273,12 +294,30 @@ class Stage:
             complete.append((line, entry))
         return complete
 
+    def wanted(self, name: str) -> bool:
+        return True
+
     def note(self, entry: dict) -> None:
         """Append one entry to the journal, durably."""
         with storage_errors(self.control / JOURNAL):
             line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
             write_all(line, lambda rest, _: os.write(self._journal, rest))
             storage.sync(self._journal)
+
+    def rewrite(self, entries: Iterable[dict]) -> None:
+        """Put these entries in the place of the journal's, all at once."""
+        self._close_journal()
+        part = self.control / (JOURNAL + ".part")
+        with storage_errors(part):
+            lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                write_all(b"".join(lines), lambda rest, _: os.write(descriptor, rest))
+                storage.sync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(part, self.control / JOURNAL)
+            sync_folder(self.control)
 
     def write_file(self, name: str, blocks: Iterable[bytes]) -> tuple[int, str]:
         """Write a small file durably; its size and sha256."""

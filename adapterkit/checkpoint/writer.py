@@ -16,14 +16,24 @@ PART = ".part"
 FLUSH = 32 << 20  # bytes after which write-back is started: the fsync at the end finds little to do
 
 
-class ShardFile:
-    """One output file while it is written: `name.part`, of its final size from the start."""
+def part_name(name: str, attempt: str = "") -> str:
+    """The name of a file while it is written."""
+    return f"{name}.{attempt}{PART}" if attempt else name + PART
 
-    def __init__(self, folder: Path, name: str, size: int):
-        self.path, self.name, self.size = folder / (name + PART), name, size
-        self.descriptor = -1
+
+class ShardFile:
+    """One output file while it is written: `name.part`, of its final size from the start.
+
+    With an `attempt`, `name.<attempt>.part`: where other processes may write the same file, the
+    last rename wins. Then the folder has to be there: when it is not, the output is finished.
+    """
+
+    def __init__(self, folder: Path, name: str, size: int, attempt: str = ""):
+        self.final, self.size, self.descriptor = folder / name, size, -1
+        self.path = folder / part_name(name, attempt)
         with storage_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not attempt:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self.descriptor = os.open(self.path, flags, 0o666)  # the umask decides, as for any file
@@ -103,7 +113,7 @@ class ShardFile:
     def publish(self) -> None:
         """Give the synced file its name."""
         with storage_errors(self.path):
-            os.rename(self.path, self.path.with_name(self.path.name.removesuffix(PART)))
+            os.rename(self.path, self.final)
 
     def abandon(self) -> None:
         """Close the file as it is; a later run begins it again."""

@@ -19,7 +19,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
-from adapterkit.checkpoint.stage import Stage
+from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.engines.device import Streams
 from adapterkit.engines.waiting import result_of, signals_deferred
@@ -38,7 +38,7 @@ BLOCK = 4 << 20
 
 def write_computed(
     file: Computed,
-    stage: Stage,
+    stage: Workspace,
     inputs: Reader,
     workers: int,
     budget: int,
@@ -47,7 +47,7 @@ def write_computed(
 ) -> ShardResult:
     """Make all tasks of a file and write it, as many at a time as fit into `budget` bytes of
     memory; `Unrecoverable` where a value is not finite."""
-    shard = ShardFile(stage.path, file.file, file.size)
+    shard = ShardFile(stage.path, file.file, file.size, stage.attempt)
     try:
         metrics, handoffs = {}, HandoffWriter(stage, file)
         is_planned = file.safetensors_order or file.lay_out is not None
@@ -173,7 +173,7 @@ def _copy(inputs: Reader, spec: TensorSpec, shard: ShardFile, at: int) -> None:
 
 
 def _results(
-    file: Computed, stage: Stage, inputs: Reader, workers: int, budget: int, progress: Progress
+    file: Computed, stage: Workspace, inputs: Reader, workers: int, budget: int, progress: Progress
 ) -> Iterator[TaskResult]:
     """The tasks' results in order, in the host's memory."""
     streams = Streams(inputs.device)
@@ -249,8 +249,9 @@ def in_order(
 class _Spill:
     """A file of the stage that holds tensors until `Computed.finalize` has seen all metrics."""
 
-    def __init__(self, stage: Stage, file: Computed):
-        self.file, self.at = ShardFile(stage.path, file.file + ".spill", file.size), 0
+    def __init__(self, stage: Workspace, file: Computed):
+        name = file.file + ".spill"
+        self.file, self.at = ShardFile(stage.path, name, file.size, stage.attempt), 0
 
     def put(self, tensors: dict[str, Tensor]) -> list[tuple[str, torch.dtype, torch.Size, int]]:
         where = []

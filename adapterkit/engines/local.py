@@ -18,7 +18,7 @@ import torch
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.reader import Sources
-from adapterkit.checkpoint.stage import Stage
+from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.system import cores
 from adapterkit.checkpoint.writer import FLUSH
 from adapterkit.engines.buffers import Buffer, BufferPool, Scratch
@@ -53,7 +53,7 @@ def local(device: str = "auto", workers: int | None = None):
     def engine(
         plan: Plan,
         shards: list[Shard | Computed],
-        stage: Stage,
+        stage: Workspace,
         *,
         hash: bool,
         finished: Callable[[ShardResult], None],
@@ -74,6 +74,8 @@ def local(device: str = "auto", workers: int | None = None):
             try:
                 # first: steps may need what tasks hand on
                 for file in computed:
+                    if not stage.wanted(file.file):
+                        continue
                     inputs = LocalReader(sources, where, handoffs=HandoffReader(stage))
                     finished(write_computed(file, stage, inputs, count, budget, hash, progress))
                 if streamed:
@@ -182,6 +184,9 @@ class _ShardRun:
                 yield piece
 
     def _opened(self, shard: Shard) -> Iterator[Piece]:
+        if not self.stage.wanted(shard.file):
+            self.room.release()
+            return iter(())
         opened = OpenShard(shard, self.stage, self.hashed)
         self.open.append(opened)
         pieces = list(opened.pieces(self.device))

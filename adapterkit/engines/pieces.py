@@ -13,7 +13,7 @@ import torch
 from adapterkit import dtypes
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.stage import Stage
+from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.engines.device import Mark
 from adapterkit.engines.metrics import TensorMetrics
@@ -107,9 +107,9 @@ class OpenStep:
 class OpenShard:
     """An output file in the making: its pieces, its hash in file order, what is left to do."""
 
-    def __init__(self, shard: Shard, stage: Stage, hashed: bool):
+    def __init__(self, shard: Shard, stage: Workspace, hashed: bool):
         self.shard = shard
-        self.file = ShardFile(stage.path, shard.file, shard.layout.size)
+        self.file = ShardFile(stage.path, shard.file, shard.layout.size, stage.attempt)
         self.digest = RunningHash(tensor_ends(shard.layout)) if hashed else None
         self.steps: list[OpenStep] = []
         self.lock = threading.Lock()

@@ -14,8 +14,8 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.device import used_here
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
-from adapterkit.plan import STACKS
-from adapterkit.tasks.handoff import HANDED_ON, HandoffReader
+from adapterkit.plan import HANDED_ON, STACKS
+from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.rows import chunks
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 

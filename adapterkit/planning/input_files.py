@@ -32,7 +32,7 @@ def header_hashes(inputs: Inputs, configs: Collection[int] = ()) -> dict[tuple[i
 def identities(
     folders: tuple[Folder, ...], names: Iterable[tuple[int, str]]
 ) -> dict[tuple[int, str], Identity]:
-    """Device, inode, size and times of those of the inputs' files that are local; call it when
+    """Inode, size and times of those of the inputs' files that are local; call it when
     their headers are read."""
     local = [(folder, name) for folder, name in names if isinstance(folders[folder], LocalFolder)]
     return {(folder, name): identity(os.stat(folders[folder].path(name))) for folder, name in local}

@@ -17,20 +17,23 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.stage import Stage
+from adapterkit.checkpoint.stage import HANDOFF, Workspace
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
-from adapterkit.plan import HANDOFF, Computed, TaskResult
+from adapterkit.plan import HANDED_ON, Computed, TaskResult
 from adapterkit.tasks.common import FactorsTask
 from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader
 
-HANDED_ON = -1  # the folder of tensors that are handed on
+
+def handoff_keys(name: str) -> tuple[str, str]:
+    """The keys of a task's factors a and b as they are handed on."""
+    return f"{name}.a", f"{name}.b"
 
 
 def handoff_of(name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     """The handoff of a task's factors, as `HandoffFactors` reads it."""
-    return {f"{name}.a": a, f"{name}.b": b}
+    return dict(zip(handoff_keys(name), (a, b), strict=True))
 
 
 def handed_on(
@@ -38,10 +41,8 @@ def handed_on(
 ) -> tuple[TensorSpec, TensorSpec]:
     """a and b of `handoff_of`, as inputs of steps."""
     a, b = (
-        TensorSpec(
-            f"{name}.{side}", dtype, shape, "", 0, dtypes.size(dtype, math.prod(shape)), HANDED_ON
-        )
-        for side, shape in zip("ab", shapes, strict=True)
+        TensorSpec(key, dtype, shape, "", 0, dtypes.size(dtype, math.prod(shape)), HANDED_ON)
+        for key, shape in zip(handoff_keys(name), shapes, strict=True)
     )
     return a, b
 
@@ -58,6 +59,10 @@ class HandoffFactors(FactorsTask):
         return ()
 
     @property
+    def handoff_reads(self) -> tuple[str, ...]:
+        return handoff_keys(self.source or self.name)
+
+    @property
     def max_rank(self) -> int:
         return self.rank
 
@@ -70,14 +75,14 @@ class HandoffFactors(FactorsTask):
         return 3 * sum(stored.nbytes for stored in self.max_outputs)
 
     def compute(self, inputs: Reader) -> TaskResult:
-        a, b = (inputs.handoff(f"{self.source or self.name}.{side}") for side in "ab")
+        a, b = map(inputs.handoff, self.handoff_reads)
         return TaskResult(self.round_matrices(a, b, self.rank), {"rank": self.rank})
 
 
 class HandoffWriter:
     """Writes the handoff of one output file; without one there is no file."""
 
-    def __init__(self, stage: Stage, file: Computed):
+    def __init__(self, stage: Workspace, file: Computed):
         self.stage, self.name = stage, file.file + HANDOFF
         self.file: ShardFile | None = None
         self.position = 0
@@ -85,7 +90,8 @@ class HandoffWriter:
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         for key, tensor in tensors.items():
-            self.file = self.file or ShardFile(self.stage.path, self.name, 0)
+            if self.file is None:
+                self.file = ShardFile(self.stage.path, self.name, 0, self.stage.attempt)
             data = byte_view(tensor)
             self.file.write(data, self.position)
             self.places[key] = [dtypes.name_of(tensor.dtype), list(tensor.shape), self.position]
@@ -100,7 +106,7 @@ class HandoffWriter:
 class HandoffReader:
     """Reads the handoffs of all finished files, from where the journal has them."""
 
-    def __init__(self, stage: Stage):
+    def __init__(self, stage: Workspace):
         self.stage = stage
 
     @cached_property

@@ -16,7 +16,7 @@ from adapterkit.kernels.stochastic import Draws
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import TaskResult
 from adapterkit.tasks.common import LARGE, FactorsTask, short
-from adapterkit.tasks.handoff import handoff_of
+from adapterkit.tasks.handoff import handoff_keys, handoff_of
 from adapterkit.weights.parameters import StoredParameter
 from adapterkit.weights.reader import Reader
 
@@ -39,6 +39,10 @@ class InitialFactors(FactorsTask):
     def reads(self) -> tuple[TensorSpec, ...]:
         weight = () if self.weight is None else self.weight.reads
         return (*weight, *(spec for _, spec in self.statistics))
+
+    @property
+    def handoff_writes(self) -> tuple[str, ...]:
+        return handoff_keys(self.name) if self.hands_on else ()
 
     @property
     def max_rank(self) -> int:

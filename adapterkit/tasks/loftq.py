@@ -17,7 +17,7 @@ from adapterkit.kernels.sums import norm, squared_norm
 from adapterkit.kernels.weighted import project
 from adapterkit.plan import Change, Finalize, Task, TaskResult
 from adapterkit.tasks.common import FactorsTask, short
-from adapterkit.tasks.handoff import handoff_of
+from adapterkit.tasks.handoff import handoff_keys, handoff_of
 from adapterkit.tasks.quantized import EncodedWeight
 from adapterkit.tasks.statistics import read_root, root_memory
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
@@ -44,6 +44,10 @@ class LoftQWeight(EncodedWeight):
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.source,) if self.covariance is None else (self.source, self.covariance)
+
+    @property
+    def handoff_writes(self) -> tuple[str, ...]:
+        return handoff_keys(self.module)
 
     @property
     def memory(self) -> int:

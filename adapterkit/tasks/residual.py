@@ -10,6 +10,7 @@ from adapterkit.checkpoint.layout import Stored
 from adapterkit.kernels.sums import norm
 from adapterkit.plan import Task, TaskResult
 from adapterkit.tasks.common import short
+from adapterkit.tasks.handoff import handoff_keys
 from adapterkit.weights.codec import QuantizedWeight, decode_checked
 from adapterkit.weights.reader import Reader
 
@@ -28,6 +29,10 @@ class ResidualWeight(Task):
     @property
     def reads(self) -> tuple[TensorSpec, ...]:
         return (self.source,)
+
+    @property
+    def handoff_reads(self) -> tuple[str, ...]:
+        return handoff_keys(self.module)
 
     @property
     def max_outputs(self) -> tuple[Stored, ...]:
@@ -49,7 +54,7 @@ class ResidualWeight(Task):
 
     def compute(self, inputs: Reader) -> TaskResult:
         weight = inputs.tensor(self.source)
-        a, b = (inputs.handoff(f"{self.module}.{side}").float() for side in "ab")
+        a, b = (inputs.handoff(key).float() for key in self.handoff_reads)
         part = (b * self.scale) @ a
         part = part.T if self.transposed else part
         size = norm(weight) or 1.0

@@ -19,8 +19,6 @@ from adapterkit.checkpoint.reader import Sources
 from adapterkit.engines.local import LocalReader
 from adapterkit.plan import Computed, Plan, Task, TaskResult
 from adapterkit.tasks.edited import stored_parts
-from adapterkit.tasks.handoff import HandoffFactors
-from adapterkit.tasks.residual import ResidualWeight
 
 # Bytes beyond a claim: blocks of a constant size, in which most tasks work through a weight, and
 # which are as large as the layers here; LAPACK's workspace; Python's objects.
@@ -73,18 +71,30 @@ class Handoffs(dict[str, Tensor]):
         return self[key].clone()
 
     def __missing__(self, key: str) -> Tensor:
-        name = key.rpartition(".")[0]
-        for task in self.tasks:
-            owns = name in (task.name, getattr(task, "module", None))
-            if owns and not isinstance(task, (HandoffFactors, ResidualWeight)):
-                self.update(compute(self.plan, task, self).handoff)
+        task = next(task for task in self.tasks if key in task.handoff_writes)
+        self.update(compute(self.plan, task, self).handoff)
         return dict(self)[key]
+
+
+@dataclasses.dataclass
+class CheckedHandoffs:
+    """The handoffs that a task says it reads, no others."""
+
+    handoffs: Handoffs | None
+    keys: tuple[str, ...]
+
+    def tensor(self, key: str) -> Tensor:
+        assert self.handoffs is not None and key in self.keys
+        return self.handoffs.tensor(key)
 
 
 def compute(plan: Plan, task: Task, handoffs: "Handoffs | None" = None) -> TaskResult:
     cpu = torch.device("cpu")
     with CheckedSources(plan, task.reads) as sources, torch.inference_mode():
-        return task.compute(LocalReader(sources, cpu, handoffs=handoffs))  # type: ignore[arg-type]
+        checked = CheckedHandoffs(handoffs, task.handoff_reads)
+        result = task.compute(LocalReader(sources, cpu, handoffs=checked))  # type: ignore[arg-type]
+        assert tuple(result.handoff) == task.handoff_writes
+        return result
 
 
 def stored(result: TaskResult) -> dict[str, bytes | TensorSpec]:

@@ -11,9 +11,9 @@ import numpy as np
 
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
+from adapterkit.plan import HANDED_ON
 from adapterkit.planning.merge.job import Addition, Change, Job
 from adapterkit.planning.model_config import nested_values, sub_configs, vocabulary_sizes
-from adapterkit.tasks.handoff import HANDED_ON
 from adapterkit.weights.skeleton import tied_names
 
 Sides = dict[str, Change]  # the effective change under each name of one tied parameter

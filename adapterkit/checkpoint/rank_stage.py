@@ -1,0 +1,166 @@
+"""The stage of an output that several processes write, each some of its files.
+
+No process waits for a lock. A file is written under a name of the attempt's own; its rename wins
+over that of another attempt at the same file, which has the same bytes. Then a marker, NAME.json,
+says that it is done. All lies in `ranks/<job>/` of the control folder, so what a process of an
+older job writes late goes nowhere; `adopt` makes the stage of it from which `Stage.publish` makes
+the output, and from then on no process finds its folder.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.lock import may_run, process_record
+from adapterkit.checkpoint.stage import HANDOFF, RANKS, Stage
+from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, sync_folders, write_all
+from adapterkit.checkpoint.writer import PART, part_name
+
+FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
+ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
+BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
+
+
+def prepare(stage: Stage, job: str, names: Iterable[str], head: dict[str, Any]) -> None:
+    """Make the folders in which ranks work; the journal's only entry is `head`. The caller holds
+    the stage's lock."""
+    stage.forget()
+    root = _root(stage.control, job)
+    folders = {Path(), *(Path(name).parent for name in names)}
+    with storage_errors(root):
+        for folder in [top / folder for top in (FILES, MARKS) for folder in folders]:
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        sync_folders(stage.control)
+    stage.begin()
+    stage.note(head)
+
+
+def _root(control: Path, job: str) -> Path:
+    return control / RANKS / job[:16]
+
+
+class RankStage:
+    """Where one process writes its share of an output's files; `job` is the digest of what is to be
+    done."""
+
+    def __init__(self, control: Path, job: str, rank: int = 0):
+        self.rank, root = rank, _root(control, job)
+        self.path, self.marks = root / FILES, root / MARKS
+        self.attempt = f"{rank}-{os.getpid()}-{secrets.token_hex(4)}"
+
+    def exists(self) -> bool:
+        """Whether the output is still being written."""
+        return self.path.is_dir() and self.marks.is_dir()
+
+    # -- markers -----------------------------------------------------------------------------------
+
+    def marker(self, name: str) -> dict[str, Any] | None:
+        """What was noted when a file was done; None where it is not, or is not there any more."""
+        entry = _read(self.marks / f"{name}.json")
+        shard = entry.get("shard")
+        if shard is None:
+            return None
+        with contextlib.suppress(OSError):
+            found = (self.path / name).stat().st_size
+            handoff = self.path / (name + HANDOFF)
+            if found == shard["size"] and (not shard["handoffs"] or handoff.is_file()):
+                return entry
+        return None
+
+    def markers(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The markers of those files that are done."""
+        found = ((name, self.marker(name)) for name in names)
+        return {name: entry for name, entry in found if entry is not None}
+
+    def mark(self, name: str, entry: dict[str, Any]) -> None:
+        """Note durably that a file, whose bytes are durable, is done."""
+        self._write(f"{name}.json", {"attempt": self.attempt, **entry})
+
+    def journal(self) -> list[dict[str, Any]]:
+        """The files that are done, as in the journal of a stage."""
+        paths = sorted(self.marks.rglob("*.json"))
+        names = [path.relative_to(self.marks).as_posix().removesuffix(".json") for path in paths]
+        return list(self.markers(names).values())
+
+    def wanted(self, name: str) -> bool:
+        """Whether a file is still to be made: another process may have made it meanwhile."""
+        return self.marker(name) is None
+
+    # -- what all have to know ---------------------------------------------------------------------
+
+    def spoil(self, reason: str) -> None:
+        """Tell all that the job cannot be finished."""
+        self._write(SPOILED, {"reason": reason})
+
+    def spoiled(self) -> str | None:
+        """Why the job cannot be finished, if so."""
+        return _read(self.marks / SPOILED).get("reason")
+
+    def beat(self, number: int, done: int) -> None:
+        """Say that this process lives, and how many bytes of files without a marker it has."""
+        entry = {"process": process_record(), "number": number, "done": done}
+        self._write(self.attempt + BEAT, entry, durable=False)
+
+    def beats(self) -> dict[str, dict[str, Any]]:
+        """What the other processes said last, by their attempts' names."""
+        beats = {path.name.removesuffix(BEAT): _read(path) for path in self.marks.glob("*" + BEAT)}
+        return {attempt: beat for attempt, beat in beats.items() if attempt != self.attempt}
+
+    def attempts(self, name: str) -> set[str]:
+        """Who is, or was, writing a file without having finished it, other than this process."""
+        path = self.path / name
+        found = map(ATTEMPT.search, (p.name for p in path.parent.glob(f"{escape(path.name)}.*")))
+        return {match[1] for match in found if match} - {self.attempt}
+
+    def leave(self) -> None:
+        """Remove what this process has not finished."""
+        with contextlib.suppress(OSError):
+            (self.marks / (self.attempt + BEAT)).unlink(missing_ok=True)
+            for top in (self.path, self.marks):
+                for path in top.rglob(f"*.{self.attempt}{PART}"):
+                    path.unlink(missing_ok=True)
+
+    def _write(self, name: str, entry: dict[str, Any], *, durable: bool = True) -> None:
+        path = self.marks / name
+        part = self.marks / part_name(name, self.attempt)
+        with storage_errors(path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(part, flags, 0o666)
+            try:
+                data = json.dumps(entry, separators=(",", ":")).encode()
+                write_all(data, lambda rest, _: os.write(descriptor, rest))
+                if durable:
+                    sync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.rename(part, path)
+            if durable:
+                sync_folder(path.parent)
+
+
+def adopt(stage: Stage, ranks: RankStage, entries: Iterable[dict[str, Any]]) -> None:
+    """Make what the ranks wrote the content of the stage, and these entries its journal. The caller
+    holds the stage's lock."""
+    stage.rewrite(entries)
+    with storage_errors(stage.path):
+        os.rename(ranks.path, stage.path)  # an empty folder until now
+        sync_folder(stage.control)
+
+
+def is_gone(beat: dict[str, Any]) -> bool:
+    """Whether the process that said this is known not to run any more."""
+    return not may_run(str(beat.get("process")))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        entry = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return entry if isinstance(entry, dict) else {}

@@ -1,0 +1,94 @@
+"""The output of the files that ranks have made: journal, small files, receipt, one rename."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.rank_stage import RankStage, adopt
+from adapterkit.checkpoint.stage import Stage
+from adapterkit.engines.execution import Execution
+from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
+from adapterkit.errors import Failed, Refused
+from adapterkit.execute import run
+from adapterkit.plan import Computed, Plan, Shard
+from adapterkit.receipt import Receipt, check_files, read_receipt
+
+
+@dataclass
+class Finish:
+    """The `Executor` that makes the output of the ranks' files; `command` is what makes missing
+    ones. With `verify` all hashes are checked before the folder gets its name."""
+
+    job: Job
+    command: str
+    verify: bool = False
+
+    def __call__(self, plan: Plan, execution: Execution, check: Check | None) -> Receipt:
+        self.job.check(plan)
+        out = Path(execution.out)
+        stage = Stage(out)
+        worked = 0.0
+        if stage.state(self.job.fingerprint, resume=True, overwrite=False) == "fresh":
+            raise no_stage(stage.path)
+        if stage.journal() and stage.journal()[0].get("ranks"):
+            with stage:
+                worked = self._adopt(plan, stage)
+        return run(
+            plan,
+            out,
+            _nothing_left,
+            hash=execution.hash,
+            resume=True,
+            check=_both(check, self.verify),
+            progress=execution.progress,
+            began=time.monotonic() - worked,
+        )
+
+    def _adopt(self, plan: Plan, stage: Stage) -> float:
+        """Take over what the ranks made; the seconds that the slowest of them took. `Refused` where
+        files are missing."""
+        ranks = RankStage(stage.control, self.job.digest)
+        if not ranks.exists():
+            raise no_stage(ranks.path)
+        if reason := ranks.spoiled():
+            raise spoiled(reason, ranks)
+        names = [shard.file for shard in plan.shards]
+        markers = ranks.markers(names)
+        missing = [name for name in names if name not in markers]
+        if missing:
+            raise Refused(
+                f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
+                expected="all files of the plan",
+                where=str(ranks.path),
+                hint=f"run `{self.command}` again, as one rank or as all",
+            )
+        check_one_kind(list(markers.values()), ranks)
+        head = {key: value for key, value in stage.journal()[0].items() if key != "ranks"}
+        adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
+        seconds: dict[str, float] = {}
+        for entry in markers.values():
+            seconds[entry["attempt"]] = seconds.get(entry["attempt"], 0.0) + entry["seconds"]
+        return max(seconds.values(), default=0.0)
+
+
+def _nothing_left(plan: Plan, shards: list[Shard | Computed], *_: Any, **__: Any) -> None:
+    """The engine of a job whose files are all there."""
+    if shards:
+        raise Failed(
+            f"{shards[0].file} has gone",
+            expected="the files of the ranks",
+            hint="make the plan again with --overwrite",
+        )
+
+
+def _both(check: Check | None, verify: bool) -> Check | None:
+    if not verify:
+        return check
+
+    def checks(folder: Path) -> None:
+        if check is not None:
+            check(folder)
+        check_files(folder, read_receipt(folder))
+
+    return checks
