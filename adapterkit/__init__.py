@@ -14,12 +14,16 @@ from adapterkit.errors import (
     MultipleErrors,
     Refused,
     Unrecoverable,
+    Waiting,
 )
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adapterkit.adapters.lora_config import LoraConfig
+    from adapterkit.jobs.finish import finish
+    from adapterkit.jobs.plan_file import write_plan
+    from adapterkit.jobs.run import run
     from adapterkit.verbs.arrow import arrow
     from adapterkit.verbs.combine import combine
     from adapterkit.verbs.convert import convert
@@ -46,6 +50,7 @@ __all__ = [
     "MultipleErrors",
     "Refused",
     "Unrecoverable",
+    "Waiting",
     "__version__",
     "arrow",
     "combine",
@@ -53,6 +58,7 @@ __all__ = [
     "dequantize",
     "diff",
     "extract",
+    "finish",
     "init",
     "inspect",
     "loftq",
@@ -60,17 +66,27 @@ __all__ = [
     "quantize",
     "rebase",
     "resize",
+    "run",
     "stats",
     "subtract",
     "verify",
+    "write_plan",
 ]
+
+
+_HOMES = {
+    "LoraConfig": "adapters.lora_config",
+    "finish": "jobs.finish",
+    "run": "jobs.run",
+    "write_plan": "jobs.plan_file",
+}
 
 
 def __getattr__(name: str):
     if name in __all__:
         from importlib import import_module
 
-        home = "adapters.lora_config" if name == "LoraConfig" else f"verbs.{name}"
+        home = _HOMES.get(name, f"verbs.{name}")
         return getattr(import_module(f"adapterkit.{home}"), name)
     raise AttributeError(f"module 'adapterkit' has no attribute {name!r}")
 

@@ -426,7 +426,7 @@ _above_0 = number("a number above 0", lambda value: value > 0)
 CHECKS: dict[str, Check] = {
     **{name: choice(words) for name, words in CHOICES.items()},
     **dict.fromkeys(
-        (*SOURCE, *"folder path a b out plot".split()),
+        (*SOURCE, *"folder path a b out plot file".split()),
         path,
     ),
     **dict.fromkeys(WEIGHTED, _unchecked),
@@ -441,7 +441,7 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys("max_shard_size max_size memory disk_limit".split(), parse_size),
     **dict.fromkeys("bits_for weight_for rank_for alpha_for".split(), texts),
     **dict.fromkeys(
-        "rank block_size iterations top_k samples length batch components".split(), whole()
+        "rank block_size iterations top_k samples length batch components workers".split(), whole()
     ),
     "accept": function,
     "alpha": _above_0,
@@ -463,5 +463,6 @@ CHECKS: dict[str, Check] = {
     "svd_clamp": _share,
     "targets": targets,
     "temperature": _above_0,
+    "wait": number("0 or more seconds", lambda value: value >= 0),
     "tolerance": number("0 or more", lambda value: value >= 0),
 }

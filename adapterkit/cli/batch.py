@@ -25,7 +25,7 @@ def convert_all(file: str, pattern: str, *, as_json: bool, quiet: bool, **option
     from adapterkit.jobs.report import report
     from adapterkit.verbs.convert import convert
 
-    del options["out"]
+    del options["out"], options["plan"]
     jobs, results = plan_outputs(read_lines(file), pattern), []
     for source, out in jobs:
         try:

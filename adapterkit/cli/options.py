@@ -96,6 +96,12 @@ running_options = option_group(
     click.option(
         "--dry-run", is_flag=True, help="Print the plan (tensors, bytes, memory, disk) and stop."
     ),
+    click.option(
+        "--plan",
+        type=click.Path(),
+        metavar="FILE",
+        help="Write this plan file, for adapterkit run on several machines, and stop.",
+    ),
     json_option,
     device_option,
     memory_option("weights computed at the same time"),

@@ -17,12 +17,57 @@ if TYPE_CHECKING:
 
 
 def run_verb(
-    verb: Callable, *sources: Any, as_json: bool, quiet: bool, unit: str = "B", **options: Any
+    verb: Callable,
+    *sources: Any,
+    as_json: bool,
+    quiet: bool,
+    unit: str = "B",
+    plan: str | None = None,
+    **options: Any,
 ) -> None:
-    """Call a verb that writes, with progress, and print its plan or receipt."""
+    """Call a verb that writes, with progress, and print its plan or receipt; with `plan` write that
+    file instead."""
+    if plan is not None:
+        write_plan(plan, verb, *sources, as_json=as_json, quiet=quiet, **options)
+    else:
+        quiet_bar = quiet or options["dry_run"]
+        run_to_receipt(
+            verb, *sources, as_json=as_json, quiet=quiet, unit=unit, silent=quiet_bar, **options
+        )
+
+
+def write_plan(
+    file: str, verb: Callable, *sources: Any, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Write a verb's call into a plan file, and print the plan."""
+    if options.pop("dry_run"):
+        raise click.UsageError("--plan with --dry-run: give one of them")
+    if options.pop("resume"):
+        raise click.UsageError("--plan with --resume: `adapterkit run` goes on by itself")
+    from adapterkit.jobs.plan_file import write_plan as write
+
+    plan = write(file, verb.__name__, *sources, **options)
+    if as_json or not quiet:
+        print_plan(plan, as_json)
+    if not quiet:
+        click.echo(
+            f"{file}: adapterkit run {file} --rank I/N, then adapterkit finish {file}", err=True
+        )
+
+
+def run_to_receipt(
+    verb: Callable,
+    *sources: Any,
+    as_json: bool,
+    quiet: bool,
+    unit: str = "B",
+    silent: bool = False,
+    **options: Any,
+) -> None:
+    """Call what gives a plan or a receipt, with progress unless `silent`, and print it."""
     from adapterkit.receipt import Receipt
 
-    with ProgressBar(quiet or options["dry_run"], unit) as bar:
+    with ProgressBar(quiet or silent, unit) as bar:
         result = verb(*sources, progress=bar, **options)
         signals.ignore_after_work()  # the output is published: printing goes on
     if not isinstance(result, Receipt):

@@ -11,12 +11,13 @@ from adapterkit.engines.execution import Execution
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
+from adapterkit.options import Executor
 from adapterkit.plan import Computed, Plan, Shard
 from adapterkit.receipt import Receipt, check_files, read_receipt
 
 
 @dataclass
-class Finish:
+class Finish(Executor):
     """The `Executor` that makes the output of the ranks' files; `command` is what makes missing
     ones. With `verify` all hashes are checked before the folder gets its name."""
 

@@ -13,6 +13,7 @@ from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.execution import Execution
 from adapterkit.errors import Refused
 from adapterkit.execute import check_space, difference
+from adapterkit.options import Executor
 from adapterkit.plan import Plan
 from adapterkit.receipt import digest, public_recipe
 
@@ -76,7 +77,7 @@ def _inputs(plan: Plan) -> dict[str, list[int]]:
 
 
 @dataclass
-class Preparation:
+class Preparation(Executor):
     """The `Executor` of a command with --plan: refuses what cannot be done, makes the stage, and
     leaves the files to ranks. `job` is there afterwards."""
 

@@ -23,11 +23,13 @@ from adapterkit.engines.local import local, pick_device
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable, Waiting
+from adapterkit.options import Executor
 from adapterkit.plan import Computed, Plan, Progress, Shard
 from adapterkit.receipt import ShardResult
 
 BEAT = 2.0  # seconds after which a rank says again that it lives
 POLL = 1.0  # seconds between looks at what others have done
+WAIT = 600.0  # seconds for files of others that a rank's own need
 STALLED = 90.0  # seconds without a word after which a rank on another machine counts as gone
 
 
@@ -55,7 +57,7 @@ class Outcome:
 
 
 @dataclass
-class Rank:
+class Rank(Executor):
     """The `Executor` of one rank: makes files until none is left for it. `outcome` is there
     afterwards. `only`: these files and no others."""
 
@@ -64,7 +66,7 @@ class Rank:
     ranks: int
     device: str | None = None
     workers: int | None = None
-    wait: float = 600.0
+    wait: float = WAIT
     dry_run: bool = False
     only: Sequence[str] | None = None
     outcome: Outcome | None = None

@@ -135,7 +135,9 @@ class Faults:
 
     def _act(self, what, path, *more) -> None:
         with open(path, "r+b") if os.path.isfile(path) else open("/dev/null") as file:
-            if what == "truncate":
+            if what == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif what == "truncate":
                 os.truncate(path, more[0])
             elif what == "poke":
                 file.seek(more[0])
@@ -189,7 +191,7 @@ class Child:
     def _command(self) -> int:
         from adapterkit.checkpoint import storage
         from adapterkit.cli import main, signals
-        from adapterkit.engines import local, pieces
+        from adapterkit.engines import local, pieces, ranks
         from adapterkit.tasks import rows
 
         request = self.request
@@ -199,6 +201,8 @@ class Child:
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
         if request.get("workers"):
             local.local = functools.partial(local.local, workers=request["workers"])
+        for name, value in request.get("ranks", {}).items():
+            setattr(ranks, name, value)
         if "umask" in request:
             os.umask(request["umask"])
         if request.get("user"):
@@ -241,6 +245,9 @@ def serve() -> None:
 
     import adapterkit.cli
     import adapterkit.engines.local
+    import adapterkit.engines.ranks
+    import adapterkit.jobs.finish
+    import adapterkit.jobs.run
     import adapterkit.verbs.combine
     import adapterkit.verbs.merge
     import adapterkit.verbs.resize

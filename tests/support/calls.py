@@ -4,7 +4,12 @@ import inspect
 
 import adapterkit
 
-VERBS = [name for name in adapterkit.__all__ if inspect.isfunction(getattr(adapterkit, name))]
+JOBS = {"finish", "run", "write_plan"}  # on plan files
+VERBS = [
+    name
+    for name in adapterkit.__all__
+    if inspect.isfunction(getattr(adapterkit, name)) and name not in JOBS
+]
 
 
 def arguments(calls, verb, out):

@@ -3,6 +3,7 @@
 from adapterkit.cli.commands.adapters import arrow, combine, rebase, resize, subtract
 from adapterkit.cli.commands.checkpoints import extract, init, merge
 from adapterkit.cli.commands.convert import convert
+from adapterkit.cli.commands.jobs import finish, run
 from adapterkit.cli.commands.look import diff, inspect, verify
 from adapterkit.cli.commands.quantized import dequantize, loftq, quantize
 from adapterkit.cli.commands.statistics import stats
@@ -12,6 +13,7 @@ SECTIONS = {
     "Checkpoints": (merge, extract, init, stats),
     "Adapters": (convert, combine, subtract, arrow, resize, rebase),
     "Quantized": (quantize, dequantize, loftq),
+    "Plan files": (run, finish),
     "Look": (inspect, diff, verify),
     "Shell": (completion,),
 }

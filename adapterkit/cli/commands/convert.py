@@ -132,6 +132,8 @@ def _check_usage(
         if more or (detect and src is None):
             raise click.UsageError("--detect takes SRC alone, --list nothing")
         return
+    if options["plan"] is not None and src is None:
+        raise click.UsageError("--plan with --from-list: give SRC")
     if options["to"] is None:
         raise click.UsageError("Missing option '--to'.")
     needed, other = ("--out-pattern", "--out") if src is None else ("--out", "--out-pattern")

@@ -1,0 +1,107 @@
+"""Commands on plan files: run, finish."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapterkit.cli.exits import WAITING, fail
+from adapterkit.cli.options import json_option
+from adapterkit.cli.output import ProgressBar, print_json, run_to_receipt
+
+if TYPE_CHECKING:
+    from adapterkit.engines.ranks import Outcome
+
+
+@click.command()
+@click.argument("file", type=click.Path(), metavar="FILE")
+@click.option(
+    "--rank",
+    default="auto",
+    show_default=True,
+    metavar="auto|I/N",
+    help="Which of N processes this is, from 0; auto: as Slurm, torchrun, MPI or Kubernetes say.",
+)
+@click.option(
+    "--device", metavar="auto|cpu|cuda[:i]", help="Where to compute (default: as in the plan)."
+)
+@click.option("--workers", type=int, help="Threads (default: one for each core).")
+@click.option(
+    "--wait",
+    type=float,
+    default=600.0,
+    show_default=True,
+    help="Seconds to wait for files of other ranks that the last ones need; then exit status 3.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the files of this rank and stop.")
+@json_option
+@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
+def run(file: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Make one process's share of the output that a plan file describes.
+
+    Any command that writes makes such a file with --plan. Start this on as many machines as there
+    are, on a file system that all see; what a killed one leaves, others or a second start make.
+    `adapterkit finish` publishes the output.
+
+    \b
+    Example:
+      adapterkit merge ./base ./adapter --out merged --plan merged.plan.json
+      adapterkit run merged.plan.json --rank 0/2
+      srun adapterkit run merged.plan.json
+    """
+    from adapterkit.errors import Waiting
+    from adapterkit.jobs.run import run as verb
+
+    try:
+        with ProgressBar(quiet or options["dry_run"]) as bar:
+            outcome = verb(file, progress=bar, **options)
+    except Waiting as error:
+        fail(error, WAITING)
+    if as_json:
+        print_json(vars(outcome))
+    elif options["dry_run"]:
+        for name in outcome.share:
+            click.echo(name)
+    elif not quiet:
+        _print(outcome)
+
+
+def _print(outcome: "Outcome") -> None:
+    others = len({*outcome.made} - {*outcome.share})
+    text = f"rank {outcome.rank}/{outcome.ranks}: {len(outcome.made)} files made"
+    text += f", {others} of them of other ranks" if others else ""
+    if outcome.finished:
+        text += "; the output is finished"
+    elif outcome.left:
+        text += f"; other ranks are at {len(outcome.left)} more"
+    else:
+        text += "; all files are there: adapterkit finish"
+    click.echo(text, err=True)
+
+
+@click.command()
+@click.argument("file", type=click.Path(), metavar="FILE")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read the output again: check every hash; of a merge, recompute rows of each changed "
+    "tensor.",
+)
+@click.option(
+    "--push", metavar="REPO", help="Upload the output to this Hub repository, in one commit."
+)
+@json_option
+@click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
+def finish(file: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Publish the output of a plan file once its files are made.
+
+    Refused while some are missing, with their names. The output and its receipt are those of the
+    command itself.
+
+    \b
+    Example:
+      adapterkit finish merged.plan.json
+      adapterkit finish merged.plan.json --verify --push me/merged
+    """
+    from adapterkit.jobs.finish import finish as verb
+
+    run_to_receipt(verb, file, as_json=as_json, quiet=quiet, **options)

@@ -1,0 +1,40 @@
+"""finish: the output of a plan file, once its ranks have made the files."""
+
+import shlex
+
+from adapterkit.engines.rank_finish import Finish
+from adapterkit.jobs.plan_file import again, read_plan
+from adapterkit.options import StrPath, checked
+from adapterkit.plan import Progress
+from adapterkit.receipt import Receipt
+
+
+@checked()
+def finish(
+    file: StrPath,
+    *,
+    verify: bool = False,
+    push: str | None = None,
+    progress: Progress = lambda done: None,
+) -> Receipt:
+    """Publish the output of a plan file: the ranks' files, the small ones, the receipt; the
+    receipt.
+
+    `verify` reads the output again and checks every hash, of a merge also rows of each changed
+    tensor, before it gets its name. `push` uploads it to this Hub repository. Raises `Refused`
+    where files are missing, with the command that makes them; finished before, it says so.
+    """
+    plan_file = read_plan(file)
+    command = f"adapterkit run {shlex.quote(str(file))}"
+    call = plan_file.call
+    recomputes = verify and call.verb.__name__ == "merge"  # it reads the hashes too
+    executor = Finish(plan_file.job, command, verify and not recomputes)
+    more = {"verify": True} if recomputes else {}
+    with again():
+        receipt = call.run(engine=executor, resume=True, progress=progress, **more)
+    assert isinstance(receipt, Receipt)
+    if push is not None:
+        from adapterkit.hub import push as upload
+
+        receipt.data["pushed"] = upload.push(receipt.out, push)
+    return receipt

@@ -1,0 +1,233 @@
+"""plan.json: a verb's call that other processes carry out: no code, no pickle, no secret.
+
+Paths are absolute and Hub ids pinned to a commit, so that every process plans the same job; the
+recipe, and which files the inputs are, say whether it did.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from adapterkit import __version__
+from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, write_all
+from adapterkit.engines.call import Call
+from adapterkit.engines.execution import is_on_hub
+from adapterkit.engines.rank_job import Job, Preparation
+from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.options import SOURCE, WEIGHTED, StrPath, finite, weighted
+from adapterkit.plan import Plan
+
+VERSION = 1
+VERBS = (
+    "merge", "combine", "subtract", "arrow", "resize", "rebase", "init", "loftq", "extract",
+    "quantize", "dequantize", "convert",
+)  # fmt: skip
+# what each process is told, or decides for itself
+OF_THE_PROCESS = ("progress", "dry_run", "resume", "engine")
+KEYS = ("verb", "arguments", "recipe", "inputs", "hash", "shards", "totals")
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan file's content, and where it lies."""
+
+    path: Path
+    call: Call
+    job: Job
+    shards: list[dict[str, Any]]  # file, size, needs
+    totals: dict[str, Any]
+
+
+def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
+    """Plan a verb's call for several processes: writes `file`, for `run` and `finish`, and makes
+    the stage beside the output; the plan.
+
+    `verb` is a writing verb's name, `sources` and `options` its arguments. All that the verb would
+    refuse is refused here. Raises `Refused` also for `stats`, which is one pass over its data, for
+    an output on the Hub, and for arguments that no file can hold.
+    """
+    path = Path(file).absolute()
+    call = _portable(_verb(verb).call(*sources, **options))
+    overwrite = bool(call.arguments.get("overwrite"))
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise Refused(
+            "a file of that name",
+            expected="a new plan file",
+            where=str(path),
+            hint="choose another --plan, or give --overwrite",
+        )
+    preparation = Preparation(overwrite)
+    plan = call.run(engine=preparation)
+    assert isinstance(plan, Plan) and preparation.job is not None
+    job, needs = preparation.job, plan.needs()
+    _write(
+        path,
+        {
+            "adapterkit": VERSION,
+            "version": __version__,
+            "verb": verb,
+            "arguments": dict(call.arguments),
+            "fingerprint": job.fingerprint,
+            **vars(job),
+            "shards": [
+                {"file": shard.file, "size": shard.size, "needs": list(needs[shard.file])}
+                for shard in plan.shards
+            ],
+            "totals": plan.totals(),
+        },
+    )
+    return plan
+
+
+def read_plan(file: StrPath) -> PlanFile:
+    """A plan file; `Refused` where it is none, or of another version."""
+    path = Path(file).absolute()
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    except ValueError as error:
+        raise _unreadable(path, "no JSON") from error
+    if not isinstance(data, dict) or data.get("adapterkit") != VERSION:
+        raise _unreadable(path, f"no plan file of version {VERSION}")
+    if data.get("version") != __version__:
+        raise Refused(
+            f"a plan of adapterkit {shown(data.get('version'))}",
+            expected=f"one of {__version__}, as this is",
+            where=str(path),
+            hint="use the same adapterkit everywhere, or make the plan again",
+        )
+    if missing := [key for key in KEYS if key not in data]:
+        raise _unreadable(path, f"{', '.join(missing)} missing")
+    try:
+        call = _verb(data["verb"]).call(**data["arguments"])
+        job = Job(data["recipe"], data["inputs"], data["hash"])
+        if job.fingerprint != data.get("fingerprint"):
+            raise _unreadable(path, "a recipe that does not fit its fingerprint")
+    except TypeError as error:
+        raise _unreadable(path, f"arguments that {shown(data['verb'])} does not take") from error
+    return PlanFile(path, call, job, data["shards"], data["totals"])
+
+
+def _unreadable(path: Path, problem: str) -> Refused:
+    expected = "a file that `adapterkit VERB ... --plan FILE` wrote"
+    return Refused(problem, expected=expected, where=str(path), hint="make the plan again")
+
+
+def _verb(name: Any) -> Any:
+    if name == "stats":
+        raise Refused(
+            "stats with --plan",
+            expected="a verb whose files are made apart from each other; stats is one pass",
+            where="options",
+            hint="run stats on one machine",
+        )
+    if name not in VERBS:
+        raise Refused(
+            f"{shown(name)!r} with --plan", expected=f"one of {', '.join(VERBS)}", where="options"
+        )
+    return getattr(import_module(f"adapterkit.verbs.{name}"), name)
+
+
+def _portable(call: Call) -> Call:
+    """The call with arguments that mean the same in every process."""
+    if is_on_hub(call.arguments["out"]):
+        raise Refused(
+            "an output on the Hub with --plan",
+            expected="a folder that all processes see",
+            where="--out",
+            hint="give a folder, and --push to `adapterkit finish`",
+        )
+    arguments = {}
+    for name, value in call.arguments.items():
+        if name not in OF_THE_PROCESS:
+            arguments[name] = _portable_value(name, value)
+    try:
+        copy = json.loads(json.dumps(arguments, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        names = [name for name, value in arguments.items() if not _is_data(value)]
+        raise Refused(
+            f"--plan with {', '.join(names)}",
+            expected="arguments that a file can hold",
+            where="options",
+            hint="leave it out, or run without --plan",
+        ) from error
+    return Call(call.verb, copy)
+
+
+def _is_data(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _portable_value(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if name == "out":
+        return os.path.abspath(value)
+    if name in WEIGHTED:
+        return [_weighted(source, weight) for source, weight in weighted(value, name)]
+    if name in SOURCE:
+        if isinstance(value, str | os.PathLike):
+            return _pinned(value)
+        return [_pinned(source) for source in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _weighted(source: StrPath, weight: float | None) -> Any:
+    """A source, with its weight where it has one."""
+    text = os.fspath(source)
+    path, _, number = text.rpartition("=")
+    if weight is None and path and not os.path.exists(text) and finite(number) is not None:
+        text, weight = path, finite(number)
+    return _pinned(text) if weight is None else [_pinned(text), weight]
+
+
+def _pinned(source: StrPath) -> str:
+    """An absolute path, or a Hub id with its commit; another text as it is, which is refused when
+    it is opened."""
+    text = os.fspath(source)
+    if os.path.exists(text):
+        return os.path.abspath(text)
+    from dataclasses import replace
+
+    from adapterkit.hub.folder import HubFolder
+    from adapterkit.hub.ids import parse
+
+    hub_id = parse(text)
+    return text if hub_id is None else str(replace(hub_id, revision=HubFolder(hub_id).commit))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with storage_errors(path):
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            data = json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+            write_all(data, lambda rest, _: os.write(descriptor, rest))
+            sync(descriptor)
+            os.replace(part, path)
+            sync_folder(path.parent)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def again() -> Iterator[None]:
+    """Errors in this block hint at the same command, which needs no --resume."""
+    try:
+        yield
+    except AdapterkitError as error:
+        error.hint = error.hint.replace(" with --resume", "")
+        raise

@@ -1,0 +1,157 @@
+"""Benches on which several processes make one output, each a fork that has everything imported.
+
+A rank looks at the others every few milliseconds, and takes one that says nothing for `STALLED`
+seconds for gone.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import adapterkit
+from tests.faults.conftest import AdapterBench, Ended, make_adapter, make_base
+
+FAULTS = Path(__file__).parents[1] / "faults"
+QUICK = {"BEAT": 0.02, "POLL": 0.01, "STALLED": 0.3}
+JOBS = {
+    "merge": ["merge", "base", "adapter", "other=0.5"],
+    "init": ["init", "base", "--method", "pissa", "--rank", "2"],
+    "loftq": ["loftq", "base", "--rank", "4", "--iterations", "1"],
+    "combine": ["combine", "adapter", "other", "--method", "linear"],
+}
+START = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+from transformers import LlamaForCausalLM
+from transformers.quantizers import base, quantizers_utils
+import adapterkit.verbs.init, adapterkit.verbs.loftq, driver
+driver.serve()
+"""
+
+
+class Driver:
+    """The process that forks."""
+
+    def __init__(self):
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(Path(adapterkit.__file__).parents[1]),
+        }
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, str(FAULTS)], env=environment, **pipes
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, **request) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@dataclass
+class RanksBench(AdapterBench):
+    """A bench whose output is made by ranks; `words` are the verb's."""
+
+    @property
+    def file(self) -> Path:
+        return self.root / "out.plan.json"
+
+    @property
+    def stage(self) -> Path:
+        """The folder of what the ranks share."""
+        (folder,) = (self.control / "ranks").iterdir()
+        return folder
+
+    def plan(self, *more: str, **settings) -> Ended:
+        return self.merge("--plan", str(self.file), *more, **settings)
+
+    def begin(self, rank: str = "auto", *more: str, **settings) -> int:
+        """Start a rank; its process."""
+        constants = QUICK | settings.pop("constants", {})
+        argv = ["run", str(self.file), "--rank", rank, *more]
+        return self.start(argv, ranks=constants, **settings)
+
+    def rank(self, rank: str = "auto", *more: str, **settings) -> Ended:
+        return self.wait(self.begin(rank, *more, **settings))
+
+    def finish(self, *more: str, **settings) -> Ended:
+        return self.run(["finish", str(self.file), *more], **settings)
+
+    def marked(self) -> set[str]:
+        """The files that have a marker."""
+        marks = self.stage / "marks"
+        names = {p.relative_to(marks).as_posix() for p in marks.rglob("*.json")}
+        return {name.removesuffix(".json") for name in names}
+
+    def clear(self) -> None:
+        super().clear()
+        self.file.unlink(missing_ok=True)
+
+    def check_done(self, whole: dict[str, str], control: Path | None = None) -> None:
+        self.file.unlink()
+        super().check_done(whole, control)
+
+
+@pytest.fixture(scope="session")
+def driver() -> Iterator[Driver]:
+    process = Driver()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def disk(tmp_path_factory) -> Iterator[Path]:
+    """In memory, where an fsync costs nothing."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path_factory.getbasetemp()
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def rank_inputs(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("inputs")
+    make_base(root / "base")
+    make_adapter(root / "adapter")
+    make_adapter(root / "other", modules=("q", "k"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def ranks_bench(disk: Path, driver: Driver, rank_inputs: Path):
+    """A bench for one of JOBS, with its digests as the local engine makes them; made once."""
+    known: dict[str, tuple[RanksBench, dict[str, str]]] = {}
+
+    def make(name: str) -> tuple[RanksBench, dict[str, str]]:
+        if name not in known:
+            root = Path(tempfile.mkdtemp(dir=disk))
+            shutil.copytree(rank_inputs, root, dirs_exist_ok=True)
+            bench = RanksBench(root, driver, words=JOBS[name])  # type: ignore[arg-type]
+            known[name] = bench, bench.undisturbed()
+        bench, whole = known[name]
+        bench.clear()
+        return bench, whole
+
+    return make
+
+
+@pytest.fixture
+def merging(ranks_bench) -> tuple[RanksBench, dict[str, str]]:
+    return ranks_bench("merge")

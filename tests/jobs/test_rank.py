@@ -1,0 +1,68 @@
+"""Which rank a process is: as it is told, or by the variables of launchers."""
+
+import pytest
+
+from adapterkit.engines.ranks import assigned
+from adapterkit.errors import Refused
+from adapterkit.jobs.rank import rank_of
+
+pytestmark = pytest.mark.quick
+
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "7",
+    "SLURM_ARRAY_TASK_MIN": "3",
+    "SLURM_ARRAY_TASK_MAX": "9",
+    "SLURM_ARRAY_TASK_COUNT": "4",
+    "SLURM_ARRAY_TASK_STEP": "2",
+}
+STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3"}
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8"}
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({}, (0, 1)),
+    (STEP, (1, 3)),
+    ({"SLURM_NTASKS": "3"}, (0, 1)),  # a shell of salloc
+    (ARRAY, (2, 4)),
+    (ARRAY | STEP, (7, 12)),
+    (ARRAY | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (2, 4)),
+    (TORCHRUN, (5, 8)),
+    (TORCHRUN | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (5, 8)),
+    ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2)),
+    ({"PMI_RANK": "1", "PMI_SIZE": "3"} | STEP, (1, 3)),
+    ({"JOB_COMPLETION_INDEX": "4", "ADAPTERKIT_RANKS": "6"}, (4, 6)),
+])  # fmt: skip
+def test_what_launchers_say(environment: dict[str, str], expected: tuple[int, int]):
+    assert rank_of("auto", environment) == expected
+
+
+@pytest.mark.parametrize("environment, problem", [
+    ({"RANK": "0"}, "no WORLD_SIZE"),
+    ({"WORLD_SIZE": "2"}, "no RANK"),
+    ({"SLURM_PROCID": "0"}, "no SLURM_NTASKS"),
+    ({"JOB_COMPLETION_INDEX": "1"}, "no ADAPTERKIT_RANKS"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2"),
+    ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
+    ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x"),
+    (TORCHRUN | STEP, "5/8; Slurm's variables say 1/3"),
+    (ARRAY | {"SLURM_ARRAY_TASK_COUNT": "3"}, "a job array of 3 elements from 3 to 9"),
+    (ARRAY | {"SLURM_ARRAY_TASK_ID": "8"}, "a job array of 4 elements"),
+])  # fmt: skip
+def test_what_contradicts_itself_is_refused(environment: dict[str, str], problem: str):
+    with pytest.raises(Refused, match=problem):
+        rank_of("auto", environment)
+
+
+def test_told():
+    assert rank_of("3/4", TORCHRUN) == (3, 4)
+    for text in ("4/4", "1", "a/b", "-1/2", "1/2/3", "0/0", ""):
+        with pytest.raises(Refused, match="--rank"):
+            rank_of(text, {})
+
+
+def test_the_longest_first_and_evenly():
+    sizes = {"a": 5, "b": 9, "c": 1, "d": 5, "e": 4}
+    shares = assigned(sizes.items(), 2)
+    assert shares == [["b", "e"], ["a", "d", "c"]]
+    assert assigned(reversed(sizes.items()), 2) == shares
+    assert assigned(sizes.items(), 7)[5:] == [[], []]
