@@ -53,7 +53,6 @@ def run(
     overwrite: bool = False,
     check: Callable[[Path], object] | None = None,
     progress: Progress = lambda done: None,
-    began: float | None = None,
 ) -> Receipt:
     """Carry the plan out and publish the folder `out`; its receipt. On any failure nothing stands
     under a final name. See `run_in`."""
@@ -79,14 +78,14 @@ def run_in(
     overwrite: bool = False,
     check: Callable[[Path], object] | None = None,
     progress: Progress = lambda done: None,
+    began: float | None = None,
 ) -> Receipt:
     """Carry the plan out in a stage, and publish it.
 
     `check` looks at the finished folder before it gets its name; when it raises, nothing is
-    published. `began`: the time of `time.monotonic` at which the work began, if not now. Raises
-    `Refused` before anything is written (output in the way, another plan's
-    unfinished run, too little space) and `Failed` or `Interrupted` after; then `resume=True` goes
-    on with what is done.
+    published. `began`: when the work began, as `time.monotonic` has it, if not now. Raises
+    `Refused` before anything is written (output in the way, another plan's unfinished run, too
+    little space) and `Failed` or `Interrupted` after; then `resume=True` goes on with what is done.
     """
     out = stage.out
     recipe = json.loads(json.dumps(plan.recipe()))  # as it is read again

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapterkit.checkpoint.stage import Stage
+from adapterkit.checkpoint.stage import Workspace
 from adapterkit.engines.hub_stage import HubStage
 from adapterkit.engines.hub_transfers import Input, Transfers, Work, plan_transfers
 from adapterkit.engines.waiting import POLL_INTERVAL, result_of, signals_deferred
@@ -48,7 +48,7 @@ class HubEngine:
         self,
         plan: Plan,
         shards: list[Shard | Computed],
-        stage: Stage,
+        stage: Workspace,
         *,
         hash: bool,
         finished: Callable[[ShardResult], None],

@@ -10,7 +10,7 @@ from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.execution import Execution
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.errors import Failed, Refused
-from adapterkit.execute import run
+from adapterkit.execute import run_in
 from adapterkit.options import Executor
 from adapterkit.plan import Computed, Plan, Shard
 from adapterkit.receipt import Receipt, check_files, read_receipt
@@ -27,17 +27,16 @@ class Finish(Executor):
 
     def __call__(self, plan: Plan, execution: Execution, check: Check | None) -> Receipt:
         self.job.check(plan)
-        out = Path(execution.out)
-        stage = Stage(out)
+        stage = Stage(Path(execution.out))
         worked = 0.0
         if stage.state(self.job.fingerprint, resume=True, overwrite=False) == "fresh":
             raise no_stage(stage.path)
         if stage.journal() and stage.journal()[0].get("ranks"):
             with stage:
                 worked = self._adopt(plan, stage)
-        return run(
+        return run_in(
+            stage,
             plan,
-            out,
             _nothing_left,
             hash=execution.hash,
             resume=True,

@@ -1,6 +1,7 @@
 """finish: the output of a plan file, once its ranks have made the files."""
 
 import shlex
+from pathlib import Path
 
 from adapterkit.engines.rank_finish import Finish
 from adapterkit.jobs.plan_file import again, read_plan
@@ -36,5 +37,5 @@ def finish(
     if push is not None:
         from adapterkit.hub import push as upload
 
-        receipt.data["pushed"] = upload.push(receipt.out, push)
+        receipt.data["pushed"] = upload.push(Path(receipt.out), push)
     return receipt
