@@ -1,13 +1,16 @@
 """The output of the files that ranks have made: journal, small files, receipt, one rename."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.rank_stage import RankStage, adopt
 from adapterkit.checkpoint.stage import Stage
+from adapterkit.checkpoint.system import cores
 from adapterkit.engines.execution import Execution
+from adapterkit.engines.placement import device_totals
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run_in
@@ -34,6 +37,9 @@ class Finish(Executor):
         if stage.journal() and stage.journal()[0].get("ranks"):
             with stage:
                 worked = self._adopt(plan, stage)
+        device = (stage.journal() or [{}])[0].get("device", "cpu")
+        if device != "cpu":  # of the ranks: this machine may have none
+            plan = replace(plan, device=device, on_device=device_totals(plan, cores()))
         return run_in(
             stage,
             plan,
@@ -65,6 +71,7 @@ class Finish(Executor):
             )
         check_one_kind(list(markers.values()), ranks)
         head = {key: value for key, value in stage.journal()[0].items() if key != "ranks"}
+        head["device"] = markers[names[0]]["device"]
         adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
         seconds: dict[str, float] = {}
         for entry in markers.values():
@@ -89,6 +96,7 @@ def _both(check: Check | None, verify: bool) -> Check | None:
     def checks(folder: Path) -> None:
         if check is not None:
             check(folder)
-        check_files(folder, read_receipt(folder))
+        out = LocalFolder(folder)
+        check_files(out, read_receipt(out))
 
     return checks

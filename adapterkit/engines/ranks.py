@@ -19,7 +19,8 @@ import torch
 from adapterkit.checkpoint.rank_stage import RankStage, is_gone
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.execution import Execution
-from adapterkit.engines.local import local, pick_device
+from adapterkit.engines.local import local
+from adapterkit.engines.placement import place
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable, Waiting
@@ -83,7 +84,7 @@ class Rank(Executor):
         if not stage.exists() and _is_ended(whole, self.job):
             self.outcome.finished = True
             return plan
-        device = self.device or execution.device
+        plan, device = place(plan, self.device or execution.device)
         work = _Work(plan, stage, self.outcome, device, self.workers, execution)
         try:
             work.run(self.wait, steal=self.only is None)
@@ -135,7 +136,7 @@ class _Work:
         self.plan, self.stage, self.outcome = plan, stage, outcome
         self.execution = execution
         self.engine = local(device, workers)
-        self.kind = {"device": pick_device(device).type, "torch": torch.__version__}
+        self.kind = {"device": plan.device, "torch": torch.__version__}
         self.shards = {shard.file: shard for shard in plan.shards}
         self.needs = plan.needs()
         self.done: set[str] = set()
