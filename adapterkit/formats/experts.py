@@ -13,6 +13,7 @@ from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, show
 from adapterkit.formats.fusing import are_equal, blocks_of
 from adapterkit.formats.kinds import EXPERTS, FACTORS
 from adapterkit.formats.record import Module
+from adapterkit.formats.same_delta import common_scale, padded_to, with_scale
 from adapterkit.formats.tensors import (
     Constant,
     Expression,
@@ -22,7 +23,6 @@ from adapterkit.formats.tensors import (
     reshaped,
     transposed,
 )
-from adapterkit.formats.uniform import common_scale, padded_to, with_scale
 from adapterkit.weights.names import Names
 from adapterkit.weights.parameters import Parameter
 

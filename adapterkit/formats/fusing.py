@@ -25,6 +25,7 @@ from adapterkit.formats.kinds import CORES, FACTORS, KINDS
 from adapterkit.formats.parts import scaled_role
 from adapterkit.formats.record import Module
 from adapterkit.formats.rows import Heads, model_order, shares_of, unknown_heads
+from adapterkit.formats.same_delta import common_scale
 from adapterkit.formats.schema import HEADS, Rule
 from adapterkit.formats.tensors import (
     BlockDiagonal,
@@ -39,7 +40,6 @@ from adapterkit.formats.tensors import (
     joined,
     scaled,
 )
-from adapterkit.formats.uniform import common_scale
 
 # roles whose second axis is the module's inputs
 MATRICES = ("a", "diff", "weight")

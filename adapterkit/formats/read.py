@@ -15,17 +15,17 @@ from adapterkit.formats.grouped import GROUPED, groups_in, trained, ungrouped
 from adapterkit.formats.keys import Raw, raws_of
 from adapterkit.formats.kinds import ALPHA, EXPERTS, FACTORS, LIMITED
 from adapterkit.formats.library import architectures
-from adapterkit.formats.metadata import words_of
 from adapterkit.formats.names import in_style, likely, names_of
-from adapterkit.formats.numbered import unstacked
 from adapterkit.formats.parts import rank_of, shape_problem, with_magnitudes
 from adapterkit.formats.record import LANGUAGE, Contents, Module, StoredAlpha
 from adapterkit.formats.rows import Heads
 from adapterkit.formats.scales import Scales
 from adapterkit.formats.schema import MODEL, Format
+from adapterkit.formats.stacked_experts import unstacked
 from adapterkit.formats.steps import STEPS
+from adapterkit.formats.templates import words_of
 from adapterkit.formats.tensors import Expression, Stored, from_spec
-from adapterkit.formats.widths import check_shape
+from adapterkit.formats.widened import check_shape
 
 BASE = "base_model_name_or_path"
 

@@ -12,12 +12,12 @@ from adapterkit.errors import Damaged, Refused, shown
 from adapterkit.formats.capabilities import word_of
 from adapterkit.formats.configs import fields
 from adapterkit.formats.kinds import FACTORS, KINDS
-from adapterkit.formats.metadata import words_of
 from adapterkit.formats.parts import rank_of
 from adapterkit.formats.record import Module
+from adapterkit.formats.same_delta import is_float32, shared_number, with_scale
 from adapterkit.formats.schema import Format
+from adapterkit.formats.templates import words_of
 from adapterkit.formats.tensors import Stored, StoredReader
-from adapterkit.formats.uniform import is_float32, shared_number, with_scale
 from adapterkit.options import finite
 
 SETTINGS = {  # PEFT's words for what a config says

@@ -6,25 +6,24 @@ from typing import Any
 
 from adapterkit import dtypes
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.formats.base import Base, architecture_of
 from adapterkit.formats.capabilities import OTHER_FORMAT, lacking, ways_out, word_of
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.fusing import Fusion, fuse, inputs_of
 from adapterkit.formats.kinds import ALPHA, MAGNITUDES
 from adapterkit.formats.library import architectures
-from adapterkit.formats.metadata import base_words, filled, numbers
-from adapterkit.formats.models import Base, architecture_of
 from adapterkit.formats.names import fitting, in_style, likely, names_of
-from adapterkit.formats.numbered import stack
 from adapterkit.formats.parts import magnitude_in_file
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.rows import Heads
+from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.scales import has_alpha, place_scales
 from adapterkit.formats.schema import MODEL, Format
-from adapterkit.formats.settings import settings_of
+from adapterkit.formats.stacked_experts import stack
 from adapterkit.formats.steps import COLUMN, STEPS
+from adapterkit.formats.templates import base_words, filled, numbers, settings_of
 from adapterkit.formats.tensors import Constant, Expression, reshaped
-from adapterkit.formats.uniform import uniform
-from adapterkit.formats.widths import with_widths
+from adapterkit.formats.widened import with_widths
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 import adapterkit
 from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError, Refused
-from adapterkit.formats.dialects import SINGLE
+from adapterkit.formats.adapter_dialects import SINGLE
 from adapterkit.formats.kinds import FACTORS
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.names import names_of

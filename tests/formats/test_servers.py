@@ -17,7 +17,7 @@ from adapterkit import convert
 from adapterkit.checkpoint import storage
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.formats.record import Module
-from adapterkit.formats.uniform import uniform, with_scale
+from adapterkit.formats.same_delta import uniform, with_scale
 from tests.formats.golden.make_sglang import CASES as SGLANG
 from tests.formats.golden.make_vllm import CASES as VLLM
 from tests.formats.golden.make_vllm import SETTINGS

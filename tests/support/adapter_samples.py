@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from adapterkit.engines.one_file import SUFFIX
+from adapterkit.formats.adapter_dialects import arranged
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import detect
-from adapterkit.formats.dialects import arranged
 from adapterkit.formats.kinds import COPY
 from adapterkit.formats.library import architectures, formats
 from adapterkit.formats.parts import scaled_role

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from adapterkit import dtypes
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, shown
-from adapterkit.formats.dialects import Model
+from adapterkit.formats.adapter_dialects import Model
 from adapterkit.formats.kinds import FACTORS, PARAMETER
 from adapterkit.formats.library import architectures
 from adapterkit.formats.record import Contents, Module

@@ -14,7 +14,8 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
-from adapterkit.formats.adapter import KEPT
+from adapterkit.formats.adapter_kinds import headers_of, replaced_values
+from adapterkit.formats.adapter_layout import KEPT
 from adapterkit.formats.biases import as_the_format_has_them
 from adapterkit.formats.capabilities import (
     depends_on_base,
@@ -25,7 +26,6 @@ from adapterkit.formats.capabilities import (
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.deltas import ModuleDelta
 from adapterkit.formats.fitted import Fit, Fitted
-from adapterkit.formats.kind_adapter import headers_of, replaced_values
 from adapterkit.formats.kinds import FACTORS
 from adapterkit.formats.names import kernel_of
 from adapterkit.formats.parts import cores, matrix_shape, tail_of

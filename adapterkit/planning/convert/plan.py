@@ -7,14 +7,14 @@ from adapterkit.adapters.adapter_config import hub_id
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed, refuse_all
-from adapterkit.formats.adapter import write_layout
+from adapterkit.formats.adapter_dialects import Model, arranged, without_copies
+from adapterkit.formats.adapter_layout import write_layout
+from adapterkit.formats.base import base_of
 from adapterkit.formats.containers import PlanReader
 from adapterkit.formats.detect import Detection, detect
-from adapterkit.formats.dialects import Model, arranged, without_copies
 from adapterkit.formats.experts import split_experts
 from adapterkit.formats.kinds import EXPERTS
 from adapterkit.formats.library import format_named
-from adapterkit.formats.models import base_of
 from adapterkit.formats.record import Contents
 from adapterkit.formats.schema import ADAPTER_LAYOUT, Format
 from adapterkit.formats.write import File, write

@@ -7,11 +7,11 @@ from typing import Any
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import Refused, listed, shown
-from adapterkit.formats.adapter import read_layout
+from adapterkit.formats.adapter_dialects import Model
+from adapterkit.formats.adapter_kinds import KINDS
+from adapterkit.formats.adapter_layout import read_layout
 from adapterkit.formats.detect import Detection
-from adapterkit.formats.dialects import Model
 from adapterkit.formats.experts import stacks_of
-from adapterkit.formats.kind_adapter import KINDS
 from adapterkit.formats.read import Reading, read
 from adapterkit.formats.record import LANGUAGE, Contents
 from adapterkit.formats.rows import Heads, model_heads

@@ -1,5 +1,5 @@
-"""What a reader of PEFT's layout wants besides: experts one by one or stacked, names as the base's
-file has them, one rank and scale; and what it does not read."""
+"""What readers of PEFT's layout, such as servers, want besides: experts one by one or stacked,
+names as the base's file has them, one rank and scale; and what they do not read."""
 
 import json
 import math
@@ -13,9 +13,9 @@ from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, show
 from adapterkit.formats.experts import Stack, split_experts, stack_experts
 from adapterkit.formats.kinds import COPY, EXPERTS, FACTORS, PARAMETER, PLAIN, TOKENS, VALUE
 from adapterkit.formats.record import Contents, Module
+from adapterkit.formats.same_delta import uniform
 from adapterkit.formats.schema import Format
 from adapterkit.formats.tensors import Constant, Expression, StoredReader
-from adapterkit.formats.uniform import uniform
 from adapterkit.formats.write import unsupported
 from adapterkit.weights.names import Names
 

@@ -1,4 +1,5 @@
-"""One rank and one scale for all modules, for formats and servers that know no others."""
+"""The same delta at another scale, or at a larger rank: for formats and servers that have one for
+all modules."""
 
 import math
 from collections import Counter

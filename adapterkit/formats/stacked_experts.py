@@ -8,8 +8,8 @@ from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import Refused, shown
 from adapterkit.formats.kinds import EXPERTS, FACTORS
 from adapterkit.formats.record import Module
+from adapterkit.formats.same_delta import common_scale, padded_to, with_scale
 from adapterkit.formats.tensors import Constant, Expression, joined, reshaped
-from adapterkit.formats.uniform import common_scale, padded_to, with_scale
 
 
 def slices(spec: TensorSpec) -> list[TensorSpec]:

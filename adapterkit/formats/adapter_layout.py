@@ -16,17 +16,17 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.hashes import sha256_of_small_file
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, shown
+from adapterkit.formats.adapter_experts import homes_of, read_stacks, stacked_keys, stacked_parts
+from adapterkit.formats.adapter_kinds import KINDS, read_kinds, write_kinds
 from adapterkit.formats.capabilities import FIT_ON_BASE, kind_of, ways_out
 from adapterkit.formats.experts import Stack
-from adapterkit.formats.kind_adapter import KINDS, read_kinds, write_kinds
 from adapterkit.formats.kinds import COPY, EXPERTS, FACTORS, PARAMETER, TOKENS, VALUE
 from adapterkit.formats.library import formats
 from adapterkit.formats.parts import magnitude_in_file, shape_problem
 from adapterkit.formats.record import LANGUAGE, Contents, Module
 from adapterkit.formats.schema import Format
-from adapterkit.formats.stacks import homes_of, read_stacks, stacked_keys, stacked_parts
 from adapterkit.formats.tensors import Constant, Expression, Stored, flat
-from adapterkit.formats.widths import with_widths
+from adapterkit.formats.widened import with_widths
 from adapterkit.formats.write import File, Written
 from adapterkit.weights.names import Names
 
