@@ -52,7 +52,7 @@ class Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--steps", default=",".join(STEPS), help=", ".join(STEPS))
     parser.add_argument("--device", default="cuda", help="cuda, cuda:i; cpu to try the steps")
     parser.add_argument("--size", type=float, default=16.0, help="GB of the timed merges")

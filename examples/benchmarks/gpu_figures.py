@@ -168,6 +168,7 @@ def overlap_of_merge(settings: "Settings") -> dict[str, float]:
     """Shares of a merge's time on the card: see `overlaps`."""
     if not settings.on_card:
         return overlaps({"kernel": [], "to_card": [], "to_host": []})
+    from torch._C._autograd import DeviceType  # of the profiler's events
     from torch.profiler import ProfilerActivity, profile
 
     base, adapter = checkpoint(settings, min(settings.size, 4.0), 16, 16)
@@ -179,7 +180,7 @@ def overlap_of_merge(settings: "Settings") -> dict[str, float]:
     for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
         name = event.name()
         kind = "to_card" if "HtoD" in name else "to_host" if "DtoH" in name else "kernel"
-        if event.device_type() == torch.autograd.DeviceType.CUDA:
+        if event.device_type() == DeviceType.CUDA:
             intervals[kind].append((event.start_ns(), event.start_ns() + event.duration_ns()))
     return overlaps(intervals)
 
