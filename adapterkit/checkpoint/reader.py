@@ -9,6 +9,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder, belonging_to
@@ -18,6 +19,7 @@ from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 # bytes between two tensors that are read along rather than skipped; of a remote file
 NEAR, FAR = (4 << 10, 1 << 20)
 RANGE = 8 << 20  # bytes of one read of small tensors
+REQUESTS = 8  # of a remote file, at a time
 Identity = tuple[int, int, int, int]
 
 
@@ -178,27 +180,33 @@ def read_small(
 
     Raises `Damaged` where a file ends before one of them.
     """
-    local = isinstance(folder, LocalFolder)
     ordered = sorted(specs, key=lambda spec: (spec.file, spec.start, spec.stop))
+    gap = NEAR if isinstance(folder, LocalFolder) else FAR
     for name, group in itertools.groupby(ordered, lambda spec: spec.file):
-        with _opened(folder.path(name)) if local else contextlib.nullcontext() as descriptor:
-            for first, stop, together in _neighbors(group, NEAR if local else FAR):
-                data = (
-                    folder.read(name, first, stop)
-                    if descriptor is None
-                    else _read_at(descriptor, first, stop, name)
+        ranges = list(_neighbors(group, gap))
+        bounds = [(first, stop) for first, stop, _ in ranges]
+        read = zip(ranges, _read_ranges(folder, name, bounds), strict=True)
+        for (first, stop, together), data in read:
+            if len(data) < stop - first:
+                raise Damaged(
+                    f"the file ends at byte {first + len(data)}",
+                    expected=f"{stop} bytes or more",
+                    where=name,
+                    hint="copy the file again",
                 )
-                if len(data) < stop - first:
-                    raise Damaged(
-                        f"the file ends at byte {first + len(data)}",
-                        expected=f"{stop} bytes or more",
-                        where=name,
-                        hint="copy the file again",
-                    )
-                view = memoryview(data)
-                yield from (
-                    (spec, view[spec.start - first : spec.stop - first]) for spec in together
-                )
+            view = memoryview(data)
+            yield from ((spec, view[spec.start - first : spec.stop - first]) for spec in together)
+
+
+def _read_ranges(folder: Folder, name: str, ranges: list[tuple[int, int]]) -> Iterator[bytes]:
+    """The bytes of each range, in order; of a remote file several are asked for at a time."""
+    if isinstance(folder, LocalFolder):
+        with _opened(folder.path(name)) as descriptor:
+            yield from (_read_at(descriptor, first, stop, name) for first, stop in ranges)
+        return
+    with ThreadPoolExecutor(REQUESTS, "ranges") as pool:
+        for at in range(0, len(ranges), REQUESTS):
+            yield from pool.map(lambda part: folder.read(name, *part), ranges[at : at + REQUESTS])
 
 
 def _neighbors(

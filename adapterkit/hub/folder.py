@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import OTHER_WEIGHTS, inside
+from adapterkit.checkpoint.header import FIRST_READ
 from adapterkit.errors import Damaged, Failed, Refused, shown
 from adapterkit.hub.errors import UnusableAnswer, location, quiet_library
 from adapterkit.hub.ids import HubId
@@ -79,10 +80,11 @@ class HubFolder:
         self._downloads: dict[str, Future[Path]] = {}  # queued, running or done
         self._queue: list[str] = []
         self._thread: threading.Thread | None = None
+        self._starts: dict[str, bytes] = {}  # of files: headers, which several readers ask for
 
     def __getstate__(self) -> dict[str, object]:
         """For pickle, without the downloads: a copy does its own."""
-        downloads = ("_lock", "_downloads", "_queue", "_thread")
+        downloads = ("_lock", "_downloads", "_queue", "_thread", "_starts")
         return {name: value for name, value in vars(self).items() if name not in downloads}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -109,8 +111,14 @@ class HubFolder:
             return _read_local(cached, start, stop)
         if offline():
             raise self._not_cached(name)
+        known = self._starts.get(name, b"")
+        if stop <= len(known):
+            return known[start:stop]
         request = lambda: b"".join(self.pieces(name, start, stop))
-        return retry(request, self.pinned, name)
+        data = retry(request, self.pinned, name)
+        if start == 0 and stop <= FIRST_READ:
+            self._starts[name] = data
+        return data
 
     def path(self, name: str) -> Path:
         """The whole file in huggingface_hub's cache; waits for its download, or does it.

@@ -129,13 +129,19 @@ class CheckpointScan:
         above 0."""
         self._scales += [(spec, positive) for spec in scales if spec.nbytes <= MAX_CHECKED]
 
+    @property
+    def reads_freely(self) -> bool:
+        """Whether a read of each weight costs little: of a folder that is not local it would be a
+        request, most for weights that no job touches."""
+        return isinstance(self.base.folder, LocalFolder)
+
     def check_scales(self) -> None:
         """Note an error for each scale that is NaN or infinite; U8 are exponents, 255 NaN.
 
-        Of a folder that is not local none is read: each would be a request, most for weights that
-        no job touches; those that are decoded are checked then (`decode_checked`).
+        Where reads are not free none is made; weights that are decoded are checked then
+        (`decode_checked`).
         """
-        if not isinstance(self.base.folder, LocalFolder):
+        if not self.reads_freely:
             return
         positive = {spec.key for spec, positive in self._scales if positive}
         for spec, data in read_small(self.base.folder, [spec for spec, _ in self._scales]):

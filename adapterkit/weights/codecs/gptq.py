@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import shown
+from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.integers import decode_gptq
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
@@ -39,7 +39,8 @@ class Gptq(QuantizedWeight):
         version = _version(scan)
         if version is None:
             return
-        scan.fetch(spec for key, spec in scan.tensors.items() if key.endswith(".g_idx"))
+        if scan.reads_freely:
+            scan.fetch(spec for key, spec in scan.tensors.items() if key.endswith(".g_idx"))
         for key, spec in list(scan.tensors.items()):
             if not key.endswith(CODES):
                 continue
@@ -68,6 +69,13 @@ class Gptq(QuantizedWeight):
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         words, zeros, scale, *index = (stored[part.key] for part in self.parts)
         group = index[0] if self.indexed else None
+        if group is not None and not _are_groups(group, scale.shape[0]):
+            raise Unrecoverable(
+                f"groups out of range in {shown(self.parts[3].key)}",
+                expected=f"0 to {scale.shape[0] - 1}",
+                where=self.file,
+                hint="download the checkpoint again",
+            )
         return decode_gptq(words, zeros, scale, self.bits, self.shape[1], group, self.version)
 
     @property
@@ -140,6 +148,11 @@ def _groups_fit(
     fits = index.dtype == "I32" and index.shape == (width,)
     if not scan.check(index.key, fits, f"g_idx {index.dtype} {index.shape}", f"I32 ({width},)"):
         return False
-    values = scan.read(index)
-    valid = bool((values >= 0).all()) and bool((values < groups).all())
+    if not scan.reads_freely:
+        return True  # checked where it is decoded
+    valid = _are_groups(scan.read(index), groups)
     return scan.check(index.key, valid, "groups out of range", f"0 to {groups - 1}")
+
+
+def _are_groups(index: Tensor, count: int) -> bool:
+    return bool((index >= 0).all()) and bool((index < count).all())
