@@ -4,11 +4,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.errors import Refused, shown
-from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan
+
+if TYPE_CHECKING:
+    from adapterkit.plan import Computed, Plan
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,13 @@ class PlannedFolder:
         )
 
 
-def planned_folder(out: str, plan: Plan, source: str) -> PlannedFolder | None:
+def planned_folder(out: str, plan: "Plan", source: str) -> PlannedFolder | None:
     """What a plan will write at `source`, which is its output or in it; None where sizes or small
     files depend on values, and for one file of a folder. `Refused` where it will write nothing
     there."""
+    # here, so that headers of models are read without torch
+    from adapterkit.plan import Computed, CopyFile, FromMetrics
+
     metrics: dict[str, dict[str, Any]] = {}
     contents: dict[str, _File] = {}
     for shard in plan.shards:
@@ -130,7 +135,7 @@ def planned_folder(out: str, plan: Plan, source: str) -> PlannedFolder | None:
     return folder
 
 
-def _foreseen(file: Computed) -> dict[str, dict[str, Any]] | None:
+def _foreseen(file: "Computed") -> dict[str, dict[str, Any]] | None:
     """The metrics of a file's tasks, as far as small files need them; None where values decide
     about its header."""
     if file.safetensors_order or file.lay_out is not None:
