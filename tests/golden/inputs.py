@@ -92,6 +92,7 @@ def create_inputs(root: Path) -> None:
     pissa = {"modules": FEW, "rank": 4, "alpha": 4, "init_lora_weights": "pissa"}
     _save_adapter(root / "pissa-initial", seed=30, **pissa)
     _save_adapter(root / "pissa-trained", seed=31, **pissa)
+    _save_kohya(root / "kohya.safetensors")
     rows = [{"input_ids": [(7 * n + i) % VOCABULARY for i in range(3 + n)]} for n in range(5)]
     rows[1]["labels"] = [-100, *rows[1]["input_ids"][1:]]
     (root / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -191,6 +192,23 @@ def _save_adapter(
     _write_json(folder / "adapter_config.json", ADAPTER_CONFIG | config)
     if tokenizer:
         _write_json(folder / "tokenizer_config.json", {"model_max_length": 64})
+
+
+def _save_kohya(path: Path) -> None:
+    """A file of sd-scripts for Stable Diffusion 1.5, of rank 2 and alpha 1."""
+    unet, text = "lora_unet_down_blocks_0_attentions_0", "lora_te_text_model_encoder_layers_0"
+    modules = {
+        f"{unet}_transformer_blocks_0_attn1_to_q": (32, 32),
+        f"{unet}_transformer_blocks_0_attn2_to_k": (32, 24),
+        f"{text}_self_attn_q_proj": (24, 24),
+        f"{text}_mlp_fc1": (48, 24),
+    }
+    tensors, size = {}, {"least": -16, "most": 16, "exponent": -6}
+    for number, (name, (out, width)) in enumerate(modules.items()):
+        tensors[f"{name}.lora_down.weight"] = dyadic(800 + 2 * number, 2, width, **size).half()
+        tensors[f"{name}.lora_up.weight"] = dyadic(801 + 2 * number, out, 2, **size).half()
+        tensors[f"{name}.alpha"] = torch.tensor(1.0, dtype=torch.float16)
+    save_file(tensors, path, {"ss_network_dim": "2", "ss_network_alpha": "1"})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
