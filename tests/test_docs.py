@@ -261,10 +261,14 @@ def test_the_quickstart_runs(tmp_path):
     assert "the merged model is the base with the adapter on it" in done.stdout
 
 
-def test_the_benchmark_runs_on_a_small_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    "name, only",
+    [("merge", "cp,adapterkit"), pytest.param("ranks", "ranks-2", marks=pytest.mark.slow)],
+)
+def test_the_benchmark_runs_on_a_small_checkpoint(name: str, only: str, tmp_path: Path):
     out = tmp_path / "figures.json"
-    script = str(ROOT / "examples" / "benchmarks" / "merge.py")
-    small = ["--size", "0.02", "--repeat", "1", "--only", "cp,adapterkit"]
+    script = str(ROOT / "examples" / "benchmarks" / f"{name}.py")
+    small = ["--size", "0.02", "--repeat", "1", "--only", only]
     done = subprocess.run(
         [sys.executable, script, *small, "--work", str(tmp_path / "work"), "--json", str(out)],
         capture_output=True,

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import adapterkit
@@ -50,7 +52,7 @@ PREPARATION = [
     "quantize BASE --to nf4 --out base-nf4",
 ]
 # Commands with one of these words are parsed and not run: what they need is not on a test machine.
-PARSED_ONLY = re.compile(r"^[\w.-]+/[\w.-]+(@|:|$)|\.gguf$|^oft$|^--push$|^/|^cuda")
+PARSED_ONLY = re.compile(r"^(?!\d+/\d)[\w.-]+/[\w.-]+(@|:|$)|\.gguf$|^oft$|^--push$|^/|^cuda")
 
 # Each command is a fork of one process, which has imported the verbs and the model's class once.
 RUN = """
@@ -299,3 +301,72 @@ def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
     assert merged == written["me/merged", "trial"]["bf16/model.safetensors"]
     assert merged != base["model.safetensors"] and "me/w8a16" not in hub.repos
     assert any(name.endswith(".safetensors") for name in written["me/converted", "main"])
+
+
+LAUNCHERS: dict[str, Callable[[int, int], dict[str, int]]] = {
+    "srun": lambda rank, ranks: {"SLURM_PROCID": rank, "SLURM_NTASKS": ranks},
+    "sbatch": lambda rank, ranks: {
+        "SLURM_ARRAY_TASK_ID": rank,
+        "SLURM_ARRAY_TASK_MIN": 0,
+        "SLURM_ARRAY_TASK_MAX": ranks - 1,
+        "SLURM_ARRAY_TASK_COUNT": ranks,
+        "SLURM_ARRAY_TASK_STEP": 1,
+    },
+    "mpirun": lambda rank, ranks: {
+        "OMPI_COMM_WORLD_RANK": rank,
+        "OMPI_COMM_WORLD_SIZE": ranks,
+    },
+    "torchrun": lambda rank, ranks: {"RANK": rank, "WORLD_SIZE": ranks},
+    "Kubernetes": lambda rank, ranks: {"JOB_COMPLETION_INDEX": rank, "ADAPTERKIT_RANKS": ranks},
+}
+
+
+def launched() -> dict[str, tuple[list[str], int]]:
+    """{launcher: the command that scale.md has it start, and how many times}."""
+    found = {}
+    for block in blocks(SCALE, "bash"):
+        for words in commands(block.text):
+            line = shlex.split(words[-1]) if "--wrap" in words else words
+            count = next(n for n in words if re.fullmatch(r"(0-)?\d+", n))
+            ranks = int(count.removeprefix("0-")) + count.startswith("0-")
+            found[words[0]] = (line[line.index("adapterkit") + 1 :], ranks)
+    for block in blocks(SCALE, "yaml"):
+        job = yaml.safe_load(block.text)["spec"]
+        container = job["template"]["spec"]["containers"][0]
+        env = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert int(env["ADAPTERKIT_RANKS"]) == job["completions"] == job["parallelism"]
+        found["Kubernetes"] = (container["command"][1:], job["completions"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def started(stage: Path, package: Path, tmp_path_factory) -> dict[str, list[tuple]]:
+    """What each launcher's processes gave: planned, asked for their shares, run, finished."""
+    jobs, tasks = launched(), []
+    for name, (words, ranks) in jobs.items():
+        folder = shutil.copytree(stage, tmp_path_factory.mktemp("launched") / name)
+        plan = "merge BASE ADAPTER --out merged --max-shard-size 10KB --plan merged.plan.json"
+        tasks.append(Task(folder, plan.split()))
+        for more in (["--dry-run"], []):
+            for rank in range(ranks):
+                said = {key: str(value) for key, value in LAUNCHERS[name](rank, ranks).items()}
+                program = f"import os; os.environ.update({said}); main({[*words, *more]})"
+                tasks.append(Task(folder, [], f"from adapterkit.cli import main; {program}"))
+        tasks.append(Task(folder, ["finish", "merged.plan.json", "--json"]))
+    results = iter(run(tasks, package))
+    return {name: [next(results) for _ in range(2 + 2 * jobs[name][1])] for name in jobs}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_each_launcher_starts_ranks_of_one_job(launcher: str, started: dict[str, list[tuple]]):
+    results, ranks = started[launcher], launched()[launcher][1]
+    assert [status for status, *_ in results] == [0] * len(results), results
+    shares = [output.splitlines() for _, output, _ in results[1 : 1 + ranks]]
+    names = [name for share in shares for name in share]
+    receipt = json.loads(results[-1][1])
+    assert all(shares) and len(set(names)) == len(names)
+    assert set(names) == {name for name in receipt["files"] if name.endswith(".safetensors")}
+
+
+def test_the_launchers_of_scale_are_known():
+    assert set(launched()) == set(LAUNCHERS)
