@@ -11,7 +11,7 @@ from typing import Protocol
 from adapterkit.checkpoint.reader import changed
 from adapterkit.checkpoint.stage import HANDOFF, RECEIPT, Stage, Workspace
 from adapterkit.checkpoint.storage import free_bytes
-from adapterkit.errors import AdapterkitError, Interrupted, Refused, Unrecoverable
+from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress, Shard
 from adapterkit.receipt import (
     Receipt,
@@ -301,6 +301,15 @@ def _write_files(
         size, sha = stage.write_file(
             name, [content] if isinstance(content, bytes) else _blocks(plan, content)
         )
+        if isinstance(content, CopyFile):
+            listed = plan.folders[content.folder].hashes.get(content.name)
+            if listed not in (None, sha):
+                raise Failed(
+                    "bytes whose sha256 is not the one that the Hub lists",
+                    expected=f"{listed}",
+                    where=content.name,
+                    hint="run again with --resume; check proxies on the way",
+                )
         sums[name] = {"size": size, "sha256": sha if hashed else None}
     return sums
 

@@ -61,7 +61,7 @@ class HubEngine:
         wanted = [file for file in transfers.copied if file.file in todo]
         copied = copy_storage(stage.destination.hub_id, wanted) if wanted else []
         for file in copied:
-            stage.note({"copied": file._asdict()})
+            stage.copied(file)
             finished(ShardResult(file.file, file.size, file.sha256 if hash else None, None, {}))
             progress(file.size)
         uncopied = {file.file for file in wanted} - {file.file for file in copied}
@@ -157,7 +157,7 @@ class _Run:
         """Files that an earlier run made and did not send any more."""
         if self.engine.held:
             return
-        todo, gone = set(self.ready), self.stage.uploaded().keys() | self.stage.copied().keys()
+        todo, gone = set(self.ready), self.stage.gone()
         for shard in self.plan.shards:
             path = self.stage.path / shard.file
             if shard.file not in todo and shard.file not in gone:

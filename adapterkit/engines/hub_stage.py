@@ -42,6 +42,7 @@ class HubStage(Stage):
         self.inputs = self.control / "inputs"  # what is downloaded
         self.pushed: dict[str, str] = {}
         self._noting = threading.Lock()
+        self._gone: dict[str, Uploaded | CopiedFile] | None = None  # once the journal is read
 
     def state(self, fingerprint: str, *, resume: bool, overwrite: bool) -> str:
         """As of a folder; what another job left on the Hub is replaced by the commit."""
@@ -73,7 +74,7 @@ class HubStage(Stage):
         return {"pins": current_pins()}
 
     def holds(self, name: str, size: int) -> bool:
-        return name in self.uploaded() or name in self.copied() or super().holds(name, size)
+        return name in self.gone() or super().holds(name, size)
 
     def disk(self, size: int) -> int:
         return self.limit  # with the inputs, and never all together
@@ -86,21 +87,30 @@ class HubStage(Stage):
         with self._noting:  # of several threads
             super().note(entry)
 
-    def uploaded(self) -> dict[str, Uploaded]:
-        """The files that the Hub's storage has, by name."""
-        entries = [Uploaded(**e["uploaded"]) for e in self.journal() if "uploaded" in e]
-        return {entry.file: entry for entry in entries}
+    def forget(self) -> None:
+        super().forget()
+        self._gone = {}
 
-    def copied(self) -> dict[str, CopiedFile]:
-        """The files that it has taken from other repositories, by name."""
-        entries = [CopiedFile(**e["copied"]) for e in self.journal() if "copied" in e]
-        return {entry.file: entry for entry in entries}
+    def gone(self) -> dict[str, Uploaded | CopiedFile]:
+        """The files that the Hub's storage has, by name: sent, or taken from elsewhere there."""
+        if self._gone is None:
+            entries = self.journal()
+            sent = [Uploaded(**entry["uploaded"]) for entry in entries if "uploaded" in entry]
+            copied = [CopiedFile(**entry["copied"]) for entry in entries if "copied" in entry]
+            self._gone = {file.file: file for file in (*sent, *copied)}
+        return self._gone
+
+    def copied(self, file: CopiedFile) -> None:
+        """Note a file that the Hub has taken from elsewhere."""
+        self.note({"copied": file._asdict()})
+        self.gone()[file.file] = file
 
     def upload(self, files: list[LocalFile]) -> list[str]:
         """Send files together, and note those that the Hub keeps apart from git; their names."""
         sent = upload(self.destination.hub_id, files)
         for file in sent:
             self.note({"uploaded": file._asdict()})
+            self.gone()[file.file] = file
         return [file.file for file in sent]
 
     def publish(self) -> None:
@@ -108,17 +118,16 @@ class HubStage(Stage):
         self.destination.create()
         receipt = json.loads((self.path / RECEIPT).read_bytes())
         sums = {name: entry["sha256"] for name, entry in receipt["files"].items()}
-        gone = self.uploaded().keys() | self.copied().keys()
         here = [
             LocalFile(name, self.path / name, (self.path / name).stat().st_size, sums.get(name))
             for name in (*sums, RECEIPT)
-            if name not in gone
+            if name not in self.gone()
         ]
         sent = {name for group in groups(here) for name in self.upload(group)}
         made = commit(
             self.destination,
-            self.uploaded().values(),
-            self.copied().values(),
+            [file for file in self.gone().values() if isinstance(file, Uploaded)],
+            [file for file in self.gone().values() if isinstance(file, CopiedFile)],
             [file for file in here if file.name not in sent],
         )
         repo = self.destination.hub_id.repo

@@ -143,6 +143,10 @@ def _meaning(error: BaseException) -> Meaning:
     if "Invalid metadata in README.md" in str(error):
         expected = "YAML that the Hub accepts at the head of the model card"
         return Refused, summary(error), expected, "fix README.md"
+    if status == 400 and "LFS pointer" in summary(error):
+        # what no commit names is deleted after a while
+        hint = "give --overwrite: the Hub has forgotten files that were sent some time ago"
+        return Failed, summary(error), "files that were sent before", hint
     if status:
         return Failed, summary(error), "a successful answer", again
     if isinstance(error, OSError) and error.errno:
