@@ -8,12 +8,19 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.golden.inputs import create_inputs
-from tests.golden.jobs import READING, WRITING
+from tests.golden.jobs import READING, WRITING, job
 from tests.hub.test_convert import kohya_file
-from tests.support.hub_client import Client
+from tests.support.hub_client import Client, ClientError
 from tests.support.hub_server import Hub
 
-JOBS = {task.name: task for task in (*WRITING, *READING)}
+STATISTICS = "covariances.safetensors"
+MORE = (
+    job("merge-original", "quantize-nf4", "style", base16="base"),
+    job("quantize-stats", "base", to="w4a16", rounding="compensated", stats=STATISTICS),
+    job("combine-stats", "law", "medicine", method="regmean", stats=[STATISTICS, STATISTICS]),
+    job("resize-stats", "law", rank=2, stats=STATISTICS),
+)
+JOBS = {task.name: task for task in (*WRITING, *READING, *MORE)}
 NAMES = (
     "merge-several",
     "merge-nf4",
@@ -38,6 +45,7 @@ NAMES = (
     "diff-adapters",
     "verify-files",
     "verify-rows",
+    *(task.name for task in MORE),
 )
 # options whose values are sources
 SOURCES = ("base", "general", "initial", "stats", "base16", "quantized", "adapters")
@@ -91,9 +99,7 @@ def publish(hub: Hub, folder: Path, name: str, files: set[str] | None = None) ->
 def run(bench, name: str, *, from_hub: bool):
     """The result of a reading job; of a writing one the files of weights that it left."""
     _, client, folder = bench
-    task = f"jobs_by_name[{name!r}]"
-    client("jobs_by_name = {t.name: t for t in (*jobs.WRITING, *jobs.READING)}")
-    task = f"moved({task})" if from_hub else task
+    task = f"moved(jobs.{JOBS[name]!r})" if from_hub else f"jobs.{JOBS[name]!r}"
     if JOBS[name] in READING:
         return client(f"jobs.call({task})")
     ending = ".safetensors" if JOBS[name].verb == "stats" else ""
@@ -145,6 +151,25 @@ def differences(found, expected, at: str = "") -> list[str]:
     if isinstance(found, np.ndarray):
         found, expected = found.tobytes(), expected.tobytes()
     return [] if found == expected else [at]
+
+
+def test_verify_looks_at_the_hashes_that_the_hub_lists(bench):
+    hub, client, folder = bench
+    run(bench, "merge-several", from_hub=False)
+    publish(hub, folder, "merge-several")
+    hub.log.clear()
+    client("import adapterkit")
+    assert client("adapterkit.verify('org/merge-several')['files']") > 2
+    name = "model-00002-of-00002.safetensors"
+    assert all(asked.range for asked in hub.asked("GET", name))
+    wrong = bytearray((folder / "merge-several" / name).read_bytes())
+    wrong[-1] ^= 1
+    hub.commit("org/merge-several", {name: bytes(wrong), "other.safetensors": b""})
+    with pytest.raises(ClientError) as caught:
+        client("adapterkit.verify('org/merge-several')")
+    assert f"{name}: bytes that are not those" in caught.value.text
+    assert "other.safetensors: weights that the receipt does not list" in caught.value.text
+    assert "no adapterkit.json" in client.refusal("adapterkit.verify('org/base')").text
 
 
 # Single files
