@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, shown
+from adapterkit.formats.capabilities import EXTRACT
 from adapterkit.formats.fusing import Fusion
 from adapterkit.formats.rows import shares_of
 from adapterkit.formats.tensors import BlockDiagonal, Expression, gathered
 
+PARTS = 3  # of a layer that loralib's users train in parts: queries, keys, values
 GROUPED = "grouped"  # the step of a format's factors that may be so
 Parts = Mapping[str, Expression]
 
@@ -21,6 +23,17 @@ def groups_in(parts: Parts) -> int:
     a, b = parts["a"].shape, parts["b"].shape
     count, rest = divmod(a[0], b[1])
     return 1 if rest or count == 0 else count
+
+
+def check_whole(groups: int, name: str, where: str) -> None:
+    """`Refused` for some parts of a layer: nothing in the file tells which of them they are."""
+    if groups not in (1, PARTS):
+        raise Refused(
+            f"{shown(name)}: factors of {groups} parts, which may be any of its layer's",
+            expected=f"of the whole layer, or of {PARTS} parts (queries, keys and values)",
+            where=where,
+            hint=EXTRACT,
+        )
 
 
 def ungrouped(parts: Parts, shares: tuple[int, ...], where: str) -> Parts:

@@ -11,7 +11,7 @@ from adapterkit.errors import AdapterkitError, Refused, listed, refuse_all, show
 from adapterkit.formats.capabilities import refused_by_name
 from adapterkit.formats.containers import Container, PlanReader
 from adapterkit.formats.fusing import Fusion, split
-from adapterkit.formats.grouped import GROUPED, groups_in, trained, ungrouped
+from adapterkit.formats.grouped import GROUPED, check_whole, groups_in, trained, ungrouped
 from adapterkit.formats.keys import Raw, raws_of
 from adapterkit.formats.kinds import ALPHA, EXPERTS, FACTORS, LIMITED
 from adapterkit.formats.library import architectures
@@ -92,6 +92,7 @@ def read(
         _base(scales.settings),
         words_of(form.metadata.write, container.metadata),
         {(number, container.file): container.header_sha256},
+        _unchecked(form, attempt.resolved, reading),
     )
 
 
@@ -161,6 +162,15 @@ class Attempt:
     unknown: Sequence[str] = ()  # keys that it does not have
     # component -> the column of the rules that its names are in
     namings: Mapping[str, str] = field(default_factory=dict)
+
+
+def _unchecked(form: Format, resolved: Resolved, reading: Reading) -> list[str]:
+    """The note on factors that only a base can tell from a convolution's, and there is none."""
+    is_grouped = form.steps.get(FACTORS) == (GROUPED,)
+    bare = [raw.head for raw, _, _, fusion in resolved if fusion is None and is_grouped]
+    if not bare or reading.modules:
+        return []
+    return [f"taken for linear layers, which --base would tell from convolutions: {listed(bare)}"]
 
 
 def _resolve(
@@ -351,7 +361,9 @@ def _module(
     groups = 1
     if kind == FACTORS and form.steps.get(kind) == (GROUPED,):
         groups = groups_in(parts)
-        if fusion is not None and fusion.rule.parts:
+        if fusion is None:
+            check_whole(groups, raw.head, where)
+        elif fusion.rule.parts:
             fusion, names = trained(fusion, names, scales.settings, groups, where)
         if groups > 1:
             own = (1,) * groups if fusion is None else fusion.shares(where)

@@ -116,6 +116,22 @@ def test_without_its_config_an_adapter_is_refused(what, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_some_parts_of_a_layer_of_loralib_are_refused(tmp_path):
+    source = GOLDEN / "loralib/refused/gpt2_query_value.pt"
+    with pytest.raises(AdapterkitError, match="c_attn: factors of 2 parts") as caught:
+        adapterkit.convert(source, to="peft", out=tmp_path / "out", alpha=6.0, allow_pickle=True)
+    assert "extract BASE MERGED" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_a_base_tells_from_a_convolution_is_noted(tmp_path):
+    source = GOLDEN / "loralib/convolutions.pt"
+    receipt = adapterkit.convert(
+        source, to="peft", out=tmp_path / "out", alpha=6.0, allow_pickle=True
+    )
+    assert any("--base" in note and "features.0" in note for note in receipt.data["notes"])
+
+
 @pytest.mark.parametrize("height", [0, 2])
 def test_a_stack_of_another_number_of_experts_is_refused(height, tmp_path):
     """One matrix for every expert, or one for all; else which expert's they are is unknown."""

@@ -31,8 +31,8 @@ ENDINGS = {
     "pickle": (".pt", ".pth", ".bin", ".ckpt", ".lora"),
 }
 # folders beside a sample: the model it is for, the adapter that its tool converted, files with
-# spellings of keys that are read, never written
-BESIDE = ("base", "adapter", "respelled")
+# spellings of keys that are read, never written, and files that are refused
+BESIDE = ("base", "adapter", "respelled", "refused")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ CASES = {
     "gpt2_query_value": gpt2([True, False, True]),
     "convolutions": convolutions(),
 }
+REFUSED = ("gpt2_query_value",)  # the file does not tell which two of three parts it has
 
 
 def make(name: str, model: nn.Module) -> None:
@@ -58,8 +59,9 @@ def make(name: str, model: nn.Module) -> None:
     for key, parameter in model.named_parameters():
         if "lora_" in key:
             nn.init.normal_(parameter)
-    (HERE / "loralib").mkdir(exist_ok=True)
-    torch.save(loralib.lora_state_dict(model), HERE / f"loralib/{name}.pt")
+    folder = HERE / "loralib" / ("refused" if name in REFUSED else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(loralib.lora_state_dict(model), folder / f"{name}.pt")
     layers = {k: m for k, m in model.named_modules() if isinstance(m, loralib.LoRALayer)}
     weights = {k: getattr(m, "conv", m).weight for k, m in layers.items()}
     before = {k: w.detach().clone() for k, w in weights.items()}
