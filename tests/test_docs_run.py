@@ -52,7 +52,7 @@ PREPARATION = [
     "quantize BASE --to nf4 --out base-nf4",
 ]
 # Commands with one of these words are parsed and not run: what they need is not on a test machine.
-PARSED_ONLY = re.compile(r"^(?!\d+/\d)[\w.-]+/[\w.-]+(@|:|$)|\.gguf$|^oft$|^--push$|^/|^cuda")
+PARSED_ONLY = re.compile(r"^(?!\d+/\d)[\w.-]+/[\w.-]+(@|:|$)|\.gguf$|^oft$|^--push$|^/|^cuda|^ray$")
 
 # Each command is a fork of one process, which has imported the verbs and the model's class once.
 RUN = """
@@ -185,6 +185,9 @@ def stage(
     golden = ROOT / "tests" / "formats" / "golden"
     shutil.copy(golden / "kohya" / "sdxl.safetensors", stage / "kohya.safetensors")
     (stage / "sources.txt").write_text("# one a line\nenglish\nfrench\n")
+    for block in itertools.chain.from_iterable(blocks(d, "toml") for d in DOCUMENTS):
+        if name := re.match(r"# (\w+\.toml)\n", block.text):
+            (stage / name[1]).write_text(block.text)
     for name in ("pissa", "pissa-init"):
         shutil.copytree(stage / "residual" / "adapter", stage / name)
     shutil.copytree(stage / "residual" / "base", stage / "pissa-base")

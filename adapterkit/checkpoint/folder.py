@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapterkit.errors import AdapterkitError, Damaged, Failed, MultipleErrors, Refused, shown
 
@@ -61,6 +61,10 @@ class LocalFolder:
                 where=str(path),
                 hint="check the path",
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, with an absolute path: a copy may be read from elsewhere."""
+        return vars(self) | {"root": self.root.absolute()}
 
     def files(self) -> dict[str, int]:
         return self._files

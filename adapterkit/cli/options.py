@@ -109,7 +109,12 @@ running_options = option_group(
         "--engine",
         default="local",
         show_default=True,
-        help="What runs the plan: this machine, the only choice so far.",
+        help="What runs the plan: this machine, or a Ray cluster on one file system.",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="Address of the Ray cluster (default: as Ray finds or starts one).",
     ),
     click.option(
         "--disk-limit",

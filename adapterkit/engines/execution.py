@@ -13,7 +13,7 @@ from adapterkit.checkpoint.stage import check_name
 from adapterkit.engines.call import Call
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
-from adapterkit.execute import run
+from adapterkit.execute import Engine, run
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import Check, binder, parse_size
 from adapterkit.plan import Plan
@@ -87,9 +87,21 @@ class Execution(RunOptions):
                 where="options",
                 hint="leave --disk-limit out",
             )
+        if self.ray_address is not None and self.engine != "ray":
+            raise Refused(
+                "--ray-address with another engine",
+                expected="--engine ray",
+                where="options",
+                hint="leave --ray-address out",
+            )
         plan = replace(plan, memory=parse_size("memory", self.memory) if self.memory else None)
-        if not isinstance(self.engine, str) and not self.dry_run and not on_hub:
+        if not isinstance(self.engine, str) and not self.dry_run:
             return self.engine(plan, self, check)
+        if self.engine == "ray" and not (self.dry_run or on_hub):
+            from adapterkit.engines.ray import on_ray
+
+            with on_ray(self.ray_address, self.device) as cluster:
+                return self._run(cluster.placed(plan), cluster, check)
         from adapterkit.engines.placement import place
 
         plan, device = place(plan, self.device)
@@ -101,10 +113,15 @@ class Execution(RunOptions):
             return plan
         from adapterkit.engines.local import local
 
+        return self._run(plan, local(device), check)
+
+    def _run(
+        self, plan: Plan, engine: Engine, check: Callable[[Path], object] | None
+    ) -> Receipt | Plan:
         return run(
             plan,
             Path(self.out),
-            local(device),
+            engine,
             hash=self.hash,
             resume=self.resume,
             overwrite=self.overwrite,

@@ -12,7 +12,8 @@ class RunOptions:
 
     `hash` sha256 or none; `memory` bytes for tasks (5GB, 500MB, or a number; None: a quarter of the
     machine's); `engine` local, ray, or an `Executor`; `disk_limit` bytes on this machine's disk for
-    an output on the Hub; `progress` is called with the bytes just done.
+    an output on the Hub; `ray_address` of the cluster; `progress` is called with the bytes just
+    done.
     """
 
     out: StrPath
@@ -25,3 +26,4 @@ class RunOptions:
     dry_run: bool
     progress: Progress
     disk_limit: str | int | None = None
+    ray_address: str | None = None

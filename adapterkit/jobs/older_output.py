@@ -12,9 +12,14 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.reader import identity
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import RECEIPT, Stage
+from adapterkit.checkpoint.strict import read_json
+from adapterkit.engines.hub_stage import work_folder
 from adapterkit.engines.one_file import SUFFIX
 from adapterkit.errors import AdapterkitError, Refused
 from adapterkit.execute import check_same_job
+from adapterkit.hub import ids
+from adapterkit.hub.destination import parse_output
+from adapterkit.hub.folder import HubFolder
 from adapterkit.jobs.pipeline_file import Place
 from adapterkit.plan import CopyFile, Plan
 from adapterkit.planning.converted import ConvertedFolder
@@ -31,8 +36,8 @@ class Older:
     """An older output of adapterkit."""
 
     receipt: dict[str, Any]
-    folder: Path  # in which its files are
-    written: int  # when, in nanoseconds
+    files: dict[str, int]  # that are there, and their sizes
+    written: int | None  # when, in nanoseconds, where that is known
 
     @property
     def pipeline(self) -> dict[str, Any]:
@@ -46,40 +51,53 @@ class Older:
             return False
         if "inputs" in self.pipeline:
             return self.pipeline["inputs"] == inputs_digest(plan)
-        return all(os.stat(path).st_mtime_ns <= self.written for path in _local_inputs(plan))
+        times = [os.stat(path).st_mtime_ns for path in _local_inputs(plan)]
+        return self.written is not None and all(time <= self.written for time in times)
 
     def _is_whole(self) -> bool:
-        files = self.receipt.get("files", {})
-        return all(
-            (self.folder / name).is_file()
-            and (self.folder / name).stat().st_size == entry.get("size")
-            for name, entry in files.items()
-        )
+        listed = self.receipt.get("files", {})
+        return all(self.files.get(name) == entry.get("size") for name, entry in listed.items())
 
 
 def older_output(place: Place) -> Older | None:
     """The older output at a place; None where there is none that adapterkit wrote."""
     if place.repository:
-        return None
+        return _on_hub(place)
     path = Path(place.path)
+    if (path / RECEIPT).is_file():
+        return _with_receipt(path, path / RECEIPT)
+    if not path.is_file():
+        return None
     beside = path.with_name(path.name + SUFFIX)
-    for receipt in (path / RECEIPT, beside):
-        try:
-            data = json.loads(receipt.read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(data, dict) and (receipt != beside or path.is_file()):
-            return Older(data, receipt.parent, receipt.stat().st_mtime_ns)
-    if path.is_file():
-        try:
-            return Older(metadata_of(open_checkpoint(LocalFolder(path))), path.parent, _mtime(path))
-        except AdapterkitError:
-            return None
-    return None
+    if beside.is_file():
+        return _with_receipt(path, beside)
+    try:
+        statistics = metadata_of(open_checkpoint(LocalFolder(path)))
+    except AdapterkitError:
+        return None
+    return Older(statistics, {path.name: path.stat().st_size}, path.stat().st_mtime_ns)
 
 
-def _mtime(path: Path) -> int:
-    return path.stat().st_mtime_ns
+def _with_receipt(out: Path, receipt: Path) -> Older | None:
+    try:
+        data = json.loads(receipt.read_bytes())
+    except (OSError, ValueError):
+        return None
+    sizes, written = LocalFolder(out).files(), receipt.stat().st_mtime_ns
+    return Older(data, sizes, written) if isinstance(data, dict) else None
+
+
+def _on_hub(place: Place) -> Older | None:
+    hub_id = ids.parse(place.text)
+    assert hub_id is not None
+    try:
+        folder = HubFolder(hub_id)
+    except Refused:  # not there yet
+        return None
+    files = folder.files()
+    if RECEIPT not in files:
+        return None
+    return Older(read_json(folder, RECEIPT), files, None)
 
 
 def can_go_on(place: Place, plan: AnyPlan, overwrite: bool) -> bool:
@@ -99,7 +117,7 @@ def can_go_on(place: Place, plan: AnyPlan, overwrite: bool) -> bool:
 def check_room(place: Place, plan: AnyPlan, overwrite: bool) -> None:
     """`Refused` where the output cannot be written anew at its place."""
     out = Path(place.path)
-    if place.repository:
+    if place.repository:  # the Hub is asked when it is carried out
         return
     if out.is_file() and not overwrite:
         raise Refused(
@@ -113,9 +131,12 @@ def check_room(place: Place, plan: AnyPlan, overwrite: bool) -> None:
 
 
 def _stages(place: Place) -> list[Stage]:
-    """Where an output may be in the making: beside its place, a single file in a folder first."""
+    """Where an output may be in the making: beside its place, a single file in a folder first; one
+    of the Hub on this machine."""
+    if place.repository:
+        return [Stage(work_folder(parse_output(place.out)))]
     out = Path(place.path)
-    return [] if place.repository else [Stage(out), Stage(out.with_name(f".{out.name}.converted"))]
+    return [Stage(out), Stage(out.with_name(f".{out.name}.converted"))]
 
 
 def fingerprint(plan: AnyPlan) -> str:

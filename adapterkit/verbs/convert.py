@@ -34,6 +34,7 @@ def convert(
     memory: str | int | None = None,
     disk_limit: str | int | None = None,
     engine: str | Executor = "local",
+    ray_address: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -62,6 +63,16 @@ def convert(
     is_file = target.suffix in FILES and not is_on_hub(out)
     plan = plan_convert(folder, options, checkpoint, target.name if is_file else None)
     execution = Execution(
-        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+        out,
+        hash,
+        device,
+        memory,
+        engine,
+        resume,
+        overwrite,
+        dry_run,
+        progress,
+        disk_limit,
+        ray_address,
     )
     return run_to_file(execution, plan) if is_file else execution.run(plan)

@@ -33,6 +33,7 @@ def dequantize(
     memory: str | int | None = None,
     disk_limit: str | int | None = None,
     engine: str | Executor = "local",
+    ray_address: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -52,7 +53,17 @@ def dequantize(
     """
     plan = plan_dequantize(open_model(base), dtype, max_shard_size)
     execution = Execution(
-        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+        out,
+        hash,
+        device,
+        memory,
+        engine,
+        resume,
+        overwrite,
+        dry_run,
+        progress,
+        disk_limit,
+        ray_address,
     )
     return execution.run(plan)
 

@@ -46,6 +46,7 @@ def extract(
     memory: str | int | None = None,
     disk_limit: str | int | None = None,
     engine: str | Executor = "local",
+    ray_address: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -81,7 +82,17 @@ def extract(
     plan = plan_extract(source, open_model(tuned), options, statistics)
     check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
     execution = Execution(
-        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+        out,
+        hash,
+        device,
+        memory,
+        engine,
+        resume,
+        overwrite,
+        dry_run,
+        progress,
+        disk_limit,
+        ray_address,
     )
     return execution.run(plan, check)
 

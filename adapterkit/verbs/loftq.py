@@ -108,6 +108,7 @@ def loftq(
     memory: str | int | None = None,
     disk_limit: str | int | None = None,
     engine: str | Executor = "local",
+    ray_address: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -156,7 +157,17 @@ def loftq(
     sources = {name: OPEN[name](source) for name, source in others.items() if source is not None}
     plan = plan_loftq(open_model(base), options, accept=accept, **sources)
     execution = Execution(
-        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+        out,
+        hash,
+        device,
+        memory,
+        engine,
+        resume,
+        overwrite,
+        dry_run,
+        progress,
+        disk_limit,
+        ray_address,
     )
     return execution.run(plan)
 

@@ -41,6 +41,7 @@ def merge(
     memory: str | int | None = None,
     disk_limit: str | int | None = None,
     engine: str | Executor = "local",
+    ray_address: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -107,7 +108,17 @@ def merge(
 
         check = RowCheck(plan)
     execution = Execution(
-        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+        out,
+        hash,
+        device,
+        memory,
+        engine,
+        resume,
+        overwrite,
+        dry_run,
+        progress,
+        disk_limit,
+        ray_address,
     )
     receipt = execution.run(plan, check)
     if check is not None and check.result and isinstance(receipt, Receipt):

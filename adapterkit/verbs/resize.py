@@ -65,6 +65,7 @@ def resize(
     memory: str | int | None = None,
     disk_limit: str | int | None = None,
     engine: str | Executor = "local",
+    ray_address: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -102,7 +103,17 @@ def resize(
         None if stats is None else open_source(stats),
     )
     execution = Execution(
-        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+        out,
+        hash,
+        device,
+        memory,
+        engine,
+        resume,
+        overwrite,
+        dry_run,
+        progress,
+        disk_limit,
+        ray_address,
     )
     return execution.run(plan)
 

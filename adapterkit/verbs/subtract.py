@@ -55,6 +55,7 @@ def subtract(
     memory: str | int | None = None,
     disk_limit: str | int | None = None,
     engine: str | Executor = "local",
+    ray_address: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -78,7 +79,17 @@ def subtract(
         task_sources, generals, options, None if base is None else open_model(base)
     )
     execution = Execution(
-        out, hash, device, memory, engine, resume, overwrite, dry_run, progress, disk_limit
+        out,
+        hash,
+        device,
+        memory,
+        engine,
+        resume,
+        overwrite,
+        dry_run,
+        progress,
+        disk_limit,
+        ray_address,
     )
     return execution.run(plan)
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import read_header
-from adapterkit.cli.batch import run_steps
+from adapterkit.cli import main
 from adapterkit.errors import Interrupted, Refused
 from adapterkit.jobs.pipeline import run_pipeline
 from tests.golden.inputs import create_inputs
@@ -393,14 +394,27 @@ def test_receipts_name_no_path(write, tmp_path: Path):
         assert json.loads(text)["pipeline"]["file"] == "steps.toml"
 
 
-def test_the_command(write, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command(write, tmp_path: Path):
     file = str(write(STEPS))
-    assert run_steps(file, as_json=False, quiet=False, dry_run=True) == 0
-    assert capsys.readouterr().err.count("planned: step") == 4
-    assert run_steps(file, as_json=True, quiet=False, dry_run=False) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["totals"]["done"] == 4 and document["steps"][2]["verb"] == "merge"
+    command = lambda *words: CliRunner().invoke(main, ["run", file, *words])
+    planned = command("--dry-run")
+    assert planned.exit_code == 0 and planned.stderr.count("planned: step") == 4
+    done = command("--json")
+    document = json.loads(done.stdout)
+    assert done.exit_code == 0 and document["totals"]["done"] == 4
+    assert document["steps"][2]["verb"] == "merge"
     shutil.rmtree(tmp_path / "english")
-    assert run_steps(file, as_json=False, quiet=False, dry_run=False) == 1
-    printed = capsys.readouterr().err
-    assert "refused: step 1, subtract -> out/law-only" in printed and "1 refused" in printed
+    refused = command()
+    assert refused.exit_code == 1 and "1 refused" in refused.stderr
+    assert "refused: step 1, subtract -> out/law-only" in refused.stderr
+    usage = command("--rank", "0/2")
+    assert usage.exit_code == 2 and "--rank with a pipeline" in usage.stderr
+
+
+def test_in_python(write):
+    """`adapterkit.run` tells a pipeline by its name."""
+    file = write(STEPS)
+    report = adapterkit.run(file, dry_run=True)
+    assert isinstance(report, dict) and report["totals"]["planned"] == 4
+    with pytest.raises(Refused, match="--workers with a pipeline"):
+        adapterkit.run(file, workers=2)

@@ -1,9 +1,11 @@
-"""Commands on plan files: run, finish."""
+"""Commands on plan files and pipelines: run, finish."""
 
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from adapterkit.cli.batch import run_steps
 from adapterkit.cli.exits import WAITING, fail
 from adapterkit.cli.options import json_option
 from adapterkit.cli.output import ProgressBar, print_json, run_to_receipt
@@ -32,22 +34,39 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds to wait for files of other ranks that the last ones need; then exit status 3.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the files of this rank and stop.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that this pipeline did not write.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the files of this rank, or plan all steps, and stop."
+)
 @json_option
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
-def run(file: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Make one process's share of the output that a plan file describes.
+@click.pass_context
+def run(ctx: click.Context, file: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Make one process's share of the output that a plan file describes, or carry out a pipeline.
 
     Any command that writes makes such a file with --plan. Start this on as many machines as there
     are, on a file system that all see; what a killed one leaves, others or a second start make.
     `adapterkit finish` publishes the output.
 
+    A pipeline is a .toml file of steps, all of which are planned before the first is carried out.
+    One whose output is there, of the same inputs and options, is not done again. The exit status
+    is 1 if any was refused.
+
     \b
     Example:
+      adapterkit run steps.toml --dry-run
       adapterkit merge ./base ./adapter --out merged --plan merged.plan.json
       adapterkit run merged.plan.json --rank 0/2
       srun adapterkit run merged.plan.json
     """
+    if file.endswith(".toml"):
+        names = ("rank", "workers", "wait")
+        given = [n for n in names if ctx.get_parameter_source(n) is not ParameterSource.DEFAULT]
+        if given:
+            raise click.UsageError(f"--{given[0]} with a pipeline: it is of plan files")
+        steps = {name: value for name, value in options.items() if name not in names}
+        ctx.exit(run_steps(file, as_json=as_json, quiet=quiet, **steps))
+    from adapterkit.engines.ranks import Outcome
     from adapterkit.errors import Waiting
     from adapterkit.jobs.run import run as verb
 
@@ -56,6 +75,7 @@ def run(file: str, as_json: bool, quiet: bool, **options: Any) -> None:
             outcome = verb(file, progress=bar, **options)
     except Waiting as error:
         fail(error, WAITING)
+    assert isinstance(outcome, Outcome)
     if as_json:
         print_json(vars(outcome))
     elif options["dry_run"]:

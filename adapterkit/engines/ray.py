@@ -1,0 +1,287 @@
+"""The ray engine: each output file is made by a task on a Ray cluster, whose machines see one file
+system.
+
+The driver plans, keeps the journal and publishes, as on one machine; a task makes one file in the
+stage, in an attempt of its own, and gives back what it noted. No tensor goes through Ray: the plan
+does, once for each worker process. A lost worker's task is tried again, one that is refused is not.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterkit import __version__, errors
+from adapterkit.checkpoint.stage import Workspace
+from adapterkit.checkpoint.writer import PART
+from adapterkit.engines.device import kind, pick_device
+from adapterkit.engines.local import local
+from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused, shown
+from adapterkit.plan import Computed, Plan, Progress, Shard
+from adapterkit.receipt import ShardResult
+
+RETRIES = 3  # of the task of a lost worker
+AHEAD = 2  # tasks in flight for each place on the cluster
+POLL = 1.0  # seconds between looks at Ctrl-C
+LEAVE = 10.0  # seconds that cancelled tasks get
+VERSIONS = f"adapterkit {__version__}, torch {torch.__version__}"
+
+
+@contextlib.contextmanager
+def on_ray(address: str | None, device: str) -> Iterator["Cluster"]:
+    """An engine on a Ray cluster: the one at `address`, or the one that Ray finds or starts, for
+    as long as the block runs; the connection that the process has, where it has one.
+
+    `Refused` without the package ray, and where no cluster answers.
+    """
+    ray = _package()
+    connects = not ray.is_initialized()
+    if connects:
+        _connect(ray, address)
+    try:
+        yield Cluster(ray, device)
+    finally:
+        if connects:
+            ray.shutdown()
+
+
+def _package() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise Refused(
+            "--engine ray without the package ray",
+            expected="ray, on this machine and on the cluster's",
+            where="options",
+            hint="pip install 'adapterkit[ray]'",
+        ) from error
+    return ray
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    # a cluster that is started here would report its use over the network
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise Refused(
+            f"no Ray cluster at {shown(address or 'this machine')}: {shown(error)}",
+            expected="a cluster that runs",
+            where="--ray-address",
+            hint="check the address, or start one: ray start --head",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The `Engine` of a connected cluster; `auto` stands for the CPU."""
+
+    ray: Any  # the package
+    device: str
+
+    def placed(self, plan: Plan) -> Plan:
+        """The plan with the kind of device that the cluster's machines have."""
+        if not self.on_cuda:
+            return plan
+        self._places()
+        card = self.ray.remote(_card).options(num_gpus=1)
+        return replace(plan, device=self.ray.get(card.remote()))
+
+    def __call__(
+        self,
+        plan: Plan,
+        shards: list[Shard | Computed],
+        stage: Workspace,
+        *,
+        hash: bool,
+        finished: Callable[[ShardResult], None],
+        progress: Progress,
+    ) -> None:
+        for folder in {(stage.path / shard.file).parent for shard in shards}:
+            folder.mkdir(parents=True, exist_ok=True)  # attempts make none
+        workers, places = self._places()
+        task = self.ray.remote(_make).options(
+            num_cpus=workers,
+            num_gpus=int(self.on_cuda),
+            scheduling_strategy="SPREAD",
+            max_retries=RETRIES,
+            retry_exceptions=False,
+        )
+        device = "cuda" if self.on_cuda else "cpu"  # Ray says which card
+        share = _Share(stage.path.absolute(), secrets.token_hex(8), hash, device, workers)
+        stored = [self.ray.put(plan)]  # in a list a task gets the reference
+
+        def start(shard: Shard | Computed, needs: Sequence[str]) -> Any:
+            done = (entry for entry in stage.journal() if "shard" in entry)
+            entries = [entry for entry in done if entry["shard"]["file"] in needs]
+            return task.remote(share, stored, shard.file, entries, VERSIONS)
+
+        def note(answer: dict[str, Any]) -> None:
+            result = ShardResult(**answer)
+            finished(result)
+            progress(by_name[result.file].layout.size)
+
+        by_name = {shard.file: shard for shard in shards}
+        self._run(shards, plan.needs(), start, note, AHEAD * places)
+        for part in stage.path.rglob(f"*{PART}"):  # of lost workers
+            part.unlink(missing_ok=True)
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+    def _places(self) -> tuple[int, int]:
+        """Threads of a task, as many as the smallest machine has, and how many tasks run at a
+        time."""
+        resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        cores = [int(each["CPU"]) for each in resources if each.get("CPU", 0) >= 1]
+        gpus = sum(int(each.get("GPU", 0)) for each in resources)
+        if not cores or (self.on_cuda and not gpus):
+            raise Failed(
+                f"a Ray cluster of {sum(cores)} CPUs and {gpus} GPUs",
+                expected="at least one" + " GPU" * self.on_cuda,
+                where="--ray-address",
+                hint="add a machine to the cluster, then --resume",
+            )
+        if self.on_cuda:
+            return max(1, min(cores) // max(1, gpus)), gpus
+        return min(cores), sum(count // min(cores) for count in cores)
+
+    def _run(
+        self,
+        shards: Sequence[Shard | Computed],
+        needs: dict[str, tuple[str, ...]],
+        start: Callable[[Shard | Computed, Sequence[str]], Any],
+        note: Callable[[dict[str, Any]], None],
+        limit: int,
+    ) -> None:
+        """Start the tasks, the longest files first and those that need others after them, at most
+        `limit` at a time; on an error, or Ctrl-C, end all that run."""
+        waiting = sorted(shards, key=lambda shard: (-shard.size, shard.file))
+        running: dict[Any, str] = {}
+        try:
+            while waiting or running:
+                left = {*(shard.file for shard in waiting), *running.values()}
+                ready = [shard for shard in waiting if not left.intersection(needs[shard.file])]
+                for shard in ready[: limit - len(running)]:
+                    waiting.remove(shard)
+                    running[start(shard, needs[shard.file])] = shard.file
+                done, _ = self.ray.wait(list(running), timeout=POLL)
+                for reference in done:
+                    note(self._answer(reference, running.pop(reference)))
+        except BaseException:
+            for reference in running:
+                self.ray.cancel(reference, force=True)
+            if running:
+                self.ray.wait(list(running), num_returns=len(running), timeout=LEAVE)
+            raise
+
+    def _answer(self, reference: Any, file: str) -> dict[str, Any]:
+        """What a task gives back. Raises the task's own error, and `Failed` where its workers were
+        lost again and again."""
+        try:
+            answer = self.ray.get(reference)
+        except (
+            self.ray.exceptions.WorkerCrashedError,
+            self.ray.exceptions.NodeDiedError,
+            self.ray.exceptions.OutOfMemoryError,
+            self.ray.exceptions.RaySystemError,
+        ) as error:
+            raise Failed(
+                f"its worker was lost {RETRIES + 1} times: {shown(error)}",
+                expected="machines that stay, with the memory that the plan says",
+                where=file,
+                hint="run the same command with --resume",
+            ) from error
+        if "error" in answer:
+            raise _as_error(answer["error"])
+        return answer
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What all tasks of a job have in common."""
+
+    path: Path  # the stage's folder
+    job: str  # of which a worker keeps the plan
+    hash: bool
+    device: str
+    workers: int
+
+
+@dataclass
+class _Workspace:
+    """The stage as a task sees it."""
+
+    path: Path
+    attempt: str
+    entries: list[dict]
+
+    def journal(self) -> list[dict]:
+        return self.entries
+
+    def wanted(self, name: str) -> bool:
+        return True
+
+
+_plans: dict[str, Plan] = {}  # of the job that this worker process is at
+
+
+def _card() -> str:
+    """A task: the kind of the card that it gets."""
+    return kind(pick_device("cuda"))
+
+
+def _make(
+    share: _Share, stored: list[Any], file: str, entries: list[dict], versions: str
+) -> dict[str, Any]:
+    """A task: make one file; what is noted of it, or the error as data, which is not retried."""
+    try:
+        if versions != VERSIONS:
+            raise Failed(
+                f"a worker with {VERSIONS}",
+                expected=f"{versions}, as here: others round otherwise",
+                where=file,
+                hint="install the same on all machines, then --resume",
+            )
+        if share.job not in _plans:
+            _plans.clear()
+            _plans[share.job] = _package().get(stored[0])
+        plan, results = _plans[share.job], []
+        if (here := kind(pick_device(share.device))) != plan.device:
+            raise Failed(
+                f"a worker on {here}",
+                expected=f"{plan.device}, as the first one: others round otherwise",
+                where=file,
+                hint="use machines of one kind, then --resume",
+            )
+        attempt = f"0-{os.getpid()}-{secrets.token_hex(4)}"
+        local(share.device, share.workers)(
+            plan,
+            [shard for shard in plan.shards if shard.file == file],
+            _Workspace(share.path, attempt, entries),
+            hash=share.hash,
+            finished=results.append,
+            progress=lambda done: None,
+        )
+        return vars(results[0])
+    except AdapterkitError as error:
+        return {"error": _as_data(error)}
+
+
+def _as_data(error: AdapterkitError) -> dict[str, Any]:
+    inner = error.errors if isinstance(error, MultipleErrors) else ()
+    four = {key: getattr(error, key) for key in ("problem", "expected", "where", "hint")}
+    return {"kind": type(error).__name__, **four, "errors": [_as_data(one) for one in inner]}
+
+
+def _as_error(data: dict[str, Any]) -> AdapterkitError:
+    if data["errors"]:
+        return MultipleErrors(_as_error(one) for one in data["errors"])
+    four = {key: data[key] for key in ("expected", "where", "hint")}
+    return getattr(errors, data["kind"])(data["problem"], **four)
