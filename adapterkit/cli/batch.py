@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
+from adapterkit.checkpoint.shards import PICKLES
 from adapterkit.cli.output import ProgressBar, print_json
 from adapterkit.errors import AdapterkitError, Interrupted, Refused, refuse_all, shown
 from adapterkit.hub.ids import is_on_hub, parse
+from adapterkit.hub.listing import WEIGHTS
 
 PLACES = ("{name}", "{parent}")
 
@@ -115,13 +117,15 @@ def plan_outputs(lines: Iterable[str], pattern: str) -> list[tuple[str, str]]:
 
 def name_and_parent(source: str) -> tuple[str, str]:
     """What {name} and {parent} stand for: a file's name without its ending or a folder's, and the
-    folder around it; of a Hub id those of its subfolder or its repository."""
+    folder around it; of a Hub id those of its file, its subfolder or its repository."""
     hub_id = None if os.path.exists(source) else parse(source)
     if hub_id is not None:
         path = Path(*filter(None, (hub_id.repo, hub_id.subfolder)))
+        is_file = hub_id.subfolder.endswith((*WEIGHTS, *PICKLES))
     else:
         path = Path(source).absolute()
-    return path.stem if path.is_file() else path.name, path.parent.name
+        is_file = path.is_file()
+    return path.stem if is_file else path.name, path.parent.name
 
 
 def _convert(

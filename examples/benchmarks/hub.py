@@ -106,7 +106,9 @@ def main() -> int:
     half = config | {"num_hidden_layers": config["num_hidden_layers"] // 2}
     adapter = common.make_adapter(args.work / f"adapter-{args.size}", half, "float32")
     common.warm(base, adapter)
-    with Hub(token=TOKEN, folder=common.fresh(args.work / "hub")) as hub:
+    kept = common.fresh(args.work / "hub")
+    # files are uploaded whole, so that nothing waits for the server to join parts
+    with Hub(token=TOKEN, folder=kept, part_size=args.size) as hub:
         for name, folder in (("org/base", base), ("org/adapter", adapter)):
             hub.commit(name, {path.name: path for path in folder.iterdir()})
         report = measure(args, hub)

@@ -110,6 +110,7 @@ def test_names_in_patterns(tmp_path: Path):
     assert name_and_parent(str(tmp_path)) == (tmp_path.name, tmp_path.parent.name)
     assert name_and_parent("org/name@main") == ("name", "org")
     assert name_and_parent("org/name:sub/inner") == ("inner", "sub")
+    assert name_and_parent("org/name:loras/a.b.safetensors") == ("a.b", "loras")
     assert plan_outputs(["org/a", "org/a", "other/b"], "x/{name}") == [
         ("org/a", "x/a"),
         ("other/b", "x/b"),
