@@ -185,6 +185,6 @@ def test_outputs_that_cannot_be(out, words, dry, calls, tmp_path, monkeypatch):
 def test_dry_run_checks_too(calls, tmp_path):
     base, one = calls["merge"][0]
     assert isinstance(adapterkit.merge(base, one, out=tmp_path / "out", dry_run=True), Plan)
-    for wrong in ({"engine": "ray"}, {"device": "tpu"}, {"hash": "md5"}):
+    for wrong in ({"engine": "slurm"}, {"device": "tpu"}, {"hash": "md5"}):
         with pytest.raises(adapterkit.Refused):
             adapterkit.merge(base, one, out=tmp_path / "out", dry_run=True, **wrong)
