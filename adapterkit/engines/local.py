@@ -195,22 +195,27 @@ class _ShardRun:
 
     def _work(self, pieces: Iterator[Piece]) -> None:
         try:
-            scratch = Scratch(self.device)
-            torch.set_num_threads(1)  # this thread's; the workers are the parallelism
-            with self.streams.use(), torch.inference_mode():
-                while (buffer := self.buffers.take(self.stop)) is not None:
-                    with self.turn:
-                        piece = next(pieces, None)
-                    if piece is None:
-                        self.buffers.give(buffer)
-                        return
-                    self._do(piece, buffer, scratch)
+            self._take_pieces(pieces)
         except BaseException as error:
             with self.lock:
                 self.problem = self.problem or error
             self.stop.set()
         finally:
+            # no tensor is left to this thread: the process may end now, which a thread that frees
+            # one would not outlive quietly
             self.running.finish()
+
+    def _take_pieces(self, pieces: Iterator[Piece]) -> None:
+        scratch = Scratch(self.device)
+        torch.set_num_threads(1)  # this thread's; the workers are the parallelism
+        with self.streams.use(), torch.inference_mode():
+            while (buffer := self.buffers.take(self.stop)) is not None:
+                with self.turn:
+                    piece = next(pieces, None)
+                if piece is None:
+                    self.buffers.give(buffer)
+                    return
+                self._do(piece, buffer, scratch)
 
     def _do(self, piece: Piece, buffer: Buffer, scratch: Scratch) -> None:
         shard = piece.shard

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import weakref
 
 import pytest
 import torch
@@ -137,6 +139,28 @@ adapterkit.verbs.merge.merge(sys.argv[1], [sys.argv[2]], out=sys.argv[3])
     )
     assert done.returncode == 0, done.stderr
     assert bool((load_file(tmp_path / "out" / "model.safetensors")["embed.weight"] == 1.5).all())
+
+
+def test_a_worker_is_done_when_it_holds_no_tensor(tmp_path, monkeypatch):
+    """The process may end then: a thread that still freed one would abort it."""
+    held, alive = {}, []
+
+    class Watched(local.Scratch):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            held[threading.get_ident()] = weakref.ref(self)
+
+    def finish(running):
+        if threading.get_ident() in held:
+            alive.append(held[threading.get_ident()]() is not None)
+        real(running)
+
+    real = local.Running.finish
+    monkeypatch.setattr(local, "Scratch", Watched)
+    monkeypatch.setattr(local.Running, "finish", finish)
+    job(tmp_path, torch.bfloat16)
+    merged(tmp_path)
+    assert alive and not any(alive)
 
 
 def test_files_are_written_in_turn(tmp_path, monkeypatch):

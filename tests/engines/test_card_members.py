@@ -1,0 +1,197 @@
+"""Every edit, combination method, init, format and type of adapter stays on a pretended card, and
+gives there what it gives on the CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from numpy import array
+from safetensors.torch import save_file
+
+import adapterkit
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import open_checkpoint
+from adapterkit.engines.reader import LocalReader
+from adapterkit.kernels.lowrank import Product
+from adapterkit.plan import Edit
+from adapterkit.registry import members
+from adapterkit.tasks import edits
+from adapterkit.tasks.edits import (
+    AddLikePeft,
+    AddLowRank,
+    AddVector,
+    Assign,
+    Block,
+    Decompose,
+    ReplaceRows,
+    RoundTo,
+    Term,
+)  # fmt: skip
+from tests.support import kinds, methods, quantized_llama
+from tests.support.card import DEVICE, Card, installed
+
+CPU = torch.device("cpu")
+OUT, IN, RANK, EXPERTS = 12, 10, 3, 2
+STORED = {
+    "w": (OUT, IN), "a": (RANK, IN), "b": (OUT, RANK), "vector": (OUT,), "magnitude": (OUT,),
+    "columns": (IN,), "rows": (2, IN), "tokens": (2, OUT), "stack_a": (EXPERTS * RANK, IN),
+    "stack_b": (OUT, RANK * EXPERTS),
+}  # fmt: skip
+INIT_STATISTICS = {"covariance", "gradient", "components", "variances", "variance"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> LocalFolder:
+    path = tmp_path_factory.mktemp("members")
+    torch.manual_seed(0)
+    tensors = {key: torch.randn(shape).bfloat16() for key, shape in STORED.items()}
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text("{}")
+    return LocalFolder(path)
+
+
+def specs_of(folder: LocalFolder) -> dict[str, TensorSpec]:
+    return dict(open_checkpoint(folder).tensors)
+
+
+def edits_of(s: dict[str, TensorSpec]) -> list[Edit]:
+    """Each kind, and each of its ways to be stored."""
+    whole, scattered = Block(0, OUT, 0, IN), range(OUT - 1, -1, -1)
+    turned = Block(2, 8, 0, IN, row_at=array([3, 1, 0]), row_of=array([3, 5, 6]))
+    term = Term(s["a"], s["b"], 1.5, RANK, (whole,))
+    one = Term(s["stack_a"], s["stack_b"], 0.5, RANK, (Block(0, OUT, 0, IN, 1),), experts=EXPERTS)
+    add = AddLowRank((term,))
+    chosen: list[Edit] = [
+        add,
+        AddLowRank((term, Term(s["a"], s["b"], 1.0, RANK, (turned,)), one)),
+        AddLikePeft(term, torch.bfloat16, True),
+        AddVector(s["vector"], 0.5, 0, OUT, scattered),
+        RoundTo(torch.bfloat16),
+        ReplaceRows(s["rows"], (1, 7)),
+        ReplaceRows(s["tokens"], (0, 4), by_columns=True),
+        Assign(s["w"], whole, False),
+        Assign(
+            s["w"],
+            Block(0, 4, 0, IN, row_at=array([5, 2, 9, 0]), row_of=array([0, 2, 1, 3])),
+            False,
+        ),
+        Decompose(s["magnitude"], (0, OUT), False, (add,)),
+        Decompose(s["magnitude"], (0, OUT), False, (add,), of_stored=True),
+        Decompose(s["columns"], (0, IN), True, (add,)),
+    ]
+    return chosen
+
+
+def test_edits(folder: LocalFolder):
+    specs, w = specs_of(folder), torch.randn(OUT, IN)
+    chosen = edits_of(specs)
+    everything = {c for c in vars(edits).values() if isinstance(c, type) and issubclass(c, Edit)}
+    assert {type(edit) for edit in chosen} == everything - {Edit}
+    with Sources((folder,), {}) as sources, installed(Card()) as card, torch.inference_mode():
+        for edit in chosen:
+            results = []
+            for device in (CPU, DEVICE):
+                value = w.clone().to(device)
+                loaded = edit.load(LocalReader(sources, device), specs["w"], (OUT, IN))
+                loaded.apply(value[:5], 0)
+                loaded.apply(value[5:], 5)
+                results.append(value.cpu())
+            torch.testing.assert_close(results[1], results[0])
+    assert not card.races
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_methods(name: str):
+    torch.manual_seed(0)
+    count = 2 if name == "slerp" else 4
+    pairs = [(torch.randn(9, 3).double(), torch.randn(3, 14).double()) for _ in range(count)]
+    weights, method = [0.4, 0.3, 0.2, 0.1][:count], methods.record(name)
+    seen = [methods.covariance_of(b @ a) for b, a in pairs]
+    dense = lambda x: (x.dense() if isinstance(x, Product) else x).cpu().float()
+    results = []
+    with installed(Card()), torch.inference_mode():
+        for device in (CPU, DEVICE):
+            products = [Product(b.to(device), a.to(device)) for b, a in pairs]
+            if method.acts_on == "covariances":
+                given = lambda which, device=device: seen[which].to(device)
+                found = method.combine_covariances(products, weights, given)[0]
+            else:
+                found = methods.applied(method, products, weights)[0]
+            results.append(dense(found))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", members("inits"))
+def test_inits(name: str):
+    torch.manual_seed(0)
+    method, x = members("inits")[name](), torch.randn(80, 30)
+    given = {
+        "covariance": x.T @ x / 80, "gradient": torch.randn(20, 30), "components": torch.eye(8, 30),
+        "variances": torch.arange(8.0, 0, -1), "variance": torch.tensor([36.0]),
+    }  # fmt: skip
+    if not method.needs:
+        pytest.skip("drawn, on the CPU: the same numbers everywhere")
+    weight, results = torch.randn(20, 30), []
+    with installed(Card()), torch.inference_mode():
+        for device in (CPU, DEVICE):
+            options: dict[str, Any] = {
+                kind: given[kind].to(device) for kind in method.needs if kind in given
+            }
+            if getattr(method, "draws", False):
+                options["generator"] = torch.Generator().manual_seed(1)
+            a, b = method.factors(weight.to(device), 4, 1.0, **options)
+            results.append((b.to(device) @ a).cpu())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def same_there(verb: Callable[..., Any], *arguments: Any, out: Path, **options: Any) -> None:
+    """The weights of an output made on the card are those made on the CPU."""
+    verb(*arguments, out=out / "here", device="cpu", **options)
+    with installed(Card()) as card:
+        verb(*arguments, out=out / "there", device="cuda", **options)
+    assert not card.races, card.races[:3]
+    files = sorted((out / "here").glob("*.safetensors"))
+    assert files
+    for path in files:
+        assert path.read_bytes() == (out / "there" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("awq", "fp8-block") else pytest.mark.slow)
+        for name in quantized_llama.FORMS
+    ],
+)
+def test_formats_are_decoded(name: str, tmp_path: Path, one_thread: None):
+    quantized_llama.base(quantized_llama.FORMS[name], tmp_path / "base")
+    same_there(adapterkit.dequantize, tmp_path / "base", out=tmp_path)
+
+
+@pytest.mark.parametrize("to", ["fp4", "fp8"])
+def test_formats_are_encoded(to: str, tmp_path: Path, one_thread: None):
+    """Those of which there is no golden job; fp8 has blocks of 128."""
+    sizes: dict[str, Any] = {"vocab_size": 80, "hidden_size": 128, "intermediate_size": 256}
+    config = transformers.LlamaConfig(
+        **sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    same_there(adapterkit.quantize, tmp_path / "base", out=tmp_path, to=to)
+
+
+@pytest.mark.parametrize("kind", kinds.SIMPLE)
+def test_types_of_adapters(kind: str, tmp_path: Path, one_thread: None):
+    case, base = kinds.SIMPLE[kind], tmp_path / "base"
+    base.mkdir()
+    torch.manual_seed(0)
+    save_file(kinds.Net().state_dict(), base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    adapter = kinds.trained(case, base, tmp_path / "adapter")
+    options = {"base": base} if case.base else {}
+    same_there(adapterkit.resize, adapter, out=tmp_path, rank=2, **options)
