@@ -12,7 +12,7 @@ a cluster of this machine whose workers have done a small merge before. All writ
 which is checked. `start-up` is what processes take to begin, and stays the same for a model of any
 size: imports and planning, measured by dry runs of the same commands, of all three steps for ranks;
 for Ray the start of the cluster and of its workers. `work` is the rest, and `/ local` compares it
-with one process.
+with one process. `peak MB` is of the largest process, for Ray of the driver.
 
 671B is DeepSeek-V3's names and shapes without its data: `merge --plan`, one of 64 ranks with
 `--dry-run`, and `finish`, which refuses, as no file is made. Their CPU seconds and peak memory are
@@ -145,7 +145,7 @@ class Run:
 
     start: float  # of imports and planning
     work: float
-    peak: int  # bytes of its largest process
+    peak: int  # bytes of its largest process; for Ray of the driver
 
 
 def local(job: Job) -> Run:

@@ -23,6 +23,7 @@ import adapterkit
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.errors import Refused, Unrecoverable
 from tests.golden.inputs import ADAPTER_CONFIG, CONFIG, create_inputs
+from tests.support.documents import ROOT, typed
 
 JOBS: dict[str, Callable[..., Any]] = {
     "merge": lambda folder, **how: adapterkit.merge(
@@ -131,6 +132,24 @@ def test_the_bytes_of_the_local_engine(cluster: Any, inputs: Path, tmp_path: Pat
     assert {key: receipt.data[key] for key in same} == {key: local.data[key] for key in same}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["local", "ray"]
     assert not ray.is_initialized()
+
+
+@slow
+def test_the_command_of_the_documents(cluster: Any, inputs: Path, tmp_path: Path):
+    words = next(words for words in typed(ROOT / "docs" / "scale.md") if "ray" in words)
+    for name, source in (("BASE", "base32"), ("ADAPTER", "law")):
+        (tmp_path / name).symlink_to(inputs / source)
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=tmp_path,
+        env=os.environ | {"RAY_ADDRESS": cluster.address},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / words[words.index("--out") + 1]
+    adapterkit.merge(tmp_path / "BASE", tmp_path / "ADAPTER", out=tmp_path / "local")
+    assert contents(out) == contents(tmp_path / "local")
 
 
 @slow
