@@ -1,11 +1,12 @@
 """An output that goes to the Hub, on bounded disk: `--out hf://org/name[@branch][:folder]`."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.stage import RECEIPT, check_name
 from adapterkit.engines.hub_pipeline import HubEngine
 from adapterkit.engines.hub_stage import HubStage, pins_before, work_folder
@@ -16,6 +17,7 @@ from adapterkit.execute import run_in
 from adapterkit.hub.destination import Destination, parse_output
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.folder import HubFolder
+from adapterkit.hub.ids import HubId
 from adapterkit.hub.pins import pinned
 from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.options import StrPath, parse_size
@@ -51,6 +53,7 @@ def run_to_hub(
             where="--out",
             hint="write a folder, then `adapterkit finish FILE --push org/name`",
         )
+    _check_apart(hub_id, plan.folders)
     work = work_folder(hub_id)
     check_name(work)
     rows = check if isinstance(check, RowCheck) else None
@@ -81,6 +84,21 @@ def run_to_hub(
     if stage.pushed:
         receipt.data["pushed"] = stage.pushed
     return replace(receipt, out=f"hf://{hub_id}")
+
+
+def _check_apart(hub_id: HubId, folders: Iterable[Folder]) -> None:
+    """`Refused` where the output would take the place of an input."""
+    for folder in folders:
+        if not isinstance(folder, HubFolder):
+            continue
+        source = replace(folder.pinned, revision=folder.hub_id.revision or "main")
+        if source == replace(hub_id, revision=hub_id.revision or "main"):
+            raise Refused(
+                f"the output is the input {folder.label}",
+                expected="an output apart from the inputs",
+                where="--out",
+                hint=f"give another repository, or a branch: hf://{hub_id.repo}@NAME",
+            )
 
 
 def _in_scratch(plan: Plan, place: Path) -> Plan:

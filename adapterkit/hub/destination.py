@@ -128,6 +128,9 @@ class Destination:
             paths = " ".join(self.hub_id.path(name) for name in old)
             branch = f" --revision {self.hub_id.revision}" if self.hub_id.revision else ""
             command = f"hf repos delete-files {self.hub_id.repo} {shown(paths)}{branch}"
+            if not self.exists:  # the branch would begin with the files of main
+                new = f"hf repos branch create {self.hub_id.repo} {self.hub_id.revision}"
+                command = f"{new} && {command}"
             raise Refused(
                 f"other weights are there already: {shown(', '.join(old))}",
                 expected="a repository all of whose weights this upload replaces; "

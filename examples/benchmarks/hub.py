@@ -21,6 +21,7 @@ Both repositories are compared at the end, file by file.
 
 import argparse
 import json
+import os
 import sys
 import threading
 from collections import Counter
@@ -88,11 +89,12 @@ class DiskWatch:
 def blocks(folder: Path) -> int:
     """Bytes that the files in a folder take on disk; those that go meanwhile count 0."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_blocks * 512
-        except FileNotFoundError:
-            continue
+    for parent, _, names in os.walk(folder):  # it passes over folders that go meanwhile, too
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+            except FileNotFoundError:
+                continue
     return total
 
 

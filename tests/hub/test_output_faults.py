@@ -132,12 +132,21 @@ def test_a_path_object_is_a_place_too(place, tmp_path):
     assert "on this machine" in error.parts["expected"]
 
 
+@pytest.mark.parametrize("out", ["org/base", "org/base@main", "org/adapter"])
+def test_an_input_is_no_output(place, out):
+    hub, client, _ = place
+    error = client.refusal(merge(out))
+    assert "apart from the inputs" in error.parts["expected"] and not weights_moved(hub)
+
+
 def test_old_weights_beside_are_refused(place):
     hub, client, out = place
     hub.commit(out, {"model.safetensors": b"\0old"})
     error = client.refusal(merge(out))
     assert "already: model.safetensors" in error.parts["problem"]
-    assert not weights_moved(hub)
+    error = client.refusal(merge(f"{out}@new"))
+    assert f"hf repos branch create {out} new && hf repos delete-files" in error.parts["hint"]
+    assert not weights_moved(hub) and "new" not in hub.repos[out].refs
 
 
 def test_a_busy_hub_is_asked_again(place, expected):
@@ -235,6 +244,20 @@ def test_a_killed_run_is_resumed(standing, place, expected, method, path, number
     if method == "POST":
         assert not down and not again
     assert not list(Path(standing[2], "adapterkit").glob(f".{out.replace('/', '--')}.*"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_with_xet(tmp_path, expected):
+    with Hub(token=TOKEN, xet=True) as hub:
+        hub.commit("org/base", base_files())
+        hub.commit("org/adapter", adapter_files())
+        killed((hub, None, tmp_path), "org/merged", "POST", "/commit/", 1)
+        hub.log.clear()
+        client = start(hub, tmp_path)
+        client(merge("org/merged", ", resume=True"))
+        client.close()
+        assert changed(hub, expected, "org/merged") == [] and not weights_moved(hub)
+        assert not hub.asked("GET", "/xet-write-token/")
 
 
 def test_an_interrupted_command_says_how_to_go_on(standing, place, expected):
