@@ -13,7 +13,7 @@ SECTIONS = {
     "Checkpoints": (merge, extract, init, stats),
     "Adapters": (convert, combine, subtract, arrow, resize, rebase),
     "Quantized": (quantize, dequantize, loftq),
-    "Plan files": (run, finish),
+    "Jobs": (run, finish),
     "Look": (inspect, diff, verify),
     "Shell": (completion,),
 }

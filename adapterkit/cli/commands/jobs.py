@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 @click.option("--quiet", is_flag=True, help="Show no progress and no summary.")
 @click.pass_context
 def run(ctx: click.Context, file: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Make one process's share of the output that a plan file describes, or carry out a pipeline.
+    """Make a rank's share of a plan file's output, or a pipeline's.
 
-    Any command that writes makes such a file with --plan. Start this on as many machines as there
+    Any command that writes makes a plan file with --plan. Start this on as many machines as there
     are, on a file system that all see; what a killed one leaves, others or a second start make.
     `adapterkit finish` publishes the output.
 
