@@ -162,6 +162,7 @@ class _Without:
 
     def __init__(self, task: Task):
         self.compute = task.compute
+        self.handoff_reads, self.handoff_writes = task.handoff_reads, task.handoff_writes
 
 
 def test_computes_the_same_twice_and_after_pickle(own_cases: list):
