@@ -110,7 +110,7 @@ class Streams:
     overlap; nothing on the CPU.
 
     What a thread's stream has been given is only done when the thread has waited for it: tensors
-    go to other threads after `finish`, or with a `mark` that these wait for.
+    go to other threads after a copy to the host, or with a `Mark` that these wait for.
     """
 
     def __init__(self, device: torch.device):
@@ -125,11 +125,6 @@ class Streams:
             self.own.stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self.own.stream):
             yield
-
-    def finish(self) -> None:
-        """Wait for all that this thread's stream has been given."""
-        if self.device.type != "cpu":
-            torch.cuda.current_stream(self.device).synchronize()
 
 
 class Mark:

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 import adapterkit
+from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines import chunks, device, local
+from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run
 from tests.golden import inputs
@@ -162,3 +166,15 @@ def test_a_small_card_has_fewer_workers(
     card.memory = 80 << 30
     run(plan, tmp_path / "out", local.local("cuda", workers=3), overwrite=True)
     assert made == [1, 3]
+
+
+def test_a_stack_that_is_dropped_is_kept_for_the_streams_that_read_it(card: Card, folder: Path):
+    checkpoint = open_checkpoint(LocalFolder(Path("base")))
+    spec = next(iter(checkpoint.tensors.values()))
+    with Sources((checkpoint.folder,), {}) as sources, torch.inference_mode():
+        reader = LocalReader(sources, DEVICE)
+        for _ in range(2):  # loaded by one, read by both
+            with torch.cuda.stream(torch.cuda.Stream()):
+                reader.shared(spec, lambda stack: stack + 1).double()
+        reader.stacks.stacks.clear()
+    assert not card.races, card.races

@@ -148,11 +148,11 @@ def test_a_worker_is_done_when_it_holds_no_tensor(tmp_path, monkeypatch):
     class Watched(local.Scratch):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            held[threading.get_ident()] = weakref.ref(self)
+            held.setdefault(threading.get_ident(), []).append(weakref.ref(self))
 
     def finish(running):
         if threading.get_ident() in held:
-            alive.append(held[threading.get_ident()]() is not None)
+            alive.extend(scratch() is not None for scratch in held[threading.get_ident()])
         real(running)
 
     real = local.Running.finish
