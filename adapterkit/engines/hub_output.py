@@ -8,8 +8,9 @@ from pathlib import Path
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.stage import RECEIPT, check_name
+from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.engines.hub_pipeline import HubEngine
-from adapterkit.engines.hub_stage import HubStage, pins_before, work_folder
+from adapterkit.engines.hub_stage import HubStage, inputs_folder, pins_before, work_folder
 from adapterkit.engines.hub_transfers import plan_transfers
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused
@@ -58,8 +59,11 @@ def run_to_hub(
     check_name(work)
     rows = check if isinstance(check, RowCheck) else None
     held = check is not None and rows is None
-    plan = _in_scratch(plan, work.with_name(f".{work.name}.adapterkit") / "inputs")
+    plan = _in_scratch(plan, inputs_folder(hub_id))
     transfers = plan_transfers(plan, held=held)
+    free = free_bytes(work)
+    if limit is None and transfers.disk(None) > free:
+        limit = free // 10 * 9  # it takes what there is
     transfers.check(limit)
     plan = replace(plan, transfers=transfers.totals(limit))
     if execution.dry_run:

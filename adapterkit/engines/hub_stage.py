@@ -13,6 +13,8 @@ from adapterkit.hub.ids import HubId
 from adapterkit.hub.pins import Pins, current_pins
 from adapterkit.hub.upload import CopiedFile, LocalFile, Uploaded, commit, groups, upload
 
+INPUTS = "inputs"
+
 
 def work_folder(hub_id: HubId) -> Path:
     """Where the work for a place on the Hub is kept until it is there: in a hidden folder beside
@@ -20,6 +22,11 @@ def work_folder(hub_id: HubId) -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME).expanduser() / "adapterkit" / str(hub_id).replace("/", "--")
+
+
+def inputs_folder(hub_id: HubId) -> Path:
+    """Where the job's inputs are while it needs them."""
+    return Stage(work_folder(hub_id)).control / INPUTS
 
 
 def pins_before(hub_id: HubId) -> Pins:
@@ -39,7 +46,7 @@ class HubStage(Stage):
     def __init__(self, destination: Destination, limit: int):
         super().__init__(work_folder(destination.hub_id))
         self.destination, self.limit = destination, limit
-        self.inputs = self.control / "inputs"  # what is downloaded
+        self.inputs = self.control / INPUTS
         self.pushed: dict[str, str] = {}
         self._noting = threading.Lock()
         self._gone: dict[str, Uploaded | CopiedFile] | None = None  # once the journal is read

@@ -85,7 +85,8 @@ class Transfers:
                 expected=f"at least {least:,} bytes: the inputs of one file, the file, and what "
                 "stays to the end",
                 where="--disk-limit",
-                hint=f"give --disk-limit {math.ceil(least / 1e6)}MB or more",
+                hint=f"give --disk-limit {math.ceil(least / 1e6)}MB or more, with HF_HOME on a "
+                "disk that has them",
             )
 
     def totals(self, limit: int | None) -> dict[str, int]:

@@ -212,6 +212,21 @@ def test_a_limit_below_the_largest_file_is_refused(place):
     assert "org/tiny" in hub.repos
 
 
+def test_without_a_limit_it_takes_the_disk_that_is_free(place):
+    _, client, *_ = place
+    job = JOBS["merge"].format(more="out='hf://org/free', dry_run=True")
+    call = f"{job}.totals()"
+    client("from adapterkit.engines import hub_output as module\nwhole = module.free_bytes")
+    needed = client(call)["disk_needed"]
+    try:
+        client("module.free_bytes = lambda path: 1_000_000")
+        assert client(call)["disk_needed"] == 900_000 < needed
+        client("module.free_bytes = lambda path: 400_000")
+        assert "HF_HOME" in client.refusal(call).parts["hint"]
+    finally:
+        client("module.free_bytes = whole")
+
+
 def test_a_dry_run_counts_bytes(place):
     hub, client, *_ = place
     totals = client(
