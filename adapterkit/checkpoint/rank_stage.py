@@ -24,6 +24,7 @@ from adapterkit.checkpoint.writer import PART, part_name
 
 FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
+PART_MARKER = re.compile(r"((.+)@(\d+)-(\d+))\.json")
 BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
 
 
@@ -78,6 +79,15 @@ class RankStage:
         found = ((name, self.marker(name)) for name in names)
         return {name: entry for name, entry in found if entry is not None}
 
+    def parts(self) -> dict[str, list[tuple[int, int]]]:
+        """Which parts of files are done: bytes [start, stop) by file."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for path in sorted(self.marks.rglob("*@*.json")):
+            match = PART_MARKER.fullmatch(path.relative_to(self.marks).as_posix())
+            if match and self.marker(match[1]):
+                found.setdefault(match[2], []).append((int(match[3]), int(match[4])))
+        return found
+
     def mark(self, name: str, entry: dict[str, Any]) -> None:
         """Note durably that a file, whose bytes are durable, is done."""
         self._write(f"{name}.json", {"attempt": self.attempt, **entry})
@@ -87,6 +97,12 @@ class RankStage:
         paths = sorted(self.marks.rglob("*.json"))
         names = [path.relative_to(self.marks).as_posix().removesuffix(".json") for path in paths]
         return list(self.markers(names).values())
+
+    def forget(self, name: str) -> None:
+        """Remove a file that is done, and its marker first."""
+        with storage_errors(self.path):
+            (self.marks / f"{name}.json").unlink(missing_ok=True)
+            (self.path / name).unlink(missing_ok=True)
 
     def wanted(self, name: str) -> bool:
         """Whether a file is still to be made: another process may have made it meanwhile."""

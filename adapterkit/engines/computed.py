@@ -84,7 +84,7 @@ def write_computed(
         shard.write(layout.header, 0)
         shard.truncate(layout.size)
         handoffs.close()
-        sha, marks = _hash(shard, layout) if hashed else (None, {})
+        sha, marks = hash_of(shard, layout) if hashed else (None, {})
         shard.sync()
         shard.publish()
     except BaseException:
@@ -303,7 +303,7 @@ def _finite(result: TaskResult) -> TaskResult:
     return result
 
 
-def _hash(shard: ShardFile, layout: ShardLayout) -> tuple[str, dict[str, str]]:
+def hash_of(shard: ShardFile, layout: ShardLayout) -> tuple[str, dict[str, str]]:
     """The file's sha256 and the marks at its tensors' ends."""
     running, block = RunningHash(tensor_ends(layout)), memoryview(bytearray(BLOCK))
     for at in range(0, layout.size, BLOCK):

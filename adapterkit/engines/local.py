@@ -187,7 +187,8 @@ class _ShardRun:
         if not self.stage.wanted(shard.file):
             self.room.release()
             return iter(())
-        opened = OpenShard(shard, self.stage, self.hashed)
+        opened = OpenShard(shard, hashed=self.hashed)
+        opened.create(self.stage)
         self.open.append(opened)
         pieces = list(opened.pieces(self.device))
         opened.remaining = len(pieces)

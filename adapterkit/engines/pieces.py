@@ -4,6 +4,8 @@ tensors."""
 import itertools
 import math
 import threading
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -104,12 +106,45 @@ class OpenStep:
                 self.edits = None
 
 
+@dataclass(frozen=True)
+class Part(Shard):
+    """Bytes [start, stop) of an output file, whole pieces: a file of its own until all are there
+    (`rank_parts.py`)."""
+
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        return part_name(self.layout.file, self.start, self.stop)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def part_name(file: str, start: int, stop: int) -> str:
+    """The name of the file of bytes [start, stop) of an output file."""
+    return f"{file}@{start}-{stop}"
+
+
+def cut(shard: Shard, parts: int, device: torch.device) -> list[Part]:
+    """An output file in so many parts of about the same size, at most; cut between pieces."""
+    starts = [piece.position for piece in OpenShard(shard, hashed=False).pieces(device)]
+    wanted = [shard.size * number // parts for number in range(1, parts)]
+    places = [starts[i] for i in (bisect_left(starts, at) for at in wanted) if i < len(starts)]
+    edges = sorted({0, *places, shard.size})
+    return [Part(shard.layout, shard.steps, *edge) for edge in itertools.pairwise(edges)]
+
+
 class OpenShard:
     """An output file in the making: its pieces, its hash in file order, what is left to do."""
 
-    def __init__(self, shard: Shard, stage: Workspace, hashed: bool):
+    file: ShardFile
+
+    def __init__(self, shard: Shard, *, hashed: bool):
         self.shard = shard
-        self.file = ShardFile(stage.path, shard.file, shard.layout.size, stage.attempt)
+        hashed = hashed and not isinstance(shard, Part)
         self.digest = RunningHash(tensor_ends(shard.layout)) if hashed else None
         self.steps: list[OpenStep] = []
         self.lock = threading.Lock()
@@ -117,9 +152,31 @@ class OpenShard:
         self.next, self.hashing, self.remaining = 0, False, 0
         self.flushed = 0
 
+    def create(self, stage: Workspace) -> None:
+        """Make the file."""
+        self.file = ShardFile(stage.path, self.shard.file, self.shard.size, stage.attempt)
+
     def pieces(self, device: torch.device) -> Iterator[Piece]:
-        """The file's pieces in order; neighboring untouched tensors of one input file are one
-        run."""
+        """The pieces in order, those of a part at their places in it."""
+        part = self.shard
+        if not isinstance(part, Part):
+            yield from self._pieces(device)
+            return
+        to_the_end = part.stop == part.layout.size
+        inside = [
+            piece
+            for piece in self._pieces(device)
+            if part.start <= piece.position and (piece.position < part.stop or to_the_end)
+        ]
+        spans = Counter(id(piece.step) for piece in inside)
+        self.steps = [step for step in self.steps if id(step) in spans]
+        for step in self.steps:
+            step.remaining = spans[id(step)]
+        for number, piece in enumerate(inside):
+            yield replace(piece, number=number, position=piece.position - part.start)
+
+    def _pieces(self, device: torch.device) -> Iterator[Piece]:
+        """The whole file's; neighboring untouched tensors of one input file are one run."""
         number = itertools.count()
         header = self.shard.layout.header
         yield Piece(self, next(number), 0, len(header), data=header)
@@ -191,6 +248,9 @@ class OpenShard:
             ready[1]()
 
     def result(self) -> ShardResult:
+        if isinstance(self.shard, Part):  # its metrics go on in the other parts
+            raw = {s.step.key: vars(s.metrics) for s in self.steps if s.step.edits}
+            return ShardResult(self.shard.file, self.shard.size, None, {}, raw)
         metrics = {s.step.key: s.metrics.result(s.step) for s in self.steps if s.step.edits}
         sha = self.digest.hexdigest() if self.digest else None
         marks = self.digest.marks if self.digest else {}

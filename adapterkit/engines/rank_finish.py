@@ -10,8 +10,10 @@ from adapterkit.checkpoint.rank_stage import RankStage, adopt
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.execution import Execution
+from adapterkit.engines.pieces import part_name
 from adapterkit.engines.placement import device_totals
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
+from adapterkit.engines.rank_parts import join, tiling
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run_in
 from adapterkit.options import Executor
@@ -34,9 +36,12 @@ class Finish(Executor):
         worked = 0.0
         if stage.state(self.job.fingerprint, resume=True, overwrite=False) == "fresh":
             raise no_stage(stage.path)
-        if stage.journal() and stage.journal()[0].get("ranks"):
-            with stage:
-                worked = self._adopt(plan, stage)
+        with stage:
+            ranks = RankStage(stage.control, self.job.digest)
+            if ranks.path.is_dir():
+                worked = self._adopt(plan, stage, ranks, hashed=execution.hash == "sha256")
+            elif (stage.journal() or [{}])[0].get("ranks"):
+                raise no_stage(ranks.path)
         device = (stage.journal() or [{}])[0].get("device", "cpu")
         if device != "cpu":  # of the ranks: this machine may have none
             plan = replace(plan, device=device, on_device=device_totals(plan, cores()))
@@ -51,17 +56,21 @@ class Finish(Executor):
             began=time.monotonic() - worked,
         )
 
-    def _adopt(self, plan: Plan, stage: Stage) -> float:
+    def _adopt(self, plan: Plan, stage: Stage, ranks: RankStage, *, hashed: bool) -> float:
         """Take over what the ranks made; the seconds that the slowest of them took. `Refused` where
         files are missing."""
-        ranks = RankStage(stage.control, self.job.digest)
-        if not ranks.exists():
-            raise no_stage(ranks.path)
         if reason := ranks.spoiled():
             raise spoiled(reason, ranks)
-        names = [shard.file for shard in plan.shards]
+        files = {shard.file: shard for shard in plan.shards}
+        names = [*files]
         markers = ranks.markers(names)
-        missing = [name for name in names if name not in markers]
+        done = ranks.parts()
+        parts = {
+            name: tiling(done.get(name, ()), shard.size)
+            for name, shard in files.items()
+            if name not in markers
+        }
+        missing = [name for name, ranges in parts.items() if not ranges]
         if missing:
             raise Refused(
                 f"{len(missing)} of {len(names)} files are not there: {', '.join(missing)}",
@@ -69,7 +78,14 @@ class Finish(Executor):
                 where=str(ranks.path),
                 hint=f"run `{self.command}` again, as one rank or as all",
             )
-        check_one_kind(list(markers.values()), ranks)
+        made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
+        check_one_kind([*markers.values(), *ranks.markers(made).values()], ranks)
+        for name, ranges in parts.items():
+            shard = files[name]
+            assert ranges is not None and isinstance(shard, Shard)
+            join(ranks, shard, ranges, hashed=hashed)
+        ranks.leave()
+        markers = ranks.markers(names)
         head = {key: value for key, value in stage.journal()[0].items() if key != "ranks"}
         head["device"] = markers[names[0]]["device"]
         adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])

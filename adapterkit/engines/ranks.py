@@ -18,12 +18,23 @@ import torch
 
 from adapterkit.checkpoint.rank_stage import RankStage, is_gone
 from adapterkit.checkpoint.stage import Stage
+from adapterkit.engines.device import pick_device
 from adapterkit.engines.execution import Execution
 from adapterkit.engines.local import local
+from adapterkit.engines.pieces import Part
 from adapterkit.engines.placement import place
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
+from adapterkit.engines.rank_parts import file_of, tiling, units
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
-from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable, Waiting
+from adapterkit.errors import (
+    AdapterkitError,
+    Failed,
+    Interrupted,
+    Refused,
+    Unrecoverable,
+    Waiting,
+    listed,
+)
 from adapterkit.options import Executor
 from adapterkit.plan import Computed, Plan, Progress, Shard
 from adapterkit.receipt import ShardResult
@@ -74,8 +85,16 @@ class Rank(Executor):
 
     def __call__(self, plan: Plan, execution: Execution, check: Check | None) -> Plan:
         self.job.check(plan)
-        sizes = [(shard.file, shard.size) for shard in plan.shards]
+        plan, device = place(plan, self.device or execution.device)
+        made = {unit.file: unit for unit in units(plan, self.ranks, pick_device(device))}
+        sizes = [(name, unit.size) for name, unit in made.items()]
         share = list(self.only or assigned(sizes, self.ranks)[self.rank])
+        if unknown := [name for name in share if name not in made]:
+            raise Refused(
+                f"no file {listed(unknown)} in the plan",
+                expected=f"some of {listed([*made])}",
+                where="the plan file",
+            )
         self.outcome = Outcome(self.rank, self.ranks, share)
         if self.dry_run:
             return plan
@@ -84,8 +103,7 @@ class Rank(Executor):
         if not stage.exists() and _is_ended(whole, self.job):
             self.outcome.finished = True
             return plan
-        plan, device = place(plan, self.device or execution.device)
-        work = _Work(plan, stage, self.outcome, device, self.workers, execution)
+        work = _Work(plan, made, stage, self.outcome, device, self.workers, execution)
         try:
             work.run(self.wait, steal=self.only is None)
         except Unrecoverable as error:
@@ -127,6 +145,7 @@ class _Work:
     def __init__(
         self,
         plan: Plan,
+        units: dict[str, Shard | Computed],
         stage: RankStage,
         outcome: Outcome,
         device: str,
@@ -137,8 +156,9 @@ class _Work:
         self.execution = execution
         self.engine = local(device, workers)
         self.kind = {"device": plan.device, "torch": torch.__version__}
-        self.shards = {shard.file: shard for shard in plan.shards}
-        self.needs = plan.needs()
+        self.units = units
+        needs = plan.needs()
+        self.needs = {name: needs[file_of(unit)] for name, unit in units.items()}
         self.done: set[str] = set()
         self.watch = _Watch(stage)
 
@@ -147,7 +167,7 @@ class _Work:
         seconds for what its own need, `Refused` where the job is spoiled or gone."""
         self._check()
         waited = 0.0
-        with _Pulse(self.stage, self.shards, self.execution.progress) as pulse:
+        with _Pulse(self.stage, self.units, self.execution.progress) as pulse:
             while True:
                 self._check_spoiled()
                 todo = self._todo()
@@ -172,10 +192,21 @@ class _Work:
 
     def _todo(self) -> list[str]:
         """The files without a marker, the longest first."""
-        left = [name for name in self.shards if name not in self.done]
+        left = [name for name in self.units if name not in self.done]
         self.done |= self.stage.markers(left).keys()
+        parts = self.stage.parts()
+        self.done |= {name for name in left if self._is_done_otherwise(self.units[name], parts)}
         left = [name for name in left if name not in self.done]
-        return sorted(left, key=lambda name: (-self.shards[name].size, name))
+        return sorted(left, key=lambda name: (-self.units[name].size, name))
+
+    def _is_done_otherwise(
+        self, unit: Shard | Computed, parts: dict[str, list[tuple[int, int]]]
+    ) -> bool:
+        """Whether ranks of another number have made it, in other parts or whole."""
+        file = file_of(unit)
+        if isinstance(unit, Part) and self.stage.marker(file) is not None:
+            return True
+        return file in parts and tiling(parts[file], unit.layout.size) is not None
 
     def _free(self, ready: Sequence[str], pulse: "_Pulse") -> str | None:
         """A file that nobody is at: from the end, as its rank begins with the longest; ranks that
@@ -208,7 +239,7 @@ class _Work:
             if shared and pulse.is_made(names[0]):
                 raise _Made
 
-        shards: list[Shard | Computed] = [self.shards[name] for name in names]
+        shards: list[Shard | Computed] = [self.units[name] for name in names]
         with contextlib.suppress(_Made):
             self.engine(
                 self.plan,
@@ -223,7 +254,7 @@ class _Work:
         """`Refused` where there is no stage of this job, or its files were made elsewise."""
         if not self.stage.exists():
             raise no_stage(self.stage.path)
-        check_one_kind([*self.stage.markers(self.shards).values(), self.kind], self.stage)
+        check_one_kind([*self.stage.markers(self.units).values(), self.kind], self.stage)
 
     def _check_spoiled(self) -> None:
         if not self.stage.exists():
@@ -265,15 +296,15 @@ class _Watch:
 class _Pulse:
     """Says every few seconds that this process lives, and shows how far all are together."""
 
-    def __init__(self, stage: RankStage, shards: dict[str, Shard | Computed], progress: Progress):
-        self.stage, self.shards, self.progress = stage, shards, progress
+    def __init__(self, stage: RankStage, units: dict[str, Shard | Computed], progress: Progress):
+        self.stage, self.units, self.progress = stage, units, progress
         self.bytes = self.shown = 0  # of files without a marker; of all ranks, shown so far
         self.made: set[str] = set()
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.running, self.problem = Running(1), None
 
     def __enter__(self) -> "_Pulse":
-        total = sum(shard.layout.size for shard in self.shards.values())
+        total = sum(unit.size for unit in self.units.values())
         getattr(self.progress, "expect", lambda total: None)(total)
         self._look(0)
         with signals_deferred():
@@ -308,15 +339,15 @@ class _Pulse:
             self.running.finish()
 
     def _look(self, number: int) -> None:
-        markers = self.stage.markers(name for name in self.shards if name not in self.made)
+        markers = self.stage.markers(name for name in self.units if name not in self.made)
         own = [name for name, entry in markers.items() if entry["attempt"] == self.stage.attempt]
         self.made |= markers.keys()
         with self.lock:
-            self.bytes = max(0, self.bytes - sum(self.shards[name].layout.size for name in own))
+            self.bytes = max(0, self.bytes - sum(self.units[name].size for name in own))
             mine = self.bytes
         self.stage.beat(number, mine)
         others = [beat for beat in self.stage.beats().values() if not is_gone(beat)]
-        done = sum(self.shards[name].layout.size for name in self.made) + mine
+        done = sum(self.units[name].size for name in self.made) + mine
         done += sum(beat.get("done", 0) for beat in others)
         if done > self.shown:
             self.progress(done - self.shown)

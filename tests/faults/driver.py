@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import importlib
 import json
 import mmap
 import os
@@ -191,7 +192,7 @@ class Child:
     def _command(self) -> int:
         from adapterkit.checkpoint import storage
         from adapterkit.cli import main, signals
-        from adapterkit.engines import local, pieces, ranks
+        from adapterkit.engines import local, pieces
         from adapterkit.tasks import rows
 
         request = self.request
@@ -201,8 +202,9 @@ class Child:
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
         if request.get("workers"):
             local.local = functools.partial(local.local, workers=request["workers"])
-        for name, value in request.get("ranks", {}).items():
-            setattr(ranks, name, value)
+        for name, value in request.get("constants", {}).items():
+            module, _, name = name.rpartition(".")
+            setattr(importlib.import_module(f"adapterkit.engines.{module}"), name, value)
         if "umask" in request:
             os.umask(request["umask"])
         if request.get("user"):

@@ -20,7 +20,7 @@ import adapterkit
 from tests.faults.conftest import AdapterBench, Ended, make_adapter, make_base
 
 FAULTS = Path(__file__).parents[1] / "faults"
-QUICK = {"BEAT": 0.02, "POLL": 0.01, "STALLED": 0.3}
+QUICK = {"ranks.BEAT": 0.02, "ranks.POLL": 0.01, "ranks.STALLED": 0.3}
 JOBS = {
     "merge": ["merge", "base", "adapter", "other=0.5"],
     "init": ["init", "base", "--method", "pissa", "--rank", "2"],
@@ -84,7 +84,7 @@ class RanksBench(AdapterBench):
         """Start a rank; its process."""
         constants = QUICK | settings.pop("constants", {})
         argv = ["run", str(self.file), "--rank", rank, *more]
-        return self.start(argv, ranks=constants, **settings)
+        return self.start(argv, constants=constants, **settings)
 
     def rank(self, rank: str = "auto", *more: str, **settings) -> Ended:
         return self.wait(self.begin(rank, *more, **settings))
@@ -150,6 +150,17 @@ def ranks_bench(disk: Path, driver: Driver, rank_inputs: Path):
         return bench, whole
 
     return make
+
+
+@pytest.fixture(scope="module")
+def large(disk: Path, driver: Driver, rank_inputs: Path) -> tuple[RanksBench, dict[str, str]]:
+    """A merge into a base that is one file."""
+    root = Path(tempfile.mkdtemp(dir=disk))
+    make_base(root / "base", shards=1)
+    shutil.copytree(rank_inputs / "adapter", root / "adapter")
+    bench = RanksBench(root, driver, words=["merge", "base", "adapter"])  # type: ignore[arg-type]
+    bench.defaults = bench.defaults | {"rows": 32}
+    return bench, bench.undisturbed()
 
 
 @pytest.fixture

@@ -91,6 +91,17 @@ def test_the_plan_and_the_end_are_killed_at_each_call(merging, command: str, ste
     assert when > 8
 
 
+def test_killed_between_the_journal_and_the_folder(merging):
+    """The journal is a single process's already, the files are where the ranks left them."""
+    bench, whole = merging
+    bench.plan().succeeded()
+    bench.rank().succeeded()
+    fault = {"kill": True, "calls": ["rename"], "match": "/ranks/", "when": 1}
+    assert bench.finish(fault=fault).status == -signal.SIGKILL
+    bench.finish().succeeded()
+    bench.check_done(whole)
+
+
 def test_a_stopped_rank_wakes_after_its_file_was_made(merging):
     """And after all is finished, too: it ends without a word, and changes nothing."""
     bench, whole = merging
@@ -190,7 +201,7 @@ def test_a_rank_waits_for_what_its_file_needs(ranks_bench):
     bench.plan().succeeded()
     pid = bench.begin("0/2", fault={"calls": ["fsync"], "when": 1, "act": [["stop", "."]]})
     until(lambda: stopped(pid))
-    ended = bench.rank("1/2", "--wait", "0.1", constants={"STALLED": 60})
+    ended = bench.rank("1/2", "--wait", "0.1", constants={"ranks.STALLED": 60})
     share = json.loads(
         bench.run(["run", str(bench.file), "--rank", "1/2", "--dry-run", "--json"]).stdout
     )["share"]
