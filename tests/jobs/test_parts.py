@@ -83,7 +83,7 @@ def test_another_number_of_ranks(large):
 
 def test_the_join_is_killed_at_each_call(large):
     bench, whole = large
-    for when in range(3, 400, 6):
+    for when in range(3, 400, 15):
         bench.clear()
         bench.plan().succeeded()
         bench.rank("0/2", **SMALL).succeeded()
