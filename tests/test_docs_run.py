@@ -309,6 +309,7 @@ def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
 LAUNCHERS: dict[str, Callable[[int, int], dict[str, int]]] = {
     "srun": lambda rank, ranks: {"SLURM_PROCID": rank, "SLURM_NTASKS": ranks},
     "sbatch": lambda rank, ranks: {
+        "SLURM_PROCID": 0,
         "SLURM_ARRAY_TASK_ID": rank,
         "SLURM_ARRAY_TASK_MIN": 0,
         "SLURM_ARRAY_TASK_MAX": ranks - 1,

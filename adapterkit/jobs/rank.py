@@ -54,7 +54,9 @@ def _from(environment: Mapping[str, str]) -> Numbers:
 def _slurm(environment: Mapping[str, str]) -> Numbers | None:
     """The tasks of a job step, of each element of a job array."""
     rank, ranks = 0, 1
-    if "SLURM_PROCID" in environment:
+    # a batch script is task 0, without their number unless sbatch was given --ntasks
+    script = environment.get("SLURM_PROCID") == "0" and "SLURM_NTASKS" not in environment
+    if "SLURM_PROCID" in environment and not script:
         rank, ranks = _numbers(environment, "SLURM_PROCID", "SLURM_NTASKS")
     elif ARRAY + "ID" not in environment:
         return None

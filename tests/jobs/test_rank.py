@@ -24,6 +24,9 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8"}
     (STEP, (1, 3)),
     ({"SLURM_NTASKS": "3"}, (0, 1)),  # a shell of salloc
     (ARRAY, (2, 4)),
+    ({"SLURM_PROCID": "0"}, (0, 1)),  # a batch script
+    (ARRAY | {"SLURM_PROCID": "0"}, (2, 4)),
+    (TORCHRUN | {"SLURM_PROCID": "0"}, (5, 8)),
     (ARRAY | STEP, (7, 12)),
     (ARRAY | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (2, 4)),
     (TORCHRUN, (5, 8)),
@@ -39,7 +42,8 @@ def test_what_launchers_say(environment: dict[str, str], expected: tuple[int, in
 @pytest.mark.parametrize("environment, problem", [
     ({"RANK": "0"}, "no WORLD_SIZE"),
     ({"WORLD_SIZE": "2"}, "no RANK"),
-    ({"SLURM_PROCID": "0"}, "no SLURM_NTASKS"),
+    ({"SLURM_PROCID": "1"}, "no SLURM_NTASKS"),
+    (ARRAY | {"SLURM_PROCID": "1"}, "no SLURM_NTASKS"),
     ({"JOB_COMPLETION_INDEX": "1"}, "no ADAPTERKIT_RANKS"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2"),
     ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
