@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from adapterkit.checkpoint.reader import changed
+from adapterkit.checkpoint.shard_result import ShardResult, read_result
 from adapterkit.checkpoint.stage import HANDOFF, RECEIPT, Stage, Workspace
 from adapterkit.checkpoint.storage import free_bytes
 from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress, Shard
 from adapterkit.receipt import (
     Receipt,
-    ShardResult,
     create_receipt,
     digest,
     input_hashes,
@@ -248,10 +248,11 @@ def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
     sizes = {shard.file: shard.size for shard in plan.shards}
     done = {}
     for entry in stage.journal()[1:]:
-        name = entry.get("shard", {}).get("file")
-        size = entry.get("shard", {}).get("size")
-        if name in sizes and stage.holds(name, size) and size <= sizes[name]:
-            done[name] = ShardResult(**entry["shard"])
+        result = read_result(entry.get("shard"))
+        if result is None or result.file not in sizes:
+            continue
+        if stage.holds(result.file, result.size) and result.size <= sizes[result.file]:
+            done[result.file] = result
     if len(done) < len(plan.shards):  # missing shards may need the handoffs of the others
         done = {
             name: r

@@ -5,13 +5,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.folder import Folder, inside
 from adapterkit.checkpoint.hashes import RunningHash, sha256_of_file
 from adapterkit.checkpoint.header import read_header
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
@@ -26,23 +27,6 @@ SEAL = b',\n  "seal": "'
 def digest(recipe: dict) -> str:
     """The fingerprint of a job: the sha256 of its recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass
-class ShardResult:
-    """One written shard: its hash, the hash of its bytes up to each tensor's end, and metrics."""
-
-    file: str
-    size: int
-    sha256: str | None
-    # key -> first 16 hex digits of the sha256 of the file up to that tensor's end; None of a file
-    # whose bytes never came here
-    marks: dict[str, str] | None
-    metrics: dict[str, dict]
-    grown: int = 0  # bytes by which tensors are larger than planned, all together
-    tensors: int | None = None  # their number, where the plan knows an upper bound only
-    # key -> dtype, shape, position in the handoff's file
-    handoffs: dict[str, list] = field(default_factory=dict)
 
 
 def joined_metrics(shards: Iterable[ShardResult]) -> dict[str, dict]:

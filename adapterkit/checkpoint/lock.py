@@ -6,6 +6,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def may_run(holder: str) -> bool:
     its number may be another's."""
     host, _, rest = holder.partition(" ")
     pid, _, start = rest.partition(" ")
-    if not pid.isdigit() or not start:
+    if not re.fullmatch(r"[0-9]{1,10}", pid) or not start:
         return False  # torn by a power cut
     return host != socket.gethostname() or _start_time(int(pid)) == start
 

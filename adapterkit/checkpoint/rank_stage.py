@@ -9,17 +9,21 @@ the output, and from then on no process finds its folder.
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.lock import may_run, process_record
-from adapterkit.checkpoint.stage import HANDOFF, RANKS, Stage
+from adapterkit.checkpoint.shard_result import read_result
+from adapterkit.checkpoint.stage import HANDOFF, RANKS, Stage, size_of_file
 from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, sync_folders, write_all
+from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.checkpoint.writer import PART, part_name
 
 FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
@@ -56,23 +60,23 @@ class RankStage:
         self.attempt = f"{rank}-{os.getpid()}-{secrets.token_hex(4)}"
 
     def exists(self) -> bool:
-        """Whether the output is still being written."""
-        return self.path.is_dir() and self.marks.is_dir()
+        """Whether the output is still being written; not where a link leads elsewhere."""
+        above = self.path.parents[:3]  # up to the control folder
+        folders = (*above, self.path, self.marks)
+        return all(folder.is_dir() and not folder.is_symlink() for folder in folders)
 
     # -- markers -----------------------------------------------------------------------------------
 
     def marker(self, name: str) -> dict[str, Any] | None:
         """What was noted when a file was done; None where it is not, or is not there any more."""
         entry = _read(self.marks / f"{name}.json")
-        shard = entry.get("shard")
-        if shard is None:
+        result = read_result(entry.get("shard"))
+        if result is None or result.file != name or not _is_marker(entry):
             return None
-        with contextlib.suppress(OSError):
-            found = (self.path / name).stat().st_size
-            handoff = self.path / (name + HANDOFF)
-            if found == shard["size"] and (not shard["handoffs"] or handoff.is_file()):
-                return entry
-        return None
+        is_there = size_of_file(self.path / name) == result.size
+        handoff = self.path / (name + HANDOFF)
+        handed_on = not result.handoffs or size_of_file(handoff) is not None
+        return entry if is_there and handed_on else None
 
     def markers(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The markers of those files that are done."""
@@ -116,7 +120,9 @@ class RankStage:
 
     def spoiled(self) -> str | None:
         """Why the job cannot be finished, if so."""
-        return _read(self.marks / SPOILED).get("reason")
+        if not os.path.lexists(self.marks / SPOILED):
+            return None
+        return str(_read(self.marks / SPOILED).get("reason") or "for no reason that can be read")
 
     def beat(self, number: int, done: int) -> None:
         """Say that this process lives, and how many bytes of files without a marker it has."""
@@ -126,7 +132,8 @@ class RankStage:
     def beats(self) -> dict[str, dict[str, Any]]:
         """What the other processes said last, by their attempts' names."""
         beats = {path.name.removesuffix(BEAT): _read(path) for path in self.marks.glob("*" + BEAT)}
-        return {attempt: beat for attempt, beat in beats.items() if attempt != self.attempt}
+        others = {attempt: beat for attempt, beat in beats.items() if attempt != self.attempt}
+        return {attempt: beat for attempt, beat in others.items() if _is_beat(beat)}
 
     def attempts(self, name: str) -> set[str]:
         """Who is, or was, writing a file without having finished it, other than this process."""
@@ -174,9 +181,28 @@ def is_gone(beat: dict[str, Any]) -> bool:
     return not may_run(str(beat.get("process")))
 
 
+def _is_marker(entry: dict[str, Any]) -> bool:
+    """Whether it has what a rank notes beside the file's own result."""
+    texts = (entry.get(key) for key in ("attempt", "device", "host", "torch"))
+    seconds = entry.get("seconds")
+    is_time = isinstance(seconds, int | float) and math.isfinite(seconds)
+    return is_time and all(isinstance(text, str) for text in texts)
+
+
+def _is_beat(entry: dict[str, Any]) -> bool:
+    return all(type(entry.get(key)) is int and entry[key] >= 0 for key in ("number", "done"))
+
+
 def _read(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON; empty where there is none: others may write here, and not
+    only files."""
     try:
-        entry = json.loads(path.read_bytes())
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return {}
+            entry = strict_json(file.read(MAX_JSON))
+        check_depth(entry)
     except (OSError, ValueError):
         return {}
     return entry if isinstance(entry, dict) else {}

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -180,8 +181,7 @@ class Stage:
 
     def holds(self, name: str, size: int) -> bool:
         """Whether a finished shard of that size is there."""
-        path = self.path / name
-        return path.is_file() and path.stat().st_size == size
+        return size_of_file(self.path / name) == size
 
     def disk(self, size: int) -> int:
         """Bytes of disk that files of that size take, all together."""
@@ -258,6 +258,8 @@ class Stage:
             (self.control / JOURNAL).unlink(missing_ok=True)
             sync_folder(self.control)
             self.clear()
+            if (self.control / RANKS).is_symlink():  # not one of ours: what it leads to stays
+                (self.control / RANKS).unlink()
             shutil.rmtree(self.control / RANKS, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
@@ -287,9 +289,11 @@ class Stage:
         for line in lines:
             try:
                 entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 entry = None
             if not isinstance(entry, dict) or ("fingerprint" in entry) != (not complete):
+                break
+            if not isinstance(entry.get("recipe", {}), dict):
                 break
             complete.append((line, entry))
         return complete
@@ -420,6 +424,15 @@ class Stage:
         if descriptor >= 0:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
+
+
+def size_of_file(path: Path) -> int | None:
+    """Bytes of an ordinary file; None of a link, and where there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _publish_order(name: str) -> int:

@@ -56,7 +56,7 @@ def read_json(folder: Folder, name: str) -> dict:
         if size > MAX_JSON:
             raise ValueError(f"{size} bytes, more than {MAX_JSON}")
         value = strict_json(folder.read(name, 0, size))
-        _check_depth(value)
+        check_depth(value)
     except ValueError as error:
         raise Damaged(
             f"not JSON: {shown(error)}",
@@ -74,7 +74,8 @@ def read_json(folder: Folder, name: str) -> dict:
     return value
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """`ValueError` for lists and objects too deep inside each other: what walks them recurses."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [

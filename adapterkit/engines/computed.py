@@ -19,6 +19,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.layout import ShardLayout, Stored, laid_out
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.engines.device import Streams
@@ -26,7 +27,6 @@ from adapterkit.engines.waiting import result_of, signals_deferred
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import AHEAD, Computed, Progress, Task, TaskResult
-from adapterkit.receipt import ShardResult
 from adapterkit.tasks.handoff import HandoffWriter
 from adapterkit.tasks.rows import byte_view
 from adapterkit.weights.reader import Reader

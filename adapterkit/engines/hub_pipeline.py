@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.engines.hub_stage import HubStage
 from adapterkit.engines.hub_transfers import Input, Transfers, Work, plan_transfers
@@ -25,7 +26,6 @@ from adapterkit.hub.download import Stopped
 from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.hub.upload import LocalFile, copy_storage
 from adapterkit.plan import Computed, Plan, Progress, Shard
-from adapterkit.receipt import ShardResult
 
 SENDERS = (
     2  # threads that send: what is made is sent at once, while another file is still on its way

@@ -18,6 +18,7 @@ import torch
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.reader import Sources
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.system import cores
 from adapterkit.checkpoint.writer import FLUSH
@@ -32,7 +33,6 @@ from adapterkit.engines.reader import LocalReader
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import Failed, shown
 from adapterkit.plan import Computed, Plan, Progress, Shard
-from adapterkit.receipt import ShardResult
 from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.rows import arithmetic
 

@@ -15,13 +15,13 @@ import torch
 from adapterkit import dtypes
 from adapterkit.checkpoint.hashes import RunningHash, tensor_ends
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.engines.device import Mark
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.reader import LocalReader
 from adapterkit.plan import Loaded, Shard, Step
-from adapterkit.receipt import ShardResult
 from adapterkit.tasks.rows import arithmetic, chunks
 
 # chunks that a worker takes at a time: what it shares with the others is touched once per span

@@ -38,7 +38,7 @@ class Finish(Executor):
             raise no_stage(stage.path)
         with stage:
             ranks = RankStage(stage.control, self.job.digest)
-            if ranks.path.is_dir():
+            if ranks.exists():
                 worked = self._adopt(plan, stage, ranks, hashed=execution.hash == "sha256")
             elif (stage.journal() or [{}])[0].get("ranks"):
                 raise no_stage(ranks.path)
@@ -99,8 +99,9 @@ def _nothing_left(plan: Plan, shards: list[Shard | Computed], *_: Any, **__: Any
     """The engine of a job whose files are all there."""
     if shards:
         raise Failed(
-            f"{shards[0].file} has gone",
+            "a file has gone",
             expected="the files of the ranks",
+            where=shards[0].file,
             hint="make the plan again with --overwrite",
         )
 

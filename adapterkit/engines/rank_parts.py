@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from adapterkit.checkpoint.rank_stage import RankStage
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.engines.computed import hash_of
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.pieces import Part, cut, part_name
 from adapterkit.plan import Computed, Plan, Shard
-from adapterkit.receipt import ShardResult
 
 LEAST = 64 << 20  # bytes of a file below which it stays whole
 BLOCK = 4 << 20
@@ -21,10 +21,10 @@ BLOCK = 4 << 20
 def units(plan: Plan, ranks: int, device: torch.device) -> list[Shard | Computed]:
     """What ranks make: the plan's files, those above a rank's fair share in parts. Files of tasks
     stay whole."""
-    share = sum(shard.size for shard in plan.shards) / ranks
+    share = max(sum(shard.size for shard in plan.shards) / ranks, LEAST)
     found: list[Shard | Computed] = []
     for shard in plan.shards:
-        if isinstance(shard, Shard) and shard.size > max(share, LEAST):
+        if isinstance(shard, Shard) and shard.size > share:
             found += cut(shard, min(ranks, -int(-shard.size // share)), device)
         else:
             found.append(shard)

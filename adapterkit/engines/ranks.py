@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from adapterkit.checkpoint.rank_stage import RankStage, is_gone
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.device import pick_device
 from adapterkit.engines.execution import Execution
@@ -37,7 +38,6 @@ from adapterkit.errors import (
 )
 from adapterkit.options import Executor
 from adapterkit.plan import Computed, Plan, Progress, Shard
-from adapterkit.receipt import ShardResult
 
 BEAT = 2.0  # seconds after which a rank says again that it lives
 POLL = 1.0  # seconds between looks at what others have done

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from adapterkit import __version__, errors
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.writer import PART
 from adapterkit.engines.device import kind, pick_device
 from adapterkit.engines.local import local
 from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused, shown
 from adapterkit.plan import Computed, Plan, Progress, Shard
-from adapterkit.receipt import ShardResult
 
 RETRIES = 3  # of the task of a lost worker
 AHEAD = 2  # tasks in flight for each place on the cluster
@@ -277,7 +277,9 @@ def _make(
 def _as_data(error: AdapterkitError) -> dict[str, Any]:
     inner = error.errors if isinstance(error, MultipleErrors) else ()
     four = {key: getattr(error, key) for key in ("problem", "expected", "where", "hint")}
-    return {"kind": type(error).__name__, **four, "errors": [_as_data(one) for one in inner]}
+    # the driver knows the classes of `errors`, and those of them that others are made of
+    kind = next(each.__name__ for each in type(error).__mro__ if hasattr(errors, each.__name__))
+    return {"kind": kind, **four, "errors": [_as_data(one) for one in inner]}
 
 
 def _as_error(data: dict[str, Any]) -> AdapterkitError:

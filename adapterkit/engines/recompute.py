@@ -14,10 +14,11 @@ from torch import Tensor
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec, read_header
+from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import AdapterkitError, Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step
-from adapterkit.receipt import AGAIN, ShardResult, check_file, check_files, read_receipt
+from adapterkit.receipt import AGAIN, check_file, check_files, read_receipt
 from adapterkit.tasks.compensated import CompensatedStep, before_rounding
 from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.rows import arithmetic, rounded

@@ -37,6 +37,13 @@ def parse_output(out: str) -> HubId:
     return hub_id
 
 
+def _role() -> str | None:
+    """What the account's token may do, where the Hub says it."""
+    from huggingface_hub import HfApi
+
+    return HfApi().whoami().get("auth", {}).get("accessToken", {}).get("role")
+
+
 class Destination:
     """A place on the Hub that files are written to. `exists`: the repository and the branch.
 
@@ -66,8 +73,7 @@ class Destination:
         hint = "create one at https://huggingface.co/settings/tokens, then `hf auth login`"
         if not get_token():
             raise Refused("no token", expected=expected, where=str(self.hub_id), hint=hint)
-        account = retry(HfApi().whoami, self.hub_id)
-        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        if retry(_role, self.hub_id) == "read":
             raise Refused(
                 "a token that may only read", expected=expected, where=str(self.hub_id), hint=hint
             )

@@ -2,6 +2,7 @@
 without a network."""
 
 import logging
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from adapterkit.hub.retry import retry
 
 TIMEOUT = 30.0  # seconds without a byte before a request counts as lost
 WEIGHTS = (".safetensors", ".gguf")  # how names end that are files' where nothing else tells it
+SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_SUMMARY = 10_000  # files; the summary of a larger repository may be incomplete, its tree is not
 
 log = logging.getLogger(__name__)
@@ -64,25 +66,34 @@ def list_remote(hub_id: HubId, hidden: bool = False) -> tuple[str, dict[str, Ent
         repo, revision=hub_id.revision, files_metadata=True, timeout=TIMEOUT
     )
     info = retry(request, hub_id)
-    commit, revision = info.sha or "", hub_id.revision or ""
+    commit, revision = str(info.sha), hub_id.revision or ""
     if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and revision != commit):
-        raise Failed(
-            f"commit {shown(commit)!r} in the answer",
-            expected=revision if COMMIT.fullmatch(revision) else "40 hexadecimal digits",
-            where=str(hub_id),
-            hint="check that HF_ENDPOINT is a Hub server",
-        )
+        expected = revision if COMMIT.fullmatch(revision) else "40 hexadecimal digits"
+        raise _not_a_hub(f"commit {shown(commit)!r}", expected, hub_id)
     files = info.siblings or []
-    entries = {file.rfilename: _entry(file) for file in files}
+    named = [(file.rfilename, file) for file in files]
     if len(files) > MAX_SUMMARY or any(file.size is None for file in files):
         request = lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit))
         tree = retry(request, hub_id)
-        entries = {file.path: _entry(file) for file in tree if isinstance(file, RepoFile)}
+        named = [(file.path, file) for file in tree if isinstance(file, RepoFile)]
+    if odd := [name for name, _ in named if not isinstance(name, str) or "\0" in name]:
+        raise _not_a_hub(f"file name {shown(odd[0])!r}", "a path", hub_id)
+    entries = {name: _entry(file, hub_id) for name, file in named}
     return commit, _in_subfolder(hub_id.subfolder, entries, hidden)
 
 
-def _entry(file) -> Entry:
-    return Entry(file.size, file.lfs.sha256 if file.lfs else None)
+def _entry(file, hub_id: HubId) -> Entry:
+    size, sha = file.size, file.lfs.sha256 if file.lfs else None
+    if type(size) is not int or size < 0:
+        raise _not_a_hub(f"a file of {shown(size)} bytes", "a number", hub_id)
+    if sha is not None and not (isinstance(sha, str) and SHA256.fullmatch(sha)):
+        raise _not_a_hub(f"sha256 {shown(sha)!r}", "64 hexadecimal digits", hub_id)
+    return Entry(size, sha)
+
+
+def _not_a_hub(problem: str, expected: str, hub_id: HubId) -> Failed:
+    hint = "check that HF_ENDPOINT is a Hub server"
+    return Failed(f"{problem} in the answer", expected=expected, where=str(hub_id), hint=hint)
 
 
 def _in_subfolder(subfolder: str, entries: dict[str, Entry], hidden: bool) -> dict[str, Entry]:

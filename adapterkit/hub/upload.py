@@ -157,17 +157,18 @@ def _duplicate(target: HubId, source: HubId, files: list[CopiedFile]) -> list[Co
         ],
     }
 
-    def duplicate() -> dict:
+    def duplicate() -> set[str]:
+        """The sha256 of those that cannot be had."""
         url = f"{constants.ENDPOINT}/api/models/{source.repo}/lfs-files/duplicate"
         response = get_session().post(url, headers=build_hf_headers(), json=body)
         if response.status_code in (400, 403, 404, 405, 409, 501):
-            return {"failed": body["files"]}
+            return {file.sha256 for file in wanted}
         hf_raise_for_status(response)
-        return response.json()
+        return {file.get("sha256") for file in response.json().get("failed", [])}
 
     if not wanted:
         return []
-    failed = {file.get("sha256") for file in retry(duplicate, source).get("failed", [])}
+    failed = retry(duplicate, source)
     return [file for file in wanted if file.sha256 not in failed]
 
 

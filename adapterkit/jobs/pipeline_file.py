@@ -19,8 +19,10 @@ from adapterkit.hub import ids
 from adapterkit.options import SOURCE, WEIGHTED, finite
 
 KEYS = ("verb", "inputs", "out", "options")
-# what the pipeline decides, and what no file can hold
-RESERVED = ("out", "accept", "dry_run", "overwrite", "progress", "resume")
+MAX_FILE = 1_000_000  # bytes
+# What the pipeline decides, what no file can hold, and the cluster: the driver unpickles what it
+# answers, so its address is of the user, in RAY_ADDRESS, and not of whoever wrote the file.
+RESERVED = ("out", "accept", "dry_run", "overwrite", "progress", "ray_address", "resume")
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,15 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     """The tables of the file; `Refused` where it is none of a pipeline."""
     where = file.name
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_FILE + 1)
+        if len(data) > MAX_FILE:
+            raise ValueError(f"more than {MAX_FILE:,} bytes")
+        document = tomllib.loads(data.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # of TOML, of UTF-8, of its numbers
+        why = error.strerror if isinstance(error, OSError) else f"no TOML: {error}"
         raise Refused(
-            f"no TOML: {error}", expected="[[step]] tables", where=where, hint="check the file"
+            shown(why), expected="[[step]] tables", where=where, hint="check the file"
         ) from error
     unknown = [key for key in document if key != "step"]
     if unknown:

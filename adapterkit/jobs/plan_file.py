@@ -15,11 +15,13 @@ from typing import Any
 
 from adapterkit import __version__
 from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, write_all
+from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.engines.call import Call
 from adapterkit.engines.execution import is_on_hub
 from adapterkit.engines.rank_job import Job, Preparation
-from adapterkit.errors import AdapterkitError, Refused, shown
+from adapterkit.errors import AdapterkitError, Refused, did_you_mean, shown
 from adapterkit.options import SOURCE, WEIGHTED, StrPath, finite, weighted
+from adapterkit.options import path as checked_path
 from adapterkit.plan import Plan
 
 VERSION = 1
@@ -29,7 +31,10 @@ VERBS = (
 )  # fmt: skip
 # what each process is told, or decides for itself
 OF_THE_PROCESS = ("progress", "dry_run", "resume", "engine")
-KEYS = ("verb", "arguments", "recipe", "inputs", "hash", "shards", "totals")
+# what is read again; shards and totals are for people
+KINDS = {
+    "verb": str, "arguments": dict, "fingerprint": str, "recipe": dict, "inputs": dict, "hash": str,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,6 @@ class PlanFile:
     path: Path
     call: Call
     job: Job
-    shards: list[dict[str, Any]]  # file, size, needs
-    totals: dict[str, Any]
 
 
 def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
@@ -51,16 +54,10 @@ def write_plan(file: StrPath, verb: str, *sources: Any, **options: Any) -> Plan:
     refuse is refused here. Raises `Refused` also for `stats`, which is one pass over its data, for
     an output on the Hub, and for arguments that no file can hold.
     """
-    path = Path(file).absolute()
+    path = Path(checked_path("file", file)).absolute()
     call = _portable(_verb(verb).call(*sources, **options))
     overwrite = bool(call.arguments.get("overwrite"))
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise Refused(
-            "a file of that name",
-            expected="a new plan file",
-            where=str(path),
-            hint="choose another --plan, or give --overwrite",
-        )
+    _check_room(path, overwrite)
     preparation = Preparation(overwrite)
     plan = call.run(engine=preparation)
     assert isinstance(plan, Plan) and preparation.job is not None
@@ -88,11 +85,13 @@ def read_plan(file: StrPath) -> PlanFile:
     """A plan file; `Refused` where it is none, or of another version."""
     path = Path(file).absolute()
     try:
-        data = json.loads(path.read_bytes())
+        with path.open("rb") as stream:
+            data = strict_json(stream.read(MAX_JSON))
+        check_depth(data)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
     except ValueError as error:
-        raise _unreadable(path, "no JSON") from error
+        raise _unreadable(path, f"no JSON: {shown(error)}") from error
     if not isinstance(data, dict) or data.get("adapterkit") != VERSION:
         raise _unreadable(path, f"no plan file of version {VERSION}")
     if data.get("version") != __version__:
@@ -102,16 +101,40 @@ def read_plan(file: StrPath) -> PlanFile:
             where=str(path),
             hint="use the same adapterkit everywhere, or make the plan again",
         )
-    if missing := [key for key in KEYS if key not in data]:
-        raise _unreadable(path, f"{', '.join(missing)} missing")
+    if wrong := [key for key, kind in KINDS.items() if not isinstance(data.get(key), kind)]:
+        raise _unreadable(path, f"{', '.join(wrong)} missing, or of another kind")
+    verb, arguments = _verb(data["verb"]), data["arguments"]
+    out = arguments.get("out")
+    if not isinstance(out, str) or not os.path.isabs(out):
+        raise _unreadable(path, "an output without an absolute path")
+    if theirs := [name for name in OF_THE_PROCESS if name in arguments]:
+        raise _unreadable(path, f"{', '.join(theirs)}, which each process is told")
     try:
-        call = _verb(data["verb"]).call(**data["arguments"])
-        job = Job(data["recipe"], data["inputs"], data["hash"])
-        if job.fingerprint != data.get("fingerprint"):
-            raise _unreadable(path, "a recipe that does not fit its fingerprint")
+        call = verb.call(**arguments)
     except TypeError as error:
-        raise _unreadable(path, f"arguments that {shown(data['verb'])} does not take") from error
-    return PlanFile(path, call, job, data["shards"], data["totals"])
+        raise _unreadable(path, f"arguments that {data['verb']} does not take") from error
+    job = Job(data["recipe"], data["inputs"], data["hash"])
+    if job.fingerprint != data["fingerprint"]:
+        raise _unreadable(path, "a recipe that does not fit its fingerprint")
+    return PlanFile(path, call, job)
+
+
+def _check_room(path: Path, overwrite: bool) -> None:
+    """`Refused` where the plan file cannot be made."""
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise Refused(
+            "a file of that name",
+            expected="a new plan file",
+            where=str(path),
+            hint="choose another --plan, or give --overwrite",
+        )
+    if not path.parent.is_dir():
+        raise Refused(
+            "no such folder",
+            expected="a folder for the plan file",
+            where=str(path.parent),
+            hint="make it, or choose another --plan",
+        )
 
 
 def _unreadable(path: Path, problem: str) -> Refused:
@@ -129,7 +152,10 @@ def _verb(name: Any) -> Any:
         )
     if name not in VERBS:
         raise Refused(
-            f"{shown(name)!r} with --plan", expected=f"one of {', '.join(VERBS)}", where="options"
+            f"{shown(name)!r} with --plan",
+            expected=f"one of {', '.join(VERBS)}",
+            where="options",
+            hint=did_you_mean([name], VERBS) or "use one of these",
         )
     return getattr(import_module(f"adapterkit.verbs.{name}"), name)
 

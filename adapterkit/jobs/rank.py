@@ -64,11 +64,13 @@ def _slurm(environment: Mapping[str, str]) -> Numbers | None:
         number, least, most, count, step = (
             _whole(environment, ARRAY + name) for name in ("ID", "MIN", "MAX", "COUNT", "STEP")
         )
-        element, rest = divmod(number - least, step)
-        if rest or most - least != (count - 1) * step:
+        is_whole = step and most - least == (count - 1) * step
+        if not is_whole or number not in range(least, most + 1, step):
             raise _refused(
-                f"a job array of {count} elements from {least} to {most}", "one without gaps"
+                f"element {number} of a job array of {count} elements from {least} to {most}",
+                "one of an array without gaps",
             )
+        element = (number - least) // step
         rank, ranks = element * ranks + rank, count * ranks
     return rank, ranks
 
@@ -86,7 +88,7 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
         return 1
     if text is None:
         raise _refused(f"no {name} in the environment", "it beside the others of this launcher")
-    if not re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII):
+    if not re.fullmatch(r"\d{1,6}", text.strip(), re.ASCII):
         raise _refused(f"{name}={shown(text)}", "a whole number")
     return int(text)
 

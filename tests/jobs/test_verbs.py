@@ -138,7 +138,7 @@ def test_an_older_output_is_replaced(folder: Path, tmp_path: Path):
     (lambda plan: plan.update(version="0.0"), "a plan of adapterkit 0.0"),
     (lambda plan: plan.update(adapterkit=9), "no plan file"),
     (lambda plan: plan.update(verb="os.system"), "with --plan"),
-    (lambda plan: plan.pop("shards"), "shards missing"),
+    (lambda plan: plan.pop("inputs"), "inputs missing"),
     (lambda plan: plan["arguments"].update(colour=1), "arguments that merge does not take"),
     (lambda plan: plan["arguments"].update(dtype="x"), "--dtype"),
     (lambda plan: plan["arguments"].update(dtype="fp32"), "options.dtype differs"),

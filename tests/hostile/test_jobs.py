@@ -1,0 +1,310 @@
+"""Plan files, pipelines, shared stages and launchers' variables that others wrote."""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adapterkit
+from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused
+from adapterkit.jobs.pipeline import run_pipeline
+from adapterkit.jobs.rank import rank_of
+from tests.support.raw_files import base, plain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WEIGHTS = "model.safetensors"
+NO_JSON = (b"", b"[]", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe{}", b'{"a"')
+NONSENSE = (None, "x", [], {}, True, -1, 1e400, "\x1b[31m", "../../x")
+
+
+def refused(call: Callable[[], Any], problem: str = ".") -> None:
+    """It ends in an error with all of its four parts, and leaves the terminal alone."""
+    with pytest.raises(AdapterkitError, match=problem) as caught:
+        call()
+    error = caught.value
+    assert isinstance(error, Refused) and "\x1b" not in str(error)
+    for one in error.errors if isinstance(error, MultipleErrors) else (error,):
+        assert one.problem and one.expected and one.where and one.hint, one
+
+
+def everything(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if not path.is_relative_to(folder / "work")}
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """The folder of the jobs; beside it nothing changes."""
+    folder = tmp_path / "work"
+    base().write(folder / "base")
+    plain().folder().write(folder / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(folder)
+    before = everything(tmp_path)
+    yield folder
+    assert everything(tmp_path) == before
+
+
+def planned(**options: Any) -> Path:
+    file = Path("out.plan.json")
+    adapterkit.write_plan(file, "merge", "base", ["adapter"], out="out", **options)
+    return file
+
+
+def ranks_folder() -> Path:
+    (folder,) = Path(".out.adapterkit/ranks").iterdir()
+    return folder
+
+
+def either(file: Path, problem: str = ".") -> None:
+    refused(lambda: adapterkit.run(file), problem)
+    refused(lambda: adapterkit.finish(file), problem)
+
+
+# -- plan files ----------------------------------------------------------------------------------
+
+
+def test_a_plan_file_that_is_no_json(work: Path):
+    for content in NO_JSON:
+        Path("p.json").write_bytes(content)
+        either(Path("p.json"), "no JSON|no plan file")
+    text = planned().read_text()
+    Path("p.json").write_text(text.rstrip()[:-1] + ', "verb": "merge"}')
+    either(Path("p.json"), "twice")
+    either(Path("base"))
+    either(Path("missing"))
+
+
+@pytest.mark.parametrize("key", ["verb", "arguments", "fingerprint", "recipe", "inputs", "hash"])
+def test_a_plan_file_with_nonsense(work: Path, key: str):
+    plan = json.loads(planned().read_text())
+    for value in NONSENSE:
+        Path("p.json").write_text(json.dumps(plan | {key: value}))
+        either(Path("p.json"))
+        assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("more, problem", [
+    ({"dry_run": True}, "dry_run, which each process is told"),
+    ({"resume": True, "engine": "ray"}, "resume, engine"),
+    ({"progress": "x"}, "progress"),
+    ({"out": "hf://org/name"}, "absolute path"),
+    ({"out": "../out"}, "absolute path"),
+    ({"out": None}, "absolute path"),
+    ({"out": "/a\0b"}, "--out"),
+    ({"base": "a\0b"}, "--base"),
+    ({"device": "card"}, "--device"),
+    ({"memory": "1e400GB"}, "--memory"),
+    ({"ray_address": "somewhere:1"}, "--ray-address"),
+    ({"adapters": [[["x"]]]}, "--adapters"),
+    ({"adapters": {"adapter": "x"}}, "--adapters"),
+])  # fmt: skip
+def test_a_plan_file_with_other_arguments(work: Path, more: dict, problem: str):
+    plan = json.loads(planned().read_text())
+    plan["arguments"] |= more
+    Path("p.json").write_text(json.dumps(plan))
+    either(Path("p.json"), problem)
+
+
+@pytest.mark.parametrize("verb", ["os", "os.system", "stats", "verify", "../verbs/merge", "Merge"])
+def test_a_plan_file_of_what_is_no_writing_verb(work: Path, verb: str):
+    plan = json.loads(planned().read_text())
+    Path("p.json").write_text(json.dumps(plan | {"verb": verb}))
+    either(Path("p.json"), "with --plan")
+
+
+def test_a_plan_file_that_cannot_be_made_leaves_no_stage(work: Path):
+    write = lambda file: adapterkit.write_plan(file, "merge", "base", ["adapter"], out="out")
+    for file in ("missing/p.json", "base", "a\0b"):
+        refused(lambda file=file: write(file))
+    assert not Path(".out.adapterkit").exists()
+
+
+# -- what lies in a shared stage -----------------------------------------------------------------
+
+
+def broken_markers(good: dict) -> Iterator[Any]:
+    yield from NONSENSE
+    for table, of in ((good, lambda entry: entry), (good["shard"], lambda s: good | {"shard": s})):
+        for key in table:
+            yield of({name: value for name, value in table.items() if name != key})
+            yield from (of(table | {key: value}) for value in ([1], {"a": 1}, "/etc/passwd"))
+    yield good | {"shard": good["shard"] | {"another": 1}}
+    yield good | {"seconds": float("nan")}
+
+
+def test_a_marker_that_no_rank_wrote(work: Path):
+    """It marks nothing, or says it in a message: never a traceback."""
+    file = planned()
+    adapterkit.run(file)
+    marker = ranks_folder() / "marks" / f"{WEIGHTS}.json"
+    good = json.loads(marker.read_text())
+    markers = [json.dumps(entry).encode() for entry in broken_markers(good)]
+    shutil.copytree(".out.adapterkit", "kept")
+    for content in [*markers, *NO_JSON]:
+        marker.write_bytes(content)
+        try:
+            adapterkit.finish(file)
+        except AdapterkitError:
+            adapterkit.run(file)
+        shutil.rmtree("out", ignore_errors=True)
+        shutil.rmtree(".out.adapterkit", ignore_errors=True)
+        shutil.copytree("kept", ".out.adapterkit")
+    adapterkit.finish(file, verify=True)
+
+
+def test_markers_and_files_that_are_no_files(work: Path, tmp_path: Path):
+    file = planned()
+    for place in ("marks/" + WEIGHTS + ".json", "out/" + WEIGHTS):
+        adapterkit.run(file)
+        path = ranks_folder() / place
+        path.rename("kept")
+        os.mkfifo(path)
+        refused(lambda: adapterkit.finish(file), "files are not there")
+        path.unlink()
+        path.symlink_to(Path("kept").absolute())
+        refused(lambda: adapterkit.finish(file), "files are not there")
+    adapterkit.run(file)
+    adapterkit.finish(file, verify=True)
+    assert not Path("out", WEIGHTS).is_symlink()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"reason": "\\u001b[31m"}', *NO_JSON])
+def test_whatever_stands_in_it_spoils_a_job(work: Path, content: bytes):
+    file = planned()
+    (ranks_folder() / "marks" / "SPOILED").write_bytes(content)
+    either(file, "given up")
+
+
+@pytest.mark.parametrize("process", ["x", "² ² ²", f"{socket.gethostname()} ² x", 7])
+def test_what_another_rank_says_is_nonsense(work: Path, process: Any):
+    file = planned()
+    for value in ("x", [], -5, 1e400, None):
+        beat = {"process": process, "number": value, "done": value}
+        (ranks_folder() / "marks" / "0-1-aaaaaaaa.beat").write_text(json.dumps(beat))
+    (ranks_folder() / "marks" / "0-1-bbbbbbbb.beat").write_text(
+        json.dumps({"process": process, "number": 1, "done": 1})
+    )
+    assert adapterkit.run(file, progress=lambda done: None).made == [WEIGHTS]
+
+
+@pytest.mark.parametrize("inner", [".", "ranks", "ranks/JOB", "ranks/JOB/out", "ranks/JOB/marks"])
+def test_a_stage_that_leads_elsewhere(work: Path, tmp_path: Path, inner: str):
+    """Neither ranks nor a new plan write where a link leads."""
+    file, elsewhere = planned(), tmp_path / "elsewhere"
+    place = Path(".out.adapterkit", inner.replace("JOB", ranks_folder().name))
+    place.rename("moved")
+    place.symlink_to(elsewhere)
+    either(file)
+    if inner == ".":
+        refused(lambda: planned(overwrite=True), "a link")
+    else:
+        planned(overwrite=True)
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("line", [
+    b"[]", b"{}", b'{"fingerprint": 1}', b'{"fingerprint": "x", "recipe": []}', b"[" * 100_000,
+    b'{"fingerprint": "x", "recipe": {}, "ranks": true}',
+])  # fmt: skip
+def test_a_journal_that_is_none(work: Path, line: bytes):
+    file = planned()
+    Path(".out.adapterkit/journal.jsonl").write_bytes(line + b"\n")
+    refused(lambda: adapterkit.finish(file))
+
+
+def test_results_that_are_none_in_a_journal(work: Path):
+    """They are of no file: a resumed run makes it."""
+    planned()
+    journal = Path(".out.adapterkit/journal.jsonl")
+    head = json.loads(journal.read_bytes())
+    del head["ranks"]
+    noted = [{"shard": value} for value in (*NONSENSE, {"file": WEIGHTS, "size": 1})]
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in (head, *noted)))
+    adapterkit.merge("base", ["adapter"], out="out", resume=True, verify=True)
+
+
+# -- launchers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbers", [
+    "0 0 0 1 0", "0 5 6 2 1", "9 0 1 2 1", "0 1 0 0 1", "2 0 4 2 0", "x 0 0 1 1", "-1 -1 0 2 1",
+    "0 0 9999999 10000000 1",
+])  # fmt: skip
+def test_a_job_array_that_is_none(numbers: str):
+    names = ("ID", "MIN", "MAX", "COUNT", "STEP")
+    environment = {f"SLURM_ARRAY_TASK_{n}": v for n, v in zip(names, numbers.split(), strict=True)}
+    refused(lambda: rank_of("auto", environment))
+
+
+@pytest.mark.parametrize("rank, ranks", [
+    ("0", "1000000000"), ("²", "3"), ("1\x1b[31m", "2"), ("", ""), ("0", "0"), ("1e0", "2"),
+])  # fmt: skip
+def test_ranks_that_are_none(rank: str, ranks: str):
+    refused(lambda: rank_of("auto", {"RANK": rank, "WORLD_SIZE": ranks}))
+    refused(lambda: rank_of(f"{rank}/{ranks}", {}))
+
+
+# -- pipelines -----------------------------------------------------------------------------------
+
+STEP = '[[step]]\nverb = "merge"\ninputs = ["base", "adapter"]\nout = "out"\n'
+
+
+@pytest.mark.parametrize("text", [
+    "", "\0", "\ufeff" + STEP, "a = " + "[" * 100_000, f"{STEP}options = {{seed = {'9' * 5000}}}",
+    "[[step]]\nverb = " + "[" * 9000 + "]" * 9000, STEP + 'out = "other"', STEP * 20_000,
+    STEP.replace('"merge"', "2020-01-01"), STEP.replace('"merge"', "nan"),
+])  # fmt: skip
+def test_a_file_that_is_no_pipeline(work: Path, text: str):
+    Path("steps.toml").write_text(text)
+    refused(lambda: run_pipeline(Path("steps.toml")))
+
+
+@pytest.mark.parametrize("verb", ["os", "__init__", "verify", "inspect", "../merge", "adapterkit"])
+def test_a_pipeline_of_what_is_no_writing_verb(work: Path, verb: str):
+    Path("steps.toml").write_text(STEP.replace("merge", verb))
+    refused(lambda: run_pipeline(Path("steps.toml")), "verb")
+
+
+@pytest.mark.parametrize("option", [
+    'accept = "x"', "dry_run = true", "overwrite = true", 'progress = "x"', "resume = true",
+    'ray_address = "somewhere:6379"', 'token = "x"',
+])  # fmt: skip
+def test_options_that_no_pipeline_has(work: Path, option: str):
+    """The address of a cluster is one: the driver unpickles what it answers."""
+    Path("steps.toml").write_text(f'{STEP}options = {{ engine = "ray", {option} }}')
+    refused(lambda: run_pipeline(Path("steps.toml")), "not an option of this verb")
+
+
+@pytest.mark.parametrize("change", [
+    ('"out"', '"a\\u0000b"'), ('"out"', '"adapter/../base/x"'), ('"out"', '"/"'),
+    ('"out"', f'"{"x" * 300}"'), ('"out"', '"steps.toml"'), ('"base"', '"/dev/zero"'),
+    ('"base"', '"a\\u0000b"'), ('"base"', '"/proc/self/mem"'), ('"base"', '"\\u001b[31m"'),
+])  # fmt: skip
+def test_paths_of_a_pipeline(work: Path, change: tuple[str, str]):
+    Path("steps.toml").write_text(STEP.replace(*change))
+    try:
+        (row,) = run_pipeline(Path("steps.toml"))["steps"]
+    except Refused:
+        return
+    assert row["state"] == "refused" and "\x1b" not in row["message"]
+
+
+# -- Ray -----------------------------------------------------------------------------------------
+
+
+def test_an_error_of_a_task_is_one_of_the_driver():
+    """Also one of a class that only the worker knows."""
+    from adapterkit.engines.ray import _as_data, _as_error
+
+    class Unreachable(Failed):
+        pass
+
+    parts = {"expected": "a network", "where": "org/name", "hint": "run again"}
+    error = _as_error(json.loads(json.dumps(_as_data(Unreachable("no answer", **parts)))))
+    assert type(error) is Failed and str(error) == str(Failed("no answer", **parts))
