@@ -14,6 +14,7 @@ PAIRS = (
 )
 KUBERNETES, COUNT = "JOB_COMPLETION_INDEX", "ADAPTERKIT_RANKS"
 ARRAY = "SLURM_ARRAY_TASK_"
+MOST_RANKS = 999_999  # each plans the shares of all
 
 
 def rank_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
@@ -21,7 +22,10 @@ def rank_of(text: str, environment: Mapping[str, str] | None = None) -> Numbers:
     torchrun's, MPI's or Kubernetes' variables; 0 of 1 without any. `Refused` where they contradict
     each other or are incomplete."""
     if text == "auto":
-        return _from(os.environ if environment is None else environment)
+        rank, ranks = _from(os.environ if environment is None else environment)
+        if ranks > MOST_RANKS:
+            raise _refused(f"{ranks} ranks", f"at most {MOST_RANKS}")
+        return rank, ranks
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
     if match is None or not int(match[1]) < int(match[2]):
         raise Refused(
@@ -88,7 +92,7 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
         return 1
     if text is None:
         raise _refused(f"no {name} in the environment", "it beside the others of this launcher")
-    if not re.fullmatch(r"\d{1,6}", text.strip(), re.ASCII):
+    if not re.fullmatch(r"\d{1,7}", text.strip(), re.ASCII):
         raise _refused(f"{name}={shown(text)}", "a whole number")
     return int(text)
 

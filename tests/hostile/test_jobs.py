@@ -234,7 +234,7 @@ def test_results_that_are_none_in_a_journal(work: Path):
 
 @pytest.mark.parametrize("numbers", [
     "0 0 0 1 0", "0 5 6 2 1", "9 0 1 2 1", "0 1 0 0 1", "2 0 4 2 0", "x 0 0 1 1", "-1 -1 0 2 1",
-    "0 0 9999999 10000000 1",
+    "0 0 9999999 10000000 1", "0 0 1999999 2000000 1",
 ])  # fmt: skip
 def test_a_job_array_that_is_none(numbers: str):
     names = ("ID", "MIN", "MAX", "COUNT", "STEP")
@@ -243,7 +243,8 @@ def test_a_job_array_that_is_none(numbers: str):
 
 
 @pytest.mark.parametrize("rank, ranks", [
-    ("0", "1000000000"), ("²", "3"), ("1\x1b[31m", "2"), ("", ""), ("0", "0"), ("1e0", "2"),
+    ("0", "1000000000"), ("0", "1000000"), ("²", "3"), ("1\x1b[31m", "2"), ("", ""), ("0", "0"),
+    ("1e0", "2"),
 ])  # fmt: skip
 def test_ranks_that_are_none(rank: str, ranks: str):
     refused(lambda: rank_of("auto", {"RANK": rank, "WORLD_SIZE": ranks}))
