@@ -94,6 +94,7 @@ class Rank(Executor):
                 f"no file {listed(unknown)} in the plan",
                 expected=f"some of {listed([*made])}",
                 where="the plan file",
+                hint="make the plan again",
             )
         self.outcome = Outcome(self.rank, self.ranks, share)
         if self.dry_run:
@@ -108,7 +109,7 @@ class Rank(Executor):
             work.run(self.wait, steal=self.only is None)
         except Unrecoverable as error:
             with contextlib.suppress(AdapterkitError):
-                stage.spoil(str(error))
+                stage.spoil(f"{error.where}: {error.problem}")
             raise
         except KeyboardInterrupt:
             raise Interrupted(

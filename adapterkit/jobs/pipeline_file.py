@@ -4,18 +4,16 @@ without a look at any source."""
 import functools
 import inspect
 import os
-import pkgutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from adapterkit import verbs
 from adapterkit.engines.execution import WritingVerb
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, refuse_all, shown
 from adapterkit.hub import ids
+from adapterkit.jobs.verbs import writing_verb, writing_verbs
 from adapterkit.options import SOURCE, WEIGHTED, finite
 
 KEYS = ("verb", "inputs", "out", "options")
@@ -167,10 +165,9 @@ def _where(number: int, verb: object) -> str:
 
 
 def _verb(name: Any, number: int, errors: list[AdapterkitError]) -> WritingVerb[..., Any] | None:
-    names = [info.name for info in pkgutil.iter_modules(verbs.__path__)]
-    verb = _writing_verb(name) if name in names else None
+    verb = writing_verb(name)
     if verb is None:
-        known = [each for each in names if _writing_verb(each)]
+        known = writing_verbs()
         hint = did_you_mean([name], known) if isinstance(name, str) else ""
         errors.append(
             Refused(
@@ -181,11 +178,6 @@ def _verb(name: Any, number: int, errors: list[AdapterkitError]) -> WritingVerb[
             )
         )
     return verb
-
-
-def _writing_verb(name: str) -> WritingVerb[..., Any] | None:
-    verb = getattr(import_module(f"adapterkit.verbs.{name}"), name, None)
-    return verb if verb is not None and "dry_run" in inspect.signature(verb).parameters else None
 
 
 def _unknown(given: Sequence[str] | dict, known: Sequence[str], where: str, what: str):

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,16 @@ from adapterkit import __version__
 from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, write_all
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
 from adapterkit.engines.call import Call
-from adapterkit.engines.execution import is_on_hub
+from adapterkit.engines.execution import WritingVerb
 from adapterkit.engines.rank_job import Job, Preparation
 from adapterkit.errors import AdapterkitError, Refused, did_you_mean, shown
+from adapterkit.hub.ids import is_on_hub
+from adapterkit.jobs.verbs import writing_verb, writing_verbs
 from adapterkit.options import SOURCE, WEIGHTED, StrPath, finite, weighted
 from adapterkit.options import path as checked_path
 from adapterkit.plan import Plan
 
 VERSION = 1
-VERBS = (
-    "merge", "combine", "subtract", "arrow", "resize", "rebase", "init", "loftq", "extract",
-    "quantize", "dequantize", "convert",
-)  # fmt: skip
 # what each process is told, or decides for itself
 OF_THE_PROCESS = ("progress", "dry_run", "resume", "engine")
 # what is read again; shards and totals are for people
@@ -142,7 +139,7 @@ def _unreadable(path: Path, problem: str) -> Refused:
     return Refused(problem, expected=expected, where=str(path), hint="make the plan again")
 
 
-def _verb(name: Any) -> Any:
+def _verb(name: str) -> WritingVerb[..., Any]:
     if name == "stats":
         raise Refused(
             "stats with --plan",
@@ -150,14 +147,16 @@ def _verb(name: Any) -> Any:
             where="options",
             hint="run stats on one machine",
         )
-    if name not in VERBS:
+    verb = writing_verb(name)
+    if verb is None:
+        known = [each for each in writing_verbs() if each != "stats"]
         raise Refused(
             f"{shown(name)!r} with --plan",
-            expected=f"one of {', '.join(VERBS)}",
+            expected=f"one of {', '.join(known)}",
             where="options",
-            hint=did_you_mean([name], VERBS) or "use one of these",
+            hint=did_you_mean([name], known) or "use one of these",
         )
-    return getattr(import_module(f"adapterkit.verbs.{name}"), name)
+    return verb
 
 
 def _portable(call: Call) -> Call:

@@ -1,0 +1,26 @@
+"""The verbs that write, by name: all that a plan file or a pipeline can call."""
+
+import inspect
+import pkgutil
+from importlib import import_module
+from typing import Any
+
+from adapterkit import verbs
+from adapterkit.engines.execution import WritingVerb
+
+
+def writing_verbs() -> list[str]:
+    """Their names."""
+    return [name for name in _names() if writing_verb(name)]
+
+
+def writing_verb(name: object) -> WritingVerb[..., Any] | None:
+    """The verb of a name from a file; None where no verb that writes has it."""
+    if name not in _names():  # before anything is imported
+        return None
+    verb = getattr(import_module(f"adapterkit.verbs.{name}"), str(name), None)
+    return verb if verb is not None and "dry_run" in inspect.signature(verb).parameters else None
+
+
+def _names() -> list[str]:
+    return [info.name for info in pkgutil.iter_modules(verbs.__path__)]
