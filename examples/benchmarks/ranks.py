@@ -29,9 +29,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import common
 from checkpoints import BASES, make_adapter, make_base
@@ -176,14 +179,27 @@ def ranks(count: int) -> Callable[[Job], Run]:
 
 
 def ray(job: Job) -> Run:
-    small = common.make_base(job.work / "small", 0.05, 0.01)
-    config = json.loads((small / "config.json").read_text())
-    small_adapter = common.make_adapter(job.work / "small-adapter", config, "float32")
+    small, small_adapter = elsewhere(inputs, job.work / "small", 0.05, 0.01)
     words = [small, small_adapter, job.base, job.adapter, job.out, job.cores]
     process = Process([sys.executable, "-c", RAY, *map(str, words)], RAY_DEDUP_LOGS="0")
     used, text = process.wait()
     times = json.loads(text.splitlines()[-1])
     return Run(times["start"], times["work"], used.peak)
+
+
+def elsewhere(make: Callable[..., tuple[Path, Path]], *args: Any) -> tuple[Path, Path]:
+    """What `make` gives, made by a process of its own: the peak memory that Linux has of a process
+    is at least what its parent held when it started."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(make, *args).result()
+
+
+def inputs(folder: Path, size: float, shard: float) -> tuple[Path, Path]:
+    """A base of `size` GB in shards of `shard` GB, and an adapter for it."""
+    base = common.make_base(folder, size, shard)
+    config = json.loads((base / "config.json").read_text())
+    adapter = folder.with_name(f"{folder.name}-adapter")
+    return base, common.make_adapter(adapter, config, "float32")
 
 
 def ways(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[Job], Run]]]:
@@ -197,9 +213,9 @@ def ways(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[Job], Run]]]
 
 
 def merges(args: argparse.Namespace) -> dict[str, dict]:
-    base = common.make_base(args.work / f"base-{args.size:g}", args.size, args.size / SHARDS)
-    config = json.loads((base / "config.json").read_text())
-    adapter = common.make_adapter(args.work / f"adapter-{args.size:g}", config, "float32")
+    base, adapter = elsewhere(
+        inputs, args.work / f"base-{args.size:g}", args.size, args.size / SHARDS
+    )
     job = Job(base, adapter, args.work, len(os.sched_getaffinity(0)))
     runs: dict[str, list[Run]] = {}
     expected: dict[str, str] = {}
@@ -237,12 +253,16 @@ def merge_table(results: dict[str, dict]) -> None:
 # --- a job of 64 ranks over 671B ------------------------------------------------------------------
 
 
-def large(args: argparse.Namespace) -> dict[str, dict]:
+def large_inputs(work: Path) -> tuple[Path, Path]:
+    """DeepSeek-V3's headers, and an adapter of its attention."""
     model = next(base for base in BASES if base.name == "DeepSeek-V3")
-    base = make_base(args.work / f"{model.name}-base", *model.shape(), model.shards)
-    adapter = make_adapter(
-        args.work / f"{model.name}-base-adapter-modules", *model.shape(), model.modules, False
-    )
+    base = make_base(work / f"{model.name}-base", *model.shape(), model.shards)
+    adapter = base.with_name(f"{base.name}-adapter-modules")
+    return base, make_adapter(adapter, *model.shape(), model.modules, False)
+
+
+def large(args: argparse.Namespace) -> dict[str, dict]:
+    base, adapter = elsewhere(large_inputs, args.work)
     job = Job(base, adapter, args.work, 1)
     common.fresh(args.work / "run")
     share = ["run", job.plan, "--rank", f"0/{RANKS}", "--dry-run"]

@@ -279,7 +279,8 @@ def test_an_interrupted_command_says_how_to_go_on(standing, place, expected):
 
     hub.faults = faults
     _, text = first.communicate()
-    assert first.returncode == 1 and "Traceback" not in text and TOKEN not in text
+    assert first.returncode == 1, text
+    assert "Traceback" not in text and TOKEN not in text
     assert "stopped" in text and f"--out hf://{out} --disk-limit 1MB --resume" in text
     assert len(hub.repos[out].trees) == 1
     again = command("--resume")

@@ -412,7 +412,7 @@ def test_a_disk_that_is_full_at_the_end(where, base, pairs, tmp_path, monkeypatc
 
     def write_others(self: ShardFile, data: bytes, position: int) -> None:
         with storage_errors(self.path):
-            fail() if self.name == out.name else write(self, data, position)
+            fail() if self.final.name == out.name else write(self, data, position)
 
     with monkeypatch.context() as patch:
         if where == "publish":
