@@ -17,7 +17,7 @@ SUITES = {
         for name in ("test_configs", "test_fusing", "test_pickles", "test_rows")
     ),
     "hostile/test_layers.py",
-    "jobs/test_rank.py",
+    "jobs/test_launcher.py",
     "options/test_options.py",
     "runtime/test_config.py",
     "runtime/test_misuse.py",

@@ -24,7 +24,7 @@ from adapterkit.checkpoint.shard_result import read_result
 from adapterkit.checkpoint.stage import HANDOFF, RANKS, Stage, size_of_file
 from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, sync_folders, write_all
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
-from adapterkit.checkpoint.writer import PART, part_name
+from adapterkit.checkpoint.writer import PART, unfinished_name
 
 FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
@@ -151,7 +151,7 @@ class RankStage:
 
     def _write(self, name: str, entry: dict[str, Any], *, durable: bool = True) -> None:
         path = self.marks / name
-        part = self.marks / part_name(name, self.attempt)
+        part = self.marks / unfinished_name(name, self.attempt)
         with storage_errors(path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(part, flags, 0o666)

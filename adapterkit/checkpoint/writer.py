@@ -16,7 +16,7 @@ PART = ".part"
 FLUSH = 32 << 20  # bytes after which write-back is started: the fsync at the end finds little to do
 
 
-def part_name(name: str, attempt: str = "") -> str:
+def unfinished_name(name: str, attempt: str = "") -> str:
     """The name of a file while it is written."""
     return f"{name}.{attempt}{PART}" if attempt else name + PART
 
@@ -30,7 +30,7 @@ class ShardFile:
 
     def __init__(self, folder: Path, name: str, size: int, attempt: str = ""):
         self.final, self.size, self.descriptor = folder / name, size, -1
-        self.path = folder / part_name(name, attempt)
+        self.path = folder / unfinished_name(name, attempt)
         with storage_errors(self.path):
             if not attempt:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

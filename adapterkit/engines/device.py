@@ -97,11 +97,11 @@ def _repeatable_sums() -> Iterator[None]:
         # what has no such algorithm is used for values that do not depend on an order
         warnings.filterwarnings("ignore", message=".*deterministic")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        filling.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        filling.fill_uninitialized_memory = False  # type: ignore[attr-defined] (likewise)
         try:
             yield
         finally:
-            filling.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+            filling.fill_uninitialized_memory = filled  # type: ignore[attr-defined] (likewise)
             torch.set_deterministic_debug_mode(mode)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from adapterkit.engines.ranks import WAIT, Outcome, Rank
 from adapterkit.errors import Refused
+from adapterkit.jobs.launcher import rank_of
 from adapterkit.jobs.pipeline import run_pipeline
 from adapterkit.jobs.plan_file import PlanFile, again, read_plan
-from adapterkit.jobs.rank import rank_of
 from adapterkit.options import StrPath, checked, text
 from adapterkit.plan import Progress
 from adapterkit.receipt import Receipt

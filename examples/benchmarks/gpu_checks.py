@@ -221,11 +221,12 @@ def late_streams(settings: "Settings") -> Iterator[None]:
             torch.cuda._sleep(LATE)  # of torch's own tests of streams
         return real(inputs, spec)
 
-    setattr(reader.LocalReader, "tensor", tensor)  # noqa: B010, the types are told of no change
+    # by name, so that the type checker is told of no change
+    setattr(reader.LocalReader, "tensor", tensor)  # noqa: B010
     try:
         yield
     finally:
-        setattr(reader.LocalReader, "tensor", real)  # noqa: B010
+        setattr(reader.LocalReader, "tensor", real)  # noqa: B010 (likewise)
 
 
 def hash_of(settings: "Settings", name: str, workers: int) -> str:

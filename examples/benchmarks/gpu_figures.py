@@ -177,7 +177,7 @@ def overlap_of_merge(settings: "Settings") -> dict[str, float]:
         run(plan, out, local.local(settings.device), hash="none")
     shutil.rmtree(out)
     intervals: dict[str, list[Interval]] = {"kernel": [], "to_card": [], "to_host": []}
-    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr] # after a run
         name = event.name()
         kind = "to_card" if "HtoD" in name else "to_host" if "DtoH" in name else "kernel"
         if event.device_type() == DeviceType.CUDA:
@@ -464,6 +464,7 @@ def peers(settings: "Settings") -> dict:
 
 
 def fastsafetensors(settings: "Settings", files: list[Path]) -> None:
+    # a package of the card's machine
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup  # type: ignore[import-not-found]
 
     loader = SafeTensorsFileLoader(SingleGroup(), torch.device(settings.device), nogds=True)

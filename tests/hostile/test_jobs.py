@@ -12,8 +12,8 @@ import pytest
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused
+from adapterkit.jobs.launcher import rank_of
 from adapterkit.jobs.pipeline import run_pipeline
-from adapterkit.jobs.rank import rank_of
 from tests.support.raw_files import base, plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -143,7 +143,7 @@ def ranks_bench(disk: Path, driver: Driver, rank_inputs: Path):
         if name not in known:
             root = Path(tempfile.mkdtemp(dir=disk))
             shutil.copytree(rank_inputs, root, dirs_exist_ok=True)
-            bench = RanksBench(root, driver, words=JOBS[name])  # type: ignore[arg-type]
+            bench = RanksBench(root, driver, words=JOBS[name])
             known[name] = bench, bench.undisturbed()
         bench, whole = known[name]
         bench.clear()
@@ -158,7 +158,7 @@ def large(disk: Path, driver: Driver, rank_inputs: Path) -> tuple[RanksBench, di
     root = Path(tempfile.mkdtemp(dir=disk))
     make_base(root / "base", shards=1)
     shutil.copytree(rank_inputs / "adapter", root / "adapter")
-    bench = RanksBench(root, driver, words=["merge", "base", "adapter"])  # type: ignore[arg-type]
+    bench = RanksBench(root, driver, words=["merge", "base", "adapter"])
     bench.defaults = bench.defaults | {"rows": 32}
     return bench, bench.undisturbed()
 

@@ -140,7 +140,7 @@ class CardTensor(Tensor):
         return tensor
 
     # the types of torch's stubs do not know of overriding
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
     device = DEVICE
     is_cuda = True
 

@@ -40,7 +40,7 @@ def test_a_task_stays_on_the_card(cls: type[Task], cases: dict, one_thread: None
 
 def compute_there(plan: Plan, task: Task, handoffs: Handoffs) -> TaskResult:
     with Sources(plan.folders, plan.identities) as sources, torch.inference_mode():
-        reader = LocalReader(sources, DEVICE, handoffs=handoffs)  # type: ignore[arg-type]
+        reader = LocalReader(sources, DEVICE, handoffs=handoffs)
         return task.compute(reader)
 
 

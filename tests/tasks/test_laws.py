@@ -92,7 +92,7 @@ def compute(plan: Plan, task: Task, handoffs: "Handoffs | None" = None) -> TaskR
     cpu = torch.device("cpu")
     with CheckedSources(plan, task.reads) as sources, torch.inference_mode():
         checked = CheckedHandoffs(handoffs, task.handoff_reads)
-        result = task.compute(LocalReader(sources, cpu, handoffs=checked))  # type: ignore[arg-type]
+        result = task.compute(LocalReader(sources, cpu, handoffs=checked))
         assert tuple(result.handoff) == task.handoff_writes
         return result
 
@@ -129,7 +129,7 @@ def own_cases(request: pytest.FixtureRequest, cases: dict, one_thread: None) -> 
 def test_is_a_frozen_dataclass():
     for cls in CLASSES:
         assert dataclasses.is_dataclass(cls), cls
-        assert cls.__dataclass_params__.frozen, cls  # type: ignore[attr-defined]
+        assert cls.__dataclass_params__.frozen, cls
 
 
 def test_outputs_are_within_their_bounds(own_cases: list):
@@ -194,7 +194,7 @@ def test_takes_no_more_memory_than_it_claims(own_cases: list):
 
 def peak(profile: torch.profiler.profile) -> int:
     """The most bytes that torch had allocated at a time."""
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     events = sorted(
         (event.start_ns(), event.nbytes())
         for event in results.events()

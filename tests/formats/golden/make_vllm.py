@@ -87,9 +87,9 @@ class Vllm:
             setattr(log, name, lambda *_, **__: None)
         # attributes that a checker does not expect of modules made by hand
         sys.modules["vllm.logger"] = Empty("vllm.logger")
-        sys.modules["vllm.logger"].init_logger = lambda _: log  # type: ignore[attr-defined]
+        sys.modules["vllm.logger"].init_logger = lambda _: log
         sys.modules["vllm.utils.torch_utils"] = Empty("vllm.utils.torch_utils")
-        sys.modules["vllm.utils.torch_utils"].PIN_MEMORY = False  # type: ignore[attr-defined]
+        sys.modules["vllm.utils.torch_utils"].PIN_MEMORY = False
         self.helper = importlib.import_module("vllm.lora.peft_helper").PEFTHelper
         self.model = importlib.import_module("vllm.lora.lora_model").LoRAModel
         self.manager = importlib.import_module("vllm.lora.model_manager")

@@ -4,7 +4,7 @@ import pytest
 
 from adapterkit.engines.ranks import assigned
 from adapterkit.errors import Refused
-from adapterkit.jobs.rank import rank_of
+from adapterkit.jobs.launcher import rank_of
 
 pytestmark = pytest.mark.quick
 
