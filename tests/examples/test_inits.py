@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_example_of_inits_runs_and_starts_at_the_base(tmp_path):
     words = [str(tmp_path), "--steps", "2", "--layers", "2"]

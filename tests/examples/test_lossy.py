@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_lossy_example_runs_and_outputs_lose_less(tmp_path):
     words = [str(tmp_path / "out"), "--short", "--json", str(tmp_path / "tables.json")]

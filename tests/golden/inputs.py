@@ -208,7 +208,7 @@ def _save_kohya(path: Path) -> None:
         tensors[f"{name}.lora_down.weight"] = dyadic(800 + 2 * number, 2, width, **size).half()
         tensors[f"{name}.lora_up.weight"] = dyadic(801 + 2 * number, out, 2, **size).half()
         tensors[f"{name}.alpha"] = torch.tensor(1.0, dtype=torch.float16)
-    save_file(tensors, path, {"ss_network_dim": "2", "ss_network_alpha": "1"})
+    save_file(tensors, path, {"ss_network_dim": "2"})  # of several the order would be random
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

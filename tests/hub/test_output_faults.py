@@ -193,7 +193,8 @@ def test_a_download_of_other_bytes_is_refused(place):
 
 
 def kill_at(hub: Hub, client: Client, method: str, path: str, number: int) -> None:
-    """Kill the client at a request of that kind, the first or a later one."""
+    """Kill the client at a request of that kind, the first or a later one, which comes to
+    nothing."""
     left = [number]
 
     def faults(asked):
@@ -202,6 +203,8 @@ def kill_at(hub: Hub, client: Client, method: str, path: str, number: int) -> No
             if left[0] == 0:
                 os.kill(client.process.pid, signal.SIGKILL)
                 client.process.wait()
+                return Fault(reset=True)
+        return None
 
     hub.faults = faults
 
