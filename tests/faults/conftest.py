@@ -29,6 +29,18 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(adapterkit.__file__).parents[1]),
 }
 
+WITH_VERBS = """
+import importlib, sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+from transformers import LlamaForCausalLM
+from transformers.quantizers import base, quantizers_utils
+for verb in sys.argv[2:]:
+    importlib.import_module(f"adapterkit.verbs.{verb}")
+import driver
+driver.serve()
+"""
+
 
 def weights(layers: int = LAYERS) -> dict[str, np.ndarray]:
     """Tensors of a Llama, float16, in the order of the model."""
@@ -122,12 +134,14 @@ class Ended:
 
 
 class Driver:
-    """The process that has everything imported and forks."""
+    """The process that has everything imported and forks; for these verbs the model's class and
+    transformers' quantizers too."""
 
-    def __init__(self):
-        script = str(Path(__file__).with_name("driver.py"))
+    def __init__(self, *verbs: str):
+        script = Path(__file__).with_name("driver.py")
+        program = ["-c", WITH_VERBS, str(script.parent), *verbs] if verbs else [str(script)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, script], env=ENVIRONMENT, **pipes)
+        self.process = subprocess.Popen([sys.executable, *program], env=ENVIRONMENT, **pipes)
         assert self.process.stdout.readline() == "ready\n"
 
     def ask(self, **request) -> dict:

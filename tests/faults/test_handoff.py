@@ -2,64 +2,25 @@
 any call, they resume to the same bytes, and nothing that waited is left."""
 
 import itertools
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-import adapterkit
+from tests.faults.conftest import Driver
 
 JOBS = {
     "loftq": ["loftq", "base", "--rank", "4", "--iterations", "2", "--double-quant"],
     "quantize": ["quantize", "base", "--to", "nf4", "--double-quant"],
 }
-START = """
-import sys, warnings
-warnings.simplefilter("ignore")
-sys.path.insert(0, sys.argv[1])
-from transformers import LlamaForCausalLM
-from transformers.quantizers import base, quantizers_utils
-import adapterkit.verbs.loftq, driver
-driver.serve()
-"""
-
-
-class Driver:
-    """The process that forks, with what these verbs need imported too."""
-
-    def __init__(self):
-        here = Path(__file__).parent
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(Path(adapterkit.__file__).parents[1]),
-        }
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(here)], env=environment, **pipes
-        )
-        assert self.process.stdout.readline() == "ready\n"
-
-    def ask(self, **request) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
-    process = Driver()
+    process = Driver("loftq")
     yield process
     process.stop()
 

@@ -4,11 +4,8 @@ A rank looks at the others every few milliseconds, and takes one that says nothi
 seconds for gone.
 """
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import adapterkit
-from tests.faults.conftest import AdapterBench, Ended, make_adapter, make_base
+from tests.faults.conftest import AdapterBench, Driver, Ended, make_adapter, make_base
 
-FAULTS = Path(__file__).parents[1] / "faults"
 QUICK = {"ranks.BEAT": 0.02, "ranks.POLL": 0.01, "ranks.STALLED": 0.3}
 JOBS = {
     "merge": ["merge", "base", "adapter", "other=0.5"],
@@ -27,40 +22,6 @@ JOBS = {
     "loftq": ["loftq", "base", "--rank", "4", "--iterations", "1"],
     "combine": ["combine", "adapter", "other", "--method", "linear"],
 }
-START = """
-import sys, warnings
-warnings.simplefilter("ignore")
-sys.path.insert(0, sys.argv[1])
-from transformers import LlamaForCausalLM
-from transformers.quantizers import base, quantizers_utils
-import adapterkit.verbs.init, adapterkit.verbs.loftq, driver
-driver.serve()
-"""
-
-
-class Driver:
-    """The process that forks."""
-
-    def __init__(self):
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(Path(adapterkit.__file__).parents[1]),
-        }
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(FAULTS)], env=environment, **pipes
-        )
-        assert self.process.stdout.readline() == "ready\n"
-
-    def ask(self, **request) -> dict:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def stop(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
 
 
 @dataclass
@@ -109,7 +70,7 @@ class RanksBench(AdapterBench):
 
 @pytest.fixture(scope="session")
 def driver() -> Iterator[Driver]:
-    process = Driver()
+    process = Driver("init", "loftq")
     yield process
     process.stop()
 
