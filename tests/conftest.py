@@ -19,6 +19,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return "pytest.mark.quick" not in collection_path.read_text() or None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes a minute a test begins first: at the end one process would wait for it."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent not in (here, here / "examples"))
+
+
 @pytest.fixture(scope="session")
 def cached_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A folder that `build(folder)` fills, filled at the first request for `name`."""
