@@ -24,7 +24,7 @@ from adapterkit.checkpoint.shard_result import read_result
 from adapterkit.checkpoint.stage import HANDOFF, RANKS, Stage, size_of_file
 from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, sync_folders, write_all
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
-from adapterkit.checkpoint.writer import PART, unfinished_name
+from adapterkit.checkpoint.writer import UNFINISHED, unfinished_name
 
 FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
@@ -146,7 +146,7 @@ class RankStage:
         with contextlib.suppress(OSError):
             (self.marks / (self.attempt + BEAT)).unlink(missing_ok=True)
             for top in (self.path, self.marks):
-                for path in top.rglob(f"*.{self.attempt}{PART}"):
+                for path in top.rglob(f"*.{self.attempt}{UNFINISHED}"):
                     path.unlink(missing_ok=True)
 
     def _write(self, name: str, entry: dict[str, Any], *, durable: bool = True) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from adapterkit.checkpoint import storage, system
 from adapterkit.checkpoint.storage import storage_errors, write_all
 
-PART = ".part"
+UNFINISHED = ".part"
 FLUSH = 32 << 20  # bytes after which write-back is started: the fsync at the end finds little to do
 
 
 def unfinished_name(name: str, attempt: str = "") -> str:
     """The name of a file while it is written."""
-    return f"{name}.{attempt}{PART}" if attempt else name + PART
+    return f"{name}.{attempt}{UNFINISHED}" if attempt else name + UNFINISHED
 
 
 class ShardFile:

@@ -9,7 +9,7 @@ from pathlib import Path
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.stage import RECEIPT, check_name
 from adapterkit.checkpoint.storage import free_bytes
-from adapterkit.engines.hub_pipeline import HubEngine
+from adapterkit.engines.hub_engine import HubEngine
 from adapterkit.engines.hub_stage import HubStage, inputs_folder, pins_before, work_folder
 from adapterkit.engines.hub_transfers import plan_transfers
 from adapterkit.engines.run_options import RunOptions

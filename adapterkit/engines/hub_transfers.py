@@ -20,7 +20,7 @@ RECORDS = (64 << 10, 800)  # bytes of journal and receipt, and those of each ten
 
 
 @dataclass(frozen=True)
-class Work:
+class MadeFile:
     """One output file to make: the large files of the Hub that it reads, and the disk that it takes
     while it is made."""
 
@@ -33,7 +33,7 @@ class Work:
 class Transfers:
     """The files of a job in the order in which they are made, and those that are not."""
 
-    works: tuple[Work, ...]
+    made: tuple[MadeFile, ...]
     copied: tuple[CopiedFile, ...]
     sizes: dict[Input, int]  # of the inputs that are downloaded
     rest: int  # bytes of what stays to the end: small files, handoffs, journal and receipt
@@ -42,34 +42,32 @@ class Transfers:
 
     def without(self, done: Sequence[str]) -> "Transfers":
         """What is left to do when these files are there."""
-        return replace(
-            self, works=tuple(work for work in self.works if work.shard.file not in done)
-        )
+        return replace(self, made=tuple(file for file in self.made if file.shard.file not in done))
 
     def last_uses(self) -> dict[Input, int]:
-        """The number of the last work that reads each input."""
-        return {each: number for number, work in enumerate(self.works) for each in work.inputs}
+        """The number of the last file made that reads each input."""
+        return {each: number for number, file in enumerate(self.made) for each in file.inputs}
 
     def least_disk(self) -> tuple[int, str]:
         """Bytes without which one of the files cannot be made, and which one that is."""
         last, present, most = self.last_uses(), set[Input](), (self.rest, "the files beside")
         held = 0
-        for number, work in enumerate(self.works):
-            present |= set(work.inputs)
+        for number, file in enumerate(self.made):
+            present |= set(file.inputs)
             inputs = sum(self.sizes[each] for each in present)
-            here = (self.rest + held + inputs + work.disk, work.shard.file)
-            most = max(most, here, key=lambda pair: pair[0])
+            needed = (self.rest + held + inputs + file.disk, file.shard.file)
+            most = max(most, needed, key=lambda pair: pair[0])
             present = {each for each in present if last[each] > number}
-            held += work.shard.size if self.held else 0
+            held += file.shard.size if self.held else 0
         return most
 
     def disk(self, limit: int | None) -> int:
         """Bytes of disk that the job takes at most."""
-        everything = self.rest + sum(self.sizes.values()) + sum(work.disk for work in self.works)
+        everything = self.rest + sum(self.sizes.values()) + sum(file.disk for file in self.made)
         if limit is None:
             # one file that is made, one that is downloaded, one that is sent
             largest = max(
-                (sum(self.sizes[each] for each in work.inputs) + work.disk for work in self.works),
+                (sum(self.sizes[each] for each in file.inputs) + file.disk for file in self.made),
                 default=0,
             )
             limit = max(self.least_disk()[0] + 2 * largest, ORDINARY)
@@ -93,7 +91,7 @@ class Transfers:
         """What a dry run prints of them."""
         return {
             "bytes_down": sum(self.sizes.values()),
-            "bytes_up": self.small + sum(work.shard.size for work in self.works),
+            "bytes_up": self.small + sum(file.shard.size for file in self.made),
             "bytes_copied_on_hub": sum(file.size for file in self.copied),
             "disk_needed": self.disk(limit),
         }
@@ -109,15 +107,15 @@ def plan_transfers(plan: Plan, *, held: bool, uncopied: Sequence[str] = ()) -> T
     }
     made = [shard for shard in plan.shards if shard.file not in copied]
     made.sort(key=lambda shard: isinstance(shard, Shard))  # its steps may need what tasks hand on
-    works, sizes = [], dict[Input, int]()
+    files, sizes = [], dict[Input, int]()
     for shard in made:
         inputs = [each for each in _inputs(shard) if _disk(plan, each)]
         sizes |= {each: _disk(plan, each) for each in inputs}
-        works.append(Work(shard, tuple(inputs), _disk_of(shard)))
+        files.append(MadeFile(shard, tuple(inputs), _disk_of(shard)))
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
     tensors = sum(len(shard.layout.tensors) for shard in plan.shards)
     rest = small + _handoffs(plan) + RECORDS[0] + RECORDS[1] * tensors
-    return Transfers(tuple(works), tuple(copied.values()), sizes, rest, small, held)
+    return Transfers(tuple(files), tuple(copied.values()), sizes, rest, small, held)
 
 
 def _copied_file(plan: Plan, shard: Shard | Computed) -> CopiedFile | None:

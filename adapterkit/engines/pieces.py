@@ -53,7 +53,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass
-class _Run:
+class _CopiedRun:
     """Untouched tensors that follow each other in an input file and in the output: bytes
     [source.start, stop), to `position`."""
 
@@ -180,18 +180,18 @@ class OpenShard:
         number = itertools.count()
         header = self.shard.layout.header
         yield Piece(self, next(number), 0, len(header), data=header)
-        run: _Run | None = None
+        run: _CopiedRun | None = None
         for step, at in zip(self.shard.steps, self.shard.layout.starts, strict=True):
             if run is not None and step.copied and run.joins(step.source, at):
                 run.stop = step.source.stop
                 continue
             yield from self._run(run, number)
-            run = _Run(step.source, at, step.source.stop) if step.copied else None
+            run = _CopiedRun(step.source, at, step.source.stop) if step.copied else None
             if not step.copied:
                 yield from self._chunks(step, at, number, device)
         yield from self._run(run, number)
 
-    def _run(self, run: "_Run | None", number) -> Iterator[Piece]:
+    def _run(self, run: "_CopiedRun | None", number) -> Iterator[Piece]:
         if run is None:
             return
         start = run.source.start

@@ -104,9 +104,9 @@ class Rank(Executor):
         if not stage.exists() and _is_ended(whole, self.job):
             self.outcome.finished = True
             return plan
-        work = _Work(plan, made, stage, self.outcome, device, self.workers, execution)
+        run = _RankRun(plan, made, stage, self.outcome, device, self.workers, execution)
         try:
-            work.run(self.wait, steal=self.only is None)
+            run.make_files(self.wait, steal=self.only is None)
         except Unrecoverable as error:
             with contextlib.suppress(AdapterkitError):
                 stage.spoil(f"{error.where}: {error.problem}")
@@ -140,8 +140,8 @@ class _Made(Exception):
     """Another process finished the file that this one was at."""
 
 
-class _Work:
-    """One rank at work."""
+class _RankRun:
+    """One rank's run: what it has to make, and what is done."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class _Work:
         self.done: set[str] = set()
         self.watch = _Watch(stage)
 
-    def run(self, wait: float, *, steal: bool) -> None:
+    def make_files(self, wait: float, *, steal: bool) -> None:
         """Make files until none is left that this rank can make. Raises `Waiting` after `wait`
         seconds for what its own need, `Refused` where the job is spoiled or gone."""
         self._check()

@@ -19,7 +19,7 @@ import torch
 from adapterkit import __version__, errors
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
-from adapterkit.checkpoint.writer import PART
+from adapterkit.checkpoint.writer import UNFINISHED
 from adapterkit.engines.device import kind, pick_device
 from adapterkit.engines.local import local
 from adapterkit.errors import AdapterkitError, Failed, MultipleErrors, Refused, shown
@@ -128,7 +128,7 @@ class Cluster:
 
         by_name = {shard.file: shard for shard in shards}
         self._run(shards, plan.needs(), start, note, AHEAD * places)
-        for part in stage.path.rglob(f"*{PART}"):  # of lost workers
+        for part in stage.path.rglob(f"*{UNFINISHED}"):  # of lost workers
             part.unlink(missing_ok=True)
 
     @property

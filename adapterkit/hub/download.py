@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from adapterkit.checkpoint.storage import storage_errors, write_all
+from adapterkit.checkpoint.writer import unfinished_name
 from adapterkit.errors import Failed
 from adapterkit.hub.errors import location
 from adapterkit.hub.folder import HubFolder
@@ -16,7 +17,6 @@ from adapterkit.hub.retry import retry
 PIECES = (8 << 20, 64 << 20)  # bytes of one request, at least and at most: the Hub counts them
 STREAMS = 4  # requests at a time
 BLOCK = 4 << 20  # bytes that are hashed at a time
-PART = ".part"
 
 
 class Stopped(Failed):
@@ -33,7 +33,7 @@ def download(
 
     Raises `Failed` without right bytes, and `Stopped`.
     """
-    size, part = folder.files()[name], file.with_name(file.name + PART)
+    size, part = folder.files()[name], file.with_name(unfinished_name(file.name))
     with storage_errors(file):
         part.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -44,8 +44,8 @@ class Mode:
 
 
 @dataclass
-class Work:
-    """What is known of a step."""
+class StepRun:
+    """One run of a step: its plan, how its output is written, what came of it."""
 
     step: PipelineStep
     mode: Mode | None = None  # None: known when its inputs are there
@@ -87,23 +87,23 @@ def run_pipeline(
     """
     path = Path(file)
     pipeline = _Pipeline(path, device, overwrite, progress)
-    works = pipeline.plan(read_pipeline(path))
-    stopped = dry_run or any(work.is_refused for work in works)
-    for number, work in enumerate(works, 1):
-        work.plan = None  # what is carried out is planned again
-        if not stopped and not work.is_finished:
+    runs = pipeline.plan(read_pipeline(path))
+    stopped = dry_run or any(run.is_refused for run in runs)
+    for number, run in enumerate(runs, 1):
+        run.plan = None  # what is carried out is planned again
+        if not stopped and not run.is_finished:
             try:
-                work.outcome = pipeline.carry_out(work)
+                run.outcome = pipeline.carry_out(run)
             except (KeyboardInterrupt, Interrupted):
                 raise Interrupted(
-                    f"stopped in step {number} of {len(works)}; those before it are done",
+                    f"stopped in step {number} of {len(runs)}; those before it are done",
                     where=path.name,
                     hint="run the same command again",
                 ) from None
             except AdapterkitError as error:
-                work.outcome, stopped = refusal(error), True
-        tell(work.row)
-    return report("steps", [work.row for work in works])
+                run.outcome, stopped = refusal(error), True
+        tell(run.row)
+    return report("steps", [run.row for run in runs])
 
 
 @dataclass(frozen=True)
@@ -118,43 +118,43 @@ class _Pipeline:
         """Tells this file from others of its name."""
         return hashlib.sha256(os.fsencode(self.file.resolve())).hexdigest()[:16]
 
-    def plan(self, steps: list[PipelineStep]) -> list[Work]:
+    def plan(self, steps: list[PipelineStep]) -> list[StepRun]:
         """All steps, planned as far as that is possible without data; refused ones say why."""
-        works: list[Work] = []
+        runs: list[StepRun] = []
         for step in steps:
-            work = Work(step)
-            works.append(work)
+            run = StepRun(step)
+            runs.append(run)
             try:
-                self._plan(work, works)
+                self._plan(run, runs)
             except AdapterkitError as error:
-                work.outcome = refusal(error)
-        return works
+                run.outcome = refusal(error)
+        return runs
 
-    def _plan(self, work: Work, works: list[Work]) -> None:
-        step = work.step
+    def _plan(self, run: StepRun, runs: list[StepRun]) -> None:
+        step = run.step
         pending = {
-            source: works[number - 1]
+            source: runs[number - 1]
             for source, number in step.needs.items()
-            if not works[number - 1].is_finished
+            if not runs[number - 1].is_finished
         }
         planned = {source: _planned(source, other) for source, other in pending.items()}
         unknown = [source for source, folder in planned.items() if folder is None]
         folders = {source: folder for source, folder in planned.items() if folder is not None}
         call = self._call(step, folders)
         try:
-            work.plan = None if unknown else call.plan()
+            run.plan = None if unknown else call.plan()
         except AdapterkitError:
             if not any(folder.asked_for_values for folder in folders.values()):
                 raise
         if any(folder.asked_for_values for folder in folders.values()):
-            work.plan = None
-        if work.plan is None:
+            run.plan = None
+        if run.plan is None:
             numbers = sorted({other.step.number for other in pending.values()})
             steps = " and ".join(f"step {number}" for number in numbers)
-            work.outcome = {"state": "planned", "notes": [f"planned when {steps} is done"]}
+            run.outcome = {"state": "planned", "notes": [f"planned when {steps} is done"]}
             return
-        work.mode = self._mode(step, work.plan, changes=bool(pending))
-        work.outcome = FINISHED if work.mode.finished else outcome(work.plan)
+        run.mode = self._mode(step, run.plan, changes=bool(pending))
+        run.outcome = FINISHED if run.mode.finished else outcome(run.plan)
 
     def _call(self, step: PipelineStep, planned: Mapping[Source, PlannedFolder]) -> Call:
         """The step's call, its arguments checked; some of its sources are planned."""
@@ -191,11 +191,11 @@ class _Pipeline:
     def _wrote(self, older: Older) -> bool:
         return older.pipeline.get("id") == self.id
 
-    def carry_out(self, work: Work) -> Row:
+    def carry_out(self, run: StepRun) -> Row:
         """Write the step's output, unless it turns out to be there."""
-        step = work.step
+        step = run.step
         call = self._call(step, {})
-        mode = work.mode
+        mode = run.mode
         if mode is None or step.needs:
             mode = self._mode(step, call.plan(), changes=False)
         if mode.finished:
@@ -229,7 +229,7 @@ class _Marked(Executor):
         return replace(execution, engine=self.engine).run(marked, check)
 
 
-def _planned(source: Source, other: Work) -> PlannedFolder | None:
+def _planned(source: Source, other: StepRun) -> PlannedFolder | None:
     """What an earlier step will write where a source is; None where that is not known. `Refused`
     where it will write nothing there."""
     if not isinstance(other.plan, Plan):

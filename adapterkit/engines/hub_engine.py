@@ -17,7 +17,7 @@ from pathlib import Path
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.engines.hub_stage import HubStage
-from adapterkit.engines.hub_transfers import Input, Transfers, Work, plan_transfers
+from adapterkit.engines.hub_transfers import Input, MadeFile, Transfers, plan_transfers
 from adapterkit.engines.waiting import POLL_INTERVAL, result_of, signals_deferred
 from adapterkit.errors import Failed, shown
 from adapterkit.execute import Engine
@@ -70,7 +70,7 @@ class HubEngine:
             transfers.check(self.limit)
         done = [shard.file for shard in plan.shards if shard.file not in todo]
         transfers = transfers.without([*done, *(file.file for file in copied)])
-        _Run(self, plan, transfers, stage, hash, finished, progress).run()
+        _HubRun(self, plan, transfers, stage, hash, finished, progress).run()
 
 
 class Room:
@@ -94,8 +94,8 @@ class Room:
             self._changed.notify_all()
 
 
-class _Run:
-    """One run: this thread makes the files, one downloads for it, some send what is made."""
+class _HubRun:
+    """One job: this thread makes the files, one downloads for it, some send what is made."""
 
     def __init__(self, engine, plan, transfers, stage, hashed, finished, progress):
         self.engine: HubEngine = engine
@@ -105,7 +105,7 @@ class _Run:
         self.hashed, self.finished, self.progress = hashed, finished, progress
         self.stop = threading.Event()
         self.room = Room(transfers.disk(engine.limit) - transfers.rest)
-        self.ready = {work.shard.file: Future[None]() for work in transfers.works}
+        self.ready = {file.shard.file: Future[None]() for file in transfers.made}
         self.outgoing = queue.SimpleQueue[LocalFile | None]()
         self.last = transfers.last_uses()
         self.results: dict[str, ShardResult] = {}
@@ -116,9 +116,9 @@ class _Run:
             downloads = self._start(self._download_all)
             uploads = [self._start(self._upload_all) for _ in range(SENDERS)]
         try:
-            for number, work in enumerate(self.transfers.works):
-                result_of(self.ready[work.shard.file])
-                self._make(number, work)
+            for number, file in enumerate(self.transfers.made):
+                result_of(self.ready[file.shard.file])
+                self._make(number, file)
             self.outgoing.put(None)
             for sender in uploads:
                 result_of(sender)
@@ -169,12 +169,12 @@ class _Run:
 
     def _download_all(self) -> None:
         here = set[Input]()
-        for work in self.transfers.works:
-            future = self.ready[work.shard.file]
+        for file in self.transfers.made:
+            future = self.ready[file.shard.file]
             try:
-                missing = [each for each in work.inputs if each not in here]
+                missing = [each for each in file.inputs if each not in here]
                 inputs = sum(self.transfers.sizes[each] for each in missing)
-                self.room.take(inputs + work.disk, self.stop)
+                self.room.take(inputs + file.disk, self.stop)
                 for folder, name in missing:
                     self._folder(folder).download(name, self.stop.is_set)
                 here |= set(missing)
@@ -190,8 +190,8 @@ class _Run:
 
     # -- here --------------------------------------------------------------------------------------
 
-    def _make(self, number: int, work: Work) -> None:
-        shard, name = work.shard, work.shard.file
+    def _make(self, number: int, file: MadeFile) -> None:
+        shard, name = file.shard, file.shard.file
         self.engine.local(
             self.plan,
             [shard],
@@ -203,11 +203,11 @@ class _Run:
         result = self.results.pop(name)
         if self.engine.check_file is not None:
             self.engine.check_file(self.stage.path, replace(self.plan, shards=(shard,)), result)
-        for each in work.inputs:
+        for each in file.inputs:
             if self.last[each] == number:
                 self._folder(each[0]).drop(each[1])
                 self.room.give(self.transfers.sizes[each])
-        self.room.give(work.disk - result.size)
+        self.room.give(file.disk - result.size)
         if not self.engine.held:
             self.outgoing.put(LocalFile(name, self.stage.path / name, result.size, result.sha256))
 
