@@ -1,24 +1,19 @@
-"""The receipt, adapterkit.json: what was done, with hashes and measured metrics; reading and
-checking it."""
+"""The receipt, adapterkit.json: what was done, with hashes and measured metrics; reading it."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapterkit.checkpoint.folder import Folder, inside
-from adapterkit.checkpoint.hashes import RunningHash, sha256_of_file
-from adapterkit.checkpoint.header import read_header
+from adapterkit.checkpoint.folder import Folder
+from adapterkit.checkpoint.hashes import sha256_of_file
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import RECEIPT
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.errors import AdapterkitError, Damaged, Failed, Refused, refuse_all, shown
-from adapterkit.gguf.adapter import read_adapter
-from adapterkit.gguf.header import ENDING
-from adapterkit.plan import Plan, Progress
+from adapterkit.errors import Damaged, Refused, shown
+from adapterkit.plan import Plan
 
 RECEIPT_VERSION = 1
 SEAL = b',\n  "seal": "'
@@ -132,7 +127,6 @@ def is_sealed(data: bytes) -> bool:
     )
 
 
-CHECK_BLOCK = 4 << 20
 CHANGED = "bytes that are not those that were written"
 AGAIN = "run the merge again"
 
@@ -159,108 +153,3 @@ def read_receipt(folder: Folder) -> dict[str, Any]:
             CHANGED, expected="a receipt that fits the seal at its end", where=RECEIPT, hint=AGAIN
         )
     return receipt
-
-
-def check_files(
-    out: Folder, receipt: dict, progress: Progress = lambda done: None
-) -> dict[str, Any]:
-    """Every file that the receipt lists: there, of its size, with its hash, holding its keys; and
-    no other weights. Of what the Hub keeps as large files, the hash is the one that it lists."""
-    errors: list[AdapterkitError] = []
-    for name, entry in receipt["files"].items():
-        try:
-            size = out.files().get(str(inside(name, RECEIPT)))
-            if size != entry["size"]:
-                problem = "no such file" if size is None else f"{size} bytes"
-                raise Damaged(problem, expected=f"{entry['size']} bytes", where=name, hint=AGAIN)
-            check_file(out, name, entry["sha256"], receipt["keys"].get(name), progress)
-        except AdapterkitError as error:
-            errors.append(error)
-    unlisted = {
-        name for name in out.files() if name.endswith(".safetensors") and "/" not in name
-    } - set(receipt["files"])
-    for name in sorted(unlisted):
-        errors.append(
-            Damaged(
-                "weights that the receipt does not list",
-                expected="the files of the receipt",
-                where=shown(name),
-                hint="remove the file",
-            )
-        )
-    refuse_all(errors)
-    total = sum(entry["size"] for entry in receipt["files"].values())
-    return {"files": len(receipt["files"]), "bytes": total, "hash": receipt["hash"]}
-
-
-def check_file(
-    out: Folder, name: str, sha: str | None, marks: dict | None, progress: Progress
-) -> None:
-    """Hash a file once; the marks at the tensors' ends tell the first damaged one. `marks`: of
-    weights only."""
-    problem: AdapterkitError | None = None
-    ends: list[tuple[str, int]] = []
-    if marks is not None:
-        try:
-            ends = _ends(out, name, marks, hashed=sha is not None)
-        except AdapterkitError as error:
-            problem = error
-    if sha is not None and name in out.hashes:
-        progress(out.files()[name])
-        if out.hashes[name] != sha and problem is None:
-            problem = Damaged(CHANGED, expected="the receipt's sha256", where=name, hint=AGAIN)
-    elif sha is not None:
-        actual = _hash(out, name, ends, progress)
-        if actual.hexdigest() != sha and problem is None:
-            keys = list(actual.marks)
-            wrong = next((key for key in keys if actual.marks[key] != (marks or {})[key]), None)
-            where = name
-            if wrong is not None:
-                where += f": {'its header or ' * (wrong == keys[0])}{shown(wrong)}"
-            problem = Damaged(CHANGED, expected="the receipt's sha256", where=where, hint=AGAIN)
-    if problem is not None:
-        raise problem
-
-
-def _ends(out: Folder, name: str, marks: dict, *, hashed: bool) -> list[tuple[str, int]]:
-    """The keys of a weights file, which must be the receipt's, and where their tensors end."""
-    is_gguf = name.endswith(ENDING)
-    specs = read_adapter(out, name).tensors.values() if is_gguf else read_header(out, name).tensors
-    tensors = list(specs)
-    different = sorted({spec.key for spec in tensors} ^ set(marks)) if hashed else []
-    if different:
-        raise Damaged(
-            f"keys {', '.join(map(shown, different[:4]))}",
-            expected="the receipt's keys",
-            where=name,
-            hint=AGAIN,
-        )
-    return [(spec.key, spec.stop) for spec in tensors]
-
-
-def _hash(out: Folder, name: str, ends: list[tuple[str, int]], progress: Progress) -> RunningHash:
-    """A file's hash and marks, read from the disk and not from the system's cache of it."""
-    running, size, at = RunningHash(ends), out.files()[name], 0
-    try:
-        with out.path(name).open("rb") as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while at < size:
-                block = file.read(min(CHECK_BLOCK, size - at))
-                if not block:
-                    raise Damaged(
-                        f"the file ends at byte {at}",
-                        expected=f"{size} bytes",
-                        where=name,
-                        hint=AGAIN,
-                    )
-                running.update(block)
-                at += len(block)
-                progress(len(block))
-    except OSError as error:
-        raise Failed(
-            f"cannot read at byte {at}: {error.strerror}",
-            where=name,
-            hint="check the disk, then verify again",
-        ) from error
-    return running

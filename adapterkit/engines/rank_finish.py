@@ -10,6 +10,7 @@ from adapterkit.checkpoint.rank_stage import RankStage, adopt
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.checkpoint.system import cores
 from adapterkit.engines.execution import Execution
+from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.pieces import part_name
 from adapterkit.engines.placement import device_totals
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
@@ -18,7 +19,7 @@ from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run_in
 from adapterkit.options import Executor
 from adapterkit.plan import Computed, Plan, Shard
-from adapterkit.receipt import Receipt, check_files, read_receipt
+from adapterkit.receipt import Receipt, read_receipt
 
 
 @dataclass

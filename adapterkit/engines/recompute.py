@@ -15,10 +15,11 @@ from torch import Tensor
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.header import TensorSpec, read_header
 from adapterkit.checkpoint.shard_result import ShardResult
+from adapterkit.engines.file_checks import check_file, check_files
 from adapterkit.engines.reader import LocalReader
 from adapterkit.errors import AdapterkitError, Damaged, Failed, refuse_all, shown
 from adapterkit.plan import Loaded, Plan, Shard, Step
-from adapterkit.receipt import AGAIN, check_file, check_files, read_receipt
+from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.tasks.compensated import CompensatedStep, before_rounding
 from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.rows import arithmetic, rounded

@@ -5,12 +5,13 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.stage import RECEIPT
+from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.recompute import check_rows
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Sources, StrPath, checked
 from adapterkit.plan import Plan, Progress
 from adapterkit.planning.sources import open_model, open_source, open_weighted
-from adapterkit.receipt import check_files, read_receipt
+from adapterkit.receipt import read_receipt
 
 
 @checked()
