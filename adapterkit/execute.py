@@ -102,7 +102,7 @@ def run_in(
                 return receipt
             if state != "fresh":
                 check_same_job(stage, recipe)
-                _check_alone(stage)
+                check_alone(stage)
                 _check_same_device(stage, plan)
             if state != "publish":
                 _build(
@@ -232,7 +232,7 @@ def _check_same_device(stage: Stage, plan: Plan) -> None:
         )
 
 
-def _check_alone(stage: Stage) -> None:
+def check_alone(stage: Stage) -> None:
     """`Refused` while several processes write the output's files."""
     if stage.journal()[0].get("ranks"):
         raise Refused(

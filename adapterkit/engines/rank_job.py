@@ -4,20 +4,29 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from adapterkit.checkpoint.folder import LocalFolder
+from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.rank_stage import RankStage, prepare
-from adapterkit.checkpoint.reader import identity
+from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.stage import Stage
-from adapterkit.engines.execution import Execution
+from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused
 from adapterkit.execute import check_space, difference
 from adapterkit.options import Executor
-from adapterkit.plan import Plan
 from adapterkit.receipt import digest, public_recipe
 
 Check = Callable[[Path], object]
+
+
+class Planned(Protocol):
+    """What a plan says of its inputs."""
+
+    @property
+    def folders(self) -> tuple[Folder, ...]: ...
+    @property
+    def identities(self) -> dict[tuple[int, str], Identity]: ...
+    def recipe(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Job:
     hash: str
 
     @classmethod
-    def of(cls, plan: Plan, hash: str) -> "Job":
+    def of(cls, plan: Planned, hash: str) -> "Job":
         """The job of a plan, as it is read again from a file."""
         recipe = public_recipe(json.loads(json.dumps(plan.recipe())))
         return cls(recipe, _inputs(plan), hash)
@@ -42,7 +51,7 @@ class Job:
     def digest(self) -> str:
         return digest(vars(self))
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: Planned) -> None:
         """`Refused` where a plan made here and now is another job, naming the first difference."""
         now = Job.of(plan, self.hash)
         if now.recipe != self.recipe:
@@ -63,7 +72,7 @@ class Job:
             )
 
 
-def _inputs(plan: Plan) -> dict[str, list[int]]:
+def _inputs(plan: Planned) -> dict[str, list[int]]:
     """Which files the local inputs are; of an adapter that is converted first, its own files."""
     found = {f"{number} {name}": list(known) for (number, name), known in plan.identities.items()}
     for number, folder in enumerate(plan.folders):
@@ -83,24 +92,34 @@ class Preparation(Executor):
 
     overwrite: bool
     job: Job | None = None
-    plan: Plan | None = None
 
-    def __call__(self, plan: Plan, execution: Execution, check: Check | None) -> Plan:
+    def __call__(self, plan: Any, execution: RunOptions, check: Any) -> Any:
         job = self.job = Job.of(plan, execution.hash)
-        self.plan, stage = plan, Stage(Path(execution.out))
+        stage = self._stage(plan, Path(execution.out))
         options = {"resume": False, "overwrite": self.overwrite}
         stage.state(job.fingerprint, **options)  # refuses before anything is made
         with stage:
             stage.state(job.fingerprint, **options)
-            check_space(plan, plan.shards, stage)
+            self._check_space(plan, stage)
             head = {
                 "fingerprint": job.fingerprint,
                 "recipe": json.loads(json.dumps(plan.recipe())),
                 "overwrite": stage.replaces,
                 "ranks": True,
             }
-            prepare(stage, job.digest, [shard.file for shard in plan.shards], head)
+            prepare(stage, job.digest, self._files(plan), head)
         return plan
+
+    def _stage(self, plan: Any, out: Path) -> Stage:
+        return Stage(out)
+
+    def _check_space(self, plan: Any, stage: Stage) -> None:
+        """`Refused` where the disk has no room."""
+        check_space(plan, plan.shards, stage)
+
+    def _files(self, plan: Any) -> list[str]:
+        """What ranks make."""
+        return [shard.file for shard in plan.shards]
 
 
 def check_one_kind(entries: Sequence[dict[str, Any]], stage: RankStage) -> None:

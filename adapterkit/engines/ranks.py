@@ -10,9 +10,10 @@ import hashlib
 import platform
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,12 +21,12 @@ from adapterkit.checkpoint.rank_stage import RankStage, is_gone
 from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Stage
 from adapterkit.engines.device import pick_device
-from adapterkit.engines.execution import Execution
 from adapterkit.engines.local import local
 from adapterkit.engines.pieces import Part
 from adapterkit.engines.placement import place
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import file_of, tiling, units
+from adapterkit.engines.run_options import RunOptions
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import (
     AdapterkitError,
@@ -83,7 +84,7 @@ class Rank(Executor):
     only: Sequence[str] | None = None
     outcome: Outcome | None = None
 
-    def __call__(self, plan: Plan, execution: Execution, check: Check | None) -> Plan:
+    def __call__(self, plan: Any, execution: RunOptions, check: Check | None) -> Any:
         self.job.check(plan)
         plan, device = place(plan, self.device or execution.device)
         made = {unit.file: unit for unit in units(plan, self.ranks, pick_device(device))}
@@ -96,17 +97,25 @@ class Rank(Executor):
                 where="the plan file",
                 hint="make the plan again",
             )
-        self.outcome = Outcome(self.rank, self.ranks, share)
-        if self.dry_run:
-            return plan
-        whole = Stage(Path(execution.out))
+        outcome = self.outcome = Outcome(self.rank, self.ranks, share)
+        if not self.dry_run:
+
+            def run(stage: RankStage) -> None:
+                work = _RankRun(plan, made, stage, outcome, device, self.workers, execution)
+                work.make_files(self.wait, steal=self.only is None)
+
+            self._at_work(Stage(Path(execution.out)), run)
+        return plan
+
+    def _at_work(self, whole: Stage, run: Callable[[RankStage], None]) -> None:
+        """Let `run` make files; what becomes of its errors, and of what it does not finish."""
+        assert self.outcome is not None
         stage = RankStage(whole.control, self.job.digest, self.rank)
         if not stage.exists() and _is_ended(whole, self.job):
             self.outcome.finished = True
-            return plan
-        run = _RankRun(plan, made, stage, self.outcome, device, self.workers, execution)
+            return
         try:
-            run.make_files(self.wait, steal=self.only is None)
+            run(stage)
         except Unrecoverable as error:
             with contextlib.suppress(AdapterkitError):
                 stage.spoil(f"{error.where}: {error.problem}")
@@ -123,7 +132,6 @@ class Rank(Executor):
             self.outcome.finished = True
         finally:
             stage.leave()
-        return plan
 
 
 def _is_ended(stage: Stage, job: Job) -> bool:
@@ -151,26 +159,26 @@ class _RankRun:
         outcome: Outcome,
         device: str,
         workers: int | None,
-        execution: Execution,
+        execution: RunOptions,
     ):
         self.plan, self.stage, self.outcome = plan, stage, outcome
         self.execution = execution
         self.engine = local(device, workers)
-        self.kind = {"device": plan.device, "torch": torch.__version__}
+        self.marks = Marks(stage, outcome, plan.device)
         self.units = units
         needs = plan.needs()
         self.needs = {name: needs[file_of(unit)] for name, unit in units.items()}
         self.done: set[str] = set()
-        self.watch = _Watch(stage)
+        self.watch = Watch(stage)
 
     def make_files(self, wait: float, *, steal: bool) -> None:
         """Make files until none is left that this rank can make. Raises `Waiting` after `wait`
         seconds for what its own need, `Refused` where the job is spoiled or gone."""
-        self._check()
+        self.marks.check(self.units)
         waited = 0.0
-        with _Pulse(self.stage, self.units, self.execution.progress) as pulse:
+        with Pulse(self.stage, self.units, self.execution.progress) as pulse:
             while True:
-                self._check_spoiled()
+                self.marks.check_spoiled()
                 todo = self._todo()
                 ready = [n for n in todo if not set(self.needs[n]).intersection(todo)]
                 own = [name for name in self.outcome.share if name in todo]
@@ -209,7 +217,7 @@ class _RankRun:
             return True
         return file in parts and tiling(parts[file], unit.layout.size) is not None
 
-    def _free(self, ready: Sequence[str], pulse: "_Pulse") -> str | None:
+    def _free(self, ready: Sequence[str], pulse: "Pulse") -> str | None:
         """A file that nobody is at: from the end, as its rank begins with the longest; ranks that
         look at the same time take different ones."""
         free = [name for name in reversed(ready) if not self.watch.alive(name)]
@@ -218,22 +226,9 @@ class _RankRun:
     def _others_are_at(self, ready: Sequence[str]) -> bool:
         return all(self.watch.advancing(name) for name in ready)
 
-    def _make(self, names: Sequence[str], pulse: "_Pulse", *, shared: bool = False) -> None:
+    def _make(self, names: Sequence[str], pulse: "Pulse", *, shared: bool = False) -> None:
         """Make files; one of another rank only until that rank has made it."""
-        began = time.monotonic()
-
-        def finished(result: ShardResult) -> None:
-            nonlocal began
-            now = time.monotonic()
-            entry = {
-                "shard": vars(result),
-                **self.kind,
-                "host": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
-                "seconds": round(now - began, 3),
-            }
-            began = now
-            self.stage.mark(result.file, entry)
-            self.outcome.made.append(result.file)
+        self.marks.began = time.monotonic()
 
         def progress(done: int) -> None:
             pulse(done)
@@ -247,17 +242,40 @@ class _RankRun:
                 shards,
                 self.stage,
                 hash=self.execution.hash == "sha256",
-                finished=finished,
+                finished=self.marks.note,
                 progress=progress,
             )
 
-    def _check(self) -> None:
+
+class Marks:
+    """What a rank notes of each file that it has made; it goes on only where all agree."""
+
+    def __init__(self, stage: RankStage, outcome: Outcome, device: str):
+        self.stage, self.outcome = stage, outcome
+        self.kind = {"device": device, "torch": torch.__version__}
+        self.began = time.monotonic()  # the file that is made now
+
+    def note(self, result: ShardResult) -> None:
+        """Note durably that a file is done."""
+        now = time.monotonic()
+        entry = {
+            "shard": vars(result),
+            **self.kind,
+            "host": hashlib.sha256(platform.node().encode()).hexdigest()[:12],
+            "seconds": round(now - self.began, 3),
+        }
+        self.began = now
+        self.stage.mark(result.file, entry)
+        self.outcome.made.append(result.file)
+
+    def check(self, names: Iterable[str]) -> None:
         """`Refused` where there is no stage of this job, or its files were made elsewise."""
         if not self.stage.exists():
             raise no_stage(self.stage.path)
-        check_one_kind([*self.stage.markers(self.units).values(), self.kind], self.stage)
+        check_one_kind([*self.stage.markers(names).values(), self.kind], self.stage)
 
-    def _check_spoiled(self) -> None:
+    def check_spoiled(self) -> None:
+        """`Refused` where another rank gave the job up, `Failed` where its folder is gone."""
         if not self.stage.exists():
             raise Failed(
                 "the output was finished, or begun again, by another process",
@@ -268,7 +286,7 @@ class _RankRun:
             raise spoiled(reason, self.stage)
 
 
-class _Watch:
+class Watch:
     """Which processes are at work on a file, by what they say and whether they go on saying it."""
 
     def __init__(self, stage: RankStage):
@@ -294,7 +312,7 @@ class _Watch:
         return now - self.seen[attempt][1] < STALLED
 
 
-class _Pulse:
+class Pulse:
     """Says every few seconds that this process lives, and shows how far all are together."""
 
     def __init__(self, stage: RankStage, units: dict[str, Shard | Computed], progress: Progress):
@@ -304,7 +322,7 @@ class _Pulse:
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.running, self.problem = Running(1), None
 
-    def __enter__(self) -> "_Pulse":
+    def __enter__(self) -> "Pulse":
         total = sum(unit.size for unit in self.units.values())
         getattr(self.progress, "expect", lambda total: None)(total)
         self._look(0)
