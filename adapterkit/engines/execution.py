@@ -1,12 +1,13 @@
 """How a verb is carried out: the engine by its name, the output folder, resume, dry run."""
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.stage import check_name
@@ -128,6 +129,32 @@ class Execution(RunOptions):
             check=check,
             progress=self.progress,
         )
+
+
+def executes(
+    **own: Check,
+) -> Callable[[Callable[Concatenate[Execution, P], Receipt | Planned]], WritingVerb[P, Planned]]:
+    """A verb as of `writes` that runs a plan: before the arguments of its caller it gets the
+    `Execution` that those of them which are run options make up."""
+
+    def wrap(
+        verb: Callable[Concatenate[Execution, P], Receipt | Planned],
+    ) -> WritingVerb[P, Planned]:
+        signature = inspect.signature(verb)
+        _, *public = signature.parameters.values()
+        signature = signature.replace(parameters=public)
+
+        @functools.wraps(verb)
+        def executed(*args: P.args, **options: P.kwargs) -> Receipt | Planned:
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            run_options = {field.name: bound.arguments[field.name] for field in fields(Execution)}
+            return verb(Execution(**run_options), *args, **options)
+
+        executed.__signature__ = signature  # type: ignore[attr-defined] # of a function
+        return writes(**own)(executed)
+
+    return wrap
 
 
 def check_output_apart(out: Path, folders: Iterable[Folder]) -> None:

@@ -8,7 +8,7 @@ from adapterkit import __version__, dtypes
 from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Executor, Sources, StrPath
 from adapterkit.plan import Computed, CopyFile, FromMetrics, Plan, Progress
@@ -36,8 +36,9 @@ class Options:
     dtype: str = "fp32"
 
 
-@writes()
+@executes()
 def arrow(
+    execution: Execution,
     adapters: Sources,
     *,
     general: Sources = (),
@@ -74,19 +75,6 @@ def arrow(
     options = Options(top_k, temperature, compat, seed, dtype)
     experts, generals = open_all(adapters=adapters, general=general)
     plan = plan_arrow(experts, generals, options)
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
-    )
     return execution.run(plan)
 
 

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.combinations import ALIASES
 from adapterkit.combinations.protocol import Method
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Executor, Sources, StrPath, choice, paths
 from adapterkit.plan import Plan, Progress
@@ -61,8 +61,9 @@ class Options:
     tokenizer: str | None = None
 
 
-@writes(method=choice(lambda: (*registry.members("combinations"), *ALIASES)), stats=paths)
+@executes(method=choice(lambda: (*registry.members("combinations"), *ALIASES)), stats=paths)
 def combine(
+    execution: Execution,
     adapters: Sources,
     *,
     out: StrPath,
@@ -146,19 +147,6 @@ def combine(
         options,
         None if base is None else open_model(base),
         [open_source(path) for path in stats],
-    )
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
     )
     return execution.run(plan)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.engines.one_file import run_to_file
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import Executor, StrPath, text
@@ -15,8 +15,9 @@ from adapterkit.receipt import Receipt
 FILES = (".safetensors", ".gguf")
 
 
-@writes(to=text)
+@executes(to=text)
 def convert(
+    execution: Execution,
     src: StrPath,
     *,
     to: str,
@@ -62,17 +63,4 @@ def convert(
     target = Path(out)
     is_file = target.suffix in FILES and not is_on_hub(out)
     plan = plan_convert(folder, options, checkpoint, target.name if is_file else None)
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
-    )
     return run_to_file(execution, plan) if is_file else execution.run(plan)

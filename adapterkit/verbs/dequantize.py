@@ -3,7 +3,7 @@
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import Refused
 from adapterkit.gguf.header import gguf_file
 from adapterkit.gguf.model import loads_in_float32, open_gguf
@@ -21,8 +21,9 @@ from adapterkit.weights.decoded import decoded_view, quantization_files, quantiz
 SHARD_SIZE = "5GB"  # of what comes from a GGUF file
 
 
-@writes()
+@executes()
 def dequantize(
+    execution: Execution,
     base: StrPath,
     *,
     out: StrPath,
@@ -51,21 +52,7 @@ def dequantize(
     has blocks: W = code * scale has an error of its own that is larger than the rounding; a file of
     plain floats keeps its dtype.
     """
-    plan = plan_dequantize(open_model(base), dtype, max_shard_size)
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
-    )
-    return execution.run(plan)
+    return execution.run(plan_dequantize(open_model(base), dtype, max_shard_size))
 
 
 def plan_dequantize(

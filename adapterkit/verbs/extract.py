@@ -8,7 +8,7 @@ from typing import Any
 from adapterkit.adapters import adapter_config
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import Refused
 from adapterkit.options import Executor, StrPath
 from adapterkit.patterns import similar_names
@@ -26,8 +26,9 @@ from adapterkit.tasks.truncated import SHARES, Truncation, check_truncation, eve
 from adapterkit.weights.detect import check_not_quantized
 
 
-@writes()
+@executes()
 def extract(
+    execution: Execution,
     base: StrPath,
     tuned: StrPath,
     *,
@@ -81,19 +82,6 @@ def extract(
     statistics = None if stats is None else open_source(stats)
     plan = plan_extract(source, open_model(tuned), options, statistics)
     check = lambda folder: plan_merge(source, [(open_adapter(folder), 1.0)], MergeOptions())
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
-    )
     return execution.run(plan, check)
 
 

@@ -11,7 +11,7 @@ from adapterkit.adapters.keys import INITIAL
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Executor, StrPath, choice
 from adapterkit.plan import Computed, Plan, Progress, Shard, Task, no_warnings
@@ -81,8 +81,9 @@ class Options:
         }
 
 
-@writes(method=choice(lambda: members("inits")), quantize=choice(lambda: formats()))
+@executes(method=choice(lambda: members("inits")), quantize=choice(lambda: formats()))
 def init(
+    execution: Execution,
     base: StrPath,
     *,
     out: StrPath,
@@ -159,19 +160,6 @@ def init(
         dtype,
     )
     plan = plan_init(open_model(base), options, None if stats is None else open_source(stats))
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
-    )
     return execution.run(plan)
 
 

@@ -10,7 +10,7 @@ from adapterkit import dtypes
 from adapterkit.adapters.factors import Place
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Executor, StrPath
 from adapterkit.patterns import matcher, similar_names
@@ -84,8 +84,9 @@ class Options:
         return Scaling(self.rank, self.alpha, self.rslora).scale
 
 
-@writes()
+@executes()
 def loftq(
+    execution: Execution,
     base: StrPath,
     *,
     out: StrPath,
@@ -156,19 +157,6 @@ def loftq(
     others = {"quantized": quantized, "stats": stats}
     sources = {name: OPEN[name](source) for name, source in others.items() if source is not None}
     plan = plan_loftq(open_model(base), options, accept=accept, **sources)
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
-    )
     return execution.run(plan)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import Refused
 from adapterkit.hub.ids import is_on_hub
 from adapterkit.options import Executor, Sources, StrPath
@@ -13,8 +13,9 @@ from adapterkit.planning.sources import open_model, open_source, open_weighted
 from adapterkit.receipt import Receipt
 
 
-@writes()
+@executes()
 def merge(
+    execution: Execution,
     base: StrPath,
     adapters: Sources,
     *,
@@ -107,19 +108,6 @@ def merge(
         from adapterkit.engines.recompute import RowCheck
 
         check = RowCheck(plan)
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
-    )
     receipt = execution.run(plan, check)
     if check is not None and check.result and isinstance(receipt, Receipt):
         receipt.data["verified"] = check.result

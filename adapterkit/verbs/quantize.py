@@ -4,7 +4,7 @@ from typing import Any
 
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import listed, refuse_all
 from adapterkit.options import Executor, StrPath, check_stats, choice
 from adapterkit.plan import Compensation, Plan, Progress, Span, Task
@@ -18,8 +18,9 @@ from adapterkit.tasks.statistics import select_covariances
 from adapterkit.weights.detect import check_not_quantized
 
 
-@writes(to=choice(lambda: targets()), rounding=choice(("nearest", "compensated")))
+@executes(to=choice(lambda: targets()), rounding=choice(("nearest", "compensated")))
 def quantize(
+    execution: Execution,
     base: StrPath,
     *,
     out: StrPath,
@@ -60,19 +61,6 @@ def quantize(
     options |= {"rounding": rounding}
     refuse_all(check_stats(rounding, stats))
     plan = plan_quantize(open_model(base), options, None if stats is None else open_source(stats))
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
-    )
     return execution.run(plan)
 
 

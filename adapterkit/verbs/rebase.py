@@ -9,7 +9,7 @@ from adapterkit.adapters.record import EMBEDDINGS, Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.combinations.linear import Linear
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Executor, StrPath
 from adapterkit.plan import Plan, Progress, Task
@@ -41,8 +41,9 @@ class Options:
     dtype: str = "fp32"
 
 
-@writes()
+@executes()
 def rebase(
+    execution: Execution,
     adapter: StrPath,
     *,
     initial: StrPath | None = None,
@@ -84,19 +85,6 @@ def rebase(
             hint="give its folder",
         )
     plan = plan_rebase(source, before, Options(rank, energy, dtype), folder)
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
-    )
     return execution.run(plan)
 
 

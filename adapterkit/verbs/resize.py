@@ -15,7 +15,7 @@ from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.checkpoint.spec import Checkpoint, open_checkpoint
 from adapterkit.checkpoint.strict import read_json
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all
 from adapterkit.options import Executor, StrPath, choice
 from adapterkit.plan import Plan, Progress, Task
@@ -47,8 +47,9 @@ class Options:
     dtype: str = "fp32"
 
 
-@writes(alpha=choice(("rank", "keep")))
+@executes(alpha=choice(("rank", "keep")))
 def resize(
+    execution: Execution,
     adapter: StrPath,
     *,
     out: StrPath,
@@ -101,19 +102,6 @@ def resize(
         options,
         None if base is None else open_model(base),
         None if stats is None else open_source(stats),
-    )
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
     )
     return execution.run(plan)
 

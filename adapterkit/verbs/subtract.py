@@ -9,7 +9,7 @@ from adapterkit.adapters import adapter_config
 from adapterkit.adapters.record import Adapter
 from adapterkit.checkpoint.folder import Folder
 from adapterkit.combinations.linear import Linear
-from adapterkit.engines.execution import Execution, writes
+from adapterkit.engines.execution import Execution, executes
 from adapterkit.errors import AdapterkitError, Refused, refuse_all, shown
 from adapterkit.options import Executor, Sources, StrPath
 from adapterkit.patterns import matcher
@@ -37,8 +37,9 @@ class Options:
     tokenizer: str | None = None
 
 
-@writes()
+@executes()
 def subtract(
+    execution: Execution,
     adapters: Sources,
     *,
     general: Sources,
@@ -77,19 +78,6 @@ def subtract(
     task_sources, generals = open_all(adapters=adapters, general=general)
     plan = plan_subtract(
         task_sources, generals, options, None if base is None else open_model(base)
-    )
-    execution = Execution(
-        out,
-        hash,
-        device,
-        memory,
-        engine,
-        resume,
-        overwrite,
-        dry_run,
-        progress,
-        disk_limit,
-        ray_address,
     )
     return execution.run(plan)
 
