@@ -18,6 +18,7 @@ def process() -> None:
     The collector would walk torch's million objects repeatedly during the import and once more at
     exit: 0.4 s of each command.
     """
+    signals.exit_at_once()
     gc.set_threshold(100_000, 50, 50)
     if os.environ.get("ADAPTERKIT_FSYNC") == "0":  # for measuring only: what durability costs
         from adapterkit.checkpoint import storage

@@ -20,6 +20,18 @@ def error_status(ctx: click.Context | None) -> int:
     return ERROR_STATUS.get(command or "", 1)
 
 
+def stopped(ctx: click.Context | None, problem: str = "stopped") -> Interrupted:
+    """What a command says that was interrupted, whether or not its work had begun."""
+    root = ctx.find_root() if ctx else None
+    name = root.invoked_subcommand if root else None
+    group = root.command if root else None
+    command = group.commands.get(name or "") if isinstance(group, click.Group) else None
+    options = {option.name for option in command.params} if command else set()
+    is_plan = any(word.partition("=")[0] == "--plan" for word in sys.argv)  # has no --resume
+    how = "with --resume" if "resume" in options and not is_plan else "again"
+    return Interrupted(problem, hint=f"run the same command {how}")
+
+
 def fail(error: AdapterkitError, status: int) -> NoReturn:
     """Print an error, with the command that resumes where there is one, and exit."""
     text = f"Error: {error}"

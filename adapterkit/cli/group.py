@@ -8,12 +8,8 @@ from typing import Any
 import click
 
 from adapterkit.cli import signals
-from adapterkit.cli.exits import error_status, fail
-from adapterkit.errors import AdapterkitError, Interrupted
-
-NOTHING_WRITTEN = Interrupted(
-    "stopped before anything was written", hint="run the same command again"
-)
+from adapterkit.cli.exits import error_status, fail, stopped
+from adapterkit.errors import AdapterkitError
 
 
 class Group(click.Group):
@@ -42,17 +38,19 @@ class Group(click.Group):
             signals.ignore_after_work()
             return result
         except AdapterkitError as error:
+            signals.ignore_after_work()
             fail(error, error_status(ctx))
         except KeyboardInterrupt:
-            fail(NOTHING_WRITTEN, error_status(ctx))
+            fail(stopped(ctx), error_status(ctx))
         except BrokenPipeError:
             os._exit(error_status(ctx))
         except (click.ClickException, click.exceptions.Exit, click.Abort):
+            signals.ignore_after_work()
             raise
         except Exception:  # a bug: its traceback is printed, with the status of an error
             # a library that was being imported swallowed the interrupt: it cannot be imported again
             if signals.received:
-                fail(NOTHING_WRITTEN, error_status(ctx))
+                fail(stopped(ctx), error_status(ctx))
             if error_status(ctx) == 1:  # Python's own status of a traceback
                 raise
             traceback.print_exc()

@@ -10,11 +10,12 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 POLL_INTERVAL = 0.1  # seconds between looks at the stop sign
 T = TypeVar("T")
-_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGALRM}  # the last: a timer of the program
 
 
 @contextmanager
@@ -25,17 +26,26 @@ def signals_deferred() -> Iterator[None]:
         return
     # a mask is not enough: another thread may get the signal, and the handler runs here then
     pending: list[int] = []
+    is_over = False
     handlers = {int(n): h for n in _SIGNALS if callable(h := signal.getsignal(n))}
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        if is_over:  # what a handler raised has ended the loop below
+            handlers[number](number, frame)
+        else:
+            pending.append(number)
+
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         for number in handlers:
-            signal.signal(number, lambda number, frame: pending.append(number))
+            signal.signal(number, defer)
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        is_over = True
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number in pending:
             handlers[number](number, None)
 

@@ -1,5 +1,6 @@
 """An interrupt leaves the main thread's waits whole."""
 
+import _thread
 import os
 import signal
 import threading
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from adapterkit.engines import waiting
 from adapterkit.engines.waiting import Running, result_of, signals_deferred
 
 
@@ -51,6 +53,29 @@ def test_a_signal_that_another_thread_gets_waits_too():
     finally:
         stop.set()
     assert reached
+
+
+def test_a_signal_between_the_block_and_what_follows(monkeypatch):
+    """It raises while handlers are put back: those that are not yet back work all the same."""
+    real, got = signal.signal, []
+    before = real(signal.SIGTERM, lambda number, frame: got.append(number))
+
+    def put_back(number, handler):
+        real(number, handler)
+        if number == signal.SIGINT and ended:
+            _thread.interrupt_main(number)  # as one that another thread gets
+
+    ended = False
+    monkeypatch.setattr(signal, "signal", put_back)
+    monkeypatch.setattr(waiting, "_SIGNALS", (signal.SIGINT, signal.SIGTERM))
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_deferred():
+            ended = True
+        signal.raise_signal(signal.SIGTERM)
+        assert got == [signal.SIGTERM]
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        real(signal.SIGTERM, before)
 
 
 def test_threads_of_the_block_get_no_signals():

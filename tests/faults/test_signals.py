@@ -200,3 +200,43 @@ def test_a_signal_after_publishing_changes_nothing(llama, lora, tmp_path):
     )
     assert ended.returncode == 0 and "tensors changed" in ended.stderr, ended
     assert (tmp_path / "out" / "adapterkit.json").is_file()
+
+
+WHILE_FREEING = """
+import os, signal, time, weakref
+from adapterkit import execute
+from adapterkit.cli import process
+
+class Thing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def generator():
+    try:
+        yield
+    finally:
+        time.sleep(0.1)
+
+def freeing(*args):
+    thing, ended = Thing(), generator()
+    callback = weakref.ref(thing, lambda _: time.sleep(0.1))
+    next(ended)
+    del thing  # raised in the callback or the finalizer, and again in the other
+    del ended  # again
+    check_space(*args)
+    time.sleep(5)  # and here
+
+check_space, execute.check_space = execute.check_space, freeing
+process()
+"""
+
+
+def test_an_interrupt_that_python_drops(llama, lora, tmp_path):
+    """Where an object is freed an exception cannot leave: it is raised again, until it can."""
+    words = ["merge", str(llama), str(lora), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(
+        [sys.executable, "-c", WHILE_FREEING, *words], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1 and not (tmp_path / "out").exists(), ended
+    assert ended.stderr.startswith("Error: ") and "stopped; finished shards" in ended.stderr
+    assert command_in(ended.stderr) == [*words, "--resume"]
