@@ -143,7 +143,7 @@ def _build(
     fingerprint = digest(public_recipe(recipe))
     if fresh:
         stage.forget()
-    done = _done_before(stage, plan)
+    done = _done_before(stage, plan, hashed=hash == "sha256")
     stage.clear(keep=[*done, *(name + HANDOFF for name in done)])
     todo = [shard for shard in plan.shards if shard.file not in done]
     check_space(plan, todo, stage)
@@ -243,15 +243,16 @@ def check_alone(stage: Stage) -> None:
         )
 
 
-def _done_before(stage: Stage, plan: Plan) -> dict[str, ShardResult]:
+def _done_before(stage: Stage, plan: Plan, *, hashed: bool) -> dict[str, ShardResult]:
     """The shards that the journal calls done and that are there."""
-    sizes = {shard.file: shard.size for shard in plan.shards}
+    shards = {shard.file: shard for shard in plan.shards}
     done = {}
     for entry in stage.journal()[1:]:
         result = read_result(entry.get("shard"))
-        if result is None or result.file not in sizes:
+        if result is None or result.file not in shards:
             continue
-        if stage.holds(result.file, result.size) and result.size <= sizes[result.file]:
+        is_its = shards[result.file].accepts(result, hashed=hashed)
+        if is_its and stage.holds(result.file, result.size):
             done[result.file] = result
     if len(done) < len(plan.shards):  # missing shards may need the handoffs of the others
         done = {

@@ -9,18 +9,17 @@ the output, and from then on no process finds its folder.
 
 import contextlib
 import json
-import math
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.lock import may_run, process_record
-from adapterkit.checkpoint.shard_result import read_result
+from adapterkit.checkpoint.shard_result import ShardResult, is_number, read_result
 from adapterkit.checkpoint.stage import HANDOFF, RANKS, Stage, size_of_file
 from adapterkit.checkpoint.storage import storage_errors, sync, sync_folder, sync_folders, write_all
 from adapterkit.checkpoint.strict import MAX_JSON, check_depth, strict_json
@@ -28,7 +27,9 @@ from adapterkit.checkpoint.writer import UNFINISHED, unfinished_name
 
 FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
-PART_MARKER = re.compile(r"((.+)@(\d+)-(\d+))\.json")
+PART_NAME = re.compile(r"(.+)@(\d+)-(\d+)")
+DEVICE = re.compile(r"cpu|\w+ .{1,200}")  # `engines/device.py: kind`
+MAX_SECONDS = 1e9  # for which anyone can have worked at a file
 BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
 
 
@@ -46,16 +47,24 @@ def prepare(stage: Stage, job: str, names: Iterable[str], head: dict[str, Any]) 
     stage.note(head)
 
 
+def part_of(name: str) -> tuple[str, int, int] | None:
+    """The file, and which bytes [start, stop) of it, that a name is of; None of no part."""
+    match = PART_NAME.fullmatch(name)
+    return (match[1], int(match[2]), int(match[3])) if match else None
+
+
 def _root(control: Path, job: str) -> Path:
     return control / RANKS / job[:16]
 
 
 class RankStage:
     """Where one process writes its share of an output's files; `job` is the digest of what is to be
-    done."""
+    done. `accepts`: whether a result that was read can be of one of the job's files."""
 
-    def __init__(self, control: Path, job: str, rank: int = 0):
-        self.rank, root = rank, _root(control, job)
+    def __init__(
+        self, control: Path, job: str, rank: int = 0, *, accepts: Callable[[ShardResult], bool]
+    ):
+        self.accepts, self.rank, root = accepts, rank, _root(control, job)
         self.path, self.marks = root / FILES, root / MARKS
         self.attempt = f"{rank}-{os.getpid()}-{secrets.token_hex(4)}"
 
@@ -73,6 +82,8 @@ class RankStage:
         result = read_result(entry.get("shard"))
         if result is None or result.file != name or not _is_marker(entry):
             return None
+        if not self.accepts(result):
+            return None
         is_there = size_of_file(self.path / name) == result.size
         handoff = self.path / (name + HANDOFF)
         handed_on = not result.handoffs or size_of_file(handoff) is not None
@@ -87,9 +98,9 @@ class RankStage:
         """Which parts of files are done: bytes [start, stop) by file."""
         found: dict[str, list[tuple[int, int]]] = {}
         for path in sorted(self.marks.rglob("*@*.json")):
-            match = PART_MARKER.fullmatch(path.relative_to(self.marks).as_posix())
-            if match and self.marker(match[1]):
-                found.setdefault(match[2], []).append((int(match[3]), int(match[4])))
+            name = path.relative_to(self.marks).as_posix().removesuffix(".json")
+            if (part := part_of(name)) and self.marker(name):
+                found.setdefault(part[0], []).append(part[1:])
         return found
 
     def mark(self, name: str, entry: dict[str, Any]) -> None:
@@ -183,10 +194,11 @@ def is_gone(beat: dict[str, Any]) -> bool:
 
 def _is_marker(entry: dict[str, Any]) -> bool:
     """Whether it has what a rank notes beside the file's own result."""
-    texts = (entry.get(key) for key in ("attempt", "device", "host", "torch"))
+    texts = [entry.get(key) for key in ("attempt", "host", "torch", "device")]
     seconds = entry.get("seconds")
-    is_time = isinstance(seconds, int | float) and math.isfinite(seconds)
-    return is_time and all(isinstance(text, str) for text in texts)
+    is_time = is_number(seconds) and 0 <= seconds < MAX_SECONDS
+    are_texts = all(isinstance(text, str) and text.isprintable() for text in texts)
+    return is_time and are_texts and DEVICE.fullmatch(texts[-1]) is not None
 
 
 def _is_beat(entry: dict[str, Any]) -> bool:

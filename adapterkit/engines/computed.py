@@ -23,6 +23,7 @@ from adapterkit.checkpoint.shard_result import ShardResult
 from adapterkit.checkpoint.stage import Workspace
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.engines.device import Streams
+from adapterkit.engines.metrics import finite_metrics
 from adapterkit.engines.waiting import result_of, signals_deferred
 from adapterkit.errors import Unrecoverable, shown
 from adapterkit.kernels.sums import all_finite
@@ -55,7 +56,8 @@ def write_computed(
         results = _results(file, stage, inputs, workers, budget, progress)
         for task in file.tasks:  # a zip would hold on to the tensors while the next ones are made
             result = next(results)
-            metrics |= {task.name: result.metrics} if result.metrics else {}
+            measured = finite_metrics(result.metrics)
+            metrics |= {task.name: measured} if measured else {}
             handoffs.put(result.handoff)
             for key, tensor in result.tensors.items():
                 if isinstance(tensor, TensorSpec):

@@ -1,11 +1,14 @@
 """Metrics of one changed tensor, measured on sampled chunks while they are written."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adapterkit.checkpoint.shard_result import is_count
 from adapterkit.plan import Step
 
 
@@ -22,6 +25,27 @@ class TensorMetrics:
     moved: list[float] = field(default_factory=list)  # per sampled chunk, Σ (exact - base)²
     # per sampled chunk, Σ (rounded - base)(exact - base)
     projection: list[float] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, data: dict[str, Any]) -> "TensorMetrics | None":
+        """The metrics that were noted as `data`, `vars` of them; None where they are none."""
+        try:
+            read = cls(**data)
+        except TypeError:
+            return None
+        return read if read._is_sound() else None
+
+    def _is_sound(self) -> bool:
+        sums = (self.squares, self.before, self.lost, self.moved, self.projection)
+        sampled = {len(each) for each in sums[1:]} if all(_are_numbers(s) for s in sums) else {}
+        return (
+            len(sampled) == 1
+            and is_count(self.sampled)
+            and is_count(self.changed)
+            and self.changed <= self.sampled
+            and _are_numbers(delta := [] if self.delta is None else [self.delta])
+            and not any(value < 0 for each in (delta, *sums[:-1]) for value in each)
+        )
 
     def add(self, other: "TensorMetrics") -> None:
         self.squares += other.squares
@@ -47,11 +71,7 @@ class TensorMetrics:
 
     def result(self, step: Step) -> dict:
         # fsum is exact, so the order in which the workers came does not show
-        norm, lost, moved = (
-            math.sqrt(math.fsum(self.squares)),
-            math.fsum(self.lost),
-            math.fsum(self.moved),
-        )
+        norm, lost, moved = math.sqrt(_sum(self.squares)), _sum(self.lost), _sum(self.moved)
         metrics: dict = {"adapters": list(step.adapters)} if step.adapters else {}
         if self.delta is not None and norm:
             metrics["delta"] = _short(self.delta / norm)
@@ -60,11 +80,35 @@ class TensorMetrics:
         # else the delta lies in other rows than those that were sampled
         if self.sampled and (moved or not self.delta):
             metrics["rounding"] = _short(math.sqrt(lost / moved)) if moved else 0.0
-            metrics["survived"] = _short(math.fsum(self.projection) / moved) if moved else 1.0
+            metrics["survived"] = _short(_sum(self.projection) / moved) if moved else 1.0
         if step.measures_error:
-            size = math.fsum(self.before)
+            size = _sum(self.before)
             metrics["error"] = _short(math.sqrt(lost / size)) if size else 0.0
-        return metrics
+        return finite_metrics(metrics)
+
+
+def finite_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without those that are not finite: sums of absurd values overflow."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not any(
+            isinstance(one, float) and not math.isfinite(one)
+            for one in (value if isinstance(value, list) else [value])
+        )
+    }
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(type(v) in (int, float) for v in values)
+
+
+def _sum(values: Iterable[float]) -> float:
+    """NaN where there is none: of infinities of both signs, and where it overflows."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 def chunk_sums(

@@ -14,7 +14,7 @@ from adapterkit.engines.file_checks import check_files
 from adapterkit.engines.pieces import part_name
 from adapterkit.engines.placement import device_totals
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
-from adapterkit.engines.rank_parts import join, tiling
+from adapterkit.engines.rank_parts import accepts, join, tiling
 from adapterkit.errors import Failed, Refused
 from adapterkit.execute import run_in
 from adapterkit.options import Executor
@@ -34,16 +34,17 @@ class Finish(Executor):
     def __call__(self, plan: Plan, execution: Execution, check: Check | None) -> Receipt:
         self.job.check(plan)
         stage = Stage(Path(execution.out))
-        worked = 0.0
+        worked, hashed = 0.0, execution.hash == "sha256"
         if stage.state(self.job.fingerprint, resume=True, overwrite=False) == "fresh":
             raise no_stage(stage.path)
         with stage:
-            ranks = RankStage(stage.control, self.job.digest)
+            head = (stage.journal() or [{}])[0]
+            ranks = RankStage(stage.control, self.job.digest, accepts=accepts(plan, hashed=hashed))
             if ranks.exists():
-                worked = self._adopt(plan, stage, ranks, hashed=execution.hash == "sha256")
-            elif (stage.journal() or [{}])[0].get("ranks"):
+                head, worked = self._adopt(plan, stage, ranks, head, hashed=hashed)
+            elif head.get("ranks"):
                 raise no_stage(ranks.path)
-        device = (stage.journal() or [{}])[0].get("device", "cpu")
+        device = head.get("device", "cpu")
         if device != "cpu":  # of the ranks: this machine may have none
             plan = replace(plan, device=device, on_device=device_totals(plan, cores()))
         return run_in(
@@ -57,9 +58,11 @@ class Finish(Executor):
             began=time.monotonic() - worked,
         )
 
-    def _adopt(self, plan: Plan, stage: Stage, ranks: RankStage, *, hashed: bool) -> float:
-        """Take over what the ranks made; the seconds that the slowest of them took. `Refused` where
-        files are missing."""
+    def _adopt(
+        self, plan: Plan, stage: Stage, ranks: RankStage, head: dict[str, Any], *, hashed: bool
+    ) -> tuple[dict[str, Any], float]:
+        """Take over what the ranks made; the journal's first entry from now on, and the seconds
+        that the slowest of them took. `Refused` where files are missing."""
         if reason := ranks.spoiled():
             raise spoiled(reason, ranks)
         files = {shard.file: shard for shard in plan.shards}
@@ -87,13 +90,13 @@ class Finish(Executor):
             join(ranks, shard, ranges, hashed=hashed)
         ranks.leave()
         markers = ranks.markers(names)
-        head = {key: value for key, value in stage.journal()[0].items() if key != "ranks"}
+        head = {key: value for key, value in head.items() if key != "ranks"}
         head["device"] = markers[names[0]]["device"]
         adopt(stage, ranks, [head, *({"shard": entry["shard"]} for entry in markers.values())])
         seconds: dict[str, float] = {}
         for entry in markers.values():
             seconds[entry["attempt"]] = seconds.get(entry["attempt"], 0.0) + entry["seconds"]
-        return max(seconds.values(), default=0.0)
+        return head, max(seconds.values(), default=0.0)
 
 
 def _nothing_left(plan: Plan, shards: list[Shard | Computed], *_: Any, **__: Any) -> None:

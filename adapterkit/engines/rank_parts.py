@@ -1,17 +1,18 @@
 """Large files in parts: which file is cut for how many ranks, and how its parts become one file."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from adapterkit.checkpoint.rank_stage import RankStage
-from adapterkit.checkpoint.shard_result import ShardResult
+from adapterkit.checkpoint.rank_stage import RankStage, part_of
+from adapterkit.checkpoint.shard_result import ShardResult, are_metrics
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.engines.computed import hash_of
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.pieces import Part, cut, part_name
+from adapterkit.errors import Refused
 from adapterkit.plan import Computed, Plan, Shard
 
 LEAST = 64 << 20  # bytes of a file below which it stays whole
@@ -36,6 +37,25 @@ def file_of(unit: Shard | Computed) -> str:
     return unit.layout.file if isinstance(unit, Part) else unit.file
 
 
+def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
+    """Whether a result that was read can be of one of the plan's files, or of a part of one."""
+    files = {shard.file: shard for shard in plan.shards}
+
+    def unit(name: str) -> Shard | Computed | None:
+        if name in files or (part := part_of(name)) is None:
+            return files.get(name)
+        file, start, stop = part
+        shard = files.get(file)
+        is_inside = isinstance(shard, Shard) and start < stop <= shard.size
+        return Part(shard.layout, shard.steps, start, stop) if is_inside else None
+
+    def is_of_plan(result: ShardResult) -> bool:
+        found = unit(result.file)
+        return found is not None and found.accepts(result, hashed=hashed)
+
+    return is_of_plan
+
+
 def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:
     """Some of the ranges, one behind the other from 0 to `size`; None where there are none such.
     Ranks of several numbers may have left several tilings."""
@@ -52,7 +72,12 @@ def join(
     """Make a file, and its marker, of its parts, and remove them."""
     began = time.monotonic()
     names = [part_name(shard.file, *edges) for edges in ranges]
-    entries = [stage.marker(name) or {} for name in names]
+    entries = [entry for name in names if (entry := stage.marker(name))]
+    if len(entries) < len(names):
+        raise _unfit(stage, shard, "a part has gone")
+    metrics = _metrics(shard, entries)
+    if not are_metrics(metrics):
+        raise _unfit(stage, shard, "what its parts measured does not fit together")
     file = ShardFile(stage.path, shard.file, shard.size, stage.attempt)
     try:
         for name, (start, stop) in zip(names, ranges, strict=True):
@@ -63,12 +88,21 @@ def join(
     except BaseException:
         file.abandon()
         raise
-    result = ShardResult(shard.file, shard.size, sha, marks, _metrics(shard, entries))
+    result = ShardResult(shard.file, shard.size, sha, marks, metrics)
     seconds = max(entry["seconds"] for entry in entries) + time.monotonic() - began
     same = {key: entries[0][key] for key in ("device", "torch", "host")}
     stage.mark(shard.file, {"shard": vars(result), **same, "seconds": round(seconds, 3)})
     for name in names:
         stage.forget(name)
+
+
+def _unfit(stage: RankStage, shard: Shard, problem: str) -> Refused:
+    return Refused(
+        problem,
+        expected="parts as ranks wrote them",
+        where=str(stage.marks / shard.file),
+        hint=f"remove the markers {shard.file}@*.json there, then `adapterkit run` the plan again",
+    )
 
 
 def _copy(stage: RankStage, name: str, file: ShardFile, at: int, size: int) -> None:
@@ -85,8 +119,8 @@ def _metrics(shard: Shard, entries: Sequence[dict[str, Any]]) -> dict[str, dict]
     whole: dict[str, TensorMetrics] = {}
     for entry in entries:
         for key, raw in entry["shard"]["metrics"].items():
-            metrics = whole.setdefault(key, TensorMetrics(delta=raw["delta"]))
-            metrics.add(TensorMetrics(**raw))
+            part = TensorMetrics(**raw)
+            whole.setdefault(key, TensorMetrics(delta=part.delta)).add(part)
     return {
         step.key: whole.get(step.key, TensorMetrics()).result(step)
         for step in shard.steps

@@ -25,7 +25,7 @@ from adapterkit.engines.local import local
 from adapterkit.engines.pieces import Part
 from adapterkit.engines.placement import place
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
-from adapterkit.engines.rank_parts import file_of, tiling, units
+from adapterkit.engines.rank_parts import accepts, file_of, tiling, units
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.engines.waiting import POLL_INTERVAL, Running, signals_deferred
 from adapterkit.errors import (
@@ -104,13 +104,19 @@ class Rank(Executor):
                 work = _RankRun(plan, made, stage, outcome, device, self.workers, execution)
                 work.make_files(self.wait, steal=self.only is None)
 
-            self._at_work(Stage(Path(execution.out)), run)
+            of_plan = accepts(plan, hashed=execution.hash == "sha256")
+            self._at_work(Stage(Path(execution.out)), run, of_plan)
         return plan
 
-    def _at_work(self, whole: Stage, run: Callable[[RankStage], None]) -> None:
+    def _at_work(
+        self,
+        whole: Stage,
+        run: Callable[[RankStage], None],
+        accepts: Callable[[ShardResult], bool],
+    ) -> None:
         """Let `run` make files; what becomes of its errors, and of what it does not finish."""
         assert self.outcome is not None
-        stage = RankStage(whole.control, self.job.digest, self.rank)
+        stage = RankStage(whole.control, self.job.digest, self.rank, accepts=accepts)
         if not stage.exists() and _is_ended(whole, self.job):
             self.outcome.finished = True
             return
@@ -256,6 +262,7 @@ class Marks:
         self.began = time.monotonic()  # the file that is made now
 
     def note(self, result: ShardResult) -> None:
+        assert self.stage.accepts(result), result  # else nobody would ever find it done
         """Note durably that a file is done."""
         now = time.monotonic()
         entry = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.checkpoint.shard_result import read_result
 from adapterkit.checkpoint.stage import HANDOFF, Workspace
 from adapterkit.checkpoint.writer import ShardFile
 from adapterkit.errors import Unrecoverable, shown
@@ -111,15 +112,26 @@ class HandoffReader:
 
     @cached_property
     def places(self) -> dict[str, tuple[str, list]]:
-        entries = [entry["shard"] for entry in self.stage.journal() if "shard" in entry]
+        results = [read_result(entry.get("shard")) for entry in self.stage.journal()]
         return {
-            key: (entry["file"], place)
-            for entry in entries
-            for key, place in entry["handoffs"].items()
+            key: (result.file, place)
+            for result in results
+            if result is not None
+            for key, place in result.handoffs.items()
         }
 
+    def _place(self, key: str) -> tuple[str, list]:
+        if key not in self.places:
+            raise Unrecoverable(
+                f"nobody handed {shown(key)} on",
+                expected="the file that does, as it was written",
+                where="the journal",
+                hint="run the same command again",
+            )
+        return self.places[key]
+
     def tensor(self, key: str) -> Tensor:
-        _, (dtype, shape, _) = self.places[key]
+        _, (dtype, shape, _) = self._place(key)
         data = self.read(key, 0, dtypes.size(dtype, math.prod(shape)))
         torch_dtype = dtypes.torch_dtype(dtype)
         if not data:
@@ -128,7 +140,7 @@ class HandoffReader:
 
     def read(self, key: str, start: int, stop: int) -> bytearray:
         """Bytes [start, stop) of a tensor."""
-        name, (_, _, position) = self.places[key]
+        name, (_, _, position) = self._place(key)
         with (self.stage.path / (name + HANDOFF)).open("rb") as file:
             file.seek(position + start)
             data = bytearray(file.read(stop - start))
