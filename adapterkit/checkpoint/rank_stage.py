@@ -28,7 +28,7 @@ from adapterkit.checkpoint.writer import UNFINISHED, unfinished_name
 FILES, MARKS, SPOILED = "out", "marks", "SPOILED"
 ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
 PART_NAME = re.compile(r"(.+)@(\d+)-(\d+)")
-DEVICE = re.compile(r"cpu|\w+ .{1,200}")  # `engines/device.py: kind`
+DEVICE = re.compile(r"cpu|\w+ .{1,200}, torch \S{1,80}")  # `engines/device.py: kind`
 MAX_SECONDS = 1e9  # for which anyone can have worked at a file
 BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
 

@@ -262,8 +262,8 @@ class Marks:
         self.began = time.monotonic()  # the file that is made now
 
     def note(self, result: ShardResult) -> None:
-        assert self.stage.accepts(result), result  # else nobody would ever find it done
         """Note durably that a file is done."""
+        assert self.stage.accepts(result), result  # else nobody would ever find it done
         now = time.monotonic()
         entry = {
             "shard": vars(result),

@@ -16,7 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapterkit import execute
+from adapterkit.checkpoint.shard_result import ShardResult, read_result
 from adapterkit.cli import main
+from adapterkit.engines.rank_parts import accepts
+from adapterkit.plan import Plan
 from adapterkit.planning.planned_folder import planned_folder
 from tests.support.calls import JOBS as PLAN_FILES
 from tests.support.calls import VERBS
@@ -38,12 +42,30 @@ GOLDEN: dict[str, Any] = json.loads(compare.GOLDEN.read_bytes())
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def noted() -> list[tuple[Plan, ShardResult]]:
+    """What was noted of each file of the jobs, as it is read again."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def results(
+    tmp_path_factory: pytest.TempPathFactory, noted: list[tuple[Plan, ShardResult]]
+) -> tuple[Path, dict[str, Any]]:
     """The folder in which all jobs ran, and their records."""
     folder, threads = tmp_path_factory.mktemp("golden"), torch.get_num_threads()
+    create = execute.create_receipt
+
+    def create_receipt(plan: Plan, recipe: dict, fingerprint: str, done: dict, *rest: Any):
+        again = [read_result(json.loads(json.dumps(vars(one)))) for one in done.values()]
+        noted.extend((plan, one) for one in again if one is not None)
+        assert None not in again
+        return create(plan, recipe, fingerprint, done, *rest)
+
     torch.set_num_threads(1)
     try:
-        return folder, jobs.run_all(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(execute, "create_receipt", create_receipt)
+            return folder, jobs.run_all(folder)
     finally:
         torch.set_num_threads(threads)
 
@@ -67,6 +89,16 @@ def test_every_job_has_a_golden_record():
 def test_as_before(name: str, results: tuple[Path, dict[str, Any]]):
     lines = differences(name, results[1][name])
     assert not lines, "\n".join(lines)
+
+
+def test_what_is_noted_of_a_file_is_taken_for_it_again(results, noted):
+    """Else a resumed run would make it again, and a rank for ever."""
+    for plan, result in noted:
+        is_of_plan = accepts(plan, hashed=result.sha256 is not None)
+        assert is_of_plan(result), (plan.verb, result)
+    assert {plan.verb for plan, _ in noted} == {
+        job.verb for job in jobs.WRITING if job.verb != "stats"
+    }
 
 
 @pytest.mark.parametrize("name", [job.name for job in jobs.WRITING if job.verb != "stats"])
