@@ -195,10 +195,10 @@ def is_gone(beat: dict[str, Any]) -> bool:
 def _is_marker(entry: dict[str, Any]) -> bool:
     """Whether it has what a rank notes beside the file's own result."""
     texts = [entry.get(key) for key in ("attempt", "host", "torch", "device")]
-    seconds = entry.get("seconds")
+    seconds: Any = entry.get("seconds")
     is_time = is_number(seconds) and 0 <= seconds < MAX_SECONDS
     are_texts = all(isinstance(text, str) and text.isprintable() for text in texts)
-    return is_time and are_texts and DEVICE.fullmatch(texts[-1]) is not None
+    return is_time and are_texts and DEVICE.fullmatch(entry["device"]) is not None
 
 
 def _is_beat(entry: dict[str, Any]) -> bool:

@@ -46,8 +46,9 @@ def accepts(plan: Plan, *, hashed: bool) -> Callable[[ShardResult], bool]:
             return files.get(name)
         file, start, stop = part
         shard = files.get(file)
-        is_inside = isinstance(shard, Shard) and start < stop <= shard.size
-        return Part(shard.layout, shard.steps, start, stop) if is_inside else None
+        if not isinstance(shard, Shard) or not start < stop <= shard.size:
+            return None
+        return Part(shard.layout, shard.steps, start, stop)
 
     def is_of_plan(result: ShardResult) -> bool:
         found = unit(result.file)
