@@ -28,7 +28,7 @@ from adapterkit.kernels.stochastic import Draws
 from adapterkit.weights.reader import Reader
 from adapterkit.weights.slots import Positions
 
-IDENTITY = ("inode", "size", "modified", "changed")
+IDENTITY = ("size", "modified", "changed")
 # bytes by which the guess of a text's size may be wrong, its numbers in the header included
 SLACK = 128
 BUFFERS = 32_000_000  # bytes of one worker's buffers

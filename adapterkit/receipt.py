@@ -61,7 +61,7 @@ def input_hashes(plan: Plan) -> dict[str, dict[str, str]]:
 
 
 def public_recipe(recipe: dict) -> dict:
-    """The recipe without device and inode numbers: of use to a resume, not to a reader."""
+    """The recipe without sizes and times of input files: of use to a resume, not to a reader."""
     recipe = json.loads(json.dumps(recipe))
     for entry in recipe["inputs"]:
         for file in entry["files"].values():

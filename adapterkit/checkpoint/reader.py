@@ -20,13 +20,13 @@ from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 NEAR, FAR = (4 << 10, 1 << 20)
 RANGE = 8 << 20  # bytes of one read of small tensors
 REQUESTS = 8  # of a remote file, at a time
-Identity = tuple[int, int, int, int]
+Identity = tuple[int, int, int]
 
 
 def identity(status: os.stat_result) -> Identity:
-    """Inode, size and both times in ns: different for an edited or replaced file. Not the device:
-    its number differs after a restart, and on other machines that mount the same file system."""
-    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    """Size and both times in ns: different for an edited or replaced file. Not its numbers: those
+    of the device, and of FUSE's inodes, differ on other machines and when mounted again."""
+    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Sources:

@@ -34,7 +34,7 @@ class Job:
     """What all processes have to agree on: the public recipe, and which files the inputs are."""
 
     recipe: dict[str, Any]
-    inputs: dict[str, list[int]]  # "number name" -> inode, size and times of local files
+    inputs: dict[str, list[int]]  # "number name" -> size and times of local files
     hash: str
 
     @classmethod

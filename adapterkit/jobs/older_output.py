@@ -146,7 +146,7 @@ def fingerprint(plan: AnyPlan) -> str:
 def inputs_digest(plan: AnyPlan) -> str:
     """A short hash of the identities of all local files that a plan reads: it changes when one is
     written again, whatever is in it."""
-    rows = [identity(os.stat(path))[1:] for path in _local_inputs(plan)]
+    rows = [identity(os.stat(path)) for path in _local_inputs(plan)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 

@@ -13,8 +13,8 @@ SMALL = 1e-6  # absolute, beside it: sums that cancel
 
 
 def comparable(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what differs between two runs of one job: version, inodes, timings; texts by
-    their number."""
+    """A record without what differs between two runs of one job: version, times, texts by their
+    number."""
     record = json.loads(json.dumps(record))
     cards = record.get("cards", {})
     plan, receipt, result = (record.get(k) for k in ("plan", "receipt", "result"))

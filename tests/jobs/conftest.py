@@ -5,7 +5,10 @@ seconds for gone.
 """
 
 import os
+import re
+import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import AdapterBench, Driver, Ended, make_adapter, make_base
+import adapterkit
+from tests.faults.conftest import AdapterBench, Driver, Ended, digests, make_adapter, make_base
+from tests.golden.inputs import create_inputs
+from tests.support.documents import ROOT, blocks
 
 QUICK = {"ranks.BEAT": 0.02, "ranks.POLL": 0.01, "ranks.STALLED": 0.3}
 JOBS = {
@@ -127,3 +133,54 @@ def large(disk: Path, driver: Driver, rank_inputs: Path) -> tuple[RanksBench, di
 @pytest.fixture
 def merging(ranks_bench) -> tuple[RanksBench, dict[str, str]]:
     return ranks_bench("merge")
+
+
+# as in docs/scale.md, of a plan that is made again and again
+PLAN = (
+    "adapterkit merge BASE ADAPTER --out merged --max-shard-size 10KB --overwrite "
+    "--plan merged.plan.json"
+)
+FINISH = "adapterkit finish merged.plan.json --verify"
+
+
+def launcher_lines() -> dict[str, str]:
+    """The lines of docs/scale.md that start four ranks, by their program."""
+    lines = "".join(block.text for block in blocks(ROOT / "docs" / "scale.md", "bash"))
+    return {line.split()[0]: line for line in lines.splitlines()}
+
+
+def write_command(folder: Path) -> None:
+    """A command `adapterkit` that is this one."""
+    command = folder / "adapterkit"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m adapterkit "$@"\n')
+    command.chmod(0o755)
+
+
+def ranks_in(printed: str) -> list[str]:
+    """The ranks that have said what they did."""
+    return sorted(re.findall(r"^rank (\d+/\d+): ", printed, re.MULTILINE))
+
+
+@dataclass(frozen=True)
+class LinesBench:
+    """A folder with BASE and ADAPTER, and the digests of what one process makes of PLAN."""
+
+    folder: Path
+    whole: dict[str, str]
+
+    def check_done(self) -> None:
+        assert digests(self.folder / "merged") == self.whole
+
+
+@pytest.fixture(scope="module")
+def lines_bench(tmp_path_factory: pytest.TempPathFactory) -> LinesBench:
+    folder = tmp_path_factory.mktemp("lines")
+    create_inputs(folder)
+    (folder / "base32").rename(folder / "BASE")
+    (folder / "law").rename(folder / "ADAPTER")
+    adapterkit.merge(
+        folder / "BASE", [folder / "ADAPTER"], out=folder / "merged", max_shard_size="10KB"
+    )
+    whole = digests(folder / "merged")
+    shutil.rmtree(folder / "merged")
+    return LinesBench(folder, whole)

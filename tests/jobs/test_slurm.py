@@ -20,22 +20,24 @@ from typing import Any
 
 import pytest
 
-import adapterkit
-from tests.faults.conftest import digests
-from tests.golden.inputs import create_inputs
+from tests.jobs.conftest import (
+    FINISH,
+    PLAN,
+    LinesBench,
+    launcher_lines,
+    ranks_in,
+    write_command,
+)
 from tests.support import daemons
-from tests.support.documents import ROOT, blocks
+from tests.support.documents import ROOT
 
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sinfo", "srun", "sbatch")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 NODES, SECONDS = 4, 60
 LAUNCHER = re.compile("(SLURM|SBATCH|SRUN|PMI|OMPI)_|(RANK|WORLD_SIZE|JOB_COMPLETION_INDEX)$")
-LINES = {  # of the document, and a job array of job steps
-    line.split()[0]: line
-    for block in blocks(ROOT / "docs" / "scale.md", "bash")
-    for line in block.text.splitlines()
-    if line.startswith(("srun ", "sbatch "))
+LINES = {  # and a job array of job steps
+    name: line for name, line in launcher_lines().items() if name in ("srun", "sbatch")
 } | {"both": 'sbatch --array 0-1 --ntasks 2 --wrap "srun adapterkit run merged.plan.json"'}
 
 pytestmark = [
@@ -167,9 +169,7 @@ def configure(folder: Path) -> None:
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     for name in ("state", *(f"n{number}" for number in range(NODES))):
         (folder / name).mkdir()
-    command = folder / "adapterkit"
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m adapterkit "$@"\n')
-    command.chmod(0o755)
+    write_command(folder)
 
 
 def free_ports(count: int) -> list[int]:
@@ -180,34 +180,17 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A base and an adapter, and the digests of what the local engine makes of them."""
-    folder = tmp_path_factory.mktemp("stage")
-    create_inputs(folder)
-    (folder / "base32").rename(folder / "BASE")
-    (folder / "law").rename(folder / "ADAPTER")
-    adapterkit.merge(
-        folder / "BASE", [folder / "ADAPTER"], out=folder / "merged", max_shard_size="10KB"
-    )
-    whole = digests(folder / "merged")
-    shutil.rmtree(folder / "merged")
-    return folder, whole
-
-
 @pytest.mark.parametrize("launcher", LINES)
 def test_the_lines_of_scale_make_the_bytes_of_one_process(
-    launcher: str, slurm: Slurm, stage: tuple[Path, dict[str, str]]
+    launcher: str, slurm: Slurm, lines_bench: LinesBench
 ):
     """Each of four processes is another rank, whichever makes a file first."""
-    folder, whole = stage
-    plan = "adapterkit merge BASE ADAPTER --out merged --max-shard-size 10KB --overwrite"
-    slurm.run([*plan.split(), "--plan", "merged.plan.json"], folder)
+    folder = lines_bench.folder
+    slurm.run(shlex.split(PLAN), folder)
     printed = slurm.run(shlex.split(LINES[launcher]), folder)
     for file in folder.glob("slurm-*_*.out"):
         printed += file.read_text()
         file.unlink()
-    ranks = re.findall(r"^rank (\d+/\d+): ", printed, re.MULTILINE)
-    assert sorted(ranks) == [f"{rank}/4" for rank in range(4)], printed
-    slurm.run(["adapterkit", "finish", "merged.plan.json", "--verify"], folder)
-    assert digests(folder / "merged") == whole
+    assert ranks_in(printed) == [f"{rank}/4" for rank in range(4)], printed
+    slurm.run(shlex.split(FINISH), folder)
+    lines_bench.check_done()
