@@ -214,13 +214,6 @@ def path(name: str, value: Any) -> StrPath:
     return value
 
 
-def local_path(name: str, value: Any) -> StrPath:
-    """A path on this machine."""
-    if os.fspath(path(name, value)).startswith("hf:/"):
-        raise invalid(name, value, "a path on this machine", "upload the file later: `hf upload`")
-    return value
-
-
 def parse_size(name: str, value: Any) -> int:
     """Bytes of a size such as 5GB; KB, MB and GB are powers of 1000. A number is bytes."""
     size = _integer(value)

@@ -290,6 +290,7 @@ def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
             for words in typed(SCALE)
             if any(word.startswith("org/") for word in words)
         ]
+        shutil.copy(stage / "texts.jsonl", tmp_path)
         variables = hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN}
         results = run(tasks, package, **variables)
         assert len(results) > 3
@@ -297,13 +298,14 @@ def test_jobs_on_the_hub_run(stage: Path, package: Path, tmp_path: Path):
             assert status == 0 and TOKEN not in output + errors, f"{task.words}\n{output}{errors}"
         written = {
             (repo, branch): hub.files(repo, branch)
-            for repo in ("me/merged", "me/converted")
+            for repo in ("me/merged", "me/converted", "me/statistics")
             for branch in hub.repos[repo].refs
         }
     merged = written["me/merged", "main"]["model.safetensors"]
     assert merged == written["me/merged", "trial"]["bf16/model.safetensors"]
     assert merged != base["model.safetensors"] and "me/w8a16" not in hub.repos
     assert any(name.endswith(".safetensors") for name in written["me/converted", "main"])
+    assert "base/covariance.safetensors" in written["me/statistics", "main"]
 
 
 LAUNCHERS: dict[str, Callable[[int, int], dict[str, int]]] = {

@@ -15,8 +15,9 @@ from adapterkit.engines.call import Call
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused, shown
 from adapterkit.execute import Engine, run
+from adapterkit.hub.destination import parse_output
 from adapterkit.hub.ids import is_on_hub
-from adapterkit.options import Check, binder, parse_size
+from adapterkit.options import Check, StrPath, binder, parse_size, path
 from adapterkit.plan import Plan
 from adapterkit.receipt import Receipt
 
@@ -45,10 +46,11 @@ class WritingVerb(Protocol[P, Planned]):
 def writes(
     **own: Check,
 ) -> Callable[[Callable[P, Receipt | Planned]], WritingVerb[P, Planned]]:
-    """A verb that writes, its options checked as in `options.checked`."""
+    """A verb that writes, its options checked as in `options.checked`; `out` is a folder unless it
+    says otherwise."""
 
     def wrap(verb: Callable[P, Receipt | Planned]) -> WritingVerb[P, Planned]:
-        bind = binder(verb, own)
+        bind = binder(verb, {"out": output_folder, **own})
 
         @functools.wraps(verb)
         def written(*args: P.args, **options: P.kwargs) -> Receipt | Planned:
@@ -61,6 +63,23 @@ def writes(
         return cast(WritingVerb[P, Planned], written)
 
     return wrap
+
+
+def output_folder(name: str, value: Any) -> StrPath:
+    """A folder on this machine or on the Hub."""
+    return _output(name, value, file=False)
+
+
+def output_file(name: str, value: Any) -> StrPath:
+    """A file on this machine, or a .safetensors file on the Hub."""
+    return _output(name, value, file=True)
+
+
+def _output(name: str, value: Any, *, file: bool) -> StrPath:
+    out = path(name, value)
+    if is_on_hub(out):
+        parse_output(os.fspath(out), file=file)
+    return out
 
 
 def _pinned_inputs(arguments: Mapping[str, Any]) -> AbstractContextManager[object]:

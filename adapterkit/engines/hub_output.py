@@ -18,7 +18,7 @@ from adapterkit.execute import run_in
 from adapterkit.hub.destination import Destination, parse_output
 from adapterkit.hub.errors import quiet_library
 from adapterkit.hub.folder import HubFolder
-from adapterkit.hub.ids import HubId
+from adapterkit.hub.ids import HubId, place_on_hub
 from adapterkit.hub.pins import pinned
 from adapterkit.hub.scratch import ScratchFolder
 from adapterkit.options import StrPath, parse_size
@@ -29,8 +29,8 @@ from adapterkit.receipt import Receipt
 def pinned_inputs(out: StrPath, *, resume: bool) -> AbstractContextManager[object]:
     """Revisions of inputs are read at the commits of the run that is resumed; those of a new run
     are noted."""
-    hub_id = parse_output(os.fspath(out))
-    return pinned(pins_before(hub_id) if resume else {})
+    hub_id = place_on_hub(out)
+    return pinned(pins_before(hub_id) if resume and hub_id else {})
 
 
 def run_to_hub(
@@ -54,7 +54,7 @@ def run_to_hub(
             where="--out",
             hint="write a folder, then `adapterkit finish FILE --push org/name`",
         )
-    _check_apart(hub_id, plan.folders)
+    check_apart(hub_id, plan.folders)
     work = work_folder(hub_id)
     check_name(work)
     rows = check if isinstance(check, RowCheck) else None
@@ -70,11 +70,9 @@ def run_to_hub(
         return plan
     engine = HubEngine(local(execution.device), limit, held, rows.check_file if rows else None)
     with quiet_library():
-        sources = {folder.origin["repo"] for folder in plan.folders if "repo" in folder.origin}
-        destination = Destination(hub_id, sorted(sources))
-        destination.check_account()
+        destination = open_destination(hub_id, plan.folders)
         destination.check_files([*(shard.file for shard in plan.shards), *plan.files, RECEIPT])
-        stage = HubStage(destination, transfers.disk(limit))
+        stage = HubStage(work, destination, transfers.disk(limit))
         receipt = run_in(
             stage,
             plan,
@@ -90,7 +88,16 @@ def run_to_hub(
     return replace(receipt, out=f"hf://{hub_id}")
 
 
-def _check_apart(hub_id: HubId, folders: Iterable[Folder]) -> None:
+def open_destination(hub_id: HubId, folders: Iterable[Folder]) -> Destination:
+    """The folder on the Hub that an output of these inputs goes to; `Refused` for an account that
+    may not write there."""
+    sources = {folder.origin["repo"] for folder in folders if "repo" in folder.origin}
+    destination = Destination(hub_id, sorted(sources))
+    destination.check_account()
+    return destination
+
+
+def check_apart(hub_id: HubId, folders: Iterable[Folder]) -> None:
     """`Refused` where the output would take the place of an input."""
     for folder in folders:
         if not isinstance(folder, HubFolder):

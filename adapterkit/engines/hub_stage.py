@@ -4,6 +4,7 @@ publishes them."""
 import hashlib
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from adapterkit.checkpoint.stage import RECEIPT, Stage
@@ -43,8 +44,8 @@ class HubStage(Stage):
     bytes of disk that the job takes at most.
     """
 
-    def __init__(self, destination: Destination, limit: int):
-        super().__init__(work_folder(destination.hub_id))
+    def __init__(self, work: Path, destination: Destination, limit: int):
+        super().__init__(work)
         self.destination, self.limit = destination, limit
         self.inputs = self.control / INPUTS
         self.pushed: dict[str, str] = {}
@@ -122,12 +123,17 @@ class HubStage(Stage):
 
     def publish(self) -> None:
         """Send what is still here, and commit everything."""
-        self.destination.create()
         receipt = json.loads((self.path / RECEIPT).read_bytes())
         sums = {name: entry["sha256"] for name, entry in receipt["files"].items()}
+        self.send({**sums, RECEIPT: None})
+
+    def send(self, sums: Mapping[str, str | None]) -> None:
+        """Send those of the files that are still here, and commit all; `sums`: the sha256 of each
+        where it is known."""
+        self.destination.create()
         here = [
-            LocalFile(name, self.path / name, (self.path / name).stat().st_size, sums.get(name))
-            for name in (*sums, RECEIPT)
+            LocalFile(name, self.path / name, (self.path / name).stat().st_size, sha256)
+            for name, sha256 in sums.items()
             if name not in self.gone()
         ]
         sent = {name for group in groups(here) for name in self.upload(group)}

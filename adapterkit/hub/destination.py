@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 from adapterkit.errors import Refused, shown
 from adapterkit.hub.errors import explained_errors
-from adapterkit.hub.ids import COMMIT, HubId, parse
+from adapterkit.hub.ids import COMMIT, HubId, place_on_hub
 from adapterkit.hub.listing import Entry, list_remote, offline
 from adapterkit.hub.retry import retry
 
@@ -17,20 +17,34 @@ LOADABLE = re.compile(
 )
 
 
-def parse_output(out: str) -> HubId:
-    """The place that `hf://org/name[@branch][:folder]` is; `Refused` for another text."""
-    hub_id = parse(re.sub("^hf:/+", "", out))
+FOLDER = "hf://org/name[@branch][:folder]"
+FILE = "hf://org/name[@branch]:path/file.safetensors"
+
+
+def parse_output(out: str, *, file: bool = False) -> HubId:
+    """The place that `hf://org/name[@branch][:folder]` is, or of a `file` in
+    `hf://org/name[@branch]:path/file.safetensors`; `Refused` for another text."""
+    expected = FILE if file else FOLDER
+    hub_id = place_on_hub(out)
     if hub_id is None or COMMIT.fullmatch(hub_id.revision or ""):
         raise Refused(
             f"{shown(out)}: {'a commit' if hub_id else 'no such name'}",
-            expected="hf://org/name[@branch][:folder]",
+            expected=expected,
             where="--out",
             hint="give your account's or organization's name, the repository's, and a branch of it",
         )
-    if PurePosixPath(hub_id.subfolder).suffix in (".safetensors", ".gguf"):
+    suffix = PurePosixPath(hub_id.subfolder).suffix
+    if file and suffix != ".safetensors":
+        raise Refused(
+            f"{shown(out)}: no name of a file",
+            expected=expected,
+            where="--out",
+            hint="give a name that ends in .safetensors behind the colon",
+        )
+    if suffix in (".safetensors", ".gguf") and not file:
         raise Refused(
             f"{shown(out)}: the name of a file",
-            expected="hf://org/name[@branch][:folder]",
+            expected=expected,
             where="--out",
             hint="give its folder: the file is named as its format has it",
         )
@@ -83,6 +97,31 @@ class Destination:
     def check_files(self, names: Collection[str]) -> None:
         """List what is there; `Refused` where weights that these files do not replace lie beside
         them."""
+        self._list()
+        self._refuse_old_weights(names)
+
+    def check_file(self, name: str) -> None:
+        """List what is there; `Refused` where the one file cannot have that name, or would lie
+        among the weights of a model or an adapter."""
+        self._list()
+        if any(other.startswith(f"{name}/") for other in self.before):
+            raise Refused(
+                "a folder of that name",
+                expected="a new file",
+                where=str(self.hub_id),
+                hint="choose another --out",
+            )
+        weights = self._weights({str(PurePosixPath(name).parent)})
+        if weights:
+            raise Refused(
+                f"{shown(name)} would lie beside weights: {shown(', '.join(weights))}",
+                expected="a folder without those of a model or an adapter",
+                where=str(self.hub_id),
+                hint=f"give another folder, such as hf://{self.hub_id.repo}:statistics/{shown(name)}",
+            )
+
+    def _list(self) -> None:
+        """What is there: of a branch that is still to be made, what it would begin with."""
         from huggingface_hub import HfApi
 
         repo, branch, api = self.hub_id.repo, self.hub_id.revision, HfApi()
@@ -100,7 +139,6 @@ class Destination:
                 where=str(self.hub_id),
                 hint="choose another folder",
             )
-        self._refuse_old_weights(names)
 
     def create(self) -> None:
         """The repository and the branch, where they are missing; `Refused` where this account may
@@ -124,12 +162,7 @@ class Destination:
 
     def _refuse_old_weights(self, names: Collection[str]) -> None:
         folders = {str(PurePosixPath(name).parent) for name in names}
-        old = sorted(
-            name
-            for name in set(self.before) - set(names)
-            if str(PurePosixPath(name).parent) in folders
-            and LOADABLE.fullmatch(PurePosixPath(name).name)
-        )
+        old = [name for name in self._weights(folders) if name not in names]
         if old:
             paths = " ".join(self.hub_id.path(name) for name in old)
             branch = f" --revision {self.hub_id.revision}" if self.hub_id.revision else ""
@@ -144,3 +177,12 @@ class Destination:
                 where=str(self.hub_id),
                 hint=f"push to another repository, or run `{command}` first",
             )
+
+    def _weights(self, folders: Collection[str]) -> list[str]:
+        """The weights that a loader would pick in these folders."""
+        return sorted(
+            name
+            for name in self.before
+            if str(PurePosixPath(name).parent) in folders
+            and LOADABLE.fullmatch(PurePosixPath(name).name)
+        )

@@ -36,8 +36,13 @@ class HubId:
 
 
 def is_on_hub(out: str | os.PathLike) -> bool:
-    """Whether an output is a place on the Hub, `hf://org/name[@branch][:folder]`."""
+    """Whether an output is a place on the Hub, `hf://org/name[@branch][:folder or file]`."""
     return os.fspath(out).startswith("hf:/")  # all that a Path keeps of hf://
+
+
+def place_on_hub(out: str | os.PathLike) -> HubId | None:
+    """The place of an output `hf://...`, a folder or a file; None where it is none."""
+    return parse(re.sub("^hf:/+", "", os.fspath(out)))
 
 
 def parse(source: str) -> HubId | None:

@@ -15,10 +15,9 @@ from adapterkit.checkpoint.stage import RECEIPT, Stage
 from adapterkit.checkpoint.strict import read_json
 from adapterkit.engines.hub_stage import work_folder
 from adapterkit.engines.one_file import SUFFIX
-from adapterkit.errors import AdapterkitError, Refused
+from adapterkit.errors import Damaged, Refused
 from adapterkit.execute import check_same_job
 from adapterkit.hub import ids
-from adapterkit.hub.destination import parse_output
 from adapterkit.hub.folder import HubFolder
 from adapterkit.jobs.pipeline_file import Place
 from adapterkit.plan import CopyFile, Plan
@@ -52,7 +51,7 @@ class Older:
         if "inputs" in self.pipeline:
             return self.pipeline["inputs"] == inputs_digest(plan)
         times = [os.stat(path).st_mtime_ns for path in _local_inputs(plan)]
-        return self.written is not None and all(time <= self.written for time in times)
+        return all(self.written is not None and time <= self.written for time in times)
 
     def _is_whole(self) -> bool:
         listed = self.receipt.get("files", {})
@@ -71,11 +70,15 @@ def older_output(place: Place) -> Older | None:
     beside = path.with_name(path.name + SUFFIX)
     if beside.is_file():
         return _with_receipt(path, beside)
+    return _statistics(LocalFolder(path), path.stat().st_mtime_ns)
+
+
+def _statistics(file: Folder, written: int | None) -> Older | None:
+    """A file of statistics, which says itself what it is of."""
     try:
-        statistics = metadata_of(open_checkpoint(LocalFolder(path)))
-    except AdapterkitError:
+        return Older(metadata_of(open_checkpoint(file)), file.files(), written)
+    except (Refused, Damaged):
         return None
-    return Older(statistics, {path.name: path.stat().st_size}, path.stat().st_mtime_ns)
 
 
 def _with_receipt(out: Path, receipt: Path) -> Older | None:
@@ -88,16 +91,22 @@ def _with_receipt(out: Path, receipt: Path) -> Older | None:
 
 
 def _on_hub(place: Place) -> Older | None:
-    hub_id = ids.parse(place.text)
-    assert hub_id is not None
     try:
-        folder = HubFolder(hub_id)
+        folder = HubFolder(_hub_id(place))
     except Refused:  # not there yet
         return None
     files = folder.files()
+    if folder.single:
+        return _statistics(folder, None)
     if RECEIPT not in files:
         return None
     return Older(read_json(folder, RECEIPT), files, None)
+
+
+def _hub_id(place: Place) -> ids.HubId:
+    hub_id = ids.parse(place.text)
+    assert hub_id is not None
+    return hub_id
 
 
 def can_go_on(place: Place, plan: AnyPlan, overwrite: bool) -> bool:
@@ -134,7 +143,7 @@ def _stages(place: Place) -> list[Stage]:
     """Where an output may be in the making: beside its place, a single file in a folder first; one
     of the Hub on this machine."""
     if place.repository:
-        return [Stage(work_folder(parse_output(place.out)))]
+        return [Stage(work_folder(_hub_id(place)))]
     out = Path(place.path)
     return [Stage(out), Stage(out.with_name(f".{out.name}.converted"))]
 

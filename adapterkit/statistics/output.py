@@ -2,26 +2,113 @@
 replacing an older one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.checkpoint.stage import Stage, check_name
 from adapterkit.checkpoint.storage import free_bytes, storage_errors, sync_folder
-from adapterkit.errors import AdapterkitError, Failed, Interrupted, Refused, Unrecoverable, shown
+from adapterkit.engines.hub_output import check_apart
+from adapterkit.engines.hub_stage import work_folder
+from adapterkit.errors import (
+    AdapterkitError,
+    Damaged,
+    Failed,
+    Interrupted,
+    Refused,
+    Unrecoverable,
+    shown,
+)
 from adapterkit.execute import check_same_job
+from adapterkit.hub.destination import parse_output
+from adapterkit.hub.errors import quiet_library
+from adapterkit.hub.ids import is_on_hub
+from adapterkit.options import StrPath
 from adapterkit.receipt import digest, public_recipe
+from adapterkit.statistics.hub_file import FileOnHub
 from adapterkit.tasks.statistics import metadata_of
 
 SUFFIX = ".safetensors"
 Fill = Callable[[Path, Path, bool], None]  # (file to write, work folder, whether to go on there)
 
 
-def check_output(out: Path, base: Folder) -> None:
+class Target(Protocol):
+    """Where the file of statistics goes: on this machine, or on the Hub (`hub_file.py`)."""
+
+    @property
+    def out(self) -> Path | str: ...
+    @property
+    def stage(self) -> Stage: ...
+    @property
+    def made(self) -> Path:
+        """The file, finished, before it has its name."""
+        ...
+
+    @property
+    def older(self) -> Folder | None:
+        """What has the name already."""
+        ...
+
+    def publish(self, *, replaces: bool) -> tuple[str | None, dict[str, str]]:
+        """Give the file its name, and leave nothing else; its sha256 where that is known, and what
+        the receipt has of its commit."""
+        ...
+
+
+class FileHere:
+    """A `Target` on this machine."""
+
+    def __init__(self, out: Path):
+        self.out, self.stage = out, Stage(out)
+        self.made = self.stage.path / out.name
+
+    @property
+    def older(self) -> Folder | None:
+        return LocalFolder(self.out) if self.out.exists() else None
+
+    def publish(self, *, replaces: bool) -> tuple[None, dict[str, str]]:
+        final = self.out.resolve()
+        with storage_errors(final):
+            if final.exists() and not replaces:  # it appeared meanwhile
+                raise Refused(
+                    "a file of that name",
+                    expected="a new file",
+                    where=str(self.out),
+                    hint="move it away, then run again with --resume",
+                )
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.made, final)
+            sync_folder(final.parent)
+        self.stage.discard()
+        return None, {}
+
+
+@contextmanager
+def open_target(out: StrPath, base: Folder) -> Iterator[Target]:
+    """Where the file goes; `Refused` for an account of the Hub that may not write there."""
+    if not is_on_hub(out):
+        yield FileHere(Path(out))
+        return
+    with quiet_library():
+        yield FileOnHub(parse_output(os.fspath(out), file=True), base)
+
+
+def check_output(out: StrPath, base: Folder) -> None:
     """`Refused` where no file of statistics can be: another suffix, a folder, a link, in the folder
     of the model, whose loader would take it for weights."""
+    if is_on_hub(out):
+        hub_id = parse_output(os.fspath(out), file=True)
+        check_name(work_folder(hub_id))
+        check_apart(hub_id.parent, (base,))
+    else:
+        _check_path(Path(out), base)
+
+
+def _check_path(out: Path, base: Folder) -> None:
     refused = lambda problem, expected: Refused(
         problem, expected=expected, where=str(out), hint="choose another --out"
     )
@@ -41,54 +128,82 @@ def check_output(out: Path, base: Folder) -> None:
         raise refused(f"the output lies inside the model {base.name}", "a file apart from it")
 
 
-def check_space(out: Path, needed: int) -> None:
+def check_space(stage: Stage, needed: int) -> None:
     """`Refused` where the disk has too little room."""
-    free = free_bytes(out.resolve().parent)
+    place = stage.out.resolve().parent
+    free = free_bytes(place)
     if needed > free:
         raise Refused(
             f"{free:,} bytes free",
             expected=f"{needed:,} bytes",
-            where=str(out.resolve().parent),
+            where=str(place),
             hint="free some space, choose an --out on another disk, or fewer --targets",
         )
 
 
+@dataclass(frozen=True)
+class Written:
+    """The file of statistics, finished."""
+
+    metadata: dict[str, Any]
+    tensors: int
+    size: int
+    sha256: str | None  # where it is known
+    pushed: dict[str, str] = field(default_factory=dict)  # its commit on the Hub
+    is_new: bool = False
+
+    @classmethod
+    def of(cls, file: Folder) -> "Written":
+        stats, [(name, size)] = open_checkpoint(file), file.files().items()
+        return cls(metadata_of(stats), len(stats.tensors), size, file.hashes.get(name))
+
+
 def write(
-    out: Path, recipe: dict[str, Any], fill: Fill, *, needed: int, resume: bool, overwrite: bool
-) -> bool:
-    """Let `fill` write the file, and give it its name; False where it was finished before.
+    target: Target,
+    recipe: dict[str, Any],
+    fill: Fill,
+    *,
+    needed: int,
+    resume: bool,
+    overwrite: bool,
+) -> Written:
+    """Let `fill` write the file, and give it its name, unless it was finished before.
 
     Raises `Refused` before anything is written, where a file or an interrupted run is in the way,
     or the disk has too little room; and `Failed` or `Interrupted` after, when `resume=True` goes on
     with what is done.
     """
-    stage = Stage(out)
-    _state(stage, recipe, resume=resume, overwrite=overwrite)  # refuses before anything is made
+    stage = target.stage
+    _state(target, recipe, resume=resume, overwrite=overwrite)  # refuses before anything is made
     try:
         with stage:
-            state, replaces = _state(stage, recipe, resume=resume, overwrite=overwrite)
-            if state == "finished":
+            state, replaces = _state(target, recipe, resume=resume, overwrite=overwrite)
+            older = target.older
+            if state == "finished" and older is not None:
                 stage.discard()
-                return False
+                return Written.of(older)
             if state == "fresh":
                 stage.forget()
-            check_space(out, needed - _size(stage.path))  # of which some is there already
+            is_made = target.made.is_file()  # by the run that is resumed
+            if not is_made:
+                check_space(stage, needed - _size(stage.path))  # of which some is there already
             stage.begin()
             if state == "fresh":
-                stage.note(
-                    {
-                        "fingerprint": fingerprint(recipe),
-                        "recipe": recipe,
-                        "overwrite": replaces,
-                    }
-                )
-            _fill(stage, fill, resume=state == "resume")
-            _publish(stage, replaces)
-            return True
+                job = {
+                    "fingerprint": fingerprint(recipe),
+                    "recipe": recipe,
+                    "overwrite": replaces,
+                }
+                stage.note(job | stage.head())
+            if not is_made:
+                _fill(target, fill, resume=state == "resume")
+            written = Written.of(LocalFolder(target.made))
+            sha256, pushed = target.publish(replaces=replaces)
+            return replace(written, sha256=sha256, pushed=pushed, is_new=True)
     except KeyboardInterrupt:
         raise Interrupted(
             "stopped; finished layers are kept",
-            where=str(out),
+            where=str(target.out),
             hint="run the same command with --resume",
         ) from None
 
@@ -103,12 +218,12 @@ def fingerprint(recipe: dict[str, Any]) -> str:
 
 
 def _state(
-    stage: Stage, recipe: dict[str, Any], *, resume: bool, overwrite: bool
+    target: Target, recipe: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> tuple[str, bool]:
     """'fresh', 'resume' or 'finished', and whether an older file is replaced."""
+    stage, there = target.stage, target.older
     head = next(iter(stage.journal()), None)
-    out = stage.out
-    older = _written(out)
+    older = None if there is None else _metadata(there)
     if resume and older is not None:
         if older["fingerprint"] == fingerprint(recipe):
             return "finished", False
@@ -116,23 +231,23 @@ def _state(
             raise Refused(
                 "finished statistics of another job",
                 expected="the job that --resume goes on with",
-                where=str(out),
+                where=str(target.out),
                 hint="choose another --out, or give --overwrite",
             )
     replaces = overwrite or bool(resume and head is not None and head.get("overwrite"))
-    if out.exists():
+    if there is not None:
         if not replaces:
             raise Refused(
                 "a file of that name",
                 expected="a new file",
-                where=str(out),
+                where=str(target.out),
                 hint="choose another --out, or give --overwrite to replace older statistics",
             )
         if older is None:
             raise Refused(
                 "a file that adapterkit stats did not write",
                 expected="older statistics (--overwrite replaces the file)",
-                where=str(out),
+                where=str(target.out),
                 hint="remove the file yourself, or choose another --out",
             )
     if head is not None and resume:
@@ -148,39 +263,22 @@ def _state(
     return "fresh", replaces
 
 
-def _written(out: Path) -> dict[str, Any] | None:
+def _metadata(file: Folder) -> dict[str, Any] | None:
     """What a file of statistics says of itself; None where it is none that adapterkit wrote."""
-    if not out.is_file():
-        return None
     try:
-        metadata = metadata_of(open_checkpoint(LocalFolder(out)))
-    except AdapterkitError:
+        metadata = metadata_of(open_checkpoint(file))
+    except (Refused, Damaged):
         return None
     return metadata if "fingerprint" in metadata else None
 
 
-def _fill(stage: Stage, fill: Fill, *, resume: bool) -> None:
+def _fill(target: Target, fill: Fill, *, resume: bool) -> None:
     """Write the file in the stage; a failure that no resumption can continue leaves nothing."""
+    stage = target.stage
     try:
-        fill(stage.path / stage.out.name, stage.path / "work", resume)
+        fill(target.made, stage.path / "work", resume)
     except AdapterkitError as error:
         if isinstance(error, Unrecoverable) or not (resume or isinstance(error, Failed)):
             stage.forget()
             stage.discard()
         raise
-
-
-def _publish(stage: Stage, replaces: bool) -> None:
-    final = stage.out.resolve()
-    with storage_errors(final):
-        if final.exists() and not replaces:  # it appeared meanwhile
-            raise Refused(
-                "a file of that name",
-                expected="a new file",
-                where=str(stage.out),
-                hint="move it away, then run again with --resume",
-            )
-        final.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(stage.path / stage.out.name, final)
-        sync_folder(final.parent)
-    stage.discard()

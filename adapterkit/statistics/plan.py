@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class StatisticsPlan:
     identities: dict[tuple[int, str], Identity]
     notes: tuple[str, ...]
     shards: tuple[()] = ()  # of a checkpoint
+    transfers: dict[str, int] = field(default_factory=dict)  # totals of an output on the Hub
 
     @property
     def decisions(self) -> dict[str, Any]:
@@ -102,6 +103,7 @@ class StatisticsPlan:
             "bytes_written": size,
             "disk_needed": size + work + self.sizes.activations - in_memory,
             "memory_peak": self.sizes.weights + self.sizes.sums + in_memory,
+            **self.transfers,
         }
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.reader import changed
-from adapterkit.checkpoint.spec import open_checkpoint
 from adapterkit.engines.device import pick_device
-from adapterkit.engines.execution import writes
+from adapterkit.engines.execution import output_file, writes
 from adapterkit.errors import Failed, listed
-from adapterkit.options import StrPath, files, kinds, local_path, parse_size
+from adapterkit.hub.ids import is_on_hub
+from adapterkit.options import StrPath, files, kinds, parse_size
 from adapterkit.plan import Progress
 from adapterkit.planning.input_files import identities
 from adapterkit.planning.sources import open_model
@@ -25,10 +24,9 @@ from adapterkit.statistics.file import Results, write_statistics
 from adapterkit.statistics.job import WHAT
 from adapterkit.statistics.plan import Options, StatisticsPlan, plan_statistics
 from adapterkit.statistics.sums import COMPONENTS
-from adapterkit.tasks.statistics import metadata_of
 
 
-@writes(what=kinds(WHAT), out=local_path)
+@writes(what=kinds(WHAT), out=output_file)
 def stats(
     base: StrPath,
     *,
@@ -71,18 +69,22 @@ def stats(
     `memory`: bytes of activations in memory, beyond which they go to disk (default: a quarter of
     the machine's).
 
-    `out` is one safetensors file that appears whole or not at all; its metadata say what the job
-    was, and so does the receipt's `data`. `progress` is called with the layers just done. Raises
-    `Refused` before anything is written; `Failed` for inputs that are not finite.
+    `out` is one safetensors file that appears whole or not at all, here or in one commit to the Hub
+    (hf://org/name[@branch]:path/file.safetensors); its metadata say what the job was, and so does
+    the receipt's `data`. `progress` is called with the layers just done. Raises `Refused` before
+    anything is written; `Failed` for inputs that are not finite.
     """
     options = Options(tuple(what), samples, length, targets, batch, seed, whole, compat, components)
-    path, folder = Path(out), open_model(base)
-    output.check_output(path, folder)
+    folder = open_model(base)
+    output.check_output(out, folder)
     budget = parse_size("memory", memory) if memory else None
     plan = plan_statistics(folder, files("data", data), options, _device(device), budget)
+    if is_on_hub(out):
+        plan = replace(plan, transfers={"bytes_up": plan.totals()["bytes_written"]})
     if dry_run:
         return plan
-    return _Job(plan, progress).run(path, resume=resume, overwrite=overwrite)
+    with output.open_target(out, folder) as target:
+        return _Job(plan, progress).run(target, resume=resume, overwrite=overwrite)
 
 
 def _device(name: str) -> torch.device:
@@ -97,25 +99,24 @@ class _Job:
     plan: StatisticsPlan
     progress: Progress
 
-    def run(self, out: Path, *, resume: bool, overwrite: bool) -> Receipt:
+    def run(self, target: output.Target, *, resume: bool, overwrite: bool) -> Receipt:
         began, recipe = time.monotonic(), self.plan.recipe()
         needed = self.plan.totals()["disk_needed"]
-        is_new = output.write(
-            out, recipe, self._fill, needed=needed, resume=resume, overwrite=overwrite
+        file = output.write(
+            target, recipe, self._fill, needed=needed, resume=resume, overwrite=overwrite
         )
-        stats = open_checkpoint(LocalFolder(out))
-        metadata, size = metadata_of(stats), out.stat().st_size
         seconds = time.monotonic() - began
         data = {
             "adapterkit": RECEIPT_VERSION,
-            **metadata,
-            "files": {out.name: {"size": size, "sha256": None}},
-            "totals": self.plan.totals() | {"tensors": len(stats.tensors), "bytes_written": size},
+            **file.metadata,
+            "files": {target.made.name: {"size": file.size, "sha256": file.sha256}},
+            "totals": self.plan.totals() | {"tensors": file.tensors, "bytes_written": file.size},
             "keys": {},
             "parameters": {},
             "timings": {"seconds": round(seconds, 3)},
+            **({"pushed": file.pushed} if file.pushed else {}),
         }
-        return Receipt(out, data, finished_before=not is_new)
+        return Receipt(target.out, data, finished_before=not file.is_new)
 
     def _fill(self, file: Path, work: Path, goes_on: bool) -> None:
         plan, options, recipe = self.plan, self.plan.options, self.plan.recipe()

@@ -30,8 +30,8 @@ from adapterkit.cli.output import run_verb
     "--out",
     required=True,
     type=click.Path(),
-    metavar="FILE.safetensors",
-    help="Output file (published atomically).",
+    metavar="FILE.safetensors|hf://ORG/NAME:FILE.safetensors",
+    help="Output file (published atomically), or a file of the Hub (one commit).",
 )
 @click.option(
     "--what",

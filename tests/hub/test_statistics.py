@@ -1,0 +1,299 @@
+"""Statistics on the Hub: the file of a local run in one commit, from a base on the Hub."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load, load_file, save
+
+import adapterkit
+from tests.golden.inputs import create_inputs
+from tests.hub.test_output_faults import kill_at
+from tests.support.hub_client import TOKEN, Client, ClientError, during
+from tests.support.hub_models import CALLS
+from tests.support.hub_server import Hub
+from tests.support.hub_state import Account, Fault
+
+READER, ELSEWHERE = "hf_" + "readreadreadread", "hf_" + "elsewhereelsewhere"
+FILE = "deep/s.safetensors"
+HOW = "data='ids.jsonl', what='covariance,mean', batch=2"
+STOP = """
+def stop_after(layers):
+    def progress(done):
+        global left
+        left -= done
+        if left <= 0:
+            raise KeyboardInterrupt
+    global left
+    left = layers
+    return progress
+def refuse(*args, **options):
+    raise AssertionError("collected again")
+"""
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory):
+    """A hub with a base of several shards, and a client in the folder of the data."""
+    home = tmp_path_factory.mktemp("statistics")
+    create_inputs(home)
+    with Hub(token=TOKEN, read_token=READER) as hub:
+        hub.commit("org/base", in_shards(home / "base32"))
+        client = start(hub, home)
+        yield hub, client, home
+        client.close()
+
+
+def in_shards(base: Path) -> dict[str, bytes]:
+    """The files of a base, each layer in one of its own."""
+    files, weights = {"config.json": (base / "config.json").read_bytes()}, {}
+    for file in base.glob("*.safetensors"):
+        weights |= load_file(file)
+    layer = lambda key: key.split(".")[2] if ".layers." in key else "outside"
+    names = sorted({layer(key) for key in weights})
+    for number, name in enumerate(names, 1):
+        own = {key: value for key, value in weights.items() if layer(key) == name}
+        files[f"model-{number:05}-of-{len(names):05}.safetensors"] = save(own, {"format": "pt"})
+    return files
+
+
+def start(hub: Hub, home: Path) -> Client:
+    variables = os.environ | hub.environment(home) | {"HF_TOKEN": TOKEN}
+    client = Client(variables, home / f"stderr{len(list(home.glob('stderr*')))}")
+    client(CALLS + STOP + f"import os\nos.chdir({str(home)!r})")
+    return client
+
+
+@pytest.fixture
+def place(standing):
+    """The hub, the client, and a repository of the test's own."""
+    hub, client, _ = standing
+    hub.faults = lambda asked: None
+    hub.log.clear()
+    return hub, client, f"org/statistics{len(hub.repos)}"
+
+
+@pytest.fixture(scope="module")
+def expected(standing):
+    """The statistics of the same base on this machine."""
+    home = standing[2]
+    out = home / "local.safetensors"
+    adapterkit.stats(
+        home / "base32", data=home / "ids.jsonl", what="covariance,mean", batch=2, out=out
+    )
+    return load_file(out)
+
+
+def stats(out: str, more: str = "", base: str = "org/base") -> str:
+    return f"adapterkit.stats({base!r}, {HOW}, out='hf://{out}'{more})"
+
+
+def interrupt(client: Client, out: str, base: str = "org/base") -> None:
+    """A run that is stopped in its second layer."""
+    with pytest.raises(ClientError, match="(?s)finished layers are kept.*--resume"):
+        client(stats(out, ", progress=stop_after(6)", base))
+
+
+def is_same(data: bytes, expected) -> bool:
+    found = load(data)
+    return found.keys() == expected.keys() and all(found[k].equal(expected[k]) for k in found)
+
+
+def moved(hub: Hub) -> int:
+    """Bytes of weights each way, headers apart."""
+    down = sum(a.sent for a in hub.asked("GET", ".safetensors") if a.range and a.range[0] > 0)
+    return down + sum(hub.uploaded())
+
+
+def test_the_file_is_that_of_a_local_run(place, standing, expected):
+    hub, client, out = place
+    client(f"receipt = {stats(f'{out}:{FILE}')}")
+    files = hub.files(out)
+    assert is_same(files[FILE], expected) and {*files} == {".gitattributes", FILE}
+    assert len(hub.repos[out].trees) == 2  # the Hub's first commit and ours
+    receipt = client("receipt.data")
+    assert receipt["pushed"]["revision"] == hub.repos[out].refs["main"]
+    assert receipt["pushed"]["repo"] == out and client("receipt.out") == f"hf://{out}:{FILE}"
+    sha256 = hashlib.sha256(files[FILE]).hexdigest()
+    assert receipt["files"] == {"s.safetensors": {"size": len(files[FILE]), "sha256": sha256}}
+    [source] = receipt["recipe"]["inputs"]
+    assert source["revision"] == hub.repos["org/base"].refs["main"]
+    assert not list((standing[2] / "adapterkit").iterdir())
+    assert TOKEN not in str(receipt)
+
+
+def test_other_verbs_read_the_file(place, standing):
+    hub, client, out = place
+    client(stats(f"{out}@branch:{FILE}", ", targets='q_proj'") + ".data")
+    assert FILE in hub.files(out, "branch") and FILE not in hub.files(out)
+    (standing[2] / "same.safetensors").write_bytes(hub.files(out, "branch")[FILE])
+    init = "adapterkit.init('org/base', method='corda', rank=2, targets='q_proj'"
+    for name, source in [("from-hub", f"{out}@branch:{FILE}"), ("from-here", "same.safetensors")]:
+        client(f"{init}, stats={source!r}, out={name!r}).data")
+    adapters = [
+        [
+            (path.name, path.read_bytes())
+            for path in sorted((standing[2] / name).rglob("*.safetensors"))
+        ]
+        for name in ("from-hub", "from-here")
+    ]
+    assert adapters[0] == adapters[1] != []
+
+
+def test_a_dry_run_says_how_much_goes_up(place):
+    hub, client, out = place
+    totals = client(stats(f"{out}:{FILE}", ", dry_run=True") + ".totals()")
+    assert totals["bytes_up"] == totals["bytes_written"] > 10_000
+    assert out not in hub.repos and not hub.asked("POST") and not moved(hub)
+
+
+def test_who_may_not_write_is_refused_before_weights_move(place):
+    hub, client, out = place
+    hub.accounts[ELSEWHERE] = Account(name="me", orgs=())
+    try:
+        for token, problem in [
+            ("", "no token"), (READER, "only read"), (ELSEWHERE, "does not allow"),
+        ]:  # fmt: skip
+            client(f"os.environ['HF_TOKEN'] = '{token}'")
+            error = client.refusal(stats(f"{out}:{FILE}"))
+            assert problem in error.parts["problem"] and out in error.text
+    finally:
+        client(f"os.environ['HF_TOKEN'] = '{TOKEN}'")
+    assert not moved(hub) and out not in hub.repos
+
+
+@pytest.mark.parametrize(
+    "name", ["o/x", "o/x:folder", "o/x:a.gguf", "o/x@" + "a" * 40 + ":s.safetensors", "x"]
+)
+def test_a_place_that_is_no_file_is_refused(place, name):
+    hub, client, _ = place
+    error = client.refusal(stats(name))
+    assert "hf://org/name[@branch]:path/file.safetensors" in error.parts["expected"]
+    assert not hub.log
+
+
+def test_what_is_in_the_way_is_refused_before_weights_move(place):
+    hub, client, out = place
+    hub.commit(
+        out, {FILE: save({}), f"{FILE}.d/x.safetensors/y": b"y", "model.safetensors": b"\0w"}
+    )
+    for name, more, problem in [
+        (FILE, "", "a file of that name"),
+        (FILE, ", overwrite=True", "adapterkit stats did not write"),
+        (f"{FILE}.d/x.safetensors", "", "a folder of that name"),
+        (f"{FILE}/x.safetensors", "", "a file of that name"),
+        ("s.safetensors", "", "would lie beside weights: model.safetensors"),
+    ]:
+        error = client.refusal(stats(f"{out}:{name}", more))
+        assert problem in error.parts["problem"], error.text
+    error = client.refusal(stats("org/base:s.safetensors"))
+    assert "apart from the inputs" in error.parts["expected"]
+    assert not moved(hub) and len(hub.repos[out].trees) == 2
+
+
+def test_older_statistics_are_replaced(place, expected):
+    hub, client, out = place
+    client(stats(f"{out}:{FILE}", ", samples=2") + ".data")
+    assert "a file of that name" in client.refusal(stats(f"{out}:{FILE}")).parts["problem"]
+    error = client.refusal(stats(f"{out}:{FILE}", ", resume=True"))
+    assert "finished statistics of another job" in error.parts["problem"]
+    client(stats(f"{out}:{FILE}", ", overwrite=True") + ".data")
+    assert is_same(hub.files(out)[FILE], expected)
+    hub.log.clear()
+    receipt = f"receipt = {stats(f'{out}:{FILE}', ', resume=True')}"
+    assert client(f"{receipt}\nreceipt.finished_before, 'pushed' in receipt.data") == (True, False)
+    assert not moved(hub) and client("receipt.data['files']['s.safetensors']['sha256']")
+
+
+def test_finished_layers_are_kept(place, standing, expected):
+    hub, client, out = place
+    interrupt(client, f"{out}:{FILE}")
+    work = standing[2] / "adapterkit" / f".{out.replace('/', '--')}:deep--s.safetensors.adapterkit"
+    layers = [path.name for path in (work / "out" / "work").glob("*.sums.safetensors")]
+    assert layers and len(hub.repos[out].trees) == 1
+    assert "--resume" in client.refusal(stats(f"{out}:{FILE}")).parts["hint"]
+    error = client.refusal(stats(f"{out}:{FILE}", ", resume=True, seed=1"))
+    assert "another job" in error.parts["problem"]
+    client(stats(f"{out}:{FILE}", ", resume=True") + ".data")
+    assert is_same(hub.files(out)[FILE], expected) and not work.exists()
+
+
+def test_a_resumed_run_reads_the_commit_of_the_first(place, standing, expected):
+    hub, client, out = place
+    files = in_shards(standing[2] / "base32")
+    first = hub.commit("org/moving", files)
+    interrupt(client, f"{out}:{FILE}", "org/moving")
+    later = {name: data[:-4] + b"\0\0\0\0" for name, data in files.items() if "model" in name}
+    hub.commit("org/moving", later)
+    client(f"receipt = {stats(f'{out}:{FILE}', ', resume=True', 'org/moving')}")
+    assert client("receipt.data['recipe']['inputs'][0]['revision']") == first
+    assert hub.repos["org/moving"].refs["main"] != first
+    assert is_same(hub.files(out)[FILE], expected)
+
+
+@pytest.mark.parametrize("method, path", [("PUT", "/lfs/"), ("POST", "/commit/")])
+def test_a_finished_file_is_only_sent(place, expected, method, path):
+    hub, client, out = place
+    hub.faults = during(Fault(status=403), method, path)
+    client.refusal(stats(f"{out}:{FILE}"), "Refused")
+    assert len(hub.repos[out].trees) == 1
+    hub.faults = lambda asked: None
+    hub.log.clear()
+    client("verb = __import__('adapterkit.verbs.stats', fromlist=['']).stats.__wrapped__")
+    client("space, collect = verb.__globals__, verb.__globals__['collect_statistics']")
+    client("space['collect_statistics'] = refuse")
+    try:
+        client(stats(f"{out}:{FILE}", ", resume=True") + ".data")
+    finally:
+        client("space['collect_statistics'] = collect")
+    assert len(hub.uploaded()) == (method == "PUT")
+    assert is_same(hub.files(out)[FILE], expected)
+
+
+def test_a_killed_run_is_resumed(place, standing, expected):
+    hub, client, out = place
+    other = start(hub, standing[2])
+    kill_at(hub, other, "PUT", "/lfs/", 1)
+    with pytest.raises(AssertionError):  # no answer
+        other(stats(f"{out}:{FILE}") + ".data")
+    other.process.communicate()
+    hub.faults = lambda asked: None
+    client(stats(f"{out}:{FILE}", ", resume=True") + ".data")
+    assert is_same(hub.files(out)[FILE], expected) and len(hub.repos[out].trees) == 2
+
+
+def test_a_commit_whose_answer_is_lost_is_found(place):
+    hub, client, out = place
+    hub.faults = during(Fault(lose_answer=True), "POST", "/commit/", times=1)
+    client.refusal(stats(f"{out}:{FILE}"), "Failed")
+    assert len(hub.repos[out].trees) == 2
+    hub.log.clear()
+    assert client(stats(f"{out}:{FILE}", ", resume=True") + ".finished_before")
+    assert len(hub.repos[out].trees) == 2 and not hub.uploaded()
+
+
+def test_a_repository_that_moved_gets_no_commit(place):
+    hub, client, out = place
+    hub.repo(out)
+    moves = [1]
+
+    def faults(asked):
+        if asked.method == "PUT" and moves:
+            moves.pop()
+            hub.commit(out, {FILE: save({})})
+
+    hub.faults = faults
+    error = client.refusal(stats(f"{out}:{FILE}"), "Failed")
+    assert "has changed since" in error.parts["problem"]
+    error = client.refusal(stats(f"{out}:{FILE}", ", resume=True"))
+    assert "a file of that name" in error.parts["problem"]
+    assert load(hub.files(out)[FILE]) == {}
+
+
+def test_what_comes_of_a_private_base_is_private(place, standing):
+    hub, client, out = place
+    hub.repo("org/secret", private=True)
+    hub.commit("org/secret", in_shards(standing[2] / "base32"))
+    client(stats(f"{out}:{FILE}", base="org/secret") + ".data")
+    assert hub.repos[out].private
