@@ -18,6 +18,7 @@ from adapterkit.errors import Damaged, Failed, Unrecoverable, shown
 
 # bytes between two tensors that are read along rather than skipped; of a remote file
 NEAR, FAR = (4 << 10, 1 << 20)
+FEW = 4  # requests of a remote file for small tensors, where some of them will do
 RANGE = 8 << 20  # bytes of one read of small tensors
 REQUESTS = 8  # of a remote file, at a time
 Identity = tuple[int, int, int]
@@ -174,16 +175,19 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, spec: Tenso
 
 
 def read_small(
-    folder: Folder, specs: Iterable[TensorSpec]
+    folder: Folder, specs: Iterable[TensorSpec], most: int | None = None
 ) -> Iterator[tuple[TensorSpec, memoryview]]:
     """The bytes of small tensors, in the order of files and positions; one read for neighbors.
 
-    Raises `Damaged` where a file ends before one of them.
+    `most`: of a remote file in which that takes more requests, none is read. Raises `Damaged` where
+    a file ends before one of them.
     """
     ordered = sorted(specs, key=lambda spec: (spec.file, spec.start, spec.stop))
     gap = NEAR if isinstance(folder, LocalFolder) else FAR
     for name, group in itertools.groupby(ordered, lambda spec: spec.file):
         ranges = list(_neighbors(group, gap))
+        if most is not None and len(ranges) > most and not isinstance(folder, LocalFolder):
+            continue
         bounds = [(first, stop) for first, stop, _ in ranges]
         read = zip(ranges, _read_ranges(folder, name, bounds), strict=True)
         for (first, stop, together), data in read:

@@ -17,7 +17,7 @@ from adapterkit.kernels.sums import all_finite
 from adapterkit.plan import HANDED_ON, STACKS
 from adapterkit.tasks.handoff import HandoffReader
 from adapterkit.tasks.rows import chunks
-from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 
 LEAST_STACKS = 3  # stacks of experts' factors that are kept however large they are
 
@@ -39,7 +39,7 @@ class LocalReader:
 
     def tensor(self, spec: TensorSpec) -> Tensor:
         if isinstance(spec, QuantizedWeight):
-            stored = {part.key: self.stored(part) for part in spec.parts}
+            stored = read_parts(spec, self.stored)
             return decode_checked(spec, stored, hint="download the checkpoint again").to(self.dtype)
         stored = self.stored(spec)
         return stored.to(self.dtype)

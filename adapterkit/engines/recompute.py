@@ -23,7 +23,7 @@ from adapterkit.receipt import AGAIN, read_receipt
 from adapterkit.tasks.compensated import CompensatedStep, before_rounding
 from adapterkit.tasks.edited import EditedTensor, RequantizedWeight
 from adapterkit.tasks.rows import arithmetic, rounded
-from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 from adapterkit.weights.reader import ReaderView
 
 CHUNK = 1 << 18  # elements that are float64 at a time
@@ -232,7 +232,7 @@ class _Source:
     def parts(self) -> dict[str, Tensor]:
         """What holds a packed weight, by key."""
         assert isinstance(self.source, QuantizedWeight)
-        return {part.key: self.inputs.stored(part) for part in self.source.parts}
+        return read_parts(self.source, self.inputs.stored)
 
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from adapterkit.hub.retry import retry
 
 # bytes; the Hub keeps files beyond 10 MB apart from git, and binary ones of any size
 SMALL_FILE = 16 << 20
+SMALL_RANGE = 4 << 10  # bytes; what is read of a file is kept up to this size
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +81,13 @@ class HubFolder:
         self._downloads: dict[str, Future[Path]] = {}  # queued, running or done
         self._queue: list[str] = []
         self._thread: threading.Thread | None = None
-        self._starts: dict[str, bytes] = {}  # of files: headers, which several readers ask for
+        # what several readers ask for: the starts of files, with their headers, and small tensors
+        self._starts: dict[str, bytes] = {}
+        self._small: dict[tuple[str, int, int], bytes] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """For pickle, without the downloads: a copy does its own."""
-        downloads = ("_lock", "_downloads", "_queue", "_thread", "_starts")
+        downloads = ("_lock", "_downloads", "_queue", "_thread", "_starts", "_small")
         return {name: value for name, value in vars(self).items() if name not in downloads}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -114,10 +117,14 @@ class HubFolder:
         known = self._starts.get(name, b"")
         if stop <= len(known):
             return known[start:stop]
+        if (name, start, stop) in self._small:
+            return self._small[name, start, stop]
         request = lambda: b"".join(self.pieces(name, start, stop))
         data = retry(request, self.pinned, name)
         if start == 0 and stop <= FIRST_READ:
             self._starts[name] = data
+        elif len(data) <= SMALL_RANGE:
+            self._small[name, start, stop] = data
         return data
 
     def path(self, name: str) -> Path:

@@ -86,6 +86,11 @@ def _unsigned(words: Tensor, bits: int, m: int) -> Tensor:  # (n, m) int16
 # compressed-tensors
 
 
+def are_groups(index: Tensor, count: int) -> bool:  # (in,)
+    """Whether all of an index are numbers of groups."""
+    return bool(((index >= 0) & (index < count)).all())
+
+
 def decode_packed(
     words: Tensor,  # (out, ceil(in · bits / 32)) int32
     scale: Tensor,  # (out, groups), (out, 1) or one value

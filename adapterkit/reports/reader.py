@@ -11,7 +11,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.checkpoint.reader import Sources
 from adapterkit.errors import Interrupted
-from adapterkit.weights.codec import QuantizedWeight
+from adapterkit.weights.codec import QuantizedWeight, read_parts
 
 
 @dataclass
@@ -42,8 +42,7 @@ class StoredReader:
     def _decoded(self, spec: QuantizedWeight) -> Tensor:
         if getattr(self.cache, "spec", None) is not spec:
             self.cache.weight = None  # freed before the next one is decoded
-            parts = {part.key: self.tensor(part) for part in spec.parts}
-            self.cache.weight = spec.decode(parts).contiguous()
+            self.cache.weight = spec.decode(read_parts(spec, self.tensor)).contiguous()
             self.cache.spec = spec
         return self.cache.weight
 

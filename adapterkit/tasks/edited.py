@@ -17,7 +17,7 @@ from adapterkit.kernels.sums import squared_norm
 from adapterkit.plan import Loaded, Step, Task, TaskResult
 from adapterkit.tasks import rows
 from adapterkit.tasks.common import short
-from adapterkit.weights.codec import QuantizedWeight, decode_checked
+from adapterkit.weights.codec import QuantizedWeight, decode_checked, read_parts
 from adapterkit.weights.reader import Reader, ReaderView
 
 # elements of a weight that are decoded and encoded at a time, where its format allows that
@@ -208,7 +208,7 @@ class StoredWeight:
         self.squares: list[float] = []  # Σ w² of each slice, before the edits
         self.whole: Tensor | None = None
         if isinstance(self.source, QuantizedWeight):
-            self.original = stored or {part.key: inputs.stored(part) for part in self.source.parts}
+            self.original = stored or read_parts(self.source, inputs.stored)
             # with draws the scales of scales do not change
             self.record, self.parts = (
                 (self.source, self.original)

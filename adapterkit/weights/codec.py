@@ -2,7 +2,7 @@
 decode to."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -94,6 +94,11 @@ class QuantizedWeight(TensorSpec):
         """Why it cannot be written, if it cannot."""
         return None
 
+    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+        """What a part says that the record does not, and what it was to say: of parts that planning
+        does not read in every folder."""
+        return None
+
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         """The weight in float32, exactly code * scale, from the parts by key."""
         raise NotImplementedError
@@ -183,6 +188,22 @@ class QuantizedWeight(TensorSpec):
         views = stored | self.row_views(stored, matrix, first_row, first_row + last - first)
         parts = tuple(replace(part, shape=tuple(views[part.key].shape)) for part in self.parts)
         return replace(self, shape=(last - first, self.shape[-1]), parts=parts), views
+
+
+def read_parts(weight: QuantizedWeight, read: Callable[[TensorSpec], Tensor]) -> dict[str, Tensor]:
+    """The parts of a stored weight by key; `Unrecoverable` where they contradict its record."""
+    stored = {part.key: read(part) for part in weight.parts}
+    found = weight.contradiction(stored)
+    if found is not None:
+        problem, expected = found
+        raise Unrecoverable(
+            problem,
+            expected=expected,
+            where=weight.file,
+            hint="download the checkpoint again and give its folder: there all of this is read to "
+            "plan",
+        )
+    return stored
 
 
 def decode_checked(

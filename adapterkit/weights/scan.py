@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from adapterkit import dtypes
 from adapterkit.checkpoint.folder import LocalFolder
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.checkpoint.reader import read_small
+from adapterkit.checkpoint.reader import FEW, read_small
 from adapterkit.checkpoint.spec import Checkpoint
 from adapterkit.errors import AdapterkitError, Damaged, Refused, shown
 from adapterkit.weights.detect import without_quantization
@@ -21,6 +22,7 @@ from adapterkit.weights.names import Names
 
 # bytes; a weight's larger scales are checked when they are decoded, not while planning
 MAX_CHECKED = 1 << 20
+NUMBER = re.compile(r"\d+")
 
 
 @dataclass
@@ -33,6 +35,7 @@ class CheckpointScan:
     errors: list[AdapterkitError] = field(default_factory=list)
     _scales: list[tuple[TensorSpec, bool]] = field(default_factory=list)  # whether above 0
     _cache: dict[str, bytes] = field(default_factory=dict)  # fetched tensors by key
+    _alike: dict[tuple, bytes] = field(default_factory=dict)  # the first tensor of each kind
 
     @property
     def method(self) -> str:
@@ -97,22 +100,30 @@ class CheckpointScan:
         self.errors.append(Refused(problem, expected=expected, where=self.base.name, hint=hint))
 
     def fetch(self, specs: Iterable[TensorSpec]) -> None:
-        """Read tensors for `read` and `read_json`, in a few reads of each file."""
-        self._cache |= {spec.key: bytes(data) for spec, data in read_small(self.base.folder, specs)}
+        """Read tensors for `read` and `read_json`, in a few reads of each file; where reads are not
+        free, only those of files in which they lie together."""
+        read = read_small(self.base.folder, specs, None if self.reads_freely else FEW)
+        self._cache |= {spec.key: bytes(data) for spec, data in read}
 
-    def read(self, spec: TensorSpec) -> Tensor:
-        """The value of a small stored tensor; `fetch` first if there are many."""
+    def read(self, spec: TensorSpec, beside: Sequence[TensorSpec]) -> Tensor:
+        """The value of a small stored tensor among these; `fetch` first if there are many.
+
+        Where reads are not free, what was not fetched is taken to be as in the first weight of its
+        kind: keys that differ in numbers only, and dtypes and shapes that do not differ. Weights
+        that are decoded are checked then (`read_parts`).
+        """
         import torch
 
-        data = bytearray(self._bytes(spec))
+        data = bytearray(self._bytes(spec, beside))
         if not data:
             return torch.empty(spec.shape, dtype=dtypes.torch_dtype(spec.dtype))
         return torch.frombuffer(data, dtype=dtypes.torch_dtype(spec.dtype)).view(spec.shape)
 
-    def read_json(self, spec: TensorSpec) -> dict[str, Any]:
-        """A JSON object stored as a tensor of bytes; {}, with an error, if it is none."""
+    def read_json(self, spec: TensorSpec, beside: Sequence[TensorSpec]) -> dict[str, Any]:
+        """A JSON object stored as a tensor of bytes, read as `read` does; {}, with an error, if it
+        is none."""
         try:
-            value = json.loads(self._bytes(spec))
+            value = json.loads(self._bytes(spec, beside))
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
@@ -120,9 +131,16 @@ class CheckpointScan:
             return {}
         return value
 
-    def _bytes(self, spec: TensorSpec) -> bytes:
-        data = self._cache.get(spec.key)
-        return self.base.folder.read(spec.file, spec.start, spec.stop) if data is None else data
+    def _bytes(self, spec: TensorSpec, beside: Sequence[TensorSpec]) -> bytes:
+        if spec.key in self._cache:
+            return self._cache[spec.key]
+        read = lambda: self.base.folder.read(spec.file, spec.start, spec.stop)
+        if self.reads_freely:
+            return read()
+        kind = (NUMBER.sub("#", spec.key), *((other.dtype, other.shape) for other in beside))
+        if kind not in self._alike:
+            self._alike[kind] = read()
+        return self._alike[kind]
 
     def check_finite(self, *scales: TensorSpec, positive: bool = False) -> None:
         """Have `check_scales` check scales: finite (0 is legal: a block of zeros has it), or also

@@ -25,6 +25,8 @@ from adapterkit.weights.scan import CheckpointScan
 
 STATE = ".quant_state.bitsandbytes__"
 OFFSET = 0.012345678901234567  # as many digits as most offsets have
+PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+OTHER_MAP = "another table of values"
 CODE_DTYPES = ("U8", "BF16", "F16", "F32", "I8")  # bnb_4bit_quant_storage
 
 
@@ -48,7 +50,6 @@ class Bnb4(QuantizedWeight):
     # CPUs: exact if the weight was bf16
     transposed_scales: bool = False
     transposed: bool = False  # the model keeps it (in, out), as GPT-2 does
-    offset: float = 0.0
     nested_block: int = blockwise.NESTED
     nested_dtype: str = "float32"
 
@@ -103,8 +104,9 @@ class Bnb4(QuantizedWeight):
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
+        tables = (".quant_map",) if scan.reads_freely else ()
         scan.fetch(
-            spec for key, spec in scan.tensors.items() if STATE in key or key.endswith(".quant_map")
+            spec for key, spec in scan.tensors.items() if STATE in key or key.endswith(tables)
         )
         for key, state in list(scan.tensors.items()):
             weight, mark, kind = key.rpartition(STATE)
@@ -119,21 +121,20 @@ class Bnb4(QuantizedWeight):
     def _record(
         cls, scan: CheckpointScan, key: str, spec: TensorSpec, kind: Literal["nf4", "fp4"]
     ) -> "Bnb4 | None":
-        state = scan.read_json(spec)
+        there = [scan.tensors[key + ending] for ending in PARTS if key + ending in scan.tensors]
+        # the length of the others' text depends on a number
+        state = scan.read_json(spec, there if len(there) == len(PARTS) else [*there, spec])
         if not state:
             return None
         double = "nested_offset" in state
-        endings = ["", ".absmax", ".quant_map"]
-        endings += [".nested_absmax", ".nested_quant_map"] if double else []
-        parts = scan.siblings(key, *endings)
+        parts = scan.siblings(key, *PARTS[: 5 if double else 3])
         if parts is None:
             return None
         problem = f"the state {state}"[:300]
         valid = _is_valid(state, kind)
         if not scan.check(spec.key, valid, problem, "a state that bitsandbytes writes"):
             return None
-        shape, block = state["shape"], state["blocksize"]
-        dtype = _header_name(state["dtype"])
+        shape, dtype, block, double, nested_dtype = _said(state)
         absmax = parts[1]
         transposed_scales = (
             not double
@@ -153,33 +154,29 @@ class Bnb4(QuantizedWeight):
         described = (
             f"{name} {part.dtype} {part.shape}" for name, part in zip(names, parts, strict=True)
         )
-        expected = f"4-bit codes and scales for {tuple(shape)} in blocks of {block}"
+        expected = f"4-bit codes and scales for {shape} in blocks of {block}"
         fits = _parts_fit(parts, math.prod(shape), block, transposed_scales)
         if not scan.check(key, fits, ", ".join(described), expected):
             return None
         codes, absmax, table, *nested = parts
         scan.check_finite(*(nested[:2] if double else [absmax]))
-        same = bool((scan.read(table) == blockwise.quant_map(kind)).all())
-        if not scan.check(table.key, same, "another table of values", f"that of {kind}"):
+        same = not scan.reads_freely or _is_map(scan.read(table, ()), kind)
+        if not scan.check(table.key, same, OTHER_MAP, f"that of {kind}"):
             return None
         # in other dtypes the same bytes, that are no numbers
         codes = replace(codes, dtype="U8", shape=(codes.nbytes, 1))
         transposed = scan.names.transposed(key.removesuffix(".weight"))
-        fields: dict[str, Any] = {}
-        if double:
-            fields["offset"] = float(state["nested_offset"])
-            fields["nested_dtype"] = state["nested_dtype"]
         return cls.of(
             (codes, absmax, table, *nested, spec),
             key=key,
             dtype=dtype,
-            shape=tuple(shape[::-1] if transposed else shape),
+            shape=shape[::-1] if transposed else shape,
             kind=kind,
             block=block,
             double=double,
             transposed_scales=transposed_scales,
             transposed=transposed,
-            **fields,
+            nested_dtype=nested_dtype,
         )
 
     @property
@@ -198,6 +195,25 @@ class Bnb4(QuantizedWeight):
         stored = {part.key: Stored(part.key, part.dtype, part.shape) for part in self.parts}
         stored[self.key] = Stored(self.key, "U8", ((count + 1) // 2, 1))
         return tuple(stored.values())
+
+    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+        table, spec = self.parts[2], self.parts[-1]
+        if not _is_map(stored[table.key], self.kind):
+            return f"{shown(table.key)}: {OTHER_MAP}", f"that of {self.kind}"
+        try:
+            state = json.loads(stored[spec.key].cpu().numpy().tobytes())
+        except (ValueError, RecursionError):
+            state = {}
+        shape = self.shape[::-1] if self.transposed else self.shape
+        own = (shape, self.dtype, self.block, self.double, self.nested_dtype)
+        if isinstance(state, dict) and _is_valid(state, self.kind):
+            shape, dtype, *others = _said(state)
+            # comparisons take every weight for the float32 that it decodes to
+            dtype = self.dtype if self.dtype == "F32" else dtype
+            if (shape, dtype, *others) == own:
+                return None
+        problem = f"{shown(spec.key)}: the state {shown(state)}"[:300]
+        return problem, f"that of a weight as those of its name: {own}"
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, absmax, count = stored[self.key], self._scales(stored), math.prod(self.shape)
@@ -354,6 +370,21 @@ def _is_valid(state: dict[str, Any], kind: str) -> bool:
         valid = valid and state.get("nested_blocksize") == blockwise.NESTED
         valid = valid and state.get("nested_dtype") in dtypes.CONFIG_NAME.values()
     return valid
+
+
+def _said(state: dict[str, Any]) -> tuple[tuple[int, ...], str, int, bool, str]:
+    """The shape as stored, the dtype, values with one scale, whether scales are quantized and of
+    what dtype they are then, of a valid state."""
+    dtype = _header_name(state["dtype"])
+    assert dtype is not None
+    double = "nested_offset" in state
+    nested_dtype = state["nested_dtype"] if double else "float32"
+    return tuple(state["shape"]), dtype, state["blocksize"], double, nested_dtype
+
+
+def _is_map(table: Tensor, kind: Literal["nf4", "fp4"]) -> bool:
+    """Whether a table is that of a kind of codes."""
+    return bool((table.cpu() == blockwise.quant_map(kind)).all())
 
 
 def _parts_fit(parts: list[TensorSpec], count: int, block: int, transposed_scales: bool) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
+from adapterkit.errors import shown
 from adapterkit.kernels import vectorwise
 from adapterkit.kernels.common import RoundColumn
 from adapterkit.kernels.stochastic import Draws
@@ -53,7 +54,8 @@ class Bnb8(QuantizedWeight):
 
     @classmethod
     def find(cls, scan: CheckpointScan) -> Iterator[QuantizedWeight]:
-        scan.fetch(spec for key, spec in scan.tensors.items() if key.endswith(".weight_format"))
+        if scan.reads_freely:
+            scan.fetch(spec for key, spec in scan.tensors.items() if key.endswith(".weight_format"))
         for key, scale in list(scan.tensors.items()):
             module, mark, _ = key.rpartition(".SCB")
             if not mark or not key.endswith(".SCB"):
@@ -73,6 +75,12 @@ class Bnb8(QuantizedWeight):
                 shape=codes.shape[::-1] if transposed else codes.shape,
                 transposed=transposed,
             )
+
+    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+        layout = next((stored[part.key] for part in self.parts[2:]), None)
+        if layout is None or int(layout) == ROWS:
+            return None
+        return f"{shown(self.key)}: format {int(layout)}", f"format {ROWS}"
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         weight = vectorwise.decode_int8(stored[self.parts[0].key], stored[self.parts[1].key])
@@ -116,6 +124,9 @@ def _fits(
     problem = f"{codes.dtype} {codes.shape}, SCB {scale.dtype} {scale.shape}"
     if layout is not None:
         byte = layout.dtype == "U8" and layout.nbytes == 1
-        fits = fits and byte and int(scan.read(layout)) == ROWS
-        problem += f", format {scan.read(layout)}"
+        fits = fits and byte
+        if fits and scan.reads_freely:
+            stored = int(scan.read(layout, ()))
+            fits = stored == ROWS
+            problem += f", format {stored}"
     return scan.check(codes.key, fits, problem, "I8 rows, an F32 scale for each, format 0")

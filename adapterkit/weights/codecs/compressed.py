@@ -10,11 +10,12 @@ from torch import Tensor
 
 from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Refused
+from adapterkit.errors import Refused, shown
 from adapterkit.kernels import fp4, fp8, integers
 from adapterkit.kernels.common import RoundColumn, Scaled, block_amax
 from adapterkit.kernels.integers import (
     Integers,
+    are_groups,
     decode_int8,
     decode_packed,
     encode_integers,
@@ -53,7 +54,7 @@ class Compressed(QuantizedWeight):
     bits: int
     block: tuple[int, int]  # of the weight, with one scale
     symmetric: bool
-    indexed: bool  # weight_g_idx says which group a column is in
+    indexed: bool  # there is a weight_g_idx that may say which group a column is in
 
     @classmethod
     def for_encoding(
@@ -156,6 +157,20 @@ class Compressed(QuantizedWeight):
     @property
     def _is_integer(self) -> bool:
         return TYPES[self.kind] == "int"
+
+    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+        key = shown(self.parts[0].key)
+        shape = self._sibling(stored, SHAPE)
+        if shape is not None and tuple(shape.tolist()) != self.shape:
+            return f"{key}: {SHAPE} {shape.tolist()}", f"{list(self.shape)}"
+        zero = self._sibling(stored, ZERO)
+        if self.symmetric and zero is not None and bool(zero.float().any()):
+            return f"{key}: symmetric, with a {ZERO}", "zeros, or symmetric: false"
+        index = self._sibling(stored, INDEX) if self.indexed else None
+        groups = self.shape[1] // self.block[1]
+        if index is None or _is_unused(index) or (self.block[0] == 1 and are_groups(index, groups)):
+            return None
+        return f"{key}: {INDEX} out of range", f"0 to {groups - 1}"
 
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         codes, scale = (stored[part.key] for part in self.parts[:2])
@@ -261,7 +276,8 @@ class Compressed(QuantizedWeight):
         return zero.reshape(self._lines[0], -1)
 
     def _group(self, stored: dict[str, Tensor]) -> Tensor | None:  # (in,)
-        return self._sibling(stored, INDEX) if self.indexed else None
+        index = self._sibling(stored, INDEX) if self.indexed else None
+        return None if index is None or _is_unused(index) else index
 
     def _integer_parts(self, result: Integers) -> dict[str, Tensor]:
         codes, scale = self.parts[:2]
@@ -311,6 +327,11 @@ class Compressed(QuantizedWeight):
         if divisor is None or float(largest) * float(divisor) > NV_RANGE * NV_TOLERANCE:
             divisor = fp4.nvfp4_divisor(largest)
         return fp4.encode_nvfp4(weight, divisor=divisor), divisor
+
+
+def _is_unused(index: Tensor) -> bool:
+    """Whether an index assigns no column to a group."""
+    return bool((index == -1).all())
 
 
 def _group_size(width: int, stated: int | None) -> int:

@@ -8,6 +8,7 @@ from adapterkit import dtypes
 from adapterkit.checkpoint.header import TensorSpec
 from adapterkit.errors import shown
 from adapterkit.kernels import fp4
+from adapterkit.kernels.integers import are_groups
 from adapterkit.weights.codecs.compressed_config import FORMATS, TYPES, Scheme
 from adapterkit.weights.scan import CheckpointScan
 
@@ -111,7 +112,8 @@ class _Module:
             return None, ()
         spec = siblings[0]
         readable = spec.dtype in ("I64", "I32") and spec.shape == (2,)
-        shape = self.scan.read(spec).tolist() if readable else []
+        beside = (self.codes, self.scale)
+        shape = self.scan.read(spec, beside).tolist() if readable else []
         words = math.ceil(shape[1] * bits / 32) if shape else 0
         problem = f"{SHAPE} {shape}, {stored[0]} rows of {stored[1]} words of {bits} bits"
         fits = bool(shape) and shape[0] == stored[0] and shape[1] > 0 and words == stored[1]
@@ -181,7 +183,9 @@ class _Module:
             if spec is None:
                 return ()
             readable = spec.dtype in ("I8", "I32", "I64", *dtypes.FLOATS, "F8_E4M3")
-            unused = readable and not bool(self.scan.read(spec).float().any())
+            unused = readable and not (
+                self.scan.reads_freely and bool(self.scan.read(spec, ()).float().any())
+            )
             problem = f"symmetric, with a {ZERO}"
             return (spec,) if self._check(unused, problem, "zeros, or symmetric: false") else None
         is_integer = TYPES[kind] == "int"
@@ -209,9 +213,12 @@ class _Module:
         fits = spec.dtype in ("I32", "I64") and spec.shape == shape[1:]
         if not self._check(fits, f"{INDEX} {spec.dtype} {spec.shape}", "I32, one of a column"):
             return None
-        index, groups = self.scan.read(spec), shape[1] // block[1]
+        groups = shape[1] // block[1]
+        if not self.scan.reads_freely:
+            return (spec,), True
+        index = self.scan.read(spec, ())
         if bool((index == -1).all()):
             return (spec,), False
-        valid = bool((index >= 0).all()) and bool((index < groups).all()) and block[0] == 1
+        valid = block[0] == 1 and are_groups(index, groups)
         valid = self._check(valid, f"{INDEX} out of range", f"0 to {groups - 1}")
         return ((spec,), True) if valid else None

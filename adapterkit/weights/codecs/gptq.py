@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from adapterkit.checkpoint.header import TensorSpec
-from adapterkit.errors import Unrecoverable, shown
-from adapterkit.kernels.integers import decode_gptq
+from adapterkit.errors import shown
+from adapterkit.kernels.integers import are_groups, decode_gptq
 from adapterkit.weights.codec import QuantizedWeight
 from adapterkit.weights.scan import CheckpointScan
 
@@ -66,16 +66,15 @@ class Gptq(QuantizedWeight):
                 indexed=index is not None,
             )
 
+    def contradiction(self, stored: dict[str, Tensor]) -> tuple[str, str] | None:
+        groups = self.parts[2].shape[0]
+        if not self.indexed or are_groups(stored[self.parts[3].key], groups):
+            return None
+        return f"groups out of range in {shown(self.parts[3].key)}", f"0 to {groups - 1}"
+
     def decode(self, stored: dict[str, Tensor]) -> Tensor:
         words, zeros, scale, *index = (stored[part.key] for part in self.parts)
         group = index[0] if self.indexed else None
-        if group is not None and not _are_groups(group, scale.shape[0]):
-            raise Unrecoverable(
-                f"groups out of range in {shown(self.parts[3].key)}",
-                expected=f"0 to {scale.shape[0] - 1}",
-                where=self.file,
-                hint="download the checkpoint again",
-            )
         return decode_gptq(words, zeros, scale, self.bits, self.shape[1], group, self.version)
 
     @property
@@ -149,10 +148,6 @@ def _groups_fit(
     if not scan.check(index.key, fits, f"g_idx {index.dtype} {index.shape}", f"I32 ({width},)"):
         return False
     if not scan.reads_freely:
-        return True  # checked where it is decoded
-    valid = _are_groups(scan.read(index), groups)
+        return True  # checked where it is read
+    valid = are_groups(scan.read(index, ()), groups)
     return scan.check(index.key, valid, "groups out of range", f"0 to {groups - 1}")
-
-
-def _are_groups(index: Tensor, count: int) -> bool:
-    return bool((index >= 0).all()) and bool((index < count).all())
