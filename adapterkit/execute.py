@@ -282,13 +282,18 @@ def difference(before: dict, now: dict, path: str = "") -> str:
 def check_space(plan: Plan, todo: Sequence[Shard | Computed], stage: Stage) -> None:
     """`Refused` where the disk has no room for these files and the small ones."""
     small = plan.totals()["bytes_written"] - sum(shard.layout.size for shard in plan.shards)
-    needed = stage.disk(sum(shard.layout.size for shard in todo) + small + (1 << 20))
-    free = free_bytes(stage.path)
+    needed = stage.disk(sum(shard.layout.size for shard in todo) + plan.room + small + (1 << 20))
+    check_free(needed, stage.path)
+
+
+def check_free(needed: int, path: Path) -> None:
+    """`Refused` where the disk has not that many bytes free."""
+    free = free_bytes(path)
     if needed > free:
         raise Refused(
             f"{free:,} bytes free",
             expected=f"{needed:,} bytes",
-            where=str(stage.path.parent),
+            where=str(path.parent),
             hint="free some space, or choose an --out on another disk",
         )
 

@@ -356,6 +356,7 @@ class Plan:
     transfers: dict[str, int] = field(default_factory=dict)  # totals of an output on the Hub
     device: str = "cpu"  # the kind that its bits are of
     on_device: dict[str, int] = field(default_factory=dict)  # totals of another kind than the CPU
+    room: int = 0  # bytes of disk that its files take for a time, beside what they are in the end
 
     def recipe(self) -> dict[str, Any]:
         """What makes two plans the same: version, verb, options, inputs and output layout."""
@@ -425,7 +426,7 @@ class Plan:
             ),
             "bytes_read": sum(step.source.nbytes for step, _ in steps) + factors,
             "bytes_written": written,
-            "disk_needed": written,
+            "disk_needed": written + self.room,
             "memory_peak": BUFFERS * cores()
             + max(self.factors_memory(step for step, _ in changed), self.tasks_memory()),
             **self.on_device,

@@ -30,6 +30,7 @@ ATTEMPT = re.compile(r"\.(\d+-\d+-[0-9a-f]{8})\.part$")
 PART_NAME = re.compile(r"(.+)@(\d+)-(\d+)")
 DEVICE = re.compile(r"cpu|\w+ .{1,200}, torch \S{1,80}")  # `engines/device.py: kind`
 MAX_SECONDS = 1e9  # for which anyone can have worked at a file
+JOINED = "joined"  # in the marker of a part: its bytes may be the first ones of NAME.part
 BEAT = ".beat"  # suffix of the file in which a process says that it lives, and how far it is
 
 
@@ -84,10 +85,18 @@ class RankStage:
             return None
         if not self.accepts(result):
             return None
-        is_there = size_of_file(self.path / name) == result.size
+        is_there = size_of_file(self.path / name) == result.size or self._is_joined(name, entry)
         handoff = self.path / (name + HANDOFF)
         handed_on = not result.handoffs or size_of_file(handoff) is not None
         return entry if is_there and handed_on else None
+
+    def _is_joined(self, name: str, entry: dict[str, Any]) -> bool:
+        """Whether a part is the beginning of a file that is being joined."""
+        if entry.get(JOINED) is not True or not (part := part_of(name)):
+            return False
+        file, start, stop = part
+        size = size_of_file(self.path / unfinished_name(file))
+        return start == 0 and size is not None and size >= stop
 
     def markers(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The markers of those files that are done."""

@@ -26,19 +26,27 @@ class ShardFile:
 
     With an `attempt`, `name.<attempt>.part`: where other processes may write the same file, the
     last rename wins. Then the folder has to be there: when it is not, the output is finished.
+    `kept`: the first so many bytes of a `name.part` that is there stay, and it grows.
     """
 
-    def __init__(self, folder: Path, name: str, size: int, attempt: str = ""):
+    def __init__(
+        self, folder: Path, name: str, size: int, attempt: str = "", *, kept: int | None = None
+    ):
         self.final, self.size, self.descriptor = folder / name, size, -1
         self.path = folder / unfinished_name(name, attempt)
         with storage_errors(self.path):
             if not attempt:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.unlink(missing_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+            if kept is None:
+                self.path.unlink(missing_ok=True)
+                flags |= os.O_CREAT | os.O_EXCL
             self.descriptor = os.open(self.path, flags, 0o666)  # the umask decides, as for any file
             try:
-                self._allocate(size)
+                if kept is None:
+                    self._allocate(size)
+                else:
+                    os.ftruncate(self.descriptor, kept)
             except BaseException:
                 self.abandon()
                 raise

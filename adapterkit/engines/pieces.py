@@ -3,6 +3,7 @@ tensors."""
 
 import itertools
 import math
+import sys
 import threading
 from bisect import bisect_left
 from collections import Counter
@@ -175,7 +176,7 @@ class OpenShard:
         to_the_end = part.stop == part.layout.size
         inside = [
             piece
-            for piece in self._pieces(device)
+            for piece in self._pieces(device, part.start, part.stop)
             if part.start <= piece.position and (piece.position < part.stop or to_the_end)
         ]
         spans = Counter(id(piece.step) for piece in inside)
@@ -185,35 +186,39 @@ class OpenShard:
         for number, piece in enumerate(inside):
             yield replace(piece, number=number, position=piece.position - part.start)
 
-    def _pieces(self, device: torch.device) -> Iterator[Piece]:
-        """The whole file's; neighboring untouched tensors of one input file are one run."""
+    def _pieces(
+        self, device: torch.device, start: int = 0, stop: int = sys.maxsize
+    ) -> Iterator[Piece]:
+        """The whole file's, but for tensors and bytes of runs that are nowhere near [start, stop);
+        neighboring untouched tensors of one input file are one run."""
         number = itertools.count()
         header = self.shard.layout.header
         yield Piece(self, next(number), 0, len(header), data=header)
         run: _CopiedRun | None = None
-        for step, at in zip(self.shard.steps, self.shard.layout.starts, strict=True):
+        layout = self.shard.layout
+        for step, stored, at in zip(self.shard.steps, layout.tensors, layout.starts, strict=True):
             if run is not None and step.copied and run.joins(step.source, at):
                 run.stop = step.source.stop
                 continue
-            yield from self._run(run, number)
+            yield from self._run(run, number, start, stop)
             run = _CopiedRun(step.source, at, step.source.stop) if step.copied else None
-            if not step.copied:
+            if not step.copied and start <= at + stored.nbytes and at < stop:
                 yield from self._chunks(step, at, number, device)
-        yield from self._run(run, number)
+        yield from self._run(run, number, start, stop)
 
-    def _run(self, run: "_CopiedRun | None", number) -> Iterator[Piece]:
+    def _run(self, run: "_CopiedRun | None", number, start: int, stop: int) -> Iterator[Piece]:
         if run is None:
             return
-        start = run.source.start
-        for offset in range(0, run.stop - start, RUN):
-            length = min(RUN, run.stop - start - offset)
+        size = run.stop - run.source.start
+        first = max(0, start - run.position) // RUN * RUN
+        for offset in range(first, min(size, stop - run.position), RUN):
             yield Piece(
                 self,
                 next(number),
                 run.position + offset,
-                length,
+                min(RUN, size - offset),
                 source=run.source,
-                source_start=start + offset,
+                source_start=run.source.start + offset,
             )
 
     def _chunks(self, step: Step, at: int, number, device: torch.device) -> Iterator[Piece]:

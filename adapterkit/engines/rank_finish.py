@@ -16,7 +16,7 @@ from adapterkit.engines.placement import device_totals
 from adapterkit.engines.rank_job import Check, Job, check_one_kind, no_stage, spoiled
 from adapterkit.engines.rank_parts import accepts, join, tiling
 from adapterkit.errors import Failed, Refused
-from adapterkit.execute import run_in
+from adapterkit.execute import check_free, run_in
 from adapterkit.options import Executor
 from adapterkit.plan import Computed, Plan, Shard
 from adapterkit.receipt import Receipt, read_receipt
@@ -84,6 +84,10 @@ class Finish(Executor):
             )
         made = [part_name(name, *edges) for name, ranges in parts.items() for edges in ranges or ()]
         check_one_kind([*markers.values(), *ranks.markers(made).values()], ranks)
+        check_free(
+            max((b - a for some in parts.values() for a, b in (some or ())[1:]), default=0),
+            ranks.path,
+        )
         for name, ranges in parts.items():
             shard = files[name]
             assert ranges is not None and isinstance(shard, Shard)

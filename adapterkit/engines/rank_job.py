@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,10 +10,12 @@ from adapterkit.checkpoint.folder import Folder, LocalFolder
 from adapterkit.checkpoint.rank_stage import RankStage, prepare
 from adapterkit.checkpoint.reader import Identity, identity
 from adapterkit.checkpoint.stage import Stage
+from adapterkit.engines.rank_parts import room
 from adapterkit.engines.run_options import RunOptions
 from adapterkit.errors import Refused
 from adapterkit.execute import check_space, difference
 from adapterkit.options import Executor
+from adapterkit.plan import Plan
 from adapterkit.receipt import digest, public_recipe
 
 Check = Callable[[Path], object]
@@ -95,6 +97,8 @@ class Preparation(Executor):
 
     def __call__(self, plan: Any, execution: RunOptions, check: Any) -> Any:
         job = self.job = Job.of(plan, execution.hash)
+        if isinstance(plan, Plan):
+            plan = replace(plan, room=room(plan.shards))
         stage = self._stage(plan, Path(execution.out))
         options = {"resume": False, "overwrite": self.overwrite}
         stage.state(job.fingerprint, **options)  # refuses before anything is made

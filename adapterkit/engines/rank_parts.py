@@ -1,35 +1,44 @@
 """Large files in parts: which file is cut for how many ranks, and how its parts become one file."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 
-from adapterkit.checkpoint.rank_stage import RankStage, part_of
+from adapterkit.checkpoint.rank_stage import JOINED, RankStage, part_of
 from adapterkit.checkpoint.shard_result import ShardResult, are_metrics
-from adapterkit.checkpoint.writer import ShardFile
-from adapterkit.engines.computed import hash_of
+from adapterkit.engines.joined_file import JoinedFile
 from adapterkit.engines.metrics import TensorMetrics
 from adapterkit.engines.pieces import Part, cut, part_name
 from adapterkit.errors import Refused
 from adapterkit.plan import Computed, Plan, Shard
 
 LEAST = 64 << 20  # bytes of a file below which it stays whole
-BLOCK = 4 << 20
+MOST = 1 << 30  # bytes of a part
 
 
-def units(plan: Plan, ranks: int, device: torch.device) -> list[Shard | Computed]:
-    """What ranks make: the plan's files, those above a rank's fair share in parts. Files of tasks
-    stay whole."""
-    share = max(sum(shard.size for shard in plan.shards) / ranks, LEAST)
+def units(
+    shards: Sequence[Shard | Computed], ranks: int, device: torch.device
+) -> list[Shard | Computed]:
+    """What ranks make: the files, those above a rank's fair share in parts. Files of tasks stay
+    whole."""
+    share = max(sum(shard.size for shard in shards) / ranks, LEAST)
     found: list[Shard | Computed] = []
-    for shard in plan.shards:
+    for shard in shards:
         if isinstance(shard, Shard) and shard.size > share:
-            found += cut(shard, min(ranks, -int(-shard.size // share)), device)
+            parts = max(min(ranks, math.ceil(shard.size / share)), math.ceil(shard.size / MOST))
+            found += cut(shard, parts, device)
         else:
             found.append(shard)
     return found
+
+
+def room(shards: Sequence[Shard | Computed]) -> int:
+    """The most bytes that the join of parts takes beside the files, whatever the number of
+    ranks."""
+    sizes = [shard.size for shard in shards if isinstance(shard, Shard) and shard.size > LEAST]
+    return min(max(sizes, default=0) // 2, MOST + LEAST)
 
 
 def file_of(unit: Shard | Computed) -> str:
@@ -70,31 +79,42 @@ def tiling(ranges: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]
 def join(
     stage: RankStage, shard: Shard, ranges: Sequence[tuple[int, int]], *, hashed: bool
 ) -> None:
-    """Make a file, and its marker, of its parts, and remove them."""
+    """Make a file, and its marker, of its parts; a part goes when the file has its bytes. What a
+    join that was killed has made is the first part."""
     began = time.monotonic()
     names = [part_name(shard.file, *edges) for edges in ranges]
     entries = [entry for name in names if (entry := stage.marker(name))]
     if len(entries) < len(names):
         raise _unfit(stage, shard, "a part has gone")
-    metrics = _metrics(shard, entries)
+    tables = [entry["shard"]["metrics"] for entry in entries]
+    metrics = metrics_of_parts(shard, tables)
     if not are_metrics(metrics):
         raise _unfit(stage, shard, "what its parts measured does not fit together")
-    file = ShardFile(stage.path, shard.file, shard.size, stage.attempt)
-    try:
-        for name, (start, stop) in zip(names, ranges, strict=True):
-            _copy(stage, name, file, start, stop - start)
-        sha, marks = hash_of(file, shard.layout) if hashed else (None, {})
-        file.sync()
-        file.publish()
-    except BaseException:
-        file.abandon()
-        raise
-    result = ShardResult(shard.file, shard.size, sha, marks, metrics)
-    seconds = max(entry["seconds"] for entry in entries) + time.monotonic() - began
+    slowest = max(entry["seconds"] for entry in entries)
     same = {key: entries[0][key] for key in ("device", "torch", "host")}
-    stage.mark(shard.file, {"shard": vars(result), **same, "seconds": round(seconds, 3)})
-    for name in names:
-        stage.forget(name)
+
+    def mark(result: ShardResult, **more: bool) -> None:
+        seconds = round(slowest + time.monotonic() - began, 3)
+        stage.mark(result.file, {"shard": vars(result), **same, "seconds": seconds, **more})
+
+    whole = JoinedFile(stage.path, shard, hashed=hashed)
+    if not (entries[0].get(JOINED) and whole.path.exists()):
+        whole.remove()
+        stage.mark(names[0], entries[0] | {JOINED: True})
+        whole.begin(names[0])
+    whole.read(ranges[0][1])
+    reached = names[0]
+    for number, (name, (start, stop)) in enumerate(zip(names, ranges, strict=True)):
+        if number:
+            whole.append(name, start, stop)
+            before, reached = reached, part_name(shard.file, 0, stop)
+            so_far = {key: vars(one) for key, one in _added(tables[: number + 1]).items()}
+            mark(ShardResult(reached, stop, None, {}, so_far), joined=True)
+            stage.forget(before)
+            stage.forget(name)
+    mark(ShardResult(shard.file, shard.size, *whole.sums(), metrics))
+    whole.publish()
+    stage.forget(reached)
 
 
 def _unfit(stage: RankStage, shard: Shard, problem: str) -> Refused:
@@ -106,24 +126,21 @@ def _unfit(stage: RankStage, shard: Shard, problem: str) -> Refused:
     )
 
 
-def _copy(stage: RankStage, name: str, file: ShardFile, at: int, size: int) -> None:
-    with (stage.path / name).open("rb") as part:
-        if file.copy_from(part.fileno(), 0, at, size):
-            return
-        for start in range(0, size, BLOCK):
-            part.seek(start)
-            file.write(part.read(min(BLOCK, size - start)), at + start)
-
-
-def _metrics(shard: Shard, entries: Sequence[dict[str, Any]]) -> dict[str, dict]:
-    """The metrics of a file's tensors, of what its parts measured."""
-    whole: dict[str, TensorMetrics] = {}
-    for entry in entries:
-        for key, raw in entry["shard"]["metrics"].items():
-            part = TensorMetrics(**raw)
-            whole.setdefault(key, TensorMetrics(delta=part.delta)).add(part)
+def metrics_of_parts(shard: Shard, tables: Iterable[dict[str, dict]]) -> dict[str, dict]:
+    """The metrics of a file's tensors, of what was measured in its parts."""
+    whole = _added(tables)
     return {
         step.key: whole.get(step.key, TensorMetrics()).result(step)
         for step in shard.steps
         if step.edits
     }
+
+
+def _added(tables: Iterable[dict[str, dict]]) -> dict[str, TensorMetrics]:
+    """What was measured in some parts together."""
+    whole: dict[str, TensorMetrics] = {}
+    for table in tables:
+        for key, raw in table.items():
+            part = TensorMetrics(**raw)
+            whole.setdefault(key, TensorMetrics(delta=part.delta)).add(part)
+    return whole

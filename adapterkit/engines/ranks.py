@@ -87,7 +87,7 @@ class Rank(Executor):
     def __call__(self, plan: Any, execution: RunOptions, check: Check | None) -> Any:
         self.job.check(plan)
         plan, device = place(plan, self.device or execution.device)
-        made = {unit.file: unit for unit in units(plan, self.ranks, pick_device(device))}
+        made = {unit.file: unit for unit in units(plan.shards, self.ranks, pick_device(device))}
         sizes = [(name, unit.size) for name, unit in made.items()]
         share = list(self.only or assigned(sizes, self.ranks)[self.rank])
         if unknown := [name for name in share if name not in made]:

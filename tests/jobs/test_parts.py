@@ -1,18 +1,23 @@
 """A file above a rank's fair share is made in parts: they are joined to the file, its hashes and
 metrics that one process gives."""
 
+import json
 import signal
 
 import pytest
 import torch
 
 import adapterkit
+from adapterkit import execute
+from adapterkit.checkpoint import storage
 from adapterkit.engines import pieces, rank_parts
 from adapterkit.engines.pieces import Part
 from adapterkit.engines.rank_parts import tiling, units
+from adapterkit.errors import Refused
 from adapterkit.tasks import rows
 
 SMALL = {"constants": {"rank_parts.LEAST": 1000}}
+slow = pytest.mark.slow
 CPU = torch.device("cpu")
 
 
@@ -37,13 +42,17 @@ def test_a_file_is_cut_between_pieces(large, monkeypatch, ranks: int):
     monkeypatch.setattr(rows, "ELEMENTS", 128)
     out = bench.root / "never"
     plan = adapterkit.merge(bench.root / "base", bench.root / "adapter", out=out, dry_run=True)
-    assert units(plan, 1, CPU) == list(plan.shards)
-    parts = [unit for unit in units(plan, ranks, CPU) if isinstance(unit, Part)]
+    assert units(plan.shards, 1, CPU) == list(plan.shards)
+    parts = [unit for unit in units(plan.shards, ranks, CPU) if isinstance(unit, Part)]
     size = plan.shards[0].size
     assert 2 <= len(parts) <= ranks and sum(part.size for part in parts) == size
     edges = [edge for part in parts for edge in (part.start, part.stop)]
     assert edges[0] == 0 and edges[-1] == size and edges[1:-1:2] == edges[2:-1:2]
     assert max(part.size for part in parts) <= size / min(ranks, 8) + 4096
+    monkeypatch.setattr(rank_parts, "MOST", 8000)
+    parts = [unit for unit in units(plan.shards, ranks, CPU) if isinstance(unit, Part)]
+    assert sum(part.size for part in parts) == size
+    assert max(part.size for part in parts) < 8000 + 4096
 
 
 @pytest.mark.parametrize("ranks", [2, 5])
@@ -81,15 +90,84 @@ def test_another_number_of_ranks(large):
     bench.check_done(whole)
 
 
-def test_the_join_is_killed_at_each_call(large):
+@pytest.mark.parametrize(
+    "ranks, step", [(2, 29), (4, 37), pytest.param(4, 1, marks=[slow, pytest.mark.timeout(3600)])]
+)
+def test_the_join_is_killed_at_each_call(large, ranks: int, step: int):
     bench, whole = large
-    for when in range(3, 400, 15):
+    for when in range(3, 400, step):
         bench.clear()
         bench.plan().succeeded()
-        bench.rank("0/2", **SMALL).succeeded()
+        bench.rank(f"0/{ranks}", **SMALL).succeeded()
         ended = bench.finish(fault={"kill": True, "when": when})
         bench.finish().succeeded()
         bench.check_done(whole)
         if ended.status == 0:
             break
     assert when > 20
+
+
+@pytest.mark.parametrize("more", [(), ("0/3", "1/2")])
+@pytest.mark.parametrize("call, match, when", [
+    ("rename", "@0-", 2), ("fsync", "safetensors.part", 1), ("unlink", "@0-", 2),
+])  # fmt: skip
+def test_after_a_join_that_was_killed(large, call: str, match: str, when: int, more: tuple):
+    """What is joined is a part; ranks of any number, which make others again, do no harm."""
+    bench, whole = large
+    bench.clear()
+    bench.plan().succeeded()
+    bench.rank("0/4", **SMALL).succeeded()
+    fault = {"kill": True, "calls": [call], "match": match, "when": when}
+    assert bench.finish(fault=fault).status == -signal.SIGKILL
+    for rank in more:
+        bench.rank(rank, **SMALL).succeeded()
+    bench.finish().succeeded()
+    bench.check_done(whole)
+
+
+def test_a_join_takes_the_room_of_one_part(large, monkeypatch):
+    """Whenever bytes are made durable there are those of the file, and at most one part twice."""
+    bench, whole = large
+    bench.clear()
+    bench.plan().succeeded()
+    bench.rank("0/4", **SMALL).succeeded()
+    folder, used, synced = bench.stage / "out", [], storage.sync
+
+    def sync(descriptor: int) -> None:
+        synced(descriptor)
+        if folder.exists():
+            used.append(sum(path.stat().st_size for path in folder.iterdir()))
+
+    parts = [path.stat().st_size for path in folder.iterdir()]
+    monkeypatch.setattr(storage, "sync", sync)
+    adapterkit.finish(bench.file)
+    assert len(parts) == 4 and min(used) == sum(parts)
+    assert sum(parts) < max(used) <= sum(parts) + max(parts[1:])
+    bench.check_done(whole)
+
+
+def test_too_little_room_for_a_join(large, monkeypatch):
+    """It is counted before anything is computed, and looked at again before anything is joined."""
+    bench, whole = large
+    bench.clear()
+    size = (bench.root / "base" / "model-00001-of-00001.safetensors").stat().st_size
+    monkeypatch.setattr(rank_parts, "LEAST", 1000)
+    sources = (bench.root / "base", bench.root / "adapter")
+    free = lambda size: monkeypatch.setattr(execute, "free_bytes", lambda path: size)
+    free(size + (1 << 20))
+    with pytest.raises(Refused, match="bytes free"):
+        adapterkit.write_plan(bench.file, "merge", *sources, out=bench.out)
+    assert not bench.file.exists() and not bench.control.exists()
+    free(size + size // 2 + (2 << 20))
+    plan = adapterkit.write_plan(bench.file, "merge", *sources, out=bench.out)
+    totals = json.loads(bench.file.read_bytes())["totals"]
+    assert totals == plan.totals()
+    assert totals["disk_needed"] == totals["bytes_written"] + size // 2
+    bench.rank("0/2", **SMALL).succeeded()
+    before = bench.marked()
+    free(size // 4)
+    with pytest.raises(Refused, match="bytes free"):
+        adapterkit.finish(bench.file)
+    assert bench.marked() == before and len(before) == 2
+    bench.finish().succeeded()
+    bench.check_done(whole)
